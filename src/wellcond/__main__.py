@@ -1,0 +1,8 @@
+"""`python -m wellcond` is the console script."""
+
+import sys
+
+from wellcond._cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
