@@ -1,3 +1,23 @@
 """Measure and regularise the condition number of the weight matrices of neural networks."""
 
+from wellcond._penalties import (
+    Condition,
+    Tikhonov,
+    condition_penalty,
+    condition_penalty_bound,
+    condition_penalty_gradient,
+    proximal_step,
+)
+from wellcond._spectrum import condition_number
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Condition",
+    "Tikhonov",
+    "condition_number",
+    "condition_penalty",
+    "condition_penalty_bound",
+    "condition_penalty_gradient",
+    "proximal_step",
+]

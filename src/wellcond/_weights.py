@@ -1,0 +1,179 @@
+"""Which matrices a model holds: a name and a view for each, or the reason why it is left out.
+
+A weight is a parameter seen as a matrix of m rows (outputs) and n columns (inputs), or as a stack of
+such matrices. Several views of one parameter append their own name: `attn.in_proj_weight:q`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDING = "an embedding: its rows are looked up, it is no linear map"
+NOT_A_MATRIX = "not a matrix"
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter seen as a matrix (m, n) or a stack (b, m, n), under a name and its aliases.
+
+    `reason` says why it is left out unless it is asked for by its exact name; "" if it is not.
+    """
+
+    name: str
+    aliases: tuple[str, ...]  # every name that a pattern may match, views and parameters
+    owner: nn.Module
+    attribute: str
+    view: View
+    reason: str = ""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, looked up anew: loading with assign=True replaces it."""
+        parameter = getattr(self.owner, self.attribute)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def slices(self) -> list[Weight]:
+        """The matrices of a stack, each as a weight of its own."""
+        if self.view(self.parameter.detach()).ndim == 2:
+            return [self]
+
+        def one(index: int) -> Weight:
+            return Weight(
+                f"{self.name}:{index}",
+                tuple(f"{alias}:{index}" for alias in self.aliases) + self.aliases,
+                self.owner,
+                self.attribute,
+                lambda parameter: self.view(parameter)[index],
+            )
+
+        return [one(index) for index in range(len(self.view(self.parameter.detach())))]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weights of a model, and for every other parameter the reason why it is none."""
+
+    weights: list[Weight]
+    others: dict[str, str]
+
+
+def _stored(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+def _transposed(parameter: Tensor) -> Tensor:
+    return parameter.mT
+
+
+def _kernel(parameter: Tensor) -> Tensor:
+    """(out, in/groups * kernel); the order of the columns is that of memory, so that it is a view."""
+    order = sorted(range(1, parameter.ndim), key=lambda dim: -parameter.stride(dim))
+    return parameter.permute(0, *order).flatten(1)
+
+
+def _blocks(names: str, parameter: Tensor) -> dict[str, View]:
+    """Equal blocks of rows, one a letter."""
+    rows = len(parameter) // len(names)
+
+    def block(index: int) -> View:
+        return lambda stacked: stacked.narrow(0, index * rows, rows)
+
+    return {name: block(index) for index, name in enumerate(names)}
+
+
+_GATES = {nn.RNN: "", nn.LSTM: "ifgo", nn.GRU: "rzn", nn.RNNCell: "", nn.LSTMCell: "ifgo"}
+_GATES |= {nn.GRUCell: "rzn"}
+
+
+def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, View] | str:
+    """The matrices in a parameter by the name of their view, "" if it has one only; or why none."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return EMBEDDING
+    if parameter.ndim < 2:
+        return f"{NOT_A_MATRIX}: {('a number', 'a vector')[parameter.ndim]}"
+    if parameter.numel() == 0:
+        return f"{NOT_A_MATRIX}: empty, shape {tuple(parameter.shape)}"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
+        return {"": _transposed}  # of the transformers library: stored as (in, out)
+    if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
+        return {"": _kernel}
+    if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
+        return _blocks("qkv", parameter)
+    if isinstance(module, nn.MultiheadAttention) and attribute.endswith("_proj_weight"):
+        return {"": _stored}
+    if attribute.startswith("weight_") and type(module) in _GATES:
+        gates = _GATES[type(module)]
+        # weight_hr is the projection of an LSTM, one matrix.
+        whole = not gates or attribute.startswith("weight_hr")
+        return {"": _stored} if whole else _blocks(gates, parameter)
+    if isinstance(module, nn.Linear | nn.Bilinear) and attribute == "weight":
+        return {"": _stored}
+    if parameter.ndim > 3:
+        return f"{NOT_A_MATRIX}: {parameter.ndim} dimensions in a {type(module).__name__}"
+    return f"a parameter of {type(module).__name__}, whose use is not known"
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every name of every parameter, tied ones as often as they occur."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{attribute}".lstrip("."), module, attribute, parameter
+
+
+def find_weights(model: nn.Module) -> Found:
+    """All weights of a model in the order of its parameters, tied ones once."""
+    names: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+    for occurrence in _parameters(model):
+        occurrences = names.setdefault(id(occurrence[-1]), [])
+        if all(occurrence[0] != other[0] for other in occurrences):
+            occurrences.append(occurrence)
+
+    weights: list[Weight] = []
+    others: dict[str, str] = {}
+    for occurrences in names.values():
+        name, module, attribute, parameter = occurrences[0]
+        aliases = tuple(occurrence[0] for occurrence in occurrences)
+        reason = _unfit(parameter, aliases)
+        if reason:
+            others[name] = reason
+            continue
+        views = [_views(owner, slot, parameter) for _, owner, slot, _ in occurrences]
+        # What any owner looks up is an embedding; else the first owner that knows the use decides.
+        found = EMBEDDING if EMBEDDING in views else next((v for v in views if v), views[0])
+        found = next((v for v in views if isinstance(v, dict)), found) if found != EMBEDDING else found
+        if isinstance(found, dict):
+            weights += [
+                Weight(
+                    f"{name}:{view}" if view else name,
+                    aliases + tuple(f"{alias}:{view}" for alias in aliases if view),
+                    module,
+                    attribute,
+                    found[view],
+                )
+                for view in found
+            ]
+        elif found.startswith(NOT_A_MATRIX) or parameter.ndim < 2:
+            others[name] = found
+        else:
+            weights.append(Weight(name, aliases, module, attribute, _stored, found))
+    return Found(weights, others)
+
+
+def _unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> str:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "not initialised yet: run the model once first"
+    if not parameter.is_floating_point():
+        return f"not real floating point: {parameter.dtype}".replace("torch.", "")
+    if any(".parametrizations." in f".{alias}" for alias in aliases):
+        return "parametrized: what is stored is not the matrix that acts"
+    if parameter.layout != torch.strided:
+        return f"not a dense tensor: {parameter.layout}".replace("torch.", "")
+    return ""
