@@ -8,12 +8,15 @@ from wellcond._penalties import (
     condition_penalty_gradient,
     proximal_step,
 )
+from wellcond._regularizer import Estimate, Regularizer
 from wellcond._spectrum import condition_number
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Condition",
+    "Estimate",
+    "Regularizer",
     "Tikhonov",
     "condition_number",
     "condition_penalty",

@@ -146,9 +146,9 @@ def find_weights(model: nn.Module) -> Found:
             others[name] = reason
             continue
         views = [_views(owner, slot, parameter) for _, owner, slot, _ in occurrences]
-        # What any owner looks up is an embedding; else the first owner that knows the use decides.
-        found = EMBEDDING if EMBEDDING in views else next((v for v in views if v), views[0])
-        found = next((v for v in views if isinstance(v, dict)), found) if found != EMBEDDING else found
+        # One owner that looks rows up makes it an embedding; else one that knows the use decides.
+        known = (view for view in views if isinstance(view, dict))
+        found = EMBEDDING if EMBEDDING in views else next(known, views[0])
         if isinstance(found, dict):
             weights += [
                 Weight(

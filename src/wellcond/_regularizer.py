@@ -1,0 +1,685 @@
+"""The regulariser of a model: remembers a subspace per weight and applies penalties in three ways.
+
+In the loss, to the gradients after backward, or as a lazy proximal step after the optimizer's. Each
+way looks at all weights first, without changing anything, and only then acts: a weight that is not
+finite stops it before anything is half done.
+
+Letters: S (m, n) a weight, nu = min(m, n), k the width of its block, eta the length of a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from wellcond._leading import Product, Subspace, cold_start, refine, residual, top_pair
+from wellcond._operators import StoredMatrix
+from wellcond._penalties import LowRankChange, Penalty, PenaltyFunction
+from wellcond._weights import Weight, find_weights
+
+logger = logging.getLogger("wellcond")
+
+_HALF = (torch.bfloat16, torch.float16)
+_WARM_UP = 4  # products at construction: two sweeps; below one, kappa may rise by a proximal step
+
+Penalties = Penalty | Mapping[str, Penalty | None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one product with a weight tells of it; numbers are estimates, in float32 or wider.
+
+    Attributes:
+        sigma_max: ||S v|| for a unit vector v: a lower bound of the spectral norm sigma_1.
+        residual: ||S^T u - sigma_max v||; some singular value lies this close to sigma_max.
+        penalty: the penalty at strength 1, from below, for that vector.
+        strength: the strength that was or would be applied at this step.
+        step: how many applications (optimizer steps when attached) the weight has seen.
+        shortened_steps: proximal steps that the width of the block cut short.
+        status: "" when all is well, else what is the matter with the weight.
+    """
+
+    sigma_max: float
+    residual: float
+    penalty: float
+    strength: float
+    step: int
+    shortened_steps: int
+    status: str = ""
+
+
+class _Entry:
+    """A regularised weight and its memory."""
+
+    def __init__(self, weight: Weight, penalty: Penalty, block: int) -> None:
+        self.weight = weight
+        self.penalty = penalty
+        S = self.operator()
+        self.width = min(block, S.nu) if penalty.needs_subspace else 0
+        self.subspace = cold_start(S, self.width, weight.name)
+        device = S.S.device
+        self.strength = torch.zeros((), dtype=S.dtype, device=device)
+        self.shortened = torch.zeros((), dtype=torch.int64, device=device)
+        self.step = 0
+        # Since the last proximal step: optimizer steps, and the sum of their learning rates.
+        self.pending_steps = 0
+        self.pending_lr: float | Tensor = 0.0
+        if penalty.needs_subspace and not S.S.is_meta:
+            for _ in range(_WARM_UP):
+                self.subspace = refine(S, self.subspace)[1]
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def active(self) -> bool:
+        return self.weight.parameter.requires_grad
+
+    def operator(self) -> StoredMatrix:
+        return StoredMatrix(self.weight.view(self.weight.parameter.detach()))
+
+    def follow(self, device: torch.device) -> None:
+        """Moves the memory to where the weight is now."""
+        if self.strength.device != device:
+            left, right, from_right = self.subspace
+            self.subspace = Subspace(left.to(device), right.to(device), from_right)
+            self.strength = self.strength.to(device)
+            self.shortened = self.shortened.to(device)
+
+    def strength_now(self) -> Tensor:
+        """The strength at this step, on the device; filling asks nothing of the host."""
+        return self.strength.fill_(self.penalty.strength_at(self.step))
+
+    def state(self) -> dict[str, Tensor]:
+        """The memory as tensors of fixed shape."""
+        lr = self.pending_lr
+        return {
+            "left": self.subspace.left,
+            "right": self.subspace.right,
+            "from_right": torch.tensor(self.subspace.from_right),
+            "step": torch.tensor(self.step),
+            "shortened_steps": self.shortened,
+            "pending_steps": torch.tensor(self.pending_steps),
+            "pending_lr": torch.as_tensor(lr, dtype=torch.float64).detach().cpu(),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        device, dtype = self.strength.device, self.strength.dtype
+        left, right = (state[side].to(device, dtype, copy=True) for side in ("left", "right"))
+        self.subspace = Subspace(left, right, bool(state["from_right"]))
+        self.shortened = state["shortened_steps"].to(device, copy=True)
+        self.step = int(state["step"])
+        self.pending_steps = int(state["pending_steps"])
+        self.pending_lr = float(state["pending_lr"])
+
+
+class _Look(NamedTuple):
+    """What was seen of a weight, before anything is done to it."""
+
+    entry: _Entry
+    S: StoredMatrix
+    product: Product | None
+    subspace: Subspace
+    finite: Tensor
+
+
+class _Attachment(NamedTuple):
+    optimizer: weakref.ref[Optimizer]
+    handle: RemovableHandle
+    every: int
+    entries: list[_Entry]
+
+
+_Result = TypeVar("_Result")
+
+
+def _quietly(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Outside of autograd, and in full precision under autocast."""
+
+    @functools.wraps(method)
+    def wrapped(self: Regularizer, *args: Any, **kwargs: Any) -> _Result:
+        with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class Regularizer:
+    """Applies penalties to the weights of a model, in the way that suits the training loop.
+
+    1. In the loss: `loss = task_loss + reg()`. It is scaled by whatever the loss is scaled by.
+    2. On the gradients: `reg.add_gradients_()` between backward and `optimizer.step()`.
+    3. As a proximal step: `reg.attach(optimizer, every=10)` once, before the loop.
+
+    Nothing of the model is touched but gradients (2) and weights (3). Per weight a block of `block`
+    leading singular vectors is kept on both sides, (m + n) k numbers, and refined by one product with
+    the weight per step, alternately from the right and from the left.
+
+    Args:
+        model: the model; its weights are found once, now, and tied ones counted once.
+        penalties: one penalty for all weights, or a mapping of patterns (`fnmatch.fnmatchcase` on
+            parameter names and view names) to a penalty, or to None to leave out. The first pattern
+            that matches wins. Embeddings and parameters of unknown modules are taken only when a
+            pattern is exactly their name.
+        block: width k of the leading subspace, at most nu. BLOCK_SOURCE
+
+    Raises:
+        ValueError: no weight is left to regularise, a pattern matches nothing, block < 1, or a
+            pattern asks for something that is no matrix.
+        TypeError: penalties is neither a penalty nor a mapping to penalties.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10))
+        >>> reg = wc.Regularizer(model, {"0.*": wc.Condition(1e-2), "*": None})
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> loss = model(torch.ones(4, 64)).square().mean() + reg()
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> list(reg.measure())
+        ['0.weight']
+    """
+
+    def __init__(self, model: nn.Module, penalties: Penalties, *, block: int = 32) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"`block` must be a whole number of at least 1, got {block!r}.")
+        self.block = block
+        self._attachments: list[_Attachment] = []
+        self._flags: tuple[list[str], Tensor, Any] | None = None
+        chosen, self._skipped = _select(model, penalties)
+        self._device_type = chosen[0][0].parameter.device.type
+        with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+            self._entries = [_Entry(weight, penalty, block) for weight, penalty in chosen]
+
+    # --- the three ways ---------------------------------------------------------------------------
+
+    def __call__(self) -> Tensor:
+        """The sum of strength * penalty over the weights, a scalar to add to the loss.
+
+        A lower estimate of the true sum. Its gradient with respect to every weight is that of
+        `add_gradients_`. Under `torch.no_grad()` nothing is remembered.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity; it is named. On the CPU at once, elsewhere at
+                the next call, where reading costs no waiting.
+        """
+        remember = torch.is_grad_enabled()
+        terms = self._terms(remember)
+        total = torch.zeros((), dtype=terms[0][1].dtype, device=terms[0][1].device)
+        for entry, value, strength, change in terms:
+            parameter = entry.weight.parameter
+            S = entry.weight.view(parameter)
+            with torch.autocast(self._device_type, enabled=False):
+                term = PenaltyFunction.apply(S, value, *change)  # type: ignore[no-untyped-call]
+                total = total + (strength * term.sum()).to(total)
+        return total
+
+    @_quietly
+    def _terms(self, remember: bool) -> list[tuple[_Entry, Tensor, Tensor, LowRankChange]]:
+        terms = []
+        for look in self._look(self._active(), remember):
+            entry, S, product, _, _ = look
+            value = entry.penalty.value(S, product)
+            change = _masked(look, entry.penalty.gradient(S, product), identity=0.0)
+            # A strength of its own: the loss may be differentiated after the next fill.
+            terms.append((entry, value, entry.strength_now().clone(), change))
+            if remember:
+                entry.step += 1
+        return terms
+
+    @_quietly
+    def add_gradients_(self) -> None:
+        """Adds strength * gradient to the .grad of every weight: after backward, before step.
+
+        Once per optimizer step, whatever the accumulation of gradients. With a GradScaler, after
+        `scaler.unscale_(optimizer)`; with gradient clipping, before or after it as you mean it. Not
+        in an optimizer's pre-hook: frameworks that run backward inside `step(closure)` erase it.
+        A weight without .grad gets one.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity; it is named, and no gradient has changed.
+        """
+        for look in self._look(self._active()):
+            entry, S, product, _, _ = look
+            change = _masked(look, entry.penalty.gradient(S, product), identity=0.0)
+            strength = entry.strength_now()
+            G = StoredMatrix(entry.weight.view(_gradient(entry.weight.parameter)))
+            G.add_(strength * change.c, S, strength * change.U, change.V)
+            entry.step += 1
+
+    @_quietly
+    def proximal_step_(self, lr: float | Tensor, steps: int = 1) -> None:
+        """One proximal step of length eta = lr * strength * steps on every weight, by hand.
+
+        One step of steps * eta is as good as many of eta: the step is implicit. `attach` does this
+        by itself after every few optimizer steps.
+
+        Args:
+            lr: the learning rate of the optimizer, a number or a tensor of one.
+            steps: how many optimizer steps it stands for.
+
+        Raises:
+            ValueError: lr is negative, steps < 1, a weight is stored in half precision, or one holds
+                NaN or infinity; nothing has changed.
+        """
+        if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"`lr` must be finite and not negative, got {lr}.")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`steps` must be a whole number of at least 1, got {steps!r}.")
+        entries = self._active()
+        _refuse_half(entries)
+        self._shrink(entries, [lr * steps] * len(entries))
+        for entry in entries:
+            entry.step += steps
+
+    def attach(self, optimizer: Optimizer, every: int = 10) -> RemovableHandle:
+        """Takes a proximal step after every so many steps of the optimizer; returns a handle.
+
+        eta = strength * the sum of the learning rates of the weight's own parameter group since the
+        last proximal step, so warm-up and schedules count as they should. Steps that a GradScaler
+        skips do not count. `handle.remove()` or `detach()` ends it.
+
+        The regulariser is kept alive by the optimizer, not the other way round. A copy or an
+        unpickled optimizer carries no hooks; when the attached one is gone and another one steps
+        the weights, a warning says so once.
+
+        Args:
+            optimizer: a torch optimizer that holds at least one of the weights.
+            every: proximal step after every so many optimizer steps. EVERY_SOURCE
+
+        Raises:
+            ValueError: every < 1, no common weight, a weight that is attached already, or one in
+                half precision, where so small a step would vanish in rounding.
+            TypeError: not a torch optimizer.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+                "If it wraps one, attach to that: accelerate's is `optimizer.optimizer`."
+            )
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"`every` must be a whole number of at least 1, got {every!r}.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        entries = [entry for entry in self._entries if id(entry.weight.parameter) in held]
+        if not entries:
+            raise ValueError(
+                "`optimizer` must hold a regularised weight, but has none of "
+                f"{_listed(self.names)}. Attach the optimizer that was made from this model."
+            )
+        taken = [e.name for a in self._attachments for e in a.entries if e in entries]
+        if taken:
+            raise ValueError(
+                f"`optimizer` must not be attached twice, but {_listed(taken)} is attached already. "
+                "Call detach() first."
+            )
+        _refuse_half(entries)
+        attachment: _Attachment
+
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._after_step(optimizer, attachment)
+
+        handle = optimizer.register_step_post_hook(after_step)
+        names = [entry.name for entry in entries]
+        watch = functools.partial(_watch_for_successor, weakref.ref(self), names)
+        attachment = _Attachment(weakref.ref(optimizer, watch), handle, every, entries)
+        self._attachments.append(attachment)
+        return _Handle(self, attachment)
+
+    def detach(self) -> None:
+        """Ends all attachments; steps taken since the last proximal step stay pending."""
+        for attachment in self._attachments:
+            attachment.handle.remove()
+        self._attachments.clear()
+
+    def _after_step(self, optimizer: Optimizer, attachment: _Attachment) -> None:
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for entry in attachment.entries:
+            lr = rates.get(id(entry.weight.parameter), 0.0)
+            # A tensor is added on its device: reading it here would wait for the device.
+            entry.pending_lr = entry.pending_lr + (lr.detach() if isinstance(lr, Tensor) else lr)
+            entry.pending_steps += 1
+            entry.step += 1
+        due = [e for e in attachment.entries if e.pending_steps >= attachment.every and e.active]
+        if due:
+            self._step_pending(due)
+
+    @_quietly
+    def _step_pending(self, entries: list[_Entry]) -> None:
+        self._shrink(entries, [entry.pending_lr for entry in entries])
+        for entry in entries:
+            entry.pending_lr, entry.pending_steps = 0.0, 0
+
+    def _shrink(self, entries: list[_Entry], rates: Iterable[float | Tensor]) -> None:
+        for look, rate in zip(self._look(entries), rates, strict=True):
+            entry, S, product, _, _ = look
+            eta = entry.strength_now() * rate
+            change, shortened = entry.penalty.proximal_step(S, product, eta)
+            S.update_(*_masked(look, change, identity=1.0))
+            entry.shortened += shortened.sum()
+
+    # --- looking at the weights -------------------------------------------------------------------
+
+    def _active(self) -> list[_Entry]:
+        return [entry for entry in self._entries if entry.active]
+
+    def _look(self, entries: list[_Entry], remember: bool = True) -> list[_Look]:
+        """One product with every weight; raises before anything is remembered or changed."""
+        self._raise_earlier()
+        looks = []
+        for entry in entries:
+            S = entry.operator()
+            entry.follow(S.S.device)
+            if entry.penalty.needs_subspace:
+                product, subspace = refine(S, entry.subspace)
+                looks.append(_Look(entry, S, product, subspace, product.finite))
+            else:
+                largest = torch.linalg.vector_norm(S.S, math.inf, dim=(-2, -1))
+                looks.append(_Look(entry, S, None, entry.subspace, torch.isfinite(largest)))
+        self._check(looks)
+        if remember:
+            for look in looks:
+                look.entry.subspace = look.subspace
+        return looks
+
+    def _check(self, looks: list[_Look]) -> None:
+        """Raises for weights that are not finite: now on the CPU, elsewhere at the next call."""
+        if not looks:
+            return
+        names = [look.entry.name for look in looks]
+        device = looks[0].finite.device
+        flags = torch.stack([look.finite.all().to(device) for look in looks])
+        if device.type == "cpu":
+            _raise_not_finite(names, flags)
+            return
+        copied = flags.to("cpu", non_blocking=True)
+        event = torch.Event(device)
+        event.record()
+        self._flags = names, copied, event
+
+    def _raise_earlier(self) -> None:
+        if self._flags is not None and self._flags[2].query():
+            names, flags, _ = self._flags
+            self._flags = None
+            _raise_not_finite(names, flags)
+
+    @_quietly
+    def measure(self) -> dict[str, Estimate]:
+        """An estimate for every weight: two products each, no SVD, nothing remembered.
+
+        Returns:
+            Per weight name an `Estimate`; a stack has one entry a matrix, `name:0`, `name:1`, ...
+            A weight that is zero or not finite is reported by its status.
+
+        Example:
+            >>> import torch, wellcond as wc
+            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8, bias=False), wc.Condition(0.1))
+            >>> reg.measure()["weight"].shortened_steps
+            0
+        """
+        estimates: dict[str, Estimate] = {}
+        for entry in self._entries:
+            S = entry.operator()
+            entry.follow(S.S.device)
+            # Tikhonov keeps no subspace; for a report a fresh one is good enough.
+            subspace = entry.subspace
+            if not entry.penalty.needs_subspace:
+                subspace = cold_start(S, min(self.block, S.nu), entry.name)
+                for _ in range(_WARM_UP):
+                    subspace = refine(S, subspace)[1]
+            product, _ = refine(S, subspace)
+            numbers = torch.stack(
+                [
+                    top_pair(product).sigma[..., 0],
+                    residual(S, product),
+                    entry.penalty.value(S, product),
+                    product.finite.to(S.dtype),
+                ],
+                dim=-1,
+            )
+            rows = numbers.reshape(-1, 4).tolist()
+            shortened, strength = int(entry.shortened), entry.penalty.strength_at(entry.step)
+            for index, (sigma, error, value, finite) in enumerate(rows):
+                status = "" if sigma > 0 else "zero: every singular value is 0"
+                if not finite:
+                    sigma = error = value = math.nan
+                    status = "not finite: it holds NaN or infinity"
+                name = entry.name if numbers.ndim == 1 else f"{entry.name}:{index}"
+                estimates[name] = Estimate(
+                    sigma, error, value, strength, entry.step, shortened, status
+                )
+        return estimates
+
+    # --- what is regularised ----------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the regularised weights, the keys of `measure` and of the state."""
+        return [entry.name for entry in self._entries]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Every other parameter, and why it is left out."""
+        return dict(self._skipped)
+
+    def __repr__(self) -> str:
+        lines = [f"Regularizer of {len(self._entries)} weights, block={self.block}"]
+        width = max(len(name) for name in (*self.names, *self._skipped))
+        for entry in self._entries:
+            shape = "x".join(map(str, entry.operator().shape))
+            frozen = "" if entry.active else "  frozen since: not regularised"
+            lines.append(f"  {entry.name:{width}}  {shape:>10}  {entry.penalty!r}{frozen}")
+            if shortened := int(entry.shortened):
+                lines.append(
+                    f"  {'':{width}}  {shortened} proximal steps were shortened: {entry.width} "
+                    f"singular triplets do not reach further; raise block={self.block}"
+                )
+        if self._skipped:
+            lines.append(f"  left out ({len(self._skipped)}):")
+            lines += [f"  {name:{width}}  {reason}" for name, reason in self._skipped.items()]
+        for attachment in self._attachments:
+            optimizer = attachment.optimizer()
+            owner = "an optimizer that is gone" if optimizer is None else type(optimizer).__name__
+            lines.append(f"  attached to {owner}, every={attachment.every}")
+        return "\n".join(lines)
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The memory per weight name, as tensors of fixed shape; copies, safe to keep."""
+        return {e.name: {k: v.clone() for k, v in e.state().items()} for e in self._entries}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restores `state_dict()`: training goes on bit for bit as it would have.
+
+        Raises:
+            ValueError: other weights, other shapes or another width of the block; nothing changed.
+        """
+        missing, extra = set(self.names) - set(state), set(state) - set(self.names)
+        if missing or extra:
+            raise ValueError(
+                "`state` must hold the weights of this regulariser, but "
+                f"lacks {_listed(missing)} and has {_listed(extra)} besides. "
+                "Make the Regularizer with the patterns with which the state was saved."
+            )
+        for entry in self._entries:
+            for key, own in entry.state().items():
+                saved = state[entry.name].get(key)
+                if saved is None or saved.shape != own.shape:
+                    found = "none" if saved is None else tuple(saved.shape)
+                    raise ValueError(
+                        f'`state["{entry.name}"]["{key}"]` must have shape {tuple(own.shape)}, got '
+                        f"{found}. Make the Regularizer with the model and the block with which "
+                        "the state was saved."
+                    )
+        for entry in self._entries:
+            entry.restore(state[entry.name])
+
+
+class _Handle(RemovableHandle):
+    """Ends one attachment."""
+
+    def __init__(self, regularizer: Regularizer, attachment: _Attachment) -> None:
+        super().__init__({})
+        self._end = regularizer._attachments, attachment
+
+    def remove(self) -> None:
+        attachments, attachment = self._end
+        attachment.handle.remove()
+        attachments[:] = [other for other in attachments if other is not attachment]
+
+
+def _watch_for_successor(
+    regularizer: weakref.ref[Regularizer], names: list[str], _: weakref.ref[Optimizer]
+) -> None:
+    """The attached optimizer is gone. That is the usual end of training, and no matter, unless
+    another optimizer now steps the weights: then warn, once."""
+    alive = regularizer()
+    if alive is None:
+        return
+    lost = {id(entry.weight.parameter) for entry in alive._entries if entry.name in names}
+    handle: RemovableHandle
+
+    def after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = regularizer()
+        if alive is None:
+            handle.remove()
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        attached = any(a.optimizer() is optimizer for a in alive._attachments)
+        if not held & lost:
+            return
+        handle.remove()
+        if not attached:
+            logger.warning(
+                "The optimizer to which the regulariser was attached is gone, and %s steps %s without "
+                "it: copying and unpickling an optimizer drop its hooks. Call detach(), then "
+                "attach() with the new one.",
+                type(optimizer).__name__,
+                _listed(names),
+            )
+
+    handle = register_optimizer_step_post_hook(after_any_step)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient in the memory layout of its parameter, so that one view serves both."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    if parameter.grad.layout != torch.strided:
+        raise ValueError(f"a gradient must be dense, got {parameter.grad.layout}.")
+    if parameter.grad.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+    return parameter.grad
+
+
+def _masked(look: _Look, change: LowRankChange, identity: float) -> LowRankChange:
+    """The change, or none where the weight is not finite; without asking the host."""
+    finite = look.finite
+    c = torch.where(finite, change.c, identity)
+    U, V = (torch.where(finite[..., None, None], x, 0.0) for x in (change.U, change.V))
+    return LowRankChange(c, U, V)
+
+
+def _raise_not_finite(names: list[str], finite: Tensor) -> None:
+    bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    if bad:
+        raise ValueError(
+            f"{_listed(bad)} holds NaN or infinity and was left as it is. "
+            "Restore the last good checkpoint, or lower the learning rate."
+        )
+
+
+def _refuse_half(entries: list[_Entry]) -> None:
+    half = [entry.name for entry in entries if entry.weight.parameter.dtype in _HALF]
+    if half:
+        raise ValueError(
+            f"A proximal step needs float32 weights, but {_listed(half)} is stored in half "
+            "precision, where a step of 1e-3 is rounded away. Keep the weights in float32 and "
+            "compute under autocast, or use add_gradients_() instead."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    shown = ", ".join(f'"{name}"' for name in names[:5])
+    return (shown + f" and {len(names) - 5} more" if len(names) > 5 else shown) or "none"
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+def _select(
+    model: nn.Module, penalties: Penalties
+) -> tuple[list[tuple[Weight, Penalty]], dict[str, str]]:
+    """The weights to regularise, each with its penalty, and every other parameter with a reason."""
+    patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
+    for pattern, penalty in patterns.items():
+        if not isinstance(penalty, Penalty | None) or not isinstance(pattern, str):
+            raise TypeError(
+                "`penalties` must be a penalty or map patterns to penalties or None, got "
+                f"{penalty!r} for {pattern!r}. A penalty is, for instance, wellcond.Condition(1e-2)."
+            )
+    found = find_weights(model)
+    matched: set[str] = set()
+
+    def penalty_of(weight: Weight) -> tuple[str | None, Penalty | None]:
+        for pattern, penalty in patterns.items():
+            if any(fnmatchcase(alias, pattern) for alias in weight.aliases + (weight.name,)):
+                matched.add(pattern)
+                if penalty is None or not weight.reason or pattern in weight.aliases:
+                    return pattern, penalty
+        return None, None
+
+    chosen: list[tuple[Weight, Penalty]] = []
+    skipped: dict[str, str] = {}
+    for weight in found.weights:
+        slices = weight.slices()
+        picks = [penalty_of(one) for one in slices]
+        # A stack under one penalty stays whole, and is worked on in one batch.
+        whole = len(set(picks)) == 1
+        for one, (pattern, penalty) in zip(*(([weight], picks[:1]) if whole else (slices, picks))):
+            if penalty is not None and weight.parameter.requires_grad:
+                chosen.append((one, penalty))
+            elif penalty is not None:
+                skipped[one.name] = "frozen: requires_grad is False"
+            elif pattern is not None:
+                skipped[one.name] = f'left out by the pattern "{pattern}"'
+            else:
+                skipped[one.name] = weight.reason or "matched by no pattern"
+    for name, reason in found.others.items():
+        skipped[name] = reason
+        for pattern, penalty in patterns.items():
+            if fnmatchcase(name, pattern):
+                matched.add(pattern)
+                if penalty is not None and pattern == name:
+                    raise ValueError(
+                        f'`penalties` must name matrices, but "{name}" is none: {reason}. '
+                        f'Leave it out: {{"{name}": None, ...}}.'
+                    )
+    if unmatched := [pattern for pattern in patterns if pattern not in matched]:
+        names = [weight.name for weight in found.weights]
+        raise ValueError(
+            f"`penalties`: the pattern {_listed(unmatched)} matches no parameter or comes after "
+            f"others that match the same. The weights are {_listed(names)}."
+        )
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise ValueError(
+            "`penalties` must leave at least one weight to regularise, but all are left out "
+            f"({reasons or 'the model has no parameters'})."
+        )
+    return chosen, skipped
