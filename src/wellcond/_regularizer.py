@@ -10,30 +10,24 @@ Letters: S (m, n) a weight, nu = min(m, n), k the width of its block, eta the le
 from __future__ import annotations
 
 import functools
-import logging
 import math
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
+from torch.optim.optimizer import Optimizer
 
+from wellcond._attachment import Attachment
 from wellcond._leading import Product, Subspace, cold_start, refine, residual, top_pair
 from wellcond._operators import StoredMatrix
 from wellcond._penalties import LowRankChange, Penalty, PenaltyFunction
-from wellcond._weights import Weight, find_weights
-
-logger = logging.getLogger("wellcond")
+from wellcond._selection import Penalties, listed, select
+from wellcond._weights import Weight
 
 _HALF = (torch.bfloat16, torch.float16)
 _WARM_UP = 4  # products at construction: two sweeps; below one, kappa may rise by a proximal step
-
-Penalties = Penalty | Mapping[str, Penalty | None]
 
 
 @dataclass(frozen=True)
@@ -135,13 +129,6 @@ class _Look(NamedTuple):
     finite: Tensor
 
 
-class _Attachment(NamedTuple):
-    optimizer: weakref.ref[Optimizer]
-    handle: RemovableHandle
-    every: int
-    entries: list[_Entry]
-
-
 _Result = TypeVar("_Result")
 
 
@@ -198,9 +185,9 @@ class Regularizer:
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"`block` must be a whole number of at least 1, got {block!r}.")
         self.block = block
-        self._attachments: list[_Attachment] = []
+        self._attachments: list[Attachment] = []
         self._flags: tuple[list[str], Tensor, Any] | None = None
-        chosen, self._skipped = _select(model, penalties)
+        chosen, self._skipped = select(model, penalties)
         self._device_type = chosen[0][0].parameter.device.type
         with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
             self._entries = [_Entry(weight, penalty, block) for weight, penalty in chosen]
@@ -286,7 +273,7 @@ class Regularizer:
         for entry in entries:
             entry.step += steps
 
-    def attach(self, optimizer: Optimizer, every: int = 10) -> RemovableHandle:
+    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment:
         """Takes a proximal step after every so many steps of the optimizer; returns a handle.
 
         eta = strength * the sum of the learning rates of the weight's own parameter group since the
@@ -318,47 +305,32 @@ class Regularizer:
         if not entries:
             raise ValueError(
                 "`optimizer` must hold a regularised weight, but has none of "
-                f"{_listed(self.names)}. Attach the optimizer that was made from this model."
+                f"{listed(self.names)}. Attach the optimizer that was made from this model."
             )
-        taken = [e.name for a in self._attachments for e in a.entries if e in entries]
+        taken = [e.name for a in self.attachments for e in a.entries if e in entries]
         if taken:
             raise ValueError(
-                f"`optimizer` must not be attached twice, but {_listed(taken)} is attached already. "
+                f"`optimizer` must not be attached twice, but {listed(taken)} is attached already. "
                 "Call detach() first."
             )
         _refuse_half(entries)
-        attachment: _Attachment
-
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._after_step(optimizer, attachment)
-
-        handle = optimizer.register_step_post_hook(after_step)
-        names = [entry.name for entry in entries]
-        watch = functools.partial(_watch_for_successor, weakref.ref(self), names)
-        attachment = _Attachment(weakref.ref(optimizer, watch), handle, every, entries)
-        self._attachments.append(attachment)
-        return _Handle(self, attachment)
+        attachment = Attachment(optimizer, entries, every, self._step_pending)
+        self._attachments = [*self.attachments, attachment]
+        return attachment
 
     def detach(self) -> None:
-        """Ends all attachments; steps taken since the last proximal step stay pending."""
+        """Ends all attachments; optimizer steps since the last proximal step stay pending."""
         for attachment in self._attachments:
-            attachment.handle.remove()
-        self._attachments.clear()
+            attachment.remove()
 
-    def _after_step(self, optimizer: Optimizer, attachment: _Attachment) -> None:
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for entry in attachment.entries:
-            lr = rates.get(id(entry.weight.parameter), 0.0)
-            # A tensor is added on its device: reading it here would wait for the device.
-            entry.pending_lr = entry.pending_lr + (lr.detach() if isinstance(lr, Tensor) else lr)
-            entry.pending_steps += 1
-            entry.step += 1
-        due = [e for e in attachment.entries if e.pending_steps >= attachment.every and e.active]
-        if due:
-            self._step_pending(due)
+    @property
+    def attachments(self) -> list[Attachment]:
+        """The attachments that have not been removed."""
+        return [attachment for attachment in self._attachments if not attachment.removed]
 
     @_quietly
     def _step_pending(self, entries: list[_Entry]) -> None:
+        entries = [entry for entry in entries if entry.active]
         self._shrink(entries, [entry.pending_lr for entry in entries])
         for entry in entries:
             entry.pending_lr, entry.pending_steps = 0.0, 0
@@ -490,10 +462,7 @@ class Regularizer:
         if self._skipped:
             lines.append(f"  left out ({len(self._skipped)}):")
             lines += [f"  {name:{width}}  {reason}" for name, reason in self._skipped.items()]
-        for attachment in self._attachments:
-            optimizer = attachment.optimizer()
-            owner = "an optimizer that is gone" if optimizer is None else type(optimizer).__name__
-            lines.append(f"  attached to {owner}, every={attachment.every}")
+        lines += [f"  {attachment!r}" for attachment in self.attachments]
         return "\n".join(lines)
 
     # --- state ------------------------------------------------------------------------------------
@@ -512,7 +481,7 @@ class Regularizer:
         if missing or extra:
             raise ValueError(
                 "`state` must hold the weights of this regulariser, but "
-                f"lacks {_listed(missing)} and has {_listed(extra)} besides. "
+                f"lacks {listed(missing)} and has {listed(extra)} besides. "
                 "Make the Regularizer with the patterns with which the state was saved."
             )
         for entry in self._entries:
@@ -527,52 +496,6 @@ class Regularizer:
                     )
         for entry in self._entries:
             entry.restore(state[entry.name])
-
-
-class _Handle(RemovableHandle):
-    """Ends one attachment."""
-
-    def __init__(self, regularizer: Regularizer, attachment: _Attachment) -> None:
-        super().__init__({})
-        self._end = regularizer._attachments, attachment
-
-    def remove(self) -> None:
-        attachments, attachment = self._end
-        attachment.handle.remove()
-        attachments[:] = [other for other in attachments if other is not attachment]
-
-
-def _watch_for_successor(
-    regularizer: weakref.ref[Regularizer], names: list[str], _: weakref.ref[Optimizer]
-) -> None:
-    """The attached optimizer is gone. That is the usual end of training, and no matter, unless
-    another optimizer now steps the weights: then warn, once."""
-    alive = regularizer()
-    if alive is None:
-        return
-    lost = {id(entry.weight.parameter) for entry in alive._entries if entry.name in names}
-    handle: RemovableHandle
-
-    def after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        alive = regularizer()
-        if alive is None:
-            handle.remove()
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        attached = any(a.optimizer() is optimizer for a in alive._attachments)
-        if not held & lost:
-            return
-        handle.remove()
-        if not attached:
-            logger.warning(
-                "The optimizer to which the regulariser was attached is gone, and %s steps %s without "
-                "it: copying and unpickling an optimizer drop its hooks. Call detach(), then "
-                "attach() with the new one.",
-                type(optimizer).__name__,
-                _listed(names),
-            )
-
-    handle = register_optimizer_step_post_hook(after_any_step)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -598,7 +521,7 @@ def _raise_not_finite(names: list[str], finite: Tensor) -> None:
     bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
     if bad:
         raise ValueError(
-            f"{_listed(bad)} holds NaN or infinity and was left as it is. "
+            f"{listed(bad)} holds NaN or infinity and was left as it is. "
             "Restore the last good checkpoint, or lower the learning rate."
         )
 
@@ -607,79 +530,7 @@ def _refuse_half(entries: list[_Entry]) -> None:
     half = [entry.name for entry in entries if entry.weight.parameter.dtype in _HALF]
     if half:
         raise ValueError(
-            f"A proximal step needs float32 weights, but {_listed(half)} is stored in half "
+            f"A proximal step needs float32 weights, but {listed(half)} is stored in half "
             "precision, where a step of 1e-3 is rounded away. Keep the weights in float32 and "
             "compute under autocast, or use add_gradients_() instead."
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    shown = ", ".join(f'"{name}"' for name in names[:5])
-    return (shown + f" and {len(names) - 5} more" if len(names) > 5 else shown) or "none"
-
-
-# --- selection ------------------------------------------------------------------------------------
-
-
-def _select(
-    model: nn.Module, penalties: Penalties
-) -> tuple[list[tuple[Weight, Penalty]], dict[str, str]]:
-    """The weights to regularise, each with its penalty, and every other parameter with a reason."""
-    patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
-    for pattern, penalty in patterns.items():
-        if not isinstance(penalty, Penalty | None) or not isinstance(pattern, str):
-            raise TypeError(
-                "`penalties` must be a penalty or map patterns to penalties or None, got "
-                f"{penalty!r} for {pattern!r}. A penalty is, for instance, wellcond.Condition(1e-2)."
-            )
-    found = find_weights(model)
-    matched: set[str] = set()
-
-    def penalty_of(weight: Weight) -> tuple[str | None, Penalty | None]:
-        for pattern, penalty in patterns.items():
-            if any(fnmatchcase(alias, pattern) for alias in weight.aliases + (weight.name,)):
-                matched.add(pattern)
-                if penalty is None or not weight.reason or pattern in weight.aliases:
-                    return pattern, penalty
-        return None, None
-
-    chosen: list[tuple[Weight, Penalty]] = []
-    skipped: dict[str, str] = {}
-    for weight in found.weights:
-        slices = weight.slices()
-        picks = [penalty_of(one) for one in slices]
-        # A stack under one penalty stays whole, and is worked on in one batch.
-        whole = len(set(picks)) == 1
-        for one, (pattern, penalty) in zip(*(([weight], picks[:1]) if whole else (slices, picks))):
-            if penalty is not None and weight.parameter.requires_grad:
-                chosen.append((one, penalty))
-            elif penalty is not None:
-                skipped[one.name] = "frozen: requires_grad is False"
-            elif pattern is not None:
-                skipped[one.name] = f'left out by the pattern "{pattern}"'
-            else:
-                skipped[one.name] = weight.reason or "matched by no pattern"
-    for name, reason in found.others.items():
-        skipped[name] = reason
-        for pattern, penalty in patterns.items():
-            if fnmatchcase(name, pattern):
-                matched.add(pattern)
-                if penalty is not None and pattern == name:
-                    raise ValueError(
-                        f'`penalties` must name matrices, but "{name}" is none: {reason}. '
-                        f'Leave it out: {{"{name}": None, ...}}.'
-                    )
-    if unmatched := [pattern for pattern in patterns if pattern not in matched]:
-        names = [weight.name for weight in found.weights]
-        raise ValueError(
-            f"`penalties`: the pattern {_listed(unmatched)} matches no parameter or comes after "
-            f"others that match the same. The weights are {_listed(names)}."
-        )
-    if not chosen:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise ValueError(
-            "`penalties` must leave at least one weight to regularise, but all are left out "
-            f"({reasons or 'the model has no parameters'})."
-        )
-    return chosen, skipped
