@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -23,13 +23,18 @@ logger = logging.getLogger("wellcond")
 class Pending(Protocol):
     """A weight with what has gathered since its last proximal step."""
 
-    weight: Weight
+    @property
+    def weight(self) -> Weight: ...
+
     step: int
     pending_steps: int
     pending_lr: float | Tensor
 
 
-class Attachment:
+Entry = TypeVar("Entry", bound=Pending)
+
+
+class Attachment(Generic[Entry]):
     """A regulariser attached to an optimizer; `remove()` ends it.
 
     The optimizer holds the regulariser, not the other way round.
@@ -38,11 +43,11 @@ class Attachment:
     def __init__(
         self,
         optimizer: Optimizer,
-        entries: list[Any],
+        entries: list[Entry],
         every: int,
-        apply: Callable[[list[Any]], None],
+        apply: Callable[[list[Entry]], None],
     ) -> None:
-        self.entries: list[Any] = entries
+        self.entries = entries
         self.every = every
         self.removed = False
         self._optimizer = weakref.ref(optimizer, self._watch_for_successor)

@@ -1,13 +1,14 @@
 """The leading singular subspace of a weight, kept warm from step to step.
 
-Training moves a weight little between two steps, so the leading subspace of the last step is nearly
-that of this one, and a single skinny product refines it. The sides alternate: a step from the right
-forms Y = S V and keeps U = orth(Y); the next, from the left, forms Z = S^T U and keeps V = orth(Z).
-Two steps are one sweep of block power iteration. A block is needed because the regulariser pulls the
-leading singular values together, where a single vector cannot follow them.
+Training moves a weight little between two steps, so the leading subspace of the last step is
+nearly that of this one, and a single skinny product refines it. The sides alternate: a step from
+the right forms Y = S V and keeps U = orth(Y); the next, from the left, forms Z = S^T U and keeps
+V = orth(Z). Two steps are one sweep of block power iteration. A block is needed because the
+regulariser pulls the leading singular values together, where a single vector cannot follow them.
 
 Letters: S (..., m, n) the weight; U (..., m, k), V (..., n, k) orthonormal columns; k the width of
-the block; sigma (..., k) Ritz values, descending, each a lower bound of the singular value of its rank.
+the block; sigma (..., k) Ritz values, descending, each a lower bound of the singular value of its
+rank.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def cold_start(operator: StoredMatrix, width: int, seed: str) -> Subspace:
 
     def orthonormal(rows: int) -> Tensor:
         normal = torch.randn(*stack, rows, width, generator=generator, dtype=operator.dtype)
-        return torch.linalg.qr(normal).Q.contiguous().to(operator.S.device)
+        Q: Tensor = torch.linalg.qr(normal).Q
+        return Q.contiguous().to(operator.S.device)
 
     return Subspace(orthonormal(m), orthonormal(n), from_right=True)
 
@@ -77,8 +79,8 @@ def refine(operator: StoredMatrix, subspace: Subspace) -> tuple[Product, Subspac
     finite = torch.isfinite(scale)
     usable = finite & (scale > 0)
     # Scaled, so that squares neither overflow nor vanish: weights may be 1e30 or 1e-30.
-    scaled = torch.where(usable, image / torch.where(usable, scale, 1.0), 0.0)
-    gram = scaled.mT @ scaled
+    scaled = image / torch.where(usable, scale, 1.0)
+    gram = torch.where(usable, scaled.mT @ scaled, 0.0)
     basis = torch.where(usable, torch.linalg.qr(scaled).Q, U if from_right else V)
     product = Product(
         image if from_right else U,
@@ -115,7 +117,8 @@ def top_eigenvector(gram: Tensor, squarings: int = 14) -> Tensor:
     leaves of an eigenvalue 1 part in 1000 smaller less than 1e-7.
     """
     if gram.device.type == "cpu":
-        return torch.linalg.eigh(gram).eigenvectors[..., -1]
+        eigenvectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+        return eigenvectors[..., -1]
     return power_eigenvector(gram, squarings)
 
 
@@ -133,11 +136,12 @@ def power_eigenvector(gram: Tensor, squarings: int) -> Tensor:
 
 
 def residual(operator: StoredMatrix, product: Product) -> Tensor:
-    """||S^T u - sigma v|| of the top triplet: some singular value lies within it of sigma (Weyl)."""
+    """||S^T u - sigma v|| of the top triplet: a singular value lies within it of sigma (Weyl)."""
     left, right, sigma = top_pair(product)
     inverse = 1 / torch.where(sigma > 0, sigma, 1.0)[..., None, :]
     if product.from_right:
         error = operator.rmatmat(left * inverse) - sigma[..., None, :] * right
     else:
         error = operator.matmat(right * inverse) - sigma[..., None, :] * left
-    return torch.linalg.vector_norm(error, dim=(-2, -1))
+    distance: Tensor = torch.linalg.vector_norm(error, dim=(-2, -1))
+    return distance

@@ -1,9 +1,9 @@
 """A weight as a linear map S, and the few things that are ever done with it.
 
 Letters: S (..., m, n) the weight, m rows (outputs), n columns (inputs); leading dimensions are a
-stack of matrices (experts, heads). U (..., m, k) and V (..., n, k) are skinny. Arithmetic is float32
-or wider whatever the storage: half-precision weights are widened a band of rows at a time, so that
-nothing of the size of the weight is ever made.
+stack of matrices (experts, heads). U (..., m, k) and V (..., n, k) are skinny. Arithmetic is
+float32 or wider whatever the storage: half-precision weights are widened a band of rows at a time,
+so that nothing of the size of the weight is ever made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class StoredMatrix:
-    """A matrix, or a stack of them, that lies in memory: `S` is a view of a parameter or a gradient."""
+    """A matrix, or a stack of them, that lies in memory: a view of a parameter or a gradient."""
 
     def __init__(self, S: Tensor) -> None:
         self.S = S
@@ -58,7 +58,8 @@ class StoredMatrix:
 
     def squared_frobenius_norm(self) -> Tensor:
         """||S||_F^2, one number a matrix."""
-        return torch.linalg.vector_norm(self.S, dim=(-2, -1), dtype=self.dtype).square()
+        norm: Tensor = torch.linalg.vector_norm(self.S, dim=(-2, -1), dtype=self.dtype)
+        return norm.square()
 
     def dense(self) -> Tensor:
         """S itself, in the working dtype."""
@@ -75,14 +76,19 @@ class StoredMatrix:
             rows.copy_(rows.to(self.dtype) * _over_matrices(c) + U.narrow(-2, *band) @ V.mT)
 
     def add_(self, c: Tensor, S: StoredMatrix, U: Tensor, V: Tensor) -> None:
-        """G <- G + c S + U V^T in place, G being this matrix: how a gradient takes up a penalty's."""
-        if self.S.dtype == S.S.dtype == self.dtype:
+        """G <- G + c S + U V^T in place, G being this matrix, a gradient.
+
+        Where c = 0 nothing of S is taken, even what is not finite. On the CPU that never occurs: a
+        weight that is not finite has been refused before.
+        """
+        if self.S.dtype == S.S.dtype == self.dtype and self.S.is_cpu:
             self.S.addcmul_(S.S, _over_matrices(c))
             _add_product_(self.S, U, V)
             return
         for band in self._bands():
             rows = self.S.narrow(-2, *band)
             added = S.S.narrow(-2, *band).to(S.dtype) * _over_matrices(c)
+            added = torch.where(_over_matrices(c) == 0, 0.0, added)
             rows.copy_(rows.to(S.dtype) + added + U.narrow(-2, *band) @ V.mT)
 
 
@@ -93,7 +99,9 @@ def _over_matrices(c: Tensor) -> Tensor:
 def _add_product_(S: Tensor, U: Tensor, V: Tensor) -> None:
     if U.shape[-1] == 0:
         return
-    if S.ndim == 2:
+    if S.ndim == 2 and U.shape[-1] == 1:
+        S.addr_(U[:, 0], V[:, 0])  # three times as fast as addmm_ on the CPU
+    elif S.ndim == 2:
         S.addmm_(U, V.mT)
     else:
         S.baddbmm_(U, V.mT)

@@ -36,7 +36,7 @@ class LowRankChange(NamedTuple):
 
 
 class PenaltyFunction(torch.autograd.Function):
-    """A value that is known, with a gradient c S + U V^T that is known; the factors are constants.
+    """A value that is known, with a gradient c S + U V^T that is known; the factors are fixed.
 
     With v_1 held fixed, 1/2 ||S v_1||^2 - ||S||_F^2/(2 nu) is the penalty to differentiate: no
     derivative passes through the singular vectors, which have none where singular values tie.
@@ -48,7 +48,7 @@ class PenaltyFunction(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
         S, c, U, V = ctx.saved_tensors
         gradient = torch.zeros_like(S)
@@ -57,9 +57,15 @@ class PenaltyFunction(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def with_gradient(S: Tensor, value: Tensor, gradient: LowRankChange) -> Tensor:
+    """The value, differentiable once with respect to S by the gradient given."""
+    result: Tensor = PenaltyFunction.apply(S, value, *gradient)  # type: ignore[no-untyped-call]
+    return result
+
+
 @dataclass(frozen=True)
 class Penalty(abc.ABC):
-    """What a `Regularizer` asks of a penalty. The strength multiplies the value and the gradient."""
+    """What a `Regularizer` asks of a penalty; the strength multiplies value and gradient."""
 
     strength: Strength
     needs_subspace: ClassVar[bool] = True
@@ -258,10 +264,7 @@ def condition_penalty(S: Tensor) -> Tensor:
     value = _penalty_from(exact.ritz.sigma).to(S.dtype)
     left, right, sigma = exact.ritz
     c = torch.full_like(sigma[..., 0], -1 / exact.nu)
-    wide: Tensor = PenaltyFunction.apply(
-        S, value, c, left[..., :1].contiguous(), right[..., :1].contiguous()
-    )
-    return wide
+    return with_gradient(S, value, LowRankChange(c, left[..., :1], right[..., :1]))
 
 
 def condition_penalty_gradient(S: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer
 from wellcond._attachment import Attachment
 from wellcond._leading import Product, Subspace, cold_start, refine, residual, top_pair
 from wellcond._operators import StoredMatrix
-from wellcond._penalties import LowRankChange, Penalty, PenaltyFunction
+from wellcond._penalties import LowRankChange, Penalty, with_gradient
 from wellcond._selection import Penalties, listed, select
 from wellcond._weights import Weight
 
@@ -151,8 +151,9 @@ class Regularizer:
     3. As a proximal step: `reg.attach(optimizer, every=10)` once, before the loop.
 
     Nothing of the model is touched but gradients (2) and weights (3). Per weight a block of `block`
-    leading singular vectors is kept on both sides, (m + n) k numbers, and refined by one product with
-    the weight per step, alternately from the right and from the left.
+    leading singular vectors is kept on both sides, (m + n) k numbers, and refined by one product
+    with the weight per application, alternately from the right and from the left; a proximal step,
+    which is taken less often, by two.
 
     Args:
         model: the model; its weights are found once, now, and tied ones counted once.
@@ -185,7 +186,7 @@ class Regularizer:
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"`block` must be a whole number of at least 1, got {block!r}.")
         self.block = block
-        self._attachments: list[Attachment] = []
+        self._attachments: list[Attachment[_Entry]] = []
         self._flags: tuple[list[str], Tensor, Any] | None = None
         chosen, self._skipped = select(model, penalties)
         self._device_type = chosen[0][0].parameter.device.type
@@ -201,8 +202,8 @@ class Regularizer:
         `add_gradients_`. Under `torch.no_grad()` nothing is remembered.
 
         Raises:
-            ValueError: a weight holds NaN or infinity; it is named. On the CPU at once, elsewhere at
-                the next call, where reading costs no waiting.
+            ValueError: a weight holds NaN or infinity; it is named. On the CPU at once, elsewhere
+                at the next call, where reading costs no waiting.
         """
         remember = torch.is_grad_enabled()
         terms = self._terms(remember)
@@ -211,8 +212,8 @@ class Regularizer:
             parameter = entry.weight.parameter
             S = entry.weight.view(parameter)
             with torch.autocast(self._device_type, enabled=False):
-                term = PenaltyFunction.apply(S, value, *change)  # type: ignore[no-untyped-call]
-                total = total + (strength * term.sum()).to(total)
+                term = strength * with_gradient(S, value, change).sum()
+                total = total + term.to(total)
         return total
 
     @_quietly
@@ -260,8 +261,8 @@ class Regularizer:
             steps: how many optimizer steps it stands for.
 
         Raises:
-            ValueError: lr is negative, steps < 1, a weight is stored in half precision, or one holds
-                NaN or infinity; nothing has changed.
+            ValueError: lr is negative, steps < 1, a weight is stored in half precision, or one
+                holds NaN or infinity; nothing has changed.
         """
         if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"`lr` must be finite and not negative, got {lr}.")
@@ -273,7 +274,7 @@ class Regularizer:
         for entry in entries:
             entry.step += steps
 
-    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment:
+    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment[_Entry]:
         """Takes a proximal step after every so many steps of the optimizer; returns a handle.
 
         eta = strength * the sum of the learning rates of the weight's own parameter group since the
@@ -324,7 +325,7 @@ class Regularizer:
             attachment.remove()
 
     @property
-    def attachments(self) -> list[Attachment]:
+    def attachments(self) -> list[Attachment[_Entry]]:
         """The attachments that have not been removed."""
         return [attachment for attachment in self._attachments if not attachment.removed]
 
@@ -336,7 +337,8 @@ class Regularizer:
             entry.pending_lr, entry.pending_steps = 0.0, 0
 
     def _shrink(self, entries: list[_Entry], rates: Iterable[float | Tensor]) -> None:
-        for look, rate in zip(self._look(entries), rates, strict=True):
+        # A full sweep: on a subspace that is less than one sweep old kappa could rise.
+        for look, rate in zip(self._look(entries, products=2), rates, strict=True):
             entry, S, product, _, _ = look
             eta = entry.strength_now() * rate
             change, shortened = entry.penalty.proximal_step(S, product, eta)
@@ -348,15 +350,17 @@ class Regularizer:
     def _active(self) -> list[_Entry]:
         return [entry for entry in self._entries if entry.active]
 
-    def _look(self, entries: list[_Entry], remember: bool = True) -> list[_Look]:
-        """One product with every weight; raises before anything is remembered or changed."""
+    def _look(self, entries: list[_Entry], remember: bool = True, products: int = 1) -> list[_Look]:
+        """What products with every weight tell; raises before anything is remembered or changed."""
         self._raise_earlier()
         looks = []
         for entry in entries:
             S = entry.operator()
             entry.follow(S.S.device)
             if entry.penalty.needs_subspace:
-                product, subspace = refine(S, entry.subspace)
+                subspace = entry.subspace
+                for _ in range(products):
+                    product, subspace = refine(S, subspace)
                 looks.append(_Look(entry, S, product, subspace, product.finite))
             else:
                 largest = torch.linalg.vector_norm(S.S, math.inf, dim=(-2, -1))

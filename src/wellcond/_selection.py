@@ -22,13 +22,13 @@ def listed(names: Iterable[str]) -> str:
 def select(
     model: nn.Module, penalties: Penalties
 ) -> tuple[list[tuple[Weight, Penalty]], dict[str, str]]:
-    """The weights to regularise, each with its penalty, and every other parameter with a reason."""
+    """The weights to regularise with their penalties, and why every other parameter is none."""
     patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
     for pattern, penalty in patterns.items():
         if not isinstance(penalty, Penalty | None) or not isinstance(pattern, str):
             raise TypeError(
                 "`penalties` must be a penalty or map patterns to penalties or None, got "
-                f"{penalty!r} for {pattern!r}. A penalty is, for instance, wellcond.Condition(1e-2)."
+                f"{penalty!r} for {pattern!r}. A penalty is, for instance, Condition(1e-2)."
             )
     found = find_weights(model)
     matched: set[str] = set()
@@ -49,13 +49,13 @@ def select(
         # A stack under one penalty stays whole, and is worked on in one batch.
         if len(set(picks)) == 1:
             slices, picks = [weight], picks[:1]
-        for one, (pattern, penalty) in zip(slices, picks, strict=True):
+        for one, (by, penalty) in zip(slices, picks, strict=True):
             if penalty is not None and weight.parameter.requires_grad:
                 chosen.append((one, penalty))
             elif penalty is not None:
                 skipped[one.name] = "frozen: requires_grad is False"
-            elif pattern is not None:
-                skipped[one.name] = f'left out by the pattern "{pattern}"'
+            elif by is not None:
+                skipped[one.name] = f'left out by the pattern "{by}"'
             else:
                 skipped[one.name] = weight.reason or "matched by no pattern"
     for name, why in found.others.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def as_matrices(S: Tensor) -> Tensor:
-    """S in float64, refused with a reason unless it is a batch of finite, real, non-empty matrices."""
+    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
     if not isinstance(S, Tensor):
         raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
     if not S.is_floating_point():

@@ -1,7 +1,7 @@
 """Which matrices a model holds: a name and a view for each, or the reason why it is left out.
 
-A weight is a parameter seen as a matrix of m rows (outputs) and n columns (inputs), or as a stack of
-such matrices. Several views of one parameter append their own name: `attn.in_proj_weight:q`.
+A weight is a parameter seen as a matrix of m rows (outputs) and n columns (inputs), or as a stack
+of such matrices. Several views of one parameter append their own name: `attn.in_proj_weight:q`.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def _transposed(parameter: Tensor) -> Tensor:
 
 
 def _kernel(parameter: Tensor) -> Tensor:
-    """(out, in/groups * kernel); the order of the columns is that of memory, so that it is a view."""
-    order = sorted(range(1, parameter.ndim), key=lambda dim: -parameter.stride(dim))
+    """(out, in/groups * kernel), the columns in the order of memory, so that it is a view."""
+    strides = parameter.stride()
+    order = sorted(range(1, parameter.ndim), key=lambda dim: -strides[dim])
     return parameter.permute(0, *order).flatten(1)
 
 
