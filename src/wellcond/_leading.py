@@ -106,8 +106,13 @@ def ritz_triplets(product: Product) -> Ritz:
 def _rotated(product: Product, rotation: Tensor) -> Ritz:
     left, right = product.left @ rotation, product.right @ rotation
     # The norm of each column is more accurate than the root of an eigenvalue of the Gram matrix.
-    sigma = torch.linalg.vector_norm(left if product.from_right else right, dim=-2)
-    return Ritz(left, right, sigma)
+    return Ritz(left, right, _column_norms(left if product.from_right else right))
+
+
+def _column_norms(X: Tensor) -> Tensor:
+    """Euclidean norms of columns whose squares may overflow or vanish."""
+    unit = X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    return torch.linalg.vector_norm(X / unit, dim=-2) * unit[..., 0]
 
 
 def top_eigenvector(gram: Tensor, squarings: int = 14) -> Tensor:
@@ -143,5 +148,4 @@ def residual(operator: StoredMatrix, product: Product) -> Tensor:
         error = operator.rmatmat(left * inverse) - sigma[..., None, :] * right
     else:
         error = operator.matmat(right * inverse) - sigma[..., None, :] * left
-    distance: Tensor = torch.linalg.vector_norm(error, dim=(-2, -1))
-    return distance
+    return _column_norms(error)[..., 0]

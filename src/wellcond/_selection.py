@@ -10,6 +10,8 @@ from torch import nn
 from wellcond._penalties import Penalty
 from wellcond._weights import Weight, find_weights
 
+FROZEN = "frozen: requires_grad is False"
+
 Penalties = Penalty | Mapping[str, Penalty | None]
 
 
@@ -31,49 +33,55 @@ def select(
                 f"{penalty!r} for {pattern!r}. A penalty is, for instance, Condition(1e-2)."
             )
     found = find_weights(model)
-    matched: set[str] = set()
-
-    def penalty_of(weight: Weight) -> tuple[str | None, Penalty | None]:
-        for pattern, penalty in patterns.items():
-            if any(fnmatchcase(alias, pattern) for alias in (*weight.aliases, weight.name)):
-                matched.add(pattern)
-                if penalty is None or not weight.reason or pattern in weight.aliases:
-                    return pattern, penalty
-        return None, None
-
+    # What became of the parameters that each pattern was the first to match.
+    outcomes: dict[str, list[str]] = {pattern: [] for pattern in patterns}
     chosen: list[tuple[Weight, Penalty]] = []
     skipped: dict[str, str] = {}
+
+    def first_match(names: Iterable[str]) -> str | None:
+        return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
+
+    def skip(name: str, reason: str, pattern: str | None) -> None:
+        skipped[name] = reason
+        if pattern is not None:
+            outcomes[pattern].append(f'"{name}" is {reason}')
+
     for weight in found.weights:
         slices = weight.slices()
-        picks = [penalty_of(one) for one in slices]
-        # A stack under one penalty stays whole, and is worked on in one batch.
-        if len(set(picks)) == 1:
-            slices, picks = [weight], picks[:1]
-        for one, (by, penalty) in zip(slices, picks, strict=True):
-            if penalty is not None and weight.parameter.requires_grad:
-                chosen.append((one, penalty))
-            elif penalty is not None:
-                skipped[one.name] = "frozen: requires_grad is False"
-            elif by is not None:
-                skipped[one.name] = f'left out by the pattern "{by}"'
+        matches = [first_match((one.name, *one.aliases)) for one in slices]
+        # A stack under one pattern stays whole, and is worked on in one batch.
+        if len(set(matches)) == 1:
+            slices, matches = [weight], matches[:1]
+        for one, match in zip(slices, matches, strict=True):
+            penalty = None if match is None else patterns[match]
+            if match is None:
+                skip(one.name, weight.reason or "matched by no pattern", match)
+            elif penalty is None:
+                skip(one.name, f'left out by the pattern "{match}"', match)
+            elif weight.reason and match not in (one.name, *one.aliases):
+                skip(one.name, weight.reason, match)
+            elif not weight.parameter.requires_grad:
+                skip(one.name, FROZEN, match)
             else:
-                skipped[one.name] = weight.reason or "matched by no pattern"
-    for name, why in found.others.items():
-        skipped[name] = why
-        for pattern, penalty in patterns.items():
-            if fnmatchcase(name, pattern):
-                matched.add(pattern)
-                if penalty is not None and pattern == name:
-                    raise ValueError(
-                        f'`penalties` must name matrices, but "{name}" is none: {why}. '
-                        f'Leave it out: {{"{name}": None, ...}}.'
-                    )
-    if unmatched := [pattern for pattern in patterns if pattern not in matched]:
-        names = [weight.name for weight in found.weights]
-        raise ValueError(
-            f"`penalties`: the pattern {listed(unmatched)} matches no parameter or comes after "
-            f"others that match the same. The weights are {listed(names)}."
-        )
+                outcomes[match].append("chosen")
+                chosen.append((one, penalty))
+    for name, reason in found.others.items():
+        skip(name, reason, first_match([name]))
+
+    for pattern, wanted in patterns.items():
+        outcome = outcomes[pattern]
+        if not outcome:
+            names = [weight.name for weight in found.weights]
+            raise ValueError(
+                f'`penalties`: the pattern "{pattern}" matches no parameter, or only such as a '
+                f"pattern before it matches. The weights are {listed(names)}."
+            )
+        if wanted is not None and not any(o == "chosen" or o.endswith(FROZEN) for o in outcome):
+            raise ValueError(
+                f'`penalties`: the pattern "{pattern}" selects no weight: '
+                f"{'; '.join(outcome[:3])}. "
+                f'Leave it out with {{"{pattern}": None}}, or insist on a matrix by its exact name.'
+            )
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise ValueError(

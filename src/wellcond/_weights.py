@@ -51,6 +51,7 @@ class Weight:
                 self.owner,
                 self.attribute,
                 lambda parameter: self.view(parameter)[index],
+                self.reason,
             )
 
         return [one(index) for index in range(len(self.view(self.parameter.detach())))]

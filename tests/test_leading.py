@@ -1,0 +1,127 @@
+"""The warm leading subspace: Ritz values from below, exact in the limit, sound on hard matrices."""
+
+import pytest
+import torch
+
+from wellcond._leading import (
+    Subspace,
+    cold_start,
+    power_eigenvector,
+    refine,
+    residual,
+    ritz_triplets,
+    top_eigenvector,
+    top_pair,
+)
+from wellcond._operators import StoredMatrix
+
+
+def with_spectrum(sigma: list[float], m: int, n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    k = len(sigma)
+    U = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
+    return U * torch.tensor(sigma, dtype=torch.float64) @ V.mT
+
+
+SPECTRA = {
+    "gap": [10.0] + [1.0] * 11,
+    "no gap": [1 - 0.01 * i for i in range(12)],
+    "cluster at the top": [1.0, 1 - 1e-9, 1 - 2e-9, 1 - 3e-9, 0.9] + [0.5] * 7,
+    "all tied": [1.0] * 12,
+    "rank one": [3.0] + [0.0] * 11,
+    "graded": [2.0**-i for i in range(12)],
+    "scale 1e30": [1e30 * 0.8**i for i in range(12)],
+    "scale 1e-30": [1e-30 * 0.8**i for i in range(12)],
+}
+
+
+def sweep(S: torch.Tensor, width: int, products: int) -> tuple[StoredMatrix, Subspace]:
+    operator = StoredMatrix(S)
+    subspace = cold_start(operator, width, "weight")
+    for _ in range(products):
+        _, subspace = refine(operator, subspace)
+    return operator, subspace
+
+
+@pytest.mark.parametrize("products", [4, 5], ids=["from the right", "from the left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)], ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_ritz_values_are_lower_bounds_and_bases_stay_orthonormal(
+    spectrum: str, shape: tuple[int, int], dtype: torch.dtype, products: int
+) -> None:
+    """Cauchy interlacing: sigma_i of S V is at most sigma_i of S, for orthonormal V."""
+    S = with_spectrum(SPECTRA[spectrum], *shape).to(dtype)
+    sigma = torch.linalg.svdvals(S.double() / S.abs().max()) * S.abs().max().double()
+    operator, subspace = sweep(S, 4, products)
+    product, after = refine(operator, subspace)
+    rounding = 40 * torch.finfo(dtype).eps * sigma[0]
+    assert (ritz_triplets(product).sigma.double() <= sigma[:4] + rounding).all()
+    assert top_pair(product).sigma[0].double() <= sigma[0] + rounding
+    for basis in (after.left, after.right):
+        torch.testing.assert_close(
+            basis.mT @ basis, torch.eye(4, dtype=dtype), rtol=0, atol=50 * torch.finfo(dtype).eps
+        )
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("products", [40, 41])
+def test_ritz_triplets_converge_to_singular_triplets(spectrum: str, products: int) -> None:
+    S = with_spectrum(SPECTRA[spectrum], 30, 12)
+    operator, subspace = sweep(S, 6, products)
+    product, _ = refine(operator, subspace)
+    left, right, sigma = ritz_triplets(product)
+    truth = torch.linalg.svdvals(S)
+    # Simultaneous iteration converges like (sigma_7/sigma_i)^80; sigma_1 to rounding here, except
+    # where the block cuts a cluster that decays by 1 % a value.
+    tolerance = 1e-3 if spectrum == "no gap" else 1e-8
+    torch.testing.assert_close(sigma[0], truth[0], rtol=tolerance, atol=0)
+    # left_i right_i^T = sigma_i u_i v_i^T: as an operator it acts on S's own range.
+    torch.testing.assert_close(
+        torch.linalg.svdvals(left @ right.mT)[:6], sigma, rtol=1e-8, atol=1e-12 * float(truth[0])
+    )
+    distance = (truth - sigma[0]).abs().min()
+    assert distance <= residual(operator, product) + 1e-12 * truth[0]
+
+
+def test_a_zero_and_a_nan_matrix_hand_the_subspace_back_and_say_so() -> None:
+    stack = torch.stack([torch.zeros(5, 4), torch.full((5, 4), torch.nan), torch.eye(5, 4)])
+    stack[1, 0] = 1.0
+    operator = StoredMatrix(stack)
+    start = cold_start(operator, 2, "weight")
+    product, after = refine(operator, start)
+    assert product.usable.tolist() == [False, False, True]
+    assert product.finite.tolist() == [True, False, True]
+    assert torch.equal(after.left[:2], start.left[:2])
+    assert torch.equal(after.right, start.right)
+    assert not after.from_right
+    assert torch.isfinite(after.left).all()
+
+
+def test_the_cold_start_depends_on_the_name_alone_and_draws_no_global_numbers() -> None:
+    operator = StoredMatrix(torch.zeros(6, 5))
+    state = torch.get_rng_state()
+    first, again = (cold_start(operator, 3, "a") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.right, again.right)
+    assert not torch.equal(first.right, cold_start(operator, 3, "b").right)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("eigenvalues", [[1.0, 0.9, 0.1], [1.0, 1.0, 0.5], [1.0, 0.0, 0.0]])
+def test_repeated_squaring_finds_a_top_eigenvector_without_eigh(
+    eigenvalues: list[float], scale: float
+) -> None:
+    basis = with_spectrum([1.0, 1.0, 1.0], 3, 3)
+    gram = scale * (basis * torch.tensor(eigenvalues, dtype=torch.float64) @ basis.mT)
+    vectors = power_eigenvector(gram, 14), top_eigenvector(gram)
+    for vector in vectors:
+        torch.testing.assert_close(
+            vector @ gram @ vector, gram.new_tensor(scale), rtol=1e-9, atol=0
+        )
+        torch.testing.assert_close(vector.norm(), gram.new_tensor(1.0))
+
+
+def test_repeated_squaring_of_zero_is_finite() -> None:
+    assert torch.isfinite(power_eigenvector(torch.zeros(2, 3, 3), 14)).all()
