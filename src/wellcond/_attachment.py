@@ -6,6 +6,7 @@ leaves alone: a step that is skipped fires no hook, and an accumulated one fires
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -50,8 +51,9 @@ class Attachment(Generic[Entry]):
         self.entries = entries
         self.every = every
         self.removed = False
-        self._optimizer = weakref.ref(optimizer, self._watch_for_successor)
+        self._optimizer = weakref.ref(optimizer, self._orphan)
         self._apply = apply
+        _watch_all_optimizers()
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     def remove(self) -> None:
@@ -76,28 +78,39 @@ class Attachment(Generic[Entry]):
         if due:
             self._apply(due)
 
-    def _watch_for_successor(self, _: weakref.ref[Optimizer]) -> None:
-        """The optimizer is gone, as at the end of any training. It matters only when another one
-        steps the weights after it: then a warning says, once, that it does so unattached."""
-        this = weakref.ref(self)
+    def _orphan(self, _: weakref.ref[Optimizer]) -> None:
+        if not self.removed:
+            _orphans.append(weakref.ref(self))
 
-        def after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            attachment = this()
-            if attachment is None or attachment.removed:
-                hook.remove()
-                return
-            lost = {id(entry.weight.parameter): entry.weight.name for entry in attachment.entries}
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if not held & lost.keys():
-                return
-            hook.remove()
+    def succeeded_by(self, optimizer: Optimizer) -> list[str]:
+        """The names of the weights that this other optimizer steps."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        weights = [entry.weight for entry in self.entries]
+        return [weight.name for weight in weights if id(weight.parameter) in held]
+
+
+# Attachments whose optimizer is gone. That is the usual end of a training, and no matter, unless
+# another optimizer steps the weights after it. One hook on all optimizers looks for that; it is
+# never removed, as a callback of the garbage collector could do so while the hooks are iterated.
+_orphans: list[weakref.ref[Attachment[Any]]] = []
+
+
+def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for reference in tuple(_orphans):
+        attachment = reference()
+        if attachment is None or attachment.removed:
+            _orphans.remove(reference)
+        elif names := attachment.succeeded_by(optimizer):
+            _orphans.remove(reference)
             logger.warning(
                 "The optimizer to which the regulariser was attached is gone, and %s steps %s "
                 "without it: copies of an optimizer drop its hooks. Call detach(), then attach() "
                 "with the new one.",
                 type(optimizer).__name__,
-                listed(lost.values()),
+                listed(names),
             )
 
-        if not self.removed:
-            hook = register_optimizer_step_post_hook(after_any_step)
+
+@functools.cache
+def _watch_all_optimizers() -> None:
+    register_optimizer_step_post_hook(_warn_of_successor)
