@@ -112,7 +112,8 @@ def _rotated(product: Product, rotation: Tensor) -> Ritz:
 def _column_norms(X: Tensor) -> Tensor:
     """Euclidean norms of columns whose squares may overflow or vanish."""
     unit = X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-    return torch.linalg.vector_norm(X / unit, dim=-2) * unit[..., 0]
+    norms: Tensor = torch.linalg.vector_norm(X / unit, dim=-2)
+    return norms * unit[..., 0]
 
 
 def top_eigenvector(gram: Tensor, squarings: int = 14) -> Tensor:

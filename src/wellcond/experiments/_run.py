@@ -1,0 +1,255 @@
+"""What the experiments share: options, results on disk, summaries, tables, progress, figures.
+
+results.json is written whole and anew after every finished run, so that an interrupted experiment
+leaves what was finished and nothing half-written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wellcond
+
+METHODS = ("none", "tikhonov", "condition", "condition-proximal")
+LABELS = {
+    "none": "no regulariser",
+    "tikhonov": "Tikhonov",
+    "condition": "condition (in the loss)",
+    "condition-proximal": "condition (proximal)",
+}
+COLOURS = {
+    "none": "#7f7f7f",
+    "tikhonov": "#d98c1f",
+    "condition": "#1f6fb4",
+    "condition-proximal": "#2a9d6f",
+}
+MARKERS = {"none": "s", "tikhonov": "^", "condition": "o", "condition-proximal": "D"}
+
+
+def add_common(parser: argparse.ArgumentParser, name: str, data: bool = True) -> None:
+    """The options of every experiment."""
+    if data:
+        parser.add_argument(
+            "--data",
+            default="digits",
+            metavar="digits|mnist|PATH",
+            help="scikit-learn's digits (default), MNIST, or a directory or .npz that holds MNIST",
+        )
+    parser.add_argument("--seeds", type=positive, default=3, help="how many seeds (default 3)")
+    parser.add_argument("--quick", action="store_true", help="a short run to see that it works")
+    parser.add_argument("--out", type=Path, default=Path("runs") / name, help="default runs/NAME")
+    parser.add_argument("--overwrite", action="store_true", help="replace results in --out")
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that prints."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document, alone")
+    parser.add_argument("--threads", type=positive, help="threads of torch")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def apply_threads(arguments: argparse.Namespace) -> None:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+
+def in_json(value: Any) -> Any:
+    """The value with inf and nan as the strings "inf", "-inf" and "nan"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: in_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_json(item) for item in value]
+    return value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file under another name first, so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:
+        part.write(text)
+    os.replace(part.name, path)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "wellcond": wellcond.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+class Results:
+    """The document of an experiment, on disk after every run."""
+
+    def __init__(self, arguments: argparse.Namespace, data: str, protocol: str) -> None:
+        self.out: Path = arguments.out
+        self.path = self.out / "results.json"
+        if self.path.exists() and not arguments.overwrite:
+            raise ValueError(f"{self.path} exists. Give --overwrite, or another --out.")
+        hidden = ("run", "command", "json", "overwrite", "out", "experiment")
+        settings = {key: value for key, value in vars(arguments).items() if key not in hidden}
+        self.document: dict[str, Any] = {
+            "experiment": arguments.experiment,
+            "data": data,
+            "protocol": protocol,
+            "settings": settings,
+            "versions": versions(),
+            "runs": [],
+            "summary": [],
+        }
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        runs: list[dict[str, Any]] = self.document["runs"]
+        return runs
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = self.document["settings"]
+        return settings
+
+    def add(self, run: dict[str, Any]) -> None:
+        self.runs.append(run)
+        self.document["summary"] = summarise(self.runs)
+        self.write()
+
+    def write(self) -> None:
+        write_whole(self.path, json.dumps(in_json(self.document), indent=1, default=str) + "\n")
+
+    def kept(self) -> str:
+        """What an interruption leaves, in words."""
+        return f"{len(self.runs)} finished runs are in {self.path}." if self.runs else ""
+
+    def mean(self, method: str, strength: float, metric: str, tuned: bool = False) -> float:
+        for row in self.document["summary"]:
+            key = (row["method"], row["strength"], row["tuned"], row["metric"])
+            if key == (method, strength, tuned, metric):
+                return float(row["mean"])
+        return math.nan
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and 95 % interval (Student's t) over the seeds, per method, strength and metric."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for run in runs:
+        metrics = {f"condition_number:{k}": v for k, v in run["condition_numbers"].items()}
+        metrics |= {f"score:{k}": v for k, v in run["scores"].items()}
+        metrics |= run.get("metrics", {})
+        for metric, value in metrics.items():
+            key = (run["method"], run["strength"], run["tuned"], metric)
+            groups.setdefault(key, []).append(value)
+    return [
+        {"method": method, "strength": strength, "tuned": tuned, "metric": metric}
+        | interval(values)
+        for (method, strength, tuned, metric), values in groups.items()
+    ]
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return {"mean": mean, "low": math.nan, "high": math.nan}
+    from scipy.special import stdtrit  # comes with scikit-learn
+
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * spread
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def number(value: float) -> str:
+    """Three significant digits, for a table."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.2e}" if value and (abs(value) >= 1e5 or abs(value) < 1e-3) else f"{value:.3g}"
+
+
+def plus_minus(row: dict[str, float]) -> str:
+    half = (row["high"] - row["low"]) / 2
+    return number(row["mean"]) + (f" ± {number(half)}" if math.isfinite(half) else "")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe or a file has no width; a narrow default would break the numbers.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@contextmanager
+def progress(total: int, title: str) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error where that is a terminal; the function moves it by one."""
+    if not sys.stderr.isatty():
+        yield lambda label: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[label]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, label="")
+        yield lambda label: bar.update(task, advance=1, label=label)
+
+
+def figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Any, list[Any]]:
+    """A figure of so many panels side by side, drawn without a window."""
+    import_figures()
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(width * columns, height), layout="constrained", dpi=130)
+    panels = list(drawing.subplots(1, columns, squeeze=False)[0])
+    for panel in panels:
+        panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_axisbelow(True)
+    return drawing, panels
+
+
+def import_figures() -> None:
+    """Says at once, before hours of training, that pictures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "pictures need matplotlib: pip install 'wellcond[experiments]'."
+        ) from None

@@ -1,0 +1,227 @@
+"""Images to train on: scikit-learn's digits, which need no download, and MNIST.
+
+MNIST is read from a directory or a file: four idx files, plain or .gz, or an .npz with uint8 arrays
+x_train, y_train, x_test, y_test. Where none is given it is downloaded, checked by md5, and kept.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import struct
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# The four files as published, with the md5 of their .gz.
+MNIST_FILES = {
+    "x_train": ("train-images-idx3-ubyte", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    "y_train": ("train-labels-idx1-ubyte", "d53e105ee54ea40749a09fcbcd1e9432"),
+    "x_test": ("t10k-images-idx3-ubyte", "9fb629c4189551a2d022fa330f9573f3"),
+    "y_test": ("t10k-labels-idx1-ubyte", "ec29112dd5afa0611ce80d1b7f02629c"),
+}
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+WHERE = (
+    "Put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+    "t10k-labels-idx1-ubyte (plain or .gz), or a mnist.npz, into a directory and give it by "
+    "--data DIR or WELLCOND_DATA."
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Flat grey images in [0, 1], (N, side^2) float32, with labels (N,) int64."""
+
+    name: str
+    side: int
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def pixels(self) -> int:
+        return self.side**2
+
+    @property
+    def mean(self) -> Tensor:
+        return self.x_train.mean()
+
+    @property
+    def std(self) -> Tensor:
+        return self.x_train.std()
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """(x - mean)/std with the numbers of the training images."""
+        return (x - self.mean) / self.std
+
+    def split(self, share: float, seed: int = 0) -> Images:
+        """The same images with a share of the training set in place of the test set."""
+        order = _permutation(len(self.x_train), seed)
+        held = int(share * len(order))
+        train, validation = order[held:], order[:held]
+        x, y = self.x_train, self.y_train
+        return Images(self.name, self.side, x[train], y[train], x[validation], y[validation])
+
+
+def _permutation(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def load(source: str) -> Images:
+    """The images that `--data` names: "digits", "mnist", or a path to MNIST.
+
+    Raises:
+        ValueError: a missing, truncated or mislabelled file, or no network; with the way out.
+    """
+    if source == "digits":
+        return _digits()
+    if source == "mnist":
+        local = os.environ.get("WELLCOND_DATA")
+        return _mnist(read_mnist(Path(local) if local else download_mnist()))
+    return _mnist(read_mnist(Path(source)))
+
+
+def _digits() -> Images:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ImportError(
+            "the digits come with scikit-learn: pip install 'wellcond[experiments]'."
+        ) from None
+    bunch = load_digits()
+    x = torch.tensor(bunch.data / 16, dtype=torch.float32)
+    y = torch.tensor(bunch.target, dtype=torch.int64)
+    order = _permutation(len(x), seed=0)
+    train, test = order[360:], order[:360]  # 1437 to train on, 360 to test on
+    return Images("digits", 8, x[train], y[train], x[test], y[test])
+
+
+def _mnist(arrays: dict[str, Tensor]) -> Images:
+    x_train, x_test = (arrays[key].flatten(1).float() / 255 for key in ("x_train", "x_test"))
+    y_train, y_test = (arrays[key].long() for key in ("y_train", "y_test"))
+    return Images("mnist", arrays["x_train"].shape[-1], x_train, y_train, x_test, y_test)
+
+
+def read_mnist(path: Path) -> dict[str, Tensor]:
+    """The four uint8 arrays of MNIST from an .npz file or a directory.
+
+    Raises:
+        ValueError: nothing there, or a file that is damaged or holds something else.
+    """
+    if path.is_file():
+        arrays = _read_npz(path)
+    elif (path / "mnist.npz").is_file():
+        arrays = _read_npz(path / "mnist.npz")
+    elif path.is_dir():
+        arrays = {key: _read_idx(_find(path, stem)) for key, (stem, _) in MNIST_FILES.items()}
+    else:
+        raise ValueError(f"no such file or directory: {path}. {WHERE}")
+    return _checked(arrays, path)
+
+
+def _find(directory: Path, stem: str) -> Path:
+    for name in (stem, f"{stem}.gz", stem.replace("-idx", ".idx")):
+        if (directory / name).is_file():
+            return directory / name
+    raise ValueError(f"{directory} holds no {stem}, plain or .gz. {WHERE}")
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in MNIST_FILES if key not in archive]
+            if missing:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            arrays = {key: archive[key] for key in MNIST_FILES}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no readable .npz of MNIST: {error}.") from None
+    for key, array in arrays.items():
+        if array.dtype != np.uint8:
+            raise ValueError(f"{path}: {key} must be uint8, got {array.dtype}.")
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def _read_idx(path: Path) -> Tensor:
+    """An idx file: magic 0, 0, 8 (uint8), number of dimensions; sizes big-endian; the bytes."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}. Fetch it again.") from None
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] not in (1, 3):
+        raise ValueError(
+            f"{path} is no idx file of bytes: it begins with {raw[:4].hex() or 'nothing'}."
+        )
+    dimensions = raw[3]
+    header = 4 + 4 * dimensions
+    if len(raw) < header:
+        raise ValueError(f"{path} is truncated: {len(raw)} bytes. Fetch it again.")
+    shape = struct.unpack(f">{dimensions}I", raw[4:header])
+    count = 1
+    for size in shape:
+        count *= size
+    if len(raw) != header + count:
+        raise ValueError(
+            f"{path} is truncated or overlong: its header says {count} bytes, "
+            f"it has {len(raw) - header}. Fetch it again."
+        )
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header).reshape(shape)
+
+
+def _checked(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.ndim != 3 or y.ndim != 1:
+            raise ValueError(
+                f"{path}: images must have 3 dimensions and labels 1, got {tuple(x.shape)} and "
+                f"{tuple(y.shape)} for {part}. Are the files named as they should be?"
+            )
+        if len(x) != len(y) or len(x) == 0:
+            raise ValueError(f"{path}: {len(x)} {part} images but {len(y)} labels.")
+        if int(y.max()) > 9:
+            raise ValueError(f"{path}: {part} labels must be 0 to 9, got {int(y.max())}.")
+    return arrays
+
+
+def download_mnist(directory: Path | None = None, mirrors: tuple[str, ...] = MIRRORS) -> Path:
+    """Fetches what is missing into a cache, each file whole and with the right md5 or not at all."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    directory = directory or cache / "wellcond" / "mnist"
+    for stem, md5 in MNIST_FILES.values():
+        target = directory / f"{stem}.gz"
+        if not target.is_file():
+            content = _fetch(f"{stem}.gz", md5, mirrors)
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=directory, delete=False) as part:
+                part.write(content)
+            os.replace(part.name, target)
+    return directory
+
+
+def _fetch(name: str, md5: str, mirrors: tuple[str, ...]) -> bytes:
+    troubles = []
+    for mirror in mirrors:
+        try:
+            with urllib.request.urlopen(mirror + name, timeout=30) as response:
+                content: bytes = response.read()
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            troubles.append(f"{mirror}: {error}")
+            continue
+        if hashlib.md5(content).hexdigest() == md5:
+            return content
+        troubles.append(f"{mirror}: the md5 of {name} is not {md5}")
+    raise ValueError(f"MNIST could not be downloaded ({'; '.join(troubles)}). {WHERE}")
