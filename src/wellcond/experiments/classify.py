@@ -1,4 +1,4 @@
-"""Classification of noisy images by a network that was trained on clean ones: the paper's experiment.
+"""Classification of noisy images by a network trained on clean ones: the paper's experiment.
 
 A net of one hidden layer with sigmoids; the penalty is on the first layer only. Robustness to noise
 may come from a small spectral norm alone, so the methods are also compared where their clean
@@ -8,6 +8,7 @@ accuracy, and where their sigma_1, are the same.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -54,12 +55,10 @@ class Setting(NamedTuple):
         scores = {}
         for noise in TEST_NOISES:
             draws = DRAWS if noise else 1
-            right = sum(
-                int(
-                    (model(x + noise * torch.randn(x.shape, generator=source)).argmax(1) == y).sum()
-                )
-                for _ in range(draws)
-            )
+            right = 0
+            for _ in range(draws):
+                noisy = x + noise * torch.randn(x.shape, generator=source)
+                right += int((model(noisy).argmax(1) == y).sum())
             scores[str(noise)] = 100 * right / (draws * len(y))
         return scores
 
@@ -159,10 +158,10 @@ def _report(
     ]
     clean, norms = matched_accuracy(results, plan), matched_norm(results)
     note = (
-        f"Classification of noisy {setting.images.name}: {setting.images.pixels}-{setting.width}-10, "
-        f"Adam {setting.lr:g}, {setting.epochs} epochs on clean images, "
-        f"{results.settings['seeds']} seeds: mean ± 95 % interval. Accuracy in per cent at the noise "
-        f"on normalised pixels, mean of {DRAWS} draws; kappa and sigma_1 of the first layer.\n\n"
+        f"Classification of noisy {setting.images.name}: "
+        f"{setting.images.pixels}-{setting.width}-10, Adam {setting.lr:g}, {setting.epochs} epochs on clean images, "
+        f"{results.settings['seeds']} seeds: mean ± 95 % interval. Accuracy in per cent at the "
+        f"noise on normalised pixels, mean of {DRAWS} draws; kappa and sigma_1 of the first layer.\n\n"
     )
     text = note + _run.markdown(header, rows)
     text += f"\nThe best accuracy at noise {COMPARED:g} among strengths whose clean accuracy is "
@@ -217,7 +216,7 @@ def matched_norm(results: _run.Results) -> tuple[list[str], list[list[str]]]:
         return sorted(points)
 
     def at(points: list[tuple[float, float]], sigma: float) -> str:
-        for (low, first), (high, second) in zip(points, points[1:], strict=False):
+        for (low, first), (high, second) in itertools.pairwise(points):
             if low <= sigma <= high and low > 0:
                 ratio = torch.log(torch.tensor([sigma / low, high / low], dtype=torch.float64))
                 share = float(ratio[0] / ratio[1]) if high > low else 0.0
@@ -268,7 +267,8 @@ def _pictures(results: _run.Results, setting: Setting, plan: list[tuple[str, flo
         )
         shade = 1.0 if method == "none" else 0.25 + 0.25 * (1 + STRENGTHS.index(strength)) * 0.75
         epochs = [point["epoch"] for point in history]
-        label = _run.LABELS[method] if strength in (0.0, STRENGTHS[-1]) else None
+        # The legend names each method once, by its strongest run.
+        label = f"{_run.LABELS[method]}" if strength in (0.0, STRENGTHS[-1]) else "_"
         for panel, key in zip(panels, ("condition_number", "sigma_max"), strict=True):
             values = [min(point[key], 1e20) for point in history]
             panel.plot(epochs, values, color=_run.COLOURS[method], alpha=shade, label=label)

@@ -198,7 +198,7 @@ def _checked(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def download_mnist(directory: Path | None = None, mirrors: tuple[str, ...] = MIRRORS) -> Path:
-    """Fetches what is missing into a cache, each file whole and with the right md5 or not at all."""
+    """Fetches what is missing into a cache: each file whole and of the right md5, or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     directory = directory or cache / "wellcond" / "mnist"
     for stem, md5 in MNIST_FILES.values():

@@ -1,8 +1,8 @@
 """Least squares with an ill-conditioned solution: what the regulariser does to S alone.
 
-Minimises 1/(2p) ||A S - B||_F^2 + lam r(S) over S (32, 16) by gradient descent with a fixed step, and
-the same with lam/2 ||S||_F^2, whose minimiser (A^T A/p + lam I)^-1 A^T B/p stands beside it. All
-strengths and seeds run at once, as one batch of matrices in float64.
+Minimises 1/(2p) ||A S - B||_F^2 + lam r(S) over S (32, 16) by gradient descent with a fixed step,
+and the same with lam/2 ||S||_F^2, whose minimiser (A^T A/p + lam I)^-1 A^T B/p stands beside it.
+All strengths and seeds run at once, as one batch of matrices in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import wellcond as wc
 from wellcond.experiments import _run
 
 P, M, N = 64, 32, 16
-CONDITION_A, CONDITION_TRUE, NOISE = 100.0, 1e3, 1e-2
+CONDITION_A, CONDITION_TRUE, NOISE = 100.0, 1e3, 1e-3
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 BLOCK = 1000  # iterations between two looks at the progress
 
@@ -41,7 +41,8 @@ class Problem(NamedTuple):
                 for rows in (m, n)
             ]
             sigma = torch.logspace(0, -torch.tensor(kappa).log10().item(), nu, dtype=torch.float64)
-            return factors[0] * sigma @ factors[1].mT
+            product: Tensor = factors[0] * sigma @ factors[1].mT
+            return product
 
         A = with_condition(P, M, CONDITION_A) * P**0.5
         truth = with_condition(M, N, CONDITION_TRUE)
@@ -143,7 +144,8 @@ def descend(
 def penalty_gradient(S: Tensor) -> Tensor:
     """`wellcond.condition_penalty_gradient` of a batch, from the eigenvectors of S^T S: faster."""
     v = torch.linalg.eigh(S.mT @ S).eigenvectors[..., -1:]
-    return (S @ v) @ v.mT - S / min(S.shape[-2:])
+    gradient: Tensor = (S @ v) @ v.mT - S / min(S.shape[-2:])
+    return gradient
 
 
 def _shrink(S: Tensor, eta: Tensor) -> Tensor:
@@ -155,7 +157,8 @@ def _shrink(S: Tensor, eta: Tensor) -> Tensor:
     j = torch.arange(1, nu + 1, dtype=S.dtype)
     tau = (sigma.cumsum(-1) / (j + eta)).amax(-1, keepdim=True)
     kept = torch.where(sigma > tau, tau / sigma.clamp_min(1e-300), 1.0)
-    return (1 + eta[..., None] / nu) * ((S @ V) * kept[..., None, :]) @ V.mT
+    shrunk: Tensor = (1 + eta[..., None] / nu) * ((S @ V) * kept[..., None, :]) @ V.mT
+    return shrunk
 
 
 def closed_form(problem: Problem, strength: float) -> Tensor:
@@ -202,8 +205,8 @@ def _report(results: _run.Results, as_json: bool) -> None:
             rows.append([method, f"{strength:g}", *cells])
     header = ["method", "lam", *keys]
     note = (
-        f"Least squares, kappa(A) = {CONDITION_A:g}, kappa(S*) = {CONDITION_TRUE:g}, noise {NOISE:g}, "
-        f"{results.settings['iterations']} steps, {results.settings['seeds']} seeds: mean ± 95 % "
+        f"Least squares, kappa(A) = {CONDITION_A:g}, kappa(S*) = {CONDITION_TRUE:g}, "
+        f"noise {NOISE:g}, {results.settings['iterations']} steps, {results.settings['seeds']} seeds: mean ± 95 % "
         "interval; residual: ||A S - B||_F/sqrt(p).\n\n"
     )
     _run.write_whole(results.out / "table.md", note + _run.markdown(header, rows))
