@@ -1,2 +1,396 @@
-def configure(parser):
-    pass
+"""Benchmarks: what a regularised training step costs, and how close it comes to an exact SVD.
+
+`step` trains one network in several ways at once, block by block in turn, so that all see the same
+machine; the figures are medians of ratios pair by pair. `fidelity` trains with the warm subspace and
+with an exact decomposition in every step, from the same seed, and compares condition numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import wellcond as wc
+from wellcond.experiments import _run
+from wellcond.experiments._training import seeded
+from wellcond.experiments.data import Images, load
+
+FIRST = "0.weight"
+BLOCK = 10  # steps in a block: `every=10` acts exactly once in it
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    step = benchmarks.add_parser(
+        "step",
+        help="cost of a training step, and memory",
+        description="Time of a training step of a 784-2048-10 net, batch 32, fused Adam, in every "
+        "way of applying the penalty to the first layer, as a multiple of the step without.",
+        epilog="example: wellcond bench step --rounds 60",
+    )
+    step.add_argument("--rounds", type=_run.positive, default=40, help="rounds of 10 steps each")
+    step.add_argument("--every", type=_run.positive, default=10, help="for attach (default 10)")
+    step.add_argument("--block", type=_run.positive, default=32, help="width (default 32)")
+    step.add_argument("--batch", type=_run.positive, default=32, help="batch size (default 32)")
+    step.add_argument("--hidden", type=_run.positive, default=2048, help="hidden units")
+    step.set_defaults(run=run_step)
+    fidelity = benchmarks.add_parser(
+        "fidelity",
+        help="the warm subspace against an exact SVD in every step",
+        description="Condition number of the first layer of a 784-512-10 net after training, with "
+        "the warm subspace and with an exact decomposition in every step.",
+        epilog="example: wellcond bench fidelity --block 16,32 --every 5,10,20",
+    )
+    fidelity.add_argument("--data", default="digits", help="digits (scaled to 28x28), mnist, PATH")
+    fidelity.add_argument("--epochs", type=_run.positive, default=10)
+    fidelity.add_argument("--seeds", type=_run.positive, default=1)
+    fidelity.add_argument("--block", type=_numbers, default=[32], help="widths, as 16,32")
+    fidelity.add_argument("--every", type=_numbers, default=[10], help="for attach, as 5,10,20")
+    fidelity.set_defaults(run=run_fidelity)
+    for benchmark in (step, fidelity):
+        _run.add_output(benchmark)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_run.positive(part) for part in text.split(",")]
+
+
+# --- the cost of a step ---------------------------------------------------------------------------
+
+
+class _Way:
+    """One way of training, with a network and an optimizer of its own."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.name = name
+        # The exact SVD takes so long that one step a round is enough.
+        self.steps = 1 if name.startswith("exact") else BLOCK
+        hidden = arguments.hidden
+        self.model = seeded(
+            lambda: nn.Sequential(nn.Linear(784, hidden), nn.Sigmoid(), nn.Linear(hidden, 10)), 0
+        )
+        self.first = self.model.get_submodule("0")
+        self.penalty: Callable[[], Tensor] | None = None
+        self.add: Callable[[], None] | None = None
+        if name.startswith("spectral_norm"):
+            nn.utils.parametrizations.spectral_norm(self.first)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
+        if name.startswith("exact"):
+            self.penalty = self._exact
+        elif name.startswith("orthogonality"):
+            self.penalty = self._orthogonality
+        elif name not in ("none", "none again") and not name.startswith("spectral_norm"):
+            patterns = {FIRST: wc.Condition(1e-2), "*": None}
+            reg = wc.Regularizer(self.model, patterns, block=arguments.block)
+            if name.startswith("attach"):
+                reg.attach(self.optimizer, every=arguments.every)
+            elif name.startswith("add_gradients_"):
+                self.add = reg.add_gradients_
+            else:
+                self.penalty = reg
+
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.first.weight  # type: ignore[assignment]
+        return weight
+
+    def _exact(self) -> Tensor:
+        S = self._weight()
+        sigma = torch.linalg.svdvals(S)
+        return 1e-2 * (sigma[0] ** 2 / 2 - S.square().sum() / (2 * min(S.shape)))
+
+    def _orthogonality(self) -> Tensor:
+        S = self._weight()
+        return 1e-4 * (S.mT @ S - torch.eye(S.shape[-1])).square().sum()
+
+    def seconds(self, x: Tensor, y: Tensor) -> float:
+        """Seconds per step, over one block."""
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.model(x), y)
+            if self.penalty is not None:
+                loss = loss + self.penalty()
+            torch.autograd.backward(loss)
+            if self.add is not None:
+                self.add()
+            self.optimizer.step()
+        return (time.perf_counter() - started) / self.steps
+
+
+def run_step(arguments: argparse.Namespace) -> int:
+    _run.apply_threads(arguments)
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(arguments.batch, 784, generator=source)
+    y = torch.randint(10, (arguments.batch,), generator=source)
+    names = [
+        "none",
+        "none again",
+        f"attach(every={arguments.every})",
+        "add_gradients_",
+        "in the loss",
+        "exact SVD in the loss",
+        "spectral_norm of torch",
+        "orthogonality in the loss",
+    ]
+    ways = [_Way(name, arguments) for name in names]
+    order, shuffled = random.Random(0), list(ways)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with _run.progress(arguments.rounds + 1, "bench step") as advance:
+        for round_ in range(arguments.rounds + 1):
+            order.shuffle(shuffled)
+            for way in shuffled:
+                seconds = way.seconds(x, y)
+                if round_:  # the first round warms up
+                    times[way.name].append(seconds)
+            advance("")
+    table = []
+    for name in names:
+        ratios = [t / n for t, n in zip(times[name], times["none"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        table.append(
+            {
+                "way": name,
+                "ratio": middle,
+                "lower_quartile": low,
+                "upper_quartile": high,
+                "milliseconds": 1e3 * statistics.median(times[name]),
+            }
+        )
+    document = {
+        "benchmark": "step",
+        "settings": {"rounds": arguments.rounds, "steps": BLOCK, "block": arguments.block}
+        | {"net": f"784-{arguments.hidden}-10", "batch": arguments.batch},
+        "versions": _run.versions(),
+        "ways": table,
+        "memory": memory(arguments.hidden, 784, arguments.block),
+    }
+    if arguments.json:
+        print(json.dumps(_run.in_json(document), indent=1))
+        return 0
+    _run.print_table(
+        f"A training step of a 784-{arguments.hidden}-10 net, batch {arguments.batch}, fused Adam, "
+        f"{torch.get_num_threads()} threads: medians of {arguments.rounds} interleaved rounds",
+        ["way", "multiple", "quartiles", "ms per step"],
+        [
+            [
+                row["way"],
+                f"{row['ratio']:.2f}",
+                f"{row['lower_quartile']:.2f} to {row['upper_quartile']:.2f}",
+                f"{row['milliseconds']:.2f}",
+            ]
+            for row in table
+        ],
+    )
+    _run.print_table(
+        "Memory, as a share of the weight",
+        ["what", "share"],
+        [[name.replace("_", " "), f"{share:.3f}"] for name, share in document["memory"].items()],
+    )
+    return 0
+
+
+class _LargestAllocation(TorchDispatchMode):
+    """The largest storage that any operation makes anew, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id_(x) for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and id_(made) not in known:
+                self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return result
+
+
+def id_(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def memory(m: int, n: int, block: int) -> dict[str, float]:
+    """The largest temporary of each way and the state, as shares of the weight's bytes."""
+    layer = seeded(lambda: nn.Linear(n, m, bias=False), 0)
+    weight = layer.get_parameter("weight")
+    weight.grad = torch.zeros_like(weight)
+    reg = wc.Regularizer(layer, wc.Condition(1.0), block=block)
+    shares = {}
+    ways: dict[str, Callable[[], None]] = {
+        "add_gradients_": reg.add_gradients_,
+        "proximal_step_": lambda: reg.proximal_step_(1e-3),
+    }
+    for name, act in ways.items():
+        with _LargestAllocation() as largest:
+            act()
+        shares[f"largest temporary of {name}"] = largest.bytes / weight.nbytes
+    state = sum(t.nbytes for entry in reg.state_dict().values() for t in entry.values())
+    shares["state"] = state / weight.nbytes
+    shares["(m + n) k numbers"] = (m + n) * min(block, m, n) / (m * n)
+    return shares
+
+
+# --- fidelity -------------------------------------------------------------------------------------
+
+
+def exact_gradient(S: Tensor) -> Tensor:
+    """`wellcond.condition_penalty_gradient` by the eigenvectors of the float64 Gram matrix: exact to
+    rounding, and faster than an SVD."""
+    wide = S.double() if S.shape[0] <= S.shape[1] else S.double().mT
+    u = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, -1:]
+    gradient = u @ (u.mT @ wide) - wide / len(wide)
+    return (gradient if S.shape[0] <= S.shape[1] else gradient.mT).to(S.dtype)
+
+
+def run_fidelity(arguments: argparse.Namespace) -> int:
+    _run.apply_threads(arguments)
+    images = _scaled(load(arguments.data), 28)
+    gradient = [("gradient", s, "exact", 0, 0) for s in (0.1, 1.0)]
+    gradient += [("gradient", s, "warm", b, 0) for s in (0.1, 1.0) for b in arguments.block]
+    proximal = [("proximal", s, "exact", 0, 1) for s in (10.0, 100.0)]
+    proximal += [
+        ("proximal", s, "warm", b, every)
+        for s in (10.0, 100.0)
+        for b in arguments.block
+        for every in arguments.every
+    ]
+    plan = [(*p, seed) for p in gradient + proximal for seed in range(arguments.seeds)]
+    runs = []
+    with _run.progress(len(plan), "bench fidelity") as advance:
+        for how, strength, vectors, block, every, seed in plan:
+            kappa, accuracy, shortened = _train(
+                images, arguments.epochs, how, strength, vectors == "exact", block, every, seed
+            )
+            runs.append(
+                {
+                    "how": how,
+                    "strength": strength,
+                    "vectors": vectors,
+                    "block": block,
+                    "every": every,
+                    "seed": seed,
+                    "condition_number": kappa,
+                    "accuracy": accuracy,
+                    "shortened_steps": shortened,
+                }
+            )
+            advance(f"{how} {strength:g} {vectors}")
+    exact = {
+        (r["how"], r["strength"], r["seed"]): r["condition_number"]
+        for r in runs
+        if r["vectors"] == "exact"
+    }
+    for run in runs:
+        run["ratio"] = run["condition_number"] / exact[run["how"], run["strength"], run["seed"]]
+    document = {
+        "benchmark": "fidelity",
+        "settings": {"data": images.name, "epochs": arguments.epochs, "lr": 1e-3, "batch": 32},
+        "versions": _run.versions(),
+        "runs": runs,
+    }
+    if arguments.json:
+        print(json.dumps(_run.in_json(document), indent=1))
+        return 0
+    _run.print_table(
+        f"Condition number of layer 1 after {arguments.epochs} epochs of Adam 1e-3, batch 32, "
+        f"784-512-10 sigmoid on {images.name}; ratio to an exact decomposition in every step",
+        [
+            "way",
+            "strength",
+            "vectors",
+            "every",
+            "seed",
+            "kappa",
+            "ratio",
+            "accuracy, %",
+            "shortened",
+        ],
+        [
+            [
+                run["how"],
+                f"{run['strength']:g}",
+                "exact" if run["vectors"] == "exact" else f"block {run['block']}",
+                str(run["every"] or 1),
+                str(run["seed"]),
+                f"{run['condition_number']:.2f}",
+                f"{run['ratio']:.3f}",
+                f"{run['accuracy']:.1f}",
+                str(run["shortened_steps"]),
+            ]
+            for run in runs
+        ],
+    )
+    return 0
+
+
+def _scaled(images: Images, side: int) -> Images:
+    """The images in another size, by bilinear interpolation."""
+    if images.side == side:
+        return images
+
+    def scaled(x: Tensor) -> Tensor:
+        square = x.reshape(-1, 1, images.side, images.side)
+        return nn.functional.interpolate(square, size=(side, side), mode="bilinear").flatten(1)
+
+    return Images(
+        f"{images.name} scaled to {side}x{side}",
+        side,
+        scaled(images.x_train),
+        images.y_train,
+        scaled(images.x_test),
+        images.y_test,
+    )
+
+
+def _train(
+    images: Images,
+    epochs: int,
+    how: str,
+    strength: float,
+    exact: bool,
+    block: int,
+    every: int,
+    seed: int,
+) -> tuple[float, float, int]:
+    """kappa of the first layer, accuracy in per cent, shortened steps; proximal: lr * strength."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(784, 512), nn.Sigmoid(), nn.Linear(512, 10)), seed
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    W = model.get_parameter(FIRST)
+    reg = None
+    if not exact:
+        reg = wc.Regularizer(model, {FIRST: wc.Condition(strength), "*": None}, block=block)
+        if how == "proximal":
+            reg.attach(optimizer, every=every)
+    x, y = images.normalised(images.x_train), images.y_train
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for indices in torch.split(torch.randperm(len(x), generator=order), 32):
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(model(x[indices]), y[indices]))
+            if how == "gradient" and reg is not None:
+                reg.add_gradients_()
+            elif how == "gradient" and W.grad is not None:
+                W.grad.add_(exact_gradient(W.detach()), alpha=strength)
+            optimizer.step()
+            if how == "proximal" and exact:
+                with torch.no_grad():
+                    W.copy_(wc.proximal_step(W, 1e-3 * strength))
+    shortened = 0
+    if reg is not None:
+        reg.detach()
+        shortened = reg.measure()[FIRST].shortened_steps
+    with torch.no_grad():
+        right = model(images.normalised(images.x_test)).argmax(1) == images.y_test
+    return float(wc.condition_number(W)), 100 * float(right.double().mean()), shortened

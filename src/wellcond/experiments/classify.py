@@ -21,10 +21,17 @@ from wellcond.experiments.data import Images, load
 
 TEST_NOISES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
+# Adam rescales a gradient in the loss to its own step; a proximal step is lr * strength long as it
+# stands, so that at the same strength it would do nothing here.
+PROXIMAL_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 DRAWS = 5
 COMPARED = 2.0  # the noise at which methods are compared
 REGULARISED = _run.METHODS[1:]
 FIRST = "0.weight"
+
+
+def strengths_of(method: str) -> tuple[float, ...]:
+    return PROXIMAL_STRENGTHS if method == "condition-proximal" else STRENGTHS
 
 
 class Setting(NamedTuple):
@@ -97,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     results.settings.update(
         epochs=setting.epochs, width=setting.width, lr=setting.lr, strengths=STRENGTHS, draws=DRAWS
     )
-    plan = [("none", 0.0)] + [(method, s) for method in REGULARISED for s in STRENGTHS]
+    plan = [("none", 0.0)] + [(method, s) for method in REGULARISED for s in strengths_of(method)]
     runs = [
         (method, strength, seed) for seed in range(arguments.seeds) for method, strength in plan
     ]
@@ -207,7 +214,7 @@ def matched_norm(results: _run.Results) -> tuple[list[str], list[list[str]]]:
     """Accuracy under noise at the sigma_1 of each Tikhonov run, for every method."""
 
     def curve(method: str) -> list[tuple[float, float]]:
-        strengths = [0.0, *STRENGTHS]
+        strengths = [0.0, *strengths_of(method)]
         points = []
         for strength in strengths:
             name = method if strength else "none"
@@ -265,10 +272,12 @@ def _pictures(results: _run.Results, setting: Setting, plan: list[tuple[str, flo
             for run in results.runs
             if (run["method"], run["strength"]) == (method, strength)
         )
-        shade = 1.0 if method == "none" else 0.25 + 0.25 * (1 + STRENGTHS.index(strength)) * 0.75
+        shade = (
+            1.0 if method == "none" else 0.25 + 0.1875 * (1 + strengths_of(method).index(strength))
+        )
         epochs = [point["epoch"] for point in history]
         # The legend names each method once, by its strongest run.
-        label = f"{_run.LABELS[method]}" if strength in (0.0, STRENGTHS[-1]) else "_"
+        label = f"{_run.LABELS[method]}" if strength in (0.0, strengths_of(method)[-1]) else "_"
         for panel, key in zip(panels, ("condition_number", "sigma_max"), strict=True):
             values = [min(point[key], 1e20) for point in history]
             panel.plot(epochs, values, color=_run.COLOURS[method], alpha=shade, label=label)
