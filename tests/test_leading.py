@@ -71,7 +71,8 @@ def test_ritz_triplets_converge_to_singular_triplets(spectrum: str, products: in
     S = with_spectrum(SPECTRA[spectrum], 30, 12)
     operator, subspace = sweep(S, 6, products)
     product, _ = refine(operator, subspace)
-    left, right, sigma = ritz_triplets(product)
+    triplets = ritz_triplets(product)
+    left, right, sigma = triplets.left, triplets.right, triplets.sigma
     truth = torch.linalg.svdvals(S)
     # Simultaneous iteration converges like (sigma_7/sigma_i)^80; sigma_1 to rounding here, except
     # where the block cuts a cluster that decays by 1 % a value.

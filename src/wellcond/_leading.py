@@ -50,7 +50,12 @@ class Ritz(NamedTuple):
 
     left: Tensor
     right: Tensor
-    sigma: Tensor
+    from_right: bool = True  # then the columns of left have the norms sigma, else those of right
+
+    @property
+    def sigma(self) -> Tensor:
+        """Column norms: more accurate than roots of eigenvalues of the Gram matrix."""
+        return _column_norms(self.left if self.from_right else self.right)
 
 
 def cold_start(operator: StoredMatrix, width: int, seed: str) -> Subspace:
@@ -76,7 +81,7 @@ def refine(operator: StoredMatrix, subspace: Subspace) -> tuple[Product, Subspac
     image = operator.matmat(V) if from_right else operator.rmatmat(U)
     # A NaN or an infinity anywhere in S makes its row of the image, and so the scale, not finite.
     scale = image.abs().amax(dim=(-2, -1), keepdim=True)
-    finite = torch.isfinite(scale)
+    finite = scale < torch.inf
     usable = finite & (scale > 0)
     # Scaled, so that squares neither overflow nor vanish: weights may be 1e30 or 1e-30.
     scaled = image / torch.where(usable, scale, 1.0)
@@ -93,6 +98,13 @@ def refine(operator: StoredMatrix, subspace: Subspace) -> tuple[Product, Subspac
     return product, Subspace(basis if from_right else U, V if from_right else basis, not from_right)
 
 
+def warmed(operator: StoredMatrix, subspace: Subspace) -> Subspace:
+    """The subspace after two sweeps; on less than one a proximal step could raise kappa."""
+    for _ in range(4):
+        _, subspace = refine(operator, subspace)
+    return subspace
+
+
 def top_pair(product: Product) -> Ritz:
     """The first Ritz triplet alone, as factors of one column."""
     return _rotated(product, top_eigenvector(product.gram)[..., None])
@@ -104,9 +116,7 @@ def ritz_triplets(product: Product) -> Ritz:
 
 
 def _rotated(product: Product, rotation: Tensor) -> Ritz:
-    left, right = product.left @ rotation, product.right @ rotation
-    # The norm of each column is more accurate than the root of an eigenvalue of the Gram matrix.
-    return Ritz(left, right, _column_norms(left if product.from_right else right))
+    return Ritz(product.left @ rotation, product.right @ rotation, product.from_right)
 
 
 def _column_norms(X: Tensor) -> Tensor:
@@ -143,7 +153,8 @@ def power_eigenvector(gram: Tensor, squarings: int) -> Tensor:
 
 def residual(operator: StoredMatrix, product: Product) -> Tensor:
     """||S^T u - sigma v|| of the top triplet: a singular value lies within it of sigma (Weyl)."""
-    left, right, sigma = top_pair(product)
+    top = top_pair(product)
+    left, right, sigma = top.left, top.right, top.sigma
     inverse = 1 / torch.where(sigma > 0, sigma, 1.0)[..., None, :]
     if product.from_right:
         error = operator.rmatmat(left * inverse) - sigma[..., None, :] * right

@@ -143,14 +143,15 @@ class Condition(Penalty):
 
     def gradient(self, S: StoredMatrix, product: Product | None) -> LowRankChange:
         assert product is not None
-        left, right, sigma = top_pair(product)
-        return LowRankChange(torch.full_like(sigma[..., 0], -1 / S.nu), left, right)
+        left, right, _ = top_pair(product)
+        return LowRankChange(left.new_full(left.shape[:-2], -1 / S.nu), left, right)
 
     def proximal_step(
         self, S: StoredMatrix, product: Product | None, eta: Tensor
     ) -> tuple[LowRankChange, Tensor]:
         assert product is not None
-        return clip_leading(ritz_triplets(product), S.nu, eta)
+        ritz = ritz_triplets(product)
+        return clip_leading(ritz, ritz.sigma, S.nu, eta)
 
 
 class Tikhonov(Penalty):
@@ -192,7 +193,7 @@ def _multiple(S: StoredMatrix, c: Tensor) -> LowRankChange:
     return LowRankChange(c, c.new_zeros(*stack, m, 0), c.new_zeros(*stack, n, 0))
 
 
-def clip_leading(ritz: Ritz, nu: int, eta: Tensor) -> tuple[LowRankChange, Tensor]:
+def clip_leading(ritz: Ritz, sigma: Tensor, nu: int, eta: Tensor) -> tuple[LowRankChange, Tensor]:
     """The proximal step of r from the k leading triplets; per matrix, whether it was shortened.
 
     Forward on the concave part, -||S||_F^2/(2 nu), and implicit on the convex part, 1/2 ||S||_2^2:
@@ -202,7 +203,6 @@ def clip_leading(ritz: Ritz, nu: int, eta: Tensor) -> tuple[LowRankChange, Tenso
     When k < nu the root must lie above all that is not known, tau >= c sigma_k. It does for every
     step up to sum_i (sigma_i/sigma_k - 1), and a longer one is cut to that.
     """
-    left, right, sigma = ritz
     k = sigma.shape[-1]
     length = eta.to(sigma.dtype).expand(sigma.shape[:-1])
     shortened = torch.zeros_like(length, dtype=torch.bool)
@@ -217,19 +217,21 @@ def clip_leading(ritz: Ritz, nu: int, eta: Tensor) -> tuple[LowRankChange, Tenso
     # tau/c: relative to c S, whose singular values are c sigma.
     tau = (sigma.cumsum(dim=-1) / (j + length[..., None])).amax(dim=-1, keepdim=True)
     clipped = torch.where(sigma > tau, 1 - tau / torch.where(sigma > 0, sigma, 1.0), 0.0)
-    return LowRankChange(c, -c[..., None, None] * left * clipped[..., None, :], right), shortened
+    return LowRankChange(
+        c, -c[..., None, None] * ritz.left * clipped[..., None, :], ritz.right
+    ), shortened
 
 
 class _Exact(NamedTuple):
     S: Tensor  # float64, detached
-    ritz: Ritz
-    nu: int
+    triplets: Ritz
+    sigma: Tensor
 
 
 def _exact(S: Tensor) -> _Exact:
     wide = as_matrices(S.detach() if isinstance(S, Tensor) else S)
     U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
-    return _Exact(wide, Ritz(U * sigma[..., None, :], Vh.mT, sigma), sigma.shape[-1])
+    return _Exact(wide, Ritz(U * sigma[..., None, :], Vh.mT), sigma)
 
 
 def _penalty_from(sigma: Tensor) -> Tensor:
@@ -260,10 +262,9 @@ def condition_penalty(S: Tensor) -> Tensor:
         >>> wc.condition_penalty(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
         tensor(0.7500)
     """
-    exact = _exact(S)
-    value = _penalty_from(exact.ritz.sigma).to(S.dtype)
-    left, right, sigma = exact.ritz
-    c = torch.full_like(sigma[..., 0], -1 / exact.nu)
+    _, (left, right, _), sigma = _exact(S)
+    value = _penalty_from(sigma).to(S.dtype)
+    c = torch.full_like(sigma[..., 0], -1 / sigma.shape[-1])
     return with_gradient(S, value, LowRankChange(c, left[..., :1], right[..., :1]))
 
 
@@ -289,9 +290,9 @@ def condition_penalty_gradient(S: Tensor) -> Tensor:
         tensor([[ 1.0000,  0.0000],
                 [ 0.0000, -0.5000]])
     """
-    wide, (left, right, _), nu = _exact(S)
+    wide, (left, right, _), sigma = _exact(S)
     # Adding 0.0 turns the zeros' signs positive.
-    return (left[..., :1] @ right[..., :1].mT - wide / nu + 0.0).to(S.dtype)
+    return (left[..., :1] @ right[..., :1].mT - wide / sigma.shape[-1] + 0.0).to(S.dtype)
 
 
 def condition_penalty_bound(S: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ def condition_penalty_bound(S: Tensor) -> Tensor:
         >>> float(wc.condition_number(S)), round(float(wc.condition_penalty_bound(S)), 4)
         (2.0, 4.4817)
     """
-    sigma = _exact(S).ritz.sigma
+    sigma = _exact(S).sigma
     # Relative to sigma_1, so that squares of 1e-200 do not vanish; 0/0 is nan, which is meant.
     sigma = sigma / sigma[..., :1]
     return torch.exp(sigma.shape[-1] * _penalty_from(sigma) / sigma[..., -1].square())
@@ -346,12 +347,12 @@ def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
         tensor([[1.6667, 0.0000],
                 [0.0000, 1.2500]])
     """
-    wide, ritz, nu = _exact(S)
+    wide, triplets, sigma = _exact(S)
     eta = torch.as_tensor(step, dtype=torch.float64, device=wide.device)
     if eta.ndim != 0 or not bool(torch.isfinite(eta)) or bool(eta < 0):
         raise ValueError(
             f"`step` must be a single finite number that is not negative, got {step}. "
             "It is the learning rate times the strength."
         )
-    (c, U, V), _ = clip_leading(ritz, nu, eta)
+    (c, U, V), _ = clip_leading(triplets, sigma, sigma.shape[-1], eta)
     return (c[..., None, None] * wide + U @ V.mT + 0.0).to(S.dtype)

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from wellcond._attachment import Attachment
-from wellcond._leading import Product, Subspace, cold_start, refine, residual, top_pair
+from wellcond._leading import Product, Subspace, cold_start, refine, residual, top_pair, warmed
 from wellcond._operators import StoredMatrix
 from wellcond._penalties import LowRankChange, Penalty, with_gradient
 from wellcond._selection import Penalties, listed, select
 from wellcond._weights import Weight
 
 _HALF = (torch.bfloat16, torch.float16)
-_WARM_UP = 4  # products at construction: two sweeps; below one, kappa may rise by a proximal step
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,9 @@ class _Entry:
         self.penalty = penalty
         S = self.operator()
         self.width = min(block, S.nu) if penalty.needs_subspace else 0
+        # Cold until first used: the weights may be loaded after the regulariser is made.
         self.subspace = cold_start(S, self.width, weight.name)
+        self.warm = False
         device = S.S.device
         self.strength = torch.zeros((), dtype=S.dtype, device=device)
         self.shortened = torch.zeros((), dtype=torch.int64, device=device)
@@ -69,9 +70,6 @@ class _Entry:
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
-        if penalty.needs_subspace and not S.S.is_meta:
-            for _ in range(_WARM_UP):
-                self.subspace = refine(S, self.subspace)[1]
 
     @property
     def name(self) -> str:
@@ -83,6 +81,10 @@ class _Entry:
 
     def operator(self) -> StoredMatrix:
         return StoredMatrix(self.weight.view(self.weight.parameter.detach()))
+
+    def refined(self, S: StoredMatrix) -> tuple[Product, Subspace]:
+        """One product with the weight, after a few more if it is the first."""
+        return refine(S, self.subspace if self.warm else warmed(S, self.subspace))
 
     def follow(self, device: torch.device) -> None:
         """Moves the memory to where the weight is now."""
@@ -103,6 +105,7 @@ class _Entry:
             "left": self.subspace.left,
             "right": self.subspace.right,
             "from_right": torch.tensor(self.subspace.from_right),
+            "warm": torch.tensor(self.warm),
             "step": torch.tensor(self.step),
             "shortened_steps": self.shortened,
             "pending_steps": torch.tensor(self.pending_steps),
@@ -113,6 +116,7 @@ class _Entry:
         device, dtype = self.strength.device, self.strength.dtype
         left, right = (state[side].to(device, dtype, copy=True) for side in ("left", "right"))
         self.subspace = Subspace(left, right, bool(state["from_right"]))
+        self.warm = bool(state["warm"])
         self.shortened = state["shortened_steps"].to(device, copy=True)
         self.step = int(state["step"])
         self.pending_steps = int(state["pending_steps"])
@@ -152,8 +156,7 @@ class Regularizer:
 
     Nothing of the model is touched but gradients (2) and weights (3). Per weight a block of `block`
     leading singular vectors is kept on both sides, (m + n) k numbers, and refined by one product
-    with the weight per application, alternately from the right and from the left; a proximal step,
-    which is taken less often, by two.
+    with the weight per application, alternately from the right and from the left.
 
     Args:
         model: the model; its weights are found once, now, and tied ones counted once.
@@ -337,8 +340,7 @@ class Regularizer:
             entry.pending_lr, entry.pending_steps = 0.0, 0
 
     def _shrink(self, entries: list[_Entry], rates: Iterable[float | Tensor]) -> None:
-        # A full sweep: on a subspace that is less than one sweep old kappa could rise.
-        for look, rate in zip(self._look(entries, products=2), rates, strict=True):
+        for look, rate in zip(self._look(entries), rates, strict=True):
             entry, S, product, _, _ = look
             eta = entry.strength_now() * rate
             change, shortened = entry.penalty.proximal_step(S, product, eta)
@@ -350,17 +352,15 @@ class Regularizer:
     def _active(self) -> list[_Entry]:
         return [entry for entry in self._entries if entry.active]
 
-    def _look(self, entries: list[_Entry], remember: bool = True, products: int = 1) -> list[_Look]:
-        """What products with every weight tell; raises before anything is remembered or changed."""
+    def _look(self, entries: list[_Entry], remember: bool = True) -> list[_Look]:
+        """One product with every weight; raises before anything is remembered or changed."""
         self._raise_earlier()
         looks = []
         for entry in entries:
             S = entry.operator()
             entry.follow(S.S.device)
             if entry.penalty.needs_subspace:
-                subspace = entry.subspace
-                for _ in range(products):
-                    product, subspace = refine(S, subspace)
+                product, subspace = entry.refined(S)
                 looks.append(_Look(entry, S, product, subspace, product.finite))
             else:
                 largest = torch.linalg.vector_norm(S.S, math.inf, dim=(-2, -1))
@@ -368,7 +368,7 @@ class Regularizer:
         self._check(looks)
         if remember:
             for look in looks:
-                look.entry.subspace = look.subspace
+                look.entry.subspace, look.entry.warm = look.subspace, True
         return looks
 
     def _check(self, looks: list[_Look]) -> None:
@@ -411,12 +411,11 @@ class Regularizer:
             S = entry.operator()
             entry.follow(S.S.device)
             # Tikhonov keeps no subspace; for a report a fresh one is good enough.
-            subspace = entry.subspace
-            if not entry.penalty.needs_subspace:
-                subspace = cold_start(S, min(self.block, S.nu), entry.name)
-                for _ in range(_WARM_UP):
-                    subspace = refine(S, subspace)[1]
-            product, _ = refine(S, subspace)
+            if entry.penalty.needs_subspace:
+                product, _ = entry.refined(S)
+            else:
+                cold = cold_start(S, min(self.block, S.nu), entry.name)
+                product, _ = refine(S, warmed(S, cold))
             numbers = torch.stack(
                 [
                     top_pair(product).sigma[..., 0],
@@ -514,8 +513,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _masked(look: _Look, change: LowRankChange, identity: float) -> LowRankChange:
-    """The change, or none where the weight is not finite; without asking the host."""
+    """The change, or none where the weight is not finite; without asking the host.
+
+    On the CPU such a weight has been refused already.
+    """
     finite = look.finite
+    if finite.is_cpu:
+        return change
     c = torch.where(finite, change.c, identity)
     U, V = (torch.where(finite[..., None, None], x, 0.0) for x in (change.U, change.V))
     return LowRankChange(c, U, V)
