@@ -497,6 +497,11 @@ class Regularizer:
                         f"{found}. Make the Regularizer with the model and the block with which "
                         "the state was saved."
                     )
+                if saved.is_floating_point() != own.is_floating_point():
+                    kind = "floating point" if own.is_floating_point() else "whole numbers"
+                    raise ValueError(
+                        f'`state["{entry.name}"]["{key}"]` must be {kind}, got {saved.dtype}.'
+                    )
         for entry in self._entries:
             entry.restore(state[entry.name])
 

@@ -68,6 +68,10 @@ def select(
     for name, reason in found.others.items():
         skip(name, reason, first_match([name]))
 
+    if not found.weights:
+        raise ValueError(
+            "`model` must leave at least one weight to regularise, but holds no matrix."
+        )
     for pattern, wanted in patterns.items():
         outcome = outcomes[pattern]
         if not outcome:
