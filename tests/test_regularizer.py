@@ -556,10 +556,10 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
     before, weights = flattened(reg), copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in (model[0].weight, model[2].weight)]
     for apply in (reg, reg.add_gradients_, lambda: reg.proximal_step_(0.1)):
-        with pytest.raises(ValueError, match='"2.weight" holds NaN or infinity'):
+        with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
             apply()
     model[0].weight.grad, model[2].weight.grad = (torch.zeros_like(g) for g in gradients)
-    with pytest.raises(ValueError, match='"2.weight" holds NaN or infinity'):
+    with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
         optimizer.step()
     after = flattened(reg)
     for key in before:

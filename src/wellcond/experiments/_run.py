@@ -13,7 +13,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ COLOURS = {
     "condition": "#1f6fb4",
     "condition-proximal": "#2a9d6f",
 }
+LINES = {"none": "-", "tikhonov": "-", "condition": "-", "condition-proximal": "--"}
 MARKERS = {"none": "s", "tikhonov": "^", "condition": "o", "condition-proximal": "D"}
 
 
@@ -48,7 +48,7 @@ def add_common(parser: argparse.ArgumentParser, name: str, data: bool = True) ->
             metavar="digits|mnist|PATH",
             help="scikit-learn's digits (default), MNIST, or a directory or .npz that holds MNIST",
         )
-    parser.add_argument("--seeds", type=positive, default=3, help="how many seeds (default 3)")
+    parser.add_argument("--seeds", type=positive, help="how many seeds (default 3; 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a short run to see that it works")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="default runs/NAME")
     parser.add_argument("--overwrite", action="store_true", help="replace results in --out")
@@ -67,6 +67,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Settles the common options; says at once what would stop the experiment at its end."""
+    import_figures()
+    apply_threads(arguments)
+    arguments.seeds = arguments.seeds or (1 if arguments.quick else 3)
 
 
 def apply_threads(arguments: argparse.Namespace) -> None:
@@ -88,9 +95,12 @@ def in_json(value: Any) -> Any:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file under another name first, so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:
-        part.write(text)
-    os.replace(part.name, path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -103,11 +113,16 @@ def versions() -> dict[str, str]:
 
 
 class Results:
-    """The document of an experiment, on disk after every run."""
+    """The document of an experiment, on disk after every run; `reports` are the files beside it."""
 
-    def __init__(self, arguments: argparse.Namespace, data: str, protocol: str) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, data: str, protocol: str, reports: tuple[str, ...]
+    ) -> None:
         self.out: Path = arguments.out
         self.path = self.out / "results.json"
+        self.reports = ("table.md", *reports)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out must be a directory, {self.out} is none.")
         if self.path.exists() and not arguments.overwrite:
             raise ValueError(f"{self.path} exists. Give --overwrite, or another --out.")
         hidden = ("run", "command", "json", "overwrite", "out", "experiment")
@@ -133,23 +148,45 @@ class Results:
         return settings
 
     def add(self, run: dict[str, Any]) -> None:
+        if not self.runs:  # what an earlier experiment drew would not fit these results
+            for report in self.reports:
+                (self.out / report).unlink(missing_ok=True)
         self.runs.append(run)
         self.document["summary"] = summarise(self.runs)
         self.write()
 
     def write(self) -> None:
-        write_whole(self.path, json.dumps(in_json(self.document), indent=1, default=str) + "\n")
+        write_whole(self.path, self.text())
 
-    def kept(self) -> str:
-        """What an interruption leaves, in words."""
-        return f"{len(self.runs)} finished runs are in {self.path}." if self.runs else ""
+    def text(self) -> str:
+        return json.dumps(in_json(self.document), indent=1, default=str) + "\n"
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """An interruption inside says what it leaves."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            count = len(self.runs)
+            left = f"Kept {count} finished runs in {self.path}." if count else "Nothing was kept."
+            raise KeyboardInterrupt(left) from None
+
+    def row(
+        self, method: str, strength: float, metric: str, tuned: bool = False
+    ) -> dict[str, float]:
+        """Mean and interval over the seeds; nan where there is no such run."""
+        for row in self.document["summary"]:
+            if (row["method"], row["strength"], row["tuned"], row["metric"]) == (
+                method,
+                strength,
+                tuned,
+                metric,
+            ):
+                return {end: row[end] for end in ("mean", "low", "high")}
+        return dict.fromkeys(("mean", "low", "high"), math.nan)
 
     def mean(self, method: str, strength: float, metric: str, tuned: bool = False) -> float:
-        for row in self.document["summary"]:
-            key = (row["method"], row["strength"], row["tuned"], row["metric"])
-            if key == (method, strength, tuned, metric):
-                return float(row["mean"])
-        return math.nan
+        return self.row(method, strength, metric, tuned)["mean"]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -231,6 +268,19 @@ def progress(total: int, title: str) -> Iterator[Callable[[str], None]]:
         yield lambda label: bar.update(task, advance=1, label=label)
 
 
+def finished(
+    results: Results, text: str, tables: list[tuple[str, list[str], list[list[str]]]], as_json: bool
+) -> None:
+    """Prints the document, or the tables and where everything lies."""
+    if as_json:
+        print(results.text(), end="")
+        return
+    print(text)
+    for title, header, rows in tables:
+        print_table(title, header, rows)
+    print(f"Written to {results.out}: {', '.join(('results.json', *results.reports))}")
+
+
 def figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Any, list[Any]]:
     """A figure of so many panels side by side, drawn without a window."""
     import_figures()
@@ -243,6 +293,39 @@ def figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[A
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
     return drawing, panels
+
+
+def logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, or at the powers of ten if many."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if high / low < 200:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+HUGE = 1e6  # in pictures, larger condition numbers are one
+
+
+def draw_condition_numbers(panel: Any) -> None:
+    """A logarithmic axis from 1 on which all that is above `HUGE`, or infinite, lies on one line."""
+    top = panel.dataLim.y1
+    panel.set_yscale("log")
+    if top < HUGE:
+        panel.set_ylim(1, None)
+        logarithmic(panel.yaxis)
+        return
+    ticks = [10.0**k for k in range(6)] + [3 * HUGE]
+    panel.set_yticks(ticks, [f"$10^{k}$" for k in range(6)] + ["over $10^6$\nor infinite"])
+    panel.set_ylim(1, 8 * HUGE)
+    panel.axhline(HUGE, color="#999999", ls=":", lw=0.9)
+
+
+def drawable(kappa: float) -> float:
+    """Where `draw_condition_numbers` shows it; nan is nowhere."""
+    return 3 * HUGE if kappa > HUGE else kappa
 
 
 def import_figures() -> None:

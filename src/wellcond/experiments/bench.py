@@ -1,8 +1,8 @@
 """Benchmarks: what a regularised training step costs, and how close it comes to an exact SVD.
 
 `step` trains one network in several ways at once, block by block in turn, so that all see the same
-machine; the figures are medians of ratios pair by pair. `fidelity` trains with the warm subspace and
-with an exact decomposition in every step, from the same seed, and compares condition numbers.
+machine; the figures are medians of ratios pair by pair. `fidelity` trains with the warm subspace
+and with an exact decomposition in every step, from the same seed, and compares condition numbers.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class _Way:
     def _exact(self) -> Tensor:
         S = self._weight()
         sigma = torch.linalg.svdvals(S)
-        return 1e-2 * (sigma[0] ** 2 / 2 - S.square().sum() / (2 * min(S.shape)))
+        value: Tensor = 1e-2 * (sigma[0] ** 2 / 2 - S.square().sum() / (2 * min(S.shape)))
+        return value
 
     def _orthogonality(self) -> Tensor:
         S = self._weight()
@@ -153,7 +154,7 @@ def run_step(arguments: argparse.Namespace) -> int:
                 if round_:  # the first round warms up
                     times[way.name].append(seconds)
             advance("")
-    table = []
+    table: list[dict[str, Any]] = []
     for name in names:
         ratios = [t / n for t, n in zip(times[name], times["none"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -166,13 +167,14 @@ def run_step(arguments: argparse.Namespace) -> int:
                 "milliseconds": 1e3 * statistics.median(times[name]),
             }
         )
+    shares = memory(arguments.hidden, 784, arguments.block)
     document = {
         "benchmark": "step",
         "settings": {"rounds": arguments.rounds, "steps": BLOCK, "block": arguments.block}
         | {"net": f"784-{arguments.hidden}-10", "batch": arguments.batch},
         "versions": _run.versions(),
         "ways": table,
-        "memory": memory(arguments.hidden, 784, arguments.block),
+        "memory": shares,
     }
     if arguments.json:
         print(json.dumps(_run.in_json(document), indent=1))
@@ -194,28 +196,28 @@ def run_step(arguments: argparse.Namespace) -> int:
     _run.print_table(
         "Memory, as a share of the weight",
         ["what", "share"],
-        [[name.replace("_", " "), f"{share:.3f}"] for name, share in document["memory"].items()],
+        [[name.replace("_", " "), f"{share:.3f}"] for name, share in shares.items()],
     )
     return 0
 
 
-class _LargestAllocation(TorchDispatchMode):
+class _LargestAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The largest storage that any operation makes anew, in bytes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {id_(x) for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)}
+        known = {_storage(x) for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for made in tree_leaves(result):
-            if isinstance(made, Tensor) and id_(made) not in known:
+            if isinstance(made, Tensor) and _storage(made) not in known:
                 self.bytes = max(self.bytes, made.untyped_storage().nbytes())
         return result
 
 
-def id_(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
@@ -244,11 +246,11 @@ def memory(m: int, n: int, block: int) -> dict[str, float]:
 
 
 def exact_gradient(S: Tensor) -> Tensor:
-    """`wellcond.condition_penalty_gradient` by the eigenvectors of the float64 Gram matrix: exact to
+    """`wellcond.condition_penalty_gradient` by eigenvectors of the float64 Gram matrix: exact to
     rounding, and faster than an SVD."""
     wide = S.double() if S.shape[0] <= S.shape[1] else S.double().mT
     u = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, -1:]
-    gradient = u @ (u.mT @ wide) - wide / len(wide)
+    gradient: Tensor = u @ (u.mT @ wide) - wide / len(wide)
     return (gradient if S.shape[0] <= S.shape[1] else gradient.mT).to(S.dtype)
 
 
@@ -265,7 +267,7 @@ def run_fidelity(arguments: argparse.Namespace) -> int:
         for every in arguments.every
     ]
     plan = [(*p, seed) for p in gradient + proximal for seed in range(arguments.seeds)]
-    runs = []
+    runs: list[dict[str, Any]] = []
     with _run.progress(len(plan), "bench fidelity") as advance:
         for how, strength, vectors, block, every, seed in plan:
             kappa, accuracy, shortened = _train(

@@ -74,8 +74,8 @@ def configure(experiments: Any) -> None:
     parser: argparse.ArgumentParser = experiments.add_parser(
         "classify",
         help="classification of noisy images",
-        description="Trains a classifier on clean images with each method and strength on the first "
-        "layer and tests it on noisy ones.",
+        description="Trains a classifier on clean images with each method and strength on the "
+        "first layer and tests it on noisy ones.",
         epilog="example: wellcond reproduce classify --data mnist --epochs 6 --seeds 1",
     )
     _run.add_common(parser, "classify")
@@ -166,9 +166,11 @@ def _report(
     clean, norms = matched_accuracy(results, plan), matched_norm(results)
     note = (
         f"Classification of noisy {setting.images.name}: "
-        f"{setting.images.pixels}-{setting.width}-10, Adam {setting.lr:g}, {setting.epochs} epochs on clean images, "
+        f"{setting.images.pixels}-{setting.width}-10, Adam {setting.lr:g}, "
+        f"{setting.epochs} epochs on clean images, "
         f"{results.settings['seeds']} seeds: mean ± 95 % interval. Accuracy in per cent at the "
-        f"noise on normalised pixels, mean of {DRAWS} draws; kappa and sigma_1 of the first layer.\n\n"
+        f"noise on normalised pixels, mean of {DRAWS} draws; kappa and sigma_1 of the first "
+        "layer.\n\n"
     )
     text = note + _run.markdown(header, rows)
     text += f"\nThe best accuracy at noise {COMPARED:g} among strengths whose clean accuracy is "

@@ -206,7 +206,8 @@ def _report(results: _run.Results, as_json: bool) -> None:
     header = ["method", "lam", *keys]
     note = (
         f"Least squares, kappa(A) = {CONDITION_A:g}, kappa(S*) = {CONDITION_TRUE:g}, "
-        f"noise {NOISE:g}, {results.settings['iterations']} steps, {results.settings['seeds']} seeds: mean ± 95 % "
+        f"noise {NOISE:g}, {results.settings['iterations']} steps, "
+        f"{results.settings['seeds']} seeds: mean ± 95 % "
         "interval; residual: ||A S - B||_F/sqrt(p).\n\n"
     )
     _run.write_whole(results.out / "table.md", note + _run.markdown(header, rows))
