@@ -143,7 +143,7 @@ def test_downloads_are_checked_and_kept_whole(
     )
     assert len(data.read_mnist(cache)["x_train"]) == 30
     data.download_mnist(cache, ())  # nothing is fetched twice
-    with pytest.raises(ValueError, match="could not be downloaded.*md5.*Put train-images"):
+    with pytest.raises(ValueError, match=r"could not be downloaded.*md5.*Put train-images"):
         data.download_mnist(tmp_path / "other", mirrors[:2])
     assert not (tmp_path / "other").exists()
 
