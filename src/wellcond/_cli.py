@@ -9,14 +9,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import wellcond
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers misuse with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"wellcond: error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     from wellcond.experiments import bench, classify, denoise, least_squares
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="wellcond",
         description="Condition numbers of neural network weights: experiments and benchmarks.",
         epilog="example: wellcond reproduce denoise --data digits",

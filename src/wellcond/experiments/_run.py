@@ -22,6 +22,8 @@ import torch
 
 import wellcond
 
+Advance = Callable[[str], None]  # moves a bar of progress by one, under this label
+Titled = tuple[str, list[str], list[list[str]]]  # a table: title, header, rows
 METHODS = ("none", "tikhonov", "condition", "condition-proximal")
 LABELS = {
     "none": "no regulariser",
@@ -230,7 +232,8 @@ def plus_minus(row: dict[str, float]) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in (header, *rows)]
+    lines = [escaped[0], ["---"] * len(header), *escaped[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -248,7 +251,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 
 @contextmanager
-def progress(total: int, title: str) -> Iterator[Callable[[str], None]]:
+def progress(total: int, title: str) -> Iterator[Advance]:
     """A bar on standard error where that is a terminal; the function moves it by one."""
     if not sys.stderr.isatty():
         yield lambda label: None
@@ -268,14 +271,21 @@ def progress(total: int, title: str) -> Iterator[Callable[[str], None]]:
         yield lambda label: bar.update(task, advance=1, label=label)
 
 
-def finished(
-    results: Results, text: str, tables: list[tuple[str, list[str], list[list[str]]]], as_json: bool
-) -> None:
+def over_seeds(seeds: int) -> str:
+    return f"Mean ± 95 % interval of {seeds} seeds." if seeds > 1 else "One seed: no interval."
+
+
+def write_tables(results: Results, note: str, tables: list[Titled]) -> None:
+    parts = [note + "\n", *(f"{title}:\n\n{markdown(head, rows)}" for title, head, rows in tables)]
+    write_whole(results.out / "table.md", "\n".join(parts))
+
+
+def finished(results: Results, note: str, tables: list[Titled], as_json: bool) -> None:
     """Prints the document, or the tables and where everything lies."""
     if as_json:
         print(results.text(), end="")
         return
-    print(text)
+    print(note, end="\n\n")
     for title, header, rows in tables:
         print_table(title, header, rows)
     print(f"Written to {results.out}: {', '.join(('results.json', *results.reports))}")
@@ -310,7 +320,7 @@ HUGE = 1e6  # in pictures, larger condition numbers are one
 
 
 def draw_condition_numbers(panel: Any) -> None:
-    """A logarithmic axis from 1 on which all that is above `HUGE`, or infinite, lies on one line."""
+    """A logarithmic axis from 1 on; all that is above `HUGE`, or infinite, lies on one line."""
     top = panel.dataLim.y1
     panel.set_yscale("log")
     if top < HUGE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +44,10 @@ def train(
     seed: int,
     after_epoch: Callable[[nn.Module, int], None] | None = None,
 ) -> nn.Module:
-    """Trains with Adam; `strengths` maps parameter names to the strength of the penalty."""
+    """Trains with Adam; `strengths` maps parameter names to the strength of the penalty.
+
+    Stops where the loss is no longer finite: what follows would only be NaN.
+    """
     model = seeded(recipe.build, seed)
     optimizer = torch.optim.Adam(model.parameters(), recipe.lr)
     reg = None
@@ -58,6 +62,8 @@ def train(
     for epoch in range(recipe.epochs):
         for indices in torch.split(torch.randperm(recipe.samples, generator=order), recipe.batch):
             loss = recipe.loss(model, indices, noise)
+            if not loss.isfinite():
+                return model
             if reg is not None and in_loss:
                 loss = loss + reg()
             optimizer.zero_grad()
@@ -65,15 +71,23 @@ def train(
             optimizer.step()
         if after_epoch is not None:
             after_epoch(model, epoch)
-    if reg is not None:
-        reg.detach()
     return model
 
 
+def condition_number(S: Tensor) -> float:
+    """kappa by a float64 SVD; nan where training has diverged."""
+    return float(wc.condition_number(S)) if S.isfinite().all() else math.nan
+
+
 def condition_numbers(model: nn.Module) -> dict[str, float]:
-    """kappa of every weight matrix, by a float64 SVD."""
+    """kappa of every weight matrix."""
     return {
-        name: float(wc.condition_number(parameter.detach()))
+        name: condition_number(parameter.detach())
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2
     }
+
+
+def spectral_norm(S: Tensor) -> float:
+    """sigma_1 by a float64 SVD; nan where training has diverged."""
+    return float(torch.linalg.matrix_norm(S.double(), 2)) if S.isfinite().all() else math.nan

@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import wellcond as wc
 from wellcond.experiments import _run, _training
 from wellcond.experiments.data import Images, load
 
 TEST_NOISES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
 # Adam rescales a gradient in the loss to its own step; a proximal step is lr * strength long as it
-# stands, so that at the same strength it would do nothing here.
+# stands, and at the same strengths would do nothing here.
 PROXIMAL_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 DRAWS = 5
 COMPARED = 2.0  # the noise at which methods are compared
 REGULARISED = _run.METHODS[1:]
 FIRST = "0.weight"
+Plan = list[tuple[str, float]]  # methods with their strengths
 
 
 def strengths_of(method: str) -> tuple[float, ...]:
@@ -87,12 +87,11 @@ def configure(experiments: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _run.import_figures()
-    _run.apply_threads(arguments)
-    if arguments.quick:
-        arguments.seeds = 1
-    results = _run.Results(arguments, arguments.data, "clean training, noisy test")
+    _run.prepare(arguments)
+    reports = ("accuracy.png", "matched.png", "training.png")
+    results = _run.Results(arguments, arguments.data, "clean training, noisy test", reports)
     images = load(arguments.data)
+    results.document["data"] = images.name
     small = images.name == "digits"
     default = (10 if arguments.quick else 30) if small else (1 if arguments.quick else 6)
     setting = Setting(
@@ -102,38 +101,41 @@ def run(arguments: argparse.Namespace) -> int:
         1e-3 if small else 1e-4,
     )
     results.settings.update(
-        epochs=setting.epochs, width=setting.width, lr=setting.lr, strengths=STRENGTHS, draws=DRAWS
+        epochs=setting.epochs,
+        width=setting.width,
+        lr=setting.lr,
+        strengths={method: strengths_of(method) for method in REGULARISED},
+        draws=DRAWS,
     )
     plan = [("none", 0.0)] + [(method, s) for method in REGULARISED for s in strengths_of(method)]
     runs = [
         (method, strength, seed) for seed in range(arguments.seeds) for method, strength in plan
     ]
-    with _run.progress(len(runs), f"classify {images.name}") as advance:
-        try:
-            for method, strength, seed in runs:
-                _finish(results, setting, method, strength, seed)
-                advance(f"{method} {strength:g}, seed {seed}")
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(results.kept()) from None
-    _report(results, setting, plan, arguments.json)
+    total = len(runs) * setting.epochs
+    with results.kept(), _run.progress(total, f"classify {images.name}") as advance:
+        for method, strength, seed in runs:
+            _finish(results, setting, method, strength, seed, advance)
+    with results.kept():
+        _report(results, setting, plan, arguments.json)
     return 0
 
 
 def _finish(
-    results: _run.Results, setting: Setting, method: str, strength: float, seed: int
+    results: _run.Results,
+    setting: Setting,
+    method: str,
+    strength: float,
+    seed: int,
+    advance: _run.Advance,
 ) -> None:
     started = time.perf_counter()
     history: list[dict[str, float]] = []
 
     def after_epoch(model: nn.Module, epoch: int) -> None:
-        S = model.get_parameter(FIRST).detach().double()
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "condition_number": float(wc.condition_number(S)),
-                "sigma_max": float(torch.linalg.matrix_norm(S, 2)),
-            }
-        )
+        S = model.get_parameter(FIRST).detach()
+        kappa, sigma = _training.condition_number(S), _training.spectral_norm(S)
+        history.append({"epoch": epoch + 1, "condition_number": kappa, "sigma_max": sigma})
+        advance(f"{method} {strength:g}, seed {seed}")
 
     model = _training.train(setting.recipe(), method, {FIRST: strength}, seed, after_epoch)
     results.add(
@@ -145,53 +147,56 @@ def _finish(
             "condition_numbers": _training.condition_numbers(model),
             "scores": setting.scores(model),
             "seconds": time.perf_counter() - started,
-            "metrics": {"sigma_max": history[-1]["sigma_max"]},
+            "metrics": {"sigma_max": _training.spectral_norm(model.get_parameter(FIRST).detach())},
             "history": history,
         }
     )
 
 
-def _report(
-    results: _run.Results, setting: Setting, plan: list[tuple[str, float]], as_json: bool
-) -> None:
-    rows_of = {
-        (row["method"], row["strength"], row["metric"]): row for row in results.document["summary"]
-    }
+def _report(results: _run.Results, setting: Setting, plan: Plan, as_json: bool) -> None:
     metrics = [f"condition_number:{FIRST}", "sigma_max", *(f"score:{n}" for n in TEST_NOISES)]
     header = ["method", "strength", "kappa", "sigma_1", *(f"% at {n:g}" for n in TEST_NOISES)]
     rows = [
-        [method, f"{strength:g}", *(_run.plus_minus(rows_of[method, strength, m]) for m in metrics)]
-        for method, strength in plan
+        [
+            m,
+            f"{strength:g}",
+            *(_run.plus_minus(results.row(m, strength, metric)) for metric in metrics),
+        ]
+        for m, strength in plan
     ]
-    clean, norms = matched_accuracy(results, plan), matched_norm(results)
+    seeds = results.settings["seeds"]
     note = (
-        f"Classification of noisy {setting.images.name}: "
-        f"{setting.images.pixels}-{setting.width}-10, Adam {setting.lr:g}, "
-        f"{setting.epochs} epochs on clean images, "
-        f"{results.settings['seeds']} seeds: mean ± 95 % interval. Accuracy in per cent at the "
-        f"noise on normalised pixels, mean of {DRAWS} draws; kappa and sigma_1 of the first "
-        "layer.\n\n"
+        f"Classification of noisy {setting.images.name}: {setting.images.pixels}-{setting.width}"
+        f"-10, Adam {setting.lr:g}, {setting.epochs} epochs on clean images. "
+        f"{_run.over_seeds(seeds)} The proximal step has strengths of its own: it is lr * strength "
+        "long, where Adam rescales the gradient of a loss."
     )
-    text = note + _run.markdown(header, rows)
-    text += f"\nThe best accuracy at noise {COMPARED:g} among strengths whose clean accuracy is "
-    text += "within one point of that without a regulariser:\n\n" + _run.markdown(*clean)
-    text += f"\nAccuracy at noise {COMPARED:g} where sigma_1 is the same as that of a Tikhonov run "
-    text += "(interpolated in log sigma_1; outside: no run reaches that sigma_1):\n\n"
-    text += _run.markdown(*norms)
-    _run.write_whole(results.out / "table.md", text)
-    _pictures(results, setting, plan)
-    if as_json:
-        print(results.path.read_text(), end="")
-        return
-    _run.print_table(note.strip(), header, rows)
-    _run.print_table("At matched clean accuracy (within one point)", *clean)
-    _run.print_table("At matched sigma_1", *norms)
-    print(f"Written to {results.out}: results.json, table.md, accuracy.png, training.png")
+    tables = [
+        (
+            f"Accuracy in per cent by the noise on normalised pixels, mean of {DRAWS} draws; kappa "
+            "and sigma_1 of the first layer",
+            header,
+            rows,
+        ),
+        (
+            f"At matched clean accuracy: the best at noise {COMPARED:g} among strengths whose "
+            "clean accuracy is within one point of that without a regulariser",
+            *matched_accuracy(results, plan),
+        ),
+        (
+            f"At matched sigma_1: accuracy at noise {COMPARED:g} where sigma_1 is that of a "
+            "Tikhonov run (interpolated in log sigma_1; outside: no run reaches that sigma_1)",
+            *matched_norm(results),
+        ),
+    ]
+    _run.write_tables(results, note, tables)
+    _accuracy(results, plan)
+    _matched(results, plan)
+    _training_curves(results, plan)
+    _run.finished(results, note, tables, as_json)
 
 
-def matched_accuracy(
-    results: _run.Results, plan: list[tuple[str, float]]
-) -> tuple[list[str], list[list[str]]]:
+def matched_accuracy(results: _run.Results, plan: Plan) -> tuple[list[str], list[list[str]]]:
     """Per method the most robust strength that keeps the clean accuracy within one point."""
     floor = results.mean("none", 0.0, "score:0.0") - 1
     rows = []
@@ -246,44 +251,96 @@ def matched_norm(results: _run.Results) -> tuple[list[str], list[list[str]]]:
     ], rows
 
 
-def _pictures(results: _run.Results, setting: Setting, plan: list[tuple[str, float]]) -> None:
+def _shade(method: str, strength: float) -> float:
+    """The opacity of a curve: the stronger the penalty the darker."""
+    if method == "none":
+        return 1.0
+    return 0.25 + 0.25 * strengths_of(method).index(strength)
+
+
+def _accuracy(results: _run.Results, plan: Plan) -> None:
+    """Accuracy against noise, a panel per method."""
     drawing, panels = _run.figure(columns=3, width=4.2, height=3.8)
     for panel, method in zip(panels, REGULARISED, strict=True):
-        for index, (name, strength) in enumerate(p for p in plan if p[0] in ("none", method)):
-            accuracy = [results.mean(name, strength, f"score:{n}") for n in TEST_NOISES]
-            colour = _run.COLOURS[name]
-            shade = 1.0 if name == "none" else 0.25 + 0.75 * index / len(STRENGTHS)
-            label = "none" if name == "none" else f"{strength:g}"
-            panel.plot(
-                TEST_NOISES,
-                accuracy,
-                color=colour,
-                alpha=shade,
-                marker=_run.MARKERS[name],
-                label=label,
-            )
+        for name, strength in plan:
+            if name in ("none", method):
+                accuracy = [results.mean(name, strength, f"score:{n}") for n in TEST_NOISES]
+                panel.plot(
+                    TEST_NOISES,
+                    accuracy,
+                    color=_run.COLOURS[name],
+                    alpha=_shade(name, strength),
+                    marker=_run.MARKERS[name],
+                    label="none" if name == "none" else f"{strength:g}",
+                )
         panel.set(title=_run.LABELS[method], xlabel="noise on normalised pixels", ylim=(0, 101))
         panel.legend(title="strength", fontsize=8, frameon=False)
     panels[0].set_ylabel("accuracy, %")
     drawing.savefig(results.out / "accuracy.png")
 
-    drawing, panels = _run.figure(columns=2)
+
+def _matched(results: _run.Results, plan: Plan) -> None:
+    """Accuracy under noise against clean accuracy, sigma_1 and kappa, a line per method."""
+    drawing, panels = _run.figure(columns=3, width=4.2, height=3.8)
+    noisy = f"score:{COMPARED}"
+    best = max(results.mean(m, s, noisy) for m, s in plan)
+    worst = min(results.mean(m, s, noisy) for m, s in plan if m != "tikhonov")
+    floor = worst - 0.5 * (best - worst) - 0.5
+    axes = {
+        "score:0.0": "clean accuracy, %",
+        "sigma_max": "sigma_1 of the first layer",
+        f"condition_number:{FIRST}": "condition number of the first layer",
+    }
+    for panel, (metric, name) in zip(panels, axes.items(), strict=True):
+        for method in _run.METHODS:
+            strengths = [s for m, s in plan if m == method]
+            # Without a regulariser is every line's beginning.
+            points = [("none", 0.0), *((method, s) for s in strengths if s)]
+            # Strong Tikhonov falls to chance: out of the picture, and said so.
+            shown = [point for point in points if results.mean(*point, noisy) >= floor]
+            panel.plot(
+                [results.mean(*point, metric) for point in shown],
+                [results.mean(*point, noisy) for point in shown],
+                color=_run.COLOURS[method],
+                marker=_run.MARKERS[method],
+                ls=_run.LINES[method],
+                zorder=3 if method == "none" else 2,
+                label=_run.LABELS[method]
+                + (f", {len(points) - len(shown)} below" if len(shown) < len(points) else ""),
+            )
+        panel.set_xlabel(name)
+    for panel in panels[1:]:
+        panel.set_xscale("log")
+        _run.logarithmic(panel.xaxis)
+    panels[0].set_ylabel(f"accuracy at noise {COMPARED:g}, %")
+    panels[0].legend(fontsize=8, frameon=False)
+    drawing.savefig(results.out / "matched.png")
+
+
+def _training_curves(results: _run.Results, plan: Plan) -> None:
+    """kappa and sigma_1 of the first layer over the epochs, for the first seed."""
+    drawing, (left, right) = _run.figure(columns=2)
     for method, strength in plan:
         history = next(
             run["history"]
             for run in results.runs
             if (run["method"], run["strength"]) == (method, strength)
         )
-        shade = (
-            1.0 if method == "none" else 0.25 + 0.1875 * (1 + strengths_of(method).index(strength))
-        )
         epochs = [point["epoch"] for point in history]
         # The legend names each method once, by its strongest run.
-        label = f"{_run.LABELS[method]}" if strength in (0.0, strengths_of(method)[-1]) else "_"
-        for panel, key in zip(panels, ("condition_number", "sigma_max"), strict=True):
-            values = [min(point[key], 1e20) for point in history]
-            panel.plot(epochs, values, color=_run.COLOURS[method], alpha=shade, label=label)
-    for panel, name in zip(panels, ("condition number", "spectral norm sigma_1"), strict=True):
-        panel.set(xlabel="epoch", ylabel=f"{name} of the first layer", yscale="log")
-    panels[0].legend(fontsize=8, frameon=False, title="darker: stronger")
+        strongest = method == "none" or strength == strengths_of(method)[-1]
+        style = {
+            "color": _run.COLOURS[method],
+            "alpha": _shade(method, strength),
+            "ls": _run.LINES[method],
+            "label": _run.LABELS[method] if strongest else None,
+        }
+        kappas = [_run.drawable(point["condition_number"]) for point in history]
+        left.plot(epochs, kappas, **style)
+        right.plot(epochs, [point["sigma_max"] for point in history], **style)
+    left.set(xlabel="epoch", ylabel="condition number of the first layer")
+    _run.draw_condition_numbers(left)
+    right.set(xlabel="epoch", ylabel="spectral norm sigma_1 of the first layer", yscale="log")
+    _run.logarithmic(right.yaxis)
+    left.legend(fontsize=8, frameon=False, title="darker: stronger")
     drawing.savefig(results.out / "training.png")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
+import math
 import os
 import struct
-import tempfile
-import urllib.error
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -83,6 +83,7 @@ def load(source: str) -> Images:
 
     Raises:
         ValueError: a missing, truncated or mislabelled file, or no network; with the way out.
+        ImportError: the digits without scikit-learn.
     """
     if source == "digits":
         return _digits()
@@ -148,7 +149,10 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             arrays = {key: archive[key] for key in MNIST_FILES}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *(OSError, ValueError, EOFError, TypeError, NotImplementedError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ValueError(f"{path} is no readable .npz of MNIST: {error}.") from None
     for key, array in arrays.items():
         if array.dtype != np.uint8:
@@ -171,9 +175,9 @@ def _read_idx(path: Path) -> Tensor:
     if len(raw) < header:
         raise ValueError(f"{path} is truncated: {len(raw)} bytes. Fetch it again.")
     shape = struct.unpack(f">{dimensions}I", raw[4:header])
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
+    if count == 0:
+        raise ValueError(f"{path} is empty: its header says {' x '.join(map(str, shape))}.")
     if len(raw) != header + count:
         raise ValueError(
             f"{path} is truncated or overlong: its header says {count} bytes, "
@@ -194,6 +198,9 @@ def _checked(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {len(x)} {part} images but {len(y)} labels.")
         if int(y.max()) > 9:
             raise ValueError(f"{path}: {part} labels must be 0 to 9, got {int(y.max())}.")
+    shapes = {tuple(arrays[key].shape[1:]) for key in ("x_train", "x_test")}
+    if len(shapes) > 1 or any(height != width for height, width in shapes):
+        raise ValueError(f"{path}: images must all be square and of one size, got {shapes}.")
     return arrays
 
 
@@ -203,13 +210,21 @@ def download_mnist(directory: Path | None = None, mirrors: tuple[str, ...] = MIR
     directory = directory or cache / "wellcond" / "mnist"
     for stem, md5 in MNIST_FILES.values():
         target = directory / f"{stem}.gz"
-        if not target.is_file():
-            content = _fetch(f"{stem}.gz", md5, mirrors)
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=directory, delete=False) as part:
-                part.write(content)
-            os.replace(part.name, target)
+        if target.is_file() and _md5(target.read_bytes()) == md5:
+            continue
+        content = _fetch(f"{stem}.gz", md5, mirrors)
+        directory.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        try:
+            part.write_bytes(content)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
     return directory
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _fetch(name: str, md5: str, mirrors: tuple[str, ...]) -> bytes:
@@ -218,10 +233,10 @@ def _fetch(name: str, md5: str, mirrors: tuple[str, ...]) -> bytes:
         try:
             with urllib.request.urlopen(mirror + name, timeout=30) as response:
                 content: bytes = response.read()
-        except (urllib.error.URLError, OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             troubles.append(f"{mirror}: {error}")
             continue
-        if hashlib.md5(content).hexdigest() == md5:
+        if _md5(content) == md5:
             return content
         troubles.append(f"{mirror}: the md5 of {name} is not {md5}")
     raise ValueError(f"MNIST could not be downloaded ({'; '.join(troubles)}). {WHERE}")

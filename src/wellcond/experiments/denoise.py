@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -21,9 +22,16 @@ from wellcond.experiments.data import Images, load
 TEST_NOISES = (0.0, 0.25, 0.5, 1.0, 1.5)
 OUTER, INNER = 1e-2, 1e-4
 DEFAULT_LR = 5e-3
-# Searched by --tuned: multiples of the strengths above, and learning rates.
-SCALES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+# Searched by --tuned: multiples of the strengths above, and learning rates. A proximal step is
+# lr * strength long, where Adam rescales the gradient of a loss to its own step: it needs more.
+SCALES = {
+    "none": (1.0,),
+    "tikhonov": (1e-3, 1e-2, 0.1, 1.0, 10.0),
+    "condition": (1e-3, 1e-2, 0.1, 1.0, 10.0),
+    "condition-proximal": (1.0, 10.0, 100.0, 1e3, 1e4),
+}
 RATES = (1e-3, DEFAULT_LR)
+SEARCH_SEED = 10_000  # none that is reported
 
 PROTOCOLS = {
     "paper": "noisy image in, clean normalised image as target",
@@ -114,14 +122,13 @@ def configure(experiments: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _run.import_figures()
-    _run.apply_threads(arguments)
+    _run.prepare(arguments)
     if not (math.isfinite(arguments.noise) and arguments.noise >= 0):
         raise ValueError(f"--noise must be finite and not negative, got {arguments.noise}.")
-    if arguments.quick:
-        arguments.seeds = 1
-    results = _run.Results(arguments, arguments.data, arguments.protocol)
+    reports = ("images.png", "curves.png")
+    results = _run.Results(arguments, arguments.data, arguments.protocol, reports)
     images = load(arguments.data)
+    results.document["data"] = images.name
     small = images.name == "digits"
     epochs = arguments.epochs or (
         1 if arguments.quick and not small else 10 if arguments.quick else 40 if small else 4
@@ -134,24 +141,22 @@ def run(arguments: argparse.Namespace) -> int:
     )
     models: dict[str, nn.Module] = {}
     plan = [(method, seed) for seed in range(arguments.seeds) for method in _run.METHODS]
-    searched = len(_run.METHODS) - 1
-    searches = (searched * len(SCALES) + 1) * len(RATES) if arguments.tuned else 0
-    total = len(plan) * (2 if arguments.tuned else 1) + searches
-    with _run.progress(total, f"denoise {images.name}") as advance:
-        try:
-            for method, seed in plan:
-                model = _finish(results, setting, method, 1.0, DEFAULT_LR, seed, tuned=False)
-                models.setdefault(method, model)
-                advance(f"{method}, seed {seed}")
-            if arguments.tuned:
-                for method in _run.METHODS:
-                    scale, lr = _search(setting, method, advance)
-                    for seed in range(arguments.seeds):
-                        _finish(results, setting, method, scale, lr, seed, tuned=True)
-                        advance(f"{method} tuned, seed {seed}")
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(results.kept()) from None
-    _report(results, setting, models, arguments.json)
+    total = len(plan)
+    if arguments.tuned:
+        total += len(plan) + sum(map(len, SCALES.values())) * len(RATES)
+    with (
+        results.kept(),
+        _run.progress(total * epochs, f"denoise {images.name}") as advance,
+    ):
+        for method, seed in plan:
+            model = _finish(results, setting, method, 1.0, DEFAULT_LR, seed, False, advance)
+            models.setdefault(method, model)
+        for method in _run.METHODS if arguments.tuned else ():
+            scale, lr = _search(results, setting, method, advance)
+            for seed in range(arguments.seeds):
+                _finish(results, setting, method, scale, lr, seed, True, advance)
+    with results.kept():
+        _report(results, setting, models, arguments.json)
     return 0
 
 
@@ -163,9 +168,14 @@ def _finish(
     lr: float,
     seed: int,
     tuned: bool,
+    advance: _run.Advance,
 ) -> nn.Module:
     started = time.perf_counter()
-    model = _training.train(setting.recipe(lr), method, setting.strengths(scale), seed)
+    label = f"{method}{' tuned' * tuned}, seed {seed}"
+    strengths = setting.strengths(scale)
+    model = _training.train(
+        setting.recipe(lr), method, strengths, seed, lambda model, epoch: advance(label)
+    )
     results.add(
         {
             "method": method,
@@ -181,18 +191,26 @@ def _finish(
     return model
 
 
-def _search(setting: Setting, method: str, advance: Any) -> tuple[float, float]:
+def _search(
+    results: _run.Results, setting: Setting, method: str, advance: _run.Advance
+) -> tuple[float, float]:
     """The factor of the strengths and the learning rate with the least error on held-out images."""
     validation = setting._replace(images=setting.images.split(0.15))
     noise = min(TEST_NOISES, key=lambda level: abs(level - setting.noise))
     found = []
-    for scale, lr in itertools.product(SCALES if method != "none" else (1.0,), RATES):
-        # A seed of its own: none that is reported.
-        strengths = validation.strengths(scale)
-        model = _training.train(validation.recipe(lr), method, strengths, seed=10_000)
+    for scale, lr in itertools.product(SCALES[method], RATES):
+        label = f"{method}: strengths x {scale:g}, lr {lr:g}"
+        model = _training.train(
+            validation.recipe(lr),
+            method,
+            validation.strengths(scale),
+            SEARCH_SEED,
+            lambda model, epoch, label=label: advance(label),  # type: ignore[misc]
+        )
         score = validation.scores(model)[str(noise)]
         found.append((score if math.isfinite(score) else math.inf, scale, lr))
-        advance(f"{method}: strengths x {scale:g}, lr {lr:g}")
+    trials = [{"scale": scale, "lr": lr, "score": score} for score, scale, lr in found]
+    results.settings.setdefault("search", {})[method] = trials
     _, scale, lr = min(found)
     return scale, lr
 
@@ -200,40 +218,41 @@ def _search(setting: Setting, method: str, advance: Any) -> tuple[float, float]:
 def _report(
     results: _run.Results, setting: Setting, models: dict[str, nn.Module], as_json: bool
 ) -> None:
-    header = ["method", "strength", "lr", *(f"MSE at {n:g}" for n in TEST_NOISES)]
-    header += [f"kappa {name}" for name in setting.weights()]
-    rows = []
-    for tuned in (False, True):
-        for method in _run.METHODS:
-            runs = [r for r in results.runs if (r["method"], r["tuned"]) == (method, tuned)]
-            if not runs:
-                continue
-            strength = runs[0]["strength"]
-            metrics = [f"score:{n}" for n in TEST_NOISES]
-            metrics += [f"condition_number:{name}" for name in setting.weights()]
-            cells = [
-                _run.plus_minus(row)
-                for metric in metrics
-                for row in results.document["summary"]
-                if (row["method"], row["strength"], row["tuned"], row["metric"])
-                == (method, strength, tuned, metric)
-            ]
-            name = f"{method} (tuned)" if tuned else method
-            rows.append([name, _run.number(strength), f"{runs[0]['lr']:g}", *cells])
+    names = {f"score:{n}": f"{n:g}" for n in TEST_NOISES}
+    kappas = {f"condition_number:{weight}": weight for weight in setting.weights()}
+    errors: list[list[str]] = []
+    conditions: list[list[str]] = []
+    for (method, tuned), runs in _groups(results).items():
+        strength, lr = runs[0]["strength"], runs[0]["lr"]
+        key = [f"{method} (tuned)" if tuned else method, _run.number(strength), f"{lr:g}"]
+        for rows, metrics in ((errors, names), (conditions, kappas)):
+            bands = [results.row(method, strength, metric, tuned) for metric in metrics]
+            rows.append(key + [_run.plus_minus(band) for band in bands])
+    seeds = results.settings["seeds"]
     note = (
-        f"Denoising of {setting.images.name}, protocol {setting.protocol}, noise {setting.noise:g} "
-        f"in training, {setting.epochs} epochs, {results.settings['seeds']} seeds: mean ± 95 % "
-        "interval. MSE on the test images against the target clamped to [0, 1]; strength: that of "
-        f"the outer weights, the inner ones have {INNER / OUTER:g} of it.\n\n"
+        f"Denoising of {setting.images.name}, protocol {setting.protocol}: "
+        f"{PROTOCOLS[setting.protocol]}; noise {setting.noise:g} in training, {setting.epochs} "
+        f"epochs. {_run.over_seeds(seeds)} Strength: that of the outer weights; the inner ones "
+        f"have {INNER / OUTER:g} of it."
     )
-    _run.write_whole(results.out / "table.md", note + _run.markdown(header, rows))
+    head = ["method", "strength", "lr"]
+    reach = "in [0, 1]" if setting.protocol == "standard" else "clamped to [0, 1]"
+    tables = [
+        (f"MSE against the clean image {reach}, by noise", [*head, *names.values()], errors),
+        ("Condition number of each weight", [*head, *kappas.values()], conditions),
+    ]
+    _run.write_tables(results, note, tables)
     _picture(results, setting, models)
     _curves(results, setting)
-    if as_json:
-        print(results.path.read_text(), end="")
-        return
-    _run.print_table(note.strip(), header, rows)
-    print(f"Written to {results.out}: results.json, table.md, images.png, curves.png")
+    _run.finished(results, note, tables, as_json)
+
+
+def _groups(results: _run.Results) -> dict[tuple[str, bool], list[dict[str, Any]]]:
+    """The runs by method, first at the paper's strengths and then tuned."""
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for run in results.runs:
+        groups.setdefault((run["method"], run["tuned"]), []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: item[0][1]))
 
 
 def _picture(results: _run.Results, setting: Setting, models: dict[str, nn.Module]) -> None:
@@ -245,8 +264,7 @@ def _picture(results: _run.Results, setting: Setting, models: dict[str, nn.Modul
     rows = {"clean": setting.target()[:count], "noisy": noisy.clamp(0, 1)}
     with torch.no_grad():
         rows |= {_run.LABELS[method]: model(noisy) for method, model in models.items()}
-    import_figure = _run.figure
-    drawing, (panel,) = import_figure(width=7.6, height=0.72 * len(rows) + 0.4)
+    drawing, (panel,) = _run.figure(width=8.4, height=0.68 * len(rows) + 0.3)
     gap = 1
     sheet = torch.ones(len(rows) * (side + gap) - gap, count * (side + gap) - gap)
     for i, images in enumerate(rows.values()):
@@ -263,36 +281,35 @@ def _picture(results: _run.Results, setting: Setting, models: dict[str, nn.Modul
         f"{setting.images.name}, noise {setting.noise:g}: the same strengths for every method",
         fontsize=10,
     )
-    drawing.savefig(results.out / "images.png")
+    drawing.savefig(results.out / "images.png", bbox_inches="tight")
 
 
 def _curves(results: _run.Results, setting: Setting) -> None:
     """Error against noise, and the condition number of every weight."""
     drawing, (left, right) = _run.figure(columns=2)
-    for tuned, line in ((False, "-"), (True, ":")):
-        for method in _run.METHODS:
-            runs = [r for r in results.runs if (r["method"], r["tuned"]) == (method, tuned)]
-            if not runs:
-                continue
-            style = {"color": _run.COLOURS[method], "marker": _run.MARKERS[method], "ls": line}
-            label = _run.LABELS[method] + (", tuned" if tuned else "")
-            bands = [_run.interval([run["scores"][str(n)] for run in runs]) for n in TEST_NOISES]
-            left.plot(TEST_NOISES, [band["mean"] for band in bands], label=label, **style)
-            if len(runs) > 1:
-                low, high = ([band[end] for band in bands] for end in ("low", "high"))
-                left.fill_between(TEST_NOISES, low, high, color=style["color"], alpha=0.12)
-            if not tuned:
-                kappa = [
-                    max(1.0, min(1e40, _median([run["condition_numbers"][w] for run in runs])))
-                    for w in setting.weights()
-                ]
-                right.plot(range(len(kappa)), kappa, label=label, **style)
+    weights = setting.weights()
+    for (method, tuned), runs in _groups(results).items():
+        colour, marker = _run.COLOURS[method], _run.MARKERS[method]
+        label = _run.LABELS[method] + (f", tuned (lr {runs[0]['lr']:g})" if tuned else "")
+        line = ":" if tuned else _run.LINES[method]
+        bands = [_run.interval([run["scores"][str(n)] for run in runs]) for n in TEST_NOISES]
+        means, low, high = ([band[end] for band in bands] for end in ("mean", "low", "high"))
+        left.plot(TEST_NOISES, means, label=label, color=colour, marker=marker, ls=line)
+        if len(runs) > 1 and not tuned:
+            left.fill_between(TEST_NOISES, low, high, color=colour, alpha=0.12, lw=0)
+        if tuned:
+            continue
+        # Side by side: the median large, every seed small.
+        shift = 0.16 * (_run.METHODS.index(method) - 1.5)
+        for index, weight in enumerate(weights):
+            kappas = [_run.drawable(run["condition_numbers"][weight]) for run in runs]
+            style = {"color": colour, "marker": marker, "ls": ""}
+            right.plot([index + shift] * len(kappas), kappas, ms=4, alpha=0.35, **style)
+            right.plot([index + shift], [statistics.median(kappas)], ms=8, **style)
     left.set(xlabel="noise on the test images", ylabel="mean squared error")
     left.legend(fontsize=8, frameon=False)
-    right.set(yscale="log", ylabel="condition number (median over seeds)", xlabel="weight")
-    right.set_xticks(range(len(setting.weights())), setting.weights())
+    right.set(ylabel="condition number: every seed, median", xlabel="weight")
+    right.set_xticks(range(len(weights)), weights)
+    right.grid(False, axis="x")
+    _run.draw_condition_numbers(right)
     drawing.savefig(results.out / "curves.png")
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

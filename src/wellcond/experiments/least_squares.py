@@ -20,6 +20,8 @@ from wellcond.experiments import _run
 P, M, N = 64, 32, 16
 CONDITION_A, CONDITION_TRUE, NOISE = 100.0, 1e3, 1e-3
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+PROTOCOL = "gradient descent with the fixed step 1/(||A||_2^2/p + lam)"
+CLOSED = "closed_form:"  # prefix of the metrics of the minimiser under Tikhonov
 BLOCK = 1000  # iterations between two looks at the progress
 
 
@@ -66,10 +68,9 @@ def configure(experiments: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _run.import_figures()
-    _run.apply_threads(arguments)
+    _run.prepare(arguments)
     iterations = arguments.epochs or (10_000 if arguments.quick else 100_000)
-    results = _run.Results(arguments, "synthetic", "gradient descent with a fixed step")
+    results = _run.Results(arguments, "synthetic", PROTOCOL, ("least-squares.png",))
     results.settings.update(
         iterations=iterations,
         p=P,
@@ -81,28 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
         strengths=STRENGTHS,
     )
     problems = [Problem.draw(seed) for seed in range(arguments.seeds)]
-    methods = ("none", "tikhonov", "condition", "condition-proximal")
-    blocks = -(-iterations // BLOCK)
-    with _run.progress(len(methods) * blocks, "least squares") as advance:
-        try:
-            for method in methods:
-                strengths = (0.0,) if method == "none" else STRENGTHS
-                started = time.perf_counter()
-                S = descend(problems, method, strengths, iterations, advance)
-                seconds = (time.perf_counter() - started) / S[..., 0, 0].numel()
-                for seed, problem in enumerate(problems):
-                    for index, strength in enumerate(strengths):
-                        results.add(
-                            _measured(problem, S[seed, index], method, strength, seed, seconds)
-                        )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(results.kept()) from None
-    for seed, problem in enumerate(problems):
-        for strength in STRENGTHS:
-            S = closed_form(problem, strength)
-            results.add(_measured(problem, S, "tikhonov-closed-form", strength, seed, 0.0))
-    results.write()
-    _report(results, arguments.json)
+    total = len(_run.METHODS) * -(-iterations // BLOCK)
+    with results.kept(), _run.progress(total, "least squares") as advance:
+        for method in _run.METHODS:
+            strengths = (0.0,) if method == "none" else STRENGTHS
+            started = time.perf_counter()
+            S = descend(problems, method, strengths, iterations, advance)
+            seconds = (time.perf_counter() - started) / S[..., 0, 0].numel()
+            for seed, problem in enumerate(problems):
+                for index, strength in enumerate(strengths):
+                    results.add(_measured(problem, S[seed, index], method, strength, seed, seconds))
+    with results.kept():
+        _report(results, arguments.json)
     return 0
 
 
@@ -171,19 +162,30 @@ def closed_form(problem: Problem, strength: float) -> Tensor:
 def _measured(
     problem: Problem, S: Tensor, method: str, strength: float, seed: int, seconds: float
 ) -> dict[str, Any]:
-    residual = torch.linalg.matrix_norm(problem.A @ S - problem.B) / P**0.5
-    return {
+    kappa, scores = _outcome(problem, S)
+    run = {
         "method": method,
         "strength": strength,
         "tuned": False,
         "seed": seed,
-        "condition_numbers": {"S": float(wc.condition_number(S))},
-        "scores": {
-            "residual": float(residual),
-            "error": float(torch.linalg.matrix_norm(S - problem.truth)),
-        },
+        "condition_numbers": {"S": kappa},
+        "scores": scores,
         "seconds": seconds,
     }
+    if method == "tikhonov":
+        kappa, scores = _outcome(problem, closed_form(problem, strength))
+        run["metrics"] = {f"{CLOSED}condition_number:S": kappa} | {
+            f"{CLOSED}score:{name}": value for name, value in scores.items()
+        }
+    return run
+
+
+def _outcome(problem: Problem, S: Tensor) -> tuple[float, dict[str, float]]:
+    """kappa(S), and how well S fits and how far it is from S*."""
+    residual = torch.linalg.matrix_norm(problem.A @ S - problem.B) / P**0.5
+    error = torch.linalg.matrix_norm(S - problem.truth)
+    scores = {"residual": float(residual), "error": float(error)}
+    return float(wc.condition_number(S)), scores
 
 
 def _report(results: _run.Results, as_json: bool) -> None:
@@ -192,45 +194,42 @@ def _report(results: _run.Results, as_json: bool) -> None:
         "residual": "score:residual",
         "||S - S*||": "score:error",
     }
-    methods = ("none", "tikhonov", "tikhonov-closed-form", "condition", "condition-proximal")
+    curves = [(method, "") for method in _run.METHODS]
+    curves.insert(2, ("tikhonov", CLOSED))
     rows = []
-    for method in methods:
+    for method, prefix in curves:
         for strength in (0.0,) if method == "none" else STRENGTHS:
-            cells = [
-                _run.plus_minus(row)
-                for key in keys.values()
-                for row in results.document["summary"]
-                if (row["method"], row["strength"], row["metric"]) == (method, strength, key)
-            ]
-            rows.append([method, f"{strength:g}", *cells])
-    header = ["method", "lam", *keys]
+            bands = [results.row(method, strength, prefix + key) for key in keys.values()]
+            name = f"{method}, closed form" if prefix else method
+            rows.append([name, f"{strength:g}", *map(_run.plus_minus, bands)])
+    settings = results.settings
     note = (
-        f"Least squares, kappa(A) = {CONDITION_A:g}, kappa(S*) = {CONDITION_TRUE:g}, "
-        f"noise {NOISE:g}, {results.settings['iterations']} steps, "
-        f"{results.settings['seeds']} seeds: mean ± 95 % "
-        "interval; residual: ||A S - B||_F/sqrt(p).\n\n"
+        f"Least squares, kappa(A) = {CONDITION_A:g}, kappa(S*) = {CONDITION_TRUE:g}, noise "
+        f"{NOISE:g}: {settings['iterations']} steps of {PROTOCOL}. "
+        f"{_run.over_seeds(settings['seeds'])} Residual: ||A S - B||_F/sqrt(p)."
     )
-    _run.write_whole(results.out / "table.md", note + _run.markdown(header, rows))
+    tables = [("By method and strength lam", ["method", "lam", *keys], rows)]
+    _run.write_tables(results, note, tables)
+    _picture(results, keys, curves)
+    _run.finished(results, note, tables, as_json)
+
+
+def _picture(results: _run.Results, keys: dict[str, str], curves: list[tuple[str, str]]) -> None:
     drawing, panels = _run.figure(columns=3, width=4.4, height=3.8)
     for panel, (name, key) in zip(panels, keys.items(), strict=True):
-        panel.axhline(results.mean("none", 0.0, key), color="#7f7f7f", ls="--", label="none")
-        for method in methods[1:]:
-            values = [results.mean(method, strength, key) for strength in STRENGTHS]
-            closed = method == "tikhonov-closed-form"
-            base = "tikhonov" if closed else method
+        unregularised = results.mean("none", 0.0, key)
+        panel.axhline(unregularised, color=_run.COLOURS["none"], lw=1, label=_run.LABELS["none"])
+        for method, prefix in curves[1:]:
+            values = [results.mean(method, strength, prefix + key) for strength in STRENGTHS]
             panel.plot(
                 STRENGTHS,
                 values,
-                color=_run.COLOURS[base],
-                marker="x" if closed else _run.MARKERS[base],
-                ls=":" if closed else "-",
-                label="Tikhonov, closed form" if closed else _run.LABELS[method],
+                color=_run.COLOURS[method] if not prefix else "black",
+                marker="x" if prefix else _run.MARKERS[method],
+                ls="" if prefix else _run.LINES[method],
+                label=_run.LABELS[method] + (", closed form" if prefix else ""),
             )
         panel.set(xscale="log", yscale="log", xlabel="strength lam", title=name)
+        _run.logarithmic(panel.yaxis)
     panels[0].legend(fontsize=8, frameon=False)
     drawing.savefig(results.out / "least-squares.png")
-    if as_json:
-        print(results.path.read_text(), end="")
-        return
-    _run.print_table(note.strip(), header, rows)
-    print(f"Written to {results.out}: results.json, table.md, least-squares.png")
