@@ -729,6 +729,16 @@ def test_measure_reports_a_lower_bound_and_a_residual_that_encloses() -> None:
     assert estimate.penalty <= penalty(layer.weight.detach()) + 1e-14
 
 
+def test_when_all_weights_are_frozen_later_nothing_is_left_to_do() -> None:
+    layer = gap()
+    reg = wc.Regularizer(layer, wc.Condition(1.0))
+    layer.requires_grad_(False)
+    assert reg().item() == 0
+    reg.add_gradients_()
+    reg.proximal_step_(0.1)
+    assert layer.weight.grad is None
+
+
 @pytest.mark.parametrize("block", [0, -1, 2.0, True])
 def test_a_bad_block_is_refused(block: object) -> None:
     with pytest.raises(ValueError, match="`block` must be a whole number of at least 1"):

@@ -192,9 +192,11 @@ class Regularizer:
         self._attachments: list[Attachment[_Entry]] = []
         self._flags: tuple[list[str], Tensor, Any] | None = None
         chosen, self._skipped = select(model, penalties)
-        self._device_type = chosen[0][0].parameter.device.type
-        with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
-            self._entries = [_Entry(weight, penalty, block) for weight, penalty in chosen]
+        self._entries = [_Entry(weight, penalty, block) for weight, penalty in chosen]
+
+    @property
+    def _device_type(self) -> str:
+        return self._entries[0].weight.parameter.device.type
 
     # --- the three ways ---------------------------------------------------------------------------
 
@@ -210,7 +212,8 @@ class Regularizer:
         """
         remember = torch.is_grad_enabled()
         terms = self._terms(remember)
-        total = torch.zeros((), dtype=terms[0][1].dtype, device=terms[0][1].device)
+        first = self._entries[0].operator()
+        total = torch.zeros((), dtype=first.dtype, device=first.S.device)
         for entry, value, strength, change in terms:
             parameter = entry.weight.parameter
             S = entry.weight.view(parameter)
