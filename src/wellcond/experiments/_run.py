@@ -123,6 +123,7 @@ class Results:
         self.out: Path = arguments.out
         self.path = self.out / "results.json"
         self.reports = ("table.md", *reports)
+        self.written = 0  # runs on disk
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out must be a directory, {self.out} is none.")
         if self.path.exists() and not arguments.overwrite:
@@ -159,6 +160,7 @@ class Results:
 
     def write(self) -> None:
         write_whole(self.path, self.text())
+        self.written = len(self.runs)
 
     def text(self) -> str:
         return json.dumps(in_json(self.document), indent=1, default=str) + "\n"
@@ -169,8 +171,8 @@ class Results:
         try:
             yield
         except KeyboardInterrupt:
-            count = len(self.runs)
-            left = f"Kept {count} finished runs in {self.path}." if count else "Nothing was kept."
+            runs = f"{self.written} finished run{'s' * (self.written != 1)}"
+            left = f"Kept {runs} in {self.path}." if self.written else "Nothing was kept."
             raise KeyboardInterrupt(left) from None
 
     def row(

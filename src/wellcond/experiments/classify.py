@@ -280,7 +280,10 @@ def _accuracy(results: _run.Results, plan: Plan) -> None:
 
 
 def _matched(results: _run.Results, plan: Plan) -> None:
-    """Accuracy under noise against clean accuracy, sigma_1 and kappa, a line per method."""
+    """Accuracy under noise against clean accuracy, sigma_1 and kappa, a line per method.
+
+    Strong Tikhonov falls to chance; what lies below all other methods is left out, and counted.
+    """
     drawing, panels = _run.figure(columns=3, width=4.2, height=3.8)
     noisy = f"score:{COMPARED}"
     best = max(results.mean(m, s, noisy) for m, s in plan)
@@ -296,7 +299,6 @@ def _matched(results: _run.Results, plan: Plan) -> None:
             strengths = [s for m, s in plan if m == method]
             # Without a regulariser is every line's beginning.
             points = [("none", 0.0), *((method, s) for s in strengths if s)]
-            # Strong Tikhonov falls to chance: out of the picture, and said so.
             shown = [point for point in points if results.mean(*point, noisy) >= floor]
             panel.plot(
                 [results.mean(*point, metric) for point in shown],
@@ -306,7 +308,16 @@ def _matched(results: _run.Results, plan: Plan) -> None:
                 ls=_run.LINES[method],
                 zorder=3 if method == "none" else 2,
                 label=_run.LABELS[method]
-                + (f", {len(points) - len(shown)} below" if len(shown) < len(points) else ""),
+                + (f" ({hidden} runs lie below)" if (hidden := len(points) - len(shown)) else ""),
+            )
+            bands = [results.row(*point, noisy) for point in shown]
+            panel.errorbar(
+                [results.mean(*point, metric) for point in shown],
+                [band["mean"] for band in bands],
+                yerr=[(band["high"] - band["low"]) / 2 for band in bands],
+                color=_run.COLOURS[method],
+                alpha=0.35,
+                ls="",
             )
         panel.set_xlabel(name)
     for panel in panels[1:]:
