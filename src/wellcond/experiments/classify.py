@@ -317,7 +317,7 @@ def _matched(results: _run.Results, plan: Plan) -> None:
                 ls=_run.LINES[method],
                 zorder=3 if method == "none" else 2,
                 label=_run.LABELS[method]
-                + (f" ({hidden} runs lie below)" if (hidden := len(points) - len(shown)) else ""),
+                + (f" ({hidden} lower, not shown)" if (hidden := len(points) - len(shown)) else ""),
             )
             bands = [results.row(*point, noisy) for point in shown]
             panel.errorbar(
