@@ -15,7 +15,7 @@ from wellcond._cli import main
 
 EXPERIMENTS = ("denoise", "classify", "least-squares")
 COMMANDS = [[], ["reproduce"], *(["reproduce", name] for name in EXPERIMENTS)]
-COMMANDS += [["bench"], ["bench", "step"], ["bench", "fidelity"]]
+COMMANDS += [["bench"], ["bench", "step"], ["bench", "fidelity"], ["bench", "strength"]]
 
 
 def exit_of(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 `step` trains one network in several ways at once, block by block in turn, so that all see the same
 machine; the figures are medians of ratios pair by pair. `fidelity` trains with the warm subspace
 and with an exact decomposition in every step, from the same seed, and compares condition numbers.
+`strength` trains over a grid of strengths: the way from a condition number to a strength.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from wellcond.experiments._training import seeded
 from wellcond.experiments.data import Images, load
 
 FIRST = "0.weight"
+SIDE = 28  # of the images, to which digits are scaled
 BLOCK = 10  # steps in a block: `every=10` acts exactly once in it
 
 
@@ -57,7 +59,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     fidelity.add_argument("--block", type=_numbers, default=[32], help="widths, as 16,32")
     fidelity.add_argument("--every", type=_numbers, default=[10], help="for attach, as 5,10,20")
     fidelity.set_defaults(run=run_fidelity)
-    for benchmark in (step, fidelity):
+    strength = benchmarks.add_parser(
+        "strength",
+        help="which strength leads to which condition number",
+        description="Condition number of the first layer of a 784-512-10 net and accuracy after "
+        "training, over a grid of strengths.",
+        epilog="example: wellcond bench strength --data mnist --epochs 3",
+    )
+    strength.add_argument("--data", default="digits", help="digits (scaled to 28x28), mnist, PATH")
+    strength.add_argument("--epochs", type=_run.positive, default=10)
+    strength.set_defaults(run=run_strength)
+    for benchmark in (step, fidelity, strength):
         _run.add_output(benchmark)
 
 
@@ -256,7 +268,7 @@ def exact_gradient(S: Tensor) -> Tensor:
 
 def run_fidelity(arguments: argparse.Namespace) -> int:
     _run.apply_threads(arguments)
-    images = _scaled(load(arguments.data), 28)
+    images = _scaled(load(arguments.data), SIDE)
     gradient = [("gradient", s, "exact", 0, 0) for s in (0.1, 1.0)]
     gradient += [("gradient", s, "warm", b, 0) for s in (0.1, 1.0) for b in arguments.block]
     proximal = [("proximal", s, "exact", 0, 1) for s in (10.0, 100.0)]
@@ -335,6 +347,56 @@ def run_fidelity(arguments: argparse.Namespace) -> int:
     return 0
 
 
+GRID = {"gradient": (1e-3, 1e-2, 0.1, 1.0, 10.0), "proximal": (1.0, 10.0, 100.0, 1e3)}
+
+
+def run_strength(arguments: argparse.Namespace) -> int:
+    _run.apply_threads(arguments)
+    images = _scaled(load(arguments.data), SIDE)
+    plan = [("gradient", 0.0)] + [(how, s) for how, grid in GRID.items() for s in grid]
+    runs: list[dict[str, Any]] = []
+    with _run.progress(len(plan), "bench strength") as advance:
+        for how, strength in plan:
+            kappa, accuracy, shortened = _train(
+                images, arguments.epochs, how, strength, False, block=32, every=10, seed=0
+            )
+            runs.append(
+                {
+                    "how": how if strength else "none",
+                    "strength": strength,
+                    "condition_number": kappa,
+                    "accuracy": accuracy,
+                    "shortened_steps": shortened,
+                }
+            )
+            advance(f"{how} {strength:g}")
+    document = {
+        "benchmark": "strength",
+        "settings": {"data": images.name, "epochs": arguments.epochs, "lr": 1e-3, "batch": 32},
+        "versions": _run.versions(),
+        "runs": runs,
+    }
+    if arguments.json:
+        print(json.dumps(_run.in_json(document), indent=1))
+        return 0
+    _run.print_table(
+        f"Condition number of layer 1 after {arguments.epochs} epochs of Adam 1e-3, batch 32, "
+        f"784-512-10 sigmoid on {images.name}; proximal: attach(every=10)",
+        ["way", "strength", "kappa", "accuracy, %", "shortened"],
+        [
+            [
+                run["how"],
+                f"{run['strength']:g}",
+                f"{run['condition_number']:.3g}",
+                f"{run['accuracy']:.1f}",
+                str(run["shortened_steps"]),
+            ]
+            for run in runs
+        ],
+    )
+    return 0
+
+
 def _scaled(images: Images, side: int) -> Images:
     """The images in another size, by bilinear interpolation."""
     if images.side == side:
@@ -366,7 +428,7 @@ def _train(
 ) -> tuple[float, float, int]:
     """kappa of the first layer, accuracy in per cent, shortened steps; proximal: lr * strength."""
     model = seeded(
-        lambda: nn.Sequential(nn.Linear(784, 512), nn.Sigmoid(), nn.Linear(512, 10)), seed
+        lambda: nn.Sequential(nn.Linear(images.pixels, 512), nn.Sigmoid(), nn.Linear(512, 10)), seed
     )
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     W = model.get_parameter(FIRST)

@@ -1,0 +1,62 @@
+"""The benchmarks measure every way and print a document; nothing here is timed."""
+
+import json
+
+import pytest
+import torch
+
+import wellcond as wc
+from wellcond import _cli
+from wellcond.experiments import bench
+
+
+def wellcond(*arguments: object) -> int:
+    return _cli.main([str(argument) for argument in arguments])
+
+
+def test_step_measures_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "step", "--rounds", 2, "--hidden", 96, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    ways = {row["way"] for row in document["ways"]}
+    assert {"none", "attach(every=10)", "add_gradients_", "in the loss"} <= ways
+    assert all(row["ratio"] > 0 for row in document["ways"])
+    assert wellcond("bench", "step", "--rounds", 1, "--hidden", 64) == 0
+    assert "exact SVD in the loss" in capsys.readouterr().out
+
+
+def test_no_temporary_is_of_the_size_of_the_weight() -> None:
+    shares = bench.memory(2048, 784, 32)
+    # The skinny factors: k of n or of m columns; the state holds both.
+    assert all(share <= 0.06 for share in shares.values())
+
+
+def test_exact_gradient_equals_the_public_function() -> None:
+    S = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for matrix in (S, S.mT.contiguous()):
+        torch.testing.assert_close(
+            bench.exact_gradient(matrix), wc.condition_penalty_gradient(matrix)
+        )
+
+
+def test_fidelity_compares_with_an_exact_decomposition(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SIDE", 8)
+    assert wellcond("bench", "fidelity", "--epochs", 1, "--block", "4,32", "--json") == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert len(runs) == 12
+    wide = [run["ratio"] for run in runs if run["block"] == 32 and run["how"] == "gradient"]
+    assert all(abs(ratio - 1) < 0.1 for ratio in wide)
+
+
+def test_stronger_penalties_end_at_lower_condition_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench, "GRID", {"gradient": (0.1, 1.0), "proximal": (10.0, 1000.0)})
+    assert wellcond("bench", "strength", "--epochs", 2, "--json") == 0
+    kappa = [run["condition_number"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert kappa[0] > kappa[1] > kappa[2]
+    assert kappa[0] > kappa[3] > kappa[4]
+    assert wellcond("bench", "strength", "--epochs", 1) == 0
+    assert "proximal" in capsys.readouterr().out
