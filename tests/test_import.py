@@ -11,6 +11,7 @@ SOURCE = Path(wellcond.__file__).parent
 # From the ground up: a room may import only what stands before it.
 ROOMS = [
     "_operators",
+    "_bounds",
     "_leading",
     "_spectrum",
     "_penalties",

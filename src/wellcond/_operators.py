@@ -21,6 +21,32 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_matrices(S: Tensor) -> Tensor:
+    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
+    if not isinstance(S, Tensor):
+        raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
+    if not S.is_floating_point():
+        raise TypeError(
+            f"`S` must be a real floating-point tensor, got {S.dtype}. "
+            "Convert it first, for instance with S.to(torch.float64)."
+        )
+    if S.ndim < 2:
+        raise ValueError(
+            f"`S` must have at least 2 dimensions, got shape {tuple(S.shape)}. "
+            "A vector has no condition number; S[None] makes it a matrix of one row."
+        )
+    if S.shape[-1] == 0 or S.shape[-2] == 0:
+        raise ValueError(f"`S` must have rows and columns, got shape {tuple(S.shape)}.")
+    wide = S.to(torch.float64)
+    if not torch.isfinite(wide).all():
+        count = int((~torch.isfinite(wide)).sum())
+        raise ValueError(
+            f"`S` must be finite, got {count} NaN or infinite of {S.numel()} entries. "
+            "Look for the step at which they appeared."
+        )
+    return wide
+
+
 class StoredMatrix:
     """A matrix, or a stack of them, that lies in memory: a view of a parameter or a gradient."""
 

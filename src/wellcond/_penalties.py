@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wellcond._leading import Product, Ritz, ritz_triplets, top_pair
-from wellcond._operators import StoredMatrix
-from wellcond._spectrum import as_matrices
+from wellcond._operators import StoredMatrix, as_matrices
 
 Strength = float | Callable[[int], float]
 

@@ -1,39 +1,66 @@
 """Measured singular values and condition numbers of single matrices.
 
-Letters: S (..., m, n) a matrix or a batch of them; sigma (..., nu) its singular values, descending;
-nu = min(m, n).
+All arithmetic is float64. The singular values are the roots of the eigenvalues of the smaller Gram
+matrix where that resolves them: an error of eps sigma_1^2 in sigma_nu^2 grows with kappa^2, so
+sigma_nu comes from inverse iteration and is measured as ||S v||, which squares nothing. Where that
+does not converge either, an SVD decides.
+
+Letters: S (..., m, n) a matrix or a batch of them; G the Gram matrix S^T S, or S S^T if that is
+smaller; sigma (..., nu) the singular values, descending; nu = min(m, n); kappa = sigma_1/sigma_nu.
 """
 
 from __future__ import annotations
 
+import enum
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from wellcond._operators import as_matrices
 
-def as_matrices(S: Tensor) -> Tensor:
-    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
-    if not isinstance(S, Tensor):
-        raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
-    if not S.is_floating_point():
-        raise TypeError(
-            f"`S` must be a real floating-point tensor, got {S.dtype}. "
-            "Convert it first, for instance with S.to(torch.float64)."
-        )
-    if S.ndim < 2:
-        raise ValueError(
-            f"`S` must have at least 2 dimensions, got shape {tuple(S.shape)}. "
-            "A vector has no condition number; S[None] makes it a matrix of one row."
-        )
-    if S.shape[-1] == 0 or S.shape[-2] == 0:
-        raise ValueError(f"`S` must have rows and columns, got shape {tuple(S.shape)}.")
-    wide = S.to(torch.float64)
-    if not torch.isfinite(wide).all():
-        count = int((~torch.isfinite(wide)).sum())
-        raise ValueError(
-            f"`S` must be finite, got {count} NaN or infinite of {S.numel()} entries. "
-            "Look for the step at which they appeared."
-        )
-    return wide
+_EPS = torch.finfo(torch.float64).eps
+# Up to this nu an SVD is as fast as the Gram matrix; from the other on, Krylov spaces find the
+# extremes faster than eigenvalues of the Gram matrix (`wellcond bench audit`).
+_SMALL, _LARGE = 256, 2048
+# The relative errors of a squared singular value that are taken: of the Gram matrix by its bound
+# n eps kappa^2, which is far from reached; of an iteration by its residual, which is an estimate.
+_GRAM_ERROR, _RESIDUAL_ERROR = 1e-6, 1e-8
+
+
+class Method(enum.Enum):
+    """How the singular values of a weight were found."""
+
+    svd = "SVD in float64"
+    gram = "eigenvalues of the Gram matrix in float64"
+    inverse = "eigenvalues of the Gram matrix in float64, the smallest by inverse iteration"
+    krylov = "extremes alone, by block Krylov spaces of the Gram matrix and its inverse in float64"
+
+
+class Spectrum(NamedTuple):
+    """Singular values of one matrix, descending: all of them, or with `krylov` the extremes.
+
+    They are `unit * scaled`, kept apart as the product may overflow and kappa need not.
+    """
+
+    scaled: Tensor
+    method: Method
+    shape: torch.Size
+    unit: float = 1.0
+
+    @property
+    def singular_values(self) -> Tensor:
+        return self.scaled * self.unit
+
+    @property
+    def condition_number(self) -> float:
+        """inf where sigma_nu is zero to working precision, nan for a zero matrix."""
+        largest, smallest = float(self.scaled[0]), float(self.scaled[-1])
+        if largest == 0:
+            return math.nan
+        return math.inf if smallest <= negligible(self.shape) * largest else largest / smallest
 
 
 def condition_number(S: Tensor) -> Tensor:
@@ -63,6 +90,137 @@ def condition_number(S: Tensor) -> Tensor:
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     sigma = torch.linalg.svdvals(wide / torch.where(unit > 0, unit, 1.0))
     largest, smallest = sigma[..., 0], sigma[..., -1]
-    negligible = max(S.shape[-2:]) * torch.finfo(torch.float64).eps * largest
-    kappa = torch.where(smallest <= negligible, torch.inf, largest / smallest)
+    zero = smallest <= negligible(S.shape) * largest
+    kappa = torch.where(zero, torch.inf, largest / smallest)
     return torch.where(largest == 0, torch.nan, kappa)
+
+
+def negligible(shape: torch.Size) -> float:
+    """Up to here, relative to sigma_1, a computed singular value is zero to working precision."""
+    return max(shape[-2:]) * _EPS
+
+
+def measure(S: Tensor, all_values: bool = False) -> Spectrum:
+    """The singular values of one finite matrix (m, n), in float64, by the cheapest sound method.
+
+    Of a very large one only the extremes, unless `all_values` are asked for.
+    """
+    wide = S.double()
+    largest = float(torch.linalg.vector_norm(wide, math.inf))
+    if not 1e-100 < largest < 1e100 and largest > 0:
+        # Squares, and the scaling inside LAPACK, want room: a power of two costs no rounding.
+        unit = 2.0 ** (math.frexp(largest)[1] - 1)
+        return measure(wide / unit, all_values)._replace(unit=unit)
+    m, n = wide.shape
+    if m == 1 or n == 1:
+        return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape)
+    if m > _SMALL and n > _SMALL:
+        spectrum = _from_gram(wide.mT if m < n else wide, all_values)
+        if spectrum is not None:
+            return spectrum
+    return Spectrum(torch.linalg.svdvals(wide), Method.svd, wide.shape)
+
+
+def _from_gram(S: Tensor, all_values: bool) -> Spectrum | None:
+    """Singular values of S (m >= n) from its Gram matrix; None where that does not resolve them.
+
+    Cheap questions first: what needs an SVD in the end should not pay for eigenvalues before.
+    """
+    n = S.shape[1]
+    G = gram(S)
+    factor, failed = torch.linalg.cholesky_ex(G)
+    if failed:
+        return None
+    smallest, error = _smallest(S, factor)
+    del factor
+    converged = error <= _RESIDUAL_ERROR
+    sure = n >= _LARGE and converged and not all_values
+    top, _, top_error = _krylov(lambda V: G @ V, n, _RESIDUAL_ERROR, steps=100 if sure else 3)
+    if sure and top_error <= _RESIDUAL_ERROR:
+        return Spectrum(torch.stack([top.sqrt(), smallest]), Method.krylov, S.shape)
+    resolved = bool(n * _EPS * top <= _GRAM_ERROR * smallest.square())
+    if not (resolved or converged):
+        return None
+    sigma = torch.linalg.eigvalsh(G).flip(0).clamp_min(0).sqrt()
+    if resolved:
+        return Spectrum(sigma, Method.gram, S.shape)
+    sigma = sigma.clamp_min(smallest)
+    sigma[-1] = smallest
+    return Spectrum(sigma, Method.inverse, S.shape)
+
+
+def gram(S: Tensor) -> Tensor:
+    """S^T S: the blocks of its lower triangle, mirrored, at little more than half the products."""
+    n = S.shape[1]
+    G = S.new_empty(n, n)
+    width = max(256, -(-n // 4))
+    for start in range(0, n, width):
+        block = S[:, start:].mT @ S[:, start : start + width]
+        G[start:, start : start + width] = block
+        G[start : start + width, start:] = block.mT
+    return G
+
+
+def _smallest(S: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+    """sigma_n of S from the Cholesky factor of S^T S, and an estimate of the error of sigma_n^2.
+
+    The vectors are those of the rounded Gram matrix; sigma_n = ||S v|| forgives them to second
+    order, and the residual is that of S itself.
+    """
+
+    def inverse(V: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(factor, V, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        return solved
+
+    _, V, _ = _krylov(inverse, S.shape[1], _RESIDUAL_ERROR, steps=30)
+    for _ in range(2):  # what is left of large singular vectors shrinks by kappa^2 each time
+        V = torch.linalg.qr(inverse(V)).Q
+    U, sigma, Wh = torch.linalg.svd(S @ V, full_matrices=False)
+    residual = torch.linalg.vector_norm(S.mT @ U[:, -1] - sigma[-1] * (V @ Wh[-1]))
+    squared = sigma.square()
+    return sigma[-1], _ritz_error(squared[-1], sigma[-1] * residual, squared[-2] - squared[-1])
+
+
+def _ritz_error(value: Tensor, residual: Tensor, gap: Tensor) -> float:
+    """An estimate of the relative error of a Ritz value: residual, or residual^2/gap if smaller.
+
+    Some eigenvalue is as near as the residual (Weyl), and if the gap to the next Ritz value is
+    that to the next eigenvalue, as near as the second (Kato and Temple).
+    """
+    error = torch.where(gap > residual, residual.square() / gap, residual)
+    return float(error / value)
+
+
+def _krylov(
+    apply: Callable[[Tensor], Tensor], n: int, tolerance: float, steps: int, width: int = 4
+) -> tuple[Tensor, Tensor, float]:
+    """The largest eigenvalue of a positive semidefinite operator on n-vectors by block Lanczos.
+
+    Returns the Ritz value, a lower bound, the `width` leading Ritz vectors (n, width), and an
+    estimate of the relative error of the value.
+    """
+    steps = min(steps, n // width)
+    source = torch.Generator().manual_seed(0)
+    block = torch.linalg.qr(torch.randn(n, width, generator=source, dtype=torch.float64)).Q
+    basis = block.new_empty(steps * width, n)  # in rows: products with them are much faster
+    projected = block.new_zeros(steps * width, steps * width)
+    for step in range(1, steps + 1):
+        last, filled = slice((step - 1) * width, step * width), step * width
+        basis[last] = block.mT
+        before = basis[:filled]
+        image = apply(block)
+        along = before @ image
+        block, remainder = torch.linalg.qr(image - before.mT @ along)
+        # Once more, after scaling: where the space is exhausted only rounding was left.
+        again = before @ block
+        block, scaled = torch.linalg.qr(block - before.mT @ again)
+        projected[:filled, last] = along + again @ remainder
+        if step % 4 and step < steps:
+            continue
+        values, vectors = torch.linalg.eigh(projected[:filled, :filled], UPLO="U")
+        residual = torch.linalg.vector_norm(scaled @ (remainder @ vectors[last, -1]))
+        error = _ritz_error(values[-1], residual, values[-1] - values[-2])
+        if error <= tolerance:
+            break
+    return values[-1], before.mT @ vectors[:, -width:], error

@@ -1,0 +1,141 @@
+"""Measured singular values against float64 SVDs and prescribed spectra."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from matrices import hilbert, matrices, with_spectrum
+from wellcond import _spectrum
+from wellcond._spectrum import Method, measure
+
+
+@pytest.fixture
+def no_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but vectors go by the Gram matrix, so that small examples reach every branch."""
+    monkeypatch.setattr(_spectrum, "_SMALL", 3)
+
+
+def spectrum_of(name: str, n: int, kappa: float) -> Tensor:
+    t = torch.linspace(0, 1, n, dtype=torch.float64)
+    return {
+        "geometric": kappa**-t,
+        "arithmetic": 1 - t * (1 - 1 / kappa),
+        "one small": torch.where(t < 1, 1.0, 1 / kappa),  # exhausts a Krylov space in two steps
+        "one large": torch.where(t == 0, 1.0, 1 / kappa),
+        "bottom cluster": torch.where(t < 0.5, 1.0, (1 + 1e-3 * (1 - t)) / kappa),  # no gap
+        "top cluster": torch.where(t < 0.5, 1 - 1e-3 * t, 1 / kappa + 0.5 * (1 - t) ** 2),
+    }[name].to(torch.float64)
+
+
+SPECTRA = [
+    "geometric",
+    "arithmetic",
+    "one small",
+    "one large",
+    "bottom cluster",
+    "top cluster",
+]
+
+
+@pytest.mark.parametrize("kappa", [1.0, 10.0, 1e3, 1e5, 1e7])
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("large", [False, True])
+def test_kappa_is_right_to_1e_6(
+    name: str, kappa: float, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever route decides; the float64 SVD itself is good to n eps kappa = 3e-7 at 1e7."""
+    monkeypatch.setattr(_spectrum, "_SMALL", 8)
+    if large:
+        monkeypatch.setattr(_spectrum, "_LARGE", 8)
+    S = with_spectrum(spectrum_of(name, 120, kappa), 150, 120).float()
+    exact = np.linalg.svd(S.double().numpy(), compute_uv=False)
+    for matrix in (S, S.mT, S.double()):
+        found = measure(matrix)
+        assert float(found.singular_values[0]) == pytest.approx(exact[0], rel=1e-6)
+        assert found.condition_number == pytest.approx(exact[0] / exact[-1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "kappa", "method"),
+    [
+        ("arithmetic", 10.0, Method.gram),
+        ("geometric", 1e5, Method.inverse),
+        ("geometric", 1e10, Method.svd),
+    ],
+)
+def test_the_gram_matrix_is_left_where_it_does_not_resolve(
+    name: str, kappa: float, method: Method, no_small: None
+) -> None:
+    S = with_spectrum(spectrum_of(name, 120, kappa), 120, 120)
+    assert measure(S).method is method
+
+
+def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_spectrum, "_SMALL", 8)
+    monkeypatch.setattr(_spectrum, "_LARGE", 100)
+    S = with_spectrum(spectrum_of("arithmetic", 120, 100.0), 120, 140)
+    extremes, everything = measure(S), measure(S, all_values=True)
+    assert extremes.method is Method.krylov
+    assert extremes.singular_values.shape == (2,)
+    assert everything.singular_values.shape == (120,)
+    assert extremes.condition_number == pytest.approx(everything.condition_number, rel=1e-7)
+
+
+@given(matrices())
+def test_all_singular_values_agree_with_an_svd(S: Tensor) -> None:
+    exact = torch.linalg.svdvals(S)
+    found = measure(S).singular_values
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-13 * float(exact[0]))
+
+
+@given(st.integers(9, 40), st.integers(9, 40), st.integers(0, 999))
+def test_the_gram_route_agrees_with_an_svd(m: int, n: int, seed: int) -> None:
+    S = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = _spectrum._from_gram(S.mT if m < n else S, all_values=False)
+    if found is not None:
+        torch.testing.assert_close(found.scaled, torch.linalg.svdvals(S), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-30, 1e30, 1e300, 1e307])
+def test_kappa_does_not_mind_the_scale(scale: float) -> None:
+    S = torch.tensor([[4.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    assert measure(S * scale).condition_number == 2.0
+
+
+def test_kappa_survives_a_spectral_norm_beyond_float64() -> None:
+    S = 1.6e308 * torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+    found = measure(S)
+    assert float(found.singular_values[0]) == math.inf
+    assert found.condition_number == pytest.approx(1.0)
+
+
+def test_zero_has_no_condition_number_and_deficient_an_infinite_one(no_small: None) -> None:
+    assert math.isnan(measure(torch.zeros(5, 4)).condition_number)
+    assert measure(torch.ones(5, 4)).condition_number == math.inf
+    assert measure(with_spectrum(torch.tensor([1.0, 1.0, 0.0]).double(), 9, 9)).condition_number == (
+        math.inf
+    )
+
+
+def test_vectors_have_one_singular_value() -> None:
+    assert measure(torch.tensor([[3.0, 4.0]])).singular_values.tolist() == [5.0]
+    assert measure(torch.tensor([[3.0], [4.0]])).condition_number == 1.0
+
+
+def test_half_precision_is_the_exact_matrix_of_its_values() -> None:
+    S = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = np.linalg.svd(S.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(measure(S).singular_values.numpy(), exact, rtol=1e-12)
+
+
+def test_hilbert_is_singular_to_working_precision_from_13_on(no_small: None) -> None:
+    """kappa(hilbert(8)) = 1.526e10 (Todd 1961)."""
+    assert measure(hilbert(8)).condition_number == pytest.approx(1.5257575538e10, rel=1e-5)
+    assert measure(hilbert(14)).condition_number == math.inf
