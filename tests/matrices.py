@@ -1,5 +1,7 @@
 """Matrices with a prescribed spectrum, each with the reason why it is hard."""
 
+import math
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,3 +54,25 @@ def lauchli(n: int, mu: float) -> Tensor:
     return torch.cat(
         [torch.ones(1, n, dtype=torch.float64), mu * torch.eye(n, dtype=torch.float64)]
     )
+
+
+def kahan(n: int, theta: float) -> Tensor:
+    """Upper triangular, graded, with a smallest singular value that pivoting does not see."""
+    s, c = math.sin(theta), math.cos(theta)
+    upper = torch.eye(n, dtype=torch.float64) - c * torch.triu(
+        torch.ones(n, n, dtype=torch.float64), 1
+    )
+    return s ** torch.arange(n, dtype=torch.float64)[:, None] * upper
+
+
+def hadamard_conjugate(d: Tensor) -> Tensor:
+    """H diag(d) H/n with a Hadamard matrix H, n = len(d) a power of 2.
+
+    For integers whose sums stay below 2^53 it is exact in float64, and so its singular values are
+    |d|, exactly.
+    """
+    n = len(d)
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < n:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return (H * d.double()) @ H / n

@@ -1,5 +1,9 @@
 """float64 answers, written from the definitions and not from the product's formulas."""
 
+import math
+from fractions import Fraction
+
+import mpmath
 import numpy as np
 from scipy.optimize import brentq
 from torch import Tensor, from_numpy
@@ -31,3 +35,22 @@ def proximal_step(S: Tensor, eta: float) -> Tensor:
     scaled = grown / unit
     tau = unit * brentq(lambda t: np.maximum(scaled - t, 0).sum() - eta * t, 0, 1, xtol=1e-15)
     return from_numpy((U * np.minimum(grown, tau)) @ Vh)
+
+
+def singular_values(S: Tensor) -> tuple[list[Fraction], Fraction]:
+    """The singular values of the stored matrix, descending, and a bound of their error.
+
+    60 digits beside those that the entries span.
+    """
+    entries = [abs(x) for x in S.double().flatten().tolist() if x]
+    digits = 60 + (int(math.log10(max(entries)) - math.log10(min(entries))) if entries else 0)
+    with mpmath.workdps(digits):
+        tall = S.double() if S.shape[0] >= S.shape[1] else S.double().mT
+        values = mpmath.svd_r(mpmath.matrix(tall.tolist()), compute_uv=False)
+        exact = sorted((_fraction(abs(value)) for value in values), reverse=True)
+    return exact, exact[0] / 10 ** (digits - 10)
+
+
+def _fraction(x: mpmath.mpf) -> Fraction:
+    _, mantissa, exponent, _ = x._mpf_
+    return int(mantissa) * Fraction(2) ** exponent

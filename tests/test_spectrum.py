@@ -119,9 +119,9 @@ def test_kappa_survives_a_spectral_norm_beyond_float64() -> None:
 def test_zero_has_no_condition_number_and_deficient_an_infinite_one(no_small: None) -> None:
     assert math.isnan(measure(torch.zeros(5, 4)).condition_number)
     assert measure(torch.ones(5, 4)).condition_number == math.inf
-    assert measure(with_spectrum(torch.tensor([1.0, 1.0, 0.0]).double(), 9, 9)).condition_number == (
-        math.inf
-    )
+    assert measure(
+        with_spectrum(torch.tensor([1.0, 1.0, 0.0]).double(), 9, 9)
+    ).condition_number == (math.inf)
 
 
 def test_vectors_have_one_singular_value() -> None:

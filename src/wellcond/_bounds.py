@@ -1,0 +1,338 @@
+"""Certified enclosures of the extreme singular values and the condition number of a matrix.
+
+What is certified holds for the stored matrix whatever the rounding: every bound rests on a theorem
+and on bounds of the rounding errors made on the way, never on an estimate. Estimates only choose
+where to try. Taken for granted are IEEE 754 float64 arithmetic, correctly rounded +, -, *, / and
+square root, on the CPU, and matrix products and factorisations that sum products in any order (no
+Strassen-like scheme): then |fl(A B) - A B| <= gamma_k |A| |B| (Higham, Accuracy and Stability of
+Numerical Algorithms, 3.5) for k products in a sum, with gamma_k = k u/(1 - k u) and u = 2^-53.
+
+Letters: S (m, n) the matrix, m >= n after a transposition, scaled to a largest entry in [1, 2);
+G = fl(S^T S); sigma_1 >= ... >= sigma_n its singular values; kappa = sigma_1/sigma_n.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wellcond._operators import as_matrices
+
+_U = 2.0**-53
+# More than all underflows together: each loses at most 2^-1022, and sums have far less than 2^100
+# terms. Everything is scaled to entries of order 1.
+_UNDERFLOW = 2.0**-900
+# Up to so many columns the verified SVD, which is tighter, costs little.
+_SMALL = 256
+# A relative width of kappa that is good enough to prefer the cheaper certificate.
+_NARROW = 1e-4
+
+
+@dataclass(frozen=True)
+class Interval:
+    """All real numbers from lower to upper, both included; upper may be inf.
+
+    `in` asks whether a number lies in it. Sums, differences, products, quotients and square roots
+    of intervals enclose all results: every operation rounds outward.
+
+    Example:
+        >>> import wellcond as wc
+        >>> 2.0 in wc.Interval(1.5, 2.5)
+        True
+    """
+
+    lower: float
+    upper: float
+
+    def __contains__(self, number: float) -> bool:
+        return self.lower <= number <= self.upper
+
+    def __str__(self) -> str:
+        return f"[{self.lower:.6g}, {self.upper:.6g}]"
+
+    def __add__(self, other: Interval | float) -> Interval:
+        other = _interval(other)
+        return _outward(self.lower + other.lower, self.upper + other.upper)
+
+    def __rsub__(self, other: float) -> Interval:
+        return _interval(other) - self
+
+    def __sub__(self, other: Interval | float) -> Interval:
+        other = _interval(other)
+        return _outward(self.lower - other.upper, self.upper - other.lower)
+
+    def __mul__(self, other: Interval | float) -> Interval:
+        other = _interval(other)
+        corners = [x * y for x in (self.lower, self.upper) for y in (other.lower, other.upper)]
+        if any(map(math.isnan, corners)):
+            return Interval(-math.inf, math.inf)
+        return _outward(min(corners), max(corners))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Interval | float) -> Interval:
+        """Of intervals of non-negative numbers."""
+        other = _interval(other)
+        lower = self.lower / other.upper if other.upper > 0 else math.nan
+        return _outward(lower, self.upper / other.lower if other.lower > 0 else math.inf)
+
+    def sqrt(self) -> Interval:
+        """Of its non-negative part."""
+        return _outward(*(math.sqrt(max(end, 0.0)) for end in (self.lower, self.upper)))
+
+
+def _interval(x: Interval | float) -> Interval:
+    return x if isinstance(x, Interval) else Interval(x, x)
+
+
+def _outward(lower: float, upper: float) -> Interval:
+    """One float further on both sides: more than the rounding of one operation."""
+    return Interval(math.nextafter(lower, -math.inf), math.nextafter(upper, math.inf))
+
+
+def _ball(radius: Interval) -> Interval:
+    return Interval(-radius.upper, radius.upper)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Enclosures of sigma_1, sigma_nu and kappa = sigma_1/sigma_nu of one matrix; see `certify`.
+
+    Attributes:
+        sigma_max: encloses sigma_1, the spectral norm.
+        sigma_min: encloses sigma_nu, nu = min(m, n).
+        condition_number: encloses kappa; upper is inf where sigma_nu = 0 cannot be excluded, and
+            both ends are nan for a zero matrix, which has none.
+        certified: whether the upper end of kappa is finite.
+        computed: kappa as computed, without any claim.
+        method: the theorem that was used.
+        reason: why it is not certified; "" if it is.
+    """
+
+    sigma_max: Interval
+    sigma_min: Interval
+    condition_number: Interval
+    certified: bool
+    computed: float
+    method: str
+    reason: str = ""
+
+
+def certify(S: Tensor) -> Certificate:
+    """Intervals that contain sigma_1, sigma_nu and kappa of the stored matrix, whatever the rounding.
+
+    Two ways, chosen by the width that they promise. *Verified SVD*: with R = S - U Sigma V^T,
+    E = U^T U - I, F = V^T V - I, every sigma_i lies within Sigma_i sqrt((1 +- ||E||)(1 +- ||F||))
+    +- ||R|| (Weyl, Ostrowski; Rump, Verified bounds for singular values, BIT 51, 2011). *Verified
+    Cholesky*: if the Cholesky factorisation of G - theta I runs to completion in floating point,
+    then sigma_nu^2 >= theta - delta, where delta covers its rounding and that of G = fl(S^T S)
+    (Rump, Verification of positive definiteness, BIT 46, 2006); likewise for sigma_1 and
+    theta I - G; the other ends are ||S v|| of a vector v.
+
+    It needs IEEE float64 arithmetic, and so runs on the CPU wherever S lies.
+
+    Args:
+        S: real floating-point matrix (m, n), taken exactly as stored, whatever its dtype.
+
+    Returns:
+        A `Certificate`, always with enclosures; `certified` tells whether that of kappa is bounded.
+
+    Raises:
+        ValueError: not exactly two dimensions, no entries, or an entry that is NaN or infinite.
+        TypeError: S is integer, boolean or complex.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> certificate = wc.certify(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+        >>> certificate.certified, 4.0 in certificate.condition_number
+        (True, True)
+    """
+    wide = as_matrices(S.detach().cpu() if isinstance(S, Tensor) else S)
+    if wide.ndim != 2:
+        raise ValueError(
+            f"`S` must have exactly 2 dimensions, got shape {tuple(wide.shape)}. "
+            "Of a stack certify each matrix: [wc.certify(one) for one in S]."
+        )
+    largest = float(wide.abs().max())
+    if largest == 0:
+        zero, none = Interval(0.0, 0.0), Interval(math.nan, math.nan)
+        reason = "the matrix is zero and has no condition number"
+        return Certificate(zero, zero, none, False, math.nan, "none needed", reason)
+    unit = 2.0 ** (math.frexp(largest)[1] - 1)
+    # Exact but for entries that underflow, which _UNDERFLOW covers.
+    scaled = wide / unit
+    if scaled.shape[0] < scaled.shape[1]:
+        scaled = scaled.mT
+    found = (
+        (_by_cholesky(scaled) if scaled.shape[1] > _SMALL else None)
+        or _by_svd(scaled)
+        or _by_norm(scaled)
+    )
+    low, high = _nonnegative(found.sigma_min), found.sigma_max
+    kappa = high / low
+    kappa = Interval(max(kappa.lower, 1.0), kappa.upper)
+    if scaled.shape[1] == 1:
+        kappa = Interval(1.0, 1.0)
+    certified = kappa.upper < math.inf
+    reason = (
+        ""
+        if certified
+        else (
+            f"sigma_min lies within {low.upper / high.upper:.1e} of zero, relative to sigma_max: "
+            "rounding in float64 cannot tell it from zero"
+        )
+    )
+    return Certificate(
+        high * unit,
+        _nonnegative(low * unit),
+        kappa,
+        certified,
+        found.computed,
+        found.method,
+        reason,
+    )
+
+
+def _nonnegative(x: Interval) -> Interval:
+    return Interval(max(x.lower, 0.0), x.upper)
+
+
+@dataclass(frozen=True)
+class _Extremes:
+    sigma_max: Interval
+    sigma_min: Interval
+    computed: float
+    method: str
+
+
+def _gamma(k: int) -> float:
+    """At least k u/(1 - k u); k u is exact."""
+    return math.nextafter(k * _U / math.nextafter(1 - k * _U, 0), math.inf)
+
+
+_TINY = Interval(0.0, _UNDERFLOW)
+
+
+def _norm(X: Tensor) -> Interval:
+    """Encloses the Frobenius norm."""
+    squared = _interval(float(X.square().sum()))
+    return (squared * (1 + _ball(_interval(_gamma(X.numel() + 2)))) + _ball(_TINY)).sqrt()
+
+
+def _norm_of_absolute_product(A: Tensor, B: Tensor) -> Interval:
+    """An upper bound of || |A| |B| ||_2, the root of its largest row sum times column sum."""
+    A, B = A.abs(), B.abs()
+    rows, columns = A @ B.sum(dim=1), A.sum(dim=0) @ B
+    bound = (_interval(float(rows.max())) * float(columns.max())).sqrt()
+    return bound * (1 + _interval(_gamma(sum(A.shape) + B.shape[1] + 2))) + _TINY
+
+
+def _defect(Q: Tensor) -> Interval:
+    """An upper bound of ||Q^T Q - I||_2."""
+    difference = Q.mT @ Q
+    difference.diagonal().sub_(1)
+    rounding = _gamma(len(Q)) * _norm_of_absolute_product(Q.mT, Q)
+    return _norm(difference) * (1 + 2 * _U) + rounding + _TINY
+
+
+def _by_svd(S: Tensor) -> _Extremes | None:
+    """sigma_i sqrt((1 + E)(1 + F)) + R, with E, F and R balls about zero."""
+    try:
+        U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        return None
+    left = U * sigma
+    difference = S - left @ Vh
+    # Products of n terms; fl(U Sigma) adds one rounding, and the difference another.
+    rounding = _gamma(S.shape[1] + 2) * _norm_of_absolute_product(left, Vh)
+    R = _ball(_norm(difference) * (1 + 2 * _U) + rounding + _TINY)
+    E, F = _ball(_defect(U)), _ball(_defect(Vh.mT))
+    if not (E.upper < 1 and F.upper < 1 and R.upper < math.inf):
+        return None
+    factor = ((1 + E) * (1 + F)).sqrt()
+    largest, smallest = float(sigma[0]), float(sigma[-1])
+    computed = largest / smallest if smallest > 0 else math.inf
+    return _Extremes(largest * factor + R, smallest * factor + R, computed, "verified SVD")
+
+
+def _by_cholesky(S: Tensor) -> _Extremes | None:
+    """Bounds from factorisations of G - theta I and theta I - G; None where the SVD does better."""
+    m, n = S.shape
+    G = S.mT @ S
+    try:
+        eigenvalues = torch.linalg.eigvalsh(G)
+    except torch.linalg.LinAlgError:
+        return None
+    bottom, top = float(eigenvalues[0]), float(eigenvalues[-1])
+    # ||S^T S - G||_2, G being what its lower triangle says.
+    # ||S^T S - G||_2, whichever triangle of G is read.
+    product = _gamma(m) * _norm_of_absolute_product(S.mT, S) + _TINY
+    trace = float(G.diagonal().sum())
+    promised = (product.upper + _gamma(n) * trace) / bottom if bottom > 0 else math.inf
+    by_svd = 2 * _gamma(n) * n * math.sqrt(top / bottom) if bottom > 0 else 0.0
+    if not promised <= max(_NARROW, by_svd):
+        return None
+    low = _eigenvalue_bound(G, bottom, product.upper + _gamma(n) * trace)
+    high = _eigenvalue_bound(-G, -top, product.upper + _gamma(n) * n * top)
+    if low is None or high is None:
+        return None
+    first, last = (_stretch(S, _eigenvector(G, value)) for value in (top, bottom))
+    return _Extremes(
+        Interval(first.lower, (product - high).sqrt().upper),
+        Interval((low - product).sqrt().lower, last.upper),
+        first.upper / last.upper,
+        "verified Cholesky",
+    )
+
+
+def _eigenvalue_bound(A: Tensor, estimate: float, margin: float) -> Interval | None:
+    """The lower end is a lower bound of the smallest eigenvalue of a symmetric matrix.
+
+    If Cholesky of M = fl(A - shift I) completes, then M + D is positive semidefinite for some D
+    with ||D||_2 <= gamma/(1 - gamma) trace(M), gamma = gamma_{n+1} (Higham 10.3; two more for
+    libraries that multiply by reciprocals of pivots).
+    """
+    gamma = _interval(_gamma(len(A) + 3))
+    for step in (1, 4, 16):
+        shift = estimate - step * margin
+        M = A.clone()
+        M.diagonal().sub_(shift)
+        factor, failed = torch.linalg.cholesky_ex(M)
+        if failed or not torch.isfinite(factor.diagonal()).all():
+            continue
+        trace = _interval(float(M.diagonal().sum())) * (1 + gamma)
+        rounding = _U * _interval(float(M.diagonal().abs().max()))
+        return shift - (gamma / (1 - gamma) * trace + rounding + _TINY)
+    return None
+
+
+def _eigenvector(G: Tensor, value: float) -> Tensor:
+    """A vector near an eigenvector, by inverse iteration; nothing is claimed of it."""
+    shifted = G.clone()
+    shifted.diagonal().sub_(value)
+    factors = torch.linalg.lu_factor_ex(shifted)[:2]
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(len(G), 1, generator=source, dtype=G.dtype)
+    for _ in range(3):
+        x = torch.linalg.lu_solve(*factors, x)
+        x = torch.where(torch.isfinite(x), x, 0.0)
+        x = x / x.abs().max().clamp_min(_UNDERFLOW)
+    return x if float(x.abs().max()) > 0.5 else torch.ones_like(x)
+
+
+def _stretch(S: Tensor, x: Tensor) -> Interval:
+    """Encloses ||S x||/||x||, which lies between sigma_n and sigma_1."""
+    length = _norm(x)
+    rounding = _gamma(S.shape[1]) * _norm_of_absolute_product(S, x)
+    return _nonnegative(_norm(S @ x) + _ball(rounding + _TINY)) / length
+
+
+def _by_norm(S: Tensor) -> _Extremes:
+    """From the entries alone: max |s_ij| <= sigma_1 <= ||S||_F and n sigma_n^2 <= ||S||_F^2."""
+    norm = _norm(S)
+    smallest = Interval(0.0, (norm / _interval(S.shape[1]).sqrt()).upper)
+    largest = Interval(float(S.abs().max()), norm.upper)
+    return _Extremes(largest, smallest, math.nan, "Frobenius norm")

@@ -1,0 +1,339 @@
+"""Certificates enclose the truth: against 60 digits and more, and against exact spectra."""
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import rogues
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracles
+import wellcond as wc
+from matrices import hadamard_conjugate, hilbert, kahan, lauchli, with_spectrum
+from wellcond import _bounds
+from wellcond._bounds import Interval
+
+# --- intervals ------------------------------------------------------------------------------------
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(FINITE, FINITE, st.sampled_from("+-*"))
+def test_operations_round_outward(x: float, y: float, operation: str) -> None:
+    a, b = Interval(x, x), Interval(y, y)
+    result = {"+": a + b, "-": a - b, "*": a * b}[operation]
+    exact = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__}[operation]
+    truth = exact(Fraction(x), Fraction(y))
+    assert result.lower == -math.inf or Fraction(result.lower) <= truth
+    assert result.upper == math.inf or truth <= Fraction(result.upper)
+
+
+@given(*[st.floats(0, 1e300)] * 2)
+def test_quotients_and_roots_round_outward(x: float, y: float) -> None:
+    root = Interval(x, x).sqrt()
+    assert root.lower <= 0 or Fraction(root.lower) ** 2 <= Fraction(x)
+    assert Fraction(x) <= Fraction(root.upper) ** 2
+    assume(y > 0)
+    quotient = Interval(x, x) / Interval(y, y)
+    assert quotient.lower == math.inf or Fraction(quotient.lower) <= Fraction(x) / Fraction(y)
+    assert quotient.upper == math.inf or Fraction(x) / Fraction(y) <= Fraction(quotient.upper)
+
+
+@given(st.integers(1, 2**52 - 1))
+def test_gamma_is_an_upper_bound(k: int) -> None:
+    """k u/(1 - k u), exactly."""
+    exact = Fraction(k, 2**53) / (1 - Fraction(k, 2**53))
+    assert Fraction(_bounds._gamma(k)) >= exact
+
+
+def test_division_by_an_interval_with_zero_is_unbounded() -> None:
+    assert (Interval(1, 2) / Interval(0, 1)).upper == math.inf
+
+
+# --- enclosures -----------------------------------------------------------------------------------
+
+
+def random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(seed: int) -> Tensor:
+    m, n = 1 + seed % 6, 1 + seed // 6 % 6
+    return torch.randn(m, n, generator=random(seed), dtype=torch.float64)
+
+
+def float32(seed: int) -> Tensor:
+    return gaussian(seed).float()
+
+
+def bfloat16(seed: int) -> Tensor:
+    return gaussian(seed).bfloat16()
+
+
+def float16(seed: int) -> Tensor:
+    return gaussian(seed).half()
+
+
+def graded_rows(seed: int) -> Tensor:
+    S = gaussian(seed)
+    return S * 10.0 ** -(4 * torch.arange(len(S), dtype=torch.float64))[:, None]
+
+
+def spectrum(values: Callable[[int], list[float]]) -> Callable[[int], Tensor]:
+    def sample(seed: int) -> Tensor:
+        m, n = 2 + seed % 5, 2 + seed // 5 % 5
+        sigma = torch.tensor(values(min(m, n)), dtype=torch.float64)
+        return with_spectrum(sigma, m, n, seed)
+
+    return sample
+
+
+def integers(seed: int) -> Tensor:
+    """Often of deficient rank, exactly."""
+    m, n = 1 + seed % 5, 1 + seed // 5 % 5
+    return torch.randint(-1, 2, (m, n), generator=random(seed)).double()
+
+
+def deficient(seed: int) -> Tensor:
+    """Exactly of rank one less: two equal columns."""
+    S = torch.randint(-9, 10, (6, 4), generator=random(seed)).double()
+    return torch.cat([S, S[:, :1]], dim=1)
+
+
+def ties(seed: int) -> Tensor:
+    d = torch.randint(1, 3, (4,), generator=random(seed))
+    return hadamard_conjugate(d * (1 << seed % 40))
+
+
+def scaled(seed: int) -> Tensor:
+    return gaussian(seed) * (1e150, 1e-150, 1e300, 1e-300)[seed % 4]
+
+
+def wild_entries(seed: int) -> Tensor:
+    S = gaussian(seed)
+    exponents = torch.randint(-150, 151, S.shape, generator=random(seed)).double()
+    return S * 10.0**exponents
+
+
+def subnormal(seed: int) -> Tensor:
+    """Multiples of 2^-1074, some beside entries of order 1."""
+    S = torch.randint(-5, 6, (1 + seed % 4, 1 + seed // 4 % 4), generator=random(seed)).double()
+    S = S * 5e-324
+    if seed % 2:
+        S[0, 0] = 1.0
+    return S
+
+
+def randsvd(seed: int) -> Tensor:
+    """Modes 1 to 4 of rogues: one large, one small, geometric, arithmetic."""
+    np.random.seed(seed)  # noqa: NPY002 - rogues draws from it
+    return torch.from_numpy(rogues.randsvd(5, 10.0 ** (seed % 14), 1 + seed % 4))
+
+
+def named(seed: int) -> Tensor:
+    n = 2 + seed // 4 % 6
+    return [
+        hilbert(n),
+        kahan(n, 0.3 + seed / 300),
+        lauchli(n, 10.0 ** -(1 + seed % 17)),
+        torch.tril(torch.ones(n, n, dtype=torch.float64)),
+    ][seed % 4]
+
+
+FAMILIES: dict[str, tuple[Callable[[int], Tensor], int]] = {
+    "gaussian": (gaussian, 300),
+    "float32": (float32, 200),
+    "bfloat16": (bfloat16, 200),
+    "float16": (float16, 200),
+    "graded rows": (graded_rows, 200),
+    "geometric": (spectrum(lambda nu: [10.0 ** (-3 * i) for i in range(nu)]), 200),
+    "cluster": (spectrum(lambda nu: [1 + 1e-12 * i for i in range(nu)]), 200),
+    "semi-orthogonal": (spectrum(lambda nu: [1.0] * nu), 200),
+    "one tiny": (spectrum(lambda nu: [1.0] * (nu - 1) + [1e-14]), 200),
+    "integers": (integers, 200),
+    "deficient": (deficient, 100),
+    "ties": (ties, 160),
+    "scaled": (scaled, 200),
+    "wild entries": (wild_entries, 100),
+    "subnormal": (subnormal, 160),
+    "randsvd": (randsvd, 200),
+    "named": (named, 200),
+}
+
+
+def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As chosen, and the Cholesky way wherever it can be taken at all."""
+    yield "as chosen"
+    with monkeypatch.context() as patch:
+        patch.setattr(_bounds, "_SMALL", 0)
+        patch.setattr(_bounds, "_NARROW", math.inf)
+        yield "Cholesky"
+
+
+def assert_encloses(
+    certificate: wc.Certificate, sigma: list[Fraction], error: Fraction, S: Tensor
+) -> None:
+    largest, smallest = sigma[0], sigma[-1]
+    high, low, kappa = certificate.sigma_max, certificate.sigma_min, certificate.condition_number
+    assert Fraction(high.lower) <= largest + error, S
+    assert high.upper == math.inf or largest - error <= Fraction(high.upper), S
+    assert Fraction(low.lower) <= smallest + error, S
+    assert low.upper == math.inf or smallest - error <= Fraction(low.upper), S
+    if largest == 0:
+        assert math.isnan(kappa.lower)
+        assert math.isnan(kappa.upper)
+    else:
+        assert Fraction(kappa.lower) * (smallest - error) <= largest + error, S
+        assert kappa.upper == math.inf or largest - error <= Fraction(kappa.upper) * (
+            smallest + error
+        ), S
+        assert kappa.lower >= 1
+    assert certificate.certified == (kappa.upper < math.inf)
+    assert certificate.certified == (certificate.reason == "")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_enclosure_misses(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, count = FAMILIES[family]
+    for seed in range(count):
+        S = sample(seed)
+        sigma, error = oracles.singular_values(S)
+        for _ in ways(monkeypatch):
+            assert_encloses(wc.certify(S), sigma, error, S)
+
+
+@pytest.mark.parametrize("n", [16, 128, 1024])
+@pytest.mark.parametrize("bits", [2, 10, 24, 40])
+def test_exact_spectra_are_enclosed(n: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H diag(d) H/n is exact: n 2^bits < 2^53, and the last division is by a power of 2."""
+    d = torch.randint(1, 1 << bits, (n,), generator=random(bits))
+    d[0], d[1] = 1, 1 << bits
+    S = hadamard_conjugate(d)
+    for _ in ways(monkeypatch):
+        certificate = wc.certify(S)
+        assert float(1 << bits) in certificate.sigma_max
+        assert 1.0 in certificate.sigma_min
+        assert float(1 << bits) in certificate.condition_number
+
+
+@pytest.mark.parametrize(
+    ("n", "kappa", "width"),
+    [(1000, 1e3, 1e-3), (1000, 1e6, 1e-3), (100, 1e6, 1e-3), (100, 1e9, 1e-2)],
+)
+def test_enclosures_are_tight(n: int, kappa: float, width: float) -> None:
+    """For a flat spectrum, the worst: the rounding errors grow with the mean singular value."""
+    sigma = torch.ones(n, dtype=torch.float64)
+    sigma[-1] = 1 / kappa
+    found = wc.certify(with_spectrum(sigma, n, n)).condition_number
+    assert found.upper - found.lower <= width * found.lower
+
+
+def test_a_well_conditioned_large_matrix_goes_the_cheap_way() -> None:
+    certificate = wc.certify(with_spectrum(torch.linspace(1, 0.1, 300).double(), 400, 300))
+    assert certificate.method == "verified Cholesky"
+    assert certificate.certified
+    assert certificate.condition_number.upper / certificate.condition_number.lower < 1 + 1e-6
+
+
+@pytest.mark.parametrize("lie", [0.0, 0.3, 0.999, 1.001, 3.0, math.nan])
+def test_wrong_estimates_cost_width_and_not_truth(
+    lie: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eigenvalues and eigenvectors only choose where to try."""
+    honest = torch.linalg.eigvalsh
+    monkeypatch.setattr(_bounds, "_SMALL", 0)
+    monkeypatch.setattr(_bounds, "_NARROW", math.inf)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: honest(G) * lie)
+    monkeypatch.setattr(_bounds, "_eigenvector", lambda G, _: torch.ones(len(G), 1, dtype=G.dtype))
+    d = torch.randint(1, 100, (64,), generator=random(0))
+    d[0], d[1] = 1, 100
+    certificate = wc.certify(hadamard_conjugate(d))
+    assert 100.0 in certificate.sigma_max
+    assert 1.0 in certificate.sigma_min
+    assert 100.0 in certificate.condition_number
+
+
+@pytest.mark.parametrize("error", [1e-14, 1e-8, 1e-3, 0.5, 10.0, math.nan])
+def test_a_wrong_svd_costs_width_and_not_truth(
+    error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = torch.linalg.svd
+
+    def dishonest(S: Tensor, full_matrices: bool) -> tuple[Tensor, ...]:
+        return tuple(
+            x * (1 + error * torch.rand(x.shape, generator=random(i), dtype=x.dtype))
+            for i, x in enumerate(honest(S, full_matrices=full_matrices))
+        )
+
+    monkeypatch.setattr(torch.linalg, "svd", dishonest)
+    d = torch.randint(1, 100, (64,), generator=random(0))
+    d[0], d[1] = 1, 100
+    certificate = wc.certify(hadamard_conjugate(d))
+    assert 100.0 in certificate.sigma_max
+    assert 1.0 in certificate.sigma_min
+    assert 100.0 in certificate.condition_number
+
+
+def test_a_failed_svd_leaves_the_bounds_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(S: Tensor, full_matrices: bool) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    certificate = wc.certify(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    assert 3.0 in certificate.sigma_max
+    assert 1.0 in certificate.sigma_min
+    assert not certificate.certified
+
+
+# --- outcomes and errors --------------------------------------------------------------------------
+
+
+def test_zero_has_no_condition_number() -> None:
+    certificate = wc.certify(torch.zeros(3, 2))
+    assert certificate.sigma_max == Interval(0.0, 0.0)
+    assert math.isnan(certificate.condition_number.lower)
+    assert not certificate.certified
+    assert "zero" in certificate.reason
+
+
+def test_out_of_reach_is_said_in_words() -> None:
+    certificate = wc.certify(hilbert(14))
+    assert not certificate.certified
+    assert certificate.condition_number.upper == math.inf
+    assert certificate.condition_number.lower > 1e13
+    assert "cannot tell it from zero" in certificate.reason
+
+
+def test_a_vector_has_condition_number_one_exactly() -> None:
+    for shape in ((1, 1), (1, 7), (7, 1)):
+        S = torch.randn(shape, generator=random(0))
+        assert wc.certify(S).condition_number == Interval(1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("S", "error", "message"),
+    [
+        (torch.ones(2, 2, 2), ValueError, "exactly 2 dimensions"),
+        (torch.ones(3), ValueError, "at least 2"),
+        (torch.ones(0, 3), ValueError, "rows and columns"),
+        (torch.tensor([[math.nan]]), ValueError, "finite"),
+        (torch.ones(2, 2, dtype=torch.int64), TypeError, "floating"),
+        ([[1.0]], TypeError, "torch.Tensor"),
+    ],
+)
+def test_what_is_no_matrix_is_refused(S: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        wc.certify(S)  # type: ignore[arg-type]
+
+
+def test_certify_changes_nothing_and_ignores_autograd() -> None:
+    S = torch.randn(4, 3, generator=random(0), requires_grad=True)
+    before = S.detach().clone()
+    wc.certify(S)
+    assert torch.equal(S.detach(), before)
+    assert S.grad is None
