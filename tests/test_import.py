@@ -16,9 +16,13 @@ ROOMS = [
     "_spectrum",
     "_penalties",
     "_weights",
+    "_checkpoint",
     "_selection",
     "_attachment",
     "_regularizer",
+    "_page",
+    "_audit",
+    "_repair",
 ]
 
 

@@ -1,5 +1,6 @@
-"""Measure and regularise the condition number of the weight matrices of neural networks."""
+"""The condition number of the weights of neural networks: measured, certified, regularised."""
 
+from wellcond._audit import AuditReport, Coverage, Finding, Grade, Status, audit
 from wellcond._bounds import Certificate, Interval, certify
 from wellcond._penalties import (
     Condition,
@@ -15,12 +16,18 @@ from wellcond._spectrum import condition_number
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditReport",
     "Certificate",
     "Condition",
+    "Coverage",
     "Estimate",
+    "Finding",
+    "Grade",
     "Interval",
     "Regularizer",
+    "Status",
     "Tikhonov",
+    "audit",
     "certify",
     "condition_number",
     "condition_penalty",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ class Interval:
         return self.lower <= number <= self.upper
 
     def __str__(self) -> str:
-        return f"[{self.lower:.6g}, {self.upper:.6g}]"
+        """To six digits, rounded outward as well."""
+        return f"[{_digits(self.lower, ROUND_FLOOR)}, {_digits(self.upper, ROUND_CEILING)}]"
 
     def __add__(self, other: Interval | float) -> Interval:
         other = _interval(other)
@@ -82,6 +84,12 @@ class Interval:
     def sqrt(self) -> Interval:
         """Of its non-negative part."""
         return _outward(*(math.sqrt(max(end, 0.0)) for end in (self.lower, self.upper)))
+
+
+def _digits(x: float, rounding: str) -> str:
+    if not math.isfinite(x):
+        return str(x)
+    return f"{Context(prec=6, rounding=rounding).create_decimal(x):g}"
 
 
 def _interval(x: Interval | float) -> Interval:
@@ -122,7 +130,7 @@ class Certificate:
 
 
 def certify(S: Tensor) -> Certificate:
-    """Intervals that contain sigma_1, sigma_nu and kappa of the stored matrix, whatever the rounding.
+    """Intervals that contain sigma_1, sigma_nu and kappa of the stored matrix, rounding or not.
 
     Two ways, chosen by the width that they promise. *Verified SVD*: with R = S - U Sigma V^T,
     E = U^T U - I, F = V^T V - I, every sigma_i lies within Sigma_i sqrt((1 +- ||E||)(1 +- ||F||))
@@ -178,21 +186,17 @@ def certify(S: Tensor) -> Certificate:
         kappa = Interval(1.0, 1.0)
     certified = kappa.upper < math.inf
     reason = (
-        ""
-        if certified
-        else (
-            f"sigma_min lies within {low.upper / high.upper:.1e} of zero, relative to sigma_max: "
-            "rounding in float64 cannot tell it from zero"
-        )
+        f"sigma_min lies within {low.upper / high.upper:.1e} of zero, relative to sigma_max: "
+        "rounding in float64 cannot tell it from zero"
     )
     return Certificate(
-        high * unit,
-        _nonnegative(low * unit),
-        kappa,
-        certified,
-        found.computed,
-        found.method,
-        reason,
+        sigma_max=high * unit,
+        sigma_min=_nonnegative(low * unit),
+        condition_number=kappa,
+        certified=certified,
+        computed=found.computed,
+        method=found.method,
+        reason="" if certified else reason,
     )
 
 
@@ -242,7 +246,7 @@ def _by_svd(S: Tensor) -> _Extremes | None:
     """sigma_i sqrt((1 + E)(1 + F)) + R, with E, F and R balls about zero."""
     try:
         U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     left = U * sigma
     difference = S - left @ Vh
@@ -264,7 +268,7 @@ def _by_cholesky(S: Tensor) -> _Extremes | None:
     G = S.mT @ S
     try:
         eigenvalues = torch.linalg.eigvalsh(G)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     bottom, top = float(eigenvalues[0]), float(eigenvalues[-1])
     # ||S^T S - G||_2, G being what its lower triangle says.

@@ -6,14 +6,18 @@ of such matrices. Several views of one parameter append their own name: `attn.in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 EMBEDDING = "an embedding: its rows are looked up, it is no linear map"
 NOT_A_MATRIX = "not a matrix"
+PARAMETRIZED = "parametrized"
 
 View = Callable[[Tensor], Tensor]
 
@@ -58,6 +62,19 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """A tensor and the matrices in it by the name of their view, "" if it is one as it stands.
+
+    `read` may be slow, and what it returns large: it is for one tensor at a time.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    views: Callable[[Tensor], dict[str, Tensor]]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Found:
     """The weights of a model, and for every other parameter the reason why it is none."""
 
@@ -73,11 +90,16 @@ def _transposed(parameter: Tensor) -> Tensor:
     return parameter.mT
 
 
-def _kernel(parameter: Tensor) -> Tensor:
+def kernel(parameter: Tensor) -> Tensor:
     """(out, in/groups * kernel), the columns in the order of memory, so that it is a view."""
     strides = parameter.stride()
     order = sorted(range(1, parameter.ndim), key=lambda dim: -strides[dim])
     return parameter.permute(0, *order).flatten(1)
+
+
+def stack(parameter: Tensor) -> dict[str, Tensor]:
+    """The matrices of a stack over the first dimension, by their number."""
+    return {str(index): matrix for index, matrix in enumerate(parameter)}
 
 
 def _blocks(names: str, parameter: Tensor) -> dict[str, View]:
@@ -105,7 +127,7 @@ def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, Vi
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
         return {"": _transposed}  # of the transformers library: stored as (in, out)
     if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
-        return {"": _kernel}
+        return {"": kernel}
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
         return _blocks("qkv", parameter)
     if isinstance(module, nn.MultiheadAttention) and attribute.endswith("_proj_weight"):
@@ -175,7 +197,77 @@ def _unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> str:
     if not parameter.is_floating_point():
         return f"not real floating point: {parameter.dtype}".replace("torch.", "")
     if any(".parametrizations." in f".{alias}" for alias in aliases):
-        return "parametrized: what is stored is not the matrix that acts"
+        return f"{PARAMETRIZED}: what is stored is not the matrix that acts"
     if parameter.layout != torch.strided:
         return f"not a dense tensor: {parameter.layout}".replace("torch.", "")
     return ""
+
+
+def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, str], int]:
+    """What acts in a model: its matrices, parametrized ones by their value; the rest and why.
+
+    The third is the number of entries of all parameters. Weights whose reason asks for their exact
+    name are among the matrices, with their reason in the rest: the caller decides.
+    """
+    found = find_weights(model)
+    matrices: dict[str, Matrices] = {}
+    rest: dict[str, str] = {}
+    total = 0
+    for weight in found.weights:
+        name = weight.aliases[0]
+        if weight.reason:
+            rest[name] = weight.reason
+        if name in matrices:
+            continue
+        total += weight.parameter.numel()
+        same = [other for other in found.weights if other.aliases[0] == name]
+        aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
+        views = _matrices_of([(one.name.removeprefix(name)[1:], one.view) for one in same])
+        matrices[name] = Matrices(name, aliases, views, partial(_detached, weight))
+    parameters = {name: parameter for name, _, _, parameter in _parameters(model)}
+    for name, reason in found.others.items():
+        if not reason.startswith(PARAMETRIZED):
+            rest[name] = reason
+            total += parameters[name].numel()
+    for prefix, module in model.named_modules():
+        for attribute in getattr(module, "parametrizations", ()):
+            name = f"{prefix}.{attribute}".lstrip(".")
+            value = effective(module, attribute)
+            total += value.numel()
+            seen = _views(module, attribute, value)
+            if isinstance(seen, str):
+                rest[name] = seen
+            else:
+                read = partial(effective, module, attribute)
+                matrices[name] = Matrices(name, (name,), _matrices_of(list(seen.items())), read)
+    return list(matrices.values()), rest, total
+
+
+def _matrices_of(views: list[tuple[str, View]]) -> Callable[[Tensor], dict[str, Tensor]]:
+    def of(parameter: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        for name, view in views:
+            matrix = view(parameter)
+            label = "kernel" if view is kernel else name
+            if matrix.ndim == 2:
+                seen[label] = matrix
+            else:
+                seen |= {f"{label}:{i}".lstrip(":"): one for i, one in stack(matrix).items()}
+        return seen
+
+    return of
+
+
+def _detached(weight: Weight) -> Tensor:
+    return weight.parameter.detach()
+
+
+def effective(module: nn.Module, attribute: str) -> Tensor:
+    """The value of a parametrized tensor, by a copy in eval mode: reading advances nothing.
+
+    `spectral_norm` in train mode takes a step of power iteration each time it is read.
+    """
+    parametrization = copy.deepcopy(cast(nn.ModuleDict, module.parametrizations)[attribute])
+    with torch.no_grad():
+        value: Tensor = parametrization.eval()()
+    return value

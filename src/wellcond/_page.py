@@ -1,0 +1,211 @@
+"""An audit as one HTML page that needs neither network nor script, dark or light as the reader's.
+
+It is given text and numbers and knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+# So many singular value curves are told apart.
+CURVES = 6
+_POINTS = 240  # of a curve
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 320, 64, 40, 12
+
+
+class Row(NamedTuple):
+    """A line of the table, its condition number for the bar, and what is the matter with it."""
+
+    cells: Sequence[str]
+    condition_number: float
+    explanation: str
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --faint: #67707b;
+  --line: #d5dae0; --bar: #4f7fb8; --bad: #b3261e;
+  --c0: #1f6fb4; --c1: #c05a00; --c2: #2e7d32; --c3: #8e3fa8; --c4: #b3261e; --c5: #6b5b00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171a; --faint: #9aa3ad;
+  --line: #333a41; --bar: #6f9fd8; --bad: #ff8a80;
+  --c0: #6db3f2; --c1: #ffab5e; --c2: #7fce83; --c3: #d59be8; --c4: #ff8a80; --c5: #d9c65c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 84rem; padding: 1.5rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { max-width: 60rem; margin: .25rem 0; }
+.faint, .ticks { color: var(--faint); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
+.text { text-align: left; }
+td.bar, th.bar { width: 16rem; min-width: 11rem; padding: .25rem 0 .25rem .5rem; }
+.track { position: relative; height: .8rem; }
+.fill { height: 100%; min-width: 2px; background: var(--bar); border-radius: 0 2px 2px 0; }
+.fill.infinite { background: repeating-linear-gradient(135deg, var(--bad) 0 4px,
+  transparent 4px 8px); }
+.ticks { position: relative; height: 1.3em; font-weight: 400; }
+.ticks span { position: absolute; transform: translateX(-50%); }
+.ticks span:first-child { transform: none; }
+.note td { text-align: left; color: var(--bad); border-bottom: 1px solid var(--line);
+  white-space: normal; padding-top: 0; }
+tr:has(+ .note) td { border-bottom: none; }
+figure { margin: 0; max-width: 48rem; }
+svg { width: 100%; height: auto; }
+svg text { fill: var(--faint); font-size: 12px; }
+svg .grid { stroke: var(--line); }
+svg polyline { fill: none; stroke-width: 2; }
+ul.key { list-style: none; padding: 0; margin: .25rem 0; }
+ul.key svg { width: 2.5rem; height: .6rem; vertical-align: middle; margin-right: .5rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
+dt { overflow-wrap: anywhere; max-width: 40rem; } dd { margin: 0; color: var(--faint); }
+"""
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 5")
+
+
+def render(
+    source: str,
+    headers: Sequence[str],
+    rows: Sequence[Row],
+    coverage: str,
+    skipped: Mapping[str, str],
+    grades: Mapping[str, str],
+    curves: Sequence[tuple[str, Sequence[float]]],
+    versions: Mapping[str, str],
+) -> str:
+    """The page as text."""
+    if not any(row.cells[-1] for row in rows):  # nothing certified
+        headers = headers[:-1]
+    sections = [
+        f"<h1>Condition numbers of {escape(source)}</h1>",
+        f"<p>{escape(coverage)}.</p>",
+        _table(headers, rows),
+        _curves(curves) if curves else "",
+        "<h2>What the columns say</h2>",
+        "<p>κ = σ_max/σ_min is the condition number of the stored matrix, with σ_min the smallest "
+        "of its min(m, n) singular values. Stable rank is ‖S‖²/σ_max² (Frobenius norm). Rank "
+        "counts the singular values that no rounding of the entries to their dtype could have "
+        "made. r is the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)).</p>",
+        _list(grades),
+        "<h2>Skipped</h2>" + _list(skipped) if skipped else "",
+        "<h2>Versions</h2>" + _list(versions),
+    ]
+    body = "\n".join(section for section in sections if section)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Condition numbers of {escape(source)}</title>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _list(items: Mapping[str, str]) -> str:
+    lines = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in items.items())
+    return f"<dl>{''.join(lines)}</dl>"
+
+
+def _power(exponent: int) -> str:
+    return str(10**exponent) if exponent < 2 else f"10<sup>{exponent}</sup>"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Row]) -> str:
+    finite = [row.condition_number for row in rows if math.isfinite(row.condition_number)]
+    decades = max(1, math.ceil(math.log10(max(finite, default=10))))
+    every = -(-decades // 6)
+    ticks = "".join(
+        f'<span style="left:{100 * exponent / decades:.4g}%">{_power(exponent)}</span>'
+        for exponent in range(0, decades + 1, every)
+    )
+    head = (
+        "".join(f'<th scope="col"{_text(header)}>{escape(header)}</th>' for header in headers)
+        + f'<th scope="col" class="bar">κ, log scale<div class="ticks">{ticks}</div></th>'
+    )
+    body = ""
+    for row in rows:
+        cells = "".join(
+            f"<td{_text(header)}>{escape(cell)}</td>"
+            for header, cell in zip(headers, row.cells, strict=False)
+        )
+        body += f'<tr>{cells}<td class="bar">{_bar(row.condition_number, decades)}</td></tr>\n'
+        if row.explanation:
+            span = len(headers) + 1
+            note = f'<td colspan="{span}">{escape(row.explanation)}</td>'
+            body += f'<tr class="note">{note}</tr>\n'
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody></table></div>"
+    )
+
+
+def _text(header: str) -> str:
+    return ' class="text"' if header in ("weight", "dtype", "grade") else ""
+
+
+def _bar(kappa: float, decades: int) -> str:
+    if math.isnan(kappa):
+        return ""
+    kind, share = ("fill infinite", 1.0) if math.isinf(kappa) else ("fill", 0.0)
+    if kind == "fill":
+        share = math.log10(kappa) / decades
+    label = f"κ = {kappa:.4g}"
+    return (
+        f'<div class="track" role="img" aria-label="{label}" title="{label}">'
+        f'<div class="{kind}" style="width:{100 * share:.4g}%"></div></div>'
+    )
+
+
+def _curves(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Singular values relative to the largest over their relative position, as a drawing."""
+    floor = min((_log(v, c[0]) for _, c in curves for v in c if v > 0 and c[0] > 0), default=-1.0)
+    floor = min(-1.0, max(floor, -17.0))  # below that they are zero to working precision
+    right, bottom = _WIDTH - 12, _HEIGHT - _BOTTOM
+
+    def x(share: float) -> float:
+        return _LEFT + share * (right - _LEFT)
+
+    def y(logarithm: float) -> float:
+        return _TOP + max(logarithm, floor) / floor * (bottom - _TOP)
+
+    parts = []
+    lowest = math.floor(floor)
+    for exponent in range(0, lowest - 1, -max(1, -lowest // 8)):
+        if exponent >= floor:
+            at = y(exponent)
+            parts.append(
+                f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>'
+                f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">1e{exponent}</text>'
+            )
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(
+            f'<text x="{x(share):.1f}" y="{bottom + 18}" text-anchor="middle">{share:g}</text>'
+        )
+    parts.append(
+        f'<text x="{x(0.5):.1f}" y="{_HEIGHT - 4}" text-anchor="middle">(i − 1)/(ν − 1)</text>'
+    )
+    key = ""
+    for number, (name, values) in enumerate(curves):
+        count = len(values)
+        indices = sorted({round(k * (count - 1) / (_POINTS - 1)) for k in range(_POINTS)})
+        points = " ".join(
+            f"{x(i / (count - 1)):.1f},{y(_log(values[i], values[0])):.1f}" for i in indices
+        )
+        pen = f'style="stroke:var(--c{number})" stroke-dasharray="{_DASHES[number]}"'
+        parts.append(f'<polyline points="{points}" {pen}/>')
+        sample = f'<svg viewBox="0 0 40 8"><polyline points="0,4 40,4" {pen}/></svg>'
+        key += f"<li>{sample}{escape(name)}</li>"
+    drawing = "\n".join(parts)
+    return (
+        "<h2>Singular values of the worst weights</h2>\n<figure>"
+        "<figcaption>σ_i/σ_1, i = 1 … ν, on a logarithmic axis.</figcaption>\n"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="singular value curves">\n'
+        f'{drawing}\n</svg>\n<ul class="key">{key}</ul></figure>'
+    )
+
+
+def _log(value: float, largest: float) -> float:
+    return math.log10(value / largest) if value > 0 and largest > 0 else -math.inf
