@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import mpmath
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor, from_numpy
 
 
@@ -54,3 +54,17 @@ def singular_values(S: Tensor) -> tuple[list[Fraction], Fraction]:
 def _fraction(x: mpmath.mpf) -> Fraction:
     _, mantissa, exponent, _ = x._mpf_
     return int(mantissa) * Fraction(2) ** exponent
+
+
+def nearest_singular_values(sigma: np.ndarray, K: float) -> np.ndarray:
+    """argmin over a of sum (clip(sigma, a, K a) - sigma)^2, by a search that knows no formula."""
+    if sigma[0] <= K * sigma[-1]:
+        return sigma
+
+    def distance(a: float) -> float:
+        return float(np.sum((np.clip(sigma, a, K * a) - sigma) ** 2))
+
+    found = minimize_scalar(
+        distance, bounds=(sigma[0] / K * 1e-3, sigma[0]), method="bounded", options={"xatol": 1e-14}
+    )
+    return np.clip(sigma, found.x, K * found.x)

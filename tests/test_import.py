@@ -14,6 +14,7 @@ ROOMS = [
     "_bounds",
     "_leading",
     "_spectrum",
+    "_nearest",
     "_penalties",
     "_weights",
     "_checkpoint",

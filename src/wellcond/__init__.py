@@ -2,6 +2,7 @@
 
 from wellcond._audit import AuditReport, Coverage, Finding, Grade, Status, audit
 from wellcond._bounds import Certificate, Interval, certify
+from wellcond._nearest import nearest
 from wellcond._penalties import (
     Condition,
     Tikhonov,
@@ -11,6 +12,7 @@ from wellcond._penalties import (
     proximal_step,
 )
 from wellcond._regularizer import Estimate, Regularizer
+from wellcond._repair import Repair, RepairReport, repair
 from wellcond._spectrum import condition_number
 
 __version__ = "0.1.0"
@@ -25,6 +27,8 @@ __all__ = [
     "Grade",
     "Interval",
     "Regularizer",
+    "Repair",
+    "RepairReport",
     "Status",
     "Tikhonov",
     "audit",
@@ -33,5 +37,7 @@ __all__ = [
     "condition_penalty",
     "condition_penalty_bound",
     "condition_penalty_gradient",
+    "nearest",
     "proximal_step",
+    "repair",
 ]

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond import _page
 from wellcond._bounds import Certificate, certify
 from wellcond._checkpoint import Checkpoint
+from wellcond._page import CURVES, Row, render
 from wellcond._spectrum import Method, measure, negligible
 from wellcond._weights import NOT_A_MATRIX, Matrices, effective_matrices
 
@@ -184,9 +184,9 @@ class Coverage:
             more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
             text += f"; {len(left_out)} skipped: {', '.join(shown)}{more}"
         kinds = Counter(r for r in self.skipped.values() if r.startswith(NOT_A_MATRIX))
-        for reason, count in kinds.items():
-            what = reason.removeprefix(f"{NOT_A_MATRIX}: ")
-            text += f"; {count} times {what}, not a matrix"
+        if kinds:
+            counted = (f"{n} ({r.removeprefix(f'{NOT_A_MATRIX}: ')})" for r, n in kinds.items())
+            text += f"; no matrices: {', '.join(counted)}"
         return text
 
 
@@ -243,7 +243,7 @@ class AuditReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
-        return _written(dump_json(self.to_dict()), path)
+        return written(dump_json(self.to_dict()), path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a finding, columns as in the JSON; written to path."""
@@ -259,31 +259,94 @@ class AuditReport:
             for key in _ENCLOSED if enclosures else ():
                 row[f"{key}_lower"], row[f"{key}_upper"] = enclosures[key]
             rows.writerow(row)
-        return _written(text.getvalue(), path)
+        return written(text.getvalue(), path)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One page that needs neither network nor script; written to path."""
         curves = [(f.label, f.singular_values) for f in self.findings if f.singular_values]
-        page = _page.render(
+        page = render(
             source=self.source,
             headers=_HEADERS,
             rows=[
-                _page.Row(_cells(finding), finding.condition_number, finding.explanation)
+                Row(_cells(finding), finding.condition_number, finding.explanation)
                 for finding in self.findings
             ],
             coverage=str(self.coverage),
             skipped=self.coverage.skipped,
             grades={grade.name: grade.value for grade in Grade},
-            curves=[curve for curve in curves if len(curve[1]) > 1][: _page.CURVES],
+            curves=[curve for curve in curves if len(curve[1]) > 1][:CURVES],
             versions=self.versions,
         )
-        return _written(page, path)
+        return written(page, path)
 
     def __str__(self) -> str:
         return self.table()
 
 
-_HEADERS = "weight,shape,dtype,κ,σ_max,σ_min,stable rank,rank,r,grade,κ certified".split(",")
+@dataclass(frozen=True)
+class Comparison:
+    """Two audits side by side, in the order of the largest change of kappa.
+
+    Attributes:
+        pairs: label, finding before and finding after; None on the side where it is missing.
+        before: the source of the first audit.
+        after: that of the second.
+        versions: of wellcond, torch and Python.
+    """
+
+    pairs: list[tuple[str, Finding | None, Finding | None]]
+    before: str
+    after: str
+    versions: dict[str, str]
+
+    def table(self) -> str:
+        """kappa before and after, and their ratio."""
+        rows = []
+        for label, old, new in self.pairs:
+            kappas = [f"{side.condition_number:.4g}" if side else "-" for side in (old, new)]
+            rows.append((label, *kappas, f"{_ratio(old, new):.4g}" if old and new else "-"))
+        headers = ("weight", "κ before", "κ after", "after/before")
+        return f"{text_table(headers, rows)}before: {self.before}\nafter: {self.after}\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers may be inf and nan."""
+        return {
+            "schema": SCHEMA,
+            "before": self.before,
+            "after": self.after,
+            "comparison": [
+                {
+                    "weight": label,
+                    "before": old.to_dict() if old else None,
+                    "after": new.to_dict() if new else None,
+                    "ratio": _ratio(old, new) if old and new else None,
+                }
+                for label, old, new in self.pairs
+            ],
+            "versions": self.versions,
+        }
+
+
+def _ratio(old: Finding, new: Finding) -> float:
+    return new.condition_number / old.condition_number if old.condition_number else math.nan
+
+
+def compare(before: AuditReport, after: AuditReport) -> Comparison:
+    """How the condition number of every weight moved from one audit to another."""
+    old, new = ({f.label: f for f in report.findings} for report in (before, after))
+    labels = list(old) + [label for label in new if label not in old]
+    pairs = [(label, old.get(label), new.get(label)) for label in labels]
+
+    def change(pair: tuple[str, Finding | None, Finding | None]) -> float:
+        ratio = _ratio(pair[1], pair[2]) if pair[1] and pair[2] else math.nan
+        return abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf
+
+    pairs.sort(key=change, reverse=True)
+    return Comparison(pairs, before.source, after.source, versions())
+
+
+_NUMBERS = ("κ", "σ_max", "σ_min", "stable rank", "rank", "r")
+_HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "grade", "κ certified")
 _ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
 
 
@@ -333,7 +396,8 @@ def dump_json(content: Any) -> str:
     return json.dumps(strict(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+def written(text: str, path: str | os.PathLike[str] | None) -> str:
+    """The text, and into a file if there is a path."""
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text
@@ -386,10 +450,10 @@ def audit(
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
         >>> report = wc.audit(model)
         >>> sorted(finding.name for finding in report.findings), report.coverage.measured
-        (['0.weight', '2.weight'], 2)
+        (['0.weight', '1.weight'], 2)
     """
     matrices, skipped, total, source = _source(model_or_path)
-    wanted = _chosen(matrices, skipped, include, exclude)
+    wanted = chosen(matrices, skipped, include, exclude)
     findings: list[Finding] = []
     where: dict[int, Matrices] = {}
     covered = 0
@@ -415,7 +479,7 @@ def audit(
     coverage = Coverage(
         measured, len(findings) - measured, skipped, min(1.0, covered / total) if total else 0.0
     )
-    return AuditReport(findings, coverage, source, _versions())
+    return AuditReport(findings, coverage, source, versions())
 
 
 def _source(
@@ -433,7 +497,7 @@ def _source(
     )
 
 
-def _chosen(
+def chosen(
     matrices: list[Matrices],
     skipped: dict[str, str],
     include: Sequence[str],
@@ -447,7 +511,7 @@ def _chosen(
         unused.difference_update(matching)
         return next(iter(matching), None)
 
-    chosen = []
+    wanted = []
     for one in matrices:
         included, excluded = match(one, include), match(one, exclude)
         if excluded is not None:
@@ -456,7 +520,7 @@ def _chosen(
             skipped[one.name] = "matched by no pattern of those to include"
         elif one.name not in skipped or included in one.aliases:
             skipped.pop(one.name, None)
-            chosen.append(one)
+            wanted.append(one)
     if unused:
         names = [one.name for one in matrices]
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -464,7 +528,7 @@ def _chosen(
             f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
             f"matches none. The weights are {shown or 'none'}."
         )
-    return chosen
+    return wanted
 
 
 def _nothing(source: str, findings: list[Finding], skipped: dict[str, str]) -> str:
@@ -483,7 +547,8 @@ def _badness(finding: Finding) -> tuple[bool, float]:
     return finding.measured, -math.inf if math.isnan(kappa) else -kappa
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of wellcond, torch and Python."""
     return {
         "wellcond": version("wellcond"),
         "torch": torch.__version__,

@@ -11,6 +11,7 @@ stack of matrices, or a kernel if "conv" is in the name; four and more a kernel.
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ import struct
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,7 @@ class TensorFile(abc.ABC):
         """The tensor, to be used and let go before the next is read."""
 
     @abc.abstractmethod
-    def copy_with(self, replaced: Mapping[str, Tensor], target: Path) -> None:
+    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         """Writes a copy in which these tensors have other values; all else stays as it is."""
 
 
@@ -122,10 +123,10 @@ class _Safetensors(TensorFile):
         entry = self.entries[name]
         return torch.frombuffer(buffer, dtype=getattr(torch, entry.dtype)).reshape(entry.shape)
 
-    def copy_with(self, replaced: Mapping[str, Tensor], target: Path) -> None:
+    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         shutil.copyfile(self.path, target)
         with target.open("r+b") as file:
-            for name, tensor in replaced.items():
+            for name, tensor in replaced:
                 start, stop = self._offsets[name]
                 buffer = bytearray(stop - start)
                 torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.flatten())
@@ -170,13 +171,13 @@ class _Pickled(TensorFile):
         self._read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def copy_with(self, replaced: Mapping[str, Tensor], target: Path) -> None:
-        self._open()  # mapped privately: what is written here does not reach the file
+    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
+        content = _load(self.path)  # mapped privately: what is written here stays in memory
+        tensors = dict(_tensors(content, "", {}))
         with torch.no_grad():
-            for name, tensor in replaced.items():
-                self._tensors[name].copy_(tensor)
-        torch.save(self._content, target)
-        self._open()
+            for name, tensor in replaced:
+                tensors[name].copy_(tensor)
+        torch.save(content, target)
 
 
 def _load(path: Path) -> Any:
@@ -220,6 +221,14 @@ def _tensors(content: Any, prefix: str, others: dict[str, str]) -> Iterator[tupl
         items = content.items() if isinstance(content, Mapping) else enumerate(content)
         for key, value in items:
             yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), others)
+
+
+def _views(name: str, dimensions: int) -> Callable[[Tensor], dict[str, Tensor]]:
+    if dimensions == 2:
+        return lambda tensor: {"": tensor}
+    if dimensions == 3 and "conv" not in name.lower():
+        return stack
+    return lambda tensor: {"kernel": kernel(tensor)}
 
 
 class Checkpoint:
@@ -337,48 +346,43 @@ class Checkpoint:
         reasons = {name: entry.reason for name, (_, entry) in self.where.items() if entry.reason}
         return reasons | self.others
 
+    def copy_with(self, change: Callable[[str], Tensor | None], target: Path) -> None:
+        """Writes a copy of all files in which the tensors that `change` returns have new values.
 
-def _views(name: str, dimensions: int) -> Callable[[Tensor], dict[str, Tensor]]:
-    if dimensions == 2:
-        return lambda tensor: {"": tensor}
-    if dimensions == 3 and "conv" not in name.lower():
-        return stack
-    return lambda tensor: {"kernel": kernel(tensor)}
+        A single file becomes a file, a directory or a sharded checkpoint a directory with all that
+        belongs to it. Asks for one tensor after the other, in the order of the files.
+        """
+
+        def replaced(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
+            for name, (owner, entry) in self.where.items():
+                if owner is file and not entry.reason and (new := change(name)) is not None:
+                    yield entry.name, new
+
+        if self.path.is_file() and self.index is None:
+            (file,) = self.files.values()
+            file.copy_with(replaced(file), target)
+            return
+        target.mkdir()
+        others = [self.path] if self.path.is_file() else sorted(self.directory.iterdir())
+        for path in others:
+            if path.name not in self.files:
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, target / path.name)
+        for name, file in self.files.items():
+            file.copy_with(replaced(file), target / name)
 
 
-def write_copy(
-    checkpoint: Checkpoint, replaced: Mapping[str, Tensor], target: str | os.PathLike[str]
-) -> None:
-    """Writes the checkpoint with other values for some tensors, whole or not at all.
-
-    A single file becomes a file, a directory or a sharded checkpoint a directory with all that
-    belongs to it. It is written beside the target under a temporary name and renamed.
-    """
+@contextlib.contextmanager
+def new_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside the target, renamed to it when all went well, else removed."""
     target = Path(target)
     refuse_existing(target)
-    by_file: dict[str, dict[str, Tensor]] = {name: {} for name in checkpoint.files}
-    for name, tensor in replaced.items():
-        file, entry = checkpoint.where[name]
-        by_file[file.path.name][entry.name] = tensor
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        copy = Path(scratch) / target.name
-        if checkpoint.path.is_file() and not checkpoint.index_name:
-            (file,) = checkpoint.files.values()
-            file.copy_with(by_file[file.path.name], copy)
-        else:
-            copy.mkdir()
-            whole = checkpoint.path.is_dir()
-            for path in sorted(checkpoint.directory.iterdir()) if whole else []:
-                if path.name not in checkpoint.files:
-                    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy / path.name)
-            if not whole:
-                index = checkpoint.index_name
-                shutil.copyfile(checkpoint.directory / index, copy / index)
-            for name, file in checkpoint.files.items():
-                file.copy_with(by_file[name], copy / name)
+        path = Path(scratch) / target.name
+        yield path
         refuse_existing(target)
-        copy.rename(target)
+        path.rename(target)
 
 
 def refuse_existing(target: Path) -> None:

@@ -9,9 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 import wellcond
+from wellcond._audit import AuditReport, Progress, audit, compare, dump_json
+from wellcond._checkpoint import refuse_existing
+from wellcond._page import CURVES
+from wellcond._repair import repair
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,11 +33,13 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="wellcond",
-        description="Condition numbers of neural network weights: experiments and benchmarks.",
-        epilog="example: wellcond reproduce denoise --data digits",
+        description="Condition numbers of neural network weights: audits, repairs, experiments.",
+        epilog="example: wellcond audit model.safetensors",
     )
     parser.add_argument("--version", action="version", version=f"wellcond {wellcond.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_audit(commands)
+    _add_repair(commands)
 
     reproduce = commands.add_parser(
         "reproduce",
@@ -45,11 +54,160 @@ def _parser() -> argparse.ArgumentParser:
     bench.configure(
         commands.add_parser(
             "bench",
-            help="measure what regularising costs and how exact it is",
+            help="measure what regularising and auditing cost and how exact they are",
             epilog="example: wellcond bench step",
         )
     )
     return parser
+
+
+_INPUT = (
+    "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
+    ".ckpt), or a directory of these"
+)
+
+
+def _limit(text: str) -> float:
+    number = float(text)
+    if not number >= 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return number
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    for name, what in (("include", "only the weights"), ("exclude", "leave out the weights")):
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar="GLOB", help=f"{what} that match"
+        )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
+    parser.add_argument("--json", action="store_true", help="print one JSON document alone")
+
+
+def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "audit",
+        help="measure every weight of a checkpoint",
+        description="Condition number, extreme singular values, ranks and penalty of every weight "
+        "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
+        "weight exceeds it; one whose condition number is infinite, undefined or unknown does.",
+        epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
+    )
+    parser.add_argument("path", type=Path, help=_INPUT)
+    parser.add_argument("--certify", action="store_true", help="enclose every number by intervals")
+    parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
+    parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
+    parser.add_argument("--compare", type=Path, metavar="B", help="how κ moved from PATH to B")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a CSV file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, self-contained")
+    parser.add_argument("--overwrite", action="store_true", help="replace such files")
+    _add_common(parser)
+    parser.set_defaults(run=_audit)
+
+
+def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "repair",
+        help="write a checkpoint whose weights obey a limit",
+        description="Copy a checkpoint with every weight above the limit replaced by a nearest one "
+        "that obeys it as stored; all else stays as it is. Nothing is overwritten.",
+        epilog="example: wellcond repair model.safetensors fixed.safetensors --max-condition 1000",
+    )
+    parser.add_argument("path", type=Path, metavar="IN", help=_INPUT)
+    parser.add_argument("out", type=Path, metavar="OUT", help="where to write; must not exist")
+    parser.add_argument("--max-condition", type=_limit, required=True, metavar="K")
+    _add_common(parser)
+    parser.set_defaults(run=_repair)
+
+
+def _set_threads(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+
+def _progress(verb: str) -> Progress | None:
+    """A line on standard error that is written over, if that is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(name: str, number: int) -> None:
+        print(f"\r\x1b[K{verb} {number}: {name}"[:120], end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _finish_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    for path in (arguments.csv, arguments.html):
+        if path is not None and not arguments.overwrite:
+            refuse_existing(path)
+    _set_threads(arguments)
+
+    def look(path: Path) -> AuditReport:
+        try:
+            return audit(
+                path,
+                arguments.certify,
+                include=arguments.include,
+                exclude=arguments.exclude,
+                curves=CURVES if arguments.html else 0,
+                progress=_progress("measuring"),
+            )
+        finally:
+            _finish_progress()
+
+    report = look(arguments.path)
+    reports = [report]
+    if arguments.compare is not None:
+        reports.append(look(arguments.compare))
+        comparison = compare(*reports)
+        text = dump_json(comparison.to_dict()) if arguments.json else comparison.table()
+    else:
+        text = report.to_json() if arguments.json else report.table(arguments.top)
+    print(text, end="")
+    if arguments.csv is not None:
+        report.to_csv(arguments.csv)
+    if arguments.html is not None:
+        report.to_html(arguments.html)
+    if arguments.max_condition is None:
+        return 0
+    exceeding = {f.label: f for one in reports for f in one.exceeding(arguments.max_condition)}
+    if exceeding:
+        worst = ", ".join(f"{n} ({f.condition_number:.4g})" for n, f in list(exceeding.items())[:5])
+        more = f" and {len(exceeding) - 5} more" if len(exceeding) > 5 else ""
+        print(
+            f"wellcond: {len(exceeding)} of {len(report.findings)} matrices exceed "
+            f"{arguments.max_condition:g}: {worst}{more}",
+            file=sys.stderr,
+        )
+    return 1 if exceeding else 0
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    _set_threads(arguments)
+    try:
+        report = repair(
+            arguments.path,
+            arguments.out,
+            arguments.max_condition,
+            include=arguments.include,
+            exclude=arguments.exclude,
+            progress=_progress("repairing"),
+        )
+    finally:
+        _finish_progress()
+    print(report.to_json() if arguments.json else report.table(), end="")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

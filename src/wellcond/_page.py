@@ -44,7 +44,7 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 .text { text-align: left; }
-td.bar, th.bar { width: 16rem; min-width: 11rem; padding: .25rem 0 .25rem .5rem; }
+td.bar, th.bar { width: 16rem; min-width: 11rem; padding: .25rem 1rem .25rem .5rem; }
 .track { position: relative; height: .8rem; }
 .fill { height: 100%; min-width: 2px; background: var(--bar); border-radius: 0 2px 2px 0; }
 .fill.infinite { background: repeating-linear-gradient(135deg, var(--bad) 0 4px,

@@ -1,0 +1,217 @@
+"""A checkpoint rewritten so that every weight in it obeys a limit of the condition number.
+
+Letters: S (m, n) a weight as stored, X its replacement, kappa their condition numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond._audit import Progress, chosen, dump_json, text_table, versions, written
+from wellcond._checkpoint import Checkpoint, new_path, refuse_existing
+from wellcond._nearest import check_limit, limited
+from wellcond._weights import Matrices
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What became of one weight.
+
+    Attributes:
+        name: its parameter name.
+        view: which matrix of the parameter, "" if it has one.
+        shape: (m, n).
+        dtype: in which it is stored.
+        before: kappa before; inf of a rank-deficient weight.
+        after: kappa of the weight that was written, measured in its dtype.
+        relative_change: ||X - S||_F/||S||_F, 0 for a weight that obeyed already.
+        margin: X is nearest with kappa <= K/(1 + margin), so that it obeys after rounding.
+        note: what else is to be said; "" if nothing.
+    """
+
+    name: str
+    view: str
+    shape: tuple[int, ...]
+    dtype: str
+    before: float
+    after: float
+    relative_change: float = 0.0
+    margin: float = 0.0
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """name:view, by which it is shown."""
+        return f"{self.name}:{self.view}" if self.view else self.name
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What `repair` did: one entry a matrix, and what was copied as it is.
+
+    Attributes:
+        repairs: every matrix that was looked at, in the order of the file.
+        skipped: everything else, copied byte for byte, and why.
+        max_condition: the limit.
+        versions: of wellcond, torch and Python.
+    """
+
+    repairs: list[Repair]
+    skipped: dict[str, str]
+    max_condition: float
+    versions: dict[str, str]
+
+    @property
+    def changed(self) -> list[Repair]:
+        """The matrices that were changed."""
+        return [repair for repair in self.repairs if repair.relative_change > 0]
+
+    def table(self) -> str:
+        """The changed matrices as text, and how many were left alone."""
+        rows = [
+            (
+                repair.label,
+                "x".join(map(str, repair.shape)),
+                repair.dtype,
+                f"{repair.before:.6g}",
+                f"{repair.after:.6g}",
+                f"{repair.relative_change:.3g}",
+            )
+            for repair in self.changed
+        ]
+        headers = ("weight", "shape", "dtype", "κ before", "κ after", "‖X − S‖/‖S‖")
+        text = text_table(headers, rows) if rows else ""
+        for repair in self.repairs:
+            if repair.note:
+                text += f"{repair.label}: {repair.note}\n"
+        obeyed = len(self.repairs) - len(self.changed)
+        text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
+        return f"{text}they were; {len(self.skipped)} other tensors copied\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers may be inf and nan."""
+        return {
+            "schema": 1,
+            "max_condition": self.max_condition,
+            "repairs": [asdict(repair) for repair in self.repairs],
+            "skipped": [{"name": n, "reason": r} for n, r in self.skipped.items()],
+            "versions": self.versions,
+        }
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        return written(dump_json(self.to_dict()), path)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def repair(
+    path_in: str | os.PathLike[str],
+    path_out: str | os.PathLike[str],
+    max_condition: float,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
+
+    A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
+    kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
+    holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
+    one has no condition number and stays zero. All other tensors and the metadata of a safetensors
+    file are kept byte for byte, of a file of torch.save value for value. The copy is written under
+    a temporary name and renamed; nothing is ever overwritten.
+
+    Args:
+        path_in: whatever `wellcond.audit` reads.
+        path_out: a file that is not there yet; of a directory or a sharded checkpoint a directory.
+        max_condition: K, at least 1.
+        include: patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
+        exclude: patterns of names to leave alone.
+        progress: called with the name of each tensor before it is read, and its number from 1.
+
+    Raises:
+        ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
+            the limit, as K < 1.004 or so in bfloat16; a pattern that matches nothing; an unreadable
+            file. Nothing is written.
+        FileExistsError: path_out is there already.
+
+    Example:
+        >>> import os, tempfile, torch, wellcond as wc
+        >>> folder = tempfile.mkdtemp()
+        >>> path, fixed = os.path.join(folder, "model.pt"), os.path.join(folder, "fixed.pt")
+        >>> torch.save({"weight": torch.tensor([[9.0, 0.0], [0.0, 1.0]])}, path)
+        >>> print(wc.repair(path, fixed, max_condition=3.0).changed[0].before)
+        9.0
+        >>> bool(wc.condition_number(torch.load(fixed)["weight"]) <= 3)
+        True
+    """
+    check_limit(max_condition)
+    refuse_existing(Path(path_out))
+    checkpoint = Checkpoint(path_in)
+    skipped = checkpoint.skipped()
+    wanted = {m.name: m for m in chosen(list(checkpoint.matrices()), skipped, include, exclude)}
+    if not wanted:
+        raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none.")
+    repairs: list[Repair] = []
+    refused: list[str] = []
+    count = 0
+
+    def change(name: str) -> Tensor | None:
+        nonlocal count
+        if name not in wanted:
+            return None
+        count += 1
+        if progress is not None:
+            progress(name, count)
+        new, done = _limit_all(wanted[name], max_condition, refused)
+        repairs.extend(done)
+        return new
+
+    with new_path(path_out) as copy:
+        checkpoint.copy_with(change, copy)
+        if refused:
+            more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+            raise ValueError(
+                f"{checkpoint.path} cannot be repaired, and nothing was written: "
+                f"{'; '.join(refused[:5])}{more}. To leave a weight as it is, exclude it."
+            )
+    return RepairReport(repairs, skipped, float(max_condition), versions())
+
+
+def _limit_all(
+    one: Matrices, max_condition: float, refused: list[str]
+) -> tuple[Tensor | None, list[Repair]]:
+    """The tensor with all its matrices within the limit, None if they are; adds what fails."""
+    tensor = one.read().contiguous().clone()
+    done = []
+    for view, S in one.views(tensor).items():
+        label = f"{one.name}:{view}" if view else one.name
+        if not torch.isfinite(S).all():
+            refused.append(f"{label} holds NaN or infinity")
+            continue
+        try:
+            X, before, after, margin = limited(S, max_condition)
+        except ValueError as error:
+            refused.append(f"{label}: {error}".rstrip("."))
+            continue
+        norm = float(torch.linalg.vector_norm(S.double()))
+        moved = 0.0 if X is S else float(torch.linalg.vector_norm(X.double() - S.double())) / norm
+        note = "zero, without a condition number; left as it is" if math.isnan(before) else ""
+        dtype = str(S.dtype).removeprefix("torch.")
+        done.append(
+            Repair(one.name, view, tuple(S.shape), dtype, before, after, moved, margin, note)
+        )
+        if X is not S:
+            S.copy_(X)
+    return tensor if any(repair.relative_change for repair in done) else None, done
