@@ -263,7 +263,7 @@ class AuditReport:
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One page that needs neither network nor script; written to path."""
-        curves = [(f.label, f.singular_values) for f in self.findings if f.singular_values]
+        curves = [(f.label, f.singular_values) for f in self.findings if f.sigma_max > 0]
         page = render(
             source=self.source,
             headers=_HEADERS,
@@ -541,10 +541,10 @@ def _nothing(source: str, findings: list[Finding], skipped: dict[str, str]) -> s
     )
 
 
-def _badness(finding: Finding) -> tuple[bool, float]:
-    """Failed ones first, then by descending kappa, undefined ones before infinite ones."""
+def _badness(finding: Finding) -> tuple[bool, bool, float]:
+    """Failed ones first, then undefined ones, then by descending kappa."""
     kappa = finding.condition_number
-    return finding.measured, -math.inf if math.isnan(kappa) else -kappa
+    return finding.measured, not math.isnan(kappa), -kappa
 
 
 def versions() -> dict[str, str]:

@@ -75,7 +75,7 @@ class TensorFile(abc.ABC):
 
 
 def _reason(name: str, shape: tuple[int, ...], dtype: str, floating: bool) -> str:
-    if dtype.lower().startswith(("f8", "f4", "f6", "float8", "float4")):
+    if re.match(r"(F|float)[864](_|$)", dtype):
         return f"quantised: {dtype}, whose scales are stored elsewhere"
     if not floating:
         return f"not real floating point: {dtype}, packed or quantised perhaps, or no weight"

@@ -1,0 +1,446 @@
+"""Audits of models and files: right numbers, nothing silently left out, nothing touched."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import oracles
+import wellcond as wc
+from matrices import with_spectrum
+from wellcond import _spectrum
+from wellcond._audit import compare
+
+
+def linear(S: Tensor) -> nn.Linear:
+    layer = nn.Linear(S.shape[1], S.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(S)
+    return layer
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5), nn.Linear(5, 5))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_agrees_with_its_definition(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    for finding in wc.audit(model).findings:
+        S = model.get_parameter(finding.name).detach().double()
+        sigma = np.linalg.svd(S.numpy(), compute_uv=False)
+        assert finding.shape == tuple(S.shape)
+        assert finding.dtype == str(dtype).removeprefix("torch.")
+        assert finding.sigma_max == pytest.approx(sigma[0], rel=1e-12)
+        assert finding.sigma_min == pytest.approx(sigma[-1], rel=1e-10)
+        assert finding.condition_number == pytest.approx(sigma[0] / sigma[-1], rel=1e-10)
+        assert finding.stable_rank == pytest.approx(np.sum(sigma**2) / sigma[0] ** 2)
+        assert finding.penalty == pytest.approx(oracles.penalty(S))
+        assert finding.rank == len(sigma)
+        assert finding.grade is wc.Grade.computed
+        assert finding.status is wc.Status.ok
+        np.testing.assert_allclose(finding.singular_values, sigma, rtol=1e-10)
+
+
+def test_rank_counts_what_no_rounding_to_the_dtype_could_make() -> None:
+    """Weyl: rounding moves a singular value by at most u ||S||_F, here 1.1e-16 times 1.1."""
+    sigma = torch.tensor([1.0, 0.5, 1e-13, 1e-18], dtype=torch.float64)
+    layer = linear(with_spectrum(sigma, 8, 4)).double()
+    with torch.no_grad():
+        layer.weight.copy_(with_spectrum(sigma, 8, 4))
+    (finding,) = wc.audit(layer).findings
+    assert finding.rank == 3
+
+
+def test_a_weight_that_rounds_to_lower_rank_is_said_to_have_it() -> None:
+    source = torch.Generator().manual_seed(0)
+    low = torch.randn(30, 3, generator=source) @ torch.randn(3, 20, generator=source)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer = linear(low).to(dtype)
+        (finding,) = wc.audit(layer).findings
+        assert finding.rank == 3
+        assert finding.condition_number > 100  # rounding noise: no zero to working precision
+
+
+def test_very_large_weights_are_estimated_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_spectrum, "_SMALL", 8)
+    monkeypatch.setattr(_spectrum, "_LARGE", 64)
+    S = with_spectrum(torch.linspace(2, 0.1, 64).double(), 80, 64)
+    (finding,) = wc.audit(linear(S)).findings
+    exact = np.linalg.svd(linear(S).weight.detach().double().numpy(), compute_uv=False)
+    assert finding.grade is wc.Grade.estimated
+    assert finding.condition_number == pytest.approx(exact[0] / exact[-1], rel=1e-6)
+    assert finding.penalty == pytest.approx(oracles.penalty(linear(S).weight.detach()), rel=1e-6)
+    assert finding.rank == 64
+    assert finding.singular_values == ()
+    (with_curve,) = wc.audit(linear(S), curves=1).findings
+    assert len(with_curve.singular_values) == 64
+    # Where the extremes cannot tell the rank, all values are found.
+    sigma = torch.linspace(2, 0.1, 64).double()
+    sigma[60:] = 1e-9
+    (deficient,) = wc.audit(linear(with_spectrum(sigma, 80, 64))).findings
+    assert deficient.rank == 60
+
+
+def test_certified_findings_carry_intervals() -> None:
+    report = wc.audit(net(), certify=True)
+    for finding in report.findings:
+        assert finding.grade is wc.Grade.certified
+        assert finding.certificate is not None
+        assert finding.condition_number in finding.certificate.condition_number
+    flat = wc.audit(linear(torch.ones(3, 3)), certify=True).findings[0]
+    assert flat.grade is wc.Grade.computed
+    assert "cannot tell it from zero" in flat.explanation
+
+
+def test_the_worst_comes_first() -> None:
+    model = nn.ModuleDict(
+        {
+            "good": linear(torch.eye(3)),
+            "bad": linear(torch.diag(torch.tensor([1.0, 1.0, 1e-3]))),
+            "flat": linear(torch.ones(3, 3)),
+            "zero": linear(torch.zeros(3, 3)),
+            "lost": linear(torch.full((3, 3), math.nan)),
+        }
+    )
+    report = wc.audit(model)
+    assert [f.name.split(".")[0] for f in report.findings] == [
+        "lost",
+        "zero",
+        "flat",
+        "bad",
+        "good",
+    ]
+    statuses = [f.status for f in report.findings]
+    assert statuses[:4] == [
+        wc.Status.not_finite,
+        wc.Status.zero,
+        wc.Status.rank_deficient,
+        wc.Status.ok,
+    ]
+    assert [f.name.split(".")[0] for f in report.exceeding(1e6)] == ["lost", "zero", "flat"]
+    assert report.coverage.measured == 4
+    assert report.coverage.failed == 1
+
+
+def test_the_limit_is_held_against_the_certified_bound() -> None:
+    (finding,) = wc.audit(linear(torch.diag(torch.tensor([3.0, 1.0]))), certify=True).findings
+    assert finding.condition_number == 3.0
+    assert finding.exceeds(3.0)  # the enclosure reaches a little above
+    assert not finding.exceeds(3.0 + 1e-9)
+    assert not dataclasses.replace(finding, certificate=None).exceeds(3.0)
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def test_a_model_is_read_by_its_modules() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(4, 6, 3, groups=2).to(memory_format=torch.channels_last),
+            "attention": nn.MultiheadAttention(8, 2),
+            "rnn": nn.GRU(3, 4),
+            "table": nn.Embedding(9, 4),
+            "norm": nn.LayerNorm(4),
+        }
+    )
+    report = wc.audit(model)
+    shapes = {finding.label: finding.shape for finding in report.findings}
+    assert shapes["conv.weight:kernel"] == (6, 18)
+    assert shapes["attention.in_proj_weight:q"] == (8, 8)
+    assert shapes["rnn.weight_ih_l0:r"] == (4, 3)
+    assert "embedding" in report.coverage.skipped["table.weight"]
+    kernel = next(f for f in report.findings if f.name == "conv.weight")
+    exact = np.linalg.svd(model["conv"].weight.detach().flatten(1).numpy(), compute_uv=False)
+    assert kernel.sigma_max == pytest.approx(exact[0], rel=1e-5)
+    # An exact name insists.
+    (insisted,) = wc.audit(model, include=["table.weight"]).findings
+    assert insisted.shape == (9, 4)
+
+
+def test_stacks_are_measured_matrix_by_matrix(tmp_path: Path) -> None:
+    S = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    save_file({"experts.weight": S}, tmp_path / "m.safetensors")
+    report = wc.audit(tmp_path / "m.safetensors")
+    assert {finding.view for finding in report.findings} == {"0", "1", "2"}
+    for finding in report.findings:
+        expected = float(wc.condition_number(S[int(finding.view)]))
+        assert finding.condition_number == pytest.approx(expected)
+    assert report.coverage.parameter_share == 1.0
+
+
+def test_tied_weights_count_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    report = wc.audit(model)
+    assert [finding.name for finding in report.findings] == ["0.weight"]
+    assert report.coverage.parameter_share == pytest.approx(16 / 24)
+
+
+def test_parametrized_weights_are_measured_by_their_value_and_not_advanced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)),
+        nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = wc.audit(model)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert {finding.name for finding in report.findings} == {"0.weight", "1.weight"}
+    model.eval()
+    for finding in report.findings:
+        S = model.get_submodule(finding.name.split(".")[0]).weight
+        assert finding.condition_number == pytest.approx(float(wc.condition_number(S)))
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = net()
+    model(torch.randn(2, 12)).sum().backward()
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    wc.audit(model, certify=True)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, before[name])
+
+
+def test_a_weight_that_fails_is_a_row_and_not_the_end() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
+    report = wc.audit(model)
+    assert [f.status for f in report.findings] == [wc.Status.failed, wc.Status.ok]
+    assert "meta" in report.findings[0].explanation
+    assert "1 could not be measured" in str(report.coverage)
+
+
+def test_coverage_says_what_share_was_measured() -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.Embedding(25, 4))
+    coverage = wc.audit(model).coverage
+    assert coverage.parameter_share == pytest.approx(100 / 210)
+    assert str(coverage) == (
+        "1 of 2 matrices, 47.6 % of the parameters; 1 skipped: 1.weight (an embedding: its rows "
+        "are looked up, it is no linear map); no matrices: 1 (a vector)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.LayerNorm(4), "has none"),
+        (nn.Sequential(), "it is empty"),
+        (linear(torch.full((2, 2), math.inf)), "NaN or infinity"),
+    ],
+)
+def test_zero_coverage_is_an_error(model: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wc.audit(model)
+
+
+def test_patterns_choose_and_must_match() -> None:
+    model = net()
+    assert [f.name for f in wc.audit(model, include=["2.*"]).findings] == ["2.weight"]
+    report = wc.audit(model, exclude=["2.*"])
+    assert {f.name for f in report.findings} == {"0.weight", "3.weight"}
+    assert 'pattern "2.*"' in report.coverage.skipped["2.weight"]
+    with pytest.raises(ValueError, match=r"decoder\.\* matches none"):
+        wc.audit(model, exclude=["decoder.*"])
+
+
+def test_only_models_and_paths_are_audited() -> None:
+    with pytest.raises(TypeError, match="Module or a path"):
+        wc.audit(net().state_dict())  # type: ignore[arg-type]
+
+
+def test_a_file_and_its_model_agree(tmp_path: Path) -> None:
+    model = net()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    expected = {f.name: f.condition_number for f in wc.audit(model).findings}
+    for path in (tmp_path / "a.pt", tmp_path / "a.safetensors"):
+        assert {f.name: f.condition_number for f in wc.audit(path).findings} == expected
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def troubled() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "<b>&": linear(torch.diag(torch.tensor([1.0, 0.5, 1e-5]))),
+            "flat": linear(torch.ones(3, 3)),
+            "zero": linear(torch.zeros(3, 3)),
+            "lost": linear(torch.full((3, 3), math.nan)),
+            "fine": nn.Linear(40, 30),
+        }
+    )
+
+
+def test_json_has_the_documented_schema_and_is_strict(troubled: nn.Module, tmp_path: Path) -> None:
+    report = wc.audit(troubled, certify=True)
+    text = report.to_json(tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_text() == text
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(text, parse_constant=refuse)
+    assert content["schema"] == 1
+    assert set(content) == {"schema", "source", "findings", "coverage", "versions"}
+    assert set(content["coverage"]) == {"measured", "failed", "skipped", "parameter_share"}
+    assert content["coverage"]["skipped"] == [
+        {"name": "fine.bias", "reason": "not a matrix: a vector"}
+    ]
+    for finding in content["findings"]:
+        assert set(finding) >= {
+            *("name", "view", "shape", "dtype", "sigma_max", "sigma_min", "condition_number"),
+            *("stable_rank", "rank", "penalty", "grade", "status", "detail", "method"),
+        }
+    flat = next(f for f in content["findings"] if f["name"] == "flat.weight")
+    assert flat["condition_number"] == "inf"
+    assert flat["certificate"]["condition_number"][1] == "inf"
+    assert content["versions"]["torch"] == torch.__version__
+
+
+def test_csv_has_a_line_a_finding(troubled: nn.Module, tmp_path: Path) -> None:
+    report = wc.audit(troubled, certify=True)
+    report.to_csv(tmp_path / "report.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text())))
+    assert [row["name"] for row in rows] == [f.name for f in report.findings]
+    assert rows[-1]["shape"] == "30x40"
+    assert float(rows[-1]["condition_number_lower"]) <= float(rows[-1]["condition_number"])
+
+
+def test_the_table_shows_the_worst_and_what_is_the_matter(troubled: nn.Module) -> None:
+    text = wc.audit(troubled).table(top=4)
+    lines = text.splitlines()
+    assert lines[0].split()[:4] == ["weight", "shape", "dtype", "κ"]
+    assert "... and 1 more" in text
+    assert "lost.weight: it holds NaN or infinity: 9 of 9 entries" in text
+    assert "4 of 5 matrices" in lines[-1]
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_page_needs_neither_network_nor_script(troubled: nn.Module) -> None:
+    text = wc.audit(troubled).to_html()
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "<b>&.weight" in page.words  # as text: names are escaped
+    assert ("b", {}) not in page.tags
+    assert "prefers-color-scheme: dark" in text
+    assert sum(tag == "polyline" for tag, _ in page.tags) == 2 * 3  # curves and their key
+
+
+def test_bars_stand_on_a_logarithmic_axis() -> None:
+    kappas = {"a": 10.0, "b": 100.0, "c": 1000.0}
+    model = nn.ModuleDict(
+        {name: linear(torch.diag(torch.tensor([k, 1.0]))) for name, k in kappas.items()}
+    )
+    page = Page(wc.audit(model).to_html())
+    fills = [a["style"] for tag, a in page.tags if tag == "div" and a.get("class") == "fill"]
+    assert fills == ["width:100%", "width:66.67%", "width:33.33%"]
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: Debian's package chromium")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_the_page(troubled: nn.Module, tmp_path: Path, dark: bool) -> None:
+    """Rendered without network; the text stands out from the ground, and nothing overflows."""
+    page = tmp_path / "report.html"
+    wc.audit(troubled, certify=True).to_html(page)
+    probe = page.read_text().replace(
+        "</body>",
+        """<pre id="probe"></pre><script>
+        const style = getComputedStyle(document.body);
+        document.getElementById("probe").textContent = JSON.stringify({
+          ink: style.color, paper: style.backgroundColor,
+          rows: document.querySelectorAll("tbody tr:not(.note)").length,
+          bars: [...document.querySelectorAll(".fill")].map(e => e.getBoundingClientRect().width),
+          curve: document.querySelector("svg polyline").getBoundingClientRect().width,
+          overflow: document.documentElement.scrollWidth - innerWidth,
+        });</script></body>""",
+    )
+    page.write_text(probe)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom "
+    flags += "--disable-background-networking --disable-component-update --disable-sync "
+    flags += "--force-dark-mode " if dark else ""
+    flags += f"--window-size=1200,900 --user-data-dir={tmp_path / 'profile'}"
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    match = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match is not None
+    seen = json.loads(match[1])
+    ink, paper = (sum(map(int, re.findall(r"\d+", seen[key])[:3])) for key in ("ink", "paper"))
+    assert (ink > paper) == dark
+    assert abs(ink - paper) > 400
+    assert seen["rows"] == 5
+    assert max(seen["bars"]) > 100
+    assert min(seen["bars"]) > 0
+    assert seen["curve"] > 300
+    assert seen["overflow"] <= 0
+
+
+# --- two checkpoints ------------------------------------------------------------------------------
+
+
+def test_a_comparison_puts_the_largest_change_first() -> None:
+    before = nn.ModuleDict(
+        {"a": linear(torch.eye(2)), "b": linear(torch.eye(2)), "old": linear(torch.eye(2))}
+    )
+    after = nn.ModuleDict(
+        {
+            "a": linear(torch.diag(torch.tensor([2.0, 1.0]))),
+            "b": linear(torch.diag(torch.tensor([9.0, 1.0]))),
+            "new": linear(torch.eye(2)),
+        }
+    )
+    comparison = compare(wc.audit(before), wc.audit(after))
+    assert [label for label, _, _ in comparison.pairs[:2]] == ["old.weight", "new.weight"]
+    assert [label for label, _, _ in comparison.pairs[2:]] == ["b.weight", "a.weight"]
+    content = comparison.to_dict()["comparison"]
+    assert content[2]["ratio"] == 9.0
+    assert content[0]["after"] is None
+    assert "9" in comparison.table()

@@ -1,0 +1,379 @@
+"""Files are read one tensor at a time, copied byte for byte, and refused with reasons."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import wellcond as wc
+from wellcond._checkpoint import Checkpoint, PickledCodeError, UnreadableError
+
+
+def tensors() -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source)
+
+    return {
+        "double.weight": randn(6, 4).double(),
+        "single.weight": randn(5, 7),
+        "half.weight": randn(4, 4).half(),
+        "brain.weight": randn(3, 8).bfloat16(),
+        "bias": randn(5),
+        "scale": randn(1)[0],
+        "experts.weight": randn(3, 4, 5),
+        "conv.weight": randn(4, 3, 2, 2),
+        "conv1d.weight": randn(4, 3, 5),
+        "packed": torch.arange(12, dtype=torch.int32).reshape(3, 4),
+        "mask": torch.ones(2, 2, dtype=torch.bool),
+        "empty": torch.zeros(0, 3),
+        "eighth": randn(4, 4).to(torch.float8_e4m3fn),
+    }
+
+
+FORMATS = ["safetensors", "pt"]
+
+
+def saved(folder: Path, kind: str, content: dict[str, Tensor] | None = None) -> Path:
+    path = folder / f"model.{kind}"
+    content = tensors() if content is None else content
+    if kind == "safetensors":
+        save_file(content, path, metadata={"format": "pt", "note": "kept"})
+    else:
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_float_matrix_is_found_and_the_rest_has_a_reason(tmp_path: Path, kind: str) -> None:
+    checkpoint = Checkpoint(saved(tmp_path, kind))
+    shapes = {
+        f"{one.name}:{view}": tuple(S.shape)
+        for one in checkpoint.matrices()
+        for view, S in one.views(one.read()).items()
+    }
+    assert shapes == {
+        "double.weight:": (6, 4),
+        "single.weight:": (5, 7),
+        "half.weight:": (4, 4),
+        "brain.weight:": (3, 8),
+        "experts.weight:0": (4, 5),
+        "experts.weight:1": (4, 5),
+        "experts.weight:2": (4, 5),
+        "conv.weight:kernel": (4, 12),
+        "conv1d.weight:kernel": (4, 15),
+    }
+    reasons = checkpoint.skipped()
+    assert reasons["bias"] == "not a matrix: a vector"
+    assert reasons["scale"] == "not a matrix: a number"
+    assert "empty" in reasons["empty"]
+    assert "quantised" in reasons["packed"]
+    assert "not real floating point" in reasons["mask"]
+    assert "scales are stored elsewhere" in reasons["eighth"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_values_are_read_as_they_were_saved(tmp_path: Path, kind: str) -> None:
+    expected = tensors()
+    for one in Checkpoint(saved(tmp_path, kind)).matrices():
+        assert torch.equal(one.read(), expected[one.name])
+
+
+def test_sharded_checkpoints_are_read_through_their_index(tmp_path: Path) -> None:
+    content = tensors()
+    names = list(content)
+    shards = {"a-1.safetensors": names[::2], "a-2.safetensors": names[1::2]}
+    for file, inside in shards.items():
+        save_file({name: content[name] for name in inside}, tmp_path / file)
+    index = {"weight_map": {name: file for file, inside in shards.items() for name in inside}}
+    path = tmp_path / "a.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    for where in (path, tmp_path):
+        read = {one.name: one.read() for one in Checkpoint(where).matrices()}
+        assert len(read) == 7
+        assert all(torch.equal(tensor, content[name]) for name, tensor in read.items())
+
+    index["weight_map"]["bias"] = "a-3.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(UnreadableError, match="not there"):
+        Checkpoint(path)
+    index["weight_map"]["bias"] = "../a-1.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(UnreadableError, match="beside it"):
+        Checkpoint(path)
+    index["weight_map"]["bias"] = next(f for f, inside in shards.items() if "bias" not in inside)
+    path.write_text(json.dumps(index))
+    with pytest.raises(UnreadableError, match="where it is not"):
+        Checkpoint(path)
+    path.write_text("{}")
+    with pytest.raises(UnreadableError, match="weight_map"):
+        Checkpoint(path)
+
+
+def test_a_directory_names_the_file_where_several_hold_weights(tmp_path: Path) -> None:
+    torch.save({"w": torch.eye(2)}, tmp_path / "step1.pt")
+    assert [one.name for one in Checkpoint(tmp_path).matrices()] == ["w"]
+    torch.save({"w": torch.eye(2)}, tmp_path / "step2.pt")
+    names = [one.name for one in Checkpoint(tmp_path).matrices()]
+    assert names == ["step1.pt/w", "step2.pt/w"]
+
+
+def test_a_training_directory_is_read_for_its_weights(tmp_path: Path) -> None:
+    """model.safetensors, optimizer.pt, and a pickled object that nobody should load."""
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save({"arguments": Path("x")}, tmp_path / "training_args.bin")
+    checkpoint = Checkpoint(tmp_path)
+    assert [one.name for one in checkpoint.matrices()] == ["weight"]
+    reasons = checkpoint.skipped()
+    assert reasons["optimizer.pt/everything"] == "the state of an optimizer"
+    assert "could run any code" in reasons["training_args.bin"]
+
+
+def test_nested_dicts_are_walked_and_optimizers_left_out(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    content = {
+        "epoch": 3,
+        "model": model.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    checkpoint = Checkpoint(tmp_path / "last.ckpt")
+    assert [one.name for one in checkpoint.matrices()] == ["model.weight"]
+    assert checkpoint.skipped()["optimizer_states.0"] == "the state of an optimizer"
+
+
+def test_tied_tensors_count_once(tmp_path: Path) -> None:
+    w = torch.randn(4, 4)
+    path = saved(tmp_path, "pt", {"a": w, "b": w, "c": w.T, "d": w[:2]})
+    checkpoint = Checkpoint(path)
+    assert [one.name for one in checkpoint.matrices()] == ["a", "c", "d"]
+    assert checkpoint.skipped()["b"] == "the same tensor as a"
+
+
+def test_files_of_the_old_format_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    torch.save({"w": torch.eye(3)}, path, _use_new_zipfile_serialization=False)
+    assert [one.name for one in Checkpoint(path).matrices()] == ["w"]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.99])
+def test_truncated_files_are_refused(tmp_path: Path, kind: str, keep: float) -> None:
+    path = saved(tmp_path, kind)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(UnreadableError, match=str(path)):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.bin"])
+def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"This is a text, no checkpoint. " * 100)
+    with pytest.raises(UnreadableError, match="damaged"):
+        Checkpoint(path)
+
+
+def test_unknown_endings_and_empty_directories_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"onnx")
+    with pytest.raises(UnreadableError, match="must end in"):
+        Checkpoint(tmp_path / "x.onnx")
+    with pytest.raises(UnreadableError, match="has none that ends in"):
+        Checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        Checkpoint(tmp_path / "nothing.pt")
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (os.environ["WELLCOND_TEST_FOLDER"],)
+
+
+def test_pickled_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WELLCOND_TEST_FOLDER", str(tmp_path / "broken-in"))
+    torch.save({"w": torch.eye(2), "x": Malicious()}, tmp_path / "m.pt")
+    with pytest.raises(PickledCodeError, match=r"holds a \S*mkdir"):
+        Checkpoint(tmp_path / "m.pt")
+    assert not (tmp_path / "broken-in").exists()
+
+
+def test_whole_modules_and_programs_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(PickledCodeError, match="state_dict"):
+        Checkpoint(tmp_path / "module.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "program.pt")
+    with pytest.raises(PickledCodeError, match="TorchScript"):
+        Checkpoint(tmp_path / "program.pt")
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UnreadableError, match="must hold a dict of tensors"):
+        Checkpoint(tmp_path / "list.pt")
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+_PEAK = """
+import resource, sys
+import torch, wellcond as wc
+torch.set_num_threads(1)
+wc.audit({small!r})  # what importing and computing need in any case
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+wc.audit({large!r})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
+    """400 MB of tensors of 2 MB: the peak may grow by a few of them and what stays mapped."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir()
+    large.mkdir()
+    tensor = torch.randn(16, 32768, generator=torch.Generator().manual_seed(0))
+    paths = [
+        saved(folder, kind, {f"w{i}": tensor.clone() for i in range(count)})
+        for folder, count in ((small, 2), (large, 200))
+    ]
+    code = _PEAK.format(small=str(paths[0]), large=str(paths[1]))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 120 << 10  # kilobytes
+
+
+# --- repair ---------------------------------------------------------------------------------------
+
+
+def raw(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
+
+
+def test_a_repaired_safetensors_file_differs_in_the_repaired_tensors_alone(tmp_path: Path) -> None:
+    path, fixed = saved(tmp_path, "safetensors"), tmp_path / "fixed.safetensors"
+    report = wc.repair(path, fixed, 3.0)
+    assert {r.name for r in report.changed} >= {"single.weight", "double.weight"}
+    changed = {repair.name for repair in report.changed}
+    before, after = load_file(path), load_file(fixed)
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert (raw(tensor) == raw(after[name])) == (name not in changed)
+    with safe_open(fixed, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
+    old, new = path.read_bytes(), fixed.read_bytes()
+    length = 8 + int.from_bytes(old[:8], "little")
+    assert old[:length] == new[:length]
+    for finding in wc.audit(fixed).findings:
+        assert finding.condition_number <= 3.0
+
+
+def test_a_repaired_state_dict_keeps_everything_else(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        model[0].weight[0] *= 1e-6
+    shared = torch.randn(3, 3)
+    shared[0] *= 1e-3
+    content = {
+        "model": model.state_dict(),
+        "tied": [shared, shared],
+        "transposed": shared.T.clone().T,
+        "epoch": 7,
+        "name": "x",
+    }
+    path, fixed = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save(content, path)
+    wc.repair(path, fixed, 10.0)
+    after = torch.load(fixed, weights_only=True)
+    assert isinstance(after["model"], OrderedDict)
+    assert after["model"]._metadata == content["model"]._metadata
+    assert list(after) == list(content)
+    assert (after["epoch"], after["name"]) == (7, "x")
+    assert after["tied"][0].data_ptr() == after["tied"][1].data_ptr()
+    assert after["transposed"].stride() == content["transposed"].stride()
+    for name in ("0.bias", "1.weight", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(after["model"][name], content["model"][name])
+    for S in (after["model"]["0.weight"], after["tied"][0], after["transposed"]):
+        assert float(wc.condition_number(S)) <= 10.0
+    assert torch.equal(torch.load(path)["tied"][0], shared)  # the input is untouched
+
+
+def test_views_of_a_tensor_are_repaired_in_their_place(tmp_path: Path) -> None:
+    path, fixed = saved(tmp_path, "safetensors"), tmp_path / "fixed.safetensors"
+    before = tensors()["experts.weight"]
+    report = wc.repair(path, fixed, 2.0, include=["experts.*", "conv*"])
+    changed = {repair.label for repair in report.changed}
+    after = load_file(fixed)["experts.weight"]
+    for index in range(3):
+        expected = before[index]
+        if f"experts.weight:{index}" in changed:
+            expected = wc.nearest(before[index], 2.0)
+        torch.testing.assert_close(after[index], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_directory_is_copied_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save_file({"w": torch.diag(torch.tensor([1.0, 1e-3]))}, folder / "a-1.safetensors")
+    save_file({"v": torch.eye(2)}, folder / "a-2.safetensors")
+    weight_map = {"w": "a-1.safetensors", "v": "a-2.safetensors"}
+    (folder / "a.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text("{}")
+    wc.repair(folder, tmp_path / "out", 5.0)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        p.name for p in folder.iterdir()
+    )
+    assert (tmp_path / "out" / "a-2.safetensors").read_bytes() == (
+        folder / "a-2.safetensors"
+    ).read_bytes()
+    assert wc.audit(tmp_path / "out").findings[0].condition_number <= 5.0
+    # The index alone takes its shards along, and nothing else.
+    wc.repair(folder / "a.safetensors.index.json", tmp_path / "shards", 5.0)
+    assert {p.name for p in (tmp_path / "shards").iterdir()} == {
+        "a.safetensors.index.json",
+        "a-1.safetensors",
+        "a-2.safetensors",
+    }
+
+
+def test_nothing_is_overwritten_or_left_half_written(tmp_path: Path) -> None:
+    path = saved(tmp_path, "pt", {"w": torch.tensor([[1.0, 0.0], [0.0, 1e-3]])})
+    taken = tmp_path / "taken.pt"
+    taken.write_text("precious")
+    with pytest.raises(FileExistsError, match="not overwritten"):
+        wc.repair(path, taken, 2.0)
+    assert taken.read_text() == "precious"
+    bad = {"good": torch.eye(2), "bad": torch.tensor([[1.0, float("nan")]])}
+    bad["tight"] = torch.randn(64, 64).bfloat16()
+    torch.save(bad, path)
+    with pytest.raises(ValueError, match=r"bad holds NaN.*tight.*rounded to bfloat16"):
+        wc.repair(path, tmp_path / "out.pt", 1.001)
+    assert {p.name for p in tmp_path.iterdir()} == {"model.pt", "taken.pt"}
+
+
+def test_zero_and_deficient_weights_have_an_outcome(tmp_path: Path) -> None:
+    path = saved(tmp_path, "pt", {"zero": torch.zeros(3, 3), "flat": torch.ones(3, 3)})
+    zero, flat = wc.repair(path, tmp_path / "out.pt", 4.0).repairs
+    assert "zero" in zero.note
+    assert zero.relative_change == 0
+    assert flat.before == float("inf")
+    assert flat.after <= 4.0
+    assert flat.relative_change > 0
