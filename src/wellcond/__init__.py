@@ -5,6 +5,7 @@ from wellcond._bounds import Certificate, Interval, certify
 from wellcond._nearest import nearest
 from wellcond._penalties import (
     Condition,
+    ConditionLimit,
     Tikhonov,
     condition_penalty,
     condition_penalty_bound,
@@ -21,6 +22,7 @@ __all__ = [
     "AuditReport",
     "Certificate",
     "Condition",
+    "ConditionLimit",
     "Coverage",
     "Estimate",
     "Finding",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wellcond._leading import Product, Ritz, ritz_triplets, top_pair
+from wellcond._nearest import check_limit, limited
 from wellcond._operators import StoredMatrix, as_matrices
+from wellcond._spectrum import measure
 
 Strength = float | Callable[[int], float]
 
@@ -68,6 +70,8 @@ class Penalty(abc.ABC):
 
     strength: Strength
     needs_subspace: ClassVar[bool] = True
+    has_gradient: ClassVar[bool] = True  # else it acts by proximal steps alone
+    takes_half_precision: ClassVar[bool] = False  # of weights, in its proximal step
 
     def __post_init__(self) -> None:
         if callable(self.strength):
@@ -91,8 +95,11 @@ class Penalty(abc.ABC):
     @abc.abstractmethod
     def proximal_step(
         self, S: StoredMatrix, product: Product | None, eta: Tensor
-    ) -> tuple[LowRankChange, Tensor]:
-        """The weight after a proximal step of length eta, and per matrix whether it fell short."""
+    ) -> tuple[LowRankChange | Tensor, Tensor]:
+        """The weight after a proximal step of length eta, and per matrix whether it fell short.
+
+        As a change, or if it takes no such form, as the values to be stored.
+        """
 
 
 def _valid_strength(strength: Any, name: str = "`strength`") -> float:
@@ -185,6 +192,73 @@ class Tikhonov(Penalty):
     ) -> tuple[LowRankChange, Tensor]:
         c = (1 / (1 + eta)).expand(S.shape[:-2])
         return _multiple(S, c), torch.zeros_like(c, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class ConditionLimit(Penalty):
+    """The hard limit kappa <= K: 0 where it holds, infinite where it does not.
+
+    Its proximal step replaces the weight by a nearest one that obeys (see `nearest`), as measured
+    after rounding to the dtype of the weight; the length of the step does not matter. So every
+    checkpoint that is saved after a proximal step obeys; `reg.proximal_step_(lr=0)` before saving
+    makes sure. A zero weight has no condition number and stays zero.
+
+    It has no gradient: use `attach` or `proximal_step_`. A step measures the weight in float64 on
+    the CPU, and where it is above the limit decomposes it: dear, so `every` should be large.
+
+    Args:
+        max_condition: K, at least 1.
+
+    Raises:
+        ValueError: K < 1 or nan; in a proximal step, rounding to the dtype of a weight lifts its
+            kappa above K whatever is done, as in bfloat16 for K below 1.004 or so.
+        TypeError: K is not a number.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> layer = torch.nn.Linear(8, 8, bias=False)
+        >>> reg = wc.Regularizer(layer, wc.ConditionLimit(3.0))
+        >>> reg.proximal_step_(lr=0.0)
+        >>> bool(wc.condition_number(layer.weight) <= 3.0)
+        True
+    """
+
+    max_condition: float
+    strength: Strength = field(default=1.0, init=False, repr=False)
+    needs_subspace = False
+    has_gradient = False
+    takes_half_precision = True
+
+    def __post_init__(self) -> None:
+        check_limit(self.max_condition)
+
+    def value(self, S: StoredMatrix, product: Product | None) -> Tensor:
+        # nan where there is no condition number, which is no obeying.
+        kappas = [
+            measure(one).condition_number if torch.isfinite(one).all() else math.nan
+            for one in _each(S)
+        ]
+        obeys = torch.tensor(kappas, device=S.S.device) <= self.max_condition
+        return torch.where(obeys, 0.0, torch.inf).to(S.dtype).reshape(S.shape[:-2])
+
+    def gradient(self, S: StoredMatrix, product: Product | None) -> LowRankChange:
+        raise NotImplementedError("ConditionLimit has no gradient")
+
+    def proximal_step(
+        self, S: StoredMatrix, product: Product | None, eta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # What is not finite stays as it is: the caller says so.
+        obeying = [
+            limited(one, self.max_condition).S if torch.isfinite(one).all() else one
+            for one in _each(S)
+        ]
+        shortened = torch.zeros(S.shape[:-2], dtype=torch.bool, device=S.S.device)
+        return torch.stack(obeying).reshape(S.shape).to(S.S.device), shortened
+
+
+def _each(S: StoredMatrix) -> Tensor:
+    """The matrices of a stack, or the one, on the CPU."""
+    return S.S.reshape(-1, *S.shape[-2:]).cpu()
 
 
 def _multiple(S: StoredMatrix, c: Tensor) -> LowRankChange:

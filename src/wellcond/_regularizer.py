@@ -213,6 +213,7 @@ class Regularizer:
             ValueError: a weight holds NaN or infinity; it is named. On the CPU at once, elsewhere
                 at the next call, where reading costs no waiting.
         """
+        _refuse_without_gradient(self._entries)
         remember = torch.is_grad_enabled()
         terms = self._terms(remember)
         first = self._entries[0].operator()
@@ -250,6 +251,7 @@ class Regularizer:
         Raises:
             ValueError: a weight holds NaN or infinity; it is named, and no gradient has changed.
         """
+        _refuse_without_gradient(self._entries)
         for look in self._look(self._active()):
             entry, S, product, _, _ = look
             change = _masked(look, entry.penalty.gradient(S, product), identity=0.0)
@@ -352,7 +354,10 @@ class Regularizer:
             entry, S, product, _, _ = look
             eta = entry.strength_now() * rate
             change, shortened = entry.penalty.proximal_step(S, product, eta)
-            S.update_(*_masked(look, change, identity=1.0))
+            if isinstance(change, Tensor):
+                S.S.copy_(change)
+            else:
+                S.update_(*_masked(look, change, identity=1.0))
             entry.shortened += shortened.sum()
 
     # --- looking at the weights -------------------------------------------------------------------
@@ -547,8 +552,22 @@ def _raise_not_finite(names: list[str], finite: Tensor) -> None:
         )
 
 
+def _refuse_without_gradient(entries: list[_Entry]) -> None:
+    hard = [entry.name for entry in entries if not entry.penalty.has_gradient]
+    if hard:
+        raise ValueError(
+            f"{listed(hard)} is under a hard limit, which has no gradient. "
+            "Use attach(optimizer) or proximal_step_(lr); for a penalty in the loss or on the "
+            "gradients of other weights make a Regularizer of its own."
+        )
+
+
 def _refuse_half(entries: list[_Entry]) -> None:
-    half = [entry.name for entry in entries if entry.weight.parameter.dtype in _HALF]
+    half = [
+        entry.name
+        for entry in entries
+        if entry.weight.parameter.dtype in _HALF and not entry.penalty.takes_half_precision
+    ]
     if half:
         raise ValueError(
             f"A proximal step needs float32 weights, but {listed(half)} is stored in half "

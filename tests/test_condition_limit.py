@@ -1,0 +1,152 @@
+"""ConditionLimit: after every proximal step the weight is a nearest one that obeys, as stored."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import wellcond as wc
+
+
+def trained(model: nn.Module, every: int, steps: int, K: float) -> tuple[wc.Regularizer, list]:
+    """The largest kappa of the weights after every optimizer step."""
+    reg = wc.Regularizer(model, wc.ConditionLimit(K))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    reg.attach(optimizer, every=every)
+    source = torch.Generator().manual_seed(0)
+    dtype = next(model.parameters()).dtype
+    kappas = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6, generator=source).to(dtype)).square().mean().backward()
+        optimizer.step()
+        weights = [p for p in model.parameters() if p.ndim == 2]
+        kappas.append(max(float(wc.condition_number(w)) for w in weights))
+    return reg, kappas
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("every", [1, 3])
+def test_every_nth_step_ends_within_the_limit(dtype: torch.dtype, every: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+    _, kappas = trained(model, every, 9, 1.5)
+    assert all(kappa <= 1.5 for kappa in kappas[every - 1 :: every])
+    if every > 1:
+        assert max(kappas) > 1.5  # else it would not have been needed
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (10, 10)])
+def test_a_step_takes_the_nearest_matrix(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    before = layer.weight.detach().clone()
+    wc.Regularizer(layer, wc.ConditionLimit(4.0)).proximal_step_(lr=0.0)
+    torch.testing.assert_close(layer.weight.detach(), wc.nearest(before, 4.0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_within_the_limit_is_untouched_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8, bias=False)
+    before = layer.weight.detach().clone()
+    wc.Regularizer(layer, wc.ConditionLimit(1e9)).proximal_step_(lr=1.0, steps=5)
+    assert torch.equal(layer.weight, before)
+
+
+def test_other_ways_are_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    reg = wc.Regularizer(model, {"0.*": wc.Condition(0.1), "1.*": wc.ConditionLimit(2.0)})
+    for way in (reg, reg.add_gradients_):
+        with pytest.raises(ValueError, match=r'"1\.weight" is under a hard limit'):
+            way()
+    assert model[0].weight.grad is None
+    reg.proximal_step_(0.1)  # both together by proximal steps
+    assert float(wc.condition_number(model[1].weight)) <= 2.0
+
+
+def test_views_stacks_and_kernels_are_limited_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(8, 2),
+            "conv": nn.Conv2d(3, 6, 3).to(memory_format=torch.channels_last),
+        }
+    )
+    wc.Regularizer(model, wc.ConditionLimit(1.2)).proximal_step_(0.0)
+    for block in model["attention"].in_proj_weight.chunk(3):
+        assert float(wc.condition_number(block)) <= 1.2
+    assert float(wc.condition_number(model["conv"].weight.flatten(1))) <= 1.2
+    stack = nn.Module()
+    stack.register_parameter("experts", nn.Parameter(torch.randn(3, 4, 5)))
+    wc.Regularizer(stack, {"experts": wc.ConditionLimit(1.2)}).proximal_step_(0.0)
+    assert (wc.condition_number(stack.experts) <= 1.2).all()
+
+
+def test_measuring_tells_whether_the_limit_holds() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+        model[1].weight.copy_(torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0])))
+    reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
+    assert [estimate.penalty for estimate in reg.measure().values()] == [0.0, math.inf]
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    assert "not finite" in reg.measure()["0.weight"].status
+
+
+def test_zero_stays_and_nan_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    reg.proximal_step_(0.1)
+    assert not model[0].weight.any()
+    with torch.no_grad():
+        model[1].weight[2, 2] = math.inf
+    with pytest.raises(ValueError, match=r'"1\.weight" holds NaN or infinity'):
+        reg.proximal_step_(0.1)
+
+
+def test_bfloat16_near_one_is_refused_by_name_of_the_dtype() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False).bfloat16()
+    with pytest.raises(ValueError, match="rounded to bfloat16"):
+        wc.Regularizer(layer, wc.ConditionLimit(1.001)).proximal_step_(0.0)
+
+
+def test_training_resumes_bit_for_bit() -> None:
+    def make() -> tuple[nn.Module, wc.Regularizer, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        reg.attach(optimizer, every=3)
+        return model, reg, optimizer
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+    whole, _, optimizer = make()
+    train(whole, optimizer, 0, 8)
+    half, reg, optimizer = make()
+    train(half, optimizer, 0, 4)
+    states = half.state_dict(), reg.state_dict(), optimizer.state_dict()
+    rest, reg, optimizer = make()
+    for thing, state in zip((rest, reg, optimizer), states, strict=True):
+        thing.load_state_dict(state)
+    train(rest, optimizer, 4, 8)
+    for ours, theirs in zip(rest.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("K", "error"), [(0.9, ValueError), (math.nan, ValueError), ("1", TypeError)]
+)
+def test_a_limit_is_a_number_of_at_least_one(K: object, error: type) -> None:
+    with pytest.raises(error, match="max_condition"):
+        wc.ConditionLimit(K)  # type: ignore[arg-type]
