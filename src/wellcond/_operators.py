@@ -21,8 +21,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def as_matrices(S: Tensor) -> Tensor:
-    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
+def check_matrices(S: Tensor) -> None:
+    """Raises unless S is a batch of real matrices with rows and columns."""
     if not isinstance(S, Tensor):
         raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
     if not S.is_floating_point():
@@ -37,6 +37,11 @@ def as_matrices(S: Tensor) -> Tensor:
         )
     if S.shape[-1] == 0 or S.shape[-2] == 0:
         raise ValueError(f"`S` must have rows and columns, got shape {tuple(S.shape)}.")
+
+
+def as_matrices(S: Tensor) -> Tensor:
+    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
+    check_matrices(S)
     wide = S.to(torch.float64)
     if not torch.isfinite(wide).all():
         count = int((~torch.isfinite(wide)).sum())

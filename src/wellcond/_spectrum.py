@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond._operators import as_matrices
+from wellcond._operators import as_matrices, check_matrices
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to this nu an SVD is as fast as the Gram matrix; from the other on, Krylov spaces find the
@@ -57,7 +57,7 @@ class Spectrum(NamedTuple):
     @property
     def condition_number(self) -> float:
         """inf where sigma_nu is zero to working precision, nan for a zero matrix."""
-        largest, smallest = float(self.scaled[0]), float(self.scaled[-1])
+        largest, *_, smallest = 2 * self.scaled.tolist()  # of one, it is both
         if largest == 0:
             return math.nan
         return math.inf if smallest <= negligible(self.shape) * largest else largest / smallest
@@ -65,6 +65,9 @@ class Spectrum(NamedTuple):
 
 def condition_number(S: Tensor) -> Tensor:
     """The condition number kappa = sigma_1/sigma_nu of the stored values, computed in float64.
+
+    By an SVD, or for a single matrix with nu > 256 by the cheapest sound method: relative errors
+    stayed below 1e-6 for kappa up to 1e5 (`wellcond bench audit`). See `certify` for a proof.
 
     Args:
         S: real floating-point tensor (..., m, n); leading dimensions are a batch.
@@ -84,15 +87,18 @@ def condition_number(S: Tensor) -> Tensor:
         >>> wc.condition_number(torch.ones(3, 3))
         tensor(inf, dtype=torch.float64)
     """
+    check_matrices(S)
+    if S.ndim == 2:
+        kappa = measure(S).condition_number
+        return torch.tensor(kappa, dtype=torch.float64, device=S.device)
     # The largest entry as unit: singular values of 1e+-200 would overflow inside LAPACK's scaling
     # of subnormal entries, and a ratio does not mind.
-    wide = as_matrices(S.detach() if isinstance(S, Tensor) else S)
+    wide = as_matrices(S.detach())
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     sigma = torch.linalg.svdvals(wide / torch.where(unit > 0, unit, 1.0))
     largest, smallest = sigma[..., 0], sigma[..., -1]
     zero = smallest <= negligible(S.shape) * largest
-    kappa = torch.where(zero, torch.inf, largest / smallest)
-    return torch.where(largest == 0, torch.nan, kappa)
+    return torch.where(largest == 0, torch.nan, torch.where(zero, torch.inf, largest / smallest))
 
 
 def negligible(shape: torch.Size) -> float:
@@ -101,13 +107,15 @@ def negligible(shape: torch.Size) -> float:
 
 
 def measure(S: Tensor, all_values: bool = False) -> Spectrum:
-    """The singular values of one finite matrix (m, n), in float64, by the cheapest sound method.
+    """The singular values of one matrix (m, n), in float64, by the cheapest sound method.
 
-    Of a very large one only the extremes, unless `all_values` are asked for.
+    Of a very large one only the extremes, unless `all_values` are asked for. Raises ValueError if
+    it is not finite.
     """
-    wide = S.double()
+    wide = S.detach().double()
     largest = float(torch.linalg.vector_norm(wide, math.inf))
-    if not 1e-100 < largest < 1e100 and largest > 0:
+    if not 1e-100 < largest < 1e100 and largest != 0:
+        as_matrices(S)  # raises if there is NaN or infinity
         # Squares, and the scaling inside LAPACK, want room: a power of two costs no rounding.
         unit = 2.0 ** (math.frexp(largest)[1] - 1)
         return measure(wide / unit, all_values)._replace(unit=unit)

@@ -3,7 +3,7 @@
 `step` trains one network in several ways at once, block by block in turn, so that all see the same
 machine; the figures are medians of ratios pair by pair. `fidelity` trains with the warm subspace
 and with an exact decomposition in every step, from the same seed, and compares condition numbers.
-`strength` trains over a grid of strengths: the way from a condition number to a strength.
+`strength` trains over a grid of strengths and hard limits: the way from a condition number to one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wellcond as wc
-from wellcond.experiments import _run
+from wellcond.experiments import _run, bench_audit
 from wellcond.experiments._training import seeded
 from wellcond.experiments.data import Images, load
 
@@ -71,6 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     strength.set_defaults(run=run_strength)
     for benchmark in (step, fidelity, strength):
         _run.add_output(benchmark)
+    bench_audit.configure(benchmarks)
 
 
 def _numbers(text: str) -> list[int]:
@@ -102,9 +103,12 @@ class _Way:
         elif name.startswith("orthogonality"):
             self.penalty = self._orthogonality
         elif name not in ("none", "none again") and not name.startswith("spectral_norm"):
-            patterns = {FIRST: wc.Condition(1e-2), "*": None}
-            reg = wc.Regularizer(self.model, patterns, block=arguments.block)
-            if name.startswith("attach"):
+            penalty: wc.Condition | wc.ConditionLimit = wc.Condition(1e-2)
+            if name.startswith("limit"):
+                # kappa is about 4 at the start: one limit that holds, one that has to be kept up.
+                penalty = wc.ConditionLimit(3.0 if "kept" in name else 1e3)
+            reg = wc.Regularizer(self.model, {FIRST: penalty, "*": None}, block=arguments.block)
+            if name.startswith(("attach", "limit")):
                 reg.attach(self.optimizer, every=arguments.every)
             elif name.startswith("add_gradients_"):
                 self.add = reg.add_gradients_
@@ -158,6 +162,8 @@ def run_step(arguments: argparse.Namespace) -> int:
         "none",
         "none again",
         f"attach(every={arguments.every})",
+        f"limit that holds, every={arguments.every}",
+        f"limit kept up, every={arguments.every}",
         "add_gradients_",
         "in the loss",
         "exact SVD in the loss",
@@ -359,17 +365,21 @@ def run_fidelity(arguments: argparse.Namespace) -> int:
 
 
 GRID = {"gradient": (1e-3, 1e-2, 0.1, 1.0, 10.0), "proximal": (1.0, 10.0, 100.0, 1e3)}
+LIMITS = {"limit, every=10": 10, "limit, every=100": 100}
 
 
 def run_strength(arguments: argparse.Namespace) -> int:
     _run.apply_threads(arguments)
     images = _scaled(load(arguments.data), SIDE)
     plan = [("gradient", 0.0)] + [(how, s) for how, grid in GRID.items() for s in grid]
+    plan += [(how, limit) for how in LIMITS for limit in (30.0, 10.0, 3.0)]
     runs: list[dict[str, Any]] = []
     with _run.progress(len(plan), "bench strength") as advance:
         for how, strength in plan:
+            every = LIMITS.get(how, 10)
+            started = time.perf_counter()
             kappa, accuracy, shortened = _train(
-                images, arguments.epochs, how, strength, False, block=32, every=10, seed=0
+                images, arguments.epochs, how, strength, False, block=32, every=every, seed=0
             )
             runs.append(
                 {
@@ -378,9 +388,12 @@ def run_strength(arguments: argparse.Namespace) -> int:
                     "condition_number": kappa,
                     "accuracy": accuracy,
                     "shortened_steps": shortened,
+                    "seconds": time.perf_counter() - started,
                 }
             )
             advance(f"{how} {strength:g}")
+    for run in runs:
+        run["cost"] = run["seconds"] / runs[0]["seconds"]
     document = {
         "benchmark": "strength",
         "settings": {"data": images.name, "epochs": arguments.epochs, "lr": 1e-3, "batch": 32},
@@ -392,8 +405,9 @@ def run_strength(arguments: argparse.Namespace) -> int:
         return 0
     _run.print_table(
         f"Condition number of layer 1 after {arguments.epochs} epochs of Adam 1e-3, batch 32, "
-        f"784-512-10 sigmoid on {images.name}; proximal: attach(every=10)",
-        ["way", "strength", "kappa", "accuracy, %", "shortened"],
+        f"784-512-10 sigmoid on {images.name}; proximal: attach(every=10); cost: multiple of the "
+        "seconds without a penalty",
+        ["way", "strength or limit", "kappa", "accuracy, %", "shortened", "cost"],
         [
             [
                 run["how"],
@@ -401,6 +415,7 @@ def run_strength(arguments: argparse.Namespace) -> int:
                 f"{run['condition_number']:.3g}",
                 f"{run['accuracy']:.1f}",
                 str(run["shortened_steps"]),
+                f"{run['cost']:.1f}",
             ]
             for run in runs
         ],
@@ -437,7 +452,10 @@ def _train(
     every: int,
     seed: int,
 ) -> tuple[float, float, int]:
-    """kappa of the first layer, accuracy in per cent, shortened steps; proximal: lr * strength."""
+    """kappa of the first layer, accuracy in per cent, shortened steps.
+
+    The strength is that of a gradient, of a proximal step, or the limit of a hard one.
+    """
     model = seeded(
         lambda: nn.Sequential(nn.Linear(images.pixels, 512), nn.Sigmoid(), nn.Linear(512, 10)), seed
     )
@@ -445,8 +463,10 @@ def _train(
     W = model.get_parameter(FIRST)
     reg = None
     if not exact:
-        reg = wc.Regularizer(model, {FIRST: wc.Condition(strength), "*": None}, block=block)
-        if how == "proximal":
+        limit = how.startswith("limit")
+        penalty = wc.ConditionLimit(strength) if limit else wc.Condition(strength)
+        reg = wc.Regularizer(model, {FIRST: penalty, "*": None}, block=block)
+        if how != "gradient":
             reg.attach(optimizer, every=every)
     x, y = images.normalised(images.x_train), images.y_train
     order = torch.Generator().manual_seed(seed)
@@ -465,6 +485,8 @@ def _train(
     shortened = 0
     if reg is not None:
         reg.detach()
+        if how.startswith("limit"):
+            reg.proximal_step_(0.0)  # as before every checkpoint
         shortened = reg.measure()[FIRST].shortened_steps
     with torch.no_grad():
         right = model(images.normalised(images.x_test)).argmax(1) == images.y_test
