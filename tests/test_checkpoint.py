@@ -34,6 +34,7 @@ def tensors() -> dict[str, Tensor]:
         "experts.weight": randn(3, 4, 5),
         "conv.weight": randn(4, 3, 2, 2),
         "conv1d.weight": randn(4, 3, 5),
+        "count": torch.tensor(3),
         "packed": torch.arange(12, dtype=torch.int32).reshape(3, 4),
         "mask": torch.ones(2, 2, dtype=torch.bool),
         "empty": torch.zeros(0, 3),
@@ -75,7 +76,7 @@ def test_every_float_matrix_is_found_and_the_rest_has_a_reason(tmp_path: Path, k
     }
     reasons = checkpoint.skipped()
     assert reasons["bias"] == "not a matrix: a vector"
-    assert reasons["scale"] == "not a matrix: a number"
+    assert reasons["scale"] == reasons["count"] == "not a matrix: a number"
     assert "empty" in reasons["empty"]
     assert "quantised" in reasons["packed"]
     assert "not real floating point" in reasons["mask"]
@@ -182,6 +183,17 @@ def test_truncated_files_are_refused(tmp_path: Path, kind: str, keep: float) -> 
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(UnreadableError, match=str(path)):
         Checkpoint(path)
+
+
+def test_a_damaged_file_among_others_is_a_row_and_stops_a_repair(tmp_path: Path) -> None:
+    save_file({"w": torch.eye(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-3])
+    report = wc.audit(tmp_path)
+    assert [f.name for f in report.findings] == ["b.safetensors", "w"]
+    assert "whole safetensors file" in report.findings[0].explanation
+    assert [f.name for f in report.exceeding(10.0)] == ["b.safetensors"]
+    with pytest.raises(ValueError, match=r"b\.safetensors must be a whole"):
+        wc.repair(tmp_path, tmp_path.parent / "repaired", 10.0)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.bin"])

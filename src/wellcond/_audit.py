@@ -452,9 +452,12 @@ def audit(
         >>> sorted(finding.name for finding in report.findings), report.coverage.measured
         (['0.weight', '1.weight'], 2)
     """
-    matrices, skipped, total, source = _source(model_or_path)
+    matrices, skipped, damaged, total, source = _source(model_or_path)
     wanted = chosen(matrices, skipped, include, exclude)
-    findings: list[Finding] = []
+    findings = [
+        Finding(name, "", (0, 0), "", status=Status.failed, detail=reason)
+        for name, reason in damaged.items()
+    ]
     where: dict[int, Matrices] = {}
     covered = 0
     for number, one in enumerate(wanted, 1):
@@ -484,13 +487,15 @@ def audit(
 
 def _source(
     model_or_path: nn.Module | str | os.PathLike[str],
-) -> tuple[list[Matrices], dict[str, str], int, str]:
+) -> tuple[list[Matrices], dict[str, str], dict[str, str], int, str]:
+    """The matrices, what is none, what is damaged, how many parameters there are, and a name."""
     if isinstance(model_or_path, nn.Module):
-        return *effective_matrices(model_or_path), type(model_or_path).__name__
+        matrices, rest, total = effective_matrices(model_or_path)
+        return matrices, rest, {}, total, type(model_or_path).__name__
     if isinstance(model_or_path, str | os.PathLike):
-        checkpoint = Checkpoint(model_or_path)
-        matrices = list(checkpoint.matrices())
-        return matrices, checkpoint.skipped(), checkpoint.parameters, str(checkpoint.path)
+        file = Checkpoint(model_or_path)
+        found = list(file.matrices())
+        return found, file.skipped(), file.damaged, file.parameters, str(file.path)
     raise TypeError(
         "`model_or_path` must be a torch.nn.Module or a path, got "
         f"{type(model_or_path).__name__}. Of a state dict save a file, or audit its model."

@@ -75,14 +75,14 @@ class TensorFile(abc.ABC):
 
 
 def _reason(name: str, shape: tuple[int, ...], dtype: str, floating: bool) -> str:
-    if re.match(r"(F|float)[864](_|$)", dtype):
-        return f"quantised: {dtype}, whose scales are stored elsewhere"
-    if not floating:
-        return f"not real floating point: {dtype}, packed or quantised perhaps, or no weight"
     if len(shape) < 2:
         return f"{NOT_A_MATRIX}: {('a number', 'a vector')[len(shape)]}"
     if 0 in shape:
         return f"{NOT_A_MATRIX}: empty, shape {shape}"
+    if re.match(r"(F|float)[864](_|$)", dtype):
+        return f"quantised: {dtype}, whose scales are stored elsewhere"
+    if not floating:
+        return f"not real floating point: {dtype}, packed or quantised perhaps, or no weight"
     return ""
 
 
@@ -234,7 +234,8 @@ def _views(name: str, dimensions: int) -> Callable[[Tensor], dict[str, Tensor]]:
 class Checkpoint:
     """The tensors of a file, of a sharded file, or of all files of a directory.
 
-    Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`.
+    Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
+    those that are damaged are in `damaged`, with the reason.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -242,6 +243,7 @@ class Checkpoint:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} must be a file or a directory, but is not there.")
         self.others: dict[str, str] = {}
+        self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
         names = self._find()
         for name in names:
@@ -309,11 +311,12 @@ class Checkpoint:
                 raise UnreadableError(
                     f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."
                 )
-        except PickledCodeError as error:
+        except UnreadableError as error:
             if alone or self.index is not None:
                 raise
-            # Such as training_args.bin beside the weights.
-            self.others[name] = str(error).removeprefix(f"{path} ")
+            # Sound ones with code are such as training_args.bin, beside the weights.
+            beside = self.others if isinstance(error, PickledCodeError) else self.damaged
+            beside[name] = str(error).removeprefix(f"{path} ")
 
     def _check_index(self) -> None:
         assert self.index is not None
@@ -331,7 +334,7 @@ class Checkpoint:
         return sum(
             torch.Size(entry.shape).numel()
             for _, entry in self.where.values()
-            if not entry.reason.startswith(("the same tensor", "not real"))
+            if not (entry.reason.startswith("the same tensor") or "int" in entry.dtype.lower())
         )
 
     def matrices(self) -> Iterator[Matrices]:

@@ -159,6 +159,8 @@ def repair(
     check_limit(max_condition)
     refuse_existing(Path(path_out))
     checkpoint = Checkpoint(path_in)
+    for name, reason in checkpoint.damaged.items():
+        raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
     skipped = checkpoint.skipped()
     wanted = {m.name: m for m in chosen(list(checkpoint.matrices()), skipped, include, exclude)}
     if not wanted:
