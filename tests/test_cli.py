@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import wellcond
 from wellcond._cli import main
@@ -16,6 +17,7 @@ from wellcond._cli import main
 EXPERIMENTS = ("denoise", "classify", "least-squares")
 COMMANDS = [[], ["reproduce"], *(["reproduce", name] for name in EXPERIMENTS)]
 COMMANDS += [["bench"], ["bench", "step"], ["bench", "fidelity"], ["bench", "strength"]]
+COMMANDS += [["bench", "audit"], ["audit"], ["repair"]]
 
 
 def exit_of(argv: list[str]) -> int:
@@ -41,6 +43,11 @@ def test_every_help_has_an_example(command: list[str], capsys: pytest.CaptureFix
         (["reproduce", "denoise", "--epochs", "many"], "--epochs"),
         (["reproduce", "denoise", "--protocol", "mine"], "invalid choice: 'mine'"),
         (["reproduce", "least-squares", "--data", "digits"], "unrecognized arguments"),
+        (["audit"], "required: path"),
+        (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
+        (["audit", "x.pt", "--max-condition", "nan"], "at least 1, got nan"),
+        (["audit", "x.pt", "--top", "0"], "at least 1, got 0"),
+        (["repair", "x.pt", "y.pt"], "required: --max-condition"),
     ],
 )
 def test_misuse_is_answered_by_one_line(
@@ -128,3 +135,134 @@ def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
     plural = "s" * (len(runs) != 1)
     assert err == f"wellcond: interrupted. Kept {len(runs)} finished run{plural} in {results}.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+# --- audit and repair -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """kappa 1, 100, and a matrix of rank one."""
+    path = tmp_path / "model.pt"
+    weights = {
+        "good": torch.eye(3),
+        "bad": torch.diag(torch.tensor([100.0, 1.0])),
+        "b": torch.ones(3),
+    }
+    torch.save(weights, path)
+    return path
+
+
+def test_an_audit_prints_a_table_and_ends_with_its_coverage(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(checkpoint)]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[1].split()[:4] == ["bad", "2x2", "float32", "100"]
+    assert lines[2].startswith("good")
+    assert lines[-1] == "2 of 2 matrices, 81.2 % of the parameters; no matrices: 1 (a vector)"
+    assert err == ""
+
+
+@pytest.mark.parametrize(("limit", "code"), [("1000", 0), ("100", 0), ("99", 1), ("inf", 0)])
+def test_a_limit_decides_the_exit_code(
+    checkpoint: Path, limit: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(checkpoint), "--max-condition", limit]) == code
+    _, err = capsys.readouterr()
+    assert ("1 of 2 matrices exceed 99: bad (100)" in err) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    "worst", [torch.ones(2, 2), torch.zeros(2, 2), torch.full((2, 2), torch.nan)]
+)
+def test_infinite_undefined_and_unknown_exceed_every_limit(
+    tmp_path: Path, worst: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"fine": torch.eye(2), "worst": worst}, tmp_path / "x.pt")
+    assert main(["audit", str(tmp_path / "x.pt"), "--max-condition", "inf"]) == 1
+    assert "exceed inf: worst" in capsys.readouterr().err
+
+
+def test_json_is_alone_on_standard_output(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(checkpoint), "--json", "--certify", "--threads", "1"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [finding["name"] for finding in content["findings"]] == ["bad", "good"]
+    assert content["findings"][0]["grade"] == "certified"
+
+
+def test_reports_are_written_and_not_overwritten(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, sheet = checkpoint.with_name("r.html"), checkpoint.with_name("r.csv")
+    command = ["audit", str(checkpoint), "--html", str(page), "--csv", str(sheet), "--top", "1"]
+    assert main(command) == 0
+    assert "good" in page.read_text()
+    assert sheet.read_text().count("\n") == 3
+    page.write_text("precious")
+    assert main(command) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert page.read_text() == "precious"
+    assert main([*command, "--overwrite"]) == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_patterns_choose(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(checkpoint), "--exclude", "b*", "--max-condition", "2"]) == 0
+    assert main(["audit", str(checkpoint), "--include", "goo*", "--include", "bad"]) == 0
+    assert "bad" in capsys.readouterr().out
+    assert main(["audit", str(checkpoint), "--include", "nothing"]) == 2
+    assert "nothing matches none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all"])
+def test_no_answer_is_exit_code_two(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    assert main(["audit", str(path)]) == 2
+    assert main(["repair", str(path), str(tmp_path / "y"), "--max-condition", "2"]) == 2
+    assert main(["audit", str(tmp_path / "missing.pt")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("wellcond: error: ") == 3
+    assert "Traceback" not in err
+
+
+def test_a_repaired_checkpoint_passes_the_audit_that_failed(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = checkpoint.with_name("fixed.pt")
+    assert main(["audit", str(checkpoint), "--max-condition", "7"]) == 1
+    assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 0
+    assert "1 of 2 matrices changed, 1 left as they were" in capsys.readouterr().out
+    assert main(["audit", str(fixed), "--max-condition", "7"]) == 0
+    capsys.readouterr()
+    assert main(["audit", str(checkpoint), "--compare", str(fixed)]) == 0
+    first = capsys.readouterr().out.splitlines()[1].split()
+    assert first[:2] == ["bad", "100"]
+    assert float(first[3]) == pytest.approx(0.07, rel=1e-3)
+    assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+
+
+def test_a_repair_reports_in_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = str(checkpoint.with_name("fixed.pt"))
+    assert main(["repair", str(checkpoint), fixed, "--max-condition", "7", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [repair["before"] for repair in content["repairs"]] == pytest.approx([1.0, 100.0])
+    assert content["repairs"][1]["after"] <= 7
+
+
+def test_the_console_script_audits(checkpoint: Path) -> None:
+    script = Path(sys.executable).with_name("wellcond")
+    done = subprocess.run(
+        [script, "audit", checkpoint, "--max-condition", "7"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith("weight")
+    assert "exceed 7" in done.stderr
