@@ -7,7 +7,7 @@ import torch
 
 import wellcond as wc
 from wellcond import _cli
-from wellcond.experiments import bench
+from wellcond.experiments import bench, bench_audit
 
 
 def wellcond(*arguments: object) -> int:
@@ -60,3 +60,38 @@ def test_stronger_penalties_end_at_lower_condition_numbers(
     assert kappa[0] > kappa[3] > kappa[4]
     assert wellcond("bench", "strength", "--epochs", 1) == 0
     assert "proximal" in capsys.readouterr().out
+
+
+def test_a_limit_is_kept_in_the_strength_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench, "GRID", {})
+    monkeypatch.setattr(bench, "LIMITS", (2.0, 1.5))
+    assert wellcond("bench", "strength", "--epochs", 1, "--json") == 0
+    none, *limited = json.loads(capsys.readouterr().out)["runs"]
+    assert none["condition_number"] > 2
+    assert [(run["how"], run["strength"]) for run in limited] == [
+        (how, limit) for how in bench.EVERY for limit in (2.0, 1.5)
+    ]
+    for run in limited:
+        assert 0.99 * run["strength"] < run["condition_number"] <= run["strength"]
+
+
+def test_measuring_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "audit", "--sizes", "4x4,70x300,300x300", "--rounds", 1, "--json") == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(run["matrix"], run["size"]) for run in runs] == [
+        ("gaussian", "4x4"),
+        *((kind, size) for size in ("70x300", "300x300") for kind in bench_audit.KINDS),
+    ]
+    assert all(run["seconds"] > 0 and run["seconds_svdvals"] > 0 for run in runs)
+    assert all(run["error"] < 1e-6 and run["error_sigma_max"] < 1e-12 for run in runs)
+    assert wellcond("bench", "audit", "--sizes", "4x4", "--rounds", 1) == 0
+    assert "gaussian" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", ["4", "4x", "0x4", "4x4,axb"])
+def test_sizes_that_are_none_are_refused(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "audit", "--sizes", sizes) == 2
+    assert "--sizes must be like 64x64,4096x4096" in capsys.readouterr().err

@@ -32,7 +32,7 @@ _STYLE = """
   --line: #333a41; --bar: #6f9fd8; --bad: #ff8a80;
   --c0: #6db3f2; --c1: #ffab5e; --c2: #7fce83; --c3: #d59be8; --c4: #ff8a80; --c5: #d9c65c; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 84rem; padding: 1.5rem; background: var(--paper);
+body { margin: 0 auto; max-width: 96rem; padding: 1.5rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
@@ -44,7 +44,7 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 .text { text-align: left; }
-td.bar, th.bar { width: 16rem; min-width: 11rem; padding: .25rem 1rem .25rem .5rem; }
+td.bar, th.bar { width: 16rem; min-width: 11rem; padding: .25rem 2rem .25rem .5rem; }
 .track { position: relative; height: .8rem; }
 .fill { height: 100%; min-width: 2px; background: var(--bar); border-radius: 0 2px 2px 0; }
 .fill.infinite { background: repeating-linear-gradient(135deg, var(--bad) 0 4px,
@@ -116,22 +116,25 @@ def _power(exponent: int) -> str:
 def _table(headers: Sequence[str], rows: Sequence[Row]) -> str:
     finite = [row.condition_number for row in rows if math.isfinite(row.condition_number)]
     decades = max(1, math.ceil(math.log10(max(finite, default=10))))
-    every = -(-decades // 6)
+    every = -(-decades // 3)
     ticks = "".join(
         f'<span style="left:{100 * exponent / decades:.4g}%">{_power(exponent)}</span>'
         for exponent in range(0, decades + 1, every)
     )
-    head = (
-        "".join(f'<th scope="col"{_text(header)}>{escape(header)}</th>' for header in headers)
-        + f'<th scope="col" class="bar">κ, log scale<div class="ticks">{ticks}</div></th>'
+    bar_head = f'<th scope="col" class="bar">log scale<div class="ticks">{ticks}</div></th>'
+    head = "".join(
+        f'<th scope="col"{_text(header)}>{escape(header)}</th>'
+        + (bar_head if header == "κ" else "")
+        for header in headers
     )
     body = ""
     for row in rows:
+        bar = f'<td class="bar">{_bar(row.condition_number, decades)}</td>'
         cells = "".join(
-            f"<td{_text(header)}>{escape(cell)}</td>"
+            f"<td{_text(header)}>{escape(cell)}</td>" + (bar if header == "κ" else "")
             for header, cell in zip(headers, row.cells, strict=False)
         )
-        body += f'<tr>{cells}<td class="bar">{_bar(row.condition_number, decades)}</td></tr>\n'
+        body += f"<tr>{cells}</tr>\n"
         if row.explanation:
             span = len(headers) + 1
             note = f'<td colspan="{span}">{escape(row.explanation)}</td>'
