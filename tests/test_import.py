@@ -11,6 +11,7 @@ SOURCE = Path(wellcond.__file__).parent
 # From the ground up: a room may import only what stands before it.
 ROOMS = [
     "_operators",
+    "_sharded",
     "_bounds",
     "_leading",
     "_spectrum",
@@ -18,6 +19,9 @@ ROOMS = [
     "_penalties",
     "_weights",
     "_checkpoint",
+    "_memory",
+    "_compiled",
+    "_estimates",
     "_selection",
     "_attachment",
     "_regularizer",

@@ -647,7 +647,7 @@ def test_rank_one_weight_gains_no_rank_and_stays_bounded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_right_and_proximal_steps_refused(dtype: torch.dtype) -> None:
+def test_half_precision_gradients_are_right(dtype: torch.dtype) -> None:
     layer = gap().to(dtype)
     reg = wc.Regularizer(layer, wc.Condition(0.5), block=4)
     converge(reg)
@@ -664,10 +664,68 @@ def test_half_precision_gradients_are_right_and_proximal_steps_refused(dtype: to
         layer.weight.grad.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5
     )
     assert reg().dtype == torch.float32
-    with pytest.raises(ValueError, match="needs float32 weights"):
-        reg.proximal_step_(0.1)
-    with pytest.raises(ValueError, match="needs float32 weights"):
-        reg.attach(torch.optim.SGD(layer.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("penalty", [wc.Condition(1.0), wc.Tikhonov(1.0)])
+def test_proximal_steps_in_half_precision_are_unbiased(
+    dtype: torch.dtype, penalty: wc.Condition
+) -> None:
+    """Steps far below the distance of neighbours happen as often as they should."""
+    layer = gap().to(dtype)
+    before = layer.weight.detach().clone()
+    eta, times = 5e-5, 1500
+    wide = before.double()
+    exact = proximal_step(wide, eta) if isinstance(penalty, wc.Condition) else wide / (1 + eta)
+    # To the nearest, hardly anything would ever happen.
+    assert int((exact.to(dtype) != before).sum()) <= 2
+    reg = wc.Regularizer(layer, penalty)
+    converge(reg)
+    total = torch.zeros_like(wide)
+    with torch.no_grad():
+        for _ in range(times):
+            reg.proximal_step_(eta)
+            total += layer.weight.double()
+            distance = (layer.weight.double() - exact).abs()
+            assert bool((distance <= wide.abs() * torch.finfo(dtype).eps).all())
+            layer.weight.copy_(before)
+    # A binomial count of chance p has a variance of at most p; five standard deviations.
+    spacing = torch.finfo(dtype).eps * 2.0 ** wide.abs().log2().floor()
+    moved = (exact - wide).abs()
+    assert bool((moved > 0).any())
+    error = (total / times - exact).abs()
+    assert bool((error <= 5 * (moved * spacing / times).sqrt() + 5 * spacing / times).all())
+
+
+def test_rounding_by_chance_is_the_same_again_and_draws_no_global_numbers() -> None:
+    weights = []
+    for _ in range(2):
+        state = torch.get_rng_state()
+        layer = gap().bfloat16()
+        reg = wc.Regularizer(layer, wc.Condition(1.0))
+        before = layer.weight.detach().clone()
+        torch.set_rng_state(state)
+        reg.proximal_step_(0.01)
+        first = layer.weight.detach().clone()
+        with torch.no_grad():
+            layer.weight.copy_(before)
+        reg.proximal_step_(0.01)
+        assert not torch.equal(layer.weight, first)  # each step draws anew
+        assert torch.equal(torch.get_rng_state(), state)
+        weights.append(layer.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_an_optimizer_in_half_precision_lowers_kappa() -> None:
+    torch.manual_seed(0)
+    layer = gap().bfloat16()
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-3)
+    wc.Regularizer(layer, wc.Condition(2.0)).attach(optimizer, every=1)
+    before = float(wc.condition_number(layer.weight))
+    for _ in range(400):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+    assert float(wc.condition_number(layer.weight)) < 0.8 * before
 
 
 def test_autocast_does_not_reach_inside() -> None:

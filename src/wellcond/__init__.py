@@ -2,6 +2,7 @@
 
 from wellcond._audit import AuditReport, Coverage, Finding, Grade, Status, audit
 from wellcond._bounds import Certificate, Interval, certify
+from wellcond._estimates import Estimate
 from wellcond._nearest import nearest
 from wellcond._penalties import (
     Condition,
@@ -12,7 +13,7 @@ from wellcond._penalties import (
     condition_penalty_gradient,
     proximal_step,
 )
-from wellcond._regularizer import Estimate, Regularizer
+from wellcond._regularizer import Regularizer
 from wellcond._repair import Repair, RepairReport, repair
 from wellcond._spectrum import condition_number
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -54,7 +55,9 @@ class Attachment(Generic[Entry]):
         self._optimizer = weakref.ref(optimizer, self._orphan)
         self._apply = apply
         _watch_all_optimizers()
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        # Bookkeeping in Python, and proximal steps that pay for themselves: nothing to compile.
+        after_step = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+        self._hook = optimizer.register_step_post_hook(after_step)
 
     def remove(self) -> None:
         """Takes no more steps; may be called again."""
@@ -113,4 +116,5 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @functools.cache
 def _watch_all_optimizers() -> None:
-    register_optimizer_step_post_hook(_warn_of_successor)
+    hook = torch.compiler.disable(_warn_of_successor)  # type: ignore[no-untyped-call]
+    register_optimizer_step_post_hook(hook)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond._operators import StoredMatrix
+from wellcond._operators import Operator
 
 
 class Subspace(NamedTuple):
@@ -58,27 +58,41 @@ class Ritz(NamedTuple):
         return _column_norms(self.left if self.from_right else self.right)
 
 
-def cold_start(operator: StoredMatrix, width: int, seed: str) -> Subspace:
+def cold_start(operator: Operator, width: int, seed: str) -> Subspace:
     """A random subspace, drawn from a generator of its own that is seeded by a name."""
     *stack, m, n = operator.shape
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
 
     def orthonormal(rows: int) -> Tensor:
         normal = torch.randn(*stack, rows, width, generator=generator, dtype=operator.dtype)
-        Q: Tensor = torch.linalg.qr(normal).Q
-        return Q.contiguous().to(operator.S.device)
+        return by_columns(torch.linalg.qr(normal).Q.to(operator.device))
 
     return Subspace(orthonormal(m), orthonormal(n), from_right=True)
 
 
-def refine(operator: StoredMatrix, subspace: Subspace) -> tuple[Product, Subspace]:
-    """One product with the weight: what it tells, and the subspace refined on the other side.
+def by_columns(X: Tensor) -> Tensor:
+    """X in the memory layout in which a QR factorisation leaves its Q.
+
+    A product rounds otherwise in another layout: what is restored or received must have this one.
+    """
+    return X.mT.contiguous().mT
+
+
+def refine(operator: Operator, subspace: Subspace) -> tuple[Product, Subspace]:
+    """One product with the weight: what it tells, and the subspace refined on the other side."""
+    U, V, from_right = subspace
+    return completed(operator.matmat(V) if from_right else operator.rmatmat(U), subspace)
+
+
+def completed(
+    image: Tensor, subspace: Subspace, basis: Tensor | None = None
+) -> tuple[Product, Subspace]:
+    """What the image of a subspace tells of the weight; `basis` is that of the image, if known.
 
     Where the weight is zero or not finite the subspace is handed back as it was, so that it is
     still a sound start once the weight has recovered.
     """
     U, V, from_right = subspace
-    image = operator.matmat(V) if from_right else operator.rmatmat(U)
     # A NaN or an infinity anywhere in S makes its row of the image, and so the scale, not finite.
     scale = image.abs().amax(dim=(-2, -1), keepdim=True)
     finite = scale < torch.inf
@@ -86,7 +100,8 @@ def refine(operator: StoredMatrix, subspace: Subspace) -> tuple[Product, Subspac
     # Scaled, so that squares neither overflow nor vanish: weights may be 1e30 or 1e-30.
     scaled = image / torch.where(usable, scale, 1.0)
     gram = torch.where(usable, scaled.mT @ scaled, 0.0)
-    basis = torch.where(usable, torch.linalg.qr(scaled).Q, U if from_right else V)
+    if basis is None:
+        basis = torch.where(usable, torch.linalg.qr(scaled).Q, U if from_right else V)
     product = Product(
         image if from_right else U,
         V if from_right else image,
@@ -98,7 +113,7 @@ def refine(operator: StoredMatrix, subspace: Subspace) -> tuple[Product, Subspac
     return product, Subspace(basis if from_right else U, V if from_right else basis, not from_right)
 
 
-def warmed(operator: StoredMatrix, subspace: Subspace) -> Subspace:
+def warmed(operator: Operator, subspace: Subspace) -> Subspace:
     """The subspace after two sweeps; on less than one a proximal step could raise kappa."""
     for _ in range(4):
         _, subspace = refine(operator, subspace)
@@ -151,7 +166,7 @@ def power_eigenvector(gram: Tensor, squarings: int) -> Tensor:
     return column / torch.take_along_dim(norms, best, dim=-1).clamp_min(tiny)
 
 
-def residual(operator: StoredMatrix, product: Product) -> Tensor:
+def residual(operator: Operator, product: Product) -> Tensor:
     """||S^T u - sigma v|| of the top triplet: a singular value lies within it of sigma (Weyl)."""
     top = top_pair(product)
     left, right, sigma = top.left, top.right, top.sigma

@@ -8,12 +8,30 @@ so that nothing of the size of the weight is ever made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _BANDS = 16  # a half-precision weight is widened by sixteenths
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A view's rows from `start` on, or, if `length` is None, its matrix number `start`."""
+
+    view: View
+    start: int
+    length: int | None = None
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        whole = self.view(parameter)
+        if self.length is None:
+            return whole[self.start]
+        return whole.narrow(0, self.start, self.length)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,49 +70,97 @@ def as_matrices(S: Tensor) -> Tensor:
     return wide
 
 
-class StoredMatrix:
-    """A matrix, or a stack of them, that lies in memory: a view of a parameter or a gradient."""
+def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """x in a dtype of half precision, each entry up or down by chance so that the mean is x.
 
-    def __init__(self, S: Tensor) -> None:
+    To the nearest, a step of 1e-3 of an entry would vanish in bfloat16 however often it is taken.
+    """
+    info = torch.finfo(dtype)
+    # The distance of the neighbours of x in that dtype, a power of two.
+    unit = torch.ldexp(torch.full_like(x, info.eps), torch.frexp(x).exponent - 1)
+    multiple = x / unit.clamp_min_(info.tiny * info.eps)
+    below = multiple.floor()
+    chance = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return (below + (chance < multiple - below)).mul_(unit).to(dtype)
+
+
+class StoredMatrix:
+    """A matrix, or a stack of them, that lies in memory: a view of a parameter or a gradient.
+
+    `seed` is that of the chance by which updates of half-precision weights are rounded.
+    """
+
+    def __init__(self, S: Tensor, seed: int = 0) -> None:
         self.S = S
         self.shape = S.shape
         self.dtype = working_dtype(S.dtype)
+        self.device = S.device
+        self.seed = seed
 
     @property
     def nu(self) -> int:
         """min(m, n), the number of singular values."""
         return min(self.shape[-2:])
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Matrices of one kind can be worked on as one stack."""
+        return self.shape, self.S.dtype, self.device
+
     def _bands(self) -> Iterator[tuple[int, int]]:
-        rows = -(-self.shape[-2] // _BANDS)
-        for start in range(0, self.shape[-2], rows):
-            yield start, min(rows, self.shape[-2] - start)
+        rows = max(1, -(-self.S.shape[-2] // _BANDS))
+        for start in range(0, self.S.shape[-2], rows):
+            yield start, min(rows, self.S.shape[-2] - start)
+
+    def reduce_(self, sums: Tensor) -> Tensor:
+        """Adds up what the holders of a matrix have found; this one is held whole."""
+        return sums
 
     def matmat(self, V: Tensor) -> Tensor:
         """S V, (..., m, k)."""
+        return self.reduce_(self.partial_matmat(V))
+
+    def rmatmat(self, U: Tensor) -> Tensor:
+        """S^T U, (..., n, k)."""
+        return self.reduce_(self.partial_rmatmat(U))
+
+    def squared_frobenius_norm(self) -> Tensor:
+        """||S||_F^2, one number a matrix."""
+        return self.reduce_(self.partial_squared_norm())
+
+    def partial_matmat(self, V: Tensor) -> Tensor:
+        """S V as far as what is held here adds to it."""
         if self.S.dtype == self.dtype:
             return self.S @ V
         return torch.cat(
             [self.S.narrow(-2, *band).to(self.dtype) @ V for band in self._bands()], dim=-2
         )
 
-    def rmatmat(self, U: Tensor) -> Tensor:
-        """S^T U, (..., n, k)."""
+    def partial_rmatmat(self, U: Tensor) -> Tensor:
+        """S^T U as far as what is held here adds to it."""
         if self.S.dtype == self.dtype:
             return self.S.mT @ U
-        product = U.new_zeros(*self.shape[:-2], self.shape[-1], U.shape[-1])
+        product = U.new_zeros(*self.S.shape[:-2], self.S.shape[-1], U.shape[-1])
         for band in self._bands():
             product += self.S.narrow(-2, *band).to(self.dtype).mT @ U.narrow(-2, *band)
         return product
 
-    def squared_frobenius_norm(self) -> Tensor:
-        """||S||_F^2, one number a matrix."""
+    def partial_squared_norm(self) -> Tensor:
+        """||S||_F^2 as far as what is held here adds to it."""
         norm: Tensor = torch.linalg.vector_norm(self.S, dim=(-2, -1), dtype=self.dtype)
         return norm.square()
 
+    def finite(self) -> Tensor:
+        """Whether no entry is NaN or infinite, one truth value a matrix."""
+        return torch.isfinite(torch.linalg.vector_norm(self.S, torch.inf, dim=(-2, -1)))
+
     def dense(self) -> Tensor:
-        """S itself, in the working dtype."""
-        return self.S.to(self.dtype)
+        """S itself, as stored."""
+        return self.S
+
+    def store_(self, values: Tensor) -> None:
+        """S <- values, in place."""
+        self.S.copy_(values)
 
     def update_(self, c: Tensor, U: Tensor, V: Tensor) -> None:
         """S <- c S + U V^T in place; c is one number, or one a matrix."""
@@ -102,9 +168,11 @@ class StoredMatrix:
             self.S.mul_(_over_matrices(c))
             _add_product_(self.S, U, V)
             return
+        generator = torch.Generator(self.device).manual_seed(self.seed)
         for band in self._bands():
             rows = self.S.narrow(-2, *band)
-            rows.copy_(rows.to(self.dtype) * _over_matrices(c) + U.narrow(-2, *band) @ V.mT)
+            updated = rows.to(self.dtype) * _over_matrices(c) + U.narrow(-2, *band) @ V.mT
+            rows.copy_(rounded(updated, rows.dtype, generator))
 
     def add_(self, c: Tensor, S: StoredMatrix, U: Tensor, V: Tensor) -> None:
         """G <- G + c S + U V^T in place, G being this matrix, a gradient.
@@ -126,12 +194,44 @@ class StoredMatrix:
             rows.copy_(rows.to(S.dtype) + added + U.narrow(-2, *band) @ V.mT)
 
 
+class SeparateMatrices:
+    """Matrices of one kind in storages of their own, as one stack (b, ..., m, n).
+
+    A product each; what follows on the skinny results is done for all of them at once.
+    """
+
+    def __init__(self, matrices: Sequence[StoredMatrix]) -> None:
+        self.matrices = matrices
+        first = matrices[0]
+        self.shape = torch.Size([len(matrices), *first.shape])
+        self.dtype, self.device, self.nu = first.dtype, first.device, first.nu
+
+    def _each(self, partial: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+        parts = [partial(S, *one) for S, *one in zip(self.matrices, *factors, strict=True)]
+        return self.matrices[0].reduce_(torch.stack(parts))
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """S V, (b, ..., m, k)."""
+        return self._each(lambda S, v: S.partial_matmat(v), V)
+
+    def rmatmat(self, U: Tensor) -> Tensor:
+        """S^T U, (b, ..., n, k)."""
+        return self._each(lambda S, u: S.partial_rmatmat(u), U)
+
+    def squared_frobenius_norm(self) -> Tensor:
+        """||S||_F^2, one number a matrix."""
+        return self._each(lambda S: S.partial_squared_norm())
+
+
+Operator = StoredMatrix | SeparateMatrices
+
+
 def _over_matrices(c: Tensor) -> Tensor:
     return c[..., None, None]
 
 
 def _add_product_(S: Tensor, U: Tensor, V: Tensor) -> None:
-    if U.shape[-1] == 0:
+    if U.shape[-1] == 0 or S.numel() == 0:
         return
     if S.ndim == 2 and U.shape[-1] == 1:
         S.addr_(U[:, 0], V[:, 0])  # three times as fast as addmm_ on the CPU

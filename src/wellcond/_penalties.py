@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from wellcond._leading import Product, Ritz, ritz_triplets, top_pair
 from wellcond._nearest import check_limit, limited
-from wellcond._operators import StoredMatrix, as_matrices
+from wellcond._operators import Operator, StoredMatrix, as_matrices
 from wellcond._spectrum import measure
 
 Strength = float | Callable[[int], float]
@@ -71,7 +71,7 @@ class Penalty(abc.ABC):
     strength: Strength
     needs_subspace: ClassVar[bool] = True
     has_gradient: ClassVar[bool] = True  # else it acts by proximal steps alone
-    takes_half_precision: ClassVar[bool] = False  # of weights, in its proximal step
+    gradient_rank: ClassVar[int] = 1  # columns of U and V in its gradient
 
     def __post_init__(self) -> None:
         if callable(self.strength):
@@ -85,16 +85,16 @@ class Penalty(abc.ABC):
         return self.strength
 
     @abc.abstractmethod
-    def value(self, S: StoredMatrix, product: Product | None) -> Tensor:
+    def value(self, S: Operator, product: Product | None) -> Tensor:
         """The penalty at strength 1, one number a matrix."""
 
     @abc.abstractmethod
-    def gradient(self, S: StoredMatrix, product: Product | None) -> LowRankChange:
+    def gradient(self, S: Operator, product: Product | None) -> LowRankChange:
         """Its gradient at strength 1."""
 
     @abc.abstractmethod
     def proximal_step(
-        self, S: StoredMatrix, product: Product | None, eta: Tensor
+        self, S: Operator, product: Product | None, eta: Tensor
     ) -> tuple[LowRankChange | Tensor, Tensor]:
         """The weight after a proximal step of length eta, and per matrix whether it fell short.
 
@@ -142,18 +142,18 @@ class Condition(Penalty):
         Condition(strength=0.01)
     """
 
-    def value(self, S: StoredMatrix, product: Product | None) -> Tensor:
+    def value(self, S: Operator, product: Product | None) -> Tensor:
         assert product is not None
         sigma = top_pair(product).sigma[..., 0]
         return (sigma.square() - S.squared_frobenius_norm() / S.nu) / 2
 
-    def gradient(self, S: StoredMatrix, product: Product | None) -> LowRankChange:
+    def gradient(self, S: Operator, product: Product | None) -> LowRankChange:
         assert product is not None
         left, right, _ = top_pair(product)
         return LowRankChange(left.new_full(left.shape[:-2], -1 / S.nu), left, right)
 
     def proximal_step(
-        self, S: StoredMatrix, product: Product | None, eta: Tensor
+        self, S: Operator, product: Product | None, eta: Tensor
     ) -> tuple[LowRankChange, Tensor]:
         assert product is not None
         ritz = ritz_triplets(product)
@@ -180,15 +180,16 @@ class Tikhonov(Penalty):
     """
 
     needs_subspace = False
+    gradient_rank = 0
 
-    def value(self, S: StoredMatrix, product: Product | None) -> Tensor:
+    def value(self, S: Operator, product: Product | None) -> Tensor:
         return S.squared_frobenius_norm() / 2
 
-    def gradient(self, S: StoredMatrix, product: Product | None) -> LowRankChange:
-        return _multiple(S, torch.ones(S.shape[:-2], dtype=S.dtype, device=S.S.device))
+    def gradient(self, S: Operator, product: Product | None) -> LowRankChange:
+        return _multiple(S, torch.ones(S.shape[:-2], dtype=S.dtype, device=S.device))
 
     def proximal_step(
-        self, S: StoredMatrix, product: Product | None, eta: Tensor
+        self, S: Operator, product: Product | None, eta: Tensor
     ) -> tuple[LowRankChange, Tensor]:
         c = (1 / (1 + eta)).expand(S.shape[:-2])
         return _multiple(S, c), torch.zeros_like(c, dtype=torch.bool)
@@ -227,41 +228,41 @@ class ConditionLimit(Penalty):
     strength: Strength = field(default=1.0, init=False, repr=False)
     needs_subspace = False
     has_gradient = False
-    takes_half_precision = True
 
     def __post_init__(self) -> None:
         check_limit(self.max_condition)
 
-    def value(self, S: StoredMatrix, product: Product | None) -> Tensor:
+    def value(self, S: Operator, product: Product | None) -> Tensor:
         # nan where there is no condition number, which is no obeying.
         kappas = [
             measure(one).condition_number if torch.isfinite(one).all() else math.nan
             for one in _each(S)
         ]
-        obeys = torch.tensor(kappas, device=S.S.device) <= self.max_condition
+        obeys = torch.tensor(kappas, device=S.device) <= self.max_condition
         return torch.where(obeys, 0.0, torch.inf).to(S.dtype).reshape(S.shape[:-2])
 
-    def gradient(self, S: StoredMatrix, product: Product | None) -> LowRankChange:
+    def gradient(self, S: Operator, product: Product | None) -> LowRankChange:
         raise NotImplementedError("ConditionLimit has no gradient")
 
     def proximal_step(
-        self, S: StoredMatrix, product: Product | None, eta: Tensor
+        self, S: Operator, product: Product | None, eta: Tensor
     ) -> tuple[Tensor, Tensor]:
         # What is not finite stays as it is: the caller says so.
         obeying = [
             limited(one, self.max_condition).S if torch.isfinite(one).all() else one
             for one in _each(S)
         ]
-        shortened = torch.zeros(S.shape[:-2], dtype=torch.bool, device=S.S.device)
-        return torch.stack(obeying).reshape(S.shape).to(S.S.device), shortened
+        shortened = torch.zeros(S.shape[:-2], dtype=torch.bool, device=S.device)
+        return torch.stack(obeying).reshape(S.shape).to(S.device), shortened
 
 
-def _each(S: StoredMatrix) -> Tensor:
+def _each(S: Operator) -> Tensor:
     """The matrices of a stack, or the one, on the CPU."""
-    return S.S.reshape(-1, *S.shape[-2:]).cpu()
+    assert isinstance(S, StoredMatrix)
+    return S.dense().reshape(-1, *S.shape[-2:]).cpu()
 
 
-def _multiple(S: StoredMatrix, c: Tensor) -> LowRankChange:
+def _multiple(S: Operator, c: Tensor) -> LowRankChange:
     *stack, m, n = S.shape
     return LowRankChange(c, c.new_zeros(*stack, m, 0), c.new_zeros(*stack, n, 0))
 

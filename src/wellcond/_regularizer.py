@@ -11,127 +11,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from wellcond._attachment import Attachment
-from wellcond._leading import Product, Subspace, cold_start, refine, residual, top_pair, warmed
-from wellcond._operators import StoredMatrix
-from wellcond._penalties import LowRankChange, Penalty, with_gradient
+from wellcond._compiled import compiled_add_gradients_, compiled_penalty, register
+from wellcond._estimates import Estimate, estimates
+from wellcond._memory import Look, Memory, look
+from wellcond._penalties import LowRankChange
 from wellcond._selection import Penalties, listed, select
-from wellcond._weights import Weight
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What one product with a weight tells of it; numbers are estimates, in float32 or wider.
-
-    Attributes:
-        sigma_max: ||S v|| for a unit vector v: a lower bound of the spectral norm sigma_1.
-        residual: ||S^T u - sigma_max v||; some singular value lies this close to sigma_max.
-        penalty: the penalty at strength 1, from below, for that vector.
-        strength: the strength that was or would be applied at this step.
-        step: how many applications (optimizer steps when attached) the weight has seen.
-        shortened_steps: proximal steps that the width of the block cut short.
-        status: "" when all is well, else what is the matter with the weight.
-    """
-
-    sigma_max: float
-    residual: float
-    penalty: float
-    strength: float
-    step: int
-    shortened_steps: int
-    status: str = ""
-
-
-class _Entry:
-    """A regularised weight and its memory."""
-
-    def __init__(self, weight: Weight, penalty: Penalty, block: int) -> None:
-        self.weight = weight
-        self.penalty = penalty
-        S = self.operator()
-        self.width = min(block, S.nu) if penalty.needs_subspace else 0
-        # Cold until first used: the weights may be loaded after the regulariser is made.
-        self.subspace = cold_start(S, self.width, weight.name)
-        self.warm = False
-        device = S.S.device
-        self.strength = torch.zeros((), dtype=S.dtype, device=device)
-        self.shortened = torch.zeros((), dtype=torch.int64, device=device)
-        self.step = 0
-        # Since the last proximal step: optimizer steps, and the sum of their learning rates.
-        self.pending_steps = 0
-        self.pending_lr: float | Tensor = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def active(self) -> bool:
-        return self.weight.parameter.requires_grad
-
-    def operator(self) -> StoredMatrix:
-        return StoredMatrix(self.weight.view(self.weight.parameter.detach()))
-
-    def refined(self, S: StoredMatrix) -> tuple[Product, Subspace]:
-        """One product with the weight, after a few more if it is the first."""
-        return refine(S, self.subspace if self.warm else warmed(S, self.subspace))
-
-    def follow(self, device: torch.device) -> None:
-        """Moves the memory to where the weight is now."""
-        if self.strength.device != device:
-            left, right, from_right = self.subspace
-            self.subspace = Subspace(left.to(device), right.to(device), from_right)
-            self.strength = self.strength.to(device)
-            self.shortened = self.shortened.to(device)
-
-    def strength_now(self) -> Tensor:
-        """The strength at this step, on the device; filling asks nothing of the host."""
-        return self.strength.fill_(self.penalty.strength_at(self.step))
-
-    def state(self) -> dict[str, Tensor]:
-        """The memory as tensors of fixed shape."""
-        lr = self.pending_lr
-        return {
-            "left": self.subspace.left,
-            "right": self.subspace.right,
-            "from_right": torch.tensor(self.subspace.from_right),
-            "warm": torch.tensor(self.warm),
-            "step": torch.tensor(self.step),
-            "shortened_steps": self.shortened,
-            "pending_steps": torch.tensor(self.pending_steps),
-            "pending_lr": torch.as_tensor(lr, dtype=torch.float64).detach().cpu(),
-        }
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        device, dtype = self.strength.device, self.strength.dtype
-        left, right = (state[side].to(device, dtype, copy=True) for side in ("left", "right"))
-        self.subspace = Subspace(left, right, bool(state["from_right"]))
-        self.warm = bool(state["warm"])
-        self.shortened = state["shortened_steps"].to(device, copy=True)
-        self.step = int(state["step"])
-        self.pending_steps = int(state["pending_steps"])
-        self.pending_lr = float(state["pending_lr"])
-
-
-class _Look(NamedTuple):
-    """What was seen of a weight, before anything is done to it."""
-
-    entry: _Entry
-    S: StoredMatrix
-    product: Product | None
-    subspace: Subspace
-    finite: Tensor
-
+from wellcond._sharded import operator_of, refuse_flat_parameters, replicas_of
+from wellcond._weights import unwrapped
 
 _Result = TypeVar("_Result")
 
@@ -186,16 +80,36 @@ class Regularizer:
         ['0.weight']
     """
 
-    def __init__(self, model: nn.Module, penalties: Penalties, *, block: int = 32) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        penalties: Penalties,
+        *,
+        block: int = 32,
+        process_group: Any = None,
+        check_replicas: bool = False,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"`block` must be a whole number of at least 1, got {block!r}.")
+        refuse_flat_parameters(model)
         self.block = block
-        self._attachments: list[Attachment[_Entry]] = []
+        self.check_replicas = check_replicas
+        self._attachments: list[Attachment[Memory]] = []
         self._flags: tuple[list[str], Tensor, Any] | None = None
-        chosen, self._skipped = select(model, penalties)
-        self._entries = [_Entry(weight, penalty, block) for weight, penalty in chosen]
+        chosen, self._skipped = select(unwrapped(model), penalties)
+        self._entries = [Memory(weight, penalty, block) for weight, penalty in chosen]
+        slots: dict[tuple[int, str], int] = {}
+        for entry in self._entries:
+            parameter = id(entry.weight.owner), entry.weight.attribute
+            entry.slot = slots.setdefault(parameter, len(slots))
+        self._replicas = replicas_of(model, process_group)
+        if self._replicas is not None:
+            costs = [math.prod(entry.operator().shape) * entry.width for entry in self._entries]
+            for entry, owner in zip(self._entries, self._replicas.owners(costs), strict=True):
+                entry.owner = owner
+        self._key = register(self)
 
     @property
     def _device_type(self) -> str:
@@ -214,32 +128,67 @@ class Regularizer:
                 at the next call, where reading costs no waiting.
         """
         _refuse_without_gradient(self._entries)
+        parameters = self._parameters()
         remember = torch.is_grad_enabled()
-        terms = self._terms(remember)
-        first = self._entries[0].operator()
-        total = torch.zeros((), dtype=first.dtype, device=first.S.device)
-        for entry, value, strength, change in terms:
-            parameter = entry.weight.parameter
-            S = entry.weight.view(parameter)
-            with torch.autocast(self._device_type, enabled=False):
-                term = strength * with_gradient(S, value, change).sum()
-                total = total + term.to(total)
-        return total
+        if torch.compiler.is_compiling():
+            return compiled_penalty(parameters, self._key, remember)
+        total, factors = self.total_(parameters, remember)
+        result: Tensor = _Total.apply(self, total, len(factors), *factors, *parameters)  # type: ignore[no-untyped-call]
+        return result
 
     @_quietly
-    def _terms(self, remember: bool) -> list[tuple[_Entry, Tensor, Tensor, LowRankChange]]:
-        terms = []
-        for look in self._look(self._active(), remember):
-            entry, S, product, _, _ = look
-            value = entry.penalty.value(S, product)
-            change = _masked(look, entry.penalty.gradient(S, product), identity=0.0)
-            # A strength of its own: the loss may be differentiated after the next fill.
-            terms.append((entry, value, entry.strength_now().clone(), change))
-            if remember:
-                entry.step += 1
-        return terms
+    def total_(
+        self, parameters: Sequence[Tensor], remember: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The penalties of these parameters, and of each weight its gradient's c, U and V.
+
+        For the compiler; call the regulariser itself.
+        """
+        active = self._active()
+        first = self._entries[0].strength
+        total = torch.zeros((), dtype=first.dtype, device=first.device)
+        changes: dict[str, LowRankChange] = {}
+        for seen in self._look(active, self._given(active, parameters), remember):
+            penalty = seen.memories[0].penalty
+            change = _masked(seen, penalty.gradient(seen.S, seen.product), identity=0.0)
+            strength = _strengths(seen)
+            total = total + (strength * penalty.value(seen.S, seen.product)).sum().to(total)
+            scaled = (strength * change.c, _wide(strength) * change.U, change.V)
+            for memory, one in zip(seen.memories, seen.each(*scaled), strict=True):
+                changes[memory.name] = LowRankChange(*one)
+                if remember:
+                    memory.step += 1
+        return total, [factor for memory in active for factor in changes[memory.name]]
+
+    def shapes_of_total(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the shapes of what `total_` returns, for the compiler."""
+        first = self._entries[0].strength
+        shapes = [parameters[0].new_empty((), dtype=first.dtype)]
+        for memory in self._active():
+            *stack, m, n = memory.shape
+            r, dtype = memory.penalty.gradient_rank, memory.strength.dtype
+            for shape in (stack, (*stack, m, r), (*stack, n, r)):
+                shapes.append(parameters[0].new_empty(shape, dtype=dtype))
+        return shapes
 
     @_quietly
+    def gradients(
+        self, weight: Tensor, factors: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """weight times the gradient of `total_` with respect to each of the parameters.
+
+        For the compiler; call backward.
+        """
+        active = self._active()
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        at = self._positions(active)
+        for index, memory in enumerate(active):
+            c, U, V = factors[3 * index : 3 * index + 3]
+            S = memory.operator(parameters[at[memory.slot]])
+            G = operator_of(memory.weight.view, gradients[at[memory.slot]])
+            G.add_(weight.to(c) * c, S, weight.to(U) * U, V)
+        return gradients
+
     def add_gradients_(self) -> None:
         """Adds strength * gradient to the .grad of every weight: after backward, before step.
 
@@ -252,13 +201,31 @@ class Regularizer:
             ValueError: a weight holds NaN or infinity; it is named, and no gradient has changed.
         """
         _refuse_without_gradient(self._entries)
-        for look in self._look(self._active()):
-            entry, S, product, _, _ = look
-            change = _masked(look, entry.penalty.gradient(S, product), identity=0.0)
-            strength = entry.strength_now()
-            G = StoredMatrix(entry.weight.view(_gradient(entry.weight.parameter)))
-            G.add_(strength * change.c, S, strength * change.U, change.V)
-            entry.step += 1
+        parameters = self._parameters()
+        gradients = [_gradient(parameter) for parameter in parameters]
+        if torch.compiler.is_compiling():
+            compiled_add_gradients_(gradients, parameters, self._key)
+        else:
+            self.add_gradients_to_(gradients, parameters)
+
+    @_quietly
+    def add_gradients_to_(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Adds strength * gradient at these parameters to these gradients.
+
+        For the compiler; call `add_gradients_`.
+        """
+        active = self._active()
+        at = self._positions(active)
+        for seen in self._look(active, self._given(active, parameters)):
+            penalty = seen.memories[0].penalty
+            change = _masked(seen, penalty.gradient(seen.S, seen.product), identity=0.0)
+            strength = _strengths(seen)
+            scaled = (strength * change.c, _wide(strength) * change.U, change.V)
+            parts = zip(seen.memories, seen.operators, seen.each(*scaled), strict=True)
+            for memory, S, (c, U, V) in parts:
+                G = operator_of(memory.weight.view, gradients[at[memory.slot]])
+                G.add_(c, S, U, V)
+                memory.step += 1
 
     @_quietly
     def proximal_step_(self, lr: float | Tensor, steps: int = 1) -> None:
@@ -272,20 +239,19 @@ class Regularizer:
             steps: how many optimizer steps it stands for.
 
         Raises:
-            ValueError: lr is negative, steps < 1, a weight is stored in half precision, or one
-                holds NaN or infinity; nothing has changed.
+            ValueError: lr is negative, steps < 1, or a weight holds NaN or infinity; nothing has
+                changed.
         """
         if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"`lr` must be finite and not negative, got {lr}.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"`steps` must be a whole number of at least 1, got {steps!r}.")
         entries = self._active()
-        _refuse_half(entries)
         self._shrink(entries, [lr * steps] * len(entries))
         for entry in entries:
             entry.step += steps
 
-    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment[_Entry]:
+    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment[Memory]:
         """Takes a proximal step after every so many steps of the optimizer; returns a handle.
 
         eta = strength * the sum of the learning rates of the weight's own parameter group since the
@@ -303,8 +269,7 @@ class Regularizer:
                 --every 5,10,20`); steps at the end that do not fill an interval stay pending.
 
         Raises:
-            ValueError: every < 1, no common weight, a weight that is attached already, or one in
-                half precision, where so small a step would vanish in rounding.
+            ValueError: every < 1, no common weight, or a weight that is attached already.
             TypeError: not a torch optimizer.
         """
         if not isinstance(optimizer, Optimizer):
@@ -327,7 +292,6 @@ class Regularizer:
                 f"`optimizer` must not be attached twice, but {listed(taken)} is attached already. "
                 "Call detach() first."
             )
-        _refuse_half(entries)
         attachment = Attachment(optimizer, entries, every, self._step_pending)
         self._attachments = [*self.attachments, attachment]
         return attachment
@@ -338,64 +302,104 @@ class Regularizer:
             attachment.remove()
 
     @property
-    def attachments(self) -> list[Attachment[_Entry]]:
+    def attachments(self) -> list[Attachment[Memory]]:
         """The attachments that have not been removed."""
         return [attachment for attachment in self._attachments if not attachment.removed]
 
     @_quietly
-    def _step_pending(self, entries: list[_Entry]) -> None:
+    def _step_pending(self, entries: list[Memory]) -> None:
         entries = [entry for entry in entries if entry.active]
         self._shrink(entries, [entry.pending_lr for entry in entries])
         for entry in entries:
             entry.pending_lr, entry.pending_steps = 0.0, 0
 
-    def _shrink(self, entries: list[_Entry], rates: Iterable[float | Tensor]) -> None:
-        for look, rate in zip(self._look(entries), rates, strict=True):
-            entry, S, product, _, _ = look
-            eta = entry.strength_now() * rate
-            change, shortened = entry.penalty.proximal_step(S, product, eta)
-            if isinstance(change, Tensor):
-                S.S.copy_(change)
-            else:
-                S.update_(*_masked(look, change, identity=1.0))
-            entry.shortened += shortened.sum()
+    def _shrink(self, entries: list[Memory], rates: Iterable[float | Tensor]) -> None:
+        rate_of = dict(zip((entry.name for entry in entries), rates, strict=True))
+        for seen in self._look(entries):
+            penalty = seen.memories[0].penalty
+            if not penalty.has_gradient:
+                self._limit(seen)
+                continue
+            eta = _lengths(seen, [rate_of[memory.name] for memory in seen.memories])
+            change, shortened = penalty.proximal_step(seen.S, seen.product, eta)
+            assert isinstance(change, LowRankChange)
+            changes = seen.each(*_masked(seen, change, identity=1.0), shortened)
+            parts = zip(seen.memories, seen.operators, changes, strict=True)
+            for memory, S, (c, U, V, short) in parts:
+                S.update_(c, U, V)
+                memory.shortened += short.sum()
+        if self.check_replicas:
+            self._compare_replicas(entries)
+
+    def _limit(self, seen: Look) -> None:
+        """A hard limit gives the values to store; of replicas, one finds them."""
+        (memory,), (S,) = seen.memories, seen.operators
+        if self._replicas is None or self._replicas.rank == memory.owner:
+            values, _ = memory.penalty.proximal_step(S, None, memory.strength)
+            assert isinstance(values, Tensor)
+            values = values.contiguous()
+        else:
+            values = torch.empty(S.shape, dtype=S.dense().dtype, device=S.device)
+        if self._replicas is not None:
+            self._replicas.exchange_([(memory.owner, values)])
+        S.store_(values)
+
+    def _compare_replicas(self, entries: list[Memory]) -> None:
+        if self._replicas is None:
+            return
+        parameters = [entry.weight.parameter for entry in entries]
+        names = [entries[index].name for index in self._replicas.differing(parameters)]
+        if names:
+            raise RuntimeError(
+                f"{listed(names)} is not the same on all processes of the group. Look for a step "
+                "that not all of them take, or for numbers drawn from another seed."
+            )
 
     # --- looking at the weights -------------------------------------------------------------------
 
-    def _active(self) -> list[_Entry]:
+    def _active(self) -> list[Memory]:
         return [entry for entry in self._entries if entry.active]
 
-    def _look(self, entries: list[_Entry], remember: bool = True) -> list[_Look]:
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters of the active weights, those of several views once."""
+        first = {entry.slot: entry for entry in reversed(self._active())}
+        return [first[slot].weight.parameter for slot in sorted(first)]
+
+    @staticmethod
+    def _positions(active: list[Memory]) -> dict[int, int]:
+        """Where in `_parameters()` that of a slot is."""
+        return {slot: index for index, slot in enumerate(sorted({e.slot for e in active}))}
+
+    def _given(self, active: list[Memory], parameters: Sequence[Tensor]) -> list[Tensor]:
+        at = self._positions(active)
+        return [parameters[at[entry.slot]] for entry in active]
+
+    def _look(
+        self,
+        entries: list[Memory],
+        parameters: Sequence[Tensor] | None = None,
+        remember: bool = True,
+    ) -> list[Look]:
         """One product with every weight; raises before anything is remembered or changed."""
         self._raise_earlier()
-        looks = []
-        for entry in entries:
-            S = entry.operator()
-            entry.follow(S.S.device)
-            if entry.penalty.needs_subspace:
-                product, subspace = entry.refined(S)
-                looks.append(_Look(entry, S, product, subspace, product.finite))
-            else:
-                largest = torch.linalg.vector_norm(S.S, math.inf, dim=(-2, -1))
-                looks.append(_Look(entry, S, None, entry.subspace, torch.isfinite(largest)))
+        looks = look(entries, parameters, self._replicas if remember else None)
         self._check(looks)
         if remember:
-            for look in looks:
-                look.entry.subspace, look.entry.warm = look.subspace, True
+            for seen in looks:
+                seen.remember()
         return looks
 
-    def _check(self, looks: list[_Look]) -> None:
+    def _check(self, looks: list[Look]) -> None:
         """Raises for weights that are not finite: now on the CPU, elsewhere at the next call."""
         if not looks:
             return
-        names = [look.entry.name for look in looks]
-        device = looks[0].finite.device
-        flags = torch.stack([look.finite.all().to(device) for look in looks])
-        if device.type == "cpu":
+        names = [memory.name for seen in looks for memory in seen.memories]
+        flags = torch.cat([seen.finite.reshape(len(seen.memories), -1).all(-1) for seen in looks])
+        if flags.is_cpu:
             _raise_not_finite(names, flags)
             return
         copied = flags.to("cpu", non_blocking=True)
-        event = torch.Event(device)
+        event = torch.Event(flags.device)
         event.record()
         self._flags = names, copied, event
 
@@ -419,37 +423,7 @@ class Regularizer:
             >>> reg.measure()["weight"].shortened_steps
             0
         """
-        estimates: dict[str, Estimate] = {}
-        for entry in self._entries:
-            S = entry.operator()
-            entry.follow(S.S.device)
-            # Tikhonov keeps no subspace; for a report a fresh one is good enough.
-            if entry.penalty.needs_subspace:
-                product, _ = entry.refined(S)
-            else:
-                cold = cold_start(S, min(self.block, S.nu), entry.name)
-                product, _ = refine(S, warmed(S, cold))
-            numbers = torch.stack(
-                [
-                    top_pair(product).sigma[..., 0],
-                    residual(S, product),
-                    entry.penalty.value(S, product),
-                    product.finite.to(S.dtype),
-                ],
-                dim=-1,
-            )
-            rows = numbers.reshape(-1, 4).tolist()
-            shortened, strength = int(entry.shortened), entry.penalty.strength_at(entry.step)
-            for index, (sigma, error, value, finite) in enumerate(rows):
-                status = "" if sigma > 0 else "zero: every singular value is 0"
-                if not finite:
-                    sigma = error = value = math.nan
-                    status = "not finite: it holds NaN or infinity"
-                name = entry.name if numbers.ndim == 1 else f"{entry.name}:{index}"
-                estimates[name] = Estimate(
-                    sigma, error, value, strength, entry.step, shortened, status
-                )
-        return estimates
+        return estimates(self._entries, self.block)
 
     # --- what is regularised ----------------------------------------------------------------------
 
@@ -530,17 +504,54 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _masked(look: _Look, change: LowRankChange, identity: float) -> LowRankChange:
+def _masked(seen: Look, change: LowRankChange, identity: float) -> LowRankChange:
     """The change, or none where the weight is not finite; without asking the host.
 
     On the CPU such a weight has been refused already.
     """
-    finite = look.finite
+    finite = seen.finite
     if finite.is_cpu:
         return change
     c = torch.where(finite, change.c, identity)
-    U, V = (torch.where(finite[..., None, None], x, 0.0) for x in (change.U, change.V))
+    U, V = (torch.where(_wide(finite), x, 0.0) for x in (change.U, change.V))
     return LowRankChange(c, U, V)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x[..., None, None]
+
+
+def _strengths(seen: Look) -> Tensor:
+    """The strengths of the weights at their steps, on the device."""
+    return _lengths(seen, [1.0] * len(seen.memories))
+
+
+def _lengths(seen: Look, rates: Sequence[float | Tensor]) -> Tensor:
+    """strength * rate: one number if all are equal, else one a weight. Asks nothing of the host."""
+    memories = seen.memories
+    strengths = [memory.penalty.strength_at(memory.step) for memory in memories]
+    keys = [id(rate) if isinstance(rate, Tensor) else rate for rate in rates]
+    if len(set(zip(strengths, keys, strict=True))) == 1:
+        return memories[0].strength.fill_(strengths[0]) * rates[0]
+    each = [m.strength.fill_(s) * r for m, s, r in zip(memories, strengths, rates, strict=True)]
+    return torch.stack(each).reshape(-1, *[1] * (seen.finite.ndim - 1))
+
+
+class _Total(torch.autograd.Function):
+    """The total of the penalties, whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, reg: Regularizer, total: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.reg, ctx.count = reg, count
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
+        factors, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        gradients = ctx.reg.gradients(weight, factors, parameters)
+        return None, None, None, *[None] * ctx.count, *gradients
 
 
 def _raise_not_finite(names: list[str], finite: Tensor) -> None:
@@ -552,25 +563,11 @@ def _raise_not_finite(names: list[str], finite: Tensor) -> None:
         )
 
 
-def _refuse_without_gradient(entries: list[_Entry]) -> None:
+def _refuse_without_gradient(entries: list[Memory]) -> None:
     hard = [entry.name for entry in entries if not entry.penalty.has_gradient]
     if hard:
         raise ValueError(
             f"{listed(hard)} is under a hard limit, which has no gradient. "
             "Use attach(optimizer) or proximal_step_(lr); for a penalty in the loss or on the "
             "gradients of other weights make a Regularizer of its own."
-        )
-
-
-def _refuse_half(entries: list[_Entry]) -> None:
-    half = [
-        entry.name
-        for entry in entries
-        if entry.weight.parameter.dtype in _HALF and not entry.penalty.takes_half_precision
-    ]
-    if half:
-        raise ValueError(
-            f"A proximal step needs float32 weights, but {listed(half)} is stored in half "
-            "precision, where a step of 1e-3 is rounded away. Keep the weights in float32 and "
-            "compute under autocast, or use add_gradients_() instead."
         )

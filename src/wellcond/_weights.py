@@ -15,11 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from wellcond._operators import Part, View
+
 EMBEDDING = "an embedding: its rows are looked up, it is no linear map"
 NOT_A_MATRIX = "not a matrix"
 PARAMETRIZED = "parametrized"
-
-View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Weight:
                 tuple(f"{alias}:{index}" for alias in self.aliases) + self.aliases,
                 self.owner,
                 self.attribute,
-                lambda parameter: self.view(parameter)[index],
+                Part(self.view, index),
                 self.reason,
             )
 
@@ -105,11 +105,7 @@ def stack(parameter: Tensor) -> dict[str, Tensor]:
 def _blocks(names: str, parameter: Tensor) -> dict[str, View]:
     """Equal blocks of rows, one a letter."""
     rows = len(parameter) // len(names)
-
-    def block(index: int) -> View:
-        return lambda stacked: stacked.narrow(0, index * rows, rows)
-
-    return {name: block(index) for index, name in enumerate(names)}
+    return {name: Part(_stored, i * rows, rows) for i, name in enumerate(names)}
 
 
 _GATES = {nn.RNN: "", nn.LSTM: "ifgo", nn.GRU: "rzn", nn.RNNCell: "", nn.LSTMCell: "ifgo"}
@@ -144,12 +140,28 @@ def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, Vi
     return f"a parameter of {type(module).__name__}, whose use is not known"
 
 
+# Modules that wrap another, as torch.compile and checkpointing do: no part of a name.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile and DistributedDataParallel."""
+    while True:
+        if type(model).__name__ == "DistributedDataParallel":
+            model = cast(nn.Module, model.module)
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Every name of every parameter, tied ones as often as they occur."""
     for prefix, module in model.named_modules(remove_duplicate=False):
+        path = [part for part in prefix.split(".") if part and part not in _WRAPPED]
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{prefix}.{attribute}".lstrip("."), module, attribute, parameter
+                yield ".".join([*path, attribute]), module, attribute, parameter
 
 
 def find_weights(model: nn.Module) -> Found:
