@@ -30,7 +30,10 @@ class Memory:
         self.weight = weight
         self.penalty = penalty
         self.step = 0
-        S = self.operator()
+        try:
+            S = self.operator()
+        except ValueError as error:
+            raise ValueError(f'"{weight.name}": {error}') from None
         self.shape = S.shape
         self.width = min(block, S.nu) if penalty.needs_subspace else 0
         # Cold until first used: the weights may be loaded after the regulariser is made.

@@ -45,7 +45,10 @@ class Weight:
 
     def slices(self) -> list[Weight]:
         """The matrices of a stack, each as a weight of its own."""
-        if self.view(self.parameter.detach()).ndim == 2:
+        parameter = self.parameter
+        blank = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
+        shape = self.view(blank).shape
+        if len(shape) == 2:
             return [self]
 
         def one(index: int) -> Weight:
@@ -58,7 +61,7 @@ class Weight:
                 self.reason,
             )
 
-        return [one(index) for index in range(len(self.view(self.parameter.detach())))]
+        return [one(index) for index in range(shape[0])]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,495 @@
+"""Many processes compute what one would: sharded weights, replicas, real FSDP2, DDP and TP.
+
+Processes are started by the tests, on the CPU with gloo.
+"""
+
+import copy
+import datetime
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import wellcond as wc
+
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def _start(rank: int, world: int, store: str, worker: Callable[..., None], *args: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
+    )
+    try:
+        worker(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world: int, tmp_path: Path, worker: Callable[..., None], *args: Any) -> None:
+    mp.spawn(_start, (world, str(tmp_path / "store"), worker, *args), nprocs=world)
+
+
+def mesh(*shape: int) -> Any:
+    names = ("outer", "inner")[: len(shape)]
+    return dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class Holder(nn.Module):
+    """One weight as a Linear layer holds it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2, bias=False)
+        self.layer.weight = nn.Parameter(weight)
+
+
+def compare(sharded: Tensor, single: Tensor) -> None:
+    whole = sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
+    tolerance = 1e-12 if single.dtype == torch.float64 else 1e-5
+    scale = float(single.detach().abs().max())
+    torch.testing.assert_close(whole, single, rtol=0, atol=tolerance * max(scale, 1.0))
+
+
+def compare_all_ways(one: nn.Module, many: nn.Module, penalties: Any, block: int = 4) -> None:
+    """Value, both gradients and proximal steps of a sharded model are those of the whole one."""
+    reg, sharded = (wc.Regularizer(m, penalties, block=block) for m in (one, many))
+    for step in range(3):
+        value, other = reg(), sharded()
+        compare(other, value)
+        value.backward()
+        other.backward()
+        if step == 1:
+            reg.add_gradients_()
+            sharded.add_gradients_()
+        reg.proximal_step_(0.05)
+        sharded.proximal_step_(0.05)
+        for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+            if p.grad is not None:
+                assert isinstance(q.grad, type(q.data)), name
+                compare(q.grad, p.grad)
+            compare(q.detach(), p.detach())
+    ours, theirs = sharded.measure(), reg.measure()
+    assert list(ours) == list(theirs)
+    for name, estimate in theirs.items():
+        assert math.isclose(ours[name].sigma_max, estimate.sigma_max, rel_tol=1e-5)
+        assert math.isclose(ours[name].stable_rank, estimate.stable_rank, rel_tol=1e-5)
+    for key, state in reg.state_dict().items():
+        for field, tensor in state.items():
+            if tensor.ndim < 2:
+                assert torch.equal(sharded.state_dict()[key][field], tensor)
+
+
+# --- sharded weights ------------------------------------------------------------------------------
+
+
+def sharded_matrices(world: int) -> None:
+    flat = mesh(world)
+    layouts = [(flat, [Shard(0)]), (flat, [Shard(1)]), (flat, [Replicate()])]
+    if world == 4:
+        square = mesh(2, 2)
+        layouts += [
+            (square, [Shard(0), Shard(1)]),
+            (square, [Replicate(), Shard(0)]),
+            (square, [Shard(1), Replicate()]),
+            (square, [Shard(0), Shard(0)]),
+        ]
+    # Even, uneven, with empty shards.
+    for shape, dtype in [((16, 8), torch.float32), ((13, 7), torch.float64), ((3, 10), torch.float64)]:
+        whole = matrix(*shape, dtype=dtype)
+        for where, placements in layouts:
+            part = distribute_tensor(whole.clone(), where, placements)
+            compare_all_ways(Holder(whole.clone()), Holder(part), wc.Condition(0.3))
+            part = distribute_tensor(whole.clone(), where, placements)
+            compare_all_ways(Holder(whole.clone()), Holder(part), wc.Tikhonov(0.2))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_sharded_weight_is_regularised_as_a_whole_one(world: int, tmp_path: Path) -> None:
+    run(world, tmp_path, sharded_matrices, world)
+
+
+class Zoo(nn.Module):
+    """Weights that are seen through views: blocks, kernels, stacks, the one of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, bias=False)
+        self.convolution = nn.Conv2d(3, 5, 3, bias=False)
+        self.sequence = nn.Conv1d(4, 6, 3, bias=False)
+        self.experts = nn.Parameter(torch.empty(3, 4, 6))
+
+
+ZOO = {"experts": wc.Condition(0.3), "*": wc.Condition(0.3)}
+
+
+def zoo(dtype: torch.dtype = torch.float64) -> Zoo:
+    model = Zoo().to(dtype)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data = matrix(*parameter.shape, dtype=dtype, seed=index)
+    return model
+
+
+def distributed(model: nn.Module, where: Any, placements: list[Any]) -> nn.Module:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                part = distribute_tensor(parameter.data, where, placements)
+                module._parameters[name] = nn.Parameter(part)
+    return model
+
+
+def sharded_views() -> None:
+    for placements in ([Shard(0)], [Replicate()]):
+        compare_all_ways(zoo(), distributed(zoo(), mesh(2), placements), ZOO)
+    # A part of the stack: the other matrices are under no penalty.
+    some = {"experts:1": wc.Condition(0.3), "*": None}
+    compare_all_ways(zoo(), distributed(zoo(), mesh(2), [Shard(0)]), some)
+    with pytest.raises(ValueError, match="sharded over its first dimension only"):
+        wc.Regularizer(distributed(zoo(), mesh(2), [Shard(1)]), {"conv*": wc.Condition(1.0), "*": None})
+    limited = wc.Regularizer(
+        distributed(zoo(), mesh(2), [Shard(0)]), {"attention.*": wc.ConditionLimit(2.0), "*": None}
+    )
+    with pytest.raises(ValueError, match="needs the whole weight in one place"):
+        limited.proximal_step_(0.0)
+
+
+def test_views_of_sharded_weights_are_those_of_whole_ones(tmp_path: Path) -> None:
+    run(2, tmp_path, sharded_views)
+
+
+def nothing_large_is_sent() -> None:
+    largest = 0
+    reduce, gather = dist.all_reduce, dist.all_gather
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return reduce(tensor, *args, **kwargs)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a weight was gathered")
+
+    m, n, k = 200, 150, 4
+    model = Holder(distribute_tensor(matrix(m, n), mesh(2), [Shard(0)]))
+    reg = wc.Regularizer(model, wc.Condition(0.1), block=k)
+    dist.all_reduce, dist.all_gather = counted, refused
+    try:
+        reg().backward()
+        reg.add_gradients_()
+        reg.proximal_step_(0.1)
+    finally:
+        dist.all_reduce, dist.all_gather = reduce, gather
+    assert 0 < largest <= max(m, n) * k
+
+
+def test_only_skinny_factors_are_summed_over_processes(tmp_path: Path) -> None:
+    run(2, tmp_path, nothing_large_is_sent)
+
+
+def one_bad_shard() -> None:
+    whole = matrix(8, 6)
+    whole[7, 0] = math.nan  # on the last process alone
+    for penalty in (wc.Condition(0.1), wc.Tikhonov(0.1)):
+        model = Holder(distribute_tensor(whole.clone(), mesh(2), [Shard(0)]))
+        reg = wc.Regularizer(model, penalty, block=2)
+        with pytest.raises(ValueError, match=r'"layer.weight" holds NaN'):
+            reg.proximal_step_(0.1)
+        assert torch.equal(model.layer.weight.full_tensor().isnan(), whole.isnan())
+
+
+def test_a_shard_that_is_not_finite_stops_all_processes_alike(tmp_path: Path) -> None:
+    run(2, tmp_path, one_bad_shard)
+
+
+# --- FSDP2 and tensor parallel --------------------------------------------------------------------
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5)
+        ).to(dtype)
+
+
+def train(
+    model: nn.Module, way: str, rank: int = 0, world: int = 1, steps: int = 12, **options: Any
+) -> wc.Regularizer:
+    """Some steps on the rows of each batch that belong to this process."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, wc.Condition(0.5), block=4, **options)
+    if way == "proximal":
+        reg.attach(optimizer, every=3)
+    source = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        x = torch.randn(8, 10, generator=source, dtype=torch.float64)[rank::world]
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        (loss + reg() if way == "loss" else loss).backward()
+        if way == "gradients":
+            reg.add_gradients_()
+        optimizer.step()
+    return reg
+
+
+def compare_models(many: nn.Module, one: nn.Module) -> None:
+    for p, q in zip(many.parameters(), one.parameters(), strict=True):
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        torch.testing.assert_close(whole, q, rtol=1e-9, atol=1e-9)
+
+
+def fully_sharded(world: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for way in ("loss", "gradients", "proximal"):
+        model, single = net(), net()
+        for layer in (model[0], model[2]):  # the last one belongs to the root
+            fully_shard(layer)
+        fully_shard(model)
+        train(model, way, dist.get_rank(), world)
+        train(single, way)
+        compare_models(model, single)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_training_under_fsdp2_equals_one_process(world: int, tmp_path: Path) -> None:
+    run(world, tmp_path, fully_sharded, world)
+
+
+def tensor_parallel_and_both() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    for way in ("loss", "gradients", "proximal"):
+        single = net()
+        train(single, way)
+        model = parallelize_module(net(), mesh(4), plan)
+        train(model, way)
+        compare_models(model, single)
+        square = mesh(2, 2)
+        both = parallelize_module(net(), square["inner"], plan)
+        for layer in (both[0], both[2]):
+            fully_shard(layer, mesh=square["outer"])
+        fully_shard(both, mesh=square["outer"])
+        train(both, way, square.get_local_rank("outer"), 2)
+        compare_models(both, single)
+
+
+def test_training_under_tensor_parallelism_and_on_a_mesh_of_both_equals_one_process(
+    tmp_path: Path,
+) -> None:
+    run(4, tmp_path, tensor_parallel_and_both)
+
+
+def test_the_first_fsdp_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    run(1, tmp_path, flat_parameters)
+
+
+def flat_parameters() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="fully_shard, which"):
+        wc.Regularizer(model, wc.Condition(1.0))
+
+
+# --- replicas -------------------------------------------------------------------------------------
+
+
+def replicated(world: int) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank = dist.get_rank()
+    for way in ("loss", "gradients", "proximal"):
+        model, single = net(), net()
+        wrapped = DistributedDataParallel(model)
+        reg = train(wrapped, way, rank, world, check_replicas=True)
+        assert reg.names == ["0.weight", "2.weight", "4.weight"]
+        alone = train(single, way)
+        compare_models(model, single)
+        # Bit for bit the same on all ranks: weights and memory.
+        tensors = [*model.parameters(), *(t for s in reg.state_dict().values() for t in s.values())]
+        for tensor in tensors:
+            first = tensor.detach().clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(first, tensor)
+        for name, state in alone.state_dict().items():
+            assert torch.equal(reg.state_dict()[name]["step"], state["step"])
+
+    # Every weight is multiplied on one rank, and no rank has all of them.
+    reg = wc.Regularizer(DistributedDataParallel(net()), wc.Condition(0.5), block=4)
+    reg.proximal_step_(0.0)
+    products = torch.zeros(1)
+    owners = [memory.owner for memory in reg._entries]
+    assert set(owners) == set(range(min(world, 3)))
+    multiplied: list[str] = []
+    for memory in reg._entries:
+        operator = memory.operator
+        memory.operator = _counting(operator, memory.name, multiplied)
+    reg.proximal_step_(0.1)
+    assert multiplied == [m.name for m in reg._entries if m.owner == rank]
+    products += len(multiplied)
+    dist.all_reduce(products)
+    assert int(products) == 3
+
+
+def _counting(operator: Callable[..., Any], name: str, multiplied: list[str]) -> Callable[..., Any]:
+    def wrapped(*args: Any) -> Any:
+        S = operator(*args)
+        for way in ("partial_matmat", "partial_rmatmat"):
+            product = getattr(S, way)
+
+            def counted(X: Tensor, product: Callable[[Tensor], Tensor] = product) -> Tensor:
+                multiplied.append(name)
+                return product(X)
+
+            setattr(S, way, counted)
+        return S
+
+    return wrapped
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_replicas_share_the_work_and_stay_identical(world: int, tmp_path: Path) -> None:
+    run(world, tmp_path, replicated, world)
+
+
+def diverged() -> None:
+    model = net()
+    reg = wc.Regularizer(
+        model, wc.Condition(0.5), process_group=dist.group.WORLD, check_replicas=True
+    )
+    reg.proximal_step_(0.1)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model[2].weight[0, 0] += 1e-12
+    with pytest.raises(RuntimeError, match=r'"2.weight" is not the same on all'):
+        reg.proximal_step_(0.1)
+
+
+def test_replicas_that_differ_are_named_when_the_check_is_on(tmp_path: Path) -> None:
+    run(2, tmp_path, diverged)
+
+
+def limited_replicas() -> None:
+    model, single = net(), net()
+    reg = wc.Regularizer(model, wc.ConditionLimit(2.0), process_group=dist.group.WORLD)
+    reg.proximal_step_(0.0)
+    wc.Regularizer(single, wc.ConditionLimit(2.0)).proximal_step_(0.0)
+    compare_models(model, single)
+    for name in reg.names:
+        assert wc.condition_number(model.get_parameter(name)) <= 2.0
+
+
+def test_a_hard_limit_is_found_once_and_handed_on(tmp_path: Path) -> None:
+    run(2, tmp_path, limited_replicas)
+
+
+# --- failures and checkpoints ---------------------------------------------------------------------
+
+
+def _failing(rank: int, store: str, result: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=5),
+    )
+    model = Holder(distribute_tensor(matrix(8, 6), mesh(2), [Shard(0)]))
+    reg = wc.Regularizer(model, wc.Condition(0.1), block=2)
+    reg.proximal_step_(0.1)
+    if rank == 1:
+        os._exit(3)  # without a word, as a process that is killed
+    started = time.monotonic()
+    try:
+        reg.proximal_step_(0.1)
+    except RuntimeError as error:
+        Path(result).write_text(f"{time.monotonic() - started:.0f} {error}")
+    os._exit(0)
+
+
+def test_a_process_that_dies_hangs_the_others_no_longer_than_their_timeout(tmp_path: Path) -> None:
+    context = mp.get_context("spawn")
+    result = tmp_path / "result"
+    processes = [
+        context.Process(target=_failing, args=(rank, str(tmp_path / "store"), str(result)))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert not process.is_alive()
+    seconds, message = result.read_text().split(" ", 1)
+    assert int(seconds) <= 10
+    assert message
+
+
+def saved(path: str) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    existing = Path(path).exists()
+    if existing:
+        state = {"model": model.state_dict(), "reg": reg}
+        dcp.load(state, checkpoint_id=path)
+        model.load_state_dict(state["model"])
+    else:
+        reg.attach(optimizer, every=2)
+        _descend(model, optimizer, 5)
+        dcp.save({"model": model.state_dict(), "reg": reg}, checkpoint_id=path)
+        reg.detach()
+    reg.attach(optimizer, every=2)
+    _descend(model, optimizer, 4)
+    whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save((whole, reg.state_dict()), f"{path}-{dist.get_world_size()}.pt")
+
+
+def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    x = matrix(8, 10, seed=9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_distributed_checkpoint_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    for world in (4, 2, 1):
+        (tmp_path / str(world)).mkdir()
+        run(world, tmp_path / str(world), saved, str(path))
+    whole, state = torch.load(f"{path}-4.pt")
+    for world in (2, 1):
+        other, restored = torch.load(f"{path}-{world}.pt")
+        for name, weight in whole.items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-11, atol=1e-12)
+        for name, fields in state.items():
+            for field in ("step", "pending_steps", "warm", "from_right"):
+                assert torch.equal(restored[name][field], fields[field])
+    assert copy.copy(int(state["0.weight"]["step"])) == 9
