@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.experiments import _run
-from wellcond.experiments._training import seeded
+from wellcond.experiments._training import condition_numbers, seeded
 from wellcond.experiments.data import Images, load
 
 PHASE = 500  # steps under one way of regularising, before the other; at most an eighth of the run
@@ -32,10 +32,12 @@ SAVE = 100  # steps from one file to the next
 EVERY = 10  # for attach
 BATCH = 32
 LOST_GRADIENTS = 0.02  # the share of steps whose gradient is made infinite or NaN
+SCALE = 2.0**16  # of the loss; kept, as a scaler halves it at every step that it skips
 NAN_WEIGHT = 400  # steps from one weight that is made NaN to the next
 RESTART = 2500  # steps from one restart to the next; at most a quarter of the run
 MARGIN_BYTES = 20_000_000  # by which memory may grow: an allocator's noise, below a leak's
 MARGIN_TENSORS = 50
+SHOWN = 10  # failures in the table; the document has all
 WEIGHTS = ("0.weight", "2.weight")
 
 
@@ -62,7 +64,7 @@ class _Training:
             lambda: nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 10)), 0
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
-        self.scaler = torch.amp.GradScaler("cpu", growth_interval=200)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
         # Through Adam 0.1 acts about as 100 does in a proximal step.
         self.ways = {
             "attach": wc.Regularizer(self.model, wc.Condition(30.0), block=16),
@@ -126,6 +128,7 @@ class _Events:
     restarts: int = 0
     redone: int = 0  # steps since the last file, lost by loading it and made again
     unnoticed: list[str] = field(default_factory=list)  # NaN weights that no ValueError named
+    unprovoked: list[str] = field(default_factory=list)  # gradients that turned NaN by themselves
     miscounts: list[str] = field(default_factory=list)
     unlike_the_file: list[str] = field(default_factory=list)  # states that loading did not restore
 
@@ -150,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-_FAULTS = ("unnoticed", "miscounts", "unlike_the_file")
+_FAULTS = ("unnoticed", "unprovoked", "miscounts", "unlike_the_file")
 
 
 def _soak(images: Images, steps: int, path: Path) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def _soak(images: Images, steps: int, path: Path) -> dict[str, Any]:
     rng, events = random.Random(0), _Events()
     phase = min(PHASE, max(1, steps // 8))
     training = _Training(phase)
-    kappa_before = _condition_numbers(training.model)
+    kappa_before = condition_numbers(training.model)
     training.save(path)
     restart = min(RESTART, max(1, steps // 4))
     warm = max(1, steps // 3)  # by then both ways have run, and a restart has been made
@@ -199,7 +202,7 @@ def _soak(images: Images, steps: int, path: Path) -> dict[str, Any]:
         "counts": training.counts(),
         "memory": {"start": start, "end": _memory(), "after": warm}
         | {"margin_bytes": MARGIN_BYTES, "margin_tensors": MARGIN_TENSORS},
-        "condition_numbers": {"start": kappa_before, "end": _condition_numbers(training.model)},
+        "condition_numbers": {"start": kappa_before, "end": condition_numbers(training.model)},
     }
 
 
@@ -251,12 +254,14 @@ def _step(
         if spoiled is None or f'"{spoiled}"' not in str(refusal):
             raise
         events.refused += 1
-        scaler.update()  # or it will not unscale again
+        scaler.update(SCALE)  # or it will not unscale again
         return True
-    scaler.update()
+    scaler.update(SCALE)
     if spoiled is not None:
         events.unnoticed.append(f"NaN in {spoiled} under {training.way} at step {training.done}")
         return True
+    if not finite and not lost:
+        events.unprovoked.append(f"under {training.way} at step {training.done}")
     made = training.optimizer_steps() - before
     events.skipped += not made
     if made != (not lost and finite):
@@ -289,10 +294,6 @@ def _compare(training: _Training, events: _Events) -> None:
         events.miscounts.append(f"at step {training.done}: optimizer {made}, by hand {applied}")
 
 
-def _condition_numbers(model: nn.Module) -> dict[str, float]:
-    return {n: float(wc.condition_number(model.get_parameter(n).detach())) for n in WEIGHTS}
-
-
 def _memory() -> dict[str, int]:
     """Resident bytes of the process, and tensors that are alive."""
     gc.collect()
@@ -319,6 +320,7 @@ def _print(document: dict[str, Any]) -> None:
         ["  made again after loading", str(events["redone"])],
         ["NaN weights refused by name", str(events["refused"])],
         ["NaN weights unnoticed", str(len(events["unnoticed"]))],
+        ["gradients lost by themselves", str(len(events["unprovoked"]))],
         ["restarts from the file", str(events["restarts"])],
         ["states unlike the file", str(len(events["unlike_the_file"]))],
         ["counts that do not agree", str(len(events["miscounts"]))],
@@ -338,5 +340,7 @@ def _print(document: dict[str, Any]) -> None:
         ),
     ]
     _run.print_table("A long training with failures", ["what", "number"], rows)
-    for failure in document["failures"]:
+    for failure in document["failures"][:SHOWN]:
         print(f"FAILED {failure}")
+    if len(document["failures"]) > SHOWN:
+        print(f"FAILED ... and {len(document['failures']) - SHOWN} more")
