@@ -88,6 +88,8 @@ def make(name: str, parameters: Any, lr: float | Tensor, **options: Any) -> Opti
     groups = list(parameters)
     if groups and isinstance(groups[0], Tensor) and name == "Muon":
         groups = [p for p in groups if p.ndim == 2]  # it takes no others
+    if name == "LBFGS":
+        options["max_iter"] = 6  # enough, and quick
     return shipped()[name](groups, lr=lr, **options)  # type: ignore[call-arg]
 
 

@@ -296,7 +296,8 @@ def test_a_script_killed_between_and_during_saves_ends_bitwise_where_it_would_ha
     killed = tmp_path / "killed.pt"
     part = killed.with_suffix(".part")
     reached = []
-    for when in ("during", "between", "during"):
+    while not (during and between):  # a busy machine may miss the moment
+        when = "between" if during else "during"
         part.unlink(missing_ok=True)
         saved = killed.stat().st_mtime_ns if killed.exists() else 0
         with running(script, killed, steps) as process:
@@ -315,8 +316,6 @@ def test_a_script_killed_between_and_during_saves_ends_bitwise_where_it_would_ha
     whole = tmp_path / "whole.pt"
     monkeypatch.setattr(sys, "argv", [str(script), str(whole), str(steps)])
     runpy.run_path(str(script))
-    assert during >= 1
-    assert between >= 1
     assert reached == sorted(set(reached))
     assert reached[0] > 0
     assert reached[-1] < steps

@@ -197,7 +197,7 @@ def _soak(images: Images, steps: int, path: Path) -> dict[str, Any]:
         "settings": {"steps": steps, "net": "64-32-10", "batch": BATCH, "every": EVERY}
         | {"restart": restart, "save": SAVE, "phase": phase},
         "events": asdict(events),
-        "steps_in_the_file": training.done,
+        "steps_kept": training.done,
         "optimizer_steps": training.optimizer_steps(),
         "counts": training.counts(),
         "memory": {"start": start, "end": _memory(), "after": warm}
