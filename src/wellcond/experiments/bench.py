@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wellcond as wc
-from wellcond.experiments import _run, bench_audit
+from wellcond.experiments import _run, bench_audit, bench_soak
 from wellcond.experiments._training import seeded
 from wellcond.experiments.data import Images, load
 
@@ -72,6 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for benchmark in (step, fidelity, strength):
         _run.add_output(benchmark)
     bench_audit.configure(benchmarks)
+    bench_soak.configure(benchmarks)
 
 
 def _numbers(text: str) -> list[int]:
