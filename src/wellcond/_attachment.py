@@ -70,11 +70,22 @@ class Attachment(Generic[Entry]):
         return f"attached to {owner}, every={self.every}"
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer under a GradScaler skips inside of its step. On the CPU that is read; on
+        # a device it stays there: the step counts, at a learning rate of zero.
+        skipped = getattr(optimizer, "found_inf", None)
+        taken: float | Tensor = 1.0
+        if isinstance(skipped, Tensor):
+            if skipped.is_cpu and bool(skipped):
+                return
+            taken = 1.0 if skipped.is_cpu else 1 - skipped.reshape(())
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for entry in self.entries:
+            if not entry.weight.parameter.requires_grad:
+                continue
             lr = rates.get(id(entry.weight.parameter), 0.0)
             # A tensor is added up on its device: reading it here would wait for the device.
-            entry.pending_lr = entry.pending_lr + (lr.detach() if isinstance(lr, Tensor) else lr)
+            lr = lr.detach().reshape(()) if isinstance(lr, Tensor) else lr
+            entry.pending_lr = entry.pending_lr + lr * taken
             entry.pending_steps += 1
             entry.step += 1
         due = [entry for entry in self.entries if entry.pending_steps >= self.every]

@@ -201,6 +201,7 @@ class Regularizer:
             ValueError: a weight holds NaN or infinity; it is named, and no gradient has changed.
         """
         _refuse_without_gradient(self._entries)
+        _refuse_sparse_gradients(self._entries)
         parameters = self._parameters()
         gradients = [_gradient(parameter) for parameter in parameters]
         if torch.compiler.is_compiling():
@@ -493,12 +494,20 @@ class Regularizer:
             entry.restore(state[entry.name])
 
 
+def _refuse_sparse_gradients(entries: list[Memory]) -> None:
+    grads = [(entry.name, entry.weight.parameter.grad) for entry in entries]
+    sparse = [name for name, grad in grads if grad is not None and grad.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            f"A gradient must be dense, but that of {listed(sparse)} is sparse. Leave the weight "
+            "out with a pattern, make the layer with sparse=False, or use attach(optimizer)."
+        )
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient in the memory layout of its parameter, so that one view serves both."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    if parameter.grad.layout != torch.strided:
-        raise ValueError(f"a gradient must be dense, got {parameter.grad.layout}.")
     if parameter.grad.stride() != parameter.stride():
         parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
     return parameter.grad
@@ -530,6 +539,7 @@ def _lengths(seen: Look, rates: Sequence[float | Tensor]) -> Tensor:
     """strength * rate: one number if all are equal, else one a weight. Asks nothing of the host."""
     memories = seen.memories
     strengths = [memory.penalty.strength_at(memory.step) for memory in memories]
+    rates = [rate.reshape(()) if isinstance(rate, Tensor) else rate for rate in rates]
     keys = [id(rate) if isinstance(rate, Tensor) else rate for rate in rates]
     if len(set(zip(strengths, keys, strict=True))) == 1:
         return memories[0].strength.fill_(strengths[0]) * rates[0]

@@ -63,7 +63,7 @@ class ShardedMatrix(StoredMatrix):
         self.groups: list[ProcessGroup] = [
             tensor.device_mesh.get_group(dim)
             for dim, placement in enumerate(tensor.placements)
-            if placement.is_shard()
+            if not placement.is_replicate()  # a strided one says that it is no shard
         ]
 
     @property
@@ -133,7 +133,7 @@ def _seen(view: View, tensor: Any) -> tuple[Tensor, torch.Size, Block]:
     # The views that are no parts act on a DTensor as on any tensor and communicate nothing, unless
     # they merge a dimension that is sharded.
     merges = view(torch.empty(tensor.shape, device="meta")).ndim < tensor.ndim
-    if merges and any(p.is_shard() and p.dim != 0 for p in tensor.placements):
+    if merges and any(getattr(p, "dim", 0) != 0 for p in tensor.placements):
         raise ValueError(
             "a convolution kernel may be sharded over its first dimension only, but has placements "
             f"{tensor.placements}. Leave it out with a pattern."
