@@ -16,49 +16,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_numbers = itertools.count()
-_regularizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = map(str, itertools.count())  # a whole number would become a symbol in a graph
+_regularizers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
-def register(regularizer: Any) -> int:
+def register(regularizer: Any) -> str:
     """The number by which a graph names a regulariser."""
     number = next(_numbers)
     _regularizers[number] = regularizer
     return number
 
 
-def compiled_penalty(parameters: Sequence[Tensor], number: int, remember: bool) -> Tensor:
+def compiled_penalty(parameters: Sequence[Tensor], number: str, remember: bool) -> Tensor:
     """The sum of strength * penalty, differentiable in the parameters."""
     total: Tensor = _penalty(list(parameters), number, remember)[0]
     return total
 
 
 @torch.library.custom_op("wellcond::penalty", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
-def _penalty(parameters: list[Tensor], number: int, remember: bool) -> list[Tensor]:
+def _penalty(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
     total, factors = _regularizers[number].total_(parameters, remember)
     return [total, *factors]
 
 
 @_penalty.register_fake
-def _(parameters: list[Tensor], number: int, remember: bool) -> list[Tensor]:
+def _(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
     shapes: list[Tensor] = _regularizers[number].shapes_of_total(parameters)
     return shapes
 
 
 @torch.library.custom_op("wellcond::gradients", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _gradients(
-    weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: int
+    weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str
 ) -> list[Tensor]:
     gradients: list[Tensor] = _regularizers[number].gradients(weight, factors, parameters)
     return gradients
 
 
 @_gradients.register_fake
-def _(weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: int) -> list[Tensor]:
+def _(weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str) -> list[Tensor]:
     return [torch.empty_like(parameter) for parameter in parameters]
 
 
-def _save(ctx: Any, inputs: tuple[list[Tensor], int, bool], output: list[Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[list[Tensor], str, bool], output: list[Tensor]) -> None:
     parameters, ctx.number, _ = inputs
     ctx.factors = len(output) - 1
     ctx.save_for_backward(*output[1:], *parameters)
@@ -76,6 +76,6 @@ _penalty.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op(
     "wellcond::add_gradients_", mutates_args=("gradients",), tags=torch.Tag.cudagraph_unsafe
 )
-def compiled_add_gradients_(gradients: list[Tensor], parameters: list[Tensor], number: int) -> None:
+def compiled_add_gradients_(gradients: list[Tensor], parameters: list[Tensor], number: str) -> None:
     """Adds strength * gradient at the parameters to the gradients."""
     _regularizers[number].add_gradients_to_(gradients, parameters)

@@ -1,0 +1,146 @@
+"""Under torch.compile: no graph break of ours, no recompilation, the numbers of eager mode."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import wellcond as wc
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 12)
+        )
+
+
+PENALTIES = {"0.*": wc.Tikhonov(0.1), "*": wc.Condition(lambda step: 0.3 / (1 + step))}
+
+
+def batches() -> list[Tensor]:
+    source = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 1, 4, 4, generator=source) for _ in range(8)]
+
+
+def loss_of(model: nn.Module, reg: wc.Regularizer | None) -> Callable[[Tensor], Tensor]:
+    def loss(x: Tensor) -> Tensor:
+        value = model(x).square().mean()
+        return value if reg is None else value + reg()
+
+    return loss
+
+
+def train(way: str, compiled: Callable[[Any], Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    """The loss, or the adding of gradients, as `compiled` makes it."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, PENALTIES, block=6)
+    loss = loss_of(model, reg if way == "loss" else None)
+    add = reg.add_gradients_
+    if way == "loss":
+        loss = compiled(loss)
+    else:
+        add = compiled(lambda: reg.add_gradients_())
+    for x in batches():
+        optimizer.zero_grad()
+        loss(x).backward()
+        if way == "gradients":
+            add()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()], reg.state_dict()
+
+
+@pytest.mark.parametrize("way", ["loss", "gradients"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_has_one_graph_and_the_numbers_of_eager_mode(
+    way: str, backend: str
+) -> None:
+    """`fullgraph=True` raises at a graph break; schedules and sides change in every step."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    weights, state = train(way, lambda f: torch.compile(f, backend=counter, fullgraph=True))
+    assert counter.frame_count == 1
+    expected, eager_state = train(way, lambda f: f)
+    for compiled, eager in zip(weights, expected, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    for name, fields in eager_state.items():
+        assert state[name]["step"] == fields["step"] == 8
+        assert torch.equal(state[name]["from_right"], fields["from_right"])
+
+
+def test_other_strengths_and_block_widths_of_other_regularisers_do_not_interfere() -> None:
+    torch._dynamo.reset()
+    values = []
+    for strength in (0.1, 0.2):
+        reg = wc.Regularizer(net(), {"2.*": wc.Condition(strength), "*": None})
+        values.append(torch.compile(lambda reg=reg: reg(), fullgraph=True)())
+    torch.testing.assert_close(values[1], 2 * values[0])
+
+
+def test_a_whole_compiled_step_breaks_only_where_torch_itself_does() -> None:
+    """Optimizer hooks are called between graphs; the rest of the breaks are in torch's code."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, plain = net(), net()
+    for one in (model, plain):
+        optimizer = torch.optim.Adam(one.parameters(), 1e-2)
+        reg = wc.Regularizer(one, wc.Condition(0.3), block=6)
+        reg.attach(optimizer, every=3)
+
+        def step(x: Tensor, one: nn.Module = one, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            one(x).square().mean().backward()
+            optimizer.step()
+
+        step = torch.compile(step, backend="aot_eager") if one is model else step
+        for x in batches():
+            step(x)
+        assert reg.measure()["2.weight"].step == 8
+    for compiled, eager in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    breaks = " ".join(torch._dynamo.utils.counters["graph_break"])
+    assert breaks
+    assert "wellcond" not in breaks
+
+
+def test_a_weight_that_is_not_finite_is_named_from_within_a_graph() -> None:
+    torch._dynamo.reset()
+    model = net()
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    loss = torch.compile(loss_of(model, reg), backend="aot_eager", fullgraph=True)
+    loss(batches()[0])
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r'"2.weight" holds NaN'):
+        loss(batches()[0])
+
+
+def test_a_compiled_model_keeps_the_names_of_its_weights() -> None:
+    model = net()
+    names = wc.Regularizer(model, wc.Condition(0.1)).names
+    assert wc.Regularizer(torch.compile(model), wc.Condition(0.1)).names == names
+    model[2] = torch.compile(model[2])
+    assert wc.Regularizer(model, wc.Condition(0.1)).names == names
+
+
+def test_the_operators_keep_the_promises_of_custom_operators() -> None:
+    """torch's own check: schema, fake kernels, autograd."""
+    model = net()
+    reg = wc.Regularizer(model, {"0.*": wc.Tikhonov(0.1), "*": wc.Condition(0.3)}, block=12)
+    for _ in range(60):  # until one product more changes nothing
+        reg()
+    parameters = [model.get_parameter(name).detach().clone() for name in reg.names]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    results = torch.library.opcheck(
+        torch.ops.wellcond.penalty.default,
+        (parameters, reg._key, False),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    assert set(results.values()) == {"SUCCESS"}
