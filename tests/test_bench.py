@@ -7,7 +7,7 @@ import torch
 
 import wellcond as wc
 from wellcond import _cli
-from wellcond.experiments import bench, bench_audit
+from wellcond.experiments import bench, bench_audit, bench_step
 
 
 def wellcond(*arguments: object) -> int:
@@ -25,7 +25,7 @@ def test_step_measures_every_way(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_temporary_is_of_the_size_of_the_weight() -> None:
-    shares = bench.memory(2048, 784, 32)
+    shares = bench_step.memory(2048, 784, 32)
     # The skinny factors: k of n or of m columns; the state holds both.
     assert all(share <= 0.06 for share in shares.values())
 
@@ -95,3 +95,32 @@ def test_measuring_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) 
 def test_sizes_that_are_none_are_refused(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert wellcond("bench", "audit", "--sizes", sizes) == 2
     assert "--sizes must be like 64x64,4096x4096" in capsys.readouterr().err
+
+
+def test_a_transformer_is_measured_and_asks_nothing_of_the_host(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("--model", "transformer", "--blocks", 3, "--width", 16, "--rounds", 1)
+    assert wellcond("bench", "step", *arguments, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    # Per block the three of attention, its output, and two of the perceptron; and the head.
+    assert document["settings"]["weights"] == 3 * 6 + 1
+    rows = {row["way"]: row for row in document["ways"]}
+    for way in ("add_gradients_", "in the loss"):
+        assert rows[way]["synchronisations"] == 0
+        # One product a weight, two passes over its gradient; the rest is done once a kind.
+        assert rows[way]["operations"] < 19 * 12
+    assert rows["attach(every=10)"]["synchronisations"] < 1
+    assert wellcond("bench", "step", *arguments) == 0
+    assert "19 matrices regularised" in capsys.readouterr().out
+
+
+def test_the_counter_sees_what_waits() -> None:
+    x = torch.ones(3, 3, device="meta")
+    with bench_step.on_a_device() as device:
+        torch.linalg.eigh(x)
+        x.to("cpu")
+        x.to("cpu", non_blocking=True)
+        with pytest.raises(RuntimeError):
+            x.sum().item()
+    assert device.synchronisations == 3

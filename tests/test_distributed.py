@@ -108,7 +108,11 @@ def sharded_matrices(world: int) -> None:
             (square, [Shard(0), Shard(0)]),
         ]
     # Even, uneven, with empty shards.
-    for shape, dtype in [((16, 8), torch.float32), ((13, 7), torch.float64), ((3, 10), torch.float64)]:
+    for shape, dtype in [
+        ((16, 8), torch.float32),
+        ((13, 7), torch.float64),
+        ((3, 10), torch.float64),
+    ]:
         whole = matrix(*shape, dtype=dtype)
         for where, placements in layouts:
             part = distribute_tensor(whole.clone(), where, placements)
@@ -159,7 +163,9 @@ def sharded_views() -> None:
     some = {"experts:1": wc.Condition(0.3), "*": None}
     compare_all_ways(zoo(), distributed(zoo(), mesh(2), [Shard(0)]), some)
     with pytest.raises(ValueError, match="sharded over its first dimension only"):
-        wc.Regularizer(distributed(zoo(), mesh(2), [Shard(1)]), {"conv*": wc.Condition(1.0), "*": None})
+        wc.Regularizer(
+            distributed(zoo(), mesh(2), [Shard(1)]), {"conv*": wc.Condition(1.0), "*": None}
+        )
     limited = wc.Regularizer(
         distributed(zoo(), mesh(2), [Shard(0)]), {"attention.*": wc.ConditionLimit(2.0), "*": None}
     )

@@ -177,11 +177,10 @@ class StoredMatrix:
     def add_(self, c: Tensor, S: StoredMatrix, U: Tensor, V: Tensor) -> None:
         """G <- G + c S + U V^T in place, G being this matrix, a gradient.
 
-        Where c = 0 nothing of S is taken, even what is not finite. On the CPU that never occurs: a
-        weight that is not finite has been refused before.
+        With c = 0 and U = 0 the gradient stays as it was, but where S is not finite it becomes NaN.
         """
-        if self.S.dtype == S.S.dtype == self.dtype and self.S.is_cpu:
-            if c.ndim == 0 and not torch.compiler.is_compiling():
+        if self.S.dtype == S.S.dtype == self.dtype:
+            if c.ndim == 0 and self.S.is_cpu:
                 self.S.add_(S.S, alpha=float(c))  # twice as fast as addcmul_
             else:
                 self.S.addcmul_(S.S, _over_matrices(c))
@@ -190,7 +189,6 @@ class StoredMatrix:
         for band in self._bands():
             rows = self.S.narrow(-2, *band)
             added = S.S.narrow(-2, *band).to(S.dtype) * _over_matrices(c)
-            added = torch.where(_over_matrices(c) == 0, 0.0, added)
             rows.copy_(rows.to(S.dtype) + added + U.narrow(-2, *band) @ V.mT)
 
 

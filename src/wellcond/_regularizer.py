@@ -9,6 +9,7 @@ Letters: S (m, n) a weight, nu = min(m, n), k the width of its block, eta the le
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +36,10 @@ def _quietly(method: Callable[..., _Result]) -> Callable[..., _Result]:
 
     @functools.wraps(method)
     def wrapped(self: Regularizer, *args: Any, **kwargs: Any) -> _Result:
-        with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+        kind = self._entries[0].weight.parameter.device.type
+        cast = torch.amp.is_autocast_available(kind)
+        precise = torch.autocast(kind, enabled=False) if cast else contextlib.nullcontext()
+        with torch.no_grad(), precise:
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -110,10 +114,6 @@ class Regularizer:
             for entry, owner in zip(self._entries, self._replicas.owners(costs), strict=True):
                 entry.owner = owner
         self._key = register(self)
-
-    @property
-    def _device_type(self) -> str:
-        return self._entries[0].weight.parameter.device.type
 
     # --- the three ways ---------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
-"""Benchmarks: what a regularised training step costs, and how close it comes to an exact SVD.
+"""Benchmarks: how close a regularised training comes to an exact SVD, and what strengths do.
 
-`step` trains one network in several ways at once, block by block in turn, so that all see the same
-machine; the figures are medians of ratios pair by pair. `fidelity` trains with the warm subspace
+`fidelity` trains with the warm subspace
 and with an exact decomposition in every step, from the same seed, and compares condition numbers.
 `strength` trains over a grid of strengths and hard limits: the way from a condition number to one.
 """
@@ -10,42 +9,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import wellcond as wc
-from wellcond.experiments import _run, bench_audit, bench_soak
+from wellcond.experiments import _run, bench_audit, bench_soak, bench_step
 from wellcond.experiments._training import seeded
 from wellcond.experiments.data import Images, load
 
 FIRST = "0.weight"
 SIDE = 28  # of the images, to which digits are scaled
-BLOCK = 10  # steps in a block: `every=10` acts exactly once in it
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    step = benchmarks.add_parser(
-        "step",
-        help="cost of a training step, and memory",
-        description="Time of a training step of a 784-2048-10 net, batch 32, fused Adam, in every "
-        "way of applying the penalty to the first layer, as a multiple of the step without.",
-        epilog="example: wellcond bench step --rounds 60",
-    )
-    step.add_argument("--rounds", type=_run.positive, default=40, help="rounds of 10 steps each")
-    step.add_argument("--every", type=_run.positive, default=10, help="for attach (default 10)")
-    step.add_argument("--block", type=_run.positive, default=32, help="width (default 32)")
-    step.add_argument("--batch", type=_run.positive, default=32, help="batch size (default 32)")
-    step.add_argument("--hidden", type=_run.positive, default=2048, help="hidden units")
-    step.set_defaults(run=run_step)
+    bench_step.configure(benchmarks)
     fidelity = benchmarks.add_parser(
         "fidelity",
         help="the warm subspace against an exact SVD in every step",
@@ -69,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     strength.add_argument("--data", default="digits", help="digits (scaled to 28x28), mnist, PATH")
     strength.add_argument("--epochs", type=_run.positive, default=10)
     strength.set_defaults(run=run_strength)
-    for benchmark in (step, fidelity, strength):
+    for benchmark in (fidelity, strength):
         _run.add_output(benchmark)
     bench_audit.configure(benchmarks)
     bench_soak.configure(benchmarks)
@@ -77,199 +58,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _numbers(text: str) -> list[int]:
     return [_run.positive(part) for part in text.split(",")]
-
-
-# --- the cost of a step ---------------------------------------------------------------------------
-
-
-class _Way:
-    """One way of training, with a network and an optimizer of its own."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        self.name = name
-        # The exact SVD takes so long that one step a round is enough.
-        self.steps = 1 if name.startswith("exact") else BLOCK
-        hidden = arguments.hidden
-        self.model = seeded(
-            lambda: nn.Sequential(nn.Linear(784, hidden), nn.Sigmoid(), nn.Linear(hidden, 10)), 0
-        )
-        self.first = self.model.get_submodule("0")
-        self.penalty: Callable[[], Tensor] | None = None
-        self.add: Callable[[], None] | None = None
-        if name.startswith("spectral_norm"):
-            nn.utils.parametrizations.spectral_norm(self.first)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
-        if name.startswith("exact"):
-            self.penalty = self._exact
-        elif name.startswith("orthogonality"):
-            self.penalty = self._orthogonality
-        elif name not in ("none", "none again") and not name.startswith("spectral_norm"):
-            penalty: wc.Condition | wc.ConditionLimit = wc.Condition(1e-2)
-            if name.startswith("limit"):
-                # kappa is about 4 at the start: one limit that holds, one that has to be kept up.
-                penalty = wc.ConditionLimit(3.0 if "kept" in name else 1e3)
-            reg = wc.Regularizer(self.model, {FIRST: penalty, "*": None}, block=arguments.block)
-            if name.startswith(("attach", "limit")):
-                reg.attach(self.optimizer, every=arguments.every)
-            elif name.startswith("add_gradients_"):
-                self.add = reg.add_gradients_
-            else:
-                self.penalty = reg
-
-    def _weight(self) -> Tensor:
-        weight: Tensor = self.first.weight  # type: ignore[assignment]
-        return weight
-
-    def _exact(self) -> Tensor:
-        S = self._weight()
-        sigma = torch.linalg.svdvals(S)
-        value: Tensor = 1e-2 * (sigma[0] ** 2 / 2 - S.square().sum() / (2 * min(S.shape)))
-        return value
-
-    def _orthogonality(self) -> Tensor:
-        S = self._weight()
-        return 1e-4 * (S.mT @ S - torch.eye(S.shape[-1])).square().sum()
-
-    def seconds(self, x: Tensor, y: Tensor) -> float:
-        """Seconds per step, over one block.
-
-        Two steps come before it: another net has just filled the caches. Any 10 steps in a row hold
-        one proximal step of `every=10`, wherever they begin.
-        """
-        for _ in range(2 if self.steps == BLOCK else 0):
-            self._step(x, y)
-        started = time.perf_counter()
-        for _ in range(self.steps):
-            self._step(x, y)
-        return (time.perf_counter() - started) / self.steps
-
-    def _step(self, x: Tensor, y: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.model(x), y)
-        if self.penalty is not None:
-            loss = loss + self.penalty()
-        torch.autograd.backward(loss)
-        if self.add is not None:
-            self.add()
-        self.optimizer.step()
-
-
-def run_step(arguments: argparse.Namespace) -> int:
-    _run.apply_threads(arguments)
-    source = torch.Generator().manual_seed(0)
-    x = torch.randn(arguments.batch, 784, generator=source)
-    y = torch.randint(10, (arguments.batch,), generator=source)
-    names = [
-        "none",
-        "none again",
-        f"attach(every={arguments.every})",
-        f"limit that holds, every={arguments.every}",
-        f"limit kept up, every={arguments.every}",
-        "add_gradients_",
-        "in the loss",
-        "exact SVD in the loss",
-        "spectral_norm of torch",
-        "orthogonality in the loss",
-    ]
-    ways = [_Way(name, arguments) for name in names]
-    order, shuffled = random.Random(0), list(ways)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    with _run.progress(arguments.rounds + 1, "bench step") as advance:
-        for round_ in range(arguments.rounds + 1):
-            order.shuffle(shuffled)
-            for way in shuffled:
-                seconds = way.seconds(x, y)
-                if round_:  # the first round warms up
-                    times[way.name].append(seconds)
-            advance("")
-    table: list[dict[str, Any]] = []
-    pairs = zip(times["none"], times["none again"], strict=True)
-    unregularised = [(one + other) / 2 for one, other in pairs]
-    for name in names:
-        ratios = [t / n for t, n in zip(times[name], unregularised, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        table.append(
-            {
-                "way": name,
-                "ratio": middle,
-                "lower_quartile": low,
-                "upper_quartile": high,
-                "milliseconds": 1e3 * statistics.median(times[name]),
-            }
-        )
-    shares = memory(arguments.hidden, 784, arguments.block)
-    document = {
-        "benchmark": "step",
-        "settings": {"rounds": arguments.rounds, "steps": BLOCK, "block": arguments.block}
-        | {"net": f"784-{arguments.hidden}-10", "batch": arguments.batch},
-        "versions": _run.versions(),
-        "ways": table,
-        "memory": shares,
-    }
-    if arguments.json:
-        print(json.dumps(_run.in_json(document), indent=1))
-        return 0
-    _run.print_table(
-        f"A training step of a 784-{arguments.hidden}-10 net, batch {arguments.batch}, fused Adam, "
-        f"{torch.get_num_threads()} threads: medians of {arguments.rounds} interleaved rounds",
-        ["way", "multiple", "quartiles", "ms per step"],
-        [
-            [
-                row["way"],
-                f"{row['ratio']:.2f}",
-                f"{row['lower_quartile']:.2f} to {row['upper_quartile']:.2f}",
-                f"{row['milliseconds']:.2f}",
-            ]
-            for row in table
-        ],
-    )
-    _run.print_table(
-        "Memory, as a share of the weight",
-        ["what", "share"],
-        [[name.replace("_", " "), f"{share:.3f}"] for name, share in shares.items()],
-    )
-    return 0
-
-
-class _LargestAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The largest storage that any operation makes anew, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {_storage(x) for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and _storage(made) not in known:
-                self.bytes = max(self.bytes, made.untyped_storage().nbytes())
-        return result
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def memory(m: int, n: int, block: int) -> dict[str, float]:
-    """The largest temporary of each way and the state, as shares of the weight's bytes."""
-    layer = seeded(lambda: nn.Linear(n, m, bias=False), 0)
-    weight = layer.get_parameter("weight")
-    weight.grad = torch.zeros_like(weight)
-    reg = wc.Regularizer(layer, wc.Condition(1.0), block=block)
-    shares = {}
-    ways: dict[str, Callable[[], None]] = {
-        "add_gradients_": reg.add_gradients_,
-        "proximal_step_": lambda: reg.proximal_step_(1e-3),
-    }
-    for name, act in ways.items():
-        with _LargestAllocation() as largest:
-            act()
-        shares[f"largest temporary of {name}"] = largest.bytes / weight.nbytes
-    state = sum(t.nbytes for entry in reg.state_dict().values() for t in entry.values())
-    shares["state"] = state / weight.nbytes
-    shares["(m + n) k numbers"] = (m + n) * min(block, m, n) / (m * n)
-    return shares
 
 
 # --- fidelity -------------------------------------------------------------------------------------
