@@ -1,0 +1,245 @@
+"""A callback for the Trainer of transformers: the penalty of a `Regularizer` in `Trainer.train`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import wellcond as wc
+from wellcond.integrations._ways import Penalties, checked_way
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers.trainer_callback import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError:
+    raise ImportError(
+        "this callback needs the Trainer of transformers: pip install 'wellcond[transformers]'."
+    ) from None
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger("wellcond")
+
+FILE = "wellcond.pt"
+# Under this key trainer_state.json says which file belongs to it. Not the name of a class: the
+# Trainer makes callbacks anew from what lies under theirs.
+_KEY = "wellcond"
+
+
+class RegularizerCallback(TrainerCallback):
+    """Regularises the weights of a model while a transformers Trainer trains it.
+
+    Two ways:
+
+    - "proximal": a proximal step after every few steps of the optimizer, by `Regularizer.attach`.
+      It comes after the optimizer's step: neither clipping nor the scaling of the loss touches it.
+      Steps that a GradScaler skips do not count.
+    - "gradients": `Regularizer.add_gradients_` in `on_pre_optimizer_step`, once per optimizer step:
+      after the gradients are accumulated, unscaled and clipped. What is clipped is the gradient of
+      the loss alone, and the norm that the Trainer logs does not contain the penalty.
+
+    There is no third way for the penalty in the loss: `loss + reg()` belongs into `compute_loss`,
+    with a `Regularizer` of your own. It is then scaled as the loss is: divided by the number of
+    batches in a cycle, or by nothing where the loss is divided by a number of tokens before.
+
+    The weights are chosen when training begins, under the names of the model without wrappers. What
+    is frozen then stays without a penalty. Every `train` starts afresh, unless it resumes. Take one
+    callback per Trainer; several penalties go into one mapping of patterns.
+
+    The state goes to `wellcond.pt` in every checkpoint, and training resumes bit for bit. It is
+    looked for in `TrainingArguments(resume_from_checkpoint=...)`, then in
+    `output_dir/checkpoint-<step>`, and taken only if it belongs to the very checkpoint that the
+    Trainer has loaded. In a hyperparameter search no state is saved.
+
+    The Trainer does not tell callbacks of an exception: after one, the optimizer stays attached
+    until the next `train`, or `callback.regularizer.detach()`.
+
+    Args:
+        penalties: one penalty, or patterns to penalties, as for `Regularizer`.
+        way: "proximal" or "gradients".
+        every: for "proximal": a step after every so many optimizer steps, as for `attach`.
+        block: the width of the leading subspace, as for `Regularizer`.
+
+    Attributes:
+        regularizer: the `Regularizer`; None before training begins, kept when it ends.
+
+    Raises:
+        ValueError: another way. When training begins: what `Regularizer` and `attach` refuse;
+            DeepSpeed; a second callback; "gradients" with fp16 and no clipping. When it resumes: a
+            checkpoint without a `wellcond.pt` of its own, or a damaged one.
+
+    Example:
+        >>> import wellcond as wc
+        >>> from wellcond.integrations.transformers import RegularizerCallback
+        >>> callback = RegularizerCallback({"*.query.weight": wc.Condition(100), "*": None})
+        >>> callback.regularizer is None  # trainer = Trainer(..., callbacks=[callback]) comes next
+        True
+    """
+
+    def __init__(
+        self, penalties: Penalties, *, way: str = "proximal", every: int = 10, block: int = 32
+    ) -> None:
+        self.penalties = penalties
+        self.way = checked_way(way)
+        self.every = every
+        self.block = block
+        self.regularizer: wc.Regularizer | None = None
+        self._run = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+        self.regularizer = None
+        self._refuse(args)
+        regularizer = wc.Regularizer(_bare(kwargs["model"]), self.penalties, block=self.block)
+        saved = _resumed(args, state)
+        if saved is not None:
+            regularizer.load_state_dict(saved)
+        if self.way == "proximal":
+            optimizer = kwargs["optimizer"]
+            if isinstance(optimizer, AcceleratedOptimizer):
+                optimizer = optimizer.optimizer
+            regularizer.attach(optimizer, every=self.every)
+        self.regularizer = regularizer
+        # Two runs may write the same checkpoint-<step>: this says which file is whose.
+        self._run = uuid.uuid4().hex
+        _stored(state)[_KEY] = {"args": {}, "attributes": {"run": self._run}}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.way == "gradients" and self.regularizer is not None:
+            self.regularizer.add_gradients_()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A search saves into directories of which callbacks know nothing.
+        if self.regularizer is None or not args.should_save or state.is_hyper_param_search:
+            return
+        directory = _checkpoint(args, state)
+        if not directory.is_dir():
+            logger.warning(
+                "%s is not there, so the state of the regulariser was not saved: training cannot "
+                "resume from this checkpoint.",
+                directory,
+            )
+            return
+        path = directory / FILE
+        part = path.with_name(f"{FILE}.{os.getpid()}")
+        saved = {
+            "run": self._run,
+            "global_step": state.global_step,
+            "regularizer": self.regularizer.state_dict(),
+        }
+        try:
+            torch.save(saved, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.regularizer is not None:
+            self.regularizer.detach()
+
+    def _refuse(self, args: TrainingArguments) -> None:
+        if args.deepspeed_plugin is not None:
+            raise ValueError(
+                "`deepspeed` must be off: it steps copies of the weights that wellcond does not "
+                "see. Train without it."
+            )
+        if self.way == "gradients" and args.fp16 and not args.max_grad_norm > 0:
+            # Some versions of the Trainer unscale only in order to clip.
+            raise ValueError(
+                '`way="gradients"` must see unscaled gradients, but with fp16 and '
+                f"max_grad_norm={args.max_grad_norm} they may still be scaled. "
+                'Take way="proximal", bf16, or a max_grad_norm above 0.'
+            )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without the wrappers that put a prefix before its names."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _stored(state: TrainerState) -> dict[str, Any]:
+    """What trainer_state.json holds of callbacks by name; its annotation says another thing."""
+    return cast(dict[str, Any], state.stateful_callbacks)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    """The saved state of the Regularizer where a training resumes; None where it starts.
+
+    The Trainer does not say which directory it resumes from. It has loaded the trainer state of
+    that checkpoint, though, and in there lies the mark of the file that was written with it.
+    """
+    mark = _stored(state).get(_KEY)
+    if state.global_step == 0:
+        if mark is not None:
+            raise ValueError(
+                "`callbacks` must hold one RegularizerCallback, but there is a second. "
+                "Put the penalties of both into one mapping of patterns."
+            )
+        return None
+    if mark is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but the one of step "
+            f"{state.global_step} was saved without this callback. To start the penalty now, load "
+            "its weights alone and train without resuming."
+        )
+    # Not used by the Trainer itself; the place to say where a checkpoint outside output_dir lies.
+    given = args.resume_from_checkpoint
+    places = [Path(given)] if isinstance(given, str) else []
+    places.append(_checkpoint(args, state))
+    for path in (place / FILE for place in places):
+        if path.is_file():
+            saved = _read(path)
+            if (saved["run"], saved["global_step"]) == (
+                mark["attributes"]["run"],
+                state.global_step,
+            ):
+                state_dict: dict[str, Any] = saved["regularizer"]
+                return state_dict
+    raise ValueError(
+        f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but "
+        f"{' and '.join(str(place / FILE) for place in places)} is missing or belongs to another "
+        "checkpoint. A run that is killed while saving leaves none: resume from the checkpoint "
+        "before. If the checkpoint lies outside output_dir, give its directory as "
+        "TrainingArguments(resume_from_checkpoint=...) too."
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in ("run", "global_step", "regularizer")}
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Resume from the checkpoint before."
+        ) from None
