@@ -1,0 +1,420 @@
+"""What the callback for Lightning promises: a fit equals the loop by hand, and resumes bit for bit.
+
+By the trainer itself, on the digits, on the CPU.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from training import (
+    BATCH,
+    BLOCK,
+    EVERY,
+    PENALTIES,
+    assert_same,
+    cross_entropy,
+    digits,
+    net,
+    optimizer_of,
+    scheduler_of,
+    train_by_hand,
+)
+
+lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+from wellcond.integrations.lightning import RegularizerCallback  # noqa: E402
+
+# What Lightning advises for larger jobs, and what torch deprecates in it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
+]
+
+WAYS = ["proximal", "gradients"]
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.lr = 1e-2
+        self.fail_at = -1
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if index == self.fail_at:
+            raise RuntimeError("on purpose")
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optimizer_of(self)
+        return [optimizer], [{"scheduler": scheduler_of(optimizer), "interval": "step"}]
+
+
+class Validated(Module):
+    def validation_step(self, batch: Any, index: int) -> None:
+        assert not self.net.training
+
+
+class TwoOptimizers(Module):
+    """Each weight with an optimizer of its own, which Lightning leaves to manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[index].parameters(), 0.1) for index in (0, 2)]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def loader(count: int = 96) -> Any:
+    return DataLoader(TensorDataset(*digits(count)), BATCH)
+
+
+def trainer(tmp_path: Path, *callbacks: Any, **options: Any) -> Any:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+        **{"max_epochs": 2, **quiet, **options},
+    )
+
+
+def callback(way: str) -> RegularizerCallback:
+    return RegularizerCallback(PENALTIES[way], way=way, every=EVERY, block=BLOCK)
+
+
+# --- a fit equals the loop by hand ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("clip", [0.0, 0.2], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 5])  # with 5 of 12 batches the last cycle is short
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fit_equals_the_loop_by_hand(
+    tmp_path: Path, way: str, accumulate: int, clip: float, bf16: bool
+) -> None:
+    """On the gradients the penalty is added before they are clipped."""
+    module, added = Module(), callback(way)
+    trainer(
+        tmp_path,
+        added,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        precision="bf16-mixed" if bf16 else "32-true",
+    ).fit(module, loader())
+    expected = Module()
+    reg = train_by_hand(
+        expected.net,
+        way,
+        accumulate=accumulate,
+        clip=clip,
+        penalty_is_clipped=True,
+        bf16=bf16,
+        named=expected,
+    )
+    assert_same(module.state_dict(), expected.state_dict())
+    assert_same(added.regularizer.state_dict(), reg.state_dict())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_penalty_and_its_place_before_clipping_show(way: str) -> None:
+    """Else the comparisons above would compare nothing."""
+    results = []
+    for penalty_is_clipped, given in ((True, way), (False, way), (True, None)):
+        model = net()
+        train_by_hand(model, given, clip=0.2, penalty_is_clipped=penalty_is_clipped)
+        results.append(model[0].weight.detach())
+    clipped, unclipped, without = results
+    assert (clipped - without).abs().max() > 1e-3
+    assert torch.equal(clipped, unclipped) == (way == "proximal")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_validation_and_the_sanity_check_change_nothing(tmp_path: Path, way: str) -> None:
+    module, added = Validated(), callback(way)
+    trainer(tmp_path, added, num_sanity_val_steps=2).fit(module, loader(), loader(16))
+    expected = Module()
+    train_by_hand(expected.net, way, named=expected)
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+def train_two_by_hand(module: TwoOptimizers, attached: bool) -> None:
+    optimizers = module.configure_optimizers()
+    way = "proximal" if attached else "gradients"
+    reg = wc.Regularizer(module, PENALTIES[way], block=BLOCK)
+    if attached:
+        for optimizer in optimizers:
+            reg.attach(optimizer, every=EVERY)
+    for x, y in loader():
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        cross_entropy(module.net, x, y, bf16=False).backward()
+        if not attached:
+            reg.add_gradients_()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_proximal_steps_follow_every_optimizer_that_holds_a_weight(tmp_path: Path) -> None:
+    module, added = TwoOptimizers(), callback("proximal")
+    trainer(tmp_path, added, max_epochs=1).fit(module, loader())
+    expected = TwoOptimizers()
+    train_two_by_hand(expected, attached=True)
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+def test_gradients_with_several_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'`way="gradients"` needs a single optimizer.*but 2 do'):
+        trainer(tmp_path, callback("gradients")).fit(TwoOptimizers(), loader())
+
+
+def test_one_callback_per_optimizer_adds_to_the_gradients_of_each(tmp_path: Path) -> None:
+    module = TwoOptimizers()
+    callbacks = [
+        RegularizerCallback({pattern: penalty, "*": None}, way="gradients", block=BLOCK)
+        for pattern, penalty in PENALTIES["gradients"].items()
+    ]
+    assert callbacks[0].state_key != callbacks[1].state_key
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
+    expected = TwoOptimizers()
+    train_two_by_hand(expected, attached=False)
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first: bool) -> None:
+    """It trains and restores within on_fit_start, whatever the order of the callbacks."""
+    finder, added = LearningRateFinder(num_training_steps=4), callback("proximal")
+    callbacks = [added, finder] if first else [finder, added]
+    module = Module()
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_fit_equals_one_that_was_not_interrupted(tmp_path: Path, way: str) -> None:
+    """Twelve batches an epoch in cycles of two: six steps, and with every=4 two are pending."""
+
+    def make() -> RegularizerCallback:
+        return RegularizerCallback(PENALTIES[way], way=way, every=4, block=BLOCK)
+
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    whole, added = Module(), make()
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer(tmp_path, added, keep, **options).fit(whole, loader())
+    module, resumed = Module(), make()
+    trainer(tmp_path, resumed, **options).fit(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert_same(module.state_dict(), whole.state_dict())
+    assert_same(resumed.regularizer.state_dict(), added.regularizer.state_dict())
+    assert resumed.regularizer.measure()["net.0.weight"].step == 18
+
+
+def test_a_checkpoint_of_a_finished_fit_resumes(tmp_path: Path) -> None:
+    """Detached, the regulariser still is what the checkpoint saves."""
+    whole, added = Module(), callback("proximal")
+    trainer(tmp_path, added, max_epochs=2).fit(whole, loader(80))
+    module, first = Module(), callback("proximal")
+    short = trainer(tmp_path, first, max_epochs=1)
+    short.fit(module, loader(80))
+    short.save_checkpoint(tmp_path / "one.ckpt")
+    # Nothing is left to do, and nothing is lost.
+    idle = trainer(tmp_path, callback("proximal"), max_epochs=1)
+    idle.fit(Module(), loader(80), ckpt_path=tmp_path / "one.ckpt")
+    idle.save_checkpoint(tmp_path / "again.ckpt")
+    second, resumed = Module(), callback("proximal")
+    trainer(tmp_path, resumed, max_epochs=2).fit(
+        second, loader(80), ckpt_path=tmp_path / "again.ckpt"
+    )
+    assert_same(second.state_dict(), whole.state_dict())
+    assert_same(resumed.regularizer.state_dict(), added.regularizer.state_dict())
+
+
+def test_a_checkpoint_without_the_state_is_refused(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, max_epochs=1)
+    plain.fit(Module(), loader())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="`ckpt_path` must hold the state of this callback"):
+        trainer(tmp_path, callback("proximal")).fit(
+            Module(), loader(), ckpt_path=tmp_path / "plain.ckpt"
+        )
+    # Validating it is no training.
+    trainer(tmp_path, callback("proximal")).validate(
+        Validated(), loader(), ckpt_path=tmp_path / "plain.ckpt"
+    )
+
+
+def test_validating_a_checkpoint_does_not_change_what_a_fit_starts_from(tmp_path: Path) -> None:
+    first = trainer(tmp_path, callback("proximal"), max_epochs=1)
+    first.fit(Module(), loader())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    added = callback("proximal")
+    trainer(tmp_path, added).validate(Validated(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    module = Module()
+    trainer(tmp_path, added, max_epochs=1).fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+def test_strengths_may_change_when_a_training_resumes() -> None:
+    weak = RegularizerCallback({"net.0.*": wc.Condition(1.0), "*": None})
+    strong = RegularizerCallback({"net.0.*": wc.Condition(10.0), "*": None})
+    assert weak.state_key == strong.state_key
+
+
+# --- what it leaves behind ------------------------------------------------------------------------
+
+
+class Optimizers(Callback):
+    """Keeps what the trainer drops at the end."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen = list(trainer.optimizers)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_fit_starts_afresh_and_the_first_is_detached(tmp_path: Path, way: str) -> None:
+    added, optimizers = callback(way), Optimizers()
+    for _ in range(2):
+        module = Module()
+        trainer(tmp_path, optimizers, added).fit(module, loader())
+        assert added.regularizer.attachments == []
+        assert not optimizers.seen[0]._optimizer_step_post_hooks
+        expected = Module()
+        reg = train_by_hand(expected.net, way, named=expected)
+        assert_same(module.state_dict(), expected.state_dict())
+        assert_same(added.regularizer.state_dict(), reg.state_dict())
+
+
+def test_a_trainer_may_go_on_with_the_same_module(tmp_path: Path) -> None:
+    module, added = Module(), callback("proximal")
+    again = trainer(tmp_path, added, max_epochs=1)
+    again.fit(module, loader())
+    again.fit_loop.max_epochs = 2
+    again.fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+def test_an_exception_detaches(tmp_path: Path) -> None:
+    module, added, optimizers = Module(), callback("proximal"), Optimizers()
+    module.fail_at = 5
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(tmp_path, optimizers, added).fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 5
+    assert added.regularizer.attachments == []
+    assert not optimizers.seen[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
+    """The same keys, modes, hooks and random numbers as a fit without the callback."""
+    seen = []
+    for callbacks in ([], [callback(way)]):
+        module = Module()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
+            state = torch.get_rng_state()
+        hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
+        modes = [m.training for m in module.modules()]
+        seen.append((list(module.state_dict()), modes, hooks, state.tolist()))
+    assert seen[0] == seen[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_another_way_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'`way` must be "proximal" or "gradients", got \'loss\''):
+        RegularizerCallback(wc.Condition(1.0), way="loss")
+
+
+def test_what_the_regularizer_refuses_stops_the_fit(tmp_path: Path) -> None:
+    added = RegularizerCallback({"head.*": wc.Condition(1.0), "*": None})
+    with pytest.raises(ValueError, match=r'the pattern "head\.\*" matches no parameter'):
+        trainer(tmp_path, added).fit(Module(), loader())
+
+
+def test_an_optimizer_without_a_regularised_weight_is_refused(tmp_path: Path) -> None:
+    class Biases(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([self.net[0].bias], 0.1)
+
+    for way in WAYS:
+        with pytest.raises(ValueError, match=r"none of its 1 holds any of net\.0\.weight"):
+            trainer(tmp_path, callback(way)).fit(Biases(), loader())
+
+
+def test_gradients_that_a_fused_optimizer_unscales_are_refused() -> None:
+    """Mixed precision in float16 needs a GPU: the hook is called as the trainer would."""
+    module = Module()
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    optimizer._step_supports_amp_scaling = True
+    plugin = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
+    fake: Any = SimpleNamespace(strategy=None, optimizers=[optimizer], precision_plugin=plugin)
+    with pytest.raises(ValueError, match="a fused AdamW unscales them within its step"):
+        callback("gradients").on_train_start(fake, module)
+    added = callback("proximal")
+    added.on_train_start(fake, module)
+    assert len(added.regularizer.attachments) == 1
+
+
+def test_deepspeed_is_refused() -> None:
+    fake: Any = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
+    with pytest.raises(ValueError, match="`strategy` must not be DeepSpeed"):
+        callback("proximal").on_train_start(fake, Module())
+
+
+# --- imports --------------------------------------------------------------------------------------
+
+WITHOUT = """
+import sys, types
+sys.modules["lightning"] = sys.modules["lightning.pytorch"] = None
+for name in ("pytorch_lightning", "pytorch_lightning.strategies"):
+    sys.modules[name] = types.ModuleType(name) if {old} else None
+    if {old}:
+        sys.modules[name].Callback = sys.modules[name].DeepSpeedStrategy = type(name, (), {{}})
+try:
+    from wellcond.integrations.lightning import RegularizerCallback
+    print(RegularizerCallback.__base__.__name__)
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["pytorch_lightning", "neither"])
+def test_without_lightning_it_takes_pytorch_lightning_or_says_what_to_install(old: bool) -> None:
+    code = [sys.executable, "-c", WITHOUT.format(old=old)]
+    out = subprocess.run(code, capture_output=True, text=True, check=True).stdout
+    assert ("pytorch_lightning" if old else "pip install 'wellcond[lightning]'") in out
