@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import wellcond as wc
@@ -32,8 +32,9 @@ logger = logging.getLogger("wellcond")
 
 FILE = "wellcond.pt"
 # Under this key trainer_state.json says which file belongs to it. Not the name of a class: the
-# Trainer makes callbacks anew from what lies under theirs.
+# Trainer may make a callback anew from what lies under its name.
 _KEY = "wellcond"
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RegularizerCallback(TrainerCallback):
@@ -49,8 +50,9 @@ class RegularizerCallback(TrainerCallback):
       the loss alone, and the norm that the Trainer logs does not contain the penalty.
 
     There is no third way for the penalty in the loss: `loss + reg()` belongs into `compute_loss`,
-    with a `Regularizer` of your own. It is then scaled as the loss is: divided by the number of
-    batches in a cycle, or by nothing where the loss is divided by a number of tokens before.
+    with a `Regularizer` of your own. The Trainer divides that loss by the number of batches in a
+    cycle, unless the model has divided by the number of items in the whole cycle, as models of
+    transformers do: then the penalty counts once per batch, not once per step.
 
     The weights are chosen when training begins, under the names of the model without wrappers. What
     is frozen then stays without a penalty. Every `train` starts afresh, unless it resumes. Take one
@@ -59,7 +61,8 @@ class RegularizerCallback(TrainerCallback):
     The state goes to `wellcond.pt` in every checkpoint, and training resumes bit for bit. It is
     looked for in `TrainingArguments(resume_from_checkpoint=...)`, then in
     `output_dir/checkpoint-<step>`, and taken only if it belongs to the very checkpoint that the
-    Trainer has loaded. In a hyperparameter search no state is saved.
+    Trainer has loaded, and if the weights are those that were saved. In a hyperparameter search no
+    state is saved.
 
     The Trainer does not tell callbacks of an exception: after one, the optimizer stays attached
     until the next `train`, or `callback.regularizer.detach()`.
@@ -76,7 +79,8 @@ class RegularizerCallback(TrainerCallback):
     Raises:
         ValueError: another way. When training begins: what `Regularizer` and `attach` refuse;
             DeepSpeed; a second callback; "gradients" with fp16 and no clipping. When it resumes: a
-            checkpoint without a `wellcond.pt` of its own, or a damaged one.
+            checkpoint without a `wellcond.pt` of its own, or a damaged one; weights that the
+            Trainer has not restored.
 
     Example:
         >>> import wellcond as wc
@@ -102,10 +106,12 @@ class RegularizerCallback(TrainerCallback):
         self._end()
         self.regularizer = None
         self._refuse(args)
-        regularizer = wc.Regularizer(_bare(kwargs["model"]), self.penalties, block=self.block)
+        model = _bare(kwargs["model"])
+        regularizer = wc.Regularizer(model, self.penalties, block=self.block)
         saved = _resumed(args, state)
         if saved is not None:
-            regularizer.load_state_dict(saved)
+            _refuse_other_weights(saved["checksums"], _checksums(regularizer, model))
+            regularizer.load_state_dict(saved["regularizer"])
         if self.way == "proximal":
             optimizer = kwargs["optimizer"]
             if isinstance(optimizer, AcceleratedOptimizer):
@@ -126,7 +132,16 @@ class RegularizerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A search saves into directories of which callbacks know nothing.
-        if self.regularizer is None or not args.should_save or state.is_hyper_param_search:
+        if self.regularizer is None or state.is_hyper_param_search:
+            return
+        # In every process, as sharded weights may need them all; then one writes.
+        saved = {
+            "run": self._run,
+            "global_step": state.global_step,
+            "checksums": _checksums(self.regularizer, _bare(kwargs["model"])),
+            "regularizer": self.regularizer.state_dict(),
+        }
+        if not args.should_save:
             return
         directory = _checkpoint(args, state)
         if not directory.is_dir():
@@ -138,11 +153,6 @@ class RegularizerCallback(TrainerCallback):
             return
         path = directory / FILE
         part = path.with_name(f"{FILE}.{os.getpid()}")
-        saved = {
-            "run": self._run,
-            "global_step": state.global_step,
-            "regularizer": self.regularizer.state_dict(),
-        }
         try:
             torch.save(saved, part)
             os.replace(part, path)
@@ -193,8 +203,33 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
+def _checksums(regularizer: wc.Regularizer, model: nn.Module) -> dict[str, Tensor]:
+    """The bits of every regularised weight, added up; those of sharded weights are left out."""
+    sums = {}
+    for name in regularizer.names:
+        # A name is that of a parameter, or of a part of one after a colon.
+        parameter = name.partition(":")[0]
+        weight = model.get_parameter(parameter).detach()
+        if not hasattr(weight, "to_local"):
+            bits = weight.contiguous().view(_BITS[weight.element_size()])
+            sums[f"{parameter} {weight.dtype}"] = bits.sum(dtype=torch.int64).cpu()
+    return sums
+
+
+def _refuse_other_weights(saved: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """The Trainer only warns where it has not restored a weight, as names differ in the file."""
+    other = [key for key in found if key in saved and not torch.equal(found[key], saved[key])]
+    if other:
+        raise ValueError(
+            f"`resume_from_checkpoint` must restore the weights, but {len(other)} are not what was "
+            f"saved, {other[0].split()[0]} among them. Some versions of transformers save a model "
+            "under other names than those from which they resume, and only warn of missing keys. "
+            "Make the model by from_pretrained(checkpoint), then resume from that checkpoint."
+        )
+
+
 def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
-    """The saved state of the Regularizer where a training resumes; None where it starts.
+    """What `on_save` has written where a training resumes; None where it starts.
 
     The Trainer does not say which directory it resumes from. It has loaded the trainer state of
     that checkpoint, though, and in there lies the mark of the file that was written with it.
@@ -220,12 +255,8 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
     for path in (place / FILE for place in places):
         if path.is_file():
             saved = _read(path)
-            if (saved["run"], saved["global_step"]) == (
-                mark["attributes"]["run"],
-                state.global_step,
-            ):
-                state_dict: dict[str, Any] = saved["regularizer"]
-                return state_dict
+            if saved["run"] == mark["attributes"]["run"]:
+                return saved
     raise ValueError(
         f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but "
         f"{' and '.join(str(place / FILE) for place in places)} is missing or belongs to another "
@@ -238,7 +269,7 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
 def _read(path: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: saved[key] for key in ("run", "global_step", "regularizer")}
+        return {key: saved[key] for key in ("run", "checksums", "regularizer")}
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is damaged: {error}. Resume from the checkpoint before."
