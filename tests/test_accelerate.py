@@ -61,10 +61,7 @@ class Loop:
         optimizer = optimizer_of(model)
         loader = DataLoader(TensorDataset(*digits(count)), BATCH)
         self.model, self.optimizer, self.scheduler, self.loader = self.accelerator.prepare(
-            model,
-            optimizer,
-            scheduler_of(optimizer),
-            DataLoader(TensorDataset(*digits(count)), BATCH),
+            model, optimizer, scheduler_of(optimizer), loader
         )
         if way == "proximal":
             self.reg.attach(self.optimizer.optimizer, every=every)

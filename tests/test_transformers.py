@@ -36,6 +36,8 @@ from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
 from wellcond.integrations.transformers import FILE, RegularizerCallback  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+
 WAYS = ["proximal", "gradients"]
 
 
