@@ -26,6 +26,7 @@ from training import (
     optimizer_of,
     scheduler_of,
     train_by_hand,
+    train_in_two_processes,
 )
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
@@ -101,10 +102,9 @@ def trainer(tmp_path: Path, *callbacks: Any, **options: Any) -> Any:
     }
     return lightning.Trainer(
         accelerator="cpu",
-        devices=1,
         default_root_dir=tmp_path,
         callbacks=list(callbacks),
-        **{"max_epochs": 2, **quiet, **options},
+        **{"devices": 1, "max_epochs": 2, **quiet, **options},
     )
 
 
@@ -219,6 +219,12 @@ def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first:
     module = Module()
     trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
     assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
+    """By DistributedDataParallel, in both ways; the names have no prefix."""
+    written = train_in_two_processes("lightning", tmp_path)
+    assert written.count("['net.0.weight', 'net.2.weight']") == 4
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -359,6 +365,11 @@ def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
 def test_another_way_is_refused() -> None:
     with pytest.raises(ValueError, match=r'`way` must be "proximal" or "gradients", got \'loss\''):
         RegularizerCallback(wc.Condition(1.0), way="loss")
+
+
+def test_lightning_refuses_a_second_callback_of_the_same_patterns_and_way(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="Found more than one stateful callback"):
+        trainer(tmp_path, callback("proximal"), callback("proximal"))
 
 
 def test_what_the_regularizer_refuses_stops_the_fit(tmp_path: Path) -> None:

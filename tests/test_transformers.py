@@ -27,6 +27,7 @@ from training import (
     optimizer_of,
     scheduler_of,
     train_by_hand,
+    train_in_two_processes,
 )
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -158,6 +159,12 @@ def test_names_have_no_prefix_of_a_wrapper(tmp_path: Path) -> None:
         state: Any = SimpleNamespace(global_step=0, stateful_callbacks={})
         added.on_train_begin(args, state, None, model=wrapped, optimizer=optimizer_of(model))
         assert added.regularizer.names == ["net.0.weight", "net.2.weight"]
+
+
+def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
+    """By DistributedDataParallel, in both ways; and resume from what one wrote."""
+    written = train_in_two_processes("transformers", tmp_path)
+    assert written.count("['net.0.weight', 'net.2.weight']") == 4
 
 
 # --- resuming -------------------------------------------------------------------------------------

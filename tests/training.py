@@ -1,7 +1,11 @@
 """Training a small net on the digits by hand: what the trainers of other libraries must equal."""
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +111,18 @@ def assert_same(actual: object, expected: object) -> None:
     assert list(actual) == list(expected)
     for key in expected:
         assert_same(actual[key], expected[key])
+
+
+def train_in_two_processes(library: str, path: Path) -> str:
+    """What `two_processes.py` writes; an assertion that fails in one of them ends both."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).with_name("two_processes.py"))
+    done = subprocess.run(
+        [sys.executable, *launch, script, library, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr

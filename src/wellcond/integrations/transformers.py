@@ -51,7 +51,7 @@ class RegularizerCallback(TrainerCallback):
 
     There is no third way for the penalty in the loss: `loss + reg()` belongs into `compute_loss`,
     with a `Regularizer` of your own. The Trainer divides that loss by the number of batches in a
-    cycle, unless the model has divided by the number of items in the whole cycle, as models of
+    cycle, unless the model has divided by the number of items in the whole cycle, as most models of
     transformers do: then the penalty counts once per batch, not once per step.
 
     The weights are chosen when training begins, under the names of the model without wrappers. What
