@@ -211,6 +211,30 @@ def test_one_callback_per_optimizer_adds_to_the_gradients_of_each(tmp_path: Path
     assert_same(module.state_dict(), expected.state_dict())
 
 
+class Finder(LearningRateFinder):
+    """Looks in the midst of a training, as Lightning's documentation proposes; changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(num_training_steps=4, update_attr=False)
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.global_step == 12:
+            self.lr_find(trainer, pl_module)
+
+
+def test_what_a_learning_rate_finder_trains_in_between_is_undone(tmp_path: Path) -> None:
+    """It steps the attached optimizer, then restores the checkpoint it has written."""
+    module, added = Module(), callback("proximal")
+    trainer(tmp_path, added, Finder(), max_epochs=2).fit(module, loader())
+    expected = Module()
+    reg = train_by_hand(expected.net, "proximal", named=expected)
+    assert_same(module.state_dict(), expected.state_dict())
+    assert_same(added.regularizer.state_dict(), reg.state_dict())
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first: bool) -> None:
     """It trains and restores within on_fit_start, whatever the order of the callbacks."""
@@ -280,6 +304,19 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, callback("proximal")).validate(
         Validated(), loader(), ckpt_path=tmp_path / "plain.ckpt"
     )
+
+
+def test_a_state_that_does_not_fit_leaves_nothing_attached(tmp_path: Path) -> None:
+    first = trainer(tmp_path, callback("proximal"), max_epochs=1)
+    first.fit(Module(), loader())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    wider = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block=BLOCK + 1)
+    optimizers = Optimizers()
+    with pytest.raises(ValueError, match="with the model and the block with which the state was"):
+        trainer(tmp_path, optimizers, wider).fit(
+            Module(), loader(), ckpt_path=tmp_path / "one.ckpt"
+        )
+    assert not optimizers.seen[0]._optimizer_step_post_hooks
 
 
 def test_validating_a_checkpoint_does_not_change_what_a_fit_starts_from(tmp_path: Path) -> None:

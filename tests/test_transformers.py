@@ -260,6 +260,16 @@ def test_a_checkpoint_outside_output_dir_is_found_where_the_arguments_say(
     assert steps(added) == {12}
 
 
+def test_the_file_of_another_step_is_not_taken(tmp_path: Path, saved: Path) -> None:
+    """Nor does a directory that the arguments name by mistake hide the right one."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    added, checkpoint = vit_callback(), tmp_path / "checkpoint-10"
+    model = ViTForImageClassification.from_pretrained(checkpoint)
+    options = {**RESUMABLE, "resume_from_checkpoint": str(tmp_path / "checkpoint-5")}
+    trainer(tmp_path, model, added, **options).train(resume_from_checkpoint=str(checkpoint))
+    assert steps(added) == {12}
+
+
 def test_the_file_of_another_run_is_not_taken(tmp_path: Path, saved: Path) -> None:
     """output_dir may hold a checkpoint of the same step that is not the one resumed."""
     whole(tmp_path, vit_callback())

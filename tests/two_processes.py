@@ -36,14 +36,15 @@ def transformers(way: str, path: Path) -> None:
     import test_transformers as t
 
     model, added = t.Classifier(), t.callback(way)
-    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 1, "save_strategy": "epoch"}
+    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    options |= {"save_strategy": "steps", "save_steps": 2}
     used = t.trainer(path, model, added, ddp_backend="gloo", **options)
     used.train()
     assert_alike(model.net[0].weight)
     assert t.steps(added) == {3}
     again = t.Classifier()
     used = t.trainer(path, again, t.callback(way), ddp_backend="gloo", **options)
-    used.train(resume_from_checkpoint=str(path / "checkpoint-3"))
+    used.train(resume_from_checkpoint=str(path / "checkpoint-2"))
     assert torch.equal(again.net[0].weight, model.net[0].weight)
     assert type(used.model_wrapped).__name__ == "DistributedDataParallel"
     print(added.regularizer.names, file=sys.stderr)
@@ -53,3 +54,6 @@ if __name__ == "__main__":
     library, directory = sys.argv[1:]
     for way in ("proximal", "gradients"):
         {"lightning": lightning, "transformers": transformers}[library](way, Path(directory, way))
+    # Threads of gloo that still run when the interpreter ends abort it.
+    dist.barrier()
+    dist.destroy_process_group()

@@ -83,6 +83,7 @@ class RegularizerCallback(Callback):
         self.block = block
         self.regularizer: wc.Regularizer | None = None
         self._training = False
+        self._holders: list[Optimizer] = []
         # Lightning restores callbacks before there is a Regularizer.
         self._loaded: dict[str, Any] | None = None
         self._ignore_next = False
@@ -113,24 +114,25 @@ class RegularizerCallback(Callback):
                 f"but none of its {len(trainer.optimizers)} holds any of "
                 f"{', '.join(regularizer.names)}. Choose other weights with patterns."
             )
-        if self.way == "proximal":
-            for optimizer in holders:
-                regularizer.attach(optimizer, every=self.every)
-        else:
+        if self.way == "gradients":
             _refuse_gradients(trainer, holders)
         if self._loaded is not None:
             regularizer.load_state_dict(self._loaded)
             self._loaded = None
+        # From here on on_exception detaches what is attached.
         self.regularizer = regularizer
         self._training = True
+        self._holders = holders
+        if self.way == "proximal":
+            for optimizer in holders:
+                regularizer.attach(optimizer, every=self.every)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if self.way != "gradients" or self.regularizer is None:
-            return
         # Other optimizers step weights without a penalty.
-        if _holders(self.regularizer, pl_module, [optimizer]):
+        held = any(optimizer is holder for holder in self._holders)
+        if self.way == "gradients" and held and self.regularizer is not None:
             self.regularizer.add_gradients_()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,6 +145,7 @@ class RegularizerCallback(Callback):
 
     def _end(self) -> None:
         self._training = False
+        self._holders = []
         if self.regularizer is not None:
             self.regularizer.detach()
 

@@ -248,6 +248,7 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
             f"{state.global_step} was saved without this callback. To start the penalty now, load "
             "its weights alone and train without resuming."
         )
+    run = mark["attributes"]["run"]
     # Not used by the Trainer itself; the place to say where a checkpoint outside output_dir lies.
     given = args.resume_from_checkpoint
     places = [Path(given)] if isinstance(given, str) else []
@@ -255,7 +256,7 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
     for path in (place / FILE for place in places):
         if path.is_file():
             saved = _read(path)
-            if saved["run"] == mark["attributes"]["run"]:
+            if (saved["run"], saved["global_step"]) == (run, state.global_step):
                 return saved
     raise ValueError(
         f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but "
@@ -269,7 +270,7 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
 def _read(path: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: saved[key] for key in ("run", "checksums", "regularizer")}
+        return {key: saved[key] for key in ("run", "global_step", "checksums", "regularizer")}
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is damaged: {error}. Resume from the checkpoint before."
