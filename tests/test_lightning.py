@@ -227,10 +227,11 @@ class Finder(LearningRateFinder):
 
 def test_what_a_learning_rate_finder_trains_in_between_is_undone(tmp_path: Path) -> None:
     """It steps the attached optimizer, then restores the checkpoint it has written."""
-    module, added = Module(), callback("proximal")
-    trainer(tmp_path, added, Finder(), max_epochs=2).fit(module, loader())
+    module, added, finder = Module(), callback("proximal"), Finder()
+    trainer(tmp_path, added, finder, max_epochs=3).fit(module, loader())
+    assert finder.optimal_lr.results["lr"]  # it has trained
     expected = Module()
-    reg = train_by_hand(expected.net, "proximal", named=expected)
+    reg = train_by_hand(expected.net, "proximal", epochs=3, named=expected)
     assert_same(module.state_dict(), expected.state_dict())
     assert_same(added.regularizer.state_dict(), reg.state_dict())
 
