@@ -32,6 +32,7 @@ from training import (
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
@@ -166,6 +167,45 @@ def test_validation_and_the_sanity_check_change_nothing(tmp_path: Path, way: str
     expected = Module()
     train_by_hand(expected.net, way, named=expected)
     assert_same(module.state_dict(), expected.state_dict())
+
+
+def in_float16(scale: float) -> MixedPrecision:
+    """Not chosen by Lightning on a CPU, where it works all the same."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_scaler_does_not_scale_the_penalty(tmp_path: Path, way: str) -> None:
+    """Nor do the steps that it skips count, of which there are some at this scale."""
+    scale = 2.0**24
+    module, added = Module(), callback(way)
+    used = trainer(tmp_path, added, plugins=[in_float16(scale)], gradient_clip_val=0.2)
+    used.fit(module, loader())
+    expected = Module()
+    optimizer = optimizer_of(expected)
+    scheduler = scheduler_of(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    reg = wc.Regularizer(expected, PENALTIES[way], block=BLOCK)
+    if way == "proximal":
+        reg.attach(optimizer, every=EVERY)
+    for _ in range(2):
+        for x, y in loader():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.cross_entropy(expected.net(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if way == "gradients":
+                reg.add_gradients_()
+            nn.utils.clip_grad_norm_(expected.parameters(), 0.2)
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+    assert_same(module.state_dict(), expected.state_dict())
+    assert_same(added.regularizer.state_dict(), reg.state_dict())
+    if way == "proximal":
+        assert 0 < added.regularizer.measure()["net.0.weight"].step < 24
 
 
 def train_two_by_hand(module: TwoOptimizers, attached: bool) -> None:
@@ -426,18 +466,17 @@ def test_an_optimizer_without_a_regularised_weight_is_refused(tmp_path: Path) ->
             trainer(tmp_path, callback(way)).fit(Biases(), loader())
 
 
-def test_gradients_that_a_fused_optimizer_unscales_are_refused() -> None:
-    """Mixed precision in float16 needs a GPU: the hook is called as the trainer would."""
-    module = Module()
-    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
-    optimizer._step_supports_amp_scaling = True
-    plugin = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
-    fake: Any = SimpleNamespace(strategy=None, optimizers=[optimizer], precision_plugin=plugin)
+def test_gradients_that_a_fused_optimizer_unscales_are_refused(tmp_path: Path) -> None:
+    class Fused(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), fused=True)
+
+    plugins = [in_float16(2.0**10)]
     with pytest.raises(ValueError, match="a fused AdamW unscales them within its step"):
-        callback("gradients").on_train_start(fake, module)
+        trainer(tmp_path, callback("gradients"), plugins=plugins).fit(Fused(), loader())
     added = callback("proximal")
-    added.on_train_start(fake, module)
-    assert len(added.regularizer.attachments) == 1
+    trainer(tmp_path, added, max_epochs=1, plugins=plugins).fit(Fused(), loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
 
 
 def test_deepspeed_is_refused() -> None:
