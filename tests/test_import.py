@@ -73,3 +73,9 @@ def test_experiments_see_only_public_names() -> None:
 def test_public_names_exist_and_have_docstrings() -> None:
     for name in wellcond.__all__:
         assert getattr(wellcond, name).__doc__, name
+
+
+def test_integrations_see_only_public_names() -> None:
+    for path in (SOURCE / "integrations").glob("*.py"):
+        for name in imported(path):
+            assert name == "wellcond" or name.startswith("wellcond.integrations"), path

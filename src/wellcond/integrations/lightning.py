@@ -1,0 +1,210 @@
+"""A callback for Lightning: the penalty of a `Regularizer` in `Trainer.fit`.
+
+Works with `lightning`, and with `pytorch_lightning` where that alone is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.optimizer import Optimizer
+
+import wellcond as wc
+from wellcond.integrations._ways import Penalties, checked_way
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+else:
+    try:
+        from lightning.pytorch import Callback
+        from lightning.pytorch.strategies import DeepSpeedStrategy
+    except ImportError:
+        try:
+            from pytorch_lightning import Callback
+            from pytorch_lightning.strategies import DeepSpeedStrategy
+        except ImportError:
+            raise ImportError(
+                "this callback needs Lightning: pip install 'wellcond[lightning]'."
+            ) from None
+
+
+class RegularizerCallback(Callback):
+    """Regularises the weights of a LightningModule while it is trained.
+
+    Two ways:
+
+    - "proximal": a proximal step after every few steps of the optimizers that hold a regularised
+      weight, by `Regularizer.attach`. It comes after the optimizer's step: neither clipping nor
+      the scaling of the loss touches it. Steps that a GradScaler skips do not count.
+    - "gradients": `Regularizer.add_gradients_` in `on_before_optimizer_step`, once per optimizer
+      step: after the gradients are accumulated and unscaled, before they are clipped. What is
+      clipped is the sum of both gradients.
+
+    There is no third way for the penalty in the loss: `loss + reg()` belongs into `training_step`,
+    with a `Regularizer` of your own. Lightning divides that loss by `accumulate_grad_batches`, so
+    the penalty counts once over full cycles, and less in a short one at the end of an epoch.
+
+    The weights are chosen when training starts, after the sanity check, under the names that the
+    module gives them. What is frozen then stays without a penalty. Every `fit` starts afresh,
+    unless it resumes: the state is in Lightning's checkpoints, and `fit(..., ckpt_path=...)` goes
+    on bit for bit. Two callbacks may be used together if they differ in patterns or way.
+
+    Args:
+        penalties: one penalty, or patterns to penalties, as for `Regularizer`.
+        way: "proximal" or "gradients".
+        every: for "proximal": a step after every so many optimizer steps, as for `attach`.
+        block: the width of the leading subspace, as for `Regularizer`.
+
+    Attributes:
+        regularizer: the `Regularizer`; None before training starts, kept when it ends.
+
+    Raises:
+        ValueError: another way. When training starts: what `Regularizer` and `attach` refuse; no
+            optimizer that holds a regularised weight; for "gradients" several of them, or a
+            GradScaler with an optimizer that unscales for itself; DeepSpeed. When it resumes: a
+            checkpoint without the state of this callback.
+
+    Example:
+        >>> import wellcond as wc
+        >>> from wellcond.integrations.lightning import RegularizerCallback
+        >>> callback = RegularizerCallback({"head.*": wc.Condition(100), "*": None}, every=5)
+        >>> callback.regularizer is None  # trainer = Trainer(callbacks=[callback]) comes next
+        True
+    """
+
+    def __init__(
+        self, penalties: Penalties, *, way: str = "proximal", every: int = 10, block: int = 32
+    ) -> None:
+        self.penalties = penalties
+        self.way = checked_way(way)
+        self.every = every
+        self.block = block
+        self.regularizer: wc.Regularizer | None = None
+        self._training = False
+        self._holders: list[Optimizer] = []
+        # Lightning restores callbacks before there is a Regularizer.
+        self._loaded: dict[str, Any] | None = None
+        self._ignore_next = False
+
+    @property
+    def state_key(self) -> str:
+        """Patterns and way, not strengths: those may change when a training resumes."""
+        patterns = list(self.penalties) if isinstance(self.penalties, Mapping) else ["*"]
+        return self._generate_state_key(way=self.way, patterns=patterns)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._end()
+            self.regularizer = None
+
+    # Not on_fit_start: learning rate finders run there, and DeepSpeed and FSDP restore after it.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "`strategy` must not be DeepSpeed, which steps copies of the weights that wellcond "
+                "does not see. Train with another strategy."
+            )
+        regularizer = wc.Regularizer(pl_module, self.penalties, block=self.block)
+        holders = _holders(regularizer, pl_module, trainer.optimizers)
+        if not holders:
+            raise ValueError(
+                "`configure_optimizers` must return an optimizer that holds a regularised weight, "
+                f"but none of its {len(trainer.optimizers)} holds any of "
+                f"{', '.join(regularizer.names)}. Choose other weights with patterns."
+            )
+        if self.way == "gradients":
+            _refuse_gradients(trainer, holders)
+        if self._loaded is not None:
+            regularizer.load_state_dict(self._loaded)
+            self._loaded = None
+        # From here on on_exception detaches what is attached.
+        self.regularizer = regularizer
+        self._training = True
+        self._holders = holders
+        if self.way == "proximal":
+            for optimizer in holders:
+                regularizer.attach(optimizer, every=self.every)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        # Other optimizers step weights without a penalty.
+        held = any(optimizer is holder for holder in self._holders)
+        if self.way == "gradients" and held and self.regularizer is not None:
+            self.regularizer.add_gradients_()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._training = False
+        self._holders = []
+        if self.regularizer is not None:
+            self.regularizer.detach()
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the Regularizer; never empty, as Lightning drops what is."""
+        if self.regularizer is None:
+            return {"regularizer": self._loaded}
+        return {"regularizer": self.regularizer.state_dict()}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Looks whether the state is there; Lightning hands it to `load_state_dict` next."""
+        # Testing a checkpoint must not change what a later fit starts from.
+        self._ignore_next = trainer.state.fn != "fit"
+        saved = checkpoint.get("callbacks", {})
+        if not self._ignore_next and self.state_key not in saved:
+            raise ValueError(
+                f'`ckpt_path` must hold the state of this callback, "{self.state_key}", but has '
+                f"{list(saved)}. Resume with the patterns and the way with which it was saved; to "
+                "start the penalty now, load the weights alone and call fit without ckpt_path."
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._ignore_next:
+            self._ignore_next = False
+        elif self._training and self.regularizer is not None:
+            self.regularizer.load_state_dict(state_dict["regularizer"])
+        else:
+            self._loaded = state_dict["regularizer"]
+
+
+def _holders(
+    regularizer: wc.Regularizer, module: LightningModule, optimizers: list[Optimizer]
+) -> list[Optimizer]:
+    """The optimizers that step a regularised weight."""
+    # A name is that of a parameter, or of a part of one after a colon.
+    weights = {id(module.get_parameter(name.partition(":")[0])) for name in regularizer.names}
+    return [
+        optimizer
+        for optimizer in optimizers
+        if any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
+    ]
+
+
+def _refuse_gradients(trainer: Trainer, holders: list[Optimizer]) -> None:
+    """Where a penalty on the gradients would count more than once, or at the wrong scale."""
+    if len(holders) > 1:
+        raise ValueError(
+            '`way="gradients"` needs a single optimizer that holds regularised weights, but '
+            f"{len(holders)} do, and each would add the penalty of all. "
+            'Take way="proximal", or one callback per optimizer with patterns for its weights.'
+        )
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and getattr(holders[0], "_step_supports_amp_scaling", False):
+        raise ValueError(
+            '`way="gradients"` must see unscaled gradients, but a fused '
+            f"{type(holders[0]).__name__} unscales them within its step. "
+            'Take way="proximal", or an optimizer with fused=False.'
+        )

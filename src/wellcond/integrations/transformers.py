@@ -1,0 +1,277 @@
+"""A callback for the Trainer of transformers: the penalty of a `Regularizer` in `Trainer.train`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import wellcond as wc
+from wellcond.integrations._ways import Penalties, checked_way
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers.trainer_callback import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError:
+    raise ImportError(
+        "this callback needs the Trainer of transformers: pip install 'wellcond[transformers]'."
+    ) from None
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger("wellcond")
+
+FILE = "wellcond.pt"
+# Under this key trainer_state.json says which file belongs to it. Not the name of a class: the
+# Trainer may make a callback anew from what lies under its name.
+_KEY = "wellcond"
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class RegularizerCallback(TrainerCallback):
+    """Regularises the weights of a model while a transformers Trainer trains it.
+
+    Two ways:
+
+    - "proximal": a proximal step after every few steps of the optimizer, by `Regularizer.attach`.
+      It comes after the optimizer's step: neither clipping nor the scaling of the loss touches it.
+      Steps that a GradScaler skips do not count.
+    - "gradients": `Regularizer.add_gradients_` in `on_pre_optimizer_step`, once per optimizer step:
+      after the gradients are accumulated, unscaled and clipped. What is clipped is the gradient of
+      the loss alone, and the norm that the Trainer logs does not contain the penalty.
+
+    There is no third way for the penalty in the loss: `loss + reg()` belongs into `compute_loss`,
+    with a `Regularizer` of your own. The Trainer divides that loss by the number of batches in a
+    cycle, unless the model has divided by the number of items in the whole cycle, as most models of
+    transformers do: then the penalty counts once per batch, not once per step.
+
+    The weights are chosen when training begins, under the names of the model without wrappers. What
+    is frozen then stays without a penalty. Every `train` starts afresh, unless it resumes. Take one
+    callback per Trainer; several penalties go into one mapping of patterns.
+
+    The state goes to `wellcond.pt` in every checkpoint, and training resumes bit for bit. It is
+    looked for in `TrainingArguments(resume_from_checkpoint=...)`, then in
+    `output_dir/checkpoint-<step>`, and taken only if it belongs to the very checkpoint that the
+    Trainer has loaded, and if the weights are those that were saved. In a hyperparameter search no
+    state is saved.
+
+    The Trainer does not tell callbacks of an exception: after one, the optimizer stays attached
+    until the next `train`, or `callback.regularizer.detach()`.
+
+    Args:
+        penalties: one penalty, or patterns to penalties, as for `Regularizer`.
+        way: "proximal" or "gradients".
+        every: for "proximal": a step after every so many optimizer steps, as for `attach`.
+        block: the width of the leading subspace, as for `Regularizer`.
+
+    Attributes:
+        regularizer: the `Regularizer`; None before training begins, kept when it ends.
+
+    Raises:
+        ValueError: another way. When training begins: what `Regularizer` and `attach` refuse;
+            DeepSpeed; a second callback; "gradients" with fp16 and no clipping. When it resumes: a
+            checkpoint without a `wellcond.pt` of its own, or a damaged one; weights that the
+            Trainer has not restored.
+
+    Example:
+        >>> import wellcond as wc
+        >>> from wellcond.integrations.transformers import RegularizerCallback
+        >>> callback = RegularizerCallback({"*.query.weight": wc.Condition(100), "*": None})
+        >>> callback.regularizer is None  # trainer = Trainer(..., callbacks=[callback]) comes next
+        True
+    """
+
+    def __init__(
+        self, penalties: Penalties, *, way: str = "proximal", every: int = 10, block: int = 32
+    ) -> None:
+        self.penalties = penalties
+        self.way = checked_way(way)
+        self.every = every
+        self.block = block
+        self.regularizer: wc.Regularizer | None = None
+        self._run = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+        self.regularizer = None
+        self._refuse(args)
+        model = _bare(kwargs["model"])
+        regularizer = wc.Regularizer(model, self.penalties, block=self.block)
+        saved = _resumed(args, state)
+        if saved is not None:
+            _refuse_other_weights(saved["checksums"], _checksums(regularizer, model))
+            regularizer.load_state_dict(saved["regularizer"])
+        if self.way == "proximal":
+            optimizer = kwargs["optimizer"]
+            if isinstance(optimizer, AcceleratedOptimizer):
+                optimizer = optimizer.optimizer
+            regularizer.attach(optimizer, every=self.every)
+        self.regularizer = regularizer
+        # Two runs may write the same checkpoint-<step>: this says which file is whose.
+        self._run = uuid.uuid4().hex
+        _stored(state)[_KEY] = {"args": {}, "attributes": {"run": self._run}}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.way == "gradients" and self.regularizer is not None:
+            self.regularizer.add_gradients_()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A search saves into directories of which callbacks know nothing.
+        if self.regularizer is None or state.is_hyper_param_search:
+            return
+        # In every process, as sharded weights may need them all; then one writes.
+        saved = {
+            "run": self._run,
+            "global_step": state.global_step,
+            "checksums": _checksums(self.regularizer, _bare(kwargs["model"])),
+            "regularizer": self.regularizer.state_dict(),
+        }
+        if not args.should_save:
+            return
+        directory = _checkpoint(args, state)
+        if not directory.is_dir():
+            logger.warning(
+                "%s is not there, so the state of the regulariser was not saved: training cannot "
+                "resume from this checkpoint.",
+                directory,
+            )
+            return
+        path = directory / FILE
+        part = path.with_name(f"{FILE}.{os.getpid()}")
+        try:
+            torch.save(saved, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.regularizer is not None:
+            self.regularizer.detach()
+
+    def _refuse(self, args: TrainingArguments) -> None:
+        if args.deepspeed_plugin is not None:
+            raise ValueError(
+                "`deepspeed` must be off: it steps copies of the weights that wellcond does not "
+                "see. Train without it."
+            )
+        if self.way == "gradients" and args.fp16 and not args.max_grad_norm > 0:
+            # Some versions of the Trainer unscale only in order to clip.
+            raise ValueError(
+                '`way="gradients"` must see unscaled gradients, but with fp16 and '
+                f"max_grad_norm={args.max_grad_norm} they may still be scaled. "
+                'Take way="proximal", bf16, or a max_grad_norm above 0.'
+            )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without the wrappers that put a prefix before its names."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _stored(state: TrainerState) -> dict[str, Any]:
+    """What trainer_state.json holds of callbacks by name; its annotation says another thing."""
+    return cast(dict[str, Any], state.stateful_callbacks)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _checksums(regularizer: wc.Regularizer, model: nn.Module) -> dict[str, Tensor]:
+    """The bits of every regularised weight, added up; those of sharded weights are left out."""
+    sums = {}
+    for name in regularizer.names:
+        # A name is that of a parameter, or of a part of one after a colon.
+        parameter = name.partition(":")[0]
+        weight = model.get_parameter(parameter).detach()
+        if not hasattr(weight, "to_local"):
+            bits = weight.contiguous().view(_BITS[weight.element_size()])
+            sums[f"{parameter} {weight.dtype}"] = bits.sum(dtype=torch.int64).cpu()
+    return sums
+
+
+def _refuse_other_weights(saved: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """The Trainer only warns where it has not restored a weight, as names differ in the file."""
+    other = [key for key in found if key in saved and not torch.equal(found[key], saved[key])]
+    if other:
+        raise ValueError(
+            f"`resume_from_checkpoint` must restore the weights, but {len(other)} are not what was "
+            f"saved, {other[0].split()[0]} among them. Some versions of transformers save a model "
+            "under other names than those from which they resume, and only warn of missing keys. "
+            "Make the model by from_pretrained(checkpoint), then resume from that checkpoint."
+        )
+
+
+def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    """What `on_save` has written where a training resumes; None where it starts.
+
+    The Trainer does not say which directory it resumes from. It has loaded the trainer state of
+    that checkpoint, though, and in there lies the mark of the file that was written with it.
+    """
+    mark = _stored(state).get(_KEY)
+    if state.global_step == 0:
+        if mark is not None:
+            raise ValueError(
+                "`callbacks` must hold one RegularizerCallback, but there is a second. "
+                "Put the penalties of both into one mapping of patterns."
+            )
+        return None
+    if mark is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but the one of step "
+            f"{state.global_step} was saved without this callback. To start the penalty now, load "
+            "its weights alone and train without resuming."
+        )
+    run = mark["attributes"]["run"]
+    # Not used by the Trainer itself; the place to say where a checkpoint outside output_dir lies.
+    given = args.resume_from_checkpoint
+    places = [Path(given)] if isinstance(given, str) else []
+    places.append(_checkpoint(args, state))
+    for path in (place / FILE for place in places):
+        if path.is_file():
+            saved = _read(path)
+            if (saved["run"], saved["global_step"]) == (run, state.global_step):
+                return saved
+    raise ValueError(
+        f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but "
+        f"{' and '.join(str(place / FILE) for place in places)} is missing or belongs to another "
+        "checkpoint. A run that is killed while saving leaves none: resume from the checkpoint "
+        "before. If the checkpoint lies outside output_dir, give its directory as "
+        "TrainingArguments(resume_from_checkpoint=...) too."
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in ("run", "global_step", "checksums", "regularizer")}
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Resume from the checkpoint before."
+        ) from None

@@ -1,0 +1,31 @@
+"""The programs on the pages of docs/ run as they stand, in an empty directory."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+# What a page needs besides wellcond and its experiments.
+NEEDS = {"lightning": "lightning", "transformers": "transformers", "accelerate": "accelerate"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert blocks, f"{page.name} shows no program"
+    need = NEEDS.get(page.stem)
+    if need and importlib.util.find_spec(need) is None:
+        pytest.skip(f"{need} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,509 @@
+"""What the callback for Lightning promises: a fit equals the loop by hand, and resumes bit for bit.
+
+By the trainer itself, on the digits, on the CPU.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from training import (
+    BATCH,
+    BLOCK,
+    EVERY,
+    PENALTIES,
+    assert_same,
+    cross_entropy,
+    digits,
+    net,
+    optimizer_of,
+    scheduler_of,
+    train_by_hand,
+    train_in_two_processes,
+)
+
+lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+from wellcond.integrations.lightning import RegularizerCallback  # noqa: E402
+
+# What Lightning advises for larger jobs, and what torch deprecates in it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
+]
+
+WAYS = ["proximal", "gradients"]
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.lr = 1e-2
+        self.fail_at = -1
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if index == self.fail_at:
+            raise RuntimeError("on purpose")
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optimizer_of(self)
+        return [optimizer], [{"scheduler": scheduler_of(optimizer), "interval": "step"}]
+
+
+class Validated(Module):
+    def validation_step(self, batch: Any, index: int) -> None:
+        assert not self.net.training
+
+
+class TwoOptimizers(Module):
+    """Each weight with an optimizer of its own, which Lightning leaves to manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[index].parameters(), 0.1) for index in (0, 2)]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def loader(count: int = 96) -> Any:
+    return DataLoader(TensorDataset(*digits(count)), BATCH)
+
+
+def trainer(tmp_path: Path, *callbacks: Any, **options: Any) -> Any:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return lightning.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+        **{"devices": 1, "max_epochs": 2, **quiet, **options},
+    )
+
+
+def callback(way: str) -> RegularizerCallback:
+    return RegularizerCallback(PENALTIES[way], way=way, every=EVERY, block=BLOCK)
+
+
+# --- a fit equals the loop by hand ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("clip", [0.0, 0.2], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 4])  # with 4 of 6 batches the last cycle is short
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fit_equals_the_loop_by_hand(
+    tmp_path: Path, way: str, accumulate: int, clip: float, bf16: bool
+) -> None:
+    """On the gradients the penalty is added before they are clipped."""
+    module, added = Module(), callback(way)
+    trainer(
+        tmp_path,
+        added,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        precision="bf16-mixed" if bf16 else "32-true",
+    ).fit(module, loader(48))
+    expected = Module()
+    reg = train_by_hand(
+        expected.net,
+        way,
+        count=48,
+        accumulate=accumulate,
+        clip=clip,
+        penalty_is_clipped=True,
+        bf16=bf16,
+        named=expected,
+    )
+    assert_same(module.state_dict(), expected.state_dict())
+    assert_same(added.regularizer.state_dict(), reg.state_dict())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_penalty_and_its_place_before_clipping_show(way: str) -> None:
+    """Else the comparisons above would compare nothing."""
+    results = []
+    for penalty_is_clipped, given in ((True, way), (False, way), (True, None)):
+        model = net()
+        train_by_hand(model, given, clip=0.2, penalty_is_clipped=penalty_is_clipped)
+        results.append(model[0].weight.detach())
+    clipped, unclipped, without = results
+    assert (clipped - without).abs().max() > 1e-3
+    assert torch.equal(clipped, unclipped) == (way == "proximal")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_validation_and_the_sanity_check_change_nothing(tmp_path: Path, way: str) -> None:
+    module, added = Validated(), callback(way)
+    trainer(tmp_path, added, num_sanity_val_steps=2).fit(module, loader(), loader(16))
+    expected = Module()
+    train_by_hand(expected.net, way, named=expected)
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+def in_float16(scale: float) -> MixedPrecision:
+    """Not chosen by Lightning on a CPU, where it works all the same."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_scaler_does_not_scale_the_penalty(tmp_path: Path, way: str) -> None:
+    """Nor do the steps that it skips count, of which there are some at this scale."""
+    scale = 2.0**24
+    module, added = Module(), callback(way)
+    used = trainer(tmp_path, added, plugins=[in_float16(scale)], gradient_clip_val=0.2)
+    used.fit(module, loader())
+    expected = Module()
+    optimizer = optimizer_of(expected)
+    scheduler = scheduler_of(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    reg = wc.Regularizer(expected, PENALTIES[way], block=BLOCK)
+    if way == "proximal":
+        reg.attach(optimizer, every=EVERY)
+    for _ in range(2):
+        for x, y in loader():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.cross_entropy(expected.net(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if way == "gradients":
+                reg.add_gradients_()
+            nn.utils.clip_grad_norm_(expected.parameters(), 0.2)
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+    assert_same(module.state_dict(), expected.state_dict())
+    assert_same(added.regularizer.state_dict(), reg.state_dict())
+    if way == "proximal":
+        assert 0 < added.regularizer.measure()["net.0.weight"].step < 24
+
+
+def train_two_by_hand(module: TwoOptimizers, attached: bool) -> None:
+    optimizers = module.configure_optimizers()
+    way = "proximal" if attached else "gradients"
+    reg = wc.Regularizer(module, PENALTIES[way], block=BLOCK)
+    if attached:
+        for optimizer in optimizers:
+            reg.attach(optimizer, every=EVERY)
+    for x, y in loader():
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        cross_entropy(module.net, x, y, bf16=False).backward()
+        if not attached:
+            reg.add_gradients_()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_proximal_steps_follow_every_optimizer_that_holds_a_weight(tmp_path: Path) -> None:
+    module, added = TwoOptimizers(), callback("proximal")
+    trainer(tmp_path, added, max_epochs=1).fit(module, loader())
+    expected = TwoOptimizers()
+    train_two_by_hand(expected, attached=True)
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+def test_gradients_with_several_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'`way="gradients"` needs a single optimizer.*but 2 do'):
+        trainer(tmp_path, callback("gradients")).fit(TwoOptimizers(), loader())
+
+
+def test_one_callback_per_optimizer_adds_to_the_gradients_of_each(tmp_path: Path) -> None:
+    module = TwoOptimizers()
+    callbacks = [
+        RegularizerCallback({pattern: penalty, "*": None}, way="gradients", block=BLOCK)
+        for pattern, penalty in PENALTIES["gradients"].items()
+    ]
+    assert callbacks[0].state_key != callbacks[1].state_key
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
+    expected = TwoOptimizers()
+    train_two_by_hand(expected, attached=False)
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+class Finder(LearningRateFinder):
+    """Looks in the midst of a training, as Lightning's documentation proposes; changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(num_training_steps=4, update_attr=False)
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.global_step == 12:
+            self.lr_find(trainer, pl_module)
+
+
+def test_what_a_learning_rate_finder_trains_in_between_is_undone(tmp_path: Path) -> None:
+    """It steps the attached optimizer, then restores the checkpoint it has written."""
+    module, added, finder = Module(), callback("proximal"), Finder()
+    trainer(tmp_path, added, finder, max_epochs=3).fit(module, loader())
+    assert finder.optimal_lr.results["lr"]  # it has trained
+    expected = Module()
+    reg = train_by_hand(expected.net, "proximal", epochs=3, named=expected)
+    assert_same(module.state_dict(), expected.state_dict())
+    assert_same(added.regularizer.state_dict(), reg.state_dict())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first: bool) -> None:
+    """It trains and restores within on_fit_start, whatever the order of the callbacks."""
+    finder, added = LearningRateFinder(num_training_steps=4), callback("proximal")
+    callbacks = [added, finder] if first else [finder, added]
+    module = Module()
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
+    """By DistributedDataParallel, in both ways; the names have no prefix."""
+    written = train_in_two_processes("lightning", tmp_path)
+    assert written.count("['net.0.weight', 'net.2.weight']") == 4
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_fit_equals_one_that_was_not_interrupted(tmp_path: Path, way: str) -> None:
+    """Twelve batches an epoch in cycles of two: six steps, and with every=4 two are pending."""
+
+    def make() -> RegularizerCallback:
+        return RegularizerCallback(PENALTIES[way], way=way, every=4, block=BLOCK)
+
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    whole, added = Module(), make()
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer(tmp_path, added, keep, **options).fit(whole, loader())
+    module, resumed = Module(), make()
+    trainer(tmp_path, resumed, **options).fit(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert_same(module.state_dict(), whole.state_dict())
+    assert_same(resumed.regularizer.state_dict(), added.regularizer.state_dict())
+    assert resumed.regularizer.measure()["net.0.weight"].step == 18
+
+
+def test_a_checkpoint_of_a_finished_fit_resumes(tmp_path: Path) -> None:
+    """Detached, the regulariser still is what the checkpoint saves."""
+    whole, added = Module(), callback("proximal")
+    trainer(tmp_path, added, max_epochs=2).fit(whole, loader(80))
+    module, first = Module(), callback("proximal")
+    short = trainer(tmp_path, first, max_epochs=1)
+    short.fit(module, loader(80))
+    short.save_checkpoint(tmp_path / "one.ckpt")
+    # Nothing is left to do, and nothing is lost.
+    idle = trainer(tmp_path, callback("proximal"), max_epochs=1)
+    idle.fit(Module(), loader(80), ckpt_path=tmp_path / "one.ckpt")
+    idle.save_checkpoint(tmp_path / "again.ckpt")
+    second, resumed = Module(), callback("proximal")
+    trainer(tmp_path, resumed, max_epochs=2).fit(
+        second, loader(80), ckpt_path=tmp_path / "again.ckpt"
+    )
+    assert_same(second.state_dict(), whole.state_dict())
+    assert_same(resumed.regularizer.state_dict(), added.regularizer.state_dict())
+
+
+def test_a_checkpoint_without_the_state_is_refused(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, max_epochs=1)
+    plain.fit(Module(), loader())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="`ckpt_path` must hold the state of this callback"):
+        trainer(tmp_path, callback("proximal")).fit(
+            Module(), loader(), ckpt_path=tmp_path / "plain.ckpt"
+        )
+    # Validating it is no training.
+    trainer(tmp_path, callback("proximal")).validate(
+        Validated(), loader(), ckpt_path=tmp_path / "plain.ckpt"
+    )
+
+
+def test_a_state_that_does_not_fit_leaves_nothing_attached(tmp_path: Path) -> None:
+    first = trainer(tmp_path, callback("proximal"), max_epochs=1)
+    first.fit(Module(), loader())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    wider = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block=BLOCK + 1)
+    optimizers = Optimizers()
+    with pytest.raises(ValueError, match="with the model and the block with which the state was"):
+        trainer(tmp_path, optimizers, wider).fit(
+            Module(), loader(), ckpt_path=tmp_path / "one.ckpt"
+        )
+    assert not optimizers.seen[0]._optimizer_step_post_hooks
+
+
+def test_validating_a_checkpoint_does_not_change_what_a_fit_starts_from(tmp_path: Path) -> None:
+    first = trainer(tmp_path, callback("proximal"), max_epochs=1)
+    first.fit(Module(), loader())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    added = callback("proximal")
+    trainer(tmp_path, added).validate(Validated(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    module = Module()
+    trainer(tmp_path, added, max_epochs=1).fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+def test_strengths_may_change_when_a_training_resumes() -> None:
+    weak = RegularizerCallback({"net.0.*": wc.Condition(1.0), "*": None})
+    strong = RegularizerCallback({"net.0.*": wc.Condition(10.0), "*": None})
+    assert weak.state_key == strong.state_key
+
+
+# --- what it leaves behind ------------------------------------------------------------------------
+
+
+class Optimizers(Callback):
+    """Keeps what the trainer drops at the end."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen = list(trainer.optimizers)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_fit_starts_afresh_and_the_first_is_detached(tmp_path: Path, way: str) -> None:
+    added, optimizers = callback(way), Optimizers()
+    for _ in range(2):
+        module = Module()
+        trainer(tmp_path, optimizers, added).fit(module, loader())
+        assert added.regularizer.attachments == []
+        assert not optimizers.seen[0]._optimizer_step_post_hooks
+        expected = Module()
+        reg = train_by_hand(expected.net, way, named=expected)
+        assert_same(module.state_dict(), expected.state_dict())
+        assert_same(added.regularizer.state_dict(), reg.state_dict())
+
+
+def test_a_trainer_may_go_on_with_the_same_module(tmp_path: Path) -> None:
+    module, added = Module(), callback("proximal")
+    again = trainer(tmp_path, added, max_epochs=1)
+    again.fit(module, loader())
+    again.fit_loop.max_epochs = 2
+    again.fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+def test_an_exception_detaches(tmp_path: Path) -> None:
+    module, added, optimizers = Module(), callback("proximal"), Optimizers()
+    module.fail_at = 5
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(tmp_path, optimizers, added).fit(module, loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 5
+    assert added.regularizer.attachments == []
+    assert not optimizers.seen[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
+    """The same keys, modes, hooks and random numbers as a fit without the callback."""
+    seen = []
+    for callbacks in ([], [callback(way)]):
+        module = Module()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
+            state = torch.get_rng_state()
+        hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
+        modes = [m.training for m in module.modules()]
+        seen.append((list(module.state_dict()), modes, hooks, state.tolist()))
+    assert seen[0] == seen[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_another_way_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'`way` must be "proximal" or "gradients", got \'loss\''):
+        RegularizerCallback(wc.Condition(1.0), way="loss")
+
+
+def test_lightning_refuses_a_second_callback_of_the_same_patterns_and_way(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="Found more than one stateful callback"):
+        trainer(tmp_path, callback("proximal"), callback("proximal"))
+
+
+def test_what_the_regularizer_refuses_stops_the_fit(tmp_path: Path) -> None:
+    added = RegularizerCallback({"head.*": wc.Condition(1.0), "*": None})
+    with pytest.raises(ValueError, match=r'the pattern "head\.\*" matches no parameter'):
+        trainer(tmp_path, added).fit(Module(), loader())
+
+
+def test_an_optimizer_without_a_regularised_weight_is_refused(tmp_path: Path) -> None:
+    class Biases(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([self.net[0].bias], 0.1)
+
+    for way in WAYS:
+        with pytest.raises(ValueError, match=r"none of its 1 holds any of net\.0\.weight"):
+            trainer(tmp_path, callback(way)).fit(Biases(), loader())
+
+
+def test_gradients_that_a_fused_optimizer_unscales_are_refused(tmp_path: Path) -> None:
+    class Fused(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), fused=True)
+
+    plugins = [in_float16(2.0**10)]
+    with pytest.raises(ValueError, match="a fused AdamW unscales them within its step"):
+        trainer(tmp_path, callback("gradients"), plugins=plugins).fit(Fused(), loader())
+    added = callback("proximal")
+    trainer(tmp_path, added, max_epochs=1, plugins=plugins).fit(Fused(), loader())
+    assert added.regularizer.measure()["net.0.weight"].step == 12
+
+
+def test_deepspeed_is_refused() -> None:
+    fake: Any = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
+    with pytest.raises(ValueError, match="`strategy` must not be DeepSpeed"):
+        callback("proximal").on_train_start(fake, Module())
+
+
+# --- imports --------------------------------------------------------------------------------------
+
+WITHOUT = """
+import sys, types
+sys.modules["lightning"] = sys.modules["lightning.pytorch"] = None
+for name in ("pytorch_lightning", "pytorch_lightning.strategies"):
+    sys.modules[name] = types.ModuleType(name) if {old} else None
+    if {old}:
+        sys.modules[name].Callback = sys.modules[name].DeepSpeedStrategy = type(name, (), {{}})
+try:
+    from wellcond.integrations.lightning import RegularizerCallback
+    print(RegularizerCallback.__base__.__name__)
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["pytorch_lightning", "neither"])
+def test_without_lightning_it_takes_pytorch_lightning_or_says_what_to_install(old: bool) -> None:
+    code = [sys.executable, "-c", WITHOUT.format(old=old)]
+    out = subprocess.run(code, capture_output=True, text=True, check=True).stdout
+    assert ("pytorch_lightning" if old else "pip install 'wellcond[lightning]'") in out

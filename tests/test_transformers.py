@@ -1,0 +1,399 @@
+"""What the callback for transformers promises: a training equals the loop by hand, and resumes.
+
+By the Trainer itself, on the digits, on the CPU.
+"""
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from training import (
+    BATCH,
+    BLOCK,
+    EVERY,
+    PENALTIES,
+    assert_same,
+    digits,
+    net,
+    optimizer_of,
+    scheduler_of,
+    train_by_hand,
+    train_in_two_processes,
+)
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
+
+from wellcond.integrations.transformers import FILE, RegularizerCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+
+WAYS = ["proximal", "gradients"]
+
+
+class Classifier(nn.Module):
+    def __init__(self, fail_at: int = -1) -> None:
+        super().__init__()
+        self.net = net()
+        self.calls, self.fail_at = 0, fail_at
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise ZeroDivisionError("on purpose")
+        return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
+
+
+def vit() -> Any:
+    """A model of the library itself, with dropout: it draws random numbers in every step."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    images = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = ViTConfig(num_hidden_layers=1, hidden_dropout_prob=0.1, **sizes, **images)
+        return ViTForImageClassification(config)
+
+
+def examples(count: int = 96, key: str = "x") -> list[dict[str, Tensor]]:
+    x, y = digits(count)
+    x = x if key == "x" else x.reshape(-1, 1, 8, 8)
+    return [{key: one, "labels": label} for one, label in zip(x, y, strict=True)]
+
+
+def trainer(tmp_path: Path, model: Any, *callbacks: Any, count: int = 96, **options: Any) -> Any:
+    quiet = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+    defaults = {
+        "use_cpu": True,
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 2,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+    }
+    optimizer = optimizer_of(model)
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(str(tmp_path), **{**quiet, **defaults, **options}),
+        train_dataset=examples(count, "x" if hasattr(model, "net") else "pixel_values"),
+        optimizers=(optimizer, scheduler_of(optimizer)),
+        callbacks=list(callbacks),
+    )
+
+
+def callback(way: str, every: int = EVERY) -> RegularizerCallback:
+    return RegularizerCallback(PENALTIES[way], way=way, every=every, block=BLOCK)
+
+
+def vit_callback(way: str = "proximal") -> RegularizerCallback:
+    penalties = {"*.0.*.weight": wc.Condition(20.0 if way == "proximal" else 0.1), "*": None}
+    return RegularizerCallback(penalties, way=way, every=4, block=BLOCK)
+
+
+def hooks(used: Any) -> int:
+    return len(used.optimizer.optimizer._optimizer_step_post_hooks)
+
+
+def steps(added: RegularizerCallback) -> set[int]:
+    return {estimate.step for estimate in added.regularizer.measure().values()}
+
+
+# --- a training equals the loop by hand -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("clip", [0.0, 0.2], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 4])  # with 4 of 6 batches the last cycle is short
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_equals_the_loop_by_hand(
+    tmp_path: Path, way: str, accumulate: int, clip: float, bf16: bool
+) -> None:
+    """On the gradients the penalty is added after they are clipped; short cycles are means."""
+    model, added = Classifier(), callback(way)
+    used = trainer(
+        tmp_path,
+        model,
+        added,
+        count=48,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=clip,
+        bf16=bf16,
+    )
+    used.train()
+    expected = Classifier()
+    reg = train_by_hand(
+        expected.net,
+        way,
+        count=48,
+        accumulate=accumulate,
+        short_cycle_is_a_mean=True,
+        clip=clip,
+        bf16=bf16,
+        named=expected,
+    )
+    assert_same(model.state_dict(), expected.state_dict())
+    assert_same(added.regularizer.state_dict(), reg.state_dict())
+    assert hooks(used) == 0
+
+
+def test_names_have_no_prefix_of_a_wrapper(tmp_path: Path) -> None:
+    """The Trainer hands out the model it was given, which may be compiled already."""
+    added = callback("proximal")
+    options = {"max_steps": 2, "torch_compile": True, "torch_compile_backend": "eager"}
+    trainer(tmp_path, Classifier(), added, **options).train()
+    assert added.regularizer.names == ["net.0.weight", "net.2.weight"]
+    assert steps(added) == {2}
+    model = Classifier()
+    args: Any = SimpleNamespace(deepspeed_plugin=None, fp16=False)
+    for wrapped in (torch.compile(model), nn.DataParallel(torch.compile(model))):
+        state: Any = SimpleNamespace(global_step=0, stateful_callbacks={})
+        added.on_train_begin(args, state, None, model=wrapped, optimizer=optimizer_of(model))
+        assert added.regularizer.names == ["net.0.weight", "net.2.weight"]
+
+
+def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
+    """By DistributedDataParallel, in both ways; and resume from what one wrote."""
+    written = train_in_two_processes("transformers", tmp_path)
+    assert written.count("['net.0.weight', 'net.2.weight']") == 4
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+# Five steps of six in the first epoch, in cycles of two batches: with every=4 one is pending.
+RESUMABLE = {
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 5,
+    "train_sampling_strategy": "random",
+    "max_grad_norm": 1.0,
+}
+
+
+def whole(path: Path, *callbacks: Any) -> Any:
+    """The model of a whole training, which leaves checkpoint-5, -10 and -12 in path."""
+    used = trainer(path, vit(), *callbacks, **RESUMABLE)
+    used.train()
+    return used.model
+
+
+def resumed(checkpoint: Path, added: RegularizerCallback, output: Path | None = None) -> Any:
+    """The model of a training that goes on from a checkpoint.
+
+    Its weights are loaded first: this Trainer does not restore a ViT, which it saves under names
+    of an older version.
+    """
+    model = ViTForImageClassification.from_pretrained(checkpoint)
+    used = trainer(output or checkpoint.parent, model, added, **RESUMABLE)
+    used.train(resume_from_checkpoint=str(checkpoint))
+    return used.model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the checkpoints of a proximal training; copy it to change it."""
+    path = tmp_path_factory.mktemp("saved")
+    whole(path, vit_callback())
+    return path
+
+
+@pytest.mark.parametrize("step", [5, 10])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_training_equals_one_that_was_not_interrupted(
+    tmp_path: Path, way: str, step: int
+) -> None:
+    added, again = vit_callback(way), vit_callback(way)
+    expected = whole(tmp_path, added)
+    model = resumed(tmp_path / f"checkpoint-{step}", again)
+    assert_same(model.state_dict(), expected.state_dict())
+    assert_same(again.regularizer.state_dict(), added.regularizer.state_dict())
+    assert steps(again) == {12}
+
+
+def test_a_resumed_training_can_be_resumed(tmp_path: Path) -> None:
+    """Each run marks its own checkpoints."""
+    expected = whole(tmp_path, vit_callback())
+    resumed(tmp_path / "checkpoint-5", vit_callback())
+    model = resumed(tmp_path / "checkpoint-10", vit_callback())
+    assert_same(model.state_dict(), expected.state_dict())
+
+
+def test_a_model_of_ones_own_resumes_without_loading_it_first(tmp_path: Path) -> None:
+    options = {**RESUMABLE, "save_steps": 4}
+    expected, model, again = Classifier(), Classifier(), callback("proximal")
+    trainer(tmp_path, expected, callback("proximal"), **options).train()
+    trainer(tmp_path, model, again, **options).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-8")
+    )
+    assert_same(model.state_dict(), expected.state_dict())
+    assert steps(again) == {12}
+
+
+def test_weights_that_the_trainer_has_not_restored_are_named(saved: Path, tmp_path: Path) -> None:
+    """The Trainer itself says so in a warning, and trains from random weights."""
+    used = trainer(tmp_path, vit(), vit_callback(), **RESUMABLE)
+    used.args.resume_from_checkpoint = str(saved / "checkpoint-5")
+    with pytest.raises(ValueError, match=r"6 are not what was saved, vit\.layers\.0"):
+        used.train(resume_from_checkpoint=used.args.resume_from_checkpoint)
+
+
+def test_a_checkpoint_outside_output_dir_is_found_where_the_arguments_say(
+    tmp_path: Path, saved: Path
+) -> None:
+    moved, output = tmp_path / "elsewhere", tmp_path / "output"
+    shutil.copytree(saved / "checkpoint-5", moved)
+    with pytest.raises(ValueError, match=r"outside output_dir, give its directory as Training"):
+        resumed(moved, vit_callback(), output)
+    added = vit_callback()
+    model = ViTForImageClassification.from_pretrained(moved)
+    options = {**RESUMABLE, "resume_from_checkpoint": str(moved)}
+    trainer(output, model, added, **options).train(resume_from_checkpoint=str(moved))
+    assert steps(added) == {12}
+
+
+def test_the_file_of_another_step_is_not_taken(tmp_path: Path, saved: Path) -> None:
+    """Nor does a directory that the arguments name by mistake hide the right one."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    added, checkpoint = vit_callback(), tmp_path / "checkpoint-10"
+    model = ViTForImageClassification.from_pretrained(checkpoint)
+    options = {**RESUMABLE, "resume_from_checkpoint": str(tmp_path / "checkpoint-5")}
+    trainer(tmp_path, model, added, **options).train(resume_from_checkpoint=str(checkpoint))
+    assert steps(added) == {12}
+
+
+def test_the_file_of_another_run_is_not_taken(tmp_path: Path, saved: Path) -> None:
+    """output_dir may hold a checkpoint of the same step that is not the one resumed."""
+    whole(tmp_path, vit_callback())
+    with pytest.raises(ValueError, match="is missing or belongs to another checkpoint"):
+        resumed(saved / "checkpoint-5", vit_callback(), tmp_path)
+
+
+def test_a_missing_or_damaged_file_is_named_with_the_way_out(tmp_path: Path, saved: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoint-5" / FILE
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"{path} is damaged.*Resume from the checkpoint before"):
+        resumed(path.parent, vit_callback())
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path} is missing.*resume from the checkpoint before"):
+        resumed(path.parent, vit_callback())
+
+
+def test_a_checkpoint_that_was_saved_without_the_callback_is_refused(tmp_path: Path) -> None:
+    whole(tmp_path)
+    with pytest.raises(ValueError, match="was saved without this callback"):
+        resumed(tmp_path / "checkpoint-5", vit_callback())
+
+
+def test_only_the_process_that_saves_writes_and_no_search_does(tmp_path: Path, caplog) -> None:
+    model = net()
+    added = callback("proximal")
+    added.regularizer = wc.Regularizer(model, wc.Condition(1.0))
+    cases = [(False, False, True), (True, True, True), (True, False, False)]
+    for saves, searches, present in cases:
+        directory = tmp_path / f"{saves}-{searches}"
+        args: Any = SimpleNamespace(should_save=saves, output_dir=str(directory))
+        state: Any = SimpleNamespace(global_step=7, is_hyper_param_search=searches)
+        if present:
+            (directory / "checkpoint-7").mkdir(parents=True)
+        with caplog.at_level(logging.WARNING, "wellcond"):
+            added.on_save(args, state, None, model=model)
+        assert not list(tmp_path.rglob(f"{FILE}*"))
+        assert ("was not saved" in caplog.text) == (not present)
+
+
+# --- what it leaves behind ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_training_starts_afresh(tmp_path: Path, way: str) -> None:
+    added = callback(way)
+    for _ in range(2):
+        model = Classifier()
+        trainer(tmp_path, model, added).train()
+        expected = Classifier()
+        reg = train_by_hand(expected.net, way, named=expected)
+        assert_same(model.state_dict(), expected.state_dict())
+        assert_same(added.regularizer.state_dict(), reg.state_dict())
+        assert added.regularizer.attachments == []
+
+
+def test_a_trainer_may_train_twice_also_after_an_exception(tmp_path: Path) -> None:
+    """The optimizer stays the same, and has one regulariser at a time."""
+    added = callback("proximal")
+    used = trainer(tmp_path, Classifier(fail_at=6), added, num_train_epochs=1)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        used.train()
+    assert steps(added) == {5}
+    assert hooks(used) == 1
+    for _ in range(2):
+        used.train()
+        assert steps(added) == {12}
+        assert hooks(used) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
+    """The same keys, modes, hooks, random numbers and files as a training without the callback."""
+    seen = []
+    for index, callbacks in enumerate(([], [vit_callback(way)])):
+        path = tmp_path / str(index)
+        with torch.random.fork_rng(devices=[]):
+            used = trainer(path, vit(), *callbacks, **RESUMABLE)
+            used.train()
+            state = torch.get_rng_state()
+        model = used.model
+        of_modules = [(m.training, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
+        files = {str(file.relative_to(path)) for file in path.rglob("*")}
+        seen.append((list(model.state_dict()), of_modules, state.tolist(), files))
+    assert seen[0][:3] == seen[1][:3]
+    assert seen[1][3] - seen[0][3] == {f"checkpoint-{step}/{FILE}" for step in (5, 10, 12)}
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_another_way_is_refused() -> None:
+    with pytest.raises(ValueError, match='`way` must be "proximal" or "gradients", got None'):
+        RegularizerCallback(wc.Condition(1.0), way=None)  # type: ignore[arg-type]
+
+
+def test_a_second_callback_is_refused(tmp_path: Path) -> None:
+    used = trainer(tmp_path, Classifier(), callback("proximal"), callback("gradients"))
+    with pytest.raises(ValueError, match="`callbacks` must hold one RegularizerCallback"):
+        used.train()
+
+
+def test_what_the_regularizer_refuses_stops_the_training(tmp_path: Path) -> None:
+    added = RegularizerCallback({"head.*": wc.Condition(1.0), "*": None})
+    with pytest.raises(ValueError, match=r'the pattern "head\.\*" matches no parameter'):
+        trainer(tmp_path, Classifier(), added).train()
+
+
+def test_deepspeed_and_gradients_that_may_be_scaled_are_refused() -> None:
+    """Both need a GPU: the hook is called as the Trainer would."""
+    args: Any = SimpleNamespace(deepspeed_plugin=object(), fp16=False, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="`deepspeed` must be off"):
+        callback("proximal").on_train_begin(args, None, None)
+    args = SimpleNamespace(deepspeed_plugin=None, fp16=True, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=r"with fp16 and max_grad_norm=0\.0 they may still be"):
+        callback("gradients").on_train_begin(args, None, None)
+
+
+def test_without_transformers_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "try: import wellcond.integrations.transformers\n"
+        "except ImportError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'wellcond[transformers]'" in out.stdout

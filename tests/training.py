@@ -1,0 +1,128 @@
+"""Training a small net on the digits by hand: what the trainers of other libraries must equal."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import wellcond as wc
+from wellcond.experiments import data
+
+BATCH = 8
+# Strong enough that every way moves the weights visibly within some ten steps.
+PENALTIES = {
+    "proximal": {"*0.weight": wc.Condition(20.0), "*2.weight": wc.Tikhonov(5.0)},
+    "gradients": {"*0.weight": wc.Condition(0.5), "*2.weight": wc.Tikhonov(0.1)},
+}
+EVERY, BLOCK = 3, 6
+
+
+# Parsing them takes longer than training on them.
+_load = functools.cache(data.load)
+
+
+def digits(count: int) -> tuple[Tensor, Tensor]:
+    images = _load("digits")
+    return images.x_train[:count], images.y_train[:count]
+
+
+def net() -> nn.Sequential:
+    """The same weights in every call; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), 1e-2)
+
+
+def scheduler_of(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """Another learning rate in every step, so that counting the wrong ones shows."""
+    return LambdaLR(optimizer, lambda step: 1 / (1 + 0.3 * step))
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = nn.functional.cross_entropy(model(x), y)
+    return loss
+
+
+def cycles(x: Tensor, y: Tensor, accumulate: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The batches of an epoch, as many as are accumulated at a time; the last may be fewer."""
+    batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    for start in range(0, len(batches), accumulate):
+        yield batches[start : start + accumulate]
+
+
+def train_by_hand(
+    model: nn.Module,
+    way: str | None,
+    *,
+    count: int = 96,
+    epochs: int = 2,
+    accumulate: int = 1,
+    short_cycle_is_a_mean: bool = False,
+    clip: float = 0.0,
+    penalty_is_clipped: bool = False,
+    bf16: bool = False,
+    named: nn.Module | None = None,
+) -> wc.Regularizer | None:
+    """A training loop with the Regularizer as the README shows it; None as the way: without one.
+
+    `named` is the module from which the weights have their names, if it is not the model.
+    """
+    optimizer = optimizer_of(model)
+    scheduler = scheduler_of(optimizer)
+    reg = None if way is None else wc.Regularizer(named or model, PENALTIES[way], block=BLOCK)
+    if reg is not None and way == "proximal":
+        reg.attach(optimizer, every=EVERY)
+    x, y = digits(count)
+    for _ in range(epochs):
+        for cycle in cycles(x, y, accumulate):
+            share = len(cycle) if short_cycle_is_a_mean else accumulate
+            optimizer.zero_grad()
+            for batch in cycle:
+                (cross_entropy(model, *batch, bf16) / share).backward()
+            if reg is not None and way == "gradients" and penalty_is_clipped:
+                reg.add_gradients_()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            if reg is not None and way == "gradients" and not penalty_is_clipped:
+                reg.add_gradients_()
+            optimizer.step()
+            scheduler.step()
+    return reg
+
+
+def assert_same(actual: object, expected: object) -> None:
+    """Bit for bit, through mappings of mappings of tensors."""
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        return
+    assert isinstance(expected, Mapping)
+    assert isinstance(actual, Mapping)
+    assert list(actual) == list(expected)
+    for key in expected:
+        assert_same(actual[key], expected[key])
+
+
+def train_in_two_processes(library: str, path: Path) -> str:
+    """What `two_processes.py` writes; an assertion that fails in one of them ends both."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).with_name("two_processes.py"))
+    done = subprocess.run(
+        [sys.executable, *launch, script, library, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
