@@ -128,7 +128,6 @@ def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path, way: str) -> None:
     assert {estimate.step for estimate in resumed.reg.measure().values()} == {18}
 
 
-@pytest.mark.xfail(raises=AttributeError, strict=True, reason="attach() does not look for it yet")
 def test_the_wrapper_itself_is_refused_with_the_way_out() -> None:
     """AcceleratedOptimizer is a torch optimizer by class, but has no hooks."""
     loop = Loop("gradients")

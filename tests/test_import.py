@@ -24,6 +24,8 @@ ROOMS = [
     "_estimates",
     "_selection",
     "_attachment",
+    "_report",
+    "_monitor",
     "_regularizer",
     "_page",
     "_audit",

@@ -3,6 +3,7 @@
 from wellcond._audit import AuditReport, Coverage, Finding, Grade, Status, audit
 from wellcond._bounds import Certificate, Interval, certify
 from wellcond._estimates import Estimate
+from wellcond._monitor import Monitor
 from wellcond._nearest import nearest
 from wellcond._penalties import (
     Condition,
@@ -29,6 +30,7 @@ __all__ = [
     "Finding",
     "Grade",
     "Interval",
+    "Monitor",
     "Regularizer",
     "Repair",
     "RepairReport",

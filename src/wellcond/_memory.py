@@ -9,8 +9,9 @@ Letters: S (..., m, n) a weight, or a stack of weights of one kind; k the width 
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,16 @@ class Memory:
         self.step = int(state["step"])
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
+
+
+@contextlib.contextmanager
+def quietly(memories: Sequence[Memory]) -> Iterator[None]:
+    """Outside of autograd, and in full precision under autocast."""
+    kind = memories[0].weight.parameter.device.type
+    cast = torch.amp.is_autocast_available(kind)
+    precise = torch.autocast(kind, enabled=False) if cast else contextlib.nullcontext()
+    with torch.no_grad(), precise:
+        yield
 
 
 class Look(NamedTuple):

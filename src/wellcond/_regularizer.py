@@ -9,7 +9,6 @@ Letters: S (m, n) a weight, nu = min(m, n), k the width of its block, eta the le
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +21,9 @@ from torch.optim.optimizer import Optimizer
 from wellcond._attachment import Attachment
 from wellcond._compiled import compiled_add_gradients_, compiled_penalty, register
 from wellcond._estimates import Estimate, estimates
-from wellcond._memory import Look, Memory, look
+from wellcond._memory import Look, Memory, look, quietly
 from wellcond._penalties import LowRankChange
+from wellcond._report import check_interval, report, send
 from wellcond._selection import Penalties, listed, select
 from wellcond._sharded import operator_of, refuse_flat_parameters, replicas_of
 from wellcond._weights import unwrapped
@@ -36,10 +36,7 @@ def _quietly(method: Callable[..., _Result]) -> Callable[..., _Result]:
 
     @functools.wraps(method)
     def wrapped(self: Regularizer, *args: Any, **kwargs: Any) -> _Result:
-        kind = self._entries[0].weight.parameter.device.type
-        cast = torch.amp.is_autocast_available(kind)
-        precise = torch.autocast(kind, enabled=False) if cast else contextlib.nullcontext()
-        with torch.no_grad(), precise:
+        with quietly(self._entries):
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -273,13 +270,14 @@ class Regularizer:
             ValueError: every < 1, no common weight, or a weight that is attached already.
             TypeError: not a torch optimizer.
         """
-        if not isinstance(optimizer, Optimizer):
+        # A wrapper may call itself an optimizer and yet have no hooks.
+        hooked = hasattr(optimizer, "_optimizer_step_post_hooks")
+        if not (isinstance(optimizer, Optimizer) and hooked):
             raise TypeError(
                 f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
                 "If it wraps one, attach to that: accelerate's is `optimizer.optimizer`."
             )
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be a whole number of at least 1, got {every!r}.")
+        check_interval(every)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         entries = [entry for entry in self._entries if id(entry.weight.parameter) in held]
         if not entries:
@@ -425,6 +423,52 @@ class Regularizer:
             0
         """
         return estimates(self._entries, self.block)
+
+    def log(
+        self,
+        target: Any,
+        step: int | None = None,
+        *,
+        every: int = 100,
+        layers: bool = False,
+        prefix: str = "wellcond",
+    ) -> dict[str, float] | None:
+        """Logs estimates at every so many steps; at the others it costs nothing.
+
+        By default a few aggregates and the worst five weights by name: the largest sigma_max, the
+        sum of the penalties at strength 1, the smallest and the median share of the stable rank,
+        ||S||_F^2/(nu sigma_max^2), which is 1 exactly for kappa = 1, shortened steps, and how many
+        weights could not be measured. One copy from the device.
+
+        Args:
+            target: TensorBoard's SummaryWriter, a run of wandb, a logger of Lightning, a
+                LightningModule, an Accelerator, or a callable (values, step).
+            step: of the training; by default the number of applications so far.
+            every: report when the step is a multiple of it.
+            layers: also the series of every weight.
+            prefix: before every name.
+
+        Returns:
+            What was logged by name, or None at a step without a report.
+
+        Raises:
+            ValueError: every < 1.
+            TypeError: a target that is none of these.
+
+        Example:
+            >>> import torch, wellcond as wc
+            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.Condition(0.1))
+            >>> values = reg.log(lambda values, step: None, step=200)
+            >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
+            True
+        """
+        check_interval(every)
+        step = max(entry.step for entry in self._entries) if step is None else step
+        if step % every:
+            return None
+        values = report(self.measure(), layers, prefix)
+        send(values, target, step)
+        return values
 
     # --- what is regularised ----------------------------------------------------------------------
 

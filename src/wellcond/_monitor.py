@@ -1,0 +1,93 @@
+"""Watching the weights of a model that is trained by others, or without a penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from wellcond._estimates import Estimate, estimates
+from wellcond._memory import Memory, look, quietly
+from wellcond._penalties import Condition, Penalty
+from wellcond._report import check_interval, report, send
+from wellcond._selection import select
+from wellcond._weights import unwrapped
+
+
+class Monitor:
+    """Measures the weights of a model while it trains, and changes nothing.
+
+    Every measurement costs three products of a weight with a few vectors, and one copy to the host
+    for all weights together. The vectors are kept, so that estimates sharpen from one measurement
+    to the next.
+
+    Args:
+        model: the model; wrappers of torch.compile and DistributedDataParallel are looked through.
+        patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
+        block: how many leading singular vectors are followed.
+        condition_numbers: measure kappa as well, in float64: an SVD or as much as one per weight.
+
+    Raises:
+        ValueError: a pattern matches nothing, or no weight is left.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10))
+        >>> monitor = wc.Monitor(model, condition_numbers=True)
+        >>> logged = {}
+        >>> _ = monitor.log(lambda values, step: logged.update(values), step=0)
+        >>> logged["wellcond/condition_number/largest"] >= 1
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        patterns: Sequence[str] = ("*",),
+        *,
+        block: int = 8,
+        condition_numbers: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        each = [patterns] if isinstance(patterns, str) else list(patterns)
+        penalties: dict[str, Penalty | None] = {pattern: Condition(0.0) for pattern in each}
+        chosen, self._skipped = select(unwrapped(model), penalties)
+        self.block = block
+        self.condition_numbers = condition_numbers
+        self._memories = [Memory(weight, penalty, block) for weight, penalty in chosen]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the watched weights."""
+        return [memory.name for memory in self._memories]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Every other parameter, and why it is not watched."""
+        return dict(self._skipped)
+
+    def measure(self) -> dict[str, Estimate]:
+        """An estimate for every weight, as from `Regularizer.measure`."""
+        with quietly(self._memories):
+            for seen in look(self._memories):
+                seen.remember()
+            return estimates(self._memories, self.block, self.condition_numbers)
+
+    def log(
+        self,
+        target: Any,
+        step: int,
+        *,
+        every: int = 100,
+        layers: bool = False,
+        prefix: str = "wellcond",
+    ) -> dict[str, float] | None:
+        """Logs as `Regularizer.log` does; at other steps than each `every`-th it costs nothing."""
+        check_interval(every)
+        if step % every:
+            return None
+        values = report(self.measure(), layers, prefix)
+        send(values, target, step)
+        return values

@@ -1,0 +1,81 @@
+"""From estimates to a log: a few aggregates and the worst weights by name.
+
+Hundreds of series slow a training and hide what matters, so the series of every weight are sent
+only on request.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from wellcond._estimates import Estimate
+
+WORST = 5
+
+
+def report(
+    estimates: Mapping[str, Estimate], layers: bool = False, prefix: str = "wellcond"
+) -> dict[str, float]:
+    """What is logged, by name; see `Regularizer.log`."""
+    sound = {name: e for name, e in estimates.items() if not e.status}
+    values: dict[str, float] = {"not_measurable": len(estimates) - len(sound)}
+    shortened = sum(e.shortened_steps for e in estimates.values())
+    if sound:
+        shares = {name: e.stable_rank / e.nu for name, e in sound.items()}
+        values |= {
+            "sigma_max/largest": max(e.sigma_max for e in sound.values()),
+            "penalty/sum": sum(e.penalty for e in sound.values()),
+            "stable_rank_share/smallest": min(shares.values()),
+            "stable_rank_share/median": statistics.median(shares.values()),
+            "shortened_steps": shortened,
+        }
+        kappas = {n: e.condition_number for n, e in sound.items() if e.condition_number is not None}
+        if kappas:
+            values["condition_number/largest"] = max(kappas.values())
+            values["condition_number/median"] = statistics.median(kappas.values())
+            worst = sorted(kappas, key=lambda name: -kappas[name])[:WORST]
+            values |= {f"worst/{name}/condition_number": kappas[name] for name in worst}
+        else:
+            worst = sorted(shares, key=lambda name: shares[name])[:WORST]
+            values |= {f"worst/{name}/stable_rank_share": shares[name] for name in worst}
+    if layers:
+        for name, e in estimates.items():
+            values[f"weights/{name}/sigma_max"] = e.sigma_max
+            values[f"weights/{name}/stable_rank_share"] = e.stable_rank / e.nu
+            values[f"weights/{name}/penalty"] = e.penalty
+            if e.condition_number is not None:
+                values[f"weights/{name}/condition_number"] = e.condition_number
+    return {f"{prefix}/{name}": float(value) for name, value in values.items()}
+
+
+def send(values: Mapping[str, float], target: Any, step: int) -> None:
+    """Hands the values to whatever logs.
+
+    Raises:
+        TypeError: the target has none of the known methods and cannot be called.
+    """
+    if hasattr(target, "add_scalar"):  # TensorBoard's SummaryWriter
+        for name, value in values.items():
+            target.add_scalar(name, value, step)
+    elif hasattr(target, "log_metrics"):  # a logger of Lightning
+        target.log_metrics(dict(values), step)
+    elif hasattr(target, "log_dict"):  # a LightningModule, which knows its step
+        target.log_dict({n: v for n, v in values.items() if math.isfinite(v)})
+    elif hasattr(target, "log"):  # a run of wandb, an Accelerator
+        target.log(dict(values), step=step)
+    elif callable(target):
+        target(dict(values), step)
+    else:
+        raise TypeError(
+            "`target` must have add_scalar, log_metrics, log_dict or log, or be a callable "
+            f"(values, step), got {type(target).__name__}."
+        )
+
+
+def check_interval(every: int) -> None:
+    """Raises unless it is a whole number of at least 1."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"`every` must be a whole number of at least 1, got {every!r}.")

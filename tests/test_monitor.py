@@ -1,0 +1,161 @@
+"""Logs and monitors: what is sent where, at what cost, and that nothing else changes."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from matrices import with_spectrum
+
+
+def net(layers: int = 8) -> nn.Sequential:
+    """Layers of condition numbers 2, 4, 8, ..."""
+    model = nn.Sequential(*(nn.Linear(12, 9) for _ in range(layers)))
+    with torch.no_grad():
+        for index, layer in enumerate(model):
+            sigma = torch.logspace(0, -(index + 1) * math.log10(2), 9, dtype=torch.float64)
+            layer.weight.copy_(with_spectrum(sigma.flip(0) / sigma[-1], 9, 12, index))
+    return model
+
+
+def truth(model: nn.Sequential, index: int) -> tuple[float, float, float]:
+    """sigma_1, the share of the stable rank, kappa."""
+    sigma = torch.linalg.svdvals(model[index].weight.detach().double())
+    share = float(sigma.square().sum() / sigma[0] ** 2 / 9)
+    return float(sigma[0]), share, float(sigma[0] / sigma[-1])
+
+
+@pytest.mark.parametrize("make", [wc.Regularizer, wc.Monitor])
+def test_aggregates_and_the_worst_five_are_those_of_the_weights(make: Any) -> None:
+    model = net()
+    what = make(model, wc.Condition(0.1)) if make is wc.Regularizer else make(model)
+    if make is wc.Regularizer:
+        for _ in range(30):
+            what()
+    values = what.log(lambda values, step: None, step=0)
+    expected = [truth(model, index) for index in range(8)]
+    largest = max(sigma for sigma, _, _ in expected)
+    assert math.isclose(values["wellcond/sigma_max/largest"], largest, rel_tol=1e-4)
+    smallest = min(share for _, share, _ in expected)
+    assert math.isclose(values["wellcond/stable_rank_share/smallest"], smallest, rel_tol=1e-4)
+    worst = [name.split("/")[2] for name in values if "/worst/" in name]
+    assert worst == ["7.weight", "6.weight", "5.weight", "4.weight", "3.weight"]
+    assert values["wellcond/not_measurable"] == 0
+    assert not any("/weights/" in name for name in values)
+    every = what.log(lambda values, step: None, step=0, layers=True)
+    assert sum("/weights/" in name for name in every) == 3 * 8
+
+
+def test_a_monitor_measures_condition_numbers_on_request() -> None:
+    model = net()
+    monitor = wc.Monitor(model, ["3.*", "5.weight"], condition_numbers=True)
+    assert monitor.names == ["3.weight", "5.weight"]
+    assert monitor.skipped["0.weight"] == "matched by no pattern"
+    estimates = monitor.measure()
+    for index, name in ((3, "3.weight"), (5, "5.weight")):
+        assert math.isclose(estimates[name].condition_number, truth(model, index)[2], rel_tol=1e-9)
+    values = monitor.log(lambda values, step: None, step=0)
+    assert math.isclose(values["wellcond/condition_number/largest"], truth(model, 5)[2])
+    assert values["wellcond/worst/5.weight/condition_number"] > 60
+
+
+def test_a_monitor_changes_nothing_and_sharpens() -> None:
+    model = net().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    monitor = wc.Monitor(model, "*", block=2)
+    first = monitor.measure()["0.weight"].residual
+    for _ in range(20):
+        last = monitor.measure()["0.weight"].residual
+    assert last < 0.1 * first or last < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_reports_come_at_the_interval_alone_and_default_to_the_own_count() -> None:
+    model = net(2)
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    reg.attach(optimizer)
+    steps = []
+    for _ in range(10):
+        optimizer.step()
+        reg.log(lambda values, step: steps.append(step), every=4)
+    assert steps == [4, 8]
+    with pytest.raises(ValueError, match="`every` must be a whole number"):
+        reg.log(print, every=0)
+
+
+def test_one_copy_to_the_host_per_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = wc.Monitor(net())
+    copies = []
+    for name in ("tolist", "item", "numpy", "__float__", "__bool__", "__int__"):
+        original = getattr(Tensor, name)
+
+        def counted(self: Tensor, name: str = name, original: Any = original) -> Any:
+            copies.append(name)
+            return original(self)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    monitor.log(lambda values, step: None, step=0)
+    assert copies == ["tolist"]
+
+
+def test_what_cannot_be_measured_is_counted_and_does_not_hide_the_rest() -> None:
+    model = net(3)
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[1].weight[0, 0] = math.nan
+    values = wc.Monitor(model, condition_numbers=True).log(lambda values, step: None, step=0)
+    assert values["wellcond/not_measurable"] == 2
+    assert math.isclose(values["wellcond/condition_number/largest"], truth(model, 2)[2])
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int | None]] = []
+
+
+class Wandb(Recorder):
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.calls += [(name, step) for name in values]
+
+
+class LightningLogger(Recorder):
+    def log_metrics(self, values: dict[str, float], step: int | None = None) -> None:
+        self.calls += [(name, step) for name in values]
+
+
+@pytest.mark.parametrize("target", [Wandb(), LightningLogger()])
+def test_anything_with_a_method_for_logs_is_taken(target: Any) -> None:
+    values = wc.Monitor(net(2)).log(target, 300)
+    assert target.calls == [(name, 300) for name in values]
+
+
+def test_tensorboard_gets_scalars(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is missing")
+    writer = tensorboard.SummaryWriter(str(tmp_path))
+    wc.Monitor(net(2)).log(writer, 100)
+    writer.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert "wellcond/sigma_max/largest" in events.Tags()["scalars"]
+    assert events.Scalars("wellcond/sigma_max/largest")[0].step == 100
+
+
+def test_what_cannot_log_is_refused_with_the_methods_it_should_have() -> None:
+    with pytest.raises(TypeError, match="add_scalar, log_metrics, log_dict or log"):
+        wc.Monitor(net(2)).log(3, 0)
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        wc.Monitor(3)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        wc.Monitor(net(2), ["x*"])
