@@ -29,3 +29,22 @@ def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    script = root / "examples" / "fsdp2.py"
+    assert f"```python\n{script.read_text()}```" in (root / "docs" / "distributed.md").read_text()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(script)),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Regularizer of 1 weights" in done.stdout
+    assert (tmp_path / "one" / ".metadata").exists()

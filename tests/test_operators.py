@@ -62,10 +62,22 @@ def test_a_transposed_view_is_updated_in_place() -> None:
     torch.testing.assert_close(stored, 2 * before + V @ U.mT)
 
 
-def test_nothing_is_taken_of_a_matrix_that_is_not_finite_where_its_factor_is_zero() -> None:
-    S = torch.full((20, 4), torch.nan, dtype=torch.bfloat16)  # the path in bands, as on a GPU
-    G = normal(20, 4, dtype=torch.bfloat16)
-    before = G.clone()
-    zero = torch.zeros((), dtype=torch.float32)
-    StoredMatrix(G).add_(zero, StoredMatrix(S), torch.zeros(20, 1), torch.zeros(4, 1))
-    torch.testing.assert_close(G, before, rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_of_a_matrix_that_is_not_finite_only_these_entries_reach_a_gradient(
+    dtype: torch.dtype,
+) -> None:
+    """On a device its factors are zero; the entries that stay are NaN in the weight already."""
+    S = normal(20, 4, dtype=dtype)
+    S[3, 1] = torch.nan
+    G = normal(20, 4, dtype=dtype)
+    expected = G.clone()
+    expected[3, 1] = torch.nan
+    for c in (torch.zeros(()), torch.zeros(1)):
+        one = G.clone()
+        if c.ndim:
+            StoredMatrix(one[None]).add_(
+                c, StoredMatrix(S[None]), torch.zeros(1, 20, 1), torch.zeros(1, 4, 1)
+            )
+        else:
+            StoredMatrix(one).add_(c, StoredMatrix(S), torch.zeros(20, 1), torch.zeros(4, 1))
+        torch.testing.assert_close(one, expected, rtol=0, atol=0, equal_nan=True)

@@ -218,6 +218,9 @@ class SeparateMatrices:
 
     def squared_frobenius_norm(self) -> Tensor:
         """||S||_F^2, one number a matrix."""
+        if len(self.shape) == 3 and all(type(S) is StoredMatrix for S in self.matrices):
+            norms = torch._foreach_norm([S.S for S in self.matrices], 2, self.dtype)
+            return torch.stack(norms).square()
         return self._each(lambda S: S.partial_squared_norm())
 
 

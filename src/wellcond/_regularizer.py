@@ -179,11 +179,11 @@ class Regularizer:
         active = self._active()
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
         at = self._positions(active)
-        for index, memory in enumerate(active):
-            c, U, V = factors[3 * index : 3 * index + 3]
+        cs, Us = (list(torch._foreach_mul(list(factors[i::3]), weight)) for i in (0, 1))
+        for memory, c, U, V in zip(active, cs, Us, factors[2::3], strict=True):
             S = memory.operator(parameters[at[memory.slot]])
             G = operator_of(memory.weight.view, gradients[at[memory.slot]])
-            G.add_(weight.to(c) * c, S, weight.to(U) * U, V)
+            G.add_(c, S, U, V)
         return gradients
 
     def add_gradients_(self) -> None:
