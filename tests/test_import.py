@@ -23,6 +23,7 @@ ROOMS = [
     "_compiled",
     "_estimates",
     "_selection",
+    "_passes",
     "_attachment",
     "_report",
     "_monitor",

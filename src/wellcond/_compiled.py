@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 _numbers = map(str, itertools.count())  # a whole number would become a symbol in a graph
-_regularizers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_passes: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
-def register(regularizer: Any) -> str:
-    """The number by which a graph names a regulariser."""
+def register(passes: Any) -> str:
+    """The number by which a graph names the weights of a regulariser."""
     number = next(_numbers)
-    _regularizers[number] = regularizer
+    _passes[number] = passes
     return number
 
 
@@ -35,13 +35,13 @@ def compiled_penalty(parameters: Sequence[Tensor], number: str, remember: bool) 
 
 @torch.library.custom_op("wellcond::penalty", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _penalty(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
-    total, factors = _regularizers[number].total_(parameters, remember)
+    total, factors = _passes[number].total(parameters, remember)
     return [total, *factors]
 
 
 @_penalty.register_fake
 def _(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
-    shapes: list[Tensor] = _regularizers[number].shapes_of_total(parameters)
+    shapes: list[Tensor] = _passes[number].shapes_of_total(parameters)
     return shapes
 
 
@@ -49,7 +49,7 @@ def _(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
 def _gradients(
     weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str
 ) -> list[Tensor]:
-    gradients: list[Tensor] = _regularizers[number].gradients(weight, factors, parameters)
+    gradients: list[Tensor] = _passes[number].gradients(weight, factors, parameters)
     return gradients
 
 
@@ -78,4 +78,4 @@ _penalty.register_autograd(_backward, setup_context=_save)
 )
 def compiled_add_gradients_(gradients: list[Tensor], parameters: list[Tensor], number: str) -> None:
     """Adds strength * gradient at the parameters to the gradients."""
-    _regularizers[number].add_gradients_to_(gradients, parameters)
+    _passes[number].add_gradients_(gradients, parameters)

@@ -1,45 +1,28 @@
 """The regulariser of a model: remembers a subspace per weight and applies penalties in three ways.
 
-In the loss, to the gradients after backward, or as a lazy proximal step after the optimizer's. Each
-way looks at all weights first, without changing anything, and only then acts: a weight that is not
-finite stops it before anything is half done.
+In the loss, to the gradients after backward, or as a lazy proximal step after the optimizer's.
 
 Letters: S (m, n) a weight, nu = min(m, n), k the width of its block, eta the length of a step.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from wellcond._attachment import Attachment
-from wellcond._compiled import compiled_add_gradients_, compiled_penalty, register
 from wellcond._estimates import Estimate, estimates
-from wellcond._memory import Look, Memory, look, quietly
-from wellcond._penalties import LowRankChange
+from wellcond._memory import Memory, quietly
+from wellcond._passes import Passes
 from wellcond._report import check_interval, report, send
 from wellcond._selection import Penalties, listed, select
-from wellcond._sharded import operator_of, refuse_flat_parameters, replicas_of
+from wellcond._sharded import refuse_flat_parameters, replicas_of
 from wellcond._weights import unwrapped
-
-_Result = TypeVar("_Result")
-
-
-def _quietly(method: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Outside of autograd, and in full precision under autocast."""
-
-    @functools.wraps(method)
-    def wrapped(self: Regularizer, *args: Any, **kwargs: Any) -> _Result:
-        with quietly(self._entries):
-            return method(self, *args, **kwargs)
-
-    return wrapped
 
 
 class Regularizer:
@@ -63,10 +46,16 @@ class Regularizer:
             values meet at the top, and all of them must be in the block: with strength 1 kappa
             ended 71, 14, 4 and 2 % above that of an exact SVD in every step for a block of 8, 16,
             32 and 64 (`wellcond bench fidelity --block 8,16,32,64`, 784-512-10 net on digits).
+        process_group: processes that hold the same model. Each refines a share of the weights and
+            hands the results to the others, so that all stay identical. By default that of
+            DistributedDataParallel, if the model is wrapped by it, else none. Weights that are
+            DTensors need no group.
+        check_replicas: before every application, raise a RuntimeError that names the weights that
+            are not the same on all of these processes.
 
     Raises:
-        ValueError: no weight is left to regularise, a pattern matches nothing, block < 1, or a
-            pattern asks for something that is no matrix.
+        ValueError: no weight is left to regularise, a pattern matches nothing, block < 1, a pattern
+            asks for something that is no matrix, or the first FSDP wraps a part of the model.
         TypeError: penalties is neither a penalty nor a mapping to penalties.
 
     Example:
@@ -96,21 +85,10 @@ class Regularizer:
             raise ValueError(f"`block` must be a whole number of at least 1, got {block!r}.")
         refuse_flat_parameters(model)
         self.block = block
-        self.check_replicas = check_replicas
         self._attachments: list[Attachment[Memory]] = []
-        self._flags: tuple[list[str], Tensor, Any] | None = None
         chosen, self._skipped = select(unwrapped(model), penalties)
         self._entries = [Memory(weight, penalty, block) for weight, penalty in chosen]
-        slots: dict[tuple[int, str], int] = {}
-        for entry in self._entries:
-            parameter = id(entry.weight.owner), entry.weight.attribute
-            entry.slot = slots.setdefault(parameter, len(slots))
-        self._replicas = replicas_of(model, process_group)
-        if self._replicas is not None:
-            costs = [math.prod(entry.operator().shape) * entry.width for entry in self._entries]
-            for entry, owner in zip(self._entries, self._replicas.owners(costs), strict=True):
-                entry.owner = owner
-        self._key = register(self)
+        self._passes = Passes(self._entries, replicas_of(model, process_group), check_replicas)
 
     # --- the three ways ---------------------------------------------------------------------------
 
@@ -125,66 +103,7 @@ class Regularizer:
                 at the next call, where reading costs no waiting.
         """
         _refuse_without_gradient(self._entries)
-        parameters = self._parameters()
-        remember = torch.is_grad_enabled()
-        if torch.compiler.is_compiling():
-            return compiled_penalty(parameters, self._key, remember)
-        total, factors = self.total_(parameters, remember)
-        result: Tensor = _Total.apply(self, total, len(factors), *factors, *parameters)  # type: ignore[no-untyped-call]
-        return result
-
-    @_quietly
-    def total_(
-        self, parameters: Sequence[Tensor], remember: bool = True
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The penalties of these parameters, and of each weight its gradient's c, U and V.
-
-        For the compiler; call the regulariser itself.
-        """
-        active = self._active()
-        first = self._entries[0].strength
-        total = torch.zeros((), dtype=first.dtype, device=first.device)
-        changes: dict[str, LowRankChange] = {}
-        for seen in self._look(active, self._given(active, parameters), remember):
-            penalty = seen.memories[0].penalty
-            change = _masked(seen, penalty.gradient(seen.S, seen.product), identity=0.0)
-            strength = _strengths(seen)
-            total = total + (strength * penalty.value(seen.S, seen.product)).sum().to(total)
-            scaled = (strength * change.c, _wide(strength) * change.U, change.V)
-            for memory, one in zip(seen.memories, seen.each(*scaled), strict=True):
-                changes[memory.name] = LowRankChange(*one)
-                if remember:
-                    memory.step += 1
-        return total, [factor for memory in active for factor in changes[memory.name]]
-
-    def shapes_of_total(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of the shapes of what `total_` returns, for the compiler."""
-        first = self._entries[0].strength
-        shapes = [parameters[0].new_empty((), dtype=first.dtype)]
-        for memory in self._active():
-            *stack, m, n = memory.shape
-            r, dtype = memory.penalty.gradient_rank, memory.strength.dtype
-            for shape in (stack, (*stack, m, r), (*stack, n, r)):
-                shapes.append(parameters[0].new_empty(shape, dtype=dtype))
-        return shapes
-
-    @_quietly
-    def gradients(
-        self, weight: Tensor, factors: Sequence[Tensor], parameters: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """weight times the gradient of `total_` with respect to each of the parameters.
-
-        For the compiler; call backward.
-        """
-        active = self._active()
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        at = self._positions(active)
-        cs, Us = (list(torch._foreach_mul(list(factors[i::3]), weight)) for i in (0, 1))
-        for memory, c, U, V in zip(active, cs, Us, factors[2::3], strict=True):
-            S = memory.operator(parameters[at[memory.slot]])
-            G = operator_of(memory.weight.view, gradients[at[memory.slot]])
-            G.add_(c, S, U, V)
-        return gradients
+        return self._passes.penalty()
 
     def add_gradients_(self) -> None:
         """Adds strength * gradient to the .grad of every weight: after backward, before step.
@@ -199,33 +118,8 @@ class Regularizer:
         """
         _refuse_without_gradient(self._entries)
         _refuse_sparse_gradients(self._entries)
-        parameters = self._parameters()
-        gradients = [_gradient(parameter) for parameter in parameters]
-        if torch.compiler.is_compiling():
-            compiled_add_gradients_(gradients, parameters, self._key)
-        else:
-            self.add_gradients_to_(gradients, parameters)
+        self._passes.add_gradients()
 
-    @_quietly
-    def add_gradients_to_(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-        """Adds strength * gradient at these parameters to these gradients.
-
-        For the compiler; call `add_gradients_`.
-        """
-        active = self._active()
-        at = self._positions(active)
-        for seen in self._look(active, self._given(active, parameters)):
-            penalty = seen.memories[0].penalty
-            change = _masked(seen, penalty.gradient(seen.S, seen.product), identity=0.0)
-            strength = _strengths(seen)
-            scaled = (strength * change.c, _wide(strength) * change.U, change.V)
-            parts = zip(seen.memories, seen.operators, seen.each(*scaled), strict=True)
-            for memory, S, (c, U, V) in parts:
-                G = operator_of(memory.weight.view, gradients[at[memory.slot]])
-                G.add_(c, S, U, V)
-                memory.step += 1
-
-    @_quietly
     def proximal_step_(self, lr: float | Tensor, steps: int = 1) -> None:
         """One proximal step of length eta = lr * strength * steps on every weight, by hand.
 
@@ -244,8 +138,8 @@ class Regularizer:
             raise ValueError(f"`lr` must be finite and not negative, got {lr}.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"`steps` must be a whole number of at least 1, got {steps!r}.")
-        entries = self._active()
-        self._shrink(entries, [lr * steps] * len(entries))
+        entries = self._passes.active()
+        self._passes.proximal_step_(entries, [lr * steps] * len(entries))
         for entry in entries:
             entry.step += steps
 
@@ -305,110 +199,12 @@ class Regularizer:
         """The attachments that have not been removed."""
         return [attachment for attachment in self._attachments if not attachment.removed]
 
-    @_quietly
     def _step_pending(self, entries: list[Memory]) -> None:
         entries = [entry for entry in entries if entry.active]
-        self._shrink(entries, [entry.pending_lr for entry in entries])
+        self._passes.proximal_step_(entries, [entry.pending_lr for entry in entries])
         for entry in entries:
             entry.pending_lr, entry.pending_steps = 0.0, 0
 
-    def _shrink(self, entries: list[Memory], rates: Iterable[float | Tensor]) -> None:
-        rate_of = dict(zip((entry.name for entry in entries), rates, strict=True))
-        for seen in self._look(entries):
-            penalty = seen.memories[0].penalty
-            if not penalty.has_gradient:
-                self._limit(seen)
-                continue
-            eta = _lengths(seen, [rate_of[memory.name] for memory in seen.memories])
-            change, shortened = penalty.proximal_step(seen.S, seen.product, eta)
-            assert isinstance(change, LowRankChange)
-            changes = seen.each(*_masked(seen, change, identity=1.0), shortened)
-            parts = zip(seen.memories, seen.operators, changes, strict=True)
-            for memory, S, (c, U, V, short) in parts:
-                S.update_(c, U, V)
-                memory.shortened += short.sum()
-        if self.check_replicas:
-            self._compare_replicas(entries)
-
-    def _limit(self, seen: Look) -> None:
-        """A hard limit gives the values to store; of replicas, one finds them."""
-        (memory,), (S,) = seen.memories, seen.operators
-        if self._replicas is None or self._replicas.rank == memory.owner:
-            values, _ = memory.penalty.proximal_step(S, None, memory.strength)
-            assert isinstance(values, Tensor)
-            values = values.contiguous()
-        else:
-            values = torch.empty(S.shape, dtype=S.dense().dtype, device=S.device)
-        if self._replicas is not None:
-            self._replicas.exchange_([(memory.owner, values)])
-        S.store_(values)
-
-    def _compare_replicas(self, entries: list[Memory]) -> None:
-        if self._replicas is None:
-            return
-        parameters = [entry.weight.parameter for entry in entries]
-        names = [entries[index].name for index in self._replicas.differing(parameters)]
-        if names:
-            raise RuntimeError(
-                f"{listed(names)} is not the same on all processes of the group. Look for a step "
-                "that not all of them take, or for numbers drawn from another seed."
-            )
-
-    # --- looking at the weights -------------------------------------------------------------------
-
-    def _active(self) -> list[Memory]:
-        return [entry for entry in self._entries if entry.active]
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """The parameters of the active weights, those of several views once."""
-        first = {entry.slot: entry for entry in reversed(self._active())}
-        return [first[slot].weight.parameter for slot in sorted(first)]
-
-    @staticmethod
-    def _positions(active: list[Memory]) -> dict[int, int]:
-        """Where in `_parameters()` that of a slot is."""
-        return {slot: index for index, slot in enumerate(sorted({e.slot for e in active}))}
-
-    def _given(self, active: list[Memory], parameters: Sequence[Tensor]) -> list[Tensor]:
-        at = self._positions(active)
-        return [parameters[at[entry.slot]] for entry in active]
-
-    def _look(
-        self,
-        entries: list[Memory],
-        parameters: Sequence[Tensor] | None = None,
-        remember: bool = True,
-    ) -> list[Look]:
-        """One product with every weight; raises before anything is remembered or changed."""
-        self._raise_earlier()
-        looks = look(entries, parameters, self._replicas if remember else None)
-        self._check(looks)
-        if remember:
-            for seen in looks:
-                seen.remember()
-        return looks
-
-    def _check(self, looks: list[Look]) -> None:
-        """Raises for weights that are not finite: now on the CPU, elsewhere at the next call."""
-        if not looks:
-            return
-        names = [memory.name for seen in looks for memory in seen.memories]
-        flags = torch.cat([seen.finite.reshape(len(seen.memories), -1).all(-1) for seen in looks])
-        if flags.is_cpu:
-            _raise_not_finite(names, flags)
-            return
-        copied = flags.to("cpu", non_blocking=True)
-        event = torch.Event(flags.device)
-        event.record()
-        self._flags = names, copied, event
-
-    def _raise_earlier(self) -> None:
-        if self._flags is not None and self._flags[2].query():
-            names, flags, _ = self._flags
-            self._flags = None
-            _raise_not_finite(names, flags)
-
-    @_quietly
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight: two products each, no SVD, nothing remembered.
 
@@ -422,7 +218,8 @@ class Regularizer:
             >>> reg.measure()["weight"].shortened_steps
             0
         """
-        return estimates(self._entries, self.block)
+        with quietly(self._entries):
+            return estimates(self._entries, self.block)
 
     def log(
         self,
@@ -538,85 +335,6 @@ class Regularizer:
             entry.restore(state[entry.name])
 
 
-def _refuse_sparse_gradients(entries: list[Memory]) -> None:
-    grads = [(entry.name, entry.weight.parameter.grad) for entry in entries]
-    sparse = [name for name, grad in grads if grad is not None and grad.layout != torch.strided]
-    if sparse:
-        raise ValueError(
-            f"A gradient must be dense, but that of {listed(sparse)} is sparse. Leave the weight "
-            "out with a pattern, make the layer with sparse=False, or use attach(optimizer)."
-        )
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient in the memory layout of its parameter, so that one view serves both."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    if parameter.grad.stride() != parameter.stride():
-        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-    return parameter.grad
-
-
-def _masked(seen: Look, change: LowRankChange, identity: float) -> LowRankChange:
-    """The change, or none where the weight is not finite; without asking the host.
-
-    On the CPU such a weight has been refused already.
-    """
-    finite = seen.finite
-    if finite.is_cpu:
-        return change
-    c = torch.where(finite, change.c, identity)
-    U, V = (torch.where(_wide(finite), x, 0.0) for x in (change.U, change.V))
-    return LowRankChange(c, U, V)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x[..., None, None]
-
-
-def _strengths(seen: Look) -> Tensor:
-    """The strengths of the weights at their steps, on the device."""
-    return _lengths(seen, [1.0] * len(seen.memories))
-
-
-def _lengths(seen: Look, rates: Sequence[float | Tensor]) -> Tensor:
-    """strength * rate: one number if all are equal, else one a weight. Asks nothing of the host."""
-    memories = seen.memories
-    strengths = [memory.penalty.strength_at(memory.step) for memory in memories]
-    rates = [rate.reshape(()) if isinstance(rate, Tensor) else rate for rate in rates]
-    keys = [id(rate) if isinstance(rate, Tensor) else rate for rate in rates]
-    if len(set(zip(strengths, keys, strict=True))) == 1:
-        return memories[0].strength.fill_(strengths[0]) * rates[0]
-    each = [m.strength.fill_(s) * r for m, s, r in zip(memories, strengths, rates, strict=True)]
-    return torch.stack(each).reshape(-1, *[1] * (seen.finite.ndim - 1))
-
-
-class _Total(torch.autograd.Function):
-    """The total of the penalties, whose gradients are known."""
-
-    @staticmethod
-    def forward(ctx: Any, reg: Regularizer, total: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.reg, ctx.count = reg, count
-        return total.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
-        factors, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        gradients = ctx.reg.gradients(weight, factors, parameters)
-        return None, None, None, *[None] * ctx.count, *gradients
-
-
-def _raise_not_finite(names: list[str], finite: Tensor) -> None:
-    bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-    if bad:
-        raise ValueError(
-            f"{listed(bad)} holds NaN or infinity and was left as it is. "
-            "Restore the last good checkpoint, or lower the learning rate."
-        )
-
-
 def _refuse_without_gradient(entries: list[Memory]) -> None:
     hard = [entry.name for entry in entries if not entry.penalty.has_gradient]
     if hard:
@@ -624,4 +342,14 @@ def _refuse_without_gradient(entries: list[Memory]) -> None:
             f"{listed(hard)} is under a hard limit, which has no gradient. "
             "Use attach(optimizer) or proximal_step_(lr); for a penalty in the loss or on the "
             "gradients of other weights make a Regularizer of its own."
+        )
+
+
+def _refuse_sparse_gradients(entries: list[Memory]) -> None:
+    grads = [(entry.name, entry.weight.parameter.grad) for entry in entries]
+    sparse = [name for name, grad in grads if grad is not None and grad.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            f"A gradient must be dense, but that of {listed(sparse)} is sparse. Leave the weight "
+            "out with a pattern, make the layer with sparse=False, or use attach(optimizer)."
         )
