@@ -29,6 +29,8 @@ def lightning(way: str, path: Path) -> None:
     options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, "max_epochs": 1}
     t.trainer(path, added, Alike(), **options).fit(t.Module(), t.loader(96))
     assert {one.step for one in added.regularizer.measure().values()} == {3}
+    # The work is shared.
+    assert {memory.owner for memory in added.regularizer._entries} == {0, 1}
     print(added.regularizer.names, file=sys.stderr)
 
 

@@ -106,7 +106,11 @@ class RegularizerCallback(Callback):
                 "`strategy` must not be DeepSpeed, which steps copies of the weights that wellcond "
                 "does not see. Train with another strategy."
             )
-        regularizer = wc.Regularizer(pl_module, self.penalties, block=self.block)
+        # Of DistributedDataParallel, whose processes share the work.
+        group = getattr(trainer.model, "process_group", None)
+        regularizer = wc.Regularizer(
+            pl_module, self.penalties, block=self.block, process_group=group
+        )
         holders = _holders(regularizer, pl_module, trainer.optimizers)
         if not holders:
             raise ValueError(
