@@ -169,8 +169,10 @@ def sharded_views() -> None:
     limited = wc.Regularizer(
         distributed(zoo(), mesh(2), [Shard(0)]), {"attention.*": wc.ConditionLimit(2.0), "*": None}
     )
-    with pytest.raises(ValueError, match="needs the whole weight in one place"):
+    with pytest.raises(ValueError, match="need the whole weight in one place"):
         limited.proximal_step_(0.0)
+    with pytest.raises(ValueError, match="sharded over processes"):
+        wc.audit(distributed(zoo(), mesh(2), [Shard(0)]))
 
 
 def test_views_of_sharded_weights_are_those_of_whole_ones(tmp_path: Path) -> None:

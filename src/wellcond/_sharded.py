@@ -106,8 +106,9 @@ class ShardedMatrix(StoredMatrix):
 
     def dense(self) -> Tensor:
         raise ValueError(
-            "a hard limit needs the whole weight in one place, but it is sharded over processes. "
-            "Use Condition(strength) while training, and repair the checkpoint after it."
+            "a hard limit, and a measured condition number, need the whole weight in one place, "
+            "but it is sharded over processes. Use Condition(strength) while training; audit or "
+            "repair the checkpoint."
         )
 
     def update_(self, c: Tensor, U: Tensor, V: Tensor) -> None:

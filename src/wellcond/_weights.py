@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._operators import Part, View
+from wellcond._sharded import is_sharded
 
 EMBEDDING = "an embedding: its rows are looked up, it is no linear map"
 NOT_A_MATRIX = "not a matrix"
 PARAMETRIZED = "parametrized"
+SHARDED = "sharded over processes: audit a checkpoint, or a model that is whole"
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,10 @@ def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, str]
     total = 0
     for weight in found.weights:
         name = weight.aliases[0]
+        if is_sharded(weight.parameter):
+            total += weight.parameter.numel() if name not in rest else 0
+            rest[name] = SHARDED
+            continue
         if weight.reason:
             rest[name] = weight.reason
         if name in matrices:
