@@ -273,6 +273,28 @@ def fully_sharded(world: int) -> None:
         compare_models(model, single)
 
 
+def made_before_and_after() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    weights = []
+    for before in (True, False):
+        model = net()
+        if before:
+            reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+        fully_shard(model)
+        if not before:
+            reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+        reg.attach(torch.optim.SGD(model.parameters(), 0.1))
+        reg.proximal_step_(0.1)
+        weights.append([p.full_tensor() for p in model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_regulariser_may_be_made_before_sharding_or_after(tmp_path: Path) -> None:
+    run(2, tmp_path, made_before_and_after)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_under_fsdp2_equals_one_process(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, fully_sharded, world)

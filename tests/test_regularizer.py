@@ -817,3 +817,12 @@ def test_the_print_names_what_is_regularised_and_what_is_left_out() -> None:
     text = repr(wc.Regularizer(net(), {"0.*": wc.Condition(0.1), "*": None}))
     for part in ("0.weight", "16x20", "Condition(strength=0.1)", "2.weight", 'the pattern "*"'):
         assert part in text
+
+
+def test_a_weight_that_the_optimizer_no_longer_holds_is_named() -> None:
+    layer = gap()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    wc.Regularizer(layer, wc.Condition(0.1)).attach(optimizer, every=1)
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    with pytest.raises(ValueError, match=r'does not hold "weight" any more'):
+        optimizer.step()

@@ -79,10 +79,16 @@ class Attachment(Generic[Entry]):
                 return
             taken = 1.0 if skipped.is_cpu else 1 - skipped.reshape(())
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for entry in self.entries:
-            if not entry.weight.parameter.requires_grad:
-                continue
-            lr = rates.get(id(entry.weight.parameter), 0.0)
+        entries = [entry for entry in self.entries if entry.weight.parameter.requires_grad]
+        strange = [e.weight.name for e in entries if id(e.weight.parameter) not in rates]
+        if strange:
+            raise ValueError(
+                f"The optimizer does not hold {listed(strange)} any more: the parameter in the "
+                "model is another one now. Make the optimizer from the model as it is and attach "
+                "to that; under FSDP2 leave resharding after backward on."
+            )
+        for entry in entries:
+            lr = rates[id(entry.weight.parameter)]
             # A tensor is added up on its device: reading it here would wait for the device.
             lr = lr.detach().reshape(()) if isinstance(lr, Tensor) else lr
             entry.pending_lr = entry.pending_lr + lr * taken
