@@ -186,22 +186,23 @@ class Replicas:
 
     def exchange_(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
         """Fills the tensors of other owners, given with theirs in the same order everywhere."""
-        if not tensors:
+        sizes = [0] * self.size
+        for owner, tensor in tensors:
+            sizes[owner] += _size(tensor)
+        if not any(sizes):
             return
-        flat = [torch.empty(0, dtype=torch.uint8, device=tensors[0][1].device)] * self.size
-        for rank in range(self.size):
-            mine = [_bytes(t) for owner, t in tensors if owner == rank]
-            flat[rank] = torch.cat(mine) if mine else flat[rank]
-        length = max(len(one) for one in flat)
-        padded = [torch.nn.functional.pad(one, (0, length - len(one))) for one in flat]
-        torch.distributed.all_gather(padded, padded[self.rank].clone(), group=self.group)
+        mine = [_bytes(tensor) for owner, tensor in tensors if owner == self.rank]
+        sent = torch.zeros(max(sizes), dtype=torch.uint8, device=tensors[0][1].device)
+        if mine:
+            torch.cat(mine, out=sent[: sizes[self.rank]])
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        torch.distributed.all_gather(received, sent, group=self.group)
         at = [0] * self.size
         for owner, tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            received = padded[owner][at[owner] : at[owner] + size]
-            at[owner] += size
+            start, at[owner] = at[owner], at[owner] + _size(tensor)
             if owner != self.rank:
-                tensor.copy_(received.clone().view(tensor.dtype).view(tensor.shape))
+                part = received[owner][start : at[owner]].clone()
+                tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
 
     def differing(self, tensors: Sequence[Tensor]) -> list[int]:
         """The numbers of the tensors that are not the same bytes on all processes."""
@@ -210,6 +211,10 @@ class Replicas:
         torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group=self.group)
         torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group=self.group)
         return torch.nonzero(low != high)[:, 0].tolist()
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
