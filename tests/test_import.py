@@ -29,6 +29,7 @@ ROOMS = [
     "_monitor",
     "_regularizer",
     "_page",
+    "_findings",
     "_audit",
     "_repair",
 ]

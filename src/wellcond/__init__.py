@@ -1,8 +1,9 @@
 """The condition number of the weights of neural networks: measured, certified, regularised."""
 
-from wellcond._audit import AuditReport, Coverage, Finding, Grade, Status, audit
+from wellcond._audit import audit
 from wellcond._bounds import Certificate, Interval, certify
 from wellcond._estimates import Estimate
+from wellcond._findings import AuditReport, Coverage, Finding, Grade, Status
 from wellcond._monitor import Monitor
 from wellcond._nearest import nearest
 from wellcond._penalties import (

@@ -15,8 +15,9 @@ from typing import NoReturn
 import torch
 
 import wellcond
-from wellcond._audit import AuditReport, Progress, audit, compare, dump_json
+from wellcond._audit import Progress, audit
 from wellcond._checkpoint import refuse_existing
+from wellcond._findings import AuditReport, compare, dump_json
 from wellcond._page import CURVES
 from wellcond._repair import repair
 

@@ -1,0 +1,414 @@
+"""What an audit found, and how it is shown: table, JSON, CSV, page, comparison.
+
+Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n);
+kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
+"""
+
+from __future__ import annotations
+
+import csv
+import enum
+import io
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wellcond._bounds import Certificate
+from wellcond._page import CURVES, Row, render
+from wellcond._weights import NOT_A_MATRIX
+
+SCHEMA = 1
+
+
+class Grade(enum.Enum):
+    """How far the numbers of a weight can be trusted."""
+
+    none = "there are no numbers"
+    estimated = (
+        "extremes from an iteration that converged: sigma_max from below, sigma_min from above"
+    )
+    computed = "from all singular values in float64"
+    certified = "computed, and enclosed by intervals that rounding errors cannot break"
+
+
+class Status(enum.Enum):
+    """What is the matter with a weight, in the words that the user reads."""
+
+    ok = "measured"
+    rank_deficient = (
+        "the smallest singular value is zero to working precision, "
+        "so the condition number is infinite"
+    )
+    zero = "every entry is zero, so there is no condition number"
+    not_finite = "it holds NaN or infinity"
+    failed = "it could not be measured"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one weight.
+
+    Attributes:
+        name: its parameter name.
+        view: which matrix of the parameter: "q", "3" of a stack, "kernel"; "" if it has one.
+        shape: (m, n), outputs and inputs.
+        dtype: in which it is stored, such as "bfloat16".
+        sigma_max: the largest singular value, the spectral norm.
+        sigma_min: the smallest of the nu = min(m, n) singular values.
+        condition_number: sigma_max/sigma_min; inf if sigma_min is zero to working precision, nan
+            if there is none.
+        stable_rank: ||S||_F^2/sigma_max^2, between 1 and nu.
+        rank: how many singular values exceed u ||S||_F, the most that rounding the entries to
+            the dtype can move one; every matrix that rounds to this one has at least that rank.
+        penalty: r = sigma_max^2/2 - ||S||_F^2/(2 nu), in units of a squared singular value.
+        grade: "none", "estimated", "computed" or "certified"; see `Grade`.
+        status: "ok", or what is the matter; its value says it in words.
+        detail: more of the status, such as the error.
+        method: how the singular values were found.
+        certificate: the enclosures, if they were asked for.
+        singular_values: all of them, descending, where the method gives all.
+    """
+
+    name: str
+    view: str
+    shape: tuple[int, ...]
+    dtype: str
+    sigma_max: float = math.nan
+    sigma_min: float = math.nan
+    condition_number: float = math.nan
+    stable_rank: float = math.nan
+    rank: int = 0
+    penalty: float = math.nan
+    grade: Grade = Grade.none
+    status: Status = Status.ok
+    detail: str = ""
+    method: str = ""
+    certificate: Certificate | None = None
+    singular_values: tuple[float, ...] = field(default=(), repr=False)
+
+    @property
+    def label(self) -> str:
+        """name:view, by which it is shown."""
+        return f"{self.name}:{self.view}" if self.view else self.name
+
+    @property
+    def measured(self) -> bool:
+        return self.status in (Status.ok, Status.rank_deficient, Status.zero)
+
+    def exceeds(self, max_condition: float) -> bool:
+        """Whether kappa is above; the certified upper bound if there is one.
+
+        A kappa that is infinite, undefined or unknown is above every limit.
+        """
+        kappa = self.condition_number
+        if self.certificate is not None:
+            kappa = self.certificate.condition_number.upper
+        return not (math.isfinite(kappa) and kappa <= max_condition)
+
+    @property
+    def explanation(self) -> str:
+        """Status and detail in words; "" if all is well."""
+        if self.status is Status.ok:
+            return self.detail
+        return f"{self.status.value}: {self.detail}" if self.detail else self.status.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the singular values, as JSON takes it: inf and nan as strings."""
+        plain: dict[str, Any] = {
+            "name": self.name,
+            "view": self.view,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "sigma_max": self.sigma_max,
+            "sigma_min": self.sigma_min,
+            "condition_number": self.condition_number,
+            "stable_rank": self.stable_rank,
+            "rank": self.rank,
+            "penalty": self.penalty,
+            "grade": self.grade.name,
+            "status": self.status.name,
+            "detail": self.explanation,
+            "method": self.method,
+        }
+        if self.certificate is not None:
+            c = self.certificate
+            plain["certificate"] = {
+                "certified": c.certified,
+                "method": c.method,
+                "reason": c.reason,
+                "sigma_max": [c.sigma_max.lower, c.sigma_max.upper],
+                "sigma_min": [c.sigma_min.lower, c.sigma_min.upper],
+                "condition_number": [c.condition_number.lower, c.condition_number.upper],
+            }
+        return plain
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the findings stand for.
+
+    Attributes:
+        measured: how many matrices have numbers.
+        failed: how many could not be measured; each has a finding that says why.
+        skipped: everything else by name, and why.
+        parameter_share: entries of the measured matrices over those of all parameters, 0 to 1.
+    """
+
+    measured: int
+    failed: int
+    skipped: dict[str, str]
+    parameter_share: float
+
+    def __str__(self) -> str:
+        left_out = {n: r for n, r in self.skipped.items() if not r.startswith(NOT_A_MATRIX)}
+        matrices = self.measured + self.failed + len(left_out)
+        text = f"{self.measured} of {matrices} matrices, {100 * self.parameter_share:.1f} % of "
+        text += "the parameters"
+        if self.failed:
+            text += f"; {self.failed} could not be measured"
+        if left_out:
+            shown = [f"{name} ({reason})" for name, reason in list(left_out.items())[:3]]
+            more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+            text += f"; {len(left_out)} skipped: {', '.join(shown)}{more}"
+        kinds = Counter(r for r in self.skipped.values() if r.startswith(NOT_A_MATRIX))
+        if kinds:
+            counted = (f"{n} ({r.removeprefix(f'{NOT_A_MATRIX}: ')})" for r, n in kinds.items())
+            text += f"; no matrices: {', '.join(counted)}"
+        return text
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The findings of an audit, worst first, with what they cover.
+
+    Attributes:
+        findings: one a matrix, by descending condition number; unknown ones before all others.
+        coverage: what was measured, what not and why.
+        source: the path or the class of the model.
+        versions: of wellcond, torch and Python.
+    """
+
+    findings: list[Finding]
+    coverage: Coverage
+    source: str
+    versions: dict[str, str]
+
+    def exceeding(self, max_condition: float) -> list[Finding]:
+        """The findings above a limit of the condition number; see `Finding.exceeds`."""
+        return [finding for finding in self.findings if finding.exceeds(max_condition)]
+
+    def table(self, top: int | None = None) -> str:
+        """The findings as text, the worst `top` of them, with what they cover."""
+        shown = self.findings[:top]
+        rows = [_cells(finding) for finding in shown]
+        certified = any(finding.certificate for finding in shown)
+        text = text_table(_HEADERS if certified else _HEADERS[:-1], rows)
+        if len(shown) < len(self.findings):
+            text += f"... and {len(self.findings) - len(shown)} more with a smaller κ\n"
+        for finding in shown:
+            if finding.explanation:
+                text += f"{finding.label}: {finding.explanation}\n"
+        return f"{text}{self.coverage}\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the documented schema; numbers may be inf and nan."""
+        return {
+            "schema": SCHEMA,
+            "source": self.source,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "coverage": {
+                "measured": self.coverage.measured,
+                "failed": self.coverage.failed,
+                "skipped": [
+                    {"name": name, "reason": reason}
+                    for name, reason in self.coverage.skipped.items()
+                ],
+                "parameter_share": self.coverage.parameter_share,
+            },
+            "versions": self.versions,
+        }
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        return written(dump_json(self.to_dict()), path)
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One line a finding, columns as in the JSON; written to path."""
+        text = io.StringIO()
+        plain = [finding.to_dict() for finding in self.findings]
+        columns = [key for key in plain[0] if key != "certificate"]
+        ends = [f"{key}_{end}" for key in _ENCLOSED for end in ("lower", "upper")]
+        rows = csv.DictWriter(text, columns + ends, lineterminator="\n")
+        rows.writeheader()
+        for row in plain:
+            enclosures = row.pop("certificate", {})
+            row["shape"] = "x".join(map(str, row["shape"]))
+            for key in _ENCLOSED if enclosures else ():
+                row[f"{key}_lower"], row[f"{key}_upper"] = enclosures[key]
+            rows.writerow(row)
+        return written(text.getvalue(), path)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One page that needs neither network nor script; written to path."""
+        curves = [(f.label, f.singular_values) for f in self.findings if f.sigma_max > 0]
+        page = render(
+            source=self.source,
+            headers=_HEADERS,
+            rows=[
+                Row(_cells(finding), finding.condition_number, finding.explanation)
+                for finding in self.findings
+            ],
+            coverage=str(self.coverage),
+            skipped=self.coverage.skipped,
+            grades={grade.name: grade.value for grade in Grade},
+            curves=[curve for curve in curves if len(curve[1]) > 1][:CURVES],
+            versions=self.versions,
+        )
+        return written(page, path)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two audits side by side, in the order of the largest change of kappa.
+
+    Attributes:
+        pairs: label, finding before and finding after; None on the side where it is missing.
+        before: the source of the first audit.
+        after: that of the second.
+        versions: of wellcond, torch and Python.
+    """
+
+    pairs: list[tuple[str, Finding | None, Finding | None]]
+    before: str
+    after: str
+    versions: dict[str, str]
+
+    def table(self) -> str:
+        """kappa before and after, and their ratio."""
+        rows = []
+        for label, old, new in self.pairs:
+            kappas = [f"{side.condition_number:.4g}" if side else "-" for side in (old, new)]
+            rows.append((label, *kappas, f"{_ratio(old, new):.4g}" if old and new else "-"))
+        headers = ("weight", "κ before", "κ after", "after/before")
+        return f"{text_table(headers, rows)}before: {self.before}\nafter: {self.after}\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers may be inf and nan."""
+        return {
+            "schema": SCHEMA,
+            "before": self.before,
+            "after": self.after,
+            "comparison": [
+                {
+                    "weight": label,
+                    "before": old.to_dict() if old else None,
+                    "after": new.to_dict() if new else None,
+                    "ratio": _ratio(old, new) if old and new else None,
+                }
+                for label, old, new in self.pairs
+            ],
+            "versions": self.versions,
+        }
+
+
+def _ratio(old: Finding, new: Finding) -> float:
+    return new.condition_number / old.condition_number if old.condition_number else math.nan
+
+
+def compare(before: AuditReport, after: AuditReport) -> Comparison:
+    """How the condition number of every weight moved from one audit to another."""
+    old, new = ({f.label: f for f in report.findings} for report in (before, after))
+    labels = list(old) + [label for label in new if label not in old]
+    pairs = [(label, old.get(label), new.get(label)) for label in labels]
+
+    def change(pair: tuple[str, Finding | None, Finding | None]) -> float:
+        ratio = _ratio(pair[1], pair[2]) if pair[1] and pair[2] else math.nan
+        return abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf
+
+    pairs.sort(key=change, reverse=True)
+    return Comparison(pairs, before.source, after.source, versions())
+
+
+_NUMBERS = ("κ", "σ_max", "σ_min", "stable rank", "rank", "r")
+_HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "grade", "κ certified")
+_ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    numbers = (finding.condition_number, finding.sigma_max, finding.sigma_min, finding.stable_rank)
+    kappa, high, low, stable = (f"{number:.4g}" for number in numbers)
+    enclosure = str(finding.certificate.condition_number) if finding.certificate else ""
+    return (
+        finding.label,
+        "x".join(map(str, finding.shape)),
+        finding.dtype,
+        *(kappa, high, low, stable),
+        f"{finding.rank}/{min(finding.shape)}" if finding.measured else "-",
+        f"{finding.penalty:.3g}",
+        finding.grade.name,
+        enclosure,
+    )
+
+
+def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A plain text table, the first column to the left and numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for header in headers:
+        left = header in ("weight", "dtype", "grade", "changed")
+        table.add_column(header, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[: len(headers)])
+    text = io.StringIO()
+    # As wide as it needs to be: a table that is cut to the terminal would hide numbers.
+    Console(file=text, width=1000, color_system=None, markup=False, highlight=False).print(table)
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+
+def dump_json(content: Any) -> str:
+    """Strict JSON with inf, -inf and nan as strings."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: strict(item) for key, item in value.items()}
+        return [strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(strict(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def written(text: str, path: str | os.PathLike[str] | None) -> str:
+    """The text, and into a file if there is a path."""
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def badness(finding: Finding) -> tuple[bool, bool, float]:
+    """Failed ones first, then undefined ones, then by descending kappa."""
+    kappa = finding.condition_number
+    return finding.measured, not math.isnan(kappa), -kappa
+
+
+def versions() -> dict[str, str]:
+    """Of wellcond, torch and Python."""
+    return {
+        "wellcond": version("wellcond"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
