@@ -29,10 +29,10 @@ def _start(rank: int, world: int, store: str, worker: Callable[..., None], *args
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
     )
-    try:
-        worker(*args)
-    finally:
-        dist.destroy_process_group()
+    worker(*args)
+    dist.barrier()
+    # Threads of gloo that still run when the interpreter ends abort it.
+    os._exit(0)
 
 
 def run(world: int, tmp_path: Path, worker: Callable[..., None], *args: Any) -> None:
