@@ -89,8 +89,8 @@ def condition_number(S: Tensor) -> Tensor:
     """
     check_matrices(S)
     if S.ndim == 2:
-        kappa = measure(S).condition_number
-        return torch.tensor(kappa, dtype=torch.float64, device=S.device)
+        spectrum = measure(S)
+        return spectrum.scaled.new_full((), spectrum.condition_number)
     # The largest entry as unit: singular values of 1e+-200 would overflow inside LAPACK's scaling
     # of subnormal entries, and a ratio does not mind.
     wide = as_matrices(S.detach())
