@@ -1,5 +1,6 @@
 """Under torch.compile: no graph break of ours, no recompilation, the numbers of eager mode."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,18 @@ def test_other_strengths_and_block_widths_of_other_regularisers_do_not_interfere
         reg = wc.Regularizer(net(), {"2.*": wc.Condition(strength), "*": None})
         values.append(torch.compile(lambda reg=reg: reg(), fullgraph=True)())
     torch.testing.assert_close(values[1], 2 * values[0])
+
+
+def test_a_copy_is_another_regulariser_also_within_graphs() -> None:
+    torch._dynamo.reset()
+    model = net()
+    reg = wc.Regularizer(model, {"2.*": wc.Condition(0.1), "*": None})
+    copied_model, copied = copy.deepcopy((model, reg))
+    add = torch.compile(lambda: copied.add_gradients_(), backend="aot_eager", fullgraph=True)
+    add()
+    assert model[2].weight.grad is None
+    assert copied_model[2].weight.grad is not None
+    assert (copied.measure()["2.weight"].step, reg.measure()["2.weight"].step) == (1, 0)
 
 
 def test_a_whole_compiled_step_breaks_only_where_torch_itself_does() -> None:

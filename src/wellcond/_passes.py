@@ -52,6 +52,11 @@ class Passes:
                 memory.owner = owner
         self.number = register(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy needs a number of its own.
+        self.__dict__.update(state)
+        self.number = register(self)
+
     def active(self) -> list[Memory]:
         """The weights that are not frozen."""
         return [memory for memory in self.memories if memory.active]
