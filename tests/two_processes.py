@@ -45,6 +45,7 @@ def transformers(way: str, path: Path) -> None:
     used.train()
     assert_alike(model.net[0].weight)
     assert t.steps(added) == {3}
+    assert {memory.owner for memory in added.regularizer._entries} == {0, 1}
     again = t.Classifier()
     used = t.trainer(path, again, t.callback(way), ddp_backend="gloo", **options)
     used.train(resume_from_checkpoint=str(path / "checkpoint-2"))

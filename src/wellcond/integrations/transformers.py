@@ -107,7 +107,10 @@ class RegularizerCallback(TrainerCallback):
         self.regularizer = None
         self._refuse(args)
         model = _bare(kwargs["model"])
-        regularizer = wc.Regularizer(model, self.penalties, block=self.block)
+        # Of DistributedDataParallel, whose processes share the work.
+        shared = args.parallel_mode.value == "distributed" and not args.fsdp
+        group = torch.distributed.group.WORLD if shared else None
+        regularizer = wc.Regularizer(model, self.penalties, block=self.block, process_group=group)
         saved = _resumed(args, state)
         if saved is not None:
             _refuse_other_weights(saved["checksums"], _checksums(regularizer, model))
