@@ -154,7 +154,7 @@ def test_names_have_no_prefix_of_a_wrapper(tmp_path: Path) -> None:
     assert added.regularizer.names == ["net.0.weight", "net.2.weight"]
     assert steps(added) == {2}
     model = Classifier()
-    args: Any = TrainingArguments(str(tmp_path), use_cpu=True)
+    args: Any = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
     for wrapped in (torch.compile(model), nn.DataParallel(torch.compile(model))):
         state: Any = SimpleNamespace(global_step=0, stateful_callbacks={})
         added.on_train_begin(args, state, None, model=wrapped, optimizer=optimizer_of(model))
