@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import wellcond as wc
 from matrices import with_spectrum
 from oracles import gradient, penalty, proximal_step
+from wellcond.experiments.bench_step import on_a_device
 
 
 def linear(sigma: list[float], m: int = 12, n: int = 9, seed: int = 0) -> nn.Linear:
@@ -826,3 +827,14 @@ def test_a_weight_that_the_optimizer_no_longer_holds_is_named() -> None:
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     with pytest.raises(ValueError, match=r'does not hold "weight" any more'):
         optimizer.step()
+
+
+def test_weights_may_lie_on_several_devices() -> None:
+    """A device without data stands for a second one: what mixes devices fails there too."""
+    model = nn.Sequential(nn.Linear(6, 5, device="meta"), nn.Linear(5, 4), nn.Linear(5, 4))
+    reg = wc.Regularizer(model, wc.Condition(0.1), block=2)
+    with on_a_device():
+        reg().backward()
+        reg.add_gradients_()
+        reg.proximal_step_(0.1)
+    assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"cpu", "meta"}

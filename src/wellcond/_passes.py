@@ -92,12 +92,10 @@ class Passes:
         total = torch.zeros((), dtype=first.dtype, device=first.device)
         changes: dict[str, LowRankChange] = {}
         for seen in self._look(active, _given(active, parameters), remember):
-            penalty = seen.memories[0].penalty
-            change = _masked(seen, penalty.gradient(seen.S, seen.product), identity=0.0)
-            strength = _strengths(seen)
-            total = total + (strength * penalty.value(seen.S, seen.product)).sum().to(total)
-            scaled = (strength * change.c, _wide(strength) * change.U, change.V)
-            for memory, one in zip(seen.memories, seen.each(*scaled), strict=True):
+            strength, change = _gradient_of(seen)
+            value = seen.memories[0].penalty.value(seen.S, seen.product)
+            total = total + (strength * value).sum().to(total)
+            for memory, one in zip(seen.memories, seen.each(*change), strict=True):
                 changes[memory.name] = LowRankChange(*one)
                 if remember:
                     memory.step += 1
@@ -107,11 +105,12 @@ class Passes:
         """Tensors of the shapes of what `total` returns."""
         first = self.memories[0].strength
         shapes = [parameters[0].new_empty((), dtype=first.dtype)]
-        for memory in self.active():
+        active = self.active()
+        for memory, parameter in zip(active, _given(active, parameters), strict=True):
             *stack, m, n = memory.shape
             r, dtype = memory.penalty.gradient_rank, memory.strength.dtype
             for shape in (stack, (*stack, m, r), (*stack, n, r)):
-                shapes.append(parameters[0].new_empty(shape, dtype=dtype))
+                shapes.append(parameter.new_empty(shape, dtype=dtype))
         return shapes
 
     @_quietly
@@ -122,7 +121,7 @@ class Passes:
         active = self.active()
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
         at = _positions(active)
-        cs, Us = (list(torch._foreach_mul(list(factors[i::3]), weight)) for i in (0, 1))
+        cs, Us = (_multiplied(factors[i::3], weight) for i in (0, 1))
         for memory, c, U, V in zip(active, cs, Us, factors[2::3], strict=True):
             S = memory.operator(parameters[at[memory.slot]])
             G = operator_of(memory.weight.view, gradients[at[memory.slot]])
@@ -135,11 +134,8 @@ class Passes:
         active = self.active()
         at = _positions(active)
         for seen in self._look(active, _given(active, parameters)):
-            penalty = seen.memories[0].penalty
-            change = _masked(seen, penalty.gradient(seen.S, seen.product), identity=0.0)
-            strength = _strengths(seen)
-            scaled = (strength * change.c, _wide(strength) * change.U, change.V)
-            parts = zip(seen.memories, seen.operators, seen.each(*scaled), strict=True)
+            _, change = _gradient_of(seen)
+            parts = zip(seen.memories, seen.operators, seen.each(*change), strict=True)
             for memory, S, (c, U, V) in parts:
                 G = operator_of(memory.weight.view, gradients[at[memory.slot]])
                 G.add_(c, S, U, V)
@@ -198,12 +194,14 @@ class Passes:
         if not looks:
             return
         names = [memory.name for seen in looks for memory in seen.memories]
-        flags = torch.cat([seen.finite.reshape(len(seen.memories), -1).all(-1) for seen in looks])
+        device = looks[0].finite.device
+        each = [seen.finite.reshape(len(seen.memories), -1).all(-1) for seen in looks]
+        flags = torch.cat([one.to(device) for one in each])
         if flags.is_cpu:
             _raise_not_finite(names, flags)
             return
         copied = flags.to("cpu", non_blocking=True)
-        event = torch.Event(flags.device)
+        event = torch.Event(device)
         event.record()
         self._flags = names, copied, event
 
@@ -257,13 +255,27 @@ def _masked(seen: Look, change: LowRankChange, identity: float) -> LowRankChange
     return LowRankChange(c, U, V)
 
 
+def _multiplied(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    """All of them times a number, in one operation for each device."""
+    products = list(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        there = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        done = torch._foreach_mul([tensors[i] for i in there], factor.to(device))
+        for i, product in zip(there, done, strict=True):
+            products[i] = product
+    return products
+
+
 def _wide(x: Tensor) -> Tensor:
     return x[..., None, None]
 
 
-def _strengths(seen: Look) -> Tensor:
-    """The strengths of the weights at their steps, on the device."""
-    return _lengths(seen, [1.0] * len(seen.memories))
+def _gradient_of(seen: Look) -> tuple[Tensor, LowRankChange]:
+    """The strengths of the weights at their steps, and strength * gradient."""
+    strength = _lengths(seen, [1.0] * len(seen.memories))
+    gradient = seen.memories[0].penalty.gradient(seen.S, seen.product)
+    c, U, V = _masked(seen, gradient, identity=0.0)
+    return strength, LowRankChange(strength * c, _wide(strength) * U, V)
 
 
 def _lengths(seen: Look, rates: Sequence[float | Tensor]) -> Tensor:
