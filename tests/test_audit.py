@@ -22,7 +22,7 @@ import oracles
 import wellcond as wc
 from matrices import with_spectrum
 from wellcond import _spectrum
-from wellcond._findings import compare
+from wellcond.checkpoints.findings import compare
 
 
 def linear(S: Tensor) -> nn.Linear:

@@ -16,7 +16,7 @@ import oracles
 import wellcond as wc
 from matrices import hadamard_conjugate, hilbert, kahan, lauchli, with_spectrum
 from wellcond import _bounds
-from wellcond._bounds import Interval
+from wellcond.linalg.certify import Interval
 
 # --- intervals ------------------------------------------------------------------------------------
 

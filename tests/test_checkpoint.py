@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond._checkpoint import Checkpoint, PickledCodeError, UnreadableError
+from wellcond.checkpoints.files import Checkpoint, PickledCodeError, UnreadableError
 
 
 def tensors() -> dict[str, Tensor]:

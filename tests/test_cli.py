@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import wellcond
-from wellcond._cli import main
+from wellcond.cli import main
 
 EXPERIMENTS = ("denoise", "classify", "least-squares")
 COMMANDS = [[], ["reproduce"], *(["reproduce", name] for name in EXPERIMENTS)]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import wellcond as wc
-from wellcond._cli import main
+from wellcond.cli import main
 from wellcond.experiments import _run, _training, classify, denoise, least_squares
 from wellcond.experiments.data import Images, load
 

@@ -37,7 +37,7 @@ ROOMS = [
 
 def test_importing_loads_torch_and_the_standard_library_alone() -> None:
     code = (
-        "import sys, torch; before = set(sys.modules); import wellcond, wellcond._cli; "
+        "import sys, torch; before = set(sys.modules); import wellcond, wellcond.cli; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wellcond._leading import (
+from wellcond.operators.subspace import (
     Subspace,
     cold_start,
     power_eigenvector,
@@ -13,7 +13,7 @@ from wellcond._leading import (
     top_eigenvector,
     top_pair,
 )
-from wellcond._operators import StoredMatrix
+from wellcond.operators.stored import StoredMatrix
 
 
 def with_spectrum(sigma: list[float], m: int, n: int, seed: int = 0) -> torch.Tensor:

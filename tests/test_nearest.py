@@ -13,8 +13,8 @@ from torch import Tensor
 import oracles
 import wellcond as wc
 from matrices import matrices, with_spectrum
-from wellcond._nearest import clip, limited
-from wellcond._spectrum import measure
+from wellcond.linalg.nearest import clip, limited
+from wellcond.linalg.spectrum import measure
 
 LIMITS = st.sampled_from([1.0, 1.5, 2.0, 10.0, 1e3, 1e6])
 

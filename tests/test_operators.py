@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wellcond._operators import StoredMatrix
+from wellcond.operators.stored import StoredMatrix
 
 SHAPES = [(7, 5), (5, 7), (1, 6), (6, 1), (40, 33), (3, 7, 5), (2, 1, 4)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

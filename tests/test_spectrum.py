@@ -11,7 +11,7 @@ from torch import Tensor
 
 from matrices import hilbert, matrices, with_spectrum
 from wellcond import _spectrum
-from wellcond._spectrum import Method, measure
+from wellcond.linalg.spectrum import Method, measure
 
 
 @pytest.fixture

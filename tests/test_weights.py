@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import wellcond as wc
-from wellcond._weights import find_weights
+from wellcond.weights.discover import find_weights
 
 EVERYTHING = wc.Condition(0.1)
 

@@ -1,12 +1,12 @@
 """The condition number of the weights of neural networks: measured, certified, regularised."""
 
-from wellcond._audit import audit
-from wellcond._bounds import Certificate, Interval, certify
-from wellcond._estimates import Estimate
-from wellcond._findings import AuditReport, Coverage, Finding, Grade, Status
-from wellcond._monitor import Monitor
-from wellcond._nearest import nearest
-from wellcond._penalties import (
+from wellcond.checkpoints.audit import audit
+from wellcond.linalg.certify import Certificate, Interval, certify
+from wellcond.training.estimates import Estimate
+from wellcond.checkpoints.findings import AuditReport, Coverage, Finding, Grade, Status
+from wellcond.training.monitor import Monitor
+from wellcond.linalg.nearest import nearest
+from wellcond.penalties.base import (
     Condition,
     ConditionLimit,
     Tikhonov,
@@ -15,9 +15,9 @@ from wellcond._penalties import (
     condition_penalty_gradient,
     proximal_step,
 )
-from wellcond._regularizer import Regularizer
-from wellcond._repair import Repair, RepairReport, repair
-from wellcond._spectrum import condition_number
+from wellcond.training.regularizer import Regularizer
+from wellcond.checkpoints.repair import Repair, RepairReport, repair
+from wellcond.linalg.spectrum import condition_number
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from wellcond._cli import main
+from wellcond.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wellcond._operators import Part, StoredMatrix, View
+from wellcond.operators.stored import Part, StoredMatrix, View
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond._operators import as_matrices
-from wellcond._spectrum import gram, measure, negligible
+from wellcond.operators.stored import as_matrices
+from wellcond.linalg.spectrum import gram, measure, negligible
 
 # A limit must hold for whoever measures next: more than measuring with other threads changes.
 _SLACK = 1e-8

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from wellcond._bounds import Certificate
-from wellcond._page import CURVES, Row, render
-from wellcond._weights import NOT_A_MATRIX
+from wellcond.linalg.certify import Certificate
+from wellcond.checkpoints.page import CURVES, Row, render
+from wellcond.weights.discover import NOT_A_MATRIX
 
 SCHEMA = 1
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from wellcond._attachment import Attachment
-from wellcond._estimates import Estimate, estimates
-from wellcond._memory import Memory, quietly
-from wellcond._passes import Passes
-from wellcond._report import check_interval, report, send
-from wellcond._selection import Penalties, listed, select
-from wellcond._sharded import refuse_flat_parameters, replicas_of
-from wellcond._weights import unwrapped
+from wellcond.training.attachment import Attachment
+from wellcond.training.estimates import Estimate, estimates
+from wellcond.training.state import Memory, quietly
+from wellcond.training.engine import Passes
+from wellcond.training.log import check_interval, report, send
+from wellcond.training.selection import Penalties, listed, select
+from wellcond.operators.sharded import refuse_flat_parameters, replicas_of
+from wellcond.weights.discover import unwrapped
 
 
 class Regularizer:

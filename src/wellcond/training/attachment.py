@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wellcond._selection import listed
-from wellcond._weights import Weight
+from wellcond.training.selection import listed
+from wellcond.weights.discover import Weight
 
 logger = logging.getLogger("wellcond")
 

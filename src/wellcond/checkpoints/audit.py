@@ -15,11 +15,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from wellcond._bounds import certify
-from wellcond._checkpoint import Checkpoint
-from wellcond._findings import AuditReport, Coverage, Finding, Grade, Status, badness, versions
-from wellcond._spectrum import Method, measure, negligible
-from wellcond._weights import Matrices, effective_matrices
+from wellcond.linalg.certify import certify
+from wellcond.checkpoints.files import Checkpoint
+from wellcond.checkpoints.findings import AuditReport, Coverage, Finding, Grade, Status, badness, versions
+from wellcond.linalg.spectrum import Method, measure, negligible
+from wellcond.weights.discover import Matrices, effective_matrices
 
 Progress = Callable[[str, int], None]
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from wellcond._compiled import compiled_add_gradients_, compiled_penalty, register
-from wellcond._memory import Look, Memory, look, quietly
-from wellcond._penalties import LowRankChange
-from wellcond._selection import listed
-from wellcond._sharded import Replicas, operator_of
+from wellcond.training.compiled import compiled_add_gradients_, compiled_penalty, register
+from wellcond.training.state import Look, Memory, look, quietly
+from wellcond.penalties.base import LowRankChange
+from wellcond.training.selection import listed
+from wellcond.operators.sharded import Replicas, operator_of
 
 _Result = TypeVar("_Result")
 

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from wellcond._penalties import Penalty
-from wellcond._weights import Weight, find_weights
+from wellcond.penalties.base import Penalty
+from wellcond.weights.discover import Weight, find_weights
 
 FROZEN = "frozen: requires_grad is False"
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond._weights import NOT_A_MATRIX, Matrices, kernel, stack
+from wellcond.weights.discover import NOT_A_MATRIX, Matrices, kernel, stack
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond._audit import Progress, chosen
-from wellcond._checkpoint import Checkpoint, new_path, refuse_existing
-from wellcond._findings import dump_json, text_table, versions, written
-from wellcond._nearest import check_limit, limited
-from wellcond._weights import Matrices
+from wellcond.checkpoints.audit import Progress, chosen
+from wellcond.checkpoints.files import Checkpoint, new_path, refuse_existing
+from wellcond.checkpoints.findings import dump_json, text_table, versions, written
+from wellcond.linalg.nearest import check_limit, limited
+from wellcond.weights.discover import Matrices
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 import torch
 from torch import Tensor
 
-from wellcond._operators import as_matrices
+from wellcond.operators.stored import as_matrices
 
 _U = 2.0**-53
 # More than all underflows together: each loses at most 2^-1022, and sums have far less than 2^100

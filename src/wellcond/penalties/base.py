@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wellcond._leading import Product, Ritz, ritz_triplets, top_pair
-from wellcond._nearest import check_limit, limited
-from wellcond._operators import Operator, StoredMatrix, as_matrices
-from wellcond._spectrum import measure
+from wellcond.operators.subspace import Product, Ritz, ritz_triplets, top_pair
+from wellcond.linalg.nearest import check_limit, limited
+from wellcond.operators.stored import Operator, StoredMatrix, as_matrices
+from wellcond.linalg.spectrum import measure
 
 Strength = float | Callable[[int], float]
 

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond._leading import Product, Subspace, by_columns, cold_start, completed, refine, warmed
-from wellcond._operators import Operator, SeparateMatrices, StoredMatrix
-from wellcond._penalties import Penalty
-from wellcond._sharded import Replicas, operator_of
-from wellcond._weights import Weight
+from wellcond.operators.subspace import Product, Subspace, by_columns, cold_start, completed, refine, warmed
+from wellcond.operators.stored import Operator, SeparateMatrices, StoredMatrix
+from wellcond.penalties.base import Penalty
+from wellcond.operators.sharded import Replicas, operator_of
+from wellcond.weights.discover import Weight
 
 
 class Memory:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond._operators import Operator
+from wellcond.operators.stored import Operator
 
 
 class Subspace(NamedTuple):

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from wellcond._estimates import Estimate, estimates
-from wellcond._memory import Memory, look, quietly
-from wellcond._penalties import Condition, Penalty
-from wellcond._report import check_interval, report, send
-from wellcond._selection import select
-from wellcond._weights import unwrapped
+from wellcond.training.estimates import Estimate, estimates
+from wellcond.training.state import Memory, look, quietly
+from wellcond.penalties.base import Condition, Penalty
+from wellcond.training.log import check_interval, report, send
+from wellcond.training.selection import select
+from wellcond.weights.discover import unwrapped
 
 
 class Monitor:

@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wellcond._operators import Part, View
-from wellcond._sharded import is_sharded
+from wellcond.operators.stored import Part, View
+from wellcond.operators.sharded import is_sharded
 
 EMBEDDING = "an embedding: its rows are looked up, it is no linear map"
 NOT_A_MATRIX = "not a matrix"

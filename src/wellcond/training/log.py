@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from wellcond._estimates import Estimate
+from wellcond.training.estimates import Estimate
 
 WORST = 5
 

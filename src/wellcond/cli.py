@@ -15,11 +15,11 @@ from typing import NoReturn
 import torch
 
 import wellcond
-from wellcond._audit import Progress, audit
-from wellcond._checkpoint import refuse_existing
-from wellcond._findings import AuditReport, compare, dump_json
-from wellcond._page import CURVES
-from wellcond._repair import repair
+from wellcond.checkpoints.audit import Progress, audit
+from wellcond.checkpoints.files import refuse_existing
+from wellcond.checkpoints.findings import AuditReport, compare, dump_json
+from wellcond.checkpoints.page import CURVES
+from wellcond.checkpoints.repair import repair
 
 
 class _Parser(argparse.ArgumentParser):

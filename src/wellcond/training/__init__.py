@@ -1,0 +1,1 @@
+"""Penalties and limits applied to the weights of a model while it trains."""
