@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import (
     Subspace,
     cold_start,
@@ -13,7 +14,6 @@ from wellcond.operators.subspace import (
     top_eigenvector,
     top_pair,
 )
-from wellcond.operators.stored import StoredMatrix
 
 
 def with_spectrum(sigma: list[float], m: int, n: int, seed: int = 0) -> torch.Tensor:

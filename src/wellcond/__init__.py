@@ -1,11 +1,12 @@
 """The condition number of the weights of neural networks: measured, certified, regularised."""
 
 from wellcond.checkpoints.audit import audit
-from wellcond.linalg.certify import Certificate, Interval, certify
-from wellcond.training.estimates import Estimate
 from wellcond.checkpoints.findings import AuditReport, Coverage, Finding, Grade, Status
-from wellcond.training.monitor import Monitor
+from wellcond.checkpoints.repair import Repair, RepairReport, repair
+from wellcond.linalg.certify import Certificate, certify
+from wellcond.linalg.interval import Interval
 from wellcond.linalg.nearest import nearest
+from wellcond.linalg.spectrum import condition_number
 from wellcond.penalties.base import (
     Condition,
     ConditionLimit,
@@ -15,9 +16,9 @@ from wellcond.penalties.base import (
     condition_penalty_gradient,
     proximal_step,
 )
+from wellcond.training.estimates import Estimate
+from wellcond.training.monitor import Monitor
 from wellcond.training.regularizer import Regularizer
-from wellcond.checkpoints.repair import Repair, RepairReport, repair
-from wellcond.linalg.spectrum import condition_number
 
 __version__ = "0.1.0"
 

@@ -17,9 +17,10 @@ import torch
 import wellcond
 from wellcond.checkpoints.audit import Progress, audit
 from wellcond.checkpoints.files import refuse_existing
-from wellcond.checkpoints.findings import AuditReport, compare, dump_json
+from wellcond.checkpoints.findings import AuditReport, compare
 from wellcond.checkpoints.page import CURVES
 from wellcond.checkpoints.repair import repair
+from wellcond.text import and_more, dump_json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,11 +185,10 @@ def _audit(arguments: argparse.Namespace) -> int:
         return 0
     exceeding = {f.label: f for one in reports for f in one.exceeding(arguments.max_condition)}
     if exceeding:
-        worst = ", ".join(f"{n} ({f.condition_number:.4g})" for n, f in list(exceeding.items())[:5])
-        more = f" and {len(exceeding) - 5} more" if len(exceeding) > 5 else ""
+        worst = and_more(f"{n} ({f.condition_number:.4g})" for n, f in exceeding.items())
         print(
             f"wellcond: {len(exceeding)} of {len(report.findings)} matrices exceed "
-            f"{arguments.max_condition:g}: {worst}{more}",
+            f"{arguments.max_condition:g}: {worst}",
             file=sys.stderr,
         )
     return 1 if exceeding else 0

@@ -15,10 +15,18 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from wellcond.linalg.certify import certify
 from wellcond.checkpoints.files import Checkpoint
-from wellcond.checkpoints.findings import AuditReport, Coverage, Finding, Grade, Status, badness, versions
+from wellcond.checkpoints.findings import (
+    AuditReport,
+    Coverage,
+    Finding,
+    Grade,
+    Status,
+    sort_key,
+)
+from wellcond.linalg.certify import certify
 from wellcond.linalg.spectrum import Method, measure, negligible
+from wellcond.text import and_more, versions
 from wellcond.weights.discover import Matrices, effective_matrices
 
 Progress = Callable[[str, int], None]
@@ -88,7 +96,7 @@ def audit(
     measured = sum(finding.measured for finding in findings)
     if not measured:
         raise ValueError(_nothing(source, findings, skipped))
-    findings.sort(key=badness)
+    findings.sort(key=sort_key)
     for index, finding in enumerate(findings[:curves]):
         if finding.measured and not finding.singular_values:
             (again,) = (
@@ -145,11 +153,9 @@ def chosen(
             skipped.pop(one.name, None)
             wanted.append(one)
     if unused:
-        names = [one.name for one in matrices]
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ValueError(
             f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
-            f"matches none. The weights are {shown or 'none'}."
+            f"matches none. The weights are {and_more(one.name for one in matrices)}."
         )
     return wanted
 
@@ -157,11 +163,8 @@ def chosen(
 def _nothing(source: str, findings: list[Finding], skipped: dict[str, str]) -> str:
     reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
     reasons += [f"{name}: {reason}" for name, reason in skipped.items()]
-    more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-    listed = "; ".join(reasons[:5]) or "it is empty"
-    return (
-        f"{source} must hold a weight matrix that can be measured, but has none ({listed}{more})."
-    )
+    listed = and_more(reasons, separator="; ") if reasons else "it is empty"
+    return f"{source} must hold a weight matrix that can be measured, but has none ({listed})."
 
 
 def _findings(one: Matrices, certify: bool, all_values: bool = False) -> list[Finding]:

@@ -9,21 +9,15 @@ from __future__ import annotations
 import csv
 import enum
 import io
-import json
 import math
 import os
-import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from wellcond.linalg.certify import Certificate
 from wellcond.checkpoints.page import CURVES, Row, render
+from wellcond.linalg.certify import Certificate
+from wellcond.text import and_more, dump_json, text_table, versions, written
 from wellcond.weights.discover import NOT_A_MATRIX
 
 SCHEMA = 1
@@ -176,9 +170,8 @@ class Coverage:
         if self.failed:
             text += f"; {self.failed} could not be measured"
         if left_out:
-            shown = [f"{name} ({reason})" for name, reason in list(left_out.items())[:3]]
-            more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-            text += f"; {len(left_out)} skipped: {', '.join(shown)}{more}"
+            shown = and_more((f"{name} ({why})" for name, why in left_out.items()), limit=3)
+            text += f"; {len(left_out)} skipped: {shown}"
         kinds = Counter(r for r in self.skipped.values() if r.startswith(NOT_A_MATRIX))
         if kinds:
             counted = (f"{n} ({r.removeprefix(f'{NOT_A_MATRIX}: ')})" for r, n in kinds.items())
@@ -362,53 +355,7 @@ def _cells(finding: Finding) -> tuple[str, ...]:
     )
 
 
-def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A plain text table, the first column to the left and numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for header in headers:
-        left = header in ("weight", "dtype", "grade", "changed")
-        table.add_column(header, justify="left" if left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row[: len(headers)])
-    text = io.StringIO()
-    # As wide as it needs to be: a table that is cut to the terminal would hide numbers.
-    Console(file=text, width=1000, color_system=None, markup=False, highlight=False).print(table)
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
-
-
-def dump_json(content: Any) -> str:
-    """Strict JSON with inf, -inf and nan as strings."""
-
-    def strict(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        if isinstance(value, dict):
-            return {key: strict(item) for key, item in value.items()}
-        return [strict(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return json.dumps(strict(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def written(text: str, path: str | os.PathLike[str] | None) -> str:
-    """The text, and into a file if there is a path."""
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
-
-
-def badness(finding: Finding) -> tuple[bool, bool, float]:
+def sort_key(finding: Finding) -> tuple[bool, bool, float]:
     """Failed ones first, then undefined ones, then by descending kappa."""
     kappa = finding.condition_number
     return finding.measured, not math.isnan(kappa), -kappa
-
-
-def versions() -> dict[str, str]:
-    """Of wellcond, torch and Python."""
-    return {
-        "wellcond": version("wellcond"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from wellcond.checkpoints.audit import Progress, chosen
 from wellcond.checkpoints.files import Checkpoint, new_path, refuse_existing
-from wellcond.checkpoints.findings import dump_json, text_table, versions, written
 from wellcond.linalg.nearest import check_limit, limited
+from wellcond.text import and_more, dump_json, text_table, versions, written
 from wellcond.weights.discover import Matrices
 
 
@@ -184,10 +184,9 @@ def repair(
     with new_path(path_out) as copy:
         checkpoint.copy_with(change, copy)
         if refused:
-            more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
             raise ValueError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
-                f"{'; '.join(refused[:5])}{more}. To leave a weight as it is, exclude it."
+                f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
     return RepairReport(repairs, skipped, float(max_condition), versions())
 

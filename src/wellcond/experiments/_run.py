@@ -7,9 +7,7 @@ leaves what was finished and nothing half-written.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import platform
 import statistics
 import sys
@@ -20,7 +18,8 @@ from typing import Any
 
 import torch
 
-import wellcond
+import wellcond.text
+from wellcond.text import dump_json, written
 
 Advance = Callable[[str], None]  # moves a bar of progress by one, under this label
 Titled = tuple[str, list[str], list[list[str]]]  # a table: title, header, rows
@@ -83,35 +82,10 @@ def apply_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def in_json(value: Any) -> Any:
-    """The value with inf and nan as the strings "inf", "-inf" and "nan"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: in_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [in_json(item) for item in value]
-    return value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name first, so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def versions() -> dict[str, str]:
-    return {
-        "wellcond": wellcond.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
+    """Those of the software, and of the machine as far as it matters."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return wellcond.text.versions() | {"machine": machine}
 
 
 class Results:
@@ -159,11 +133,11 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        write_whole(self.path, self.text())
+        written(self.text(), self.path)
         self.written = len(self.runs)
 
     def text(self) -> str:
-        return json.dumps(in_json(self.document), indent=1, default=str) + "\n"
+        return dump_json(self.document)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -279,7 +253,7 @@ def over_seeds(seeds: int) -> str:
 
 def write_tables(results: Results, note: str, tables: list[Titled]) -> None:
     parts = [note + "\n", *(f"{title}:\n\n{markdown(head, rows)}" for title, head, rows in tables)]
-    write_whole(results.out / "table.md", "\n".join(parts))
+    written("\n".join(parts), results.out / "table.md")
 
 
 def finished(results: Results, note: str, tables: list[Titled], as_json: bool) -> None:

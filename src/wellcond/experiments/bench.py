@@ -8,7 +8,6 @@ and with an exact decomposition in every step, from the same seed, and compares 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -19,6 +18,7 @@ import wellcond as wc
 from wellcond.experiments import _run, bench_audit, bench_soak, bench_step
 from wellcond.experiments._training import seeded
 from wellcond.experiments.data import Images, load
+from wellcond.text import dump_json
 
 FIRST = "0.weight"
 SIDE = 28  # of the images, to which digits are scaled
@@ -119,7 +119,7 @@ def run_fidelity(arguments: argparse.Namespace) -> int:
         "runs": runs,
     }
     if arguments.json:
-        print(json.dumps(_run.in_json(document), indent=1))
+        print(dump_json(document), end="")
         return 0
     _run.print_table(
         f"Condition number of layer 1 after {arguments.epochs} epochs of Adam 1e-3, batch 32, "
@@ -196,7 +196,7 @@ def run_strength(arguments: argparse.Namespace) -> int:
         "runs": runs,
     }
     if arguments.json:
-        print(json.dumps(_run.in_json(document), indent=1))
+        print(dump_json(document), end="")
         return 0
     _run.print_table(
         f"Condition number of layer 1 after {arguments.epochs} epochs of Adam 1e-3, batch 32, "

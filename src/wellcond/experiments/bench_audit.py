@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.experiments import _run
+from wellcond.text import dump_json
 
 SIZES = (
     "1x1,8x8,32x32,64x64,128x128,256x256,512x512,1024x1024,2048x2048,4096x4096,"
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
             "versions": _run.versions(),
             "runs": rows,
         }
-        print(json.dumps(_run.in_json(document), indent=1))
+        print(dump_json(document), end="")
         return 0
     _run.print_table(
         f"Condition number of float32 matrices, {torch.get_num_threads()} threads, best of "

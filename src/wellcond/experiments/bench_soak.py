@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import os
 import random
@@ -26,6 +25,7 @@ import wellcond as wc
 from wellcond.experiments import _run
 from wellcond.experiments._training import condition_numbers, seeded
 from wellcond.experiments.data import Images, load
+from wellcond.text import and_more, dump_json
 
 PHASE = 500  # steps under one way of regularising, before the other; at most an eighth of the run
 SAVE = 100  # steps from one file to the next
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
             failures.append(f"memory grew by {grown} {what}, more than {margin}")
     document["failures"] = failures
     if arguments.json:
-        print(json.dumps(_run.in_json(document), indent=1))
+        print(dump_json(document), end="")
     else:
         _print(document)
     return 1 if failures else 0
@@ -340,7 +340,5 @@ def _print(document: dict[str, Any]) -> None:
         ),
     ]
     _run.print_table("A long training with failures", ["what", "number"], rows)
-    for failure in document["failures"][:SHOWN]:
-        print(f"FAILED {failure}")
-    if len(document["failures"]) > SHOWN:
-        print(f"FAILED ... and {len(document['failures']) - SHOWN} more")
+    if document["failures"]:
+        print(f"FAILED {and_more(document['failures'], SHOWN, separator='; ')}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import wellcond as wc
 from wellcond.experiments import _run
 from wellcond.experiments._training import seeded
+from wellcond.text import dump_json
 
 FIRST = "0.weight"
 BLOCK = 10  # steps in a block: `every=10` acts exactly once in it
@@ -221,7 +221,7 @@ def run(arguments: argparse.Namespace) -> int:
         "memory": shares,
     }
     if arguments.json:
-        print(json.dumps(_run.in_json(document), indent=1))
+        print(dump_json(document), end="")
         return 0
     regularised = "" if arguments.model == "mlp" else f", {len(weights)} matrices regularised"
     _run.print_table(

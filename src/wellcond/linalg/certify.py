@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 import torch
 from torch import Tensor
 
-from wellcond.operators.stored import as_matrices
+from wellcond.linalg.checks import as_matrices
+from wellcond.linalg.interval import Interval, as_interval, ball
 
 _U = 2.0**-53
 # More than all underflows together: each loses at most 2^-1022, and sums have far less than 2^100
@@ -30,79 +30,6 @@ _UNDERFLOW = 2.0**-900
 _SMALL = 256
 # A relative width of kappa that is good enough to prefer the cheaper certificate.
 _NARROW = 1e-4
-
-
-@dataclass(frozen=True)
-class Interval:
-    """All real numbers from lower to upper, both included; upper may be inf.
-
-    `in` asks whether a number lies in it. Sums, differences, products, quotients and square roots
-    of intervals enclose all results: every operation rounds outward.
-
-    Example:
-        >>> import wellcond as wc
-        >>> 2.0 in wc.Interval(1.5, 2.5)
-        True
-    """
-
-    lower: float
-    upper: float
-
-    def __contains__(self, number: float) -> bool:
-        return self.lower <= number <= self.upper
-
-    def __str__(self) -> str:
-        """To six digits, rounded outward as well."""
-        return f"[{_digits(self.lower, ROUND_FLOOR)}, {_digits(self.upper, ROUND_CEILING)}]"
-
-    def __add__(self, other: Interval | float) -> Interval:
-        other = _interval(other)
-        return _outward(self.lower + other.lower, self.upper + other.upper)
-
-    def __rsub__(self, other: float) -> Interval:
-        return _interval(other) - self
-
-    def __sub__(self, other: Interval | float) -> Interval:
-        other = _interval(other)
-        return _outward(self.lower - other.upper, self.upper - other.lower)
-
-    def __mul__(self, other: Interval | float) -> Interval:
-        other = _interval(other)
-        corners = [x * y for x in (self.lower, self.upper) for y in (other.lower, other.upper)]
-        if any(map(math.isnan, corners)):
-            return Interval(-math.inf, math.inf)
-        return _outward(min(corners), max(corners))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __truediv__(self, other: Interval | float) -> Interval:
-        """Of intervals of non-negative numbers."""
-        other = _interval(other)
-        lower = self.lower / other.upper if other.upper > 0 else math.nan
-        return _outward(lower, self.upper / other.lower if other.lower > 0 else math.inf)
-
-    def sqrt(self) -> Interval:
-        """Of its non-negative part."""
-        return _outward(*(math.sqrt(max(end, 0.0)) for end in (self.lower, self.upper)))
-
-
-def _digits(x: float, rounding: str) -> str:
-    if not math.isfinite(x):
-        return str(x)
-    return f"{Context(prec=6, rounding=rounding).create_decimal(x):g}"
-
-
-def _interval(x: Interval | float) -> Interval:
-    return x if isinstance(x, Interval) else Interval(x, x)
-
-
-def _outward(lower: float, upper: float) -> Interval:
-    """One float further on both sides: more than the rounding of one operation."""
-    return Interval(math.nextafter(lower, -math.inf), math.nextafter(upper, math.inf))
-
-
-def _ball(radius: Interval) -> Interval:
-    return Interval(-radius.upper, radius.upper)
 
 
 @dataclass(frozen=True)
@@ -222,16 +149,16 @@ _TINY = Interval(0.0, _UNDERFLOW)
 
 def _norm(X: Tensor) -> Interval:
     """Encloses the Frobenius norm."""
-    squared = _interval(float(X.square().sum()))
-    return (squared * (1 + _ball(_interval(_gamma(X.numel() + 2)))) + _ball(_TINY)).sqrt()
+    squared = as_interval(float(X.square().sum()))
+    return (squared * (1 + ball(as_interval(_gamma(X.numel() + 2)))) + ball(_TINY)).sqrt()
 
 
 def _norm_of_absolute_product(A: Tensor, B: Tensor) -> Interval:
     """An upper bound of || |A| |B| ||_2, the root of its largest row sum times column sum."""
     A, B = A.abs(), B.abs()
     rows, columns = A @ B.sum(dim=1), A.sum(dim=0) @ B
-    bound = (_interval(float(rows.max())) * float(columns.max())).sqrt()
-    return bound * (1 + _interval(_gamma(sum(A.shape) + B.shape[1] + 2))) + _TINY
+    bound = (as_interval(float(rows.max())) * float(columns.max())).sqrt()
+    return bound * (1 + as_interval(_gamma(sum(A.shape) + B.shape[1] + 2))) + _TINY
 
 
 def _defect(Q: Tensor) -> Interval:
@@ -252,8 +179,8 @@ def _by_svd(S: Tensor) -> _Extremes | None:
     difference = S - left @ Vh
     # Products of n terms; fl(U Sigma) adds one rounding, and the difference another.
     rounding = _gamma(S.shape[1] + 2) * _norm_of_absolute_product(left, Vh)
-    R = _ball(_norm(difference) * (1 + 2 * _U) + rounding + _TINY)
-    E, F = _ball(_defect(U)), _ball(_defect(Vh.mT))
+    R = ball(_norm(difference) * (1 + 2 * _U) + rounding + _TINY)
+    E, F = ball(_defect(U)), ball(_defect(Vh.mT))
     if not (E.upper < 1 and F.upper < 1 and R.upper < math.inf):
         return None
     factor = ((1 + E) * (1 + F)).sqrt()
@@ -299,7 +226,7 @@ def _eigenvalue_bound(A: Tensor, estimate: float, margin: float) -> Interval | N
     with ||D||_2 <= gamma/(1 - gamma) trace(M), gamma = gamma_{n+1} (Higham 10.3; two more for
     libraries that multiply by reciprocals of pivots).
     """
-    gamma = _interval(_gamma(len(A) + 3))
+    gamma = as_interval(_gamma(len(A) + 3))
     for step in (1, 4, 16):
         shift = estimate - step * margin
         M = A.clone()
@@ -307,8 +234,8 @@ def _eigenvalue_bound(A: Tensor, estimate: float, margin: float) -> Interval | N
         factor, failed = torch.linalg.cholesky_ex(M)
         if failed or not torch.isfinite(factor.diagonal()).all():
             continue
-        trace = _interval(float(M.diagonal().sum())) * (1 + gamma)
-        rounding = _U * _interval(float(M.diagonal().abs().max()))
+        trace = as_interval(float(M.diagonal().sum())) * (1 + gamma)
+        rounding = _U * as_interval(float(M.diagonal().abs().max()))
         return shift - (gamma / (1 - gamma) * trace + rounding + _TINY)
     return None
 
@@ -331,12 +258,12 @@ def _stretch(S: Tensor, x: Tensor) -> Interval:
     """Encloses ||S x||/||x||, which lies between sigma_n and sigma_1."""
     length = _norm(x)
     rounding = _gamma(S.shape[1]) * _norm_of_absolute_product(S, x)
-    return _nonnegative(_norm(S @ x) + _ball(rounding + _TINY)) / length
+    return _nonnegative(_norm(S @ x) + ball(rounding + _TINY)) / length
 
 
 def _by_norm(S: Tensor) -> _Extremes:
     """From the entries alone: max |s_ij| <= sigma_1 <= ||S||_F and n sigma_n^2 <= ||S||_F^2."""
     norm = _norm(S)
-    smallest = Interval(0.0, (norm / _interval(S.shape[1]).sqrt()).upper)
+    smallest = Interval(0.0, (norm / as_interval(S.shape[1]).sqrt()).upper)
     largest = Interval(float(S.abs().max()), norm.upper)
     return _Extremes(largest, smallest, math.nan, "Frobenius norm")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.operators.stored import as_matrices
+from wellcond.linalg.checks import as_matrices
 from wellcond.linalg.spectrum import gram, measure, negligible
 
 # A limit must hold for whoever measures next: more than measuring with other threads changes.

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.operators.stored import as_matrices, check_matrices
+from wellcond.linalg.checks import as_matrices, check_matrices
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to this nu an SVD is as fast as the Gram matrix; from the other on, Krylov spaces find the

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.stored import Part, StoredMatrix, View
+from wellcond.operators.stored import StoredMatrix
+from wellcond.operators.views import Part, View
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,79 +9,13 @@ so that nothing of the size of the weight is ever made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from wellcond.operators.rounding import rounded, working_dtype
+
 _BANDS = 16  # a half-precision weight is widened by sixteenths
-
-View = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A view's rows from `start` on, or, if `length` is None, its matrix number `start`."""
-
-    view: View
-    start: int
-    length: int | None = None
-
-    def __call__(self, parameter: Tensor) -> Tensor:
-        whole = self.view(parameter)
-        if self.length is None:
-            return whole[self.start]
-        return whole.narrow(0, self.start, self.length)
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight of this dtype is worked on: float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def check_matrices(S: Tensor) -> None:
-    """Raises unless S is a batch of real matrices with rows and columns."""
-    if not isinstance(S, Tensor):
-        raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
-    if not S.is_floating_point():
-        raise TypeError(
-            f"`S` must be a real floating-point tensor, got {S.dtype}. "
-            "Convert it first, for instance with S.to(torch.float64)."
-        )
-    if S.ndim < 2:
-        raise ValueError(
-            f"`S` must have at least 2 dimensions, got shape {tuple(S.shape)}. "
-            "A vector has no condition number; S[None] makes it a matrix of one row."
-        )
-    if S.shape[-1] == 0 or S.shape[-2] == 0:
-        raise ValueError(f"`S` must have rows and columns, got shape {tuple(S.shape)}.")
-
-
-def as_matrices(S: Tensor) -> Tensor:
-    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
-    check_matrices(S)
-    wide = S.to(torch.float64)
-    if not torch.isfinite(wide).all():
-        count = int((~torch.isfinite(wide)).sum())
-        raise ValueError(
-            f"`S` must be finite, got {count} NaN or infinite of {S.numel()} entries. "
-            "Look for the step at which they appeared."
-        )
-    return wide
-
-
-def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x in a dtype of half precision, each entry up or down by chance so that the mean is x.
-
-    To the nearest, a step of 1e-3 of an entry would vanish in bfloat16 however often it is taken.
-    """
-    info = torch.finfo(dtype)
-    # The distance of the neighbours of x in that dtype, a power of two.
-    unit = torch.ldexp(torch.full_like(x, info.eps), torch.frexp(x).exponent - 1)
-    multiple = x / unit.clamp_min_(info.tiny * info.eps)
-    below = multiple.floor()
-    chance = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    return (below + (chance < multiple - below)).mul_(unit).to(dtype)
 
 
 class StoredMatrix:

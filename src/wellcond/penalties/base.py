@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wellcond.operators.subspace import Product, Ritz, ritz_triplets, top_pair
+from wellcond.linalg.checks import as_matrices
 from wellcond.linalg.nearest import check_limit, limited
-from wellcond.operators.stored import Operator, StoredMatrix, as_matrices
 from wellcond.linalg.spectrum import measure
+from wellcond.operators.stored import Operator, StoredMatrix
+from wellcond.operators.subspace import Product, Ritz, ritz_triplets, top_pair
 
 Strength = float | Callable[[int], float]
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from wellcond.training.compiled import compiled_add_gradients_, compiled_penalty, register
-from wellcond.training.state import Look, Memory, look, quietly
-from wellcond.penalties.base import LowRankChange
-from wellcond.training.selection import listed
 from wellcond.operators.sharded import Replicas, operator_of
+from wellcond.penalties.base import LowRankChange
+from wellcond.training.compiled import compiled_add_gradients_, compiled_penalty, register
+from wellcond.training.selection import listed
+from wellcond.training.state import Look, Memory, look, quietly
 
 _Result = TypeVar("_Result")
 

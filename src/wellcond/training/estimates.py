@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wellcond.linalg.spectrum import measure
+from wellcond.operators.stored import Operator
 from wellcond.operators.subspace import Product, cold_start, refine, residual, top_pair, warmed
 from wellcond.training.state import Memory, look
-from wellcond.operators.stored import Operator
-from wellcond.linalg.spectrum import measure
 
 
 @dataclass(frozen=True)

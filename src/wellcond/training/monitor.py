@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from wellcond.training.estimates import Estimate, estimates
-from wellcond.training.state import Memory, look, quietly
 from wellcond.penalties.base import Condition, Penalty
+from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import check_interval, report, send
 from wellcond.training.selection import select
+from wellcond.training.state import Memory, look, quietly
 from wellcond.weights.discover import unwrapped
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from wellcond.operators.sharded import refuse_flat_parameters, replicas_of
 from wellcond.training.attachment import Attachment
-from wellcond.training.estimates import Estimate, estimates
-from wellcond.training.state import Memory, quietly
 from wellcond.training.engine import Passes
+from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import check_interval, report, send
 from wellcond.training.selection import Penalties, listed, select
-from wellcond.operators.sharded import refuse_flat_parameters, replicas_of
+from wellcond.training.state import Memory, quietly
 from wellcond.weights.discover import unwrapped
 
 

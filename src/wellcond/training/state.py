@@ -17,10 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.operators.subspace import Product, Subspace, by_columns, cold_start, completed, refine, warmed
-from wellcond.operators.stored import Operator, SeparateMatrices, StoredMatrix
-from wellcond.penalties.base import Penalty
 from wellcond.operators.sharded import Replicas, operator_of
+from wellcond.operators.stored import Operator, SeparateMatrices, StoredMatrix
+from wellcond.operators.subspace import (
+    Product,
+    Subspace,
+    by_columns,
+    cold_start,
+    completed,
+    refine,
+    warmed,
+)
+from wellcond.penalties.base import Penalty
 from wellcond.weights.discover import Weight
 
 

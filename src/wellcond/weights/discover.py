@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.stored import Part, View
 from wellcond.operators.sharded import is_sharded
+from wellcond.operators.views import Part, View
 
 EMBEDDING = "an embedding: its rows are looked up, it is no linear map"
 NOT_A_MATRIX = "not a matrix"

@@ -1,0 +1,37 @@
+"""What is refused before any arithmetic: what is no finite real matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_matrices(S: Tensor) -> None:
+    """Raises unless S is a batch of real matrices with rows and columns."""
+    if not isinstance(S, Tensor):
+        raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
+    if not S.is_floating_point():
+        raise TypeError(
+            f"`S` must be a real floating-point tensor, got {S.dtype}. "
+            "Convert it first, for instance with S.to(torch.float64)."
+        )
+    if S.ndim < 2:
+        raise ValueError(
+            f"`S` must have at least 2 dimensions, got shape {tuple(S.shape)}. "
+            "A vector has no condition number; S[None] makes it a matrix of one row."
+        )
+    if S.shape[-1] == 0 or S.shape[-2] == 0:
+        raise ValueError(f"`S` must have rows and columns, got shape {tuple(S.shape)}.")
+
+
+def as_matrices(S: Tensor) -> Tensor:
+    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
+    check_matrices(S)
+    wide = S.to(torch.float64)
+    if not torch.isfinite(wide).all():
+        count = int((~torch.isfinite(wide)).sum())
+        raise ValueError(
+            f"`S` must be finite, got {count} NaN or infinite of {S.numel()} entries. "
+            "Look for the step at which they appeared."
+        )
+    return wide

@@ -1,0 +1,124 @@
+"""Parameters seen as matrices, and values written back through the view.
+
+Most views share memory with their parameter. A kernel whose storage has gaps cannot: its view is a
+copy, and what is written to that must be carried back, or it would be lost without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class View(Protocol):
+    """From a parameter to a matrix (m, n) or a stack of them; a pure rearrangement of entries."""
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """The matrix, sharing memory with the parameter where its strides allow."""
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        """Puts the entries of the matrix where they belong in the parameter."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The parameter as it stands."""
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return parameter
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        parameter.copy_(matrix)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A parameter that is stored as (inputs, outputs)."""
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return parameter.mT
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        parameter.copy_(matrix.mT)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A convolution kernel as (out, in/groups * kernel), the columns in the order of memory.
+
+    With several groups a stack of their matrices, (groups, out/groups, in/groups * kernel).
+    """
+
+    groups: int = 1
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        matrix = parameter.permute(_order(parameter)).flatten(1)
+        return matrix if self.groups == 1 else matrix.unflatten(0, (self.groups, -1))
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        permuted = parameter.permute(_order(parameter))
+        permuted.copy_(matrix.reshape(permuted.shape))
+
+
+def _order(parameter: Tensor) -> list[int]:
+    strides = parameter.stride()
+    return [0, *sorted(range(1, parameter.ndim), key=lambda dim: -strides[dim])]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a view so many rows from `start` on, or columns with `dim` = -1."""
+
+    view: View
+    start: int
+    length: int
+    dim: int = -2
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return self.view(parameter).narrow(self.dim, self.start, self.length)
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        whole = self.view(parameter)
+        whole.narrow(self.dim, self.start, self.length).copy_(matrix)
+        self.view.write_(parameter, whole)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Of a view that is a stack the matrix with this number."""
+
+    view: View
+    index: int
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return self.view(parameter)[self.index]
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        whole = self.view(parameter)
+        whole[self.index] = matrix
+        self.view.write_(parameter, whole)
+
+
+def shares_memory(matrix: Tensor, parameter: Tensor) -> bool:
+    """Whether what is written to the one is read from the other."""
+    mine, theirs = matrix.untyped_storage(), parameter.untyped_storage()
+    return mine.data_ptr() == theirs.data_ptr()
+
+
+@contextlib.contextmanager
+def writable(view: View, tensor: Tensor) -> Iterator[Tensor]:
+    """A parameter or a gradient seen through a view; what is written to it reaches the tensor."""
+    matrix = view(tensor)
+    yield matrix
+    if matrix.device.type != "meta" and not shares_memory(matrix, tensor):
+        view.write_(tensor, matrix)
+
+
+def shape_of(view: View, tensor: Tensor) -> torch.Size:
+    """The shape of what the view shows, without reading anything."""
+    return view(torch.empty_strided(tensor.shape, tensor.stride(), device="meta")).shape

@@ -1,0 +1,80 @@
+"""How things are said, everywhere alike: names in a sentence, tables, strict JSON, versions."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def and_more(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first items, and how many more there are; "none" if there is none."""
+    items = list(items)
+    shown = separator.join(items[:limit]) or "none"
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names in quotation marks, sorted, the first five of them."""
+    return and_more([f'"{name}"' for name in sorted(names)])
+
+
+def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A plain text table, the first column to the left and numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for header in headers:
+        left = header in ("weight", "dtype", "grade", "changed")
+        table.add_column(header, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[: len(headers)])
+    text = io.StringIO()
+    # As wide as it needs to be: a table that is cut to the terminal would hide numbers.
+    Console(file=text, width=1000, color_system=None, markup=False, highlight=False).print(table)
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+
+def dump_json(content: Any) -> str:
+    """Strict JSON with inf, -inf and nan as strings, and what JSON does not know as text."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: strict(item) for key, item in value.items()}
+        return [strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+    plain = strict(content)
+    return json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False, default=str) + "\n"
+
+
+def written(text: str, path: str | os.PathLike[str] | None) -> str:
+    """The text, and into a file if there is a path: under another name first, so never half."""
+    if path is not None:
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    return text
+
+
+def versions() -> dict[str, str]:
+    """Of wellcond, torch and Python."""
+    return {
+        "wellcond": version("wellcond"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,27 @@
+"""The matrices in one tensor of a model or a file, read when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A tensor and the matrices in it by the name of their view, "" if it is one as it stands.
+
+    `read` may be slow, and what it returns large: it is for one tensor at a time. A view may be a
+    stack (g, m, n): the blocks of one block-diagonal map, such as the groups of a convolution.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    views: Callable[[Tensor], dict[str, Tensor]]
+    read: Callable[[], Tensor]
+
+
+def numbered(stack: Tensor) -> dict[str, Tensor]:
+    """The matrices of a stack over the first dimension, by their number."""
+    return {str(index): matrix for index, matrix in enumerate(stack)}

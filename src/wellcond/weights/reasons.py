@@ -1,0 +1,58 @@
+"""Why a tensor is left out, in the words that the user reads."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Reason(enum.Enum):
+    """Why a parameter of a model or a tensor of a file is left out; its value is the sentence."""
+
+    number = "not a matrix: a number"
+    vector = "not a matrix: a vector"
+    empty = "not a matrix: it has no entries"
+    dimensions = "not a matrix: more dimensions than are known to mean one"
+    embedding = "an embedding: its rows are looked up, it is no linear map"
+    unknown_use = "a parameter whose use is not known"
+    one_row = "one row in each group: every condition number is 1"
+    uninitialised = "not initialised yet: run the model once first"
+    not_real = "not real floating point"
+    packed = "not real floating point, packed or quantised perhaps, or no weight"
+    quantised = "quantised: its scales are stored elsewhere"
+    not_dense = "not a dense tensor"
+    parametrized = "parametrized: what is stored is not the matrix that acts"
+    sharded = "sharded over processes: audit a checkpoint, or a model that is whole"
+    same = "the same tensor as another"
+    optimizer = "the state of an optimizer"
+    program = "a file that holds more than tensors"
+    frozen = "frozen: requires_grad is False"
+    excluded = "left out by a pattern"
+    unmatched = "matched by no pattern"
+
+    @property
+    def no_matrix(self) -> bool:
+        """Whether this is no matrix at all, and so nothing that a report could lack."""
+        return self in (Reason.number, Reason.vector, Reason.empty, Reason.dimensions)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What is left out and why; as text, the sentence of the reason and the detail.
+
+    Attributes:
+        reason: the kind of reason.
+        detail: what there is to say besides, such as the dtype; "" if nothing.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> reg = wc.Regularizer(torch.nn.Linear(3, 2), wc.Condition(0.1))
+        >>> reg.skipped["bias"].reason, str(reg.skipped["bias"])
+        (<Reason.vector: 'not a matrix: a vector'>, 'not a matrix: a vector')
+    """
+
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value
