@@ -1,48 +1,37 @@
-"""Importing wellcond is light, and arrows between its rooms point down."""
+"""Importing wellcond is light, and folders import only what the table allows."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import wellcond
 
 SOURCE = Path(wellcond.__file__).parent
-# From the ground up: a room may import only what stands before it.
-ROOMS = [
-    "_operators",
-    "_sharded",
-    "_bounds",
-    "_leading",
-    "_spectrum",
-    "_nearest",
-    "_penalties",
-    "_weights",
-    "_checkpoint",
-    "_memory",
-    "_compiled",
-    "_estimates",
-    "_selection",
-    "_passes",
-    "_attachment",
-    "_report",
-    "_monitor",
-    "_regularizer",
-    "_page",
-    "_findings",
-    "_audit",
-    "_repair",
-]
+# Which folder may import from which; "" stands for the public names. What is not here is refused:
+# training and checkpoints never see each other, linalg and operators nothing at all.
+ALLOWED: dict[str, set[str]] = {
+    "text": set(),
+    "linalg": set(),
+    "operators": set(),
+    "weights": {"operators", "text"},
+    "penalties": {"linalg", "operators"},
+    "training": {"linalg", "operators", "weights", "penalties", "text"},
+    "checkpoints": {"linalg", "weights", "text"},
+    "": {"linalg", "operators", "weights", "penalties", "training", "checkpoints"},
+    "integrations": {""},
+    "experiments": {"", "text"},
+    "cli": {"", "checkpoints", "experiments", "text"},
+    "__main__": {"cli"},
+}
 
 
-def test_importing_loads_torch_and_the_standard_library_alone() -> None:
-    code = (
-        "import sys, torch; before = set(sys.modules); import wellcond, wellcond.cli; "
-        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(out.stdout.split()) - {"wellcond", "torch", "torchgen", "functorch"}
-    assert loaded <= set(sys.stdlib_module_names)
+def folder(module: str) -> str:
+    """The first name below wellcond; "" for the root itself and the names it lists."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else ""
 
 
 def imported(path: Path) -> set[str]:
@@ -50,36 +39,54 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name for name in names if name.startswith("wellcond")}
+        if isinstance(node, ast.ImportFrom) and node.module == "wellcond":
+            names |= {f"wellcond.{alias.name}" for alias in node.names}
+            names -= {"wellcond"} if any(f"{a.name}" in ALLOWED for a in node.names) else set()
+    return {name for name in names if name.split(".")[0] == "wellcond"}
 
 
-def test_arrows_point_down() -> None:
-    for height, room in enumerate(ROOMS):
-        allowed = {f"wellcond.{below}" for below in ROOMS[:height]}
-        for name in imported(SOURCE / f"{room}.py"):
-            assert ".".join(name.split(".")[:2]) in allowed, f"{room} imports {name}"
+MODULES = sorted(SOURCE.rglob("*.py"))
 
 
-def test_every_room_has_its_place() -> None:
-    rooms = {path.stem for path in SOURCE.glob("_*.py")} - {"__init__", "__main__", "_cli"}
-    assert rooms == set(ROOMS)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_module_imports_only_from_folders_that_it_may(path: Path) -> None:
+    inside = path.relative_to(SOURCE).with_suffix("").parts
+    own = "" if inside[0] == "__init__" else inside[0]
+    assert own in ALLOWED, f"{own} has no place in the table of folders"
+    for name in imported(path):
+        assert folder(name) in ALLOWED[own] | {own}, f"{'/'.join(inside)} imports {name}"
 
 
-def test_experiments_see_only_public_names() -> None:
-    for path in (SOURCE / "experiments").glob("*.py"):
-        for name in imported(path):
-            assert name == "wellcond" or name.startswith("wellcond.experiments"), path
+def test_every_folder_of_the_table_is_there() -> None:
+    there = {path.relative_to(SOURCE).with_suffix("").parts[0] for path in MODULES}
+    assert there - {"__init__"} == set(ALLOWED) - {""}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules that are there after this code and were not after `import torch`."""
+    program = f"import sys, torch; before = set(sys.modules); {code}; "
+    program += "print(*sorted(set(sys.modules) - before), file=sys.__stderr__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+def test_importing_loads_torch_and_the_standard_library_alone() -> None:
+    loaded = {name.split(".")[0] for name in loaded_by("import wellcond, wellcond.cli")}
+    assert loaded - {"wellcond", "torch", "torchgen", "functorch"} <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("command", ["audit", "repair"])
+def test_help_of_a_command_imports_no_experiment(command: str) -> None:
+    code = f"import contextlib, wellcond.cli\nwith contextlib.suppress(SystemExit): "
+    code += f"wellcond.cli.main(['{command}', '--help'])\n0"
+    loaded = loaded_by(code)
+    assert "wellcond.cli" in loaded
+    assert not [name for name in loaded if name.startswith("wellcond.experiments")]
 
 
 def test_public_names_exist_and_have_docstrings() -> None:
     for name in wellcond.__all__:
         assert getattr(wellcond, name).__doc__, name
-
-
-def test_integrations_see_only_public_names() -> None:
-    for path in (SOURCE / "integrations").glob("*.py"):
-        for name in imported(path):
-            assert name == "wellcond" or name.startswith("wellcond.integrations"), path

@@ -133,14 +133,6 @@ def test_least_squares_writes_all_it_promises(
             assert line.replace(r"\|", "").count("|") == 6, header
 
 
-def test_infinite_condition_numbers_are_strings() -> None:
-    assert _run.in_json({"a": [math.inf, (-math.inf, math.nan)], "b": 1.0, "c": "inf"}) == {
-        "a": ["inf", ["-inf", "nan"]],
-        "b": 1.0,
-        "c": "inf",
-    }
-
-
 def test_an_interruption_in_the_second_run_leaves_the_first(
     tmp_path: Path,
     few_images: Images,
@@ -189,22 +181,6 @@ def test_overwriting_leaves_no_picture_of_other_results(tmp_path: Path) -> None:
     assert (tmp_path / "images.png").exists()
     results.add(finished_run("none", 0.0, 0.5))
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "notes.txt"}
-
-
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "results.json"
-    _run.write_whole(path, "old")
-
-    def full(*args: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(_run.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        _run.write_whole(path, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-    assert path.read_text() == "old"
 
 
 # --- summaries ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import oracles
 import wellcond as wc
 from matrices import with_spectrum
-from wellcond import _spectrum
+import wellcond.linalg.spectrum as spectrum_module
 from wellcond.checkpoints.findings import compare
 
 
@@ -80,8 +80,8 @@ def test_a_weight_that_rounds_to_lower_rank_is_said_to_have_it() -> None:
 
 
 def test_very_large_weights_are_estimated_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_spectrum, "_SMALL", 8)
-    monkeypatch.setattr(_spectrum, "_LARGE", 64)
+    monkeypatch.setattr(spectrum_module, "_SMALL", 8)
+    monkeypatch.setattr(spectrum_module, "_LARGE", 64)
     S = with_spectrum(torch.linspace(2, 0.1, 64).double(), 80, 64)
     (finding,) = wc.audit(linear(S)).findings
     exact = np.linalg.svd(linear(S).weight.detach().double().numpy(), compute_uv=False)

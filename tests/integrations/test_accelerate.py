@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import wellcond as wc
-from training import (
+from by_hand import (
     BATCH,
     BLOCK,
     EVERY,

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from matrices import hilbert, matrices, with_spectrum
-from wellcond import _spectrum
+import wellcond.linalg.spectrum as spectrum_module
 from wellcond.linalg.spectrum import Method, measure
 
 
 @pytest.fixture
 def no_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but vectors go by the Gram matrix, so that small examples reach every branch."""
-    monkeypatch.setattr(_spectrum, "_SMALL", 3)
+    monkeypatch.setattr(spectrum_module, "_SMALL", 3)
 
 
 def spectrum_of(name: str, n: int, kappa: float) -> Tensor:
@@ -49,9 +49,9 @@ def test_kappa_is_right_to_1e_6(
     name: str, kappa: float, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever route decides; the float64 SVD itself is good to n eps kappa = 3e-7 at 1e7."""
-    monkeypatch.setattr(_spectrum, "_SMALL", 8)
+    monkeypatch.setattr(spectrum_module, "_SMALL", 8)
     if large:
-        monkeypatch.setattr(_spectrum, "_LARGE", 8)
+        monkeypatch.setattr(spectrum_module, "_LARGE", 8)
     S = with_spectrum(spectrum_of(name, 120, kappa), 150, 120).float()
     exact = np.linalg.svd(S.double().numpy(), compute_uv=False)
     for matrix in (S, S.mT, S.double()):
@@ -78,8 +78,8 @@ def test_the_gram_matrix_is_left_where_it_does_not_resolve(
 def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_spectrum, "_SMALL", 8)
-    monkeypatch.setattr(_spectrum, "_LARGE", 100)
+    monkeypatch.setattr(spectrum_module, "_SMALL", 8)
+    monkeypatch.setattr(spectrum_module, "_LARGE", 100)
     S = with_spectrum(spectrum_of("arithmetic", 120, 100.0), 120, 140)
     extremes, everything = measure(S), measure(S, all_values=True)
     assert extremes.method is Method.krylov
@@ -98,7 +98,7 @@ def test_all_singular_values_agree_with_an_svd(S: Tensor) -> None:
 @given(st.integers(9, 40), st.integers(9, 40), st.integers(0, 999))
 def test_the_gram_route_agrees_with_an_svd(m: int, n: int, seed: int) -> None:
     S = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = _spectrum._from_gram(S.mT if m < n else S, all_values=False)
+    found = spectrum_module._from_gram(S.mT if m < n else S, all_values=False)
     if found is not None:
         torch.testing.assert_close(found.scaled, torch.linalg.svdvals(S), rtol=1e-7, atol=0)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import wellcond as wc
-from wellcond import _cli
+from wellcond import cli
 from wellcond.experiments import bench, bench_audit, bench_step
 
 
 def wellcond(*arguments: object) -> int:
-    return _cli.main([str(argument) for argument in arguments])
+    return cli.main([str(argument) for argument in arguments])
 
 
 def test_step_measures_every_way(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import wellcond as wc
-from training import (
+from by_hand import (
     BATCH,
     BLOCK,
     EVERY,

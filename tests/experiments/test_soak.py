@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import wellcond as wc
-from wellcond import _cli
+from wellcond import cli
 from wellcond.experiments import bench_soak
 
 
 def soak(steps: int, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
-    code = _cli.main(["bench", "soak", "--steps", str(steps), "--json"])
+    code = cli.main(["bench", "soak", "--steps", str(steps), "--json"])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -43,7 +43,7 @@ def test_no_step_is_lost_and_no_memory_gained(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_table_shows_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _cli.main(["bench", "soak", "--steps", "60"]) == 0
+    assert cli.main(["bench", "soak", "--steps", "60"]) == 0
     printed = capsys.readouterr().out
     for part in ("steps", "refused by name", "counted, attach, 0.weight", "kappa of 2.weight"):
         assert part in printed
@@ -56,7 +56,7 @@ def test_memory_beyond_the_margin_is_a_failure(
     code, document = soak(40, capsys)
     assert code == 1
     assert [failure.startswith("memory grew by") for failure in document["failures"]] == [True]
-    assert _cli.main(["bench", "soak", "--steps", "40"]) == 1
+    assert cli.main(["bench", "soak", "--steps", "40"]) == 1
     assert "FAILED memory grew" in capsys.readouterr().out
 
 

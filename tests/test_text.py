@@ -1,0 +1,45 @@
+"""How things are said and written, wherever that is."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wellcond
+from wellcond.text import and_more, dump_json, quoted, versions, written
+
+
+def test_a_sentence_names_five_and_counts_the_rest() -> None:
+    assert and_more([]) == "none"
+    assert and_more("abcde") == "a, b, c, d, e"
+    assert and_more("abcdefg") == "a, b, c, d, e and 2 more"
+    assert and_more("abcd", limit=2, separator="; ") == "a; b and 2 more"
+    assert quoted(["b", "a"]) == '"a", "b"'
+
+
+def test_infinite_numbers_are_strings_in_json() -> None:
+    text = dump_json({"a": [math.inf, (-math.inf, math.nan)], "b": 1.0, "c": Path("p")})
+    assert json.loads(text) == {"a": ["inf", ["-inf", "nan"]], "b": 1.0, "c": "p"}
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    written("old", path)
+
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        written("new", path)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    assert path.read_text() == "old"
+
+
+def test_the_version_is_said_in_one_way() -> None:
+    assert versions()["wellcond"] == wellcond.__version__
