@@ -9,7 +9,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 @dataclass(frozen=True)
 class Interval:
-    """All real numbers from lower to upper, both included; upper may be inf.
+    """All real numbers from lower to upper, both included; an end may be infinite.
 
     `in` asks whether a number lies in it. Sums, differences, products, quotients and square roots
     of intervals enclose all results: every operation rounds outward.
@@ -34,6 +34,9 @@ class Interval:
         other = as_interval(other)
         return _outward(self.lower + other.lower, self.upper + other.upper)
 
+    def __neg__(self) -> Interval:
+        return Interval(-self.upper, -self.lower)
+
     def __rsub__(self, other: float) -> Interval:
         return as_interval(other) - self
 
@@ -45,20 +48,33 @@ class Interval:
         other = as_interval(other)
         corners = [x * y for x in (self.lower, self.upper) for y in (other.lower, other.upper)]
         if any(map(math.isnan, corners)):
-            return Interval(-math.inf, math.inf)
+            return _ALL
         return _outward(min(corners), max(corners))
 
     __radd__, __rmul__ = __add__, __mul__
 
     def __truediv__(self, other: Interval | float) -> Interval:
-        """Of intervals of non-negative numbers."""
+        """By all numbers of the other interval but zero."""
         other = as_interval(other)
-        lower = self.lower / other.upper if other.upper > 0 else math.nan
-        return _outward(lower, self.upper / other.lower if other.lower > 0 else math.inf)
+        if other.upper <= 0:
+            return -self / -other if other.lower < 0 else _ALL
+        if not other.lower >= 0:
+            return _ALL
+        lower = _quotient(self.lower, other.upper if self.lower >= 0 else other.lower)
+        upper = _quotient(self.upper, other.lower if self.upper > 0 else other.upper)
+        return _ALL if math.isnan(lower) or math.isnan(upper) else _outward(lower, upper)
 
     def sqrt(self) -> Interval:
         """Of its non-negative part."""
         return _outward(*(math.sqrt(max(end, 0.0)) for end in (self.lower, self.upper)))
+
+
+_ALL = Interval(-math.inf, math.inf)
+
+
+def _quotient(x: float, y: float) -> float:
+    """x/y, y >= 0; by zero the limit from above."""
+    return x / y if y else math.copysign(math.inf, x)
 
 
 def _digits(x: float, rounding: str) -> str:
