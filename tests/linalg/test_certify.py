@@ -8,40 +8,15 @@ import numpy as np
 import pytest
 import rogues
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
 import wellcond as wc
-from matrices import hadamard_conjugate, hilbert, kahan, lauchli, with_spectrum
 import wellcond.linalg.certify as certify_module
-from wellcond.linalg.certify import Interval
-
-# --- intervals ------------------------------------------------------------------------------------
-
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
-
-
-@given(FINITE, FINITE, st.sampled_from("+-*"))
-def test_operations_round_outward(x: float, y: float, operation: str) -> None:
-    a, b = Interval(x, x), Interval(y, y)
-    result = {"+": a + b, "-": a - b, "*": a * b}[operation]
-    exact = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__}[operation]
-    truth = exact(Fraction(x), Fraction(y))
-    assert result.lower == -math.inf or Fraction(result.lower) <= truth
-    assert result.upper == math.inf or truth <= Fraction(result.upper)
-
-
-@given(*[st.floats(0, 1e300)] * 2)
-def test_quotients_and_roots_round_outward(x: float, y: float) -> None:
-    root = Interval(x, x).sqrt()
-    assert root.lower <= 0 or Fraction(root.lower) ** 2 <= Fraction(x)
-    assert Fraction(x) <= Fraction(root.upper) ** 2
-    assume(y > 0)
-    quotient = Interval(x, x) / Interval(y, y)
-    assert quotient.lower == math.inf or Fraction(quotient.lower) <= Fraction(x) / Fraction(y)
-    assert quotient.upper == math.inf or Fraction(x) / Fraction(y) <= Fraction(quotient.upper)
+from matrices import hadamard_conjugate, hilbert, kahan, lauchli, with_spectrum
+from wellcond.linalg.interval import Interval
 
 
 @given(st.integers(1, 2**52 - 1))
@@ -49,10 +24,6 @@ def test_gamma_is_an_upper_bound(k: int) -> None:
     """k u/(1 - k u), exactly."""
     exact = Fraction(k, 2**53) / (1 - Fraction(k, 2**53))
     assert Fraction(certify_module._gamma(k)) >= exact
-
-
-def test_division_by_an_interval_with_zero_is_unbounded() -> None:
-    assert (Interval(1, 2) / Interval(0, 1)).upper == math.inf
 
 
 # --- enclosures -----------------------------------------------------------------------------------
@@ -249,7 +220,9 @@ def test_wrong_estimates_cost_width_and_not_truth(
     monkeypatch.setattr(certify_module, "_SMALL", 0)
     monkeypatch.setattr(certify_module, "_NARROW", math.inf)
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: honest(G) * lie)
-    monkeypatch.setattr(certify_module, "_eigenvector", lambda G, _: torch.ones(len(G), 1, dtype=G.dtype))
+    monkeypatch.setattr(
+        certify_module, "_eigenvector", lambda G, _: torch.ones(len(G), 1, dtype=G.dtype)
+    )
     d = torch.randint(1, 100, (64,), generator=random(0))
     d[0], d[1] = 1, 100
     certificate = wc.certify(hadamard_conjugate(d))
@@ -290,6 +263,36 @@ def test_a_failed_svd_leaves_the_bounds_of_the_norm(monkeypatch: pytest.MonkeyPa
     assert not certificate.certified
 
 
+def test_blocks_are_enclosed_as_their_block_diagonal_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seed in range(40):
+        source = random(seed)
+        shape = [int(k) for k in torch.randint(1, 5, (3,), generator=source)]
+        S = torch.randint(-3, 4, shape, generator=source).double()
+        exact = [oracles.singular_values(one) for one in S]
+        sigma = sorted((value for values, _ in exact for value in values), reverse=True)
+        error = max(error for _, error in exact)
+        for _ in ways(monkeypatch):
+            found = certify_module.certificate_of_blocks([wc.certify(one) for one in S])
+            assert_encloses(found, sigma, error, S)
+
+
+def test_blocks_are_certified_if_all_are() -> None:
+    good, bad = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.ones(2, 2)
+    both = certify_module.certificate_of_blocks([wc.certify(good), wc.certify(good / 4)])
+    assert 12.0 in both.condition_number
+    assert both.condition_number.upper < 12.001
+    assert both.computed == pytest.approx(12.0)
+    assert both.method == "verified SVD"
+    for other in (bad, 0 * bad):
+        found = certify_module.certificate_of_blocks([wc.certify(good), wc.certify(other)])
+        assert found.condition_number.upper == math.inf
+        assert "cannot tell it from zero" in found.reason
+    none = certify_module.certificate_of_blocks([wc.certify(0 * bad)] * 2)
+    assert "the matrix is zero" in none.reason
+
+
 # --- outcomes and errors --------------------------------------------------------------------------
 
 
@@ -318,7 +321,7 @@ def test_a_vector_has_condition_number_one_exactly() -> None:
 @pytest.mark.parametrize(
     ("S", "error", "message"),
     [
-        (torch.ones(2, 2, 2), ValueError, "exactly 2 dimensions"),
+        (torch.ones(2, 2, 2), ValueError, "For a batch, certify each matrix"),
         (torch.ones(3), ValueError, "at least 2"),
         (torch.ones(0, 3), ValueError, "rows and columns"),
         (torch.tensor([[math.nan]]), ValueError, "finite"),

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from matrices import hilbert, matrices, with_spectrum
 import wellcond.linalg.spectrum as spectrum_module
-from wellcond.linalg.spectrum import Method, measure
+from matrices import hilbert, matrices, with_spectrum
+from wellcond.linalg.scaling import frobenius_norm
+from wellcond.linalg.spectrum import Method, measure, spectrum_of_blocks
 
 
 @pytest.fixture
@@ -139,3 +140,44 @@ def test_hilbert_is_singular_to_working_precision_from_13_on(no_small: None) -> 
     """kappa(hilbert(8)) = 1.526e10 (Todd 1961)."""
     assert measure(hilbert(8)).condition_number == pytest.approx(1.5257575538e10, rel=1e-5)
     assert measure(hilbert(14)).condition_number == math.inf
+
+
+# --- block-diagonal matrices ----------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 999))
+def test_blocks_have_the_spectrum_of_their_block_diagonal_matrix(
+    m: int, n: int, groups: int, seed: int
+) -> None:
+    S = torch.randn(groups, m, n, generator=torch.Generator().manual_seed(seed)).double()
+    found = spectrum_of_blocks([measure(one) for one in S])
+    whole = torch.linalg.svdvals(torch.block_diag(*S))[: groups * min(m, n)]
+    torch.testing.assert_close(found.singular_values, whole)
+    assert found.condition_number == pytest.approx(float(whole[0] / whole[-1]), rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-180, 1e180, 1e300])
+def test_blocks_may_have_any_scale(scale: float) -> None:
+    S = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)) * scale
+    found = spectrum_of_blocks([measure(S), measure(2 * S)])
+    assert found.condition_number == pytest.approx(6.0)
+    assert float(found.singular_values[0]) == pytest.approx(6 * scale)
+    assert spectrum_of_blocks([measure(S), measure(0 * S)]).condition_number == math.inf
+    assert math.isnan(spectrum_of_blocks([measure(0 * S)] * 2).condition_number)
+
+
+def test_blocks_with_extremes_alone_have_extremes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum_module, "_SMALL", 8)
+    monkeypatch.setattr(spectrum_module, "_LARGE", 100)
+    S = with_spectrum(spectrum_of("arithmetic", 120, 100.0), 120, 140)
+    found = spectrum_of_blocks([measure(S), measure(S / 2, all_values=True)])
+    assert found.method is Method.krylov
+    assert found.singular_values.shape == (2,)
+    assert found.condition_number == pytest.approx(200.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-323, 1e-310, 1e-180, 1.0, 1e180, 1e307])
+def test_the_frobenius_norm_does_not_mind_the_scale(scale: float) -> None:
+    S = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64) * scale
+    assert frobenius_norm(S) == pytest.approx(5 * scale, rel=1e-14, abs=1e-323)
+    assert frobenius_norm(0 * S) == 0.0

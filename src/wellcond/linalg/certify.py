@@ -14,13 +14,15 @@ G = fl(S^T S); sigma_1 >= ... >= sigma_n its singular values; kappa = sigma_1/si
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices
 from wellcond.linalg.interval import Interval, as_interval, ball
+from wellcond.linalg.scaling import power_of_two
 
 _U = 2.0**-53
 # More than all underflows together: each loses at most 2^-1022, and sums have far less than 2^100
@@ -89,14 +91,14 @@ def certify(S: Tensor) -> Certificate:
     if wide.ndim != 2:
         raise ValueError(
             f"`S` must have exactly 2 dimensions, got shape {tuple(wide.shape)}. "
-            "Of a stack certify each matrix: [wc.certify(one) for one in S]."
+            "For a batch, certify each matrix: [wc.certify(one) for one in S]."
         )
     largest = float(wide.abs().max())
     if largest == 0:
         zero, none = Interval(0.0, 0.0), Interval(math.nan, math.nan)
         reason = "the matrix is zero and has no condition number"
         return Certificate(zero, zero, none, False, math.nan, "none needed", reason)
-    unit = 2.0 ** (math.frexp(largest)[1] - 1)
+    unit = power_of_two(largest)
     # Exact but for entries that underflow, which _UNDERFLOW covers.
     scaled = wide / unit
     if scaled.shape[0] < scaled.shape[1]:
@@ -107,22 +109,41 @@ def certify(S: Tensor) -> Certificate:
         or _by_norm(scaled)
     )
     low, high = _nonnegative(found.sigma_min), found.sigma_max
-    kappa = high / low
-    kappa = Interval(max(kappa.lower, 1.0), kappa.upper)
+    certificate = _certificate(high, low, found.computed, found.method)
     if scaled.shape[1] == 1:
-        kappa = Interval(1.0, 1.0)
+        certificate = replace(
+            certificate, condition_number=Interval(1.0, 1.0), certified=True, reason=""
+        )
+    return replace(certificate, sigma_max=high * unit, sigma_min=_nonnegative(low * unit))
+
+
+def certificate_of_blocks(certificates: Sequence[Certificate]) -> Certificate:
+    """The certificate of a block-diagonal matrix from those of its blocks."""
+    largest, smallest = zip(*((c.sigma_max, c.sigma_min) for c in certificates), strict=True)
+    high = Interval(max(x.lower for x in largest), max(x.upper for x in largest))
+    low = Interval(min(x.lower for x in smallest), min(x.upper for x in smallest))
+    if len(certificates) == 1 or high.upper == 0:
+        return certificates[0]
+    computed = high.upper / low.upper if low.upper > 0 else math.inf
+    methods = dict.fromkeys(certificate.method for certificate in certificates)
+    return _certificate(high, low, computed, "; ".join(methods))
+
+
+def _certificate(high: Interval, low: Interval, computed: float, method: str) -> Certificate:
+    """From enclosures of sigma_1 > 0 and sigma_nu."""
+    kappa = high / low
     certified = kappa.upper < math.inf
     reason = (
         f"sigma_min lies within {low.upper / high.upper:.1e} of zero, relative to sigma_max: "
         "rounding in float64 cannot tell it from zero"
     )
     return Certificate(
-        sigma_max=high * unit,
-        sigma_min=_nonnegative(low * unit),
-        condition_number=kappa,
+        sigma_max=high,
+        sigma_min=low,
+        condition_number=Interval(max(kappa.lower, 1.0), kappa.upper),
         certified=certified,
-        computed=found.computed,
-        method=found.method,
+        computed=computed,
+        method=method,
         reason="" if certified else reason,
     )
 
@@ -198,7 +219,6 @@ def _by_cholesky(S: Tensor) -> _Extremes | None:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     bottom, top = float(eigenvalues[0]), float(eigenvalues[-1])
-    # ||S^T S - G||_2, G being what its lower triangle says.
     # ||S^T S - G||_2, whichever triangle of G is read.
     product = _gamma(m) * _norm_of_absolute_product(S.mT, S) + _TINY
     trace = float(G.diagonal().sum())
@@ -245,8 +265,8 @@ def _eigenvector(G: Tensor, value: float) -> Tensor:
     shifted = G.clone()
     shifted.diagonal().sub_(value)
     factors = torch.linalg.lu_factor_ex(shifted)[:2]
-    source = torch.Generator().manual_seed(0)
-    x = torch.randn(len(G), 1, generator=source, dtype=G.dtype)
+    source = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(len(G), 1, generator=source, dtype=G.dtype, device="cpu")
     for _ in range(3):
         x = torch.linalg.lu_solve(*factors, x)
         x = torch.where(torch.isfinite(x), x, 0.0)

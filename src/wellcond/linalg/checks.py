@@ -27,7 +27,7 @@ def check_matrices(S: Tensor) -> None:
 def as_matrices(S: Tensor) -> Tensor:
     """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
     check_matrices(S)
-    wide = S.to(torch.float64)
+    wide = in_float64(S)
     if not torch.isfinite(wide).all():
         count = int((~torch.isfinite(wide)).sum())
         raise ValueError(
@@ -35,3 +35,11 @@ def as_matrices(S: Tensor) -> Tensor:
             "Look for the step at which they appeared."
         )
     return wide
+
+
+def in_float64(S: Tensor) -> Tensor:
+    """S in float64, on the CPU if its own device has no float64."""
+    try:
+        return S.to(torch.float64)
+    except TypeError:  # what Apple's GPUs answer
+        return S.cpu().to(torch.float64)

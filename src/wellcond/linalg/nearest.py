@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.linalg.checks import as_matrices
+from wellcond.linalg.checks import as_matrices, in_float64
+from wellcond.linalg.scaling import power_of_two
 from wellcond.linalg.spectrum import gram, measure, negligible
 
 # A limit must hold for whoever measures next: more than measuring with other threads changes.
@@ -59,7 +60,7 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     allowed = (clipped == sigma).all(dim=-1)[..., None, None]
     # Adding 0.0 turns the zeros' signs positive.
     moved = ((wide / unit + change) * unit + 0.0).to(S.dtype)
-    return torch.where(allowed, S.detach(), moved)
+    return torch.where(allowed.to(S.device), S.detach(), moved.to(S.device))
 
 
 def check_limit(max_condition: float) -> None:
@@ -120,8 +121,8 @@ def limited(S: Tensor, max_condition: float) -> Limited:
     kappa = measure(S).condition_number
     if kappa <= K or math.isnan(kappa):
         return Limited(S, kappa, kappa, 0.0)
-    unit = 2.0 ** (math.frexp(float(S.abs().max()))[1] - 1)
-    wide = S.to("cpu", torch.float64) / unit
+    unit = power_of_two(float(S.abs().max()))
+    wide = in_float64(S.detach().cpu()) / unit
     U, sigma, V = _triplets(wide.mT if S.shape[0] < S.shape[1] else wide)
     if S.shape[0] < S.shape[1]:
         U, V = V, U

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices, check_matrices
+from wellcond.linalg.scaling import scaled
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to this nu an SVD is as fast as the Gram matrix; from the other on, Krylov spaces find the
@@ -42,7 +43,8 @@ class Method(enum.Enum):
 class Spectrum(NamedTuple):
     """Singular values of one matrix, descending: all of them, or with `krylov` the extremes.
 
-    They are `unit * scaled`, kept apart as the product may overflow and kappa need not.
+    They are `unit * scaled`, kept apart as the product may overflow and kappa need not. `shape` is
+    (m, n), or (g, m, n) for g blocks of a block-diagonal matrix.
     """
 
     scaled: Tensor
@@ -57,7 +59,7 @@ class Spectrum(NamedTuple):
     @property
     def condition_number(self) -> float:
         """inf where sigma_nu is zero to working precision, nan for a zero matrix."""
-        largest, *_, smallest = 2 * self.scaled.tolist()  # of one, it is both
+        largest, smallest = (float(self.scaled[end]) for end in (0, -1))
         if largest == 0:
             return math.nan
         return math.inf if smallest <= negligible(self.shape) * largest else largest / smallest
@@ -74,7 +76,8 @@ def condition_number(S: Tensor) -> Tensor:
 
     Returns:
         float64 tensor (...), dimensionless, at least 1. It is inf where sigma_nu is at most
-        max(m, n) eps(float64) sigma_1, that is zero to working precision, and nan where S = 0.
+        max(m, n) eps(float64) sigma_1, that is zero to working precision, and nan where S = 0. It
+        lies where S does, or on the CPU if that device has no float64.
 
     Raises:
         ValueError: fewer than two dimensions, no entries, or an entry that is NaN or infinite.
@@ -112,21 +115,29 @@ def measure(S: Tensor, all_values: bool = False) -> Spectrum:
     Of a very large one only the extremes, unless `all_values` are asked for. Raises ValueError if
     it is not finite.
     """
-    wide = S.detach().double()
-    largest = float(torch.linalg.vector_norm(wide, math.inf))
-    if not 1e-100 < largest < 1e100 and largest != 0:
-        as_matrices(S)  # raises if there is NaN or infinity
-        # Squares, and the scaling inside LAPACK, want room: a power of two costs no rounding.
-        unit = 2.0 ** (math.frexp(largest)[1] - 1)
-        return measure(wide / unit, all_values)._replace(unit=unit)
+    wide, unit = scaled(S)  # squares, and the scaling inside LAPACK, want room
     m, n = wide.shape
     if m == 1 or n == 1:
-        return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape)
+        return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
     if m > _SMALL and n > _SMALL:
         spectrum = _from_gram(wide.mT if m < n else wide, all_values)
         if spectrum is not None:
-            return spectrum
-    return Spectrum(torch.linalg.svdvals(wide), Method.svd, wide.shape)
+            return spectrum._replace(unit=unit)
+    return Spectrum(torch.linalg.svdvals(wide), Method.svd, wide.shape, unit)
+
+
+def spectrum_of_blocks(spectra: Sequence[Spectrum]) -> Spectrum:
+    """The spectrum of a block-diagonal matrix from those of its blocks, all of one shape.
+
+    Of extremes alone if those of a block are; the method is the one that is farthest from an SVD.
+    """
+    unit = max(spectrum.unit for spectrum in spectra)
+    method = max((spectrum.method for spectrum in spectra), key=list(Method).index)
+    sigma = torch.cat([spectrum.scaled * (spectrum.unit / unit) for spectrum in spectra])
+    sigma = sigma.sort(descending=True).values
+    if method is Method.krylov:
+        sigma = torch.stack([sigma[0], sigma[-1]])
+    return Spectrum(sigma, method, torch.Size([len(spectra), *spectra[0].shape]), unit)
 
 
 def _from_gram(S: Tensor, all_values: bool) -> Spectrum | None:
@@ -143,7 +154,7 @@ def _from_gram(S: Tensor, all_values: bool) -> Spectrum | None:
     del factor
     converged = error <= _RESIDUAL_ERROR
     sure = n >= _LARGE and converged and not all_values
-    top, _, top_error = _krylov(lambda V: G @ V, n, _RESIDUAL_ERROR, steps=100 if sure else 3)
+    top, _, top_error = _krylov(lambda V: G @ V, G, _RESIDUAL_ERROR, steps=100 if sure else 3)
     if sure and top_error <= _RESIDUAL_ERROR:
         return Spectrum(torch.stack([top.sqrt(), smallest]), Method.krylov, S.shape)
     resolved = bool(n * _EPS * top <= _GRAM_ERROR * smallest.square())
@@ -181,7 +192,7 @@ def _smallest(S: Tensor, factor: Tensor) -> tuple[Tensor, float]:
         solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
         return solved
 
-    _, V, _ = _krylov(inverse, S.shape[1], _RESIDUAL_ERROR, steps=30)
+    _, V, _ = _krylov(inverse, factor, _RESIDUAL_ERROR, steps=30)
     for _ in range(2):  # what is left of large singular vectors shrinks by kappa^2 each time
         V = torch.linalg.qr(inverse(V)).Q
     U, sigma, Wh = torch.linalg.svd(S @ V, full_matrices=False)
@@ -201,16 +212,21 @@ def _ritz_error(value: Tensor, residual: Tensor, gap: Tensor) -> float:
 
 
 def _krylov(
-    apply: Callable[[Tensor], Tensor], n: int, tolerance: float, steps: int, width: int = 4
+    apply: Callable[[Tensor], Tensor], like: Tensor, tolerance: float, steps: int, width: int = 4
 ) -> tuple[Tensor, Tensor, float]:
-    """The largest eigenvalue of a positive semidefinite operator on n-vectors by block Lanczos.
+    """The largest eigenvalue of a positive semidefinite operator by block Lanczos.
+
+    It applies to n-vectors where `like`, an n x n matrix, lies.
 
     Returns the Ritz value, a lower bound, the `width` leading Ritz vectors (n, width), and an
     estimate of the relative error of the value.
     """
+    n = len(like)
     steps = min(steps, n // width)
-    source = torch.Generator().manual_seed(0)
-    block = torch.linalg.qr(torch.randn(n, width, generator=source, dtype=torch.float64)).Q
+    # Drawn on the CPU: the same numbers on every device.
+    source = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(n, width, generator=source, dtype=like.dtype, device="cpu")
+    block = torch.linalg.qr(start.to(like.device)).Q
     basis = block.new_empty(steps * width, n)  # in rows: products with them are much faster
     projected = block.new_zeros(steps * width, steps * width)
     for step in range(1, steps + 1):

@@ -1,0 +1,37 @@
+"""Matrices in float64, in a unit in which squares neither overflow nor vanish."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.checks import as_matrices, in_float64
+
+
+def scaled(S: Tensor) -> tuple[Tensor, float]:
+    """S/unit in float64, and the unit: a power of two, which costs no rounding, mostly 1.
+
+    Raises:
+        ValueError: an entry is NaN or infinite.
+    """
+    wide = in_float64(S.detach())
+    largest = float(torch.linalg.vector_norm(wide, math.inf))
+    if not math.isfinite(largest):
+        as_matrices(S)  # raises
+    if largest == 0 or 1e-100 < largest < 1e100:
+        return wide, 1.0
+    unit = power_of_two(largest)
+    return wide / unit, unit
+
+
+def power_of_two(largest: float) -> float:
+    """The largest power of two that is at most so large."""
+    return 2.0 ** (math.frexp(largest)[1] - 1)
+
+
+def frobenius_norm(S: Tensor) -> float:
+    """||S||_F in float64, of entries whose squares may overflow or vanish."""
+    wide, unit = scaled(S)
+    return float(torch.linalg.vector_norm(wide)) * unit
