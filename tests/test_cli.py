@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,13 @@ def test_every_help_has_an_example(command: list[str], capsys: pytest.CaptureFix
     assert f"example: wellcond {' '.join(command)}".rstrip() in capsys.readouterr().out
 
 
+def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for command in ("audit", "repair", "reproduce", "bench"):
+        assert re.search(rf"^    {command}\s+\w+", listed, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -46,7 +54,7 @@ def test_every_help_has_an_example(command: list[str], capsys: pytest.CaptureFix
         (["audit"], "required: path"),
         (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
         (["audit", "x.pt", "--max-condition", "nan"], "at least 1, got nan"),
-        (["audit", "x.pt", "--top", "0"], "at least 1, got 0"),
+        (["audit", "x.pt", "--top", "0"], "must be a positive integer, got 0"),
         (["repair", "x.pt", "y.pt"], "required: --max-condition"),
     ],
 )
@@ -161,7 +169,7 @@ def test_an_audit_prints_a_table_and_ends_with_its_coverage(
     lines = out.splitlines()
     assert lines[1].split()[:4] == ["bad", "2x2", "float32", "100"]
     assert lines[2].startswith("good")
-    assert lines[-1] == "2 of 2 matrices, 81.2 % of the parameters; no matrices: 1 (a vector)"
+    assert lines[-1] == "2 of 2 matrices, 81.2 % of the parameters; no matrices: 1 (vector)"
     assert err == ""
 
 

@@ -30,9 +30,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"wellcond: error: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from wellcond.experiments import bench, classify, denoise, least_squares
-
+def _parser(command: str) -> argparse.ArgumentParser:
+    """All commands; the experiments are imported for theirs alone."""
     parser = _Parser(
         prog="wellcond",
         description="Condition numbers of neural network weights: audits, repairs, experiments.",
@@ -49,17 +48,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Run an experiment of the paper; writes results.json, a table and pictures.",
         epilog="example: wellcond reproduce denoise --data mnist --epochs 4",
     )
-    experiments = reproduce.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
-    for experiment in (denoise, classify, least_squares):
-        experiment.configure(experiments)
-
-    bench.configure(
-        commands.add_parser(
-            "bench",
-            help="measure what regularising and auditing cost and how exact they are",
-            epilog="example: wellcond bench step",
-        )
+    benchmarks = commands.add_parser(
+        "bench",
+        help="measure what regularising and auditing cost and how exact they are",
+        epilog="example: wellcond bench step",
     )
+    if command == "reproduce":
+        from wellcond.experiments import classify, denoise, least_squares
+
+        names = reproduce.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+        for experiment in (denoise, classify, least_squares):
+            experiment.configure(names)
+    if command == "bench":
+        from wellcond.experiments import bench
+
+        bench.configure(benchmarks)
     return parser
 
 
@@ -79,7 +82,7 @@ def _limit(text: str) -> float:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
     return number
 
 
@@ -213,7 +216,9 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if not word.startswith("-")), "")
+    arguments = _parser(command).parse_args(argv)
     try:
         code: int = arguments.run(arguments)
         return code
