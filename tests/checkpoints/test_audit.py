@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 import oracles
 import wellcond as wc
-from matrices import with_spectrum
 import wellcond.linalg.spectrum as spectrum_module
+from matrices import with_spectrum
 from wellcond.checkpoints.findings import compare
 
 
@@ -77,6 +78,40 @@ def test_a_weight_that_rounds_to_lower_rank_is_said_to_have_it() -> None:
         (finding,) = wc.audit(layer).findings
         assert finding.rank == 3
         assert finding.condition_number > 100  # rounding noise: no zero to working precision
+
+
+def test_rank_minds_the_smallest_numbers_of_the_dtype() -> None:
+    """Below 6e-5 float16 rounds by up to 3e-8, however small the entry."""
+    source = torch.Generator().manual_seed(0)
+    low = torch.randn(30, 3, generator=source) @ torch.randn(3, 20, generator=source)
+    for dtype, scale in ((torch.float16, 1e-5), (torch.float64, 1e-320)):
+        layer = nn.Linear(20, 30, bias=False).to(dtype)
+        with torch.no_grad():
+            layer.weight.copy_(low.double() * scale)
+        (finding,) = wc.audit(layer).findings
+        assert finding.rank == 3
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("scale", [1e-310, 1e-180, 1e180, 1e300])
+def test_numbers_do_not_mind_the_scale(
+    scale: float, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(spectrum_module, "_SMALL", 8)
+        monkeypatch.setattr(spectrum_module, "_LARGE", 64)
+    S = with_spectrum(torch.linspace(2, 1, 64).double(), 64, 64)
+    layers = [nn.Linear(64, 64, bias=False).double() for _ in range(2)]
+    with torch.no_grad():
+        layers[0].weight.copy_(S)
+        layers[1].weight.copy_(S * scale)
+    (expected,), (found,) = (wc.audit(layer).findings for layer in layers)
+    assert found.grade is (wc.Grade.estimated if large else wc.Grade.computed)
+    assert found.status is wc.Status.ok
+    assert found.condition_number == pytest.approx(expected.condition_number, rel=1e-9)
+    assert found.stable_rank == pytest.approx(expected.stable_rank, rel=1e-9)
+    assert found.rank == 64
+    assert found.penalty == (0.0 if scale < 1 else math.inf)  # r scales with the square
 
 
 def test_very_large_weights_are_estimated_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +199,10 @@ def test_a_model_is_read_by_its_modules() -> None:
     )
     report = wc.audit(model)
     shapes = {finding.label: finding.shape for finding in report.findings}
-    assert shapes["conv.weight:kernel"] == (6, 18)
+    assert shapes["conv.weight:kernel"] == (2, 3, 18)
     assert shapes["attention.in_proj_weight:q"] == (8, 8)
     assert shapes["rnn.weight_ih_l0:r"] == (4, 3)
-    assert "embedding" in report.coverage.skipped["table.weight"]
-    kernel = next(f for f in report.findings if f.name == "conv.weight")
-    exact = np.linalg.svd(model["conv"].weight.detach().flatten(1).numpy(), compute_uv=False)
-    assert kernel.sigma_max == pytest.approx(exact[0], rel=1e-5)
+    assert report.coverage.skipped["table.weight"] == wc.Skipped(wc.Reason.embedding)
     # An exact name insists.
     (insisted,) = wc.audit(model, include=["table.weight"]).findings
     assert insisted.shape == (9, 4)
@@ -185,6 +217,105 @@ def test_stacks_are_measured_matrix_by_matrix(tmp_path: Path) -> None:
         expected = float(wc.condition_number(S[int(finding.view)]))
         assert finding.condition_number == pytest.approx(expected)
     assert report.coverage.parameter_share == 1.0
+
+
+def wrappers() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    return {
+        "compile": lambda model: torch.compile(model, backend="eager"),
+        "DataParallel": nn.DataParallel,
+        "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    }
+
+
+@pytest.mark.parametrize("wrapper", wrappers())
+def test_a_wrapped_model_is_audited_as_the_model_inside(wrapper: str) -> None:
+    model = net()
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    wrapped = wrappers()[wrapper](model)
+    assert type(wrapped) is not type(model)
+    report = wc.audit(wrapped)
+    assert report == wc.audit(model)
+    assert report.source == "Sequential"
+    expected = {"0.weight", "2.weight", "3.weight"}
+    assert {finding.name for finding in report.findings} == expected
+
+
+def grouped(S: Tensor) -> nn.Conv1d:
+    """A convolution in groups with these kernels, (groups, outputs, inputs) of one each."""
+    groups, m, n = S.shape
+    conv = nn.Conv1d(groups * n, groups * m, 1, groups=groups, bias=False).to(S.dtype)
+    with torch.no_grad():
+        conv.weight.copy_(S.reshape(groups * m, n, 1))
+    return conv
+
+
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 4, 2), (4, 1, 6), (2, 1, 1)])
+def test_groups_are_one_block_diagonal_map(shape: tuple[int, ...], certify: bool) -> None:
+    S = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    (finding,) = wc.audit(grouped(S), certify).findings
+    groups, m, n = shape
+    count = groups * min(m, n)
+    whole = torch.block_diag(*S).double()
+    sigma = np.linalg.svd(whole.numpy(), compute_uv=False)[:count]
+    assert finding.label == "weight:kernel"
+    assert finding.shape == shape
+    assert finding.sigma_max == pytest.approx(sigma[0])
+    assert finding.sigma_min == pytest.approx(sigma[-1])
+    assert finding.condition_number == pytest.approx(sigma[0] / sigma[-1])
+    assert finding.rank == count
+    assert finding.stable_rank == pytest.approx(np.sum(sigma**2) / sigma[0] ** 2)
+    expected = sigma[0] ** 2 / 2 - np.sum(sigma**2) / (2 * count)
+    assert finding.penalty == pytest.approx(expected)
+    np.testing.assert_allclose(finding.singular_values, sigma, rtol=1e-10)
+    largest, smallest = (
+        [float(values[end]) for values in map(torch.linalg.svdvals, S)] for end in (0, -1)
+    )
+    first, last = np.argmax(largest), np.argmin(smallest)
+    detail = f"{groups} groups: sigma_max in group {first}, sigma_min in group {last}"
+    assert finding.explanation == detail
+    assert finding.grade is (wc.Grade.certified if certify else wc.Grade.computed)
+    if finding.certificate is not None:
+        assert finding.condition_number in finding.certificate.condition_number
+        assert finding.certificate.condition_number.upper < finding.condition_number * (1 + 1e-9)
+    report = wc.audit(grouped(S))
+    assert report.coverage.parameter_share == 1.0
+    assert "x".join(map(str, shape)) in report.table()
+    assert f"{count}/{count}" in report.table()
+
+
+def test_groups_are_graded_by_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    eye, flat, zero = torch.eye(3), torch.ones(3, 3), torch.zeros(3, 3)
+    for worst, rank in ((flat, 4), (zero, 3)):
+        (finding,) = wc.audit(grouped(torch.stack([eye, worst])), certify=True).findings
+        assert finding.status is wc.Status.rank_deficient
+        assert finding.condition_number == math.inf
+        assert finding.grade is wc.Grade.computed
+        assert finding.rank == rank
+        assert "sigma_min in group 1" in finding.explanation
+        assert "cannot tell it from zero" in finding.explanation
+    (nothing,) = wc.audit(grouped(torch.stack([zero, zero])), certify=True).findings
+    assert nothing.status is wc.Status.zero
+    assert math.isnan(nothing.condition_number)
+    (lost,) = wc.audit(nn.Sequential(nn.Linear(2, 2), grouped(eye[None] / zero[None]))).findings[:1]
+    assert lost.status is wc.Status.not_finite
+    monkeypatch.setattr(spectrum_module, "_SMALL", 8)
+    monkeypatch.setattr(spectrum_module, "_LARGE", 64)
+    S = with_spectrum(torch.linspace(2, 0.1, 64).double(), 64, 64)
+    (estimated,) = wc.audit(grouped(torch.stack([S, S / 2])), curves=0).findings
+    assert estimated.grade is wc.Grade.estimated
+    assert estimated.condition_number == pytest.approx(40.0, rel=1e-6)
+    assert estimated.rank == 128
+    (with_curve,) = wc.audit(grouped(torch.stack([S, S / 2])), curves=1).findings
+    assert len(with_curve.singular_values) == 128
+
+
+def test_a_depthwise_convolution_is_measured_by_its_rows() -> None:
+    S = torch.diag(torch.tensor([3.0, 5.0, 1.0]))[:, None]
+    (finding,) = wc.audit(grouped(S)).findings
+    assert finding.shape == (3, 1, 3)
+    assert finding.condition_number == pytest.approx(5.0)
+    assert finding.explanation == "3 groups: sigma_max in group 1, sigma_min in group 2"
 
 
 def test_tied_weights_count_once() -> None:
@@ -239,7 +370,7 @@ def test_coverage_says_what_share_was_measured() -> None:
     assert coverage.parameter_share == pytest.approx(100 / 210)
     assert str(coverage) == (
         "1 of 2 matrices, 47.6 % of the parameters; 1 skipped: 1.weight (an embedding: its rows "
-        "are looked up, it is no linear map); no matrices: 1 (a vector)"
+        "are looked up, it is no linear map); no matrices: 1 (vector)"
     )
 
 
@@ -261,7 +392,9 @@ def test_patterns_choose_and_must_match() -> None:
     assert [f.name for f in wc.audit(model, include=["2.*"]).findings] == ["2.weight"]
     report = wc.audit(model, exclude=["2.*"])
     assert {f.name for f in report.findings} == {"0.weight", "3.weight"}
-    assert 'pattern "2.*"' in report.coverage.skipped["2.weight"]
+    assert report.coverage.skipped["2.weight"] == wc.Skipped(wc.Reason.excluded, '"2.*"')
+    report = wc.audit(model, include=["2.*"])
+    assert report.coverage.skipped["0.weight"] == wc.Skipped(wc.Reason.unmatched)
     with pytest.raises(ValueError, match=r"decoder\.\* matches none"):
         wc.audit(model, exclude=["decoder.*"])
 

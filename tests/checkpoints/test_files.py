@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.checkpoints.files import Checkpoint, PickledCodeError, UnreadableError
+from wellcond.weights.reasons import Reason, Skipped
 
 
 def tensors() -> dict[str, Tensor]:
@@ -74,13 +75,31 @@ def test_every_float_matrix_is_found_and_the_rest_has_a_reason(tmp_path: Path, k
         "conv.weight:kernel": (4, 12),
         "conv1d.weight:kernel": (4, 15),
     }
-    reasons = checkpoint.skipped()
-    assert reasons["bias"] == "not a matrix: a vector"
-    assert reasons["scale"] == reasons["count"] == "not a matrix: a number"
-    assert "empty" in reasons["empty"]
-    assert "quantised" in reasons["packed"]
-    assert "not real floating point" in reasons["mask"]
-    assert "scales are stored elsewhere" in reasons["eighth"]
+    skipped = checkpoint.skipped()
+    eighth = skipped.pop("eighth")  # safetensors has another name for its dtype
+    assert eighth.reason is Reason.quantised
+    assert skipped == {
+        "bias": Skipped(Reason.vector),
+        "scale": Skipped(Reason.number),
+        "count": Skipped(Reason.number),
+        "packed": Skipped(Reason.packed, "int32"),
+        "mask": Skipped(Reason.packed, "bool"),
+        "empty": Skipped(Reason.empty, "shape (0, 3)"),
+    }
+
+
+def test_parameters_are_counted_alike_in_both_formats(tmp_path: Path) -> None:
+    """What is floating point or complex: neither integers nor masks, whatever the format."""
+    content = tensors() | {"wave": torch.ones(2, 3, dtype=torch.complex64)}
+    content["positions"] = torch.arange(1000)
+    expected = sum(t.numel() for t in content.values() if t.is_floating_point() or t.is_complex())
+    for kind in FORMATS:
+        assert Checkpoint(saved(tmp_path, kind, content)).parameters == expected
+    content = {"w": torch.eye(10), "codes": torch.zeros(30, 30, dtype=torch.uint8)}
+    for kind in FORMATS:
+        report = wc.audit(saved(tmp_path, kind, content))
+        assert report.coverage.parameter_share == 1.0
+        assert report.coverage.skipped["codes"] == Skipped(Reason.packed, "uint8")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -140,9 +159,10 @@ def test_a_training_directory_is_read_for_its_weights(tmp_path: Path) -> None:
     torch.save({"arguments": Path("x")}, tmp_path / "training_args.bin")
     checkpoint = Checkpoint(tmp_path)
     assert [one.name for one in checkpoint.matrices()] == ["weight"]
-    reasons = checkpoint.skipped()
-    assert reasons["optimizer.pt/everything"] == "the state of an optimizer"
-    assert "could run any code" in reasons["training_args.bin"]
+    skipped = checkpoint.skipped()
+    assert skipped["optimizer.pt/everything"] == Skipped(Reason.optimizer)
+    assert skipped["training_args.bin"].reason is Reason.program
+    assert "could run any code" in str(skipped["training_args.bin"])
 
 
 def test_nested_dicts_are_walked_and_optimizers_left_out(tmp_path: Path) -> None:
@@ -156,7 +176,7 @@ def test_nested_dicts_are_walked_and_optimizers_left_out(tmp_path: Path) -> None
     torch.save(content, tmp_path / "last.ckpt")
     checkpoint = Checkpoint(tmp_path / "last.ckpt")
     assert [one.name for one in checkpoint.matrices()] == ["model.weight"]
-    assert checkpoint.skipped()["optimizer_states.0"] == "the state of an optimizer"
+    assert checkpoint.skipped()["optimizer_states.0"] == Skipped(Reason.optimizer)
 
 
 def test_tied_tensors_count_once(tmp_path: Path) -> None:
@@ -164,7 +184,8 @@ def test_tied_tensors_count_once(tmp_path: Path) -> None:
     path = saved(tmp_path, "pt", {"a": w, "b": w, "c": w.T, "d": w[:2]})
     checkpoint = Checkpoint(path)
     assert [one.name for one in checkpoint.matrices()] == ["a", "c", "d"]
-    assert checkpoint.skipped()["b"] == "the same tensor as a"
+    assert checkpoint.skipped()["b"] == Skipped(Reason.same, "a")
+    assert checkpoint.parameters == 16 + 16 + 8
 
 
 def test_files_of_the_old_format_are_read(tmp_path: Path) -> None:
@@ -379,6 +400,93 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bad holds NaN.*tight.*rounded to bfloat16"):
         wc.repair(path, tmp_path / "out.pt", 1.001)
     assert {p.name for p in tmp_path.iterdir()} == {"model.pt", "taken.pt"}
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("inside", ["fixed", "deep/er/fixed", "../in/fixed", "link/fixed"])
+def test_the_output_lies_outside_of_what_is_copied(tmp_path: Path, inside: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    saved(folder, "pt", {"w": torch.diag(torch.tensor([1.0, 1e-3]))})
+    (folder / "link").symlink_to(folder)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"must lie outside of the directory .* a path beside"):
+        wc.repair(folder, folder / inside, 5.0)
+    with pytest.raises(ValueError, match="must lie outside"):
+        wc.repair(folder / "link", folder / inside, 5.0)
+    assert tree(tmp_path) == before
+
+
+def test_the_output_lies_outside_of_what_links_lead_to(tmp_path: Path) -> None:
+    """What a link in the directory leads to is copied as well."""
+    folder, other = tmp_path / "in", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    saved(folder, "pt", {"w": torch.diag(torch.tensor([1.0, 1e-3]))})
+    (other / "notes").write_text("kept")
+    (folder / "logs").symlink_to(other)
+    with pytest.raises(ValueError, match="must lie outside"):
+        wc.repair(folder, other / "fixed", 5.0)
+    wc.repair(folder, tmp_path / "fixed", 5.0)
+    assert tree(tmp_path / "fixed") == {"model.pt", "logs", "logs/notes"}
+    (folder / "model.pt").rename(folder / "moved.pt")
+    wc.repair(folder / "moved.pt", folder / "fixed.pt", 5.0)  # a file may have one beside it
+
+
+@pytest.mark.parametrize("out", ["file/out.pt", "file/deep/out.pt"])
+def test_the_output_does_not_lie_below_a_file(tmp_path: Path, out: str) -> None:
+    path = saved(tmp_path, "pt", {"w": torch.eye(2)})
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(NotADirectoryError, match=r"`path_out` must lie in a directory.*another"):
+        wc.repair(path, tmp_path / out, 5.0)
+    assert tree(tmp_path) == {"model.pt", "file"}
+
+
+def test_a_refused_repair_makes_no_directory(tmp_path: Path) -> None:
+    path = saved(tmp_path, "pt", {"w": torch.tensor([[1.0, float("nan")]])})
+    with pytest.raises(ValueError, match="nothing was written"):
+        wc.repair(path, tmp_path / "new" / "er" / "out.pt", 5.0)
+    assert tree(tmp_path) == {"model.pt"}
+    path = saved(tmp_path, "pt", {"w": torch.eye(2)})
+    wc.repair(path, tmp_path / "new" / "er" / "out.pt", 5.0)
+    assert tree(tmp_path / "new") == {"er", "er/out.pt"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("scale", [1e-310, 1e-180, 1e-30, 1e30, 1e180, 1e308])
+def test_a_repair_does_not_mind_the_scale(tmp_path: Path, kind: str, scale: float) -> None:
+    """The squares of entries of 1e-180 are zero, of 1e180 infinite."""
+    S = torch.tensor([[1.0, 0.3], [0.0, 0.1]], dtype=torch.float64) * scale
+    path, fixed = saved(tmp_path, kind, {"w": S}), tmp_path / f"fixed.{kind}"
+    (repair,) = wc.repair(path, fixed, 2.0).repairs
+    (read,) = Checkpoint(fixed).matrices()
+    X = read.read()
+    assert float(wc.condition_number(X)) <= 2.0
+    moved = torch.linalg.vector_norm(X / scale - S / scale) / torch.linalg.vector_norm(S / scale)
+    assert repair.relative_change == pytest.approx(float(moved), rel=1e-6)
+    assert repair.relative_change > 0.1
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_default_device_changes_nothing(tmp_path: Path, kind: str) -> None:
+    path = saved(tmp_path, kind)
+    wc.repair(path, tmp_path / f"expected.{kind}", 3.0)
+    expected = wc.audit(path, certify=True)
+    torch.set_default_device("meta")
+    try:
+        assert torch.empty(1).device.type == "meta"
+        report = wc.audit(path, certify=True)
+        wc.repair(path, tmp_path / f"found.{kind}", 3.0)
+    finally:
+        torch.set_default_device(None)
+    assert report == expected
+    files = [Checkpoint(tmp_path / f"{name}.{kind}") for name in ("found", "expected")]
+    for one, other in zip(*(file.matrices() for file in files), strict=True):
+        assert one.name == other.name
+        assert torch.equal(one.read(), other.read())
 
 
 def test_zero_and_deficient_weights_have_an_outcome(tmp_path: Path) -> None:

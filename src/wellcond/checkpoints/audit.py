@@ -24,10 +24,13 @@ from wellcond.checkpoints.findings import (
     Status,
     sort_key,
 )
-from wellcond.linalg.certify import certify
-from wellcond.linalg.spectrum import Method, measure, negligible
+from wellcond.linalg.certify import certificate_of_blocks, certify
+from wellcond.linalg.scaling import frobenius_norm
+from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
 from wellcond.text import and_more, versions
-from wellcond.weights.discover import Matrices, effective_matrices
+from wellcond.weights.discover import effective_matrices, unwrapped
+from wellcond.weights.matrices import Matrices
+from wellcond.weights.reasons import Reason, Skipped
 
 Progress = Callable[[str, int], None]
 
@@ -48,15 +51,17 @@ def audit(
     nu >= 2048 only the extremes, by Krylov spaces; each finding says which. kappa was right to 1e-6
     up to 1e5 (`wellcond bench audit`). Nothing of the model is touched.
 
-    A model is read by its modules: convolution kernels as (out, in/groups * kernel), attention's
-    in_proj as its three blocks, gates of recurrent cells, parametrized weights by their value.
-    Embeddings and parameters of unknown modules are skipped unless their exact name is included. A
-    file has no classes: every float tensor of 2 dimensions is measured, of 3 a stack unless its
-    name contains "conv", of 4 and more a kernel. Tied weights count once.
+    A model is read by its modules: convolution kernels as (out, in/groups * kernel), of several
+    groups as one block-diagonal map, attention's in_proj as its three blocks, gates of recurrent
+    cells, parametrized weights by their value. Embeddings and parameters of unknown modules are
+    skipped unless their exact name is included. A file has no classes: every float tensor of 2
+    dimensions is measured, of 3 a stack unless its name contains "conv", of 4 and more a kernel,
+    as if of one group. Tied weights count once.
 
     Args:
-        model_or_path: a module; or a .safetensors file, a *.safetensors.index.json, a state dict of
-            torch.save (.pt, .pth, .bin, .ckpt), or a directory of these.
+        model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
+            .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth,
+            .bin, .ckpt), or a directory of these.
         certify: enclose sigma_max, sigma_min and kappa of each by `wellcond.certify` as well.
         include: patterns (`fnmatch.fnmatchcase`) of names to measure; all if empty.
         exclude: patterns of names to leave out.
@@ -113,11 +118,12 @@ def audit(
 
 def _source(
     model_or_path: nn.Module | str | os.PathLike[str],
-) -> tuple[list[Matrices], dict[str, str], dict[str, str], int, str]:
+) -> tuple[list[Matrices], dict[str, Skipped], dict[str, str], int, str]:
     """The matrices, what is none, what is damaged, how many parameters there are, and a name."""
     if isinstance(model_or_path, nn.Module):
-        matrices, rest, total = effective_matrices(model_or_path)
-        return matrices, rest, {}, total, type(model_or_path).__name__
+        model = unwrapped(model_or_path)
+        matrices, skipped, total = effective_matrices(model)
+        return matrices, skipped, {}, total, type(model).__name__
     if isinstance(model_or_path, str | os.PathLike):
         file = Checkpoint(model_or_path)
         found = list(file.matrices())
@@ -130,7 +136,7 @@ def _source(
 
 def chosen(
     matrices: list[Matrices],
-    skipped: dict[str, str],
+    skipped: dict[str, Skipped],
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> list[Matrices]:
@@ -146,9 +152,9 @@ def chosen(
     for one in matrices:
         included, excluded = match(one, include), match(one, exclude)
         if excluded is not None:
-            skipped[one.name] = f'left out by the pattern "{excluded}"'
+            skipped[one.name] = Skipped(Reason.excluded, f'"{excluded}"')
         elif include and included is None:
-            skipped[one.name] = "matched by no pattern of those to include"
+            skipped[one.name] = Skipped(Reason.unmatched)
         elif one.name not in skipped or included in one.aliases:
             skipped.pop(one.name, None)
             wanted.append(one)
@@ -160,9 +166,9 @@ def chosen(
     return wanted
 
 
-def _nothing(source: str, findings: list[Finding], skipped: dict[str, str]) -> str:
+def _nothing(source: str, findings: list[Finding], skipped: dict[str, Skipped]) -> str:
     reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
-    reasons += [f"{name}: {reason}" for name, reason in skipped.items()]
+    reasons += [f"{name}: {why}" for name, why in skipped.items()]
     listed = and_more(reasons, separator="; ") if reasons else "it is empty"
     return f"{source} must hold a weight matrix that can be measured, but has none ({listed})."
 
@@ -195,51 +201,68 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
         bad = int((~torch.isfinite(S)).sum())
         detail = f"{bad} of {S.numel()} entries"
         return replace(blank, status=Status.not_finite, detail=detail)
-    spectrum = measure(S, all_values)
-    norm = _frobenius(S)
-    # Up to here a singular value could be the work of rounding to the dtype, or of float64.
-    sigma_max, sigma_min = (float(spectrum.singular_values[i]) for i in (0, -1))
-    zero = max(torch.finfo(S.dtype).eps / 2 * norm, negligible(S.shape) * sigma_max)
-    if spectrum.method is Method.krylov and sigma_min <= zero:
-        spectrum = measure(S, all_values=True)
-    sigma, nu = spectrum.singular_values, min(S.shape)
-    top, kappa = float(sigma[0]), spectrum.condition_number
+    blocks = S.unbind() if S.ndim == 3 else (S,)
+    spectra, ranks = zip(*(_spectrum(block, all_values) for block in blocks), strict=True)
+    spectrum = spectrum_of_blocks(spectra)
+    sigma, kappa = spectrum.singular_values, spectrum.condition_number
+    top, norm, nu = float(sigma[0]), frobenius_norm(S), blank.nu
     complete = spectrum.method is not Method.krylov
-    rank = int((sigma > zero).sum()) if complete else nu
     if complete:
         penalty = float(((top - sigma) * (top + sigma)).sum()) / (2 * nu)
     else:
-        penalty = max(0.0, (top**2 - norm**2 / nu) / 2)
+        mean = norm / math.sqrt(nu)
+        penalty = max(0.0, (top - mean) * (top + mean) / 2)
     status = Status.ok
     if math.isnan(kappa):
         status = Status.zero
     elif math.isinf(kappa):
         status = Status.rank_deficient
-    certificate = certify(S) if want_certificate else None
+    certificate = None
+    if want_certificate:
+        certificate = certificate_of_blocks([certify(block) for block in blocks])
     grade = Grade.computed if complete else Grade.estimated
     if certificate is not None and certificate.certified:
         grade = Grade.certified
+    notes = [_where(spectra)] if len(blocks) > 1 else []
+    if certificate is not None and top > 0:
+        notes.append(certificate.reason)
     return replace(
         blank,
         sigma_max=top,
         sigma_min=float(sigma[-1]),
         condition_number=kappa,
         stable_rank=(norm / top) ** 2 if top > 0 else math.nan,
-        rank=rank,
+        rank=sum(ranks),
         penalty=penalty,
         grade=grade,
         status=status,
-        detail=certificate.reason if certificate is not None and top > 0 else "",
+        detail="; ".join(filter(None, notes)),
         method=spectrum.method.value,
         certificate=certificate,
         singular_values=tuple(sigma.tolist()) if complete else (),
     )
 
 
-def _frobenius(S: Tensor) -> float:
-    """||S||_F in float64, of entries whose squares may overflow."""
-    wide = S.double()
-    unit = float(torch.linalg.vector_norm(wide, math.inf)) or 1.0
-    if 1e-100 < unit < 1e100:
-        unit = 1.0
-    return float(torch.linalg.vector_norm(wide / unit if unit != 1 else wide)) * unit
+def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
+    """Of one matrix, and how many singular values no rounding of its entries could have made."""
+    spectrum = measure(S, all_values)
+    sigma = spectrum.singular_values
+    # Rounding to the dtype moves an entry by u times its size, or half the smallest number.
+    dtype = torch.finfo(S.dtype)
+    rounding = dtype.eps / 2 * (frobenius_norm(S) + dtype.tiny * math.sqrt(S.numel()))
+    zero = max(rounding, negligible(S.shape) * float(sigma[0]))
+    if spectrum.method is not Method.krylov:
+        return spectrum, int((sigma > zero).sum())
+    if float(sigma[-1]) <= zero:
+        return _spectrum(S, all_values=True)
+    return spectrum, min(S.shape)
+
+
+def _where(spectra: Sequence[Spectrum]) -> str:
+    """Which of several groups have the extremes."""
+    groups = range(len(spectra))
+    largest, smallest = (
+        [float(spectrum.singular_values[end]) for spectrum in spectra] for end in (0, -1)
+    )
+    first, last = max(groups, key=largest.__getitem__), min(groups, key=smallest.__getitem__)
+    return f"{len(groups)} groups: sigma_max in group {first}, sigma_min in group {last}"

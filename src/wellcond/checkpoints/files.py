@@ -3,9 +3,6 @@
 A safetensors file is read by offset, so that only one tensor is ever in memory. A file of
 torch.save is mapped, with weights only, and opened anew now and then, because pages that were read
 once stay resident. Nothing that could run code is ever unpickled.
-
-A file has no classes, so its shapes decide what is a matrix: two dimensions as stored; three a
-stack of matrices, or a kernel if "conv" is in the name; four and more a kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
@@ -30,14 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.weights.discover import NOT_A_MATRIX, Matrices, kernel, stack
+from wellcond.weights.matrices import Matrices
+from wellcond.weights.names import views_by_name, why_no_weight
+from wellcond.weights.reasons import Reason, Skipped
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
-_FLOATS = {"F64": torch.float64, "F32": torch.float32}
-_FLOATS |= {"F16": torch.float16, "BF16": torch.bfloat16}
+# What safetensors calls the dtypes of torch.
+_INTEGERS = {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
+_INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class UnreadableError(ValueError):
@@ -50,12 +52,17 @@ class PickledCodeError(UnreadableError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file; `dtype` as the file calls it, `reason` why it holds no weights."""
+    """A tensor in a file; `skipped` says why it holds no weights.
+
+    Whether it is a `parameter` that counts for the share of what was measured: integers are
+    counters, positions and masks as often as packed weights, and the same tensor counts once.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    reason: str = ""
+    parameter: bool
+    skipped: Skipped | None
 
 
 class TensorFile(abc.ABC):
@@ -63,7 +70,7 @@ class TensorFile(abc.ABC):
 
     path: Path
     entries: dict[str, Entry]
-    others: dict[str, str]  # what is in it besides, and why it is not measured
+    others: dict[str, Skipped]  # what is in it besides, and why it is not measured
 
     @abc.abstractmethod
     def read(self, name: str) -> Tensor:
@@ -72,18 +79,6 @@ class TensorFile(abc.ABC):
     @abc.abstractmethod
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         """Writes a copy in which these tensors have other values; all else stays as it is."""
-
-
-def _reason(name: str, shape: tuple[int, ...], dtype: str, floating: bool) -> str:
-    if len(shape) < 2:
-        return f"{NOT_A_MATRIX}: {('a number', 'a vector')[len(shape)]}"
-    if 0 in shape:
-        return f"{NOT_A_MATRIX}: empty, shape {shape}"
-    if re.match(r"(F|float)[864](_|$)", dtype):
-        return f"quantised: {dtype}, whose scales are stored elsewhere"
-    if not floating:
-        return f"not real floating point: {dtype}, packed or quantised perhaps, or no weight"
-    return ""
 
 
 class _Safetensors(TensorFile):
@@ -108,10 +103,10 @@ class _Safetensors(TensorFile):
         }
         self.entries = {}
         for name in self._offsets:
-            shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
-            reason = _reason(name, shape, dtype, dtype in _FLOATS)
-            written = str(_FLOATS.get(dtype, dtype)).removeprefix("torch.")
-            self.entries[name] = Entry(name, shape, written, reason)
+            shape, written = tuple(header[name]["shape"]), header[name]["dtype"]
+            dtype = (_FLOATS | _INTEGERS).get(written, written)
+            skipped = why_no_weight(shape, dtype)
+            self.entries[name] = Entry(name, shape, dtype, written not in _INTEGERS, skipped)
 
     def read(self, name: str) -> Tensor:
         start, stop = self._offsets[name]
@@ -147,14 +142,16 @@ class _Pickled(TensorFile):
         first: dict[tuple[Any, ...], str] = {}
         for name, tensor in self._tensors.items():
             shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            reason = _reason(name, shape, dtype, tensor.is_floating_point())
+            parameter = tensor.is_floating_point() or tensor.is_complex()
+            skipped = why_no_weight(shape, dtype)
             if tensor.layout != torch.strided:
-                reason = f"not a dense tensor: {tensor.layout}".replace("torch.", "")
-            elif tensor.numel() and not reason:
+                layout = str(tensor.layout).removeprefix("torch.")
+                skipped = Skipped(Reason.not_dense, layout)
+            elif skipped is None:
                 where = (tensor.data_ptr(), shape, tensor.stride(), dtype)
                 if first.setdefault(where, name) != name:
-                    reason = f"the same tensor as {first[where]}"
-            self.entries[name] = Entry(name, shape, dtype, reason)
+                    skipped, parameter = Skipped(Reason.same, first[where]), False
+            self.entries[name] = Entry(name, shape, dtype, parameter, skipped)
 
     def _open(self) -> None:
         self._content: Any = None
@@ -211,24 +208,16 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _tensors(content: Any, prefix: str, others: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(content: Any, prefix: str, others: dict[str, Skipped]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of nested dicts and lists, names joined by dots."""
     if isinstance(content, Tensor):
         yield prefix or "tensor", content
     elif isinstance(content, Mapping) and {"state", "param_groups"} <= set(content):
-        others[prefix or "everything"] = "the state of an optimizer"
+        others[prefix or "everything"] = Skipped(Reason.optimizer)
     elif isinstance(content, Mapping | list | tuple):
         items = content.items() if isinstance(content, Mapping) else enumerate(content)
         for key, value in items:
             yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), others)
-
-
-def _views(name: str, dimensions: int) -> Callable[[Tensor], dict[str, Tensor]]:
-    if dimensions == 2:
-        return lambda tensor: {"": tensor}
-    if dimensions == 3 and "conv" not in name.lower():
-        return stack
-    return lambda tensor: {"kernel": kernel(tensor)}
 
 
 class Checkpoint:
@@ -242,20 +231,24 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} must be a file or a directory, but is not there.")
-        self.others: dict[str, str] = {}
+        self.others: dict[str, Skipped] = {}
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
         names = self._find()
         for name in names:
             self._open(name, alone=len(names) == 1)
-        holding = [f for f in self.files.values() if any(not e.reason for e in f.entries.values())]
+        holding = [
+            file
+            for file in self.files.values()
+            if any(entry.skipped is None for entry in file.entries.values())
+        ]
         self.where: dict[str, tuple[TensorFile, Entry]] = {}
         for file_name, file in self.files.items():
             united = self.index is not None or len(self.files) == 1 or holding == [file]
             prefix = "" if united else f"{file_name}/"
             for name, entry in file.entries.items():
                 self.where[prefix + name] = file, entry
-            self.others |= {prefix + name: reason for name, reason in file.others.items()}
+            self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
         if self.index is not None:
             self._check_index()
 
@@ -314,9 +307,11 @@ class Checkpoint:
         except UnreadableError as error:
             if alone or self.index is not None:
                 raise
-            # Sound ones with code are such as training_args.bin, beside the weights.
-            beside = self.others if isinstance(error, PickledCodeError) else self.damaged
-            beside[name] = str(error).removeprefix(f"{path} ")
+            what = str(error).removeprefix(f"{path} ")
+            if isinstance(error, PickledCodeError):  # such as training_args.bin, beside the weights
+                self.others[name] = Skipped(Reason.program, what)
+            else:
+                self.damaged[name] = what
 
     def _check_index(self) -> None:
         assert self.index is not None
@@ -330,24 +325,20 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many numbers all tensors have together that could be weights."""
-        return sum(
-            torch.Size(entry.shape).numel()
-            for _, entry in self.where.values()
-            if not (entry.reason.startswith("the same tensor") or "int" in entry.dtype.lower())
-        )
+        """How many entries all parameters have together."""
+        return sum(math.prod(entry.shape) for _, entry in self.where.values() if entry.parameter)
 
     def matrices(self) -> Iterator[Matrices]:
         """The tensors that hold matrices, one after the other."""
         for name, (file, entry) in self.where.items():
-            if not entry.reason:
-                views = _views(name, len(entry.shape))
+            if entry.skipped is None:
+                views = views_by_name(name, len(entry.shape))
                 yield Matrices(name, (name,), views, partial(file.read, entry.name))
 
-    def skipped(self) -> dict[str, str]:
+    def skipped(self) -> dict[str, Skipped]:
         """All others, and why."""
-        reasons = {name: entry.reason for name, (_, entry) in self.where.items() if entry.reason}
-        return reasons | self.others
+        entries = {name: entry.skipped for name, (_, entry) in self.where.items()}
+        return {name: why for name, why in entries.items() if why is not None} | self.others
 
     def copy_with(self, change: Callable[[str], Tensor | None], target: Path) -> None:
         """Writes a copy of all files in which the tensors that `change` returns have new values.
@@ -358,7 +349,9 @@ class Checkpoint:
 
         def replaced(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
             for name, (owner, entry) in self.where.items():
-                if owner is file and not entry.reason and (new := change(name)) is not None:
+                if owner is not file or entry.skipped is not None:
+                    continue
+                if (new := change(name)) is not None:
                     yield entry.name, new
 
         if self.path.is_file() and self.index is None:
@@ -378,14 +371,38 @@ class Checkpoint:
 @contextlib.contextmanager
 def new_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside the target, renamed to it when all went well, else removed."""
-    target = Path(target)
+    target = Path(target).absolute()
     refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+    near = next(parent for parent in target.parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=near) as scratch:
         path = Path(scratch) / target.name
         yield path
         refuse_existing(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
+
+
+def check_output(source: Path, target: Path) -> None:
+    """Raises unless a copy of the source can be written to the target."""
+    refuse_existing(target)
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(
+                f"`path_out` must lie in a directory, but {parent} is a file. Choose another path."
+            )
+    resolved = target.resolve()
+    # Copying follows links, and so they may lead to where the copy is written.
+    seen: set[Path] = set()
+    for folder, below, _ in os.walk(source, followlinks=True):
+        real = Path(folder).resolve()
+        if resolved.is_relative_to(real):
+            raise ValueError(
+                f"`path_out` must lie outside of the directory that is copied, but {target} lies "
+                f"in {folder}. Choose a path beside {source}."
+            )
+        if real in seen:
+            below.clear()
+        seen.add(real)
 
 
 def refuse_existing(target: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from wellcond.checkpoints.page import CURVES, Row, render
 from wellcond.linalg.certify import Certificate
 from wellcond.text import and_more, dump_json, text_table, versions, written
-from wellcond.weights.discover import NOT_A_MATRIX
+from wellcond.weights.reasons import Skipped
 
 SCHEMA = 1
 
@@ -54,15 +54,16 @@ class Finding:
     Attributes:
         name: its parameter name.
         view: which matrix of the parameter: "q", "3" of a stack, "kernel"; "" if it has one.
-        shape: (m, n), outputs and inputs.
+        shape: (m, n), outputs and inputs; (g, m, n) of a convolution in g groups, which acts as one
+            block-diagonal matrix and is measured as that.
         dtype: in which it is stored, such as "bfloat16".
         sigma_max: the largest singular value, the spectral norm.
-        sigma_min: the smallest of the nu = min(m, n) singular values.
+        sigma_min: the smallest of the nu = min(m, n) singular values, of groups g nu.
         condition_number: sigma_max/sigma_min; inf if sigma_min is zero to working precision, nan
             if there is none.
         stable_rank: ||S||_F^2/sigma_max^2, between 1 and nu.
-        rank: how many singular values exceed u ||S||_F, the most that rounding the entries to
-            the dtype can move one; every matrix that rounds to this one has at least that rank.
+        rank: how many singular values exceed what rounding the entries to the dtype can move one
+            by, u ||S||_F; every matrix that rounds to this one has at least that rank.
         penalty: r = sigma_max^2/2 - ||S||_F^2/(2 nu), in units of a squared singular value.
         grade: "none", "estimated", "computed" or "certified"; see `Grade`.
         status: "ok", or what is the matter; its value says it in words.
@@ -93,6 +94,11 @@ class Finding:
     def label(self) -> str:
         """name:view, by which it is shown."""
         return f"{self.name}:{self.view}" if self.view else self.name
+
+    @property
+    def nu(self) -> int:
+        """How many singular values there are."""
+        return math.prod(self.shape[:-2]) * min(self.shape[-2:])
 
     @property
     def measured(self) -> bool:
@@ -159,11 +165,11 @@ class Coverage:
 
     measured: int
     failed: int
-    skipped: dict[str, str]
+    skipped: dict[str, Skipped]
     parameter_share: float
 
     def __str__(self) -> str:
-        left_out = {n: r for n, r in self.skipped.items() if not r.startswith(NOT_A_MATRIX)}
+        left_out = {n: why for n, why in self.skipped.items() if not why.reason.no_matrix}
         matrices = self.measured + self.failed + len(left_out)
         text = f"{self.measured} of {matrices} matrices, {100 * self.parameter_share:.1f} % of "
         text += "the parameters"
@@ -172,9 +178,9 @@ class Coverage:
         if left_out:
             shown = and_more((f"{name} ({why})" for name, why in left_out.items()), limit=3)
             text += f"; {len(left_out)} skipped: {shown}"
-        kinds = Counter(r for r in self.skipped.values() if r.startswith(NOT_A_MATRIX))
-        if kinds:
-            counted = (f"{n} ({r.removeprefix(f'{NOT_A_MATRIX}: ')})" for r, n in kinds.items())
+        reasons = [why.reason for why in self.skipped.values() if why.reason.no_matrix]
+        if reasons:
+            counted = (f"{n} ({reason.name})" for reason, n in Counter(reasons).items())
             text += f"; no matrices: {', '.join(counted)}"
         return text
 
@@ -222,8 +228,8 @@ class AuditReport:
                 "measured": self.coverage.measured,
                 "failed": self.coverage.failed,
                 "skipped": [
-                    {"name": name, "reason": reason}
-                    for name, reason in self.coverage.skipped.items()
+                    {"name": name, "reason": str(why)}
+                    for name, why in self.coverage.skipped.items()
                 ],
                 "parameter_share": self.coverage.parameter_share,
             },
@@ -261,7 +267,7 @@ class AuditReport:
                 for finding in self.findings
             ],
             coverage=str(self.coverage),
-            skipped=self.coverage.skipped,
+            skipped={name: str(why) for name, why in self.coverage.skipped.items()},
             grades={grade.name: grade.value for grade in Grade},
             curves=[curve for curve in curves if len(curve[1]) > 1][:CURVES],
             versions=self.versions,
@@ -348,7 +354,7 @@ def _cells(finding: Finding) -> tuple[str, ...]:
         "x".join(map(str, finding.shape)),
         finding.dtype,
         *(kappa, high, low, stable),
-        f"{finding.rank}/{min(finding.shape)}" if finding.measured else "-",
+        f"{finding.rank}/{finding.nu}" if finding.measured else "-",
         f"{finding.penalty:.3g}",
         finding.grade.name,
         enclosure,

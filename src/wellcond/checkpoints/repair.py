@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from wellcond.checkpoints.audit import Progress, chosen
-from wellcond.checkpoints.files import Checkpoint, new_path, refuse_existing
+from wellcond.checkpoints.files import Checkpoint, check_output, new_path
 from wellcond.linalg.nearest import check_limit, limited
+from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.text import and_more, dump_json, text_table, versions, written
-from wellcond.weights.discover import Matrices
+from wellcond.weights.matrices import Matrices
+from wellcond.weights.reasons import Skipped
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RepairReport:
     """
 
     repairs: list[Repair]
-    skipped: dict[str, str]
+    skipped: dict[str, Skipped]
     max_condition: float
     versions: dict[str, str]
 
@@ -103,7 +105,7 @@ class RepairReport:
             "schema": 1,
             "max_condition": self.max_condition,
             "repairs": [asdict(repair) for repair in self.repairs],
-            "skipped": [{"name": n, "reason": r} for n, r in self.skipped.items()],
+            "skipped": [{"name": n, "reason": str(why)} for n, why in self.skipped.items()],
             "versions": self.versions,
         }
 
@@ -135,7 +137,8 @@ def repair(
 
     Args:
         path_in: whatever `wellcond.audit` reads.
-        path_out: a file that is not there yet; of a directory or a sharded checkpoint a directory.
+        path_out: a file that is not there yet; of a directory or a sharded checkpoint a directory,
+            outside of the one that is read.
         max_condition: K, at least 1.
         include: patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
         exclude: patterns of names to leave alone.
@@ -144,8 +147,9 @@ def repair(
     Raises:
         ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
             the limit, as K < 1.004 or so in bfloat16; a pattern that matches nothing; an unreadable
-            file. Nothing is written.
+            file; path_out inside the directory that is read. Nothing is written.
         FileExistsError: path_out is there already.
+        NotADirectoryError: a part of path_out is a file.
 
     Example:
         >>> import os, tempfile, torch, wellcond as wc
@@ -158,7 +162,7 @@ def repair(
         True
     """
     check_limit(max_condition)
-    refuse_existing(Path(path_out))
+    check_output(Path(path_in), Path(path_out))
     checkpoint = Checkpoint(path_in)
     for name, reason in checkpoint.damaged.items():
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
@@ -207,8 +211,7 @@ def _limit_all(
         except ValueError as error:
             refused.append(f"{label}: {error}".rstrip("."))
             continue
-        norm = float(torch.linalg.vector_norm(S.double()))
-        moved = 0.0 if X is S else float(torch.linalg.vector_norm(X.double() - S.double())) / norm
+        moved = 0.0 if X is S else _relative_change(S, X)
         note = "zero, without a condition number; left as it is" if math.isnan(before) else ""
         dtype = str(S.dtype).removeprefix("torch.")
         done.append(
@@ -217,3 +220,8 @@ def _limit_all(
         if X is not S:
             S.copy_(X)
     return tensor if any(repair.relative_change for repair in done) else None, done
+
+
+def _relative_change(S: Tensor, X: Tensor) -> float:
+    wide, unit = scaled(S)
+    return frobenius_norm(X.to(torch.float64) / unit - wide) / frobenius_norm(wide)
