@@ -7,18 +7,21 @@ from wellcond.linalg.certify import Certificate, certify
 from wellcond.linalg.interval import Interval
 from wellcond.linalg.nearest import nearest
 from wellcond.linalg.spectrum import condition_number
-from wellcond.penalties.base import (
-    Condition,
-    ConditionLimit,
-    Tikhonov,
+from wellcond.operators.base import Gradient, LowRank, NewWeight
+from wellcond.penalties.base import Limit, Penalty
+from wellcond.penalties.condition import Condition
+from wellcond.penalties.exact import (
     condition_penalty,
     condition_penalty_bound,
     condition_penalty_gradient,
     proximal_step,
 )
+from wellcond.penalties.limit import ConditionLimit
+from wellcond.penalties.tikhonov import Tikhonov
 from wellcond.training.estimates import Estimate
 from wellcond.training.monitor import Monitor
 from wellcond.training.regularizer import Regularizer
+from wellcond.weights.reasons import Reason, Skipped
 
 __version__ = "0.1.0"
 
@@ -31,11 +34,18 @@ __all__ = [
     "Estimate",
     "Finding",
     "Grade",
+    "Gradient",
     "Interval",
+    "Limit",
+    "LowRank",
     "Monitor",
+    "NewWeight",
+    "Penalty",
+    "Reason",
     "Regularizer",
     "Repair",
     "RepairReport",
+    "Skipped",
     "Status",
     "Tikhonov",
     "audit",

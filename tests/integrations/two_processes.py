@@ -18,9 +18,8 @@ def assert_alike(weight: torch.Tensor) -> None:
 
 
 def lightning(way: str, path: Path) -> None:
-    from lightning.pytorch import Callback
-
     import test_lightning as t
+    from lightning.pytorch import Callback
 
     class Alike(Callback):
         def on_train_end(self, trainer, pl_module) -> None:
@@ -31,7 +30,7 @@ def lightning(way: str, path: Path) -> None:
     t.trainer(path, added, Alike(), **options).fit(t.Module(), t.loader(96))
     assert {one.step for one in added.regularizer.measure().values()} == {3}
     # The work is shared.
-    assert {memory.owner for memory in added.regularizer._entries} == {0, 1}
+    assert {state.owner for state in added.regularizer._states} == {0, 1}
     print(added.regularizer.names, file=sys.stderr)
 
 
@@ -45,7 +44,7 @@ def transformers(way: str, path: Path) -> None:
     used.train()
     assert_alike(model.net[0].weight)
     assert t.steps(added) == {3}
-    assert {memory.owner for memory in added.regularizer._entries} == {0, 1}
+    assert {state.owner for state in added.regularizer._states} == {0, 1}
     again = t.Classifier()
     used = t.trainer(path, again, t.callback(way), ddp_backend="gloo", **options)
     used.train(resume_from_checkpoint=str(path / "checkpoint-2"))

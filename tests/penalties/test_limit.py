@@ -1,6 +1,7 @@
 """ConditionLimit: after every proximal step the weight is a nearest one that obeys, as stored."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -83,13 +84,49 @@ def test_views_stacks_and_kernels_are_limited_in_place() -> None:
     assert (wc.condition_number(stack.experts) <= 1.2).all()
 
 
-def test_measuring_tells_whether_the_limit_holds() -> None:
+def test_measuring_decomposes_nothing_and_claims_no_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("svd", "svdvals", "eigh", "eigvalsh", "cholesky_ex"):
+        real = getattr(torch.linalg, name)
+
+        def small(A: torch.Tensor, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            assert max(A.shape[-2:]) <= 4, f"{real.__name__} of a whole weight"
+            return real(A, *args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, name, small)
+    layer = nn.Linear(40, 50)
+    reg = wc.Regularizer(layer, wc.ConditionLimit(2.0), block=4)
+    estimate = reg.measure()["weight"]
+    assert math.isnan(estimate.penalty)
+    assert math.isnan(estimate.strength)
+    assert estimate.sigma_max > 0
+    logged = reg.log(lambda values, step: None, step=0, layers=True)
+    assert logged is not None
+    assert all(math.isfinite(value) for value in logged.values())
+
+
+def test_a_limit_is_no_penalty_and_says_what_to_call_instead() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    limit = wc.ConditionLimit(2.0)
+    assert isinstance(limit, wc.Limit)
+    assert not isinstance(limit, wc.Penalty)
+    reg = wc.Regularizer(layer, limit)
+    for call in (reg, reg.add_gradients_):
+        with pytest.raises(
+            ValueError, match=r"hard limit.*Use attach\(optimizer\) or proximal_step_"
+        ):
+            call()
+    reg.proximal_step_(0.0)
+    assert float(wc.condition_number(layer.weight)) <= 2.0
+
+
+def test_measuring_names_weights_that_are_not_finite() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(4))
         model[1].weight.copy_(torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0])))
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
-    assert [estimate.penalty for estimate in reg.measure().values()] == [0.0, math.inf]
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
     assert "not finite" in reg.measure()["0.weight"].status

@@ -153,7 +153,7 @@ def test_the_operators_keep_the_promises_of_custom_operators() -> None:
         parameter.requires_grad_()
     results = torch.library.opcheck(
         torch.ops.wellcond.penalty.default,
-        (parameters, reg._passes.number, False),
+        (parameters, reg._compilable.number, False),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     assert set(results.values()) == {"SUCCESS"}

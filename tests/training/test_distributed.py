@@ -369,14 +369,13 @@ def replicated(world: int) -> None:
     reg = wc.Regularizer(DistributedDataParallel(net()), wc.Condition(0.5), block=4)
     reg.proximal_step_(0.0)
     products = torch.zeros(1)
-    owners = [memory.owner for memory in reg._entries]
+    owners = [state.owner for state in reg._states]
     assert set(owners) == set(range(min(world, 3)))
     multiplied: list[str] = []
-    for memory in reg._entries:
-        operator = memory.operator
-        memory.operator = _counting(operator, memory.name, multiplied)
+    for state in reg._states:
+        state.operator = _counting(state.operator, state.name, multiplied)
     reg.proximal_step_(0.1)
-    assert multiplied == [m.name for m in reg._entries if m.owner == rank]
+    assert multiplied == [s.name for s in reg._states if s.owner == rank]
     products += len(multiplied)
     dist.all_reduce(products)
     assert int(products) == 3

@@ -54,7 +54,7 @@ def test_a_monitor_measures_condition_numbers_on_request() -> None:
     model = net()
     monitor = wc.Monitor(model, ["3.*", "5.weight"], condition_numbers=True)
     assert monitor.names == ["3.weight", "5.weight"]
-    assert monitor.skipped["0.weight"] == "matched by no pattern"
+    assert monitor.skipped["0.weight"].reason is wc.Reason.unmatched
     estimates = monitor.measure()
     for index, name in ((3, "3.weight"), (5, "5.weight")):
         assert math.isclose(estimates[name].condition_number, truth(model, index)[2], rel_tol=1e-9)
@@ -69,7 +69,7 @@ def test_a_monitor_changes_nothing_and_sharpens() -> None:
     state = torch.get_rng_state()
     monitor = wc.Monitor(model, "*", block=2)
     first = monitor.measure()["0.weight"].residual
-    for _ in range(20):
+    for _ in range(60):  # 30 sweeps: (sigma_3/sigma_1)^60
         last = monitor.measure()["0.weight"].residual
     assert last < 0.1 * first or last < 1e-5
     assert torch.equal(torch.get_rng_state(), state)
@@ -89,7 +89,7 @@ def test_reports_come_at_the_interval_alone_and_default_to_the_own_count() -> No
         optimizer.step()
         reg.log(lambda values, step: steps.append(step), every=4)
     assert steps == [4, 8]
-    with pytest.raises(ValueError, match="`every` must be a whole number"):
+    with pytest.raises(ValueError, match="`every` must be a positive integer"):
         reg.log(print, every=0)
 
 

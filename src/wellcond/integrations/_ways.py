@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 import wellcond as wc
 
-Penalty: TypeAlias = wc.Condition | wc.ConditionLimit | wc.Tikhonov
-Penalties: TypeAlias = Penalty | Mapping[str, Penalty | None]
+Rule: TypeAlias = wc.Penalty | wc.Limit
+Penalties: TypeAlias = Rule | Mapping[str, Rule | None]
 
 
 def checked_way(way: str) -> str:

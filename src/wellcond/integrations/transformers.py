@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import wellcond as wc
 from wellcond.integrations._ways import Penalties, checked_way
@@ -34,7 +33,6 @@ FILE = "wellcond.pt"
 # Under this key trainer_state.json says which file belongs to it. Not the name of a class: the
 # Trainer may make a callback anew from what lies under its name.
 _KEY = "wellcond"
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RegularizerCallback(TrainerCallback):
@@ -106,14 +104,15 @@ class RegularizerCallback(TrainerCallback):
         self._end()
         self.regularizer = None
         self._refuse(args)
-        model = _bare(kwargs["model"])
         # Of DistributedDataParallel, whose processes share the work.
         shared = args.parallel_mode.value == "distributed" and not args.fsdp
         group = torch.distributed.group.WORLD if shared else None
-        regularizer = wc.Regularizer(model, self.penalties, block=self.block, process_group=group)
+        regularizer = wc.Regularizer(
+            kwargs["model"], self.penalties, block=self.block, process_group=group
+        )
         saved = _resumed(args, state)
         if saved is not None:
-            _refuse_other_weights(saved["checksums"], _checksums(regularizer, model))
+            _refuse_other_weights(saved["checksums"], regularizer.checksums())
             regularizer.load_state_dict(saved["regularizer"])
         if self.way == "proximal":
             optimizer = kwargs["optimizer"]
@@ -141,7 +140,7 @@ class RegularizerCallback(TrainerCallback):
         saved = {
             "run": self._run,
             "global_step": state.global_step,
-            "checksums": _checksums(self.regularizer, _bare(kwargs["model"])),
+            "checksums": self.regularizer.checksums(),
             "regularizer": self.regularizer.state_dict(),
         }
         if not args.should_save:
@@ -186,17 +185,6 @@ class RegularizerCallback(TrainerCallback):
             )
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The model without the wrappers that put a prefix before its names."""
-    while True:
-        if isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
-
-
 def _stored(state: TrainerState) -> dict[str, Any]:
     """What trainer_state.json holds of callbacks by name; its annotation says another thing."""
     return cast(dict[str, Any], state.stateful_callbacks)
@@ -204,19 +192,6 @@ def _stored(state: TrainerState) -> dict[str, Any]:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _checksums(regularizer: wc.Regularizer, model: nn.Module) -> dict[str, Tensor]:
-    """The bits of every regularised weight, added up; those of sharded weights are left out."""
-    sums = {}
-    for name in regularizer.names:
-        # A name is that of a parameter, or of a part of one after a colon.
-        parameter = name.partition(":")[0]
-        weight = model.get_parameter(parameter).detach()
-        if not hasattr(weight, "to_local"):
-            bits = weight.contiguous().view(_BITS[weight.element_size()])
-            sums[f"{parameter} {weight.dtype}"] = bits.sum(dtype=torch.int64).cpu()
-    return sums
 
 
 def _refuse_other_weights(saved: dict[str, Tensor], found: dict[str, Tensor]) -> None:

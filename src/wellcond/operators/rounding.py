@@ -1,6 +1,10 @@
-"""In which dtype a weight is worked on, and how results are rounded back to half precision."""
+"""In which precision a weight is worked on, and how results are rounded back to half precision."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +13,49 @@ from torch import Tensor
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a weight of this dtype is worked on: float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Outside of autograd and autocast, and with float32 products that are float32.
+
+    TF32 and bfloat16 inside of products are switched on for a whole process, to train faster; a
+    subspace, a Ritz value or a Gram matrix found with their ten bits would be another one.
+    """
+    cast = torch.amp.is_autocast_available(device_type)
+    precise = torch.autocast(device_type, enabled=False) if cast else contextlib.nullcontext()
+    with torch.no_grad(), precise, _products_in_float32():
+        yield
+
+
+@contextlib.contextmanager
+def _products_in_float32() -> Iterator[None]:
+    backends: list[Any] = [
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    ]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):
+        # Before each backend had a setting of its own there was one for all.
+        before = torch.get_float32_matmul_precision()
+        if before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    settings = [backend.fp32_precision for backend in backends]
+    coarse = [b for b, s in zip(backends, settings, strict=True) if s not in ("ieee", "none")]
+    for backend in coarse:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, setting in zip(backends, settings, strict=True):
+            if backend in coarse:
+                backend.fp32_precision = setting
 
 
 def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,6 @@
-"""Weights and work that are shared by the processes of a group: all that knows torch.distributed.
+"""A DTensor as a linear map: each process multiplies its own block, and skinny factors are summed.
 
-A `ShardedMatrix` is a DTensor as a linear map: each process multiplies its own block, and what is
-summed over the group are skinny factors. The weight itself is never gathered. `Replicas` are
-processes that hold the same weights: each refines a share of them and hands the results on.
+The weight itself is never gathered.
 
 Letters: S (..., m, n) the weight, of which this process holds one block; U (..., m, k) and
 V (..., n, k) skinny, the same on all processes.
@@ -12,18 +10,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from wellcond.operators.base import Gradient, LowRank, NewWeight
 from wellcond.operators.stored import StoredMatrix
-from wellcond.operators.views import Part, View
+from wellcond.operators.views import STORED, Kernel, Member, Part, Stored, Transposed, View
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Block = tuple[slice, ...]
+Block = tuple[slice, ...]  # what a process holds of a tensor, dimension by dimension
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -32,33 +32,19 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def refuse_flat_parameters(model: nn.Module) -> None:
-    """Raises for the first FSDP, which lays all weights of a unit end to end in one vector."""
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind.__name__ == "FullyShardedDataParallel" and kind.__module__.startswith("torch."):
-            raise ValueError(
-                f'`model` must not be wrapped by FullyShardedDataParallel, but "{name}" is: '
-                "its flat parameters keep no matrix. Use torch.distributed.fsdp.fully_shard, which "
-                "keeps every weight as a DTensor."
-            )
-
-
-def operator_of(view: View, tensor: Tensor | Any, seed: int = 0) -> StoredMatrix:
-    """A parameter or a gradient, seen through a view, as an operator."""
-    if is_sharded(tensor):
-        return ShardedMatrix(view, tensor, seed)
-    return StoredMatrix(view(tensor), seed)
+def operator_of(tensor: Tensor | Any, view: View = STORED, seed: int = 0) -> StoredMatrix:
+    """A parameter, seen through a view, as an operator."""
+    return (ShardedMatrix if is_sharded(tensor) else StoredMatrix)(tensor, view, seed)
 
 
 class ShardedMatrix(StoredMatrix):
     """A matrix, or a stack of them, of which this process holds the block `S` at `block`."""
 
-    def __init__(self, view: View, tensor: Any, seed: int = 0) -> None:
-        local, shape, self.block = _seen(view, tensor)
+    def __init__(self, tensor: Any, view: View = STORED, seed: int = 0) -> None:
+        view, shape, self.block = _held(view, tensor.shape, _block_of(tensor))
         # By its place: processes that hold the same block round it alike.
         place = sum(at.start * 1_000_003**dim for dim, at in enumerate(self.block))
-        super().__init__(local, (seed + place) % 2**63)
+        super().__init__(tensor.to_local(), view, (seed + place) % 2**63)
         self.shape = shape
         self.placements = (tensor.device_mesh, tuple(tensor.placements))
         self.groups: list[ProcessGroup] = [
@@ -91,8 +77,8 @@ class ShardedMatrix(StoredMatrix):
         image[(*stack, columns)] = super().partial_rmatmat(U[(*stack, rows)])
         return image
 
-    def partial_squared_norm(self) -> Tensor:
-        return self._placed(super().partial_squared_norm())
+    def partial_squared_frobenius_norm(self) -> Tensor:
+        return self._placed(super().partial_squared_frobenius_norm())
 
     def _placed(self, values: Tensor) -> Tensor:
         """One number a matrix, zero for those of which nothing is held here."""
@@ -112,128 +98,121 @@ class ShardedMatrix(StoredMatrix):
             "repair the checkpoint."
         )
 
-    def update_(self, c: Tensor, U: Tensor, V: Tensor) -> None:
-        super().update_(*self._of_block(c, U, V))
-
-    def add_(self, c: Tensor, S: StoredMatrix, U: Tensor, V: Tensor) -> None:
-        c, U, V = self._of_block(c, U, V)
-        super().add_(c, S, U, V)
-
-    def _of_block(self, c: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A sum over processes: they must have the long side in parts, the short one whole."""
+        m, n = self.shape[-2:]
         *stack, rows, columns = self.block
-        return c[tuple(stack)] if c.ndim else c, U[(*stack, rows)], V[(*stack, columns)]
+        short = columns if n <= m else rows
+        if short != slice(0, self.nu) and not isinstance(self.view, _Absent):
+            raise ValueError(
+                f"a Gram matrix needs the {self.nu} {'columns' if n <= m else 'rows'} whole on "
+                "every process, but they are sharded. Shard the other dimension."
+            )
+        gram = torch.zeros(
+            *self.shape[:-2], self.nu, self.nu, dtype=dtype or self.dtype, device=self.device
+        )
+        if self.S.numel():
+            gram[tuple(stack)] = super().gram(dtype)
+        return self.reduce_(gram)
+
+    def update_(self, new: NewWeight) -> None:
+        super().update_(NewWeight(self._of_block(new.form)))
+
+    def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
+        super().pullback_(Gradient(self._of_block(gradient.form)), into)
+
+    def local(self, tensor: Any) -> Tensor:
+        local: Tensor = tensor.to_local()
+        return local
+
+    def _of_block(self, form: LowRank | Tensor) -> LowRank | Tensor:
+        *stack, rows, columns = self.block
+        if not isinstance(form, LowRank):
+            return form[self.block]
+        c = form.c[tuple(stack)] if form.c.ndim else form.c
+        return LowRank(c, form.U[(*stack, rows)], form.V[(*stack, columns)])
 
 
-def _seen(view: View, tensor: Any) -> tuple[Tensor, torch.Size, Block]:
-    """The local block of a DTensor seen through a view, the shape of the whole, and its place."""
+def _block_of(tensor: Any) -> Block:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError("a weight must be sharded or replicated, but its placement is Partial.")
-    if isinstance(view, Part):
-        return _part(view, *_seen(view.view, tensor))
-    # The views that are no parts act on a DTensor as on any tensor and communicate nothing, unless
-    # they merge a dimension that is sharded.
-    merges = view(torch.empty(tensor.shape, device="meta")).ndim < tensor.ndim
-    if merges and any(getattr(p, "dim", 0) != 0 for p in tensor.placements):
-        raise ValueError(
-            "a convolution kernel may be sharded over its first dimension only, but has placements "
-            f"{tensor.placements}. Leave it out with a pattern."
-        )
-    seen: Any = view(tensor)
     shape, offset = compute_local_shape_and_global_offset(
-        seen.shape, seen.device_mesh, seen.placements
+        tensor.shape, tensor.device_mesh, tensor.placements
     )
-    block = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
-    return view(tensor.to_local()), seen.shape, block
+    return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
 
 
-def _part(part: Part, local: Tensor, shape: torch.Size, block: Block) -> tuple[Tensor, Any, Block]:
-    held, rest = block[0], block[1:]
-    length = 1 if part.length is None else part.length
-    start = min(max(part.start, held.start), held.stop)
-    stop = max(min(part.start + length, held.stop), start)
-    mine = local.narrow(0, start - held.start, stop - start)
-    if part.length is not None:
-        at = slice(start - part.start, stop - part.start) if stop > start else slice(0, 0)
-        return mine, torch.Size([part.length, *shape[1:]]), (at, *rest)
-    if stop > start:
-        return mine[0], shape[1:], rest
-    # Another process holds this matrix: of it, this one has no rows.
-    empty = local.new_empty(*local.shape[1:-2], 0, local.shape[-1])
-    return empty, shape[1:], (*rest[:-2], slice(0, 0), rest[-1])
+def _held(view: View, shape: torch.Size, block: Block) -> tuple[View, torch.Size, Block]:
+    """How a process that holds this block of a parameter sees its part of the matrix.
 
-
-class Replicas:
-    """Processes that hold the same weights, as under DistributedDataParallel.
-
-    Every one refines the weights it owns, and receives the results for the others byte for byte,
-    so that all remain identical whatever the rounding of each.
+    The view of the local tensor, the shape of the whole, and where in it the part lies.
     """
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.rank: int = torch.distributed.get_rank(group)
-        self.size: int = torch.distributed.get_world_size(group)
-
-    def owners(self, costs: Sequence[float]) -> list[int]:
-        """Who refines which weight: the dearest first, each to the least busy process."""
-        load = [0.0] * self.size
-        owners = [0] * len(costs)
-        for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            owners[index] = load.index(min(load))
-            load[owners[index]] += costs[index]
-        return owners
-
-    def exchange_(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
-        """Fills the tensors of other owners, given with theirs in the same order everywhere."""
-        sizes = [0] * self.size
-        for owner, tensor in tensors:
-            sizes[owner] += _size(tensor)
-        if not any(sizes):
-            return
-        mine = [_bytes(tensor) for owner, tensor in tensors if owner == self.rank]
-        sent = torch.zeros(max(sizes), dtype=torch.uint8, device=tensors[0][1].device)
-        if mine:
-            torch.cat(mine, out=sent[: sizes[self.rank]])
-        received = [torch.empty_like(sent) for _ in range(self.size)]
-        torch.distributed.all_gather(received, sent, group=self.group)
-        at = [0] * self.size
-        for owner, tensor in tensors:
-            start, at[owner] = at[owner], at[owner] + _size(tensor)
-            if owner != self.rank:
-                part = received[owner][start : at[owner]].clone()
-                tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
-
-    def differing(self, tensors: Sequence[Tensor]) -> list[int]:
-        """The numbers of the tensors that are not the same bytes on all processes."""
-        sums = torch.stack([_checksum(tensor) for tensor in tensors])
-        low, high = sums.clone(), sums.clone()
-        torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group=self.group)
-        torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group=self.group)
-        return torch.nonzero(low != high)[:, 0].tolist()
+    match view:
+        case Stored():
+            return view, shape, block
+        case Transposed():
+            *stack, m, n = shape
+            *held, rows, columns = block
+            return view, torch.Size([*stack, n, m]), (*held, columns, rows)
+        case Kernel():
+            return _kernel_held(view, shape, block)
+        case Part(inner, start, length, dim):
+            whole, shape, block = _held(inner, shape, block)
+            at = block[dim]
+            first = min(max(start, at.start), at.stop)
+            last = max(min(start + length, at.stop), first)
+            mine = slice(first - start, last - start) if last > first else slice(0, 0)
+            view = Part(whole, first - at.start, last - first, dim)
+            return view, _with(shape, dim, length), _with(block, dim, mine)
+        case Member(inner, index):
+            whole, shape, block = _held(inner, shape, block)
+            here, rows, columns = block
+            if here.start <= index < here.stop:
+                return Member(whole, index - here.start), shape[1:], (rows, columns)
+            # Another process holds this matrix: of it, this one has no rows.
+            absent = _Absent(columns.stop - columns.start)
+            return absent, shape[1:], (slice(0, 0), columns)
+    raise TypeError(f"{view} is no view of a sharded parameter.")
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _kernel_held(view: Kernel, shape: torch.Size, block: Block) -> tuple[View, torch.Size, Block]:
+    out, columns, g = shape[0], shape[1:].numel(), view.groups
+    if any(at != slice(0, size) for at, size in zip(block[1:], shape[1:], strict=True)):
+        raise ValueError(
+            "a convolution kernel may be sharded over its first dimension only. Leave it out with "
+            "a pattern."
+        )
+    rows, every = block[0], slice(0, columns)
+    if g is None:
+        return view, torch.Size([out, columns]), (rows, every)
+    each = out // g
+    if rows.start % each or rows.stop % each:
+        raise ValueError(
+            f"a convolution kernel of {g} groups must be sharded by whole groups of {each} rows, "
+            f"but rows {rows.start} to {rows.stop} are held here. Leave it out with a pattern."
+        )
+    groups = slice(rows.start // each, rows.stop // each)
+    view = Kernel(groups.stop - groups.start)
+    return view, torch.Size([g, each, columns]), (groups, slice(0, each), every)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _with(items: Any, at: int, item: Any) -> Any:
+    """The same with another item at one place."""
+    changed = list(items)
+    changed[at] = item
+    return type(items)(changed)
 
 
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+@dataclass(frozen=True)
+class _Absent:
+    """A matrix of which nothing is held here."""
 
+    columns: int
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """The sum of the entries, their bits read as whole numbers, modulo 2^64."""
-    return tensor.detach().view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64)
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return parameter.new_empty(0, self.columns)
 
-
-def replicas_of(model: nn.Module, group: Any = None) -> Replicas | None:
-    """The processes that hold the same model: of the group, or of DistributedDataParallel."""
-    if group is None and type(model).__name__ == "DistributedDataParallel":
-        group = model.process_group
-    if group is None or torch.distributed.get_world_size(group) == 1:
-        return None
-    return Replicas(group)
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        pass

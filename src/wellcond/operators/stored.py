@@ -1,168 +1,152 @@
-"""A weight as a linear map S, and the few things that are ever done with it.
+"""A matrix that lies in memory: a parameter or a gradient seen through a view.
 
-Letters: S (..., m, n) the weight, m rows (outputs), n columns (inputs); leading dimensions are a
-stack of matrices (experts, heads). U (..., m, k) and V (..., n, k) are skinny. Arithmetic is
-float32 or wider whatever the storage: half-precision weights are widened a band of rows at a time,
-so that nothing of the size of the weight is ever made.
+Arithmetic is float32 or wider whatever the storage: half-precision weights are widened a band of
+rows at a time, so that nothing of the size of the weight is ever made.
+
+Letters: S (..., m, n) the weight; U (..., m, k) and V (..., n, k) skinny; G a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from wellcond.operators.base import Gradient, LowRank, NewWeight, over_matrices
 from wellcond.operators.rounding import rounded, working_dtype
+from wellcond.operators.views import STORED, View, writable
 
 _BANDS = 16  # a half-precision weight is widened by sixteenths
 
 
 class StoredMatrix:
-    """A matrix, or a stack of them, that lies in memory: a view of a parameter or a gradient.
+    """A matrix, or a stack of them, that rests on one parameter.
 
     `seed` is that of the chance by which updates of half-precision weights are rounded.
     """
 
-    def __init__(self, S: Tensor, seed: int = 0) -> None:
-        self.S = S
-        self.shape = S.shape
-        self.dtype = working_dtype(S.dtype)
-        self.device = S.device
+    def __init__(self, parameter: Tensor, view: View = STORED, seed: int = 0) -> None:
+        self.view = view
+        self.parameter = parameter
         self.seed = seed
+        self.S = view(parameter)
+        self.shape = self.S.shape
+        self.dtype = working_dtype(parameter.dtype)
+        self.device = parameter.device
 
     @property
     def nu(self) -> int:
-        """min(m, n), the number of singular values."""
         return min(self.shape[-2:])
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Matrices of one kind can be worked on as one stack."""
-        return self.shape, self.S.dtype, self.device
-
-    def _bands(self) -> Iterator[tuple[int, int]]:
-        rows = max(1, -(-self.S.shape[-2] // _BANDS))
-        for start in range(0, self.S.shape[-2], rows):
-            yield start, min(rows, self.S.shape[-2] - start)
+        return type(self), self.shape, self.S.dtype, self.device
 
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds up what the holders of a matrix have found; this one is held whole."""
         return sums
 
     def matmat(self, V: Tensor) -> Tensor:
-        """S V, (..., m, k)."""
         return self.reduce_(self.partial_matmat(V))
 
     def rmatmat(self, U: Tensor) -> Tensor:
-        """S^T U, (..., n, k)."""
         return self.reduce_(self.partial_rmatmat(U))
 
     def squared_frobenius_norm(self) -> Tensor:
-        """||S||_F^2, one number a matrix."""
-        return self.reduce_(self.partial_squared_norm())
+        return self.reduce_(self.partial_squared_frobenius_norm())
 
     def partial_matmat(self, V: Tensor) -> Tensor:
         """S V as far as what is held here adds to it."""
         if self.S.dtype == self.dtype:
             return self.S @ V
-        return torch.cat(
-            [self.S.narrow(-2, *band).to(self.dtype) @ V for band in self._bands()], dim=-2
-        )
+        return torch.cat([rows @ V for _, rows in self._bands()], dim=-2)
 
     def partial_rmatmat(self, U: Tensor) -> Tensor:
         """S^T U as far as what is held here adds to it."""
         if self.S.dtype == self.dtype:
             return self.S.mT @ U
         product = U.new_zeros(*self.S.shape[:-2], self.S.shape[-1], U.shape[-1])
-        for band in self._bands():
-            product += self.S.narrow(-2, *band).to(self.dtype).mT @ U.narrow(-2, *band)
+        for band, rows in self._bands():
+            product += rows.mT @ U[..., band, :]
         return product
 
-    def partial_squared_norm(self) -> Tensor:
+    def partial_squared_frobenius_norm(self) -> Tensor:
         """||S||_F^2 as far as what is held here adds to it."""
         norm: Tensor = torch.linalg.vector_norm(self.S, dim=(-2, -1), dtype=self.dtype)
         return norm.square()
 
     def finite(self) -> Tensor:
-        """Whether no entry is NaN or infinite, one truth value a matrix."""
         return torch.isfinite(torch.linalg.vector_norm(self.S, torch.inf, dim=(-2, -1)))
 
     def dense(self) -> Tensor:
-        """S itself, as stored."""
         return self.S
 
-    def store_(self, values: Tensor) -> None:
-        """S <- values, in place."""
+    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        m, n = self.shape[-2:]
+        if m < n:
+            wide = self.S.to(dtype)
+            return wide @ wide.mT
+        gram = torch.zeros(*self.shape[:-2], n, n, dtype=dtype, device=self.device)
+        for _, rows in self._bands(dtype):
+            gram += rows.mT @ rows
+        return gram
+
+    def update_(self, new: NewWeight) -> None:
+        with writable(self.view, self.parameter) as S:
+            self.S = S
+            if not isinstance(new.form, LowRank):
+                self._store_(new.form)
+                return
+            c, U, V = new.form
+            if S.dtype == self.dtype:
+                S.mul_(over_matrices(c))
+                _add_product_(S, U, V)
+                return
+            generator = self._chance()
+            for band, rows in self._bands():
+                updated = rows * over_matrices(c) + U[..., band, :] @ V.mT
+                S[..., band, :] = rounded(updated, S.dtype, generator)
+
+    def _store_(self, values: Tensor) -> None:
+        """Values of the weight's own dtype are stored as they are, wider ones rounded by chance."""
+        if torch.finfo(values.dtype).bits > torch.finfo(self.S.dtype).bits == 16:
+            values = rounded(values, self.S.dtype, self._chance())
         self.S.copy_(values)
 
-    def update_(self, c: Tensor, U: Tensor, V: Tensor) -> None:
-        """S <- c S + U V^T in place; c is one number, or one a matrix."""
-        if self.S.dtype == self.dtype:
-            self.S.mul_(_over_matrices(c))
-            _add_product_(self.S, U, V)
-            return
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        for band in self._bands():
-            rows = self.S.narrow(-2, *band)
-            updated = rows.to(self.dtype) * _over_matrices(c) + U.narrow(-2, *band) @ V.mT
-            rows.copy_(rounded(updated, rows.dtype, generator))
+    def _chance(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed)
 
-    def add_(self, c: Tensor, S: StoredMatrix, U: Tensor, V: Tensor) -> None:
-        """G <- G + c S + U V^T in place, G being this matrix, a gradient.
+    def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
+        # With c = 0 and U = 0 the gradient stays, but where S is not finite it becomes NaN.
+        with writable(self.view, self.local(into[0])) as G:
+            if not isinstance(gradient.form, LowRank):
+                G.add_(gradient.form)
+                return
+            c, U, V = gradient.form
+            if G.dtype == self.S.dtype == self.dtype:
+                if c.ndim == 0 and G.is_cpu:
+                    G.add_(self.S, alpha=float(c))  # twice as fast as addcmul_
+                else:
+                    G.addcmul_(self.S, over_matrices(c))
+                _add_product_(G, U, V)
+                return
+            for band, rows in self._bands():
+                wide = G[..., band, :].to(self.dtype)
+                G[..., band, :] = wide + rows * over_matrices(c) + U[..., band, :] @ V.mT
 
-        With c = 0 and U = 0 the gradient stays as it was, but where S is not finite it becomes NaN.
-        """
-        if self.S.dtype == S.S.dtype == self.dtype:
-            if c.ndim == 0 and self.S.is_cpu:
-                self.S.add_(S.S, alpha=float(c))  # twice as fast as addcmul_
-            else:
-                self.S.addcmul_(S.S, _over_matrices(c))
-            _add_product_(self.S, U, V)
-            return
-        for band in self._bands():
-            rows = self.S.narrow(-2, *band)
-            added = S.S.narrow(-2, *band).to(S.dtype) * _over_matrices(c)
-            rows.copy_(rows.to(S.dtype) + added + U.narrow(-2, *band) @ V.mT)
+    def local(self, tensor: Tensor) -> Tensor:
+        """The part of a parameter or a gradient that is held here: all of it."""
+        return tensor
 
-
-class SeparateMatrices:
-    """Matrices of one kind in storages of their own, as one stack (b, ..., m, n).
-
-    A product each; what follows on the skinny results is done for all of them at once.
-    """
-
-    def __init__(self, matrices: Sequence[StoredMatrix]) -> None:
-        self.matrices = matrices
-        first = matrices[0]
-        self.shape = torch.Size([len(matrices), *first.shape])
-        self.dtype, self.device, self.nu = first.dtype, first.device, first.nu
-
-    def _each(self, partial: Callable[..., Tensor], *factors: Tensor) -> Tensor:
-        parts = [partial(S, *one) for S, *one in zip(self.matrices, *factors, strict=True)]
-        return self.matrices[0].reduce_(torch.stack(parts))
-
-    def matmat(self, V: Tensor) -> Tensor:
-        """S V, (b, ..., m, k)."""
-        return self._each(lambda S, v: S.partial_matmat(v), V)
-
-    def rmatmat(self, U: Tensor) -> Tensor:
-        """S^T U, (b, ..., n, k)."""
-        return self._each(lambda S, u: S.partial_rmatmat(u), U)
-
-    def squared_frobenius_norm(self) -> Tensor:
-        """||S||_F^2, one number a matrix."""
-        if len(self.shape) == 3 and all(type(S) is StoredMatrix for S in self.matrices):
-            norms = torch._foreach_norm([S.S for S in self.matrices], 2, self.dtype)
-            return torch.stack(norms).square()
-        return self._each(lambda S: S.partial_squared_norm())
-
-
-Operator = StoredMatrix | SeparateMatrices
-
-
-def _over_matrices(c: Tensor) -> Tensor:
-    return c[..., None, None]
+    def _bands(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Rows that are next to each other, widened."""
+        held = self.S.shape[-2]
+        rows = max(1, -(-held // _BANDS))
+        for start in range(0, held, rows):
+            band = slice(start, min(start + rows, held))
+            yield band, self.S[..., band, :].to(dtype or self.dtype)
 
 
 def _add_product_(S: Tensor, U: Tensor, V: Tensor) -> None:

@@ -13,36 +13,22 @@ rank.
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wellcond.operators.stored import Operator
+from wellcond.operators.base import Operator
 
 
 class Subspace(NamedTuple):
-    """An approximate leading subspace on both sides; `from_right` says from which one to go on."""
+    """An approximate leading subspace: V if the next product is from the right, else U."""
 
-    left: Tensor
-    right: Tensor
+    basis: Tensor
     from_right: bool
-
-
-class Product(NamedTuple):
-    """What one product with the weight tells: left right^T = S V V^T, or U U^T S from the left.
-
-    `left` is S V and `right` is V, or `left` is U and `right` is S^T U; `usable` is False for each
-    matrix that is zero or not finite, `finite` for the latter alone.
-    """
-
-    left: Tensor
-    right: Tensor
-    gram: Tensor  # of the factor that holds S, scaled by its largest entry: (..., k, k)
-    from_right: bool
-    usable: Tensor
-    finite: Tensor
 
 
 class Ritz(NamedTuple):
@@ -58,16 +44,50 @@ class Ritz(NamedTuple):
         return _column_norms(self.left if self.from_right else self.right)
 
 
+class Image:
+    """What the product of a weight with a subspace tells: left right^T = S V V^T, or U U^T S.
+
+    Attributes:
+        left: S V, or U if the product was from the left.
+        right: V, or S^T U.
+        gram: of the factor that holds S, scaled by its largest entry, (..., k, k).
+        from_right: whether the product was S V.
+        usable: False for each matrix that is zero or not finite.
+        finite: False for each matrix that is not finite.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        gram: Tensor,
+        from_right: bool,
+        usable: Tensor,
+        finite: Tensor,
+    ) -> None:
+        self.left, self.right, self.gram, self.from_right = left, right, gram, from_right
+        self.usable, self.finite = usable, finite
+
+    @functools.cached_property
+    def top(self) -> Ritz:
+        """The first Ritz triplet, as factors of one column; asks nothing of the host."""
+        return self._rotated(top_eigenvector(self.gram)[..., None])
+
+    @functools.cached_property
+    def triplets(self) -> Ritz:
+        """All k Ritz triplets, descending; the eigenvalue solver waits for the device on CUDA."""
+        return self._rotated(torch.linalg.eigh(self.gram).eigenvectors.flip(-1))
+
+    def _rotated(self, rotation: Tensor) -> Ritz:
+        return Ritz(self.left @ rotation, self.right @ rotation, self.from_right)
+
+
 def cold_start(operator: Operator, width: int, seed: str) -> Subspace:
     """A random subspace, drawn from a generator of its own that is seeded by a name."""
-    *stack, m, n = operator.shape
-    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-
-    def orthonormal(rows: int) -> Tensor:
-        normal = torch.randn(*stack, rows, width, generator=generator, dtype=operator.dtype)
-        return by_columns(torch.linalg.qr(normal).Q.to(operator.device))
-
-    return Subspace(orthonormal(m), orthonormal(n), from_right=True)
+    *stack, _, n = operator.shape
+    source = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
+    normal = torch.randn(*stack, n, width, generator=source, dtype=operator.dtype, device="cpu")
+    return Subspace(by_columns(torch.linalg.qr(normal).Q.to(operator.device)), from_right=True)
 
 
 def by_columns(X: Tensor) -> Tensor:
@@ -78,21 +98,21 @@ def by_columns(X: Tensor) -> Tensor:
     return X.mT.contiguous().mT
 
 
-def refine(operator: Operator, subspace: Subspace) -> tuple[Product, Subspace]:
+def refine(operator: Operator, subspace: Subspace) -> tuple[Image, Subspace]:
     """One product with the weight: what it tells, and the subspace refined on the other side."""
-    U, V, from_right = subspace
-    return completed(operator.matmat(V) if from_right else operator.rmatmat(U), subspace)
+    basis, from_right = subspace
+    return completed(operator.matmat(basis) if from_right else operator.rmatmat(basis), subspace)
 
 
 def completed(
     image: Tensor, subspace: Subspace, basis: Tensor | None = None
-) -> tuple[Product, Subspace]:
+) -> tuple[Image, Subspace]:
     """What the image of a subspace tells of the weight; `basis` is that of the image, if known.
 
-    Where the weight is zero or not finite the subspace is handed back as it was, so that it is
-    still a sound start once the weight has recovered.
+    Where the weight is zero or not finite the next subspace is one that it has nothing to do with,
+    which is a sound start once the weight has recovered.
     """
-    U, V, from_right = subspace
+    start, from_right = subspace
     # A NaN or an infinity anywhere in S makes its row of the image, and so the scale, not finite.
     scale = image.abs().amax(dim=(-2, -1), keepdim=True)
     finite = scale < torch.inf
@@ -101,16 +121,12 @@ def completed(
     scaled = image / torch.where(usable, scale, 1.0)
     gram = torch.where(usable, scaled.mT @ scaled, 0.0)
     if basis is None:
-        basis = torch.where(usable, torch.linalg.qr(scaled).Q, U if from_right else V)
-    product = Product(
-        image if from_right else U,
-        V if from_right else image,
-        gram,
-        from_right,
-        usable[..., 0, 0],
-        finite[..., 0, 0],
-    )
-    return product, Subspace(basis if from_right else U, V if from_right else basis, not from_right)
+        # A QR factorisation completes any columns to an orthonormal basis, also equal ones.
+        ramp = torch.arange(1.0, image.shape[-2] + 1, dtype=image.dtype, device=image.device)
+        basis = torch.linalg.qr(torch.where(usable, scaled, ramp.sqrt()[:, None])).Q
+    left, right = (image, start) if from_right else (start, image)
+    told = Image(left, right, gram, from_right, usable[..., 0, 0], finite[..., 0, 0])
+    return told, Subspace(basis, not from_right)
 
 
 def warmed(operator: Operator, subspace: Subspace) -> Subspace:
@@ -120,18 +136,13 @@ def warmed(operator: Operator, subspace: Subspace) -> Subspace:
     return subspace
 
 
-def top_pair(product: Product) -> Ritz:
-    """The first Ritz triplet alone, as factors of one column."""
-    return _rotated(product, top_eigenvector(product.gram)[..., None])
-
-
-def ritz_triplets(product: Product) -> Ritz:
-    """All k Ritz triplets, descending. The eigenvalue solver synchronises with the host on CUDA."""
-    return _rotated(product, torch.linalg.eigh(product.gram).eigenvectors.flip(-1))
-
-
-def _rotated(product: Product, rotation: Tensor) -> Ritz:
-    return Ritz(product.left @ rotation, product.right @ rotation, product.from_right)
+def in_step(operators: Sequence[Operator], subspaces: Sequence[Subspace]) -> list[Subspace]:
+    """The subspaces all on the side of the first: one product more for those on the other."""
+    side = subspaces[0].from_right
+    return [
+        subspace if subspace.from_right is side else refine(operator, subspace)[1]
+        for operator, subspace in zip(operators, subspaces, strict=True)
+    ]
 
 
 def _column_norms(X: Tensor) -> Tensor:
@@ -166,13 +177,13 @@ def power_eigenvector(gram: Tensor, squarings: int) -> Tensor:
     return column / torch.take_along_dim(norms, best, dim=-1).clamp_min(tiny)
 
 
-def residual(operator: Operator, product: Product) -> Tensor:
+def residual(operator: Operator, image: Image) -> Tensor:
     """||S^T u - sigma v|| of the top triplet: a singular value lies within it of sigma (Weyl)."""
-    top = top_pair(product)
-    left, right, sigma = top.left, top.right, top.sigma
-    inverse = 1 / torch.where(sigma > 0, sigma, 1.0)[..., None, :]
-    if product.from_right:
-        error = operator.rmatmat(left * inverse) - sigma[..., None, :] * right
+    left, right = image.top.left, image.top.right
+    sigma = image.top.sigma[..., None, :]
+    inverse = 1 / torch.where(sigma > 0, sigma, 1.0)
+    if image.from_right:
+        error = operator.rmatmat(left * inverse) - sigma * right
     else:
-        error = operator.matmat(right * inverse) - sigma[..., None, :] * left
+        error = operator.matmat(right * inverse) - sigma * left
     return _column_norms(error)[..., 0]

@@ -36,6 +36,9 @@ class Stored:
         parameter.copy_(matrix)
 
 
+STORED = Stored()
+
+
 @dataclass(frozen=True)
 class Transposed:
     """A parameter that is stored as (inputs, outputs)."""
@@ -51,14 +54,18 @@ class Transposed:
 class Kernel:
     """A convolution kernel as (out, in/groups * kernel), the columns in the order of memory.
 
-    With several groups a stack of their matrices, (groups, out/groups, in/groups * kernel).
+    With groups a stack of their matrices, (groups, out/groups, in/groups * kernel).
     """
 
-    groups: int = 1
+    groups: int | None = None
 
     def __call__(self, parameter: Tensor) -> Tensor:
         matrix = parameter.permute(_order(parameter)).flatten(1)
-        return matrix if self.groups == 1 else matrix.unflatten(0, (self.groups, -1))
+        if self.groups is None:
+            return matrix
+        return matrix.reshape(
+            self.groups, parameter.shape[0] // max(self.groups, 1), matrix.shape[1]
+        )
 
     def write_(self, parameter: Tensor, matrix: Tensor) -> None:
         permuted = parameter.permute(_order(parameter))

@@ -9,34 +9,20 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Container
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wellcond.training.selection import listed
-from wellcond.weights.discover import Weight
+from wellcond.text import quoted
+from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
 
 
-class Pending(Protocol):
-    """A weight with what has gathered since its last proximal step."""
-
-    @property
-    def weight(self) -> Weight: ...
-
-    step: int
-    pending_steps: int
-    pending_lr: float | Tensor
-
-
-Entry = TypeVar("Entry", bound=Pending)
-
-
-class Attachment(Generic[Entry]):
+class Attachment:
     """A regulariser attached to an optimizer; `remove()` ends it.
 
     The optimizer holds the regulariser, not the other way round.
@@ -45,11 +31,11 @@ class Attachment(Generic[Entry]):
     def __init__(
         self,
         optimizer: Optimizer,
-        entries: list[Entry],
+        states: list[WeightState],
         every: int,
-        apply: Callable[[list[Entry]], None],
+        apply: Callable[[list[WeightState]], None],
     ) -> None:
-        self.entries = entries
+        self.states = states
         self.every = every
         self.removed = False
         self._optimizer = weakref.ref(optimizer, self._orphan)
@@ -79,22 +65,19 @@ class Attachment(Generic[Entry]):
                 return
             taken = 1.0 if skipped.is_cpu else 1 - skipped.reshape(())
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        entries = [entry for entry in self.entries if entry.weight.parameter.requires_grad]
-        strange = [e.weight.name for e in entries if id(e.weight.parameter) not in rates]
+        states = [state for state in self.states if state.active]
+        strange = [s.name for s in states if not _held(s, rates)]
         if strange:
             raise ValueError(
-                f"The optimizer does not hold {listed(strange)} any more: the parameter in the "
+                f"The optimizer does not hold {quoted(strange)} any more: the parameter in the "
                 "model is another one now. Make the optimizer from the model as it is and attach "
                 "to that; under FSDP2 leave resharding after backward on."
             )
-        for entry in entries:
-            lr = rates[id(entry.weight.parameter)]
+        for state in states:
+            lr = rates[id(state.weight.parameters[0])]
             # A tensor is added up on its device: reading it here would wait for the device.
-            lr = lr.detach().reshape(()) if isinstance(lr, Tensor) else lr
-            entry.pending_lr = entry.pending_lr + lr * taken
-            entry.pending_steps += 1
-            entry.step += 1
-        due = [entry for entry in self.entries if entry.pending_steps >= self.every]
+            state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
+        due = [state for state in self.states if state.pending_steps >= self.every]
         if due:
             self._apply(due)
 
@@ -105,14 +88,18 @@ class Attachment(Generic[Entry]):
     def succeeded_by(self, optimizer: Optimizer) -> list[str]:
         """The names of the weights that this other optimizer steps."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        weights = [entry.weight for entry in self.entries]
-        return [weight.name for weight in weights if id(weight.parameter) in held]
+        return [state.name for state in self.states if _held(state, held)]
+
+
+def _held(state: WeightState, held: Container[int]) -> bool:
+    """Whether an optimizer that holds these parameters steps the weight."""
+    return all(id(parameter) in held for parameter in state.weight.parameters)
 
 
 # Attachments whose optimizer is gone. That is the usual end of a training, and no matter, unless
 # another optimizer steps the weights after it. One hook on all optimizers looks for that; it is
 # never removed, as a callback of the garbage collector could do so while the hooks are iterated.
-_orphans: list[weakref.ref[Attachment[Any]]] = []
+_orphans: list[weakref.ref[Attachment]] = []
 
 
 def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -127,7 +114,7 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 "without it: copies of an optimizer drop its hooks. Call detach(), then attach() "
                 "with the new one.",
                 type(optimizer).__name__,
-                listed(names),
+                quoted(names),
             )
 
 

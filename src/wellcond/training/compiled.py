@@ -8,52 +8,101 @@ outside of such graphs.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_numbers = map(str, itertools.count())  # a whole number would become a symbol in a graph
-_passes: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+from wellcond.training.engine import Engine
 
-
-def register(passes: Any) -> str:
-    """The number by which a graph names the weights of a regulariser."""
-    number = next(_numbers)
-    _passes[number] = passes
-    return number
+_numbers = map(str, itertools.count())  # an integer would become a symbol in a graph
+_by_number: weakref.WeakValueDictionary[str, Compilable] = weakref.WeakValueDictionary()
 
 
-def compiled_penalty(parameters: Sequence[Tensor], number: str, remember: bool) -> Tensor:
-    """The sum of strength * penalty, differentiable in the parameters."""
-    total: Tensor = _penalty(list(parameters), number, remember)[0]
-    return total
+class Compilable:
+    """An engine that a compiled graph can name; eagerly it is the engine itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_numbers)
+        _by_number[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy needs a number of its own.
+        self.__dict__.update(state)
+        self._take_number()
+
+    def penalty(self) -> Tensor:
+        """The sum of strength * penalty, differentiable in the parameters."""
+        if not torch.compiler.is_compiling():
+            return self.engine.penalty()
+        parameters, remember = self.engine.parameters(), torch.is_grad_enabled()
+        total: Tensor = _penalty(parameters, self.number, remember)[0]
+        return total
+
+    def add_gradients_(self) -> None:
+        """Adds strength * gradient to the gradients of the parameters."""
+        parameters = self.engine.parameters()
+        gradients = [_gradient_of(parameter) for parameter in parameters]
+        if torch.compiler.is_compiling():
+            _add_gradients_(gradients, parameters, self.number)
+        else:
+            self.engine.add_gradients_(gradients, parameters)
 
 
-@torch.library.custom_op("wellcond::penalty", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient in the memory layout of its parameter, so that one view serves both."""
+    if not parameter.requires_grad:
+        return torch.zeros_like(parameter)  # a part of a weight that is frozen: let go again
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    if parameter.grad.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+    return parameter.grad
+
+
+def _custom_op(
+    name: str, schema: str, changes: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """An operator with its schema spelled out, as older versions of torch read no signatures."""
+    options: dict[str, Any] = {"mutates_args": changes, "schema": schema}
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if tag is not None and "tags" in inspect.signature(torch.library.custom_op).parameters:
+        options["tags"] = tag
+    made: Callable[[Callable[..., Any]], Any] = torch.library.custom_op(
+        f"wellcond::{name}", **options
+    )
+    return made
+
+
+@_custom_op("penalty", "(Tensor[] parameters, str number, bool remember) -> Tensor[]")
 def _penalty(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
-    total, factors = _passes[number].total(parameters, remember)
+    total, factors = _by_number[number].engine.total(parameters, remember)
     return [total, *factors]
 
 
-@_penalty.register_fake
+@_penalty.register_fake  # type: ignore[untyped-decorator]
 def _(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
-    shapes: list[Tensor] = _passes[number].shapes_of_total(parameters)
-    return shapes
+    return _by_number[number].engine.blank_total(parameters)
 
 
-@torch.library.custom_op("wellcond::gradients", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@_custom_op(
+    "gradients", "(Tensor weight, Tensor[] factors, Tensor[] parameters, str number) -> Tensor[]"
+)
 def _gradients(
     weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str
 ) -> list[Tensor]:
-    gradients: list[Tensor] = _passes[number].gradients(weight, factors, parameters)
-    return gradients
+    return _by_number[number].engine.gradients(weight, factors, parameters)
 
 
-@_gradients.register_fake
+@_gradients.register_fake  # type: ignore[untyped-decorator]
 def _(weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str) -> list[Tensor]:
     return [torch.empty_like(parameter) for parameter in parameters]
 
@@ -73,9 +122,10 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor], None, None]:
 _penalty.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op(
-    "wellcond::add_gradients_", mutates_args=("gradients",), tags=torch.Tag.cudagraph_unsafe
+@_custom_op(
+    "add_gradients_",
+    "(Tensor(a!)[] gradients, Tensor[] parameters, str number) -> ()",
+    changes=("gradients",),
 )
-def compiled_add_gradients_(gradients: list[Tensor], parameters: list[Tensor], number: str) -> None:
-    """Adds strength * gradient at the parameters to the gradients."""
-    _passes[number].add_gradients_(gradients, parameters)
+def _add_gradients_(gradients: list[Tensor], parameters: list[Tensor], number: str) -> None:
+    _by_number[number].engine.add_gradients_(gradients, parameters)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.spectrum import measure
-from wellcond.operators.stored import Operator
-from wellcond.operators.subspace import Product, cold_start, refine, residual, top_pair, warmed
-from wellcond.training.state import Memory, look
+from wellcond.operators.base import Dense, Operator
+from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
+from wellcond.penalties.base import Penalty
+from wellcond.training.batch import batches, look
+from wellcond.training.state import Rule, WeightState
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class Estimate:
         sigma_max: ||S v|| for a unit vector v: a lower bound of the spectral norm sigma_1.
         residual: ||S^T u - sigma_max v||; some singular value lies this close to sigma_max.
         stable_rank: ||S||_F^2/sigma_max^2, from above, between 1 and nu; nu means kappa = 1.
-        penalty: the penalty at strength 1, from below, for that vector.
-        strength: the strength that was or would be applied at this step.
+        penalty: the penalty at strength 1, from below, for that vector; nan under a hard limit,
+            which has no value.
+        strength: the strength that was or would be applied at this step; nan under a hard limit.
         step: how many applications (optimizer steps when attached) the weight has seen.
         shortened_steps: proximal steps that the width of the block cut short.
         nu: min(m, n).
@@ -48,72 +51,75 @@ class Estimate:
 
 
 def estimates(
-    memories: Sequence[Memory], block: int, condition_numbers: bool = False
+    states: Sequence[WeightState], block: int, condition_numbers: bool = False
 ) -> dict[str, Estimate]:
     """An estimate for every matrix by name; what is remembered stays as it is."""
+    following = [state for state in states if state.follows_subspace]
     rows: dict[str, Tensor] = {}
-    for seen in look([memory for memory in memories if memory.penalty.needs_subspace]):
-        assert seen.product is not None
-        told = _told(seen.memories[0], seen.S, seen.product)
-        for memory, (row,) in zip(seen.memories, seen.each(told), strict=True):
-            rows[memory.name] = row
-    for memory in memories:
-        if memory.name not in rows:
+    for seen in look(batches(following, [state.operator() for state in following])):
+        assert seen.image is not None
+        told = _told(seen.batch.rule, seen.S, seen.image)
+        for state, (row,) in zip(seen.batch.states, seen.batch.each(told), strict=True):
+            rows[state.name] = row
+    for state in states:
+        if state.name not in rows:
             # It keeps no subspace; for a report a fresh one is good enough.
-            S = memory.operator()
-            cold = cold_start(S, min(block, S.nu), memory.name)
-            rows[memory.name] = _told(memory, S, refine(S, warmed(S, cold))[0])
+            S = state.operator()
+            cold = cold_start(S, min(block, S.nu), state.name)
+            rows[state.name] = _told(state.rule, S, refine(S, warmed(S, cold))[0])
     found: dict[str, Estimate] = {}
-    for memory, numbers in zip(memories, _on_host(memories, rows), strict=True):
-        kappas = _condition_numbers(memory) if condition_numbers else [None] * len(numbers)
-        for index, (own, kappa) in enumerate(zip(numbers, kappas, strict=True)):
-            name = memory.name if len(memory.shape) == 2 else f"{memory.name}:{index}"
-            found[name] = _estimate(memory, own, kappa)
+    for state, numbers in zip(states, _on_host(states, rows), strict=True):
+        kappas = _condition_numbers(state) if condition_numbers else [None] * len(numbers)
+        names = [member.name for member in state.weight.members()]
+        for name, own, kappa in zip(names, numbers, kappas, strict=True):
+            found[name] = _estimate(state, own, kappa)
     return found
 
 
-def _on_host(memories: Sequence[Memory], rows: dict[str, Tensor]) -> list[list[list[float]]]:
-    """Per weight the numbers of its matrices, all in one copy from the device."""
-    each = [rows[m.name].reshape(-1, rows[m.name].shape[-1]) for m in memories]
-    counts = [m.shortened.double().expand(len(r), 1) for m, r in zip(memories, each, strict=True)]
-    together = [torch.cat(pair, dim=1) for pair in zip(each, counts, strict=True)]
-    numbers: list[list[float]] = torch.cat(together).tolist() if together else []
+def _on_host(states: Sequence[WeightState], rows: dict[str, Tensor]) -> list[list[list[float]]]:
+    """Per weight the numbers of its matrices, all in one copy from each device."""
+    each = [rows[s.name].reshape(-1, rows[s.name].shape[-1]) for s in states]
+    counts = [s.shortened.double().expand(len(r), 1) for s, r in zip(states, each, strict=True)]
+    device = each[0].device
+    together = [torch.cat(pair, dim=1).to(device) for pair in zip(each, counts, strict=True)]
+    numbers: list[list[float]] = torch.cat(together).tolist()
     return [[numbers.pop(0) for _ in one] for one in each]
 
 
-def _told(memory: Memory, S: Operator, product: Product) -> Tensor:
-    columns = [
-        top_pair(product).sigma[..., 0],
-        residual(S, product),
-        S.squared_frobenius_norm(),
-        memory.penalty.value(S, product),
-        product.finite,
-    ]
+def _told(rule: Rule, S: Operator, image: Image) -> Tensor:
+    sigma = image.top.sigma[..., 0]
+    value = torch.full_like(sigma, math.nan)
+    if isinstance(rule, Penalty):
+        value = rule.evaluate(S, image)[0]
+    columns = [sigma, residual(S, image), S.squared_frobenius_norm(), value, image.finite]
     return torch.stack([column.double() for column in columns], dim=-1)
 
 
-def _estimate(memory: Memory, row: list[float], kappa: float | None) -> Estimate:
+def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Estimate:
     sigma, error, squared_norm, value, finite, shortened = row
     status = "" if sigma > 0 else "zero: every singular value is 0"
     if not finite:
         sigma = error = value = squared_norm = math.nan
         status = "not finite: it holds NaN or infinity"
+    rule = state.rule
     return Estimate(
         sigma_max=sigma,
         residual=error,
         stable_rank=squared_norm / sigma / sigma if sigma else math.nan,
         penalty=value,
-        strength=memory.penalty.strength_at(memory.step),
-        step=memory.step,
+        strength=rule.strength_at(state.step) if isinstance(rule, Penalty) else math.nan,
+        step=state.step,
         shortened_steps=int(shortened),
-        nu=min(memory.shape[-2:]),
+        nu=min(state.shape[-2:]),
         condition_number=kappa,
         status=status,
     )
 
 
-def _condition_numbers(memory: Memory) -> list[float | None]:
-    each = memory.operator().dense().reshape(-1, *memory.shape[-2:])
+def _condition_numbers(state: WeightState) -> list[float | None]:
+    S = state.operator()
+    assert isinstance(S, Dense)
+    each = S.dense().reshape(-1, *state.shape[-2:])
     return [
         measure(S).condition_number if bool(torch.isfinite(S).all()) else math.nan for S in each
     ]

@@ -27,7 +27,7 @@ def report(
         shares = {name: e.stable_rank / e.nu for name, e in sound.items()}
         values |= {
             "sigma_max/largest": max(e.sigma_max for e in sound.values()),
-            "penalty/sum": sum(e.penalty for e in sound.values()),
+            "penalty/sum": sum(e.penalty for e in sound.values() if not math.isnan(e.penalty)),
             "stable_rank_share/smallest": min(shares.values()),
             "stable_rank_share/median": statistics.median(shares.values()),
             "shortened_steps": shortened,
@@ -45,7 +45,8 @@ def report(
         for name, e in estimates.items():
             values[f"weights/{name}/sigma_max"] = e.sigma_max
             values[f"weights/{name}/stable_rank_share"] = e.stable_rank / e.nu
-            values[f"weights/{name}/penalty"] = e.penalty
+            if not math.isnan(e.penalty):  # a hard limit has none
+                values[f"weights/{name}/penalty"] = e.penalty
             if e.condition_number is not None:
                 values[f"weights/{name}/condition_number"] = e.condition_number
     return {f"{prefix}/{name}": float(value) for name, value in values.items()}
@@ -76,6 +77,6 @@ def send(values: Mapping[str, float], target: Any, step: int) -> None:
 
 
 def check_interval(every: int) -> None:
-    """Raises unless it is a whole number of at least 1."""
+    """Raises unless it is a positive integer."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"`every` must be a whole number of at least 1, got {every!r}.")
+        raise ValueError(f"`every` must be a positive integer, got {every!r}.")

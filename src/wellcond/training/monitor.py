@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from wellcond.penalties.base import Condition, Penalty
+from wellcond.operators.rounding import full_precision
+from wellcond.penalties.condition import Condition
+from wellcond.training.batch import batches, look
 from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import check_interval, report, send
 from wellcond.training.selection import select
-from wellcond.training.state import Memory, look, quietly
+from wellcond.training.state import Rule, WeightState
 from wellcond.weights.discover import unwrapped
+from wellcond.weights.reasons import Skipped
 
 
 class Monitor:
@@ -52,28 +55,29 @@ class Monitor:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         each = [patterns] if isinstance(patterns, str) else list(patterns)
-        penalties: dict[str, Penalty | None] = {pattern: Condition(0.0) for pattern in each}
+        penalties: dict[str, Rule | None] = {pattern: Condition(0.0) for pattern in each}
         chosen, self._skipped = select(unwrapped(model), penalties)
         self.block = block
         self.condition_numbers = condition_numbers
-        self._memories = [Memory(weight, penalty, block) for weight, penalty in chosen]
+        self._states = [WeightState(weight, penalty, block) for weight, penalty in chosen]
 
     @property
     def names(self) -> list[str]:
         """The names of the watched weights."""
-        return [memory.name for memory in self._memories]
+        return [state.name for state in self._states]
 
     @property
-    def skipped(self) -> dict[str, str]:
+    def skipped(self) -> dict[str, Skipped]:
         """Every other parameter, and why it is not watched."""
         return dict(self._skipped)
 
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight, as from `Regularizer.measure`."""
-        with quietly(self._memories):
-            for seen in look(self._memories):
+        with full_precision(self._states[0].weight.parameters[0].device.type):
+            operators = [state.operator() for state in self._states]
+            for seen in look(batches(self._states, operators)):
                 seen.remember()
-            return estimates(self._memories, self.block, self.condition_numbers)
+            return estimates(self._states, self.block, self.condition_numbers)
 
     def log(
         self,

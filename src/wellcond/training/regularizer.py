@@ -15,14 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from wellcond.operators.sharded import refuse_flat_parameters, replicas_of
+from wellcond.operators.base import Updatable
+from wellcond.operators.rounding import full_precision
+from wellcond.operators.sharded import is_sharded
+from wellcond.penalties.base import Limit, Proximal
+from wellcond.text import quoted
 from wellcond.training.attachment import Attachment
-from wellcond.training.engine import Passes
+from wellcond.training.compiled import Compilable
+from wellcond.training.engine import Engine
 from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import check_interval, report, send
-from wellcond.training.selection import Penalties, listed, select
-from wellcond.training.state import Memory, quietly
-from wellcond.weights.discover import unwrapped
+from wellcond.training.replicas import checksum, replicas_of
+from wellcond.training.selection import Rules, select
+from wellcond.training.state import WeightState
+from wellcond.weights.discover import refuse_flat_parameters, unwrapped
+from wellcond.weights.reasons import Skipped
 
 
 class Regularizer:
@@ -73,7 +80,7 @@ class Regularizer:
     def __init__(
         self,
         model: nn.Module,
-        penalties: Penalties,
+        penalties: Rules,
         *,
         block: int = 32,
         process_group: Any = None,
@@ -82,13 +89,14 @@ class Regularizer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ValueError(f"`block` must be a whole number of at least 1, got {block!r}.")
+            raise ValueError(f"`block` must be a positive integer, got {block!r}.")
         refuse_flat_parameters(model)
         self.block = block
-        self._attachments: list[Attachment[Memory]] = []
+        self._attachments: list[Attachment] = []
         chosen, self._skipped = select(unwrapped(model), penalties)
-        self._entries = [Memory(weight, penalty, block) for weight, penalty in chosen]
-        self._passes = Passes(self._entries, replicas_of(model, process_group), check_replicas)
+        self._states = [WeightState(weight, rule, block) for weight, rule in chosen]
+        self._engine = Engine(self._states, replicas_of(model, process_group), check_replicas)
+        self._compilable = Compilable(self._engine)
 
     # --- the three ways ---------------------------------------------------------------------------
 
@@ -102,8 +110,8 @@ class Regularizer:
             ValueError: a weight holds NaN or infinity; it is named. On the CPU at once, elsewhere
                 at the next call, where reading costs no waiting.
         """
-        _refuse_without_gradient(self._entries)
-        return self._passes.penalty()
+        _refuse_without_gradient(self._states)
+        return self._compilable.penalty()
 
     def add_gradients_(self) -> None:
         """Adds strength * gradient to the .grad of every weight: after backward, before step.
@@ -116,9 +124,9 @@ class Regularizer:
         Raises:
             ValueError: a weight holds NaN or infinity; it is named, and no gradient has changed.
         """
-        _refuse_without_gradient(self._entries)
-        _refuse_sparse_gradients(self._entries)
-        self._passes.add_gradients()
+        _refuse_without_gradient(self._states)
+        _refuse_sparse_gradients(self._states)
+        self._compilable.add_gradients_()
 
     def proximal_step_(self, lr: float | Tensor, steps: int = 1) -> None:
         """One proximal step of length eta = lr * strength * steps on every weight, by hand.
@@ -134,16 +142,26 @@ class Regularizer:
             ValueError: lr is negative, steps < 1, or a weight holds NaN or infinity; nothing has
                 changed.
         """
-        if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"`lr` must be finite and not negative, got {lr}.")
+        lr = self._checked_rate(lr)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"`steps` must be a whole number of at least 1, got {steps!r}.")
-        entries = self._passes.active()
-        self._passes.proximal_step_(entries, [lr * steps] * len(entries))
-        for entry in entries:
-            entry.step += steps
+            raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+        states = self._engine.active()
+        _refuse_without_proximal_step(states)
+        self._engine.proximal_step_(states, [lr * steps] * len(states))
+        for state in states:
+            state.advance(steps)
 
-    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment[Memory]:
+    def _checked_rate(self, lr: float | Tensor) -> float | Tensor:
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"`lr` must be one number, got shape {tuple(lr.shape)}.")
+            if not lr.is_cpu:
+                return self._engine.check_rates(lr.detach().reshape(()))
+        if not 0 <= float(lr) < math.inf:
+            raise ValueError(f"`lr` must be finite and not negative, got {float(lr)}.")
+        return lr.detach() if isinstance(lr, Tensor) else lr
+
+    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment:
         """Takes a proximal step after every so many steps of the optimizer; returns a handle.
 
         eta = strength * the sum of the learning rates of the weight's own parameter group since the
@@ -173,19 +191,20 @@ class Regularizer:
             )
         check_interval(every)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        entries = [entry for entry in self._entries if id(entry.weight.parameter) in held]
-        if not entries:
+        states = [s for s in self._states if all(id(p) in held for p in s.weight.parameters)]
+        if not states:
             raise ValueError(
                 "`optimizer` must hold a regularised weight, but has none of "
-                f"{listed(self.names)}. Attach the optimizer that was made from this model."
+                f"{quoted(self.names)}. Attach the optimizer that was made from this model."
             )
-        taken = [e.name for a in self.attachments for e in a.entries if e in entries]
+        _refuse_without_proximal_step(states)
+        taken = [s.name for a in self.attachments for s in a.states if s in states]
         if taken:
             raise ValueError(
-                f"`optimizer` must not be attached twice, but {listed(taken)} is attached already. "
+                f"`optimizer` must not be attached twice, but {quoted(taken)} is attached already. "
                 "Call detach() first."
             )
-        attachment = Attachment(optimizer, entries, every, self._step_pending)
+        attachment = Attachment(optimizer, states, every, self._step_pending)
         self._attachments = [*self.attachments, attachment]
         return attachment
 
@@ -195,15 +214,15 @@ class Regularizer:
             attachment.remove()
 
     @property
-    def attachments(self) -> list[Attachment[Memory]]:
+    def attachments(self) -> list[Attachment]:
         """The attachments that have not been removed."""
         return [attachment for attachment in self._attachments if not attachment.removed]
 
-    def _step_pending(self, entries: list[Memory]) -> None:
-        entries = [entry for entry in entries if entry.active]
-        self._passes.proximal_step_(entries, [entry.pending_lr for entry in entries])
-        for entry in entries:
-            entry.pending_lr, entry.pending_steps = 0.0, 0
+    def _step_pending(self, states: list[WeightState]) -> None:
+        states = [state for state in states if state.active]
+        self._engine.proximal_step_(states, [state.pending_lr for state in states])
+        for state in states:
+            state.settle()
 
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight: two products each, no SVD, nothing remembered.
@@ -218,8 +237,8 @@ class Regularizer:
             >>> reg.measure()["weight"].shortened_steps
             0
         """
-        with quietly(self._entries):
-            return estimates(self._entries, self.block)
+        with full_precision(self._states[0].weight.parameters[0].device.type):
+            return estimates(self._states, self.block)
 
     def log(
         self,
@@ -260,7 +279,7 @@ class Regularizer:
             True
         """
         check_interval(every)
-        step = max(entry.step for entry in self._entries) if step is None else step
+        step = max(state.step for state in self._states) if step is None else step
         if step % every:
             return None
         values = report(self.measure(), layers, prefix)
@@ -272,23 +291,23 @@ class Regularizer:
     @property
     def names(self) -> list[str]:
         """The names of the regularised weights, the keys of `measure` and of the state."""
-        return [entry.name for entry in self._entries]
+        return [state.name for state in self._states]
 
     @property
-    def skipped(self) -> dict[str, str]:
-        """Every other parameter, and why it is left out."""
+    def skipped(self) -> dict[str, Skipped]:
+        """Every other parameter, and why it is left out; `str()` of a reason is the sentence."""
         return dict(self._skipped)
 
     def __repr__(self) -> str:
-        lines = [f"Regularizer of {len(self._entries)} weights, block={self.block}"]
+        lines = [f"Regularizer of {len(self._states)} weights, block={self.block}"]
         width = max(len(name) for name in (*self.names, *self._skipped))
-        for entry in self._entries:
-            shape = "x".join(map(str, entry.operator().shape))
-            frozen = "" if entry.active else "  frozen since: not regularised"
-            lines.append(f"  {entry.name:{width}}  {shape:>10}  {entry.penalty!r}{frozen}")
-            if shortened := int(entry.shortened):
+        for state in self._states:
+            shape = "x".join(map(str, state.shape))
+            frozen = "" if state.active else "  frozen since: not regularised"
+            lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
+            if shortened := int(state.shortened):
                 lines.append(
-                    f"  {'':{width}}  {shortened} proximal steps were shortened: {entry.width} "
+                    f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
                     f"singular triplets do not reach further; raise block={self.block}"
                 )
         if self._skipped:
@@ -300,8 +319,8 @@ class Regularizer:
     # --- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The memory per weight name, as tensors of fixed shape; copies, safe to keep."""
-        return {e.name: {k: v.clone() for k, v in e.state().items()} for e in self._entries}
+        """What is remembered per weight name, as tensors of fixed shape; copies, safe to keep."""
+        return {state.name: state.state() for state in self._states}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores `state_dict()`: training goes on bit for bit as it would have.
@@ -313,43 +332,64 @@ class Regularizer:
         if missing or extra:
             raise ValueError(
                 "`state` must hold the weights of this regulariser, but "
-                f"lacks {listed(missing)} and has {listed(extra)} besides. "
+                f"lacks {quoted(missing)} and has {quoted(extra)} besides. "
                 "Make the Regularizer with the patterns with which the state was saved."
             )
-        for entry in self._entries:
-            for key, own in entry.state().items():
-                saved = state[entry.name].get(key)
-                if saved is None or saved.shape != own.shape:
-                    found = "none" if saved is None else tuple(saved.shape)
-                    raise ValueError(
-                        f'`state["{entry.name}"]["{key}"]` must have shape {tuple(own.shape)}, got '
-                        f"{found}. Make the Regularizer with the model and the block with which "
-                        "the state was saved."
-                    )
-                if saved.is_floating_point() != own.is_floating_point():
-                    kind = "floating point" if own.is_floating_point() else "whole numbers"
-                    raise ValueError(
-                        f'`state["{entry.name}"]["{key}"]` must be {kind}, got {saved.dtype}.'
-                    )
-        for entry in self._entries:
-            entry.restore(state[entry.name])
+        for own_state in self._states:
+            own_state.check(state[own_state.name])
+        for own_state in self._states:
+            own_state.restore(state[own_state.name])
+
+    def checksums(self) -> dict[str, Tensor]:
+        """The bits of every parameter that is regularised, added up, by its name and dtype.
+
+        To tell whether a checkpoint has restored the very weights that were saved with it. Sharded
+        weights are left out.
+
+        Example:
+            >>> import torch, wellcond as wc
+            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.Condition(0.1))
+            >>> list(reg.checksums())
+            ['weight torch.float32']
+        """
+        return {
+            f"{state.weight.aliases[0]} {parameter.dtype}": checksum(parameter).cpu()
+            for state in self._states
+            for parameter in state.weight.parameters
+            if not is_sharded(parameter)
+        }
 
 
-def _refuse_without_gradient(entries: list[Memory]) -> None:
-    hard = [entry.name for entry in entries if not entry.penalty.has_gradient]
+def _refuse_without_gradient(states: list[WeightState]) -> None:
+    hard = [state.name for state in states if isinstance(state.rule, Limit)]
     if hard:
         raise ValueError(
-            f"{listed(hard)} is under a hard limit, which has no gradient. "
+            f"{quoted(hard)} is under a hard limit, which has no gradient. "
             "Use attach(optimizer) or proximal_step_(lr); for a penalty in the loss or on the "
             "gradients of other weights make a Regularizer of its own."
         )
 
 
-def _refuse_sparse_gradients(entries: list[Memory]) -> None:
-    grads = [(entry.name, entry.weight.parameter.grad) for entry in entries]
+def _refuse_without_proximal_step(states: list[WeightState]) -> None:
+    for state in states:
+        rule, S = state.rule, state.operator()
+        if not isinstance(rule, Limit | Proximal):
+            raise ValueError(
+                f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
+                "loss or add_gradients_(), or give the penalty a method proximal_step."
+            )
+        if not isinstance(S, Updatable):
+            raise ValueError(
+                f'"{state.name}" cannot be changed where it lies, as it rests on several '
+                "parameters. Use reg() in the loss or add_gradients_()."
+            )
+
+
+def _refuse_sparse_gradients(states: list[WeightState]) -> None:
+    grads = [(state.name, p.grad) for state in states for p in state.weight.parameters]
     sparse = [name for name, grad in grads if grad is not None and grad.layout != torch.strided]
     if sparse:
         raise ValueError(
-            f"A gradient must be dense, but that of {listed(sparse)} is sparse. Leave the weight "
+            f"A gradient must be dense, but that of {quoted(sparse)} is sparse. Leave the weight "
             "out with a pattern, make the layer with sparse=False, or use attach(optimizer)."
         )

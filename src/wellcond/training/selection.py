@@ -7,66 +7,63 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from wellcond.penalties.base import Penalty
+from wellcond.operators.views import Kernel, shape_of
+from wellcond.penalties.base import Limit, Penalty
+from wellcond.text import and_more, quoted
+from wellcond.training.state import Rule
 from wellcond.weights.discover import Weight, find_weights
+from wellcond.weights.reasons import Reason, Skipped
 
-FROZEN = "frozen: requires_grad is False"
-
-Penalties = Penalty | Mapping[str, Penalty | None]
-
-
-def listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    shown = ", ".join(f'"{name}"' for name in names[:5])
-    return (shown + f" and {len(names) - 5} more" if len(names) > 5 else shown) or "none"
+Rules = Rule | Mapping[str, Rule | None]
 
 
 def select(
-    model: nn.Module, penalties: Penalties
-) -> tuple[list[tuple[Weight, Penalty]], dict[str, str]]:
+    model: nn.Module, penalties: Rules
+) -> tuple[list[tuple[Weight, Rule]], dict[str, Skipped]]:
     """The weights to regularise with their penalties, and why every other parameter is none."""
     patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
     for pattern, penalty in patterns.items():
-        if not isinstance(penalty, Penalty | None) or not isinstance(pattern, str):
+        if not isinstance(penalty, Penalty | Limit | None) or not isinstance(pattern, str):
             raise TypeError(
                 "`penalties` must be a penalty or map patterns to penalties or None, got "
                 f"{penalty!r} for {pattern!r}. A penalty is, for instance, Condition(1e-2)."
             )
     found = find_weights(model)
-    # What became of the parameters that each pattern was the first to match.
-    outcomes: dict[str, list[str]] = {pattern: [] for pattern in patterns}
-    chosen: list[tuple[Weight, Penalty]] = []
-    skipped: dict[str, str] = {}
+    # What became of the parameters that each pattern was the first to match: None if chosen.
+    outcomes: dict[str, dict[str, Skipped | None]] = {pattern: {} for pattern in patterns}
+    chosen: list[tuple[Weight, Rule]] = []
+    skipped: dict[str, Skipped] = {}
 
     def first_match(names: Iterable[str]) -> str | None:
         return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
 
-    def skip(name: str, reason: str, pattern: str | None) -> None:
-        skipped[name] = reason
+    def skip(name: str, why: Skipped, pattern: str | None) -> None:
+        skipped[name] = why
         if pattern is not None:
-            outcomes[pattern].append(f'"{name}" is {reason}')
+            outcomes[pattern][name] = why
 
     for weight in found.weights:
-        slices = weight.slices()
-        matches = [first_match((one.name, *one.aliases)) for one in slices]
+        members = weight.members()
+        reason = weight.reason or _one_row(weight)
+        matches = [first_match((one.name, *one.aliases)) for one in members]
         # A stack under one pattern stays whole, and is worked on in one batch.
         if len(set(matches)) == 1:
-            slices, matches = [weight], matches[:1]
-        for one, match in zip(slices, matches, strict=True):
+            members, matches = [weight], matches[:1]
+        for one, match in zip(members, matches, strict=True):
             penalty = None if match is None else patterns[match]
             if match is None:
-                skip(one.name, weight.reason or "matched by no pattern", match)
+                skip(one.name, reason or Skipped(Reason.unmatched), match)
             elif penalty is None:
-                skip(one.name, f'left out by the pattern "{match}"', match)
-            elif weight.reason and match not in (one.name, *one.aliases):
-                skip(one.name, weight.reason, match)
-            elif not weight.parameter.requires_grad:
-                skip(one.name, FROZEN, match)
+                skip(one.name, Skipped(Reason.excluded, f'"{match}"'), match)
+            elif reason is not None and match not in (one.name, *one.aliases):
+                skip(one.name, reason, match)
+            elif not weight.trained:
+                skip(one.name, Skipped(Reason.frozen), match)
             else:
-                outcomes[match].append("chosen")
+                outcomes[match][one.name] = None
                 chosen.append((one, penalty))
-    for name, reason in found.others.items():
-        skip(name, reason, first_match([name]))
+    for name, why in found.others.items():
+        skip(name, why, first_match([name]))
 
     if not found.weights:
         raise ValueError(
@@ -78,18 +75,27 @@ def select(
             names = [weight.name for weight in found.weights]
             raise ValueError(
                 f'`penalties`: the pattern "{pattern}" matches no parameter, or only such as a '
-                f"pattern before it matches. The weights are {listed(names)}."
+                f"pattern before it matches. The weights are {quoted(names)}."
             )
-        if wanted is not None and not any(o == "chosen" or o.endswith(FROZEN) for o in outcome):
+        usable = [why is None or why.reason is Reason.frozen for why in outcome.values()]
+        if wanted is not None and not any(usable):
+            reasons = and_more((f'"{n}" is {why}' for n, why in outcome.items()), 3, "; ")
             raise ValueError(
-                f'`penalties`: the pattern "{pattern}" selects no weight: '
-                f"{'; '.join(outcome[:3])}. "
+                f'`penalties`: the pattern "{pattern}" selects no weight: {reasons}. '
                 f'Leave it out with {{"{pattern}": None}}, or insist on a matrix by its exact name.'
             )
     if not chosen:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        reasons = and_more((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
             "`penalties` must leave at least one weight to regularise, but all are left out "
-            f"({reasons or 'the model has no parameters'})."
+            f"({reasons})."
         )
     return chosen, skipped
+
+
+def _one_row(weight: Weight) -> Skipped | None:
+    """A depthwise convolution has nothing to condition."""
+    if isinstance(weight.view, Kernel) and weight.view.groups is not None:
+        groups, rows, _ = shape_of(weight.view, weight.parameters[0])
+        return Skipped(Reason.one_row, f"{groups} groups") if rows == 1 else None
+    return None

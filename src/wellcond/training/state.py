@@ -1,55 +1,43 @@
-"""What is remembered of each regularised weight, and one product with all of them.
+"""What is remembered of each regularised weight: the one place that counts and keeps.
 
-Looking at the weights changes nothing: it returns what the products tell and the subspaces refined
-by them. Weights of one kind are looked at as one stack, so that all but the products themselves is
-done once for all of them.
-
-Letters: S (..., m, n) a weight, or a stack of weights of one kind; k the width of its subspace.
+Letters: S (..., m, n) a weight; k the width of the block that is followed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from wellcond.operators.sharded import Replicas, operator_of
-from wellcond.operators.stored import Operator, SeparateMatrices, StoredMatrix
-from wellcond.operators.subspace import (
-    Product,
-    Subspace,
-    by_columns,
-    cold_start,
-    completed,
-    refine,
-    warmed,
-)
-from wellcond.penalties.base import Penalty
+from wellcond.operators.base import WeightOperator
+from wellcond.operators.subspace import Subspace, by_columns, cold_start
+from wellcond.penalties.base import Limit, Penalty
 from wellcond.weights.discover import Weight
 
+Rule = Penalty | Limit
 
-class Memory:
-    """A regularised weight and what is remembered of it."""
 
-    def __init__(self, weight: Weight, penalty: Penalty, block: int) -> None:
+class WeightState:
+    """A weight under a penalty or a limit, and what is remembered of it."""
+
+    def __init__(self, weight: Weight, rule: Rule, block: int) -> None:
         self.weight = weight
-        self.penalty = penalty
-        self.step = 0
+        self.rule = rule
+        self.step = 0  # applications: optimizer steps when attached
         try:
             S = self.operator()
         except ValueError as error:
             raise ValueError(f'"{weight.name}": {error}') from None
         self.shape = S.shape
-        self.width = min(block, S.nu) if penalty.needs_subspace else 0
+        follows = isinstance(rule, Penalty) and rule.needs_subspace
+        self.width = min(block, S.nu) if follows else 0
         # Cold until first used: the weights may be loaded after the regulariser is made.
         self.subspace = cold_start(S, self.width, weight.name)
         self.warm = False
         self.owner = 0  # the process that refines it, among replicas
-        self.slot = 0  # the number of its parameter, which several views may share
+        self.slots: tuple[int, ...] = ()  # the numbers of its parameters, which weights may share
         self.strength = torch.zeros((), dtype=S.dtype, device=S.device)
         self.shortened = torch.zeros((), dtype=torch.int64, device=S.device)
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
@@ -62,167 +50,83 @@ class Memory:
 
     @property
     def active(self) -> bool:
-        return self.weight.parameter.requires_grad
+        """Whether it is trained: a frozen weight is left alone."""
+        return self.weight.trained
 
-    def operator(self, parameter: Tensor | None = None) -> StoredMatrix:
-        """The weight, or what is given in place of its parameter, as a linear map."""
-        tensor = self.weight.parameter if parameter is None else parameter
+    @property
+    def follows_subspace(self) -> bool:
+        """Whether a block of leading singular vectors is kept."""
+        return self.width > 0
+
+    def operator(self, parameters: Sequence[Tensor] | None = None) -> WeightOperator:
+        """The weight, or what is given in place of its parameters, as a linear map."""
+        tensors = self.weight.parameters if parameters is None else parameters
         seed = (zlib.crc32(self.name.encode()) << 31) + self.step
-        return operator_of(self.weight.view, tensor.detach(), seed)
+        return self.weight.operator(tensors, seed)
 
-    def follow(self, device: torch.device) -> None:
-        """Moves the memory to where the weight is now."""
-        if self.strength.device != device:
-            left, right, from_right = self.subspace
-            self.subspace = Subspace(left.to(device), right.to(device), from_right)
-            self.strength = self.strength.to(device)
-            self.shortened = self.shortened.to(device)
+    def follow(self, S: WeightOperator) -> None:
+        """Moves what is remembered to the device and the dtype of the weight as it is now."""
+        if (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
+            basis, from_right = self.subspace
+            self.subspace = Subspace(by_columns(basis.to(S.device, S.dtype)), from_right)
+            self.strength = self.strength.to(S.device, S.dtype)
+            self.shortened = self.shortened.to(S.device)
+
+    def remember(self, subspace: Subspace) -> None:
+        self.subspace, self.warm = subspace, True
+
+    def advance(self, steps: int = 1) -> None:
+        """Counts applications of the penalty."""
+        self.step += steps
+
+    def gather(self, lr: float | Tensor) -> None:
+        """Counts a step of the optimizer, at this learning rate, towards the next proximal step."""
+        self.advance()
+        self.pending_steps += 1
+        self.pending_lr = self.pending_lr + lr
+
+    def settle(self) -> None:
+        """After a proximal step nothing is pending."""
+        self.pending_steps, self.pending_lr = 0, 0.0
 
     def state(self) -> dict[str, Tensor]:
-        """The memory as tensors of fixed shape."""
+        """What is remembered, as tensors of fixed shape: the basis in the first rows of its."""
+        basis, from_right = self.subspace
+        *stack, rows, width = basis.shape
+        padded = basis.new_zeros(*stack, max(self.shape[-2:]), width)
+        padded[..., :rows, :] = basis
         return {
-            "left": self.subspace.left,
-            "right": self.subspace.right,
-            "from_right": torch.tensor(self.subspace.from_right),
-            "warm": torch.tensor(self.warm),
-            "step": torch.tensor(self.step),
-            "shortened_steps": self.shortened,
-            "pending_steps": torch.tensor(self.pending_steps),
-            "pending_lr": torch.as_tensor(self.pending_lr, dtype=torch.float64).detach().cpu(),
+            "shape": torch.tensor(self.shape, device="cpu"),
+            "basis": padded,
+            "from_right": torch.tensor(from_right, device="cpu"),
+            "warm": torch.tensor(self.warm, device="cpu"),
+            "step": torch.tensor(self.step, device="cpu"),
+            "shortened_steps": self.shortened.clone(),
+            "pending_steps": torch.tensor(self.pending_steps, device="cpu"),
+            "pending_lr": torch.as_tensor(self.pending_lr, dtype=torch.float64, device="cpu"),
         }
 
+    def check(self, saved: Mapping[str, Tensor]) -> None:
+        """Raises unless this is the state of such a weight."""
+        remedy = "Make the Regularizer with the model and the block with which the state was saved."
+        for key, own in self.state().items():
+            at, found = f'`state["{self.name}"]["{key}"]`', saved.get(key)
+            if found is None or found.shape != own.shape:
+                shape = "none" if found is None else tuple(found.shape)
+                raise ValueError(f"{at} must have shape {tuple(own.shape)}, got {shape}. {remedy}")
+            if found.is_floating_point() != own.is_floating_point():
+                kind = "floating point" if own.is_floating_point() else "integers"
+                raise ValueError(f"{at} must be {kind}, got {found.dtype}.")
+            if key == "shape" and found.tolist() != own.tolist():
+                raise ValueError(f"{at} must be {own.tolist()}, got {found.tolist()}. {remedy}")
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        device, dtype = self.strength.device, self.strength.dtype
-        left, right = (state[side].to(device, dtype, copy=True) for side in ("left", "right"))
-        self.subspace = Subspace(by_columns(left), by_columns(right), bool(state["from_right"]))
+        from_right = bool(state["from_right"])
+        rows = self.shape[-1] if from_right else self.shape[-2]
+        basis = state["basis"][..., :rows, :].to(self.strength, copy=True)
+        self.subspace = Subspace(by_columns(basis), from_right)
         self.warm = bool(state["warm"])
-        self.shortened = state["shortened_steps"].to(device, copy=True)
+        self.shortened = state["shortened_steps"].to(self.shortened, copy=True)
         self.step = int(state["step"])
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
-
-
-@contextlib.contextmanager
-def quietly(memories: Sequence[Memory]) -> Iterator[None]:
-    """Outside of autograd, and in full precision under autocast."""
-    kind = memories[0].weight.parameter.device.type
-    cast = torch.amp.is_autocast_available(kind)
-    precise = torch.autocast(kind, enabled=False) if cast else contextlib.nullcontext()
-    with torch.no_grad(), precise:
-        yield
-
-
-class Look(NamedTuple):
-    """What was seen of weights of one kind, before anything is done to them.
-
-    One weight is seen as it is; several as a stack, in whose first dimension they lie.
-    """
-
-    memories: list[Memory]
-    operators: list[StoredMatrix]
-    S: Operator
-    product: Product | None
-    subspace: Subspace | None
-    finite: Tensor
-
-    def each(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """The tensors of every weight."""
-        if len(self.memories) == 1:
-            return [tensors]
-        return list(zip(*(tensor.unbind() for tensor in tensors), strict=True))
-
-    def remember(self) -> None:
-        """Keeps the refined subspaces."""
-        if self.subspace is None:
-            return
-        left, right, from_right = self.subspace
-        sides = self.each(left, right)
-        for memory, (own_left, own_right) in zip(self.memories, sides, strict=True):
-            memory.subspace = Subspace(own_left, own_right, from_right)
-            memory.warm = True
-
-
-def look(
-    memories: Sequence[Memory],
-    parameters: Sequence[Tensor] | None = None,
-    replicas: Replicas | None = None,
-) -> list[Look]:
-    """One product with every weight, or with what is given in place of their parameters."""
-    tensors = parameters or [memory.weight.parameter for memory in memories]
-    groups: dict[object, list[tuple[Memory, StoredMatrix]]] = {}
-    for memory, tensor in zip(memories, tensors, strict=True):
-        S = memory.operator(tensor)
-        memory.follow(S.device)
-        groups.setdefault(_kind(memory, S), []).append((memory, S))
-    started = []
-    exchanged: list[tuple[int, Tensor]] = []
-    for group in groups.values():
-        first = group[0][0]
-        operators = [S for _, S in group]
-        stack: Operator = operators[0] if len(group) == 1 else SeparateMatrices(operators)
-        subspace = image = basis = None
-        if first.penalty.needs_subspace:
-            subspace = _stacked([memory.subspace for memory, _ in group])
-            if replicas is not None:
-                subspace, image, basis = _shared(stack, subspace, first, replicas, exchanged)
-        started.append(([memory for memory, _ in group], operators, stack, subspace, image, basis))
-    if replicas is not None:
-        replicas.exchange_(exchanged)
-    looks = []
-    for members, operators, stack, subspace, image, basis in started:
-        product, refined = None, None
-        if subspace is None:
-            finite = operators[0].finite()
-        else:
-            if image is not None:
-                product, refined = completed(image, subspace, basis)
-            else:
-                start = subspace if members[0].warm else warmed(stack, subspace)
-                product, refined = refine(stack, start)
-            finite = product.finite
-        looks.append(Look(members, operators, stack, product, refined, finite))
-    return looks
-
-
-def _kind(memory: Memory, S: StoredMatrix) -> object:
-    """What weights that are looked at as one stack have in common."""
-    if not memory.penalty.needs_subspace:
-        return memory.name
-    from_right = memory.subspace.from_right
-    return (
-        *(S.kind, type(memory.penalty), memory.width, memory.warm, from_right),
-        memory.owner,
-    )
-
-
-def _stacked(subspaces: list[Subspace]) -> Subspace:
-    if len(subspaces) == 1:
-        return subspaces[0]
-    left, right = (torch.stack([getattr(s, side) for s in subspaces]) for side in ("left", "right"))
-    return Subspace(left, right, subspaces[0].from_right)
-
-
-def _shared(
-    S: Operator,
-    subspace: Subspace,
-    first: Memory,
-    replicas: Replicas,
-    exchanged: list[tuple[int, Tensor]],
-) -> tuple[Subspace, Tensor, Tensor]:
-    """The start, its image and the basis of that: found here, or to be filled by their owner."""
-    mine = first.owner == replicas.rank
-    left, right, from_right = subspace
-    if not first.warm:
-        if mine:
-            left, right, _ = warmed(S, subspace)
-        left, right = by_columns(left).clone(), by_columns(right).clone()
-        exchanged += [(first.owner, left), (first.owner, right)]
-        subspace = Subspace(left, right, from_right)
-    opposite = left if from_right else right
-    image, basis = torch.empty(opposite.shape, dtype=S.dtype, device=S.device), opposite.clone()
-    if mine:
-        product, refined = refine(S, subspace)
-        image.copy_(product.left if from_right else product.right)
-        basis.copy_(refined.left if from_right else refined.right)
-    exchanged += [(first.owner, image), (first.owner, basis)]
-    return subspace, image, basis

@@ -7,76 +7,79 @@ of such matrices. Several views of one parameter append their own name: `attn.in
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.sharded import is_sharded
-from wellcond.operators.views import Part, View
+from wellcond.operators.base import WeightOperator
+from wellcond.operators.sharded import is_sharded, operator_of
+from wellcond.operators.views import STORED, Kernel, Member, Part, Transposed, View, shape_of
+from wellcond.weights.matrices import Matrices, numbered
+from wellcond.weights.reasons import Reason, Skipped
 
-EMBEDDING = "an embedding: its rows are looked up, it is no linear map"
-NOT_A_MATRIX = "not a matrix"
-PARAMETRIZED = "parametrized"
-SHARDED = "sharded over processes: audit a checkpoint, or a model that is whole"
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter is found: looked up anew each time, as assign=True replaces it."""
+
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = getattr(self.owner, self.attribute)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
 
 
 @dataclass(frozen=True)
 class Weight:
     """A parameter seen as a matrix (m, n) or a stack (b, m, n), under a name and its aliases.
 
-    `reason` says why it is left out unless it is asked for by its exact name; "" if it is not.
+    A subclass that overrides `operator` may rest on several parameters. `reason` says why it is
+    left out unless it is asked for by its exact name.
     """
 
     name: str
     aliases: tuple[str, ...]  # every name that a pattern may match, views and parameters
-    owner: nn.Module
-    attribute: str
-    view: View
-    reason: str = ""
+    sources: tuple[Source, ...]
+    view: View = STORED
+    reason: Skipped | None = None
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter itself, looked up anew: loading with assign=True replaces it."""
-        parameter = getattr(self.owner, self.attribute)
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that it rests on."""
+        return [source.parameter for source in self.sources]
 
-    def slices(self) -> list[Weight]:
+    @property
+    def trained(self) -> bool:
+        """Whether one of its parameters is not frozen."""
+        return any(parameter.requires_grad for parameter in self.parameters)
+
+    def operator(self, parameters: Sequence[Tensor], seed: int = 0) -> WeightOperator:
+        """It as a linear map, with these values for its parameters."""
+        (parameter,) = parameters
+        return operator_of(parameter.detach(), self.view, seed)
+
+    def members(self) -> list[Weight]:
         """The matrices of a stack, each as a weight of its own."""
-        parameter = self.parameter
-        blank = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
-        shape = self.view(blank).shape
+        shape = shape_of(self.view, self.parameters[0])
         if len(shape) == 2:
             return [self]
-
-        def one(index: int) -> Weight:
-            return Weight(
-                f"{self.name}:{index}",
-                tuple(f"{alias}:{index}" for alias in self.aliases) + self.aliases,
-                self.owner,
-                self.attribute,
-                Part(self.view, index),
-                self.reason,
+        label = "group" if isinstance(self.view, Kernel) else ""
+        return [
+            replace(
+                self,
+                name=f"{self.name}:{label}{index}",
+                aliases=tuple(f"{a}:{label}{index}" for a in self.aliases) + self.aliases,
+                view=Member(self.view, index),
             )
-
-        return [one(index) for index in range(shape[0])]
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """A tensor and the matrices in it by the name of their view, "" if it is one as it stands.
-
-    `read` may be slow, and what it returns large: it is for one tensor at a time.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    views: Callable[[Tensor], dict[str, Tensor]]
-    read: Callable[[], Tensor]
+            for index in range(shape[0])
+        ]
 
 
 @dataclass(frozen=True)
@@ -84,65 +87,45 @@ class Found:
     """The weights of a model, and for every other parameter the reason why it is none."""
 
     weights: list[Weight]
-    others: dict[str, str]
-
-
-def _stored(parameter: Tensor) -> Tensor:
-    return parameter
-
-
-def _transposed(parameter: Tensor) -> Tensor:
-    return parameter.mT
-
-
-def kernel(parameter: Tensor) -> Tensor:
-    """(out, in/groups * kernel), the columns in the order of memory, so that it is a view."""
-    strides = parameter.stride()
-    order = sorted(range(1, parameter.ndim), key=lambda dim: -strides[dim])
-    return parameter.permute(0, *order).flatten(1)
-
-
-def stack(parameter: Tensor) -> dict[str, Tensor]:
-    """The matrices of a stack over the first dimension, by their number."""
-    return {str(index): matrix for index, matrix in enumerate(parameter)}
+    others: dict[str, Skipped]
 
 
 def _blocks(names: str, parameter: Tensor) -> dict[str, View]:
     """Equal blocks of rows, one a letter."""
     rows = len(parameter) // len(names)
-    return {name: Part(_stored, i * rows, rows) for i, name in enumerate(names)}
+    return {name: Part(STORED, i * rows, rows) for i, name in enumerate(names)}
 
 
 _GATES = {nn.RNN: "", nn.LSTM: "ifgo", nn.GRU: "rzn", nn.RNNCell: "", nn.LSTMCell: "ifgo"}
 _GATES |= {nn.GRUCell: "rzn"}
 
 
-def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, View] | str:
+def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, View] | Skipped:
     """The matrices in a parameter by the name of their view, "" if it has one only; or why none."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return EMBEDDING
+        return Skipped(Reason.embedding)
     if parameter.ndim < 2:
-        return f"{NOT_A_MATRIX}: {('a number', 'a vector')[parameter.ndim]}"
+        return Skipped((Reason.number, Reason.vector)[parameter.ndim])
     if parameter.numel() == 0:
-        return f"{NOT_A_MATRIX}: empty, shape {tuple(parameter.shape)}"
+        return Skipped(Reason.empty)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
-        return {"": _transposed}  # of the transformers library: stored as (in, out)
+        return {"": Transposed()}  # of the transformers library: stored as (in, out)
     if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
-        return {"": kernel}
+        return {"": Kernel(module.groups if module.groups > 1 else None)}
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
         return _blocks("qkv", parameter)
     if isinstance(module, nn.MultiheadAttention) and attribute.endswith("_proj_weight"):
-        return {"": _stored}
+        return {"": STORED}
     if attribute.startswith("weight_") and type(module) in _GATES:
         gates = _GATES[type(module)]
         # weight_hr is the projection of an LSTM, one matrix.
         whole = not gates or attribute.startswith("weight_hr")
-        return {"": _stored} if whole else _blocks(gates, parameter)
+        return {"": STORED} if whole else _blocks(gates, parameter)
     if isinstance(module, nn.Linear | nn.Bilinear) and attribute == "weight":
-        return {"": _stored}
+        return {"": STORED}
     if parameter.ndim > 3:
-        return f"{NOT_A_MATRIX}: {parameter.ndim} dimensions in a {type(module).__name__}"
-    return f"a parameter of {type(module).__name__}, whose use is not known"
+        return Skipped(Reason.dimensions, f"{parameter.ndim} in a {type(module).__name__}")
+    return Skipped(Reason.unknown_use, f"of {type(module).__name__}")
 
 
 # Modules that wrap another, as torch.compile and checkpointing do: no part of a name.
@@ -150,14 +133,26 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile and DistributedDataParallel."""
+    """The model inside of torch.compile, DataParallel and DistributedDataParallel."""
     while True:
-        if type(model).__name__ == "DistributedDataParallel":
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = cast(nn.Module, model.module)
         elif "_orig_mod" in model._modules:
             model = cast(nn.Module, model._orig_mod)
         else:
             return model
+
+
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """Raises for the first FSDP, which lays all weights of a unit end to end in one vector."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__name__ == "FullyShardedDataParallel" and kind.__module__.startswith("torch."):
+            raise ValueError(
+                f'`model` must not be wrapped by FullyShardedDataParallel, but "{name}" is: '
+                "its flat parameters keep no matrix. Use torch.distributed.fsdp.fully_shard, which "
+                "keeps every weight as a DTensor."
+            )
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -178,49 +173,45 @@ def find_weights(model: nn.Module) -> Found:
             occurrences.append(occurrence)
 
     weights: list[Weight] = []
-    others: dict[str, str] = {}
+    others: dict[str, Skipped] = {}
     for occurrences in names.values():
         name, module, attribute, parameter = occurrences[0]
         aliases = tuple(occurrence[0] for occurrence in occurrences)
-        reason = _unfit(parameter, aliases)
-        if reason:
-            others[name] = reason
+        sources = (Source(module, attribute),)
+        unfit = _unfit(parameter, aliases)
+        if unfit is not None:
+            others[name] = unfit
             continue
         views = [_views(owner, slot, parameter) for _, owner, slot, _ in occurrences]
         # One owner that looks rows up makes it an embedding; else one that knows the use decides.
         known = (view for view in views if isinstance(view, dict))
-        found = EMBEDDING if EMBEDDING in views else next(known, views[0])
+        embedding = Skipped(Reason.embedding)
+        found = embedding if embedding in views else next(known, views[0])
         if isinstance(found, dict):
-            weights += [
-                Weight(
-                    f"{name}:{view}" if view else name,
-                    aliases + tuple(f"{alias}:{view}" for alias in aliases if view),
-                    module,
-                    attribute,
-                    found[view],
-                )
-                for view in found
-            ]
-        elif found.startswith(NOT_A_MATRIX) or parameter.ndim < 2:
+            for label, view in found.items():
+                own = f"{name}:{label}" if label else name
+                seen = tuple(f"{alias}:{label}" for alias in aliases if label)
+                weights.append(Weight(own, aliases + seen, sources, view))
+        elif found.reason.no_matrix or parameter.ndim < 2:
             others[name] = found
         else:
-            weights.append(Weight(name, aliases, module, attribute, _stored, found))
+            weights.append(Weight(name, aliases, sources, reason=found))
     return Found(weights, others)
 
 
-def _unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> str:
+def _unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return "not initialised yet: run the model once first"
+        return Skipped(Reason.uninitialised)
     if not parameter.is_floating_point():
-        return f"not real floating point: {parameter.dtype}".replace("torch.", "")
+        return Skipped(Reason.not_real, str(parameter.dtype).removeprefix("torch."))
     if any(".parametrizations." in f".{alias}" for alias in aliases):
-        return f"{PARAMETRIZED}: what is stored is not the matrix that acts"
+        return Skipped(Reason.parametrized)
     if parameter.layout != torch.strided:
-        return f"not a dense tensor: {parameter.layout}".replace("torch.", "")
-    return ""
+        return Skipped(Reason.not_dense, str(parameter.layout).removeprefix("torch."))
+    return None
 
 
-def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, str], int]:
+def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, Skipped], int]:
     """What acts in a model: its matrices, parametrized ones by their value; the rest and why.
 
     The third is the number of entries of all parameters. Weights whose reason asks for their exact
@@ -228,27 +219,27 @@ def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, str]
     """
     found = find_weights(model)
     matrices: dict[str, Matrices] = {}
-    rest: dict[str, str] = {}
+    rest: dict[str, Skipped] = {}
     total = 0
     for weight in found.weights:
-        name = weight.aliases[0]
-        if is_sharded(weight.parameter):
-            total += weight.parameter.numel() if name not in rest else 0
-            rest[name] = SHARDED
+        name, (parameter,) = weight.aliases[0], weight.parameters
+        if is_sharded(parameter):
+            total += parameter.numel() if name not in rest else 0
+            rest[name] = Skipped(Reason.sharded)
             continue
-        if weight.reason:
+        if weight.reason is not None:
             rest[name] = weight.reason
         if name in matrices:
             continue
-        total += weight.parameter.numel()
+        total += parameter.numel()
         same = [other for other in found.weights if other.aliases[0] == name]
         aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
         views = _matrices_of([(one.name.removeprefix(name)[1:], one.view) for one in same])
         matrices[name] = Matrices(name, aliases, views, partial(_detached, weight))
     parameters = {name: parameter for name, _, _, parameter in _parameters(model)}
-    for name, reason in found.others.items():
-        if not reason.startswith(PARAMETRIZED):
-            rest[name] = reason
+    for name, skipped in found.others.items():
+        if skipped.reason is not Reason.parametrized:
+            rest[name] = skipped
             total += parameters[name].numel()
     for prefix, module in model.named_modules():
         for attribute in getattr(module, "parametrizations", ()):
@@ -256,7 +247,7 @@ def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, str]
             value = effective(module, attribute)
             total += value.numel()
             seen = _views(module, attribute, value)
-            if isinstance(seen, str):
+            if isinstance(seen, Skipped):
                 rest[name] = seen
             else:
                 read = partial(effective, module, attribute)
@@ -269,18 +260,19 @@ def _matrices_of(views: list[tuple[str, View]]) -> Callable[[Tensor], dict[str, 
         seen: dict[str, Tensor] = {}
         for name, view in views:
             matrix = view(parameter)
-            label = "kernel" if view is kernel else name
-            if matrix.ndim == 2:
-                seen[label] = matrix
+            if isinstance(view, Kernel):
+                seen["kernel"] = matrix  # of several groups a stack: one block-diagonal map
+            elif matrix.ndim == 2:
+                seen[name] = matrix
             else:
-                seen |= {f"{label}:{i}".lstrip(":"): one for i, one in stack(matrix).items()}
+                seen |= {f"{name}:{i}".lstrip(":"): one for i, one in numbered(matrix).items()}
         return seen
 
     return of
 
 
 def _detached(weight: Weight) -> Tensor:
-    return weight.parameter.detach()
+    return weight.parameters[0].detach()
 
 
 def effective(module: nn.Module, attribute: str) -> Tensor:

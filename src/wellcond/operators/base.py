@@ -1,0 +1,149 @@
+"""A weight as a linear map S: what can be asked of it, and the forms in which it is changed.
+
+Letters: S (..., m, n) the weight, m rows (outputs), n columns (inputs); leading dimensions are a
+stack of matrices (experts, groups, weights of one kind). U (..., m, k), V (..., n, k) are skinny.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """c S + U V^T, with c (...), U (..., m, k), V (..., n, k); k may be 0."""
+
+    c: Tensor
+    U: Tensor
+    V: Tensor
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a function of S, as c S + U V^T or, if it takes no such form, as it is."""
+
+    form: LowRank | Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it consists of; `Gradient.of` puts it together again."""
+        return tuple(self.form) if isinstance(self.form, LowRank) else (self.form,)
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Gradient:
+        return Gradient(LowRank(*tensors) if len(tensors) == 3 else tensors[0])
+
+    def times(self, factor: Tensor) -> Gradient:
+        """A multiple; the factor is one number, or one a matrix."""
+        if isinstance(self.form, LowRank):
+            c, U, V = self.form
+            return Gradient(LowRank(factor * c, over_matrices(factor) * U, V))
+        return Gradient(over_matrices(factor) * self.form)
+
+    def where(self, chosen: Tensor) -> Gradient:
+        """Itself for the chosen matrices and 0 for the others, without asking the host."""
+        if isinstance(self.form, LowRank):
+            return Gradient(_where(chosen, self.form, identity=0.0))
+        return Gradient(torch.where(over_matrices(chosen), self.form, 0.0))
+
+
+@dataclass(frozen=True)
+class NewWeight:
+    """What S is to become: c S + U V^T or, if it takes no such form, the values to be stored."""
+
+    form: LowRank | Tensor
+
+    def where(self, chosen: Tensor, S: Dense | None = None) -> NewWeight:
+        """Itself for the chosen matrices and S for the others, without asking the host."""
+        if isinstance(self.form, LowRank):
+            return NewWeight(_where(chosen, self.form, identity=1.0))
+        assert S is not None
+        return NewWeight(torch.where(over_matrices(chosen), self.form, S.dense()))
+
+
+def _where(chosen: Tensor, form: LowRank, identity: float) -> LowRank:
+    c = torch.where(chosen, form.c, identity)
+    U, V = (torch.where(over_matrices(chosen), x, 0.0) for x in (form.U, form.V))
+    return LowRank(c, U, V)
+
+
+def over_matrices(c: Tensor) -> Tensor:
+    """One number a matrix, so that it multiplies its entries."""
+    return c[..., None, None]
+
+
+class Operator(Protocol):
+    """A linear map, or a stack of them. Arithmetic is float32 or wider whatever the storage."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(..., m, n)."""
+
+    @property
+    def nu(self) -> int:
+        """min(m, n), the number of singular values."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is worked on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the results are."""
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """S V, (..., m, k)."""
+
+    def rmatmat(self, U: Tensor) -> Tensor:
+        """S^T U, (..., n, k)."""
+
+    def squared_frobenius_norm(self) -> Tensor:
+        """||S||_F^2, one number a matrix."""
+
+    def finite(self) -> Tensor:
+        """Whether no entry is NaN or infinite, one truth value a matrix."""
+
+
+class WeightOperator(Operator, Protocol):
+    """An operator that rests on parameters of a model, one or several."""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Operators of one kind are worked on as one stack."""
+
+    def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
+        """Adds to these tensors, one for each parameter, its share of a gradient with respect to S.
+
+        In place, so that a gradient c S + U V^T costs no temporary of the size of the weight.
+        """
+
+
+# What an operator can do besides, asked for by name: isinstance(S, Updatable).
+
+
+@runtime_checkable
+class Updatable(Protocol):
+    """A weight that can be changed where it lies."""
+
+    def update_(self, new: NewWeight) -> None:
+        """S <- the new weight, in place."""
+
+
+@runtime_checkable
+class Dense(Protocol):
+    """A weight whose entries are all here."""
+
+    def dense(self) -> Tensor:
+        """S itself, as stored; not to be written to."""
+
+
+@runtime_checkable
+class HasGram(Protocol):
+    """A weight whose smaller Gram matrix can be had."""
+
+    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
+        """S^T S if n <= m, else S S^T, (..., nu, nu); in the working dtype if none is given."""

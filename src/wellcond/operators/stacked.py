@@ -1,0 +1,56 @@
+"""Matrices of one kind in storages of their own, worked on as one stack.
+
+A product each; what follows on the skinny results is done for all of them at once.
+
+Letters: S (b, ..., m, n) the stack of b weights; U (b, ..., m, k) and V (b, ..., n, k) skinny.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wellcond.operators.base import Dense, HasGram, WeightOperator
+from wellcond.operators.stored import StoredMatrix
+
+
+class StackedMatrices:
+    """Operators of one kind as one; see `WeightOperator.kind`."""
+
+    def __init__(self, matrices: Sequence[WeightOperator]) -> None:
+        self.matrices = matrices
+        first = matrices[0]
+        self.shape = torch.Size([len(matrices), *first.shape])
+        self.dtype, self.device, self.nu = first.dtype, first.device, first.nu
+
+    def _each(self, product: str, *factors: Tensor) -> Tensor:
+        """A product with every matrix; spread over processes, they are summed in one go."""
+        each = list(zip(self.matrices, *factors, strict=True))
+        first = self.matrices[0]
+        if isinstance(first, StoredMatrix):
+            parts = [getattr(S, f"partial_{product}")(*one) for S, *one in each]
+            return first.reduce_(torch.stack(parts))
+        return torch.stack([getattr(S, product)(*one) for S, *one in each])
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._each("matmat", V)
+
+    def rmatmat(self, U: Tensor) -> Tensor:
+        return self._each("rmatmat", U)
+
+    def squared_frobenius_norm(self) -> Tensor:
+        stored = [S.S for S in self.matrices if type(S) is StoredMatrix]
+        if len(self.shape) == 3 and len(stored) == len(self.matrices):
+            return torch.stack(torch._foreach_norm(stored, 2, self.dtype)).square()
+        return self._each("squared_frobenius_norm")
+
+    def finite(self) -> Tensor:
+        return torch.stack([S.finite() for S in self.matrices])
+
+    def dense(self) -> Tensor:
+        return torch.stack([S.dense() for S in self.matrices if isinstance(S, Dense)])
+
+    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.stack([S.gram(dtype) for S in self.matrices if isinstance(S, HasGram)])

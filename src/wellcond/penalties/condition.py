@@ -1,0 +1,84 @@
+"""The condition-number regulariser r, and its proximal step from the leading triplets alone.
+
+Letters: S (..., m, n) the weight; nu = min(m, n); sigma_1 >= ... >= sigma_nu its singular values,
+of which k are known; eta the length of a proximal step; tau the height at which it clips.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
+from wellcond.operators.subspace import Image, Ritz
+from wellcond.penalties.base import Penalty
+
+
+class Condition(Penalty):
+    """The condition-number regulariser r(S) = 1/2 ||S||_2^2 - ||S||_F^2/(2 nu).
+
+    r >= 0, and r(S) = 0 exactly for S of full rank with condition number 1 (Nenov, Haider & Balazs,
+    arXiv 2410.00169, Theorem 2.1). Its unit is that of a squared singular value. The gradient is
+    sigma_1 u_1 v_1^T - S/nu where sigma_1 is simple (Theorem 3.1).
+
+    What it does not see: r = sigma_1^2/2 (1 - srank/nu) with the stable rank srank, so a single
+    tiny singular value among nu costs it only 1/(2 nu) of sigma_1^2. diag(1, ..., 1, 1e-6) with
+    nu = 784 has kappa = 1e6 and r = 6.4e-4. Nor does it hold the scale of S.
+
+    Args:
+        strength: factor of r; a finite number that is not negative, or a callable step -> number,
+            where step counts applications (optimizer steps when attached).
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+        TypeError: it is neither a number nor a callable.
+
+    Example:
+        >>> import wellcond as wc
+        >>> wc.Condition(1e-2)
+        Condition(strength=0.01)
+    """
+
+    def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
+        assert image is not None
+        left, right, _ = image.top
+        value = (image.top.sigma[..., 0].square() - S.squared_frobenius_norm() / S.nu) / 2
+        c = torch.full_like(value, -1 / S.nu)
+        return value, Gradient(LowRank(c, left, right))
+
+    def proximal_step(
+        self, S: Operator, image: Image | None, eta: Tensor
+    ) -> tuple[NewWeight, Tensor]:
+        assert image is not None
+        ritz = image.triplets
+        change, shortened = clip_leading(ritz, ritz.sigma, S.nu, eta)
+        return NewWeight(change), shortened
+
+
+def clip_leading(ritz: Ritz, sigma: Tensor, nu: int, eta: Tensor) -> tuple[LowRank, Tensor]:
+    """The proximal step of r from the k leading triplets; per matrix, whether it was shortened.
+
+    Forward on the concave part, -||S||_F^2/(2 nu), and implicit on the convex part, 1/2 ||S||_2^2:
+    with c = 1 + eta/nu every sigma_i becomes min(c sigma_i, tau), where tau is the root of
+    sum_i (c sigma_i - tau)_+ = eta tau, which is max_j (c sum_{i<=j} sigma_i)/(j + eta).
+
+    When k < nu the root must lie above all that is not known, tau >= c sigma_k. It does for every
+    step up to sum_i (sigma_i/sigma_k - 1), and a longer one is cut to that.
+    """
+    k = sigma.shape[-1]
+    length = eta.to(sigma.dtype).expand(sigma.shape[:-1])
+    shortened = torch.zeros_like(length, dtype=torch.bool)
+    if k < nu:
+        last = sigma[..., -1]
+        ratios = sigma / torch.where(last > 0, last, 1.0)[..., None]
+        reach = torch.where(last > 0, (ratios - 1).clamp_min(0).sum(dim=-1), torch.inf)
+        shortened = reach < length
+        length = torch.minimum(length, reach)
+    c = 1 + length / nu
+    j = torch.arange(1, k + 1, dtype=sigma.dtype, device=sigma.device)
+    # tau/c: relative to c S, whose singular values are c sigma.
+    tau = (sigma.cumsum(dim=-1) / (j + length[..., None])).amax(dim=-1, keepdim=True)
+    clipped = torch.where(sigma > tau, 1 - tau / torch.where(sigma > 0, sigma, 1.0), 0.0)
+    return LowRank(
+        c, -c[..., None, None] * ritz.left * clipped[..., None, :], ritz.right
+    ), shortened

@@ -1,0 +1,171 @@
+"""One product with all weights, those of one kind as one stack, before anything is done to them.
+
+Looking at the weights changes nothing: it returns what the products tell and the subspaces refined
+by them. Weights under equal penalties are looked at together, so that all but the products
+themselves is done once for all of them.
+
+Letters: S (..., m, n) a weight, or a stack of weights of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wellcond.operators.base import Operator, WeightOperator
+from wellcond.operators.stacked import StackedMatrices
+from wellcond.operators.subspace import (
+    Image,
+    Subspace,
+    by_columns,
+    completed,
+    in_step,
+    refine,
+    warmed,
+)
+from wellcond.penalties.base import Limit
+from wellcond.training.replicas import Replicas
+from wellcond.training.state import Rule, WeightState
+
+
+class Batch(NamedTuple):
+    """Weights of one kind under one penalty; or a single one, which is no stack."""
+
+    states: list[WeightState]
+    operators: list[WeightOperator]
+
+    @property
+    def S(self) -> Operator:
+        """All of them as one operator."""
+        return self.operators[0] if len(self.operators) == 1 else StackedMatrices(self.operators)
+
+    @property
+    def rule(self) -> Rule:
+        return self.states[0].rule
+
+    @property
+    def leading(self) -> int:
+        """The number of dimensions before those of a matrix."""
+        return len(self.states[0].shape) - 2 + (len(self.states) > 1)
+
+    def each(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """The tensors of every weight."""
+        if len(self.states) == 1:
+            return [tensors]
+        return list(zip(*(tensor.unbind() for tensor in tensors), strict=True))
+
+
+class Look(NamedTuple):
+    """What was seen of the weights of a batch."""
+
+    batch: Batch
+    S: Operator
+    image: Image | None
+    subspace: Subspace | None
+    finite: Tensor
+
+    def remember(self) -> None:
+        """Keeps the refined subspaces."""
+        if self.subspace is None:
+            return
+        basis, from_right = self.subspace
+        for state, (own,) in zip(self.batch.states, self.batch.each(basis), strict=True):
+            state.remember(Subspace(own, from_right))
+
+
+def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) -> list[Batch]:
+    """The weights by kind and penalty: the same however they have been used so far."""
+    groups: dict[object, Batch] = {}
+    rules: list[Rule] = []
+    for state, S in zip(states, operators, strict=True):
+        state.follow(S)
+        alike = (i for i, rule in enumerate(rules) if rule is state.rule or rule == state.rule)
+        number = next(alike, len(rules))
+        if number == len(rules):
+            rules.append(state.rule)
+        alone = state.name if isinstance(state.rule, Limit) else ""
+        key = (S.kind, number, state.width, state.owner, alone)
+        batch = groups.setdefault(key, Batch([], []))
+        batch.states.append(state)
+        batch.operators.append(S)
+    return list(groups.values())
+
+
+def look(batches: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:
+    """One product with every weight."""
+    shared = [] if replicas is None else [_Shared(batch, replicas) for batch in batches]
+    if replicas is not None:
+        replicas.exchange_([pair for one in shared for pair in one.exchanged])
+    looks = []
+    for index, batch in enumerate(batches):
+        S, image, refined = batch.S, None, None
+        if not batch.states[0].follows_subspace:
+            finite = S.finite()
+        elif replicas is not None:
+            image, refined = shared[index].completed()
+            finite = image.finite
+        else:
+            image, refined = refine(S, _start(batch, S))
+            finite = image.finite
+        looks.append(Look(batch, S, image, refined, finite))
+    return looks
+
+
+def _start(batch: Batch, S: Operator) -> Subspace:
+    """The subspaces of a batch as one: warm, and all on one side."""
+    states = batch.states
+    if len(states) == 1:
+        return states[0].subspace if states[0].warm else warmed(S, states[0].subspace)
+    if not any(state.warm for state in states):
+        return warmed(S, _stacked([state.subspace for state in states]))
+    pairs = list(zip(states, batch.operators, strict=True))
+    starts = [s.subspace if s.warm else warmed(one, s.subspace) for s, one in pairs]
+    return _stacked(in_step(batch.operators, starts))
+
+
+def _stacked(subspaces: list[Subspace]) -> Subspace:
+    return Subspace(torch.stack([s.basis for s in subspaces]), subspaces[0].from_right)
+
+
+class _Shared:
+    """A batch that one of several processes looks at: its start, the image, the basis of that."""
+
+    def __init__(self, batch: Batch, replicas: Replicas) -> None:
+        self.exchanged: list[tuple[int, Tensor]] = []
+        first, S = batch.states[0], batch.S
+        if not first.follows_subspace:
+            return
+        mine = first.owner == replicas.rank
+        sides = {state.subspace.from_right for state in batch.states}
+        ready = all(state.warm for state in batch.states) and len(sides) == 1
+        # A start that is still to be warmed is known to its owner alone: the others have its shape.
+        start = _start(batch, S) if mine or ready else _unready(batch)
+        if not ready:
+            start = Subspace(by_columns(start.basis).clone(), start.from_right)
+            self.exchanged.append((first.owner, start.basis))
+        *_, m, n = S.shape
+        rows = m if start.from_right else n
+        shape = (*start.basis.shape[:-2], rows, first.width)
+        image = torch.empty(shape, dtype=S.dtype, device=S.device)
+        basis = by_columns(torch.empty_like(image))
+        if mine:
+            seen, refined = refine(S, start)
+            image.copy_(seen.left if start.from_right else seen.right)
+            basis.copy_(refined.basis)
+        self.start, self.image, self.basis = start, image, basis
+        self.exchanged += [(first.owner, image), (first.owner, basis)]
+
+    def completed(self) -> tuple[Image, Subspace]:
+        return completed(self.image, self.start, self.basis)
+
+
+def _unready(batch: Batch) -> Subspace:
+    """A subspace of the shape and on the side of the start that the owner makes."""
+    first = batch.states[0]
+    basis = torch.empty_like(first.subspace.basis)
+    if len(batch.states) > 1:
+        basis = basis.expand(len(batch.states), *basis.shape).clone()
+    return Subspace(basis, first.subspace.from_right)

@@ -1,0 +1,86 @@
+"""Processes that hold the same weights: each refines a share of them and hands the results on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Replicas:
+    """Processes that hold the same weights, as under DistributedDataParallel.
+
+    Every one refines the weights it owns, and receives the results for the others byte for byte,
+    so that all remain identical whatever the rounding of each.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank: int = torch.distributed.get_rank(group)
+        self.size: int = torch.distributed.get_world_size(group)
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Who refines which weight: the most expensive first, each to the least busy process."""
+        load = [0.0] * self.size
+        owners = [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owners[index] = load.index(min(load))
+            load[owners[index]] += costs[index]
+        return owners
+
+    def exchange_(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
+        """Fills the tensors of other owners, given with theirs in the same order everywhere."""
+        sizes = [0] * self.size
+        for owner, tensor in tensors:
+            sizes[owner] += _size(tensor)
+        if not any(sizes):
+            return
+        mine = [_bytes(tensor) for owner, tensor in tensors if owner == self.rank]
+        sent = torch.zeros(max(sizes), dtype=torch.uint8, device=tensors[0][1].device)
+        if mine:
+            torch.cat(mine, out=sent[: sizes[self.rank]])
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        torch.distributed.all_gather(received, sent, group=self.group)
+        at = [0] * self.size
+        for owner, tensor in tensors:
+            start, at[owner] = at[owner], at[owner] + _size(tensor)
+            if owner != self.rank:
+                part = received[owner][start : at[owner]].clone()
+                tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+
+    def differing(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The numbers of the tensors that are not the same bytes on all processes."""
+        sums = torch.stack([checksum(tensor) for tensor in tensors])
+        low, high = sums.clone(), sums.clone()
+        torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group=self.group)
+        torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group=self.group)
+        return torch.nonzero(low != high)[:, 0].tolist()
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of the entries, their bits read as integers, modulo 2^64."""
+    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
+
+
+def replicas_of(model: nn.Module, group: Any = None) -> Replicas | None:
+    """The processes that hold the same model: of the group, or of DistributedDataParallel."""
+    model = getattr(model, "_orig_mod", model)
+    if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        group = model.process_group
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return None
+    return Replicas(group)

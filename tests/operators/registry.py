@@ -1,0 +1,140 @@
+"""Operators with their dense twins: a new one gets its tests by one line in `OPERATORS`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wellcond.operators.base import Gradient, LowRank, WeightOperator
+from wellcond.operators.stacked import StackedMatrices
+from wellcond.operators.stored import StoredMatrix
+from wellcond.operators.views import STORED, Kernel, Member, Part, Transposed, View
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    source = torch.Generator().manual_seed(
+        seed + sum(31 * size + i for i, size in enumerate(shape))
+    )
+    return torch.randn(*shape, generator=source, dtype=torch.float64).to(dtype)
+
+
+@dataclass(frozen=True)
+class ProductMatrix:
+    """S = B A, which rests on two parameters and cannot be changed where it lies."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self.B), self.A.shape[1]])
+
+    @property
+    def nu(self) -> int:
+        return min(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.B.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.B.device
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        return type(self), self.B.shape, self.A.shape, self.dtype, self.device
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self.B @ (self.A @ V)
+
+    def rmatmat(self, U: Tensor) -> Tensor:
+        return self.A.mT @ (self.B.mT @ U)
+
+    def squared_frobenius_norm(self) -> Tensor:
+        return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
+
+    def finite(self) -> Tensor:
+        return torch.isfinite(self.B).all() & torch.isfinite(self.A).all()
+
+    def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
+        G = gradient.form
+        if isinstance(G, LowRank):
+            G = G.c * (self.B @ self.A) + G.U @ G.V.mT
+        into[0].add_(G @ self.A.mT)
+        into[1].add_(self.B.mT @ G)
+
+
+class Case(NamedTuple):
+    """Parameters, the operator that rests on them, and S as a differentiable function of them."""
+
+    parameters: Callable[[], list[Tensor]]
+    operator: Callable[[Sequence[Tensor]], WeightOperator | StackedMatrices]
+    twin: Callable[..., Tensor]
+
+
+def seen(view: View, parameter: Callable[[], Tensor], twin: Callable[[Tensor], Tensor]) -> Case:
+    return Case(lambda: [parameter()], lambda given: StoredMatrix(given[0], view), twin)
+
+
+def with_gaps() -> Tensor:
+    """A kernel that is a part of a larger one, so that it cannot be flattened without a copy."""
+    return normal(8, 3, 5, 5)[:, :, :3, :3]
+
+
+def flat(kernel: Tensor) -> Tensor:
+    return kernel.reshape(len(kernel), -1)
+
+
+def channels_last(kernel: Tensor) -> Tensor:
+    """The columns in the order of memory."""
+    return kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1)
+
+
+OPERATORS: dict[str, Case] = {
+    "tall": seen(STORED, lambda: normal(7, 5), lambda p: p),
+    "wide": seen(STORED, lambda: normal(5, 7), lambda p: p),
+    "one row": seen(STORED, lambda: normal(1, 6), lambda p: p),
+    "one column": seen(STORED, lambda: normal(6, 1), lambda p: p),
+    "large": seen(STORED, lambda: normal(40, 33), lambda p: p),
+    "stack": seen(STORED, lambda: normal(3, 7, 5), lambda p: p),
+    "stack of rows": seen(STORED, lambda: normal(2, 1, 4), lambda p: p),
+    "transposed": seen(Transposed(), lambda: normal(4, 6), lambda p: p.mT),
+    "kernel": seen(Kernel(), lambda: normal(8, 3, 3, 3), flat),
+    "kernel, channels last": seen(
+        Kernel(),
+        lambda: normal(8, 3, 3, 3).contiguous(memory_format=torch.channels_last),
+        channels_last,
+    ),
+    "kernel with gaps": seen(Kernel(), with_gaps, flat),
+    "groups": seen(Kernel(4), lambda: normal(8, 3, 3, 3), lambda p: flat(p).reshape(4, 2, -1)),
+    "groups with gaps": seen(Kernel(4), with_gaps, lambda p: flat(p).reshape(4, 2, -1)),
+    "rows": seen(Part(STORED, 2, 3), lambda: normal(9, 4), lambda p: p[2:5]),
+    "columns": seen(Part(STORED, 1, 2, dim=-1), lambda: normal(9, 4), lambda p: p[:, 1:3]),
+    "columns of rows": seen(
+        Part(Part(STORED, 2, 6), 1, 2, dim=-1), lambda: normal(9, 4), lambda p: p[2:8, 1:3]
+    ),
+    "columns of a transposed": seen(
+        Part(Transposed(), 1, 2, dim=-1), lambda: normal(4, 6), lambda p: p.mT[:, 1:3]
+    ),
+    "rows of a kernel with gaps": seen(Part(Kernel(), 2, 3), with_gaps, lambda p: flat(p)[2:5]),
+    "member": seen(Member(STORED, 1), lambda: normal(3, 7, 5), lambda p: p[1]),
+    "member of groups with gaps": seen(
+        Member(Kernel(2), 1), with_gaps, lambda p: flat(p).reshape(2, 4, -1)[1]
+    ),
+    "product": Case(
+        lambda: [normal(7, 2), normal(2, 5)], lambda given: ProductMatrix(*given), torch.matmul
+    ),
+    "separate": Case(
+        lambda: [normal(7, 5, seed=i) for i in range(3)],
+        lambda given: StackedMatrices([StoredMatrix(one) for one in given]),
+        lambda *given: torch.stack(given),
+    ),
+    "separate products": Case(
+        lambda: [normal(7, 2), normal(2, 5), normal(7, 2, seed=1), normal(2, 5, seed=1)],
+        lambda given: StackedMatrices([ProductMatrix(*given[:2]), ProductMatrix(*given[2:])]),
+        lambda a, b, c, d: torch.stack([a @ b, c @ d]),
+    ),
+}
