@@ -253,7 +253,7 @@ def test_whole_modules_and_programs_are_refused_with_the_way_out(tmp_path: Path)
     with pytest.raises(PickledCodeError, match="state_dict"):
         Checkpoint(tmp_path / "module.pt")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # tracing is deprecated
         torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "program.pt")
     with pytest.raises(PickledCodeError, match="TorchScript"):
         Checkpoint(tmp_path / "program.pt")

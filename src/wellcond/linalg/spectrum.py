@@ -115,7 +115,7 @@ def measure(S: Tensor, all_values: bool = False) -> Spectrum:
     Of a very large one only the extremes, unless `all_values` are asked for. Raises ValueError if
     it is not finite.
     """
-    wide, unit = scaled(S)  # squares, and the scaling inside LAPACK, want room
+    wide, unit = scaled(S)  # LAPACK squares, and scales subnormal entries up
     m, n = wide.shape
     if m == 1 or n == 1:
         return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
