@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def test_penalty_is_a_sum_of_differences_and_not_negative(S: Tensor) -> None:
 
 
 @given(matrices())
+@example(torch.zeros(3, 2))
 def test_penalty_is_zero_exactly_for_full_rank_and_condition_one(S: Tensor) -> None:
     """Theorem 2.1."""
     sigma = singular_values(S)
@@ -163,6 +164,7 @@ def test_penalty_is_differentiable_once_only() -> None:
 
 
 @given(matrices(), STEPS)
+@example(torch.zeros(3, 2), 0.5)
 def test_proximal_step_equals_the_root_of_its_equation(S: Tensor, eta: float) -> None:
     scale = (1 + eta) * float(singular_values(S)[0])
     # The oracle's root is good to 1e-14 of c sigma_1.

@@ -96,7 +96,9 @@ def test_every_view_shares_the_memory_of_its_parameter() -> None:
 def test_blocks_of_in_proj_are_those_of_query_key_and_value() -> None:
     attention = nn.MultiheadAttention(4, 2)
     blocks = dict(zip("qkv", attention.in_proj_weight.chunk(3), strict=True))
-    for weight in find_weights(attention).weights[:3]:
+    first = find_weights(attention).weights[:3]
+    assert [weight.name for weight in first] == [f"in_proj_weight:{x}" for x in "qkv"]
+    for weight in first:
         torch.testing.assert_close(weight.view(weight.parameters[0]), blocks[weight.name[-1]])
 
 
