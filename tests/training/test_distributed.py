@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import wellcond as wc
 
+pytestmark = pytest.mark.distributed
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
