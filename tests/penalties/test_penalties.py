@@ -296,3 +296,17 @@ def test_bad_strengths_are_refused(penalty_type: type) -> None:
         penalty_type("strong")
     with pytest.raises(ValueError, match=r"`strength\(3\)`"):
         penalty_type(lambda step: -1.0).strength_at(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 6, 4), (2, 3, 4, 6), (5, 4)], ids=str)
+def test_the_penalty_of_a_batch_is_differentiable_in_every_dtype(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    source = torch.Generator().manual_seed(0)
+    S = torch.randn(*shape, generator=source).to(dtype).requires_grad_()
+    weights = torch.randn(shape[:-2], generator=source).to(dtype)
+    (wc.condition_penalty(S) * weights).sum().backward()
+    expected = weights[..., None, None] * wc.condition_penalty_gradient(S)
+    assert S.grad is not None
+    torch.testing.assert_close(S.grad, expected.detach())

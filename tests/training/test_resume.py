@@ -164,7 +164,10 @@ def test_resuming_is_bitwise_whatever_the_memory_layout_of_the_saved_state(
         ends = []
         for layout in (lambda x: x, Tensor.contiguous, lambda x: x.mT.contiguous().mT):
             reg.load_state_dict(
-                {n: {k: layout(v) if v.ndim > 1 else v for k, v in s.items()} for n, s in state.items()}
+                {
+                    n: {k: layout(v) if v.ndim > 1 else v for k, v in s.items()}
+                    for n, s in state.items()
+                }
             )
             model.weight.grad = None
             for _ in range(4):

@@ -67,10 +67,16 @@ class WeightState:
     def follow(self, S: WeightOperator) -> None:
         """Moves what is remembered to the device and the dtype of the weight as it is now."""
         if (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
-            basis, from_right = self.subspace
-            self.subspace = Subspace(by_columns(basis.to(S.device, S.dtype)), from_right)
             self.strength = self.strength.to(S.device, S.dtype)
+            self.subspace = self._brought(self.subspace)
             self.shortened = self.shortened.to(S.device)
+
+    def _brought(self, subspace: Subspace) -> Subspace:
+        """A copy where the weight is, in its dtype, orthonormal to the precision of that."""
+        basis = by_columns(subspace.basis.to(self.strength, copy=True))
+        if basis.dtype != subspace.basis.dtype:
+            basis = torch.linalg.qr(basis).Q
+        return Subspace(basis, subspace.from_right)
 
     def remember(self, subspace: Subspace) -> None:
         self.subspace, self.warm = subspace, True
@@ -123,8 +129,7 @@ class WeightState:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         from_right = bool(state["from_right"])
         rows = self.shape[-1] if from_right else self.shape[-2]
-        basis = state["basis"][..., :rows, :].to(self.strength, copy=True)
-        self.subspace = Subspace(by_columns(basis), from_right)
+        self.subspace = self._brought(Subspace(state["basis"][..., :rows, :], from_right))
         self.warm = bool(state["warm"])
         self.shortened = state["shortened_steps"].to(self.shortened, copy=True)
         self.step = int(state["step"])
