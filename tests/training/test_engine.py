@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from registry import ProductMatrix
 from torch import Tensor, nn
 
 import wellcond as wc
 from oracles import gradient, penalty
+from registry import ProductMatrix
 from wellcond.operators.base import WeightOperator
-from wellcond.training.engine import DeferredChecks, Engine
+from wellcond.training.deferred import DeferredChecks
+from wellcond.training.engine import Engine
 from wellcond.training.state import WeightState
 from wellcond.weights.discover import Source, Weight
 

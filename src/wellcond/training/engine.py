@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from wellcond.operators.subspace import Subspace, refine
 from wellcond.penalties.base import Limit, Penalty, Proximal
 from wellcond.text import quoted
 from wellcond.training.batch import Batch, Look, batches, look
+from wellcond.training.deferred import DeferredChecks
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState
 
@@ -51,9 +51,11 @@ class Engine:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of the active weights, those that several rest on once."""
-        by_slot: dict[int, nn.Parameter] = {}
-        for state in self.active():
-            by_slot |= zip(state.slots, state.weight.parameters, strict=True)
+        by_slot = {
+            slot: parameter
+            for state in self.active()
+            for slot, parameter in zip(state.slots, state.weight.parameters, strict=True)
+        }
         return [by_slot[slot] for slot in sorted(by_slot)]
 
     def penalty(self) -> Tensor:
@@ -208,38 +210,6 @@ class Engine:
     def _quietly(self) -> Iterator[None]:
         with full_precision(self.states[0].weight.parameters[0].device.type):
             yield
-
-
-class DeferredChecks:
-    """Flags that must all be true: on the CPU read at once, elsewhere where that is free.
-
-    A device runs behind the host, so several may be under way; each is read once its copy is there.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: deque[_Check] = deque()
-
-    def add(self, flags: Tensor, refuse: Callable[[list[bool]], None]) -> None:
-        """`refuse` is given the flags and raises unless all are true."""
-        if flags.is_cpu:
-            refuse(flags.tolist())
-            return
-        copied = flags.to("cpu", non_blocking=True)
-        event = torch.Event(flags.device)
-        event.record()
-        self._waiting.append(_Check(copied, event, refuse))
-
-    def raise_ready(self) -> None:
-        """Reads all that have arrived, the oldest first."""
-        while self._waiting and self._waiting[0].event.query():
-            check = self._waiting.popleft()
-            check.refuse(check.flags.tolist())
-
-
-class _Check(NamedTuple):
-    flags: Tensor
-    event: Any
-    refuse: Callable[[list[bool]], None]
 
 
 def _evaluated(seen: Look) -> tuple[Tensor, Gradient]:

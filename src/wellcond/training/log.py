@@ -8,12 +8,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from wellcond.training.estimates import Estimate
 
 WORST = 5
+
+
+def log(
+    measure: Callable[[], Mapping[str, Estimate]],
+    target: Any,
+    step: int,
+    every: int,
+    layers: bool,
+    prefix: str,
+) -> dict[str, float] | None:
+    """Measures and logs at every so many steps; see `Regularizer.log`."""
+    check_interval(every)
+    if step % every:
+        return None
+    values = report(measure(), layers, prefix)
+    send(values, target, step)
+    return values
 
 
 def report(

@@ -11,7 +11,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.penalties.condition import Condition
 from wellcond.training.batch import batches, look
 from wellcond.training.estimates import Estimate, estimates
-from wellcond.training.log import check_interval, report, send
+from wellcond.training.log import log
 from wellcond.training.selection import select
 from wellcond.training.state import Rule, WeightState
 from wellcond.weights.discover import unwrapped
@@ -89,9 +89,4 @@ class Monitor:
         prefix: str = "wellcond",
     ) -> dict[str, float] | None:
         """Logs as `Regularizer.log` does; at other steps than each `every`-th it costs nothing."""
-        check_interval(every)
-        if step % every:
-            return None
-        values = report(self.measure(), layers, prefix)
-        send(values, target, step)
-        return values
+        return log(self.measure, target, step, every, layers, prefix)

@@ -24,7 +24,7 @@ from wellcond.training.attachment import Attachment
 from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
 from wellcond.training.estimates import Estimate, estimates
-from wellcond.training.log import check_interval, report, send
+from wellcond.training.log import check_interval, log
 from wellcond.training.replicas import checksum, replicas_of
 from wellcond.training.selection import Rules, select
 from wellcond.training.state import WeightState
@@ -40,8 +40,8 @@ class Regularizer:
     3. As a proximal step: `reg.attach(optimizer, every=10)` once, before the loop.
 
     Nothing of the model is touched but gradients (2) and weights (3). Per weight a block of `block`
-    leading singular vectors is kept on both sides, (m + n) k numbers, and refined by one product
-    with the weight per application, alternately from the right and from the left.
+    leading singular vectors is kept, at most max(m, n) k numbers, and refined by one product with
+    the weight per application, alternately from the right and from the left.
 
     Args:
         model: the model; its weights are found once, now, and tied ones counted once.
@@ -278,13 +278,8 @@ class Regularizer:
             >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
             True
         """
-        check_interval(every)
         step = max(state.step for state in self._states) if step is None else step
-        if step % every:
-            return None
-        values = report(self.measure(), layers, prefix)
-        send(values, target, step)
-        return values
+        return log(self.measure, target, step, every, layers, prefix)
 
     # --- what is regularised ----------------------------------------------------------------------
 
