@@ -1,30 +1,47 @@
 PYTHON ?= python3.11
-VENV ?= .venv
+# `make test TORCH=2.6.0`: with that torch instead of the one of constraints.txt, in an environment
+# of its own.
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN = $(VENV)/bin
+# Processes of pytest, of one thread each. `worksteal`, as conftest.py puts the long tests first.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+FAST = not slow and not distributed and not frameworks
 
 # Small matrices on few cores: more threads than cores make LAPACK up to 100 times slower.
 export OMP_NUM_THREADS ?= 2
+check test: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint install clean
+.PHONY: demo check test lint install clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $@
 
 # The main job: the paper's denoising experiment on the embedded digits; pictures in runs/denoise.
 demo: install
 	$(BIN)/wellcond reproduce denoise --data digits --overwrite
 
+# The types are those of the pinned torch; on another one there is nothing to look for.
 lint: install
+ifeq ($(TORCH),)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+endif
 
+# What to run while working: a minute or so.
+check: lint
+	$(PYTEST) -m '$(FAST)'
+
+# Everything.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2
+	$(PYTEST)
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-torch-* runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Property tests draw the same examples in every run."""
+"""Property tests draw the same examples in every run; long tests come first."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,15 @@ import torch
 hypothesis.settings.register_profile("repeatable", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by folder; and the long tests first, so that none of them runs alone at the end."""
+    for item in items:
+        if item.path.parent.name == "integrations":
+            item.add_marker("frameworks")
+    items.sort(key=lambda item: not {"slow", "distributed"} & {m.name for m in item.iter_markers()})
 
 
 @pytest.fixture(scope="session")

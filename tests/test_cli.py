@@ -119,6 +119,7 @@ def test_the_module_runs_as_the_script_does() -> None:
     assert out == f"wellcond {wellcond.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
 def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
     results = tmp_path / "results.json"

@@ -5,16 +5,33 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 # What a page needs besides wellcond and its experiments.
 NEEDS = {"lightning": "lightning", "transformers": "transformers", "accelerate": "accelerate"}
+needs_fsdp2_on_the_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard of this torch runs on GPUs alone: torch 2.7 or so",
+)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def pages() -> Iterator[Any]:
+    for page in PAGES:
+        marks = [pytest.mark.slow]
+        if page.stem in NEEDS:
+            marks.append(pytest.mark.frameworks)
+        if page.stem == "distributed":
+            marks += [pytest.mark.distributed, needs_fsdp2_on_the_cpu]
+        yield pytest.param(page, id=page.stem, marks=marks)
+
+
+@pytest.mark.parametrize("page", pages())
 def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert blocks, f"{page.name} shows no program"
@@ -31,6 +48,8 @@ def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.distributed
+@needs_fsdp2_on_the_cpu
 def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     script = root / "examples" / "fsdp2.py"

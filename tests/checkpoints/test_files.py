@@ -281,6 +281,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
     """400 MB of tensors of 2 MB: the peak may grow by a few of them and what stays mapped."""

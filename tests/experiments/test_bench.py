@@ -52,6 +52,7 @@ def test_fidelity_compares_with_an_exact_decomposition(
     assert all(abs(ratio - 1) < 0.1 for ratio in wide)
 
 
+@pytest.mark.slow
 def test_stronger_penalties_end_at_lower_condition_numbers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +101,7 @@ def test_sizes_that_are_none_are_refused(sizes: str, capsys: pytest.CaptureFixtu
     assert "--sizes must be like 64x64,4096x4096" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_transformer_is_measured_and_asks_nothing_of_the_host(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

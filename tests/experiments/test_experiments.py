@@ -77,6 +77,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> Images:
 # --- results on disk ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_denoise_writes_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce("denoise", tmp_path, "--quick", "--seeds", "1", "--json") == 0
     out, err = capsys.readouterr()

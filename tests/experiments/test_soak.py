@@ -16,6 +16,7 @@ def soak(steps: int, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str,
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_no_step_is_lost_and_no_memory_gained(capsys: pytest.CaptureFixture[str]) -> None:
     code, document = soak(1500, capsys)
     assert (code, document["failures"]) == (0, [])

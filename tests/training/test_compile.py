@@ -58,7 +58,7 @@ def train(way: str, compiled: Callable[[Any], Any]) -> tuple[list[Tensor], dict[
 
 
 @pytest.mark.parametrize("way", ["loss", "gradients"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_training_has_one_graph_and_the_numbers_of_eager_mode(
     way: str, backend: str
 ) -> None:

@@ -665,6 +665,7 @@ def test_half_precision_gradients_are_right(dtype: torch.dtype) -> None:
     assert reg().dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("penalty", [wc.Condition(1.0), wc.Tikhonov(1.0)])
 def test_proximal_steps_in_half_precision_are_unbiased(

@@ -288,6 +288,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is of POSIX")
 def test_a_script_killed_between_and_during_saves_ends_bitwise_where_it_would_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
