@@ -17,7 +17,7 @@ PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 NEEDS = {"lightning": "lightning", "transformers": "transformers", "accelerate": "accelerate"}
 needs_fsdp2_on_the_cpu = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"),
-    reason="fully_shard of this torch runs on GPUs alone: torch 2.7 or so",
+    reason="fully_shard of this torch records events on streams, which the CPU lacks",
 )
 
 
