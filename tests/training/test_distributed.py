@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import wellcond as wc
+from registry import OPERATORS
+from wellcond.operators.base import Gradient, LowRank, NewWeight
+from wellcond.operators.sharded import operator_of
+from wellcond.operators.stored import StoredMatrix
 
 pytestmark = pytest.mark.distributed
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -125,6 +129,78 @@ def sharded_matrices(world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_sharded_weight_is_regularised_as_a_whole_one(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, sharded_matrices, world)
+
+
+def sharded_operators() -> None:
+    """Every view of the registry, sharded over its rows, its columns, or not at all."""
+    checked = []
+    for name, case in OPERATORS.items():
+        parameters = case.parameters()
+        if len(parameters) > 1 or "channels last" in name:  # shards are laid out anew
+            continue
+        whole = case.operator(parameters)
+        for placement in (Shard(0), Shard(1), Replicate()):
+            if ("kernel" in name or "groups" in name) and placement == Shard(1):
+                continue
+            part = distribute_tensor(parameters[0].clone(), mesh(2), [placement])
+            S = operator_of(part, whole.view)
+            *stack, m, n = whole.shape
+            U, V = matrix(*stack, m, 3), matrix(*stack, n, 3, seed=1)
+            compare(S.matmat(V), whole.matmat(V))
+            compare(S.rmatmat(U), whole.rmatmat(U))
+            compare(S.squared_frobenius_norm(), whole.squared_frobenius_norm())
+            assert S.finite().all()
+            assert S.finite().shape == whole.finite().shape
+            c = torch.full(stack, 0.5, dtype=torch.float64)
+            for form in (LowRank(c, U, V), matrix(*whole.shape, seed=2)):
+                into, expected = torch.zeros_like(part), torch.zeros_like(parameters[0])
+                S.pullback_(Gradient(form), [into])
+                whole.pullback_(Gradient(form), [expected])
+                compare(into, expected)
+                other, new = part.clone(), parameters[0].clone()
+                operator_of(other, whole.view).update_(NewWeight(form))
+                operator_of(new, whole.view).update_(NewWeight(form))
+                compare(other, new)
+            checked.append((name, placement))
+    assert len(checked) > 40
+
+
+def test_every_operator_does_sharded_what_it_does_whole(tmp_path: Path) -> None:
+    run(2, tmp_path, sharded_operators)
+
+
+def sharded_gram() -> None:
+    for shape, good, bad in (((9, 4), 0, 1), ((4, 9), 1, 0), ((3, 9, 4), 0, 2), ((3, 4, 9), 2, 1)):
+        whole = matrix(*shape)
+        gram = StoredMatrix(whole).gram(torch.float64)
+        for placement in (Shard(good), Replicate()):
+            compare(operator_of(distribute_tensor(whole, mesh(2), [placement])).gram(), gram)
+        with pytest.raises(ValueError, match="Shard the other dimension"):
+            operator_of(distribute_tensor(whole, mesh(2), [Shard(bad)])).gram()
+
+
+def test_gram_matrices_of_shards_are_summed_where_the_short_side_is_whole(tmp_path: Path) -> None:
+    run(2, tmp_path, sharded_gram)
+
+
+def grouped_convolution() -> None:
+    torch.manual_seed(0)
+    whole = nn.Conv2d(8, 12, 3, groups=4, bias=False).double()
+    many = copy.deepcopy(whole)
+    part = distribute_tensor(many.weight.detach().clone(), mesh(2), [Shard(0)])
+    many.weight = nn.Parameter(part)
+    compare_all_ways(whole, many, wc.Condition(0.3))
+    compare_all_ways(whole, many, {"weight:group2": wc.Condition(0.3), "*": None})
+    odd = nn.Conv2d(6, 12, 3, groups=3, bias=False).double()
+    odd.weight = nn.Parameter(distribute_tensor(odd.weight.detach(), mesh(2), [Shard(0)]))
+    with pytest.raises(
+        ValueError, match='"weight": a convolution kernel of 3 groups must be sharded'
+    ):
+        wc.Regularizer(odd, wc.Condition(0.3))
+
+
+def test_a_grouped_convolution_is_sharded_by_whole_groups(tmp_path: Path) -> None:
+    run(2, tmp_path, grouped_convolution)
 
 
 class Zoo(nn.Module):

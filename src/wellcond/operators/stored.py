@@ -88,7 +88,7 @@ class StoredMatrix:
         if m < n:
             wide = self.S.to(dtype)
             return wide @ wide.mT
-        gram = torch.zeros(*self.shape[:-2], n, n, dtype=dtype, device=self.device)
+        gram = torch.zeros(*self.S.shape[:-2], n, n, dtype=dtype, device=self.device)
         for _, rows in self._bands(dtype):
             gram += rows.mT @ rows
         return gram

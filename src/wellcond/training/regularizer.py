@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from wellcond.operators.base import Updatable
+from wellcond.operators.base import Dense, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
 from wellcond.penalties.base import Limit, Proximal
@@ -373,6 +373,11 @@ def _refuse_without_proximal_step(states: list[WeightState]) -> None:
                 f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
                 "loss or add_gradients_(), or give the penalty a method proximal_step."
             )
+        if isinstance(rule, Limit) and isinstance(S, Dense):
+            try:
+                S.dense()
+            except ValueError as error:
+                raise ValueError(f'"{state.name}": {error}') from None
         if not isinstance(S, Updatable):
             raise ValueError(
                 f'"{state.name}" cannot be changed where it lies, as it rests on several '
