@@ -80,7 +80,7 @@ def test_importing_loads_torch_and_the_standard_library_alone() -> None:
 
 @pytest.mark.parametrize("command", ["audit", "repair"])
 def test_help_of_a_command_imports_no_experiment(command: str) -> None:
-    code = f"import contextlib, wellcond.cli\nwith contextlib.suppress(SystemExit): "
+    code = "import contextlib, wellcond.cli\nwith contextlib.suppress(SystemExit): "
     code += f"wellcond.cli.main(['{command}', '--help'])\n0"
     loaded = loaded_by(code)
     assert "wellcond.cli" in loaded

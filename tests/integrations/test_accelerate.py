@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-import wellcond as wc
 from by_hand import (
     BATCH,
     BLOCK,
@@ -25,6 +21,10 @@ from by_hand import (
     scheduler_of,
     train_by_hand,
 )
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import wellcond as wc
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 

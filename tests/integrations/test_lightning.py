@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import wellcond as wc
 from by_hand import (
     BATCH,
     BLOCK,
@@ -28,6 +25,9 @@ from by_hand import (
     train_by_hand,
     train_in_two_processes,
 )
+from torch import Tensor, nn
+
+import wellcond as wc
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
@@ -286,6 +286,7 @@ def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first:
     assert added.regularizer.measure()["net.0.weight"].step == 12
 
 
+@pytest.mark.distributed
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
     """By DistributedDataParallel, in both ways; the names have no prefix."""
     written = train_in_two_processes("lightning", tmp_path)

@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import wellcond as wc
 from by_hand import (
     BATCH,
     BLOCK,
@@ -29,6 +26,9 @@ from by_hand import (
     train_by_hand,
     train_in_two_processes,
 )
+from torch import Tensor, nn
+
+import wellcond as wc
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -161,6 +161,7 @@ def test_names_have_no_prefix_of_a_wrapper(tmp_path: Path) -> None:
         assert added.regularizer.names == ["net.0.weight", "net.2.weight"]
 
 
+@pytest.mark.distributed
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
     """By DistributedDataParallel, in both ways; and resume from what one wrote."""
     written = train_in_two_processes("transformers", tmp_path)
