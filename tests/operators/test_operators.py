@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from registry import OPERATORS, normal
 from torch import Tensor
 
+from registry import OPERATORS, normal
 from wellcond.operators.base import Dense, Gradient, HasGram, LowRank, NewWeight, Updatable
 from wellcond.operators.stacked import StackedMatrices
 from wellcond.operators.stored import StoredMatrix
