@@ -27,6 +27,10 @@ from wellcond.operators.stored import StoredMatrix
 
 pytestmark = pytest.mark.distributed
 TIMEOUT = datetime.timedelta(seconds=60)
+needs_fsdp2_on_the_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard of this torch records events on streams, which the CPU lacks",
+)
 
 
 def _start(rank: int, world: int, store: str, worker: Callable[..., None], *args: Any) -> None:
@@ -372,6 +376,7 @@ def test_a_regulariser_may_be_made_before_sharding_or_after(tmp_path: Path) -> N
     run(2, tmp_path, made_before_and_after)
 
 
+@needs_fsdp2_on_the_cpu
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_under_fsdp2_equals_one_process(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, fully_sharded, world)
@@ -401,6 +406,7 @@ def tensor_parallel_and_both() -> None:
         compare_models(both, single)
 
 
+@needs_fsdp2_on_the_cpu
 def test_training_under_tensor_parallelism_and_on_a_mesh_of_both_equals_one_process(
     tmp_path: Path,
 ) -> None:
@@ -585,6 +591,7 @@ def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> 
         optimizer.step()
 
 
+@needs_fsdp2_on_the_cpu
 def test_a_distributed_checkpoint_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     for world in (4, 2, 1):
