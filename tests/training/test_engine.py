@@ -352,3 +352,46 @@ def test_a_penalty_without_a_proximal_step_says_what_to_call_instead() -> None:
     for call in (lambda: reg.attach(optimizer), lambda: reg.proximal_step_(0.1)):
         with pytest.raises(ValueError, match=r'"0\.weight" is under Bound\(.*add_gradients_'):
             call()
+
+
+class Careless(wc.Penalty):
+    """Forgets that weights come as a stack, or what it has to return."""
+
+    def __init__(self, returns: Any) -> None:
+        super().__init__(1.0)
+        self.returns = returns
+
+    def evaluate(self, S: Any, image: Any) -> Any:
+        return self.returns(S, image.top)
+
+
+@pytest.mark.parametrize(
+    ("returns", "error", "message"),
+    [
+        (
+            lambda S, top: (top.sigma, wc.Gradient(wc.LowRank(top.sigma, top.left, top.right))),
+            ValueError,
+            r"shapes \[\(2,\), \(2,\), \(2, 4, 1\), \(2, 4, 1\)\] for a weight of shape "
+            r"\(2, 4, 4\), got \[\(2, 1\), \(2, 1\)",
+        ),
+        (
+            lambda S, top: (top.sigma[..., 0], wc.Gradient(top.left)),
+            ValueError,
+            r"\(2, 4, 4\)\] for a weight.*got \[\(2,\), \(2, 4, 1\)\]",
+        ),
+        (
+            lambda S, top: (top.sigma[..., 0], wc.NewWeight(S.dense())),
+            TypeError,
+            "a Tensor and a Gradient, got Tensor and NewWeight",
+        ),
+        (lambda S, top: (1.0, None), TypeError, "got float and NoneType"),
+    ],
+    ids=["a vector for a number", "a dense gradient of another shape", "a new weight", "nothing"],
+)
+def test_a_penalty_that_answers_in_wrong_shapes_is_told_so(
+    returns: Any, error: type[Exception], message: str
+) -> None:
+    reg = wc.Regularizer(net(4, 4, 4), Careless(returns))
+    for call in (reg, reg.add_gradients_):
+        with pytest.raises(error, match=f"Careless.evaluate must return.*{message}"):
+            call()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,19 +23,28 @@ class LowRank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """The gradient of a function of S, as c S + U V^T or, if it takes no such form, as it is."""
-
+class _Change:
     form: LowRank | Tensor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it consists of; `Gradient.of` puts it together again."""
+        """What it consists of; `of` puts it together again."""
         return tuple(self.form) if isinstance(self.form, LowRank) else (self.form,)
 
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Gradient:
-        return Gradient(LowRank(*tensors) if len(tensors) == 3 else tensors[0])
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Self:
+        return cls(LowRank(*tensors) if len(tensors) == 3 else tensors[0])
+
+
+class Gradient(_Change):
+    """The gradient of a function of S, as c S + U V^T or, if it takes no such form, as it is.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> S = torch.ones(3, 2)
+        >>> half = wc.Gradient(wc.LowRank(torch.tensor(0.5), torch.zeros(3, 0), torch.zeros(2, 0)))
+        >>> dense = wc.Gradient(0.5 * S)  # the same for this S, but as large as the weight
+    """
 
     def times(self, factor: Tensor) -> Gradient:
         """A multiple; the factor is one number, or one a matrix."""
@@ -51,11 +60,15 @@ class Gradient:
         return Gradient(torch.where(over_matrices(chosen), self.form, 0.0))
 
 
-@dataclass(frozen=True)
-class NewWeight:
-    """What S is to become: c S + U V^T or, if it takes no such form, the values to be stored."""
+class NewWeight(_Change):
+    """What S is to become: c S + U V^T or, if it takes no such form, the values to be stored.
 
-    form: LowRank | Tensor
+    Example:
+        >>> import torch, wellcond as wc
+        >>> unchanged = wc.LowRank(torch.tensor(1.0), torch.zeros(3, 0), torch.zeros(2, 0))
+        >>> wc.NewWeight(unchanged) == wc.Gradient(unchanged)  # that gradient is S, not 0
+        False
+    """
 
     def where(self, chosen: Tensor, S: Dense | None = None) -> NewWeight:
         """Itself for the chosen matrices and S for the others, without asking the host."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from wellcond.operators.base import Gradient, NewWeight, Operator
+from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
 from wellcond.operators.subspace import Image
 
 Strength = float | Callable[[int], float]
@@ -54,7 +54,7 @@ class Penalty(abc.ABC):
         >>> layer = torch.nn.Linear(4, 4, bias=False)
         >>> _ = torch.nn.init.ones_(layer.weight)  # sigma_1 = 4
         >>> reg = wc.Regularizer(layer, Expansion(0.5))
-        >>> round(float(reg()), 4)  # 0.5 * (4 - 1)^2 / 2
+        >>> round(reg().item(), 4)  # 0.5 * (4 - 1)^2 / 2
         2.25
     """
 
@@ -96,6 +96,25 @@ class Proximal(Protocol):
         self, S: Operator, image: Image | None, eta: Tensor
     ) -> tuple[NewWeight, Tensor]:
         """The weight after a proximal step of length eta, and per matrix whether it fell short."""
+
+
+def check_answer(penalty: Penalty, S: Operator, value: Tensor, gradient: Gradient) -> None:
+    """Raises unless a penalty has answered in the shapes that it must; nothing is read."""
+    *stack, m, n = S.shape
+    said = f"{type(penalty).__name__}.evaluate must return"
+    if not (isinstance(value, Tensor) and isinstance(gradient, Gradient)):
+        kinds = f"{type(value).__name__} and {type(gradient).__name__}"
+        raise TypeError(f"{said} a Tensor and a Gradient, got {kinds}.")
+    expected: list[tuple[int, ...]] = [tuple(stack), (*stack, m, n)]
+    if isinstance(gradient.form, LowRank):
+        k = gradient.form.U.shape[-1]
+        expected[1:] = [tuple(stack), (*stack, m, k), (*stack, n, k)]
+    found = [tuple(one.shape) for one in (value, *gradient.tensors)]
+    if found != expected:
+        raise ValueError(
+            f"{said} a value and a gradient of shapes {expected} for a weight of shape "
+            f"{tuple(S.shape)}, got {found}. Leading dimensions are a stack: write sigma[..., 0]."
+        )
 
 
 class Limit(abc.ABC):

@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.base import Dense, Gradient, LowRank, NewWeight, Updatable
+from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
-from wellcond.penalties.base import Limit, Penalty, Proximal
+from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
 from wellcond.text import quoted
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
@@ -136,14 +136,11 @@ class Engine:
                 new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
                 if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
                     new = new.where(seen.finite, cast(Dense, seen.S))
-                form = new.form if isinstance(new.form, LowRank) else (new.form,)
-                parts = batch.each(*form, shortened)
+                parts = batch.each(*new.tensors, shortened)
                 for state, S, (*own, short) in zip(
                     batch.states, batch.operators, parts, strict=True
                 ):
-                    cast(Updatable, S).update_(
-                        NewWeight(LowRank(*own) if len(own) == 3 else own[0])
-                    )
+                    cast(Updatable, S).update_(NewWeight.of(own))
                     state.shortened += short.sum()
 
     def _apply(self, batch: Batch, limit: Limit) -> None:
@@ -215,7 +212,9 @@ class Engine:
 def _evaluated(seen: Look) -> tuple[Tensor, Gradient]:
     """strength * penalty and strength * gradient, at the steps where the weights are."""
     strength = _lengths(seen.batch, [1.0] * len(seen.batch.states))
-    value, gradient = cast(Penalty, seen.batch.rule).evaluate(seen.S, seen.image)
+    penalty = cast(Penalty, seen.batch.rule)
+    value, gradient = penalty.evaluate(seen.S, seen.image)
+    check_answer(penalty, seen.S, value, gradient)
     if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
         gradient = gradient.where(seen.finite)
     return strength * value, gradient.times(strength)
