@@ -479,13 +479,10 @@ def test_the_default_device_changes_nothing(tmp_path: Path, kind: str) -> None:
     path = saved(tmp_path, kind)
     wc.repair(path, tmp_path / f"expected.{kind}", 3.0)
     expected = wc.audit(path, certify=True)
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         assert torch.empty(1).device.type == "meta"
         report = wc.audit(path, certify=True)
         wc.repair(path, tmp_path / f"found.{kind}", 3.0)
-    finally:
-        torch.set_default_device(None)
     assert report == expected
     files = [Checkpoint(tmp_path / f"{name}.{kind}") for name in ("found", "expected")]
     for one, other in zip(*(file.matrices() for file in files), strict=True):
