@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wellcond.weights.discover import wrappings
+
 
 class Replicas:
     """Processes that hold the same weights, as under DistributedDataParallel.
@@ -78,9 +80,9 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def replicas_of(model: nn.Module, group: Any = None) -> Replicas | None:
     """The processes that hold the same model: of the group, or of DistributedDataParallel."""
-    model = getattr(model, "_orig_mod", model)
-    if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
-        group = model.process_group
+    for one in wrappings(model):
+        if group is None and isinstance(one, nn.parallel.DistributedDataParallel):
+            group = one.process_group
     if group is None or torch.distributed.get_world_size(group) == 1:
         return None
     return Replicas(group)

@@ -132,15 +132,19 @@ def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, Vi
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
+def wrappings(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it is given, and what torch.compile, DataParallel and DDP hold, one by one."""
+    yield model
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        yield from wrappings(cast(nn.Module, model.module))
+    elif "_orig_mod" in model._modules:
+        yield from wrappings(cast(nn.Module, model._orig_mod))
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile, DataParallel and DistributedDataParallel."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = cast(nn.Module, model.module)
-        elif "_orig_mod" in model._modules:
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model
+    """The innermost of its wrappings, by whose names its weights are called."""
+    *_, innermost = wrappings(model)
+    return innermost
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
