@@ -70,6 +70,7 @@ def test_compiled_training_has_one_graph_and_the_numbers_of_eager_mode(
     expected, eager_state = train(way, lambda f: f)
     for compiled, eager in zip(weights, expected, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert list(eager_state) == list(state) != []
     for name, fields in eager_state.items():
         assert state[name]["step"] == fields["step"] == 8
         assert torch.equal(state[name]["from_right"], fields["from_right"])

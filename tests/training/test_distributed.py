@@ -6,6 +6,7 @@ Processes are started by the tests, on the CPU with gloo.
 import copy
 import datetime
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -26,6 +27,15 @@ from wellcond.operators.sharded import operator_of
 from wellcond.operators.stored import StoredMatrix
 
 pytestmark = pytest.mark.distributed
+# The processes are forked from one that has imported these, which takes seconds.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.checkpoint",
+        "wellcond",
+    ]
+)
 TIMEOUT = datetime.timedelta(seconds=60)
 needs_fsdp2_on_the_cpu = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"),
@@ -45,7 +55,12 @@ def _start(rank: int, world: int, store: str, worker: Callable[..., None], *args
 
 
 def run(world: int, tmp_path: Path, worker: Callable[..., None], *args: Any) -> None:
-    mp.spawn(_start, (world, str(tmp_path / "store"), worker, *args), nprocs=world)
+    mp.start_processes(
+        _start,
+        (world, str(tmp_path / "store"), worker, *args),
+        nprocs=world,
+        start_method="forkserver",
+    )
 
 
 def mesh(*shape: int) -> Any:

@@ -371,20 +371,19 @@ class Careless(wc.Penalty):
         (
             lambda S, top: (top.sigma, wc.Gradient(wc.LowRank(top.sigma, top.left, top.right))),
             ValueError,
-            r"shapes \[\(2,\), \(2,\), \(2, 4, 1\), \(2, 4, 1\)\] for a weight of shape "
-            r"\(2, 4, 4\), got \[\(2, 1\), \(2, 1\)",
+            r"\(2,\), \(2, 4, 1\), \(2, 4, 1\)\] for a weight of shape .*, got \[\(2, 1\),",
         ),
         (
             lambda S, top: (top.sigma[..., 0], wc.Gradient(top.left)),
             ValueError,
-            r"\(2, 4, 4\)\] for a weight.*got \[\(2,\), \(2, 4, 1\)\]",
+            r"\(2, 4, 4\)\] for a weight.*got \[.*\(2, 4, 1\)\]",
         ),
         (
             lambda S, top: (top.sigma[..., 0], wc.NewWeight(S.dense())),
             TypeError,
-            "a Tensor and a Gradient, got Tensor and NewWeight",
+            r"\(Tensor, Gradient\), got a NewWeight in it",
         ),
-        (lambda S, top: (1.0, None), TypeError, "got float and NoneType"),
+        (lambda S, top: (1.0, None), TypeError, "got a NoneType in it"),
     ],
     ids=["a vector for a number", "a dense gradient of another shape", "a new weight", "nothing"],
 )

@@ -87,6 +87,10 @@ class Penalty(abc.ABC):
         `needs_subspace` is False. Outside of autograd, in float32 or wider.
         """
 
+    def gradient(self, S: Operator, image: Image | None) -> Gradient:
+        """The gradient alone; to be overridden where the value costs something besides."""
+        return self.evaluate(S, image)[1]
+
 
 @runtime_checkable
 class Proximal(Protocol):
@@ -98,18 +102,23 @@ class Proximal(Protocol):
         """The weight after a proximal step of length eta, and per matrix whether it fell short."""
 
 
-def check_answer(penalty: Penalty, S: Operator, value: Tensor, gradient: Gradient) -> None:
-    """Raises unless a penalty has answered in the shapes that it must; nothing is read."""
+def check_answer(penalty: Penalty, S: Operator, gradient: Gradient, value: Tensor | None) -> None:
+    """Raises unless a penalty has answered in the shapes that it must; nothing is read.
+
+    `value` is None where only the gradient was asked for.
+    """
     *stack, m, n = S.shape
     said = f"{type(penalty).__name__}.evaluate must return"
-    if not (isinstance(value, Tensor) and isinstance(gradient, Gradient)):
-        kinds = f"{type(value).__name__} and {type(gradient).__name__}"
-        raise TypeError(f"{said} a Tensor and a Gradient, got {kinds}.")
-    expected: list[tuple[int, ...]] = [tuple(stack), (*stack, m, n)]
+    for found_one, kind in ((gradient, Gradient), (value, Tensor | None)):
+        if not isinstance(found_one, kind):
+            raise TypeError(f"{said} (Tensor, Gradient), got a {type(found_one).__name__} in it.")
+    expected: list[tuple[int, ...]] = [(*stack, m, n)]
     if isinstance(gradient.form, LowRank):
         k = gradient.form.U.shape[-1]
-        expected[1:] = [tuple(stack), (*stack, m, k), (*stack, n, k)]
-    found = [tuple(one.shape) for one in (value, *gradient.tensors)]
+        expected = [tuple(stack), (*stack, m, k), (*stack, n, k)]
+    found = [tuple(one.shape) for one in gradient.tensors]
+    if value is not None:
+        expected, found = [tuple(stack), *expected], [tuple(value.shape), *found]
     if found != expected:
         raise ValueError(
             f"{said} a value and a gradient of shapes {expected} for a weight of shape "

@@ -41,10 +41,13 @@ class Condition(Penalty):
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         assert image is not None
-        left, right, _ = image.top
         value = (image.top.sigma[..., 0].square() - S.squared_frobenius_norm() / S.nu) / 2
-        c = torch.full_like(value, -1 / S.nu)
-        return value, Gradient(LowRank(c, left, right))
+        return value, self.gradient(S, image)
+
+    def gradient(self, S: Operator, image: Image | None) -> Gradient:
+        assert image is not None
+        left, right, _ = image.top
+        return Gradient(LowRank(left.new_full(left.shape[:-2], -1 / S.nu), left, right))
 
     def proximal_step(
         self, S: Operator, image: Image | None, eta: Tensor

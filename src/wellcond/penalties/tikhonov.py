@@ -32,8 +32,10 @@ class Tikhonov(Penalty):
     needs_subspace = False
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
-        squared_norm = S.squared_frobenius_norm()
-        return squared_norm / 2, Gradient(_multiple(S, torch.ones_like(squared_norm)))
+        return S.squared_frobenius_norm() / 2, self.gradient(S, image)
+
+    def gradient(self, S: Operator, image: Image | None) -> Gradient:
+        return Gradient(_multiple(S, torch.ones(S.shape[:-2], dtype=S.dtype, device=S.device)))
 
     def proximal_step(
         self, S: Operator, image: Image | None, eta: Tensor

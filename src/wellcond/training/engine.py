@@ -92,7 +92,7 @@ class Engine:
                 image = None
                 if first.follows_subspace:
                     image, _ = refine(S, _blank_start(S, first.width))
-                gradient = penalty.evaluate(S, image)[1]
+                gradient = penalty.gradient(S, image)
                 blank += [
                     torch.empty(one.shape, dtype=one.dtype, device=batch.operators[0].device)
                     for one in gradient.tensors
@@ -118,7 +118,7 @@ class Engine:
         """Adds strength * gradient at these parameters to these gradients."""
         with self._quietly():
             for seen in self._look(self._batches(parameters)):
-                self._pull_back_(seen.batch, _evaluated(seen)[1], gradients)
+                self._pull_back_(seen.batch, _gradient(seen), gradients)
                 for state in seen.batch.states:
                     state.advance()
 
@@ -209,15 +209,30 @@ class Engine:
             yield
 
 
+def _strong(seen: Look) -> Tensor:
+    """The strengths of the weights at the steps where they are."""
+    return _lengths(seen.batch, [1.0] * len(seen.batch.states))
+
+
 def _evaluated(seen: Look) -> tuple[Tensor, Gradient]:
-    """strength * penalty and strength * gradient, at the steps where the weights are."""
-    strength = _lengths(seen.batch, [1.0] * len(seen.batch.states))
-    penalty = cast(Penalty, seen.batch.rule)
+    """strength * penalty and strength * gradient."""
+    penalty, strength = cast(Penalty, seen.batch.rule), _strong(seen)
     value, gradient = penalty.evaluate(seen.S, seen.image)
-    check_answer(penalty, seen.S, value, gradient)
-    if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
-        gradient = gradient.where(seen.finite)
-    return strength * value, gradient.times(strength)
+    check_answer(penalty, seen.S, gradient, value)
+    return strength * value, _where_finite(seen, gradient).times(strength)
+
+
+def _gradient(seen: Look) -> Gradient:
+    """strength * gradient alone."""
+    penalty = cast(Penalty, seen.batch.rule)
+    gradient = penalty.gradient(seen.S, seen.image)
+    check_answer(penalty, seen.S, gradient, None)
+    return _where_finite(seen, gradient).times(_strong(seen))
+
+
+def _where_finite(seen: Look, gradient: Gradient) -> Gradient:
+    # On the CPU a weight that is not finite has been refused already.
+    return gradient if seen.finite.is_cpu else gradient.where(seen.finite)
 
 
 def _lengths(batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:
