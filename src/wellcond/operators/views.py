@@ -122,7 +122,7 @@ def writable(view: View, tensor: Tensor) -> Iterator[Tensor]:
     """A parameter or a gradient seen through a view; what is written to it reaches the tensor."""
     matrix = view(tensor)
     yield matrix
-    if matrix.device.type != "meta" and not shares_memory(matrix, tensor):
+    if matrix is not tensor and matrix.device.type != "meta" and not shares_memory(matrix, tensor):
         view.write_(tensor, matrix)
 
 

@@ -58,6 +58,10 @@ class Engine:
         }
         return [by_slot[slot] for slot in sorted(by_slot)]
 
+    def _slots(self) -> list[int]:
+        """The numbers of `parameters()`."""
+        return sorted({slot for state in self.active() for slot in state.slots})
+
     def penalty(self) -> Tensor:
         """The sum of strength * penalty, differentiable."""
         parameters = self.parameters()
@@ -106,19 +110,21 @@ class Engine:
         with self._quietly():
             gradients = [torch.zeros_like(parameter) for parameter in parameters]
             rest = list(factors)
+            into = dict(zip(self._slots(), gradients, strict=True))
             for batch in self._batches(parameters):
                 # A number a matrix comes first in c S + U V^T, a whole matrix stands alone.
                 count = 3 if rest[0].ndim == batch.leading else 1
                 own, rest = rest[:count], rest[count:]
                 gradient = Gradient.of(own).times(weight.to(own[0].device))
-                self._pull_back_(batch, gradient, gradients)
+                _pull_back_(batch, gradient, into)
             return gradients
 
     def add_gradients_(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         """Adds strength * gradient at these parameters to these gradients."""
         with self._quietly():
+            into = dict(zip(self._slots(), gradients, strict=True))
             for seen in self._look(self._batches(parameters)):
-                self._pull_back_(seen.batch, _gradient(seen), gradients)
+                _pull_back_(seen.batch, _gradient(seen), into)
                 for state in seen.batch.states:
                     state.advance()
 
@@ -163,17 +169,9 @@ class Engine:
 
     def _batches(self, parameters: Sequence[Tensor]) -> list[Batch]:
         """The active weights with these values for their parameters."""
-        active = self.active()
-        at = _positions(active)
-        operators = [s.operator([parameters[at[slot]] for slot in s.slots]) for s in active]
+        active, of = self.active(), dict(zip(self._slots(), parameters, strict=True))
+        operators = [state.operator([of[slot] for slot in state.slots]) for state in active]
         return batches(active, operators)
-
-    def _pull_back_(self, batch: Batch, gradient: Gradient, gradients: Sequence[Tensor]) -> None:
-        """Adds the gradients of a batch to those of the parameters that its weights rest on."""
-        at = _positions(self.active())
-        parts = batch.each(*gradient.tensors)
-        for state, S, own in zip(batch.states, batch.operators, parts, strict=True):
-            S.pullback_(Gradient.of(own), [gradients[at[slot]] for slot in state.slots])
 
     def _look(self, batches: list[Batch], remember: bool = True) -> list[Look]:
         """One product with every weight; raises before anything is remembered or changed."""
@@ -252,9 +250,11 @@ def _blank_start(S: StoredMatrix, width: int) -> Subspace:
     return Subspace(basis, from_right=True)
 
 
-def _positions(active: list[WeightState]) -> dict[int, int]:
-    """Where in `parameters()` that of a slot is."""
-    return {slot: index for index, slot in enumerate(sorted({x for s in active for x in s.slots}))}
+def _pull_back_(batch: Batch, gradient: Gradient, into: dict[int, Tensor]) -> None:
+    """Adds the gradients of a batch to those of the parameters that its weights rest on."""
+    parts = batch.each(*gradient.tensors)
+    for state, S, own in zip(batch.states, batch.operators, parts, strict=True):
+        S.pullback_(Gradient.of(own), [into[slot] for slot in state.slots])
 
 
 class _Total(torch.autograd.Function):

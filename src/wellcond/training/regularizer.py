@@ -93,6 +93,7 @@ class Regularizer:
         refuse_flat_parameters(model)
         self.block = block
         self._attachments: list[Attachment] = []
+        self._can_step = False  # until it has been looked whether all penalties have a step
         chosen, self._skipped = select(unwrapped(model), penalties)
         self._states = [WeightState(weight, rule, block) for weight, rule in chosen]
         self._engine = Engine(self._states, replicas_of(model, process_group), check_replicas)
@@ -146,7 +147,9 @@ class Regularizer:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
         states = self._engine.active()
-        _refuse_without_proximal_step(states)
+        if not self._can_step:
+            _refuse_without_proximal_step(self._states)
+            self._can_step = True
         self._engine.proximal_step_(states, [lr * steps] * len(states))
         for state in states:
             state.advance(steps)

@@ -58,7 +58,7 @@ class Weight:
     @property
     def trained(self) -> bool:
         """Whether one of its parameters is not frozen."""
-        return any(parameter.requires_grad for parameter in self.parameters)
+        return any(source.parameter.requires_grad for source in self.sources)
 
     def operator(self, parameters: Sequence[Tensor], seed: int = 0) -> WeightOperator:
         """It as a linear map, with these values for its parameters."""
