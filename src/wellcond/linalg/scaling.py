@@ -18,10 +18,10 @@ def scaled(S: Tensor) -> tuple[Tensor, float]:
     """
     wide = in_float64(S.detach())
     largest = float(torch.linalg.vector_norm(wide, math.inf))
+    if 1e-100 < largest < 1e100 or largest == 0:
+        return wide, 1.0
     if not math.isfinite(largest):
         as_matrices(S)  # raises
-    if largest == 0 or 1e-100 < largest < 1e100:
-        return wide, 1.0
     unit = power_of_two(largest)
     return wide / unit, unit
 

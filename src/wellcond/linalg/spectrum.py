@@ -59,7 +59,7 @@ class Spectrum(NamedTuple):
     @property
     def condition_number(self) -> float:
         """inf where sigma_nu is zero to working precision, nan for a zero matrix."""
-        largest, smallest = (float(self.scaled[end]) for end in (0, -1))
+        largest, *_, smallest = 2 * self.scaled.cpu().tolist()  # of one, it is both
         if largest == 0:
             return math.nan
         return math.inf if smallest <= negligible(self.shape) * largest else largest / smallest
