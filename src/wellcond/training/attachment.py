@@ -44,6 +44,7 @@ class Attachment:
         # Bookkeeping in Python, and proximal steps that pay for themselves: nothing to compile.
         after_step = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._hook = optimizer.register_step_post_hook(after_step)
+        _attachments.add(self)
 
     def remove(self) -> None:
         """Takes no more steps; may be called again."""
@@ -94,6 +95,14 @@ class Attachment:
 def _held(state: WeightState, held: Container[int]) -> bool:
     """Whether an optimizer that holds these parameters steps the weight."""
     return all(id(parameter) in held for parameter in state.weight.parameters)
+
+
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def attachments() -> list[Attachment]:
+    """All that have not been removed, of every regulariser, and whose optimizer lives."""
+    return [one for one in _attachments if not one.removed and one._optimizer() is not None]
 
 
 # Attachments whose optimizer is gone. That is the usual end of a training, and no matter, unless

@@ -72,10 +72,11 @@ class Engine:
     def total(self, parameters: Sequence[Tensor], remember: bool) -> tuple[Tensor, list[Tensor]]:
         """The penalties of these parameters, and what their gradients consist of, by batch."""
         with self._quietly():
+            looks = self._look(self._batches(parameters), remember)
             first = self.states[0].strength
             total = torch.zeros((), dtype=first.dtype, device=first.device)
             factors: list[Tensor] = []
-            for seen in self._look(self._batches(parameters), remember):
+            for seen in looks:
                 value, gradient = _evaluated(seen)
                 total = total + value.sum().to(total)
                 factors += gradient.tensors
@@ -85,9 +86,10 @@ class Engine:
 
     def blank_total(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the shapes of what `total` returns: found on matrices without data."""
-        blank = [parameters[0].new_empty((), dtype=self.states[0].strength.dtype)]
         with self._quietly():
-            for batch in self._batches(parameters):
+            found = self._batches(parameters)
+            blank = [parameters[0].new_empty((), dtype=self.states[0].strength.dtype)]
+            for batch in found:
                 penalty, first = cast(Penalty, batch.rule), batch.states[0]
                 shape = (*batch.operators[0].shape,)
                 if len(batch.states) > 1:

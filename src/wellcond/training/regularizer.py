@@ -25,6 +25,7 @@ from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
 from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import check_interval, log
+from wellcond.training.oversights import Oversights
 from wellcond.training.replicas import checksum, replicas_of
 from wellcond.training.selection import Rules, select
 from wellcond.training.state import WeightState
@@ -98,6 +99,7 @@ class Regularizer:
         self._states = [WeightState(weight, rule, block) for weight, rule in chosen]
         self._engine = Engine(self._states, replicas_of(model, process_group), check_replicas)
         self._compilable = Compilable(self._engine)
+        self._oversights = Oversights(unwrapped(model), self._states)
 
     # --- the three ways ---------------------------------------------------------------------------
 
@@ -112,6 +114,8 @@ class Regularizer:
                 at the next call, where reading costs no waiting.
         """
         _refuse_without_gradient(self._states)
+        if torch.is_grad_enabled():
+            self._oversights.applied(self.attachments, "reg()")
         return self._compilable.penalty()
 
     def add_gradients_(self) -> None:
@@ -127,6 +131,7 @@ class Regularizer:
         """
         _refuse_without_gradient(self._states)
         _refuse_sparse_gradients(self._states)
+        self._oversights.applied(self.attachments, "add_gradients_()")
         self._compilable.add_gradients_()
 
     def proximal_step_(self, lr: float | Tensor, steps: int = 1) -> None:
@@ -150,6 +155,7 @@ class Regularizer:
         if not self._can_step:
             _refuse_without_proximal_step(self._states)
             self._can_step = True
+        self._oversights.applied([], "proximal_step_()")
         self._engine.proximal_step_(states, [lr * steps] * len(states))
         for state in states:
             state.advance(steps)
@@ -209,6 +215,7 @@ class Regularizer:
             )
         attachment = Attachment(optimizer, states, every, self._step_pending)
         self._attachments = [*self.attachments, attachment]
+        self._oversights.attached(attachment)
         return attachment
 
     def detach(self) -> None:
@@ -223,9 +230,32 @@ class Regularizer:
 
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
+        self._oversights.applied(self.attachments, "")
         self._engine.proximal_step_(states, [state.pending_lr for state in states])
         for state in states:
             state.settle()
+
+    def enforce_(self) -> None:
+        """Applies all hard limits, now: before weights are saved, and at the end of training.
+
+        Penalties take no step, and nothing is counted. Without a hard limit it does nothing.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity, or cannot obey in its dtype; see
+                `ConditionLimit`.
+
+        Example:
+            >>> import torch, wellcond as wc
+            >>> layer = torch.nn.Linear(8, 8, bias=False)
+            >>> reg = wc.Regularizer(layer, wc.ConditionLimit(2.0))
+            >>> reg.enforce_()
+            >>> bool(wc.condition_number(layer.weight) <= 2.0)
+            True
+        """
+        limited = [s for s in self._engine.active() if isinstance(s.rule, Limit)]
+        if limited:
+            _refuse_without_proximal_step(limited)
+            self._engine.proximal_step_(limited, [0.0] * len(limited))
 
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight: two products each, no SVD, nothing remembered.
@@ -296,6 +326,10 @@ class Regularizer:
         """Every other parameter, and why it is left out; `str()` of a reason is the sentence."""
         return dict(self._skipped)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to no optimizer: hooks are not copied with one either."""
+        return {**self.__dict__, "_attachments": []}
+
     def __repr__(self) -> str:
         lines = [f"Regularizer of {len(self._states)} weights, block={self.block}"]
         width = max(len(name) for name in (*self.names, *self._skipped))
@@ -303,7 +337,7 @@ class Regularizer:
             shape = "x".join(map(str, state.shape))
             frozen = "" if state.active else "  frozen since: not regularised"
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
-            if shortened := int(state.shortened):
+            if not state.shortened.is_meta and (shortened := int(state.shortened)):
                 lines.append(
                     f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
                     f"singular triplets do not reach further; raise block={self.block}"

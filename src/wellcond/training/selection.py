@@ -66,8 +66,10 @@ def select(
         skip(name, why, first_match([name]))
 
     if not found.weights:
+        reasons = and_more((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
-            "`model` must leave at least one weight to regularise, but holds no matrix."
+            "`model` must leave at least one weight to regularise, but holds no matrix "
+            f"({reasons})."
         )
     for pattern, wanted in patterns.items():
         outcome = outcomes[pattern]

@@ -33,16 +33,19 @@ class WeightState:
         self.shape = S.shape
         follows = isinstance(rule, Penalty) and rule.needs_subspace
         self.width = min(block, S.nu) if follows else 0
-        # Cold until first used: the weights may be loaded after the regulariser is made.
-        self.subspace = cold_start(S, self.width, weight.name)
-        self.warm = False
+        self._start(S)
         self.owner = 0  # the process that refines it, among replicas
         self.slots: tuple[int, ...] = ()  # the numbers of its parameters, which weights may share
-        self.strength = torch.zeros((), dtype=S.dtype, device=S.device)
-        self.shortened = torch.zeros((), dtype=torch.int64, device=S.device)
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
+
+    def _start(self, S: WeightOperator) -> None:
+        """Cold until first used: the weights may be loaded after the regulariser is made."""
+        self.subspace = cold_start(S, self.width, self.weight.name)
+        self.warm = False
+        self.strength = torch.zeros((), dtype=S.dtype, device=S.device)
+        self.shortened = torch.zeros((), dtype=torch.int64, device=S.device)
 
     @property
     def name(self) -> str:
@@ -66,7 +69,9 @@ class WeightState:
 
     def follow(self, S: WeightOperator) -> None:
         """Moves what is remembered to the device and the dtype of the weight as it is now."""
-        if (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
+        if self.strength.is_meta and S.device.type != "meta":
+            self._start(S)  # made for a model that had no values yet: there is nothing to move
+        elif (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
             self.strength = self.strength.to(S.device, S.dtype)
             self.subspace = self._brought(self.subspace)
             self.shortened = self.shortened.to(S.device)
@@ -127,6 +132,11 @@ class WeightState:
                 raise ValueError(f"{at} must be {own.tolist()}, got {found.tolist()}. {remedy}")
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        if self.strength.is_meta:  # what has values waits on the CPU until the weight has
+            self.strength, self.shortened = (
+                torch.zeros((), dtype=one.dtype, device="cpu")
+                for one in (self.strength, self.shortened)
+            )
         from_right = bool(state["from_right"])
         rows = self.shape[-1] if from_right else self.shape[-2]
         self.subspace = self._brought(Subspace(state["basis"][..., :rows, :], from_right))

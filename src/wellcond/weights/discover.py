@@ -32,7 +32,12 @@ class Source:
     @property
     def parameter(self) -> nn.Parameter:
         parameter = getattr(self.owner, self.attribute)
-        assert isinstance(parameter, nn.Parameter)
+        if not isinstance(parameter, nn.Parameter):
+            raise ValueError(
+                f"`{self.attribute}` of a {type(self.owner).__name__} must still be a parameter, "
+                f"but is a {type(parameter).__name__}: parametrized since, perhaps. Make a new "
+                "Regularizer after layers have changed."
+            )
         return parameter
 
 

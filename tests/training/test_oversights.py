@@ -1,0 +1,213 @@
+"""What is probably not meant is said once, by name; what is meant passes in silence."""
+
+import copy
+import io
+import logging
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import wellcond as wc
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, "wellcond")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.ones(2, 6)).square().mean().backward()
+        optimizer.step()
+
+
+def test_what_is_meant_passes_in_silence(said: Callable[[], list[str]]) -> None:
+    model = net()
+    optimizer = sgd(model)
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg.attach(optimizer, every=1)
+    limit = wc.Regularizer(model, wc.ConditionLimit(50.0))
+    limit.attach(optimizer, every=2)
+    with torch.no_grad():
+        reg()
+    reg.measure()
+    steps(model, optimizer, 30)
+    reg.detach()
+    other = wc.Regularizer(model, wc.Condition(0.1))
+    other.attach(optimizer, every=1)
+    steps(model, optimizer)
+    assert said() == []
+
+
+def test_a_weight_that_no_attached_optimizer_holds_is_named(
+    said: Callable[[], list[str]],
+) -> None:
+    model = net()
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    first, second = sgd(model[0]), sgd(model[2])
+    reg.attach(first, every=1)
+    steps(model, first)
+    (message,) = said()
+    assert '"2.weight" is regularised, but no optimizer' in message
+    both = wc.Regularizer(model, wc.Condition(0.1))
+    reg.detach()
+    both.attach(first, every=1)
+    both.attach(second, every=1)
+    steps(model, first)
+    assert len(said()) == 1
+
+
+def test_a_replaced_layer_is_noticed(said: Callable[[], list[str]]) -> None:
+    model = net()
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    for _ in range(5):
+        reg.add_gradients_()
+    assert said() == []
+    model[2] = nn.Linear(5, 3)
+    for _ in range(20):
+        reg.add_gradients_()
+    (message,) = said()
+    assert '"2.weight" belongs to a layer that is in the model no more' in message
+
+
+@pytest.mark.parametrize("call", ["reg()", "add_gradients_()"])
+def test_a_penalty_that_is_applied_in_two_ways_is_named(
+    call: str, said: Callable[[], list[str]]
+) -> None:
+    model = net()
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg.attach(sgd(model))
+    for _ in range(3):
+        reg() if call == "reg()" else reg.add_gradients_()
+    (message,) = said()
+    assert f'"0.weight", "2.weight" is applied twice: attached to an optimizer, and by {call}' in (
+        message
+    )
+
+
+def test_two_regularisers_attached_to_one_weight_are_noticed(
+    said: Callable[[], list[str]],
+) -> None:
+    """As when a cell of a notebook is run again: the optimizer keeps the first alive."""
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(2):
+        reg = wc.Regularizer(model, {"0.*": wc.Condition(0.1), "*": None})
+        reg.attach(optimizer)
+    (message,) = said()
+    assert '"0.weight" is regularised by another Regularizer as well' in message
+    assert len(reg.attachments) == 1
+
+
+def test_a_weight_that_has_been_parametrized_since_is_refused_in_words() -> None:
+    layer = nn.Linear(4, 4)
+    reg = wc.Regularizer(layer, wc.Condition(0.1))
+    nn.utils.parametrizations.spectral_norm(layer)
+    with pytest.raises(ValueError, match=r"must still be a parameter.*Make a new Regularizer"):
+        reg()
+
+
+# --- models without values, copies ----------------------------------------------------------------
+
+
+def test_a_regulariser_made_on_meta_follows_the_model_to_where_its_values_are() -> None:
+    with torch.device("meta"):
+        model = net()
+    reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    assert "0.weight" in repr(reg)
+    model.to_empty(device="cpu")
+    model.load_state_dict(net().state_dict())
+    fresh = net()
+    expected = wc.Regularizer(fresh, wc.Condition(0.5), block=4)
+    for one, other in ((reg, model), (expected, fresh)):
+        one().backward()
+        one.attach(sgd(other), every=1)
+    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+        if q.grad is not None:
+            assert p.grad is not None
+            assert torch.equal(p.grad, q.grad)
+    assert reg.measure() == expected.measure()
+
+
+def test_a_state_loaded_while_the_model_is_on_meta_is_not_lost() -> None:
+    trained = net()
+    reg = wc.Regularizer(trained, wc.Condition(0.5), block=4)
+    for _ in range(3):
+        reg.add_gradients_()
+    with torch.device("meta"):
+        model = net()
+    resumed = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    resumed.load_state_dict(reg.state_dict())
+    model.to_empty(device="cpu")
+    model.load_state_dict(trained.state_dict())
+    resumed.add_gradients_()
+    reg.add_gradients_()
+    for name, state in reg.state_dict().items():
+        for key, value in state.items():
+            assert torch.equal(resumed.state_dict()[name][key], value), key
+
+
+def test_an_attached_regulariser_can_be_pickled_and_the_copy_is_attached_to_nothing() -> None:
+    model = net()
+    optimizer = sgd(model)
+    reg = wc.Regularizer(model, wc.Condition(0.1), block=4)
+    reg.attach(optimizer, every=1)
+    steps(model, optimizer)
+    file = io.BytesIO()
+    torch.save((model, reg), file)
+    file.seek(0)
+    for other, copied in (
+        pickle.loads(pickle.dumps((model, reg))),
+        copy.deepcopy((model, reg)),
+        torch.load(file, weights_only=False),
+    ):
+        assert copied.attachments == []
+        assert len(reg.attachments) == 1
+        assert copied.measure() == reg.measure()
+        copied.attach(sgd(other), every=1)
+        steps(other, torch.optim.SGD(other.parameters(), 0.1), 1)
+        copied.add_gradients_()
+
+
+def test_a_model_of_complex_weights_alone_is_refused_with_the_reason() -> None:
+    model = nn.Linear(3, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"holds no matrix \(weight: not real floating point: com"):
+        wc.Regularizer(model, wc.Condition(0.1))
+
+
+# --- limits, now ----------------------------------------------------------------------------------
+
+
+def test_enforcing_applies_limits_and_nothing_else() -> None:
+    model = net()
+    reg = wc.Regularizer(model, {"0.*": wc.ConditionLimit(1.5), "*": wc.Condition(1.0)})
+    optimizer = sgd(model)
+    reg.attach(optimizer, every=100)
+    steps(model, optimizer, 5)
+    before, state = model[2].weight.clone(), reg.state_dict()
+    assert float(wc.condition_number(model[0].weight)) > 1.5
+    reg.enforce_()
+    assert float(wc.condition_number(model[0].weight)) <= 1.5
+    assert torch.equal(model[2].weight, before)
+    for name, fields in reg.state_dict().items():
+        for key, value in fields.items():
+            assert torch.equal(value, state[name][key])
+    weight = model[0].weight.clone()
+    reg.enforce_()
+    assert torch.equal(model[0].weight, weight)
+    wc.Regularizer(model, wc.Condition(1.0)).enforce_()
+    assert torch.equal(model[0].weight, weight)
