@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.checkpoints.files import Checkpoint, PickledCodeError, UnreadableError
+from wellcond.checkpoints.files import Checkpoint
+from wellcond.checkpoints.tensors import PickledCodeError, UnreadableError
 from wellcond.weights.reasons import Reason, Skipped
 
 

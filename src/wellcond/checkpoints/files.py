@@ -1,223 +1,29 @@
-"""Weights in files: read one tensor at a time, write a copy in which some are replaced.
-
-A safetensors file is read by offset, so that only one tensor is ever in memory. A file of
-torch.save is mapped, with weights only, and opened anew now and then, because pages that were read
-once stay resident. Nothing that could run code is ever unpickled.
-"""
+"""Weights in files: read one tensor at a time, write a copy in which some are replaced."""
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import json
 import math
 import os
-import pickle
-import re
 import shutil
-import struct
 import tempfile
-import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from wellcond.checkpoints.pickled import Pickled
+from wellcond.checkpoints.safetensors import Safetensors
+from wellcond.checkpoints.tensors import Entry, PickledCodeError, TensorFile, UnreadableError
 from wellcond.weights.matrices import Matrices
-from wellcond.weights.names import views_by_name, why_no_weight
+from wellcond.weights.names import views_by_name
 from wellcond.weights.reasons import Reason, Skipped
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
-# Mapped bytes that may be read before the file is opened anew.
-_RESIDENT = 64 << 20
-# What safetensors calls the dtypes of torch.
-_INTEGERS = {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
-_INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class UnreadableError(ValueError):
-    """A file that gives no answer: its path, what is wrong with it, and the way out."""
-
-
-class PickledCodeError(UnreadableError):
-    """A file that is sound but holds more than tensors."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file; `skipped` says why it holds no weights.
-
-    Whether it is a `parameter` that counts for the share of what was measured: integers are
-    counters, positions and masks as often as packed weights, and the same tensor counts once.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    parameter: bool
-    skipped: Skipped | None
-
-
-class TensorFile(abc.ABC):
-    """One file of tensors."""
-
-    path: Path
-    entries: dict[str, Entry]
-    others: dict[str, Skipped]  # what is in it besides, and why it is not measured
-
-    @abc.abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor, to be used and let go before the next is read."""
-
-    @abc.abstractmethod
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        """Writes a copy in which these tensors have other values; all else stays as it is."""
-
-
-class _Safetensors(TensorFile):
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.path, self.others = path, {}
-        try:
-            # It checks the header, the offsets and the length of the file.
-            with safe_open(path, framework="pt"), path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-        except SafetensorError as error:
-            raise UnreadableError(
-                f"{path} must be a whole safetensors file, but: {error}. It may be truncated or "
-                "damaged: compare its size with the original's, or fetch it again."
-            ) from None
-        self._offsets = {
-            name: [8 + length + offset for offset in entry["data_offsets"]]
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        self.entries = {}
-        for name in self._offsets:
-            shape, written = tuple(header[name]["shape"]), header[name]["dtype"]
-            dtype = (_FLOATS | _INTEGERS).get(written, written)
-            skipped = why_no_weight(shape, dtype)
-            self.entries[name] = Entry(name, shape, dtype, written not in _INTEGERS, skipped)
-
-    def read(self, name: str) -> Tensor:
-        start, stop = self._offsets[name]
-        buffer = bytearray(stop - start)
-        with self.path.open("rb") as file:
-            file.seek(start)
-            if file.readinto(buffer) != len(buffer):
-                raise UnreadableError(f"{self.path} has become shorter while it was read.")
-        entry = self.entries[name]
-        return torch.frombuffer(buffer, dtype=getattr(torch, entry.dtype)).reshape(entry.shape)
-
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        shutil.copyfile(self.path, target)
-        with target.open("r+b") as file:
-            for name, tensor in replaced:
-                start, stop = self._offsets[name]
-                buffer = bytearray(stop - start)
-                torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.flatten())
-                file.seek(start)
-                file.write(buffer)
-
-
-class _Pickled(TensorFile):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._open()
-        if not (self._tensors or self.others):
-            raise UnreadableError(
-                f"{path} must hold a dict of tensors, but holds a {type(self._content).__name__} "
-                "without any. Save a state dict: torch.save(model.state_dict(), path)."
-            )
-        self.entries = {}
-        first: dict[tuple[Any, ...], str] = {}
-        for name, tensor in self._tensors.items():
-            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            parameter = tensor.is_floating_point() or tensor.is_complex()
-            skipped = why_no_weight(shape, dtype)
-            if tensor.layout != torch.strided:
-                layout = str(tensor.layout).removeprefix("torch.")
-                skipped = Skipped(Reason.not_dense, layout)
-            elif skipped is None:
-                where = (tensor.data_ptr(), shape, tensor.stride(), dtype)
-                if first.setdefault(where, name) != name:
-                    skipped, parameter = Skipped(Reason.same, first[where]), False
-            self.entries[name] = Entry(name, shape, dtype, parameter, skipped)
-
-    def _open(self) -> None:
-        self._content: Any = None
-        self._tensors: dict[str, Tensor] = {}
-        self._read = 0
-        self._content = _load(self.path)
-        self.others = {}
-        self._tensors = dict(_tensors(self._content, "", self.others))
-
-    def read(self, name: str) -> Tensor:
-        if self._read > _RESIDENT:
-            self._open()
-        tensor = self._tensors[name].detach()
-        self._read += tensor.numel() * tensor.element_size()
-        return tensor
-
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        content = _load(self.path)  # mapped privately: what is written here stays in memory
-        tensors = dict(_tensors(content, "", {}))
-        with torch.no_grad():
-            for name, tensor in replaced:
-                tensors[name].copy_(tensor)
-        torch.save(content, target)
-
-
-def _load(path: Path) -> Any:
-    mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code is None:
-            raise UnreadableError(
-                f"{path} must be a file of torch.save, but cannot be unpickled. "
-                "It may be damaged, or something else altogether."
-            ) from None
-        raise PickledCodeError(
-            f"{path} must hold tensors alone, but holds a {code[1]}, and loading it could run any "
-            "code. Save the weights alone: torch.save(model.state_dict(), path)."
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
-        if "TorchScript" in str(error):
-            raise PickledCodeError(
-                f"{path} must hold tensors alone, but is a TorchScript archive, a program. "
-                "Save its weights: torch.save(torch.jit.load(path).state_dict(), other)."
-            ) from None
-        raise UnreadableError(
-            f"{path} must be a whole file of torch.save, but: {str(error).split('.')[0]}. "
-            "It may be truncated or damaged: compare its size with the original's."
-        ) from None
-
-
-def _tensors(content: Any, prefix: str, others: dict[str, Skipped]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dicts and lists, names joined by dots."""
-    if isinstance(content, Tensor):
-        yield prefix or "tensor", content
-    elif isinstance(content, Mapping) and {"state", "param_groups"} <= set(content):
-        others[prefix or "everything"] = Skipped(Reason.optimizer)
-    elif isinstance(content, Mapping | list | tuple):
-        items = content.items() if isinstance(content, Mapping) else enumerate(content)
-        for key, value in items:
-            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), others)
 
 
 class Checkpoint:
@@ -297,9 +103,9 @@ class Checkpoint:
         path = self.directory / name
         try:
             if path.suffix == ".safetensors":
-                self.files[name] = _Safetensors(path)
+                self.files[name] = Safetensors(path)
             elif path.suffix in PICKLED or zipfile.is_zipfile(path):
-                self.files[name] = _Pickled(path)
+                self.files[name] = Pickled(path)
             else:
                 raise UnreadableError(
                     f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."

@@ -1,0 +1,51 @@
+"""A file of tensors, whatever its format: what is in it, one tensor read, a copy with others."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from wellcond.weights.reasons import Skipped
+
+
+class UnreadableError(ValueError):
+    """A file that gives no answer: its path, what is wrong with it, and the way out."""
+
+
+class PickledCodeError(UnreadableError):
+    """A file that is sound but holds more than tensors."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file; `skipped` says why it holds no weights.
+
+    Whether it is a `parameter` that counts for the share of what was measured: integers are
+    counters, positions and masks as often as packed weights, and the same tensor counts once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameter: bool
+    skipped: Skipped | None
+
+
+class TensorFile(abc.ABC):
+    """One file of tensors."""
+
+    path: Path
+    entries: dict[str, Entry]
+    others: dict[str, Skipped]  # what is in it besides, and why it is not measured
+
+    @abc.abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor, to be used and let go before the next is read."""
+
+    @abc.abstractmethod
+    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
+        """Writes a copy in which these tensors have other values; all else stays as it is."""
