@@ -837,3 +837,20 @@ def test_weights_may_lie_on_several_devices() -> None:
         reg.add_gradients_()
         reg.proximal_step_(0.1)
     assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"cpu", "meta"}
+
+
+def test_a_model_may_move_to_another_device_after_construction() -> None:
+    """Warm or not, all that is remembered goes with it; nothing is left where it was."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    reg = wc.Regularizer(model, {"0.*": wc.Condition(0.1), "1.*": wc.Tikhonov(0.1)}, block=2)
+    reg.add_gradients_()
+    model.zero_grad()
+    model.to("meta")
+    with on_a_device():
+        reg().backward()
+        reg.add_gradients_()
+        reg.proximal_step_(0.1)
+    assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
+    for state in reg._states:
+        kept = (state.subspace.basis, state.strength, state.shortened)
+        assert {tensor.device.type for tensor in kept} == {"meta"}
