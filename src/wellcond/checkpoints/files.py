@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from wellcond.checkpoints.pickled import Pickled
 from wellcond.checkpoints.safetensors import Safetensors
 from wellcond.checkpoints.tensors import Entry, PickledCodeError, TensorFile, UnreadableError
 from wellcond.weights.matrices import Matrices
-from wellcond.weights.names import views_by_name
+from wellcond.weights.names import scales, views_by_name
 from wellcond.weights.reasons import Reason, Skipped
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -55,6 +56,11 @@ class Checkpoint:
             for name, entry in file.entries.items():
                 self.where[prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
+        kinds = {name: (entry.shape, entry.dtype) for name, (_, entry) in self.where.items()}
+        for name, skipped in scales(kinds).items():
+            file, entry = self.where[name]
+            if entry.skipped is None:
+                self.where[name] = file, replace(entry, skipped=skipped)
         if self.index is not None:
             self._check_index()
 

@@ -1,13 +1,13 @@
 """What a tensor of a file means by its name, shape and dtype: a file has no classes.
 
 Two dimensions are a matrix as stored; three a stack of matrices, or a kernel if "conv" is in the
-name; four and more a kernel.
+name; four and more a kernel. What stands beside packed integers or float8 belongs to them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -16,6 +16,19 @@ from wellcond.weights.matrices import numbered
 from wellcond.weights.reasons import Reason, Skipped
 
 _MEASURED = ("float64", "float32", "float16", "bfloat16")
+# float8_e4m3fn, or F6_E2M3, which torch has no name for
+_NARROW = re.compile(r"(F|float)[864](_|$)")
+# As int64 there are positions and counters, as bool masks, but hardly codes of a weight.
+_CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+_NO_CODES = re.compile(r"ids?|ind(ex|ices)|mask|bias|positions?|counts?|lengths?|buckets?")
+# What only a quantised weight has, and what many others have as well.
+_SCALES = re.compile(
+    r"(weight|input|output|activation|act|[kvq])_(scales?(_inv|_\d)?|(global|channel)_scale|zero(s|_points?)?)"
+    r"|(nested_)?(absmax|quant_map)|SCBt?|scales?_(inv|and_zeros?)|qscales?|qzeros"
+)
+_PERHAPS_SCALES = re.compile(
+    r"(.*_)?(scales?|scalings?|zeros?|zero_points?|codebooks?|luts?|lookup_tables?|biases)"
+)
 
 
 def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
@@ -26,9 +39,37 @@ def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
         return Skipped(Reason.empty, f"shape {shape}")
     if dtype in _MEASURED:
         return None
-    # float8_e4m3fn, or F6_E2M3, which torch has no name for
-    narrow = re.match(r"(F|float)[864](_|$)", dtype)
-    return Skipped(Reason.quantised if narrow else Reason.packed, dtype)
+    return Skipped(Reason.quantised if _NARROW.match(dtype) else Reason.packed, dtype)
+
+
+def scales(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
+    """The tensors, given by shape and dtype, that belong to a quantised weight; and to which.
+
+    These are what is named like the quantised weight (`weight.absmax` beside `weight`), what is
+    named a scale in the same module, and what else is in its module and not called a weight.
+    """
+    first: dict[str, str] = {}  # quantised weights by their module
+    stems: dict[str, str] = {}  # and by what their name begins with
+    for name, (shape, dtype) in tensors.items():
+        module, _, own = name.rpartition(".")
+        packed = dtype in _CODES and not any(map(_NO_CODES.fullmatch, own.lower().split("_")))
+        if len(shape) > 1 and (packed or _NARROW.match(dtype)):
+            first.setdefault(module, name)
+            stems |= {name: name, re.sub(r"_(packed|blocks|q|int\d)$", "", name): name}
+
+    def owner(name: str) -> str | None:
+        module, _, own = name.rpartition(".")
+        if module in stems:  # weight.absmax
+            return stems[module]
+        if _PERHAPS_SCALES.fullmatch(own):
+            stem = name.rpartition("_")[0]  # of weight_scale: weight
+            return stems.get(stem, first.get(module, "" if _SCALES.fullmatch(own) else None))
+        if module in first and module and not own.lower().endswith("weight"):
+            return first[module]
+        return "" if _SCALES.fullmatch(own) else None
+
+    owners = {name: owner(name) for name, (_, dtype) in tensors.items() if dtype in _MEASURED}
+    return {name: Skipped(Reason.scales, of) for name, of in owners.items() if of is not None}
 
 
 def views_by_name(name: str, dimensions: int) -> Callable[[Tensor], dict[str, Tensor]]:

@@ -20,6 +20,7 @@ class Reason(enum.Enum):
     not_real = "not real floating point"
     packed = "not real floating point, packed or quantised perhaps, or no weight"
     quantised = "quantised: its scales are stored elsewhere"
+    scales = "belongs to a quantised weight, as its scales or zeros do, and is none itself"
     not_dense = "not a dense tensor"
     parametrized = "parametrized: what is stored is not the matrix that acts"
     sharded = "sharded over processes: audit a checkpoint, or a model that is whole"
