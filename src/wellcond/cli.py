@@ -171,6 +171,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         finally:
             _finish_progress()
 
+    limit = arguments.max_condition
     report = look(arguments.path)
     reports = [report]
     if arguments.compare is not None:
@@ -178,20 +179,22 @@ def _audit(arguments: argparse.Namespace) -> int:
         comparison = compare(*reports)
         text = dump_json(comparison.to_dict()) if arguments.json else comparison.table()
     else:
-        text = report.to_json() if arguments.json else report.table(arguments.top)
+        text = (
+            report.to_json(max_condition=limit) if arguments.json else report.table(arguments.top)
+        )
     print(text, end="")
     if arguments.csv is not None:
         report.to_csv(arguments.csv)
     if arguments.html is not None:
-        report.to_html(arguments.html)
-    if arguments.max_condition is None:
+        report.to_html(arguments.html, limit)
+    if limit is None:
         return 0
-    exceeding = {f.label: f for one in reports for f in one.exceeding(arguments.max_condition)}
+    exceeding = {f.label: f for one in reports for f in one.exceeding(limit)}
     if exceeding:
         worst = and_more(f"{n} ({f.condition_number:.4g})" for n, f in exceeding.items())
         print(
             f"wellcond: {len(exceeding)} of {len(report.findings)} matrices exceed "
-            f"{arguments.max_condition:g}: {worst}",
+            f"{limit:g}: {worst}",
             file=sys.stderr,
         )
     return 1 if exceeding else 0

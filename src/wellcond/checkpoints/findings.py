@@ -12,6 +12,7 @@ import io
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,11 +219,15 @@ class AuditReport:
                 text += f"{finding.label}: {finding.explanation}\n"
         return f"{text}{self.coverage}\n"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data in the documented schema; numbers may be inf and nan."""
+    def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
+        """Plain data in the documented schema; numbers may be inf and nan.
+
+        With a limit also that, and the weights above it.
+        """
         return {
             "schema": SCHEMA,
             "source": self.source,
+            **_exceeding(self.findings, max_condition),
             "findings": [finding.to_dict() for finding in self.findings],
             "coverage": {
                 "measured": self.coverage.measured,
@@ -236,9 +241,11 @@ class AuditReport:
             "versions": self.versions,
         }
 
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+    def to_json(
+        self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
+    ) -> str:
         """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
-        return written(dump_json(self.to_dict()), path)
+        return written(dump_json(self.to_dict(max_condition)), path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a finding, columns as in the JSON; written to path."""
@@ -256,18 +263,30 @@ class AuditReport:
             rows.writerow(row)
         return written(text.getvalue(), path)
 
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One page that needs neither network nor script; written to path."""
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
+    ) -> str:
+        """One page that needs neither network nor script; what exceeds a limit is marked."""
         curves = [(f.label, f.singular_values) for f in self.findings if f.sigma_max > 0]
+        skipped = self.coverage.skipped
+        certified = any(finding.certificate for finding in self.findings)
+        headers = _kappa_first(_HEADERS if certified else _HEADERS[:-1])
         page = render(
-            source=self.source,
-            headers=_HEADERS,
+            title=f"Condition numbers of {self.source}",
+            summary=[f"{self.coverage}."],
+            headers=headers,
             rows=[
-                Row(_cells(finding), finding.condition_number, finding.explanation)
-                for finding in self.findings
+                Row(
+                    _kappa_first(_cells(f)),
+                    (f.condition_number,),
+                    f.explanation,
+                    max_condition is not None and f.exceeds(max_condition),
+                )
+                for f in self.findings
             ],
-            coverage=str(self.coverage),
-            skipped={name: str(why) for name, why in self.coverage.skipped.items()},
+            max_condition=max_condition,
+            skipped={n: str(why) for n, why in skipped.items() if not why.reason.no_matrix},
+            no_matrices={n: str(why) for n, why in skipped.items() if why.reason.no_matrix},
             grades={grade.name: grade.value for grade in Grade},
             curves=[curve for curve in curves if len(curve[1]) > 1][:CURVES],
             versions=self.versions,
@@ -343,6 +362,19 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
 _NUMBERS = ("κ", "σ_max", "σ_min", "stable rank", "rank", "r")
 _HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "grade", "κ certified")
 _ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
+
+
+def _kappa_first(cells: Sequence[str]) -> tuple[str, ...]:
+    """As the page has them: a phone shows the first columns first."""
+    at = _HEADERS.index("κ")
+    return (cells[0], cells[at], *cells[1:at], *cells[at + 1 :])
+
+
+def _exceeding(findings: Iterable[Finding], max_condition: float | None) -> dict[str, Any]:
+    if max_condition is None:
+        return {}
+    above = dict.fromkeys(f.label for f in findings if f.exceeds(max_condition))
+    return {"max_condition": max_condition, "exceeding": list(above)}
 
 
 def _cells(finding: Finding) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ It is given text and numbers and knows nothing of weights.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
@@ -13,15 +14,23 @@ from typing import NamedTuple
 # So many singular value curves are told apart.
 CURVES = 6
 _POINTS = 240  # of a curve
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 320, 64, 40, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 340, 84, 60, 16
 
 
 class Row(NamedTuple):
-    """A line of the table, its condition number for the bar, and what is the matter with it."""
+    """A line of the table.
+
+    Attributes:
+        cells: the name, a column for each condition number, and the others.
+        condition_numbers: for the bars.
+        explanation: what is the matter with it, if anything.
+        exceeds: whether it is marked as above the limit.
+    """
 
     cells: Sequence[str]
-    condition_number: float
+    condition_numbers: Sequence[float]
     explanation: str
+    exceeds: bool = False
 
 
 _STYLE = """
@@ -36,7 +45,7 @@ body { margin: 0 auto; max-width: 96rem; padding: 1.5rem; background: var(--pape
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p { max-width: 60rem; margin: .25rem 0; }
+p, summary { max-width: 60rem; margin: .25rem 0; overflow-wrap: anywhere; }
 .faint, .ticks { color: var(--faint); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -44,16 +53,22 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 .text { text-align: left; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 15rem; }
 td.bar, th.bar { width: 16rem; min-width: 11rem; padding: .25rem 2rem .25rem .5rem; }
 .track { position: relative; height: .8rem; }
+.track + .track { margin-top: 2px; }
+.limit { position: absolute; top: -3px; bottom: -3px; border-left: 2px solid var(--bad); }
+.mark { color: var(--bad); }
+.over { background: color-mix(in srgb, var(--bad) 9%, transparent); }
 .fill { height: 100%; min-width: 2px; background: var(--bar); border-radius: 0 2px 2px 0; }
+.fill.before { opacity: .45; }
 .fill.infinite { background: repeating-linear-gradient(135deg, var(--bad) 0 4px,
   transparent 4px 8px); }
 .ticks { position: relative; height: 1.3em; font-weight: 400; }
 .ticks span { position: absolute; transform: translateX(-50%); }
 .ticks span:first-child { transform: none; }
 .note td { text-align: left; color: var(--bad); border-bottom: 1px solid var(--line);
-  white-space: normal; padding-top: 0; }
+  white-space: normal; overflow-wrap: anywhere; padding-top: 0; }
 tr:has(+ .note) td { border-bottom: none; }
 figure { margin: 0; max-width: 48rem; }
 svg { width: 100%; height: auto; }
@@ -62,46 +77,88 @@ svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; }
 ul.key { list-style: none; padding: 0; margin: .25rem 0; }
 ul.key svg { width: 2.5rem; height: .6rem; vertical-align: middle; margin-right: .5rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
-dt { overflow-wrap: anywhere; max-width: 40rem; } dd { margin: 0; color: var(--faint); }
+dl { display: grid; grid-template-columns: minmax(0, max-content) minmax(0, 1fr);
+  gap: .1rem 1rem; margin: .25rem 0; }
+dt, dd, li { overflow-wrap: anywhere; max-width: 40rem; }
+dd { margin: 0; color: var(--faint); }
+@media (max-width: 48rem) { /* a phone: a weight is a block, its numbers with their names */
+  body { padding: 1rem; }
+  thead { display: none; }
+  table, tbody { display: block; }
+  tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem 0;
+    border-bottom: 1px solid var(--line); }
+  tr:has(+ .note) { border-bottom: none; padding-bottom: 0; }
+  .note { padding-top: 0; }
+  .note td:first-child { font-weight: 400; }
+  td, .note td { display: block; border: none; padding: 0; text-align: left; }
+  td:first-child { flex: 0 0 100%; min-width: 0; font-weight: 600; }
+  td:empty { display: none; }
+  td[data-label]::before { content: attr(data-label) " "; color: var(--faint); }
+  td.bar { flex: 0 0 100%; padding: .3rem 0; }
+  dl { grid-template-columns: minmax(0, 1fr); }
+  dd { margin: 0 0 .4rem 1rem; }
+  svg text { font-size: 22px; }
+}
 """
+_MARK = "▲"
+_MARKED = f'<span class="mark" title="above the limit">{_MARK}</span> '
+_OVER = ' class="over"'
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 5")
 
 
 def render(
-    source: str,
+    title: str,
+    summary: Sequence[str],
     headers: Sequence[str],
     rows: Sequence[Row],
-    coverage: str,
+    max_condition: float | None,
     skipped: Mapping[str, str],
+    no_matrices: Mapping[str, str],
     grades: Mapping[str, str],
     curves: Sequence[tuple[str, Sequence[float]]],
     versions: Mapping[str, str],
 ) -> str:
-    """The page as text."""
-    if not any(row.cells[-1] for row in rows):  # nothing certified
-        headers = headers[:-1]
+    """The page as text; cells without a header are left out."""
     sections = [
-        f"<h1>Condition numbers of {escape(source)}</h1>",
-        f"<p>{escape(coverage)}.</p>",
-        _table(headers, rows),
+        f"<h1>{escape(title)}</h1>",
+        *(f"<p>{escape(line)}</p>" for line in summary),
+        _limit(rows, max_condition),
+        _table(headers, rows, max_condition),
         _curves(curves) if curves else "",
         "<h2>What the columns say</h2>",
         "<p>κ = σ_max/σ_min is the condition number of the stored matrix, with σ_min the smallest "
-        "of its min(m, n) singular values. Stable rank is ‖S‖²/σ_max² (Frobenius norm). Rank "
-        "counts the singular values that no rounding of the entries to their dtype could have "
-        "made. r is the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)).</p>",
+        "of its min(m, n) singular values. Bars are on a logarithmic scale. Stable rank is "
+        "‖S‖²/σ_max² (Frobenius norm). Rank counts the singular values that no rounding of the "
+        "entries to their dtype could have made. r is the penalty "
+        "½ σ_max² − ‖S‖²/(2 min(m, n)).</p>",
         _list(grades),
-        "<h2>Skipped</h2>" + _list(skipped) if skipped else "",
+        "<h2>Skipped</h2>" if skipped or no_matrices else "",
+        _list(skipped) if skipped else "",
+        _folded(no_matrices) if no_matrices else "",
         "<h2>Versions</h2>" + _list(versions),
     ]
     body = "\n".join(section for section in sections if section)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Condition numbers of {escape(source)}</title>\n"
+        f"<title>{escape(title)}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _limit(rows: Sequence[Row], max_condition: float | None) -> str:
+    if max_condition is None:
+        return ""
+    count = sum(row.exceeds for row in rows)
+    marked = f", marked {_MARK}" if count else ""
+    line = "; the line across the bars is that limit" if math.isfinite(max_condition) else ""
+    return f"<p>{count} of {len(rows)} exceed κ = {max_condition:g}{marked}{line}.</p>"
+
+
+def _folded(items: Mapping[str, str]) -> str:
+    counts = Counter(items.values())
+    summary = "; ".join(f"{count} {escape(why)}" for why, count in counts.items())
+    return f"<details><summary>{summary}</summary>{_list(items)}</details>"
 
 
 def _list(items: Mapping[str, str]) -> str:
@@ -113,28 +170,41 @@ def _power(exponent: int) -> str:
     return str(10**exponent) if exponent < 2 else f"10<sup>{exponent}</sup>"
 
 
-def _table(headers: Sequence[str], rows: Sequence[Row]) -> str:
-    finite = [row.condition_number for row in rows if math.isfinite(row.condition_number)]
-    decades = max(1, math.ceil(math.log10(max(finite, default=10))))
+def _table(headers: Sequence[str], rows: Sequence[Row], max_condition: float | None) -> str:
+    kappas = [kappa for row in rows for kappa in row.condition_numbers]
+    shown = [kappa for kappa in (*kappas, max_condition or 1) if math.isfinite(kappa)]
+    decades = max(1, math.ceil(math.log10(max(shown, default=10))))
     every = -(-decades // 3)
     ticks = "".join(
         f'<span style="left:{100 * exponent / decades:.4g}%">{_power(exponent)}</span>'
         for exponent in range(0, decades + 1, every)
     )
     bar_head = f'<th scope="col" class="bar">log scale<div class="ticks">{ticks}</div></th>'
+    before_bar = len(rows[0].condition_numbers)
     head = "".join(
         f'<th scope="col"{_text(header)}>{escape(header)}</th>'
-        + (bar_head if header == "κ" else "")
-        for header in headers
+        + (bar_head if number == before_bar else "")
+        for number, header in enumerate(headers)
     )
+    limit = ""
+    if max_condition is not None and math.isfinite(max_condition):
+        share = math.log10(max_condition) / decades
+        limit = f'<div class="limit" style="left:{100 * share:.4g}%"></div>'
     body = ""
     for row in rows:
-        bar = f'<td class="bar">{_bar(row.condition_number, decades)}</td>'
-        cells = "".join(
-            f"<td{_text(header)}>{escape(cell)}</td>" + (bar if header == "κ" else "")
-            for header, cell in zip(headers, row.cells, strict=False)
+        last = len(row.condition_numbers) - 1
+        bars = "".join(
+            _bar(kappa, decades, limit, before=number < last)
+            for number, kappa in enumerate(row.condition_numbers)
         )
-        body += f"<tr>{cells}</tr>\n"
+        cells = ""
+        for number, (header, cell) in enumerate(zip(headers, row.cells, strict=False)):
+            label = f' data-label="{escape(header)}"' if number else ""
+            mark = _MARKED if row.exceeds and number == before_bar else ""
+            cells += f"<td{_text(header)}{label}>{mark}{escape(cell)}</td>"
+            if number == before_bar:
+                cells += f'<td class="bar">{bars}</td>'
+        body += f"<tr{_OVER if row.exceeds else ''}>{cells}</tr>\n"
         if row.explanation:
             span = len(headers) + 1
             note = f'<td colspan="{span}">{escape(row.explanation)}</td>'
@@ -149,16 +219,15 @@ def _text(header: str) -> str:
     return ' class="text"' if header in ("weight", "dtype", "grade") else ""
 
 
-def _bar(kappa: float, decades: int) -> str:
+def _bar(kappa: float, decades: int, limit: str, before: bool) -> str:
     if math.isnan(kappa):
         return ""
-    kind, share = ("fill infinite", 1.0) if math.isinf(kappa) else ("fill", 0.0)
-    if kind == "fill":
-        share = math.log10(kappa) / decades
+    share = 1.0 if math.isinf(kappa) else math.log10(kappa) / decades
+    kind = "fill" + " before" * before + " infinite" * math.isinf(kappa)
     label = f"κ = {kappa:.4g}"
     return (
         f'<div class="track" role="img" aria-label="{label}" title="{label}">'
-        f'<div class="{kind}" style="width:{100 * share:.4g}%"></div></div>'
+        f'<div class="{kind}" style="width:{100 * share:.4g}%"></div>{limit}</div>'
     )
 
 
@@ -185,10 +254,10 @@ def _curves(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
             )
     for share in (0, 0.25, 0.5, 0.75, 1):
         parts.append(
-            f'<text x="{x(share):.1f}" y="{bottom + 18}" text-anchor="middle">{share:g}</text>'
+            f'<text x="{x(share):.1f}" y="{bottom + 24}" text-anchor="middle">{share:g}</text>'
         )
     parts.append(
-        f'<text x="{x(0.5):.1f}" y="{_HEIGHT - 4}" text-anchor="middle">(i − 1)/(ν − 1)</text>'
+        f'<text x="{x(0.5):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">(i − 1)/(ν − 1)</text>'
     )
     key = ""
     for number, (name, values) in enumerate(curves):
