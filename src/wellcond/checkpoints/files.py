@@ -18,7 +18,13 @@ from torch import Tensor
 
 from wellcond.checkpoints.pickled import Pickled
 from wellcond.checkpoints.safetensors import Safetensors
-from wellcond.checkpoints.tensors import Entry, PickledCodeError, TensorFile, UnreadableError
+from wellcond.checkpoints.tensors import (
+    Entry,
+    NoTensorsError,
+    PickledCodeError,
+    TensorFile,
+    UnreadableError,
+)
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.names import scales, views_by_name
 from wellcond.weights.reasons import Reason, Skipped
@@ -122,6 +128,8 @@ class Checkpoint:
             what = str(error).removeprefix(f"{path} ")
             if isinstance(error, PickledCodeError):  # such as training_args.bin, beside the weights
                 self.others[name] = Skipped(Reason.program, what)
+            elif isinstance(error, NoTensorsError):  # such as scheduler.pt
+                self.others[name] = Skipped(Reason.no_tensors)
             else:
                 self.damaged[name] = what
 
@@ -171,12 +179,13 @@ class Checkpoint:
             file.copy_with(replaced(file), target)
             return
         target.mkdir()
-        others = [self.path] if self.path.is_file() else sorted(self.directory.iterdir())
-        for path in others:
-            if path.name not in self.files:
+        changing = {f.path.name: f for f, entry in self.where.values() if entry.skipped is None}
+        beside = [self.path, *(file.path for file in self.files.values())]
+        for path in sorted(self.directory.iterdir() if self.path.is_dir() else beside):
+            if path.name not in changing:
                 copy = shutil.copytree if path.is_dir() else shutil.copyfile
                 copy(path, target / path.name)
-        for name, file in self.files.items():
+        for name, file in changing.items():
             file.copy_with(replaced(file), target / name)
 
 

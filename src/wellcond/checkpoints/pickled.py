@@ -16,12 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.tensors import Entry, PickledCodeError, TensorFile, UnreadableError
+from wellcond.checkpoints.tensors import (
+    Entry,
+    NoTensorsError,
+    PickledCodeError,
+    TensorFile,
+    UnreadableError,
+)
 from wellcond.weights.names import why_no_weight
 from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
+# Keys by which a dict is known that holds no weights, and what it is.
+_STATES = {
+    Reason.optimizer: {"state", "param_groups"},
+    Reason.regularizer: {"basis", "from_right", "warm"},
+}
+# A checkpoint of Lightning: its weights are in its `state_dict` alone.
+_LIGHTNING = {"state_dict", "pytorch-lightning_version"}
 
 
 class Pickled(TensorFile):
@@ -31,7 +44,7 @@ class Pickled(TensorFile):
         self.path = path
         self._open()
         if not (self._tensors or self.others):
-            raise UnreadableError(
+            raise NoTensorsError(
                 f"{path} must hold a dict of tensors, but holds a {type(self._content).__name__} "
                 "without any. Save a state dict: torch.save(model.state_dict(), path)."
             )
@@ -109,9 +122,18 @@ def _tensors(content: Any, prefix: str, others: dict[str, Skipped]) -> Iterator[
     """All tensors of nested dicts and lists, names joined by dots."""
     if isinstance(content, Tensor):
         yield prefix or "tensor", content
-    elif isinstance(content, Mapping) and {"state", "param_groups"} <= set(content):
-        others[prefix or "everything"] = Skipped(Reason.optimizer)
     elif isinstance(content, Mapping | list | tuple):
+        keys = set(content) if isinstance(content, Mapping) else set()
+        for reason, known in _STATES.items():
+            if known <= keys:
+                others[prefix or "everything"] = Skipped(reason)
+                return
         items = content.items() if isinstance(content, Mapping) else enumerate(content)
         for key, value in items:
-            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), others)
+            name = f"{prefix}.{key}" if prefix else str(key)
+            if prefix or key == "state_dict" or not keys >= _LIGHTNING:
+                yield from _tensors(value, name, others)
+            else:
+                inside: dict[str, Skipped] = {}
+                held = list(_tensors(value, name, inside))
+                others |= {name: Skipped(Reason.trainer)} if held else inside

@@ -20,6 +20,10 @@ class PickledCodeError(UnreadableError):
     """A file that is sound but holds more than tensors."""
 
 
+class NoTensorsError(UnreadableError):
+    """A file that is sound but holds no tensors, such as the state of a scheduler."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor in a file; `skipped` says why it holds no weights.
