@@ -1,5 +1,6 @@
 """The command line: arguments in, text and exit code out."""
 
+import csv
 import json
 import os
 import re
@@ -257,6 +258,53 @@ def test_a_repaired_checkpoint_passes_the_audit_that_failed(
     assert float(first[3]) == pytest.approx(0.07, rel=1e-3)
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 2
     assert "not overwritten" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """The checkpoint later: good 1 to 5, bad 100 to 50, and one that is new."""
+    path = tmp_path / "later.pt"
+    weights = {"good": [5.0, 1.0], "bad": [50.0, 1.0], "new": [2.0, 1.0]}
+    torch.save({name: torch.diag(torch.tensor(d)) for name, d in weights.items()}, path)
+    return path
+
+
+def test_a_comparison_is_cut_and_written_too(
+    checkpoint: Path, moved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, sheet = checkpoint.with_name("r.html"), checkpoint.with_name("r.csv")
+    command = ["audit", str(checkpoint), "--compare", str(moved), "--max-condition", "60"]
+    assert main([*command, "--top", "2", "--html", str(page), "--csv", str(sheet)]) == 1
+    out, err = capsys.readouterr()
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == ["weight", "new", "good", "...", "before:", "after:"]
+    assert "and 1 more with a smaller change" in out
+    assert "1 of 3 matrices exceed 60: bad (100)" in err
+    rows = {row["weight"]: row for row in csv.DictReader(sheet.open())}
+    assert list(rows) == ["new", "good", "bad"]
+    assert float(rows["bad"]["condition_number_before"]) == pytest.approx(100)
+    assert float(rows["bad"]["condition_number_after"]) == pytest.approx(50)
+    assert rows["new"]["condition_number_before"] == rows["new"]["ratio"] == ""
+    text = page.read_text()
+    assert str(checkpoint) in text
+    assert str(moved) in text
+    assert len(re.findall(r'<div class="fill( before)?"', text)) == 5
+    assert text.count('<tr class="over">') == 1
+    assert main([*command, "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["max_condition"] == 60
+    assert content["exceeding"] == ["bad"]
+
+
+def test_checkpoints_without_a_common_name_are_not_compared(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"other": torch.eye(2)}, tmp_path / "other.pt")
+    assert main(["audit", str(checkpoint), "--compare", str(tmp_path / "other.pt")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "must share the name of a weight" in err
+    assert "has other" in err
 
 
 def test_a_repair_reports_in_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

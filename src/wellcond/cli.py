@@ -17,10 +17,10 @@ import torch
 import wellcond
 from wellcond.checkpoints.audit import Progress, audit
 from wellcond.checkpoints.files import refuse_existing
-from wellcond.checkpoints.findings import AuditReport, compare
+from wellcond.checkpoints.findings import AuditReport, Comparison, compare
 from wellcond.checkpoints.page import CURVES
 from wellcond.checkpoints.repair import repair
-from wellcond.text import and_more, dump_json
+from wellcond.text import and_more
 
 
 class _Parser(argparse.ArgumentParser):
@@ -165,7 +165,7 @@ def _audit(arguments: argparse.Namespace) -> int:
                 arguments.certify,
                 include=arguments.include,
                 exclude=arguments.exclude,
-                curves=CURVES if arguments.html else 0,
+                curves=CURVES if arguments.html and not arguments.compare else 0,
                 progress=_progress("measuring"),
             )
         finally:
@@ -173,28 +173,24 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     limit = arguments.max_condition
     report = look(arguments.path)
-    reports = [report]
+    result: AuditReport | Comparison = report
+    total = len(report.findings)
     if arguments.compare is not None:
-        reports.append(look(arguments.compare))
-        comparison = compare(*reports)
-        text = dump_json(comparison.to_dict()) if arguments.json else comparison.table()
-    else:
-        text = (
-            report.to_json(max_condition=limit) if arguments.json else report.table(arguments.top)
-        )
+        result = compare(report, look(arguments.compare))
+        total = len(result.pairs)
+    text = result.to_json(max_condition=limit) if arguments.json else result.table(arguments.top)
     print(text, end="")
     if arguments.csv is not None:
-        report.to_csv(arguments.csv)
+        result.to_csv(arguments.csv)
     if arguments.html is not None:
-        report.to_html(arguments.html, limit)
+        result.to_html(arguments.html, limit)
     if limit is None:
         return 0
-    exceeding = {f.label: f for one in reports for f in one.exceeding(limit)}
+    exceeding = result.exceeding(limit)
     if exceeding:
-        worst = and_more(f"{n} ({f.condition_number:.4g})" for n, f in exceeding.items())
+        worst = and_more(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
         print(
-            f"wellcond: {len(exceeding)} of {len(report.findings)} matrices exceed "
-            f"{limit:g}: {worst}",
+            f"wellcond: {len(exceeding)} of {total} matrices exceed {limit:g}: {worst}",
             file=sys.stderr,
         )
     return 1 if exceeding else 0

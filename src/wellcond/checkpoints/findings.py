@@ -249,19 +249,15 @@ class AuditReport:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a finding, columns as in the JSON; written to path."""
-        text = io.StringIO()
         plain = [finding.to_dict() for finding in self.findings]
         columns = [key for key in plain[0] if key != "certificate"]
         ends = [f"{key}_{end}" for key in _ENCLOSED for end in ("lower", "upper")]
-        rows = csv.DictWriter(text, columns + ends, lineterminator="\n")
-        rows.writeheader()
         for row in plain:
             enclosures = row.pop("certificate", {})
             row["shape"] = "x".join(map(str, row["shape"]))
             for key in _ENCLOSED if enclosures else ():
                 row[f"{key}_lower"], row[f"{key}_upper"] = enclosures[key]
-            rows.writerow(row)
-        return written(text.getvalue(), path)
+        return written(_csv(columns + ends, plain), path)
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
@@ -313,21 +309,30 @@ class Comparison:
     after: str
     versions: dict[str, str]
 
-    def table(self) -> str:
-        """kappa before and after, and their ratio."""
-        rows = []
-        for label, old, new in self.pairs:
-            kappas = [f"{side.condition_number:.4g}" if side else "-" for side in (old, new)]
-            rows.append((label, *kappas, f"{_ratio(old, new):.4g}" if old and new else "-"))
-        headers = ("weight", "κ before", "κ after", "after/before")
-        return f"{text_table(headers, rows)}before: {self.before}\nafter: {self.after}\n"
+    def exceeding(self, max_condition: float) -> list[Finding]:
+        """Of every weight that is above the limit on one side, the later finding that is."""
+        return [
+            next(side for side in (new, old) if side and side.exceeds(max_condition))
+            for _, old, new in self.pairs
+            if any(side and side.exceeds(max_condition) for side in (old, new))
+        ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; numbers may be inf and nan."""
+    def table(self, top: int | None = None) -> str:
+        """kappa before and after, and their ratio, of the `top` that changed most."""
+        text = text_table(_COMPARED, (_compared(*pair) for pair in self.pairs[:top]))
+        left = len(self.pairs[top:]) if top else 0
+        if left:
+            text += f"... and {left} more with a smaller change\n"
+        return f"{text}before: {self.before}\nafter: {self.after}\n"
+
+    def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
+        """Plain data; numbers may be inf and nan. With a limit also that, and what is above it."""
+        sides = (side for _, *both in self.pairs for side in both if side)
         return {
             "schema": SCHEMA,
             "before": self.before,
             "after": self.after,
+            **_exceeding(sides, max_condition),
             "comparison": [
                 {
                     "weight": label,
@@ -340,14 +345,71 @@ class Comparison:
             "versions": self.versions,
         }
 
+    def to_json(
+        self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
+    ) -> str:
+        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        return written(dump_json(self.to_dict(max_condition)), path)
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One line a weight, empty where a side lacks it; written to path."""
+        rows = []
+        for label, old, new in self.pairs:
+            row: dict[str, Any] = {"weight": label}
+            for when, side in (("before", old), ("after", new)):
+                plain = side.to_dict() if side else {}
+                row |= {f"{key}_{when}": plain.get(key) for key in _SIDE}
+            row["ratio"] = _ratio(old, new) if old and new else None
+            rows.append(row)
+        return written(_csv(list(rows[0]), rows), path)
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
+    ) -> str:
+        """One page as of an audit, with two bars a weight."""
+        rows = []
+        for label, old, new in self.pairs:
+            sides = [(when, f) for when, f in (("before", old), ("after", new)) if f]
+            notes = (f"{when}: {f.explanation}" for when, f in sides if f.explanation)
+            exceeds = max_condition is not None and any(f.exceeds(max_condition) for _, f in sides)
+            kappas = [side.condition_number if side else math.nan for side in (old, new)]
+            rows.append(Row(_compared(label, old, new), kappas, "; ".join(notes), exceeds))
+        page = render(
+            title="Condition numbers before and after",
+            summary=[f"Before: {self.before}", f"After: {self.after}"],
+            headers=_COMPARED,
+            rows=rows,
+            max_condition=max_condition,
+            skipped={},
+            no_matrices={},
+            grades={},
+            curves=[],
+            versions=self.versions,
+        )
+        return written(page, path)
+
+
+def _compared(label: str, old: Finding | None, new: Finding | None) -> tuple[str, ...]:
+    kappas = [f"{side.condition_number:.4g}" if side else "-" for side in (old, new)]
+    return (label, *kappas, f"{_ratio(old, new):.4g}" if old and new else "-")
+
 
 def _ratio(old: Finding, new: Finding) -> float:
     return new.condition_number / old.condition_number if old.condition_number else math.nan
 
 
 def compare(before: AuditReport, after: AuditReport) -> Comparison:
-    """How the condition number of every weight moved from one audit to another."""
+    """How the condition number of every weight moved from one audit to another.
+
+    Raises:
+        ValueError: no weight has the same name in both.
+    """
     old, new = ({f.label: f for f in report.findings} for report in (before, after))
+    if not old.keys() & new.keys():
+        raise ValueError(
+            f"The two must share the name of a weight, but share none: {before.source} has "
+            f"{and_more(old, limit=3)}; {after.source} has {and_more(new, limit=3)}."
+        )
     labels = list(old) + [label for label in new if label not in old]
     pairs = [(label, old.get(label), new.get(label)) for label in labels]
 
@@ -359,6 +421,16 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     return Comparison(pairs, before.source, after.source, versions())
 
 
+def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    sheet = csv.DictWriter(text, columns, lineterminator="\n")
+    sheet.writeheader()
+    sheet.writerows(rows)
+    return text.getvalue()
+
+
+_COMPARED = ("weight", "κ before", "κ after", "after/before")
+_SIDE = ("condition_number", "sigma_max", "sigma_min", "rank", "grade", "status")
 _NUMBERS = ("κ", "σ_max", "σ_min", "stable rank", "rank", "r")
 _HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "grade", "κ certified")
 _ENCLOSED = ("sigma_max", "sigma_min", "condition_number")

@@ -131,7 +131,7 @@ def render(
         "‖S‖²/σ_max² (Frobenius norm). Rank counts the singular values that no rounding of the "
         "entries to their dtype could have made. r is the penalty "
         "½ σ_max² − ‖S‖²/(2 min(m, n)).</p>",
-        _list(grades),
+        _list(grades) if grades else "",
         "<h2>Skipped</h2>" if skipped or no_matrices else "",
         _list(skipped) if skipped else "",
         _folded(no_matrices) if no_matrices else "",
