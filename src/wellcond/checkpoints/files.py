@@ -206,6 +206,7 @@ def new_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 def check_output(source: Path, target: Path) -> None:
     """Raises unless a copy of the source can be written to the target."""
     refuse_existing(target)
+    _check_ending(source, target)
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():
             raise NotADirectoryError(
@@ -224,6 +225,24 @@ def check_output(source: Path, target: Path) -> None:
         if real in seen:
             below.clear()
         seen.add(real)
+
+
+def _check_ending(source: Path, target: Path) -> None:
+    """Raises if the target's name promises another format than that of the source."""
+    if source.is_dir() or source.name.endswith(INDEX):
+        if target.name.endswith((".safetensors", INDEX, *PICKLED)):
+            raise ValueError(
+                f"`path_out` must be a directory, as {source} is copied with all that belongs to "
+                f"it, but {target.name} ends as a file does. Choose a name without an ending."
+            )
+        return
+    same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}
+    if source.is_file() and (target.suffix not in same or target.name.endswith(INDEX)):
+        raise ValueError(
+            f"`path_out` must end in {' or '.join(sorted(same))}, because the copy has the format "
+            f"of {source.name}, but got {target.name}. "
+            f"Choose {target.with_suffix(source.suffix).name}."
+        )
 
 
 def refuse_existing(target: Path) -> None:

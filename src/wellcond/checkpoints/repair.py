@@ -137,8 +137,8 @@ def repair(
 
     Args:
         path_in: whatever `wellcond.audit` reads.
-        path_out: a file that is not there yet; of a directory or a sharded checkpoint a directory,
-            outside of the one that is read.
+        path_out: a file of the same format that is not there yet; of a directory or a sharded
+            checkpoint a directory, outside of the one that is read.
         max_condition: K, at least 1.
         include: patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
         exclude: patterns of names to leave alone.
@@ -147,7 +147,8 @@ def repair(
     Raises:
         ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
             the limit, as K < 1.004 or so in bfloat16; a pattern that matches nothing; an unreadable
-            file; path_out inside the directory that is read. Nothing is written.
+            file; path_out inside the directory that is read, or with the ending of another format.
+            Nothing is written.
         FileExistsError: path_out is there already.
         NotADirectoryError: a part of path_out is a file.
 
