@@ -76,6 +76,35 @@ def test_the_gram_matrix_is_left_where_it_does_not_resolve(
     assert measure(S).method is method
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_equal_columns_are_found_beside_four_tiny_ones(seed: int) -> None:
+    """The tiny ones fill the block of the iteration; rounding of the Gram matrix hides the pair."""
+    S = torch.randn(400, 300, generator=torch.Generator().manual_seed(seed))
+    S[:, :4] *= 1e-9
+    S[:, 299] = S[:, 298]
+    assert measure(S).condition_number == math.inf
+
+
+@pytest.mark.parametrize("gap", [1e-12, 1e-9, 1e-7])
+@pytest.mark.parametrize("tiny", [6e-9, 1e-7, 2e-6])
+@pytest.mark.parametrize("count", [3, 4, 9])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_nearly_singular_block_is_found_beside_tiny_columns(
+    gap: float, tiny: float, count: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spectrum_module, "_SMALL", 8)
+    if large:
+        monkeypatch.setattr(spectrum_module, "_LARGE", 8)
+    S = torch.eye(120, dtype=torch.float64)
+    S[:count] *= tiny
+    S[-2:, -2:] = 1
+    S[-1, -1] += gap
+    exact = float(np.linalg.cond(S.numpy()))
+    # The SVD itself is good to n eps kappa.
+    error = max(1e-6, 120 * np.finfo(float).eps * exact)
+    assert measure(S).condition_number == pytest.approx(exact, rel=error)
+
+
 def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

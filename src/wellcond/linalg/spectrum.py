@@ -3,7 +3,7 @@
 All arithmetic is float64. The singular values are the roots of the eigenvalues of the smaller Gram
 matrix where that resolves them: an error of eps sigma_1^2 in sigma_nu^2 grows with kappa^2, so
 sigma_nu comes from inverse iteration and is measured as ||S v||, which squares nothing. Where that
-does not converge either, an SVD decides.
+does not converge either, or rounding may have hidden sigma_nu in the Gram matrix, an SVD decides.
 
 Letters: S (..., m, n) a matrix or a batch of them; G the Gram matrix S^T S, or S S^T if that is
 smaller; sigma (..., nu) the singular values, descending; nu = min(m, n); kappa = sigma_1/sigma_nu.
@@ -29,6 +29,11 @@ _SMALL, _LARGE = 256, 2048
 # The relative errors of a squared singular value that are taken: of the Gram matrix by its bound
 # n eps kappa^2, which is far from reached; of an iteration by its residual, which is an estimate.
 _GRAM_ERROR, _RESIDUAL_ERROR = 1e-6, 1e-8
+# The Gram matrix is computed with an error D, and the vector v of its smallest eigenvalue has
+# ||S v||^2 <= sigma_nu^2 + 2 ||D|| (Weyl). So where sigma_nu^2 is smaller than ||D||, an iteration
+# may settle on other vectors, and no residual of theirs tells. With max(m, n) eps sigma_1^2 for
+# ||D||, nothing found is so small that it could hide a much smaller one.
+_HIDDEN = 0.1
 
 
 class Method(enum.Enum):
@@ -152,18 +157,26 @@ def _from_gram(S: Tensor, all_values: bool) -> Spectrum | None:
         return None
     smallest, error = _smallest(S, factor)
     del factor
+    hides = negligible(S.shape) / _HIDDEN
+    if hides * G.diagonal().max() > smallest.square():
+        return None
     converged = error <= _RESIDUAL_ERROR
     sure = n >= _LARGE and converged and not all_values
     top, _, top_error = _krylov(lambda V: G @ V, G, _RESIDUAL_ERROR, steps=100 if sure else 3)
+    if hides * top > smallest.square():
+        return None
     if sure and top_error <= _RESIDUAL_ERROR:
         return Spectrum(torch.stack([top.sqrt(), smallest]), Method.krylov, S.shape)
-    resolved = bool(n * _EPS * top <= _GRAM_ERROR * smallest.square())
-    if not (resolved or converged):
+    if not (converged or n * _EPS * top <= _GRAM_ERROR * smallest.square()):
         return None
-    sigma = torch.linalg.eigvalsh(G).flip(0).clamp_min(0).sqrt()
-    if resolved:
-        return Spectrum(sigma, Method.gram, S.shape)
-    sigma = sigma.clamp_min(smallest)
+    eigenvalues = torch.linalg.eigvalsh(G).flip(0)
+    top, bottom = eigenvalues[0], eigenvalues[-1]
+    if n * _EPS * top <= _GRAM_ERROR * bottom:
+        return Spectrum(eigenvalues.sqrt(), Method.gram, S.shape)
+    missed = bottom < (1 - 2 * _HIDDEN) * smallest.square()
+    if missed or not converged or hides * top > smallest.square():
+        return None
+    sigma = eigenvalues.sqrt().clamp_min(smallest)
     sigma[-1] = smallest
     return Spectrum(sigma, Method.inverse, S.shape)
 
