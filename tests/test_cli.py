@@ -307,6 +307,22 @@ def test_checkpoints_without_a_common_name_are_not_compared(
     assert "has other" in err
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
+def test_a_terminal_that_lacks_letters_is_no_error(tmp_path: Path, form: list[str]) -> None:
+    name = "größe\ud800\x1b[2J\nforged"
+    torch.save({name: torch.ones(2, 2)}, tmp_path / "x.pt")
+    argv = [sys.executable, "-m", "wellcond", "audit", str(tmp_path / "x.pt"), *form]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    argv += ["--max-condition", "2"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "gr\\xf6\\xdfe\\ud800\\x1b[2J\\nforged (inf)" in done.stderr
+    if form:
+        assert json.loads(done.stdout)["findings"][0]["name"] == name
+    else:
+        assert done.stdout.splitlines()[1].startswith("gr\\xf6\\xdfe\\ud800\\x1b[2J\\nforged ")
+
+
 def test_a_repair_reports_in_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fixed = str(checkpoint.with_name("fixed.pt"))
     assert main(["repair", str(checkpoint), fixed, "--max-condition", "7", "--json"]) == 0

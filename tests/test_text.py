@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import wellcond
-from wellcond.text import and_more, dump_json, quoted, versions, written
+from wellcond.text import and_more, dump_json, quoted, shown, text_table, versions, written
 
 
 def test_a_sentence_names_five_and_counts_the_rest() -> None:
@@ -18,6 +18,26 @@ def test_a_sentence_names_five_and_counts_the_rest() -> None:
     assert and_more("abcdefg") == "a, b, c, d, e and 2 more"
     assert and_more("abcd", limit=2, separator="; ") == "a; b and 2 more"
     assert quoted(["b", "a"]) == '"a", "b"'
+
+
+HOSTILE = "a\x1b[2J\r\nb\x00\u202ec\ud800\x9b"
+ESCAPED = r"a\x1b[2J\r\nb\x00\u202ec\ud800\x9b"
+
+
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    assert shown(HOSTILE) == ESCAPED
+    assert shown(ESCAPED) == ESCAPED
+    assert shown("größe κ 重み") == "größe κ 重み"
+    assert and_more([HOSTILE]) == ESCAPED
+    assert quoted([HOSTILE]) == f'"{ESCAPED}"'
+    assert text_table(["weight"], [[HOSTILE]]) == f"weight\n{ESCAPED}\n"
+    assert json.loads(dump_json({HOSTILE: HOSTILE})) == {HOSTILE: HOSTILE}
+    assert dump_json(HOSTILE).isascii()
+
+
+def test_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
+    written("\ud800", tmp_path / "x")
+    assert (tmp_path / "x").read_text() == r"\ud800"
 
 
 def test_infinite_numbers_are_strings_in_json() -> None:

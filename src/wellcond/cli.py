@@ -7,6 +7,7 @@ damaged file, output that exists); 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +21,14 @@ from wellcond.checkpoints.files import refuse_existing
 from wellcond.checkpoints.findings import AuditReport, Comparison, compare
 from wellcond.checkpoints.page import CURVES
 from wellcond.checkpoints.repair import repair
-from wellcond.text import and_more
+from wellcond.text import and_more, shown
 
 
 class _Parser(argparse.ArgumentParser):
     """Answers misuse with one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"wellcond: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"wellcond: error: {shown(message)} (see {self.prog} --help)\n")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -142,7 +143,7 @@ def _progress(verb: str) -> Progress | None:
         return None
 
     def show(name: str, number: int) -> None:
-        print(f"\r\x1b[K{verb} {number}: {name}"[:120], end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{verb} {number}: {shown(name)}"[:120], end="", file=sys.stderr, flush=True)
 
     return show
 
@@ -215,6 +216,9 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter it lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if not word.startswith("-")), "")
     arguments = _parser(command).parse_args(argv)
@@ -222,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
         return code
     except KeyboardInterrupt as interrupt:
-        print(f"wellcond: interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        print(f"wellcond: interrupted. {shown(interrupt)}".rstrip(), file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"wellcond: error: {error}", file=sys.stderr)
+        print(f"wellcond: error: {shown(error)}", file=sys.stderr)
         return 2

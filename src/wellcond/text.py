@@ -1,4 +1,7 @@
-"""How things are said, everywhere alike: names in a sentence, tables, strict JSON, versions."""
+"""How things are said, everywhere alike: names in a sentence, tables, strict JSON, versions.
+
+Names come from files that may mean harm: what a terminal would obey is shown as an escape.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,24 @@ from typing import Any
 import torch
 
 
+def shown(text: object) -> str:
+    """As text of one line, all that is not printable escaped: control, direction, surrogates.
+
+    Example:
+        >>> print(shown("a\\x1b[2J\\nb"))
+        a\\x1b[2J\\nb
+    """
+    plain = str(text)
+    if plain.isprintable():
+        return plain
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+
+
 def and_more(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     """The first items, and how many more there are; "none" if there is none."""
     items = list(items)
-    shown = separator.join(items[:limit]) or "none"
-    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+    named = separator.join(map(shown, items[:limit])) or "none"
+    return f"{named} and {len(items) - limit} more" if len(items) > limit else named
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -37,7 +53,7 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         left = header in ("weight", "dtype", "grade", "changed")
         table.add_column(header, justify="left" if left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row[: len(headers)])
+        table.add_row(*map(shown, row[: len(headers)]))
     text = io.StringIO()
     # As wide as it needs to be: a table that is cut to the terminal would hide numbers.
     Console(file=text, width=1000, color_system=None, markup=False, highlight=False).print(table)
@@ -45,7 +61,7 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def dump_json(content: Any) -> str:
-    """Strict JSON with inf, -inf and nan as strings, and what JSON does not know as text."""
+    """Strict JSON in ASCII; inf, -inf and nan as strings, and what JSON does not know as text."""
 
     def strict(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -55,7 +71,7 @@ def dump_json(content: Any) -> str:
         return [strict(item) for item in value] if isinstance(value, list | tuple) else value
 
     plain = strict(content)
-    return json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False, default=str) + "\n"
+    return json.dumps(plain, indent=1, allow_nan=False, default=str) + "\n"
 
 
 def written(text: str, path: str | os.PathLike[str] | None) -> str:
@@ -64,7 +80,7 @@ def written(text: str, path: str | os.PathLike[str] | None) -> str:
         path = Path(path)
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

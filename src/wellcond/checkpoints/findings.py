@@ -18,7 +18,7 @@ from typing import Any
 
 from wellcond.checkpoints.page import CURVES, Row, render
 from wellcond.linalg.certify import Certificate
-from wellcond.text import and_more, dump_json, text_table, versions, written
+from wellcond.text import and_more, dump_json, shown, text_table, versions, written
 from wellcond.weights.reasons import Skipped
 
 SCHEMA = 1
@@ -177,8 +177,8 @@ class Coverage:
         if self.failed:
             text += f"; {self.failed} could not be measured"
         if left_out:
-            shown = and_more((f"{name} ({why})" for name, why in left_out.items()), limit=3)
-            text += f"; {len(left_out)} skipped: {shown}"
+            named = and_more((f"{name} ({why})" for name, why in left_out.items()), limit=3)
+            text += f"; {len(left_out)} skipped: {named}"
         reasons = [why.reason for why in self.skipped.values() if why.reason.no_matrix]
         if reasons:
             counted = (f"{n} ({reason.name})" for reason, n in Counter(reasons).items())
@@ -208,15 +208,15 @@ class AuditReport:
 
     def table(self, top: int | None = None) -> str:
         """The findings as text, the worst `top` of them, with what they cover."""
-        shown = self.findings[:top]
-        rows = [_cells(finding) for finding in shown]
-        certified = any(finding.certificate for finding in shown)
+        worst = self.findings[:top]
+        rows = [_cells(finding) for finding in worst]
+        certified = any(finding.certificate for finding in worst)
         text = text_table(_HEADERS if certified else _HEADERS[:-1], rows)
-        if len(shown) < len(self.findings):
-            text += f"... and {len(self.findings) - len(shown)} more with a smaller κ\n"
-        for finding in shown:
+        if len(worst) < len(self.findings):
+            text += f"... and {len(self.findings) - len(worst)} more with a smaller κ\n"
+        for finding in worst:
             if finding.explanation:
-                text += f"{finding.label}: {finding.explanation}\n"
+                text += f"{shown(finding.label)}: {shown(finding.explanation)}\n"
         return f"{text}{self.coverage}\n"
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
@@ -323,7 +323,7 @@ class Comparison:
         left = len(self.pairs[top:]) if top else 0
         if left:
             text += f"... and {left} more with a smaller change\n"
-        return f"{text}before: {self.before}\nafter: {self.after}\n"
+        return f"{text}before: {shown(self.before)}\nafter: {shown(self.after)}\n"
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan. With a limit also that, and what is above it."""
@@ -422,10 +422,17 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
 
 
 def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    """Names are escaped as everywhere, and those that a spreadsheet would run are quoted."""
+
+    def harmless(cell: Any) -> Any:
+        if not isinstance(cell, str):
+            return cell
+        return f"'{shown(cell)}" if cell.startswith(("=", "+", "-", "@")) else shown(cell)
+
     text = io.StringIO()
     sheet = csv.DictWriter(text, columns, lineterminator="\n")
     sheet.writeheader()
-    sheet.writerows(rows)
+    sheet.writerows({key: harmless(cell) for key, cell in row.items()} for row in rows)
     return text.getvalue()
 
 

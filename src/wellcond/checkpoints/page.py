@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as escape_markup
 from typing import NamedTuple
+
+from wellcond.text import shown
 
 # So many singular value curves are told apart.
 CURVES = 6
@@ -161,6 +163,11 @@ def _folded(items: Mapping[str, str]) -> str:
     return f"<details><summary>{summary}</summary>{_list(items)}</details>"
 
 
+def escape(text: str) -> str:
+    """As text that is neither markup nor anything else that a browser obeys."""
+    return escape_markup(shown(text))
+
+
 def _list(items: Mapping[str, str]) -> str:
     lines = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in items.items())
     return f"<dl>{''.join(lines)}</dl>"
@@ -172,8 +179,8 @@ def _power(exponent: int) -> str:
 
 def _table(headers: Sequence[str], rows: Sequence[Row], max_condition: float | None) -> str:
     kappas = [kappa for row in rows for kappa in row.condition_numbers]
-    shown = [kappa for kappa in (*kappas, max_condition or 1) if math.isfinite(kappa)]
-    decades = max(1, math.ceil(math.log10(max(shown, default=10))))
+    finite = [kappa for kappa in (*kappas, max_condition or 1) if math.isfinite(kappa)]
+    decades = max(1, math.ceil(math.log10(max(finite, default=10))))
     every = -(-decades // 3)
     ticks = "".join(
         f'<span style="left:{100 * exponent / decades:.4g}%">{_power(exponent)}</span>'

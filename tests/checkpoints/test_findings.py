@@ -1,0 +1,49 @@
+"""What an audit found, shown to terminals, browsers and spreadsheets that are to be left alone."""
+
+import csv
+import io
+import json
+
+import torch
+from torch import nn
+
+import wellcond as wc
+from wellcond.checkpoints.findings import compare
+
+HOSTILE = "a\x1b[2J\nb\x00\u202e<i>\ud800"
+ESCAPED = r"a\x1b[2J\nb\x00\u202e<i>\ud800"
+
+
+def named(*names: str) -> nn.Module:
+    model = nn.Module()
+    for name in names:
+        model.add_module(name, nn.Linear(2, 2))
+        with torch.no_grad():
+            model.get_submodule(name).weight.fill_(1.0)
+    return model
+
+
+def test_no_name_is_obeyed() -> None:
+    report = wc.audit(named(HOSTILE))
+    comparison = compare(report, report)
+    for text in (report.table(), str(report), comparison.table(), report.to_csv()):
+        assert ESCAPED in text
+        assert all(line.isprintable() for line in text.split("\n"))
+    for text in (report.to_html(), comparison.to_html()):
+        assert ESCAPED.replace("<i>", "&lt;i&gt;") in text
+        assert all(line.isprintable() for line in text.split("\n"))
+    assert json.loads(report.to_json())["findings"][0]["name"] == f"{HOSTILE}.weight"
+
+
+def test_spreadsheets_run_nothing() -> None:
+    names = ["=1+1", "+1", "-1", "@x", "good"]
+    report = wc.audit(named(*names))
+    for text in (report.to_csv(), compare(report, report).to_csv()):
+        first = [row[0] for row in csv.reader(io.StringIO(text))][1:]
+        assert sorted(first) == [
+            "'+1.weight",
+            "'-1.weight",
+            "'=1+1.weight",
+            "'@x.weight",
+            "good.weight",
+        ]
