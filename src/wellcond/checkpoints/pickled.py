@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wellcond.checkpoints.archive import can_be_mapped, check_storages
 from wellcond.checkpoints.tensors import (
     Entry,
     NoTensorsError,
@@ -42,6 +43,7 @@ class Pickled(TensorFile):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._mapped = can_be_mapped(path)
         self._open()
         if not (self._tensors or self.others):
             raise NoTensorsError(
@@ -67,19 +69,20 @@ class Pickled(TensorFile):
         self._content: Any = None
         self._tensors: dict[str, Tensor] = {}
         self._read = 0
-        self._content = _load(self.path)
+        self._content = _load(self.path, self._mapped)
         self.others = {}
         self._tensors = dict(_tensors(self._content, "", self.others))
 
     def read(self, name: str) -> Tensor:
-        if self._read > _RESIDENT:
+        if self._mapped and self._read > _RESIDENT:
             self._open()
         tensor = self._tensors[name].detach()
         self._read += tensor.numel() * tensor.element_size()
         return tensor
 
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        content = _load(self.path)  # mapped privately: what is written here stays in memory
+        # Mapped privately: what is written here stays in memory.
+        content = _load(self.path, self._mapped)
         tensors = dict(_tensors(content, "", {}))
         with torch.no_grad():
             for name, tensor in replaced:
@@ -87,34 +90,38 @@ class Pickled(TensorFile):
         torch.save(content, target)
 
 
-def _load(path: Path) -> Any:
-    mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
+def _load(path: Path, mapped: bool) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+            # Of a TorchScript archive, which is refused below, and of the storages' own classes.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            if zipfile.is_zipfile(path):  # not one from before torch 1.6
+                check_storages(path)
+            return content
+    except (FileNotFoundError, PermissionError, IsADirectoryError, UnreadableError):
+        raise
+    except Exception as error:  # a damaged pickle can raise whatever there is
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code is None:
-            raise UnreadableError(
-                f"{path} must be a file of torch.save, but cannot be unpickled. "
-                "It may be damaged, or something else altogether."
+        if isinstance(error, pickle.UnpicklingError) and code is not None:
+            raise PickledCodeError(
+                f"{path} must hold tensors alone, but holds a {code[1]}, and loading it could run "
+                "any code. Save the weights alone: torch.save(model.state_dict(), path)."
             ) from None
-        raise PickledCodeError(
-            f"{path} must hold tensors alone, but holds a {code[1]}, and loading it could run any "
-            "code. Save the weights alone: torch.save(model.state_dict(), path)."
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
         if "TorchScript" in str(error):
             raise PickledCodeError(
                 f"{path} must hold tensors alone, but is a TorchScript archive, a program. "
                 "Save its weights: torch.save(torch.jit.load(path).state_dict(), other)."
             ) from None
+        if isinstance(error, RuntimeError | EOFError | OSError | ValueError | KeyError):
+            (what, *_) = str(error).split(".")[0].splitlines() or [type(error).__name__]
+            raise UnreadableError(
+                f"{path} must be a whole file of torch.save, but: {what}. "
+                "It may be truncated or damaged: compare its size with the original's."
+            ) from None
         raise UnreadableError(
-            f"{path} must be a whole file of torch.save, but: {str(error).split('.')[0]}. "
-            "It may be truncated or damaged: compare its size with the original's."
+            f"{path} must be a file of torch.save, but cannot be unpickled. "
+            "It may be damaged, or something else altogether."
         ) from None
 
 

@@ -1,0 +1,81 @@
+"""Archives that were compressed, cut or made to mislead."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import wellcond as wc
+from wellcond.checkpoints.files import Checkpoint
+from wellcond.checkpoints.tensors import UnreadableError
+
+
+def content() -> dict[str, Tensor]:
+    z = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    return {"w": 2 * torch.eye(4), "b": torch.arange(4.0), "z": z}
+
+
+def rezipped(
+    path: Path,
+    compression: int = zipfile.ZIP_STORED,
+    change: Callable[[str, bytes], bytes] = lambda name, data: data,
+) -> Path:
+    other = path.with_name(f"rezipped-{path.name}")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w", compression) as target:
+        for record in source.infolist():
+            name = record.filename
+            target.writestr(name, change(name, source.read(record)))
+    return other
+
+
+def test_a_compressed_archive_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
+    for one in Checkpoint(path).matrices():
+        assert torch.equal(one.read(), content()[one.name])
+    wc.repair(path, tmp_path / "fixed.pt", 2.0)
+    after = torch.load(tmp_path / "fixed.pt")
+    assert torch.equal(after["b"], content()["b"])
+    assert float(wc.condition_number(after["z"])) <= 2.0
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_storage_longer_than_its_record_is_refused(tmp_path: Path, compression: int) -> None:
+    """What follows in the file would be read as weights."""
+
+    def cut(name: str, data: bytes) -> bytes:
+        return data[:16] if name.endswith("data/0") else data
+
+    torch.save(content(), tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", compression, cut)
+    with pytest.raises(UnreadableError, match=r"64.*16|16.*64"):
+        Checkpoint(path)
+
+
+def test_what_unpacks_to_far_more_than_the_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(5000, 5000)}, tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
+    with pytest.raises(UnreadableError, match="would unpack from"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int64, torch.uint16])
+def test_storages_of_every_kind_are_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = torch.zeros(12, dtype=dtype)
+    torch.save({"w": torch.eye(3), "a": whole, "b": whole[3:9]}, tmp_path / "a.pt")
+    assert [one.name for one in Checkpoint(tmp_path / "a.pt").matrices()] == ["w"]
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02R.", b"\x80\x02R", b"\x80\x02.", b"\x80\x02K\x01b."])
+def test_damaged_pickles_are_refused(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(start)
+    with pytest.raises(UnreadableError, match="must be a"):
+        Checkpoint(path)
+    torch.save(content(), path)
+    path = rezipped(path, change=lambda name, data: start if "data.pkl" in name else data)
+    with pytest.raises(UnreadableError, match="must be a"):
+        Checkpoint(path)
