@@ -1,6 +1,7 @@
 """The command line: arguments in, text and exit code out."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -55,7 +56,12 @@ def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["audit"], "required: path"),
         (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
         (["audit", "x.pt", "--max-condition", "nan"], "at least 1, got nan"),
+        (["audit", "x.pt", "--max-condition", "many"], "a number of at least 1, got many"),
         (["audit", "x.pt", "--top", "0"], "must be a positive integer, got 0"),
+        (["audit", "x.pt", "--top", "3.5"], "must be a positive integer, got 3.5"),
+        (["audit", "x.pt", "--top", "nan"], "must be a positive integer, got nan"),
+        (["audit", "x.pt", "--threads", "inf"], "must be a positive integer, got inf"),
+        (["repair", "x.pt", "y.pt", "--max-condition", ""], "must be a number of at least 1"),
         (["repair", "x.pt", "y.pt"], "required: --max-condition"),
     ],
 )
@@ -218,6 +224,56 @@ def test_reports_are_written_and_not_overwritten(
     assert page.read_text() == "precious"
     assert main([*command, "--overwrite"]) == 0
     assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("option", ["--csv", "--html"])
+def test_where_nothing_can_be_written_nothing_is_measured(
+    checkpoint: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint.parent
+    before = checkpoint.read_bytes()
+    (folder / "exists").write_text("mine")
+    (folder / "link.csv").symlink_to(checkpoint)
+    for name, message in (
+        ("missing/r", "missing is none. Create it first."),
+        (".", "is a directory"),
+        ("exists", "exists already and is not overwritten. Give --overwrite"),
+    ):
+        argv = ["audit", str(folder / "no.pt"), option, str(folder / name)]
+        assert main(argv) == 2
+        assert message in capsys.readouterr().err
+    for name in (checkpoint.name, "link.csv"):
+        target = str(folder / name)
+        assert main(["audit", str(checkpoint), option, target, "--overwrite"]) == 2
+        assert "given twice" in capsys.readouterr().err
+    # One of the files of a directory.
+    assert main(["audit", str(folder), option, str(checkpoint), "--overwrite"]) == 2
+    assert "must not replace weights" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+    assert (folder / "exists").read_text() == "mine"
+
+
+def test_a_page_and_a_sheet_are_two_files(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = str(checkpoint.with_name("r"))
+    assert main(["audit", str(checkpoint), "--csv", same, "--html", same]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_csv_goes_to_standard_output(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", str(checkpoint), "--csv", "-"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["name"] for row in rows] == ["bad", "good"]
+    assert not Path("-").exists()
+    assert main(["audit", str(checkpoint), "--csv", "-", "--json"]) == 2
+    assert "must not be given together" in capsys.readouterr().err
 
 
 def test_patterns_choose(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,6 @@ import torch
 
 import wellcond
 from wellcond.checkpoints.audit import Progress, audit
-from wellcond.checkpoints.files import refuse_existing
 from wellcond.checkpoints.findings import AuditReport, Comparison, compare
 from wellcond.checkpoints.page import CURVES
 from wellcond.checkpoints.repair import repair
@@ -67,6 +68,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
     ".ckpt), or a directory of these"
@@ -74,17 +76,25 @@ _INPUT = (
 
 
 def _limit(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not number >= 1:
         raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
     return number
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    number = _number(text)
+    if not (number >= 1 and number.is_integer()):
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return number
+    return int(number)
+
+
+def _number(text: str) -> float:
+    """nan if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +120,9 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
     parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
     parser.add_argument("--compare", type=Path, metavar="B", help="how κ moved from PATH to B")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a CSV file")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, self-contained")
     parser.add_argument("--overwrite", action="store_true", help="replace such files")
     _add_common(parser)
@@ -153,10 +165,37 @@ def _finish_progress() -> None:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises, before anything is measured, if a file cannot be written or must not be."""
+    inputs = [path for path in (arguments.path, arguments.compare) if path is not None]
+    outputs: list[Path] = []
+    for option, path in (("--csv", arguments.csv), ("--html", arguments.html)):
+        if path is None or (option == "--csv" and path == Path("-")):
+            continue
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"{option} must lie in a directory, but {path.parent} is none. Create it first."
+            )
+        if path.is_dir():
+            raise IsADirectoryError(f"{option} must be a file, but {path} is a directory.")
+        if any(path.resolve() == other.resolve() for other in inputs + outputs):
+            raise ValueError(f"{option} must be a file of its own, but {path} is given twice.")
+        if os.path.lexists(path):
+            if any(path.name.endswith(suffix) for suffix in _WEIGHTS):
+                raise ValueError(f"{option} must not replace weights, as {path} may be.")
+            if not arguments.overwrite:
+                raise FileExistsError(
+                    f"{path} exists already and is not overwritten. Give --overwrite, or another "
+                    f"{option}."
+                )
+        outputs.append(path)
+
+
 def _audit(arguments: argparse.Namespace) -> int:
-    for path in (arguments.csv, arguments.html):
-        if path is not None and not arguments.overwrite:
-            refuse_existing(path)
+    to_stdout = arguments.csv == Path("-")
+    if to_stdout and arguments.json:
+        raise ValueError("--csv - and --json must not be given together. Write one into a file.")
+    _check_outputs(arguments)
     _set_threads(arguments)
 
     def look(path: Path) -> AuditReport:
@@ -179,9 +218,12 @@ def _audit(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         result = compare(report, look(arguments.compare))
         total = len(result.pairs)
-    text = result.to_json(max_condition=limit) if arguments.json else result.table(arguments.top)
+    if arguments.json:
+        text = result.to_json(max_condition=limit)
+    else:
+        text = result.to_csv() if to_stdout else result.table(arguments.top)
     print(text, end="")
-    if arguments.csv is not None:
+    if arguments.csv is not None and not to_stdout:
         result.to_csv(arguments.csv)
     if arguments.html is not None:
         result.to_html(arguments.html, limit)
