@@ -61,6 +61,8 @@ def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["audit", "x.pt", "--top", "3.5"], "must be a positive integer, got 3.5"),
         (["audit", "x.pt", "--top", "nan"], "must be a positive integer, got nan"),
         (["audit", "x.pt", "--threads", "inf"], "must be a positive integer, got inf"),
+        (["audit", "x.pt", "--min-coverage", "1.1"], "must be a share from 0 to 1, got 1.1"),
+        (["audit", "x.pt", "--min-coverage", "nan"], "must be a share from 0 to 1, got nan"),
         (["repair", "x.pt", "y.pt", "--max-condition", ""], "must be a number of at least 1"),
         (["repair", "x.pt", "y.pt"], "required: --max-condition"),
     ],
@@ -188,6 +190,33 @@ def test_a_limit_decides_the_exit_code(
     assert main(["audit", str(checkpoint), "--max-condition", limit]) == code
     _, err = capsys.readouterr()
     assert ("1 of 2 matrices exceed 99: bad (100)" in err) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "code", "message"),
+    [
+        (None, 0, "wellcond: warning: only 25 % of the parameters of {} were measured\n"),
+        ("0.3", 1, "wellcond: only 25 % of the parameters of {} were measured, less than 30 %\n"),
+        ("0.25", 0, ""),
+        ("0", 0, ""),
+    ],
+)
+def test_what_an_audit_covers_is_a_limit_and_never_silent(
+    tmp_path: Path,
+    share: str | None,
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    low, whole = tmp_path / "low.pt", tmp_path / "whole.pt"
+    torch.save({"w": torch.eye(2), "long": torch.ones(12)}, low)
+    torch.save({"w": torch.eye(2)}, whole)
+    options = [] if share is None else ["--min-coverage", share]
+    for paths in ([low], [whole, "--compare", low]):
+        assert main(["audit", *map(str, paths), *options]) == code
+        assert capsys.readouterr().err == message.format(low)
+    assert main(["audit", str(whole), *options]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

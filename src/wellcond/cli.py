@@ -68,6 +68,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+_LOUD = 0.5  # a smaller share of the parameters is said even if nobody asks
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
@@ -79,6 +80,13 @@ def _limit(text: str) -> float:
     number = _number(text)
     if not number >= 1:
         raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text}")
     return number
 
 
@@ -112,13 +120,17 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="measure every weight of a checkpoint",
         description="Condition number, extreme singular values, ranks and penalty of every weight "
         "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
-        "weight exceeds it; one whose condition number is infinite, undefined or unknown does.",
+        "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
+        "With --min-coverage, exit code 1 if less than that share of the parameters is measured.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
     parser.add_argument("path", type=Path, help=_INPUT)
     parser.add_argument("--certify", action="store_true", help="enclose every number by intervals")
     parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
     parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
+    parser.add_argument(
+        "--min-coverage", type=_share, metavar="SHARE", help="exit 1 below that share, 0 to 1"
+    )
     parser.add_argument("--compare", type=Path, metavar="B", help="how κ moved from PATH to B")
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
@@ -212,11 +224,11 @@ def _audit(arguments: argparse.Namespace) -> int:
             _finish_progress()
 
     limit = arguments.max_condition
-    report = look(arguments.path)
-    result: AuditReport | Comparison = report
-    total = len(report.findings)
+    reports = [look(path) for path in (arguments.path, arguments.compare) if path is not None]
+    result: AuditReport | Comparison = reports[0]
+    total = len(reports[0].findings)
     if arguments.compare is not None:
-        result = compare(report, look(arguments.compare))
+        result = compare(*reports)
         total = len(result.pairs)
     if arguments.json:
         text = result.to_json(max_condition=limit)
@@ -227,16 +239,28 @@ def _audit(arguments: argparse.Namespace) -> int:
         result.to_csv(arguments.csv)
     if arguments.html is not None:
         result.to_html(arguments.html, limit)
-    if limit is None:
-        return 0
-    exceeding = result.exceeding(limit)
+    covered = [_enough(report, arguments.min_coverage) for report in reports]
+    exceeding = [] if limit is None else result.exceeding(limit)
     if exceeding:
         worst = and_more(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
         print(
             f"wellcond: {len(exceeding)} of {total} matrices exceed {limit:g}: {worst}",
             file=sys.stderr,
         )
-    return 1 if exceeding else 0
+    return 1 if exceeding or not all(covered) else 0
+
+
+def _enough(report: AuditReport, min_coverage: float | None) -> bool:
+    """Whether it covers the share that is asked for; says on standard error what it lacks."""
+    share = report.coverage.parameter_share
+    if share >= (_LOUD if min_coverage is None else min_coverage):
+        return True
+    text = f"only {100 * share:.3g} % of the parameters of {shown(report.source)} were measured"
+    if min_coverage is None:
+        print(f"wellcond: warning: {text}", file=sys.stderr)
+        return True
+    print(f"wellcond: {text}, less than {100 * min_coverage:.3g} %", file=sys.stderr)
+    return False
 
 
 def _repair(arguments: argparse.Namespace) -> int:
