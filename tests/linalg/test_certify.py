@@ -293,6 +293,26 @@ def test_blocks_are_certified_if_all_are() -> None:
     assert "the matrix is zero" in none.reason
 
 
+@given(st.integers(0, 99), st.sampled_from(sorted(FAMILIES)))
+def test_what_is_measured_contradicts_no_certificate(seed: int, family: str) -> None:
+    S = FAMILIES[family][0](seed)
+    assert not wc.certify(S).contradicts(float(wc.condition_number(S)))
+
+
+def test_a_measurement_outside_its_certificate_is_noticed() -> None:
+    certificate = wc.certify(torch.diag(torch.tensor([800.0, 100.0, 1.0])))
+    assert [
+        k
+        for k in (100.0, 799.9, 800.0, 800.1, math.inf, math.nan)
+        if not certificate.contradicts(k)
+    ] == [800.0]
+    assert not wc.certify(torch.zeros(2, 2)).contradicts(math.nan)
+    assert wc.certify(torch.zeros(2, 2)).contradicts(1.0)
+    singular = wc.certify(torch.ones(2, 2))
+    assert not singular.contradicts(math.inf)
+    assert singular.contradicts(1e3)
+
+
 # --- outcomes and errors --------------------------------------------------------------------------
 
 
