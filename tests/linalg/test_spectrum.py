@@ -105,6 +105,44 @@ def test_a_nearly_singular_block_is_found_beside_tiny_columns(
     assert measure(S).condition_number == pytest.approx(exact, rel=error)
 
 
+def hidden_from(start: Tensor) -> Tensor:
+    """kappa 800, where v_1 is orthogonal to the block, and 100 without v_1."""
+    n = len(start)
+    others = torch.randn(n, 1, generator=torch.Generator().manual_seed(1), dtype=start.dtype)
+    v = torch.linalg.qr(torch.cat([start, others], dim=1)).Q[:, -1:]
+    sigma = torch.linspace(1, 10, n, dtype=start.dtype)
+    sigma[-1] = 100  # far from the others: found before rounding brings v_1 in
+    sigma[n // 2] = 800
+    V = with_spectrum(torch.ones(n).double(), n, n)
+    V = V - 2 * (w := V[:, n // 2, None] - v) @ (w.mT @ V) / w.square().sum()
+    return V * sigma @ V.mT
+
+
+def test_no_matrix_can_hide_from_the_start_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made against the block that all matrices once had, and against those of other matrices."""
+    monkeypatch.setattr(spectrum_module, "_LARGE", 600)
+    source = torch.Generator().manual_seed(0)
+    known = torch.randn(600, 4, generator=source, dtype=torch.float64)
+    S = hidden_from(known)
+    with monkeypatch.context() as patch:
+        patch.setattr(spectrum_module, "_start", lambda S: known)
+        assert measure(S).condition_number == pytest.approx(100.0, rel=1e-2)
+    for _ in range(3):
+        found = measure(S)
+        assert found.method is Method.krylov
+        assert found.condition_number == pytest.approx(800.0, rel=1e-6)
+        assert measure(S.clone()).condition_number == found.condition_number
+        S = hidden_from(spectrum_module._start(S))
+
+
+def test_starts_are_those_of_the_matrix() -> None:
+    S = with_spectrum(torch.ones(20).double(), 30, 20)
+    start = spectrum_module._start(S)
+    assert torch.equal(spectrum_module._start(S.mT.contiguous().mT), start)
+    S[-1, -1] = np.nextafter(float(S[-1, -1]), 1)
+    assert not torch.isclose(spectrum_module._start(S), start).any(dim=0).all()
+
+
 def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,9 @@ smaller; sigma (..., nu) the singular values, descending; nu = min(m, n); kappa 
 from __future__ import annotations
 
 import enum
+import hashlib
 import math
+import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -155,14 +157,15 @@ def _from_gram(S: Tensor, all_values: bool) -> Spectrum | None:
     factor, failed = torch.linalg.cholesky_ex(G)
     if failed:
         return None
-    smallest, error = _smallest(S, factor)
+    start = _start(S)
+    smallest, error = _smallest(S, factor, start)
     del factor
     hides = negligible(S.shape) / _HIDDEN
     if hides * G.diagonal().max() > smallest.square():
         return None
     converged = error <= _RESIDUAL_ERROR
     sure = n >= _LARGE and converged and not all_values
-    top, _, top_error = _krylov(lambda V: G @ V, G, _RESIDUAL_ERROR, steps=100 if sure else 3)
+    top, _, top_error = _krylov(lambda V: G @ V, start, _RESIDUAL_ERROR, steps=100 if sure else 3)
     if hides * top > smallest.square():
         return None
     if sure and top_error <= _RESIDUAL_ERROR:
@@ -193,7 +196,23 @@ def gram(S: Tensor) -> Tensor:
     return G
 
 
-def _smallest(S: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+def _start(S: Tensor, width: int = 4) -> Tensor:
+    """A random block (n, width), the same for the same matrix.
+
+    It hangs on all entries by a cryptographic hash: whoever knew it beforehand could make a matrix
+    whose extreme singular vectors are orthogonal to it, and so are never found.
+    """
+    content = S.cpu().contiguous().view(torch.uint8).numpy().data
+    # PyTorch's generator on the CPU takes 32 bits, few enough to try: one for each column.
+    seeds = struct.unpack_from(f"<{width}I", hashlib.sha256(content).digest())
+    sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    columns = [
+        torch.randn(S.shape[1], generator=source, dtype=S.dtype, device="cpu") for source in sources
+    ]
+    return torch.stack(columns, dim=1).to(S.device)  # the same numbers on every device
+
+
+def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
     """sigma_n of S from the Cholesky factor of S^T S, and an estimate of the error of sigma_n^2.
 
     The vectors are those of the rounded Gram matrix; sigma_n = ||S v|| forgives them to second
@@ -205,7 +224,7 @@ def _smallest(S: Tensor, factor: Tensor) -> tuple[Tensor, float]:
         solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
         return solved
 
-    _, V, _ = _krylov(inverse, factor, _RESIDUAL_ERROR, steps=30)
+    _, V, _ = _krylov(inverse, start, _RESIDUAL_ERROR, steps=30)
     for _ in range(2):  # what is left of large singular vectors shrinks by kappa^2 each time
         V = torch.linalg.qr(inverse(V)).Q
     U, sigma, Wh = torch.linalg.svd(S @ V, full_matrices=False)
@@ -225,21 +244,18 @@ def _ritz_error(value: Tensor, residual: Tensor, gap: Tensor) -> float:
 
 
 def _krylov(
-    apply: Callable[[Tensor], Tensor], like: Tensor, tolerance: float, steps: int, width: int = 4
+    apply: Callable[[Tensor], Tensor], start: Tensor, tolerance: float, steps: int
 ) -> tuple[Tensor, Tensor, float]:
     """The largest eigenvalue of a positive semidefinite operator by block Lanczos.
 
-    It applies to n-vectors where `like`, an n x n matrix, lies.
+    From a block `start` (n, width).
 
     Returns the Ritz value, a lower bound, the `width` leading Ritz vectors (n, width), and an
     estimate of the relative error of the value.
     """
-    n = len(like)
+    n, width = start.shape
     steps = min(steps, n // width)
-    # Drawn on the CPU: the same numbers on every device.
-    source = torch.Generator("cpu").manual_seed(0)
-    start = torch.randn(n, width, generator=source, dtype=like.dtype, device="cpu")
-    block = torch.linalg.qr(start.to(like.device)).Q
+    block = torch.linalg.qr(start).Q
     basis = block.new_empty(steps * width, n)  # in rows: products with them are much faster
     projected = block.new_zeros(steps * width, steps * width)
     for step in range(1, steps + 1):
