@@ -508,3 +508,50 @@ def test_without_lightning_it_takes_pytorch_lightning_or_says_what_to_install(ol
     code = [sys.executable, "-c", WITHOUT.format(old=old)]
     out = subprocess.run(code, capture_output=True, text=True, check=True).stdout
     assert ("pytorch_lightning" if old else "pip install 'wellcond[lightning]'") in out
+
+
+# --- hard limits, logs ----------------------------------------------------------------------------
+
+
+def kappas(state: dict[str, Tensor]) -> list[float]:
+    found = [float(wc.condition_number(w)) for name, w in state.items() if name.endswith("weight")]
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "weights alone"])
+@pytest.mark.parametrize(
+    "when", [{"every_n_train_steps": 5}, {"every_n_epochs": 1}], ids=["steps", "epochs"]
+)
+def test_hard_limits_hold_in_every_checkpoint_and_at_the_end(
+    when: dict[str, int], alone: bool, tmp_path: Path
+) -> None:
+    saver = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, save_weights_only=alone, **when)
+    module = Validated()
+    added = RegularizerCallback(wc.ConditionLimit(3.0), every=10**6)
+    trainer(tmp_path, added, saver).fit(module, loader(), loader(16))
+    saved = sorted((tmp_path / "saved").glob("*.ckpt"))
+    assert len(saved) >= 2
+    for path in saved:
+        assert max(kappas(torch.load(path, weights_only=True)["state_dict"])) <= 3.0, path.name
+    assert max(kappas(module.state_dict())) <= 3.0
+
+
+def test_the_loggers_of_the_trainer_get_aggregates_and_the_worst_weights(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    class Recorder(CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(name.startswith("wellcond/") for name in metrics):
+                assert step is not None
+                logged.append((step, metrics))
+
+    added = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block=BLOCK, log_every=4)
+    options = {"logger": Recorder(tmp_path), "accumulate_grad_batches": 2, "max_epochs": 2}
+    trainer(tmp_path, added, **options).fit(Module(), loader())
+    assert [step for step, _ in logged] == [4, 8, 12]
+    for _, values in logged:
+        assert values["wellcond/sigma_max/largest"] > 0
+        assert "wellcond/worst/net.0.weight/stable_rank_share" in values

@@ -71,7 +71,14 @@ def examples(count: int = 96, key: str = "x") -> list[dict[str, Tensor]]:
     return [{key: one, "labels": label} for one, label in zip(x, y, strict=True)]
 
 
-def trainer(tmp_path: Path, model: Any, *callbacks: Any, count: int = 96, **options: Any) -> Any:
+def trainer(
+    tmp_path: Path,
+    model: Any,
+    *callbacks: Any,
+    count: int = 96,
+    eval_dataset: Any = None,
+    **options: Any,
+) -> Any:
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
     defaults = {
         "use_cpu": True,
@@ -85,6 +92,7 @@ def trainer(tmp_path: Path, model: Any, *callbacks: Any, count: int = 96, **opti
     return transformers.Trainer(
         model,
         transformers.TrainingArguments(str(tmp_path), **{**quiet, **defaults, **options}),
+        eval_dataset=eval_dataset,
         train_dataset=examples(count, "x" if hasattr(model, "net") else "pixel_values"),
         optimizers=(optimizer, scheduler_of(optimizer)),
         callbacks=list(callbacks),
@@ -398,3 +406,76 @@ def test_without_transformers_it_says_what_to_install() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'wellcond[transformers]'" in out.stdout
+
+
+# --- hard limits, logs ----------------------------------------------------------------------------
+
+
+def kappas(folder: Path) -> list[float]:
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    found = [float(wc.condition_number(w)) for name, w in state.items() if name.endswith("weight")]
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"save_strategy": "steps", "save_steps": 5},
+        {"save_strategy": "epoch"},
+        {
+            "save_strategy": "best",
+            "eval_strategy": "epoch",
+            "metric_for_best_model": "loss",
+            "load_best_model_at_end": False,
+        },
+    ],
+    ids=["steps", "epochs", "best"],
+)
+def test_hard_limits_hold_in_every_checkpoint_and_at_the_end(
+    when: dict[str, Any], tmp_path: Path
+) -> None:
+    model = Classifier()
+    added = RegularizerCallback(wc.ConditionLimit(3.0), every=10**6)
+    used = trainer(tmp_path, model, added, eval_dataset=examples(16), **when)
+    used.train()
+    saved = sorted(tmp_path.glob("checkpoint-*"))
+    assert saved
+    used.save_model(str(tmp_path / "end"))
+    for folder in (*saved, tmp_path / "end"):
+        assert max(kappas(folder)) <= 3.0, folder.name
+
+
+def test_a_callback_that_asks_for_a_save_after_ours_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Late(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = state.global_step == 3
+
+    added = RegularizerCallback(wc.ConditionLimit(3.0), every=10**6)
+    for callbacks, warned in (([Late(), added], 0), ([added, Late()], 1)):
+        caplog.clear()
+        trainer(tmp_path / str(warned), Classifier(), *callbacks).train()
+        said = [
+            r for r in caplog.records if "before the hard limits were applied" in r.getMessage()
+        ]
+        assert len(said) == warned
+
+
+@pytest.mark.parametrize("target", ["logs", "callable", "nothing"])
+def test_the_logs_of_the_trainer_hold_aggregates_and_the_worst_weights(
+    target: str, tmp_path: Path
+) -> None:
+    sent: list[tuple[int, dict[str, float]]] = []
+    log: Any = {"logs": True, "nothing": False}.get(target, lambda v, step: sent.append((step, v)))
+    added = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block=BLOCK, log=log)
+    used = trainer(tmp_path, Classifier(), added, logging_strategy="steps", logging_steps=4)
+    used.train()
+    history = [one for one in used.state.log_history if "loss" in one]
+    assert [one["step"] for one in history] == [4, 8, 12, 16, 20, 24]
+    for one in history:
+        assert ("wellcond/worst/net.0.weight/stable_rank_share" in one) == (target != "nothing")
+    assert [step for step, _ in sent] == ([4, 8, 12, 16, 20, 24] if target == "callable" else [])

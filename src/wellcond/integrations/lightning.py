@@ -51,11 +51,16 @@ class RegularizerCallback(Callback):
     unless it resumes: the state is in Lightning's checkpoints, and `fit(..., ckpt_path=...)` goes
     on bit for bit. Two callbacks may be used together if they differ in patterns or way.
 
+    Hard limits hold in what is validated and saved and at the end of training, whatever `every` is:
+    they are applied before.
+
     Args:
         penalties: one penalty, or patterns to penalties, as for `Regularizer`.
         way: "proximal" or "gradients".
         every: for "proximal": a step after every so many optimizer steps, as for `attach`.
         block: the width of the leading subspace, as for `Regularizer`.
+        log_every: every so many steps the loggers of the Trainer get a few aggregates and the worst
+            five weights by name, see `Regularizer.log`; 0 for never.
 
     Attributes:
         regularizer: the `Regularizer`; None before training starts, kept when it ends.
@@ -75,14 +80,22 @@ class RegularizerCallback(Callback):
     """
 
     def __init__(
-        self, penalties: Penalties, *, way: str = "proximal", every: int = 10, block: int = 32
+        self,
+        penalties: Penalties,
+        *,
+        way: str = "proximal",
+        every: int = 10,
+        block: int = 32,
+        log_every: int = 100,
     ) -> None:
         self.penalties = penalties
         self.way = checked_way(way)
         self.every = every
         self.block = block
+        self.log_every = log_every
         self.regularizer: wc.Regularizer | None = None
         self._training = False
+        self._seen_step = 0
         self._holders: list[Optimizer] = []
         # Lightning restores callbacks before there is a Regularizer.
         self._loaded: dict[str, Any] | None = None
@@ -126,6 +139,7 @@ class RegularizerCallback(Callback):
         # From here on on_exception detaches what is attached.
         self.regularizer = regularizer
         self._training = True
+        self._seen_step = trainer.global_step
         self._holders = holders
         if self.way == "proximal":
             for optimizer in holders:
@@ -139,8 +153,52 @@ class RegularizerCallback(Callback):
         if self.way == "gradients" and held and self.regularizer is not None:
             self.regularizer.add_gradients_()
 
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step, loggers = trainer.global_step, trainer.loggers
+        # While gradients are accumulated a step lasts for several batches.
+        if self.regularizer is None or step == self._seen_step:
+            return
+        self._seen_step = step
+        if loggers and self.log_every:
+            self.regularizer.log(
+                lambda values, at: [logger.log_metrics(values, at) for logger in loggers],
+                step,
+                every=self.log_every,
+            )
+        for saver in trainer.checkpoint_callbacks:
+            # It tells callbacks nothing when it saves weights alone.
+            after = getattr(saver, "_every_n_train_steps", 0)
+            if getattr(saver, "save_weights_only", False) and after and step % after == 0:
+                self._enforce()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enforce()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What is measured, and perhaps saved as the best, obeys.
+        self._enforce()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The weights in the checkpoint share their memory with those of the module.
+        self._enforce()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enforce()
         self._end()
+
+    def _enforce(self) -> None:
+        """Hard limits hold in whatever is validated and saved from here on."""
+        if self._training and self.regularizer is not None:
+            self.regularizer.enforce_()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,11 +66,19 @@ class RegularizerCallback(TrainerCallback):
     The Trainer does not tell callbacks of an exception: after one, the optimizer stays attached
     until the next `train`, or `callback.regularizer.detach()`.
 
+    Hard limits hold in what is evaluated and saved and at the end of training, whatever `every` is:
+    they are applied before.
+
     Args:
         penalties: one penalty, or patterns to penalties, as for `Regularizer`.
         way: "proximal" or "gradients".
         every: for "proximal": a step after every so many optimizer steps, as for `attach`.
         block: the width of the leading subspace, as for `Regularizer`.
+        log: True adds a few aggregates and the worst five weights by name (see `Regularizer.log`)
+            to the logs of the Trainer, whenever it logs the loss: they are printed, and kept in
+            `trainer.state.log_history`. The Trainer's own TensorBoard and wandb have been served
+            by then; give a SummaryWriter, a run of wandb or a callable to log there as well. False
+            logs nothing.
 
     Attributes:
         regularizer: the `Regularizer`; None before training begins, kept when it ends.
@@ -89,12 +98,20 @@ class RegularizerCallback(TrainerCallback):
     """
 
     def __init__(
-        self, penalties: Penalties, *, way: str = "proximal", every: int = 10, block: int = 32
+        self,
+        penalties: Penalties,
+        *,
+        way: str = "proximal",
+        every: int = 10,
+        block: int = 32,
+        log: Any = True,
     ) -> None:
         self.penalties = penalties
         self.way = checked_way(way)
         self.every = every
         self.block = block
+        self.log = log
+        self._obeys_since = -1
         self.regularizer: wc.Regularizer | None = None
         self._run = ""
 
@@ -130,12 +147,50 @@ class RegularizerCallback(TrainerCallback):
         if self.way == "gradients" and self.regularizer is not None:
             self.regularizer.add_gradients_()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # What is evaluated, and perhaps saved as the best, obeys.
+        if control.should_save or control.should_evaluate:
+            self._enforce(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save or control.should_evaluate:
+            self._enforce(state)
+
+    def _enforce(self, state: TrainerState) -> None:
+        """Hard limits hold in what is evaluated and saved at this step."""
+        if self.regularizer is not None and self._obeys_since != state.global_step:
+            self.regularizer.enforce_()
+            self._obeys_since = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The other logs are those of evaluations, and of the end.
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if self.regularizer is None or not self.log or "loss" not in logs:
+            return
+        target = self.log if self.log is not True else lambda values, step: None
+        values = self.regularizer.log(target, state.global_step, every=1)
+        logs |= values or {}
+        if state.log_history:
+            state.log_history[-1] |= values or {}
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A search saves into directories of which callbacks know nothing.
         if self.regularizer is None or state.is_hyper_param_search:
             return
+        if self._obeys_since != state.global_step and self._has_limits():
+            logger.warning(
+                "The weights were saved at step %s before the hard limits were applied: a callback "
+                "after this one asked for it. Put RegularizerCallback last.",
+                state.global_step,
+            )
         # In every process, as sharded weights may need them all; then one writes.
         saved = {
             "run": self._run,
@@ -164,7 +219,13 @@ class RegularizerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._obeys_since = -1  # the best model may just have been loaded
+        self._enforce(state)
         self._end()
+
+    def _has_limits(self) -> bool:
+        each = self.penalties.values() if isinstance(self.penalties, Mapping) else [self.penalties]
+        return any(isinstance(one, wc.Limit) for one in each)
 
     def _end(self) -> None:
         if self.regularizer is not None:
