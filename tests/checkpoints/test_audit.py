@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import oracles
 import wellcond as wc
+import wellcond.checkpoints.audit as audit_module
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import with_spectrum
 from wellcond.checkpoints.findings import compare
@@ -143,6 +144,47 @@ def test_certified_findings_carry_intervals() -> None:
     flat = wc.audit(linear(torch.ones(3, 3)), certify=True).findings[0]
     assert flat.grade is wc.Grade.computed
     assert "cannot tell it from zero" in flat.explanation
+
+
+def test_no_row_contradicts_its_certificate() -> None:
+    """Zero to working precision of a tall matrix is more than a certificate needs."""
+    S = torch.zeros(100, 2, dtype=torch.float64)
+    S[0, 0], S[1, 1] = 1.0, 1e-14
+    assert float(wc.condition_number(S)) == math.inf
+    layer = nn.Linear(2, 100, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(S)
+    (finding,) = wc.audit(layer, certify=True).findings
+    assert finding.certificate is not None
+    assert finding.grade is wc.Grade.certified
+    assert finding.status is wc.Status.ok
+    assert finding.condition_number in finding.certificate.condition_number
+    assert finding.condition_number == pytest.approx(1e14, rel=0.2)
+    assert "κ = inf was measured" in finding.explanation
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_certificate_overrules_extremes_that_missed(
+    always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    S = torch.diag(torch.tensor([3.0, 2.0, 1e-3]))
+    true = spectrum_module.measure
+
+    def missed(S: Tensor, all_values: bool = False) -> spectrum_module.Spectrum:
+        if all_values and not always:
+            return true(S, all_values)
+        extremes = torch.tensor([2.5, 2.0], dtype=torch.float64)
+        return spectrum_module.Spectrum(extremes, spectrum_module.Method.krylov, S.shape)
+
+    monkeypatch.setattr(audit_module, "measure", missed)
+    (finding,) = wc.audit(linear(S), certify=True).findings
+    assert finding.certificate is not None
+    assert finding.condition_number in finding.certificate.condition_number
+    assert finding.sigma_max in finding.certificate.sigma_max
+    assert finding.sigma_min in finding.certificate.sigma_min
+    assert finding.condition_number == pytest.approx(3e3)
+    assert finding.penalty == pytest.approx(oracles.penalty(S))
+    assert ("lies outside of what is certified" in finding.explanation) == always
 
 
 def test_the_worst_comes_first() -> None:

@@ -25,12 +25,16 @@ from wellcond.checkpoints.findings import (
     sort_key,
 )
 from wellcond.linalg.certify import certificate_of_blocks, certify
+from wellcond.linalg.interval import Interval
 from wellcond.linalg.scaling import frobenius_norm
 from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
 from wellcond.text import and_more, versions
 from wellcond.weights.discover import effective_matrices, unwrapped
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
+
+# A measured kappa so far from its certificate, relatively, is worth a word.
+_ERROR = 1e-6
 
 Progress = Callable[[str, int], None]
 
@@ -204,11 +208,27 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
     blocks = S.unbind() if S.ndim == 3 else (S,)
     spectra, ranks = zip(*(_spectrum(block, all_values) for block in blocks), strict=True)
     spectrum = spectrum_of_blocks(spectra)
+    certificate = None
+    if want_certificate:
+        certificate = certificate_of_blocks([certify(block) for block in blocks])
+        known = certificate.condition_number
+        if not _near(spectrum.condition_number, known) and spectrum.method is Method.krylov:
+            spectra, ranks = zip(*(_spectrum(block, True) for block in blocks), strict=True)
+            spectrum = spectrum_of_blocks(spectra)
     sigma, kappa = spectrum.singular_values, spectrum.condition_number
-    top, norm, nu = float(sigma[0]), frobenius_norm(S), blank.nu
+    top, low, norm, nu = float(sigma[0]), float(sigma[-1]), frobenius_norm(S), blank.nu
+    notes = [_where(spectra)] if len(blocks) > 1 else []
+    if certificate is not None:
+        if not _near(kappa, known):
+            notes.append(f"κ = {kappa:.4g} was measured, and lies outside of what is certified")
+        top = _inside(certificate.sigma_max, top)
+        low = _inside(certificate.sigma_min, low)
+        kappa = _inside(known, kappa, certificate.computed)
+        if top > 0:
+            notes.append(certificate.reason)
     complete = spectrum.method is not Method.krylov
     if complete:
-        penalty = float(((top - sigma) * (top + sigma)).sum()) / (2 * nu)
+        penalty = float(((sigma[0] - sigma) * (sigma[0] + sigma)).sum()) / (2 * nu)
     else:
         mean = norm / math.sqrt(nu)
         penalty = max(0.0, (top - mean) * (top + mean) / 2)
@@ -217,19 +237,13 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
         status = Status.zero
     elif math.isinf(kappa):
         status = Status.rank_deficient
-    certificate = None
-    if want_certificate:
-        certificate = certificate_of_blocks([certify(block) for block in blocks])
     grade = Grade.computed if complete else Grade.estimated
     if certificate is not None and certificate.certified:
         grade = Grade.certified
-    notes = [_where(spectra)] if len(blocks) > 1 else []
-    if certificate is not None and top > 0:
-        notes.append(certificate.reason)
     return replace(
         blank,
         sigma_max=top,
-        sigma_min=float(sigma[-1]),
+        sigma_min=low,
         condition_number=kappa,
         stable_rank=(norm / top) ** 2 if top > 0 else math.nan,
         rank=sum(ranks),
@@ -241,6 +255,19 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
         certificate=certificate,
         singular_values=tuple(sigma.tolist()) if complete else (),
     )
+
+
+def _near(number: float, interval: Interval) -> bool:
+    """Whether it lies there, but for the error that a measured number may have."""
+    if math.isnan(number):
+        return True
+    return interval.lower * (1 - _ERROR) <= number <= interval.upper * (1 + _ERROR)
+
+
+def _inside(interval: Interval, *numbers: float) -> float:
+    """The first of the numbers that lies there, else its end nearest to the first."""
+    nearest = min(max(numbers[0], interval.lower), interval.upper)
+    return next((number for number in numbers if number in interval), nearest)
 
 
 def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
