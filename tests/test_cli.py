@@ -122,6 +122,25 @@ def test_existing_results_are_refused_and_untouched(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["audit", "--help"], ["audit"]])
+def test_help_waits_for_nothing_that_computes(argv: list[str]) -> None:
+    """Of the command line alone: the package stands in as an empty one."""
+    script = f"""
+import sys, types
+package = types.ModuleType("wellcond")
+package.__path__, package.__version__ = {list(wellcond.__path__)!r}, "0"
+sys.modules["wellcond"] = package
+from wellcond.cli import main
+try:
+    main({argv!r})
+finally:
+    assert not sys.modules.keys() & {{"torch", "numpy", "rich", "safetensors"}}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "AssertionError" not in done.stderr
+    assert done.returncode == (2 if argv == ["audit"] else 0)
+
+
 def test_the_module_runs_as_the_script_does() -> None:
     argv = [sys.executable, "-m", "wellcond", "--version"]
     out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout

@@ -2,6 +2,8 @@
 
 Exit codes: 0 done; 1 a limit that the user set is exceeded; 2 no answer (misuse, an unreadable or
 damaged file, output that exists); 130 interrupted.
+
+What computes is imported by the command that needs it: help is not to wait for torch.
 """
 
 from __future__ import annotations
@@ -13,16 +15,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
-
-import torch
+from typing import TYPE_CHECKING, NoReturn
 
 import wellcond
-from wellcond.checkpoints.audit import Progress, audit
-from wellcond.checkpoints.findings import AuditReport, Comparison, compare
-from wellcond.checkpoints.page import CURVES
-from wellcond.checkpoints.repair import repair
 from wellcond.text import and_more, shown
+
+if TYPE_CHECKING:
+    from wellcond.checkpoints.audit import Progress
+    from wellcond.checkpoints.findings import AuditReport, Comparison
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,6 +158,8 @@ def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _set_threads(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
+        import torch
+
         torch.set_num_threads(arguments.threads)
 
 
@@ -208,6 +210,11 @@ def _audit(arguments: argparse.Namespace) -> int:
     if to_stdout and arguments.json:
         raise ValueError("--csv - and --json must not be given together. Write one into a file.")
     _check_outputs(arguments)
+
+    from wellcond.checkpoints.audit import audit
+    from wellcond.checkpoints.findings import compare
+    from wellcond.checkpoints.page import CURVES
+
     _set_threads(arguments)
 
     def look(path: Path) -> AuditReport:
@@ -264,6 +271,8 @@ def _enough(report: AuditReport, min_coverage: float | None) -> bool:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
+    from wellcond.checkpoints.repair import repair
+
     _set_threads(arguments)
     try:
         report = repair(

@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def shown(text: object) -> str:
     """As text of one line, all that is not printable escaped: control, direction, surrogates.
@@ -89,6 +87,8 @@ def written(text: str, path: str | os.PathLike[str] | None) -> str:
 
 def versions() -> dict[str, str]:
     """Of wellcond, torch and Python."""
+    import torch
+
     return {
         "wellcond": version("wellcond"),
         "torch": torch.__version__,
