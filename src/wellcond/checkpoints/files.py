@@ -56,12 +56,14 @@ class Checkpoint:
             if any(entry.skipped is None for entry in file.entries.values())
         ]
         self.where: dict[str, tuple[TensorFile, Entry]] = {}
+        self.overlapping: list[tuple[str, str]] = []
         for file_name, file in self.files.items():
             united = self.index is not None or len(self.files) == 1 or holding == [file]
             prefix = "" if united else f"{file_name}/"
             for name, entry in file.entries.items():
                 self.where[prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
+            self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
         kinds = {name: (entry.shape, entry.dtype) for name, (_, entry) in self.where.items()}
         for name, skipped in scales(kinds).items():
             file, entry = self.where[name]

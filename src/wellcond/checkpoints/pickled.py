@@ -9,7 +9,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from wellcond.checkpoints.archive import can_be_mapped, check_storages
+from wellcond.checkpoints.nested import tensors_in
+from wellcond.checkpoints.overlaps import repeats, shared_memory
 from wellcond.checkpoints.tensors import (
     Entry,
     NoTensorsError,
@@ -29,13 +32,6 @@ from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
-# Keys by which a dict is known that holds no weights, and what it is.
-_STATES = {
-    Reason.optimizer: {"state", "param_groups"},
-    Reason.regularizer: {"basis", "from_right", "warm"},
-}
-# A checkpoint of Lightning: its weights are in its `state_dict` alone.
-_LIGHTNING = {"state_dict", "pytorch-lightning_version"}
 
 
 class Pickled(TensorFile):
@@ -50,28 +46,18 @@ class Pickled(TensorFile):
                 f"{path} must hold a dict of tensors, but holds a {type(self._content).__name__} "
                 "without any. Save a state dict: torch.save(model.state_dict(), path)."
             )
-        self.entries = {}
-        first: dict[tuple[Any, ...], str] = {}
-        for name, tensor in self._tensors.items():
-            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            parameter = tensor.is_floating_point() or tensor.is_complex()
-            skipped = why_no_weight(shape, dtype)
-            if tensor.layout != torch.strided:
-                layout = str(tensor.layout).removeprefix("torch.")
-                skipped = Skipped(Reason.not_dense, layout)
-            elif skipped is None:
-                where = (tensor.data_ptr(), shape, tensor.stride(), dtype)
-                if first.setdefault(where, name) != name:
-                    skipped, parameter = Skipped(Reason.same, first[where]), False
-            self.entries[name] = Entry(name, shape, dtype, parameter, skipped)
+        self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
+        matrices = {n: t for n, t in self._tensors.items() if self.entries[n].skipped is None}
+        shared, self.overlapping = shared_memory(matrices)
+        for name, skipped in shared.items():
+            self.entries[name] = replace(self.entries[name], parameter=False, skipped=skipped)
 
     def _open(self) -> None:
         self._content: Any = None
         self._tensors: dict[str, Tensor] = {}
         self._read = 0
         self._content = _load(self.path, self._mapped)
-        self.others = {}
-        self._tensors = dict(_tensors(self._content, "", self.others))
+        self._tensors, self.others = tensors_in(self._content, self.path)
 
     def read(self, name: str) -> Tensor:
         if self._mapped and self._read > _RESIDENT:
@@ -83,11 +69,24 @@ class Pickled(TensorFile):
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         # Mapped privately: what is written here stays in memory.
         content = _load(self.path, self._mapped)
-        tensors = dict(_tensors(content, "", {}))
+        tensors, _ = tensors_in(content, self.path)
         with torch.no_grad():
             for name, tensor in replaced:
                 tensors[name].copy_(tensor)
         torch.save(content, target)
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    parameter = tensor.is_floating_point() or tensor.is_complex()
+    skipped = why_no_weight(shape, dtype)
+    if tensor.is_meta:
+        skipped, parameter = Skipped(Reason.no_values), False
+    elif tensor.layout != torch.strided:
+        skipped = Skipped(Reason.not_dense, str(tensor.layout).removeprefix("torch."))
+    elif repeats(tensor):
+        skipped, parameter = Skipped(Reason.not_dense, "its entries share memory"), False
+    return Entry(name, shape, dtype, parameter, skipped)
 
 
 def _load(path: Path, mapped: bool) -> Any:
@@ -123,24 +122,3 @@ def _load(path: Path, mapped: bool) -> Any:
             f"{path} must be a file of torch.save, but cannot be unpickled. "
             "It may be damaged, or something else altogether."
         ) from None
-
-
-def _tensors(content: Any, prefix: str, others: dict[str, Skipped]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dicts and lists, names joined by dots."""
-    if isinstance(content, Tensor):
-        yield prefix or "tensor", content
-    elif isinstance(content, Mapping | list | tuple):
-        keys = set(content) if isinstance(content, Mapping) else set()
-        for reason, known in _STATES.items():
-            if known <= keys:
-                others[prefix or "everything"] = Skipped(reason)
-                return
-        items = content.items() if isinstance(content, Mapping) else enumerate(content)
-        for key, value in items:
-            name = f"{prefix}.{key}" if prefix else str(key)
-            if prefix or key == "state_dict" or not keys >= _LIGHTNING:
-                yield from _tensors(value, name, others)
-            else:
-                inside: dict[str, Skipped] = {}
-                held = list(_tensors(value, name, inside))
-                others |= {name: Skipped(Reason.trainer)} if held else inside

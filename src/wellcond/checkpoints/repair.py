@@ -146,9 +146,9 @@ def repair(
 
     Raises:
         ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
-            the limit, as K < 1.004 or so in bfloat16; a pattern that matches nothing; an unreadable
-            file; path_out inside the directory that is read, or with the ending of another format.
-            Nothing is written.
+            the limit, as K < 1.004 or so in bfloat16; tensors that overlap, neither a part of the
+            other; a pattern that matches nothing; an unreadable file; path_out inside the directory
+            that is read, or with the ending of another format. Nothing is written.
         FileExistsError: path_out is there already.
         NotADirectoryError: a part of path_out is a file.
 
@@ -171,6 +171,13 @@ def repair(
     wanted = {m.name: m for m in chosen(list(checkpoint.matrices()), skipped, include, exclude)}
     if not wanted:
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none.")
+    overlapping = [pair for pair in checkpoint.overlapping if wanted.keys() & set(pair)]
+    if overlapping:
+        raise ValueError(
+            f"{checkpoint.path} cannot be repaired, because tensors overlap, and what changes one "
+            f"changes the other: {and_more(f'{one} and {two}' for one, two in overlapping)}. "
+            "Save them apart, each as tensor.clone()."
+        )
     repairs: list[Repair] = []
     refused: list[str] = []
     count = 0

@@ -26,7 +26,7 @@ class Safetensors(TensorFile):
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.others = path, {}
+        self.path, self.others, self.overlapping = path, {}, []
         try:
             # It checks the header, the offsets and the length of the file.
             with safe_open(path, framework="pt"), path.open("rb") as file:

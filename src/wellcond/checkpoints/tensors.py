@@ -45,6 +45,7 @@ class TensorFile(abc.ABC):
     path: Path
     entries: dict[str, Entry]
     others: dict[str, Skipped]  # what is in it besides, and why it is not measured
+    overlapping: list[tuple[str, str]]  # tensors that share entries, though neither has the other's
 
     @abc.abstractmethod
     def read(self, name: str) -> Tensor:

@@ -1,0 +1,80 @@
+"""All tensors of nested dicts and lists, and which of these hold no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wellcond.checkpoints.tensors import UnreadableError
+from wellcond.weights.reasons import Reason, Skipped
+
+# Keys by which a dict is known that holds no weights, and what it is.
+_STATES = {
+    Reason.optimizer: {"state", "param_groups"},
+    Reason.regularizer: {"basis", "from_right", "warm"},
+}
+# A checkpoint of Lightning: its weights are in its `state_dict` alone.
+_LIGHTNING = {"state_dict", "pytorch-lightning_version"}
+# More than this no checkpoint has; a small file of shared lists can have any number.
+_DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
+
+
+def tensors_in(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Skipped]]:
+    """The tensors of a file, names joined by dots, and what is in it besides."""
+    walk = _Walk(path)
+    walk.visit(content, "", 0)
+    return walk.tensors, walk.others
+
+
+class _Walk:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.containers = self.items = 0
+        self.tensors: dict[str, Tensor] = {}
+        self.others: dict[str, Skipped] = {}
+
+    def visit(self, content: Any, prefix: str, depth: int) -> None:
+        if isinstance(content, Tensor):
+            self.tensors[self._free(prefix or "tensor")] = content
+        elif isinstance(content, Mapping | list | tuple):
+            self.containers += 1
+            self.items += len(content)
+            if depth > _DEPTH or self.containers > _CONTAINERS or self.items > _ITEMS:
+                raise UnreadableError(
+                    f"{self.path} must hold at most {_CONTAINERS:,} dicts and lists, {_DEPTH} "
+                    "within each other, but holds more, or itself. "
+                    "Save the weights alone: torch.save(model.state_dict(), path)."
+                )
+            keys = set(content) if isinstance(content, Mapping) else set()
+            for reason, known in _STATES.items():
+                if known <= keys:
+                    self.others[prefix or "everything"] = Skipped(reason)
+                    return
+            lightning = not prefix and keys >= _LIGHTNING
+            items = content.items() if isinstance(content, Mapping) else enumerate(content)
+            for key, value in items:
+                if not isinstance(value, Tensor | Mapping | list | tuple):
+                    continue
+                name = f"{prefix}.{key}" if prefix else str(key)
+                if lightning and key != "state_dict":
+                    self._visit_trainer(value, name)
+                else:
+                    self.visit(value, name, depth + 1)
+
+    def _visit_trainer(self, content: Any, name: str) -> None:
+        inside = _Walk(self.path)
+        inside.containers, inside.items = self.containers, self.items
+        inside.visit(content, name, 1)
+        self.containers, self.items = inside.containers, inside.items
+        self.others |= {name: Skipped(Reason.trainer)} if inside.tensors else inside.others
+
+    def _free(self, name: str) -> str:
+        """The name, numbered if it is taken: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
+        number, free = 1, name
+        while free in self.tensors:
+            number += 1
+            free = f"{name} ({number})"
+        return free

@@ -1,0 +1,103 @@
+"""Tensors that share memory, and names that fall together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import wellcond as wc
+from wellcond.checkpoints.files import Checkpoint
+from wellcond.weights.reasons import Reason, Skipped
+
+
+def random(*shape: int) -> Tensor:
+    S = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    S[0] *= 1e-3
+    return S
+
+
+def test_parts_are_repaired_with_the_whole(tmp_path: Path) -> None:
+    qkv = random(48, 16)
+    content = {"q": qkv[:16], "qkv": qkv, "k": qkv[16:32], "columns": qkv[:, ::2]}
+    torch.save(content, tmp_path / "a.pt")
+    report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
+    assert [repair.name for repair in report.changed] == ["qkv"]
+    assert report.skipped == {n: Skipped(Reason.part, "qkv") for n in ("q", "k", "columns")}
+    after = torch.load(tmp_path / "b.pt")
+    assert float(wc.condition_number(after["qkv"])) <= 3.0
+    assert torch.equal(after["q"], after["qkv"][:16])
+    assert wc.audit(tmp_path / "b.pt").coverage.parameter_share == 1.0
+
+
+def test_parts_of_a_tensor_with_gaps(tmp_path: Path) -> None:
+    base = random(8, 12)
+    content = {"left": base[:, :5], "within": base[2:6, :3], "right": base[:, 5:]}
+    torch.save(content, tmp_path / "a.pt")
+    checkpoint = Checkpoint(tmp_path / "a.pt")
+    assert [one.name for one in checkpoint.matrices()] == ["left", "right"]
+    assert checkpoint.skipped() == {"within": Skipped(Reason.part, "left")}
+    wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
+    for one in Checkpoint(tmp_path / "b.pt").matrices():
+        assert float(wc.condition_number(one.read())) <= 3.0
+
+
+def test_what_overlaps_otherwise_is_measured_but_not_repaired(tmp_path: Path) -> None:
+    base = random(12, 4)
+    torch.save({"a": base[:8], "b": base[4:], "c": random(3, 3)}, tmp_path / "a.pt")
+    assert {one.name for one in wc.audit(tmp_path / "a.pt").findings} == {"a", "b", "c"}
+    with pytest.raises(ValueError, match=r"overlap.*: b and a\..*clone\(\)"):
+        wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
+    with pytest.raises(ValueError, match="b and a"):
+        wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0, exclude=["b"])
+    wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0, include=["c"])
+
+
+def test_parameters_in_one_flat_buffer_are_weights(tmp_path: Path) -> None:
+    flat = random(64)
+    torch.save({"flat": flat, "a": flat[:32].view(8, 4), "b": flat[32:].view(4, 8)}, tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "a.pt")
+    assert [one.name for one in Checkpoint(tmp_path / "a.pt").matrices()] == ["a", "b"]
+
+
+def test_names_that_fall_together_are_told_apart(tmp_path: Path) -> None:
+    content = {"a.b": random(4, 4), "a": {"b": random(3, 3)}, 1: random(2, 2), "1": random(5, 5)}
+    torch.save(content, tmp_path / "a.pt")
+    report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
+    assert {repair.name: repair.shape for repair in report.changed} == {
+        "a.b": (4, 4),
+        "a.b (2)": (3, 3),
+        "1": (2, 2),
+        "1 (2)": (5, 5),
+    }
+    assert float(wc.condition_number(torch.load(tmp_path / "b.pt")["a"]["b"])) <= 3.0
+
+
+def test_tensors_without_values_or_with_repeated_ones_have_a_reason(tmp_path: Path) -> None:
+    content = {
+        "w": random(3, 3),
+        "meta": torch.empty(4, 4, device="meta"),
+        "expanded": torch.ones(1, 1).expand(1 << 20, 1 << 20),
+        "sliding": torch.arange(5.0).as_strided((3, 3), (1, 1)),
+    }
+    torch.save(content, tmp_path / "a.pt")
+    report = wc.audit(tmp_path / "a.pt")
+    assert [one.name for one in report.findings] == ["w"]
+    skipped = report.coverage.skipped
+    assert skipped["meta"] == Skipped(Reason.no_values)
+    assert skipped["expanded"].reason is skipped["sliding"].reason is Reason.not_dense
+    assert report.coverage.parameter_share == 1.0
+    wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
+    assert (tmp_path / "b.pt").stat().st_size < 10_000
+
+
+def test_circles_and_shared_lists_end(tmp_path: Path) -> None:
+    shared: list[object] = [torch.eye(2)]
+    for _ in range(40):
+        shared = [shared, shared]
+    circle: list[object] = [torch.eye(2)]
+    circle.append(circle)
+    for content in (shared, circle, {"a": circle}):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match="but holds more, or itself"):
+            Checkpoint(tmp_path / "a.pt")
