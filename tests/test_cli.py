@@ -394,6 +394,8 @@ def test_a_comparison_is_cut_and_written_too(
     assert str(moved) in text
     assert len(re.findall(r'<div class="fill( before)?"', text)) == 5
     assert text.count('<tr class="over">') == 1
+    assert re.search(r'data-label="κ before"><span class="mark".*?</span> 100</td>', text)
+    assert text.count('<span class="mark"') == 1  # 50 is below
     assert main([*command, "--json"]) == 1
     content = json.loads(capsys.readouterr().out)
     assert content["max_condition"] == 60

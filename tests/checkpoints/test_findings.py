@@ -47,3 +47,12 @@ def test_spreadsheets_run_nothing() -> None:
             "'@x.weight",
             "good.weight",
         ]
+
+
+def test_what_stays_infinite_has_not_changed() -> None:
+    before, after = named("flat", "other"), named("flat", "other")
+    with torch.no_grad():
+        before.get_submodule("other").weight.copy_(torch.eye(2))
+        after.get_submodule("other").weight.copy_(torch.diag(torch.tensor([2.0, 1.0])))
+    pairs = compare(wc.audit(before), wc.audit(after)).pairs
+    assert [label for label, _, _ in pairs] == ["other.weight", "flat.weight"]

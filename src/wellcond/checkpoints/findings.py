@@ -276,7 +276,7 @@ class AuditReport:
                     _kappa_first(_cells(f)),
                     (f.condition_number,),
                     f.explanation,
-                    max_condition is not None and f.exceeds(max_condition),
+                    [max_condition is not None and f.exceeds(max_condition)],
                 )
                 for f in self.findings
             ],
@@ -371,12 +371,15 @@ class Comparison:
         for label, old, new in self.pairs:
             sides = [(when, f) for when, f in (("before", old), ("after", new)) if f]
             notes = (f"{when}: {f.explanation}" for when, f in sides if f.explanation)
-            exceeds = max_condition is not None and any(f.exceeds(max_condition) for _, f in sides)
+            exceeds = [
+                side is not None and max_condition is not None and side.exceeds(max_condition)
+                for side in (old, new)
+            ]
             kappas = [side.condition_number if side else math.nan for side in (old, new)]
             rows.append(Row(_compared(label, old, new), kappas, "; ".join(notes), exceeds))
         page = render(
             title="Condition numbers before and after",
-            summary=[f"Before: {self.before}", f"After: {self.after}"],
+            summary=[f"Before, the paler bar: {self.before}", f"After: {self.after}"],
             headers=_COMPARED,
             rows=rows,
             max_condition=max_condition,
@@ -415,6 +418,8 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
 
     def change(pair: tuple[str, Finding | None, Finding | None]) -> float:
         ratio = _ratio(pair[1], pair[2]) if pair[1] and pair[2] else math.nan
+        if pair[1] and pair[2] and pair[1].condition_number == pair[2].condition_number:
+            return 0.0  # infinite on both sides, too
         return abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf
 
     pairs.sort(key=change, reverse=True)

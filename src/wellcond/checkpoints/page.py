@@ -26,13 +26,13 @@ class Row(NamedTuple):
         cells: the name, a column for each condition number, and the others.
         condition_numbers: for the bars.
         explanation: what is the matter with it, if anything.
-        exceeds: whether it is marked as above the limit.
+        exceeds: whether it is marked, for each condition number that is above the limit.
     """
 
     cells: Sequence[str]
     condition_numbers: Sequence[float]
     explanation: str
-    exceeds: bool = False
+    exceeds: Sequence[bool] = ()
 
 
 _STYLE = """
@@ -151,7 +151,7 @@ def render(
 def _limit(rows: Sequence[Row], max_condition: float | None) -> str:
     if max_condition is None:
         return ""
-    count = sum(row.exceeds for row in rows)
+    count = sum(any(row.exceeds) for row in rows)
     marked = f", marked {_MARK}" if count else ""
     line = "; the line across the bars is that limit" if math.isfinite(max_condition) else ""
     return f"<p>{count} of {len(rows)} exceed κ = {max_condition:g}{marked}{line}.</p>"
@@ -207,11 +207,11 @@ def _table(headers: Sequence[str], rows: Sequence[Row], max_condition: float | N
         cells = ""
         for number, (header, cell) in enumerate(zip(headers, row.cells, strict=False)):
             label = f' data-label="{escape(header)}"' if number else ""
-            mark = _MARKED if row.exceeds and number == before_bar else ""
+            mark = _MARKED if number and any(row.exceeds[number - 1 : number]) else ""
             cells += f"<td{_text(header)}{label}>{mark}{escape(cell)}</td>"
             if number == before_bar:
                 cells += f'<td class="bar">{bars}</td>'
-        body += f"<tr{_OVER if row.exceeds else ''}>{cells}</tr>\n"
+        body += f"<tr{_OVER if any(row.exceeds) else ''}>{cells}</tr>\n"
         if row.explanation:
             span = len(headers) + 1
             note = f'<td colspan="{span}">{escape(row.explanation)}</td>'
