@@ -44,6 +44,8 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} must be a file or a directory, but is not there.")
+        if not self.path.is_dir():
+            _check_regular(self.path)
         self.others: dict[str, Skipped] = {}
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
@@ -84,11 +86,14 @@ class Checkpoint:
                 path = indices[0]
         if path.is_file() and path.name.endswith(INDEX):
             self.index_name = path.name
-            return self._read_index(path)
-        if path.is_file():
+            shards = self._read_index(path)
+            if self.path.is_dir():
+                beside = {file.name for file in _weight_files(self.path)} - set(shards)
+                self.others = {name: Skipped(Reason.beside) for name in sorted(beside)}
+            return shards
+        if not path.is_dir():
             return [path.name]
-        found = sorted(path.glob("*.safetensors"))
-        found += sorted(file for file in path.iterdir() if file.suffix in PICKLED)
+        found = _weight_files(path)
         if not found:
             raise UnreadableError(
                 f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
@@ -100,7 +105,9 @@ class Checkpoint:
         try:
             self.index = dict(json.loads(path.read_text())["weight_map"])
             shards = sorted(set(self.index.values()))
-        except (ValueError, KeyError, TypeError):
+            if not all(isinstance(shard, str) for shard in shards):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UnreadableError(
                 f'{path} must be JSON with a "weight_map" from tensors to files, but is not.'
             ) from None
@@ -116,6 +123,7 @@ class Checkpoint:
     def _open(self, name: str, alone: bool) -> None:
         path = self.directory / name
         try:
+            _check_regular(path)
             if path.suffix == ".safetensors":
                 self.files[name] = Safetensors(path)
             elif path.suffix in PICKLED or zipfile.is_zipfile(path):
@@ -124,10 +132,12 @@ class Checkpoint:
                 raise UnreadableError(
                     f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."
                 )
-        except UnreadableError as error:
+        except (UnreadableError, OSError) as error:
             if alone or self.index is not None:
                 raise
             what = str(error).removeprefix(f"{path} ")
+            if isinstance(error, OSError):
+                what = f"cannot be read: {error.strerror}"
             if isinstance(error, PickledCodeError):  # such as training_args.bin, beside the weights
                 self.others[name] = Skipped(Reason.program, what)
             elif isinstance(error, NoTensorsError):  # such as scheduler.pt
@@ -189,6 +199,20 @@ class Checkpoint:
                 copy(path, target / path.name)
         for name, file in changing.items():
             file.copy_with(replaced(file), target / name)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
+    found = [path for path in files if path.suffix == ".safetensors"]
+    return found + [path for path in files if path.suffix in PICKLED]
+
+
+def _check_regular(path: Path) -> None:
+    """Raises for a pipe or a device, which could be read for ever."""
+    if not path.exists() and path.is_symlink():
+        raise UnreadableError(f"{path} is a link that leads nowhere. Fetch the file it stands for.")
+    if path.exists() and not path.is_file():
+        raise UnreadableError(f"{path} must be a file, but is a pipe, a socket or a device.")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from wellcond.weights.names import why_no_weight
 # What safetensors calls the dtypes of torch.
 _INTEGERS = {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 _INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+_HEADER = 100_000_000  # the format's own limit
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -27,10 +27,17 @@ class Safetensors(TensorFile):
         from safetensors import SafetensorError, safe_open
 
         self.path, self.others, self.overlapping = path, {}, []
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER:
+            raise UnreadableError(
+                f"{path} must be a safetensors file, the header of which has at most {_HEADER:,} "
+                f"bytes, but this says {length:,}. It is damaged, or something else altogether."
+            )
         try:
             # It checks the header, the offsets and the length of the file.
             with safe_open(path, framework="pt"), path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
+                file.seek(8)
                 header = json.loads(file.read(length))
         except SafetensorError as error:
             raise UnreadableError(

@@ -1,0 +1,103 @@
+"""Files and directories that are damaged or made to mislead: one line, or a row, never a crash."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import wellcond as wc
+from wellcond.checkpoints.files import Checkpoint
+from wellcond.checkpoints.tensors import UnreadableError
+from wellcond.weights.reasons import Reason, Skipped
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"weight_map": {"w": 3}}',
+        '{"weight_map": {"w": ["a"]}}',
+        '{"weight_map": {"w": null, "v": "a.safetensors"}}',
+        '{"weight_map": [1, 2]}',
+        '{"weight_map": 7}',
+        "[" * 100_000,
+        '{"weight_map": ' + '{"a": ' * 100_000,
+        "\x00",
+    ],
+)
+def test_indices_of_something_else_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.safetensors.index.json"
+    path.write_text(text)
+    with pytest.raises(UnreadableError, match="weight_map"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\x00b", "a/../b"])
+def test_shards_are_files_beside_the_index(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(UnreadableError, match=r"beside it|not there"):
+        Checkpoint(path)
+
+
+def test_files_beside_an_index_are_mentioned(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "adapter.safetensors", "old.bin"):
+        save_file({"w": torch.eye(2)}, tmp_path / name)
+    path = tmp_path / "x.safetensors.index.json"
+    path.write_text('{"weight_map": {"w": "a.safetensors"}}')
+    assert wc.audit(tmp_path).coverage.skipped == {
+        "adapter.safetensors": Skipped(Reason.beside),
+        "old.bin": Skipped(Reason.beside),
+    }
+    assert wc.audit(path).coverage.skipped == {}  # what was named was read
+
+
+def test_a_file_that_cannot_be_read_is_a_row(tmp_path: Path) -> None:
+    save_file({"w": torch.eye(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "c.pt")
+    (tmp_path / "d.bin").write_bytes(b"\x80\x02R")
+    (tmp_path / "e.ckpt").mkdir()
+    (tmp_path / "f.pt").symlink_to("f.pt")  # a circle
+    report = wc.audit(tmp_path)
+    rows = {finding.name: finding.explanation for finding in report.findings}
+    assert set(rows) == {"w", "b.safetensors", "c.pt", "d.bin", "f.pt"}
+    assert "leads nowhere" in rows["b.safetensors"]
+    assert "a pipe" in rows["c.pt"]
+
+
+@pytest.mark.parametrize("name", ["pipe.pt", "pipe.safetensors", "pipe.index.json", "pipe"])
+def test_pipes_and_devices_are_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UnreadableError, match="must be a file"):
+        wc.audit(tmp_path / name)
+    (tmp_path / "device.pt").symlink_to("/dev/zero")
+    with pytest.raises(UnreadableError, match="must be a file"):
+        wc.repair(tmp_path / "device.pt", tmp_path / "out.pt", 3.0)
+
+
+def test_an_index_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors.index.json")
+    with pytest.raises(UnreadableError, match="must be a file"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("length", [100_000_001, 2**63, 2**64 - 1])
+def test_headers_above_the_limit_of_the_format_are_refused(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", length) + b"{")
+        file.truncate(200_000_000)  # sparse
+    with pytest.raises(UnreadableError, match="at most 100,000,000"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("header", [b"[" * 10_000, b'{"a":' * 10_000, b"7", b"null", b"{}", b'{"'])
+def test_headers_of_something_else_are_refused(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match=r"a\.safetensors must"):
+        wc.audit(path)
