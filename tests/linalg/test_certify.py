@@ -211,6 +211,15 @@ def test_a_well_conditioned_large_matrix_goes_the_cheap_way() -> None:
     assert certificate.condition_number.upper / certificate.condition_number.lower < 1 + 1e-6
 
 
+def test_a_diagonal_matrix_is_enclosed_as_tightly_as_any() -> None:
+    """Its eigenvalues are met exactly, which no inverse iteration likes."""
+    found = wc.certify(torch.diag(torch.arange(1.0, 301.0)))
+    assert found.method == "verified Cholesky"
+    assert found.sigma_min.upper < 1 + 1e-6
+    assert found.sigma_max.lower > 300 - 1e-6
+    assert found.computed == pytest.approx(300.0)
+
+
 @pytest.mark.parametrize("lie", [0.0, 0.3, 0.999, 1.001, 3.0, math.nan])
 def test_wrong_estimates_cost_width_and_not_truth(
     lie: float, monkeypatch: pytest.MonkeyPatch
@@ -311,6 +320,64 @@ def test_a_measurement_outside_its_certificate_is_noticed() -> None:
     singular = wc.certify(torch.ones(2, 2))
     assert not singular.contradicts(math.inf)
     assert singular.contradicts(1e3)
+
+
+# --- where subnormal numbers are taken for zero ---------------------------------------------------
+
+
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes nothing")
+    yield
+    torch.set_flush_denormal(False)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flushed_numbers_are_certified_nothing(dtype: torch.dtype, flushing: None) -> None:
+    torch.set_flush_denormal(False)
+    subnormal = torch.tensor([[1.0, 30.0], [0.04, 1.0]]).to(dtype)
+    subnormal *= 4 * torch.finfo(dtype).smallest_normal
+    normal = torch.tensor([[4.0, 2.0], [-1.0, 0.0]]).to(dtype)
+    honest = wc.certify(subnormal), wc.certify(normal)
+    assert honest[0].certified
+    torch.set_flush_denormal(True)
+    found = wc.certify(subnormal)
+    assert not found.certified
+    assert found.condition_number == Interval(1.0, math.inf)
+    assert found.sigma_min == Interval(0.0, math.inf)
+    assert "set_flush_denormal" in found.reason
+    assert wc.certify(normal) == honest[1]
+    both = certify_module.certificate_of_blocks([honest[1], found])
+    assert both.sigma_max.upper == both.condition_number.upper == math.inf
+    assert both.reason == found.reason
+    assert torch.tensor(1, dtype=torch.int64).view(torch.float64) * 1.0 == 0
+
+
+@pytest.mark.parametrize("family", ["subnormal", "scaled", "wild entries", "graded rows"])
+def test_no_enclosure_misses_while_flushing(family: str, flushing: None) -> None:
+    sample, _ = FAMILIES[family]
+    for seed in range(60):
+        torch.set_flush_denormal(False)
+        S = sample(seed)
+        sigma, error = oracles.singular_values(S)
+        torch.set_flush_denormal(True)
+        certificate = wc.certify(S)
+        torch.set_flush_denormal(False)
+        if certificate.sigma_max.upper == math.inf:
+            assert not certificate.certified
+        elif sigma[0] > 0:
+            assert_encloses(certificate, sigma, error, S)
+
+
+def test_tiny_normal_numbers_are_certified_nothing_while_flushing(flushing: None) -> None:
+    """Their smallest singular values are subnormal."""
+    assert not wc.certify(torch.diag(torch.tensor([1e-306, 1e-307]).double())).certified
+    S = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 1e-4]], dtype=torch.float64) * 1e-306
+    assert "set_flush_denormal" in wc.certify(S).reason
 
 
 # --- outcomes and errors --------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 What is certified holds for the stored matrix whatever the rounding: every bound rests on a theorem
 and on bounds of the rounding errors made on the way, never on an estimate. Estimates only choose
 where to try. Taken for granted are IEEE 754 float64 arithmetic, correctly rounded +, -, *, / and
-square root, on the CPU, and matrix products and factorisations that sum products in any order (no
-Strassen-like scheme): then |fl(A B) - A B| <= gamma_k |A| |B| (Higham, Accuracy and Stability of
-Numerical Algorithms, 3.5) for k products in a sum, with gamma_k = k u/(1 - k u) and u = 2^-53.
+square root, on the CPU, where results below 2^-1022 may be flushed to zero, and matrix products and
+factorisations that sum products in any order (no Strassen-like scheme): then |fl(A B) - A B| <=
+gamma_k |A| |B| (Higham, Accuracy and Stability of Numerical Algorithms, 3.5) for k products in a
+sum, with gamma_k = k u/(1 - k u) and u = 2^-53.
 
 Letters: S (m, n) the matrix, m >= n after a transposition, scaled to a largest entry in [1, 2);
 G = fl(S^T S); sigma_1 >= ... >= sigma_n its singular values; kappa = sigma_1/sigma_n.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices
 from wellcond.linalg.interval import Interval, as_interval, ball
+from wellcond.linalg.lapack import svd
 from wellcond.linalg.scaling import power_of_two
 
 _U = 2.0**-53
@@ -30,6 +32,8 @@ _U = 2.0**-53
 _UNDERFLOW = 2.0**-900
 # Up to so many columns the verified SVD, which is tighter, costs little.
 _SMALL = 256
+# Where numbers below 2^-1022 become zero, those of smaller matrices would bound nothing.
+_FAR_FROM_SUBNORMAL = 2.0**-900
 # A relative width of kappa that is good enough to prefer the cheaper certificate.
 _NARROW = 1e-4
 
@@ -99,13 +103,17 @@ def certify(S: Tensor) -> Certificate:
         >>> certificate.certified, 4.0 in certificate.condition_number
         (True, True)
     """
-    wide = as_matrices(S.detach().cpu() if isinstance(S, Tensor) else S)
+    S = S.detach().cpu() if isinstance(S, Tensor) else S
+    wide = as_matrices(S)
     if wide.ndim != 2:
         raise ValueError(
             f"`S` must have exactly 2 dimensions, got shape {tuple(wide.shape)}. "
             "For a batch, certify each matrix: [wc.certify(one) for one in S]."
         )
     largest = float(wide.abs().max())
+    if _flushes() and (_holds_subnormal(S) or 0 < largest < _FAR_FROM_SUBNORMAL):
+        any_size, any_ratio = Interval(0.0, math.inf), Interval(1.0, math.inf)
+        return Certificate(any_size, any_size, any_ratio, False, math.nan, "none", _FLUSHED)
     if largest == 0:
         zero, none = Interval(0.0, 0.0), Interval(math.nan, math.nan)
         reason = "the matrix is zero and has no condition number"
@@ -122,11 +130,34 @@ def certify(S: Tensor) -> Certificate:
     )
     low, high = _nonnegative(found.sigma_min), found.sigma_max
     certificate = _certificate(high, low, found.computed, found.method)
+    if math.isnan(found.computed):
+        certificate = replace(certificate, reason=_UNVERIFIED)
     if scaled.shape[1] == 1:
         certificate = replace(
             certificate, condition_number=Interval(1.0, 1.0), certified=True, reason=""
         )
     return replace(certificate, sigma_max=high * unit, sigma_min=_nonnegative(low * unit))
+
+
+_FLUSHED = (
+    "it holds numbers so small that this process takes them for zero "
+    "(torch.set_flush_denormal): nothing can be said of the matrix as stored"
+)
+_UNVERIFIED = "no singular value decomposition was found that could be verified"
+
+
+def _flushes() -> bool:
+    """Whether subnormal numbers are taken for zero, by PyTorch or by Python, in this thread."""
+    smallest = torch.tensor(1, dtype=torch.int64, device="cpu").view(torch.float64)
+    return float(smallest * 1.0) == 0 or math.ulp(0.0) * 1.0 == 0
+
+
+def _holds_subnormal(S: Tensor) -> bool:
+    """Bit by bit, as comparisons flush too."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[S.itemsize]
+    normal = torch.tensor(torch.finfo(S.dtype).smallest_normal, dtype=S.dtype, device="cpu")
+    magnitude = S.contiguous().view(integer) & torch.iinfo(integer).max
+    return bool(((magnitude > 0) & (magnitude < normal.view(integer))).any())
 
 
 def certificate_of_blocks(certificates: Sequence[Certificate]) -> Certificate:
@@ -138,7 +169,9 @@ def certificate_of_blocks(certificates: Sequence[Certificate]) -> Certificate:
         return certificates[0]
     computed = high.upper / low.upper if low.upper > 0 else math.inf
     methods = dict.fromkeys(certificate.method for certificate in certificates)
-    return _certificate(high, low, computed, "; ".join(methods))
+    whole = _certificate(high, low, computed, "; ".join(methods))
+    lost = [c.reason for c in certificates if c.reason in (_FLUSHED, _UNVERIFIED)]
+    return replace(whole, reason=lost[0]) if lost else whole
 
 
 def _certificate(high: Interval, low: Interval, computed: float, method: str) -> Certificate:
@@ -205,8 +238,8 @@ def _defect(Q: Tensor) -> Interval:
 def _by_svd(S: Tensor) -> _Extremes | None:
     """sigma_i sqrt((1 + E)(1 + F)) + R, with E, F and R balls about zero."""
     try:
-        U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        U, sigma, Vh = svd(S)
+    except ValueError:
         return None
     left = U * sigma
     difference = S - left @ Vh
@@ -275,7 +308,8 @@ def _eigenvalue_bound(A: Tensor, estimate: float, margin: float) -> Interval | N
 def _eigenvector(G: Tensor, value: float) -> Tensor:
     """A vector near an eigenvector, by inverse iteration; nothing is claimed of it."""
     shifted = G.clone()
-    shifted.diagonal().sub_(value)
+    # Not quite: an eigenvalue met exactly would end in a division by zero.
+    shifted.diagonal().sub_(value * (1 - 16 * _U))
     factors = torch.linalg.lu_factor_ex(shifted)[:2]
     source = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(len(G), 1, generator=source, dtype=G.dtype, device="cpu")
