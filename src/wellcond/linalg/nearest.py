@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices, in_float64
+from wellcond.linalg.lapack import svd
 from wellcond.linalg.scaling import power_of_two
 from wellcond.linalg.spectrum import gram, measure, negligible
 
@@ -40,8 +41,8 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
         stored matrix obeys.
 
     Raises:
-        ValueError: max_condition < 1 or nan, fewer than two dimensions, no entries, or an entry
-            that is NaN or infinite.
+        ValueError: max_condition < 1 or nan, fewer than two dimensions, no entries, an entry that
+            is NaN or infinite, or LAPACK does not converge.
         TypeError: S is integer, boolean or complex.
 
     Example:
@@ -54,7 +55,7 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     wide = as_matrices(S.detach() if isinstance(S, Tensor) else S)
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
-    U, sigma, Vh = torch.linalg.svd(wide / unit, full_matrices=False)
+    U, sigma, Vh = svd(wide / unit)
     clipped = clip(sigma, max_condition)
     change = (U * (clipped - sigma)[..., None, :]) @ Vh
     allowed = (clipped == sigma).all(dim=-1)[..., None, None]
@@ -115,7 +116,8 @@ def limited(S: Tensor, max_condition: float) -> Limited:
     found to do, within some percent. A zero matrix stays zero, with kappa nan.
 
     Raises:
-        ValueError: rounding to the dtype lifts kappa above K whatever the margin.
+        ValueError: rounding to the dtype lifts kappa above K whatever the margin, or LAPACK does
+            not converge.
     """
     K = float(max_condition)
     kappa = measure(S).condition_number
@@ -157,7 +159,10 @@ def limited(S: Tensor, max_condition: float) -> Limited:
 
 def _triplets(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, sigma, V of S (m >= n): from the Gram matrix where that resolves them, else by an SVD."""
-    values, V = torch.linalg.eigh(gram(S))
+    try:
+        values, V = torch.linalg.eigh(gram(S))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, V = S.new_zeros(S.shape[1]), S
     # An error of n eps in sigma^2/sigma_1^2 turns the vectors of sigma_n by n eps kappa^2.
     if float(values[0]) > 1e6 * negligible(S.shape) * float(values[-1]):
         V = V.flip(-1)
@@ -165,5 +170,5 @@ def _triplets(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sigma = torch.linalg.vector_norm(left, dim=0)
         order = sigma.argsort(descending=True)
         return (left / sigma)[:, order], sigma[order], V[:, order]
-    U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+    U, sigma, Vh = svd(S)
     return U, sigma, Vh.mT

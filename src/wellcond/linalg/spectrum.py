@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices, check_matrices
+from wellcond.linalg.lapack import singular_values
 from wellcond.linalg.scaling import scaled
 
 _EPS = torch.finfo(torch.float64).eps
@@ -87,7 +88,8 @@ def condition_number(S: Tensor) -> Tensor:
         lies where S does, or on the CPU if that device has no float64.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, or an entry that is NaN or infinite.
+        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or
+            LAPACK does not converge.
         TypeError: S is integer, boolean or complex.
 
     Example:
@@ -105,7 +107,7 @@ def condition_number(S: Tensor) -> Tensor:
     # of subnormal entries, and a ratio does not mind.
     wide = as_matrices(S.detach())
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
-    sigma = torch.linalg.svdvals(wide / torch.where(unit > 0, unit, 1.0))
+    sigma = singular_values(wide / torch.where(unit > 0, unit, 1.0))
     largest, smallest = sigma[..., 0], sigma[..., -1]
     zero = smallest <= negligible(S.shape) * largest
     return torch.where(largest == 0, torch.nan, torch.where(zero, torch.inf, largest / smallest))
@@ -120,17 +122,20 @@ def measure(S: Tensor, all_values: bool = False) -> Spectrum:
     """The singular values of one matrix (m, n), in float64, by the cheapest sound method.
 
     Of a very large one only the extremes, unless `all_values` are asked for. Raises ValueError if
-    it is not finite.
+    it is not finite, or LAPACK does not converge.
     """
     wide, unit = scaled(S)  # LAPACK squares, and scales subnormal entries up
     m, n = wide.shape
     if m == 1 or n == 1:
         return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
     if m > _SMALL and n > _SMALL:
-        spectrum = _from_gram(wide.mT if m < n else wide, all_values)
+        try:
+            spectrum = _from_gram(wide.mT if m < n else wide, all_values)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            spectrum = None
         if spectrum is not None:
             return spectrum._replace(unit=unit)
-    return Spectrum(torch.linalg.svdvals(wide), Method.svd, wide.shape, unit)
+    return Spectrum(singular_values(wide), Method.svd, wide.shape, unit)
 
 
 def spectrum_of_blocks(spectra: Sequence[Spectrum]) -> Spectrum:
