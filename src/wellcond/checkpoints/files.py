@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -189,16 +190,36 @@ class Checkpoint:
         if self.path.is_file() and self.index is None:
             (file,) = self.files.values()
             file.copy_with(replaced(file), target)
+            shutil.copymode(file.path, target)
             return
         target.mkdir()
         changing = {f.path.name: f for f, entry in self.where.values() if entry.skipped is None}
         beside = [self.path, *(file.path for file in self.files.values())]
         for path in sorted(self.directory.iterdir() if self.path.is_dir() else beside):
             if path.name not in changing:
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, target / path.name)
+                _copy(path, target / path.name, (self.directory.resolve(),))
         for name, file in changing.items():
             file.copy_with(replaced(file), target / name)
+            shutil.copymode(file.path, target / name)
+        if self.path.is_dir():  # its owner must be able to rename it
+            target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
+
+
+def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
+    """A copy with its mode; of a directory all in it, of a link that leads nowhere the link."""
+    if path.is_dir():
+        real = path.resolve()
+        if real in above:
+            raise UnreadableError(f"{path} leads in a circle, to {real}. Remove that link.")
+        target.mkdir()
+        for inside in path.iterdir():
+            _copy(inside, target / inside.name, (*above, real))
+        target.chmod(stat.S_IMODE(path.stat().st_mode))
+        return
+    there = path.exists()
+    if there:
+        _check_regular(path)
+    shutil.copy(path, target, follow_symlinks=there)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -132,8 +132,8 @@ def repair(
     kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
     holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
     one has no condition number and stays zero. All other tensors and the metadata of a safetensors
-    file are kept byte for byte, of a file of torch.save value for value. The copy is written under
-    a temporary name and renamed; nothing is ever overwritten.
+    file are kept byte for byte, of a file of torch.save value for value, and who may read it. The
+    copy is written under a temporary name and renamed; nothing is ever overwritten.
 
     Args:
         path_in: whatever `wellcond.audit` reads.
