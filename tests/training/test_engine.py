@@ -394,3 +394,48 @@ def test_a_penalty_that_answers_in_wrong_shapes_is_told_so(
     for call in (reg, reg.add_gradients_):
         with pytest.raises(error, match=f"Careless.evaluate must return.*{message}"):
             call()
+
+
+# --- what a step promises -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(26, 8), (8, 26), (12, 12)], ids=str)
+def test_a_block_as_wide_as_a_weight_never_raises_kappa_though_the_weight_is_replaced(
+    shape: tuple[int, int],
+) -> None:
+    """It spans all of the shorter side: every step is the exact one, whatever came before."""
+    layer = nn.Linear(*shape, bias=False).double()
+    reg = wc.Regularizer(layer, wc.Condition(1.0))
+    source = torch.Generator().manual_seed(0)
+    for trial in range(60):
+        eta = float(torch.rand((), generator=source)) * 10 ** (trial % 4 - 2)
+        with torch.no_grad():
+            if trial % 3 == 0:
+                Q, _ = torch.linalg.qr(torch.randn(26, 26, generator=source, dtype=torch.float64))
+                layer.weight.copy_(Q[: shape[1], : shape[0]])
+            elif trial % 3 == 1:
+                layer.weight.normal_(generator=source)
+        before = layer.weight.detach().clone()
+        reg.proximal_step_(eta)
+        torch.testing.assert_close(layer.weight.detach(), wc.proximal_step(before, eta))
+        kappas = [float(wc.condition_number(w)) for w in (before, layer.weight)]
+        assert kappas[1] <= kappas[0] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("way", ["reg", "add_gradients_", "proximal_step_"])
+def test_a_schedule_that_fails_leaves_everything_as_it_was(way: str) -> None:
+    def schedule(step: int) -> float:
+        raise OverflowError("on purpose")
+
+    model = net(5, 4, 3)
+    reg = wc.Regularizer(model, {"0.*": wc.Condition(1.0), "1.*": wc.Condition(schedule)})
+    before, state = copy.deepcopy(model.state_dict()), reg.state_dict()
+    calls = {"reg": reg, "add_gradients_": reg.add_gradients_}
+    with pytest.raises(OverflowError, match="on purpose"):
+        calls.get(way, lambda: reg.proximal_step_(0.5))()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    for name, fields in reg.state_dict().items():
+        for key, value in fields.items():
+            assert torch.equal(value, state[name][key])

@@ -5,6 +5,7 @@ nearly that of this one, and a single skinny product refines it. The sides alter
 the right forms Y = S V and keeps U = orth(Y); the next, from the left, forms Z = S^T U and keeps
 V = orth(Z). Two steps are one sweep of block power iteration. A block is needed because the
 regulariser pulls the leading singular values together, where a single vector cannot follow them.
+A block as wide as the shorter side spans all of it: it stays as it is, and what it tells is exact.
 
 Letters: S (..., m, n) the weight; U (..., m, k), V (..., n, k) orthonormal columns; k the width of
 the block; sigma (..., k) Ritz values, descending, each a lower bound of the singular value of its
@@ -84,10 +85,12 @@ class Image:
 
 def cold_start(operator: Operator, width: int, seed: str) -> Subspace:
     """A random subspace, drawn from a generator of its own that is seeded by a name."""
-    *stack, _, n = operator.shape
+    *stack, m, n = operator.shape
+    from_right = width < operator.nu or n <= m
+    rows = n if from_right else m
     source = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
-    normal = torch.randn(*stack, n, width, generator=source, dtype=operator.dtype, device="cpu")
-    return Subspace(by_columns(torch.linalg.qr(normal).Q.to(operator.device)), from_right=True)
+    normal = torch.randn(*stack, rows, width, generator=source, dtype=operator.dtype, device="cpu")
+    return Subspace(by_columns(torch.linalg.qr(normal).Q.to(operator.device)), from_right)
 
 
 def by_columns(X: Tensor) -> Tensor:
@@ -120,18 +123,25 @@ def completed(
     # Scaled, so that squares neither overflow nor vanish: weights may be 1e30 or 1e-30.
     scaled = image / torch.where(usable, scale, 1.0)
     gram = torch.where(usable, scaled.mT @ scaled, 0.0)
+    left, right = (image, start) if from_right else (start, image)
+    told = Image(left, right, gram, from_right, usable[..., 0, 0], finite[..., 0, 0])
+    if _complete(subspace):
+        return told, subspace
     if basis is None:
         # A QR factorisation completes any columns to an orthonormal basis, also equal ones.
         ramp = torch.arange(1.0, image.shape[-2] + 1, dtype=image.dtype, device=image.device)
         basis = torch.linalg.qr(torch.where(usable, scaled, ramp.sqrt()[:, None])).Q
-    left, right = (image, start) if from_right else (start, image)
-    told = Image(left, right, gram, from_right, usable[..., 0, 0], finite[..., 0, 0])
     return told, Subspace(basis, not from_right)
+
+
+def _complete(subspace: Subspace) -> bool:
+    """Whether it is all of the space, so that there is nothing to refine."""
+    return subspace.basis.shape[-1] == subspace.basis.shape[-2]
 
 
 def warmed(operator: Operator, subspace: Subspace) -> Subspace:
     """The subspace after two sweeps; on less than one a proximal step could raise kappa."""
-    for _ in range(4):
+    for _ in range(0 if _complete(subspace) else 4):
         _, subspace = refine(operator, subspace)
     return subspace
 

@@ -154,7 +154,8 @@ class _Shared:
         if mine:
             seen, refined = refine(S, start)
             image.copy_(seen.left if start.from_right else seen.right)
-            basis.copy_(refined.basis)
+            if refined.basis.shape == basis.shape:  # else it stays the start
+                basis.copy_(refined.basis)
         self.start, self.image, self.basis = start, image, basis
         self.exchanged += [(first.owner, image), (first.owner, basis)]
 

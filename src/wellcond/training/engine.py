@@ -72,12 +72,14 @@ class Engine:
     def total(self, parameters: Sequence[Tensor], remember: bool) -> tuple[Tensor, list[Tensor]]:
         """The penalties of these parameters, and what their gradients consist of, by batch."""
         with self._quietly():
-            looks = self._look(self._batches(parameters), remember)
+            found = self._batches(parameters)
+            strengths = [_strengths(batch) for batch in found]  # a schedule may raise: before all
+            looks = self._look(found, remember)
             first = self.states[0].strength
             total = torch.zeros((), dtype=first.dtype, device=first.device)
             factors: list[Tensor] = []
-            for seen in looks:
-                value, gradient = _evaluated(seen)
+            for seen, strength in zip(looks, strengths, strict=True):
+                value, gradient = _evaluated(seen, strength)
                 total = total + value.sum().to(total)
                 factors += gradient.tensors
                 for state in seen.batch.states if remember else ():
@@ -125,8 +127,10 @@ class Engine:
         """Adds strength * gradient at these parameters to these gradients."""
         with self._quietly():
             into = dict(zip(self._slots(), gradients, strict=True))
-            for seen in self._look(self._batches(parameters)):
-                _pull_back_(seen.batch, _gradient(seen), into)
+            found = self._batches(parameters)
+            strengths = [_strengths(batch) for batch in found]
+            for seen, strength in zip(self._look(found), strengths, strict=True):
+                _pull_back_(seen.batch, _gradient(seen, strength), into)
                 for state in seen.batch.states:
                     state.advance()
 
@@ -134,13 +138,13 @@ class Engine:
         """A proximal step of length strength * rate on every one of these weights; limits hold."""
         with self._quietly():
             rate_of = dict(zip((state.name for state in states), rates, strict=True))
-            operators = [state.operator() for state in states]
-            for seen in self._look(batches(states, operators)):
+            found = batches(states, [state.operator() for state in states])
+            etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in found]
+            for seen, eta in zip(self._look(found), etas, strict=True):
                 batch, rule = seen.batch, seen.batch.rule
                 if isinstance(rule, Limit):
                     self._apply(batch, rule)
                     continue
-                eta = _lengths(batch, [rate_of[state.name] for state in batch.states])
                 new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
                 if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
                     new = new.where(seen.finite, cast(Dense, seen.S))
@@ -209,25 +213,25 @@ class Engine:
             yield
 
 
-def _strong(seen: Look) -> Tensor:
+def _strengths(batch: Batch) -> Tensor:
     """The strengths of the weights at the steps where they are."""
-    return _lengths(seen.batch, [1.0] * len(seen.batch.states))
+    return _lengths(batch, [1.0] * len(batch.states))
 
 
-def _evaluated(seen: Look) -> tuple[Tensor, Gradient]:
+def _evaluated(seen: Look, strength: Tensor) -> tuple[Tensor, Gradient]:
     """strength * penalty and strength * gradient."""
-    penalty, strength = cast(Penalty, seen.batch.rule), _strong(seen)
+    penalty = cast(Penalty, seen.batch.rule)
     value, gradient = penalty.evaluate(seen.S, seen.image)
     check_answer(penalty, seen.S, gradient, value)
     return strength * value, _where_finite(seen, gradient).times(strength)
 
 
-def _gradient(seen: Look) -> Gradient:
+def _gradient(seen: Look, strength: Tensor) -> Gradient:
     """strength * gradient alone."""
     penalty = cast(Penalty, seen.batch.rule)
     gradient = penalty.gradient(seen.S, seen.image)
     check_answer(penalty, seen.S, gradient, None)
-    return _where_finite(seen, gradient).times(_strong(seen))
+    return _where_finite(seen, gradient).times(strength)
 
 
 def _where_finite(seen: Look, gradient: Gradient) -> Gradient:
@@ -238,7 +242,10 @@ def _where_finite(seen: Look, gradient: Gradient) -> Gradient:
 def _lengths(batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:
     """strength * rate: one number if all are equal, else one a weight. Asks nothing of the host."""
     states = batch.states
-    strengths = [cast(Penalty, state.rule).strength_at(state.step) for state in states]
+    strengths = [
+        state.rule.strength_at(state.step) if isinstance(state.rule, Penalty) else 1.0
+        for state in states
+    ]
     rates = [rate.reshape(()) if isinstance(rate, Tensor) else rate for rate in rates]
     keys = [id(rate) if isinstance(rate, Tensor) else rate for rate in rates]
     if len(set(zip(strengths, keys, strict=True))) == 1:
