@@ -137,6 +137,34 @@ def test_what_obeys_already_is_left_alone() -> None:
     assert limited(S, 1.0).S is S
 
 
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-600, 2.0**600, 2.0**1000])
+@pytest.mark.parametrize("n", [6, 300])
+@pytest.mark.parametrize("K", [2.0, 100.0])
+def test_stored_matrices_obey_at_any_scale(scale: float, n: int, K: float) -> None:
+    """Entries whose squares vanish or overflow: found as if of order 1."""
+    S = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    S[0] *= 1e-6
+    far, near = limited(S * scale, K), limited(S, K)
+    assert far.before == pytest.approx(near.before, rel=1e-6)
+    assert far.before > 1e5
+    assert not torch.equal(far.S, S * scale)
+    assert far.after <= K
+    assert float(wc.condition_number(far.S)) <= K
+    torch.testing.assert_close(far.S / scale, near.S, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(wc.nearest(S * scale, K) / scale, wc.nearest(S, K))
+
+
+def test_stored_matrices_obey_where_entries_differ_by_360_orders() -> None:
+    S = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    S[:, :3] *= 1e-180
+    S[:, 3:] *= 1e180
+    found = limited(S, 10.0)
+    assert found.before == math.inf
+    assert found.after <= 10
+    assert torch.isfinite(found.S).all()
+    assert float(found.S[:, :3].abs().max()) > 1e178
+
+
 def test_zero_stays_zero() -> None:
     found = limited(torch.zeros(3, 3), 2.0)
     assert torch.equal(found.S, torch.zeros(3, 3))
