@@ -74,7 +74,8 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_importing_loads_torch_and_the_standard_library_alone() -> None:
-    loaded = {name.split(".")[0] for name in loaded_by("import wellcond, wellcond.cli")}
+    code = "import wellcond as wc, wellcond.cli; [getattr(wc, name) for name in wc.__all__]"
+    loaded = {name.split(".")[0] for name in loaded_by(code)}
     assert loaded - {"wellcond", "torch", "torchgen", "functorch"} <= set(sys.stdlib_module_names)
 
 
@@ -88,5 +89,19 @@ def test_help_of_a_command_imports_no_experiment(command: str) -> None:
 
 
 def test_public_names_exist_and_have_docstrings() -> None:
+    assert len(wellcond.__all__) > 30
     for name in wellcond.__all__:
         assert getattr(wellcond, name).__doc__, name
+        assert name in dir(wellcond)
+    assert set(wellcond._WHERE) == set(wellcond.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'auditt'"):
+        wellcond.auditt  # noqa: B018
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["audit", "--help"]], ids=str)
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    code = "import contextlib, sys, wellcond.cli\nwith contextlib.suppress(SystemExit):\n"
+    code += f"    wellcond.cli.main({arguments})\nprint('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.split() == ["False"]
+    assert done.stdout

@@ -1,33 +1,75 @@
-"""The condition number of the weights of neural networks: measured, certified, regularised."""
+"""The condition number of the weights of neural networks: measured, certified, regularised.
 
-from wellcond.checkpoints.audit import audit
-from wellcond.checkpoints.findings import AuditReport, Coverage, Finding, Grade, Status
-from wellcond.checkpoints.repair import Repair, RepairReport, repair
-from wellcond.linalg.certify import Certificate, certify
-from wellcond.linalg.interval import Interval
-from wellcond.linalg.nearest import nearest
-from wellcond.linalg.spectrum import condition_number
-from wellcond.operators.base import Gradient, LowRank, NewWeight
-from wellcond.penalties.base import Limit, Penalty
-from wellcond.penalties.condition import Condition
-from wellcond.penalties.exact import (
-    condition_penalty,
-    condition_penalty_bound,
-    condition_penalty_gradient,
-    proximal_step,
-)
-from wellcond.penalties.limit import ConditionLimit
-from wellcond.penalties.tikhonov import Tikhonov
-from wellcond.training.estimates import Estimate
-from wellcond.training.monitor import Monitor
-from wellcond.training.regularizer import Regularizer
-from wellcond.weights.reasons import Reason, Skipped
+A name is imported when it is first used, so that `wellcond --help` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wellcond.checkpoints.audit import audit
+    from wellcond.checkpoints.findings import (
+        AuditReport,
+        Comparison,
+        Coverage,
+        Finding,
+        Grade,
+        Status,
+        compare,
+    )
+    from wellcond.checkpoints.repair import Repair, RepairReport, repair
+    from wellcond.linalg.certify import Certificate, certify
+    from wellcond.linalg.interval import Interval
+    from wellcond.linalg.nearest import nearest
+    from wellcond.linalg.spectrum import condition_number
+    from wellcond.operators.base import Gradient, LowRank, NewWeight
+    from wellcond.penalties.base import Limit, Penalty
+    from wellcond.penalties.condition import Condition
+    from wellcond.penalties.exact import (
+        condition_penalty,
+        condition_penalty_bound,
+        condition_penalty_gradient,
+        proximal_step,
+    )
+    from wellcond.penalties.limit import ConditionLimit
+    from wellcond.penalties.tikhonov import Tikhonov
+    from wellcond.training.estimates import Estimate
+    from wellcond.training.monitor import Monitor
+    from wellcond.training.regularizer import Regularizer
+    from wellcond.weights.reasons import Reason, Skipped
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "checkpoints.audit": ["audit"],
+    "checkpoints.findings": [
+        *("AuditReport", "Comparison", "Coverage", "Finding", "Grade", "Status", "compare"),
+    ],
+    "checkpoints.repair": ["Repair", "RepairReport", "repair"],
+    "linalg.certify": ["Certificate", "certify"],
+    "linalg.interval": ["Interval"],
+    "linalg.nearest": ["nearest"],
+    "linalg.spectrum": ["condition_number"],
+    "operators.base": ["Gradient", "LowRank", "NewWeight"],
+    "penalties.base": ["Limit", "Penalty"],
+    "penalties.condition": ["Condition"],
+    "penalties.exact": [
+        *("condition_penalty", "condition_penalty_bound"),
+        *("condition_penalty_gradient", "proximal_step"),
+    ],
+    "penalties.limit": ["ConditionLimit"],
+    "penalties.tikhonov": ["Tikhonov"],
+    "training.estimates": ["Estimate"],
+    "training.monitor": ["Monitor"],
+    "training.regularizer": ["Regularizer"],
+    "weights.reasons": ["Reason", "Skipped"],
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "AuditReport",
     "Certificate",
+    "Comparison",
     "Condition",
     "ConditionLimit",
     "Coverage",
@@ -50,6 +92,7 @@ __all__ = [
     "Tikhonov",
     "audit",
     "certify",
+    "compare",
     "condition_number",
     "condition_penalty",
     "condition_penalty_bound",
@@ -58,3 +101,15 @@ __all__ = [
     "proximal_step",
     "repair",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,9 +21,15 @@ class Conv1D(nn.Module):
 
 
 class Experts(nn.Module):
+    """One matrix an expert, as transformers has them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 5, 3))
+
+
+class Mystery(Experts):
+    """Nobody knows what it does with its weight."""
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -70,7 +76,8 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         (nn.RNN(3, 4), {"weight_ih_l0": (4, 3), "weight_hh_l0": (4, 4)}),
         (nn.LayerNorm(4), {}),
         (nn.Embedding(5, 4), {}),
-        (Experts(), {}),
+        (Experts(), {"weight": (4, 5, 3)}),
+        (Mystery(), {}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -108,7 +115,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
             "emb": nn.Embedding(5, 4),
             "norm": nn.LayerNorm(4),
             "lin": nn.Linear(4, 4),
-            "experts": Experts(),
+            "experts": Mystery(),
             "para": nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
             "lazy": nn.LazyLinear(3),
         }
@@ -120,7 +127,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
         "emb.weight": "an embedding: its rows are looked up, it is no linear map",
         "norm.weight": "not a matrix: a vector",
         "lin.bias": "not a matrix: a vector",
-        "experts.weight": "a parameter whose use is not known: of Experts",
+        "experts.weight": "a parameter whose use is not known: of Mystery",
         "para.parametrizations.weight.original": str(wc.Reason.parametrized.value),
         "lazy.weight": "not initialised yet: run the model once first",
         "none.weight": "not a matrix: it has no entries",

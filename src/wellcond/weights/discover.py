@@ -128,6 +128,11 @@ def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, Vi
         return {"": STORED} if whole else _blocks(gates, parameter)
     if isinstance(module, nn.Linear | nn.Bilinear) and attribute == "weight":
         return {"": STORED}
+    kind = type(module).__name__  # of the transformers library: MixtralExperts, MixtralTopKRouter
+    if "Experts" in kind and parameter.ndim == 3:
+        return {"": STORED}
+    if kind.endswith("Router") and parameter.ndim == 2 and attribute == "weight":
+        return {"": STORED}
     if parameter.ndim > 3:
         return Skipped(Reason.dimensions, f"{parameter.ndim} in a {type(module).__name__}")
     return Skipped(Reason.unknown_use, f"of {type(module).__name__}")
