@@ -55,6 +55,18 @@ def test_files_beside_an_index_are_mentioned(tmp_path: Path) -> None:
     assert wc.audit(path).coverage.skipped == {}  # what was named was read
 
 
+@pytest.mark.parametrize("shard", ["a.safetensors", "b.safetensors"])
+def test_the_index_says_which_of_two_tensors_is_meant(tmp_path: Path, shard: str) -> None:
+    save_file({"w": torch.eye(2), "u": torch.eye(4)}, tmp_path / "a.safetensors")
+    save_file({"w": torch.eye(3), "v": torch.eye(4)}, tmp_path / "b.safetensors")
+    index = {"weight_map": {"u": "a.safetensors", "w": shard, "v": "b.safetensors"}}
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps(index))
+    shapes = {finding.name: finding.shape for finding in wc.audit(tmp_path).findings}
+    other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[shard]
+    assert set(shapes) == {"u", "v", "w", f"{other}/w"}
+    assert shapes["w"] == ((2, 2) if shard == "a.safetensors" else (3, 3))
+
+
 def test_a_file_that_cannot_be_read_is_a_row(tmp_path: Path) -> None:
     save_file({"w": torch.eye(2)}, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "nowhere")

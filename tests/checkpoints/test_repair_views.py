@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import wellcond as wc
+from wellcond.checkpoints import nested
 from wellcond.checkpoints.files import Checkpoint
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -91,7 +92,8 @@ def test_tensors_without_values_or_with_repeated_ones_have_a_reason(tmp_path: Pa
     assert (tmp_path / "b.pt").stat().st_size < 10_000
 
 
-def test_circles_and_shared_lists_end(tmp_path: Path) -> None:
+def test_circles_and_shared_lists_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested, "_CONTAINERS", 10_000)  # the test takes seconds else
     shared: list[object] = [torch.eye(2)]
     for _ in range(40):
         shared = [shared, shared]

@@ -64,7 +64,10 @@ class Checkpoint:
             united = self.index is not None or len(self.files) == 1 or holding == [file]
             prefix = "" if united else f"{file_name}/"
             for name, entry in file.entries.items():
-                self.where[prefix + name] = file, entry
+                # Two shards may hold the same name: the index says which one is meant.
+                elsewhere = self.index is not None and self.index.get(name, file_name) != file_name
+                taken = elsewhere or prefix + name in self.where
+                self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
         kinds = {name: (entry.shape, entry.dtype) for name, (_, entry) in self.where.items()}
