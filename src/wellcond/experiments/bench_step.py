@@ -362,5 +362,5 @@ def memory(m: int, n: int, block: int) -> dict[str, float]:
         shares[f"largest temporary of {name}"] = largest.bytes / weight.nbytes
     state = sum(t.nbytes for entry in reg.state_dict().values() for t in entry.values())
     shares["state"] = state / weight.nbytes
-    shares["(m + n) k numbers"] = (m + n) * min(block, m, n) / (m * n)
+    shares["max(m, n) k numbers"] = max(m, n) * min(block, m, n) / (m * n)
     return shares
