@@ -19,7 +19,7 @@ from wellcond.checkpoints.audit import Progress, chosen
 from wellcond.checkpoints.files import Checkpoint, check_output, new_path
 from wellcond.linalg.nearest import check_limit, limited
 from wellcond.linalg.scaling import frobenius_norm, scaled
-from wellcond.text import and_more, dump_json, text_table, versions, written
+from wellcond.text import and_more, dump_json, shown, text_table, versions, written
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Skipped
 
@@ -94,7 +94,7 @@ class RepairReport:
         text = text_table(headers, rows) if rows else ""
         for repair in self.repairs:
             if repair.note:
-                text += f"{repair.label}: {repair.note}\n"
+                text += f"{shown(repair.label)}: {repair.note}\n"
         obeyed = len(self.repairs) - len(self.changed)
         text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
         return f"{text}they were; {len(self.skipped)} other tensors copied\n"
