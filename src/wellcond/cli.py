@@ -150,7 +150,9 @@ def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
         epilog="example: wellcond repair model.safetensors fixed.safetensors --max-condition 1000",
     )
     parser.add_argument("path", type=Path, metavar="IN", help=_INPUT)
-    parser.add_argument("out", type=Path, metavar="OUT", help="where to write, in the format of IN; must not exist")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="where to write, in the format of IN; must not exist"
+    )
     parser.add_argument("--max-condition", type=_limit, required=True, metavar="K")
     _add_common(parser)
     parser.set_defaults(run=_repair)
