@@ -133,6 +133,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
         written(self.text(), self.path)
         self.written = len(self.runs)
 
