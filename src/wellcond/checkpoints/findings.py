@@ -6,6 +6,7 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 
 from __future__ import annotations
 
+import abc
 import csv
 import enum
 import io
@@ -186,8 +187,22 @@ class Coverage:
         return text
 
 
+class _Document(abc.ABC):
+    """What an audit or a comparison found, as data."""
+
+    @abc.abstractmethod
+    def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
+        """Plain data; numbers may be inf and nan."""
+
+    def to_json(
+        self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
+    ) -> str:
+        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        return written(dump_json(self.to_dict(max_condition)), path)
+
+
 @dataclass(frozen=True)
-class AuditReport:
+class AuditReport(_Document):
     """The findings of an audit, worst first, with what they cover.
 
     Attributes:
@@ -241,12 +256,6 @@ class AuditReport:
             "versions": self.versions,
         }
 
-    def to_json(
-        self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
-    ) -> str:
-        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
-        return written(dump_json(self.to_dict(max_condition)), path)
-
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a finding, columns as in the JSON; written to path."""
         plain = [finding.to_dict() for finding in self.findings]
@@ -294,7 +303,7 @@ class AuditReport:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(_Document):
     """Two audits side by side, in the order of the largest change of kappa.
 
     Attributes:
@@ -344,12 +353,6 @@ class Comparison:
             ],
             "versions": self.versions,
         }
-
-    def to_json(
-        self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
-    ) -> str:
-        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
-        return written(dump_json(self.to_dict(max_condition)), path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a weight, empty where a side lacks it; written to path."""

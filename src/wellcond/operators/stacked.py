@@ -8,6 +8,7 @@ Letters: S (b, ..., m, n) the stack of b weights; U (b, ..., m, k) and V (b, ...
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class StackedMatrices:
         return torch.stack([S.finite() for S in self.matrices])
 
     def dense(self) -> Tensor:
-        return torch.stack([S.dense() for S in self.matrices if isinstance(S, Dense)])
+        return torch.stack([cast(Dense, S).dense() for S in self.matrices])
 
     def gram(self, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.stack([S.gram(dtype) for S in self.matrices if isinstance(S, HasGram)])
+        return torch.stack([cast(HasGram, S).gram(dtype) for S in self.matrices])
