@@ -13,13 +13,14 @@ SOURCE = Path(wellcond.__file__).parent
 # Which folder may import from which; "" stands for the public names. What is not here is refused:
 # training and checkpoints never see each other, linalg and operators nothing at all.
 ALLOWED: dict[str, set[str]] = {
-    "text": set(),
+    "output": set(),
+    "text": {"output"},
     "linalg": set(),
     "operators": set(),
     "weights": {"operators", "text"},
     "penalties": {"linalg", "operators"},
     "training": {"linalg", "operators", "weights", "penalties", "text"},
-    "checkpoints": {"linalg", "weights", "text"},
+    "checkpoints": {"linalg", "weights", "text", "output"},
     "": {"linalg", "operators", "weights", "penalties", "training", "checkpoints"},
     "integrations": {""},
     "experiments": {"", "text"},

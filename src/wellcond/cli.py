@@ -1,7 +1,8 @@
 """The command line: arguments in, text and exit code out.
 
 Exit codes: 0 done; 1 a limit that the user set is exceeded; 2 no answer (misuse, an unreadable or
-damaged file, output that exists); 130 interrupted.
+damaged file, output that exists or cannot be written); 130 interrupted; 141 nobody reads the output
+any more, as after `| head`: what a shell says of any program that the signal SIGPIPE ended.
 
 What computes is imported by the command that needs it: help is not to wait for torch.
 """
@@ -9,6 +10,7 @@ What computes is imported by the command that needs it: help is not to wait for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import wellcond
-from wellcond.text import and_more, shown
+from wellcond.text import and_more, shown, written
 
 if TYPE_CHECKING:
     from wellcond.checkpoints.audit import Progress
@@ -200,11 +202,14 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             if any(path.name.endswith(suffix) for suffix in _WEIGHTS):
                 raise ValueError(f"{option} must not replace weights, as {path} may be.")
             if not arguments.overwrite:
-                raise FileExistsError(
-                    f"{path} exists already and is not overwritten. Give --overwrite, or another "
-                    f"{option}."
-                )
+                raise _exists(path, option)
         outputs.append(path)
+
+
+def _exists(path: Path, option: str) -> FileExistsError:
+    return FileExistsError(
+        f"{path} exists already and is not overwritten. Give --overwrite, or another {option}."
+    )
 
 
 def _audit(arguments: argparse.Namespace) -> int:
@@ -243,11 +248,12 @@ def _audit(arguments: argparse.Namespace) -> int:
         text = result.to_json(max_condition=limit)
     else:
         text = result.to_csv() if to_stdout else result.table(arguments.top)
-    print(text, end="")
+    # Files first: whoever reads the output may go, as `head` does.
     if arguments.csv is not None and not to_stdout:
-        result.to_csv(arguments.csv)
+        _write(result.to_csv(), arguments.csv, "--csv", arguments.overwrite)
     if arguments.html is not None:
-        result.to_html(arguments.html, limit)
+        _write(result.to_html(None, limit), arguments.html, "--html", arguments.overwrite)
+    print(text, end="")
     covered = [_enough(report, arguments.min_coverage) for report in reports]
     exceeding = [] if limit is None else result.exceeding(limit)
     if exceeding:
@@ -257,6 +263,13 @@ def _audit(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if exceeding or not all(covered) else 0
+
+
+def _write(text: str, path: Path, option: str, overwrite: bool) -> None:
+    try:
+        written(text, path, overwrite)
+    except FileExistsError:  # since it was looked for
+        raise _exists(path, option) from None
 
 
 def _enough(report: AuditReport, min_coverage: float | None) -> bool:
@@ -296,15 +309,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter it lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            # Here, where it is answered in one line: at its end, the interpreter shows a traceback.
+            print(end="", flush=True)
+    except BrokenPipeError:
+        code, message = 141, ""
+    except KeyboardInterrupt as interrupt:
+        code, message = 130, f"wellcond: interrupted. {shown(interrupt)}".rstrip() + "\n"
+    except (ValueError, OSError, ImportError) as error:
+        code, message = 2, f"wellcond: error: {shown(error)}\n"
+    with contextlib.suppress(OSError):
+        print(message, end="", file=sys.stderr)
+    _drop_unwritten()
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
     command = next((word for word in argv if not word.startswith("-")), "")
     arguments = _parser(command).parse_args(argv)
-    try:
-        code: int = arguments.run(arguments)
-        return code
-    except KeyboardInterrupt as interrupt:
-        print(f"wellcond: interrupted. {shown(interrupt)}".rstrip(), file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"wellcond: error: {shown(error)}", file=sys.stderr)
-        return 2
+    code: int = arguments.run(arguments)
+    return code
+
+
+def _drop_unwritten() -> None:
+    """Lets go of what cannot be written, or the interpreter would try again at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -12,8 +12,9 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from wellcond.output import new_path
 
 
 def shown(text: object) -> str:
@@ -72,16 +73,11 @@ def dump_json(content: Any) -> str:
     return json.dumps(plain, indent=1, allow_nan=False, default=str) + "\n"
 
 
-def written(text: str, path: str | os.PathLike[str] | None) -> str:
-    """The text, and into a file if there is a path: under another name first, so never half."""
+def written(text: str, path: str | os.PathLike[str] | None, overwrite: bool = True) -> str:
+    """The text, and into a file if there is a path, whole or not at all; see `new_path`."""
     if path is not None:
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with new_path(path, overwrite) as part:
             part.write_text(text, encoding="utf-8", errors="backslashreplace")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
     return text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from wellcond.checkpoints.audit import Progress, chosen
-from wellcond.checkpoints.files import Checkpoint, check_output, new_path
+from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
 from wellcond.linalg.nearest import check_limit, limited
 from wellcond.linalg.scaling import frobenius_norm, scaled
+from wellcond.output import new_path, refuse_existing
 from wellcond.text import and_more, dump_json, shown, text_table, versions, written
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Skipped
@@ -133,7 +135,9 @@ def repair(
     holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
     one has no condition number and stays zero. All other tensors and the metadata of a safetensors
     file are kept byte for byte, of a file of torch.save value for value, and who may read it. The
-    copy is written under a temporary name and renamed; nothing is ever overwritten.
+    copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
+    repairs that want the same name one fails. A repair that is killed leaves that folder,
+    `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
 
     Args:
         path_in: whatever `wellcond.audit` reads.
@@ -151,6 +155,7 @@ def repair(
             that is read, or with the ending of another format. Nothing is written.
         FileExistsError: path_out is there already.
         NotADirectoryError: a part of path_out is a file.
+        OSError: path_out cannot be written, as on a full disk. Nothing is left of it.
 
     Example:
         >>> import os, tempfile, torch, wellcond as wc
@@ -163,7 +168,7 @@ def repair(
         True
     """
     check_limit(max_condition)
-    check_output(Path(path_in), Path(path_out))
+    _check_output(Path(path_in), Path(path_out))
     checkpoint = Checkpoint(path_in)
     for name, reason in checkpoint.damaged.items():
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
@@ -194,7 +199,15 @@ def repair(
         return new
 
     with new_path(path_out) as copy:
-        checkpoint.copy_with(change, copy)
+        try:
+            checkpoint.copy_with(change, copy)
+        except RuntimeError as error:
+            if not re.search("inline_container|PytorchStream", str(error)):
+                raise
+            # torch.save hides why it could not write behind words about its archive.
+            raise OSError(
+                f"{path_out} cannot be written: torch.save failed. Is the disk full?"
+            ) from error
         if refused:
             raise ValueError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
@@ -233,3 +246,45 @@ def _limit_all(
 def _relative_change(S: Tensor, X: Tensor) -> float:
     wide, unit = scaled(S)
     return frobenius_norm(X.to(torch.float64) / unit - wide) / frobenius_norm(wide)
+
+
+def _check_output(source: Path, target: Path) -> None:
+    """Raises unless a copy of the source can be written to the target."""
+    refuse_existing(target)
+    _check_ending(source, target)
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(
+                f"`path_out` must lie in a directory, but {parent} is a file. Choose another path."
+            )
+    resolved = target.resolve()
+    # Copying follows links, and so they may lead to where the copy is written.
+    seen: set[Path] = set()
+    for folder, below, _ in os.walk(source, followlinks=True):
+        real = Path(folder).resolve()
+        if resolved.is_relative_to(real):
+            raise ValueError(
+                f"`path_out` must lie outside of the directory that is copied, but {target} lies "
+                f"in {folder}. Choose a path beside {source}."
+            )
+        if real in seen:
+            below.clear()
+        seen.add(real)
+
+
+def _check_ending(source: Path, target: Path) -> None:
+    """Raises if the target's name promises another format than that of the source."""
+    if source.is_dir() or source.name.endswith(INDEX):
+        if target.name.endswith((".safetensors", INDEX, *PICKLED)):
+            raise ValueError(
+                f"`path_out` must be a directory, as {source} is copied with all that belongs to "
+                f"it, but {target.name} ends as a file does. Choose a name without an ending."
+            )
+        return
+    same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}
+    if source.is_file() and (target.suffix not in same or target.name.endswith(INDEX)):
+        raise ValueError(
+            f"`path_out` must end in {' or '.join(sorted(same))}, because the copy has the format "
+            f"of {source.name}, but got {target.name}. "
+            f"Choose {target.with_suffix(source.suffix).name}."
+        )

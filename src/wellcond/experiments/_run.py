@@ -224,7 +224,10 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     # A pipe or a file has no width; a narrow default would break the numbers.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:  # as rich ends the program, its own way, if nobody reads on
+        console.print(table)
+    print(text.get(), end="")
 
 
 @contextmanager
