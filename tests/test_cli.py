@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import wellcond
 from wellcond.cli import main
@@ -155,7 +157,13 @@ def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
     argv += ["--seeds", "10000", "--threads", "1", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # It is ignored where these tests run in the background, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
@@ -445,3 +453,138 @@ def test_the_console_script_audits(checkpoint: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.startswith("weight")
     assert "exceed 7" in done.stderr
+
+
+# --- output that cannot be written ----------------------------------------------------------------
+
+
+def run_module(*argv: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "wellcond", *map(str, argv)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, env=buffered, **how)
+
+
+COMMANDS_THAT_PRINT = [["--help"], ["audit", "{}"], ["audit", "{}", "--json"], ["bench", "audit"]]
+COMMANDS_THAT_PRINT[-1] += ["--sizes", "2x2", "--rounds", "1"]
+
+
+@pytest.mark.parametrize("argv", COMMANDS_THAT_PRINT, ids=" ".join)
+def test_nobody_reads_on(checkpoint: Path, argv: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_module(*(word.format(checkpoint) for word in argv), stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_files_are_written_though_nobody_reads_on(checkpoint: Path) -> None:
+    many = {f"layer{i}.weight": torch.eye(2) for i in range(200)}  # more than a pipe's buffer
+    torch.save(many, checkpoint)
+    page = checkpoint.with_name("r.html")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_module("audit", checkpoint, "--html", page, "--json", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert page.read_text().rstrip().endswith("</html>")
+
+
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+
+
+@full
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", COMMANDS_THAT_PRINT[:-1], ids=" ".join)
+def test_nothing_more_can_be_printed(checkpoint: Path, argv: list[str]) -> None:
+    with Path("/dev/full").open("w") as stdout:
+        done = run_module(*(word.format(checkpoint) for word in argv), stdout=stdout)
+    assert done.returncode == 2
+    assert done.stderr == "wellcond: error: [Errno 28] No space left on device\n"
+
+
+@full
+@pytest.mark.slow
+def test_neither_output_nor_errors_can_be_printed(checkpoint: Path) -> None:
+    with Path("/dev/full").open("w") as out:
+        command = [sys.executable, "-m", "wellcond", "audit", str(checkpoint)]
+        assert subprocess.run(command, stdout=out, stderr=out).returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of a process there")
+@pytest.mark.parametrize("option", ["--csv", "--html"])
+def test_a_report_that_cannot_be_written_whole_is_not_written(
+    checkpoint: Path, option: str
+) -> None:
+    path = checkpoint.with_name("report")
+    path.write_text("old")
+    argv = ["audit", checkpoint, option, path, "--overwrite"]
+    done = run_module(*argv, stdout=subprocess.PIPE, preexec_fn=lambda: limit_files(64))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"wellcond: error: [Errno 27] File too large: '{path}'\n"
+    assert path.read_text() == "old"
+    assert {file.name for file in path.parent.iterdir()} == {"model.pt", "report"}
+
+
+def limit_files(size: int) -> None:
+    """As on a full disk: no file of this process can be longer."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of a process there")
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "folder"])
+def test_a_repair_that_cannot_be_written_whole_is_not_written(tmp_path: Path, kind: str) -> None:
+    weights = {"w": torch.diag(torch.linspace(1.0, 9.0, 100))}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path, out = folder, tmp_path / "out"
+    if kind != "folder":
+        path, out = folder / f"model.{kind}", tmp_path / f"out.{kind}"
+    if kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, folder / "model.pt")
+    argv = ["repair", path, out, "--max-condition", "2"]
+    done = run_module(*argv, stdout=subprocess.PIPE, preexec_fn=lambda: limit_files(20_000))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"wellcond: error: .*{out}.*\n", done.stderr)
+    assert "wellcond-unfinished" not in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_report_that_another_process_wrote_meanwhile_stays(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = checkpoint.with_name("r.html")
+    to_html = wellcond.AuditReport.to_html
+
+    def meanwhile(*args: Any) -> str:
+        page.write_text("precious")
+        return to_html(*args)
+
+    monkeypatch.setattr(wellcond.AuditReport, "to_html", meanwhile)
+    assert main(["audit", str(checkpoint), "--html", str(page)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "exists already and is not overwritten. Give --overwrite, or another --html." in err
+    assert page.read_text() == "precious"
+    assert main(["audit", str(checkpoint), "--html", str(page), "--overwrite"]) == 0
+    assert page.read_text() != "precious"
+
+
+KILLED = """
+import os, signal, sys, wellcond
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+wellcond.repair(sys.argv[1], sys.argv[2], 7, progress=kill)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked there")
+def test_a_repair_removes_what_a_killed_one_left(checkpoint: Path) -> None:
+    fixed = checkpoint.with_name("fixed.pt")
+    subprocess.run([sys.executable, "-c", KILLED, str(checkpoint), str(fixed)])
+    (left,) = checkpoint.parent.glob(".*")
+    assert left.name.startswith(".wellcond-unfinished-")
+    assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 0
+    assert {file.name for file in checkpoint.parent.iterdir()} == {"model.pt", "fixed.pt"}

@@ -52,7 +52,7 @@ def assert_schema(document: dict[str, Any]) -> None:
             assert values
             assert all(is_number(value) for value in values.values())
     for row in document["summary"]:
-        assert set(row) == {"method", "strength", "tuned", "metric", "mean", "low", "high"}
+        assert set(row) == {"method", "strength", "tuned", "metric", "mean", "low", "high", "log"}
         assert all(is_number(row[key]) for key in ("mean", "low", "high"))
     groups = {(row["method"], row["strength"], row["tuned"]) for row in document["summary"]}
     runs = {(run["method"], run["strength"], run["tuned"]) for run in document["runs"]}
@@ -185,6 +185,20 @@ def test_overwriting_leaves_no_picture_of_other_results(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "notes.txt"}
 
 
+def test_results_of_another_process_stay(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(out=tmp_path, overwrite=False, experiment="denoise")
+    results = _run.Results(arguments, "digits", "paper", ("images.png",))
+    for name in ("results.json", "images.png"):
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError):
+        results.add(finished_run("none", 0.0, 0.5))
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+    (tmp_path / "results.json").unlink()
+    for seed in (1, 2):  # the first claims the name, the second replaces its own file
+        results.add(finished_run("none", 0.0, 0.5, seed=seed))
+    assert len(strict((tmp_path / "results.json").read_text())["runs"]) == 3
+
+
 # --- summaries ------------------------------------------------------------------------------------
 
 
@@ -209,12 +223,46 @@ def test_the_interval_is_students() -> None:
     assert band["mean"] - band["low"] == pytest.approx(half, rel=1e-6)
 
 
+def test_the_interval_of_a_condition_number_is_one_of_factors() -> None:
+    # Its ends are the geometric mean times and over the same factor, so both are positive.
+    values = [20.0, 50.0, 8000.0]
+    band = _run.interval(values, log=True)
+    logs = [math.log(value) for value in values]
+    half = 4.302653 * statistics.stdev(logs) / math.sqrt(3)
+    assert band["mean"] == pytest.approx(200)
+    assert band["high"] == pytest.approx(200 * math.exp(half), rel=1e-6)
+    assert band["low"] == pytest.approx(200 / math.exp(half), rel=1e-6)
+    assert _run.interval(values)["low"] < 0
+    assert _run.interval([1e-300, 1e300], log=True)["high"] == math.inf
+    assert _run.interval([0.0, 3.0], log=True)["mean"] == 0
+
+
+def test_numbers_that_differ_by_factors_are_shown_so() -> None:
+    runs = [
+        finished_run("none", 0.0, score, condition_numbers={"w": kappa}, metrics={"sigma_max": 2.0})
+        for score, kappa in ((1.0, 10.0), (2.0, 1e5))
+    ]
+    runs[0]["metrics"]["closed_form:condition_number:S"] = 7.0
+    shown = {row["metric"]: _run.with_interval(row) for row in _run.summarise(runs)}
+    assert shown["condition_number:w"] == "1e+03 [3.87e-23, 2.58e+28]"
+    assert shown["score:0.0"] == "1.5 ± 6.35"
+    assert shown["sigma_max"] == "2 [2, 2]"
+    assert shown["closed_form:condition_number:S"] == "7"
+
+
+def test_errors_of_least_squares_differ_by_factors() -> None:
+    runs = [finished_run("none", 0.0, 0, scores={"error": v, "residual": v}) for v in (1.0, 100.0)]
+    means = {row["metric"]: row["mean"] for row in _run.summarise(runs)}
+    assert means["score:error"] == means["score:residual"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [[3.0], [1.0, math.inf], [1.0, math.nan]])
-def test_there_is_no_interval_of_one_seed_or_of_infinity(values: list[float]) -> None:
-    band = _run.interval(values)
+def test_there_is_no_interval_of_one_seed_or_of_infinity(values: list[float], log: bool) -> None:
+    band = _run.interval(values, log)
     assert math.isnan(band["low"])
     assert math.isnan(band["high"])
-    assert str(band["mean"]) == str(sum(values) / len(values))
+    assert band["mean"] == pytest.approx(sum(values) / len(values), nan_ok=True)
 
 
 def test_runs_are_summarised_by_method_strength_and_tuning() -> None:

@@ -97,6 +97,7 @@ class Results:
         self.out: Path = arguments.out
         self.path = self.out / "results.json"
         self.reports = ("table.md", *reports)
+        self.overwrite: bool = arguments.overwrite
         self.written = 0  # runs on disk
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out must be a directory, {self.out} is none.")
@@ -125,16 +126,12 @@ class Results:
         return settings
 
     def add(self, run: dict[str, Any]) -> None:
-        if not self.runs:  # what an earlier experiment drew would not fit these results
-            for report in self.reports:
-                (self.out / report).unlink(missing_ok=True)
         self.runs.append(run)
         self.document["summary"] = summarise(self.runs)
-        self.write()
-
-    def write(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        written(self.text(), self.path)
+        written(self.text(), self.path, self.overwrite or self.written > 0)
+        if not self.written:  # what an earlier experiment drew would not fit these results
+            for report in self.reports:
+                (self.out / report).unlink(missing_ok=True)
         self.written = len(self.runs)
 
     def text(self) -> str:
@@ -150,26 +147,30 @@ class Results:
             left = f"Kept {runs} in {self.path}." if self.written else "Nothing was kept."
             raise KeyboardInterrupt(left) from None
 
-    def row(
-        self, method: str, strength: float, metric: str, tuned: bool = False
-    ) -> dict[str, float]:
-        """Mean and interval over the seeds; nan where there is no such run."""
-        for row in self.document["summary"]:
+    def row(self, method: str, strength: float, metric: str, tuned: bool = False) -> dict[str, Any]:
+        """What `interval` says of the seeds; nan where there is no such run."""
+        summary: list[dict[str, Any]] = self.document["summary"]
+        for row in summary:
             if (row["method"], row["strength"], row["tuned"], row["metric"]) == (
                 method,
                 strength,
                 tuned,
                 metric,
             ):
-                return {end: row[end] for end in ("mean", "low", "high")}
-        return dict.fromkeys(("mean", "low", "high"), math.nan)
+                return row
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "log": False}
 
     def mean(self, method: str, strength: float, metric: str, tuned: bool = False) -> float:
-        return self.row(method, strength, metric, tuned)["mean"]
+        mean: float = self.row(method, strength, metric, tuned)["mean"]
+        return mean
+
+
+# What differs by factors rather than by amounts, from seed to seed as well.
+LOGARITHMIC = {"condition_number", "sigma_max", "residual", "error"}
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and 95 % interval (Student's t) over the seeds, per method, strength and metric."""
+    """Mean and 95 % interval over the seeds, per method, strength and metric."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for run in runs:
         metrics = {f"condition_number:{k}": v for k, v in run["condition_numbers"].items()}
@@ -180,20 +181,32 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault(key, []).append(value)
     return [
         {"method": method, "strength": strength, "tuned": tuned, "metric": metric}
-        | interval(values)
+        | interval(values, log=not LOGARITHMIC.isdisjoint(metric.split(":")))
         for (method, strength, tuned, metric), values in groups.items()
     ]
 
 
-def interval(values: list[float]) -> dict[str, float]:
+def interval(values: list[float], log: bool = False) -> dict[str, Any]:
+    """Mean and 95 % interval (Student's t); of the logarithms if log, so of a geometric mean.
+
+    A mean of condition numbers is that of the worst one, and its interval reaches below zero.
+    """
+    if len(values) == 1:
+        return {"mean": values[0], "low": math.nan, "high": math.nan, "log": log}
+    if log:
+        # torch knows log(0) and an exp beyond float64.
+        logs = torch.tensor(values, dtype=torch.float64).log().tolist()
+        ends = ("mean", "low", "high")
+        band = torch.tensor([interval(logs)[end] for end in ends], dtype=torch.float64).exp()
+        return dict(zip(ends, band.tolist(), strict=True)) | {"log": True}
     mean = statistics.fmean(values)
-    if len(values) < 2 or not math.isfinite(mean):
-        return {"mean": mean, "low": math.nan, "high": math.nan}
+    if not math.isfinite(mean):
+        return {"mean": mean, "low": math.nan, "high": math.nan, "log": False}
     from scipy.special import stdtrit  # comes with scikit-learn
 
     spread = statistics.stdev(values) / math.sqrt(len(values))
     half = float(stdtrit(len(values) - 1, 0.975)) * spread
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "log": False}
 
 
 def number(value: float) -> str:
@@ -203,9 +216,13 @@ def number(value: float) -> str:
     return f"{value:.2e}" if value and (abs(value) >= 1e5 or abs(value) < 1e-3) else f"{value:.3g}"
 
 
-def plus_minus(row: dict[str, float]) -> str:
-    half = (row["high"] - row["low"]) / 2
-    return number(row["mean"]) + (f" ± {number(half)}" if math.isfinite(half) else "")
+def with_interval(row: dict[str, Any]) -> str:
+    """As "0.5 ± 0.1", and where factors count "58 [31, 110]"."""
+    mean, low, high = row["mean"], row["low"], row["high"]
+    if math.isnan(low):
+        return number(mean)
+    spread = f"[{number(low)}, {number(high)}]" if row["log"] else f"± {number(high - mean)}"
+    return f"{number(mean)} {spread}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -252,7 +269,9 @@ def progress(total: int, title: str) -> Iterator[Advance]:
 
 
 def over_seeds(seeds: int) -> str:
-    return f"Mean ± 95 % interval of {seeds} seeds." if seeds > 1 else "One seed: no interval."
+    if seeds == 1:
+        return "One seed: no interval."
+    return f"Mean ± 95 % interval of {seeds} seeds; with [ ]: geometric mean, interval of factors."
 
 
 def write_tables(results: Results, note: str, tables: list[Titled]) -> None:

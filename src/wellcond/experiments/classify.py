@@ -161,7 +161,7 @@ def _report(results: _run.Results, setting: Setting, plan: Plan, as_json: bool) 
         [
             m,
             f"{strength:g}",
-            *(_run.plus_minus(results.row(m, strength, metric)) for metric in metrics),
+            *(_run.with_interval(results.row(m, strength, metric)) for metric in metrics),
         ]
         for m, strength in plan
     ]

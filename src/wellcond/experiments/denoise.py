@@ -227,7 +227,7 @@ def _report(
         key = [f"{method} (tuned)" if tuned else method, _run.number(strength), f"{lr:g}"]
         for rows, metrics in ((errors, names), (conditions, kappas)):
             bands = [results.row(method, strength, metric, tuned) for metric in metrics]
-            rows.append(key + [_run.plus_minus(band) for band in bands])
+            rows.append(key + [_run.with_interval(band) for band in bands])
     seeds = results.settings["seeds"]
     note = (
         f"Denoising of {setting.images.name}, protocol {setting.protocol}: "

@@ -204,7 +204,7 @@ def _report(results: _run.Results, as_json: bool) -> None:
         for strength in (0.0,) if method == "none" else STRENGTHS:
             bands = [results.row(method, strength, prefix + key) for key in keys.values()]
             name = f"{method}, closed form" if prefix else method
-            rows.append([name, f"{strength:g}", *map(_run.plus_minus, bands)])
+            rows.append([name, f"{strength:g}", *map(_run.with_interval, bands)])
     settings = results.settings
     note = (
         f"Least squares, kappa(A) = {CONDITION_A:g}, kappa(S*) = {CONDITION_TRUE:g}, noise "
