@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Part, Transposed, View, shape_of
-from wellcond.weights.matrices import Matrices, numbered
+from wellcond.weights.matrices import Matrices, is_vector, numbered
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -133,6 +133,8 @@ def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, Vi
         return {"": STORED}
     if kind.endswith("Router") and parameter.ndim == 2 and attribute == "weight":
         return {"": STORED}
+    if is_vector(parameter.shape):
+        return Skipped(Reason.vector)
     if parameter.ndim > 3:
         return Skipped(Reason.dimensions, f"{parameter.ndim} in a {type(module).__name__}")
     return Skipped(Reason.unknown_use, f"of {type(module).__name__}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +21,11 @@ class Matrices:
     aliases: tuple[str, ...]
     views: Callable[[Tensor], dict[str, Tensor]]
     read: Callable[[], Tensor]
+
+
+def is_vector(shape: Sequence[int]) -> bool:
+    """Whether it is a vector laid out to be added or multiplied entrywise, as (1, 1, n)."""
+    return len(shape) > 2 and math.prod(shape) == max(shape)
 
 
 def numbered(stack: Tensor) -> dict[str, Tensor]:

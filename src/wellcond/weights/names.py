@@ -1,7 +1,8 @@
 """What a tensor of a file means by its name, shape and dtype: a file has no classes.
 
 Two dimensions are a matrix as stored; three a stack of matrices, or a kernel if "conv" is in the
-name; four and more a kernel. What stands beside packed integers or float8 belongs to them.
+name; four and more a kernel. What stands beside packed integers or float8 belongs to them. What is
+looked up or added in a model, and so no weight there, is known by its name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from wellcond.operators.views import Kernel
-from wellcond.weights.matrices import numbered
+from wellcond.weights.matrices import is_vector, numbered
 from wellcond.weights.reasons import Reason, Skipped
 
 _MEASURED = ("float64", "float32", "float16", "bfloat16")
@@ -30,6 +31,20 @@ _PERHAPS_SCALES = re.compile(
     r"(.*_)?(scales?|scalings?|zeros?|zero_points?|codebooks?|luts?|lookup_tables?|biases)"
 )
 
+# Of an embedding, and of a parameter that stands for itself: tok_embeddings, embed_in, cls_token.
+_WORDS = r"(.*_)?(emb|embeds?|embeddings?|tokens?)\d*(_.*)?"
+_LOOKED_UP = re.compile(
+    rf"{_WORDS}|w[tp]e|shared|embedder|(row|column|queries)_embedder|relative_attention_bias|codebook"
+)
+# embed_tokens.0.weight is one of several embeddings, time_embed.0.weight a layer of a Sequential.
+_SEVERAL = re.compile(r"(.*_)?(embeddings|tokens|embeds_layers)(_.*)?|w[tp]es|point_embed")
+# Linear maps from or to an embedding: patch_embedding, embeddings_project, the heads of detectors.
+_LINEAR = re.compile(
+    r".*(patch|proj|linear|dense|mapping|transformation).*"
+    r"|(.*_)?class_embed|embed_(return|state|action)|vision_embed_tokens"
+)
+_ADDED = re.compile(rf"{_WORDS}|(.*_)?(pos|positions?|positional|latents?|bias|biases)\d*(_.*)?")
+
 
 def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     """Why a tensor holds no weight; None if it does."""
@@ -42,7 +57,33 @@ def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     return Skipped(Reason.quantised if _NARROW.match(dtype) else Reason.packed, dtype)
 
 
-def scales(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
+def no_weights(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
+    """The tensors, given by shape and dtype, that by their names are no weights; and why."""
+    named = {name: _by_name(name, shape) for name, (shape, _) in tensors.items()}
+    return {name: why for name, why in named.items() if why is not None} | _scales(tensors)
+
+
+scales = no_weights  # as checkpoints call it
+
+
+def _by_name(name: str, shape: tuple[int, ...]) -> Skipped | None:
+    """Whether a tensor is an embedding, or added, as far as its name and shape tell."""
+    *modules, own = name.lower().split(".")
+    if own != "weight":
+        if is_vector(shape):
+            return Skipped(Reason.vector)
+        return Skipped(Reason.added) if _ADDED.fullmatch(own) else None
+    known = _LOOKED_UP
+    # What PEFT and a list of modules put between.
+    while modules and (modules[-1] in ("base_layer", "original_module") or modules[-1].isdigit()):
+        known = _SEVERAL if modules.pop().isdigit() else known
+    module = modules[-1] if modules else ""
+    if len(shape) == 2 and known.fullmatch(module) and not _LINEAR.fullmatch(module):
+        return Skipped(Reason.embedding)
+    return None
+
+
+def _scales(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
     """The tensors, given by shape and dtype, that belong to a quantised weight; and to which.
 
     These are what is named like the quantised weight (`weight.absmax` beside `weight`), what is

@@ -1,0 +1,121 @@
+"""A file and its model agree about what is looked up or added, and so no weight."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import wellcond as wc
+from wellcond.weights.discover import effective_matrices
+from wellcond.weights.names import no_weights, why_no_weight
+from wellcond.weights.reasons import Reason
+
+# Names and shapes of timm, of PEFT, and of the files in which Llama, Gemma, Whisper and CLIP first
+# came; what the model side says of them, None for a weight.
+NAMES: dict[str, tuple[tuple[int, ...], Reason | None]] = {
+    "cls_token": ((1, 1, 8), Reason.vector),
+    "dist_token": ((1, 1, 8), Reason.vector),
+    "reg_token": ((1, 4, 8), Reason.added),
+    "pos_embed": ((1, 5, 8), Reason.added),
+    "pos_embed_win": ((1, 8, 7, 7), Reason.added),
+    "patch_pos": ((1, 5, 8), Reason.added),
+    "attn_pool.latent": ((1, 3, 8), Reason.added),
+    "absolute_pos_embed": ((1, 5, 8), Reason.added),
+    "blocks.0.attn.rel_pos_h": ((9, 8), Reason.added),
+    "blocks.0.attn.relative_position_bias_table": ((9, 3), Reason.added),
+    "blocks.0.attn.attention_biases": ((4, 9), Reason.added),
+    "experts.gate_up_proj_bias": ((4, 9), Reason.added),
+    "layers.0.attn.logit_scale": ((3, 1, 1), Reason.vector),
+    "stages.0.gamma": ((8, 1, 1), Reason.vector),
+    "patch_embed.proj.weight": ((8, 3, 4, 4), None),
+    "blocks.0.attn.qkv.weight": ((24, 8), None),
+    "blocks.0.linear_tokens.weight": ((5, 5), None),
+    "blocks.0.mlp_tokens.fc1.weight": ((5, 5), None),
+    "blocks.0.attn.pos_proj.weight": ((5, 3), None),
+    "conv.weight": ((8, 1, 1, 1), None),
+    "attn.in_proj_weight": ((24, 8), None),
+    "time_embed.0.weight": ((8, 8), None),
+    "time_embedding.linear_1.weight": ((8, 8), None),
+    "x_embedder.weight": ((8, 8), None),
+    "context_embedder.weight": ((8, 8), None),
+    "base_model.model.embed_tokens.lora_embedding_A": ((2, 9), Reason.added),
+    "base_model.model.embed_tokens.base_layer.weight": ((9, 8), Reason.embedding),
+    "base_model.model.q_proj.lora_A.weight": ((2, 8), None),
+    "base_model.model.q_proj.base_layer.weight": ((8, 8), None),
+    "tok_embeddings.weight": ((9, 8), Reason.embedding),
+    "embedder.weight": ((9, 8), Reason.embedding),
+    "decoder.embed_tokens.0.weight": ((9, 8), Reason.embedding),
+    "decoder.token_embedding.weight": ((9, 8), Reason.embedding),
+    "decoder.positional_embedding": ((9, 8), Reason.added),
+    "visual.proj": ((9, 8), None),
+    "text_projection": ((9, 8), None),
+    "w": ((9, 8), None),
+    "0.weight": ((9, 8), None),
+    "weight": ((9, 8), None),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_says_whether_it_is_a_weight(name: str) -> None:
+    shape, expected = NAMES[name]
+    found = no_weights({name: (shape, "float32")})
+    assert {n: why.reason for n, why in found.items()} == ({name: expected} if expected else {})
+
+
+def test_what_is_laid_out_as_a_vector_is_one_in_a_model_too() -> None:
+    model = nn.Module()
+    model.token = nn.Parameter(torch.randn(1, 1, 8))
+    model.linear = nn.Linear(8, 8)
+    assert wc.Regularizer(model, wc.Condition(0.1)).skipped["token"].reason is Reason.vector
+    assert wc.audit(model).coverage.skipped["token"].reason is Reason.vector
+
+
+MODELS = {
+    "AutoModelForCausalLM": "llama mistral mixtral qwen2 gemma gpt2 gpt_neox opt bloom falcon phi",
+    "AutoModelForMaskedLM": "bert roberta distilbert albert electra deberta-v2 modernbert",
+    "AutoModelForSeq2SeqLM": "t5 bart marian",
+    "AutoModelForImageClassification": "vit dinov2 swin swinv2 beit convnext",
+    "AutoModel": "deit clip siglip whisper wav2vec2 blip-2 layoutlm sam",
+}
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
+    ("auto", "kind"), [(auto, kind) for auto, kinds in MODELS.items() for kind in kinds.split()]
+)
+def test_names_agree_with_modules(auto: str, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):  # of full size, without values
+        model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind))
+    matrices, skipped, _ = effective_matrices(model)
+    parameters = {
+        name: (tuple(p.shape), str(p.dtype).removeprefix("torch."))
+        for name, p in model.named_parameters()
+        if ".parametrizations." not in name
+    }
+    no_matrix = {name for name, kind in parameters.items() if why_no_weight(*kind) is not None}
+    of_file = parameters.keys() - no_matrix - no_weights(parameters).keys()
+    of_model = {one.name for one in matrices} - skipped.keys()
+    assert len(of_model) > 5
+    assert of_file == of_model & parameters.keys()
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_of_transformers_and_its_model_agree(tmp_path: Path, tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 20}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=tied)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    of_model = wc.audit(model)
+    for path in (tmp_path / "model.safetensors", tmp_path / "model.pt"):
+        of_file = wc.audit(path)
+        assert {f.label for f in of_file.findings} == {f.label for f in of_model.findings}
+        assert of_file.coverage.parameter_share == of_model.coverage.parameter_share
+        skipped = of_file.coverage.skipped
+        assert skipped["model.embed_tokens.weight"] == wc.Skipped(Reason.embedding)
+    assert ("lm_head.weight" in {f.name for f in of_model.findings}) is not tied
