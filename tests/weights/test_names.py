@@ -44,6 +44,7 @@ NAMES: dict[str, tuple[tuple[int, ...], Reason | None]] = {
     "base_model.model.q_proj.lora_A.weight": ((2, 8), None),
     "base_model.model.q_proj.base_layer.weight": ((8, 8), None),
     "tok_embeddings.weight": ((9, 8), Reason.embedding),
+    "step1.pt/wte.weight": ((9, 8), Reason.embedding),
     "embedder.weight": ((9, 8), Reason.embedding),
     "decoder.embed_tokens.0.weight": ((9, 8), Reason.embedding),
     "decoder.token_embedding.weight": ((9, 8), Reason.embedding),

@@ -68,7 +68,7 @@ scales = no_weights  # as checkpoints call it
 
 def _by_name(name: str, shape: tuple[int, ...]) -> Skipped | None:
     """Whether a tensor is an embedding, or added, as far as its name and shape tell."""
-    *modules, own = name.lower().split(".")
+    *modules, own = re.split(r"[./]", name.lower())  # of several files: step1.pt/wte.weight
     if own != "weight":
         if is_vector(shape):
             return Skipped(Reason.vector)
