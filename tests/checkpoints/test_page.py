@@ -46,6 +46,10 @@ def test_what_is_no_matrix_is_one_line_that_unfolds() -> None:
     assert "table" not in folded[2]  # an embedding is one that the report lacks
 
 
+def test_names_break_between_words() -> None:
+    assert '<td class="text">fine.<wbr>weight</td>' in wc.audit(model()).to_html()
+
+
 def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
     report = wc.audit(model())
     page = report.to_html(max_condition=100.0)

@@ -6,6 +6,7 @@ It is given text and numbers and knows nothing of weights.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape as escape_markup
@@ -168,6 +169,11 @@ def escape(text: str) -> str:
     return escape_markup(shown(text))
 
 
+def _name(text: str) -> str:
+    """A name that is broken, if it must be, after a dot and not within a word."""
+    return re.sub(r"([.:/_])", r"\1<wbr>", escape(text))
+
+
 def _list(items: Mapping[str, str]) -> str:
     lines = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in items.items())
     return f"<dl>{''.join(lines)}</dl>"
@@ -208,7 +214,8 @@ def _table(headers: Sequence[str], rows: Sequence[Row], max_condition: float | N
         for number, (header, cell) in enumerate(zip(headers, row.cells, strict=False)):
             label = f' data-label="{escape(header)}"' if number else ""
             mark = _MARKED if number and any(row.exceeds[number - 1 : number]) else ""
-            cells += f"<td{_text(header)}{label}>{mark}{escape(cell)}</td>"
+            shown_cell = escape(cell) if number else _name(cell)
+            cells += f"<td{_text(header)}{label}>{mark}{shown_cell}</td>"
             if number == before_bar:
                 cells += f'<td class="bar">{bars}</td>'
         body += f"<tr{_OVER if any(row.exceeds) else ''}>{cells}</tr>\n"

@@ -14,7 +14,7 @@ class Reason(enum.Enum):
     empty = "not a matrix: it has no entries"
     dimensions = "not a matrix: more dimensions than are known to mean one"
     embedding = "an embedding: its rows are looked up, it is no linear map"
-    added = "a token, a position or a bias by its name: it is added, it is no linear map"
+    added = "by its name a token, a position or a bias, and no linear map"
     unknown_use = "a parameter whose use is not known"
     one_row = "one row in each group: every condition number is 1"
     uninitialised = "not initialised yet: run the model once first"
