@@ -1,5 +1,8 @@
 """Archives that were compressed, cut or made to mislead."""
 
+import subprocess
+import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +82,76 @@ def test_damaged_pickles_are_refused(tmp_path: Path, start: bytes) -> None:
     path = rezipped(path, change=lambda name, data: start if "data.pkl" in name else data)
     with pytest.raises(UnreadableError, match="must be a"):
         Checkpoint(path)
+
+
+def run(code: str, *arguments: Path) -> str:
+    """What a process of its own prints, as the system may kill it."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+CUT = """
+import os, sys, torch
+from wellcond.checkpoints.files import Checkpoint
+one, other = Checkpoint(sys.argv[1]).matrices()
+assert torch.equal(one.read(), torch.ones(500, 500))
+os.truncate(sys.argv[1], 1_100_000)
+for matrix in (one, other):
+    try:
+        matrix.read()
+        print("read")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_does_not_end_the_process(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(500, 500), "b": torch.ones(500, 500)}, tmp_path / "a.pt")
+    first, second = run(CUT, tmp_path / "a.pt").splitlines()
+    assert first == "read"
+    assert second == f"{tmp_path / 'a.pt'} has become shorter while it was read."
+
+
+FULL = """
+import resource, sys
+from wellcond.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+print(main(["repair", *sys.argv[1:], "--max-condition", "2"]))
+"""
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    torch.save({"a": torch.randn(300, 300)}, tmp_path / "a.pt")
+    code, error = run(FULL, tmp_path / "a.pt", tmp_path / "b.pt").splitlines()
+    assert code == "2"
+    assert error.startswith("wellcond: error: b.pt cannot be written, is the disk full?")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pt"}
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wellcond.checkpoints.pickled._RESIDENT", 0)  # opened for every tensor
+    torch.save(content(), tmp_path / "a.pt")
+    w, z = Checkpoint(tmp_path / "a.pt").matrices()
+    assert torch.equal(w.read(), content()["w"])
+    torch.save(content() | {"z": torch.eye(3)}, tmp_path / "b.pt")
+    (tmp_path / "b.pt").rename(tmp_path / "a.pt")
+    assert torch.equal(w.read(), content()["w"])
+    with pytest.raises(UnreadableError, match="has changed while it was read"):
+        z.read()
+
+
+@pytest.mark.parametrize("name", ["archive/DATA.PKL", "x/data.pkl", "archive/data.pkl"])
+def test_an_archive_has_one_pickle(tmp_path: Path, name: str) -> None:
+    """Of two, torch might load one, and the other be looked at here."""
+    torch.save(content(), tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (record,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
+        archive.writestr(name.replace("archive", record.partition("/")[0]), b"\x80\x02}.")
+    with pytest.raises(UnreadableError, match="must be a whole file"):
+        Checkpoint(tmp_path / "a.pt")

@@ -35,6 +35,14 @@ def test_indices_of_something_else_are_refused(tmp_path: Path, text: str) -> Non
         Checkpoint(path)
 
 
+def test_an_index_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors.index.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(UnreadableError, match="at most 67,108,864 bytes"):
+        Checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["", ".", "a\x00b", "a/../b"])
 def test_shards_are_files_beside_the_index(tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.safetensors.index.json"
@@ -97,13 +105,13 @@ def test_an_index_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("length", [100_000_001, 2**63, 2**64 - 1])
-def test_headers_above_the_limit_of_the_format_are_refused(tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize("length", [33_554_433, 100_000_001, 2**63, 2**64 - 1])
+def test_headers_that_take_too_much_to_read_are_refused(tmp_path: Path, length: int) -> None:
     path = tmp_path / "a.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", length) + b"{")
         file.truncate(200_000_000)  # sparse
-    with pytest.raises(UnreadableError, match="at most 100,000,000"):
+    with pytest.raises(UnreadableError, match="at most 33,554,432"):
         Checkpoint(path)
 
 

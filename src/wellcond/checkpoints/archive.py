@@ -1,12 +1,16 @@
-"""The zip archive that torch.save writes: whether its records can be mapped, and are whole."""
+"""What is asked of a file of torch.save before torch loads it: that it is whole, and no bomb.
+
+A few bytes of a pickle can stand for any number of copies of one another, and torch would make
+them all.
+"""
 
 from __future__ import annotations
 
-import io
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import torch
 
@@ -16,11 +20,17 @@ from wellcond.checkpoints.tensors import UnreadableError
 _UNPACKED, _RATIO = 64 << 20, 20
 
 
+def is_archive(path: Path) -> bool:
+    """Whether it is a zip archive, as since torch 1.6; by what torch goes by."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def can_be_mapped(path: Path) -> bool:
-    """Whether it is an archive, as since torch 1.6, that was not compressed afterwards."""
+    """Whether it is an archive that was not compressed after torch wrote it."""
+    if not is_archive(path):
+        return False
     try:
-        if not zipfile.is_zipfile(path):
-            return False
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (FileNotFoundError, PermissionError, IsADirectoryError):
@@ -39,28 +49,88 @@ def can_be_mapped(path: Path) -> bool:
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
-def check_storages(path: Path) -> None:
-    """Raises if a storage is longer than its record, so that what follows would be mapped too."""
+def check_pickle(path: Path) -> None:
+    """Raises if a storage is longer than what is stored, or if to load it would take too much.
+
+    Whatever else it raises says that the pickle is damaged.
+    """
+    if not is_archive(path):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            wanted = _Storages(path, file, size)
+            for _ in range(4):  # a magic number, a version, of what machine, the content
+                wanted.load()
+            _check_stored(path, "its storages", sum(wanted.sizes.values()), size)
+        return
     with zipfile.ZipFile(path) as archive:
-        sizes = {r.filename.partition("/")[2]: r.file_size for r in archive.infolist()}
-        (pickled,) = [n for n in archive.namelist() if n.partition("/")[2] == "data.pkl"]
-        wanted = _Storages(io.BytesIO(archive.read(pickled)))
-    wanted.load()
+        records = archive.infolist()
+        # Case is nothing to torch.
+        sizes = {r.filename.partition("/")[2].lower(): r.file_size for r in records}
+        if len(sizes) < len(records):
+            raise ValueError("two of its records have the same name")
+        (pickled,) = [r for r in records if r.filename.partition("/")[2].lower() == "data.pkl"]
+        with archive.open(pickled) as file:
+            wanted = _Storages(path, file, pickled.file_size)
+            wanted.load()
     for key, size in wanted.sizes.items():
-        found = sizes.get(f"data/{key}", 0)
-        if size > found:
-            raise UnreadableError(
-                f"{path} must hold {size:,} bytes for storage {key}, but holds {found:,}. "
-                "It is damaged: fetch it again."
-            )
+        _check_stored(path, f"storage {key}", size, sizes.get(f"data/{key}".lower(), 0))
+
+
+def _check_stored(path: Path, what: str, wanted: int, found: int) -> None:
+    """What follows in the file would be mapped, too."""
+    if wanted > found:
+        raise UnreadableError(
+            f"{path} must hold {wanted:,} bytes for {what}, but holds {found:,}. "
+            "It is damaged: fetch it again."
+        )
+
+
+class _Tuple(tuple[Any, ...]):
+    """A tuple that knows how many things are in it, and in what is in it."""
+
+    size: int
 
 
 class _Anything:
     """Stands for whatever a pickle names: takes everything, does nothing."""
 
-    def __init__(self, *args: Any) -> None: ...
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    unpickler: _Storages
+    size = 1
+
+    def __new__(cls, *args: Any, **more: Any) -> _Anything:
+        name, made = cls.__name__, super().__new__(cls)
+        numbers = any(isinstance(arg, int) for arg in args)
+        # Nothing that is saved is made by these; `bytearray` and tensors take a length, and an
+        # encoding may be one that doubles it.
+        if (
+            (args and name.endswith(("Tensor", "Storage")))
+            or (numbers and name == "bytearray")
+            or (name == "encode" and not isinstance(args[0], str))
+            or name == "_rebuild_device_tensor_from_cpu_tensor"
+            or (name == "_rebuild_from_type_v2" and not args[0].__name__.startswith("_rebuild"))
+        ):
+            raise UnreadableError(
+                f"{cls.unpickler.path} must hold what torch.save writes, but makes a {name} of "
+                "something else. It is damaged, or was made to do harm."
+            )
+        made.size = cls.unpickler.counted(args)
+        return made
+
+    def __init__(self, *args: Any, **more: Any) -> None: ...
     def __setstate__(self, state: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.size += 1
+
+    def append(self, item: Any) -> None: ...
+
+
+def _size(value: Any, depth: int = 2) -> int:
+    """How many things are copied, hashed or printed with it."""
+    if isinstance(value, _Tuple | _Anything):
+        return value.size
+    if isinstance(value, list | dict) and depth:
+        return 1 + sum(_size(item, depth - 1) for item in value)
+    return 1 + len(value) if isinstance(value, str | bytes | list | dict) else 1
 
 
 class _Storages(pickle._Unpickler):
@@ -69,15 +139,51 @@ class _Storages(pickle._Unpickler):
     In Python, because the one in C allocates for whatever index the pickle may name.
     """
 
-    def __init__(self, file: io.BytesIO) -> None:
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, path: Path, file: IO[bytes], length: int) -> None:
         super().__init__(file)
+        self.path, self.budget = path, max(_UNPACKED, _RATIO * length)
         self.sizes: dict[str, int] = {}
 
+    def counted(self, value: Any) -> int:
+        """The size of it, taken from the budget."""
+        size = 1 + sum(map(_size, value))
+        self.budget -= size
+        if self.budget < 0:
+            raise UnreadableError(
+                f"{self.path} must be about as long as what it holds, but a small part of it is "
+                "repeated without end. It is damaged, or was made to do harm."
+            )
+        return size
+
     def find_class(self, module: str, name: str) -> type[_Anything]:
-        return type(name, (_Anything,), {})
+        return type(name, (_Anything,), {"unpickler": self})
 
     def persistent_load(self, saved: Any) -> _Anything:
-        _, kind, key, _, count = saved
+        _, kind, key, _, count, *_ = saved
         itemsize = getattr(getattr(torch, kind.__name__, None), "dtype", torch.uint8).itemsize
-        self.sizes[str(key)] = max(self.sizes.get(str(key), 0), count * itemsize)
-        return _Anything()
+        if not (isinstance(key, str) and isinstance(count, int)):
+            raise TypeError("a storage must have a name and a length")
+        self.sizes[key] = max(self.sizes.get(key, 0), count * itemsize)
+        return object.__new__(_Anything)
+
+    # Tuples can be keys. What is shared in them is hashed each time, and so is the key.
+
+    def _tuple(self: Any, instruction: int) -> None:
+        pickle._Unpickler.dispatch[instruction](self)
+        made = _Tuple(self.stack[-1])
+        made.size = self.counted(made)
+        self.stack[-1] = made
+
+    def _item(self: Any) -> None:
+        self.counted(self.stack[-2:-1])
+        pickle._Unpickler.dispatch[pickle.SETITEM[0]](self)
+
+    def _items(self: Any) -> None:
+        self.counted(self.stack[::2])
+        pickle._Unpickler.dispatch[pickle.SETITEMS[0]](self)
+
+    for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        dispatch[_code[0]] = partial(_tuple, instruction=_code[0])
+    dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = _item, _items

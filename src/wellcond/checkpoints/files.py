@@ -32,6 +32,7 @@ from wellcond.weights.reasons import Reason, Skipped
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
+_INDEX = 64 << 20  # bytes; with 100 for each tensor, more than there are in any model
 
 
 class Checkpoint:
@@ -106,6 +107,11 @@ class Checkpoint:
         return [file.name for file in found]
 
     def _read_index(self, path: Path) -> list[str]:
+        if path.stat().st_size > _INDEX:
+            raise UnreadableError(
+                f"{path} must be an index of at most {_INDEX:,} bytes, but has more. "
+                "It is damaged, or something else altogether."
+            )
         try:
             self.index = dict(json.loads(path.read_text())["weight_map"])
             shards = sorted(set(self.index.values()))

@@ -23,6 +23,9 @@ from wellcond.text import and_more, dump_json, shown, text_table, versions, writ
 from wellcond.weights.reasons import Skipped
 
 SCHEMA = 1
+# Longer tables nobody reads, and they take a millisecond a row.
+_ROWS = 1000
+_WAY_TO_ALL = "; all are in what --csv FILE writes"
 
 
 class Grade(enum.Enum):
@@ -222,13 +225,14 @@ class AuditReport(_Document):
         return [finding for finding in self.findings if finding.exceeds(max_condition)]
 
     def table(self, top: int | None = None) -> str:
-        """The findings as text, the worst `top` of them, with what they cover."""
-        worst = self.findings[:top]
+        """The findings as text, the worst `top` of them or 1,000, with what they cover."""
+        worst = self.findings[: top or _ROWS]
         rows = [_cells(finding) for finding in worst]
         certified = any(finding.certificate for finding in worst)
         text = text_table(_HEADERS if certified else _HEADERS[:-1], rows)
         if len(worst) < len(self.findings):
-            text += f"... and {len(self.findings) - len(worst)} more with a smaller κ\n"
+            more = len(self.findings) - len(worst)
+            text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
         for finding in worst:
             if finding.explanation:
                 text += f"{shown(finding.label)}: {shown(finding.explanation)}\n"
@@ -327,11 +331,11 @@ class Comparison(_Document):
         ]
 
     def table(self, top: int | None = None) -> str:
-        """kappa before and after, and their ratio, of the `top` that changed most."""
-        text = text_table(_COMPARED, (_compared(*pair) for pair in self.pairs[:top]))
-        left = len(self.pairs[top:]) if top else 0
-        if left:
-            text += f"... and {left} more with a smaller change\n"
+        """kappa before and after, and their ratio, of the `top` or 1,000 that changed most."""
+        rows = [_compared(*pair) for pair in self.pairs[: top or _ROWS]]
+        text = text_table(_COMPARED, rows)
+        if more := len(self.pairs) - len(rows):
+            text += f"... and {more} more with a smaller change{'' if top else _WAY_TO_ALL}\n"
         return f"{text}before: {shown(self.before)}\nafter: {shown(self.after)}\n"
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:

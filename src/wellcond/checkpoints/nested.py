@@ -20,6 +20,7 @@ _STATES = {
 _LIGHTNING = {"state_dict", "pytorch-lightning_version"}
 # More than this no checkpoint has; a small file of shared lists can have any number.
 _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
+_TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together
 
 
 def tensors_in(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Skipped]]:
@@ -32,11 +33,18 @@ def tensors_in(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, S
 class _Walk:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.containers = self.items = 0
+        self.containers = self.items = self.letters = 0
+        self.names: dict[str, int] = {}  # how often each was wanted
         self.tensors: dict[str, Tensor] = {}
         self.others: dict[str, Skipped] = {}
 
     def visit(self, content: Any, prefix: str, depth: int) -> None:
+        self.letters += len(prefix)
+        if len(self.tensors) > _TENSORS or self.letters > _LETTERS:
+            raise UnreadableError(
+                f"{self.path} must hold at most {_TENSORS:,} tensors, with {_LETTERS:,} letters "
+                "in their names, but holds more. Save the weights in several files."
+            )
         if isinstance(content, Tensor):
             self.tensors[self._free(prefix or "tensor")] = content
         elif isinstance(content, Mapping | list | tuple):
@@ -67,14 +75,16 @@ class _Walk:
     def _visit_trainer(self, content: Any, name: str) -> None:
         inside = _Walk(self.path)
         inside.containers, inside.items = self.containers, self.items
+        inside.letters = self.letters
         inside.visit(content, name, 1)
         self.containers, self.items = inside.containers, inside.items
+        self.letters = inside.letters
         self.others |= {name: Skipped(Reason.trainer)} if inside.tensors else inside.others
 
     def _free(self, name: str) -> str:
         """The name, numbered if it is taken: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
-        number, free = 1, name
+        free = name
         while free in self.tensors:
-            number += 1
+            number = self.names[name] = self.names.get(name, 1) + 1
             free = f"{name} ({number})"
         return free

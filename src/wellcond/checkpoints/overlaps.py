@@ -46,7 +46,7 @@ def shared_memory(
     return skipped, overlapping
 
 
-def _span(tensor: Tensor) -> int:
+def span(tensor: Tensor) -> int:
     """How many bytes there are from the first entry to the last."""
     steps = zip(tensor.stride(), tensor.shape, strict=True)
     return (1 + sum(stride * (size - 1) for stride, size in steps)) * tensor.itemsize
@@ -63,7 +63,7 @@ def _clusters(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
                 yield cluster
             cluster = []
         cluster.append(name)
-        stop = max(stop, start + _span(tensors[name]))
+        stop = max(stop, start + span(tensors[name]))
     if len(cluster) > 1:
         yield cluster
 
@@ -71,7 +71,7 @@ def _clusters(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
 def _owners(tensors: list[Tensor]) -> Iterator[tuple[int, int, bool]]:
     """Of a cluster from large to small: which has entries of which before, and whether all."""
     start = min(tensor.data_ptr() for tensor in tensors)
-    size = max(tensor.data_ptr() + _span(tensor) for tensor in tensors) - start
+    size = max(tensor.data_ptr() + span(tensor) for tensor in tensors) - start
     if tensors[0].nbytes == size:  # it has everything
         yield from ((index, 0, True) for index in range(1, len(tensors)))
         return

@@ -5,10 +5,12 @@ It is opened anew now and then, because pages that were read once stay resident.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,21 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.archive import can_be_mapped, check_storages
+from wellcond.checkpoints.archive import can_be_mapped, check_pickle
 from wellcond.checkpoints.nested import tensors_in
-from wellcond.checkpoints.overlaps import repeats, shared_memory
+from wellcond.checkpoints.overlaps import repeats, shared_memory, span
 from wellcond.checkpoints.tensors import (
     Entry,
     NoTensorsError,
     PickledCodeError,
     TensorFile,
     UnreadableError,
+    why_no_weight,
 )
-from wellcond.weights.names import why_no_weight
 from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
+_PIPE = 64 << 10  # what a pipe takes at a time, by default
 
 
 class Pickled(TensorFile):
@@ -62,18 +65,68 @@ class Pickled(TensorFile):
     def read(self, name: str) -> Tensor:
         if self._mapped and self._read > _RESIDENT:
             self._open()
+        self._check_same(name, self._tensors)
         tensor = self._tensors[name].detach()
-        self._read += tensor.numel() * tensor.element_size()
-        return tensor
+        self._read += tensor.nbytes
+        return self._copied(tensor) if self._mapped else tensor
+
+    def _check_same(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Raises if the file was replaced by another since it was opened first."""
+        entry = self.entries[name]
+        now = _entry(name, tensors[name]) if name in tensors else None
+        if now is None or (now.shape, now.dtype) != (entry.shape, entry.dtype):
+            raise UnreadableError(f"{self.path} has changed while it was read.")
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """A copy of mapped memory, made by the system.
+
+        Where the file was cut off meanwhile the system says so; to read it here ends the process.
+        """
+        size = span(tensor)
+        source = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()))
+        buffer = bytearray(size)
+        read_end, write_end = os.pipe()
+        try:
+            os.set_blocking(write_end, False)  # it takes what fits
+            start = 0
+            while start < size:
+                count = os.write(write_end, source[start : start + _PIPE])
+                buffer[start : start + count] = os.read(read_end, count)
+                start += count
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise UnreadableError(f"{self.path} has become shorter while it was read.") from None
+        finally:
+            os.close(read_end)
+            os.close(write_end)
+        flat = torch.frombuffer(buffer, dtype=tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride())
 
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         # Mapped privately: what is written here stays in memory.
         content = _load(self.path, self._mapped)
+        size = self.path.stat().st_size
         tensors, _ = tensors_in(content, self.path)
         with torch.no_grad():
             for name, tensor in replaced:
+                self._check_same(name, tensors)
                 tensors[name].copy_(tensor)
-        torch.save(content, target)
+        if self.path.stat().st_size < size:
+            raise UnreadableError(f"{self.path} has become shorter while it was read.")
+        try:
+            torch.save(content, target)
+            _load(target, True)  # a damaged pickle may hold what can be written and not be read
+        except OSError:
+            raise
+        except RuntimeError as error:
+            (what, *_) = str(error).splitlines() or [""]
+            raise OSError(f"{target.name} cannot be written, is the disk full? {what}") from None
+        except Exception:  # of attributes, say, that a damaged pickle gave to a tensor
+            raise UnreadableError(
+                f"{self.path} must hold what can be saved again, but does not. "
+                "It may be damaged: compare its size with the original's."
+            ) from None
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:
@@ -94,10 +147,8 @@ def _load(path: Path, mapped: bool) -> Any:
         with warnings.catch_warnings():
             # Of a TorchScript archive, which is refused below, and of the storages' own classes.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            if zipfile.is_zipfile(path):  # not one from before torch 1.6
-                check_storages(path)
-            return content
+            check_pickle(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (FileNotFoundError, PermissionError, IsADirectoryError, UnreadableError):
         raise
     except Exception as error:  # a damaged pickle can raise whatever there is

@@ -10,13 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.tensors import Entry, TensorFile, UnreadableError
-from wellcond.weights.names import why_no_weight
+from wellcond.checkpoints.tensors import (
+    Entry,
+    TensorFile,
+    UnreadableError,
+    why_no_weight,
+)
 
 # What safetensors calls the dtypes of torch.
 _INTEGERS = {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 _INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
-_HEADER = 100_000_000  # the format's own limit
+# The format allows 100 MB, and some 20 times that is what Python makes of it. A third of a million
+# tensors fit into this.
+_HEADER = 32 << 20
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -32,7 +38,8 @@ class Safetensors(TensorFile):
         if length > _HEADER:
             raise UnreadableError(
                 f"{path} must be a safetensors file, the header of which has at most {_HEADER:,} "
-                f"bytes, but this says {length:,}. It is damaged, or something else altogether."
+                f"bytes, but this says {length:,}. It is damaged, or holds more tensors than "
+                "belong in one file: save them in several."
             )
         try:
             # It checks the header, the offsets and the length of the file.

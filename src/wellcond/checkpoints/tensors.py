@@ -9,7 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wellcond.weights.reasons import Skipped
+from wellcond.weights import names
+from wellcond.weights.reasons import Reason, Skipped
+
+_DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
 
 
 class UnreadableError(ValueError):
@@ -37,6 +40,13 @@ class Entry:
     dtype: str
     parameter: bool
     skipped: Skipped | None
+
+
+def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
+    """Why a tensor of a file holds no weight; None if it does."""
+    if len(shape) > _DIMENSIONS:
+        return Skipped(Reason.dimensions, str(len(shape)))
+    return names.why_no_weight(shape, dtype)
 
 
 class TensorFile(abc.ABC):

@@ -1,0 +1,166 @@
+"""Files made by hand to take memory or time far beyond their size, or to be no weights at all."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from corpus import Sample, records, saved, zipped
+
+_START = b"\x80\x02"
+
+
+def get(index: int) -> bytes:
+    """The instruction that puts what was remembered onto the stack."""
+    return b"h" + bytes([index])
+
+
+def put(index: int) -> bytes:
+    return b"q" + bytes([index])
+
+
+def text(value: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def call(name: bytes, *arguments: bytes) -> bytes:
+    return b"c" + name + b"\n(" + b"".join(arguments) + b"tR"
+
+
+def doubled(first: bytes, join: bytes, times: int) -> bytes:
+    """A thing that holds one twice that holds one twice and so on; the last is `get(times)`."""
+    return first + put(0) + b"".join(join % (get(n), get(n)) + put(n + 1) for n in range(times))
+
+
+def archive(pickled: bytes) -> Sample:
+    contents = {"archive/data.pkl": _START + pickled, "archive/version": b"3\n"}
+    return Sample("a.pt", {"a.pt": zipped(contents)})
+
+
+def edited(content: Any, old: bytes, new: bytes, legacy: bool, compression: int = 0) -> Sample:
+    """A file of torch.save with a part of its pickle replaced."""
+    data = saved(content, legacy)
+    if legacy:
+        assert old in data
+        return Sample("a.pt", {"a.pt": data.replace(old, new, 1)})
+    contents = records(data)
+    (name,) = [name for name in contents if name.endswith("data.pkl")]
+    assert old in contents[name]
+    contents[name] = contents[name].replace(old, new, 1)
+    return Sample("a.pt", {"a.pt": zipped(contents, compression)})
+
+
+def torch_file(content: Any) -> Sample:
+    return Sample("a.pt", {"a.pt": saved(content)})
+
+
+def safetensors(header: bytes, payload: bytes = b"") -> Sample:
+    data = struct.pack("<Q", len(header)) + header + payload
+    return Sample("a.safetensors", {"a.safetensors": data})
+
+
+def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
+    """Exit codes of audit and repair, and how to make the file, by what it does."""
+    tuples = doubled(b")", b"%s%s\x86", 40)
+    short = doubled(b")", b"%s%s\x86", 17)
+    small = b"M\x03\x03"
+    large, huge = b"M\x20\x4e", b"\x8a\x06\x00\x00\x00\x00\x10\x00"
+    one = torch.ones(())
+    eye = {"w": torch.eye(3)}
+    shape, wide = b"K\x03K\x03\x86", large + large + b"\x86"
+    cycle: dict[str, Any] = {"w": torch.eye(3)}
+    cycle["again"] = cycle
+    named = {"k" * 100_000: {str(n): torch.eye(2)[:0] for n in range(2000)}}
+    many = [[torch.eye(2)[0]] * 3000] * 200
+    nan = b"G\x7f\xf8" + bytes(6)
+    empty = call(b"torch\nTensor")
+    hidden = b"PK\x05\x06" + bytes(18)
+    deep = b'{"a":' * 100_000
+    dimensions = json.dumps({"dtype": "F32", "shape": [1] * 20_000, "data_offsets": [0, 4]})
+    names = ["\ud800", "a\nb", "\x1b[2J", "\u202ex", "nul\0", "κ", ("t", 1), b"b", 1.5]
+
+    def instructions(pickled: bytes) -> tuple[str, Callable[[], Sample]]:
+        return "22", lambda: archive(pickled + b".")
+
+    def refused(make: Callable[..., Sample], *arguments: Any) -> tuple[str, Callable[[], Sample]]:
+        return "22", lambda: make(*arguments)
+
+    return {
+        "nothing but a call": instructions(b"R"),
+        "shared lists": instructions(doubled(b"]", b"](%s%se", 40)),
+        "shared tuples as a key": instructions(tuples + b"}" + get(40) + b"K\x01s"),
+        "shared tuples in a set": instructions(
+            call(b"builtins\nset", tuples, b"]" + get(40) + b"a")
+        ),
+        "shared tuples as a storage": instructions(tuples + b"Q"),
+        "shared tuples in a storage": instructions(
+            tuples + b"(" + text(b"storage") + get(40) + small * 3 + b"tQ"
+        ),
+        "a long key a thousand times": instructions(
+            short + b"}(" + (get(17) + b"K\x01") * 100_000 + b"u"
+        ),
+        "long keys one by one": instructions(short + b"}" + (get(17) + b"K\x01s") * 100_000),
+        "a long bytearray": instructions(call(b"builtins\nbytearray", b"J\x00\x00\x00\x70")),
+        "a tensor from nothing": instructions(
+            b"}" + text(b"w") + call(b"torch\nTensor", large, large) + b"s"
+        ),
+        "an endless tensor from nothing": instructions(
+            b"}" + text(b"w") + call(b"torch\nTensor", huge) + b"s"
+        ),
+        "a tensor from nothing by another": instructions(
+            b"}"
+            + text(b"w")
+            + call(
+                b"torch._tensor\n_rebuild_from_type_v2",
+                b"ctorch\nTensor\n",
+                b"ctorch\nTensor\n",
+                wide,
+                b"}",
+            )
+            + b"s"
+        ),
+        "a storage from nothing": instructions(call(b"torch.storage\nUntypedStorage", huge)),
+        "codes of codes": instructions(
+            call(b"_codecs\nencode", text(b"a" * 9), text(b"latin1"))
+            + put(0)
+            + b"".join(
+                call(b"_codecs\nencode", get(n), text(b"hex")) + put(n + 1) for n in range(30)
+            )
+        ),
+        "codes of one text": instructions(
+            text(b"a" * 1_000_000)
+            + put(0)
+            + b"]("
+            + call(b"_codecs\nencode", get(0), text(b"latin1")) * 1000
+            + b"e"
+        ),
+        "many keys that are no number": instructions(b"}(" + (nan + empty) * 8_000 + b"u"),
+        "lists within lists": instructions(b"]" * 20_001 + b"a" * 20_000),
+        "itself": refused(torch_file, cycle),
+        "long names": refused(torch_file, named),
+        "the same tensor many times": refused(torch_file, many),
+        "no values": refused(torch_file, {"w": torch.empty(2**40, 2**10, device="meta")}),
+        "one value everywhere": refused(torch_file, {"w": one.expand(2**20, 2**20)}),
+        "20,000 dimensions": refused(torch_file, {"w": one.expand((1,) * 20_000)}),
+        "a shape beyond its storage": refused(edited, eye, shape, wide, False),
+        "a shape beyond its storage, deflated": refused(edited, eye, shape, wide, False, 8),
+        "a shape beyond its storage, legacy": refused(edited, eye, shape, wide, True),
+        "a storage beyond its file, legacy": refused(edited, eye, b"K\x09", b"J\0\0\0\x40", True),
+        "a pickle with an archive behind it": refused(
+            lambda: Sample("a.pt", {"a.pt": _START + tuples + b"}" + get(40) + b"K\x01s." + hidden})
+        ),
+        "JSON within JSON": refused(safetensors, deep),
+        "20,000 dimensions, safetensors": refused(
+            safetensors, f'{{"w": {dimensions}}}'.encode(), bytes(4)
+        ),
+        "an index within itself": refused(
+            lambda: Sample("a.safetensors.index.json", {"a.safetensors.index.json": deep})
+        ),
+        "an index of numbers": refused(
+            lambda: Sample("", {"a.safetensors.index.json": b'{"weight_map": {"w": 1}}'})
+        ),
+        "odd names": ("00", lambda: torch_file({name: torch.eye(2) + 0.5 for name in names})),
+    }

@@ -1,0 +1,68 @@
+"""Damaged files and attacks end in an answer or in one line; in bounded time and memory.
+
+They are read in a process of their own, which is killed where a file takes too much; see `fuzz.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attacks import attacks
+
+WORKER = Path(__file__).with_name("fuzz.py")
+Rows = dict[str, dict[str, Any]]
+
+
+def served(folder: Path, first: int, last: int) -> tuple[Rows, str]:
+    """What came of each file, and what stopped the process; "" if nothing did."""
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(folder), str(first), str(last)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = {line["label"]: line for line in lines if "codes" in line}
+    stopped = [line["label"] for line in lines if line["label"] not in rows]
+    return rows, "" if done.returncode == 0 else f"{stopped}: {done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    rows, stopped = served(tmp_path_factory.mktemp("fuzz"), 0, 200)
+    assert not stopped
+    return rows
+
+
+def test_whole_files_of_every_format_are_read(rows: Rows) -> None:
+    codes = {label: row["codes"] for label, row in rows.items() if row["part"] == "whole"}
+    assert len(codes) == 13
+    overlapping = {"pt views", "legacy views"}  # `left` and `right` cannot be repaired apart
+    assert codes == {kind: "02" if kind in overlapping else "00" for kind in codes}
+
+
+@pytest.mark.parametrize("label", attacks())
+def test_attacks_are_answered(rows: Rows, label: str) -> None:
+    codes, _ = attacks()[label]
+    assert (rows[label]["codes"], rows[label]["wrong"]) == (codes, "")
+
+
+def test_damaged_files_are_answered(rows: Rows) -> None:
+    wrong = {label: row["wrong"] for label, row in rows.items() if row["wrong"]}
+    assert not wrong
+    # Not all damage is noticed, as that of a weight; most of it is.
+    codes = Counter(row["codes"] for row in rows.values() if row["part"] == "damaged")
+    assert codes["22"] > codes["00"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 5000, 1000))
+def test_many_damaged_files_are_answered(tmp_path: Path, first: int) -> None:
+    rows, stopped = served(tmp_path, first, first + 1000)
+    assert not stopped
+    assert not {label: row["wrong"] for label, row in rows.items() if row["wrong"]}
