@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         condition_penalty_gradient,
         proximal_step,
     )
-    from wellcond.penalties.limit import ConditionLimit
+    from wellcond.penalties.limit import ConditionLimit, SingularValueLimit
     from wellcond.penalties.tikhonov import Tikhonov
     from wellcond.training.estimates import Estimate
     from wellcond.training.monitor import Monitor
@@ -57,7 +57,7 @@ _NAMES = {
         *("condition_penalty", "condition_penalty_bound"),
         *("condition_penalty_gradient", "proximal_step"),
     ],
-    "penalties.limit": ["ConditionLimit"],
+    "penalties.limit": ["ConditionLimit", "SingularValueLimit"],
     "penalties.tikhonov": ["Tikhonov"],
     "training.estimates": ["Estimate"],
     "training.monitor": ["Monitor"],
@@ -87,6 +87,7 @@ __all__ = [
     "Regularizer",
     "Repair",
     "RepairReport",
+    "SingularValueLimit",
     "Skipped",
     "Status",
     "Tikhonov",

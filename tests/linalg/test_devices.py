@@ -10,9 +10,9 @@ from elsewhere import Elsewhere, There
 from torch import Tensor
 
 import wellcond as wc
-from wellcond.linalg.nearest import limited
 from wellcond.linalg.scaling import frobenius_norm
 from wellcond.linalg.spectrum import Method, measure
+from wellcond.penalties.limit import limited
 
 
 def gaussian(*shape: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import wellcond as wc
 from matrices import with_spectrum
-from wellcond.linalg.nearest import limited
 from wellcond.linalg.spectrum import Method, measure
+from wellcond.penalties.limit import limited
 
 SOLVERS = ["svd", "svdvals", "eigh", "eigvalsh"]
 

@@ -262,11 +262,6 @@ def sharded_views() -> None:
         wc.Regularizer(
             distributed(zoo(), mesh(2), [Shard(1)]), {"conv*": wc.Condition(1.0), "*": None}
         )
-    limited = wc.Regularizer(
-        distributed(zoo(), mesh(2), [Shard(0)]), {"attention.*": wc.ConditionLimit(2.0), "*": None}
-    )
-    with pytest.raises(ValueError, match="need the whole weight in one place"):
-        limited.proximal_step_(0.0)
     with pytest.raises(ValueError, match="sharded over processes"):
         wc.audit(distributed(zoo(), mesh(2), [Shard(0)]))
 

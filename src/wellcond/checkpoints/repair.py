@@ -18,9 +18,10 @@ from torch import Tensor
 
 from wellcond.checkpoints.audit import Progress, chosen
 from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
-from wellcond.linalg.nearest import check_limit, limited
+from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.output import new_path, refuse_existing
+from wellcond.penalties.limit import limited
 from wellcond.text import and_more, dump_json, shown, text_table, versions, written
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Skipped

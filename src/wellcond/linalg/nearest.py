@@ -6,21 +6,12 @@ them; K the largest condition number allowed; [a, K a] the interval to which sig
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from wellcond.linalg.checks import as_matrices, in_float64
+from wellcond.linalg.checks import as_matrices
 from wellcond.linalg.lapack import svd
-from wellcond.linalg.scaling import power_of_two
-from wellcond.linalg.spectrum import gram, measure, negligible
-
-# A limit must hold for whoever measures next: more than measuring with other threads changes.
-_SLACK = 1e-8
-# Halvings of the interval between a margin that is too small and one that is enough.
-_HALVINGS = 4
+from wellcond.linalg.projection import decomposed
 
 
 def nearest(S: Tensor, max_condition: float) -> Tensor:
@@ -55,13 +46,26 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     wide = as_matrices(S.detach() if isinstance(S, Tensor) else S)
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
-    U, sigma, Vh = svd(wide / unit)
-    clipped = clip(sigma, max_condition)
-    change = (U * (clipped - sigma)[..., None, :]) @ Vh
-    allowed = (clipped == sigma).all(dim=-1)[..., None, None]
+    change, allowed = _change(wide / unit, float(max_condition))
     # Adding 0.0 turns the zeros' signs positive.
     moved = ((wide / unit + change) * unit + 0.0).to(S.dtype)
-    return torch.where(allowed.to(S.device), S.detach(), moved.to(S.device))
+    return torch.where(allowed[..., None, None].to(S.device), S.detach(), moved.to(S.device))
+
+
+def _change(S: Tensor, K: float) -> tuple[Tensor, Tensor]:
+    """What takes S (..., m, n) to a nearest matrix with kappa <= K, and whether it obeys already."""
+    m, n = S.shape[-2:]
+    if m < n:
+        change, allowed = _change(S.mT, K)
+        return change.mT, allowed
+    found = decomposed(S.mT @ S)
+    if found is not None and bool(found.resolved().all()):
+        clipped = clip(found.sigma.flip(-1), K).flip(-1)
+        V, d = found.move(clipped)
+        return ((S @ V) * d[..., None, :]) @ V.mT, (clipped == found.sigma).all(dim=-1)
+    U, sigma, Vh = svd(S)
+    clipped = clip(sigma, K)
+    return (U * (clipped - sigma)[..., None, :]) @ Vh, (clipped == sigma).all(dim=-1)
 
 
 def check_limit(max_condition: float) -> None:
@@ -75,9 +79,13 @@ def check_limit(max_condition: float) -> None:
         )
 
 
-def clip(sigma: Tensor, K: float) -> Tensor:
-    """Descending singular values clipped to [a, K a] at the least change, or as they are."""
+def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
+    """Descending singular values clipped to [a, K a] at the least change, or as they are.
+
+    K is one number, or one a matrix.
+    """
     nu = sigma.shape[-1]
+    K = max_condition[..., None] if isinstance(max_condition, Tensor) else max_condition
     rising = sigma.flip(-1).contiguous()
     sums = torch.cat([torch.zeros_like(rising[..., :1]), rising.cumsum(-1)], dim=-1)
 
@@ -98,77 +106,3 @@ def clip(sigma: Tensor, K: float) -> Tensor:
     a = (below / K + above) / (low / K + K * high)
     clipped = sigma.clamp(a, K * a)
     return torch.where(sigma[..., :1] <= K * sigma[..., -1:], sigma, clipped)
-
-
-class Limited(NamedTuple):
-    """A matrix with kappa <= K as measured in its dtype, and the margin below K that it took."""
-
-    S: Tensor
-    before: float  # kappa of what was given
-    after: float
-    margin: float
-
-
-def limited(S: Tensor, max_condition: float) -> Limited:
-    """A matrix of the dtype of S with kappa <= K after rounding, nearest but for a small margin.
-
-    The one nearest with kappa <= K/(1 + t) is rounded and measured; t is the smallest that was
-    found to do, within some percent. A zero matrix stays zero, with kappa nan.
-
-    Raises:
-        ValueError: rounding to the dtype lifts kappa above K whatever the margin, or LAPACK does
-            not converge.
-    """
-    K = float(max_condition)
-    kappa = measure(S).condition_number
-    if kappa <= K or math.isnan(kappa):
-        return Limited(S, kappa, kappa, 0.0)
-    unit = power_of_two(float(S.abs().max()))
-    wide = in_float64(S.detach().cpu()) / unit
-    U, sigma, V = _triplets(wide.mT if S.shape[0] < S.shape[1] else wide)
-    if S.shape[0] < S.shape[1]:
-        U, V = V, U
-
-    def attempt(margin: float) -> Limited | None:
-        clipped = clip(sigma, max(1.0, K / (1 + margin)))
-        moved = (clipped != sigma).nonzero()[:, 0]
-        change = U[:, moved] * (clipped - sigma)[moved]
-        rounded = ((wide + change @ V[:, moved].mT) * unit).to(S.dtype)
-        if not torch.isfinite(rounded).all():
-            return None
-        after = measure(rounded).condition_number
-        return Limited(rounded, kappa, after, margin) if after * (1 + _SLACK) <= K else None
-
-    too_small, margin = 0.0, torch.finfo(S.dtype).eps / 4
-    while (found := attempt(margin)) is None:
-        if K / (1 + margin) < 1:
-            raise ValueError(
-                f"no matrix near it has a condition number of at most {K:g} once it is rounded to "
-                f"{str(S.dtype).removeprefix('torch.')}. Allow a larger one, or store the weight "
-                "in a wider dtype."
-            )
-        too_small, margin = margin, 2 * margin
-    for _ in range(_HALVINGS):
-        between = (too_small + margin) / 2
-        if (closer := attempt(between)) is None:
-            too_small = between
-        else:
-            found, margin = closer, between
-    return found
-
-
-def _triplets(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, sigma, V of S (m >= n): from the Gram matrix where that resolves them, else by an SVD."""
-    try:
-        values, V = torch.linalg.eigh(gram(S))
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        values, V = S.new_zeros(S.shape[1]), S
-    # An error of n eps in sigma^2/sigma_1^2 turns the vectors of sigma_n by n eps kappa^2.
-    if float(values[0]) > 1e6 * negligible(S.shape) * float(values[-1]):
-        V = V.flip(-1)
-        left = S @ V
-        sigma = torch.linalg.vector_norm(left, dim=0)
-        order = sigma.argsort(descending=True)
-        return (left / sigma)[:, order], sigma[order], V[:, order]
-    U, sigma, Vh = svd(S)
-    return U, sigma, Vh.mT

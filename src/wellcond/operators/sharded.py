@@ -8,8 +8,9 @@ V (..., n, k) skinny, the same on all processes.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from wellcond.operators.views import STORED, Kernel, Member, Part, Stored, Trans
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# What may be sharded and what not is asked of placements, which are the same on all processes;
+# blocks are not: a process may hold nothing.
 Block = tuple[slice, ...]  # what a process holds of a tensor, dimension by dimension
 
 
@@ -41,6 +44,7 @@ class ShardedMatrix(StoredMatrix):
     """A matrix, or a stack of them, of which this process holds the block `S` at `block`."""
 
     def __init__(self, tensor: Any, view: View = STORED, seed: int = 0) -> None:
+        self.tensor, self.whole_view = tensor.detach(), view
         view, shape, self.block = _held(view, tensor.shape, _block_of(tensor))
         # By its place: processes that hold the same block round it alike.
         place = sum(at.start * 1_000_003**dim for dim, at in enumerate(self.block))
@@ -98,22 +102,77 @@ class ShardedMatrix(StoredMatrix):
             "repair the checkpoint."
         )
 
+    @property
+    def upright(self) -> bool:
+        """Of a square matrix both Gram matrices are as small: that of the side in parts."""
+        m, n = self.shape[-2:]
+        return m > n or (m == n and -1 not in self._axes())
+
     def gram(self, dtype: torch.dtype | None = None) -> Tensor:
         """A sum over processes: they must have the long side in parts, the short one whole."""
-        m, n = self.shape[-2:]
-        *stack, rows, columns = self.block
-        short = columns if n <= m else rows
-        if short != slice(0, self.nu) and not isinstance(self.view, _Absent):
+        if (-1 if self.upright else -2) in self._axes():
             raise ValueError(
-                f"a Gram matrix needs the {self.nu} {'columns' if n <= m else 'rows'} whole on "
-                "every process, but they are sharded. Shard the other dimension."
+                f"a Gram matrix needs the {self.nu} {'columns' if self.upright else 'rows'} whole "
+                "on every process, but they are sharded. Shard the other dimension."
             )
         gram = torch.zeros(
             *self.shape[:-2], self.nu, self.nu, dtype=dtype or self.dtype, device=self.device
         )
         if self.S.numel():
-            gram[tuple(stack)] = super().gram(dtype)
+            gram[self.block[:-2]] = super().gram(dtype)
         return self.reduce_(gram)
+
+    def _axes(self) -> set[int]:
+        """Over which dimensions of the matrix it is sharded: -2, -1, less for those of a stack."""
+        return {_axis(self.whole_view, dim, self.tensor.ndim) for dim in _sharded_dims(self.tensor)}
+
+    @contextlib.contextmanager
+    def spread(self, whole: bool = False) -> Iterator[StoredMatrix]:
+        """Itself where its short side is whole; else a copy that is, carried back afterwards.
+
+        One that has its long side in parts, at the cost of an all-to-all; where that cannot be had,
+        as of kernels, or if asked for: the whole weight on every process. Of a stack that is
+        sharded by matrices, those that are held here.
+        """
+        short = -1 if self.shape[-2] > self.shape[-1] else -2
+        axes = self._axes() & {-1, -2}
+        if self._axes() and not axes:
+            yield _Held(self)
+            return
+        if not whole and (
+            short not in axes or (self.shape[-2] == self.shape[-1] and len(axes) < 2)
+        ):
+            yield self
+            return
+        other = None if whole else self._by_its_long_side(-3 - short)
+        if other is not None:
+            yield ShardedMatrix(other, self.whole_view, self.seed)
+            back = other.redistribute(placements=self.tensor.placements).to_local()
+        else:
+            full = self.tensor.full_tensor()
+            yield _Gathered(full, self.whole_view, self.tensor.device_mesh)
+            back = full[_block_of(self.tensor)]
+        self.tensor.to_local().copy_(back)
+
+    def _by_its_long_side(self, long: int) -> Any | None:
+        """A copy of the parameter that is sharded over this dimension of the matrix alone."""
+        from torch.distributed.tensor import Shard
+
+        ndim, placements = self.tensor.ndim, self.tensor.placements
+        dims = [dim for dim in range(ndim) if _axis(self.whole_view, dim, ndim) == long]
+        strided = any(not (p.is_shard() or p.is_replicate()) for p in placements)
+        if not dims or strided or isinstance(self.whole_view, Kernel):
+            return None
+        wanted = [p if p.is_replicate() else Shard(dims[0]) for p in placements]
+        return self.tensor.redistribute(placements=wanted)
+
+    def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
+        return _agree(self.placements[0].get_all_groups(), compute, like)
+
+    def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
+        if self.S.numel():
+            held = self.block[:-2]
+            super().rescale_(V[held], d[held], original, chosen[held])
 
     def update_(self, new: NewWeight) -> None:
         super().update_(NewWeight(self._of_block(new.form)))
@@ -131,6 +190,65 @@ class ShardedMatrix(StoredMatrix):
             return form[self.block]
         c = form.c[tuple(stack)] if form.c.ndim else form.c
         return LowRank(c, form.U[(*stack, rows)], form.V[(*stack, columns)])
+
+
+class _Gathered(StoredMatrix):
+    """The whole of a matrix on every process of a mesh, on which they go on agreeing."""
+
+    def __init__(self, full: Tensor, view: View, mesh: Any) -> None:
+        super().__init__(full, view)
+        self.mesh = mesh
+
+    def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
+        return _agree(self.mesh.get_all_groups(), compute, like)
+
+
+class _Held(StoredMatrix):
+    """Of a stack that is sharded by matrices those that this process holds."""
+
+    def __init__(self, stack: ShardedMatrix) -> None:
+        super().__init__(stack.parameter, stack.view)
+        self.stack = stack
+
+    def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
+        mesh, placements = self.stack.placements
+        alike = [mesh.get_group(dim) for dim, p in enumerate(placements) if p.is_replicate()]
+        return _agree(alike, compute, like)
+
+    def all_of(self, numbers: Tensor) -> Tensor:
+        return self.stack.reduce_(self.stack._placed(numbers))
+
+
+def _agree(
+    groups: Sequence[ProcessGroup],
+    compute: Callable[[], Sequence[Tensor]],
+    like: Sequence[Tensor],
+) -> list[Tensor]:
+    """What the first process of the groups, which are those of a mesh, computes, handed on."""
+    first = all(torch.distributed.get_rank(group) == 0 for group in groups)
+    told = [one.contiguous() for one in compute()] if first else [torch.empty_like(x) for x in like]
+    for group in groups:
+        for one in told:
+            torch.distributed.broadcast(one, torch.distributed.get_global_rank(group, 0), group)
+    return told
+
+
+def _sharded_dims(tensor: Any) -> set[int]:
+    """The dimensions of a DTensor that are in parts; a strided placement denies that it shards."""
+    pairs = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return {placement.dim for placement, size in pairs if size > 1 and not placement.is_replicate()}
+
+
+def _axis(view: View, dim: int, ndim: int) -> int:
+    """The dimension of the matrix to which that of the parameter belongs, counted from the end."""
+    match view:
+        case Transposed():
+            return {ndim - 1: -2, ndim - 2: -1}.get(dim, dim - ndim)
+        case Kernel(groups):
+            return -1 if dim else (-2 if groups is None else -3)
+        case Part(inner, _, _, _) | Member(inner, _):
+            return _axis(inner, dim, ndim)
+    return dim - ndim
 
 
 def _block_of(tensor: Any) -> Block:

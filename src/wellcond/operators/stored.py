@@ -8,7 +8,8 @@ Letters: S (..., m, n) the weight; U (..., m, k) and V (..., n, k) skinny; G a g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ class StoredMatrix:
 
     def partial_matmat(self, V: Tensor) -> Tensor:
         """S V as far as what is held here adds to it."""
-        if self.S.dtype == self.dtype:
-            return self.S @ V
+        if self.S.dtype == self.dtype or not self.S.numel():
+            return self.S.to(self.dtype) @ V
         return torch.cat([rows @ V for _, rows in self._bands()], dim=-2)
 
     def partial_rmatmat(self, U: Tensor) -> Tensor:
@@ -82,16 +83,56 @@ class StoredMatrix:
     def dense(self) -> Tensor:
         return self.S
 
+    @property
+    def upright(self) -> bool:
+        """Whether the smaller Gram matrix is S^T S, not S S^T."""
+        return self.shape[-2] >= self.shape[-1]
+
     def gram(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
-        m, n = self.shape[-2:]
-        if m < n:
-            wide = self.S.to(dtype)
-            return wide @ wide.mT
-        gram = torch.zeros(*self.S.shape[:-2], n, n, dtype=dtype, device=self.device)
-        for _, rows in self._bands(dtype):
-            gram += rows.mT @ rows
+        long = self.S if self.upright else self.S.mT
+        n = long.shape[-1]
+        gram = torch.zeros(*long.shape[:-2], n, n, dtype=dtype, device=self.device)
+        width = max(256, -(-n // 4))
+        for band in _parts(long):
+            rows = long[..., band, :].to(dtype)
+            for start in range(0, n, width):  # of the lower triangle: little more than half of it
+                part = slice(start, start + width)
+                gram[..., start:, part] += rows[..., start:].mT @ rows[..., part]
+        for start in range(0, n, width):
+            part, rest = slice(start, start + width), slice(start + width, n)
+            gram[..., part, rest] = gram[..., rest, part].mT
         return gram
+
+    @contextlib.contextmanager
+    def spread(self, whole: bool = False) -> Iterator[StoredMatrix]:
+        """Itself, laid out so that `gram` and `rescale_` work, or so that it is whole."""
+        yield self
+
+    def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
+        """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""
+        return list(compute())
+
+    def all_of(self, numbers: Tensor) -> Tensor:
+        """One number a matrix (...), of those that are held here, put together with the others."""
+        return numbers
+
+    def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
+        """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to the nearest.
+
+        V (..., nu, j) on the short side, d (..., j); S0 is what the weight was. Of a stack, those
+        chosen (...).
+        """
+        with writable(self.view, self.parameter) as S:
+            self.S = S
+            new, old = (S, original) if self.upright else (S.mT, original.mT)
+            C = (V * d[..., None, :]) @ V.mT if 2 * V.shape[-1] > V.shape[-2] else None
+            for band in _parts(old):
+                rows = old[..., band, :]
+                wide = rows.to(V.dtype)
+                change = wide @ C if C is not None else ((wide @ V) * d[..., None, :]) @ V.mT
+                moved = (wide + change).to(S.dtype)
+                new[..., band, :] = moved.where(chosen[..., None, None], new[..., band, :])
 
     def update_(self, new: NewWeight) -> None:
         with writable(self.view, self.parameter) as S:
@@ -147,6 +188,14 @@ class StoredMatrix:
         for start in range(0, held, rows):
             band = slice(start, min(start + rows, held))
             yield band, self.S[..., band, :].to(dtype or self.dtype)
+
+
+def _parts(long: Tensor) -> Iterator[slice]:
+    """Parts of the long side, at least as long as the short one: what is widened is no larger."""
+    m, n = long.shape[-2:]
+    size = max(n, -(-m // _BANDS), 1)
+    for start in range(0, m, size):
+        yield slice(start, min(start + size, m))
 
 
 def _add_product_(S: Tensor, U: Tensor, V: Tensor) -> None:

@@ -130,8 +130,10 @@ class Limit(abc.ABC):
     """A hard limit on a weight. It is no `Penalty`: it has neither a value nor a gradient.
 
     A limit is applied after steps of the optimizer, by `Regularizer.attach`, or by hand, by
-    `Regularizer.proximal_step_(0.0)`. The loss and the gradients know nothing of it.
+    `Regularizer.enforce_()`. The loss and the gradients know nothing of it.
     """
+
+    needs_subspace: ClassVar[bool] = False
 
     @abc.abstractmethod
     def apply(self, S: Tensor) -> Tensor:

@@ -1,30 +1,63 @@
-"""A hard limit of the condition number."""
+"""Hard limits of singular values and of their ratio."""
 
 from __future__ import annotations
 
+import abc
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wellcond.linalg.nearest import check_limit, limited
+from wellcond.linalg.nearest import check_limit, clip
+from wellcond.linalg.spectrum import measure
+from wellcond.operators.base import LowRank, NewWeight, Operator
+from wellcond.operators.stored import StoredMatrix
+from wellcond.operators.subspace import Image
 from wellcond.penalties.base import Limit
+from wellcond.penalties.enforce import enforce_
+
+# How far below the upper bound the block must see before it is believed.
+_REACH = 0.9
+
+
+class SpectralLimit(Limit):
+    """A hard limit that hangs on singular values alone; see `penalties.enforce.Bounds`."""
+
+    @abc.abstractmethod
+    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
+        """The nearest to descending values (..., nu), in this unit, with bounds tighter by 1 + margin."""
+
+    @abc.abstractmethod
+    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
+        """By what factor it is exceeded: at most 1 where it holds, nan if it asks nothing of 0."""
+
+    def matters(self, smallest: Tensor) -> Tensor:
+        """Down to where singular values must be seen, of a matrix with this smallest one."""
+        return smallest
+
+    @abc.abstractmethod
+    def interval(self, largest: Tensor, smallest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Values [low, high] that obey: up to the largest, or with equal room around these two."""
+
+    def apply(self, S: Tensor) -> Tensor:
+        weight = StoredMatrix(S.clone())
+        enforce_([weight], self)
+        return weight.S
 
 
 @dataclass(frozen=True)
-class ConditionLimit(Limit):
+class ConditionLimit(SpectralLimit):
     """The hard limit kappa <= K.
 
-    Where a `Regularizer` takes proximal steps, a weight under a limit is replaced by a nearest one
-    that obeys (see `nearest`), as measured after rounding to the dtype of the weight; the length of
-    the step does not matter. So every checkpoint that is saved after such a step obeys;
-    `reg.proximal_step_(0.0)` before saving makes sure. A zero weight has no condition number and
-    stays zero.
+    A weight above it is replaced by a nearest one that obeys (see `nearest`), as measured in
+    float64 after rounding to the dtype of the weight. `attach` does so when it is due, between two
+    applications kappa rises; `reg.enforce_()` before saving makes sure. It is scale free: c S obeys
+    if S does. A zero weight has no condition number and stays zero.
 
     A limit is no `Penalty`: it has neither a value nor a gradient, so `reg()` and
-    `reg.add_gradients_()` refuse it; use `attach` or `proximal_step_`. Applying it measures the
-    weight in float64 on the CPU, and where it is above the limit decomposes it: that is expensive,
-    so `every` should be large.
+    `reg.add_gradients_()` refuse it.
 
     Args:
         max_condition: K, at least 1.
@@ -38,7 +71,7 @@ class ConditionLimit(Limit):
         >>> import torch, wellcond as wc
         >>> layer = torch.nn.Linear(8, 8, bias=False)
         >>> reg = wc.Regularizer(layer, wc.ConditionLimit(3.0))
-        >>> reg.proximal_step_(lr=0.0)
+        >>> reg.enforce_()
         >>> bool(wc.condition_number(layer.weight) <= 3.0)
         True
     """
@@ -48,11 +81,139 @@ class ConditionLimit(Limit):
     def __post_init__(self) -> None:
         check_limit(self.max_condition)
 
-    def apply(self, S: Tensor) -> Tensor:
-        each = S.reshape(-1, *S.shape[-2:]).cpu()
-        # What is not finite stays as it is: the caller says so.
-        obeying = [
-            limited(one, self.max_condition).S if bool(torch.isfinite(one).all()) else one
-            for one in each
-        ]
-        return torch.stack(obeying).reshape(S.shape).to(S.device)
+    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
+        return clip(sigma, (self.max_condition / (1 + margin)).clamp_min(1.0))
+
+    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
+        return largest / smallest / self.max_condition
+
+    def interval(self, largest: Tensor, smallest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if smallest is None:
+            return largest / self.max_condition, largest
+        middle = (largest * smallest).sqrt()
+        return middle / math.sqrt(self.max_condition), middle * math.sqrt(self.max_condition)
+
+
+@dataclass(frozen=True)
+class SingularValueLimit(SpectralLimit):
+    """The hard limit lower <= sigma_nu and sigma_1 <= upper, either or both.
+
+    For layers that are Lipschitz (upper), invertible (lower) or nearly isometric (both): a weight
+    outside is replaced by the nearest one in the Frobenius norm, with its singular values clipped,
+    as measured in float64 after rounding to the dtype of the weight. Unlike `ConditionLimit` it
+    fixes the scale.
+
+    With `upper` alone a step of `attach` costs no more than a proximal step: it clips the leading
+    singular values that the block of the `Regularizer` follows, and is a decomposition only where
+    the block does not reach down to 0.9 upper. That is an estimate; `reg.enforce_()` is exact.
+
+    Under `lower` a zero weight becomes one with all singular values at `lower`; its vectors are
+    arbitrary, the same each time.
+
+    Args:
+        lower: bound of the smallest singular value, positive; None for no bound.
+        upper: bound of the largest, positive; None for no bound.
+
+    Raises:
+        ValueError: neither is given; one is not positive and finite; lower > upper; when it is
+            applied, rounding to the dtype leaves no such weight, as for lower = upper.
+        TypeError: a bound is not a number.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> layer = torch.nn.Linear(8, 8, bias=False)
+        >>> reg = wc.Regularizer(layer, wc.SingularValueLimit(lower=0.5, upper=2.0))
+        >>> reg.enforce_()
+        >>> sigma = torch.linalg.svdvals(layer.weight.detach())
+        >>> bool(sigma.max() <= 2.0 and sigma.min() >= 0.5)
+        True
+    """
+
+    lower: float | None = None
+    upper: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lower is None and self.upper is None:
+            raise ValueError("`lower` or `upper` must be given, got neither.")
+        for name, bound in (("lower", self.lower), ("upper", self.upper)):
+            if bound is None:
+                continue
+            if not isinstance(bound, int | float) or isinstance(bound, bool):
+                raise TypeError(f"`{name}` must be a number or None, got {type(bound).__name__}.")
+            if not 0 < bound < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {bound}.")
+        if not self._lower <= self._upper:
+            raise ValueError(
+                f"`lower` must be at most `upper`, got lower={self.lower} and upper={self.upper}."
+            )
+
+    @property
+    def _lower(self) -> float:
+        return 0.0 if self.lower is None else self.lower
+
+    @property
+    def _upper(self) -> float:
+        return math.inf if self.upper is None else self.upper
+
+    @property
+    def needs_subspace(self) -> bool:  # type: ignore[override]
+        return self.lower is None
+
+    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
+        grown = 1 + margin[..., None]
+        low, high = self._lower / unit * grown, self._upper / unit / grown
+        return sigma.clamp(min=low.minimum(high), max=high)
+
+    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
+        above = largest / (self._upper / unit)
+        below = self._lower / unit / smallest
+        return above if self.lower is None else torch.maximum(above, below)
+
+    def interval(self, largest: Tensor, smallest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.full_like(largest, self._lower), torch.full_like(largest, self._upper)
+
+    def matters(self, smallest: Tensor) -> Tensor:
+        return smallest if self.lower is not None else smallest.clamp_min(self._upper)
+
+    def clip_leading(self, S: Operator, image: Image) -> tuple[NewWeight, Tensor, Tensor]:
+        """The leading values clipped; per matrix the excess, and whether the block reached so far.
+
+        Every Ritz value is a lower bound of the singular value of its rank.
+        """
+        ritz = image.triplets
+        sigma = ritz.sigma
+        excess = sigma[..., 0] / self._upper
+        reached = (sigma[..., -1] <= _REACH * self._upper) | (sigma.shape[-1] == S.nu)
+        share = (1 - self._upper / sigma.clamp_min(self._upper))[..., None, :]
+        return (
+            NewWeight(LowRank(torch.ones_like(excess), -ritz.left * share, ritz.right)),
+            excess,
+            reached,
+        )
+
+
+class Limited(NamedTuple):
+    """A matrix with kappa <= K as measured in its dtype, and the margin below K that it took."""
+
+    S: Tensor
+    before: float  # kappa of what was given
+    after: float
+    margin: float
+
+
+def limited(S: Tensor, max_condition: float) -> Limited:
+    """A matrix of the dtype of S with kappa <= K after rounding, nearest but for a small margin.
+
+    S itself where it obeys. A zero matrix stays zero, with kappa nan.
+
+    Raises:
+        ValueError: rounding to the dtype lifts kappa above K whatever the margin, or LAPACK does
+            not converge.
+    """
+    before = measure(S).condition_number
+    if before <= max_condition or math.isnan(before):
+        return Limited(S, before, before, 0.0)
+    weight = StoredMatrix(S.clone())
+    (told,) = enforce_([weight], ConditionLimit(max_condition))
+    after = measure(weight.S).condition_number
+    return Limited(weight.S, before, after, float(told.margin))

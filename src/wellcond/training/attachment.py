@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from wellcond.penalties.base import Limit
 from wellcond.text import quoted
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
+
+EVERY = 10  # optimizer steps between proximal steps, if nothing else is said
 
 
 class Attachment:
@@ -32,10 +35,11 @@ class Attachment:
         self,
         optimizer: Optimizer,
         states: list[WeightState],
-        every: int,
+        every: int | None,
         apply: Callable[[list[WeightState]], None],
     ) -> None:
         self.states = states
+        # Steps between proximal steps. None: hard limits when they are due, penalties every 10.
         self.every = every
         self.removed = False
         self._optimizer = weakref.ref(optimizer, self._orphan)
@@ -54,7 +58,12 @@ class Attachment:
     def __repr__(self) -> str:
         optimizer = self._optimizer()
         owner = "an optimizer that is gone" if optimizer is None else type(optimizer).__name__
-        return f"attached to {owner}, every={self.every}"
+        return f"attached to {owner}, every={self.every or self._words()}"
+
+    def _words(self) -> str:
+        hard = [isinstance(state.rule, Limit) for state in self.states]
+        soft = f"{EVERY} for penalties" if not all(hard) else ""
+        return f'"auto"{", " * bool(soft)}{soft}' if any(hard) else str(EVERY)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer under a GradScaler skips inside of its step. On the CPU that is read; on
@@ -76,11 +85,31 @@ class Attachment:
             )
         for state in states:
             lr = rates[id(state.weight.parameters[0])]
-            # A tensor is added up on its device: reading it here would wait for the device.
-            state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
-        due = [state for state in self.states if state.pending_steps >= self.every]
+            if self._by_pace(state):
+                # When it is due is decided here: what lies on a device counts as steps.
+                known = not isinstance(lr, Tensor) or lr.is_cpu
+                state.gather(float(lr) if known else 1.0)
+            else:
+                # A tensor is added up on its device: reading it here would wait for the device.
+                state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
+        due = [s for s in states if not self._by_pace(s) and s.pending_steps >= self._interval]
+        due += self._turn([state for state in states if self._by_pace(state) and state.due])
         if due:
             self._apply(due)
+
+    @property
+    def _interval(self) -> int:
+        return self.every or EVERY
+
+    def _by_pace(self, state: WeightState) -> bool:
+        return self.every is None and isinstance(state.rule, Limit)
+
+    def _turn(self, due: list[WeightState]) -> list[WeightState]:
+        """Those of one shape, the longest due, so that no step pays for all of them."""
+        if not due:
+            return []
+        first = max(due, key=lambda state: (state.pace.applications == 0, state.pending_steps))
+        return [state for state in due if state.shape == first.shape]
 
     def _orphan(self, _: weakref.ref[Optimizer]) -> None:
         if not self.removed:

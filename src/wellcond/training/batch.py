@@ -26,7 +26,8 @@ from wellcond.operators.subspace import (
     refine,
     warmed,
 )
-from wellcond.penalties.base import Limit
+from wellcond.penalties.base import Penalty
+from wellcond.penalties.limit import SpectralLimit
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import Rule, WeightState
 
@@ -86,7 +87,8 @@ def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) 
         number = next(alike, len(rules))
         if number == len(rules):
             rules.append(state.rule)
-        alone = state.name if isinstance(state.rule, Limit) else ""
+        together = isinstance(state.rule, Penalty | SpectralLimit)
+        alone = "" if together else state.name
         key = (S.kind, number, state.width, state.owner, alone)
         batch = groups.setdefault(key, Batch([], []))
         batch.states.append(state)

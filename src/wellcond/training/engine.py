@@ -14,11 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable
+from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable, WeightOperator
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
+from wellcond.penalties.enforce import enforce_
+from wellcond.penalties.limit import SingularValueLimit, SpectralLimit
 from wellcond.text import quoted
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
@@ -140,32 +142,76 @@ class Engine:
             rate_of = dict(zip((state.name for state in states), rates, strict=True))
             found = batches(states, [state.operator() for state in states])
             etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in found]
+            limited = []
             for seen, eta in zip(self._look(found), etas, strict=True):
                 batch, rule = seen.batch, seen.batch.rule
                 if isinstance(rule, Limit):
-                    self._apply(batch, rule)
+                    limited.append(seen)
                     continue
                 new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
-                if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
-                    new = new.where(seen.finite, cast(Dense, seen.S))
-                parts = batch.each(*new.tensors, shortened)
-                for state, S, (*own, short) in zip(
-                    batch.states, batch.operators, parts, strict=True
-                ):
-                    cast(Updatable, S).update_(NewWeight.of(own))
+                self._update_(seen, new)
+                for state, (short,) in zip(batch.states, batch.each(shortened), strict=True):
                     state.shortened += short.sum()
+            for state, numbers in self._apply_limits_([self._clipped_(seen) for seen in limited]):
+                excess, kappa, passed = numbers.tolist()
+                state.pace.saw(excess, kappa, bool(passed))
 
-    def _apply(self, batch: Batch, limit: Limit) -> None:
-        """A hard limit gives the values to store; of replicas, one finds them."""
-        (state,), (S,) = batch.states, batch.operators
-        stored = cast(Dense, S).dense()
-        if self.replicas is None or self.replicas.rank == state.owner:
-            values = limit.apply(stored).contiguous()
-        else:
-            values = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+    def enforce_(self, states: list[WeightState]) -> None:
+        """The hard limits of these weights, exactly."""
+        with self._quietly():
+            found = batches(states, [state.operator() for state in states])
+            self._checks.raise_ready()
+            self._check_finite([(batch, batch.S.finite()) for batch in found])
+            self._apply_limits_([(batch, None) for batch in found])
+
+    def _update_(self, seen: Look, new: NewWeight) -> None:
+        if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
+            new = new.where(seen.finite, cast(Dense, seen.S))
+        parts = seen.batch.each(*new.tensors)
+        for S, own in zip(seen.batch.operators, parts, strict=True):
+            cast(Updatable, S).update_(NewWeight.of(own))
+
+    def _clipped_(self, seen: Look) -> tuple[Batch, Tensor | None]:
+        """What the block of a limit can do alone: its excess, None where that is not enough."""
+        rule = seen.batch.rule
+        if seen.image is None or not isinstance(rule, SingularValueLimit):
+            return seen.batch, None
+        new, excess, reached = rule.clip_leading(seen.S, seen.image)
+        if not bool(reached.all()):
+            return seen.batch, None
+        self._update_(seen, new)
+        return seen.batch, excess
+
+    def _apply_limits_(
+        self, limited: Sequence[tuple[Batch, Tensor | None]]
+    ) -> list[tuple[WeightState, Tensor]]:
+        """Applies hard limits where it has not been done; of replicas, one does for the others."""
+        told: list[tuple[WeightState, Tensor]] = []
+        exchanged: list[tuple[int, Tensor]] = []
+        received: list[tuple[WeightOperator, Tensor]] = []
+        for batch, excess in limited:
+            owner = batch.states[0].owner
+            mine = self.replicas is None or self.replicas.rank == owner
+            if excess is not None:
+                each = [_seen(one, torch.full_like(one, math.nan)) for (one,) in batch.each(excess)]
+            else:
+                device = batch.operators[0].device
+                blank = torch.empty(3, dtype=torch.float64, device=device)
+                each = _apply_(batch) if mine else [blank.clone() for _ in batch.states]
+            told += zip(batch.states, each, strict=True)
+            if self.replicas is None or excess is not None:
+                continue
+            for S, numbers in zip(batch.operators, each, strict=True):
+                values = cast(Dense, S).dense().contiguous()
+                if not mine:
+                    values = torch.empty_like(values)
+                    received.append((S, values))
+                exchanged += [(owner, numbers), (owner, values)]
         if self.replicas is not None:
-            self.replicas.exchange_([(state.owner, values)])
-        cast(Updatable, S).update_(NewWeight(values))
+            self.replicas.exchange_(exchanged)
+        for S, values in received:
+            cast(Updatable, S).update_(NewWeight(values))
+        return told
 
     def check_rates(self, lr: Tensor) -> Tensor:
         """A learning rate on a device, 0 if it is none, which is raised once it is free to read."""
@@ -185,15 +231,19 @@ class Engine:
         if self.check_replicas and remember:
             self._compare_replicas([state for batch in batches for state in batch.states])
         looks = look(batches, self.replicas if remember else None)
-        if looks:
-            device = looks[0].finite.device
-            names = [state.name for seen in looks for state in seen.batch.states]
-            each = [s.finite.reshape(len(s.batch.states), -1).all(-1).to(device) for s in looks]
-            self._checks.add(torch.cat(each), lambda finite: _raise_not_finite(names, finite))
+        self._check_finite([(seen.batch, seen.finite) for seen in looks])
         if remember:
             for seen in looks:
                 seen.remember()
         return looks
+
+    def _check_finite(self, found: Sequence[tuple[Batch, Tensor]]) -> None:
+        if not found:
+            return
+        device = found[0][1].device
+        names = [state.name for batch, _ in found for state in batch.states]
+        each = [good.reshape(len(batch.states), -1).all(-1).to(device) for batch, good in found]
+        self._checks.add(torch.cat(each), lambda finite: _raise_not_finite(names, finite))
 
     def _compare_replicas(self, states: list[WeightState]) -> None:
         if self.replicas is None:
@@ -211,6 +261,43 @@ class Engine:
     def _quietly(self) -> Iterator[None]:
         with full_precision(self.states[0].weight.parameters[0].device.type):
             yield
+
+
+def _apply_(batch: Batch) -> list[Tensor]:
+    """Applies the hard limit of a batch; what was seen of every weight."""
+    rule, states = batch.rule, batch.states
+    if isinstance(rule, SpectralLimit):
+        weights = [cast(StoredMatrix, S) for S in batch.operators]
+        try:
+            found = enforce_(
+                weights,
+                rule,
+                gate=all(state.pace.passed for state in states),
+                condition_number=_worst([state.pace.condition_number for state in states]),
+            )
+        except ValueError as error:
+            raise ValueError(f"{quoted([state.name for state in states])}: {error}") from None
+        return [_seen(one.excess, one.condition_number, one.passed) for one in found]
+    ((_,), (S,)) = states, batch.operators
+    stored = cast(Dense, S).dense()
+    values = cast(Limit, rule).apply(stored)
+    obeys = torch.equal(values, stored)
+    if not obeys:
+        cast(Updatable, S).update_(NewWeight(values))
+    unknown = torch.full((), math.nan, device=S.device)
+    return [_seen(unknown, unknown, obeys)]
+
+
+def _worst(numbers: Sequence[float]) -> float:
+    """The largest, nan if one is."""
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
+
+
+def _seen(excess: Tensor, condition_number: Tensor, passed: bool = False) -> Tensor:
+    """Excess and kappa, the worst of a stack, and whether it passed, as three numbers."""
+    worst = [torch.nan_to_num(x.double(), nan=-math.inf).max() for x in (excess, condition_number)]
+    known = [torch.where(x == -math.inf, math.nan, x) for x in worst]
+    return torch.stack([*known, torch.full_like(known[0], float(passed))])
 
 
 def _strengths(batch: Batch) -> Tensor:

@@ -35,6 +35,11 @@ class Estimate:
         shortened_steps: proximal steps that the width of the block cut short.
         nu: min(m, n).
         condition_number: sigma_1/sigma_nu as measured in float64; None where that was not asked.
+        excess: by what factor its hard limit was exceeded before the last application, as measured;
+            None if that is not known, or it was only seen to obey.
+        condition_before: kappa before that application, None if not known.
+        interval: optimizer steps between the last two applications of its limit, None if there
+            were none.
         status: "" when all is well, else what is the matter with the weight.
     """
 
@@ -47,6 +52,9 @@ class Estimate:
     shortened_steps: int
     nu: int
     condition_number: float | None = None
+    excess: float | None = None
+    condition_before: float | None = None
+    interval: int | None = None
     status: str = ""
 
 
@@ -112,8 +120,15 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
         shortened_steps=int(shortened),
         nu=min(state.shape[-2:]),
         condition_number=kappa,
+        excess=_known(state.pace.excess),
+        condition_before=_known(state.pace.condition_number),
+        interval=state.pace.interval or None,
         status=status,
     )
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
 
 
 def _condition_numbers(state: WeightState) -> list[float | None]:

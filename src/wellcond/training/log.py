@@ -49,6 +49,12 @@ def report(
             "stable_rank_share/median": statistics.median(shares.values()),
             "shortened_steps": shortened,
         }
+        excess = [e.excess for e in sound.values() if e.excess is not None]
+        intervals = [e.interval for e in sound.values() if e.interval is not None]
+        if excess:
+            values["limit/excess/largest"] = max(excess)
+        if intervals:
+            values["limit/interval/median"] = statistics.median(intervals)
         kappas = {n: e.condition_number for n, e in sound.items() if e.condition_number is not None}
         if kappas:
             values["condition_number/largest"] = max(kappas.values())
@@ -93,7 +99,7 @@ def send(values: Mapping[str, float], target: Any, step: int) -> None:
         )
 
 
-def check_interval(every: int) -> None:
+def check_interval(every: object) -> None:
     """Raises unless it is a positive integer."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"`every` must be a positive integer, got {every!r}.")

@@ -19,6 +19,7 @@ from wellcond.operators.base import Dense, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
 from wellcond.penalties.base import Limit, Proximal
+from wellcond.penalties.limit import SpectralLimit
 from wellcond.text import quoted
 from wellcond.training.attachment import Attachment
 from wellcond.training.compiled import Compilable
@@ -170,8 +171,8 @@ class Regularizer:
             raise ValueError(f"`lr` must be finite and not negative, got {float(lr)}.")
         return lr.detach() if isinstance(lr, Tensor) else lr
 
-    def attach(self, optimizer: Optimizer, every: int = 10) -> Attachment:
-        """Takes a proximal step after every so many steps of the optimizer; returns a handle.
+    def attach(self, optimizer: Optimizer, every: int | str | None = None) -> Attachment:
+        """Takes proximal steps and applies limits after steps of the optimizer; returns a handle.
 
         eta = strength * the sum of the learning rates of the weight's own parameter group since the
         last proximal step, so warm-up and schedules count as they should. Steps that a GradScaler
@@ -183,12 +184,17 @@ class Regularizer:
 
         Args:
             optimizer: a torch optimizer that holds at least one of the weights.
-            every: proximal step after every so many optimizer steps. kappa was within 1.3 % of an
+            every: after every so many optimizer steps; steps at the end that do not fill an
+                interval stay pending. By default 10 for penalties: kappa was within 1.3 % of an
                 exact proximal step in every step for 5 and for 10 (`wellcond bench fidelity
-                --every 5,10,20`); steps at the end that do not fill an interval stay pending.
+                --every 5,10,20`). By default "auto" for hard limits: after the first step, and
+                then whenever the weight has moved so far, by the sum of its learning rates, that
+                its limit may be exceeded by about a fifth; at least 10 steps and at most 1,000
+                apart, weights of different shapes in turn.
 
         Raises:
-            ValueError: every < 1, no common weight, or a weight that is attached already.
+            ValueError: every < 1, "auto" for a penalty, no common weight, or a weight that is
+                attached already.
             TypeError: not a torch optimizer.
         """
         # A wrapper may call itself an optimizer and yet have no hooks.
@@ -198,7 +204,8 @@ class Regularizer:
                 f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
                 "If it wraps one, attach to that: accelerate's is `optimizer.optimizer`."
             )
-        check_interval(every)
+        if every is not None and every != "auto":
+            check_interval(every)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         states = [s for s in self._states if all(id(p) in held for p in s.weight.parameters)]
         if not states:
@@ -213,7 +220,15 @@ class Regularizer:
                 f"`optimizer` must not be attached twice, but {quoted(taken)} is attached already. "
                 "Call detach() first."
             )
-        attachment = Attachment(optimizer, states, every, self._step_pending)
+        soft = [state.name for state in states if not isinstance(state.rule, Limit)]
+        if every == "auto" and soft:
+            raise ValueError(
+                f'`every` must be a number, got "auto", which hard limits alone can have: '
+                f"{quoted(soft)} is under a penalty. Leave `every` out for 10 for penalties and "
+                '"auto" for limits.'
+            )
+        steps = every if isinstance(every, int) else None
+        attachment = Attachment(optimizer, states, steps, self._step_pending)
         self._attachments = [*self.attachments, attachment]
         self._oversights.attached(attachment)
         return attachment
@@ -255,7 +270,7 @@ class Regularizer:
         limited = [s for s in self._engine.active() if isinstance(s.rule, Limit)]
         if limited:
             _refuse_without_proximal_step(limited)
-            self._engine.proximal_step_(limited, [0.0] * len(limited))
+            self._engine.enforce_(limited)
 
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight: two products each, no SVD, nothing remembered.
@@ -337,6 +352,8 @@ class Regularizer:
             shape = "x".join(map(str, state.shape))
             frozen = "" if state.active else "  frozen since: not regularised"
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
+            if (seen := state.pace.words()) and isinstance(state.rule, Limit):
+                lines.append(f"  {'':{width}}  {seen}")
             if not state.shortened.is_meta and (shortened := int(state.shortened)):
                 lines.append(
                     f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
@@ -410,7 +427,7 @@ def _refuse_without_proximal_step(states: list[WeightState]) -> None:
                 f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
                 "loss or add_gradients_(), or give the penalty a method proximal_step."
             )
-        if isinstance(rule, Limit) and isinstance(S, Dense):
+        if isinstance(rule, Limit) and not isinstance(rule, SpectralLimit) and isinstance(S, Dense):
             try:
                 S.dense()
             except ValueError as error:

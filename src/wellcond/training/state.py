@@ -14,6 +14,7 @@ from torch import Tensor
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
 from wellcond.penalties.base import Limit, Penalty
+from wellcond.training.pace import Pace
 from wellcond.weights.discover import Weight
 
 Rule = Penalty | Limit
@@ -31,14 +32,14 @@ class WeightState:
         except ValueError as error:
             raise ValueError(f'"{weight.name}": {error}') from None
         self.shape = S.shape
-        follows = isinstance(rule, Penalty) and rule.needs_subspace
-        self.width = min(block, S.nu) if follows else 0
+        self.width = min(block, S.nu) if rule.needs_subspace else 0
         self._start(S)
         self.owner = 0  # the process that refines it, among replicas
         self.slots: tuple[int, ...] = ()  # the numbers of its parameters, which weights may share
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
+        self.pace = Pace()  # under a hard limit: when it is due
 
     def _start(self, S: WeightOperator) -> None:
         """Cold until first used: the weights may be loaded after the regulariser is made."""
@@ -96,8 +97,15 @@ class WeightState:
         self.pending_steps += 1
         self.pending_lr = self.pending_lr + lr
 
+    @property
+    def due(self) -> bool:
+        """Whether a hard limit is, by its pace."""
+        return self.pace.due(self.pending_steps, float(self.pending_lr))
+
     def settle(self) -> None:
         """After a proximal step nothing is pending."""
+        if isinstance(self.rule, Limit):
+            self.pace.applied(self.pending_steps, float(self.pending_lr))
         self.pending_steps, self.pending_lr = 0, 0.0
 
     def state(self) -> dict[str, Tensor]:
@@ -115,12 +123,15 @@ class WeightState:
             "shortened_steps": self.shortened.clone(),
             "pending_steps": torch.tensor(self.pending_steps, device="cpu"),
             "pending_lr": torch.as_tensor(self.pending_lr, dtype=torch.float64, device="cpu"),
+            "pace": self.pace.state(),
         }
 
     def check(self, saved: Mapping[str, Tensor]) -> None:
         """Raises unless this is the state of such a weight."""
         remedy = "Make the Regularizer with the model and the block with which the state was saved."
         for key, own in self.state().items():
+            if key == "pace" and key not in saved:
+                continue  # of a version that knew none: it begins anew
             at, found = f'`state["{self.name}"]["{key}"]`', saved.get(key)
             if found is None or found.shape != own.shape:
                 shape = "none" if found is None else tuple(found.shape)
@@ -145,3 +156,4 @@ class WeightState:
         self.step = int(state["step"])
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
+        self.pace = Pace.of(state["pace"]) if "pace" in state else Pace()

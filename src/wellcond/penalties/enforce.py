@@ -1,0 +1,308 @@
+"""Bounds of singular values, enforced on weights as they are stored.
+
+One decomposition of the smaller Gram matrix says what must move (see `linalg.projection`), one
+update moves it, and what rounding to the dtype of the weight has left is measured in float64: where
+it is outside of the bounds, the margin below them grows by as much and the weight is found anew,
+from what it was. The precision goes by the weight as it is: float32 where it is well-conditioned
+already, as in training; float64; and where rounding of the Gram matrix hides the smallest singular
+values, an SVD.
+
+Letters: S (..., m, n) a weight; sigma its singular values, descending; kappa = sigma_1/sigma_nu; t
+the margin: the weight obeys bounds that are tighter by 1 + t before it is rounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.lapack import svd
+from wellcond.linalg.projection import Decomposed, decomposed, resolvable, within
+from wellcond.linalg.scaling import scaled
+from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible
+from wellcond.operators.base import NewWeight
+from wellcond.operators.stored import StoredMatrix
+
+# A limit must hold for whoever measures next: more than measuring with other threads changes.
+_SLACK = 1e-8
+_ROUNDS = 8
+# So many numbers of Gram matrices are worked on at once: 128 MB of float64.
+_TOGETHER = 1 << 24
+
+
+class Bounds(Protocol):
+    """What singular values must be."""
+
+    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
+        """The nearest to descending values (..., nu), in this unit, with bounds tighter by 1 + margin."""
+
+    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
+        """By what factor the bounds are exceeded: at most 1 where they hold, nan if S = 0."""
+
+    def matters(self, smallest: Tensor) -> Tensor:
+        """Down to where singular values must be seen, of a matrix with this smallest one."""
+
+    def interval(self, largest: Tensor, smallest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Values [low, high] that obey: up to the largest, or with equal room around these two."""
+
+
+class Enforced(NamedTuple):
+    """What was found of every matrix before, and the margin that it took; float64 (...)."""
+
+    excess: Tensor
+    condition_number: Tensor
+    margin: Tensor
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate let all of them pass, so that nothing more is known."""
+        return bool((torch.isnan(self.excess) & (self.margin == 0)).all())
+
+
+def enforce_(
+    weights: Sequence[StoredMatrix],
+    bounds: Bounds,
+    *,
+    gate: bool = False,
+    condition_number: float = math.nan,
+) -> list[Enforced]:
+    """Replaces every weight that does not obey by a nearest one that does, as it is stored.
+
+    Args:
+        weights: of one shape and dtype, whole or sharded; what obeys stays bit for bit.
+        gate: ask first, by two Cholesky factorisations, whether they obey already; what is known of
+            such a weight is then nan.
+        condition_number: what it was before they were last enforced, if that is known: it tells
+            whether float32 will probably do.
+
+    Raises:
+        ValueError: rounding to the dtype leaves no such weight near, or LAPACK does not converge;
+            the weights are then as they were.
+    """
+    *stack, m, n = weights[0].shape
+    several = max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
+    narrow = 1.5 * condition_number < resolvable(torch.float32)
+    found = []
+    for first in range(0, len(weights), several):
+        found += _enforce_together_(weights[first : first + several], bounds, gate, narrow)
+    return found
+
+
+def _enforce_together_(
+    weights: Sequence[StoredMatrix], bounds: Bounds, gate: bool, narrow: bool
+) -> list[Enforced]:
+    with contextlib.ExitStack() as opened:
+        spread = [opened.enter_context(S.spread()) for S in weights]
+        together = _Together(spread, bounds)
+        found, done = together.enforce_(gate, narrow)
+        each = [Enforced(*own) for own in zip(*found, strict=True)]
+    for i, S in enumerate(weights):
+        with contextlib.ExitStack() as opened:
+            one = spread[i]
+            if not bool((done[i] | torch.isinf(found.margin[i])).all()):
+                one = opened.enter_context(S.spread(whole=True))
+                each[i] = _by_svd_(one, bounds, done[i], each[i])
+            each[i] = Enforced(*(one.all_of(number) for number in each[i]))
+        if bool(torch.isinf(each[i].margin).any()):
+            raise _cannot_obey(bounds, S.S.dtype)
+    return each
+
+
+class _Together:
+    """Weights whose Gram matrices are looked at as one batch."""
+
+    def __init__(self, weights: Sequence[StoredMatrix], bounds: Bounds) -> None:
+        self.weights, self.bounds = weights, bounds
+        self.shape = (len(weights), *weights[0].shape[:-2])
+        self.u = torch.finfo(weights[0].S.dtype).eps / 2
+        self.device = weights[0].device
+
+    def enforce_(self, gate: bool, narrow: bool) -> tuple[Enforced, Tensor]:
+        """What was found, and which matrices are done: of others the Gram matrix is too coarse."""
+        unknown = torch.full(self.shape, math.nan, dtype=torch.float64, device=self.device)
+        if gate:
+            G = self._gram(torch.float64)
+            if bool(self._agreed(lambda: self._passes(G)).bool().all()):
+                margin = torch.zeros_like(unknown)
+                return Enforced(unknown, unknown, margin), torch.ones_like(unknown).bool()
+        for dtype in (torch.float32, torch.float64):
+            if dtype == torch.float32 and (not narrow or self.weights[0].dtype == torch.float64):
+                continue
+            found = self._decomposed(self._gram(dtype))
+            if bool(self._resolved(found).all()):
+                break
+        return self._project_(found)
+
+    def _resolved(self, found: Decomposed) -> Tensor:
+        return found.resolved(self.bounds.matters(found.sigma[..., 0]))
+
+    def _project_(self, found: Decomposed) -> tuple[Enforced, Tensor]:
+        sigma = found.sigma.flip(-1)
+        largest, smallest = sigma[..., 0], sigma[..., -1]
+        excess, kappa = self.bounds.excess(largest, smallest), largest / smallest
+        resolved = self._resolved(found)
+        margin = torch.zeros_like(excess)
+        moved = resolved & (excess > 1)
+        done = resolved & ~moved
+        if not bool(moved.any()):
+            return Enforced(excess, kappa, margin), done
+        originals = [S.S.clone() for S in self.weights]
+        target = sigma
+
+        def store(margin: Tensor) -> None:
+            nonlocal target
+            target = torch.where(moved[..., None], self.bounds.clip(sigma, margin), sigma)
+            V, d = found.move(target.flip(-1))
+            for i, S in enumerate(self.weights):
+                S.rescale_(V[i], d[i], originals[i], moved[i])
+
+        def after() -> Tensor:
+            G = self._gram(torch.float64)
+            return self._agreed(lambda: self._excess(G, target)).where(moved, 0.0)
+
+        # What float32 misses by goes with the square of kappa; a margin beforehand saves a round.
+        miss = 5 * torch.finfo(found.V.dtype).eps / 2 * kappa.square()
+        first = torch.full_like(excess, 2 * _SLACK).clamp_min(4 * self.u if self.u < 1e-3 else 0.0)
+        if found.V.dtype == torch.float32:
+            first = first.maximum(1.25 * miss.where(moved, 0.0))
+        try:
+            stored, margin = _store_with_margin(first, store, after)
+        except _Exceeded:
+            self._restore_(originals, moved)
+            return Enforced(excess, kappa, margin.fill_(torch.inf)), done | moved
+        self._restore_(originals, moved & ~stored)
+        return Enforced(excess, kappa, margin), done | (moved & stored)
+
+    def _restore_(self, originals: list[Tensor], chosen: Tensor) -> None:
+        for i, S in enumerate(self.weights):
+            if bool(chosen[i].any()):
+                nothing = originals[i].new_zeros(*self.shape[1:], S.nu, 0)
+                S.rescale_(nothing, nothing[..., 0, :], originals[i], chosen[i])
+
+    def _gram(self, dtype: torch.dtype) -> Tensor:
+        return torch.stack([S.gram(dtype) for S in self.weights])
+
+    def _decomposed(self, G: Tensor) -> Decomposed:
+        def parts() -> tuple[Tensor, Tensor]:
+            # Squares that overflow or vanish, or not found: as if zero, which is never resolved.
+            largest, tiny = G.abs().amax(dim=(-2, -1), keepdim=True), torch.finfo(G.dtype).tiny
+            fit = (largest > tiny**0.6) & (largest < tiny**-0.6)
+            found = decomposed(torch.where(fit, G, 0.0))
+            if found is None:
+                return torch.zeros_like(sigma), G
+            return found.sigma, found.V
+
+        sigma = G.new_empty(G.shape[:-1], dtype=torch.float64)
+        return Decomposed(*self.weights[0].agree(parts, sigma, G))
+
+    def _passes(self, G: Tensor) -> Tensor:
+        """Whether they obey as two Cholesky factorisations tell: 1 or 0."""
+        x = G.diagonal(dim1=-2, dim2=-1).clone()[..., None]
+        for _ in range(30):
+            x = G @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True))
+        largest = torch.linalg.vector_norm(x, dim=(-2, -1)).sqrt() * 1.01
+        return within(G, *self.bounds.interval(largest)).double()
+
+    def _excess(self, G: Tensor, target: Tensor) -> Tensor:
+        """By what factor the stored matrices exceed the bounds; inf where G does not tell."""
+        holds = within(G, *self.bounds.interval(target[..., 0], target[..., -1]))
+        if bool(holds.all()):
+            return torch.zeros_like(target[..., 0])
+        found = decomposed(G)
+        if found is None:
+            return torch.full_like(target[..., 0], torch.inf).where(~holds, 0.0)
+        excess = self.bounds.excess(found.sigma[..., -1], found.sigma[..., 0])
+        return torch.where(holds, 0.0, excess.where(self._resolved(found), torch.nan))
+
+    def _agreed(self, compute: Callable[[], Tensor]) -> Tensor:
+        like = torch.empty(self.shape, dtype=torch.float64, device=self.device)
+        (result,) = self.weights[0].agree(lambda: (compute(),), like)
+        return result
+
+
+def _by_svd_(S: StoredMatrix, bounds: Bounds, done: Tensor, before: Enforced) -> Enforced:
+    """The matrices of a whole weight that are not done with, one by one, by an SVD in float64."""
+    found, values = [one.clone() for one in before], S.S.clone()
+    for index in (~done).nonzero().tolist():
+        at = tuple(index)
+        three = torch.empty(3, dtype=torch.float64, device=S.device)
+        X, told = S.agree(functools.partial(_nearest_stored, values[at], bounds), values[at], three)
+        values[at] = X
+        for one, number in zip(found, told, strict=True):
+            one[at] = number
+    S.update_(NewWeight(values))
+    return Enforced(*found)
+
+
+def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """A nearest matrix (m, n) that obeys as it is stored, and what is told; margin inf: none."""
+    unknown = torch.tensor([math.nan, math.nan, 0.0], dtype=torch.float64, device=S.device)
+    if not bool(torch.isfinite(S).all()):
+        return S, unknown
+    wide, unit = scaled(S)
+    U, sigma, Vh = svd(wide)
+    excess = _measured_excess(Spectrum(sigma, Method.svd, S.shape, unit), bounds)
+    unknown[0], unknown[1] = excess, sigma[0] / sigma[-1]
+    if not bool(excess > 1):
+        return S, unknown
+    X = S
+
+    def store(margin: Tensor) -> None:
+        nonlocal X
+        change = bounds.clip(sigma, margin, unit) - sigma
+        moved = change != 0
+        X = ((wide + (U[:, moved] * change[moved]) @ Vh[moved]) * unit).to(S.device, S.dtype)
+
+    def after() -> Tensor:
+        if not bool(torch.isfinite(X).all()):
+            return torch.full_like(excess, torch.inf)
+        return _measured_excess(measure(X), bounds)
+
+    try:
+        _, unknown[2] = _store_with_margin(torch.full_like(excess, 2 * _SLACK), store, after)
+    except _Exceeded:
+        X, unknown[2] = S, torch.inf
+    return X, unknown
+
+
+def _measured_excess(spectrum: Spectrum, bounds: Bounds) -> Tensor:
+    largest, smallest = spectrum.scaled[0], spectrum.scaled[-1]
+    zero = smallest <= negligible(spectrum.shape) * largest
+    return bounds.excess(largest, torch.where(zero, 0.0, smallest), spectrum.unit)
+
+
+class _Exceeded(Exception):
+    """No margin was enough."""
+
+
+def _store_with_margin(
+    margin: Tensor, store: Callable[[Tensor], None], excess: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Stores with growing margins until no bound is exceeded: where that could be told, and them.
+
+    The margin grows by what the stored matrix exceeds its bounds by, and a quarter more; every time
+    by twice that again, as what rounding adds is drawn anew.
+    """
+    for round in range(_ROUNDS):
+        store(margin)
+        found = excess() * (1 + _SLACK)
+        over = found > 1
+        if not bool(over.any()):
+            return ~torch.isnan(found), margin
+        growth = (1 + 1.25 * 2**round * (found - 1)).clamp_max(16.0)
+        margin = torch.where(over, (1 + margin) * growth - 1, margin)
+    raise _Exceeded
+
+
+def _cannot_obey(bounds: Bounds, dtype: torch.dtype) -> ValueError:
+    return ValueError(
+        f"no weight near it obeys {bounds!r} once it is rounded to "
+        f"{str(dtype).removeprefix('torch.')}. Widen the limit, or store the weight in a wider "
+        "dtype."
+    )

@@ -1,0 +1,90 @@
+"""When a hard limit is due: by how far the weight has moved, not by a number of steps.
+
+A weight moves with the sum of the learning rates. The budget B is so much of it as lets a bound be
+exceeded by about a fifth: after every application it is found anew from what this one has seen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+_FIRST, _LONGEST = 10, 1000  # steps
+_RISE = 0.2  # by how much a bound may be exceeded before an application, of itself
+
+
+@dataclass
+class Pace:
+    """What is remembered of the applications of a limit to a weight; numbers of the host.
+
+    Attributes:
+        applications: how many there were.
+        budget: the sum of learning rates after which the next is due.
+        excess: by what factor the limit was exceeded before the last, nan if that is not known.
+        condition_number: kappa before the last, nan if that is not known.
+        interval: optimizer steps between the last two.
+        passed: whether the weight was seen to obey without being decomposed.
+    """
+
+    applications: int = 0
+    budget: float = 0.0
+    excess: float = math.nan
+    condition_number: float = math.nan
+    interval: int = 0
+    passed: bool = False
+
+    def due(self, steps: int, lr: float) -> bool:
+        """Whether it is, after so many steps with these learning rates since the last time."""
+        if self.applications == 0:
+            return True
+        return steps >= _LONGEST or (steps >= _FIRST and lr >= self.budget and lr > 0)
+
+    def saw(self, excess: float, condition_number: float, passed: bool) -> None:
+        """What an application has found."""
+        self.excess, self.condition_number, self.passed = excess, condition_number, passed
+
+    def applied(self, steps: int, lr: float) -> None:
+        """After an application that was due, and `saw`."""
+        if self.applications > 0:  # the first one says how the weight was made, not how it moves
+            self.interval = steps
+            self.budget = lr * self._stretch()
+        self.applications += 1
+
+    def _stretch(self) -> float:
+        if self.passed:
+            return 1.25
+        if math.isnan(self.excess):
+            return 1.0
+        rise = self.excess - 1
+        return 2.0 if rise <= _RISE / 2 else max(_RISE / rise, 0.25)
+
+    def words(self) -> str:
+        """What is known, for people; "" if nothing is."""
+        if self.passed:
+            said = "obeyed at the last application"
+        elif math.isnan(self.excess):
+            return ""
+        else:
+            kappa = "" if math.isnan(self.condition_number) else f"κ {self.condition_number:.4g}, "
+            said = f"before the last application {kappa}{self.excess:.3g} times its limit"
+        return said + (f"; {self.interval} steps after the one before" if self.interval else "")
+
+    def state(self) -> Tensor:
+        """As a tensor of fixed shape; 0 for what is not known, so that equal states are equal."""
+        return torch.tensor(astuple(self), dtype=torch.float64, device="cpu").nan_to_num(nan=0.0)
+
+    @classmethod
+    def of(cls, state: Tensor) -> Pace:
+        """From `state()`."""
+        applications, budget, excess, kappa, interval, passed = state.tolist()
+        return cls(
+            int(applications),
+            budget,
+            excess or math.nan,
+            kappa or math.nan,
+            int(interval),
+            bool(passed),
+        )
