@@ -47,7 +47,9 @@ def test_what_is_no_matrix_is_one_line_that_unfolds() -> None:
 
 
 def test_names_break_between_words() -> None:
-    assert '<td class="text">fine.<wbr>weight</td>' in wc.audit(model()).to_html()
+    page = wc.audit(model()).to_html()
+    assert '<td class="text">fine.<wbr>weight</td>' in page
+    assert "</svg>fine.<wbr>weight</li>" in page
 
 
 def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:

@@ -283,7 +283,7 @@ def _curves(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
         pen = f'style="stroke:var(--c{number})" stroke-dasharray="{_DASHES[number]}"'
         parts.append(f'<polyline points="{points}" {pen}/>')
         sample = f'<svg viewBox="0 0 40 8"><polyline points="0,4 40,4" {pen}/></svg>'
-        key += f"<li>{sample}{escape(name)}</li>"
+        key += f"<li>{sample}{_name(name)}</li>"
     drawing = "\n".join(parts)
     return (
         "<h2>Singular values of the worst weights</h2>\n<figure>"
