@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices
 from wellcond.linalg.lapack import svd
-from wellcond.linalg.projection import decomposed
+from wellcond.linalg.projection import Decomposed, decomposed, resolvable
 
 
 def nearest(S: Tensor, max_condition: float) -> Tensor:
@@ -27,7 +27,8 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
         max_condition: K, at least 1. With inf, and wherever kappa <= K, S comes back bit for bit.
 
     Returns:
-        A new tensor, the shape and dtype of S; computed in float64 from a full SVD, then rounded to
+        A new tensor, the shape and dtype of S; computed in float64 from the Gram matrix where
+            that is as good, else from a full SVD, then rounded to
         the dtype, which may lift kappa above K by rounding. `wellcond.repair` sees to it that a
         stored matrix obeys.
 
@@ -53,19 +54,24 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
 
 
 def _change(S: Tensor, K: float) -> tuple[Tensor, Tensor]:
-    """What takes S (..., m, n) to a nearest matrix with kappa <= K, and whether it obeys already."""
+    """What takes S (..., m, n) to a nearest matrix with kappa <= K, and whether it obeys."""
     m, n = S.shape[-2:]
     if m < n:
         change, allowed = _change(S.mT, K)
         return change.mT, allowed
     found = decomposed(S.mT @ S)
-    if found is not None and bool(found.resolved().all()):
+    if found is not None and bool(_precise(found).all()):
         clipped = clip(found.sigma.flip(-1), K).flip(-1)
         V, d = found.move(clipped)
         return ((S @ V) * d[..., None, :]) @ V.mT, (clipped == found.sigma).all(dim=-1)
     U, sigma, Vh = svd(S)
     clipped = clip(sigma, K)
     return (U * (clipped - sigma)[..., None, :]) @ Vh, (clipped == sigma).all(dim=-1)
+
+
+def _precise(found: Decomposed) -> Tensor:
+    bound = resolvable(torch.float64, found.sigma.shape[-1], error=1e-10)
+    return found.sigma[..., -1] < bound * found.sigma[..., 0]
 
 
 def check_limit(max_condition: float) -> None:
