@@ -181,3 +181,10 @@ def test_bfloat16_cannot_hold_kappa_near_one() -> None:
 def test_a_deficient_matrix_can_be_stored_with_full_rank() -> None:
     found = limited(torch.ones(6, 4, dtype=torch.float16), 50.0)
     assert float(wc.condition_number(found.S)) <= 50.0
+
+
+def test_clipping_is_as_precise_as_float64() -> None:
+    """Of [2, 2, 1] with kappa <= 1.5: a = (1 + 2 K + 2 K)/(1 + 2 K^2) = 14/11."""
+    found = clip(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64), 1.5)
+    assert float(found[-1]) == pytest.approx(14 / 11, rel=1e-15)
+    assert float(found[0]) == pytest.approx(21 / 11, rel=1e-15)

@@ -27,10 +27,9 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
         max_condition: K, at least 1. With inf, and wherever kappa <= K, S comes back bit for bit.
 
     Returns:
-        A new tensor, the shape and dtype of S; computed in float64 from the Gram matrix where
-            that is as good, else from a full SVD, then rounded to
-        the dtype, which may lift kappa above K by rounding. `wellcond.repair` sees to it that a
-        stored matrix obeys.
+        A new tensor, the shape and dtype of S; computed in float64, from the Gram matrix where that
+        is as good as from a full SVD, then rounded to the dtype, which may lift kappa above K by
+        rounding. `wellcond.repair` sees to it that a stored matrix obeys.
 
     Raises:
         ValueError: max_condition < 1 or nan, fewer than two dimensions, no entries, an entry that
@@ -100,7 +99,8 @@ def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
         low = torch.searchsorted(rising, a)
         up_to = torch.searchsorted(rising, K * a, right=True)
         below, above = sums.gather(-1, low), sums[..., -1:] - sums.gather(-1, up_to)
-        return low, nu - up_to, below, above
+        # An integer divided by a number would be of the default dtype.
+        return low.to(sigma.dtype), (nu - up_to).to(sigma.dtype), below, above
 
     # g is linear between its corners; the root lies on the segment where it changes its sign.
     corners = torch.cat([rising, rising / K], dim=-1).sort(dim=-1).values

@@ -40,7 +40,7 @@ class Bounds(Protocol):
     """What singular values must be."""
 
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        """The nearest to descending values (..., nu), in this unit, in bounds 1 + margin tighter."""
+        """The nearest to descending values (..., nu), in this unit, in bounds tighter by margin."""
 
     def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
         """By what factor the bounds are exceeded: at most 1 where they hold, nan if S = 0."""

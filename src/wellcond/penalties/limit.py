@@ -27,7 +27,7 @@ class SpectralLimit(Limit):
 
     @abc.abstractmethod
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        """The nearest to descending values (..., nu), in this unit, in bounds 1 + margin tighter."""
+        """The nearest to descending values (..., nu), in this unit, in bounds tighter by margin."""
 
     @abc.abstractmethod
     def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
