@@ -96,6 +96,8 @@ def _rare() -> dict[str, Any]:
         "weight": nn.Parameter(_randn(3, 3)),
         "complex": torch.complex(_randn(3, 3), _randn(3, 3, seed=1)),
         "sparse": torch.eye(4).to_sparse(),
+        "rows": torch.eye(4).to_sparse_csr(),
+        "uneven": torch.nested.nested_tensor([_randn(2, 3), _randn(1, 3)]),
         "meta": torch.empty(3, 3, device="meta"),
         "quantised": torch.quantize_per_tensor(_randn(3, 3), 0.1, 0, torch.qint8),
         "conjugate": torch.complex(_randn(2, 2), _randn(2, 2, seed=1)).conj(),

@@ -503,3 +503,17 @@ def test_zero_and_deficient_weights_have_an_outcome(tmp_path: Path) -> None:
     assert flat.before == float("inf")
     assert flat.after <= 4.0
     assert flat.relative_change > 0
+
+
+def test_nested_tensors_are_no_weights(tmp_path: Path) -> None:
+    rows = [torch.ones(2, 3), torch.ones(4, 3)]
+    nested = {layout: torch.nested.nested_tensor(rows, layout=layout) for layout in LAYOUTS}
+    content = {"w": torch.eye(3), **{str(layout): each for layout, each in nested.items()}}
+    torch.save(content, tmp_path / "a.pt")
+    skipped = {str(layout): Skipped(Reason.not_dense, "nested") for layout in LAYOUTS}
+    assert wc.audit(tmp_path / "a.pt").coverage.skipped == skipped
+    wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
+    assert torch.load(tmp_path / "b.pt")[str(torch.jagged)].is_nested
+
+
+LAYOUTS = (torch.strided, torch.jagged)

@@ -3,11 +3,15 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 import wellcond as wc
 from wellcond.checkpoints.files import Checkpoint
@@ -39,7 +43,7 @@ def test_an_index_without_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors.index.json"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # sparse
-    with pytest.raises(UnreadableError, match="at most 67,108,864 bytes"):
+    with pytest.raises(UnreadableError, match="at most 33,554,432 bytes"):
         Checkpoint(path)
 
 
@@ -121,3 +125,51 @@ def test_headers_of_something_else_are_refused(tmp_path: Path, header: bytes) ->
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ValueError, match=r"a\.safetensors must"):
         wc.audit(path)
+
+
+def test_of_a_file_larger_than_memory_the_rest_is_read(tmp_path: Path) -> None:
+    path, size = tmp_path / "a.safetensors", 1 << 34
+    large = {"dtype": "F32", "shape": [1 << 16, 1 << 16], "data_offsets": [16, 16 + size]}
+    small = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    header = json.dumps({"large": large, "small": small}).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header + np.eye(2, dtype=np.float32).tobytes())
+        file.truncate(8 + len(header) + 16 + size)  # sparse
+    code = """
+import resource, sys
+from wellcond.cli import main
+resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
+sys.exit(main(["audit", sys.argv[1]]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "holds large of 17,179,869,184 bytes, for which there is not enough" in done.stdout
+    assert "1 of 2 matrices" in done.stdout
+
+
+WRONG = {
+    "a dtype that is none": {"dtype": "X", "shape": [2], "data_offsets": [0, 8]},
+    "a dtype of another length": {"dtype": "F16", "shape": [2], "data_offsets": [0, 8]},
+    "a negative shape": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]},
+    "a shape that is no number": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+    "a shape beyond all bounds": {"dtype": "F32", "shape": [1 << 62] * 9, "data_offsets": [0, 8]},
+    "a gap before it": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+    "a gap behind it": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    "an end beyond that of the file": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
+    "an end before its start": {"dtype": "F32", "shape": [], "data_offsets": [8, 4]},
+    "no place": {"dtype": "F32", "shape": [2]},
+    "three places": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]},
+    "no description": [1],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_safetensors_refuses_is_refused(tmp_path: Path, what: str) -> None:
+    header = json.dumps({"w": WRONG[what]}).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(8)
+    with pytest.raises(SafetensorError):
+        load(data)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UnreadableError, match="must be a whole safetensors file, but"):
+        Checkpoint(path)

@@ -57,7 +57,7 @@ def check_pickle(path: Path) -> None:
     if not is_archive(path):
         with path.open("rb") as file:
             size = path.stat().st_size
-            wanted = _Storages(path, file, size)
+            wanted = _Storages(path, file, size, legacy=True)
             for _ in range(4):  # a magic number, a version, of what machine, the content
                 wanted.load()
             _check_stored(path, "its storages", sum(wanted.sizes.values()), size)
@@ -107,6 +107,8 @@ class _Anything:
             or (numbers and name == "bytearray")
             or (name == "encode" and not isinstance(args[0], str))
             or name == "_rebuild_device_tensor_from_cpu_tensor"
+            # Its shape is in storages, and of the older format these are read later.
+            or (name == "_rebuild_nested_tensor" and cls.unpickler.legacy)
             or (name == "_rebuild_from_type_v2" and not args[0].__name__.startswith("_rebuild"))
         ):
             raise UnreadableError(
@@ -141,9 +143,10 @@ class _Storages(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, path: Path, file: IO[bytes], length: int) -> None:
+    def __init__(self, path: Path, file: IO[bytes], length: int, legacy: bool = False) -> None:
         super().__init__(file)
-        self.path, self.budget = path, max(_UNPACKED, _RATIO * length)
+        self.path, self.legacy = path, legacy
+        self.budget = max(_UNPACKED, _RATIO * length)
         self.sizes: dict[str, int] = {}
 
     def counted(self, value: Any) -> int:

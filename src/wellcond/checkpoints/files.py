@@ -32,7 +32,7 @@ from wellcond.weights.reasons import Reason, Skipped
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
-_INDEX = 64 << 20  # bytes; with 100 for each tensor, more than there are in any model
+_INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
 
 class Checkpoint:

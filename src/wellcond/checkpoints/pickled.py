@@ -28,6 +28,7 @@ from wellcond.checkpoints.tensors import (
     PickledCodeError,
     TensorFile,
     UnreadableError,
+    memory_for,
     why_no_weight,
 )
 from wellcond.weights.reasons import Reason, Skipped
@@ -68,7 +69,7 @@ class Pickled(TensorFile):
         self._check_same(name, self._tensors)
         tensor = self._tensors[name].detach()
         self._read += tensor.nbytes
-        return self._copied(tensor) if self._mapped else tensor
+        return self._copied(name, tensor) if self._mapped else tensor
 
     def _check_same(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Raises if the file was replaced by another since it was opened first."""
@@ -77,14 +78,14 @@ class Pickled(TensorFile):
         if now is None or (now.shape, now.dtype) != (entry.shape, entry.dtype):
             raise UnreadableError(f"{self.path} has changed while it was read.")
 
-    def _copied(self, tensor: Tensor) -> Tensor:
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of mapped memory, made by the system.
 
         Where the file was cut off meanwhile the system says so; to read it here ends the process.
         """
         size = span(tensor)
         source = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()))
-        buffer = bytearray(size)
+        buffer = memory_for(size, name, self.path)
         read_end, write_end = os.pipe()
         try:
             os.set_blocking(write_end, False)  # it takes what fits
@@ -130,6 +131,9 @@ class Pickled(TensorFile):
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:
+    if tensor.is_nested:  # it has no shape
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return Entry(name, (), kind, False, Skipped(Reason.not_dense, "nested"))
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     parameter = tensor.is_floating_point() or tensor.is_complex()
     skipped = why_no_weight(shape, dtype)
@@ -152,6 +156,11 @@ def _load(path: Path, mapped: bool) -> Any:
     except (FileNotFoundError, PermissionError, IsADirectoryError, UnreadableError):
         raise
     except Exception as error:  # a damaged pickle can raise whatever there is
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UnreadableError(
+                f"{path} takes more memory than there is, as it is compressed or in the format of "
+                "torch before 1.6, and cannot be mapped. Load it elsewhere and save it again."
+            ) from None
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code is not None:
             raise PickledCodeError(

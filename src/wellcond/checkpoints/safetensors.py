@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from wellcond.checkpoints.tensors import (
     Entry,
     TensorFile,
     UnreadableError,
+    memory_for,
     why_no_weight,
 )
 
@@ -23,15 +26,55 @@ _INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 # The format allows 100 MB, and some 20 times that is what Python makes of it. A third of a million
 # tensors fit into this.
 _HEADER = 32 << 20
+_END = 1 << 63
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class _DamagedError(ValueError):
+    """What is wrong with a header."""
+
+
+def _check(header: Any, stored: int) -> None:
+    """Raises unless the header describes each of the bytes that are stored, and each once.
+
+    The library that writes such files checks the same, but maps them for it in a way that asks for
+    as much memory as they are long.
+    """
+    if not isinstance(header, dict):
+        raise _DamagedError("its header is no list of tensors")
+    places = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                raise _DamagedError("its metadata are no texts")
+            continue
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            bits = 8 if dtype == "BOOL" else int(re.findall(r"^[A-Z]+(\d+)", dtype)[0])
+            numbers = [*shape, start, stop]
+        except (KeyError, TypeError, ValueError, IndexError):
+            numbers = [-1]
+        if not all(type(number) is int and 0 <= number < _END for number in numbers):
+            raise _DamagedError(f"what it says of {name} is no dtype, shape and place")
+        size = bits
+        for length in shape:
+            size = min(size * length, _END)  # millions of lengths would make a very long number
+        if size != 8 * (stop - start):
+            raise _DamagedError(f"the shape and the dtype of {name} do not fit its place")
+        places.append((start, stop))
+    end = 0
+    for start, stop in sorted(places):
+        if start != end:
+            raise _DamagedError("its tensors overlap, or leave gaps")
+        end = stop
+    if end != stored:
+        raise _DamagedError(f"it must hold {end:,} bytes of tensors, but holds {stored:,}")
 
 
 class Safetensors(TensorFile):
     """One file of safetensors."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.path, self.others, self.overlapping = path, {}, []
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -42,13 +85,14 @@ class Safetensors(TensorFile):
                 "belong in one file: save them in several."
             )
         try:
-            # It checks the header, the offsets and the length of the file.
-            with safe_open(path, framework="pt"), path.open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(8)
-                header = json.loads(file.read(length))
-        except SafetensorError as error:
+                header = json.loads(file.read(length).decode())
+            _check(header, path.stat().st_size - 8 - length)
+        except (ValueError, RecursionError) as error:
+            what = "its header is no JSON" if type(error) is not _DamagedError else error
             raise UnreadableError(
-                f"{path} must be a whole safetensors file, but: {error}. It may be truncated or "
+                f"{path} must be a whole safetensors file, but: {what}. It may be truncated or "
                 "damaged: compare its size with the original's, or fetch it again."
             ) from None
         self._offsets = {
@@ -65,7 +109,7 @@ class Safetensors(TensorFile):
 
     def read(self, name: str) -> Tensor:
         start, stop = self._offsets[name]
-        buffer = bytearray(stop - start)
+        buffer = memory_for(stop - start, name, self.path)
         with self.path.open("rb") as file:
             file.seek(start)
             if file.readinto(buffer) != len(buffer):

@@ -49,6 +49,16 @@ def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     return names.why_no_weight(shape, dtype)
 
 
+def memory_for(size: int, name: str, path: Path) -> bytearray:
+    """So many bytes to read a tensor into, or an error that says what they were wanted for."""
+    try:
+        return bytearray(size)
+    except (MemoryError, OverflowError):
+        raise UnreadableError(
+            f"{path} holds {name} of {size:,} bytes, for which there is not enough memory."
+        ) from None
+
+
 class TensorFile(abc.ABC):
     """One file of tensors."""
 
