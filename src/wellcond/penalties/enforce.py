@@ -25,7 +25,7 @@ from torch import Tensor
 from wellcond.linalg.lapack import svd
 from wellcond.linalg.projection import Decomposed, decomposed, resolvable, within
 from wellcond.linalg.scaling import scaled
-from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible
+from wellcond.linalg.spectrum import Spectrum, measure, negligible
 from wellcond.operators.base import NewWeight
 from wellcond.operators.stored import StoredMatrix
 
@@ -140,6 +140,11 @@ class _Together:
         return self._project_(found)
 
     def _resolved(self, found: Decomposed) -> Tensor:
+        """Whether the Gram matrix tells what to do: not for one that is on the bound."""
+        least, most = (self.bounds.excess(*found.extremes(apart)) for apart in (-1, 1))
+        return self._fine(found) & ((least > 1) | (most <= 1))
+
+    def _fine(self, found: Decomposed) -> Tensor:
         return found.resolved(self.bounds.matters(found.sigma[..., 0]))
 
     def _project_(self, found: Decomposed) -> tuple[Enforced, Tensor]:
@@ -217,8 +222,8 @@ class _Together:
         found = decomposed(G)
         if found is None:
             return torch.full_like(target[..., 0], torch.inf).where(~holds, 0.0)
-        excess = self.bounds.excess(found.sigma[..., -1], found.sigma[..., 0])
-        return torch.where(holds, 0.0, excess.where(self._resolved(found), torch.nan))
+        excess = self.bounds.excess(*found.extremes(1))
+        return torch.where(holds, 0.0, excess.where(self._fine(found), torch.nan))
 
     def _agreed(self, compute: Callable[[], Tensor]) -> Tensor:
         like = torch.empty(self.shape, dtype=torch.float64, device=self.device)
@@ -245,12 +250,13 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     unknown = torch.tensor([math.nan, math.nan, 0.0], dtype=torch.float64, device=S.device)
     if not bool(torch.isfinite(S).all()):
         return S, unknown
-    wide, unit = scaled(S)
-    U, sigma, Vh = svd(wide)
-    excess = _measured_excess(Spectrum(sigma, Method.svd, S.shape, unit), bounds)
-    unknown[0], unknown[1] = excess, sigma[0] / sigma[-1]
+    spectrum = measure(S)
+    excess = _measured_excess(spectrum, bounds)
+    unknown[0], unknown[1] = excess, spectrum.condition_number
     if not bool(excess > 1):
         return S, unknown
+    wide, unit = scaled(S)
+    U, sigma, Vh = svd(wide)
     X = S
 
     def store(margin: Tensor) -> None:

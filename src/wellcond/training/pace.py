@@ -74,7 +74,8 @@ class Pace:
 
     def state(self) -> Tensor:
         """As a tensor of fixed shape; 0 for what is not known, so that equal states are equal."""
-        return torch.tensor(astuple(self), dtype=torch.float64, device="cpu").nan_to_num(nan=0.0)
+        numbers = torch.tensor(astuple(self), dtype=torch.float64, device="cpu")
+        return numbers.nan_to_num(nan=0.0, posinf=math.inf)
 
     @classmethod
     def of(cls, state: Tensor) -> Pace:
