@@ -155,3 +155,27 @@ def test_an_archive_has_one_pickle(tmp_path: Path, name: str) -> None:
         archive.writestr(name.replace("archive", record.partition("/")[0]), b"\x80\x02}.")
     with pytest.raises(UnreadableError, match="must be a whole file"):
         Checkpoint(tmp_path / "a.pt")
+
+
+def test_a_storage_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "a.pt")
+    longer = rezipped(
+        tmp_path / "a.pt", change=lambda name, data: data + b"\0" if "data/0" in name else data
+    )
+    with pytest.raises(UnreadableError, match=r"64 .*, but holds 65"):
+        Checkpoint(longer)
+
+
+def test_what_the_older_format_does_not_store_is_refused(tmp_path: Path) -> None:
+    """torch leaves such a storage as the memory was that it got."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.eye(3)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    start, _, end = data.rpartition(b"]q\x00X")
+    path.write_bytes(start + b"]q\x00." + end[-44:])  # an empty list, then the same entries
+    assert torch.load(path)["w"].shape == (3, 3)
+    with pytest.raises(UnreadableError, match="does not store what it holds"):
+        Checkpoint(path)
+    path.write_bytes(data[:-4])
+    with pytest.raises(UnreadableError, match="44 bytes for its storages, but holds 40"):
+        Checkpoint(path)

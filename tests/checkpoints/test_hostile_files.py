@@ -153,6 +153,7 @@ WRONG = {
     "a negative shape": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]},
     "a shape that is no number": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
     "a shape beyond all bounds": {"dtype": "F32", "shape": [1 << 62] * 9, "data_offsets": [0, 8]},
+    "a shape that is a text": {"dtype": "F64", "shape": "", "data_offsets": [0, 8]},
     "a gap before it": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
     "a gap behind it": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
     "an end beyond that of the file": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},

@@ -50,7 +50,7 @@ def can_be_mapped(path: Path) -> bool:
 
 
 def check_pickle(path: Path) -> None:
-    """Raises if a storage is longer than what is stored, or if to load it would take too much.
+    """Raises if its storages are not stored whole, or if to load it would take too much.
 
     Whatever else it raises says that the pickle is damaged.
     """
@@ -60,7 +60,13 @@ def check_pickle(path: Path) -> None:
             wanted = _Storages(path, file, size, legacy=True)
             for _ in range(4):  # a magic number, a version, of what machine, the content
                 wanted.load()
-            _check_stored(path, "its storages", sum(wanted.sizes.values()), size)
+            stored = wanted.load()
+            if sorted(stored) != sorted(wanted.sizes):  # else torch leaves memory as it found it
+                raise ValueError("it does not store what it holds")
+            # A number of eight bytes before each.
+            needed = sum(8 + length for length in wanted.sizes.values())
+            if (left := size - file.tell()) < needed:
+                raise _differs(path, "its storages", needed, left)
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -73,16 +79,16 @@ def check_pickle(path: Path) -> None:
             wanted = _Storages(path, file, pickled.file_size)
             wanted.load()
     for key, size in wanted.sizes.items():
-        _check_stored(path, f"storage {key}", size, sizes.get(f"data/{key}".lower(), 0))
+        found = sizes.get(f"data/{key}".lower(), 0)
+        if size != found:  # of a shorter one, what follows it would be mapped, too
+            raise _differs(path, f"storage {key}", size, found)
 
 
-def _check_stored(path: Path, what: str, wanted: int, found: int) -> None:
-    """What follows in the file would be mapped, too."""
-    if wanted > found:
-        raise UnreadableError(
-            f"{path} must hold {wanted:,} bytes for {what}, but holds {found:,}. "
-            "It is damaged: fetch it again."
-        )
+def _differs(path: Path, what: str, wanted: int, found: int) -> UnreadableError:
+    return UnreadableError(
+        f"{path} must hold {wanted:,} bytes for {what}, but holds {found:,}. "
+        "It is damaged: fetch it again."
+    )
 
 
 class _Tuple(tuple[Any, ...]):

@@ -51,7 +51,7 @@ def _check(header: Any, stored: int) -> None:
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             bits = 8 if dtype == "BOOL" else int(re.findall(r"^[A-Z]+(\d+)", dtype)[0])
-            numbers = [*shape, start, stop]
+            numbers = [*shape, start, stop] if isinstance(shape, list) else [-1]
         except (KeyError, TypeError, ValueError, IndexError):
             numbers = [-1]
         if not all(type(number) is int and 0 <= number < _END for number in numbers):
