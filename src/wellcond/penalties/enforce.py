@@ -177,10 +177,10 @@ class _Together:
         if found.V.dtype == torch.float32:
             first = first.maximum(1.25 * miss.where(moved, 0.0))
         try:
-            stored, margin = _store_with_margin(first, store, after)
-        except _Exceeded:
+            stored, margin = _store_with_margin(first, store, after, self.u)
+        except _Exceeded:  # an SVD has the last word: it does not add to S what nearly cancels it
             self._restore_(originals, moved)
-            return Enforced(excess, kappa, margin.fill_(torch.inf)), done | moved
+            return Enforced(excess, kappa, margin), done
         self._restore_(originals, moved & ~stored)
         return Enforced(excess, kappa, margin), done | (moved & stored)
 
@@ -261,9 +261,7 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
 
     def store(margin: Tensor) -> None:
         nonlocal X
-        change = bounds.clip(sigma, margin, unit) - sigma
-        moved = change != 0
-        X = ((wide + (U[:, moved] * change[moved]) @ Vh[moved]) * unit).to(S.device, S.dtype)
+        X = ((U * bounds.clip(sigma, margin, unit)) @ Vh * unit).to(S.device, S.dtype)
 
     def after() -> Tensor:
         if not bool(torch.isfinite(X).all()):
@@ -271,7 +269,8 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
         return _measured_excess(measure(X), bounds)
 
     try:
-        _, unknown[2] = _store_with_margin(torch.full_like(excess, 2 * _SLACK), store, after)
+        first, u = torch.full_like(excess, 2 * _SLACK), torch.finfo(S.dtype).eps / 2
+        _, unknown[2] = _store_with_margin(first, store, after, u)
     except _Exceeded:
         X, unknown[2] = S, torch.inf
     return X, unknown
@@ -288,12 +287,13 @@ class _Exceeded(Exception):
 
 
 def _store_with_margin(
-    margin: Tensor, store: Callable[[Tensor], None], excess: Callable[[], Tensor]
+    margin: Tensor, store: Callable[[Tensor], None], excess: Callable[[], Tensor], u: float
 ) -> tuple[Tensor, Tensor]:
     """Stores with growing margins until no bound is exceeded: where that could be told, and them.
 
     The margin grows by what the stored matrix exceeds its bounds by, and a quarter more; every time
-    by twice that again, as what rounding adds is drawn anew.
+    by twice that again, as what rounding adds is drawn anew. And by some of the unit roundoff u at
+    which it is stored: less may be rounded away.
     """
     for round in range(_ROUNDS):
         store(margin)
@@ -301,7 +301,7 @@ def _store_with_margin(
         over = found > 1
         if not bool(over.any()):
             return ~torch.isnan(found), margin
-        growth = (1 + 1.25 * 2**round * (found - 1)).clamp_max(16.0)
+        growth = (1 + 2**round * (1.25 * (found - 1)).clamp_min(u / 4)).clamp_max(16.0)
         margin = torch.where(over, (1 + margin) * growth - 1, margin)
     raise _Exceeded
 
