@@ -272,7 +272,7 @@ def _apply_(batch: Batch) -> list[Tensor]:
             found = enforce_(
                 weights,
                 rule,
-                gate=all(state.pace.passed for state in states),
+                gate=all(state.pace.obeyed for state in states),
                 condition_number=_worst([state.pace.condition_number for state in states]),
             )
         except ValueError as error:

@@ -46,6 +46,11 @@ class Pace:
         """What an application has found."""
         self.excess, self.condition_number, self.passed = excess, condition_number, passed
 
+    @property
+    def obeyed(self) -> bool:
+        """Whether the weight did at the last application, so that it may well do at the next."""
+        return self.passed or self.excess <= 1
+
     def applied(self, steps: int, lr: float) -> None:
         """After an application that was due, and `saw`."""
         if self.applications > 0:  # the first one says how the weight was made, not how it moves

@@ -1,0 +1,430 @@
+"""Hard limits under `every="auto"`: when they are due, what is remembered, what is shown of it."""
+
+import io
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import wellcond as wc
+from wellcond.training.pace import Pace
+
+K = 3.0
+
+
+def rule(summed: float, excess: float, passed: bool) -> float:
+    """B <- (sum since the last) clip(0.2/rise, 1/4, 2), and 1.25 of it where the gate passed."""
+    if passed:
+        return 1.25 * summed
+    if math.isnan(excess):
+        return summed
+    rise = excess - 1
+    return summed * (min(max(0.2 / rise, 0.25), 2) if rise > 0 else 2)
+
+
+@hypothesis.given(
+    st.floats(1e-6, 1.0),
+    st.floats(0.1, 20) | st.sampled_from([1.0, 1.05, 1.1, 1.2, 1.8, math.inf, math.nan]),
+    st.booleans(),
+    st.integers(10, 1000),
+)
+def test_the_budget_follows_the_rise_before_the_application(
+    lr: float, excess: float, passed: bool, steps: int
+) -> None:
+    pace = Pace()
+    assert pace.due(1, lr)
+    pace.saw(50.0, 150.0, False)
+    pace.applied(1, lr)
+    assert pace.budget == 0  # the first one says how the weight was made
+    assert not pace.due(9, 9 * lr)
+    assert pace.due(10, 10 * lr)
+    pace.saw(excess, excess * K, passed)
+    pace.applied(steps, steps * lr)
+    budget = rule(steps * lr, excess, passed)
+    assert math.isclose(pace.budget, budget)
+    assert (pace.applications, pace.interval) == (2, steps)
+    for after in range(1, 1100, 7):
+        assert pace.due(after, after * lr) == (
+            after >= 1000 or (after >= 10 and after * lr >= pace.budget)
+        )
+    assert not pace.due(999, 0.0)  # nothing has moved
+    assert pace.due(1000, 0.0)
+
+
+@hypothesis.given(
+    st.floats(1.0, 1e9) | st.sampled_from([math.inf, math.nan]),
+    st.floats(1.0, 1e9) | st.sampled_from([math.inf, math.nan]),
+    st.booleans(),
+)
+def test_a_pace_comes_back_from_its_state_as_it_was(
+    excess: float, kappa: float, passed: bool
+) -> None:
+    pace = Pace(7, 0.3, excess, kappa, 42, passed)
+    assert repr(Pace.of(pace.state())) == repr(pace)
+    assert Pace.of(pace.state()).words() == pace.words()
+    assert torch.equal(Pace.of(pace.state()).state(), pace.state())
+    assert pace.state().shape == Pace().state().shape
+    assert repr(Pace.of(Pace().state())) == repr(Pace())
+
+
+class Oracle:
+    """What the rule asks for, from kappa as it is before every application, by an SVD."""
+
+    def __init__(self, reg: wc.Regularizer, optimizer: torch.optim.Optimizer) -> None:
+        self.states = {state.name: state for state in reg._states}
+        self.before: dict[str, float] = {}
+        optimizer.register_step_post_hook(lambda *_: self.before.update(self.kappas()))
+        self.sums = dict.fromkeys(self.states, 0.0)
+        self.steps = dict.fromkeys(self.states, 0)
+        self.budgets: dict[str, float] = {}
+
+    def kappas(self) -> dict[str, float]:
+        each = {name: state.weight.parameters[0] for name, state in self.states.items()}
+        return {name: float(wc.condition_number(p)) for name, p in each.items()}
+
+    def expected(self, lr: float) -> set[str]:
+        """The weights that this step should apply the limit to."""
+        due = []
+        for name in self.states:
+            self.sums[name] += lr
+            self.steps[name] += 1
+            if name not in self.budgets:
+                due.append((True, self.steps[name], name))
+            elif self.steps[name] >= 10 and self.sums[name] >= self.budgets[name]:
+                due.append((False, self.steps[name], name))
+        if not due:
+            return set()
+        shape = self.states[max(due, key=lambda one: one[:2])[2]].shape
+        return {name for *_, name in due if self.states[name].shape == shape}
+
+    def applied(self, name: str, passed: bool) -> None:
+        first = name not in self.budgets
+        self.budgets[name] = 0.0 if first else rule(self.sums[name], self.before[name] / K, passed)
+        self.sums[name], self.steps[name] = 0.0, 0
+
+
+def net(*sizes: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(*each) for each in itertools.pairwise(sizes)))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    width = model[0].in_features  # type: ignore[index]
+    x = torch.randn(8, width, generator=torch.Generator().manual_seed(number))
+    optimizer.zero_grad()
+    (model(x) - x[:, :1].sin()).square().mean().backward()
+    optimizer.step()
+
+
+def applied(reg: wc.Regularizer) -> set[str]:
+    return {state.name for state in reg._states if state.pending_steps == 0}
+
+
+RATES: dict[str, Callable[[int], float]] = {
+    "warm-up": lambda step: 0.02 * min(1, (step + 1) / 60),
+    "decay": lambda step: 0.03 * 0.99**step,
+    "jump": lambda step: 0.001 + 0.031 * (step > 70),
+}
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_limits_are_applied_when_the_rule_says_and_hold_afterwards(schedule: str) -> None:
+    """Those of one shape together, the others in turns."""
+    model = net(6, 8, 8, 8, 4)
+    optimizer = torch.optim.Adam(model.parameters(), 1.0)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, RATES[schedule])
+    reg = wc.Regularizer(model, wc.ConditionLimit(K))
+    oracle = Oracle(reg, optimizer)  # its hook comes before that of the limit
+    reg.attach(optimizer)
+    shapes = {state.name: state.shape for state in reg._states}
+    times = []
+    for number in range(250):
+        expected = oracle.expected(optimizer.param_groups[0]["lr"])
+        step(model, optimizer, number)
+        assert applied(reg) == expected
+        assert len({shapes[name] for name in expected}) <= 1
+        after = oracle.kappas()
+        for name in expected:
+            assert after[name] <= K
+            oracle.applied(name, oracle.states[name].pace.passed)
+            times.append(number)
+        rates.step()
+    assert times[:4] == [0, 1, 1, 2]
+    assert 4 * 5 < len(times) < 4 * 22  # at least ten steps apart, and more than at the start
+
+
+def test_a_weight_that_obeys_is_decomposed_ever_more_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = net(6, 8)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(8, 6))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    reg = wc.Regularizer(model, wc.ConditionLimit(K))
+    reg.attach(optimizer)
+    before = model[0].weight.detach().clone()
+    times = []
+    for number in range(200):
+        if number == 1:  # by now it is known to obey: two Cholesky factorisations are enough
+            monkeypatch.delattr(torch.linalg, "eigh")
+            monkeypatch.delattr(torch.linalg, "svd")
+        step(model, optimizer, number)
+        times += [number] * bool(applied(reg))
+    assert times[0] == 0
+    assert times[1] == 10
+    ratios = [(c - b) / (b - a) for a, b, c in zip(times[1:], times[2:], times[3:], strict=False)]
+    assert all(1 < ratio < 1.5 for ratio in ratios)
+    assert torch.allclose(model[0].weight, before, atol=1e-3)
+    assert "obeyed at the last application" in repr(reg)
+    monkeypatch.undo()
+    assert reg.measure()["0.weight"].excess is None
+
+
+def test_without_a_learning_rate_nothing_is_due_after_the_first_step() -> None:
+    model = net(6, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    reg = wc.Regularizer(model, wc.ConditionLimit(K))
+    reg.attach(optimizer)
+    for number in range(50):
+        step(model, optimizer, number)
+        assert bool(applied(reg)) == (number == 0)
+
+
+def test_a_learning_rate_may_be_a_tensor() -> None:
+    weights, times = [], []
+    for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
+        model = net(6, 8, 4)
+        optimizer = torch.optim.Adam(model.parameters(), lr)
+        reg = wc.Regularizer(model, wc.ConditionLimit(K))
+        reg.attach(optimizer)
+        times.append([])
+        for number in range(60):
+            step(model, optimizer, number)
+            times[-1].append(applied(reg))
+        weights.append(model[0].weight.detach())
+    assert times[0] == times[1]
+    torch.testing.assert_close(*weights)
+
+
+def test_steps_that_a_scaler_skips_do_not_count() -> None:
+    model = net(6, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    reg = wc.Regularizer(model, wc.ConditionLimit(K))
+    reg.attach(optimizer)
+    taken, times = 0, []
+    for number in range(30):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 6)).square().mean()).backward()
+        skipped = number % 3 == 0
+        if skipped:
+            model[0].weight.grad[0, 0] = math.inf  # type: ignore[index]
+        scaler.step(optimizer)
+        scaler.update()
+        taken += not skipped
+        (state,) = reg._states
+        assert state.step == taken
+        if not skipped and state.pending_steps == 0:
+            times.append(taken)
+    assert times[:2] == [1, 11]
+
+
+def test_a_frozen_weight_is_neither_counted_nor_touched() -> None:
+    model = net(6, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, wc.ConditionLimit(K))
+    reg.attach(optimizer)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    for number in range(15):
+        step(model, optimizer, number)
+    frozen, trained = reg._states
+    assert (frozen.pace.applications, frozen.pending_steps) == (0, 0)
+    assert torch.equal(model[0].weight, before)
+    assert (trained.pace.applications, trained.pending_steps) == (2, 4)
+    model[0].weight.requires_grad_(True)
+    for number in range(15, 17):
+        step(model, optimizer, number)
+    assert frozen.pace.applications == 1
+    assert float(wc.condition_number(model[0].weight)) <= K * 1.5
+
+
+def test_by_default_limits_have_a_pace_and_penalties_an_interval() -> None:
+    model = net(6, 8, 4)
+    rules = {"0.*": wc.ConditionLimit(K), "1.*": wc.Condition(0.1)}
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, rules)
+    with pytest.raises(ValueError, match=r'"auto".*hard limits alone.*"1\.weight"'):
+        reg.attach(optimizer, every="auto")
+    with pytest.raises(ValueError, match="every"):
+        reg.attach(optimizer, every="often")
+    handle = reg.attach(optimizer)
+    assert '"auto", 10 for penalties' in repr(handle)
+    limited, soft = reg._states
+    for number in range(21):
+        step(model, optimizer, number)
+        assert soft.pending_steps == (number + 1) % 10
+        if number in (0, 10):
+            assert limited.pending_steps == 0
+    handle.remove()
+    only = wc.Regularizer(model, {"0.*": wc.ConditionLimit(K), "*": None})
+    assert 'every="auto"' in repr(only.attach(optimizer)).replace('every="auto"', 'every="auto"')
+    only.detach()
+    handle = reg.attach(optimizer, every=3)
+    assert "every=3" in repr(handle)
+    count = limited.pace.applications
+    for number in range(6):
+        step(model, optimizer, number)
+    assert limited.pace.applications == count + 2
+
+
+def make(limit: wc.Limit) -> tuple[nn.Sequential, torch.optim.Optimizer, wc.Regularizer]:
+    model = net(6, 8, 8, 4)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    reg = wc.Regularizer(model, limit, block=3)
+    reg.attach(optimizer)
+    return model, optimizer, reg
+
+
+@pytest.mark.parametrize(
+    "limit", [wc.ConditionLimit(K), wc.SingularValueLimit(0.5, 1.5), wc.SingularValueLimit(upper=1)]
+)
+@pytest.mark.parametrize("saved_at", [1, 17, 40])
+def test_a_training_resumes_within_an_interval_bit_for_bit(limit: wc.Limit, saved_at: int) -> None:
+    model, optimizer, reg = make(limit)
+    whole: list[Any] = []
+    for number in range(80):
+        if number == saved_at:
+            parts = [part.state_dict() for part in (model, optimizer, reg)]
+            saved = torch.load(_stored(parts), weights_only=True)
+        step(model, optimizer, number)
+        whole.append(applied(reg))
+    other = make(limit)
+    for part, state in zip(other, saved, strict=True):
+        part.load_state_dict(state)
+    for number in range(saved_at, 80):
+        step(*other[:2], number)
+        assert applied(other[2]) == whole[number]
+    for ours, theirs in zip(other[0].parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert repr(other[2]) == repr(reg)
+    for name, state in reg.state_dict().items():
+        for key, tensor in state.items():
+            assert torch.equal(other[2].state_dict()[name][key], tensor), key
+
+
+def _stored(parts: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(parts, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_a_state_without_a_pace_begins_a_new_one() -> None:
+    model, optimizer, reg = make(wc.ConditionLimit(K))
+    for number in range(15):
+        step(model, optimizer, number)
+    old = {
+        name: {key: tensor for key, tensor in state.items() if key != "pace"}
+        for name, state in reg.state_dict().items()
+    }
+    reg.load_state_dict(old)
+    assert all(state.pace.applications == 0 for state in reg._states)
+    step(model, optimizer, 15)
+    assert applied(reg)
+    torch.testing.assert_close(reg.state_dict()["0.weight"]["step"], torch.tensor(16))
+    del old["0.weight"]["step"]
+    with pytest.raises(ValueError, match="step"):
+        reg.load_state_dict(old)
+
+
+def test_what_was_seen_is_shown() -> None:
+    model, optimizer, reg = make(wc.ConditionLimit(K))
+    assert "application" not in repr(reg)
+    before: list[float] = []
+    reg.detach()
+    optimizer.register_step_post_hook(
+        lambda *_: before.append(float(wc.condition_number(model[0].weight)))
+    )
+    reg.attach(optimizer)
+    last = 0.0
+    for number in range(40):
+        step(model, optimizer, number)
+        if "0.weight" in applied(reg):
+            last = before[-1]
+    estimate = reg.measure()["0.weight"]
+    assert estimate.excess is not None
+    assert math.isclose(estimate.excess, last / K, rel_tol=1e-3)  # found in float32
+    assert estimate.condition_before is not None
+    assert math.isclose(estimate.condition_before, last, rel_tol=1e-3)
+    assert estimate.interval is not None
+    assert estimate.interval >= 10
+    line = (
+        f"before the last application κ {estimate.condition_before:.4g}, {estimate.excess:.3g} "
+        f"times its limit; {estimate.interval} steps after the one before"
+    )
+    assert line in repr(reg)
+    values = reg.log(lambda values, step: None, step=0)
+    assert values is not None
+    each = reg.measure().values()
+    assert values["wellcond/limit/excess/largest"] == max(e.excess or 0 for e in each)
+    assert values["wellcond/limit/interval/median"] >= 10
+
+
+def test_measuring_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, wc.ConditionLimit(K), block=4)
+    reg.attach(optimizer)
+    step(model, optimizer, 0)
+    state = reg.state_dict()
+    for name in ("svd", "svdvals", "eigh", "eigvalsh", "cholesky_ex"):
+        real = getattr(torch.linalg, name)
+
+        def small(A: Tensor, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            assert max(A.shape[-2:]) <= 4, f"{real.__name__} of a whole weight"
+            return real(A, *args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, name, small)
+    assert reg.measure()["0.weight"].condition_before is not None
+    repr(reg)
+    for name, fields in reg.state_dict().items():
+        for key, tensor in fields.items():
+            assert torch.equal(tensor, state[name][key])
+
+
+class Rounded(wc.Limit):
+    """Entries are multiples of 1/8."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def apply(self, S: Tensor) -> Tensor:
+        self.calls += 1
+        return (S * 8).round() / 8
+
+
+def test_a_limit_of_ones_own_has_a_pace_too() -> None:
+    model = net(6, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    limit = Rounded()
+    reg = wc.Regularizer(model, limit)
+    reg.attach(optimizer)
+    times = []
+    for number in range(40):
+        step(model, optimizer, number)
+        if applied(reg):
+            times.append(number)
+            assert torch.equal(model[0].weight * 8, (model[0].weight * 8).round())
+    # How far it moved says nothing: by the same sum of learning rates again.
+    assert times == [0, 10, 20, 30]
+    assert limit.calls == 4
+    estimate = reg.measure()["0.weight"]
+    assert (estimate.excess, estimate.condition_before, estimate.interval) == (None, None, 10)
