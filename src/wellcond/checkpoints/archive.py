@@ -118,8 +118,8 @@ class _Anything:
             or (name == "_rebuild_from_type_v2" and not args[0].__name__.startswith("_rebuild"))
         ):
             raise UnreadableError(
-                f"{cls.unpickler.path} must hold what torch.save writes, but makes a {name} of "
-                "something else. It is damaged, or was made to do harm."
+                f"{cls.unpickler.path} must hold what torch.save writes, but calls {name} as "
+                "that never does. It is damaged, or was made to do harm."
             )
         made.size = cls.unpickler.counted(args)
         return made
