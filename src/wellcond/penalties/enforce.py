@@ -291,9 +291,9 @@ def _store_with_margin(
 ) -> tuple[Tensor, Tensor]:
     """Stores with growing margins until no bound is exceeded: where that could be told, and them.
 
-    The margin grows by what the stored matrix exceeds its bounds by, and a quarter more; every time
-    by twice that again, as what rounding adds is drawn anew. And by some of the unit roundoff u at
-    which it is stored: less may be rounded away.
+    The margin grows by what the stored matrix exceeds its bounds by, and a quarter more; then by
+    2, 8, 64, ... times that, as what rounding adds is drawn anew, or, where growth is rounded away,
+    stays the same. And by some of the unit roundoff u at which it is stored.
     """
     for round in range(_ROUNDS):
         store(margin)
@@ -301,7 +301,8 @@ def _store_with_margin(
         over = found > 1
         if not bool(over.any()):
             return ~torch.isnan(found), margin
-        growth = (1 + 2**round * (1.25 * (found - 1)).clamp_min(u / 4)).clamp_max(16.0)
+        times = 2 ** (round * (round + 1) // 2)
+        growth = (1 + times * (1.25 * (found - 1)).clamp_min(u / 4)).clamp_max(16.0)
         margin = torch.where(over, (1 + margin) * growth - 1, margin)
     raise _Exceeded
 
