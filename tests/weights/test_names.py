@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wellcond as wc
@@ -120,3 +121,31 @@ def test_a_file_of_transformers_and_its_model_agree(tmp_path: Path, tied: bool) 
         skipped = of_file.coverage.skipped
         assert skipped["model.embed_tokens.weight"] == wc.Skipped(Reason.embedding)
     assert ("lm_head.weight" in {f.name for f in of_model.findings}) is not tied
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_an_embedding_of_a_file_is_taken_by_its_exact_name(tmp_path: Path, kind: str) -> None:
+    content = {"wte.weight": torch.randn(9, 4), "l.weight": torch.randn(4, 4)}
+    path, fixed = tmp_path / f"a.{kind}", tmp_path / f"fixed.{kind}"
+    save_file(content, path) if kind == "safetensors" else torch.save(content, path)
+    report = wc.audit(path, include=["wte.weight", "l.*"])
+    assert {f.name for f in report.findings} == {"wte.weight", "l.weight"}
+    assert report.coverage.parameter_share == 1.0
+    assert {f.name for f in wc.audit(path, include=["*"]).findings} == {"l.weight"}
+    left_out = wc.audit(path, exclude=["wte.*"]).coverage.skipped["wte.weight"]
+    assert left_out.reason is Reason.excluded
+    wc.repair(path, fixed, 1.5, include=["wte.weight"])
+    after = load_file(fixed) if kind == "safetensors" else torch.load(fixed)
+    assert wc.condition_number(after["wte.weight"]) <= 1.5
+    assert torch.equal(after["l.weight"], content["l.weight"])
+
+
+def test_what_is_tied_to_an_embedding_is_one_in_any_order(tmp_path: Path) -> None:
+    both = torch.randn(9, 4)
+    torch.save(
+        {"head.weight": both, "wte.weight": both, "l.weight": torch.eye(3)}, tmp_path / "a.pt"
+    )
+    report = wc.audit(tmp_path / "a.pt")
+    assert [f.name for f in report.findings] == ["l.weight"]
+    assert report.coverage.skipped["wte.weight"].reason is Reason.embedding
+    assert report.coverage.skipped["head.weight"].reason is Reason.same

@@ -27,7 +27,7 @@ from wellcond.checkpoints.tensors import (
     UnreadableError,
 )
 from wellcond.weights.matrices import Matrices
-from wellcond.weights.names import scales, views_by_name
+from wellcond.weights.names import no_weights, views_by_name
 from wellcond.weights.reasons import Reason, Skipped
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -72,7 +72,7 @@ class Checkpoint:
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
         kinds = {name: (entry.shape, entry.dtype) for name, (_, entry) in self.where.items()}
-        for name, skipped in scales(kinds).items():
+        for name, skipped in no_weights(kinds).items():
             file, entry = self.where[name]
             if entry.skipped is None:
                 self.where[name] = file, replace(entry, skipped=skipped)
@@ -171,9 +171,10 @@ class Checkpoint:
         return sum(math.prod(entry.shape) for _, entry in self.where.values() if entry.parameter)
 
     def matrices(self) -> Iterator[Matrices]:
-        """The tensors that hold matrices, one after the other."""
+        """The tensors that hold matrices, one after the other; embeddings too, which are skipped
+        unless their exact name is asked for."""
         for name, (file, entry) in self.where.items():
-            if entry.skipped is None:
+            if entry.matrix:
                 views = views_by_name(name, len(entry.shape))
                 yield Matrices(name, (name,), views, partial(file.read, entry.name))
 
@@ -191,7 +192,7 @@ class Checkpoint:
 
         def replaced(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
             for name, (owner, entry) in self.where.items():
-                if owner is not file or entry.skipped is not None:
+                if owner is not file or not entry.matrix:
                     continue
                 if (new := change(name)) is not None:
                     yield entry.name, new
@@ -202,7 +203,7 @@ class Checkpoint:
             shutil.copymode(file.path, target)
             return
         target.mkdir()
-        changing = {f.path.name: f for f, entry in self.where.values() if entry.skipped is None}
+        changing = {f.path.name: f for f, entry in self.where.values() if entry.matrix}
         beside = [self.path, *(file.path for file in self.files.values())]
         for path in sorted(self.directory.iterdir() if self.path.is_dir() else beside):
             if path.name not in changing:

@@ -31,6 +31,7 @@ from wellcond.checkpoints.tensors import (
     memory_for,
     why_no_weight,
 )
+from wellcond.weights.names import no_weights
 from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
@@ -52,7 +53,10 @@ class Pickled(TensorFile):
             )
         self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
         matrices = {n: t for n, t in self._tensors.items() if self.entries[n].skipped is None}
-        shared, self.overlapping = shared_memory(matrices)
+        # Embeddings first: what is tied to one is the same as it, not the other way round.
+        looked_up = no_weights({n: (e.shape, e.dtype) for n, e in self.entries.items()})
+        names = sorted(matrices, key=lambda name: name not in looked_up)
+        shared, self.overlapping = shared_memory({name: matrices[name] for name in names})
         for name, skipped in shared.items():
             self.entries[name] = replace(self.entries[name], parameter=False, skipped=skipped)
 

@@ -41,6 +41,11 @@ class Entry:
     parameter: bool
     skipped: Skipped | None
 
+    @property
+    def matrix(self) -> bool:
+        """Whether it can be measured: without further ado, or by its exact name."""
+        return self.skipped is None or self.skipped.reason in (Reason.embedding, Reason.added)
+
 
 def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     """Why a tensor of a file holds no weight; None if it does."""

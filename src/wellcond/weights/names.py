@@ -63,9 +63,6 @@ def no_weights(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, 
     return {name: why for name, why in named.items() if why is not None} | _scales(tensors)
 
 
-scales = no_weights  # as checkpoints call it
-
-
 def _by_name(name: str, shape: tuple[int, ...]) -> Skipped | None:
     """Whether a tensor is an embedding, or added, as far as its name and shape tell."""
     *modules, own = re.split(r"[./]", name.lower())  # of several files: step1.pt/wte.weight
