@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import stat
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -244,67 +242,3 @@ def _check_regular(path: Path) -> None:
         raise UnreadableError(f"{path} is a link that leads nowhere. Fetch the file it stands for.")
     if path.exists() and not path.is_file():
         raise UnreadableError(f"{path} must be a file, but is a pipe, a socket or a device.")
-
-
-@contextlib.contextmanager
-def new_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside the target, renamed to it when all went well, else removed."""
-    target = Path(target).absolute()
-    refuse_existing(target)
-    near = next(parent for parent in target.parents if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=near) as scratch:
-        path = Path(scratch) / target.name
-        yield path
-        refuse_existing(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-
-
-def check_output(source: Path, target: Path) -> None:
-    """Raises unless a copy of the source can be written to the target."""
-    refuse_existing(target)
-    _check_ending(source, target)
-    for parent in target.parents:
-        if parent.exists() and not parent.is_dir():
-            raise NotADirectoryError(
-                f"`path_out` must lie in a directory, but {parent} is a file. Choose another path."
-            )
-    resolved = target.resolve()
-    # Copying follows links, and so they may lead to where the copy is written.
-    seen: set[Path] = set()
-    for folder, below, _ in os.walk(source, followlinks=True):
-        real = Path(folder).resolve()
-        if resolved.is_relative_to(real):
-            raise ValueError(
-                f"`path_out` must lie outside of the directory that is copied, but {target} lies "
-                f"in {folder}. Choose a path beside {source}."
-            )
-        if real in seen:
-            below.clear()
-        seen.add(real)
-
-
-def _check_ending(source: Path, target: Path) -> None:
-    """Raises if the target's name promises another format than that of the source."""
-    if source.is_dir() or source.name.endswith(INDEX):
-        if target.name.endswith((".safetensors", INDEX, *PICKLED)):
-            raise ValueError(
-                f"`path_out` must be a directory, as {source} is copied with all that belongs to "
-                f"it, but {target.name} ends as a file does. Choose a name without an ending."
-            )
-        return
-    same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}
-    if source.is_file() and (target.suffix not in same or target.name.endswith(INDEX)):
-        raise ValueError(
-            f"`path_out` must end in {' or '.join(sorted(same))}, because the copy has the format "
-            f"of {source.name}, but got {target.name}. "
-            f"Choose {target.with_suffix(source.suffix).name}."
-        )
-
-
-def refuse_existing(target: Path) -> None:
-    """Raises if there is something where the output should go."""
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(
-            f"{target} exists already and is not overwritten. Choose another name, or remove it."
-        )
