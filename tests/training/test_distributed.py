@@ -6,7 +6,6 @@ Processes are started by the tests, on the CPU with gloo.
 import copy
 import datetime
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -18,74 +17,27 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import wellcond as wc
+from processes import (
+    Holder,
+    compare,
+    compare_models,
+    distributed,
+    matrix,
+    mesh,
+    needs_fsdp2_on_the_cpu,
+    net,
+    run,
+    zoo,
+)
 from registry import OPERATORS
 from wellcond.operators.base import Gradient, LowRank, NewWeight
 from wellcond.operators.sharded import operator_of
 from wellcond.operators.stored import StoredMatrix
 
 pytestmark = pytest.mark.distributed
-# The processes are forked from one that has imported these, which takes seconds.
-multiprocessing.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch.distributed.checkpoint",
-        "wellcond",
-    ]
-)
-TIMEOUT = datetime.timedelta(seconds=60)
-needs_fsdp2_on_the_cpu = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"),
-    reason="fully_shard of this torch records events on streams, which the CPU lacks",
-)
-
-
-def _start(rank: int, world: int, store: str, worker: Callable[..., None], *args: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
-    )
-    worker(*args)
-    dist.barrier()
-    # Threads of gloo that still run when the interpreter ends abort it.
-    os._exit(0)
-
-
-def run(world: int, tmp_path: Path, worker: Callable[..., None], *args: Any) -> None:
-    mp.start_processes(
-        _start,
-        (world, str(tmp_path / "store"), worker, *args),
-        nprocs=world,
-        start_method="forkserver",
-    )
-
-
-def mesh(*shape: int) -> Any:
-    names = ("outer", "inner")[: len(shape)]
-    return dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
-
-
-def matrix(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-class Holder(nn.Module):
-    """One weight as a Linear layer holds it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2, bias=False)
-        self.layer.weight = nn.Parameter(weight)
-
-
-def compare(sharded: Tensor, single: Tensor) -> None:
-    whole = sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
-    tolerance = 1e-12 if single.dtype == torch.float64 else 1e-5
-    scale = float(single.detach().abs().max())
-    torch.testing.assert_close(whole, single, rtol=0, atol=tolerance * max(scale, 1.0))
 
 
 def compare_all_ways(one: nn.Module, many: nn.Module, penalties: Any, block: int = 4) -> None:
@@ -222,34 +174,7 @@ def test_a_grouped_convolution_is_sharded_by_whole_groups(tmp_path: Path) -> Non
     run(2, tmp_path, grouped_convolution)
 
 
-class Zoo(nn.Module):
-    """Weights that are seen through views: blocks, kernels, stacks, the one of transformers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, bias=False)
-        self.convolution = nn.Conv2d(3, 5, 3, bias=False)
-        self.sequence = nn.Conv1d(4, 6, 3, bias=False)
-        self.experts = nn.Parameter(torch.empty(3, 4, 6))
-
-
 ZOO = {"experts": wc.Condition(0.3), "*": wc.Condition(0.3)}
-
-
-def zoo(dtype: torch.dtype = torch.float64) -> Zoo:
-    model = Zoo().to(dtype)
-    for index, parameter in enumerate(model.parameters()):
-        parameter.data = matrix(*parameter.shape, dtype=dtype, seed=index)
-    return model
-
-
-def distributed(model: nn.Module, where: Any, placements: list[Any]) -> nn.Module:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                part = distribute_tensor(parameter.data, where, placements)
-                module._parameters[name] = nn.Parameter(part)
-    return model
 
 
 def sharded_views() -> None:
@@ -317,14 +242,6 @@ def test_a_shard_that_is_not_finite_stops_all_processes_alike(tmp_path: Path) ->
 # --- FSDP2 and tensor parallel --------------------------------------------------------------------
 
 
-def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return nn.Sequential(
-            nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5)
-        ).to(dtype)
-
-
 def train(
     model: nn.Module, way: str, rank: int = 0, world: int = 1, steps: int = 12, **options: Any
 ) -> wc.Regularizer:
@@ -343,12 +260,6 @@ def train(
             reg.add_gradients_()
         optimizer.step()
     return reg
-
-
-def compare_models(many: nn.Module, one: nn.Module) -> None:
-    for p, q in zip(many.parameters(), one.parameters(), strict=True):
-        whole = p.full_tensor() if isinstance(p, DTensor) else p
-        torch.testing.assert_close(whole, q, rtol=1e-9, atol=1e-9)
 
 
 def fully_sharded(world: int) -> None:
