@@ -57,7 +57,8 @@ class RegularizerCallback(Callback):
     Args:
         penalties: one penalty, or patterns to penalties, as for `Regularizer`.
         way: "proximal" or "gradients".
-        every: for "proximal": a step after every so many optimizer steps, as for `attach`.
+        every: for "proximal": a step after every so many optimizer steps; by default 10 for
+            penalties, and hard limits when they are due, as for `attach`.
         block: the width of the leading subspace, as for `Regularizer`.
         log_every: every so many steps the loggers of the Trainer get a few aggregates and the worst
             five weights by name, see `Regularizer.log`; 0 for never.
@@ -84,7 +85,7 @@ class RegularizerCallback(Callback):
         penalties: Penalties,
         *,
         way: str = "proximal",
-        every: int = 10,
+        every: int | str | None = None,
         block: int = 32,
         log_every: int = 100,
     ) -> None:

@@ -72,7 +72,8 @@ class RegularizerCallback(TrainerCallback):
     Args:
         penalties: one penalty, or patterns to penalties, as for `Regularizer`.
         way: "proximal" or "gradients".
-        every: for "proximal": a step after every so many optimizer steps, as for `attach`.
+        every: for "proximal": a step after every so many optimizer steps; by default 10 for
+            penalties, and hard limits when they are due, as for `attach`.
         block: the width of the leading subspace, as for `Regularizer`.
         log: True adds a few aggregates and the worst five weights by name (see `Regularizer.log`)
             to the logs of the Trainer, whenever it logs the loss: they are printed, and kept in
@@ -102,7 +103,7 @@ class RegularizerCallback(TrainerCallback):
         penalties: Penalties,
         *,
         way: str = "proximal",
-        every: int = 10,
+        every: int | str | None = None,
         block: int = 32,
         log: Any = True,
     ) -> None:

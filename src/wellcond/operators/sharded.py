@@ -132,12 +132,19 @@ class ShardedMatrix(StoredMatrix):
 
         One that has its long side in parts, at the cost of an all-to-all; where that cannot be had,
         as of kernels, or if asked for: the whole weight on every process. Of a stack that is
-        sharded by matrices, those that are held here.
+        sharded by matrices, those that are held here; one such matrix alone goes to every process.
         """
         short = -1 if self.shape[-2] > self.shape[-1] else -2
         axes = self._axes() & {-1, -2}
         if self._axes() and not axes:
-            yield _Held(self)
+            if len(self.shape) > 2:
+                yield _Held(self)
+                return
+            alone = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            alone[self.block] = self.S.to(self.dtype)
+            gathered = _Gathered(self.reduce_(alone).to(self.S.dtype), STORED, self.placements[0])
+            yield gathered
+            self.update_(NewWeight(gathered.S))
             return
         if not whole and (
             short not in axes or (self.shape[-2] == self.shape[-1] and len(axes) < 2)
@@ -161,7 +168,7 @@ class ShardedMatrix(StoredMatrix):
         ndim, placements = self.tensor.ndim, self.tensor.placements
         dims = [dim for dim in range(ndim) if _axis(self.whole_view, dim, ndim) == long]
         strided = any(not (p.is_shard() or p.is_replicate()) for p in placements)
-        if not dims or strided or isinstance(self.whole_view, Kernel):
+        if not dims or strided or _is_of_kernel(self.whole_view):
             return None
         wanted = [p if p.is_replicate() else Shard(dims[0]) for p in placements]
         return self.tensor.redistribute(placements=wanted)
@@ -249,6 +256,14 @@ def _axis(view: View, dim: int, ndim: int) -> int:
         case Part(inner, _, _, _) | Member(inner, _):
             return _axis(inner, dim, ndim)
     return dim - ndim
+
+
+def _is_of_kernel(view: View) -> bool:
+    """Whether it is of a kernel or of a part of one: those can be in parts in one way only."""
+    match view:
+        case Part(inner, _, _, _) | Member(inner, _):
+            return _is_of_kernel(inner)
+    return isinstance(view, Kernel)
 
 
 def _block_of(tensor: Any) -> Block:

@@ -72,12 +72,25 @@ class Image:
     @functools.cached_property
     def top(self) -> Ritz:
         """The first Ritz triplet, as factors of one column; asks nothing of the host."""
-        return self._rotated(top_eigenvector(self.gram)[..., None])
+        return self._rotated(self._top_vector)
+
+    @functools.cached_property
+    def _top_vector(self) -> Tensor:
+        return top_eigenvector(self.gram)[..., None]
 
     @functools.cached_property
     def triplets(self) -> Ritz:
         """All k Ritz triplets, descending; the eigenvalue solver waits for the device on CUDA."""
         return self._rotated(torch.linalg.eigh(self.gram).eigenvectors.flip(-1))
+
+    def crowded(self, share: float) -> Tensor:
+        """Whether all Ritz values are above this share of the first; asks nothing of the host."""
+        top = self._top_vector
+        largest = top.mT @ self.gram @ top
+        identity = torch.eye(self.gram.shape[-1], dtype=top.dtype, device=top.device)
+        shifted = self.gram - share**2 * largest * identity
+        failed: Tensor = torch.linalg.cholesky_ex(shifted).info
+        return (failed == 0) & self.usable
 
     def _rotated(self, rotation: Tensor) -> Ritz:
         return Ritz(self.left @ rotation, self.right @ rotation, self.from_right)

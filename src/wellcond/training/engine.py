@@ -84,6 +84,8 @@ class Engine:
                 value, gradient = _evaluated(seen, strength)
                 total = total + value.sum().to(total)
                 factors += gradient.tensors
+                if remember:
+                    _watch(seen)
                 for state in seen.batch.states if remember else ():
                     state.advance()
             return total, factors
@@ -133,6 +135,7 @@ class Engine:
             strengths = [_strengths(batch) for batch in found]
             for seen, strength in zip(self._look(found), strengths, strict=True):
                 _pull_back_(seen.batch, _gradient(seen, strength), into)
+                _watch(seen)
                 for state in seen.batch.states:
                     state.advance()
 
@@ -298,6 +301,25 @@ def _seen(excess: Tensor, condition_number: Tensor, passed: bool = False) -> Ten
     worst = [torch.nan_to_num(x.double(), nan=-math.inf).max() for x in (excess, condition_number)]
     known = [torch.where(x == -math.inf, math.nan, x) for x in worst]
     return torch.stack([*known, torch.full_like(known[0], float(passed))])
+
+
+# A block is too narrow for gradients if its last value is above this share of the first: at 0.82
+# kappa ended 1 % higher than with a wider one, at 0.87 7 %, at 0.91 and more 25 % and more (a net
+# of 512 hidden units on MNIST and digits, strength 1). Looked for in every so many applications.
+CROWDED, _WATCH = 0.85, 16
+
+
+def _watch(seen: Look) -> None:
+    """Looks now and then whether the block holds all that the gradient should act on.
+
+    Where every value that is followed is near the largest, more of them may be.
+    """
+    states = seen.batch.states
+    if seen.image is None or states[0].width == seen.S.nu or states[0].step % _WATCH:
+        return
+    crowded = seen.image.crowded(CROWDED)
+    for state, (own,) in zip(states, seen.batch.each(crowded), strict=True):
+        state.crowded = own.any()
 
 
 def _strengths(batch: Batch) -> Tensor:

@@ -33,6 +33,8 @@ class Estimate:
         strength: the strength that was or would be applied at this step; nan under a hard limit.
         step: how many applications (optimizer steps when attached) the weight has seen.
         shortened_steps: proximal steps that the width of the block cut short.
+        crowded: whether the singular values that the block follows were all near the largest when
+            gradients were last looked at: more may be, which get no gradient; widen the block.
         nu: min(m, n).
         condition_number: sigma_1/sigma_nu as measured in float64; None where that was not asked.
         excess: by what factor its hard limit was exceeded before the last application, as measured;
@@ -52,6 +54,7 @@ class Estimate:
     shortened_steps: int
     nu: int
     condition_number: float | None = None
+    crowded: bool = False
     excess: float | None = None
     condition_before: float | None = None
     interval: int | None = None
@@ -87,9 +90,11 @@ def estimates(
 def _on_host(states: Sequence[WeightState], rows: dict[str, Tensor]) -> list[list[list[float]]]:
     """Per weight the numbers of its matrices, all in one copy from each device."""
     each = [rows[s.name].reshape(-1, rows[s.name].shape[-1]) for s in states]
-    counts = [s.shortened.double().expand(len(r), 1) for s, r in zip(states, each, strict=True)]
     device = each[0].device
-    together = [torch.cat(pair, dim=1).to(device) for pair in zip(each, counts, strict=True)]
+    together = []
+    for state, own in zip(states, each, strict=True):
+        counts = torch.stack([state.shortened.double(), state.crowded.double()])
+        together.append(torch.cat([own, counts.expand(len(own), 2)], dim=1).to(device))
     numbers: list[list[float]] = torch.cat(together).tolist()
     return [[numbers.pop(0) for _ in one] for one in each]
 
@@ -104,7 +109,7 @@ def _told(rule: Rule, S: Operator, image: Image) -> Tensor:
 
 
 def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Estimate:
-    sigma, error, squared_norm, value, finite, shortened = row
+    sigma, error, squared_norm, value, finite, shortened, crowded = row
     status = "" if sigma > 0 else "zero: every singular value is 0"
     if not finite:
         sigma = error = value = squared_norm = math.nan
@@ -120,6 +125,7 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
         shortened_steps=int(shortened),
         nu=min(state.shape[-2:]),
         condition_number=kappa,
+        crowded=bool(crowded),
         excess=_known(state.pace.excess),
         condition_before=_known(state.pace.condition_number),
         interval=state.pace.interval or None,

@@ -48,6 +48,7 @@ def report(
             "stable_rank_share/smallest": min(shares.values()),
             "stable_rank_share/median": statistics.median(shares.values()),
             "shortened_steps": shortened,
+            "crowded_blocks": sum(e.crowded for e in sound.values()),
         }
         excess = [e.excess for e in sound.values() if e.excess is not None]
         intervals = [e.interval for e in sound.values() if e.interval is not None]

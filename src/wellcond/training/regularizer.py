@@ -301,8 +301,9 @@ class Regularizer:
 
         By default a few aggregates and the worst five weights by name: the largest sigma_max, the
         sum of the penalties at strength 1, the smallest and the median share of the stable rank,
-        ||S||_F^2/(nu sigma_max^2), which is 1 exactly for kappa = 1, shortened steps, and how many
-        weights could not be measured. One copy from the device.
+        ||S||_F^2/(nu sigma_max^2), which is 1 exactly for kappa = 1, shortened steps, blocks that
+        are too narrow for gradients, how far hard limits were exceeded before they were last
+        applied, and how many weights could not be measured. One copy from the device.
 
         Args:
             target: TensorBoard's SummaryWriter, a run of wandb, a logger of Lightning, a
@@ -348,9 +349,12 @@ class Regularizer:
     def __repr__(self) -> str:
         lines = [f"Regularizer of {len(self._states)} weights, block={self.block}"]
         width = max(len(name) for name in (*self.names, *self._skipped))
+        attached = {id(state) for one in self.attachments for state in one.states}
         for state in self._states:
             shape = "x".join(map(str, state.shape))
             frozen = "" if state.active else "  frozen since: not regularised"
+            if state.active and attached and id(state) not in attached:
+                frozen = "  held by no optimizer that is attached: no step is taken"
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
             if (seen := state.pace.words()) and isinstance(state.rule, Limit):
                 lines.append(f"  {'':{width}}  {seen}")
@@ -358,6 +362,11 @@ class Regularizer:
                 lines.append(
                     f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
                     f"singular triplets do not reach further; raise block={self.block}"
+                )
+            if not state.crowded.is_meta and bool(state.crowded):
+                lines.append(
+                    f"  {'':{width}}  the {state.width} singular values that are followed are all "
+                    f"near the largest: more may be, without a gradient; raise block={self.block}"
                 )
         if self._skipped:
             lines.append(f"  left out ({len(self._skipped)}):")

@@ -47,6 +47,7 @@ class WeightState:
         self.warm = False
         self.strength = torch.zeros((), dtype=S.dtype, device=S.device)
         self.shortened = torch.zeros((), dtype=torch.int64, device=S.device)
+        self.crowded = torch.zeros((), dtype=torch.bool, device=S.device)
 
     @property
     def name(self) -> str:
@@ -76,6 +77,7 @@ class WeightState:
             self.strength = self.strength.to(S.device, S.dtype)
             self.subspace = self._brought(self.subspace)
             self.shortened = self.shortened.to(S.device)
+            self.crowded = self.crowded.to(S.device)
 
     def _brought(self, subspace: Subspace) -> Subspace:
         """A copy where the weight is, in its dtype, orthonormal to the precision of that."""

@@ -1,0 +1,67 @@
+"""A block that is too narrow for the gradient ways is noticed by its Ritz values."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+
+
+def layer(sigma: Tensor) -> nn.Linear:
+    n = len(sigma)
+    made = nn.Linear(n, n, bias=False)
+    U, V = (torch.linalg.qr(torch.randn(n, n, generator=g)).Q for g in [_source(0), _source(1)])
+    with torch.no_grad():
+        made.weight.copy_(U @ torch.diag(sigma) @ V.mT)
+    return made
+
+
+def _source(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("way", ["add_gradients_", "loss"])
+@pytest.mark.parametrize(
+    ("sigma", "block", "crowded"),
+    [
+        (torch.linspace(1.0, 0.9, 40), 8, True),
+        (torch.linspace(1.0, 0.1, 40), 8, False),
+        (torch.linspace(1.0, 0.9, 40), 40, False),  # all of the space
+        (torch.zeros(40), 8, False),
+    ],
+)
+def test_it_is_said_where_more_values_may_be_at_the_top(
+    way: str, sigma: Tensor, block: int, crowded: bool
+) -> None:
+    reg = wc.Regularizer(layer(sigma), wc.Condition(1.0), block=block)
+    for _ in range(20):
+        if way == "loss":
+            reg()
+        else:
+            reg.add_gradients_()
+    assert ("all near the largest" in repr(reg)) is crowded
+    assert reg.measure()["weight"].crowded is crowded
+    logged: Any = reg.log(lambda values, step: None, step=0)
+    assert logged.get("wellcond/crowded_blocks", 0) == crowded
+
+
+def test_of_a_stack_one_matrix_is_enough() -> None:
+    model = nn.Module()
+    flat, steep = (layer(torch.linspace(1.0, last, 20)).weight.detach() for last in (0.95, 0.05))
+    model.register_parameter("experts", nn.Parameter(torch.stack([steep, flat])))
+    reg = wc.Regularizer(model, {"experts": wc.Condition(1.0)}, block=4)
+    for _ in range(2):
+        reg.add_gradients_()
+    assert reg.measure()["experts:0"].crowded
+
+
+def test_a_weight_that_no_attached_optimizer_holds_is_marked() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    reg = wc.Regularizer(model, wc.Condition(1.0))
+    assert "held by no optimizer" not in repr(reg)
+    reg.attach(torch.optim.SGD(model[0].parameters(), 0.1))
+    first, second = (line for line in repr(reg).splitlines() if ".weight" in line)
+    assert "held by no optimizer" not in first
+    assert "held by no optimizer" in second
