@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import statistics
 import time
@@ -91,6 +92,7 @@ def _names(arguments: argparse.Namespace) -> list[str]:
         names += [
             f"limit that holds, every={every}",
             f"limit kept up, every={every}",
+            *("Tikhonov add_gradients_", "Tikhonov in the loss"),
             "exact SVD in the loss",
             "spectral_norm of torch",
             "orthogonality in the loss",
@@ -117,7 +119,9 @@ class _Way:
         elif name.startswith("orthogonality"):
             self.penalty = self._orthogonality
         elif name not in ("none", "none again") and not name.startswith("spectral_norm"):
-            penalty: wc.Condition | wc.ConditionLimit = wc.Condition(1e-2)
+            penalty: wc.Penalty | wc.Limit = wc.Condition(1e-2)
+            if name.startswith("Tikhonov"):
+                penalty = wc.Tikhonov(1e-4)
             if name.startswith("limit"):
                 # kappa is about 4 at the start: one limit that holds, one that has to be kept up.
                 penalty = wc.ConditionLimit(3.0 if "kept" in name else 1e3)
@@ -125,7 +129,7 @@ class _Way:
             reg = wc.Regularizer(self.model, patterns, block=arguments.block)
             if name.startswith(("attach", "limit")):
                 reg.attach(self.optimizer, every=arguments.every)
-            elif name.startswith("add_gradients_"):
+            elif name.endswith("add_gradients_"):
                 self.add = reg.add_gradients_
             else:
                 self.penalty = reg
@@ -350,17 +354,25 @@ def memory(m: int, n: int, block: int) -> dict[str, float]:
     layer = seeded(lambda: nn.Linear(n, m, bias=False), 0)
     weight = layer.get_parameter("weight")
     weight.grad = torch.zeros_like(weight)
-    reg = wc.Regularizer(layer, wc.Condition(1.0), block=block)
-    shares = {}
-    ways: dict[str, Callable[[], None]] = {
-        "add_gradients_": reg.add_gradients_,
-        "proximal_step_": lambda: reg.proximal_step_(1e-3),
+    rules: dict[str, wc.Penalty | wc.Limit] = {
+        "Condition": wc.Condition(1.0),
+        "Tikhonov": wc.Tikhonov(1.0),
+        "ConditionLimit": wc.ConditionLimit(3.0),
     }
-    for name, act in ways.items():
-        with _LargestAllocation() as largest:
-            act()
-        shares[f"largest temporary of {name}"] = largest.bytes / weight.nbytes
-    state = sum(t.nbytes for entry in reg.state_dict().values() for t in entry.values())
-    shares["state"] = state / weight.nbytes
+    shares = {}
+    for rule, penalty in rules.items():
+        reg = wc.Regularizer(layer, penalty, block=block)
+        ways: dict[str, Callable[[], None]] = {"enforce_": reg.enforce_}
+        if isinstance(penalty, wc.Penalty):
+            ways = {
+                "add_gradients_": reg.add_gradients_,
+                "proximal_step_": functools.partial(reg.proximal_step_, 1e-3),
+            }
+        for name, act in ways.items():
+            with _LargestAllocation() as largest:
+                act()
+            shares[f"largest temporary of {rule} {name}"] = largest.bytes / weight.nbytes
+        state = sum(t.nbytes for entry in reg.state_dict().values() for t in entry.values())
+        shares[f"state of {rule}"] = state / weight.nbytes
     shares["max(m, n) k numbers"] = max(m, n) * min(block, m, n) / (m * n)
     return shares
