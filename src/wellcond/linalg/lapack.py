@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FAILED = (
+FAILED = (
     "no singular values of `S` were found: LAPACK does not converge, for S and its transpose. "
     "Another build of PyTorch, or S on another device, may succeed."
 )
@@ -19,7 +19,7 @@ def singular_values(S: Tensor) -> Tensor:
             return sigma
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-    raise ValueError(_FAILED)
+    raise ValueError(FAILED)
 
 
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,4 +33,4 @@ def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         V, sigma, Uh = torch.linalg.svd(S.mT, full_matrices=False)
         return Uh.mT, sigma, V.mT
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise ValueError(_FAILED) from None
+        raise ValueError(FAILED) from None

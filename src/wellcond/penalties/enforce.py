@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from wellcond.linalg.lapack import svd
+from wellcond.linalg.lapack import FAILED, svd
 from wellcond.linalg.projection import Decomposed, decomposed, resolvable, within
 from wellcond.linalg.scaling import scaled
 from wellcond.linalg.spectrum import Spectrum, measure, negligible
@@ -83,7 +83,7 @@ def enforce_(
 
     Raises:
         ValueError: rounding to the dtype leaves no such weight near, or LAPACK does not converge;
-            the weights are then as they were.
+            a matrix of which that is so is then as it was.
     """
     *stack, m, n = weights[0].shape
     several = max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
@@ -109,6 +109,8 @@ def _enforce_together_(
                 one = opened.enter_context(S.spread(whole=True))
                 each[i] = _by_svd_(one, bounds, done[i], each[i])
             each[i] = Enforced(*(one.all_of(number) for number in each[i]))
+        if bool(torch.isnan(each[i].margin).any()):
+            raise ValueError(FAILED)
         if bool(torch.isinf(each[i].margin).any()):
             raise _cannot_obey(bounds, S.S.dtype)
     return each
@@ -237,12 +239,20 @@ def _by_svd_(S: StoredMatrix, bounds: Bounds, done: Tensor, before: Enforced) ->
     for index in (~done).nonzero().tolist():
         at = tuple(index)
         three = torch.empty(3, dtype=torch.float64, device=S.device)
-        X, told = S.agree(functools.partial(_nearest_stored, values[at], bounds), values[at], three)
+        X, told = S.agree(functools.partial(_tried, values[at], bounds), values[at], three)
         values[at] = X
         for one, number in zip(found, told, strict=True):
             one[at] = number
     S.update_(NewWeight(values))
     return Enforced(*found)
+
+
+def _tried(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """`_nearest_stored`; margin nan: LAPACK fails. All processes must learn that, not one alone."""
+    try:
+        return _nearest_stored(S, bounds)
+    except ValueError:
+        return S, torch.full((3,), math.nan, dtype=torch.float64, device=S.device)
 
 
 def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
