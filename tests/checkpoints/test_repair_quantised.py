@@ -9,7 +9,7 @@ from torch import Tensor
 
 import wellcond as wc
 from wellcond.checkpoints.files import Checkpoint
-from wellcond.weights.reasons import Reason
+from wellcond.weights.reasons import Reason, Skipped
 
 FORMATS = ["safetensors", "pt"]
 
@@ -56,9 +56,23 @@ QUANTISED: dict[str, dict[str, Tensor]] = {
         "experts.up_proj_scales": floats(4, 8),
         "experts.up_proj_bias": floats(4, 8),
     },
+    "with integer scales": {
+        "experts.up_proj_blocks": codes(4, 8, 2, dtype=torch.uint8),
+        "experts.up_proj_scales": codes(4, 8, dtype=torch.uint8),
+        "experts.up_proj_bias": floats(4, 8),
+    },
+    "with float8 scales": {
+        "l.weight": floats(8, 8).to(torch.float8_e4m3fn),
+        "l.weight_scale": floats(8, 2).to(torch.float8_e8m0fnu),
+    },
+    "scales in a vector": {"l.weight": codes(8, 8, dtype=torch.int8), "l.SCB": floats(8)},
+    "zeros first": {"l.qzeros": codes(8, 32), "l.qweight": codes(64, 256), "l.scales": floats(8)},
     "marlin": {"l.B": codes(8, 8), "l.s": floats(2, 8)},
     "scales alone": {"l.weight_scale": floats(4, 4), "l.weight.absmax": floats(4, 4)},
 }
+
+
+WEIGHTS = {"l.qweight", "qweight", "l.weight", "weight", "experts.up_proj_blocks", "l.B"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -68,9 +82,13 @@ def test_scales_stay_as_they_are(tmp_path: Path, kind: str, how: str) -> None:
     path, fixed = saved(tmp_path, kind, content), tmp_path / f"fixed.{kind}"
     report = wc.audit(path)
     assert [finding.name for finding in report.findings] == ["head.weight"]
-    expected = {n for n, t in QUANTISED[how].items() if t.is_floating_point() and t.itemsize > 1}
     skipped = report.coverage.skipped
-    assert {n for n, why in skipped.items() if why.reason is Reason.scales} == expected
+    matrices = {n: why.reason for n, why in skipped.items() if why.reason is not Reason.vector}
+    assert matrices == {
+        name: Reason.quantised if name in WEIGHTS else Reason.scales
+        for name, tensor in QUANTISED[how].items()
+        if tensor.ndim > 1
+    }
     assert [one.name for one in wc.repair(path, fixed, 1.5).changed] == ["head.weight"]
     after = load_file(fixed) if kind == "safetensors" else torch.load(fixed)
     for name, tensor in QUANTISED[how].items():
@@ -108,3 +126,13 @@ def test_weights_beside_other_integers_are_weights(
 ) -> None:
     path = saved(tmp_path, "pt", {weight: floats(4, 4)} | other)
     assert [one.name for one in Checkpoint(path).matrices()] == [weight]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("l.bias", (4,)), ("l.running_mean", (4,)), ("l.scale", ())]
+)
+def test_a_vector_or_number_beside_integers_makes_them_no_weight(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    path = saved(tmp_path, "pt", {"l.table": codes(4, 4), name: floats(*shape)})
+    assert Checkpoint(path).skipped()["l.table"] == Skipped(Reason.packed, "int32")

@@ -24,10 +24,12 @@ def test_parts_are_repaired_with_the_whole(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
     report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
     assert [repair.name for repair in report.changed] == ["qkv"]
+    assert str(report.skipped["q"]).endswith("neither measured nor repaired by itself: qkv")
     assert report.skipped == {n: Skipped(Reason.part, "qkv") for n in ("q", "k", "columns")}
     after = torch.load(tmp_path / "b.pt")
     assert float(wc.condition_number(after["qkv"])) <= 3.0
     assert torch.equal(after["q"], after["qkv"][:16])
+    assert float(wc.condition_number(after["q"])) > 3.0  # what its reason must not deny
     assert wc.audit(tmp_path / "b.pt").coverage.parameter_share == 1.0
 
 

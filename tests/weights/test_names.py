@@ -1,11 +1,14 @@
 """A file and its model agree about what is looked up or added, and so no weight."""
 
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import wellcond as wc
 from wellcond.weights.discover import effective_matrices
@@ -149,3 +152,61 @@ def test_what_is_tied_to_an_embedding_is_one_in_any_order(tmp_path: Path) -> Non
     assert [f.name for f in report.findings] == ["l.weight"]
     assert report.coverage.skipped["wte.weight"].reason is Reason.embedding
     assert report.coverage.skipped["head.weight"].reason is Reason.same
+
+
+OLD = ("weight_norm of an LSTM", "weight_norm by one number")
+
+
+def old(how: str) -> nn.Module:
+    module = nn.LSTM(3, 2) if how == OLD[0] else nn.Linear(3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated
+        if how == OLD[0]:
+            return nn.utils.weight_norm(module, "weight_hh_l0")
+        if how == OLD[1]:
+            return nn.utils.weight_norm(module, dim=None)
+        return getattr(nn.utils, how)(module)
+
+
+PARAMETRIZED = {
+    "parametrizations.weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)),
+    "pruning": lambda: prune.random_unstructured(nn.Linear(3, 2), "weight", 0.5),
+} | {f"old {how}": partial(old, how) for how in ("weight_norm", "spectral_norm", *OLD)}
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("how", PARAMETRIZED)
+def test_what_a_weight_is_computed_from_is_none(tmp_path: Path, how: str, kind: str) -> None:
+    model = nn.ModuleDict({"a": PARAMETRIZED[how](), "b": nn.Linear(3, 2)})
+    content = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    path, fixed = tmp_path / f"a.{kind}", tmp_path / f"fixed.{kind}"
+    save_file(content, path) if kind == "safetensors" else torch.save(content, path)
+    report = wc.audit(path)
+    whole = {"b.weight"} | {n for n in ("a.weight_ih_l0",) if n in content}
+    assert {finding.name for finding in report.findings} == whole
+    matrices = {name for name, tensor in content.items() if tensor.ndim > 1} - whole
+    why = wc.Skipped(Reason.parametrized, "audit the model instead")
+    assert matrices
+    assert {n: report.coverage.skipped[n] for n in matrices} == dict.fromkeys(matrices, why)
+    with pytest.raises(ValueError, match="matches none"):
+        wc.repair(path, fixed, 1.01, include=sorted(matrices))
+    wc.repair(path, fixed, 1.01)
+    after = load_file(fixed) if kind == "safetensors" else torch.load(fixed)
+    assert {n for n, tensor in content.items() if not torch.equal(after[n], tensor)} == whole
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"attn.w_v": (4, 4), "attn.w_g": (4, 1)},
+        {"l.weight_v": (4, 4), "l.weight_g": (4, 4)},
+        {"l.weight_v": (4, 4)},
+        {"l.weight_orig": (4, 4)},
+        {"l.weight": (4, 4), "l.weight_orig": (4, 4), "l.weight_mask": (4, 4)},
+    ],
+    ids=str,
+)
+def test_like_names_alone_make_no_parametrization(shapes: dict[str, tuple[int, ...]]) -> None:
+    assert no_weights({name: (shape, "float32") for name, shape in shapes.items()}) == {}

@@ -72,7 +72,7 @@ class Checkpoint:
         kinds = {name: (entry.shape, entry.dtype) for name, (_, entry) in self.where.items()}
         for name, skipped in no_weights(kinds).items():
             file, entry = self.where[name]
-            if entry.skipped is None:
+            if entry.skipped is None or entry.skipped.reason in (Reason.packed, Reason.quantised):
                 self.where[name] = file, replace(entry, skipped=skipped)
         if self.index is not None:
             self._check_index()

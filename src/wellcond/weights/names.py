@@ -2,13 +2,15 @@
 
 Two dimensions are a matrix as stored; three a stack of matrices, or a kernel if "conv" is in the
 name; four and more a kernel. What stands beside packed integers or float8 belongs to them. What is
-looked up or added in a model, and so no weight there, is known by its name.
+looked up or added in a model, and so no weight there, is known by its name, and so is what a
+parametrized weight is computed from.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -59,8 +61,11 @@ def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
 
 def no_weights(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
     """The tensors, given by shape and dtype, that by their names are no weights; and why."""
-    named = {name: _by_name(name, shape) for name, (shape, _) in tensors.items()}
-    return {name: why for name, why in named.items() if why is not None} | _scales(tensors)
+    measured = {n: shape for n, (shape, dtype) in tensors.items() if dtype in _MEASURED}
+    named = {name: _by_name(name, shape) for name, shape in measured.items()}
+    found = {name: why for name, why in named.items() if why is not None} | _scales(tensors)
+    parametrized = Skipped(Reason.parametrized, "audit the model instead")
+    return found | dict.fromkeys(_originals(tensors), parametrized)
 
 
 def _by_name(name: str, shape: tuple[int, ...]) -> Skipped | None:
@@ -80,18 +85,45 @@ def _by_name(name: str, shape: tuple[int, ...]) -> Skipped | None:
     return None
 
 
+def _originals(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[str]:
+    """The tensors that a weight is computed from: by a parametrization of torch, or as before it
+    by weight_norm (`weight_g`, `weight_v`), spectral_norm (`weight_orig`, `weight_u`) and pruning
+    (`weight_orig`, `weight_mask`).
+    """
+    for name in tensors:
+        if "parametrizations" in re.split(r"[./]", name):
+            yield name
+        stem, _, part = name.rpartition("_")
+        if stem in tensors:  # a weight that is stored itself
+            continue
+        norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
+        normed = part == "v" and re.search(r"\bweight[^.]*$", stem)
+        if normed and math.prod(norms) == max(norms, default=1):
+            yield from (name, f"{stem}_g")
+        beside = {f"{stem}_u", f"{stem}_mask"} & tensors.keys()
+        if part == "orig" and beside:
+            yield from (name, *beside)
+
+
 def _scales(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
     """The tensors, given by shape and dtype, that belong to a quantised weight; and to which.
 
     These are what is named like the quantised weight (`weight.absmax` beside `weight`), what is
-    named a scale in the same module, and what else is in its module and not called a weight.
+    named a scale in the same module, and what else is in its module and not called a weight. A
+    packed tensor to which more belongs than a bias or a number is surely quantised, and among
+    them as well.
     """
+    named = {
+        name
+        for name in tensors
+        if any(p.fullmatch(name.rpartition(".")[2]) for p in (_SCALES, _PERHAPS_SCALES))
+    }
     first: dict[str, str] = {}  # quantised weights by their module
     stems: dict[str, str] = {}  # and by what their name begins with
     for name, (shape, dtype) in tensors.items():
         module, _, own = name.rpartition(".")
         packed = dtype in _CODES and not any(map(_NO_CODES.fullmatch, own.lower().split("_")))
-        if len(shape) > 1 and (packed or _NARROW.match(dtype)):
+        if len(shape) > 1 and name not in named and (packed or _NARROW.match(dtype)):
             first.setdefault(module, name)
             stems |= {name: name, re.sub(r"_(packed|blocks|q|int\d)$", "", name): name}
 
@@ -106,8 +138,15 @@ def _scales(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Ski
             return first[module]
         return "" if _SCALES.fullmatch(own) else None
 
-    owners = {name: owner(name) for name, (_, dtype) in tensors.items() if dtype in _MEASURED}
-    return {name: Skipped(Reason.scales, of) for name, of in owners.items() if of is not None}
+    found: dict[str, Skipped] = {}
+    for name, (shape, dtype) in tensors.items():
+        of = owner(name) if dtype in _MEASURED or name in named else None
+        if of is not None:
+            found[name] = Skipped(Reason.scales, of)
+            surely = len(shape) > 1 or _SCALES.fullmatch(name.rpartition(".")[2])
+            if of and (surely or (shape and name in named)):
+                found[of] = Skipped(Reason.quantised, tensors[of][1])
+    return found
 
 
 def views_by_name(name: str, dimensions: int) -> Callable[[Tensor], dict[str, Tensor]]:

@@ -26,7 +26,7 @@ class Reason(enum.Enum):
     parametrized = "parametrized: what is stored is not the matrix that acts"
     sharded = "sharded over processes: audit a checkpoint, or a model that is whole"
     same = "the same tensor as another"
-    part = "a part of another tensor, measured and repaired with it"
+    part = "a part of another tensor, and neither measured nor repaired by itself"
     no_values = "a tensor without values"
     beside = "a file that the index beside it does not name"
     optimizer = "the state of an optimizer"
