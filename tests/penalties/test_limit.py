@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import wellcond as wc
+from matrices import with_spectrum
 
 
 def trained(model: nn.Module, every: int, steps: int, K: float) -> tuple[wc.Regularizer, list]:
@@ -187,3 +188,128 @@ def test_training_resumes_bit_for_bit() -> None:
 def test_a_limit_is_a_number_of_at_least_one(K: object, error: type) -> None:
     with pytest.raises(error, match="max_condition"):
         wc.ConditionLimit(K)  # type: ignore[arg-type]
+
+
+# --- bounds of singular values --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bounds", "error", "says"),
+    [
+        ({}, ValueError, "`lower` or `upper` must be given"),
+        ({"lower": 0.0}, ValueError, "`lower` must be positive and finite, got 0.0"),
+        ({"upper": -1.0}, ValueError, "`upper` must be positive"),
+        ({"upper": math.inf}, ValueError, "`upper` must be positive and finite"),
+        ({"lower": math.nan}, ValueError, "`lower` must be positive"),
+        ({"lower": 2.0, "upper": 1.0}, ValueError, "lower=2.0 and upper=1.0"),
+        ({"lower": "1"}, TypeError, "`lower` must be a number or None, got str"),
+        ({"upper": True}, TypeError, "`upper` must be a number or None, got bool"),
+    ],
+)
+def test_bounds_are_positive_numbers_in_order(
+    bounds: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        wc.SingularValueLimit(**bounds)
+
+
+def test_bounds_that_are_equal_leave_nothing_for_rounding() -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=r'"weight": no weight near it obeys .*lower=1, upper=1'):
+        wc.Regularizer(layer, wc.SingularValueLimit(1, 1)).enforce_()
+    assert torch.equal(layer.weight, before)
+
+
+def test_under_a_lower_bound_a_zero_weight_becomes_the_same_each_time() -> None:
+    weights = []
+    for _ in range(2):
+        layer = nn.Linear(5, 8, bias=False)
+        nn.init.zeros_(layer.weight)
+        wc.Regularizer(layer, wc.SingularValueLimit(lower=0.5)).enforce_()
+        sigma = torch.linalg.svdvals(layer.weight.detach().double())
+        torch.testing.assert_close(sigma, torch.full_like(sigma, 0.5))
+        assert sigma.min() >= 0.5
+        weights.append(layer.weight.detach())
+    assert torch.equal(*weights)
+    wc.Regularizer(layer, wc.SingularValueLimit(upper=0.25)).enforce_()
+    nn.init.zeros_(layer.weight)
+    wc.Regularizer(layer, wc.SingularValueLimit(upper=0.25)).enforce_()
+    assert not layer.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [4, 32])
+def test_an_upper_bound_is_kept_by_the_block_and_exactly_by_enforcing(
+    dtype: torch.dtype, block: int
+) -> None:
+    """Few values above it, which the block follows, and more of them than it holds."""
+    coarse = 4 * torch.finfo(dtype).eps
+    for above in (2, 20):
+        sigma = torch.cat([torch.linspace(1.6, 5, above), torch.linspace(0.1, 1.2, 40 - above)])
+        M = with_spectrum(sigma.double().flip(0), 60, 40)
+        layer = nn.Linear(40, 60, bias=False, dtype=dtype)
+        with torch.no_grad():
+            layer.weight.copy_(M)
+        reg = wc.Regularizer(layer, wc.SingularValueLimit(upper=1.5), block=block)
+        for step in range(4):
+            reg.proximal_step_(0.1)
+            largest = float(torch.linalg.svdvals(layer.weight.detach().double())[0])
+            assert largest <= (1.5 if step == 0 else 1.5 * (1.05 + coarse))  # 1.65 before
+            with torch.no_grad():  # as far as training moves it between two applications
+                if step == 0:
+                    U, s, Vh = torch.linalg.svd(layer.weight.double(), full_matrices=False)
+                    target = (U * s.clamp(max=1.5)) @ Vh
+                    torch.testing.assert_close(
+                        target, layer.weight.double(), rtol=0, atol=2 * coarse
+                    )
+                layer.weight.mul_(1.1)
+        reg.enforce_()
+        sigma = torch.linalg.svdvals(layer.weight.detach().double())
+        assert sigma[0] <= 1.5
+
+
+def test_an_upper_bound_costs_no_decomposition_once_the_block_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = nn.Linear(60, 50, bias=False)
+    M = with_spectrum(torch.linspace(3, 0.1, 50).double(), 50, 60)
+    with torch.no_grad():
+        layer.weight.copy_(M)
+    reg = wc.Regularizer(layer, wc.SingularValueLimit(upper=2.5), block=20)
+    reg.proximal_step_(0.1)
+    for name in ("svd", "svdvals", "eigh", "eigvalsh", "cholesky_ex"):
+        real = getattr(torch.linalg, name)
+
+        def small(A: torch.Tensor, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            assert max(A.shape[-2:]) <= 20, f"{real.__name__} of a whole weight"
+            return real(A, *args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, name, small)
+    with torch.no_grad():
+        layer.weight.mul_(1.1)
+    for _ in range(3):
+        reg.proximal_step_(0.1)
+    monkeypatch.undo()
+    assert float(torch.linalg.svdvals(layer.weight.detach())[0]) <= 2.5 * 1.02  # 1.1 before
+    estimate = reg.measure()["weight"]
+    assert estimate.excess is not None
+    assert estimate.excess <= 1.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_obeys_bounds_is_untouched_bit_for_bit(dtype: torch.dtype) -> None:
+    for limit in (
+        wc.SingularValueLimit(upper=2.1),
+        wc.SingularValueLimit(lower=0.9),
+        wc.SingularValueLimit(0.9, 2.1),
+    ):
+        layer = nn.Linear(8, 12, bias=False, dtype=dtype)
+        with torch.no_grad():
+            layer.weight.copy_(with_spectrum(torch.linspace(2, 1, 8).double(), 12, 8))
+        before = layer.weight.detach().clone()
+        reg = wc.Regularizer(layer, limit, block=4)
+        for _ in range(3):
+            reg.proximal_step_(0.1)
+        reg.enforce_()
+        assert torch.equal(layer.weight, before)

@@ -104,8 +104,9 @@ class SingularValueLimit(SpectralLimit):
     fixes the scale.
 
     With `upper` alone a step of `attach` costs no more than a proximal step: it clips the leading
-    singular values that the block of the `Regularizer` follows, and is a decomposition only where
-    the block does not reach down to 0.9 upper. That is an estimate; `reg.enforce_()` is exact.
+    singular values that the block of the `Regularizer` follows, and is a decomposition only at
+    first and where the block does not reach down to 0.9 upper. That is an estimate;
+    `reg.enforce_()` is exact.
 
     Under `lower` a zero weight becomes one with all singular values at `lower`; its vectors are
     arbitrary, the same each time.

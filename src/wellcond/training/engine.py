@@ -179,6 +179,8 @@ class Engine:
         rule = seen.batch.rule
         if seen.image is None or not isinstance(rule, SingularValueLimit):
             return seen.batch, None
+        if not all(state.pace.known for state in seen.batch.states):  # the block is hardly warm
+            return seen.batch, None
         new, excess, reached = rule.clip_leading(seen.S, seen.image)
         if not bool(reached.all()):
             return seen.batch, None

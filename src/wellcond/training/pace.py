@@ -47,6 +47,11 @@ class Pace:
         self.excess, self.condition_number, self.passed = excess, condition_number, passed
 
     @property
+    def known(self) -> bool:
+        """Whether something was found at the last application."""
+        return self.passed or not math.isnan(self.excess)
+
+    @property
     def obeyed(self) -> bool:
         """Whether the weight did at the last application, so that it may well do at the next."""
         return self.passed or self.excess <= 1
