@@ -80,6 +80,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
     hidden = b"PK\x05\x06" + bytes(18)
     deep = b'{"a":' * 100_000
     dimensions = json.dumps({"dtype": "F32", "shape": [1] * 20_000, "data_offsets": [0, 4]})
+    many = json.dumps({"dtype": "F32", "shape": [2] * 3_000_000 + [0], "data_offsets": [0, 0]})
     names = ["\ud800", "a\nb", "\x1b[2J", "\u202ex", "nul\0", "κ", ("t", 1), b"b", 1.5]
 
     def instructions(pickled: bytes) -> tuple[str, Callable[[], Sample]]:
@@ -156,6 +157,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
         "20,000 dimensions, safetensors": refused(
             safetensors, f'{{"w": {dimensions}}}'.encode(), bytes(4)
         ),
+        "3,000,000 lengths of an empty tensor": refused(safetensors, f'{{"w": {many}}}'.encode()),
         "an index within itself": refused(
             lambda: Sample("a.safetensors.index.json", {"a.safetensors.index.json": deep})
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import stat
@@ -24,7 +23,7 @@ from wellcond.checkpoints.tensors import (
     TensorFile,
     UnreadableError,
 )
-from wellcond.weights.matrices import Matrices
+from wellcond.weights.matrices import Matrices, entries
 from wellcond.weights.names import no_weights, views_by_name
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -166,7 +165,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """How many entries all parameters have together."""
-        return sum(math.prod(entry.shape) for _, entry in self.where.values() if entry.parameter)
+        return sum(entries(entry.shape) for _, entry in self.where.values() if entry.parameter)
 
     def matrices(self) -> Iterator[Matrices]:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped

@@ -25,7 +25,12 @@ class Matrices:
 
 def is_vector(shape: Sequence[int]) -> bool:
     """Whether it is a vector laid out to be added or multiplied entrywise, as (1, 1, n)."""
-    return len(shape) > 2 and math.prod(shape) == max(shape)
+    return len(shape) > 2 and entries(shape) == max(shape)
+
+
+def entries(shape: Sequence[int]) -> int:
+    """How many there are. Of a file, none may have millions of lengths with a huge product."""
+    return 0 if 0 in shape else math.prod(shape)
 
 
 def numbered(stack: Tensor) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ parametrized weight is computed from.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
 from wellcond.operators.views import Kernel
-from wellcond.weights.matrices import is_vector, numbered
+from wellcond.weights.matrices import entries, is_vector, numbered
 from wellcond.weights.reasons import Reason, Skipped
 
 _MEASURED = ("float64", "float32", "float16", "bfloat16")
@@ -98,7 +97,7 @@ def _originals(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[s
             continue
         norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
         normed = part == "v" and re.search(r"\bweight[^.]*$", stem)
-        if normed and math.prod(norms) == max(norms, default=1):
+        if normed and entries(norms) == max(norms, default=1):
             yield from (name, f"{stem}_g")
         beside = {f"{stem}_u", f"{stem}_mask"} & tensors.keys()
         if part == "orig" and beside:
