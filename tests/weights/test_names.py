@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.nn.utils import prune
 
@@ -152,6 +152,35 @@ def test_what_is_tied_to_an_embedding_is_one_in_any_order(tmp_path: Path) -> Non
     assert [f.name for f in report.findings] == ["l.weight"]
     assert report.coverage.skipped["wte.weight"].reason is Reason.embedding
     assert report.coverage.skipped["head.weight"].reason is Reason.same
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.linear = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.wte.weight  # `save_model` keeps the first name of the alphabet
+
+
+def test_a_tie_is_read_from_the_metadata(tmp_path: Path) -> None:
+    model, path = Tied(), tmp_path / "a.safetensors"
+    save_model(model, str(path), metadata={"format": "pt", "linear.bias": "head.weight"})
+    report, of_model = wc.audit(path), wc.audit(model)
+    assert [f.name for f in report.findings] == ["linear.weight"]
+    assert report.coverage.parameter_share == of_model.coverage.parameter_share
+    why = wc.Skipped(Reason.embedding, "tied to wte.weight")
+    assert report.coverage.skipped["head.weight"] == why
+    assert of_model.coverage.skipped["wte.weight"].reason is Reason.embedding
+    wc.repair(path, tmp_path / "b.safetensors", 1.5)
+    after = load_file(tmp_path / "b.safetensors")
+    assert torch.equal(after["head.weight"], model.head.weight)
+    for name in ("head.weight", "wte.weight"):  # by either name, as of the model
+        assert [f.name for f in wc.audit(path, include=[name]).findings] == ["head.weight"]
+    path.rename(tmp_path / "c.safetensors")
+    save_file({"w": torch.eye(2)}, path)
+    skipped = wc.audit(tmp_path, exclude=["b.*"]).coverage.skipped
+    tied = wc.Skipped(Reason.embedding, "tied to c.safetensors/wte.weight")
+    assert skipped["c.safetensors/head.weight"] == tied
 
 
 OLD = ("weight_norm of an LSTM", "weight_norm by one number")

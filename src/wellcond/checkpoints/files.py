@@ -68,13 +68,26 @@ class Checkpoint:
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
-        kinds = {name: (entry.shape, entry.dtype) for name, (_, entry) in self.where.items()}
-        for name, skipped in no_weights(kinds).items():
+        # A head that is tied to an embedding is one, whichever of the names was kept.
+        called = {name: name for name in self.where}
+        for name in self.where:
+            for alias in self._aliases(name):
+                called.setdefault(alias, name)
+        named = ((alias, self.where[name][1]) for alias, name in called.items())
+        kinds = {alias: (entry.shape, entry.dtype) for alias, entry in named}
+        for alias, skipped in no_weights(kinds).items():
+            name = called[alias]
             file, entry = self.where[name]
             if entry.skipped is None or entry.skipped.reason in (Reason.packed, Reason.quantised):
-                self.where[name] = file, replace(entry, skipped=skipped)
+                detail = skipped.detail or ("" if alias == name else f"tied to {alias}")
+                self.where[name] = file, replace(entry, skipped=replace(skipped, detail=detail))
         if self.index is not None:
             self._check_index()
+
+    def _aliases(self, name: str) -> list[str]:
+        """Other names of a tensor."""
+        _, entry = self.where[name]
+        return [name.removesuffix(entry.name) + alias for alias in entry.aliases]
 
     def _find(self) -> list[str]:
         """Names of the files, within `self.directory`."""
@@ -173,7 +186,8 @@ class Checkpoint:
         for name, (file, entry) in self.where.items():
             if entry.matrix:
                 views = views_by_name(name, len(entry.shape))
-                yield Matrices(name, (name,), views, partial(file.read, entry.name))
+                names = (name, *self._aliases(name))
+                yield Matrices(name, names, views, partial(file.read, entry.name))
 
     def skipped(self) -> dict[str, Skipped]:
         """All others, and why."""

@@ -100,12 +100,18 @@ class Safetensors(TensorFile):
             for name, entry in header.items()
             if name != "__metadata__"
         }
+        # Of tensors that are one, `save_model` keeps a name, and writes to it from the others.
+        aliases: dict[str, list[str]] = {}
+        for other, kept in header.get("__metadata__", {}).items():
+            if other not in self._offsets:
+                aliases.setdefault(kept, []).append(other)
         self.entries = {}
         for name in self._offsets:
             shape, written = tuple(header[name]["shape"]), header[name]["dtype"]
             dtype = (_FLOATS | _INTEGERS).get(written, written)
             skipped = why_no_weight(shape, dtype)
-            self.entries[name] = Entry(name, shape, dtype, written not in _INTEGERS, skipped)
+            parameter, others = written not in _INTEGERS, tuple(aliases.get(name, ()))
+            self.entries[name] = Entry(name, shape, dtype, parameter, skipped, others)
 
     def read(self, name: str) -> Tensor:
         start, stop = self._offsets[name]

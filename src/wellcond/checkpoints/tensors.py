@@ -33,6 +33,7 @@ class Entry:
 
     Whether it is a `parameter` that counts for the share of what was measured: integers are
     counters, positions and masks as often as packed weights, and the same tensor counts once.
+    `aliases` are other names of it that the file tells, and that are none of other tensors.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     dtype: str
     parameter: bool
     skipped: Skipped | None
+    aliases: tuple[str, ...] = ()
 
     @property
     def matrix(self) -> bool:
