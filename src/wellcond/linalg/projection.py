@@ -67,13 +67,19 @@ class Decomposed(NamedTuple):
         return self.V[..., moves], change[..., moves].to(self.V.dtype)
 
 
-def decomposed(G: Tensor) -> Decomposed | None:
-    """From a Gram matrix; None if LAPACK does not converge or an entry is not finite."""
+def decomposed(G: Tensor, vectors: bool = True) -> Decomposed | None:
+    """From a Gram matrix, or V without columns; None if LAPACK does not converge."""
     try:
+        if not vectors:
+            return Decomposed(_roots(torch.linalg.eigvalsh(G)), G[..., :0])
         values, V = torch.linalg.eigh(G)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
-    return Decomposed(values.double().clamp_min(0).sqrt(), V)
+    return Decomposed(_roots(values), V)
+
+
+def _roots(values: Tensor) -> Tensor:
+    return values.double().clamp_min(0).sqrt()
 
 
 def within(G: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class SpectralLimit(Limit):
         return smallest
 
     @abc.abstractmethod
-    def interval(self, largest: Tensor, smallest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Values [low, high] that obey: up to the largest, or with equal room around these two."""
+    def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [low, high] that obey, of a matrix with this largest one."""
 
     def apply(self, S: Tensor) -> Tensor:
         weight = StoredMatrix(S.clone())
@@ -87,11 +87,8 @@ class ConditionLimit(SpectralLimit):
     def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
         return largest / smallest / self.max_condition
 
-    def interval(self, largest: Tensor, smallest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if smallest is None:
-            return largest / self.max_condition, largest
-        middle = (largest * smallest).sqrt()
-        return middle / math.sqrt(self.max_condition), middle * math.sqrt(self.max_condition)
+    def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
+        return largest / self.max_condition, largest
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class SingularValueLimit(SpectralLimit):
         below = self._lower / unit / smallest
         return above if self.lower is None else torch.maximum(above, below)
 
-    def interval(self, largest: Tensor, smallest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(largest, self._lower), torch.full_like(largest, self._upper)
 
     def matters(self, smallest: Tensor) -> Tensor:
