@@ -374,6 +374,8 @@ def test_what_was_seen_is_shown() -> None:
     assert values is not None
     each = reg.measure().values()
     assert values["wellcond/limit/excess/largest"] == max(e.excess or 0 for e in each)
+    kappas = [e.condition_before or 0 for e in each]
+    assert values["wellcond/limit/condition_before/largest"] == max(kappas)
     assert values["wellcond/limit/interval/median"] >= 10
 
 

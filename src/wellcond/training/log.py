@@ -54,6 +54,9 @@ def report(
         intervals = [e.interval for e in sound.values() if e.interval is not None]
         if excess:
             values["limit/excess/largest"] = max(excess)
+        before = [e.condition_before for e in sound.values() if e.condition_before is not None]
+        if before:
+            values["limit/condition_before/largest"] = max(before)
         if intervals:
             values["limit/interval/median"] = statistics.median(intervals)
         kappas = {n: e.condition_number for n, e in sound.items() if e.condition_number is not None}
