@@ -202,6 +202,19 @@ def test_within_never_agrees_to_what_violates(S: Tensor, low: float, high: float
         assert within(G, *wide)
 
 
+@pytest.mark.parametrize("kappa", [2.0, 1e2, 1e4, 1e6])
+def test_within_is_not_deceived_by_rounding(kappa: float) -> None:
+    """Where a factorisation without a margin would run through."""
+    for shape in ((6, 6), (200, 30)):
+        for seed in range(5):
+            spectrum = kappa ** torch.linspace(0, -1, min(shape), dtype=torch.float64)
+            S = with_spectrum(spectrum, *shape, seed)
+            G, values = StoredMatrix(S).gram(torch.float64), torch.from_numpy(sigma(S)) * unit(S)
+            for excess in (1e-14, 1e-12, 1e-10, 1e-8, 1e-6):
+                assert not within(G, values[-1] * (1 + excess), values[0] * 2)
+                assert not within(G, values[-1] / 2, values[0] * (1 - excess))
+
+
 @pytest.mark.parametrize("K", [1.5, 3.0, 10.0, 100.0])
 def test_float32_finds_what_float64_does(K: float) -> None:
     """A hint that float32 will do costs a margin of the order of u kappa^2, and no violation."""

@@ -90,6 +90,32 @@ def layouts(world: int) -> None:
                         assert list(many.layer.weight.placements) == placements
 
 
+def stacks_on_a_square() -> None:
+    """Experts on some processes, each of them in parts or twice."""
+    where = mesh(2, 2)
+    for placements in (
+        [Shard(0), Shard(1)],
+        [Shard(0), Shard(2)],
+        [Shard(1), Shard(0)],
+        [Replicate(), Shard(0)],
+    ):
+        for shape in ((3, 6, 4), (1, 4, 6)):
+            S = matrix(*shape)
+            S[0, 0] = S[0, 1]
+            for limit in LIMITS[:2]:
+                one, many = S.clone(), distribute_tensor(S.clone(), where, placements)
+                limited(one, limit)
+                limited(many, limit)
+                assert obeys(whole(many), limit)
+                same_everywhere(whole(many))
+                if isinstance(limit, wc.ConditionLimit) or shape[1] > shape[2]:
+                    torch.testing.assert_close(whole(many), one, rtol=0, atol=1e-9)
+
+
+def test_experts_of_a_stack_may_be_in_parts_besides(tmp_path: Path) -> None:
+    run(4, tmp_path, stacks_on_a_square)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_limit_of_a_sharded_weight_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, layouts, world)
