@@ -383,3 +383,23 @@ def replicas() -> None:
 
 def test_replicas_apply_limits_alike_and_stay_identical(tmp_path: Path) -> None:
     run(2, tmp_path, replicas)
+
+
+def failing_replica() -> None:
+    """The others do not wait for the one that cannot go on, and all stay identical."""
+    model = net().bfloat16()
+    rules = {"0.*": wc.ConditionLimit(1.0005), "2.*": wc.ConditionLimit(2.0), "*": None}
+    reg = wc.Regularizer(model, rules, process_group=dist.group.WORLD)
+    owner = reg._states[0].owner
+    ours = dist.get_rank() == owner
+    says = "rounded to bfloat16" if ours else "See the error of that one"
+    for enforcing in (reg.enforce_, lambda: reg.proximal_step_(0.1)):
+        with pytest.raises(ValueError, match=rf'"0\.weight".*{says}'):
+            enforcing()
+        for parameter in model.parameters():
+            same_everywhere(parameter.detach())
+    assert float(wc.condition_number(model[2].weight)) <= 2.0
+
+
+def test_a_replica_that_fails_stops_all_of_them(tmp_path: Path) -> None:
+    run(2, tmp_path, failing_replica)

@@ -27,6 +27,8 @@ from wellcond.training.deferred import DeferredChecks
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState
 
+_FAILED = -1.0  # instead of whether a weight passed: its limit was not applied
+
 
 class Engine:
     """The weights under penalties and limits, and what is done to all of them together."""
@@ -194,6 +196,7 @@ class Engine:
         told: list[tuple[WeightState, Tensor]] = []
         exchanged: list[tuple[int, Tensor]] = []
         received: list[tuple[WeightOperator, Tensor]] = []
+        failure: Exception | None = None
         for batch, excess in limited:
             owner = batch.states[0].owner
             mine = self.replicas is None or self.replicas.rank == owner
@@ -201,8 +204,14 @@ class Engine:
                 each = [_seen(one, torch.full_like(one, math.nan)) for (one,) in batch.each(excess)]
             else:
                 device = batch.operators[0].device
-                blank = torch.empty(3, dtype=torch.float64, device=device)
-                each = _apply_(batch) if mine else [blank.clone() for _ in batch.states]
+                blank = torch.full((3,), _FAILED, dtype=torch.float64, device=device)
+                each = [blank.clone() for _ in batch.states]
+                try:
+                    each = _apply_(batch) if mine else each
+                except Exception as error:
+                    if self.replicas is None:
+                        raise
+                    failure = failure or error  # the others wait: first they must learn of it
             told += zip(batch.states, each, strict=True)
             if self.replicas is None or excess is not None:
                 continue
@@ -216,6 +225,10 @@ class Engine:
             self.replicas.exchange_(exchanged)
         for S, values in received:
             cast(Updatable, S).update_(NewWeight(values))
+        if failure is not None:
+            raise failure
+        if self.replicas is not None:
+            _raise_failed_elsewhere(told)
         return told
 
     def check_rates(self, lr: Tensor) -> Tensor:
@@ -291,6 +304,15 @@ def _apply_(batch: Batch) -> list[Tensor]:
         cast(Updatable, S).update_(NewWeight(values))
     unknown = torch.full((), math.nan, device=S.device)
     return [_seen(unknown, unknown, obeys)]
+
+
+def _raise_failed_elsewhere(told: Sequence[tuple[WeightState, Tensor]]) -> None:
+    failed = [state.name for state, numbers in told if numbers.tolist()[2] == _FAILED]
+    if failed:
+        raise ValueError(
+            f"{quoted(failed)}: the limit could not be applied by the process of the group that "
+            "does so for all of them. See the error of that one."
+        )
 
 
 def _worst(numbers: Sequence[float]) -> float:
