@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -588,3 +589,80 @@ def test_a_repair_removes_what_a_killed_one_left(checkpoint: Path) -> None:
     assert left.name.startswith(".wellcond-unfinished-")
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 0
     assert {file.name for file in checkpoint.parent.iterdir()} == {"model.pt", "fixed.pt"}
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+ALLOCATION = (
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+ERRORS = [MemoryError(), RuntimeError(ALLOCATION), RuntimeError("std::bad_alloc")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["Python", "torch", "LAPACK"])
+def test_too_little_memory_is_one_line(
+    checkpoint: Path,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("wellcond.checkpoints.audit.Checkpoint", raising(error))
+    assert main(["audit", str(checkpoint)]) == 2
+    assert capsys.readouterr().err == "wellcond: error: there is not enough memory\n"
+    monkeypatch.setattr("wellcond.checkpoints.repair.limited", raising(error))
+    fixed = checkpoint.with_name("fixed.pt")
+    assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 2
+    assert "there is not enough memory for good. To leave" in capsys.readouterr().err
+    assert {file.name for file in checkpoint.parent.iterdir()} == {"model.pt"}
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("a mistake of the program")
+    monkeypatch.setattr("wellcond.checkpoints.repair.limited", raising(error))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        main(["repair", str(checkpoint), str(checkpoint.with_name("b.pt")), "--max-condition", "7"])
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import wellcond.checkpoints.repair
+from wellcond.cli import main
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = used + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("times", [2, 5])
+def test_a_repair_with_too_little_memory_writes_nothing(
+    tmp_path: Path, kind: str, times: int
+) -> None:
+    path, fixed = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    weights = {"w": torch.ones(2048, 2048)}
+    save_file(weights, path) if kind == "safetensors" else torch.save(weights, path)
+    argv = [str(times * path.stat().st_size), "repair", path, fixed, "--max-condition", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("wellcond: error: .*not enough memory.*\n", done.stderr)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name}

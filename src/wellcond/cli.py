@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import wellcond
-from wellcond.text import and_more, shown, written
+from wellcond.text import and_more, out_of_memory, shown, written
 
 if TYPE_CHECKING:
     from wellcond.checkpoints.audit import Progress
@@ -321,6 +321,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = 130, f"wellcond: interrupted. {shown(interrupt)}".rstrip() + "\n"
     except (ValueError, OSError, ImportError) as error:
         code, message = 2, f"wellcond: error: {shown(error)}\n"
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        own = isinstance(error, MemoryError) and str(error)
+        code, message = 2, f"wellcond: error: {shown(own or 'there is not enough memory')}\n"
     with contextlib.suppress(OSError):
         print(message, end="", file=sys.stderr)
     _drop_unwritten()

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -40,6 +41,14 @@ def and_more(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str
 def quoted(names: Iterable[str]) -> str:
     """Names in quotation marks, sorted, the first five of them."""
     return and_more([f'"{name}"' for name in sorted(names)])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, torch or the system says when there is no more memory."""
+    said = re.search("allocate memory|(not enough|out of) memory|bad_alloc", str(error))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and said is not None
+    )
 
 
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -24,7 +24,8 @@ import wellcond as wc
 import wellcond.checkpoints.audit as audit_module
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import with_spectrum
-from wellcond.checkpoints.findings import compare
+from wellcond.checkpoints.findings import Status, compare
+from wellcond.linalg.spectrum import Method, Spectrum, measure
 
 
 def linear(S: Tensor) -> nn.Linear:
@@ -404,6 +405,34 @@ def test_a_weight_that_fails_is_a_row_and_not_the_end() -> None:
     assert [f.status for f in report.findings] == [wc.Status.failed, wc.Status.ok]
     assert "meta" in report.findings[0].explanation
     assert "1 could not be measured" in str(report.coverage)
+
+
+def test_a_weight_for_which_memory_lacks_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(S: Tensor, all_values: bool = False) -> Spectrum:
+        if len(S) == 3:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9")
+        return measure(S, all_values)
+
+    monkeypatch.setattr("wellcond.checkpoints.audit.measure", lacking)
+    report = wc.audit(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)))
+    failed = {f.name: f.detail for f in report.findings if f.status is Status.failed}
+    assert failed == {"0.weight": "there is not enough memory to measure it"}
+    assert report.coverage.measured == 1
+
+
+def test_a_curve_that_cannot_be_had_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"conv.weight": torch.eye(4).reshape(4, 4, 1, 1)}, path)
+
+    def once(S: Tensor, all_values: bool = False) -> Spectrum:
+        path.unlink()
+        return measure(S)._replace(method=Method.krylov)
+
+    monkeypatch.setattr("wellcond.checkpoints.audit.measure", once)
+    (finding,) = wc.audit(path, curves=1).findings
+    assert (finding.condition_number, finding.singular_values) == (1.0, ())
 
 
 def test_coverage_says_what_share_was_measured() -> None:

@@ -28,7 +28,7 @@ from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
 from wellcond.linalg.scaling import frobenius_norm
 from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
-from wellcond.text import and_more, versions
+from wellcond.text import and_more, out_of_memory, versions
 from wellcond.weights.discover import effective_matrices, unwrapped
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
@@ -109,12 +109,10 @@ def audit(
     findings.sort(key=sort_key)
     for index, finding in enumerate(findings[:curves]):
         if finding.measured and not finding.singular_values:
-            (again,) = (
-                other
-                for other in _findings(where[id(finding)], certify=False, all_values=True)
-                if other.view == finding.view
-            )
-            findings[index] = replace(finding, singular_values=again.singular_values)
+            # None of these if it cannot be read or measured again.
+            again = _findings(where[id(finding)], certify=False, all_values=True)
+            values = [other.singular_values for other in again if other.view == finding.view]
+            findings[index] = replace(finding, singular_values=values[0] if values else ())
     coverage = Coverage(
         measured, len(findings) - measured, skipped, min(1.0, covered / total) if total else 0.0
     )
@@ -196,6 +194,8 @@ def _findings(one: Matrices, certify: bool, all_values: bool = False) -> list[Fi
 
 
 def _in_words(error: Exception) -> str:
+    if out_of_memory(error):
+        return "there is not enough memory to measure it"
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0] if first else 'without a message'}"
 

@@ -31,6 +31,7 @@ from wellcond.checkpoints.tensors import (
     memory_for,
     why_no_weight,
 )
+from wellcond.text import out_of_memory
 from wellcond.weights.names import no_weights
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -122,11 +123,13 @@ class Pickled(TensorFile):
         try:
             torch.save(content, target)
             _load(target, True)  # a damaged pickle may hold what can be written and not be read
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except RuntimeError as error:
-            (what, *_) = str(error).splitlines() or [""]
-            raise OSError(f"{target.name} cannot be written, is the disk full? {what}") from None
+            if out_of_memory(error):
+                raise MemoryError(f"There is not enough memory to save {self.path}.") from None
+            # torch hides why it could not write behind words about its archive.
+            raise OSError(errno.ENOSPC, "torch.save failed, is the disk full?") from None
         except Exception:  # of attributes, say, that a damaged pickle gave to a tensor
             raise UnreadableError(
                 f"{self.path} must hold what can be saved again, but does not. "
@@ -160,7 +163,9 @@ def _load(path: Path, mapped: bool) -> Any:
     except (FileNotFoundError, PermissionError, IsADirectoryError, UnreadableError):
         raise
     except Exception as error:  # a damaged pickle can raise whatever there is
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        if out_of_memory(error) and mapped:
+            raise UnreadableError(f"{path} cannot be read: there is not enough memory.") from None
+        if out_of_memory(error):
             raise UnreadableError(
                 f"{path} takes more memory than there is, as it is compressed or in the format of "
                 "torch before 1.6, and cannot be mapped. Load it elsewhere and save it again."

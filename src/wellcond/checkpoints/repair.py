@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.output import new_path, refuse_existing
 from wellcond.penalties.limit import limited
-from wellcond.text import and_more, dump_json, shown, text_table, versions, written
+from wellcond.text import and_more, dump_json, out_of_memory, shown, text_table, versions, written
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Skipped
 
@@ -157,6 +156,7 @@ def repair(
         FileExistsError: path_out is there already.
         NotADirectoryError: a part of path_out is a file.
         OSError: path_out cannot be written, as on a full disk. Nothing is left of it.
+        MemoryError: there is not enough for a weight, which is named. Nothing is written.
 
     Example:
         >>> import os, tempfile, torch, wellcond as wc
@@ -195,20 +195,20 @@ def repair(
         count += 1
         if progress is not None:
             progress(name, count)
-        new, done = _limit_all(wanted[name], max_condition, refused)
+        try:
+            new, done = _limit_all(wanted[name], max_condition, refused)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"{checkpoint.path} cannot be repaired, and nothing was written: there is not "
+                f"enough memory for {name}. To leave a weight as it is, exclude it."
+            ) from None
         repairs.extend(done)
         return new
 
     with new_path(path_out) as copy:
-        try:
-            checkpoint.copy_with(change, copy)
-        except RuntimeError as error:
-            if not re.search("inline_container|PytorchStream", str(error)):
-                raise
-            # torch.save hides why it could not write behind words about its archive.
-            raise OSError(
-                f"{path_out} cannot be written: torch.save failed. Is the disk full?"
-            ) from error
+        checkpoint.copy_with(change, copy)
         if refused:
             raise ValueError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "

@@ -128,7 +128,7 @@ class Safetensors(TensorFile):
         with target.open("r+b") as file:
             for name, tensor in replaced:
                 start, stop = self._offsets[name]
-                buffer = bytearray(stop - start)
+                buffer = memory_for(stop - start, name, self.path)
                 torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.flatten())
                 file.seek(start)
                 file.write(buffer)
