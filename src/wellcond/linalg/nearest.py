@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices
 from wellcond.linalg.lapack import svd
-from wellcond.linalg.projection import Decomposed, decomposed, resolvable
+from wellcond.linalg.projection import decomposed, resolvable
 
 
 def nearest(S: Tensor, max_condition: float) -> Tensor:
@@ -46,31 +46,29 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     wide = as_matrices(S.detach() if isinstance(S, Tensor) else S)
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
-    change, allowed = _change(wide / unit, float(max_condition))
+    # What is rounded to float32 in the end need not be known to the last digits of float64.
+    error = 1e-10 if S.dtype == torch.float64 else 1e-6
+    change, allowed = _change(wide / unit, float(max_condition), error)
     # Adding 0.0 turns the zeros' signs positive.
     moved = ((wide / unit + change) * unit + 0.0).to(S.dtype)
     return torch.where(allowed[..., None, None].to(S.device), S.detach(), moved.to(S.device))
 
 
-def _change(S: Tensor, K: float) -> tuple[Tensor, Tensor]:
+def _change(S: Tensor, K: float, error: float) -> tuple[Tensor, Tensor]:
     """What takes S (..., m, n) to a nearest matrix with kappa <= K, and whether it obeys."""
     m, n = S.shape[-2:]
     if m < n:
-        change, allowed = _change(S.mT, K)
+        change, allowed = _change(S.mT, K, error)
         return change.mT, allowed
     found = decomposed(S.mT @ S)
-    if found is not None and bool(_precise(found).all()):
+    limit = resolvable(torch.float64, n, error)
+    if found is not None and bool((found.sigma[..., -1] < limit * found.sigma[..., 0]).all()):
         clipped = clip(found.sigma.flip(-1), K).flip(-1)
         V, d = found.move(clipped)
         return ((S @ V) * d[..., None, :]) @ V.mT, (clipped == found.sigma).all(dim=-1)
     U, sigma, Vh = svd(S)
     clipped = clip(sigma, K)
     return (U * (clipped - sigma)[..., None, :]) @ Vh, (clipped == sigma).all(dim=-1)
-
-
-def _precise(found: Decomposed) -> Tensor:
-    bound = resolvable(torch.float64, found.sigma.shape[-1], error=1e-10)
-    return found.sigma[..., -1] < bound * found.sigma[..., 0]
 
 
 def check_limit(max_condition: float) -> None:

@@ -118,10 +118,11 @@ def negligible(shape: torch.Size) -> float:
     return max(shape[-2:]) * _EPS
 
 
-def measure(S: Tensor, all_values: bool = False) -> Spectrum:
+def measure(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spectrum:
     """The singular values of one matrix (m, n), in float64, by the cheapest sound method.
 
-    Of a very large one only the extremes, unless `all_values` are asked for. Raises ValueError if
+    Of a very large one only the extremes, unless `all_values` are asked for; of any, where that is
+    cheaper, if `extremes` are enough. Raises ValueError if
     it is not finite, or LAPACK does not converge.
     """
     wide, unit = scaled(S)  # LAPACK squares, and scales subnormal entries up
@@ -130,7 +131,7 @@ def measure(S: Tensor, all_values: bool = False) -> Spectrum:
         return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
     if m > _SMALL and n > _SMALL:
         try:
-            spectrum = _from_gram(wide.mT if m < n else wide, all_values)
+            spectrum = _from_gram(wide.mT if m < n else wide, all_values, extremes)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             spectrum = None
         if spectrum is not None:
@@ -152,7 +153,7 @@ def spectrum_of_blocks(spectra: Sequence[Spectrum]) -> Spectrum:
     return Spectrum(sigma, method, torch.Size([len(spectra), *spectra[0].shape]), unit)
 
 
-def _from_gram(S: Tensor, all_values: bool) -> Spectrum | None:
+def _from_gram(S: Tensor, all_values: bool, extremes: bool = False) -> Spectrum | None:
     """Singular values of S (m >= n) from its Gram matrix; None where that does not resolve them.
 
     Cheap questions first: what needs an SVD in the end should not pay for eigenvalues before.
@@ -169,7 +170,7 @@ def _from_gram(S: Tensor, all_values: bool) -> Spectrum | None:
     if hides * G.diagonal().max() > smallest.square():
         return None
     converged = error <= _RESIDUAL_ERROR
-    sure = n >= _LARGE and converged and not all_values
+    sure = (n >= _LARGE or extremes) and converged and not all_values
     top, _, top_error = _krylov(lambda V: G @ V, start, _RESIDUAL_ERROR, steps=100 if sure else 3)
     if hides * top > smallest.square():
         return None

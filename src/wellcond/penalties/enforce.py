@@ -177,7 +177,10 @@ class _Together:
             G = self._gram(torch.float64)
             return self._agreed(lambda: self._excess(G, most)).where(moved, 0.0)
 
-        first = torch.full_like(excess, 2 * _SLACK).clamp_min(4 * self.u if self.u < 1e-3 else 0.0)
+        # Of what rounding adds, the smallest singular value takes a share that grows with kappa.
+        target = self.bounds.clip(sigma, margin)
+        share = 4 + 0.02 * target[..., 0] / self.bounds.matters(target[..., -1])
+        first = (self.u * share if self.u < 1e-6 else 0 * share).clamp_min(2 * _SLACK)
         if found.V.dtype == torch.float32:  # a margin beforehand saves a round
             u = torch.finfo(torch.float32).eps / 2
             first = first.maximum((_NARROW_MISS * u * (kappa.square() + 1)).where(moved, 0.0))
@@ -271,7 +274,7 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     unknown = torch.tensor([math.nan, math.nan, 0.0], dtype=torch.float64, device=S.device)
     if not bool(torch.isfinite(S).all()):
         return S, unknown
-    spectrum = measure(S)
+    spectrum = measure(S, extremes=True)
     excess = _measured_excess(spectrum, bounds)
     unknown[0], unknown[1] = excess, spectrum.condition_number
     if not bool(excess > 1):
@@ -287,7 +290,7 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     def after() -> Tensor:
         if not bool(torch.isfinite(X).all()):
             return torch.full_like(excess, torch.inf)
-        return _measured_excess(measure(X), bounds)
+        return _measured_excess(measure(X, extremes=True), bounds)
 
     try:
         first, u = torch.full_like(excess, 2 * _SLACK), torch.finfo(S.dtype).eps / 2

@@ -208,10 +208,10 @@ def limited(S: Tensor, max_condition: float) -> Limited:
         ValueError: rounding to the dtype lifts kappa above K whatever the margin, or LAPACK does
             not converge.
     """
-    before = measure(S).condition_number
+    before = measure(S, extremes=True).condition_number
     if before <= max_condition or math.isnan(before):
         return Limited(S, before, before, 0.0)
     weight = StoredMatrix(S.clone())
     (told,) = enforce_([weight], ConditionLimit(max_condition))
-    after = measure(weight.S).condition_number
+    after = measure(weight.S, extremes=True).condition_number
     return Limited(weight.S, before, after, float(told.margin))
