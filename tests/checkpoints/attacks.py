@@ -81,6 +81,8 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
     deep = b'{"a":' * 100_000
     dimensions = json.dumps({"dtype": "F32", "shape": [1] * 20_000, "data_offsets": [0, 4]})
     many = json.dumps({"dtype": "F32", "shape": [2] * 3_000_000 + [0], "data_offsets": [0, 0]})
+    tensor = json.dumps({"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]})
+    long = "_embed" * 200_000
     names = ["\ud800", "a\nb", "\x1b[2J", "\u202ex", "nul\0", "κ", ("t", 1), b"b", 1.5]
 
     def instructions(pickled: bytes) -> tuple[str, Callable[[], Sample]]:
@@ -158,6 +160,9 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
             safetensors, f'{{"w": {dimensions}}}'.encode(), bytes(4)
         ),
         "3,000,000 lengths of an empty tensor": refused(safetensors, f'{{"w": {many}}}'.encode()),
+        "a name of a million letters": refused(
+            safetensors, f'{{"{long}\\n": {tensor}}}'.encode(), bytes(16)
+        ),
         "an index within itself": refused(
             lambda: Sample("a.safetensors.index.json", {"a.safetensors.index.json": deep})
         ),

@@ -33,18 +33,25 @@ _PERHAPS_SCALES = re.compile(
 )
 
 # Of an embedding, and of a parameter that stands for itself: tok_embeddings, embed_in, cls_token.
+# Here a dot is any letter: would a line end be none, a long name that has one might take hours.
 _WORDS = r"(.*_)?(emb|embeds?|embeddings?|tokens?)\d*(_.*)?"
 _LOOKED_UP = re.compile(
-    rf"{_WORDS}|w[tp]e|shared|embedder|(row|column|queries)_embedder|relative_attention_bias|codebook"
+    rf"{_WORDS}|w[tp]e|shared|embedder|(row|column|queries)_embedder|relative_attention_bias|codebook",
+    re.DOTALL,
 )
 # embed_tokens.0.weight is one of several embeddings, time_embed.0.weight a layer of a Sequential.
-_SEVERAL = re.compile(r"(.*_)?(embeddings|tokens|embeds_layers)(_.*)?|w[tp]es|point_embed")
+_SEVERAL = re.compile(
+    r"(.*_)?(embeddings|tokens|embeds_layers)(_.*)?|w[tp]es|point_embed", re.DOTALL
+)
 # Linear maps from or to an embedding: patch_embedding, embeddings_project, the heads of detectors.
 _LINEAR = re.compile(
     r".*(patch|proj|linear|dense|mapping|transformation).*"
-    r"|(.*_)?class_embed|embed_(return|state|action)|vision_embed_tokens"
+    r"|(.*_)?class_embed|embed_(return|state|action)|vision_embed_tokens",
+    re.DOTALL,
 )
-_ADDED = re.compile(rf"{_WORDS}|(.*_)?(pos|positions?|positional|latents?|bias|biases)\d*(_.*)?")
+_ADDED = re.compile(
+    rf"{_WORDS}|(.*_)?(pos|positions?|positional|latents?|bias|biases)\d*(_.*)?", re.DOTALL
+)
 
 
 def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
@@ -96,7 +103,7 @@ def _originals(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[s
         if stem in tensors:  # a weight that is stored itself
             continue
         norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
-        normed = part == "v" and re.search(r"\bweight[^.]*$", stem)
+        normed = part == "v" and re.split(r"[./]", stem)[-1].startswith("weight")
         if normed and entries(norms) == max(norms, default=1):
             yield from (name, f"{stem}_g")
         beside = {f"{stem}_u", f"{stem}_mask"} & tensors.keys()
