@@ -1,4 +1,4 @@
-"""The images: MNIST read from every form it comes in, and refused when damaged."""
+"""The images: MNIST read from every form it comes in, CIFAR-10, and refused when damaged."""
 
 import gzip
 import hashlib
@@ -40,7 +40,7 @@ def directory(tmp_path: Path, arrays: dict[str, np.ndarray]) -> Path:
 
 
 def assert_read(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    read = data.read_mnist(path)
+    read = data.read(path)
     for key, array in arrays.items():
         torch.testing.assert_close(read[key], torch.from_numpy(array))
 
@@ -115,27 +115,27 @@ def test_truncated_idx_is_refused(directory: Path, kept: int) -> None:
     path = directory / STEMS["x_test"]
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte is (truncated|no idx file)"):
-        data.read_mnist(directory)
+        data.read(directory)
 
 
 def test_overlong_idx_is_refused(directory: Path) -> None:
     path = directory / STEMS["y_test"]
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(ValueError, match="header says 10 bytes, it has 11"):
-        data.read_mnist(directory)
+        data.read(directory)
 
 
 def test_wrong_magic_is_refused(directory: Path) -> None:
     path = directory / STEMS["x_train"]
     path.write_bytes(b"\x00\x00\x0d\x03" + path.read_bytes()[4:])  # 0x0d: float32
     with pytest.raises(ValueError, match="no idx file of bytes: it begins with 00000d03"):
-        data.read_mnist(directory)
+        data.read(directory)
 
 
 def test_empty_idx_is_refused(directory: Path) -> None:
     (directory / STEMS["x_train"]).write_bytes(idx(np.zeros((0, SIDE, SIDE), np.uint8)))
     with pytest.raises(ValueError, match="is empty: its header says 0 x 28 x 28"):
-        data.read_mnist(directory)
+        data.read(directory)
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[1:]])
@@ -144,7 +144,7 @@ def test_damaged_gzip_is_refused(directory: Path, spoil) -> None:
     (directory / f"{plain.name}.gz").write_bytes(spoil(gzip.compress(plain.read_bytes())))
     plain.unlink()
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is damaged"):
-        data.read_mnist(directory)
+        data.read(directory)
 
 
 def test_mislabelled_files_are_refused(directory: Path) -> None:
@@ -153,13 +153,13 @@ def test_mislabelled_files_are_refused(directory: Path) -> None:
     images.write_bytes(labels.read_bytes())
     labels.write_bytes(content)
     with pytest.raises(ValueError, match="Are the files named as they should be"):
-        data.read_mnist(directory)
+        data.read(directory)
 
 
 def test_labels_of_another_set_are_refused(directory: Path) -> None:
     (directory / STEMS["y_train"]).write_bytes((directory / STEMS["y_test"]).read_bytes())
     with pytest.raises(ValueError, match="20 train images but 10 labels"):
-        data.read_mnist(directory)
+        data.read(directory)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_npz_of_something_else_is_refused(
     change(arrays)
     np.savez(tmp_path / "mnist.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        data.read_mnist(tmp_path)
+        data.read(tmp_path)
 
 
 def test_damaged_npz_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -194,13 +194,81 @@ def test_damaged_npz_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -
     for content in (b"", b"hello", whole[: len(whole) // 2], bytes(flipped)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"is no readable \.npz of MNIST"):
-            data.read_mnist(path)
+            data.read(path)
 
 
 def test_a_single_array_is_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "mnist.npy", np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match=r"is no readable \.npz of MNIST"):
-        data.read_mnist(tmp_path / "mnist.npy")
+        data.read(tmp_path / "mnist.npy")
+
+
+# --- colour ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def coloured(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The grey images as red ones; green and blue are darker by 1 and by 2."""
+    dark = np.arange(3, dtype=np.uint8)
+    return {
+        key: array[..., None].clip(2) - dark if key.startswith("x") else array
+        for key, array in arrays.items()
+    }
+
+
+def test_colour_is_read_channel_after_channel(
+    tmp_path: Path, coloured: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cifar10.npz"
+    np.savez(path, **coloured)
+    for source, place in ((str(path), ""), ("cifar10", path), ("cifar10", tmp_path)):
+        monkeypatch.setenv("WELLCOND_DATA", str(place))
+        images = data.load(source, colour=True)
+        assert (images.name, images.side, images.channels) == ("cifar10", SIDE, 3)
+        assert images.x_train.shape == (TRAIN, images.pixels) == (TRAIN, 3 * SIDE**2)
+        red, green, blue = (255 * images.x_test).unflatten(1, (3, SIDE, SIDE)).unbind(1)
+        torch.testing.assert_close(red, torch.from_numpy(coloured["x_test"][..., 0]).float())
+        torch.testing.assert_close(red - green, torch.ones_like(red))
+        torch.testing.assert_close(red - blue, 2 * torch.ones_like(red))
+    assert images.split(0.5).channels == 3
+
+
+def test_colour_is_refused_where_it_will_not_do(
+    tmp_path: Path,
+    arrays: dict[str, np.ndarray],
+    coloured: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grey, colour = tmp_path / "grey.npz", tmp_path / "colour.npz"
+    np.savez(grey, **arrays)
+    np.savez(colour, **coloured)
+    with pytest.raises(ValueError, match="holds images in colour: only `wellcond bench when`"):
+        data.load(str(colour))
+    for source, path, other in (("cifar10", grey, "mnist"), ("mnist", colour, "cifar10")):
+        monkeypatch.setenv("WELLCOND_DATA", str(path))
+        with pytest.raises(ValueError, match=f"like those of {other}, and not {source}"):
+            data.load(source, colour=True)
+    monkeypatch.delenv("WELLCOND_DATA")
+    with pytest.raises(ValueError, match="--data PATH or WELLCOND_DATA: CIFAR-10 is not"):
+        data.load("cifar10", colour=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(x_test=a["x_test"][..., 0]), "of one size, and in colour of three"),
+        (lambda a: a.update({k: a[k].swapaxes(1, 3) for k in ("x_train", "x_test")}), "square"),
+        (lambda a: a.update({k: a[k][..., :2] for k in ("x_train", "x_test")}), "three channels"),
+        (lambda a: a.update(y_train=a["y_train"][:, None]), "labels 1, got"),
+    ],
+)
+def test_npz_that_is_not_in_colour_is_refused(
+    tmp_path: Path, coloured: dict[str, np.ndarray], change, message: str
+) -> None:
+    change(coloured)
+    np.savez(tmp_path / "colour.npz", **coloured)
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / "colour.npz"), colour=True)
 
 
 # --- download -------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Images to train on: scikit-learn's digits, which need no download, and MNIST.
+"""Images to train on: scikit-learn's digits, which need no download, MNIST and CIFAR-10.
 
 MNIST is read from a directory or a file: four idx files, plain or .gz, or an .npz with uint8 arrays
 x_train, y_train, x_test, y_test. Where none is given it is downloaded, checked by md5, and kept.
+CIFAR-10 is such an .npz with images (N, side, side, 3), and is not downloaded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import struct
 import urllib.request
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,11 +37,18 @@ WHERE = (
     "t10k-labels-idx1-ubyte (plain or .gz), or a mnist.npz, into a directory and give it by "
     "--data DIR or WELLCOND_DATA."
 )
+WHERE_CIFAR10 = (
+    "Give an .npz with uint8 arrays x_train (N, 32, 32, 3), y_train, x_test and y_test by --data "
+    "PATH or WELLCOND_DATA: CIFAR-10 is not downloaded."
+)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Flat grey images in [0, 1], (N, side^2) float32, with labels (N,) int64."""
+    """Flat images in [0, 1], (N, channels side^2) float32, with labels (N,) int64.
+
+    Grey, or in three channels one after another.
+    """
 
     name: str
     side: int
@@ -48,10 +56,11 @@ class Images:
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+    channels: int = 1
 
     @property
     def pixels(self) -> int:
-        return self.side**2
+        return self.channels * self.side**2
 
     @property
     def mean(self) -> Tensor:
@@ -71,15 +80,21 @@ class Images:
         held = int(share * len(order))
         train, validation = order[held:], order[:held]
         x, y = self.x_train, self.y_train
-        return Images(self.name, self.side, x[train], y[train], x[validation], y[validation])
+        return replace(
+            self, x_train=x[train], y_train=y[train], x_test=x[validation], y_test=y[validation]
+        )
 
 
 def _permutation(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def load(source: str) -> Images:
-    """The images that `--data` names: "digits", "mnist", or a path to MNIST.
+def load(source: str, colour: bool = False) -> Images:
+    """The images that `--data` names: "digits", "mnist", "cifar10", or a path to one of the latter.
+
+    Args:
+        source: the name or the path.
+        colour: whether images in colour will do.
 
     Raises:
         ValueError: a missing, truncated or mislabelled file, or no network; with the way out.
@@ -87,10 +102,20 @@ def load(source: str) -> Images:
     """
     if source == "digits":
         return _digits()
-    if source == "mnist":
+    path = Path(source)
+    if source in ("mnist", "cifar10"):
         local = os.environ.get("WELLCOND_DATA")
-        return _mnist(read_mnist(Path(local) if local else download_mnist()))
-    return _mnist(read_mnist(Path(source)))
+        if source == "cifar10" and not local:
+            raise ValueError(WHERE_CIFAR10)
+        path = Path(local) if local else download_mnist()
+        if source == "cifar10" and path.is_dir():
+            path /= "cifar10.npz"
+    images = _images(read(path))
+    if source in ("mnist", "cifar10") and images.name != source:
+        raise ValueError(f"{path} holds images like those of {images.name}, and not {source}.")
+    if images.channels > 1 and not colour:
+        raise ValueError(f"{path} holds images in colour: only `wellcond bench when` takes these.")
+    return images
 
 
 def _digits() -> Images:
@@ -108,14 +133,20 @@ def _digits() -> Images:
     return Images("digits", 8, x[train], y[train], x[test], y[test])
 
 
-def _mnist(arrays: dict[str, Tensor]) -> Images:
-    x_train, x_test = (arrays[key].flatten(1).float() / 255 for key in ("x_train", "x_test"))
+def _images(arrays: dict[str, Tensor]) -> Images:
+    colour = arrays["x_train"].ndim == 4
+    x_train, x_test = (
+        (arrays[key].movedim(3, 1) if colour else arrays[key]).flatten(1).float() / 255
+        for key in ("x_train", "x_test")
+    )
     y_train, y_test = (arrays[key].long() for key in ("y_train", "y_test"))
-    return Images("mnist", arrays["x_train"].shape[-1], x_train, y_train, x_test, y_test)
+    name, channels = ("cifar10", 3) if colour else ("mnist", 1)
+    side = arrays["x_train"].shape[2]
+    return Images(name, side, x_train, y_train, x_test, y_test, channels)
 
 
-def read_mnist(path: Path) -> dict[str, Tensor]:
-    """The four uint8 arrays of MNIST from an .npz file or a directory.
+def read(path: Path) -> dict[str, Tensor]:
+    """The four uint8 arrays of MNIST from an .npz file or a directory, or of CIFAR-10 from an .npz.
 
     Raises:
         ValueError: nothing there, or a file that is damaged or holds something else.
@@ -153,7 +184,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         *(OSError, ValueError, EOFError, TypeError, NotImplementedError),
         *(zipfile.BadZipFile, zlib.error),
     ) as error:
-        raise ValueError(f"{path} is no readable .npz of MNIST: {error}.") from None
+        raise ValueError(f"{path} is no readable .npz of MNIST or CIFAR-10: {error}.") from None
     for key, array in arrays.items():
         if array.dtype != np.uint8:
             raise ValueError(f"{path}: {key} must be uint8, got {array.dtype}.")
@@ -189,18 +220,22 @@ def _read_idx(path: Path) -> Tensor:
 def _checked(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.ndim != 3 or y.ndim != 1:
+        if x.ndim not in (3, 4) or y.ndim != 1:
             raise ValueError(
-                f"{path}: images must have 3 dimensions and labels 1, got {tuple(x.shape)} and "
-                f"{tuple(y.shape)} for {part}. Are the files named as they should be?"
+                f"{path}: images must have 3 dimensions, or 4 in colour, and labels 1, got "
+                f"{tuple(x.shape)} and {tuple(y.shape)} for {part}. "
+                "Are the files named as they should be?"
             )
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"{path}: {len(x)} {part} images but {len(y)} labels.")
         if int(y.max()) > 9:
             raise ValueError(f"{path}: {part} labels must be 0 to 9, got {int(y.max())}.")
     shapes = {tuple(arrays[key].shape[1:]) for key in ("x_train", "x_test")}
-    if len(shapes) > 1 or any(height != width for height, width in shapes):
-        raise ValueError(f"{path}: images must all be square and of one size, got {shapes}.")
+    if len(shapes) > 1 or any(s[0] != s[1] or s[2:] not in ((), (3,)) for s in shapes):
+        raise ValueError(
+            f"{path}: images must all be square and of one size, and in colour of three channels, "
+            f"the last dimension, got {shapes}."
+        )
     return arrays
 
 
