@@ -1,6 +1,8 @@
 """`bench when`: every way on the same batches, limits that hold, and nets on images in colour."""
 
+import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,6 @@ def test_the_convolutions_learn_colours_under_a_limit(
     arguments = ("--model", "cnn", "--data", coloured, "--condition", 3, "--epochs", 12)
     assert when(*arguments, "--json") == 0
     none, projected, limited = json.loads(capsys.readouterr().out)["runs"]
-    # The largest of all weights: without a limit a kernel is above it, with one none.
     assert none["kappa_worst"] >= none["kappa_square"] > 20
     for run in (projected, limited):
         assert run["kappa_worst"] <= 3
@@ -79,6 +80,16 @@ def test_the_convolutions_learn_colours_under_a_limit(
     table = capsys.readouterr().out
     assert "cnn on 300 images of cifar10" in table
     assert PROJECTED in table
+
+
+def test_the_worst_weight_may_be_a_kernel(coloured: Path) -> None:
+    arguments = argparse.Namespace(model="cnn", data=str(coloured), epochs=1, samples=9)
+    task = bench_when._Task(arguments)
+    net = task.model(seed=0)
+    torch.nn.init.ones_(net.get_parameter("1.weight"))
+    found = task.measured(net, task.noisy(seed=0))
+    assert found["kappa_worst"] == math.inf
+    assert 1 < found["kappa_square"] < 1e6
 
 
 def test_the_square_layer_is_square() -> None:

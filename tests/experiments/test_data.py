@@ -248,6 +248,9 @@ def test_colour_is_refused_where_it_will_not_do(
         monkeypatch.setenv("WELLCOND_DATA", str(path))
         with pytest.raises(ValueError, match=f"like those of {other}, and not {source}"):
             data.load(source, colour=True)
+    monkeypatch.setenv("WELLCOND_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no such file: .*cifar10\.npz\. Give an \.npz"):
+        data.load("cifar10", colour=True)
     monkeypatch.delenv("WELLCOND_DATA")
     with pytest.raises(ValueError, match="--data PATH or WELLCOND_DATA: CIFAR-10 is not"):
         data.load("cifar10", colour=True)

@@ -102,14 +102,15 @@ def load(source: str, colour: bool = False) -> Images:
     """
     if source == "digits":
         return _digits()
-    path = Path(source)
-    if source in ("mnist", "cifar10"):
-        local = os.environ.get("WELLCOND_DATA")
-        if source == "cifar10" and not local:
-            raise ValueError(WHERE_CIFAR10)
+    path, local = Path(source), os.environ.get("WELLCOND_DATA")
+    if source == "mnist":
         path = Path(local) if local else download_mnist()
-        if source == "cifar10" and path.is_dir():
-            path /= "cifar10.npz"
+    if source == "cifar10":
+        if not local:
+            raise ValueError(WHERE_CIFAR10)
+        path = Path(local, "cifar10.npz") if Path(local).is_dir() else Path(local)
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}. {WHERE_CIFAR10}")
     images = _images(read(path))
     if source in ("mnist", "cifar10") and images.name != source:
         raise ValueError(f"{path} holds images like those of {images.name}, and not {source}.")
