@@ -24,7 +24,7 @@ from wellcond.text import dump_json
 NONE, PROJECTED, LIMITED = "none", "projected at the end", "limit, attach"
 ADDED, ATTACHED, TIKHONOV = "Condition, add_gradients_", "Condition, attach", "Tikhonov, attach"
 SOFT = [(ADDED, 0.1), (ADDED, 1.0), (ATTACHED, 100.0), (ATTACHED, 1000.0), (TIKHONOV, 1.0)]
-METRICS = ("accuracy", "accuracy_in_noise", "kappa_worst", "kappa_square")
+ACCURACIES, KAPPAS = ("accuracy", "accuracy_in_noise"), ("kappa_worst", "kappa_square")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"data": "digits", "epochs": 3, "samples": 60_000},
     "cnn": {"data": "cifar10", "epochs": 4, "samples": 8_000},
@@ -108,7 +108,8 @@ class _Task:
         # nan if one is.
         worst = float(torch.tensor(list(kappas.values()), dtype=torch.float64).max())
         tested = (self._accuracy(model, x) for x in (self.x_test, noisy))
-        return dict(zip(METRICS, (*tested, worst, kappas[SQUARE[self.name]]), strict=True))
+        square = kappas[SQUARE[self.name]]
+        return dict(zip(ACCURACIES + KAPPAS, (*tested, worst, square), strict=True))
 
     def _accuracy(self, model: nn.Module, x: Tensor) -> float:
         with torch.no_grad():
@@ -155,9 +156,11 @@ def run(arguments: argparse.Namespace) -> int:
                     seconds = alone + time.process_time() - started
                 else:
                     model, seconds = task.train(way, strength, seed)
-                one = {"way": way, "strength": strength, "seed": seed}
-                measured = task.measured(model, noisy)
-                runs.append({**one, **measured, "seconds": seconds, "cost": seconds / alone})
+                one: dict[str, Any] = {"way": way, "strength": strength, "seed": seed}
+                one |= task.measured(model, noisy) | {"seconds": seconds, "cost": seconds / alone}
+                without = runs[seed * len(plan)] if way != NONE else one
+                one |= {f"{key}_change": one[key] - without[key] for key in ACCURACIES}
+                runs.append(one)
                 advance(f"seed {seed}, {way} {strength:g}")
     ways = [_over_seeds([r for r in runs if (r["way"], r["strength"]) == one]) for one in plan]
     settings = {key: getattr(arguments, key) for key in ("model", "epochs", "seeds")}
@@ -172,31 +175,33 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(settings: dict[str, Any], ways: list[dict[str, Any]]) -> None:
+    over = _run.over_seeds(settings["seeds"])
+    names = [[row["way"], f"{row['strength']:g}" if row["way"] != NONE else ""] for row in ways]
+    keys = [key for name in ACCURACIES for key in (name, f"{name}_change")]
     _run.print_table(
         "{model} on {samples} images of {data}, epochs: {epochs}, batch {batch}, Adam 1e-3, "
-        "threads: {threads}; the way on all weights; noise 1: in units of the deviation of the "
-        "pixels; time: CPU seconds as a multiple of those without, median over the seeds. "
-        "{}".format(_run.over_seeds(settings["seeds"]), **settings),
+        "threads: {threads}; the way on all weights. Accuracy, clean and in Gaussian noise of the "
+        "deviation of the pixels; change: of the same seed without. {}".format(over, **settings),
+        ["way", "K or strength", "clean, %", "change", "in noise, %", "change"],
         [
-            *("way", "K or strength", "accuracy, %", "at noise 1, %"),
-            *("κ of the worst weight", "κ of the square one", "time"),
+            [*name, *(_run.with_interval(row[key]) for key in keys)]
+            for name, row in zip(names, ways, strict=True)
         ],
+    )
+    _run.print_table(
+        "Condition numbers, and CPU seconds as a multiple of those without, median over the seeds",
+        ["way", "K or strength", "κ of the worst weight", "κ of the square one", "time"],
         [
-            [
-                row["way"],
-                f"{row['strength']:g}" if row["way"] != NONE else "",
-                *(_run.with_interval(row[metric]) for metric in METRICS),
-                f"{row['cost']:.2f}",
-            ]
-            for row in ways
+            [*name, *(_run.with_interval(row[key]) for key in KAPPAS), f"{row['cost']:.2f}"]
+            for name, row in zip(names, ways, strict=True)
         ],
     )
 
 
 def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     means = {
-        metric: _run.interval([r[metric] for r in runs], log=metric.startswith("kappa"))
-        for metric in METRICS
+        key: _run.interval([run[key] for run in runs], log=key in KAPPAS)
+        for key in (*ACCURACIES, *(f"{key}_change" for key in ACCURACIES), *KAPPAS)
     }
-    cost = statistics.median(r["cost"] for r in runs)
+    cost = statistics.median(run["cost"] for run in runs)
     return {"way": runs[0]["way"], "strength": runs[0]["strength"], **means, "cost": cost}
