@@ -19,13 +19,13 @@ K = 3.0
 
 
 def rule(summed: float, excess: float, passed: bool) -> float:
-    """B <- (sum since the last) clip(0.2/rise, 1/4, 2), and 1.25 of it where the gate passed."""
+    """B <- (sum since the last) clip(0.23/rise, 1/4, 2), and 1.25 of it where the gate passed."""
     if passed:
         return 1.25 * summed
     if math.isnan(excess):
         return summed
     rise = excess - 1
-    return summed * (min(max(0.2 / rise, 0.25), 2) if rise > 0 else 2)
+    return summed * (min(max(0.23 / rise, 0.25), 2) if rise > 0 else 2)
 
 
 @hypothesis.given(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _FIRST, _LONGEST = 10, 1000  # steps
-_RISE = 0.2  # by how much a bound may be exceeded before an application, of itself
+_RISE = 0.23  # by how much a bound may be exceeded before an application, of itself
 
 
 @dataclass
