@@ -119,3 +119,12 @@ def test_without_data_it_says_what_to_give(
     monkeypatch.delenv("WELLCOND_DATA", raising=False)
     assert when("--model", "cnn") == 2
     assert "CIFAR-10 is not downloaded" in capsys.readouterr().err
+
+
+def test_what_is_no_limit_is_refused_before_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_when, "_Task", None)
+    for limits in ("5,0.5", "5,a"):
+        assert when("--condition", limits) == 2
+    assert "must be at least 1, got 0.5" in capsys.readouterr().err

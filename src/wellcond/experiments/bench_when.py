@@ -139,8 +139,10 @@ def run(arguments: argparse.Namespace) -> int:
     _run.apply_threads(arguments)
     for option, value in DEFAULTS[arguments.model].items():
         setattr(arguments, option, getattr(arguments, option) or value)
-    task = _Task(arguments)
     limits = [float(K) for K in arguments.condition.split(",")]
+    for K in limits:
+        wc.ConditionLimit(K)  # refuses what is none, before anything is trained
+    task = _Task(arguments)
     plan = [(NONE, 0.0)] + [(way, K) for way in (PROJECTED, LIMITED) for K in limits] + SOFT
     runs: list[dict[str, Any]] = []
     with _run.progress(arguments.seeds * len(plan), "bench when") as advance:
