@@ -12,6 +12,8 @@ from wellcond.checkpoints.files import Checkpoint
 from wellcond.weights.reasons import Reason, Skipped
 
 FORMATS = ["safetensors", "pt"]
+# Scales of the MX formats are powers of two; older versions of torch lack them.
+E8M0 = getattr(torch, "float8_e8m0fnu", torch.float8_e5m2)
 
 
 def saved(folder: Path, kind: str, content: dict[str, Tensor]) -> Path:
@@ -63,7 +65,7 @@ QUANTISED: dict[str, dict[str, Tensor]] = {
     },
     "with float8 scales": {
         "l.weight": floats(8, 8).to(torch.float8_e4m3fn),
-        "l.weight_scale": floats(8, 2).to(torch.float8_e8m0fnu),
+        "l.weight_scale": floats(8, 2).to(E8M0),
     },
     "scales in a vector": {"l.weight": codes(8, 8, dtype=torch.int8), "l.SCB": floats(8)},
     "zeros first": {"l.qzeros": codes(8, 32), "l.qweight": codes(64, 256), "l.scales": floats(8)},
