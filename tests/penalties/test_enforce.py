@@ -361,3 +361,20 @@ def test_enforcing_again_changes_nothing() -> None:
                 continue
             assert torch.equal(enforced(once, wc.ConditionLimit(K))[0], once)
             assert torch.equal(enforced(once, wc.ConditionLimit(K), condition_number=K)[0], once)
+
+
+def test_where_a_device_has_no_float64_a_copy_on_the_cpu_is_worked_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    class Elsewhere(torch.Tensor):
+        def cpu(self, *args: object, **kwargs: object) -> Tensor:
+            asked.append(self.shape)
+            return self.as_subclass(torch.Tensor).clone()
+
+    monkeypatch.setattr("wellcond.operators.stored._NARROW_DEVICES", {"cpu"})
+    S = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).as_subclass(Elsewhere)
+    enforce_([StoredMatrix(S)], wc.ConditionLimit(2.0))
+    assert asked == [(8, 6)]
+    assert float(wc.condition_number(S.as_subclass(torch.Tensor))) <= 2.0

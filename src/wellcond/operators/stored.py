@@ -18,6 +18,7 @@ from wellcond.operators.base import Gradient, LowRank, NewWeight, over_matrices
 from wellcond.operators.rounding import rounded, working_dtype
 from wellcond.operators.views import STORED, View, writable
 
+_NARROW_DEVICES = {"mps"}  # without float64: what needs it is done on the CPU
 _BANDS = 16  # a half-precision weight is widened by sixteenths
 
 
@@ -107,7 +108,12 @@ class StoredMatrix:
     @contextlib.contextmanager
     def spread(self, whole: bool = False) -> Iterator[StoredMatrix]:
         """Itself, laid out so that `gram` and `rescale_` work, or so that it is whole."""
-        yield self
+        if self.device.type not in _NARROW_DEVICES:
+            yield self
+            return
+        host = StoredMatrix(self.parameter.cpu(), self.view, self.seed)
+        yield host
+        self.parameter.copy_(host.parameter)
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
         """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from wellcond.linalg.checks import in_float64
 from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable, WeightOperator
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
@@ -203,7 +204,8 @@ class Engine:
             if excess is not None:
                 each = [_seen(one, torch.full_like(one, math.nan)) for (one,) in batch.each(excess)]
             else:
-                device = batch.operators[0].device
+                # Where nothing is exchanged numbers may stay here, as some devices have no float64.
+                device = batch.operators[0].device if self.replicas is not None else "cpu"
                 blank = torch.full((3,), _FAILED, dtype=torch.float64, device=device)
                 each = [blank.clone() for _ in batch.states]
                 try:
@@ -302,7 +304,7 @@ def _apply_(batch: Batch) -> list[Tensor]:
     obeys = torch.equal(values, stored)
     if not obeys:
         cast(Updatable, S).update_(NewWeight(values))
-    unknown = torch.full((), math.nan, device=S.device)
+    unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
     return [_seen(unknown, unknown, obeys)]
 
 
@@ -322,7 +324,9 @@ def _worst(numbers: Sequence[float]) -> float:
 
 def _seen(excess: Tensor, condition_number: Tensor, passed: bool = False) -> Tensor:
     """Excess and kappa, the worst of a stack, and whether it passed, as three numbers."""
-    worst = [torch.nan_to_num(x.double(), nan=-math.inf).max() for x in (excess, condition_number)]
+    worst = [
+        torch.nan_to_num(in_float64(x), nan=-math.inf).max() for x in (excess, condition_number)
+    ]
     known = [torch.where(x == -math.inf, math.nan, x) for x in worst]
     return torch.stack([*known, torch.full_like(known[0], float(passed))])
 
