@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
     epochs = range(arguments.epochs)
     _run.print_table(
         f"Training a {task.name}, batch {task.batch}, Adam 1e-3, {task.steps} steps an epoch, "
-        f"{_run.over_seeds(arguments.seeds)}, {torch.get_num_threads()} threads: time as a "
+        f"{arguments.seeds} seeds, {torch.get_num_threads()} threads: medians of the time as a "
         "multiple of a training without, κ before an application but the first, κ after, steps "
         "between two",
         [
