@@ -31,7 +31,9 @@ if TYPE_CHECKING:
         condition_penalty_gradient,
         proximal_step,
     )
+    from wellcond.penalties.isometry import Isometry, Orthogonality
     from wellcond.penalties.limit import ConditionLimit, SingularValueLimit
+    from wellcond.penalties.relatives import SpectralNorm, StableRank
     from wellcond.penalties.tikhonov import Tikhonov
     from wellcond.training.estimates import Estimate
     from wellcond.training.monitor import Monitor
@@ -57,7 +59,9 @@ _NAMES = {
         *("condition_penalty", "condition_penalty_bound"),
         *("condition_penalty_gradient", "proximal_step"),
     ],
+    "penalties.isometry": ["Isometry", "Orthogonality"],
     "penalties.limit": ["ConditionLimit", "SingularValueLimit"],
+    "penalties.relatives": ["SpectralNorm", "StableRank"],
     "penalties.tikhonov": ["Tikhonov"],
     "training.estimates": ["Estimate"],
     "training.monitor": ["Monitor"],
@@ -78,10 +82,12 @@ __all__ = [
     "Grade",
     "Gradient",
     "Interval",
+    "Isometry",
     "Limit",
     "LowRank",
     "Monitor",
     "NewWeight",
+    "Orthogonality",
     "Penalty",
     "Reason",
     "Regularizer",
@@ -89,6 +95,8 @@ __all__ = [
     "RepairReport",
     "SingularValueLimit",
     "Skipped",
+    "SpectralNorm",
+    "StableRank",
     "Status",
     "Tikhonov",
     "audit",

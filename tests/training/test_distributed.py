@@ -141,16 +141,17 @@ def test_every_operator_does_sharded_what_it_does_whole(tmp_path: Path) -> None:
 
 
 def sharded_gram() -> None:
-    for shape, good, bad in (((9, 4), 0, 1), ((4, 9), 1, 0), ((3, 9, 4), 0, 2), ((3, 4, 9), 2, 1)):
-        whole = matrix(*shape)
+    for shape in ((9, 4), (4, 9), (5, 5), (3, 9, 4), (3, 4, 9)):
+        whole, unit = matrix(*shape), torch.full(shape[:-2], 3.0)
         gram = StoredMatrix(whole).gram(torch.float64)
-        for placement in (Shard(good), Replicate()):
-            compare(operator_of(distribute_tensor(whole, mesh(2), [placement])).gram(), gram)
-        with pytest.raises(ValueError, match="Shard the other dimension"):
-            operator_of(distribute_tensor(whole, mesh(2), [Shard(bad)])).gram()
+        for placement in (*map(Shard, range(len(shape))), Replicate()):
+            S = operator_of(distribute_tensor(whole, mesh(2), [placement]))
+            expected = whole @ whole.mT if not S.upright else gram
+            compare(S.gram(), expected)
+            compare(S.gram(unit=unit), expected / 9)
 
 
-def test_gram_matrices_of_shards_are_summed_where_the_short_side_is_whole(tmp_path: Path) -> None:
+def test_gram_matrices_of_shards_are_summed(tmp_path: Path) -> None:
     run(2, tmp_path, sharded_gram)
 
 

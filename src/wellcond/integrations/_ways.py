@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import wellcond as wc
 
-Rule: TypeAlias = wc.Penalty | wc.Limit
+Rule: TypeAlias = wc.Penalty | wc.Limit | wc.Isometry
 Penalties: TypeAlias = Rule | Mapping[str, Rule | None]
 
 

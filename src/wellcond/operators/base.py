@@ -1,7 +1,8 @@
 """A weight as a linear map S: what can be asked of it, and the forms in which it is changed.
 
 Letters: S (..., m, n) the weight, m rows (outputs), n columns (inputs); leading dimensions are a
-stack of matrices (experts, groups, weights of one kind). U (..., m, k), V (..., n, k) are skinny.
+stack of matrices (experts, groups, weights of one kind). U (..., m, k), V (..., n, k) are skinny;
+nu = min(m, n).
 """
 
 from __future__ import annotations
@@ -22,17 +23,35 @@ class LowRank(NamedTuple):
     V: Tensor
 
 
+class Rescaled(NamedTuple):
+    """c S + S C if n <= m, else c S + C S, with c (...) and a symmetric C (..., nu, nu).
+
+    Of a square matrix C is a function of its Gram matrix, so that S C = C' S with that of the other
+    side, and an operator is free to take either.
+    """
+
+    c: Tensor
+    C: Tensor
+
+
 @dataclass(frozen=True)
 class _Change:
-    form: LowRank | Tensor
+    form: LowRank | Rescaled | Tensor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it consists of; `of` puts it together again."""
+        """What it consists of; `of` puts it together again.
+
+        The dimensions of the first, beyond those of the stack, tell the form: 0, 1 and 2.
+        """
+        if isinstance(self.form, Rescaled):
+            return self.form.c[..., None], self.form.C
         return tuple(self.form) if isinstance(self.form, LowRank) else (self.form,)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Self:
+        if len(tensors) == 2:
+            return cls(Rescaled(tensors[0][..., 0], tensors[1]))
         return cls(LowRank(*tensors) if len(tensors) == 3 else tensors[0])
 
 
@@ -51,11 +70,13 @@ class Gradient(_Change):
         if isinstance(self.form, LowRank):
             c, U, V = self.form
             return Gradient(LowRank(factor * c, over_matrices(factor) * U, V))
+        if isinstance(self.form, Rescaled):
+            return Gradient(Rescaled(factor * self.form.c, over_matrices(factor) * self.form.C))
         return Gradient(over_matrices(factor) * self.form)
 
     def where(self, chosen: Tensor) -> Gradient:
         """Itself for the chosen matrices and 0 for the others, without asking the host."""
-        if isinstance(self.form, LowRank):
+        if not isinstance(self.form, Tensor):
             return Gradient(_where(chosen, self.form, identity=0.0))
         return Gradient(torch.where(over_matrices(chosen), self.form, 0.0))
 
@@ -72,16 +93,18 @@ class NewWeight(_Change):
 
     def where(self, chosen: Tensor, S: Dense | None = None) -> NewWeight:
         """Itself for the chosen matrices and S for the others, without asking the host."""
-        if isinstance(self.form, LowRank):
+        if not isinstance(self.form, Tensor):
             return NewWeight(_where(chosen, self.form, identity=1.0))
         assert S is not None
         return NewWeight(torch.where(over_matrices(chosen), self.form, S.dense()))
 
 
-def _where(chosen: Tensor, form: LowRank, identity: float) -> LowRank:
-    c = torch.where(chosen, form.c, identity)
-    U, V = (torch.where(over_matrices(chosen), x, 0.0) for x in (form.U, form.V))
-    return LowRank(c, U, V)
+def _where(chosen: Tensor, form: LowRank | Rescaled, identity: float) -> LowRank | Rescaled:
+    c, *factors = form
+    return type(form)(
+        torch.where(chosen, c, identity),
+        *(torch.where(over_matrices(chosen), x, 0.0) for x in factors),
+    )
 
 
 def over_matrices(c: Tensor) -> Tensor:
@@ -114,8 +137,8 @@ class Operator(Protocol):
     def rmatmat(self, U: Tensor) -> Tensor:
         """S^T U, (..., n, k)."""
 
-    def squared_frobenius_norm(self) -> Tensor:
-        """||S||_F^2, one number a matrix."""
+    def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        """||S||_F^2, one number a matrix; in the working dtype if none is given."""
 
     def finite(self) -> Tensor:
         """Whether no entry is NaN or infinite, one truth value a matrix."""
@@ -158,5 +181,8 @@ class Dense(Protocol):
 class HasGram(Protocol):
     """A weight whose smaller Gram matrix can be had."""
 
-    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
-        """S^T S if n <= m, else S S^T, (..., nu, nu); in the working dtype if none is given."""
+    def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
+        """S^T S if n <= m, else S S^T, (..., nu, nu); in the working dtype if none is given.
+
+        That of S/unit, one number a matrix, where squares of S could overflow or vanish.
+        """

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wellcond.operators.base import Gradient, LowRank, NewWeight
+from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.views import STORED, Kernel, Member, Part, Stored, Transposed, View
 
@@ -81,8 +81,8 @@ class ShardedMatrix(StoredMatrix):
         image[(*stack, columns)] = super().partial_rmatmat(U[(*stack, rows)])
         return image
 
-    def partial_squared_frobenius_norm(self) -> Tensor:
-        return self._placed(super().partial_squared_frobenius_norm())
+    def partial_squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self._placed(super().partial_squared_frobenius_norm(dtype))
 
     def _placed(self, values: Tensor) -> Tensor:
         """One number a matrix, zero for those of which nothing is held here."""
@@ -108,19 +108,23 @@ class ShardedMatrix(StoredMatrix):
         m, n = self.shape[-2:]
         return m > n or (m == n and -1 not in self._axes())
 
-    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A sum over processes: they must have the long side in parts, the short one whole."""
-        if (-1 if self.upright else -2) in self._axes():
-            raise ValueError(
-                f"a Gram matrix needs the {self.nu} {'columns' if self.upright else 'rows'} whole "
-                "on every process, but they are sharded. Shard the other dimension."
-            )
+    def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
+        """A sum over processes; where they have the short side in parts, of a copy."""
+        if not self._short_is_whole:
+            return self._laid_out()[0].gram(dtype, unit)
         gram = torch.zeros(
             *self.shape[:-2], self.nu, self.nu, dtype=dtype or self.dtype, device=self.device
         )
         if self.S.numel():
-            gram[self.block[:-2]] = super().gram(dtype)
+            held = self.block[:-2]
+            own = None if unit is None else unit.expand(self.shape[:-2])[held]
+            gram[held] = super().gram(dtype, own)
         return self.reduce_(gram)
+
+    @property
+    def _short_is_whole(self) -> bool:
+        """Whether every process has all of the side that the Gram matrix is of."""
+        return (-1 if self.upright else -2) not in self._axes()
 
     def _axes(self) -> set[int]:
         """Over which dimensions of the matrix it is sharded: -2, -1, less for those of a stack."""
@@ -151,15 +155,26 @@ class ShardedMatrix(StoredMatrix):
         ):
             yield self
             return
-        other = None if whole else self._by_its_long_side(-3 - short)
-        if other is not None:
-            yield ShardedMatrix(other, self.whole_view, self.seed)
-            back = other.redistribute(placements=self.tensor.placements).to_local()
-        else:
-            full = self.tensor.full_tensor()
-            yield _Gathered(full, self.whole_view, self.tensor.device_mesh)
-            back = full[_block_of(self.tensor)]
-        self.tensor.to_local().copy_(back)
+        other, tensor = self._laid_out(whole)
+        yield other
+        self.tensor.to_local().copy_(self._brought_back(tensor))
+
+    def _laid_out(self, whole: bool = False) -> tuple[StoredMatrix, Any]:
+        """A copy with its short side whole, if it can be had with its long side in parts."""
+        long = -2 if self.shape[-2] > self.shape[-1] else -1
+        tensor = None if whole else self._by_its_long_side(long)
+        if tensor is not None:
+            return ShardedMatrix(tensor, self.whole_view, self.seed), tensor
+        full = self.tensor.full_tensor()
+        return _Gathered(full, self.whole_view, self.tensor.device_mesh, self.seed), full
+
+    def _brought_back(self, tensor: Any) -> Tensor:
+        """Of a tensor that is laid out so, the part that is held here."""
+        if not is_sharded(tensor):
+            part: Tensor = tensor[_block_of(self.tensor)]
+            return part
+        local: Tensor = tensor.redistribute(placements=self.tensor.placements).to_local()
+        return local
 
     def _by_its_long_side(self, long: int) -> Any | None:
         """A copy of the parameter that is sharded over this dimension of the matrix alone."""
@@ -182,28 +197,40 @@ class ShardedMatrix(StoredMatrix):
             super().rescale_(V[held], d[held], original, chosen[held])
 
     def update_(self, new: NewWeight) -> None:
+        if isinstance(new.form, Rescaled) and not self._short_is_whole:
+            with self.spread() as S:
+                S.update_(new)
+            return
         super().update_(NewWeight(self._of_block(new.form)))
 
     def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
+        if isinstance(gradient.form, Rescaled) and not self._short_is_whole:
+            S, tensor = self._laid_out()
+            G = torch.zeros_like(tensor)
+            S.pullback_(gradient, [G])
+            self.local(into[0]).add_(self._brought_back(G))
+            return
         super().pullback_(Gradient(self._of_block(gradient.form)), into)
 
     def local(self, tensor: Any) -> Tensor:
         local: Tensor = tensor.to_local()
         return local
 
-    def _of_block(self, form: LowRank | Tensor) -> LowRank | Tensor:
+    def _of_block(self, form: LowRank | Rescaled | Tensor) -> LowRank | Rescaled | Tensor:
         *stack, rows, columns = self.block
-        if not isinstance(form, LowRank):
+        if isinstance(form, Tensor):
             return form[self.block]
         c = form.c[tuple(stack)] if form.c.ndim else form.c
+        if isinstance(form, Rescaled):
+            return Rescaled(c, form.C[tuple(stack)])
         return LowRank(c, form.U[(*stack, rows)], form.V[(*stack, columns)])
 
 
 class _Gathered(StoredMatrix):
     """The whole of a matrix on every process of a mesh, on which they go on agreeing."""
 
-    def __init__(self, full: Tensor, view: View, mesh: Any) -> None:
-        super().__init__(full, view)
+    def __init__(self, full: Tensor, view: View, mesh: Any, seed: int = 0) -> None:
+        super().__init__(full, view, seed)
         self.mesh = mesh
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:

@@ -41,10 +41,12 @@ class StackedMatrices:
     def rmatmat(self, U: Tensor) -> Tensor:
         return self._each("rmatmat", U)
 
-    def squared_frobenius_norm(self) -> Tensor:
+    def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
         stored = [S.S for S in self.matrices if type(S) is StoredMatrix]
         if len(self.shape) == 3 and len(stored) == len(self.matrices):
-            return torch.stack(torch._foreach_norm(stored, 2, self.dtype)).square()
+            return torch.stack(torch._foreach_norm(stored, 2, dtype or self.dtype)).square()
+        if dtype is not None:
+            return torch.stack([S.squared_frobenius_norm(dtype) for S in self.matrices])
         return self._each("squared_frobenius_norm")
 
     def finite(self) -> Tensor:
@@ -53,5 +55,7 @@ class StackedMatrices:
     def dense(self) -> Tensor:
         return torch.stack([cast(Dense, S).dense() for S in self.matrices])
 
-    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.stack([cast(HasGram, S).gram(dtype) for S in self.matrices])
+    def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
+        units = [None] * len(self.matrices) if unit is None else unit.expand(self.shape[:-2])
+        each = zip(self.matrices, units, strict=True)
+        return torch.stack([cast(HasGram, S).gram(dtype, one) for S, one in each])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from wellcond.operators.base import Gradient, LowRank, NewWeight, over_matrices
+from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled, over_matrices
 from wellcond.operators.rounding import rounded, working_dtype
 from wellcond.operators.views import STORED, View, writable
 
@@ -55,8 +55,8 @@ class StoredMatrix:
     def rmatmat(self, U: Tensor) -> Tensor:
         return self.reduce_(self.partial_rmatmat(U))
 
-    def squared_frobenius_norm(self) -> Tensor:
-        return self.reduce_(self.partial_squared_frobenius_norm())
+    def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.reduce_(self.partial_squared_frobenius_norm(dtype))
 
     def partial_matmat(self, V: Tensor) -> Tensor:
         """S V as far as what is held here adds to it."""
@@ -73,9 +73,9 @@ class StoredMatrix:
             product += rows.mT @ U[..., band, :]
         return product
 
-    def partial_squared_frobenius_norm(self) -> Tensor:
+    def partial_squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
         """||S||_F^2 as far as what is held here adds to it."""
-        norm: Tensor = torch.linalg.vector_norm(self.S, dim=(-2, -1), dtype=self.dtype)
+        norm: Tensor = torch.linalg.vector_norm(self.S, dim=(-2, -1), dtype=dtype or self.dtype)
         return norm.square()
 
     def finite(self) -> Tensor:
@@ -89,14 +89,16 @@ class StoredMatrix:
         """Whether the smaller Gram matrix is S^T S, not S S^T."""
         return self.shape[-2] >= self.shape[-1]
 
-    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
+    def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
         dtype = dtype or self.dtype
-        long = self.S if self.upright else self.S.mT
+        long = self._long(self.S)
         n = long.shape[-1]
         gram = torch.zeros(*long.shape[:-2], n, n, dtype=dtype, device=self.device)
         width = max(256, -(-n // 4))
         for band in _parts(long):
             rows = long[..., band, :].to(dtype)
+            if unit is not None:
+                rows = rows / over_matrices(unit.to(dtype))
             for start in range(0, n, width):  # of the lower triangle: little more than half of it
                 part = slice(start, start + width)
                 gram[..., start:, part] += rows[..., start:].mT @ rows[..., part]
@@ -131,7 +133,7 @@ class StoredMatrix:
         """
         with writable(self.view, self.parameter) as S:
             self.S = S
-            new, old = (S, original) if self.upright else (S.mT, original.mT)
+            new, old = self._long(S), self._long(original)
             C = (V * d[..., None, :]) @ V.mT if 2 * V.shape[-1] > V.shape[-2] else None
             for band in _parts(old):
                 rows = old[..., band, :]
@@ -143,6 +145,9 @@ class StoredMatrix:
     def update_(self, new: NewWeight) -> None:
         with writable(self.view, self.parameter) as S:
             self.S = S
+            if isinstance(new.form, Rescaled):
+                self._store_rescaled_(new.form)
+                return
             if not isinstance(new.form, LowRank):
                 self._store_(new.form)
                 return
@@ -162,12 +167,36 @@ class StoredMatrix:
             values = rounded(values, self.S.dtype, self._chance())
         self.S.copy_(values)
 
+    def _store_rescaled_(self, form: Rescaled) -> None:
+        generator = self._chance() if self.S.dtype != self.dtype else None
+        long = self._long(self.S)
+        for band, rows in self._rescaled(form):
+            if generator is not None:
+                rows = rounded(rows.to(self.dtype), self.S.dtype, generator)
+            long[..., band, :] = rows
+
+    def _rescaled(self, form: Rescaled) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the long side of c S + S C, in the dtype of C."""
+        long, (c, C) = self._long(self.S), form
+        for band in _parts(long) if long.numel() else ():
+            rows = long[..., band, :].to(C.dtype)
+            yield band, rows * over_matrices(c) + rows @ C
+
+    def _long(self, X: Tensor) -> Tensor:
+        """What has the shape of the weight, with its long side first."""
+        return X if self.upright else X.mT
+
     def _chance(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)
 
     def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
         # With c = 0 and U = 0 the gradient stays, but where S is not finite it becomes NaN.
         with writable(self.view, self.local(into[0])) as G:
+            if isinstance(gradient.form, Rescaled):
+                long = self._long(G)
+                for band, rows in self._rescaled(gradient.form):
+                    long[..., band, :] += rows
+                return
             if not isinstance(gradient.form, LowRank):
                 G.add_(gradient.form)
                 return

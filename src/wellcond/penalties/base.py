@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
+from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator, Rescaled
 from wellcond.operators.subspace import Image
 
 Strength = float | Callable[[int], float]
@@ -116,6 +116,8 @@ def check_answer(penalty: Penalty, S: Operator, gradient: Gradient, value: Tenso
     if isinstance(gradient.form, LowRank):
         k = gradient.form.U.shape[-1]
         expected = [tuple(stack), (*stack, m, k), (*stack, n, k)]
+    elif isinstance(gradient.form, Rescaled):
+        expected = [(*stack, 1), (*stack, S.nu, S.nu)]
     found = [tuple(one.shape) for one in gradient.tensors]
     if value is not None:
         expected, found = [tuple(stack), *expected], [tuple(value.shape), *found]

@@ -68,20 +68,39 @@ def clip_leading(ritz: Ritz, sigma: Tensor, nu: int, eta: Tensor) -> tuple[LowRa
     When k < nu the root must lie above all that is not known, tau >= c sigma_k. It does for every
     step up to sum_i (sigma_i/sigma_k - 1), and a longer one is cut to that.
     """
-    k = sigma.shape[-1]
-    length = eta.to(sigma.dtype).expand(sigma.shape[:-1])
-    shortened = torch.zeros_like(length, dtype=torch.bool)
-    if k < nu:
-        last = sigma[..., -1]
-        ratios = sigma / torch.where(last > 0, last, 1.0)[..., None]
-        reach = torch.where(last > 0, (ratios - 1).clamp_min(0).sum(dim=-1), torch.inf)
-        shortened = reach < length
-        length = torch.minimum(length, reach)
-    c = 1 + length / nu
-    j = torch.arange(1, k + 1, dtype=sigma.dtype, device=sigma.device)
+    length, shortened = within_reach(sigma, nu, eta)
     # tau/c: relative to c S, whose singular values are c sigma.
-    tau = (sigma.cumsum(dim=-1) / (j + length[..., None])).amax(dim=-1, keepdim=True)
-    clipped = torch.where(sigma > tau, 1 - tau / torch.where(sigma > 0, sigma, 1.0), 0.0)
-    return LowRank(
-        c, -c[..., None, None] * ritz.left * clipped[..., None, :], ritz.right
-    ), shortened
+    return clipped(ritz, sigma, height(sigma, length), 1 + length / nu), shortened
+
+
+def within_reach(sigma: Tensor, nu: int, eta: Tensor, target: float = 0.0) -> tuple[Tensor, Tensor]:
+    """How far a step of length eta can go with k values known; whether that is less.
+
+    The clip of `height` is at least sigma_k up to the length sum_i (sigma_i - sigma_k)/(sigma_k -
+    target), and for every length where sigma_k <= target.
+    """
+    length = eta.to(sigma.dtype).expand(sigma.shape[:-1])
+    if sigma.shape[-1] == nu:
+        return length, torch.zeros_like(length, dtype=torch.bool)
+    above = sigma[..., -1:] - target
+    unit = torch.where(above > 0, above, 1.0)
+    ratios = ((sigma - sigma[..., -1:]) / unit).clamp_min(0)
+    reach = torch.where(above[..., 0] > 0, ratios.sum(dim=-1), torch.inf)
+    return torch.minimum(length, reach), reach < length
+
+
+def height(sigma: Tensor, length: Tensor, target: float = 0.0) -> Tensor:
+    """The root tau (..., 1) of sum_i (sigma_i - tau)_+ = length (tau - target).
+
+    It is max_j (sum_{i<=j} sigma_i + length target)/(j + length); where all sigma_i are below the
+    target, which is at least sigma_1, it is no root, but clips as little.
+    """
+    j = torch.arange(1, sigma.shape[-1] + 1, dtype=sigma.dtype, device=sigma.device)
+    eta = length[..., None]
+    return ((sigma.cumsum(dim=-1) + eta * target) / (j + eta)).amax(dim=-1, keepdim=True)
+
+
+def clipped(ritz: Ritz, sigma: Tensor, tau: Tensor, c: Tensor) -> LowRank:
+    """c times the weight with the singular values that are known clipped at tau."""
+    share = torch.where(sigma > tau, 1 - tau / torch.where(sigma > 0, sigma, 1.0), 0.0)
+    return LowRank(c, -c[..., None, None] * ritz.left * share[..., None, :], ritz.right)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from wellcond.linalg.checks import in_float64
 from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable, WeightOperator
-from wellcond.operators.rounding import full_precision
+from wellcond.operators.rounding import full_precision, widest_dtype
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
 from wellcond.penalties.enforce import enforce_
+from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SingularValueLimit, SpectralLimit
 from wellcond.text import quoted
 from wellcond.training.batch import Batch, Look, batches, look
@@ -123,8 +124,7 @@ class Engine:
             rest = list(factors)
             into = dict(zip(self._slots(), gradients, strict=True))
             for batch in self._batches(parameters):
-                # A number a matrix comes first in c S + U V^T, a whole matrix stands alone.
-                count = 3 if rest[0].ndim == batch.leading else 1
+                count = 3 - (rest[0].ndim - batch.leading)  # see `Gradient.tensors`
                 own, rest = rest[:count], rest[count:]
                 gradient = Gradient.of(own).times(weight.to(own[0].device))
                 _pull_back_(batch, gradient, into)
@@ -151,7 +151,9 @@ class Engine:
             limited = []
             for seen, eta in zip(self._look(found), etas, strict=True):
                 batch, rule = seen.batch, seen.batch.rule
-                if isinstance(rule, Limit):
+                if isinstance(rule, Isometry):
+                    _learn_scales(batch)
+                if isinstance(rule, Limit | Isometry):
                     limited.append(seen)
                     continue
                 new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
@@ -173,9 +175,7 @@ class Engine:
     def _update_(self, seen: Look, new: NewWeight) -> None:
         if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
             new = new.where(seen.finite, cast(Dense, seen.S))
-        parts = seen.batch.each(*new.tensors)
-        for S, own in zip(seen.batch.operators, parts, strict=True):
-            cast(Updatable, S).update_(NewWeight.of(own))
+        _store_(seen.batch, new)
 
     def _clipped_(self, seen: Look) -> tuple[Batch, Tensor | None]:
         """What the block of a limit can do alone: its excess, None where that is not enough."""
@@ -193,7 +193,10 @@ class Engine:
     def _apply_limits_(
         self, limited: Sequence[tuple[Batch, Tensor | None]]
     ) -> list[tuple[WeightState, Tensor]]:
-        """Applies hard limits where it has not been done; of replicas, one does for the others."""
+        """Applies hard limits where it has not been done; of replicas, one does for the others.
+
+        And takes isometry steps.
+        """
         told: list[tuple[WeightState, Tensor]] = []
         exchanged: list[tuple[int, Tensor]] = []
         received: list[tuple[WeightOperator, Tensor]] = []
@@ -283,9 +286,30 @@ class Engine:
             yield
 
 
+def _store_(batch: Batch, new: NewWeight) -> None:
+    for S, own in zip(batch.operators, batch.each(*new.tensors), strict=True):
+        cast(Updatable, S).update_(NewWeight.of(own))
+
+
+def _learn_scales(batch: Batch) -> None:
+    """Finds the scale of the weights under `Isometry` that have none yet."""
+    if all(bool((state.scale > 0).all()) for state in batch.states):
+        return
+    found = cast(Isometry, batch.rule).scale_of(batch.S)
+    for state, (own,) in zip(batch.states, batch.each(found), strict=True):
+        state.learn_scale(own)
+
+
 def _apply_(batch: Batch) -> list[Tensor]:
-    """Applies the hard limit of a batch; what was seen of every weight."""
+    """Applies the hard limit or the isometry step of a batch; what was seen of every weight."""
     rule, states = batch.rule, batch.states
+    unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
+    if isinstance(rule, Isometry):
+        scales = [state.scale for state in states]
+        scale = scales[0] if len(scales) == 1 else torch.stack(scales)
+        device = batch.operators[0].device
+        _store_(batch, rule.step(batch.S, scale.to(device, widest_dtype(device))))
+        return [_seen(unknown, unknown) for _ in states]
     if isinstance(rule, SpectralLimit):
         weights = [cast(StoredMatrix, S) for S in batch.operators]
         try:
@@ -304,7 +328,6 @@ def _apply_(batch: Batch) -> list[Tensor]:
     obeys = torch.equal(values, stored)
     if not obeys:
         cast(Updatable, S).update_(NewWeight(values))
-    unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
     return [_seen(unknown, unknown, obeys)]
 
 

@@ -18,7 +18,8 @@ from torch.optim.optimizer import Optimizer
 from wellcond.operators.base import Dense, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
-from wellcond.penalties.base import Limit, Proximal
+from wellcond.penalties.base import Limit, Penalty, Proximal
+from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SpectralLimit
 from wellcond.text import quoted
 from wellcond.training.attachment import Attachment
@@ -187,10 +188,11 @@ class Regularizer:
             every: after every so many optimizer steps; steps at the end that do not fill an
                 interval stay pending. By default 10 for penalties: kappa was within 1.3 % of an
                 exact proximal step in every step for 5 and for 10 (`wellcond bench fidelity
-                --every 5,10,20`). By default "auto" for hard limits: after the first step, and
-                then whenever the weight has moved so far, by the sum of its learning rates, that
-                its limit may be exceeded by about a fifth; at least 10 steps and at most 1,000
-                apart, weights of different shapes in turn.
+                --every 5,10,20`). By default 10 for `Isometry` too, of which a step is as long
+                whatever the interval is. By default "auto" for hard limits: after the first step,
+                and then whenever the weight has moved so far, by the sum of its learning rates,
+                that its limit may be exceeded by about a fifth; at least 10 steps and at most
+                1,000 apart, weights of different shapes in turn.
 
         Raises:
             ValueError: every < 1, "auto" for a penalty, no common weight, or a weight that is
@@ -224,7 +226,7 @@ class Regularizer:
         if every == "auto" and soft:
             raise ValueError(
                 f'`every` must be a number, got "auto", which hard limits alone can have: '
-                f"{quoted(soft)} is under a penalty. Leave `every` out for 10 for penalties and "
+                f"{quoted(soft)} is under none. Leave `every` out for 10 for penalties and "
                 '"auto" for limits.'
             )
         steps = every if isinstance(every, int) else None
@@ -419,10 +421,10 @@ class Regularizer:
 
 
 def _refuse_without_gradient(states: list[WeightState]) -> None:
-    hard = [state.name for state in states if isinstance(state.rule, Limit)]
-    if hard:
+    bare = [state.name for state in states if not isinstance(state.rule, Penalty)]
+    if bare:
         raise ValueError(
-            f"{quoted(hard)} is under a hard limit, which has no gradient. "
+            f"{quoted(bare)} is under a hard limit or isometry steps, which have no gradient. "
             "Use attach(optimizer) or proximal_step_(lr); for a penalty in the loss or on the "
             "gradients of other weights make a Regularizer of its own."
         )
@@ -431,7 +433,7 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
 def _refuse_without_proximal_step(states: list[WeightState]) -> None:
     for state in states:
         rule, S = state.rule, state.operator()
-        if not isinstance(rule, Limit | Proximal):
+        if not isinstance(rule, Limit | Isometry | Proximal):
             raise ValueError(
                 f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
                 "loss or add_gradients_(), or give the penalty a method proximal_step."

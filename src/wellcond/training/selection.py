@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from wellcond.operators.views import Kernel, shape_of
-from wellcond.penalties.base import Limit, Penalty
 from wellcond.text import and_more, quoted
 from wellcond.training.state import Rule
 from wellcond.weights.discover import Weight, find_weights
@@ -23,7 +22,7 @@ def select(
     """The weights to regularise with their penalties, and why every other parameter is none."""
     patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
     for pattern, penalty in patterns.items():
-        if not isinstance(penalty, Penalty | Limit | None) or not isinstance(pattern, str):
+        if not isinstance(penalty, Rule | None) or not isinstance(pattern, str):
             raise TypeError(
                 "`penalties` must be a penalty or map patterns to penalties or None, got "
                 f"{penalty!r} for {pattern!r}. A penalty is, for instance, Condition(1e-2)."

@@ -14,14 +14,15 @@ from torch import Tensor
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
 from wellcond.penalties.base import Limit, Penalty
+from wellcond.penalties.isometry import Isometry
 from wellcond.training.pace import Pace
 from wellcond.weights.discover import Weight
 
-Rule = Penalty | Limit
+Rule = Penalty | Limit | Isometry
 
 
 class WeightState:
-    """A weight under a penalty or a limit, and what is remembered of it."""
+    """A weight under a penalty, a limit or isometry steps, and what is remembered of it."""
 
     def __init__(self, weight: Weight, rule: Rule, block: int) -> None:
         self.weight = weight
@@ -40,6 +41,9 @@ class WeightState:
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
         self.pace = Pace()  # under a hard limit: when it is due
+        # Under `Isometry`: the scale of each matrix, 0 while it is not known; numbers of the host.
+        given = (isinstance(rule, Isometry) and rule.scale) or 0.0
+        self.scale = torch.full(self.shape[:-2], given, dtype=torch.float64, device="cpu")
 
     def _start(self, S: WeightOperator) -> None:
         """Cold until first used: the weights may be loaded after the regulariser is made."""
@@ -110,12 +114,17 @@ class WeightState:
             self.pace.applied(self.pending_steps, float(self.pending_lr))
         self.pending_steps, self.pending_lr = 0, 0.0
 
+    def learn_scale(self, found: Tensor) -> None:
+        """Takes as its scale what was found, where it is not known."""
+        self.scale = torch.where(self.scale > 0, self.scale, found.to(self.scale))
+
     def state(self) -> dict[str, Tensor]:
         """What is remembered, as tensors of fixed shape: the basis in the first rows of its."""
         basis, from_right = self.subspace
         *stack, rows, width = basis.shape
         padded = basis.new_zeros(*stack, max(self.shape[-2:]), width)
         padded[..., :rows, :] = basis
+        scale = {"scale": self.scale.clone()} if isinstance(self.rule, Isometry) else {}
         return {
             "shape": torch.tensor(self.shape, device="cpu"),
             "basis": padded,
@@ -126,14 +135,15 @@ class WeightState:
             "pending_steps": torch.tensor(self.pending_steps, device="cpu"),
             "pending_lr": torch.as_tensor(self.pending_lr, dtype=torch.float64, device="cpu"),
             "pace": self.pace.state(),
+            **scale,
         }
 
     def check(self, saved: Mapping[str, Tensor]) -> None:
         """Raises unless this is the state of such a weight."""
         remedy = "Make the Regularizer with the model and the block with which the state was saved."
         for key, own in self.state().items():
-            if key == "pace" and key not in saved:
-                continue  # of a version that knew none: it begins anew
+            if key in ("pace", "scale") and key not in saved:
+                continue  # of a version, or a rule, that knew none: it begins anew
             at, found = f'`state["{self.name}"]["{key}"]`', saved.get(key)
             if found is None or found.shape != own.shape:
                 shape = "none" if found is None else tuple(found.shape)
@@ -159,3 +169,5 @@ class WeightState:
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
         self.pace = Pace.of(state["pace"]) if "pace" in state else Pace()
+        if "scale" in state and isinstance(self.rule, Isometry):
+            self.scale = state["scale"].to(self.scale, copy=True)
