@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 # An eigenvalue of G is off by a few u sigma_1^2, so sigma_n by a few u kappa^2 of itself, and S V
-# has columns that are as far from orthogonal. Measured in float32: 5 u kappa^2.
-_NARROW_ERROR, _WIDE_ERROR = 1e-3, 1e-6
+# has columns that are as far from orthogonal. Measured in float32: 5 u kappa^2; in float64 that is
+# far less than the bound n u kappa^2, and what is stored is measured again.
+_NARROW_ERROR, _WIDE_ERROR = 1e-3, 1e-3
 # Of the squares of the largest: what rounding may do to a Cholesky factorisation as it is measured,
 # some times what was ever seen; a proof would take (m + n) u times the trace (Rump 2006).
 _CHOLESKY_ERROR = 32
