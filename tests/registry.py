@@ -53,8 +53,9 @@ class ProductMatrix:
     def rmatmat(self, U: Tensor) -> Tensor:
         return self.A.mT @ (self.B.mT @ U)
 
-    def squared_frobenius_norm(self) -> Tensor:
-        return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
+    def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        B, A = self.B.to(dtype or self.dtype), self.A.to(dtype or self.dtype)
+        return ((B.mT @ B) * (A @ A.mT)).sum()
 
     def finite(self) -> Tensor:
         return torch.isfinite(self.B).all() & torch.isfinite(self.A).all()

@@ -20,6 +20,10 @@ PENALTIES = {
     "proximal": {"*0.weight": wc.Condition(20.0), "*2.weight": wc.Tikhonov(5.0)},
     "gradients": {"*0.weight": wc.Condition(0.5), "*2.weight": wc.Tikhonov(0.1)},
 }
+RELATIVES = {
+    "proximal": {"*0.weight": wc.Isometry(), "*2.weight": wc.Orthogonality(5.0)},
+    "gradients": {"*0.weight": wc.Orthogonality(0.1), "*2.weight": wc.StableRank(0.1)},
+}
 EVERY, BLOCK = 3, 6
 
 

@@ -16,6 +16,7 @@ from by_hand import (
     BLOCK,
     EVERY,
     PENALTIES,
+    RELATIVES,
     assert_same,
     cross_entropy,
     digits,
@@ -145,6 +146,14 @@ def test_a_fit_equals_the_loop_by_hand(
     )
     assert_same(module.state_dict(), expected.state_dict())
     assert_same(added.regularizer.state_dict(), reg.state_dict())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fit_with_other_rules_equals_the_loop_by_hand(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PENALTIES, way, RELATIVES[way])
+    test_a_fit_equals_the_loop_by_hand(tmp_path, way, 1, 0.0, False)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -18,6 +18,7 @@ from by_hand import (
     BLOCK,
     EVERY,
     PENALTIES,
+    RELATIVES,
     assert_same,
     digits,
     net,
@@ -152,6 +153,14 @@ def test_a_training_equals_the_loop_by_hand(
     assert_same(model.state_dict(), expected.state_dict())
     assert_same(added.regularizer.state_dict(), reg.state_dict())
     assert hooks(used) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_with_other_rules_equals_the_loop_by_hand(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PENALTIES, way, RELATIVES[way])
+    test_a_training_equals_the_loop_by_hand(tmp_path, way, 1, 0.0, False)
 
 
 def test_names_have_no_prefix_of_a_wrapper(tmp_path: Path) -> None:

@@ -276,6 +276,13 @@ def test_kappa_does_not_rise_for_theta_up_to_4_over_7(S: Tensor, theta: float, c
         assert wc.condition_number(X) <= kappa * (1 + 1e-7)
 
 
+@given(matrices(), st.sampled_from([1e-4, 0.05, 0.3, 1.0, 1e6]), st.sampled_from([0.01, 1.0, 40.0]))
+def test_no_step_of_orthogonality_raises_the_penalty(S: Tensor, eta: float, c: float) -> None:
+    rule, S = wc.Orthogonality(eta), c * S
+    if values(S)[0] < 1e6:
+        assert dense(rule, stepped(S, rule)) <= dense(rule, S) * (1 + 1e-9) + 1e-12
+
+
 def test_the_weight_is_clipped_to_one_and_a_half_and_not_to_the_scale() -> None:
     sigma = torch.tensor([9.0, 1.2, 0.7], dtype=torch.float64)
     X = stepped(with_spectrum(sigma, 5, 3), wc.Isometry(0.5, 1.0))
@@ -433,6 +440,8 @@ def test_a_product_on_the_short_side_reaches_the_parameter(name: str, dtype: tor
     unit = torch.full(twin.shape[:-2], 3.0)
     G = (twin.mT @ twin if upright else twin @ twin.mT) / 9
     torch.testing.assert_close(S.gram(torch.float64, unit), G)
+    squares = twin.square().sum((-2, -1))
+    torch.testing.assert_close(S.squared_frobenius_norm(torch.float64), squares)
     c = torch.full(twin.shape[:-2], 0.5, dtype=S.dtype)
     expected = twin / 2 + (twin @ G if upright else G @ twin)
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}

@@ -116,7 +116,8 @@ class Isometry:
         theta: the length of a step, between 0 and 2.
         scale: what singular values are to be; sqrt 2 suits layers before a ReLU, 1 those before
             tanh and linear ones. None: what a matrix has when the step is first taken,
-            ||S||_F/sqrt nu, which is then remembered in the state. It stays open while S = 0.
+            ||S||_F/sqrt nu, which is then remembered in the state; it stays open while S = 0. The
+            weights with which torch makes a square `Linear` have 0.58, which is little.
 
     Raises:
         ValueError: theta is not between 0 and 2, the scale is not positive and finite.

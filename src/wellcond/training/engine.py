@@ -212,7 +212,7 @@ class Engine:
                 blank = torch.full((3,), _FAILED, dtype=torch.float64, device=device)
                 each = [blank.clone() for _ in batch.states]
                 try:
-                    each = _apply_(batch) if mine else each
+                    each = [one.to(device) for one in _apply_(batch)] if mine else each
                 except Exception as error:
                     if self.replicas is None:
                         raise
