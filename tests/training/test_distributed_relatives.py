@@ -159,6 +159,29 @@ def nothing_large() -> None:
     assert max(sent) == 9 * 9
 
 
+def nothing_of_experts() -> None:
+    """Isometry steps of experts are taken where they are."""
+    S = matrix(3, 6, 4)
+    many = Experts(distribute_tensor(S, mesh(2), [Shard(0)]))
+    reg = wc.Regularizer(many, {"experts": wc.Isometry(scale=1.0)})
+    reduce, sent = dist.all_reduce, []
+
+    def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        sent.append(tensor.numel())
+        return reduce(tensor, *args, **options)
+
+    dist.all_reduce = counted
+    try:
+        reg.proximal_step_(0.1)
+    finally:
+        dist.all_reduce = reduce
+    assert max(sent) == 3  # whether they are finite
+
+
+def test_of_experts_nothing_is_sent(tmp_path: Path) -> None:
+    run(2, tmp_path, nothing_of_experts)
+
+
 def test_of_a_weight_in_parts_only_gram_matrices_are_sent(tmp_path: Path) -> None:
     run(2, tmp_path, nothing_large)
 

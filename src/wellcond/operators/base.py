@@ -7,7 +7,7 @@ nu = min(m, n).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
@@ -186,3 +186,6 @@ class HasGram(Protocol):
 
         That of S/unit, one number a matrix, where squares of S could overflow or vanish.
         """
+
+    def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
+        """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""

@@ -241,13 +241,16 @@ class _Held(StoredMatrix):
     """Of a stack that is sharded by matrices those that this process holds."""
 
     def __init__(self, stack: ShardedMatrix) -> None:
-        super().__init__(stack.parameter, stack.view)
+        super().__init__(stack.parameter, stack.view, stack.seed)
         self.stack = stack
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
         mesh, placements = self.stack.placements
         alike = [mesh.get_group(dim) for dim, p in enumerate(placements) if p.is_replicate()]
         return _agree(alike, compute, like)
+
+    def held(self, numbers: Tensor) -> Tensor:
+        return numbers[self.stack.block[:-2]]
 
     def all_of(self, numbers: Tensor) -> Tensor:
         return self.stack.reduce_(self.stack._placed(numbers))

@@ -7,7 +7,7 @@ Letters: S (b, ..., m, n) the stack of b weights; U (b, ..., m, k) and V (b, ...
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -59,3 +59,6 @@ class StackedMatrices:
         units = [None] * len(self.matrices) if unit is None else unit.expand(self.shape[:-2])
         each = zip(self.matrices, units, strict=True)
         return torch.stack([cast(HasGram, S).gram(dtype, one) for S, one in each])
+
+    def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
+        return cast(HasGram, self.matrices[0]).agree(compute, *like)

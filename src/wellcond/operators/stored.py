@@ -123,6 +123,10 @@ class StoredMatrix:
         """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""
         return list(compute())
 
+    def held(self, numbers: Tensor) -> Tensor:
+        """Of one number a matrix (...) those that are held here."""
+        return numbers
+
     def all_of(self, numbers: Tensor) -> Tensor:
         """One number a matrix (...), of those that are held here, put together with the others."""
         return numbers

@@ -170,15 +170,20 @@ def isometry_step(S: Operator, theta: Tensor, scale: Tensor, reach: Tensor) -> N
     reach^2 I - H tells, by products alone. Where kappa is above a million nothing is clipped lower
     than to a millionth of sigma_1, and the rest in the steps to come.
     """
-    gram = cast(HasGram, S).gram
-    H = gram(unit=scale)
+    weight = cast(HasGram, S)
+    H = weight.gram(unit=scale)
     theta, reach = theta.to(H.dtype), reach.to(H.dtype)
-    identity = torch.eye(S.nu, dtype=H.dtype, device=H.device)
-    failed = torch.linalg.cholesky_ex(over_matrices(reach.square()) * identity - H).info
-    if bool((failed == 0).all()) and bool(torch.isfinite(H).all()):
+
+    def is_below() -> list[Tensor]:
+        identity = torch.eye(S.nu, dtype=H.dtype, device=H.device)
+        failed = torch.linalg.cholesky_ex(over_matrices(reach.square()) * identity - H).info
+        return [((failed == 0).all() & torch.isfinite(H).all()).to(H.dtype)]
+
+    # Processes that hold it together take one branch: the other asks them for a Gram matrix.
+    if bool(weight.agree(is_below, H.new_empty(()))[0]):
         return NewWeight(Rescaled(1 + theta / 2, -over_matrices(theta / 2) * H))
     # In float64: the product cancels what is clipped, and squares of 1e30 are finite.
-    H = gram(widest_dtype(S.device), scale)
+    H = weight.gram(widest_dtype(S.device), scale)
     theta, reach = theta.to(H.dtype), reach.to(H.dtype)
     finite = torch.isfinite(H).all(dim=-1).all(dim=-1)
     squares, V = torch.linalg.eigh(torch.where(over_matrices(finite), H, 0.0))

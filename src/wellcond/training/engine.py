@@ -305,10 +305,13 @@ def _apply_(batch: Batch) -> list[Tensor]:
     rule, states = batch.rule, batch.states
     unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
     if isinstance(rule, Isometry):
-        scales = [state.scale for state in states]
-        scale = scales[0] if len(scales) == 1 else torch.stack(scales)
-        device = batch.operators[0].device
-        _store_(batch, rule.step(batch.S, scale.to(device, widest_dtype(device))))
+        with contextlib.ExitStack() as opened:
+            spread = [opened.enter_context(cast(StoredMatrix, S).spread()) for S in batch.operators]
+            there = Batch(states, list(spread))
+            device = spread[0].device
+            scales = [S.held(state.scale) for S, state in zip(spread, states, strict=True)]
+            scale = scales[0] if len(scales) == 1 else torch.stack(scales)
+            _store_(there, rule.step(there.S, scale.to(device, widest_dtype(device))))
         return [_seen(unknown, unknown) for _ in states]
     if isinstance(rule, SpectralLimit):
         weights = [cast(StoredMatrix, S) for S in batch.operators]
