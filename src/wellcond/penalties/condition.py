@@ -92,8 +92,8 @@ def within_reach(sigma: Tensor, nu: int, eta: Tensor, target: float = 0.0) -> tu
 def height(sigma: Tensor, length: Tensor, target: float = 0.0) -> Tensor:
     """The root tau (..., 1) of sum_i (sigma_i - tau)_+ = length (tau - target).
 
-    It is max_j (sum_{i<=j} sigma_i + length target)/(j + length); where all sigma_i are below the
-    target, which is at least sigma_1, it is no root, but clips as little.
+    It is max_j (sum_{i<=j} sigma_i + length target)/(j + length). Where sigma_1 is below the target
+    that is no root, but at least sigma_1: nothing is clipped.
     """
     j = torch.arange(1, sigma.shape[-1] + 1, dtype=sigma.dtype, device=sigma.device)
     eta = length[..., None]

@@ -28,9 +28,9 @@ class Estimate:
         sigma_max: ||S v|| for a unit vector v: a lower bound of the spectral norm sigma_1.
         residual: ||S^T u - sigma_max v||; some singular value lies this close to sigma_max.
         stable_rank: ||S||_F^2/sigma_max^2, from above, between 1 and nu; nu means kappa = 1.
-        penalty: the penalty at strength 1, from below, for that vector; nan under a hard limit,
-            which has no value.
-        strength: the strength that was or would be applied at this step; nan under a hard limit.
+        penalty: the penalty at strength 1, from below, for that vector; nan under a hard limit
+            and under `Isometry`, which have no value.
+        strength: the strength that was or would be applied at this step; nan under those.
         step: how many applications (optimizer steps when attached) the weight has seen.
         shortened_steps: proximal steps that the width of the block cut short.
         crowded: whether the singular values that the block follows were all near the largest when
