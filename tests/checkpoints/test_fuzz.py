@@ -61,8 +61,8 @@ def test_damaged_files_are_answered(rows: Rows) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1000, 5000, 1000))
+@pytest.mark.parametrize("first", [1000, 2000])
 def test_many_damaged_files_are_answered(tmp_path: Path, first: int) -> None:
-    rows, stopped = served(tmp_path, first, first + 1000)
+    rows, stopped = served(tmp_path, first, first + 300)
     assert not stopped
     assert not {label: row["wrong"] for label, row in rows.items() if row["wrong"]}
