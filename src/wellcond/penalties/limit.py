@@ -122,7 +122,7 @@ class SingularValueLimit(SpectralLimit):
         >>> layer = torch.nn.Linear(8, 8, bias=False)
         >>> reg = wc.Regularizer(layer, wc.SingularValueLimit(lower=0.5, upper=2.0))
         >>> reg.enforce_()
-        >>> sigma = torch.linalg.svdvals(layer.weight.detach())
+        >>> sigma = torch.linalg.svdvals(layer.weight.detach().double())
         >>> bool(sigma.max() <= 2.0 and sigma.min() >= 0.5)
         True
     """
