@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import wellcond
 from wellcond.cli import main
 
-EXPERIMENTS = ("denoise", "classify", "least-squares")
+EXPERIMENTS = ("denoise", "classify", "least-squares", "differentiability")
 COMMANDS = [[], ["reproduce"], *(["reproduce", name] for name in EXPERIMENTS)]
 COMMANDS += [["bench"], ["bench", "step"], ["bench", "fidelity"], ["bench", "strength"]]
 COMMANDS += [["bench", "audit"], ["audit"], ["repair"]]

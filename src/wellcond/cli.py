@@ -58,10 +58,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
         epilog="example: wellcond bench step",
     )
     if command == "reproduce":
-        from wellcond.experiments import classify, denoise, least_squares
+        from wellcond.experiments import classify, denoise, differentiability, least_squares
 
         names = reproduce.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
-        for experiment in (denoise, classify, least_squares):
+        for experiment in (denoise, classify, least_squares, differentiability):
             experiment.configure(names)
     if command == "bench":
         from wellcond.experiments import bench

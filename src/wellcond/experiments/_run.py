@@ -127,12 +127,15 @@ class Results:
 
     def add(self, run: dict[str, Any]) -> None:
         self.runs.append(run)
-        self.document["summary"] = summarise(self.runs)
+        self.document["summary"] = self.summarised()
         written(self.text(), self.path, self.overwrite or self.written > 0)
         if not self.written:  # what an earlier experiment drew would not fit these results
             for report in self.reports:
                 (self.out / report).unlink(missing_ok=True)
         self.written = len(self.runs)
+
+    def summarised(self) -> list[dict[str, Any]]:
+        return summarise(self.runs)
 
     def text(self) -> str:
         return dump_json(self.document)

@@ -1,0 +1,138 @@
+"""`wellcond reproduce differentiability`: what it writes, and that it would notice an error."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import wellcond as wc
+from wellcond.cli import main
+from wellcond.experiments import differentiability
+from wellcond.experiments.differentiability import Known, Tally
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(differentiability, "GAPS", (1.0, 1e-4, 1e-8, 1e-12))
+    monkeypatch.setattr(differentiability, "CONDITIONS", (1.0, 3.0, 100.0, 1e4))
+
+
+def asked(question: str) -> Tally:
+    _, ask = differentiability.QUESTIONS[question]
+    return ask(torch.Generator().manual_seed(5), 2)
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_it_writes_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["reproduce", "differentiability", "--quick", "--seeds", "2", "--json"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == (tmp_path / "results.json").read_text()
+    document = strict(out)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("results.json", "table.md", "differentiability.png"),
+    }
+    questions = list(differentiability.QUESTIONS)
+    assert [(run["seed"], run["question"]) for run in document["runs"]] == [
+        (seed, question) for seed in (0, 1) for question in questions
+    ]
+    assert [row["question"] for row in document["summary"]] == questions
+    for row in document["summary"]:
+        runs = [run for run in document["runs"] if run["question"] == row["question"]]
+        assert row["violations"] == 0
+        assert row["cases"] == sum(run["cases"] for run in runs) > 0
+        for name, value in row["figures"].items():
+            extreme = min if name.startswith("smallest") else max
+            assert value == extreme(run["figures"][name] for run in runs)
+    cases = sum(row["cases"] for row in document["summary"])
+    assert f"{cases} checks, 0 violations" in (tmp_path / "table.md").read_text()
+
+
+def over_n(S: Tensor) -> Tensor:
+    """1/n instead of 1/nu, which a wide matrix tells apart."""
+    right: Tensor = wc.penalties.exact.condition_penalty_gradient(S)
+    return right + S / min(S.shape[-2:]) - S / S.shape[-1]
+
+
+def halved(S: Tensor) -> Tensor:
+    return wc.penalties.exact.condition_penalty_gradient(S) / 2
+
+
+def of_the_second(S: Tensor) -> Tensor:
+    U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+    i = min(1, sigma.shape[-1] - 1)
+    top = sigma[..., i, None, None] * U[..., :, i, None] @ Vh[..., i, None, :]
+    return top - S / sigma.shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "noticing"),
+    [
+        (over_n, ["gradient", "sides", "jump", "step"]),
+        (halved, ["gradient", "sides", "jump", "step"]),
+        (of_the_second, ["gradient", "jump", "step"]),  # at a tie as good as the first
+    ],
+)
+def test_a_wrong_gradient_is_noticed(
+    wrong: Callable[[Tensor], Tensor], noticing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wc, "condition_penalty_gradient", wrong)
+    for question in noticing:
+        assert asked(question).violations > 0, question
+    assert asked("gradient").figures["largest error against differences of r"] > 0.1
+
+
+@pytest.mark.parametrize("power", [1.9, 2.1])
+@pytest.mark.parametrize("question", ["gradient", "sides", "zero set", "bounds"])
+def test_a_wrong_penalty_is_noticed(
+    question: str, power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(S: Tensor) -> Tensor:
+        sigma = torch.linalg.svdvals(S)
+        return (sigma[..., :1] ** power - sigma**power).mean(-1) / 2 - 1e-3 * (power > 2)
+
+    monkeypatch.setattr(wc, "condition_penalty", wrong)
+    assert asked(question).violations > 0
+
+
+def test_a_violation_is_exit_code_1_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(wc, "condition_penalty_bound", lambda S: S[..., 0, 0] * math.nan)
+    argv = ["reproduce", "differentiability", "--quick", "--out", str(tmp_path)]
+    assert main(argv) == 1
+    assert ", 0 violations" not in capsys.readouterr().out
+    document = strict((tmp_path / "results.json").read_text())
+    found = {row["question"]: row for row in document["summary"]}
+    assert found["bounds"]["figures"]["smallest ratio of exp(nu r/sigma_nu^2) to kappa"] == "nan"
+    assert found["bounds"]["violations"] == found["bounds"]["cases"] / 3
+    assert found["step"]["violations"] == 0
+
+
+def test_a_number_that_is_none_is_a_violation_and_stays() -> None:
+    tally = Tally()
+    tally.small("largest error", torch.tensor([0.5, math.nan]), 1.0)
+    tally.small("largest error", torch.tensor([2.0]), 1.0)
+    assert (tally.cases, tally.violations) == (3, 2)
+    assert math.isnan(tally.figures["largest error"])
+
+
+def test_matrices_have_the_triplets_they_claim() -> None:
+    sigma = differentiability.spectrum(5, 1.5, 1.0, scale=2.0, deficient=True)
+    known = Known.draw((5, 9), sigma, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.linalg.svdvals(known.S), sigma, rtol=0, atol=1e-14)
+    torch.testing.assert_close(known.S @ known.V, known.U * sigma, rtol=0, atol=1e-14)
+    assert sigma[:2].tolist() == [3.0, 2.0]
+    assert sigma[-1] == 0
