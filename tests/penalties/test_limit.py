@@ -273,12 +273,13 @@ def test_an_upper_bound_costs_no_decomposition_once_the_block_follows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer = nn.Linear(60, 50, bias=False)
-    M = with_spectrum(torch.linspace(3, 0.1, 50).double(), 50, 60)
+    sigma = torch.cat([torch.linspace(3, 2.6, 5), torch.linspace(1.5, 0.1, 45)]).double()
+    M = with_spectrum(sigma, 50, 60)
     with torch.no_grad():
         layer.weight.copy_(M)
     reg = wc.Regularizer(layer, wc.SingularValueLimit(upper=2.5), block=20)
     reg.proximal_step_(0.1)
-    for name in ("svd", "svdvals", "eigh", "eigvalsh", "cholesky_ex"):
+    for name in ("svd", "svdvals", "eigh", "eigvalsh"):
         real = getattr(torch.linalg, name)
 
         def small(A: torch.Tensor, *args: Any, real: Any = real, **kwargs: Any) -> Any:
@@ -291,7 +292,7 @@ def test_an_upper_bound_costs_no_decomposition_once_the_block_follows(
     for _ in range(3):
         reg.proximal_step_(0.1)
     monkeypatch.undo()
-    assert float(torch.linalg.svdvals(layer.weight.detach())[0]) <= 2.5 * 1.02  # 1.1 before
+    assert float(torch.linalg.svdvals(layer.weight.detach())[0]) <= 2.5 * 1.001  # 1.1 before
     estimate = reg.measure()["weight"]
     assert estimate.excess is not None
     assert estimate.excess <= 1.02
@@ -313,3 +314,16 @@ def test_what_obeys_bounds_is_untouched_bit_for_bit(dtype: torch.dtype) -> None:
             reg.proximal_step_(0.1)
         reg.enforce_()
         assert torch.equal(layer.weight, before)
+
+
+def test_a_block_that_lags_behind_is_not_believed() -> None:
+    """After a large step the leading vectors are others: the bound holds all the same."""
+    layer = nn.Linear(60, 60, bias=False)
+    reg = wc.Regularizer(layer, wc.SingularValueLimit(upper=1.0), block=8)
+    reg.proximal_step_(0.1)
+    for seed in range(20):
+        source = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            layer.weight.add_(0.1 * torch.randn(60, 60, generator=source))
+        reg.proximal_step_(0.1)
+        assert float(torch.linalg.svdvals(layer.weight.detach().double())[0]) <= 1.001

@@ -223,9 +223,9 @@ def stacks() -> None:
                 # All processes know of the worst, wherever it is.
                 pace = many._states[0].pace
                 torch.testing.assert_close(
-                    pace.state(), one._states[0].pace.state(), rtol=1e-3, atol=0
+                    pace.state(None), one._states[0].pace.state(None), rtol=1e-3, atol=0
                 )
-                same_everywhere(pace.state())
+                same_everywhere(pace.state(None))
     inner = distribute_tensor(matrix(3, 6, 4), mesh(2), [Shard(1)])
     assert obeys(whole(limited(inner, LIMITS[0])._states[0].weight.parameters[0]), LIMITS[0])
 
@@ -318,8 +318,10 @@ def compare_trainings(
     assert many[1] == one[1]
     compare_models(*models)
     for ours, theirs in zip(many[0]._states, one[0]._states, strict=True):
-        torch.testing.assert_close(ours.pace.state(), theirs.pace.state(), rtol=1e-6, atol=0)
-        same_everywhere(ours.pace.state())
+        torch.testing.assert_close(
+            ours.pace.state(None), theirs.pace.state(None), rtol=1e-6, atol=0
+        )
+        same_everywhere(ours.pace.state(None))
 
 
 def sharded_models(world: int) -> None:

@@ -203,11 +203,26 @@ def test_enforcing_applies_limits_and_nothing_else() -> None:
     reg.enforce_()
     assert float(wc.condition_number(model[0].weight)) <= 1.5
     assert torch.equal(model[2].weight, before)
-    for name, fields in reg.state_dict().items():
-        for key, value in fields.items():
-            assert torch.equal(value, state[name][key])
+    after = reg.state_dict()
+    assert int(after["0.weight"]["pending_steps"]) == 0  # what was pending has been done
+    for key in set(after["0.weight"]) - {"pending_steps", "pending_lr", "pace"}:
+        assert torch.equal(after["0.weight"][key], state["0.weight"][key])
+    for key, value in after["2.weight"].items():
+        assert torch.equal(value, state["2.weight"][key])
     weight = model[0].weight.clone()
     reg.enforce_()
     assert torch.equal(model[0].weight, weight)
     wc.Regularizer(model, wc.Condition(1.0)).enforce_()
     assert torch.equal(model[0].weight, weight)
+
+
+def test_a_frozen_weight_under_a_limit_is_left_alone_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = net()
+    reg = wc.Regularizer(model, wc.ConditionLimit(1.5))
+    model.requires_grad_(False)
+    before = model[0].weight.clone()
+    reg.enforce_()
+    assert torch.equal(model[0].weight, before)
+    assert "is under a hard limit, but frozen" in caplog.text

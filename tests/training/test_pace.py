@@ -66,11 +66,11 @@ def test_a_pace_comes_back_from_its_state_as_it_was(
     excess: float, kappa: float, passed: bool
 ) -> None:
     pace = Pace(7, 0.3, excess, kappa, 42, passed)
-    assert repr(Pace.of(pace.state())) == repr(pace)
-    assert Pace.of(pace.state()).words() == pace.words()
-    assert torch.equal(Pace.of(pace.state()).state(), pace.state())
-    assert pace.state().shape == Pace().state().shape
-    assert repr(Pace.of(Pace().state())) == repr(Pace())
+    assert repr(Pace.of(pace.state(None), None)) == repr(pace)
+    assert Pace.of(pace.state(None), None).words() == pace.words()
+    assert torch.equal(Pace.of(pace.state(None), None).state(None), pace.state(None))
+    assert pace.state(None).shape == Pace().state(None).shape
+    assert repr(Pace.of(Pace().state(None), None)) == repr(Pace())
 
 
 class Oracle:
@@ -344,6 +344,40 @@ def test_a_state_without_a_pace_begins_a_new_one() -> None:
         reg.load_state_dict(old)
 
 
+def test_the_pace_of_another_limit_is_not_gone_on_with() -> None:
+    """What K = 1e6 let pass for long says nothing of K = 2."""
+    layer = nn.Linear(6, 6, bias=False)
+    lax, strict = (wc.Regularizer(layer, wc.ConditionLimit(K)) for K in (1e6, 2.0))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    lax.attach(optimizer)
+    for _ in range(60):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+    assert lax.measure()["weight"].interval
+    lax.detach()
+    strict.load_state_dict(lax.state_dict())
+    assert strict.measure()["weight"].interval is None
+    strict.attach(optimizer)
+    optimizer.step()
+    assert float(wc.condition_number(layer.weight)) <= 2
+
+
+def test_enforcing_in_between_does_not_pass_for_a_weight_that_stands_still() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6, bias=False)
+    reg = wc.Regularizer(layer, wc.ConditionLimit(2.0))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    reg.attach(optimizer)
+    for step in range(40):
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()
+        if step % 7 == 6:
+            reg.enforce_()
+            assert int(reg.state_dict()["weight"]["pending_steps"]) == 0
+    # Ten steps after one enforcement never came together.
+    assert reg.measure()["weight"].interval is None
+
+
 def test_what_was_seen_is_shown() -> None:
     model, optimizer, reg = make(wc.ConditionLimit(K))
     assert "application" not in repr(reg)
@@ -366,7 +400,7 @@ def test_what_was_seen_is_shown() -> None:
     assert estimate.interval is not None
     assert estimate.interval >= 10
     line = (
-        f"before the last application κ {estimate.condition_before:.4g}, {estimate.excess:.3g} "
+        f"before the last application κ {estimate.condition_before:.4g}, {estimate.excess:.4g} "
         f"times its limit; {estimate.interval} steps after the one before"
     )
     assert line in repr(reg)

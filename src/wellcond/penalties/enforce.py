@@ -119,6 +119,13 @@ def _enforce_together_(
     return each
 
 
+def obey_nearly(weights: Sequence[StoredMatrix], bounds: Bounds) -> bool:
+    """Whether the largest singular values are within 1.001 of their bound, in float32 or wider."""
+    with contextlib.ExitStack() as opened:
+        spread = [opened.enter_context(S.spread()) for S in weights]
+        return _Together(spread, bounds).obey_nearly()
+
+
 class _Together:
     """Weights whose Gram matrices are looked at as one batch."""
 
@@ -219,6 +226,15 @@ class _Together:
             x = G @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True))
         largest = torch.linalg.vector_norm(x, dim=(-2, -1)).sqrt() * 1.01
         return (within(G, *self.bounds.interval(largest)) & _fit(G)).double()
+
+    def obey_nearly(self) -> bool:
+        G = self._gram(self.weights[0].dtype)
+        low, high = self.bounds.interval(torch.ones(self.shape, dtype=G.dtype, device=G.device))
+        held = self._agreed(lambda: (within(G, low, 1.001 * high) & _fit(G)).double()).bool()
+        return all(
+            bool(S.all_of((~one).double()).sum() == 0)
+            for S, one in zip(self.weights, held, strict=True)
+        )
 
     def _excess(self, G: Tensor, largest: Tensor) -> Tensor:
         """By what factor the stored matrices exceed the bounds: 0 if they do not, nan: unknown.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from wellcond.operators.rounding import full_precision, widest_dtype
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
-from wellcond.penalties.enforce import enforce_
+from wellcond.penalties.enforce import enforce_, obey_nearly
 from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SingularValueLimit, SpectralLimit
 from wellcond.text import quoted
@@ -170,29 +170,40 @@ class Engine:
             found = batches(states, [state.operator() for state in states])
             self._checks.raise_ready()
             self._check_finite([(batch, batch.S.finite()) for batch in found])
-            self._apply_limits_([(batch, None) for batch in found])
+            for state, numbers in self._apply_limits_([_Limited(batch) for batch in found]):
+                excess, kappa, passed = numbers.tolist()
+                state.pace.saw(excess, kappa, bool(passed))
+                state.begin_anew()  # else the next application would take it for a slow weight
 
     def _update_(self, seen: Look, new: NewWeight) -> None:
         if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
             new = new.where(seen.finite, cast(Dense, seen.S))
         _store_(seen.batch, new)
 
-    def _clipped_(self, seen: Look) -> tuple[Batch, Tensor | None]:
-        """What the block of a limit can do alone: its excess, None where that is not enough."""
-        rule = seen.batch.rule
+    def _clipped_(self, seen: Look) -> _Limited:
+        """What the block of an upper bound can do alone, and whether that was enough.
+
+        A block may lag behind a weight that moves fast, and a narrow one not reach far enough: one
+        Gram matrix tells.
+        """
+        batch, rule = seen.batch, seen.batch.rule
         if seen.image is None or not isinstance(rule, SingularValueLimit):
-            return seen.batch, None
-        if not all(state.pace.known for state in seen.batch.states):  # the block is hardly warm
-            return seen.batch, None
+            return _Limited(batch)
+        if not all(state.pace.known for state in batch.states):  # the block is hardly warm
+            return _Limited(batch)
         new, excess, reached = rule.clip_leading(seen.S, seen.image)
         if not bool(reached.all()):
-            return seen.batch, None
+            return _Limited(batch, excess)
         self._update_(seen, new)
-        return seen.batch, excess
+        owner = batch.states[0].owner
+        held = torch.zeros(1, device=batch.operators[0].device)
+        if self.replicas is None or self.replicas.rank == owner:
+            held.fill_(obey_nearly(_stored(batch), rule))
+        if self.replicas is not None:  # all must take the same way from here
+            self.replicas.exchange_([(owner, held)])
+        return _Limited(batch, excess, bool(held))
 
-    def _apply_limits_(
-        self, limited: Sequence[tuple[Batch, Tensor | None]]
-    ) -> list[tuple[WeightState, Tensor]]:
+    def _apply_limits_(self, limited: Sequence[_Limited]) -> list[tuple[WeightState, Tensor]]:
         """Applies hard limits where it has not been done; of replicas, one does for the others.
 
         And takes isometry steps.
@@ -201,10 +212,11 @@ class Engine:
         exchanged: list[tuple[int, Tensor]] = []
         received: list[tuple[WeightOperator, Tensor]] = []
         failure: Exception | None = None
-        for batch, excess in limited:
+        for batch, excess, done in limited:
             owner = batch.states[0].owner
             mine = self.replicas is None or self.replicas.rank == owner
-            if excess is not None:
+            if done:
+                assert excess is not None
                 each = [_seen(one, torch.full_like(one, math.nan)) for (one,) in batch.each(excess)]
             else:
                 # Where nothing is exchanged numbers may stay here, as some devices have no float64.
@@ -217,8 +229,11 @@ class Engine:
                     if self.replicas is None:
                         raise
                     failure = failure or error  # the others wait: first they must learn of it
+                if excess is not None:
+                    for numbers, (clipped,) in zip(each, batch.each(excess), strict=True):
+                        numbers[0] = torch.fmax(numbers[0], clipped.max().to(numbers))
             told += zip(batch.states, each, strict=True)
-            if self.replicas is None or excess is not None:
+            if self.replicas is None:
                 continue
             for S, numbers in zip(batch.operators, each, strict=True):
                 values = cast(Dense, S).dense().contiguous()
@@ -286,6 +301,18 @@ class Engine:
             yield
 
 
+class _Limited(NamedTuple):
+    """A batch under a limit; what its block has clipped beforehand, and whether that is all."""
+
+    batch: Batch
+    excess: Tensor | None = None
+    done: bool = False
+
+
+def _stored(batch: Batch) -> list[StoredMatrix]:
+    return [cast(StoredMatrix, S) for S in batch.operators]
+
+
 def _store_(batch: Batch, new: NewWeight) -> None:
     for S, own in zip(batch.operators, batch.each(*new.tensors), strict=True):
         cast(Updatable, S).update_(NewWeight.of(own))
@@ -314,7 +341,7 @@ def _apply_(batch: Batch) -> list[Tensor]:
             _store_(there, rule.step(there.S, scale.to(device, widest_dtype(device))))
         return [_seen(unknown, unknown) for _ in states]
     if isinstance(rule, SpectralLimit):
-        weights = [cast(StoredMatrix, S) for S in batch.operators]
+        weights = _stored(batch)
         try:
             found = enforce_(
                 weights,

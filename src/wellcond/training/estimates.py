@@ -38,7 +38,8 @@ class Estimate:
         nu: min(m, n).
         condition_number: sigma_1/sigma_nu as measured in float64; None where that was not asked.
         excess: by what factor its hard limit was exceeded before the last application, as measured;
-            None if that is not known, or it was only seen to obey.
+            None if that is not known, or it was only seen to obey; of a stack the worst. Under
+            an upper bound alone an estimate, from below.
         condition_before: kappa before that application, None if not known.
         interval: optimizer steps between the last two applications of its limit, None if there
             were none.

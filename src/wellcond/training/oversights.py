@@ -83,6 +83,17 @@ class Oversights:
                 quoted(both),
             )
 
+    def enforced(self) -> None:
+        """Limits are asked for now, but a frozen weight is left alone."""
+        frozen = [s.name for s in self._states if isinstance(s.rule, Limit) and not s.active]
+        if frozen:
+            self._say(
+                "frozen",
+                "%s is under a hard limit, but frozen, and was left as it is. Call enforce_() "
+                "before requires_grad_(False), or repair the checkpoint.",
+                quoted(frozen),
+            )
+
     def _replaced(self) -> None:
         model = None if self._model is None else self._model()
         if model is None:

@@ -7,10 +7,13 @@ exceeded by about a fifth: after every application it is found anew from what th
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
+
+from wellcond.penalties.limit import SpectralLimit
 
 _FIRST, _LONGEST = 10, 1000  # steps
 _RISE = 0.23  # by how much a bound may be exceeded before an application, of itself
@@ -79,18 +82,20 @@ class Pace:
             return ""
         else:
             kappa = "" if math.isnan(self.condition_number) else f"κ {self.condition_number:.4g}, "
-            said = f"before the last application {kappa}{self.excess:.3g} times its limit"
+            said = f"before the last application {kappa}{self.excess:.4g} times its limit"
         return said + (f"; {self.interval} steps after the one before" if self.interval else "")
 
-    def state(self) -> Tensor:
+    def state(self, rule: object) -> Tensor:
         """As a tensor of fixed shape; 0 for what is not known, so that equal states are equal."""
-        numbers = torch.tensor(astuple(self), dtype=torch.float64, device="cpu")
+        numbers = torch.tensor([*astuple(self), _mark(rule)], dtype=torch.float64, device="cpu")
         return numbers.nan_to_num(nan=0.0, posinf=math.inf)
 
     @classmethod
-    def of(cls, state: Tensor) -> Pace:
-        """From `state()`."""
-        applications, budget, excess, kappa, interval, passed = state.tolist()
+    def of(cls, state: Tensor, rule: object) -> Pace:
+        """From `state()`; anew if it is of another limit."""
+        applications, budget, excess, kappa, interval, passed, mark = state.tolist()
+        if mark != _mark(rule):
+            return cls()
         return cls(
             int(applications),
             budget,
@@ -99,3 +104,8 @@ class Pace:
             int(interval),
             bool(passed),
         )
+
+
+def _mark(rule: object) -> int:
+    """Tells limits of other bounds apart; those that users have written are taken for the same."""
+    return zlib.crc32(repr(rule).encode()) if isinstance(rule, SpectralLimit) else 0

@@ -255,7 +255,9 @@ class Regularizer:
     def enforce_(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
 
-        Penalties take no step, and nothing is counted. Without a hard limit it does nothing.
+        Penalties take no step, and for limits no step of the optimizer is pending afterwards.
+        Frozen weights stay as they are, and a warning names them. Without a hard limit it does
+        nothing.
 
         Raises:
             ValueError: a weight holds NaN or infinity, or cannot obey in its dtype; see
@@ -270,6 +272,7 @@ class Regularizer:
             True
         """
         limited = [s for s in self._engine.active() if isinstance(s.rule, Limit)]
+        self._oversights.enforced()
         if limited:
             _refuse_without_proximal_step(limited)
             self._engine.enforce_(limited)

@@ -108,6 +108,10 @@ class WeightState:
         """Whether a hard limit is, by its pace."""
         return self.pace.due(self.pending_steps, float(self.pending_lr))
 
+    def begin_anew(self) -> None:
+        """Nothing is pending, and nothing was learned of how the weight moves."""
+        self.pending_steps, self.pending_lr = 0, 0.0
+
     def settle(self) -> None:
         """After a proximal step nothing is pending."""
         if isinstance(self.rule, Limit):
@@ -134,7 +138,7 @@ class WeightState:
             "shortened_steps": self.shortened.clone(),
             "pending_steps": torch.tensor(self.pending_steps, device="cpu"),
             "pending_lr": torch.as_tensor(self.pending_lr, dtype=torch.float64, device="cpu"),
-            "pace": self.pace.state(),
+            "pace": self.pace.state(self.rule),
             **scale,
         }
 
@@ -168,6 +172,6 @@ class WeightState:
         self.step = int(state["step"])
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
-        self.pace = Pace.of(state["pace"]) if "pace" in state else Pace()
+        self.pace = Pace.of(state["pace"], self.rule) if "pace" in state else Pace()
         if "scale" in state and isinstance(self.rule, Isometry):
             self.scale = state["scale"].to(self.scale, copy=True)
