@@ -100,10 +100,10 @@ class SingularValueLimit(SpectralLimit):
     as measured in float64 after rounding to the dtype of the weight. Unlike `ConditionLimit` it
     fixes the scale.
 
-    With `upper` alone a step of `attach` costs no more than a proximal step: it clips the leading
-    singular values that the block of the `Regularizer` follows, and is a decomposition only at
-    first and where the block does not reach down to 0.9 upper. That is an estimate;
-    `reg.enforce_()` is exact.
+    With `upper` alone a step of `attach` clips the leading singular values that the block of the
+    `Regularizer` follows, and looks at a Gram matrix, in float32 or wider, whether all are below
+    1.001 upper. Where they are not, where the block does not reach down to 0.9 upper, and at first
+    it decomposes as for other bounds. `reg.enforce_()` is exact.
 
     Under `lower` a zero weight becomes one with all singular values at `lower`; its vectors are
     arbitrary, the same each time.
