@@ -160,9 +160,7 @@ class Engine:
                 self._update_(seen, new)
                 for state, (short,) in zip(batch.states, batch.each(shortened), strict=True):
                     state.shortened += short.sum()
-            for state, numbers in self._apply_limits_([self._clipped_(seen) for seen in limited]):
-                excess, kappa, passed = numbers.tolist()
-                state.pace.saw(excess, kappa, bool(passed))
+            self._apply_limits_([self._clipped_(seen) for seen in limited])
 
     def enforce_(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, exactly."""
@@ -170,9 +168,8 @@ class Engine:
             found = batches(states, [state.operator() for state in states])
             self._checks.raise_ready()
             self._check_finite([(batch, batch.S.finite()) for batch in found])
-            for state, numbers in self._apply_limits_([_Limited(batch) for batch in found]):
-                excess, kappa, passed = numbers.tolist()
-                state.pace.saw(excess, kappa, bool(passed))
+            self._apply_limits_([_Limited(batch) for batch in found])
+            for state in states:
                 state.begin_anew()  # else the next application would take it for a slow weight
 
     def _update_(self, seen: Look, new: NewWeight) -> None:
@@ -203,7 +200,7 @@ class Engine:
             self.replicas.exchange_([(owner, held)])
         return _Limited(batch, excess, bool(held))
 
-    def _apply_limits_(self, limited: Sequence[_Limited]) -> list[tuple[WeightState, Tensor]]:
+    def _apply_limits_(self, limited: Sequence[_Limited]) -> None:
         """Applies hard limits where it has not been done; of replicas, one does for the others.
 
         And takes isometry steps.
@@ -233,7 +230,7 @@ class Engine:
                     for numbers, (clipped,) in zip(each, batch.each(excess), strict=True):
                         numbers[0] = torch.fmax(numbers[0], clipped.max().to(numbers))
             told += zip(batch.states, each, strict=True)
-            if self.replicas is None:
+            if self.replicas is None or done:  # all have done it alike
                 continue
             for S, numbers in zip(batch.operators, each, strict=True):
                 values = cast(Dense, S).dense().contiguous()
@@ -249,7 +246,9 @@ class Engine:
             raise failure
         if self.replicas is not None:
             _raise_failed_elsewhere(told)
-        return told
+        for state, numbers in told:
+            excess_before, kappa, passed = numbers.tolist()
+            state.pace.saw(excess_before, kappa, bool(passed))
 
     def check_rates(self, lr: Tensor) -> Tensor:
         """A learning rate on a device, 0 if it is none, which is raised once it is free to read."""
