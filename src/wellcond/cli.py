@@ -59,10 +59,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     if command == "reproduce":
         from wellcond.experiments import classify, denoise, differentiability, least_squares
+        from wellcond.experiments import reproduce as settings
 
         names = reproduce.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
         for experiment in (denoise, classify, least_squares, differentiability):
             experiment.configure(names)
+        settings.configure(names)
     if command == "bench":
         from wellcond.experiments import bench
 

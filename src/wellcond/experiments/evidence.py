@@ -1,0 +1,166 @@
+"""What results say: means with intervals, paired differences, and the blocks of the documentation.
+
+A block of a page stands between `<!-- NAME: TABLE -->` and `<!-- end -->`, and holds what the
+results of NAME say, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wellcond.experiments.methods import METHODS
+from wellcond.experiments.tables import Band, Table, interval
+from wellcond.text import written
+
+BLOCK = re.compile(r"(<!-- ([\w-]+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Column(NamedTuple):
+    """A metric, what stands above it, and whether it counts by factors."""
+
+    metric: str
+    title: str
+    log: bool = False
+
+
+class Verdict(NamedTuple):
+    """The champion of our ways, chosen in the search, against the best of all others.
+
+    It wins if its interval lies above that of each of them.
+    """
+
+    ours: str
+    our_band: Band
+    rival: str
+    rival_band: Band
+    difference: Band  # seed by seed
+    wins: bool
+    loses: bool
+
+
+class Evidence:
+    """The results of an experiment, as `grid.read` returns them.
+
+    `runs` is a table of pandas with a row for each run that is reported: case, method, strength,
+    lr, seed, seconds, cpu_seconds, the metrics, and the curves as lists.
+    """
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        import pandas
+
+        self.document = document
+        rows = [
+            {key: value for key, value in run.items() if key not in ("metrics", "curves")}
+            | run["metrics"]
+            | run["curves"]
+            for run in document["runs"]
+            if not run["search"]
+        ]
+        self.runs: Any = pandas.DataFrame(rows)
+        self.chosen: list[dict[str, Any]] = document["chosen"]
+
+    def where(self, **fields: Any) -> Any:
+        """The rows with these values."""
+        runs = self.runs
+        for name, value in fields.items():
+            runs = runs[runs[name] == value]
+        return runs.sort_values("seed", kind="stable")
+
+    def methods(self, **fields: Any) -> list[str]:
+        """In the order in which they were run."""
+        return list(dict.fromkeys(self.where(**fields)["method"]))
+
+    def band(self, metric: str, log: bool = False, **fields: Any) -> Band:
+        """Mean and 95 % interval over the seeds of these rows."""
+        return interval([float(value) for value in self.where(**fields)[metric]], log)
+
+    def difference(self, metric: str, one: dict[str, Any], other: dict[str, Any]) -> Band:
+        """Mean and 95 % interval of one minus other, seed by seed."""
+        pairs = self.where(**one).merge(self.where(**other), on="seed", suffixes=("", "_other"))
+        return interval([float(v) for v in pairs[metric] - pairs[f"{metric}_other"]])
+
+    def choice(self, contest: str, method: str) -> dict[str, Any] | None:
+        """What the search chose, if it had a choice."""
+        found = [c for c in self.chosen if (c["case"], c["method"]) == (contest, method)]
+        return found[0] if found else None
+
+    def ranking(self, title: str, columns: list[Column], contest: str = "", **fields: Any) -> Table:
+        """A row for each way, the best by the first column above; seed by seed against nothing."""
+        first = columns[0].metric
+        bands = {
+            method: [self.band(c.metric, c.log, method=method, **fields) for c in columns]
+            for method in self.methods(**fields)
+        }
+        rows = []
+        for method, (score, *others) in sorted(bands.items(), key=lambda item: -item[1][0].mean):
+            best = self.choice(contest, method)
+            change = self.difference(
+                first, {"method": method} | fields, {"method": "none"} | fields
+            )
+            rows.append(
+                [
+                    METHODS[method].label,
+                    f"{best['strength']:g}" if best and best["strength"] else "",
+                    f"{best['lr']:g}" if best and best["lr"] else "",
+                    score.fixed(),
+                    change.signed() if method != "none" else "",
+                    *map(str, others),
+                    best["edge"] if best else "",
+                ]
+            )
+        header = ["way", "strength", "lr", columns[0].title, "against nothing"]
+        header += [*(c.title for c in columns[1:]), "at the end of the grid"]
+        return Table(title, header, rows)
+
+    def verdict(self, metric: str, contest: str = "", **fields: Any) -> Verdict:
+        """Ours against the others; larger is better."""
+        methods = self.methods(**fields)
+        ours = [m for m in methods if METHODS[m].ours]
+        scores = {m: (self.choice(contest, m) or {"score": float("-inf")})["score"] for m in ours}
+        champion = max(ours, key=lambda m: scores[m])
+        bands = {m: self.band(metric, method=m, **fields) for m in methods}
+        others = [m for m in methods if not METHODS[m].ours]
+        rival = max(others, key=lambda m: bands[m].mean)
+        one, other = ({"method": m} | fields for m in (champion, rival))
+        band = bands[champion]
+        return Verdict(
+            champion,
+            band,
+            rival,
+            bands[rival],
+            self.difference(metric, one, other),
+            wins=all(band.low > bands[m].high for m in others),
+            loses=band.high < bands[rival].low,
+        )
+
+
+def filled(text: str, name: str, tables: dict[str, Table]) -> str:
+    """A page with the blocks of this experiment as the tables say.
+
+    Raises:
+        ValueError: it asks for a table that there is not.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        begin, experiment, table, end = match.groups()
+        if experiment != name:
+            return match[0]
+        if table not in tables:
+            raise ValueError(f"{name} has no table {table}, only {', '.join(tables)}.")
+        return f"{begin}\n{tables[table].markdown()}\n{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def fill(pages: list[Path], name: str, tables: dict[str, Table]) -> list[Path]:
+    """The pages that have changed."""
+    changed = []
+    for page in pages:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, name, tables)
+        if after != before:
+            written(after, page)
+            changed.append(page)
+    return changed

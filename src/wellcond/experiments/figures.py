@@ -1,0 +1,112 @@
+"""Pictures: panels, axes, and what a method looks like wherever it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wellcond.experiments.methods import METHODS
+from wellcond.experiments.tables import Band
+
+OURS, RIVAL, NOTHING = "#1f6fb4", "#d98c1f", "#7f7f7f"
+# Of lines in one panel; the eye tells no more apart.
+CYCLE = ("#1f6fb4", "#d98c1f", "#2a9d6f", "#a64ca6", "#c0392b", "#7f7f7f", "#8c6d31", "#17a2b8")
+MARKERS = "osD^vPX*"
+HUGE = 1e6  # in pictures, larger condition numbers are one
+
+
+def colour(method: str) -> str:
+    """Blue for ours, orange for the others, grey for nothing."""
+    kind = METHODS[method]
+    return NOTHING if method == "none" else OURS if kind.ours else RIVAL
+
+
+def label(method: str) -> str:
+    return METHODS[method].label
+
+
+def figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Any, list[Any]]:
+    """A figure of so many panels side by side, drawn without a window."""
+    import_figures()
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(width * columns, height), layout="constrained", dpi=130)
+    panels = list(drawing.subplots(1, columns, squeeze=False)[0])
+    for panel in panels:
+        panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_axisbelow(True)
+    return drawing, panels
+
+
+def save(drawing: Any, path: Path) -> Path:
+    """Writes it; an .svg is the same, byte for byte, whenever it is drawn of the same numbers."""
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+        drawing.savefig(path, **options)
+    return path
+
+
+def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]) -> None:
+    """Means with their intervals, a line for each method, the largest at the top.
+
+    Args:
+        panel: where.
+        rows: methods with what they reached.
+        names: what stands beside them.
+    """
+    rows = sorted(rows, key=lambda row: row[1].mean)
+    for height, (method, band) in enumerate(rows):
+        panel.plot([band.low, band.high], [height] * 2, color=colour(method), lw=2, alpha=0.6)
+        panel.plot([band.mean], [height], color=colour(method), marker="o", ms=6, ls="")
+    panel.set_yticks(range(len(rows)), [names[method] for method, _ in rows])
+    for tick, (method, _) in zip(panel.get_yticklabels(), rows, strict=True):
+        tick.set_color(colour(method))
+    panel.grid(False, axis="y")
+
+
+def logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, or at the powers of ten if many."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if high / low < 200:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def draw_condition_numbers(panel: Any) -> None:
+    """A logarithmic axis from 1 on; all that is above `HUGE`, or infinite, lies on one line."""
+    top = panel.dataLim.y1
+    panel.set_yscale("log")
+    if top < HUGE:
+        panel.set_ylim(1, None)
+        logarithmic(panel.yaxis)
+        return
+    ticks = [10.0**k for k in range(6)] + [3 * HUGE]
+    panel.set_yticks(ticks, [f"$10^{k}$" for k in range(6)] + ["over $10^6$\nor infinite"])
+    panel.set_ylim(1, 8 * HUGE)
+    panel.axhline(HUGE, color="#999999", ls=":", lw=0.9)
+
+
+def drawable(kappa: float) -> float:
+    """Where `draw_condition_numbers` shows it; nan is nowhere."""
+    return 3 * HUGE if kappa > HUGE else kappa
+
+
+def import_figures() -> None:
+    """Says at once, before hours of training, that pictures cannot be drawn."""
+    try:
+        import joblib  # noqa: F401
+        import matplotlib  # noqa: F401
+        import pandas  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"experiments need {error.name}: pip install 'wellcond[experiments]'."
+        ) from None

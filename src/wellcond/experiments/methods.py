@@ -1,0 +1,355 @@
+"""Ways to train a network: nothing, the baselines that people use, and those of wellcond.
+
+All share one loop: `Training.step` of a loss. A way changes what it must, the network before it is
+trained, the gradient before a step, the weights after it, or what happens between two tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, parametrizations
+
+import wellcond as wc
+
+Build = Callable[[bool], nn.Module]  # with LayerNorm before every activation, or without
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The model with the initial weights of that seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """The layers whose weights are matrices, those of convolutions flattened."""
+    modules = model.named_modules()
+    return ((name, module) for name, module in modules if isinstance(module, nn.Linear | nn.Conv2d))
+
+
+@torch.no_grad()
+def condition_numbers(model: nn.Module) -> dict[str, float]:
+    """κ of every weight matrix as it acts, in float64; nan where training has diverged."""
+    weights = {name: m.weight.detach().flatten(1) for name, m in matrices(model)}
+    return {
+        name: float(wc.condition_number(S)) if S.isfinite().all() else math.nan
+        for name, S in weights.items()
+    }
+
+
+@torch.no_grad()
+def spectral_norms(model: nn.Module) -> dict[str, float]:
+    """σ₁ of every weight matrix as it acts, in float64; nan where training has diverged."""
+    weights = {name: m.weight.detach().flatten(1).double() for name, m in matrices(model)}
+    return {
+        name: float(torch.linalg.matrix_norm(S, 2)) if S.isfinite().all() else math.nan
+        for name, S in weights.items()
+    }
+
+
+class Training:
+    """Adam alone, as it is.
+
+    Args:
+        build: makes the network, with LayerNorm before its activations or without.
+        strength: that of the way, in its own units.
+        lr: learning rate of Adam.
+        seed: of the initial weights.
+        gain: what an isometric weight is to be multiplied by: √2 before ReLU, else 1.
+    """
+
+    label: ClassVar[str] = "nothing"
+    ours: ClassVar[bool] = False
+    strengths: ClassVar[tuple[float, ...]] = (0.0,)  # searched unless an experiment says otherwise
+    normed: ClassVar[bool] = False
+
+    def __init__(
+        self, build: Build, strength: float, lr: float, seed: int, gain: float = 1.0
+    ) -> None:
+        self.build, self.strength, self.lr, self.seed, self.gain = build, strength, lr, seed, gain
+        self.model = seeded(lambda: build(self.normed), seed)
+        self.prepare()
+        self.optimizer = self.adam()
+        self.attach()
+
+    def adam(self, **options: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), self.lr, fused=True, **options)
+
+    def prepare(self) -> None:
+        """Changes the network before it is trained."""
+
+    def attach(self) -> None:
+        """What is to happen with every step of the optimizer."""
+
+    def before_step(self) -> None:
+        """Changes the gradients."""
+
+    def between_tasks(self) -> None:
+        """The data change, or an epoch ends."""
+
+    def finish(self) -> None:
+        """The weights are about to be tested."""
+
+    def step(self, loss: Tensor) -> bool:
+        """One step on this loss; False, and none, where it is no longer finite."""
+        if not loss.isfinite():
+            return False
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.before_step()
+        self.optimizer.step()
+        return True
+
+
+class L2(Training):
+    label = "L2"
+    strengths = (1e-5, 1e-4, 1e-3, 1e-2)
+
+    def adam(self, **options: Any) -> torch.optim.Optimizer:
+        return super().adam(weight_decay=self.strength)
+
+
+class WeightDecay(Training):
+    label = "decoupled weight decay"
+    strengths = (0.01, 0.1, 1.0, 10.0)
+
+    def adam(self, **options: Any) -> torch.optim.Optimizer:
+        parameters = self.model.parameters()
+        return torch.optim.AdamW(parameters, self.lr, weight_decay=self.strength, fused=True)
+
+
+class L2Initial(Training):
+    """strength/2 ‖p − p₀‖² of every parameter (Kumar, Marklund & Van Roy, arXiv 2308.11958)."""
+
+    label = "L2 towards initial weights"
+    strengths = (1e-5, 1e-4, 1e-3, 1e-2)
+
+    def attach(self) -> None:
+        self.parameters: list[Tensor] = list(self.model.parameters())
+        self.initial = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_add_(gradients, self.parameters, alpha=self.strength)
+        torch._foreach_add_(gradients, self.initial, alpha=-self.strength)
+
+
+class ShrinkAndPerturb(Training):
+    """(1 − strength) p + strength · new initial weights, as data change (Ash & Adams, 1910.08475).
+
+    It is told when that is, which the other ways are not.
+    """
+
+    label = "shrink and perturb"
+    strengths = (0.1, 0.3, 0.6, 1.0)
+
+    def attach(self) -> None:
+        self.times = 0
+
+    @torch.no_grad()
+    def between_tasks(self) -> None:
+        self.times += 1
+        fresh = seeded(lambda: self.build(self.normed), 1_000_000 * self.times + self.seed)
+        for p, new in zip(self.model.parameters(), fresh.parameters(), strict=True):
+            p.lerp_(new, self.strength)
+
+
+class GradientClipping(Training):
+    label = "gradient clipping"
+    strengths = (0.01, 0.1, 1.0, 10.0)
+
+    def before_step(self) -> None:
+        clip_grad_norm_(self.model.parameters(), self.strength, foreach=True)
+
+
+class OrthogonalInitialisation(Training):
+    label = "orthogonal initialisation"
+
+    def prepare(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for _, layer in matrices(self.model):
+                nn.init.orthogonal_(layer.weight, self.gain)
+
+
+class LayerNorm(Training):
+    label = "LayerNorm"
+    normed = True
+
+
+class LayerNormL2(L2):
+    label = "LayerNorm and L2"
+    normed = True
+
+
+class SpectralNormTorch(Training):
+    """W/σ₁ in place of every W but the last, times strength."""
+
+    label = "spectral_norm of torch"
+    strengths = (1.0, 2.0, 4.0)
+
+    def prepare(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for _, layer in list(matrices(self.model))[:-1]:
+                parametrizations.spectral_norm(layer)
+                torch.nn.utils.parametrize.register_parametrization(
+                    layer, "weight", _Times(self.strength), unsafe=True
+                )
+
+
+class OrthogonalTorch(Training):
+    """Orthogonal weights times strength in place of every W but the last."""
+
+    label = "orthogonal of torch"
+    strengths = (1.0, 1.4, 2.0)
+
+    def prepare(self) -> None:
+        for _, layer in list(matrices(self.model))[:-1]:
+            if layer.weight.ndim == 2:  # torch has none for the kernel of a convolution
+                parametrizations.orthogonal(layer, orthogonal_map="householder")
+                torch.nn.utils.parametrize.register_parametrization(
+                    layer, "weight", _Times(self.strength), unsafe=True
+                )
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, W: Tensor) -> Tensor:
+        return self.factor * W
+
+
+class Attached(Training):
+    """A rule of wellcond on every weight matrix, attached to the optimizer."""
+
+    ours = True
+    every: int | None = None
+
+    def rule(self) -> Any:
+        raise NotImplementedError
+
+    def attach(self) -> None:
+        self.reg = wc.Regularizer(self.model, self.rule())
+        self.reg.attach(self.optimizer, every=self.every)
+
+    def finish(self) -> None:
+        self.reg.enforce_()
+
+
+class Condition(Attached):
+    label = "Condition, attached"
+    strengths = (1.0, 10.0, 100.0, 1000.0)
+
+    def rule(self) -> Any:
+        return wc.Condition(self.strength)
+
+
+class ConditionGradient(Training):
+    """strength · r in the loss, of which `add_gradients_` adds the gradient."""
+
+    label = "Condition, in the loss"
+    ours = True
+    strengths = (1e-4, 1e-3, 1e-2, 0.1)
+
+    def attach(self) -> None:
+        self.reg = wc.Regularizer(self.model, wc.Condition(self.strength))
+
+    def before_step(self) -> None:
+        self.reg.add_gradients_()
+
+
+class StableRank(Attached):
+    label = "StableRank"
+    strengths = (1.0, 10.0, 100.0, 1000.0)
+
+    def rule(self) -> Any:
+        return wc.StableRank(self.strength)
+
+
+class SpectralNorm(Attached):
+    """Down to the gain."""
+
+    label = "SpectralNorm"
+    strengths = (1.0, 10.0, 100.0, 1000.0)
+
+    def rule(self) -> Any:
+        return wc.SpectralNorm(self.strength, target=self.gain)
+
+
+class Orthogonality(Attached):
+    label = "Orthogonality"
+    strengths = (0.1, 1.0, 10.0, 100.0)
+
+    def rule(self) -> Any:
+        return wc.Orthogonality(self.strength, scale=self.gain)
+
+
+class Isometry(Attached):
+    """θ is the strength; scale is the gain."""
+
+    label = "Isometry"
+    strengths = (0.01, 0.03, 0.1, 0.5)
+
+    def rule(self) -> Any:
+        return wc.Isometry(self.strength, scale=self.gain)
+
+
+class ConditionLimit(Attached):
+    label = "ConditionLimit"
+    strengths = (1.1, 2.0, 5.0, 20.0)
+
+    def rule(self) -> Any:
+        return wc.ConditionLimit(self.strength)
+
+
+class UpperLimit(Attached):
+    """σ₁ ≤ strength."""
+
+    label = "SingularValueLimit, upper"
+    strengths = (0.7, 1.0, 1.5, 2.0)
+
+    def rule(self) -> Any:
+        return wc.SingularValueLimit(upper=self.strength)
+
+
+class BothLimits(Attached):
+    """strength/4 ≤ σᵢ ≤ strength."""
+
+    label = "SingularValueLimit, both"
+    strengths = (0.7, 1.0, 1.5, 2.0)
+
+    def rule(self) -> Any:
+        return wc.SingularValueLimit(lower=self.strength / 4, upper=self.strength)
+
+
+METHODS: dict[str, type[Training]] = {
+    "none": Training,
+    "l2": L2,
+    "weight-decay": WeightDecay,
+    "l2-initial": L2Initial,
+    "shrink-perturb": ShrinkAndPerturb,
+    "clipping": GradientClipping,
+    "orthogonal-init": OrthogonalInitialisation,
+    "layer-norm": LayerNorm,
+    "layer-norm-l2": LayerNormL2,
+    "spectral-norm-torch": SpectralNormTorch,
+    "orthogonal-torch": OrthogonalTorch,
+    "condition": Condition,
+    "condition-gradient": ConditionGradient,
+    "stable-rank": StableRank,
+    "spectral-norm": SpectralNorm,
+    "orthogonality": Orthogonality,
+    "isometry": Isometry,
+    "condition-limit": ConditionLimit,
+    "upper-limit": UpperLimit,
+    "both-limits": BothLimits,
+}

@@ -1,0 +1,98 @@
+"""Numbers with their intervals, and tables for a terminal and for a page."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import NamedTuple
+
+
+class Band(NamedTuple):
+    """A mean with its 95 % interval, nan where there is none; of a geometric mean if log.
+
+    As text: "0.5 ± 0.1", and where factors count "58 [31, 110]".
+    """
+
+    mean: float
+    low: float
+    high: float
+    log: bool = False
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return number(self.mean)
+        if self.log:
+            return f"{number(self.mean)} [{number(self.low)}, {number(self.high)}]"
+        return f"{number(self.mean)} ± {number(self.high - self.mean)}"
+
+    def signed(self, digits: int = 2) -> str:
+        """Of a difference, as "+0.50 ± 0.10"."""
+        return f"{self.mean:+.{digits}f} ± {self.high - self.mean:.{digits}f}"
+
+    def fixed(self, digits: int = 2) -> str:
+        """As "97.50 ± 0.10": with so many digits after the point."""
+        if math.isnan(self.low):
+            return f"{self.mean:.{digits}f}"
+        return f"{self.mean:.{digits}f} ± {self.high - self.mean:.{digits}f}"
+
+
+def interval(values: list[float], log: bool = False) -> Band:
+    """Mean and 95 % interval (Student's t); of the logarithms if log, so of a geometric mean.
+
+    A mean of condition numbers is that of the worst one, and its interval reaches below zero.
+    """
+    import numpy
+    from scipy import stats
+
+    array = numpy.asarray(values, dtype=float)
+    if log:
+        with numpy.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            band = interval(list(numpy.log(array)))
+            mean, low, high = numpy.exp(band[:3])
+        return Band(float(mean), float(low), float(high), log=True)
+    mean = float(array.mean()) if len(array) else math.nan
+    if len(array) < 2 or not math.isfinite(mean):
+        return Band(mean, math.nan, math.nan)
+    if not numpy.ptp(array):  # scipy would warn of a division by zero
+        return Band(mean, mean, mean)
+    found = stats.ttest_1samp(array, 0.0).confidence_interval(0.95)
+    return Band(mean, float(found.low), float(found.high))
+
+
+def number(value: float) -> str:
+    """Three significant digits, for a table."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.2e}" if value and (abs(value) >= 1e5 or abs(value) < 1e-3) else f"{value:.3g}"
+
+
+class Table(NamedTuple):
+    """Title, header and rows."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """For a page, without the title."""
+        escaped = [
+            [cell.replace("|", r"\|") for cell in line] for line in (self.header, *self.rows)
+        ]
+        lines = [escaped[0], ["---"] * len(self.header), *escaped[1:]]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+    def print(self) -> None:
+        """For a terminal, on standard output."""
+        from rich.console import Console
+        from rich.table import Table as Drawn
+
+        table = Drawn(title=self.title, title_justify="left", title_style="bold")
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+        for row in self.rows:
+            table.add_row(*row)
+        # A pipe or a file has no width; a narrow default would break the numbers.
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        with console.capture() as text:  # as rich ends the program, its own way, if nobody reads on
+            console.print(table)
+        print(text.get(), end="")
