@@ -136,6 +136,22 @@ class Evidence:
         )
 
 
+def winners(verdicts: dict[str, Verdict]) -> Table:
+    """A row for each verdict, by what was compared."""
+    rows = [
+        [
+            compared,
+            f"{METHODS[v.ours].label}: {v.our_band.fixed()}",
+            f"{METHODS[v.rival].label}: {v.rival_band.fixed()}",
+            v.difference.signed(),
+            "ours" if v.wins else "other" if v.loses else "not told apart",
+        ]
+        for compared, v in verdicts.items()
+    ]
+    header = ["compared", "ours", "the best other", "difference", "better"]
+    return Table("Ours, as chosen in the search, against all others", header, rows)
+
+
 def filled(text: str, name: str, tables: dict[str, Table]) -> str:
     """A page with the blocks of this experiment as the tables say.
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from wellcond.experiments import _run, evidence, figures, grid
-from wellcond.experiments.evidence import Evidence
+from wellcond.experiments.evidence import Evidence, Verdict
 from wellcond.experiments.grid import Runner, Setting
 from wellcond.experiments.settings import SETTINGS
+from wellcond.experiments.tables import Table
 from wellcond.text import written
 
 PAGES = ("README.md", "docs/*.md")
@@ -99,7 +100,19 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
     found = Evidence(document)
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
     changed = evidence.fill(pages, kind.name, setting.tables(found))
+    changed += evidence.fill(pages, "winners", {"table": _winners(results.parent)})
     for name, drawing in setting.figures(found).items():
         changed.append(figures.save(drawing, root / PICTURES / f"{name}.svg"))
-    print(f"Written: {', '.join(map(str, changed)) or 'nothing'}")
+    print(f"Written: {', '.join(map(str, dict.fromkeys(changed))) or 'nothing'}")
     return 0
+
+
+def _winners(folder: Path) -> Table:
+    """Of all the results that are there."""
+    verdicts: dict[str, Verdict] = {}
+    for kind in SETTINGS.values():
+        path = folder / f"{kind.name}.json"
+        if path.exists():
+            document = grid.read(path)
+            verdicts |= kind.of(document).verdicts(Evidence(document))
+    return evidence.winners(verdicts)
