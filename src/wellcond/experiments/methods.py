@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 
 import wellcond as wc
 
+Made = TypeVar("Made")
 Build = Callable[[bool], nn.Module]  # with LayerNorm before every activation, or without
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The model with the initial weights of that seed; the global generator is left as it was."""
+def seeded(build: Callable[[], Made], seed: int) -> Made:
+    """What is made with random numbers of that seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -73,7 +75,7 @@ class Training:
     ) -> None:
         self.build, self.strength, self.lr, self.seed, self.gain = build, strength, lr, seed, gain
         self.model = seeded(lambda: build(self.normed), seed)
-        self.prepare()
+        seeded(self.prepare, seed)
         self.optimizer = self.adam()
         self.attach()
 
@@ -172,10 +174,8 @@ class OrthogonalInitialisation(Training):
     label = "orthogonal initialisation"
 
     def prepare(self) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            for _, layer in matrices(self.model):
-                nn.init.orthogonal_(layer.weight, self.gain)
+        for _, layer in matrices(self.model):
+            nn.init.orthogonal_(layer.weight, self.gain)
 
 
 class LayerNorm(Training):
@@ -195,13 +195,9 @@ class SpectralNormTorch(Training):
     strengths = (1.0, 2.0, 4.0)
 
     def prepare(self) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            for _, layer in list(matrices(self.model))[:-1]:
-                parametrizations.spectral_norm(layer)
-                torch.nn.utils.parametrize.register_parametrization(
-                    layer, "weight", _Times(self.strength), unsafe=True
-                )
+        for _, layer in list(matrices(self.model))[:-1]:
+            parametrizations.spectral_norm(layer)
+            register_parametrization(layer, "weight", _Times(self.strength), unsafe=True)
 
 
 class OrthogonalTorch(Training):
@@ -214,9 +210,7 @@ class OrthogonalTorch(Training):
         for _, layer in list(matrices(self.model))[:-1]:
             if layer.weight.ndim == 2:  # torch has none for the kernel of a convolution
                 parametrizations.orthogonal(layer, orthogonal_map="householder")
-                torch.nn.utils.parametrize.register_parametrization(
-                    layer, "weight", _Times(self.strength), unsafe=True
-                )
+                register_parametrization(layer, "weight", _Times(self.strength), unsafe=True)
 
 
 class _Times(nn.Module):
