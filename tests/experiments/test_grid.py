@@ -1,4 +1,4 @@
-"""The runner: what is run once, chosen, kept after a kill, and the same with any number of workers."""
+"""The runner: what is run, once, chosen and kept, and the same with any number of workers."""
 
 import json
 import math
@@ -119,7 +119,7 @@ def test_runs_under_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
 
 def test_results_that_nobody_can_tell_the_runs_of_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("of yesterday")
-    with pytest.raises(ValueError, match="exists. Give --overwrite"):
+    with pytest.raises(ValueError, match="Give --overwrite"):
         results(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     (tmp_path / "a file").write_text("")
@@ -161,7 +161,7 @@ def test_an_interruption_says_what_it_leaves(
 
     with monkeypatch.context() as patched:
         patched.setattr(Parabola, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="Kept 3 finished runs in .*goes on"):
+        with pytest.raises(KeyboardInterrupt, match=r"Kept 3 finished runs in .*goes on"):
             results(tmp_path)
     results(tmp_path)
     assert len(Parabola.ran) == 14  # and none twice
@@ -235,12 +235,11 @@ def test_durations(seconds: float, text: str) -> None:
 def test_progress_says_the_time_left_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(grid.time, "monotonic", lambda: now)
-    cell = Cell("", "none", 0.0, 0.1, 0)
+    times = iter((0.0, 0.0, 20.0, 40.0, 41.0))
+    monkeypatch.setattr(grid.time, "monotonic", lambda: next(times))
     with grid.progress(11, "parabola") as ended:
         ended(None)
-        for now in (20.0, 40.0, 41.0):
-            ended(cell)
+        for seed in range(3):
+            ended(Cell("", "none", 0.0, 0.1, seed))
     # 20 s a run, nine left; half a minute must pass between two lines.
     assert capsys.readouterr().err == "parabola: 3 of 11 runs, about 3 min left\n"
