@@ -82,9 +82,30 @@ def test_every_rate_is_reported_where_none_is_chosen(tmp_path: Path) -> None:
     ]
 
 
+def test_a_second_round_decides_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Parabola, "finalists", 2)
+    run = Parabola.run
+
+    def later(self: Parabola, cell: Cell) -> Measured:
+        """In the second round the larger rate is the better one."""
+        metrics, curves = run(self, cell)
+        metrics["accuracy"] += 10 * cell.lr if cell.final else 0.0
+        return Measured(metrics, curves)
+
+    monkeypatch.setattr(Parabola, "run", later)
+    document = results(tmp_path)
+    assert [name for name in Parabola.ran if name.endswith(f"-{grid.FINAL}")] == [
+        *("search-none-0-0.1-20000", "search-none-0-0.2-20000"),
+        *("search-l2-2-0.1-20000", "search-l2-2-0.2-20000"),
+    ]
+    chosen = {c["method"]: (c["strength"], c["lr"], c["edge"]) for c in document["chosen"]}
+    assert chosen == {"none": (0.0, 0.2, "lr"), "l2": (2.0, 0.2, "lr")}
+    assert len(document["runs"]) == 8 + 4 + 6
+
+
 def test_a_run_without_a_number_loses() -> None:
     def run(strength: float, score: float) -> dict[str, Any]:
-        cell = {"case": "", "method": "l2", "strength": strength, "lr": 0.1}
+        cell = {"case": "", "method": "l2", "strength": strength, "lr": 0.1, "seed": 10_000}
         return cell | {"metrics": {"accuracy": score}}
 
     runs = [run(1, math.nan), run(2, -5.0), run(2, math.nan), run(3, -7.0)]

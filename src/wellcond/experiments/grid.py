@@ -30,7 +30,8 @@ from wellcond.experiments.methods import METHODS
 from wellcond.experiments.tables import Table
 from wellcond.text import dump_json, written
 
-SEARCH = 10_000  # the first seed of the search; those that are reported count from 0
+# The first seeds of the search, and of its second round; those that are reported count from 0.
+SEARCH, FINAL = 10_000, 20_000
 DIGITS = 6  # of what is kept of a curve
 
 
@@ -44,6 +45,11 @@ class Cell:
     lr: float
     seed: int
     search: bool = False
+
+    @property
+    def final(self) -> bool:
+        """Whether it is of the second round of the search."""
+        return self.search and self.seed >= FINAL
 
     @property
     def name(self) -> str:
@@ -95,6 +101,9 @@ class Setting(ABC):
     default_seeds: ClassVar[int] = 5
     rate_is_chosen: ClassVar[bool] = True  # else the strength that is best on the mean of them
     search_seeds: ClassVar[int] = 1
+    # Where a search at full length would be too long: so many of the best points of each method
+    # come into a second round, which alone decides.
+    finalists: ClassVar[int] = 0
     workers: ClassVar[int | None] = None  # where something is timed, 1
     cases: tuple[str, ...] = ("",)
     methods: dict[str, tuple[float, ...]]
@@ -251,9 +260,12 @@ class Runner:
         """Runs what is missing and writes results.json; returns what is in it."""
         setting = self.setting
         searched = setting.searched()
-        total = len(searched) + len(setting.reported(_any_choice(setting, searched)))
+        any_choice = _any_choice(setting, searched)
+        total = len(searched) + len(setting.reported(any_choice))
+        total += setting.finalists * len(any_choice)
         with self._kept(), progress(total, setting.name) as advance:
             found = self._complete(searched, advance)
+            found += self._complete(finals(setting, found), advance)
             chosen = choose(setting, found)
             best = {(c.case, c.method): c for c in chosen}
             runs = self._complete(setting.reported(best), advance)
@@ -349,29 +361,47 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or "unknown processor"
 
 
-def choose(setting: Setting, runs: list[dict[str, Any]]) -> list[Chosen]:
-    """The best strength and learning rate of each method, by the mean of its score.
+Points = dict[tuple[float, float], float]  # strength and learning rate with their mean score
 
-    A run that ended without a number loses against any other. Of equals the first is taken.
-    """
+
+def _scores(
+    setting: Setting, runs: list[dict[str, Any]]
+) -> Iterator[tuple[tuple[str, str], Points]]:
+    """For each contest and method. A run that ended without a number loses against any other."""
     groups: dict[tuple[str, str], dict[tuple[float, float], list[float]]] = {}
     for run in runs:
         group = groups.setdefault((setting.contest(run["case"]), run["method"]), {})
         point = (run["strength"], run["lr"] if setting.rate_is_chosen else 0.0)
         score = run["metrics"][setting.score]
         group.setdefault(point, []).append(-math.inf if math.isnan(score) else score)
+    for key, points in groups.items():
+        yield key, {p: math.fsum(values) / len(values) for p, values in points.items()}
+
+
+def finals(setting: Setting, runs: list[dict[str, Any]]) -> list[Cell]:
+    """The second round of the search, of the best of the first."""
+    cells = []
+    for (contest, method), points in _scores(setting, runs) if setting.finalists else ():
+        best = sorted(points, key=lambda point: -points[point])[: setting.finalists]
+        cases = [case for case in setting.cases if setting.contest(case) == contest]
+        cells += [Cell(case, method, *p, FINAL, search=True) for case, p in product(cases, best)]
+    return cells
+
+
+def choose(setting: Setting, runs: list[dict[str, Any]]) -> list[Chosen]:
+    """The best strength and learning rate of each method in the search; of equals the first."""
+    grids = dict(_scores(setting, runs))
+    last = [run for run in runs if run["seed"] >= FINAL] or runs
     chosen = []
-    for (case, method), points in groups.items():
-        means = {point: math.fsum(scores) / len(scores) for point, scores in points.items()}
-        best = max(means, key=lambda point: means[point])
-        ends = [
+    for (contest, method), points in _scores(setting, last):
+        best = max(points, key=lambda point: points[point])
+        searched = zip(*grids[contest, method], strict=True)
+        edge = [
             name
-            for name, values, value in zip(
-                ("strength", "lr"), zip(*means, strict=True), best, strict=True
-            )
+            for name, values, value in zip(("strength", "lr"), searched, best, strict=True)
             if len(set(values)) > 1 and value in (min(values), max(values))
         ]
-        chosen.append(Chosen(case, method, *best, means[best], " and ".join(ends)))
+        chosen.append(Chosen(contest, method, *best, points[best], " and ".join(edge)))
     return chosen
 
 

@@ -332,6 +332,16 @@ class BothLimits(Attached):
         return wc.SingularValueLimit(lower=self.strength / 4, upper=self.strength)
 
 
+class LayerNormIsometry(Isometry):
+    label = "LayerNorm and Isometry"
+    normed = True
+
+
+class LayerNormUpperLimit(UpperLimit):
+    label = "LayerNorm and SingularValueLimit, upper"
+    normed = True
+
+
 METHODS: dict[str, type[Training]] = {
     "none": Training,
     "l2": L2,
@@ -353,4 +363,6 @@ METHODS: dict[str, type[Training]] = {
     "condition-limit": ConditionLimit,
     "upper-limit": UpperLimit,
     "both-limits": BothLimits,
+    "layer-norm-isometry": LayerNormIsometry,
+    "layer-norm-upper-limit": LayerNormUpperLimit,
 }

@@ -40,11 +40,12 @@ class KeepLearning(Setting):
         "accuracy before each step."
     )
     score = "accuracy"
+    finalists = 3
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds)
         self.tasks = 4 if quick else 80
-        self.searched_tasks = 2 if quick else 30
+        self.first_round = 2 if quick else 30
         self.per_task = 160 if quick else 10_000
         self.rates = (1e-3,) if quick else RATES
         kept = ("none", "l2", "isometry") if quick else [m for m in METHODS if m not in SLOW]
@@ -53,7 +54,7 @@ class KeepLearning(Setting):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
             "tasks": self.tasks,
-            "searched_tasks": self.searched_tasks,
+            "tasks_of_first_round": self.first_round,
             "images_per_task": self.per_task,
         }
 
@@ -80,7 +81,7 @@ class KeepLearning(Setting):
         )
         source = torch.Generator().manual_seed(cell.seed)
         curves: dict[str, list[float]] = {"accuracies": [], "kappa": [], "sigma_max": []}
-        for task in range(self.searched_tasks if cell.search else self.tasks):
+        for task in range(self.first_round if cell.search and not cell.final else self.tasks):
             if task:
                 training.between_tasks()
             curves["accuracies"].append(self._learn(training, x, y, source))
