@@ -13,7 +13,7 @@ FAST = not slow and not distributed and not frameworks
 export OMP_NUM_THREADS ?= 2
 check test: export OMP_NUM_THREADS = 1
 
-.PHONY: demo check test lint install clean
+.PHONY: demo report check test lint install clean
 
 install: $(VENV)/installed
 
@@ -26,6 +26,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # The main job: the paper's denoising experiment on the embedded digits; pictures in runs/denoise.
 demo: install
 	$(BIN)/wellcond reproduce denoise --data digits --overwrite
+
+# The tables and pictures of README and docs, from the results that are committed.
+report: install
+	for file in results/*.json; do \
+	    $(BIN)/wellcond reproduce $$(basename $$file .json) --report || exit 1; \
+	done
 
 # The types are those of the pinned torch; on another one there is nothing to look for.
 lint: install

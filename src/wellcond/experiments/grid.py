@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -192,6 +192,16 @@ def number(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
+def plain(content: Any) -> Any:
+    """As it comes back from a file."""
+    return number(json.loads(dump_json(content)))
+
+
+def cell(run: dict[str, Any]) -> Cell:
+    """Which one a run in a file is."""
+    return Cell(**{field.name: run[field.name] for field in fields(Cell)})
+
+
 def read(path: Path) -> dict[str, Any]:
     """A file of results.
 
@@ -230,8 +240,7 @@ class Runner:
         self.setting, self.folder, self.workers = setting, folder, workers
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out must be a directory, {folder} is none.")
-        self.declared = {"experiment": setting.name} | setting.settings()
-        self.declared = number(json.loads(dump_json(self.declared)))
+        self.declared = plain({"experiment": setting.name} | setting.settings())
         path = folder / "settings.json"
         if overwrite:
             shutil.rmtree(folder / "runs", ignore_errors=True)
