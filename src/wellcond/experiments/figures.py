@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ def label(method: str) -> str:
     return METHODS[method].label
 
 
-def figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Any, list[Any]]:
-    """A figure of so many panels side by side, drawn without a window."""
+def figure(
+    columns: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1
+) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, row by row, each of this size; drawn without a window."""
     import_figures()
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(width * columns, height), layout="constrained", dpi=130)
-    panels = list(drawing.subplots(1, columns, squeeze=False)[0])
+    drawing = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=130)
+    panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
@@ -49,6 +52,24 @@ def save(drawing: Any, path: Path) -> Path:
         options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
         drawing.savefig(path, **options)
     return path
+
+
+def selected(scores: dict[str, float], each: int = 3) -> list[str]:
+    """The best of ours, the best of the others, and nothing: what a panel of lines has room for."""
+    best = sorted(scores, key=lambda method: -scores[method])
+    ours = [m for m in best if METHODS[m].ours]
+    others = [m for m in best if not METHODS[m].ours and m != "none"]
+    return [*ours[:each], *others[:each], "none"]
+
+
+def over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: int = 1) -> None:
+    """A line for each method: the mean of its seeds, and of so many tasks up to this one."""
+    for (method, runs), color in zip(curves.items(), CYCLE, strict=False):
+        means = [math.fsum(values) / len(values) for values in zip(*runs, strict=True)]
+        parts = [means[max(0, i - window + 1) : i + 1] for i in range(len(means))]
+        smooth = [math.fsum(part) / len(part) for part in parts]
+        panel.plot(range(1, len(smooth) + 1), smooth, color=color, label=label(method))
+    panel.set_xlabel("task")
 
 
 def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]) -> None:

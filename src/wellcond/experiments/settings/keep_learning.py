@@ -131,20 +131,10 @@ class KeepLearning(Setting):
         names = {method: figures.label(method) for method in bands}
         figures.compared(left, list(bands.items()), names)
         left.set_xlabel("accuracy at first sight in the last tenth of the tasks, %")
-        best = sorted(bands, key=lambda m: -bands[m].mean)
-        shown = [m for m in best if METHODS[m].ours][:3]
-        shown += [*[m for m in best if not METHODS[m].ours and m != "none"][:3], "none"]
-        for index, method in enumerate(shown):
-            curves = list(evidence.where(method=method)["accuracies"])
-            means = [math.fsum(values) / len(values) for values in zip(*curves, strict=True)]
-            window = max(len(means) // 16, 1)  # one task is easier than another
-            smooth = [
-                math.fsum(means[max(0, i - window + 1) : i + 1]) / min(i + 1, window)
-                for i in range(len(means))
-            ]
-            right.plot(
-                range(1, len(smooth) + 1), smooth, color=figures.CYCLE[index], label=names[method]
-            )
-        right.set(xlabel="task", ylabel="accuracy at first sight, % (mean of five tasks)")
+        shown = figures.selected({method: band.mean for method, band in bands.items()})
+        curves = {m: list(evidence.where(method=m)["accuracies"]) for m in shown}
+        # One task is easier than another.
+        figures.over_tasks(right, curves, window=max(self.tasks // 16, 1))
+        right.set_ylabel("accuracy at first sight, % (mean of five tasks)")
         right.legend(fontsize=8, frameon=False)
         return {"keep-learning": drawing}
