@@ -48,9 +48,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
     reproduce = commands.add_parser(
         "reproduce",
-        help="run an experiment of the paper",
-        description="Run an experiment of the paper; writes results.json, a table and pictures.",
-        epilog="example: wellcond reproduce denoise --data mnist --epochs 4",
+        help="run an experiment, of the paper or beyond it",
+        description="Run an experiment; writes results.json, a table and pictures.",
+        epilog="example: wellcond reproduce denoise --data digits",
     )
     benchmarks = commands.add_parser(
         "bench",
@@ -58,12 +58,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
         epilog="example: wellcond bench step",
     )
     if command == "reproduce":
-        from wellcond.experiments import classify, denoise, differentiability, least_squares
         from wellcond.experiments import reproduce as settings
 
         names = reproduce.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
-        for experiment in (denoise, classify, least_squares, differentiability):
-            experiment.configure(names)
         settings.configure(names)
     if command == "bench":
         from wellcond.experiments import bench

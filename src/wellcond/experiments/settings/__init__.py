@@ -1,6 +1,14 @@
 """The experiments, a file for each."""
 
 from wellcond.experiments.grid import Setting
+from wellcond.experiments.settings.classify import Classify
+from wellcond.experiments.settings.denoise import Denoise
+from wellcond.experiments.settings.differentiability import Differentiability
 from wellcond.experiments.settings.keep_learning import KeepLearning
+from wellcond.experiments.settings.learning_rates import LearningRates
+from wellcond.experiments.settings.least_squares import LeastSquares
 
-SETTINGS: dict[str, type[Setting]] = {setting.name: setting for setting in (KeepLearning,)}
+SETTINGS: dict[str, type[Setting]] = {
+    setting.name: setting
+    for setting in (Denoise, Classify, LeastSquares, Differentiability, KeepLearning, LearningRates)
+}
