@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.experiments import _run, bench_audit, bench_limit, bench_soak, bench_step, bench_when
-from wellcond.experiments._training import seeded
 from wellcond.experiments.data import Images, load
+from wellcond.experiments.methods import seeded
+from wellcond.experiments.tables import Table
 from wellcond.text import dump_json
 
 FIRST = "0.weight"
@@ -123,7 +124,7 @@ def run_fidelity(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(dump_json(document), end="")
         return 0
-    _run.print_table(
+    Table(
         f"Condition number of layer 1 after {arguments.epochs} epochs of Adam 1e-3, batch 32, "
         f"784-512-10 sigmoid on {images.name}; ratio to an exact decomposition in every step",
         [
@@ -151,7 +152,7 @@ def run_fidelity(arguments: argparse.Namespace) -> int:
             ]
             for run in runs
         ],
-    )
+    ).print()
     return 0
 
 
@@ -199,7 +200,7 @@ def run_strength(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(dump_json(document), end="")
         return 0
-    _run.print_table(
+    Table(
         f"Condition number of layer 1 after {arguments.epochs} epochs of Adam 1e-3, batch 32, "
         f"784-512-10 sigmoid on {images.name}; proximal and limit: attach; cost: seconds as a "
         "multiple of those of a training without a penalty just before",
@@ -215,7 +216,7 @@ def run_strength(arguments: argparse.Namespace) -> int:
             ]
             for run in runs
         ],
-    )
+    ).print()
     return 0
 
 

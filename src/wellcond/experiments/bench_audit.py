@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.experiments import _run
+from wellcond.experiments.tables import Table, number
 from wellcond.text import dump_json
 
 SIZES = (
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
         print(dump_json(document), end="")
         return 0
-    _run.print_table(
+    Table(
         f"Condition number of float32 matrices, {torch.get_num_threads()} threads, best of "
         f"{arguments.rounds} interleaved rounds; errors relative to a float64 SVD",
         [
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             [
                 row["matrix"],
                 row["size"],
-                _run.number(row["condition_number"]),
+                number(row["condition_number"]),
                 f"{1e3 * row['seconds_svdvals']:.3g}",
                 f"{1e3 * row['seconds']:.3g}",
                 f"{row['ratio']:.2f}",
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
             ]
             for row in rows
         ],
-    )
+    ).print()
     return 0
 
 

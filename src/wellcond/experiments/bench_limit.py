@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.experiments import _run
-from wellcond.experiments._training import seeded
 from wellcond.experiments.bench_step import Transformer
 from wellcond.experiments.data import load
+from wellcond.experiments.methods import seeded
+from wellcond.experiments.tables import Table
 from wellcond.text import dump_json
 
 FIRST = "0.weight"
@@ -170,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(dump_json({**document, "ways": rows}), end="")
         return 0
     epochs = range(arguments.epochs)
-    _run.print_table(
+    Table(
         f"Training a {task.name}, batch {task.batch}, Adam 1e-3, {task.steps} steps an epoch, "
         f"{arguments.seeds} seeds, {torch.get_num_threads()} threads: medians of the time as a "
         "multiple of a training without, κ before an application but the first, κ after, steps "
@@ -190,7 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
             ]
             for row in rows
         ],
-    )
+    ).print()
     return 0
 
 

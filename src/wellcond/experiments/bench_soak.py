@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.experiments import _run
-from wellcond.experiments._training import condition_numbers, seeded
 from wellcond.experiments.data import Images, load
+from wellcond.experiments.methods import condition_numbers, seeded
+from wellcond.experiments.tables import Table, number
 from wellcond.text import and_more, dump_json
 
 PHASE = 500  # steps under one way of regularising, before the other; at most an eighth of the run
@@ -133,6 +134,10 @@ class _Events:
     unlike_the_file: list[str] = field(default_factory=list)  # states that loading did not restore
 
 
+def _kappas(model: nn.Module) -> dict[str, float]:
+    return dict(zip(WEIGHTS, condition_numbers(model).values(), strict=True))
+
+
 def run(arguments: argparse.Namespace) -> int:
     _run.apply_threads(arguments)
     images = load("digits")
@@ -161,7 +166,7 @@ def _soak(images: Images, steps: int, path: Path) -> dict[str, Any]:
     rng, events = random.Random(0), _Events()
     phase = min(PHASE, max(1, steps // 8))
     training = _Training(phase)
-    kappa_before = condition_numbers(training.model)
+    kappa_before = _kappas(training.model)
     training.save(path)
     restart = min(RESTART, max(1, steps // 4))
     warm = max(1, steps // 3)  # by then both ways have run, and a restart has been made
@@ -202,7 +207,7 @@ def _soak(images: Images, steps: int, path: Path) -> dict[str, Any]:
         "counts": training.counts(),
         "memory": {"start": start, "end": _memory(), "after": warm}
         | {"margin_bytes": MARGIN_BYTES, "margin_tensors": MARGIN_TENSORS},
-        "condition_numbers": {"start": kappa_before, "end": condition_numbers(training.model)},
+        "condition_numbers": {"start": kappa_before, "end": _kappas(training.model)},
     }
 
 
@@ -333,12 +338,12 @@ def _print(document: dict[str, Any]) -> None:
         ["resident MB at the end", f"{end['bytes'] / 1e6:.1f}"],
         ["tensors alive, then and at the end", f"{start['tensors']}, {end['tensors']}"],
         *(
-            [f"kappa of {name}, start and end", f"{_run.number(before)}, {_run.number(after)}"]
+            [f"kappa of {name}, start and end", f"{number(before)}, {number(after)}"]
             for name, before, after in zip(
                 WEIGHTS, kappa["start"].values(), kappa["end"].values(), strict=True
             )
         ),
     ]
-    _run.print_table("A long training with failures", ["what", "number"], rows)
+    Table("A long training with failures", ["what", "number"], rows).print()
     if document["failures"]:
         print(f"FAILED {and_more(document['failures'], SHOWN, separator='; ')}")

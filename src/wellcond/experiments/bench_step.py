@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 import wellcond as wc
 from wellcond.experiments import _run
-from wellcond.experiments._training import seeded
+from wellcond.experiments.methods import seeded
+from wellcond.experiments.tables import Table
 from wellcond.text import dump_json
 
 FIRST = "0.weight"
@@ -228,7 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(dump_json(document), end="")
         return 0
     regularised = "" if arguments.model == "mlp" else f", {len(weights)} matrices regularised"
-    _run.print_table(
+    Table(
         f"A training step of a {net}, batch {arguments.batch}, fused Adam{regularised}, on "
         f"{arguments.device}, {torch.get_num_threads()} threads: medians of {arguments.rounds} "
         "interleaved rounds; operations and host synchronisations that a device sees, per step",
@@ -244,13 +245,13 @@ def run(arguments: argparse.Namespace) -> int:
             ]
             for row in table
         ],
-    )
+    ).print()
     if shares:
-        _run.print_table(
+        Table(
             "Memory, as a share of the weight",
             ["what", "share"],
             [[name.replace("_", " "), f"{share:.3f}"] for name, share in shares.items()],
-        )
+        ).print()
     return 0
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.experiments import _run
-from wellcond.experiments._training import condition_number, seeded
 from wellcond.experiments.data import Images, load
+from wellcond.experiments.methods import condition_numbers, seeded
+from wellcond.experiments.tables import Band, Table, interval
 from wellcond.text import dump_json
 
 NONE, PROJECTED, LIMITED = "none", "projected at the end", "limit, attach"
@@ -100,15 +101,11 @@ class _Task:
 
     def measured(self, model: nn.Module, noisy: Tensor) -> dict[str, float]:
         """The metrics."""
-        kappas = {
-            name: condition_number(parameter.detach().flatten(1))
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1
-        }
+        kappas = condition_numbers(model)
         # nan if one is.
         worst = float(torch.tensor(list(kappas.values()), dtype=torch.float64).max())
         tested = (self._accuracy(model, x) for x in (self.x_test, noisy))
-        square = kappas[SQUARE[self.name]]
+        square = kappas[SQUARE[self.name].removesuffix(".weight")]
         return dict(zip(ACCURACIES + KAPPAS, (*tested, worst, square), strict=True))
 
     def _accuracy(self, model: nn.Module, x: Tensor) -> float:
@@ -180,29 +177,29 @@ def _print(settings: dict[str, Any], ways: list[dict[str, Any]]) -> None:
     over = _run.over_seeds(settings["seeds"])
     names = [[row["way"], f"{row['strength']:g}" if row["way"] != NONE else ""] for row in ways]
     keys = [key for name in ACCURACIES for key in (name, f"{name}_change")]
-    _run.print_table(
+    Table(
         "{model} on {samples} images of {data}, epochs: {epochs}, batch {batch}, Adam 1e-3, "
         "threads: {threads}; the way on all weights. Accuracy, clean and in Gaussian noise of the "
         "deviation of the pixels; change: of the same seed without. {}".format(over, **settings),
         ["way", "K or strength", "clean, %", "change", "in noise, %", "change"],
         [
-            [*name, *(_run.with_interval(row[key]) for key in keys)]
+            [*name, *(str(Band(**row[key])) for key in keys)]
             for name, row in zip(names, ways, strict=True)
         ],
-    )
-    _run.print_table(
+    ).print()
+    Table(
         "Condition numbers, and CPU seconds as a multiple of those without, median over the seeds",
         ["way", "K or strength", "κ of the worst weight", "κ of the square one", "time"],
         [
-            [*name, *(_run.with_interval(row[key]) for key in KAPPAS), f"{row['cost']:.2f}"]
+            [*name, *(str(Band(**row[key])) for key in KAPPAS), f"{row['cost']:.2f}"]
             for name, row in zip(names, ways, strict=True)
         ],
-    )
+    ).print()
 
 
 def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     means = {
-        key: _run.interval([run[key] for run in runs], log=key in KAPPAS)
+        key: interval([run[key] for run in runs], log=key in KAPPAS)._asdict()
         for key in (*ACCURACIES, *(f"{key}_change" for key in ACCURACIES), *KAPPAS)
     }
     cost = statistics.median(run["cost"] for run in runs)

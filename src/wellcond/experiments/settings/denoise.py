@@ -215,7 +215,7 @@ class Denoise(Setting):
             for j, image in enumerate(torch.tensor(pixels).reshape(IMAGES, side, side)):
                 top, left = i * (side + gap), j * (side + gap)
                 sheet[top : top + side, left : left + side] = image
-        drawing, (panel,) = figures.figure(width=5.4, height=0.68 * len(rows) + 0.3)
+        drawing, (panel,) = figures.figure(width=6.6, height=0.84 * len(rows))
         panel.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=100, aspect="equal")
         panel.grid(False)
         panel.spines[:].set_visible(False)
@@ -233,10 +233,12 @@ class Denoise(Setting):
                 means, low, high = zip(*(band[:3] for band in bands), strict=True)
                 style = _style(way)
                 panel.plot(TEST_NOISES, means, **style)
-                panel.fill_between(TEST_NOISES, low, high, color=style["color"], alpha=0.1, lw=0)
+                if way["method"] in FIXED:
+                    colour = style["color"]
+                    panel.fill_between(TEST_NOISES, low, high, color=colour, alpha=0.1, lw=0)
             panel.set(title=f"trained at SNR {SNR[case]:g}", xlabel="noise on the test images")
         panels[0].set_ylabel("mean squared error")
-        panels[0].legend(fontsize=7, frameon=False)
+        _legend(drawing, panels[0])
         return drawing
 
     def _kappa(self, evidence: Evidence) -> Any:
@@ -244,14 +246,15 @@ class Denoise(Setting):
         drawing, panels = figures.figure(columns=4, width=3.6, height=3.8)
         ways = [way for way in self._ways(evidence, case=PICTURED) if way["method"] in FIXED]
         for name, panel in zip(KAPPAS, panels, strict=True):
+            panel.sharey(panels[0])
             for way in ways:
                 runs = evidence.where(**way)
                 medians = map(statistics.median, zip(*runs[name], strict=True))
                 drawn = [figures.drawable(kappa) for kappa in medians]
                 panel.plot(next(iter(runs["epochs"])), drawn, **(_style(way) | {"marker": ""}))
             panel.set(title=f"κ of weight {int(name[-1]) + 1}", xlabel="epoch")
-            figures.draw_condition_numbers(panel)
-        panels[0].legend(fontsize=7, frameon=False)
+        figures.draw_condition_numbers(max(panels, key=lambda panel: panel.dataLim.y1))
+        _legend(drawing, panels[0])
         return drawing
 
 
@@ -279,6 +282,12 @@ def _named(way: dict[str, Any]) -> str:
     """Tikhonov is there at two strengths."""
     strength = f" {way['strength']:g}" if way["method"] == "tikhonov" else ""
     return _label(way["method"]) + strength
+
+
+def _legend(drawing: Any, panel: Any) -> None:
+    """One for all panels, above them."""
+    handles, labels = panel.get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
 
 
 def _style(way: dict[str, Any]) -> dict[str, Any]:

@@ -160,8 +160,11 @@ class LeastSquares(Swept):
                     ls=look.line,
                     label=look.label,
                 )
-                panel.fill_between(STRENGTHS, low, high, color=look.colour, alpha=0.12, lw=0)
+                if method != CLOSED:
+                    panel.fill_between(STRENGTHS, low, high, color=look.colour, alpha=0.12, lw=0)
             panel.set(xscale="log", yscale="log", xlabel="strength λ", title=title)
+            if metric == "kappa":
+                panel.set_ylim(1, None)
             figures.logarithmic(panel.yaxis)
         panels[0].legend(fontsize=8, frameon=False)
         return {"least-squares": drawing, "least-squares-iterations": self._over_time(evidence)}
@@ -169,6 +172,7 @@ class LeastSquares(Swept):
     def _over_time(self, evidence: Evidence) -> Any:
         drawing, panels = figures.figure(columns=len(WATCHED), width=4.4, height=3.8)
         for panel, watched in zip(panels, WATCHED, strict=True):
+            panel.sharey(panels[0])
             for method, look in LOOKS.items():
                 strength = 0.0 if method == "none" else watched
                 runs = evidence.where(method=method, strength=strength)
@@ -181,9 +185,6 @@ class LeastSquares(Swept):
                     label=look.label,
                 )
             panel.set(xscale="log", xlabel="iteration", title=f"κ(S), λ = {watched:g}")
-            figures.draw_condition_numbers(panel)
-        top = max(panel.get_ylim()[1] for panel in panels)
-        for panel in panels:
-            panel.set_ylim(1, top)
+        figures.draw_condition_numbers(max(panels, key=lambda panel: panel.dataLim.y1))
         panels[0].legend(fontsize=8, frameon=False)
         return drawing
