@@ -25,13 +25,22 @@ def test_step_measures_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert "exact SVD in the loss" in capsys.readouterr().out
 
 
-def test_no_temporary_is_of_the_size_of_the_weight() -> None:
-    shares = bench_step.memory(2048, 784, 32)
-    # The skinny factors: k of n or of m columns; the state holds both.
-    limited = shares.pop("largest temporary of ConditionLimit enforce_")
-    assert limited <= 1.0  # what the weight was, in case rounding asks for another margin
-    assert len(shares) == 8
-    assert all(0 < share <= 0.06 for share in shares.values())
+def test_memory_of_the_ways_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "step", "--rounds", 1, "--json") == 0
+    ways = {row["way"]: row for row in json.loads(capsys.readouterr().out)["ways"]}
+    assert ways["none"]["temporary"] == ways["none"]["state"] == 0
+    for name in ("attach(every=10)", "add_gradients_"):
+        # The skinny factors: k of n or of m columns; the state holds both.
+        assert 0 < ways[name]["temporary"] <= 0.06
+        assert 0 < ways[name]["state"] <= 0.06
+    for name in ("in the loss", "Tikhonov in the loss"):
+        assert ways[name]["temporary"] == 1  # autograd makes a gradient before it adds it
+    # What the weight was, in case rounding asks for another margin.
+    assert ways["limit kept up, every=10"]["temporary"] <= 1
+    assert ways["Tikhonov add_gradients_"]["temporary"] < 1e-3
+    assert ways["Tikhonov add_gradients_"]["state"] < 1e-3
+    assert ways["spectral_norm of torch"]["temporary"] == 1
+    assert ways["exact SVD in the loss"]["temporary"] >= 1
 
 
 def test_exact_gradient_equals_the_public_function() -> None:

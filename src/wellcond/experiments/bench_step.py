@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import random
 import statistics
 import time
@@ -112,6 +111,7 @@ class _Way:
         self.model = _model(arguments).to(self.device)
         self.penalty: Callable[[], Tensor] | None = None
         self.add: Callable[[], None] | None = None
+        self.reg: wc.Regularizer | None = None
         if name.startswith("spectral_norm"):
             nn.utils.parametrizations.spectral_norm(self.model.get_submodule("0"))
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
@@ -127,7 +127,7 @@ class _Way:
                 # kappa is about 4 at the start: one limit that holds, one that has to be kept up.
                 penalty = wc.ConditionLimit(3.0 if "kept" in name else 1e3)
             patterns = {"*": penalty} if arguments.model != "mlp" else {FIRST: penalty, "*": None}
-            reg = wc.Regularizer(self.model, patterns, block=arguments.block)
+            self.reg = reg = wc.Regularizer(self.model, patterns, block=arguments.block)
             if name.startswith(("attach", "limit")):
                 reg.attach(self.optimizer, every=arguments.every)
             elif name.endswith("add_gradients_"):
@@ -181,78 +181,84 @@ class _Way:
 
 def run(arguments: argparse.Namespace) -> int:
     _run.apply_threads(arguments)
-    x, y = (tensor.to(arguments.device) for tensor in _batch(arguments))
-    names = _names(arguments)
-    ways = [_Way(name, arguments) for name in names]
-    order, shuffled = random.Random(0), list(ways)
-    times: dict[str, list[float]] = {name: [] for name in names}
     with _run.progress(arguments.rounds + 1, "bench step") as advance:
-        for round_ in range(arguments.rounds + 1):
-            order.shuffle(shuffled)
-            for way in shuffled:
-                seconds = way.seconds(x, y)
-                if round_:  # the first round warms up
-                    times[way.name].append(seconds)
-            advance("")
-    counts = {name: count(name, arguments) for name in names if name.startswith(_OURS)}
-    table: list[dict[str, Any]] = []
-    pairs = zip(times["none"], times["none again"], strict=True)
-    unregularised = [(one + other) / 2 for one, other in pairs]
-    for name in names:
-        ratios = [t / n for t, n in zip(times[name], unregularised, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        table.append(
-            {
-                "way": name,
-                "ratio": middle,
-                "lower_quartile": low,
-                "upper_quartile": high,
-                "milliseconds": 1e3 * statistics.median(times[name]),
-                **counts.get(name, {}),
-            }
-        )
-    net = f"784-{arguments.hidden}-10 net"
-    if arguments.model == "transformer":
-        net = f"transformer of {arguments.blocks} blocks of width {arguments.width}"
-    weights = wc.Regularizer(ways[0].model, wc.Condition(0.0)).names
-    shares = memory(arguments.hidden, 784, arguments.block) if arguments.model == "mlp" else {}
-    document = {
-        "benchmark": "step",
-        "settings": {"rounds": arguments.rounds, "steps": BLOCK, "block": arguments.block}
-        | {"net": net, "batch": arguments.batch, "device": arguments.device}
-        | {"weights": 1 if arguments.model == "mlp" else len(weights)},
-        "versions": _run.versions(),
-        "ways": table,
-        "memory": shares,
-    }
+        document = measured(arguments, advance)
     if arguments.json:
         print(dump_json(document), end="")
         return 0
-    regularised = "" if arguments.model == "mlp" else f", {len(weights)} matrices regularised"
+    settings = document["settings"]
+    regularised = f", {settings['weights']} matrices regularised" * (settings["weights"] > 1)
     Table(
-        f"A training step of a {net}, batch {arguments.batch}, fused Adam{regularised}, on "
-        f"{arguments.device}, {torch.get_num_threads()} threads: medians of {arguments.rounds} "
-        "interleaved rounds; operations and host synchronisations that a device sees, per step",
-        ["way", "multiple", "quartiles", "ms per step", "operations", "synchronisations"],
+        f"A training step of a {settings['net']}, batch {arguments.batch}, fused "
+        f"Adam{regularised}, on {arguments.device}, {torch.get_num_threads()} threads: medians of "
+        f"{arguments.rounds} interleaved rounds; operations and host synchronisations that a device sees, per step; "
+        "memory, as shares of the weight: the largest tensor that is made, and what is kept",
+        ["way", "multiple", "quartiles", "ms per step", "operations", "waits", "made", "kept"],
         [
             [
                 row["way"],
                 f"{row['ratio']:.2f}",
                 f"{row['lower_quartile']:.2f} to {row['upper_quartile']:.2f}",
                 f"{row['milliseconds']:.2f}",
-                f"{row['operations']:.1f}" if "operations" in row else "",
-                f"{row['synchronisations']:.1f}" if "operations" in row else "",
+                *(
+                    f"{row[key]:.{digits}f}" if key in row else ""
+                    for key, digits in (
+                        *(("operations", 1), ("synchronisations", 1)),
+                        *(("temporary", 3), ("state", 3)),
+                    )
+                ),
             ]
-            for row in table
+            for row in document["ways"]
         ],
     ).print()
-    if shares:
-        Table(
-            "Memory, as a share of the weight",
-            ["what", "share"],
-            [[name.replace("_", " "), f"{share:.3f}"] for name, share in shares.items()],
-        ).print()
     return 0
+
+
+def measured(
+    arguments: argparse.Namespace, advance: Callable[[str], None] = lambda label: None
+) -> dict[str, Any]:
+    """All ways in turn: settings, and per way its ratio to none, what a device sees, and memory."""
+    x, y = (tensor.to(arguments.device) for tensor in _batch(arguments))
+    names = _names(arguments)
+    ways = [_Way(name, arguments) for name in names]
+    order, shuffled = random.Random(0), list(ways)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(arguments.rounds + 1):
+        order.shuffle(shuffled)
+        for way in shuffled:
+            seconds = way.seconds(x, y)
+            if round_:  # the first round warms up
+                times[way.name].append(seconds)
+        advance("")
+    pairs = zip(times["none"], times["none again"], strict=True)
+    unregularised = [(one + other) / 2 for one, other in pairs]
+    table: list[dict[str, Any]] = []
+    for way in ways:
+        ratios = [t / n for t, n in zip(times[way.name], unregularised, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        table.append(
+            {
+                "way": way.name,
+                "ratio": middle,
+                "lower_quartile": low,
+                "upper_quartile": high,
+                "milliseconds": 1e3 * statistics.median(times[way.name]),
+            }
+            | (count(way.name, arguments) if way.name.startswith(_OURS) else {})
+            | (memory(way) if arguments.model == "mlp" else {})
+        )
+    net = f"784-{arguments.hidden}-10 net"
+    if arguments.model == "transformer":
+        net = f"transformer of {arguments.blocks} blocks of width {arguments.width}"
+    weights = wc.Regularizer(ways[0].model, wc.Condition(0.0)).names
+    return {
+        "benchmark": "step",
+        "settings": {"rounds": arguments.rounds, "steps": BLOCK, "block": arguments.block}
+        | {"net": net, "batch": arguments.batch, "device": arguments.device}
+        | {"weights": 1 if arguments.model == "mlp" else len(weights)},
+        "versions": _run.versions(),
+        "ways": table,
+    }
 
 
 # --- what a device sees ---------------------------------------------------------------------------
@@ -350,30 +356,22 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def memory(m: int, n: int, block: int) -> dict[str, float]:
-    """The largest temporary of each way and the state, as shares of the weight's bytes."""
-    layer = seeded(lambda: nn.Linear(n, m, bias=False), 0)
-    weight = layer.get_parameter("weight")
-    weight.grad = torch.zeros_like(weight)
-    rules: dict[str, wc.Penalty | wc.Limit] = {
-        "Condition": wc.Condition(1.0),
-        "Tikhonov": wc.Tikhonov(1.0),
-        "ConditionLimit": wc.ConditionLimit(3.0),
-    }
-    shares = {}
-    for rule, penalty in rules.items():
-        reg = wc.Regularizer(layer, penalty, block=block)
-        ways: dict[str, Callable[[], None]] = {"enforce_": reg.enforce_}
-        if isinstance(penalty, wc.Penalty):
-            ways = {
-                "add_gradients_": reg.add_gradients_,
-                "proximal_step_": functools.partial(reg.proximal_step_, 1e-3),
-            }
-        for name, act in ways.items():
-            with _LargestAllocation() as largest:
-                act()
-            shares[f"largest temporary of {rule} {name}"] = largest.bytes / weight.nbytes
-        state = sum(t.nbytes for entry in reg.state_dict().values() for t in entry.values())
-        shares[f"state of {rule}"] = state / weight.nbytes
-    shares["max(m, n) k numbers"] = max(m, n) * min(block, m, n) / (m * n)
-    return shares
+def memory(way: _Way) -> dict[str, float]:
+    """The largest tensor that a way makes in a step, and what it keeps, over the weight's bytes."""
+    reg, size = way.reg, way._weight().nbytes
+    with _LargestAllocation() as largest:
+        if way.penalty is not None:
+            torch.autograd.backward(way.penalty())
+        elif way.add is not None:
+            way.add()
+        elif reg is not None and way.name.startswith("limit"):
+            reg.enforce_()
+        elif reg is not None:
+            reg.proximal_step_(1e-3)
+        elif way.name.startswith("spectral_norm"):
+            way._weight()
+    kept = (
+        [tensor for entry in reg.state_dict().values() for tensor in entry.values()] if reg else []
+    )
+    kept += list(way.model.buffers())
+    return {"temporary": largest.bytes / size, "state": sum(t.nbytes for t in kept) / size}
