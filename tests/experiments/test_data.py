@@ -242,7 +242,7 @@ def test_colour_is_refused_where_it_will_not_do(
     grey, colour = tmp_path / "grey.npz", tmp_path / "colour.npz"
     np.savez(grey, **arrays)
     np.savez(colour, **coloured)
-    with pytest.raises(ValueError, match="holds images in colour: only `wellcond bench when`"):
+    with pytest.raises(ValueError, match="holds images in colour: only cifar10-plain"):
         data.load(str(colour))
     for source, path, other in (("cifar10", grey, "mnist"), ("mnist", colour, "cifar10")):
         monkeypatch.setenv("WELLCOND_DATA", str(path))

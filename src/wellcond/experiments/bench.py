@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.experiments import _run, bench_audit, bench_limit, bench_soak, bench_step, bench_when
+from wellcond.experiments import _run, bench_audit, bench_limit, bench_soak, bench_step
 from wellcond.experiments.data import Images, load
 from wellcond.experiments.methods import seeded
 from wellcond.experiments.tables import Table
@@ -29,7 +29,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     bench_step.configure(benchmarks)
     bench_limit.configure(benchmarks)
-    bench_when.configure(benchmarks)
     fidelity = benchmarks.add_parser(
         "fidelity",
         help="the warm subspace against an exact SVD in every step",

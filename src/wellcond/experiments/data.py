@@ -115,7 +115,10 @@ def load(source: str, colour: bool = False) -> Images:
     if source in ("mnist", "cifar10") and images.name != source:
         raise ValueError(f"{path} holds images like those of {images.name}, and not {source}.")
     if images.channels > 1 and not colour:
-        raise ValueError(f"{path} holds images in colour: only `wellcond bench when` takes these.")
+        raise ValueError(
+            f"{path} holds images in colour: only cifar10-plain, cifar10-batch-norm and cifar10-vit "
+            "of `wellcond reproduce` take these."
+        )
     return images
 
 

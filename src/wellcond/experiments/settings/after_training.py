@@ -127,15 +127,13 @@ class AfterTraining(Setting):
         x_test = square(images, images.normalised(images.x_test))
         inputs = (x_test, noisy(x_test, 1.0)), images.y_test
         metrics = tested(training.model, *inputs) | {"train_seconds": seconds}
-        curves: dict[str, list[float]] = {}
         for K in self.limits if cell.method == "none" else ():
             model, began = copy.deepcopy(training.model), time.process_time()
             wc.Regularizer(model, wc.ConditionLimit(K)).enforce_()
             found = {"train_seconds": seconds + time.process_time() - began}
-            for name, value in (found | tested(model, *inputs)).items():
-                curves.setdefault(name, []).append(value)
-        # The names of curves and metrics must differ: both are columns of one table.
-        return Measured(metrics, {f"{PROJECTED}_{name}": curve for name, curve in curves.items()})
+            found |= tested(model, *inputs)
+            metrics |= {projected(name, K): value for name, value in found.items()}
+        return Measured(metrics, {})
 
     def evidence(self, evidence: Evidence) -> Evidence:
         """With a run for each projection."""
@@ -145,12 +143,12 @@ class AfterTraining(Setting):
                 "method": PROJECTED,
                 "strength": K,
                 "metrics": {
-                    name: run["curves"][f"{PROJECTED}_{name}"][index] for name in run["metrics"]
+                    name: run["metrics"][projected(name, K)] for name in (*TESTED, "train_seconds")
                 },
             }
             for run in evidence.document["runs"]
             if run["method"] == "none"
-            for index, K in enumerate(self.limits)
+            for K in self.limits
         ]
         return Evidence(evidence.document | {"runs": evidence.document["runs"] + runs})
 
@@ -206,7 +204,8 @@ class AfterTraining(Setting):
             panel.axhline(0, color=figures.NOTHING, lw=0.9)
             panel.set_xscale("log")
             panel.invert_xaxis()  # from left to right the limit grows tighter
-            figures.logarithmic(panel.xaxis)
+            panel.set_xticks(self.limits, [f"{K:g}" for K in self.limits])
+            panel.minorticks_off()
             panel.set(xlabel="limit K of κ", title=NETS[case].title)
         panels[0].set_ylabel("change of accuracy, points")
         panels[0].legend(frameon=False, fontsize=9)
@@ -216,6 +215,11 @@ class AfterTraining(Setting):
 @cache
 def _loaded(name: str) -> Images:
     return load(name, colour=True)
+
+
+def projected(name: str, K: float) -> str:
+    """A metric of the net once it is projected."""
+    return f"{name}_projected_{K:g}"
 
 
 def tested(model: nn.Module, inputs: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, float]:

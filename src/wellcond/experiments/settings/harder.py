@@ -305,10 +305,9 @@ class Harder(Setting):
 PROTOCOL = (
     "{} on 10,000 images of CIFAR-10, cropped and mirrored at random, batch 64, {} epochs of Adam, "
     "whose rate rises and falls linearly; the search trains half as long. Tested on 10,000 images; "
-    "on a quarter of them in Gaussian noise of deviation 0.1 and 0.2, in Gaussian blur of deviation "
-    "1 and 2 pixels, and with 0.5 and 0.3 of their contrast: means over the two. κ is that of the "
-    "worst weight, kernels flattened to matrices. CPU time of the training as a multiple of that "
-    "without."
+    "on a quarter of them in Gaussian noise of deviation 0.1 and 0.2, in Gaussian blur of 1 and 2 "
+    "pixels, and with 0.5 and 0.3 of their contrast: means over the two. κ is that of the worst "
+    "weight, kernels flattened to matrices. CPU time of the training as a multiple of that without."
 )
 SEARCHED: dict[str, tuple[float, ...]] = {
     "none": (0.0,),
