@@ -88,11 +88,11 @@ def _batch(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
 def _names(arguments: argparse.Namespace) -> list[str]:
     every = arguments.every
     names = ["none", "none again", f"attach(every={every})", "add_gradients_", "in the loss"]
+    names += ["Tikhonov add_gradients_", "Tikhonov in the loss"]
     if arguments.model == "mlp":
         names += [
             f"limit that holds, every={every}",
             f"limit kept up, every={every}",
-            *("Tikhonov add_gradients_", "Tikhonov in the loss"),
             "exact SVD in the loss",
             "spectral_norm of torch",
             "orthogonality in the loss",
@@ -191,8 +191,9 @@ def run(arguments: argparse.Namespace) -> int:
     Table(
         f"A training step of a {settings['net']}, batch {arguments.batch}, fused "
         f"Adam{regularised}, on {arguments.device}, {torch.get_num_threads()} threads: medians of "
-        f"{arguments.rounds} interleaved rounds; operations and host synchronisations that a device sees, per step; "
-        "memory, as shares of the weight: the largest tensor that is made, and what is kept",
+        f"{arguments.rounds} interleaved rounds; operations and host synchronisations that a "
+        "device sees, per step; memory, as shares of the weight: the largest tensor that is made, "
+        "and what is kept",
         ["way", "multiple", "quartiles", "ms per step", "operations", "waits", "made", "kept"],
         [
             [

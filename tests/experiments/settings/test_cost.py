@@ -1,0 +1,27 @@
+"""The cost of a step: every way in every net, the cheapest above."""
+
+from pathlib import Path
+
+import pytest
+
+from wellcond.experiments import grid
+from wellcond.experiments.evidence import Evidence
+from wellcond.experiments.grid import Runner
+from wellcond.experiments.settings.cost import Cost
+
+
+@pytest.mark.slow
+def test_every_way_is_there_with_its_memory(tmp_path: Path) -> None:
+    setting = Cost(quick=True, seeds=1)
+    Runner(setting, tmp_path, 1, overwrite=False).results()
+    found = Evidence(grid.read(tmp_path / "results.json"))
+    for case, table in setting.tables(found).items():
+        ratios = [float(row[1]) for row in table.rows]
+        assert ratios == sorted(ratios)
+        ways = {row[0]: row for row in table.rows}
+        both = {"none", "none again", "attach(every=10)", "Tikhonov in the loss"}
+        assert both <= ways.keys()
+        assert ("exact SVD in the loss" in ways) == (case == "mlp")
+        assert (ways["in the loss"][2] == "1") == (case == "mlp")  # memory is that of one weight
+    (drawing,) = setting.figures(found).values()
+    assert [len(panel.patches) for panel in drawing.axes] == [12, 7]
