@@ -247,6 +247,7 @@ class Denoise(Setting):
         ways = [way for way in self._ways(evidence, case=PICTURED) if way["method"] in FIXED]
         for name, panel in zip(KAPPAS, panels, strict=True):
             panel.sharey(panels[0])
+            panel.tick_params(labelleft=panel is panels[0])
             for way in ways:
                 runs = evidence.where(**way)
                 medians = map(statistics.median, zip(*runs[name], strict=True))

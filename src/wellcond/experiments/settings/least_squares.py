@@ -173,6 +173,7 @@ class LeastSquares(Swept):
         drawing, panels = figures.figure(columns=len(WATCHED), width=4.4, height=3.8)
         for panel, watched in zip(panels, WATCHED, strict=True):
             panel.sharey(panels[0])
+            panel.tick_params(labelleft=panel is panels[0])
             for method, look in LOOKS.items():
                 strength = 0.0 if method == "none" else watched
                 runs = evidence.where(method=method, strength=strength)
