@@ -116,8 +116,8 @@ def load(source: str, colour: bool = False) -> Images:
         raise ValueError(f"{path} holds images like those of {images.name}, and not {source}.")
     if images.channels > 1 and not colour:
         raise ValueError(
-            f"{path} holds images in colour: only cifar10-plain, cifar10-batch-norm and cifar10-vit "
-            "of `wellcond reproduce` take these."
+            f"{path} holds images in colour: only cifar10-plain, cifar10-batch-norm and "
+            "cifar10-vit of `wellcond reproduce` take these."
         )
     return images
 

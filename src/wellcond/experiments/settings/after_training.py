@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 import wellcond as wc
@@ -22,7 +21,14 @@ from wellcond.experiments.data import Images, load
 from wellcond.experiments.evidence import Evidence
 from wellcond.experiments.grid import Cell, Measured, Setting
 from wellcond.experiments.methods import METHODS, condition_numbers
-from wellcond.experiments.settings.harder import accuracy, fit, noisy, square, transformer
+from wellcond.experiments.settings.harder import (
+    accuracy,
+    fit,
+    largest,
+    noisy,
+    square,
+    transformer,
+)
 from wellcond.experiments.tables import Table, number
 
 LIMITS = (100.0, 20.0, 10.0, 5.0, 3.0, 2.0)
@@ -225,5 +231,5 @@ def projected(name: str, K: float) -> str:
 def tested(model: nn.Module, inputs: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, float]:
     """Accuracy, clean and in noise, and κ of the worst flattened kernel or matrix."""
     accuracies = (accuracy(model, x, labels) for x in inputs)
-    worst = float(torch.tensor(list(condition_numbers(model).values()), dtype=torch.float64).max())
+    worst = largest(list(condition_numbers(model).values()))
     return dict(zip(TESTED, (*accuracies, worst), strict=True))
