@@ -1,4 +1,4 @@
-"""Harder images: corruptions do what they say, nets take any size, the search sees no test image."""
+"""Corruptions do what they say, nets take images of any size, the search sees no test images."""
 
 import math
 from dataclasses import replace
