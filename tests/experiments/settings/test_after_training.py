@@ -91,6 +91,7 @@ def test_tables_pair_the_seeds_and_a_limit_that_did_not_hold_fails(setting: Afte
     assert at_5[3] == "-10.00 ± 0.00"
     assert limited[:2] == ["limited in training", "5"]
     assert limited[3] == "-1.00 ± 0.00"
+    assert limited[6] == "+9.00 ± 0.00"
     assert limited[-1] == "2"
     (drawing,) = setting.figures(evidence).values()
     assert len(drawing.axes) == 3
