@@ -10,6 +10,7 @@ from wellcond.experiments.settings.harder import BatchNorm, Plain, ViT
 from wellcond.experiments.settings.keep_learning import KeepLearning
 from wellcond.experiments.settings.learning_rates import LearningRates
 from wellcond.experiments.settings.least_squares import LeastSquares
+from wellcond.experiments.settings.memorise import Memorise
 
 SETTINGS: dict[str, type[Setting]] = {
     setting.name: setting
