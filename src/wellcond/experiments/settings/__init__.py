@@ -16,6 +16,6 @@ SETTINGS: dict[str, type[Setting]] = {
     setting.name: setting
     for setting in (
         *(Denoise, Classify, LeastSquares, Differentiability, Cost),
-        *(KeepLearning, LearningRates, Plain, BatchNorm, ViT, AfterTraining),
+        *(KeepLearning, LearningRates, Memorise, Plain, BatchNorm, ViT, AfterTraining),
     )
 }
