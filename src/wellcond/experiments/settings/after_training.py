@@ -79,8 +79,8 @@ class AfterTraining(Setting):
         "64, four blocks) on 20,000 images of MNIST (3 epochs, batch 64); Adam 1e-3, whose rate "
         "rises and falls linearly; limits on all weights. Noise is Gaussian, of the deviation of "
         "the pixels. Changes are against nothing, seed by seed. κ is that of the worst weight, "
-        "kernels flattened to matrices. CPU time of the training as a multiple of that without. The "
-        "data are looked for where WELLCOND_DATA says."
+        "kernels flattened to matrices. CPU time of the training as a multiple of that without. "
+        "The data are looked for where WELLCOND_DATA says."
     )
     default_data = ""  # each net has its own
     cases = tuple(NETS)
