@@ -23,6 +23,12 @@ def colour(method: str) -> str:
     return NOTHING if method == "none" else OURS if kind.ours else RIVAL
 
 
+def colours(methods: Sequence[str]) -> list[str]:
+    """Of their lines in one panel; grey for nothing."""
+    others = (color for color in CYCLE if color != NOTHING)
+    return [NOTHING if method == "none" else next(others) for method in methods]
+
+
 def label(method: str) -> str:
     return METHODS[method].label
 
@@ -64,12 +70,13 @@ def selected(scores: dict[str, float], each: int = 3) -> list[str]:
 
 def over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: int = 1) -> None:
     """A line for each method: the mean of its seeds, and of so many tasks up to this one."""
-    for (method, runs), color in zip(curves.items(), CYCLE, strict=False):
+    for (method, runs), color in zip(curves.items(), colours(list(curves)), strict=True):
         means = [math.fsum(values) / len(values) for values in zip(*runs, strict=True)]
         parts = [means[max(0, i - window + 1) : i + 1] for i in range(len(means))]
         smooth = [math.fsum(part) / len(part) for part in parts]
         panel.plot(range(1, len(smooth) + 1), smooth, color=color, label=label(method))
     panel.set_xlabel("task")
+    panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]) -> None:

@@ -192,13 +192,14 @@ class LearningRates(Setting):
         everywhere = set.intersection(*(set(found.methods(case=case)) for case in self.cases))
         means = {way: found.band("accuracy", method=way).mean for way in everywhere}
         shown = figures.selected(means)
+        colours = figures.colours(shown)
         columns = len(self.depths) + 1
         drawing, panels = figures.figure(columns, width=3.3, height=3.0, rows=2)
         # The plain ones of either kind in a row; the transformer above the legend, at the end.
         cases = list(self.cases)
         cases.insert(columns - 1, cases.pop())
         for case, panel in zip(cases, panels, strict=False):
-            for method, color, marker in zip(shown, figures.CYCLE, figures.MARKERS, strict=False):
+            for method, color, marker in zip(shown, colours, figures.MARKERS, strict=False):
                 runs = evidence.where(case=case, method=method)
                 means = runs.groupby("lr")["accuracy"].mean()
                 label = figures.label(method)

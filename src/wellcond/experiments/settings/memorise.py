@@ -35,10 +35,10 @@ class Memorise(Setting):
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds)
-        self.tasks = 5 if quick else 40
+        self.tasks = 5 if quick else 30
         self.first_round = 2 if quick else 8
         self.count = 160 if quick else 1280
-        self.epochs = 3 if quick else 10
+        self.epochs = 10
         self.rates = (1e-3,) if quick else RATES
         self.methods = strengths_of(*(("none", "l2", "isometry") if quick else METHODS))
 
