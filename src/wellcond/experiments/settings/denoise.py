@@ -30,7 +30,7 @@ SNR = {"snr-10": 10.0, "snr-1": 1.0, "snr-0.5": 0.5}
 TEST_NOISES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 OUTER, INNER = 1e-2, 1e-4  # the paper's strengths; that of the outer weights names the pair
 DEFAULT_LR = 5e-3
-RATES = (1e-3, DEFAULT_LR)
+RATES = (3e-4, 1e-3, DEFAULT_LR)
 FIXED = {
     "none": (0.0,),
     "tikhonov": (OUTER, OUTER / 100),
