@@ -52,11 +52,11 @@ class LearningRates(Setting):
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds)
-        self.count = 640 if quick else 12_800
+        self.count = 320 if quick else 12_800
         self.rates = (1e-3, 1e-2) if quick else RATES
         self.depths = (4,) if quick else DEPTHS
         self.searched_depth = 4 if quick else SEARCHED_DEPTH
-        self.ways = ("none", "clipping", "condition-limit") if quick else WAYS
+        self.ways = ("none", "condition-limit") if quick else WAYS
         self.cases = (
             *(f"{kind}-{n}" for kind, n in product(ACTIVATIONS, self.depths)),
             TRANSFORMER,

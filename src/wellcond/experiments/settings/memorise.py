@@ -35,7 +35,7 @@ class Memorise(Setting):
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds)
-        self.tasks = 5 if quick else 30
+        self.tasks = 3 if quick else 30
         self.first_round = 2 if quick else 8
         self.count = 160 if quick else 1280
         self.epochs = 10
