@@ -59,9 +59,3 @@ def progress(total: int, title: str) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total, label="")
         yield lambda label: bar.update(task, advance=1, label=label)
-
-
-def over_seeds(seeds: int) -> str:
-    if seeds == 1:
-        return "One seed: no interval."
-    return f"Mean ± 95 % interval of {seeds} seeds; with [ ]: geometric mean, interval of factors."
