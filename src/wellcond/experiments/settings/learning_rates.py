@@ -83,12 +83,15 @@ class LearningRates(Setting):
         ways = strengths_of(*self.ways)
         if kind == TRANSFORMER:
             return ways | ({} if self.quick else strengths_of("orthogonal-init"))
-        # Of a deep network these stand for the gain of a layer, which acts by its 30th power.
-        near = {
-            "spectral-norm-torch": (gain, 1.1 * gain, 1.25 * gain),
-            "upper-limit": (gain, 1.1 * gain, 1.25 * gain, 1.5 * gain),
+        # In a deep network a factor acts by its 30th power: closer to isometries than elsewhere.
+        norms = tuple(factor * gain for factor in (1.0, 1.1, 1.25, 1.5))
+        closer: dict[str, tuple[float, ...]] = {
+            "spectral-norm-torch": norms,
+            "upper-limit": norms,
+            "isometry": (0.03, 0.1, 0.5, 1.0),
+            "condition-limit": (1.01, 1.1, 2.0, 5.0),
         }
-        ways |= {way: strengths for way, strengths in near.items() if way in ways}
+        ways |= {way: closer[way] for way in closer if way in ways}
         # It makes a step up to ten times longer, so that it is not searched.
         return ways | ({} if self.quick else {"orthogonal-torch": (gain,)})
 
