@@ -138,6 +138,19 @@ def test_runs_under_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
     assert len(Parabola.ran) == 28
 
 
+def test_a_setting_that_never_ran_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: Parabola, cell: Cell) -> Measured:
+        raise ValueError("no such data")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Parabola, "run", unreadable)
+        with pytest.raises(ValueError, match="no such data"):
+            results(tmp_path, data="mnsit")
+    assert results(tmp_path, data="mnist")["settings"]["data"] == "mnist"
+
+
 def test_results_that_nobody_can_tell_the_runs_of_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("of yesterday")
     with pytest.raises(ValueError, match="Give --overwrite"):

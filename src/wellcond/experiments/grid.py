@@ -178,6 +178,20 @@ class Setting(ABC):
         return cls(settings["data"], settings["quick"], document["seeds"])
 
 
+class Swept(Setting):
+    """Nothing is chosen: every strength of every method is reported, at every rate."""
+
+    def searched(self) -> list[Cell]:
+        return []
+
+    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
+        return [
+            Cell(case, method, strength, lr, seed)
+            for case, (method, strengths) in product(self.cases, self.methods.items())
+            for strength, lr, seed in product(strengths, self.rates, range(self.seeds))
+        ]
+
+
 def strengths_of(*names: str) -> dict[str, tuple[float, ...]]:
     """Methods with the strengths that they are searched over."""
     return {name: METHODS[name].strengths for name in names}
@@ -245,7 +259,8 @@ class Runner:
         if overwrite:
             shutil.rmtree(folder / "runs", ignore_errors=True)
             path.unlink(missing_ok=True)
-        if path.exists() and (found := read(path)) != self.declared:
+        begun = any((folder / "runs").glob("*.json"))
+        if begun and path.exists() and (found := read(path)) != self.declared:
             differing = [
                 f"{key}: {found.get(key)} there, {self.declared.get(key)} asked"
                 for key in sorted(found.keys() | self.declared.keys())
@@ -255,12 +270,12 @@ class Runner:
                 f"{folder} holds runs under other settings ({'; '.join(differing)}). Give another "
                 "--out, or --overwrite to begin anew."
             )
-        if not path.exists():
+        if not begun:
             if (folder / "results.json").exists() and not overwrite:
                 raise ValueError(
                     f"{folder / 'results.json'} exists. Give --overwrite, or another --out."
                 )
-            written(dump_json(self.declared), path, overwrite=False)
+            written(dump_json(self.declared), path)
 
     def path(self, cell: Cell) -> Path:
         return self.folder / "runs" / f"{cell.name}.json"

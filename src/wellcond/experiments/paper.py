@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.experiments.grid import Cell, Chosen, Setting
 from wellcond.experiments.methods import Training
 
 BATCH = 32
@@ -101,19 +99,3 @@ class PaperTraining(Training):
                     yield epoch + stops[index]
                 finite = finite and self.step(loss(indices))
         yield float(epochs)
-
-
-class Swept(Setting):
-    """Nothing is chosen: every strength of every method is reported, at the one learning rate."""
-
-    lr = 0.0
-
-    def searched(self) -> list[Cell]:
-        return []
-
-    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
-        return [
-            Cell(case, method, strength, self.lr, seed)
-            for case, (method, strengths) in product(self.cases, self.methods.items())
-            for strength, seed in product(strengths, range(self.seeds))
-        ]

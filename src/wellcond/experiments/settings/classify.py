@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from wellcond.experiments import figures
 from wellcond.experiments.data import Images, load
 from wellcond.experiments.evidence import Evidence
-from wellcond.experiments.grid import Cell, Measured
+from wellcond.experiments.grid import Cell, Measured, Swept
 from wellcond.experiments.methods import condition_numbers, spectral_norms
-from wellcond.experiments.paper import LOOKS, REGULARISED, PaperTraining, Swept
+from wellcond.experiments.paper import LOOKS, REGULARISED, PaperTraining
 from wellcond.experiments.tables import Table, number
 
 TEST_NOISES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -45,13 +45,17 @@ class Classify(Swept):
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds)
         small = self.data == "digits"
-        self.width, self.lr = (256, 1e-3) if small else (1024, 1e-4)
+        self.width, self.rates = (256, (1e-3,)) if small else (1024, (1e-4,))
         self.epochs = (5 if small else 1) if quick else 30 if small else 6
         self.methods = {"none": (0.0,)} | dict.fromkeys(REGULARISED, STRENGTHS)
         self.methods["condition"] = PROXIMAL_STRENGTHS
 
     def settings(self) -> dict[str, Any]:
-        return super().settings() | {"width": self.width, "lr": self.lr, "epochs": self.epochs}
+        return super().settings() | {
+            "width": self.width,
+            "lr": self.rates[0],
+            "epochs": self.epochs,
+        }
 
     @cached_property
     def images(self) -> Images:

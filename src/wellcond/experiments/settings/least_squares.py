@@ -19,8 +19,8 @@ from torch import Tensor
 import wellcond as wc
 from wellcond.experiments import figures
 from wellcond.experiments.evidence import Evidence
-from wellcond.experiments.grid import Cell, Measured
-from wellcond.experiments.paper import LOOKS, Look, Swept
+from wellcond.experiments.grid import Cell, Measured, Swept
+from wellcond.experiments.paper import LOOKS, Look
 from wellcond.experiments.tables import Table
 
 P, M, N = 64, 32, 16
