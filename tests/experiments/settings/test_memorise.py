@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from wellcond.cli import main
-from wellcond.experiments import grid
+from wellcond.experiments import figures, grid
 from wellcond.experiments.grid import FINAL, SEARCH, Cell
+from wellcond.experiments.methods import METHODS
 from wellcond.experiments.settings.memorise import Memorise
 
 
@@ -106,3 +107,10 @@ def test_it_writes_a_table_and_a_picture(
     assert main(argv) == 0
     assert "Random labels" in capsys.readouterr().out
     assert (tmp_path / "memorise.png").stat().st_size > 10_000
+
+
+def test_lines_are_told_apart_and_nothing_is_grey() -> None:
+    shown = figures.selected(dict.fromkeys(METHODS, 0.0))
+    colours = figures.colours(shown)
+    assert len(set(colours)) == len(shown) == 7
+    assert colours[shown.index("none")] == figures.NOTHING
