@@ -67,7 +67,7 @@ class Net(NamedTuple):
 NETS = {
     "mlp": Net("784-512-512-10 on MNIST", perceptron, "mnist", 60_000, 3, 32, 1.0),
     "cnn": Net("three convolutions on CIFAR-10", convolutional, "cifar10", 8_000, 4, 64, 0.4),
-    "vit": Net("vision transformer on MNIST", transformer, "mnist", 15_000, 3, 64, 1.0),
+    "vit": Net("vision transformer on MNIST", transformer, "mnist", 15_000, 3, 64, 0.5),
 }
 
 
@@ -78,8 +78,8 @@ class AfterTraining(Setting):
         "784-512-512-10 on MNIST (3 epochs, batch 32), three convolutions and 1024-1024-256-10 on "
         "8,000 images of CIFAR-10 (4 epochs, batch 64), a vision transformer (patches of 4, width "
         "64, four blocks) on 15,000 images of MNIST (3 epochs, batch 64); Adam 1e-3, whose rate "
-        "rises and falls linearly; limits on all weights. Noise is Gaussian, of the deviation of "
-        "the pixels, and 0.4 of it on CIFAR-10. Changes are against nothing, seed by seed. κ is "
+        "rises and falls linearly; limits on all weights. Noise is Gaussian, of 1, 0.4 and 0.5 "
+        "times the deviation of the pixels. Changes are against nothing, seed by seed. κ is "
         "that of the worst weight, kernels flattened to matrices. CPU time of the training as a "
         "multiple of that without. The data are looked for where WELLCOND_DATA says."
     )
