@@ -113,6 +113,11 @@ def test_the_search_sees_no_images_of_the_test_and_trains_on_none_of_its_own_tes
     assert found["accuracy"] != expected["accuracy"]
 
 
+def test_isometry_acts_after_every_step() -> None:
+    """θ = 1 leads to an isometry at once, wherever a step has led to, as long as that is near."""
+    assert run("isometry", lr=1e-3)["kappa_worst"] < 1.01 < run()["kappa_worst"]
+
+
 def test_one_that_diverges_guesses() -> None:
     assert run(lr=1e38)["accuracy"] == 10
 
