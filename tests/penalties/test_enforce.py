@@ -231,6 +231,18 @@ def test_float32_finds_what_float64_does(K: float) -> None:
                 torch.testing.assert_close(X, exact, rtol=0, atol=2 * float(hinted.margin) + 1e-6)
 
 
+@pytest.mark.parametrize("smallest", [3e-3, 3e-4, 3e-5, 1e-6, 0.0])
+def test_an_upper_bound_asks_nothing_of_small_singular_values(smallest: float) -> None:
+    """Nor does what float32 makes of them; a weight was once crushed to a thirteenth by them."""
+    values = torch.cat([torch.linspace(1.2, 0.3, 99), torch.tensor([smallest])]).double()
+    S = with_spectrum(values, 100, 100).float()
+    X, told = enforced(S, wc.SingularValueLimit(upper=1.0), condition_number=4.0)
+    assert 1 - 1e-5 < sigma(X)[0] * unit(X) <= 1
+    assert float(told.margin) < 1e-5
+    target = np.minimum(sigma(S), 1 / unit(S))
+    assert moved(X, S) <= distance(S, target) * (1 + 1e-3)
+
+
 def test_matrices_of_a_stack_have_fates_of_their_own() -> None:
     """Fine, to be moved, singular, zero, not finite, of a scale where squares vanish."""
     K, shape = 3.0, (6, 4)

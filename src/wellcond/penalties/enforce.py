@@ -189,8 +189,8 @@ class _Together:
         share = 4 + 0.02 * target[..., 0] / self.bounds.matters(target[..., -1])
         first = (self.u * share if self.u < 1e-6 else 0 * share).clamp_min(2 * _SLACK)
         if found.V.dtype == torch.float32:  # a margin beforehand saves a round
-            u = torch.finfo(torch.float32).eps / 2
-            first = first.maximum((_NARROW_MISS * u * (kappa.square() + 1)).where(moved, 0.0))
+            u, seen = torch.finfo(torch.float32).eps / 2, largest / self.bounds.matters(smallest)
+            first = first.maximum((_NARROW_MISS * u * (seen.square() + 1)).where(moved, 0.0))
         try:
             stored, margin = _store_with_margin(first, store, after, self.u)
         except _Exceeded:  # an SVD has the last word: it does not add to S what nearly cancels it
