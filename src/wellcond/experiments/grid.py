@@ -7,6 +7,7 @@ data of the search, of which nothing is reported; what is reported is run once w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -17,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -260,7 +262,7 @@ class Runner:
             shutil.rmtree(folder / "runs", ignore_errors=True)
             path.unlink(missing_ok=True)
         begun = any((folder / "runs").glob("*.json"))
-        if begun and path.exists() and (found := read(path)) != self.declared:
+        if begun and (found := read(path)) != self.declared:
             differing = [
                 f"{key}: {found.get(key)} there, {self.declared.get(key)} asked"
                 for key in sorted(found.keys() | self.declared.keys())
@@ -371,9 +373,15 @@ def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> 
     return cell
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Of the software, and the machine."""
-    return wellcond.text.versions() | {"machine": f"{platform.machine()}, {_cpu()}"}
+    """Of the software, and the machine; the code by a digest of all its modules."""
+    package = Path(wellcond.text.__file__).parent
+    code = hashlib.sha256()
+    for module in sorted(package.rglob("*.py")):
+        code.update(module.read_bytes())
+    machine = f"{platform.machine()}, {_cpu()}"
+    return wellcond.text.versions() | {"code": code.hexdigest()[:12], "machine": machine}
 
 
 def _cpu() -> str:

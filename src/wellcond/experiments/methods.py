@@ -7,7 +7,7 @@ trained, the gradient before a step, the weights after it, or what happens betwe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -53,6 +53,11 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
         name: float(torch.linalg.matrix_norm(S, 2)) if S.isfinite().all() else math.nan
         for name, S in weights.items()
     }
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; nan if one is, which `max` does not promise."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 class Training:
@@ -105,13 +110,24 @@ class Training:
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.before_step()
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except ValueError:  # what has diverged obeys no limit
+            if self.finite():
+                raise
+            return False
         return True
+
+    def finite(self) -> bool:
+        """Whether all parameters are."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
 
 class L2(Training):
+    """On all parameters, as the optimizer does it."""
+
     label = "L2"
-    strengths = (1e-5, 1e-4, 1e-3, 1e-2)
+    strengths = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
     def adam(self, **options: Any) -> torch.optim.Optimizer:
         return super().adam(weight_decay=self.strength)
@@ -119,7 +135,7 @@ class L2(Training):
 
 class WeightDecay(Training):
     label = "decoupled weight decay"
-    strengths = (0.01, 0.1, 1.0, 10.0)
+    strengths = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 
     def adam(self, **options: Any) -> torch.optim.Optimizer:
         parameters = self.model.parameters()
@@ -130,7 +146,7 @@ class L2Initial(Training):
     """strength/2 ‖p − p₀‖² of every parameter (Kumar, Marklund & Van Roy, arXiv 2308.11958)."""
 
     label = "L2 towards initial weights"
-    strengths = (1e-5, 1e-4, 1e-3, 1e-2)
+    strengths = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1)
 
     def attach(self) -> None:
         self.parameters: list[Tensor] = list(self.model.parameters())
@@ -150,7 +166,7 @@ class ShrinkAndPerturb(Training):
     """
 
     label = "shrink and perturb"
-    strengths = (0.1, 0.3, 0.6, 1.0)
+    strengths = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 
     def attach(self) -> None:
         self.times = 0
@@ -193,7 +209,7 @@ class SpectralNormTorch(Training):
     """W/σ₁ in place of every W but the last, times strength."""
 
     label = "spectral_norm of torch"
-    strengths = (1.0, 2.0, 4.0)
+    strengths = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 
     def prepare(self) -> None:
         for _, layer in list(matrices(self.model))[:-1]:
@@ -207,7 +223,7 @@ class OrthogonalTorch(Training):
     Wide ones are left as they are: of 100x784 it takes a hundred times as long as all else.
     """
 
-    label = "orthogonal of torch"
+    label = "orthogonal of torch, hidden weights"
     strengths = (1.0, 1.4, 2.0)
 
     def prepare(self) -> None:
@@ -243,7 +259,8 @@ class Attached(Training):
         self.reg.attach(self.optimizer, every=self.every)
 
     def finish(self) -> None:
-        self.reg.enforce_()
+        if self.finite():
+            self.reg.enforce_()
 
 
 class Condition(Attached):

@@ -20,11 +20,10 @@ from wellcond.experiments import figures
 from wellcond.experiments.data import Images, load
 from wellcond.experiments.evidence import Evidence
 from wellcond.experiments.grid import Cell, Measured, Setting
-from wellcond.experiments.methods import METHODS, condition_numbers
+from wellcond.experiments.methods import METHODS, condition_numbers, largest
 from wellcond.experiments.settings.harder import (
     accuracy,
     fit,
-    largest,
     noisy,
     square,
     transformer,
@@ -238,5 +237,5 @@ def projected(name: str, K: float) -> str:
 def tested(model: nn.Module, inputs: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, float]:
     """Accuracy, clean and in noise, and κ of the worst flattened kernel or matrix."""
     accuracies = (accuracy(model, x, labels) for x in inputs)
-    worst = largest(list(condition_numbers(model).values()))
+    worst = largest(condition_numbers(model).values())
     return dict(zip(TESTED, (*accuracies, worst), strict=True))

@@ -20,7 +20,13 @@ from wellcond.experiments import figures
 from wellcond.experiments.data import Images, load
 from wellcond.experiments.evidence import Column, Evidence, Verdict
 from wellcond.experiments.grid import Cell, Measured, Setting
-from wellcond.experiments.methods import METHODS, Training, condition_numbers, spectral_norms
+from wellcond.experiments.methods import (
+    METHODS,
+    Training,
+    condition_numbers,
+    largest,
+    spectral_norms,
+)
 from wellcond.experiments.tables import Table
 
 # Width and stride of the 3x3 convolutions.
@@ -188,11 +194,6 @@ def blurred(x: Tensor, deviation: float) -> Tensor:
 def faded(x: Tensor, factor: float) -> Tensor:
     """The contrast of every image times a factor."""
     return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, factor)
-
-
-def largest(values: list[float]) -> float:
-    """The largest; nan if one is, which `max` does not promise."""
-    return float(torch.tensor(values, dtype=torch.float64).max())
 
 
 Corruption = tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]

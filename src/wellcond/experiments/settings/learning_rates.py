@@ -21,7 +21,13 @@ from wellcond.experiments import figures
 from wellcond.experiments.data import Images, load
 from wellcond.experiments.evidence import Column, Evidence, Verdict
 from wellcond.experiments.grid import SEARCH, Cell, Chosen, Measured, Setting, strengths_of
-from wellcond.experiments.methods import METHODS, Isometry, condition_numbers, spectral_norms
+from wellcond.experiments.methods import (
+    METHODS,
+    Isometry,
+    condition_numbers,
+    largest,
+    spectral_norms,
+)
 from wellcond.experiments.tables import Table
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -166,8 +172,8 @@ class LearningRates(Setting):
         share = right / len(test[0]) if finite else 0.1  # one that has diverged guesses
         metrics = {
             "accuracy": 100 * share,
-            "kappa_worst": max(condition_numbers(model).values()),
-            "sigma_max": max(spectral_norms(model).values()),
+            "kappa_worst": largest(condition_numbers(model).values()),
+            "sigma_max": largest(spectral_norms(model).values()),
         }
         return Measured(metrics, {})
 

@@ -17,11 +17,18 @@ from wellcond.experiments import figures
 from wellcond.experiments.data import Images, load
 from wellcond.experiments.evidence import Column, Evidence, Verdict
 from wellcond.experiments.grid import Cell, Measured, Setting, strengths_of
-from wellcond.experiments.methods import METHODS, Training, condition_numbers, spectral_norms
+from wellcond.experiments.methods import (
+    METHODS,
+    Training,
+    condition_numbers,
+    largest,
+    spectral_norms,
+)
 from wellcond.experiments.tables import Table
 
 WIDTH, BATCH = 100, 16
 RATES = (3e-4, 1e-3, 3e-3)
+CHANCE = 10.0  # per cent of a network that has diverged
 
 
 class Memorise(Setting):
@@ -82,8 +89,8 @@ class Memorise(Setting):
             if task:
                 training.between_tasks()
             curves["accuracies"].append(self._learn(training, x, source))
-            curves["kappa"].append(max(condition_numbers(training.model).values()))
-            curves["sigma_max"].append(max(spectral_norms(training.model).values()))
+            curves["kappa"].append(largest(condition_numbers(training.model).values()))
+            curves["sigma_max"].append(largest(spectral_norms(training.model).values()))
         accuracies = curves["accuracies"]
         last = accuracies[-max(len(accuracies) // 5, 1) :]
         metrics = {
@@ -102,7 +109,7 @@ class Memorise(Setting):
             for index in torch.split(torch.randperm(len(x), generator=source), BATCH):
                 loss = nn.functional.cross_entropy(training.model(x[index]), y[index])
                 if not training.step(loss):
-                    return math.nan
+                    return CHANCE
         training.model.eval()  # spectral_norm of torch leaves its vectors as they are
         with torch.no_grad():
             return 100 * float((training.model(x).argmax(1) == y).float().mean())
