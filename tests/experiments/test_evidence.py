@@ -12,6 +12,7 @@ from scipy import stats
 
 from wellcond.experiments import evidence, tables
 from wellcond.experiments.evidence import Column, Evidence
+from wellcond.experiments.methods import METHODS
 from wellcond.experiments.tables import Table, interval
 
 
@@ -140,6 +141,50 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
     assert table.rows == [
         ["accuracy, %", "Isometry: 8.05 ± 0.64", "L2: 11.05 ± 0.64", "-3.00 ± 0.00", "other"]
     ]
+    # One that is surely better is enough, even if it is not the best of the others on the mean.
+    scores |= {"l2": [1.0, 1.1], "clipping": [0.0, 40.0], "weight-decay": [11.0, 11.1]}
+    verdict = Evidence(document(scores, {"isometry": 4.0})).verdict("accuracy")
+    assert (verdict.rival, verdict.wins, verdict.loses) == ("clipping", False, True)
+
+
+def test_what_has_no_number_is_worse_than_all() -> None:
+    nan = math.nan
+    scores = {"none": [nan, 1.0], "l2": [7.0, 7.1], "isometry": [9.0, 9.1], "condition": [1.0, nan]}
+    found = Evidence(document(scores, {"isometry": 4.0}))
+    verdict = found.verdict("accuracy")
+    assert (verdict.rival, verdict.wins) == ("l2", True)
+    verdict = Evidence(document(scores, {"condition": 4.0})).verdict("accuracy")
+    assert (verdict.ours, verdict.wins, verdict.loses) == ("condition", False, True)
+    table = found.ranking("", [Column("accuracy", "%")])
+    assert [row[0] for row in table.rows[:2]] == ["Isometry", "L2"]
+
+
+def test_infinite_condition_numbers_are_counted() -> None:
+    content = document({"none": [1.0, 2.0, 3.0]})
+    content["runs"][1]["metrics"]["kappa"] = math.inf
+    table = Evidence(content).ranking("", [Column("accuracy", "%"), Column("kappa", "κ", log=True)])
+    assert table.rows[0][5] == "inf in 1 of 3"
+
+
+def test_an_experiment_may_compare_some_of_its_ways() -> None:
+    scores = {"none-tuned": [1.0, 1.1], "l2": [7.0, 7.1], "condition-tuned": [5.0, 5.1]}
+    verdict = Evidence(document(scores)).verdict(
+        "accuracy", among=("none-tuned", "condition-tuned")
+    )
+    assert (verdict.ours, verdict.rival, verdict.wins) == ("condition-tuned", "none-tuned", True)
+
+
+def test_every_way_of_others_says_who_described_it() -> None:
+    table = evidence.ways([*METHODS])
+    assert {row[0] for row in table.rows if not row[2]} <= {
+        *(
+            "nothing",
+            "L2",
+            "LayerNorm and L2",
+            "ConditionLimit",
+            "orthogonal of torch, hidden weights",
+        ),
+    }
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -164,6 +209,8 @@ def test_blocks_hold_what_the_results_say_and_nothing_else(tmp_path: Path) -> No
     new = page.read_text()
     assert new == PAGE.replace("| old |\n", "\n| a |\n| --- |\n| 1 |\n\n")
     assert evidence.fill([page, quiet], "one", {"numbers": table}) == []
+    with pytest.raises(ValueError, match="must end by"):
+        evidence.filled(PAGE.replace("<!-- end -->", "", 1), "one", {"numbers": table})
     with pytest.raises(ValueError, match="one has no table numbers, only more"):
         evidence.filled(PAGE, "one", {"more": table})
 

@@ -119,6 +119,41 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     assert torch.equal(weights(training.model), before)
 
 
+@pytest.mark.parametrize("method", ["none", "condition", "condition-limit", "upper-limit"])
+def test_what_diverges_stops_and_can_be_tested(method: str) -> None:
+    """A limit refuses weights that are not finite; the experiment goes on as with other ways."""
+    training = METHODS[method](build, 2.0, 1e-2, seed=3)
+    with torch.no_grad():
+        training.model[0].weight[0, 0] = math.inf
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(torch.zeros(4, 4, requires_grad=True), Y[:4])
+        stepped = training.step(loss)
+    assert stepped == (method in ("none", "condition"))
+    training.finish()
+
+
+def test_warm_up_is_linear() -> None:
+    training = METHODS["warm-up"](build, 4.0, 1e-2, seed=3)
+    rates = []
+    for _ in range(6):
+        training.step(nn.functional.cross_entropy(training.model(X), Y))
+        rates.append(training.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("method", ["l2", "weight-decay"])
+def test_decay_reaches_what_the_experiment_says(method: str) -> None:
+    training = METHODS[method](build, 0.1, 1e-2, seed=3, decays=lambda p: p.ndim > 1)
+    decays = {
+        parameter.ndim: group["weight_decay"]
+        for group in training.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert decays == {1: 0, 2: 0.1}
+    (group,) = METHODS[method](build, 0.1, 1e-2, seed=3).optimizer.param_groups
+    assert group["weight_decay"] == 0.1
+
+
 def test_condition_numbers_of_what_has_diverged_are_nan() -> None:
     model = build(norm=False)
     with torch.no_grad():

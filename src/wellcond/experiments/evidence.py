@@ -6,15 +6,18 @@ results of NAME say, and nothing else.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wellcond.experiments.methods import METHODS
+from wellcond.experiments.methods import METHODS, way
 from wellcond.experiments.tables import Band, Table, interval
 from wellcond.text import written
 
-BLOCK = re.compile(r"(<!-- ([\w-]+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BEGIN = re.compile(r"<!-- ([\w-]+): ([\w-]+) -->\n")
+BLOCK = re.compile(rf"({BEGIN.pattern}).*?(<!-- end -->)", re.DOTALL)
 
 
 class Column(NamedTuple):
@@ -26,9 +29,9 @@ class Column(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The champion of our ways, chosen in the search, against the best of all others.
+    """The champion of wellcond's ways, by the search, against the best of all others.
 
-    It wins if its interval lies above that of each of them.
+    It wins if its interval lies above that of each of them, and loses if it lies below that of one.
     """
 
     ours: str
@@ -94,19 +97,21 @@ class Evidence:
             for method in self.methods(**fields)
         }
         rows = []
-        for method, (score, *others) in sorted(bands.items(), key=lambda item: -item[1][0].mean):
+        for method, (score, *others) in sorted(bands.items(), key=lambda item: -rank(item[1][0])):
             best = self.choice(contest, method)
-            change = self.difference(
-                first, {"method": method} | fields, {"method": "none"} | fields
-            )
+            here, nothing = ({"method": name} | fields for name in (method, "none"))
+            change = self.difference(first, here, nothing)
             rows.append(
                 [
-                    METHODS[method].label,
+                    way(method).label,
                     f"{best['strength']:g}" if best and best["strength"] else "",
                     f"{best['lr']:g}" if best and best["lr"] else "",
                     score.fixed(),
                     change.signed() if method != "none" else "",
-                    *map(str, others),
+                    *(
+                        self._infinite(column.metric, here) or str(band)
+                        for column, band in zip(columns[1:], others, strict=True)
+                    ),
                     best["edge"] if best else "",
                 ]
             )
@@ -114,26 +119,47 @@ class Evidence:
         header += [*(c.title for c in columns[1:]), "at the end of the grid"]
         return Table(title, header, rows)
 
-    def verdict(self, metric: str, contest: str = "", **fields: Any) -> Verdict:
-        """Ours against the others; larger is better."""
-        methods = self.methods(**fields)
-        ours = [m for m in methods if METHODS[m].ours]
-        scores = {m: (self.choice(contest, m) or {"score": float("-inf")})["score"] for m in ours}
+    def _infinite(self, metric: str, fields: dict[str, Any]) -> str:
+        """How often it is infinite, as a condition number may be; "" if never."""
+        values = [math.isinf(value) for value in self.where(**fields)[metric]]
+        return f"inf in {sum(values)} of {len(values)}" if any(values) else ""
+
+    def verdict(
+        self, metric: str, contest: str = "", among: Sequence[str] = (), **fields: Any
+    ) -> Verdict:
+        """Wellcond's against the others, of these ways or of all; larger is better."""
+        methods = [m for m in self.methods(**fields) if not among or m in among]
+        ours = [m for m in methods if way(m).ours]
+        scores = {m: (self.choice(contest, m) or {"score": -math.inf})["score"] for m in ours}
         champion = max(ours, key=lambda m: scores[m])
         bands = {m: self.band(metric, method=m, **fields) for m in methods}
-        others = [m for m in methods if not METHODS[m].ours]
-        rival = max(others, key=lambda m: bands[m].mean)
+        others = [m for m in methods if not way(m).ours]
+        rival = max(others, key=lambda m: rank(bands[m]))
         one, other = ({"method": m} | fields for m in (champion, rival))
-        band = bands[champion]
+        low, high = (end if end == end else rank(bands[champion]) for end in bands[champion][1:3])
         return Verdict(
             champion,
-            band,
+            bands[champion],
             rival,
             bands[rival],
             self.difference(metric, one, other),
-            wins=all(band.low > bands[m].high for m in others),
-            loses=band.high < bands[rival].low,
+            wins=all(low > bands[m].high for m in others if rank(bands[m]) > -math.inf),
+            loses=any(high < bands[m].low for m in others),
         )
+
+
+def rank(band: Band) -> float:
+    """Its mean, to be compared by: what is no number is worse than all."""
+    return -math.inf if math.isnan(band.mean) else band.mean
+
+
+def ways(names: Sequence[str]) -> Table:
+    """What they are called, whose they are, and who described them."""
+    rows = [
+        [METHODS[name].label, "wellcond" if METHODS[name].ours else "", METHODS[name].after]
+        for name in names
+    ]
+    return Table("Ways to train", ["way", "offered by", "after"], rows)
 
 
 def winners(verdicts: dict[str, Verdict]) -> Table:
@@ -141,23 +167,26 @@ def winners(verdicts: dict[str, Verdict]) -> Table:
     rows = [
         [
             compared,
-            f"{METHODS[v.ours].label}: {v.our_band.fixed()}",
-            f"{METHODS[v.rival].label}: {v.rival_band.fixed()}",
+            f"{way(v.ours).label}: {v.our_band.fixed()}",
+            f"{way(v.rival).label}: {v.rival_band.fixed()}",
             v.difference.signed(),
-            "ours" if v.wins else "other" if v.loses else "not told apart",
+            "wellcond" if v.wins else "other" if v.loses else "not told apart",
         ]
         for compared, v in verdicts.items()
     ]
-    header = ["compared", "ours", "the best other", "difference", "better"]
-    return Table("Ours, as chosen in the search, against all others", header, rows)
+    header = ["compared", "of wellcond", "the best other", "difference", "better"]
+    return Table("Ways of wellcond, as chosen in the search, against all others", header, rows)
 
 
 def filled(text: str, name: str, tables: dict[str, Table]) -> str:
     """A page with the blocks of this experiment as the tables say.
 
     Raises:
-        ValueError: it asks for a table that there is not.
+        ValueError: it asks for a table that there is not, or a block has no end.
     """
+
+    if not len(BEGIN.findall(text)) == text.count("<!-- end -->") == len(BLOCK.findall(text)):
+        raise ValueError("every block `<!-- NAME: TABLE -->` of a page must end by `<!-- end -->`.")
 
     def block(match: re.Match[str]) -> str:
         begin, experiment, table, end = match.groups()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wellcond.experiments.methods import METHODS
+from wellcond.experiments.methods import way
 from wellcond.experiments.tables import Band
 
 OURS, RIVAL, NOTHING = "#1f6fb4", "#d98c1f", "#7f7f7f"
@@ -19,7 +19,7 @@ HUGE = 1e6  # in pictures, larger condition numbers are one
 
 def colour(method: str) -> str:
     """Blue for ours, orange for the others, grey for nothing."""
-    kind = METHODS[method]
+    kind = way(method)
     return NOTHING if method == "none" else OURS if kind.ours else RIVAL
 
 
@@ -30,7 +30,7 @@ def colours(methods: Sequence[str]) -> list[str]:
 
 
 def label(method: str) -> str:
-    return METHODS[method].label
+    return way(method).label
 
 
 def figure(
@@ -62,9 +62,9 @@ def save(drawing: Any, path: Path) -> Path:
 
 def selected(scores: dict[str, float], each: int = 3) -> list[str]:
     """The best of ours, the best of the others, and nothing: what a panel of lines has room for."""
-    best = sorted(scores, key=lambda method: -scores[method])
-    ours = [m for m in best if METHODS[m].ours]
-    others = [m for m in best if not METHODS[m].ours and m != "none"]
+    best = sorted(scores, key=lambda m: -math.inf if math.isnan(scores[m]) else scores[m])[::-1]
+    ours = [m for m in best if way(m).ours]
+    others = [m for m in best if not way(m).ours and m != "none"]
     return [*ours[:each], *others[:each], "none"]
 
 
@@ -87,7 +87,7 @@ def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]
         rows: methods with what they reached.
         names: what stands beside them.
     """
-    rows = sorted(rows, key=lambda row: row[1].mean)
+    rows = sorted(rows, key=lambda row: -math.inf if math.isnan(row[1].mean) else row[1].mean)
     for height, (method, band) in enumerate(rows):
         panel.plot([band.low, band.high], [height] * 2, color=colour(method), lw=2, alpha=0.6)
         panel.plot([band.mean], [height], color=colour(method), marker="o", ms=6, ls="")

@@ -346,7 +346,7 @@ _settings: dict[Any, Setting] = {}  # of this process, so that each loads its da
 
 
 def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> Cell:
-    """Runs a cell and writes its file; on one thread, so that it gives the same on any machine."""
+    """Runs a cell and writes its file; on one thread, so that workers change no result."""
     if key not in _settings:
         kind, data, quick, seeds = key
         _settings[key] = kind(data, quick, seeds)
@@ -415,8 +415,11 @@ def finals(setting: Setting, runs: list[dict[str, Any]]) -> list[Cell]:
     cells = []
     for (contest, method), points in _scores(setting, runs) if setting.finalists else ():
         best = sorted(points, key=lambda point: -points[point])[: setting.finalists]
-        cases = [case for case in setting.cases if setting.contest(case) == contest]
-        cells += [Cell(case, method, *p, FINAL, search=True) for case, p in product(cases, best)]
+        cases = [run["case"] for run in runs if setting.contest(run["case"]) == contest]
+        cells += [
+            Cell(case, method, *p, FINAL, search=True)
+            for case, p in product(dict.fromkeys(cases), best)
+        ]
     return cells
 
 

@@ -69,24 +69,44 @@ class Training:
         lr: learning rate of Adam.
         seed: of the initial weights.
         gain: what an isometric weight is to be multiplied by: √2 before ReLU, else 1.
+        decays: whether a parameter is decayed, where the way is a decay; all if None.
     """
 
     label: ClassVar[str] = "nothing"
-    ours: ClassVar[bool] = False
+    after: ClassVar[str] = ""  # who described it
+    ours: ClassVar[bool] = False  # whether wellcond offers it
     strengths: ClassVar[tuple[float, ...]] = (0.0,)  # searched unless an experiment says otherwise
     normed: ClassVar[bool] = False
 
     def __init__(
-        self, build: Build, strength: float, lr: float, seed: int, gain: float = 1.0
+        self,
+        build: Build,
+        strength: float,
+        lr: float,
+        seed: int,
+        gain: float = 1.0,
+        decays: Callable[[Tensor], bool] | None = None,
     ) -> None:
         self.build, self.strength, self.lr, self.seed, self.gain = build, strength, lr, seed, gain
+        self.decays = decays or (lambda parameter: True)
         self.model = seeded(lambda: build(self.normed), seed)
         seeded(self.prepare, seed)
         self.optimizer = self.adam()
         self.attach()
 
-    def adam(self, **options: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.model.parameters(), self.lr, fused=True, **options)
+    def adam(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), self.lr, fused=True)
+
+    def decayed(self) -> list[dict[str, Any]]:
+        """The parameters in two groups, with the strength as their decay and with none."""
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for parameter in self.model.parameters():
+            groups[self.decays(parameter)].append(parameter)
+        return [
+            {"params": group, "weight_decay": self.strength * decayed}
+            for decayed, group in groups.items()
+            if group
+        ]
 
     def prepare(self) -> None:
         """Changes the network before it is trained."""
@@ -124,28 +144,29 @@ class Training:
 
 
 class L2(Training):
-    """On all parameters, as the optimizer does it."""
+    """As the optimizer does it, on all parameters unless an experiment says otherwise."""
 
     label = "L2"
     strengths = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
-    def adam(self, **options: Any) -> torch.optim.Optimizer:
-        return super().adam(weight_decay=self.strength)
+    def adam(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.decayed(), self.lr, fused=True)
 
 
 class WeightDecay(Training):
     label = "decoupled weight decay"
+    after = "Loshchilov & Hutter, 1711.05101"
     strengths = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 
-    def adam(self, **options: Any) -> torch.optim.Optimizer:
-        parameters = self.model.parameters()
-        return torch.optim.AdamW(parameters, self.lr, weight_decay=self.strength, fused=True)
+    def adam(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.decayed(), self.lr, fused=True)
 
 
 class L2Initial(Training):
     """strength/2 ‖p − p₀‖² of every parameter (Kumar, Marklund & Van Roy, arXiv 2308.11958)."""
 
     label = "L2 towards initial weights"
+    after = "Kumar, Marklund & Van Roy, 2308.11958"
     strengths = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1)
 
     def attach(self) -> None:
@@ -166,6 +187,7 @@ class ShrinkAndPerturb(Training):
     """
 
     label = "shrink and perturb"
+    after = "Ash & Adams, 1910.08475"
     strengths = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 
     def attach(self) -> None:
@@ -181,6 +203,7 @@ class ShrinkAndPerturb(Training):
 
 class GradientClipping(Training):
     label = "gradient clipping"
+    after = "Pascanu, Mikolov & Bengio, 1211.5063"
     strengths = (0.01, 0.1, 1.0, 10.0)
 
     def before_step(self) -> None:
@@ -189,6 +212,7 @@ class GradientClipping(Training):
 
 class OrthogonalInitialisation(Training):
     label = "orthogonal initialisation"
+    after = "Saxe, McClelland & Ganguli, 1312.6120"
 
     def prepare(self) -> None:
         for _, layer in matrices(self.model):
@@ -197,6 +221,7 @@ class OrthogonalInitialisation(Training):
 
 class LayerNorm(Training):
     label = "LayerNorm"
+    after = "Ba, Kiros & Hinton, 1607.06450"
     normed = True
 
 
@@ -209,6 +234,7 @@ class SpectralNormTorch(Training):
     """W/σ₁ in place of every W but the last, times strength."""
 
     label = "spectral_norm of torch"
+    after = "Miyato et al., 1802.05957"
     strengths = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 
     def prepare(self) -> None:
@@ -265,6 +291,7 @@ class Attached(Training):
 
 class Condition(Attached):
     label = "Condition, attached"
+    after = "Nenov, Haider & Balazs, 2410.00169; the proximal step is new"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
     def rule(self) -> Any:
@@ -275,6 +302,7 @@ class ConditionGradient(Training):
     """strength · r in the loss, of which `add_gradients_` adds the gradient."""
 
     label = "Condition, in the loss"
+    after = "Nenov, Haider & Balazs, 2410.00169"
     ours = True
     strengths = (1e-4, 1e-3, 1e-2, 0.1)
 
@@ -287,6 +315,7 @@ class ConditionGradient(Training):
 
 class StableRank(Attached):
     label = "StableRank"
+    after = "Sanyal, Torr & Dokania, 1906.04659, as a penalty"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
     def rule(self) -> Any:
@@ -297,6 +326,7 @@ class SpectralNorm(Attached):
     """Down to the gain."""
 
     label = "SpectralNorm"
+    after = "Yoshida & Miyato, 1705.10941"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
     def rule(self) -> Any:
@@ -305,6 +335,7 @@ class SpectralNorm(Attached):
 
 class Orthogonality(Attached):
     label = "Orthogonality"
+    after = "Brock et al., 1609.07093; Bansal, Chen & Wang, 1810.09102"
     strengths = (0.1, 1.0, 10.0, 100.0)
 
     def rule(self) -> Any:
@@ -315,6 +346,7 @@ class Isometry(Attached):
     """θ is the strength; scale is the gain."""
 
     label = "Isometry"
+    after = "Cissé et al., 1704.08847, with a clip of the largest"
     strengths = (0.01, 0.03, 0.1, 0.5)
 
     def rule(self) -> Any:
@@ -333,6 +365,7 @@ class UpperLimit(Attached):
     """σ₁ ≤ strength."""
 
     label = "SingularValueLimit, upper"
+    after = "Gouk et al., 1804.04368; Sedghi, Gupta & Long, 1805.10408"
     strengths = (0.7, 1.0, 1.5, 2.0)
 
     def rule(self) -> Any:
@@ -343,6 +376,7 @@ class BothLimits(Attached):
     """strength/4 ≤ σᵢ ≤ strength."""
 
     label = "SingularValueLimit, both"
+    after = "Jia et al., 1611.05594"
     strengths = (0.7, 1.0, 1.5, 2.0)
 
     def rule(self) -> Any:
@@ -357,6 +391,27 @@ class LayerNormIsometry(Isometry):
 class LayerNormUpperLimit(UpperLimit):
     label = "LayerNorm and SingularValueLimit, upper"
     normed = True
+
+
+class WarmUp(Training):
+    """The learning rate grows linearly over so many first steps."""
+
+    label = "linear warm-up"
+    after = "Goyal et al., 1706.02677"
+    strengths = (10.0, 30.0, 100.0)
+
+    def attach(self) -> None:
+        self.steps = 0
+
+    def before_step(self) -> None:
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, self.steps / self.strength)
+
+
+class Tikhonov(L2):
+    label = "Tikhonov"
+    after = "Krogh & Hertz, 1991"
 
 
 METHODS: dict[str, type[Training]] = {
@@ -383,3 +438,12 @@ METHODS: dict[str, type[Training]] = {
     "layer-norm-isometry": LayerNormIsometry,
     "layer-norm-upper-limit": LayerNormUpperLimit,
 }
+# Those that make sense in any experiment.
+WAYS = tuple(METHODS)
+METHODS |= {"warm-up": WarmUp, "tikhonov": Tikhonov}
+TUNED = "-tuned"  # of names of the same way, once with strengths that are given, once searched
+
+
+def way(name: str) -> type[Training]:
+    """The one of this name, tuned or not."""
+    return METHODS[name.removesuffix(TUNED)]

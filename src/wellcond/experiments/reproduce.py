@@ -9,6 +9,7 @@ from typing import Any
 from wellcond.experiments import _run, evidence, figures, grid
 from wellcond.experiments.evidence import Evidence, Verdict
 from wellcond.experiments.grid import Runner, Setting
+from wellcond.experiments.methods import METHODS
 from wellcond.experiments.settings import SETTINGS
 from wellcond.experiments.tables import Table
 from wellcond.text import written
@@ -101,6 +102,7 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
     changed = evidence.fill(pages, kind.name, setting.tables(found))
     changed += evidence.fill(pages, "winners", {"table": _winners(results.parent)})
+    changed += evidence.fill(pages, "ways", {"table": evidence.ways([*METHODS])})
     for name, drawing in setting.figures(found).items():
         changed.append(figures.save(drawing, root / PICTURES / f"{name}.svg"))
     print(f"Written: {', '.join(map(str, dict.fromkeys(changed))) or 'nothing'}")

@@ -55,8 +55,8 @@ def interval(values: list[float], log: bool = False) -> Band:
         return Band(mean, math.nan, math.nan)
     if not numpy.ptp(array):  # scipy would warn of a division by zero
         return Band(mean, mean, mean)
-    found = stats.ttest_1samp(array, 0.0).confidence_interval(0.95)
-    return Band(mean, float(found.low), float(found.high))
+    low, high = stats.t.interval(0.95, len(array) - 1, loc=mean, scale=stats.sem(array))
+    return Band(mean, float(low), float(high))
 
 
 def number(value: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wellcond.cli import main
 from wellcond.experiments import grid
 from wellcond.experiments.data import Images, load
-from wellcond.experiments.grid import SEARCH, Cell
+from wellcond.experiments.grid import FINAL, SEARCH, Cell
 from wellcond.experiments.methods import METHODS, seeded
 from wellcond.experiments.settings import harder
 from wellcond.experiments.settings.harder import BatchNorm, Plain, ViT
@@ -144,14 +144,26 @@ def test_the_search_never_sees_test_images() -> None:
     blind = small()
     blind.images = replace(load("digits"), x_test=torch.full((360, 64), math.nan))
     assert blind.run(cell).metrics["accuracy"] == found
-    (trained, _), (validated, _) = setting.parts(search=True)
-    (reported, _), (tested, _) = setting.parts(search=False)
-    assert torch.equal(trained, reported)
+    reports = [replace(cell, seed=seed, search=False) for seed in (0, 1)]
+    _, (validated, _) = setting.parts(cell)
+    (one, _), (tested, _) = setting.parts(reports[0])
+    (other, _), _ = setting.parts(reports[1])
+    assert not torch.equal(one, other)
     assert torch.equal(tested, setting.images.x_test)
     assert len(validated) == 1437 // 6
     setting.samples = 10_000
-    (most, _), _ = setting.parts(search=False)
+    (most, _), _ = setting.parts(reports[0])
     assert len(most) + len(validated) == 1437
+
+
+def test_the_second_round_of_the_search_is_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    setting = small()
+    setting.epochs = 6
+    monkeypatch.setattr(harder, "fit", lambda t, x, y, epochs, *rest: lengths.append(epochs) or 0.0)
+    for seed in (SEARCH, FINAL):
+        setting.run(Cell("", "none", 0.0, 1e-3, seed, search=True))
+    assert lengths == [2, 6]
 
 
 def test_what_is_reported_names_every_layer() -> None:

@@ -92,10 +92,12 @@ def test_the_first_round_of_the_search_is_shorter_than_the_second() -> None:
     assert lengths == [setting.first_round, setting.tasks, setting.tasks]
 
 
-def test_one_that_diverges_has_no_accuracy() -> None:
+def test_one_that_diverges_guesses() -> None:
     setting = Memorise("digits", quick=True)
     setting.tasks = 2
-    assert math.isnan(setting.run(cell(lr=1e38)).metrics["accuracy"])
+    metrics, _ = setting.run(cell(lr=1e38))
+    assert metrics["accuracy"] == 10
+    assert math.isnan(metrics["kappa_worst"])
 
 
 @pytest.mark.slow

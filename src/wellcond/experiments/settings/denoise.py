@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from wellcond.experiments import figures
 from wellcond.experiments.data import Images, load
-from wellcond.experiments.evidence import Evidence
+from wellcond.experiments.evidence import Evidence, Verdict
 from wellcond.experiments.grid import Cell, Chosen, Measured, Setting
-from wellcond.experiments.methods import condition_numbers
+from wellcond.experiments.methods import TUNED, condition_numbers
 from wellcond.experiments.paper import LOOKS, PaperTraining
 from wellcond.experiments.tables import Table
 
@@ -37,7 +37,6 @@ FIXED = {
     "condition-gradient": (OUTER,),
     "condition": (OUTER,),
 }
-TUNED = "-tuned"
 # A proximal step is lr · strength long, where Adam rescales the gradient of a loss to its own step:
 # it needs more.
 SEARCHED = {
@@ -191,6 +190,14 @@ class Denoise(Setting):
         place = {case: i for i, case in enumerate(self.cases)}
         order = [*FIXED, *SEARCHED]
         return sorted(ways, key=lambda w: (place[w["case"]], order.index(w["method"])))
+
+    def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
+        return {
+            f"denoising, SNR {SNR[case]:g}, tuned, PSNR in dB": evidence.verdict(
+                "psnr", case, tuple(SEARCHED), case=case
+            )
+            for case in self.cases
+        }
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         return {

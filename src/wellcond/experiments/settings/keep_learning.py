@@ -20,6 +20,7 @@ from wellcond.experiments.evidence import Column, Evidence, Verdict
 from wellcond.experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond.experiments.methods import (
     METHODS,
+    WAYS,
     Training,
     condition_numbers,
     largest,
@@ -48,7 +49,7 @@ class KeepLearning(Setting):
         self.first_round = 2 if quick else 30
         self.per_task = 160 if quick else 10_000
         self.rates = (1e-3,) if quick else RATES
-        self.methods = strengths_of(*(("none", "l2", "isometry") if quick else METHODS))
+        self.methods = strengths_of(*(("none", "l2", "isometry") if quick else WAYS))
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {

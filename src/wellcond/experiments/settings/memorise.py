@@ -19,6 +19,7 @@ from wellcond.experiments.evidence import Column, Evidence, Verdict
 from wellcond.experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond.experiments.methods import (
     METHODS,
+    WAYS,
     Training,
     condition_numbers,
     largest,
@@ -43,11 +44,11 @@ class Memorise(Setting):
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds)
         self.tasks = 3 if quick else 30
-        self.first_round = 2 if quick else 8
+        self.first_round = 2 if quick else 15
         self.count = 160 if quick else 1280
         self.epochs = 10
         self.rates = (1e-3,) if quick else RATES
-        self.methods = strengths_of(*(("none", "l2", "isometry") if quick else METHODS))
+        self.methods = strengths_of(*(("none", "l2", "isometry") if quick else WAYS))
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
