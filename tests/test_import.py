@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"operators", "text"},
     "penalties": {"linalg", "operators"},
     "training": {"linalg", "operators", "weights", "penalties", "text"},
-    "checkpoints": {"linalg", "weights", "penalties", "text", "output"},
+    "checkpoints": {"linalg", "operators", "weights", "penalties", "text", "output"},
     "": {"linalg", "operators", "weights", "penalties", "training", "checkpoints"},
     "integrations": {""},
     "experiments": {"", "text"},

@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wellcond.checkpoints.acting import acting
 from wellcond.checkpoints.files import Checkpoint
 from wellcond.checkpoints.findings import (
     AuditReport,
@@ -28,13 +30,18 @@ from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
 from wellcond.linalg.scaling import frobenius_norm
 from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
+from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.text import and_more, out_of_memory, versions
 from wellcond.weights.discover import effective_matrices, unwrapped
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
+from wellcond.weights.sizes import geometries
 
 # A measured kappa so far from its certificate, relatively, is worth a word.
 _ERROR = 1e-6
+
+# Of a convolution there may be millions of singular values: so many are kept to be drawn.
+_DRAWN = 4096
 
 Progress = Callable[[str, int], None]
 
@@ -47,6 +54,7 @@ def audit(
     exclude: Sequence[str] = (),
     curves: int = 0,
     progress: Progress | None = None,
+    example: Any = None,
 ) -> AuditReport:
     """Measures every weight of a model, or of a checkpoint without loading it whole.
 
@@ -72,14 +80,22 @@ def audit(
         exclude: patterns of names to leave out.
         curves: of so many of the worst weights find all singular values, however large they are.
         progress: called with the name of each tensor before it is read, and its number from 1.
+        example: what a model is called with: a tensor, a tuple, or a dict of named arguments. One
+            forward pass on it, in eval mode and without gradients, shows on inputs of which size
+            the convolutions act, and each that it reaches is measured as that map, with stride,
+            dilation, padding and groups, under the view "operator" instead of "kernel". That is
+            exact where the kernel sees no input twice, on a torus, and where the dense matrix has
+            at most 4096 singular values; else sigma_max is enclosed and kappa is a lower bound, and
+            the grade is "bounded".
 
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding that says why.
 
     Raises:
-        ValueError: nothing could be measured, a pattern matches nothing, or a file is unreadable.
+        ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, or
+            the model does not take the example.
         FileNotFoundError: the path is not there.
-        TypeError: neither a module nor a path.
+        TypeError: neither a module nor a path; an example for a path.
 
     Example:
         >>> import torch, wellcond as wc
@@ -87,8 +103,11 @@ def audit(
         >>> report = wc.audit(model)
         >>> sorted(finding.name for finding in report.findings), report.coverage.measured
         (['0.weight', '1.weight'], 2)
+        >>> layer = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
+        >>> wc.audit(layer, example=torch.zeros(1, 3, 8, 8)).findings[0].label
+        'weight:operator'
     """
-    matrices, skipped, damaged, total, source = _source(model_or_path)
+    matrices, skipped, damaged, total, source = _source(model_or_path, example)
     wanted = chosen(matrices, skipped, include, exclude)
     findings = [
         Finding(name, "", (0, 0), "", status=Status.failed, detail=reason)
@@ -101,14 +120,15 @@ def audit(
             progress(one.name, number)
         found = _findings(one, certify)
         where |= {id(finding): one for finding in found}
-        covered += sum(math.prod(finding.shape) for finding in found if finding.measured)
+        covered += sum(finding.entries for finding in found if finding.measured)
         findings += found
     measured = sum(finding.measured for finding in findings)
     if not measured:
         raise ValueError(_nothing(source, findings, skipped))
     findings.sort(key=sort_key)
     for index, finding in enumerate(findings[:curves]):
-        if finding.measured and not finding.singular_values:
+        known = finding.singular_values or finding.grade is Grade.bounded
+        if finding.measured and not known:
             # None of these if it cannot be read or measured again.
             again = _findings(where[id(finding)], certify=False, all_values=True)
             values = [other.singular_values for other in again if other.view == finding.view]
@@ -120,14 +140,20 @@ def audit(
 
 
 def _source(
-    model_or_path: nn.Module | str | os.PathLike[str],
+    model_or_path: nn.Module | str | os.PathLike[str], example: Any
 ) -> tuple[list[Matrices], dict[str, Skipped], dict[str, str], int, str]:
     """The matrices, what is none, what is damaged, how many parameters there are, and a name."""
     if isinstance(model_or_path, nn.Module):
         model = unwrapped(model_or_path)
-        matrices, skipped, total = effective_matrices(model)
+        sliding = {} if example is None else geometries(model_or_path, example)
+        matrices, skipped, total = effective_matrices(model, sliding)
         return matrices, skipped, {}, total, type(model).__name__
     if isinstance(model_or_path, str | os.PathLike):
+        if example is not None:
+            raise TypeError(
+                "`example` must come with a model, got a path: a file does not say how its "
+                "convolutions slide. Load the model, and audit that."
+            )
         file = Checkpoint(model_or_path)
         found = list(file.matrices())
         return found, file.skipped(), file.damaged, file.parameters, str(file.path)
@@ -185,12 +211,56 @@ def _findings(one: Matrices, certify: bool, all_values: bool = False) -> list[Fi
         return [Finding(one.name, "", (0, 0), "", status=Status.failed, detail=_in_words(error))]
     found = []
     for view, S in views.items():
+        if one.geometry is not None:
+            found.append(_acting(one.name, tensor.detach().cpu(), one.geometry))
+            continue
         blank = Finding(one.name, view, tuple(S.shape), str(S.dtype).removeprefix("torch."))
         try:
             found.append(_finding(blank, S.detach().cpu(), certify, all_values))
         except Exception as error:
             found.append(replace(blank, status=Status.failed, detail=_in_words(error)))
     return found
+
+
+def _acting(name: str, kernel: Tensor, geometry: Geometry) -> Finding:
+    """The row of a convolution as it acts; trouble with it is its status."""
+    S = Convolution(kernel, geometry)
+    dtype = str(S.dtype).removeprefix("torch.")
+    blank = Finding(name, "operator", tuple(S.shape), dtype, entries=kernel.numel())
+    if not bool(torch.isfinite(kernel).all()):
+        detail = f"{int((~torch.isfinite(kernel)).sum())} of {kernel.numel()} entries"
+        return replace(blank, status=Status.not_finite, detail=detail)
+    try:
+        found = acting(S)
+    except Exception as error:
+        return replace(blank, status=Status.failed, detail=_in_words(error))
+    (below, above), (_, smallest) = found.largest, found.smallest
+    squared = float(S.squared_frobenius_norm(torch.float64))
+    exact = len(found.singular_values) > 0
+    status, kappa = Status.ok, math.nan
+    if above == 0:
+        status = Status.zero
+    elif exact and smallest <= negligible(S.shape) * below:
+        status, kappa = Status.rank_deficient, math.inf
+    else:
+        kappa = below / smallest if smallest > 0 else math.inf
+    notes = [f"on {geometry}"]
+    if not exact:
+        notes.append(f"σ_max lies between {below:.6g} and {above:.6g}, and κ is at least this")
+    return replace(
+        blank,
+        sigma_max=below,
+        sigma_min=smallest,
+        condition_number=kappa,
+        stable_rank=squared / below**2 if below > 0 else math.nan,
+        rank=int((found.singular_values > negligible(S.shape) * below).sum()),
+        penalty=max(0.0, (below**2 - squared / S.nu) / 2),
+        grade=Grade.computed if exact else Grade.bounded,
+        status=status,
+        detail="; ".join(notes),
+        method=found.how,
+        singular_values=tuple(found.singular_values[:: -(-S.nu // _DRAWN)].tolist()),
+    )
 
 
 def _in_words(error: Exception) -> str:

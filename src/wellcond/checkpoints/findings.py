@@ -35,6 +35,7 @@ class Grade(enum.Enum):
     estimated = (
         "extremes from an iteration that converged: sigma_max from below, sigma_min from above"
     )
+    bounded = "σ_max is at least, and σ_min at most what is shown, so that κ is at least that"
     computed = "from all singular values in float64"
     certified = "computed, and enclosed by intervals that rounding errors cannot break"
 
@@ -58,9 +59,10 @@ class Finding:
 
     Attributes:
         name: its parameter name.
-        view: which matrix of the parameter: "q", "3" of a stack, "kernel"; "" if it has one.
-        shape: (m, n), outputs and inputs; (g, m, n) of a convolution in g groups, which acts as one
-            block-diagonal matrix and is measured as that.
+        view: which matrix of the parameter: "q", "3" of a stack, "kernel"; "operator" for a
+            convolution as it acts; "" if it has one.
+        shape: (m, n), outputs and inputs; (g, m, n) of the kernel of a convolution in g groups,
+            which acts as one block-diagonal matrix and is measured as that.
         dtype: in which it is stored, such as "bfloat16".
         sigma_max: the largest singular value, the spectral norm.
         sigma_min: the smallest of the nu = min(m, n) singular values, of groups g nu.
@@ -68,14 +70,17 @@ class Finding:
             if there is none.
         stable_rank: ||S||_F^2/sigma_max^2, between 1 and nu.
         rank: how many singular values exceed what rounding the entries to the dtype can move one
-            by, u ||S||_F; every matrix that rounds to this one has at least that rank.
+            by, u ||S||_F; every matrix that rounds to this one has at least that rank. 0 if the
+            grade is "bounded".
         penalty: r = sigma_max^2/2 - ||S||_F^2/(2 nu), in units of a squared singular value.
-        grade: "none", "estimated", "computed" or "certified"; see `Grade`.
+        grade: "none", "estimated", "bounded", "computed" or "certified"; see `Grade`.
         status: "ok", or what is the matter; its value says it in words.
         detail: more of the status, such as the error.
         method: how the singular values were found.
         certificate: the enclosures, if they were asked for.
-        singular_values: all of them, descending, where the method gives all.
+        singular_values: all of them, descending, where the method gives all; of a convolution as it
+            acts at most 4096, at equal distances.
+        entries: of the parameter, how many it stands for.
     """
 
     name: str
@@ -94,6 +99,11 @@ class Finding:
     method: str = ""
     certificate: Certificate | None = None
     singular_values: tuple[float, ...] = field(default=(), repr=False)
+    entries: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.entries:  # of a convolution as it acts there are fewer
+            object.__setattr__(self, "entries", math.prod(self.shape))
 
     @property
     def label(self) -> str:
@@ -112,7 +122,8 @@ class Finding:
     def exceeds(self, max_condition: float) -> bool:
         """Whether kappa is above; the certified upper bound if there is one.
 
-        A kappa that is infinite, undefined or unknown is above every limit.
+        A kappa that is infinite, undefined or unknown is above every limit; one that is bounded
+        from below alone is above those below that.
         """
         kappa = self.condition_number
         if self.certificate is not None:
@@ -471,13 +482,16 @@ def _exceeding(findings: Iterable[Finding], max_condition: float | None) -> dict
 def _cells(finding: Finding) -> tuple[str, ...]:
     numbers = (finding.condition_number, finding.sigma_max, finding.sigma_min, finding.stable_rank)
     kappa, high, low, stable = (f"{number:.4g}" for number in numbers)
+    known = finding.measured
+    if finding.grade is Grade.bounded:
+        kappa, high, low, known = f"≥{kappa}", f"≥{high}", f"≤{low}", False
     enclosure = str(finding.certificate.condition_number) if finding.certificate else ""
     return (
         finding.label,
         "x".join(map(str, finding.shape)),
         finding.dtype,
         *(kappa, high, low, stable),
-        f"{finding.rank}/{finding.nu}" if finding.measured else "-",
+        f"{finding.rank}/{finding.nu}" if known else "-",
         f"{finding.penalty:.3g}",
         finding.grade.name,
         enclosure,

@@ -7,7 +7,7 @@ of such matrices. Several views of one parameter append their own name: `attn.in
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.operators.base import WeightOperator
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Part, Transposed, View, shape_of
 from wellcond.weights.matrices import Matrices, is_vector, numbered
@@ -227,12 +228,17 @@ def _unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
     return None
 
 
-def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, Skipped], int]:
+def effective_matrices(
+    model: nn.Module, acting: Mapping[nn.Module, Geometry] | None = None
+) -> tuple[list[Matrices], dict[str, Skipped], int]:
     """What acts in a model: its matrices, parametrized ones by their value; the rest and why.
+
+    Those of convolutions whose geometry is known say so.
 
     The third is the number of entries of all parameters. Weights whose reason asks for their exact
     name are among the matrices, with their reason in the rest: the caller decides.
     """
+    acting = acting or {}
     found = find_weights(model)
     matrices: dict[str, Matrices] = {}
     rest: dict[str, Skipped] = {}
@@ -251,7 +257,8 @@ def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, Skip
         same = [other for other in found.weights if other.aliases[0] == name]
         aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
         views = _matrices_of([(one.name.removeprefix(name)[1:], one.view) for one in same])
-        matrices[name] = Matrices(name, aliases, views, partial(_detached, weight))
+        read, geometry = partial(_detached, weight), acting.get(weight.sources[0].owner)
+        matrices[name] = Matrices(name, aliases, views, read, geometry)
     parameters = {name: parameter for name, _, _, parameter in _parameters(model)}
     for name, skipped in found.others.items():
         if skipped.reason is not Reason.parametrized:
@@ -262,12 +269,13 @@ def effective_matrices(model: nn.Module) -> tuple[list[Matrices], dict[str, Skip
             name = f"{prefix}.{attribute}".lstrip(".")
             value = effective(module, attribute)
             total += value.numel()
-            seen = _views(module, attribute, value)
-            if isinstance(seen, Skipped):
-                rest[name] = seen
+            known = _views(module, attribute, value)
+            if isinstance(known, Skipped):
+                rest[name] = known
             else:
                 read = partial(effective, module, attribute)
-                matrices[name] = Matrices(name, (name,), _matrices_of(list(seen.items())), read)
+                views = _matrices_of(list(known.items()))
+                matrices[name] = Matrices(name, (name,), views, read, acting.get(module))
     return list(matrices.values()), rest, total
 
 

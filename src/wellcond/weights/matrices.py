@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wellcond.operators.convolution import Geometry
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -15,12 +17,14 @@ class Matrices:
 
     `read` may be slow, and what it returns large: it is for one tensor at a time. A view may be a
     stack (g, m, n): the blocks of one block-diagonal map, such as the groups of a convolution.
+    The tensor of which the geometry is known is a kernel, of a convolution on inputs of that size.
     """
 
     name: str
     aliases: tuple[str, ...]
     views: Callable[[Tensor], dict[str, Tensor]]
     read: Callable[[], Tensor]
+    geometry: Geometry | None = None
 
 
 def is_vector(shape: Sequence[int]) -> bool:

@@ -1,0 +1,191 @@
+"""A convolution as the linear map that acts: on inputs of one size, with stride, padding, groups.
+
+Letters: K (o, i/g, *k) the kernel; s, d, p stride, dilation and padding of an axis; N its input
+size; S (m, n) the map from i prod(N) inputs to the outputs, each laid out as (channel, *position).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+# How a border is filled, by PyTorch's names.
+ZEROS, CIRCULAR = "zeros", "circular"
+_CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is known of a convolution besides its kernel; a number for each axis.
+
+    Attributes:
+        size: of the input.
+        stride: between two positions of the kernel.
+        dilation: between two of its taps.
+        padding: before and after the input.
+        mode: how it is filled: zeros, circular, reflect or replicate.
+        groups: of channels that do not mix.
+        transposed: whether it is the adjoint of this map that acts, as in ConvTranspose; the size
+            is then that of its output.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    mode: str = ZEROS
+    groups: int = 1
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.size))
+        return f"{'outputs' if self.transposed else 'inputs'} of {size}"
+
+    @classmethod
+    def of(cls, layer: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> Geometry:
+        """That of a layer on inputs (..., *size); the size of its outputs if it is transposed."""
+        before_after = layer._reversed_padding_repeated_twice
+        padding = tuple(zip(before_after[::2], before_after[1::2], strict=True))[::-1]
+        if layer.transposed:
+            # PyTorch lists there what its own padding would need; p is cut off from the output.
+            padding = tuple((int(p), int(p)) for p in layer.padding)
+        padded = any(amount for pair in padding for amount in pair)
+        return cls(
+            size,
+            tuple(layer.stride),
+            tuple(layer.dilation),
+            padding,
+            layer.padding_mode if padded else ZEROS,
+            layer.groups,
+            bool(layer.transposed),
+        )
+
+
+class Convolution:
+    """S as products with it.
+
+    Args:
+        kernel: (o, i/g, *k); of a transposed one (i, o/g, *k), which is that of its adjoint.
+        geometry: how it slides.
+    """
+
+    def __init__(self, kernel: Tensor, geometry: Geometry) -> None:
+        self.kernel, self.geometry = kernel, geometry
+        self.dtype, self.device = kernel.dtype, kernel.device
+        channels = kernel.shape[1] * geometry.groups
+        self._input = (channels, *geometry.size)
+
+    @cached_property
+    def _output(self) -> tuple[int, ...]:
+        sizes = zip(
+            self.geometry.size,
+            self.kernel.shape[2:],
+            *(self.geometry.stride, self.geometry.dilation, self.geometry.padding),
+            strict=True,
+        )
+        positions = ((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, d, p in sizes)
+        return (len(self.kernel), *positions)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Where the kernel is put, a number for each axis."""
+        return self._output[1:]
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether no input is seen twice, so that S is the flattened kernel at every position."""
+        geometry = self.geometry
+        steps = zip(self.kernel.shape[2:], geometry.stride, geometry.dilation, strict=True)
+        unpadded = not any(amount for pair in geometry.padding for amount in pair)
+        return unpadded and all(s >= d * (k - 1) + 1 for k, s, d in steps)
+
+    @property
+    def periodic(self) -> bool:
+        """Whether inputs and outputs are whole turns of a torus."""
+        geometry = self.geometry
+        turns = zip(self.positions, geometry.stride, geometry.size, strict=True)
+        return geometry.mode == CIRCULAR and all(p * s == n for p, s, n in turns)
+
+    @property
+    def shape(self) -> torch.Size:
+        m, n = math.prod(self._output), math.prod(self._input)
+        return torch.Size([n, m] if self.geometry.transposed else [m, n])
+
+    @property
+    def nu(self) -> int:
+        return min(self.shape)
+
+    def group(self, index: int) -> Convolution:
+        """One of the blocks of which it consists."""
+        geometry, rows = self.geometry, len(self.kernel) // self.geometry.groups
+        one = Geometry(**{**vars(geometry), "groups": 1})
+        return Convolution(self.kernel[index * rows : (index + 1) * rows], one)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._adjoint(V) if self.geometry.transposed else self._forward(V)
+
+    def rmatmat(self, U: Tensor) -> Tensor:
+        return self._forward(U) if self.geometry.transposed else self._adjoint(U)
+
+    def finite(self) -> Tensor:
+        return torch.isfinite(self.kernel).all()
+
+    def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        """‖S‖_F² = Σ ⟨K_t, K_u⟩ Π_a C_a[t_a, u_a] over pairs t, u of taps.
+
+        C_a counts the positions along an axis at which both taps see the same input.
+        """
+        K = self.kernel.to(dtype or self.dtype).flatten(0, 1)
+        total = K
+        for axis, seen in enumerate(self._seen(), start=1):
+            together = (seen[:, :, None] == seen[:, None, :]) & (seen >= 0)[:, :, None]
+            C = together.sum(0).to(K)
+            total = (total.movedim(axis, -1) @ C).movedim(-1, axis)
+        return (total * K).sum()
+
+    def _seen(self) -> list[Tensor]:
+        """For each axis which input (positions, taps) see; -1 is none."""
+        geometry, found = self.geometry, []
+        for axis, n in enumerate(geometry.size):
+            inputs = torch.arange(1.0, n + 1)[None]
+            if any(geometry.padding[axis]):
+                mode = "constant" if geometry.mode == ZEROS else geometry.mode
+                inputs = pad(inputs[None], geometry.padding[axis], mode)[0]
+            positions = geometry.stride[axis] * torch.arange(self.positions[axis])
+            taps = geometry.dilation[axis] * torch.arange(self.kernel.shape[2 + axis])
+            found.append(inputs[0].long()[positions[:, None] + taps] - 1)
+        return found
+
+    def dense(self) -> Tensor:
+        """S itself, from the side with fewer products."""
+        m, n = self.shape
+        eye = torch.eye(self.nu, dtype=self.dtype, device=self.device)
+        return self.matmat(eye) if n <= m else self.rmatmat(eye).mT
+
+    def _forward(self, V: Tensor) -> Tensor:
+        return self._slide(V.mT.reshape(-1, *self._input)).flatten(1).mT
+
+    def _adjoint(self, U: Tensor) -> Tensor:
+        """By autograd: the map is linear, whatever its borders."""
+        x = U.new_zeros(U.shape[1], *self._input, requires_grad=True)
+        with torch.enable_grad():
+            y = self._slide(x)
+        (result,) = torch.autograd.grad(y, x, U.mT.reshape(y.shape))
+        return result.flatten(1).mT
+
+    def _slide(self, x: Tensor) -> Tensor:
+        geometry = self.geometry
+        around = [amount for pair in reversed(geometry.padding) for amount in pair]
+        if any(around):
+            mode = "constant" if geometry.mode == ZEROS else geometry.mode
+            x = pad(x, around, mode)
+        convolve = _CONVOLVE[len(geometry.size)]
+        result: Tensor = convolve(
+            x, self.kernel, None, geometry.stride, 0, geometry.dilation, geometry.groups
+        )
+        return result

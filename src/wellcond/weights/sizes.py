@@ -1,0 +1,65 @@
+"""On inputs of which size the convolutions of a model act: what one forward pass shows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wellcond.operators.convolution import Geometry
+
+
+def geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
+    """How each convolution that the example reaches slides; where it is used twice, the first time.
+
+    One forward pass in eval mode under no_grad, with hooks that are removed again, on the device of
+    the model; training flags and the global random state are as before.
+
+    Args:
+        model: on the device of the example.
+        example: what the model is called with: a tensor, a tuple of positional arguments or a dict
+            of named ones.
+
+    Raises:
+        ValueError: the model does not take it; says what the model said.
+    """
+    found: dict[nn.Module, Geometry] = {}
+
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        x = args[0] if args else kwargs["input"]
+        acts_on = y if layer.transposed else x
+        size = tuple(acts_on.shape[-len(layer.kernel_size) :])
+        found.setdefault(layer, Geometry.of(layer, size))
+
+    with _in_eval_mode(model), contextlib.ExitStack() as hooks, torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.conv._ConvNd):
+                handle = layer.register_forward_hook(record, with_kwargs=True)
+                hooks.callback(handle.remove)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                if isinstance(example, Mapping):
+                    model(**example)
+                else:
+                    model(*(example if isinstance(example, tuple) else (example,)))
+            except Exception as error:
+                raise ValueError(
+                    f"`example` must be what the model takes, but a forward pass on it ended with "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+    return found
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
