@@ -148,6 +148,19 @@ def test_a_kernel_that_is_zero_or_not_finite_says_so() -> None:
         assert finding.status is status
 
 
+def test_a_wrapped_model_is_asked_inside() -> None:
+    model = torch.compile(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), backend="eager")
+    (finding,) = wc.audit(model, example=torch.zeros(1, 2, 4, 4)).findings
+    assert finding.label == "0.weight:operator"
+
+
+def test_an_example_initialises_nothing() -> None:
+    model = nn.Sequential(nn.LazyConv2d(3, 3), nn.Conv2d(3, 3, 3))
+    with pytest.raises(ValueError, match="some are not initialised"):
+        wc.audit(model, example=torch.zeros(1, 2, 9, 9))
+    assert isinstance(model[0].weight, nn.parameter.UninitializedParameter)
+
+
 def test_an_example_that_does_not_fit_is_refused_and_leaves_no_hook(tmp_path: Any) -> None:
     model = Net().train()
     with pytest.raises(ValueError, match=r"`example` must be what the model takes.*RuntimeError"):

@@ -145,7 +145,7 @@ def _source(
     """The matrices, what is none, what is damaged, how many parameters there are, and a name."""
     if isinstance(model_or_path, nn.Module):
         model = unwrapped(model_or_path)
-        sliding = {} if example is None else geometries(model_or_path, example)
+        sliding = {} if example is None else geometries(model, example)
         matrices, skipped, total = effective_matrices(model, sliding)
         return matrices, skipped, {}, total, type(model).__name__
     if isinstance(model_or_path, str | os.PathLike):

@@ -24,8 +24,14 @@ def geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
             of named ones.
 
     Raises:
-        ValueError: the model does not take it; says what the model said.
+        ValueError: the model does not take it, and what it said; or it has layers that a forward
+            pass would initialise.
     """
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            "`example` is for a model with all of its weights, but some are not initialised, and a "
+            "forward pass would do so. Call the model once before."
+        )
     found: dict[nn.Module, Geometry] = {}
 
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
