@@ -1,0 +1,161 @@
+"""What is usual: the laws of random matrices against samples, exact laws and known bounds."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import wellcond as wc
+from wellcond.linalg.gaussian import exceedance, usual_stable_rank
+
+sizes = st.integers(1, 40)
+shapes = st.tuples(sizes, sizes)
+conditions = st.floats(0, 1e18)
+
+
+def sampled(m: int, n: int, count: int) -> Tensor:
+    """Singular values of so many Gaussian (m, n) matrices: of their R factors (Bartlett)."""
+    source = torch.Generator().manual_seed(0)
+    batches = []
+    for start in range(0, count, 10_000):
+        size = min(10_000, count - start)
+        R = torch.randn(size, n, n, generator=source, dtype=torch.float64).triu(1)
+        for i in range(n):
+            halves = torch.full((size,), (m - i) / 2, dtype=torch.float64)
+            R[:, i, i] = (2 * torch._standard_gamma(halves, generator=source)).sqrt()
+        batches.append(torch.linalg.svdvals(R))
+    return torch.cat(batches)
+
+
+def quantile(kappa: Tensor, share: float) -> float:
+    return float(kappa.sort(descending=True).values[round(share * len(kappa))])
+
+
+# --- theorems -------------------------------------------------------------------------------------
+
+
+@given(shapes, conditions, conditions)
+def test_larger_condition_numbers_are_rarer(shape: tuple[int, int], x: float, y: float) -> None:
+    low, high = (exceedance(shape, max(x, y)), exceedance(shape, min(x, y)))
+    assert 0 <= low <= high <= 1
+
+
+@given(shapes, conditions)
+def test_the_transpose_is_as_usual(shape: tuple[int, int], x: float) -> None:
+    m, n = shape
+    assert exceedance((m, n), x) == exceedance((n, m), x)
+    assert usual_stable_rank((m, n)) == usual_stable_rank((n, m))
+
+
+@given(shapes)
+def test_every_matrix_has_a_condition_number_and_a_stable_rank(shape: tuple[int, int]) -> None:
+    assert exceedance(shape, 0.999) == 1.0
+    assert exceedance(shape, math.inf) == 0.0
+    assert math.isnan(exceedance(shape, math.nan))
+    assert 1 <= usual_stable_rank(shape) <= min(shape)
+
+
+@given(st.integers(2, 300), st.integers(0, 20), st.floats(10, 1e6))
+def test_the_tail_obeys_the_bounds_of_chen_and_dongarra(n: int, more: int, times: float) -> None:
+    """(c/x)^k < sqrt(2 pi) P(kappa > x m/k) < (C/x)^k, k = m - n + 1, for x >= k, m >= n."""
+    k = more + 1
+    x = k * times
+    p = exceedance((n + more, n), x * (n + more) / k)
+    assert (0.245 / x) ** k < math.sqrt(2 * math.pi) * p < (6.414 / x) ** k
+
+
+@pytest.mark.parametrize("n", [256, 1024])
+@pytest.mark.parametrize("x", [8.0, 40.0, 1e3, 1e9])
+def test_large_squares_follow_edelman(n: int, x: float) -> None:
+    limit = -math.expm1(-2 / x - 2 / x**2)
+    assert exceedance((n, n), n * x) == pytest.approx(limit, rel=0.05)
+
+
+# --- oracles --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [2, 3, 10])
+def test_two_columns_follow_their_exact_law(m: int) -> None:
+    kappa = sampled(m, 2, 20_000)
+    kappa = kappa[:, 0] / kappa[:, 1]
+    for share in (0.9, 0.5, 0.1, 0.02):  # 400 samples, so 5 % is one standard deviation
+        assert exceedance((m, 2), quantile(kappa, share)) == pytest.approx(share, rel=0.15)
+
+
+# How many of each shape. The rarest share that is compared is that of 200 of them, known to 7 %.
+SAMPLED = {(3, 3): 20_000, (4, 4): 20_000, (16, 16): 4000, (64, 64): 800}
+SAMPLED |= {(5, 3): 20_000, (300, 3): 20_000, (20, 16): 4000, (512, 10): 20_000, (40, 20): 4000}
+SAMPLED |= {(128, 32): 2000}
+
+
+@pytest.mark.parametrize("shape", SAMPLED, ids=str)
+def test_as_often_as_in_samples(shape: tuple[int, int]) -> None:
+    sigma = sampled(*shape, SAMPLED[shape])
+    kappa = sigma[:, 0] / sigma[:, -1]
+    shares = [share for share in (0.9, 0.5, 0.3, 0.1, 0.05, 0.01) if share * len(kappa) >= 200]
+    assert len(shares) >= 3
+    for share in shares:
+        found = exceedance(shape, quantile(kappa, share))
+        assert 0.66 <= found / share <= 1.25
+    stable = (sigma.square().sum(1) / sigma[:, 0] ** 2).mean()
+    assert usual_stable_rank(shape) == pytest.approx(float(stable), rel=0.13)
+
+
+def rare(m: int, n: int, x: float, count: int = 1000) -> float:
+    """P(kappa > x), however small: lambda_n is integrated, the others are sampled.
+
+    With the density of all eigenvalues at lambda_n = t, the others are those of an (m + 1, n - 1)
+    matrix with the weight prod (1 - t/lambda_i), and t < lambda_1/x^2.
+    """
+    k = m - n + 1
+    others = sampled(m + 1, n - 1, count).square()
+    highest = others[:, 0] / x**2
+    u = torch.linspace(0, 40 / k, 1500, dtype=torch.float64)
+    t = highest[:, None] * (-2 * u).exp()
+    weight = -t / 2
+    for i in range(n - 1):
+        ratio = t / others[:, i, None]
+        weight = weight + torch.where(ratio < 1, torch.log1p(-ratio.clamp_max(1 - 1e-16)), -1e9)
+    lead = math.log(2 * n) + (k / 2 - 2) * math.log(2) + math.lgamma((m + 1) / 2)
+    lead -= math.lgamma(k) + math.lgamma(1 + n / 2)
+    integral = torch.trapezoid((weight - k * u).exp(), u, dim=1)
+    return float((lead + k / 2 * highest.log()).exp().mul(integral).mean())
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (6, 4), (20, 16), (40, 20), (36, 32)], ids=str)
+@pytest.mark.parametrize("share", [1e-2, 1e-6, 1e-12])
+def test_rare_ones_are_as_rare_as_they_are(shape: tuple[int, int], share: float) -> None:
+    x = 2.0
+    while exceedance(shape, x) > share:
+        x *= 1.05
+    assert exceedance(shape, x) == pytest.approx(rare(*shape, x), rel=0.15)
+
+
+def test_a_large_gaussian_weight_is_usual() -> None:
+    S = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
+    shares = [exceedance(S.shape, float(wc.condition_number(c * S))) for c in (1.0, 1e-3, 1e8)]
+    assert shares[0] > 0.01
+    assert shares == pytest.approx(shares[:1] * 3, rel=1e-3)  # kappa of float32, rounded anew
+
+
+# --- edges ----------------------------------------------------------------------------------------
+
+
+def test_extreme_shapes_have_an_answer() -> None:
+    for shape in ((10**7, 5), (10**6, 3), (151_936, 1024), (2000, 1999), (1, 9), (3, 3)):
+        shares = [exceedance(shape, x) for x in (1.0, 1.001, 1.01, 1.1, 2.0, 10.0, 1e9, 1e300)]
+        assert all(0 <= p <= 1 for p in shares)
+        assert shares == sorted(shares, reverse=True)
+    assert exceedance((10**7, 5), 1.01) < 1e-12
+    assert exceedance((2000, 1999), 1e9) > 1e-12
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3)])
+def test_what_is_no_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="two positive numbers"):
+        exceedance(shape, 2.0)
+    with pytest.raises(ValueError, match="two positive numbers"):
+        usual_stable_rank(shape)
