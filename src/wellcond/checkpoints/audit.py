@@ -25,14 +25,18 @@ from wellcond.checkpoints.findings import (
     Grade,
     Status,
     sort_key,
+    with_entries,
 )
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
+from wellcond.linalg.products import spectrum_of_product
 from wellcond.linalg.scaling import frobenius_norm
 from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
 from wellcond.operators.convolution import Convolution, Geometry
+from wellcond.operators.product import Product
 from wellcond.text import and_more, out_of_memory, versions
-from wellcond.weights.discover import effective_matrices, unwrapped
+from wellcond.weights.discover import current, effective_matrices, heads_of, unwrapped
+from wellcond.weights.heads import Attention, Head
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.sizes import geometries
@@ -55,6 +59,7 @@ def audit(
     curves: int = 0,
     progress: Progress | None = None,
     example: Any = None,
+    heads: bool = False,
 ) -> AuditReport:
     """Measures every weight of a model, or of a checkpoint without loading it whole.
 
@@ -88,14 +93,21 @@ def audit(
             at most 4096 singular values; else sigma_max is enclosed and kappa is a lower bound, and
             the grade is "bounded".
 
+        heads: of a model measure the heads of attention besides: of head 3 W_Q^T W_K, by which it
+            compares two inputs, as `layers.0.self_attn:qk3`, and W_O W_V, what it carries from one
+            to the other, as `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). Of the
+            many singular values of such a product all but d_head are zero: sigma_nu, kappa and the
+            rest are of these d_head. The detail says what stands between and is left out, such as
+            a rotation by position. In the coverage heads do not count, and none is certified.
+
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding that says why.
 
     Raises:
-        ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, or
-            the model does not take the example.
+        ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
+            model does not take the example, or has no attention if heads are asked for.
         FileNotFoundError: the path is not there.
-        TypeError: neither a module nor a path; an example for a path.
+        TypeError: neither a module nor a path; an example for a path, or heads of one.
 
     Example:
         >>> import torch, wellcond as wc
@@ -106,9 +118,14 @@ def audit(
         >>> layer = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
         >>> wc.audit(layer, example=torch.zeros(1, 3, 8, 8)).findings[0].label
         'weight:operator'
+        >>> attention = torch.nn.MultiheadAttention(8, 2)
+        >>> sorted(f.label for f in wc.audit(attention, include=["qk*"], heads=True).findings)
+        ['qk0', 'qk1']
     """
     matrices, skipped, damaged, total, source = _source(model_or_path, example)
-    wanted = chosen(matrices, skipped, include, exclude)
+    attentions = _attentions(model_or_path) if heads else []
+    rows = [names for one in attentions for names in _rows_of(one).values()]
+    wanted = chosen(matrices, skipped, include, exclude, rows)
     findings = [
         Finding(name, "", (0, 0), "", status=Status.failed, detail=reason)
         for name, reason in damaged.items()
@@ -123,7 +140,13 @@ def audit(
         covered += sum(finding.entries for finding in found if finding.measured)
         findings += found
     measured = sum(finding.measured for finding in findings)
-    if not measured:
+    failed = len(findings) - measured
+    for number, attention in enumerate(attentions, len(wanted) + 1):
+        views = {v for v, n in _rows_of(attention).items() if _asked_for(n, include, exclude)}
+        if progress is not None and views:
+            progress(attention.name, number)
+        findings += _of_heads(attention, views)
+    if not any(finding.measured for finding in findings):
         raise ValueError(_nothing(source, findings, skipped))
     findings.sort(key=sort_key)
     for index, finding in enumerate(findings[:curves]):
@@ -133,9 +156,7 @@ def audit(
             again = _findings(where[id(finding)], certify=False, all_values=True)
             values = [other.singular_values for other in again if other.view == finding.view]
             findings[index] = replace(finding, singular_values=values[0] if values else ())
-    coverage = Coverage(
-        measured, len(findings) - measured, skipped, min(1.0, covered / total) if total else 0.0
-    )
+    coverage = Coverage(measured, failed, skipped, min(1.0, covered / total) if total else 0.0)
     return AuditReport(findings, coverage, source, versions())
 
 
@@ -168,9 +189,11 @@ def chosen(
     skipped: dict[str, Skipped],
     include: Sequence[str],
     exclude: Sequence[str],
+    others: Sequence[Sequence[str]] = (),
 ) -> list[Matrices]:
-    """What is to be measured; adds to `skipped` what is not."""
+    """What is to be measured; adds to `skipped` what is not. A pattern may match others alone."""
     unused = {*include, *exclude}
+    unused -= {p for p in unused for names in others if any(fnmatchcase(n, p) for n in names)}
 
     def match(one: Matrices, patterns: Sequence[str]) -> str | None:
         matching = [p for p in patterns if any(fnmatchcase(name, p) for name in one.aliases)]
@@ -193,6 +216,37 @@ def chosen(
             f"matches none. The weights are {and_more(one.name for one in matrices)}."
         )
     return wanted
+
+
+def _asked_for(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
+    included, excluded = (
+        any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+        for patterns in (include, exclude)
+    )
+    return not excluded and (included or not include)
+
+
+def _attentions(model_or_path: nn.Module | str | os.PathLike[str]) -> list[Attention]:
+    if not isinstance(model_or_path, nn.Module):
+        raise TypeError(
+            "`heads` must come with a model, got a path: a file does not say how its heads lie. "
+            "Load the model, and audit that."
+        )
+    model = unwrapped(model_or_path)
+    found = heads_of(model)
+    if not found:
+        raise ValueError(
+            f"`heads` asks for the heads of attention, but {type(model).__name__} has no module "
+            "that is known to be attention. Leave it out, or give the projections names that are "
+            "known, as q_proj, k_proj, v_proj and o_proj, and the module its `num_heads`."
+        )
+    return found
+
+
+def _rows_of(attention: Attention) -> dict[str, tuple[str, ...]]:
+    """The rows of an attention by their view, and what a pattern may match of each."""
+    views = [*(head.view for head in attention.heads), *attention.unknown]
+    return {view: attention.names(view) for view in views}
 
 
 def _nothing(source: str, findings: list[Finding], skipped: dict[str, Skipped]) -> str:
@@ -263,6 +317,64 @@ def _acting(name: str, kernel: Tensor, geometry: Geometry) -> Finding:
     )
 
 
+def _of_heads(attention: Attention, views: set[str]) -> list[Finding]:
+    """The rows of these heads of a module; trouble with one is its status."""
+
+    def blank(view: str, shape: tuple[int, ...] = (0, 0), dtype: str = "") -> Finding:
+        name = attention.name or view  # of a model that is itself attention, as `weight` of one
+        return Finding(name, view if attention.name else "", shape, dtype)
+
+    found = [
+        replace(blank(view), status=Status.failed, detail=why)
+        for view, why in attention.unknown.items()
+        if view in views
+    ]
+    try:
+        for head, S in attention.products(current, views.__contains__):
+            views = views - {head.view}
+            row = blank(head.view, tuple(S.shape), str(S.dtype).removeprefix("torch."))
+            try:
+                found.append(_of_head(row, head, S))
+            except Exception as error:
+                found.append(replace(row, status=Status.failed, detail=_in_words(error)))
+    except Exception as error:  # a parameter that cannot be read
+        unread = [head.view for head in attention.heads if head.view in views]
+        found += [
+            replace(blank(view), status=Status.failed, detail=_in_words(error)) for view in unread
+        ]
+    return found
+
+
+def _of_head(blank: Finding, head: Head, S: Product) -> Finding:
+    factors = S.B.cpu(), S.A.cpu()
+    bad = sum(int((~torch.isfinite(factor)).sum()) for factor in factors)
+    if bad:
+        detail = f"{bad} of {sum(factor.numel() for factor in factors)} entries of its factors"
+        return replace(blank, status=Status.not_finite, detail=detail)
+    spectrum = spectrum_of_product(*factors)
+    sigma, kappa, unit = spectrum.scaled, spectrum.condition_number, spectrum.unit
+    status = Status.ok
+    if math.isnan(kappa):
+        status = Status.zero
+    elif math.isinf(kappa):
+        status = Status.rank_deficient
+    top = sigma[0]
+    return replace(
+        blank,
+        sigma_max=float(top) * unit,
+        sigma_min=float(sigma[-1]) * unit,
+        condition_number=kappa,
+        stable_rank=float((sigma / top).square().sum()) if top > 0 else math.nan,
+        rank=spectrum.rank,
+        penalty=float(((top - sigma) * (top + sigma)).sum()) / (2 * S.nu) * unit**2,
+        grade=Grade.computed,
+        status=status,
+        detail="; ".join(filter(None, (f"of the leading {S.nu} singular values", head.note))),
+        method="SVD of the product of two triangular factors in float64",
+        singular_values=tuple(spectrum.singular_values.tolist()),
+    )
+
+
 def _in_words(error: Exception) -> str:
     if out_of_memory(error):
         return "there is not enough memory to measure it"
@@ -276,6 +388,7 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
         bad = int((~torch.isfinite(S)).sum())
         detail = f"{bad} of {S.numel()} entries"
         return replace(blank, status=Status.not_finite, detail=detail)
+    blank = with_entries(blank, S)
     blocks = S.unbind() if S.ndim == 3 else (S,)
     spectra, ranks = zip(*(_spectrum(block, all_values) for block in blocks), strict=True)
     spectrum = spectrum_of_blocks(spectra)

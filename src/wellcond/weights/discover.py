@@ -19,6 +19,7 @@ from wellcond.operators.base import WeightOperator
 from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Part, Transposed, View, shape_of
+from wellcond.weights.heads import Attention, Place, find_heads, fused_projections
 from wellcond.weights.matrices import Matrices, is_vector, numbered
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -106,14 +107,21 @@ _GATES = {nn.RNN: "", nn.LSTM: "ifgo", nn.GRU: "rzn", nn.RNNCell: "", nn.LSTMCel
 _GATES |= {nn.GRUCell: "rzn"}
 
 
-def _views(module: nn.Module, attribute: str, parameter: Tensor) -> dict[str, View] | Skipped:
-    """The matrices in a parameter by the name of their view, "" if it has one only; or why none."""
+def _views(
+    module: nn.Module, attribute: str, parameter: Tensor, fused: Mapping[Place, dict[str, View]]
+) -> dict[str, View] | Skipped:
+    """The matrices in a parameter by the name of their view, "" if it has one only; or why none.
+
+    `fused` are the views of projections that only the module above them knows.
+    """
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Skipped(Reason.embedding)
     if parameter.ndim < 2:
         return Skipped((Reason.number, Reason.vector)[parameter.ndim])
     if parameter.numel() == 0:
         return Skipped(Reason.empty)
+    if (module, attribute) in fused:
+        return fused[module, attribute]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
         return {"": Transposed()}  # of the transformers library: stored as (in, out)
     if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
@@ -189,6 +197,7 @@ def find_weights(model: nn.Module) -> Found:
         if all(occurrence[0] != other[0] for other in occurrences):
             occurrences.append(occurrence)
 
+    fused = fused_projections(model)
     weights: list[Weight] = []
     others: dict[str, Skipped] = {}
     for occurrences in names.values():
@@ -199,7 +208,7 @@ def find_weights(model: nn.Module) -> Found:
         if unfit is not None:
             others[name] = unfit
             continue
-        views = [_views(owner, slot, parameter) for _, owner, slot, _ in occurrences]
+        views = [_views(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
         # One owner that looks rows up makes it an embedding; else one that knows the use decides.
         known = (view for view in views if isinstance(view, dict))
         embedding = Skipped(Reason.embedding)
@@ -264,12 +273,13 @@ def effective_matrices(
         if skipped.reason is not Reason.parametrized:
             rest[name] = skipped
             total += parameters[name].numel()
+    fused = fused_projections(model)
     for prefix, module in model.named_modules():
         for attribute in getattr(module, "parametrizations", ()):
             name = f"{prefix}.{attribute}".lstrip(".")
             value = effective(module, attribute)
             total += value.numel()
-            known = _views(module, attribute, value)
+            known = _views(module, attribute, value, fused)
             if isinstance(known, Skipped):
                 rest[name] = known
             else:
@@ -293,6 +303,28 @@ def _matrices_of(views: list[tuple[str, View]]) -> Callable[[Tensor], dict[str, 
         return seen
 
     return of
+
+
+def heads_of(model: nn.Module) -> list[Attention]:
+    """The heads of attention of a model, under the names that its weights begin with."""
+    return find_heads(model, _WRAPPED)
+
+
+def current(module: nn.Module, attribute: str) -> Tensor:
+    """The value of a tensor, parametrized or not.
+
+    Raises:
+        ValueError: it is sharded, or has no values of real numbers.
+    """
+    if attribute in getattr(module, "parametrizations", ()):
+        return effective(module, attribute)
+    parameter = Source(module, attribute).parameter
+    if is_sharded(parameter):
+        raise ValueError(Reason.sharded.value)
+    unfit = _unfit(parameter, ())
+    if unfit is not None:
+        raise ValueError(str(unfit))
+    return parameter.detach()
 
 
 def _detached(weight: Weight) -> Tensor:

@@ -1,0 +1,140 @@
+"""An audit of heads: rows besides the weights, of the singular values that need not be zero."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import wellcond as wc
+
+
+def made(width: int = 12, heads: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(width, heads, 16, batch_first=True)
+    return nn.Sequential(layer, nn.Linear(width, 2))
+
+
+def test_rows_of_heads_stand_besides_those_of_the_weights() -> None:
+    model = made()
+    plain, report = wc.audit(model), wc.audit(model, heads=True)
+    rows = {f.label: f for f in report.findings}
+    heads = {f"0.self_attn:{kind}{h}" for kind in ("qk", "vo") for h in range(3)}
+    assert set(rows) == {f.label for f in plain.findings} | heads
+    assert str(report.coverage) == str(plain.coverage)
+    assert report.coverage == plain.coverage
+    assert [f for f in report.findings if f.label not in heads] == plain.findings
+    attention = model[0].self_attn
+    W_Q, W_K, W_V = (block.double() for block in attention.in_proj_weight.detach().chunk(3))
+    W_O = attention.out_proj.weight.detach().double()
+    rows_of = {h: slice(4 * h, 4 * h + 4) for h in range(3)}
+    for h, own in rows_of.items():
+        for kind, S in (("qk", W_Q[own].mT @ W_K[own]), ("vo", W_O[:, own] @ W_V[own])):
+            sigma = torch.linalg.svdvals(S)[:4]
+            found = rows[f"0.self_attn:{kind}{h}"]
+            assert found.name == "0.self_attn"
+            assert found.shape == (12, 12)
+            assert found.dtype == "float32"
+            assert found.singular_values == pytest.approx(sigma.tolist())
+            assert found.condition_number == pytest.approx(float(sigma[0] / sigma[-1]))
+            assert found.stable_rank == pytest.approx(float(S.square().sum() / sigma[0] ** 2))
+            r = float(sigma[0] ** 2 / 2 - S.square().sum() / 8)
+            assert found.penalty == pytest.approx(r)
+            assert found.rank == 4
+            assert found.grade is wc.Grade.computed
+            assert "of the leading 4 singular values" in found.explanation
+    assert "0.self_attn:qk1" in report.table()
+    assert "qk1" in report.to_html()
+
+
+def test_patterns_take_heads_by_their_module_or_one_by_one() -> None:
+    model = made()
+
+    def labels(**patterns: list[str]) -> set[str]:
+        return {f.label for f in wc.audit(model, heads=True, **patterns).findings}
+
+    assert labels(include=["*:qk?"]) == {f"0.self_attn:qk{h}" for h in range(3)}
+    assert labels(include=["*:qk1", "1.weight"]) == {"0.self_attn:qk1", "1.weight"}
+    assert labels(include=["0.self_attn"], exclude=["*:vo*"]) == {
+        f"0.self_attn:qk{h}" for h in range(3)
+    }
+    assert labels(exclude=["0.self_attn"]) == {f.label for f in wc.audit(model).findings}
+    with pytest.raises(ValueError, match="qk9 matches none"):
+        labels(include=["*:qk9"])
+
+
+def test_progress_goes_on_with_the_attentions() -> None:
+    seen: list[tuple[str, int]] = []
+    wc.audit(made(), heads=True, progress=lambda *one: seen.append(one))
+    assert seen[-1] == ("0.self_attn", 6)
+    assert [number for _, number in seen] == list(range(1, 7))
+
+
+def test_trouble_with_a_head_is_its_status() -> None:
+    model = made()
+    attention = model[0].self_attn
+    with torch.no_grad():
+        attention.in_proj_weight[0:4] = 0  # the queries of head 0
+        attention.in_proj_weight[12 + 4] = 0  # a key of head 1
+        attention.in_proj_weight[24 + 8, 0] = math.nan  # a value of head 2
+    report = wc.audit(model, heads=True, certify=True)
+    rows = {f.view: f for f in report.findings if f.name == "0.self_attn"}
+    assert rows["qk0"].status is wc.Status.zero
+    assert math.isnan(rows["qk0"].condition_number)
+    assert rows["qk1"].status is wc.Status.rank_deficient
+    assert rows["qk1"].condition_number == math.inf
+    assert rows["qk1"].rank == 3
+    assert rows["vo2"].status is wc.Status.not_finite
+    assert rows["vo2"].explanation.endswith("1 of 96 entries of its factors")
+    assert rows["vo1"].status is wc.Status.ok
+    assert rows["vo1"].certificate is None
+
+
+def test_heads_that_are_not_known_are_rows_that_say_why() -> None:
+    model = made()
+    model[0].self_attn = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        setattr(model[0].self_attn, name, nn.Linear(12, 12))
+    report = wc.audit(model, heads=True)
+    (row,) = (f for f in report.findings if f.name == "0.self_attn")
+    assert row.label == "0.self_attn:heads"
+    assert row.status is wc.Status.failed
+    assert row.detail == "how many heads it has is not known"
+    assert "how many heads it has is not known" in report.table()
+    assert report.coverage.failed == 0
+
+
+def test_what_cannot_be_read_fails_alone() -> None:
+    model = made()
+    model[0].self_attn.out_proj.to("meta")
+    rows = {f.label: f for f in wc.audit(model, heads=True).findings}
+    assert rows["0.self_attn:vo2"].status is wc.Status.failed
+    assert rows["0.self_attn:qk2"].status is wc.Status.ok
+
+
+def test_heads_are_not_counted_as_parametrized_weights_are_read() -> None:
+    model = made()
+    nn.utils.parametrizations.spectral_norm(model[0].self_attn, "in_proj_weight")
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = {f.label: f for f in wc.audit(model, heads=True).findings}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.eval()
+    W = model[0].self_attn.in_proj_weight.detach().double()
+    sigma = torch.linalg.svdvals(W[:4].mT @ W[12:16])
+    assert rows["0.self_attn:qk0"].sigma_max == pytest.approx(float(sigma[0]), rel=1e-5)
+
+
+def test_what_has_no_heads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Linear has no module that is known to be attention"):
+        wc.audit(nn.Linear(3, 3), heads=True)
+    torch.save(made().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(TypeError, match="`heads` must come with a model, got a path"):
+        wc.audit(tmp_path / "model.pt", heads=True)
+
+
+def test_comparisons_pair_heads() -> None:
+    first, second = (wc.audit(made(), heads=True) for _ in range(2))
+    labels = [label for label, _, _ in wc.compare(first, second).pairs]
+    assert "0.self_attn:vo2" in labels
