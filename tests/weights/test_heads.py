@@ -195,6 +195,8 @@ def test_notes_say_what_is_left_out() -> None:
     assert "without the norms of queries and keys (`q_norm`)" in notes["qk1"]
     assert "without `norm`, which stands between" in notes["vo1"]
     assert "RoPE" not in notes["vo1"]
+    model.logit_scale = nn.Parameter(torch.ones(3))
+    assert "(`logit_scale`)" in only(model).heads[0].note
     assert {head.note for head in only(Grouped()).heads[2:4]} == {"keys of head 1 of 2"}
 
 
@@ -231,6 +233,11 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "not divisible": (lambda: changed(NanoGPT, n_head=5), "heads", "are no 5 heads each"),
     "cut otherwise": (lambda: changed(Timm, key_dim=5), "heads", "`key_dim` says that its `qkv`"),
+    "over channels": (  # as XCiT
+        lambda: changed(Timm, temperature=1.0),
+        "heads",
+        "heads of a Timm do not compare one token with another",
+    ),
     "not linear": (
         lambda: changed(Grouped, k_proj=nn.Conv1d(1, 10, 1)),
         "heads",

@@ -35,8 +35,12 @@ _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 _SIZE = ("head_dim", "attention_head_size", "head_size")
 # What only modules have whose rows are cut otherwise: TinyViT and EfficientFormer, whose values are
-# larger; Falcon and GPTBigCode, by a setting; XCiT and EdgeNeXt, whose attention is over channels.
-_OTHERWISE = ("key_dim", "new_decoder_architecture", "multi_query", "temperature")
+# larger; Falcon and GPTBigCode, by a setting.
+_OTHERWISE = ("key_dim", "new_decoder_architecture", "multi_query")
+# Whose heads are no comparisons of tokens: XCiT and EdgeNeXt, whose attention is over channels, and
+# CaiT, which mixes heads; DaViT and CoaT by their classes.
+_OTHER_ATTENTION = ("temperature", "proj_l")
+_OTHER_CLASSES = ("Channel", "Factor")
 _NORMS = ("q_norm", "k_norm", "query_norm", "q_layernorm", "norm_q", "norm_k", "q_ln")
 _BETWEEN = ("v_norm", "sub_norm", "inner_attn_ln", "attn_sub_norm")
 _BETWEEN_OF_TIMM = ("norm", "gate")  # elsewhere these may stand before the projections
@@ -232,9 +236,12 @@ def _separate(module: nn.Module, parent: nn.Module | None, names: tuple[str, ...
 def _fused(module: nn.Module, fused: str, output: str) -> _Layout:
     whole = _projection(module, fused)
     other = [name for name in _OTHERWISE if getattr(module, name, None) is not None]
-    if other or "Channel" in type(module).__name__:
-        why = f"`{other[0]}` says that its" if other else f"of a {type(module).__name__} the"
-        raise _Unknown(f"{why} `{fused}` is cut in a way that is not known")
+    if other:
+        raise _Unknown(f"`{other[0]}` says that its `{fused}` is cut in a way that is not known")
+    kind = type(module).__name__
+    named = any(word in kind for word in _OTHER_CLASSES)
+    if named or any(getattr(module, name, None) is not None for name in _OTHER_ATTENTION):
+        raise _Unknown(f"heads of a {kind} do not compare one token with another")
     cross = "q_attn" in module._modules  # of GPT-2, whose c_attn has the keys and values of another
     rows, rest = divmod(whole.count, 2 if cross else 3)
     if rest:
@@ -309,6 +316,8 @@ def _number(holder: object, names: tuple[str, ...]) -> int | None:
 
 def _of_comparing(module: nn.Module) -> str:
     normed = _acts(module, _NORMS)
+    if "logit_scale" in module._parameters:  # of the cosines in the second Swin
+        normed = "logit_scale"
     return _joined(
         "without the rotation by position (RoPE)" if _rotated(module) else "",
         f"without the norms of queries and keys (`{normed}`)" if normed else "",
