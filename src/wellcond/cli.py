@@ -138,6 +138,9 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, self-contained")
     parser.add_argument("--overwrite", action="store_true", help="replace such files")
+    parser.add_argument(
+        "--explain", action="store_true", help="say beneath the table what its columns mean"
+    )
     _add_common(parser)
     parser.set_defaults(run=_audit)
 
@@ -215,6 +218,9 @@ def _audit(arguments: argparse.Namespace) -> int:
     to_stdout = arguments.csv == Path("-")
     if to_stdout and arguments.json:
         raise ValueError("--csv - and --json must not be given together. Write one into a file.")
+    if arguments.explain and (to_stdout or arguments.json):
+        other = "--json" if arguments.json else "--csv -"
+        raise ValueError(f"--explain and {other} must not be given together: there is no table.")
     _check_outputs(arguments)
 
     from wellcond.checkpoints.audit import audit
@@ -247,6 +253,8 @@ def _audit(arguments: argparse.Namespace) -> int:
         text = result.to_json(max_condition=limit)
     else:
         text = result.to_csv() if to_stdout else result.table(arguments.top)
+        if arguments.explain:
+            text += f"\n{result.legend()}"
     # Files first: whoever reads the output may go, as `head` does.
     if arguments.csv is not None and not to_stdout:
         _write(result.to_csv(), arguments.csv, "--csv", arguments.overwrite)

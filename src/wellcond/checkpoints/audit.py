@@ -25,6 +25,7 @@ from wellcond.checkpoints.findings import (
     Grade,
     Status,
     sort_key,
+    with_entries,
 )
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
@@ -387,6 +388,7 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
         bad = int((~torch.isfinite(S)).sum())
         detail = f"{bad} of {S.numel()} entries"
         return replace(blank, status=Status.not_finite, detail=detail)
+    blank = with_entries(blank, S)
     blocks = S.unbind() if S.ndim == 3 else (S,)
     spectra, ranks = zip(*(_spectrum(block, all_values) for block in blocks), strict=True)
     spectrum = spectrum_of_blocks(spectra)

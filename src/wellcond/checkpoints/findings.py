@@ -9,16 +9,25 @@ from __future__ import annotations
 import abc
 import csv
 import enum
+import functools
 import io
 import math
 import os
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from wellcond.checkpoints.page import CURVES, Row, render
 from wellcond.linalg.certify import Certificate
+from wellcond.linalg.gaussian import exceedance, usual_stable_rank
+from wellcond.linalg.nearest import clip
+from wellcond.linalg.spectrum import negligible
 from wellcond.text import and_more, dump_json, shown, text_table, versions, written
 from wellcond.weights.reasons import Skipped
 
@@ -26,6 +35,16 @@ SCHEMA = 1
 # Longer tables nobody reads, and they take a millisecond a row.
 _ROWS = 1000
 _WAY_TO_ALL = "; all are in what --csv FILE writes"
+# More often than 1 in 20 is usual; what is rarer than 1e-12 is not told from never.
+_USUAL, _NEVER = 0.05, 1e-12
+# A line is worth what fewer than 1 in 100 reports of random matrices would have.
+_CHANCE = 0.01
+_LINES = 5
+# So much smaller than the one before, and singular values have collapsed.
+_COLLAPSED = 1e-2
+# A larger share of entries that a dtype holds badly is said.
+_ENTRIES = 0.01
+_FLOAT16 = torch.finfo(torch.float16)
 
 
 class Grade(enum.Enum):
@@ -81,6 +100,11 @@ class Finding:
         singular_values: all of them, descending, where the method gives all; of a convolution as it
             acts at most 4096, at equal distances.
         entries: of the parameter, how many it stands for.
+        largest_entry: max |w|; float16 holds up to 65504. This and the next two are nan of what is
+            no stored matrix, as a convolution as it acts.
+        subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
+            digits, and hardware may take them for zero.
+        float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.
     """
 
     name: str
@@ -100,6 +124,9 @@ class Finding:
     certificate: Certificate | None = None
     singular_values: tuple[float, ...] = field(default=(), repr=False)
     entries: int = 0
+    largest_entry: float = math.nan
+    subnormal_share: float = math.nan
+    float16_zero_share: float = math.nan
 
     def __post_init__(self) -> None:
         if not self.entries:  # of a convolution as it acts there are fewer
@@ -114,6 +141,26 @@ class Finding:
     def nu(self) -> int:
         """How many singular values there are."""
         return math.prod(self.shape[:-2]) * min(self.shape[-2:])
+
+    @property
+    def _comparable(self) -> bool:
+        """Whether random matrices of the shape are its like: of one stored matrix, no vector."""
+        return len(self.shape) == 2 and self.nu > 1 and not math.isnan(self.largest_entry)
+
+    @functools.cached_property
+    def exceedance(self) -> float:
+        """How often a random matrix of this shape has a larger condition number, 0 to 1.
+
+        Of independent Gaussian entries; see `wellcond.linalg.gaussian.exceedance`. nan if there is
+        no condition number, for vectors, and for what is no stored matrix: groups of a convolution,
+        a convolution as it acts, a head of attention; random ones of these follow other laws.
+        """
+        return exceedance(self.shape, self.condition_number) if self._comparable else math.nan
+
+    @property
+    def usual_stable_rank(self) -> float:
+        """The stable rank that random matrices of this shape have in the mean; nan as above."""
+        return usual_stable_rank(self.shape) if self._comparable else math.nan
 
     @property
     def measured(self) -> bool:
@@ -150,6 +197,11 @@ class Finding:
             "stable_rank": self.stable_rank,
             "rank": self.rank,
             "penalty": self.penalty,
+            "exceedance": self.exceedance,
+            "usual_stable_rank": self.usual_stable_rank,
+            "largest_entry": self.largest_entry,
+            "subnormal_share": self.subnormal_share,
+            "float16_zero_share": self.float16_zero_share,
             "grade": self.grade.name,
             "status": self.status.name,
             "detail": self.explanation,
@@ -166,6 +218,20 @@ class Finding:
                 "condition_number": [c.condition_number.lower, c.condition_number.upper],
             }
         return plain
+
+
+def with_entries(finding: Finding, S: Tensor) -> Finding:
+    """The finding with what is to be known of the single entries of its matrix, all finite."""
+    sizes = S.abs()
+    some = sizes > 0
+    # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
+    vanishing = sizes <= _FLOAT16.smallest_normal * _FLOAT16.eps / 2
+    return replace(
+        finding,
+        largest_entry=float(sizes.max()),
+        subnormal_share=float((some & (sizes < torch.finfo(S.dtype).tiny)).sum()) / S.numel(),
+        float16_zero_share=float((some & vanishing).sum()) / S.numel(),
+    )
 
 
 @dataclass(frozen=True)
@@ -208,6 +274,20 @@ class _Document(abc.ABC):
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan."""
 
+    @abc.abstractmethod
+    def columns(self) -> dict[str, str]:
+        """What each column of the table means, in words, with an example."""
+
+    def legend(self) -> str:
+        """`columns` as text, to stand beneath the table."""
+        words = self.columns()
+        width = max(map(len, words)) + 2
+        return "".join(
+            textwrap.fill(f"{name:<{width}}{words[name]}", 100, subsequent_indent=" " * width)
+            + "\n"
+            for name in words
+        )
+
     def to_json(
         self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
     ) -> str:
@@ -247,7 +327,35 @@ class AuditReport(_Document):
         for finding in worst:
             if finding.explanation:
                 text += f"{shown(finding.label)}: {shown(finding.explanation)}\n"
+        text += "".join(f"{shown(line)}\n" for line in self.unusual())
         return f"{text}{self.coverage}\n"
+
+    def unusual(self) -> list[str]:
+        """A line for each weight that is out of the ordinary, the rarest first; after five a count.
+
+        That is a kappa so rare among random matrices of the shape that, were all weights random,
+        fewer than 1 in 100 reports would name one; and entries that float16 or the dtype holds
+        badly. These are facts about numbers: they promise nothing about accuracy.
+        """
+        shares = [finding.exceedance for finding in self.findings]
+        rare = _CHANCE / max(1, sum(not math.isnan(share) for share in shares))
+        found = [
+            (share if share < rare else 1.0, f"{finding.label}: {'; '.join(facts)}")
+            for finding, share in zip(self.findings, shares, strict=True)
+            if (facts := _facts(finding, share < rare))
+        ]
+        found.sort(key=lambda pair: pair[0])
+        lines = [line for _, line in found[:_LINES]]
+        if more := len(found) - len(lines):
+            lines.append(f"and {more} more {'is' if more == 1 else 'are'} out of the ordinary")
+        return lines
+
+    def columns(self) -> dict[str, str]:
+        """What each column of the table means, in words, with an example."""
+        certified = any(finding.certificate for finding in self.findings)
+        grades = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
+        words = _COLUMNS | {"grade": f"how far the numbers can be trusted. {grades}"}
+        return {name: words[name] for name in (_HEADERS if certified else _HEADERS[:-1])}
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data in the documented schema; numbers may be inf and nan.
@@ -307,6 +415,8 @@ class AuditReport(_Document):
             max_condition=max_condition,
             skipped={n: str(why) for n, why in skipped.items() if not why.reason.no_matrix},
             no_matrices={n: str(why) for n, why in skipped.items() if why.reason.no_matrix},
+            unusual=self.unusual(),
+            columns={name: words for name, words in self.columns().items() if name != "grade"},
             grades={grade.name: grade.value for grade in Grade},
             curves=[curve for curve in curves if len(curve[1]) > 1][:CURVES],
             versions=self.versions,
@@ -369,6 +479,14 @@ class Comparison(_Document):
             "versions": self.versions,
         }
 
+    def columns(self) -> dict[str, str]:
+        """What each column of the table means, in words, with an example."""
+        return {
+            "κ before": _COLUMNS["κ"],
+            "κ after": "the same of the second checkpoint; - where the weight is not there",
+            "after/before": "their quotient: at 0.5, κ has halved. The largest change comes first",
+        }
+
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a weight, empty where a side lacks it; written to path."""
         rows = []
@@ -403,6 +521,8 @@ class Comparison(_Document):
             max_condition=max_condition,
             skipped={},
             no_matrices={},
+            unusual=[],
+            columns=self.columns(),
             grades={},
             curves=[],
             versions=self.versions,
@@ -461,8 +581,27 @@ def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
 
 _COMPARED = ("weight", "κ before", "κ after", "after/before")
 _SIDE = ("condition_number", "sigma_max", "sigma_min", "rank", "grade", "status")
-_NUMBERS = ("κ", "σ_max", "σ_min", "stable rank", "rank", "r")
+_NUMBERS = ("κ", "random", "σ_max", "σ_min", "stable rank", "rank", "r")
 _HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "grade", "κ certified")
+_COLUMNS = {
+    "weight": "its name; after a colon, which matrix of the parameter",
+    "shape": "m x n, outputs and inputs; g x m x n for a convolution in g groups",
+    "dtype": "in which it is stored; all is computed in float64",
+    "κ": "σ_max/σ_min, the condition number of the stored matrix: at 1e4 it stretches one "
+    "direction 1e4 times as much as another; at inf it loses one",
+    "random": "how often a random matrix of this shape, of independent Gaussian entries, has a "
+    'larger κ: 1 in 77; "usual" is more often than 1 in 20, "never" less than 1 in 1e12. It says '
+    "how unusual κ is, and nothing about accuracy. Empty where no such law is known: groups, "
+    "convolutions as they act, heads, vectors",
+    "σ_max": "the largest singular value, the spectral norm",
+    "σ_min": "the smallest of the min(m, n) singular values",
+    "stable rank": "‖S‖²/σ_max² (Frobenius norm), from 1 to min(m, n): how many directions carry "
+    "the weight. Random matrices have about m n/(√m + √n)², at 768 x 768 192",
+    "rank": "how many singular values no rounding of the entries to their dtype could have made: "
+    "at 760/768, eight may be noise of that rounding, and κ with them",
+    "r": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
+    "κ certified": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
+}
 _ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
 
 
@@ -482,7 +621,7 @@ def _exceeding(findings: Iterable[Finding], max_condition: float | None) -> dict
 def _cells(finding: Finding) -> tuple[str, ...]:
     numbers = (finding.condition_number, finding.sigma_max, finding.sigma_min, finding.stable_rank)
     kappa, high, low, stable = (f"{number:.4g}" for number in numbers)
-    known = finding.measured
+    known, often = finding.measured, _how_often(finding.exceedance)
     if finding.grade is Grade.bounded:
         kappa, high, low, known = f"≥{kappa}", f"≥{high}", f"≤{low}", False
     enclosure = str(finding.certificate.condition_number) if finding.certificate else ""
@@ -490,12 +629,83 @@ def _cells(finding: Finding) -> tuple[str, ...]:
         finding.label,
         "x".join(map(str, finding.shape)),
         finding.dtype,
-        *(kappa, high, low, stable),
+        *(kappa, often, high, low, stable),
         f"{finding.rank}/{finding.nu}" if known else "-",
         f"{finding.penalty:.3g}",
         finding.grade.name,
         enclosure,
     )
+
+
+def _how_often(share: float) -> str:
+    """A probability in words that are short: "1 in 77"."""
+    if math.isnan(share):
+        return ""
+    if share >= _USUAL:
+        return "usual"
+    return "never" if share < _NEVER else f"1 in {_short(1 / share)}"
+
+
+def _short(number: float) -> str:
+    """Two digits of a number below 1,000, one of a larger: 77, 130, 2e4."""
+    if number < 1000:
+        return f"{float(f'{number:.2g}'):.0f}"
+    return _one_digit(number)
+
+
+def _one_digit(number: float) -> str:
+    """2e-5, 0.02, 10, 2e4."""
+    return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].strip("+"), f"{number:.1g}")
+
+
+def _facts(finding: Finding, rare: bool) -> list[str]:
+    """What is out of the ordinary, if anything; `rare` of its kappa."""
+    facts = []
+    if rare:
+        often = _how_often(finding.exceedance)
+        often = f"fewer than 1 in {_one_digit(1 / _NEVER)}" if often == "never" else often
+        kappa = f"κ = {finding.condition_number:.4g}"
+        facts = [f"{often} random matrices of this shape exceed {kappa}", *_collapse(finding)]
+        if finding.stable_rank < finding.usual_stable_rank / 3:
+            few = f"{finding.stable_rank:.2g} where they have {finding.usual_stable_rank:.2g}"
+            facts.append(f"a stable rank of {few}")
+    if finding.dtype != "float16":
+        if finding.largest_entry > _FLOAT16.max:
+            facts.append(f"an entry of {finding.largest_entry:.2g} is infinite in float16")
+        if finding.float16_zero_share > _ENTRIES:
+            percent = 100 * finding.float16_zero_share
+            facts.append(f"{percent:.2g} % of its entries would be zero in float16")
+    if finding.subnormal_share > _ENTRIES:
+        percent = 100 * finding.subnormal_share
+        facts.append(f"{percent:.2g} % of its entries are subnormal in {finding.dtype}")
+    return [*facts, *(_repair(finding) if rare else [])]
+
+
+def _collapse(finding: Finding) -> list[str]:
+    """A gap in the lower half of the singular values, the widest."""
+    zero = negligible(torch.Size(finding.shape)) * finding.sigma_max
+    sigma = [max(value, zero) for value in finding.singular_values]
+    lower = range(max(1, len(sigma) - len(sigma) // 2), len(sigma))
+    ratio, below = min(((sigma[i] / sigma[i - 1], len(sigma) - i) for i in lower), default=(1.0, 0))
+    if ratio > _COLLAPSED:
+        return []
+    how_far = f"{_one_digit(ratio)} of the next"
+    if below == 1:
+        return [f"one direction has collapsed: σ_min is {how_far}"]
+    return [f"{below} directions have collapsed, to {how_far}"]
+
+
+def _repair(finding: Finding) -> list[str]:
+    """How far off a matrix with a usual kappa is, where all singular values are known."""
+    limit = 10
+    while exceedance(finding.shape, limit) > _USUAL:
+        limit *= 10
+    if not finding.singular_values or finding.condition_number <= limit:
+        return []
+    sigma = torch.tensor(finding.singular_values, dtype=torch.float64) / finding.sigma_max
+    moved = float((clip(sigma, limit) - sigma).norm() / sigma.norm())
+    named = str(limit) if limit < 1e4 else _one_digit(limit)
+    return [f"`repair --max-condition {named}` moves it by {_one_digit(moved)} of its norm"]
 
 
 def sort_key(finding: Finding) -> tuple[bool, bool, float]:

@@ -117,6 +117,8 @@ def render(
     max_condition: float | None,
     skipped: Mapping[str, str],
     no_matrices: Mapping[str, str],
+    unusual: Sequence[str],
+    columns: Mapping[str, str],
     grades: Mapping[str, str],
     curves: Sequence[tuple[str, Sequence[float]]],
     versions: Mapping[str, str],
@@ -127,13 +129,12 @@ def render(
         *(f"<p>{escape(line)}</p>" for line in summary),
         _limit(rows, max_condition),
         _table(headers, rows, max_condition),
+        _unusual(unusual) if unusual else "",
         _curves(curves) if curves else "",
         "<h2>What the columns say</h2>",
-        "<p>κ = σ_max/σ_min is the condition number of the stored matrix, with σ_min the smallest "
-        "of its min(m, n) singular values. Bars are on a logarithmic scale. Stable rank is "
-        "‖S‖²/σ_max² (Frobenius norm). Rank counts the singular values that no rounding of the "
-        "entries to their dtype could have made. r is the penalty "
-        "½ σ_max² − ‖S‖²/(2 min(m, n)).</p>",
+        "<p>Bars show κ on a logarithmic scale.</p>",
+        _list(columns),
+        "<h2>Grades</h2>" if grades else "",
         _list(grades) if grades else "",
         "<h2>Skipped</h2>" if skipped or no_matrices else "",
         _list(skipped) if skipped else "",
@@ -156,6 +157,12 @@ def _limit(rows: Sequence[Row], max_condition: float | None) -> str:
     marked = f", marked {_MARK}" if count else ""
     line = "; the line across the bars is that limit" if math.isfinite(max_condition) else ""
     return f"<p>{count} of {len(rows)} exceed κ = {max_condition:g}{marked}{line}.</p>"
+
+
+def _unusual(lines: Sequence[str]) -> str:
+    named = (line.partition(": ") for line in lines)
+    items = "".join(f"<li>{_name(name)}{colon}{escape(rest)}</li>" for name, colon, rest in named)
+    return f"<h2>Out of the ordinary</h2>\n<ul>{items}</ul>"
 
 
 def _folded(items: Mapping[str, str]) -> str:
