@@ -61,7 +61,7 @@ def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
     lines = re.findall(r'class="limit" style="left:(.*?)%"', page)
     assert [float(left) for left in lines] == pytest.approx([200 / 3] * 3, rel=1e-3)
     unlimited = report.to_html()
-    assert "exceed κ" not in unlimited
+    assert "of 3 exceed" not in unlimited
     assert 'class="over"' not in unlimited
     assert 'class="limit"' not in unlimited
     endless = report.to_html(max_condition=float("inf"))

@@ -608,7 +608,7 @@ _ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
 def _kappa_first(cells: Sequence[str]) -> tuple[str, ...]:
     """As the page has them: a phone shows the first columns first."""
     at = _HEADERS.index("κ")
-    return (cells[0], cells[at], *cells[1:at], *cells[at + 1 :])
+    return (cells[0], *cells[at : at + 2], *cells[1:at], *cells[at + 2 :])
 
 
 def _exceeding(findings: Iterable[Finding], max_condition: float | None) -> dict[str, Any]:

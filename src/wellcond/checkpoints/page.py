@@ -56,8 +56,8 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 .text { text-align: left; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 15rem; }
-td.bar, th.bar { width: 16rem; min-width: 11rem; padding: .25rem 2rem .25rem .5rem; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
+td.bar, th.bar { width: 16rem; min-width: 9rem; padding: .25rem 1.5rem .25rem .5rem; }
 .track { position: relative; height: .8rem; }
 .track + .track { margin-top: 2px; }
 .limit { position: absolute; top: -3px; bottom: -3px; border-left: 2px solid var(--bad); }
@@ -78,6 +78,8 @@ svg { width: 100%; height: auto; }
 svg text { fill: var(--faint); font-size: 12px; }
 svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; }
+ul.facts { padding-left: 1.2rem; margin: .25rem 0; }
+ul.facts li { max-width: 60rem; }
 ul.key { list-style: none; padding: 0; margin: .25rem 0; }
 ul.key svg { width: 2.5rem; height: .6rem; vertical-align: middle; margin-right: .5rem; }
 dl { display: grid; grid-template-columns: minmax(0, max-content) minmax(0, 1fr);
@@ -162,7 +164,7 @@ def _limit(rows: Sequence[Row], max_condition: float | None) -> str:
 def _unusual(lines: Sequence[str]) -> str:
     named = (line.partition(": ") for line in lines)
     items = "".join(f"<li>{_name(name)}{colon}{escape(rest)}</li>" for name, colon, rest in named)
-    return f"<h2>Out of the ordinary</h2>\n<ul>{items}</ul>"
+    return f'<h2>Out of the ordinary</h2>\n<ul class="facts">{items}</ul>'
 
 
 def _folded(items: Mapping[str, str]) -> str:
