@@ -330,6 +330,26 @@ def test_csv_goes_to_standard_output(
     assert "must not be given together" in capsys.readouterr().err
 
 
+def test_explain_says_what_the_columns_mean(
+    checkpoint: Path, moved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(checkpoint)]) == 0
+    plain = capsys.readouterr().out
+    assert main(["audit", str(checkpoint), "--explain"]) == 0
+    explained = capsys.readouterr().out
+    assert explained.startswith(plain + "\n")
+    legend = explained.removeprefix(plain)
+    for words in ("stable rank  ", "how often a random matrix of this shape", '"estimated": '):
+        assert words in legend
+    assert main(["audit", str(checkpoint), "--explain", "--compare", str(moved)]) == 0
+    assert "\nafter/before  " in capsys.readouterr().out
+    for other in (["--json"], ["--csv", "-"]):
+        assert main(["audit", str(checkpoint), "--explain", *other]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"--explain and {' '.join(other)} must not be given together" in err
+
+
 def test_patterns_choose(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", str(checkpoint), "--exclude", "b*", "--max-condition", "2"]) == 0
     assert main(["audit", str(checkpoint), "--include", "goo*", "--include", "bad"]) == 0

@@ -587,8 +587,8 @@ _COLUMNS = {
     "weight": "its name; after a colon, which matrix of the parameter",
     "shape": "m x n, outputs and inputs; g x m x n for a convolution in g groups",
     "dtype": "in which it is stored; all is computed in float64",
-    "κ": "σ_max/σ_min, the condition number of the stored matrix: at 1e4 it stretches one "
-    "direction 1e4 times as much as another; at inf it loses one",
+    "κ": "σ_max/σ_min, the condition number: at 1e4 the matrix stretches one direction 1e4 times "
+    "as much as another; at inf it loses one",
     "random": "how often a random matrix of this shape, of independent Gaussian entries, has a "
     'larger κ: 1 in 77; "usual" is more often than 1 in 20, "never" less than 1 in 1e12. It says '
     "how unusual κ is, and nothing about accuracy. Empty where no such law is known: groups, "
@@ -596,7 +596,7 @@ _COLUMNS = {
     "σ_max": "the largest singular value, the spectral norm",
     "σ_min": "the smallest of the min(m, n) singular values",
     "stable rank": "‖S‖²/σ_max² (Frobenius norm), from 1 to min(m, n): how many directions carry "
-    "the weight. Random matrices have about m n/(√m + √n)², at 768 x 768 192",
+    "the weight. Random matrices have about m n/(√m + √n)²: 192 at 768 x 768",
     "rank": "how many singular values no rounding of the entries to their dtype could have made: "
     "at 760/768, eight may be noise of that rounding, and κ with them",
     "r": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
