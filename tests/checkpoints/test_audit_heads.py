@@ -1,5 +1,6 @@
 """An audit of heads: rows besides the weights, of the singular values that need not be zero."""
 
+import json
 import math
 from pathlib import Path
 
@@ -127,11 +128,106 @@ def test_heads_are_not_counted_as_parametrized_weights_are_read() -> None:
 
 
 def test_what_has_no_heads_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Linear has no module that is known to be attention"):
+    with pytest.raises(ValueError, match="but Linear has none that is known"):
         wc.audit(nn.Linear(3, 3), heads=True)
-    torch.save(made().state_dict(), tmp_path / "model.pt")
-    with pytest.raises(TypeError, match="`heads` must come with a model, got a path"):
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"but .*model.pt has none that is known"):
         wc.audit(tmp_path / "model.pt", heads=True)
+
+
+class Grouped(nn.Module):
+    """Two queries to a key, as most language models have them."""
+
+    def __init__(self, head_dim: int = 5) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = 4, 2
+        self.q_proj = nn.Linear(12, 4 * head_dim, bias=False)
+        self.k_proj = nn.Linear(12, 2 * head_dim, bias=False)
+        self.v_proj = nn.Linear(12, 2 * head_dim, bias=False)
+        self.o_proj = nn.Linear(4 * head_dim, 12, bias=False)
+        self.q_norm = nn.LayerNorm(head_dim, bias=False)
+
+
+CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 5, "hidden_size": 12}
+
+
+def stored(path: Path, config: object = None) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"0": nn.ModuleDict({"self_attn": Grouped()})})
+    torch.save(model.state_dict(), path / "model.pt")
+    if config is not None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (path / "config.json").write_text(text)
+    return model
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_and_its_model_agree(tmp_path: Path, whole: bool) -> None:
+    model = stored(tmp_path, CONFIG | {"rope_theta": 1e4})
+    path = tmp_path if whole else tmp_path / "model.pt"
+    plain, found, expected = wc.audit(path), wc.audit(path, heads=True), wc.audit(model, heads=True)
+    assert found.coverage == plain.coverage
+    rows = {f.label: f for f in found.findings}
+    assert len(rows) == 4 + 8
+    for one in expected.findings:
+        same = rows[one.label]
+        assert same.condition_number == one.condition_number
+        assert same.singular_values == one.singular_values
+        assert same.shape == one.shape
+    assert "without the rotation by position (RoPE)" in rows["0.self_attn:qk3"].detail
+    assert "(`q_norm`)" in rows["0.self_attn:qk3"].detail
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (None, "how many heads it has is not known; there is no config.json beside it"),
+        ("[" * 100_000, "how many heads it has is not known; there is no config.json beside it"),
+        ([1, 2], "how many heads it has is not known; there is no config.json beside it"),
+        ({"hidden_size": 12}, "how many heads it has is not known"),
+        ({"num_attention_heads": "4"}, "how many heads it has is not known"),
+        ({"num_attention_heads": 4, "hidden_size": 12}, "are no 4 heads of 3 each"),
+        ({"num_attention_heads": 4}, "how many heads its keys have is not known"),
+        (CONFIG | {"num_key_value_heads": 4}, "the 10 rows of its keys are no 4 heads of 5"),
+        (CONFIG | {"num_attention_heads": 10**30}, "heads of 5 each"),
+    ],
+)
+def test_of_a_file_nothing_is_guessed(tmp_path: Path, config: object, why: str) -> None:
+    stored(tmp_path, config)
+    report = wc.audit(tmp_path / "model.pt", heads=True)
+    (row,) = (f for f in report.findings if f.name == "0.self_attn")
+    assert row.label == "0.self_attn:heads"
+    assert why in row.detail
+    assert report.coverage.failed == 0
+
+
+def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
+    """c_attn of GPT-2 is stored as (in, out), that of others as Linear."""
+    torch.manual_seed(0)
+    W, out = torch.randn(36, 12), torch.randn(12, 12)
+    layers = {
+        "as.gpt2": (W.mT, out.mT, "c_attn", "c_proj"),
+        "as.linear": (W, out, "c_attn", "c_proj"),
+        "as.timm": (W, out, "qkv", "proj"),
+    }
+    content = {
+        f"{name}.{child}.weight": tensor.clone()  # else it is a part of another
+        for name, (*tensors, first, second) in layers.items()
+        for child, tensor in zip((first, second), tensors, strict=True)
+    }
+    q, k, v = W.chunk(3)
+    for name, block in {"query": q, "key": k, "value": v}.items():
+        content[f"bert.self.{name}.weight"] = block.clone()
+    content["bert.output.dense.weight"] = out.clone()
+    torch.save(content, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"n_head": 3, "hidden_size": 12}')
+    rows = {f.label: f for f in wc.audit(tmp_path, heads=True).findings}
+    sigma = torch.linalg.svdvals(q[4:8].double().mT @ k[4:8].double())
+    carried = torch.linalg.svdvals(out[:, 4:8].double() @ v[4:8].double())
+    for name in (*layers, "bert.self"):
+        assert rows[f"{name}:qk1"].singular_values == pytest.approx(sigma[:4].tolist())
+        assert rows[f"{name}:vo1"].singular_values == pytest.approx(carried[:4].tolist())
+        assert "a rotation by position, if there is one" in rows[f"{name}:qk1"].detail
 
 
 def test_comparisons_pair_heads() -> None:

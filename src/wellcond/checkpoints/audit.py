@@ -6,11 +6,14 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +39,7 @@ from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.operators.product import Product
 from wellcond.text import and_more, out_of_memory, versions
 from wellcond.weights.discover import current, effective_matrices, heads_of, unwrapped
-from wellcond.weights.heads import Attention, Head
+from wellcond.weights.heads import Attention, Head, Value, heads_by_name
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.sizes import geometries
@@ -47,7 +50,10 @@ _ERROR = 1e-6
 # Of a convolution there may be millions of singular values: so many are kept to be drawn.
 _DRAWN = 4096
 
+_CONFIG = 1 << 20  # bytes; those of large models have some thousand
+
 Progress = Callable[[str, int], None]
+_Find = Callable[[], tuple[list[Attention], Value]]
 
 
 def audit(
@@ -93,21 +99,22 @@ def audit(
             at most 4096 singular values; else sigma_max is enclosed and kappa is a lower bound, and
             the grade is "bounded".
 
-        heads: of a model measure the heads of attention besides: of head 3 W_Q^T W_K, by which it
-            compares two inputs, as `layers.0.self_attn:qk3`, and W_O W_V, what it carries from one
-            to the other, as `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). Of the
-            many singular values of such a product all but d_head are zero: sigma_nu, kappa and the
-            rest are of these d_head. The detail says what stands between and is left out, such as
-            a rotation by position. In the coverage heads do not count, and none is certified.
+        heads: measure the heads of attention besides: of head 3 W_Q^T W_K, by which it compares two
+            inputs, as `layers.0.self_attn:qk3`, and W_O W_V, what it carries from one to the other,
+            as `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). Of the many singular
+            values of such a product all but d_head are zero: sigma_nu, kappa and the rest are of
+            these d_head. The detail says what stands between and is left out, such as a rotation by
+            position. Of a file the numbers of heads are read from the config.json beside it. In the
+            coverage heads do not count, and none is certified.
 
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding that says why.
 
     Raises:
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
-            model does not take the example, or has no attention if heads are asked for.
+            model does not take the example, or there is no attention if heads are asked for.
         FileNotFoundError: the path is not there.
-        TypeError: neither a module nor a path; an example for a path, or heads of one.
+        TypeError: neither a module nor a path; an example for a path.
 
     Example:
         >>> import torch, wellcond as wc
@@ -122,8 +129,13 @@ def audit(
         >>> sorted(f.label for f in wc.audit(attention, include=["qk*"], heads=True).findings)
         ['qk0', 'qk1']
     """
-    matrices, skipped, damaged, total, source = _source(model_or_path, example)
-    attentions = _attentions(model_or_path) if heads else []
+    matrices, skipped, damaged, total, source, find = _source(model_or_path, example)
+    attentions, value = find() if heads else ([], current)
+    if heads and not attentions:
+        raise ValueError(
+            f"`heads` asks for the heads of attention, but {source} has none that is known. Leave "
+            "it out, or call the projections q_proj, k_proj, v_proj and o_proj."
+        )
     rows = [names for one in attentions for names in _rows_of(one).values()]
     wanted = chosen(matrices, skipped, include, exclude, rows)
     findings = [
@@ -145,7 +157,7 @@ def audit(
         views = {v for v, n in _rows_of(attention).items() if _asked_for(n, include, exclude)}
         if progress is not None and views:
             progress(attention.name, number)
-        findings += _of_heads(attention, views)
+        findings += _of_heads(attention, views, value)
     if not any(finding.measured for finding in findings):
         raise ValueError(_nothing(source, findings, skipped))
     findings.sort(key=sort_key)
@@ -162,13 +174,15 @@ def audit(
 
 def _source(
     model_or_path: nn.Module | str | os.PathLike[str], example: Any
-) -> tuple[list[Matrices], dict[str, Skipped], dict[str, str], int, str]:
-    """The matrices, what is none, what is damaged, how many parameters there are, and a name."""
+) -> tuple[list[Matrices], dict[str, Skipped], dict[str, str], int, str, _Find]:
+    """The matrices, what is none, what is damaged, how many parameters there are, a name, and how
+    to find heads."""
     if isinstance(model_or_path, nn.Module):
         model = unwrapped(model_or_path)
         sliding = {} if example is None else geometries(model, example)
         matrices, skipped, total = effective_matrices(model, sliding)
-        return matrices, skipped, {}, total, type(model).__name__
+        name = type(model).__name__
+        return matrices, skipped, {}, total, name, lambda: (heads_of(model), current)
     if isinstance(model_or_path, str | os.PathLike):
         if example is not None:
             raise TypeError(
@@ -176,8 +190,9 @@ def _source(
                 "convolutions slide. Load the model, and audit that."
             )
         file = Checkpoint(model_or_path)
-        found = list(file.matrices())
-        return found, file.skipped(), file.damaged, file.parameters, str(file.path)
+        found, name = list(file.matrices()), str(file.path)
+        heads = partial(_heads_in, file, found)
+        return found, file.skipped(), file.damaged, file.parameters, name, heads
     raise TypeError(
         "`model_or_path` must be a torch.nn.Module or a path, got "
         f"{type(model_or_path).__name__}. Of a state dict save a file, or audit its model."
@@ -226,21 +241,25 @@ def _asked_for(names: Sequence[str], include: Sequence[str], exclude: Sequence[s
     return not excluded and (included or not include)
 
 
-def _attentions(model_or_path: nn.Module | str | os.PathLike[str]) -> list[Attention]:
-    if not isinstance(model_or_path, nn.Module):
-        raise TypeError(
-            "`heads` must come with a model, got a path: a file does not say how its heads lie. "
-            "Load the model, and audit that."
-        )
-    model = unwrapped(model_or_path)
-    found = heads_of(model)
-    if not found:
-        raise ValueError(
-            f"`heads` asks for the heads of attention, but {type(model).__name__} has no module "
-            "that is known to be attention. Leave it out, or give the projections names that are "
-            "known, as q_proj, k_proj, v_proj and o_proj, and the module its `num_heads`."
-        )
-    return found
+def _heads_in(file: Checkpoint, matrices: Sequence[Matrices]) -> tuple[list[Attention], Value]:
+    """The heads in a file, and how to read its tensors by their names."""
+    read = {alias: one.read for one in matrices for alias in one.aliases}
+    entries = {name: entry for name, (_, entry) in file.where.items()}
+    shapes = {alias: entries[one.name].shape for one in matrices for alias in one.aliases}
+    shapes |= {name: entry.shape for name, entry in entries.items() if len(entry.shape) == 1}
+    return heads_by_name(shapes, _config(file.directory)), lambda _, name: read[name]()
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    """What config.json says there; nothing if it is none."""
+    path = directory / "config.json"
+    try:
+        if not path.is_file() or path.stat().st_size > _CONFIG:
+            return {}
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _rows_of(attention: Attention) -> dict[str, tuple[str, ...]]:
@@ -317,7 +336,7 @@ def _acting(name: str, kernel: Tensor, geometry: Geometry) -> Finding:
     )
 
 
-def _of_heads(attention: Attention, views: set[str]) -> list[Finding]:
+def _of_heads(attention: Attention, views: set[str], value: Value) -> list[Finding]:
     """The rows of these heads of a module; trouble with one is its status."""
 
     def blank(view: str, shape: tuple[int, ...] = (0, 0), dtype: str = "") -> Finding:
@@ -330,7 +349,7 @@ def _of_heads(attention: Attention, views: set[str]) -> list[Finding]:
         if view in views
     ]
     try:
-        for head, S in attention.products(current, views.__contains__):
+        for head, S in attention.products(value, views.__contains__):
             views = views - {head.view}
             row = blank(head.view, tuple(S.shape), str(S.dtype).removeprefix("torch."))
             try:

@@ -7,7 +7,8 @@ W_O,h W_V,h (`vo3`) what it carries from one to the other. Left out are biases, 
 A module is known by its attributes and its numbers, not by its class: q_proj, k_proj, v_proj with
 o_proj or out_proj; query, key, value with a dense after them; qkv with proj; c_attn with c_proj;
 query_key_value with dense; and torch's MultiheadAttention. Where a number is missing, or does not
-fit the matrices, there are no heads, but the reason.
+fit the matrices, there are no heads, but the reason. Of a file the names of its tensors are those
+of the modules, and the numbers are those of the config.json beside it.
 
 Letters: H heads of d rows each; G of them for keys and values, and H/G queries to one of these.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from torch import Tensor, nn
 
@@ -118,12 +120,62 @@ def find_heads(model: nn.Module, wrapped: tuple[str, ...] = ()) -> list[Attentio
         while parts and parts[-1] in wrapped:
             parts.pop()
         parent = modules.get(".".join(parts[:-1])) if path else None
-        try:
-            attention = _attention(name, module, parent)
-        except _Unknown as why:
-            attention = Attention(name, unknown={"heads": str(why)})
-        if attention is not None:
-            found.append(attention)
+        found += _attention(name, module, parent)
+    return found
+
+
+class _Stored(nn.Module):
+    """What the names of a file say of a module."""
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+
+
+class _Tensor(nn.Module):
+    """What a file says of a Linear: the name of its weight, and the shape."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.name, self.shape = name, shape
+        self.view: View = STORED
+
+    def transpose(self) -> None:
+        self.shape, self.view = self.shape[::-1], Transposed()
+
+
+def heads_by_name(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
+) -> list[Attention]:
+    """The heads in a file of tensors of these shapes; the second of a `Place` is a tensor's name.
+
+    Args:
+        shapes: of the tensors that can be read.
+        config: what config.json says; without it there are no heads, but reasons.
+    """
+    modules: dict[str, _Stored] = {}
+    for name, shape in shapes.items():
+        path, _, own = name.rpartition(".")
+        above, _, child = path.rpartition(".")
+        if own == "weight":
+            if above not in modules:
+                modules[above] = _Stored(config)
+            modules[above]._modules[child] = _Tensor(name, shape)
+    found: list[Attention] = []
+    for path, module in modules.items():
+        fused = module._modules.get("c_attn")
+        if isinstance(fused, _Tensor) and fused.shape[0] < fused.shape[-1]:  # of GPT-2: (in, out)
+            for child in ("c_attn", "c_proj", "q_attn"):
+                if isinstance(tensor := module._modules.get(child), _Tensor):
+                    tensor.transpose()
+        parent = _Stored(config)
+        parent._modules["output"] = modules.get(f"{path.rpartition('.')[0]}.output")
+        found += _attention(path, module, parent)
+    if not config:
+        more = "there is no config.json beside it that says more"
+        for attention in found:
+            for view, why in attention.unknown.items():
+                attention.unknown[view] = f"{why}; {more}"
     return found
 
 
@@ -162,10 +214,14 @@ class _Layout:
     fused: Mapping[Place, dict[str, View]] = field(default_factory=dict)
 
 
-def _attention(name: str, module: nn.Module, parent: nn.Module | None) -> Attention | None:
-    layout = _layout(module, parent)
+def _attention(name: str, module: nn.Module, parent: nn.Module | None) -> list[Attention]:
+    """One, or none if the module is nothing that is known."""
+    try:
+        layout = _layout(module, parent)
+    except _Unknown as why:
+        return [Attention(name, unknown={"heads": str(why)})]
     if layout is None:
-        return None
+        return []
     H, G, d = layout.numbers
     heads, unknown = [], {}
     for h in range(H):
@@ -183,7 +239,7 @@ def _attention(name: str, module: nn.Module, parent: nn.Module | None) -> Attent
             out = Block(place, Part(view, h * size, size, dim=-1))
             note = _joined(shared, layout.note, _of_carrying(module))
             heads.append(Head(f"vo{h}", out, layout.v.block(g, size), note))
-    return Attention(name, heads, unknown, dict(layout.fused))
+    return [Attention(name, heads, unknown, dict(layout.fused))]
 
 
 def _joined(*notes: str) -> str:
@@ -235,7 +291,8 @@ def _separate(module: nn.Module, parent: nn.Module | None, names: tuple[str, ...
 
 def _fused(module: nn.Module, fused: str, output: str) -> _Layout:
     whole = _projection(module, fused)
-    other = [name for name in _OTHERWISE if getattr(module, name, None) is not None]
+    holders = (module, getattr(module, "config", None))
+    other = [n for n in _OTHERWISE if any(getattr(one, n, None) is not None for one in holders)]
     if other:
         raise _Unknown(f"`{other[0]}` says that its `{fused}` is cut in a way that is not known")
     kind = type(module).__name__
@@ -268,6 +325,10 @@ def _fused(module: nn.Module, fused: str, output: str) -> _Layout:
 def _projection(module: nn.Module, name: str) -> _Rows:
     """One that is a Linear, or a Conv1D of the transformers library, by what it says of itself."""
     layer = module._modules[name]
+    if isinstance(layer, _Tensor):
+        if len(layer.shape) != 2:
+            raise _Unknown(f"`{name}` is no matrix")
+        return _Rows((layer, layer.name), layer.view, layer.shape[0])
     if isinstance(layer, nn.Linear):
         if not layer.in_features:
             raise _Unknown(f"`{name}` is not initialised yet: run the model once first")
@@ -281,7 +342,9 @@ def _projection(module: nn.Module, name: str) -> _Rows:
 def _output(module: nn.Module, name: str, width: int) -> tuple[Place, View, int]:
     rows = _projection(module, name)
     layer = module._modules[name]
-    columns = layer.in_features if isinstance(layer, nn.Linear) else getattr(layer, "nx", width)
+    columns = getattr(layer, "nx", width)
+    if isinstance(layer, nn.Linear | _Tensor):
+        columns = layer.shape[1] if isinstance(layer, _Tensor) else layer.in_features
     if columns != width:
         raise _Unknown(f"the {columns} columns of `{name}` are not the {width} rows of the values")
     return rows.place, rows.view, width
@@ -294,6 +357,8 @@ def _numbers(module: nn.Module, queries: int, keys: int, name: str) -> tuple[int
     if H is None:
         raise _Unknown("how many heads it has is not known")
     said = _number(module, _SIZE) or _number(config, ("head_dim",))
+    if said is None and (width := _number(config, ("hidden_size",))):
+        said = width // H  # as every model of the transformers library has it
     d = said or queries // H
     if H * d != queries:
         size = f"of {said} " if said else ""
@@ -315,11 +380,14 @@ def _number(holder: object, names: tuple[str, ...]) -> int | None:
 
 
 def _of_comparing(module: nn.Module) -> str:
+    rotation = "without the rotation by position (RoPE)" if _rotated(module) else ""
+    if isinstance(module, _Stored) and not rotation:  # an old config may not say so
+        rotation = "without a rotation by position, if there is one"
     normed = _acts(module, _NORMS)
     if "logit_scale" in module._parameters:  # of the cosines in the second Swin
         normed = "logit_scale"
     return _joined(
-        "without the rotation by position (RoPE)" if _rotated(module) else "",
+        rotation,
         f"without the norms of queries and keys (`{normed}`)" if normed else "",
     )
 
