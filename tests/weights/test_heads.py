@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -363,7 +364,7 @@ def computed(model: nn.Module, name: str, module: Any) -> Products:
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_heads_of_transformers_are_what_its_modules_compute(kind: str) -> None:
+def test_heads_of_transformers_are_what_its_modules_compute(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     name, options = TRANSFORMERS[kind]
@@ -372,6 +373,17 @@ def test_heads_of_transformers_are_what_its_modules_compute(kind: str) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     found = {attention.name: attention for attention in heads_of(model)}
+    # As the library saves it, under whatever names.
+    model.save_pretrained(tmp_path)
+    rows, saved = (
+        sorted(
+            (finding.view, finding.condition_number, finding.sigma_max, finding.sigma_min)
+            for finding in wc.audit(given, heads=True, include=["*:qk?", "*:vo?"]).findings
+        )
+        for given in (model, tmp_path)
+    )
+    assert saved == rows
+    assert len(rows) == 8 * len(found)
     attention = found[name]
     notes = {head.view: head.note for head in attention.heads}
     rotated = kind not in ("GPT2", "Bert", "ViT", "CLIPVision")
