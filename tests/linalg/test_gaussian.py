@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 import wellcond as wc
@@ -132,6 +133,30 @@ def test_rare_ones_are_as_rare_as_they_are(shape: tuple[int, int], share: float)
     while exceedance(shape, x) > share:
         x *= 1.05
     assert exceedance(shape, x) == pytest.approx(rare(*shape, x), rel=0.15)
+
+
+def three_columns(m: int, x: float) -> float:
+    """P(kappa > x) of (m, 3): with ratios q < r < 1 to the largest eigenvalue, whose own law drops
+    out, the density is (q r)^((m - 4)/2) (1 - q)(1 - r)(r - q)/(1 + q + r)^(3m/2)."""
+
+    def integral(low: float, high: float) -> float:
+        nodes, weights = (torch.from_numpy(part) for part in leggauss(400))
+        q = (low + (high - low) * (nodes + 1) / 2)[:, None]
+        r = q + (1 - q) * (nodes + 1) / 2
+        log = (m - 4) / 2 * (q * r).log() + ((1 - q) * (1 - r) * (r - q)).log()
+        log -= 1.5 * m * ((1 + q + r) / 3).log()
+        return float((weights[:, None] * weights * (1 - q) * log.exp()).sum()) * (high - low)
+
+    return integral(x**-2 / 30, x**-2) / integral(1e-3, 1.0)
+
+
+@pytest.mark.parametrize("m", [20, 100, 300, 1000])
+@pytest.mark.parametrize("share", [0.1, 1e-3, 1e-6])
+def test_three_columns_follow_their_exact_law(m: int, share: float) -> None:
+    x = 1.02
+    while exceedance((m, 3), x) > share:
+        x *= 1.002
+    assert 0.65 <= exceedance((m, 3), x) / three_columns(m, x) <= 1.45
 
 
 def test_a_large_gaussian_weight_is_usual() -> None:
