@@ -223,14 +223,17 @@ class Finding:
 def with_entries(finding: Finding, S: Tensor) -> Finding:
     """The finding with what is to be known of the single entries of its matrix, all finite."""
     sizes = S.abs()
-    some = sizes > 0
-    # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
-    vanishing = sizes <= _FLOAT16.smallest_normal * _FLOAT16.eps / 2
+    zeros = S.numel() - int(S.count_nonzero())
+
+    def share(below: Tensor) -> float:
+        return (int(below.count_nonzero()) - zeros) / S.numel()
+
     return replace(
         finding,
         largest_entry=float(sizes.max()),
-        subnormal_share=float((some & (sizes < torch.finfo(S.dtype).tiny)).sum()) / S.numel(),
-        float16_zero_share=float((some & vanishing).sum()) / S.numel(),
+        subnormal_share=share(sizes < torch.finfo(S.dtype).tiny),
+        # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
+        float16_zero_share=share(sizes <= _FLOAT16.smallest_normal * _FLOAT16.eps / 2),
     )
 
 
