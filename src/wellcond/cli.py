@@ -134,6 +134,11 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("--compare", type=Path, metavar="B", help="how κ moved from PATH to B")
     parser.add_argument(
+        "--heads",
+        action="store_true",
+        help="measure the heads of attention besides, by the config.json beside the file",
+    )
+    parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, self-contained")
@@ -238,6 +243,7 @@ def _audit(arguments: argparse.Namespace) -> int:
                 exclude=arguments.exclude,
                 curves=CURVES if arguments.html and not arguments.compare else 0,
                 progress=_progress("measuring"),
+                heads=arguments.heads,
             )
         finally:
             _finish_progress()

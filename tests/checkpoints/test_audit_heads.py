@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import wellcond as wc
+from wellcond.cli import main
 
 
 def made(width: int = 12, heads: int = 3) -> nn.Sequential:
@@ -234,3 +235,20 @@ def test_comparisons_pair_heads() -> None:
     first, second = (wc.audit(made(), heads=True) for _ in range(2))
     labels = [label for label, _, _ in wc.compare(first, second).pairs]
     assert "0.self_attn:vo2" in labels
+
+
+def test_the_table_counts_what_a_head_can_have() -> None:
+    report = wc.audit(nn.MultiheadAttention(16, 4), heads=True)
+    (line,) = (line for line in report.table().splitlines() if line.startswith("qk0 "))
+    assert " 4/4 " in line
+
+
+def test_the_command_line_measures_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"layers.0.attn.{x}_proj.weight": torch.randn(12, 12) for x in "qkvo"}
+    torch.save(state, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3, "hidden_size": 12}')
+    assert main(["audit", str(tmp_path / "model.pt"), "--heads"]) == 0
+    rows = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
+    assert {f"layers.0.attn:{kind}{h}" for kind in ("qk", "vo") for h in range(3)} <= rows

@@ -385,6 +385,7 @@ def _of_head(blank: Finding, head: Head, S: Product) -> Finding:
         condition_number=kappa,
         stable_rank=float((sigma / top).square().sum()) if top > 0 else math.nan,
         rank=spectrum.rank,
+        inner=S.nu,
         penalty=float(((top - sigma) * (top + sigma)).sum()) / (2 * S.nu) * unit**2,
         grade=Grade.computed,
         status=status,

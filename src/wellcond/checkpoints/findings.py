@@ -100,6 +100,8 @@ class Finding:
         singular_values: all of them, descending, where the method gives all; of a convolution as it
             acts at most 4096, at equal distances.
         entries: of the parameter, how many it stands for.
+        inner: of a product of two factors, as of a head, over how many dimensions it goes, of which
+            nu counts no more; 0 of others.
         largest_entry: max |w|; float16 holds up to 65504. This and the next two are nan of what is
             no stored matrix, as a convolution as it acts.
         subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
@@ -124,6 +126,7 @@ class Finding:
     certificate: Certificate | None = None
     singular_values: tuple[float, ...] = field(default=(), repr=False)
     entries: int = 0
+    inner: int = 0
     largest_entry: float = math.nan
     subnormal_share: float = math.nan
     float16_zero_share: float = math.nan
@@ -139,8 +142,8 @@ class Finding:
 
     @property
     def nu(self) -> int:
-        """How many singular values there are."""
-        return math.prod(self.shape[:-2]) * min(self.shape[-2:])
+        """How many singular values there are, of a product how many need not be zero."""
+        return self.inner or math.prod(self.shape[:-2]) * min(self.shape[-2:])
 
     @property
     def _comparable(self) -> bool:
