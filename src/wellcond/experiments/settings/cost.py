@@ -28,8 +28,8 @@ class Cost(Setting):
     protocol = (
         "A training step in every way, all in turn in one process, as a multiple of the mean of "
         "two nets without: 784-2048-10, batch 32, and a transformer of 24 blocks, 512 tokens; "
-        "fused Adam. Tensors of random numbers. The seeds are repetitions. Memory as a share of the "
-        "weight; operations, and waits of the host, as a device would see them, for each step."
+        "fused Adam. Tensors of random numbers. The seeds are repetitions. Memory as a share of "
+        "the weight; operations, and waits of the host, as a device would see them, for each step."
     )
     default_data = quick_data = ""
     cases = tuple(NETS)
