@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wellcond.checkpoints.audit import audit
-    from wellcond.checkpoints.findings import (
-        AuditReport,
-        Comparison,
-        Coverage,
-        Finding,
-        Grade,
-        Status,
-        compare,
-    )
+    from wellcond.checkpoints.findings import Coverage, Finding, Grade, Status
     from wellcond.checkpoints.repair import Repair, RepairReport, repair
+    from wellcond.checkpoints.report import AuditReport, Comparison, compare
     from wellcond.linalg.certify import Certificate, certify
     from wellcond.linalg.interval import Interval
     from wellcond.linalg.nearest import nearest
@@ -44,10 +37,9 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "checkpoints.audit": ["audit"],
-    "checkpoints.findings": [
-        *("AuditReport", "Comparison", "Coverage", "Finding", "Grade", "Status", "compare"),
-    ],
+    "checkpoints.findings": ["Coverage", "Finding", "Grade", "Status"],
     "checkpoints.repair": ["Repair", "RepairReport", "repair"],
+    "checkpoints.report": ["AuditReport", "Comparison", "compare"],
     "linalg.certify": ["Certificate", "certify"],
     "linalg.interval": ["Interval"],
     "linalg.nearest": ["nearest"],

@@ -24,7 +24,7 @@ from wellcond.text import and_more, out_of_memory, shown, written
 
 if TYPE_CHECKING:
     from wellcond.checkpoints.audit import Progress
-    from wellcond.checkpoints.findings import AuditReport, Comparison
+    from wellcond.checkpoints.report import AuditReport, Comparison
 
 
 class _Parser(argparse.ArgumentParser):
@@ -229,8 +229,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments)
 
     from wellcond.checkpoints.audit import audit
-    from wellcond.checkpoints.findings import compare
     from wellcond.checkpoints.page import CURVES
+    from wellcond.checkpoints.report import compare
 
     _set_threads(arguments)
 

@@ -24,7 +24,8 @@ import wellcond as wc
 import wellcond.checkpoints.audit as audit_module
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import with_spectrum
-from wellcond.checkpoints.findings import Status, compare
+from wellcond.checkpoints.findings import Status
+from wellcond.checkpoints.report import compare
 from wellcond.linalg.spectrum import Method, Spectrum, measure
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from matrices import with_spectrum
-from wellcond.checkpoints.findings import compare
+from wellcond.checkpoints.report import compare
 from wellcond.linalg.gaussian import exceedance, usual_stable_rank
 
 
@@ -221,9 +221,9 @@ def test_extremes_alone_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_a_share_is_a_few_letters(share: float, cell: str) -> None:
-    from wellcond.checkpoints.findings import _how_often
+    from wellcond.checkpoints.unusual import how_often
 
-    assert _how_often(share) == cell
+    assert how_often(share) == cell
 
 
 def test_programs_and_pages_get_the_same_facts() -> None:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from wellcond.checkpoints.acting import acting
 from wellcond.checkpoints.files import Checkpoint
 from wellcond.checkpoints.findings import (
-    AuditReport,
     Coverage,
     Finding,
     Grade,
@@ -30,6 +29,7 @@ from wellcond.checkpoints.findings import (
     sort_key,
     with_entries,
 )
+from wellcond.checkpoints.report import AuditReport
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
 from wellcond.linalg.products import spectrum_of_product
