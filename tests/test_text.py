@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 import wellcond
-from wellcond.text import and_more, dump_json, quoted, shown, text_table, versions, written
+from wellcond.text import (
+    and_more,
+    dump_json,
+    duration,
+    quoted,
+    shown,
+    text_table,
+    versions,
+    written,
+)
 
 
 def test_a_sentence_names_five_and_counts_the_rest() -> None:
@@ -18,6 +27,14 @@ def test_a_sentence_names_five_and_counts_the_rest() -> None:
     assert and_more("abcdefg") == "a, b, c, d, e and 2 more"
     assert and_more("abcd", limit=2, separator="; ") == "a; b and 2 more"
     assert quoted(["b", "a"]) == '"a", "b"'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3.2, "3 s"), (59.4, "59 s"), (61, "1 min"), (3570, "1 h 0 min"), (5000, "1 h 23 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 HOSTILE = "a\x1b[2J\r\nb\x00\u202ec\ud800\x9b"

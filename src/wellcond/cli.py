@@ -14,6 +14,7 @@ import contextlib
 import io
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import wellcond
 from wellcond.text import and_more, out_of_memory, shown, written
 
 if TYPE_CHECKING:
-    from wellcond.checkpoints.audit import Progress
+    from wellcond.checkpoints.progress import Progress, Told
     from wellcond.checkpoints.report import AuditReport, Comparison
 
 
@@ -174,13 +175,15 @@ def _set_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def _progress(verb: str) -> Progress | None:
+def _progress(verb: str) -> Told | None:
     """A line on standard error that is written over, if that is a terminal."""
     if not sys.stderr.isatty():
         return None
 
-    def show(name: str, number: int) -> None:
-        print(f"\r\x1b[K{verb} {number}: {shown(name)}"[:120], end="", file=sys.stderr, flush=True)
+    def show(step: Progress) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        line = f"{verb} {step}"[:width]
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
     return show
 

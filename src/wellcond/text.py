@@ -51,6 +51,14 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def duration(seconds: float) -> str:
+    """As "40 s", "12 min" or "1 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain text table, the first column to the left and numbers to the right."""
     from rich.console import Console

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import wellcond as wc
+from wellcond.checkpoints.progress import Progress
 from wellcond.cli import main
 
 
@@ -67,10 +68,13 @@ def test_patterns_take_heads_by_their_module_or_one_by_one() -> None:
 
 
 def test_progress_goes_on_with_the_attentions() -> None:
-    seen: list[tuple[str, int]] = []
-    wc.audit(made(), heads=True, progress=lambda *one: seen.append(one))
-    assert seen[-1] == ("0.self_attn", 6)
-    assert [number for _, number in seen] == list(range(1, 7))
+    seen: list[Progress] = []
+    wc.audit(made(), heads=True, progress=seen.append)
+    assert (seen[-1].name, seen[-1].number) == ("0.self_attn", 6)
+    assert [(step.number, step.total) for step in seen] == [(n, 6) for n in range(1, 7)]
+    seen.clear()
+    wc.audit(made(), heads=True, progress=seen.append, include=["*.weight"])
+    assert {step.total for step in seen} == {len(seen)}, "heads that nobody asked for do not count"
 
 
 def test_trouble_with_a_head_is_its_status() -> None:

@@ -258,14 +258,6 @@ def test_a_killed_experiment_goes_on_and_gives_the_same_on_any_number_of_workers
     assert measured(killed) == measured(alone)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(3.2, "3 s"), (59.4, "59 s"), (61, "1 min"), (3570, "1 h 0 min"), (5000, "1 h 23 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert grid.duration(seconds) == text
-
-
 def test_progress_says_the_time_left_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

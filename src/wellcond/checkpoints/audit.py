@@ -29,6 +29,7 @@ from wellcond.checkpoints.findings import (
     sort_key,
     with_entries,
 )
+from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.checkpoints.report import AuditReport
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
@@ -52,7 +53,6 @@ _DRAWN = 4096
 
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 
-Progress = Callable[[str, int], None]
 _Find = Callable[[], tuple[list[Attention], Value]]
 
 
@@ -63,7 +63,7 @@ def audit(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     curves: int = 0,
-    progress: Progress | None = None,
+    progress: Told | None = None,
     example: Any = None,
     heads: bool = False,
 ) -> AuditReport:
@@ -90,7 +90,8 @@ def audit(
         include: patterns (`fnmatch.fnmatchcase`) of names to measure; all if empty.
         exclude: patterns of names to leave out.
         curves: of so many of the worst weights find all singular values, however large they are.
-        progress: called with the name of each tensor before it is read, and its number from 1.
+        progress: called with a `Progress` before each tensor is read: its name, its number, how
+            many there are, and about how long the rest will take. `print` will do.
         example: what a model is called with: a tensor, a tuple, or a dict of named arguments. One
             forward pass on it, in eval mode and without gradients, shows on inputs of which size
             the convolutions act, and each that it reaches is measured as that map, with stride,
@@ -144,20 +145,23 @@ def audit(
     ]
     where: dict[int, Matrices] = {}
     covered = 0
-    for number, one in enumerate(wanted, 1):
-        if progress is not None:
-            progress(one.name, number)
+    views = {id(one): _views_of(one, include, exclude) for one in attentions}
+    attentions = [one for one in attentions if views[id(one)]]
+    work = work_of(wanted)
+    # The heads of a module together take about as long as one of its matrices.
+    work += [math.fsum(work) / max(1, len(work))] * len(attentions)
+    counter = Counter(progress, work)
+    for one in wanted:
+        counter.next(one.name)
         found = _findings(one, certify)
         where |= {id(finding): one for finding in found}
         covered += sum(finding.entries for finding in found if finding.measured)
         findings += found
     measured = sum(finding.measured for finding in findings)
     failed = len(findings) - measured
-    for number, attention in enumerate(attentions, len(wanted) + 1):
-        views = {v for v, n in _rows_of(attention).items() if _asked_for(n, include, exclude)}
-        if progress is not None and views:
-            progress(attention.name, number)
-        findings += _of_heads(attention, views, value)
+    for attention in attentions:
+        counter.next(attention.name)
+        findings += _of_heads(attention, views[id(attention)], value)
     if not any(finding.measured for finding in findings):
         raise ValueError(_nothing(source, findings, skipped))
     findings.sort(key=sort_key)
@@ -231,6 +235,12 @@ def chosen(
             f"matches none. The weights are {and_more(one.name for one in matrices)}."
         )
     return wanted
+
+
+def _views_of(attention: Attention, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """The rows that are asked for."""
+    rows = _rows_of(attention)
+    return {view for view, names in rows.items() if _asked_for(names, include, exclude)}
 
 
 def _asked_for(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -187,7 +187,7 @@ class Checkpoint:
             if entry.matrix:
                 views = views_by_name(name, len(entry.shape))
                 names = (name, *self._aliases(name))
-                yield Matrices(name, names, views, partial(file.read, entry.name))
+                yield Matrices(name, names, entry.shape, views, partial(file.read, entry.name))
 
     def skipped(self) -> dict[str, Skipped]:
         """All others, and why."""

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.audit import Progress, chosen
+from wellcond.checkpoints.audit import chosen
 from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
+from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.output import new_path, refuse_existing
@@ -126,7 +127,7 @@ def repair(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
 
@@ -146,7 +147,8 @@ def repair(
         max_condition: K, at least 1.
         include: patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
         exclude: patterns of names to leave alone.
-        progress: called with the name of each tensor before it is read, and its number from 1.
+        progress: called with a `Progress` before each tensor is read: its name, its number, how
+            many there are, and about how long the rest will take. `print` will do.
 
     Raises:
         ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
@@ -186,15 +188,12 @@ def repair(
         )
     repairs: list[Repair] = []
     refused: list[str] = []
-    count = 0
+    counter = Counter(progress, work_of(wanted.values()))
 
     def change(name: str) -> Tensor | None:
-        nonlocal count
         if name not in wanted:
             return None
-        count += 1
-        if progress is not None:
-            progress(name, count)
+        counter.next(name)
         try:
             new, done = _limit_all(wanted[name], max_condition, refused)
         except (MemoryError, RuntimeError) as error:

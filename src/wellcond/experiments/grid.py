@@ -30,7 +30,7 @@ from wellcond.experiments import _run
 from wellcond.experiments.evidence import Evidence, Verdict
 from wellcond.experiments.methods import METHODS
 from wellcond.experiments.tables import Table
-from wellcond.text import dump_json, written
+from wellcond.text import dump_json, duration, written
 
 # The first seeds of the search, and of its second round; those that are reported count from 0.
 SEARCH, FINAL = 10_000, 20_000
@@ -479,11 +479,3 @@ def progress(total: int, title: str) -> Iterator[Callable[[Cell | None], None]]:
                 said = now
 
         yield ended
-
-
-def duration(seconds: float) -> str:
-    """As "40 s", "12 min" or "1 h 5 min"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -267,7 +267,8 @@ def effective_matrices(
         aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
         views = _matrices_of([(one.name.removeprefix(name)[1:], one.view) for one in same])
         read, geometry = partial(_detached, weight), acting.get(weight.sources[0].owner)
-        matrices[name] = Matrices(name, aliases, views, read, geometry)
+        shape = tuple(parameter.shape)
+        matrices[name] = Matrices(name, aliases, shape, views, read, geometry)
     parameters = {name: parameter for name, _, _, parameter in _parameters(model)}
     for name, skipped in found.others.items():
         if skipped.reason is not Reason.parametrized:
@@ -285,7 +286,8 @@ def effective_matrices(
             else:
                 read = partial(effective, module, attribute)
                 views = _matrices_of(list(known.items()))
-                matrices[name] = Matrices(name, (name,), views, read, acting.get(module))
+                shape = tuple(value.shape)
+                matrices[name] = Matrices(name, (name,), shape, views, read, acting.get(module))
     return list(matrices.values()), rest, total
 
 

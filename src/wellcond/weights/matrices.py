@@ -22,6 +22,7 @@ class Matrices:
 
     name: str
     aliases: tuple[str, ...]
+    shape: tuple[int, ...]
     views: Callable[[Tensor], dict[str, Tensor]]
     read: Callable[[], Tensor]
     geometry: Geometry | None = None

@@ -1,0 +1,75 @@
+"""How far long work on many tensors is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from wellcond.text import duration, shown
+from wellcond.weights.matrices import Matrices, entries
+
+# From there on a matrix is not decomposed whole, and takes a time that grows with its entries.
+_DECOMPOSED = 2048
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The tensor that comes next, and what is left.
+
+    Attributes:
+        name: of the tensor, or of a module of attention.
+        number: which one it is, from 1.
+        total: how many there are.
+        seconds_left: how long this one and the rest will take, estimated from the sizes of those
+            that are done; nan before the first is.
+
+    Example:
+        >>> print(Progress("layers.3.weight", 4, 10, seconds_left=80.0))
+        4 of 10, about 1 min left: layers.3.weight
+    """
+
+    name: str
+    number: int
+    total: int
+    seconds_left: float
+
+    def __str__(self) -> str:
+        known = not math.isnan(self.seconds_left)
+        left = f", about {duration(self.seconds_left)} left" if known else ""
+        return f"{self.number} of {self.total}{left}: {shown(self.name)}"
+
+
+Told = Callable[[Progress], None]
+
+
+class Counter:
+    """Tells of one tensor after the other; `work` is that of each, in any unit."""
+
+    def __init__(self, told: Told | None, work: Sequence[float]) -> None:
+        self.told, self.work = told, work
+        self.number, self.done = 0, 0.0
+        self.began = time.monotonic()
+
+    def next(self, name: str) -> None:
+        """Work on this one begins, and that on the one before has ended."""
+        if self.told is not None:
+            left = math.fsum(self.work[self.number :])
+            passed = time.monotonic() - self.began
+            seconds = passed / self.done * left if self.done > 0 else math.nan
+            self.told(Progress(name, self.number + 1, len(self.work), seconds))
+        self.done += self.work[self.number]
+        self.number += 1
+
+
+def work_of(matrices: Iterable[Matrices]) -> list[float]:
+    """How long each may take to measure: m n nu, with a limit on nu."""
+    return [_work(one.shape) for one in matrices]
+
+
+def _work(shape: Sequence[int]) -> float:
+    """Of a stack the matrices are the last two dimensions, a kernel counts as (out, rest)."""
+    size = entries(shape)
+    rows, columns = shape[-2:] if len(shape) == 3 else (shape[0], size // max(1, shape[0]))
+    return float(size * min(rows, columns, _DECOMPOSED))
