@@ -140,6 +140,12 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="measure the heads of attention besides, by the config.json beside the file",
     )
     parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="MODEL",
+        help="of an adapter (LoRA) the model it adapts: measure W, W + s B A and s B A",
+    )
+    parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, self-contained")
@@ -247,6 +253,7 @@ def _audit(arguments: argparse.Namespace) -> int:
                 curves=CURVES if arguments.html and not arguments.compare else 0,
                 progress=_progress("measuring"),
                 heads=arguments.heads,
+                base=arguments.base,
             )
         finally:
             _finish_progress()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import oracles
 import wellcond as wc
-import wellcond.checkpoints.audit as audit_module
+import wellcond.checkpoints.rows as measuring
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import with_spectrum
 from wellcond.checkpoints.findings import Status
@@ -178,7 +178,7 @@ def test_a_certificate_overrules_extremes_that_missed(
         extremes = torch.tensor([2.5, 2.0], dtype=torch.float64)
         return spectrum_module.Spectrum(extremes, spectrum_module.Method.krylov, S.shape)
 
-    monkeypatch.setattr(audit_module, "measure", missed)
+    monkeypatch.setattr(measuring, "measure", missed)
     (finding,) = wc.audit(linear(S), certify=True).findings
     assert finding.certificate is not None
     assert finding.condition_number in finding.certificate.condition_number

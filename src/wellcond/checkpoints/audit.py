@@ -6,54 +6,26 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wellcond.checkpoints.acting import acting
-from wellcond.checkpoints.files import Checkpoint
-from wellcond.checkpoints.findings import (
-    Coverage,
-    Finding,
-    Grade,
-    Status,
-    sort_key,
-    with_entries,
-)
+from wellcond.checkpoints.findings import Coverage, Finding, Grade, Status, sort_key
 from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.checkpoints.report import AuditReport
-from wellcond.linalg.certify import certificate_of_blocks, certify
-from wellcond.linalg.interval import Interval
-from wellcond.linalg.products import spectrum_of_product
-from wellcond.linalg.scaling import frobenius_norm
-from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
-from wellcond.operators.convolution import Convolution, Geometry
-from wellcond.operators.product import Product
-from wellcond.text import and_more, out_of_memory, versions
-from wellcond.weights.discover import current, effective_matrices, heads_of, unwrapped
-from wellcond.weights.heads import Attention, Head, Value, heads_by_name
+from wellcond.checkpoints.rows import finding_of_adapter, findings_of, findings_of_heads
+from wellcond.checkpoints.sources import Source, source_of
+from wellcond.text import and_more, versions
+from wellcond.weights.adapters import Adapter
+from wellcond.weights.discover import current
+from wellcond.weights.heads import Attention
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
-from wellcond.weights.sizes import geometries
-
-# A measured kappa so far from its certificate, relatively, is worth a word.
-_ERROR = 1e-6
-
-# Of a convolution there may be millions of singular values: so many are kept to be drawn.
-_DRAWN = 4096
-
-_CONFIG = 1 << 20  # bytes; those of large models have some thousand
-
-_Find = Callable[[], tuple[list[Attention], Value]]
 
 
 def audit(
@@ -66,6 +38,7 @@ def audit(
     progress: Told | None = None,
     example: Any = None,
     heads: bool = False,
+    base: nn.Module | str | os.PathLike[str] | None = None,
 ) -> AuditReport:
     """Measures every weight of a model, or of a checkpoint without loading it whole.
 
@@ -107,15 +80,23 @@ def audit(
             these d_head. The detail says what stands between and is left out, such as a rotation by
             position. Of a file the numbers of heads are read from the config.json beside it. In the
             coverage heads do not count, and none is certified.
+        base: of a path that is an adapter of low rank (LoRA) the model, or the path of one, that it
+            adapts. To W the adapter adds s B A: measured are `q_proj.weight`, the weight as it is,
+            `q_proj.weight:merged`, W + s B A in float64, and `q_proj.weight:delta`, s B A alone,
+            of which all but r singular values are zero; and how much of the r largest singular
+            values of the sum comes from the adapter. All else of the base is left out. s comes from
+            the adapter_config.json beside the adapter. Without a base there is the delta alone, and
+            a model of PEFT holds its base.
 
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding that says why.
 
     Raises:
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
-            model does not take the example, or there is no attention if heads are asked for.
+            model does not take the example, there is no attention if heads are asked for, or the
+            base is none for this adapter.
         FileNotFoundError: the path is not there.
-        TypeError: neither a module nor a path; an example for a path.
+        TypeError: neither a module nor a path; an example for a path; a base for a model.
 
     Example:
         >>> import torch, wellcond as wc
@@ -130,77 +111,70 @@ def audit(
         >>> sorted(f.label for f in wc.audit(attention, include=["qk*"], heads=True).findings)
         ['qk0', 'qk1']
     """
-    matrices, skipped, damaged, total, source, find = _source(model_or_path, example)
-    attentions, value = find() if heads else ([], current)
+    source = source_of(model_or_path, example, base)
+    attentions, value = source.heads() if heads else ([], current)
     if heads and not attentions:
         raise ValueError(
-            f"`heads` asks for the heads of attention, but {source} has none that is known. Leave "
-            "it out, or call the projections q_proj, k_proj, v_proj and o_proj."
+            f"`heads` asks for the heads of attention, but {source.name} has none that is known. "
+            "Leave it out, or call the projections q_proj, k_proj, v_proj and o_proj."
         )
     rows = [names for one in attentions for names in _rows_of(one).values()]
-    wanted = chosen(matrices, skipped, include, exclude, rows)
-    findings = [
-        Finding(name, "", (0, 0), "", status=Status.failed, detail=reason)
-        for name, reason in damaged.items()
-    ]
-    where: dict[int, Matrices] = {}
-    covered = 0
+    rows += [_names_of(*one) for one in source.adapters]
+    skipped = source.skipped
+    wanted = chosen(source.matrices, skipped, include, exclude, rows)
+    adapters = [one for one in source.adapters if _asked_for(_names_of(*one), include, exclude)]
+    labels = {name for name, _ in adapters}
+    bases = [one for one in source.bases if one.name in labels]
     views = {id(one): _views_of(one, include, exclude) for one in attentions}
     attentions = [one for one in attentions if views[id(one)]]
-    work = work_of(wanted)
-    # The heads of a module together take about as long as one of its matrices.
-    work += [math.fsum(work) / max(1, len(work))] * len(attentions)
+    work = work_of([*wanted, *bases])
+    # Heads of a module, together, and an adapter take no longer than other matrices in the mean.
+    work += [math.fsum(work) / max(1, len(work))] * (len(attentions) + len(adapters))
     counter = Counter(progress, work)
-    for one in wanted:
-        counter.next(one.name)
-        found = _findings(one, certify)
-        where |= {id(finding): one for finding in found}
-        covered += sum(finding.entries for finding in found if finding.measured)
-        findings += found
-    measured = sum(finding.measured for finding in findings)
-    failed = len(findings) - measured
+
+    findings = [
+        Finding(name, "", (0, 0), "", status=Status.failed, detail=reason)
+        for name, reason in source.failed.items()
+    ]
+    where: dict[int, Matrices] = {}
+
+    def measure(matrices: Sequence[Matrices]) -> None:
+        for one in matrices:
+            counter.next(one.name)
+            found = findings_of(one, certify)
+            where.update({id(finding): one for finding in found})
+            findings.extend(found)
+
+    measure(wanted)
+    for name, adapter in adapters:
+        counter.next(name)
+        findings.append(finding_of_adapter(adapter, name))
+    coverage = _coverage(findings, source)
+    # These stand for parameters that are counted already, or for those of another source.
+    measure(bases)
     for attention in attentions:
         counter.next(attention.name)
-        findings += _of_heads(attention, views[id(attention)], value)
+        findings += findings_of_heads(attention, views[id(attention)], value)
     if not any(finding.measured for finding in findings):
-        raise ValueError(_nothing(source, findings, skipped))
+        raise ValueError(_nothing(source.name, findings, skipped))
     findings.sort(key=sort_key)
     for index, finding in enumerate(findings[:curves]):
         known = finding.singular_values or finding.grade is Grade.bounded
         if finding.measured and not known:
             # None of these if it cannot be read or measured again.
-            again = _findings(where[id(finding)], certify=False, all_values=True)
+            again = findings_of(where[id(finding)], certify=False, all_values=True)
             values = [other.singular_values for other in again if other.view == finding.view]
             findings[index] = replace(finding, singular_values=values[0] if values else ())
-    coverage = Coverage(measured, failed, skipped, min(1.0, covered / total) if total else 0.0)
-    return AuditReport(findings, coverage, source, versions())
+    return AuditReport(findings, coverage, source.name, versions())
 
 
-def _source(
-    model_or_path: nn.Module | str | os.PathLike[str], example: Any
-) -> tuple[list[Matrices], dict[str, Skipped], dict[str, str], int, str, _Find]:
-    """The matrices, what is none, what is damaged, how many parameters there are, a name, and how
-    to find heads."""
-    if isinstance(model_or_path, nn.Module):
-        model = unwrapped(model_or_path)
-        sliding = {} if example is None else geometries(model, example)
-        matrices, skipped, total = effective_matrices(model, sliding)
-        name = type(model).__name__
-        return matrices, skipped, {}, total, name, lambda: (heads_of(model), current)
-    if isinstance(model_or_path, str | os.PathLike):
-        if example is not None:
-            raise TypeError(
-                "`example` must come with a model, got a path: a file does not say how its "
-                "convolutions slide. Load the model, and audit that."
-            )
-        file = Checkpoint(model_or_path)
-        found, name = list(file.matrices()), str(file.path)
-        heads = partial(_heads_in, file, found)
-        return found, file.skipped(), file.damaged, file.parameters, name, heads
-    raise TypeError(
-        "`model_or_path` must be a torch.nn.Module or a path, got "
-        f"{type(model_or_path).__name__}. Of a state dict save a file, or audit its model."
-    )
+def _coverage(findings: Sequence[Finding], source: Source) -> Coverage:
+    """Of rows that each stand for parameters of their own, but for those with an adapter added."""
+    own = [finding for finding in findings if not finding.view.endswith("merged")]
+    measured = [finding for finding in own if finding.measured]
+    covered = sum(finding.entries for finding in measured)
+    share = min(1.0, covered / source.parameters) if source.parameters else 0.0
+    return Coverage(len(measured), len(own) - len(measured), source.skipped, share)
 
 
 def chosen(
@@ -251,25 +225,9 @@ def _asked_for(names: Sequence[str], include: Sequence[str], exclude: Sequence[s
     return not excluded and (included or not include)
 
 
-def _heads_in(file: Checkpoint, matrices: Sequence[Matrices]) -> tuple[list[Attention], Value]:
-    """The heads in a file, and how to read its tensors by their names."""
-    read = {alias: one.read for one in matrices for alias in one.aliases}
-    entries = {name: entry for name, (_, entry) in file.where.items()}
-    shapes = {alias: entries[one.name].shape for one in matrices for alias in one.aliases}
-    shapes |= {name: entry.shape for name, entry in entries.items() if len(entry.shape) == 1}
-    return heads_by_name(shapes, _config(file.directory)), lambda _, name: read[name]()
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    """What config.json says there; nothing if it is none."""
-    path = directory / "config.json"
-    try:
-        if not path.is_file() or path.stat().st_size > _CONFIG:
-            return {}
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+def _names_of(name: str, adapter: Adapter) -> tuple[str, ...]:
+    """What a pattern may match of an adapter to the weight of this name."""
+    return name, f"{name}:delta", f"{name}:merged", *adapter.parts
 
 
 def _rows_of(attention: Attention) -> dict[str, tuple[str, ...]]:
@@ -283,227 +241,3 @@ def _nothing(source: str, findings: list[Finding], skipped: dict[str, Skipped]) 
     reasons += [f"{name}: {why}" for name, why in skipped.items()]
     listed = and_more(reasons, separator="; ") if reasons else "it is empty"
     return f"{source} must hold a weight matrix that can be measured, but has none ({listed})."
-
-
-def _findings(one: Matrices, certify: bool, all_values: bool = False) -> list[Finding]:
-    """A row for each matrix of a tensor; trouble with one is its status."""
-    try:
-        tensor = one.read()
-        views = one.views(tensor)
-    except Exception as error:  # whatever it is, the other weights are still to be measured
-        return [Finding(one.name, "", (0, 0), "", status=Status.failed, detail=_in_words(error))]
-    found = []
-    for view, S in views.items():
-        if one.geometry is not None:
-            found.append(_acting(one.name, tensor.detach().cpu(), one.geometry))
-            continue
-        blank = Finding(one.name, view, tuple(S.shape), str(S.dtype).removeprefix("torch."))
-        try:
-            found.append(_finding(blank, S.detach().cpu(), certify, all_values))
-        except Exception as error:
-            found.append(replace(blank, status=Status.failed, detail=_in_words(error)))
-    return found
-
-
-def _acting(name: str, kernel: Tensor, geometry: Geometry) -> Finding:
-    """The row of a convolution as it acts; trouble with it is its status."""
-    S = Convolution(kernel, geometry)
-    dtype = str(S.dtype).removeprefix("torch.")
-    blank = Finding(name, "operator", tuple(S.shape), dtype, entries=kernel.numel())
-    if not bool(torch.isfinite(kernel).all()):
-        detail = f"{int((~torch.isfinite(kernel)).sum())} of {kernel.numel()} entries"
-        return replace(blank, status=Status.not_finite, detail=detail)
-    try:
-        found = acting(S)
-    except Exception as error:
-        return replace(blank, status=Status.failed, detail=_in_words(error))
-    (below, above), (_, smallest) = found.largest, found.smallest
-    squared = float(S.squared_frobenius_norm(torch.float64))
-    exact = len(found.singular_values) > 0
-    status, kappa = Status.ok, math.nan
-    if above == 0:
-        status = Status.zero
-    elif exact and smallest <= negligible(S.shape) * below:
-        status, kappa = Status.rank_deficient, math.inf
-    else:
-        kappa = below / smallest if smallest > 0 else math.inf
-    notes = [f"on {geometry}"]
-    if not exact:
-        notes.append(f"σ_max lies between {below:.6g} and {above:.6g}, and κ is at least this")
-    return replace(
-        blank,
-        sigma_max=below,
-        sigma_min=smallest,
-        condition_number=kappa,
-        stable_rank=squared / below**2 if below > 0 else math.nan,
-        rank=int((found.singular_values > negligible(S.shape) * below).sum()),
-        penalty=max(0.0, (below**2 - squared / S.nu) / 2),
-        grade=Grade.computed if exact else Grade.bounded,
-        status=status,
-        detail="; ".join(notes),
-        method=found.how,
-        singular_values=tuple(found.singular_values[:: -(-S.nu // _DRAWN)].tolist()),
-    )
-
-
-def _of_heads(attention: Attention, views: set[str], value: Value) -> list[Finding]:
-    """The rows of these heads of a module; trouble with one is its status."""
-
-    def blank(view: str, shape: tuple[int, ...] = (0, 0), dtype: str = "") -> Finding:
-        name = attention.name or view  # of a model that is itself attention, as `weight` of one
-        return Finding(name, view if attention.name else "", shape, dtype)
-
-    found = [
-        replace(blank(view), status=Status.failed, detail=why)
-        for view, why in attention.unknown.items()
-        if view in views
-    ]
-    try:
-        for head, S in attention.products(value, views.__contains__):
-            views = views - {head.view}
-            row = blank(head.view, tuple(S.shape), str(S.dtype).removeprefix("torch."))
-            try:
-                found.append(_of_head(row, head, S))
-            except Exception as error:
-                found.append(replace(row, status=Status.failed, detail=_in_words(error)))
-    except Exception as error:  # a parameter that cannot be read
-        unread = [head.view for head in attention.heads if head.view in views]
-        found += [
-            replace(blank(view), status=Status.failed, detail=_in_words(error)) for view in unread
-        ]
-    return found
-
-
-def _of_head(blank: Finding, head: Head, S: Product) -> Finding:
-    factors = S.B.cpu(), S.A.cpu()
-    bad = sum(int((~torch.isfinite(factor)).sum()) for factor in factors)
-    if bad:
-        detail = f"{bad} of {sum(factor.numel() for factor in factors)} entries of its factors"
-        return replace(blank, status=Status.not_finite, detail=detail)
-    spectrum = spectrum_of_product(*factors)
-    sigma, kappa, unit = spectrum.scaled, spectrum.condition_number, spectrum.unit
-    status = Status.ok
-    if math.isnan(kappa):
-        status = Status.zero
-    elif math.isinf(kappa):
-        status = Status.rank_deficient
-    top = sigma[0]
-    return replace(
-        blank,
-        sigma_max=float(top) * unit,
-        sigma_min=float(sigma[-1]) * unit,
-        condition_number=kappa,
-        stable_rank=float((sigma / top).square().sum()) if top > 0 else math.nan,
-        rank=spectrum.rank,
-        inner=S.nu,
-        penalty=float(((top - sigma) * (top + sigma)).sum()) / (2 * S.nu) * unit**2,
-        grade=Grade.computed,
-        status=status,
-        detail="; ".join(filter(None, (f"of the leading {S.nu} singular values", head.note))),
-        method="SVD of the product of two triangular factors in float64",
-        singular_values=tuple(spectrum.singular_values.tolist()),
-    )
-
-
-def _in_words(error: Exception) -> str:
-    if out_of_memory(error):
-        return "there is not enough memory to measure it"
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else 'without a message'}"
-
-
-def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool) -> Finding:
-    spread = S.aminmax()
-    if not math.isfinite(float(spread.min)) or not math.isfinite(float(spread.max)):
-        bad = int((~torch.isfinite(S)).sum())
-        detail = f"{bad} of {S.numel()} entries"
-        return replace(blank, status=Status.not_finite, detail=detail)
-    blank = with_entries(blank, S)
-    blocks = S.unbind() if S.ndim == 3 else (S,)
-    spectra, ranks = zip(*(_spectrum(block, all_values) for block in blocks), strict=True)
-    spectrum = spectrum_of_blocks(spectra)
-    certificate = None
-    if want_certificate:
-        certificate = certificate_of_blocks([certify(block) for block in blocks])
-        known = certificate.condition_number
-        if not _near(spectrum.condition_number, known) and spectrum.method is Method.krylov:
-            spectra, ranks = zip(*(_spectrum(block, True) for block in blocks), strict=True)
-            spectrum = spectrum_of_blocks(spectra)
-    sigma, kappa = spectrum.singular_values, spectrum.condition_number
-    top, low, norm, nu = float(sigma[0]), float(sigma[-1]), frobenius_norm(S), blank.nu
-    notes = [_where(spectra)] if len(blocks) > 1 else []
-    if certificate is not None:
-        if not _near(kappa, known):
-            notes.append(f"κ = {kappa:.4g} was measured, and lies outside of what is certified")
-        top = _inside(certificate.sigma_max, top)
-        low = _inside(certificate.sigma_min, low)
-        kappa = _inside(known, kappa, certificate.computed)
-        if top > 0:
-            notes.append(certificate.reason)
-    complete = spectrum.method is not Method.krylov
-    if complete:
-        penalty = float(((sigma[0] - sigma) * (sigma[0] + sigma)).sum()) / (2 * nu)
-    else:
-        mean = norm / math.sqrt(nu)
-        penalty = max(0.0, (top - mean) * (top + mean) / 2)
-    status = Status.ok
-    if math.isnan(kappa):
-        status = Status.zero
-    elif math.isinf(kappa):
-        status = Status.rank_deficient
-    grade = Grade.computed if complete else Grade.estimated
-    if certificate is not None and certificate.certified:
-        grade = Grade.certified
-    return replace(
-        blank,
-        sigma_max=top,
-        sigma_min=low,
-        condition_number=kappa,
-        stable_rank=(norm / top) ** 2 if top > 0 else math.nan,
-        rank=sum(ranks),
-        penalty=penalty,
-        grade=grade,
-        status=status,
-        detail="; ".join(filter(None, notes)),
-        method=spectrum.method.value,
-        certificate=certificate,
-        singular_values=tuple(sigma.tolist()) if complete else (),
-    )
-
-
-def _near(number: float, interval: Interval) -> bool:
-    """Whether it lies there, but for the error that a measured number may have."""
-    if math.isnan(number):
-        return True
-    return interval.lower * (1 - _ERROR) <= number <= interval.upper * (1 + _ERROR)
-
-
-def _inside(interval: Interval, *numbers: float) -> float:
-    """The first of the numbers that lies there, else its end nearest to the first."""
-    nearest = min(max(numbers[0], interval.lower), interval.upper)
-    return next((number for number in numbers if number in interval), nearest)
-
-
-def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
-    """Of one matrix, and how many singular values no rounding of its entries could have made."""
-    spectrum = measure(S, all_values)
-    sigma = spectrum.singular_values
-    # Rounding to the dtype moves an entry by u times its size, or half the smallest number.
-    dtype = torch.finfo(S.dtype)
-    rounding = dtype.eps / 2 * (frobenius_norm(S) + dtype.tiny * math.sqrt(S.numel()))
-    zero = max(rounding, negligible(S.shape) * float(sigma[0]))
-    if spectrum.method is not Method.krylov:
-        return spectrum, int((sigma > zero).sum())
-    if float(sigma[-1]) <= zero:
-        return _spectrum(S, all_values=True)
-    return spectrum, min(S.shape)
-
-
-def _where(spectra: Sequence[Spectrum]) -> str:
-    """Which of several groups have the extremes."""
-    groups = range(len(spectra))
-    largest, smallest = (
-        [float(spectrum.singular_values[end]) for spectrum in spectra] for end in (0, -1)
-    )
-    first, last = max(groups, key=largest.__getitem__), min(groups, key=smallest.__getitem__)
-    return f"{len(groups)} groups: sigma_max in group {first}, sigma_min in group {last}"

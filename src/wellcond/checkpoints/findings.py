@@ -45,6 +45,7 @@ class Status(enum.Enum):
         "so the condition number is infinite"
     )
     zero = "every entry is zero, so there is no condition number"
+    fresh = "the adapter adds nothing yet: B A is zero"
     not_finite = "it holds NaN or infinity"
     failed = "it could not be measured"
 
@@ -56,7 +57,8 @@ class Finding:
     Attributes:
         name: its parameter name.
         view: which matrix of the parameter: "q", "3" of a stack, "kernel"; "operator" for a
-            convolution as it acts; "" if it has one.
+            convolution as it acts; "delta" for what an adapter adds, "merged" for the sum; "" if it
+            has one.
         shape: (m, n), outputs and inputs; (g, m, n) of the kernel of a convolution in g groups,
             which acts as one block-diagonal matrix and is measured as that.
         dtype: in which it is stored, such as "bfloat16".
@@ -84,6 +86,10 @@ class Finding:
         subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
             digits, and hardware may take them for zero.
         float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.
+        added_share: of a weight with what an adapter of rank r adds, which part of the sum of its r
+            largest singular values comes from the adapter; nan of others. See
+            `wellcond.linalg.leading.added`.
+        added_new: of so many of these r singular values more than half comes from the adapter.
     """
 
     name: str
@@ -107,6 +113,8 @@ class Finding:
     largest_entry: float = math.nan
     subnormal_share: float = math.nan
     float16_zero_share: float = math.nan
+    added_share: float = math.nan
+    added_new: int = 0
 
     def __post_init__(self) -> None:
         if not self.entries:  # of a convolution as it acts there are fewer
@@ -144,14 +152,16 @@ class Finding:
 
     @property
     def measured(self) -> bool:
-        return self.status in (Status.ok, Status.rank_deficient, Status.zero)
+        return self.status in (Status.ok, Status.rank_deficient, Status.zero, Status.fresh)
 
     def exceeds(self, max_condition: float) -> bool:
         """Whether kappa is above; the certified upper bound if there is one.
 
         A kappa that is infinite, undefined or unknown is above every limit; one that is bounded
-        from below alone is above those below that.
+        from below alone is above those below that. An adapter that adds nothing is above none.
         """
+        if self.status is Status.fresh:
+            return False
         kappa = self.condition_number
         if self.certificate is not None:
             kappa = self.certificate.condition_number.upper
@@ -182,6 +192,8 @@ class Finding:
             "largest_entry": self.largest_entry,
             "subnormal_share": self.subnormal_share,
             "float16_zero_share": self.float16_zero_share,
+            "added_share": self.added_share,
+            "added_new": self.added_new,
             "grade": self.grade.name,
             "status": self.status.name,
             "detail": self.explanation,
@@ -251,6 +263,8 @@ class Coverage:
 
 
 def sort_key(finding: Finding) -> tuple[bool, bool, float]:
-    """Failed ones first, then undefined ones, then by descending kappa."""
+    """Failed ones first, then undefined ones, then by descending kappa; fresh adapters last."""
+    if finding.status is Status.fresh:
+        return True, True, 0.0
     kappa = finding.condition_number
     return finding.measured, not math.isnan(kappa), -kappa

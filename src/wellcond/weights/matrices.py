@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wellcond.operators.convolution import Geometry
+from wellcond.weights.adapters import Adapter
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Matrices:
     `read` may be slow, and what it returns large: it is for one tensor at a time. A view may be a
     stack (g, m, n): the blocks of one block-diagonal map, such as the groups of a convolution.
     The tensor of which the geometry is known is a kernel, of a convolution on inputs of that size.
+    Where there are adapters, what they add acts besides.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Matrices:
     views: Callable[[Tensor], dict[str, Tensor]]
     read: Callable[[], Tensor]
     geometry: Geometry | None = None
+    adapters: tuple[Adapter, ...] = ()
 
 
 def is_vector(shape: Sequence[int]) -> bool:

@@ -1,0 +1,182 @@
+"""What there is to measure in a model, in a file, and in an adapter with the base it belongs to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wellcond.checkpoints.files import Checkpoint
+from wellcond.text import and_more
+from wellcond.weights.adapters import (
+    Adapter,
+    find_adapters,
+    setting_of_file,
+    setting_of_model,
+    weight_of,
+)
+from wellcond.weights.discover import current, effective_matrices, heads_of, unwrapped
+from wellcond.weights.heads import Attention, Value, heads_by_name
+from wellcond.weights.matrices import Matrices
+from wellcond.weights.reasons import Reason, Skipped
+from wellcond.weights.sizes import geometries
+
+_CONFIG = 1 << 20  # bytes; those of large models have some thousand
+
+
+@dataclass
+class Source:
+    """What there is to measure.
+
+    Attributes:
+        name: of a file its path, of a model its class.
+        matrices: one a tensor.
+        skipped: what is no weight, and why.
+        parameters: how many entries all parameters have.
+        heads: finds the heads of attention, and says how to read what they rest on.
+        failed: what cannot be read, and why.
+        adapters: by the name of the weight to which each belongs; their factors are no matrices.
+        bases: of these weights those that lie in another source.
+    """
+
+    name: str
+    matrices: list[Matrices]
+    skipped: dict[str, Skipped]
+    parameters: int
+    heads: Callable[[], tuple[list[Attention], Value]]
+    failed: dict[str, str] = field(default_factory=dict)
+    adapters: list[tuple[str, Adapter]] = field(default_factory=list)
+    bases: list[Matrices] = field(default_factory=list)
+
+
+def source_of(
+    model_or_path: nn.Module | str | os.PathLike[str], example: Any = None, base: Any = None
+) -> Source:
+    """Of a model, or of a path.
+
+    Raises:
+        TypeError: neither, or an example for a path, or a base for a model.
+        ValueError: the base has none of the weights that are adapted.
+    """
+    if isinstance(model_or_path, nn.Module):
+        if base is not None:
+            raise TypeError(
+                "`base` must come with the path of an adapter, got a model. A model of PEFT holds "
+                "its base: audit it alone."
+            )
+        return _of_model(unwrapped(model_or_path), example)
+    if isinstance(model_or_path, str | os.PathLike):
+        if example is not None:
+            raise TypeError(
+                "`example` must come with a model, got a path: a file does not say how its "
+                "convolutions slide. Load the model, and audit that."
+            )
+        source = _of_file(Checkpoint(model_or_path))
+        return source if base is None else _with_base(source, source_of(base))
+    raise TypeError(
+        "`model_or_path` must be a torch.nn.Module or a path, got "
+        f"{type(model_or_path).__name__}. Of a state dict save a file, or audit its model."
+    )
+
+
+def _of_model(model: nn.Module, example: Any) -> Source:
+    sliding = {} if example is None else geometries(model, example)
+    matrices, skipped, total = effective_matrices(model, sliding)
+    found = Source(
+        type(model).__name__, matrices, skipped, total, lambda: (heads_of(model), current)
+    )
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return _with_adapters(found, find_adapters(read, shapes, setting_of_model(model)))
+
+
+def _of_file(file: Checkpoint) -> Source:
+    matrices = list(file.matrices())
+    heads = partial(_heads_in, file, matrices)
+    found = Source(
+        str(file.path), matrices, file.skipped(), file.parameters, heads, dict(file.damaged)
+    )
+    plain = {
+        name: (owner, entry)
+        for name, (owner, entry) in file.where.items()
+        if entry.skipped is None or entry.skipped.reason is Reason.vector
+    }
+    read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
+    shapes = {name: entry.shape for name, (_, entry) in plain.items()}
+    setting = setting_of_file(_config(file.directory, "adapter_config.json"))
+    return _with_adapters(found, find_adapters(read, shapes, setting))
+
+
+def _with_adapters(source: Source, adapters: list[Adapter]) -> Source:
+    """Each pair of factors is one adapter, and the weight beside it what it is added to."""
+    parts = {name for adapter in adapters for name in adapter.parts}
+    matrices = {one.name: one for one in source.matrices if one.name not in parts}
+    for adapter in adapters:
+        name = weight_of(adapter, matrices, beside=True)
+        source.adapters.append((name or adapter.weight, adapter))
+        setting = adapter.setting
+        if name and setting.acts and not setting.unknown and not math.isnan(setting.scale):
+            one = matrices[name]
+            matrices[name] = replace(one, adapters=(*one.adapters, adapter))
+    return replace(source, matrices=list(matrices.values()))
+
+
+def _with_base(source: Source, base: Source) -> Source:
+    """With the weights of the base to which its adapters belong, under the names of the base."""
+    if not source.adapters or any(one.adapters for one in source.matrices):
+        found = "holds its base" if source.adapters else "has no pair of lora_A and lora_B"
+        raise ValueError(
+            f"`base` must come with an adapter by itself, but {source.name} {found}. "
+            "Leave `base` out."
+        )
+    matrices = {alias: one for one in base.matrices for alias in one.aliases}
+    adapters, failed = [], dict(source.failed)
+    bases: dict[str, Matrices] = {}
+    for label, adapter in source.adapters:
+        name = weight_of(adapter, matrices)
+        if name is None:
+            skipped = weight_of(adapter, base.skipped)
+            why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
+            failed[f"{label}:merged"] = f"in {base.name} it {why}"
+            adapters.append((label, adapter))
+            continue
+        one = bases.get(name, matrices[name])
+        bases[name] = replace(one, name=name, adapters=(*one.adapters, adapter))
+        adapters.append((name, adapter))
+    if not bases:
+        wanted = and_more((label for label, _ in source.adapters), limit=3)
+        raise ValueError(
+            f"`base` must hold the weights that {source.name} adapts, as {wanted}, but holds "
+            f"{and_more(matrices, limit=3)}. Give the model that the adapter was trained on."
+        )
+    return replace(source, adapters=adapters, bases=list(bases.values()), failed=failed)
+
+
+def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attention], Value]:
+    """The heads in a file, and how to read its tensors by their names."""
+    read = {alias: one.read for one in matrices for alias in one.aliases}
+    entries = {name: entry for name, (_, entry) in file.where.items()}
+    shapes = {alias: entries[one.name].shape for one in matrices for alias in one.aliases}
+    shapes |= {name: entry.shape for name, entry in entries.items() if len(entry.shape) == 1}
+    config = _config(file.directory, "config.json")
+    return heads_by_name(shapes, config), lambda _, name: read[name]()
+
+
+def _config(directory: Path, name: str) -> dict[str, Any]:
+    """What such a file says there; nothing if it is none."""
+    path = directory / name
+    try:
+        if not path.is_file() or path.stat().st_size > _CONFIG:
+            return {}
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,210 @@
+"""Low-rank adapters: a weight W that acts as W + s B A (Hu et al., arXiv 2106.09685).
+
+They are known as PEFT names them: `lora_A` and `lora_B` in the module that wraps W, or in a file of
+their own, of which adapter_config.json says the scale s. With DoRA (Liu et al., arXiv 2402.09353)
+the rows of the sum are brought to lengths that are stored.
+
+Letters: W (m, n), or (n, m) where a module stores it so; B (m, r), A (r, n).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wellcond.operators.product import Product
+
+Read = Callable[[], Tensor]
+
+_WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
+_FACTOR = re.compile(r"(.+)\.lora_([A-Za-z_]+?)(?:\.([^.]+))??(?:\.weight)?")
+_LITERAL = re.compile(r"\^?[\w.-]+")
+# They change the base at first, so that W + s B A is what W was.
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_UNSCALED = "its scale is not known, as no adapter_config.json is beside it"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is not in the factors.
+
+    Attributes:
+        scale: s; nan if it is not known.
+        transposed: W is stored as (n, m).
+        unknown: why it is not known what is added; "" if it is.
+        note: what a reader must know of it.
+        acts: whether it is added: not if it is not active, or part of W already.
+    """
+
+    scale: float = math.nan
+    transposed: bool = False
+    unknown: str = ""
+    note: str = ""
+    acts: bool = True
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is added to one weight.
+
+    Attributes:
+        module: that is adapted, by its path.
+        name: of the adapter; "" if there is one alone.
+        parts: the names of its tensors.
+        B: reads that factor, of a convolution a kernel.
+        A: reads that factor likewise.
+        magnitude: reads the lengths of the rows, with DoRA.
+        setting: the rest.
+    """
+
+    module: str
+    name: str
+    parts: tuple[str, ...]
+    B: Read
+    A: Read
+    magnitude: Read | None
+    setting: Setting
+
+    @property
+    def weight(self) -> str:
+        """The name of W in a model that was not adapted."""
+        return f"{self.module.removeprefix(_WRAPPER)}.weight"
+
+    def product(self) -> Product:
+        """B A.
+
+        Raises:
+            ValueError: it is not known, or the factors do not fit.
+        """
+        if self.setting.unknown:
+            raise ValueError(self.setting.unknown)
+        B, A = self.B().flatten(1), self.A().flatten(1)
+        if B.shape[1] != A.shape[0]:
+            raise ValueError(f"there is no product of {tuple(B.shape)} and {tuple(A.shape)}")
+        return Product(B, A.mT)
+
+    def change(self, W: Tensor) -> Tensor:
+        """What acts less W, in float64 on the CPU and of its shape: s B A, and what DoRA adds.
+
+        Raises:
+            ValueError: it is not known, the factors do not fit, or what they add does not fit W.
+        """
+        S, setting = self.product(), self.setting
+        if math.isnan(setting.scale):
+            raise ValueError(_UNSCALED)
+        wide = W.detach().to("cpu", torch.float64).flatten(1)
+        wide = wide.mT if setting.transposed else wide
+        if S.shape != wide.shape:
+            raise ValueError(f"{tuple(S.shape)} is added, but the weight is {tuple(wide.shape)}")
+        added = setting.scale * (S.B.cpu().double() @ S.A.cpu().double().mT)
+        if self.magnitude is not None:
+            merged = wide + added
+            factor = self.magnitude().detach().cpu().double().flatten() / merged.norm(dim=1)
+            added = factor[:, None] * merged - wide
+        return (added.mT if setting.transposed else added).reshape(W.shape)
+
+
+def find_adapters(
+    read: Mapping[str, Read],
+    shapes: Mapping[str, tuple[int, ...]],
+    setting: Callable[[str, str, int], Setting],
+) -> list[Adapter]:
+    """All that tensors of these names are; the setting is that of a module, a name and a rank."""
+    parts: dict[tuple[str, str], dict[str, str]] = {}
+    for name in shapes:
+        if found := _FACTOR.fullmatch(name):
+            parts.setdefault((found[1], found[3] or ""), {})[found[2]] = name
+    adapters = []
+    for (module, adapter), named in parts.items():
+        B, A, magnitude = (named.pop(part, None) for part in ("B", "A", "magnitude_vector"))
+        if B is None or A is None or not {A, B} <= read.keys():
+            continue
+        path = module.removesuffix(_WRAPPED)
+        rank = shapes[A][0]
+        known = setting(path, adapter, rank)
+        if named:
+            why = f"with lora_{min(named)} beside A and B, it is no LoRA that is known"
+            known = Setting(unknown=why)
+        lengths = read.get(magnitude) if magnitude else None
+        names = tuple(filter(None, (B, A, magnitude, *named.values())))
+        adapters.append(Adapter(path, adapter, names, read[B], read[A], lengths, known))
+    return adapters
+
+
+def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], Setting]:
+    """By adapter_config.json; of one that is empty no scale is known.
+
+    s is alpha/r, or alpha/sqrt(r) with `use_rslora`.
+    """
+    begun = str(config.get("init_lora_weights", "")).lower()
+    residual = f"begun by {begun}: its base is what that left of the model"
+    note = residual if begun.startswith(_RESIDUAL) else ""
+    stacks = {str(p).rpartition(".")[0] for p in config.get("target_parameters") or ()}
+
+    def setting(module: str, _: str, rank: int) -> Setting:
+        path = module.removeprefix(_WRAPPER)
+        if any(_ends(path, stack) for stack in stacks):
+            return Setting(unknown="it adapts a stack of matrices, which is not known")
+        alpha = config.get("lora_alpha")
+        patterns = config.get("alpha_pattern") or {}
+        for pattern in patterns if isinstance(patterns, dict) else ():
+            if not _LITERAL.fullmatch(pattern):  # one from a file could run for hours
+                why = "its scale is not known, as alpha_pattern is a regular expression"
+                return Setting(unknown=why)
+            whole = pattern.removeprefix("^")
+            if path == whole or (whole == pattern and _ends(path, pattern)):
+                alpha = patterns[pattern]
+                break
+        if not isinstance(alpha, int | float) or not rank:
+            return Setting(note=_UNSCALED)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return Setting(scale, bool(config.get("fan_in_fan_out")), note=note)
+
+    return setting
+
+
+def setting_of_model(model: nn.Module) -> Callable[[str, str, int], Setting]:
+    """By what the modules say that PEFT puts around others."""
+    modules = dict(model.named_modules())
+
+    def setting(module: str, name: str, _: int) -> Setting:
+        wrapper = modules.get(module)
+        scaling = getattr(wrapper, "scaling", {})
+        if name not in scaling:
+            return Setting(unknown="its module says no scale")
+        merged = name in getattr(wrapper, "merged_adapters", ())
+        active = name in getattr(wrapper, "active_adapters", (name,))
+        off = getattr(wrapper, "disable_adapters", False) or not active
+        note = "part of the weight already" if merged else "not active" if off else ""
+        transposed = bool(getattr(wrapper, "fan_in_fan_out", False))
+        return Setting(float(scaling[name]), transposed, note=note, acts=not (merged or off))
+
+    return setting
+
+
+def weight_of(adapter: Adapter, names: Collection[str], beside: bool = False) -> str | None:
+    """What they call the weight that is adapted, of the same file or of that of a base.
+
+    Beside its adapter it is called `base_layer`. In a base it has the name of its module, or one is
+    the end of the other: a model with a head calls `model.layers.0.q_proj.weight` what its body
+    calls `layers.0.q_proj.weight`. None if there is none, or no single one.
+    """
+    if beside:
+        inside = f"{adapter.module}{_WRAPPED}.weight"
+        return inside if inside in names else None
+    if adapter.weight in names:
+        return adapter.weight
+    if shorter := [name for name in names if _ends(adapter.weight, name)]:
+        return max(shorter, key=len)
+    longer = [name for name in names if _ends(name, adapter.weight)]
+    return longer[0] if len(longer) == 1 else None
+
+
+def _ends(path: str, end: str) -> bool:
+    return path == end or path.endswith(f".{end}")

@@ -1,0 +1,344 @@
+"""An audit of adapters: W, W + s B A and s B A, of files and models as PEFT makes them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import wellcond as wc
+from wellcond.cli import main
+
+M, N, R = 7, 10, 3
+
+
+def entries(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def written(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    if config is not None:
+        plain = {"peft_type": "LORA", "r": R, "lora_alpha": 6} | config
+        (folder / "adapter_config.json").write_text(json.dumps(plain))
+    return folder
+
+
+def pair(module: str, seed: int = 1) -> dict[str, Tensor]:
+    name = f"base_model.model.{module}"
+    return {
+        f"{name}.lora_A.weight": entries(R, N, seed=seed),
+        f"{name}.lora_B.weight": entries(M, R, seed=seed + 1),
+    }
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.safetensors"
+    weights = {
+        "layers.0.q_proj.weight": entries(M, N, seed=3),
+        "layers.1.q_proj.weight": entries(M, N, seed=4),
+        "layers.0.up_proj.weight": entries(20, M, seed=5),
+    }
+    save_file(weights, path)
+    return path
+
+
+def rows(report: wc.AuditReport) -> dict[str, wc.Finding]:
+    return {finding.label: finding for finding in report.findings}
+
+
+def dense(S: Tensor) -> Tensor:
+    return torch.linalg.svdvals(S.double())
+
+
+def test_three_rows_equal_their_dense_twins(base: Path, tmp_path: Path) -> None:
+    tensors = pair("layers.0.q_proj")
+    adapter = written(tmp_path / "adapter", tensors, {})
+    A, B = (t.double() for t in tensors.values())
+    W = entries(M, N, seed=3).double()
+    found = rows(wc.audit(adapter, base=base))
+    name = "layers.0.q_proj.weight"
+    assert set(found) == {name, f"{name}:merged", f"{name}:delta"}
+    for label, S, nu in (
+        (name, W, M),
+        (f"{name}:merged", W + 2 * B @ A, M),  # s = alpha/r = 6/3
+        (f"{name}:delta", 2 * B @ A, R),
+    ):
+        sigma, row = dense(S)[:nu], found[label]
+        assert row.shape == (M, N)
+        assert row.sigma_max == pytest.approx(float(sigma[0]), rel=1e-9)
+        assert row.sigma_min == pytest.approx(float(sigma[-1]), rel=1e-9)
+        assert row.condition_number == pytest.approx(float(sigma[0] / sigma[-1]), rel=1e-9)
+        squares = float(sigma.square().sum())
+        assert row.stable_rank == pytest.approx(squares / float(sigma[0]) ** 2, rel=1e-9)
+        assert row.penalty == pytest.approx((float(sigma[0]) ** 2 - squares / nu) / 2, rel=1e-9)
+        assert (row.rank, row.nu) == (nu, nu)
+    U, sigma, Vh = torch.linalg.svd(W + 2 * B @ A, full_matrices=False)
+    parts = (U * (2 * B @ A @ Vh.mT)).sum(0)[:R]
+    merged = found[f"{name}:merged"]
+    assert merged.added_share == pytest.approx(float(parts.sum() / sigma[:R].sum()), rel=1e-9)
+    assert merged.added_new == int((parts > sigma[:R] / 2).sum())
+    assert math.isnan(found[name].added_share)
+
+
+SCALES = [
+    ({}, 2.0),
+    ({"use_rslora": True}, 6 / math.sqrt(3)),
+    ({"alpha_pattern": {"q_proj": 12}}, 4.0),
+    ({"alpha_pattern": {"proj": 12, "0.q_proj": 15}}, 5.0),
+    ({"alpha_pattern": {"^layers.0.q_proj": 9}}, 3.0),
+    ({"alpha_pattern": {"^q_proj": 9}}, 2.0),
+    ({"lora_alpha": -6}, -2.0),
+]
+
+
+@pytest.mark.parametrize(("config", "scale"), SCALES)
+def test_the_scale_is_that_of_the_config(
+    config: dict[str, Any], scale: float, base: Path, tmp_path: Path
+) -> None:
+    tensors = pair("layers.0.q_proj")
+    found = rows(wc.audit(written(tmp_path / "adapter", tensors, config), base=base))
+    A, B = (t.double() for t in tensors.values())
+    W = entries(M, N, seed=3).double()
+    for view, S in (("delta", scale * B @ A), ("merged", W + scale * B @ A)):
+        row = found[f"layers.0.q_proj.weight:{view}"]
+        assert row.sigma_max == pytest.approx(float(dense(S)[0]), rel=1e-9)
+
+
+def test_a_fresh_adapter_is_no_alarm(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = pair("layers.0.q_proj")
+    tensors["base_model.model.layers.0.q_proj.lora_B.weight"].zero_()
+    adapter = written(tmp_path / "adapter", tensors, {})
+    report = wc.audit(adapter, base=base)
+    found = rows(report)
+    plain, merged, delta = (found[f"layers.0.q_proj.weight{v}"] for v in ("", ":merged", ":delta"))
+    assert merged.condition_number == pytest.approx(plain.condition_number, rel=1e-12)
+    assert (merged.added_share, merged.added_new) == (0.0, 0)
+    assert delta.status is wc.Status.fresh
+    assert report.findings[-1] is delta, "the last of all"
+    assert not delta.exceeds(1)
+    assert report.coverage.measured == 1
+    assert report.coverage.parameter_share == 1
+    assert main(["audit", str(adapter), "--max-condition", "1e6"]) == 0
+    assert "the adapter adds nothing yet: B A is zero" in capsys.readouterr().out
+    assert main(["audit", str(adapter), "--base", str(base), "--max-condition", "1e6"]) == 0
+    assert main(["audit", str(adapter), "--base", str(base), "--max-condition", "1.01"]) == 1
+    assert ":delta" not in capsys.readouterr().err
+
+
+def test_a_file_alone_shows_what_its_pairs_add_and_what_it_saves_besides(tmp_path: Path) -> None:
+    tensors = pair("layers.0.q_proj") | {"base_model.model.score.weight": entries(2, 7)}
+    found = rows(wc.audit(written(tmp_path / "adapter", tensors, {})))
+    assert set(found) == {"layers.0.q_proj.weight:delta", "base_model.model.score.weight"}
+    without = wc.audit(written(tmp_path / "plain", pair("layers.0.q_proj")))
+    (row,) = without.findings
+    A, B = (t.double() for t in pair("layers.0.q_proj").values())
+    assert row.condition_number == pytest.approx(
+        float(dense(B @ A)[0] / dense(B @ A)[R - 1]), rel=1e-9
+    )
+    assert "its scale is not known" in row.detail
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [
+        ("layers.0.q_proj", "layers.0.q_proj"),
+        ("model.layers.0.q_proj", "layers.0.q_proj"),  # a head around the body that was saved
+        ("layers.0.q_proj", "model.layers.0.q_proj"),
+        ("transformer.layers.1.q_proj", "layers.1.q_proj"),
+    ],
+)
+def test_the_base_may_call_its_weights_by_the_end_of_a_name(
+    inside: str, outside: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "base.safetensors"
+    other = outside.replace("0", "1") if "0" in outside else outside.replace("1", "0")
+    save_file({f"{outside}.weight": entries(M, N), f"{other}.weight": entries(M, N)}, path)
+    found = rows(wc.audit(written(tmp_path / "adapter", pair(inside), {}), base=path))
+    assert {label.partition(":")[0] for label in found} == {f"{outside}.weight"}
+
+
+def test_a_weight_that_is_missing_or_quantised_is_a_row_that_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    save_file(
+        {
+            "layers.0.q_proj.weight": entries(M, N),
+            "layers.1.q_proj.weight": entries(M, N).to(torch.int8),
+            "layers.3.q_proj.weight": entries(M, N + 1),
+        },
+        path,
+    )
+    tensors = {k: t for layer in range(4) for k, t in pair(f"layers.{layer}.q_proj").items()}
+    adapter = written(tmp_path / "adapter", tensors, {})
+    report = wc.audit(adapter, base=path)
+    found = rows(report)
+    assert found["layers.0.q_proj.weight:merged"].measured
+    failed = {label: f.explanation for label, f in found.items() if not f.measured}
+    assert set(failed) == {f"layers.{layer}.q_proj.weight:merged" for layer in (1, 2, 3)}
+    assert "is skipped, as not real floating point" in failed["layers.1.q_proj.weight:merged"]
+    assert "is not there" in failed["layers.2.q_proj.weight:merged"]
+    assert "(7, 10) is added, but the weight is (7, 11)" in failed["layers.3.q_proj.weight:merged"]
+    assert all(found[f"layers.{layer}.q_proj.weight:delta"].measured for layer in range(4))
+
+
+UNKNOWN = [
+    ({"target_parameters": ["layers.0.q_proj.weight"]}, {}, "a stack of matrices"),
+    ({"alpha_pattern": {"(.*)*q_proj": 8}}, {}, "is a regular expression"),
+    ({}, {"lora_diag": entries(R)}, "with lora_diag beside A and B"),
+]
+
+
+@pytest.mark.parametrize(("config", "more", "why"), UNKNOWN)
+def test_what_is_no_plain_sum_is_not_measured_as_one(
+    config: dict[str, Any], more: dict[str, Tensor], why: str, base: Path, tmp_path: Path
+) -> None:
+    tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
+    tensors |= {f"base_model.model.layers.0.q_proj.{name}": t for name, t in more.items()}
+    report = wc.audit(written(tmp_path / "adapter", tensors, config), base=base)
+    found = rows(report)
+    for view in ("delta", "merged"):
+        row = found[f"layers.0.q_proj.weight:{view}"]
+        assert not row.measured
+        assert why in row.explanation
+
+
+def test_factors_that_do_not_fit_and_that_hold_nan(base: Path, tmp_path: Path) -> None:
+    tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
+    tensors["base_model.model.layers.0.q_proj.lora_B.weight"] = entries(M, R + 1)
+    tensors["base_model.model.layers.1.q_proj.lora_B.weight"][0, 0] = math.nan
+    found = rows(wc.audit(written(tmp_path / "adapter", tensors, {}), base=base))
+    for view in ("delta", "merged"):
+        assert found[f"layers.0.q_proj.weight:{view}"].status is wc.Status.failed
+        assert found[f"layers.1.q_proj.weight:{view}"].status is wc.Status.not_finite
+    assert "no product of (7, 4) and (3, 10)" in found["layers.0.q_proj.weight:delta"].explanation
+
+
+def test_patterns_choose_adapters(base: Path, tmp_path: Path) -> None:
+    tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
+    adapter = written(tmp_path / "adapter", tensors, {})
+    for patterns in ({"include": ["layers.1.*"]}, {"exclude": ["*layers.0*.lora_A.*"]}):
+        found = rows(wc.audit(adapter, base=base, **patterns))
+        assert {label.partition(":")[0] for label in found} == {"layers.1.q_proj.weight"}
+        assert len(found) == 3
+
+
+def test_what_is_asked_in_vain_is_said(base: Path, tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
+    with pytest.raises(ValueError, match="has no pair of lora_A and lora_B"):
+        wc.audit(base, base=base)
+    with pytest.raises(ValueError, match=r"adapts, as far\.away\.weight, but holds layers\.0"):
+        wc.audit(written(tmp_path / "other", pair("far.away"), {}), base=base)
+    with pytest.raises(TypeError, match="must come with the path of an adapter"):
+        wc.audit(nn.Linear(3, 2), base=base)
+    with pytest.raises(FileNotFoundError):
+        wc.audit(adapter, base=tmp_path / "nowhere")
+
+
+# --- PEFT itself ----------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(N, M)
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.out = nn.Linear(M, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.lin(x))
+        return y
+
+
+def adapted(peft: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=R, lora_alpha=6, target_modules=["lin", "conv"], **settings)
+    model = peft.get_peft_model(Net(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_peft_merges_to_the_same_weights(settings: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = adapted(peft, **settings)
+    torch.manual_seed(0)
+    plain = Net()
+    torch.save(plain.state_dict(), tmp_path / "base.pt")
+    model.save_pretrained(tmp_path / "adapter")
+    whole = rows(wc.audit(model))
+    from_files = rows(wc.audit(tmp_path / "adapter", base=tmp_path / "base.pt"))
+    from_a_model = rows(wc.audit(tmp_path / "adapter", base=plain))
+    assert from_a_model.keys() == from_files.keys()
+    merged = model.merge_and_unload()
+    for name in ("lin", "conv"):
+        weight = getattr(merged, name).weight.detach().flatten(1)
+        view = "kernel:merged" if name == "conv" else "merged"
+        inside = f"base_model.model.{name}.base_layer.weight"
+        for row in (whole[f"{inside}:{view}"], from_files[f"{name}.weight:{view}"]):
+            assert row.sigma_max == pytest.approx(float(dense(weight)[0]), rel=1e-5)
+            assert row.sigma_min == pytest.approx(float(dense(weight)[-1]), rel=1e-4)
+        ours = from_files[f"{name}.weight:{view}"]
+        assert from_a_model[ours.label].condition_number == ours.condition_number
+        assert whole[f"{inside}:delta"].sigma_max == from_files[f"{name}.weight:delta"].sigma_max
+
+
+def test_a_model_says_which_adapters_act(tmp_path: Path) -> None:
+    """Two that act are summed, one that does not is shown alone, and a merged one is in W."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = adapted(peft)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lin"]))
+    nn.init.normal_(model.base_model.model.lin.lora_B["second"].weight)
+    name = "base_model.model.lin.base_layer.weight"
+    W = model.base_model.model.lin.base_layer.weight.detach().double().clone()
+    first, second = (
+        model.base_model.model.lin.get_delta_weight(a).detach().double()
+        for a in ("default", "second")
+    )
+    found = rows(wc.audit(model))
+    assert found[f"{name}:delta.second"].detail == "not active"
+    one = float(dense(W + first)[0])
+    assert found[f"{name}:merged"].sigma_max == pytest.approx(one, rel=1e-6)
+    model.base_model.set_adapter(["default", "second"])
+    both = rows(wc.audit(model))[f"{name}:merged"]
+    assert both.sigma_max == pytest.approx(float(dense(W + first + second)[0]), rel=1e-6)
+    model.base_model.set_adapter("default")
+    model.merge_adapter()
+    inside = rows(wc.audit(model))
+    assert f"{name}:merged" not in inside
+    assert inside[name].sigma_max == pytest.approx(one, rel=1e-6)
+    assert inside[f"{name}:delta"].detail == "part of the weight already"
+
+
+def test_the_weights_of_gpt2_are_stored_the_other_way_round(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    plain = transformers.GPT2Model(
+        transformers.GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=9, n_positions=8)
+    )
+    plain.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["attn.c_proj", "c_fc"], fan_in_fan_out=True
+    )
+    model = peft.get_peft_model(plain, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    found = rows(wc.audit(tmp_path / "adapter", base=tmp_path / "base"))
+    merged = model.merge_and_unload()
+    for name in ("h.0.attn.c_proj", "h.0.mlp.c_fc"):
+        sigma = dense(merged.get_submodule(name).weight.detach())
+        row = found[f"{name}.weight:merged"]
+        assert row.sigma_max == pytest.approx(float(sigma[0]), rel=1e-5)
+        assert row.condition_number == pytest.approx(float(sigma[0] / sigma[-1]), rel=1e-3)

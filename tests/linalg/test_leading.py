@@ -1,0 +1,76 @@
+"""How much of the leading singular values of a matrix comes from a part of it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wellcond.linalg import leading as module
+from wellcond.linalg.leading import added, leading
+
+
+def random(m: int, n: int, seed: int) -> Tensor:
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
+def test_the_parts_of_a_sum_make_it_up(m: int, n: int, k: int, seed: int) -> None:
+    S, D = random(m, n, seed), random(m, n, seed + 100)
+    ours, rest = added(S, D, k), added(S, S - D, k)
+    assert ours.among == rest.among == min(k, m, n)
+    assert ours.share + rest.share == pytest.approx(1, abs=1e-9)
+    assert ours.new + rest.new == ours.among
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_nothing_all_half_and_what_takes_away(m: int, n: int, seed: int) -> None:
+    S = random(m, n, seed)
+    for factor, new in ((0.0, 0), (1.0, 3), (-1.0, 0), (0.75, 3)):
+        found = added(S, factor * S, 3)
+        assert found.share == pytest.approx(factor)
+        assert found.new == min(new, m, n)
+
+
+def test_a_direction_that_an_adapter_brought_in_is_told_from_those_that_were_there() -> None:
+    """W has the values 5, 4, 3, 2, 1; the adapter adds one of 4.5 in a direction of its own."""
+    W = torch.diag(torch.tensor([5.0, 4, 3, 2, 1, 0], dtype=torch.float64))
+    D = torch.zeros(6, 6, dtype=torch.float64)
+    D[5, 5] = 4.5
+    assert added(W + D, D, 1) == (1, 0, 0.0)
+    two = added(W + D, D, 2)
+    assert (two.among, two.new) == (2, 1)
+    assert two.share == pytest.approx(4.5 / 9.5)
+
+
+def test_equal_values_do_not_make_the_share_a_matter_of_chance() -> None:
+    """Of I any vectors are singular ones: the sum over all of them is a trace."""
+    D = random(5, 5, 0)
+    identity = torch.eye(5, dtype=torch.float64)
+    assert added(identity, D, 5).share == pytest.approx(float(D.trace()) / 5)
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (40, 40)])
+def test_the_iteration_finds_what_the_decomposition_does(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair of factors on top of noise, as an adapter that matters is."""
+    S = 0.02 * random(*shape, 1) + random(shape[0], 4, 2) @ random(4, shape[1], 3)
+    exact = leading(S, 4)
+    monkeypatch.setattr(module, "_WHOLE", 0)
+    U, sigma, V = leading(S, 4)
+    torch.testing.assert_close(sigma, exact[1], rtol=1e-10, atol=0)
+    torch.testing.assert_close(S @ V, U * sigma)
+    torch.testing.assert_close((U.mT @ exact[0]).abs(), torch.eye(4, dtype=torch.float64))
+
+
+def test_the_iteration_splits_what_it_finds_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it has not converged, too: u^T S v is the value that it gives."""
+    monkeypatch.setattr(module, "_WHOLE", 0)
+    S = random(60, 90, 4)
+    U, sigma, V = leading(S, 5)
+    torch.testing.assert_close((U * (S @ V)).sum(0), sigma)
+    torch.testing.assert_close(V.mT @ V, torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(U.mT @ U, torch.eye(5, dtype=torch.float64))
+    again = leading(S, 5)
+    assert torch.equal(again[1], sigma), "the same start every time"
