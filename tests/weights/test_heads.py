@@ -287,8 +287,12 @@ def test_fused_projections_are_weights_of_their_own() -> None:
 
 
 def test_what_is_cut_head_by_head_or_not_known_stays_whole() -> None:
-    for model in (HeadFirst(), without(Timm, "num_heads"), changed(Timm, key_dim=5)):
-        assert names_of(model) == ["qkv.weight", "proj.weight"]
+    narrow = changed(Timm, proj=nn.Linear(14, 12))
+    for model in (HeadFirst(), narrow, without(Timm, "proj"), changed(Timm, key_dim=5)):
+        assert names_of(model)[0] == "qkv.weight"
+        assert not any(":" in name for name in names_of(model))
+    # How many heads there are is of no matter.
+    assert names_of(without(Timm, "num_heads"))[0] == "qkv.weight:q"
 
 
 def test_a_fused_projection_that_is_parametrized_is_cut_too() -> None:

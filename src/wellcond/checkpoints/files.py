@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,12 +24,14 @@ from wellcond.checkpoints.tensors import (
     TensorFile,
     UnreadableError,
 )
-from wellcond.weights.matrices import Matrices, entries
-from wellcond.weights.names import no_weights, views_by_name
+from wellcond.weights.fused import views_by_name
+from wellcond.weights.matrices import Matrices, entries, seen_through
+from wellcond.weights.names import no_weights
 from wellcond.weights.reasons import Reason, Skipped
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
+_CONFIG = 1 << 20  # bytes; those of large models have some thousand
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
 
@@ -180,14 +183,30 @@ class Checkpoint:
         """How many entries all parameters have together."""
         return sum(entries(entry.shape) for _, entry in self.where.values() if entry.parameter)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the config.json beside the file says; nothing if it is none."""
+        path = self.directory / "config.json"
+        try:
+            if not path.is_file() or path.stat().st_size > _CONFIG:
+                return {}
+            config = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
     def matrices(self) -> Iterator[Matrices]:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped
         unless their exact name is asked for."""
+        shapes = {name: entry.shape for name, (_, entry) in self.where.items()}
+        views = views_by_name(shapes, self.config)
         for name, (file, entry) in self.where.items():
             if entry.matrix:
-                views = views_by_name(name, len(entry.shape))
-                names = (name, *self._aliases(name))
-                yield Matrices(name, names, entry.shape, views, partial(file.read, entry.name))
+                names, seen = (name, *self._aliases(name)), views[name]
+                read = partial(file.read, entry.name)
+                yield Matrices(
+                    name, names, entry.shape, seen_through(seen.views), read, note=seen.note
+                )
 
     def skipped(self) -> dict[str, Skipped]:
         """All others, and why."""

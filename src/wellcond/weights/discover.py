@@ -7,7 +7,7 @@ of such matrices. Several views of one parameter append their own name: `attn.in
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded, operator_of
-from wellcond.operators.views import STORED, Kernel, Member, Part, Transposed, View, shape_of
-from wellcond.weights.heads import Attention, Place, find_heads, fused_projections
-from wellcond.weights.matrices import Matrices, is_vector, numbered
+from wellcond.operators.views import STORED, Kernel, Member, Transposed, View, shape_of
+from wellcond.weights.fused import GATES, Views, equal_blocks, fused_projections
+from wellcond.weights.heads import Attention, find_heads
+from wellcond.weights.matrices import Matrices, is_vector, seen_through
+from wellcond.weights.projections import Place
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -97,19 +99,13 @@ class Found:
     others: dict[str, Skipped]
 
 
-def _blocks(names: str, parameter: Tensor) -> dict[str, View]:
-    """Equal blocks of rows, one a letter."""
-    rows = len(parameter) // len(names)
-    return {name: Part(STORED, i * rows, rows) for i, name in enumerate(names)}
-
-
-_GATES = {nn.RNN: "", nn.LSTM: "ifgo", nn.GRU: "rzn", nn.RNNCell: "", nn.LSTMCell: "ifgo"}
-_GATES |= {nn.GRUCell: "rzn"}
+_GATES = {nn.RNN: "", nn.LSTM: GATES[4], nn.GRU: GATES[3]}
+_GATES |= {nn.RNNCell: "", nn.LSTMCell: GATES[4], nn.GRUCell: GATES[3]}
 
 
 def _views(
-    module: nn.Module, attribute: str, parameter: Tensor, fused: Mapping[Place, dict[str, View]]
-) -> dict[str, View] | Skipped:
+    module: nn.Module, attribute: str, parameter: Tensor, fused: Mapping[Place, Views]
+) -> Mapping[str, View] | Skipped:
     """The matrices in a parameter by the name of their view, "" if it has one only; or why none.
 
     `fused` are the views of projections that only the module above them knows.
@@ -121,20 +117,20 @@ def _views(
     if parameter.numel() == 0:
         return Skipped(Reason.empty)
     if (module, attribute) in fused:
-        return fused[module, attribute]
+        return fused[module, attribute].views
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
         return {"": Transposed()}  # of the transformers library: stored as (in, out)
     if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
         return {"": Kernel(module.groups if module.groups > 1 else None)}
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
-        return _blocks("qkv", parameter)
+        return equal_blocks("qkv", len(parameter))
     if isinstance(module, nn.MultiheadAttention) and attribute.endswith("_proj_weight"):
         return {"": STORED}
     if attribute.startswith("weight_") and type(module) in _GATES:
         gates = _GATES[type(module)]
         # weight_hr is the projection of an LSTM, one matrix.
         whole = not gates or attribute.startswith("weight_hr")
-        return {"": STORED} if whole else _blocks(gates, parameter)
+        return {"": STORED} if whole else equal_blocks(gates, len(parameter))
     if isinstance(module, nn.Linear | nn.Bilinear) and attribute == "weight":
         return {"": STORED}
     kind = type(module).__name__  # of the transformers library: MixtralExperts, MixtralTopKRouter
@@ -210,10 +206,10 @@ def find_weights(model: nn.Module) -> Found:
             continue
         views = [_views(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
         # One owner that looks rows up makes it an embedding; else one that knows the use decides.
-        known = (view for view in views if isinstance(view, dict))
+        known = (view for view in views if not isinstance(view, Skipped))
         embedding = Skipped(Reason.embedding)
         found = embedding if embedding in views else next(known, views[0])
-        if isinstance(found, dict):
+        if not isinstance(found, Skipped):
             for label, view in found.items():
                 own = f"{name}:{label}" if label else name
                 seen = tuple(f"{alias}:{label}" for alias in aliases if label)
@@ -248,7 +244,11 @@ def effective_matrices(
     name are among the matrices, with their reason in the rest: the caller decides.
     """
     acting = acting or {}
-    found = find_weights(model)
+    found, fused = find_weights(model), fused_projections(model)
+    seen: dict[str, dict[str, View]] = {}
+    for weight in found.weights:
+        name = weight.aliases[0]
+        seen.setdefault(name, {})[weight.name.removeprefix(name)[1:]] = weight.view
     matrices: dict[str, Matrices] = {}
     rest: dict[str, Skipped] = {}
     total = 0
@@ -263,18 +263,21 @@ def effective_matrices(
         if name in matrices:
             continue
         total += parameter.numel()
-        same = [other for other in found.weights if other.aliases[0] == name]
-        aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
-        views = _matrices_of([(one.name.removeprefix(name)[1:], one.view) for one in same])
-        read, geometry = partial(_detached, weight), acting.get(weight.sources[0].owner)
-        shape = tuple(parameter.shape)
-        matrices[name] = Matrices(name, aliases, shape, views, read, geometry)
+        (source,) = weight.sources
+        matrices[name] = Matrices(
+            name,
+            tuple(alias for alias in weight.aliases if ":" not in alias),
+            tuple(parameter.shape),
+            seen_through(seen[name]),
+            partial(_detached, weight),
+            acting.get(source.owner),
+            note=fused.get((source.owner, source.attribute), Views()).note,
+        )
     parameters = {name: parameter for name, _, _, parameter in _parameters(model)}
     for name, skipped in found.others.items():
         if skipped.reason is not Reason.parametrized:
             rest[name] = skipped
             total += parameters[name].numel()
-    fused = fused_projections(model)
     for prefix, module in model.named_modules():
         for attribute in getattr(module, "parametrizations", ()):
             name = f"{prefix}.{attribute}".lstrip(".")
@@ -285,26 +288,12 @@ def effective_matrices(
                 rest[name] = known
             else:
                 read = partial(effective, module, attribute)
-                views = _matrices_of(list(known.items()))
-                shape = tuple(value.shape)
-                matrices[name] = Matrices(name, (name,), shape, views, read, acting.get(module))
+                views, shape = seen_through(known), tuple(value.shape)
+                note = fused.get((module, attribute), Views()).note
+                matrices[name] = Matrices(
+                    name, (name,), shape, views, read, acting.get(module), note=note
+                )
     return list(matrices.values()), rest, total
-
-
-def _matrices_of(views: list[tuple[str, View]]) -> Callable[[Tensor], dict[str, Tensor]]:
-    def of(parameter: Tensor) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
-        for name, view in views:
-            matrix = view(parameter)
-            if isinstance(view, Kernel):
-                seen["kernel"] = matrix  # of several groups a stack: one block-diagonal map
-            elif matrix.ndim == 2:
-                seen[name] = matrix
-            else:
-                seen |= {f"{name}:{i}".lstrip(":"): one for i, one in numbered(matrix).items()}
-        return seen
-
-    return of
 
 
 def heads_of(model: nn.Module) -> list[Attention]:

@@ -4,11 +4,11 @@ Of head h, W_Q,h^T W_K,h (`qk3` of head 3) is the form by which it compares two 
 W_O,h W_V,h (`vo3`) what it carries from one to the other. Left out are biases, the factor
 1/sqrt(d), and what is not linear; a note says what stands in between.
 
-A module is known by its attributes and its numbers, not by its class: q_proj, k_proj, v_proj with
-o_proj or out_proj; query, key, value with a dense after them; qkv with proj; c_attn with c_proj;
-query_key_value with dense; and torch's MultiheadAttention. Where a number is missing, or does not
-fit the matrices, there are no heads, but the reason. Of a file the names of its tensors are those
-of the modules, and the numbers are those of the config.json beside it.
+A module is known by its attributes and its numbers, not by its class: three projections for query,
+key and value by one of some names, or a fused one, and an output projection (see `fused`). Where a
+number is missing, or does not fit the matrices, there are no heads, but the reason. Of a file the
+names of its tensors are those of the modules, and the numbers are those of the config.json beside
+it.
 
 Letters: H heads of d rows each; G of them for keys and values, and H/G queries to one of these.
 """
@@ -18,27 +18,43 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor, nn
 
 from wellcond.operators.product import Product
-from wellcond.operators.views import STORED, Part, Transposed, View
+from wellcond.operators.views import STORED, Part, View
+from wellcond.weights.fused import Cut, cut_of_attention
+from wellcond.weights.projections import (
+    HEADS,
+    Module,
+    Place,
+    Projection,
+    Stored,
+    Unknown,
+    has,
+    number,
+    part,
+    projection,
+    said,
+    stored_modules,
+)
 
-# The value of a parameter: of this module, by this name.
-Value = Callable[[nn.Module, str], Tensor]
+# The value of a tensor at a `Place`.
+Value = Callable[[Any, str], Tensor]
 
-# Where a projection is read from.
-Place = tuple[nn.Module, str]
-
-_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-_FUSED = (("qkv", "proj"), ("c_attn", "c_proj"), ("query_key_value", "dense"))
-_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-_SIZE = ("head_dim", "attention_head_size", "head_size")
-# What only modules have whose rows are cut otherwise: TinyViT and EfficientFormer, whose values are
-# larger; Falcon and GPTBigCode, by a setting.
-_OTHERWISE = ("key_dim", "new_decoder_architecture", "multi_query")
+_SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),  # of DistilBERT
+    ("q", "k", "v"),  # of T5
+)
+_OUTPUT = ("o_proj", "out_proj", "dense", "out_lin", "o", "proj")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_heads")
+_SIZE = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+_SIZE_CONFIG = ("head_dim", "d_kv")
+# What the heads share; the second Qwen-VL says another width as hidden_size.
+_WIDTH = ("embed_dim", "hidden_size")
 # Whose heads are no comparisons of tokens: XCiT and EdgeNeXt, whose attention is over channels, and
 # CaiT, which mixes heads; DaViT and CoaT by their classes.
 _OTHER_ATTENTION = ("temperature", "proj_l")
@@ -48,10 +64,7 @@ _BETWEEN = ("v_norm", "sub_norm", "inner_attn_ln", "attn_sub_norm")
 _BETWEEN_OF_TIMM = ("norm", "gate")  # elsewhere these may stand before the projections
 _ROTATED = ("rotary_emb", "rotary_ndims", "rotary_dim", "rope")
 _ROTATED_CONFIG = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim")
-
-
-class _Unknown(Exception):
-    """Why heads are not known."""
+_ROTATED_GIVEN = ("rope", "rotary_pos_emb")
 
 
 @dataclass(frozen=True)
@@ -80,13 +93,11 @@ class Attention:
         name: of the module.
         heads: of the first head what it compares, of all others, then what they carry.
         unknown: by their view, "qk", "vo" or "heads" for both, why some are not here.
-        fused: for a parameter that holds several projections the blocks of rows that they are.
     """
 
     name: str
     heads: list[Head] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
-    fused: dict[Place, dict[str, View]] = field(default_factory=dict)
 
     def names(self, view: str) -> tuple[str, ...]:
         """What a pattern may match: the name of the module, and that of one of its rows."""
@@ -124,26 +135,6 @@ def find_heads(model: nn.Module, wrapped: tuple[str, ...] = ()) -> list[Attentio
     return found
 
 
-class _Stored(nn.Module):
-    """What the names of a file say of a module."""
-
-    def __init__(self, config: Mapping[str, object]) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(**config)
-
-
-class _Tensor(nn.Module):
-    """What a file says of a Linear: the name of its weight, and the shape."""
-
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.name, self.shape = name, shape
-        self.view: View = STORED
-
-    def transpose(self) -> None:
-        self.shape, self.view = self.shape[::-1], Transposed()
-
-
 def heads_by_name(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
 ) -> list[Attention]:
@@ -153,24 +144,14 @@ def heads_by_name(
         shapes: of the tensors that can be read.
         config: what config.json says; without it there are no heads, but reasons.
     """
-    modules: dict[str, _Stored] = {}
-    for name, shape in shapes.items():
-        path, _, own = name.rpartition(".")
-        above, _, child = path.rpartition(".")
-        if own == "weight":
-            if above not in modules:
-                modules[above] = _Stored(config)
-            modules[above]._modules[child] = _Tensor(name, shape)
+    modules = stored_modules(shapes, config)
     found: list[Attention] = []
     for path, module in modules.items():
-        fused = module._modules.get("c_attn")
-        if isinstance(fused, _Tensor) and fused.shape[0] < fused.shape[-1]:  # of GPT-2: (in, out)
-            for child in ("c_attn", "c_proj", "q_attn"):
-                if isinstance(tensor := module._modules.get(child), _Tensor):
-                    tensor.transpose()
-        parent = _Stored(config)
-        parent._modules["output"] = modules.get(f"{path.rpartition('.')[0]}.output")
-        found += _attention(path, module, parent)
+        beside = Stored(path, config)
+        output = modules.get(f"{path.rpartition('.')[0]}.output")
+        if output is not None:
+            beside.parts["output"] = output
+        found += _attention(path, module, beside)
     if not config:
         more = "there is no config.json beside it that says more"
         for attention in found:
@@ -179,212 +160,194 @@ def heads_by_name(
     return found
 
 
-def fused_projections(model: nn.Module) -> dict[Place, dict[str, View]]:
-    """The parameters that hold query, key and value, and which rows these are."""
-    places = (attention.fused for attention in find_heads(model))
-    return {place: views for one in places for place, views in one.items()}
-
-
 @dataclass(frozen=True)
 class _Rows:
-    """A projection with `count` rows of which those of head h begin at start + h step."""
+    """Of a projection the rows with which each head begins; `step` lie between those of two."""
 
     place: Place
     view: View
-    count: int
-    start: int = 0
-    step: int = 0  # as many as a head has
+    starts: tuple[int, ...]
 
     def block(self, head: int, size: int) -> Block:
-        start = self.start + head * (self.step or size)
-        return Block(self.place, Part(self.view, start, size))
+        return Block(self.place, Part(self.view, self.starts[head], size))
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the projections of a module are; `output` has a row an output, `width` columns."""
+    """Where the projections of a module are; `output` has so many columns a head."""
 
     q: _Rows
     k: _Rows
     v: _Rows
-    output: tuple[Place, View, int] | str  # or why it is not known
-    numbers: tuple[int, int, int]  # H, G, d
+    output: Projection | str  # or why it is not known
+    size: int  # d
     value_size: int
     note: str = ""
-    fused: Mapping[Place, dict[str, View]] = field(default_factory=dict)
 
 
-def _attention(name: str, module: nn.Module, parent: nn.Module | None) -> list[Attention]:
+def _attention(name: str, module: Module, parent: Module | None) -> list[Attention]:
     """One, or none if the module is nothing that is known."""
     try:
         layout = _layout(module, parent)
-    except _Unknown as why:
+    except Unknown as why:
         return [Attention(name, unknown={"heads": str(why)})]
     if layout is None:
         return []
-    H, G, d = layout.numbers
+    H, G = len(layout.q.starts), len(layout.k.starts)
     heads, unknown = [], {}
     for h in range(H):
         g = h // (H // G)
         shared = f"keys of head {g} of {G}" if G < H else ""
         note = _joined(shared, layout.note, _of_comparing(module))
-        heads.append(Head(f"qk{h}", layout.q.block(h, d), layout.k.block(g, d), note))
+        left, right = layout.q.block(h, layout.size), layout.k.block(g, layout.size)
+        heads.append(Head(f"qk{h}", left, right, note))
     if isinstance(layout.output, str):
         unknown["vo"] = layout.output
     else:
-        place, view, _ = layout.output
         for h in range(H):
             g, size = h // (H // G), layout.value_size
             shared = f"values of head {g} of {G}" if G < H else ""
-            out = Block(place, Part(view, h * size, size, dim=-1))
+            view = Part(layout.output.view, h * size, size, dim=-1)
             note = _joined(shared, layout.note, _of_carrying(module))
+            out = Block(layout.output.place, view)
             heads.append(Head(f"vo{h}", out, layout.v.block(g, size), note))
-    return [Attention(name, heads, unknown, dict(layout.fused))]
+    return [Attention(name, heads, unknown)]
 
 
 def _joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
 
-def _layout(module: nn.Module, parent: nn.Module | None) -> _Layout | None:
+def _layout(module: Module, parent: Module | None) -> _Layout | None:
     if isinstance(module, nn.MultiheadAttention):
         return _of_torch(module)
-    children = module._modules
     for names in _SEPARATE:
-        if all(children.get(name) is not None for name in names):
+        if all(has(module, name) for name in names):
             return _separate(module, parent, names)
-    for fused, output in _FUSED:
-        if children.get(fused) is not None and children.get(output) is not None:
-            return _fused(module, fused, output)
-    return None
+    cut = cut_of_attention(module)
+    return None if cut is None else _fused(module, cut)
+
+
+def _each(place: Place, view: View, heads: int, size: int, start: int = 0) -> _Rows:
+    """Heads one after the other."""
+    return _Rows(place, view, tuple(start + h * size for h in range(heads)))
 
 
 def _of_torch(module: nn.MultiheadAttention) -> _Layout:
     H, E = module.num_heads, module.embed_dim
+    d = E // H
     if module._qkv_same_embed_dim:
         place = (module, "in_proj_weight")
-        q, k, v = (_Rows(place, STORED, E, i * E) for i in range(3))
+        q, k, v = (_each(place, STORED, H, d, i * E) for i in range(3))
     else:
-        q, k, v = (_Rows((module, f"{name}_proj_weight"), STORED, E) for name in "qkv")
-    output = _projection(module, "out_proj")
-    return _Layout(q, k, v, (output.place, output.view, E), (H, H, E // H), E // H)
+        q, k, v = (_each((module, f"{name}_proj_weight"), STORED, H, d) for name in "qkv")
+    return _Layout(q, k, v, projection(module, "out_proj"), d, d)
 
 
-def _separate(module: nn.Module, parent: nn.Module | None, names: tuple[str, ...]) -> _Layout:
-    q, k, v = (_projection(module, name) for name in names)
-    H, G, d = _numbers(module, q.count, k.count, names[0])
-    size, rest = divmod(v.count, G)
+def _separate(module: Module, parent: Module | None, names: tuple[str, ...]) -> _Layout:
+    given = [_matrix(module, name) for name in names]
+    H, G, d = _numbers(module, given[0].rows, given[1].rows, names[0])
+    size, rest = divmod(given[2].rows, G)
     if rest:
-        raise _Unknown(f"the {v.count} rows of `{names[2]}` are no {G} heads")
-    owner: nn.Module | None = module
-    known = [name for name in ("o_proj", "out_proj", "dense") if module._modules.get(name)]
+        raise Unknown(f"the {given[2].rows} rows of `{names[2]}` are no {G} heads")
+    owner: object = module
+    known = [name for name in _OUTPUT if has(module, name)]
     if not known and parent is not None:  # BertSelfOutput stands beside BertSelfAttention
-        owner, known = parent._modules.get("output"), ["dense"]
-    output: tuple[Place, View, int] | str = "its output projection is not known"
-    if owner is not None and known and owner._modules.get(known[0]) is not None:
+        owner, known = part(parent, "output"), ["dense"]
+    output: Projection | str = "its output projection is not known"
+    if isinstance(owner, Module) and known and has(owner, known[0]):
         try:
             output = _output(owner, known[0], H * size)
-        except _Unknown as why:
+        except Unknown as why:
             output = str(why)
-    return _Layout(q, k, v, output, (H, G, d), size)
+    there = [*given, output] if isinstance(output, Projection) else given
+    sizes = ((H, d), (G, d), (G, size))
+    q, k, v = (_each(p.place, p.view, *n) for p, n in zip(given, sizes, strict=True))
+    return _Layout(q, k, v, output, d, size, _adapted(*there))
 
 
-def _fused(module: nn.Module, fused: str, output: str) -> _Layout:
-    whole = _projection(module, fused)
-    holders = (module, getattr(module, "config", None))
-    other = [n for n in _OTHERWISE if any(getattr(one, n, None) is not None for one in holders)]
-    if other:
-        raise _Unknown(f"`{other[0]}` says that its `{fused}` is cut in a way that is not known")
+def _fused(module: Module, cut: Cut) -> _Layout:
     kind = type(module).__name__
     named = any(word in kind for word in _OTHER_CLASSES)
     if named or any(getattr(module, name, None) is not None for name in _OTHER_ATTENTION):
-        raise _Unknown(f"heads of a {kind} do not compare one token with another")
-    cross = "q_attn" in module._modules  # of GPT-2, whose c_attn has the keys and values of another
-    rows, rest = divmod(whole.count, 2 if cross else 3)
-    if rest:
-        raise _Unknown(f"the {whole.count} rows of `{fused}` are no three equal blocks")
-    H, G, d = _numbers(module, rows, rows, fused)
-    if G != H:
-        raise _Unknown(f"{G} heads for keys are said, but `{fused}` has as many as for queries")
-    views: dict[str, View] = {}
-    if fused == "query_key_value" or getattr(module, "head_first", False):
-        parts = [_Rows(whole.place, whole.view, rows, i * d, 3 * d) for i in range(3)]
-        note = f"`{fused}` taken as query, key and value of one head after the other"
+        raise Unknown(f"heads of a {kind} do not compare one token with another")
+    whole, output = cut.whole, projection(module, cut.output)
+    queries = cut.sizes.get("q", output.columns)
+    H, G, d = _numbers(module, queries, cut.sizes["k"], cut.name)
+    if cut.by_head:
+        n = H // G  # of a group of heads n are for queries, then there is one key and one value
+        group = (n + 2) * d
+        starts = (
+            tuple(h // n * group + h % n * d for h in range(H)),
+            *(tuple(g * group + (n + i) * d for g in range(G)) for i in range(2)),
+        )
+        note = f"`{cut.name}` taken as query, key and value of one head after the other"
+        if G < H:
+            note = f"`{cut.name}` taken as {n} queries, key and value of one group after the other"
+        q, k, v = (_Rows(whole.place, whole.view, one) for one in starts)
     else:
-        kept = "kv" if cross else "qkv"
-        views = {one: Part(whole.view, i * rows, rows) for i, one in enumerate(kept)}
-        parts = [_Rows(whole.place, whole.view, rows, i * rows) for i in range(len(kept))]
-        note = f"`{fused}` taken as {', '.join(kept)}"
-        if cross:
-            parts.insert(0, _projection(module, "q_attn"))
-    q, k, v = parts
-    fits = {whole.place: views} if views else {}
-    return _Layout(q, k, v, _output(module, output, H * d), (H, G, d), d, note, fits)
+        views = cut.views().views
+        count = {"q": H, "k": G, "v": G}
+        parts = {name: _each(whole.place, view, count[name], d) for name, view in views.items()}
+        if "q" not in parts:
+            other = _matrix(module, "q_attn")
+            parts["q"] = _each(other.place, other.view, H, d)
+        note = f"`{cut.name}` taken as {', '.join(views)}"
+        q, k, v = (parts[name] for name in "qkv")
+    return _Layout(q, k, v, output, d, d, _joined(note, _adapted(whole, output)))
 
 
-def _projection(module: nn.Module, name: str) -> _Rows:
-    """One that is a Linear, or a Conv1D of the transformers library, by what it says of itself."""
-    layer = module._modules[name]
-    if isinstance(layer, _Tensor):
-        if len(layer.shape) != 2:
-            raise _Unknown(f"`{name}` is no matrix")
-        return _Rows((layer, layer.name), layer.view, layer.shape[0])
-    if isinstance(layer, nn.Linear):
-        if not layer.in_features:
-            raise _Unknown(f"`{name}` is not initialised yet: run the model once first")
-        return _Rows((layer, "weight"), STORED, layer.out_features)
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
-        return _Rows((layer, "weight"), Transposed(), int(layer.nf))  # type: ignore[arg-type, union-attr]
-    kind = type(layer)
-    raise _Unknown(f"`{name}` is no Linear, but a {kind.__name__} of {kind.__module__}")
+def _adapted(*projections: Projection) -> str:
+    return "without what PEFT adds to them" if any(one.adapted for one in projections) else ""
 
 
-def _output(module: nn.Module, name: str, width: int) -> tuple[Place, View, int]:
-    rows = _projection(module, name)
-    layer = module._modules[name]
-    columns = getattr(layer, "nx", width)
-    if isinstance(layer, nn.Linear | _Tensor):
-        columns = layer.shape[1] if isinstance(layer, _Tensor) else layer.in_features
-    if columns != width:
-        raise _Unknown(f"the {columns} columns of `{name}` are not the {width} rows of the values")
-    return rows.place, rows.view, width
+def _matrix(module: Module, name: str) -> Projection:
+    found = projection(module, name)
+    if len(found.shape) != 2:
+        raise Unknown(f"`{name}` is no matrix")
+    return found
 
 
-def _numbers(module: nn.Module, queries: int, keys: int, name: str) -> tuple[int, int, int]:
+def _output(module: Module, name: str, width: int) -> Projection:
+    found = _matrix(module, name)
+    if found.columns != width:
+        columns = found.columns
+        raise Unknown(f"the {columns} columns of `{name}` are not the {width} rows of the values")
+    return found
+
+
+def _numbers(module: Module, queries: int, keys: int, name: str) -> tuple[int, int, int]:
     """H, G and d, of so many rows of queries and keys."""
     config = getattr(module, "config", None)
-    H = _number(module, _HEADS) or _number(config, _HEADS)
+    H = number(module, HEADS) or number(config, HEADS)
     if H is None:
-        raise _Unknown("how many heads it has is not known")
-    said = _number(module, _SIZE) or _number(config, ("head_dim",))
-    if said is None and (width := _number(config, ("hidden_size",))):
-        said = width // H  # as every model of the transformers library has it
-    d = said or queries // H
+        raise Unknown("how many heads it has is not known")
+    size = number(module, _SIZE) or number(config, _SIZE_CONFIG)
+    if size is None and (width := number(config, _WIDTH)):
+        size = width // H  # as every model of the transformers library has it
+    d = size or queries // H
     if H * d != queries:
-        size = f"of {said} " if said else ""
-        raise _Unknown(f"the {queries} rows of its queries in `{name}` are no {H} heads {size}each")
-    each = _number(module, ("num_key_value_groups",))
-    G = _number(module, _KEY_HEADS) or (H // each if each else _number(config, _KEY_HEADS))
+        each = f"of {size} " if size else ""
+        raise Unknown(f"the {queries} rows of its queries in `{name}` are no {H} heads {each}each")
+    groups = number(module, ("num_key_value_groups",))
+    G = number(module, _KEY_HEADS) or (H // groups if groups else number(config, _KEY_HEADS))
+    if said(module, "multi_query") and not said(module, "new_decoder_architecture"):
+        G = 1
     if G is None:
         if keys != queries:
-            raise _Unknown("how many heads its keys have is not known")
+            raise Unknown("how many heads its keys have is not known")
         G = H
     if G * d != keys or H % G:
-        raise _Unknown(f"the {keys} rows of its keys are no {G} heads of {d} for {H} of queries")
+        raise Unknown(f"the {keys} rows of its keys are no {G} heads of {d} for {H} of queries")
     return H, G, d
 
 
-def _number(holder: object, names: tuple[str, ...]) -> int | None:
-    values = (getattr(holder, name, None) for name in names)
-    return next((v for v in values if type(v) is int and v > 0), None)
-
-
-def _of_comparing(module: nn.Module) -> str:
+def _of_comparing(module: Module) -> str:
     rotation = "without the rotation by position (RoPE)" if _rotated(module) else ""
-    if isinstance(module, _Stored) and not rotation:  # an old config may not say so
+    if isinstance(module, Stored) and not rotation:  # an old config may not say so
         rotation = "without a rotation by position, if there is one"
     normed = _acts(module, _NORMS)
-    if "logit_scale" in module._parameters:  # of the cosines in the second Swin
+    if has(module, "logit_scale"):  # of the cosines in the second Swin
         normed = "logit_scale"
     return _joined(
         rotation,
@@ -392,23 +355,26 @@ def _of_comparing(module: nn.Module) -> str:
     )
 
 
-def _of_carrying(module: nn.Module) -> str:
-    names = _BETWEEN + (_BETWEEN_OF_TIMM if "qkv" in module._modules else ())
+def _of_carrying(module: Module) -> str:
+    names = _BETWEEN + (_BETWEEN_OF_TIMM if has(module, "qkv") else ())
     between = _acts(module, names)
     return f"without `{between}`, which stands between" if between else ""
 
 
-def _acts(module: nn.Module, names: tuple[str, ...]) -> str | None:
+def _acts(module: Module, names: tuple[str, ...]) -> str | None:
     """The first of these that is there, and more than a placeholder."""
-    there = ((name, module._modules.get(name)) for name in names)
+    there = ((name, part(module, name)) for name in names)
     return next((n for n, one in there if one is not None and type(one) is not nn.Identity), None)
 
 
-def _rotated(module: nn.Module) -> bool:
+def _rotated(module: Module) -> bool:
     """Whether positions rotate queries and keys, as far as the module or its config says."""
     if not getattr(module, "use_rope", True):  # single layers of SmolLM3
         return False
     config = getattr(module, "config", None)
-    said = any(getattr(config, name, None) for name in _ROTATED_CONFIG)
+    if getattr(config, "alibi", False):  # of Falcon, beside numbers of a rotation
+        return False
+    by_config = any(getattr(config, name, None) for name in _ROTATED_CONFIG)
     here = any(getattr(module, name, None) is not None for name in _ROTATED)
-    return said or here or "rope" in inspect.signature(module.forward).parameters
+    given = inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else ()
+    return by_config or here or any(name in given for name in _ROTATED_GIVEN)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from wellcond.operators.convolution import Geometry
+from wellcond.operators.views import Kernel, View
 from wellcond.weights.adapters import Adapter
 
 
@@ -19,7 +20,8 @@ class Matrices:
     `read` may be slow, and what it returns large: it is for one tensor at a time. A view may be a
     stack (g, m, n): the blocks of one block-diagonal map, such as the groups of a convolution.
     The tensor of which the geometry is known is a kernel, of a convolution on inputs of that size.
-    Where there are adapters, what they add acts besides.
+    Where there are adapters, what they add acts besides. `note` is what is to be known of all of
+    its matrices, such as why it is seen as a whole.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Matrices:
     read: Callable[[], Tensor]
     geometry: Geometry | None = None
     adapters: tuple[Adapter, ...] = ()
+    note: str = ""
 
 
 def is_vector(shape: Sequence[int]) -> bool:
@@ -41,6 +44,19 @@ def entries(shape: Sequence[int]) -> int:
     return 0 if 0 in shape else math.prod(shape)
 
 
-def numbered(stack: Tensor) -> dict[str, Tensor]:
-    """The matrices of a stack over the first dimension, by their number."""
-    return {str(index): matrix for index, matrix in enumerate(stack)}
+def seen_through(views: Mapping[str, View]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The matrices that views show, by their names; those of a stack by their numbers as well."""
+
+    def of(parameter: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        for name, view in views.items():
+            matrix = view(parameter)
+            if isinstance(view, Kernel):
+                seen["kernel"] = matrix  # of several groups a stack: one block-diagonal map
+            elif matrix.ndim == 2:
+                seen[name] = matrix
+            else:
+                seen |= {f"{name}:{i}".lstrip(":"): one for i, one in enumerate(matrix)}
+        return seen
+
+    return of

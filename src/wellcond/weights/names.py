@@ -1,20 +1,15 @@
-"""What a tensor of a file means by its name, shape and dtype: a file has no classes.
+"""Which tensors of a file are no weights, by name, shape and dtype: a file has no classes.
 
-Two dimensions are a matrix as stored; three a stack of matrices, or a kernel if "conv" is in the
-name; four and more a kernel. What stands beside packed integers or float8 belongs to them. What is
-looked up or added in a model, and so no weight there, is known by its name, and so is what a
-parametrized weight is computed from.
+What stands beside packed integers or float8 belongs to them. What is looked up or added in a model,
+and so no weight there, is known by its name, and so is what a parametrized weight is computed from.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
-from torch import Tensor
-
-from wellcond.operators.views import Kernel
-from wellcond.weights.matrices import entries, is_vector, numbered
+from wellcond.weights.matrices import entries, is_vector
 from wellcond.weights.reasons import Reason, Skipped
 
 _MEASURED = ("float64", "float32", "float16", "bfloat16")
@@ -153,12 +148,3 @@ def _scales(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Ski
             if of and (surely or (shape and name in named)):
                 found[of] = Skipped(Reason.quantised, tensors[of][1])
     return found
-
-
-def views_by_name(name: str, dimensions: int) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The matrices in a tensor, by the name of their view."""
-    if dimensions == 2:
-        return lambda tensor: {"": tensor}
-    if dimensions == 3 and "conv" not in name.lower():
-        return numbered
-    return lambda tensor: {"kernel": Kernel()(tensor)}
