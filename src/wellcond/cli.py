@@ -17,13 +17,15 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import wellcond
-from wellcond.text import and_more, out_of_memory, shown, written
+from wellcond.text import and_more, dump_json, out_of_memory, shown, written
 
 if TYPE_CHECKING:
+    from wellcond.checkpoints.baseline import Held
     from wellcond.checkpoints.progress import Progress, Told
     from wellcond.checkpoints.report import AuditReport, Comparison
 
@@ -123,7 +125,8 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Condition number, extreme singular values, ranks and penalty of every weight "
         "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
         "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
-        "With --min-coverage, exit code 1 if less than that share of the parameters is measured.",
+        "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
+        "With --baseline, exit code 1 if a condition number has risen.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
     parser.add_argument("path", type=Path, help=_INPUT)
@@ -132,6 +135,15 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
     parser.add_argument(
         "--min-coverage", type=_share, metavar="SHARE", help="exit 1 below that share, 0 to 1"
+    )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="what --json printed before: exit 1 if a κ has risen since",
+    )
+    parser.add_argument(
+        "--max-rise", type=_limit, metavar="TIMES", help="by how much it may, default: 2 times"
     )
     parser.add_argument("--compare", type=Path, metavar="B", help="how κ moved from PATH to B")
     parser.add_argument(
@@ -235,9 +247,14 @@ def _audit(arguments: argparse.Namespace) -> int:
     if arguments.explain and (to_stdout or arguments.json):
         other = "--json" if arguments.json else "--csv -"
         raise ValueError(f"--explain and {other} must not be given together: there is no table.")
+    if arguments.baseline is not None and arguments.compare is not None:
+        raise ValueError("--baseline and --compare must not be given together: one at a time.")
+    if arguments.max_rise is not None and arguments.baseline is None:
+        raise ValueError("--max-rise must come with --baseline FILE, from which κ may rise.")
     _check_outputs(arguments)
 
     from wellcond.checkpoints.audit import audit
+    from wellcond.checkpoints.baseline import held_against, read_baseline
     from wellcond.checkpoints.page import CURVES
     from wellcond.checkpoints.report import compare
 
@@ -258,15 +275,18 @@ def _audit(arguments: argparse.Namespace) -> int:
         finally:
             _finish_progress()
 
-    limit = arguments.max_condition
+    limit, rise = arguments.max_condition, arguments.max_rise or 2.0
+    baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
     reports = [look(path) for path in (arguments.path, arguments.compare) if path is not None]
     result: AuditReport | Comparison = reports[0]
     total = len(reports[0].findings)
     if arguments.compare is not None:
         result = compare(*reports)
         total = len(result.pairs)
+    held = held_against(reports[0], baseline, rise) if baseline is not None else None
     if arguments.json:
-        text = result.to_json(max_condition=limit)
+        compared = {"max_rise": rise, "baseline": asdict(held)} if held is not None else {}
+        text = dump_json(result.to_dict(limit) | compared)
     else:
         text = result.to_csv() if to_stdout else result.table(arguments.top)
         if arguments.explain:
@@ -285,7 +305,20 @@ def _audit(arguments: argparse.Namespace) -> int:
             f"wellcond: {len(exceeding)} of {total} matrices exceed {limit:g}: {worst}",
             file=sys.stderr,
         )
-    return 1 if exceeding or not all(covered) else 0
+    if held is not None:
+        _say_held(held, arguments.baseline, rise)
+    return 1 if exceeding or not all(covered) or (held is not None and held.risen) else 0
+
+
+def _say_held(held: Held, path: Path, rise: float) -> None:
+    """What became of the weights of a baseline, on standard error."""
+    if held.risen:
+        worst = and_more(f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in held.risen)
+        text = f"κ of {len(held.risen)} has risen to more than {rise:g} times: {worst}"
+        print(f"wellcond: {text}", file=sys.stderr)
+    others = (("only in the baseline", held.missing), ("not in it", held.new))
+    if words := [f"{len(names)} {where}: {and_more(names)}" for where, names in others if names]:
+        print(f"wellcond: {shown(path)}: {'; '.join(words)}", file=sys.stderr)
 
 
 def _write(text: str, path: Path, option: str, overwrite: bool) -> None:

@@ -1,0 +1,98 @@
+"""An audit held against one of before: which condition numbers have risen.
+
+The one of before is what `wellcond audit --json` printed, a file small enough to keep beside a
+model. kappa may be inf, or nan where it is undefined or unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from wellcond.checkpoints.findings import Status
+from wellcond.checkpoints.report import AuditReport
+from wellcond.text import and_more
+
+_LARGEST = 256 << 20  # bytes; a finding takes some 700
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A weight with a larger kappa than before."""
+
+    label: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """What became of the weights of a baseline.
+
+    Attributes:
+        risen: those whose kappa is more than so many times what it was, the largest rise first.
+        missing: those that the audit does not have.
+        new: those that only the audit has.
+    """
+
+    risen: list[Rise]
+    missing: list[str]
+    new: list[str]
+
+
+def read_baseline(path: Path) -> dict[str, float]:
+    """The condition numbers of the weights, by their labels.
+
+    Raises:
+        ValueError: it is no document of `wellcond audit --json`.
+        OSError: it cannot be read.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError
+        rows = [(f["name"], f["view"], f["condition_number"]) for f in _findings(path)]
+        return {f"{n}:{view}" if view else str(n): float(kappa) for n, view, kappa in rows}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(
+            f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not. "
+            "Make one from the model as it is to stay."
+        ) from None
+
+
+def _findings(path: Path) -> list[dict[str, str]]:
+    document = json.loads(path.read_bytes())
+    found: list[dict[str, str]] = document["findings"]
+    return found
+
+
+def held_against(report: AuditReport, baseline: dict[str, float], factor: float) -> Held:
+    """Which kappa are more than factor times what they were.
+
+    From a number to inf or nan is a rise without end; what was inf or nan cannot rise, nor has an
+    adapter that adds nothing.
+
+    Raises:
+        ValueError: they have no weight in common.
+    """
+    now = {finding.label: finding.condition_number for finding in report.findings}
+    shared = [label for label in baseline if label in now]
+    if not shared:
+        raise ValueError(
+            f"--baseline must name weights of {report.source}, but names none of them: it has "
+            f"{and_more(baseline, limit=3)}, and not {and_more(now, limit=3)}."
+        )
+    fresh = {finding.label for finding in report.findings if finding.status is Status.fresh}
+    rises = [Rise(label, baseline[label], now[label]) for label in shared if label not in fresh]
+    risen = [rise for rise in rises if times(rise) > factor]
+    risen.sort(key=times, reverse=True)
+    missing = [label for label in baseline if label not in now]
+    return Held(risen, missing, [label for label in now if label not in baseline])
+
+
+def times(rise: Rise) -> float:
+    """How many times what it was."""
+    if not math.isfinite(rise.before):
+        return 1.0
+    return rise.after / rise.before if math.isfinite(rise.after) else math.inf
