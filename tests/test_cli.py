@@ -626,7 +626,7 @@ def test_too_little_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("wellcond.checkpoints.audit.Checkpoint", raising(error))
+    monkeypatch.setattr("wellcond.checkpoints.sources.Checkpoint", raising(error))
     assert main(["audit", str(checkpoint)]) == 2
     assert capsys.readouterr().err == "wellcond: error: there is not enough memory\n"
     monkeypatch.setattr("wellcond.checkpoints.repair.limited", raising(error))

@@ -414,7 +414,7 @@ def test_a_weight_for_which_memory_lacks_is_a_row(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9")
         return measure(S, all_values)
 
-    monkeypatch.setattr("wellcond.checkpoints.audit.measure", lacking)
+    monkeypatch.setattr("wellcond.checkpoints.rows.measure", lacking)
     report = wc.audit(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)))
     failed = {f.name: f.detail for f in report.findings if f.status is Status.failed}
     assert failed == {"0.weight": "there is not enough memory to measure it"}
@@ -431,7 +431,7 @@ def test_a_curve_that_cannot_be_had_is_left_out(
         path.unlink()
         return measure(S)._replace(method=Method.krylov)
 
-    monkeypatch.setattr("wellcond.checkpoints.audit.measure", once)
+    monkeypatch.setattr("wellcond.checkpoints.rows.measure", once)
     (finding,) = wc.audit(path, curves=1).findings
     assert (finding.condition_number, finding.singular_values) == (1.0, ())
 
