@@ -18,6 +18,8 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 _FEW = 4
+# What is smaller is seen at once in a table.
+_LAYERS, _CELLS = 3, 6
 # A part of a name that counts: 7 of layers.7, layer1, encoder_layer_7, h_7.
 _COUNTS = re.compile(r"[0-9]+|(.*(layer|block)s?|h)_?[0-9]+", re.DOTALL)
 _DIGITS = re.compile("[0-9]+")
@@ -138,3 +140,45 @@ def _with_many_as_one(found: dict[str, Place]) -> dict[str, Place]:
         label: place._replace(kind=kind(label)) if place.layer else place
         for label, place in found.items()
     }
+
+
+class Stack(NamedTuple):
+    """Layers that repeat.
+
+    Attributes:
+        name: with * for the numbers.
+        layers: their names, in the order of their numbers.
+        kinds: of their weights, sorted.
+        weights: of a layer and a kind the weights, in the order in which they were given.
+    """
+
+    name: str
+    layers: list[str]
+    kinds: list[str]
+    weights: dict[tuple[str, str], list[str]]
+
+
+def stacks(labels: Collection[str]) -> list[Stack]:
+    """The stacks of three layers and more, unless these have hardly a kind in common.
+
+    Example:
+        >>> from wellcond.checkpoints.layers import stacks
+        >>> names = [f"h.{layer}.attn.{x}.weight" for layer in (1, 0, 10) for x in "qkv"]
+        >>> (stack,) = stacks([*names, "head.weight"])
+        >>> stack.name, stack.layers, stack.kinds[0]
+        ('h.*', ['h.0', 'h.1', 'h.10'], 'attn.k.weight')
+    """
+    weights: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for label, (stack, layer, kind) in places(labels).items():
+        if layer:
+            weights.setdefault(stack, {}).setdefault((layer, kind), []).append(label)
+    found = []
+    for name in sorted(weights, key=lambda stack: (natural(stack), stack)):
+        layers, kinds = (
+            sorted(set(names), key=lambda name: (natural(name), name))
+            for names in zip(*weights[name], strict=True)
+        )
+        filled = len(weights[name])
+        if len(layers) >= _LAYERS and filled >= max(_CELLS, len(layers) * len(kinds) / 4):
+            found.append(Stack(name, layers, kinds, weights[name]))
+    return found

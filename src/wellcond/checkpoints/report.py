@@ -7,14 +7,24 @@ import csv
 import io
 import math
 import os
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from wellcond.checkpoints.columns import (
+    COMPARED,
+    COMPARED_WORDS,
+    HEADERS,
+    WORDS,
+    cells_of,
+    cells_of_pair,
+)
+from wellcond.checkpoints.documents import audit_page, comparison_page
 from wellcond.checkpoints.findings import Coverage, Finding, Grade
-from wellcond.checkpoints.page import CURVES, Row, render
-from wellcond.checkpoints.unusual import facts_of, how_often
+from wellcond.checkpoints.pairing import Pair, by_label, pair_names
+from wellcond.checkpoints.unusual import facts_of
 from wellcond.text import and_more, dump_json, shown, text_table, versions, written
 
 SCHEMA = 1
@@ -24,6 +34,8 @@ _WAY_TO_ALL = "; all are in what --csv FILE writes"
 # A line is worth what fewer than 1 in 100 reports of random matrices would have.
 _CHANCE = 0.01
 _LINES = 5
+# Less is called no change: it is far above what a measured kappa may be wrong by.
+_SAME = 0.01
 
 
 class _Document(abc.ABC):
@@ -77,15 +89,13 @@ class AuditReport(_Document):
     def table(self, top: int | None = None) -> str:
         """The findings as text, the worst `top` of them or 1,000, with what they cover."""
         worst = self.findings[: top or _ROWS]
-        rows = [_cells(finding) for finding in worst]
+        rows = [cells_of(finding) for finding in worst]
         certified = any(finding.certificate for finding in worst)
-        text = text_table(_HEADERS if certified else _HEADERS[:-1], rows)
+        text = text_table(HEADERS if certified else HEADERS[:-1], rows)
         if len(worst) < len(self.findings):
             more = len(self.findings) - len(worst)
             text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
-        for finding in worst:
-            if finding.explanation:
-                text += f"{shown(finding.label)}: {shown(finding.explanation)}\n"
+        text += _remarks((finding.label, finding.explanation) for finding in worst)
         text += "".join(f"{shown(line)}\n" for line in self.unusual())
         return f"{text}{self.coverage}\n"
 
@@ -113,8 +123,8 @@ class AuditReport(_Document):
         """What each column of the table means, in words, with an example."""
         certified = any(finding.certificate for finding in self.findings)
         grades = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
-        words = _COLUMNS | {"grade": f"how far the numbers can be trusted. {grades}"}
-        return {name: words[name] for name in (_HEADERS if certified else _HEADERS[:-1])}
+        words = WORDS | {"grade": f"how far the numbers can be trusted. {grades}"}
+        return {name: words[name] for name in (HEADERS if certified else HEADERS[:-1])}
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data in the documented schema; numbers may be inf and nan.
@@ -124,7 +134,7 @@ class AuditReport(_Document):
         return {
             "schema": SCHEMA,
             "source": self.source,
-            **_exceeding(self.findings, max_condition),
+            **_exceeding(((f.label, [f]) for f in self.findings), max_condition),
             "findings": [finding.to_dict() for finding in self.findings],
             "coverage": {
                 "measured": self.coverage.measured,
@@ -154,33 +164,7 @@ class AuditReport(_Document):
         self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
     ) -> str:
         """One page that needs neither network nor script; what exceeds a limit is marked."""
-        curves = [(f.label, f.singular_values) for f in self.findings if f.sigma_max > 0]
-        skipped = self.coverage.skipped
-        certified = any(finding.certificate for finding in self.findings)
-        headers = _kappa_first(_HEADERS if certified else _HEADERS[:-1])
-        page = render(
-            title=f"Condition numbers of {self.source}",
-            summary=[f"{self.coverage}."],
-            headers=headers,
-            rows=[
-                Row(
-                    _kappa_first(_cells(f)),
-                    (f.condition_number,),
-                    f.explanation,
-                    [max_condition is not None and f.exceeds(max_condition)],
-                )
-                for f in self.findings
-            ],
-            max_condition=max_condition,
-            skipped={n: str(why) for n, why in skipped.items() if not why.reason.no_matrix},
-            no_matrices={n: str(why) for n, why in skipped.items() if why.reason.no_matrix},
-            unusual=self.unusual(),
-            columns={name: words for name, words in self.columns().items() if name != "grade"},
-            grades={grade.name: grade.value for grade in Grade},
-            curves=[curve for curve in curves if len(curve[1]) > 1][:CURVES],
-            versions=self.versions,
-        )
-        return written(page, path)
+        return written(audit_page(self, max_condition), path)
 
     def __str__(self) -> str:
         return self.table()
@@ -191,16 +175,23 @@ class Comparison(_Document):
     """Two audits side by side, in the order of the largest change of kappa.
 
     Attributes:
-        pairs: label, finding before and finding after; None on the side where it is missing.
+        pairs: label, finding before and finding after; None on the side where it is missing. What
+            is on one side alone comes first.
         before: the source of the first audit.
         after: that of the second.
         versions: of wellcond, torch and Python.
+        notes: of some labels what is to be known besides: another dtype, what is the matter
+            on a side, why it was skipped there.
+        naming: what the names of one side begin with and those of the other lack, in words; "" if
+            they agree.
     """
 
-    pairs: list[tuple[str, Finding | None, Finding | None]]
+    pairs: list[Pair]
     before: str
     after: str
     versions: dict[str, str]
+    notes: dict[str, str] = field(default_factory=dict)
+    naming: str = ""
 
     def exceeding(self, max_condition: float) -> list[Finding]:
         """Of every weight that is above the limit on one side, the later finding that is."""
@@ -210,117 +201,179 @@ class Comparison(_Document):
             if any(side and side.exceeds(max_condition) for side in (old, new))
         ]
 
+    def summary(self) -> list[str]:
+        """In how many weights kappa rose and fell, and what is on one side alone, in words."""
+        both = [pair for pair in self.pairs if pair.before and pair.after]
+        known = [pair for pair in both if not math.isnan(pair.ratio)]
+        rose = [pair for pair in known if pair.ratio > 1 + _SAME]
+        fell = [pair for pair in known if pair.ratio < 1 - _SAME]
+        counts = [
+            f"rose in {len(rose)}{_most(rose)}",
+            f"fell in {len(fell)}{_most(fell)}",
+            f"moved by less than 1 % in {len(known) - len(rose) - len(fell)}",
+        ]
+        if len(known) < len(both):
+            counts.append(f"is not known on both sides in {len(both) - len(known)}")
+        lines = [f"in the {_count(len(both), 'weight')} of both, κ {', '.join(counts)}"]
+        if known:
+            lines[0] += f"; the median is {statistics.median(p.ratio for p in known):.4g} times"
+        for when, there, other in (("before", 1, 2), ("after", 2, 1)):
+            alone = [pair.label for pair in self.pairs if pair[there] and not pair[other]]
+            if alone:
+                lines.append(f"{_count(len(alone), 'weight')} only {when}: {and_more(alone, 3)}")
+        reshaped = [
+            p.label for p in both if p.before and p.after and p.before.shape != p.after.shape
+        ]
+        if reshaped:
+            count = _count(len(reshaped), "weight")
+            lines.append(
+                f"{count} of another shape, and so perhaps another: {and_more(reshaped, 3)}"
+            )
+        return [*lines, *([self.naming] if self.naming else [])]
+
     def table(self, top: int | None = None) -> str:
         """kappa before and after, and their ratio, of the `top` or 1,000 that changed most."""
-        rows = [_compared(*pair) for pair in self.pairs[: top or _ROWS]]
-        text = text_table(_COMPARED, rows)
-        if more := len(self.pairs) - len(rows):
+        shown_pairs = self.pairs[: top or _ROWS]
+        text = text_table(COMPARED, [cells_of_pair(pair) for pair in shown_pairs])
+        if more := len(self.pairs) - len(shown_pairs):
             text += f"... and {more} more with a smaller change{'' if top else _WAY_TO_ALL}\n"
-        return f"{text}before: {shown(self.before)}\nafter: {shown(self.after)}\n"
+        text += _remarks((pair.label, self.notes.get(pair.label, "")) for pair in shown_pairs)
+        said = "; ".join([shown(self.after), *self.summary()])
+        return f"{text}before: {shown(self.before)}\nafter: {said}\n"
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan. With a limit also that, and what is above it."""
-        sides = (side for _, *both in self.pairs for side in both if side)
         return {
             "schema": SCHEMA,
             "before": self.before,
             "after": self.after,
-            **_exceeding(sides, max_condition),
+            **_exceeding(((pair.label, pair[1:]) for pair in self.pairs), max_condition),
+            "summary": self.summary(),
             "comparison": [
                 {
-                    "weight": label,
-                    "before": old.to_dict() if old else None,
-                    "after": new.to_dict() if new else None,
-                    "ratio": _ratio(old, new) if old and new else None,
+                    "weight": pair.label,
+                    "before": pair.before.to_dict() if pair.before else None,
+                    "after": pair.after.to_dict() if pair.after else None,
+                    "ratio": pair.ratio if pair.before and pair.after else None,
+                    "note": self.notes.get(pair.label, ""),
                 }
-                for label, old, new in self.pairs
+                for pair in self.pairs
             ],
             "versions": self.versions,
         }
 
     def columns(self) -> dict[str, str]:
         """What each column of the table means, in words, with an example."""
-        return {
-            "κ before": _COLUMNS["κ"],
-            "κ after": "the same of the second checkpoint; - where the weight is not there",
-            "after/before": "their quotient: at 0.5, κ has halved. The largest change comes first",
-        }
+        return dict(COMPARED_WORDS)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a weight, empty where a side lacks it; written to path."""
         rows = []
-        for label, old, new in self.pairs:
-            row: dict[str, Any] = {"weight": label}
-            for when, side in (("before", old), ("after", new)):
+        for pair in self.pairs:
+            row: dict[str, Any] = {"weight": pair.label}
+            for when, side in (("before", pair.before), ("after", pair.after)):
                 plain = side.to_dict() if side else {}
                 row |= {f"{key}_{when}": plain.get(key) for key in _SIDE}
-            row["ratio"] = _ratio(old, new) if old and new else None
+                row[f"shape_{when}"] = "x".join(map(str, side.shape)) if side else None
+            row["ratio"] = pair.ratio if pair.before and pair.after else None
+            row["note"] = self.notes.get(pair.label, "")
             rows.append(row)
         return written(_csv(list(rows[0]), rows), path)
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
     ) -> str:
-        """One page as of an audit, with two bars a weight."""
-        rows = []
-        for label, old, new in self.pairs:
-            sides = [(when, f) for when, f in (("before", old), ("after", new)) if f]
-            notes = (f"{when}: {f.explanation}" for when, f in sides if f.explanation)
-            exceeds = [
-                side is not None and max_condition is not None and side.exceeds(max_condition)
-                for side in (old, new)
-            ]
-            kappas = [side.condition_number if side else math.nan for side in (old, new)]
-            rows.append(Row(_compared(label, old, new), kappas, "; ".join(notes), exceeds))
-        page = render(
-            title="Condition numbers before and after",
-            summary=[f"Before, the paler bar: {self.before}", f"After: {self.after}"],
-            headers=_COMPARED,
-            rows=rows,
-            max_condition=max_condition,
-            skipped={},
-            no_matrices={},
-            unusual=[],
-            columns=self.columns(),
-            grades={},
-            curves=[],
-            versions=self.versions,
-        )
-        return written(page, path)
+        """One page as of an audit, with two bars a weight; its map is of after/before."""
+        return written(comparison_page(self, max_condition), path)
 
-
-def _compared(label: str, old: Finding | None, new: Finding | None) -> tuple[str, ...]:
-    kappas = [f"{side.condition_number:.4g}" if side else "-" for side in (old, new)]
-    return (label, *kappas, f"{_ratio(old, new):.4g}" if old and new else "-")
-
-
-def _ratio(old: Finding, new: Finding) -> float:
-    return new.condition_number / old.condition_number if old.condition_number else math.nan
+    def __str__(self) -> str:
+        return self.table()
 
 
 def compare(before: AuditReport, after: AuditReport) -> Comparison:
     """How the condition number of every weight moved from one audit to another.
 
+    Weights are the same if their names are. Names that differ by what wraps a model (`module.`,
+    `_orig_mod.`), or by one prefix before all of them (`model.`), are the same, too: `naming` says
+    so. What is on one side alone is kept, and counted in the summary.
+
+    Args:
+        before: what `wellcond.audit` returned of the first model or checkpoint.
+        after: that of the second, such as a later one of a training, a repaired one, or one of
+            another dtype.
+
+    Returns:
+        A `Comparison`: the largest change of kappa first, as a table, JSON, CSV or page.
+
     Raises:
         ValueError: no weight has the same name in both.
+        TypeError: one is no report, but a path or a model.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[8.0, 0.0], [0.0, 2.0]]))
+        >>> before = wc.audit(layer)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.div_(torch.tensor([4.0, 1.0]))
+        >>> comparison = wc.compare(before, wc.audit(layer))
+        >>> comparison.pairs[0].label, comparison.pairs[0].ratio
+        ('weight', 0.25)
+        >>> print(comparison.summary()[0])
+        in the 1 weight of both, κ rose in 0, fell in 1 (most in weight, to 0.25 times), ...
     """
-    old, new = ({f.label: f for f in report.findings} for report in (before, after))
-    if not old.keys() & new.keys():
+    for name, report in (("before", before), ("after", after)):
+        if not isinstance(report, AuditReport):
+            raise TypeError(
+                f"`{name}` must be an AuditReport, got {type(report).__name__}. Audit it first: "
+                "wc.compare(wc.audit(before), wc.audit(after))."
+            )
+    old, new = (by_label(report.findings) for report in (before, after))
+    names = pair_names(old, new)
+    if not names.paired:
         raise ValueError(
             f"The two must share the name of a weight, but share none: {before.source} has "
-            f"{and_more(old, limit=3)}; {after.source} has {and_more(new, limit=3)}."
+            f"{and_more(old, limit=3)}; {after.source} has {and_more(new, limit=3)}. Audit two "
+            "states of one model, or rename the weights of one."
         )
-    labels = list(old) + [label for label in new if label not in old]
-    pairs = [(label, old.get(label), new.get(label)) for label in labels]
+    pairs = [Pair(label, old[a], new[b]) for label, a, b in names.paired]
+    found_old, found_new = ({name[side] for name in names.paired} for side in (1, 2))
+    pairs += [Pair(label, one, None) for label, one in old.items() if label not in found_old]
+    pairs += [Pair(label, None, one) for label, one in new.items() if label not in found_new]
+    pairs.sort(key=lambda pair: pair.change, reverse=True)
+    notes = {pair.label: pair.note for pair in pairs if pair.note}
+    for pair in pairs:
+        for side, when, other in ((pair.before, "after", after), (pair.after, "before", before)):
+            alone = side is not None and None in pair
+            if alone and side and (why := other.coverage.skipped.get(side.name)):
+                notes[pair.label] = "; ".join(
+                    filter(None, [f"skipped {when}: {why}", notes.get(pair.label)])
+                )
+    naming = ""
+    if names.prefix:
+        naming = f'names {names.side} begin with "{shown(names.prefix)}", which is left out here'
+    return Comparison(pairs, before.source, after.source, versions(), notes, naming)
 
-    def change(pair: tuple[str, Finding | None, Finding | None]) -> float:
-        ratio = _ratio(pair[1], pair[2]) if pair[1] and pair[2] else math.nan
-        if pair[1] and pair[2] and pair[1].condition_number == pair[2].condition_number:
-            return 0.0  # infinite on both sides, too
-        return abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf
 
-    pairs.sort(key=change, reverse=True)
-    return Comparison(pairs, before.source, after.source, versions())
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _most(pairs: Sequence[Pair]) -> str:
+    if not pairs:
+        return ""
+    most = max(pairs, key=lambda pair: pair.change)
+    return f" (most in {shown(most.label)}, to {most.ratio:.4g} times)"
+
+
+def _remarks(remarks: Iterable[tuple[str, str]]) -> str:
+    """A line for each remark, with the labels of which it is made."""
+    labels: dict[str, list[str]] = {}
+    for label, remark in remarks:
+        if remark:
+            labels.setdefault(remark, []).append(label)
+    return "".join(f"{and_more(of, 3)}: {shown(remark)}\n" for remark, of in labels.items())
 
 
 def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
@@ -338,59 +391,19 @@ def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-_COMPARED = ("weight", "κ before", "κ after", "after/before")
-_SIDE = ("condition_number", "sigma_max", "sigma_min", "rank", "grade", "status")
-_NUMBERS = ("κ", "random", "σ_max", "σ_min", "stable rank", "rank", "r")
-_HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "grade", "κ certified")
-_COLUMNS = {
-    "weight": "its name; after a colon, which matrix of the parameter",
-    "shape": "m x n, outputs and inputs; g x m x n for a convolution in g groups",
-    "dtype": "in which it is stored; all is computed in float64",
-    "κ": "σ_max/σ_min, the condition number: at 1e4 the matrix stretches one direction 1e4 times "
-    "as much as another; at inf it loses one",
-    "random": "how often a random matrix of this shape, of independent Gaussian entries, has a "
-    'larger κ: 1 in 77; "usual" is more often than 1 in 20, "never" less than 1 in 1e9. It says '
-    "how unusual κ is, and nothing about accuracy. Empty where no such law is known: groups, "
-    "convolutions as they act, heads, vectors",
-    "σ_max": "the largest singular value, the spectral norm",
-    "σ_min": "the smallest of the min(m, n) singular values",
-    "stable rank": "‖S‖²/σ_max² (Frobenius norm), from 1 to min(m, n): how many directions carry "
-    "the weight. Random matrices have about m n/(√m + √n)²: 192 at 768 x 768",
-    "rank": "how many singular values no rounding of the entries to their dtype could have made: "
-    "at 760/768, eight may be noise of that rounding, and κ with them",
-    "r": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
-    "κ certified": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
-}
+_SIDE = ("condition_number", "sigma_max", "sigma_min", "rank", "grade", "status", "dtype")
 _ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
 
 
-def _kappa_first(cells: Sequence[str]) -> tuple[str, ...]:
-    """As the page has them: a phone shows the first columns first."""
-    at = _HEADERS.index("κ")
-    return (cells[0], *cells[at : at + 2], *cells[1:at], *cells[at + 2 :])
-
-
-def _exceeding(findings: Iterable[Finding], max_condition: float | None) -> dict[str, Any]:
+def _exceeding(
+    findings: Iterable[tuple[str, Sequence[Finding | None]]], max_condition: float | None
+) -> dict[str, Any]:
+    """The limit, and the labels of which a finding is above it; nothing without a limit."""
     if max_condition is None:
         return {}
-    above = dict.fromkeys(f.label for f in findings if f.exceeds(max_condition))
-    return {"max_condition": max_condition, "exceeding": list(above)}
-
-
-def _cells(finding: Finding) -> tuple[str, ...]:
-    numbers = (finding.condition_number, finding.sigma_max, finding.sigma_min, finding.stable_rank)
-    kappa, high, low, stable = (f"{number:.4g}" for number in numbers)
-    known, often = finding.measured, how_often(finding.exceedance)
-    if finding.grade is Grade.bounded:
-        kappa, high, low, known = f"≥{kappa}", f"≥{high}", f"≤{low}", False
-    enclosure = str(finding.certificate.condition_number) if finding.certificate else ""
-    return (
-        finding.label,
-        "x".join(map(str, finding.shape)),
-        finding.dtype,
-        *(kappa, often, high, low, stable),
-        f"{finding.rank}/{finding.nu}" if known else "-",
-        f"{finding.penalty:.3g}",
-        finding.grade.name,
-        enclosure,
-    )
+    above = [
+        label
+        for label, sides in findings
+        if any(side and side.exceeds(max_condition) for side in sides)
+    ]
+    return {"max_condition": max_condition, "exceeding": above}

@@ -1,0 +1,149 @@
+"""Heat maps as HTML tables: a number a cell, on one logarithmic scale for all of them.
+
+They are given text and numbers and know nothing of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from wellcond.checkpoints.markup import breakable, escape
+from wellcond.checkpoints.style import STEPS
+
+# Of more rows the names of the columns stand below them, too.
+_LONG = 24
+# A scale of changes reaches at least so far: what is less is near grey.
+_LEAST = math.log10(1.1)
+_TICKS = 7
+
+
+class Cell(NamedTuple):
+    """A cell of a map.
+
+    Attributes:
+        value: its decimal logarithm gives the colour; 0, inf and nan have a look of their own.
+        symbol: what stands in it; "" if nothing.
+        title: what it says of itself.
+        link: the id of the row that it leads to.
+    """
+
+    value: float
+    symbol: str
+    title: str
+    link: str
+
+
+class HeatMap(NamedTuple):
+    """A map: what its rows and columns are called, and of which of them there is a cell."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    cells: Mapping[tuple[int, int], Cell]
+
+
+class _Scale(NamedTuple):
+    """From the least to the largest logarithm; `letter` is that of its colours."""
+
+    letter: str
+    low: float
+    high: float
+
+    def share(self, logarithm: float) -> float:
+        """Where on the scale, from 0 to 1."""
+        return (logarithm - self.low) / (self.high - self.low)
+
+    def kind(self, value: float) -> str:
+        """The class of a cell."""
+        if math.isnan(value):
+            return "unknown"
+        if value in (0, math.inf):
+            return "positive" if value else "negative"
+        step = math.floor(self.share(math.log10(value)) * STEPS)
+        return f"{self.letter}{min(max(step, 0), STEPS - 1)}"
+
+
+def heat_maps(maps: Sequence[HeatMap], symbols: Mapping[str, str], change: bool = False) -> str:
+    """The maps, with one scale above them and what the symbols mean.
+
+    With `change` the values are ratios, and the middle of the scale is 1.
+    """
+    cells = [cell for one in maps for cell in one.cells.values()]
+    logarithms = [math.log10(cell.value) for cell in cells if 0 < cell.value < math.inf]
+    scale = _scale(logarithms, change)
+    samples = {cell.symbol: scale.kind(cell.value) for cell in reversed(cells)}
+    key = "".join(
+        f'<li><i class="sample {samples[symbol]}">{escape(symbol)}</i>{escape(meaning)}</li>'
+        for symbol, meaning in symbols.items()
+        if symbol in samples
+    )
+    if any(len(one.cells) < len(one.rows) * len(one.columns) for one in maps):
+        key += '<li><i class="sample">·</i>there is none</li>'
+    return (
+        (_legend(scale) if logarithms else "")
+        + (f'<ul class="key">{key}</ul>' if key else "")
+        + "\n".join(_table(one, scale) for one in maps)
+    )
+
+
+def _scale(logarithms: Sequence[float], change: bool) -> _Scale:
+    if change:
+        limit = max([_LEAST, *map(abs, logarithms)])
+        return _Scale("d", -limit, limit)
+    low, high = min(logarithms, default=0.0), max(logarithms, default=1.0)
+    low = math.floor(low)
+    return _Scale("s", low, max(low + 1, math.ceil(high)))
+
+
+def _legend(scale: _Scale) -> str:
+    steps = "".join(f'<i class="{scale.letter}{step}"></i>' for step in range(STEPS))
+    if scale.letter == "d":
+        marks = [scale.low, scale.low / 2, 0, scale.high / 2, scale.high]
+    else:
+        every = math.ceil((scale.high - scale.low) / _TICKS)
+        decades = range(int(scale.low), int(scale.high) + 1, every)
+        marks = [d + part for d in decades for part in _between(scale) if d + part <= scale.high]
+    ticks = "".join(
+        f'<span style="left:{100 * scale.share(mark):.4g}%">{_number(10**mark)}</span>'
+        for mark in marks
+    )
+    return (
+        f'<div class="scale"><div class="steps">{steps}</div><div class="ticks">{ticks}</div></div>'
+    )
+
+
+def _between(scale: _Scale) -> list[float]:
+    """Besides powers of ten 2 and 5 times these, where there are few."""
+    return [0.0, math.log10(2), math.log10(5)] if scale.high - scale.low < 3 else [0.0]
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+
+
+def _table(one: HeatMap, scale: _Scale) -> str:
+    heads = "".join(
+        f'<th scope="col" title="{escape(name)}"><div class="kind">{escape(name)}</div></th>'
+        for name in one.columns
+    )
+    body = ""
+    for row, name in enumerate(one.rows):
+        cells = "".join(
+            _cell(one.cells.get((row, column)), scale) for column in range(len(one.columns))
+        )
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>\n'
+    foot = f"<tfoot><tr><td></td>{heads}</tr></tfoot>" if len(one.rows) > _LONG else ""
+    return (
+        f"<h3>{breakable(one.title)}</h3>\n"
+        f'<div class="scroll"><table class="heat"><thead><tr><td></td>{heads}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>{foot}</table></div>"
+    )
+
+
+def _cell(cell: Cell | None, scale: _Scale) -> str:
+    if cell is None:
+        return "<td></td>"
+    link = f'<a href="#{cell.link}" title="{escape(cell.title)}">{escape(cell.symbol)}</a>'
+    return f'<td class="{scale.kind(cell.value)}">{link}</td>'
