@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import wellcond as wc
+
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 # What a page needs besides wellcond and its experiments.
 NEEDS = {"lightning": "lightning", "transformers": "transformers", "accelerate": "accelerate"}
@@ -67,3 +69,44 @@ def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Regularizer of 1 weights" in done.stdout
     assert (tmp_path / "one" / ".metadata").exists()
+
+
+def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path) -> None:
+    """A model as it was passes; one with a weight that collapsed, and half a file, do not."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    page = (Path(__file__).parents[1] / "docs" / "gate.md").read_text()
+    blocks = dict.fromkeys(("python", "bash", "yaml"), "")
+    for language in blocks:
+        found = re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+        blocks[language] = "---\n".join(found)
+    hook, workflow = yaml.safe_load_all(blocks["yaml"])
+    (entry,) = [one["entry"] for one in hook["repos"][0]["hooks"]]
+    steps = [step.get("run", "") for step in workflow["jobs"]["audit"]["steps"]]
+    (step,) = [run for run in steps if run.startswith("wellcond")]
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "-ec", command],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": tools},
+            capture_output=True,
+            text=True,
+        )
+
+    exec(blocks["python"].replace('"model.pt"', repr(str(tmp_path / "model.pt"))))
+    made = run(blocks["bash"])
+    assert made.returncode == 0, made.stderr
+    weights = torch.load(tmp_path / "model.pt")
+    kappa = wc.condition_number(weights["0.weight"])
+    assert f"0.weight ({kappa:.4g} to" in page
+    for command in (entry, f"{step} --overwrite"):
+        assert run(command).returncode == 0
+        torch.save(weights | {"0.weight": torch.ones(32, 64)}, tmp_path / "model.pt")
+        stopped = run(command)
+        assert stopped.returncode == 1
+        assert "κ of 1 has risen to more than 2 times: 0.weight" in stopped.stderr
+        (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:900])
+        assert run(command).returncode == 2
+        torch.save(weights, tmp_path / "model.pt")
+    assert (tmp_path / "report.html").stat().st_size > 5000
