@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import of_transformers
 from torch import Tensor, nn
 
 import wellcond as wc
@@ -307,6 +308,8 @@ SMALL |= {"intermediate_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_to
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 GPT2 = {"n_embd": 24, "n_head": 4, "n_layer": 1, "vocab_size": 11, "add_cross_attention": True}
 IMAGES = {"image_size": 8, "patch_size": 4}
+DISTILLED = {"dim": 24, "n_heads": 4, "n_layers": 1, "hidden_dim": 16, "vocab_size": 11}
+T5 = {"d_model": 24, "d_kv": 5, "d_ff": 16, "num_heads": 4, "num_layers": 1, "vocab_size": 11}
 MIXTURE = GROUPED | {"num_local_experts": 2}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("layers.0.self_attn", GROUPED),
@@ -321,7 +324,12 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Bert": ("encoder.layer.0.attention.self", SMALL),
     "ViT": ("layers.0.attention", SMALL | IMAGES),
     "CLIPVision": ("encoder.layers.0.self_attn", SMALL | IMAGES),
+    "Phi3": ("layers.0.self_attn", SMALL | {"num_key_value_heads": 2}),
+    "GPTBigCode": ("h.0.attn", GPT2 | {"add_cross_attention": False, "multi_query": True}),
+    "DistilBert": ("transformer.layer.0.attention", DISTILLED),
+    "T5": ("encoder.block.0.layer.0.SelfAttention", T5),
 }
+NOT_ROTATED = ("GPT2", "Bert", "ViT", "CLIPVision", "GPTBigCode", "DistilBert", "T5")
 
 
 def computed(model: nn.Module, name: str, module: Any) -> Products:
@@ -390,8 +398,7 @@ def test_heads_of_transformers_are_what_its_modules_compute(kind: str, tmp_path:
     assert len(rows) == 8 * len(found)
     attention = found[name]
     notes = {head.view: head.note for head in attention.heads}
-    rotated = kind not in ("GPT2", "Bert", "ViT", "CLIPVision")
-    assert ("RoPE" in notes["qk3"]) == rotated
+    assert ("RoPE" in notes["qk3"]) == (kind not in NOT_ROTATED)
     assert ("norms of queries" in notes["qk3"]) == (kind == "Qwen3")
     assert ("keys of head 1 of 2" in notes["qk3"]) == (options.get("num_key_value_heads") == 2)
     close(dense(attention), computed(model, name, model.get_submodule(name)))
@@ -411,3 +418,75 @@ def test_heads_of_transformers_are_what_its_modules_compute(kind: str, tmp_path:
         ]
     if kind == "GPTNeoX":
         assert "layers.0.attention.query_key_value.weight" in names_of(model)
+
+
+def from_blocks(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Products:
+    """Both maps of every head, of q (H, d, n), k and v (G, d, n), and out (m, H d)."""
+    each = len(q) // len(k)
+    k, v = (one.repeat_interleave(each, 0) for one in (k, v))
+    outs = out.unflatten(1, (len(q), -1)).transpose(0, 1)
+    comparing = {f"qk{h}": q[h].mT @ k[h] for h in range(len(q))}
+    return comparing | {f"vo{h}": outs[h] @ v[h] for h in range(len(q))}
+
+
+def split_by(module: Any, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the code of the library makes of the rows of its fused projection, as (H, d, n)."""
+    if kind == "Qwen2-VL":  # `self.qkv(x).reshape(seq_length, 3, self.num_heads, -1)`
+        q, k, v = module.qkv.weight.detach().unflatten(0, (3, module.num_heads, -1))
+        return q, k, v, module.proj.weight.detach()
+    if kind == "MPT":  # `chunk(3, dim=2)`, then heads one after the other
+        q, k, v = module.Wqkv.weight.detach().unflatten(0, (3, module.n_heads, -1))
+        return q, k, v, module.out_proj.weight.detach()
+    rows = module.query_key_value.weight.detach().mT[None]  # of one token a basis vector
+    if kind == "Bloom":
+        q, k, v = (one[0].mT for one in module._reshape(rows))
+    else:
+        q, k, v = (one[0].permute(1, 2, 0) for one in module._split_heads(rows))
+        groups = module.num_kv_heads  # which it has repeated for every query
+        k, v = (one[:: max(1, len(one) // groups)] for one in (k, v))
+    return q, k, v, module.dense.weight.detach()
+
+
+SPLIT = {
+    "Falcon, one key": "transformer.h.1.self_attention",
+    "Falcon, groups": "transformer.h.1.self_attention",
+    "Falcon, all keys": "transformer.h.1.self_attention",
+    "Bloom": "transformer.h.1.self_attention",
+    "MPT": "transformer.blocks.1.attn",
+    "Qwen2-VL": "model.visual.blocks.0.attn",
+}
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", SPLIT)
+def test_heads_of_fused_projections_are_cut_as_the_library_cuts_them(kind: str) -> None:
+    pytest.importorskip("transformers")
+    model = of_transformers(kind).double()
+    found = {attention.name: attention for attention in heads_of(model)}[SPLIT[kind]]
+    module = model.get_submodule(SPLIT[kind])
+    close(dense(found), from_blocks(*split_by(module, kind)))
+    rotated = kind.startswith("Falcon") or kind == "Qwen2-VL"
+    assert ("RoPE" in found.heads[0].note) == rotated
+
+
+@pytest.mark.frameworks
+def test_heads_of_a_model_of_peft_are_those_of_its_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain = of_transformers("Llama").double()
+    expected = {attention.name: dense(attention) for attention in heads_of(plain)}
+    config = plain.config
+    model = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj", "o_proj"]))
+    found = {attention.name: attention for attention in heads_of(model)}
+    for name, products in expected.items():
+        attention = found[f"base_model.model.{name}"]
+        close(dense(attention), products)
+        assert "without what PEFT adds to them" in attention.heads[0].note
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    config.to_json_file(tmp_path / "config.json")
+    of_model, of_file = (
+        {f.label: f.condition_number for f in wc.audit(one, heads=True).findings if f.view}
+        for one in (model, tmp_path)
+    )
+    heads = {name for name in of_model if "self_attn:" in name}
+    assert len(heads) == 2 * 8
+    assert {name: of_file[name] for name in heads} == {name: of_model[name] for name in heads}

@@ -44,7 +44,12 @@ _OTHERWISE = ("key_dim", "attention_biases", "multi_query_attention")
 # Of MaxViT, whose heads come first unless a setting says otherwise that no file tells.
 _PERHAPS_HEADS_FIRST = ("attn_block", "attn_grid")
 
-_GATED = {"gate_up_proj": "down_proj", "weights_in": "weights_out", "w12": "w3"}
+_GATED = {
+    "gate_up_proj": "down_proj",
+    "input_linear": "output_linear",  # of Granite
+    "weights_in": "weights_out",  # of the second DINO
+    "w12": "w3",
+}
 
 # By how many there are, the gates of recurrent cells of torch.
 GATES = {4: "ifgo", 3: "rzn"}

@@ -62,9 +62,9 @@ _OTHER_CLASSES = ("Channel", "Factor")
 _NORMS = ("q_norm", "k_norm", "query_norm", "q_layernorm", "norm_q", "norm_k", "q_ln")
 _BETWEEN = ("v_norm", "sub_norm", "inner_attn_ln", "attn_sub_norm")
 _BETWEEN_OF_TIMM = ("norm", "gate")  # elsewhere these may stand before the projections
+_POOLED = ("pool_q", "pool_k"), ("pool_v",)  # of MViT: for comparing, and for carrying
 _ROTATED = ("rotary_emb", "rotary_ndims", "rotary_dim", "rope")
 _ROTATED_CONFIG = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim")
-_ROTATED_GIVEN = ("rope", "rotary_pos_emb")
 
 
 @dataclass(frozen=True)
@@ -349,14 +349,16 @@ def _of_comparing(module: Module) -> str:
     normed = _acts(module, _NORMS)
     if has(module, "logit_scale"):  # of the cosines in the second Swin
         normed = "logit_scale"
+    pooled = _acts(module, _POOLED[0])
     return _joined(
         rotation,
+        f"without `{pooled}`, which stands between" if pooled else "",
         f"without the norms of queries and keys (`{normed}`)" if normed else "",
     )
 
 
 def _of_carrying(module: Module) -> str:
-    names = _BETWEEN + (_BETWEEN_OF_TIMM if has(module, "qkv") else ())
+    names = _POOLED[1] + _BETWEEN + (_BETWEEN_OF_TIMM if has(module, "qkv") else ())
     between = _acts(module, names)
     return f"without `{between}`, which stands between" if between else ""
 
@@ -376,5 +378,12 @@ def _rotated(module: Module) -> bool:
         return False
     by_config = any(getattr(config, name, None) for name in _ROTATED_CONFIG)
     here = any(getattr(module, name, None) is not None for name in _ROTATED)
-    given = inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else ()
-    return by_config or here or any(name in given for name in _ROTATED_GIVEN)
+    return by_config or here or (isinstance(module, nn.Module) and _rotates(module))
+
+
+def _rotates(module: nn.Module) -> bool:
+    """Whether its own code speaks of a rotation, or it takes one."""
+    forward = inspect.unwrap(module.forward)
+    code = getattr(forward, "__code__", None)
+    given = inspect.signature(forward).parameters
+    return "rope" in given or (code is not None and any("rotary" in n for n in code.co_names))

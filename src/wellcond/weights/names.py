@@ -38,10 +38,11 @@ _LOOKED_UP = re.compile(
 _SEVERAL = re.compile(
     r"(.*_)?(embeddings|tokens|embeds_layers)(_.*)?|w[tp]es|point_embed", re.DOTALL
 )
-# Linear maps from or to an embedding: patch_embedding, embeddings_project, the heads of detectors.
+# Linear maps from or to an embedding: patch_embedding, embeddings_project, the heads of detectors,
+# that of GPT-NeoX.
 _LINEAR = re.compile(
     r".*(patch|proj|linear|dense|mapping|transformation).*"
-    r"|(.*_)?class_embed|embed_(return|state|action)|vision_embed_tokens",
+    r"|(.*_)?class_embed|embed_(return|state|action|out)|vision_embed_tokens",
     re.DOTALL,
 )
 _ADDED = re.compile(

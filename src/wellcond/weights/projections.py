@@ -6,6 +6,7 @@ they say of one, and the numbers in the config.json beside the file stand in for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,11 +18,15 @@ from wellcond.operators.views import STORED, Transposed, View
 # Where a tensor is: of this module, by this name; of a file, of none but by the tensor's own name.
 Place = tuple[object, str]
 
+_Config = Mapping[str, object]
+
 # What PEFT puts around a layer, by the name under which it holds it.
 _WRAPPING = "base_layer"
 
 # Numbers by which a config tells of heads, and what names of modules go with its parts.
 HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
+_HEADS_OF_SIDES = ("encoder_attention_heads", "decoder_attention_heads")
+_LANGUAGE_MODEL = re.compile(r"(model\.)?layers\.\d+\.")  # of one that has no other part
 _CALLED = {"language": "text", "visual": "vision", "image": "vision", "speech": "audio"}
 
 
@@ -79,7 +84,7 @@ class Stored:
     """
 
     path: str
-    said: Mapping[str, object]
+    said: _Config
     parts: dict[str, StoredTensor | Stored] = field(default_factory=dict)
 
     @property
@@ -91,9 +96,7 @@ class Stored:
 Module = nn.Module | Stored
 
 
-def stored_modules(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
-) -> dict[str, Stored]:
+def stored_modules(shapes: Mapping[str, tuple[int, ...]], config: _Config) -> dict[str, Stored]:
     """The modules of a file of tensors of these shapes, by their paths."""
     modules: dict[str, Stored] = {}
 
@@ -138,23 +141,35 @@ def _of_conv1d(module: Stored) -> bool:
     return fused.shape[0] == output.shape[1] and fused.shape[1] in (2 * width, 3 * width)
 
 
-def _part_of(config: Mapping[str, object], path: str) -> Mapping[str, object]:
+def _part_of(config: _Config, path: str) -> _Config:
     """What a config says of the modules there: the part of it that is called as they are."""
-    words = {word for part in path.lower().split(".") for word in (part, part.split("_")[0])}
+    names = path.lower().split(".")
+    words = {*names, *(name.split("_")[0] for name in names)}
     words |= {_CALLED[word] for word in words & _CALLED.keys()}
-    parts = {
-        key.removesuffix("_config"): part
-        for key, part in config.items()
-        if key.endswith("_config") and isinstance(part, Mapping)
-    }
+    parts = {key.removesuffix("_config"): part for key, part in _parts_with_heads(config).items()}
     called = [part for key, part in parts.items() if key in words]
+    if not called and "text" in parts and _LANGUAGE_MODEL.match(path):
+        called = [parts["text"]]
     if len(called) == 1:
         return _part_of(called[0], path)
-    for side in ("encoder", "decoder"):  # of Bart and Whisper
-        number = config.get(f"{side}_attention_heads")
-        if side in words and number is not None:
-            return {**config, HEADS[0]: number}
+    for name in _HEADS_OF_SIDES:  # of Bart and Whisper
+        if name.split("_")[0] in names and name in config:
+            return {**config, HEADS[0]: config[name]}
     return config
+
+
+def _parts_with_heads(config: _Config, depth: int = 3) -> dict[str, _Config]:
+    """The configs in a config that say how many heads there are, or hold one that does."""
+    parts = {key: part for key, part in config.items() if key.endswith("_config")}
+    return {
+        key: part
+        for key, part in parts.items()
+        if isinstance(part, Mapping)
+        and (
+            any(name in part for name in (*HEADS, *_HEADS_OF_SIDES))
+            or (depth > 0 and _parts_with_heads(part, depth - 1))
+        )
+    }
 
 
 def part(module: Module, name: str) -> object | None:
