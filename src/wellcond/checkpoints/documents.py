@@ -210,11 +210,12 @@ def _map_section(
             cells[where] = Cell(value, symbol, title, rows[worst].link)
         maps.append(HeatMap(stack.name, _layer_names(stack), _kind_names(stack), cells))
     if several:
-        most = "changed most" if change else "is worst"
-        words += f" Where * stands for a number, as of heads or experts, the one that {most}."
+        most = "changed most" if change else "is the worst"
+        words += f" Of several, where * stands for a number, the one that {most}."
     outside = len(rows) - sum(map(len, itertools.chain(*(s.weights.values() for s in repeated))))
     if outside:
-        words += f" {outside} in no layer that repeats are in the table alone."
+        weights = "1 weight is" if outside == 1 else f"{outside} weights are"
+        words += f" {weights} in no layer that repeats, and in the table alone."
     if max_condition is not None:
         symbols = {MARK: f"above κ = {max_condition:g}{' after' * change}"} | dict(symbols)
     return section("Layers", paragraphs([words]), heat_maps(maps, symbols, change))

@@ -80,7 +80,7 @@ def heat_maps(maps: Sequence[HeatMap], symbols: Mapping[str, str], change: bool 
         if symbol in samples
     )
     if any(len(one.cells) < len(one.rows) * len(one.columns) for one in maps):
-        key += '<li><i class="sample">·</i>there is none</li>'
+        key += '<li><i class="sample none">&nbsp;</i>there is none</li>'
     return (
         (_legend(scale) if logarithms else "")
         + (f'<ul class="key">{key}</ul>' if key else "")

@@ -214,9 +214,9 @@ class Comparison(_Document):
         ]
         if len(known) < len(both):
             counts.append(f"is not known on both sides in {len(both) - len(known)}")
-        lines = [f"in the {_count(len(both), 'weight')} of both, κ {', '.join(counts)}"]
+        lines = [f"In the {_count(len(both), 'weight')} of both, κ {', '.join(counts)}"]
         if known:
-            lines[0] += f"; the median is {statistics.median(p.ratio for p in known):.4g} times"
+            lines[0] += f"; the median of after/before is {statistics.median(p.ratio for p in known):.4g}"
         for when, there, other in (("before", 1, 2), ("after", 2, 1)):
             alone = [pair.label for pair in self.pairs if pair[there] and not pair[other]]
             if alone:
@@ -238,7 +238,7 @@ class Comparison(_Document):
         if more := len(self.pairs) - len(shown_pairs):
             text += f"... and {more} more with a smaller change{'' if top else _WAY_TO_ALL}\n"
         text += _remarks((pair.label, self.notes.get(pair.label, "")) for pair in shown_pairs)
-        said = "; ".join([shown(self.after), *self.summary()])
+        said = ". ".join([shown(self.after), *self.summary()])
         return f"{text}before: {shown(self.before)}\nafter: {said}\n"
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
         >>> comparison.pairs[0].label, comparison.pairs[0].ratio
         ('weight', 0.25)
         >>> print(comparison.summary()[0])
-        in the 1 weight of both, κ rose in 0, fell in 1 (most in weight, to 0.25 times), ...
+        In the 1 weight of both, κ rose in 0, fell in 1 (most in weight, after/before 0.25), ...
     """
     for name, report in (("before", before), ("after", after)):
         if not isinstance(report, AuditReport):
@@ -352,7 +352,7 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
                 )
     naming = ""
     if names.prefix:
-        naming = f'names {names.side} begin with "{shown(names.prefix)}", which is left out here'
+        naming = f'Names {names.side} begin with "{shown(names.prefix)}", which is left out here'
     return Comparison(pairs, before.source, after.source, versions(), notes, naming)
 
 
@@ -364,7 +364,7 @@ def _most(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return ""
     most = max(pairs, key=lambda pair: pair.change)
-    return f" (most in {shown(most.label)}, to {most.ratio:.4g} times)"
+    return f" (most in {shown(most.label)}, after/before {most.ratio:.4g})"
 
 
 def _remarks(remarks: Iterable[tuple[str, str]]) -> str:

@@ -66,9 +66,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
   border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 .rows .text { text-align: left; }
-.rows td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
-.rows td.bar, .rows th.bar { width: 16rem; min-width: 9rem; padding: .25rem 1.5rem .25rem .5rem; }
-tr:has(:target) { outline: 2px solid var(--bar); }
+.rows td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 17.5rem; }
+.rows td.bar, .rows th.bar { width: 12rem; min-width: 8rem; padding: .25rem 1.5rem .25rem .5rem; }
+tr:has(:target) { background: color-mix(in srgb, var(--bar) 22%, transparent); }
+:target { scroll-margin-top: 1rem; }
 .track { position: relative; height: .8rem; }
 .track + .track { margin-top: 2px; }
 .limit { position: absolute; top: -3px; bottom: -3px; border-left: 2px solid var(--bad); }
@@ -93,7 +94,7 @@ svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; }
 .heat { border-collapse: separate; border-spacing: 1px; font-size: .75rem; line-height: 1; }
 .heat td { width: 2rem; min-width: 1.2rem; height: 1.2rem; padding: 0; text-align: center; }
-.heat td:empty { background: radial-gradient(circle, var(--line) 1.5px, transparent 2px); }
+.heat tbody td:empty, .none { background: radial-gradient(circle, var(--faint) 1.2px, transparent 1.7px); }
 .heat td a { display: block; padding: .2rem 0; min-height: 1.2rem; color: inherit;
   text-decoration: none; }
 .heat td a:focus-visible, .heat td a:hover { outline: 2px solid var(--ink); }
@@ -101,13 +102,13 @@ svg polyline { fill: none; stroke-width: 2; }
   vertical-align: middle; padding: 0 .4rem 0 0; white-space: nowrap; }
 .heat .kind { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
   vertical-align: middle; max-height: 15rem; overflow: hidden; padding: .2rem 0; margin: 0 auto;
-  white-space: nowrap; text-overflow: ellipsis; }
+  line-height: 1.3; white-space: nowrap; text-overflow: ellipsis; }
 .heat tfoot .kind { text-align: right; }
-.positive, .negative, .unknown { color: var(--ink); box-shadow: inset 0 0 0 1px var(--faint); }
+.positive, .negative, .unknown { color: var(--ink); font-weight: 700; box-shadow: inset 0 0 0 1px var(--faint); }
 .positive { background: repeating-linear-gradient(135deg,
-  color-mix(in srgb, var(--bad) 45%, transparent) 0 3px, transparent 3px 6px); }
+  color-mix(in srgb, var(--bad) 35%, transparent) 0 3px, transparent 3px 6px); }
 .negative { background: repeating-linear-gradient(45deg,
-  color-mix(in srgb, var(--bar) 55%, transparent) 0 3px, transparent 3px 6px); }
+  color-mix(in srgb, var(--bar) 40%, transparent) 0 3px, transparent 3px 6px); }
 .scale { max-width: 30rem; margin: .5rem 0; }
 .scale .steps { display: flex; height: .9rem; }
 .scale .steps i { flex: 1; }
@@ -148,6 +149,7 @@ dd { margin: 0; color: var(--faint); }
   body { max-width: none; padding: 0; font-size: 11px; }
   tr, figure { break-inside: avoid; }
   .scroll { overflow: visible; }
+  .heat td { width: auto; min-width: .8rem; }
 }
 """
 )
