@@ -105,3 +105,63 @@ def test_circles_and_shared_lists_end(tmp_path: Path, monkeypatch: pytest.Monkey
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(ValueError, match="but holds more, or itself"):
             Checkpoint(tmp_path / "a.pt")
+
+
+def test_every_block_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """Query of GPT-2, stored as (inputs, outputs); one gate of one expert; one of an LSTM."""
+    torch.manual_seed(0)
+    well = torch.linalg.qr(torch.randn(24, 24)).Q
+    content = {
+        "h.0.attn.c_attn.weight": torch.cat([well] * 3, 1),
+        "h.0.attn.c_proj.weight": well.clone(),
+        "experts.gate_up_proj": torch.stack([torch.cat([well, well])] * 2).contiguous(),
+        "experts.down_proj": torch.stack([well] * 2),
+        "lstm.weight_ih_l0": torch.cat([well] * 4),
+        "lstm.weight_hh_l0": torch.cat([well] * 4),
+        "attention.query_key_value.weight": torch.cat([well] * 3),
+        "attention.dense.weight": well.clone(),
+    }
+    content["h.0.attn.c_attn.weight"][:, 3] *= 1e-3
+    content["experts.gate_up_proj"][1, 27] *= 1e-3
+    content["lstm.weight_hh_l0"][50] *= 1e-3
+    content["attention.query_key_value.weight"][:, 7] *= 1e-3
+    torch.save(content, tmp_path / "a.pt")
+    report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 4.0)
+    assert [one.label for one in report.changed] == [
+        "h.0.attn.c_attn.weight:q",
+        "experts.gate_up_proj:up:1",
+        "lstm.weight_hh_l0:g",
+        "attention.query_key_value.weight",
+    ]
+    assert {one.label for one in report.repairs} == {
+        one.label for one in wc.audit(tmp_path / "a.pt").findings
+    }
+    (line,) = (line for line in str(report).splitlines() if "head by head" in line)
+    assert line.startswith("attention.query_key_value.weight: `query_key_value` holds query, key")
+    found = {one.label: one.condition_number for one in wc.audit(tmp_path / "b.pt").findings}
+    assert max(found.values()) <= 4.0
+    assert found["h.0.attn.c_attn.weight:q"] > 3.9
+    after = torch.load(tmp_path / "b.pt")
+    changed = {name: torch.zeros_like(tensor).bool() for name, tensor in content.items()}
+    changed["h.0.attn.c_attn.weight"][:, :24] = True
+    changed["experts.gate_up_proj"][1, 24:] = True
+    changed["lstm.weight_hh_l0"][48:72] = True
+    changed["attention.query_key_value.weight"][:] = True
+    for name, tensor in content.items():
+        assert torch.equal(after[name][~changed[name]], tensor[~changed[name]]), name
+        assert after[name].is_contiguous() == tensor.is_contiguous()
+
+
+def test_a_projection_of_several_heads_is_repaired_by_what_config_says(tmp_path: Path) -> None:
+    content = {"a.query_key_value.weight": random(20, 12), "a.dense.weight": random(12, 12)}
+    torch.save(content, tmp_path / "a.pt")
+    whole = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 4.0)
+    assert [one.view for one in whole.repairs] == ["", ""]
+    (tmp_path / "config.json").write_text('{"multi_query": true}')
+    cut = wc.repair(tmp_path / "a.pt", tmp_path / "c.pt", 4.0)
+    assert [(one.view, one.shape) for one in cut.repairs] == [
+        ("q", (12, 12)),
+        ("k", (4, 12)),
+        ("v", (4, 12)),
+        ("", (12, 12)),
+    ]

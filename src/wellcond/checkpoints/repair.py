@@ -20,9 +20,10 @@ from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
 from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
+from wellcond.operators.views import shares_memory
 from wellcond.output import new_path, refuse_existing
 from wellcond.penalties.limit import limited
-from wellcond.text import and_more, dump_json, out_of_memory, shown, text_table, versions, written
+from wellcond.text import and_more, dump_json, out_of_memory, text_table, versions, written
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Skipped
 
@@ -95,9 +96,12 @@ class RepairReport:
         ]
         headers = ("weight", "shape", "dtype", "κ before", "κ after", "‖X − S‖/‖S‖")
         text = text_table(headers, rows) if rows else ""
+        labels: dict[str, list[str]] = {}
         for repair in self.repairs:
             if repair.note:
-                text += f"{shown(repair.label)}: {repair.note}\n"
+                labels.setdefault(repair.note, []).append(repair.label)
+        for note, noted in labels.items():
+            text += f"{and_more(noted, 3)}: {note}\n"
         obeyed = len(self.repairs) - len(self.changed)
         text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
         return f"{text}they were; {len(self.skipped)} other tensors copied\n"
@@ -130,6 +134,10 @@ def repair(
     progress: Told | None = None,
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
+
+    The weights are those of an audit, and are named in the same way: of a fused projection each
+    block has a limit of its own (`attn.qkv.weight:q`), and of a stack each matrix; a convolution is
+    its flattened kernel, as if of one group, as a file does not say how many there are.
 
     A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
     kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
@@ -233,12 +241,14 @@ def _limit_all(
             refused.append(f"{label}: {error}".rstrip("."))
             continue
         moved = 0.0 if X is S else _relative_change(S, X)
-        note = "zero, without a condition number; left as it is" if math.isnan(before) else ""
+        zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
+        note = "; ".join(filter(None, (zero, one.note)))
         dtype = str(S.dtype).removeprefix("torch.")
         done.append(
             Repair(one.name, view, tuple(S.shape), dtype, before, after, moved, margin, note)
         )
         if X is not S:
+            assert shares_memory(S, tensor)  # else what is written to a view would be lost
             S.copy_(X)
     return tensor if any(repair.relative_change for repair in done) else None, done
 
