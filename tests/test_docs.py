@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    # What stands, moved in, right below a program is what it prints.
+    for output in re.findall(r"^```\n\n((?:    .*\n)+)", page.read_text(), flags=re.MULTILINE):
+        assert textwrap.dedent(output) in done.stdout
 
 
 @pytest.mark.distributed
