@@ -99,6 +99,12 @@ def test_wrappers_within_names_and_on_both_sides_are_passed_over() -> None:
     ]
 
 
+def test_a_side_that_has_much_more_is_paired() -> None:
+    heads = [f"h.0.attn:qk{head}" for head in range(20)]
+    names = pair_names([f"model.{name}" for name in NAMES], [*heads, *NAMES])
+    assert [label for label, _, _ in names.paired] == NAMES
+
+
 def test_names_that_both_have_are_not_looked_for_elsewhere() -> None:
     old, new = ["model.a", "a", "model.b", "head"], ["a", "b", "head"]
     names = pair_names(old, new)
@@ -110,7 +116,7 @@ def test_names_that_both_have_are_not_looked_for_elsewhere() -> None:
     ("old", "new"),
     [
         (["student.a", "student.b", "teacher.a", "teacher.b"], ["a", "b"]),  # which of the two?
-        (["x.a", "b"], ["a", "c", "d"]),  # one of three is chance
+        (["x.a", "b", "e"], ["a", "c", "d"]),  # one of three is chance
         (["module.a", "_orig_mod.a"], ["a.b"]),
     ],
 )
@@ -194,6 +200,16 @@ def test_a_lower_bound_has_no_ratio_and_says_so() -> None:
         assert "is not known on both sides in 1" in comparison.summary()[0]
         assert "≥4" in comparison.table()
         assert "≥4" in comparison.to_html()
+
+
+def test_the_summary_counts_what_moved_by_more_than_a_percent() -> None:
+    before = wc.audit(model(*[[100.0, 1.0]] * 6))
+    after = wc.audit(model(*[[kappa, 1.0] for kappa in (98.0, 99.5, 100.0, 100.5, 103.0, 150.0)]))
+    assert wc.compare(before, after).summary() == [
+        "In the 6 weights of both, κ rose in 2 (most in 5.weight, after/before 1.5), "
+        "fell in 1 (most in 0.weight, after/before 0.98), moved by less than 1 % in 3; "
+        "the median of after/before is 1.002"
+    ]
 
 
 def test_a_copy_of_another_dtype_is_said_once(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def names(stem: str, counts: list[int] | int, kinds: list[str]) -> list[str]:
 LLAMA = ["self_attn.q_proj.weight", "mlp.up_proj.weight"]
 SWIN = names("layers.{}.blocks.{}", [2, 2, 6, 2], ["attn.qkv.weight:q", "mlp.fc1.weight"])
 EXPERTS = names("model.layers.{}.moe.experts.{}", [8, 8, 8], ["w1.weight", "w2.weight"])
+PRUNED = names("model.layers.{}.moe.experts.{}", [8, 8, 6], ["w1.weight", "w2.weight"])
 HEADS = [f"h.{i}.attn:{x}{h}" for i in range(3) for x in ("qk", "vo") for h in range(12)]
 
 
@@ -129,9 +130,9 @@ HEADS = [f"h.{i}.attn:{x}{h}" for i in range(3) for x in ("qk", "vo") for h in r
             ("model.layers.*", "model.layers.2", "moe.experts.*.w1.weight"),
         ),
         (
-            "model.layers.2.moe.experts.7.w1.weight",
-            EXPERTS[:-4],
-            ("model.layers.*", "model.layers.2", "moe.experts.*.w1.weight"),
+            "model.layers.0.moe.experts.7.w1.weight",
+            PRUNED,
+            ("model.layers.*", "model.layers.0", "moe.experts.*.w1.weight"),
         ),
         (
             "l.0.experts.3.w1.weight",

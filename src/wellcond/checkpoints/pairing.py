@@ -99,8 +99,8 @@ def pair_names(before: Iterable[str], after: Iterable[str]) -> Names:
     """The names that mean the same weight; all others are of one side alone.
 
     Those are equal names, then those that are equal without wrappers, then those that are equal
-    without one prefix that one side has: the one by which most of the other side's are found, if
-    that is at least half of them and no other finds as many.
+    without one prefix that one side has: the one by which most are found, if that is at least half
+    of what is left of a side, and no other finds as many.
     """
     old, new = dict.fromkeys(before), dict.fromkeys(after)
     paired = [(name, name, name) for name in old if name in new]
@@ -126,7 +126,7 @@ def pair_names(before: Iterable[str], after: Iterable[str]) -> Names:
     if not count or list(prefixes.values()).count(count) > 1:
         return Names(paired)
     longer, shorter = sides[side]
-    if 2 * count < len(shorter):
+    if 2 * count < min(len(longer), len(shorter)):
         return Names(paired)
     for name in shorter:
         if prefix + name in longer:
