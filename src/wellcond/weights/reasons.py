@@ -16,7 +16,7 @@ class Reason(enum.Enum):
     embedding = "an embedding: its rows are looked up, it is no linear map"
     added = "by its name a token, a position or a bias, and no linear map"
     unknown_use = "a parameter whose use is not known"
-    one_row = "one row in each group: every condition number is 1"
+    one_row = "one row in each group, which is well-conditioned by itself"
     uninitialised = "not initialised yet: run the model once first"
     not_real = "not real floating point"
     packed = "not real floating point, packed or quantised perhaps, or no weight"
