@@ -340,10 +340,31 @@ def test_colours_are_in_the_order_of_kappa() -> None:
     assert ordered == sorted(ordered)
     assert (ordered[0], ordered[-1]) == (0, 10)
     assert len(set(ordered)) == 8
-    ticks = re.findall(r'<span style="left:(.*?)%">(.*?)</span>', report(kappas).to_html())
-    scale = [(float(left), float(tick)) for left, tick in ticks if "<" not in tick][:8]
-    for left, tick in scale:
-        assert left == pytest.approx(100 * math.log10(tick) / 7, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (2.7, 5.7, [2, 5, 10]),
+        (1.0, 1.0, [1, 2]),
+        (1.0, 1e7, [10.0**k for k in range(8)]),
+        (30.0, 1e16, [1e1, 1e3, 1e5, 1e7, 1e9, 1e11, 1e13, 1e15]),
+        (15.0, 170.0, [10, 20, 50, 100, 200]),
+    ],
+)
+def test_the_scale_spans_all_and_its_ticks_stand_where_they_belong(
+    low: float, high: float, expected: list[float]
+) -> None:
+    kappas = {f"h.{i}.w{k}": high if (i, k) == (0, 0) else low for i in range(4) for k in range(2)}
+    text = report(kappas).to_html()
+    scale = text[text.index('<div class="scale">') :].split("</div></div>")[0]
+    ticks = re.findall(r'style="left:(.*?)%">(.*?)<', scale)
+    assert [float(tick) for _, tick in ticks] == pytest.approx(expected)
+    lefts = [float(left) for left, _ in ticks]
+    assert lefts[0] == 0
+    assert max(lefts) <= 100
+    decades = [math.log10(tick / expected[0]) for tick in expected]
+    assert lefts == pytest.approx([x / decades[-1] * lefts[-1] for x in decades], rel=1e-3)
 
 
 def test_infinite_unknown_bounded_and_missing_cells_are_told_apart_from_large_ones() -> None:

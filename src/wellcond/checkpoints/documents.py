@@ -94,6 +94,7 @@ def audit_page(report: AuditReport, max_condition: float | None) -> str:
             _map_section(words, repeated, rows, cell, _SYMBOLS, max_condition, False),
             section(
                 "Weights, the worst first",
+                _folding(rows),
                 table(headers, _groups(rows, repeated, opened, "κ up to {}", 1), max_condition),
             ),
             section("Singular values of the worst weights", drawing(curves) if curves else ""),
@@ -151,6 +152,7 @@ def comparison_page(comparison: Comparison, max_condition: float | None) -> str:
             _map_section(words, repeated, rows, cell, _SYMBOLS_OF_CHANGE, max_condition, True),
             section(
                 "Weights, the largest change first",
+                _folding(rows),
                 table(COMPARED, _groups(rows, repeated, opened, "{} times", 3), max_condition),
             ),
             section(
@@ -231,6 +233,12 @@ def _kind_names(stack: Stack) -> list[str]:
     """Without what nearly all end in."""
     short = [kind.replace(".weight", "") for kind in stack.kinds]
     return short if all(short) and len(set(short)) == len(short) else stack.kinds
+
+
+def _folding(rows: Mapping[str, Row]) -> str:
+    if len(rows) <= _FLAT:
+        return ""
+    return paragraphs([f"The first are open, all others of these {len(rows)} folded by layer."])
 
 
 def _groups(

@@ -16,7 +16,9 @@ from wellcond.checkpoints.style import STEPS
 _LONG = 24
 # A scale of changes reaches at least so far: what is less is near grey.
 _LEAST = math.log10(1.1)
-_TICKS = 7
+_TICKS = 8
+_FEW_DECADES = 2
+_AT_END = ' class="end"'
 
 
 class Cell(NamedTuple):
@@ -93,30 +95,33 @@ def _scale(logarithms: Sequence[float], change: bool) -> _Scale:
         limit = max([_LEAST, *map(abs, logarithms)])
         return _Scale("d", -limit, limit)
     low, high = min(logarithms, default=0.0), max(logarithms, default=1.0)
-    low = math.floor(low)
-    return _Scale("s", low, max(low + 1, math.ceil(high)))
+    marks = _marks(low, high)
+    low = max(mark for mark in marks if mark <= low)
+    return _Scale("s", low, min(mark for mark in marks if mark >= high and mark > low))
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Powers of ten from below to above, and besides 2 and 5 times these where there are few."""
+    decades = range(math.floor(low), math.ceil(high) + 2)
+    parts = (1, 2, 5) if high - low < _FEW_DECADES else (1,)
+    return [decade + math.log10(part) for decade in decades for part in parts]
 
 
 def _legend(scale: _Scale) -> str:
     steps = "".join(f'<i class="{scale.letter}{step}"></i>' for step in range(STEPS))
+    low, high = scale.low, scale.high
     if scale.letter == "d":
-        marks = [scale.low, scale.low / 2, 0, scale.high / 2, scale.high]
+        marks = [low, low / 2, 0.0, high / 2, high]
     else:
-        every = math.ceil((scale.high - scale.low) / _TICKS)
-        decades = range(int(scale.low), int(scale.high) + 1, every)
-        marks = [d + part for d in decades for part in _between(scale) if d + part <= scale.high]
+        marks = [mark for mark in _marks(low, high) if low <= mark <= high]
+        marks = marks[:: math.ceil(len(marks) / _TICKS)]
     ticks = "".join(
-        f'<span style="left:{100 * scale.share(mark):.4g}%">{_number(10**mark)}</span>'
+        f'<span{_AT_END if mark == high else ""} style="left:{100 * scale.share(mark):.4g}%">'
+        f"{_number(10**mark)}</span>"
         for mark in marks
     )
-    return (
-        f'<div class="scale"><div class="steps">{steps}</div><div class="ticks">{ticks}</div></div>'
-    )
-
-
-def _between(scale: _Scale) -> list[float]:
-    """Besides powers of ten 2 and 5 times these, where there are few."""
-    return [0.0, math.log10(2), math.log10(5)] if scale.high - scale.low < 3 else [0.0]
+    bar = f'<div class="steps">{steps}</div><div class="ticks">{ticks}</div>'
+    return f'<div class="scale">{bar}</div>'
 
 
 def _number(value: float) -> str:

@@ -216,7 +216,8 @@ class Comparison(_Document):
             counts.append(f"is not known on both sides in {len(both) - len(known)}")
         lines = [f"In the {_count(len(both), 'weight')} of both, κ {', '.join(counts)}"]
         if known:
-            lines[0] += f"; the median of after/before is {statistics.median(p.ratio for p in known):.4g}"
+            median = statistics.median(pair.ratio for pair in known)
+            lines[0] += f"; the median of after/before is {median:.4g}"
         for when, there, other in (("before", 1, 2), ("after", 2, 1)):
             alone = [pair.label for pair in self.pairs if pair[there] and not pair[other]]
             if alone:

@@ -94,7 +94,8 @@ svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; }
 .heat { border-collapse: separate; border-spacing: 1px; font-size: .75rem; line-height: 1; }
 .heat td { width: 2rem; min-width: 1.2rem; height: 1.2rem; padding: 0; text-align: center; }
-.heat tbody td:empty, .none { background: radial-gradient(circle, var(--faint) 1.2px, transparent 1.7px); }
+.heat tbody td:empty, .none {
+  background: radial-gradient(circle, var(--faint) 1.2px, transparent 1.7px); }
 .heat td a { display: block; padding: .2rem 0; min-height: 1.2rem; color: inherit;
   text-decoration: none; }
 .heat td a:focus-visible, .heat td a:hover { outline: 2px solid var(--ink); }
@@ -104,7 +105,8 @@ svg polyline { fill: none; stroke-width: 2; }
   vertical-align: middle; max-height: 15rem; overflow: hidden; padding: .2rem 0; margin: 0 auto;
   line-height: 1.3; white-space: nowrap; text-overflow: ellipsis; }
 .heat tfoot .kind { text-align: right; }
-.positive, .negative, .unknown { color: var(--ink); font-weight: 700; box-shadow: inset 0 0 0 1px var(--faint); }
+.positive, .negative, .unknown { color: var(--ink); font-weight: 700;
+  box-shadow: inset 0 0 0 1px var(--faint); }
 .positive { background: repeating-linear-gradient(135deg,
   color-mix(in srgb, var(--bad) 35%, transparent) 0 3px, transparent 3px 6px); }
 .negative { background: repeating-linear-gradient(45deg,
@@ -113,7 +115,7 @@ svg polyline { fill: none; stroke-width: 2; }
 .scale .steps { display: flex; height: .9rem; }
 .scale .steps i { flex: 1; }
 .scale .ticks { font-size: .8rem; }
-.scale .ticks span:last-child:not(:first-child) { transform: translateX(-100%); }
+.scale .ticks .end { transform: translateX(-100%); }
 .sample { display: inline-block; width: 1.6rem; text-align: center; margin-right: .5rem;
   font-size: .75rem; font-style: normal; }
 ul.facts { padding-left: 1.2rem; margin: .25rem 0; }
@@ -148,6 +150,7 @@ dd { margin: 0; color: var(--faint); }
   * { print-color-adjust: exact; }
   body { max-width: none; padding: 0; font-size: 11px; }
   tr, figure { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
   .scroll { overflow: visible; }
   .heat td { width: auto; min-width: .8rem; }
 }
