@@ -243,6 +243,16 @@ def test_of_many_weights_the_worst_are_open_and_the_others_folded_by_layer() -> 
     assert len(text) < 1.2e6
 
 
+def test_titles_of_what_is_folded_say_no_number_that_is_none() -> None:
+    kappas = deep(12, *KINDS)
+    part = {name: kappa for name, kappa in kappas.items() if "layers.11" not in name}
+    half = wc.compare(report(part), report(kappas)).to_html()
+    assert "model.<wbr>layers.<wbr>11:<wbr> 21 more</summary>" in half
+    assert re.search(r"layers.<wbr>10:<wbr> \d+ more, 1 times</summary>", half)
+    lost = report(dict.fromkeys(kappas, math.nan)).to_html()
+    assert "model.<wbr>layers.<wbr>10:<wbr> 21 more</summary>" in lost
+
+
 def test_a_hundred_weights_are_not_folded() -> None:
     text = report(deep(9, *KINDS[:11])).to_html()
     assert len(Parsed(text).rows()) == 100

@@ -15,13 +15,14 @@ from wellcond.checkpoints.layers import Stack, stacks
 from wellcond.checkpoints.markup import document, folded, listed, paragraphs, section
 from wellcond.checkpoints.page import CURVES, MARK, Group, Row, drawing, facts, limit, table
 from wellcond.checkpoints.pairing import Pair, by_label
+from wellcond.weights.reasons import Skipped
 
 if TYPE_CHECKING:
     from wellcond.checkpoints.report import AuditReport, Comparison
 
 # So many rows are looked through; of more, so many of the worst are open, or all above the limit.
 _FLAT, _OPEN = 100, 30
-_SKIPPED = 10  # so many reasons are read; more are folded
+_READ = 10  # so many reasons why something is skipped are read; more are folded
 _SYMBOLS = {
     "∞": "infinite",
     "≥": "a lower bound of κ",
@@ -70,19 +71,6 @@ def audit_page(report: AuditReport, max_condition: float | None) -> str:
     curves = [(f.label, f.singular_values) for f in report.findings if f.sigma_max > 0]
     curves = [curve for curve in curves if len(curve[1]) > 1][:CURVES]
     columns = {name: words for name, words in report.columns().items() if name != "grade"}
-    skipped = report.coverage.skipped
-    lost = {name: why for name, why in skipped.items() if not why.reason.no_matrix}
-    none = {name: why for name, why in skipped.items() if why.reason.no_matrix}
-    reasons = Counter(why.reason for why in lost.values())
-    kinds = Counter(why.reason for why in none.values())
-    lost_list = listed({name: str(why) for name, why in lost.items()})
-    if len(lost) > _SKIPPED:
-        counts = "; ".join(f"{count} {reason.value}" for reason, count in reasons.most_common())
-        lost_list = folded(counts, lost_list)
-    none_list = folded(
-        f"No matrices: {', '.join(f'{n} ({kind.name})' for kind, n in kinds.most_common())}",
-        listed({name: str(why) for name, why in none.items()}),
-    )
     opened = sum(any(row.exceeds) for row in rows.values())
     words = "κ of each weight by layer and kind."
     return document(
@@ -104,7 +92,7 @@ def audit_page(report: AuditReport, max_condition: float | None) -> str:
                 listed(columns),
             ),
             section("Grades", listed({grade.name: grade.value for grade in Grade})),
-            section("Skipped", lost_list if lost else "", none_list if none else ""),
+            section("Skipped", *_skipped(report.coverage.skipped)),
             section("Versions", listed(report.versions)),
         ],
     )
@@ -163,6 +151,22 @@ def comparison_page(comparison: Comparison, max_condition: float | None) -> str:
             section("Versions", listed(comparison.versions)),
         ],
     )
+
+
+def _skipped(skipped: Mapping[str, Skipped]) -> list[str]:
+    """What the report lacks, folded if it is much, and what is no matrix, always folded."""
+    lost = {name: why for name, why in skipped.items() if not why.reason.no_matrix}
+    none = {name: why for name, why in skipped.items() if why.reason.no_matrix}
+    lists = [listed({name: str(why) for name, why in some.items()}) for some in (lost, none)]
+    reasons = [Counter(why.reason for why in some.values()).most_common() for some in (lost, none)]
+    parts = []
+    if lost:
+        counted = "; ".join(f"{count} {reason.value}" for reason, count in reasons[0])
+        parts.append(lists[0] if len(lost) <= _READ else folded(counted, lists[0]))
+    if none:
+        counted = ", ".join(f"{count} ({reason.name})" for reason, count in reasons[1])
+        parts.append(folded(f"No matrices: {counted}", lists[1]))
+    return parts
 
 
 def _symbol(pair: Pair, above: Callable[[Finding | None], bool]) -> str:
@@ -260,8 +264,9 @@ def _groups(
     groups = [Group("", [*itertools.islice(rows.values(), first)])]
     for layer, some in others.items():
         if some:
-            title = f"{layer or 'No layer that repeats'}: {len(some)} more, "
-            title += extent.format(some[0].cells[column])
+            title = f"{layer or 'No layer that repeats'}: {len(some)} more"
+            if some[0].cells[column] not in ("-", "nan"):
+                title += f", {extent.format(some[0].cells[column])}"
             if marked := sum(any(row.exceeds) for row in some):
                 title += f", {marked} {MARK}"
             groups.append(Group(title, some))
