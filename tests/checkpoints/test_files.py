@@ -519,3 +519,27 @@ def test_nested_tensors_are_no_weights(tmp_path: Path) -> None:
 
 
 LAYOUTS = (torch.strided, torch.jagged)
+
+
+def test_a_config_says_how_tensors_are_cut_and_a_bad_one_nothing(tmp_path: Path) -> None:
+    content = {"a.query_key_value.weight": torch.randn(20, 12), "a.dense.weight": torch.eye(12)}
+    torch.save(content, tmp_path / "model.pt")
+
+    def views() -> set[str]:
+        return {f.view for f in wc.audit(tmp_path).findings if "query" in f.name}
+
+    said = '{"multi_query": true, "text_config": {"num_heads": 3}}'
+    assert views() == {""}
+    (tmp_path / "config.json").write_text(said)
+    assert Checkpoint(tmp_path).config["multi_query"] is True
+    assert views() == {"q", "k", "v"}
+    for bad in ("[" * 100_000, "[1]", said[:-1], '{"multi_query": "' + "x" * (1 << 20) + '"}'):
+        (tmp_path / "config.json").write_text(bad)
+        assert Checkpoint(tmp_path).config == {}
+        assert views() == {""}
+    deep = '{"a_config": ' * 300 + "{}" + "}" * 300
+    (tmp_path / "config.json").write_text(deep)
+    assert views() == {""}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    assert Checkpoint(tmp_path / "model.pt").config == {}

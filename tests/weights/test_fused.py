@@ -82,6 +82,12 @@ CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
         {},
         QKV,
     ),
+    "of several files": (
+        {"a.pt/qkv.weight": (36, 12), "a.pt/proj.weight": (12, 12)},
+        {},
+        QKV,
+    ),
+    "of two files": ({"a.pt/qkv.weight": (36, 12), "b.pt/proj.weight": (12, 12)}, {}, WHOLE),
     "gated": ({"gate_up_proj.weight": (20, 12), "down_proj.weight": (12, 10)}, {}, {"gate", "up"}),
     "not gated": ({"gate_up_proj.weight": (20, 12), "down_proj.weight": (12, 20)}, {}, WHOLE),
     "experts": (

@@ -106,14 +106,15 @@ def stored_modules(shapes: Mapping[str, tuple[int, ...]], config: _Config) -> di
         return modules[path]
 
     for name, shape in shapes.items():
-        path, _, own = name.rpartition(".")
+        file = name[: name.rfind("/") + 1]  # of several: step1.pt/
+        path, _, own = name.removeprefix(file).rpartition(".")
         layer = path.removesuffix(f".{_WRAPPING}")
         above, _, child = layer.rpartition(".")
         tensor = StoredTensor(name, shape, layer != path)
         if own == "weight":
-            module(above).parts[child] = tensor
+            module(file + above).parts[child] = tensor
         else:
-            module(path).parts.setdefault(own, tensor)
+            module(file + path).parts.setdefault(own, tensor)
     _transpose_conv1d(modules)
     return modules
 
