@@ -67,7 +67,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 .rows .text { text-align: left; }
 .rows td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 17.5rem; }
-.rows td.bar, .rows th.bar { width: 12rem; min-width: 8rem; padding: .25rem 1.5rem .25rem .5rem; }
+.rows td.bar, .rows th.bar { width: 12rem; min-width: 9rem; padding: .25rem 1.5rem .25rem .5rem; }
 tr:has(:target) { background: color-mix(in srgb, var(--bar) 22%, transparent); }
 :target { scroll-margin-top: 1rem; }
 .track { position: relative; height: .8rem; }
