@@ -83,7 +83,13 @@ def test_three_rows_equal_their_dense_twins(base: Path, tmp_path: Path) -> None:
     parts = (U * (2 * B @ A @ Vh.mT)).sum(0)[:R]
     merged = found[f"{name}:merged"]
     assert merged.added_share == pytest.approx(float(parts.sum() / sigma[:R].sum()), rel=1e-9)
-    assert merged.added_new == int((parts > sigma[:R] / 2).sum())
+    assert (merged.added_new, merged.added_of) == (int((parts > sigma[:R] / 2).sum()), R)
+    shown = f"{100 * merged.added_share:.2g} %, {merged.added_new} of 3"
+    report = wc.audit(adapter, base=base)
+    assert shown in report.table()
+    assert shown in report.to_html()
+    assert "added" in report.columns()
+    assert "added" not in wc.audit(base).columns()
     assert math.isnan(found[name].added_share)
 
 

@@ -543,3 +543,17 @@ def test_a_config_says_how_tensors_are_cut_and_a_bad_one_nothing(tmp_path: Path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     assert Checkpoint(tmp_path / "model.pt").config == {}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132735\n")
+    with pytest.raises(ValueError, match=r"is a pointer of Git LFS.*`git lfs pull`"):
+        wc.audit(path)
+    torch.save({"weight": torch.eye(3)}, tmp_path / "other.pt")
+    report = wc.audit(tmp_path)
+    assert {finding.name: finding.measured for finding in report.findings} == {
+        name: False,
+        "weight": True,
+    }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from wellcond.checkpoints.findings import Finding, Grade
 from wellcond.checkpoints.pairing import Pair
 from wellcond.checkpoints.unusual import how_often
 
 _NUMBERS = ("κ", "random", "σ_max", "σ_min", "stable rank", "rank", "r")
-HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "grade", "κ certified")
+_HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "added", "grade", "κ certified")
 WORDS = {
     "weight": "its name; after a colon, which matrix of the parameter",
     "shape": "m x n, outputs and inputs; g x m x n for a convolution in g groups",
@@ -27,6 +28,8 @@ WORDS = {
     "rank": "how many singular values no rounding of the entries to their dtype could have made: "
     "at 760/768, eight may be noise of that rounding, and κ with them",
     "r": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
+    "added": "with an adapter of rank r, how much of the sum of the r largest singular values is "
+    "the adapter's, and of how many of them more than half: 30 %, 2 of 8",
     "κ certified": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
 }
 COMPARED = (
@@ -44,24 +47,40 @@ COMPARED_WORDS = {
 }
 
 
-def cells_of(finding: Finding) -> tuple[str, ...]:
-    """The cells of a finding, as `HEADERS` names them."""
+def headers_of(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """The columns that a table of these has."""
+    findings = list(findings)
+    left_out = set()
+    if all(finding.certificate is None for finding in findings):
+        left_out.add("κ certified")
+    if all(math.isnan(finding.added_share) for finding in findings):
+        left_out.add("added")
+    return tuple(header for header in _HEADERS if header not in left_out)
+
+
+def cells_of(finding: Finding) -> dict[str, str]:
+    """The cells of a finding, by their column."""
     numbers = (finding.condition_number, finding.sigma_max, finding.sigma_min, finding.stable_rank)
     kappa, high, low, stable = (f"{number:.4g}" for number in numbers)
     known, often = finding.measured, how_often(finding.exceedance)
     if finding.grade is Grade.bounded:
         kappa, high, low, known = f"≥{kappa}", f"≥{high}", f"≤{low}", False
     enclosure = str(finding.certificate.condition_number) if finding.certificate else ""
-    return (
+    added = ""
+    if not math.isnan(finding.added_share):
+        added = f"{100 * finding.added_share:.2g} %, {finding.added_new} of {finding.added_of}"
+    cells = (
         finding.label,
         "x".join(map(str, finding.shape)),
         finding.dtype,
         *(kappa, often, high, low, stable),
         f"{finding.rank}/{finding.nu}" if known else "-",
         f"{finding.penalty:.3g}",
+        added,
         finding.grade.name,
         enclosure,
     )
+    return dict(zip(_HEADERS, cells, strict=True))
 
 
 def cells_of_pair(pair: Pair) -> tuple[str, ...]:

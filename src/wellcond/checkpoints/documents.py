@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from wellcond.checkpoints.columns import COMPARED, HEADERS, cells_of, cells_of_pair
+from wellcond.checkpoints.columns import COMPARED, cells_of, cells_of_pair, headers_of
 from wellcond.checkpoints.findings import Finding, Grade, Status
 from wellcond.checkpoints.heatmap import Cell, HeatMap, heat_maps
 from wellcond.checkpoints.layers import Stack, stacks
@@ -41,8 +41,8 @@ def audit_page(report: AuditReport, max_condition: float | None) -> str:
     """The findings of an audit as a page."""
     findings = by_label(report.findings)
     repeated = stacks(findings)
-    certified = any(finding.certificate for finding in report.findings)
-    headers = _kappa_first(HEADERS if certified else HEADERS[:-1])
+    headers = _kappa_first(headers_of(report.findings))
+    cells = {label: cells_of(finding) for label, finding in findings.items()}
 
     def above(finding: Finding) -> bool:
         return max_condition is not None and finding.exceeds(max_condition)
@@ -50,7 +50,7 @@ def audit_page(report: AuditReport, max_condition: float | None) -> str:
     rows = {
         label: Row(
             f"w{number}",
-            _kappa_first(cells_of(finding)),
+            [cells[label][header] for header in headers],
             (finding.condition_number,),
             finding.explanation,
             finding.status is not Status.ok,
@@ -179,10 +179,10 @@ def _symbol(pair: Pair, above: Callable[[Finding | None], bool]) -> str:
     return MARK if above(pair.after) else ""
 
 
-def _kappa_first(cells: Sequence[str]) -> tuple[str, ...]:
+def _kappa_first(headers: Sequence[str]) -> tuple[str, ...]:
     """As the page has them: a phone shows the first columns first."""
-    at = HEADERS.index("κ")
-    return (cells[0], *cells[at : at + 2], *cells[1:at], *cells[at + 2 :])
+    at = headers.index("κ")
+    return (headers[0], *headers[at : at + 2], *headers[1:at], *headers[at + 2 :])
 
 
 def _links(rows: Mapping[str, Row]) -> dict[str, str]:

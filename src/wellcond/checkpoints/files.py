@@ -32,6 +32,7 @@ from wellcond.weights.reasons import Reason, Skipped
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
+_POINTER = b"version https://git-lfs"
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
 
@@ -147,6 +148,12 @@ class Checkpoint:
         path = self.directory / name
         try:
             _check_regular(path)
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise UnreadableError(
+                        f"{path} is a pointer of Git LFS, and not the file that it stands for. "
+                        "Fetch that with `git lfs pull`."
+                    )
             if path.suffix == ".safetensors":
                 self.files[name] = Safetensors(path)
             elif path.suffix in PICKLED or zipfile.is_zipfile(path):

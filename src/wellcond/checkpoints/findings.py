@@ -89,7 +89,8 @@ class Finding:
         added_share: of a weight with what an adapter of rank r adds, which part of the sum of its r
             largest singular values comes from the adapter; nan of others. See
             `wellcond.linalg.leading.added`.
-        added_new: of so many of these r singular values more than half comes from the adapter.
+        added_new: of so many of these singular values more than half comes from the adapter.
+        added_of: how many they are, r or fewer; 0 of others.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Finding:
     float16_zero_share: float = math.nan
     added_share: float = math.nan
     added_new: int = 0
+    added_of: int = 0
 
     def __post_init__(self) -> None:
         if not self.entries:  # of a convolution as it acts there are fewer
@@ -194,6 +196,7 @@ class Finding:
             "float16_zero_share": self.float16_zero_share,
             "added_share": self.added_share,
             "added_new": self.added_new,
+            "added_of": self.added_of,
             "grade": self.grade.name,
             "status": self.status.name,
             "detail": self.explanation,

@@ -16,10 +16,10 @@ from typing import Any
 from wellcond.checkpoints.columns import (
     COMPARED,
     COMPARED_WORDS,
-    HEADERS,
     WORDS,
     cells_of,
     cells_of_pair,
+    headers_of,
 )
 from wellcond.checkpoints.documents import audit_page, comparison_page
 from wellcond.checkpoints.findings import Coverage, Finding, Grade
@@ -89,9 +89,9 @@ class AuditReport(_Document):
     def table(self, top: int | None = None) -> str:
         """The findings as text, the worst `top` of them or 1,000, with what they cover."""
         worst = self.findings[: top or _ROWS]
-        rows = [cells_of(finding) for finding in worst]
-        certified = any(finding.certificate for finding in worst)
-        text = text_table(HEADERS if certified else HEADERS[:-1], rows)
+        headers = headers_of(worst)
+        cells = map(cells_of, worst)
+        text = text_table(headers, ([row[name] for name in headers] for row in cells))
         if len(worst) < len(self.findings):
             more = len(self.findings) - len(worst)
             text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
@@ -121,10 +121,9 @@ class AuditReport(_Document):
 
     def columns(self) -> dict[str, str]:
         """What each column of the table means, in words, with an example."""
-        certified = any(finding.certificate for finding in self.findings)
         grades = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
         words = WORDS | {"grade": f"how far the numbers can be trusted. {grades}"}
-        return {name: words[name] for name in (HEADERS if certified else HEADERS[:-1])}
+        return {name: words[name] for name in headers_of(self.findings)}
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data in the documented schema; numbers may be inf and nan.

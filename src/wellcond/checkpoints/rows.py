@@ -80,7 +80,7 @@ def _with_share(finding: Finding, S: Tensor, D: Tensor, rank: int) -> Finding:
     if finding.status not in (Status.ok, Status.rank_deficient) or S.ndim > 2:
         return finding
     of_it = added(S, D, rank)
-    return replace(finding, added_share=of_it.share, added_new=of_it.new)
+    return replace(finding, added_share=of_it.share, added_new=of_it.new, added_of=of_it.among)
 
 
 def finding_of_adapter(adapter: Adapter, name: str) -> Finding:
