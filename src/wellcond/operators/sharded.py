@@ -19,7 +19,16 @@ from torch import Tensor
 
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled
 from wellcond.operators.stored import StoredMatrix
-from wellcond.operators.views import STORED, Kernel, Member, Part, Stored, Transposed, View
+from wellcond.operators.views import (
+    STORED,
+    Kernel,
+    Member,
+    Part,
+    Stored,
+    Transposed,
+    View,
+    writable,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -157,7 +166,10 @@ class ShardedMatrix(StoredMatrix):
             return
         other, tensor = self._laid_out(whole)
         yield other
-        self.tensor.to_local().copy_(self._brought_back(tensor))
+        brought = torch.empty_like(self.parameter).copy_(self._brought_back(tensor))
+        # Not all of the parameter: other views of it may have changed meanwhile.
+        with writable(self.view, self.parameter) as S:
+            S.copy_(self.view(brought))
 
     def _laid_out(self, whole: bool = False) -> tuple[StoredMatrix, Any]:
         """A copy with its short side whole, if it can be had with its long side in parts."""

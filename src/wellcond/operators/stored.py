@@ -117,7 +117,9 @@ class StoredMatrix:
             return
         host = StoredMatrix(self.parameter.cpu(), self.view, self.seed)
         yield host
-        self.parameter.copy_(host.parameter)
+        # Not all of the parameter: other views of it may have changed meanwhile.
+        with writable(self.view, self.parameter) as S:
+            S.copy_(host.S)
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
         """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""

@@ -1,0 +1,58 @@
+"""Several views of one parameter are changed at once, and none undoes what another has done."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from processes import run
+from wellcond.operators import stored
+
+
+class Experts(nn.Module):
+    """Gate and up of each in one tensor, as transformers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 12, 8, generator=generator).double())
+        self.down_proj = nn.Parameter(torch.randn(4, 8, 6, generator=generator).double())
+
+
+def limited() -> Tensor:
+    model = Experts()
+    wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce_()
+    return model.gate_up_proj.detach()
+
+
+def sharded_experts() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    for dim in range(3):
+        model = Experts()
+        for name in ("gate_up_proj", "down_proj"):
+            parameter = getattr(model, name).detach()
+            shards = distribute_tensor(parameter, mesh, [Shard(dim)])
+            setattr(model, name, nn.Parameter(shards))
+        wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce_()
+        found = model.gate_up_proj.full_tensor().detach()  # type: ignore[operator]
+        torch.testing.assert_close(found, limited(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.distributed
+def test_gate_and_up_of_sharded_experts_are_both_limited(tmp_path: Path) -> None:
+    run(2, tmp_path, sharded_experts)
+
+
+def test_views_are_carried_back_one_by_one_from_a_device_without_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stored, "_NARROW_DEVICES", {"cpu"})
+    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)  # as a copy from another device is
+    found = limited()
+    for half in found.chunk(2, dim=1):
+        assert float(wc.condition_number(half).max()) <= 1.7
