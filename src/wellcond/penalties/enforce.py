@@ -25,9 +25,10 @@ from torch import Tensor
 from wellcond.linalg.lapack import FAILED, svd
 from wellcond.linalg.projection import Decomposed, decomposed, resolvable, within
 from wellcond.linalg.scaling import scaled
-from wellcond.linalg.spectrum import Spectrum, measure, negligible
+from wellcond.linalg.spectrum import Spectrum, measure, negligible, spectrum_of_blocks
 from wellcond.operators.base import NewWeight
 from wellcond.operators.stored import StoredMatrix
+from wellcond.operators.views import Kernel
 
 # A limit must hold for whoever measures next: more than measuring with other threads changes.
 _SLACK = 1e-8
@@ -77,6 +78,9 @@ def enforce_(
 ) -> list[Enforced]:
     """Replaces every weight that does not obey by a nearest one that does, as it is stored.
 
+    Matrices of a stack obey one by one; but the groups of a convolution are the blocks of one map,
+    and obey together. Where they are spread over processes, they obey one by one.
+
     Args:
         weights: of one shape and dtype, whole or sharded; what obeys stays bit for bit.
         gate: ask first, by two Cholesky factorisations, whether they obey already; what is known of
@@ -88,6 +92,8 @@ def enforce_(
         ValueError: rounding to the dtype leaves no such weight near, or LAPACK does not converge;
             a matrix of which that is so is then as it was.
     """
+    if _is_map(weights[0]):
+        return [_enforce_map_(S, bounds) for S in weights]
     *stack, m, n = weights[0].shape
     several = max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
     narrow = 1.5 * condition_number < resolvable(torch.float32)
@@ -112,11 +118,31 @@ def _enforce_together_(
                 one = opened.enter_context(S.spread(whole=True))
                 each[i] = _by_svd_(one, bounds, done[i], each[i])
             each[i] = Enforced(*(one.all_of(number) for number in each[i]))
-        if bool(torch.isnan(each[i].margin).any()):
-            raise ValueError(FAILED)
-        if bool(torch.isinf(each[i].margin).any()):
-            raise _cannot_obey(bounds, S.S.dtype)
+        _check(each[i], bounds, S)
     return each
+
+
+def _check(found: Enforced, bounds: Bounds, S: StoredMatrix) -> None:
+    if bool(torch.isnan(found.margin).any()):
+        raise ValueError(FAILED)
+    if bool(torch.isinf(found.margin).any()):
+        raise _cannot_obey(bounds, S.S.dtype)
+
+
+def _is_map(S: StoredMatrix) -> bool:
+    """Whether its matrices are the groups of a convolution, the blocks of one map, and all here."""
+    return type(S) is StoredMatrix and isinstance(S.view, Kernel) and len(S.shape) == 3
+
+
+def _enforce_map_(S: StoredMatrix, bounds: Bounds) -> Enforced:
+    """By an SVD: the groups of a convolution are small."""
+    with S.spread() as whole:
+        X, told = _tried(whole.S.clone(), bounds)
+        found = Enforced(*told)
+        _check(found, bounds, S)
+        if not torch.equal(X, whole.S):
+            whole.update_(NewWeight(X))
+    return found
 
 
 def obey_nearly(weights: Sequence[StoredMatrix], bounds: Bounds) -> bool:
@@ -286,27 +312,32 @@ def _tried(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """A nearest matrix (m, n) that obeys as it is stored, and what is told; margin inf: none."""
+    """A nearest matrix (m, n) that obeys as it is stored, and what is told; margin inf: none.
+
+    Or of (g, m, n) a nearest block-diagonal matrix.
+    """
     unknown = torch.tensor([math.nan, math.nan, 0.0], dtype=torch.float64, device=S.device)
     if not bool(torch.isfinite(S).all()):
         return S, unknown
-    spectrum = measure(S, extremes=True)
+    spectrum = _spectrum(S)
     excess = _measured_excess(spectrum, bounds)
     unknown[0], unknown[1] = excess, spectrum.condition_number
     if not bool(excess > 1):
         return S, unknown
     wide, unit = scaled(S)
-    U, sigma, Vh = svd(wide)
+    U, values, Vh = svd(wide)
+    sigma, order = values.flatten().sort(descending=True, stable=True)
     X = S
 
     def store(margin: Tensor) -> None:
         nonlocal X
-        X = ((U * bounds.clip(sigma, margin, unit)) @ Vh * unit).to(S.device, S.dtype)
+        clipped = sigma.scatter(0, order, bounds.clip(sigma, margin, unit)).view_as(values)
+        X = ((U * clipped[..., None, :]) @ Vh * unit).to(S.device, S.dtype)
 
     def after() -> Tensor:
         if not bool(torch.isfinite(X).all()):
             return torch.full_like(excess, torch.inf)
-        return _measured_excess(measure(X, extremes=True), bounds)
+        return _measured_excess(_spectrum(X), bounds)
 
     try:
         first, u = torch.full_like(excess, 2 * _SLACK), torch.finfo(S.dtype).eps / 2
@@ -314,6 +345,12 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     except _Exceeded:
         X, unknown[2] = S, torch.inf
     return X, unknown
+
+
+def _spectrum(S: Tensor) -> Spectrum:
+    if S.ndim == 2:
+        return measure(S, extremes=True)
+    return spectrum_of_blocks([measure(block, extremes=True) for block in S])
 
 
 def _measured_excess(spectrum: Spectrum, bounds: Bounds) -> Tensor:
