@@ -145,7 +145,12 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--max-rise", type=_limit, metavar="TIMES", help="by how much it may, default: 2 times"
     )
-    parser.add_argument("--compare", type=Path, metavar="B", help="how κ moved from PATH to B")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="B",
+        help="how κ moved from PATH to B; module. and the like in names are passed over",
+    )
     parser.add_argument(
         "--heads",
         action="store_true",

@@ -531,18 +531,18 @@ def test_a_config_says_how_tensors_are_cut_and_a_bad_one_nothing(tmp_path: Path)
     said = '{"multi_query": true, "text_config": {"num_heads": 3}}'
     assert views() == {""}
     (tmp_path / "config.json").write_text(said)
-    assert Checkpoint(tmp_path).config["multi_query"] is True
+    assert Checkpoint(tmp_path).beside("config.json")["multi_query"] is True
     assert views() == {"q", "k", "v"}
     for bad in ("[" * 100_000, "[1]", said[:-1], '{"multi_query": "' + "x" * (1 << 20) + '"}'):
         (tmp_path / "config.json").write_text(bad)
-        assert Checkpoint(tmp_path).config == {}
+        assert Checkpoint(tmp_path).beside("config.json") == {}
         assert views() == {""}
     deep = '{"a_config": ' * 300 + "{}" + "}" * 300
     (tmp_path / "config.json").write_text(deep)
     assert views() == {""}
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
-    assert Checkpoint(tmp_path / "model.pt").config == {}
+    assert Checkpoint(tmp_path / "model.pt").beside("config.json") == {}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])

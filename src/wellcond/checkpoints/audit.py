@@ -51,7 +51,8 @@ def audit(
     groups as one block-diagonal map, attention's in_proj as its three blocks, gates of recurrent
     cells, parametrized weights by their value. Embeddings and parameters of unknown modules are
     skipped unless their exact name is included. A file has no classes: embeddings, tokens,
-    positions and what a parametrized weight is computed from are known by their names; every other
+    positions and what a parametrized weight is computed from are known by their names, and fused
+    projections, gates and experts by names, shapes that fit and config.json; every other
     float tensor of 2 dimensions is measured, of 3 a stack unless its name contains "conv", of 4 and
     more a kernel, as if of one group. Tied weights count once.
 

@@ -190,10 +190,9 @@ class Checkpoint:
         """How many entries all parameters have together."""
         return sum(entries(entry.shape) for _, entry in self.where.values() if entry.parameter)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """What the config.json beside the file says; nothing if it is none."""
-        path = self.directory / "config.json"
+    def beside(self, name: str) -> dict[str, Any]:
+        """What a JSON file of this name beside the checkpoint says; nothing if there is none."""
+        path = self.directory / name
         try:
             if not path.is_file() or path.stat().st_size > _CONFIG:
                 return {}
@@ -206,7 +205,7 @@ class Checkpoint:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped
         unless their exact name is asked for."""
         shapes = {name: entry.shape for name, (_, entry) in self.where.items()}
-        views = views_by_name(shapes, self.config)
+        views = views_by_name(shapes, self.beside("config.json"))
         for name, (file, entry) in self.where.items():
             if entry.matrix:
                 names, seen = (name, *self._aliases(name)), views[name]

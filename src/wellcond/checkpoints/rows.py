@@ -49,7 +49,8 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
             continue
         blank = Finding(one.name, view, tuple(S.shape), _dtype(S))
         try:
-            found.append(_finding(blank, S.detach().cpu(), certify, all_values))
+            row = _finding(blank, S.detach().cpu(), certify, all_values)
+            found.append(replace(row, detail="; ".join(filter(None, (row.detail, one.note)))))
         except Exception as error:
             found.append(replace(blank, status=Status.failed, detail=_in_words(error)))
     if one.adapters:

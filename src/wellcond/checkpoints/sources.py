@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -27,8 +25,6 @@ from wellcond.weights.heads import Attention, Value, heads_by_name
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.sizes import geometries
-
-_CONFIG = 1 << 20  # bytes; those of large models have some thousand
 
 
 @dataclass
@@ -111,7 +107,7 @@ def _of_file(file: Checkpoint) -> Source:
     }
     read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
     shapes = {name: entry.shape for name, (_, entry) in plain.items()}
-    setting = setting_of_file(_config(file.directory, "adapter_config.json"))
+    setting = setting_of_file(file.beside("adapter_config.json"))
     return _with_adapters(found, find_adapters(read, shapes, setting))
 
 
@@ -166,17 +162,5 @@ def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attentio
     entries = {name: entry for name, (_, entry) in file.where.items()}
     shapes = {alias: entries[one.name].shape for one in matrices for alias in one.aliases}
     shapes |= {name: entry.shape for name, entry in entries.items() if len(entry.shape) == 1}
-    config = _config(file.directory, "config.json")
+    config = file.beside("config.json")
     return heads_by_name(shapes, config), lambda _, name: read[name]()
-
-
-def _config(directory: Path, name: str) -> dict[str, Any]:
-    """What such a file says there; nothing if it is none."""
-    path = directory / name
-    try:
-        if not path.is_file() or path.stat().st_size > _CONFIG:
-            return {}
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}

@@ -62,12 +62,12 @@ a { color: inherit; text-decoration-color: var(--faint); text-underline-offset: 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .rows { width: 100%; }
-.rows th, .rows td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap;
+.rows th, .rows td { padding: .25rem .55rem .25rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 .rows .text { text-align: left; }
 .rows td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 17.5rem; }
-.rows td.bar, .rows th.bar { width: 12rem; min-width: 9rem; padding: .25rem 1.5rem .25rem .5rem; }
+.rows td.bar, .rows th.bar { width: 12rem; min-width: 9rem; padding: .25rem 1.2rem .25rem .3rem; }
 tr:has(:target) { background: color-mix(in srgb, var(--bar) 22%, transparent); }
 :target { scroll-margin-top: 1rem; }
 .track { position: relative; height: .8rem; }
