@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wellcond as wc
@@ -246,6 +246,19 @@ def test_what_is_asked_in_vain_is_said(base: Path, tmp_path: Path) -> None:
         wc.audit(nn.Linear(3, 2), base=base)
     with pytest.raises(FileNotFoundError):
         wc.audit(adapter, base=tmp_path / "nowhere")
+
+
+def test_a_repair_leaves_the_factors_of_an_adapter_alone(tmp_path: Path) -> None:
+    tensors = pair("layers.0.q_proj")
+    adapter = written(tmp_path / "adapter", tensors, {})
+    with pytest.raises(ValueError, match=r"has none \(.*lora_A\.weight: a factor of an adapter"):
+        wc.repair(adapter, tmp_path / "fixed", 2)
+    assert not (tmp_path / "fixed").exists()
+    more = written(tmp_path / "more", tensors | {"score.weight": entries(4, 7)}, {})
+    report = wc.repair(more, tmp_path / "fixed", 1.5)
+    assert [one.label for one in report.changed] == ["score.weight"]
+    after = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
 
 
 # --- PEFT itself ----------------------------------------------------------------------------------

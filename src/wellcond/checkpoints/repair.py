@@ -18,6 +18,7 @@ from torch import Tensor
 from wellcond.checkpoints.audit import chosen
 from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
 from wellcond.checkpoints.progress import Counter, Told, work_of
+from wellcond.checkpoints.sources import adapters_in
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import shares_memory
@@ -25,7 +26,7 @@ from wellcond.output import new_path, refuse_existing
 from wellcond.penalties.limit import limited
 from wellcond.text import and_more, dump_json, out_of_memory, text_table, versions, written
 from wellcond.weights.matrices import Matrices
-from wellcond.weights.reasons import Skipped
+from wellcond.weights.reasons import Reason, Skipped
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,12 @@ def repair(
     A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
     kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
     holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
-    one has no condition number and stays zero. All other tensors and the metadata of a safetensors
-    file are kept byte for byte, of a file of torch.save value for value, and who may read it. The
-    copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
-    repairs that want the same name one fails. A repair that is killed leaves that folder,
-    `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
+    one has no condition number and stays zero. The factors of an adapter of low rank are left as
+    they are, as they act by their product alone. All other tensors and the metadata of a
+    safetensors file are kept byte for byte, of a file of torch.save value for value, and who may
+    read it. The copy is written into a temporary folder and renamed; nothing is ever overwritten,
+    and of two repairs that want the same name one fails. A repair that is killed leaves that
+    folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
 
     Args:
         path_in: whatever `wellcond.audit` reads.
@@ -184,9 +186,13 @@ def repair(
     for name, reason in checkpoint.damaged.items():
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
     skipped = checkpoint.skipped()
+    # To limit each factor would limit nothing that acts.
+    factors = {name for adapter in adapters_in(checkpoint) for name in adapter.parts}
+    skipped |= {name: Skipped(Reason.factor) for name in factors if name not in skipped}
     wanted = {m.name: m for m in chosen(list(checkpoint.matrices()), skipped, include, exclude)}
     if not wanted:
-        raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none.")
+        why = and_more((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
+        raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")
     overlapping = [pair for pair in checkpoint.overlapping if wanted.keys() & set(pair)]
     if overlapping:
         raise ValueError(

@@ -100,6 +100,11 @@ def _of_file(file: Checkpoint) -> Source:
     found = Source(
         str(file.path), matrices, file.skipped(), file.parameters, heads, dict(file.damaged)
     )
+    return _with_adapters(found, adapters_in(file))
+
+
+def adapters_in(file: Checkpoint) -> list[Adapter]:
+    """The adapters of low rank in a file, with what adapter_config.json beside it says of them."""
     plain = {
         name: (owner, entry)
         for name, (owner, entry) in file.where.items()
@@ -108,7 +113,7 @@ def _of_file(file: Checkpoint) -> Source:
     read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
     shapes = {name: entry.shape for name, (_, entry) in plain.items()}
     setting = setting_of_file(file.beside("adapter_config.json"))
-    return _with_adapters(found, find_adapters(read, shapes, setting))
+    return find_adapters(read, shapes, setting)
 
 
 def _with_adapters(source: Source, adapters: list[Adapter]) -> Source:
