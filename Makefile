@@ -13,7 +13,7 @@ FAST = not slow and not distributed and not frameworks
 export OMP_NUM_THREADS ?= 2
 check test: export OMP_NUM_THREADS = 1
 
-.PHONY: demo report check test lint install clean
+.PHONY: demo report check test lint install release-check clean
 
 install: $(VENV)/installed
 
@@ -48,6 +48,16 @@ check: lint
 # Everything.
 test: lint
 	$(PYTEST)
+
+# What is uploaded: built, checked, and tried where nothing else of this repository is.
+release-check: install
+	rm -rf dist build/release
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt dist/*.whl
+	cd build/release && bin/python -I $(CURDIR)/.ci/installed.py
+	du -h dist/*
 
 clean:
 	rm -rf .venv .venv-torch-* runs build dist .pytest_cache .mypy_cache .ruff_cache

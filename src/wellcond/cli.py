@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -370,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter it lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
+    # torch warns of it at every start where NumPy is missing, which nothing here needs.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)

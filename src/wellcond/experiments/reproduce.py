@@ -63,9 +63,9 @@ def configure(names: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    figures.import_figures()
     from joblib import cpu_count
 
-    figures.import_figures()
     kind = SETTINGS[arguments.experiment]
     if arguments.report is not None:
         return _report(kind, arguments.report / f"{kind.name}.json", Path())
