@@ -13,7 +13,7 @@ FAST = not slow and not distributed and not frameworks
 export OMP_NUM_THREADS ?= 2
 check test: export OMP_NUM_THREADS = 1
 
-.PHONY: demo report check test lint install release-check clean
+.PHONY: demo report check test lint docs install release-check clean
 
 install: $(VENV)/installed
 
@@ -48,6 +48,17 @@ check: lint
 # Everything.
 test: lint
 	$(PYTEST)
+
+# The site, in build/site; every warning is an error, and tutorials run if they or wellcond changed.
+docs: export PATH := $(abspath $(BIN)):$(PATH)
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet \
+	    --doctree-dir build/doctrees docs build/site
+	@echo "The site is build/site/index.html."
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
+	touch $@
 
 # What is uploaded: built, checked, and tried where nothing else of this repository is.
 release-check: install

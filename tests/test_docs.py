@@ -1,4 +1,7 @@
-"""The programs on the pages of docs/ run as they stand, in an empty directory."""
+"""The programs on the pages of docs/ run as they stand, in an empty directory.
+
+Those of tutorials, in cells, also run when the site is built, which shows what they print.
+"""
 
 import importlib.util
 import os
@@ -15,7 +18,7 @@ import torch
 
 import wellcond as wc
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
 # What a page needs besides wellcond and its experiments.
 NEEDS = {"lightning": "lightning", "transformers": "transformers", "accelerate": "accelerate"}
 needs_fsdp2_on_the_cpu = pytest.mark.skipif(
@@ -24,27 +27,53 @@ needs_fsdp2_on_the_cpu = pytest.mark.skipif(
 )
 
 
+# A block of Python, or a cell of a tutorial, whose options stand first.
+BLOCK = re.compile(
+    r"^```(?:python|\{code-cell\}.*)\n(?::.*\n)*(.*?)^```$", re.DOTALL | re.MULTILINE
+)
+
+
+def program(page: Path) -> str:
+    """All that a page has the reader run in Python; of a diff, what it leads to."""
+    text = page.read_text()
+    blocks = BLOCK.findall(text)
+    for diff in re.findall(r"^```diff\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        blocks.append("".join(line[1:] for line in diff.splitlines(keepends=True)))
+    # A cell may run a command as a shell does.
+    return re.sub(
+        r"^!(.*)$",
+        lambda found: f"__import__('subprocess').run({found[1]!r}, shell=True, check=True)",
+        "\n".join(blocks),
+        flags=re.MULTILINE,
+    )
+
+
 def pages() -> Iterator[Any]:
-    for page in PAGES:
+    for page in sorted(DOCS.rglob("*.md")):
+        if not program(page):
+            continue
         marks = [pytest.mark.slow]
         if page.stem in NEEDS:
             marks.append(pytest.mark.frameworks)
         if page.stem == "distributed":
             marks += [pytest.mark.distributed, needs_fsdp2_on_the_cpu]
-        yield pytest.param(page, id=page.stem, marks=marks)
+        yield pytest.param(page, id=str(page.relative_to(DOCS).with_suffix("")), marks=marks)
+
+
+def test_programs_are_found() -> None:
+    assert {page.id for page in pages()} >= {"index", "plain", "audit", "limits", "distributed"}
 
 
 @pytest.mark.parametrize("page", list(pages()))
-def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert blocks, f"{page.name} shows no program"
+def test_the_program_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     need = NEEDS.get(page.stem)
     if need and importlib.util.find_spec(need) is None:
         pytest.skip(f"{need} is not installed")
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)],
+        [sys.executable, "-c", program(page)],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": tools},
         capture_output=True,
         text=True,
     )

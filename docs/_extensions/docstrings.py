@@ -1,0 +1,108 @@
+"""Docstrings are plain text with code in `backticks`; this makes them reStructuredText.
+
+The rule: between backticks stands code, and where it begins with a public name (`Regularizer`,
+`wellcond.audit`) or is a member of the class at hand (`attach`) it is a reference, which must lead
+somewhere. All else is text: `*`, `|` and `_` mean themselves, but for *emphasis*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxRole
+
+import wellcond
+
+_DOTTED = re.compile(r"(?:wellcond\.|wc\.)?([A-Za-z]\w*)((?:\.\w+)*)(?:\(.*\))?")
+# Code, examples and emphasis stay as they are.
+_KEPT = re.compile(
+    r"(`[^`]*`|^ *(?:>>>|\.\.\.) .*(?:\n *\S.*)*|(?<!\S)\*\w[^*]*\w\*(?![\w*]))", re.MULTILINE
+)
+_RETURNS = re.compile(r"(?<=^Returns:\n)(?:\s+\S.*\n?)*?(?=\n|\Z)", re.MULTILINE)
+# Napoleon takes what stands before a colon for a type, where we have none: it sees another letter.
+_COLON = "\ue000"
+
+
+class CodeOrName(SphinxRole):
+    """What single backticks mean."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        code = nodes.literal(self.text, self.text)
+        target = self._target()
+        if target is None:
+            return [code], []
+        attributes = {"refdomain": "py", "reftype": "obj", "reftarget": target}
+        reference = pending_xref(self.text, code, refexplicit=True, **attributes)
+        self.set_source_info(reference)
+        return [reference], []
+
+    def _target(self) -> str | None:
+        """The full name of what the code begins with, None if it is just code."""
+        found = _DOTTED.fullmatch(self.text)
+        if found is None:
+            return None
+        first, rest = found.groups()
+        if first in wellcond.__all__:
+            return f"wellcond.{first}{rest}"
+        within = str(self.env.ref_context.get("py:class"))
+        member = getattr(getattr(wellcond, within, None), first, None)
+        if not rest and (callable(member) or isinstance(member, property)):
+            return f"wellcond.{within}.{first}"
+        return None
+
+
+def before_napoleon(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> None:
+    """Escapes what is text, and the colons that Napoleon must not see."""
+    lines: list[str] = rest[-1]
+    text = "\n".join(lines)
+    parts = _KEPT.split(text)
+    # Underscores within a name mean themselves anyway.
+    parts[::2] = [re.sub(r"[\\*|]|_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
+    parts[1::2] = [p.replace(":", _COLON) if p.startswith("`") else p for p in parts[1::2]]
+    text = _RETURNS.sub(lambda found: found[0].replace(":", _COLON), "".join(parts))
+    lines[:] = text.split("\n")
+    if what == "property":
+        lines[0] = lines[0].replace(":", _COLON)
+
+
+def after_napoleon(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> None:
+    """Puts the colons back, and the type of an attribute beside its name."""
+    lines: list[str] = rest[-1]
+    written: list[str] = []
+    for line in lines:
+        if line.lstrip().startswith(":type: "):
+            above = max(i for i, other in enumerate(written) if ".. attribute:: " in other)
+            written.insert(above + 1, line)
+        else:
+            written.append(line.replace(_COLON, ":"))
+    lines[:] = written
+
+
+def signature(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, str] | None:
+    """None of what nobody makes by hand: records with their attributes, and private classes."""
+    if what != "class":
+        return None
+    record = dataclasses.is_dataclass(obj) and "Attributes:" in (obj.__doc__ or "")
+    private = name.count(".") > 1 and not name.startswith("wellcond.integrations.")
+    return ("", "") if record or private else None
+
+
+def dashes(app: Sphinx, tree: nodes.document) -> None:
+    """Two hyphens stand between a name and what it is; smart quotes would make a dash of them."""
+    for text in [*tree.findall(nodes.Text)]:
+        if text.astext() == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_role("code_or_name", CodeOrName())
+    app.connect("autodoc-process-docstring", before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=600)
+    app.connect("doctree-read", dashes)
+    app.connect("autodoc-process-signature", signature)
+    return {"parallel_read_safe": True}

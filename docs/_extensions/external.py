@@ -1,0 +1,50 @@
+"""References to Python and torch, by the few names of theirs that signatures have.
+
+In place of intersphinx, so that the site is built without a network. A name that is not here is an
+error, as any reference that leads nowhere is.
+"""
+
+from __future__ import annotations
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+PYTHON = "https://docs.python.org/3/library"
+TORCH = "https://docs.pytorch.org/docs/stable"
+
+ADDRESSES = {
+    "collections.abc.Callable": f"{PYTHON}/collections.abc.html#collections.abc.Callable",
+    "collections.abc.Mapping": f"{PYTHON}/collections.abc.html#collections.abc.Mapping",
+    "collections.abc.Sequence": f"{PYTHON}/collections.abc.html#collections.abc.Sequence",
+    "os.PathLike": f"{PYTHON}/os.html#os.PathLike",
+    "torch.Tensor": f"{TORCH}/tensors.html#torch.Tensor",
+    "torch.Size": f"{TORCH}/size.html#torch.Size",
+    "torch.dtype": f"{TORCH}/tensor_attributes.html#torch.dtype",
+    "torch.device": f"{TORCH}/tensor_attributes.html#torch.device",
+    "torch.nn.Module": f"{TORCH}/generated/torch.nn.Module.html",
+    "torch.optim.Optimizer": f"{TORCH}/optim.html#torch.optim.Optimizer",
+}
+# Where torch defines a class is not where it documents it.
+ALIASES = {
+    "Tensor": "torch.Tensor",
+    "torch.nn.modules.module.Module": "torch.nn.Module",
+    "torch.optim.optimizer.Optimizer": "torch.optim.Optimizer",
+}
+
+
+def resolve(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
+) -> nodes.Node | None:
+    """A link to where the name is explained, None if it is not one of these."""
+    target = node["reftarget"]
+    address = ADDRESSES.get(ALIASES.get(target, target))
+    if node.get("refdomain") != "py" or address is None:
+        return None
+    return nodes.reference("", "", content, internal=False, refuri=address)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("missing-reference", resolve)
+    return {"parallel_read_safe": True}

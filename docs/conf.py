@@ -1,0 +1,85 @@
+"""The site: `make docs` builds it into build/site, and every warning is an error."""
+
+import logging
+import sys
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
+from pathlib import Path
+
+from wellcond.experiments.grid import versions
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_extensions"))
+
+project = "wellcond"
+author = "The wellcond authors"
+project_copyright = "The wellcond authors"
+version = release = version_of("wellcond")
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "myst_nb",
+    "sphinx_copybutton",
+    # Our own, in docs/_extensions.
+    "docstrings",
+    "external",
+    "command_line",
+    "schemas",
+]
+
+nitpicky = True  # a reference that leads nowhere is a warning, and so an error
+exclude_patterns = ["_*"]
+smartquotes = False  # --json is an option, not a dash
+highlight_language = "none"  # what is indented is output, not Python
+
+# Docstrings: plain text, with code in `backticks`; see _extensions/docstrings.py.
+default_role = "code_or_name"
+napoleon_numpy_docstring = False
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # an override repeats nothing
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+add_module_names = False
+python_use_unqualified_type_names = True
+
+# Anchors of headings are those of GitHub, where the same pages are read.
+myst_heading_anchors = 4
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+
+# Tutorials run when the site is built, and again when they or wellcond have changed.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE.parent / "build" / "tutorials" / versions()["code"])
+nb_execution_in_temp = True  # what they write stays nowhere
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
+# Formulas are drawn by one file of MathJax on the site itself, as no page is to need another site.
+MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
+mathjax_path = MATHJAX.name
+
+html_theme = "furo"
+html_title = f"wellcond {version}"
+html_static_path = ["_static", str(MATHJAX)]
+html_css_files = ["wellcond.css"]
+html_favicon = "_static/favicon.svg"
+html_show_sourcelink = False
+html_copy_source = False
+html_show_sphinx = False
+
+# Of a program all is copied, of what follows a prompt the commands alone.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def without(name: str, subtype: str) -> None:
+    """Ends warnings of a kind that has no type, by which Sphinx could suppress it."""
+    logging.getLogger(f"sphinx.{name}").addFilter(lambda r: getattr(r, "subtype", "") != subtype)
+
+
+without("sphinx.directives.other", "empty_glob")  # a group of pages may be empty
