@@ -49,8 +49,7 @@ check: lint
 test: lint
 	$(PYTEST)
 
-# The site, in build/site; every warning is an error, and tutorials run if they or wellcond changed.
-docs: export PATH := $(abspath $(BIN)):$(PATH)
+# The site, in build/site; every warning is an error. What its programs print is tested by `test`.
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet \
 	    --doctree-dir build/doctrees docs build/site

@@ -6,8 +6,6 @@ from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
 
-from wellcond.experiments.grid import versions
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_extensions"))
 
@@ -20,7 +18,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
-    "myst_nb",
+    "myst_parser",
     "sphinx_copybutton",
     # Our own, in docs/_extensions.
     "docstrings",
@@ -48,15 +46,7 @@ python_use_unqualified_type_names = True
 
 # Anchors of headings are those of GitHub, where the same pages are read.
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence", "dollarmath"]
-
-# Tutorials run when the site is built, and again when they or wellcond have changed.
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(HERE.parent / "build" / "tutorials" / versions()["code"])
-nb_execution_in_temp = True  # what they write stays nowhere
-nb_execution_raise_on_error = True
-nb_execution_timeout = 120
-nb_merge_streams = True
+myst_enable_extensions = ["dollarmath"]
 
 # Formulas are drawn by one file of MathJax on the site itself, as no page is to need another site.
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
@@ -74,6 +64,9 @@ html_show_sphinx = False
 # Of a program all is copied, of what follows a prompt the commands alone.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+copybutton_selector = (  # what is printed, and differences, are not for copying
+    "div:not(.highlight-none):not(.highlight-diff) > div.highlight pre"
+)
 copybutton_exclude = ".linenos, .gp, .go"
 
 
@@ -82,4 +75,4 @@ def without(name: str, subtype: str) -> None:
     logging.getLogger(f"sphinx.{name}").addFilter(lambda r: getattr(r, "subtype", "") != subtype)
 
 
-without("sphinx.directives.other", "empty_glob")  # a group of pages may be empty
+without("sphinx.directives.other", "empty_glob")  # pages that are to come may be missing

@@ -1,7 +1,4 @@
-"""The programs on the pages of docs/ run as they stand, in an empty directory.
-
-Those of tutorials, in cells, also run when the site is built, which shows what they print.
-"""
+"""The programs on the pages of docs/ run as they stand, in an empty directory."""
 
 import importlib.util
 import os
@@ -27,29 +24,18 @@ needs_fsdp2_on_the_cpu = pytest.mark.skipif(
 )
 
 
-# A block of Python, or a cell of a tutorial, whose options stand first.
 BLOCK = re.compile(
-    r"^```(?:python|\{code-cell\}.*)\n(?::.*\n)*(.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^```(?:python|\{code-block\} python)\n(?::[^\n]*\n)*(.*?)^```$", re.DOTALL | re.MULTILINE
 )
 
 
 def program(page: Path) -> str:
-    """All that a page has the reader run in Python; of a diff, what it leads to."""
-    text = page.read_text()
-    blocks = BLOCK.findall(text)
-    for diff in re.findall(r"^```diff\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        blocks.append("".join(line[1:] for line in diff.splitlines(keepends=True)))
-    # A cell may run a command as a shell does.
-    return re.sub(
-        r"^!(.*)$",
-        lambda found: f"__import__('subprocess').run({found[1]!r}, shell=True, check=True)",
-        "\n".join(blocks),
-        flags=re.MULTILINE,
-    )
+    """All that a page has the reader run."""
+    return "\n".join(BLOCK.findall(page.read_text()))
 
 
 def pages() -> Iterator[Any]:
-    for page in sorted(DOCS.rglob("*.md")):
+    for page in sorted([*DOCS.glob("*.md"), *DOCS.glob("reference/*.md")]):
         if not program(page):
             continue
         marks = [pytest.mark.slow]
@@ -69,11 +55,10 @@ def test_the_program_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     need = NEEDS.get(page.stem)
     if need and importlib.util.find_spec(need) is None:
         pytest.skip(f"{need} is not installed")
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [sys.executable, "-c", program(page)],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": tools},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
