@@ -127,7 +127,7 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
         "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
         "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
-        "With --baseline, exit code 1 if a condition number has risen.",
+        "With --baseline, exit code 1 if a condition number has risen, or a weight is not there.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
     parser.add_argument("path", type=Path, help=_INPUT)
@@ -141,7 +141,7 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="what --json printed before: exit 1 if a κ has risen since",
+        help="what --json printed before: exit 1 if a κ has risen since, or a weight is gone",
     )
     parser.add_argument(
         "--max-rise", type=_limit, metavar="TIMES", help="by how much it may, default: 2 times"
@@ -313,7 +313,8 @@ def _audit(arguments: argparse.Namespace) -> int:
         )
     if held is not None:
         _say_held(held, arguments.baseline, rise)
-    return 1 if exceeding or not all(covered) or (held is not None and held.risen) else 0
+    risen = held is not None and (held.risen or held.missing)
+    return 1 if exceeding or not all(covered) or risen else 0
 
 
 def _say_held(held: Held, path: Path, rise: float) -> None:
@@ -322,7 +323,7 @@ def _say_held(held: Held, path: Path, rise: float) -> None:
         worst = and_more(f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in held.risen)
         text = f"κ of {len(held.risen)} has risen to more than {rise:g} times: {worst}"
         print(f"wellcond: {text}", file=sys.stderr)
-    others = (("only in the baseline", held.missing), ("not in it", held.new))
+    others = (("of the baseline are not there", held.missing), ("are new", held.new))
     if words := [f"{len(names)} {where}: {and_more(names)}" for where, names in others if names]:
         print(f"wellcond: {shown(path)}: {'; '.join(words)}", file=sys.stderr)
 

@@ -30,7 +30,7 @@ from corpus import CANARY, Sample, corpus, mutated
 
 from wellcond.cli import main
 
-SECONDS = 10
+SECONDS = 40
 # Beyond what the process had after the whole files: resident, and all that it may ask for.
 RESIDENT, ADDRESSES = 200 << 20, 1 << 30
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wellcond as wc
 from convolutions import CASES, dense
@@ -173,3 +173,41 @@ def test_an_example_that_does_not_fit_is_refused_and_leaves_no_hook(tmp_path: An
     torch.save(model.state_dict(), tmp_path / "net.pt")
     with pytest.raises(TypeError, match="`example` must come with a model"):
         wc.audit(tmp_path / "net.pt", example=torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilation", "extra"), [(1, 2, 1), (2, 3, 2), (1, 3, 2), (2, 1, 1), (3, 1, 2)]
+)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_outputs_that_no_input_reaches_are_rows_of_zeros(
+    stride: int, dilation: int, extra: int, padding: int
+) -> None:
+    """output_padding may make room for more positions than there are inputs."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose1d(
+        2, 3, 3, stride, padding, output_padding=extra, dilation=dilation, bias=False
+    ).double()
+    (found,) = wc.audit(layer, example=torch.zeros(1, 2, 5, dtype=torch.float64)).findings
+    twin = torch.cat([layer(e.view(1, 2, 5)).flatten()[:, None] for e in torch.eye(10).double()], 1)
+    sigma = torch.linalg.svdvals(twin.detach())
+    assert found.shape == tuple(twin.shape)
+    assert found.sigma_max == pytest.approx(float(sigma[0]), rel=1e-9)
+    assert found.sigma_min == pytest.approx(float(sigma[-1]), rel=1e-9)
+
+
+class Twice(nn.Module):
+    """As the heads of a detector, which act on several maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x).sum() + self.conv(x[..., ::2, ::4]).sum() + self.conv(x).sum()
+        return y
+
+
+def test_a_layer_that_acts_on_several_sizes_says_so() -> None:
+    (found,) = wc.audit(Twice(), example=torch.zeros(1, 2, 8, 8)).findings
+    assert found.shape == (128, 128)
+    assert found.detail == "on inputs of 8x8, and not on those of 4x2 on which it acts too"

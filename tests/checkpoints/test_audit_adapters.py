@@ -101,6 +101,8 @@ SCALES = [
     ({"alpha_pattern": {"^layers.0.q_proj": 9}}, 3.0),
     ({"alpha_pattern": {"^q_proj": 9}}, 2.0),
     ({"lora_alpha": -6}, -2.0),
+    ({"alpha_pattern": {r"layers\.\d+\..*proj": 9}}, 3.0),
+    ({"alpha_pattern": {r"(k|v)_proj": 9}}, 2.0),
 ]
 
 
@@ -197,7 +199,9 @@ def test_a_weight_that_is_missing_or_quantised_is_a_row_that_says_so(tmp_path: P
 
 UNKNOWN = [
     ({"target_parameters": ["layers.0.q_proj.weight"]}, {}, "a stack of matrices"),
-    ({"alpha_pattern": {"(.*)*q_proj": 8}}, {}, "is a regular expression"),
+    ({"alpha_pattern": {"(.*)*q_proj": 8}}, {}, "is too complex an expression"),
+    ({"alpha_pattern": {"[": 8}}, {}, "is no regular expression"),
+    ({"target_parameters": ["experts"], "r": 1}, {}, "a stack of matrices"),
     ({}, {"lora_diag": entries(R)}, "with lora_diag beside A and B"),
 ]
 
@@ -208,23 +212,31 @@ def test_what_is_no_plain_sum_is_not_measured_as_one(
 ) -> None:
     tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
     tensors |= {f"base_model.model.layers.0.q_proj.{name}": t for name, t in more.items()}
-    report = wc.audit(written(tmp_path / "adapter", tensors, config), base=base)
-    found = rows(report)
-    for view in ("delta", "merged"):
-        row = found[f"layers.0.q_proj.weight:{view}"]
-        assert not row.measured
-        assert why in row.explanation
+    adapter = written(tmp_path / "adapter", tensors | {"score.weight": entries(2, 7)}, config)
+    delta = rows(wc.audit(adapter))["layers.0.q_proj.weight:delta"]
+    assert not delta.measured
+    assert why in delta.explanation
+    try:
+        merged = rows(wc.audit(adapter, base=base))["layers.0.q_proj.weight:merged"].explanation
+    except ValueError as error:  # where there is no other
+        merged = str(error)
+    assert why in merged
 
 
 def test_factors_that_do_not_fit_and_that_hold_nan(base: Path, tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
     tensors["base_model.model.layers.0.q_proj.lora_B.weight"] = entries(M, R + 1)
     tensors["base_model.model.layers.1.q_proj.lora_B.weight"][0, 0] = math.nan
+    up = "base_model.model.layers.0.up_proj"
+    tensors |= {f"{up}.lora_A.weight": entries(R, M), f"{up}.lora_B.weight": entries(20, R)}
     found = rows(wc.audit(written(tmp_path / "adapter", tensors, {}), base=base))
     for view in ("delta", "merged"):
         assert found[f"layers.0.q_proj.weight:{view}"].status is wc.Status.failed
         assert found[f"layers.1.q_proj.weight:{view}"].status is wc.Status.not_finite
-    assert "no product of (7, 4) and (3, 10)" in found["layers.0.q_proj.weight:delta"].explanation
+    assert (
+        "no product of its factors (7, 4) and (3, 10)"
+        in found["layers.0.q_proj.weight:delta"].explanation
+    )
 
 
 def test_patterns_choose_adapters(base: Path, tmp_path: Path) -> None:
@@ -240,7 +252,9 @@ def test_what_is_asked_in_vain_is_said(base: Path, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
     with pytest.raises(ValueError, match="has no pair of lora_A and lora_B"):
         wc.audit(base, base=base)
-    with pytest.raises(ValueError, match=r"adapts, as far\.away\.weight, but holds layers\.0"):
+    with pytest.raises(
+        ValueError, match=r"of far\.away\.weight, in .* it is not there; it has lay"
+    ):
         wc.audit(written(tmp_path / "other", pair("far.away"), {}), base=base)
     with pytest.raises(TypeError, match="must come with the path of an adapter"):
         wc.audit(nn.Linear(3, 2), base=base)
@@ -261,6 +275,87 @@ def test_a_repair_leaves_the_factors_of_an_adapter_alone(tmp_path: Path) -> None
     assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("alpha", [math.inf, math.nan, True, "16", None])
+def test_a_scale_that_is_no_number_is_none(alpha: Any, base: Path, tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {"lora_alpha": alpha})
+    (row,) = wc.audit(adapter).findings
+    assert "its scale is not known" in row.detail
+    with pytest.raises(ValueError, match=r"no sum of .* can be measured .*its scale is not known"):
+        wc.audit(adapter, base=base)
+
+
+def test_a_scale_may_be_huge(base: Path, tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {"lora_alpha": 1e300})
+    found = rows(wc.audit(adapter, base=base))
+    assert found["layers.0.q_proj.weight:delta"].penalty == math.inf
+
+
+def test_an_adapter_that_changed_its_base_first_gives_no_sum(base: Path, tmp_path: Path) -> None:
+    """Of PiSSA the base that acts is what it left of the model, which nobody has saved."""
+    config = {"init_lora_weights": "pissa_niter_4"}
+    adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), config)
+    (row,) = wc.audit(adapter).findings
+    assert "begun by pissa_niter_4" in row.detail
+    with pytest.raises(ValueError, match="Load it with PEFT, and audit that model"):
+        wc.audit(adapter, base=base)
+
+
+def test_two_files_of_adapters_are_not_added_together(base: Path, tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
+    torch.save(pair("layers.0.q_proj", seed=9), adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"must hold one adapter, but holds several of layers\.0"):
+        wc.audit(adapter, base=base)
+    found = rows(wc.audit(adapter / "adapter_model.bin", base=base))
+    A, B = (t.double() for t in pair("layers.0.q_proj", seed=9).values())
+    sigma = dense(2 * B @ A)
+    row = found["layers.0.q_proj.weight:delta"]
+    assert row.sigma_max == pytest.approx(float(sigma[0]), rel=1e-9)
+
+
+def test_one_that_holds_the_base_of_some_is_paired_for_the_others(
+    base: Path, tmp_path: Path
+) -> None:
+    """As PEFT saves one to lm_head."""
+    inside = {"base_model.model.head.base_layer.weight": entries(M, N, seed=8)}
+    tensors = pair("layers.0.q_proj") | pair("head", seed=5) | inside
+    found = rows(wc.audit(written(tmp_path / "adapter", tensors, {}), base=base))
+    for name in ("layers.0.q_proj.weight", "base_model.model.head.base_layer.weight"):
+        assert {name, f"{name}:merged", f"{name}:delta"} <= found.keys()
+    assert len(found) == 6
+
+
+def test_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    save_file({"layers.0.q_proj.weight": entries(M, N).to(torch.int8)}, path)
+    adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
+    with pytest.raises(ValueError, match=r"is skipped, as not real .* not quantised; or, where"):
+        wc.audit(adapter, base=path)
+
+
+def test_sums_that_fail_are_counted(base: Path, tmp_path: Path) -> None:
+    tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
+    tensors["base_model.model.layers.1.q_proj.lora_A.weight"] = entries(R, N + 1)
+    report = wc.audit(written(tmp_path / "adapter", tensors, {}), base=base)
+    assert not rows(report)["layers.1.q_proj.weight:merged"].measured
+    assert (report.coverage.measured, report.coverage.failed) == (2, 1)
+
+
+ROWS = [
+    ({"include": ["*:merged"]}, {"merged"}),
+    ({"include": ["*:delta"]}, {"delta"}),
+    ({"exclude": ["*:delta"]}, {"", "merged"}),
+    ({"exclude": ["*:merged"]}, {"", "delta"}),
+]
+
+
+@pytest.mark.parametrize(("patterns", "views"), ROWS)
+def test_patterns_choose_rows(
+    patterns: dict[str, Any], views: set[str], base: Path, tmp_path: Path
+) -> None:
+    adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
+    assert {f.view for f in wc.audit(adapter, base=base, **patterns).findings} == views
+
+
 # --- PEFT itself ----------------------------------------------------------------------------------
 
 
@@ -269,10 +364,10 @@ class Net(nn.Module):
         super().__init__()
         self.lin = nn.Linear(N, M)
         self.conv = nn.Conv2d(3, 6, 3)
-        self.out = nn.Linear(M, 4)
+        self.score = nn.Linear(M, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.out(self.lin(x))
+        y: Tensor = self.score(self.lin(x))
         return y
 
 
@@ -361,3 +456,63 @@ def test_the_weights_of_gpt2_are_stored_the_other_way_round(tmp_path: Path) -> N
         row = found[f"{name}.weight:merged"]
         assert row.sigma_max == pytest.approx(float(sigma[0]), rel=1e-5)
         assert row.condition_number == pytest.approx(float(sigma[0] / sigma[-1]), rel=1e-3)
+
+
+def test_magnitudes_alone_are_not_nothing(tmp_path: Path) -> None:
+    """Of DoRA with B = 0 the rows may have other lengths."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = adapted(peft, use_dora=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    found = rows(wc.audit(model, include=["*lin*"]))
+    delta = found["base_model.model.lin.base_layer.weight:delta"]
+    assert delta.status is wc.Status.zero
+    assert "DoRA brings the rows of the sum to other lengths besides" in delta.explanation
+    assert found["base_model.model.lin.base_layer.weight:merged"].added_share != 0
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(entries(4, M, N))
+        self.lin = nn.Linear(N, M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (x @ self.down_proj.mT).sum(0) + self.lin(x)
+        return y
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.experts(x)
+        return y
+
+
+@pytest.mark.parametrize("target", ["experts.down_proj", "down_proj"])
+def test_an_adapter_to_a_stack_is_not_taken_for_one_matrix(target: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["lin"], target_parameters=[target])
+    model = peft.get_peft_model(Mixture(), config)
+    model.save_pretrained(tmp_path / "adapter")
+    for report in (wc.audit(model), wc.audit(tmp_path / "adapter")):
+        of_stack = [f for f in report.findings if f.view == "delta" and "lin" not in f.name]
+        assert of_stack
+        assert all("a stack of matrices" in f.explanation for f in of_stack)
+        assert len({f.label for f in report.findings}) == len(report.findings)
+
+
+def test_what_a_trained_copy_replaces_does_not_act(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["score"])
+    report = wc.audit(peft.get_peft_model(Net(), config))
+    names = {finding.name for finding in report.findings}
+    assert "base_model.model.score.modules_to_save.default.weight" in names
+    assert "base_model.model.score.original_module.weight" not in names
+    why = report.coverage.skipped["base_model.model.score.original_module.weight"]
+    assert "a trained copy in its place" in str(why)

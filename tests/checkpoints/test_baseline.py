@@ -40,8 +40,8 @@ def baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
         ((21, 61), [], 1, "κ of 2 has risen to more than 2 times: layers.1.weight (20 to 61), l"),
         ((math.inf, 20), [], 1, "layers.0.weight (10 to nan)"),
         ((1e300, 20), [], 1, "layers.0.weight (10 to inf)"),
-        ((10, 20, 5), [], 0, "baseline.json: 1 not in it: layers.2.weight"),
-        ((10,), [], 0, "baseline.json: 1 only in the baseline: layers.1.weight"),
+        ((10, 20, 5), [], 0, "baseline.json: 1 are new: layers.2.weight"),
+        ((10,), [], 1, "baseline.json: 1 of the baseline are not there: layers.1.weight"),
     ],
 )
 def test_a_rise_is_exit_code_1(

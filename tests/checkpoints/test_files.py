@@ -557,3 +557,24 @@ def test_a_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
         name: False,
         "weight": True,
     }
+
+
+@pytest.mark.parametrize("scales", [{}, {"b.SCB": torch.ones(8)}], ids=["alone", "with scales"])
+def test_a_weight_that_is_quantised_counts_as_not_measured(
+    scales: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Or a file of which most is quantised would pass as covered."""
+    codes = torch.ones(8, 9, dtype=torch.int8)
+    save_file(
+        {"a.weight": torch.eye(8, 3).contiguous(), "b.weight": codes} | scales,
+        tmp_path / "model.safetensors",
+    )
+    share = wc.audit(tmp_path / "model.safetensors").coverage.parameter_share
+    others = sum(tensor.numel() for tensor in scales.values())
+    assert share == pytest.approx(24 / (24 + 72 + others))
+
+
+def test_positions_and_masks_are_no_parameters(tmp_path: Path) -> None:
+    buffers = {"ids": torch.arange(12), "attn.bias": torch.ones(9, 9, dtype=torch.uint8)}
+    torch.save({"a.weight": torch.eye(8, 3)} | buffers, tmp_path / "model.pt")
+    assert wc.audit(tmp_path / "model.pt").coverage.parameter_share == 1

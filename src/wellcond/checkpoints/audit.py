@@ -120,14 +120,13 @@ def audit(
             "Leave it out, or call the projections q_proj, k_proj, v_proj and o_proj."
         )
     rows = [names for one in attentions for names in _rows_of(one).values()]
-    rows += [_names_of(*one) for one in source.adapters]
+    rows += [(*_names_of(*one), f"{one[0]}:merged") for one in source.adapters]
     skipped = source.skipped
     wanted = chosen(source.matrices, skipped, include, exclude, rows)
     adapters = [one for one in source.adapters if _asked_for(_names_of(*one), include, exclude)]
-    labels = {name for name, _ in adapters}
-    bases = [one for one in source.bases if one.name in labels]
-    views = {id(one): _views_of(one, include, exclude) for one in attentions}
-    attentions = [one for one in attentions if views[id(one)]]
+    bases = [one for one in source.bases if _views_with_adapters(one, include, exclude)]
+    heads_of = {id(one): _views_of(one, include, exclude) for one in attentions}
+    attentions = [one for one in attentions if heads_of[id(one)]]
     work = work_of([*wanted, *bases])
     # Heads of a module, together, and an adapter take no longer than other matrices in the mean.
     work += [math.fsum(work) / max(1, len(work))] * (len(attentions) + len(adapters))
@@ -143,6 +142,9 @@ def audit(
         for one in matrices:
             counter.next(one.name)
             found = findings_of(one, certify)
+            if one.adapters:
+                views = _views_with_adapters(one, include, exclude)
+                found = [f for f in found if f.view.endswith("merged") in views]
             where.update({id(finding): one for finding in found})
             findings.extend(found)
 
@@ -150,14 +152,19 @@ def audit(
     for name, adapter in adapters:
         counter.next(name)
         findings.append(finding_of_adapter(adapter, name))
-    coverage = _coverage(findings, source)
+    own = [finding for finding in findings if finding.measured]
     # These stand for parameters that are counted already, or for those of another source.
     measure(bases)
+    coverage = _coverage(own, [f for f in findings if not f.measured], source)
     for attention in attentions:
         counter.next(attention.name)
-        findings += findings_of_heads(attention, views[id(attention)], value)
+        findings += findings_of_heads(attention, heads_of[id(attention)], value)
     if not any(finding.measured for finding in findings):
         raise ValueError(_nothing(source.name, findings, skipped))
+    sums = [finding for finding in findings if finding.label.endswith("merged")]
+    if base is not None and sums and not any(finding.measured for finding in sums):
+        why = f"{sums[0].label}: {sums[0].explanation}"
+        raise ValueError(f"With `base` no sum of {source.name} can be measured ({why}).")
     findings.sort(key=sort_key)
     for index, finding in enumerate(findings[:curves]):
         known = finding.singular_values or finding.grade is Grade.bounded
@@ -169,13 +176,12 @@ def audit(
     return AuditReport(findings, coverage, source.name, versions())
 
 
-def _coverage(findings: Sequence[Finding], source: Source) -> Coverage:
-    """Of rows that each stand for parameters of their own, but for those with an adapter added."""
-    own = [finding for finding in findings if not finding.view.endswith("merged")]
-    measured = [finding for finding in own if finding.measured]
-    covered = sum(finding.entries for finding in measured)
+def _coverage(measured: Sequence[Finding], failed: Sequence[Finding], source: Source) -> Coverage:
+    """Measured counts what stands for parameters of its own: no weight a second time, as a sum."""
+    own = [finding for finding in measured if not finding.view.endswith("merged")]
+    covered = sum(finding.entries for finding in own)
     share = min(1.0, covered / source.parameters) if source.parameters else 0.0
-    return Coverage(len(measured), len(own) - len(measured), source.skipped, share)
+    return Coverage(len(own), len(failed), source.skipped, share)
 
 
 def chosen(
@@ -228,7 +234,16 @@ def _asked_for(names: Sequence[str], include: Sequence[str], exclude: Sequence[s
 
 def _names_of(name: str, adapter: Adapter) -> tuple[str, ...]:
     """What a pattern may match of an adapter to the weight of this name."""
-    return name, f"{name}:delta", f"{name}:merged", *adapter.parts
+    return name, f"{name}:delta", *adapter.parts
+
+
+def _views_with_adapters(
+    one: Matrices, include: Sequence[str], exclude: Sequence[str]
+) -> set[bool]:
+    """Of a weight with adapters, which rows are asked for: True the sum, False it alone."""
+    parts = [part for adapter in one.adapters for part in adapter.parts]
+    names = {False: (one.name, *parts), True: (one.name, f"{one.name}:merged", *parts)}
+    return {view for view in names if _asked_for(names[view], include, exclude)}
 
 
 def _rows_of(attention: Attention) -> dict[str, tuple[str, ...]]:

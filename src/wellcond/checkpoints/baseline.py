@@ -33,7 +33,7 @@ class Held:
 
     Attributes:
         risen: those whose kappa is more than so many times what it was, the largest rise first.
-        missing: those that the audit does not have.
+        missing: those that the audit does not have: nobody knows whether they have risen.
         new: those that only the audit has.
     """
 

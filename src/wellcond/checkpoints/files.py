@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -187,8 +188,15 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many entries all parameters have together."""
-        return sum(entries(entry.shape) for _, entry in self.where.values() if entry.parameter)
+        """How many entries all parameters have together.
+
+        Of a quantised weight as many as are stored, which may be fewer than it stands for.
+        """
+        return sum(
+            entries(entry.shape)
+            for name, (_, entry) in self.where.items()
+            if entry.parameter or _holds_codes(name, entry)
+        )
 
     def beside(self, name: str) -> dict[str, Any]:
         """What a JSON file of this name beside the checkpoint says; nothing if there is none."""
@@ -249,6 +257,13 @@ class Checkpoint:
             shutil.copymode(file.path, target / name)
         if self.path.is_dir():  # its owner must be able to rename it
             target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
+
+
+def _holds_codes(name: str, entry: Entry) -> bool:
+    """Whether its integers are a weight that is quantised."""
+    reason = entry.skipped.reason if entry.skipped is not None else None
+    packed = reason is Reason.packed and re.split(r"[./]", name)[-1] == "weight"
+    return reason is Reason.quantised or packed
 
 
 def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:

@@ -24,7 +24,7 @@ from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spec
 from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.operators.product import Product
 from wellcond.text import out_of_memory
-from wellcond.weights.adapters import Adapter
+from wellcond.weights.adapters import Adapter, UnknownAdapterError
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices
 
@@ -45,7 +45,9 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
     found = []
     for view, S in views.items():
         if one.geometry is not None:
-            found.append(_acting(one.name, tensor.detach().cpu(), one.geometry))
+            row = _acting(one.name, tensor.detach().cpu(), one.geometry)
+            alone = "without its adapter" if one.adapters else ""
+            found.append(replace(row, detail="; ".join(filter(None, (row.detail, alone)))))
             continue
         blank = Finding(one.name, view, tuple(S.shape), _dtype(S))
         try:
@@ -90,20 +92,21 @@ def finding_of_adapter(adapter: Adapter, name: str) -> Finding:
     blank = Finding(name, view, (0, 0), "")
     try:
         S, scale = adapter.product(), adapter.setting.scale
-        rows = S.shape[::-1] if adapter.setting.transposed else S.shape
         size = S.B.numel() + S.A.numel()
-        blank = Finding(name, view, tuple(rows), _dtype(S.B), entries=size)
-        found = _of_product(blank, S, adapter.setting.note)
+        blank = Finding(name, view, tuple(S.shape), _dtype(S.B), entries=size)
+        besides = "DoRA brings the rows of the sum to other lengths besides"
+        notes = (adapter.setting.note, besides if adapter.magnitude is not None else "")
+        found = _of_product(blank, S, *notes)
     except Exception as error:
         return replace(blank, status=Status.failed, detail=_in_words(error))
-    if found.status is Status.zero or scale == 0:
+    if adapter.magnitude is None and (found.status is Status.zero or scale == 0):
         return replace(found, status=Status.fresh)
     scale = 1.0 if math.isnan(scale) else abs(scale)
     return replace(
         found,
         sigma_max=scale * found.sigma_max,
         sigma_min=scale * found.sigma_min,
-        penalty=scale**2 * found.penalty,
+        penalty=scale * scale * found.penalty,
         singular_values=tuple(scale * value for value in found.singular_values),
     )
 
@@ -129,7 +132,8 @@ def _acting(name: str, kernel: Tensor, geometry: Geometry) -> Finding:
     elif exact and smallest <= negligible(S.shape) * below:
         status, kappa = Status.rank_deficient, math.inf
     else:
-        kappa = below / smallest if smallest > 0 else math.inf
+        # What lies below that is rounding, whatever it is.
+        kappa = below / max(smallest, negligible(S.shape) * below)
     notes = [f"on {geometry}"]
     if not exact:
         notes.append(f"σ_max lies between {below:.6g} and {above:.6g}, and κ is at least this")
@@ -218,6 +222,8 @@ def _dtype(S: Tensor | Product | Convolution) -> str:
 def _in_words(error: Exception) -> str:
     if out_of_memory(error):
         return "there is not enough memory to measure it"
+    if isinstance(error, UnknownAdapterError):
+        return str(error)
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0] if first else 'without a message'}"
 

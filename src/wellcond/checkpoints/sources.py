@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -85,6 +84,15 @@ def source_of(
 def _of_model(model: nn.Module, example: Any) -> Source:
     sliding = {} if example is None else geometries(model, example)
     matrices, skipped, total = effective_matrices(model, sliding)
+    copied = [
+        f"{path}.original_module."
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+        and not getattr(module, "disable_adapters", False)
+    ]
+    for one in matrices:
+        if one.name.startswith(tuple(copied)):
+            skipped[one.name] = Skipped(Reason.replaced)
     found = Source(
         type(model).__name__, matrices, skipped, total, lambda: (heads_of(model), current)
     )
@@ -124,41 +132,53 @@ def _with_adapters(source: Source, adapters: list[Adapter]) -> Source:
         name = weight_of(adapter, matrices, beside=True)
         source.adapters.append((name or adapter.weight, adapter))
         setting = adapter.setting
-        if name and setting.acts and not setting.unknown and not math.isnan(setting.scale):
+        if name and setting.acts and not setting.unknown and not setting.no_sum:
             one = matrices[name]
-            matrices[name] = replace(one, adapters=(*one.adapters, adapter))
+            aliases = dict.fromkeys((*one.aliases, f"{name}:merged", *adapter.parts))
+            both = (*one.adapters, adapter)
+            matrices[name] = replace(one, aliases=tuple(aliases), adapters=both)
     return replace(source, matrices=list(matrices.values()))
 
 
 def _with_base(source: Source, base: Source) -> Source:
     """With the weights of the base to which its adapters belong, under the names of the base."""
-    if not source.adapters or any(one.adapters for one in source.matrices):
+    beside = {id(adapter) for one in source.matrices for adapter in one.adapters}
+    if len(beside) == len(source.adapters):
         found = "holds its base" if source.adapters else "has no pair of lora_A and lora_B"
         raise ValueError(
             f"`base` must come with an adapter by itself, but {source.name} {found}. "
             "Leave `base` out."
         )
     matrices = {alias: one for one in base.matrices for alias in one.aliases}
-    adapters, failed = [], dict(source.failed)
+    adapters: list[tuple[str, Adapter]] = []
     bases: dict[str, Matrices] = {}
+    missing: dict[str, str] = {}
     for label, adapter in source.adapters:
-        name = weight_of(adapter, matrices)
+        name = label if id(adapter) in beside else weight_of(adapter, matrices)
+        adapters.append((name or label, adapter))
+        if name in bases:
+            raise ValueError(
+                f"{source.name} must hold one adapter, but holds several of {name}: in "
+                f"{and_more((*bases[name].adapters[0].parts, *adapter.parts))}. "
+                "Give the path of one file."
+            )
         if name is None:
             skipped = weight_of(adapter, base.skipped)
             why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
-            failed[f"{label}:merged"] = f"in {base.name} it {why}"
-            adapters.append((label, adapter))
-            continue
-        one = bases.get(name, matrices[name])
-        bases[name] = replace(one, name=name, adapters=(*one.adapters, adapter))
-        adapters.append((name, adapter))
+            missing[f"{label}:merged"] = f"in {base.name} it {why}"
+        elif id(adapter) not in beside:
+            bases[name] = replace(matrices[name], name=name, adapters=(adapter,))
     if not bases:
-        wanted = and_more((label for label, _ in source.adapters), limit=3)
+        first, why = next(iter(missing.items()))
         raise ValueError(
-            f"`base` must hold the weights that {source.name} adapts, as {wanted}, but holds "
-            f"{and_more(matrices, limit=3)}. Give the model that the adapter was trained on."
+            f"`base` must hold the weights that {source.name} adapts as numbers of full precision, "
+            f"but of {first.removesuffix(':merged')}, {why}; it has {and_more(matrices, limit=3)}. "
+            "Give the model that was adapted, not quantised; or, where names in the file are not "
+            "those of the modules, the model itself: wc.audit(adapter, base=model)."
         )
-    return replace(source, adapters=adapters, bases=list(bases.values()), failed=failed)
+    return replace(
+        source, adapters=adapters, bases=list(bases.values()), failed=source.failed | missing
+    )
 
 
 def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attention], Value]:

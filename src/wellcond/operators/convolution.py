@@ -27,11 +27,12 @@ class Geometry:
         size: of the input.
         stride: between two positions of the kernel.
         dilation: between two of its taps.
-        padding: before and after the input.
+        padding: before and after the input; below 0 so much of it is left out.
         mode: how it is filled: zeros, circular, reflect or replicate.
         groups: of channels that do not mix.
         transposed: whether it is the adjoint of this map that acts, as in ConvTranspose; the size
             is then that of its output.
+        also: other sizes on which the same layer acts.
     """
 
     size: tuple[int, ...]
@@ -41,19 +42,32 @@ class Geometry:
     mode: str = ZEROS
     groups: int = 1
     transposed: bool = False
+    also: tuple[tuple[int, ...], ...] = ()
 
     def __str__(self) -> str:
-        size = "x".join(map(str, self.size))
-        return f"{'outputs' if self.transposed else 'inputs'} of {size}"
+        size, *others = ("x".join(map(str, size)) for size in (self.size, *self.also))
+        also = f", and not on those of {', '.join(others)} on which it acts too" if others else ""
+        return f"{'outputs' if self.transposed else 'inputs'} of {size}{also}"
 
     @classmethod
-    def of(cls, layer: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> Geometry:
-        """That of a layer on inputs (..., *size); the size of its outputs if it is transposed."""
+    def of(
+        cls,
+        layer: nn.modules.conv._ConvNd,
+        size: tuple[int, ...],
+        positions: tuple[int, ...] | None = None,
+    ) -> Geometry:
+        """That of a layer on inputs (..., *size).
+
+        If it is transposed, of its outputs, of which those that no input reaches are left out:
+        `positions` is the size of its inputs then; None if all are reached.
+        """
         before_after = layer._reversed_padding_repeated_twice
         padding = tuple(zip(before_after[::2], before_after[1::2], strict=True))[::-1]
         if layer.transposed:
             # PyTorch lists there what its own padding would need; p is cut off from the output.
             padding = tuple((int(p), int(p)) for p in layer.padding)
+            if positions is not None:
+                padding = _reached(layer, size, positions, padding)
         padded = any(amount for pair in padding for amount in pair)
         return cls(
             size,
@@ -64,6 +78,23 @@ class Geometry:
             layer.groups,
             bool(layer.transposed),
         )
+
+
+def _reached(
+    layer: nn.modules.conv._ConvNd,
+    size: tuple[int, ...],
+    positions: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+) -> tuple[tuple[int, int], ...]:
+    """The padding with which there are so many positions: output_padding may make room for more."""
+    axes = zip(
+        *(size, layer.kernel_size, layer.stride, layer.dilation, padding, positions), strict=True
+    )
+    found = []
+    for n, k, s, d, (before, after), wanted in axes:
+        fitting = (n + before + after - d * (k - 1) - 1) // s + 1
+        found.append((before, after - s * (fitting - wanted)))
+    return tuple(found)
 
 
 class Convolution:

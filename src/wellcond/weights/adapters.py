@@ -24,10 +24,16 @@ Read = Callable[[], Tensor]
 
 _WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
 _FACTOR = re.compile(r"(.+)\.lora_([A-Za-z_]+?)(?:\.([^.]+))??(?:\.weight)?")
-_LITERAL = re.compile(r"\^?[\w.-]+")
+# Of a regular expression no group may be repeated, and little else: matching takes no time then.
+_REPEATED_GROUP, _REPEATS, _LONG = re.compile(r"\)[*+?{]|\\\d|\(\?"), re.compile(r"[*+{]"), 300
 # They change the base at first, so that W + s B A is what W was.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_UNSCALED = "its scale is not known, as no adapter_config.json is beside it"
+_UNSCALED = "its scale is not known, as no adapter_config.json beside it says one"
+_STACK = "it adapts a stack of matrices, which is not known"
+
+
+class UnknownAdapterError(ValueError):
+    """Why it cannot be said what an adapter adds."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Setting:
         unknown: why it is not known what is added; "" if it is.
         note: what a reader must know of it.
         acts: whether it is added: not if it is not active, or part of W already.
+        no_sum: why W + s B A is not what acts, if so.
     """
 
     scale: float = math.nan
@@ -47,6 +54,7 @@ class Setting:
     unknown: str = ""
     note: str = ""
     acts: bool = True
+    no_sum: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,28 +88,30 @@ class Adapter:
         """B A.
 
         Raises:
-            ValueError: it is not known, or the factors do not fit.
+            UnknownAdapterError: it is not known, or the factors do not fit.
         """
         if self.setting.unknown:
-            raise ValueError(self.setting.unknown)
+            raise UnknownAdapterError(self.setting.unknown)
         B, A = self.B().flatten(1), self.A().flatten(1)
         if B.shape[1] != A.shape[0]:
-            raise ValueError(f"there is no product of {tuple(B.shape)} and {tuple(A.shape)}")
+            shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
+            raise UnknownAdapterError(f"there is no product of its factors {shapes}")
         return Product(B, A.mT)
 
     def change(self, W: Tensor) -> Tensor:
         """What acts less W, in float64 on the CPU and of its shape: s B A, and what DoRA adds.
 
         Raises:
-            ValueError: it is not known, the factors do not fit, or what they add does not fit W.
+            UnknownAdapterError: it is not known, the factors do not fit, or not W.
         """
         S, setting = self.product(), self.setting
-        if math.isnan(setting.scale):
-            raise ValueError(_UNSCALED)
+        if setting.no_sum:
+            raise UnknownAdapterError(setting.no_sum)
         wide = W.detach().to("cpu", torch.float64).flatten(1)
         wide = wide.mT if setting.transposed else wide
         if S.shape != wide.shape:
-            raise ValueError(f"{tuple(S.shape)} is added, but the weight is {tuple(wide.shape)}")
+            shapes = f"{tuple(S.shape)} is added, but the weight is {tuple(wide.shape)}"
+            raise UnknownAdapterError(shapes)
         added = setting.scale * (S.B.cpu().double() @ S.A.cpu().double().mT)
         if self.magnitude is not None:
             merged = wide + added
@@ -125,15 +135,13 @@ def find_adapters(
         B, A, magnitude = (named.pop(part, None) for part in ("B", "A", "magnitude_vector"))
         if B is None or A is None or not {A, B} <= read.keys():
             continue
-        path = module.removesuffix(_WRAPPED)
-        rank = shapes[A][0]
-        known = setting(path, adapter, rank)
+        known = setting(module, adapter, shapes[A][0])
         if named:
             why = f"with lora_{min(named)} beside A and B, it is no LoRA that is known"
             known = Setting(unknown=why)
         lengths = read.get(magnitude) if magnitude else None
         names = tuple(filter(None, (B, A, magnitude, *named.values())))
-        adapters.append(Adapter(path, adapter, names, read[B], read[A], lengths, known))
+        adapters.append(Adapter(module, adapter, names, read[B], read[A], lengths, known))
     return adapters
 
 
@@ -143,30 +151,62 @@ def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], Sett
     s is alpha/r, or alpha/sqrt(r) with `use_rslora`.
     """
     begun = str(config.get("init_lora_weights", "")).lower()
-    residual = f"begun by {begun}: its base is what that left of the model"
-    note = residual if begun.startswith(_RESIDUAL) else ""
-    stacks = {str(p).rpartition(".")[0] for p in config.get("target_parameters") or ()}
+    note = no_sum = ""
+    if begun.startswith(_RESIDUAL):
+        note = f"begun by {begun}, so that it holds a part of the weight from the beginning"
+        no_sum = (
+            f"it was begun by {begun}, which changes the base first. Load it with PEFT, and audit "
+            "that model"
+        )
+    stacks = [str(parameter) for parameter in config.get("target_parameters") or ()]
 
     def setting(module: str, _: str, rank: int) -> Setting:
         path = module.removeprefix(_WRAPPER)
-        if any(_ends(path, stack) for stack in stacks):
-            return Setting(unknown="it adapts a stack of matrices, which is not known")
-        alpha = config.get("lora_alpha")
-        patterns = config.get("alpha_pattern") or {}
-        for pattern in patterns if isinstance(patterns, dict) else ():
-            if not _LITERAL.fullmatch(pattern):  # one from a file could run for hours
-                why = "its scale is not known, as alpha_pattern is a regular expression"
-                return Setting(unknown=why)
-            whole = pattern.removeprefix("^")
-            if path == whole or (whole == pattern and _ends(path, pattern)):
-                alpha = patterns[pattern]
-                break
-        if not isinstance(alpha, int | float) or not rank:
-            return Setting(note=_UNSCALED)
+        if stacks and (_in_stack(path, stacks) or rank not in _ranks(config)):
+            return Setting(unknown=_STACK)
+        alpha, unknown = _alpha(config, path)
+        if unknown:
+            return Setting(unknown=unknown)
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and rank > 0
+        if not number or not math.isfinite(alpha):
+            return Setting(note=_UNSCALED, no_sum=_UNSCALED)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return Setting(scale, bool(config.get("fan_in_fan_out")), note=note)
+        return Setting(scale, bool(config.get("fan_in_fan_out")), note=note, no_sum=no_sum)
 
     return setting
+
+
+def _in_stack(path: str, stacks: list[str]) -> bool:
+    """Whether a module holds one of these parameters, as `mlp.experts.down_proj` of `mlp.experts`.
+
+    Of one without a path any module may.
+    """
+    holders = (stack.rpartition(".")[0] for stack in stacks)
+    inner = path
+    while inner.endswith(_WRAPPED):  # one for each parameter of the same module
+        inner = inner.removesuffix(_WRAPPED)
+    return inner != path or any(holder and _ends(inner, holder) for holder in holders)
+
+
+def _ranks(config: Mapping[str, Any]) -> list[Any]:
+    patterns = config.get("rank_pattern") or {}
+    return [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+
+
+def _alpha(config: Mapping[str, Any], path: str) -> tuple[Any, str]:
+    """alpha of a module, and why it is not known, if so."""
+    patterns = config.get("alpha_pattern") or {}
+    for pattern in patterns if isinstance(patterns, dict) else ():
+        many = len(_REPEATS.findall(pattern)) > 2 or len(path) > _LONG
+        if many or _REPEATED_GROUP.search(pattern):  # as one from a file it could run for hours
+            return None, "its scale is not known, as alpha_pattern is too complex an expression"
+        try:
+            found = re.fullmatch(rf"(.*\.)?({pattern})", path)
+        except (re.error, OverflowError):
+            return None, "its scale is not known, as alpha_pattern is no regular expression"
+        if found:
+            return patterns[pattern], ""
+    return config.get("lora_alpha"), ""
 
 
 def setting_of_model(model: nn.Module) -> Callable[[str, str, int], Setting]:
@@ -175,6 +215,8 @@ def setting_of_model(model: nn.Module) -> Callable[[str, str, int], Setting]:
 
     def setting(module: str, name: str, _: int) -> Setting:
         wrapper = modules.get(module)
+        if hasattr(wrapper, "parameter_name"):
+            return Setting(unknown=_STACK)
         scaling = getattr(wrapper, "scaling", {})
         if name not in scaling:
             return Setting(unknown="its module says no scale")

@@ -23,6 +23,7 @@ class Reason(enum.Enum):
     quantised = "quantised: its scales are stored elsewhere"
     scales = "belongs to a quantised weight, as its scales or zeros do, and is none itself"
     not_dense = "not a dense tensor"
+    replaced = "not what acts: PEFT has put a trained copy in its place"
     factor = "a factor of an adapter, which acts as a product: merge it first"
     parametrized = "parametrized: what is stored is not the matrix that acts"
     sharded = "sharded over processes: audit a checkpoint, or a model that is whole"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +38,11 @@ def geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         assert isinstance(layer, nn.modules.conv._ConvNd)
         x = args[0] if args else kwargs["input"]
-        acts_on = y if layer.transposed else x
-        size = tuple(acts_on.shape[-len(layer.kernel_size) :])
-        found.setdefault(layer, Geometry.of(layer, size))
+        inputs, outputs = (tuple(t.shape[-len(layer.kernel_size) :]) for t in (x, y))
+        geometry = Geometry.of(layer, *((outputs, inputs) if layer.transposed else (inputs,)))
+        first = found.setdefault(layer, geometry)
+        if geometry.size not in (first.size, *first.also):
+            found[layer] = replace(first, also=(*first.also, geometry.size))
 
     with _in_eval_mode(model), contextlib.ExitStack() as hooks, torch.no_grad():
         for layer in model.modules():
