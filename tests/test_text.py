@@ -80,3 +80,8 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 def test_the_version_is_said_in_one_way() -> None:
     assert versions()["wellcond"] == wellcond.__version__
+
+
+def test_a_table_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert text_table(["weight", "κ"], [["a", "1"]]).split() == ["weight", "κ", "a", "1"]

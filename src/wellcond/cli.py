@@ -187,7 +187,9 @@ def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="where to write, in the format of IN; must not exist"
     )
-    parser.add_argument("--max-condition", type=_limit, required=True, metavar="K")
+    parser.add_argument(
+        "--max-condition", type=_limit, required=True, metavar="K", help="the limit"
+    )
     _add_common(parser)
     parser.set_defaults(run=_repair)
 

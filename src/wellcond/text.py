@@ -72,7 +72,9 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         table.add_row(*map(shown, row[: len(headers)]))
     text = io.StringIO()
     # As wide as it needs to be: a table that is cut to the terminal would hide numbers.
-    Console(file=text, width=1000, color_system=None, markup=False, highlight=False).print(table)
+    plain = {"color_system": None, "markup": False, "highlight": False}
+    # Within Jupyter it would show the table, and write nothing.
+    Console(file=text, width=1000, force_jupyter=False, **plain).print(table)  # type: ignore[arg-type]
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 

@@ -1,0 +1,42 @@
+"""What goes out with a release says the same everywhere."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import wellcond as wc
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_version_is_said_once_and_repeated_alike() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "src/wellcond/__init__.py"
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == wc.__version__
+    newest = re.search(r"^## \[?(\S+?)\]?[ (]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == wc.__version__
+
+
+def test_workflows_and_forms_call_the_targets_of_make() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    called = set()
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        workflow = yaml.safe_load(path.read_text())
+        for job in workflow["jobs"].values():
+            runs = [step.get("run", "") for step in job["steps"]]
+            called |= {word for run in runs for word in re.findall(r"^make (\S+)", run)}
+    assert called >= {"test", "release-check", "docs"}
+    assert called <= targets
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        if path.stem != "config":
+            assert {"name", "description", "body"} <= form.keys()
+            ids = [part["id"] for part in form["body"]]
+            assert len(ids) == len(set(ids))
