@@ -63,3 +63,20 @@ def test_every_program_of_a_page_prints_what_is_shown_below_it(page: Path, tmp_p
 def test_no_program_of_a_page_is_passed_over(page: Path) -> None:
     text = page.read_text()
     assert len(BLOCK.findall(text)) == len(re.findall(r"^```\w", text, flags=re.M)) > 2
+
+
+def test_the_comparison_compares_what_is_installed(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "compare.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--size", "12", "--steps", "10"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    enforced = {name: kappa for name, *_, kappa in rows[2:]}
+    assert len(enforced) >= 10
+    assert float(enforced["wellcond: ConditionLimit(10)"]) <= 10
+    assert enforced["wellcond: Isometry(scale=1)"] == enforced["torch: spectral_norm"] == ""
