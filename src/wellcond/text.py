@@ -12,7 +12,6 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from wellcond.output import new_path
@@ -104,8 +103,10 @@ def versions() -> dict[str, str]:
     """Of wellcond, torch and Python."""
     import torch
 
+    from wellcond import __version__
+
     return {
-        "wellcond": version("wellcond"),
+        "wellcond": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

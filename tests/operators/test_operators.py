@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from registry import OPERATORS, normal
 from wellcond.operators.base import Dense, Gradient, HasGram, LowRank, NewWeight, Updatable
@@ -188,3 +188,12 @@ def test_capabilities_are_asked_for_by_name() -> None:
     for capability in (Updatable, Dense, HasGram):
         assert isinstance(stored, capability)
         assert not isinstance(product, capability)
+
+
+def test_one_factor_is_meant_for_every_matrix_of_a_stack() -> None:
+    """As the identity in a penalty of one's own, which does not know how many weights there are."""
+    weights = [nn.Parameter(torch.randn(3, 2)) for _ in range(2)]
+    stack = StackedMatrices([StoredMatrix(weight) for weight in weights])
+    V, U = torch.randn(2, 2), torch.randn(3, 3)
+    torch.testing.assert_close(stack.matmat(V), torch.stack([W @ V for W in weights]))
+    torch.testing.assert_close(stack.rmatmat(U), torch.stack([W.mT @ U for W in weights]))

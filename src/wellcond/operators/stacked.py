@@ -36,10 +36,14 @@ class StackedMatrices:
         return torch.stack([getattr(S, product)(*one) for S, *one in each])
 
     def matmat(self, V: Tensor) -> Tensor:
-        return self._each("matmat", V)
+        return self._each("matmat", self._for_each(V))
 
     def rmatmat(self, U: Tensor) -> Tensor:
-        return self._each("rmatmat", U)
+        return self._each("rmatmat", self._for_each(U))
+
+    def _for_each(self, X: Tensor) -> Tensor:
+        """One factor a matrix; one alone is meant for all of them."""
+        return X.expand(*self.shape[:-2], *X.shape[-2:])
 
     def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
         stored = [S.S for S in self.matrices if type(S) is StoredMatrix]
