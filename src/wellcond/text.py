@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from wellcond.output import new_path
@@ -103,10 +104,8 @@ def versions() -> dict[str, str]:
     """Of wellcond, torch and Python."""
     import torch
 
-    from wellcond import __version__
-
     return {
-        "wellcond": __version__,
+        "wellcond": version("wellcond"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
