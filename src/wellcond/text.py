@@ -38,6 +38,11 @@ def and_more(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str
     return f"{named} and {len(items) - limit} more" if len(items) > limit else named
 
 
+def joined(*remarks: str) -> str:
+    """The remarks that are not empty, with semicolons between them."""
+    return "; ".join(filter(None, remarks))
+
+
 def quoted(names: Iterable[str]) -> str:
     """Names in quotation marks, sorted, the first five of them."""
     return and_more([f'"{name}"' for name in sorted(names)])

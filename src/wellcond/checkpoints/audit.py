@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from wellcond.checkpoints.findings import Coverage, Finding, Grade, Status, sort_key
+from wellcond.checkpoints.findings import MERGED, Coverage, Finding, Grade, Status, sort_key
 from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.checkpoints.report import AuditReport
 from wellcond.checkpoints.rows import finding_of_adapter, findings_of, findings_of_heads
@@ -52,9 +52,9 @@ def audit(
     cells, parametrized weights by their value. Embeddings and parameters of unknown modules are
     skipped unless their exact name is included. A file has no classes: embeddings, tokens,
     positions and what a parametrized weight is computed from are known by their names, and fused
-    projections, gates and experts by names, shapes that fit and config.json; every other
-    float tensor of 2 dimensions is measured, of 3 a stack unless its name contains "conv", of 4 and
-    more a kernel, as if of one group. Tied weights count once.
+    projections, gates and experts by names, shapes that fit and config.json; every other float
+    tensor of 2 dimensions is measured, of 3 a stack unless its name contains "conv", of 4 and more
+    a kernel, as if of one group. Tied weights count once.
 
     Args:
         model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
@@ -73,7 +73,6 @@ def audit(
             exact where the kernel sees no input twice, on a torus, and where the dense matrix has
             at most 4096 singular values; else sigma_max is enclosed and kappa is a lower bound, and
             the grade is "bounded".
-
         heads: measure the heads of attention besides: of head 3 W_Q^T W_K, by which it compares two
             inputs, as `layers.0.self_attn:qk3`, and W_O W_V, what it carries from one to the other,
             as `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). Of the many singular
@@ -136,6 +135,10 @@ def audit(
         Finding(name, "", (0, 0), "", status=Status.failed, detail=reason)
         for name, reason in source.failed.items()
     ]
+    findings += [
+        Finding(name, MERGED, (0, 0), "", status=Status.failed, detail=reason)
+        for name, reason in source.baseless.items()
+    ]
     where: dict[int, Matrices] = {}
 
     def measure(matrices: Sequence[Matrices]) -> None:
@@ -144,7 +147,7 @@ def audit(
             found = findings_of(one, certify)
             if one.adapters:
                 views = _views_with_adapters(one, include, exclude)
-                found = [f for f in found if f.view.endswith("merged") in views]
+                found = [f for f in found if f.with_adapter in views]
             where.update({id(finding): one for finding in found})
             findings.extend(found)
 
@@ -161,7 +164,7 @@ def audit(
         findings += findings_of_heads(attention, heads_of[id(attention)], value)
     if not any(finding.measured for finding in findings):
         raise ValueError(_nothing(source.name, findings, skipped))
-    sums = [finding for finding in findings if finding.label.endswith("merged")]
+    sums = [finding for finding in findings if finding.with_adapter]
     if base is not None and sums and not any(finding.measured for finding in sums):
         why = f"{sums[0].label}: {sums[0].explanation}"
         raise ValueError(f"With `base` no sum of {source.name} can be measured ({why}).")
@@ -178,7 +181,7 @@ def audit(
 
 def _coverage(measured: Sequence[Finding], failed: Sequence[Finding], source: Source) -> Coverage:
     """Measured counts what stands for parameters of its own: no weight a second time, as a sum."""
-    own = [finding for finding in measured if not finding.view.endswith("merged")]
+    own = [finding for finding in measured if not finding.with_adapter]
     covered = sum(finding.entries for finding in own)
     share = min(1.0, covered / source.parameters) if source.parameters else 0.0
     return Coverage(len(own), len(failed), source.skipped, share)

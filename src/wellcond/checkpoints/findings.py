@@ -22,6 +22,7 @@ from wellcond.text import and_more
 from wellcond.weights.reasons import Skipped
 
 FLOAT16 = torch.finfo(torch.float16)
+MERGED = "merged"  # the view, or its end
 
 
 class Grade(enum.Enum):
@@ -151,6 +152,11 @@ class Finding:
     def usual_stable_rank(self) -> float:
         """The stable rank that random matrices of this shape have in the mean; nan as above."""
         return usual_stable_rank(self.shape) if self._comparable else math.nan
+
+    @property
+    def with_adapter(self) -> bool:
+        """Whether it is a weight with what adapters add, which stands in no file."""
+        return self.view == MERGED or self.view.endswith(f":{MERGED}")
 
     @property
     def measured(self) -> bool:

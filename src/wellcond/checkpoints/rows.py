@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wellcond.checkpoints.acting import acting
-from wellcond.checkpoints.findings import Finding, Grade, Status, with_entries
+from wellcond.checkpoints.findings import MERGED, Finding, Grade, Status, with_entries
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
 from wellcond.linalg.leading import added
@@ -23,7 +23,7 @@ from wellcond.linalg.scaling import frobenius_norm
 from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
 from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.operators.product import Product
-from wellcond.text import out_of_memory
+from wellcond.text import joined, out_of_memory
 from wellcond.weights.adapters import Adapter, UnknownAdapterError
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices
@@ -47,12 +47,12 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
         if one.geometry is not None:
             row = _acting(one.name, tensor.detach().cpu(), one.geometry)
             alone = "without its adapter" if one.adapters else ""
-            found.append(replace(row, detail="; ".join(filter(None, (row.detail, alone)))))
+            found.append(replace(row, detail=joined(row.detail, alone)))
             continue
         blank = Finding(one.name, view, tuple(S.shape), _dtype(S))
         try:
             row = _finding(blank, S.detach().cpu(), certify, all_values)
-            found.append(replace(row, detail="; ".join(filter(None, (row.detail, one.note)))))
+            found.append(replace(row, detail=joined(row.detail, one.note)))
         except Exception as error:
             found.append(replace(blank, status=Status.failed, detail=_in_words(error)))
     if one.adapters:
@@ -62,7 +62,7 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
 
 def _merged(one: Matrices, W: Tensor, certify: bool, all_values: bool) -> list[Finding]:
     """The rows of a weight with what its adapters add; trouble with one is its status."""
-    blank = Finding(one.name, "merged", tuple(W.shape), "float64")
+    blank = Finding(one.name, MERGED, tuple(W.shape), "float64")
     try:
         added_to_it = sum(adapter.change(W) for adapter in one.adapters)
         assert isinstance(added_to_it, Tensor)
@@ -70,7 +70,7 @@ def _merged(one: Matrices, W: Tensor, certify: bool, all_values: bool) -> list[F
         rank = sum(adapter.product().nu for adapter in one.adapters)
         found = []
         for view, S in sums.items():
-            blank = Finding(one.name, f"{view}:merged".lstrip(":"), tuple(S.shape), "float64")
+            blank = Finding(one.name, f"{view}:{MERGED}".lstrip(":"), tuple(S.shape), "float64")
             row = _finding(blank, S, certify, all_values)
             found.append(_with_share(row, S, parts[view], rank))
         return found
@@ -209,7 +209,7 @@ def _of_product(blank: Finding, S: Product, *notes: str) -> Finding:
         penalty=float(((top - sigma) * (top + sigma)).sum()) / (2 * S.nu) * unit**2,
         grade=Grade.computed,
         status=status,
-        detail="; ".join(filter(None, notes)),
+        detail=joined(*notes),
         method="SVD of the product of two triangular factors in float64",
         singular_values=tuple(spectrum.singular_values.tolist()),
     )
@@ -280,7 +280,7 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
         penalty=penalty,
         grade=grade,
         status=status,
-        detail="; ".join(filter(None, notes)),
+        detail=joined(*notes),
         method=spectrum.method.value,
         certificate=certificate,
         singular_values=tuple(sigma.tolist()) if complete else (),

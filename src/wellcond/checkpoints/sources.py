@@ -39,6 +39,7 @@ class Source:
         failed: what cannot be read, and why.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
         bases: of these weights those that lie in another source.
+        baseless: those that it lacks, and why.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Source:
     failed: dict[str, str] = field(default_factory=dict)
     adapters: list[tuple[str, Adapter]] = field(default_factory=list)
     bases: list[Matrices] = field(default_factory=list)
+    baseless: dict[str, str] = field(default_factory=dict)
 
 
 def source_of(
@@ -165,20 +167,18 @@ def _with_base(source: Source, base: Source) -> Source:
         if name is None:
             skipped = weight_of(adapter, base.skipped)
             why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
-            missing[f"{label}:merged"] = f"in {base.name} it {why}"
+            missing[label] = f"in {base.name} it {why}"
         elif id(adapter) not in beside:
             bases[name] = replace(matrices[name], name=name, adapters=(adapter,))
     if not bases:
         first, why = next(iter(missing.items()))
         raise ValueError(
             f"`base` must hold the weights that {source.name} adapts as numbers of full precision, "
-            f"but of {first.removesuffix(':merged')}, {why}; it has {and_more(matrices, limit=3)}. "
+            f"but of {first}, {why}; it has {and_more(matrices, limit=3)}. "
             "Give the model that was adapted, not quantised; or, where names in the file are not "
             "those of the modules, the model itself: wc.audit(adapter, base=model)."
         )
-    return replace(
-        source, adapters=adapters, bases=list(bases.values()), failed=source.failed | missing
-    )
+    return replace(source, adapters=adapters, bases=list(bases.values()), baseless=missing)
 
 
 def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attention], Value]:

@@ -61,7 +61,7 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
     if finding.subnormal_share > _ENTRIES:
         percent = 100 * finding.subnormal_share
         facts.append(f"{percent:.2g} % of its entries are subnormal in {finding.dtype}")
-    repairable = rare and not finding.view.endswith("merged")  # no file holds that
+    repairable = rare and not finding.with_adapter  # no file holds that
     return [*facts, *(_repair(finding) if repairable else [])]
 
 
