@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from wellcond.checkpoints.findings import Finding, Grade
+from wellcond.text import joined
 
 # What torch.compile, checkpointing and FSDP put into names; DataParallel puts "module" before all.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -58,7 +59,7 @@ class Pair(NamedTuple):
             if old.dtype != new.dtype:
                 said.append(f"{old.dtype} before, {new.dtype} after")
             if old.explanation == new.explanation:
-                return "; ".join(filter(None, [*said, old.explanation]))
+                return joined(*said, old.explanation)
         sides = (("before", old), ("after", new))
         said += [f"{when}: {f.explanation}" for when, f in sides if f and f.explanation]
         return "; ".join(said)

@@ -24,7 +24,7 @@ from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import shares_memory
 from wellcond.output import new_path, refuse_existing
 from wellcond.penalties.limit import limited
-from wellcond.text import and_more, dump_json, out_of_memory, text_table, versions, written
+from wellcond.text import and_more, dump_json, joined, out_of_memory, text_table, versions, written
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -248,7 +248,7 @@ def _limit_all(
             continue
         moved = 0.0 if X is S else _relative_change(S, X)
         zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
-        note = "; ".join(filter(None, (zero, one.note)))
+        note = joined(zero, one.note)
         dtype = str(S.dtype).removeprefix("torch.")
         done.append(
             Repair(one.name, view, tuple(S.shape), dtype, before, after, moved, margin, note)

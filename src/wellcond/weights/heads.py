@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from wellcond.operators.product import Product
 from wellcond.operators.views import STORED, Part, View
+from wellcond.text import joined
 from wellcond.weights.fused import Cut, cut_of_attention
 from wellcond.weights.projections import (
     HEADS,
@@ -198,7 +199,7 @@ def _attention(name: str, module: Module, parent: Module | None) -> list[Attenti
     for h in range(H):
         g = h // (H // G)
         shared = f"keys of head {g} of {G}" if G < H else ""
-        note = _joined(shared, layout.note, _of_comparing(module))
+        note = joined(shared, layout.note, _of_comparing(module))
         left, right = layout.q.block(h, layout.size), layout.k.block(g, layout.size)
         heads.append(Head(f"qk{h}", left, right, note))
     if isinstance(layout.output, str):
@@ -208,14 +209,10 @@ def _attention(name: str, module: Module, parent: Module | None) -> list[Attenti
             g, size = h // (H // G), layout.value_size
             shared = f"values of head {g} of {G}" if G < H else ""
             view = Part(layout.output.view, h * size, size, dim=-1)
-            note = _joined(shared, layout.note, _of_carrying(module))
+            note = joined(shared, layout.note, _of_carrying(module))
             out = Block(layout.output.place, view)
             heads.append(Head(f"vo{h}", out, layout.v.block(g, size), note))
     return [Attention(name, heads, unknown)]
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(filter(None, notes))
 
 
 def _layout(module: Module, parent: Module | None) -> _Layout | None:
@@ -294,7 +291,7 @@ def _fused(module: Module, cut: Cut) -> _Layout:
             parts["q"] = _each(other.place, other.view, H, d)
         note = f"`{cut.name}` taken as {', '.join(views)}"
         q, k, v = (parts[name] for name in "qkv")
-    return _Layout(q, k, v, output, d, d, _joined(note, _adapted(whole, output)))
+    return _Layout(q, k, v, output, d, d, joined(note, _adapted(whole, output)))
 
 
 def _adapted(*projections: Projection) -> str:
@@ -350,7 +347,7 @@ def _of_comparing(module: Module) -> str:
     if has(module, "logit_scale"):  # of the cosines in the second Swin
         normed = "logit_scale"
     pooled = _acts(module, _POOLED[0])
-    return _joined(
+    return joined(
         rotation,
         f"without `{pooled}`, which stands between" if pooled else "",
         f"without the norms of queries and keys (`{normed}`)" if normed else "",
