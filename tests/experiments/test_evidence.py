@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from wellcond.experiments import evidence, tables
+from wellcond.experiments import evidence, figures, tables
 from wellcond.experiments.evidence import Column, Evidence
 from wellcond.experiments.methods import METHODS
 from wellcond.experiments.tables import Table, interval
@@ -137,6 +137,17 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
     scores["l2"] = [11.0, 11.1]
     verdict = Evidence(document(scores, {"isometry": 4.0})).verdict("accuracy")
     assert (verdict.wins, verdict.loses) == (False, True)
+    (panel,) = evidence.drawn({"accuracy, %": verdict}).axes
+    (label,) = panel.get_yticklabels()
+    assert label.get_text() == "accuracy, %:\nIsometry against L2"
+    spread, mean, zero = panel.lines
+    assert (*spread.get_xdata(), *mean.get_xdata()) == (
+        verdict.difference.low,
+        verdict.difference.high,
+        verdict.difference.mean,
+    )
+    assert mean.get_color() == figures.RIVAL
+    assert list(zero.get_xdata()) == [0, 0]
     table = evidence.winners({"accuracy, %": verdict})
     assert table.rows == [
         ["accuracy, %", "Isometry: 8.05 ± 0.64", "L2: 11.05 ± 0.64", "-3.00 ± 0.00", "other"]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wellcond.experiments import figures
 from wellcond.experiments.methods import METHODS, way
 from wellcond.experiments.tables import Band, Table, interval
 from wellcond.text import written
@@ -41,6 +42,11 @@ class Verdict(NamedTuple):
     difference: Band  # seed by seed
     wins: bool
     loses: bool
+
+    @property
+    def better(self) -> str:
+        """Who it is."""
+        return "wellcond" if self.wins else "other" if self.loses else "not told apart"
 
 
 class Evidence:
@@ -170,12 +176,27 @@ def winners(verdicts: dict[str, Verdict]) -> Table:
             f"{way(v.ours).label}: {v.our_band.fixed()}",
             f"{way(v.rival).label}: {v.rival_band.fixed()}",
             v.difference.signed(),
-            "wellcond" if v.wins else "other" if v.loses else "not told apart",
+            v.better,
         ]
         for compared, v in verdicts.items()
     ]
     header = ["compared", "of wellcond", "the best other", "difference", "better"]
     return Table("Ways of wellcond, as chosen in the search, against all others", header, rows)
+
+
+def drawn(verdicts: dict[str, Verdict]) -> Any:
+    """The same as a picture: blue where wellcond is better, orange where another is."""
+    colours = {"wellcond": figures.OURS, "other": figures.RIVAL}
+    return figures.differences(
+        [
+            (
+                f"{compared}:\n{way(v.ours).label} against {way(v.rival).label}",
+                colours.get(v.better, figures.NOTHING),
+                v.difference,
+            )
+            for compared, v in verdicts.items()
+        ]
+    )
 
 
 def filled(text: str, name: str, tables: dict[str, Table]) -> str:

@@ -97,6 +97,20 @@ def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]
     panel.grid(False, axis="y")
 
 
+def differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
+    """Label, colour and a difference with its interval, a line for each, the first at the top."""
+    drawing, (panel,) = figure(width=9.6, height=0.8 + 0.5 * len(rows))
+    for height, (_, color, band) in enumerate(reversed(rows)):
+        panel.plot([band.low, band.high], [height] * 2, color=color, lw=2.5, alpha=0.6)
+        panel.plot([band.mean], [height], color=color, marker="o", ms=6, ls="")
+    panel.axvline(0, color="black", lw=0.9)
+    panel.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=9)
+    panel.set_ylim(-0.6, len(rows) - 0.4)
+    panel.grid(False, axis="y")
+    panel.set_xlabel("difference; to the right wellcond is better")
+    return drawing
+
+
 def logarithmic(axis: Any) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5, or at the powers of ten if many."""
     from matplotlib.ticker import LogLocator, NullFormatter

@@ -11,7 +11,6 @@ from wellcond.experiments.evidence import Evidence, Verdict
 from wellcond.experiments.grid import Runner, Setting
 from wellcond.experiments.methods import METHODS
 from wellcond.experiments.settings import SETTINGS
-from wellcond.experiments.tables import Table
 from wellcond.text import written
 
 PAGES = ("README.md", "docs/*.md")
@@ -101,15 +100,17 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
     found = Evidence(document)
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
     changed = evidence.fill(pages, kind.name, setting.tables(found))
-    changed += evidence.fill(pages, "winners", {"table": _winners(results.parent)})
+    verdicts = _verdicts(results.parent)
+    changed += evidence.fill(pages, "winners", {"table": evidence.winners(verdicts)})
     changed += evidence.fill(pages, "ways", {"table": evidence.ways([*METHODS])})
-    for name, drawing in setting.figures(found).items():
+    pictures = setting.figures(found) | {"winners": evidence.drawn(verdicts)}
+    for name, drawing in pictures.items():
         changed.append(figures.save(drawing, root / PICTURES / f"{name}.svg"))
     print(f"Written: {', '.join(map(str, dict.fromkeys(changed))) or 'nothing'}")
     return 0
 
 
-def _winners(folder: Path) -> Table:
+def _verdicts(folder: Path) -> dict[str, Verdict]:
     """Of all the results that are there."""
     verdicts: dict[str, Verdict] = {}
     for kind in SETTINGS.values():
@@ -117,4 +118,4 @@ def _winners(folder: Path) -> Table:
         if path.exists():
             document = grid.read(path)
             verdicts |= kind.of(document).verdicts(Evidence(document))
-    return evidence.winners(verdicts)
+    return verdicts
