@@ -1,6 +1,9 @@
 """What goes out with a release says the same everywhere."""
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -40,3 +43,25 @@ def test_workflows_and_forms_call_the_targets_of_make() -> None:
             assert {"name", "description", "body"} <= form.keys()
             ids = [part["id"] for part in form["body"]]
             assert len(ids) == len(set(ids))
+
+
+def test_the_readme_that_is_uploaded_leads_to_the_repository(tmp_path: Path) -> None:
+    """PyPI shows the text alone: there a relative link or picture leads nowhere."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    (step,) = [s for s in release["jobs"]["build"]["steps"] if "README.md" in s.get("run", "")]
+    shutil.copy(ROOT / "README.md", tmp_path)
+    environment = os.environ | {"PLACE": "someone/wellcond", "TAG": "v1"}
+    subprocess.run(["bash", "-euc", step["run"]], cwd=tmp_path, env=environment, check=True)
+    before, after = (
+        re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", (folder / "README.md").read_text())
+        for folder in (ROOT, tmp_path)
+    )
+    places = {
+        "!": "https://raw.githubusercontent.com/someone/wellcond/v1/",
+        "": "https://github.com/someone/wellcond/blob/v1/",
+    }
+    assert after == [
+        (mark, link if link.startswith("https:") else places[mark] + link) for mark, link in before
+    ]
+    assert any(mark for mark, _ in before)
