@@ -123,7 +123,7 @@ class _Way:
         if self.reg is None:
             return
         for name, state in self.reg.state_dict().items():
-            applications, _, _, kappa, interval, _ = state["pace"].tolist()
+            applications, _, _, kappa, interval, *_ = state["pace"].tolist()
             if applications == self.applications.get(name, 0):
                 continue
             weight = self._weight(name)

@@ -80,6 +80,29 @@ def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
     assert "lr" not in table.header
 
 
+def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_them_last() -> None:
+    low, high = [10.0] * 5, [90.0] * 5
+    first = evidence({("l2", 0): low, ("isometry", 0): [50, 50, 50, 50, 60.0]})
+    other = evidence({("l2", 0): low, ("isometry", 0): low, ("orthogonal-torch", 0): high})
+    for run in other.document["runs"]:
+        run["case"] = "tanh-30"
+    runs = first.document["runs"] + other.document["runs"]
+    setting = LearningRates()
+    setting.cases = ("tanh-10", "tanh-30")
+    tables = setting.tables(Evidence(first.document | {"runs": runs}))
+    assert tables["accuracy"].header == ["way", "tanh, depth 10", "tanh, depth 30"]
+    assert tables["accuracy"].rows == [
+        ["Isometry", "52.0", "10.0"],
+        ["L2", "10.0", "10.0"],
+        ["orthogonal of torch, hidden weights", "", "90.0"],
+    ]
+    assert tables["sensitivity"].rows[0] == ["Isometry", "8.0", "0.0"]
+    assert tables["working"].rows[1:] == [
+        ["L2", "0.0", "0.0"],
+        ["orthogonal of torch, hidden weights", "", "5.0"],
+    ]
+
+
 # --- what is run ----------------------------------------------------------------------------------
 
 

@@ -48,6 +48,13 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 GAINS = {"tanh": 1.0, "relu": math.sqrt(2), TRANSFORMER: 1.0}
 
 
+OVERVIEWS = {
+    "accuracy": "Accuracy on the test images, mean over the learning rates, %",
+    "sensitivity": "Sensitivity: what is lost against the best rate, mean over the rates, points",
+    "working": "How many of the rates come near the best of all ways",
+}
+
+
 class IsometryEveryStep(Isometry):
     """At a high rate ten steps lead too far from an isometry to come back."""
 
@@ -199,7 +206,7 @@ class LearningRates(Setting):
             Column("working", f"rates of {len(self.rates)} that work"),
         ]
         found = over_rates(evidence)
-        tables = {}
+        tables = {name: self._overview(found, name) for name in OVERVIEWS}
         for case in self.cases:
             title = f"{named(case)}: accuracy on the test images"
             table = found.ranking(title, columns, self.contest(case), case=case)
@@ -207,6 +214,23 @@ class LearningRates(Setting):
             rows = [line[:rate] + line[rate + 1 :] for line in (table.header, *table.rows)]
             tables[case] = Table(title, rows[0], rows[1:])
         return tables
+
+    def _overview(self, found: Evidence, metric: str) -> Table:
+        """A row for each way, the most accurate on the mean of the networks above."""
+        accuracies = found.runs.groupby(["method", "case"])["accuracy"].mean().groupby("method")
+        few = accuracies.count() < len(self.cases)  # not in every network: below all others
+        order = (accuracies.mean() - 100 * few).sort_values(ascending=False, kind="stable").index
+        rows = [
+            [figures.label(way)]
+            + [
+                found.band(metric, case=case, method=way).fixed(1)
+                if way in found.methods(case=case)
+                else ""
+                for case in self.cases
+            ]
+            for way in order
+        ]
+        return Table(OVERVIEWS[metric], ["way", *map(named, self.cases)], rows)
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         found = over_rates(evidence)
