@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from wellcond.experiments import grid
+from wellcond.experiments import _run, grid
 from wellcond.experiments.evidence import Evidence
 from wellcond.experiments.grid import Cell, Measured, Runner, Setting
 from wellcond.experiments.tables import Table
@@ -269,3 +269,10 @@ def test_progress_says_the_time_left_where_there_is_no_terminal(
             ended(Cell("", "none", 0.0, 0.1, seed))
     # 20 s a run, nine left; half a minute must pass between two lines.
     assert capsys.readouterr().err == "parabola: 3 of 11 runs, about 3 min left\n"
+
+
+def test_subnormal_numbers_are_zero_while_a_run_lasts() -> None:
+    tiny = torch.tensor([2.0**-130])
+    with _run.without_subnormals():
+        assert (tiny * 1.5).item() == 0
+    assert (tiny * 1.5).item() > 0

@@ -59,3 +59,18 @@ def progress(total: int, title: str) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total, label="")
         yield lambda label: bar.update(task, advance=1, label=label)
+
+
+@contextmanager
+def without_subnormals() -> Iterator[None]:
+    """What is below the normal numbers of its dtype counts as zero.
+
+    Units that die in a training leave ever smaller averages behind, on which processors work many
+    times slower: what dies out would decide what a way to train seems to cost. Before the first
+    parallel operation, as threads take it over from the one that starts them.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -140,6 +140,7 @@ class _Way:
         return weight if not view else weight.chunk(3)["qkv".index(view)]
 
 
+@_run.without_subnormals()
 def run(arguments: argparse.Namespace) -> int:
     _run.apply_threads(arguments)
     task = _Task(arguments)

@@ -356,7 +356,8 @@ def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> 
         torch.set_num_threads(1)
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        metrics, curves = setting.run(cell)
+        with _run.without_subnormals():
+            metrics, curves = setting.run(cell)
     except Exception as error:
         error.add_note(f"in the run {cell.name}")
         raise
