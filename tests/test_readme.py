@@ -34,7 +34,7 @@ def test_the_training_loop_runs_with_its_added_lines() -> None:
 
 def test_python_blocks_run_and_print_what_they_show(capsys: pytest.CaptureFixture[str]) -> None:
     found = re.findall(
-        r"^```python\n(.*?)^```\n\n((?:    .*\n)+)", README, re.DOTALL | re.MULTILINE
+        r"^```python\n(.*?)^```\n\n((?:    [^\n]*\n)+)", README, re.DOTALL | re.MULTILINE
     )
     assert len(found) == len(blocks("python")) > 0
     for program, output in found:
