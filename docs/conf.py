@@ -1,6 +1,5 @@
 """The site: `make docs` builds it into build/site, and every warning is an error."""
 
-import logging
 import sys
 from importlib.metadata import version as version_of
 from importlib.util import find_spec
@@ -68,11 +67,3 @@ copybutton_selector = (  # what is printed, and differences, are not for copying
     "div:not(.highlight-none):not(.highlight-diff) > div.highlight pre"
 )
 copybutton_exclude = ".linenos, .gp, .go"
-
-
-def without(name: str, subtype: str) -> None:
-    """Ends warnings of a kind that has no type, by which Sphinx could suppress it."""
-    logging.getLogger(f"sphinx.{name}").addFilter(lambda r: getattr(r, "subtype", "") != subtype)
-
-
-without("sphinx.directives.other", "empty_glob")  # pages that are to come may be missing
