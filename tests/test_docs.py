@@ -85,7 +85,7 @@ def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Pa
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Regularizer of 1 weights" in done.stdout
+    assert "Regularizer of 2 weights" in done.stdout
     assert (tmp_path / "one" / ".metadata").exists()
 
 
