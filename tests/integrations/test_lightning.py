@@ -274,6 +274,15 @@ class Finder(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
+class Count(Callback):  # type: ignore[misc]
+    """How many batches are trained on; those of a finder, which calls no callback, are not."""
+
+    trained = 0
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        self.trained += 1
+
+
 def test_what_a_learning_rate_finder_trains_in_between_is_undone(tmp_path: Path) -> None:
     """It steps the attached optimizer, then restores the checkpoint it has written."""
     module, added, finder = Module(), callback("proximal"), Finder()
@@ -288,11 +297,12 @@ def test_what_a_learning_rate_finder_trains_in_between_is_undone(tmp_path: Path)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first: bool) -> None:
     """It trains and restores within on_fit_start, whatever the order of the callbacks."""
-    finder, added = LearningRateFinder(num_training_steps=4), callback("proximal")
+    finder, added, batches = LearningRateFinder(num_training_steps=4), callback("proximal"), Count()
     callbacks = [added, finder] if first else [finder, added]
     module = Module()
-    trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
-    assert added.regularizer.measure()["net.0.weight"].step == 12
+    trainer(tmp_path, *callbacks, batches, max_epochs=1).fit(module, loader())
+    assert batches.trained in (12, 8)  # Lightning 2.4 has its finder use up four of them
+    assert added.regularizer.measure()["net.0.weight"].step == batches.trained
 
 
 @pytest.mark.distributed

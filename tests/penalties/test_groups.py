@@ -98,7 +98,7 @@ def test_one_group_can_be_limited_by_its_name_and_a_depthwise_layer_as_well() ->
     with torch.no_grad():
         depthwise[0].weight[2] *= 1e-3
     assert kappa(depthwise) > 100
-    reg = wc.Regularizer(depthwise, {"0.weight": wc.ConditionLimit(5.0)})
+    reg = wc.Regularizer(depthwise, wc.ConditionLimit(5.0))
     reg.enforce_()
     assert kappa(depthwise) <= 5.0
 

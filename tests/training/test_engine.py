@@ -332,11 +332,13 @@ def test_the_groups_of_a_convolution_are_matrices_of_their_own(kind: type[nn.Mod
     torch.testing.assert_close(float(one().detach()), float(penalty(kernels[1])), rtol=1e-6, atol=0)
 
 
-def test_a_depthwise_convolution_is_left_out_and_listed_unless_asked_for_by_name() -> None:
+def test_a_depthwise_convolution_is_under_no_penalty_unless_asked_for_by_name() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
     reg = wc.Regularizer(model, wc.Condition(1.0))
     assert reg.names == ["1.weight"]
     assert reg.skipped["0.weight"] == wc.Skipped(wc.Reason.one_row, "4 groups")
+    # Its filters are the blocks of one map, on which a limit acts, and which an audit measures.
+    assert wc.Regularizer(model, wc.ConditionLimit(5.0)).names == ["0.weight", "1.weight"]
     assert wc.Regularizer(model, {"0.weight": wc.Tikhonov(1.0)}).names == ["0.weight"]
     with pytest.raises(ValueError, match="one row in each group"):
         wc.Regularizer(model, {"0.*": wc.Condition(1.0), "*": None})

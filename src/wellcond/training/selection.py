@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from wellcond.operators.views import Kernel, shape_of
+from wellcond.penalties.base import Limit
 from wellcond.text import and_more, quoted
 from wellcond.training.state import Rule
 from wellcond.weights.discover import Weight, find_weights
@@ -43,13 +44,13 @@ def select(
 
     for weight in found.weights:
         members = weight.members()
-        reason = weight.reason or _one_row(weight)
         matches = [first_match((one.name, *one.aliases)) for one in members]
         # A stack under one pattern stays whole, and is worked on in one batch.
         if len(set(matches)) == 1:
             members, matches = [weight], matches[:1]
         for one, match in zip(members, matches, strict=True):
             penalty = None if match is None else patterns[match]
+            reason = weight.reason or (None if isinstance(penalty, Limit) else _one_row(weight))
             if match is None:
                 skip(one.name, reason or Skipped(Reason.unmatched), match)
             elif penalty is None:
@@ -95,7 +96,7 @@ def select(
 
 
 def _one_row(weight: Weight) -> Skipped | None:
-    """A depthwise convolution has nothing to condition."""
+    """A depthwise convolution has nothing to condition, but as one map, which a limit acts on."""
     if isinstance(weight.view, Kernel) and weight.view.groups is not None:
         groups, rows, _ = shape_of(weight.view, weight.parameters[0])
         return Skipped(Reason.one_row, f"{groups} groups") if rows == 1 else None
