@@ -55,6 +55,7 @@ def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["reproduce", "denoise", "--seeds", "0"], "must be at least 1, got 0"),
         (["reproduce", "denoise", "--workers", "many"], "--workers"),
         (["reproduce", "least-squares", "--data", "digits"], "unrecognized arguments"),
+        (["audit", "x.pt", "--maxcondition", "5"], "--maxcondition 5 (see wellcond audit --help)"),
         (["audit"], "required: path"),
         (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
         (["audit", "x.pt", "--max-condition", "nan"], "at least 1, got nan"),

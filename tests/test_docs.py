@@ -123,7 +123,7 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
         torch.save(weights | {"0.weight": torch.ones(32, 64)}, tmp_path / "model.pt")
         stopped = run(command)
         assert stopped.returncode == 1
-        assert "κ of 1 has risen to more than 2 times: 0.weight" in stopped.stderr
+        assert "κ is more than 2 times what it was in 1 weight: 0.weight" in stopped.stderr
         (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:900])
         assert run(command).returncode == 2
         torch.save(weights, tmp_path / "model.pt")

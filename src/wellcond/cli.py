@@ -323,11 +323,17 @@ def _say_held(held: Held, path: Path, rise: float) -> None:
     """What became of the weights of a baseline, on standard error."""
     if held.risen:
         worst = and_more(f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in held.risen)
-        text = f"κ of {len(held.risen)} has risen to more than {rise:g} times: {worst}"
+        text = f"κ is more than {rise:g} times what it was in {_counted(held.risen)}: {worst}"
         print(f"wellcond: {text}", file=sys.stderr)
-    others = (("of the baseline are not there", held.missing), ("are new", held.new))
-    if words := [f"{len(names)} {where}: {and_more(names)}" for where, names in others if names]:
+    others = (("of the baseline not there", held.missing), ("not in it", held.new))
+    if words := [
+        f"{_counted(names)} {where}: {and_more(names)}" for where, names in others if names
+    ]:
         print(f"wellcond: {shown(path)}: {'; '.join(words)}", file=sys.stderr)
+
+
+def _counted(weights: Sequence[object]) -> str:
+    return f"{len(weights)} weight{'s' * (len(weights) != 1)}"
 
 
 def _write(text: str, path: Path, option: str, overwrite: bool) -> None:
@@ -401,7 +407,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     command = next((word for word in argv if not word.startswith("-")), "")
-    arguments = _parser(command).parse_args(argv)
+    parser = _parser(command)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.prog += f" {arguments.command}"  # whose help has the options that there are
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     code: int = arguments.run(arguments)
     return code
 

@@ -578,3 +578,21 @@ def test_positions_and_masks_are_no_parameters(tmp_path: Path) -> None:
     buffers = {"ids": torch.arange(12), "attn.bias": torch.ones(9, 9, dtype=torch.uint8)}
     torch.save({"a.weight": torch.eye(8, 3)} | buffers, tmp_path / "model.pt")
     assert wc.audit(tmp_path / "model.pt").coverage.parameter_share == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.pt", b"", "it is empty"),
+        ("a.pt", b"not a checkpoint", "it holds no pickle"),
+        ("a.pt", b"x\x00\x00\x00\x00\x00\x00\x00{}", "it holds no pickle"),
+        ("a.safetensors", b"PK\x03\x04 and so on", "its name must end in .pt"),
+        ("a.safetensors", b"no header at all", "It is none, or damaged"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_that(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        wc.audit(tmp_path / name)

@@ -182,7 +182,11 @@ def _load(path: Path, mapped: bool) -> Any:
                 "Save its weights: torch.save(torch.jit.load(path).state_dict(), other)."
             ) from None
         if isinstance(error, RuntimeError | EOFError | OSError | ValueError | KeyError):
-            (what, *_) = str(error).split(".")[0].splitlines() or [type(error).__name__]
+            (what, *_) = str(error).split(".")[0].splitlines() or [""]
+            if not path.stat().st_size:
+                what = "it is empty"
+            elif not what or isinstance(error, KeyError):  # an instruction that no pickle has
+                what = "it holds no pickle"
             raise UnreadableError(
                 f"{path} must be a whole file of torch.save, but: {what}. "
                 "It may be truncated or damaged: compare its size with the original's."

@@ -77,12 +77,18 @@ class Safetensors(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path, self.others, self.overlapping = path, {}, []
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(8)
+        if begin.startswith(b"PK"):
+            raise UnreadableError(
+                f"{path} must be a safetensors file, but is a zip archive, as torch.save writes "
+                "them. Then its name must end in .pt."
+            )
+        length = int.from_bytes(begin, "little")
         if length > _HEADER:
             raise UnreadableError(
                 f"{path} must be a safetensors file, the header of which has at most {_HEADER:,} "
-                f"bytes, but this says {length:,}. It is damaged, or holds more tensors than "
-                "belong in one file: save them in several."
+                f"bytes, but this says {length:,}. It is none, or damaged, or holds more tensors "
+                "than belong in one file: save them in several."
             )
         try:
             with path.open("rb") as file:
