@@ -362,6 +362,14 @@ def test_a_depthwise_convolution_is_measured_by_its_rows() -> None:
     assert finding.explanation == "3 groups: sigma_max in group 1, sigma_min in group 2"
 
 
+def test_of_a_kernel_in_a_file_that_may_be_depthwise_is_said_how_it_is_read(tmp_path: Path) -> None:
+    shapes = {"a.weight": (8, 1, 3, 3), "b.weight": (8, 3, 3, 3), "c.weight": (1, 1, 3, 3)}
+    torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "a.pt")
+    said = {one.name: one.explanation for one in wc.audit(tmp_path / "a.pt").findings}
+    assert "read as of one group" in said.pop("a.weight")
+    assert set(said.values()) <= {""}
+
+
 def test_tied_weights_count_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

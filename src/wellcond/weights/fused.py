@@ -55,6 +55,7 @@ _GATED = {
 GATES = {4: "ifgo", 3: "rzn"}
 
 _BY_HEAD = "holds query, key and value head by head, and so no block of rows is one of them"
+_ONE_GROUP = "read as of one group; whether it is depthwise no file says: audit the model"
 _INTERLEAVED = "holds gate and up in turns, and so no block of rows is one of them"
 
 
@@ -226,13 +227,15 @@ def views_by_name(
                 found[layer.name] = Views({"": layer.view})
         found |= {name: views for (_, name), views in fused_in(module)}
         found |= dict(_of_recurrent(module))
-    return {name: found.get(name) or Views(_by_shape(name, len(shapes[name]))) for name in shapes}
+    return {name: found.get(name) or _by_shape(name, shape) for name, shape in shapes.items()}
 
 
-def _by_shape(name: str, dimensions: int) -> dict[str, View]:
+def _by_shape(name: str, shape: tuple[int, ...]) -> Views:
     """Two dimensions are a matrix, three a stack of them; but a kernel if it is called so."""
-    stacked = dimensions == 3 and "conv" not in name.lower()
-    return {"": STORED if dimensions == 2 or stacked else Kernel()}
+    if len(shape) == 2 or (len(shape) == 3 and "conv" not in name.lower()):
+        return Views({"": STORED})
+    depthwise = len(shape) > 2 and shape[1] == 1 < shape[0]
+    return Views({"": Kernel()}, _ONE_GROUP if depthwise else "")
 
 
 def _of_recurrent(module: Stored) -> Iterator[tuple[str, Views]]:
