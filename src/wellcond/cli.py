@@ -309,10 +309,9 @@ def _audit(arguments: argparse.Namespace) -> int:
     exceeding = [] if limit is None else result.exceeding(limit)
     if exceeding:
         worst = and_more(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
-        print(
-            f"wellcond: {len(exceeding)} of {total} matrices exceed {limit:g}: {worst}",
-            file=sys.stderr,
-        )
+        unknown = any(math.isnan(f.condition_number) for f in exceeding)
+        text = f"{len(exceeding)} of {total} matrices exceed {limit:g}"
+        print(f"wellcond: {text}{' or have no κ' * unknown}: {worst}", file=sys.stderr)
     if held is not None:
         _say_held(held, arguments.baseline, rise)
     risen = held is not None and (held.risen or held.missing)

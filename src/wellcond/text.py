@@ -48,6 +48,13 @@ def quoted(names: Iterable[str]) -> str:
     return and_more([f'"{name}"' for name in sorted(names)])
 
 
+def of_modules(patterns: Iterable[str], names: Iterable[str]) -> str:
+    """The way out where patterns are names of modules, which match none of their weights."""
+    names = list(names)
+    found = [p for p in patterns if any(name.startswith(f"{p}.") for name in names)]
+    return f" For all of a module write {quoted(f'{p}.*' for p in found)}." if found else ""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, torch or the system says when there is no more memory."""
     said = re.search("allocate memory|(not enough|out of) memory|bad_alloc", str(error))

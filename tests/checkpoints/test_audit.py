@@ -477,6 +477,8 @@ def test_patterns_choose_and_must_match() -> None:
     assert report.coverage.skipped["0.weight"] == wc.Skipped(wc.Reason.unmatched)
     with pytest.raises(ValueError, match=r"decoder\.\* matches none"):
         wc.audit(model, exclude=["decoder.*"])
+    with pytest.raises(ValueError, match=r'For all of a module write "2\.\*"\.'):
+        wc.audit(model, include=["2"])
 
 
 def test_only_models_and_paths_are_audited() -> None:

@@ -20,7 +20,7 @@ from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.checkpoints.report import AuditReport
 from wellcond.checkpoints.rows import finding_of_adapter, findings_of, findings_of_heads
 from wellcond.checkpoints.sources import Source, source_of
-from wellcond.text import and_more, versions
+from wellcond.text import and_more, of_modules, versions
 from wellcond.weights.adapters import Adapter
 from wellcond.weights.discover import current
 from wellcond.weights.heads import Attention
@@ -217,6 +217,7 @@ def chosen(
         raise ValueError(
             f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
             f"matches none. The weights are {and_more(one.name for one in matrices)}."
+            f"{of_modules(unused, (one.name for one in matrices))}"
         )
     return wanted
 

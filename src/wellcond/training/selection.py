@@ -9,7 +9,7 @@ from torch import nn
 
 from wellcond.operators.views import Kernel, shape_of
 from wellcond.penalties.base import Limit
-from wellcond.text import and_more, quoted
+from wellcond.text import and_more, of_modules, quoted
 from wellcond.training.state import Rule
 from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
@@ -78,6 +78,7 @@ def select(
             raise ValueError(
                 f'`penalties`: the pattern "{pattern}" matches no parameter, or only such as a '
                 f"pattern before it matches. The weights are {quoted(names)}."
+                f"{of_modules([pattern], names)}"
             )
         usable = [why is None or why.reason is Reason.frozen for why in outcome.values()]
         if wanted is not None and not any(usable):
