@@ -29,6 +29,7 @@ def evidence(accuracies: dict[tuple[str, int], list[float]]) -> Evidence:
     runs = [
         {"case": "tanh-10", "method": way, "strength": 1.0, "lr": lr, "seed": seed}
         | {"search": False, "metrics": {"accuracy": value}, "curves": {}}
+        | {"cpu_seconds": 4.0 if way == "isometry" else 2.0}
         for (way, seed), values in accuracies.items()
         for lr, value in zip(RATES, values, strict=True)
     ]
@@ -78,6 +79,8 @@ def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
     assert [row[0] for row in table.rows] == ["Isometry", "L2", "nothing"]
     assert all(len(row) == len(table.header) for row in table.rows)
     assert "lr" not in table.header
+    cost = setting.tables(evidence(values))["cost"]
+    assert cost.rows == [["Isometry", "2.0 ± 0.0"], ["L2", "1.0 ± 0.0"], ["nothing", "1.0 ± 0.0"]]
 
 
 def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_them_last() -> None:

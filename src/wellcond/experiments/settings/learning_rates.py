@@ -52,6 +52,7 @@ OVERVIEWS = {
     "accuracy": "Accuracy on the test images, mean over the learning rates, %",
     "sensitivity": "Sensitivity: what is lost against the best rate, mean over the rates, points",
     "working": "How many of the rates come near the best of all ways",
+    "cost": "CPU time of a run, as a multiple of that with nothing",
 }
 
 
@@ -282,11 +283,14 @@ def over_rates(evidence: Evidence) -> Evidence:
 
     accuracy is the mean, sensitivity the mean of what is lost against its best rate (Wortsman et
     al., with accuracy for loss), working the number of rates that come near the best that any way
-    reaches in this network, on the mean over the seeds; each rate is a column of its own.
+    reaches in this network, on the mean over the seeds, cost the CPU time as a multiple of that
+    with nothing; each rate is a column of its own.
     """
     rates = evidence.runs.pivot_table("accuracy", ["case", "method", "seed"], "lr", sort=False)
     best = rates.groupby(["case", "method"]).mean().max(axis=1).groupby("case").max()
     needed = best.reindex(rates.index.get_level_values("case")).to_numpy() - NEAR
+    seconds = evidence.runs.groupby(["case", "method", "seed"], sort=False)["cpu_seconds"].mean()
+    alone = evidence.runs[evidence.runs["method"] == "none"].groupby("case")["cpu_seconds"].mean()
     found = copy.copy(evidence)
     found.runs = (
         rates.rename(columns=lambda lr: f"{lr:g}")
@@ -294,6 +298,7 @@ def over_rates(evidence: Evidence) -> Evidence:
             accuracy=rates.mean(axis=1),
             sensitivity=rates.max(axis=1) - rates.mean(axis=1),
             working=rates.ge(needed, axis=0).sum(axis=1),
+            cost=seconds / alone.reindex(seconds.index.get_level_values("case")).to_numpy(),
         )
         .reset_index()
     )
