@@ -243,10 +243,10 @@ class LearningRates(Setting):
         }
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
-        """The same ways in each panel, those that are best on the mean of all networks."""
+        """The same ways in each panel, those that are best on the mean of the plain networks."""
         found = over_rates(evidence)
-        everywhere = set.intersection(*(set(found.methods(case=case)) for case in self.cases))
-        means = {way: found.band("accuracy", method=way).mean for way in everywhere}
+        found.runs = found.runs[found.runs["case"] != TRANSFORMER]
+        means = {way: found.band("accuracy", method=way).mean for way in found.methods()}
         shown = figures.selected(means)
         colours = figures.colours(shown)
         columns = len(self.depths) + 1
