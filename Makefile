@@ -20,7 +20,8 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt \
+	    --editable '.[dev]'
 	touch $@
 
 # The main job: the paper's denoising experiment on the embedded digits; pictures in runs/denoise.

@@ -63,6 +63,6 @@ def test_damaged_files_are_answered(rows: Rows) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [1000, 2000])
 def test_many_damaged_files_are_answered(tmp_path: Path, first: int) -> None:
-    rows, stopped = served(tmp_path, first, first + 300)
+    rows, stopped = served(tmp_path, first, first + 150)
     assert not stopped
     assert not {label: row["wrong"] for label, row in rows.items() if row["wrong"]}
