@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import re
@@ -144,8 +145,8 @@ def test_what_schemas_share_is_the_same() -> None:
 
 def attributes(kind: type) -> set[str]:
     """The fields that the docstring of a class names, and its properties that have one."""
-    _, _, section = (kind.__doc__ or "").partition("Attributes:\n")
-    named = set(re.findall(r"^        (\w+): ", section, flags=re.MULTILINE))
+    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    named = set(re.findall(r"^    (\w+): ", section, flags=re.MULTILINE))
     computed = property | functools.cached_property
     return named | {n for n, one in vars(kind).items() if isinstance(one, computed) and one.__doc__}
 

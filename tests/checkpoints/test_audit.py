@@ -278,7 +278,8 @@ def test_a_wrapped_model_is_audited_as_the_model_inside(wrapper: str) -> None:
     wrapped = wrappers()[wrapper](model)
     assert type(wrapped) is not type(model)
     report = wc.audit(wrapped)
-    assert report == wc.audit(model)
+    # As text: from Python 3.13 on, what holds nan is not even equal to itself.
+    assert report.to_json() == wc.audit(model).to_json()
     assert report.source == "Sequential"
     expected = {"0.weight", "2.weight", "3.weight"}
     assert {finding.name for finding in report.findings} == expected

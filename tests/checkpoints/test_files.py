@@ -489,7 +489,7 @@ def test_the_default_device_changes_nothing(tmp_path: Path, kind: str) -> None:
         assert torch.empty(1).device.type == "meta"
         report = wc.audit(path, certify=True)
         wc.repair(path, tmp_path / f"found.{kind}", 3.0)
-    assert report == expected
+    assert report.to_json() == expected.to_json()
     files = [Checkpoint(tmp_path / f"{name}.{kind}") for name in ("found", "expected")]
     for one, other in zip(*(file.matrices() for file in files), strict=True):
         assert one.name == other.name
