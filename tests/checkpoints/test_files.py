@@ -580,6 +580,17 @@ def test_positions_and_masks_are_no_parameters(tmp_path: Path) -> None:
     assert wc.audit(tmp_path / "model.pt").coverage.parameter_share == 1
 
 
+def test_a_header_whose_length_begins_as_a_zip_archive_does_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a.weight": torch.eye(3)}, path)
+    content = path.read_bytes()
+    length = int.from_bytes(b"PK\0\0\0\0\0\0", "little")
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    rest = content[8 + len(header) :]
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + rest)
+    assert wc.audit(path).findings[0].condition_number == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

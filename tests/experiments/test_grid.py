@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from wellcond.experiments import _run, grid
+from wellcond.experiments import grid
 from wellcond.experiments.evidence import Evidence
 from wellcond.experiments.grid import Cell, Measured, Runner, Setting
 from wellcond.experiments.tables import Table
@@ -271,8 +271,17 @@ def test_progress_says_the_time_left_where_there_is_no_terminal(
     assert capsys.readouterr().err == "parabola: 3 of 11 runs, about 3 min left\n"
 
 
-def test_subnormal_numbers_are_zero_while_a_run_lasts() -> None:
-    tiny = torch.tensor([2.0**-130])
-    with _run.without_subnormals():
-        assert (tiny * 1.5).item() == 0
-    assert (tiny * 1.5).item() > 0
+def test_subnormal_numbers_are_zero_while_a_run_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tiny:
+        workers = 1
+
+        def run(self, cell: Cell) -> Measured:
+            return Measured({"tiny": (torch.tensor([2.0**-130]) * 1.5).item()}, {})
+
+    key: Any = (Tiny, "", False, 1)
+    monkeypatch.setitem(grid._settings, key, Tiny())  # type: ignore[arg-type]
+    grid._work(key, Cell("", "none", 0.0, 0.1, 0), tmp_path / "run.json")
+    assert grid.read(tmp_path / "run.json")["metrics"]["tiny"] == 0
+    assert (torch.tensor([2.0**-130]) * 1.5).item() > 0

@@ -78,7 +78,7 @@ class Safetensors(TensorFile):
         self.path, self.others, self.overlapping = path, {}, []
         with path.open("rb") as file:
             begin = file.read(8)
-        if begin.startswith(b"PK"):
+        if begin.startswith(b"PK\x03\x04"):  # as a length it would be above the limit
             raise UnreadableError(
                 f"{path} must be a safetensors file, but is a zip archive, as torch.save writes "
                 "them. Then its name must end in .pt."
