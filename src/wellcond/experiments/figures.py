@@ -89,20 +89,24 @@ def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]
     """
     rows = sorted(rows, key=lambda row: -math.inf if math.isnan(row[1].mean) else row[1].mean)
     for height, (method, band) in enumerate(rows):
-        panel.plot([band.low, band.high], [height] * 2, color=colour(method), lw=2, alpha=0.6)
-        panel.plot([band.mean], [height], color=colour(method), marker="o", ms=6, ls="")
+        _mark(panel, height, band, colour(method))
     panel.set_yticks(range(len(rows)), [names[method] for method, _ in rows])
     for tick, (method, _) in zip(panel.get_yticklabels(), rows, strict=True):
         tick.set_color(colour(method))
     panel.grid(False, axis="y")
 
 
+def _mark(panel: Any, height: float, band: Band, color: str) -> None:
+    """A mean as a dot, and its interval as a line."""
+    panel.plot([band.low, band.high], [height] * 2, color=color, lw=2, alpha=0.6)
+    panel.plot([band.mean], [height], color=color, marker="o", ms=6, ls="")
+
+
 def differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
     """Label, colour and a difference with its interval, a line for each, the first at the top."""
     drawing, (panel,) = figure(width=9.6, height=0.8 + 0.5 * len(rows))
     for height, (_, color, band) in enumerate(reversed(rows)):
-        panel.plot([band.low, band.high], [height] * 2, color=color, lw=2.5, alpha=0.6)
-        panel.plot([band.mean], [height], color=color, marker="o", ms=6, ls="")
+        _mark(panel, height, band, color)
     panel.axvline(0, color="black", lw=0.9)
     panel.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=9)
     panel.set_ylim(-0.6, len(rows) - 0.4)
