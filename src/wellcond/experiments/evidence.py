@@ -115,7 +115,7 @@ class Evidence:
                     score.fixed(),
                     change.signed() if method != "none" else "",
                     *(
-                        self._infinite(column.metric, here) or str(band)
+                        self._infinite(column.metric, here) or band.fixed()
                         for column, band in zip(columns[1:], others, strict=True)
                     ),
                     best["edge"] if best else "",

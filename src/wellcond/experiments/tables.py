@@ -30,7 +30,9 @@ class Band(NamedTuple):
         return f"{self.mean:+.{digits}f} ± {self.high - self.mean:.{digits}f}"
 
     def fixed(self, digits: int = 2) -> str:
-        """As "97.50 ± 0.10": with so many digits after the point."""
+        """As "97.50 ± 0.10": with so many digits after the point; of factors as they are."""
+        if self.log:
+            return str(self)
         if math.isnan(self.low):
             return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} ± {self.high - self.mean:.{digits}f}"
