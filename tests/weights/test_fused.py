@@ -187,7 +187,7 @@ def same(one: Finding, two: Finding) -> bool:
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_a_file_is_measured_as_its_model_is(kind: str, tmp_path: Path) -> None:
     """By its state dict under the same names; as the library saves it, whatever it calls them."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")
     model = of_transformers(kind)
     plain, saved = tmp_path / "plain", tmp_path / "saved"
     plain.mkdir()
@@ -258,7 +258,7 @@ def views_of(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["Phi-3", "GLM", "Mixtral", "Qwen3-MoE", "Llama 4"])
 def test_gate_and_up_are_what_the_module_computes_with(kind: str) -> None:
     """down(act(gate x) * up x), of experts one after the other."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")
     model = of_transformers(kind).double()
     model.config._experts_implementation = "eager"
     seen = views_of(model)
@@ -288,7 +288,7 @@ def test_gate_and_up_are_what_the_module_computes_with(kind: str) -> None:
 
 @pytest.mark.frameworks
 def test_patterns_reach_gates_and_experts() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")
     model = of_transformers("Phi-3")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     reg = wc.Regularizer(model, {"*gate_up_proj.weight:gate": wc.ConditionLimit(2.0)})

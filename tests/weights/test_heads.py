@@ -377,7 +377,7 @@ def computed(model: nn.Module, name: str, module: Any) -> Products:
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_heads_of_transformers_are_what_its_modules_compute(kind: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
     name, options = TRANSFORMERS[kind]
     config = getattr(transformers, f"{kind}Config")(**options)
@@ -460,7 +460,7 @@ SPLIT = {
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", SPLIT)
 def test_heads_of_fused_projections_are_cut_as_the_library_cuts_them(kind: str) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")
     model = of_transformers(kind).double()
     found = {attention.name: attention for attention in heads_of(model)}[SPLIT[kind]]
     module = model.get_submodule(SPLIT[kind])

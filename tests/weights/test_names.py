@@ -90,7 +90,7 @@ MODELS = {
     ("auto", "kind"), [(auto, kind) for auto, kinds in MODELS.items() for kind in kinds.split()]
 )
 def test_names_agree_with_modules(auto: str, kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     with torch.device("meta"):  # of full size, without values
         model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind))
     matrices, skipped, _ = effective_matrices(model)
