@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -46,6 +46,11 @@ def joined(*remarks: str) -> str:
 def quoted(names: Iterable[str]) -> str:
     """Names in quotation marks, sorted, the first five of them."""
     return and_more([f'"{name}"' for name in sorted(names)])
+
+
+def subject(names: Collection[str]) -> str:
+    """The same, with the verb."""
+    return f"{quoted(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def of_modules(patterns: Iterable[str], names: Iterable[str]) -> str:

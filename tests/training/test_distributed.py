@@ -418,6 +418,15 @@ def diverged() -> None:
             model[2].weight[0, 0] += 1e-12
     with pytest.raises(RuntimeError, match=r'"2.weight" is not the same on all'):
         reg.proximal_step_(0.1)
+    limit = wc.Regularizer(
+        model, wc.ConditionLimit(1.1), process_group=dist.group.WORLD, check_replicas=True
+    )
+    before = model[2].weight.clone()
+    with pytest.raises(RuntimeError, match=r'"2.weight" is not the same on all'):
+        limit.enforce_()
+    assert torch.equal(model[2].weight, before)
+    with pytest.raises(ValueError, match="`check_replicas` needs to know which processes"):
+        wc.Regularizer(model, wc.ConditionLimit(1.1), check_replicas=True)
 
 
 def test_replicas_that_differ_are_named_when_the_check_is_on(tmp_path: Path) -> None:

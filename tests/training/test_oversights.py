@@ -62,7 +62,7 @@ def test_a_weight_that_no_attached_optimizer_holds_is_named(
     reg.attach(first, every=1)
     steps(model, first)
     (message,) = said()
-    assert '"2.weight" is regularised, but no optimizer' in message
+    assert '"2.weight" is regularised, but held by no optimizer' in message
     both = wc.Regularizer(model, wc.Condition(0.1))
     reg.detach()
     both.attach(first, every=1)
@@ -81,7 +81,7 @@ def test_a_replaced_layer_is_noticed(said: Callable[[], list[str]]) -> None:
     for _ in range(20):
         reg.add_gradients_()
     (message,) = said()
-    assert '"2.weight" belongs to a layer that is in the model no more' in message
+    assert '"2.weight" is of a layer that is in the model no more' in message
 
 
 @pytest.mark.parametrize("call", ["reg()", "add_gradients_()"])
@@ -225,4 +225,32 @@ def test_a_frozen_weight_under_a_limit_is_left_alone_and_named(
     before = model[0].weight.clone()
     reg.enforce_()
     assert torch.equal(model[0].weight, before)
-    assert "is under a hard limit, but frozen" in caplog.text
+    assert "are under a hard limit, but frozen: left unchanged" in caplog.text
+
+
+def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
+    said: Callable[[], list[str]],
+) -> None:
+    def log(reg: wc.Regularizer) -> None:
+        reg.log(lambda values, step: None, step=0)
+
+    model = net()
+    reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
+    assert "attached to no optimizer: enforce_() alone applies the limits" in repr(reg)
+    reg.enforce_()  # which alone may be what is meant
+    assert said() == []
+    log(reg)
+    log(reg)
+    (message,) = said()
+    assert message.startswith('"0.weight", "2.weight" are under a hard limit that nothing applies')
+    by_hand, attached, penalty = (
+        wc.Regularizer(model, rule)
+        for rule in (wc.ConditionLimit(2.0), wc.ConditionLimit(2.0), wc.Condition(0.1))
+    )
+    by_hand.proximal_step_(0.1)
+    attached.attach(sgd(model))
+    assert "attached to no optimizer" not in repr(attached)
+    attached.detach()  # as a callback does at the end
+    for one in (by_hand, attached, penalty):
+        log(one)
+    assert len(said()) == 1

@@ -10,6 +10,10 @@ def check_matrices(S: Tensor) -> None:
     """Raises unless S is a batch of real matrices with rows and columns."""
     if not isinstance(S, Tensor):
         raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
+    if hasattr(S, "full_tensor"):
+        raise TypeError(
+            "`S` must be whole, got a DTensor. Give S.full_tensor(), on all processes together."
+        )
     if not S.is_floating_point():
         raise TypeError(
             f"`S` must be a real floating-point tensor, got {S.dtype}. "

@@ -385,8 +385,8 @@ def _store_with_margin(
 
 
 def _cannot_obey(bounds: Bounds, dtype: torch.dtype) -> ValueError:
+    wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
     return ValueError(
         f"no weight near it obeys {bounds!r} once it is rounded to "
-        f"{str(dtype).removeprefix('torch.')}. Widen the limit, or store the weight in a wider "
-        "dtype."
+        f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
     )

@@ -23,7 +23,7 @@ from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
 from wellcond.penalties.enforce import enforce_, obey_nearly
 from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SingularValueLimit, SpectralLimit
-from wellcond.text import quoted
+from wellcond.text import quoted, subject
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
 from wellcond.training.replicas import Replicas
@@ -167,6 +167,7 @@ class Engine:
         with self._quietly():
             found = batches(states, [state.operator() for state in states])
             self._checks.raise_ready()
+            self._compare_replicas(states)
             self._check_finite([(batch, batch.S.finite()) for batch in found])
             self._apply_limits_([_Limited(batch) for batch in found])
             for state in states:
@@ -265,7 +266,7 @@ class Engine:
     def _look(self, batches: list[Batch], remember: bool = True) -> list[Look]:
         """One product with every weight; raises before anything is remembered or changed."""
         self._checks.raise_ready()
-        if self.check_replicas and remember:
+        if remember:
             self._compare_replicas([state for batch in batches for state in batch.states])
         looks = look(batches, self.replicas if remember else None)
         self._check_finite([(seen.batch, seen.finite) for seen in looks])
@@ -283,13 +284,13 @@ class Engine:
         self._checks.add(torch.cat(each), lambda finite: _raise_not_finite(names, finite))
 
     def _compare_replicas(self, states: list[WeightState]) -> None:
-        if self.replicas is None:
+        if self.replicas is None or not self.check_replicas:
             return
         pairs = [(state.name, p) for state in states for p in state.weight.parameters]
         different = self.replicas.differing([parameter for _, parameter in pairs])
         if different:
             raise RuntimeError(
-                f"{quoted({pairs[index][0] for index in different})} is not the same on all "
+                f"{subject({pairs[index][0] for index in different})} not the same on all "
                 "processes of the group. Look for a step that not all of them take, or for numbers "
                 "drawn from another seed."
             )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wellcond.penalties.base import Limit
-from wellcond.text import quoted
+from wellcond.text import quoted, subject
 from wellcond.training.attachment import Attachment, attachments
 from wellcond.training.state import WeightState
 
@@ -28,6 +28,7 @@ class Oversights:
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._states = states
         self._applied = 0
+        self._attached = False
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,14 +56,15 @@ class Oversights:
             if left:
                 self._say(
                     "left",
-                    "%s is regularised, but no optimizer that the regulariser is attached to holds "
-                    "it: it takes no proximal step. Attach its optimizer too, or leave the weight "
-                    "out with a pattern.",
-                    quoted(left),
+                    "%s regularised, but held by no optimizer that the regulariser is attached to: "
+                    "no proximal step is taken. Attach the optimizer too, or leave the weights out "
+                    "with a pattern.",
+                    subject(left),
                 )
 
     def attached(self, attachment: Attachment) -> None:
         """Another regulariser may be on the same weights already."""
+        self._attached = True
         rules = {
             id(parameter): type(state.rule)
             for other in attachments()
@@ -78,9 +80,20 @@ class Oversights:
         if both:
             self._say(
                 "both",
-                "%s is regularised by another Regularizer as well, which is still attached to its "
+                "%s regularised by another Regularizer as well, which is still attached to its "
                 "optimizer: both will be applied. Call its detach() if it is not meant any more.",
-                quoted(both),
+                subject(both),
+            )
+
+    def logged(self) -> None:
+        """A training is watched, but nothing has ever applied its limits."""
+        limited = [s.name for s in self._states if isinstance(s.rule, Limit) and s.active]
+        if limited and not self._applied and not self._attached:
+            self._say(
+                "nothing",
+                "%s under a hard limit that nothing applies while the network trains. Call "
+                "attach(optimizer) before the loop.",
+                subject(limited),
             )
 
     def enforced(self) -> None:
@@ -89,9 +102,9 @@ class Oversights:
         if frozen:
             self._say(
                 "frozen",
-                "%s is under a hard limit, but frozen, and was left as it is. Call enforce_() "
+                "%s under a hard limit, but frozen: left unchanged. Call enforce_() "
                 "before requires_grad_(False), or repair the checkpoint.",
-                quoted(frozen),
+                subject(frozen),
             )
 
     def _replaced(self) -> None:
@@ -107,9 +120,9 @@ class Oversights:
         if gone:
             self._say(
                 "gone",
-                "%s belongs to a layer that is in the model no more: what is regularised is the "
+                "%s of a layer that is in the model no more: what is regularised is the "
                 "old one. Make a new Regularizer after layers are replaced.",
-                quoted(gone),
+                subject(gone),
             )
 
     def _say(self, what: str, message: str, *args: str) -> None:

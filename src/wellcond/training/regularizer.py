@@ -21,7 +21,7 @@ from wellcond.operators.sharded import is_sharded
 from wellcond.penalties.base import Limit, Penalty, Proximal
 from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SpectralLimit
-from wellcond.text import quoted
+from wellcond.text import quoted, subject
 from wellcond.training.attachment import Attachment
 from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
@@ -61,11 +61,13 @@ class Regularizer:
             DistributedDataParallel, if the model is wrapped by it, else none. Weights that are
             DTensors need no group.
         check_replicas: before every application, raise a RuntimeError that names the weights that
-            are not the same on all of these processes.
+            are not the same on all of these processes. Of processes that hold the same model alone:
+            the weights of DTensors are not compared.
 
     Raises:
         ValueError: no weight is left to regularise, a pattern matches nothing, block < 1, a pattern
-            asks for something that is no matrix, or the first FSDP wraps a part of the model.
+            asks for something that is no matrix, the first FSDP wraps a part of the model, or
+            replicas are to be checked where nothing says which processes they are on.
         TypeError: penalties is neither a penalty nor a mapping to penalties.
 
     Example:
@@ -99,7 +101,8 @@ class Regularizer:
         self._can_step = False  # until it has been looked whether all penalties have a step
         chosen, self._skipped = select(unwrapped(model), penalties)
         self._states = [WeightState(weight, rule, block) for weight, rule in chosen]
-        self._engine = Engine(self._states, replicas_of(model, process_group), check_replicas)
+        replicas = replicas_of(model, process_group, check_replicas)
+        self._engine = Engine(self._states, replicas, check_replicas)
         self._compilable = Compilable(self._engine)
         self._oversights = Oversights(unwrapped(model), self._states)
 
@@ -219,14 +222,14 @@ class Regularizer:
         taken = [s.name for a in self.attachments for s in a.states if s in states]
         if taken:
             raise ValueError(
-                f"`optimizer` must not be attached twice, but {quoted(taken)} is attached already. "
+                f"`optimizer` must not be attached twice, but {subject(taken)} attached already. "
                 "Call detach() first."
             )
         soft = [state.name for state in states if not isinstance(state.rule, Limit)]
         if every == "auto" and soft:
             raise ValueError(
                 f'`every` must be a number, got "auto", which hard limits alone can have: '
-                f"{quoted(soft)} is under none. Leave `every` out for 10 for penalties and "
+                f"{subject(soft)} under none. Leave `every` out for 10 for penalties and "
                 '"auto" for limits.'
             )
         steps = every if isinstance(every, int) else None
@@ -332,6 +335,7 @@ class Regularizer:
             >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
             True
         """
+        self._oversights.logged()
         step = max(state.step for state in self._states) if step is None else step
         return log(self.measure, target, step, every, layers, prefix)
 
@@ -352,7 +356,8 @@ class Regularizer:
         return {**self.__dict__, "_attachments": []}
 
     def __repr__(self) -> str:
-        lines = [f"Regularizer of {len(self._states)} weights, block={self.block}"]
+        count = len(self._states)
+        lines = [f"Regularizer of {count} weight{'s' * (count != 1)}, block={self.block}"]
         width = max(len(name) for name in (*self.names, *self._skipped))
         attached = {id(state) for one in self.attachments for state in one.states}
         for state in self._states:
@@ -377,6 +382,8 @@ class Regularizer:
             lines.append(f"  left out ({len(self._skipped)}):")
             lines += [f"  {name:{width}}  {reason}" for name, reason in self._skipped.items()]
         lines += [f"  {attachment!r}" for attachment in self.attachments]
+        if not attached and any(isinstance(state.rule, Limit) for state in self._states):
+            lines.append("  attached to no optimizer: enforce_() alone applies the limits")
         return "\n".join(lines)
 
     # --- state ------------------------------------------------------------------------------------
@@ -427,7 +434,7 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
     bare = [state.name for state in states if not isinstance(state.rule, Penalty)]
     if bare:
         raise ValueError(
-            f"{quoted(bare)} is under a hard limit or isometry steps, which have no gradient. "
+            f"{subject(bare)} under a hard limit or isometry steps, which have no gradient. "
             "Use attach(optimizer) or proximal_step_(lr); for a penalty in the loss or on the "
             "gradients of other weights make a Regularizer of its own."
         )

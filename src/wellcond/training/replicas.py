@@ -78,11 +78,25 @@ def checksum(tensor: Tensor) -> Tensor:
     return bits.sum(dtype=torch.int64)
 
 
-def replicas_of(model: nn.Module, group: Any = None) -> Replicas | None:
-    """The processes that hold the same model: of the group, or of DistributedDataParallel."""
+def _many() -> bool:
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return known and torch.distributed.get_world_size() > 1
+
+
+def replicas_of(model: nn.Module, group: Any = None, check: bool = False) -> Replicas | None:
+    """The processes that hold the same model: of the group, or of DistributedDataParallel.
+
+    Raises:
+        ValueError: they are to be compared, and there are many, but nothing says which.
+    """
     for one in wrappings(model):
         if group is None and isinstance(one, nn.parallel.DistributedDataParallel):
             group = one.process_group
+    if group is None and check and _many():
+        raise ValueError(
+            "`check_replicas` needs to know which processes hold the same model. Give the model as "
+            "DistributedDataParallel wraps it, or `process_group=`."
+        )
     if group is None or torch.distributed.get_world_size(group) == 1:
         return None
     return Replicas(group)

@@ -144,7 +144,10 @@ class WeightState:
 
     def check(self, saved: Mapping[str, Tensor]) -> None:
         """Raises unless this is the state of such a weight."""
-        remedy = "Make the Regularizer with the model and the block with which the state was saved."
+        remedy = (
+            "Make the Regularizer with the model, the penalties and the block with which the state "
+            "was saved."
+        )
         for key, own in self.state().items():
             if key in ("pace", "scale") and key not in saved:
                 continue  # of a version, or a rule, that knew none: it begins anew
