@@ -24,6 +24,7 @@ needs_fsdp2_on_the_cpu = pytest.mark.skipif(
 )
 
 
+DISTRIBUTED = DOCS / "distributed.md"
 BLOCK = re.compile(
     r"^```(?:python|\{code-block\} python)\n(?::[^\n]*\n)*(.*?)^```$", re.DOTALL | re.MULTILINE
 )
@@ -87,6 +88,27 @@ def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Regularizer of 2 weights" in done.stdout
     assert (tmp_path / "one" / ".metadata").exists()
+
+
+@pytest.mark.distributed
+def test_the_replicas_of_the_page_train_under_torchrun(tmp_path: Path) -> None:
+    (example,) = [
+        code for code in BLOCK.findall(DISTRIBUTED.read_text()) if "DataParallel(" in code
+    ]
+    script = tmp_path / "ddp.py"
+    script.write_text(example)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(script)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("['0.weight', '2.weight']") == 2
 
 
 def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wellcond.penalties.limit import SpectralLimit
 
-_FIRST, _LONGEST = 10, 1000  # steps
+_SHORTEST, _LONGEST = 10, 1000  # steps
 _RISE = 0.23  # by how much a bound may be exceeded before an application, of itself
 
 
@@ -43,7 +43,13 @@ class Pace:
         """Whether it is, after so many steps with these learning rates since the last time."""
         if self.applications == 0:
             return True
-        return steps >= _LONGEST or (steps >= _FIRST and lr >= self.budget and lr > 0)
+        return steps >= _LONGEST or (steps >= self._shortest and lr >= self.budget and lr > 0)
+
+    @property
+    def _shortest(self) -> int:
+        """1, 2, 4, 8 and then 10 steps: how a weight moves is not known at first, and small initial
+        weights move fast."""
+        return min(2 ** min(self.applications - 1, 4), _SHORTEST)
 
     def saw(self, excess: float, condition_number: float, passed: bool) -> None:
         """What an application has found."""

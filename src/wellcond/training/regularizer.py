@@ -194,8 +194,8 @@ class Regularizer:
                 --every 5,10,20`). By default 10 for `Isometry` too, of which a step is as long
                 whatever the interval is. By default "auto" for hard limits: after the first step,
                 and then whenever the weight has moved so far, by the sum of its learning rates,
-                that its limit may be exceeded by about a fifth; at least 10 steps and at most
-                1,000 apart, weights of different shapes in turn.
+                that its limit may be exceeded by about a fifth; at least 1, 2, 4 and 8 steps
+                apart, then at least 10 and at most 1,000, weights of different shapes in turn.
 
         Raises:
             ValueError: every < 1, "auto" for a penalty, no common weight, or a weight that is
