@@ -49,7 +49,7 @@ class Pace:
     def _shortest(self) -> int:
         """1, 2, 4, 8 and then 10 steps: how a weight moves is not known at first, and small initial
         weights move fast."""
-        return min(2 ** min(self.applications - 1, 4), _SHORTEST)
+        return min(1 << min(self.applications - 1, 4), _SHORTEST)
 
     def saw(self, excess: float, condition_number: float, passed: bool) -> None:
         """What an application has found."""
