@@ -100,8 +100,8 @@ def test_a_limit_holds_after_every_application(capsys: pytest.CaptureFixture[str
     assert wellcond(*argv, "--json") == 0
     none, again, *limited = json.loads(capsys.readouterr().out)["ways"]
     assert none["applications"] == again["applications"] == 0
-    # Due are the first step, and then ten; or every third.
-    assert [way["applications"] for way in limited] == [2, 4]
+    # After 1, 2, 4 and 8 steps; or after every third.
+    assert [way["applications"] for way in limited] == [4, 4]
     for way in limited:
         assert 1.19 < way["after_largest"] <= 1.2 < way["before_largest"]
     assert wellcond(*argv) == 0
