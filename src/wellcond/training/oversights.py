@@ -28,7 +28,6 @@ class Oversights:
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._states = states
         self._applied = 0
-        self._attached = False
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,7 +63,6 @@ class Oversights:
 
     def attached(self, attachment: Attachment) -> None:
         """Another regulariser may be on the same weights already."""
-        self._attached = True
         rules = {
             id(parameter): type(state.rule)
             for other in attachments()
@@ -85,10 +83,10 @@ class Oversights:
                 subject(both),
             )
 
-    def logged(self) -> None:
-        """A training is watched, but nothing has ever applied its limits."""
+    def logged(self, own: Sequence[Attachment]) -> None:
+        """A training is watched, but nothing has ever applied its limits: no call and no `own`."""
         limited = [s.name for s in self._states if isinstance(s.rule, Limit) and s.active]
-        if limited and not self._applied and not self._attached:
+        if limited and not self._applied and not own:
             self._say(
                 "nothing",
                 "%s under a hard limit that nothing applies while the network trains. Call "

@@ -335,7 +335,7 @@ class Regularizer:
             >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
             True
         """
-        self._oversights.logged()
+        self._oversights.logged(self._attachments)
         step = max(state.step for state in self._states) if step is None else step
         return log(self.measure, target, step, every, layers, prefix)
 
