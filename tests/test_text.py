@@ -15,6 +15,7 @@ from wellcond.text import (
     duration,
     quoted,
     shown,
+    subject,
     text_table,
     versions,
     written,
@@ -85,3 +86,8 @@ def test_the_version_is_said_in_one_way() -> None:
 def test_a_table_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert text_table(["weight", "κ"], [["a", "1"]]).split() == ["weight", "κ", "a", "1"]
+
+
+def test_a_subject_agrees_with_its_verb() -> None:
+    assert subject(["a"]) == '"a" is'
+    assert subject(["b", "a"]) == '"a", "b" are'

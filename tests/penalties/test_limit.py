@@ -327,3 +327,14 @@ def test_a_block_that_lags_behind_is_not_believed() -> None:
             layer.weight.add_(0.1 * torch.randn(60, 60, generator=source))
         reg.proximal_step_(0.1)
         assert float(torch.linalg.svdvals(layer.weight.detach().double())[0]) <= 1.001
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_limit_that_rounding_does_not_allow_names_a_way_out_that_there_is(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    reg = wc.Regularizer(nn.Linear(6, 8, dtype=dtype), wc.ConditionLimit(1))
+    with pytest.raises(ValueError, match="Widen the limit") as caught:
+        reg.enforce_()
+    assert ("wider dtype" in str(caught.value)) == (dtype != torch.float64)

@@ -298,6 +298,21 @@ def test_a_regulariser_may_be_made_before_sharding_or_after(tmp_path: Path) -> N
     run(2, tmp_path, made_before_and_after)
 
 
+def measured_in_part() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model)
+    weight = model[0].weight
+    with pytest.raises(TypeError, match=r"Give S\.full_tensor\(\)"):
+        wc.condition_number(weight)
+    assert wc.condition_number(weight.full_tensor()) == wc.condition_number(net()[0].weight)
+
+
+def test_a_part_of_a_weight_is_not_measured_for_the_whole(tmp_path: Path) -> None:
+    run(2, tmp_path, measured_in_part)
+
+
 @needs_fsdp2_on_the_cpu
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_under_fsdp2_equals_one_process(world: int, tmp_path: Path) -> None:
