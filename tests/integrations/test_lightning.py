@@ -463,6 +463,9 @@ def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
 def test_another_way_is_refused() -> None:
     with pytest.raises(ValueError, match=r'`way` must be "proximal" or "gradients", got \'loss\''):
         RegularizerCallback(wc.Condition(1.0), way="loss")
+    for limit in (wc.ConditionLimit(10), {"*weight": wc.Condition(1.0), "*": wc.Isometry()}):
+        with pytest.raises(ValueError, match=r'`way` must be "proximal" for .*no gradient'):
+            RegularizerCallback(limit, way="gradients")
 
 
 def test_lightning_refuses_a_second_callback_of_the_same_patterns_and_way(tmp_path: Path) -> None:

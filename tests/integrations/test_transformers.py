@@ -430,6 +430,9 @@ def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
 def test_another_way_is_refused() -> None:
     with pytest.raises(ValueError, match='`way` must be "proximal" or "gradients", got None'):
         RegularizerCallback(wc.Condition(1.0), way=None)  # type: ignore[arg-type]
+    for limit in (wc.ConditionLimit(10), {"*weight": wc.Condition(1.0), "*": wc.Isometry()}):
+        with pytest.raises(ValueError, match=r'`way` must be "proximal" for .*no gradient'):
+            RegularizerCallback(limit, way="gradients")
 
 
 def test_a_second_callback_is_refused(tmp_path: Path) -> None:

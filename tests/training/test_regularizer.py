@@ -273,6 +273,15 @@ def test_detaching_and_removing_end_the_steps() -> None:
         reg.attach(optimizer, every=1)
 
 
+def test_what_is_no_penalty_is_refused_in_one_line() -> None:
+    model = net()
+    regularizer = wc.Regularizer(model, wc.Condition(0.5))
+    for wrong in (0.1, "condition", regularizer, {"*": 0.1}, {1: None}):
+        with pytest.raises(TypeError, match=r"`penalties` must be a penalty or map") as caught:
+            wc.Regularizer(model, wrong)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
 def test_bad_attachments_are_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -284,6 +293,8 @@ def test_bad_attachments_are_refused() -> None:
         reg.attach(torch.optim.SGD(net().parameters(), 0.1))
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Sequential"):
         reg.attach(model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got list\. Attach several one by one"):
+        reg.attach([optimizer])  # type: ignore[arg-type]
     reg.attach(optimizer)
     with pytest.raises(ValueError, match="must not be attached twice"):
         reg.attach(optimizer)

@@ -11,15 +11,22 @@ Rule: TypeAlias = wc.Penalty | wc.Limit | wc.Isometry
 Penalties: TypeAlias = Rule | Mapping[str, Rule | None]
 
 
-def checked_way(way: str) -> str:
+def checked_way(way: str, penalties: Penalties) -> str:
     """The way as given.
 
     Raises:
-        ValueError: it is none that a callback can apply.
+        ValueError: it is none that a callback can apply, or none for one of the penalties.
     """
     if way not in ("proximal", "gradients"):
         raise ValueError(
             f'`way` must be "proximal" or "gradients", got {way!r}. For a penalty in the loss make '
             "a wc.Regularizer of your own and add reg() where the loss is computed."
+        )
+    rules = penalties.values() if isinstance(penalties, Mapping) else [penalties]
+    bare = [rule for rule in rules if isinstance(rule, wc.Limit | wc.Isometry)]
+    if way == "gradients" and bare:
+        raise ValueError(
+            f'`way` must be "proximal" for {bare[0]!r}, which has no gradient, got "gradients". '
+            "For a penalty on the gradients of other weights make a wc.Regularizer of your own."
         )
     return way

@@ -90,7 +90,7 @@ class RegularizerCallback(Callback):
         log_every: int = 100,
     ) -> None:
         self.penalties = penalties
-        self.way = checked_way(way)
+        self.way = checked_way(way, penalties)
         self.every = every
         self.block = block
         self.log_every = log_every

@@ -108,7 +108,7 @@ class RegularizerCallback(TrainerCallback):
         log: Any = True,
     ) -> None:
         self.penalties = penalties
-        self.way = checked_way(way)
+        self.way = checked_way(way, penalties)
         self.every = every
         self.block = block
         self.log = log

@@ -207,7 +207,8 @@ class Regularizer:
         if not (isinstance(optimizer, Optimizer) and hooked):
             raise TypeError(
                 f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-                "If it wraps one, attach to that: accelerate's is `optimizer.optimizer`."
+                "Attach several one by one. If it wraps one, attach to that: accelerate's is "
+                "`optimizer.optimizer`."
             )
         if every is not None and every != "auto":
             check_interval(every)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from textwrap import shorten
 
 from torch import nn
 
@@ -26,7 +27,8 @@ def select(
         if not isinstance(penalty, Rule | None) or not isinstance(pattern, str):
             raise TypeError(
                 "`penalties` must be a penalty or map patterns to penalties or None, got "
-                f"{penalty!r} for {pattern!r}. A penalty is, for instance, Condition(1e-2)."
+                f"{shorten(repr(penalty), 80)} for {pattern!r}. A penalty is, for instance, "
+                "Condition(1e-2)."
             )
     found = find_weights(model)
     # What became of the parameters that each pattern was the first to match: None if chosen.
