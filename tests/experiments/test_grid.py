@@ -132,6 +132,9 @@ def test_runs_under_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
     results(tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(size: 1 there, 2 asked\)"):
         results(tmp_path, size=2)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"no settings.json that says of what.*--overwrite"):
+        results(tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 14
     results(tmp_path, size=2, overwrite=True)
     assert json.loads((tmp_path / "settings.json").read_text())["size"] == 2

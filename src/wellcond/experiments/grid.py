@@ -262,6 +262,11 @@ class Runner:
             shutil.rmtree(folder / "runs", ignore_errors=True)
             path.unlink(missing_ok=True)
         begun = any((folder / "runs").glob("*.json"))
+        if begun and not path.exists():
+            raise ValueError(
+                f"{folder} holds runs, but no settings.json that says of what. Give another --out, "
+                "or --overwrite to begin anew."
+            )
         if begun and (found := read(path)) != self.declared:
             differing = [
                 f"{key}: {found.get(key)} there, {self.declared.get(key)} asked"
