@@ -247,7 +247,8 @@ class Classify(Swept):
             panel.set_xscale("log")
             figures.logarithmic(panel.xaxis)
         panels[0].set_ylabel(f"accuracy at noise {AT}, %")
-        panels[0].legend(fontsize=8, frameon=False)
+        # The best place, as matplotlib finds it, may lie on the bars of errors.
+        panels[0].legend(fontsize=8, frameon=False, loc="lower left")
         return drawing
 
     def _training(self, evidence: Evidence) -> Any:
