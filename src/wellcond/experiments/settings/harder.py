@@ -303,7 +303,7 @@ class Harder(Setting):
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         return {
-            f"accuracy on {what} images of CIFAR-10, {self.help}, %": evidence.verdict(metric)
+            f"{what} CIFAR-10, {self.help}, %": evidence.verdict(metric)
             for what, metric in (("clean", "accuracy"), ("corrupted", "corrupted"))
         }
 
