@@ -67,10 +67,10 @@ class RegularizerCallback(Callback):
         regularizer: the `Regularizer`; None before training starts, kept when it ends.
 
     Raises:
-        ValueError: another way. When training starts: what `Regularizer` and `attach` refuse; no
-            optimizer that holds a regularised weight; for "gradients" several of them, or a
-            GradScaler with an optimizer that unscales for itself; DeepSpeed. When it resumes: a
-            checkpoint without the state of this callback.
+        ValueError: another way, or "gradients" for a limit or Isometry. When training
+            starts: what `Regularizer` and `attach` refuse; no optimizer that holds a regularised
+            weight; for "gradients" several of them, or a GradScaler with an optimizer that unscales
+            for itself; DeepSpeed. When it resumes: a checkpoint without the state of this callback.
 
     Example:
         >>> import wellcond as wc

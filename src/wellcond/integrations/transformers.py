@@ -85,10 +85,10 @@ class RegularizerCallback(TrainerCallback):
         regularizer: the `Regularizer`; None before training begins, kept when it ends.
 
     Raises:
-        ValueError: another way. When training begins: what `Regularizer` and `attach` refuse;
-            DeepSpeed; a second callback; "gradients" with fp16 and no clipping. When it resumes: a
-            checkpoint without a `wellcond.pt` of its own, or a damaged one; weights that the
-            Trainer has not restored.
+        ValueError: another way, or "gradients" for a limit or Isometry. When training
+            begins: what `Regularizer` and `attach` refuse; DeepSpeed; a second callback;
+            "gradients" with fp16 and no clipping. When it resumes: a checkpoint without a
+            `wellcond.pt` of its own, or a damaged one; weights that the Trainer has not restored.
 
     Example:
         >>> import wellcond as wc
