@@ -235,6 +235,7 @@ class Denoise(Setting):
     def _errors(self, evidence: Evidence) -> Any:
         drawing, panels = figures.figure(columns=len(self.cases), width=4.6)
         for panel, case in zip(panels, self.cases, strict=True):
+            panel.sharey(panels[0])
             for way in self._ways(evidence, case=case):
                 bands = [evidence.band(f"error_at_{n:g}", **way) for n in TEST_NOISES]
                 means, low, high = zip(*(band[:3] for band in bands), strict=True)
@@ -244,7 +245,7 @@ class Denoise(Setting):
                     colour = style["color"]
                     panel.fill_between(TEST_NOISES, low, high, color=colour, alpha=0.1, lw=0)
             panel.set(title=f"trained at SNR {SNR[case]:g}", xlabel="noise on the test images")
-        panels[0].set_ylabel("mean squared error")
+        panels[0].set(ylabel="mean squared error", ylim=(0, None))
         _legend(drawing, panels[0])
         return drawing
 
