@@ -366,7 +366,15 @@ class BatchNorm(Harder):
     help = "eight convolutions with batch norm"
     protocol = PROTOCOL.format("Eight 3x3 convolutions with batch norm and ReLU", 8)
     epochs = 8
-    methods = SEARCHED
+    rates = (*Harder.rates, 3e-2)  # it bears higher ones
+    # On the grid of the other nets several were chosen at its end.
+    methods = SEARCHED | {
+        "weight-decay": (0.1, 1.0, 3.0),
+        "clipping": (0.01, 0.1, 1.0),
+        "orthogonality": (5.0, 25.0, 100.0),
+        "condition-limit": (1.2, 1.5, 3.0),
+        "upper-limit": (1.0, 1.5, 2.0),
+    }
 
     def build(self, norm: bool) -> nn.Module:
         return convolutions(self.images, nn.BatchNorm2d)
