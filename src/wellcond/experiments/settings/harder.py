@@ -367,6 +367,7 @@ class BatchNorm(Harder):
     protocol = PROTOCOL.format("Eight 3x3 convolutions with batch norm and ReLU", 8)
     epochs = 8
     rates = (*Harder.rates, 3e-2)  # it bears higher ones
+    finalists = 4  # short training prefers lower rates than that of full length
     # On the grid of the other nets several were chosen at its end.
     methods = SEARCHED | {
         "weight-decay": (0.1, 1.0, 3.0),
@@ -386,6 +387,7 @@ class ViT(Harder):
     protocol = PROTOCOL.format("A vision transformer (patches of 4, width 64, four blocks)", 5)
     epochs = 5
     gain = 1.0
+    finalists = 3
     # The bounds of the convolutions never bind here: σ₁ begins near 1.
     methods = SEARCHED | dict.fromkeys(("upper-limit", "spectral-norm-torch"), (0.7, 1.0, 1.4))
 

@@ -13,7 +13,23 @@ from torch import Tensor, nn
 
 from wellcond.experiments.grid import Cell
 from wellcond.experiments.methods import Training
-from wellcond.experiments.settings.tasks import BATCH, CHANCE, Tasks
+from wellcond.experiments.settings.tasks import BATCH, CHANCE, RATES, Tasks
+
+# What was chosen on the grid of the other tasks lay at the end of it for many ways: there it goes
+# on.
+SLOWEST = 1e-4
+BEYOND = {
+    "l2": (3e-2, 0.1),
+    "orthogonal-torch": (0.5, 0.7),
+    "condition": (1e4,),
+    "condition-gradient": (1.0, 10.0),
+    "stable-rank": (1e4,),
+    "spectral-norm": (1e4,),
+    "orthogonality": (1e3,),
+    "isometry": (1.0,),
+    "layer-norm-isometry": (1.0,),
+    "condition-limit": (1.01,),
+}
 
 
 class Memorise(Tasks):
@@ -31,6 +47,9 @@ class Memorise(Tasks):
         super().__init__(data, quick, seeds, *((3, 2) if quick else (30, 15)))
         self.count = 160 if quick else 1280
         self.epochs = 10
+        if not quick:
+            self.rates = (SLOWEST, *RATES)
+            self.methods |= {way: self.methods[way] + more for way, more in BEYOND.items()}
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"images": self.count, "epochs": self.epochs}
