@@ -140,6 +140,28 @@ def draw_condition_numbers(panel: Any) -> None:
     panel.axhline(HUGE, color="#999999", ls=":", lw=0.9)
 
 
+def layers(rows: dict[str, list[float]], names: Sequence[str]) -> Any:
+    """κ of each weight (columns, by their names) for each method (rows, the first at the top)."""
+    from matplotlib.colors import LogNorm
+
+    drawing, (panel,) = figure(width=2.6 + 0.42 * len(names), height=1.6 + 0.3 * len(rows))
+    values = [[drawable(kappa) for kappa in row] for row in reversed(rows.values())]
+    largest = max([10.0, *(kappa for row in values for kappa in row if not math.isnan(kappa))])
+    norm = LogNorm(1, largest)
+    mesh = panel.pcolormesh(values, norm=norm, cmap="viridis", edgecolors="white", linewidth=1)
+    panel.grid(False)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    panel.set_yticks([i + 0.5 for i in range(len(rows))], [label(m) for m in reversed(rows)])
+    panel.set_xticks([i + 0.5 for i in range(len(names))], names, rotation=60, ha="right")
+    for tick, method in zip(panel.get_yticklabels(), reversed(rows), strict=True):
+        tick.set_color(colour(method))
+    bar = drawing.colorbar(mesh, ax=panel, label="κ")
+    bar.outline.set_visible(False)
+    logarithmic(bar.ax.yaxis)
+    return drawing
+
+
 def drawable(kappa: float) -> float:
     """Where `draw_condition_numbers` shows it; nan is nowhere."""
     return 3 * HUGE if kappa > HUGE else kappa

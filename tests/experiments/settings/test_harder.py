@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.cli import main
-from wellcond.experiments import grid
+from wellcond.experiments import figures, grid
 from wellcond.experiments.data import Images, load
 from wellcond.experiments.grid import FINAL, SEARCH, Cell
-from wellcond.experiments.methods import METHODS, seeded
+from wellcond.experiments.methods import METHODS, condition_numbers, seeded
 from wellcond.experiments.settings import harder
 from wellcond.experiments.settings.harder import BatchNorm, Plain, ViT
 
@@ -175,6 +175,34 @@ def test_what_is_reported_names_every_layer() -> None:
     assert metrics["noise"] == pytest.approx(sum(curves["noise_levels"]) / 2)
 
 
+@pytest.mark.parametrize("kind", [Plain, BatchNorm, ViT])
+def test_layers_have_names_in_their_order(kind: type[harder.Harder]) -> None:
+    setting = kind(quick=True)
+    setting.images = images(8, 1)
+    found = list(condition_numbers(setting.build(False)))
+    assert len(found) == len(setting.layers) == len(set(setting.layers))
+    ends = {"up": ".0", "down": ".2"} | {part: f".{part}" for part in harder.PARTS[:4]}
+    for path, layer in zip(found, setting.layers, strict=True):
+        assert path.endswith(ends.get(layer.split()[0], "")), (path, layer)
+
+
+def test_condition_numbers_are_drawn_layer_by_layer() -> None:
+    rows = {"isometry": [1.0, 2.0], "none": [math.inf, 1e9], "l2": [math.nan, 40.0]}
+    drawing = figures.layers(rows, ("first", "last"))
+    panel, bar = drawing.axes
+    (mesh,) = panel.collections
+    values = mesh.get_array()
+    assert values.shape == (3, 2)
+    # The first at the top; what is infinite looks as what is huge, what is no number is left out.
+    assert values[2].tolist() == [1.0, 2.0]
+    assert values[1, 0] == values[1, 1] == mesh.norm.vmax > figures.HUGE
+    assert values.mask.tolist() == [[True, False], [False, False], [False, False]]
+    assert [tick.get_text() for tick in panel.get_yticklabels()][::-1] == [
+        figures.label(method) for method in rows
+    ]
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["first", "last"]
+
+
 @pytest.mark.slow
 def test_batch_norm_learns_and_says_all_it_promises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -183,6 +211,7 @@ def test_batch_norm_learns_and_says_all_it_promises(
     assert main(["reproduce", "cifar10-batch-norm", *arguments]) == 0
     assert "eight convolutions with batch norm" in capsys.readouterr().out
     assert (tmp_path / "cifar10-batch-norm.png").is_file()
+    assert (tmp_path / "cifar10-batch-norm-kappa.png").is_file()
     document = grid.read(tmp_path / "results.json")
     assert {c["method"] for c in document["chosen"]} == {"l2", "isometry"}
     reported = [run["metrics"] for run in document["runs"] if not run["search"]]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wellcond.experiments import figures
 from wellcond.experiments.data import Images, load
-from wellcond.experiments.evidence import Column, Evidence, Verdict
+from wellcond.experiments.evidence import Column, Evidence, Verdict, rank
 from wellcond.experiments.grid import Cell, Measured, Setting
 from wellcond.experiments.methods import (
     METHODS,
@@ -27,11 +27,13 @@ from wellcond.experiments.methods import (
     largest,
     spectral_norms,
 )
-from wellcond.experiments.tables import Table
+from wellcond.experiments.tables import Table, interval
 
 # Width and stride of the 3x3 convolutions.
 CONVOLUTIONS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (64, 1), (64, 1))
+LAYERS = (*(f"convolution {i + 1}" for i in range(len(CONVOLUTIONS))), "head")
 WIDTH, HEADS, BLOCKS, PATCH = 64, 2, 4, 4  # of the vision transformer
+PARTS = ("query", "key", "value", "out", "up", "down")  # of a block of it
 
 
 # --- nets -----------------------------------------------------------------------------------------
@@ -214,6 +216,7 @@ class Harder(Setting):
     finalists = 2
     default_data = "cifar10"
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    layers: tuple[str, ...]  # the weights of the net, from the input to the output
     epochs: int
     gain = math.sqrt(2)
 
@@ -319,7 +322,20 @@ class Harder(Setting):
             bands = [(method, evidence.band(metric, method=method)) for method in names]
             figures.compared(panel, bands, names)
             panel.set_xlabel(f"accuracy on {title}, %")
-        return {self.name: drawing}
+        return {self.name: drawing, f"{self.name}-kappa": self._kappa(evidence)}
+
+    def _kappa(self, evidence: Evidence) -> Any:
+        """Of each weight, the geometric mean of the seeds; the best way by accuracy at the top."""
+        ways = evidence.methods()
+        scores = {way: rank(evidence.band("accuracy", method=way)) for way in ways}
+        rows = {
+            way: [
+                interval(list(kappas), log=True).mean
+                for kappas in zip(*evidence.where(method=way)["kappa"], strict=True)
+            ]
+            for way in sorted(ways, key=lambda way: -scores[way])
+        }
+        return figures.layers(rows, self.layers)
 
 
 PROTOCOL = (
@@ -354,6 +370,7 @@ class Plain(Harder):
     protocol = PROTOCOL.format(
         "Eight 3x3 convolutions with ReLU, initial weights as of He et al.,", 8
     )
+    layers = LAYERS
     epochs = 8
     methods = SEARCHED | {"layer-norm": (0.0,)}
 
@@ -365,6 +382,7 @@ class BatchNorm(Harder):
     name = "cifar10-batch-norm"
     help = "eight convolutions with batch norm"
     protocol = PROTOCOL.format("Eight 3x3 convolutions with batch norm and ReLU", 8)
+    layers = LAYERS
     epochs = 8
     rates = (*Harder.rates, 3e-2)  # it bears higher ones
     finalists = 4  # short training prefers lower rates than that of full length
@@ -385,6 +403,7 @@ class ViT(Harder):
     name = "cifar10-vit"
     help = "a small vision transformer"
     protocol = PROTOCOL.format("A vision transformer (patches of 4, width 64, four blocks)", 5)
+    layers = ("patches", *(f"{part} {i + 1}" for i in range(BLOCKS) for part in PARTS), "head")
     epochs = 5
     gain = 1.0
     finalists = 3
