@@ -189,7 +189,7 @@ def test_layers_have_names_in_their_order(kind: type[harder.Harder]) -> None:
 def test_condition_numbers_are_drawn_layer_by_layer() -> None:
     rows = {"isometry": [1.0, 2.0], "none": [math.inf, 1e9], "l2": [math.nan, 40.0]}
     drawing = figures.layers(rows, ("first", "last"))
-    panel, bar = drawing.axes
+    panel = drawing.axes[0]
     (mesh,) = panel.collections
     values = mesh.get_array()
     assert values.shape == (3, 2)
