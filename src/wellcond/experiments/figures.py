@@ -141,14 +141,17 @@ def draw_condition_numbers(panel: Any) -> None:
 
 
 def layers(rows: dict[str, list[float]], names: Sequence[str]) -> Any:
-    """κ of each weight (columns, by their names) for each method (rows, the first at the top)."""
+    """κ of each weight (columns, by their names) for each method (rows, the first at the top).
+
+    What is larger than `HUGE` has one colour, what is no number none.
+    """
     from matplotlib.colors import LogNorm
 
     drawing, (panel,) = figure(width=2.6 + 0.42 * len(names), height=1.6 + 0.3 * len(rows))
     values = [[drawable(kappa) for kappa in row] for row in reversed(rows.values())]
     largest = max([10.0, *(kappa for row in values for kappa in row if not math.isnan(kappa))])
-    norm = LogNorm(1, largest)
-    mesh = panel.pcolormesh(values, norm=norm, cmap="viridis", edgecolors="white", linewidth=1)
+    scale = LogNorm(1, largest)
+    mesh = panel.pcolormesh(values, norm=scale, cmap="viridis", edgecolors="white", linewidth=1)
     panel.grid(False)
     panel.spines[:].set_visible(False)
     panel.tick_params(length=0)

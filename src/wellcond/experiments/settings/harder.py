@@ -385,7 +385,7 @@ class BatchNorm(Harder):
     layers = LAYERS
     epochs = 8
     rates = (*Harder.rates, 3e-2)  # it bears higher ones
-    finalists = 4  # short training prefers lower rates than that of full length
+    finalists = 4  # of many ways short training prefers a lower rate than that of full length
     # On the grid of the other nets several were chosen at its end.
     methods = SEARCHED | {
         "weight-decay": (0.1, 1.0, 3.0),
@@ -406,7 +406,7 @@ class ViT(Harder):
     layers = ("patches", *(f"{part} {i + 1}" for i in range(BLOCKS) for part in PARTS), "head")
     epochs = 5
     gain = 1.0
-    finalists = 3
+    finalists = 3  # the first round is of one epoch
     # The bounds of the convolutions never bind here: σ₁ begins near 1.
     methods = SEARCHED | dict.fromkeys(("upper-limit", "spectral-norm-torch"), (0.7, 1.0, 1.4))
 

@@ -15,8 +15,7 @@ from wellcond.experiments.grid import Cell
 from wellcond.experiments.methods import Training
 from wellcond.experiments.settings.tasks import BATCH, CHANCE, RATES, Tasks
 
-# What was chosen on the grid of the other tasks lay at the end of it for many ways: there it goes
-# on.
+# On the grid of the other tasks many ways were chosen at its end: here it goes on there.
 SLOWEST = 1e-4
 BEYOND = {
     "l2": (3e-2, 0.1),
