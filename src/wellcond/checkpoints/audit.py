@@ -183,7 +183,9 @@ def _coverage(measured: Sequence[Finding], failed: Sequence[Finding], source: So
     """Measured counts what stands for parameters of its own: no weight a second time, as a sum."""
     own = [finding for finding in measured if not finding.with_adapter]
     covered = sum(finding.entries for finding in own)
-    share = min(1.0, covered / source.parameters) if source.parameters else 0.0
+    total = source.parameters
+    total += sum(source.constants.get(name, 0) for name in {finding.name for finding in own})
+    share = min(1.0, covered / total) if total else 0.0
     return Coverage(len(own), len(failed), source.skipped, share)
 
 

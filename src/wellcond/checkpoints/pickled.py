@@ -22,6 +22,7 @@ from torch import Tensor
 from wellcond.checkpoints.archive import can_be_mapped, check_pickle
 from wellcond.checkpoints.nested import tensors_in
 from wellcond.checkpoints.overlaps import repeats, shared_memory, span
+from wellcond.checkpoints.slices import LOCAL_SHARD
 from wellcond.checkpoints.tensors import (
     Entry,
     NoTensorsError,
@@ -75,6 +76,11 @@ class Pickled(TensorFile):
         tensor = self._tensors[name].detach()
         self._read += tensor.nbytes
         return self._copied(name, tensor) if self._mapped else tensor
+
+    def first_row(self, name: str) -> Tensor:
+        tensor = self._tensors[name].detach()
+        row = tensor[(0,) * (tensor.ndim - 1)]
+        return self._copied(name, row) if self._mapped else row
 
     def _check_same(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Raises if the file was replaced by another since it was opened first."""
@@ -138,6 +144,9 @@ class Pickled(TensorFile):
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:
+    if hasattr(tensor, "_local_tensor"):  # a DTensor, the shape of which is that of the whole
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Entry(name, tuple(tensor.shape), dtype, True, LOCAL_SHARD)
     if tensor.is_nested:  # it has no shape
         kind = str(tensor.dtype).removeprefix("torch.")
         return Entry(name, (), kind, False, Skipped(Reason.not_dense, "nested"))
@@ -175,6 +184,11 @@ def _load(path: Path, mapped: bool) -> Any:
             raise PickledCodeError(
                 f"{path} must hold tensors alone, but holds a {code[1]}, and loading it could run "
                 "any code. Save the weights alone: torch.save(model.state_dict(), path)."
+            ) from None
+        if "DTensor" in str(error):
+            raise UnreadableError(
+                f"{path} must hold whole tensors, but holds DTensors, of which it has the shard of "
+                "one process. Save tensor.full_tensor() of each."
             ) from None
         if "TorchScript" in str(error):
             raise PickledCodeError(

@@ -35,6 +35,7 @@ class Source:
         matrices: one a tensor.
         skipped: what is no weight, and why.
         parameters: how many entries all parameters have.
+        constants: entries of what is no parameter, and measured if its exact name asks for it.
         heads: finds the heads of attention, and says how to read what they rest on.
         failed: what cannot be read, and why.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
@@ -51,6 +52,7 @@ class Source:
     adapters: list[tuple[str, Adapter]] = field(default_factory=list)
     bases: list[Matrices] = field(default_factory=list)
     baseless: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, int] = field(default_factory=dict)
 
 
 def source_of(
@@ -110,6 +112,7 @@ def _of_file(file: Checkpoint) -> Source:
     found = Source(
         str(file.path), matrices, file.skipped(), file.parameters, heads, dict(file.damaged)
     )
+    found.constants = file.constants
     return _with_adapters(found, adapters_in(file))
 
 
