@@ -226,7 +226,8 @@ def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
         content[f"bert.self.{name}.weight"] = block.clone()
     content["bert.output.dense.weight"] = out.clone()
     torch.save(content, tmp_path / "model.pt")
-    (tmp_path / "config.json").write_text('{"n_head": 3, "hidden_size": 12}')
+    config = {"n_head": 3, "hidden_size": 12, "architecture": "", "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     rows = {f.label: f for f in wc.audit(tmp_path, heads=True).findings}
     sigma = torch.linalg.svdvals(q[4:8].double().mT @ k[4:8].double())
     carried = torch.linalg.svdvals(out[:, 4:8].double() @ v[4:8].double())

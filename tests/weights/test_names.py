@@ -233,7 +233,7 @@ def test_what_a_weight_is_computed_from_is_none(tmp_path: Path, how: str, kind: 
         {"l.weight_v": (4, 4), "l.weight_g": (4, 4)},
         {"l.weight_v": (4, 4)},
         {"l.weight_orig": (4, 4)},
-        {"l.weight": (4, 4), "l.weight_orig": (4, 4), "l.weight_mask": (4, 4)},
+        {"l.weight": (4, 4), "l.weight_orig": (4, 4)},
     ],
     ids=str,
 )
