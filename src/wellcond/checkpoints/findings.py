@@ -82,7 +82,7 @@ class Finding:
         entries: of the parameter, how many it stands for.
         inner: of a product of two factors, as of a head, over how many dimensions it goes, of which
             nu counts no more; 0 of others.
-        largest_entry: max |w|; float16 holds up to 65504. This and the next two are nan of what is
+        largest_entry: max |w|, of real and imaginary parts; float16 holds up to 65504. This and the next two are nan of what is
             no stored matrix, as a convolution as it acts.
         subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
             digits, and hardware may take them for zero.
@@ -136,15 +136,17 @@ class Finding:
     @property
     def _comparable(self) -> bool:
         """Whether random matrices of the shape are its like: of one stored matrix, no vector."""
-        return len(self.shape) == 2 and self.nu > 1 and not math.isnan(self.largest_entry)
+        real = not self.dtype.startswith("complex")  # complex Gaussian matrices have another law
+        return real and len(self.shape) == 2 and self.nu > 1 and not math.isnan(self.largest_entry)
 
     @functools.cached_property
     def exceedance(self) -> float:
         """How often a random matrix of this shape has a larger condition number, 0 to 1.
 
         Of independent Gaussian entries; see `wellcond.linalg.gaussian.exceedance`. nan if there is
-        no condition number, for vectors, and for what is no stored matrix: groups of a convolution,
-        a convolution as it acts, a head of attention; random ones of these follow other laws.
+        no condition number, for vectors, for complex matrices, and for what is no stored matrix:
+        groups of a convolution, a convolution as it acts, a head of attention; random ones of these
+        follow other laws.
         """
         return exceedance(self.shape, self.condition_number) if self._comparable else math.nan
 
@@ -221,8 +223,17 @@ class Finding:
         return plain
 
 
+def numbers(S: Tensor) -> Tensor:
+    """The stored numbers of S: the real and the imaginary parts of a complex one."""
+    return torch.view_as_real(S.resolve_conj()) if S.is_complex() else S
+
+
 def with_entries(finding: Finding, S: Tensor) -> Finding:
-    """The finding with what is to be known of the single entries of its matrix, all finite."""
+    """The finding with what is to be known of the single entries of its matrix, all finite.
+
+    The entries of a complex matrix are its real and its imaginary parts.
+    """
+    S = numbers(S)
     sizes = S.abs()
     zeros = S.numel() - int(S.count_nonzero())
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wellcond.checkpoints.acting import acting
-from wellcond.checkpoints.findings import MERGED, Finding, Grade, Status, with_entries
+from wellcond.checkpoints.findings import MERGED, Finding, Grade, Status, numbers, with_entries
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
 from wellcond.linalg.leading import added
@@ -229,7 +229,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool) -> Finding:
-    spread = S.aminmax()
+    spread = numbers(S).aminmax()
     if not math.isfinite(float(spread.min)) or not math.isfinite(float(spread.max)):
         bad = int((~torch.isfinite(S)).sum())
         detail = f"{bad} of {S.numel()} entries"
