@@ -113,7 +113,9 @@ class Pickled(TensorFile):
             os.close(read_end)
             os.close(write_end)
         flat = torch.frombuffer(buffer, dtype=tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride())
+        copied = flat.as_strided(tensor.shape, tensor.stride())
+        copied = copied.conj() if tensor.is_conj() else copied
+        return copied.neg() if tensor.is_neg() else copied
 
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         # Mapped privately: what is written here stays in memory.

@@ -143,10 +143,10 @@ def repair(
     A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
     kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
     holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
-    one has no condition number and stays zero. The factors of an adapter of low rank are left as
-    they are, as they act by their product alone. All other tensors and the metadata of a
-    safetensors file are kept byte for byte, of a file of torch.save value for value, and who may
-    read it. The copy is written into a temporary folder and renamed; nothing is ever overwritten,
+    one has no condition number and stays zero. A complex weight is left as it is, and so are the
+    factors of an adapter of low rank, which act by their product. All other tensors and the
+    metadata of a safetensors file are kept byte for byte, of a file of torch.save value for value,
+    and who may read it. The copy is written into a temporary folder and renamed; nothing is ever overwritten,
     and of two repairs that want the same name one fails. A repair that is killed leaves that
     folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
 
@@ -189,7 +189,11 @@ def repair(
     # To limit each factor would limit nothing that acts.
     factors = {name for adapter in adapters_in(checkpoint) for name in adapter.parts}
     skipped |= {name: Skipped(Reason.factor) for name in factors if name not in skipped}
-    wanted = {m.name: m for m in chosen(list(checkpoint.matrices()), skipped, include, exclude)}
+    matrices = list(checkpoint.matrices())
+    unserved = {m.name for m in matrices if checkpoint.where[m.name][1].dtype.startswith("complex")}
+    skipped |= dict.fromkeys(unserved, Skipped(Reason.complex))
+    real = [one for one in matrices if one.name not in unserved]
+    wanted = {one.name: one for one in chosen(real, skipped, include, exclude)}
     if not wanted:
         why = and_more((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")

@@ -88,12 +88,13 @@ def _of_three(name: str, own: str, shape: tuple[int, ...], bias: tuple[int, ...]
     if len(bias) == 1 and bias[0] in (m, n):
         if n == window > _SIDE and bias[0] == m:
             return {"": STORED}, _BILINEAR
-        if window > _SIDE and not _is_small(window, m, n):
+        if bias[0] == m and window > _SIDE and not _is_small(window, m, n):
             return _kernel(shape, bias, _LONG)
         return _kernel(shape, bias, _EITHER if m == n else "")
     if _STACKED.search(name) or len(bias) == 2:
         return {"": STORED}, ""
-    if (own == "weight" and _is_small(window, m, n)) or (m > 1 and 1 in (n, window)):
+    small = own == "weight" and _is_small(window, m, n)
+    if small or _groups(shape, bias) or (m > 1 and 1 in (n, window)):
         return _kernel(shape, bias, _KERNEL)
     return {"": STORED}, _STACK if m > 1 else ""
 
@@ -109,9 +110,17 @@ def _is_small(window: int, m: int, n: int) -> bool:
 
 def _kernel(shape: tuple[int, ...], bias: tuple[int, ...], note: str = "") -> Seen:
     """As it is stored, (out, in, …) or transposed (in, out, …): in a model both are seen so."""
-    groups, rest = divmod(bias[0], shape[1]) if len(bias) == 1 and shape[1] else (0, 0)
-    if bias and bias[0] != shape[0] and groups > 1 and not rest:
-        return {"": Kernel()}, joined(note, _GROUPS.format(f"{groups} groups"))
-    if shape[1] == 1 < shape[0]:
+    groups = _groups(shape, bias)
+    if groups:
+        note = joined(note, _GROUPS.format(f"{groups} groups"))
+    elif shape[1] == 1 < shape[0]:
         note = joined(note, _ONE_GROUP)
     return {"": Kernel()}, note
+
+
+def _groups(shape: tuple[int, ...], bias: tuple[int, ...]) -> int:
+    """Of a transposed convolution (in, out/groups, …), by its bias of `out`; 0 if it says none."""
+    if len(bias) != 1 or bias[0] == shape[0] or not shape[1]:
+        return 0
+    groups, rest = divmod(bias[0], shape[1])
+    return groups if 1 < groups < shape[0] and not rest and shape[0] % groups == 0 else 0

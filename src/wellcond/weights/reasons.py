@@ -22,6 +22,7 @@ class Reason(enum.Enum):
     one_row = "one row in each group, which is well-conditioned by itself"
     uninitialised = "not initialised yet: run the model once first"
     not_real = "not real floating point"
+    complex = "complex: it is measured, but not repaired"
     packed = "not real floating point, packed or quantised perhaps, or no weight"
     quantised = "quantised: it can be measured only after it is dequantised"
     perhaps_codes = "perhaps quantised: a scale that fits its shape is stored beside it"
