@@ -146,9 +146,10 @@ def repair(
     one has no condition number and stays zero. A complex weight is left as it is, and so are the
     factors of an adapter of low rank, which act by their product. All other tensors and the
     metadata of a safetensors file are kept byte for byte, of a file of torch.save value for value,
-    and who may read it. The copy is written into a temporary folder and renamed; nothing is ever overwritten,
-    and of two repairs that want the same name one fails. A repair that is killed leaves that
-    folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
+    and who may read it. The copy is written into a temporary folder and renamed; nothing is ever
+    overwritten, and of two repairs that want the same name one fails. A repair that is killed
+    leaves that folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there
+    removes it.
 
     Args:
         path_in: whatever `wellcond.audit` reads.

@@ -145,17 +145,16 @@ def _of_state_space(name: str, tensors: Tensors) -> bool:
 def _is_normalisation(
     name: str, shape: tuple[int, ...], modules: list[str], tensors: Tensors
 ) -> bool:
-    """Whether it multiplies entrywise: a bias of its shape stands beside it, or its layer says so.
+    """Whether it acts entrywise: beside it stands another of its shape, or its layer says so.
 
-    `nn.LayerNorm((6, 264))` has both; gamma and beta are those of Keras.
+    `nn.LayerNorm((6, 264))` has a weight and a bias of these; Keras calls them gamma and beta.
     """
-    for scale, offset in (("weight", "bias"), ("gamma", "beta")):
-        stem = name.removesuffix(scale)
-        if stem != name and (not stem or stem[-1] in "./"):
-            if tensors.get(f"{stem}{offset}", ((), ""))[0] == shape:
-                return True
-            return scale == "weight" and bool(modules and _NORM.fullmatch(modules[-1]))
-    return False
+    own = re.split(r"[./]", name)[-1]
+    beside = {"weight": "bias", "gamma": "beta", "beta": "gamma"}.get(own)
+    if beside is None:
+        return False
+    same = tensors.get(f"{name.removesuffix(own)}{beside}", ((), ""))[0] == shape
+    return same or (own == "weight" and bool(modules and _NORM.fullmatch(modules[-1])))
 
 
 def _originals(tensors: Tensors) -> Iterator[str]:
