@@ -50,11 +50,17 @@ def audit(
     A model is read by its modules: convolution kernels as (out, in/groups * kernel), of several
     groups as one block-diagonal map, attention's in_proj as its three blocks, gates of recurrent
     cells, parametrized weights by their value. Embeddings and parameters of unknown modules are
-    skipped unless their exact name is included. A file has no classes: embeddings, tokens,
-    positions and what a parametrized weight is computed from are known by their names, and fused
-    projections, gates and experts by names, shapes that fit and config.json; every other float
-    tensor of 2 dimensions is measured, of 3 a stack unless its name contains "conv", of 4 and more
-    a kernel, as if of one group. Tied weights count once.
+    skipped unless their exact name is included.
+
+    A file has no classes, so names decide first, then the tensors of the same module, then shapes;
+    a guess is called one in its row. Left out by name, and taken by their exact name alone, are
+    embeddings, tokens, positions, fixed transforms, masks, normalisations over several axes and
+    parameters that are exponentiated. Slices of larger tensors and codes of quantised weights,
+    whatever their dtype, are never measured. Query, key and value are cut where a name or
+    config.json says their order, gates and experts by names and shapes that fit. A `kernel` has
+    its inputs first, as Keras and Flax store it; a weight of 3 dimensions is a kernel if it is
+    called "conv", if its bias has as many entries as it has outputs, or if its last side is small,
+    else a stack; of 4 and more a kernel, of one group. Tied weights count once.
 
     Args:
         model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
