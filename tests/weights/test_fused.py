@@ -209,6 +209,39 @@ def test_blocks_are_what_their_names_say_and_share_memory() -> None:
     assert all((tensor == 7).all() for tensor in tensors.values())
 
 
+def in_heads(order: str) -> Tensor:
+    """Rows of query, key and value with kappa 3, 30 and 300, in another order than q, k, v."""
+    torch.manual_seed(0)
+    parts = []
+    for kappa in (3.0, 30.0, 300.0):
+        left, right = (torch.linalg.qr(torch.randn(64, 64)).Q for _ in range(2))
+        parts.append(left * torch.logspace(0, -math.log10(kappa), 64) @ right)
+    stacked = torch.stack(parts).view(3, 8, 8, 64)  # part, head, channel
+    axes = {"head": (1, 0, 2, 3), "channel": (1, 2, 0, 3)}[order]
+    return stacked.permute(axes).reshape(192, 64)
+
+
+@pytest.mark.parametrize("name", ["qkv", "qkv_proj"])
+@pytest.mark.parametrize("order", ["head", "channel"])
+def test_rows_whose_order_is_not_known_are_one_matrix(
+    tmp_path: Path, order: str, name: str
+) -> None:
+    """By head as Megatron has them, by channel as EDM, in a file and in a class of a user."""
+    W, output = in_heads(order), {"qkv": "proj", "qkv_proj": "o_proj"}[name]
+    model = nn.ModuleDict({"attn": nn.Module()})
+    for child, shape in ((name, (64, 192)), (output, (64, 64))):
+        model["attn"].add_module(child, nn.Linear(*shape, bias=False))
+    with torch.no_grad():
+        model["attn"].get_parameter(f"{name}.weight").copy_(W)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for source in (model, tmp_path / "model.pt"):
+        found = rows(wc.audit(source))
+        assert found.keys() == {f"attn.{name}.weight", f"attn.{output}.weight"}
+        row = found[f"attn.{name}.weight"]
+        assert row.condition_number == pytest.approx(float(wc.condition_number(W)))
+        assert "no known class or model_type says how it is cut" in row.detail
+
+
 def rows(report: wc.AuditReport) -> dict[str, Finding]:
     return {finding.label: finding for finding in report.findings}
 

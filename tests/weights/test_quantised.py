@@ -107,6 +107,25 @@ def test_of_a_scale_that_is_one_number_the_values_decide(
     assert names == {"m.weight"} | ({"l.weight"} if codes == "none" else set())
 
 
+def test_only_what_has_values_is_looked_into(tmp_path: Path) -> None:
+    content = {
+        "meta.weight": torch.empty(3, 3, device="meta"),
+        "sparse.weight": torch.eye(3).to_sparse(),
+        "empty.weight": torch.zeros(0, 3),
+        "expanded.weight": torch.ones(1, 3).expand(3, 3),
+        "complex.weight": torch.ones(3, 3, dtype=torch.complex64),
+        "transposed.weight": torch.arange(12.0).view(3, 4).mT,
+        "strided.weight": torch.arange(36.0).view(6, 6)[::2, 1::2],
+        "l.weight": torch.eye(3) + 0.1,
+    }
+    scales = {name.replace("weight", "scale"): torch.tensor(2.0) for name in content}
+    report = wc.audit(saved(tmp_path / "a.pt", content | scales))
+    assert {f.name for f in report.findings} == {"complex.weight", "l.weight"}
+    reasons = {n: why.reason for n, why in report.coverage.skipped.items()}
+    assert reasons["transposed.weight"] is reasons["strided.weight"] is Reason.perhaps_codes
+    assert reasons["meta.weight"] is Reason.no_values
+
+
 @pytest.mark.parametrize(
     ("weight", "scale"),
     [

@@ -118,7 +118,7 @@ def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict
             here = f"{file}{slash}{of}"
             for weight in [here] if here in tensors else named.get(of, []):
                 size, kind = tensors[weight]
-                if len(size) < 2 or kind not in FLOATING:
+                if len(size) < 2 or 0 in size or kind not in FLOATING:
                     continue
                 if not surely and not _fits(shape, size):
                     continue
@@ -140,6 +140,7 @@ def _scaled_by(name: str) -> Iterable[tuple[str, bool]]:
         yield f"{module}{dot}qweight", True
     elif own in ("scale", "scales"):
         yield f"{module}{dot}weight", False
+        yield f"{module}{dot}qweight", True
     if module.endswith("weight") and re.fullmatch(r"absmax|scales?|SCB|quant_map", own):
         yield module, True
     if found := _OF_NAME.fullmatch(own):
