@@ -58,6 +58,17 @@ def test_slices_are_one_tensor_that_is_left_out(tmp_path: Path) -> None:
     assert torch.equal(whole["w"], W)
 
 
+def test_an_index_does_not_make_a_slice_whole(tmp_path: Path) -> None:
+    two_shards(tmp_path, drawn(8, 6))
+    shard(tmp_path / "x.safetensors", {}, v=drawn(3, 3))
+    places = {"w": f"{SHARDS[1]}.safetensors", "v": "x.safetensors"}
+    index = json.dumps({"weight_map": places})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    report = wc.audit(tmp_path)
+    assert [f.name for f in report.findings] == ["v"]
+    assert "at (4, 0)" in str(report.coverage.skipped["w"])
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_slices_are_not_repaired(tmp_path: Path, alone: bool) -> None:
     two_shards(tmp_path, drawn(8, 6))

@@ -162,6 +162,15 @@ def test_bare_experts_are_codes_beside_a_scale_of_theirs() -> None:
     }
 
 
+@pytest.mark.parametrize("zeros", ["weight_zeros", "weight_zero_point", "zeros", "biases"])
+def test_zeros_beside_codes_are_no_matrix(zeros: str) -> None:
+    scale = "weight_scale" if zeros.startswith("weight") else "scales"
+    shapes = {"weight": (8, 6), scale: (8, 2), zeros: (8, 2), "other": (8, 2)}
+    found = no_weights({f"l.{name}": (shape, "float16") for name, shape in shapes.items()})
+    assert found[f"l.{zeros}"].reason is Reason.scales
+    assert found.keys() == {"l.weight", f"l.{scale}", f"l.{zeros}"}
+
+
 def test_a_lone_scale_is_no_quantised_weight() -> None:
     for name in ("l.weight_scale", "l.scale", "something"):
         for dtype in ("F8_E8M0", "float8_e8m0fnu"):

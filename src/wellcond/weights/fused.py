@@ -2,8 +2,9 @@
 
 Query, key and value of attention (`qkv.weight:q`), gate and up of a gated layer
 (`gate_up_proj.weight:gate`), of experts as a stack, and the gates of a recurrent cell. Names alone
-say nothing: the shapes must fit those of the projection that takes what these give. What lies head
-by head is no block of rows, and stays whole; a note says so.
+say nothing: the shapes must fit those of the projection that takes what these give, and of `qkv`
+and `qkv_proj` a known class or config must say the order of the rows. What lies head by head, or in
+an order that is not known, stays whole; a note says so.
 """
 
 from __future__ import annotations

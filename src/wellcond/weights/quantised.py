@@ -38,6 +38,7 @@ _PERHAPS_SCALES = re.compile(
 _SURELY_OF_WEIGHT = re.compile(
     r"weight_(scales?(_inv|_\d)?|(global|channel)_scale)|absmax|SCBt?|qscales?|scale_(inv|weight)"
 )
+_ZEROS = ("zeros", "zero", "zero_points", "zero_point", "biases")  # beside `scale` and `scales`
 _OF_NAME = re.compile(r"(.+)_((?:scales?|qscales?|absmax)(?:_inv)?)")
 
 
@@ -112,7 +113,7 @@ def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict
     for name in tensors:
         named.setdefault(name.rpartition("/")[2], []).append(name)
     found: dict[str, Skipped] = {}
-    for scale, (shape, dtype) in tensors.items():
+    for scale, (shape, _) in tensors.items():
         file, slash, name = scale.rpartition("/")
         for of, surely in _scaled_by(name):
             here = f"{file}{slash}{of}"
@@ -127,8 +128,9 @@ def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict
                 reason = Reason.quantised if surely else Reason.perhaps_codes
                 detail = f"codes in {kind} beside {scale}" if surely else scale
                 found[weight] = Skipped(reason, detail)
-                if len(shape) > 1 or dtype not in FLOATING:
-                    found[scale] = Skipped(Reason.scales, weight)
+                offsets = (re.sub(r"scales?(_inv)?$", zero, scale) for zero in _ZEROS)
+                for part in (scale, *(offset for offset in offsets if offset in tensors)):
+                    found[part] = Skipped(Reason.scales, weight)
     return found
 
 
