@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
 
 from wellcond.operators.views import STORED, Transposed, View
@@ -177,6 +178,8 @@ def part(module: Module, name: str) -> object | None:
     """The layer or the parameter of this name; None if there is none."""
     if isinstance(module, Stored):
         return module.parts.get(name)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     layer = module._modules.get(name)
     return module._parameters.get(name) if layer is None else layer
 
@@ -190,7 +193,7 @@ def projection(module: Module, name: str) -> Projection:
         Unknown: it is something else.
     """
     layer = part(module, name)
-    wrapped = layer._modules.get(_WRAPPING) if isinstance(layer, nn.Module) else None
+    wrapped = part(layer, _WRAPPING) if isinstance(layer, nn.Module) else None
     layer, adapted = (layer, False) if wrapped is None else (wrapped, True)
     found = None
     if isinstance(layer, StoredTensor):
