@@ -27,7 +27,7 @@ from wellcond.text import quoted, subject
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
 from wellcond.training.replicas import Replicas
-from wellcond.training.state import WeightState
+from wellcond.training.state import WeightState, refuse_without_values
 
 _FAILED = -1.0  # instead of whether a weight passed: its limit was not applied
 
@@ -297,6 +297,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
+        refuse_without_values(self.states)
         with full_precision(self.states[0].weight.parameters[0].device.type):
             yield
 

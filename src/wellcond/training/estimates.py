@@ -17,7 +17,7 @@ from wellcond.operators.base import Dense, Operator
 from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
 from wellcond.penalties.base import Penalty
 from wellcond.training.batch import batches, look
-from wellcond.training.state import Rule, WeightState
+from wellcond.training.state import Rule, WeightState, refuse_without_values
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def estimates(
     states: Sequence[WeightState], block: int, condition_numbers: bool = False
 ) -> dict[str, Estimate]:
     """An estimate for every matrix by name; what is remembered stays as it is."""
+    refuse_without_values(states)
     following = [state for state in states if state.follows_subspace]
     rows: dict[str, Tensor] = {}
     for seen in look(batches(following, [state.operator() for state in following])):

@@ -12,8 +12,9 @@ from wellcond.penalties.condition import Condition
 from wellcond.training.batch import batches, look
 from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import log
+from wellcond.training.oversights import warn_of_stored
 from wellcond.training.selection import select
-from wellcond.training.state import Rule, WeightState
+from wellcond.training.state import Rule, WeightState, refuse_without_values
 from wellcond.weights.discover import unwrapped
 from wellcond.weights.reasons import Skipped
 
@@ -60,6 +61,7 @@ class Monitor:
         self.block = block
         self.condition_numbers = condition_numbers
         self._states = [WeightState(weight, penalty, block) for weight, penalty in chosen]
+        warn_of_stored(self._states)
 
     @property
     def names(self) -> list[str]:
@@ -73,6 +75,7 @@ class Monitor:
 
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight, as from `Regularizer.measure`."""
+        refuse_without_values(self._states)
         with full_precision(self._states[0].weight.parameters[0].device.type):
             operators = [state.operator() for state in self._states]
             for seen in look(batches(self._states, operators)):

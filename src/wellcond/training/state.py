@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from wellcond.linalg.checks import lacks_values
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
 from wellcond.penalties.base import Limit, Penalty
 from wellcond.penalties.isometry import Isometry
+from wellcond.text import quoted
 from wellcond.training.pace import Pace
 from wellcond.weights.discover import Weight
 
@@ -26,6 +28,7 @@ class WeightState:
 
     def __init__(self, weight: Weight, rule: Rule, block: int) -> None:
         self.weight = weight
+        self.caution = weight.caution  # what it is, if not the weight that acts
         self.rule = rule
         self.step = 0  # applications: optimizer steps when attached
         try:
@@ -178,3 +181,13 @@ class WeightState:
         self.pace = Pace.of(state["pace"], self.rule) if "pace" in state else Pace()
         if "scale" in state and isinstance(self.rule, Isometry):
             self.scale = state["scale"].to(self.scale, copy=True)
+
+
+def refuse_without_values(states: Sequence[WeightState]) -> None:
+    """Raises for weights on the meta device."""
+    names = [s.name for s in states if any(map(lacks_values, s.weight.parameters))]
+    if names:
+        raise ValueError(
+            f"A weight must have values, but {quoted(names)} is a meta tensor, which has none. "
+            "Load the weights first: model.to_empty(device=...) and load_state_dict."
+        )

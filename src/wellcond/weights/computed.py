@@ -42,6 +42,8 @@ class Computed:
 def computed_weights(module: nn.Module) -> Iterator[Computed]:
     """Those of one module, by its hooks; by names where a hook is not one of torch."""
     known: set[str] = set()
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     for hook in module._forward_pre_hooks.values():
         if (found := _by_hook(module, hook)) is not None:
             known.update(found.parts)

@@ -17,7 +17,7 @@ from wellcond.operators.base import WeightOperator
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Transposed, View, shape_of
 from wellcond.weights.computed import part_of
-from wellcond.weights.forward import acting_weight
+from wellcond.weights.forward import UNKNOWN, acting_weight
 from wellcond.weights.fused import GATES, Views, equal_blocks, fused_projections
 from wellcond.weights.heads import Attention, find_heads
 from wellcond.weights.matrices import is_vector
@@ -60,15 +60,16 @@ class Weight:
 
     @property
     def caution(self) -> str:
-        """Why a rule on what is stored is none on what acts; "" if it is."""
-        if self.reason is not None and self.reason.reason is Reason.component:
-            return f"a part of what acts, not the weight that acts ({self.reason.detail})"
+        """What is stored, if that is not the weight that acts; "" if it is."""
         for source in self.sources:
-            parameter = source.parameter
-            if source.attribute != "weight" or is_sharded(parameter):
-                continue
-            if acting_weight(source.owner, parameter.detach()).note:
-                return "the stored parameter, which the layer's own forward may change"
+            module, attribute = source.owner, source.attribute
+            if (computed := part_of(module, attribute)) is not None:
+                return f"a part from which {computed.attribute} is computed by {computed.method}"
+            if attribute == "weight" and not is_sharded(source.parameter):
+                note = acting_weight(module, source.parameter.detach()).note
+                may = "may change" if note == UNKNOWN else "changes"
+                if note:
+                    return f"the stored parameter, which the layer's own forward {may}"
         return ""
 
     @property
@@ -122,6 +123,8 @@ def views_of(
 
     `fused` are the views of projections that only the module above them knows.
     """
+    if (computed := part_of(module, attribute)) is not None and parameter.ndim > 1:
+        return Skipped(Reason.component, f"{computed.attribute} by {computed.method}")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Skipped(Reason.embedding)
     if parameter.ndim < 2:
@@ -130,8 +133,6 @@ def views_of(
         return Skipped(Reason.empty)
     if isinstance(module, torch.jit.ScriptModule):
         return Skipped(Reason.scripted)
-    if (computed := part_of(module, attribute)) is not None:
-        return Skipped(Reason.component, f"{computed.attribute}, by {computed.method}")
     if (module, attribute) in fused:
         return fused[module, attribute].views
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
@@ -215,6 +216,9 @@ def refuse_programs(model: nn.Module) -> None:
         )
 
 
+_NO_MATRIX = {Reason.number, Reason.vector, Reason.empty, Reason.dimensions}
+
+
 def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
     """All weights of a model in the order of its parameters, tied ones once.
 
@@ -248,7 +252,7 @@ def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
                 own = f"{name}:{label}" if label else name
                 seen = tuple(f"{alias}:{label}" for alias in aliases if label)
                 weights.append(Weight(own, aliases + seen, sources, view))
-        elif found.reason.no_matrix or parameter.ndim < 2:
+        elif found.reason in _NO_MATRIX or parameter.ndim < 2:
             others[name] = found
         else:
             weights.append(Weight(name, aliases, sources, reason=found))

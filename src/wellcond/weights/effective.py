@@ -18,7 +18,7 @@ from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded
 from wellcond.operators.views import View
 from wellcond.text import joined
-from wellcond.weights.computed import computed_weight, computed_weights
+from wellcond.weights.computed import computed_weight, computed_weights, part_of
 from wellcond.weights.discover import (
     Source,
     find_weights,
@@ -28,7 +28,7 @@ from wellcond.weights.discover import (
     unfit,
     views_of,
 )
-from wellcond.weights.forward import COMPUTED, acting_weight, has_own_forward, slides_as
+from wellcond.weights.forward import COMPUTED, UNKNOWN, acting_weight, has_own_forward, slides_as
 from wellcond.weights.fused import Views, fused_projections
 from wellcond.weights.matrices import Matrices, seen_through
 from wellcond.weights.reasons import Reason, Skipped
@@ -63,6 +63,8 @@ def effective_matrices(
         views: Mapping[str, View],
     ) -> None:
         note, geometry = _looked_at(module, attribute, value, acting.get(module))
+        if computed := part_of(module, attribute):
+            note = f"a part from which {computed.attribute} is computed, and not what acts"
         matrices[name] = Matrices(
             name,
             aliases,
@@ -80,21 +82,25 @@ def effective_matrices(
             total += parameter.numel() if name not in rest else 0
             rest[name] = Skipped(Reason.sharded if sharded else Reason.no_values)
             continue
-        component = weight.reason is not None and weight.reason.reason is Reason.component
         if weight.reason is not None:
             rest[name] = weight.reason
         if name in matrices:
             continue
-        total += 0 if component else parameter.numel()  # that of what is computed from it counts
         (source,) = weight.sources
+        # Of a part counts what is computed from it.
+        is_part = part_of(source.owner, source.attribute) is not None
+        total += 0 if is_part else parameter.numel()
         aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
         add(name, aliases, source.owner, source.attribute, parameter.detach(), seen[name])
-    parameters = {name: parameter for name, _, _, parameter in named_parameters(model)}
+    counts = {
+        name: 0 if part_of(module, attribute) else parameter.numel()
+        for name, module, attribute, parameter in named_parameters(model)
+    }
     total += sum(codes.numel() for _, codes in quantised_weights(model))
     for name, skipped in found.others.items():
         if skipped.reason is not Reason.parametrized:
             rest[name] = skipped
-            total += parameters[name].numel() if name in parameters else 0
+            total += counts.get(name, 0)
     for prefix, module in model.named_modules():
         for attribute in _effective_attributes(module):
             name = named(prefix, attribute)
@@ -116,8 +122,8 @@ def effective_matrices(
 
 def _effective_attributes(module: nn.Module) -> list[str]:
     """The names of what is computed from parameters of a module before it is used."""
-    computed = [] if isinstance(module, torch.jit.ScriptModule) else computed_weights(module)
-    return [*getattr(module, "parametrizations", ()), *(one.attribute for one in computed)]
+    computed = [one.attribute for one in computed_weights(module)]
+    return [*getattr(module, "parametrizations", ()), *computed]
 
 
 def _looked_at(
@@ -130,7 +136,8 @@ def _looked_at(
     W, note = acting_weight(module, value)
     if geometry is None:
         return note, None
-    if value.is_complex() or not slides_as(module, value if W is None else W, geometry):
+    kernel, whole = value if W is None else W, note == UNKNOWN
+    if value.is_complex() or not slides_as(module, kernel, geometry, whole):
         own = "the kernel alone: how the layer's own forward slides it is not known"
         return joined(note, own), None
     return (COMPUTED if W is not None else ""), geometry

@@ -83,16 +83,21 @@ def has_own_forward(layer: nn.Module) -> bool:
     return own or _is_replaced(layer)
 
 
-def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry) -> bool:
-    """Whether the output of a convolution on a random input is that of this map."""
+def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool) -> bool:
+    """Whether the output of a convolution on a random input is that of this map.
+
+    That of the whole layer; or of the product in it, which an activation may follow.
+    """
     S = Convolution(kernel, geometry)
     try:
         with _undisturbed(kernel):
             sizes = S.positions if geometry.transposed else geometry.size
             x = _random((1, layer.in_channels, *sizes), kernel)  # type: ignore[arg-type]
-            _, y = _run(layer, x, kernel)
+            calls, y = _run(layer, x, kernel)
+            outputs = [y] if whole or len(calls) != 1 else [y, calls[0][-1]]
             expected = S.matmat(x.flatten()[:, None]).flatten()
-            return y.numel() == len(expected) and _close(y.flatten(), expected)
+            same_size = [one for one in outputs if one.numel() == len(expected)]
+            return any(_close(one.flatten(), expected) for one in same_size)
     except Exception:
         return False
 
@@ -179,16 +184,20 @@ def _is_homogeneous(layer: nn.Module, x: Tensor, y: Tensor, stored: Tensor) -> b
 
 def _is_result(y: Tensor, product: Tensor) -> bool:
     """Whether it is the output of the product, with its channels last, or after a ReLU."""
-    shapes = [product] if product.is_complex() else [product, product.relu()]
-    shapes += [one.movedim(1, -1) for one in shapes if one.ndim > 2]
-    return any(y.numel() == one.numel() and _same(y.flatten(), one.flatten()) for one in shapes)
+    results = [product] if product.is_complex() else [product, product.relu()]
+    return any(_same(y.flatten(), one.flatten()) for r in results for one in (r, _last(r)))
 
 
 def _is_input(there: Tensor, x: Tensor) -> bool:
     """Whether it is x, with a border perhaps."""
     if there.numel() == x.numel():
-        return _same(there.flatten(), x.flatten())
+        return any(_same(one.flatten(), x.flatten()) for one in (there, _last(there)))
     return bool(there.abs().max() == x.abs().max())
+
+
+def _last(x: Tensor) -> Tensor:
+    """With its channels last."""
+    return x.movedim(1, -1) if x.ndim > 2 else x
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -26,7 +26,7 @@ class Reason(enum.Enum):
     not_dense = "not a dense tensor"
     replaced = "not what acts: PEFT has put a trained copy in its place"
     factor = "a factor of an adapter, which acts as a product: merge it first"
-    component = "a part, from which the weight that acts is computed before each forward pass"
+    component = "a part, from which the weight that acts is computed"
     uncomputed = "computed before each forward pass, in a way that is not known"
     scripted = "of a TorchScript program, whose layers have no classes: use the eager model"
     parametrized = "parametrized: what is stored is not the matrix that acts"
@@ -47,7 +47,10 @@ class Reason(enum.Enum):
     @property
     def no_matrix(self) -> bool:
         """Whether this is no matrix at all, and so nothing that a report could lack."""
-        return self in (Reason.number, Reason.vector, Reason.empty, Reason.dimensions)
+        return self in (
+            *(Reason.number, Reason.vector, Reason.empty, Reason.dimensions),
+            Reason.component,  # what is computed from it counts
+        )
 
 
 @dataclass(frozen=True)
