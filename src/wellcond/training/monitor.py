@@ -14,7 +14,7 @@ from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import log
 from wellcond.training.oversights import warn_of_stored
 from wellcond.training.selection import select
-from wellcond.training.state import Rule, WeightState, refuse_without_values
+from wellcond.training.state import Rule, WeightState
 from wellcond.weights.discover import unwrapped
 from wellcond.weights.reasons import Skipped
 
@@ -75,7 +75,6 @@ class Monitor:
 
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight, as from `Regularizer.measure`."""
-        refuse_without_values(self._states)
         with full_precision(self._states[0].weight.parameters[0].device.type):
             operators = [state.operator() for state in self._states]
             for seen in look(batches(self._states, operators)):

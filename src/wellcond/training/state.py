@@ -5,8 +5,9 @@ Letters: S (..., m, n) a weight; k the width of the block that is followed.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -183,11 +184,16 @@ class WeightState:
             self.scale = state["scale"].to(self.scale, copy=True)
 
 
-def refuse_without_values(states: Sequence[WeightState]) -> None:
-    """Raises for weights on the meta device."""
-    names = [s.name for s in states if any(map(lacks_values, s.weight.parameters))]
-    if names:
+@contextlib.contextmanager
+def reading(states: Sequence[WeightState]) -> Iterator[None]:
+    """Names the weights on the meta device where reading a value fails for that."""
+    try:
+        yield
+    except NotImplementedError as error:
+        names = [s.name for s in states if any(map(lacks_values, s.weight.parameters))]
+        if not names:
+            raise
         raise ValueError(
             f"A weight must have values, but {quoted(names)} is a meta tensor, which has none. "
             "Load the weights first: model.to_empty(device=...) and load_state_dict."
-        )
+        ) from error
