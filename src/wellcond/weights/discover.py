@@ -21,7 +21,7 @@ from wellcond.weights.forward import UNKNOWN, acting_weight
 from wellcond.weights.fused import GATES, Views, equal_blocks, fused_projections
 from wellcond.weights.heads import Attention, find_heads
 from wellcond.weights.matrices import is_vector
-from wellcond.weights.projections import Place
+from wellcond.weights.projections import Place, is_conv1d
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -135,8 +135,8 @@ def views_of(
         return Skipped(Reason.scripted)
     if (module, attribute) in fused:
         return fused[module, attribute].views
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
-        return {"": Transposed()}  # of the transformers library: stored as (in, out)
+    if is_conv1d(module) and attribute == "weight":
+        return {"": Transposed()}
     if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
         return {"": Kernel(module.groups if module.groups > 1 else None)}
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":

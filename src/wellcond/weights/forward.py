@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.operators.rounding import full_precision
+from wellcond.weights.projections import is_conv1d
 
 COMPUTED = "the weight that acts, which the layer's own forward computes from what is stored"
 UNKNOWN = "as stored: what the layer's own forward makes of it is not known"
@@ -39,6 +40,9 @@ _LINEAR_PRODUCTS = {"linear": 1, "matmul": 1, "__matmul__": 1, "mm": 1, "addmm":
 _CONVOLUTIONS = [f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)]
 _PRODUCTS = _LINEAR_PRODUCTS | dict.fromkeys(_CONVOLUTIONS, 1)
 _OTHER_PRODUCTS = {"bmm", "einsum", "tensordot", "bilinear", "baddbmm", "addbmm", "mv", "addmv"}
+
+
+_Call = tuple[str, Tensor, Tensor, Tensor]  # the name of a product, its weight, input and output
 
 
 class Acting(NamedTuple):
@@ -71,7 +75,7 @@ def acting_weight(layer: nn.Module, stored: Tensor) -> Acting:
 
 def has_own_forward(layer: nn.Module) -> bool:
     """Whether it is a Linear, a Conv1D of the transformers library or a convolution with one."""
-    if not (isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or _is_conv1d(layer)):
+    if not (isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or is_conv1d(layer)):
         return False
     base = next(
         kind
@@ -102,10 +106,6 @@ def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool)
         return False
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
-    return any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__) and hasattr(layer, "nf")
-
-
 def _is_replaced(layer: nn.Module) -> bool:
     """Whether this one has another `forward` than its class, and no mere wrapper around that."""
     forward = vars(layer).get("forward")
@@ -134,11 +134,13 @@ def _acting(layer: nn.Module, stored: Tensor) -> Tensor | None:
             return weight
     if isinstance(layer, nn.modules.conv._ConvNd):
         return None
+    if any(_begins_with(y, call[-1]) and _is_stored(layer, stored, call) for call in calls):
+        return stored  # it has outputs of another weight besides
     return _from_unit_vectors(layer, x, stored)
 
 
 def _handed(
-    layer: nn.Module, stored: Tensor, calls: list[tuple[str, Tensor, Tensor, Tensor]]
+    layer: nn.Module, stored: Tensor, calls: list[_Call]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The weight, the input and the output of the only product, if the shape is that stored."""
     if len(calls) != 1:
@@ -146,8 +148,18 @@ def _handed(
     ((name, weight, x, y),) = calls
     if not isinstance(layer, nn.modules.conv._ConvNd):
         by_rows = name == "linear"  # else the product is with (inputs, outputs)
-        weight = weight if by_rows != _is_conv1d(layer) else weight.mT
+        weight = weight if by_rows != is_conv1d(layer) else weight.mT
     return (weight, x, y) if weight.shape == stored.shape else None
+
+
+def _is_stored(layer: nn.Module, stored: Tensor, call: _Call) -> bool:
+    handed = _handed(layer, stored, [call])
+    return handed is not None and _same(handed[0], stored)
+
+
+def _begins_with(y: Tensor, product: Tensor) -> bool:
+    m = product.shape[-1]
+    return y.shape[-1] > m and _same(y[..., :m].flatten(), product.flatten())
 
 
 def _from_unit_vectors(layer: nn.Module, x: Tensor, stored: Tensor) -> Tensor | None:
@@ -173,7 +185,7 @@ def _from_unit_vectors(layer: nn.Module, x: Tensor, stored: Tensor) -> Tensor | 
         row = scale * _random((1, n), stored, seed=1)
         if not _close(image(row) - origin, row @ W):
             return None
-    W = W if _is_conv1d(layer) else W.mT
+    W = W if is_conv1d(layer) else W.mT
     return stored if _close(W, stored, 4 * torch.finfo(stored.dtype).eps) else W
 
 
@@ -220,7 +232,7 @@ def _inputs(layer: nn.Module, stored: Tensor) -> Iterator[Tensor]:
         yield _random((1, layer.in_channels, *size), stored)
         yield _random((1, *size, layer.in_channels), stored)
     else:
-        n = stored.shape[0] if _is_conv1d(layer) else stored.shape[1]
+        n = stored.shape[0] if is_conv1d(layer) else stored.shape[1]
         yield _random((1, n), stored)
         yield _random((1, 1, n), stored)
 
@@ -253,7 +265,7 @@ class _Record(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self.calls: list[_Call] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -285,7 +297,7 @@ class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _run(
     layer: nn.Module, x: Tensor, stored: Tensor
-) -> tuple[list[tuple[str, Tensor, Tensor, Tensor]], Tensor]:
+) -> tuple[list[_Call], Tensor]:
     """The products of a forward pass of a copy without a bias, and the output."""
     twin = _copy(layer, {})
     if "weight" in vars(twin):  # computed by a hook of the layer
@@ -293,7 +305,10 @@ def _run(
     if isinstance(bias := twin._parameters.get("bias"), Tensor):
         bias.data.zero_()
     record = _Record()
-    with record, _Alone():  # type: ignore[no-untyped-call]
+    # To enter such a mode takes seconds at first, as torch then imports its compiler.
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    alone: Any = _Alone() if together else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+    with record, alone:
         y = type(layer).forward(twin, x)
     if isinstance(y, tuple | list):  # the product itself may be one of several
         outputs = [one for one in y if isinstance(one, Tensor) and one.is_floating_point()]

@@ -174,6 +174,11 @@ def _parts_with_heads(config: _Config, depth: int = 3) -> dict[str, _Config]:
     }
 
 
+def is_conv1d(layer: object) -> bool:
+    """Whether it is a Conv1D of the transformers library, stored as (inputs, outputs)."""
+    return hasattr(layer, "nf") and any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
+
+
 def part(module: Module, name: str) -> object | None:
     """The layer or the parameter of this name; None if there is none."""
     if isinstance(module, Stored):
@@ -205,7 +210,7 @@ def projection(module: Module, name: str) -> Projection:
             raise Unknown(f"`{name}` is not initialised yet: run the model once first")
         shape = layer.out_features, layer.in_features
         found = Projection((layer, "weight"), STORED, shape, adapted)
-    elif isinstance(layer, nn.Module) and type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+    elif isinstance(layer, nn.Module) and is_conv1d(layer):
         assert isinstance(layer.weight, Tensor)
         found = Projection((layer, "weight"), Transposed(), tuple(layer.weight.mT.shape), adapted)
     if found is None:
