@@ -11,7 +11,8 @@ from architectures import of_transformers
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.weights.discover import current, find_weights, heads_of
+from wellcond.weights.discover import find_weights, heads_of
+from wellcond.weights.effective import current
 from wellcond.weights.heads import Attention
 
 Products = dict[str, Tensor]

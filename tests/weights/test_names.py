@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import wellcond as wc
-from wellcond.weights.discover import effective_matrices
+from wellcond.weights.effective import effective_matrices
 from wellcond.weights.names import no_weights, why_no_weight
 from wellcond.weights.reasons import Reason
 

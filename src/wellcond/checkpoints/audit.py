@@ -22,7 +22,7 @@ from wellcond.checkpoints.rows import finding_of_adapter, findings_of, findings_
 from wellcond.checkpoints.sources import Source, source_of
 from wellcond.text import and_more, of_modules, versions
 from wellcond.weights.adapters import Adapter
-from wellcond.weights.discover import current
+from wellcond.weights.effective import current
 from wellcond.weights.heads import Attention
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped

@@ -82,8 +82,8 @@ class Finding:
         entries: of the parameter, how many it stands for.
         inner: of a product of two factors, as of a head, over how many dimensions it goes, of which
             nu counts no more; 0 of others.
-        largest_entry: max |w|, of real and imaginary parts; float16 holds up to 65504. This and the next two are nan of what is
-            no stored matrix, as a convolution as it acts.
+        largest_entry: max |w|, of real and imaginary parts; float16 holds up to 65504. This and the
+            next two are nan of what is no stored matrix, as a convolution as it acts.
         subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
             digits, and hardware may take them for zero.
         float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.

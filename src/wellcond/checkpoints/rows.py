@@ -47,7 +47,7 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
         if one.geometry is not None:
             row = _acting(one.name, tensor.detach().cpu(), one.geometry)
             alone = "without its adapter" if one.adapters else ""
-            found.append(replace(row, detail=joined(row.detail, alone)))
+            found.append(replace(row, detail=joined(row.detail, one.note, alone)))
             continue
         blank = Finding(one.name, view, tuple(S.shape), _dtype(S))
         try:

@@ -19,7 +19,8 @@ from wellcond.weights.adapters import (
     setting_of_model,
     weight_of,
 )
-from wellcond.weights.discover import current, effective_matrices, heads_of, unwrapped
+from wellcond.weights.discover import heads_of, unwrapped
+from wellcond.weights.effective import current, effective_matrices
 from wellcond.weights.heads import Attention, Value, heads_by_name
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped

@@ -95,8 +95,8 @@ def certify(S: Tensor) -> Certificate:
         A `Certificate`, always with enclosures; `certified` tells whether that of kappa is bounded.
 
     Raises:
-        ValueError: not exactly two dimensions, no entries, or an entry that is NaN or infinite; S is a
-            meta tensor.
+        ValueError: not exactly two dimensions, no entries, an entry that is NaN or infinite, or S
+            is a meta tensor.
         TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:

@@ -17,8 +17,8 @@ def check_matrices(S: Tensor) -> None:
     if holds_codes(S):
         raise TypeError(
             f"`S` must hold real or complex floating-point values, got {S.dtype}, which holds "
-            "codes. Dequantise it first: apply the scales that belong to it. Only if the entries are "
-            "the values themselves, convert it: S.double()."
+            "codes. Dequantise it first: apply the scales that belong to it. Only if the entries "
+            "are the values themselves, convert it: S.double()."
         )
     if S.layout != torch.strided:
         raise TypeError(f"`S` must be dense, got the layout {S.layout}. Give S.to_dense().")

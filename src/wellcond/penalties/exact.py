@@ -160,8 +160,8 @@ def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
         A new tensor, the shape and dtype of S; computed in float64 from a full SVD.
 
     Raises:
-        ValueError: a negative or infinite step, fewer than two dimensions, no entries, an entry that
-            is NaN or infinite, or S is a meta tensor.
+        ValueError: a negative or infinite step, fewer than two dimensions, no entries, an entry
+            that is NaN or infinite, or S is a meta tensor.
         TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:

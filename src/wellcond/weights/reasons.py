@@ -23,6 +23,7 @@ class Reason(enum.Enum):
     uninitialised = "not initialised yet: run the model once first"
     not_real = "not real floating point"
     complex = "complex: it is measured, but not repaired"
+    codes = "codes, which mean nothing without their scales: dequantise first"
     packed = "not real floating point, packed or quantised perhaps, or no weight"
     quantised = "quantised: it can be measured only after it is dequantised"
     perhaps_codes = "perhaps quantised: a scale that fits its shape is stored beside it"
@@ -30,6 +31,9 @@ class Reason(enum.Enum):
     not_dense = "not a dense tensor"
     replaced = "not what acts: PEFT has put a trained copy in its place"
     factor = "a factor of an adapter, which acts as a product: merge it first"
+    component = "a part, from which the weight that acts is computed"
+    uncomputed = "computed before each forward pass, in a way that is not known"
+    scripted = "of a TorchScript program, whose layers have no classes: use the eager model"
     parametrized = "parametrized: what is stored is not the matrix that acts"
     slice = "a slice of a tensor that is split over several files, which must be joined first"
     flat = "a flat parameter of FSDP, which holds all weights of a unit end to end"
@@ -50,7 +54,10 @@ class Reason(enum.Enum):
     @property
     def no_matrix(self) -> bool:
         """Whether this is no matrix at all, and so nothing that a report could lack."""
-        return self in (Reason.number, Reason.vector, Reason.empty, Reason.dimensions)
+        return self in (
+            *(Reason.number, Reason.vector, Reason.empty, Reason.dimensions),
+            Reason.component,  # what is computed from it counts
+        )
 
     @property
     def by_name(self) -> bool:
