@@ -35,6 +35,10 @@ class Reason(enum.Enum):
     regularizer = "the state of a Regularizer"
     trainer = "the state of a trainer"
     no_tensors = "a file without tensors"
+    objects = "not read, because to load them could run code"
+    torchao = "quantised by torchao"
+    tensor_class = "a tensor of a class that is not loaded"
+    slice = "a slice of a tensor that is sharded over processes"
     program = "a file that holds more than tensors"
     frozen = "frozen: requires_grad is False"
     excluded = "left out by a pattern"
@@ -44,6 +48,14 @@ class Reason(enum.Enum):
     def no_matrix(self) -> bool:
         """Whether this is no matrix at all, and so nothing that a report could lack."""
         return self in (Reason.number, Reason.vector, Reason.empty, Reason.dimensions)
+
+    @property
+    def no_tensor(self) -> bool:
+        """Whether it is about no tensor, but a file or the state of a trainer."""
+        return self in (
+            *(Reason.beside, Reason.optimizer, Reason.regularizer, Reason.trainer),
+            *(Reason.no_tensors, Reason.program, Reason.objects),
+        )
 
 
 @dataclass(frozen=True)
