@@ -522,7 +522,9 @@ def test_json_has_the_documented_schema_and_is_strict(troubled: nn.Module, tmp_p
 
     content = json.loads(text, parse_constant=refuse)
     assert content["schema"] == 1
-    assert set(content) == {"schema", "source", "findings", "coverage", "versions"}
+    assert set(content) == {
+        *("schema", "source", "findings", "coverage", "not_finite", "versions"),
+    }
     assert set(content["coverage"]) == {"measured", "failed", "skipped", "parameter_share"}
     assert content["coverage"]["skipped"] == [
         {"name": "fine.bias", "reason": "not a matrix: a vector"}

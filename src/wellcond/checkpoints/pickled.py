@@ -14,8 +14,9 @@ import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.checkpoints.archive import can_be_mapped, check_pickle, refresh_checksums
+from wellcond.checkpoints.finite import pieces_of
 from wellcond.checkpoints.foreign import Foreign, ForeignTensor, Inert, load_inert
 from wellcond.checkpoints.nested import tensors_in
 from wellcond.checkpoints.overlaps import repeats, shared_memory, span
@@ -87,6 +89,20 @@ class Pickled(TensorFile):
         tensor = self._same(name, self._tensors).detach()
         self._read += tensor.nbytes
         return self._copied(name, tensor) if self._mapped else tensor
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        if not self._mapped:
+            yield from pieces_of(self._same(name, self._tensors).detach())
+            return
+        for number in count():
+            if self._read > _RESIDENT:
+                self._open()
+            tensor = self._same(name, self._tensors).detach()
+            piece = next(islice(pieces_of(tensor), number, None), None)
+            if piece is None:
+                return
+            self._read += piece.nbytes
+            yield self._copied(name, piece)
 
     def _same(self, name: str, tensors: Mapping[str, Tensor | ForeignTensor]) -> Tensor:
         """The tensor; raises if the file was replaced by another since it was opened first."""

@@ -41,7 +41,7 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
         tensor = one.read()
         views = one.views(tensor)
     except Exception as error:  # whatever it is, the other weights are still to be measured
-        return [Finding(one.name, "", (0, 0), "", status=Status.failed, detail=_in_words(error))]
+        return [failed(one.name, error)]
     found = []
     for view, S in views.items():
         if one.geometry is not None:
@@ -58,6 +58,11 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
     if one.adapters:
         found += _merged(one, tensor.detach().cpu(), certify, all_values)
     return found
+
+
+def failed(name: str, error: Exception) -> Finding:
+    """The row of a tensor that cannot be read or measured."""
+    return Finding(name, "", (0, 0), "", status=Status.failed, detail=_in_words(error))
 
 
 def _merged(one: Matrices, W: Tensor, certify: bool, all_values: bool) -> list[Finding]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from wellcond.checkpoints.files import Checkpoint
+from wellcond.checkpoints.finite import Pieces, pieces_of
 from wellcond.text import and_more
 from wellcond.weights.adapters import (
     Adapter,
@@ -35,6 +36,7 @@ class Source:
         matrices: one a tensor.
         skipped: what is no weight, and why.
         parameters: how many entries all parameters have.
+        tensors: the entries of every tensor that may have floating point ones, by its name.
         heads: finds the heads of attention, and says how to read what they rest on.
         failed: what cannot be read, and why.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
@@ -46,6 +48,7 @@ class Source:
     matrices: list[Matrices]
     skipped: dict[str, Skipped]
     parameters: int
+    tensors: dict[str, Pieces]
     heads: Callable[[], tuple[list[Attention], Value]]
     failed: dict[str, str] = field(default_factory=dict)
     adapters: list[tuple[str, Adapter]] = field(default_factory=list)
@@ -96,7 +99,12 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         if one.name.startswith(tuple(copied)):
             skipped[one.name] = Skipped(Reason.replaced)
     found = Source(
-        type(model).__name__, matrices, skipped, total, lambda: (heads_of(model), current)
+        type(model).__name__,
+        matrices,
+        skipped,
+        total,
+        _searchable(model),
+        lambda: (heads_of(model), current),
     )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
@@ -108,9 +116,32 @@ def _of_file(file: Checkpoint) -> Source:
     matrices = list(file.matrices())
     heads = partial(_heads_in, file, matrices)
     found = Source(
-        str(file.path), matrices, file.skipped(), file.parameters, heads, dict(file.damaged)
+        str(file.path),
+        matrices,
+        file.skipped(),
+        file.parameters,
+        searchable(file),
+        heads,
+        dict(file.damaged),
     )
     return _with_adapters(found, adapters_in(file))
+
+
+def _searchable(model: nn.Module) -> dict[str, Pieces]:
+    """The parameters and buffers that may hold NaN: those with values, of no other class."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    plain = {n: t for n, t in tensors.items() if type(t) in (Tensor, nn.Parameter, nn.Buffer)}
+    return {name: partial(pieces_of, tensor.detach()) for name, tensor in plain.items()}
+
+
+def searchable(file: Checkpoint) -> dict[str, Pieces]:
+    """The tensors of a file that may hold NaN: of one under several names the first."""
+    repeated = (Reason.same, Reason.part)
+    return {
+        name: partial(owner.pieces, entry.name)
+        for name, (owner, entry) in file.where.items()
+        if not (entry.skipped is not None and entry.skipped.reason in repeated)
+    }
 
 
 def adapters_in(file: Checkpoint) -> list[Adapter]:
