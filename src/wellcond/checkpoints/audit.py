@@ -190,14 +190,24 @@ def audit(
         why = f"{sums[0].label}: {sums[0].explanation}"
         raise ValueError(f"With `base` no sum of {source.name} can be measured ({why}).")
     findings.sort(key=sort_key)
+    _find_curves(findings, where, curves)
+    return AuditReport(findings, coverage, source.name, versions(), not_finite)
+
+
+def _find_curves(findings: list[Finding], where: Mapping[int, Matrices], curves: int) -> None:
+    """Gives all singular values to the first findings that lack them; reads each tensor once."""
+    lacking: dict[int, dict[str, int]] = {}
     for index, finding in enumerate(findings[:curves]):
         known = finding.singular_values or finding.grade is Grade.bounded
         if finding.measured and not known:
-            # None of these if it cannot be read or measured again.
-            again = findings_of(where[id(finding)], certify=False, all_values=True)
-            values = [other.singular_values for other in again if other.view == finding.view]
-            findings[index] = replace(finding, singular_values=values[0] if values else ())
-    return AuditReport(findings, coverage, source.name, versions(), not_finite)
+            lacking.setdefault(id(where[id(finding)]), {})[finding.view] = index
+    tensors = {id(one): one for one in where.values()}
+    for key, indices in lacking.items():
+        # None of these if it cannot be read or measured again.
+        for again in findings_of(tensors[key], certify=False, all_values=True, only=indices):
+            if again.view in indices:
+                index, values = indices[again.view], again.singular_values
+                findings[index] = replace(findings[index], singular_values=values)
 
 
 def patterns(given: str | Sequence[str]) -> Sequence[str]:

@@ -94,8 +94,10 @@ class AuditReport(_Document):
     def table(self, top: int | None = None) -> str:
         """The findings as text, the worst `top` of them or 1,000, with what they cover."""
         worst = self.findings[: top or _ROWS]
-        headers = headers_of(worst)
-        cells = map(cells_of, worst)
+        # One of which not even the shape is known has a remark alone.
+        known = [finding for finding in worst if finding.shape != (0, 0)]
+        headers = headers_of(known)
+        cells = map(cells_of, known)
         text = text_table(headers, ([row[name] for name in headers] for row in cells))
         if len(worst) < len(self.findings):
             more = len(self.findings) - len(worst)
@@ -157,7 +159,7 @@ class AuditReport(_Document):
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a finding, columns as in the JSON; written to path."""
         plain = [finding.to_dict() for finding in self.findings]
-        columns = [key for key in plain[0] if key != "certificate"]
+        columns = [key for key in Finding("", "", (0, 0), "").to_dict() if key != "certificate"]
         ends = [f"{key}_{end}" for key in _ENCLOSED for end in ("lower", "upper")]
         for row in plain:
             enclosures = row.pop("certificate", {})
@@ -289,7 +291,8 @@ class Comparison(_Document):
             row["ratio"] = pair.ratio if pair.before and pair.after else None
             row["note"] = self.notes.get(pair.label, "")
             rows.append(row)
-        return written(_csv(list(rows[0]), rows), path)
+        both = [f"{key}_{when}" for when in ("before", "after") for key in (*_SIDE, "shape")]
+        return written(_csv(["weight", *both, "ratio", "note"], rows), path)
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from wellcond.checkpoints.files import Checkpoint
 from wellcond.checkpoints.finite import Pieces, pieces_of
@@ -95,9 +96,12 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
         and not getattr(module, "disable_adapters", False)
     ]
+    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     for one in matrices:
         if one.name.startswith(tuple(copied)):
             skipped[one.name] = Skipped(Reason.replaced)
+        if one.name in empty:
+            skipped[one.name] = Skipped(Reason.no_values)
     found = Source(
         type(model).__name__,
         matrices,
@@ -106,7 +110,8 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         _searchable(model),
         lambda: (heads_of(model), current),
     )
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {n: p for n, p in model.named_parameters() if not is_lazy(p)}
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return _with_adapters(found, find_adapters(read, shapes, setting_of_model(model)))

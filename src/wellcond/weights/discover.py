@@ -277,7 +277,8 @@ def effective_matrices(
     for name, skipped in found.others.items():
         if skipped.reason is not Reason.parametrized:
             rest[name] = skipped
-            total += parameters[name].numel()
+            if skipped.reason is not Reason.uninitialised:
+                total += parameters[name].numel()
     for prefix, module in model.named_modules():
         for attribute in getattr(module, "parametrizations", ()):
             name = f"{prefix}.{attribute}".lstrip(".")
