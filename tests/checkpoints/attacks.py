@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from corpus import Sample, records, saved, zipped
+from corpus import CODES, Sample, records, saved, zipped
 
 _START = b"\x80\x02"
 
@@ -60,6 +60,20 @@ def torch_file(content: Any) -> Sample:
 def safetensors(header: bytes, payload: bytes = b"") -> Sample:
     data = struct.pack("<Q", len(header)) + header + payload
     return Sample("a.safetensors", {"a.safetensors": data})
+
+
+def beside_weights(pickled: bytes, where: str) -> Sample:
+    """A file of torch.save with what a pickle makes beside its weights."""
+    around = {
+        "as an object": (b"", b""),
+        "as a key": (b"}", b"K\x01s"),
+        "as a state": (call(b"some\nClass"), b"b"),
+        "to be appended to": (b"", b"(K\x01e"),
+    }
+    before, after = around[where]
+    mark = b"X\x06\x00\x00\x00marker"
+    content = {"w": torch.diag(torch.tensor([9.0, 1.0])), "x": "marker"}
+    return edited(content, mark, before + pickled + after, False)
 
 
 def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
@@ -168,6 +182,25 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
         ),
         "an index of numbers": refused(
             lambda: Sample("", {"a.safetensors.index.json": b'{"weight_map": {"w": 1}}'})
+        ),
+        **{
+            f"code {number}, {where}": ("00", lambda c=code, w=where: beside_weights(c, w))
+            for number, code in enumerate(CODES)
+            for where in ("as an object", "as a key", "as a state", "to be appended to")
+        },
+        "shared lists in a state": refused(
+            beside_weights, doubled(b"]", b"](%s%se", 40), "as a state"
+        ),
+        "a foreign tensor from nothing": refused(
+            beside_weights,
+            call(
+                b"torch._tensor\n_rebuild_from_type_v2",
+                b"ctorch._utils\n_rebuild_wrapper_subclass\n",
+                b"ca\nB\n",
+                b"(ca\nB\nctorch\nfloat32\n" + huge + b"\x85tR",
+                b"N",
+            ),
+            "as an object",
         ),
         "odd names": ("00", lambda: torch_file({name: torch.eye(2) + 0.5 for name in names})),
     }

@@ -3,13 +3,12 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import wellcond as wc
 from wellcond.checkpoints.files import Checkpoint
@@ -181,35 +180,3 @@ def test_flat_parameters_are_called_that(tmp_path: Path) -> None:
     torch.save({"layer._flat_param": drawn(40), "flat_param": drawn(4, 10)}, tmp_path / "a.pt")
     skipped = Checkpoint(tmp_path / "a.pt").skipped()
     assert {why.reason for why in skipped.values()} == {Reason.flat}
-
-
-def test_a_tensor_that_is_distributed_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its shape is that of the whole, and its memory that of a part."""
-    from wellcond.checkpoints import pickled
-
-    torch.save({"w": drawn(4, 3), "v": drawn(3, 3)}, tmp_path / "a.pt")
-    load: Any = pickled._load
-
-    def with_a_shard(path: Path, mapped: bool) -> Any:
-        content = load(path, mapped)
-        content["w"]._local_tensor = content["w"][:2]
-        return content
-
-    monkeypatch.setattr(pickled, "_load", with_a_shard)
-    report = wc.audit(tmp_path / "a.pt")
-    assert [f.name for f in report.findings] == ["v"]
-    assert "full_tensor()" in str(report.coverage.skipped["w"])
-
-
-def test_a_file_of_distributed_tensors_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("``torch.distributed.tensor`` must be imported to load DTensors")
-
-    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "a.pt")
-    monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(ValueError, match=r"holds DTensors.*full_tensor"):
-        wc.audit(tmp_path / "a.pt")

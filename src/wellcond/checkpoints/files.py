@@ -52,7 +52,8 @@ class Checkpoint:
     """The tensors of a file, of a sharded file, or of all files of a directory.
 
     Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
-    those that are damaged are in `damaged`, with the reason.
+    those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name, of
+    which `where` has the last, and `slices` all.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -74,7 +75,7 @@ class Checkpoint:
         ]
         self.where: dict[str, tuple[TensorFile, Entry]] = {}
         self.overlapping: list[tuple[str, str]] = []
-        self._slices: dict[str, list[Entry]] = {}
+        self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
         repeated = (
             repeated_in_shards({name: file.entries for name, file in self.files.items()})
             if self.index is None
@@ -116,10 +117,11 @@ class Checkpoint:
 
     def _add_slice(self, name: str, file: TensorFile, entry: Entry) -> None:
         """Slices of one tensor have one name, by which they are left out together."""
-        slices = self._slices.setdefault(name, [])
-        slices.append(entry)
-        if all(one.offsets is not None for one in slices):
-            entry = replace(entry, skipped=slice_at([one.offsets or () for one in slices]))
+        slices = self.slices.setdefault(name, [])
+        slices.append((file, entry))
+        offsets = [one.offsets for _, one in slices if one.offsets is not None]
+        if len(offsets) == len(slices):
+            entry = replace(entry, skipped=slice_at(offsets))
         self.where[name] = file, entry
 
     def _begins_with_codes(self, name: str) -> bool:
@@ -238,7 +240,7 @@ class Checkpoint:
         for name, (_, entry) in self.where.items():
             reason = None if entry.skipped is None else entry.skipped.reason
             if reason is Reason.slice:
-                total += sum(entries(one.shape) for one in self._slices[name])
+                total += sum(entries(one.shape) for _, one in self.slices[name])
             elif _holds_codes(name, entry):
                 total += logical_entries(name, self._kinds, self._read_small, config)
             elif entry.parameter and reason is not Reason.constant:

@@ -267,7 +267,8 @@ class Coverage:
 
     def __str__(self) -> str:
         left_out = {n: why for n, why in self.skipped.items() if not why.reason.no_matrix}
-        matrices = self.measured + self.failed + len(left_out)
+        lacking = sum(not why.reason.no_tensor for why in left_out.values())
+        matrices = self.measured + self.failed + lacking
         text = f"{self.measured} of {matrices} matrices, {100 * self.parameter_share:.1f} % of "
         text += "the parameters"
         if self.failed:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.audit import chosen
+from wellcond.checkpoints.audit import chosen, patterns
 from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
+from wellcond.checkpoints.finite import NotFinite, in_words, not_finite_in, to_list
 from wellcond.checkpoints.progress import Counter, Told, work_of
-from wellcond.checkpoints.sources import adapters_in
+from wellcond.checkpoints.sources import adapters_in, searchable
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import shares_memory
@@ -70,12 +71,14 @@ class RepairReport:
         skipped: everything else, copied byte for byte, and why.
         max_condition: the limit.
         versions: of wellcond, torch and Python.
+        not_finite: what was copied with NaN or infinity in it, by name; see `AuditReport`.
     """
 
     repairs: list[Repair]
     skipped: dict[str, Skipped]
     max_condition: float
     versions: dict[str, str]
+    not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[Repair]:
@@ -105,7 +108,8 @@ class RepairReport:
             text += f"{and_more(noted, 3)}: {note}\n"
         obeyed = len(self.repairs) - len(self.changed)
         text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
-        return f"{text}they were; {len(self.skipped)} other tensors copied\n"
+        text += f"they were; {len(self.skipped)} other tensors copied\n"
+        return f"{text}{in_words(self.not_finite)}\n" if self.not_finite else text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan."""
@@ -114,6 +118,7 @@ class RepairReport:
             "max_condition": self.max_condition,
             "repairs": [asdict(repair) for repair in self.repairs],
             "skipped": [{"name": n, "reason": str(why)} for n, why in self.skipped.items()],
+            "not_finite": to_list(self.not_finite),
             "versions": self.versions,
         }
 
@@ -130,8 +135,8 @@ def repair(
     path_out: str | os.PathLike[str],
     max_condition: float,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     progress: Told | None = None,
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
@@ -156,8 +161,8 @@ def repair(
         path_out: a file of the same format that is not there yet; of a directory or a sharded
             checkpoint a directory, outside of the one that is read.
         max_condition: K, at least 1.
-        include: patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
-        exclude: patterns of names to leave alone.
+        include: a pattern (`fnmatch.fnmatchcase`) or several, of names to repair; all if empty.
+        exclude: a pattern or several, of names to leave alone.
         progress: called with a `Progress` before each tensor is read: its name, its number, how
             many there are, and about how long the rest will take. `print` will do.
 
@@ -182,6 +187,7 @@ def repair(
         True
     """
     check_limit(max_condition)
+    include, exclude = patterns(include), patterns(exclude)
     _check_output(Path(path_in), Path(path_out))
     checkpoint = Checkpoint(path_in)
     for name, reason in checkpoint.damaged.items():
@@ -232,7 +238,9 @@ def repair(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
                 f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
-    return RepairReport(repairs, skipped, float(max_condition), versions())
+    others = {name: read for name, read in searchable(checkpoint).items() if name not in wanted}
+    not_finite, _ = not_finite_in(others)
+    return RepairReport(repairs, skipped, float(max_condition), versions(), not_finite)
 
 
 def _limit_all(

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ _HEADER = 32 << 20
 _END = 1 << 63
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS |= {"C64": "complex64"}
+# What is not measured, but may hold NaN; of torch before 2.7 not all.
+_OTHER_FLOATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_OTHER_FLOATS |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
+_OTHER_FLOATS |= {"F8_E8M0": "float8_e8m0fnu"}
+_PIECE = 16 << 20  # bytes
 
 
 class _DamagedError(ValueError):
@@ -105,6 +110,7 @@ class Safetensors(TensorFile):
                 f"{path} must be a whole safetensors file, but: {what}. It may be truncated or "
                 "damaged: compare its size with the original's, or fetch it again."
             ) from None
+        self._written = {n: entry["dtype"] for n, entry in header.items() if n != "__metadata__"}
         self._offsets = {
             name: [8 + length + offset for offset in entry["data_offsets"]]
             for name, entry in header.items()
@@ -144,6 +150,18 @@ class Safetensors(TensorFile):
             if file.readinto(buffer) != len(buffer):
                 raise UnreadableError(f"{self.path} has become shorter while it was read.")
         return torch.frombuffer(buffer, dtype=getattr(torch, self.entries[name].dtype))
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        dtype = getattr(torch, (_FLOATS | _OTHER_FLOATS).get(self._written[name], ""), None)
+        start, stop = self._offsets[name]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            while dtype is not None and start < stop:
+                buffer = bytearray(min(_PIECE, stop - start))
+                if file.readinto(buffer) != len(buffer):
+                    raise UnreadableError(f"{self.path} has become shorter while it was read.")
+                yield torch.frombuffer(buffer, dtype=dtype)
+                start += len(buffer)
 
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         shutil.copyfile(self.path, target)

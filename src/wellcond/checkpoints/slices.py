@@ -22,9 +22,6 @@ _DIMENSIONS = 64
 _SHARD = re.compile(r"\d{5}-of-(\d{5})")
 
 OF_RANK = Skipped(Reason.slice, "join the ranks with the tool that wrote them")
-LOCAL_SHARD = Skipped(
-    Reason.slice, "a DTensor, of which a file has one shard: save its full_tensor()"
-)
 REPEATED = Skipped(Reason.slice, "several shards hold it, and no index says which one is meant")
 
 Offsets = tuple[int, ...]
@@ -48,6 +45,11 @@ def saved_offsets(metadata: Mapping[str, str]) -> dict[str, Offsets] | None:
         for offsets in found.values()
     )
     return found if known else None
+
+
+def local_shard(kind: str) -> Skipped:
+    """Why a tensor of a distributed class, of which a file has the part of one process, is none."""
+    return Skipped(Reason.slice, f"a {kind}: save its full_tensor()")
 
 
 def slice_at(offsets: Sequence[Offsets]) -> Skipped:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from wellcond.checkpoints.finite import pieces_of
 from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -79,6 +80,10 @@ class TensorFile(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str) -> Tensor:
         """The tensor, to be used and let go before the next is read."""
+
+    def pieces(self, name: str) -> Iterable[Tensor]:
+        """The floating point entries of the tensor in parts, none of one without any."""
+        return pieces_of(self.read(name))
 
     @abc.abstractmethod
     def first_row(self, name: str) -> Tensor:

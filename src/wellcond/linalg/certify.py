@@ -61,18 +61,6 @@ class Certificate:
     method: str
     reason: str = ""
 
-    def contradicts(self, measured: float) -> bool:
-        """Whether a measured kappa lies outside, by more than measuring errs.
-
-        That is 1e-6 of kappa, or 1e-12 of sigma_1 in sigma_nu. Then the measurement is wrong.
-        """
-        none = math.isnan(self.condition_number.lower)
-        if none or math.isnan(measured):
-            return none != math.isnan(measured)
-        least, most = 1 / self.condition_number.upper, 1 / self.condition_number.lower
-        found = 1 / measured
-        return not least * (1 - 1e-6) - 1e-12 <= found <= most * (1 + 1e-6) + 1e-12
-
 
 def certify(S: Tensor) -> Certificate:
     """Intervals that contain sigma_1, sigma_nu and kappa of the stored matrix, rounding or not.

@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded
@@ -93,7 +94,7 @@ def effective_matrices(
         aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
         add(name, aliases, source.owner, source.attribute, parameter.detach(), seen[name])
     counts = {
-        name: 0 if part_of(module, attribute) else parameter.numel()
+        name: 0 if part_of(module, attribute) or is_lazy(parameter) else parameter.numel()
         for name, module, attribute, parameter in named_parameters(model)
     }
     total += sum(codes.numel() for _, codes in quantised_weights(model))

@@ -46,6 +46,9 @@ class Reason(enum.Enum):
     regularizer = "the state of a Regularizer"
     trainer = "the state of a trainer"
     no_tensors = "a file without tensors"
+    objects = "not read, because to load them could run code"
+    torchao = "quantised by torchao"
+    tensor_class = "a tensor of a class that is not loaded"
     program = "a file that holds more than tensors"
     frozen = "frozen: requires_grad is False"
     excluded = "left out by a pattern"
@@ -69,6 +72,14 @@ class Reason(enum.Enum):
             Reason.exponentiated,
             Reason.normalisation,
             Reason.perhaps_codes,
+        )
+
+    @property
+    def no_tensor(self) -> bool:
+        """Whether it is about no tensor, but a file or the state of a trainer."""
+        return self in (
+            *(Reason.beside, Reason.optimizer, Reason.regularizer, Reason.trainer),
+            *(Reason.no_tensors, Reason.program, Reason.objects),
         )
 
 
