@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     not_dense = "not a dense tensor"
     replaced = "not what acts: PEFT has put a trained copy in its place"
     factor = "a factor of an adapter, which acts as a product: merge it first"
+    adapter = "a parameter of an adapter that is no LoRA, and no matrix that acts before a merge"
     parametrized = "parametrized: what is stored is not the matrix that acts"
     sharded = "sharded over processes: audit a checkpoint, or a model that is whole"
     same = "the same tensor as another"
