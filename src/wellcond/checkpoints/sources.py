@@ -141,11 +141,11 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     parts = {name for adapter in adapters for name in adapter.parts}
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
     others = _other_adapters(source)
-    for name, one in matrices.items():
-        of = adapted_otherwise(name, others)
-        if of and name.partition(".base_layer.")[0] not in idle:
+    for weight, one in matrices.items():
+        of = adapted_otherwise(weight, others)
+        if of and weight.partition(".base_layer.")[0] not in idle:
             note = joined(one.note, f"what {of} makes of it is not in these numbers")
-            matrices[name] = replace(one, note=note)
+            matrices[weight] = replace(one, note=note)
     for adapter in adapters:
         name = weight_of(adapter, matrices, beside=True)
         source.adapters.append((name or adapter.weight, adapter))

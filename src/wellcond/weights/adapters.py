@@ -167,7 +167,7 @@ def find_adapters(
         if B is None or A is None or not {A, B} <= read.keys():
             continue
         known = setting(module, adapter, shapes[A][0])
-        if alpha in read and math.isnan(known.scale) and not known.unknown:
+        if alpha and alpha in read and math.isnan(known.scale) and not known.unknown:
             known = _setting_of_alpha(read[alpha], shapes[A][0])
         if named:
             why = (
