@@ -673,3 +673,29 @@ def test_a_factor_without_its_other_is_no_weight(name: str, tmp_path: Path) -> N
 def test_names_that_only_look_like_those_of_adapters_are_weights(name: str, tmp_path: Path) -> None:
     save_file({name: entries(4, 7)}, tmp_path / "m.safetensors")
     assert [f.label for f in wc.audit(tmp_path / "m.safetensors").findings] == [name]
+
+
+# As lycoris-lora 4.1.3 writes them.
+LYCORIS = {
+    "LoHa with a core": {"hada_t1": (3, 3, 3, 3), "hada_w1_a": (3, 7), "hada_w1_b": (3, 10)},
+    "LoKr": {"lokr_w1": (6, 4), "lokr_w2": (8, 8)},
+    "GLoRA": {f"{part}.weight": (4, 4) for part in ("a1", "a2", "b1", "b2")},
+    "full": {"diff": (7, 10), "diff_b": (7,)},
+    "diagonal OFT": {"oft_blocks": (12, 4, 4)},
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+@pytest.mark.parametrize("prefix", ["lycoris_q", "lora_unet_down_blocks_0_to_q"])
+def test_what_lycoris_writes_is_no_weight_but_for_pairs(
+    kind: str, prefix: str, tmp_path: Path
+) -> None:
+    tensors = {f"{prefix}.{name}": entries(*shape) for name, shape in LYCORIS[kind].items()}
+    tensors |= {f"{prefix}.alpha": torch.tensor(2.0)}
+    tensors |= {f"{prefix}_k.lora_down.weight": entries(R, N, seed=4)}
+    tensors |= {f"{prefix}_k.lora_up.weight": entries(M, R, seed=5)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    report = wc.audit(tmp_path / "lora.safetensors")
+    assert [f.label for f in report.findings] == [f"{prefix}_k.weight:delta"]
+    with pytest.raises(ValueError, match="must hold a weight matrix, but has none"):
+        wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 2)

@@ -34,6 +34,8 @@ _FACTOR = re.compile(r"(.+)\.lora_([A-Za-z_]+?)(?:\.([^.]+))??(?:\.weight)?")
 _DOWN_UP = re.compile(r"(.+?)(?:\.lora_|[._]lora\.)(down|up|mid)\.weight")
 _BESIDE = re.compile(r"(.+)\.(alpha|dora_scale)")
 _PARTS = {"down": "A", "up": "B"}
+# So begin the names of LyCORIS and of kohya's scripts, whatever the adapter is.
+_FOREIGN = ("lycoris_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_prior_")
 # Types of PEFT whose tensors are pairs of factors.
 _OF_PAIRS = ("", "LORA", "ADALORA")
 # What other adapters call their tensors, where no config names the type.
@@ -221,13 +223,15 @@ def adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[
     names = list(names)
     kind = str(config.get("peft_type") or "").upper()
     found: dict[str, Skipped] = {}
+    factors = _factors(names)
+    paired = {name for parts in factors.values() for name in parts.values()}
     for name in names:
-        if of := _other_adapter(name, kind):
+        if name not in paired and (of := _other_adapter(name, kind)):
             found[name] = Skipped(Reason.adapter, of)
-    for parts in _factors(names).values():
+    for parts in factors.values():
         alone = [parts[part] for part in ("A", "B") if part in parts]
         if len(alone) == 1:
-            found.setdefault(alone[0], Skipped(Reason.factor, "its other factor is not there"))
+            found[alone[0]] = Skipped(Reason.factor, "its other factor is not there")
     return found
 
 
@@ -244,6 +248,8 @@ def _other_adapter(name: str, kind: str) -> str:
     for known, pattern in _OTHER_ADAPTERS.items():
         if any(re.fullmatch(pattern, part) for part in parts):
             return known
+    if name.startswith(_FOREIGN) and len(parts) > 1:
+        return "LyCORIS"
     if kind in _OF_PAIRS:
         return ""
     # PEFT begins the names of a type's parameters with the type, and saves trained copies of whole
