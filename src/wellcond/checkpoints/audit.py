@@ -327,6 +327,7 @@ def _rows_of(attention: Attention) -> dict[str, tuple[str, ...]]:
 
 def _nothing(source: str, findings: list[Finding], skipped: dict[str, Skipped]) -> str:
     reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
-    reasons += [f"{name}: {why}" for name, why in skipped.items()]
+    others = sorted(skipped.items(), key=lambda item: item[1].reason.no_matrix)
+    reasons += [f"{name}: {why}" for name, why in others]
     listed = and_more(reasons, separator="; ") if reasons else "it is empty"
     return f"{source} must hold a weight matrix that can be measured, but has none ({listed})."

@@ -34,6 +34,7 @@ class Reason(enum.Enum):
     component = "a part, from which the weight that acts is computed"
     uncomputed = "computed before each forward pass, in a way that is not known"
     scripted = "of a TorchScript program, whose layers have no classes: use the eager model"
+    adapter = "a parameter of an adapter that is no LoRA, and no matrix that acts before a merge"
     parametrized = "parametrized: what is stored is not the matrix that acts"
     slice = "a slice of a tensor that is split over several files, which must be joined first"
     flat = "a flat parameter of FSDP, which holds all weights of a unit end to end"
