@@ -237,6 +237,20 @@ def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
         assert "a rotation by position, if there is one" in rows[f"{name}:qk1"].detail
 
 
+@pytest.mark.parametrize(("kind", "known"), [("gpt_neox", True), ("mine", False), ("", False)])
+def test_heads_of_an_order_that_is_not_known_are_not_claimed(
+    tmp_path: Path, kind: str, known: bool
+) -> None:
+    content = {"a.query_key_value.weight": torch.randn(36, 12), "a.dense.weight": torch.eye(12)}
+    torch.save(content, tmp_path / "model.pt")
+    config = {"model_type": kind, "num_attention_heads": 3, "hidden_size": 12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = {f.label: f for f in wc.audit(tmp_path, heads=True).findings}
+    assert ("a:qk0" in rows) == known
+    if not known:
+        assert "no known class or model_type" in rows["a:heads"].detail
+
+
 def test_comparisons_pair_heads() -> None:
     first, second = (wc.audit(made(), heads=True) for _ in range(2))
     labels = [label for label, _, _ in wc.compare(first, second).pairs]

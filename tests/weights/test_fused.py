@@ -85,6 +85,11 @@ CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
     ),
     "GPTBigCode, no config": ({"c_attn.weight": (20, 12), "c_proj.weight": (12, 12)}, {}, WHOLE),
     "NeoX": ({"a.query_key_value.weight": (36, 12), "a.dense.weight": (12, 12)}, {}, WHOLE),
+    "Bloom, all heads": (
+        {"a.query_key_value.weight": (36, 12), "a.dense.weight": (12, 12)},
+        {"model_type": "bloom"},
+        WHOLE,
+    ),
     "Falcon": (
         {"a.query_key_value.weight": (20, 12), "a.dense.weight": (12, 12)},
         {"multi_query": True},

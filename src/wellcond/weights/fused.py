@@ -39,13 +39,13 @@ _QKV = {
     "Wqkv": ("out_proj", "Wo"),
     "in_proj_weight": ("out_proj",),
 }
-# Others have such names too, with rows by head, or by channel as in EDM. These classes and models
-# have query, key and value one after the other.
-_ANY_ORDER = ("qkv", "qkv_proj")
+# Of these names rows are in any order: by head, by channel as in EDM, or one part after the other.
+# Known are classes and models with `qkv` and `qkv_proj` part after part, `query_key_value` by head.
+_ANY_ORDER = ("qkv", "qkv_proj", "query_key_value")
 _LIBRARIES = ("timm", "torchvision", "transformers")
 _MODEL_TYPES = re.compile(
-    r"(blip(_2)?|cohere_compass|deepseek_ocr2|dots3_note|ernie4_5_vl_moe|exaone4_5|florence2?"
-    r"|glm(4v|4v_moe|5_next|_image|_ocr)|got_ocr2|hiera|instructblip(video)?|mgp_str|phi3"
+    r"(blip(_2)?|bloom|cohere_compass|deepseek_ocr2|dots3_note|ernie4_5_vl_moe|exaone4_5|falcon"
+    r"|florence2?|gpt_neox(_japanese)?|persimmon|refinedweb(model)?|glm(4v|4v_moe|5_next|_image|_ocr)|got_ocr2|hiera|instructblip(video)?|mgp_str|phi3"
     r"|phi4_multimodal|pp_formulanet|pp_ocrv[56]_(mobile|server|small)_rec|qwen(2|2_5|3)_vl(_moe)?"
     r"|qwen3_5(_moe)?|qwen3_omni_moe|qwen4_exp|sam2?|sam_hq|seggpt|slanext|timesformer"
     r"|unlimited_ocr|vitdet)(_.*)?",
@@ -141,15 +141,16 @@ def _cut(module: Module, name: str, output: str) -> Cut:
     parts = module.path.split(".") if isinstance(module, Stored) else ()
     if any(part in _PERHAPS_HEADS_FIRST for part in parts):
         raise Unknown(f"whether `{name}` is cut head by head is not known")
-    if name in _ANY_ORDER and not _order_is_known(module):
+    shared = said(module, "multi_query")  # one key and one value for all heads
+    grouped = said(module, "new_decoder_architecture")  # of Falcon
+    of_falcon = shared is not None or grouped is not None
+    if name in _ANY_ORDER and not of_falcon and not _order_is_known(module):
         raise Unknown(f"`{name}` is one matrix: no known class or model_type says how it is cut")
     rows = whole.rows
     if name == "c_attn" and has(module, "q_attn"):  # of GPT-2, with keys and values of another
         if rows != 2 * width:
             raise Unknown(f"the {rows} rows of `{name}` are no two blocks of {width}")
         return Cut(name, whole, output, {"k": width, "v": width}, by_head=False)
-    shared = said(module, "multi_query")  # one key and one value for all heads
-    grouped = said(module, "new_decoder_architecture")  # of Falcon
     each, rest = divmod(rows - width, 2)
     equal = each == width and not rest
     if not (equal or ((name in _GROUPED or shared or grouped) and 0 < each < width and not rest)):
@@ -166,14 +167,14 @@ def _cut(module: Module, name: str, output: str) -> Cut:
 
 
 def _order_is_known(module: Module) -> bool:
-    """Whether its class or its config is one that puts query, key and value one after the other."""
+    """Whether its class or its config is one of which the order of rows is known."""
     if not isinstance(module, Stored):
         return any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in type(module).__mro__)
     config = module.said
     if "architecture" in config and "pretrained_cfg" in config:  # of timm
         return True
     parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
-    kinds = (str(part.get("model_type", "")).replace("-", "_") for part in parts)
+    kinds = (str(part.get("model_type", "")).lower().replace("-", "_") for part in parts)
     return any(map(_MODEL_TYPES.fullmatch, kinds))
 
 
