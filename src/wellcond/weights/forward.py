@@ -295,9 +295,7 @@ class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _run(
-    layer: nn.Module, x: Tensor, stored: Tensor
-) -> tuple[list[_Call], Tensor]:
+def _run(layer: nn.Module, x: Tensor, stored: Tensor) -> tuple[list[_Call], Tensor]:
     """The products of a forward pass of a copy without a bias, and the output."""
     twin = _copy(layer, {})
     if "weight" in vars(twin):  # computed by a hook of the layer
