@@ -56,8 +56,10 @@ def audit(
 
     A model is read by its modules: convolution kernels as (out, in/groups * kernel), of several
     groups as one block-diagonal map, attention's in_proj as its three blocks, gates of recurrent
-    cells, parametrized weights by their value. Embeddings and parameters of unknown modules are
-    skipped unless their exact name is included.
+    cells, parametrized weights by their value. So are those that `spectral_norm`, `weight_norm` and
+    `prune` of torch.nn.utils compute; of a layer with a forward of its own it is the weight that
+    the forward hands to the product, found by a forward pass of a copy. Embeddings and parameters
+    of unknown modules are skipped unless their exact name is included.
 
     A file has no classes, so names decide first, then the tensors of the same module, then shapes;
     a guess is called one in its row. Left out by name, and taken by their exact name alone, are

@@ -109,6 +109,8 @@ def effective_matrices(
                 value = value_of(module, attribute)
             except ValueError as error:
                 rest[name] = Skipped(Reason.uncomputed, str(error))
+                stale = vars(module).get(attribute)
+                total += stale.numel() if isinstance(stale, Tensor) else 0
                 continue
             total += value.numel()
             known = views_of(module, attribute, value, fused)
