@@ -74,7 +74,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 _LOUD = 0.5  # a smaller share of the parameters is said even if nobody asks
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
     ".ckpt), or a directory of these"

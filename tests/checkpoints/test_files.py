@@ -234,9 +234,9 @@ def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_unknown_endings_and_empty_directories_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.onnx").write_bytes(b"onnx")
+    (tmp_path / "x.xyz").write_bytes(b"text")
     with pytest.raises(UnreadableError, match="must end in"):
-        Checkpoint(tmp_path / "x.onnx")
+        Checkpoint(tmp_path / "x.xyz")
     with pytest.raises(UnreadableError, match="has none that ends in"):
         Checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not there"):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wellcond.checkpoints.formats import other_folder, other_format
 from wellcond.checkpoints.pickled import Pickled
 from wellcond.checkpoints.safetensors import Safetensors
 from wellcond.checkpoints.slices import (
@@ -40,7 +41,7 @@ from wellcond.weights.names import no_weights
 from wellcond.weights.quantised import logical_entries
 from wellcond.weights.reasons import Reason, Skipped
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
 INDEX = ".index.json"
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 # What names and neighbours say more of than shape and dtype do.
@@ -98,6 +99,9 @@ class Checkpoint:
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
+        empty = not any(entry.matrix for _, entry in self.where.values())
+        if empty and self.path.is_dir() and (other := other_folder(self.path)):
+            raise UnreadableError(other)
         # A head that is tied to an embedding is one, whichever of the names was kept.
         self._called = called = {name: name for name in self.where}
         for name in self.where:
@@ -164,6 +168,8 @@ class Checkpoint:
         if not path.is_dir():
             return [path.name]
         found = _weight_files(path)
+        if {file.name for file in found} <= {"meta.pt"} and (other := other_folder(path)):
+            raise UnreadableError(other)
         if not found:
             raise UnreadableError(
                 f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
@@ -207,15 +213,21 @@ class Checkpoint:
                     )
             if path.suffix == ".safetensors":
                 self.files[name] = Safetensors(path)
-            elif path.suffix in PICKLED or zipfile.is_zipfile(path):
+            elif path.name.endswith(PICKLED):
+                self.files[name] = Pickled(path)
+            elif what := other_format(path):
+                raise UnreadableError(what)
+            elif zipfile.is_zipfile(path):
                 self.files[name] = Pickled(path)
             else:
                 raise UnreadableError(
                     f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."
                 )
-        except (UnreadableError, OSError) as error:
+        except (UnreadableError, OSError) as raised:
+            other = other_format(path) if path.is_file() else ""
+            error = UnreadableError(other) if other else raised
             if alone or self.index is not None:
-                raise
+                raise error from None
             what = str(error).removeprefix(f"{path} ")
             if isinstance(error, OSError):
                 what = f"cannot be read: {error.strerror}"
@@ -354,7 +366,7 @@ def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
 def _weight_files(directory: Path) -> list[Path]:
     files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
     found = [path for path in files if path.suffix == ".safetensors"]
-    return found + [path for path in files if path.suffix in PICKLED]
+    return found + [path for path in files if path.name.endswith(PICKLED)]
 
 
 def _check_regular(path: Path) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from wellcond.checkpoints.archive import can_be_mapped, check_pickle, refresh_checksums
 from wellcond.checkpoints.finite import pieces_of
 from wellcond.checkpoints.foreign import Foreign, ForeignTensor, Inert, load_inert
+from wellcond.checkpoints.formats import ZERO
 from wellcond.checkpoints.nested import tensors_in
 from wellcond.checkpoints.overlaps import repeats, shared_memory, span
 from wellcond.checkpoints.slices import local_shard
@@ -63,6 +64,7 @@ class Pickled(TensorFile):
                 "Save a state dict: torch.save(model.state_dict(), path)."
             )
         self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
+        self._check_placeholders()
         matrices = {
             name: tensor
             for name, tensor in self._tensors.items()
@@ -74,6 +76,19 @@ class Pickled(TensorFile):
         shared, self.overlapping = shared_memory({name: matrices[name] for name in names})
         for name, skipped in shared.items():
             self.entries[name] = replace(self.entries[name], parameter=False, skipped=skipped)
+
+    def _check_placeholders(self) -> None:
+        """Raises if the parameters are empty, as DeepSpeed's ZeRO-3 saves them elsewhere."""
+        groups = self._content.get("param_shapes") if isinstance(self._content, Mapping) else None
+        if not isinstance(groups, list) or not all(isinstance(one, Mapping) for one in groups):
+            return
+        names = [f"module.{name}" for group in groups for name in group if isinstance(name, str)]
+        shapes = [self.entries[name].shape for name in names if name in self.entries]
+        if shapes and all(0 in shape for shape in shapes):
+            raise UnreadableError(
+                f"{self.path} must hold weights, but holds empty tensors in place of them: with "
+                f"DeepSpeed's ZeRO-3 the values lie in the files *_optim_states.pt. {ZERO}."
+            )
 
     def _open(self) -> None:
         self._content: Any = None

@@ -317,7 +317,8 @@ def _check_ending(source: Path, target: Path) -> None:
             )
         return
     same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}
-    if source.is_file() and (target.suffix not in same or target.name.endswith(INDEX)):
+    fits = target.name.endswith(tuple(same)) and not target.name.endswith(INDEX)
+    if source.is_file() and not fits:
         raise ValueError(
             f"`path_out` must end in {' or '.join(sorted(same))}, because the copy has the format "
             f"of {source.name}, but got {target.name}. "
