@@ -19,7 +19,7 @@ Products = dict[str, Tensor]
 
 def dense(attention: Attention) -> Products:
     found = attention.products(current, lambda view: True)
-    return {head.view: S.dense() for head, S in found}
+    return {head.view: S.B @ S.A.mT for head, S in found}
 
 
 def only(model: nn.Module) -> Attention:
