@@ -80,6 +80,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
     """Exit codes of audit and repair, and how to make the file, by what it does."""
     tuples = doubled(b")", b"%s%s\x86", 40)
     short = doubled(b")", b"%s%s\x86", 17)
+    lists = doubled(b"]", b"](%s%se", 40) + b"0" * 41  # off the stack, and still remembered
     small = b"M\x03\x03"
     large, huge = b"M\x20\x4e", b"\x8a\x06\x00\x00\x00\x00\x10\x00"
     one = torch.ones(())
@@ -188,8 +189,23 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
             for number, code in enumerate(CODES)
             for where in ("as an object", "as a key", "as a state", "to be appended to")
         },
-        "shared lists in a state": refused(
-            beside_weights, doubled(b"]", b"](%s%se", 40), "as a state"
+        "shared lists as a state": (
+            "00",
+            lambda: beside_weights(lists + call(b"some\nClass") + get(40) + b"b", "as an object"),
+        ),
+        "shared lists as an attribute": refused(
+            beside_weights,
+            lists + call(b"some\nClass") + b"}" + text(b"a") + get(40) + b"sb",
+            "as an object",
+        ),
+        "shared lists in the name of a tensor": (
+            "00",
+            lambda: beside_weights(
+                lists + b"}" + call(b"some\nClass") + get(40) + b"b]s", "as an object"
+            ),
+        ),
+        "shared lists as an argument": refused(
+            beside_weights, lists + call(b"some\nClass", get(40), get(40)) * 3000, "as an object"
         ),
         "a foreign tensor from nothing": refused(
             beside_weights,

@@ -28,7 +28,7 @@ _DIMENSIONS, _END = 64, 1 << 63
 Storage = Callable[[str, int], torch.UntypedStorage]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Foreign:
     """A class, a function or an object that is not made: what the pickle says of it.
 
@@ -44,6 +44,10 @@ class Foreign:
     items: dict[Any, Any] = field(default_factory=dict)
     elements: list[Any] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """The class alone: what is shared in the state may be written out without end."""
+        return f"<{self.kind}>"
+
     @property
     def name(self) -> str:
         """The last part of `kind`."""
@@ -58,7 +62,7 @@ class Foreign:
         }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ForeignTensor(Foreign):
     """A tensor of a foreign class, or of a layout that is not read: its shape and its dtype."""
 
