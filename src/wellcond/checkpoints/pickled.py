@@ -45,6 +45,8 @@ from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
+# Of tensors that are no plain ones.
+_OF_CLASSES = (Reason.torchao, Reason.tensor_class, Reason.slice)
 _PIPE = 64 << 10  # what a pipe takes at a time, by default
 
 
@@ -112,6 +114,9 @@ class Pickled(TensorFile):
         return self._copied(name, row) if self._mapped else row
 
     def pieces(self, name: str) -> Iterator[Tensor]:
+        skipped = self.entries[name].skipped
+        if skipped is not None and skipped.reason in _OF_CLASSES:  # nothing is read of these
+            return
         if not self._mapped:
             yield from pieces_of(self._same(name, self._tensors).detach())
             return
