@@ -519,3 +519,183 @@ def test_what_a_trained_copy_replaces_does_not_act(tmp_path: Path) -> None:
     assert "base_model.model.score.original_module.weight" not in names
     why = report.coverage.skipped["base_model.model.score.original_module.weight"]
     assert "a trained copy in its place" in str(why)
+
+
+def peft_folder(kind: str, tmp_path: Path) -> tuple[Path, Path]:
+    """An adapter of this type as PEFT saves it, and the whole state dict of the adapted model."""
+    peft = pytest.importorskip("peft")
+    layers = {"target_modules": ["q_proj", "up"], "modules_to_save": ["head"]}
+    configs: dict[str, Any] = {
+        "OFT": lambda: peft.OFTConfig(r=8, oft_block_size=0, **layers),
+        "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, **layers),
+        "VERA": lambda: peft.VeraConfig(r=8, **layers | {"target_modules": ["q_proj"]}),
+        "LOHA": lambda: peft.LoHaConfig(r=4, **layers),
+        "LOKR": lambda: peft.LoKrConfig(r=4, **layers),
+        "RANDLORA": lambda: peft.RandLoraConfig(r=8, **layers),
+        "IA3": lambda: peft.IA3Config(feedforward_modules=["up"], **layers),
+        "HRA": lambda: peft.HRAConfig(**layers),
+        "VBLORA": lambda: peft.VBLoRAConfig(
+            vector_length=32, num_vectors=16, r=4, topk=2, **layers
+        ),
+        "POLY": lambda: peft.PolyConfig(r=4, **layers),
+    }
+    model = nn.Sequential()
+    for name, shape in {"q_proj": (96, 96), "up": (96, 128), "head": (128, 4)}.items():
+        model.add_module(name, nn.Linear(*shape))
+    adapted = peft.get_peft_model(model, configs[kind]())
+    adapted.save_pretrained(tmp_path / "adapter")
+    torch.save(adapted.state_dict(), tmp_path / "whole.pt")
+    return tmp_path / "adapter", tmp_path / "whole.pt"
+
+
+OTHERS = ["OFT", "BOFT", "VERA", "LOHA", "LOKR", "RANDLORA", "IA3", "HRA", "VBLORA", "POLY"]
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_parameters_of_an_adapter_that_is_no_lora_are_no_weights(
+    kind: str, tmp_path: Path
+) -> None:
+    """Neither measured nor repaired nor counted: only the copy of a layer beside them is."""
+    adapter, whole = peft_folder(kind, tmp_path)
+    report = wc.audit(adapter)
+    assert [f.label for f in report.findings] == ["base_model.model.head.weight"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    own = {name for name in tensors if ".head." not in name and tensors[name].ndim > 1}
+    for name in own:
+        assert str(report.coverage.skipped[name]).startswith("a parameter of an adapter"), name
+    total = sum(tensor.numel() for tensor in tensors.values())
+    assert report.coverage.parameter_share == pytest.approx(4 * 128 / total)
+    wc.repair(adapter, tmp_path / "fixed", max_condition=1.01)
+    after = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert all(torch.equal(after[name], tensors[name]) for name in own)
+
+    labels = {finding.label: finding for finding in wc.audit(whole).findings}
+    assert not any(part in label for label in labels for part in ("oft_", "vera", "hada", "lokr"))
+    q_proj = labels["base_model.model.q_proj.base_layer.weight"]
+    assert "makes of it is not in these numbers" in q_proj.detail
+
+
+@pytest.mark.frameworks
+def test_a_live_weight_says_that_an_adapter_changes_it() -> None:
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential()
+    model.add_module("q_proj", nn.Linear(96, 96))
+    adapted = peft.get_peft_model(model, peft.LoHaConfig(r=4, target_modules=["q_proj"]))
+    (row,) = wc.audit(adapted).findings
+    assert row.detail == "what LoHa makes of it is not in these numbers"
+    adapted.merge_adapter()  # the weight is the sum now
+    assert wc.audit(adapted).findings[0].detail == ""
+    adapted.unmerge_adapter()
+    with adapted.disable_adapter():
+        assert wc.audit(adapted).findings[0].detail == ""
+
+
+def test_an_unknown_type_is_known_by_its_config_alone(tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model.q_proj.nova_core": entries(8, 8),
+        "base_model.model.q_proj.nova_map.weight": entries(8, 8),
+        "base_model.model.score.weight": entries(4, 7),
+    }
+    adapter = written(tmp_path / "adapter", tensors, {"peft_type": "NOVA"})
+    report = wc.audit(adapter)
+    assert [f.label for f in report.findings] == ["base_model.model.score.weight"]
+    assert str(report.coverage.skipped["base_model.model.q_proj.nova_core"]).endswith(": NOVA")
+
+
+# What kohya's scripts, LyCORIS and ComfyUI, newer and older versions of diffusers call a pair.
+SPELLINGS = [
+    ("lora_unet_mid_block_to_q.lora_down.weight", "lora_unet_mid_block_to_q.lora_up.weight"),
+    ("unet.mid.attn1.to_q.lora.down.weight", "unet.mid.attn1.to_q.lora.up.weight"),
+    ("mid.attn1.processor.to_q_lora.down.weight", "mid.attn1.processor.to_q_lora.up.weight"),
+    ("transformer.x.to_q.lora_A.weight", "transformer.x.to_q.lora_B.weight"),
+]
+
+
+@pytest.mark.parametrize(("down", "up"), SPELLINGS)
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_a_pair_is_one_change_however_it_is_spelt(
+    down: str, up: str, kernel: tuple[int, ...], tmp_path: Path
+) -> None:
+    A, B = entries(R, N, *kernel, seed=1), entries(M, R, *[1] * len(kernel), seed=2)
+    save_file({down: A, up: B}, tmp_path / "lora.safetensors")
+    (row,) = wc.audit(tmp_path / "lora.safetensors").findings
+    sigma = dense(B.double().flatten(1) @ A.double().flatten(1))
+    assert row.view == "delta"
+    assert row.condition_number == pytest.approx(float(sigma[0] / sigma[R - 1]), rel=1e-9)
+    assert "its scale is not known" in row.detail
+    with pytest.raises(ValueError, match="a factor of an adapter"):
+        wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 2)
+
+
+def test_alpha_beside_a_pair_gives_its_scale(tmp_path: Path) -> None:
+    A, B = entries(R, N, seed=1), entries(M, R, seed=2)
+    pair = {"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": torch.tensor(6.0)}
+    save_file(pair, tmp_path / "lora.safetensors")
+    (row,) = wc.audit(tmp_path / "lora.safetensors").findings
+    assert row.sigma_max == pytest.approx(float(dense(6 / R * B.double() @ A.double())[0]))
+    assert row.detail.endswith("its scale is alpha/r, by the alpha in the file")
+
+
+@pytest.mark.parametrize("strange", [torch.tensor(math.nan), torch.ones(3), torch.tensor(3)])
+def test_an_alpha_that_is_no_number_is_none(strange: Tensor, tmp_path: Path) -> None:
+    A, B = entries(R, N, seed=1), entries(M, R, seed=2)
+    pair = {"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": strange}
+    save_file(pair, tmp_path / "lora.safetensors")
+    (row,) = wc.audit(tmp_path / "lora.safetensors").findings
+    known = strange.dtype == torch.int64
+    assert ("its scale is not known" in row.detail) is not known
+    assert math.isfinite(row.condition_number)
+
+
+@pytest.mark.parametrize("more", ["lora_mid.weight", "dora_scale"])
+def test_what_is_more_than_a_pair_is_not_measured_as_one(more: str, tmp_path: Path) -> None:
+    tensors = {"x.lora_down.weight": entries(R, N), "x.lora_up.weight": entries(M, R)}
+    save_file(tensors | {f"x.{more}": entries(R, R)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"with {more.removesuffix('.weight')} beside A and B"):
+        wc.audit(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("name", ["q.lora_A.weight", "q.lora_up.weight", "q.lora.down.weight"])
+def test_a_factor_without_its_other_is_no_weight(name: str, tmp_path: Path) -> None:
+    save_file({name: entries(R, N), "w.weight": entries(4, 7)}, tmp_path / "lora.safetensors")
+    report = wc.audit(tmp_path / "lora.safetensors")
+    assert [f.label for f in report.findings] == ["w.weight"]
+    assert "its other factor is not there" in str(report.coverage.skipped[name])
+    repaired = wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 1.1)
+    assert [one.label for one in repaired.changed] == ["w.weight"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["road_head.weight", "often.weight", "soft_r.weight", "miss_rate.weight", "hydra.weight"],
+)
+def test_names_that_only_look_like_those_of_adapters_are_weights(name: str, tmp_path: Path) -> None:
+    save_file({name: entries(4, 7)}, tmp_path / "m.safetensors")
+    assert [f.label for f in wc.audit(tmp_path / "m.safetensors").findings] == [name]
+
+
+# As lycoris-lora 4.1.3 writes them.
+LYCORIS = {
+    "LoHa with a core": {"hada_t1": (3, 3, 3, 3), "hada_w1_a": (3, 7), "hada_w1_b": (3, 10)},
+    "LoKr": {"lokr_w1": (6, 4), "lokr_w2": (8, 8)},
+    "GLoRA": {f"{part}.weight": (4, 4) for part in ("a1", "a2", "b1", "b2")},
+    "full": {"diff": (7, 10), "diff_b": (7,)},
+    "diagonal OFT": {"oft_blocks": (12, 4, 4)},
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+@pytest.mark.parametrize("prefix", ["lycoris_q", "lora_unet_down_blocks_0_to_q"])
+def test_what_lycoris_writes_is_no_weight_but_for_pairs(
+    kind: str, prefix: str, tmp_path: Path
+) -> None:
+    tensors = {f"{prefix}.{name}": entries(*shape) for name, shape in LYCORIS[kind].items()}
+    tensors |= {f"{prefix}.alpha": torch.tensor(2.0)}
+    tensors |= {f"{prefix}_k.lora_down.weight": entries(R, N, seed=4)}
+    tensors |= {f"{prefix}_k.lora_up.weight": entries(M, R, seed=5)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    report = wc.audit(tmp_path / "lora.safetensors")
+    assert [f.label for f in report.findings] == [f"{prefix}_k.weight:delta"]
+    with pytest.raises(ValueError, match="must hold a weight matrix, but has none"):
+        wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 2)

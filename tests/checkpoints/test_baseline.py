@@ -116,3 +116,25 @@ def test_what_is_no_baseline_is_exit_code_2(
     assert "must not be given together" in capsys.readouterr().err
     assert main(["audit", str(new), "--max-rise", "3"]) == 2
     assert "--max-rise must come with --baseline" in capsys.readouterr().err
+
+
+def test_a_baseline_of_other_names_for_the_same_weights_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    stacked = {"mlp.experts.gate_up_proj": torch.cat([experts, 2 * experts], dim=1)}
+    stacked["mlp.experts.down_proj"] = experts
+    torch.save(stacked, tmp_path / "stacked.pt")
+    each = {}
+    for i, expert in enumerate(experts):
+        names = (("gate_proj", expert), ("up_proj", 2 * expert), ("down_proj", expert))
+        each |= {f"module.mlp.experts.{i}.{name}.weight": one.clone() for name, one in names}
+    torch.save(each, tmp_path / "each.pt")
+    assert main(["audit", str(tmp_path / "stacked.pt"), "--json"]) == 0
+    (tmp_path / "baseline.json").write_text(capsys.readouterr().out)
+    options = ["--baseline", str(tmp_path / "baseline.json"), "--max-rise", "1.01"]
+    assert main(["audit", str(tmp_path / "each.pt"), *options]) == 0
+    each["module.mlp.experts.1.up_proj.weight"][:, 0] *= 1e-3
+    torch.save(each, tmp_path / "each.pt")
+    assert main(["audit", str(tmp_path / "each.pt"), *options]) == 1
+    assert "in 1 weight: module.mlp.experts.1.up_proj.weight" in capsys.readouterr().err

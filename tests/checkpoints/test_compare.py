@@ -125,6 +125,58 @@ def test_what_may_be_chance_is_not_paired(old: list[str], new: list[str]) -> Non
     assert pair_names(new, old) == Names([])
 
 
+FORMS = [
+    ("m.block_sparse_moe.experts.0.w1.weight", "m.mlp.experts.gate_up_proj:gate:0"),
+    ("m.block_sparse_moe.experts.11.w2.weight", "m.mlp.experts.down_proj:11"),
+    ("m.block_sparse_moe.gate.weight", "m.mlp.gate.weight"),
+    ("m.mlp.experts.3.up_proj.weight", "m.mlp.experts.gate_up_proj:up:3"),
+    ("feed_forward.experts.3.down_proj.weight", "feed_forward.experts.down_proj:3"),
+    ("self_attn.k_proj.weight", "self_attn.qkv_proj.weight:k"),
+    ("mlp.up_proj.weight", "mlp.gate_up_proj.weight:up"),
+    ("module.experts.0.w3.weight", "experts.gate_up_proj:up:0"),  # within a wrapper
+]
+
+
+@pytest.mark.parametrize(("one", "other"), FORMS)
+def test_a_weight_by_itself_and_as_a_part_of_a_stack_is_the_same(one: str, other: str) -> None:
+    for before, after in ((one, other), (other, one)):
+        ((_, old, new),) = pair_names([before, "x.weight"], [after, "y.weight"]).paired
+        assert (old, new) == (before, after)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("experts.0.w1.weight", "experts.gate_up_proj:gate:1"),  # another expert
+        ("experts.0.w1.weight", "experts.gate_up_proj:up:0"),  # w3 is up
+        ("a.q_proj.weight", "b.qkv_proj.weight:q"),
+        ("experts.w1.weight", "experts.gate_up_proj:gate:0"),
+        ("experts.0.w1", "experts.gate_up_proj:gate:0"),
+    ],
+)
+def test_other_parts_are_not_the_same(one: str, other: str) -> None:
+    assert pair_names([one], [other]).paired == []
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_of_experts_equals_itself_as_transformers_writes_it(
+    kind: str, tmp_path: Path
+) -> None:
+    """save_pretrained writes each expert by itself, the state dict of the model holds stacks."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    sizes |= {"num_local_experts": 3, "num_experts": 3, "moe_intermediate_size": 16}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    comparison = wc.compare(wc.audit(tmp_path / "saved"), wc.audit(tmp_path / "whole.pt"))
+    assert len(comparison.pairs) == 15
+    assert all(pair.ratio == 1 for pair in comparison.pairs)
+
+
 def test_a_prefix_is_said(tmp_path: Path) -> None:
     weights = {f"layers.{i}.weight": torch.eye(2) * (i + 1) for i in range(3)}
     before = audit(tmp_path / "a.safetensors", {f"model.{n}": w for n, w in weights.items()})

@@ -258,3 +258,80 @@ def test_every_column_is_explained() -> None:
     assert set(both.columns()) <= set(re.split(r"\s{2,}", both.table().splitlines()[0].strip()))
     assert "κ before" in both.legend()
     assert "<dt>after/before</dt>" in both.to_html()
+
+
+# --- zero rows, and one entry that holds all ------------------------------------------------------
+
+
+def lines(layer: nn.Module) -> str:
+    return "\n".join(wc.audit(layer).unusual())
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns", "said"),
+    [
+        ((21, 32), [20], [], "row 20 is zero"),
+        ((64, 32), [], [0], "column 0 is zero"),
+        ((24, 24), [3, 5], [], "2 rows are zero: 3, 5"),
+        ((24, 24), [3], [7], "row 3 is zero; column 7 is zero"),
+        ((64, 32), [9], [], "row 9 is zero"),  # of more rows than columns: the rank is full
+    ],
+)
+def test_zero_rows_and_columns_are_named_and_no_collapse(
+    shape: tuple[int, int], rows: list[int], columns: list[int], said: str
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight[rows] = 0
+        layer.weight[:, columns] = 0
+    (finding,) = wc.audit(layer).findings
+    assert (list(finding.zero_rows), list(finding.zero_columns)) == (rows, columns)
+    assert said in lines(layer)
+    assert "collapsed" not in lines(layer)
+    assert "`repair" not in lines(layer)  # a class that never occurs would get outputs
+
+
+def test_what_collapses_besides_zero_rows_is_said() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 21, bias=False)
+    with torch.no_grad():
+        layer.weight[20] = 0
+        layer.weight[3] = layer.weight[4]
+    assert "row 20 is zero; 2 directions have collapsed" in lines(layer)
+
+
+def test_a_zero_filter_of_a_grouped_convolution_is_counted_over_all_groups() -> None:
+    layer = nn.Conv2d(8, 16, 3, groups=2)
+    with torch.no_grad():
+        layer.weight[9] = 0
+    assert "row 9 is zero" in lines(layer)
+
+
+def test_a_matrix_of_zeros_has_no_zero_rows_to_name() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(layer.weight)
+    (finding,) = wc.audit(layer).findings
+    assert (finding.zero_rows, finding.zero_columns, finding.dominant_entry) == ((), (), ())
+
+
+@pytest.mark.parametrize("entry", [1e30, -1e30, 3e38])
+def test_an_entry_that_holds_all_of_the_norm_is_called_that(entry: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 64, bias=False)
+    with torch.no_grad():
+        layer.weight[20, 4] = entry
+    (finding,) = wc.audit(layer).findings
+    assert finding.dominant_entry == (20, 4)
+    assert "at (20, 4), holds all of its norm" in lines(layer)
+    assert "`repair" not in lines(layer)
+    assert "collapsed" not in lines(layer)
+
+
+def test_a_large_entry_that_does_not_hold_all_is_none() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 64, bias=False)
+    with torch.no_grad():
+        layer.weight[20, 4] = 10 * layer.weight.norm()
+    assert wc.audit(layer).findings[0].dominant_entry == ()
+    assert wc.audit(nn.Linear(1, 4)).findings[0].dominant_entry == ()

@@ -165,3 +165,13 @@ def test_a_projection_of_several_heads_is_repaired_by_what_config_says(tmp_path:
         ("v", (4, 12)),
         ("", (12, 12)),
     ]
+
+
+def test_a_repair_lists_what_it_changes_that_is_not_called_a_weight(tmp_path: Path) -> None:
+    S = torch.diag(torch.tensor([100.0, 1.0]))
+    names = ["a.weight", "b.kernel", "q_proj", "codes.basis", "W_out"]
+    torch.save({name: S.clone() for name in names} | {"fine": torch.eye(2)}, tmp_path / "m.pt")
+    report = wc.repair(tmp_path / "m.pt", tmp_path / "fixed.pt", max_condition=10)
+    noted = [one.name for one in report.repairs if "not called a weight" in one.note]
+    assert noted == ["codes.basis", "W_out"]
+    assert "codes.basis, W_out: changed, though not called a weight" in str(report)

@@ -51,12 +51,12 @@ def audit(
     groups as one block-diagonal map, attention's in_proj as its three blocks, gates of recurrent
     cells, parametrized weights by their value. So are those that `spectral_norm`, `weight_norm` and
     `prune` of torch.nn.utils compute; of a layer with a forward of its own it is the weight that
-    the forward hands to the product, found by a forward pass of a copy. Embeddings and parameters of unknown modules are
-    skipped unless their exact name is included. A file has no classes: embeddings, tokens,
-    positions and what a parametrized weight is computed from are known by their names, and fused
-    projections, gates and experts by names, shapes that fit and config.json; every other float
-    tensor of 2 dimensions is measured, of 3 a stack unless its name contains "conv", of 4 and more
-    a kernel, as if of one group. Tied weights count once.
+    the forward hands to the product, found by a forward pass of a copy. Embeddings and parameters
+    of unknown modules are skipped unless their exact name is included. A file has no classes:
+    embeddings, tokens, positions and what a parametrized weight is computed from are known by their
+    names, and fused projections, gates and experts by names, shapes that fit and config.json; every
+    other float tensor of 2 dimensions is measured, of 3 a stack unless its name contains "conv", of
+    4 and more a kernel, as if of one group. Tied weights count once.
 
     Args:
         model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
@@ -260,6 +260,7 @@ def _rows_of(attention: Attention) -> dict[str, tuple[str, ...]]:
 
 def _nothing(source: str, findings: list[Finding], skipped: dict[str, Skipped]) -> str:
     reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
-    reasons += [f"{name}: {why}" for name, why in skipped.items()]
+    others = sorted(skipped.items(), key=lambda item: item[1].reason.no_matrix)
+    reasons += [f"{name}: {why}" for name, why in others]
     listed = and_more(reasons, separator="; ") if reasons else "it is empty"
     return f"{source} must hold a weight matrix that can be measured, but has none ({listed})."

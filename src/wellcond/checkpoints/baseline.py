@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wellcond.checkpoints.findings import Status
+from wellcond.checkpoints.pairing import pair_names
 from wellcond.checkpoints.report import AuditReport
 from wellcond.text import and_more
 
@@ -68,7 +69,7 @@ def _findings(path: Path) -> list[dict[str, str]]:
 
 
 def held_against(report: AuditReport, baseline: dict[str, float], factor: float) -> Held:
-    """Which kappa are more than factor times what they were.
+    """Which kappa are more than factor times what they were; names are paired as by `compare`.
 
     From a number to inf or nan is a rise without end; what was inf or nan cannot rise, nor has an
     adapter that adds nothing.
@@ -77,18 +78,19 @@ def held_against(report: AuditReport, baseline: dict[str, float], factor: float)
         ValueError: they have no weight in common.
     """
     now = {finding.label: finding.condition_number for finding in report.findings}
-    shared = [label for label in baseline if label in now]
-    if not shared:
+    names = [(old, new) for _, old, new in pair_names(baseline, now).paired]
+    if not names:
         raise ValueError(
             f"--baseline must name weights of {report.source}, but names none of them: it has "
             f"{and_more(baseline, limit=3)}, and not {and_more(now, limit=3)}."
         )
     fresh = {finding.label for finding in report.findings if finding.status is Status.fresh}
-    rises = [Rise(label, baseline[label], now[label]) for label in shared if label not in fresh]
+    rises = [Rise(new, baseline[old], now[new]) for old, new in names if new not in fresh]
     risen = [rise for rise in rises if times(rise) > factor]
     risen.sort(key=times, reverse=True)
-    missing = [label for label in baseline if label not in now]
-    return Held(risen, missing, [label for label in now if label not in baseline])
+    paired_old, paired_new = map(set, zip(*names, strict=True))
+    missing = [label for label in baseline if label not in paired_old]
+    return Held(risen, missing, [label for label in now if label not in paired_new])
 
 
 def times(rise: Rise) -> float:

@@ -25,6 +25,7 @@ from wellcond.checkpoints.tensors import (
     TensorFile,
     UnreadableError,
 )
+from wellcond.weights.adapters import adapter_parameters
 from wellcond.weights.fused import views_by_name
 from wellcond.weights.matrices import Matrices, entries, seen_through
 from wellcond.weights.names import no_weights
@@ -86,6 +87,11 @@ class Checkpoint:
             if entry.skipped is None or entry.skipped.reason in (Reason.packed, Reason.quantised):
                 detail = skipped.detail or ("" if alias == name else f"tied to {alias}")
                 self.where[name] = file, replace(entry, skipped=replace(skipped, detail=detail))
+        config = self.beside("adapter_config.json")
+        for name, skipped in adapter_parameters(self.where, config).items():
+            file, entry = self.where[name]
+            if entry.skipped is None or not entry.skipped.reason.no_matrix:
+                self.where[name] = file, replace(entry, skipped=skipped)
         if self.index is not None:
             self._check_index()
 

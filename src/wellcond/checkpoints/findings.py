@@ -23,6 +23,7 @@ from wellcond.weights.reasons import Skipped
 
 FLOAT16 = torch.finfo(torch.float16)
 MERGED = "merged"  # the view, or its end
+_DOMINANT = 0.999  # of the squared norm
 
 
 class Grade(enum.Enum):
@@ -87,6 +88,10 @@ class Finding:
         subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
             digits, and hardware may take them for zero.
         float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.
+        zero_rows: which rows (outputs) are zero, from 0; of a kernel in groups over all of them.
+        zero_columns: which columns (inputs) are zero likewise.
+        dominant_entry: where one entry holds more than 99.9 % of ||S||_F^2, its indices; () if none
+            does, and of a vector.
         added_share: of a weight with what an adapter of rank r adds, which part of the sum of its r
             largest singular values comes from the adapter; nan of others. See
             `wellcond.linalg.leading.added`.
@@ -115,6 +120,9 @@ class Finding:
     largest_entry: float = math.nan
     subnormal_share: float = math.nan
     float16_zero_share: float = math.nan
+    zero_rows: tuple[int, ...] = ()
+    zero_columns: tuple[int, ...] = ()
+    dominant_entry: tuple[int, ...] = ()
     added_share: float = math.nan
     added_new: int = 0
     added_of: int = 0
@@ -202,6 +210,9 @@ class Finding:
             "largest_entry": self.largest_entry,
             "subnormal_share": self.subnormal_share,
             "float16_zero_share": self.float16_zero_share,
+            "zero_rows": list(self.zero_rows),
+            "zero_columns": list(self.zero_columns),
+            "dominant_entry": list(self.dominant_entry),
             "added_share": self.added_share,
             "added_new": self.added_new,
             "added_of": self.added_of,
@@ -233,20 +244,36 @@ def with_entries(finding: Finding, S: Tensor) -> Finding:
 
     The entries of a complex matrix are its real and its imaginary parts.
     """
-    S = numbers(S)
-    sizes = S.abs()
-    zeros = S.numel() - int(S.count_nonzero())
+    parts = numbers(S)
+    sizes = parts.abs()
+    zeros = parts.numel() - int(parts.count_nonzero())
 
     def share(below: Tensor) -> float:
-        return (int(below.count_nonzero()) - zeros) / S.numel()
+        return (int(below.count_nonzero()) - zeros) / parts.numel()
 
+    def zero(dim: int) -> tuple[int, ...]:
+        if zeros < S.shape[dim]:  # too few of them
+            return ()
+        entries = sizes.amax(-1) if S.is_complex() else sizes
+        return tuple((entries.amax(dim) == 0).flatten().nonzero().flatten().tolist())
+
+    largest = float(sizes.max())
     return replace(
         finding,
-        largest_entry=float(sizes.max()),
-        subnormal_share=share(sizes < torch.finfo(S.dtype).tiny),
+        largest_entry=largest,
+        zero_rows=zero(-1) if largest > 0 else (),
+        zero_columns=zero(-2) if largest > 0 else (),
+        subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
         # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
         float16_zero_share=share(sizes <= FLOAT16.smallest_normal * FLOAT16.eps / 2),
     )
+
+
+def dominant_entry(S: Tensor, largest: float, norm: float) -> tuple[int, ...]:
+    """Where one entry of a matrix holds nearly all of its norm; () if none does."""
+    if S.shape[-2:].count(1) or not norm > 0 or (largest / norm) ** 2 <= _DOMINANT:
+        return ()
+    return tuple(int(index) for index in torch.unravel_index(S.abs().argmax(), S.shape))
 
 
 @dataclass(frozen=True)

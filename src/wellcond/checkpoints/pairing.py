@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,6 +15,21 @@ from wellcond.text import joined
 # What torch.compile, checkpointing and FSDP put into names; DataParallel puts "module" before all.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _PARTS = 4  # of a prefix, at most: model.language_model.
+# A weight by itself, and as one block of a fused one or one expert of a stack: transformers writes
+# some classes in the first form and holds them in the second, under other names of the module.
+_SAME_NAMES = [
+    (re.compile(pattern, re.DOTALL), replacement)
+    for pattern, replacement in (
+        (r"(.*)\bblock_sparse_moe\b(.*)", r"\1mlp\2"),
+        (r"(.*\bexperts\.\d+)\.w1\.weight", r"\1.gate_proj.weight"),
+        (r"(.*\bexperts\.\d+)\.w2\.weight", r"\1.down_proj.weight"),
+        (r"(.*\bexperts\.\d+)\.w3\.weight", r"\1.up_proj.weight"),
+        (r"(.*\bexperts)\.gate_up_proj:(gate|up):(\d+)", r"\1.\3.\2_proj.weight"),
+        (r"(.*\bexperts)\.down_proj:(\d+)", r"\1.\2.down_proj.weight"),
+        (r"(.*)\bqkv_proj\.weight:([qkv])", r"\1\2_proj.weight"),
+        (r"(.*)\bgate_up_proj\.weight:(gate|up)", r"\1\2_proj.weight"),
+    )
+]
 
 
 class Pair(NamedTuple):
@@ -99,9 +115,10 @@ class Names(NamedTuple):
 def pair_names(before: Iterable[str], after: Iterable[str]) -> Names:
     """The names that mean the same weight; all others are of one side alone.
 
-    Those are equal names, then those that are equal without wrappers, then those that are equal
-    without one prefix that one side has: the one by which most are found, if that is at least half
-    of what is left of a side, and no other finds as many.
+    Those are equal names, then those that are equal without wrappers and with each block of a fused
+    weight and each expert of a stack under a name of its own, then those that are equal without one
+    prefix that one side has: the one by which most are found, if that is at least half of what is
+    left of a side, and no other finds as many.
     """
     old, new = dict.fromkeys(before), dict.fromkeys(after)
     paired = [(name, name, name) for name in old if name in new]
@@ -137,12 +154,16 @@ def pair_names(before: Iterable[str], after: Iterable[str]) -> Names:
 
 
 def _plain(names: Iterable[str]) -> dict[str, str]:
-    """The names by what they are without wrappers, where that is of one alone."""
+    """The names without wrappers, and with `_SAME_NAMES` replaced, where that is of one alone."""
     found: dict[str, list[str]] = {}
     for name in names:
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
         parts = list(itertools.dropwhile("module".__eq__, parts))
-        found.setdefault(".".join(parts), []).append(name)
+        plain = ".".join(parts)
+        for pattern, replacement in _SAME_NAMES:
+            if match := pattern.fullmatch(plain):
+                plain = match.expand(replacement)
+        found.setdefault(plain, []).append(name)
     return {plain: wholes[0] for plain, wholes in found.items() if len(wholes) == 1}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from wellcond.penalties.limit import limited
 from wellcond.text import and_more, dump_json, joined, out_of_memory, text_table, versions, written
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
+
+# What layers call their weights; all else may be a constant, or no linear map.
+_CALLED_A_WEIGHT = re.compile("weight|kernel|proj", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,9 @@ def _limit_all(
             continue
         moved = 0.0 if X is S else _relative_change(S, X)
         zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
-        note = joined(zero, one.note)
+        own = re.split(r"[./]", one.name)[-1]
+        unsure = X is not S and not _CALLED_A_WEIGHT.search(own)
+        note = joined(zero, one.note, "changed, though not called a weight" if unsure else "")
         dtype = str(S.dtype).removeprefix("torch.")
         done.append(
             Repair(one.name, view, tuple(S.shape), dtype, before, after, moved, margin, note)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from wellcond.checkpoints.acting import acting
-from wellcond.checkpoints.findings import MERGED, Finding, Grade, Status, numbers, with_entries
+from wellcond.checkpoints.findings import (
+    MERGED,
+    Finding,
+    Grade,
+    Status,
+    dominant_entry,
+    numbers,
+    with_entries,
+)
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.interval import Interval
 from wellcond.linalg.leading import added
@@ -284,6 +292,7 @@ def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool
         method=spectrum.method.value,
         certificate=certificate,
         singular_values=tuple(sigma.tolist()) if complete else (),
+        dominant_entry=dominant_entry(S, blank.largest_entry, norm),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 from torch import nn
 
 from wellcond.checkpoints.files import Checkpoint
-from wellcond.text import and_more
+from wellcond.text import and_more, joined
 from wellcond.weights.adapters import (
     Adapter,
+    adapted_otherwise,
+    adapter_parameters,
     find_adapters,
     setting_of_file,
     setting_of_model,
@@ -102,7 +104,12 @@ def _of_model(model: nn.Module, example: Any) -> Source:
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return _with_adapters(found, find_adapters(read, shapes, setting_of_model(model)))
+    idle = {
+        path
+        for path, module in model.named_modules()
+        if getattr(module, "merged", False) or getattr(module, "disable_adapters", False)
+    }
+    return _with_adapters(found, find_adapters(read, shapes, setting_of_model(model)), idle)
 
 
 def _of_file(file: Checkpoint) -> Source:
@@ -119,7 +126,7 @@ def adapters_in(file: Checkpoint) -> list[Adapter]:
     plain = {
         name: (owner, entry)
         for name, (owner, entry) in file.where.items()
-        if entry.skipped is None or entry.skipped.reason is Reason.vector
+        if entry.skipped is None or entry.skipped.reason in (Reason.vector, Reason.number)
     }
     read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
     shapes = {name: entry.shape for name, (_, entry) in plain.items()}
@@ -127,10 +134,19 @@ def adapters_in(file: Checkpoint) -> list[Adapter]:
     return find_adapters(read, shapes, setting)
 
 
-def _with_adapters(source: Source, adapters: list[Adapter]) -> Source:
-    """Each pair of factors is one adapter, and the weight beside it what it is added to."""
+def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str] = ()) -> Source:
+    """Each pair of factors is one adapter, and the weight beside it what it is added to.
+
+    `idle` are the modules whose adapters are merged or switched off.
+    """
     parts = {name for adapter in adapters for name in adapter.parts}
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
+    others = _other_adapters(source)
+    for weight, one in matrices.items():
+        of = adapted_otherwise(weight, others)
+        if of and weight.partition(".base_layer.")[0] not in idle:
+            note = joined(one.note, f"what {of} makes of it is not in these numbers")
+            matrices[weight] = replace(one, note=note)
     for adapter in adapters:
         name = weight_of(adapter, matrices, beside=True)
         source.adapters.append((name or adapter.weight, adapter))
@@ -141,6 +157,16 @@ def _with_adapters(source: Source, adapters: list[Adapter]) -> Source:
             both = (*one.adapters, adapter)
             matrices[name] = replace(one, aliases=tuple(aliases), adapters=both)
     return replace(source, matrices=list(matrices.values()))
+
+
+def _other_adapters(source: Source) -> dict[str, Skipped]:
+    """The parameters of adapters that are no pair of factors."""
+    by_config = {n: why for n, why in source.skipped.items() if why.reason is Reason.adapter}
+    return {
+        name: why
+        for name, why in (adapter_parameters(source.skipped, {}) | by_config).items()
+        if why.reason is Reason.adapter
+    }
 
 
 def _with_base(source: Source, base: Source) -> Source:

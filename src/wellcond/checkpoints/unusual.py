@@ -11,6 +11,7 @@ from wellcond.checkpoints.findings import FLOAT16, Finding
 from wellcond.linalg.gaussian import exceedance
 from wellcond.linalg.nearest import clip
 from wellcond.linalg.spectrum import negligible
+from wellcond.text import and_more
 
 # More often than 1 in 20 is usual. Below the other, of narrow shapes the power of ten is not sure.
 _USUAL, _NEVER = 0.05, 1e-9
@@ -43,12 +44,22 @@ def _one_digit(number: float) -> str:
 
 def facts_of(finding: Finding, rare: bool) -> list[str]:
     """What is out of the ordinary, if anything; `rare` of its kappa."""
-    facts = []
+    facts = _zeros(finding)
+    if finding.dominant_entry:
+        where = ", ".join(map(str, finding.dominant_entry))
+        facts.append(
+            f"one entry, {finding.largest_entry:.2g} at ({where}), holds all of its norm: "
+            "look at the file, or at what wrote it"
+        )
     if rare:
         often = how_often(finding.exceedance)
         often = f"fewer than 1 in {_one_digit(1 / _NEVER)}" if often == "never" else often
         kappa = f"κ = {finding.condition_number:.4g}"
-        facts = [f"{often} random matrices of this shape exceed {kappa}", *_collapse(finding)]
+        facts = [
+            f"{often} random matrices of this shape exceed {kappa}",
+            *facts,
+            *_collapse(finding),
+        ]
         if finding.stable_rank < finding.usual_stable_rank / 3:
             few = f"{finding.stable_rank:.2g} where they have {finding.usual_stable_rank:.2g}"
             facts.append(f"a stable rank of {few}")
@@ -61,17 +72,36 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
     if finding.subnormal_share > _ENTRIES:
         percent = 100 * finding.subnormal_share
         facts.append(f"{percent:.2g} % of its entries are subnormal in {finding.dtype}")
-    repairable = rare and not finding.with_adapter  # no file holds that
+    # No file holds a sum. To fill a row gives outputs to a class that never occurs, and beside one
+    # huge entry all others are as good as zero.
+    repairable = rare and not (finding.with_adapter or _lost(finding) or finding.dominant_entry)
     return [*facts, *(_repair(finding) if repairable else [])]
 
 
+def _zeros(finding: Finding) -> list[str]:
+    """Which rows and columns are zero."""
+    facts = []
+    for kind, zeros in (("row", finding.zero_rows), ("column", finding.zero_columns)):
+        if len(zeros) == 1:
+            facts.append(f"{kind} {zeros[0]} is zero")
+        elif zeros:
+            facts.append(f"{len(zeros)} {kind}s are zero: {and_more(map(str, zeros))}")
+    return facts
+
+
+def _lost(finding: Finding) -> int:
+    """How many singular values are zero because rows or columns are."""
+    *_, m, n = finding.shape
+    return max(len(finding.zero_rows) if m <= n else 0, len(finding.zero_columns) if n <= m else 0)
+
+
 def _collapse(finding: Finding) -> list[str]:
-    """A gap in the lower half of the singular values, the widest."""
+    """The widest gap in the lower half of the singular values, unless zero rows explain it."""
     zero = negligible(torch.Size(finding.shape)) * finding.sigma_max
     sigma = [max(value, zero) for value in finding.singular_values]
     lower = range(max(1, len(sigma) - len(sigma) // 2), len(sigma))
     ratio, below = min(((sigma[i] / sigma[i - 1], len(sigma) - i) for i in lower), default=(1.0, 0))
-    if ratio > _COLLAPSED:
+    if ratio > _COLLAPSED or finding.dominant_entry or below <= _lost(finding):
         return []
     how_far = f"{_one_digit(ratio)} of the next"
     if below == 1:

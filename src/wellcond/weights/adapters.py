@@ -2,7 +2,11 @@
 
 They are known as PEFT names them: `lora_A` and `lora_B` in the module that wraps W, or in a file of
 their own, of which adapter_config.json says the scale s. With DoRA (Liu et al., arXiv 2402.09353)
-the rows of the sum are brought to lengths that are stored.
+the rows of the sum are brought to lengths that are stored. Other libraries call A and B
+`lora_down` and `lora_up`, or `lora.down` and `lora.up`, and store alpha = s r beside them.
+
+The tensors of other adapters (OFT, VeRA, LoHa, ...) are parameters of maps, and no matrices that
+act: `adapter_parameters` finds them by the type that adapter_config.json names, and by their names.
 
 Letters: W (m, n), or (n, m) where a module stores it so; B (m, r), A (r, n).
 """
@@ -11,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +23,42 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.operators.product import Product
+from wellcond.weights.reasons import Reason, Skipped
 
 Read = Callable[[], Tensor]
 
 _WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
 _FACTOR = re.compile(r"(.+)\.lora_([A-Za-z_]+?)(?:\.([^.]+))??(?:\.weight)?")
+# Of kohya's scripts, LyCORIS and ComfyUI: X.lora_down.weight; of older versions of diffusers:
+# X.lora.down.weight, X_lora.down.weight.
+_DOWN_UP = re.compile(r"(.+?)(?:\.lora_|[._]lora\.)(down|up|mid)\.weight")
+_BESIDE = re.compile(r"(.+)\.(alpha|dora_scale)")
+_PARTS = {"down": "A", "up": "B"}
+# So begin the names of LyCORIS and of kohya's scripts, whatever the adapter is.
+_FOREIGN = ("lycoris_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_prior_")
+# Types of PEFT whose tensors are pairs of factors.
+_OF_PAIRS = ("", "LORA", "ADALORA")
+# What other adapters call their tensors, where no config names the type.
+_OTHER_ADAPTERS = {
+    "BOFT": r"boft_[Rs]",
+    "C3A": r"c3a_kernel",
+    "DeLoRA": r"delora_\w+",
+    "FourierFT": r"fourierft_spectrum",
+    "GraLoRA": r"gralora_\w+",
+    "HiRA": r"hira_[AB]",
+    "HRA": r"hra_u",
+    "IA3": r"ia3_l",
+    "LN tuning": r"ln_tuning_layers",
+    "LoHa": r"hada_(w[12](_[ab])?|t[12])",
+    "LoKr": r"lokr_(w[12](_[ab])?|t2)",
+    "MiSS": r"miss_block",
+    "OFT": r"oft_([rR]|blocks|diag)",
+    "Poly": r"poly_lora_[AB]",
+    "RandLoRA": r"randlora_(A|B|lambda|gamma)",
+    "SHiRA": r"shira_(weight|indices)",
+    "VB-LoRA": r"vblora_(logits_[AB]|vector_bank)",
+    "VeRA": r"p?vera_(A|B|lambda_[bd])",
+}
 # Of a regular expression no group may be repeated, and little else: matching takes no time then.
 _REPEATED_GROUP, _REPEATS, _LONG = re.compile(r"\)[*+?{]|\\\d|\(\?"), re.compile(r"[*+{]"), 300
 # They change the base at first, so that W + s B A is what W was.
@@ -126,23 +161,105 @@ def find_adapters(
     setting: Callable[[str, str, int], Setting],
 ) -> list[Adapter]:
     """All that tensors of these names are; the setting is that of a module, a name and a rank."""
-    parts: dict[tuple[str, str], dict[str, str]] = {}
-    for name in shapes:
-        if found := _FACTOR.fullmatch(name):
-            parts.setdefault((found[1], found[3] or ""), {})[found[2]] = name
     adapters = []
-    for (module, adapter), named in parts.items():
-        B, A, magnitude = (named.pop(part, None) for part in ("B", "A", "magnitude_vector"))
+    for (module, adapter), named in _factors(shapes).items():
+        B, A, alpha, magnitude = (
+            named.pop(part, None) for part in ("B", "A", "alpha", "magnitude_vector")
+        )
         if B is None or A is None or not {A, B} <= read.keys():
             continue
         known = setting(module, adapter, shapes[A][0])
+        if alpha and alpha in read and math.isnan(known.scale) and not known.unknown:
+            known = _setting_of_alpha(read[alpha], shapes[A][0])
         if named:
-            why = f"with lora_{min(named)} beside A and B, it is no LoRA that is known"
+            why = (
+                f"with {_own_name(min(named.values()))} beside A and B, it is no LoRA that is known"
+            )
             known = Setting(unknown=why)
         lengths = read.get(magnitude) if magnitude else None
         names = tuple(filter(None, (B, A, magnitude, *named.values())))
         adapters.append(Adapter(module, adapter, names, read[B], read[A], lengths, known))
     return adapters
+
+
+def _factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """The tensors of each pair of factors by module and adapter: what each is, and its name."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    beside: list[tuple[str, str, str]] = []
+    for name in names:
+        if match := _FACTOR.fullmatch(name):
+            module, part, adapter = match[1], match[2], match[3] or ""
+        elif match := _DOWN_UP.fullmatch(name):
+            module, part, adapter = match[1].replace(".processor.", "."), match[2], ""
+        elif match := _BESIDE.fullmatch(name):
+            beside.append((match[1], match[2], name))
+            continue
+        else:
+            continue
+        found.setdefault((module, adapter), {})[_PARTS.get(part, part)] = name
+    for module, part, name in beside:
+        if (module, "") in found:
+            found[module, ""][part] = name
+    return found
+
+
+def _setting_of_alpha(read: Read, rank: int) -> Setting:
+    alpha = read().flatten()
+    scale = float(alpha[0]) / rank if alpha.numel() == 1 and rank else math.nan
+    if not math.isfinite(scale):
+        return Setting(note=_UNSCALED, no_sum=_UNSCALED)
+    return Setting(scale, note="its scale is alpha/r, by the alpha in the file")
+
+
+def adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Skipped]:
+    """The tensors of adapters that are not measured, and why.
+
+    These are the parameters of an adapter that is no LoRA, and a factor without its other.
+
+    Args:
+        names: of all tensors of a file.
+        config: what the adapter_config.json beside it says; empty if there is none.
+    """
+    names = list(names)
+    kind = str(config.get("peft_type") or "").upper()
+    found: dict[str, Skipped] = {}
+    factors = _factors(names)
+    paired = {name for parts in factors.values() for name in parts.values()}
+    for name in names:
+        if name not in paired and (of := _other_adapter(name, kind)):
+            found[name] = Skipped(Reason.adapter, of)
+    for parts in factors.values():
+        alone = [parts[part] for part in ("A", "B") if part in parts]
+        if len(alone) == 1:
+            found[alone[0]] = Skipped(Reason.factor, "its other factor is not there")
+    return found
+
+
+def adapted_otherwise(name: str, others: Mapping[str, Skipped]) -> str:
+    """What adapts the weight of this name, by the tensors of other adapters; "" if nothing does."""
+    module, inside, _ = name.rpartition(f"{_WRAPPED}.")
+    found = (why.detail for other, why in others.items() if other.startswith(f"{module}."))
+    return next(found, "") if inside else ""
+
+
+def _other_adapter(name: str, kind: str) -> str:
+    """Of which adapter that is no LoRA a tensor is a parameter; "" if it is none."""
+    parts = re.split(r"[./]", name)
+    for known, pattern in _OTHER_ADAPTERS.items():
+        if any(re.fullmatch(pattern, part) for part in parts):
+            return known
+    if name.startswith(_FOREIGN) and len(parts) > 1:
+        return "LyCORIS"
+    if kind in _OF_PAIRS:
+        return ""
+    # PEFT begins the names of a type's parameters with the type, and saves trained copies of whole
+    # layers beside them, as weights and biases.
+    own = parts[-1] not in ("weight", "bias")
+    return kind if own or any(part.startswith(f"{kind.lower()}_") for part in parts) else ""
+
+
+def _own_name(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], Setting]:

@@ -26,6 +26,7 @@ class Reason(enum.Enum):
     not_dense = "not a dense tensor"
     replaced = "not what acts: PEFT has put a trained copy in its place"
     factor = "a factor of an adapter, which acts as a product: merge it first"
+    adapter = "a parameter of an adapter that is no LoRA, and no matrix that acts before a merge"
     component = "a part, from which the weight that acts is computed"
     uncomputed = "computed before each forward pass, in a way that is not known"
     scripted = "of a TorchScript program, whose layers have no classes: use the eager model"
