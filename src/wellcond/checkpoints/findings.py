@@ -244,17 +244,18 @@ def with_entries(finding: Finding, S: Tensor) -> Finding:
 
     The entries of a complex matrix are its real and its imaginary parts.
     """
-    S = numbers(S)
-    sizes = S.abs()
-    zeros = S.numel() - int(S.count_nonzero())
+    parts = numbers(S)
+    sizes = parts.abs()
+    zeros = parts.numel() - int(parts.count_nonzero())
 
     def share(below: Tensor) -> float:
-        return (int(below.count_nonzero()) - zeros) / S.numel()
+        return (int(below.count_nonzero()) - zeros) / parts.numel()
 
     def zero(dim: int) -> tuple[int, ...]:
         if zeros < S.shape[dim]:  # too few of them
             return ()
-        return tuple((sizes.amax(dim) == 0).flatten().nonzero().flatten().tolist())
+        entries = sizes.amax(-1) if S.is_complex() else sizes
+        return tuple((entries.amax(dim) == 0).flatten().nonzero().flatten().tolist())
 
     largest = float(sizes.max())
     return replace(
@@ -262,7 +263,7 @@ def with_entries(finding: Finding, S: Tensor) -> Finding:
         largest_entry=largest,
         zero_rows=zero(-1) if largest > 0 else (),
         zero_columns=zero(-2) if largest > 0 else (),
-        subnormal_share=share(sizes < torch.finfo(S.dtype).tiny),
+        subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
         # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
         float16_zero_share=share(sizes <= FLOAT16.smallest_normal * FLOAT16.eps / 2),
     )

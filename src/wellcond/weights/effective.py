@@ -81,7 +81,8 @@ def effective_matrices(
         sharded = is_sharded(parameter)
         if sharded or parameter.is_meta:
             total += parameter.numel() if name not in rest else 0
-            rest[name] = Skipped(Reason.sharded if sharded else Reason.no_values)
+            absent = Skipped(Reason.sharded if sharded else Reason.no_values)
+            rest[name] = absent if sharded else weight.reason or absent
             continue
         if weight.reason is not None:
             rest[name] = weight.reason
@@ -114,10 +115,12 @@ def effective_matrices(
                 continue
             total += value.numel()
             known = views_of(module, attribute, value, fused)
-            if is_sharded(value) or value.is_meta:
-                rest[name] = Skipped(Reason.no_values if value.is_meta else Reason.sharded)
+            if is_sharded(value):
+                rest[name] = Skipped(Reason.sharded)
             elif isinstance(known, Skipped):
                 rest[name] = known
+            elif value.is_meta:
+                rest[name] = Skipped(Reason.no_values)
             else:
                 add(name, (name,), module, attribute, value, known)
     return list(matrices.values()), rest, total
