@@ -406,12 +406,12 @@ def test_a_comparison_is_cut_and_written_too(
 ) -> None:
     page, sheet = checkpoint.with_name("r.html"), checkpoint.with_name("r.csv")
     command = ["audit", str(checkpoint), "--compare", str(moved), "--max-condition", "60"]
-    assert main([*command, "--top", "2", "--html", str(page), "--csv", str(sheet)]) == 1
+    assert main([*command, "--top", "2", "--html", str(page), "--csv", str(sheet)]) == 0
     out, err = capsys.readouterr()
     names = [line.split()[0] for line in out.splitlines()]
     assert names == ["weight", "new", "good", "...", "before:", "after:"]
     assert "and 1 more with a smaller change" in out
-    assert "1 of 3 matrices exceed 60: bad (100)" in err
+    assert "exceed" not in err  # 100 is what it was
     rows = {row["weight"]: row for row in csv.DictReader(sheet.open())}
     assert list(rows) == ["new", "good", "bad"]
     assert float(rows["bad"]["condition_number_before"]) == pytest.approx(100)
@@ -424,9 +424,11 @@ def test_a_comparison_is_cut_and_written_too(
     assert text.count('<tr class="over">') == 1
     assert re.search(r'data-label="κ before"><span class="mark".*?</span> 100</td>', text)
     assert text.count('<span class="mark"') == 1  # 50 is below
-    assert main([*command, "--json"]) == 1
-    content = json.loads(capsys.readouterr().out)
-    assert content["max_condition"] == 60
+    assert main([*command[:-1], "40", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 3 matrices exceed 40: bad (50)" in err
+    content = json.loads(out)
+    assert content["max_condition"] == 40
     assert content["exceeding"] == ["bad"]
 
 

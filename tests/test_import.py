@@ -1,6 +1,7 @@
 """Importing wellcond is light, and folders import only what the table allows."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,16 @@ def test_a_module_imports_only_from_folders_that_it_may(path: Path) -> None:
     assert own in ALLOWED, f"{own} has no place in the table of folders"
     for name in imported(path):
         assert folder(name) in ALLOWED[own] | {own}, f"{'/'.join(inside)} imports {name}"
+
+
+def test_the_table_of_the_guide_is_this_one() -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)[./].*\|.*\| (.*) \|$", guide, flags=re.MULTILINE)
+    table = {
+        name: set(allowed.replace("the public names", "").split(", ")) - {"nothing"}
+        for name, allowed in rows
+    }
+    assert table == {name: ALLOWED[name] for name in ALLOWED if name not in ("", "__main__")}
 
 
 def test_every_folder_of_the_table_is_there() -> None:

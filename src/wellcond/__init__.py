@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wellcond.checkpoints.audit import audit
     from wellcond.checkpoints.findings import Coverage, Finding, Grade, Status
+    from wellcond.checkpoints.finite import NotFinite
     from wellcond.checkpoints.repair import Repair, RepairReport, repair
     from wellcond.checkpoints.report import AuditReport, Comparison, compare
     from wellcond.linalg.certify import Certificate, certify
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "checkpoints.audit": ["audit"],
     "checkpoints.findings": ["Coverage", "Finding", "Grade", "Status"],
+    "checkpoints.finite": ["NotFinite"],
     "checkpoints.repair": ["Repair", "RepairReport", "repair"],
     "checkpoints.report": ["AuditReport", "Comparison", "compare"],
     "linalg.certify": ["Certificate", "certify"],
@@ -79,6 +81,7 @@ __all__ = [
     "LowRank",
     "Monitor",
     "NewWeight",
+    "NotFinite",
     "Orthogonality",
     "Penalty",
     "Reason",
@@ -113,4 +116,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "importlib"})

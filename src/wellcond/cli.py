@@ -74,7 +74,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 _LOUD = 0.5  # a smaller share of the parameters is said even if nobody asks
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
     ".ckpt), or a directory of these"
@@ -127,7 +127,9 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
         "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
         "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
-        "With --baseline, exit code 1 if a condition number has risen, or a weight is not there.",
+        "With --baseline, exit code 1 if a condition number has risen, or a weight is not there. "
+        "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
+        "--compare, the exit code is about B.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
     parser.add_argument("path", type=Path, help=_INPUT)
@@ -305,7 +307,11 @@ def _audit(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         _write(result.to_html(None, limit), arguments.html, "--html", arguments.overwrite)
     print(text, end="")
-    covered = [_enough(report, arguments.min_coverage) for report in reports]
+    *earlier, later = reports
+    for report in earlier:
+        _enough(report, None)
+    obeys = _enough(later, arguments.min_coverage) & _sound(later)
+    gated = any(gate is not None for gate in (limit, arguments.min_coverage, baseline))
     exceeding = [] if limit is None else result.exceeding(limit)
     if exceeding:
         worst = and_more(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
@@ -315,7 +321,21 @@ def _audit(arguments: argparse.Namespace) -> int:
     if held is not None:
         _say_held(held, arguments.baseline, rise)
     risen = held is not None and (held.risen or held.missing)
-    return 1 if exceeding or not all(covered) or risen else 0
+    return 1 if exceeding or risen or (gated and not obeys) else 0
+
+
+def _sound(report: AuditReport) -> bool:
+    """Whether all could be read and is finite; says on standard error what is not."""
+    from wellcond.checkpoints.findings import Status
+    from wellcond.checkpoints.finite import in_words
+
+    failed = [one for one in report.findings if one.status is Status.failed]
+    if failed:
+        named = and_more((f"{one.label} ({one.detail})" for one in failed), limit=3)
+        print(f"wellcond: warning: {len(failed)} could not be measured: {named}", file=sys.stderr)
+    if report.not_finite:
+        print(f"wellcond: warning: {in_words(report.not_finite)}", file=sys.stderr)
+    return not (failed or report.not_finite)
 
 
 def _say_held(held: Held, path: Path, rise: float) -> None:
@@ -371,6 +391,10 @@ def _repair(arguments: argparse.Namespace) -> int:
     finally:
         _finish_progress()
     print(report.to_json() if arguments.json else report.table(), end="")
+    if report.not_finite:
+        from wellcond.checkpoints.finite import in_words
+
+        print(f"wellcond: warning: copied: {in_words(report.not_finite)}", file=sys.stderr)
     return 0
 
 

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from wellcond.output import new_path
@@ -76,6 +76,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def percent(share: float) -> str:
+    """With two digits: 0.031 %, 7.2 %, 100 %."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain text table, the first column to the left and numbers to the right."""
     from rich.console import Console
@@ -83,13 +88,13 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for header in headers:
-        left = header in ("weight", "dtype", "grade", "changed")
+        left = header in ("weight", "dtype", "grade")
         table.add_column(header, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(shown, row[: len(headers)]))
     text = io.StringIO()
     # As wide as it needs to be: a table that is cut to the terminal would hide numbers.
-    plain = {"color_system": None, "markup": False, "highlight": False}
+    plain = {"color_system": None, "markup": False, "highlight": False, "emoji": False}
     # Within Jupyter it would show the table, and write nothing.
     Console(file=text, width=1000, force_jupyter=False, **plain).print(table)  # type: ignore[arg-type]
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
@@ -121,8 +126,12 @@ def versions() -> dict[str, str]:
     """Of wellcond, torch and Python."""
     import torch
 
+    try:
+        own = version("wellcond")
+    except PackageNotFoundError:  # run from its sources, or frozen into an application
+        own = "unknown"
     return {
-        "wellcond": version("wellcond"),
+        "wellcond": own,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from corpus import Sample, records, saved, zipped
+from corpus import CODES, Sample, records, saved, zipped
 
 _START = b"\x80\x02"
 
@@ -62,10 +62,25 @@ def safetensors(header: bytes, payload: bytes = b"") -> Sample:
     return Sample("a.safetensors", {"a.safetensors": data})
 
 
+def beside_weights(pickled: bytes, where: str) -> Sample:
+    """A file of torch.save with what a pickle makes beside its weights."""
+    around = {
+        "as an object": (b"", b""),
+        "as a key": (b"}", b"K\x01s"),
+        "as a state": (call(b"some\nClass"), b"b"),
+        "to be appended to": (b"", b"(K\x01e"),
+    }
+    before, after = around[where]
+    mark = b"X\x06\x00\x00\x00marker"
+    content = {"w": torch.diag(torch.tensor([9.0, 1.0])), "x": "marker"}
+    return edited(content, mark, before + pickled + after, False)
+
+
 def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
     """Exit codes of audit and repair, and how to make the file, by what it does."""
     tuples = doubled(b")", b"%s%s\x86", 40)
     short = doubled(b")", b"%s%s\x86", 17)
+    lists = doubled(b"]", b"](%s%se", 40) + b"0" * 41  # off the stack, and still remembered
     small = b"M\x03\x03"
     large, huge = b"M\x20\x4e", b"\x8a\x06\x00\x00\x00\x00\x10\x00"
     one = torch.ones(())
@@ -168,6 +183,40 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
         ),
         "an index of numbers": refused(
             lambda: Sample("", {"a.safetensors.index.json": b'{"weight_map": {"w": 1}}'})
+        ),
+        **{
+            f"code {number}, {where}": ("00", lambda c=code, w=where: beside_weights(c, w))
+            for number, code in enumerate(CODES)
+            for where in ("as an object", "as a key", "as a state", "to be appended to")
+        },
+        "shared lists as a state": (
+            "00",
+            lambda: beside_weights(lists + call(b"some\nClass") + get(40) + b"b", "as an object"),
+        ),
+        "shared lists as an attribute": refused(
+            beside_weights,
+            lists + call(b"some\nClass") + b"}" + text(b"a") + get(40) + b"sb",
+            "as an object",
+        ),
+        "shared lists in the name of a tensor": (
+            "00",
+            lambda: beside_weights(
+                lists + b"}" + call(b"some\nClass") + get(40) + b"b]s", "as an object"
+            ),
+        ),
+        "shared lists as an argument": refused(
+            beside_weights, lists + call(b"some\nClass", get(40), get(40)) * 3000, "as an object"
+        ),
+        "a foreign tensor from nothing": refused(
+            beside_weights,
+            call(
+                b"torch._tensor\n_rebuild_from_type_v2",
+                b"ctorch._utils\n_rebuild_wrapper_subclass\n",
+                b"ca\nB\n",
+                b"(ca\nB\nctorch\nfloat32\n" + huge + b"\x85tR",
+                b"N",
+            ),
+            "as an object",
         ),
         "odd names": ("00", lambda: torch_file({name: torch.eye(2) + 0.5 for name in names})),
     }

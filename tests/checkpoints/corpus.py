@@ -5,6 +5,7 @@ A sample is all files of one checkpoint as bytes. `mutated(sample, seed)` is the
 
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import json
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -136,10 +138,34 @@ def _lightning() -> dict[str, Any]:
     }
 
 
-def saved(content: Any, legacy: bool = False) -> bytes:
+@dataclass
+class Settings:
+    """What stands beside the weights in many checkpoints: an object of a class of its own."""
+
+    path: Path
+    shift: Any
+    parent: Any = None
+
+
+def foreign() -> dict[str, Any]:
+    """A module that was saved whole, and objects of other classes."""
+    torch.manual_seed(0)
+    settings = Settings(Path("data"), np.float64(1.5))
+    settings.parent = {"again": settings}
+    return {
+        "model": nn.Sequential(
+            nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(8, 8)
+        ),
+        "arguments": argparse.Namespace(lr=0.1, mean=_randn(3)),
+        "settings": settings,
+        "array": np.arange(6.0).reshape(2, 3),
+    }
+
+
+def saved(content: Any, legacy: bool = False, protocol: int = 2) -> bytes:
     """What torch.save writes."""
     file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
 
 
@@ -176,6 +202,8 @@ def corpus() -> dict[str, Sample]:
         "pt quantised": one("a.pth", saved(OrderedDict(quantised()))),
         "pt views": one("a.pt", saved(_views())),
         "pt rare": one("a.bin", saved(_rare())),
+        "pt foreign": one("a.pt", saved(foreign())),
+        "pt foreign, protocol 5": one("a.pt", saved(foreign(), protocol=5)),
         "pt deflated": one("a.pt", zipped(records(saved(state)), zipfile.ZIP_DEFLATED)),
         "legacy": one("a.pt", saved(older, legacy=True)),
         "legacy views": one("a.bin", saved(_views(), legacy=True)),
@@ -332,8 +360,8 @@ class _Code:
         return open, (CANARY, "w")
 
 
-_CODES = [pickle.dumps(_Code(), protocol=protocol)[:-1] for protocol in (0, 2, 4)]
-_CODES += [
+CODES = [pickle.dumps(_Code(), protocol=protocol)[:-1] for protocol in (0, 2, 4)]
+CODES += [
     b"cos\nsystem\nU\x0ctouch canary\x85R",
     b"cbuiltins\nexec\nU\x13open('canary', 'w')\x85R",
 ]
@@ -395,7 +423,7 @@ def _damaged_pickle(data: bytes, chance: random.Random) -> bytes:
                 call = chance.choice(_GLOBALS) + _number(chance.choice(_NUMBERS))
                 pieces.insert(at, call + chance.choice([b"\x85R", b")R", b"\x85\x81"]))
             case 10:
-                pieces.insert(at, chance.choice(_CODES))
+                pieces.insert(at, chance.choice(CODES))
             case _:
                 pieces[at] = chance.choice(_OPCODES) + pieces[at][1:]
     return b"".join(pieces) + rest

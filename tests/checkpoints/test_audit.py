@@ -409,11 +409,28 @@ def test_the_model_is_left_as_it_is() -> None:
         assert torch.equal(parameter.grad, before[name])
 
 
-def test_a_weight_that_fails_is_a_row_and_not_the_end() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
-    report = wc.audit(model)
+def test_weights_without_values_are_left_out_by_name() -> None:
+    made, lazy = nn.Linear(3, 3, device="meta"), nn.LazyLinear(3)
+    report = wc.audit(nn.Sequential(nn.Linear(3, 3), made, lazy))
+    assert [f.name for f in report.findings] == ["0.weight"]
+    skipped = report.coverage.skipped
+    assert skipped["1.weight"] == wc.Skipped(wc.Reason.no_values)
+    assert skipped["2.weight"] == wc.Skipped(wc.Reason.uninitialised)
+    for model, why in ((made, "a tensor without values"), (lazy, "not initialised yet")):
+        with pytest.raises(ValueError, match=f"has none.*weight: {why}"):
+            wc.audit(model)
+
+
+def test_a_weight_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(S: Tensor, all_values: bool = False) -> Spectrum:
+        if len(S) == 2:
+            raise ValueError("LAPACK does not converge")
+        return measure(S, all_values)
+
+    monkeypatch.setattr("wellcond.checkpoints.rows.measure", failing)
+    report = wc.audit(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
     assert [f.status for f in report.findings] == [wc.Status.failed, wc.Status.ok]
-    assert "meta" in report.findings[0].explanation
+    assert "LAPACK does not converge" in report.findings[0].explanation
     assert "1 could not be measured" in str(report.coverage)
 
 
@@ -522,7 +539,9 @@ def test_json_has_the_documented_schema_and_is_strict(troubled: nn.Module, tmp_p
 
     content = json.loads(text, parse_constant=refuse)
     assert content["schema"] == 1
-    assert set(content) == {"schema", "source", "findings", "coverage", "versions"}
+    assert set(content) == {
+        *("schema", "source", "findings", "coverage", "not_finite", "versions"),
+    }
     assert set(content["coverage"]) == {"measured", "failed", "skipped", "parameter_share"}
     assert content["coverage"]["skipped"] == [
         {"name": "fine.bias", "reason": "not a matrix: a vector"}

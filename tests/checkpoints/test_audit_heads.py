@@ -226,7 +226,8 @@ def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
         content[f"bert.self.{name}.weight"] = block.clone()
     content["bert.output.dense.weight"] = out.clone()
     torch.save(content, tmp_path / "model.pt")
-    (tmp_path / "config.json").write_text('{"n_head": 3, "hidden_size": 12}')
+    config = {"n_head": 3, "hidden_size": 12, "architecture": "", "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     rows = {f.label: f for f in wc.audit(tmp_path, heads=True).findings}
     sigma = torch.linalg.svdvals(q[4:8].double().mT @ k[4:8].double())
     carried = torch.linalg.svdvals(out[:, 4:8].double() @ v[4:8].double())
@@ -234,6 +235,20 @@ def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
         assert rows[f"{name}:qk1"].singular_values == pytest.approx(sigma[:4].tolist())
         assert rows[f"{name}:vo1"].singular_values == pytest.approx(carried[:4].tolist())
         assert "a rotation by position, if there is one" in rows[f"{name}:qk1"].detail
+
+
+@pytest.mark.parametrize(("kind", "known"), [("gpt_neox", True), ("mine", False), ("", False)])
+def test_heads_of_an_order_that_is_not_known_are_not_claimed(
+    tmp_path: Path, kind: str, known: bool
+) -> None:
+    content = {"a.query_key_value.weight": torch.randn(36, 12), "a.dense.weight": torch.eye(12)}
+    torch.save(content, tmp_path / "model.pt")
+    config = {"model_type": kind, "num_attention_heads": 3, "hidden_size": 12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = {f.label: f for f in wc.audit(tmp_path, heads=True).findings}
+    assert ("a:qk0" in rows) == known
+    if not known:
+        assert "no known class or model_type" in rows["a:heads"].detail
 
 
 def test_comparisons_pair_heads() -> None:

@@ -266,7 +266,7 @@ def test_dtype_of_the_input_is_kept_but_for_the_condition_number(dtype: torch.dt
     torch.testing.assert_close(wc.proximal_step(S, 0.1).double(), expected, **tolerance)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, lambda S: wc.nearest(S, 2.0), wc.certify])
 @pytest.mark.parametrize(
     ("S", "error", "message"),
     [
@@ -275,10 +275,13 @@ def test_dtype_of_the_input_is_kept_but_for_the_condition_number(dtype: torch.dt
         (torch.ones(3), ValueError, r"at least 2 dimensions, got shape \(3,\)"),
         (torch.ones(0, 3), ValueError, "must have rows and columns"),
         (torch.ones(2, 2, dtype=torch.int64), TypeError, "got torch.int64"),
-        (torch.ones(2, 2, dtype=torch.complex64), TypeError, "got torch.complex64"),
+        (torch.ones(2, 2).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn, which holds codes"),
+        (torch.ones(2, 2, dtype=torch.bool), TypeError, "which holds codes. Dequantise it first"),
+        (torch.ones(2, 2).to_sparse(), TypeError, r"must be dense.* Give S.to_dense"),
+        (torch.ones(2, 2, device="meta"), ValueError, "must have values, got a meta tensor"),
         ([[1.0]], TypeError, "must be a torch.Tensor, got list"),
     ],
-    ids=["nan", "inf", "vector", "empty", "integer", "complex", "list"],
+    ids=["nan", "inf", "vector", "empty", "integer", "float8", "bool", "sparse", "meta", "list"],
 )
 def test_bad_matrices_are_refused(
     function: object, S: Tensor, error: type[Exception], message: str

@@ -1,5 +1,6 @@
 """Several matrices in one tensor: a file is cut as the model is, and both as the model computes."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,45 @@ def labels(shapes: Shapes, **config: Any) -> set[str]:
 
 
 QKV, WHOLE = {"q", "k", "v"}, {""}
+# What the config.json of timm beside a file says at least.
+OF_TIMM: dict[str, Any] = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
 
 # Each with the tensors beside it; what config.json says; and the views of the first tensor.
 CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
-    "timm": ({"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}, {}, QKV),
-    "narrow heads": ({"a.qkv.weight": (36, 20), "a.proj.weight": (20, 12)}, {}, QKV),
-    "no output": ({"a.qkv.weight": (36, 12)}, {}, WHOLE),
-    "another output": ({"a.qkv.weight": (36, 12), "b.proj.weight": (12, 12)}, {}, WHOLE),
-    "output of another width": ({"qkv.weight": (36, 12), "proj.weight": (12, 14)}, {}, WHOLE),
-    "keys and values alone": ({"qkv.weight": (24, 12), "proj.weight": (12, 12)}, {}, WHOLE),
-    "as a kernel": ({"qkv.weight": (36, 12, 1, 1), "proj.weight": (12, 12, 1, 1)}, {}, WHOLE),
+    "timm": ({"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}, OF_TIMM, QKV),
+    "in any order": ({"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}, {}, WHOLE),
+    "of a model that is not known": (
+        {"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)},
+        {"model_type": "samoyed", "vision_config": {"model_type": 3}},
+        WHOLE,
+    ),
+    "of a part that is known": (
+        {"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)},
+        {"model_type": "other", "vision_config": {"model_type": "qwen2_vl_vision"}},
+        QKV,
+    ),
+    "narrow heads": ({"a.qkv.weight": (36, 20), "a.proj.weight": (20, 12)}, OF_TIMM, QKV),
+    "no output": ({"a.qkv.weight": (36, 12)}, OF_TIMM, WHOLE),
+    "another output": ({"a.qkv.weight": (36, 12), "b.proj.weight": (12, 12)}, OF_TIMM, WHOLE),
+    "output of another width": (
+        {"qkv.weight": (36, 12), "proj.weight": (12, 14)},
+        OF_TIMM,
+        WHOLE,
+    ),
+    "keys and values alone": ({"qkv.weight": (24, 12), "proj.weight": (12, 12)}, OF_TIMM, WHOLE),
+    "as a kernel": (
+        {"qkv.weight": (36, 12, 1, 1), "proj.weight": (12, 12, 1, 1)},
+        OF_TIMM,
+        WHOLE,
+    ),
     "TinyViT": (
         {"qkv.weight": (36, 12), "proj.weight": (12, 12), "attention_biases": (3, 9)},
-        {},
+        OF_TIMM,
         WHOLE,
     ),
     "MaxViT": (
         {"attn_block.attn.qkv.weight": (36, 12), "attn_block.attn.proj.weight": (12, 12)},
-        {},
+        OF_TIMM,
         WHOLE,
     ),
     "GPT-2": ({"a.c_attn.weight": (12, 36), "a.c_proj.weight": (12, 12)}, {}, QKV),
@@ -63,6 +85,11 @@ CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
     ),
     "GPTBigCode, no config": ({"c_attn.weight": (20, 12), "c_proj.weight": (12, 12)}, {}, WHOLE),
     "NeoX": ({"a.query_key_value.weight": (36, 12), "a.dense.weight": (12, 12)}, {}, WHOLE),
+    "Bloom, all heads": (
+        {"a.query_key_value.weight": (36, 12), "a.dense.weight": (12, 12)},
+        {"model_type": "bloom"},
+        WHOLE,
+    ),
     "Falcon": (
         {"a.query_key_value.weight": (20, 12), "a.dense.weight": (12, 12)},
         {"multi_query": True},
@@ -73,21 +100,35 @@ CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
         {"multi_query": True, "new_decoder_architecture": True},
         WHOLE,
     ),
-    "Phi-3": ({"a.qkv_proj.weight": (20, 12), "a.o_proj.weight": (12, 12)}, {}, QKV),
+    "Phi-3": (
+        {"a.qkv_proj.weight": (20, 12), "a.o_proj.weight": (12, 12)},
+        {"model_type": "phi3"},
+        QKV,
+    ),
+    "qkv_proj in any order": (
+        {"a.qkv_proj.weight": (20, 12), "a.o_proj.weight": (12, 12)},
+        {"model_type": "phi"},
+        WHOLE,
+    ),
+    "MPT": ({"a.Wqkv.weight": (36, 12), "a.out_proj.weight": (12, 12)}, {}, QKV),
     "CodeGen": ({"a.qkv_proj.weight": (36, 12), "a.out_proj.weight": (12, 12)}, {}, WHOLE),
     "torch": ({"a.in_proj_weight": (36, 12), "a.out_proj.weight": (12, 12)}, {}, QKV),
     "no attention": ({"a.in_proj_weight": (36, 12), "a.out_proj.weight": (12, 30)}, {}, WHOLE),
     "PEFT": (
         {"a.qkv.base_layer.weight": (36, 12), "a.proj.base_layer.weight": (12, 12)},
-        {},
+        OF_TIMM,
         QKV,
     ),
     "of several files": (
         {"a.pt/qkv.weight": (36, 12), "a.pt/proj.weight": (12, 12)},
-        {},
+        OF_TIMM,
         QKV,
     ),
-    "of two files": ({"a.pt/qkv.weight": (36, 12), "b.pt/proj.weight": (12, 12)}, {}, WHOLE),
+    "of two files": (
+        {"a.pt/qkv.weight": (36, 12), "b.pt/proj.weight": (12, 12)},
+        OF_TIMM,
+        WHOLE,
+    ),
     "gated": ({"gate_up_proj.weight": (20, 12), "down_proj.weight": (12, 10)}, {}, {"gate", "up"}),
     "not gated": ({"gate_up_proj.weight": (20, 12), "down_proj.weight": (12, 20)}, {}, WHOLE),
     "experts": (
@@ -129,7 +170,8 @@ def test_names_alone_cut_nothing(case: str) -> None:
 
 @pytest.mark.parametrize("config", [{"multi_query": 5}, {"a_config": {"b_config": []}}, {"": 0}])
 def test_odd_configs_do_no_harm(config: dict[str, Any]) -> None:
-    assert labels({"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}, **config) == QKV
+    shapes: Shapes = {"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}
+    assert labels(shapes, **OF_TIMM, **config) == QKV
     deep: dict[str, Any] = {"num_heads": 2}
     for _ in range(5000):
         deep = {"a_config": deep}
@@ -149,7 +191,7 @@ def test_blocks_are_what_their_names_say_and_share_memory() -> None:
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     found = {
         f"{name}:{view}" if view else name: S
-        for name, seen in views_by_name(shapes, {}).items()
+        for name, seen in views_by_name(shapes, {"model_type": "phi3"}).items()
         for view, S in seen_through(seen.views)(tensors[name]).items()
     }
     attention, experts = tensors["attn.c_attn.weight"], tensors["experts.gate_up_proj"]
@@ -170,6 +212,39 @@ def test_blocks_are_what_their_names_say_and_share_memory() -> None:
         assert torch.equal(found[name], S), name
         found[name].fill_(7.0)
     assert all((tensor == 7).all() for tensor in tensors.values())
+
+
+def in_heads(order: str) -> Tensor:
+    """Rows of query, key and value with kappa 3, 30 and 300, in another order than q, k, v."""
+    torch.manual_seed(0)
+    parts = []
+    for kappa in (3.0, 30.0, 300.0):
+        left, right = (torch.linalg.qr(torch.randn(64, 64)).Q for _ in range(2))
+        parts.append(left * torch.logspace(0, -math.log10(kappa), 64) @ right)
+    stacked = torch.stack(parts).view(3, 8, 8, 64)  # part, head, channel
+    axes = {"head": (1, 0, 2, 3), "channel": (1, 2, 0, 3)}[order]
+    return stacked.permute(axes).reshape(192, 64)
+
+
+@pytest.mark.parametrize("name", ["qkv", "qkv_proj"])
+@pytest.mark.parametrize("order", ["head", "channel"])
+def test_rows_whose_order_is_not_known_are_one_matrix(
+    tmp_path: Path, order: str, name: str
+) -> None:
+    """By head as Megatron has them, by channel as EDM, in a file and in a class of a user."""
+    W, output = in_heads(order), {"qkv": "proj", "qkv_proj": "o_proj"}[name]
+    model = nn.ModuleDict({"attn": nn.Module()})
+    for child, shape in ((name, (64, 192)), (output, (64, 64))):
+        model["attn"].add_module(child, nn.Linear(*shape, bias=False))
+    with torch.no_grad():
+        model["attn"].get_parameter(f"{name}.weight").copy_(W)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for source in (model, tmp_path / "model.pt"):
+        found = rows(wc.audit(source))
+        assert found.keys() == {f"attn.{name}.weight", f"attn.{output}.weight"}
+        row = found[f"attn.{name}.weight"]
+        assert row.condition_number == pytest.approx(float(wc.condition_number(W)))
+        assert "no known class or model_type says how it is cut" in row.detail
 
 
 def rows(report: wc.AuditReport) -> dict[str, Finding]:
@@ -215,6 +290,7 @@ def test_a_file_of_timm_is_measured_as_its_model_is(kind: str, tmp_path: Path) -
     timm = pytest.importorskip("timm")
     model = randomised(timm.create_model(kind, num_classes=7, **TIMM[kind]))
     torch.save(model.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text(json.dumps(OF_TIMM))
     of_model, of_file = rows(wc.audit(model)), rows(wc.audit(tmp_path / "model.pt"))
     assert of_file.keys() == of_model.keys()
     grouped = {

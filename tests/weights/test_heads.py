@@ -11,7 +11,8 @@ from architectures import of_transformers
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.weights.discover import current, find_weights, heads_of
+from wellcond.weights.discover import find_weights, heads_of
+from wellcond.weights.effective import current
 from wellcond.weights.heads import Attention
 
 Products = dict[str, Tensor]
@@ -19,7 +20,7 @@ Products = dict[str, Tensor]
 
 def dense(attention: Attention) -> Products:
     found = attention.products(current, lambda view: True)
-    return {head.view: S.dense() for head, S in found}
+    return {head.view: S.B @ S.A.mT for head, S in found}
 
 
 def only(model: nn.Module) -> Attention:
@@ -51,6 +52,8 @@ class Attend(nn.Module):
 
 class Timm(Attend):
     """As timm has it: one Linear for query, key and value of all heads, one after the other."""
+
+    __module__ = "timm.layers.attention"  # as one of a library whose order is known
 
     def __init__(self, dim: int = 12, heads: int = 3, size: int = 5) -> None:
         super().__init__(heads)
@@ -292,6 +295,15 @@ def test_what_is_cut_head_by_head_or_not_known_stays_whole() -> None:
     for model in (HeadFirst(), narrow, without(Timm, "proj"), changed(Timm, key_dim=5)):
         assert names_of(model)[0] == "qkv.weight"
         assert not any(":" in name for name in names_of(model))
+    Timm.__module__, known = __name__, Timm.__module__  # a class that may have any order
+    try:
+        assert names_of(Timm()) == ["qkv.weight", "proj.weight"]
+        (attention,) = heads_of(Timm())
+        assert not attention.heads
+        assert "no known class or model_type" in attention.unknown["heads"]
+        assert "no known class" in wc.audit(Timm(), include=["qkv*"]).findings[0].detail
+    finally:
+        Timm.__module__ = known
     # How many heads there are is of no matter.
     assert names_of(without(Timm, "num_heads"))[0] == "qkv.weight:q"
 

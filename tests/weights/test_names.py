@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import wellcond as wc
-from wellcond.weights.discover import effective_matrices
+from wellcond.weights.effective import effective_matrices
 from wellcond.weights.names import no_weights, why_no_weight
 from wellcond.weights.reasons import Reason
 
@@ -93,7 +93,7 @@ def test_names_agree_with_modules(auto: str, kind: str) -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
     with torch.device("meta"):  # of full size, without values
         model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind))
-    matrices, skipped, _ = effective_matrices(model)
+    _, skipped, _ = effective_matrices(model)
     parameters = {
         name: (tuple(p.shape), str(p.dtype).removeprefix("torch."))
         for name, p in model.named_parameters()
@@ -101,7 +101,7 @@ def test_names_agree_with_modules(auto: str, kind: str) -> None:
     }
     no_matrix = {name for name, kind in parameters.items() if why_no_weight(*kind) is not None}
     of_file = parameters.keys() - no_matrix - no_weights(parameters).keys()
-    of_model = {one.name for one in matrices} - skipped.keys()
+    of_model = {name for name, why in skipped.items() if why.reason is Reason.no_values}
     assert len(of_model) > 5
     assert of_file == of_model & parameters.keys()
 
@@ -183,6 +183,156 @@ def test_a_tie_is_read_from_the_metadata(tmp_path: Path) -> None:
     assert skipped["c.safetensors/head.weight"] == tied
 
 
+# What is fixed or acts entrywise: of Mamba, S4, RWKV, silero, PANNs, nnAudio, torchaudio, Whisper,
+# e3nn, MACE, GPT-2, Swin, YOLO, Llama and fracast.
+NO_MAPS: dict[str, tuple[tuple[int, ...], Reason]] = {
+    "layers.0.mixer.A_log": ((96, 8), Reason.exponentiated),
+    "layers.0.A_logs": ((96, 8), Reason.exponentiated),
+    "s4.log_dt": ((8, 2), Reason.exponentiated),
+    "s4.log_A_real": ((8, 4), Reason.exponentiated),
+    "s4.A_imag": ((8, 4), Reason.exponentiated),
+    "att.time_faaaa": ((8, 4), Reason.exponentiated),
+    "policy.log_std": ((2, 4), Reason.exponentiated),
+    "layers.0.mixer.dt_bias": ((8, 2), Reason.added),
+    "stft.forward_basis_buffer": ((514, 1, 512), Reason.constant),
+    "stft_conv.weight": ((258, 1, 256), Reason.constant),
+    "extractor.stft.conv_real.weight": ((513, 1, 1024), Reason.constant),
+    "logmel_extractor.melW": ((513, 64), Reason.constant),
+    "cqt.cqt_kernels_real": ((84, 1, 512), Reason.constant),
+    "preprocessor.dft_matrix": ((64, 64), Reason.constant),
+    "mfcc.dct_mat": ((80, 40), Reason.constant),
+    "mel.mel_scale.fb": ((201, 80), Reason.constant),
+    "mel_basis": ((80, 513), Reason.constant),
+    "mel_filters": ((80, 201), Reason.constant),
+    "frontend.fbank_matrix": ((80, 201), Reason.constant),
+    "filterbank": ((80, 201), Reason.constant),
+    "filterbank.weight": ((80, 1, 201), Reason.constant),
+    "conv._compiled._w3j_1_1_1": ((3, 3, 3), Reason.constant),
+    "contraction.U_matrix_2": ((9, 9, 4), Reason.constant),
+    "rope.inv_freq": ((2, 8), Reason.constant),
+    "rotary_emb.cos_cached": ((64, 8), Reason.constant),
+    "freqs_cis": ((64, 8), Reason.constant),
+    "stft.hann_window": ((2, 8), Reason.constant),
+    "layers.0.attn_mask": ((4, 49, 49), Reason.constant),
+    "sa.heads.0.tril": ((8, 8), Reason.constant),
+    "made.0.mask": ((8, 6), Reason.constant),
+    "head.anchors": ((3, 3, 2), Reason.constant),
+    "h.0.attn.bias": ((1, 1, 8, 8), Reason.added),
+    "pos_encoder.pe": ((64, 1, 8), Reason.added),
+    "queries": ((48, 64), Reason.added),
+    "pooler.query": ((4, 64), Reason.added),
+    "decoder.object_queries": ((10, 8), Reason.added),
+    "resampler.latent_query": ((10, 8), Reason.added),
+    "quantizer.codebook": ((64, 8), Reason.added),
+}
+
+# Names that are like them, of weights.
+MAPS: dict[str, tuple[int, ...]] = {
+    "window_attention.qkv.weight": (24, 8),
+    "window_attn.weight": (8, 8),
+    "window_proj.weight": (8, 8),
+    "stft_encoder.0.weight": (8, 8),
+    "stft_discriminator.convs.0.weight": (8, 4, 3, 3),
+    "stft_proj.weight": (8, 8),
+    "cqt_block.weight": (8, 8),
+    "dftb.weight": (8, 8),
+    "conv_real.weight": (8, 8, 3),
+    "fbank_encoder.weight": (8, 8),
+    "encoder.filterbank._filters": (16, 1, 8),
+    "mel_proj.weight": (8, 80),
+    "mel_linear.weight": (8, 80),
+    "mask_head.weight": (8, 8),
+    "masked_conv.weight": (8, 8, 3, 3),
+    "attn.query.weight": (8, 8),
+    "attn.W_query": (8, 8),
+    "attn.query_proj": (8, 8),
+    "attn.w_k": (8, 8),
+    "log_layer.weight": (8, 8),
+    "catalog.weight": (8, 8),
+    "dialog": (8, 8),
+    "time_decay_w1": (8, 8),
+    "time_maa_w1": (8, 8),
+    "dt_proj.weight": (8, 8),
+    "x_proj_weight": (4, 8, 8),
+    "D": (8, 8),
+    "U": (8, 8),
+    "fb": (8, 8),
+    "norm1.linear.weight": (8, 8),
+    "proj_norm_out.weight": (8, 8),
+    "normalise.weight": (8, 8),
+    "pe_proj.weight": (8, 8),
+    "buffer_proj.weight": (8, 8),
+    "anchor_proj.weight": (8, 8),
+}
+
+
+@pytest.mark.parametrize("name", NO_MAPS)
+def test_what_is_fixed_or_acts_entrywise_is_no_weight(tmp_path: Path, name: str) -> None:
+    shape, reason = NO_MAPS[name]
+    content = {name: torch.randn(shape), "l.weight": torch.eye(3)}
+    torch.save(content, tmp_path / "a.pt")
+    report = wc.audit(tmp_path / "a.pt")
+    assert [f.name for f in report.findings] == ["l.weight"]
+    assert report.coverage.skipped[name].reason is reason
+    fixed = reason is Reason.constant  # which is none of the parameters
+    assert (report.coverage.parameter_share == 1) == fixed
+    wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 1.01)
+    assert torch.equal(torch.load(tmp_path / "b.pt")[name], content[name])
+    insisted = wc.audit(tmp_path / "a.pt", include=[name])
+    assert {f.name for f in insisted.findings} == {name}
+    assert 0 < insisted.coverage.parameter_share < 1
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_like_names_are_weights(name: str) -> None:
+    assert no_weights({name: (MAPS[name], "float32")}) == {}
+
+
+def test_a_constant_that_is_left_out_by_a_pattern_is_no_parameter_either(tmp_path: Path) -> None:
+    content = {"stft.basis_buffer": torch.randn(64, 1, 64), "l.weight": torch.eye(3)}
+    torch.save(content, tmp_path / "a.pt")
+    report = wc.audit(tmp_path / "a.pt", exclude=["*stft*"])
+    assert report.coverage.parameter_share == 1
+
+
+@pytest.mark.parametrize("shape", [(6, 264), (1, 8), (3, 8, 8)], ids=str)
+def test_a_normalisation_over_several_axes_is_no_matrix(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """By its bias, by gamma and beta as Keras calls them, or by the name of its layer alone."""
+    model = nn.ModuleDict({"a": nn.LayerNorm(shape), "b": nn.LayerNorm(shape, bias=False)})
+    names = {"a.weight": "a.weight", "b.weight": "q_norm.weight", "a.bias": "a.bias"}
+    content = {names[name]: tensor for name, tensor in model.state_dict().items()}
+    content |= {"c.gamma": torch.randn(shape), "c.beta": torch.randn(shape), "l": torch.eye(3)}
+    torch.save(content, tmp_path / "a.pt")
+    report = wc.audit(tmp_path / "a.pt")
+    assert [f.name for f in report.findings] == ["l", *(["c.beta"] if False else [])]
+    reasons = {report.coverage.skipped[n].reason for n in ("a.weight", "q_norm.weight", "c.gamma")}
+    assert reasons == {Reason.normalisation}
+    assert not [
+        f for f in wc.audit(nn.Sequential(model, nn.Linear(3, 3))).findings if f.name != "1.weight"
+    ]
+
+
+def test_a_linear_with_a_bias_of_its_outputs_is_a_weight() -> None:
+    tensors = {"l.weight": ((8, 8), "float32"), "l.bias": ((8,), "float32")}
+    assert "l.weight" not in no_weights(tensors)
+
+
+def test_beside_a_log_d_acts_entrywise() -> None:
+    tensors = {"mixer.A_log": ((8, 4), "float32"), "mixer.D": ((8, 4), "float32")}
+    assert no_weights(tensors)["mixer.D"].reason is Reason.exponentiated
+
+
+@pytest.mark.parametrize("mask", ["mask", "weight_mask"])
+def test_a_weight_under_a_mask_is_not_what_acts(mask: str) -> None:
+    tensors = {"l.weight": ((8, 6), "float32"), f"l.{mask}": ((8, 6), "float32")}
+    found = no_weights(tensors)
+    assert found["l.weight"].reason is Reason.parametrized
+    tensors[f"l.{mask}"] = ((8, 8), "float32")  # of something else
+    assert "l.weight" not in no_weights(tensors)
+
+
 OLD = ("weight_norm of an LSTM", "weight_norm by one number")
 
 
@@ -233,7 +383,7 @@ def test_what_a_weight_is_computed_from_is_none(tmp_path: Path, how: str, kind: 
         {"l.weight_v": (4, 4), "l.weight_g": (4, 4)},
         {"l.weight_v": (4, 4)},
         {"l.weight_orig": (4, 4)},
-        {"l.weight": (4, 4), "l.weight_orig": (4, 4), "l.weight_mask": (4, 4)},
+        {"l.weight": (4, 4), "l.weight_orig": (4, 4)},
     ],
     ids=str,
 )

@@ -6,8 +6,12 @@ them all.
 
 from __future__ import annotations
 
+import bisect
 import pickle
+import struct
 import zipfile
+import zlib
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -91,6 +95,52 @@ def _differs(path: Path, what: str, wanted: int, found: int) -> UnreadableError:
     )
 
 
+def dtype_of_storage(name: str) -> torch.dtype:
+    """By the name of its class, such as FloatStorage; an UntypedStorage consists of bytes."""
+    dtype = getattr(vars(torch).get(name), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.uint8
+
+
+def data_start(file: IO[bytes], record: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record begin that is not compressed."""
+    file.seek(record.header_offset + 26)
+    name, extra = struct.unpack("<2H", file.read(4))
+    return record.header_offset + 30 + int(name) + int(extra)
+
+
+def refresh_checksums(path: Path, changed: Collection[int]) -> None:
+    """Corrects the check sums of the records in which bytes at these places were overwritten."""
+    changed = sorted(changed)
+    with zipfile.ZipFile(path) as archive:
+        records, at = archive.infolist(), archive.start_dir
+    with path.open("r+b") as file:
+        for record in records:
+            file.seek(at)
+            entry = file.read(46)
+            start = data_start(file, record)
+            first = bisect.bisect_left(changed, start)
+            if first < len(changed) and changed[first] < start + record.file_size:
+                checksum = _checksum(file, start, record.file_size)
+                places = [at + 16, record.header_offset + 14]
+                if record.flag_bits & 8:  # a descriptor follows the bytes, and the header has zeros
+                    file.seek(start + record.file_size)
+                    places[1] = start + record.file_size + 4 * (file.read(4) == b"PK\x07\x08")
+                for place in places:
+                    file.seek(place)
+                    file.write(checksum)
+            at += 46 + sum(struct.unpack("<3H", entry[28:34]))
+
+
+def _checksum(file: IO[bytes], start: int, length: int) -> bytes:
+    """The CRC-32 of these bytes as an archive has it."""
+    file.seek(start)
+    value = 0
+    while length > 0 and (piece := file.read(min(length, 1 << 20))):
+        value = zlib.crc32(piece, value)
+        length -= len(piece)
+    return struct.pack("<I", value)
+
+
 class _Tuple(tuple[Any, ...]):
     """A tuple that knows how many things are in it, and in what is in it."""
 
@@ -106,10 +156,11 @@ class _Anything:
     def __new__(cls, *args: Any, **more: Any) -> _Anything:
         name, made = cls.__name__, super().__new__(cls)
         numbers = any(isinstance(arg, int) for arg in args)
+        in_torch = cls.__module__.split(".")[0] == "torch"
         # Nothing that is saved is made by these; `bytearray` and tensors take a length, and an
         # encoding may be one that doubles it.
         if (
-            (args and name.endswith(("Tensor", "Storage")))
+            (in_torch and args and name.endswith(("Tensor", "Storage")))
             or (numbers and name == "bytearray")
             or (name == "encode" and not isinstance(args[0], str))
             or name == "_rebuild_device_tensor_from_cpu_tensor"
@@ -130,6 +181,7 @@ class _Anything:
         self.size += 1
 
     def append(self, item: Any) -> None: ...
+    def add(self, item: Any) -> None: ...
 
 
 def _size(value: Any, depth: int = 2) -> int:
@@ -167,11 +219,16 @@ class _Storages(pickle._Unpickler):
         return size
 
     def find_class(self, module: str, name: str) -> type[_Anything]:
-        return type(name, (_Anything,), {"unpickler": self})
+        return type(name, (_Anything,), {"unpickler": self, "__module__": module})
 
-    def persistent_load(self, saved: Any) -> _Anything:
+    def get_extension(self, code: int) -> None:
+        raise pickle.UnpicklingError("names must be written out")
+
+    def persistent_load(self, saved: Any) -> Any:
+        if saved[0] in ("module", b"module"):  # of a whole model, before torch 1.6: with its source
+            return saved[1]
         _, kind, key, _, count, *_ = saved
-        itemsize = getattr(getattr(torch, kind.__name__, None), "dtype", torch.uint8).itemsize
+        itemsize = dtype_of_storage(kind.__name__).itemsize
         if not (isinstance(key, str) and isinstance(count, int)):
             raise TypeError("a storage must have a name and a length")
         self.sizes[key] = max(self.sizes.get(key, 0), count * itemsize)

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from wellcond.checkpoints.findings import MERGED, Coverage, Finding, Grade, Status, sort_key
+from wellcond.checkpoints.finite import NotFinite, Pieces, not_finite_in, pieces_of
 from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.checkpoints.report import AuditReport
-from wellcond.checkpoints.rows import finding_of_adapter, findings_of, findings_of_heads
+from wellcond.checkpoints.rows import (
+    failed,
+    finding_of_adapter,
+    findings_of,
+    findings_of_heads,
+)
 from wellcond.checkpoints.sources import Source, source_of
 from wellcond.text import and_more, of_modules, versions
 from wellcond.weights.adapters import Adapter
-from wellcond.weights.discover import current
+from wellcond.weights.effective import current
 from wellcond.weights.heads import Attention
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
@@ -32,8 +39,8 @@ def audit(
     model_or_path: nn.Module | str | os.PathLike[str],
     certify: bool = False,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     curves: int = 0,
     progress: Told | None = None,
     example: Any = None,
@@ -49,20 +56,28 @@ def audit(
 
     A model is read by its modules: convolution kernels as (out, in/groups * kernel), of several
     groups as one block-diagonal map, attention's in_proj as its three blocks, gates of recurrent
-    cells, parametrized weights by their value. Embeddings and parameters of unknown modules are
-    skipped unless their exact name is included. A file has no classes: embeddings, tokens,
-    positions and what a parametrized weight is computed from are known by their names, and fused
-    projections, gates and experts by names, shapes that fit and config.json; every other float
-    tensor of 2 dimensions is measured, of 3 a stack unless its name contains "conv", of 4 and more
-    a kernel, as if of one group. Tied weights count once.
+    cells, parametrized weights by their value. So are those that `spectral_norm`, `weight_norm` and
+    `prune` of torch.nn.utils compute; of a layer with a forward of its own it is the weight that
+    the forward hands to the product, found by a forward pass of a copy. Embeddings and parameters
+    of unknown modules are skipped unless their exact name is included.
+
+    A file has no classes, so names decide first, then the tensors of the same module, then shapes;
+    a guess is called one in its row. Left out by name, and taken by their exact name alone, are
+    embeddings, tokens, positions, fixed transforms, masks, normalisations over several axes and
+    parameters that are exponentiated. Slices of larger tensors and codes of quantised weights,
+    whatever their dtype, are never measured. Query, key and value are cut where a name or
+    config.json says their order, gates and experts by names and shapes that fit. A `kernel` has
+    its inputs first, as Keras and Flax store it; a weight of 3 dimensions is a kernel if it is
+    called "conv", if its bias has as many entries as it has outputs, or if its last side is small,
+    else a stack; of 4 and more a kernel, of one group. Tied weights count once.
 
     Args:
         model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
             .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth,
             .bin, .ckpt), or a directory of these.
         certify: enclose sigma_max, sigma_min and kappa of each by `wellcond.certify` as well.
-        include: patterns (`fnmatch.fnmatchcase`) of names to measure; all if empty.
-        exclude: patterns of names to leave out.
+        include: a pattern (`fnmatch.fnmatchcase`) or several, of names to measure; all if empty.
+        exclude: a pattern or several, of names to leave out.
         curves: of so many of the worst weights find all singular values, however large they are.
         progress: called with a `Progress` before each tensor is read: its name, its number, how
             many there are, and about how long the rest will take. `print` will do.
@@ -89,7 +104,9 @@ def audit(
             a model of PEFT holds its base.
 
     Returns:
-        An `AuditReport`. A weight that could not be measured is a finding that says why.
+        An `AuditReport`. A weight that could not be measured is a finding that says why. All other
+        floating point tensors that no pattern leaves out, such as biases and embeddings, and the
+        buffers of a model, are searched for NaN and infinity: see `AuditReport.not_finite`.
 
     Raises:
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
@@ -111,6 +128,7 @@ def audit(
         >>> sorted(f.label for f in wc.audit(attention, include=["qk*"], heads=True).findings)
         ['qk0', 'qk1']
     """
+    include, exclude = patterns(include), patterns(exclude)
     source = source_of(model_or_path, example, base)
     attentions, value = source.heads() if heads else ([], current)
     if heads and not attentions:
@@ -121,7 +139,7 @@ def audit(
     rows = [names for one in attentions for names in _rows_of(one).values()]
     rows += [(*_names_of(*one), f"{one[0]}:merged") for one in source.adapters]
     skipped = source.skipped
-    wanted = chosen(source.matrices, skipped, include, exclude, rows)
+    wanted = chosen(source.matrices, skipped, include, exclude, rows, [*source.tensors])
     adapters = [one for one in source.adapters if _asked_for(_names_of(*one), include, exclude)]
     bases = [one for one in source.bases if _views_with_adapters(one, include, exclude)]
     heads_of = {id(one): _views_of(one, include, exclude) for one in attentions}
@@ -155,9 +173,20 @@ def audit(
     for name, adapter in adapters:
         counter.next(name)
         findings.append(finding_of_adapter(adapter, name))
+
+    def scan(tensors: Mapping[str, Pieces]) -> dict[str, NotFinite]:
+        found, unread = not_finite_in(tensors)
+        findings.extend(failed(name, error) for name, error in unread.items())
+        return found
+
+    not_finite = scan(_unmeasured(source.tensors, findings, where.values(), include, exclude))
     own = [finding for finding in findings if finding.measured]
     # These stand for parameters that are counted already, or for those of another source.
     measure(bases)
+    bad = {
+        f.name: where[id(f)] for f in findings if f.status is Status.not_finite and id(f) in where
+    }
+    not_finite |= scan({n: partial(_whole, one) for n, one in bad.items() if n not in not_finite})
     coverage = _coverage(own, [f for f in findings if not f.measured], source)
     for attention in attentions:
         counter.next(attention.name)
@@ -169,21 +198,59 @@ def audit(
         why = f"{sums[0].label}: {sums[0].explanation}"
         raise ValueError(f"With `base` no sum of {source.name} can be measured ({why}).")
     findings.sort(key=sort_key)
+    _find_curves(findings, where, curves)
+    return AuditReport(findings, coverage, source.name, versions(), not_finite)
+
+
+def _find_curves(findings: list[Finding], where: Mapping[int, Matrices], curves: int) -> None:
+    """Gives all singular values to the first findings that lack them; reads each tensor once."""
+    lacking: dict[int, dict[str, int]] = {}
     for index, finding in enumerate(findings[:curves]):
         known = finding.singular_values or finding.grade is Grade.bounded
         if finding.measured and not known:
-            # None of these if it cannot be read or measured again.
-            again = findings_of(where[id(finding)], certify=False, all_values=True)
-            values = [other.singular_values for other in again if other.view == finding.view]
-            findings[index] = replace(finding, singular_values=values[0] if values else ())
-    return AuditReport(findings, coverage, source.name, versions())
+            lacking.setdefault(id(where[id(finding)]), {})[finding.view] = index
+    tensors = {id(one): one for one in where.values()}
+    for key, indices in lacking.items():
+        # None of these if it cannot be read or measured again.
+        for again in findings_of(tensors[key], certify=False, all_values=True, only=indices):
+            if again.view in indices:
+                index, values = indices[again.view], again.singular_values
+                findings[index] = replace(findings[index], singular_values=values)
+
+
+def patterns(given: str | Sequence[str]) -> Sequence[str]:
+    """The patterns; a text is one of them."""
+    return [given] if isinstance(given, str) else given
+
+
+def _unmeasured(
+    tensors: Mapping[str, Pieces],
+    findings: Sequence[Finding],
+    measured: Iterable[Matrices],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> dict[str, Pieces]:
+    """The tensors of which it is not known yet that they are finite, as far as they are wanted."""
+    finite = {one.name for one in measured}
+    finite -= {finding.name for finding in findings if finding.status is Status.not_finite}
+    return {
+        name: pieces
+        for name, pieces in tensors.items()
+        if name not in finite and _asked_for((name,), include, exclude)
+    }
+
+
+def _whole(one: Matrices) -> list[Tensor]:
+    return [*pieces_of(one.read().detach())]
 
 
 def _coverage(measured: Sequence[Finding], failed: Sequence[Finding], source: Source) -> Coverage:
     """Measured counts what stands for parameters of its own: no weight a second time, as a sum."""
     own = [finding for finding in measured if not finding.with_adapter]
     covered = sum(finding.entries for finding in own)
-    share = min(1.0, covered / source.parameters) if source.parameters else 0.0
+    total = source.parameters
+    total += sum(source.constants.get(name, 0) for name in {finding.name for finding in own})
+    share = min(1.0, covered / total) if total else 0.0
     return Coverage(len(own), len(failed), source.skipped, share)
 
 
@@ -193,9 +260,13 @@ def chosen(
     include: Sequence[str],
     exclude: Sequence[str],
     others: Sequence[Sequence[str]] = (),
+    tensors: Sequence[str] = (),
 ) -> list[Matrices]:
-    """What is to be measured; adds to `skipped` what is not. A pattern may match others alone."""
-    unused = {*include, *exclude}
+    """What is to be measured; adds to `skipped` what is not.
+
+    A pattern may match others alone, and one of `exclude` tensors that are no matrices.
+    """
+    unused = {*include, *(p for p in exclude if not any(fnmatchcase(n, p) for n in tensors))}
     unused -= {p for p in unused for names in others if any(fnmatchcase(n, p) for n in names)}
 
     def match(one: Matrices, patterns: Sequence[str]) -> str | None:

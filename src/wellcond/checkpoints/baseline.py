@@ -48,6 +48,7 @@ def read_baseline(path: Path) -> dict[str, float]:
 
     Raises:
         ValueError: it is no document of `wellcond audit --json`.
+        FileNotFoundError: it is not there.
         OSError: it cannot be read.
     """
     try:
@@ -55,6 +56,11 @@ def read_baseline(path: Path) -> dict[str, float]:
             raise ValueError
         rows = [(f["name"], f["view"], f["condition_number"]) for f in _findings(path)]
         return {f"{n}:{view}" if view else str(n): float(kappa) for n, view, kappa in rows}
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not "
+            "there. Make it first, from the model as it is to stay."
+        ) from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(
             f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not. "

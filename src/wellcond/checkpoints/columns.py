@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from wellcond.checkpoints.findings import Finding, Grade
 from wellcond.checkpoints.pairing import Pair
 from wellcond.checkpoints.unusual import how_often
+from wellcond.text import percent
 
 _NUMBERS = ("κ", "random", "σ_max", "σ_min", "stable rank", "rank", "r")
 _HEADERS = ("weight", "shape", "dtype", *_NUMBERS, "added", "grade", "κ certified")
@@ -68,7 +69,7 @@ def cells_of(finding: Finding) -> dict[str, str]:
     enclosure = str(finding.certificate.condition_number) if finding.certificate else ""
     added = ""
     if not math.isnan(finding.added_share):
-        added = f"{100 * finding.added_share:.2g} %, {finding.added_new} of {finding.added_of}"
+        added = f"{percent(finding.added_share)}, {finding.added_new} of {finding.added_of}"
     cells = (
         finding.label,
         "x".join(map(str, finding.shape)),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wellcond.checkpoints.columns import COMPARED, cells_of, cells_of_pair, headers_of
 from wellcond.checkpoints.findings import Finding, Grade, Status
+from wellcond.checkpoints.finite import NotFinite, in_words
 from wellcond.checkpoints.heatmap import Cell, HeatMap, heat_maps
 from wellcond.checkpoints.layers import Stack, stacks
 from wellcond.checkpoints.markup import document, folded, listed, paragraphs, section
@@ -76,7 +77,7 @@ def audit_page(report: AuditReport, max_condition: float | None) -> str:
     return document(
         f"Condition numbers of {report.source}",
         [
-            paragraphs([f"{report.coverage}."]),
+            paragraphs([f"{report.coverage}.", *_not_finite(report.not_finite)]),
             limit([*rows.values()], max_condition),
             section("Out of the ordinary", facts(report.unusual(), _links(rows))),
             _map_section(words, repeated, rows, cell, _SYMBOLS, max_condition, False),
@@ -151,6 +152,10 @@ def comparison_page(comparison: Comparison, max_condition: float | None) -> str:
             section("Versions", listed(comparison.versions)),
         ],
     )
+
+
+def _not_finite(found: Mapping[str, NotFinite]) -> list[str]:
+    return [f"{in_words(found)}."] if found else []
 
 
 def _skipped(skipped: Mapping[str, Skipped]) -> list[str]:

@@ -14,10 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from wellcond.checkpoints.formats import other_folder, other_format
 from wellcond.checkpoints.pickled import Pickled
 from wellcond.checkpoints.safetensors import Safetensors
+from wellcond.checkpoints.slices import (
+    OF_RANK,
+    REPEATED,
+    one_of_ranks,
+    repeated_in_shards,
+    slice_at,
+)
 from wellcond.checkpoints.tensors import (
     Entry,
     NoTensorsError,
@@ -29,11 +38,14 @@ from wellcond.weights.adapters import adapter_parameters
 from wellcond.weights.fused import views_by_name
 from wellcond.weights.matrices import Matrices, entries, seen_through
 from wellcond.weights.names import no_weights
+from wellcond.weights.quantised import logical_entries
 from wellcond.weights.reasons import Reason, Skipped
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
 INDEX = ".index.json"
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
+# What names and neighbours say more of than shape and dtype do.
+_REFINED = (Reason.packed, Reason.quantised, Reason.scales)
 _POINTER = b"version https://git-lfs"
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
@@ -42,7 +54,8 @@ class Checkpoint:
     """The tensors of a file, of a sharded file, or of all files of a directory.
 
     Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
-    those that are damaged are in `damaged`, with the reason.
+    those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name, of
+    which `where` has the last, and `slices` all.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,29 +77,46 @@ class Checkpoint:
         ]
         self.where: dict[str, tuple[TensorFile, Entry]] = {}
         self.overlapping: list[tuple[str, str]] = []
+        self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
+        repeated = (
+            repeated_in_shards({name: file.entries for name, file in self.files.items()})
+            if self.index is None
+            else set()
+        )
         for file_name, file in self.files.items():
             united = self.index is not None or len(self.files) == 1 or holding == [file]
             prefix = "" if united else f"{file_name}/"
+            of_rank = one_of_ranks(file.path)
             for name, entry in file.entries.items():
+                if entry.skipped is None and (of_rank or name in repeated):
+                    entry = replace(entry, skipped=OF_RANK if of_rank else REPEATED)
+                if entry.skipped is not None and entry.skipped.reason is Reason.slice:
+                    self._add_slice(name, file, entry)
+                    continue
                 # Two shards may hold the same name: the index says which one is meant.
                 elsewhere = self.index is not None and self.index.get(name, file_name) != file_name
                 taken = elsewhere or prefix + name in self.where
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
+        empty = not any(entry.matrix for _, entry in self.where.values())
+        if empty and self.path.is_dir() and (other := other_folder(self.path)):
+            raise UnreadableError(other)
         # A head that is tied to an embedding is one, whichever of the names was kept.
-        called = {name: name for name in self.where}
+        self._called = called = {name: name for name in self.where}
         for name in self.where:
             for alias in self._aliases(name):
                 called.setdefault(alias, name)
         named = ((alias, self.where[name][1]) for alias, name in called.items())
-        kinds = {alias: (entry.shape, entry.dtype) for alias, entry in named}
-        for alias, skipped in no_weights(kinds).items():
+        self._kinds = {alias: (entry.shape, entry.dtype) for alias, entry in named}
+        for alias, skipped in no_weights(self._kinds, self._begins_with_codes).items():
             name = called[alias]
             file, entry = self.where[name]
-            if entry.skipped is None or entry.skipped.reason in (Reason.packed, Reason.quantised):
+            if entry.skipped is None or entry.skipped.reason in _REFINED:
                 detail = skipped.detail or ("" if alias == name else f"tied to {alias}")
                 self.where[name] = file, replace(entry, skipped=replace(skipped, detail=detail))
+            elif skipped.reason is Reason.flat:
+                self.where[name] = file, replace(entry, skipped=skipped)
         config = self.beside("adapter_config.json")
         for name, skipped in adapter_parameters(self.where, config).items():
             file, entry = self.where[name]
@@ -94,6 +124,24 @@ class Checkpoint:
                 self.where[name] = file, replace(entry, skipped=skipped)
         if self.index is not None:
             self._check_index()
+
+    def _add_slice(self, name: str, file: TensorFile, entry: Entry) -> None:
+        """Slices of one tensor have one name, by which they are left out together."""
+        slices = self.slices.setdefault(name, [])
+        slices.append((file, entry))
+        offsets = [one.offsets for _, one in slices if one.offsets is not None]
+        if len(offsets) == len(slices):
+            entry = replace(entry, skipped=slice_at(offsets))
+        self.where[name] = file, entry
+
+    def _begins_with_codes(self, name: str) -> bool:
+        """Whether the first entries of a tensor are codes: whole numbers, or those of float8."""
+        file, entry = self.where[self._called[name]]
+        if entry.skipped is not None or entry.dtype.startswith("complex"):
+            return False
+        row = file.first_row(entry.name).float()
+        narrow = row.to(torch.float8_e4m3fn).float()
+        return bool((row == row.round()).all() or (row == narrow).all())
 
     def _aliases(self, name: str) -> list[str]:
         """Other names of a tensor."""
@@ -120,6 +168,8 @@ class Checkpoint:
         if not path.is_dir():
             return [path.name]
         found = _weight_files(path)
+        if {file.name for file in found} <= {"meta.pt"} and (other := other_folder(path)):
+            raise UnreadableError(other)
         if not found:
             raise UnreadableError(
                 f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
@@ -163,15 +213,21 @@ class Checkpoint:
                     )
             if path.suffix == ".safetensors":
                 self.files[name] = Safetensors(path)
-            elif path.suffix in PICKLED or zipfile.is_zipfile(path):
+            elif path.name.endswith(PICKLED):
+                self.files[name] = Pickled(path)
+            elif what := other_format(path):
+                raise UnreadableError(what)
+            elif zipfile.is_zipfile(path):
                 self.files[name] = Pickled(path)
             else:
                 raise UnreadableError(
                     f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."
                 )
-        except (UnreadableError, OSError) as error:
+        except (UnreadableError, OSError) as raised:
+            other = other_format(path) if path.is_file() else ""
+            error = UnreadableError(other) if other else raised
             if alone or self.index is not None:
-                raise
+                raise error from None
             what = str(error).removeprefix(f"{path} ")
             if isinstance(error, OSError):
                 what = f"cannot be read: {error.strerror}"
@@ -185,8 +241,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         assert self.index is not None
         for name, shard in self.index.items():
-            file, _ = self.where.get(name, (None, None))
-            if file is None or file.path.name != shard:
+            if name not in self.files[shard].entries:
                 raise UnreadableError(
                     f"{self.path} says that {name} is in {shard}, where it is not. "
                     "The shards belong to another checkpoint, or one is incomplete."
@@ -194,15 +249,34 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many entries all parameters have together.
+        """How many entries all parameters have together; of a quantised weight those it stands for.
 
-        Of a quantised weight as many as are stored, which may be fewer than it stands for.
+        Fixed transforms, tables and masks are none.
         """
-        return sum(
-            entries(entry.shape)
+        config = self.beside("config.json")
+        total = 0
+        for name, (_, entry) in self.where.items():
+            reason = None if entry.skipped is None else entry.skipped.reason
+            if reason is Reason.slice:
+                total += sum(entries(one.shape) for _, one in self.slices[name])
+            elif _holds_codes(name, entry):
+                total += logical_entries(name, self._kinds, self._read_small, config)
+            elif entry.parameter and reason is not Reason.constant:
+                total += entries(entry.shape)
+        return total
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The entries of tensors that are no parameters, but measured by their exact names."""
+        return {
+            name: entries(entry.shape)
             for name, (_, entry) in self.where.items()
-            if entry.parameter or _holds_codes(name, entry)
-        )
+            if entry.skipped is not None and entry.skipped.reason is Reason.constant
+        }
+
+    def _read_small(self, name: str) -> Tensor:
+        file, entry = self.where[self._called[name]]
+        return file.read(entry.name)
 
     def beside(self, name: str) -> dict[str, Any]:
         """What a JSON file of this name beside the checkpoint says; nothing if there is none."""
@@ -292,7 +366,7 @@ def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
 def _weight_files(directory: Path) -> list[Path]:
     files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
     found = [path for path in files if path.suffix == ".safetensors"]
-    return found + [path for path in files if path.suffix in PICKLED]
+    return found + [path for path in files if path.name.endswith(PICKLED)]
 
 
 def _check_regular(path: Path) -> None:

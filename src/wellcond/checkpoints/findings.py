@@ -83,8 +83,8 @@ class Finding:
         entries: of the parameter, how many it stands for.
         inner: of a product of two factors, as of a head, over how many dimensions it goes, of which
             nu counts no more; 0 of others.
-        largest_entry: max |w|; float16 holds up to 65504. This and the next two are nan of what is
-            no stored matrix, as a convolution as it acts.
+        largest_entry: max |w|, of real and imaginary parts; float16 holds up to 65504. This and the
+            next two are nan of what is no stored matrix, as a convolution as it acts.
         subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
             digits, and hardware may take them for zero.
         float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.
@@ -144,15 +144,17 @@ class Finding:
     @property
     def _comparable(self) -> bool:
         """Whether random matrices of the shape are its like: of one stored matrix, no vector."""
-        return len(self.shape) == 2 and self.nu > 1 and not math.isnan(self.largest_entry)
+        real = not self.dtype.startswith("complex")  # complex Gaussian matrices have another law
+        return real and len(self.shape) == 2 and self.nu > 1 and not math.isnan(self.largest_entry)
 
     @functools.cached_property
     def exceedance(self) -> float:
         """How often a random matrix of this shape has a larger condition number, 0 to 1.
 
         Of independent Gaussian entries; see `wellcond.linalg.gaussian.exceedance`. nan if there is
-        no condition number, for vectors, and for what is no stored matrix: groups of a convolution,
-        a convolution as it acts, a head of attention; random ones of these follow other laws.
+        no condition number, for vectors, for complex matrices, and for what is no stored matrix:
+        groups of a convolution, a convolution as it acts, a head of attention; random ones of these
+        follow other laws.
         """
         return exceedance(self.shape, self.condition_number) if self._comparable else math.nan
 
@@ -232,18 +234,28 @@ class Finding:
         return plain
 
 
+def numbers(S: Tensor) -> Tensor:
+    """The stored numbers of S: the real and the imaginary parts of a complex one."""
+    return torch.view_as_real(S.resolve_conj()) if S.is_complex() else S
+
+
 def with_entries(finding: Finding, S: Tensor) -> Finding:
-    """The finding with what is to be known of the single entries of its matrix, all finite."""
-    sizes = S.abs()
-    zeros = S.numel() - int(S.count_nonzero())
+    """The finding with what is to be known of the single entries of its matrix, all finite.
+
+    The entries of a complex matrix are its real and its imaginary parts.
+    """
+    parts = numbers(S)
+    sizes = parts.abs()
+    zeros = parts.numel() - int(parts.count_nonzero())
 
     def share(below: Tensor) -> float:
-        return (int(below.count_nonzero()) - zeros) / S.numel()
+        return (int(below.count_nonzero()) - zeros) / parts.numel()
 
     def zero(dim: int) -> tuple[int, ...]:
         if zeros < S.shape[dim]:  # too few of them
             return ()
-        return tuple((sizes.amax(dim) == 0).flatten().nonzero().flatten().tolist())
+        entries = sizes.amax(-1) if S.is_complex() else sizes
+        return tuple((entries.amax(dim) == 0).flatten().nonzero().flatten().tolist())
 
     largest = float(sizes.max())
     return replace(
@@ -251,7 +263,7 @@ def with_entries(finding: Finding, S: Tensor) -> Finding:
         largest_entry=largest,
         zero_rows=zero(-1) if largest > 0 else (),
         zero_columns=zero(-2) if largest > 0 else (),
-        subnormal_share=share(sizes < torch.finfo(S.dtype).tiny),
+        subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
         # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
         float16_zero_share=share(sizes <= FLOAT16.smallest_normal * FLOAT16.eps / 2),
     )
@@ -282,7 +294,8 @@ class Coverage:
 
     def __str__(self) -> str:
         left_out = {n: why for n, why in self.skipped.items() if not why.reason.no_matrix}
-        matrices = self.measured + self.failed + len(left_out)
+        lacking = sum(not why.reason.no_tensor for why in left_out.values())
+        matrices = self.measured + self.failed + lacking
         text = f"{self.measured} of {matrices} matrices, {100 * self.parameter_share:.1f} % of "
         text += "the parameters"
         if self.failed:

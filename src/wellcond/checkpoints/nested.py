@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
+from wellcond.checkpoints.foreign import Foreign, ForeignTensor
 from wellcond.checkpoints.tensors import UnreadableError
+from wellcond.text import and_more
 from wellcond.weights.reasons import Reason, Skipped
 
 # Keys by which a dict is known that holds no weights, and what it is.
-_STATES = {
-    Reason.optimizer: {"state", "param_groups"},
-    Reason.regularizer: {"basis", "from_right", "warm"},
-}
+_STATES = (
+    ({"state", "param_groups"}, Reason.optimizer),
+    ({"zero_stage", "partition_count"}, Reason.optimizer),  # of DeepSpeed
+    ({"basis", "from_right", "warm"}, Reason.regularizer),
+)
 # A checkpoint of Lightning: its weights are in its `state_dict` alone.
 _LIGHTNING = {"state_dict", "pytorch-lightning_version"}
 # More than this no checkpoint has; a small file of shared lists can have any number.
@@ -23,10 +26,28 @@ _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
 _TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together
 
 
-def tensors_in(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Skipped]]:
-    """The tensors of a file, names joined by dots, and what is in it besides."""
+# The attributes of a module that hold what its state dict holds.
+_MODULE = ("_parameters", "_buffers", "_modules")
+_OBJECTS = "Python objects"
+# Of these there is nothing to say.
+_HARMLESS = {"builtins.frozenset", "__builtin__.frozenset"}
+_HARMLESS |= {"builtins.bytearray", "builtins.complex", "builtins.range", "builtins.slice"}
+_HARMLESS |= {"_codecs.encode", "collections.Counter", "collections.defaultdict"}
+
+
+def tensors_in(
+    content: Any, path: Path
+) -> tuple[dict[str, Tensor | ForeignTensor], dict[str, Skipped]]:
+    """The tensors of a file, names joined by dots, and what is in it besides.
+
+    The tensors of a module that was saved whole have the names of its state dict.
+    """
     walk = _Walk(path)
     walk.visit(content, "", 0)
+    if walk.objects:
+        kinds = ((name, and_more(some, limit=2)) for name, some in walk.objects.items())
+        named = (f"{name} ({some})" if name else some for name, some in kinds)
+        walk.others[_OBJECTS] = Skipped(Reason.objects, and_more(named, limit=3))
     return walk.tensors, walk.others
 
 
@@ -35,8 +56,10 @@ class _Walk:
         self.path = path
         self.containers = self.items = self.letters = 0
         self.names: dict[str, int] = {}  # how often each was wanted
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor | ForeignTensor] = {}
         self.others: dict[str, Skipped] = {}
+        self.objects: dict[str, dict[str, None]] = {}  # their classes, by the outermost name
+        self.seen: set[int] = set()
 
     def visit(self, content: Any, prefix: str, depth: int) -> None:
         self.letters += len(prefix)
@@ -45,7 +68,9 @@ class _Walk:
                 f"{self.path} must hold at most {_TENSORS:,} tensors, with {_LETTERS:,} letters "
                 "in their names, but holds more. Save the weights in several files."
             )
-        if isinstance(content, Tensor):
+        if isinstance(content, Foreign) and not isinstance(content, ForeignTensor):
+            content = self._read_object(content, prefix)
+        if isinstance(content, Tensor | ForeignTensor):
             self.tensors[self._free(prefix or "tensor")] = content
         elif isinstance(content, Mapping | list | tuple):
             self.containers += 1
@@ -57,14 +82,14 @@ class _Walk:
                     "Save the weights alone: torch.save(model.state_dict(), path)."
                 )
             keys = set(content) if isinstance(content, Mapping) else set()
-            for reason, known in _STATES.items():
+            for known, reason in _STATES:
                 if known <= keys:
                     self.others[prefix or "everything"] = Skipped(reason)
                     return
             lightning = not prefix and keys >= _LIGHTNING
             items = content.items() if isinstance(content, Mapping) else enumerate(content)
             for key, value in items:
-                if not isinstance(value, Tensor | Mapping | list | tuple):
+                if not isinstance(value, Tensor | Mapping | list | tuple | Foreign):
                     continue
                 name = f"{prefix}.{key}" if prefix else str(key)
                 if lightning and key != "state_dict":
@@ -72,10 +97,29 @@ class _Walk:
                 else:
                     self.visit(value, name, depth + 1)
 
+    def _read_object(self, one: Foreign, name: str) -> Any:
+        """What a foreign object holds as tensors may be named."""
+        attributes = one.attributes
+        if one.name.endswith("Tensor"):  # a class such as ShardedTensor
+            return ForeignTensor(one.kind)
+        if all(isinstance(attributes.get(part), Mapping) for part in _MODULE):
+            found = {name: t for part in _MODULE for name, t in attributes[part].items()}
+            transient = attributes.get("_non_persistent_buffers_set")
+            left_out = transient if isinstance(transient, set) else set()
+            return {name: t for name, t in found.items() if name not in left_out}
+        if id(one) in self.seen:  # an object may hold the one that holds it
+            return None
+        self.seen.add(id(one))
+        if one.kind not in _HARMLESS:
+            outermost, *_ = name.split(".")
+            self.objects.setdefault(outermost, {})[one.kind] = None
+        return attributes | one.items | dict(enumerate(one.elements))
+
     def _visit_trainer(self, content: Any, name: str) -> None:
         inside = _Walk(self.path)
         inside.containers, inside.items = self.containers, self.items
         inside.letters = self.letters
+        inside.seen, inside.objects = self.seen, self.objects
         inside.visit(content, name, 1)
         self.containers, self.items = inside.containers, inside.items
         self.letters = inside.letters

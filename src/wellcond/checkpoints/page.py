@@ -106,6 +106,8 @@ class _Axis(NamedTuple):
 def table(headers: Sequence[str], groups: Sequence[Group], max_condition: float | None) -> str:
     """The rows of all groups, with bars on one scale; cells without a header are left out."""
     rows = [row for group in groups for row in group.rows]
+    if not rows:
+        return ""
     kappas = [kappa for row in rows for kappa in row.condition_numbers]
     finite = [kappa for kappa in (*kappas, max_condition or 1) if math.isfinite(kappa)]
     axis = _Axis(max(1, math.ceil(math.log10(max(finite, default=10)))), "")

@@ -1,5 +1,7 @@
 """A file of torch.save: mapped, with weights only; nothing that could run code is unpickled.
 
+Where torch refuses it for the classes of other objects, it is read without these; see `foreign`.
+
 It is opened anew now and then, because pages that were read once stay resident.
 """
 
@@ -9,19 +11,25 @@ import ctypes
 import errno
 import os
 import pickle
-import re
+import shutil
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wellcond.checkpoints.archive import can_be_mapped, check_pickle
+from wellcond.checkpoints.archive import can_be_mapped, check_pickle, refresh_checksums
+from wellcond.checkpoints.finite import pieces_of
+from wellcond.checkpoints.foreign import Foreign, ForeignTensor, Inert, load_inert
+from wellcond.checkpoints.formats import ZERO
 from wellcond.checkpoints.nested import tensors_in
 from wellcond.checkpoints.overlaps import repeats, shared_memory, span
+from wellcond.checkpoints.slices import local_shard
 from wellcond.checkpoints.tensors import (
     Entry,
     NoTensorsError,
@@ -37,6 +45,8 @@ from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
+# Of tensors that are no plain ones.
+_OF_CLASSES = (Reason.torchao, Reason.tensor_class, Reason.slice)
 _PIPE = 64 << 10  # what a pipe takes at a time, by default
 
 
@@ -47,13 +57,21 @@ class Pickled(TensorFile):
         self.path = path
         self._mapped = can_be_mapped(path)
         self._open()
-        if not (self._tensors or self.others):
+        if not self._tensors and all(w.reason is Reason.objects for w in self.others.values()):
+            content = self._content
+            kind = content.kind if isinstance(content, Foreign) else type(content).__name__
+            besides = "".join(f", but {w.detail}" for w in self.others.values() if kind == "dict")
             raise NoTensorsError(
-                f"{path} must hold a dict of tensors, but holds a {type(self._content).__name__} "
-                "without any. Save a state dict: torch.save(model.state_dict(), path)."
+                f"{path} must hold a dict of tensors, but holds a {kind} without any{besides}. "
+                "Save a state dict: torch.save(model.state_dict(), path)."
             )
         self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
-        matrices = {n: t for n, t in self._tensors.items() if self.entries[n].skipped is None}
+        self._check_placeholders()
+        matrices = {
+            name: tensor
+            for name, tensor in self._tensors.items()
+            if isinstance(tensor, Tensor) and self.entries[name].skipped is None
+        }
         # Embeddings first: what is tied to one is the same as it, not the other way round.
         looked_up = no_weights({n: (e.shape, e.dtype) for n, e in self.entries.items()})
         names = sorted(matrices, key=lambda name: name not in looked_up)
@@ -61,33 +79,73 @@ class Pickled(TensorFile):
         for name, skipped in shared.items():
             self.entries[name] = replace(self.entries[name], parameter=False, skipped=skipped)
 
+    def _check_placeholders(self) -> None:
+        """Raises if the parameters are empty, as DeepSpeed's ZeRO-3 saves them elsewhere."""
+        groups = self._content.get("param_shapes") if isinstance(self._content, Mapping) else None
+        if not isinstance(groups, list) or not all(isinstance(one, Mapping) for one in groups):
+            return
+        names = [f"module.{name}" for group in groups for name in group if isinstance(name, str)]
+        shapes = [self.entries[name].shape for name in names if name in self.entries]
+        if shapes and all(0 in shape for shape in shapes):
+            raise UnreadableError(
+                f"{self.path} must hold weights, but holds empty tensors in place of them: with "
+                f"DeepSpeed's ZeRO-3 the values lie in the files *_optim_states.pt. {ZERO}."
+            )
+
     def _open(self) -> None:
         self._content: Any = None
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor | ForeignTensor] = {}
         self._read = 0
-        self._content = _load(self.path, self._mapped)
+        loaded = _load(self.path, self._mapped)
+        self._address = loaded.address if isinstance(loaded, Inert) else None
+        self._content = loaded.content if isinstance(loaded, Inert) else loaded
         self._tensors, self.others = tensors_in(self._content, self.path)
 
     def read(self, name: str) -> Tensor:
         if self._mapped and self._read > _RESIDENT:
             self._open()
-        self._check_same(name, self._tensors)
-        tensor = self._tensors[name].detach()
+        tensor = self._same(name, self._tensors).detach()
         self._read += tensor.nbytes
         return self._copied(name, tensor) if self._mapped else tensor
 
-    def _check_same(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Raises if the file was replaced by another since it was opened first."""
-        entry = self.entries[name]
-        now = _entry(name, tensors[name]) if name in tensors else None
+    def first_row(self, name: str) -> Tensor:
+        tensor = self._same(name, self._tensors).detach()
+        row = tensor[(0,) * (tensor.ndim - 1)]
+        return self._copied(name, row) if self._mapped else row
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        skipped = self.entries[name].skipped
+        if skipped is not None and skipped.reason in _OF_CLASSES:  # nothing is read of these
+            return
+        if not self._mapped:
+            yield from pieces_of(self._same(name, self._tensors).detach())
+            return
+        for number in count():
+            if self._read > _RESIDENT:
+                self._open()
+            tensor = self._same(name, self._tensors).detach()
+            piece = next(islice(pieces_of(tensor), number, None), None)
+            if piece is None:
+                return
+            self._read += piece.nbytes
+            yield self._copied(name, piece)
+
+    def _same(self, name: str, tensors: Mapping[str, Tensor | ForeignTensor]) -> Tensor:
+        """The tensor; raises if the file was replaced by another since it was opened first."""
+        entry, tensor = self.entries[name], tensors.get(name)
+        now = _entry(name, tensor) if isinstance(tensor, Tensor) else None
         if now is None or (now.shape, now.dtype) != (entry.shape, entry.dtype):
             raise UnreadableError(f"{self.path} has changed while it was read.")
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     def _copied(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of mapped memory, made by the system.
 
         Where the file was cut off meanwhile the system says so; to read it here ends the process.
         """
+        if sys.platform == "win32":  # which lets nobody cut off a mapped file
+            return tensor.clone()
         size = span(tensor)
         source = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()))
         buffer = memory_for(size, name, self.path)
@@ -107,17 +165,21 @@ class Pickled(TensorFile):
             os.close(read_end)
             os.close(write_end)
         flat = torch.frombuffer(buffer, dtype=tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride())
+        copied = flat.as_strided(tensor.shape, tensor.stride())
+        copied = copied.conj() if tensor.is_conj() else copied
+        return copied.neg() if tensor.is_neg() else copied
 
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
+        if self._address is not None:
+            self._overwrite(replaced, target)
+            return
         # Mapped privately: what is written here stays in memory.
         content = _load(self.path, self._mapped)
         size = self.path.stat().st_size
         tensors, _ = tensors_in(content, self.path)
         with torch.no_grad():
             for name, tensor in replaced:
-                self._check_same(name, tensors)
-                tensors[name].copy_(tensor)
+                self._same(name, tensors).copy_(tensor)
         if self.path.stat().st_size < size:
             raise UnreadableError(f"{self.path} has become shorter while it was read.")
         try:
@@ -136,11 +198,61 @@ class Pickled(TensorFile):
                 "It may be damaged: compare its size with the original's."
             ) from None
 
+    def _overwrite(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
+        """Copies the file and overwrites entries in it: to save it takes the foreign classes."""
+        if not self._mapped:
+            raise UnreadableError(
+                f"{self.path} cannot be written again without the classes of its objects, as it is "
+                "compressed or in the format of torch before 1.6. Load it where they are, and save "
+                "the weights alone: torch.save(model.state_dict(), path)."
+            )
+        shutil.copyfile(self.path, target)
+        changed = []
+        with target.open("r+b") as file:
+            for name, tensor in replaced:
+                old = self._same(name, self._tensors)
+                assert self._address is not None
+                start = old.data_ptr() - self._address
+                buffer = memory_for(span(old), name, self.path)
+                file.seek(start)
+                if file.readinto(buffer) < len(buffer):
+                    raise UnreadableError(f"{self.path} has become shorter while it was read.")
+                flat = torch.frombuffer(buffer, dtype=old.dtype)
+                flat.as_strided(old.shape, old.stride()).copy_(tensor)
+                file.seek(start)
+                file.write(buffer)
+                changed.append(start)
+        refresh_checksums(target, changed)
 
-def _entry(name: str, tensor: Tensor) -> Entry:
+
+def _of_class(kind: str) -> Skipped:
+    """Why a tensor of a class by this name, which is none of torch's own, is not measured."""
+    module, _, name = kind.rpartition(".")
+    if module.split(".")[0] == "torchao":
+        return Skipped(Reason.torchao, name)
+    if name in ("DTensor", "ShardedTensor"):
+        return local_shard(name)
+    return Skipped(Reason.tensor_class, kind)
+
+
+def _foreign_entry(name: str, tensor: ForeignTensor) -> Entry:
+    dtype = str(tensor.dtype or "").removeprefix("torch.")
+    if tensor.kind == "meta":
+        return Entry(name, tensor.shape, dtype, False, Skipped(Reason.no_values))
+    if "." not in tensor.kind:
+        return Entry(name, tensor.shape, dtype, False, Skipped(Reason.not_dense, tensor.kind))
+    return Entry(name, tensor.shape, dtype, True, _of_class(tensor.kind))
+
+
+def _entry(name: str, tensor: Tensor | ForeignTensor) -> Entry:
+    if isinstance(tensor, ForeignTensor):
+        return _foreign_entry(name, tensor)
     if tensor.is_nested:  # it has no shape
         kind = str(tensor.dtype).removeprefix("torch.")
         return Entry(name, (), kind, False, Skipped(Reason.not_dense, "nested"))
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        return _foreign_entry(name, ForeignTensor(kind, shape=(*tensor.shape,), dtype=tensor.dtype))
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     parameter = tensor.is_floating_point() or tensor.is_complex()
     skipped = why_no_weight(shape, dtype)
@@ -159,7 +271,10 @@ def _load(path: Path, mapped: bool) -> Any:
             # Of a TorchScript archive, which is refused below, and of the storages' own classes.
             warnings.simplefilter("ignore")
             check_pickle(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            except pickle.UnpicklingError:
+                return load_inert(path, mapped)
     except (FileNotFoundError, PermissionError, IsADirectoryError, UnreadableError):
         raise
     except Exception as error:  # a damaged pickle can raise whatever there is
@@ -169,12 +284,6 @@ def _load(path: Path, mapped: bool) -> Any:
             raise UnreadableError(
                 f"{path} takes more memory than there is, as it is compressed or in the format of "
                 "torch before 1.6, and cannot be mapped. Load it elsewhere and save it again."
-            ) from None
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code is not None:
-            raise PickledCodeError(
-                f"{path} must hold tensors alone, but holds a {code[1]}, and loading it could run "
-                "any code. Save the weights alone: torch.save(model.state_dict(), path)."
             ) from None
         if "TorchScript" in str(error):
             raise PickledCodeError(

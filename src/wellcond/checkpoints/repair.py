@@ -9,17 +9,18 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.audit import chosen
+from wellcond.checkpoints.audit import chosen, patterns
 from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
+from wellcond.checkpoints.finite import NotFinite, in_words, not_finite_in, to_list
 from wellcond.checkpoints.progress import Counter, Told, work_of
-from wellcond.checkpoints.sources import adapters_in
+from wellcond.checkpoints.sources import adapters_in, searchable
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import shares_memory
@@ -74,12 +75,14 @@ class RepairReport:
         skipped: everything else, copied byte for byte, and why.
         max_condition: the limit.
         versions: of wellcond, torch and Python.
+        not_finite: what was copied with NaN or infinity in it, by name; see `AuditReport`.
     """
 
     repairs: list[Repair]
     skipped: dict[str, Skipped]
     max_condition: float
     versions: dict[str, str]
+    not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[Repair]:
@@ -109,7 +112,8 @@ class RepairReport:
             text += f"{and_more(noted, 3)}: {note}\n"
         obeyed = len(self.repairs) - len(self.changed)
         text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
-        return f"{text}they were; {len(self.skipped)} other tensors copied\n"
+        text += f"they were; {len(self.skipped)} other tensors copied\n"
+        return f"{text}{in_words(self.not_finite)}\n" if self.not_finite else text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan."""
@@ -118,6 +122,7 @@ class RepairReport:
             "max_condition": self.max_condition,
             "repairs": [asdict(repair) for repair in self.repairs],
             "skipped": [{"name": n, "reason": str(why)} for n, why in self.skipped.items()],
+            "not_finite": to_list(self.not_finite),
             "versions": self.versions,
         }
 
@@ -134,8 +139,8 @@ def repair(
     path_out: str | os.PathLike[str],
     max_condition: float,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     progress: Told | None = None,
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
@@ -147,20 +152,21 @@ def repair(
     A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
     kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
     holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
-    one has no condition number and stays zero. The factors of an adapter of low rank are left as
-    they are, as they act by their product alone. All other tensors and the metadata of a
-    safetensors file are kept byte for byte, of a file of torch.save value for value, and who may
-    read it. The copy is written into a temporary folder and renamed; nothing is ever overwritten,
-    and of two repairs that want the same name one fails. A repair that is killed leaves that
-    folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
+    one has no condition number and stays zero. A complex weight is left as it is, and so are the
+    factors of an adapter of low rank, which act by their product. All other tensors and the
+    metadata of a safetensors file are kept byte for byte, of a file of torch.save value for value,
+    and who may read it. The copy is written into a temporary folder and renamed; nothing is ever
+    overwritten, and of two repairs that want the same name one fails. A repair that is killed
+    leaves that folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there
+    removes it.
 
     Args:
         path_in: whatever `wellcond.audit` reads.
         path_out: a file of the same format that is not there yet; of a directory or a sharded
             checkpoint a directory, outside of the one that is read.
         max_condition: K, at least 1.
-        include: patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
-        exclude: patterns of names to leave alone.
+        include: a pattern (`fnmatch.fnmatchcase`) or several, of names to repair; all if empty.
+        exclude: a pattern or several, of names to leave alone.
         progress: called with a `Progress` before each tensor is read: its name, its number, how
             many there are, and about how long the rest will take. `print` will do.
 
@@ -185,6 +191,7 @@ def repair(
         True
     """
     check_limit(max_condition)
+    include, exclude = patterns(include), patterns(exclude)
     _check_output(Path(path_in), Path(path_out))
     checkpoint = Checkpoint(path_in)
     for name, reason in checkpoint.damaged.items():
@@ -193,7 +200,11 @@ def repair(
     # To limit each factor would limit nothing that acts.
     factors = {name for adapter in adapters_in(checkpoint) for name in adapter.parts}
     skipped |= {name: Skipped(Reason.factor) for name in factors if name not in skipped}
-    wanted = {m.name: m for m in chosen(list(checkpoint.matrices()), skipped, include, exclude)}
+    matrices = list(checkpoint.matrices())
+    unserved = {m.name for m in matrices if checkpoint.where[m.name][1].dtype.startswith("complex")}
+    skipped |= dict.fromkeys(unserved, Skipped(Reason.complex))
+    real = [one for one in matrices if one.name not in unserved]
+    wanted = {one.name: one for one in chosen(real, skipped, include, exclude)}
     if not wanted:
         why = and_more((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")
@@ -231,7 +242,9 @@ def repair(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
                 f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
-    return RepairReport(repairs, skipped, float(max_condition), versions())
+    others = {name: read for name, read in searchable(checkpoint).items() if name not in wanted}
+    not_finite, _ = not_finite_in(others)
+    return RepairReport(repairs, skipped, float(max_condition), versions(), not_finite)
 
 
 def _limit_all(
@@ -304,7 +317,8 @@ def _check_ending(source: Path, target: Path) -> None:
             )
         return
     same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}
-    if source.is_file() and (target.suffix not in same or target.name.endswith(INDEX)):
+    fits = target.name.endswith(tuple(same)) and not target.name.endswith(INDEX)
+    if source.is_file() and not fits:
         raise ValueError(
             f"`path_out` must end in {' or '.join(sorted(same))}, because the copy has the format "
             f"of {source.name}, but got {target.name}. "

@@ -23,6 +23,7 @@ from wellcond.checkpoints.columns import (
 )
 from wellcond.checkpoints.documents import audit_page, comparison_page
 from wellcond.checkpoints.findings import Coverage, Finding, Grade
+from wellcond.checkpoints.finite import NotFinite, in_words, to_list
 from wellcond.checkpoints.pairing import Pair, by_label, pair_names
 from wellcond.checkpoints.unusual import facts_of
 from wellcond.text import and_more, dump_json, shown, text_table, versions, written
@@ -75,12 +76,16 @@ class AuditReport(_Document):
         coverage: what was measured, what not and why.
         source: the path or the class of the model.
         versions: of wellcond, torch and Python.
+        not_finite: every tensor with NaN or infinity by its name, whether it is a matrix, a bias,
+            an embedding or a buffer, and how many of its entries are not finite. -inf in a mask and
+            the infinite ends of a range (`min_val`, `max_val`) are left out, as they are meant.
     """
 
     findings: list[Finding]
     coverage: Coverage
     source: str
     versions: dict[str, str]
+    not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
     def exceeding(self, max_condition: float) -> list[Finding]:
         """The findings above a limit of the condition number; see `Finding.exceeds`."""
@@ -89,14 +94,17 @@ class AuditReport(_Document):
     def table(self, top: int | None = None) -> str:
         """The findings as text, the worst `top` of them or 1,000, with what they cover."""
         worst = self.findings[: top or _ROWS]
-        headers = headers_of(worst)
-        cells = map(cells_of, worst)
+        # One of which not even the shape is known has a remark alone.
+        known = [finding for finding in worst if finding.shape != (0, 0)]
+        headers = headers_of(known)
+        cells = map(cells_of, known)
         text = text_table(headers, ([row[name] for name in headers] for row in cells))
         if len(worst) < len(self.findings):
             more = len(self.findings) - len(worst)
             text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
         text += _remarks((finding.label, finding.explanation) for finding in worst)
         text += "".join(f"{shown(line)}\n" for line in self.unusual())
+        text += f"{in_words(self.not_finite)}\n" if self.not_finite else ""
         return f"{text}{self.coverage}\n"
 
     def unusual(self) -> list[str]:
@@ -144,13 +152,14 @@ class AuditReport(_Document):
                 ],
                 "parameter_share": self.coverage.parameter_share,
             },
+            "not_finite": to_list(self.not_finite),
             "versions": self.versions,
         }
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line a finding, columns as in the JSON; written to path."""
         plain = [finding.to_dict() for finding in self.findings]
-        columns = [key for key in plain[0] if key != "certificate"]
+        columns = [key for key in Finding("", "", (0, 0), "").to_dict() if key != "certificate"]
         ends = [f"{key}_{end}" for key in _ENCLOSED for end in ("lower", "upper")]
         for row in plain:
             enclosures = row.pop("certificate", {})
@@ -183,6 +192,8 @@ class Comparison(_Document):
             on a side, why it was skipped there.
         naming: what the names of one side begin with and those of the other lack, in words; "" if
             they agree.
+        not_finite_before: the tensors with NaN or infinity of the first audit, by their names.
+        not_finite_after: those of the second.
     """
 
     pairs: list[Pair]
@@ -191,14 +202,12 @@ class Comparison(_Document):
     versions: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
     naming: str = ""
+    not_finite_before: dict[str, NotFinite] = field(default_factory=dict)
+    not_finite_after: dict[str, NotFinite] = field(default_factory=dict)
 
     def exceeding(self, max_condition: float) -> list[Finding]:
-        """Of every weight that is above the limit on one side, the later finding that is."""
-        return [
-            next(side for side in (new, old) if side and side.exceeds(max_condition))
-            for _, old, new in self.pairs
-            if any(side and side.exceeds(max_condition) for side in (old, new))
-        ]
+        """The findings of the second audit above a limit; see `Finding.exceeds`."""
+        return [new for _, _, new in self.pairs if new and new.exceeds(max_condition)]
 
     def summary(self) -> list[str]:
         """In how many weights kappa rose and fell, and what is on one side alone, in words."""
@@ -229,6 +238,8 @@ class Comparison(_Document):
             lines.append(
                 f"{count} of another shape, and so perhaps another: {and_more(reshaped, 3)}"
             )
+        for when, found in (("Before", self.not_finite_before), ("After", self.not_finite_after)):
+            lines += [f"{when}, {in_words(found)}"] if found else []
         return [*lines, *([self.naming] if self.naming else [])]
 
     def table(self, top: int | None = None) -> str:
@@ -247,8 +258,10 @@ class Comparison(_Document):
             "schema": SCHEMA,
             "before": self.before,
             "after": self.after,
-            **_exceeding(((pair.label, pair[1:]) for pair in self.pairs), max_condition),
+            **_exceeding(((pair.label, [pair.after]) for pair in self.pairs), max_condition),
             "summary": self.summary(),
+            "not_finite_before": to_list(self.not_finite_before),
+            "not_finite_after": to_list(self.not_finite_after),
             "comparison": [
                 {
                     "weight": pair.label,
@@ -278,7 +291,8 @@ class Comparison(_Document):
             row["ratio"] = pair.ratio if pair.before and pair.after else None
             row["note"] = self.notes.get(pair.label, "")
             rows.append(row)
-        return written(_csv(list(rows[0]), rows), path)
+        both = [f"{key}_{when}" for when in ("before", "after") for key in (*_SIDE, "shape")]
+        return written(_csv(["weight", *both, "ratio", "note"], rows), path)
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, max_condition: float | None = None
@@ -353,7 +367,16 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     naming = ""
     if names.prefix:
         naming = f'Names {names.side} begin with "{shown(names.prefix)}", which is left out here'
-    return Comparison(pairs, before.source, after.source, versions(), notes, naming)
+    return Comparison(
+        pairs,
+        before.source,
+        after.source,
+        versions(),
+        notes,
+        naming,
+        before.not_finite,
+        after.not_finite,
+    )
 
 
 def _count(number: int, noun: str) -> str:

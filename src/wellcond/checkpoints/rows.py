@@ -7,7 +7,7 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from wellcond.checkpoints.findings import (
     Grade,
     Status,
     dominant_entry,
+    numbers,
     with_entries,
 )
 from wellcond.linalg.certify import certificate_of_blocks, certify
@@ -34,6 +35,7 @@ from wellcond.text import joined, out_of_memory
 from wellcond.weights.adapters import Adapter, UnknownAdapterError
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices
+from wellcond.weights.reasons import Reason
 
 # A measured kappa so far from its certificate, relatively, is worth a word.
 _ERROR = 1e-6
@@ -42,19 +44,28 @@ _ERROR = 1e-6
 _DRAWN = 4096
 
 
-def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[Finding]:
-    """A row for each matrix of a tensor; trouble with one is its status."""
+def findings_of(
+    one: Matrices, certify: bool, all_values: bool = False, only: Collection[str] | None = None
+) -> list[Finding]:
+    """A row for each matrix of a tensor, or only for these views; trouble with one is its status.
+
+    With `all_values` all singular values are computed, whatever the size of the matrix.
+    """
     try:
         tensor = one.read()
+        if tensor.is_meta:
+            raise ValueError(Reason.no_values.value)
         views = one.views(tensor)
     except Exception as error:  # whatever it is, the other weights are still to be measured
-        return [Finding(one.name, "", (0, 0), "", status=Status.failed, detail=_in_words(error))]
+        return [failed(one.name, error)]
     found = []
     for view, S in views.items():
+        if only is not None and view not in only:
+            continue
         if one.geometry is not None:
             row = _acting(one.name, tensor.detach().cpu(), one.geometry)
             alone = "without its adapter" if one.adapters else ""
-            found.append(replace(row, detail=joined(row.detail, alone)))
+            found.append(replace(row, detail=joined(row.detail, one.note, alone)))
             continue
         blank = Finding(one.name, view, tuple(S.shape), _dtype(S))
         try:
@@ -63,11 +74,18 @@ def findings_of(one: Matrices, certify: bool, all_values: bool = False) -> list[
         except Exception as error:
             found.append(replace(blank, status=Status.failed, detail=_in_words(error)))
     if one.adapters:
-        found += _merged(one, tensor.detach().cpu(), certify, all_values)
+        found += _merged(one, tensor.detach().cpu(), certify, all_values, only)
     return found
 
 
-def _merged(one: Matrices, W: Tensor, certify: bool, all_values: bool) -> list[Finding]:
+def failed(name: str, error: Exception) -> Finding:
+    """The row of a tensor that cannot be read or measured."""
+    return Finding(name, "", (0, 0), "", status=Status.failed, detail=_in_words(error))
+
+
+def _merged(
+    one: Matrices, W: Tensor, certify: bool, all_values: bool, only: Collection[str] | None
+) -> list[Finding]:
     """The rows of a weight with what its adapters add; trouble with one is its status."""
     blank = Finding(one.name, MERGED, tuple(W.shape), "float64")
     try:
@@ -78,6 +96,8 @@ def _merged(one: Matrices, W: Tensor, certify: bool, all_values: bool) -> list[F
         found = []
         for view, S in sums.items():
             blank = Finding(one.name, f"{view}:{MERGED}".lstrip(":"), tuple(S.shape), "float64")
+            if only is not None and blank.view not in only:
+                continue
             row = _finding(blank, S, certify, all_values)
             found.append(_with_share(row, S, parts[view], rank))
         return found
@@ -236,7 +256,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _finding(blank: Finding, S: Tensor, want_certificate: bool, all_values: bool) -> Finding:
-    spread = S.aminmax()
+    spread = numbers(S).aminmax()
     if not math.isfinite(float(spread.min)) or not math.isfinite(float(spread.max)):
         bad = int((~torch.isfinite(S)).sum())
         detail = f"{bad} of {S.numel()} entries"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wellcond.checkpoints.slices import saved_offsets, slice_at
 from wellcond.checkpoints.tensors import (
     Entry,
     TensorFile,
@@ -28,6 +31,12 @@ _INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 _HEADER = 32 << 20
 _END = 1 << 63
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS |= {"C64": "complex64"}
+# What is not measured, but may hold NaN; of torch before 2.7 not all.
+_OTHER_FLOATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_OTHER_FLOATS |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
+_OTHER_FLOATS |= {"F8_E8M0": "float8_e8m0fnu"}
+_PIECE = 16 << 20  # bytes
 
 
 class _DamagedError(ValueError):
@@ -101,6 +110,7 @@ class Safetensors(TensorFile):
                 f"{path} must be a whole safetensors file, but: {what}. It may be truncated or "
                 "damaged: compare its size with the original's, or fetch it again."
             ) from None
+        self._written = {n: entry["dtype"] for n, entry in header.items() if n != "__metadata__"}
         self._offsets = {
             name: [8 + length + offset for offset in entry["data_offsets"]]
             for name, entry in header.items()
@@ -112,22 +122,46 @@ class Safetensors(TensorFile):
             if other not in self._offsets:
                 aliases.setdefault(kept, []).append(other)
         self.entries = {}
+        sliced = saved_offsets(header.get("__metadata__", {}))
         for name in self._offsets:
             shape, written = tuple(header[name]["shape"]), header[name]["dtype"]
             dtype = (_FLOATS | _INTEGERS).get(written, written)
             skipped = why_no_weight(shape, dtype)
             parameter, others = written not in _INTEGERS, tuple(aliases.get(name, ()))
-            self.entries[name] = Entry(name, shape, dtype, parameter, skipped, others)
+            entry = Entry(name, shape, dtype, parameter, skipped, others)
+            if len(shape) > 1 and (sliced is None or name in sliced):
+                at = sliced[name] if sliced else None
+                entry = replace(entry, skipped=slice_at([at] if at else []), offsets=at)
+            self.entries[name] = entry
 
     def read(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        return self._entries(name, *self._offsets[name]).reshape(entry.shape)
+
+    def first_row(self, name: str) -> Tensor:
         start, stop = self._offsets[name]
+        shape = self.entries[name].shape
+        return self._entries(name, start, start + (stop - start) // math.prod(shape[:-1]))
+
+    def _entries(self, name: str, start: int, stop: int) -> Tensor:
         buffer = memory_for(stop - start, name, self.path)
         with self.path.open("rb") as file:
             file.seek(start)
             if file.readinto(buffer) != len(buffer):
                 raise UnreadableError(f"{self.path} has become shorter while it was read.")
-        entry = self.entries[name]
-        return torch.frombuffer(buffer, dtype=getattr(torch, entry.dtype)).reshape(entry.shape)
+        return torch.frombuffer(buffer, dtype=getattr(torch, self.entries[name].dtype))
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        dtype = getattr(torch, (_FLOATS | _OTHER_FLOATS).get(self._written[name], ""), None)
+        start, stop = self._offsets[name]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            while dtype is not None and start < stop:
+                buffer = bytearray(min(_PIECE, stop - start))
+                if file.readinto(buffer) != len(buffer):
+                    raise UnreadableError(f"{self.path} has become shorter while it was read.")
+                yield torch.frombuffer(buffer, dtype=dtype)
+                start += len(buffer)
 
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         shutil.copyfile(self.path, target)

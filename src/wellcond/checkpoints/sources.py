@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from wellcond.checkpoints.files import Checkpoint
+from wellcond.checkpoints.finite import Pieces, pieces_of
+from wellcond.checkpoints.tensors import Entry, TensorFile
 from wellcond.text import and_more, joined
 from wellcond.weights.adapters import (
     Adapter,
@@ -21,7 +24,8 @@ from wellcond.weights.adapters import (
     setting_of_model,
     weight_of,
 )
-from wellcond.weights.discover import current, effective_matrices, heads_of, unwrapped
+from wellcond.weights.discover import heads_of, unwrapped
+from wellcond.weights.effective import current, effective_matrices
 from wellcond.weights.heads import Attention, Value, heads_by_name
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
@@ -37,6 +41,8 @@ class Source:
         matrices: one a tensor.
         skipped: what is no weight, and why.
         parameters: how many entries all parameters have.
+        constants: entries of what is no parameter, and measured if its exact name asks for it.
+        tensors: the entries of every tensor that may have floating point ones, by its name.
         heads: finds the heads of attention, and says how to read what they rest on.
         failed: what cannot be read, and why.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
@@ -48,11 +54,13 @@ class Source:
     matrices: list[Matrices]
     skipped: dict[str, Skipped]
     parameters: int
+    tensors: dict[str, Pieces]
     heads: Callable[[], tuple[list[Attention], Value]]
     failed: dict[str, str] = field(default_factory=dict)
     adapters: list[tuple[str, Adapter]] = field(default_factory=list)
     bases: list[Matrices] = field(default_factory=list)
     baseless: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, int] = field(default_factory=dict)
 
 
 def source_of(
@@ -94,13 +102,22 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
         and not getattr(module, "disable_adapters", False)
     ]
+    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     for one in matrices:
         if one.name.startswith(tuple(copied)):
             skipped[one.name] = Skipped(Reason.replaced)
+        if one.name in empty:
+            skipped[one.name] = Skipped(Reason.no_values)
     found = Source(
-        type(model).__name__, matrices, skipped, total, lambda: (heads_of(model), current)
+        type(model).__name__,
+        matrices,
+        skipped,
+        total,
+        _searchable(model),
+        lambda: (heads_of(model), current),
     )
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {n: p for n, p in model.named_parameters() if not is_lazy(p)}
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     idle = {
@@ -115,9 +132,38 @@ def _of_file(file: Checkpoint) -> Source:
     matrices = list(file.matrices())
     heads = partial(_heads_in, file, matrices)
     found = Source(
-        str(file.path), matrices, file.skipped(), file.parameters, heads, dict(file.damaged)
+        str(file.path),
+        matrices,
+        file.skipped(),
+        file.parameters,
+        searchable(file),
+        heads,
+        dict(file.damaged),
     )
+    found.constants = file.constants
     return _with_adapters(found, adapters_in(file))
+
+
+def _searchable(model: nn.Module) -> dict[str, Pieces]:
+    """The parameters and buffers that may hold NaN: those with values, of no other class."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    plain = {n: t for n, t in tensors.items() if type(t) in (Tensor, nn.Parameter, nn.Buffer)}
+    return {name: partial(pieces_of, tensor.detach()) for name, tensor in plain.items()}
+
+
+def searchable(file: Checkpoint) -> dict[str, Pieces]:
+    """The tensors of a file that may hold NaN: of one under several names the first."""
+    repeated = (Reason.same, Reason.part)
+
+    def pieces(parts: Sequence[tuple[TensorFile, Entry]]) -> Iterator[Tensor]:
+        for owner, entry in parts:
+            yield from owner.pieces(entry.name)
+
+    return {
+        name: partial(pieces, file.slices.get(name, [(owner, entry)]))
+        for name, (owner, entry) in file.where.items()
+        if not (entry.skipped is not None and entry.skipped.reason in repeated)
+    }
 
 
 def adapters_in(file: Checkpoint) -> list[Adapter]:

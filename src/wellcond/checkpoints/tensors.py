@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from wellcond.checkpoints.finite import pieces_of
 from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -33,7 +34,8 @@ class Entry:
 
     Whether it is a `parameter` that counts for the share of what was measured: integers are
     counters, positions and masks as often as packed weights, and the same tensor counts once.
-    `aliases` are other names of it that the file tells, and that are none of other tensors.
+    `aliases` are other names of it that the file tells, and that are none of other tensors. Of a
+    slice of a larger tensor `offsets` says where it begins, if the file does.
     """
 
     name: str
@@ -42,11 +44,12 @@ class Entry:
     parameter: bool
     skipped: Skipped | None
     aliases: tuple[str, ...] = ()
+    offsets: tuple[int, ...] | None = None
 
     @property
     def matrix(self) -> bool:
         """Whether it can be measured: without further ado, or by its exact name."""
-        return self.skipped is None or self.skipped.reason in (Reason.embedding, Reason.added)
+        return self.skipped is None or self.skipped.reason.by_name
 
 
 def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
@@ -77,6 +80,14 @@ class TensorFile(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str) -> Tensor:
         """The tensor, to be used and let go before the next is read."""
+
+    def pieces(self, name: str) -> Iterable[Tensor]:
+        """The floating point entries of the tensor in parts, none of one without any."""
+        return pieces_of(self.read(name))
+
+    @abc.abstractmethod
+    def first_row(self, name: str) -> Tensor:
+        """The first entries of a tensor, as many as its last side is long."""
 
     @abc.abstractmethod
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:

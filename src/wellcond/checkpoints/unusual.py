@@ -11,7 +11,7 @@ from wellcond.checkpoints.findings import FLOAT16, Finding
 from wellcond.linalg.gaussian import exceedance
 from wellcond.linalg.nearest import clip
 from wellcond.linalg.spectrum import negligible
-from wellcond.text import and_more
+from wellcond.text import and_more, percent
 
 # More often than 1 in 20 is usual. Below the other, of narrow shapes the power of ten is not sure.
 _USUAL, _NEVER = 0.05, 1e-9
@@ -67,11 +67,11 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
         if finding.largest_entry > FLOAT16.max:
             facts.append(f"an entry of {finding.largest_entry:.2g} is infinite in float16")
         if finding.float16_zero_share > _ENTRIES:
-            percent = 100 * finding.float16_zero_share
-            facts.append(f"{percent:.2g} % of its entries would be zero in float16")
+            share = percent(finding.float16_zero_share)
+            facts.append(f"{share} of its entries would be zero in float16")
     if finding.subnormal_share > _ENTRIES:
-        percent = 100 * finding.subnormal_share
-        facts.append(f"{percent:.2g} % of its entries are subnormal in {finding.dtype}")
+        share = percent(finding.subnormal_share)
+        facts.append(f"{share} of its entries are subnormal in {finding.dtype}")
     # No file holds a sum. To fill a row gives outputs to a class that never occurs, and beside one
     # huge entry all others are as good as zero.
     repairable = rare and not (finding.with_adapter or _lost(finding) or finding.dominant_entry)

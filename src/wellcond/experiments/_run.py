@@ -56,7 +56,7 @@ def progress(total: int, title: str) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[label]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, emoji=False)) as bar:
         task = bar.add_task(title, total=total, label="")
         yield lambda label: bar.update(task, advance=1, label=label)
 

@@ -94,7 +94,7 @@ class Table(NamedTuple):
         for row in self.rows:
             table.add_row(*row)
         # A pipe or a file has no width; a narrow default would break the numbers.
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
         with console.capture() as text:  # as rich ends the program, its own way, if nobody reads on
             console.print(table)
         print(text.get(), end="")

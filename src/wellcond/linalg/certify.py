@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wellcond.linalg.checks import as_matrices
+from wellcond.linalg.checks import as_matrices, check_matrices, real_form
 from wellcond.linalg.interval import Interval, as_interval, ball
 from wellcond.linalg.lapack import svd
 from wellcond.linalg.scaling import power_of_two
@@ -61,18 +61,6 @@ class Certificate:
     method: str
     reason: str = ""
 
-    def contradicts(self, measured: float) -> bool:
-        """Whether a measured kappa lies outside, by more than measuring errs.
-
-        That is 1e-6 of kappa, or 1e-12 of sigma_1 in sigma_nu. Then the measurement is wrong.
-        """
-        none = math.isnan(self.condition_number.lower)
-        if none or math.isnan(measured):
-            return none != math.isnan(measured)
-        least, most = 1 / self.condition_number.upper, 1 / self.condition_number.lower
-        found = 1 / measured
-        return not least * (1 - 1e-6) - 1e-12 <= found <= most * (1 + 1e-6) + 1e-12
-
 
 def certify(S: Tensor) -> Certificate:
     """Intervals that contain sigma_1, sigma_nu and kappa of the stored matrix, rounding or not.
@@ -88,14 +76,16 @@ def certify(S: Tensor) -> Certificate:
     It needs IEEE float64 arithmetic, and so runs on the CPU wherever S lies.
 
     Args:
-        S: real floating-point matrix (m, n), taken exactly as stored, whatever its dtype.
+        S: real or complex floating-point matrix (m, n), taken exactly as stored, whatever its
+            dtype. Of A + iB the real [[A, -B], [B, A]] is enclosed.
 
     Returns:
         A `Certificate`, always with enclosures; `certified` tells whether that of kappa is bounded.
 
     Raises:
-        ValueError: not exactly two dimensions, no entries, or an entry that is NaN or infinite.
-        TypeError: S is integer, boolean or complex.
+        ValueError: not exactly two dimensions, no entries, an entry that is NaN or infinite, or S
+            is a meta tensor.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -103,7 +93,9 @@ def certify(S: Tensor) -> Certificate:
         >>> certificate.certified, 4.0 in certificate.condition_number
         (True, True)
     """
-    S = S.detach().cpu() if isinstance(S, Tensor) else S
+    check_matrices(S)
+    vector = min(S.shape[-2:]) == 1
+    S = real_form(S.detach().cpu())
     wide = as_matrices(S)
     if wide.ndim != 2:
         raise ValueError(
@@ -132,7 +124,7 @@ def certify(S: Tensor) -> Certificate:
     certificate = _certificate(high, low, found.computed, found.method)
     if math.isnan(found.computed):
         certificate = replace(certificate, reason=_UNVERIFIED)
-    if scaled.shape[1] == 1:
+    if vector:
         certificate = replace(
             certificate, condition_number=Interval(1.0, 1.0), certified=True, reason=""
         )

@@ -1,4 +1,4 @@
-"""What is refused before any arithmetic: what is no finite real matrix."""
+"""What is refused before any arithmetic: what is no finite matrix of numbers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from torch import Tensor
 
 
 def check_matrices(S: Tensor) -> None:
-    """Raises unless S is a batch of real matrices with rows and columns."""
+    """Raises unless S is a batch of real or complex matrices with rows and columns."""
     if not isinstance(S, Tensor):
         raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
     if hasattr(S, "full_tensor"):
         raise TypeError(
             "`S` must be whole, got a DTensor. Give S.full_tensor(), on all processes together."
         )
-    if not S.is_floating_point():
+    if holds_codes(S):
         raise TypeError(
-            f"`S` must be a real floating-point tensor, got {S.dtype}. "
-            "Convert it first, for instance with S.to(torch.float64)."
+            f"`S` must hold real or complex floating-point values, got {S.dtype}, which holds "
+            "codes. Dequantise it first: apply the scales that belong to it. Only if the entries "
+            "are the values themselves, convert it: S.double()."
+        )
+    if S.layout != torch.strided:
+        raise TypeError(f"`S` must be dense, got the layout {S.layout}. Give S.to_dense().")
+    if lacks_values(S):
+        raise ValueError(
+            f"`S` must have values, got a meta tensor of shape {tuple(S.shape)}, which has none. "
+            "Load the weights first."
         )
     if S.ndim < 2:
         raise ValueError(
@@ -28,8 +36,24 @@ def check_matrices(S: Tensor) -> None:
         raise ValueError(f"`S` must have rows and columns, got shape {tuple(S.shape)}.")
 
 
+def holds_codes(S: Tensor) -> bool:
+    """Whether the entries are integers, truth values or floats of at most 8 bits.
+
+    What such an entry stands for depends on a scale that is stored elsewhere.
+    """
+    return not (S.is_complex() or (S.is_floating_point() and S.itemsize > 1))
+
+
+def lacks_values(S: Tensor) -> bool:
+    """Whether it is a meta tensor; a subclass may hold its values elsewhere."""
+    return S.is_meta and type(S) in (Tensor, torch.nn.Parameter)
+
+
 def as_matrices(S: Tensor) -> Tensor:
-    """S in float64, refused unless it is a batch of finite, real matrices with rows and columns."""
+    """S in float64 or complex128.
+
+    Refused unless it is a batch of finite matrices with rows and columns.
+    """
     check_matrices(S)
     wide = in_float64(S)
     if not torch.isfinite(wide).all():
@@ -42,8 +66,21 @@ def as_matrices(S: Tensor) -> Tensor:
 
 
 def in_float64(S: Tensor) -> Tensor:
-    """S in float64, on the CPU if its own device has no float64."""
+    """S in float64, or complex128, on the CPU if its own device has no float64."""
+    dtype = torch.complex128 if S.is_complex() else torch.float64
     try:
-        return S.to(torch.float64)
+        return S.to(dtype)
     except TypeError:  # what Apple's GPUs answer
-        return S.cpu().to(torch.float64)
+        return S.cpu().to(dtype)
+
+
+def real_form(S: Tensor) -> Tensor:
+    """[[A, -B], [B, A]] of a complex S = A + iB; of a real S itself.
+
+    It has the singular values of S, each of them twice.
+    """
+    if not S.is_complex():
+        return S
+    A, B = S.real, S.imag
+    rows = torch.cat([A, -B], dim=-1), torch.cat([B, A], dim=-1)
+    return torch.cat(rows, dim=-2)

@@ -23,7 +23,8 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     vectors. S = 0 stays zero.
 
     Args:
-        S: real floating-point tensor (..., m, n); leading dimensions are a batch. Not changed.
+        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. Not
+            changed.
         max_condition: K, at least 1. With inf, and wherever kappa <= K, S comes back bit for bit.
 
     Returns:
@@ -33,8 +34,8 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
 
     Raises:
         ValueError: max_condition < 1 or nan, fewer than two dimensions, no entries, an entry that
-            is NaN or infinite, or LAPACK does not converge.
-        TypeError: S is integer, boolean or complex.
+            is NaN or infinite, or LAPACK does not converge; S is a meta tensor.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -47,7 +48,7 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
     # What is rounded to float32 in the end need not be known to the last digits of float64.
-    error = 1e-10 if S.dtype == torch.float64 else 1e-6
+    error = 1e-10 if S.dtype in (torch.float64, torch.complex128) else 1e-6
     change, allowed = _change(wide / unit, float(max_condition), error)
     # Adding 0.0 turns the zeros' signs positive.
     moved = ((wide / unit + change) * unit + 0.0).to(S.dtype)
@@ -60,12 +61,12 @@ def _change(S: Tensor, K: float, error: float) -> tuple[Tensor, Tensor]:
     if m < n:
         change, allowed = _change(S.mT, K, error)
         return change.mT, allowed
-    found = decomposed(S.mT @ S)
+    found = decomposed(S.mH @ S)
     limit = resolvable(torch.float64, n, error)
     if found is not None and bool((found.sigma[..., -1] < limit * found.sigma[..., 0]).all()):
         clipped = clip(found.sigma.flip(-1), K).flip(-1)
         V, d = found.move(clipped)
-        return ((S @ V) * d[..., None, :]) @ V.mT, (clipped == found.sigma).all(dim=-1)
+        return ((S @ V) * d[..., None, :]) @ V.mH, (clipped == found.sigma).all(dim=-1)
     U, sigma, Vh = svd(S)
     clipped = clip(sigma, K)
     return (U * (clipped - sigma)[..., None, :]) @ Vh, (clipped == sigma).all(dim=-1)

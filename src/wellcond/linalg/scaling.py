@@ -11,7 +11,7 @@ from wellcond.linalg.checks import as_matrices, in_float64
 
 
 def scaled(S: Tensor) -> tuple[Tensor, float]:
-    """S/unit in float64, and the unit: a power of two, which costs no rounding, mostly 1.
+    """S/unit in float64 or complex128, and the unit: a power of two, so without rounding, mostly 1.
 
     Raises:
         ValueError: an entry is NaN or infinite.

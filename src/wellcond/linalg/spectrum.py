@@ -80,7 +80,8 @@ def condition_number(S: Tensor) -> Tensor:
     stayed below 1e-6 for kappa up to 1e5 (`wellcond bench audit`). See `certify` for a proof.
 
     Args:
-        S: real floating-point tensor (..., m, n); leading dimensions are a batch.
+        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. Of
+            A + iB it is the condition number of [[A, -B], [B, A]].
 
     Returns:
         float64 tensor (...), dimensionless, at least 1. It is inf where sigma_nu is at most
@@ -89,8 +90,8 @@ def condition_number(S: Tensor) -> Tensor:
 
     Raises:
         ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or
-            LAPACK does not converge.
-        TypeError: S is integer, boolean or complex.
+            LAPACK does not converge; S is a meta tensor.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -102,7 +103,7 @@ def condition_number(S: Tensor) -> Tensor:
     check_matrices(S)
     if S.ndim == 2:
         spectrum = measure(S)
-        return spectrum.scaled.new_full((), spectrum.condition_number)
+        return spectrum.scaled.new_full((), spectrum.condition_number, dtype=torch.float64)
     # The largest entry as unit: singular values of 1e+-200 would overflow inside LAPACK's scaling
     # of subnormal entries, and a ratio does not mind.
     wide = as_matrices(S.detach())
@@ -129,7 +130,7 @@ def measure(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spec
     m, n = wide.shape
     if m == 1 or n == 1:
         return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
-    if m > _SMALL and n > _SMALL:
+    if m > _SMALL and n > _SMALL and not wide.is_complex():
         try:
             spectrum = _from_gram(wide.mT if m < n else wide, all_values, extremes)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

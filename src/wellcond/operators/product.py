@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Product:
-    """S as products with it; the dense matrix is formed only when it is asked for.
+    """S as its factors; the dense matrix is never formed.
 
     `nu` counts the leading singular values: all others are zero whatever the entries are.
 
@@ -31,21 +31,3 @@ class Product:
     @property
     def nu(self) -> int:
         return min(len(self.B), len(self.A), self.B.shape[1])
-
-    def matmat(self, V: Tensor) -> Tensor:
-        return self.B @ (self.A.mT @ V)
-
-    def rmatmat(self, U: Tensor) -> Tensor:
-        return self.A @ (self.B.mT @ U)
-
-    def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        """||S||_F^2 = <B^T B, A^T A>."""
-        B, A = self.B.to(dtype or self.dtype), self.A.to(dtype or self.dtype)
-        return ((B.mT @ B) * (A.mT @ A)).sum()
-
-    def finite(self) -> Tensor:
-        """Whether no entry of the factors is NaN or infinite."""
-        return torch.isfinite(self.B).all() & torch.isfinite(self.A).all()
-
-    def dense(self) -> Tensor:
-        return self.B @ self.A.mT

@@ -204,9 +204,9 @@ def residual(operator: Operator, image: Image) -> Tensor:
     """||S^T u - sigma v|| of the top triplet: a singular value lies within it of sigma (Weyl)."""
     left, right = image.top.left, image.top.right
     sigma = image.top.sigma[..., None, :]
-    inverse = 1 / torch.where(sigma > 0, sigma, 1.0)
+    unit = torch.where(sigma > 0, sigma, 1.0)  # its inverse may overflow
     if image.from_right:
-        error = operator.rmatmat(left * inverse) - sigma * right
+        error = operator.rmatmat(left / unit) - sigma * right
     else:
-        error = operator.matmat(right * inverse) - sigma * left
+        error = operator.matmat(right / unit) - sigma * left
     return _column_norms(error)[..., 0]

@@ -7,6 +7,7 @@ copy, and what is written to that must be carried back, or it would be lost with
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -75,6 +76,23 @@ class Kernel:
 def _order(parameter: Tensor) -> list[int]:
     strides = parameter.stride()
     return [0, *sorted(range(1, parameter.ndim), key=lambda dim: -strides[dim])]
+
+
+@dataclass(frozen=True)
+class InputsFirst:
+    """The matrix (outputs, inputs) of a kernel whose first sides are inputs, as Keras stores it.
+
+    Of (height, width, in, out) the first three are, of a dense (in, out) the first.
+    """
+
+    inputs: int
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        columns = math.prod(parameter.shape[: self.inputs])
+        return parameter.reshape(columns, math.prod(parameter.shape[self.inputs :])).mT
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        parameter.copy_(matrix.mT.reshape(parameter.shape))
 
 
 @dataclass(frozen=True)

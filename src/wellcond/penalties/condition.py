@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
+from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image, Ritz
 from wellcond.penalties.base import Penalty
 
@@ -41,8 +42,11 @@ class Condition(Penalty):
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         assert image is not None
-        value = (image.top.sigma[..., 0].square() - S.squared_frobenius_norm() / S.nu) / 2
-        return value, self.gradient(S, image)
+        sigma = image.top.sigma[..., 0]
+        # Relative to sigma_1: the squares may overflow or vanish where r itself does not.
+        relative = (1 - squared_norm_over(S, sigma) / S.nu) / 2
+        value = sigma * relative * sigma
+        return value.to(sigma.dtype), self.gradient(S, image)
 
     def gradient(self, S: Operator, image: Image | None) -> Gradient:
         assert image is not None

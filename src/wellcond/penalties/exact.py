@@ -37,8 +37,8 @@ class _Penalty(torch.autograd.Function):
 
 
 class _Exact(NamedTuple):
-    S: Tensor  # float64, detached
-    triplets: Ritz
+    S: Tensor  # float64 or complex128, detached
+    triplets: Ritz  # left right^T = sigma_i u_i v_i^H
     sigma: Tensor
 
 
@@ -68,14 +68,16 @@ def condition_penalty(S: Tensor) -> Tensor:
     `condition_penalty_gradient`. In a training loop use `Regularizer`, which needs no SVD.
 
     Args:
-        S: real floating-point tensor (..., m, n); leading dimensions are a batch.
+        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch.
 
     Returns:
-        Tensor (...) in the dtype of S, in units of a squared singular value; computed in float64.
+        Tensor (...) in the dtype of the real part of S, in units of a squared singular value;
+        computed in float64.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, or an entry that is NaN or infinite.
-        TypeError: S is integer, boolean or complex.
+        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or S
+            is a meta tensor.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -83,7 +85,7 @@ def condition_penalty(S: Tensor) -> Tensor:
         tensor(0.7500)
     """
     exact = _exact(S)
-    value = _penalty_from(exact.sigma).to(S.dtype)
+    value = _penalty_from(exact.sigma).to(S.real.dtype)
     result: Tensor = _Penalty.apply(S, value, _gradient(exact).to(S.dtype))  # type: ignore[no-untyped-call]
     return result
 
@@ -95,14 +97,15 @@ def condition_penalty_gradient(S: Tensor) -> Tensor:
     its convex part minus S/nu. For orthogonal S, kappa = 1, its norm is then sqrt(1 - 1/nu), not 0.
 
     Args:
-        S: real floating-point tensor (..., m, n); leading dimensions are a batch.
+        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch.
 
     Returns:
         Tensor (..., m, n) in the dtype of S, in units of a singular value; computed in float64.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, or an entry that is NaN or infinite.
-        TypeError: S is integer, boolean or complex.
+        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or S
+            is a meta tensor.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -117,7 +120,7 @@ def condition_penalty_bound(S: Tensor) -> Tensor:
     """The bound of the paper: kappa(S) <= exp(nu r(S)/sigma_nu^2) (arXiv 2410.00169, Theorem 2.2).
 
     Args:
-        S: real floating-point tensor (..., m, n); leading dimensions are a batch.
+        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch.
 
     Returns:
         Tensor (...), float64, dimensionless. It is inf where sigma_nu = 0 or the exponential
@@ -125,8 +128,9 @@ def condition_penalty_bound(S: Tensor) -> Tensor:
         rounding.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, or an entry that is NaN or infinite.
-        TypeError: S is integer, boolean or complex.
+        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or S
+            is a meta tensor.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -148,16 +152,17 @@ def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
     kappa nor r rises, and tied singular values stay tied.
 
     Args:
-        S: real floating-point tensor (..., m, n); leading dimensions are a batch. Not changed.
+        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. Not
+            changed.
         step: learning rate times strength, dimensionless, finite and not negative.
 
     Returns:
         A new tensor, the shape and dtype of S; computed in float64 from a full SVD.
 
     Raises:
-        ValueError: a negative or infinite step, fewer than two dimensions, no entries, or an entry
-            that is NaN or infinite.
-        TypeError: S is integer, boolean or complex.
+        ValueError: a negative or infinite step, fewer than two dimensions, no entries, an entry
+            that is NaN or infinite, or S is a meta tensor.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc

@@ -68,8 +68,10 @@ class Orthogonality(Penalty):
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         E = self._deviation(S)
-        value = self.scale**4 / 4 * E.square().sum(dim=(-2, -1))
-        return value, self._gradient(E)
+        norm = torch.linalg.vector_norm(E, dim=(-2, -1), dtype=widest_dtype(E.device))
+        # Of a finite weight NaN stands for the difference of two entries that overflow.
+        value = (self.scale**4 / 4 * norm.square()).nan_to_num(nan=math.inf, posinf=math.inf)
+        return value.to(E.dtype), self._gradient(E)
 
     def gradient(self, S: Operator, image: Image | None) -> Gradient:
         return self._gradient(self._deviation(S))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator, over_matrices
-from wellcond.operators.rounding import widest_dtype
+from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image
 from wellcond.penalties.base import Penalty, Strength
 from wellcond.penalties.condition import clipped, height, within_reach
@@ -33,7 +33,8 @@ class StableRank(Penalty):
     sigma_1^2); it is 0 at S = 0. It is orthogonal to S and scales as 1/||S||_F: plain gradient
     steps make S grow, and are weak on a large weight. The proximal step of `attach` has neither
     fault: it is that of r, of length eta/sigma_1^2, and then back to the old ||S||_F. In float32
-    a weight whose singular values are below 1e-19 gets no gradient.
+    a weight whose sigma_1 is below 1e-19 or above 1e22 gets no gradient; in float64 one below
+    1e-154 or above 1e161.
 
     Args:
         strength: factor of the penalty, as for `Condition`. Its gradient is that of `Condition`
@@ -89,10 +90,9 @@ class StableRank(Penalty):
 
 
 def _stable_rank(S: Operator, image: Image) -> Tensor:
-    """||S||_F^2/sigma_1^2, 0 for S = 0; in float64, so that squares of 1e30 are finite."""
-    wide = widest_dtype(S.device)
+    """||S||_F^2/sigma_1^2, 0 for S = 0."""
     sigma = image.top.sigma[..., 0]
-    squares = S.squared_frobenius_norm(wide) / sigma.to(wide).square()
+    squares = squared_norm_over(S, sigma, precise=True)
     return torch.where(sigma > 0, squares, 0.0).to(sigma.dtype)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
+from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image
 from wellcond.penalties.base import Penalty
 
@@ -32,7 +33,8 @@ class Tikhonov(Penalty):
     needs_subspace = False
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
-        return S.squared_frobenius_norm() / 2, self.gradient(S, image)
+        one = torch.ones(S.shape[:-2], dtype=S.dtype, device=S.device)
+        return (squared_norm_over(S, one) / 2).to(S.dtype), self.gradient(S, image)
 
     def gradient(self, S: Operator, image: Image | None) -> Gradient:
         return Gradient(_multiple(S, torch.ones(S.shape[:-2], dtype=S.dtype, device=S.device)))

@@ -27,7 +27,7 @@ from wellcond.text import quoted, subject
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
 from wellcond.training.replicas import Replicas
-from wellcond.training.state import WeightState
+from wellcond.training.state import WeightState, reading
 
 _FAILED = -1.0  # instead of whether a weight passed: its limit was not applied
 
@@ -297,7 +297,8 @@ class Engine:
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
-        with full_precision(self.states[0].weight.parameters[0].device.type):
+        device = self.states[0].weight.parameters[0].device.type
+        with full_precision(device), reading(self.states):
             yield
 
 
@@ -413,7 +414,8 @@ def _evaluated(seen: Look, strength: Tensor) -> tuple[Tensor, Gradient]:
     penalty = cast(Penalty, seen.batch.rule)
     value, gradient = penalty.evaluate(seen.S, seen.image)
     check_answer(penalty, seen.S, gradient, value)
-    return strength * value, _where_finite(seen, gradient).times(strength)
+    weighted = torch.where(strength > 0, strength * value, 0.0)  # of a value that overflows too
+    return weighted, _where_finite(seen, gradient).times(strength)
 
 
 def _gradient(seen: Look, strength: Tensor) -> Gradient:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from wellcond.linalg.spectrum import measure
 from wellcond.operators.base import Dense, Operator
+from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
 from wellcond.penalties.base import Penalty
 from wellcond.training.batch import batches, look
-from wellcond.training.state import Rule, WeightState
+from wellcond.training.state import Rule, WeightState, reading
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def estimates(
             cold = cold_start(S, min(block, S.nu), state.name)
             rows[state.name] = _told(state.rule, S, refine(S, warmed(S, cold))[0])
     found: dict[str, Estimate] = {}
-    for state, numbers in zip(states, _on_host(states, rows), strict=True):
+    with reading(states):
+        on_host = _on_host(states, rows)
+    for state, numbers in zip(states, on_host, strict=True):
         kappas = _condition_numbers(state) if condition_numbers else [None] * len(numbers)
         names = [member.name for member in state.weight.members()]
         for name, own, kappa in zip(names, numbers, kappas, strict=True):
@@ -105,21 +108,21 @@ def _told(rule: Rule, S: Operator, image: Image) -> Tensor:
     value = torch.full_like(sigma, math.nan)
     if isinstance(rule, Penalty):
         value = rule.evaluate(S, image)[0]
-    columns = [sigma, residual(S, image), S.squared_frobenius_norm(), value, image.finite]
+    columns = [sigma, residual(S, image), squared_norm_over(S, sigma), value, image.finite]
     return torch.stack([column.double() for column in columns], dim=-1)
 
 
 def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Estimate:
-    sigma, error, squared_norm, value, finite, shortened, crowded = row
+    sigma, error, stable_rank, value, finite, shortened, crowded = row
     status = "" if sigma > 0 else "zero: every singular value is 0"
     if not finite:
-        sigma = error = value = squared_norm = math.nan
+        sigma = error = value = stable_rank = math.nan
         status = "not finite: it holds NaN or infinity"
     rule = state.rule
     return Estimate(
         sigma_max=sigma,
         residual=error,
-        stable_rank=squared_norm / sigma / sigma if sigma else math.nan,
+        stable_rank=stable_rank if sigma else math.nan,
         penalty=value,
         strength=rule.strength_at(state.step) if isinstance(rule, Penalty) else math.nan,
         step=state.step,

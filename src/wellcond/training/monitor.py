@@ -12,6 +12,7 @@ from wellcond.penalties.condition import Condition
 from wellcond.training.batch import batches, look
 from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import log
+from wellcond.training.oversights import warn_of_stored
 from wellcond.training.selection import select
 from wellcond.training.state import Rule, WeightState
 from wellcond.weights.discover import unwrapped
@@ -60,6 +61,7 @@ class Monitor:
         self.block = block
         self.condition_numbers = condition_numbers
         self._states = [WeightState(weight, penalty, block) for weight, penalty in chosen]
+        warn_of_stored(self._states)
 
     @property
     def names(self) -> list[str]:

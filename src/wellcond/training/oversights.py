@@ -127,3 +127,14 @@ class Oversights:
         if what not in self._said:
             self._said.add(what)
             logger.warning(message, *args)
+
+
+def warn_of_stored(states: Iterable[WeightState]) -> None:
+    """Names the weights of which what is stored is not what acts."""
+    for state in states:
+        if state.caution:
+            logger.warning(
+                '"%s" is %s: what is regularised and measured is that, and not the weight that '
+                "acts. Leave it out with a pattern if that is not meant.",
+                *(state.name, state.caution),
+            )

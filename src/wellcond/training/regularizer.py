@@ -27,7 +27,7 @@ from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
 from wellcond.training.estimates import Estimate, estimates
 from wellcond.training.log import check_interval, log
-from wellcond.training.oversights import Oversights
+from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
 from wellcond.training.selection import Rules, select
 from wellcond.training.state import WeightState
@@ -105,6 +105,7 @@ class Regularizer:
         self._engine = Engine(self._states, replicas, check_replicas)
         self._compilable = Compilable(self._engine)
         self._oversights = Oversights(unwrapped(model), self._states)
+        warn_of_stored(self._states)
 
     # --- the three ways ---------------------------------------------------------------------------
 
@@ -367,6 +368,8 @@ class Regularizer:
             if state.active and attached and id(state) not in attached:
                 frozen = "  held by no optimizer that is attached: no step is taken"
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
+            if state.caution:
+                lines.append(f"  {'':{width}}  {state.caution}: it is meant, not what acts")
             if (seen := state.pace.words()) and isinstance(state.rule, Limit):
                 lines.append(f"  {'':{width}}  {seen}")
             if not state.shortened.is_meta and (shortened := int(state.shortened)):

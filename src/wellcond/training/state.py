@@ -5,16 +5,19 @@ Letters: S (..., m, n) a weight; k the width of the block that is followed.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from wellcond.linalg.checks import lacks_values
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
 from wellcond.penalties.base import Limit, Penalty
 from wellcond.penalties.isometry import Isometry
+from wellcond.text import quoted
 from wellcond.training.pace import Pace
 from wellcond.weights.discover import Weight
 
@@ -26,6 +29,7 @@ class WeightState:
 
     def __init__(self, weight: Weight, rule: Rule, block: int) -> None:
         self.weight = weight
+        self.caution = weight.caution  # what it is, if not the weight that acts
         self.rule = rule
         self.step = 0  # applications: optimizer steps when attached
         try:
@@ -178,3 +182,18 @@ class WeightState:
         self.pace = Pace.of(state["pace"], self.rule) if "pace" in state else Pace()
         if "scale" in state and isinstance(self.rule, Isometry):
             self.scale = state["scale"].to(self.scale, copy=True)
+
+
+@contextlib.contextmanager
+def reading(states: Sequence[WeightState]) -> Iterator[None]:
+    """Names the weights on the meta device where reading a value fails for that."""
+    try:
+        yield
+    except NotImplementedError as error:
+        names = [s.name for s in states if any(map(lacks_values, s.weight.parameters))]
+        if not names:
+            raise
+        raise ValueError(
+            f"A weight must have values, but {quoted(names)} is a meta tensor, which has none. "
+            "Load the weights first: model.to_empty(device=...) and load_state_dict."
+        ) from error

@@ -6,23 +6,22 @@ of such matrices. Several views of one parameter append their own name: `attn.in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from wellcond.operators.base import WeightOperator
-from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Transposed, View, shape_of
+from wellcond.weights.computed import part_of
+from wellcond.weights.forward import UNKNOWN, acting_weight
 from wellcond.weights.fused import GATES, Views, equal_blocks, fused_projections
 from wellcond.weights.heads import Attention, find_heads
-from wellcond.weights.matrices import Matrices, is_vector, seen_through
-from wellcond.weights.projections import Place
+from wellcond.weights.matrices import is_vector
+from wellcond.weights.projections import Place, is_conv1d
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -58,6 +57,20 @@ class Weight:
     sources: tuple[Source, ...]
     view: View = STORED
     reason: Skipped | None = None
+
+    @property
+    def caution(self) -> str:
+        """What is stored, if that is not the weight that acts; "" if it is."""
+        for source in self.sources:
+            module, attribute = source.owner, source.attribute
+            if (computed := part_of(module, attribute)) is not None:
+                return f"a part from which {computed.attribute} is computed by {computed.method}"
+            if attribute == "weight" and not is_sharded(source.parameter):
+                note = acting_weight(module, source.parameter.detach()).note
+                may = "may change" if note == UNKNOWN else "changes"
+                if note:
+                    return f"the stored parameter, which the layer's own forward {may}"
+        return ""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -103,23 +116,27 @@ _GATES = {nn.RNN: "", nn.LSTM: GATES[4], nn.GRU: GATES[3]}
 _GATES |= {nn.RNNCell: "", nn.LSTMCell: GATES[4], nn.GRUCell: GATES[3]}
 
 
-def _views(
+def views_of(
     module: nn.Module, attribute: str, parameter: Tensor, fused: Mapping[Place, Views]
 ) -> Mapping[str, View] | Skipped:
     """The matrices in a parameter by the name of their view, "" if it has one only; or why none.
 
     `fused` are the views of projections that only the module above them knows.
     """
+    if (computed := part_of(module, attribute)) is not None and parameter.ndim > 1:
+        return Skipped(Reason.component, f"{computed.attribute} by {computed.method}")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Skipped(Reason.embedding)
     if parameter.ndim < 2:
         return Skipped((Reason.number, Reason.vector)[parameter.ndim])
     if parameter.numel() == 0:
         return Skipped(Reason.empty)
+    if isinstance(module, torch.jit.ScriptModule):
+        return Skipped(Reason.scripted)
     if (module, attribute) in fused:
         return fused[module, attribute].views
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
-        return {"": Transposed()}  # of the transformers library: stored as (in, out)
+    if is_conv1d(module) and attribute == "weight":
+        return {"": Transposed()}
     if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
         return {"": Kernel(module.groups if module.groups > 1 else None)}
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
@@ -176,19 +193,40 @@ def refuse_flat_parameters(model: nn.Module) -> None:
             )
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def named(prefix: str, attribute: str) -> str:
+    path = [part for part in prefix.split(".") if part and part not in _WRAPPED]
+    return ".".join([*path, attribute])
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Every name of every parameter, tied ones as often as they occur."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        path = [part for part in prefix.split(".") if part and part not in _WRAPPED]
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                yield ".".join([*path, attribute]), module, attribute, parameter
+                yield named(prefix, attribute), module, attribute, parameter
 
 
-def find_weights(model: nn.Module) -> Found:
-    """All weights of a model in the order of its parameters, tied ones once."""
+def refuse_programs(model: nn.Module) -> None:
+    """Raises for what torch.jit.script, trace and load return."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"`model` must be an eager module, got a TorchScript program ({type(model).__name__}), "
+            "whose layers have no classes. Use the model from which it was made; or audit its "
+            'weights as a file, after torch.save(model.state_dict(), "weights.pt").'
+        )
+
+
+_NO_MATRIX = {Reason.number, Reason.vector, Reason.empty, Reason.dimensions}
+
+
+def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
+    """All weights of a model in the order of its parameters, tied ones once.
+
+    Those of complex numbers are among them only where that is asked for.
+    """
+    refuse_programs(model)
     names: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
-    for occurrence in _parameters(model):
+    for occurrence in named_parameters(model):
         occurrences = names.setdefault(id(occurrence[-1]), [])
         if all(occurrence[0] != other[0] for other in occurrences):
             occurrences.append(occurrence)
@@ -200,11 +238,11 @@ def find_weights(model: nn.Module) -> Found:
         name, module, attribute, parameter = occurrences[0]
         aliases = tuple(occurrence[0] for occurrence in occurrences)
         sources = (Source(module, attribute),)
-        unfit = _unfit(parameter, aliases)
-        if unfit is not None:
-            others[name] = unfit
+        why = unfit(parameter, aliases)
+        if why is not None and not (complex_values and parameter.is_complex()):
+            others[name] = why
             continue
-        views = [_views(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
+        views = [views_of(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
         # One owner that looks rows up makes it an embedding; else one that knows the use decides.
         known = (view for view in views if not isinstance(view, Skipped))
         embedding = Skipped(Reason.embedding)
@@ -214,18 +252,34 @@ def find_weights(model: nn.Module) -> Found:
                 own = f"{name}:{label}" if label else name
                 seen = tuple(f"{alias}:{label}" for alias in aliases if label)
                 weights.append(Weight(own, aliases + seen, sources, view))
-        elif found.reason.no_matrix or parameter.ndim < 2:
+        elif found.reason in _NO_MATRIX or parameter.ndim < 2:
             others[name] = found
         else:
             weights.append(Weight(name, aliases, sources, reason=found))
+    for name, codes in quantised_weights(model):
+        others[name] = Skipped(Reason.codes, str(codes.dtype).removeprefix("torch."))
     return Found(weights, others)
 
 
-def _unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
+def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the quantised layers of torch.ao, which are no parameters."""
+    for prefix, module in model.named_modules():
+        if ".ao.nn.quantized." not in type(module).__module__:
+            continue
+        if callable(read := getattr(module, "weight", None)):
+            yield named(prefix, "weight"), read()
+        elif callable(read := getattr(module, "get_weight", None)):  # recurrent ones
+            yield from ((named(prefix, name), codes) for name, codes in read().items())
+
+
+def unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return Skipped(Reason.uninitialised)
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if parameter.is_floating_point() and parameter.itemsize < 2:  # float8
+        return Skipped(Reason.codes, dtype)
     if not parameter.is_floating_point():
-        return Skipped(Reason.not_real, str(parameter.dtype).removeprefix("torch."))
+        return Skipped(Reason.not_real, dtype)
     if any(".parametrizations." in f".{alias}" for alias in aliases):
         return Skipped(Reason.parametrized)
     if parameter.layout != torch.strided:
@@ -233,101 +287,6 @@ def _unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
     return None
 
 
-def effective_matrices(
-    model: nn.Module, acting: Mapping[nn.Module, Geometry] | None = None
-) -> tuple[list[Matrices], dict[str, Skipped], int]:
-    """What acts in a model: its matrices, parametrized ones by their value; the rest and why.
-
-    Those of convolutions whose geometry is known say so.
-
-    The third is the number of entries of all parameters. Weights whose reason asks for their exact
-    name are among the matrices, with their reason in the rest: the caller decides.
-    """
-    acting = acting or {}
-    found, fused = find_weights(model), fused_projections(model)
-    seen: dict[str, dict[str, View]] = {}
-    for weight in found.weights:
-        name = weight.aliases[0]
-        seen.setdefault(name, {})[weight.name.removeprefix(name)[1:]] = weight.view
-    matrices: dict[str, Matrices] = {}
-    rest: dict[str, Skipped] = {}
-    total = 0
-    for weight in found.weights:
-        name, (parameter,) = weight.aliases[0], weight.parameters
-        if is_sharded(parameter):
-            total += parameter.numel() if name not in rest else 0
-            rest[name] = Skipped(Reason.sharded)
-            continue
-        if weight.reason is not None:
-            rest[name] = weight.reason
-        if name in matrices:
-            continue
-        total += parameter.numel()
-        (source,) = weight.sources
-        matrices[name] = Matrices(
-            name,
-            tuple(alias for alias in weight.aliases if ":" not in alias),
-            tuple(parameter.shape),
-            seen_through(seen[name]),
-            partial(_detached, weight),
-            acting.get(source.owner),
-            note=fused.get((source.owner, source.attribute), Views()).note,
-        )
-    parameters = {name: parameter for name, _, _, parameter in _parameters(model)}
-    for name, skipped in found.others.items():
-        if skipped.reason is not Reason.parametrized:
-            rest[name] = skipped
-            total += parameters[name].numel()
-    for prefix, module in model.named_modules():
-        for attribute in getattr(module, "parametrizations", ()):
-            name = f"{prefix}.{attribute}".lstrip(".")
-            value = effective(module, attribute)
-            total += value.numel()
-            known = _views(module, attribute, value, fused)
-            if isinstance(known, Skipped):
-                rest[name] = known
-            else:
-                read = partial(effective, module, attribute)
-                views, shape = seen_through(known), tuple(value.shape)
-                note = fused.get((module, attribute), Views()).note
-                matrices[name] = Matrices(
-                    name, (name,), shape, views, read, acting.get(module), note=note
-                )
-    return list(matrices.values()), rest, total
-
-
 def heads_of(model: nn.Module) -> list[Attention]:
     """The heads of attention of a model, under the names that its weights begin with."""
     return find_heads(model, _WRAPPED)
-
-
-def current(module: nn.Module, attribute: str) -> Tensor:
-    """The value of a tensor, parametrized or not.
-
-    Raises:
-        ValueError: it is sharded, or has no values of real numbers.
-    """
-    if attribute in getattr(module, "parametrizations", ()):
-        return effective(module, attribute)
-    parameter = Source(module, attribute).parameter
-    if is_sharded(parameter):
-        raise ValueError(Reason.sharded.value)
-    unfit = _unfit(parameter, ())
-    if unfit is not None:
-        raise ValueError(str(unfit))
-    return parameter.detach()
-
-
-def _detached(weight: Weight) -> Tensor:
-    return weight.parameters[0].detach()
-
-
-def effective(module: nn.Module, attribute: str) -> Tensor:
-    """The value of a parametrized tensor, by a copy in eval mode: reading advances nothing.
-
-    `spectral_norm` in train mode takes a step of power iteration each time it is read.
-    """
-    parametrization = copy.deepcopy(cast(nn.ModuleDict, module.parametrizations)[attribute])
-    with torch.no_grad():
-        value: Tensor = parametrization.eval()()
-    return value

@@ -2,18 +2,21 @@
 
 Query, key and value of attention (`qkv.weight:q`), gate and up of a gated layer
 (`gate_up_proj.weight:gate`), of experts as a stack, and the gates of a recurrent cell. Names alone
-say nothing: the shapes must fit those of the projection that takes what these give. What lies head
-by head is no block of rows, and stays whole; a note says so.
+say nothing: the shapes must fit those of the projection that takes what these give, and of `qkv`
+and `qkv_proj` a known class or config must say the order of the rows. What lies head by head, or in
+an order that is not known, stays whole; a note says so.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from wellcond.operators.views import STORED, Kernel, Part, Transposed, View
+from wellcond.operators.views import STORED, Part, Transposed, View
+from wellcond.weights.kernels import view_by_shape
 from wellcond.weights.projections import (
     Module,
     Place,
@@ -36,6 +39,18 @@ _QKV = {
     "Wqkv": ("out_proj", "Wo"),
     "in_proj_weight": ("out_proj",),
 }
+# Of these names rows are in any order: by head, by channel as in EDM, or one part after the other.
+# Known are classes and models with `qkv` and `qkv_proj` part after part, `query_key_value` by head.
+_ANY_ORDER = ("qkv", "qkv_proj", "query_key_value")
+_LIBRARIES = ("timm", "torchvision", "transformers")
+_MODEL_TYPES = re.compile(
+    r"(blip(_2)?|bloom|cohere_compass|deepseek_ocr2|dots3_note|ernie4_5_vl_moe|exaone4_5|falcon"
+    r"|florence2?|gpt_neox(_japanese)?|persimmon|refinedweb(model)?|glm(4v|4v_moe|5_next|_image|_ocr)|got_ocr2|hiera|instructblip(video)?|mgp_str|phi3"
+    r"|phi4_multimodal|pp_formulanet|pp_ocrv[56]_(mobile|server|small)_rec|qwen(2|2_5|3)_vl(_moe)?"
+    r"|qwen3_5(_moe)?|qwen3_omni_moe|qwen4_exp|sam2?|sam_hq|seggpt|slanext|timesformer"
+    r"|unlimited_ocr|vitdet)(_.*)?",
+    re.DOTALL,
+)
 # Of these keys and values may be fewer than queries, and still follow one after the other.
 _GROUPED = ("qkv_proj", "Wqkv")
 # What only modules have whose rows are cut otherwise: TinyViT and EfficientFormer by key_dim and,
@@ -55,7 +70,6 @@ _GATED = {
 GATES = {4: "ifgo", 3: "rzn"}
 
 _BY_HEAD = "holds query, key and value head by head, and so no block of rows is one of them"
-_ONE_GROUP = "read as of one group; whether it is depthwise no file says: audit the model"
 _INTERLEAVED = "holds gate and up in turns, and so no block of rows is one of them"
 
 
@@ -127,13 +141,16 @@ def _cut(module: Module, name: str, output: str) -> Cut:
     parts = module.path.split(".") if isinstance(module, Stored) else ()
     if any(part in _PERHAPS_HEADS_FIRST for part in parts):
         raise Unknown(f"whether `{name}` is cut head by head is not known")
+    shared = said(module, "multi_query")  # one key and one value for all heads
+    grouped = said(module, "new_decoder_architecture")  # of Falcon
+    of_falcon = shared is not None or grouped is not None
+    if name in _ANY_ORDER and not of_falcon and not _order_is_known(module):
+        raise Unknown(f"`{name}` is one matrix: no known class or model_type says how it is cut")
     rows = whole.rows
     if name == "c_attn" and has(module, "q_attn"):  # of GPT-2, with keys and values of another
         if rows != 2 * width:
             raise Unknown(f"the {rows} rows of `{name}` are no two blocks of {width}")
         return Cut(name, whole, output, {"k": width, "v": width}, by_head=False)
-    shared = said(module, "multi_query")  # one key and one value for all heads
-    grouped = said(module, "new_decoder_architecture")  # of Falcon
     each, rest = divmod(rows - width, 2)
     equal = each == width and not rest
     if not (equal or ((name in _GROUPED or shared or grouped) and 0 < each < width and not rest)):
@@ -147,6 +164,18 @@ def _cut(module: Module, name: str, output: str) -> Cut:
     if name == "c_attn" and shared is False:  # of GPTBigCode
         by_head = True
     return Cut(name, whole, output, {"q": width, "k": each, "v": each}, by_head)
+
+
+def _order_is_known(module: Module) -> bool:
+    """Whether its class or its config is one of which the order of rows is known."""
+    if not isinstance(module, Stored):
+        return any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in type(module).__mro__)
+    config = module.said
+    if "architecture" in config and "pretrained_cfg" in config:  # of timm
+        return True
+    parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
+    kinds = (str(part.get("model_type", "")).lower().replace("-", "_") for part in parts)
+    return any(map(_MODEL_TYPES.fullmatch, kinds))
 
 
 def _of_gated(module: Module) -> Iterator[tuple[Place, Views]]:
@@ -227,15 +256,7 @@ def views_by_name(
                 found[layer.name] = Views({"": layer.view})
         found |= {name: views for (_, name), views in fused_in(module)}
         found |= dict(_of_recurrent(module))
-    return {name: found.get(name) or _by_shape(name, shape) for name, shape in shapes.items()}
-
-
-def _by_shape(name: str, shape: tuple[int, ...]) -> Views:
-    """Two dimensions are a matrix, three a stack of them; but a kernel if it is called so."""
-    if len(shape) == 2 or (len(shape) == 3 and "conv" not in name.lower()):
-        return Views({"": STORED})
-    depthwise = len(shape) > 2 and shape[1] == 1 < shape[0]
-    return Views({"": Kernel()}, _ONE_GROUP if depthwise else "")
+    return {name: found.get(name) or Views(*view_by_shape(name, shapes)) for name in shapes}
 
 
 def _of_recurrent(module: Stored) -> Iterator[tuple[str, Views]]:

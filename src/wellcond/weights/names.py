@@ -1,31 +1,18 @@
 """Which tensors of a file are no weights, by name, shape and dtype: a file has no classes.
 
-What stands beside packed integers or float8 belongs to them. What is looked up or added in a model,
-and so no weight there, is known by its name, and so is what a parametrized weight is computed from.
+What is looked up or added in a model, fixed transforms, masks, exponentiated parameters and what a
+parametrized weight is computed from are known by their names. See `quantised` for what stands
+beside codes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from wellcond.weights.matrices import entries, is_vector
+from wellcond.weights.quantised import FLOATING, Tensors, codes_and_scales, is_narrow, is_power
 from wellcond.weights.reasons import Reason, Skipped
-
-_MEASURED = ("float64", "float32", "float16", "bfloat16")
-# float8_e4m3fn, or F6_E2M3, which torch has no name for
-_NARROW = re.compile(r"(F|float)[864](_|$)")
-# As int64 there are positions and counters, as bool masks, but hardly codes of a weight.
-_CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
-_NO_CODES = re.compile(r"ids?|ind(ex|ices)|mask|bias|positions?|counts?|lengths?|buckets?")
-# What only a quantised weight has, and what many others have as well.
-_SCALES = re.compile(
-    r"(weight|input|output|activation|act|[kvq])_(scales?(_inv|_\d)?|(global|channel)_scale|zero(s|_points?)?)"
-    r"|(nested_)?(absmax|quant_map)|SCBt?|scales?_(inv|and_zeros?)|qscales?|qzeros"
-)
-_PERHAPS_SCALES = re.compile(
-    r"(.*_)?(scales?|scalings?|zeros?|zero_points?|codebooks?|luts?|lookup_tables?|biases)"
-)
 
 # Of an embedding, and of a parameter that stands for itself: tok_embeddings, embed_in, cls_token.
 # Here a dot is any letter: would a line end be none, a long name that has one might take hours.
@@ -45,9 +32,36 @@ _LINEAR = re.compile(
     r"|(.*_)?class_embed|embed_(return|state|action|out)|vision_embed_tokens",
     re.DOTALL,
 )
+# The last line is of learned queries: `W_query` is a projection.
 _ADDED = re.compile(
-    rf"{_WORDS}|(.*_)?(pos|positions?|positional|latents?|bias|biases)\d*(_.*)?", re.DOTALL
+    rf"{_WORDS}|(.*_)?(pos|positions?|positional|latents?|bias|biases|codebooks?)\d*(_.*)?|pe"
+    r"|(.*_)?queries|((learn(ed|able)|object|latent|pool|seed|det|mask|cls|text|audio|image)_)?query"
+    r"|query_(feats?|features?|pos)",
+    re.DOTALL,
 )
+
+# Fixed transforms: of audio and of images, and the products of spherical harmonics.
+_TRANSFORM = r"_?i?(stft|dft|h?cqt|vqt|mdct|dct)s?\d*"
+_MEL = r"(.*_)?mel_?(basis|w|fb|filters?|matrix|mat)s?"
+_BANK = r"(.*_)?(fbank|filter_?bank)s?\d*"
+_CONSTANT = re.compile(
+    rf"{_TRANSFORM}(_.*)?|{_MEL}|{_BANK}(_.*)?|.*_buffer|_?(w3j|u_matrix|wigner|clebsch)(_.*)?"
+    r"|inv_freq.*|freqs_cis.*|(.*_)?(cos|sin)_(cached?|table)|(.*_)?window\d*"
+    r"|(.*_)?masks?|tril|triu|anchors?(_grid|_points)?|running_(mean|var)",
+    re.DOTALL,
+)
+# A layer of such a name is one; `stft_encoder` and `cqt_block` are learned.
+_CONSTANT_LAYER = re.compile(
+    rf"{_TRANSFORM}(_(basis|bases|conv|kernels?|filters?|matrix|mat|real|imag))?|{_MEL}|{_BANK}",
+    re.DOTALL,
+)
+# A_log of Mamba, log_dt and A_imag of S4, time_decay and time_faaaa of RWKV.
+_EXPONENTIATED = re.compile(
+    r"log_.*|.*_logs?|inv_dt|a_(real|imag|re|im)|lambda(_re|_im)?|time_(decay|first|faaaa)|r_k",
+    re.DOTALL,
+)
+_STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # beside these D acts entrywise
+_NORM = re.compile(r"(.*_)?(layer|rms|group|batch|instance)?_?norm_?\d*", re.DOTALL)
 
 
 def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
@@ -56,27 +70,44 @@ def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
         return Skipped((Reason.number, Reason.vector)[len(shape)])
     if 0 in shape:
         return Skipped(Reason.empty, f"shape {shape}")
-    if dtype in _MEASURED:
+    if dtype in FLOATING:
         return None
-    return Skipped(Reason.quantised if _NARROW.match(dtype) else Reason.packed, dtype)
+    if is_power(dtype):
+        return Skipped(Reason.scales)
+    return Skipped(Reason.quantised if is_narrow(dtype) else Reason.packed, dtype)
 
 
-def no_weights(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
-    """The tensors, given by shape and dtype, that by their names are no weights; and why."""
-    measured = {n: shape for n, (shape, dtype) in tensors.items() if dtype in _MEASURED}
-    named = {name: _by_name(name, shape) for name, shape in measured.items()}
-    found = {name: why for name, why in named.items() if why is not None} | _scales(tensors)
+def no_weights(
+    tensors: Tensors, holds_codes: Callable[[str], bool] = lambda _: False
+) -> dict[str, Skipped]:
+    """The tensors, given by shape and dtype, that by their names are no weights; and why.
+
+    Args:
+        tensors: shape and dtype by name.
+        holds_codes: looks into a tensor where names and shapes do not decide whether it holds codes
+            of a quantised weight.
+    """
+    measured = {n: shape for n, (shape, dtype) in tensors.items() if dtype in FLOATING}
+    named = {name: _by_name(name, shape, tensors) for name, shape in measured.items()}
+    found = {name: why for name, why in named.items() if why is not None}
+    found |= codes_and_scales(tensors, holds_codes)
+    flat = {name for name in tensors if re.split(r"[./]", name)[-1].endswith("flat_param")}
+    found |= dict.fromkeys(flat, Skipped(Reason.flat))
     parametrized = Skipped(Reason.parametrized, "audit the model instead")
     return found | dict.fromkeys(_originals(tensors), parametrized)
 
 
-def _by_name(name: str, shape: tuple[int, ...]) -> Skipped | None:
-    """Whether a tensor is an embedding, or added, as far as its name and shape tell."""
+def _by_name(name: str, shape: tuple[int, ...], tensors: Tensors) -> Skipped | None:
+    """What a tensor is besides a weight, as far as its name, its shape and its siblings tell."""
     *modules, own = re.split(r"[./]", name.lower())  # of several files: step1.pt/wte.weight
+    if len(shape) > 1 and _is_normalisation(name, shape, modules, tensors):
+        return Skipped(Reason.normalisation)
     if own != "weight":
         if is_vector(shape):
             return Skipped(Reason.vector)
-        return Skipped(Reason.added) if _ADDED.fullmatch(own) else None
+        return _parameter(name, own, modules, tensors)
+    if modules and _is_constant_layer(modules):
+        return Skipped(Reason.constant)
     known = _LOOKED_UP
     # What PEFT and a list of modules put between.
     while modules and (modules[-1] in ("base_layer", "original_module") or modules[-1].isdigit()):
@@ -87,15 +118,58 @@ def _by_name(name: str, shape: tuple[int, ...]) -> Skipped | None:
     return None
 
 
-def _originals(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[str]:
+def _parameter(name: str, own: str, modules: list[str], tensors: Tensors) -> Skipped | None:
+    """What a parameter or a buffer is that stands for itself."""
+    if _ADDED.fullmatch(own):
+        return Skipped(Reason.added)
+    of_mel = own == "fb" and bool(modules) and "mel" in modules[-1]  # of torchaudio
+    if of_mel or (_CONSTANT.fullmatch(own) and not _LINEAR.fullmatch(own)):
+        return Skipped(Reason.constant)
+    if _EXPONENTIATED.fullmatch(own) or (own in ("d", "ds") and _of_state_space(name, tensors)):
+        return Skipped(Reason.exponentiated)
+    return None
+
+
+def _is_constant_layer(modules: list[str]) -> bool:
+    """Whether its weight is a fixed transform: `stft_conv`, or `stft.conv_real` of torchlibrosa."""
+    *above, module = modules
+    part = re.fullmatch(r"conv_(real|imag)", module) and above[-1:] in (["stft"], ["istft"])
+    return bool(part or _CONSTANT_LAYER.fullmatch(module))
+
+
+def _of_state_space(name: str, tensors: Tensors) -> bool:
+    stem = name[: -len(re.split(r"[./]", name)[-1])]
+    return any(f"{stem}{other}" in tensors for other in _STATE_SPACE)
+
+
+def _is_normalisation(
+    name: str, shape: tuple[int, ...], modules: list[str], tensors: Tensors
+) -> bool:
+    """Whether it acts entrywise: beside it stands another of its shape, or its layer says so.
+
+    `nn.LayerNorm((6, 264))` has a weight and a bias of these; Keras calls them gamma and beta.
+    """
+    own = re.split(r"[./]", name)[-1]
+    beside = {"weight": "bias", "gamma": "beta", "beta": "gamma"}.get(own)
+    if beside is None:
+        return False
+    same = tensors.get(f"{name.removesuffix(own)}{beside}", ((), ""))[0] == shape
+    return same or (own == "weight" and bool(modules and _NORM.fullmatch(modules[-1])))
+
+
+def _originals(tensors: Tensors) -> Iterator[str]:
     """The tensors that a weight is computed from: by a parametrization of torch, or as before it
     by weight_norm (`weight_g`, `weight_v`), spectral_norm (`weight_orig`, `weight_u`) and pruning
-    (`weight_orig`, `weight_mask`).
+    (`weight_orig`, `weight_mask`); by a mask of the same shape.
     """
-    for name in tensors:
+    for name, (shape, _) in tensors.items():
         if "parametrizations" in re.split(r"[./]", name):
             yield name
         stem, _, part = name.rpartition("_")
+        masks = (f"{name.removesuffix('weight')}mask", f"{name}_mask")
+        masked = any(mask in tensors and tensors[mask][0] == shape for mask in masks)
+        if name.endswith("weight") and masked and f"{name}_orig" not in tensors:
+            yield name
         if stem in tensors:  # a weight that is stored itself
             continue
         norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
@@ -105,47 +179,3 @@ def _originals(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[s
         beside = {f"{stem}_u", f"{stem}_mask"} & tensors.keys()
         if part == "orig" and beside:
             yield from (name, *beside)
-
-
-def _scales(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Skipped]:
-    """The tensors, given by shape and dtype, that belong to a quantised weight; and to which.
-
-    These are what is named like the quantised weight (`weight.absmax` beside `weight`), what is
-    named a scale in the same module, and what else is in its module and not called a weight. A
-    packed tensor to which more belongs than a bias or a number is surely quantised, and among
-    them as well.
-    """
-    named = {
-        name
-        for name in tensors
-        if any(p.fullmatch(name.rpartition(".")[2]) for p in (_SCALES, _PERHAPS_SCALES))
-    }
-    first: dict[str, str] = {}  # quantised weights by their module
-    stems: dict[str, str] = {}  # and by what their name begins with
-    for name, (shape, dtype) in tensors.items():
-        module, _, own = name.rpartition(".")
-        packed = dtype in _CODES and not any(map(_NO_CODES.fullmatch, own.lower().split("_")))
-        if len(shape) > 1 and name not in named and (packed or _NARROW.match(dtype)):
-            first.setdefault(module, name)
-            stems |= {name: name, re.sub(r"_(packed|blocks|q|int\d)$", "", name): name}
-
-    def owner(name: str) -> str | None:
-        module, _, own = name.rpartition(".")
-        if module in stems:  # weight.absmax
-            return stems[module]
-        if _PERHAPS_SCALES.fullmatch(own):
-            stem = name.rpartition("_")[0]  # of weight_scale: weight
-            return stems.get(stem, first.get(module, "" if _SCALES.fullmatch(own) else None))
-        if module in first and module and not own.lower().endswith("weight"):
-            return first[module]
-        return "" if _SCALES.fullmatch(own) else None
-
-    found: dict[str, Skipped] = {}
-    for name, (shape, dtype) in tensors.items():
-        of = owner(name) if dtype in _MEASURED or name in named else None
-        if of is not None:
-            found[name] = Skipped(Reason.scales, of)
-            surely = len(shape) > 1 or _SCALES.fullmatch(name.rpartition(".")[2])
-            if of and (surely or (shape and name in named)):
-                found[of] = Skipped(Reason.quantised, tensors[of][1])
-    return found

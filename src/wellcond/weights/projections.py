@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
 
 from wellcond.operators.views import STORED, Transposed, View
@@ -173,10 +174,17 @@ def _parts_with_heads(config: _Config, depth: int = 3) -> dict[str, _Config]:
     }
 
 
+def is_conv1d(layer: object) -> bool:
+    """Whether it is a Conv1D of the transformers library, stored as (inputs, outputs)."""
+    return hasattr(layer, "nf") and any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
+
+
 def part(module: Module, name: str) -> object | None:
     """The layer or the parameter of this name; None if there is none."""
     if isinstance(module, Stored):
         return module.parts.get(name)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     layer = module._modules.get(name)
     return module._parameters.get(name) if layer is None else layer
 
@@ -190,7 +198,7 @@ def projection(module: Module, name: str) -> Projection:
         Unknown: it is something else.
     """
     layer = part(module, name)
-    wrapped = layer._modules.get(_WRAPPING) if isinstance(layer, nn.Module) else None
+    wrapped = part(layer, _WRAPPING) if isinstance(layer, nn.Module) else None
     layer, adapted = (layer, False) if wrapped is None else (wrapped, True)
     found = None
     if isinstance(layer, StoredTensor):
@@ -202,7 +210,7 @@ def projection(module: Module, name: str) -> Projection:
             raise Unknown(f"`{name}` is not initialised yet: run the model once first")
         shape = layer.out_features, layer.in_features
         found = Projection((layer, "weight"), STORED, shape, adapted)
-    elif isinstance(layer, nn.Module) and type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+    elif isinstance(layer, nn.Module) and is_conv1d(layer):
         assert isinstance(layer.weight, Tensor)
         found = Projection((layer, "weight"), Transposed(), tuple(layer.weight.mT.shape), adapted)
     if found is None:

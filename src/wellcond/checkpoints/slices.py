@@ -1,0 +1,94 @@
+"""Which tensors of files say that they are slices of larger ones, and how to join these."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from wellcond.text import and_more
+from wellcond.weights.reasons import Reason, Skipped
+
+_KEY = "DCP_SHARDING_INFO"  # of torch.distributed.checkpoint, in the metadata of safetensors
+_JOIN = (
+    "join them by torch.distributed.checkpoint.load with a HuggingFaceStorageReader, or save with "
+    "enable_consolidation=True"
+)
+# Of tensor parallelism: mp_rank_00_model_states.pt, mp_rank_00/model_optim_rng.pt and
+# consolidated.00.pth; of FSDP as verl writes it.
+_RANK = re.compile(r"((?:mp|tp|model_parallel)_rank_|^consolidated\.|world_size_\d+_rank_)(\d+)")
+_DIMENSIONS = 64
+_SHARD = re.compile(r"\d{5}-of-(\d{5})")
+
+OF_RANK = Skipped(Reason.slice, "join the ranks with the tool that wrote them")
+REPEATED = Skipped(Reason.slice, "several shards hold it, and no index says which one is meant")
+
+Offsets = tuple[int, ...]
+
+
+def saved_offsets(metadata: Mapping[str, str]) -> dict[str, Offsets] | None:
+    """Where the tensors of a file begin in those that they are slices of; empty if they are whole.
+
+    Returns:
+        None if the file says that it holds slices, but not which.
+    """
+    if _KEY not in metadata:
+        return {}
+    try:
+        said = json.loads(metadata[_KEY])
+        found = {name: tuple(one["saved_offsets"]) for name, one in said.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    known = all(
+        len(offsets) <= _DIMENSIONS and all(type(start) is int for start in offsets)
+        for offsets in found.values()
+    )
+    return found if known else None
+
+
+def local_shard(kind: str) -> Skipped:
+    """Why a tensor of a distributed class, of which a file has the part of one process, is none."""
+    return Skipped(Reason.slice, f"a {kind}: save its full_tensor()")
+
+
+def slice_at(offsets: Sequence[Offsets]) -> Skipped:
+    """Why a tensor of which there are slices at these offsets is left out."""
+    if not offsets:
+        return Skipped(Reason.slice, f"its offsets are not known; {_JOIN}")
+    return Skipped(Reason.slice, f"at {and_more(map(str, offsets))}; {_JOIN}")
+
+
+def one_of_ranks(path: Path) -> bool:
+    """Whether a file, or its folder, is one rank of several that share the weights between them."""
+    for one in (path, path.parent):
+        found = _RANK.search(one.name)
+        if found is None:
+            continue
+        ranks = {found[2]}
+        for other in one.absolute().parent.iterdir():
+            begin, end = one.name[: found.start(2)], one.name[found.end(2) :]
+            rank = other.name.removeprefix(begin).removesuffix(end)
+            if other.name == f"{begin}{rank}{end}" and rank.isdigit():
+                ranks.add(rank)
+        return len(ranks) > 1
+    return False
+
+
+def repeated_in_shards(files: Mapping[str, Iterable[str]]) -> set[str]:
+    """The names that several shards of one checkpoint hold, such as model-00002-of-00003.
+
+    Args:
+        files: the names in each file.
+    """
+    seen: set[tuple[str, str]] = set()
+    repeated = set()
+    for file_name, names in files.items():
+        if not _SHARD.search(file_name):
+            continue
+        checkpoint = _SHARD.sub(r"*-of-\1", file_name)
+        for name in names:
+            if (checkpoint, name) in seen:
+                repeated.add(name)
+            seen.add((checkpoint, name))
+    return repeated

@@ -1,0 +1,201 @@
+"""What acts in a model: its weights by the values that a forward pass in eval mode multiplies by.
+
+A weight may be parametrized, computed by a hook before each forward pass, or changed by the forward
+of its own layer. What is stored is then not what acts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from wellcond.operators.convolution import Geometry
+from wellcond.operators.sharded import is_sharded
+from wellcond.operators.views import View
+from wellcond.text import joined
+from wellcond.weights.computed import computed_weight, computed_weights, part_of
+from wellcond.weights.discover import (
+    Source,
+    find_weights,
+    named,
+    named_parameters,
+    quantised_weights,
+    unfit,
+    views_of,
+)
+from wellcond.weights.forward import COMPUTED, UNKNOWN, acting_weight, has_own_forward, slides_as
+from wellcond.weights.fused import Views, fused_projections
+from wellcond.weights.matrices import Matrices, seen_through
+from wellcond.weights.reasons import Reason, Skipped
+
+
+def effective_matrices(
+    model: nn.Module, acting: Mapping[nn.Module, Geometry] | None = None
+) -> tuple[list[Matrices], dict[str, Skipped], int]:
+    """What acts in a model: its matrices, computed ones by their value; the rest and why.
+
+    Those of convolutions whose geometry is known say so.
+
+    The third is the number of entries of all parameters. Weights whose reason asks for their exact
+    name are among the matrices, with their reason in the rest: the caller decides.
+    """
+    acting = acting or {}
+    found, fused = find_weights(model, complex_values=True), fused_projections(model)
+    seen: dict[str, dict[str, View]] = {}
+    for weight in found.weights:
+        name = weight.aliases[0]
+        seen.setdefault(name, {})[weight.name.removeprefix(name)[1:]] = weight.view
+    matrices: dict[str, Matrices] = {}
+    rest: dict[str, Skipped] = {}
+    total = 0
+
+    def add(
+        name: str,
+        aliases: tuple[str, ...],
+        module: nn.Module,
+        attribute: str,
+        value: Tensor,
+        views: Mapping[str, View],
+    ) -> None:
+        note, geometry = _looked_at(module, attribute, value, acting.get(module))
+        if computed := part_of(module, attribute):
+            note = f"a part from which {computed.attribute} is computed, and not what acts"
+        matrices[name] = Matrices(
+            name,
+            aliases,
+            tuple(value.shape),
+            seen_through(views),
+            partial(_acting_value, module, attribute),
+            geometry,
+            note=joined(fused.get((module, attribute), Views()).note, note),
+        )
+
+    for weight in found.weights:
+        name, (parameter,) = weight.aliases[0], weight.parameters
+        sharded = is_sharded(parameter)
+        if sharded or parameter.is_meta:
+            total += parameter.numel() if name not in rest else 0
+            absent = Skipped(Reason.sharded if sharded else Reason.no_values)
+            rest[name] = absent if sharded else weight.reason or absent
+            continue
+        if weight.reason is not None:
+            rest[name] = weight.reason
+        if name in matrices:
+            continue
+        (source,) = weight.sources
+        # Of a part counts what is computed from it.
+        is_part = part_of(source.owner, source.attribute) is not None
+        total += 0 if is_part else parameter.numel()
+        aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
+        add(name, aliases, source.owner, source.attribute, parameter.detach(), seen[name])
+    counts = {
+        name: 0 if part_of(module, attribute) or is_lazy(parameter) else parameter.numel()
+        for name, module, attribute, parameter in named_parameters(model)
+    }
+    total += sum(codes.numel() for _, codes in quantised_weights(model))
+    for name, skipped in found.others.items():
+        if skipped.reason is not Reason.parametrized:
+            rest[name] = skipped
+            total += counts.get(name, 0)
+    for prefix, module in model.named_modules():
+        for attribute in _effective_attributes(module):
+            name = named(prefix, attribute)
+            try:
+                value = value_of(module, attribute)
+            except ValueError as error:
+                rest[name] = Skipped(Reason.uncomputed, str(error))
+                stale = vars(module).get(attribute)
+                total += stale.numel() if isinstance(stale, Tensor) else 0
+                continue
+            total += value.numel()
+            known = views_of(module, attribute, value, fused)
+            if is_sharded(value):
+                rest[name] = Skipped(Reason.sharded)
+            elif isinstance(known, Skipped):
+                rest[name] = known
+            elif value.is_meta:
+                rest[name] = Skipped(Reason.no_values)
+            else:
+                add(name, (name,), module, attribute, value, known)
+    return list(matrices.values()), rest, total
+
+
+def _effective_attributes(module: nn.Module) -> list[str]:
+    """The names of what is computed from parameters of a module before it is used."""
+    computed = [one.attribute for one in computed_weights(module)]
+    return [*getattr(module, "parametrizations", ()), *computed]
+
+
+def _looked_at(
+    module: nn.Module, attribute: str, value: Tensor, geometry: Geometry | None
+) -> tuple[str, Geometry | None]:
+    """What to say of a weight with this value, and the geometry if the layer slides like that."""
+    if attribute != "weight" or not has_own_forward(module):
+        # Of complex kernels no map is made.
+        return "", None if value.is_complex() else geometry
+    W, note = acting_weight(module, value)
+    if geometry is None:
+        return note, None
+    kernel, whole = value if W is None else W, note == UNKNOWN
+    if value.is_complex() or not slides_as(module, kernel, geometry, whole):
+        own = "the kernel alone: how the layer's own forward slides it is not known"
+        return joined(note, own), None
+    return (COMPUTED if W is not None else ""), geometry
+
+
+def current(module: nn.Module, attribute: str) -> Tensor:
+    """The tensor that acts.
+
+    Raises:
+        ValueError: it is sharded, or has no values of real numbers.
+    """
+    if attribute not in _effective_attributes(module):
+        parameter = Source(module, attribute).parameter
+        if is_sharded(parameter):
+            raise ValueError(Reason.sharded.value)
+        why = unfit(parameter, ())
+        if why is not None:
+            raise ValueError(str(why))
+    return _acting_value(module, attribute)
+
+
+def _acting_value(module: nn.Module, attribute: str) -> Tensor:
+    value = value_of(module, attribute)
+    W = acting_weight(module, value).weight if attribute == "weight" else None
+    return value if W is None else W
+
+
+def value_of(module: nn.Module, attribute: str) -> Tensor:
+    """The tensor as the forward pass finds it: parametrized, computed by a hook, or stored.
+
+    Raises:
+        ValueError: it is not known how it is computed, or that fails.
+    """
+    if attribute in getattr(module, "parametrizations", ()):
+        return effective(module, attribute)
+    computed = computed_weight(module, attribute)
+    if computed is None:
+        return Source(module, attribute).parameter.detach()
+    if computed.compute is None:
+        raise ValueError(f"from {joined(*computed.parts)}")
+    try:
+        return computed.compute()
+    except Exception as error:  # a part is missing, or has another shape
+        raise ValueError(f"by {computed.method}: {type(error).__name__}: {error}") from error
+
+
+def effective(module: nn.Module, attribute: str) -> Tensor:
+    """The value of a parametrized tensor, by a copy in eval mode: reading advances nothing.
+
+    `spectral_norm` in train mode takes a step of power iteration each time it is read.
+    """
+    parametrization = copy.deepcopy(cast(nn.ModuleDict, module.parametrizations)[attribute])
+    with torch.no_grad():
+        value: Tensor = parametrization.eval()()
+    return value

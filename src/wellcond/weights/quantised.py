@@ -1,0 +1,245 @@
+"""Quantised weights in files: which tensors are codes, which are scales, how many weights they are.
+
+A tensor that has a scale beside it acts by the product with it, whatever its dtype: its own
+numbers are those of no weight. Packed codes count as often as they are unpacked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from wellcond.weights.matrices import entries
+from wellcond.weights.reasons import Reason, Skipped
+
+Tensors = Mapping[str, tuple[tuple[int, ...], str]]  # shape and dtype by name
+
+FLOATING = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+# float8_e4m3fn, or F6_E2M3, which torch has no name for; powers of two alone are always scales.
+_NARROW = re.compile(r"(F|float)[864](_|$)")
+_POWERS = re.compile(r"(F|float)8_e8m0(fnu)?", re.IGNORECASE)
+# As int64 there are positions and counters, as bool masks, but hardly codes of a weight.
+_CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+_NO_CODES = re.compile(r"ids?|ind(ex|ices)|mask|bias|positions?|counts?|lengths?|buckets?")
+# What only a quantised weight has, and what many others have as well.
+_SCALES = re.compile(
+    r"(weight|input|output|activation|act|[kvq])_(scales?(_inv|_\d)?|(global|channel)_scale|zero(s|_points?)?)"
+    r"|(nested_)?(absmax|quant_map)|SCBt?|scales?_(inv|and_zeros?)|qscales?|qzeros"
+)
+_PERHAPS_SCALES = re.compile(
+    r"(.*_)?(scales?|scalings?|zeros?|zero_points?|codebooks?|luts?|lookup_tables?|biases)"
+)
+# What multiplies codes that are stored in a wide dtype, beside `weight` or beside X as X_scale.
+_SURELY_OF_WEIGHT = re.compile(
+    r"weight_(scales?(_inv|_\d)?|(global|channel)_scale)|absmax|SCBt?|qscales?|scale_(inv|weight)"
+)
+_ZEROS = ("zeros", "zero", "zero_points", "zero_point", "biases")  # beside `scale` and `scales`
+_OF_NAME = re.compile(r"(.+)_((?:scales?|qscales?|absmax)(?:_inv)?)")
+
+
+def is_narrow(dtype: str) -> bool:
+    """Whether a dtype of less than 16 bits holds floating-point codes."""
+    return bool(_NARROW.match(dtype))
+
+
+def is_power(dtype: str) -> bool:
+    """Whether a dtype holds powers of two alone, which are scales."""
+    return bool(_POWERS.fullmatch(dtype))
+
+
+def codes_and_scales(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
+    """The tensors that are codes of a quantised weight, and those that belong to one."""
+    return _beside_packed(tensors) | _in_wide_dtype(tensors, holds_codes)
+
+
+def _beside_packed(tensors: Tensors) -> dict[str, Skipped]:
+    """The tensors that belong to a weight of integers or float8; and to which.
+
+    These are what is named like the quantised weight (`weight.absmax` beside `weight`), what is
+    named a scale in the same module, and what else is in its module and not called a weight or a
+    bias. A packed tensor to which more belongs than a bias or a number is surely quantised, and
+    among them as well.
+    """
+    named = {
+        name
+        for name, (_, dtype) in tensors.items()
+        if any(p.fullmatch(name.rpartition(".")[2]) for p in (_SCALES, _PERHAPS_SCALES))
+        or is_power(dtype)
+    }
+    first: dict[str, str] = {}  # quantised weights by their module
+    stems: dict[str, str] = {}  # and by what their name begins with
+    for name, (shape, dtype) in tensors.items():
+        module, _, own = name.rpartition(".")
+        packed = dtype in _CODES and not any(map(_NO_CODES.fullmatch, own.lower().split("_")))
+        if len(shape) > 1 and name not in named and (packed or is_narrow(dtype)):
+            first.setdefault(module, name)
+            stems |= {name: name, re.sub(r"_(packed|blocks|q|int\d)$", "", name): name}
+
+    def owner(name: str) -> str | None:
+        module, _, own = name.rpartition(".")
+        if module in stems:  # weight.absmax
+            return stems[module]
+        unowned = "" if _SCALES.fullmatch(own) or is_power(tensors[name][1]) else None
+        if _PERHAPS_SCALES.fullmatch(own):
+            stem = name.rpartition("_")[0]  # of weight_scale: weight
+            return stems.get(stem, first.get(module, unowned))
+        if module in first and module and not re.search(r"weight$|bias$", own.lower()):
+            return first[module]
+        return unowned
+
+    found: dict[str, Skipped] = {}
+    for name, (shape, dtype) in tensors.items():
+        of = owner(name) if dtype in FLOATING or name in named else None
+        if of is not None:
+            found[name] = Skipped(Reason.scales, of)
+            surely = len(shape) > 1 or _SCALES.fullmatch(name.rpartition(".")[2])
+            if of and (surely or (shape and name in named)):
+                found[of] = Skipped(Reason.quantised, tensors[of][1])
+    return found
+
+
+def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
+    """The codes in a dtype that could hold a weight, by the scale beside them; and the scale.
+
+    A scale in another file of the same checkpoint counts. `scale` and `scales` have other uses:
+    their shape must fit, and of a single number the values must be codes.
+    """
+    named: dict[str, list[str]] = {}  # by their name within their file
+    for name in tensors:
+        named.setdefault(name.rpartition("/")[2], []).append(name)
+    found: dict[str, Skipped] = {}
+    for scale, (shape, _) in tensors.items():
+        file, slash, name = scale.rpartition("/")
+        for of, surely in _scaled_by(name):
+            here = f"{file}{slash}{of}"
+            for weight in [here] if here in tensors else named.get(of, []):
+                size, kind = tensors[weight]
+                if len(size) < 2 or 0 in size or kind not in FLOATING:
+                    continue
+                if not surely and not _fits(shape, size):
+                    continue
+                if not surely and entries(shape) == 1 and not holds_codes(weight):
+                    continue
+                reason = Reason.quantised if surely else Reason.perhaps_codes
+                detail = f"codes in {kind} beside {scale}" if surely else scale
+                found[weight] = Skipped(reason, detail)
+                offsets = (re.sub(r"scales?(_inv)?$", zero, scale) for zero in _ZEROS)
+                for part in (scale, *(offset for offset in offsets if offset in tensors)):
+                    found[part] = Skipped(Reason.scales, weight)
+    return found
+
+
+def _scaled_by(name: str) -> Iterable[tuple[str, bool]]:
+    """What a tensor of this name scales, and whether it surely does."""
+    module, dot, own = name.rpartition(".")
+    if _SURELY_OF_WEIGHT.fullmatch(own):
+        yield f"{module}{dot}weight", True
+        yield f"{module}{dot}qweight", True
+    elif own in ("scale", "scales"):
+        yield f"{module}{dot}weight", False
+        yield f"{module}{dot}qweight", True
+    if module.endswith("weight") and re.fullmatch(r"absmax|scales?|SCB|quant_map", own):
+        yield module, True
+    if found := _OF_NAME.fullmatch(own):
+        surely = found[1].endswith("weight") or found[2].endswith(("inv", "absmax", "qscale"))
+        yield f"{module}{dot}{found[1]}", surely
+
+
+def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether one number, one a row, one a column, or one a block of the weight."""
+    if len(scale) < 2 and entries(scale) == 1:
+        return True
+    if len(scale) == 1:
+        return scale[0] in weight
+
+    def per_block(counts: tuple[int, ...]) -> bool:
+        sides = zip(counts, weight, strict=True)
+        return all(1 <= n <= side and n == -(-side // -(-side // n)) for n, side in sides)
+
+    swapped = (*scale[:-2], scale[-1], scale[-2])  # GPTQ has (groups, outputs)
+    return len(scale) == len(weight) and (per_block(scale) or per_block(swapped))
+
+
+_SMALL = 4096  # bytes of a description, which may be read
+
+
+def logical_entries(
+    name: str, tensors: Tensors, read: Callable[[str], Tensor], config: Mapping[str, Any]
+) -> int:
+    """How many entries the weight has that these codes stand for; at least as many as are stored.
+
+    Args:
+        name: of the codes.
+        tensors: shape and dtype by name.
+        read: reads a tensor; called for shapes and descriptions of at most 4 kB.
+        config: what config.json says.
+    """
+    shape, dtype = tensors[name]
+    stored, word = entries(shape), 8 if is_narrow(dtype) else int(re.sub(r"\D", "", dtype) or 1)
+    try:
+        count = _said(name, tensors, read) or _derived(name, tensors, word, config)
+    except Exception:  # whatever a damaged description does, the codes are there
+        count = 0
+    # A code has one bit at least.
+    return count if stored <= count <= stored * word else stored
+
+
+def _said(name: str, tensors: Tensors, read: Callable[[str], Tensor]) -> int:
+    """By a shape that is stored beside the codes; 0 if there is none."""
+    for kind in ("nf4", "fp4"):
+        state = f"{name}.quant_state.bitsandbytes__{kind}"
+        if state in tensors and entries(tensors[state][0]) <= _SMALL:
+            return _product(json.loads(bytes(read(state).tolist()))["shape"])
+    lengths = f"{name.removesuffix('_packed')}_shape"  # of compressed-tensors
+    if lengths in tensors and entries(tensors[lengths][0]) <= _SMALL // 8:
+        return _product(read(lengths).tolist())
+    return 0
+
+
+def _product(sides: list[int]) -> int:
+    known = bool(sides) and all(type(side) is int and 0 < side < 1 << 31 for side in sides)
+    return math.prod(sides) if known and len(sides) < 8 else 0
+
+
+def _derived(name: str, tensors: Tensors, word: int, config: Mapping[str, Any]) -> int:
+    """By the shapes of what is stored beside the codes, or by the config; 0 if neither says it."""
+    shape, dtype = tensors[name]
+    module, dot, own = name.rpartition(".")
+
+    def beside(other: str) -> tuple[int, ...]:
+        return tensors.get(f"{module}{dot}{other}", ((), ""))[0]
+
+    scales, zeros = beside("scales"), beside("qzeros")
+    if own == "qweight" and len(scales) == len(shape) == 2:
+        outputs = scales[1]
+        if shape[1] < outputs:  # AWQ packs along the outputs
+            return shape[0] * outputs
+        if index := beside("g_idx"):  # of GPTQ, one an input
+            return index[0] * outputs
+        if len(zeros) == 2 and zeros[1]:
+            return shape[0] * outputs * outputs // zeros[1]
+    stem = own.removesuffix("_blocks").removesuffix("_packed")
+    scale = beside(f"{stem}_scale") or beside(f"{stem}_scales")
+    in_blocks = own.endswith("_blocks") and bool(scale)  # MXFP4
+    by_16 = bool(scale) and 16 * scale[-1] == 2 * shape[-1]  # NVFP4
+    by_maximum = f"{name}.absmax" in tensors  # bitsandbytes
+    if dtype == "uint8" and (in_blocks or by_16 or by_maximum):
+        return 2 * entries(shape)
+    bits = _bits(config)
+    return entries(shape) * word // bits if word == 32 and bits else 0
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    """Of a code, as the config of GPTQ, AWQ, compressed-tensors or MLX says; 0 if it does not."""
+    said = config.get("quantization_config") or config.get("quantization") or {}
+    groups = said.get("config_groups") or {}
+    for one in (said, *(group.get("weights") or {} for group in groups.values())):
+        for key in ("bits", "num_bits", "w_bit"):
+            if type(one.get(key)) is int and 0 < one[key] <= 32:
+                return int(one[key])
+    return 0
