@@ -44,6 +44,7 @@ from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _PIPE = 64 << 10  # what a pipe takes at a time, by default
 
 
@@ -106,6 +107,9 @@ class Pickled(TensorFile):
         return self._copied(name, tensor) if self._mapped else tensor
 
     def pieces(self, name: str) -> Iterator[Tensor]:
+        tensor = self._tensors[name]
+        if not isinstance(tensor, Tensor) or type(tensor) not in _PLAIN or tensor.is_nested:
+            return
         if not self._mapped:
             yield from pieces_of(self._same(name, self._tensors).detach())
             return
@@ -237,7 +241,7 @@ def _entry(name: str, tensor: Tensor | ForeignTensor) -> Entry:
     if tensor.is_nested:  # it has no shape
         kind = str(tensor.dtype).removeprefix("torch.")
         return Entry(name, (), kind, False, Skipped(Reason.not_dense, "nested"))
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+    if type(tensor) not in _PLAIN:
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         return _foreign_entry(name, ForeignTensor(kind, shape=(*tensor.shape,), dtype=tensor.dtype))
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
