@@ -28,7 +28,7 @@ from wellcond.text import and_more, dump_json, out_of_memory, shown, written
 if TYPE_CHECKING:
     from wellcond.checkpoints.baseline import Held
     from wellcond.checkpoints.progress import Progress, Told
-    from wellcond.checkpoints.report import AuditReport, Comparison
+    from wellcond.checkpoints.report import AuditReport
 
 
 class _Parser(argparse.ArgumentParser):
@@ -288,11 +288,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     limit, rise = arguments.max_condition, arguments.max_rise or 2.0
     baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
     reports = [look(path) for path in (arguments.path, arguments.compare) if path is not None]
-    result: AuditReport | Comparison = reports[0]
-    total = len(reports[0].findings)
-    if arguments.compare is not None:
-        result = compare(*reports)
-        total = len(result.pairs)
+    *earlier, later = reports
+    result = compare(*reports) if earlier else later
     held = held_against(reports[0], baseline, rise) if baseline is not None else None
     if arguments.json:
         compared = {"max_rise": rise, "baseline": asdict(held)} if held is not None else {}
@@ -307,21 +304,20 @@ def _audit(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         _write(result.to_html(None, limit), arguments.html, "--html", arguments.overwrite)
     print(text, end="")
-    *earlier, later = reports
     for report in earlier:
         _enough(report, None)
-    obeys = _enough(later, arguments.min_coverage) & _sound(later)
+    enough, sound = _enough(later, arguments.min_coverage), _sound(later)
     gated = any(gate is not None for gate in (limit, arguments.min_coverage, baseline))
     exceeding = [] if limit is None else result.exceeding(limit)
     if exceeding:
         worst = and_more(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
         unknown = any(math.isnan(f.condition_number) for f in exceeding)
-        text = f"{len(exceeding)} of {total} matrices exceed {limit:g}"
+        text = f"{len(exceeding)} of {len(later.findings)} matrices exceed {limit:g}"
         print(f"wellcond: {text}{' or have no κ' * unknown}: {worst}", file=sys.stderr)
     if held is not None:
         _say_held(held, arguments.baseline, rise)
     risen = held is not None and (held.risen or held.missing)
-    return 1 if exceeding or risen or (gated and not obeys) else 0
+    return 1 if exceeding or risen or not enough or (gated and not sound) else 0
 
 
 def _sound(report: AuditReport) -> bool:

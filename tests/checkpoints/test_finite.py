@@ -147,6 +147,8 @@ def test_of_matrices_the_tensor_is_counted_and_the_rows_stay(tmp_path: Path) -> 
         ("causal_mask", [-INF, -INF]),
         ("mask", [0.0, -INF]),
         ("masked_bias", [-1e9]),
+        ("attn.causal", [0.0, -INF]),
+        ("attn_bias", [0.0, -INF]),
         ("activation_post_process_0.min_val", [INF]),
         ("activation_post_process_0.max_val", [-INF]),
         ("space.low", [-INF, -1.0]),
@@ -170,9 +172,10 @@ def test_what_is_infinite_by_design_is_no_alarm(name: str, values: list[float]) 
 @pytest.mark.parametrize("name", ["attn_mask", "mask.weight", "max.bias", "alibi", "running_max_w"])
 def test_other_infinities_are(name: str) -> None:
     plus = name == "attn_mask"  # in a mask only -inf is meant
-    found = finite.not_finite_in({name: lambda: [torch.tensor([INF if plus else -INF])]})
-    expected = {} if name == "running_max_w" else {name: NotFinite(0, 1, 1)}
-    assert found == (expected, {})
+    tensor = torch.tensor([1.0, INF if plus else -INF])
+    expected = {} if name == "running_max_w" else {name: NotFinite(0, 1, 2)}
+    for pieces in ([tensor], [*tensor.split(1)]):
+        assert finite.not_finite_in({name: lambda p=pieces: p}) == (expected, {})
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])

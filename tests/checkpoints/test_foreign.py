@@ -123,6 +123,14 @@ def test_strides_and_shared_storages_are_kept(tmp_path: Path) -> None:
     assert found["t"].data_ptr() == found["w"].data_ptr()
 
 
+def test_a_storage_of_a_compressed_archive_is_read_once(tmp_path: Path) -> None:
+    whole = torch.zeros(1000, 1000)
+    content = {"parts": [whole[n] for n in range(1000)], "x": Path("x"), "w": weight()}
+    data = zipped(records(saved(content)), zipfile.ZIP_DEFLATED)
+    found = load_inert(written(tmp_path / "a.pt", data), mapped=False).content
+    assert len({part.untyped_storage().data_ptr() for part in found["parts"]}) == 1
+
+
 def test_what_stands_beside_is_named_once(tmp_path: Path) -> None:
     content = {"w": weight(), "config": {str(n): np.float32(n) for n in range(9)}, "p": Path("x")}
     torch.save(content, tmp_path / "a.pt")

@@ -74,7 +74,8 @@ def audit(
     Args:
         model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
             .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth,
-            .bin, .ckpt), or a directory of these.
+            .bin, .ckpt), or a directory of these. Of other Python objects in a file the classes are
+            named and not loaded.
         certify: enclose sigma_max, sigma_min and kappa of each by `wellcond.certify` as well.
         include: a pattern (`fnmatch.fnmatchcase`) or several, of names to measure; all if empty.
         exclude: a pattern or several, of names to leave out.

@@ -52,7 +52,8 @@ def not_finite_in(
 ) -> tuple[dict[str, NotFinite], dict[str, Exception]]:
     """The tensors with NaN or infinity by name, and those that cannot be read.
 
-    What is infinite by design is left out: -inf in a mask, and the infinite ends of a range.
+    What is infinite by design is left out, by its name: -inf in a mask, and the infinite ends of a
+    range.
     """
     found, unread = {}, {}
     for name, pieces in tensors.items():
@@ -114,11 +115,13 @@ def _count(name: str, pieces: Iterable[Tensor]) -> NotFinite | None:
         nan += int(piece.isnan().sum())
         infinite += int(piece.isinf().sum())
         negative += int(piece.isneginf().sum())
-    if not (nan or infinite) or (not nan and _by_design(name, infinite == negative)):
+    if not nan and (not infinite or _by_design(name, infinite == negative)):
         return None
     return NotFinite(nan, infinite, entries)
 
 
 def _by_design(name: str, negative: bool) -> bool:
+    """Of a tensor without NaN; `negative` says that all that is infinite is -inf."""
     last = re.split(r"[./]", name.lower())[-1]
-    return ("mask" in last and negative) or not _BOUNDS.isdisjoint(last.split("_"))
+    mask = re.search("mask|causal|attn_bias|attention_bias", last) is not None
+    return (mask and negative) or not _BOUNDS.isdisjoint(last.split("_"))

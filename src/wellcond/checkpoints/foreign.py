@@ -92,16 +92,20 @@ def load_inert(path: Path, mapped: bool) -> Inert:
             raise ValueError("its numbers have the byte order of another machine")
         size = path.stat().st_size
         whole = torch.UntypedStorage.from_file(str(path), False, size) if mapped else None
+        made: dict[str, torch.UntypedStorage] = {}
 
         def storage(key: str, length: int) -> torch.UntypedStorage:
+            if key in made:
+                return made[key]
             record = records[f"data/{key}".lower()]
-            if whole is None:
-                return _untyped(bytearray(archive.read(record)), length)
             start = data_start(file, record)
-            if start + length > size:
+            if whole is None:
+                made[key] = _untyped(bytearray(archive.read(record)), length)
+            elif start + length <= size:
+                made[key] = whole[start : start + length]
+            else:
                 raise ValueError("it ends before its storages do")
-            part: torch.UntypedStorage = whole[start : start + length]
-            return part
+            return made[key]
 
         with archive.open(records["data.pkl"]) as pickled:
             content = _Unpickler(pickled, storage).load()
@@ -123,8 +127,9 @@ def _load_legacy(path: Path) -> Any:
             content = unpickler.load()
         for key in unpickler.load():
             length = int.from_bytes(file.read(8), sys.byteorder) * unpickler.itemsizes[key]
-            data = _untyped(bytearray(file.read(length)), made[key].nbytes())
-            made[key].copy_(data)
+            if length != made[key].nbytes():
+                raise ValueError("the length of a storage is not that of its tensors")
+            made[key].copy_(_untyped(bytearray(file.read(length)), length))
     return content
 
 

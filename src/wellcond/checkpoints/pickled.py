@@ -45,8 +45,7 @@ from wellcond.weights.reasons import Reason, Skipped
 
 # Mapped bytes that may be read before the file is opened anew.
 _RESIDENT = 64 << 20
-# Of tensors that are no plain ones.
-_OF_CLASSES = (Reason.torchao, Reason.tensor_class, Reason.slice)
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _PIPE = 64 << 10  # what a pipe takes at a time, by default
 
 
@@ -114,8 +113,8 @@ class Pickled(TensorFile):
         return self._copied(name, row) if self._mapped else row
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        skipped = self.entries[name].skipped
-        if skipped is not None and skipped.reason in _OF_CLASSES:  # nothing is read of these
+        tensor = self._tensors[name]
+        if not isinstance(tensor, Tensor) or type(tensor) not in _PLAIN or tensor.is_nested:
             return
         if not self._mapped:
             yield from pieces_of(self._same(name, self._tensors).detach())
@@ -250,7 +249,7 @@ def _entry(name: str, tensor: Tensor | ForeignTensor) -> Entry:
     if tensor.is_nested:  # it has no shape
         kind = str(tensor.dtype).removeprefix("torch.")
         return Entry(name, (), kind, False, Skipped(Reason.not_dense, "nested"))
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+    if type(tensor) not in _PLAIN:
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         return _foreign_entry(name, ForeignTensor(kind, shape=(*tensor.shape,), dtype=tensor.dtype))
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")

@@ -155,10 +155,11 @@ def repair(
     one has no condition number and stays zero. A complex weight is left as it is, and so are the
     factors of an adapter of low rank, which act by their product. All other tensors and the
     metadata of a safetensors file are kept byte for byte, of a file of torch.save value for value,
-    and who may read it. The copy is written into a temporary folder and renamed; nothing is ever
-    overwritten, and of two repairs that want the same name one fails. A repair that is killed
-    leaves that folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there
-    removes it.
+    Python objects beside them as they are, and who may read it.
+
+    The copy is written into a temporary folder and renamed; nothing is ever overwritten,
+    and of two repairs that want the same name one fails. A repair that is killed leaves that
+    folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
 
     Args:
         path_in: whatever `wellcond.audit` reads.
@@ -173,8 +174,9 @@ def repair(
     Raises:
         ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
             the limit, as K < 1.004 or so in bfloat16; tensors that overlap, neither a part of the
-            other; a pattern that matches nothing; an unreadable file; path_out inside the directory
-            that is read, or with the ending of another format. Nothing is written.
+            other; a pattern that matches nothing; an unreadable file; Python objects in a file that
+            is compressed or older than torch 1.6; path_out inside the directory that is read, or
+            with the ending of another format. Nothing is written.
         FileExistsError: path_out is there already.
         NotADirectoryError: a part of path_out is a file.
         OSError: path_out cannot be written, as on a full disk. Nothing is left of it.
