@@ -110,7 +110,7 @@ def _is_replaced(layer: nn.Module) -> bool:
     """Whether this one has another `forward` than its class, and no mere wrapper around that."""
     forward = vars(layer).get("forward")
     inner = None if forward is None else inspect.unwrap(forward)
-    return forward is not None and getattr(inner, "__func__", None) is not type(layer).forward
+    return forward is not None and getattr(inner, "__func__", inner) is not type(layer).forward
 
 
 def _acting(layer: nn.Module, stored: Tensor) -> Tensor | None:
