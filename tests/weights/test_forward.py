@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import types
 from typing import Any
 
 import pytest
@@ -388,7 +389,11 @@ def test_only_a_wrapper_around_the_forward_of_the_class_is_seen_through() -> Non
     wrapped.forward = functools.update_wrapper(functools.partial(lambda x: inner(x)), inner)
     outer = replaced.forward
     replaced.forward = lambda x: 2 * outer(x)
-    assert only(wc.audit(wrapped)).detail == ""
+    bound = seeded(nn.Linear, 5, 4)
+    function = functools.wraps(nn.Linear.forward)(lambda self, x: nn.Linear.forward(self, x))
+    bound.forward = types.MethodType(function, bound)
+    for layer in (wrapped, bound):
+        assert only(wc.audit(layer)).detail == ""
     assert only(wc.audit(replaced)).detail == UNKNOWN
 
 
@@ -489,6 +494,15 @@ def test_torch_fake_quantised_layers_act_with_the_quantised_weight() -> None:
         W = layer.weight_fake_quant(layer.weight)
     assert not torch.equal(W, layer.weight)
     assert found.condition_number == pytest.approx(float(wc.condition_number(W)), rel=1e-6)
+
+
+def test_reference_layers_of_torch_act_with_the_rounded_weight() -> None:
+    reference = pytest.importorskip("torch.ao.nn.quantized.reference")
+    kind = {"dtype": torch.qint8, "qscheme": torch.per_tensor_affine}
+    layer = seeded(reference.Linear, 6, 4, weight_qparams=kind | {"scale": 0.1, "zero_point": 0})
+    found = only(wc.audit(layer))
+    expected = float(wc.condition_number(layer.get_weight().detach()))
+    assert found.condition_number == pytest.approx(expected, rel=1e-6)
 
 
 def test_layers_without_a_forward_of_their_own_are_not_run() -> None:

@@ -264,12 +264,13 @@ def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of the quantised layers of torch.ao, which are no parameters."""
     for prefix, module in model.named_modules():
-        if ".ao.nn.quantized." not in type(module).__module__:
+        if ".ao.nn.quantized." not in type(module).__module__ or "weight" in module._parameters:
             continue
-        if callable(read := getattr(module, "weight", None)):
-            yield named(prefix, "weight"), read()
-        elif callable(read := getattr(module, "get_weight", None)):  # recurrent ones
-            yield from ((named(prefix, name), codes) for name, codes in read().items())
+        for method in ("weight", "get_weight"):  # the second of recurrent layers
+            read = getattr(module, method, None)
+            codes = read() if callable(read) else None
+            each = {method: codes} if isinstance(codes, Tensor) else codes or {}
+            yield from ((named(prefix, name), tensor) for name, tensor in each.items())
 
 
 def unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:

@@ -41,7 +41,6 @@ _CONVOLUTIONS = [f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2
 _PRODUCTS = _LINEAR_PRODUCTS | dict.fromkeys(_CONVOLUTIONS, 1)
 _OTHER_PRODUCTS = {"bmm", "einsum", "tensordot", "bilinear", "baddbmm", "addbmm", "mv", "addmv"}
 
-
 _Call = tuple[str, Tensor, Tensor, Tensor]  # the name of a product, its weight, input and output
 
 
@@ -110,7 +109,7 @@ def _is_replaced(layer: nn.Module) -> bool:
     """Whether this one has another `forward` than its class, and no mere wrapper around that."""
     forward = vars(layer).get("forward")
     inner = None if forward is None else inspect.unwrap(forward)
-    return forward is not None and getattr(inner, "__func__", None) is not type(layer).forward
+    return forward is not None and getattr(inner, "__func__", inner) is not type(layer).forward
 
 
 def _acting(layer: nn.Module, stored: Tensor) -> Tensor | None:
@@ -186,7 +185,7 @@ def _from_unit_vectors(layer: nn.Module, x: Tensor, stored: Tensor) -> Tensor | 
         if not _close(image(row) - origin, row @ W):
             return None
     W = W if is_conv1d(layer) else W.mT
-    return stored if _close(W, stored, 4 * torch.finfo(stored.dtype).eps) else W
+    return stored if _close(W, stored, torch.finfo(stored.dtype).eps) else W
 
 
 def _is_homogeneous(layer: nn.Module, x: Tensor, y: Tensor, stored: Tensor) -> bool:
@@ -299,7 +298,7 @@ def _run(layer: nn.Module, x: Tensor, stored: Tensor) -> tuple[list[_Call], Tens
     """The products of a forward pass of a copy without a bias, and the output."""
     twin = _copy(layer, {})
     if "weight" in vars(twin):  # computed by a hook of the layer
-        vars(twin)["weight"] = stored
+        vars(twin)["weight"] = stored.clone()
     if isinstance(bias := twin._parameters.get("bias"), Tensor):
         bias.data.zero_()
     record = _Record()
