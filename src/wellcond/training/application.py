@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import in_float64
-from wellcond.operators.base import Dense, NewWeight, Updatable
+from wellcond.operators.base import Dense, NewWeight, Updatable, WeightOperator
 from wellcond.operators.rounding import widest_dtype
 from wellcond.operators.stored import StoredMatrix
 from wellcond.penalties.base import Limit
@@ -53,14 +53,9 @@ def apply_(batch: Batch, failures: Failures) -> list[Tensor]:
     rule, states = batch.rule, batch.states
     unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
     if isinstance(rule, Isometry):
-        with contextlib.ExitStack() as opened:
-            spread = [opened.enter_context(cast(StoredMatrix, S).spread()) for S in batch.operators]
-            there = Batch(states, list(spread))
-            device = spread[0].device
-            scales = [S.held(state.scale) for S, state in zip(spread, states, strict=True)]
-            scale = scales[0] if len(scales) == 1 else torch.stack(scales)
-            store_(there, rule.step(there.S, scale.to(device, widest_dtype(device))))
-        return [observation(unknown, unknown) for _ in states]
+        finite = [bool(S.finite().all()) for S in batch.operators]
+        _step_([pair for pair, fit in zip(zip(*batch, strict=True), finite, strict=True) if fit])
+        return [observation(unknown, unknown, 0.0 if fit else NOT_FINITE) for fit in finite]
     if isinstance(rule, SpectralLimit):
         weights = stored_matrices(batch)
         found = enforce_(
@@ -86,6 +81,21 @@ def apply_(batch: Batch, failures: Failures) -> list[Tensor]:
     if not obeys:
         cast(Updatable, S).update_(NewWeight(values))
     return [observation(unknown, unknown, float(obeys))]
+
+
+def _step_(batch: Sequence[tuple[WeightState, WeightOperator]]) -> None:
+    """An isometry step of these weights under one rule."""
+    if not batch:
+        return
+    states = [state for state, _ in batch]
+    with contextlib.ExitStack() as opened:
+        spread = [opened.enter_context(cast(StoredMatrix, S).spread()) for _, S in batch]
+        there = Batch(states, list(spread))
+        device = spread[0].device
+        scales = [S.held(state.scale) for S, state in zip(spread, states, strict=True)]
+        scale = scales[0] if len(scales) == 1 else torch.stack(scales)
+        rule = cast(Isometry, there.rule)
+        store_(there, rule.step(there.S, scale.to(device, widest_dtype(device))))
 
 
 def _outcome(

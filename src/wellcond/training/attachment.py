@@ -50,6 +50,7 @@ class Attachment:
         self.steps = 0  # of the optimizer, seen
         # Steps of other optimizers on the weights before the first own one.
         self.steps_of_others = 0
+        self.warned = False  # that the optimizer has taken no step
         self._version = self._changes()
         self._optimizer = weakref.ref(optimizer, self._orphan)
         self._apply = apply
@@ -262,7 +263,8 @@ def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             continue
         if names := attachment.succeeded_by(optimizer):
             attachment.steps_of_others += 1
-            if attachment.steps_of_others == 2:
+            if attachment.steps_of_others == 2 and not attachment.warned:
+                attachment.warned = True
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but %s steps "
                     "%s: nothing is applied. Attach to the optimizer whose step() is called; of "

@@ -168,7 +168,7 @@ class Engine:
             self._compare_replicas(states)
             looks = look(found, self.replicas)
             # Limits tell by themselves what is not finite, on replicas all of them alike.
-            soft = [seen for seen in looks if not isinstance(seen.batch.rule, Limit)]
+            soft = [seen for seen in looks if not isinstance(seen.batch.rule, Limit | Isometry)]
             failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
             limited = []
             served = []

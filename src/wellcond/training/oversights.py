@@ -190,15 +190,15 @@ class Oversights:
             )
 
     def _bypassed(self, own: Iterable[Attachment]) -> None:
-        names = [type(a.optimizer).__name__ for a in own if a.bypassed and a.steps_of_others < 2]
-        if names:
-            self._say(
-                "bypassed",
-                "%s, to which the regulariser is attached, has taken no step, but the weights have "
-                "changed: nothing is applied. Attach to the optimizer whose step() is called; of "
-                "a wrapper that is often optimizer.base_optimizer.",
-                names[0],
-            )
+        for attachment in own:
+            if attachment.bypassed and not attachment.warned:
+                attachment.warned = True
+                logger.warning(
+                    "%s, to which the regulariser is attached, has taken no step, but the weights "
+                    "have changed: nothing is applied. Attach to the optimizer whose step() is "
+                    "called; of a wrapper that is often optimizer.base_optimizer.",
+                    type(attachment.optimizer).__name__,
+                )
 
     def _replaced(self) -> None:
         model = None if self._model is None else self._model()

@@ -79,7 +79,7 @@ class Regularizer:
     Example:
         >>> import torch, wellcond as wc
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10))
-        >>> reg = wc.Regularizer(model, {"0.*": wc.Condition(1e-2), "*": None})
+        >>> reg = wc.Regularizer(model, {"0.*": wc.Condition(1e-2)})
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> loss = model(torch.ones(4, 64)).square().mean() + reg()
         >>> loss.backward()
@@ -154,8 +154,8 @@ class Regularizer:
             steps: how many optimizer steps it stands for.
 
         Raises:
-            ValueError: lr is negative, steps < 1, or a weight holds NaN or infinity; nothing has
-                changed.
+            ValueError: lr is negative or steps < 1; nothing has changed. A weight holds NaN or
+                infinity: no penalty has taken a step, and hard limits were applied to all others.
         """
         lr = self._checked_rate(lr)
         steps = as_count(steps, "`steps`")
@@ -192,7 +192,8 @@ class Regularizer:
         the weights, a warning says so once.
 
         Args:
-            optimizer: a torch optimizer that holds at least one of the weights.
+            optimizer: a torch optimizer that holds at least one of the weights. Of a wrapper whose
+                `step` is not called, as SAM in two steps, the one inside: `base_optimizer`.
             every: after every so many optimizer steps; steps at the end that do not fill an
                 interval stay pending. By default 10 for penalties: kappa was within 1.3 % of an
                 exact proximal step in every step for 5 and for 10 (`wellcond bench fidelity
@@ -204,7 +205,9 @@ class Regularizer:
 
         Raises:
             ValueError: every < 1, "auto" for a penalty, no common weight, or a weight that is
-                attached already.
+                attached already; no learning rate for a weight under a penalty; an optimizer whose
+                `step` runs no hooks. A step of the optimizer raises one for weights that hold NaN
+                or infinity, after all other limits that are due were applied.
             TypeError: not a torch optimizer.
         """
         check_optimizer(optimizer)
@@ -260,12 +263,13 @@ class Regularizer:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
 
         Penalties take no step, and for limits no step of the optimizer is pending afterwards.
-        Frozen weights stay as they are, and a warning names them. Without a hard limit it does
-        nothing.
+        Frozen weights stay as they are, and a warning names them; `enforce` takes those of an
+        averaged copy too. So does a warning name an attached optimizer in train mode, whose eval()
+        makes other weights: call that first. Without a hard limit it does nothing.
 
         Raises:
-            ValueError: a weight holds NaN or infinity, or cannot obey in its dtype; see
-                `ConditionLimit`.
+            ValueError: a weight holds NaN or infinity, or cannot obey in its dtype, see
+                `ConditionLimit`. It names all such weights; the limits of all others hold.
 
         Example:
             >>> import torch, wellcond as wc
