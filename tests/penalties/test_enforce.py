@@ -400,3 +400,21 @@ def test_where_a_device_has_no_float64_a_copy_on_the_cpu_is_worked_on(
     enforce_([StoredMatrix(S)], wc.ConditionLimit(2.0))
     assert asked == [(8, 6)]
     assert float(wc.condition_number(S.as_subclass(torch.Tensor))) <= 2.0
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_bound_holds_where_squares_overflow_or_vanish(scale: float, stacked: bool) -> None:
+    source = torch.Generator().manual_seed(0)
+    S = torch.randn(3, 6, 4, generator=source, dtype=torch.float64)
+    S[1] *= scale
+    for limit in (wc.SingularValueLimit(upper=0.5 * scale), wc.SingularValueLimit(upper=0.5)):
+        each = [enforced(S, limit)[0]] if stacked else [enforced(X, limit)[0] for X in S]
+        for X in torch.stack(each).flatten(0, -3):
+            assert sigma(X / limit.upper).max() * unit(X / limit.upper) <= 1 + 1e-8
+
+
+def test_a_bound_holds_in_float32_where_a_known_weight_has_become_huge() -> None:
+    X = 1e25 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    found, _ = enforced(X, wc.SingularValueLimit(upper=1.0), condition_number=1.5)
+    assert torch.linalg.svdvals(found.double()).max() <= 1

@@ -241,11 +241,12 @@ class _Together:
 
     def _decomposed(self, G: Tensor) -> Decomposed:
         def parts() -> tuple[Tensor, Tensor]:
-            # Of no use, or not found: as if zero, which is never resolved.
-            found = decomposed(torch.where(_fit(G)[..., None, None], G, 0.0))
+            # Of no use, or not found: NaN, which is never resolved.
+            fit = _fit(G)[..., None]
+            found = decomposed(torch.where(fit[..., None], G, 0.0))
             if found is None:
-                return torch.zeros_like(sigma), G
-            return found.sigma, found.V
+                return torch.full_like(sigma, torch.nan), G
+            return found.sigma.where(fit, torch.nan), found.V
 
         sigma = G.new_empty(G.shape[:-1], dtype=torch.float64)
         return Decomposed(*self.weights[0].agree(parts, sigma, G))

@@ -55,15 +55,20 @@ class Attachment:
         self._optimizer = weakref.ref(optimizer, self._orphan)
         self._apply = apply
         _watch_all_optimizers()
+        self._open, self._closing = 0, False  # steps of the optimizer that are under way
         # Bookkeeping in Python, and proximal steps that pay for themselves: nothing to compile.
-        after_step = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
-        self._hook = optimizer.register_step_post_hook(after_step)
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
+        self._hooks = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
         _attachments.add(self)
 
     def remove(self) -> None:
         """Takes no more steps; may be called again."""
         self.removed = True
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
@@ -100,7 +105,17 @@ class Attachment:
         soft = f"{EVERY} for penalties" if not all(hard) else ""
         return f'"auto"{", " * bool(soft)}{soft}' if any(hard) else str(EVERY)
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # One that calls the step of its base class runs all hooks for both: the outer one counts.
+        # Where some are closed, but not all, one has raised an exception.
+        self._open = 1 if self._closing else self._open + 1
+        self._closing = False
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._open -= 1
+        self._closing = True
+        if self._open > 0:
+            return
         self.steps += 1
         # A fused optimizer under a GradScaler skips inside of its step. On the CPU that is read; on
         # a device it stays there: the step counts, at a learning rate of zero.
