@@ -48,14 +48,14 @@ def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     for one in rule.values() if isinstance(rule, Mapping) else [rule]:
-        if one is not None and not isinstance(one, Limit):
+        if not isinstance(one, Limit) and (one is not None or one is rule):
             raise TypeError(
                 f"`rule` must be a hard limit or map patterns to limits or None, got {one!r}. "
                 "A limit is, for instance, ConditionLimit(10); a penalty takes its steps in "
                 "training, by a Regularizer."
             )
     refuse_flat_parameters(model)
-    chosen, _ = select(unwrapped(model), rule, frozen=True)
+    chosen, _ = select(unwrapped(model), rule, frozen=True, parameter="rule")
     states = [WeightState(weight, limit, block=1) for weight, limit in chosen]
     refuse_without_proximal_step(states)
     oversights = Oversights(unwrapped(model), states)

@@ -58,7 +58,7 @@ class Monitor:
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         each = [patterns] if isinstance(patterns, str) else list(patterns)
         penalties: dict[str, Rule | None] = {pattern: Condition(0.0) for pattern in each}
-        chosen, self._skipped = select(unwrapped(model), penalties)
+        chosen, self._skipped = select(unwrapped(model), penalties, parameter="patterns")
         self.block = as_count(block, "`block`")
         self.condition_numbers = condition_numbers
         self._states = [WeightState(weight, penalty, self.block) for weight, penalty in chosen]

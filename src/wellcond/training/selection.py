@@ -23,11 +23,11 @@ Rules = Rule | Mapping[str, Rule | None]
 
 
 def select(
-    model: nn.Module, penalties: Rules, frozen: bool = False
+    model: nn.Module, penalties: Rules, *, frozen: bool = False, parameter: str = "penalties"
 ) -> tuple[list[tuple[Weight, Rule]], dict[str, Skipped]]:
     """The weights to regularise with their penalties, and why every other parameter is none.
 
-    Frozen weights only if asked for.
+    Frozen weights only if asked for. Errors call what was given by the name of the parameter.
     """
     if not isinstance(penalties, Rule | Mapping):
         raise TypeError(
@@ -93,7 +93,7 @@ def select(
         if not outcome:
             names = [weight.name for weight in found.weights]
             raise ValueError(
-                f'`penalties`: the pattern "{pattern}" matches no parameter, or only such as a '
+                f'`{parameter}`: the pattern "{pattern}" matches no parameter, or only such as a '
                 f"pattern before it matches. The weights are {quoted(names)}."
                 f"{of_modules([pattern], names)}{_of_view(pattern)}"
             )
@@ -101,13 +101,13 @@ def select(
         if not any(usable):
             reasons = and_more((f'"{n}" is {why}' for n, why in outcome.items()), 3, "; ")
             raise ValueError(
-                f'`penalties`: the pattern "{pattern}" selects no weight: {reasons}. '
+                f'`{parameter}`: the pattern "{pattern}" selects no weight: {reasons}. '
                 f'Leave it out with {{"{pattern}": None}}, or insist on a matrix by its exact name.'
             )
     if not chosen:
         reasons = and_more((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
-            "`penalties` must leave at least one weight to regularise, but all are left out "
+            f"`{parameter}` must leave at least one weight to regularise, but all are left out "
             f"({reasons})."
         )
     return chosen, skipped
