@@ -96,7 +96,7 @@ class Within(torch.optim.SGD):
 class ScheduleFree(Optimizer):
     """As those of schedulefree: it steps z and y, and eval() makes x = y + (y - z)(1/beta - 1)."""
 
-    def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.9) -> None:
+    def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.5) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "train_mode": False, "k": 0})
 
     @torch.no_grad()
@@ -134,17 +134,31 @@ class ScheduleFree(Optimizer):
 
 
 class Swapping(torch.optim.SGD):
-    """As MSAM of heavyball: eval() puts other weights in place; no key tells until it is called."""
+    """As MSAM of heavyball: eval() puts plain weights in place, which no limit has ever reached.
 
+    No key tells the mode until it is called.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for p in weights:
+            self.state[p].setdefault("z", p.clone())
+        super().step(closure)  # type: ignore[arg-type]
+        for p in weights:
+            if p.grad is not None:
+                self.state[p]["z"].sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+    @torch.no_grad()
     def _swap(self, train: bool) -> None:
         for group in self.param_groups:
             if group.get("train_mode", True) != train:
                 group["train_mode"] = train
                 for p in group["params"]:
-                    other = self.state[p].setdefault("z", p.detach().clone())
-                    now = p.detach().clone()
-                    p.data.copy_(other)
-                    other.copy_(now)
+                    if "z" in self.state[p]:
+                        now = p.clone()
+                        p.copy_(self.state[p]["z"])
+                        self.state[p]["z"].copy_(now)
 
     def eval(self) -> None:
         self._swap(False)
