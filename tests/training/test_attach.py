@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import foreign
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+import foreign
 import wellcond as wc
 from wellcond.training import attachment as attachment_module
 
@@ -165,6 +165,21 @@ def test_a_step_that_calls_that_of_its_base_class_counts_once() -> None:
     handle.remove()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_steps_that_raise_an_exception_hide_no_others() -> None:
+    model = net()
+    optimizer = torch.optim.Adadelta(model.parameters(), 0.1)  # of no other that has a step
+    handle = wc.Regularizer(model, K).attach(optimizer, every=1)
+
+    def failing() -> Tensor:
+        raise ZeroDivisionError
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(failing)
+        steps(model, optimizer)
+    assert handle.steps == 3
 
 
 def test_a_compiled_step_is_served_compiled_before_or_after() -> None:

@@ -55,7 +55,7 @@ class Attachment:
         self._optimizer = weakref.ref(optimizer, self._orphan)
         self._apply = apply
         _watch_all_optimizers()
-        self._open, self._closing = 0, False  # steps of the optimizer that are under way
+        self._open, self._closing = 0, False  # nested steps of the optimizer under way
         # Bookkeeping in Python, and proximal steps that pay for themselves: nothing to compile.
         before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
         self._hooks = [
@@ -108,7 +108,8 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # One that calls the step of its base class runs all hooks for both: the outer one counts.
         # Where some are closed, but not all, one has raised an exception.
-        self._open = 1 if self._closing else self._open + 1
+        nested = not self._closing and _may_nest(type(optimizer))
+        self._open = self._open + 1 if nested else 1
         self._closing = False
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -172,6 +173,12 @@ class Attachment:
         """The names of the weights that this other optimizer steps."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [state.name for state in self.states if _held(state, held)]
+
+
+def _may_nest(kind: type) -> bool:
+    """Whether the step of an optimizer, and that of a base class, run hooks."""
+    steps = [vars(one).get("step") for one in kind.__mro__]
+    return len([step for step in steps if getattr(step, "hooked", False)]) > 1
 
 
 def check_optimizer(optimizer: object) -> None:
