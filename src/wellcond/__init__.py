@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from wellcond.penalties.limit import ConditionLimit, SingularValueLimit
     from wellcond.penalties.relatives import SpectralNorm, StableRank
     from wellcond.penalties.tikhonov import Tikhonov
+    from wellcond.training.enforce import enforce
     from wellcond.training.estimates import Estimate
     from wellcond.training.monitor import Monitor
     from wellcond.training.regularizer import Regularizer
@@ -57,6 +58,7 @@ _NAMES = {
     "penalties.limit": ["ConditionLimit", "SingularValueLimit"],
     "penalties.relatives": ["SpectralNorm", "StableRank"],
     "penalties.tikhonov": ["Tikhonov"],
+    "training.enforce": ["enforce"],
     "training.estimates": ["Estimate"],
     "training.monitor": ["Monitor"],
     "training.regularizer": ["Regularizer"],
@@ -101,6 +103,7 @@ __all__ = [
     "condition_penalty",
     "condition_penalty_bound",
     "condition_penalty_gradient",
+    "enforce",
     "nearest",
     "proximal_step",
     "repair",

@@ -29,6 +29,7 @@ from by_hand import (
 from torch import Tensor, nn
 
 import wellcond as wc
+from foreign import ScheduleFree, Swapping
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
@@ -577,3 +578,61 @@ def test_the_loggers_of_the_trainer_get_aggregates_and_the_worst_weights(tmp_pat
     for _, values in logged:
         assert values["wellcond/sigma_max/largest"] > 0
         assert "wellcond/worst/net.0.weight/stable_rank_share" in values
+
+
+class Switching(Validated):
+    """As a module under schedulefree has to be written: it switches the modes by itself."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind, self.seen = kind, []
+
+    def configure_optimizers(self) -> Any:
+        return self.kind(self.parameters(), lr=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        self.optimizers().optimizer.train()
+
+    def on_validation_epoch_start(self) -> None:
+        self.optimizers().optimizer.eval()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.seen += [float(wc.condition_number(self.net[i].weight.detach())) for i in (0, 2)]
+
+
+@pytest.mark.parametrize("kind", [ScheduleFree, Swapping])
+def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Switching(kind)
+    added = RegularizerCallback(wc.ConditionLimit(3.0), every=10**6)
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1)
+    used = trainer(tmp_path, added, saver, num_sanity_val_steps=0)
+    used.fit(module, loader(), loader(32))
+    assert len(module.seen) == 2 * 2 * len(loader(32))
+    assert max(module.seen) <= 3.0
+    (saved,) = {path.name: path for path in sorted(tmp_path.glob("*.ckpt"))[-1:]}.values()
+    state = torch.load(saved, weights_only=False)["state_dict"]
+    kappas = [float(wc.condition_number(w)) for name, w in state.items() if w.ndim == 2]
+    assert max(kappas) <= 3.0
+    assert "train mode" not in caplog.text
+
+
+def test_a_module_that_stays_in_train_mode_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Staying(Switching):
+        def on_validation_epoch_start(self) -> None:
+            pass
+
+    module = Staying(ScheduleFree)
+    used = trainer(tmp_path, RegularizerCallback(wc.ConditionLimit(3.0)), max_epochs=1)
+    used.fit(module, loader(), loader(16))
+    assert caplog.text.count("ScheduleFree is in train mode") == 1
+    assert max(module.seen[-2:]) <= 3.0
+
+
+def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
+    for nothing in (None, 10, "*"):
+        with pytest.raises(TypeError, match=r"`penalties` must be a penalty or map.*wc\.Monitor"):
+            RegularizerCallback(nothing)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import wellcond as wc
+from foreign import ScheduleFree, Swapping
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -505,6 +506,56 @@ def test_hard_limits_hold_in_every_checkpoint_and_at_the_end(
     used.save_model(str(tmp_path / "end"))
     for folder in (*saved, tmp_path / "end"):
         assert max(kappas(folder)) <= 3.0, folder.name
+
+
+@pytest.mark.parametrize("kind", [ScheduleFree, Swapping])
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
+    kind: Any, evaluate: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As under schedulefree and heavyball, which evaluate other weights than they step."""
+
+    class Looking(InOrder):
+        seen: ClassVar[list[float]] = []
+
+        def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+            result = super().evaluation_loop(*arguments, **options)
+            assert not self.optimizer.param_groups[0]["train_mode"]
+            self.seen += [float(wc.condition_number(self.model.net[i].weight)) for i in (0, 2)]
+            return result
+
+    model = Classifier()
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    if evaluate:
+        options |= {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+    used = trainer(
+        tmp_path,
+        model,
+        RegularizerCallback(wc.ConditionLimit(3.0), every=10**6),
+        kind=Looking,
+        eval_dataset=examples(16),
+        **options,
+    )
+    used.optimizer = kind(model.parameters(), lr=0.1)
+    used.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(used.optimizer, 1.0)
+    used.train()
+    saved = sorted(tmp_path.glob("checkpoint-*"))
+    assert saved
+    used.save_model(str(tmp_path / "end"))
+    for folder in (*saved, tmp_path / "end"):
+        assert max(kappas(folder)) <= 3.0, folder.name
+    assert len(Looking.seen) == 10 * evaluate
+    assert all(one <= 3.0 for one in Looking.seen)
+    if evaluate:
+        best = Path(used.state.best_model_checkpoint)
+        assert kappas(best) == kappas(tmp_path / "end")
+    assert "train mode" not in caplog.text
+
+
+def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
+    for nothing in (None, 10, "*"):
+        with pytest.raises(TypeError, match=r"`penalties` must be a penalty or map.*wc\.Monitor"):
+            RegularizerCallback(nothing)  # type: ignore[arg-type]
 
 
 def test_a_callback_that_asks_for_a_save_after_ours_is_warned_of(

@@ -16,7 +16,13 @@ def checked_way(way: str, penalties: Penalties) -> str:
 
     Raises:
         ValueError: it is none that a callback can apply, or none for one of the penalties.
+        TypeError: the penalties are neither a penalty nor a mapping to penalties.
     """
+    if not isinstance(penalties, Rule | Mapping):
+        raise TypeError(
+            "`penalties` must be a penalty or map patterns to penalties or None, got "
+            f"{penalties!r}. To watch weights alone use wc.Monitor in a callback of your own."
+        )
     if way not in ("proximal", "gradients"):
         raise ValueError(
             f'`way` must be "proximal" or "gradients", got {way!r}. For a penalty in the loss make '

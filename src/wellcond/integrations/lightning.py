@@ -52,7 +52,9 @@ class RegularizerCallback(Callback):
     on bit for bit. Two callbacks may be used together if they differ in patterns or way.
 
     Hard limits hold in what is validated and saved and at the end of training, whatever `every` is:
-    they are applied before.
+    they are applied before. An optimizer with eval(), as those of schedulefree, evaluates other
+    weights than it steps, and Lightning calls neither eval() nor train(): do so in the module, in
+    `on_validation_epoch_start` at the latest, and stay in eval() until checkpoints are saved.
 
     Args:
         penalties: one penalty, or patterns to penalties, as for `Regularizer`.
@@ -67,6 +69,7 @@ class RegularizerCallback(Callback):
         regularizer: the `Regularizer`; None before training starts, kept when it ends.
 
     Raises:
+        TypeError: the penalties are neither a penalty nor a mapping.
         ValueError: another way, or "gradients" for a limit or Isometry. When training
             starts: what `Regularizer` and `attach` refuse; no optimizer that holds a regularised
             weight; for "gradients" several of them, or a GradScaler with an optimizer that unscales
@@ -75,7 +78,7 @@ class RegularizerCallback(Callback):
     Example:
         >>> import wellcond as wc
         >>> from wellcond.integrations.lightning import RegularizerCallback
-        >>> callback = RegularizerCallback({"head.*": wc.Condition(100), "*": None}, every=5)
+        >>> callback = RegularizerCallback({"head.*": wc.Condition(100)}, every=5)
         >>> callback.regularizer is None  # trainer = Trainer(callbacks=[callback]) comes next
         True
     """
@@ -184,7 +187,24 @@ class RegularizerCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What is measured, and perhaps saved as the best, obeys.
-        self._enforce()
+        if not self._evaluates_others():
+            self._enforce()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # By now the module has called the eval() of its optimizer.
+        if batch_idx == 0 and dataloader_idx == 0 and self._evaluates_others():
+            self._enforce()
+
+    def _evaluates_others(self) -> bool:
+        """Whether an optimizer evaluates other weights than it steps, as those of schedulefree."""
+        return any(callable(getattr(holder, "eval", None)) for holder in self._holders)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

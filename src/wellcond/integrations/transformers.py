@@ -67,7 +67,8 @@ class RegularizerCallback(TrainerCallback):
     until the next `train`, or `callback.regularizer.detach()`.
 
     Hard limits hold in what is evaluated and saved and at the end of training, whatever `every` is:
-    they are applied before.
+    they are applied before. Under an optimizer with eval(), as those of schedulefree, that is what
+    eval() makes: the callback calls it first, and the Trainer its train() before the next step.
 
     Args:
         penalties: one penalty, or patterns to penalties, as for `Regularizer`.
@@ -85,6 +86,7 @@ class RegularizerCallback(TrainerCallback):
         regularizer: the `Regularizer`; None before training begins, kept when it ends.
 
     Raises:
+        TypeError: the penalties are neither a penalty nor a mapping.
         ValueError: another way, or "gradients" for a limit or Isometry. When training
             begins: what `Regularizer` and `attach` refuse; DeepSpeed; a second callback;
             "gradients" with fp16 and no clipping. When it resumes: a checkpoint without a
@@ -93,7 +95,7 @@ class RegularizerCallback(TrainerCallback):
     Example:
         >>> import wellcond as wc
         >>> from wellcond.integrations.transformers import RegularizerCallback
-        >>> callback = RegularizerCallback({"*.query.weight": wc.Condition(100), "*": None})
+        >>> callback = RegularizerCallback({"*.query.weight": wc.Condition(100)})
         >>> callback.regularizer is None  # trainer = Trainer(..., callbacks=[callback]) comes next
         True
     """
@@ -153,17 +155,23 @@ class RegularizerCallback(TrainerCallback):
     ) -> None:
         # What is evaluated, and perhaps saved as the best, obeys.
         if control.should_save or control.should_evaluate:
-            self._enforce(state)
+            self._enforce(state, kwargs.get("optimizer"))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_save or control.should_evaluate:
-            self._enforce(state)
+            self._enforce(state, kwargs.get("optimizer"))
 
-    def _enforce(self, state: TrainerState) -> None:
-        """Hard limits hold in what is evaluated and saved at this step."""
+    def _enforce(self, state: TrainerState, optimizer: Any) -> None:
+        """Hard limits hold in what is evaluated and saved at this step.
+
+        An optimizer with eval(), as those of schedulefree, evaluates other weights than it steps.
+        The Trainer calls its train() before the next step.
+        """
         if self.regularizer is not None and self._obeys_since != state.global_step:
+            if self._has_limits() and callable(getattr(optimizer, "eval", None)):
+                optimizer.eval()
             self.regularizer.enforce_()
             self._obeys_since = state.global_step
 
@@ -220,9 +228,11 @@ class RegularizerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._obeys_since = -1  # the best model may just have been loaded
-        self._enforce(state)
         self._end()
+        # The best model may just have been loaded: it was evaluated as it is.
+        loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self._obeys_since = -1
+        self._enforce(state, None if loaded else kwargs.get("optimizer"))
 
     def _has_limits(self) -> bool:
         each = self.penalties.values() if isinstance(self.penalties, Mapping) else [self.penalties]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -84,3 +88,31 @@ def real_form(S: Tensor) -> Tensor:
     A, B = S.real, S.imag
     rows = torch.cat([A, -B], dim=-1), torch.cat([B, A], dim=-1)
     return torch.cat(rows, dim=-2)
+
+
+def as_number(value: Any, name: str, demand: str = "a number") -> float:
+    """A real number of Python, NumPy or torch as one of Python.
+
+    Raises:
+        TypeError: it is none, as text and truth values are not.
+    """
+    known = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(known, bool) or not isinstance(known, numbers.Real):
+        raise TypeError(f"{name} must be {demand}, got {type(value).__name__}.")
+    return known if isinstance(known, int | float) else float(known)
+
+
+def as_count(value: Any, name: str) -> int:
+    """A positive integer of Python, NumPy or torch as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    known = value.item() if getattr(value, "ndim", None) == 0 else value
+    try:
+        count = 0 if isinstance(known, bool) else operator.index(known)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    return count

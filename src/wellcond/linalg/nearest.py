@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wellcond.linalg.checks import as_matrices
+from wellcond.linalg.checks import as_matrices, as_number
 from wellcond.linalg.lapack import svd
 from wellcond.linalg.projection import decomposed, resolvable
 
@@ -43,7 +43,7 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
         tensor([[2.8000, 0.0000],
                 [0.0000, 1.4000]])
     """
-    check_limit(max_condition)
+    max_condition = check_limit(max_condition)
     wide = as_matrices(S.detach() if isinstance(S, Tensor) else S)
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
@@ -72,15 +72,15 @@ def _change(S: Tensor, K: float, error: float) -> tuple[Tensor, Tensor]:
     return (U * (clipped - sigma)[..., None, :]) @ Vh, (clipped == sigma).all(dim=-1)
 
 
-def check_limit(max_condition: float) -> None:
-    """Raises unless it is a condition number that a matrix can have."""
-    if not isinstance(max_condition, int | float) or isinstance(max_condition, bool):
-        raise TypeError(f"`max_condition` must be a number, got {type(max_condition).__name__}.")
-    if not max_condition >= 1:
+def check_limit(max_condition: float) -> float:
+    """The limit as a number of Python; raises unless a matrix can have it as condition number."""
+    number = as_number(max_condition, "`max_condition`")
+    if not number >= 1:
         raise ValueError(
             f"`max_condition` must be at least 1, got {max_condition}. "
             "No matrix has a smaller condition number."
         )
+    return number
 
 
 def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:

@@ -106,10 +106,13 @@ class ShardedMatrix(StoredMatrix):
 
     def dense(self) -> Tensor:
         raise ValueError(
-            "a hard limit, and a measured condition number, need the whole weight in one place, "
-            "but it is sharded over processes. Use Condition(strength) while training; audit or "
-            "repair the checkpoint."
+            "it needs the whole weight in one place, but that is sharded over processes. Use "
+            "ConditionLimit, SingularValueLimit or a penalty, which leave it where it is."
         )
+
+    def gathered(self) -> StoredMatrix:
+        """A copy of the whole on every process, all of which must ask for it."""
+        return self._laid_out(whole=True)[0]
 
     @property
     def upright(self) -> bool:

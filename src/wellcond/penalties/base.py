@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import abc
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from wellcond.linalg.checks import as_number
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator, Rescaled
 from wellcond.operators.subspace import Image
 
@@ -28,8 +30,8 @@ class Penalty(abc.ABC):
 
     A subclass that also has `proximal_step` (see `Proximal`) can be attached to an optimizer; one
     without works in the loss and on the gradients. Weights under equal penalties, which are of one
-    class and have equal attributes, are evaluated as one stack, so that everything must work with
-    leading dimensions.
+    class and have equal numbers and the same objects as attributes, are evaluated as one stack, so
+    that everything must work with leading dimensions.
 
     Args:
         strength: factor of value and gradient; a finite number that is not negative, or a callable
@@ -68,10 +70,14 @@ class Penalty(abc.ABC):
         return f"{type(self).__name__}({each})"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        """Equal numbers and texts; everything else, as a tensor, must be the same object."""
+        if type(self) is not type(other):
+            return NotImplemented
+        own, others = vars(self), vars(other)
+        return own.keys() == others.keys() and all(_same(own[key], others[key]) for key in own)
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash(type(self))
 
     def strength_at(self, step: int) -> float:
         """The strength after `step` applications."""
@@ -142,13 +148,16 @@ class Limit(abc.ABC):
         """A nearest weight that obeys as it is stored: the shape and dtype of S, or S itself."""
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two attributes are the same; arrays are not compared by their entries."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    plain = isinstance(one, numbers.Number | str) and isinstance(other, numbers.Number | str)
+    return one is other or (plain and one == other)
+
+
 def _valid_strength(strength: Any, name: str = "`strength`") -> float:
-    try:
-        number = float(strength)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} must be a number or a callable step -> number, got {strength!r}."
-        ) from None
+    number = float(as_number(strength, name, "a number or a callable step -> number"))
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(
             f"{name} must be finite and not negative, got {number}. "

@@ -68,6 +68,21 @@ class Enforced(NamedTuple):
         """Whether the gate let all of them pass, so that nothing more is known."""
         return bool((torch.isnan(self.excess) & (self.margin == 0)).all())
 
+    def failure(self, bounds: Bounds, dtype: torch.dtype) -> str | None:
+        """Why a matrix of the weight, of this dtype, does not obey; None if all of them do.
+
+        A matrix that holds NaN or infinity is no failure: it is left as it is, and unknown.
+        """
+        if bool(torch.isnan(self.margin).any()):
+            return FAILED
+        if not bool(torch.isinf(self.margin).any()):
+            return None
+        wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
+        return (
+            f"no weight near it obeys {bounds!r} once it is rounded to "
+            f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
+        )
+
 
 def enforce_(
     weights: Sequence[StoredMatrix],
@@ -88,9 +103,9 @@ def enforce_(
         condition_number: what it was before they were last enforced, if that is known: it tells
             whether float32 will probably do.
 
-    Raises:
-        ValueError: rounding to the dtype leaves no such weight near, or LAPACK does not converge;
-            a matrix of which that is so is then as it was.
+    Returns:
+        What was found of every weight. `Enforced.failure` says where rounding to the dtype leaves
+        no such weight near, or LAPACK does not converge: those matrices are as they were.
     """
     if _is_map(weights[0]):
         return [_enforce_map_(S, bounds) for S in weights]
@@ -118,15 +133,7 @@ def _enforce_together_(
                 one = opened.enter_context(S.spread(whole=True))
                 each[i] = _by_svd_(one, bounds, done[i], each[i])
             each[i] = Enforced(*(one.all_of(number) for number in each[i]))
-        _check(each[i], bounds, S)
     return each
-
-
-def _check(found: Enforced, bounds: Bounds, S: StoredMatrix) -> None:
-    if bool(torch.isnan(found.margin).any()):
-        raise ValueError(FAILED)
-    if bool(torch.isinf(found.margin).any()):
-        raise _cannot_obey(bounds, S.S.dtype)
 
 
 def _is_map(S: StoredMatrix) -> bool:
@@ -138,11 +145,9 @@ def _enforce_map_(S: StoredMatrix, bounds: Bounds) -> Enforced:
     """By an SVD: the groups of a convolution are small."""
     with S.spread() as whole:
         X, told = _tried(whole.S.clone(), bounds)
-        found = Enforced(*told)
-        _check(found, bounds, S)
         if not torch.equal(X, whole.S):
             whole.update_(NewWeight(X))
-    return found
+    return Enforced(*told)
 
 
 def obey_nearly(weights: Sequence[StoredMatrix], bounds: Bounds) -> bool:
@@ -236,11 +241,12 @@ class _Together:
 
     def _decomposed(self, G: Tensor) -> Decomposed:
         def parts() -> tuple[Tensor, Tensor]:
-            # Of no use, or not found: as if zero, which is never resolved.
-            found = decomposed(torch.where(_fit(G)[..., None, None], G, 0.0))
+            # Of no use, or not found: NaN, which is never resolved.
+            fit = _fit(G)[..., None]
+            found = decomposed(torch.where(fit[..., None], G, 0.0))
             if found is None:
-                return torch.zeros_like(sigma), G
-            return found.sigma, found.V
+                return torch.full_like(sigma, torch.nan), G
+            return found.sigma.where(fit, torch.nan), found.V
 
         sigma = G.new_empty(G.shape[:-1], dtype=torch.float64)
         return Decomposed(*self.weights[0].agree(parts, sigma, G))
@@ -382,11 +388,3 @@ def _store_with_margin(
         growth = (1 + times * (1.25 * (found - 1)).clamp_min(u / 4)).clamp_max(16.0)
         margin = torch.where(over, (1 + margin) * growth - 1, margin)
     raise _Exceeded
-
-
-def _cannot_obey(bounds: Bounds, dtype: torch.dtype) -> ValueError:
-    wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
-    return ValueError(
-        f"no weight near it obeys {bounds!r} once it is rounded to "
-        f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
-    )

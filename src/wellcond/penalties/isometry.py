@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from wellcond.linalg.checks import as_number
 from wellcond.operators.base import (
     Gradient,
     HasGram,
@@ -142,15 +143,14 @@ class Isometry:
     needs_subspace = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.theta, int | float) or isinstance(self.theta, bool):
-            raise TypeError(f"`theta` must be a number, got {type(self.theta).__name__}.")
+        object.__setattr__(self, "theta", as_number(self.theta, "`theta`"))
         if not 0 < self.theta < 2:
             raise ValueError(
                 f"`theta` must be between 0 and 2, got {self.theta}. "
                 "Beyond, steps lead away from isometries."
             )
         if self.scale is not None:
-            _valid_scale(self.scale)
+            object.__setattr__(self, "scale", _valid_scale(self.scale))
 
     def scale_of(self, S: Operator) -> Tensor:
         """||S||_F/sqrt nu, one number a matrix; 0 where it is not known what that is."""
@@ -201,8 +201,7 @@ def isometry_step(S: Operator, theta: Tensor, scale: Tensor, reach: Tensor) -> N
 
 
 def _valid_scale(scale: float) -> float:
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise TypeError(f"`scale` must be a number, got {type(scale).__name__}.")
-    if not 0 < scale < math.inf:
+    number = as_number(scale, "`scale`")
+    if not 0 < number < math.inf:
         raise ValueError(f"`scale` must be positive and finite, got {scale}.")
-    return float(scale)
+    return float(number)

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wellcond.linalg.checks import as_number
 from wellcond.linalg.nearest import check_limit, clip
 from wellcond.linalg.spectrum import measure
 from wellcond.operators.base import LowRank, NewWeight, Operator
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Image
 from wellcond.penalties.base import Limit
-from wellcond.penalties.enforce import enforce_
+from wellcond.penalties.enforce import Enforced, enforce_
 
 # How far below the upper bound the block must see before it is believed.
 _REACH = 0.9
@@ -41,10 +42,12 @@ class SpectralLimit(Limit):
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Values [low, high] that obey, of a matrix with this largest one."""
 
+    def exceeding(self, excess: float, condition_number: float) -> str:
+        """The value that exceeded the limit by this factor, for people; "" if it is not known."""
+        return ""
+
     def apply(self, S: Tensor) -> Tensor:
-        weight = StoredMatrix(S.clone())
-        enforce_([weight], self)
-        return weight.S
+        return _enforced(S, self)[0]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class ConditionLimit(SpectralLimit):
     max_condition: float
 
     def __post_init__(self) -> None:
-        check_limit(self.max_condition)
+        object.__setattr__(self, "max_condition", check_limit(self.max_condition))
 
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
         return clip(sigma, (self.max_condition / (1 + margin)).clamp_min(1.0))
@@ -89,6 +92,9 @@ class ConditionLimit(SpectralLimit):
 
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         return largest / self.max_condition, largest
+
+    def exceeding(self, excess: float, condition_number: float) -> str:
+        return "" if math.isnan(condition_number) else f"κ {condition_number:.4g}, "
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,9 @@ class SingularValueLimit(SpectralLimit):
         for name, bound in (("lower", self.lower), ("upper", self.upper)):
             if bound is None:
                 continue
-            if not isinstance(bound, int | float) or isinstance(bound, bool):
-                raise TypeError(f"`{name}` must be a number or None, got {type(bound).__name__}.")
-            if not 0 < bound < math.inf:
+            number = as_number(bound, f"`{name}`", "a number or None")
+            object.__setattr__(self, name, number)
+            if not 0 < number < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {bound}.")
         if not self._lower <= self._upper:
             raise ValueError(
@@ -169,6 +175,11 @@ class SingularValueLimit(SpectralLimit):
 
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(largest, self._lower), torch.full_like(largest, self._upper)
+
+    def exceeding(self, excess: float, condition_number: float) -> str:
+        if self.lower is None:
+            return f"σ₁ {excess * self._upper:.4g}, "
+        return f"σ_ν {self.lower / excess:.4g}, " if self.upper is None else ""
 
     def matters(self, smallest: Tensor) -> Tensor:
         return smallest if self.lower is not None else smallest.clamp_min(self._upper)
@@ -211,7 +222,15 @@ def limited(S: Tensor, max_condition: float) -> Limited:
     before = measure(S, extremes=True).condition_number
     if before <= max_condition or math.isnan(before):
         return Limited(S, before, before, 0.0)
+    X, found = _enforced(S, ConditionLimit(max_condition))
+    after = measure(X, extremes=True).condition_number
+    return Limited(X, before, after, float(found.margin))
+
+
+def _enforced(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Enforced]:
+    """A copy of S that obeys, and what was found of S; ValueError if there is none."""
     weight = StoredMatrix(S.clone())
-    (told,) = enforce_([weight], ConditionLimit(max_condition))
-    after = measure(weight.S, extremes=True).condition_number
-    return Limited(weight.S, before, after, float(told.margin))
+    (found,) = enforce_([weight], limit)
+    if (failure := found.failure(limit, S.dtype)) is not None:
+        raise ValueError(failure)
+    return weight.S, found

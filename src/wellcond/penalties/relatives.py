@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from wellcond.linalg.checks import as_number
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator, over_matrices
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image
@@ -123,11 +124,9 @@ class SpectralNorm(Penalty):
 
     def __init__(self, strength: Strength, target: float = 1.0) -> None:
         super().__init__(strength)
-        if not isinstance(target, int | float) or isinstance(target, bool):
-            raise TypeError(f"`target` must be a number, got {type(target).__name__}.")
-        if not 0 <= target < math.inf:
+        self.target = float(as_number(target, "`target`"))
+        if not 0 <= self.target < math.inf:
             raise ValueError(f"`target` must be finite and not negative, got {target}.")
-        self.target = float(target)
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         assert image is not None

@@ -6,23 +6,28 @@ leaves alone: a step that is skipped fires no hook, and an accumulated one fires
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
+import numbers
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wellcond.penalties.base import Limit
+from wellcond.penalties.base import Limit, Penalty
 from wellcond.text import quoted
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
 
 EVERY = 10  # optimizer steps between proximal steps, if nothing else is said
+# An optimizer changes a weight in place once or twice a step; loading it once.
+_CHANGES = 3
 
 
 class Attachment:
@@ -42,30 +47,77 @@ class Attachment:
         # Steps between proximal steps. None: hard limits when they are due, penalties every 10.
         self.every = every
         self.removed = False
+        self.steps = 0  # of the optimizer, seen
+        # Steps of other optimizers on the weights before the first own one.
+        self.steps_of_others = 0
+        self.warned = False  # that the optimizer has taken no step
+        self._version = self._changes()
         self._optimizer = weakref.ref(optimizer, self._orphan)
         self._apply = apply
         _watch_all_optimizers()
+        self._open, self._closing = 0, False  # nested steps of the optimizer under way
         # Bookkeeping in Python, and proximal steps that pay for themselves: nothing to compile.
-        after_step = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
-        self._hook = optimizer.register_step_post_hook(after_step)
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
+        self._hooks = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
         _attachments.add(self)
 
     def remove(self) -> None:
         """Takes no more steps; may be called again."""
         self.removed = True
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
         owner = "an optimizer that is gone" if optimizer is None else type(optimizer).__name__
-        return f"attached to {owner}, every={self.every or self._words()}"
+        said = f"attached to {owner}, every={self.every or self._words()}"
+        return said if self.steps else f"{said}: it has taken no step"
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """None if it is gone."""
+        return self._optimizer()
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether the weights have changed as in training, but the optimizer has taken no step.
+
+        A tensor counts its changes in place. Loading weights, or restoring an average, is one each;
+        what the regulariser itself has changed does not count.
+        """
+        if self.steps or self.removed:
+            return False
+        changes = self._changes() - self._version
+        return changes >= _CHANGES * len(self._parameters())
+
+    def _parameters(self) -> dict[int, Tensor]:
+        return {id(p): p for state in self.states for p in state.weight.parameters}
+
+    def _changes(self) -> int:
+        """How often the weights were changed in place, as far as torch counts that."""
+        return sum(p._version for p in self._parameters().values() if not p.is_inference())
 
     def _words(self) -> str:
         hard = [isinstance(state.rule, Limit) for state in self.states]
         soft = f"{EVERY} for penalties" if not all(hard) else ""
         return f'"auto"{", " * bool(soft)}{soft}' if any(hard) else str(EVERY)
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # One that calls the step of its base class runs all hooks for both: the outer one counts.
+        # Where some are closed, but not all, one has raised an exception.
+        nested = not self._closing and _may_nest(type(optimizer))
+        self._open = self._open + 1 if nested else 1
+        self._closing = False
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._open -= 1
+        self._closing = True
+        if self._open > 0:
+            return
+        self.steps += 1
         # A fused optimizer under a GradScaler skips inside of its step. On the CPU that is read; on
         # a device it stays there: the step counts, at a learning rate of zero.
         skipped = getattr(optimizer, "found_inf", None)
@@ -74,24 +126,23 @@ class Attachment:
             if skipped.is_cpu and bool(skipped):
                 return
             taken = 1.0 if skipped.is_cpu else 1 - skipped.reshape(())
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         states = [state for state in self.states if state.active]
-        strange = [s.name for s in states if not _held(s, rates)]
+        strange = [s.name for s in states if not _held(s, group_of)]
         if strange:
             raise ValueError(
                 f"The optimizer does not hold {quoted(strange)} any more: the parameter in the "
                 "model is another one now. Make the optimizer from the model as it is and attach "
                 "to that; under FSDP2 leave resharding after backward on."
             )
+        check_rates(optimizer, states)
         for state in states:
-            lr = rates[id(state.weight.parameters[0])]
-            if self._by_pace(state):
-                # When it is due is decided here: what lies on a device counts as steps.
-                known = not isinstance(lr, Tensor) or lr.is_cpu
-                state.gather(float(lr) if known else 1.0)
-            else:
+            lr: Any = group_of[id(state.weight.parameters[0])].get("lr")
+            if isinstance(state.rule, Penalty):
                 # A tensor is added up on its device: reading it here would wait for the device.
                 state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
+            else:
+                state.gather(_rate(lr))
         due = [s for s in states if not self._by_pace(s) and s.pending_steps >= self._interval]
         due += self._turn([state for state in states if self._by_pace(state) and state.due])
         if due:
@@ -105,20 +156,88 @@ class Attachment:
         return self.every is None and isinstance(state.rule, Limit)
 
     def _turn(self, due: list[WeightState]) -> list[WeightState]:
-        """Those of one shape, the longest due, so that no step pays for all of them."""
+        """Those of one shape, the longest due, so that no step pays for all of them.
+
+        One that has failed stays due, and must not keep the others waiting.
+        """
         if not due:
             return []
-        first = max(due, key=lambda state: (state.pace.applications == 0, state.pending_steps))
+        first = max(due, key=lambda s: (not s.failed, s.pace.applications == 0, s.pending_steps))
         return [state for state in due if state.shape == first.shape]
 
     def _orphan(self, _: weakref.ref[Optimizer]) -> None:
-        if not self.removed:
+        if not self.removed and _orphans is not None:  # it is while the interpreter ends
             _orphans.append(weakref.ref(self))
 
     def succeeded_by(self, optimizer: Optimizer) -> list[str]:
         """The names of the weights that this other optimizer steps."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [state.name for state in self.states if _held(state, held)]
+
+
+def _may_nest(kind: type) -> bool:
+    """Whether the step of an optimizer, and that of a base class, run hooks."""
+    steps = [vars(one).get("step") for one in kind.__mro__]
+    return len([step for step in steps if getattr(step, "hooked", False)]) > 1
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raises unless steps of the optimizer run hooks."""
+    # A wrapper may call itself an optimizer and yet have no hooks.
+    if not (isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
+        raise TypeError(
+            f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+            "Attach several one by one. If it wraps one, attach to that: accelerate's is "
+            "`optimizer.optimizer`."
+        )
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"`optimizer` must run hooks after its steps, but {type(optimizer).__name__}.step runs "
+            "none, as Optimizer.__init__ was not called. Call optimizer.zero_grad() before "
+            "attach(), upon which torch adds them, or attach to the optimizer that it wraps."
+        )
+
+
+def check_rates(optimizer: Optimizer, states: Sequence[WeightState]) -> None:
+    """Raises unless the optimizer has a learning rate for every weight under a penalty."""
+    without = {
+        id(p)
+        for group in optimizer.param_groups
+        if not isinstance(group.get("lr"), numbers.Real | Tensor)
+        for p in group["params"]
+    }
+    names = [
+        state.name
+        for state in states
+        if isinstance(state.rule, Penalty) and id(state.weight.parameters[0]) in without
+    ]
+    if names:
+        raise ValueError(
+            f"`optimizer` must have a learning rate, by which the steps of penalties go, but "
+            f'{type(optimizer).__name__} has no number under "lr" in the group of {quoted(names)}. '
+            "Use reg() in the loss, add_gradients_(), or proximal_step_(lr) after each step."
+        )
+
+
+def _rate(lr: Any) -> float:
+    """By how much a step brings a hard limit closer: by 1 if the learning rate is not known.
+
+    It is not where there is none, or where it lies on a device and would have to be waited for.
+    """
+    known = isinstance(lr, numbers.Real) or (isinstance(lr, Tensor) and lr.is_cpu)
+    rate = abs(float(lr)) if known else 1.0
+    return rate if math.isfinite(rate) else 1.0
+
+
+@contextlib.contextmanager
+def own_changes(attachments: Sequence[Attachment]) -> Iterator[None]:
+    """Within it the weights are changed by the regulariser itself."""
+    before = [attachment._changes() for attachment in attachments]
+    try:
+        yield
+    finally:
+        for attachment, count in zip(attachments, before, strict=True):
+            attachment._version += attachment._changes() - count
 
 
 def _held(state: WeightState, held: Container[int]) -> bool:
@@ -156,7 +275,30 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             )
 
 
+def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Of an optimizer that steps weights in place of the attached one, which has taken no step.
+
+    A wrapper may call the step of the optimizer that it wraps: once before its own is seen.
+    """
+    for attachment in attachments():
+        if attachment.steps or attachment.optimizer is optimizer:
+            continue
+        if names := attachment.succeeded_by(optimizer):
+            attachment.steps_of_others += 1
+            if attachment.steps_of_others == 2 and not attachment.warned:
+                attachment.warned = True
+                logger.warning(
+                    "%s, to which the regulariser is attached, has taken no step, but %s steps "
+                    "%s: nothing is applied. Attach to the optimizer whose step() is called; of "
+                    "a wrapper that is often optimizer.base_optimizer.",
+                    type(attachment.optimizer).__name__,
+                    type(optimizer).__name__,
+                    quoted(names),
+                )
+
+
 @functools.cache
 def _watch_all_optimizers() -> None:
-    hook = torch.compiler.disable(_warn_of_successor)  # type: ignore[no-untyped-call]
-    register_optimizer_step_post_hook(hook)
+    for watch in (_warn_of_successor, _warn_of_another):
+        hook = torch.compiler.disable(watch)  # type: ignore[no-untyped-call]
+        register_optimizer_step_post_hook(hook)

@@ -84,7 +84,7 @@ def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) 
     rules: list[Rule] = []
     for state, S in zip(states, operators, strict=True):
         state.follow(S)
-        alike = (i for i, rule in enumerate(rules) if rule is state.rule or rule == state.rule)
+        alike = (i for i, rule in enumerate(rules) if _alike(rule, state.rule))
         number = next(alike, len(rules))
         if number == len(rules):
             rules.append(state.rule)
@@ -95,6 +95,14 @@ def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) 
         batch.states.append(state)
         batch.operators.append(S)
     return list(groups.values())
+
+
+def _alike(one: Rule, other: Rule) -> bool:
+    """Whether two rules are the same, or equal as their class says."""
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, ValueError):  # of arrays, which are equal or not entry by entry
+        return False
 
 
 def look(batches: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:

@@ -1,35 +1,43 @@
 """Penalties of many weights at once: first look at all of them, then act.
 
-A weight that is not finite stops everything before anything is half done. What is computed here is
-the same whether it is called eagerly or from within a compiled graph.
+A weight that is not finite stops all penalties before anything is half done. Hard limits are
+applied to all other weights first, and then one error names those that have failed. What is
+computed here is the same whether it is called eagerly or from within a compiled graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.linalg.checks import in_float64
 from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable, WeightOperator
-from wellcond.operators.rounding import full_precision, widest_dtype
+from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
-from wellcond.penalties.enforce import enforce_, obey_nearly
+from wellcond.penalties.enforce import obey_nearly
 from wellcond.penalties.isometry import Isometry
-from wellcond.penalties.limit import SingularValueLimit, SpectralLimit
-from wellcond.text import quoted, subject
+from wellcond.penalties.limit import SingularValueLimit
+from wellcond.text import subject
+from wellcond.training.application import (
+    FAILED,
+    NOT_FINITE,
+    apply_,
+    learn_scales,
+    observation,
+    store_,
+    stored_matrices,
+)
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
+from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, reading
-
-_FAILED = -1.0  # instead of whether a weight passed: its limit was not applied
 
 
 class Engine:
@@ -142,41 +150,72 @@ class Engine:
                 for state in seen.batch.states:
                     state.advance()
 
-    def proximal_step_(self, states: list[WeightState], rates: Sequence[float | Tensor]) -> None:
-        """A proximal step of length strength * rate on every one of these weights; limits hold."""
+    def proximal_step_(
+        self,
+        states: list[WeightState],
+        rates: Sequence[float | Tensor],
+        done: Callable[[WeightState], None],
+    ) -> None:
+        """A proximal step of length strength * rate on every one of these weights; limits hold.
+
+        Calls `done` for every weight that has been served. Where a weight under a penalty is not
+        finite no penalty takes a step, but limits are applied; the error comes last.
+        """
         with self._quietly():
             rate_of = dict(zip((state.name for state in states), rates, strict=True))
             found = batches(states, [state.operator() for state in states])
             etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in found]
+            self._compare_replicas(states)
+            looks = look(found, self.replicas)
+            # Limits tell by themselves what is not finite, on replicas all of them alike.
+            soft = [seen for seen in looks if not isinstance(seen.batch.rule, Limit | Isometry)]
+            failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
             limited = []
-            for seen, eta in zip(self._look(found), etas, strict=True):
+            served = []
+            for seen, eta in zip(looks, etas, strict=True):
                 batch, rule = seen.batch, seen.batch.rule
-                if isinstance(rule, Isometry):
-                    _learn_scales(batch)
-                if isinstance(rule, Limit | Isometry):
+                if not isinstance(rule, Limit | Isometry):
+                    if failures:
+                        continue
+                    seen.remember()
+                    new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
+                    self._update_(seen, new)
+                    for state, (short,) in zip(batch.states, batch.each(shortened), strict=True):
+                        state.shortened += short.sum()
+                else:
+                    seen.remember()
+                    if isinstance(rule, Isometry):
+                        learn_scales(batch)
                     limited.append(seen)
-                    continue
-                new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
-                self._update_(seen, new)
-                for state, (short,) in zip(batch.states, batch.each(shortened), strict=True):
-                    state.shortened += short.sum()
-            self._apply_limits_([self._clipped_(seen) for seen in limited])
+                served += batch.states
+            failures |= self._apply_limits_([self._clipped_(seen) for seen in limited])
+            for state in states:
+                state.failed = state.name in failures
+            for state in served:
+                if not state.failed:
+                    done(state)
+            rest = "All other hard limits that were due have been applied."
+            raise_failures(failures, rest if limited else "")
+            self._checks.raise_ready()
 
     def enforce_(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, exactly."""
         with self._quietly():
-            found = batches(states, [state.operator() for state in states])
-            self._checks.raise_ready()
             self._compare_replicas(states)
-            self._check_finite([(batch, batch.S.finite()) for batch in found])
-            self._apply_limits_([_Limited(batch) for batch in found])
+            found = batches(states, [state.operator() for state in states])
+            failures = self._apply_limits_([_Limited(batch) for batch in found])
             for state in states:
-                state.begin_anew()  # else the next application would take it for a slow weight
+                state.failed = state.name in failures
+                if not state.failed:
+                    state.begin_anew()  # else the next application would take it for a slow weight
+            rest = "All other hard limits hold."
+            raise_failures(failures, rest if len(failures) < len(states) else "")
+            self._checks.raise_ready()
 
     def _update_(self, seen: Look, new: NewWeight) -> None:
-        if not seen.finite.is_cpu:  # on the CPU such a weight has been refused already
+        if not (seen.finite.is_cpu and bool(seen.finite.all())):
             new = new.where(seen.finite, cast(Dense, seen.S))
-        _store_(seen.batch, new)
+        store_(seen.batch, new)
 
     def _clipped_(self, seen: Look) -> _Limited:
         """What the block of an upper bound can do alone, and whether that was enough.
@@ -196,37 +235,41 @@ class Engine:
         owner = batch.states[0].owner
         held = torch.zeros(1, device=batch.operators[0].device)
         if self.replicas is None or self.replicas.rank == owner:
-            held.fill_(obey_nearly(_stored(batch), rule))
+            held.fill_(obey_nearly(stored_matrices(batch), rule))
         if self.replicas is not None:  # all must take the same way from here
             self.replicas.exchange_([(owner, held)])
         return _Limited(batch, excess, bool(held))
 
-    def _apply_limits_(self, limited: Sequence[_Limited]) -> None:
+    def _apply_limits_(self, limited: Sequence[_Limited]) -> Failures:
         """Applies hard limits where it has not been done; of replicas, one does for the others.
 
-        And takes isometry steps.
+        And takes isometry steps. Weights for which that fails are left as they are.
         """
         told: list[tuple[WeightState, Tensor]] = []
         exchanged: list[tuple[int, Tensor]] = []
-        received: list[tuple[WeightOperator, Tensor]] = []
-        failure: Exception | None = None
+        received: list[tuple[Tensor, WeightOperator, Tensor]] = []
+        failures: Failures = {}
+        error: Exception | None = None
         for batch, excess, done in limited:
             owner = batch.states[0].owner
             mine = self.replicas is None or self.replicas.rank == owner
             if done:
                 assert excess is not None
-                each = [_seen(one, torch.full_like(one, math.nan)) for (one,) in batch.each(excess)]
+                each = [
+                    observation(one, torch.full_like(one, math.nan))
+                    for (one,) in batch.each(excess)
+                ]
             else:
                 # Where nothing is exchanged numbers may stay here, as some devices have no float64.
                 device = batch.operators[0].device if self.replicas is not None else "cpu"
-                blank = torch.full((3,), _FAILED, dtype=torch.float64, device=device)
+                blank = torch.full((3,), FAILED, dtype=torch.float64, device=device)
                 each = [blank.clone() for _ in batch.states]
                 try:
-                    each = [one.to(device) for one in _apply_(batch)] if mine else each
-                except Exception as error:
+                    each = [one.to(device) for one in apply_(batch, failures)] if mine else each
+                except Exception as unforeseen:
                     if self.replicas is None:
                         raise
-                    failure = failure or error  # the others wait: first they must learn of it
+                    error = error or unforeseen  # the others wait: first they must learn of it
                 if excess is not None:
                     for numbers, (clipped,) in zip(each, batch.each(excess), strict=True):
                         numbers[0] = torch.fmax(numbers[0], clipped.max().to(numbers))
@@ -237,19 +280,23 @@ class Engine:
                 values = cast(Dense, S).dense().contiguous()
                 if not mine:
                     values = torch.empty_like(values)
-                    received.append((S, values))
+                    received.append((numbers, S, values))
                 exchanged += [(owner, numbers), (owner, values)]
         if self.replicas is not None:
             self.replicas.exchange_(exchanged)
-        for S, values in received:
-            cast(Updatable, S).update_(NewWeight(values))
-        if failure is not None:
-            raise failure
-        if self.replicas is not None:
-            _raise_failed_elsewhere(told)
+        for numbers, S, values in received:
+            if numbers.tolist()[2] >= 0:
+                cast(Updatable, S).update_(NewWeight(values))
+        if error is not None:
+            raise error
         for state, numbers in told:
-            excess_before, kappa, passed = numbers.tolist()
-            state.pace.saw(excess_before, kappa, bool(passed))
+            excess_before, kappa, outcome = numbers.tolist()
+            if outcome >= 0:
+                state.pace.saw(excess_before, kappa, bool(outcome))
+            else:
+                why = HOLDS_NAN if outcome == NOT_FINITE else ELSEWHERE
+                failures.setdefault(state.name, why)
+        return failures
 
     def check_rates(self, lr: Tensor) -> Tensor:
         """A learning rate on a device, 0 if it is none, which is raised once it is free to read."""
@@ -269,19 +316,30 @@ class Engine:
         if remember:
             self._compare_replicas([state for batch in batches for state in batch.states])
         looks = look(batches, self.replicas if remember else None)
-        self._check_finite([(seen.batch, seen.finite) for seen in looks])
+        raise_failures(dict.fromkeys(self._not_finite(looks), HOLDS_NAN))
         if remember:
             for seen in looks:
                 seen.remember()
         return looks
 
-    def _check_finite(self, found: Sequence[tuple[Batch, Tensor]]) -> None:
-        if not found:
-            return
-        device = found[0][1].device
-        names = [state.name for batch, _ in found for state in batch.states]
-        each = [good.reshape(len(batch.states), -1).all(-1).to(device) for batch, good in found]
-        self._checks.add(torch.cat(each), lambda finite: _raise_not_finite(names, finite))
+    def _not_finite(self, looks: Sequence[Look]) -> list[str]:
+        """Names of weights with NaN or infinity; of a device they are raised once free to read."""
+        if not looks:
+            return []
+        device = looks[0].finite.device
+        states = [state for seen in looks for state in seen.batch.states]
+        each = [
+            seen.finite.reshape(len(seen.batch.states), -1).all(-1).to(device) for seen in looks
+        ]
+        flags = torch.cat(each)
+
+        def bad(finite: list[bool]) -> list[str]:
+            return [s.name for s, good in zip(states, finite, strict=True) if not good]
+
+        if flags.is_cpu:
+            return bad(flags.tolist())
+        self._checks.add(flags, lambda f: raise_failures(dict.fromkeys(bad(f), HOLDS_NAN)))
+        return []
 
     def _compare_replicas(self, states: list[WeightState]) -> None:
         if self.replicas is None or not self.check_replicas:
@@ -308,81 +366,6 @@ class _Limited(NamedTuple):
     batch: Batch
     excess: Tensor | None = None
     done: bool = False
-
-
-def _stored(batch: Batch) -> list[StoredMatrix]:
-    return [cast(StoredMatrix, S) for S in batch.operators]
-
-
-def _store_(batch: Batch, new: NewWeight) -> None:
-    for S, own in zip(batch.operators, batch.each(*new.tensors), strict=True):
-        cast(Updatable, S).update_(NewWeight.of(own))
-
-
-def _learn_scales(batch: Batch) -> None:
-    """Finds the scale of the weights under `Isometry` that have none yet."""
-    if all(bool((state.scale > 0).all()) for state in batch.states):
-        return
-    found = cast(Isometry, batch.rule).scale_of(batch.S)
-    for state, (own,) in zip(batch.states, batch.each(found), strict=True):
-        state.learn_scale(own)
-
-
-def _apply_(batch: Batch) -> list[Tensor]:
-    """Applies the hard limit or the isometry step of a batch; what was seen of every weight."""
-    rule, states = batch.rule, batch.states
-    unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
-    if isinstance(rule, Isometry):
-        with contextlib.ExitStack() as opened:
-            spread = [opened.enter_context(cast(StoredMatrix, S).spread()) for S in batch.operators]
-            there = Batch(states, list(spread))
-            device = spread[0].device
-            scales = [S.held(state.scale) for S, state in zip(spread, states, strict=True)]
-            scale = scales[0] if len(scales) == 1 else torch.stack(scales)
-            _store_(there, rule.step(there.S, scale.to(device, widest_dtype(device))))
-        return [_seen(unknown, unknown) for _ in states]
-    if isinstance(rule, SpectralLimit):
-        weights = _stored(batch)
-        try:
-            found = enforce_(
-                weights,
-                rule,
-                gate=all(state.pace.obeyed for state in states),
-                condition_number=_worst([state.pace.condition_number for state in states]),
-            )
-        except ValueError as error:
-            raise ValueError(f"{quoted([state.name for state in states])}: {error}") from None
-        return [_seen(one.excess, one.condition_number, one.passed) for one in found]
-    ((_,), (S,)) = states, batch.operators
-    stored = cast(Dense, S).dense()
-    values = cast(Limit, rule).apply(stored)
-    obeys = torch.equal(values, stored)
-    if not obeys:
-        cast(Updatable, S).update_(NewWeight(values))
-    return [_seen(unknown, unknown, obeys)]
-
-
-def _raise_failed_elsewhere(told: Sequence[tuple[WeightState, Tensor]]) -> None:
-    failed = [state.name for state, numbers in told if numbers.tolist()[2] == _FAILED]
-    if failed:
-        raise ValueError(
-            f"{quoted(failed)}: the limit could not be applied by the process of the group that "
-            "does so for all of them. See the error of that one."
-        )
-
-
-def _worst(numbers: Sequence[float]) -> float:
-    """The largest, nan if one is."""
-    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
-
-
-def _seen(excess: Tensor, condition_number: Tensor, passed: bool = False) -> Tensor:
-    """Excess and kappa, the worst of a stack, and whether it passed, as three numbers."""
-    worst = [
-        torch.nan_to_num(in_float64(x), nan=-math.inf).max() for x in (excess, condition_number)
-    ]
-    known = [torch.where(x == -math.inf, math.nan, x) for x in worst]
-    return torch.stack([*known, torch.full_like(known[0], float(passed))])
 
 
 # A block is too narrow for gradients if its last value is above this share of the first: at 0.82
@@ -473,15 +456,6 @@ class _Total(torch.autograd.Function):
         factors, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         gradients = ctx.engine.gradients(weight, factors, parameters)
         return None, None, None, *[None] * ctx.count, *gradients
-
-
-def _raise_not_finite(names: list[str], finite: list[bool]) -> None:
-    bad = [name for name, good in zip(names, finite, strict=True) if not good]
-    if bad:
-        raise ValueError(
-            f"{quoted(bad)} holds NaN or infinity and was left as it is. "
-            "Restore the last good checkpoint, or lower the learning rate."
-        )
 
 
 def _raise_not_a_rate(valid: list[bool]) -> None:

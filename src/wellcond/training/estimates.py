@@ -1,4 +1,4 @@
-"""Estimates of weights while they train: two products each, no SVD, one copy to the host.
+"""Estimates of weights while they train: a few products each, no SVD, one copy to the host.
 
 Letters: S (..., m, n) a weight; sigma_1 its largest singular value; nu = min(m, n).
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from wellcond.linalg.spectrum import measure
 from wellcond.operators.base import Dense, Operator
 from wellcond.operators.norms import squared_norm_over
+from wellcond.operators.sharded import ShardedMatrix
 from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
 from wellcond.penalties.base import Penalty
 from wellcond.training.batch import batches, look
@@ -143,8 +144,9 @@ def _known(number: float) -> float | None:
 
 def _condition_numbers(state: WeightState) -> list[float | None]:
     S = state.operator()
-    assert isinstance(S, Dense)
-    each = S.dense().reshape(-1, *state.shape[-2:])
+    whole = S.gathered() if isinstance(S, ShardedMatrix) else S
+    assert isinstance(whole, Dense)
+    each = whole.dense().reshape(-1, *state.shape[-2:])
     return [
         measure(S).condition_number if bool(torch.isfinite(S).all()) else math.nan for S in each
     ]

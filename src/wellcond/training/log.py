@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from wellcond.linalg.checks import as_count
 from wellcond.training.estimates import Estimate
 
 WORST = 5
@@ -25,8 +26,7 @@ def log(
     prefix: str,
 ) -> dict[str, float] | None:
     """Measures and logs at every so many steps; see `Regularizer.log`."""
-    check_interval(every)
-    if step % every:
+    if step % as_count(every, "`every`"):
         return None
     values = report(measure(), layers, prefix)
     send(values, target, step)
@@ -101,9 +101,3 @@ def send(values: Mapping[str, float], target: Any, step: int) -> None:
             "`target` must have add_scalar, log_metrics, log_dict or log, or be a callable "
             f"(values, step), got {type(target).__name__}."
         )
-
-
-def check_interval(every: object) -> None:
-    """Raises unless it is a positive integer."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"`every` must be a positive integer, got {every!r}.")

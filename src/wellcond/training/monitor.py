@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from wellcond.linalg.checks import as_count
 from wellcond.operators.rounding import full_precision
 from wellcond.penalties.condition import Condition
 from wellcond.training.batch import batches, look
@@ -22,7 +23,7 @@ from wellcond.weights.reasons import Skipped
 class Monitor:
     """Measures the weights of a model while it trains, and changes nothing.
 
-    Every measurement costs three products of a weight with a few vectors, and one copy to the host
+    Every measurement costs a few products of a weight with a few vectors, and one copy to the host
     for all weights together. The vectors are kept, so that estimates sharpen from one measurement
     to the next.
 
@@ -30,7 +31,8 @@ class Monitor:
         model: the model; wrappers of torch.compile and DistributedDataParallel are looked through.
         patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
         block: how many leading singular vectors are followed.
-        condition_numbers: measure kappa as well, in float64: an SVD or as much as one per weight.
+        condition_numbers: measure kappa as well, in float64: an SVD or as much as one per weight. A
+            sharded weight is gathered for it on every process, one weight at a time.
 
     Raises:
         ValueError: a pattern matches nothing, or no weight is left.
@@ -57,10 +59,10 @@ class Monitor:
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         each = [patterns] if isinstance(patterns, str) else list(patterns)
         penalties: dict[str, Rule | None] = {pattern: Condition(0.0) for pattern in each}
-        chosen, self._skipped = select(unwrapped(model), penalties)
-        self.block = block
+        chosen, self._skipped = select(unwrapped(model), penalties, parameter="patterns")
+        self.block = as_count(block, "`block`")
         self.condition_numbers = condition_numbers
-        self._states = [WeightState(weight, penalty, block) for weight, penalty in chosen]
+        self._states = [WeightState(weight, penalty, self.block) for weight, penalty in chosen]
         warn_of_stored(self._states)
 
     @property

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
 from wellcond.penalties.base import Limit
+from wellcond.penalties.limit import SpectralLimit
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import Attachment, attachments
+from wellcond.training.conflicts import masked, mostly_zero, nonzeros, quantised
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
@@ -62,7 +67,19 @@ class Oversights:
                 )
 
     def attached(self, attachment: Attachment) -> None:
-        """Another regulariser may be on the same weights already."""
+        """Another regulariser may be on the same weights; the optimizer may step in two steps."""
+        optimizer = attachment.optimizer
+        if hasattr(optimizer, "first_step") and hasattr(optimizer, "base_optimizer"):
+            self._say(
+                "two steps",
+                "%s has first_step() and second_step(), after which nothing is applied: only its "
+                "step(closure) runs hooks. Attach to optimizer.base_optimizer, which serves both.",
+                type(optimizer).__name__,
+            )
+        self.limited(attachment.states)
+        if "zeros" not in self._said:
+            bounded = [s for s in attachment.states if isinstance(s.rule, SpectralLimit)]
+            self._warn_of_zeros(mostly_zero(bounded), "a hard limit fills them")
         rules = {
             id(parameter): type(state.rule)
             for other in attachments()
@@ -85,6 +102,7 @@ class Oversights:
 
     def logged(self, own: Sequence[Attachment]) -> None:
         """A training is watched, but nothing has ever applied its limits: no call and no `own`."""
+        self._bypassed(own)
         limited = [s.name for s in self._states if isinstance(s.rule, Limit) and s.active]
         if limited and not self._applied and not own:
             self._say(
@@ -94,8 +112,18 @@ class Oversights:
                 subject(limited),
             )
 
-    def enforced(self) -> None:
-        """Limits are asked for now, but a frozen weight is left alone."""
+    def enforced(self, own: Sequence[Attachment]) -> None:
+        """Limits are asked for now, but not all weights, or not those that count, are there."""
+        self._bypassed(own)
+        training = [type(a.optimizer).__name__ for a in own if _trains(a.optimizer)]
+        if training and any(isinstance(s.rule, Limit) for a in own for s in a.states):
+            self._say(
+                "train mode",
+                "%s is in train mode: the limits hold in the weights as they are now, and its "
+                "eval() makes others of them, which need not obey. Before you evaluate or save: "
+                "optimizer.eval(), then reg.enforce_(); and optimizer.train() to go on.",
+                training[0],
+            )
         frozen = [s.name for s in self._states if isinstance(s.rule, Limit) and not s.active]
         if frozen:
             self._say(
@@ -104,6 +132,73 @@ class Oversights:
                 "before requires_grad_(False), or repair the checkpoint.",
                 subject(frozen),
             )
+
+    def limited(self, states: Iterable[WeightState]) -> None:
+        """Limits are put on weights that are masked or quantised where they act."""
+        limited = [state for state in states if isinstance(state.rule, Limit)]
+        if names := masked(limited):
+            self._say(
+                "masked",
+                "%s under a hard limit, with a mask beside: a projection fills the zeros, "
+                "and the mask undoes the limit. Leave the weight out with a pattern, or the mask.",
+                subject(names),
+            )
+        if names := quantised(limited):
+            self._say(
+                "quantised",
+                "%s trained for quantisation: the hard limit holds in the float weight, what "
+                "acts is its quantised copy. Audit the model after it is converted.",
+                subject(names),
+            )
+
+    @contextlib.contextmanager
+    def filling(self, states: Sequence[WeightState]) -> Iterator[None]:
+        """Limits are applied: what was mostly zeros may be so no more."""
+        bounded = [state for state in states if isinstance(state.rule, SpectralLimit)]
+        counts = {} if "zeros" in self._said else nonzeros(bounded)
+        before = {name: some for name, (some, all_) in counts.items() if 0 < some < all_ / 2}
+        yield
+        after = nonzeros(state for state in states if state.name in before)
+        filled = [name for name, (some, _) in after.items() if some > before[name]]
+        self._warn_of_zeros(filled, "the hard limit has filled them")
+
+    def _warn_of_zeros(self, names: Sequence[str], what: str) -> None:
+        if names:
+            self._say(
+                "zeros",
+                "Most entries of %s are exact zeros, as after pruning: %s. Leave "
+                "the weight out with a pattern if they are to stay.",
+                quoted(names),
+                what,
+            )
+
+    def undone(self, states: Iterable[WeightState]) -> None:
+        """Limits were applied: a weight had a singular value 0 again that was lifted before."""
+        names = [
+            state.name
+            for state in states
+            if state.pace.applications > 1 and math.isinf(state.pace.condition_number)
+        ]
+        if names:
+            self._say(
+                "undone",
+                "A singular value of %s was 0 again, though a hard limit was applied before: "
+                "something sets entries to zero after it, as a mask does, and each undoes the "
+                "other. Leave the weight out with a pattern, or enforce the limit after the mask "
+                "is gone.",
+                quoted(names),
+            )
+
+    def _bypassed(self, own: Iterable[Attachment]) -> None:
+        for attachment in own:
+            if attachment.bypassed and not attachment.warned:
+                attachment.warned = True
+                logger.warning(
+                    "%s, to which the regulariser is attached, has taken no step, but the weights "
+                    "have changed: nothing is applied. Attach to the optimizer whose step() is "
+                    "called; of a wrapper that is often optimizer.base_optimizer.",
+                    type(attachment.optimizer).__name__,
+                )
 
     def _replaced(self) -> None:
         model = None if self._model is None else self._model()
@@ -130,11 +225,27 @@ class Oversights:
 
 
 def warn_of_stored(states: Iterable[WeightState]) -> None:
-    """Names the weights of which what is stored is not what acts."""
+    """Names the weights of which what is stored is not what acts.
+
+    Of a mask or a quantiser under a hard limit `Oversights.limited` says more.
+    """
+    states = list(states)
+    limited = [state for state in states if isinstance(state.rule, Limit)]
+    named = {*masked(limited), *quantised(limited)}
     for state in states:
-        if state.caution:
+        if state.caution and state.name not in named:
             logger.warning(
                 '"%s" is %s: what is regularised and measured is that, and not the weight that '
                 "acts. Leave it out with a pattern if that is not meant.",
                 *(state.name, state.caution),
             )
+
+
+def _trains(optimizer: Optimizer | None) -> bool:
+    """Whether it has an eval() that makes other weights of those that it steps, and is not in it.
+
+    schedulefree keeps the mode in each group; heavyball does from the first eval() on.
+    """
+    if optimizer is None or not callable(getattr(optimizer, "eval", None)):
+        return False
+    return any(group.get("train_mode", True) for group in optimizer.param_groups)

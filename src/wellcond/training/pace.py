@@ -80,15 +80,17 @@ class Pace:
         rise = self.excess - 1
         return 2.0 if rise <= _RISE / 2 else max(_RISE / rise, 0.25)
 
-    def words(self) -> str:
-        """What is known, for people; "" if nothing is."""
+    def words(self, rule: object) -> str:
+        """What is known of a weight under this limit, for people; "" if nothing is."""
         if self.passed:
             said = "obeyed at the last application"
         elif math.isnan(self.excess):
             return ""
         else:
-            kappa = "" if math.isnan(self.condition_number) else f"κ {self.condition_number:.4g}, "
-            said = f"before the last application {kappa}{self.excess:.4g} times its limit"
+            value = ""
+            if isinstance(rule, SpectralLimit):
+                value = rule.exceeding(self.excess, self.condition_number)
+            said = f"before the last application {value}{self.excess:.4g} times its limit"
         return said + (f"; {self.interval} steps after the one before" if self.interval else "")
 
     def state(self, rule: object) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from wellcond.linalg.checks import as_count, as_number
 from wellcond.operators.base import Dense, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
@@ -22,11 +23,16 @@ from wellcond.penalties.base import Limit, Penalty, Proximal
 from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SpectralLimit
 from wellcond.text import quoted, subject
-from wellcond.training.attachment import Attachment
+from wellcond.training.attachment import (
+    Attachment,
+    check_optimizer,
+    check_rates,
+    own_changes,
+)
 from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
 from wellcond.training.estimates import Estimate, estimates
-from wellcond.training.log import check_interval, log
+from wellcond.training.log import log
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
 from wellcond.training.selection import Rules, select
@@ -73,7 +79,7 @@ class Regularizer:
     Example:
         >>> import torch, wellcond as wc
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10))
-        >>> reg = wc.Regularizer(model, {"0.*": wc.Condition(1e-2), "*": None})
+        >>> reg = wc.Regularizer(model, {"0.*": wc.Condition(1e-2)})
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> loss = model(torch.ones(4, 64)).square().mean() + reg()
         >>> loss.backward()
@@ -93,14 +99,12 @@ class Regularizer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ValueError(f"`block` must be a positive integer, got {block!r}.")
         refuse_flat_parameters(model)
-        self.block = block
+        self.block = as_count(block, "`block`")
         self._attachments: list[Attachment] = []
         self._can_step = False  # until it has been looked whether all penalties have a step
         chosen, self._skipped = select(unwrapped(model), penalties)
-        self._states = [WeightState(weight, rule, block) for weight, rule in chosen]
+        self._states = [WeightState(weight, rule, self.block) for weight, rule in chosen]
         replicas = replicas_of(model, process_group, check_replicas)
         self._engine = Engine(self._states, replicas, check_replicas)
         self._compilable = Compilable(self._engine)
@@ -151,20 +155,20 @@ class Regularizer:
             steps: how many optimizer steps it stands for.
 
         Raises:
-            ValueError: lr is negative, steps < 1, or a weight holds NaN or infinity; nothing has
-                changed.
+            ValueError: lr is negative or steps < 1; nothing has changed. A weight holds NaN or
+                infinity: no penalty has taken a step, and hard limits were applied to all others.
         """
         lr = self._checked_rate(lr)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+        steps = as_count(steps, "`steps`")
         states = self._engine.active()
         if not self._can_step:
-            _refuse_without_proximal_step(self._states)
+            refuse_without_proximal_step(self._states)
             self._can_step = True
         self._oversights.applied([], "proximal_step_()")
-        self._engine.proximal_step_(states, [lr * steps] * len(states))
-        for state in states:
-            state.advance(steps)
+        with own_changes(self.attachments):
+            self._engine.proximal_step_(
+                states, [lr * steps] * len(states), lambda state: state.advance(steps)
+            )
 
     def _checked_rate(self, lr: float | Tensor) -> float | Tensor:
         if isinstance(lr, Tensor):
@@ -172,9 +176,10 @@ class Regularizer:
                 raise ValueError(f"`lr` must be one number, got shape {tuple(lr.shape)}.")
             if not lr.is_cpu:
                 return self._engine.check_rates(lr.detach().reshape(()))
-        if not 0 <= float(lr) < math.inf:
-            raise ValueError(f"`lr` must be finite and not negative, got {float(lr)}.")
-        return lr.detach() if isinstance(lr, Tensor) else lr
+        number = as_number(lr if not isinstance(lr, Tensor) else lr.reshape(()), "`lr`")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"`lr` must be finite and not negative, got {float(number)}.")
+        return lr.detach() if isinstance(lr, Tensor) else number
 
     def attach(self, optimizer: Optimizer, every: int | str | None = None) -> Attachment:
         """Takes proximal steps and applies limits after steps of the optimizer; returns a handle.
@@ -188,7 +193,8 @@ class Regularizer:
         the weights, a warning says so once.
 
         Args:
-            optimizer: a torch optimizer that holds at least one of the weights.
+            optimizer: a torch optimizer that holds at least one of the weights. Of a wrapper whose
+                `step` is not called, as SAM in two steps, the one inside: `base_optimizer`.
             every: after every so many optimizer steps; steps at the end that do not fill an
                 interval stay pending. By default 10 for penalties: kappa was within 1.3 % of an
                 exact proximal step in every step for 5 and for 10 (`wellcond bench fidelity
@@ -200,19 +206,13 @@ class Regularizer:
 
         Raises:
             ValueError: every < 1, "auto" for a penalty, no common weight, or a weight that is
-                attached already.
+                attached already; no learning rate for a weight under a penalty; an optimizer whose
+                `step` runs no hooks. A step of the optimizer raises one for weights that hold NaN
+                or infinity, after all other limits that are due were applied.
             TypeError: not a torch optimizer.
         """
-        # A wrapper may call itself an optimizer and yet have no hooks.
-        hooked = hasattr(optimizer, "_optimizer_step_post_hooks")
-        if not (isinstance(optimizer, Optimizer) and hooked):
-            raise TypeError(
-                f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-                "Attach several one by one. If it wraps one, attach to that: accelerate's is "
-                "`optimizer.optimizer`."
-            )
-        if every is not None and every != "auto":
-            check_interval(every)
+        check_optimizer(optimizer)
+        steps = None if every is None or every == "auto" else as_count(every, "`every`")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         states = [s for s in self._states if all(id(p) in held for p in s.weight.parameters)]
         if not states:
@@ -220,7 +220,8 @@ class Regularizer:
                 "`optimizer` must hold a regularised weight, but has none of "
                 f"{quoted(self.names)}. Attach the optimizer that was made from this model."
             )
-        _refuse_without_proximal_step(states)
+        refuse_without_proximal_step(states)
+        check_rates(optimizer, states)
         taken = [s.name for a in self.attachments for s in a.states if s in states]
         if taken:
             raise ValueError(
@@ -234,7 +235,6 @@ class Regularizer:
                 f"{subject(soft)} under none. Leave `every` out for 10 for penalties and "
                 '"auto" for limits.'
             )
-        steps = every if isinstance(every, int) else None
         attachment = Attachment(optimizer, states, steps, self._step_pending)
         self._attachments = [*self.attachments, attachment]
         self._oversights.attached(attachment)
@@ -253,20 +253,24 @@ class Regularizer:
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
         self._oversights.applied(self.attachments, "")
-        self._engine.proximal_step_(states, [state.pending_lr for state in states])
-        for state in states:
-            state.settle()
+        try:
+            self._engine.proximal_step_(
+                states, [state.pending_lr for state in states], WeightState.settle
+            )
+        finally:
+            self._oversights.undone(states)
 
     def enforce_(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
 
         Penalties take no step, and for limits no step of the optimizer is pending afterwards.
-        Frozen weights stay as they are, and a warning names them. Without a hard limit it does
-        nothing.
+        Frozen weights stay as they are, and a warning names them; `enforce` takes those of an
+        averaged copy too. So does a warning name an attached optimizer in train mode, whose eval()
+        makes other weights: call that first. Without a hard limit it does nothing.
 
         Raises:
-            ValueError: a weight holds NaN or infinity, or cannot obey in its dtype; see
-                `ConditionLimit`.
+            ValueError: a weight holds NaN or infinity, or cannot obey in its dtype, see
+                `ConditionLimit`. It names all such weights; the limits of all others hold.
 
         Example:
             >>> import torch, wellcond as wc
@@ -277,13 +281,18 @@ class Regularizer:
             True
         """
         limited = [s for s in self._engine.active() if isinstance(s.rule, Limit)]
-        self._oversights.enforced()
+        self._oversights.enforced(self.attachments)
         if limited:
-            _refuse_without_proximal_step(limited)
-            self._engine.enforce_(limited)
+            refuse_without_proximal_step(limited)
+            self._oversights.limited(limited)
+            with own_changes(self.attachments), self._oversights.filling(limited):
+                self._engine.enforce_(limited)
 
     def measure(self) -> dict[str, Estimate]:
-        """An estimate for every weight: two products each, no SVD, nothing remembered.
+        """An estimate for every weight: a few products each, no SVD, nothing remembered.
+
+        Five products with the vectors of the block; thirteen for a weight under a rule that keeps
+        none, as a hard limit, since the vectors are found anew each time.
 
         Returns:
             Per weight name an `Estimate`; a stack has one entry a matrix, `name:0`, `name:1`, ...
@@ -370,7 +379,7 @@ class Regularizer:
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
             if state.caution:
                 lines.append(f"  {'':{width}}  {state.caution}: it is meant, not what acts")
-            if (seen := state.pace.words()) and isinstance(state.rule, Limit):
+            if (seen := state.pace.words(state.rule)) and isinstance(state.rule, Limit):
                 lines.append(f"  {'':{width}}  {seen}")
             if not state.shortened.is_meta and (shortened := int(state.shortened)):
                 lines.append(
@@ -401,7 +410,13 @@ class Regularizer:
 
         Raises:
             ValueError: other weights, other shapes or another width of the block; nothing changed.
+            TypeError: not a mapping of names to mappings of tensors.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                "`state` must be what state_dict() returns, a mapping of names of weights, got "
+                f"{type(state).__name__}."
+            )
         missing, extra = set(self.names) - set(state), set(state) - set(self.names)
         if missing or extra:
             raise ValueError(
@@ -444,7 +459,7 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
         )
 
 
-def _refuse_without_proximal_step(states: list[WeightState]) -> None:
+def refuse_without_proximal_step(states: list[WeightState]) -> None:
     for state in states:
         rule, S = state.rule, state.operator()
         if not isinstance(rule, Limit | Isometry | Proximal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from textwrap import shorten
@@ -15,13 +16,25 @@ from wellcond.training.state import Rule
 from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
 
+# Views of an audit: convolutions as they act, adapters that are merged, heads of attention.
+_MEASURED_ONLY = re.compile(r"operator|merged|delta|(qk|vo)\d*")
+
 Rules = Rule | Mapping[str, Rule | None]
 
 
 def select(
-    model: nn.Module, penalties: Rules
+    model: nn.Module, penalties: Rules, *, frozen: bool = False, parameter: str = "penalties"
 ) -> tuple[list[tuple[Weight, Rule]], dict[str, Skipped]]:
-    """The weights to regularise with their penalties, and why every other parameter is none."""
+    """The weights to regularise with their penalties, and why every other parameter is none.
+
+    Frozen weights only if asked for. Errors call what was given by the name of the parameter.
+    """
+    if not isinstance(penalties, Rule | Mapping):
+        raise TypeError(
+            "`penalties` must be a penalty or map patterns to penalties or None, got "
+            f"{shorten(repr(penalties), 80)}. A penalty is, for instance, Condition(1e-2); to "
+            "watch weights alone there is wc.Monitor."
+        )
     patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
     for pattern, penalty in patterns.items():
         if not isinstance(penalty, Rule | None) or not isinstance(pattern, str):
@@ -59,7 +72,7 @@ def select(
                 skip(one.name, Skipped(Reason.excluded, f'"{match}"'), match)
             elif reason is not None and match not in (one.name, *one.aliases):
                 skip(one.name, reason, match)
-            elif not weight.trained:
+            elif not (weight.trained or frozen):
                 skip(one.name, Skipped(Reason.frozen), match)
             else:
                 outcomes[match][one.name] = None
@@ -75,27 +88,38 @@ def select(
         )
     for pattern, wanted in patterns.items():
         outcome = outcomes[pattern]
+        if wanted is None:  # nothing to leave out is no mistake
+            continue
         if not outcome:
             names = [weight.name for weight in found.weights]
             raise ValueError(
-                f'`penalties`: the pattern "{pattern}" matches no parameter, or only such as a '
+                f'`{parameter}`: the pattern "{pattern}" matches no parameter, or only such as a '
                 f"pattern before it matches. The weights are {quoted(names)}."
-                f"{of_modules([pattern], names)}"
+                f"{of_modules([pattern], names)}{_of_view(pattern)}"
             )
         usable = [why is None or why.reason is Reason.frozen for why in outcome.values()]
-        if wanted is not None and not any(usable):
+        if not any(usable):
             reasons = and_more((f'"{n}" is {why}' for n, why in outcome.items()), 3, "; ")
             raise ValueError(
-                f'`penalties`: the pattern "{pattern}" selects no weight: {reasons}. '
+                f'`{parameter}`: the pattern "{pattern}" selects no weight: {reasons}. '
                 f'Leave it out with {{"{pattern}": None}}, or insist on a matrix by its exact name.'
             )
     if not chosen:
         reasons = and_more((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
-            "`penalties` must leave at least one weight to regularise, but all are left out "
+            f"`{parameter}` must leave at least one weight to regularise, but all are left out "
             f"({reasons})."
         )
     return chosen, skipped
+
+
+def _of_view(pattern: str) -> str:
+    """What to say of a pattern for what an audit measures and no parameter holds."""
+    _, colon, view = pattern.rpartition(":")
+    if not (colon and _MEASURED_ONLY.fullmatch(view)):
+        return ""
+    kind = "the kernel of a convolution" if view == "operator" else "the weights that it is made of"
+    return f' What a view ":{view}" shows is measured by audit(), not limited: name {kind}.'
 
 
 def _one_row(weight: Weight) -> Skipped | None:

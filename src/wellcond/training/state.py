@@ -45,6 +45,7 @@ class WeightState:
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
         self.pace = Pace()  # under a hard limit: when it is due
+        self.failed = False  # whether the last step or limit could not be applied
         # Under `Isometry`: the scale of each matrix, 0 while it is not known; numbers of the host.
         given = (isinstance(rule, Isometry) and rule.scale) or 0.0
         self.scale = torch.full(self.shape[:-2], given, dtype=torch.float64, device="cpu")
@@ -152,10 +153,16 @@ class WeightState:
             "Make the Regularizer with the model, the penalties and the block with which the state "
             "was saved."
         )
+        if not isinstance(saved, Mapping):
+            raise TypeError(
+                f'`state["{self.name}"]` must be a mapping of tensors, got {type(saved).__name__}.'
+            )
         for key, own in self.state().items():
             if key in ("pace", "scale") and key not in saved:
                 continue  # of a version, or a rule, that knew none: it begins anew
             at, found = f'`state["{self.name}"]["{key}"]`', saved.get(key)
+            if not isinstance(found, Tensor | None):
+                raise TypeError(f"{at} must be a tensor, got {type(found).__name__}.")
             if found is None or found.shape != own.shape:
                 shape = "none" if found is None else tuple(found.shape)
                 raise ValueError(f"{at} must have shape {tuple(own.shape)}, got {shape}. {remedy}")

@@ -85,6 +85,8 @@ def _of_three(name: str, own: str, shape: tuple[int, ...], bias: tuple[int, ...]
     m, n, window = shape
     if _in_conv(name):
         return _kernel(shape, bias)
+    if "bilinear" in name.lower():
+        return {"": STORED}, ""
     if len(bias) == 1 and bias[0] in (m, n):
         if n == window > _SIDE and bias[0] == m:
             return {"": STORED}, _BILINEAR

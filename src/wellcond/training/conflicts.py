@@ -1,0 +1,73 @@
+"""What works against a hard limit on a weight: masks, exact zeros, quantisation in the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wellcond.operators.stored import StoredMatrix
+from wellcond.training.state import WeightState
+
+# Where layers of torch.ao, torchao, Brevitas, ModelOpt and pytorch-quantization keep the module
+# that quantises their weight in forward.
+_QUANTISERS = (
+    *("weight_fake_quant", "weight_fake_quantizer"),
+    *("weight_quant", "weight_quantizer", "_weight_quantizer"),
+)
+
+
+def masked(states: Iterable[WeightState]) -> list[str]:
+    """The weights beside which their module keeps a mask of their shape."""
+    return [
+        state.name
+        for state in states
+        if any(
+            "mask" in name and _covers(mask, source.parameter)
+            for source in state.weight.sources
+            for name, mask in source.owner._buffers.items()
+        )
+    ]
+
+
+def _covers(mask: Tensor | None, weight: Tensor) -> bool:
+    """Whether a mask is for every entry of a weight, or for its rows or columns."""
+    if mask is None or mask.ndim != weight.ndim or mask.numel() == 1:
+        return False
+    return all(a in (1, b) for a, b in zip(mask.shape, weight.shape, strict=True))
+
+
+def quantised(states: Iterable[WeightState]) -> list[str]:
+    """The weights of which a quantised copy acts in forward."""
+    return [
+        state.name
+        for state in states
+        if any(
+            isinstance(getattr(source.owner, name, None), nn.Module)
+            for source in state.weight.sources
+            for name in _QUANTISERS
+        )
+    ]
+
+
+def nonzeros(states: Iterable[WeightState]) -> dict[str, tuple[int, int]]:
+    """Per weight the number of entries that are not zero, and of all; of a shard those it holds.
+
+    Reads from the device.
+    """
+    return {
+        state.name: (int(torch.count_nonzero(S.S)), S.S.numel())
+        for state in states
+        if isinstance(S := state.operator(), StoredMatrix) and not S.S.is_meta
+    }
+
+
+def mostly_zero(states: Sequence[WeightState]) -> list[str]:
+    """The weights most of whose entries are exact zeros, but for those that are zero altogether.
+
+    And but for those with one entry in a row or column, as the identity: they obey as they are.
+    """
+    sides = {state.name: max(state.shape[-2:]) for state in states}
+    counts = nonzeros(states)
+    return [name for name, (some, all_) in counts.items() if sides[name] < some < all_ / 2]

@@ -1,0 +1,36 @@
+"""Weights to which a limit or a step could not be applied, and the one error that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from wellcond.text import and_more
+
+HOLDS_NAN = (
+    " holds NaN or infinity and was left as it is. "
+    "Restore the last good checkpoint, or lower the learning rate."
+)
+ELSEWHERE = (
+    ": the limit could not be applied by the process of the group that does so for all of them. "
+    "See the error of that one."
+)
+
+Failures = dict[str, str]  # by the name of a weight, what follows it in the message
+
+
+def raise_failures(failures: Mapping[str, str], rest: str = "") -> None:
+    """Raises one ValueError for all of them, if there are any.
+
+    Args:
+        failures: why each has failed.
+        rest: what became of the other weights, as a sentence.
+    """
+    if not failures:
+        return
+    why = dict.fromkeys(failures.values())
+    sentences = [
+        and_more((f'"{name}"' for name in sorted(failures) if failures[name] == one), limit=100)
+        + one
+        for one in why
+    ]
+    raise ValueError(" ".join([*sentences, *([rest] if rest else [])]))

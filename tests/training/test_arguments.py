@@ -1,0 +1,236 @@
+"""What a Regularizer is given: numbers of other libraries, patterns, penalties that hold arrays."""
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from wellcond.linalg.checks import as_count, as_number
+
+K = wc.ConditionLimit(3.0)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+NUMBERS = [
+    3,
+    3.0,
+    np.float64(3),
+    np.float32(3),
+    np.float16(3),
+    np.int64(3),
+    np.array(3.0),
+    torch.tensor(3.0),
+    torch.tensor(3),
+    Fraction(3),
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda x: type(x).__name__)
+def test_numbers_of_all_libraries_are_numbers(number: Any) -> None:
+    assert as_number(number, "x") == 3
+    assert type(as_number(number, "x")) in (int, float)
+    assert wc.ConditionLimit(number) == wc.ConditionLimit(3)
+    assert wc.SingularValueLimit(number, number) == wc.SingularValueLimit(3, 3)
+    assert wc.Condition(number) == wc.Condition(3)
+    assert wc.SpectralNorm(1.0, number) == wc.SpectralNorm(1.0, 3)
+    assert wc.Orthogonality(1.0, number) == wc.Orthogonality(1.0, 3)
+    assert wc.Isometry(scale=number) == wc.Isometry(scale=3)
+    S = torch.randn(4, 4)
+    assert torch.equal(wc.nearest(S, number), wc.nearest(S, 3))
+    reg = wc.Regularizer(net(), K)
+    reg.proximal_step_(number)
+    assert repr(wc.Regularizer(net(), wc.ConditionLimit(number))).count("np.") == 0
+
+
+@pytest.mark.parametrize("thing", ["3", b"3", True, np.bool_(True), torch.tensor(True), None, [3]])
+def test_what_is_no_number_is_refused(thing: Any) -> None:
+    rules: list[Any] = [
+        wc.ConditionLimit,
+        wc.Condition,
+        wc.Orthogonality,
+        lambda x: wc.SpectralNorm(1.0, x),
+        lambda x: wc.Isometry(theta=x),
+        lambda x: wc.Condition(lambda step: x).strength_at(0),
+        lambda x: wc.nearest(torch.eye(2), x),
+        lambda x: wc.Regularizer(net(), K).proximal_step_(x),
+    ]
+    if thing is not None:
+        rules += [lambda x: wc.SingularValueLimit(upper=x), lambda x: wc.Isometry(scale=x)]
+    for rule in rules:
+        with pytest.raises(TypeError, match=r"` must be a number.*, got "):
+            rule(thing)
+
+
+@pytest.mark.parametrize("count", [4, np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)])
+def test_integers_of_all_libraries_are_counts(count: Any) -> None:
+    assert as_count(count, "x") == 4
+    model = net()
+    reg = wc.Regularizer(model, wc.Condition(0.1), block=count)
+    assert reg.block == 4
+    assert type(reg.block) is int
+    assert wc.Monitor(model, block=count).block == 4
+    reg.proximal_step_(0.1, steps=count)
+    assert reg.attach(torch.optim.SGD(model.parameters(), 0.1), every=count).every == 4
+    assert reg.log(lambda values, step: None, step=8, every=count)
+
+
+@pytest.mark.parametrize("count", [0, -1, 4.0, "4", True, np.bool_(True), np.float32(4), [4]])
+def test_what_is_no_positive_integer_is_refused(count: Any) -> None:
+    model = net()
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for use in (
+        lambda: wc.Regularizer(model, K, block=count),
+        lambda: wc.Monitor(model, block=count),
+        lambda: reg.proximal_step_(0.1, steps=count),
+        lambda: reg.attach(optimizer, every=count),
+        lambda: reg.log(lambda values, step: None, every=count),
+    ):
+        with pytest.raises(ValueError, match=r"` must be a positive integer, got "):
+            use()
+
+
+# --- penalties that hold more than numbers --------------------------------------------------------
+
+
+class Target(wc.Penalty):
+    needs_subspace = False
+
+    def __init__(self, strength: float, target: Any) -> None:
+        super().__init__(strength)
+        self.target = target
+
+    def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.Gradient]:
+        X = S.dense()
+        return X.sum(dim=(-2, -1)), wc.Gradient(torch.ones_like(X))
+
+
+@dataclasses.dataclass(eq=True)
+class Bounded(wc.Limit):
+    bound: Any
+
+    def apply(self, S: Tensor) -> Tensor:
+        return S.clamp(max=0.0)
+
+
+@pytest.mark.parametrize("array", [torch.ones(3), np.ones(3), [torch.ones(3)], (torch.ones(3), 1)])
+def test_weights_under_rules_that_hold_arrays_are_grouped_by_identity(array: Any) -> None:
+    def copied(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return type(x)(map(copied, x))
+        return x.clone() if isinstance(x, Tensor) else x.copy() if hasattr(x, "copy") else x
+
+    model = net()
+    for kind in (lambda x: Target(1.0, x), Bounded):
+        one, same, other = kind(array), kind(array), kind(copied(array))
+        if isinstance(one, wc.Penalty):
+            assert one == same or not isinstance(array, tuple | Tensor | np.ndarray)
+            assert one != other
+            assert len({one, same, other}) >= 2
+        for rules in ({"0.*": one, "2.*": other}, {"*": one}):
+            reg = wc.Regularizer(model, rules)
+            reg.add_gradients_() if isinstance(one, wc.Penalty) else reg.enforce_()
+
+
+def test_equal_numbers_make_equal_penalties() -> None:
+    assert wc.Condition(1.0) == wc.Condition(1)
+    assert hash(wc.Condition(1.0)) == hash(wc.Condition(1))
+    assert wc.Condition(1.0) != wc.Condition(2.0)
+    assert wc.Condition(1.0) != wc.Tikhonov(1.0)
+    schedule = math.exp
+    assert wc.Condition(schedule) == wc.Condition(schedule)
+    assert wc.Condition(schedule) != wc.Condition(lambda step: 1.0)
+    assert wc.Orthogonality(1.0, 1.0) != wc.Orthogonality(1.0, 2.0)
+
+
+# --- patterns -------------------------------------------------------------------------------------
+
+
+def test_nothing_to_leave_out_is_no_mistake() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    for patterns in (
+        {"weight": K, "*": None},
+        {"head.*": None, "*": K},
+        {"weight": K, "weight:q": None, "bias": None},
+    ):
+        assert wc.Regularizer(layer, patterns).names == ["weight"]
+    with pytest.raises(ValueError, match="matches no parameter"):
+        wc.Regularizer(layer, {"head.*": K, "*": None})
+
+
+@pytest.mark.parametrize("given", [None, 3.0, "Condition", K.max_condition, [K], {"*": "K"}])
+def test_what_is_no_penalty_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"`penalties` must be a penalty or map"):
+        wc.Regularizer(net(), given)
+
+
+@pytest.mark.parametrize("view", ["operator", "merged", "delta", "qk3", "vo"])
+def test_what_an_audit_alone_shows_is_said_to_be_measured_not_limited(view: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3))
+    for pattern in (f"0.weight:{view}", f"*:{view}"):
+        with pytest.raises(ValueError, match=rf'":{view}" shows is measured by audit\(\), not lim'):
+            wc.Regularizer(model, {pattern: K})
+    with pytest.raises(ValueError, match="matches no parameter") as caught:
+        wc.Regularizer(model, {"1.weight": K})
+    assert "audit()" not in str(caught.value)
+
+
+def test_errors_call_patterns_by_the_parameter_that_they_were_given_as() -> None:
+    with pytest.raises(ValueError, match="`patterns`: the pattern"):
+        wc.Monitor(net(), "head.*")
+    with pytest.raises(ValueError, match="`rule`: the pattern"):
+        wc.enforce(net(), {"head.*": K})
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+
+def test_a_state_that_is_none_is_refused_in_words() -> None:
+    reg = wc.Regularizer(nn.Linear(4, 4, bias=False), wc.Condition(0.1))
+    good = reg.state_dict()
+    for bad, says in (
+        (None, "`state` must be what state_dict"),
+        ([1], "`state` must be what state_dict"),
+        ({"weight": None}, r'`state\["weight"\]` must be a mapping of tensors, got NoneType'),
+        ({"weight": torch.ones(3)}, r'`state\["weight"\]` must be a mapping of tensors, got Tens'),
+        ({"weight": {**good["weight"], "step": 3}}, r'\["step"\]` must be a tensor, got int'),
+        ({"weight": {**good["weight"], "basis": [[1.0]]}}, r'\["basis"\]` must be a tensor, got l'),
+    ):
+        with pytest.raises(TypeError, match=says):
+            reg.load_state_dict(bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must hold the weights of this regulariser"):
+        reg.load_state_dict({})
+    reg.load_state_dict(good)
+
+
+# --- what print(reg) says of limits ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        (K, "before the last application κ 8, 2.667 times its limit"),
+        (wc.SingularValueLimit(upper=2.0), "before the last application σ₁ 4, 2 times its limit"),
+        (wc.SingularValueLimit(lower=1.0), "before the last application σ_ν 0.5, 2 times its limi"),
+        (wc.SingularValueLimit(lower=1.0, upper=2.0), "before the last application 2 times its l"),
+    ],
+)
+def test_the_value_that_is_limited_is_the_one_that_is_printed(limit: wc.Limit, says: str) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5])))
+    reg = wc.Regularizer(layer, limit)
+    reg.proximal_step_(0.0)
+    assert says in repr(reg)

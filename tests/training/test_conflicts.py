@@ -1,0 +1,215 @@
+"""A limit that something else undoes, or that holds in what does not act, is warned of once."""
+
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.utils.prune as prune
+from torch import Tensor, nn
+
+import wellcond as wc
+
+K = wc.ConditionLimit(3.0)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, "wellcond")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 16))
+
+
+def steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, after: Callable[[], None] = lambda: None
+) -> None:
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.ones(4, 24)).square().mean().backward()
+        optimizer.step()
+        after()
+
+
+def pruned(share: float = 0.8) -> nn.Sequential:
+    model = net()
+    prune.l1_unstructured(model[0], "weight", share)
+    prune.remove(model[0], "weight")
+    return model
+
+
+@pytest.mark.parametrize("limit", [K, wc.SingularValueLimit(lower=0.5)], ids=repr)
+def test_zeros_that_are_filled_are_named_once(
+    limit: wc.Limit, said: Callable[[], list[str]]
+) -> None:
+    model = pruned()
+    reg = wc.Regularizer(model, limit)
+    reg.enforce_()
+    reg.enforce_()
+    assert said() == [
+        'Most entries of "0.weight" are exact zeros, as after pruning: the hard limit has filled '
+        "them. Leave the weight out with a pattern if they are to stay."
+    ]
+    assert int((model[0].weight == 0).sum()) < 24
+
+
+def test_zeros_are_named_at_attach_before_they_are_filled(said: Callable[[], list[str]]) -> None:
+    model = pruned()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wc.Regularizer(model, K).attach(optimizer)
+    (message,) = said()
+    assert 'Most entries of "0.weight" are exact zeros' in message
+    assert "a hard limit fills them" in message
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda S: S.zero_(),
+        nn.init.eye_,
+        lambda S: S.copy_(torch.eye(24)[torch.randperm(24)]),  # a permutation
+        lambda S: S.copy_(S.tril()),
+        lambda S: S.mul_(torch.rand_like(S) > 0.4),
+        nn.init.orthogonal_,
+    ],
+)
+def test_usual_initial_weights_are_not_warned_of(
+    made: Callable[[Tensor], Tensor], said: Callable[[], list[str]]
+) -> None:
+    model = net()
+    with torch.no_grad():
+        made(model[0].weight)
+    reg = wc.Regularizer(model, K)
+    reg.attach(torch.optim.SGD(model.parameters(), 0.1))
+    reg.enforce_()
+    assert said() == []
+
+
+def test_penalties_and_what_obeys_are_not_warned_of(said: Callable[[], list[str]]) -> None:
+    model = pruned()
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg.attach(torch.optim.SGD(model.parameters(), 0.1))
+    blocks = nn.Linear(24, 24)
+    with torch.no_grad():
+        blocks.weight.copy_(torch.block_diag(*[torch.linalg.qr(torch.randn(4, 4))[0]] * 6))
+    wc.Regularizer(blocks, K).enforce_()  # mostly zeros, and left as it is
+    assert said() == []
+
+
+def test_a_mask_that_is_applied_after_each_step_is_noticed(said: Callable[[], list[str]]) -> None:
+    """Rows are set to zero outside: nothing tells but the singular values that are 0 again."""
+    model = net()
+    rows = torch.arange(24)[:, None] < 16
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wc.Regularizer(model, K).attach(optimizer, every=1)
+
+    def mask() -> None:
+        with torch.no_grad():
+            model[0].weight *= rows
+
+    steps(model, optimizer, mask)
+    (message,) = said()
+    assert message.startswith('A singular value of "0.weight" was 0 again, though a hard limit')
+
+
+def test_a_weight_of_rank_one_that_is_lifted_once_is_not_noticed(
+    said: Callable[[], list[str]],
+) -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.ones(24, 24))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wc.Regularizer(model, K).attach(optimizer, every=1)
+    steps(model, optimizer)
+    assert said() == []
+
+
+class Masked(nn.Linear):
+    """A layer that keeps the mask of its weight as a buffer."""
+
+    def __init__(self, mask: Tensor, name: str = "mask") -> None:
+        super().__init__(24, 24)
+        self.register_buffer(name, mask)
+
+
+@pytest.mark.parametrize("name", ["mask", "weight_mask", "pruning_mask_"])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 1), (1, 24)])
+def test_a_mask_beside_a_weight_is_named_once(
+    name: str, shape: tuple[int, int], said: Callable[[], list[str]]
+) -> None:
+    model = nn.Sequential(Masked(torch.ones(shape), name), nn.Linear(24, 16))
+    reg = wc.Regularizer(model, K)
+    reg.attach(torch.optim.SGD(model.parameters(), 0.1))
+    reg.enforce_()
+    (message,) = said()
+    assert message.startswith('"0.weight" is under a hard limit, with a mask beside')
+
+
+def test_other_buffers_and_masks_of_attention_are_no_masks_of_weights(
+    said: Callable[[], list[str]],
+) -> None:
+    model = nn.Sequential(Masked(torch.ones(1, 1)), Masked(torch.ones(8, 8)), nn.BatchNorm1d(24))
+    model.register_buffer("mask", torch.ones(24, 24))
+    wc.Regularizer(model, K).enforce_()
+    assert said() == []
+
+
+def test_a_weight_that_is_pruned_while_the_mask_is_on_is_left_out() -> None:
+    model = net()
+    prune.l1_unstructured(model[0], "weight", 0.8)
+    assert wc.Regularizer(model, K).names == ["2.weight"]
+
+
+# --- quantisation-aware training ------------------------------------------------------------------
+
+
+class Quantised(nn.Linear):
+    """As the layers of torch.ao, torchao and others that quantise their weight in forward."""
+
+    def __init__(self, attribute: str) -> None:
+        super().__init__(24, 24)
+        setattr(self, attribute, nn.Identity())
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    ["weight_fake_quant", "weight_fake_quantizer", "weight_quant", "weight_quantizer"],
+)
+def test_what_acts_quantised_is_named_once(attribute: str, said: Callable[[], list[str]]) -> None:
+    model = nn.Sequential(Quantised(attribute), nn.Linear(24, 16))
+    reg = wc.Regularizer(model, K)
+    reg.attach(torch.optim.SGD(model.parameters(), 0.1))
+    reg.enforce_()
+    wc.Regularizer(model, wc.Condition(0.1)).enforce_()
+    (message,) = said()
+    assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds in the')
+
+
+def test_quantisation_aware_layers_of_torch_are_named(said: Callable[[], list[str]]) -> None:
+    from torch.ao.nn.qat import Conv2d, Linear
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    config = get_default_qat_qconfig("fbgemm")
+    model = nn.Sequential(Linear(24, 24, qconfig=config), Conv2d(3, 4, 3, qconfig=config))
+    wc.enforce(model, K)
+    (message,) = said()
+    assert message.startswith('"0.weight", "1.weight" are trained for quantisation')
+
+
+def test_a_quantiser_that_is_switched_off_is_none(said: Callable[[], list[str]]) -> None:
+    model = nn.Sequential(Quantised("other"), nn.Linear(24, 24))
+    model[1].weight_fake_quantizer = None
+    wc.Regularizer(model, K).enforce_()
+    assert said() == []
+
+
+def test_a_copy_says_it_anew(said: Callable[[], list[str]]) -> None:
+    model = nn.Sequential(Quantised("weight_fake_quant"))
+    reg = wc.Regularizer(model, K)
+    copy.deepcopy(reg).enforce_()
+    reg.enforce_()
+    assert len(said()) == 2

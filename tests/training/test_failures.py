@@ -1,0 +1,231 @@
+"""One weight that cannot obey leaves no other undone, and one error names all that failed."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+
+K = 2.0
+LIMITS = [
+    wc.ConditionLimit(K),
+    wc.SingularValueLimit(lower=0.5, upper=1.0),
+    wc.SingularValueLimit(upper=0.5),
+]
+
+
+def net(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in shapes)).to(dtype)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [layer.weight.detach() for layer in model]  # type: ignore[union-attr]
+
+
+def obeys(S: Tensor, limit: wc.Limit) -> bool:
+    sigma = torch.linalg.svdvals(S.double())
+    if isinstance(limit, wc.ConditionLimit):
+        return bool(sigma[0] / sigma[-1] <= K * (1 + 1e-9))
+    assert isinstance(limit, wc.SingularValueLimit)
+    low, high = limit.lower or 0.0, limit.upper or math.inf
+    return bool(sigma[0] <= high * (1 + 1e-9)) and bool(sigma[-1] >= low * (1 - 1e-9))
+
+
+def still(optimizer_of: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer whose steps move nothing."""
+    for parameter in optimizer_of.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.optim.SGD(optimizer_of.parameters(), 0.1)
+
+
+def enforce(model: nn.Module, limit: wc.Limit) -> None:
+    wc.Regularizer(model, limit).enforce_()
+
+
+def once(model: nn.Module, limit: wc.Limit) -> None:
+    wc.enforce(model, limit)
+
+
+def by_hand(model: nn.Module, limit: wc.Limit) -> None:
+    reg = wc.Regularizer(model, limit)
+    for _ in range(2):
+        reg.proximal_step_(0.1)
+
+
+def attached(model: nn.Module, limit: wc.Limit) -> None:
+    """At every step all that is due is done, and all errors are alike."""
+    optimizer = still(model)
+    wc.Regularizer(model, limit).attach(optimizer, every=1)
+    with pytest.raises(ValueError, match="holds NaN"):
+        optimizer.step()
+    optimizer.step()
+
+
+WAYS = [enforce, once, by_hand, attached]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("limit", LIMITS, ids=repr)
+def test_one_that_is_not_finite_leaves_no_other_undone(
+    limit: wc.Limit, way: Callable[[nn.Module, wc.Limit], None], at: int, bad: float
+) -> None:
+    """The first, one of a batch of equal shapes, and the last."""
+    model = net((16, 16), (12, 16), (12, 16), (10, 12))
+    with torch.no_grad():
+        weights(model)[at][0, 1] = bad
+    before = weights(model)[at].clone()
+    with pytest.raises(ValueError, match=rf'"{at}\.weight" holds NaN or infinity and was left'):
+        way(model, limit)
+    for i, S in enumerate(weights(model)):
+        if i == at:
+            torch.testing.assert_close(S, before, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert obeys(S, limit)
+
+
+def test_all_that_failed_are_named_each_with_its_reason() -> None:
+    model = net((64, 64), (16, 16), (64, 64), (8, 8), dtype=torch.bfloat16)
+    with torch.no_grad():
+        weights(model)[1][0, 0] = math.nan
+    rules = {
+        "0.*": wc.ConditionLimit(1.0005),
+        "2.*": wc.ConditionLimit(1.0005),
+        "*": wc.ConditionLimit(K),
+    }
+    before = [S.clone() for S in weights(model)]
+    reg = wc.Regularizer(model, rules)
+    with pytest.raises(ValueError, match="holds NaN") as caught:
+        reg.enforce_()
+    said = str(caught.value)
+    assert (
+        '"0.weight", "2.weight": no weight near it obeys ConditionLimit(max_condition=1.0005)'
+        in (said)
+    )
+    assert '"1.weight" holds NaN or infinity and was left as it is. Restore' in said
+    assert said.endswith("All other hard limits hold.")
+    for i in range(3):
+        torch.testing.assert_close(weights(model)[i], before[i], rtol=0, atol=0, equal_nan=True)
+    assert float(wc.condition_number(weights(model)[3])) <= K
+    with torch.no_grad():
+        weights(model)[1].copy_(torch.eye(16))
+    with pytest.raises(ValueError, match=r'^"0\.weight", "2\.weight": no weight near') as caught:
+        reg.enforce_()
+    assert "NaN" not in str(caught.value)
+
+
+class Failing(wc.Limit):
+    """A limit of a user that refuses some weights."""
+
+    def apply(self, S: Tensor) -> Tensor:
+        assert torch.isfinite(S).all(), "it must not be asked of such a weight"
+        if S.shape[0] == 16:
+            raise ValueError("no {such} weight")
+        return torch.zeros_like(S)
+
+
+def test_limits_that_users_have_written_are_no_exception() -> None:
+    model = net((16, 16), (12, 16), (4, 12))
+    with torch.no_grad():
+        weights(model)[2][0, 0] = math.nan
+    reg = wc.Regularizer(model, Failing())
+    with pytest.raises(ValueError, match=r"no \{such\} weight") as caught:
+        reg.enforce_()
+    assert '"0.weight": no {such} weight' in str(caught.value)
+    assert '"2.weight" holds NaN' in str(caught.value)
+    assert not weights(model)[1].any()
+
+
+def test_experts_and_groups_of_a_bad_weight_are_done_one_by_one() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stack = nn.Parameter(torch.randn(3, 6, 4))
+            self.conv = nn.Conv2d(4, 6, 3, groups=2, bias=False)
+
+    model = Experts()
+    with torch.no_grad():
+        model.stack[1, 0, 0] = math.nan
+        model.conv.weight[0, 0, 0, 0] = math.inf
+    with pytest.raises(ValueError, match=r'"conv\.weight", "stack" holds NaN'):
+        wc.enforce(model, {"stack": wc.ConditionLimit(K), "conv.*": wc.ConditionLimit(K)})
+    assert obeys(model.stack[0].detach(), LIMITS[0])
+    assert obeys(model.stack[2].detach(), LIMITS[0])
+
+
+def test_penalties_wait_and_limits_do_not() -> None:
+    """No penalty takes a step while a weight under one is not finite; limits hold all the same."""
+    model = net((8, 8), (8, 8), (6, 8))
+    rules = {"0.*": wc.Condition(0.1), "1.*": wc.Condition(0.1), "2.*": wc.ConditionLimit(K)}
+    reg = wc.Regularizer(model, rules)
+    optimizer = still(model)
+    reg.attach(optimizer, every=1)
+    with torch.no_grad():
+        weights(model)[0][0, 0] = math.nan
+    before = weights(model)[1].clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'"0\.weight" holds NaN'):
+            optimizer.step()
+    assert torch.equal(weights(model)[1], before)
+    assert obeys(weights(model)[2], LIMITS[0])
+    pending = {name: int(s["pending_steps"]) for name, s in reg.state_dict().items()}
+    assert pending == {"0.weight": 2, "1.weight": 2, "2.weight": 0}
+    with torch.no_grad():
+        weights(model)[0].copy_(torch.eye(8))
+        weights(model)[2][0, 0] = math.nan  # and the other way round penalties do not wait
+    with pytest.raises(ValueError, match=r'"2\.weight" holds NaN'):
+        optimizer.step()
+    assert not torch.equal(weights(model)[1], before)
+
+
+def test_isometry_steps_are_taken_by_all_others() -> None:
+    model = net((8, 8), (8, 8), (6, 8))
+    with torch.no_grad():
+        weights(model)[0][0, 0] = math.nan
+    before = [S.clone() for S in weights(model)]
+    reg = wc.Regularizer(model, wc.Isometry(theta=1.0, scale=1.0))
+    for _ in range(30):
+        with pytest.raises(ValueError, match=r'"0\.weight" holds NaN'):
+            reg.proximal_step_(0.0)
+    torch.testing.assert_close(weights(model)[0], before[0], rtol=0, atol=0, equal_nan=True)
+    for S in weights(model)[1:]:
+        assert float(wc.condition_number(S)) < 1.01
+
+
+def test_a_weight_that_fails_does_not_keep_other_shapes_waiting() -> None:
+    """By their pace one shape is served a step: one that stays due must not take all turns."""
+    model = net((16, 16), (12, 16), (12, 12))
+    with torch.no_grad():
+        weights(model)[0][0, 0] = math.nan
+    optimizer = still(model)
+    reg = wc.Regularizer(model, wc.ConditionLimit(K))
+    reg.attach(optimizer)
+    raised = 0
+    for _ in range(12):
+        try:
+            optimizer.step()
+        except ValueError as error:
+            raised += '"0.weight" holds NaN' in str(error)
+    assert raised >= 5
+    assert obeys(weights(model)[1], LIMITS[0])
+    assert obeys(weights(model)[2], LIMITS[0])
+    with torch.no_grad():
+        weights(model)[0].copy_(torch.randn(16, 16))
+    optimizer.step()
+    assert obeys(weights(model)[0], LIMITS[0])
+
+
+def test_an_infinite_condition_number_is_called_infinite() -> None:
+    layer = net((6, 4))
+    with torch.no_grad():
+        layer[0].weight[:, 0] = 0.0
+    reg = wc.Regularizer(layer, wc.ConditionLimit(K))
+    reg.proximal_step_(0.0)
+    assert "κ inf, inf times its limit" in repr(reg)
+    assert reg.measure()["0.weight"].condition_before == math.inf

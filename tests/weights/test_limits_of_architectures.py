@@ -1,0 +1,27 @@
+"""Limits on usual architectures are warned of for nothing: no mask, no zeros, no quantisation."""
+
+import logging
+
+import pytest
+import torch
+
+import wellcond as wc
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from architectures import of_transformers
+
+pytestmark = pytest.mark.frameworks
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX", "Bloom", "Mixtral", "BERT", "T5", "BART"])
+def test_a_limit_on_a_usual_architecture_passes_in_silence(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = of_transformers(name)
+    reg = wc.Regularizer(model, wc.ConditionLimit(1e6))
+    with caplog.at_level(logging.WARNING, "wellcond"):
+        reg.attach(torch.optim.SGD(model.parameters(), 1e-3))
+        reg.enforce_()
+        wc.enforce(model, wc.ConditionLimit(1e6))
+    assert [record for record in caplog.records if record.name == "wellcond"] == []
