@@ -34,8 +34,8 @@ class StableRank(Penalty):
     sigma_1^2); it is 0 at S = 0. It is orthogonal to S and scales as 1/||S||_F: plain gradient
     steps make S grow, and are weak on a large weight. The proximal step of `attach` has neither
     fault: it is that of r, of length eta/sigma_1^2, and then back to the old ||S||_F. In float32
-    a weight whose sigma_1 is below 1e-19 or above 1e22 gets no gradient; in float64 one below
-    1e-154 or above 1e161.
+    a weight whose sigma_1 is below 1e-19 or above 1e20/sqrt(nu) gets no gradient; in float64 one
+    below 1e-154 or above 1e160/sqrt(nu).
 
     Args:
         strength: factor of the penalty, as for `Condition`. Its gradient is that of `Condition`
@@ -65,9 +65,18 @@ class StableRank(Penalty):
 
     def _gradient(self, S: Operator, image: Image, srank: Tensor) -> Gradient:
         left, right, _ = image.top
-        c = -1 / (S.nu * image.top.sigma[..., 0].square())
-        c = torch.where(torch.isfinite(c), c, 0.0)
-        return Gradient(LowRank(c, over_matrices(-c * srank) * left, right))
+        inverse = 1 / image.top.sigma[..., 0]
+        c = -inverse / S.nu * inverse
+        # A subnormal c has few digits: what is left of them must cancel U V^T along S.
+        known = torch.isfinite(c) & (
+            -c > 1e3 * torch.finfo(c.dtype).smallest_normal * torch.finfo(c.dtype).eps
+        )
+        inverse, c = torch.where(known, inverse, 0.0), torch.where(known, c, 0.0)
+        return Gradient(
+            LowRank(
+                c, over_matrices(srank / S.nu * inverse) * (left * over_matrices(inverse)), right
+            )
+        )
 
     def proximal_step(
         self, S: Operator, image: Image | None, eta: Tensor
