@@ -335,3 +335,17 @@ def test_a_large_entry_that_does_not_hold_all_is_none() -> None:
         layer.weight[20, 4] = 10 * layer.weight.norm()
     assert wc.audit(layer).findings[0].dominant_entry == ()
     assert wc.audit(nn.Linear(1, 4)).findings[0].dominant_entry == ()
+
+
+def test_no_repair_is_advised_of_a_weight_that_no_file_holds() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.tril())
+
+    torch.manual_seed(0)
+    parametrized = torch.nn.utils.parametrizations.weight_norm(nn.Linear(32, 32, bias=False))
+    with torch.no_grad():
+        parametrized.weight = parametrized.weight.tril()
+    for layer in (Masked(32, 32, bias=False), parametrized):
+        assert "random matrices of this shape exceed" in lines(layer)
+        assert "`repair" not in lines(layer)

@@ -92,6 +92,8 @@ class Finding:
         zero_columns: which columns (inputs) are zero likewise.
         dominant_entry: where one entry holds more than 99.9 % of ||S||_F^2, its indices; () if none
             does, and of a vector.
+        stored: whether it is stored as it is measured, and not computed from parameters, so that a
+            file of it could be repaired.
         added_share: of a weight with what an adapter of rank r adds, which part of the sum of its r
             largest singular values comes from the adapter; nan of others. See
             `wellcond.linalg.leading.added`.
@@ -123,6 +125,7 @@ class Finding:
     zero_rows: tuple[int, ...] = ()
     zero_columns: tuple[int, ...] = ()
     dominant_entry: tuple[int, ...] = ()
+    stored: bool = True
     added_share: float = math.nan
     added_new: int = 0
     added_of: int = 0

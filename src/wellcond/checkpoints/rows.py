@@ -70,7 +70,7 @@ def findings_of(
         blank = Finding(one.name, view, tuple(S.shape), _dtype(S))
         try:
             row = _finding(blank, S.detach().cpu(), certify, all_values)
-            found.append(replace(row, detail=joined(row.detail, one.note)))
+            found.append(replace(row, detail=joined(row.detail, one.note), stored=one.stored))
         except Exception as error:
             found.append(replace(blank, status=Status.failed, detail=_in_words(error)))
     if one.adapters:

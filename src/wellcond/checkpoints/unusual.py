@@ -72,9 +72,10 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
     if finding.subnormal_share > _ENTRIES:
         share = percent(finding.subnormal_share)
         facts.append(f"{share} of its entries are subnormal in {finding.dtype}")
-    # No file holds a sum. To fill a row gives outputs to a class that never occurs, and beside one
-    # huge entry all others are as good as zero.
-    repairable = rare and not (finding.with_adapter or _lost(finding) or finding.dominant_entry)
+    # No file holds a sum, or what is computed. To fill a row gives outputs to a class that never
+    # occurs, and beside one huge entry all others are as good as zero.
+    stored = finding.stored and not finding.with_adapter
+    repairable = rare and stored and not (_lost(finding) or finding.dominant_entry)
     return [*facts, *(_repair(finding) if repairable else [])]
 
 

@@ -74,6 +74,7 @@ def effective_matrices(
             partial(_acting_value, module, attribute),
             geometry,
             note=joined(fused.get((module, attribute), Views()).note, note),
+            stored=attribute not in _effective_attributes(module) and note != COMPUTED,
         )
 
     for weight in found.weights:

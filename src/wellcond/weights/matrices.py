@@ -21,7 +21,8 @@ class Matrices:
     stack (g, m, n): the blocks of one block-diagonal map, such as the groups of a convolution.
     The tensor of which the geometry is known is a kernel, of a convolution on inputs of that size.
     Where there are adapters, what they add acts besides. `note` is what is to be known of all of
-    its matrices, such as why it is seen as a whole.
+    its matrices, such as why it is seen as a whole. `stored`: it is a parameter as it stands, and
+    not computed from some.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Matrices:
     geometry: Geometry | None = None
     adapters: tuple[Adapter, ...] = ()
     note: str = ""
+    stored: bool = True
 
 
 def is_vector(shape: Sequence[int]) -> bool:
