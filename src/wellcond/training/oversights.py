@@ -136,7 +136,7 @@ class Oversights:
     def limited(self, states: Iterable[WeightState]) -> None:
         """Limits are put on weights that are masked or quantised where they act."""
         limited = [state for state in states if isinstance(state.rule, Limit)]
-        if names := masked(limited):
+        if names := masked(state for state in limited if not state.caution):
             self._say(
                 "masked",
                 "%s under a hard limit, with a mask beside: a projection fills the zeros, "
@@ -227,11 +227,10 @@ class Oversights:
 def warn_of_stored(states: Iterable[WeightState]) -> None:
     """Names the weights of which what is stored is not what acts.
 
-    Of a mask or a quantiser under a hard limit `Oversights.limited` says more.
+    Of a quantiser under a hard limit `Oversights.limited` says more.
     """
     states = list(states)
-    limited = [state for state in states if isinstance(state.rule, Limit)]
-    named = {*masked(limited), *quantised(limited)}
+    named = quantised(state for state in states if isinstance(state.rule, Limit))
     for state in states:
         if state.caution and state.name not in named:
             logger.warning(
