@@ -77,7 +77,7 @@ _LOUD = 0.5  # a smaller share of the parameters is said even if nobody asks
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
-    ".ckpt), or a directory of these"
+    ".ckpt, .pth.tar), or a directory of these"
 )
 
 
@@ -364,6 +364,10 @@ def _enough(report: AuditReport, min_coverage: float | None) -> bool:
     if share >= (_LOUD if min_coverage is None else min_coverage):
         return True
     text = f"only {100 * share:.3g} % of the parameters of {shown(report.source)} were measured"
+    if largest := report.coverage.largest_left_out:
+        why = report.coverage.skipped
+        named = (f"{shown(name)} ({size:,} entries, {why[name]})" for name, size in largest)
+        text += f"; the largest that were left out: {', '.join(named)}"
     if min_coverage is None:
         print(f"wellcond: warning: {text}", file=sys.stderr)
         return True

@@ -391,6 +391,19 @@ def test_in_eval_mode_and_under_penalties_nothing_is_said(said: Callable[[], lis
     assert said() == []
 
 
+def test_limits_are_applied_after_each_step_of_what_has_an_eval() -> None:
+    """A step draws the weight to another that no limit has reached."""
+    model = net()
+    optimizer = foreign.ScheduleFree(model.parameters(), lr=0.5)
+    reg = wc.Regularizer(model, K)
+    attachment = reg.attach(optimizer)
+    assert "every=1, as the optimizer has an eval()" in repr(attachment)
+    optimizer.train()
+    for _ in range(12):
+        steps(model, optimizer, 1)
+        assert max(kappas(model)) <= 3.0 + 1e-4
+
+
 # --- the packages themselves, where they are ------------------------------------------------------
 
 

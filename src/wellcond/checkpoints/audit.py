@@ -31,6 +31,7 @@ from wellcond.text import and_more, of_modules, versions
 from wellcond.weights.adapters import Adapter
 from wellcond.weights.effective import current
 from wellcond.weights.heads import Attention
+from wellcond.weights.kernels import groups_unknown
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -74,8 +75,8 @@ def audit(
     Args:
         model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
             .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth,
-            .bin, .ckpt), or a directory of these. Of other Python objects in a file the classes are
-            named and not loaded.
+            .bin, .ckpt, .pth.tar), or a directory of these. Of other Python objects in a file the
+            classes are named and not loaded.
         certify: enclose sigma_max, sigma_min and kappa of each by `wellcond.certify` as well.
         include: a pattern (`fnmatch.fnmatchcase`) or several, of names to measure; all if empty.
         exclude: a pattern or several, of names to leave out.
@@ -252,7 +253,11 @@ def _coverage(measured: Sequence[Finding], failed: Sequence[Finding], source: So
     total = source.parameters
     total += sum(source.constants.get(name, 0) for name in {finding.name for finding in own})
     share = min(1.0, covered / total) if total else 0.0
-    return Coverage(len(own), len(failed), source.skipped, share)
+    left_out = [(name, size) for name, size in source.sizes.items() if name in source.skipped]
+    left_out.sort(key=lambda pair: -pair[1])
+    kernels = sum(finding.view == "kernel" for finding in own) if source.of_file else 0
+    note = groups_unknown(kernels)
+    return Coverage(len(own), len(failed), source.skipped, share, tuple(left_out[:3]), note)
 
 
 def chosen(
@@ -286,9 +291,11 @@ def chosen(
             skipped.pop(one.name, None)
             wanted.append(one)
     if unused:
+        why = [f"{n} is left out: {skipped[n]}" for n in sorted(unused & skipped.keys())]
         raise ValueError(
             f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
-            f"matches none. The weights are {and_more(one.name for one in matrices)}."
+            f"matches none. {''.join(f'{one}. ' for one in why)}"
+            f"The weights are {and_more(one.name for one in matrices)}."
             f"{of_modules(unused, (one.name for one in matrices))}"
         )
     return wanted

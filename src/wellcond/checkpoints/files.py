@@ -248,22 +248,22 @@ class Checkpoint:
                 )
 
     @property
-    def parameters(self) -> int:
-        """How many entries all parameters have together; of a quantised weight those it stands for.
+    def sizes(self) -> dict[str, int]:
+        """How many entries each parameter has; of a quantised weight those that it stands for.
 
         Fixed transforms, tables and masks are none.
         """
         config = self.beside("config.json")
-        total = 0
+        sizes = {}
         for name, (_, entry) in self.where.items():
             reason = None if entry.skipped is None else entry.skipped.reason
             if reason is Reason.slice:
-                total += sum(entries(one.shape) for _, one in self.slices[name])
+                sizes[name] = sum(entries(one.shape) for _, one in self.slices[name])
             elif _holds_codes(name, entry):
-                total += logical_entries(name, self._kinds, self._read_small, config)
+                sizes[name] = logical_entries(name, self._kinds, self._read_small, config)
             elif entry.parameter and reason is not Reason.constant:
-                total += entries(entry.shape)
-        return total
+                sizes[name] = entries(entry.shape)
+        return sizes
 
     @property
     def constants(self) -> dict[str, int]:

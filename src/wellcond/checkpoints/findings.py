@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wellcond.linalg.certify import Certificate
 from wellcond.linalg.gaussian import exceedance, usual_stable_rank
-from wellcond.text import and_more
+from wellcond.text import and_more, joined
 from wellcond.weights.reasons import Skipped
 
 FLOAT16 = torch.finfo(torch.float16)
@@ -216,6 +216,7 @@ class Finding:
             "zero_rows": list(self.zero_rows),
             "zero_columns": list(self.zero_columns),
             "dominant_entry": list(self.dominant_entry),
+            "stored": self.stored,
             "added_share": self.added_share,
             "added_new": self.added_new,
             "added_of": self.added_of,
@@ -288,12 +289,17 @@ class Coverage:
         failed: how many could not be measured; each has a finding that says why.
         skipped: everything else by name, and why.
         parameter_share: entries of the measured matrices over those of all parameters, 0 to 1.
+        largest_left_out: the names and the entries of the largest parameters that were skipped, at
+            most three.
+        note: what is to be known of all findings; "" if nothing.
     """
 
     measured: int
     failed: int
     skipped: dict[str, Skipped]
     parameter_share: float
+    largest_left_out: tuple[tuple[str, int], ...] = ()
+    note: str = ""
 
     def __str__(self) -> str:
         left_out = {n: why for n, why in self.skipped.items() if not why.reason.no_matrix}
@@ -310,7 +316,7 @@ class Coverage:
         if reasons:
             counted = (f"{n} ({reason.name})" for reason, n in Counter(reasons).items())
             text += f"; no matrices: {', '.join(counted)}"
-        return text
+        return joined(text, self.note)
 
 
 def sort_key(finding: Finding) -> tuple[bool, bool, float]:

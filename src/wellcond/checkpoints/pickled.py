@@ -59,7 +59,11 @@ class Pickled(TensorFile):
         if not self._tensors and all(w.reason is Reason.objects for w in self.others.values()):
             content = self._content
             kind = content.kind if isinstance(content, Foreign) else type(content).__name__
-            besides = "".join(f", but {w.detail}" for w in self.others.values() if kind == "dict")
+            besides = "".join(
+                f"; beside it are Python objects that are not read: {why.detail}"
+                for why in self.others.values()
+                if kind == "dict"
+            )
             raise NoTensorsError(
                 f"{path} must hold a dict of tensors, but holds a {kind} without any{besides}. "
                 "Save a state dict: torch.save(model.state_dict(), path)."
@@ -237,7 +241,8 @@ def _of_class(kind: str) -> Skipped:
 def _foreign_entry(name: str, tensor: ForeignTensor) -> Entry:
     dtype = str(tensor.dtype or "").removeprefix("torch.")
     if tensor.kind == "meta":
-        return Entry(name, tensor.shape, dtype, False, Skipped(Reason.no_values))
+        floating = tensor.dtype is not None and tensor.dtype.is_floating_point
+        return Entry(name, tensor.shape, dtype, floating, Skipped(Reason.no_values))
     if "." not in tensor.kind:
         return Entry(name, tensor.shape, dtype, False, Skipped(Reason.not_dense, tensor.kind))
     return Entry(name, tensor.shape, dtype, True, _of_class(tensor.kind))

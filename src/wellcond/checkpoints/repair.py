@@ -27,6 +27,7 @@ from wellcond.operators.views import shares_memory
 from wellcond.output import new_path, refuse_existing
 from wellcond.penalties.limit import limited
 from wellcond.text import and_more, dump_json, joined, out_of_memory, text_table, versions, written
+from wellcond.weights.kernels import groups_unknown
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -110,6 +111,8 @@ class RepairReport:
                 labels.setdefault(repair.note, []).append(repair.label)
         for note, noted in labels.items():
             text += f"{and_more(noted, 3)}: {note}\n"
+        kernels = sum(repair.view == "kernel" for repair in self.changed)
+        text += f"{groups_unknown(kernels)}\n" if kernels else ""
         obeyed = len(self.repairs) - len(self.changed)
         text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
         text += f"they were; {len(self.skipped)} other tensors copied\n"
@@ -268,8 +271,12 @@ def _limit_all(
         moved = 0.0 if X is S else _relative_change(S, X)
         zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
         own = re.split(r"[./]", one.name)[-1]
-        unsure = X is not S and not _CALLED_A_WEIGHT.search(own)
-        note = joined(zero, one.note, "changed, though not called a weight" if unsure else "")
+        notes = [zero, one.note]
+        if X is not S and not _CALLED_A_WEIGHT.search(own):
+            notes.append("changed, though not called a weight")
+        if rows := ((S == 0).all(-1) & (X != 0).any(-1)).flatten().nonzero().flatten().tolist():
+            notes.append(f"rows that were zero are filled: {and_more(map(str, rows))}")
+        note = joined(*notes)
         dtype = str(S.dtype).removeprefix("torch.")
         done.append(
             Repair(one.name, view, tuple(S.shape), dtype, before, after, moved, margin, note)

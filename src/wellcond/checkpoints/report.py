@@ -151,6 +151,11 @@ class AuditReport(_Document):
                     for name, why in self.coverage.skipped.items()
                 ],
                 "parameter_share": self.coverage.parameter_share,
+                "largest_left_out": [
+                    {"name": name, "entries": size}
+                    for name, size in self.coverage.largest_left_out
+                ],
+                "note": self.coverage.note,
             },
             "not_finite": to_list(self.not_finite),
             "versions": self.versions,

@@ -213,10 +213,13 @@ def findings_of_heads(attention: Attention, views: set[str], value: Value) -> li
 def _of_product(blank: Finding, S: Product, *notes: str) -> Finding:
     """Of the leading singular values, which alone need not be zero."""
     factors = S.B.cpu(), S.A.cpu()
-    bad = sum(int((~torch.isfinite(factor)).sum()) for factor in factors)
-    if bad:
-        detail = f"{bad} of {sum(factor.numel() for factor in factors)} entries of its factors"
-        return replace(blank, status=Status.not_finite, detail=detail)
+    bad = [int((~torch.isfinite(factor)).sum()) for factor in factors]
+    if any(bad):
+        each = zip(bad, factors, "BA", strict=True)
+        counts = (
+            f"{n} of {factor.numel()} entries of its factor {name}" for n, factor, name in each if n
+        )
+        return replace(blank, status=Status.not_finite, detail=" and ".join(counts))
     spectrum = spectrum_of_product(*factors)
     sigma, kappa, unit = spectrum.scaled, spectrum.condition_number, spectrum.unit
     status = Status.ok

@@ -41,6 +41,8 @@ class Source:
         matrices: one a tensor.
         skipped: what is no weight, and why.
         parameters: how many entries all parameters have.
+        sizes: how many entries every parameter has, by its name.
+        of_file: it is a file, which says less than a model.
         constants: entries of what is no parameter, and measured if its exact name asks for it.
         tensors: the entries of every tensor that may have floating point ones, by its name.
         heads: finds the heads of attention, and says how to read what they rest on.
@@ -61,6 +63,8 @@ class Source:
     bases: list[Matrices] = field(default_factory=list)
     baseless: dict[str, str] = field(default_factory=dict)
     constants: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    of_file: bool = False
 
 
 def source_of(
@@ -117,6 +121,7 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         lambda: (heads_of(model), current),
     )
     parameters = {n: p for n, p in model.named_parameters() if not is_lazy(p)}
+    found.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -131,16 +136,17 @@ def _of_model(model: nn.Module, example: Any) -> Source:
 def _of_file(file: Checkpoint) -> Source:
     matrices = list(file.matrices())
     heads = partial(_heads_in, file, matrices)
+    sizes = file.sizes
     found = Source(
         str(file.path),
         matrices,
         file.skipped(),
-        file.parameters,
+        sum(sizes.values()),
         searchable(file),
         heads,
         dict(file.damaged),
     )
-    found.constants = file.constants
+    found.constants, found.sizes, found.of_file = file.constants, sizes, True
     return _with_adapters(found, adapters_in(file))
 
 

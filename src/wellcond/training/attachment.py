@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from wellcond.penalties.base import Limit, Penalty
 from wellcond.text import quoted
+from wellcond.training.conflicts import nonzeros
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
@@ -28,6 +29,8 @@ logger = logging.getLogger("wellcond")
 EVERY = 10  # optimizer steps between proximal steps, if nothing else is said
 # An optimizer changes a weight in place once or twice a step; loading it once.
 _CHANGES = 3
+# After so many applications of limits it is looked whether entries are set to zero again.
+_COUNTS = 4
 
 
 class Attachment:
@@ -42,10 +45,14 @@ class Attachment:
         states: list[WeightState],
         every: int | None,
         apply: Callable[[list[WeightState]], None],
+        undone: Callable[[list[str]], None],
     ) -> None:
         self.states = states
         # Steps between proximal steps. None: hard limits when they are due, penalties every 10.
         self.every = every
+        # An optimizer with an eval() mode draws its weights at each step to others, which no limit
+        # has reached: to wait would undo every application.
+        self._at_once = every is None and callable(getattr(optimizer, "eval", None))
         self.removed = False
         self.steps = 0  # of the optimizer, seen
         # Steps of other optimizers on the weights before the first own one.
@@ -53,7 +60,11 @@ class Attachment:
         self.warned = False  # that the optimizer has taken no step
         self._version = self._changes()
         self._optimizer = weakref.ref(optimizer, self._orphan)
-        self._apply = apply
+        self._apply, self._undone = apply, undone
+        # Entries that are not zero after the last application of a limit, by weight; how often
+        # they were counted, which reads from the device.
+        self._nonzeros: dict[str, tuple[int, int]] = {}
+        self._counts = 0
         _watch_all_optimizers()
         self._open, self._closing = 0, False  # nested steps of the optimizer under way
         # Bookkeeping in Python, and proximal steps that pay for themselves: nothing to compile.
@@ -103,9 +114,15 @@ class Attachment:
     def _words(self) -> str:
         hard = [isinstance(state.rule, Limit) for state in self.states]
         soft = f"{EVERY} for penalties" if not all(hard) else ""
-        return f'"auto"{", " * bool(soft)}{soft}' if any(hard) else str(EVERY)
+        auto = "1, as the optimizer has an eval()" if self._at_once else '"auto"'
+        return f"{auto}{', ' * bool(soft)}{soft}" if any(hard) else str(EVERY)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._nonzeros:
+            counted = [state for state in self.states if state.name in self._nonzeros]
+            now = nonzeros(counted)
+            self._undone([name for name in now if now[name] < self._nonzeros[name]])
+            self._nonzeros = {}
         # One that calls the step of its base class runs all hooks for both: the outer one counts.
         # Where some are closed, but not all, one has raised an exception.
         nested = not self._closing and _may_nest(type(optimizer))
@@ -143,17 +160,21 @@ class Attachment:
                 state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
             else:
                 state.gather(_rate(lr))
-        due = [s for s in states if not self._by_pace(s) and s.pending_steps >= self._interval]
+        due = [s for s in states if not self._by_pace(s) and s.pending_steps >= self._interval(s)]
         due += self._turn([state for state in states if self._by_pace(state) and state.due])
         if due:
             self._apply(due)
+            limited = [state for state in due if isinstance(state.rule, Limit)]
+            if limited and self._counts < _COUNTS:
+                self._counts += 1
+                self._nonzeros = nonzeros(limited)
 
-    @property
-    def _interval(self) -> int:
-        return self.every or EVERY
+    def _interval(self, state: WeightState) -> int:
+        at_once = self._at_once and isinstance(state.rule, Limit)
+        return 1 if at_once else self.every or EVERY
 
     def _by_pace(self, state: WeightState) -> bool:
-        return self.every is None and isinstance(state.rule, Limit)
+        return self.every is None and not self._at_once and isinstance(state.rule, Limit)
 
     def _turn(self, due: list[WeightState]) -> list[WeightState]:
         """Those of one shape, the longest due, so that no step pays for all of them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -172,20 +171,14 @@ class Oversights:
                 what,
             )
 
-    def undone(self, states: Iterable[WeightState]) -> None:
-        """Limits were applied: a weight had a singular value 0 again that was lifted before."""
-        names = [
-            state.name
-            for state in states
-            if state.pace.applications > 1 and math.isinf(state.pace.condition_number)
-        ]
+    def undone(self, names: Sequence[str]) -> None:
+        """Entries of these weights were set to zero after a hard limit was applied to them."""
         if names:
             self._say(
                 "undone",
-                "A singular value of %s was 0 again, though a hard limit was applied before: "
-                "something sets entries to zero after it, as a mask does, and each undoes the "
-                "other. Leave the weight out with a pattern, or enforce the limit after the mask "
-                "is gone.",
+                "Entries of %s are set to zero after a hard limit is applied, as a mask does: each "
+                "undoes the other. Leave the weight out with a pattern, or enforce the limit after "
+                "the mask is gone.",
                 quoted(names),
             )
 

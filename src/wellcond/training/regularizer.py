@@ -235,7 +235,9 @@ class Regularizer:
                 f"{subject(soft)} under none. Leave `every` out for 10 for penalties and "
                 '"auto" for limits.'
             )
-        attachment = Attachment(optimizer, states, steps, self._step_pending)
+        attachment = Attachment(
+            optimizer, states, steps, self._step_pending, self._oversights.undone
+        )
         self._attachments = [*self.attachments, attachment]
         self._oversights.attached(attachment)
         return attachment
@@ -253,12 +255,9 @@ class Regularizer:
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
         self._oversights.applied(self.attachments, "")
-        try:
-            self._engine.proximal_step_(
-                states, [state.pending_lr for state in states], WeightState.settle
-            )
-        finally:
-            self._oversights.undone(states)
+        self._engine.proximal_step_(
+            states, [state.pending_lr for state in states], WeightState.settle
+        )
 
     def enforce_(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.

@@ -31,7 +31,7 @@ def select(
     """
     if not isinstance(penalties, Rule | Mapping):
         raise TypeError(
-            "`penalties` must be a penalty or map patterns to penalties or None, got "
+            f"`{parameter}` must be a penalty or map patterns to penalties or None, got "
             f"{shorten(repr(penalties), 80)}. A penalty is, for instance, Condition(1e-2); to "
             "watch weights alone there is wc.Monitor."
         )
@@ -39,7 +39,7 @@ def select(
     for pattern, penalty in patterns.items():
         if not isinstance(penalty, Rule | None) or not isinstance(pattern, str):
             raise TypeError(
-                "`penalties` must be a penalty or map patterns to penalties or None, got "
+                f"`{parameter}` must be a penalty or map patterns to penalties or None, got "
                 f"{shorten(repr(penalty), 80)} for {pattern!r}. A penalty is, for instance, "
                 "Condition(1e-2)."
             )

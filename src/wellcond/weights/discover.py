@@ -276,6 +276,8 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return Skipped(Reason.uninitialised)
+    if type(parameter).__module__.partition(".")[0] == "torchao":
+        return Skipped(Reason.torchao, type(parameter).__name__)
     dtype = str(parameter.dtype).removeprefix("torch.")
     if parameter.is_floating_point() and parameter.itemsize < 2:  # float8
         return Skipped(Reason.codes, dtype)

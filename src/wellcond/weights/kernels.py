@@ -39,6 +39,14 @@ _OIHW = "stored as (out, in, …) by its shape, which is a guess: a `kernel` has
 _WINDOW_FIRST = "stored as (window, in, out) by its name, which is a guess: it may be a stack"
 
 
+def groups_unknown(kernels: int) -> str:
+    """What to say of so many kernels of a file; "" if there is none."""
+    if not kernels:
+        return ""
+    are = "1 kernel is" if kernels == 1 else f"{kernels} kernels are"
+    return f"{are} read as of one group, because a file does not say how many: audit the model"
+
+
 def view_by_shape(name: str, shapes: Shapes) -> Seen:
     """The matrices in the tensor of this name, one of several in a file."""
     shape = shapes[name]

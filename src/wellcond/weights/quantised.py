@@ -143,6 +143,9 @@ def _scaled_by(name: str) -> Iterable[tuple[str, bool]]:
     elif own in ("scale", "scales"):
         yield f"{module}{dot}weight", False
         yield f"{module}{dot}qweight", True
+        yield f"{module}{dot}W_q", True  # of HQQ
+    elif own == "_scale":
+        yield f"{module}{dot}_data", True  # of quanto
     if module.endswith("weight") and re.fullmatch(r"absmax|scales?|SCB|quant_map", own):
         yield module, True
     if found := _OF_NAME.fullmatch(own):
