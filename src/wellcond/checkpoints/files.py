@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.formats import other_folder, other_format
+from wellcond.checkpoints.formats import format_by_name, other_folder, other_format
 from wellcond.checkpoints.pickled import Pickled
 from wellcond.checkpoints.safetensors import Safetensors
 from wellcond.checkpoints.slices import (
@@ -46,6 +46,8 @@ INDEX = ".index.json"
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 # What names and neighbours say more of than shape and dtype do.
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
+# What the head of a language model is called.
+_HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
 _POINTER = b"version https://git-lfs"
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
@@ -102,6 +104,14 @@ class Checkpoint:
         empty = not any(entry.matrix for _, entry in self.where.values())
         if empty and self.path.is_dir() and (other := other_folder(self.path)):
             raise UnreadableError(other)
+        self._leave_out()
+        if self.index is not None:
+            self._check_index()
+        if self._lacks_head():
+            self.others["lm_head.weight"] = Skipped(Reason.missing)
+
+    def _leave_out(self) -> None:
+        """Finds by their names, and by what is beside them, the tensors that are no weights."""
         # A head that is tied to an embedding is one, whichever of the names was kept.
         self._called = called = {name: name for name in self.where}
         for name in self.where:
@@ -122,8 +132,23 @@ class Checkpoint:
             file, entry = self.where[name]
             if entry.skipped is None or not entry.skipped.reason.no_matrix:
                 self.where[name] = file, replace(entry, skipped=skipped)
-        if self.index is not None:
-            self._check_index()
+
+    def _lacks_head(self) -> bool:
+        """Whether a whole language model has no head, though config.json says that it has its own."""
+        if not self.path.is_dir() and self.index is None:  # a shard alone lacks much
+            return False
+        config = self.beside("config.json")
+        kinds = config.get("architectures")
+        of_words = isinstance(kinds, list) and any(
+            str(kind).endswith("ForCausalLM") for kind in kinds
+        )
+        if not of_words or config.get("tie_word_embeddings") is not False:
+            return False
+        embeds = any(
+            entry.skipped is not None and entry.skipped.reason is Reason.embedding
+            for _, entry in self.where.values()
+        )
+        return embeds and not any(_HEAD.search(name) for name in self.where)
 
     def _add_slice(self, name: str, file: TensorFile, entry: Entry) -> None:
         """Slices of one tensor have one name, by which they are left out together."""
@@ -164,6 +189,7 @@ class Checkpoint:
             if self.path.is_dir():
                 beside = {file.name for file in _weight_files(self.path)} - set(shards)
                 self.others = {name: Skipped(Reason.beside) for name in sorted(beside)}
+                self.others |= _unread(self.path)
             return shards
         if not path.is_dir():
             return [path.name]
@@ -175,6 +201,7 @@ class Checkpoint:
                 f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
                 f"{INDEX}, {', '.join(PICKLED)}."
             )
+        self.others = _unread(path)
         return [file.name for file in found]
 
     def _read_index(self, path: Path) -> list[str]:
@@ -337,6 +364,12 @@ class Checkpoint:
             shutil.copymode(file.path, target / name)
         if self.path.is_dir():  # its owner must be able to rename it
             target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
+
+
+def _unread(directory: Path) -> dict[str, Skipped]:
+    """The files of other formats in a directory."""
+    kinds = ((path, format_by_name(path)) for path in sorted(directory.iterdir()))
+    return {path.name: Skipped(Reason.unread, kind) for path, kind in kinds if kind}
 
 
 def _holds_codes(name: str, entry: Entry) -> bool:

@@ -51,6 +51,10 @@ _ENDINGS = {
     ".pte": ("an ExecuTorch program", _EXPORT),
     ".pt2": ("a program of torch.export", "Save torch.export.load(path).state_dict instead."),
     ".engine": ("an engine of TensorRT", _EXPORT),
+    ".jit": (
+        "a TorchScript program",
+        "Save its weights: torch.save(torch.jit.load(path).state_dict(), other).",
+    ),
 }
 # By the first bytes of the file, from a place on.
 _BEGINNINGS = (
@@ -68,6 +72,12 @@ def other_format(path: Path) -> str:
         return ""
     what, way_out = _ENDINGS[ending]
     return f"{path} must be {_DEMAND}, but is {what}. {way_out}"
+
+
+def format_by_name(path: Path) -> str:
+    """What a file of this name is, if it is one of another format; "" if it is not."""
+    what, _ = _ENDINGS.get(path.suffix.lower(), ("", ""))
+    return what
 
 
 def _by_content(path: Path) -> str:

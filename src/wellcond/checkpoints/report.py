@@ -152,8 +152,7 @@ class AuditReport(_Document):
                 ],
                 "parameter_share": self.coverage.parameter_share,
                 "largest_left_out": [
-                    {"name": name, "entries": size}
-                    for name, size in self.coverage.largest_left_out
+                    {"name": name, "entries": size} for name, size in self.coverage.largest_left_out
                 ],
                 "note": self.coverage.note,
             },

@@ -43,6 +43,8 @@ class Reason(enum.Enum):
     part = "a part of another tensor, and neither measured nor repaired by itself"
     no_values = "a tensor without values"
     beside = "a file that the index beside it does not name"
+    unread = "a file of another format, which is not read"
+    missing = "not in the file, though config.json says that it is not tied to the embedding"
     optimizer = "the state of an optimizer"
     regularizer = "the state of a Regularizer"
     trainer = "the state of a trainer"
@@ -79,7 +81,7 @@ class Reason(enum.Enum):
     def no_tensor(self) -> bool:
         """Whether it is about no tensor, but a file or the state of a trainer."""
         return self in (
-            *(Reason.beside, Reason.optimizer, Reason.regularizer, Reason.trainer),
+            *(Reason.beside, Reason.unread, Reason.optimizer, Reason.regularizer, Reason.trainer),
             *(Reason.no_tensors, Reason.program, Reason.objects),
         )
 
