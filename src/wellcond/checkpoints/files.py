@@ -134,7 +134,7 @@ class Checkpoint:
                 self.where[name] = file, replace(entry, skipped=skipped)
 
     def _lacks_head(self) -> bool:
-        """Whether a whole language model has no head, though config.json says that it has its own."""
+        """Whether a whole language model has no head, though config.json says that it has one."""
         if not self.path.is_dir() and self.index is None:  # a shard alone lacks much
             return False
         config = self.beside("config.json")
