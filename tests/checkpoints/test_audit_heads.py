@@ -93,7 +93,7 @@ def test_trouble_with_a_head_is_its_status() -> None:
     assert rows["qk1"].condition_number == math.inf
     assert rows["qk1"].rank == 3
     assert rows["vo2"].status is wc.Status.not_finite
-    assert rows["vo2"].explanation.endswith("1 of 96 entries of its factors")
+    assert rows["vo2"].explanation.endswith("entries of its factor A")
     assert rows["vo1"].status is wc.Status.ok
     assert rows["vo1"].certificate is None
 
