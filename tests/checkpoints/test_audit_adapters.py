@@ -609,6 +609,9 @@ SPELLINGS = [
     ("unet.mid.attn1.to_q.lora.down.weight", "unet.mid.attn1.to_q.lora.up.weight"),
     ("mid.attn1.processor.to_q_lora.down.weight", "mid.attn1.processor.to_q_lora.up.weight"),
     ("transformer.x.to_q.lora_A.weight", "transformer.x.to_q.lora_B.weight"),
+    ("text.q_proj.lora_linear_layer.down.weight", "text.q_proj.lora_linear_layer.up.weight"),
+    ("mid.to_q.lora_layer.down.weight", "mid.to_q.lora_layer.up.weight"),
+    ("double.processor.proj_lora1.down.weight", "double.processor.proj_lora1.up.weight"),
 ]
 
 
@@ -621,7 +624,7 @@ def test_a_pair_is_one_change_however_it_is_spelt(
     save_file({down: A, up: B}, tmp_path / "lora.safetensors")
     (row,) = wc.audit(tmp_path / "lora.safetensors").findings
     sigma = dense(B.double().flatten(1) @ A.double().flatten(1))
-    assert row.view == "delta"
+    assert row.view in ("delta", "delta.1")
     assert row.condition_number == pytest.approx(float(sigma[0] / sigma[R - 1]), rel=1e-9)
     assert "its scale is not known" in row.detail
     with pytest.raises(ValueError, match="a factor of an adapter"):
@@ -699,3 +702,13 @@ def test_what_lycoris_writes_is_no_weight_but_for_pairs(
     assert [f.label for f in report.findings] == [f"{prefix}_k.weight:delta"]
     with pytest.raises(ValueError, match="must hold a weight matrix, but has none"):
         wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 2)
+
+
+def test_the_factors_for_an_embedding_are_no_weights(tmp_path: Path) -> None:
+    tensors = {
+        "model.wte.lora_embedding_A.default": entries(R, 20),
+        "model.wte.lora_embedding_B.default": entries(N, R),
+        "w.weight": entries(4, 7),
+    }
+    torch.save(tensors, tmp_path / "m.pt")
+    assert [f.label for f in wc.audit(tmp_path / "m.pt").findings] == ["w.weight"]

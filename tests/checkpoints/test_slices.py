@@ -180,3 +180,10 @@ def test_flat_parameters_are_called_that(tmp_path: Path) -> None:
     torch.save({"layer._flat_param": drawn(40), "flat_param": drawn(4, 10)}, tmp_path / "a.pt")
     skipped = Checkpoint(tmp_path / "a.pt").skipped()
     assert {why.reason for why in skipped.values()} == {Reason.flat}
+
+
+def test_a_rank_is_no_end_of_a_word(tmp_path: Path) -> None:
+    """Of an adapter r is the rank: temp_rank_4 is none of two processes."""
+    for rank in (4, 8):
+        save_file({"a.weight": torch.randn(4, 4)}, tmp_path / f"temp_rank_{rank}.safetensors")
+    assert len(wc.audit(tmp_path / "temp_rank_4.safetensors").findings) == 1

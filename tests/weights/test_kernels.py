@@ -86,10 +86,10 @@ KERNELS: dict[str, tuple[Shape, Shape | None, str]] = {
     "text_encoder.project.weight": ((384, 192, 1), (384,), ""),
     "decoder.upsampler.0.weight": ((32, 16, 16), (16,), ""),
     "input_blocks.3.1.qkv.weight": ((96, 32, 1), (96,), ""),
-    "net.1.weight": ((64, 32, 3), (64,), ""),
+    "net.1.weight": ((64, 32, 3), (64,), "nn.Bilinear has one as well"),
     "layers.0.net.4.weight": ((64, 64, 3), (64,), "Conv1d or of a ConvTranspose1d"),
     "blocks.0.2.weight": ((64, 1, 31), (64,), "of one group"),
-    "post.weight": ((1, 32, 7), (1,), ""),
+    "post.weight": ((1, 32, 7), (1,), "nn.Bilinear has one as well"),
     "mix.weight": ((48, 32, 1), None, "which is a guess"),
     "depthwise.weight": ((64, 1, 3), None, "which is a guess; read as of one group"),
     "up.weight": ((64, 8, 16), (32,), "4 groups of a transposed convolution"),
@@ -209,3 +209,34 @@ def test_kernels_with_their_inputs_first_are_measured_and_repaired(tmp_path: Pat
     assert float(wc.condition_number(flat)) <= 1.1
     assert float(wc.condition_number(after["dense/kernel"])) <= 1.1
     assert torch.equal(after["x"], content["x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("moe.experts.wi.kernel", None), ("scan/mlp/kernel", None), ("layers.mlp.kernel", (6, 32))],
+)
+def test_stacks_of_kernels_of_flax_are_cut(name: str, bias: Shape | None) -> None:
+    """As nn.scan and mixtures of experts store them: (layers, inputs, outputs)."""
+    rows, note = seen(name, (6, 16, 32), **({} if bias is None else {"bias": bias}))
+    assert rows == {str(i): (32, 16) for i in range(6)}
+    assert not note
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias", "rows"),
+    [
+        ((11, 11, 3, 8), (8,), (8, 363)),
+        ((7, 7, 3, 6), None, (6, 147)),  # a window of seven, and few channels
+        ((3, 3, 64, 32), None, (32, 576)),
+    ],
+)
+def test_a_kernel_by_its_name_has_its_inputs_first(
+    shape: Shape, bias: Shape | None, rows: Shape
+) -> None:
+    found, note = seen("conv2d.kernel", shape, **({} if bias is None else {"bias": bias}))
+    assert found == {"kernel": rows}
+    assert not note
+
+
+def test_a_square_window_at_the_end_is_one() -> None:
+    assert seen("filters", (3, 1, 7, 7))[0] == {"kernel": (3, 49)}

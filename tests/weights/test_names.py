@@ -389,3 +389,10 @@ def test_what_a_weight_is_computed_from_is_none(tmp_path: Path, how: str, kind: 
 )
 def test_like_names_alone_make_no_parametrization(shapes: dict[str, tuple[int, ...]]) -> None:
     assert no_weights({name: (shape, "float32") for name, shape in shapes.items()}) == {}
+
+
+@pytest.mark.parametrize("stem", ["attn.in_proj_weight", "cell.kernel", "weight_hh_l0"])
+def test_the_parts_of_weight_norm_are_known_whatever_it_is_put_on(stem: str) -> None:
+    tensors = {f"{stem}_g": ((12, 1), "float32"), f"{stem}_v": ((12, 4), "float32")}
+    found = no_weights(tensors)
+    assert {found[name].reason for name in tensors} == {Reason.parametrized}

@@ -316,3 +316,19 @@ def test_coverage_of_a_packed_file_is_that_of_the_float_file(tmp_path: Path) -> 
     }
     share = wc.audit(saved(tmp_path / "a.safetensors", content)).coverage.parameter_share
     assert share == pytest.approx(16 * 512 / (16 * 512 + 512 * 1024 + 512 * 8))
+
+
+def test_a_scale_of_another_module_is_none_of_a_weight() -> None:
+    """In names of Flax a slash separates modules, and no files."""
+    tensors = {"norm/scale": ((64,), "float32"), "dense/weight": ((64, 64), "float32")}
+    assert "dense/weight" not in no_weights(tensors)
+    beside = {"dense/scale": ((64,), "float32"), "dense/weight": ((64, 64), "float32")}
+    assert no_weights(beside)["dense/weight"].reason is Reason.perhaps_codes
+    of_files = {"a.pt/q.scale": ((64,), "float32"), "b.pt/q.weight": ((64, 64), "float32")}
+    assert no_weights(of_files)["b.pt/q.weight"].reason is Reason.perhaps_codes
+
+
+@pytest.mark.parametrize("name", ["tril", "faces", "edges", "causal_mask"])
+def test_a_table_of_integers_makes_its_neighbours_no_codes(name: str) -> None:
+    tensors = {f"m.{name}": ((16, 16), "uint8"), "m.W": ((16, 16), "float32")}
+    assert "m.W" not in no_weights(tensors)

@@ -17,7 +17,9 @@ _JOIN = (
 )
 # Of tensor parallelism: mp_rank_00_model_states.pt, mp_rank_00/model_optim_rng.pt and
 # consolidated.00.pth; of FSDP as verl writes it.
-_RANK = re.compile(r"((?:mp|tp|model_parallel)_rank_|^consolidated\.|world_size_\d+_rank_)(\d+)")
+_RANK = re.compile(
+    r"((?<![A-Za-z0-9])(?:mp|tp|model_parallel)_rank_|^consolidated\.|world_size_\d+_rank_)(\d+)"
+)
 _DIMENSIONS = 64
 _SHARD = re.compile(r"\d{5}-of-(\d{5})")
 

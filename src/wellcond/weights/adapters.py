@@ -30,12 +30,12 @@ Read = Callable[[], Tensor]
 _WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
 _FACTOR = re.compile(r"(.+)\.lora_([A-Za-z_]+?)(?:\.([^.]+))??(?:\.weight)?")
 # Of kohya's scripts, LyCORIS and ComfyUI: X.lora_down.weight; of older versions of diffusers:
-# X.lora.down.weight, X_lora.down.weight.
-_DOWN_UP = re.compile(r"(.+?)(?:\.lora_|[._]lora\.)(down|up|mid)\.weight")
+# X.lora.down.weight, X_lora.down.weight, X.lora_linear_layer.down.weight; of XLabs X_lora1.down.
+_DOWN_UP = re.compile(r"(.+?)[._]lora(?:_linear_layer|_layer|(\d*))[._](down|up|mid)\.weight")
 _BESIDE = re.compile(r"(.+)\.(alpha|dora_scale)")
 _PARTS = {"down": "A", "up": "B"}
 # So begin the names of LyCORIS and of kohya's scripts, whatever the adapter is.
-_FOREIGN = ("lycoris_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_prior_")
+_FOREIGN = re.compile(r"lycoris_|lora_(unet|te\d*|prior|transformer)_")
 # Types of PEFT whose tensors are pairs of factors.
 _OF_PAIRS = ("", "LORA", "ADALORA")
 # What other adapters call their tensors, where no config names the type.
@@ -49,6 +49,7 @@ _OTHER_ADAPTERS = {
     "HRA": r"hra_u",
     "IA3": r"ia3_l",
     "LN tuning": r"ln_tuning_layers",
+    "LoRA of an embedding": r"lora_embedding_[AB]",
     "LoHa": r"hada_(w[12](_[ab])?|t[12])",
     "LoKr": r"lokr_(w[12](_[ab])?|t2)",
     "MiSS": r"miss_block",
@@ -187,10 +188,10 @@ def _factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
     found: dict[tuple[str, str], dict[str, str]] = {}
     beside: list[tuple[str, str, str]] = []
     for name in names:
-        if match := _FACTOR.fullmatch(name):
+        if match := _DOWN_UP.fullmatch(name):
+            module, part, adapter = match[1].replace(".processor.", "."), match[3], match[2] or ""
+        elif match := _FACTOR.fullmatch(name):
             module, part, adapter = match[1], match[2], match[3] or ""
-        elif match := _DOWN_UP.fullmatch(name):
-            module, part, adapter = match[1].replace(".processor.", "."), match[2], ""
         elif match := _BESIDE.fullmatch(name):
             beside.append((match[1], match[2], name))
             continue
@@ -224,7 +225,8 @@ def adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[
     kind = str(config.get("peft_type") or "").upper()
     found: dict[str, Skipped] = {}
     factors = _factors(names)
-    paired = {name for parts in factors.values() for name in parts.values()}
+    pairs = [parts for parts in factors.values() if {"A", "B"} <= parts.keys()]
+    paired = {name for parts in pairs for name in parts.values()}
     for name in names:
         if name not in paired and (of := _other_adapter(name, kind)):
             found[name] = Skipped(Reason.adapter, of)
@@ -248,7 +250,7 @@ def _other_adapter(name: str, kind: str) -> str:
     for known, pattern in _OTHER_ADAPTERS.items():
         if any(re.fullmatch(pattern, part) for part in parts):
             return known
-    if name.startswith(_FOREIGN) and len(parts) > 1:
+    if _FOREIGN.match(name) and len(parts) > 1:
         return "LyCORIS"
     if kind in _OF_PAIRS:
         return ""

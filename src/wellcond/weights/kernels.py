@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from wellcond.operators.views import STORED, InputsFirst, Kernel, View
+from wellcond.operators.views import STORED, InputsFirst, Kernel, Transposed, View
 from wellcond.text import joined
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -22,6 +22,7 @@ _INPUTS_FIRST = re.compile(r"(depthwise_|pointwise_|recurrent_)?kernel(:\d+)?")
 _OF_HEADS = re.compile(r"(query|key|value|qkv?|[kv])(_dense|_proj)?")
 _OF_OUTPUT = re.compile(r"out(put)?(_dense|_proj)?|attention_output")
 _STACKED = re.compile(r"experts?|moe|lora", re.IGNORECASE)
+_SCANNED = re.compile(r"experts?|moe|(^|[./])scan", re.IGNORECASE)
 _WINDOW = 64  # a kernel of one axis is hardly longer, and of two axes not longer than 11
 _SIDE = 11
 
@@ -59,7 +60,9 @@ def view_by_shape(name: str, shapes: Shapes) -> Seen:
     bias = shapes.get(f"{name[: -len(own)]}bias", ()) if own == "weight" else ()
     if len(shape) == 3:
         return _of_three(name, own, shape, bias)
-    if _is_spatial(shape[:-2], shape[-2:]) and (own != "weight" or bias == shape[-1:]):
+    square = shape[-2] == shape[-1] <= _SIDE  # a window, if sides that are equal tell one
+    inputs_first = _is_spatial(shape[:-2], shape[-2:]) and not square
+    if inputs_first and (own != "weight" or bias == shape[-1:]):
         return {"kernel": InputsFirst(len(shape) - 1)}, _HWIO
     return _kernel(shape, bias, "" if own == "weight" or _in_conv(name) else _KERNEL)
 
@@ -75,7 +78,9 @@ def _inputs_first(name: str, module: str, shape: tuple[int, ...], bias: tuple[in
     all_but_one = InputsFirst(len(shape) - 1)
     if len(shape) == 3 and _OF_OUTPUT.fullmatch(module.lower()):
         return {"": all_but_one}, ""
-    if _is_spatial(shape[2:], shape[:2]) and not _is_spatial(shape[:-2], shape[-2:]):
+    if len(shape) == 3 and (_SCANNED.search(name) or len(bias) == 2):
+        return {"": Transposed()}, ""
+    if max(shape[:-2]) > _SIDE and _is_spatial(shape[2:], shape[:2]) and bias != shape[-1:]:
         return {"": Kernel()}, _OIHW
     known = len(shape) != 3 or _in_conv(name) or bias == shape[-1:]
     return {"kernel": all_but_one}, "" if known else _WINDOW_FIRST
@@ -98,7 +103,7 @@ def _of_three(name: str, own: str, shape: tuple[int, ...], bias: tuple[int, ...]
     if len(bias) == 1 and bias[0] in (m, n):
         if n == window > _SIDE and bias[0] == m:
             return {"": STORED}, _BILINEAR
-        if bias[0] == m and window > _SIDE and not _is_small(window, m, n):
+        if bias[0] == m != n and window > 1:
             return _kernel(shape, bias, _LONG)
         return _kernel(shape, bias, _EITHER if m == n else "")
     if _STACKED.search(name) or len(bias) == 2:

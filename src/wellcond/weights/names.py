@@ -29,14 +29,14 @@ _SEVERAL = re.compile(
 # that of GPT-NeoX.
 _LINEAR = re.compile(
     r".*(patch|proj|linear|dense|mapping|transformation).*"
-    r"|(.*_)?class_embed|embed_(return|state|action|out)|vision_embed_tokens",
+    r"|(.*_)?class_embed|embed_(return|state|action|out)|vision_embed_tokens|speaker_embeds_layer",
     re.DOTALL,
 )
 # The last line is of learned queries: `W_query` is a projection.
 _ADDED = re.compile(
     rf"{_WORDS}|(.*_)?(pos|positions?|positional|latents?|bias|biases|codebooks?)\d*(_.*)?|pe"
     r"|(.*_)?queries|((learn(ed|able)|object|latent|pool|seed|det|mask|cls|text|audio|image)_)?query"
-    r"|query_(feats?|features?|pos)",
+    r"|query_(feats?|features?|pos)|scale_shift_table|modulation|registers?|layer_scale\w*",
     re.DOTALL,
 )
 
@@ -47,7 +47,8 @@ _BANK = r"(.*_)?(fbank|filter_?bank)s?\d*"
 _CONSTANT = re.compile(
     rf"{_TRANSFORM}(_.*)?|{_MEL}|{_BANK}(_.*)?|.*_buffer|_?(w3j|u_matrix|wigner|clebsch)(_.*)?"
     r"|inv_freq.*|freqs_cis.*|(.*_)?(cos|sin)_(cached?|table)|(.*_)?window\d*"
-    r"|(.*_)?masks?|tril|triu|anchors?(_grid|_points)?|running_(mean|var)",
+    r"|(.*_)?masks?|tril|triu|anchors?(_grid|_points)?|running_(mean|var|cov)"
+    r"|cos|sin|freqs",
     re.DOTALL,
 )
 # A layer of such a name is one; `stft_encoder` and `cqt_block` are learned.
@@ -61,6 +62,7 @@ _EXPONENTIATED = re.compile(
     re.DOTALL,
 )
 _STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # beside these D acts entrywise
+_NORMED = re.compile(r"^weight|weight$|kernel$")  # what weight_norm is put on
 _NORM = re.compile(r"(.*_)?(layer|rms|group|batch|instance)?_?norm_?\d*", re.DOTALL)
 
 
@@ -173,7 +175,7 @@ def _originals(tensors: Tensors) -> Iterator[str]:
         if stem in tensors:  # a weight that is stored itself
             continue
         norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
-        normed = part == "v" and re.split(r"[./]", stem)[-1].startswith("weight")
+        normed = part == "v" and _NORMED.search(re.split(r"[./]", stem)[-1])
         if normed and entries(norms) == max(norms, default=1):
             yield from (name, f"{stem}_g")
         beside = {f"{stem}_u", f"{stem}_mask"} & tensors.keys()

@@ -25,7 +25,10 @@ _NARROW = re.compile(r"(F|float)[864](_|$)")
 _POWERS = re.compile(r"(F|float)8_e8m0(fnu)?", re.IGNORECASE)
 # As int64 there are positions and counters, as bool masks, but hardly codes of a weight.
 _CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
-_NO_CODES = re.compile(r"ids?|ind(ex|ices)|mask|bias|positions?|counts?|lengths?|buckets?")
+_NO_CODES = re.compile(
+    r"ids?|ind(ex|ices)|mask|bias|positions?|counts?|lengths?|buckets?"
+    r"|tril|triu|causal|faces|edges|adj(acency)?|neighbou?rs|connectivity"
+)
 # What only a quantised weight has, and what many others have as well.
 _SCALES = re.compile(
     r"(weight|input|output|activation|act|[kvq])_(scales?(_inv|_\d)?|(global|channel)_scale|zero(s|_points?)?)"
@@ -39,6 +42,7 @@ _SURELY_OF_WEIGHT = re.compile(
     r"weight_(scales?(_inv|_\d)?|(global|channel)_scale)|absmax|SCBt?|qscales?|scale_(inv|weight)"
 )
 _ZEROS = ("zeros", "zero", "zero_points", "zero_point", "biases")  # beside `scale` and `scales`
+_FILE = re.compile(r".*\.(safetensors|pt|pth|bin|ckpt|tar)/")
 _OF_NAME = re.compile(r"(.+)_((?:scales?|qscales?|absmax)(?:_inv)?)")
 
 
@@ -111,12 +115,12 @@ def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict
     """
     named: dict[str, list[str]] = {}  # by their name within their file
     for name in tensors:
-        named.setdefault(name.rpartition("/")[2], []).append(name)
+        named.setdefault(_in_file(name)[1], []).append(name)
     found: dict[str, Skipped] = {}
     for scale, (shape, _) in tensors.items():
-        file, slash, name = scale.rpartition("/")
+        file, name = _in_file(scale)
         for of, surely in _scaled_by(name):
-            here = f"{file}{slash}{of}"
+            here = f"{file}{of}"
             for weight in [here] if here in tensors else named.get(of, []):
                 size, kind = tensors[weight]
                 if len(size) < 2 or 0 in size or kind not in FLOATING:
@@ -134,23 +138,31 @@ def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict
     return found
 
 
+def _in_file(name: str) -> tuple[str, str]:
+    """A name of several files in two: `step1.pt/` and the name in that file."""
+    found = _FILE.match(name)
+    end = found.end() if found else 0
+    return name[:end], name[end:]
+
+
 def _scaled_by(name: str) -> Iterable[tuple[str, bool]]:
     """What a tensor of this name scales, and whether it surely does."""
-    module, dot, own = name.rpartition(".")
+    own = re.split(r"[./]", name)[-1]
+    module = name.removesuffix(own)
     if _SURELY_OF_WEIGHT.fullmatch(own):
-        yield f"{module}{dot}weight", True
-        yield f"{module}{dot}qweight", True
+        yield f"{module}weight", True
+        yield f"{module}qweight", True
     elif own in ("scale", "scales"):
-        yield f"{module}{dot}weight", False
-        yield f"{module}{dot}qweight", True
-        yield f"{module}{dot}W_q", True  # of HQQ
+        yield f"{module}weight", False
+        yield f"{module}qweight", True
+        yield f"{module}W_q", True  # of HQQ
     elif own == "_scale":
-        yield f"{module}{dot}_data", True  # of quanto
-    if module.endswith("weight") and re.fullmatch(r"absmax|scales?|SCB|quant_map", own):
-        yield module, True
+        yield f"{module}_data", True  # of quanto
+    if module[:-1].endswith("weight") and re.fullmatch(r"absmax|scales?|SCB|quant_map", own):
+        yield module[:-1], True
     if found := _OF_NAME.fullmatch(own):
         surely = found[1].endswith("weight") or found[2].endswith(("inv", "absmax", "qscale"))
-        yield f"{module}{dot}{found[1]}", surely
+        yield f"{module}{found[1]}", surely
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:

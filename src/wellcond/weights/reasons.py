@@ -26,7 +26,10 @@ class Reason(enum.Enum):
     codes = "codes, which mean nothing without their scales: dequantise first"
     packed = "not real floating point, packed or quantised perhaps, or no weight"
     quantised = "quantised: it can be measured only after it is dequantised"
-    perhaps_codes = "perhaps quantised: a scale that fits its shape is stored beside it"
+    perhaps_codes = (
+        "perhaps quantised, because a scale of fitting shape is stored beside it; if it is not, "
+        "include its exact name"
+    )
     scales = "belongs to a quantised weight, as its scales or zeros do, and is none itself"
     not_dense = "not a dense tensor"
     replaced = "not what acts: PEFT has put a trained copy in its place"
