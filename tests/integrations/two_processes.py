@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+sys.path.append(str(Path(__file__).parents[1]))  # for what tests share
+
 
 def assert_alike(weight: torch.Tensor) -> None:
     both = [torch.empty_like(weight) for _ in range(2)]
