@@ -289,7 +289,8 @@ class _Copies:
             generator.set_state(value.get_state())
             return self._keep(value, generator)
         if hasattr(value, "__dict__") and _is_plain(kind):
-            own = self._keep(value, object.__new__(kind))
+            new: Any = kind.__new__
+            own = self._keep(value, new(kind))
             slots = {s for k in kind.__mro__ for s in vars(k).get("__slots__", ())}
             for name in slots - {"__dict__", "__weakref__"}:
                 if hasattr(value, name):
