@@ -249,9 +249,21 @@ def _activations(y: Tensor, product: Tensor) -> Iterator[bool]:
     """For each known activation whether it is that of the product."""
     for activation in () if product.is_complex() else _ACTIVATIONS:
         try:
-            yield _is_rearranged(y, activation(product))
+            yield _is_activated(y, activation(product), product)
         except (RuntimeError, IndexError):  # of odd sides none is a gate
             yield False
+
+
+def _is_activated(y: Tensor, activated: Tensor, product: Tensor) -> bool:
+    """Whether it is that, up to rounding relative to the product too, as of gelu(-9)."""
+    if activated.shape != product.shape or torch.finfo(y.dtype).eps > 1e-6:
+        return _is_rearranged(y, activated)
+    both = zip(_arranged(activated, y), _arranged(product, y), strict=True)
+    rounding = 4 * torch.finfo(y.dtype).eps
+    return any(
+        bool(((y - a.view_as(y)).abs() <= rounding * (a.abs() + b.abs()).view_as(y)).all())
+        for a, b in both
+    )
 
 
 def _is_activation(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) -> bool:
@@ -305,6 +317,8 @@ def _is_rearranged(part: Tensor, whole: Tensor) -> bool:
 
 def _is_near(a: Tensor, b: Tensor) -> bool:
     """Whether all entries are equal; of float32 and wider up to their last bits."""
+    if torch.equal(a, b):
+        return True
     eps = torch.finfo(b.dtype).eps
     error = 4 * eps if eps < 1e-6 else 0.0
     equal = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= error * b.abs())
@@ -392,7 +406,8 @@ def _from_unit_vectors(layer: nn.Module, twin: Twin, x: Tensor, stored: Tensor) 
     W = W if is_conv1d(layer) else W.mT
     if not bool(W.isfinite().all()):
         return None
-    rounding = torch.finfo(stored.dtype).eps * stored.abs().max()
+    size = max(float(stored.abs().max()), 4 * float(origin.abs().max()))
+    rounding = torch.finfo(stored.dtype).eps * size
     return stored if bool(((W - stored).abs() <= rounding).all()) else W
 
 
