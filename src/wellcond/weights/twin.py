@@ -42,7 +42,7 @@ _MOST_OBJECTS = 100_000
 _PURE_HOOKS = SpectralNorm, WeightNorm, BasePruningMethod
 _CONSTANT = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
-    *(type, enum.Enum, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device),
+    *(type, enum.Enum, types.ModuleType, torch.dtype, torch.device),
 )
 
 
@@ -267,20 +267,38 @@ class _Copies:
         """What a method, a partial or a closure is bound to is copied with it."""
         if isinstance(value, types.MethodType):
             return types.MethodType(self.of(value.__func__), self.of(value.__self__))
+        if isinstance(value, types.BuiltinFunctionType):
+            bound = value.__self__
+            fixed = isinstance(bound, _CONSTANT)
+            return value if fixed else getattr(self.of(bound), value.__name__)
         if isinstance(value, functools.partial):
             words = {key: self.of(item) for key, item in value.keywords.items()}
             return functools.partial(self.of(value.func), *map(self.of, value.args), **words)
         if isinstance(value, types.FunctionType):
-            held = [cell.cell_contents for cell in value.__closure__ or ()]
-            held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-            self._keep(value, value)  # it may hold itself
-            if any(self.of(one) is not one for one in held):
-                raise NotTried("a function that holds what it may change")
-            return value
+            return self._of_function(value)
         if isinstance(value, weakref.ref):
             target = value()
             return value if target is None else weakref.ref(self.of(target))
         return None
+
+    def _of_function(self, value: types.FunctionType) -> types.FunctionType:
+        cells = value.__closure__ or ()
+        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        held += [cell.cell_contents for cell in cells]
+        if all(isinstance(one, _CONSTANT) for one in held):
+            return value
+        closure = tuple(types.CellType() for _ in cells)
+        own = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, None, closure or None
+        )
+        self._keep(value, own)  # it may hold itself
+        for new, old in zip(closure, cells, strict=True):
+            new.cell_contents = self.of(old.cell_contents)
+        own.__defaults__, own.__kwdefaults__ = map(
+            self.of, (value.__defaults__, value.__kwdefaults__)
+        )
+        own.__dict__.update(self.of(vars(value)))
+        return own
 
     def _of_object(self, value: Any) -> Any:
         kind = type(value)
