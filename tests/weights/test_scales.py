@@ -76,6 +76,8 @@ NONLINEAR: dict[str, Forward] = {
     "masked input": lambda s, x: torch.sigmoid(linear(s, x * (torch.arange(8) < 6))),
     "a branch of rank one": lambda s, x: F.gelu(linear(s, x) + (x * s.b).sum(-1, True) * s.g),
     "residual": lambda s, x: x + F.gelu(linear(s, x)),
+    "gains of inputs": lambda s, x: linear(s, F.rms_norm(x, (8,), s.g)),
+    "centred inputs": lambda s, x: linear(s, F.layer_norm(x, (8,))),
     "some outputs": lambda s, x: linear(s, x)[..., :5],
 }
 
@@ -96,6 +98,7 @@ HARMLESS |= {
     f.__name__: (lambda s, x, f=f: f(linear(s, x)))
     for f in (F.relu, F.gelu, F.silu, torch.sigmoid, torch.tanh, F.elu, F.softplus, F.leaky_relu)
 }
+HARMLESS["norm of inputs"] = lambda s, x: linear(s, F.rms_norm(x, (8,), eps=1e-6))
 HARMLESS["softmax"] = lambda s, x: linear(s, x).softmax(-1)
 HARMLESS["gate"] = lambda s, x: F.glu(linear(s, x))
 
