@@ -13,7 +13,6 @@ Letters: W the weight that acts, of the shape of the stored one; x a random inpu
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellcond.operators.convolution import Convolution, Geometry
+from wellcond.weights.comparison import arranged, differs_as, is_rearranged, same
 from wellcond.weights.projections import is_conv1d
 from wellcond.weights.twin import Call, Run, Twin, undisturbed
 
@@ -86,7 +86,7 @@ def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> Ac
         W = None
     if W is None:
         return Acting(note=UNKNOWN)
-    return Acting() if _same(W, stored) else Acting(W, COMPUTED)
+    return Acting() if same(W, stored) else Acting(W, COMPUTED)
 
 
 def has_own_forward(layer: nn.Module) -> bool:
@@ -174,7 +174,7 @@ def _acting(layer: nn.Module, stored: Tensor, thorough: bool) -> Tensor | None:
 def _is_repeated(twin: Twin, x: Tensor, first: Run) -> bool:
     """Whether the random numbers that a forward pass draws change nothing."""
     again = (twin.run(x, seed) for seed in range(2, 2 + _DRAWS))
-    return all(_same(_output(run), _output(first)) for run in again)
+    return all(same(_output(run), _output(first)) for run in again)
 
 
 def _look(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -> _Look | None:
@@ -208,7 +208,7 @@ def _output(run: Run) -> Tensor:
         y: Tensor = run.y
         return y
     outputs = [one for one in run.y if isinstance(one, Tensor) and one.is_floating_point()]
-    of_product = (one for one in outputs if any(_is_rearranged(one, c.y) for c in run.calls))
+    of_product = (one for one in outputs if any(is_rearranged(one, c.y) for c in run.calls))
     return next(of_product, outputs[0])
 
 
@@ -216,33 +216,33 @@ def _is_the_product(layer: nn.Module, stored: Tensor, twin: Twin, looks: list[_L
     """Whether a layer with one product multiplies by its weight, whatever the input."""
     first, second = looks
     added = first.call.added, second.call.added
-    if not _same(first.weight, second.weight) or not (
-        added[0] is added[1] or (None not in added and _same(*added))  # type: ignore[arg-type]
+    if not same(first.weight, second.weight) or not (
+        added[0] is added[1] or (None not in added and same(*added))  # type: ignore[arg-type]
     ):
         return False
-    if all(_is_rearranged(one.x, one.call.x) and _is_result(one.y, one.call.y) for one in looks):
-        return _is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
+    if all(is_rearranged(one.x, one.call.x) and _is_result(one.y, one.call.y) for one in looks):
+        return is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
     if not bool(first.weight.isfinite().all()):
         return False
     x = torch.zeros_like(first.x)
     origin = _look(layer, stored, x, twin.run(x, 2))
-    if origin is None or not _same(origin.weight, first.weight):
+    if origin is None or not same(origin.weight, first.weight):
         return False
     takes = (
-        all(_is_rearranged(one.x, one.call.x) for one in looks)
+        all(is_rearranged(one.x, one.call.x) for one in looks)
         or all(_is_shifted(one.x, one.call.x, origin.call.x) for one in looks)
         or all(_is_normalised(layer, stored, twin, one) for one in looks)
     )
     if not takes:
         return False
     if all(_is_result(one.y, one.call.y) for one in looks):
-        return _is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
-    return all(_differs_as(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
+        return is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
+    return all(differs_as(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
 
 
 def _is_result(y: Tensor, product: Tensor) -> bool:
     """Whether it is the output of the product or a known activation of that."""
-    return _is_rearranged(y, product) or any(_activations(y, product))
+    return is_rearranged(y, product) or any(_activations(y, product))
 
 
 def _activations(y: Tensor, product: Tensor) -> Iterator[bool]:
@@ -257,8 +257,8 @@ def _activations(y: Tensor, product: Tensor) -> Iterator[bool]:
 def _is_activated(y: Tensor, activated: Tensor, product: Tensor) -> bool:
     """Whether it is that, up to rounding relative to the product too, as of gelu(-9)."""
     if activated.shape != product.shape or torch.finfo(y.dtype).eps > 1e-6:
-        return _is_rearranged(y, activated)
-    both = zip(_arranged(activated, y), _arranged(product, y), strict=True)
+        return is_rearranged(y, activated)
+    both = zip(arranged(activated, y), arranged(product, y), strict=True)
     rounding = 4 * torch.finfo(y.dtype).eps
     return any(
         bool(((y - a.view_as(y)).abs() <= rounding * (a.abs() + b.abs()).view_as(y)).all())
@@ -278,7 +278,7 @@ def _is_activation(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) ->
 
 def _is_shifted(x: Tensor, there: Tensor, origin: Tensor) -> bool:
     """Whether it is the input of the layer and a constant."""
-    return _differs_as(x, torch.zeros_like(x), there, origin)
+    return differs_as(x, torch.zeros_like(x), there, origin)
 
 
 def _is_normalised(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) -> bool:
@@ -295,65 +295,14 @@ def _is_normalised(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) ->
     return bool(change < 0.01) and bool(turn.max() < 32 * torch.finfo(x.dtype).eps)
 
 
-def _differs_as(y: Tensor, y_origin: Tensor, there: Tensor, there_origin: Tensor) -> bool:
-    """Whether two differences are equal, up to the rounding of what is subtracted."""
-    if y.shape != y_origin.shape or there.shape != there_origin.shape:
-        return False
-    rounding = 4 * torch.finfo(y.dtype).eps
-    own, room = (rounding * (a.abs() + b.abs()) for a, b in ((y, y_origin), (there, there_origin)))
-    for b, extra in zip(_arranged(there - there_origin, y), _arranged(room, y), strict=True):
-        a, b, error = y - y_origin, b.view_as(y), own + extra.view_as(y)
-        # What rounding could hide is not known.
-        close = ((a - b).abs() <= error) & (error <= b.abs() / 2)
-        if bool((close | (a == b)).all()):
-            return True
-    return False
-
-
-def _is_rearranged(part: Tensor, whole: Tensor) -> bool:
-    """Whether it is the other tensor in another layout, or that without a border."""
-    return any(_is_near(part, one.view_as(part)) for one in _arranged(whole, part))
-
-
-def _is_near(a: Tensor, b: Tensor) -> bool:
-    """Whether all entries are equal; of float32 and wider up to their last bits."""
-    if torch.equal(a, b):
-        return True
-    eps = torch.finfo(b.dtype).eps
-    error = 4 * eps if eps < 1e-6 else 0.0
-    equal = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= error * b.abs())
-    return bool(equal.all())
-
-
-def _arranged(whole: Tensor, like: Tensor) -> Iterator[Tensor]:
-    """The layouts of a tensor that have as many entries, or else its blocks of the same shape.
-
-    Blocks have all the channels, which are in the second place, and some of the positions.
-    """
-    if whole.numel() == like.numel():
-        yield whole.contiguous()
-        if whole.ndim > 2:
-            yield whole.movedim(1, -1).contiguous()
-        return
-    if whole.ndim != like.ndim or whole.ndim < 3 or whole.shape[:2] != like.shape[:2]:
-        return
-    sizes = like.shape[2:]
-    ends = (range(a - b + 1) for a, b in zip(whole.shape[2:], sizes, strict=True))
-    for starts in itertools.product(*ends):
-        block = whole
-        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), 2):
-            block = block.narrow(axis, start, size)
-        yield block.contiguous()
-
-
 def _begins_with_stored(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -> bool:
     """Whether the first outputs are those of a product with the stored weight."""
     y, m = _output(run), stored.numel() // x.shape[-1]
     return y.shape[-1] > m and any(
-        _same(_as_stored(layer, call), stored)
+        same(_as_stored(layer, call), stored)
         and call.added is None
-        and _is_rearranged(x, call.x)
-        and _is_rearranged(y[..., :m], call.y)
+        and is_rearranged(x, call.x)
+        and is_rearranged(y[..., :m], call.y)
         for call in (one._replace(added=_nonzero(one.added)) for one in run.calls)
     )
 
@@ -409,15 +358,6 @@ def _from_unit_vectors(layer: nn.Module, twin: Twin, x: Tensor, stored: Tensor) 
     size = max(float(stored.abs().max()), 4 * float(origin.abs().max()))
     rounding = torch.finfo(stored.dtype).eps * size
     return stored if bool(((W - stored).abs() <= rounding).all()) else W
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether they are equal, NaN to NaN, perhaps in another dtype."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    a, b = a.to(dtype), b.to(dtype)
-    if a.shape != b.shape or torch.equal(a, b):
-        return a.shape == b.shape
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _inputs(layer: nn.Module, stored: Tensor) -> Iterator[Tensor]:
