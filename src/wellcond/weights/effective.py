@@ -74,7 +74,7 @@ def effective_matrices(
             aliases,
             tuple(value.shape),
             seen_through(views),
-            partial(_acting_value, module, attribute),
+            partial(_acting_value if own == COMPUTED else value_of, module, attribute),
             geometry,
             note=joined(fused.get((module, attribute), Views()).note, note),
             stored=attribute not in _effective_attributes(module) and own != COMPUTED,
