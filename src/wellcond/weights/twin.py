@@ -258,7 +258,8 @@ class _Copies:
         return own
 
     def _of_dict(self, value: dict[Any, Any]) -> Any:
-        own = self._keep(value, copy.copy(value))
+        usual = type(value) in (dict, collections.OrderedDict)  # copy.copy is slow
+        own = self._keep(value, value.copy() if usual else copy.copy(value))
         for key, item in value.items():
             own[key] = self.of(item)
         return own
