@@ -218,19 +218,27 @@ class Oversights:
 
 
 def warn_of_stored(states: Iterable[WeightState]) -> None:
-    """Names the weights of which what is stored is not what acts.
+    """Names the weights of which what is stored is not what acts, in one message for each kind.
 
     Of a quantiser under a hard limit `Oversights.limited` says more.
     """
     states = list(states)
-    named = quantised(state for state in states if isinstance(state.rule, Limit))
+    quantisers = quantised(state for state in states if isinstance(state.rule, Limit))
+    names: dict[str, list[str]] = {}
     for state in states:
-        if state.caution and state.name not in named:
-            logger.warning(
-                '"%s" is %s: what is regularised and measured is that, and not the weight that '
-                "acts. Leave it out with a pattern if that is not meant.",
-                *(state.name, state.caution),
-            )
+        if state.caution and state.name not in quantisers:
+            names.setdefault(state.caution, []).append(state.name)
+    for caution, group in names.items():
+        one = len(group) == 1
+        logger.warning(
+            "%s %s: what is regularised and measured is that, and not the weight that acts. Leave "
+            "%s out with a pattern if that is not meant.",
+            *(
+                subject(group) if one else f"{subject(group)} each",
+                caution,
+                "it" if one else "them",
+            ),
+        )
 
 
 def _trains(optimizer: Optimizer | None) -> bool:

@@ -17,7 +17,7 @@ from wellcond.operators.base import WeightOperator
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Transposed, View, shape_of
 from wellcond.weights.computed import part_of
-from wellcond.weights.forward import UNKNOWN, acting_weight
+from wellcond.weights.forward import UNKNOWN, acting_weight, has_own_forward
 from wellcond.weights.fused import GATES, Views, equal_blocks, fused_projections
 from wellcond.weights.heads import Attention, find_heads
 from wellcond.weights.matrices import is_vector
@@ -49,7 +49,8 @@ class Weight:
     """A parameter seen as a matrix (m, n) or a stack (b, m, n), under a name and its aliases.
 
     A subclass that overrides `operator` may rest on several parameters. `reason` says why it is
-    left out unless it is asked for by its exact name.
+    left out unless it is asked for by its exact name. `tied` are the other places of its parameter,
+    in the order of the aliases after the first.
     """
 
     name: str
@@ -57,20 +58,25 @@ class Weight:
     sources: tuple[Source, ...]
     view: View = STORED
     reason: Skipped | None = None
+    tied: tuple[Source, ...] = ()
 
     @property
     def caution(self) -> str:
         """What is stored, if that is not the weight that acts; "" if it is."""
-        for source in self.sources:
+        notes = []
+        for source in (*self.sources, *self.tied):
             module, attribute = source.owner, source.attribute
             if (computed := part_of(module, attribute)) is not None:
                 return f"a part from which {computed.attribute} is computed by {computed.method}"
-            if attribute == "weight" and not is_sharded(source.parameter):
-                note = acting_weight(module, source.parameter.detach()).note
-                may = "may change" if note == UNKNOWN else "changes"
-                if note:
-                    return f"the stored parameter, which the layer's own forward {may}"
-        return ""
+            if attribute == "weight" and has_own_forward(module):
+                parameter = source.parameter
+                if not is_sharded(parameter):
+                    notes.append(acting_weight(module, parameter.detach(), thorough=False).note)
+        if not any(notes):
+            return ""
+        which = "the forward of a layer that shares it" if self.tied else "the layer's own forward"
+        may = "may change" if set(notes) <= {"", UNKNOWN} else "changes"
+        return f"the stored parameter, which {which} {may}"
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -238,6 +244,7 @@ def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
         name, module, attribute, parameter = occurrences[0]
         aliases = tuple(occurrence[0] for occurrence in occurrences)
         sources = (Source(module, attribute),)
+        tied = tuple(Source(owner, slot) for _, owner, slot, _ in occurrences[1:])
         why = unfit(parameter, aliases)
         if why is not None and not (complex_values and parameter.is_complex()):
             others[name] = why
@@ -251,7 +258,7 @@ def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
             for label, view in found.items():
                 own = f"{name}:{label}" if label else name
                 seen = tuple(f"{alias}:{label}" for alias in aliases if label)
-                weights.append(Weight(own, aliases + seen, sources, view))
+                weights.append(Weight(own, aliases + seen, sources, view, tied=tied))
         elif found.reason in _NO_MATRIX or parameter.ndim < 2:
             others[name] = found
         else:

@@ -7,7 +7,7 @@ of its own layer. What is stored is then not what acts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded
 from wellcond.operators.views import View
-from wellcond.text import joined
+from wellcond.text import joined, quoted
 from wellcond.weights.computed import computed_weight, computed_weights, part_of
 from wellcond.weights.discover import (
     Source,
@@ -62,8 +62,11 @@ def effective_matrices(
         attribute: str,
         value: Tensor,
         views: Mapping[str, View],
+        tied: tuple[Source, ...] = (),
     ) -> None:
         note, geometry = _looked_at(module, attribute, value, acting.get(module))
+        own = note
+        note = joined(note, _of_tied(module, attribute, value, aliases, tied))
         if computed := part_of(module, attribute):
             note = f"a part from which {computed.attribute} is computed, and not what acts"
         matrices[name] = Matrices(
@@ -71,10 +74,10 @@ def effective_matrices(
             aliases,
             tuple(value.shape),
             seen_through(views),
-            partial(_acting_value, module, attribute),
+            partial(_acting_value if own == COMPUTED else value_of, module, attribute),
             geometry,
             note=joined(fused.get((module, attribute), Views()).note, note),
-            stored=attribute not in _effective_attributes(module) and note != COMPUTED,
+            stored=attribute not in _effective_attributes(module) and own != COMPUTED,
         )
 
     for weight in found.weights:
@@ -94,7 +97,8 @@ def effective_matrices(
         is_part = part_of(source.owner, source.attribute) is not None
         total += 0 if is_part else parameter.numel()
         aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
-        add(name, aliases, source.owner, source.attribute, parameter.detach(), seen[name])
+        place = source.owner, source.attribute
+        add(name, aliases, *place, parameter.detach(), seen[name], weight.tied)
     counts = {
         name: 0 if part_of(module, attribute) or is_lazy(parameter) else parameter.numel()
         for name, module, attribute, parameter in named_parameters(model)
@@ -148,6 +152,33 @@ def _looked_at(
         own = "the kernel alone: how the layer's own forward slides it is not known"
         return joined(note, own), None
     return (COMPUTED if W is not None else ""), geometry
+
+
+def _of_tied(
+    module: nn.Module,
+    attribute: str,
+    value: Tensor,
+    aliases: Sequence[str],
+    tied: Sequence[Source],
+) -> str:
+    """Names the layers that share a weight and act otherwise than the first of them."""
+    slots = [attribute, *(source.attribute for source in tied)]
+    owners = [module, *(source.owner for source in tied)]
+    if not tied or set(slots) != {"weight"} or not any(map(has_own_forward, owners)):
+        return ""
+    first, *others = [acting_weight(owner, value) for owner in owners]
+    known = UNKNOWN not in (first.note, *(one.note for one in others))
+    differ = [
+        alias
+        for alias, other in zip(aliases[1:], others, strict=True)
+        if other.note != first.note or not _equal(other.weight, first.weight)
+    ]
+    acts = "acts" if known else "may act"
+    return f"another weight {acts} in {quoted(differ)}, which shares it" if differ else ""
+
+
+def _equal(W: Tensor | None, V: Tensor | None) -> bool:
+    return W is V or (W is not None and V is not None and torch.equal(W, V))
 
 
 def current(module: nn.Module, attribute: str) -> Tensor:

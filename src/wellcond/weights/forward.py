@@ -1,47 +1,52 @@
 """The weight by which a layer with a `forward` of its own multiplies.
 
 A subclass of Linear or of a convolution may mask, scale or standardise its weight in `forward`, so
-that what is stored is not what acts. One forward pass of a copy of the layer, in eval mode, shows
-which weight is handed to the product. Nothing of the layer, and no random state, is changed.
+that what is stored is not what acts. Forward passes of a copy of the layer, in eval mode, show
+which weight is handed to the product, and whether the layer is that product: then it is what acts.
+A product is believed only if its input is that of the layer and the output of the layer is its
+output, perhaps with a constant added, a border cut off, or a known activation applied. Any scale
+before or after is part of what acts; of vectors it is found from the images of unit vectors.
 
 Letters: W the weight that acts, of the shape of the stored one; x a random input, y the output.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn import functional as F
 
 from wellcond.operators.convolution import Convolution, Geometry
-from wellcond.operators.rounding import full_precision
+from wellcond.weights.comparison import arranged, differs_as, is_rearranged, same
 from wellcond.weights.projections import is_conv1d
+from wellcond.weights.twin import Call, Run, Twin, undisturbed
 
 COMPUTED = "the weight that acts, which the layer's own forward computes from what is stored"
 UNKNOWN = "as stored: what the layer's own forward makes of it is not known"
 # Up to this nu a map of vectors is found from its images of unit vectors, so many at a time.
 _LARGEST, _CHUNK = 4096, 256
-# Relative to the largest entry: float32 evaluations of one linear map differ by far less.
-_LINEAR = 1e-3
+# Relative to sums of absolute values: float32 evaluations of one linear map differ by far less.
+_LINEAR = 1e-4
+# How often a forward pass that draws random numbers must give the same.
+_DRAWS = 8
 
-# Where the weight stands among the arguments of each product.
-_LINEAR_PRODUCTS = {"linear": 1, "matmul": 1, "__matmul__": 1, "mm": 1, "addmm": 2}
-_CONVOLUTIONS = [f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)]
-_PRODUCTS = _LINEAR_PRODUCTS | dict.fromkeys(_CONVOLUTIONS, 1)
-_OTHER_PRODUCTS = {"bmm", "einsum", "tensordot", "bilinear", "baddbmm", "addbmm", "mv", "addmv"}
-
-_Call = tuple[str, Tensor, Tensor, Tensor]  # the name of a product, its weight, input and output
+# What may follow the product: no part of the weight. Factors per channel are not among them.
+_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    *(F.relu, F.relu6, F.gelu, partial(F.gelu, approximate="tanh"), F.silu, F.mish),
+    *(torch.sigmoid, torch.tanh, torch.sin, torch.square, torch.abs, torch.exp),
+    *(F.elu, F.selu, F.softplus, F.softsign, F.logsigmoid, F.hardswish, F.hardsigmoid, F.hardtanh),
+    *(partial(F.leaky_relu, negative_slope=slope) for slope in (0.01, 0.1, 0.2, 0.3)),
+    *(partial(f, dim=dim) for f in (F.softmax, F.log_softmax, F.normalize) for dim in (-1, 1)),
+    *(partial(F.glu, dim=dim) for dim in (-1, 1)),
+    lambda y: y * torch.sigmoid(1.702 * y),
+    lambda y: F.relu(y).square(),
+)
 
 
 class Acting(NamedTuple):
@@ -56,52 +61,77 @@ class Acting(NamedTuple):
     note: str = ""
 
 
-def acting_weight(layer: nn.Module, stored: Tensor) -> Acting:
-    """What acts in a layer whose `weight` has this value when its forward pass begins."""
+class _Look(NamedTuple):
+    """A forward pass with one product: its weight in the layout of the stored one, and inputs."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    call: Call
+
+
+def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> Acting:
+    """What acts in a layer whose `weight` has this value when its forward pass begins.
+
+    Unit vectors, one forward pass for each, are tried only where it is to be `thorough`.
+    """
     if not has_own_forward(layer):
         return Acting()
     if _is_replaced(layer) or stored.is_meta:
         return Acting(note=UNKNOWN)
     try:
-        with _undisturbed(stored):
-            W = _acting(layer, stored)
-    except Exception:  # it needs other arguments, other inputs, or other processes
+        with undisturbed(stored):
+            W = _acting(layer, stored, thorough)
+    except (Exception, SystemExit):  # it needs other arguments, other inputs, or other processes
         W = None
     if W is None:
         return Acting(note=UNKNOWN)
-    return Acting() if _same(W, stored) else Acting(W, COMPUTED)
+    return Acting() if same(W, stored) else Acting(W, COMPUTED)
 
 
 def has_own_forward(layer: nn.Module) -> bool:
     """Whether it is a Linear, a Conv1D of the transformers library or a convolution with one."""
-    if not (isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or is_conv1d(layer)):
+    kind = type(layer)
+    if kind.__module__.startswith("torch.nn.modules."):
+        own = False
+    elif isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or is_conv1d(layer):
+        base = next(
+            one
+            for one in kind.__mro__
+            if one.__module__.startswith("torch.nn.modules.") or one.__name__ == "Conv1D"
+        )
+        methods = ("forward", "_conv_forward")
+        own = any(getattr(kind, m, None) is not getattr(base, m, None) for m in methods)
+    else:
         return False
-    base = next(
-        kind
-        for kind in type(layer).__mro__
-        if kind.__module__.startswith("torch.nn.modules.") or kind.__name__ == "Conv1D"
-    )
-    methods = ("forward", "_conv_forward")
-    own = any(getattr(type(layer), m, None) is not getattr(base, m, None) for m in methods)
-    return own or _is_replaced(layer)
+    if own or "forward" not in vars(layer):
+        return own
+    return isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and _is_replaced(layer)
 
 
 def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool) -> bool:
-    """Whether the output of a convolution on a random input is that of this map.
+    """Whether the output of a convolution on a random input is that of this map, and a constant.
 
-    That of the whole layer; or of the product in it, which an activation may follow.
+    That of the whole layer; or of the product in it, which a known activation may follow.
     """
     S = Convolution(kernel, geometry)
+    bound = Convolution(kernel.abs(), geometry)
     try:
-        with _undisturbed(kernel):
+        with undisturbed(kernel):
             sizes = S.positions if geometry.transposed else geometry.size
             x = _random((1, layer.in_channels, *sizes), kernel)  # type: ignore[arg-type]
-            calls, y = _run(layer, x, kernel)
-            outputs = [y] if whole or len(calls) != 1 else [y, calls[0][-1]]
+            twin = Twin(layer, kernel)
+            run = twin.run(x, 0)
+            y, origin = (_output(one) for one in (run, twin.run(torch.zeros_like(x), 1)))
+            outputs = [y - origin]
+            if not whole and len(run.calls) == 1 and run.calls[0].y.numel() == y.numel():
+                outputs.append(run.calls[0].y)
             expected = S.matmat(x.flatten()[:, None]).flatten()
-            same_size = [one for one in outputs if one.numel() == len(expected)]
-            return any(_close(one.flatten(), expected) for one in same_size)
-    except Exception:
+            error = max(_LINEAR, 4 * torch.finfo(kernel.dtype).eps)
+            room = error * bound.matmat(x.abs().flatten()[:, None]).flatten()
+            same_size = [one.flatten() for one in outputs if one.numel() == len(expected)]
+            return any(bool(((one - expected).abs() <= room).all()) for one in same_size)
+    except (Exception, SystemExit):
         return False
 
 
@@ -112,56 +142,196 @@ def _is_replaced(layer: nn.Module) -> bool:
     return forward is not None and getattr(inner, "__func__", inner) is not type(layer).forward
 
 
-def _acting(layer: nn.Module, stored: Tensor) -> Tensor | None:
+def _acting(layer: nn.Module, stored: Tensor, thorough: bool) -> Tensor | None:
     for x in _inputs(layer, stored):
         try:
-            calls, y = _run(layer, x, stored)
-        except Exception:
+            twin = Twin(layer, stored)
+            first = twin.run(x, 0)
+        except (Exception, SystemExit):
             continue
         break
     else:
         return None
-    found = _handed(layer, stored, calls)
-    other = _handed(layer, stored, _run(layer, _random(x.shape, stored, seed=1), stored)[0])
-    if found is not None and other is not None and _same(found[0], other[0]):
-        weight, x_there, y_there = found
-        result = _is_result(y, y_there)
-        if result and _is_input(x_there, x):
-            return weight
-        # An activation after the product, or a norm of x before it, is no part of the weight.
-        if (result or _same(weight, stored)) and not _is_homogeneous(layer, x, y, stored):
-            return weight
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    other = _random(x.shape, stored, seed=1)
+    second = twin.run(other, 1)
+    if (first.draws or second.draws) and not _is_repeated(twin, x, first):
         return None
-    if any(_begins_with(y, call[-1]) and _is_stored(layer, stored, call) for call in calls):
+    convolves = isinstance(layer, nn.modules.conv._ConvNd)
+    if convolves and twin.normalises:
+        return None
+    looks = [_look(layer, stored, *one) for one in ((x, first), (other, second))]
+    if all(looks) and _is_the_product(layer, stored, twin, [one for one in looks if one]):
+        return looks[0].weight  # type: ignore[union-attr]
+    if convolves:
+        return None
+    if _begins_with_stored(layer, stored, x, first):
         return stored  # it has outputs of another weight besides
-    return _from_unit_vectors(layer, x, stored)
+    if not thorough:
+        return stored if _agrees_with(layer, stored, twin, [x, other]) else None
+    return _from_unit_vectors(layer, twin, x, stored)
 
 
-def _handed(
-    layer: nn.Module, stored: Tensor, calls: list[_Call]
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The weight, the input and the output of the only product, if the shape is that stored."""
-    if len(calls) != 1:
+def _is_repeated(twin: Twin, x: Tensor, first: Run) -> bool:
+    """Whether the random numbers that a forward pass draws change nothing."""
+    again = (twin.run(x, seed) for seed in range(2, 2 + _DRAWS))
+    return all(same(_output(run), _output(first)) for run in again)
+
+
+def _look(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -> _Look | None:
+    """The only product, if the shape of its weight is that stored."""
+    if len(run.calls) != 1:
         return None
-    ((name, weight, x, y),) = calls
-    if not isinstance(layer, nn.modules.conv._ConvNd):
-        by_rows = name == "linear"  # else the product is with (inputs, outputs)
-        weight = weight if by_rows != is_conv1d(layer) else weight.mT
-    return (weight, x, y) if weight.shape == stored.shape else None
+    (call,) = run.calls
+    W, y = _as_stored(layer, call), _output(run)
+    if W.shape != stored.shape:
+        return None
+    if not isinstance(layer, nn.modules.conv._ConvNd):  # the channels are last, and remain all
+        y, call = _rows(y), call._replace(x=_rows(call.x), y=_rows(call.y))
+    return _Look(x, y, W, call)
 
 
-def _is_stored(layer: nn.Module, stored: Tensor, call: _Call) -> bool:
-    handed = _handed(layer, stored, [call])
-    return handed is not None and _same(handed[0], stored)
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
 
 
-def _begins_with(y: Tensor, product: Tensor) -> bool:
-    m = product.shape[-1]
-    return y.shape[-1] > m and _same(y[..., :m].flatten(), product.flatten())
+def _as_stored(layer: nn.Module, call: Call) -> Tensor:
+    """The weight in the layout in which the layer stores its own."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return call.weight
+    by_rows = call.name == "linear"  # else the product is with (inputs, outputs)
+    return call.weight if by_rows != is_conv1d(layer) else call.weight.mT
 
 
-def _from_unit_vectors(layer: nn.Module, x: Tensor, stored: Tensor) -> Tensor | None:
+def _output(run: Run) -> Tensor:
+    """Of several outputs the one that is that of a product."""
+    if not isinstance(run.y, tuple | list):
+        y: Tensor = run.y
+        return y
+    outputs = [one for one in run.y if isinstance(one, Tensor) and one.is_floating_point()]
+    of_product = (one for one in outputs if any(is_rearranged(one, c.y) for c in run.calls))
+    return next(of_product, outputs[0])
+
+
+def _is_the_product(layer: nn.Module, stored: Tensor, twin: Twin, looks: list[_Look]) -> bool:
+    """Whether a layer with one product multiplies by its weight, whatever the input."""
+    first, second = looks
+    added = first.call.added, second.call.added
+    if not same(first.weight, second.weight) or not (
+        added[0] is added[1] or (None not in added and same(*added))  # type: ignore[arg-type]
+    ):
+        return False
+    if all(is_rearranged(one.x, one.call.x) and _is_result(one.y, one.call.y) for one in looks):
+        return is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
+    if not bool(first.weight.isfinite().all()):
+        return False
+    x = torch.zeros_like(first.x)
+    origin = _look(layer, stored, x, twin.run(x, 2))
+    if origin is None or not same(origin.weight, first.weight):
+        return False
+    takes = (
+        all(is_rearranged(one.x, one.call.x) for one in looks)
+        or all(_is_shifted(one.x, one.call.x, origin.call.x) for one in looks)
+        or all(_is_normalised(layer, stored, twin, one) for one in looks)
+    )
+    if not takes:
+        return False
+    if all(_is_result(one.y, one.call.y) for one in looks):
+        return is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
+    return all(differs_as(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
+
+
+def _is_result(y: Tensor, product: Tensor) -> bool:
+    """Whether it is the output of the product or a known activation of that."""
+    return is_rearranged(y, product) or any(_activations(y, product))
+
+
+def _activations(y: Tensor, product: Tensor) -> Iterator[bool]:
+    """For each known activation whether it is that of the product."""
+    for activation in () if product.is_complex() else _ACTIVATIONS:
+        try:
+            yield _is_activated(y, activation(product), product)
+        except (RuntimeError, IndexError):  # of odd sides none is a gate
+            yield False
+
+
+def _is_activated(y: Tensor, activated: Tensor, product: Tensor) -> bool:
+    """Whether it is that, up to rounding relative to the product too, as of gelu(-9)."""
+    if activated.shape != product.shape or torch.finfo(y.dtype).eps > 1e-6:
+        return is_rearranged(y, activated)
+    both = zip(arranged(activated, y), arranged(product, y), strict=True)
+    rounding = 4 * torch.finfo(y.dtype).eps
+    return any(
+        bool(((y - a.view_as(y)).abs() <= rounding * (a.abs() + b.abs()).view_as(y)).all())
+        for a, b in both
+    )
+
+
+def _is_activation(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) -> bool:
+    """Whether one activation also fits where the product is about 3: near 0 many look alike."""
+    x = look.x * (3 / look.call.y.abs().max())
+    again = _look(layer, stored, x, twin.run(x, 3))
+    if again is None:
+        return False
+    fits = (_activations(one.y, one.call.y) for one in (look, again))
+    return any(map(all, zip(*fits, strict=True)))
+
+
+def _is_shifted(x: Tensor, there: Tensor, origin: Tensor) -> bool:
+    """Whether it is the input of the layer and a constant."""
+    return differs_as(x, torch.zeros_like(x), there, origin)
+
+
+def _is_normalised(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) -> bool:
+    """Whether it has the direction of the input of the layer, and not its length."""
+    x, there = look.x, look.call.x
+    if there.numel() != x.numel():
+        return False
+    x = x.view_as(there)
+    again = _look(layer, stored, x, twin.run(4 * look.x, 4))
+    if again is None or not bool(there.any()):
+        return False
+    change = (again.call.x - there).abs().max() / there.abs().max()  # 0, but for an eps, not 3
+    turn = (there / there.norm() - x / x.norm()).abs() / (x / x.norm()).abs()
+    return bool(change < 0.01) and bool(turn.max() < 32 * torch.finfo(x.dtype).eps)
+
+
+def _begins_with_stored(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -> bool:
+    """Whether the first outputs are those of a product with the stored weight."""
+    y, m = _output(run), stored.numel() // x.shape[-1]
+    return y.shape[-1] > m and any(
+        same(_as_stored(layer, call), stored)
+        and call.added is None
+        and is_rearranged(x, call.x)
+        and is_rearranged(y[..., :m], call.y)
+        for call in (one._replace(added=_nonzero(one.added)) for one in run.calls)
+    )
+
+
+def _nonzero(added: Tensor | None) -> Tensor | None:
+    """None for a bias of zeros."""
+    return added if added is not None and bool(added.any()) else None
+
+
+def _agrees_with(layer: nn.Module, stored: Tensor, twin: Twin, inputs: list[Tensor]) -> bool:
+    """Whether the output is that of the stored weight, and a constant, on random inputs."""
+    W = stored if is_conv1d(layer) else stored.mT
+    origin = _output(twin.run(torch.zeros_like(inputs[0]), 2))
+    return all(_is_image(_output(twin.run(x, 3)), origin, x, W) for x in inputs)
+
+
+def _is_image(y: Tensor, origin: Tensor, x: Tensor, W: Tensor) -> bool:
+    """Whether y is x W and a constant, up to rounding."""
+    if y.numel() != x.numel() // len(W) * W.shape[1]:
+        return False
+    eps = torch.finfo(W.dtype).eps
+    error = max(_LINEAR, 4 * eps) * (x.abs() @ W.abs()) + 4 * eps * origin.abs().view(
+        -1, W.shape[1]
+    )
+    difference = (y - origin).reshape(error.shape) - x @ W
+    return bool((difference.abs() <= error).all())
+
+
+def _from_unit_vectors(layer: nn.Module, twin: Twin, x: Tensor, stored: Tensor) -> Tensor | None:
     """W column by column, checked on inputs of two scales and both signs."""
     n = x.shape[-1]
     m = stored.numel() // n
@@ -169,59 +339,25 @@ def _from_unit_vectors(layer: nn.Module, x: Tensor, stored: Tensor) -> Tensor | 
         return None
 
     def image(rows: Tensor) -> Tensor:
-        _, y = _run(layer, rows.reshape(-1, *x.shape[1:]), stored)
-        return y.reshape(len(rows), m)
+        return _output(twin.run(rows.reshape(-1, *x.shape[1:]), 0)).reshape(len(rows), m)
 
     origin = image(x.new_zeros(1, n))
     columns = []
     for start in range(0, n, _CHUNK):
-        count = min(_CHUNK, n - start)
-        unit = x.new_zeros(count, n)
-        unit[torch.arange(count), torch.arange(start, start + count)] = 1
+        unit = x.new_zeros(min(_CHUNK, n - start), n)
+        unit[:, start:].fill_diagonal_(1)
         columns.append(image(unit) - origin)
     W = torch.cat(columns)  # (n, m)
     for scale in (1, -1, 100, -100):
         row = scale * _random((1, n), stored, seed=1)
-        if not _close(image(row) - origin, row @ W):
+        if not _is_image(image(row), origin, row, W):
             return None
     W = W if is_conv1d(layer) else W.mT
-    return stored if _close(W, stored, torch.finfo(stored.dtype).eps) else W
-
-
-def _is_homogeneous(layer: nn.Module, x: Tensor, y: Tensor, stored: Tensor) -> bool:
-    """Whether f(c x) = c f(x) for a positive and a negative c, up to rounding."""
-    return all(_close(_run(layer, c * x, stored)[1], c * y) for c in (4.0, -1.0))
-
-
-def _is_result(y: Tensor, product: Tensor) -> bool:
-    """Whether it is the output of the product, with its channels last, or after a ReLU."""
-    results = [product] if product.is_complex() else [product, product.relu()]
-    return any(_same(y.flatten(), one.flatten()) for r in results for one in (r, _last(r)))
-
-
-def _is_input(there: Tensor, x: Tensor) -> bool:
-    """Whether it is x, with a border perhaps."""
-    if there.numel() == x.numel():
-        return any(_same(one.flatten(), x.flatten()) for one in (there, _last(there)))
-    return bool(there.abs().max() == x.abs().max())
-
-
-def _last(x: Tensor) -> Tensor:
-    """With its channels last."""
-    return x.movedim(1, -1) if x.ndim > 2 else x
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.shape == b.shape and torch.equal(a.to(dtype), b.to(dtype))
-
-
-def _close(a: Tensor, b: Tensor, error: float | None = None) -> bool:
-    """Whether they differ by rounding alone, or relatively by this error at most."""
-    error = error or max(_LINEAR, 4 * torch.finfo(a.dtype).eps)
-    dtype = torch.complex128 if b.is_complex() else torch.float64
-    a, b = a.cpu().to(dtype), b.cpu().to(dtype)
-    return bool((a - b).abs().max() <= error * b.abs().max()) and bool(b.isfinite().all())
+    if not bool(W.isfinite().all()):
+        return None
+    size = max(float(stored.abs().max()), 4 * float(origin.abs().max()))
+    rounding = torch.finfo(stored.dtype).eps * size
+    return stored if bool(((W - stored).abs() <= rounding).all()) else W
 
 
 def _inputs(layer: nn.Module, stored: Tensor) -> Iterator[Tensor]:
@@ -257,112 +393,3 @@ def _random(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
     dtype = torch.complex64 if like.is_complex() else torch.float32
     x = torch.randn(shape, generator=source, dtype=dtype, device="cpu")
     return x.to(like.device, like.dtype)
-
-
-class _Record(TorchFunctionMode):
-    """The products of a forward pass: name, weight, input and output of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in _PRODUCTS:
-            at = _PRODUCTS[name]
-            weight = args[at] if len(args) > at else kwargs.get("weight", kwargs.get("other"))
-            x = args[at - 1] if len(args) >= at else kwargs.get("input")
-            if isinstance(weight, Tensor) and isinstance(x, Tensor):
-                self.calls.append((name, weight, x, result))
-        elif name in _OTHER_PRODUCTS:
-            self.calls.append((name, result, result, result))  # no weight has its shape: not known
-        return result
-
-
-class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """No communication: other processes may not take part."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if "c10d" in func.namespace:
-            raise RuntimeError("a forward pass that communicates")
-        return func(*args, **(kwargs or {}))
-
-
-def _run(layer: nn.Module, x: Tensor, stored: Tensor) -> tuple[list[_Call], Tensor]:
-    """The products of a forward pass of a copy without a bias, and the output."""
-    twin = _copy(layer, {})
-    if "weight" in vars(twin):  # computed by a hook of the layer
-        vars(twin)["weight"] = stored.clone()
-    if isinstance(bias := twin._parameters.get("bias"), Tensor):
-        bias.data.zero_()
-    record = _Record()
-    # To enter such a mode takes seconds at first, as torch then imports its compiler.
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    alone: Any = _Alone() if together else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-    with record, alone:
-        y = type(layer).forward(twin, x)
-    if isinstance(y, tuple | list):  # the product itself may be one of several
-        outputs = [one for one in y if isinstance(one, Tensor) and one.is_floating_point()]
-        of_product = (one for one in outputs if any(_is_result(one, c[-1]) for c in record.calls))
-        y = next(of_product, outputs[0])
-    return record.calls, y
-
-
-@contextlib.contextmanager
-def _undisturbed(like: Tensor) -> Iterator[None]:
-    """Without gradients and autocast, in full precision, and with a random state of its own."""
-    devices = [like.device] if like.is_cuda else []
-    with full_precision(like.device.type), torch.random.fork_rng(devices=devices):
-        yield
-
-
-def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy in eval mode with tensors of its own, without the hooks of users."""
-    if id(module) in memo:
-        twin: nn.Module = memo[id(module)]
-        return twin
-    twin = memo[id(module)] = object.__new__(type(module))
-    for name, value in vars(module).items():
-        if name == "_modules":
-            own: Any = copy.copy(value)
-            own.update({k: v if v is None else _copy(v, memo) for k, v in value.items()})
-        elif name.endswith("_hooks") and isinstance(value, dict):
-            own = type(value)((k, v) for k, v in value.items() if isinstance(v, _PURE_HOOKS))
-        else:
-            own = _own(value, memo)
-        vars(twin)[name] = own
-    twin.training = False
-    return twin
-
-
-# They compute a weight from parameters of the module, and in eval mode change nothing.
-_PURE_HOOKS = SpectralNorm, WeightNorm, BasePruningMethod
-
-
-def _own(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of tensors, also of those in lists and dicts; anything else as it is."""
-    if not isinstance(value, Tensor | dict | list | set):
-        return value
-    if id(value) in memo:
-        return memo[id(value)]
-    own: Any = value
-    if isinstance(value, Tensor):
-        own = value.detach().clone()
-        if isinstance(value, nn.Parameter):
-            own = nn.Parameter(own, requires_grad=value.requires_grad)
-    elif isinstance(value, dict):
-        own = memo[id(value)] = copy.copy(value)
-        own.update({k: _own(v, memo) for k, v in value.items()})
-    elif isinstance(value, list):
-        own = memo[id(value)] = copy.copy(value)
-        own[:] = [_own(v, memo) for v in value]
-    elif isinstance(value, set):
-        own = copy.copy(value)
-    memo[id(value)] = own
-    return own
