@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from wellcond.checkpoints.archive import can_be_mapped, check_pickle, refresh_checksums
 from wellcond.checkpoints.finite import pieces_of
-from wellcond.checkpoints.foreign import Foreign, ForeignTensor, Inert, load_inert
+from wellcond.checkpoints.foreign import ARRAY, Foreign, ForeignTensor, Inert, load_inert
 from wellcond.checkpoints.formats import ZERO
 from wellcond.checkpoints.nested import tensors_in
 from wellcond.checkpoints.overlaps import repeats, shared_memory, span
@@ -117,21 +117,25 @@ class Pickled(TensorFile):
         return self._copied(name, row) if self._mapped else row
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        tensor = self._tensors[name]
-        if not isinstance(tensor, Tensor) or type(tensor) not in _PLAIN or tensor.is_nested:
-            return
         if not self._mapped:
-            yield from pieces_of(self._same(name, self._tensors).detach())
+            yield from self._pieces(name)
             return
         for number in count():
             if self._read > _RESIDENT:
                 self._open()
-            tensor = self._same(name, self._tensors).detach()
-            piece = next(islice(pieces_of(tensor), number, None), None)
+            piece = next(islice(self._pieces(name), number, None), None)
             if piece is None:
                 return
             self._read += piece.nbytes
             yield self._copied(name, piece)
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        tensor = self._tensors.get(name)
+        if isinstance(tensor, ForeignTensor):
+            return pieces_of(tensor.values) if tensor.values is not None else iter(())
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_nested):
+            return iter(())
+        return pieces_of(self._same(name, self._tensors).detach())
 
     def _same(self, name: str, tensors: Mapping[str, Tensor | ForeignTensor]) -> Tensor:
         """The tensor; raises if the file was replaced by another since it was opened first."""
@@ -221,7 +225,9 @@ class Pickled(TensorFile):
                 if file.readinto(buffer) < len(buffer):
                     raise UnreadableError(f"{self.path} has become shorter while it was read.")
                 flat = torch.frombuffer(buffer, dtype=old.dtype)
-                flat.as_strided(old.shape, old.stride()).copy_(tensor)
+                stored = flat.as_strided(old.shape, old.stride())
+                stored = stored.conj() if old.is_conj() else stored
+                (torch._neg_view(stored) if old.is_neg() else stored).copy_(tensor)
                 file.seek(start)
                 file.write(buffer)
                 changed.append(start)
@@ -243,8 +249,12 @@ def _foreign_entry(name: str, tensor: ForeignTensor) -> Entry:
     if tensor.kind == "meta":
         floating = tensor.dtype is not None and tensor.dtype.is_floating_point
         return Entry(name, tensor.shape, dtype, floating, Skipped(Reason.no_values))
+    if tensor.kind == ARRAY:
+        return Entry(name, tensor.shape, dtype, True, Skipped(Reason.array))
     if "." not in tensor.kind:
-        return Entry(name, tensor.shape, dtype, False, Skipped(Reason.not_dense, tensor.kind))
+        values = tensor.values  # of a sparse tensor
+        floating = values is not None and (values.is_floating_point() or values.is_complex())
+        return Entry(name, tensor.shape, dtype, floating, Skipped(Reason.not_dense, tensor.kind))
     return Entry(name, tensor.shape, dtype, True, _of_class(tensor.kind))
 
 
