@@ -151,7 +151,7 @@ class Pickled(TensorFile):
 
         Where the file was cut off meanwhile the system says so; to read it here ends the process.
         """
-        if sys.platform == "win32":  # which lets nobody cut off a mapped file
+        if not tensor.numel() or sys.platform == "win32":  # which lets nobody cut off a mapped file
             return tensor.clone()
         size = span(tensor)
         source = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()))
