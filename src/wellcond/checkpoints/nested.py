@@ -20,7 +20,8 @@ _STATES = (
     ({"basis", "from_right", "warm"}, Reason.regularizer),
 )
 # A checkpoint of Lightning: its weights are in its `state_dict` alone.
-_LIGHTNING = {"state_dict", "pytorch-lightning_version"}
+LIGHTNING_VERSION = "pytorch-lightning_version"
+_LIGHTNING = {"state_dict", LIGHTNING_VERSION}
 # More than this no checkpoint has; a small file of shared lists can have any number.
 _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
 _TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from wellcond.checkpoints.archive import can_be_mapped, check_pickle, refresh_checksums
 from wellcond.checkpoints.finite import pieces_of
 from wellcond.checkpoints.foreign import ARRAY, Foreign, ForeignTensor, Inert, load_inert
-from wellcond.checkpoints.formats import ZERO
-from wellcond.checkpoints.nested import tensors_in
+from wellcond.checkpoints.formats import DCP, ZERO
+from wellcond.checkpoints.nested import LIGHTNING_VERSION, tensors_in
 from wellcond.checkpoints.overlaps import repeats, shared_memory, span
 from wellcond.checkpoints.slices import local_shard
 from wellcond.checkpoints.tensors import (
@@ -57,16 +57,8 @@ class Pickled(TensorFile):
         self._mapped = can_be_mapped(path)
         self._open()
         if not self._tensors and all(w.reason is Reason.objects for w in self.others.values()):
-            content = self._content
-            kind = content.kind if isinstance(content, Foreign) else type(content).__name__
-            besides = "".join(
-                f"; beside it are Python objects that are not read: {why.detail}"
-                for why in self.others.values()
-                if kind == "dict"
-            )
             raise NoTensorsError(
-                f"{path} must hold a dict of tensors, but holds a {kind} without any{besides}. "
-                "Save a state dict: torch.save(model.state_dict(), path)."
+                f"{path} must hold a dict of tensors, but holds {self._no_tensor()}"
             )
         self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
         self._check_placeholders()
@@ -81,6 +73,25 @@ class Pickled(TensorFile):
         shared, self.overlapping = shared_memory({name: matrices[name] for name in names})
         for name, skipped in shared.items():
             self.entries[name] = replace(self.entries[name], parameter=False, skipped=skipped)
+
+    def _no_tensor(self) -> str:
+        """What the file holds instead, and the way out."""
+        content = self._content
+        if isinstance(content, Mapping) and LIGHTNING_VERSION in content:
+            return (
+                "the state of a trainer of Lightning and no tensor. Beside meta.pt of a sharded "
+                f"checkpoint lie its weights. {DCP}."
+            )
+        kind = content.kind if isinstance(content, Foreign) else type(content).__name__
+        article = "an" if kind[0].lower() in "aeiou" else "a"
+        besides = "".join(
+            f"; beside it are Python objects that are not read: {why.detail}"
+            for why in self.others.values()
+            if kind == "dict"
+        )
+        found = "None" if content is None else f"{article} {kind}"
+        way_out = "Save a state dict: torch.save(model.state_dict(), path)."
+        return f"{found} and no tensor{besides}. {way_out}"
 
     def _check_placeholders(self) -> None:
         """Raises if the parameters are empty, as DeepSpeed's ZeRO-3 saves them elsewhere."""
