@@ -197,6 +197,9 @@ class _Anything:
         return made
 
     def __init__(self, *args: Any, **more: Any) -> None: ...
+    def __call__(self, *args: Any) -> _Anything:
+        return type(self)(*args)
+
     def __setstate__(self, state: Any) -> None: ...
     def __setitem__(self, key: Any, value: Any) -> None:
         self.size += 1

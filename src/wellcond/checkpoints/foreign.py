@@ -301,7 +301,8 @@ class _Unpickler(pickle._Unpickler):
             if function.kind in _MAKERS and arguments and isinstance(arguments[0], Foreign):
                 made, *rest = arguments
                 arguments = tuple(rest)
-            return Foreign(made.kind, arguments=arguments)
+            # What a partial function holds is passed on by its call.
+            return Foreign(made.kind, state=made.state, arguments=arguments)
         if function in _CALLABLE:
             return function(*arguments)
         raise pickle.UnpicklingError("what is called must be a class or a function")

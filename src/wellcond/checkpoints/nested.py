@@ -125,7 +125,8 @@ class _Walk:
         # Of what a state dict is made, and of a named tuple, all is in the arguments.
         parts = [*one.arguments, *(part for part in one.states if not isinstance(part, Mapping))]
         parts = [part for part in parts if isinstance(part, _HOLDERS) and id(part) not in self.seen]
-        if len(parts) == 1 and isinstance(parts[0], Mapping):
+        taken = attributes.keys() | one.items.keys()
+        if len(parts) == 1 and isinstance(parts[0], Mapping) and taken.isdisjoint(parts[0]):
             attributes = {**parts[0], **attributes}
         elif parts:
             inside, self.inside = self.inside, True
