@@ -111,7 +111,8 @@ def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
 def _convertible(dtype: torch.dtype) -> bool:
     """Whether torch computes with it; it does not with pairs of float4 in a byte."""
     try:
-        torch.empty(1, dtype=dtype, device="cpu").to(torch.float32)
+        wide = torch.complex64 if dtype.is_complex else torch.float32
+        torch.empty(1, dtype=dtype, device="cpu").to(wide)
     except (NotImplementedError, RuntimeError):
         return False
     return True
