@@ -118,6 +118,32 @@ def test_what_is_no_baseline_is_exit_code_2(
     assert "--max-rise must come with --baseline" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kappa", [0, -0.0, -3, 0.999, "-inf", 1e-300])
+def test_a_number_below_one_is_no_condition_number(
+    baseline: Path, kappa: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = {"name": "layers.0.weight", "view": "", "condition_number": kappa}
+    other = baseline.with_name("other.json")
+    other.write_text(json.dumps({"findings": [finding]}))
+    new = model(baseline.with_name("new.pt"), 10, 20)
+    assert main(["audit", str(new), "--baseline", str(other)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"which are at least 1, but {other} says {float(kappa):g} of layers.0.weight" in err
+
+
+@pytest.mark.parametrize("kappa", [1, 1.0, "inf", "nan", 1e300])
+def test_every_condition_number_is_one_of_a_baseline(baseline: Path, kappa: float) -> None:
+    findings = [
+        {"name": f"layers.{n}.weight", "view": "", "condition_number": k}
+        for n, k in enumerate((kappa, 20))
+    ]
+    other = baseline.with_name("other.json")
+    other.write_text(json.dumps({"findings": findings}))
+    new = model(baseline.with_name("new.pt"), 1, 20)
+    assert main(["audit", str(new), "--baseline", str(other)]) == 0
+
+
 def test_a_baseline_of_other_names_for_the_same_weights_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,8 @@
 """Files and folders of other formats are called what they are, with the way to convert them."""
 
+import argparse
 import json
+import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import wellcond as wc
-from wellcond.checkpoints.tensors import UnreadableError
+from wellcond.checkpoints.tensors import NoTensorsError, UnreadableError
 from wellcond.cli import main
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -27,6 +29,12 @@ def keras(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("metadata.json", "config.json", "model.weights.h5"):
             archive.writestr(name, "{}")
+
+
+def exported(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data/weights/weight_0", "models/model.json", "archive_format"):
+            archive.writestr(f"a/{name}", "pt2")
 
 
 def of(data: bytes) -> Callable[[Path], object]:
@@ -44,6 +52,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a.gguf": (of(b"GGUF\x03\0\0\0"), "GGUF", "was converted"),
     "a.msgpack": (of(b"\x81\xa6params"), "msgpack", "msgpack_restore"),
     "a.mlmodel": (of(b"\x08\x04"), "Core ML", "export"),
+    "a.pt2": (exported, "torch.export", "state_dict"),
 }
 
 
@@ -64,7 +73,7 @@ def test_a_file_of_another_format_is_named(
 
 @pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors", ".ckpt", ""])
 @pytest.mark.parametrize(
-    "name", ["a.npz", "a.npy", "a.keras", "a.weights.h5", "a.gguf", "a.tflite"]
+    "name", ["a.npz", "a.npy", "a.keras", "a.weights.h5", "a.gguf", "a.tflite", "a.pt2"]
 )
 def test_what_it_is_counts_and_not_its_name(tmp_path: Path, name: str, ending: str) -> None:
     make, what, _ = FILES[name]
@@ -197,6 +206,79 @@ def test_double_endings_are_read_alone_and_in_folders(
     assert wc.audit(tmp_path / f"fixed{ending}").findings[0].condition_number <= 2.0
     with pytest.raises(ValueError, match="must end in"):
         wc.repair(folder / f"first{ending}", tmp_path / "fixed.tar.gz", 2.0)
+
+
+def test_a_program_of_torch_export_is_named(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "a.pt2")
+    (tmp_path / "a.pt2").rename(tmp_path / "a.pt")
+    with pytest.raises(UnreadableError, match=r"a program of torch\.export\."):
+        wc.audit(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin", ".ckpt", ".zzz"])
+def test_a_zip_archive_of_another_kind_is_no_damaged_file_of_torch(
+    tmp_path: Path, ending: str
+) -> None:
+    """Such as one that was cut off before its pickle was written."""
+    path = tmp_path / f"a{ending}"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(3):
+            archive.writestr(f"a/data/{number}", "12345678")
+    match = r"zip archive without data\.pkl: it holds a/data/0, a/data/1 and 1 more\. If it was"
+    with pytest.raises(UnreadableError, match=match):
+        wc.audit(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("content", [{"w": torch.eye(3)}, {"w": np.eye(3)}, [1], Path("x")])
+def test_a_pickle_of_another_program_is_named_and_not_read(
+    tmp_path: Path, content: Any, protocol: int
+) -> None:
+    with (tmp_path / "a.pt").open("wb") as file:
+        pickle.dump(content, file, protocol=protocol)
+    with pytest.raises(
+        UnreadableError, match=r"a pickle that it did not write.*torch\.save"
+    ) as error:
+        wc.audit(tmp_path / "a.pt")
+    assert not any(word in str(error.value) for word in UNTRUE)
+    for legacy in (True, False):  # those of torch are read, of whatever protocol
+        torch.save(
+            {"w": torch.eye(3)},
+            tmp_path / "b.pt",
+            pickle_protocol=protocol,
+            _use_new_zipfile_serialization=not legacy,
+        )
+        assert wc.audit(tmp_path / "b.pt").coverage.measured == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (3, "an int and no tensor. Save a state dict"),
+        ([1], "a list and no tensor. Save a state dict"),
+        (None, "None and no tensor. Save a state dict"),
+        (argparse.Namespace(a=1), "an argparse.Namespace and no tensor. Save"),
+        ({"a": np.float64(1)}, "a dict and no tensor; beside it are Python objects that are not"),
+        ({"epoch": 1, "pytorch-lightning_version": "2.6"}, "of Lightning and no tensor. Beside me"),
+    ],
+)
+def test_a_file_without_tensors_says_what_it_holds(
+    tmp_path: Path, content: Any, found: str
+) -> None:
+    torch.save(content, tmp_path / "meta.pt")
+    with pytest.raises(NoTensorsError, match=found):
+        wc.audit(tmp_path / "meta.pt")
+
+
+def test_reasons_that_end_in_a_full_stop_are_listed_without_it(tmp_path: Path) -> None:
+    save_file({"v": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "b.bin").write_bytes(b"text")
+    (tmp_path / "c.bin").write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match=r"has none \(b\.bin.*; c\.bin.*; v: ") as error:
+        wc.audit(tmp_path)
+    assert ".;" not in str(error.value)
+    assert ".)" not in str(error.value)
 
 
 def test_unknown_files_are_still_refused_by_their_ending(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from typing import IO, Any, ClassVar
 import torch
 
 from wellcond.checkpoints.tensors import UnreadableError
+from wellcond.text import and_more
 
 # How many bytes may be unpacked in any case, and for each byte of the file.
 _UNPACKED, _RATIO = 64 << 20, 20
+# The number with which a file of torch before 1.6 begins, within its first pickle.
+_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 
 
 def is_archive(path: Path) -> bool:
@@ -50,7 +53,19 @@ def can_be_mapped(path: Path) -> bool:
             f"{path} would unpack from {packed:,} to {unpacked:,} bytes, which no weights do. "
             "If you trust it, load it and save it again: torch.save does not compress."
         )
+    names = [record.filename for record in records]
+    if not any(_inner(name) == "data.pkl" for name in names):
+        raise UnreadableError(
+            f"{path} must be a file of torch.save, but is a zip archive without data.pkl: it holds "
+            f"{and_more(names, limit=2)}. If it was cut off while it was written, save it again: "
+            "torch.save(model.state_dict(), path); if it is of another program, convert it there."
+        )
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
+
+
+def _inner(name: str) -> str:
+    """The name of a record below the folder of the archive; case is nothing to torch."""
+    return name.partition("/")[2].lower()
 
 
 def check_pickle(path: Path) -> None:
@@ -61,6 +76,13 @@ def check_pickle(path: Path) -> None:
     if not is_archive(path):
         with path.open("rb") as file:
             size = path.stat().st_size
+            if (start := file.read(64))[:1] == pickle.PROTO and _MAGIC not in start:
+                raise UnreadableError(
+                    f"{path} must be a file of torch.save, but is a pickle that it did not write, "
+                    "and to load such a one could run code. Load it where it was made, and save "
+                    "its tensors: torch.save(state_dict, other)."
+                )
+            file.seek(0)
             wanted = _Storages(path, file, size, legacy=True)
             for _ in range(4):  # a magic number, a version, of what machine, the content
                 wanted.load()
@@ -74,11 +96,10 @@ def check_pickle(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        # Case is nothing to torch.
-        sizes = {r.filename.partition("/")[2].lower(): r.file_size for r in records}
+        sizes = {_inner(record.filename): record.file_size for record in records}
         if len(sizes) < len(records):
             raise ValueError("two of its records have the same name")
-        (pickled,) = [r for r in records if r.filename.partition("/")[2].lower() == "data.pkl"]
+        (pickled,) = [record for record in records if _inner(record.filename) == "data.pkl"]
         with archive.open(pickled) as file:
             wanted = _Storages(path, file, pickled.file_size)
             wanted.load()
@@ -176,6 +197,9 @@ class _Anything:
         return made
 
     def __init__(self, *args: Any, **more: Any) -> None: ...
+    def __call__(self, *args: Any) -> _Anything:
+        return type(self)(*args)
+
     def __setstate__(self, state: Any) -> None: ...
     def __setitem__(self, key: Any, value: Any) -> None:
         self.size += 1

@@ -177,7 +177,9 @@ def audit(
         findings.append(finding_of_adapter(adapter, name))
 
     def scan(tensors: Mapping[str, Pieces]) -> dict[str, NotFinite]:
-        found, unread = not_finite_in(tensors)
+        weights = {f.name for f in findings if f.status is Status.not_finite}
+        weights |= {part for _, adapter in source.adapters for part in adapter.parts}
+        found, unread = not_finite_in(tensors, source.masks, weights)
         findings.extend(failed(name, error) for name, error in unread.items())
         return found
 
@@ -339,5 +341,7 @@ def _nothing(source: str, findings: list[Finding], skipped: dict[str, Skipped]) 
     reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
     others = sorted(skipped.items(), key=lambda item: item[1].reason.no_matrix)
     reasons += [f"{name}: {why}" for name, why in others]
-    listed = and_more(reasons, separator="; ") if reasons else "it is empty"
+    listed = (
+        and_more((one.rstrip(".") for one in reasons), separator="; ") if reasons else "it is empty"
+    )
     return f"{source} must hold a weight matrix that can be measured, but has none ({listed})."

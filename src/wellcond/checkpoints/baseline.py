@@ -14,7 +14,7 @@ from pathlib import Path
 from wellcond.checkpoints.findings import Status
 from wellcond.checkpoints.pairing import pair_names
 from wellcond.checkpoints.report import AuditReport
-from wellcond.text import and_more
+from wellcond.text import and_more, shown
 
 _LARGEST = 256 << 20  # bytes; a finding takes some 700
 
@@ -47,7 +47,7 @@ def read_baseline(path: Path) -> dict[str, float]:
     """The condition numbers of the weights, by their labels.
 
     Raises:
-        ValueError: it is no document of `wellcond audit --json`.
+        ValueError: it is no document of `wellcond audit --json`, or a number in it is none.
         FileNotFoundError: it is not there.
         OSError: it cannot be read.
     """
@@ -55,7 +55,7 @@ def read_baseline(path: Path) -> dict[str, float]:
         if path.stat().st_size > _LARGEST:
             raise ValueError
         rows = [(f["name"], f["view"], f["condition_number"]) for f in _findings(path)]
-        return {f"{n}:{view}" if view else str(n): float(kappa) for n, view, kappa in rows}
+        kappas = {f"{n}:{view}" if view else str(n): float(kappa) for n, view, kappa in rows}
     except FileNotFoundError:
         raise FileNotFoundError(
             f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not "
@@ -66,6 +66,13 @@ def read_baseline(path: Path) -> dict[str, float]:
             f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not. "
             "Make one from the model as it is to stay."
         ) from None
+    for label, kappa in kappas.items():
+        if kappa < 1:  # nan is unknown
+            raise ValueError(
+                f"--baseline must hold condition numbers, which are at least 1, but {path} says "
+                f"{kappa:g} of {shown(label)}. Make one from the model as it is to stay."
+            )
+    return kappas
 
 
 def _findings(path: Path) -> list[dict[str, str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,20 +50,23 @@ class NotFinite:
 
 def not_finite_in(
     tensors: Mapping[str, Pieces],
+    masks: Collection[str] = (),
+    weights: Collection[str] = (),
 ) -> tuple[dict[str, NotFinite], dict[str, Exception]]:
     """The tensors with NaN or infinity by name, and those that cannot be read.
 
-    What is infinite by design is left out, by its name: -inf in a mask, and the infinite ends of a
-    range.
+    What is infinite by design is left out: -inf in a mask, which `masks` or the name itself calls
+    one, and the infinite ends of a range, by name. In `weights` nothing is.
     """
     found, unread = {}, {}
     for name, pieces in tensors.items():
         try:
-            counted = _count(name, pieces())
+            counted, negative = _count(pieces())
         except Exception as error:  # whatever it is, the other tensors are still to be read
             unread[name] = error
             continue
-        if counted is not None:
+        meant = name not in weights and not counted.nan and _by_design(name, negative, masks)
+        if (counted.nan or counted.infinite) and not meant:
             found[name] = counted
     return found, unread
 
@@ -85,7 +89,8 @@ def to_list(found: Mapping[str, NotFinite]) -> list[dict[str, object]]:
 
 def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
     """The entries of a tensor in memory; none of one without floating point entries of its own."""
-    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    if tensor.is_meta or not (floating and _convertible(tensor.dtype)):
         return
     if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
         tensor = tensor.values()
@@ -102,7 +107,19 @@ def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-def _count(name: str, pieces: Iterable[Tensor]) -> NotFinite | None:
+@functools.cache
+def _convertible(dtype: torch.dtype) -> bool:
+    """Whether torch computes with it; it does not with pairs of float4 in a byte."""
+    try:
+        wide = torch.complex64 if dtype.is_complex else torch.float32
+        torch.empty(1, dtype=dtype, device="cpu").to(wide)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _count(pieces: Iterable[Tensor]) -> tuple[NotFinite, bool]:
+    """How many are not finite, and whether all of these are -inf."""
     nan = infinite = negative = entries = 0
     for piece in pieces:
         entries += piece.numel()
@@ -115,13 +132,11 @@ def _count(name: str, pieces: Iterable[Tensor]) -> NotFinite | None:
         nan += int(piece.isnan().sum())
         infinite += int(piece.isinf().sum())
         negative += int(piece.isneginf().sum())
-    if not nan and (not infinite or _by_design(name, infinite == negative)):
-        return None
-    return NotFinite(nan, infinite, entries)
+    return NotFinite(nan, infinite, entries), nan + infinite == negative
 
 
-def _by_design(name: str, negative: bool) -> bool:
+def _by_design(name: str, negative: bool, masks: Collection[str]) -> bool:
     """Of a tensor without NaN; `negative` says that all that is infinite is -inf."""
     last = re.split(r"[./]", name.lower())[-1]
-    mask = re.search("mask|causal|attn_bias|attention_bias", last) is not None
+    mask = name in masks or re.search("mask|causal|attn_bias|attention_bias", last) is not None
     return (mask and negative) or not _BOUNDS.isdisjoint(last.split("_"))

@@ -25,6 +25,12 @@ _DTYPES = {f"torch.{n}": v for n, v in vars(torch).items() if isinstance(v, torc
 _PLAIN = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _DIMENSIONS, _END = 64, 1 << 63
 
+# Arrays of NumPy: their kind, the functions that make them, and their dtypes.
+ARRAY = "numpy.ndarray"
+_ARRAYS = ("_reconstruct", "_mareconstruct", "_reconstruct_array")
+_OF_NUMPY = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "f16": torch.float64}
+_OF_NUMPY |= {"c8": torch.complex64, "c16": torch.complex128, "c32": torch.complex128}
+
 Storage = Callable[[str, int], torch.UntypedStorage]
 
 
@@ -37,12 +43,14 @@ class Foreign:
         state: what the object would get as its attributes.
         items: what would be added to it with keys.
         elements: what would be appended to it.
+        arguments: what the class or the function would be called with.
     """
 
     kind: str
     state: Any = None
     items: dict[Any, Any] = field(default_factory=dict)
     elements: list[Any] = field(default_factory=list)
+    arguments: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         """The class alone: what is shared in the state may be written out without end."""
@@ -54,20 +62,30 @@ class Foreign:
         return self.kind.rpartition(".")[2]
 
     @property
+    def states(self) -> tuple[Any, ...]:
+        """The parts of the state: of a class with `__slots__` there are two."""
+        return self.state if isinstance(self.state, tuple) else (self.state,)
+
+    @property
     def attributes(self) -> dict[Any, Any]:
         """The attributes by name, those of `__slots__` included."""
-        parts = self.state if isinstance(self.state, tuple) else (self.state,)
-        return {
-            name: one for part in parts if isinstance(part, Mapping) for name, one in part.items()
-        }
+        parts = (part for part in self.states if isinstance(part, Mapping))
+        return {name: one for part in parts for name, one in part.items()}
 
 
 @dataclass(eq=False, repr=False)
 class ForeignTensor(Foreign):
-    """A tensor of a foreign class, or of a layout that is not read: its shape and its dtype."""
+    """A tensor of a foreign class, or of a layout that is not read: its shape and its dtype.
+
+    Attributes:
+        shape: the shape of the dense tensor; () if it is not known.
+        dtype: its dtype, if torch has it.
+        values: the entries that are stored, as a plain tensor, if that is known.
+    """
 
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -159,9 +177,10 @@ def _tensor(
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * dtype.itemsize > stored.storage.nbytes():
         raise ValueError("a tensor goes beyond its storage")
-    if more and isinstance(more[-1], dict) and any(more[-1].values()):
-        return ForeignTensor("a lazy conjugate", shape=size, dtype=dtype)
-    return torch.empty(0, dtype=dtype, device="cpu").set_(stored.storage, offset, size, stride)
+    tensor = torch.empty(0, dtype=dtype, device="cpu").set_(stored.storage, offset, size, stride)
+    bits = more[-1] if more and isinstance(more[-1], dict) else {}
+    tensor = tensor.conj() if bits.get("conj") else tensor
+    return torch._neg_view(tensor) if bits.get("neg") else tensor
 
 
 def _first(data: Any, *more: Any) -> Any:
@@ -174,13 +193,48 @@ def _subclass(function: Any, kind: Any, arguments: tuple[Any, ...], *more: Any) 
         data = function(*arguments) if function in _CALLABLE else None
         if kind.kind in _PLAIN or not isinstance(data, Tensor):
             return data
-        shape, dtype = tuple(data.shape), data.dtype
-    elif function.name == "_rebuild_wrapper_subclass":
+        return ForeignTensor(kind.kind, shape=tuple(data.shape), dtype=data.dtype, values=data)
+    if function.name == "_rebuild_wrapper_subclass":
         _, dtype, shape, *_ = arguments
+        if _is_shape(shape) and isinstance(dtype, torch.dtype):
+            return ForeignTensor(kind.kind, shape=shape, dtype=dtype)
+    return ForeignTensor(kind.kind)
+
+
+def _sparse(layout: Any, data: tuple[Any, ...]) -> ForeignTensor:
+    """`torch._utils._rebuild_sparse_tensor`: of COO indices, values and shape; or compressed."""
+    (name,) = layout.arguments if isinstance(layout, Foreign) else ("",)
+    values = data[1 if name == "torch.sparse_coo" else 2]
+    shape = next((one for one in data if isinstance(one, tuple)), None)
+    if not (isinstance(name, str) and isinstance(values, Tensor) and _is_shape(shape)):
+        raise ValueError("a sparse tensor must have a layout, values and a shape")
+    kind = name.removeprefix("torch.")
+    return ForeignTensor(kind, shape=shape or (), dtype=values.dtype, values=values)
+
+
+def array_of(one: Foreign) -> ForeignTensor | None:
+    """Shape and dtype of a floating point array of NumPy or JAX; None of any other object.
+
+    Its dtype is a `numpy.dtype` called with "f8", say, or with a class such as ml_dtypes.bfloat16.
+    """
+    module, _, function = one.kind.rpartition(".")
+    state, arguments = one.states, one.arguments
+    if module.startswith("jax.") and function == "_reconstruct_array" and len(arguments) > 2:
+        state = arguments[2]
+    elif not module.startswith("numpy."):
+        return None
+    if function == "_frombuffer" and len(arguments) > 2:  # since protocol 5
+        dtype, shape = arguments[1:3]
+    elif function in _ARRAYS and isinstance(state, tuple) and len(state) > 4:
+        shape, dtype = state[1:3]
     else:
-        return ForeignTensor(kind.kind)
-    known = _is_shape(shape) and isinstance(dtype, torch.dtype)
-    return ForeignTensor(kind.kind, shape=shape, dtype=dtype) if known else ForeignTensor(kind.kind)
+        return None
+    first = dtype.arguments[0] if isinstance(dtype, Foreign) and dtype.arguments else ""
+    name = first.name if isinstance(first, Foreign) else str(first)
+    known = _OF_NUMPY.get(name) or _DTYPES.get(f"torch.{name}")
+    if known is None or not (known.is_floating_point or known.is_complex) or not _is_shape(shape):
+        return None
+    return ForeignTensor(ARRAY, shape=shape, dtype=known)
 
 
 def _is_shape(shape: Any) -> bool:
@@ -200,7 +254,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._tensor._rebuild_from_type_v2": _subclass,
-    "torch._utils._rebuild_sparse_tensor": _layout("sparse"),
+    "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_qtensor": _layout("quantised"),
     "torch._utils._rebuild_nested_tensor": _layout("nested"),
     "torch._utils._rebuild_meta_tensor_no_storage": _layout("meta"),
@@ -243,8 +297,12 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("arguments must be a tuple")
         if isinstance(function, Foreign):
-            made = arguments[0] if function.kind in _MAKERS and arguments else function
-            return Foreign(made.kind if isinstance(made, Foreign) else function.kind)
+            made = function
+            if function.kind in _MAKERS and arguments and isinstance(arguments[0], Foreign):
+                made, *rest = arguments
+                arguments = tuple(rest)
+            # What a partial function holds is passed on by its call.
+            return Foreign(made.kind, state=made.state, arguments=arguments)
         if function in _CALLABLE:
             return function(*arguments)
         raise pickle.UnpicklingError("what is called must be a class or a function")
@@ -254,7 +312,8 @@ class _Unpickler(pickle._Unpickler):
         self.stack[-1] = self._call(self.stack[-1], arguments)
 
     def _new_with_names(self: Any) -> None:
-        self.stack.pop()
+        named = self.stack.pop()
+        self.stack[-1] = (*self.stack[-1], named)
         self.dispatch[pickle.REDUCE[0]](self)
 
     def get_extension(self, code: int) -> None:

@@ -18,7 +18,7 @@ _KERAS = (
     f"{_FLAT}. Kernels of Keras are (in, out) and (height, width, in, out): transpose them."
 )
 _EXPORT = "It is an export: audit the checkpoint that was exported, or its torch.nn.Module."
-_DCP = (
+DCP = (
     "Convert its folder: "
     "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, 'model.pt')"
 )
@@ -47,7 +47,7 @@ _ENDINGS = {
         "Restore it with flax.serialization.msgpack_restore, flatten it with "
         f"flax.traverse_util.flatten_dict(tree, sep='/'), and {_FLAT}.",
     ),
-    ".distcp": ("a part of a checkpoint of torch.distributed.checkpoint", f"{_DCP}."),
+    ".distcp": ("a part of a checkpoint of torch.distributed.checkpoint", f"{DCP}."),
     ".pte": ("an ExecuTorch program", _EXPORT),
     ".pt2": ("a program of torch.export", "Save torch.export.load(path).state_dict instead."),
     ".engine": ("an engine of TensorRT", _EXPORT),
@@ -98,6 +98,8 @@ def _by_content(path: Path) -> str:
         return ".npz"
     if {"config.json", "metadata.json"} <= {*names} and any(n.endswith(".h5") for n in names):
         return ".keras"
+    if any(name.partition("/")[2] == "archive_format" for name in names):
+        return ".pt2"
     return ""
 
 
@@ -116,7 +118,7 @@ def _folder(path: Path) -> str:
         what = "a checkpoint of torch.distributed.checkpoint"
         if "meta.pt" in names:
             what = "a sharded checkpoint of Lightning, by torch.distributed.checkpoint"
-        return f"{path} must be {_DEMAND}, but is {what}. {_DCP}."
+        return f"{path} must be {_DEMAND}, but is {what}. {DCP}."
     if names & {"latest", "zero_to_fp32.py"} and any(n.startswith("global_step") for n in names):
         return f"{path} must be {_DEMAND}, but is one of DeepSpeed. {ZERO}."
     files = (path / name for name in sorted(names) if Path(name).suffix in _ENDINGS)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wellcond.checkpoints.foreign import Foreign, ForeignTensor
+from wellcond.checkpoints.foreign import Foreign, ForeignTensor, array_of
 from wellcond.checkpoints.tensors import UnreadableError
 from wellcond.text import and_more
 from wellcond.weights.reasons import Reason, Skipped
@@ -20,7 +20,8 @@ _STATES = (
     ({"basis", "from_right", "warm"}, Reason.regularizer),
 )
 # A checkpoint of Lightning: its weights are in its `state_dict` alone.
-_LIGHTNING = {"state_dict", "pytorch-lightning_version"}
+LIGHTNING_VERSION = "pytorch-lightning_version"
+_LIGHTNING = {"state_dict", LIGHTNING_VERSION}
 # More than this no checkpoint has; a small file of shared lists can have any number.
 _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
 _TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together
@@ -28,6 +29,7 @@ _TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together
 
 # The attributes of a module that hold what its state dict holds.
 _MODULE = ("_parameters", "_buffers", "_modules")
+_HOLDERS = (Tensor, Mapping, list, tuple, Foreign)
 _OBJECTS = "Python objects"
 # Of these there is nothing to say.
 _HARMLESS = {"builtins.frozenset", "__builtin__.frozenset"}
@@ -60,6 +62,7 @@ class _Walk:
         self.others: dict[str, Skipped] = {}
         self.objects: dict[str, dict[str, None]] = {}  # their classes, by the outermost name
         self.seen: set[int] = set()
+        self.inside = False  # what an object is made of: each part once, and its class has no name
 
     def visit(self, content: Any, prefix: str, depth: int) -> None:
         self.letters += len(prefix)
@@ -69,7 +72,11 @@ class _Walk:
                 "in their names, but holds more. Save the weights in several files."
             )
         if isinstance(content, Foreign) and not isinstance(content, ForeignTensor):
-            content = self._read_object(content, prefix)
+            content = self._read_object(content, prefix, depth)
+        elif self.inside and isinstance(content, Mapping | list | tuple):
+            if id(content) in self.seen:
+                return
+            self.seen.add(id(content))
         if isinstance(content, Tensor | ForeignTensor):
             self.tensors[self._free(prefix or "tensor")] = content
         elif isinstance(content, Mapping | list | tuple):
@@ -89,7 +96,7 @@ class _Walk:
             lightning = not prefix and keys >= _LIGHTNING
             items = content.items() if isinstance(content, Mapping) else enumerate(content)
             for key, value in items:
-                if not isinstance(value, Tensor | Mapping | list | tuple | Foreign):
+                if not isinstance(value, _HOLDERS):
                     continue
                 name = f"{prefix}.{key}" if prefix else str(key)
                 if lightning and key != "state_dict":
@@ -97,7 +104,7 @@ class _Walk:
                 else:
                     self.visit(value, name, depth + 1)
 
-    def _read_object(self, one: Foreign, name: str) -> Any:
+    def _read_object(self, one: Foreign, name: str, depth: int) -> Any:
         """What a foreign object holds as tensors may be named."""
         attributes = one.attributes
         if one.name.endswith("Tensor"):  # a class such as ShardedTensor
@@ -110,9 +117,22 @@ class _Walk:
         if id(one) in self.seen:  # an object may hold the one that holds it
             return None
         self.seen.add(id(one))
-        if one.kind not in _HARMLESS:
+        if (array := array_of(one)) is not None:
+            return array
+        if not self.inside and one.kind not in _HARMLESS:
             outermost, *_ = name.split(".")
             self.objects.setdefault(outermost, {})[one.kind] = None
+        # Of what a state dict is made, and of a named tuple, all is in the arguments.
+        parts = [*one.arguments, *(part for part in one.states if not isinstance(part, Mapping))]
+        parts = [part for part in parts if isinstance(part, _HOLDERS) and id(part) not in self.seen]
+        taken = attributes.keys() | one.items.keys()
+        if len(parts) == 1 and isinstance(parts[0], Mapping) and taken.isdisjoint(parts[0]):
+            attributes = {**parts[0], **attributes}
+        elif parts:
+            inside, self.inside = self.inside, True
+            for number, part in enumerate(parts):
+                self.visit(part, f"{name}.{number}" if name else str(number), depth + 1)
+            self.inside = inside
         return attributes | one.items | dict(enumerate(one.elements))
 
     def _visit_trainer(self, content: Any, name: str) -> None:

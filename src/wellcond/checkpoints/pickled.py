@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from wellcond.checkpoints.archive import can_be_mapped, check_pickle, refresh_checksums
 from wellcond.checkpoints.finite import pieces_of
-from wellcond.checkpoints.foreign import Foreign, ForeignTensor, Inert, load_inert
-from wellcond.checkpoints.formats import ZERO
-from wellcond.checkpoints.nested import tensors_in
+from wellcond.checkpoints.foreign import ARRAY, Foreign, ForeignTensor, Inert, load_inert
+from wellcond.checkpoints.formats import DCP, ZERO
+from wellcond.checkpoints.nested import LIGHTNING_VERSION, tensors_in
 from wellcond.checkpoints.overlaps import repeats, shared_memory, span
 from wellcond.checkpoints.slices import local_shard
 from wellcond.checkpoints.tensors import (
@@ -57,16 +57,8 @@ class Pickled(TensorFile):
         self._mapped = can_be_mapped(path)
         self._open()
         if not self._tensors and all(w.reason is Reason.objects for w in self.others.values()):
-            content = self._content
-            kind = content.kind if isinstance(content, Foreign) else type(content).__name__
-            besides = "".join(
-                f"; beside it are Python objects that are not read: {why.detail}"
-                for why in self.others.values()
-                if kind == "dict"
-            )
             raise NoTensorsError(
-                f"{path} must hold a dict of tensors, but holds a {kind} without any{besides}. "
-                "Save a state dict: torch.save(model.state_dict(), path)."
+                f"{path} must hold a dict of tensors, but holds {self._no_tensor()}"
             )
         self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
         self._check_placeholders()
@@ -81,6 +73,25 @@ class Pickled(TensorFile):
         shared, self.overlapping = shared_memory({name: matrices[name] for name in names})
         for name, skipped in shared.items():
             self.entries[name] = replace(self.entries[name], parameter=False, skipped=skipped)
+
+    def _no_tensor(self) -> str:
+        """What the file holds instead, and the way out."""
+        content = self._content
+        if isinstance(content, Mapping) and LIGHTNING_VERSION in content:
+            return (
+                "the state of a trainer of Lightning and no tensor. Beside meta.pt of a sharded "
+                f"checkpoint lie its weights. {DCP}."
+            )
+        kind = content.kind if isinstance(content, Foreign) else type(content).__name__
+        article = "an" if kind[0].lower() in "aeiou" else "a"
+        besides = "".join(
+            f"; beside it are Python objects that are not read: {why.detail}"
+            for why in self.others.values()
+            if kind == "dict"
+        )
+        found = "None" if content is None else f"{article} {kind}"
+        way_out = "Save a state dict: torch.save(model.state_dict(), path)."
+        return f"{found} and no tensor{besides}. {way_out}"
 
     def _check_placeholders(self) -> None:
         """Raises if the parameters are empty, as DeepSpeed's ZeRO-3 saves them elsewhere."""
@@ -117,21 +128,25 @@ class Pickled(TensorFile):
         return self._copied(name, row) if self._mapped else row
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        tensor = self._tensors[name]
-        if not isinstance(tensor, Tensor) or type(tensor) not in _PLAIN or tensor.is_nested:
-            return
         if not self._mapped:
-            yield from pieces_of(self._same(name, self._tensors).detach())
+            yield from self._pieces(name)
             return
         for number in count():
             if self._read > _RESIDENT:
                 self._open()
-            tensor = self._same(name, self._tensors).detach()
-            piece = next(islice(pieces_of(tensor), number, None), None)
+            piece = next(islice(self._pieces(name), number, None), None)
             if piece is None:
                 return
             self._read += piece.nbytes
             yield self._copied(name, piece)
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        tensor = self._tensors.get(name)
+        if isinstance(tensor, ForeignTensor):
+            return pieces_of(tensor.values) if tensor.values is not None else iter(())
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_nested):
+            return iter(())
+        return pieces_of(self._same(name, self._tensors).detach())
 
     def _same(self, name: str, tensors: Mapping[str, Tensor | ForeignTensor]) -> Tensor:
         """The tensor; raises if the file was replaced by another since it was opened first."""
@@ -147,7 +162,7 @@ class Pickled(TensorFile):
 
         Where the file was cut off meanwhile the system says so; to read it here ends the process.
         """
-        if sys.platform == "win32":  # which lets nobody cut off a mapped file
+        if not tensor.numel() or sys.platform == "win32":  # which lets nobody cut off a mapped file
             return tensor.clone()
         size = span(tensor)
         source = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()))
@@ -221,7 +236,9 @@ class Pickled(TensorFile):
                 if file.readinto(buffer) < len(buffer):
                     raise UnreadableError(f"{self.path} has become shorter while it was read.")
                 flat = torch.frombuffer(buffer, dtype=old.dtype)
-                flat.as_strided(old.shape, old.stride()).copy_(tensor)
+                stored = flat.as_strided(old.shape, old.stride())
+                stored = stored.conj() if old.is_conj() else stored
+                (torch._neg_view(stored) if old.is_neg() else stored).copy_(tensor)
                 file.seek(start)
                 file.write(buffer)
                 changed.append(start)
@@ -243,8 +260,12 @@ def _foreign_entry(name: str, tensor: ForeignTensor) -> Entry:
     if tensor.kind == "meta":
         floating = tensor.dtype is not None and tensor.dtype.is_floating_point
         return Entry(name, tensor.shape, dtype, floating, Skipped(Reason.no_values))
+    if tensor.kind == ARRAY:
+        return Entry(name, tensor.shape, dtype, True, Skipped(Reason.array))
     if "." not in tensor.kind:
-        return Entry(name, tensor.shape, dtype, False, Skipped(Reason.not_dense, tensor.kind))
+        values = tensor.values  # of a sparse tensor
+        floating = values is not None and (values.is_floating_point() or values.is_complex())
+        return Entry(name, tensor.shape, dtype, floating, Skipped(Reason.not_dense, tensor.kind))
     return Entry(name, tensor.shape, dtype, True, _of_class(tensor.kind))
 
 

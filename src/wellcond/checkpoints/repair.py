@@ -20,7 +20,7 @@ from wellcond.checkpoints.audit import chosen, patterns
 from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
 from wellcond.checkpoints.finite import NotFinite, in_words, not_finite_in, to_list
 from wellcond.checkpoints.progress import Counter, Told, work_of
-from wellcond.checkpoints.sources import adapters_in, searchable
+from wellcond.checkpoints.sources import adapters_in, masks_in, searchable
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import shares_memory
@@ -248,7 +248,8 @@ def repair(
                 f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
     others = {name: read for name, read in searchable(checkpoint).items() if name not in wanted}
-    not_finite, _ = not_finite_in(others)
+    left = {name for name, (_, entry) in checkpoint.where.items() if entry.skipped is None}
+    not_finite, _ = not_finite_in(others, masks_in(checkpoint), left)
     return RepairReport(repairs, skipped, float(max_condition), versions(), not_finite)
 
 

@@ -77,8 +77,9 @@ class AuditReport(_Document):
         source: the path or the class of the model.
         versions: of wellcond, torch and Python.
         not_finite: every tensor with NaN or infinity by its name, whether it is a matrix, a bias,
-            an embedding or a buffer, and how many of its entries are not finite. -inf in a mask and
-            the infinite ends of a range (`min_val`, `max_val`) are left out, as they are meant.
+            an embedding or a buffer, and how many of its entries are not finite. Of tensors that
+            are not measured, -inf in a mask, or in a buffer of a model that is no running
+            statistic, and the infinite ends of a range (`min_val`, `max_val`) are left out.
     """
 
     findings: list[Finding]

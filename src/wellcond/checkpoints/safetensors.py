@@ -144,12 +144,15 @@ class Safetensors(TensorFile):
         return self._entries(name, start, start + (stop - start) // math.prod(shape[:-1]))
 
     def _entries(self, name: str, start: int, stop: int) -> Tensor:
+        dtype = getattr(torch, self.entries[name].dtype)
+        if start == stop:  # of which `frombuffer` makes nothing
+            return torch.empty(0, dtype=dtype, device="cpu")
         buffer = memory_for(stop - start, name, self.path)
         with self.path.open("rb") as file:
             file.seek(start)
             if file.readinto(buffer) != len(buffer):
                 raise UnreadableError(f"{self.path} has become shorter while it was read.")
-        return torch.frombuffer(buffer, dtype=getattr(torch, self.entries[name].dtype))
+        return torch.frombuffer(buffer, dtype=dtype)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         dtype = getattr(torch, (_FLOATS | _OTHER_FLOATS).get(self._written[name], ""), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +46,7 @@ class Source:
         of_file: it is a file, which says less than a model.
         constants: entries of what is no parameter, and measured if its exact name asks for it.
         tensors: the entries of every tensor that may have floating point ones, by its name.
+        masks: those of these in which -inf alone is no alarm.
         heads: finds the heads of attention, and says how to read what they rest on.
         failed: what cannot be read, and why.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
@@ -64,6 +66,7 @@ class Source:
     baseless: dict[str, str] = field(default_factory=dict)
     constants: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    masks: set[str] = field(default_factory=set)
     of_file: bool = False
 
 
@@ -120,6 +123,7 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         _searchable(model),
         lambda: (heads_of(model), current),
     )
+    found.masks = _masks_of(model)
     parameters = {n: p for n, p in model.named_parameters() if not is_lazy(p)}
     found.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -147,6 +151,7 @@ def _of_file(file: Checkpoint) -> Source:
         dict(file.damaged),
     )
     found.constants, found.sizes, found.of_file = file.constants, sizes, True
+    found.masks = masks_in(file)
     return _with_adapters(found, adapters_in(file))
 
 
@@ -155,6 +160,32 @@ def _searchable(model: nn.Module) -> dict[str, Pieces]:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     plain = {n: t for n, t in tensors.items() if type(t) in (Tensor, nn.Parameter, nn.Buffer)}
     return {name: partial(pieces_of, tensor.detach()) for name, tensor in plain.items()}
+
+
+def _masks_of(model: nn.Module) -> set[str]:
+    """The buffers that may be masks, whatever they are called: all but the statistics of norms."""
+    norms = {n for n, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+    return {
+        name
+        for name, buffer in model.named_buffers()
+        if not _is_statistic(name) and not (buffer.ndim < 2 and name.rpartition(".")[0] in norms)
+    }
+
+
+def masks_in(file: Checkpoint) -> set[str]:
+    """The square tables of a file that hold no weight, such as `tril`."""
+    return {
+        name
+        for name, (_, entry) in file.where.items()
+        if entry.skipped is not None
+        and entry.skipped.reason is Reason.constant
+        and len({*entry.shape[-2:]}) == 1 < len(entry.shape)
+        and not _is_statistic(name)
+    }
+
+
+def _is_statistic(name: str) -> bool:
+    return re.split(r"[./]", name)[-1].startswith("running_")
 
 
 def searchable(file: Checkpoint) -> dict[str, Pieces]:

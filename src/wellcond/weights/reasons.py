@@ -53,6 +53,7 @@ class Reason(enum.Enum):
     trainer = "the state of a trainer"
     no_tensors = "a file without tensors"
     objects = "not read, because to load them could run code"
+    array = "an array of NumPy, which is not read: save it as a tensor"
     torchao = "quantised by torchao"
     tensor_class = "a tensor of a class that is not loaded"
     program = "a file that holds more than tensors"
