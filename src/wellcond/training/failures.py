@@ -18,6 +18,16 @@ ELSEWHERE = (
 Failures = dict[str, str]  # by the name of a weight, what follows it in the message
 
 
+def reason(error: Exception) -> str:
+    """The message of an error in the code of a user; its type too, unless it is a ValueError.
+
+    A ValueError is how a limit states that a weight cannot obey.
+    """
+    kind = type(error).__name__.lstrip("_")
+    message = str(error) if type(error) is ValueError else f"{kind}: {error}"
+    return message if message.endswith(".") else f"{message}."
+
+
 def raise_failures(failures: Mapping[str, str], rest: str = "") -> None:
     """Raises one ValueError for all of them, if there are any.
 
