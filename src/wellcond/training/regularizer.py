@@ -255,9 +255,12 @@ class Regularizer:
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
         self._oversights.applied(self.attachments, "")
-        self._engine.proximal_step_(
-            states, [state.pending_lr for state in states], WeightState.settle
-        )
+        # Whether zeros are filled shows at once: later there is nothing to count.
+        first = [state for state in states if state.pace.applications == 0]
+        with self._oversights.filling(first):
+            self._engine.proximal_step_(
+                states, [state.pending_lr for state in states], WeightState.settle
+            )
 
     def enforce_(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
@@ -345,8 +348,8 @@ class Regularizer:
             >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
             True
         """
-        self._oversights.logged(self._attachments)
         step = max(state.step for state in self._states) if step is None else step
+        self._oversights.logged(self._attachments, step % as_count(every, "`every`") == 0)
         return log(self.measure, target, step, every, layers, prefix)
 
     # --- what is regularised ----------------------------------------------------------------------
