@@ -36,7 +36,7 @@ from wellcond.training.log import log
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
 from wellcond.training.selection import Rules, select
-from wellcond.training.state import WeightState
+from wellcond.training.state import WeightState, reading
 from wellcond.weights.discover import refuse_flat_parameters, unwrapped
 from wellcond.weights.reasons import Skipped
 
@@ -437,18 +437,22 @@ class Regularizer:
         To tell whether a checkpoint has restored the very weights that were saved with it. Sharded
         weights are left out.
 
+        Raises:
+            ValueError: a weight is a meta tensor, which has no values; it is named.
+
         Example:
             >>> import torch, wellcond as wc
             >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.Condition(0.1))
             >>> list(reg.checksums())
             ['weight torch.float32']
         """
-        return {
-            f"{state.weight.aliases[0]} {parameter.dtype}": checksum(parameter).cpu()
-            for state in self._states
-            for parameter in state.weight.parameters
-            if not is_sharded(parameter)
-        }
+        with reading(self._states):
+            return {
+                f"{state.weight.aliases[0]} {parameter.dtype}": checksum(parameter).cpu()
+                for state in self._states
+                for parameter in state.weight.parameters
+                if not is_sharded(parameter)
+            }
 
 
 def _refuse_without_gradient(states: list[WeightState]) -> None:
