@@ -364,15 +364,14 @@ def _enough(report: AuditReport, min_coverage: float | None) -> bool:
     if share >= (_LOUD if min_coverage is None else min_coverage):
         return True
     text = f"only {100 * share:.3g} % of the parameters of {shown(report.source)} were measured"
+    text += "" if min_coverage is None else f", less than {100 * min_coverage:.3g} %"
     if largest := report.coverage.largest_left_out:
         why = report.coverage.skipped
         named = (f"{shown(name)} ({size:,} entries, {why[name]})" for name, size in largest)
         text += f"; the largest that were left out: {', '.join(named)}"
-    if min_coverage is None:
-        print(f"wellcond: warning: {text}", file=sys.stderr)
-        return True
-    print(f"wellcond: {text}, less than {100 * min_coverage:.3g} %", file=sys.stderr)
-    return False
+    kind = "warning: " if min_coverage is None else ""
+    print(f"wellcond: {kind}{text}", file=sys.stderr)
+    return min_coverage is None
 
 
 def _repair(arguments: argparse.Namespace) -> int:

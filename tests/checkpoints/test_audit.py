@@ -561,7 +561,9 @@ def test_json_has_the_documented_schema_and_is_strict(troubled: nn.Module, tmp_p
     assert set(content) == {
         *("schema", "source", "findings", "coverage", "not_finite", "versions"),
     }
-    assert set(content["coverage"]) == {"measured", "failed", "skipped", "parameter_share"}
+    assert set(content["coverage"]) == {
+        *("measured", "failed", "skipped", "parameter_share", "largest_left_out", "note"),
+    }
     assert content["coverage"]["skipped"] == [
         {"name": "fine.bias", "reason": "not a matrix: a vector"}
     ]
