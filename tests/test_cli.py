@@ -218,17 +218,17 @@ def test_a_limit_decides_the_exit_code(
     assert ("1 of 2 matrices exceed 99: bad (100)" in err) == (code == 1)
 
 
-LARGEST = "; the largest that were left out: long (12 entries, not a matrix: a vector)\n"
+LONG = "; the largest that were left out: long (12 entries, not a matrix: a vector)\n"
 
 
 @pytest.mark.parametrize(
     ("share", "code", "message"),
     [
-        (None, 0, f"wellcond: warning: only 25 % of the parameters of {{}} were measured{LARGEST}"),
+        (None, 0, f"wellcond: warning: only 25 % of the parameters of {{}} were measured{LONG}"),
         (
             "0.3",
             1,
-            "wellcond: only 25 % of the parameters of {} were measured, less than 30 %" + LARGEST,
+            f"wellcond: only 25 % of the parameters of {{}} were measured, less than 30 %{LONG}",
         ),
         ("0.25", 0, ""),
         ("0", 0, ""),
@@ -250,6 +250,21 @@ def test_what_an_audit_covers_is_a_limit_and_never_silent(
         assert capsys.readouterr().err == message.format(low)
     assert main(["audit", str(whole), *options]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_low_coverage_names_the_largest_that_were_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"a.weight": 6, "b.weight": 9, "c.weight": 7, "d.weight": 8}
+    content = {"w": torch.eye(2)}
+    for name, size in sizes.items():
+        content |= {name: torch.ones(size, 200), f"{name}_scale": torch.ones(size, 1)}
+    torch.save(content, tmp_path / "x.pt")
+    assert main(["audit", str(tmp_path / "x.pt")]) == 0
+    err = capsys.readouterr().err
+    found = re.findall(r"(\S+) \(([\d,]+) entries, quantised", err)
+    assert found == [("b.weight", "1,800"), ("d.weight", "1,600"), ("c.weight", "1,400")]
+    assert "; the largest that were left out: b.weight" in err
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,25 @@ def test_of_a_kernel_in_a_file_that_may_be_depthwise_is_said_how_it_is_read(tmp_
     assert set(said.values()) <= {""}
 
 
+@pytest.mark.parametrize(("count", "are"), [(1, "1 kernel is"), (2, "2 kernels are")])
+def test_of_kernels_in_a_file_is_said_that_groups_are_unknown(
+    tmp_path: Path, count: int, are: str
+) -> None:
+    convolutions = [nn.Conv2d(4, 3, 3) for _ in range(count)]
+    model = nn.Sequential(nn.Linear(4, 3), *convolutions)
+    path = tmp_path / "a.pt"
+    torch.save(model.state_dict(), path)
+    note = f"{are} read as of one group, because a file does not say how many: audit the model"
+    report = wc.audit(path)
+    assert report.coverage.note == note
+    assert note in report.table()
+    assert json.loads(report.to_json())["coverage"]["note"] == note
+    assert note in wc.repair(path, tmp_path / "b.pt", 1.1).table()
+    assert wc.audit(model).coverage.note == ""  # of a live model they are known
+    torch.save(model[0].state_dict(), tmp_path / "c.pt")
+    assert wc.audit(tmp_path / "c.pt").coverage.note == ""
+
+
 def test_tied_weights_count_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

@@ -240,6 +240,24 @@ def test_factors_that_do_not_fit_and_that_hold_nan(base: Path, tmp_path: Path) -
     )
 
 
+def test_the_factor_that_holds_nan_is_named(tmp_path: Path) -> None:
+    tensors = pair("layers.9.q_proj")
+    for i, factors in enumerate(("A", "B", "AB")):
+        tensors |= pair(f"layers.{i}.q_proj")
+        for factor in factors:
+            name = f"base_model.model.layers.{i}.q_proj.lora_{factor}.weight"
+            tensors[name][0, 0] = math.nan
+    found = rows(wc.audit(written(tmp_path / "adapter", tensors, {})))
+    says = [finding.explanation for _, finding in sorted(found.items())]
+    each = ["1 of 30 entries of its factor A", "1 of 21 entries of its factor B"]
+    assert len(says) == 4
+    assert each[0] in says[0]
+    assert "factor B" not in says[0]
+    assert each[1] in says[1]
+    assert "factor A" not in says[1]
+    assert f"{each[1]} and {each[0]}" in says[2]
+
+
 def test_patterns_choose_adapters(base: Path, tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
     adapter = written(tmp_path / "adapter", tensors, {})

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -605,3 +606,82 @@ def test_what_is_no_checkpoint_is_called_that(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said):
         wc.audit(tmp_path / name)
+
+
+def test_a_weight_without_values_counts_as_not_measured(tmp_path: Path) -> None:
+    absent = torch.empty(4, 4, device="meta")
+    content = {"w": torch.eye(3), "absent.weight": absent, "count": absent.int()}
+    for beside in ({}, {"config": Path("x")}):  # other Python objects are read in another way
+        torch.save(content | beside, tmp_path / "a.pt")
+        coverage = wc.audit(tmp_path / "a.pt").coverage
+        assert coverage.skipped["absent.weight"].reason is Reason.no_values
+        assert coverage.parameter_share == 9 / (9 + 16)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_files_of_other_formats_beside_weights_are_named(tmp_path: Path, index: bool) -> None:
+    save_file({"w": torch.eye(3)}, tmp_path / "model.safetensors")
+    if index:
+        places = {"weight_map": {"w": "model.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    (tmp_path / "README.md").write_text("x")
+    report = wc.audit(tmp_path)
+    assert [finding.name for finding in report.findings] == ["w"]
+    assert report.coverage.skipped == {"m.onnx": Skipped(Reason.unread, "an ONNX model")}
+
+
+def language_model(
+    folder: Path, *, index: bool = True, head: bool = False, **config: object
+) -> Path:
+    content = {"model.embed_tokens.weight": torch.randn(9, 4), "model.q.weight": torch.randn(4, 4)}
+    content |= {"lm_head.weight": torch.randn(9, 4)} if head else {}
+    shard = "model-00001-of-00001.safetensors" if index else "model.safetensors"
+    save_file(content, folder / shard)
+    if index:
+        places = {"weight_map": dict.fromkeys(content, shard)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(places))
+    plain = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False} | config
+    (folder / "config.json").write_text(json.dumps(plain))
+    return folder / shard
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_language_model_without_its_head_lacks_a_weight(tmp_path: Path, index: bool) -> None:
+    language_model(tmp_path, index=index)
+    skipped = wc.audit(tmp_path).coverage.skipped
+    assert skipped["lm_head.weight"] == Skipped(Reason.missing)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"head": True},
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": None},
+        {"architectures": ["LlamaModel"]},
+        {"architectures": None},
+        {"architectures": "LlamaForCausalLM"},
+    ],
+    ids=str,
+)
+def test_a_head_that_is_there_or_tied_or_not_meant_is_not_missing(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    language_model(tmp_path, **config)
+    assert Reason.missing not in {
+        why.reason for why in wc.audit(tmp_path).coverage.skipped.values()
+    }
+
+
+def test_a_shard_alone_and_an_adapter_lack_no_head(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    shard = language_model(tmp_path)
+    assert "lm_head.weight" not in wc.audit(shard).coverage.skipped
+    name = "base_model.model.q"
+    pair = {f"{name}.lora_A.weight": torch.randn(2, 4), f"{name}.lora_B.weight": torch.randn(4, 2)}
+    save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(plain))
+    (tmp_path / "adapter" / "config.json").write_text((tmp_path / "config.json").read_text())
+    assert "lm_head.weight" not in wc.audit(tmp_path / "adapter").coverage.skipped

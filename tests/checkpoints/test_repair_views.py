@@ -89,7 +89,7 @@ def test_tensors_without_values_or_with_repeated_ones_have_a_reason(tmp_path: Pa
     skipped = report.coverage.skipped
     assert skipped["meta"] == Skipped(Reason.no_values)
     assert skipped["expanded"].reason is skipped["sliding"].reason is Reason.not_dense
-    assert report.coverage.parameter_share == 1.0
+    assert report.coverage.parameter_share == 9 / (9 + 16)  # the meta tensor is a parameter
     wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
     assert (tmp_path / "b.pt").stat().st_size < 10_000
 
@@ -175,3 +175,18 @@ def test_a_repair_lists_what_it_changes_that_is_not_called_a_weight(tmp_path: Pa
     noted = [one.name for one in report.repairs if "not called a weight" in one.note]
     assert noted == ["codes.basis", "W_out"]
     assert "codes.basis, W_out: changed, though not called a weight" in str(report)
+
+
+def test_a_repair_says_which_rows_of_zeros_it_fills(tmp_path: Path) -> None:
+    wide, tall = torch.randn(24, 32), torch.randn(32, 24)
+    wide[20] = tall[20] = 0
+    torch.save(
+        {"wide.weight": wide, "tall.weight": tall, "zero.weight": 0 * wide}, tmp_path / "a.pt"
+    )
+    report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 5.0)
+    after = torch.load(tmp_path / "b.pt")
+    assert after["wide.weight"][20].any()
+    assert not after["tall.weight"][20].any()  # it has full rank without that row
+    notes = {repair.name: repair.note for repair in report.repairs}
+    assert notes["wide.weight"] == "rows that were zero are filled: 20"
+    assert "filled" not in notes["tall.weight"] + notes["zero.weight"]

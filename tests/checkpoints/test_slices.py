@@ -68,6 +68,19 @@ def test_an_index_does_not_make_a_slice_whole(tmp_path: Path) -> None:
     assert "at (4, 0)" in str(report.coverage.skipped["w"])
 
 
+def test_what_is_asked_for_by_name_and_left_out_is_told_why(tmp_path: Path) -> None:
+    two_shards(tmp_path, drawn(8, 6))
+    codes = {"q.weight": torch.ones(8, 6), "q.weight_scale": torch.ones(8, 1)}
+    save_file({"v": drawn(3, 3), **codes}, tmp_path / "z.safetensors")
+    for name, why in (("w", "a slice of a tensor"), ("q.weight", "quantised: it can be measured")):
+        with pytest.raises(ValueError, match="matches none") as caught:
+            wc.audit(tmp_path, include=[name])
+        assert f"{name} is left out: {why}" in str(caught.value)
+    with pytest.raises(ValueError, match="matches none") as caught:
+        wc.audit(tmp_path, include=["nothing"])
+    assert "left out" not in str(caught.value)
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_slices_are_not_repaired(tmp_path: Path, alone: bool) -> None:
     two_shards(tmp_path, drawn(8, 6))

@@ -109,6 +109,33 @@ def test_orthogonality_is_infinite_where_fourth_powers_overflow(dtype: torch.dty
         assert value == held(fourth, dtype, 2 * k)
 
 
+@pytest.mark.parametrize("count", [1, 3], ids=["alone", "a stack"])
+@pytest.mark.parametrize("strength", [1.0, 1e5])
+@pytest.mark.parametrize(
+    ("dtype", "k"),
+    [*((torch.float32, 2 * k) for k in range(14, 63)), *SCALES],
+    ids=str,
+)
+def test_the_gradient_of_orthogonality_is_right_or_zero_and_never_nan(
+    dtype: torch.dtype, k: int, strength: float, count: int
+) -> None:
+    model = layer_at(dtype, k, count)
+    reg = wc.Regularizer(model, wc.Orthogonality(strength))
+    reg.add_gradients_()
+    added = [layer.weight.grad.clone() for layer in model]  # type: ignore[union-attr,operator]
+    model.zero_grad()
+    reg().backward()
+    for layer, by_hand in zip(model, added, strict=True):
+        W = layer.weight.detach().double()
+        grad = layer.weight.grad
+        assert torch.equal(grad, by_hand)  # type: ignore[arg-type]
+        if k < (31 if dtype == torch.float32 else 300):
+            exact = strength * W @ (W.T @ W - torch.eye(4, dtype=torch.float64))
+            torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-30)  # type: ignore[union-attr]
+        else:
+            assert torch.isfinite(grad).all()  # type: ignore[arg-type]
+
+
 def test_a_subspace_that_sees_nothing_of_a_weight_gives_no_nan() -> None:
     """Of a warm block that the weight has left the value is no more than a lower bound."""
     layer = nn.Linear(8, 8, bias=False)

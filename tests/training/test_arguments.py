@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import wellcond as wc
 from wellcond.linalg.checks import as_count, as_number
@@ -71,6 +72,22 @@ def test_what_is_no_number_is_refused(thing: Any) -> None:
     for rule in rules:
         with pytest.raises(TypeError, match=r"` must be a number.*, got "):
             rule(thing)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda x: type(x).__name__)
+def test_a_step_of_a_single_matrix_takes_the_numbers_of_all_libraries(number: Any) -> None:
+    S = torch.diag(torch.tensor([4.0, 1.0]))
+    assert torch.equal(wc.proximal_step(S, number), wc.proximal_step(S, float(number)))
+
+
+@pytest.mark.parametrize(
+    "thing", ["1", True, np.bool_(True), torch.tensor(True), None, [1.0], torch.tensor(1j), 1j]
+)
+def test_a_step_of_a_single_matrix_must_be_a_number(thing: Any) -> None:
+    with pytest.raises(TypeError, match="`step` must be a number, got"):
+        wc.proximal_step(torch.eye(3), thing)
+    with pytest.raises(TypeError, match="`lr` must be a number, got"):
+        wc.Regularizer(net(), wc.Condition(0.1)).proximal_step_(thing)
 
 
 @pytest.mark.parametrize("count", [4, np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)])
@@ -195,6 +212,47 @@ def test_errors_call_patterns_by_the_parameter_that_they_were_given_as() -> None
 
 
 # --- states ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [1, None, b"*", ("0.weight",)])
+def test_a_pattern_must_be_text(pattern: Any) -> None:
+    for call, parameter in (
+        (lambda: wc.enforce(net(), {pattern: K}), "rule"),
+        (lambda: wc.Regularizer(net(), {pattern: wc.Condition(0.1)}), "penalties"),
+        (lambda: wc.Monitor(net(), [pattern]), "patterns"),
+    ):
+        with pytest.raises(TypeError, match=f"`{parameter}` must have patterns of type str, got"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("method", "computed", "parts"),
+    [
+        ("spectral_norm", nn.utils.spectral_norm, '"0.weight_orig"'),
+        ("weight_norm", nn.utils.weight_norm, '"0.weight_g", "0.weight_v"'),
+        ("pruning", lambda m: prune.l1_unstructured(m, "weight", 0.5), '"0.weight_orig"'),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_pattern_for_a_weight_that_is_computed_is_told_from_what(
+    method: str, computed: Any, parts: str
+) -> None:
+    model = net()
+    computed(model[0])
+    for call in (
+        lambda: wc.Regularizer(model, {"0.weight": K}),
+        lambda: wc.enforce(model, {"0.weight": K}),
+        lambda: wc.Monitor(model, ["0.weight"]),
+    ):
+        with pytest.raises(ValueError, match=f'"0.weight" is computed by {method} from {parts}'):
+            call()
+
+
+def test_a_checksum_of_a_weight_without_values_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(ValueError, match=r'"0\.weight", "2\.weight" .*a meta tensor'):
+        wc.Regularizer(model, K).checksums()
 
 
 def test_a_state_that_is_none_is_refused_in_words() -> None:

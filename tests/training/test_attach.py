@@ -4,6 +4,8 @@ import functools
 import gc
 import importlib
 import logging
+import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -279,8 +281,170 @@ def test_a_step_that_was_replaced_is_told_by_what_it_does_to_the_weights(
             reg.log(lambda values, step: None, every=10)
         else:
             reg.enforce_()
-    (message,) = said()
+    at_attach, message = said()
+    assert at_attach.startswith("The step of this Adam was replaced by a function that does not")
     assert message.startswith("Adam, to which the regulariser is attached, has taken no step, but")
+
+
+def writing(optimizer: Optimizer) -> Callable[[], None]:
+    """A step that writes to `.data`, which torch does not count."""
+
+    def descend(self: Optimizer) -> None:
+        for p in model_parameters(self):
+            p.data.add_(p.grad, alpha=-1e-2)
+
+    return types.MethodType(descend, optimizer)
+
+
+def model_parameters(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("asked", ["log", "enforce_"])
+def test_a_step_that_writes_to_data_is_told_by_a_few_entries(
+    asked: str, late: bool, said: Callable[[], list[str]]
+) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, K)
+    if not late:
+        optimizer.step = writing(optimizer)  # type: ignore[method-assign]
+    reg.attach(optimizer)
+    assert len(said()) == (not late)
+    optimizer.step = writing(optimizer)  # type: ignore[method-assign]
+    for _ in range(3):
+        steps(model, optimizer, 1)
+        if asked == "log":
+            reg.log(lambda values, step: None, step=0)
+            reg.log(lambda values, step: None, step=1)  # no report
+        else:
+            reg.enforce_()
+    assert "has taken no step, but the weights have changed" in said()[-1]
+    assert len(said()) == 1 + (not late)
+
+
+def test_an_unhooked_loop_over_data_is_told_after_three_looks(
+    said: Callable[[], list[str]],
+) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, K)
+    reg.attach(optimizer)
+    for look in range(4):
+        loss(model).backward()
+        writing(optimizer)()
+        reg.log(lambda values, step: None, step=0)
+        assert bool(said()) == (look >= 2)
+
+
+def by_partial(optimizer: Optimizer) -> Any:
+    return functools.partial(optimizer.step)
+
+
+def by_accelerate(optimizer: Optimizer) -> Any:
+    method = optimizer.step
+
+    def patched_step(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return patched_step
+
+
+def by_name(optimizer: Optimizer) -> Any:
+    return types.MethodType(lambda self, closure=None: type(self).step(self, closure), optimizer)
+
+
+def by_object(optimizer: Optimizer) -> Any:
+    class Caller:
+        def __call__(self, *args: Any) -> Any:
+            return type(optimizer).step(optimizer, *args)
+
+    return Caller()
+
+
+def compiled(optimizer: Optimizer) -> Any:
+    return torch.compile(optimizer.step, backend="eager")
+
+
+WRAPPERS = [by_partial, by_accelerate, by_name, by_object, compiled]
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+def test_a_step_that_is_wrapped_is_not_warned_of(
+    wrapped: Callable[[Optimizer], Any], said: Callable[[], list[str]]
+) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    optimizer.step = wrapped(optimizer)  # type: ignore[method-assign]
+    if hasattr(optimizer.step, "__func__"):  # what a scheduler needs to wrap it once more
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
+    reg = wc.Regularizer(model, K)
+    handle = reg.attach(optimizer)
+    steps(model, optimizer, 3)
+    reg.enforce_()
+    assert handle.steps == 3
+    assert said() == []
+
+
+def test_weights_that_are_made_and_loaded_before_the_first_step_are_no_training(
+    said: Callable[[], list[str]],
+) -> None:
+    model = net()
+    reg = wc.Regularizer(model, K)
+    reg.attach(torch.optim.SGD(model.parameters(), 1e-2))
+    for i in (0, 2):
+        nn.init.orthogonal_(model[i].weight)  # type: ignore[arg-type]
+    for _ in range(2):
+        model.load_state_dict(net().state_dict())
+    reg.enforce_()
+    for p in model.parameters():  # an average is swapped in
+        p.data.copy_(p.data + 0.1)
+    reg.log(lambda values, step: None, step=0)
+    reg.enforce_()
+    assert said() == []
+
+
+def test_a_weight_with_nan_and_one_on_meta_are_not_taken_for_changed(
+    said: Callable[[], list[str]],
+) -> None:
+    model = net()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg.attach(torch.optim.SGD(model.parameters(), 1e-2))
+    for _ in range(5):
+        reg.log(lambda values, step: None, step=0)
+    with torch.device("meta"):
+        absent = net()
+    late = wc.Regularizer(absent, K)
+    late.attach(torch.optim.SGD(absent.parameters(), 1e-2))
+    absent.to_empty(device="cpu")
+    absent.load_state_dict(net().state_dict())
+    late.enforce_()
+    assert said() == []
+
+
+def test_a_wrapper_that_steps_twice_within_its_step_is_no_other(
+    said: Callable[[], list[str]],
+) -> None:
+    class Twice(Optimizer):
+        def __init__(self, inner: Optimizer) -> None:
+            super().__init__(inner.param_groups, inner.defaults)
+            self.inner = inner
+            self.param_groups = inner.param_groups
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for _ in range(2):
+                self.inner.step()
+
+    model = net()
+    optimizer = Twice(torch.optim.SGD(model.parameters(), 0.1))
+    wc.Regularizer(model, K).attach(optimizer, every=1)
+    steps(model, optimizer, 2)
+    assert max(kappas(model)) <= 3.0
+    assert said() == []
 
 
 def test_before_the_first_step_nothing_is_wrong(said: Callable[[], list[str]]) -> None:
@@ -367,7 +531,9 @@ def test_enforcing_in_train_mode_is_warned_of_and_in_eval_mode_it_is_right(
     reg.enforce_()
     reg.enforce_()
     (message,) = said()
-    assert message.startswith(f"{kind.__name__} is in train mode")
+    known = kind is foreign.ScheduleFree  # of the other no key tells before the first eval()
+    start = f"{kind.__name__} is in train mode:" if known else f"If {kind.__name__} is in train"
+    assert message.startswith(start)
     assert "optimizer.eval(), then reg.enforce_(); and optimizer.train() to go on" in message
     optimizer.eval()
     reg.enforce_()
@@ -389,6 +555,43 @@ def test_in_eval_mode_and_under_penalties_nothing_is_said(said: Callable[[], lis
     optimizer.eval()
     limit.enforce_()
     assert said() == []
+
+
+def test_a_method_eval_alone_makes_no_train_mode(said: Callable[[], list[str]]) -> None:
+    class Evaluating(torch.optim.SGD):
+        def eval(self) -> float:
+            return 0.0
+
+    model = net()
+    optimizer = Evaluating(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, K)
+    assert 'every="auto"' in repr(reg.attach(optimizer))
+    steps(model, optimizer, 2)
+    reg.enforce_()
+    assert said() == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_train_mode_in_an_attribute_is_read(
+    training: bool, said: Callable[[], list[str]]
+) -> None:
+    class Wrapper(torch.optim.SGD):
+        train_mode = training
+
+        def eval(self) -> None:
+            pass
+
+        def train(self) -> None:
+            pass
+
+    model = net()
+    optimizer = Wrapper(model.parameters(), 1e-2)
+    reg = wc.Regularizer(model, K)
+    reg.attach(optimizer)
+    reg.enforce_()
+    assert [message.startswith("Wrapper is in train mode:") for message in said()] == [
+        True
+    ] * training
 
 
 def test_limits_are_applied_after_each_step_of_what_has_an_eval() -> None:

@@ -58,13 +58,33 @@ def test_zeros_that_are_filled_are_named_once(
     assert int((model[0].weight == 0).sum()) < 24
 
 
-def test_zeros_are_named_at_attach_before_they_are_filled(said: Callable[[], list[str]]) -> None:
+def test_zeros_are_named_at_the_first_step_that_fills_them(said: Callable[[], list[str]]) -> None:
     model = pruned()
+    keep = model[0].weight.detach() != 0
+    model[0].weight.register_hook(lambda grad: grad * keep)  # the training leaves zeros alone
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wc.Regularizer(model, K).attach(optimizer)
+    assert said() == []
+    steps(model, optimizer)
     (message,) = said()
     assert 'Most entries of "0.weight" are exact zeros' in message
-    assert "a hard limit fills them" in message
+    assert "has filled them" in message
+
+
+def test_zeros_of_a_weight_that_obeys_are_not_warned_of(said: Callable[[], list[str]]) -> None:
+    """I + N/100 with ones in N above the diagonal: kappa is about 1.02."""
+    model = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(8) + 0.01 * torch.diag(torch.ones(7), 1))
+    before = model.weight.detach().clone()
+    reg = wc.Regularizer(model, wc.ConditionLimit(2))
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reg.attach(optimizer)
+    optimizer.step()
+    reg.enforce_()
+    assert torch.equal(model.weight, before)
+    assert said() == []
 
 
 @pytest.mark.parametrize(

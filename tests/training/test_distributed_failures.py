@@ -50,6 +50,41 @@ def test_replicas_apply_all_other_limits_and_raise_alike(tmp_path: Path) -> None
     run(2, tmp_path, replicas)
 
 
+class Raising(wc.Limit):
+    """A limit that fails for weights of so many rows, each time in another way."""
+
+    def __init__(self, rows: int, answer: Any) -> None:
+        self.rows, self.answer = rows, answer
+
+    def apply(self, S: torch.Tensor) -> torch.Tensor:
+        if S.shape[0] != self.rows:
+            return torch.zeros_like(S)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        changed: torch.Tensor = self.answer(S)
+        return changed
+
+
+def limits_of_users() -> None:
+    linalg = torch.linalg.LinAlgError("of no use")
+    for answer in (linalg, KeyError("of no use"), lambda S: S * math.nan, lambda S: S[:1]):
+        model = net()
+        sizes = [layer.weight.shape[0] for layer in model if isinstance(layer, nn.Linear)]
+        before = model[0].weight.detach().clone()
+        reg = wc.Regularizer(model, Raising(sizes[0], answer), process_group=dist.group.WORLD)
+        for enforcing in (reg.enforce_, lambda reg=reg: reg.proximal_step_(0.1)):
+            with pytest.raises(ValueError, match=r'"0\.weight": ') as caught:
+                enforcing()
+            mine = reg._states[0].owner == dist.get_rank()
+            assert ("by the process of the group" in str(caught.value)) != mine
+            assert torch.equal(model[0].weight, before)
+            assert not any(model[i].weight.any() for i in (2, 4))
+
+
+def test_replicas_learn_of_whatever_a_limit_of_a_user_raises(tmp_path: Path) -> None:
+    run(2, tmp_path, limits_of_users)
+
+
 def shards() -> None:
     for placement in (Shard(0), Shard(1), Replicate()):
         model = net()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,129 @@ def test_limits_that_users_have_written_are_no_exception() -> None:
     assert not weights(model)[1].any()
 
 
+class Answers(wc.Limit):
+    """A limit that answers wrongly for weights of 16 rows, and clears all others."""
+
+    def __init__(self, wrong: Callable[[Tensor], Any]) -> None:
+        self.wrong = wrong
+
+    def apply(self, S: Tensor) -> Tensor:
+        answer: Tensor = self.wrong(S) if S.shape[0] == 16 else torch.zeros_like(S)
+        return answer
+
+
+def raising(
+    error: type[Exception], before: Callable[[Tensor], Any] = id
+) -> Callable[[Tensor], Any]:
+    def apply(S: Tensor) -> Any:
+        before(S)
+        raise error("of no use")
+
+    return apply
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize(
+    "error", [torch.linalg.LinAlgError, RuntimeError, TypeError, ZeroDivisionError, KeyError]
+)
+def test_whatever_a_limit_of_a_user_raises_leaves_no_other_undone(
+    error: type[Exception], way: Callable[[nn.Module, wc.Limit], None]
+) -> None:
+    model = net((12, 16), (16, 12), (4, 16))
+    before, name = weights(model)[1].clone(), error.__name__.lstrip("_")
+    with pytest.raises(ValueError, match=rf'"1\.weight": {name}: .?of no use'):
+        way(model, Answers(raising(error, Tensor.zero_)))  # it has written to S beforehand
+    assert torch.equal(weights(model)[1], before)
+    assert not weights(model)[0].any()
+    assert not weights(model)[2].any()
+
+
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "with NaN or infinity": lambda S: S * math.nan,
+    "with NaN or infinity.": lambda S: S / 0,
+    "the shape (1, 12)": lambda S: S[:1],
+    "the shape (12, 16)": lambda S: S.T,
+    "in torch.float64": lambda S: S.double(),
+    "in torch.bool": lambda S: S > 0,
+    "on meta": lambda S: S.to("meta"),
+    "got NoneType": lambda S: None,
+    "got list": lambda S: S.tolist(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize("words", WRONG)
+def test_what_a_limit_of_a_user_returns_must_fit_the_weight(
+    words: str, way: Callable[[nn.Module, wc.Limit], None]
+) -> None:
+    model = net((12, 16), (16, 12), (4, 16))
+    before = weights(model)[1].clone()
+    demand = (
+        '"1.weight": `Answers.apply` must return a finite tensor of the shape (16, 12), in '
+        "torch.float32 on cpu, got "
+    )
+    with pytest.raises(ValueError, match="must return a finite tensor") as caught:
+        way(model, Answers(WRONG[words]))
+    assert demand in str(caught.value)
+    assert words in str(caught.value)
+    assert torch.equal(weights(model)[1], before)
+    assert not weights(model)[0].any()
+    assert not weights(model)[2].any()
+
+
+def test_a_limit_of_a_user_may_write_to_what_it_is_given() -> None:
+    model = net((16, 12))
+    wc.enforce(model, Answers(Tensor.zero_))
+    assert not weights(model)[0].any()
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_that_there_is_no_memory_is_no_fault_of_a_weight(error: type[Exception]) -> None:
+    def apply(S: Tensor) -> Any:
+        raise error("out of memory")
+
+    with pytest.raises(error):
+        wc.enforce(net((16, 12)), Answers(apply))
+
+
+class Picky(wc.Condition):
+    """A penalty that raises for weights of 16 rows."""
+
+    def gradient(self, S: Any, image: Any) -> Any:
+        self._refuse(S)
+        return super().gradient(S, image)
+
+    def proximal_step(self, S: Any, image: Any, eta: Tensor) -> Any:
+        self._refuse(S)
+        return super().proximal_step(S, image, eta)
+
+    def _refuse(self, S: Any) -> None:
+        if S.shape[-2] == 16:
+            raise torch.linalg.LinAlgError("of no use")
+
+
+def test_a_penalty_of_a_user_that_raises_leaves_no_step_undone() -> None:
+    model = net((12, 16), (16, 12), (4, 16), (8, 4))
+    before = [S.clone() for S in weights(model)]
+    reg = wc.Regularizer(model, {"3.weight": wc.ConditionLimit(K), "*": Picky(1.0)})
+    with pytest.raises(ValueError, match=r'"1\.weight": its penalty .* LinAlgError: of no use'):
+        reg.proximal_step_(0.1)
+    changed = [not torch.equal(*pair) for pair in zip(weights(model), before, strict=True)]
+    assert changed == [True, False, True, True]
+    assert obeys(weights(model)[3], wc.ConditionLimit(K))
+    assert [state.step for state in reg._states] == [1, 0, 1, 1]
+
+
+def test_a_penalty_of_a_user_that_raises_leaves_all_gradients_as_they_were() -> None:
+    model = net((12, 16), (16, 12), (4, 16))
+    reg = wc.Regularizer(model, Picky(1.0))
+    for call in (reg.add_gradients_, reg):
+        with pytest.raises(torch.linalg.LinAlgError, match="of no use"):
+            call()
+    assert not any(layer.weight.grad is not None and layer.weight.grad.any() for layer in model)
+    assert [state.step for state in reg._states] == [0, 0, 0]
+
+
 def test_experts_and_groups_of_a_bad_weight_are_done_one_by_one() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -153,7 +277,9 @@ def test_experts_and_groups_of_a_bad_weight_are_done_one_by_one() -> None:
     with torch.no_grad():
         model.stack[1, 0, 0] = math.nan
         model.conv.weight[0, 0, 0, 0] = math.inf
-    with pytest.raises(ValueError, match=r'"conv\.weight", "stack" holds NaN'):
+    with pytest.raises(
+        ValueError, match=r'"conv\.weight", "stack" hold NaN or infinity and were left'
+    ):
         wc.enforce(model, {"stack": wc.ConditionLimit(K), "conv.*": wc.ConditionLimit(K)})
     assert obeys(model.stack[0].detach(), LIMITS[0])
     assert obeys(model.stack[2].detach(), LIMITS[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.weights.reasons import Reason
@@ -93,6 +93,21 @@ def test_float8_weights_are_left_out_as_codes() -> None:
     assert [f.label for f in report.findings] == ["1.weight"]
     assert report.coverage.skipped["0.weight"].reason is Reason.codes
     assert wc.Regularizer(model, wc.ConditionLimit(2.0)).skipped["0.weight"].reason is Reason.codes
+
+
+def test_weights_of_a_class_of_torchao_are_left_out_by_its_name() -> None:
+    class AffineQuantizedTensor(Tensor):
+        """A class that lives where those of torchao do."""
+
+    AffineQuantizedTensor.__module__ = "torchao.dtypes.affine_quantized_tensor"
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+    codes = model[0].weight.detach().as_subclass(AffineQuantizedTensor)
+    model[0].weight = nn.Parameter(codes, requires_grad=False)
+    report = wc.audit(model)
+    assert [f.label for f in report.findings] == ["1.weight"]
+    why = report.coverage.skipped["0.weight"]
+    assert (why.reason, why.detail) == (Reason.torchao, "AffineQuantizedTensor")
+    assert wc.Regularizer(model, wc.ConditionLimit(2.0)).skipped["0.weight"] == why
 
 
 def test_complex_weights_are_measured_and_left_out_of_limits() -> None:

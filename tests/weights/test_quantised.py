@@ -59,6 +59,34 @@ def test_codes_beside_a_scale_are_never_measured(
         assert wc.audit(path, include=["l.weight"]).coverage.measured == 1
 
 
+# What HQQ and quanto write: their codes are not called a weight.
+OF_LIBRARIES = {
+    "hqq": ("l.W_q", ("l.scale", "l.zero")),
+    "quanto": ("l.weight._data", ("l.weight._scale",)),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("library", OF_LIBRARIES)
+def test_codes_of_hqq_and_quanto_are_never_measured(
+    tmp_path: Path, library: str, dtype: torch.dtype, kind: str
+) -> None:
+    name, beside = OF_LIBRARIES[library]
+    codes, scale = quantised(dtype)
+    content = {name: codes, "head.weight": torch.randn(6, 5)} | {s: scale.clone() for s in beside}
+    path, fixed = saved(tmp_path / f"a.{kind}", content), tmp_path / f"b.{kind}"
+    report = wc.audit(path)
+    assert [f.name for f in report.findings] == ["head.weight"]
+    skipped = {n: why.reason for n, why in report.coverage.skipped.items()}
+    assert skipped == {name: Reason.quantised} | dict.fromkeys(beside, Reason.scales)
+    wc.repair(path, fixed, 1.1)
+    after = load_file(fixed) if kind == "safetensors" else torch.load(fixed)
+    assert torch.equal(after[name], codes)
+    bare = {name: codes, "head.weight": torch.randn(6, 5)}  # without a scale it is a matrix
+    assert len(wc.audit(saved(tmp_path / f"c.{kind}", bare)).findings) == 2
+
+
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("name", SURE + UNSURE)
 def test_a_scale_in_another_shard_counts(tmp_path: Path, name: str, index: bool) -> None:

@@ -242,6 +242,13 @@ def _is_shape(shape: Any) -> bool:
     return lengths and len(shape) <= _DIMENSIONS and math.prod(shape) < _END
 
 
+def _without_values(dtype: Any, size: Any, *more: Any) -> ForeignTensor:
+    """`torch._utils._rebuild_meta_tensor_no_storage`, without its strides."""
+    if not _is_shape(size) or not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor must have a shape and a dtype")
+    return ForeignTensor("meta", shape=size, dtype=dtype)
+
+
 def _layout(name: str) -> Callable[..., ForeignTensor]:
     return lambda *arguments: ForeignTensor(name)
 
@@ -257,7 +264,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_qtensor": _layout("quantised"),
     "torch._utils._rebuild_nested_tensor": _layout("nested"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _layout("meta"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _without_values,
     "torch.Size": tuple,
     "torch.device": _first,
     "builtins.set": set,

@@ -282,7 +282,7 @@ def _entry(name: str, tensor: Tensor | ForeignTensor) -> Entry:
     parameter = tensor.is_floating_point() or tensor.is_complex()
     skipped = why_no_weight(shape, dtype)
     if tensor.is_meta:
-        skipped, parameter = Skipped(Reason.no_values), False
+        skipped = Skipped(Reason.no_values)
     elif tensor.layout != torch.strided:
         skipped = Skipped(Reason.not_dense, str(tensor.layout).removeprefix("torch."))
     elif repeats(tensor):

@@ -145,7 +145,11 @@ class Limit(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, S: Tensor) -> Tensor:
-        """A nearest weight that obeys as it is stored: the shape and dtype of S, or S itself."""
+        """A nearest weight that obeys as it is stored: finite, in the shape and dtype of S.
+
+        S is a copy. An exception, or an answer of another kind, leaves the weight as it was, and
+        one error names it after the limits of all other weights have been applied.
+        """
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -6,13 +6,14 @@ values, u_i and v_i its singular vectors; kappa = sigma_1/sigma_nu.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wellcond.linalg.checks import as_matrices
+from wellcond.linalg.checks import as_matrices, as_number
 from wellcond.operators.subspace import Ritz
 from wellcond.penalties.condition import clip_leading
 
@@ -162,7 +163,8 @@ def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
     Raises:
         ValueError: a negative or infinite step, fewer than two dimensions, no entries, an entry
             that is NaN or infinite, or S is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
+        TypeError: S is integer, boolean or float8: codes, which must be dequantised first; the step
+            is no number.
 
     Example:
         >>> import torch, wellcond as wc
@@ -171,11 +173,12 @@ def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
                 [0.0000, 1.2500]])
     """
     wide, triplets, sigma = _exact(S)
-    eta = torch.as_tensor(step, dtype=torch.float64, device=wide.device)
-    if eta.ndim != 0 or not bool(torch.isfinite(eta)) or bool(eta < 0):
+    whole = isinstance(step, Tensor) and step.ndim > 0
+    if whole or not 0 <= (number := as_number(step, "`step`")) < math.inf:
         raise ValueError(
             f"`step` must be a single finite number that is not negative, got {step}. "
             "It is the learning rate times the strength."
         )
+    eta = torch.full((), number, dtype=torch.float64, device=wide.device)
     (c, U, V), _ = clip_leading(triplets, sigma, sigma.shape[-1], eta)
     return (c[..., None, None] * wide + U @ V.mT + 0.0).to(S.dtype)

@@ -30,6 +30,7 @@ _REACH = 1.5  # times the scale: where an isometry step clips first
 # A singular value that is so far below sigma_1 may be hidden by rounding of the Gram matrix, and
 # one that is hidden must not be clipped by mistake.
 _HIDDEN = 1e-6
+_ROOM = 1e-6  # of the largest number, for gradients
 
 
 class Orthogonality(Penalty):
@@ -38,7 +39,9 @@ class Orthogonality(Penalty):
     Of the smaller side: S S^T where m < n. It is 1/4 sum_i (sigma_i^2 - scale^2)^2, 0 exactly where
     all singular values are equal to the scale. Gradient S (S^T S - scale^2 I), dense: it costs a
     Gram matrix and a product, and sees all singular values, the small ones too, unlike `Condition`.
-    As fourth powers both overflow in float32 where sigma is above 1e9 or so.
+    In float32 the value, a fourth power, is inf where sigma_1 is above 4e9 or so, and a weight with
+    sigma_1 above 1e10 or so gets no gradient; in float64 these are 1e77 and 1e100. Attached, it
+    takes its step at all scales.
 
     Attached, it takes the step of `Isometry` with theta = min(1, 2 eta scale^2), eta = learning
     rate * strength: for theta < 1 that is the explicit gradient step. Singular values from where it
@@ -83,7 +86,13 @@ class Orthogonality(Penalty):
         return H - torch.eye(S.nu, dtype=H.dtype, device=H.device)
 
     def _gradient(self, E: Tensor) -> Gradient:
-        return Gradient(Rescaled(E.new_zeros(E.shape[:-2]), self.scale**2 * E))
+        # What a sum within S E can be at most, with room for the strength. Where that overflows it
+        # may be inf - inf. Of NaN, as of an entry of E that is inf - inf, the comparison is False.
+        largest = torch.linalg.vector_norm(E, torch.inf, dim=(-2, -1))
+        size = self.scale**3 * E.shape[-1] * (largest + 1).sqrt() * largest
+        known = size < _ROOM * torch.finfo(E.dtype).max
+        C = torch.where(over_matrices(known), self.scale**2 * E, 0.0)
+        return Gradient(Rescaled(E.new_zeros(E.shape[:-2]), C))
 
     def proximal_step(
         self, S: Operator, image: Image | None, eta: Tensor

@@ -23,8 +23,9 @@ from wellcond.penalties.base import Limit
 from wellcond.penalties.enforce import Enforced, enforce_
 from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SpectralLimit
+from wellcond.text import out_of_memory
 from wellcond.training.batch import Batch
-from wellcond.training.failures import Failures
+from wellcond.training.failures import Failures, reason
 from wellcond.training.state import WeightState
 
 FAILED, NOT_FINITE = -1.0, -2.0  # outcomes of a limit that was not applied
@@ -73,14 +74,42 @@ def apply_(batch: Batch, failures: Failures) -> list[Tensor]:
     if not bool(torch.isfinite(stored).all()):
         return [observation(unknown, unknown, NOT_FINITE)]
     try:
-        values = cast(Limit, rule).apply(stored)
-    except ValueError as error:
-        failures[state.name] = f": {error}"
+        # A copy: an `apply` that writes to S and then fails must leave the weight as it is.
+        values = cast(Limit, rule).apply(stored.clone())
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        failures[state.name] = f": {reason(error)}"
+        return [observation(unknown, unknown, FAILED)]
+    if not _fits(values, stored):
+        failures[state.name] = (
+            f": `{type(rule).__name__}.apply` must return a finite tensor of the shape "
+            f"{tuple(stored.shape)}, in {stored.dtype} on {stored.device}, got {_words(values)}. "
+            "The weight was left as it is."
+        )
         return [observation(unknown, unknown, FAILED)]
     obeys = torch.equal(values, stored)
     if not obeys:
-        cast(Updatable, S).update_(NewWeight(values))
+        cast(Updatable, S).update_(NewWeight(values.detach()))
     return [observation(unknown, unknown, float(obeys))]
+
+
+def _fits(values: object, S: Tensor) -> bool:
+    """Whether what the `apply` of a limit returned can be stored in place of S."""
+    return (
+        isinstance(values, Tensor)
+        and (values.shape, values.dtype, values.device) == (S.shape, S.dtype, S.device)
+        and bool(torch.isfinite(values).all())
+    )
+
+
+def _words(values: object) -> str:
+    if not isinstance(values, Tensor):
+        return type(values).__name__
+    found = f"the shape {tuple(values.shape)}, in {values.dtype} on {values.device}"
+    if values.is_meta or bool(torch.isfinite(values).all()):
+        return found
+    return f"{found}, with NaN or infinity"
 
 
 def _step_(batch: Sequence[tuple[WeightState, WeightOperator]]) -> None:

@@ -21,14 +21,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from wellcond.penalties.base import Limit, Penalty
 from wellcond.text import quoted
+from wellcond.training.bypass import Changes
 from wellcond.training.conflicts import nonzeros
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
 
 EVERY = 10  # optimizer steps between proximal steps, if nothing else is said
-# An optimizer changes a weight in place once or twice a step; loading it once.
-_CHANGES = 3
 # After so many applications of limits it is looked whether entries are set to zero again.
 _COUNTS = 4
 
@@ -52,13 +51,13 @@ class Attachment:
         self.every = every
         # An optimizer with an eval() mode draws its weights at each step to others, which no limit
         # has reached: to wait would undo every application.
-        self._at_once = every is None and callable(getattr(optimizer, "eval", None))
+        self._at_once = every is None and has_modes(optimizer)
         self.removed = False
         self.steps = 0  # of the optimizer, seen
         # Steps of other optimizers on the weights before the first own one.
         self.steps_of_others = 0
         self.warned = False  # that the optimizer has taken no step
-        self._version = self._changes()
+        self._changes = Changes(states)
         self._optimizer = weakref.ref(optimizer, self._orphan)
         self._apply, self._undone = apply, undone
         # Entries that are not zero after the last application of a limit, by weight; how often
@@ -92,24 +91,26 @@ class Attachment:
         """None if it is gone."""
         return self._optimizer()
 
+    def look(self) -> None:
+        """Looks at the weights for `bypassed`: reads from the device until the first step."""
+        if not (self.steps or self.removed):
+            self._changes.look()
+
+    @property
+    def steps_now(self) -> bool:
+        """Whether a step of the optimizer has begun and not ended."""
+        return self._open > 0
+
     @property
     def bypassed(self) -> bool:
-        """Whether the weights have changed as in training, but the optimizer has taken no step.
-
-        A tensor counts its changes in place. Loading weights, or restoring an average, is one each;
-        what the regulariser itself has changed does not count.
-        """
+        """Whether the weights have changed as in training, but the optimizer has taken no step."""
         if self.steps or self.removed:
             return False
-        changes = self._changes() - self._version
-        return changes >= _CHANGES * len(self._parameters())
+        return self._changes.show_training(self.optimizer)
 
-    def _parameters(self) -> dict[int, Tensor]:
-        return {id(p): p for state in self.states for p in state.weight.parameters}
-
-    def _changes(self) -> int:
-        """How often the weights were changed in place, as far as torch counts that."""
-        return sum(p._version for p in self._parameters().values() if not p.is_inference())
+    def own_changes(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the regulariser changes the weights, which is no training."""
+        return contextlib.nullcontext() if self.steps else self._changes.own()
 
     def _words(self) -> str:
         hard = [isinstance(state.rule, Limit) for state in self.states]
@@ -202,6 +203,11 @@ def _may_nest(kind: type) -> bool:
     return len([step for step in steps if getattr(step, "hooked", False)]) > 1
 
 
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether it has a train mode and an eval mode, with other weights in each."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
 def check_optimizer(optimizer: object) -> None:
     """Raises unless steps of the optimizer run hooks."""
     # A wrapper may call itself an optimizer and yet have no hooks.
@@ -253,12 +259,10 @@ def _rate(lr: Any) -> float:
 @contextlib.contextmanager
 def own_changes(attachments: Sequence[Attachment]) -> Iterator[None]:
     """Within it the weights are changed by the regulariser itself."""
-    before = [attachment._changes() for attachment in attachments]
-    try:
+    with contextlib.ExitStack() as entered:
+        for attachment in attachments:
+            entered.enter_context(attachment.own_changes())
         yield
-    finally:
-        for attachment, count in zip(attachments, before, strict=True):
-            attachment._version += attachment._changes() - count
 
 
 def _held(state: WeightState, held: Container[int]) -> bool:
@@ -299,10 +303,11 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Of an optimizer that steps weights in place of the attached one, which has taken no step.
 
-    A wrapper may call the step of the optimizer that it wraps: once before its own is seen.
+    A wrapper calls the step of the optimizer that it wraps, which is no other: within its own step,
+    or, without hooks of its own before it, once before that is seen.
     """
     for attachment in attachments():
-        if attachment.steps or attachment.optimizer is optimizer:
+        if attachment.steps or attachment.steps_now or attachment.optimizer is optimizer:
             continue
         if names := attachment.succeeded_by(optimizer):
             attachment.steps_of_others += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,3 @@ def nonzeros(states: Iterable[WeightState]) -> dict[str, tuple[int, int]]:
         for state in states
         if isinstance(S := state.operator(), StoredMatrix) and not S.S.is_meta
     }
-
-
-def mostly_zero(states: Sequence[WeightState]) -> list[str]:
-    """The weights most of whose entries are exact zeros, but for those that are zero altogether.
-
-    And but for those with one entry in a row or column, as the identity: they obey as they are.
-    """
-    sides = {state.name: max(state.shape[-2:]) for state in states}
-    counts = nonzeros(states)
-    return [name for name, (some, all_) in counts.items() if sides[name] < some < all_ / 2]

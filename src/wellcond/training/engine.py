@@ -23,7 +23,7 @@ from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
 from wellcond.penalties.enforce import obey_nearly
 from wellcond.penalties.isometry import Isometry
 from wellcond.penalties.limit import SingularValueLimit
-from wellcond.text import subject
+from wellcond.text import out_of_memory, subject
 from wellcond.training.application import (
     FAILED,
     NOT_FINITE,
@@ -35,7 +35,7 @@ from wellcond.training.application import (
 )
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
-from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, raise_failures
+from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, raise_failures, reason
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, reading
 
@@ -89,11 +89,11 @@ class Engine:
             found = self._batches(parameters)
             strengths = [_strengths(batch) for batch in found]  # a schedule may raise: before all
             looks = self._look(found, remember)
+            evaluated = [_evaluated(*one) for one in zip(looks, strengths, strict=True)]
             first = self.states[0].strength
             total = torch.zeros((), dtype=first.dtype, device=first.device)
             factors: list[Tensor] = []
-            for seen, strength in zip(looks, strengths, strict=True):
-                value, gradient = _evaluated(seen, strength)
+            for seen, (value, gradient) in zip(looks, evaluated, strict=True):
                 total = total + value.sum().to(total)
                 factors += gradient.tensors
                 if remember:
@@ -144,8 +144,11 @@ class Engine:
             into = dict(zip(self._slots(), gradients, strict=True))
             found = self._batches(parameters)
             strengths = [_strengths(batch) for batch in found]
-            for seen, strength in zip(self._look(found), strengths, strict=True):
-                _pull_back_(seen.batch, _gradient(seen, strength), into)
+            looks = self._look(found)
+            # All of them first: a penalty may raise, and no gradient has changed then.
+            each = [_gradient(*one) for one in zip(looks, strengths, strict=True)]
+            for seen, gradient in zip(looks, each, strict=True):
+                _pull_back_(seen.batch, gradient, into)
                 _watch(seen)
                 for state in seen.batch.states:
                     state.advance()
@@ -170,6 +173,7 @@ class Engine:
             # Limits tell by themselves what is not finite, on replicas all of them alike.
             soft = [seen for seen in looks if not isinstance(seen.batch.rule, Limit | Isometry)]
             failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
+            refused: Failures = {}  # their penalties raise, which is no matter of the others
             limited = []
             served = []
             for seen, eta in zip(looks, etas, strict=True):
@@ -178,7 +182,14 @@ class Engine:
                     if failures:
                         continue
                     seen.remember()
-                    new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
+                    try:
+                        new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
+                    except Exception as error:
+                        if out_of_memory(error):
+                            raise
+                        why = f": its penalty could not take a step: {reason(error)}"
+                        refused |= {state.name: why for state in batch.states}
+                        continue
                     self._update_(seen, new)
                     for state, (short,) in zip(batch.states, batch.each(shortened), strict=True):
                         state.shortened += short.sum()
@@ -188,7 +199,7 @@ class Engine:
                         learn_scales(batch)
                     limited.append(seen)
                 served += batch.states
-            failures |= self._apply_limits_([self._clipped_(seen) for seen in limited])
+            failures |= refused | self._apply_limits_([self._clipped_(seen) for seen in limited])
             for state in states:
                 state.failed = state.name in failures
             for state in served:

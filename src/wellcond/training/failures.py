@@ -10,12 +10,23 @@ HOLDS_NAN = (
     " holds NaN or infinity and was left as it is. "
     "Restore the last good checkpoint, or lower the learning rate."
 )
+_HOLD_NAN = HOLDS_NAN.replace("holds", "hold").replace("was left as it is", "were left as they are")
 ELSEWHERE = (
     ": the limit could not be applied by the process of the group that does so for all of them. "
     "See the error of that one."
 )
 
 Failures = dict[str, str]  # by the name of a weight, what follows it in the message
+
+
+def reason(error: Exception) -> str:
+    """The message of an error in the code of a user; its type too, unless it is a ValueError.
+
+    A ValueError is how a limit states that a weight cannot obey.
+    """
+    kind = type(error).__name__.lstrip("_")
+    message = str(error) if type(error) is ValueError else f"{kind}: {error}"
+    return message if message.endswith(".") else f"{message}."
 
 
 def raise_failures(failures: Mapping[str, str], rest: str = "") -> None:
@@ -28,9 +39,9 @@ def raise_failures(failures: Mapping[str, str], rest: str = "") -> None:
     if not failures:
         return
     why = dict.fromkeys(failures.values())
-    sentences = [
-        and_more((f'"{name}"' for name in sorted(failures) if failures[name] == one), limit=100)
-        + one
-        for one in why
-    ]
+    sentences = []
+    for one in why:
+        names = [f'"{name}"' for name in sorted(failures) if failures[name] == one]
+        many = len(names) > 1 and one == HOLDS_NAN
+        sentences.append(and_more(names, limit=100) + (_HOLD_NAN if many else one))
     raise ValueError(" ".join([*sentences, *([rest] if rest else [])]))

@@ -15,8 +15,9 @@ from torch.optim.optimizer import Optimizer
 from wellcond.penalties.base import Limit
 from wellcond.penalties.limit import SpectralLimit
 from wellcond.text import quoted, subject
-from wellcond.training.attachment import Attachment, attachments
-from wellcond.training.conflicts import masked, mostly_zero, nonzeros, quantised
+from wellcond.training.attachment import Attachment, attachments, has_modes
+from wellcond.training.bypass import is_replaced
+from wellcond.training.conflicts import masked, nonzeros, quantised
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
@@ -75,10 +76,15 @@ class Oversights:
                 "step(closure) runs hooks. Attach to optimizer.base_optimizer, which serves both.",
                 type(optimizer).__name__,
             )
+        if optimizer is not None and is_replaced(optimizer):
+            self._say(
+                "replaced",
+                "The step of this %s was replaced by a function that does not seem to call it, and "
+                "after which nothing is applied. Call the original step within it, or "
+                "proximal_step_(lr) after each step.",
+                type(optimizer).__name__,
+            )
         self.limited(attachment.states)
-        if "zeros" not in self._said:
-            bounded = [s for s in attachment.states if isinstance(s.rule, SpectralLimit)]
-            self._warn_of_zeros(mostly_zero(bounded), "a hard limit fills them")
         rules = {
             id(parameter): type(state.rule)
             for other in attachments()
@@ -99,9 +105,9 @@ class Oversights:
                 subject(both),
             )
 
-    def logged(self, own: Sequence[Attachment]) -> None:
+    def logged(self, own: Sequence[Attachment], report: bool) -> None:
         """A training is watched, but nothing has ever applied its limits: no call and no `own`."""
-        self._bypassed(own)
+        self._bypassed(own, report)
         limited = [s.name for s in self._states if isinstance(s.rule, Limit) and s.active]
         if limited and not self._applied and not own:
             self._say(
@@ -113,15 +119,17 @@ class Oversights:
 
     def enforced(self, own: Sequence[Attachment]) -> None:
         """Limits are asked for now, but not all weights, or not those that count, are there."""
-        self._bypassed(own)
-        training = [type(a.optimizer).__name__ for a in own if _trains(a.optimizer)]
+        self._bypassed(own, True)
+        training = [a.optimizer for a in own if _trains(a.optimizer) is not False]
         if training and any(isinstance(s.rule, Limit) for a in own for s in a.states):
+            kind = type(training[0]).__name__
+            known = _trains(training[0]) is not None
             self._say(
                 "train mode",
-                "%s is in train mode: the limits hold in the weights as they are now, and its "
+                "%s the limits hold in the weights as they are now, and its "
                 "eval() makes others of them, which need not obey. Before you evaluate or save: "
                 "optimizer.eval(), then reg.enforce_(); and optimizer.train() to go on.",
-                training[0],
+                f"{kind} is in train mode:" if known else f"If {kind} is in train mode,",
             )
         frozen = [s.name for s in self._states if isinstance(s.rule, Limit) and not s.active]
         if frozen:
@@ -159,16 +167,12 @@ class Oversights:
         yield
         after = nonzeros(state for state in states if state.name in before)
         filled = [name for name, (some, _) in after.items() if some > before[name]]
-        self._warn_of_zeros(filled, "the hard limit has filled them")
-
-    def _warn_of_zeros(self, names: Sequence[str], what: str) -> None:
-        if names:
+        if filled:
             self._say(
                 "zeros",
-                "Most entries of %s are exact zeros, as after pruning: %s. Leave "
-                "the weight out with a pattern if they are to stay.",
-                quoted(names),
-                what,
+                "Most entries of %s are exact zeros, as after pruning: the hard limit has filled "
+                "them. Leave the weight out with a pattern if they are to stay.",
+                quoted(filled),
             )
 
     def undone(self, names: Sequence[str]) -> None:
@@ -182,8 +186,10 @@ class Oversights:
                 quoted(names),
             )
 
-    def _bypassed(self, own: Iterable[Attachment]) -> None:
+    def _bypassed(self, own: Iterable[Attachment], look: bool) -> None:
         for attachment in own:
+            if look:
+                attachment.look()
             if attachment.bypassed and not attachment.warned:
                 attachment.warned = True
                 logger.warning(
@@ -241,11 +247,15 @@ def warn_of_stored(states: Iterable[WeightState]) -> None:
         )
 
 
-def _trains(optimizer: Optimizer | None) -> bool:
-    """Whether it has an eval() that makes other weights of those that it steps, and is not in it.
+def _trains(optimizer: Optimizer | None) -> bool | None:
+    """Whether an optimizer with two modes is in train mode; None if nothing tells.
 
-    schedulefree keeps the mode in each group; heavyball does from the first eval() on.
+    schedulefree keeps the mode in each group, wrappers of pytorch_optimizer in an attribute, and
+    heavyball in each group from the first eval() on.
     """
-    if optimizer is None or not callable(getattr(optimizer, "eval", None)):
+    if optimizer is None or not has_modes(optimizer):
         return False
-    return any(group.get("train_mode", True) for group in optimizer.param_groups)
+    if isinstance(mode := getattr(optimizer, "train_mode", None), bool):
+        return mode
+    modes = [group["train_mode"] for group in optimizer.param_groups if "train_mode" in group]
+    return any(modes) if modes else None

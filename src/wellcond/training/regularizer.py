@@ -36,7 +36,7 @@ from wellcond.training.log import log
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
 from wellcond.training.selection import Rules, select
-from wellcond.training.state import WeightState
+from wellcond.training.state import WeightState, reading
 from wellcond.weights.discover import refuse_flat_parameters, unwrapped
 from wellcond.weights.reasons import Skipped
 
@@ -255,9 +255,12 @@ class Regularizer:
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
         self._oversights.applied(self.attachments, "")
-        self._engine.proximal_step_(
-            states, [state.pending_lr for state in states], WeightState.settle
-        )
+        # Whether zeros are filled shows at once: later there is nothing to count.
+        first = [state for state in states if state.pace.applications == 0]
+        with self._oversights.filling(first):
+            self._engine.proximal_step_(
+                states, [state.pending_lr for state in states], WeightState.settle
+            )
 
     def enforce_(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
@@ -345,8 +348,8 @@ class Regularizer:
             >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
             True
         """
-        self._oversights.logged(self._attachments)
         step = max(state.step for state in self._states) if step is None else step
+        self._oversights.logged(self._attachments, step % as_count(every, "`every`") == 0)
         return log(self.measure, target, step, every, layers, prefix)
 
     # --- what is regularised ----------------------------------------------------------------------
@@ -434,18 +437,22 @@ class Regularizer:
         To tell whether a checkpoint has restored the very weights that were saved with it. Sharded
         weights are left out.
 
+        Raises:
+            ValueError: a weight is a meta tensor, which has no values; it is named.
+
         Example:
             >>> import torch, wellcond as wc
             >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.Condition(0.1))
             >>> list(reg.checksums())
             ['weight torch.float32']
         """
-        return {
-            f"{state.weight.aliases[0]} {parameter.dtype}": checksum(parameter).cpu()
-            for state in self._states
-            for parameter in state.weight.parameters
-            if not is_sharded(parameter)
-        }
+        with reading(self._states):
+            return {
+                f"{state.weight.aliases[0]} {parameter.dtype}": checksum(parameter).cpu()
+                for state in self._states
+                for parameter in state.weight.parameters
+                if not is_sharded(parameter)
+            }
 
 
 def _refuse_without_gradient(states: list[WeightState]) -> None:

@@ -13,6 +13,7 @@ from wellcond.operators.views import Kernel, shape_of
 from wellcond.penalties.base import Limit
 from wellcond.text import and_more, of_modules, quoted
 from wellcond.training.state import Rule
+from wellcond.weights.computed import computed_weights
 from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -37,7 +38,12 @@ def select(
         )
     patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
     for pattern, penalty in patterns.items():
-        if not isinstance(penalty, Rule | None) or not isinstance(pattern, str):
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"`{parameter}` must have patterns of type str, got {shorten(repr(pattern), 80)}. "
+                'A pattern is, for instance, "*.weight".'
+            )
+        if not isinstance(penalty, Rule | None):
             raise TypeError(
                 f"`{parameter}` must be a penalty or map patterns to penalties or None, got "
                 f"{shorten(repr(penalty), 80)} for {pattern!r}. A penalty is, for instance, "
@@ -100,6 +106,7 @@ def select(
                 f'`{parameter}`: the pattern "{pattern}" matches no parameter, or only such as a '
                 f"pattern before it matches. The weights are {quoted(names)}."
                 f"{of_modules([pattern], names)}{_of_view(pattern)}"
+                f"{_of_computed(pattern, model)}"
             )
         usable = [why is None or why.reason is Reason.frozen for why in outcome.values()]
         if not any(usable):
@@ -124,6 +131,21 @@ def _of_view(pattern: str) -> str:
         return ""
     kind = "the kernel of a convolution" if view == "operator" else "the weights that it is made of"
     return f' What a view ":{view}" shows is measured by audit(), not limited: name {kind}.'
+
+
+def _of_computed(pattern: str, model: nn.Module) -> str:
+    """What to say of a pattern for a weight that is computed and no parameter."""
+    for prefix, module in model.named_modules():
+        path = f"{prefix}." if prefix else ""
+        for one in computed_weights(module):
+            if fnmatchcase(f"{path}{one.attribute}", pattern):
+                parts = quoted(f"{path}{part}" for part in one.parts)
+                return (
+                    f' "{path}{one.attribute}" is computed by {one.method} from {parts} before '
+                    f"each forward pass, and no parameter. Remove {one.method}, or leave the "
+                    "weight out."
+                )
+    return ""
 
 
 def _one_row(weight: Weight) -> Skipped | None:
