@@ -125,10 +125,12 @@ def test_what_diverges_stops_and_can_be_tested(method: str) -> None:
     training = METHODS[method](build, 2.0, 1e-2, seed=3)
     with torch.no_grad():
         training.model[0].weight[0, 0] = math.inf
+    stepped = []
     for _ in range(3):
         loss = nn.functional.cross_entropy(torch.zeros(4, 4, requires_grad=True), Y[:4])
-        stepped = training.step(loss)
-    assert stepped == (method in ("none", "condition"))
+        stepped.append(training.step(loss))
+    # Weights of other shapes take turns with the one that fails.
+    assert all(stepped) == (method in ("none", "condition"))
     training.finish()
 
 

@@ -179,6 +179,7 @@ def audit(
     def scan(tensors: Mapping[str, Pieces]) -> dict[str, NotFinite]:
         weights = {f.name for f in findings if f.status is Status.not_finite}
         weights |= {part for _, adapter in source.adapters for part in adapter.parts}
+        weights |= {name for name, why in skipped.items() if why.reason.of_adapter}
         found, unread = not_finite_in(tensors, source.masks, weights)
         findings.extend(failed(name, error) for name, error in unread.items())
         return found

@@ -248,7 +248,11 @@ def repair(
                 f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
     others = {name: read for name, read in searchable(checkpoint).items() if name not in wanted}
-    left = {name for name, (_, entry) in checkpoint.where.items() if entry.skipped is None}
+    left = {
+        name
+        for name, (_, entry) in checkpoint.where.items()
+        if entry.skipped is None or entry.skipped.reason.of_adapter
+    }
     not_finite, _ = not_finite_in(others, masks_in(checkpoint), left)
     return RepairReport(repairs, skipped, float(max_condition), versions(), not_finite)
 

@@ -70,6 +70,11 @@ class Reason(enum.Enum):
         )
 
     @property
+    def of_adapter(self) -> bool:
+        """Whether it is a trained parameter of an adapter."""
+        return self in (Reason.factor, Reason.adapter)
+
+    @property
     def by_name(self) -> bool:
         """Whether only its name or what is stored beside it says so; its exact name takes it."""
         return self in (
