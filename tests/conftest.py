@@ -1,6 +1,8 @@
 """Property tests draw the same examples in every run; long tests come first."""
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -29,3 +31,10 @@ def mnist() -> Path:
     if not path.exists():
         pytest.skip("MNIST is not here: set WELLCOND_DATA to a directory or .npz that holds it")
     return path
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The messages that wellcond has logged so far."""
+    caplog.set_level(logging.WARNING, "wellcond")
+    return lambda: [record.getMessage() for record in caplog.records]

@@ -9,6 +9,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 
+def evaluate(closure: Callable[[], Tensor] | None) -> None:
+    if closure is not None:
+        with torch.enable_grad():
+            closure()
+
+
 class RelativeStep(Optimizer):
     """As Adafactor of transformers in its relative-step mode: its learning rate is None."""
 
@@ -19,9 +25,7 @@ class RelativeStep(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
+        evaluate(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -58,8 +62,7 @@ class TwoStep(Optimizer):
 
     def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
         self.first_step()
-        with torch.enable_grad():
-            closure()
+        evaluate(closure)
         self.second_step()
 
 
@@ -117,9 +120,7 @@ class ScheduleFree(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
+        evaluate(closure)
         for group in self.param_groups:
             assert group["train_mode"], "call train() first"
             group["k"] += 1

@@ -323,14 +323,14 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _sound(report: AuditReport) -> bool:
     """Whether all could be read and is finite; says on standard error what is not."""
     from wellcond.checkpoints.findings import Status
-    from wellcond.checkpoints.finite import in_words
+    from wellcond.checkpoints.finite import describe_not_finite
 
     failed = [one for one in report.findings if one.status is Status.failed]
     if failed:
         named = and_more((f"{one.label} ({one.detail})" for one in failed), limit=3)
         print(f"wellcond: warning: {len(failed)} could not be measured: {named}", file=sys.stderr)
     if report.not_finite:
-        print(f"wellcond: warning: {in_words(report.not_finite)}", file=sys.stderr)
+        print(f"wellcond: warning: {describe_not_finite(report.not_finite)}", file=sys.stderr)
     return not (failed or report.not_finite)
 
 
@@ -391,9 +391,11 @@ def _repair(arguments: argparse.Namespace) -> int:
         _finish_progress()
     print(report.to_json() if arguments.json else report.table(), end="")
     if report.not_finite:
-        from wellcond.checkpoints.finite import in_words
+        from wellcond.checkpoints.finite import describe_not_finite
 
-        print(f"wellcond: warning: copied: {in_words(report.not_finite)}", file=sys.stderr)
+        print(
+            f"wellcond: warning: copied: {describe_not_finite(report.not_finite)}", file=sys.stderr
+        )
     return 0
 
 

@@ -43,6 +43,11 @@ def joined(*remarks: str) -> str:
     return "; ".join(filter(None, remarks))
 
 
+def last_part(name: str) -> str:
+    """The last part of the name of a tensor, after dots and slashes: `weight` of `fc.weight`."""
+    return re.split(r"[./]", name)[-1]
+
+
 def quoted(names: Iterable[str]) -> str:
     """Names in quotation marks, sorted, the first five of them."""
     return and_more([f'"{name}"' for name in sorted(names)])

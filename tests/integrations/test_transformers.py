@@ -118,6 +118,15 @@ def vit_callback(way: str = "proximal") -> RegularizerCallback:
     return RegularizerCallback(penalties, way=way, every=4, block=BLOCK)
 
 
+def check_all_obey(used: Any, path: Path) -> None:
+    """Every checkpoint and the model at the end, which is saved in `end`."""
+    saved = sorted(path.glob("checkpoint-*"))
+    assert saved
+    used.save_model(str(path / "end"))
+    for folder in (*saved, path / "end"):
+        assert max(kappas(folder)) <= 3.0, folder.name
+
+
 def hooks(used: Any) -> int:
     return len(used.optimizer.optimizer._optimizer_step_post_hooks)
 
@@ -501,11 +510,7 @@ def test_hard_limits_hold_in_every_checkpoint_and_at_the_end(
     added = RegularizerCallback(wc.ConditionLimit(3.0), every=10**6)
     used = trainer(tmp_path, model, added, eval_dataset=examples(16), **when)
     used.train()
-    saved = sorted(tmp_path.glob("checkpoint-*"))
-    assert saved
-    used.save_model(str(tmp_path / "end"))
-    for folder in (*saved, tmp_path / "end"):
-        assert max(kappas(folder)) <= 3.0, folder.name
+    check_all_obey(used, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [ScheduleFree, Swapping])
@@ -539,11 +544,7 @@ def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
     used.optimizer = kind(model.parameters(), lr=0.1)
     used.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(used.optimizer, 1.0)
     used.train()
-    saved = sorted(tmp_path.glob("checkpoint-*"))
-    assert saved
-    used.save_model(str(tmp_path / "end"))
-    for folder in (*saved, tmp_path / "end"):
-        assert max(kappas(folder)) <= 3.0, folder.name
+    check_all_obey(used, tmp_path)
     assert len(Looking.seen) == 10 * evaluate
     assert all(one <= 3.0 for one in Looking.seen)
     if evaluate:

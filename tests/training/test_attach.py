@@ -3,7 +3,6 @@
 import functools
 import gc
 import importlib
-import logging
 import math
 import types
 from collections.abc import Callable
@@ -20,12 +19,6 @@ import wellcond as wc
 from wellcond.training import attachment as attachment_module
 
 K = wc.ConditionLimit(3.0)
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    caplog.set_level(logging.WARNING, "wellcond")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def net() -> nn.Sequential:

@@ -1,7 +1,6 @@
 """A limit that something else undoes, or that holds in what does not act, is warned of once."""
 
 import copy
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -12,12 +11,6 @@ from torch import Tensor, nn
 import wellcond as wc
 
 K = wc.ConditionLimit(3.0)
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    caplog.set_level(logging.WARNING, "wellcond")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def net() -> nn.Sequential:

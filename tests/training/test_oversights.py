@@ -2,7 +2,6 @@
 
 import copy
 import io
-import logging
 import pickle
 from collections.abc import Callable
 
@@ -20,12 +19,6 @@ def net() -> nn.Sequential:
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.1)
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    caplog.set_level(logging.WARNING, "wellcond")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:

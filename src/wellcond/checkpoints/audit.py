@@ -21,7 +21,7 @@ from wellcond.checkpoints.finite import NotFinite, Pieces, not_finite_in, pieces
 from wellcond.checkpoints.progress import Counter, Told, work_of
 from wellcond.checkpoints.report import AuditReport
 from wellcond.checkpoints.rows import (
-    failed,
+    failed_row,
     finding_of_adapter,
     findings_of,
     findings_of_heads,
@@ -31,7 +31,7 @@ from wellcond.text import and_more, of_modules, versions
 from wellcond.weights.adapters import Adapter
 from wellcond.weights.effective import current
 from wellcond.weights.heads import Attention
-from wellcond.weights.kernels import groups_unknown
+from wellcond.weights.kernels import describe_groups
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -130,7 +130,7 @@ def audit(
         >>> sorted(f.label for f in wc.audit(attention, include=["qk*"], heads=True).findings)
         ['qk0', 'qk1']
     """
-    include, exclude = patterns(include), patterns(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     source = source_of(model_or_path, example, base)
     attentions, value = source.heads() if heads else ([], current)
     if heads and not attentions:
@@ -181,17 +181,21 @@ def audit(
         weights |= {part for _, adapter in source.adapters for part in adapter.parts}
         weights |= {name for name, why in skipped.items() if why.reason.of_adapter}
         found, unread = not_finite_in(tensors, source.masks, weights)
-        findings.extend(failed(name, error) for name, error in unread.items())
+        findings.extend(failed_row(name, error) for name, error in unread.items())
         return found
 
-    not_finite = scan(_unmeasured(source.tensors, findings, where.values(), include, exclude))
+    not_finite = scan(
+        _select_unmeasured(source.tensors, findings, where.values(), include, exclude)
+    )
     own = [finding for finding in findings if finding.measured]
     # These stand for parameters that are counted already, or for those of another source.
     measure(bases)
     bad = {
         f.name: where[id(f)] for f in findings if f.status is Status.not_finite and id(f) in where
     }
-    not_finite |= scan({n: partial(_whole, one) for n, one in bad.items() if n not in not_finite})
+    not_finite |= scan(
+        {n: partial(_read_pieces, one) for n, one in bad.items() if n not in not_finite}
+    )
     coverage = _coverage(own, [f for f in findings if not f.measured], source)
     for attention in attentions:
         counter.next(attention.name)
@@ -223,12 +227,12 @@ def _find_curves(findings: list[Finding], where: Mapping[int, Matrices], curves:
                 findings[index] = replace(findings[index], singular_values=values)
 
 
-def patterns(given: str | Sequence[str]) -> Sequence[str]:
+def as_patterns(given: str | Sequence[str]) -> Sequence[str]:
     """The patterns; a text is one of them."""
     return [given] if isinstance(given, str) else given
 
 
-def _unmeasured(
+def _select_unmeasured(
     tensors: Mapping[str, Pieces],
     findings: Sequence[Finding],
     measured: Iterable[Matrices],
@@ -245,7 +249,7 @@ def _unmeasured(
     }
 
 
-def _whole(one: Matrices) -> list[Tensor]:
+def _read_pieces(one: Matrices) -> list[Tensor]:
     return [*pieces_of(one.read().detach())]
 
 
@@ -259,7 +263,7 @@ def _coverage(measured: Sequence[Finding], failed: Sequence[Finding], source: So
     left_out = [(name, size) for name, size in source.sizes.items() if name in source.skipped]
     left_out.sort(key=lambda pair: -pair[1])
     kernels = sum(finding.view == "kernel" for finding in own) if source.of_file else 0
-    note = groups_unknown(kernels)
+    note = describe_groups(kernels)
     return Coverage(len(own), len(failed), source.skipped, share, tuple(left_out[:3]), note)
 
 

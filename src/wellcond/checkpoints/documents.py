@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from wellcond.checkpoints.columns import COMPARED, cells_of, cells_of_pair, headers_of
 from wellcond.checkpoints.findings import Finding, Grade, Status
-from wellcond.checkpoints.finite import NotFinite, in_words
+from wellcond.checkpoints.finite import NotFinite, describe_not_finite
 from wellcond.checkpoints.heatmap import Cell, HeatMap, heat_maps
 from wellcond.checkpoints.layers import Stack, stacks
 from wellcond.checkpoints.markup import document, folded, listed, paragraphs, section
@@ -155,7 +155,7 @@ def comparison_page(comparison: Comparison, max_condition: float | None) -> str:
 
 
 def _not_finite(found: Mapping[str, NotFinite]) -> list[str]:
-    return [f"{in_words(found)}."] if found else []
+    return [f"{describe_not_finite(found)}."] if found else []
 
 
 def _skipped(skipped: Mapping[str, Skipped]) -> list[str]:

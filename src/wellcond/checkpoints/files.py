@@ -34,6 +34,7 @@ from wellcond.checkpoints.tensors import (
     TensorFile,
     UnreadableError,
 )
+from wellcond.text import last_part
 from wellcond.weights.adapters import adapter_parameters
 from wellcond.weights.fused import views_by_name
 from wellcond.weights.matrices import Matrices, entries, seen_through
@@ -189,7 +190,7 @@ class Checkpoint:
             if self.path.is_dir():
                 beside = {file.name for file in _weight_files(self.path)} - set(shards)
                 self.others = {name: Skipped(Reason.beside) for name in sorted(beside)}
-                self.others |= _unread(self.path)
+                self.others |= _find_unread(self.path)
             return shards
         if not path.is_dir():
             return [path.name]
@@ -201,7 +202,7 @@ class Checkpoint:
                 f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
                 f"{INDEX}, {', '.join(PICKLED)}."
             )
-        self.others = _unread(path)
+        self.others = _find_unread(path)
         return [file.name for file in found]
 
     def _read_index(self, path: Path) -> list[str]:
@@ -366,7 +367,7 @@ class Checkpoint:
             target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
 
 
-def _unread(directory: Path) -> dict[str, Skipped]:
+def _find_unread(directory: Path) -> dict[str, Skipped]:
     """The files of other formats in a directory."""
     kinds = ((path, format_by_name(path)) for path in sorted(directory.iterdir()))
     return {path.name: Skipped(Reason.unread, kind) for path, kind in kinds if kind}
@@ -375,7 +376,7 @@ def _unread(directory: Path) -> dict[str, Skipped]:
 def _holds_codes(name: str, entry: Entry) -> bool:
     """Whether its integers are a weight that is quantised."""
     reason = entry.skipped.reason if entry.skipped is not None else None
-    packed = reason is Reason.packed and re.split(r"[./]", name)[-1] == "weight"
+    packed = reason is Reason.packed and last_part(name) == "weight"
     return reason is Reason.quantised or packed
 
 

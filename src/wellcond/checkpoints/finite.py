@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wellcond.text import and_more
+from wellcond.text import and_more, last_part
 
 # The entries of a tensor in parts, so that one of any size is read in little memory.
 Pieces = Callable[[], Iterable[Tensor]]
@@ -65,13 +65,13 @@ def not_finite_in(
         except Exception as error:  # whatever it is, the other tensors are still to be read
             unread[name] = error
             continue
-        meant = name not in weights and not counted.nan and _by_design(name, negative, masks)
+        meant = name not in weights and not counted.nan and _is_by_design(name, negative, masks)
         if (counted.nan or counted.infinite) and not meant:
             found[name] = counted
     return found, unread
 
 
-def in_words(found: Mapping[str, NotFinite]) -> str:
+def describe_not_finite(found: Mapping[str, NotFinite]) -> str:
     """One line with the number of tensors and the first names; "" if there are none."""
     if not found:
         return ""
@@ -135,8 +135,8 @@ def _count(pieces: Iterable[Tensor]) -> tuple[NotFinite, bool]:
     return NotFinite(nan, infinite, entries), nan + infinite == negative
 
 
-def _by_design(name: str, negative: bool, masks: Collection[str]) -> bool:
+def _is_by_design(name: str, negative: bool, masks: Collection[str]) -> bool:
     """Of a tensor without NaN; `negative` says that all that is infinite is -inf."""
-    last = re.split(r"[./]", name.lower())[-1]
+    last = last_part(name.lower())
     mask = name in masks or re.search("mask|causal|attn_bias|attention_bias", last) is not None
     return (mask and negative) or not _BOUNDS.isdisjoint(last.split("_"))

@@ -16,18 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.checkpoints.audit import chosen, patterns
+from wellcond.checkpoints.audit import as_patterns, chosen
 from wellcond.checkpoints.files import INDEX, PICKLED, Checkpoint
-from wellcond.checkpoints.finite import NotFinite, in_words, not_finite_in, to_list
+from wellcond.checkpoints.finite import NotFinite, describe_not_finite, not_finite_in, to_list
 from wellcond.checkpoints.progress import Counter, Told, work_of
-from wellcond.checkpoints.sources import adapters_in, masks_in, searchable
+from wellcond.checkpoints.sources import adapters_in, masks_in, searchable_tensors
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import shares_memory
 from wellcond.output import new_path, refuse_existing
 from wellcond.penalties.limit import limited
-from wellcond.text import and_more, dump_json, joined, out_of_memory, text_table, versions, written
-from wellcond.weights.kernels import groups_unknown
+from wellcond.text import (
+    and_more,
+    dump_json,
+    joined,
+    last_part,
+    out_of_memory,
+    text_table,
+    versions,
+    written,
+)
+from wellcond.weights.kernels import describe_groups
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -112,11 +121,11 @@ class RepairReport:
         for note, noted in labels.items():
             text += f"{and_more(noted, 3)}: {note}\n"
         kernels = sum(repair.view == "kernel" for repair in self.changed)
-        text += f"{groups_unknown(kernels)}\n" if kernels else ""
+        text += f"{describe_groups(kernels)}\n" if kernels else ""
         obeyed = len(self.repairs) - len(self.changed)
         text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
         text += f"they were; {len(self.skipped)} other tensors copied\n"
-        return f"{text}{in_words(self.not_finite)}\n" if self.not_finite else text
+        return f"{text}{describe_not_finite(self.not_finite)}\n" if self.not_finite else text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan."""
@@ -196,7 +205,7 @@ def repair(
         True
     """
     check_limit(max_condition)
-    include, exclude = patterns(include), patterns(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     _check_output(Path(path_in), Path(path_out))
     checkpoint = Checkpoint(path_in)
     for name, reason in checkpoint.damaged.items():
@@ -247,7 +256,9 @@ def repair(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
                 f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
-    others = {name: read for name, read in searchable(checkpoint).items() if name not in wanted}
+    others = {
+        name: read for name, read in searchable_tensors(checkpoint).items() if name not in wanted
+    }
     left = {
         name
         for name, (_, entry) in checkpoint.where.items()
@@ -275,7 +286,7 @@ def _limit_all(
             continue
         moved = 0.0 if X is S else _relative_change(S, X)
         zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
-        own = re.split(r"[./]", one.name)[-1]
+        own = last_part(one.name)
         notes = [zero, one.note]
         if X is not S and not _CALLED_A_WEIGHT.search(own):
             notes.append("changed, though not called a weight")

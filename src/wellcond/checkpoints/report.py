@@ -23,7 +23,7 @@ from wellcond.checkpoints.columns import (
 )
 from wellcond.checkpoints.documents import audit_page, comparison_page
 from wellcond.checkpoints.findings import Coverage, Finding, Grade
-from wellcond.checkpoints.finite import NotFinite, in_words, to_list
+from wellcond.checkpoints.finite import NotFinite, describe_not_finite, to_list
 from wellcond.checkpoints.pairing import Pair, by_label, pair_names
 from wellcond.checkpoints.unusual import facts_of
 from wellcond.text import and_more, dump_json, shown, text_table, versions, written
@@ -105,7 +105,7 @@ class AuditReport(_Document):
             text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
         text += _remarks((finding.label, finding.explanation) for finding in worst)
         text += "".join(f"{shown(line)}\n" for line in self.unusual())
-        text += f"{in_words(self.not_finite)}\n" if self.not_finite else ""
+        text += f"{describe_not_finite(self.not_finite)}\n" if self.not_finite else ""
         return f"{text}{self.coverage}\n"
 
     def unusual(self) -> list[str]:
@@ -244,7 +244,7 @@ class Comparison(_Document):
                 f"{count} of another shape, and so perhaps another: {and_more(reshaped, 3)}"
             )
         for when, found in (("Before", self.not_finite_before), ("After", self.not_finite_after)):
-            lines += [f"{when}, {in_words(found)}"] if found else []
+            lines += [f"{when}, {describe_not_finite(found)}"] if found else []
         return [*lines, *([self.naming] if self.naming else [])]
 
     def table(self, top: int | None = None) -> str:

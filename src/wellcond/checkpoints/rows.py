@@ -57,7 +57,7 @@ def findings_of(
             raise ValueError(Reason.no_values.value)
         views = one.views(tensor)
     except Exception as error:  # whatever it is, the other weights are still to be measured
-        return [failed(one.name, error)]
+        return [failed_row(one.name, error)]
     found = []
     for view, S in views.items():
         if only is not None and view not in only:
@@ -78,7 +78,7 @@ def findings_of(
     return found
 
 
-def failed(name: str, error: Exception) -> Finding:
+def failed_row(name: str, error: Exception) -> Finding:
     """The row of a tensor that cannot be read or measured."""
     return Finding(name, "", (0, 0), "", status=Status.failed, detail=_in_words(error))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,12 +14,12 @@ from torch.nn.parameter import is_lazy
 from wellcond.checkpoints.files import Checkpoint
 from wellcond.checkpoints.finite import Pieces, pieces_of
 from wellcond.checkpoints.tensors import Entry, TensorFile
-from wellcond.text import and_more, joined
+from wellcond.text import and_more, joined, last_part
 from wellcond.weights.adapters import (
     Adapter,
-    adapted_otherwise,
     adapter_parameters,
     find_adapters,
+    find_other_adapter,
     setting_of_file,
     setting_of_model,
     weight_of,
@@ -120,7 +119,7 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         matrices,
         skipped,
         total,
-        _searchable(model),
+        _searchable_of_model(model),
         lambda: (heads_of(model), current),
     )
     found.masks = _masks_of(model)
@@ -146,7 +145,7 @@ def _of_file(file: Checkpoint) -> Source:
         matrices,
         file.skipped(),
         sum(sizes.values()),
-        searchable(file),
+        searchable_tensors(file),
         heads,
         dict(file.damaged),
     )
@@ -155,7 +154,7 @@ def _of_file(file: Checkpoint) -> Source:
     return _with_adapters(found, adapters_in(file))
 
 
-def _searchable(model: nn.Module) -> dict[str, Pieces]:
+def _searchable_of_model(model: nn.Module) -> dict[str, Pieces]:
     """The parameters and buffers that may hold NaN: those with values, of no other class."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     plain = {n: t for n, t in tensors.items() if type(t) in (Tensor, nn.Parameter, nn.Buffer)}
@@ -185,10 +184,10 @@ def masks_in(file: Checkpoint) -> set[str]:
 
 
 def _is_statistic(name: str) -> bool:
-    return re.split(r"[./]", name)[-1].startswith("running_")
+    return last_part(name).startswith("running_")
 
 
-def searchable(file: Checkpoint) -> dict[str, Pieces]:
+def searchable_tensors(file: Checkpoint) -> dict[str, Pieces]:
     """The tensors of a file that may hold NaN: of one under several names the first."""
     repeated = (Reason.same, Reason.part)
 
@@ -225,7 +224,7 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
     others = _other_adapters(source)
     for weight, one in matrices.items():
-        of = adapted_otherwise(weight, others)
+        of = find_other_adapter(weight, others)
         if of and weight.partition(".base_layer.")[0] not in idle:
             note = joined(one.note, f"what {of} makes of it is not in these numbers")
             matrices[weight] = replace(one, note=note)

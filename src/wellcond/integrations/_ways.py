@@ -11,6 +11,11 @@ Rule: TypeAlias = wc.Penalty | wc.Limit | wc.Isometry
 Penalties: TypeAlias = Rule | Mapping[str, Rule | None]
 
 
+def has_modes(optimizer: object) -> bool:
+    """Whether an optimizer evaluates other weights than it steps, as those of schedulefree."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
 def checked_way(way: str, penalties: Penalties) -> str:
     """The way as given.
 

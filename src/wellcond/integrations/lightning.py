@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.optimizer import Optimizer
 
 import wellcond as wc
-from wellcond.integrations._ways import Penalties, checked_way
+from wellcond.integrations._ways import Penalties, checked_way, has_modes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -204,7 +204,7 @@ class RegularizerCallback(Callback):
 
     def _evaluates_others(self) -> bool:
         """Whether an optimizer evaluates other weights than it steps, as those of schedulefree."""
-        return any(callable(getattr(holder, "eval", None)) for holder in self._holders)
+        return any(map(has_modes, self._holders))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

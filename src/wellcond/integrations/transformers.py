@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import wellcond as wc
-from wellcond.integrations._ways import Penalties, checked_way
+from wellcond.integrations._ways import Penalties, checked_way, has_modes
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -170,7 +170,7 @@ class RegularizerCallback(TrainerCallback):
         The Trainer calls its train() before the next step.
         """
         if self.regularizer is not None and self._obeys_since != state.global_step:
-            if self._has_limits() and callable(getattr(optimizer, "eval", None)):
+            if self._has_limits() and has_modes(optimizer):
                 optimizer.eval()
             self.regularizer.enforce_()
             self._obeys_since = state.global_step

@@ -110,7 +110,7 @@ class ShardedMatrix(StoredMatrix):
             "ConditionLimit, SingularValueLimit or a penalty, which leave it where it is."
         )
 
-    def gathered(self) -> StoredMatrix:
+    def gather(self) -> StoredMatrix:
         """A copy of the whole on every process, all of which must ask for it."""
         return self._laid_out(whole=True)[0]
 

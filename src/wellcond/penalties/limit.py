@@ -42,12 +42,12 @@ class SpectralLimit(Limit):
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Values [low, high] that obey, of a matrix with this largest one."""
 
-    def exceeding(self, excess: float, condition_number: float) -> str:
+    def describe_excess(self, excess: float, condition_number: float) -> str:
         """The value that exceeded the limit by this factor, for people; "" if it is not known."""
         return ""
 
     def apply(self, S: Tensor) -> Tensor:
-        return _enforced(S, self)[0]
+        return _enforce_copy(S, self)[0]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ConditionLimit(SpectralLimit):
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         return largest / self.max_condition, largest
 
-    def exceeding(self, excess: float, condition_number: float) -> str:
+    def describe_excess(self, excess: float, condition_number: float) -> str:
         return "" if math.isnan(condition_number) else f"κ {condition_number:.4g}, "
 
 
@@ -176,7 +176,7 @@ class SingularValueLimit(SpectralLimit):
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(largest, self._lower), torch.full_like(largest, self._upper)
 
-    def exceeding(self, excess: float, condition_number: float) -> str:
+    def describe_excess(self, excess: float, condition_number: float) -> str:
         if self.lower is None:
             return f"σ₁ {excess * self._upper:.4g}, "
         return f"σ_ν {self.lower / excess:.4g}, " if self.upper is None else ""
@@ -222,12 +222,12 @@ def limited(S: Tensor, max_condition: float) -> Limited:
     before = measure(S, extremes=True).condition_number
     if before <= max_condition or math.isnan(before):
         return Limited(S, before, before, 0.0)
-    X, found = _enforced(S, ConditionLimit(max_condition))
+    X, found = _enforce_copy(S, ConditionLimit(max_condition))
     after = measure(X, extremes=True).condition_number
     return Limited(X, before, after, float(found.margin))
 
 
-def _enforced(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Enforced]:
+def _enforce_copy(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Enforced]:
     """A copy of S that obeys, and what was found of S; ValueError if there is none."""
     weight = StoredMatrix(S.clone())
     (found,) = enforce_([weight], limit)

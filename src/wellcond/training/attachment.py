@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from wellcond.penalties.base import Limit, Penalty
 from wellcond.text import quoted
 from wellcond.training.bypass import Changes
-from wellcond.training.conflicts import nonzeros
+from wellcond.training.conflicts import count_nonzeros
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
@@ -92,7 +92,7 @@ class Attachment:
         return self._optimizer()
 
     def look(self) -> None:
-        """Looks at the weights for `bypassed`: reads from the device until the first step."""
+        """Looks at the weights for `is_bypassed`: reads from the device until the first step."""
         if not (self.steps or self.removed):
             self._changes.look()
 
@@ -102,7 +102,7 @@ class Attachment:
         return self._open > 0
 
     @property
-    def bypassed(self) -> bool:
+    def is_bypassed(self) -> bool:
         """Whether the weights have changed as in training, but the optimizer has taken no step."""
         if self.steps or self.removed:
             return False
@@ -121,7 +121,7 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._nonzeros:
             counted = [state for state in self.states if state.name in self._nonzeros]
-            now = nonzeros(counted)
+            now = count_nonzeros(counted)
             self._undone([name for name in now if now[name] < self._nonzeros[name]])
             self._nonzeros = {}
         # One that calls the step of its base class runs all hooks for both: the outer one counts.
@@ -168,7 +168,7 @@ class Attachment:
             limited = [state for state in due if isinstance(state.rule, Limit)]
             if limited and self._counts < _COUNTS:
                 self._counts += 1
-                self._nonzeros = nonzeros(limited)
+                self._nonzeros = count_nonzeros(limited)
 
     def _interval(self, state: WeightState) -> int:
         at_once = self._at_once and isinstance(state.rule, Limit)

@@ -18,7 +18,7 @@ _QUANTISERS = (
 )
 
 
-def masked(states: Iterable[WeightState]) -> list[str]:
+def find_masked(states: Iterable[WeightState]) -> list[str]:
     """The weights beside which their module keeps a mask of their shape."""
     return [
         state.name
@@ -38,7 +38,7 @@ def _covers(mask: Tensor | None, weight: Tensor) -> bool:
     return all(a in (1, b) for a, b in zip(mask.shape, weight.shape, strict=True))
 
 
-def quantised(states: Iterable[WeightState]) -> list[str]:
+def find_quantised(states: Iterable[WeightState]) -> list[str]:
     """The weights of which a quantised copy acts in forward."""
     return [
         state.name
@@ -51,7 +51,7 @@ def quantised(states: Iterable[WeightState]) -> list[str]:
     ]
 
 
-def nonzeros(states: Iterable[WeightState]) -> dict[str, tuple[int, int]]:
+def count_nonzeros(states: Iterable[WeightState]) -> dict[str, tuple[int, int]]:
     """Per weight the number of entries that are not zero, and of all; of a shard those it holds.
 
     Reads from the device.

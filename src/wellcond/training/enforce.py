@@ -60,6 +60,6 @@ def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
     refuse_without_proximal_step(states)
     oversights = Oversights(unwrapped(model), states)
     warn_of_stored(states)
-    oversights.limited(states)
-    with oversights.filling(states):
+    oversights.check_limits(states)
+    with oversights.watch_zeros(states):
         Engine(states, replicas_of(model), check_replicas=False).enforce_(states)

@@ -37,7 +37,7 @@ from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
 from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, raise_failures, reason
 from wellcond.training.replicas import Replicas
-from wellcond.training.state import WeightState, reading
+from wellcond.training.state import WeightState, name_meta_weights
 
 
 class Engine:
@@ -367,7 +367,7 @@ class Engine:
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
         device = self.states[0].weight.parameters[0].device.type
-        with full_precision(device), reading(self.states):
+        with full_precision(device), name_meta_weights(self.states):
             yield
 
 

@@ -19,7 +19,7 @@ from wellcond.operators.sharded import ShardedMatrix
 from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
 from wellcond.penalties.base import Penalty
 from wellcond.training.batch import batches, look
-from wellcond.training.state import Rule, WeightState, reading
+from wellcond.training.state import Rule, WeightState, name_meta_weights
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def estimates(
             cold = cold_start(S, min(block, S.nu), state.name)
             rows[state.name] = _told(state.rule, S, refine(S, warmed(S, cold))[0])
     found: dict[str, Estimate] = {}
-    with reading(states):
+    with name_meta_weights(states):
         on_host = _on_host(states, rows)
     for state, numbers in zip(states, on_host, strict=True):
         kappas = _condition_numbers(state) if condition_numbers else [None] * len(numbers)
@@ -144,7 +144,7 @@ def _known(number: float) -> float | None:
 
 def _condition_numbers(state: WeightState) -> list[float | None]:
     S = state.operator()
-    whole = S.gathered() if isinstance(S, ShardedMatrix) else S
+    whole = S.gather() if isinstance(S, ShardedMatrix) else S
     assert isinstance(whole, Dense)
     each = whole.dense().reshape(-1, *state.shape[-2:])
     return [

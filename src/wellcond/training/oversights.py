@@ -17,7 +17,7 @@ from wellcond.penalties.limit import SpectralLimit
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import Attachment, attachments, has_modes
 from wellcond.training.bypass import is_replaced
-from wellcond.training.conflicts import masked, nonzeros, quantised
+from wellcond.training.conflicts import count_nonzeros, find_masked, find_quantised
 from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
@@ -84,7 +84,7 @@ class Oversights:
                 "proximal_step_(lr) after each step.",
                 type(optimizer).__name__,
             )
-        self.limited(attachment.states)
+        self.check_limits(attachment.states)
         rules = {
             id(parameter): type(state.rule)
             for other in attachments()
@@ -140,17 +140,17 @@ class Oversights:
                 subject(frozen),
             )
 
-    def limited(self, states: Iterable[WeightState]) -> None:
+    def check_limits(self, states: Iterable[WeightState]) -> None:
         """Limits are put on weights that are masked or quantised where they act."""
         limited = [state for state in states if isinstance(state.rule, Limit)]
-        if names := masked(state for state in limited if not state.caution):
+        if names := find_masked(state for state in limited if not state.caution):
             self._say(
                 "masked",
                 "%s under a hard limit, with a mask beside: a projection fills the zeros, "
                 "and the mask undoes the limit. Leave the weight out with a pattern, or the mask.",
                 subject(names),
             )
-        if names := quantised(limited):
+        if names := find_quantised(limited):
             self._say(
                 "quantised",
                 "%s trained for quantisation: the hard limit holds in the float weight, what "
@@ -159,13 +159,13 @@ class Oversights:
             )
 
     @contextlib.contextmanager
-    def filling(self, states: Sequence[WeightState]) -> Iterator[None]:
+    def watch_zeros(self, states: Sequence[WeightState]) -> Iterator[None]:
         """Limits are applied: what was mostly zeros may be so no more."""
         bounded = [state for state in states if isinstance(state.rule, SpectralLimit)]
-        counts = {} if "zeros" in self._said else nonzeros(bounded)
+        counts = {} if "zeros" in self._said else count_nonzeros(bounded)
         before = {name: some for name, (some, all_) in counts.items() if 0 < some < all_ / 2}
         yield
-        after = nonzeros(state for state in states if state.name in before)
+        after = count_nonzeros(state for state in states if state.name in before)
         filled = [name for name, (some, _) in after.items() if some > before[name]]
         if filled:
             self._say(
@@ -175,7 +175,7 @@ class Oversights:
                 quoted(filled),
             )
 
-    def undone(self, names: Sequence[str]) -> None:
+    def warn_of_undone(self, names: Sequence[str]) -> None:
         """Entries of these weights were set to zero after a hard limit was applied to them."""
         if names:
             self._say(
@@ -190,7 +190,7 @@ class Oversights:
         for attachment in own:
             if look:
                 attachment.look()
-            if attachment.bypassed and not attachment.warned:
+            if attachment.is_bypassed and not attachment.warned:
                 attachment.warned = True
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but the weights "
@@ -226,10 +226,10 @@ class Oversights:
 def warn_of_stored(states: Iterable[WeightState]) -> None:
     """Names the weights of which what is stored is not what acts, in one message for each kind.
 
-    Of a quantiser under a hard limit `Oversights.limited` says more.
+    Of a quantiser under a hard limit `Oversights.check_limits` says more.
     """
     states = list(states)
-    quantisers = quantised(state for state in states if isinstance(state.rule, Limit))
+    quantisers = find_quantised(state for state in states if isinstance(state.rule, Limit))
     names: dict[str, list[str]] = {}
     for state in states:
         if state.caution and state.name not in quantisers:

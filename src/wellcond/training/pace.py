@@ -89,7 +89,7 @@ class Pace:
         else:
             value = ""
             if isinstance(rule, SpectralLimit):
-                value = rule.exceeding(self.excess, self.condition_number)
+                value = rule.describe_excess(self.excess, self.condition_number)
             said = f"before the last application {value}{self.excess:.4g} times its limit"
         return said + (f"; {self.interval} steps after the one before" if self.interval else "")
 

@@ -36,7 +36,7 @@ from wellcond.training.log import log
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
 from wellcond.training.selection import Rules, select
-from wellcond.training.state import WeightState, reading
+from wellcond.training.state import WeightState, name_meta_weights
 from wellcond.weights.discover import refuse_flat_parameters, unwrapped
 from wellcond.weights.reasons import Skipped
 
@@ -236,7 +236,7 @@ class Regularizer:
                 '"auto" for limits.'
             )
         attachment = Attachment(
-            optimizer, states, steps, self._step_pending, self._oversights.undone
+            optimizer, states, steps, self._step_pending, self._oversights.warn_of_undone
         )
         self._attachments = [*self.attachments, attachment]
         self._oversights.attached(attachment)
@@ -257,7 +257,7 @@ class Regularizer:
         self._oversights.applied(self.attachments, "")
         # Whether zeros are filled shows at once: later there is nothing to count.
         first = [state for state in states if state.pace.applications == 0]
-        with self._oversights.filling(first):
+        with self._oversights.watch_zeros(first):
             self._engine.proximal_step_(
                 states, [state.pending_lr for state in states], WeightState.settle
             )
@@ -286,8 +286,8 @@ class Regularizer:
         self._oversights.enforced(self.attachments)
         if limited:
             refuse_without_proximal_step(limited)
-            self._oversights.limited(limited)
-            with own_changes(self.attachments), self._oversights.filling(limited):
+            self._oversights.check_limits(limited)
+            with own_changes(self.attachments), self._oversights.watch_zeros(limited):
                 self._engine.enforce_(limited)
 
     def measure(self) -> dict[str, Estimate]:
@@ -446,7 +446,7 @@ class Regularizer:
             >>> list(reg.checksums())
             ['weight torch.float32']
         """
-        with reading(self._states):
+        with name_meta_weights(self._states):
             return {
                 f"{state.weight.aliases[0]} {parameter.dtype}": checksum(parameter).cpu()
                 for state in self._states

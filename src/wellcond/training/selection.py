@@ -86,7 +86,7 @@ def select(
     for name, why in found.others.items():
         skip(name, why, first_match([name]))
 
-    def late(pattern: str) -> bool:
+    def comes_late(pattern: str) -> bool:
         names = (name for one, _ in chosen for name in (one.name, *one.aliases))
         return any(fnmatchcase(name, pattern) for name in names)
 
@@ -98,7 +98,7 @@ def select(
         )
     for pattern, wanted in patterns.items():
         outcome = outcomes[pattern]
-        if wanted is None and (pattern == "*" or outcome or not late(pattern)):
+        if wanted is None and (pattern == "*" or outcome or not comes_late(pattern)):
             continue  # nothing to leave out is no mistake; to say so too late is one
         if not outcome:
             names = [weight.name for weight in found.weights]

@@ -192,7 +192,7 @@ class WeightState:
 
 
 @contextlib.contextmanager
-def reading(states: Sequence[WeightState]) -> Iterator[None]:
+def name_meta_weights(states: Sequence[WeightState]) -> Iterator[None]:
     """Names the weights on the meta device where reading a value fails for that."""
     try:
         yield

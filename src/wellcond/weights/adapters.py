@@ -237,7 +237,7 @@ def adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[
     return found
 
 
-def adapted_otherwise(name: str, others: Mapping[str, Skipped]) -> str:
+def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
     """What adapts the weight of this name, by the tensors of other adapters; "" if nothing does."""
     module, inside, _ = name.rpartition(f"{_WRAPPED}.")
     found = (why.detail for other, why in others.items() if other.startswith(f"{module}."))

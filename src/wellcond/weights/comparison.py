@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def are_equal(a: Tensor, b: Tensor) -> bool:
     """Whether they are equal, NaN to NaN, perhaps in another dtype."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
@@ -18,13 +18,13 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def differs_as(y: Tensor, y_origin: Tensor, there: Tensor, there_origin: Tensor) -> bool:
+def differ_alike(y: Tensor, y_origin: Tensor, there: Tensor, there_origin: Tensor) -> bool:
     """Whether two differences are equal, up to the rounding of what is subtracted."""
     if y.shape != y_origin.shape or there.shape != there_origin.shape:
         return False
     rounding = 4 * torch.finfo(y.dtype).eps
     own, room = (rounding * (a.abs() + b.abs()) for a, b in ((y, y_origin), (there, there_origin)))
-    for b, extra in zip(arranged(there - there_origin, y), arranged(room, y), strict=True):
+    for b, extra in zip(arrangements(there - there_origin, y), arrangements(room, y), strict=True):
         a, b, error = y - y_origin, b.view_as(y), own + extra.view_as(y)
         # What rounding could hide is not known.
         close = ((a - b).abs() <= error) & (error <= b.abs() / 2)
@@ -35,7 +35,7 @@ def differs_as(y: Tensor, y_origin: Tensor, there: Tensor, there_origin: Tensor)
 
 def is_rearranged(part: Tensor, whole: Tensor) -> bool:
     """Whether it is the other tensor in another layout, or that without a border."""
-    return any(is_near(part, one.view_as(part)) for one in arranged(whole, part))
+    return any(is_near(part, one.view_as(part)) for one in arrangements(whole, part))
 
 
 def is_near(a: Tensor, b: Tensor) -> bool:
@@ -48,7 +48,7 @@ def is_near(a: Tensor, b: Tensor) -> bool:
     return bool(equal.all())
 
 
-def arranged(whole: Tensor, like: Tensor) -> Iterator[Tensor]:
+def arrangements(whole: Tensor, like: Tensor) -> Iterator[Tensor]:
     """The layouts of a tensor that have as many entries, or else its blocks of the same shape.
 
     Blocks have all the channels, which are in the second place, and some of the positions.

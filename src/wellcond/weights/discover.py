@@ -199,7 +199,7 @@ def refuse_flat_parameters(model: nn.Module) -> None:
             )
 
 
-def named(prefix: str, attribute: str) -> str:
+def join_path(prefix: str, attribute: str) -> str:
     path = [part for part in prefix.split(".") if part and part not in _WRAPPED]
     return ".".join([*path, attribute])
 
@@ -209,7 +209,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                yield named(prefix, attribute), module, attribute, parameter
+                yield join_path(prefix, attribute), module, attribute, parameter
 
 
 def refuse_programs(model: nn.Module) -> None:
@@ -220,9 +220,6 @@ def refuse_programs(model: nn.Module) -> None:
             "whose layers have no classes. Use the model from which it was made; or audit its "
             'weights as a file, after torch.save(model.state_dict(), "weights.pt").'
         )
-
-
-_NO_MATRIX = {Reason.number, Reason.vector, Reason.empty, Reason.dimensions}
 
 
 def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
@@ -245,7 +242,7 @@ def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
         aliases = tuple(occurrence[0] for occurrence in occurrences)
         sources = (Source(module, attribute),)
         tied = tuple(Source(owner, slot) for _, owner, slot, _ in occurrences[1:])
-        why = unfit(parameter, aliases)
+        why = why_unfit(parameter, aliases)
         if why is not None and not (complex_values and parameter.is_complex()):
             others[name] = why
             continue
@@ -259,7 +256,9 @@ def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
                 own = f"{name}:{label}" if label else name
                 seen = tuple(f"{alias}:{label}" for alias in aliases if label)
                 weights.append(Weight(own, aliases + seen, sources, view, tied=tied))
-        elif found.reason in _NO_MATRIX or parameter.ndim < 2:
+        elif parameter.ndim < 2 or (
+            found.reason.no_matrix and found.reason is not Reason.component
+        ):
             others[name] = found
         else:
             weights.append(Weight(name, aliases, sources, reason=found))
@@ -277,10 +276,10 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             read = getattr(module, method, None)
             codes = read() if callable(read) else None
             each = {method: codes} if isinstance(codes, Tensor) else codes or {}
-            yield from ((named(prefix, name), tensor) for name, tensor in each.items())
+            yield from ((join_path(prefix, name), tensor) for name, tensor in each.items())
 
 
-def unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
+def why_unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return Skipped(Reason.uninitialised)
     if type(parameter).__module__.partition(".")[0] == "torchao":

@@ -23,11 +23,11 @@ from wellcond.weights.computed import computed_weight, computed_weights, part_of
 from wellcond.weights.discover import (
     Source,
     find_weights,
-    named,
+    join_path,
     named_parameters,
     quantised_weights,
-    unfit,
     views_of,
+    why_unfit,
 )
 from wellcond.weights.forward import COMPUTED, UNKNOWN, acting_weight, has_own_forward, slides_as
 from wellcond.weights.fused import Views, fused_projections
@@ -64,9 +64,9 @@ def effective_matrices(
         views: Mapping[str, View],
         tied: tuple[Source, ...] = (),
     ) -> None:
-        note, geometry = _looked_at(module, attribute, value, acting.get(module))
+        note, geometry = _look_at(module, attribute, value, acting.get(module))
         own = note
-        note = joined(note, _of_tied(module, attribute, value, aliases, tied))
+        note = joined(note, _note_of_tied(module, attribute, value, aliases, tied))
         if computed := part_of(module, attribute):
             note = f"a part from which {computed.attribute} is computed, and not what acts"
         matrices[name] = Matrices(
@@ -110,7 +110,7 @@ def effective_matrices(
             total += counts.get(name, 0)
     for prefix, module in model.named_modules():
         for attribute in _effective_attributes(module):
-            name = named(prefix, attribute)
+            name = join_path(prefix, attribute)
             try:
                 value = value_of(module, attribute)
             except ValueError as error:
@@ -137,7 +137,7 @@ def _effective_attributes(module: nn.Module) -> list[str]:
     return [*getattr(module, "parametrizations", ()), *computed]
 
 
-def _looked_at(
+def _look_at(
     module: nn.Module, attribute: str, value: Tensor, geometry: Geometry | None
 ) -> tuple[str, Geometry | None]:
     """What to say of a weight with this value, and the geometry if the layer slides like that."""
@@ -154,7 +154,7 @@ def _looked_at(
     return (COMPUTED if W is not None else ""), geometry
 
 
-def _of_tied(
+def _note_of_tied(
     module: nn.Module,
     attribute: str,
     value: Tensor,
@@ -191,7 +191,7 @@ def current(module: nn.Module, attribute: str) -> Tensor:
         parameter = Source(module, attribute).parameter
         if is_sharded(parameter):
             raise ValueError(Reason.sharded.value)
-        why = unfit(parameter, ())
+        why = why_unfit(parameter, ())
         if why is not None:
             raise ValueError(str(why))
     return _acting_value(module, attribute)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellcond.operators.convolution import Convolution, Geometry
-from wellcond.weights.comparison import arranged, differs_as, is_rearranged, same
+from wellcond.weights.comparison import are_equal, arrangements, differ_alike, is_rearranged
 from wellcond.weights.projections import is_conv1d
-from wellcond.weights.twin import Call, Run, Twin, undisturbed
+from wellcond.weights.twin import Call, Run, Twin, isolate
 
 COMPUTED = "the weight that acts, which the layer's own forward computes from what is stored"
 UNKNOWN = "as stored: what the layer's own forward makes of it is not known"
@@ -80,13 +80,13 @@ def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> Ac
     if _is_replaced(layer) or stored.is_meta:
         return Acting(note=UNKNOWN)
     try:
-        with undisturbed(stored):
+        with isolate(stored):
             W = _acting(layer, stored, thorough)
     except (Exception, SystemExit):  # it needs other arguments, other inputs, or other processes
         W = None
     if W is None:
         return Acting(note=UNKNOWN)
-    return Acting() if same(W, stored) else Acting(W, COMPUTED)
+    return Acting() if are_equal(W, stored) else Acting(W, COMPUTED)
 
 
 def has_own_forward(layer: nn.Module) -> bool:
@@ -117,7 +117,7 @@ def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool)
     S = Convolution(kernel, geometry)
     bound = Convolution(kernel.abs(), geometry)
     try:
-        with undisturbed(kernel):
+        with isolate(kernel):
             sizes = S.positions if geometry.transposed else geometry.size
             x = _random((1, layer.in_channels, *sizes), kernel)  # type: ignore[arg-type]
             twin = Twin(layer, kernel)
@@ -174,7 +174,7 @@ def _acting(layer: nn.Module, stored: Tensor, thorough: bool) -> Tensor | None:
 def _is_repeated(twin: Twin, x: Tensor, first: Run) -> bool:
     """Whether the random numbers that a forward pass draws change nothing."""
     again = (twin.run(x, seed) for seed in range(2, 2 + _DRAWS))
-    return all(same(_output(run), _output(first)) for run in again)
+    return all(are_equal(_output(run), _output(first)) for run in again)
 
 
 def _look(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -> _Look | None:
@@ -216,8 +216,8 @@ def _is_the_product(layer: nn.Module, stored: Tensor, twin: Twin, looks: list[_L
     """Whether a layer with one product multiplies by its weight, whatever the input."""
     first, second = looks
     added = first.call.added, second.call.added
-    if not same(first.weight, second.weight) or not (
-        added[0] is added[1] or (None not in added and same(*added))  # type: ignore[arg-type]
+    if not are_equal(first.weight, second.weight) or not (
+        added[0] is added[1] or (None not in added and are_equal(*added))  # type: ignore[arg-type]
     ):
         return False
     if all(is_rearranged(one.x, one.call.x) and _is_result(one.y, one.call.y) for one in looks):
@@ -226,7 +226,7 @@ def _is_the_product(layer: nn.Module, stored: Tensor, twin: Twin, looks: list[_L
         return False
     x = torch.zeros_like(first.x)
     origin = _look(layer, stored, x, twin.run(x, 2))
-    if origin is None or not same(origin.weight, first.weight):
+    if origin is None or not are_equal(origin.weight, first.weight):
         return False
     takes = (
         all(is_rearranged(one.x, one.call.x) for one in looks)
@@ -237,7 +237,7 @@ def _is_the_product(layer: nn.Module, stored: Tensor, twin: Twin, looks: list[_L
         return False
     if all(_is_result(one.y, one.call.y) for one in looks):
         return is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
-    return all(differs_as(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
+    return all(differ_alike(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
 
 
 def _is_result(y: Tensor, product: Tensor) -> bool:
@@ -258,7 +258,7 @@ def _is_activated(y: Tensor, activated: Tensor, product: Tensor) -> bool:
     """Whether it is that, up to rounding relative to the product too, as of gelu(-9)."""
     if activated.shape != product.shape or torch.finfo(y.dtype).eps > 1e-6:
         return is_rearranged(y, activated)
-    both = zip(arranged(activated, y), arranged(product, y), strict=True)
+    both = zip(arrangements(activated, y), arrangements(product, y), strict=True)
     rounding = 4 * torch.finfo(y.dtype).eps
     return any(
         bool(((y - a.view_as(y)).abs() <= rounding * (a.abs() + b.abs()).view_as(y)).all())
@@ -278,7 +278,7 @@ def _is_activation(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) ->
 
 def _is_shifted(x: Tensor, there: Tensor, origin: Tensor) -> bool:
     """Whether it is the input of the layer and a constant."""
-    return differs_as(x, torch.zeros_like(x), there, origin)
+    return differ_alike(x, torch.zeros_like(x), there, origin)
 
 
 def _is_normalised(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) -> bool:
@@ -299,7 +299,7 @@ def _begins_with_stored(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -
     """Whether the first outputs are those of a product with the stored weight."""
     y, m = _output(run), stored.numel() // x.shape[-1]
     return y.shape[-1] > m and any(
-        same(_as_stored(layer, call), stored)
+        are_equal(_as_stored(layer, call), stored)
         and call.added is None
         and is_rearranged(x, call.x)
         and is_rearranged(y[..., :m], call.y)

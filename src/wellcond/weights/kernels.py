@@ -21,8 +21,9 @@ _INPUTS_FIRST = re.compile(r"(depthwise_|pointwise_|recurrent_)?kernel(:\d+)?")
 # Of their attention: (inputs, heads, size).
 _OF_HEADS = re.compile(r"(query|key|value|qkv?|[kv])(_dense|_proj)?")
 _OF_OUTPUT = re.compile(r"out(put)?(_dense|_proj)?|attention_output")
-_STACKED = re.compile(r"experts?|moe|lora", re.IGNORECASE)
-_SCANNED = re.compile(r"experts?|moe|(^|[./])scan", re.IGNORECASE)
+_EXPERTS = r"experts?|moe"
+_STACKED = re.compile(rf"{_EXPERTS}|lora", re.IGNORECASE)
+_SCANNED = re.compile(rf"{_EXPERTS}|(^|[./])scan", re.IGNORECASE)  # nn.scan of Flax stacks layers
 _WINDOW = 64  # a kernel of one axis is hardly longer, and of two axes not longer than 11
 _SIDE = 11
 
@@ -40,7 +41,7 @@ _OIHW = "stored as (out, in, …) by its shape, which is a guess: a `kernel` has
 _WINDOW_FIRST = "stored as (window, in, out) by its name, which is a guess: it may be a stack"
 
 
-def groups_unknown(kernels: int) -> str:
+def describe_groups(kernels: int) -> str:
     """What to say of so many kernels of a file; "" if there is none."""
     if not kernels:
         return ""

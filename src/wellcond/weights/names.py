@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from wellcond.text import last_part
 from wellcond.weights.matrices import entries, is_vector
 from wellcond.weights.quantised import FLOATING, Tensors, codes_and_scales, is_narrow, is_power
 from wellcond.weights.reasons import Reason, Skipped
@@ -93,7 +94,7 @@ def no_weights(
     named = {name: _by_name(name, shape, tensors) for name, shape in measured.items()}
     found = {name: why for name, why in named.items() if why is not None}
     found |= codes_and_scales(tensors, holds_codes)
-    flat = {name for name in tensors if re.split(r"[./]", name)[-1].endswith("flat_param")}
+    flat = {name for name in tensors if last_part(name).endswith("flat_param")}
     found |= dict.fromkeys(flat, Skipped(Reason.flat))
     parametrized = Skipped(Reason.parametrized, "audit the model instead")
     return found | dict.fromkeys(_originals(tensors), parametrized)
@@ -140,7 +141,7 @@ def _is_constant_layer(modules: list[str]) -> bool:
 
 
 def _of_state_space(name: str, tensors: Tensors) -> bool:
-    stem = name[: -len(re.split(r"[./]", name)[-1])]
+    stem = name[: -len(last_part(name))]
     return any(f"{stem}{other}" in tensors for other in _STATE_SPACE)
 
 
@@ -151,7 +152,7 @@ def _is_normalisation(
 
     `nn.LayerNorm((6, 264))` has a weight and a bias of these; Keras calls them gamma and beta.
     """
-    own = re.split(r"[./]", name)[-1]
+    own = last_part(name)
     beside = {"weight": "bias", "gamma": "beta", "beta": "gamma"}.get(own)
     if beside is None:
         return False
@@ -175,7 +176,7 @@ def _originals(tensors: Tensors) -> Iterator[str]:
         if stem in tensors:  # a weight that is stored itself
             continue
         norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
-        normed = part == "v" and _NORMED.search(re.split(r"[./]", stem)[-1])
+        normed = part == "v" and _NORMED.search(last_part(stem))
         if normed and entries(norms) == max(norms, default=1):
             yield from (name, f"{stem}_g")
         beside = {f"{stem}_u", f"{stem}_mask"} & tensors.keys()

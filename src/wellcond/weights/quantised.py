@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wellcond.text import last_part
 from wellcond.weights.matrices import entries
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -58,10 +59,10 @@ def is_power(dtype: str) -> bool:
 
 def codes_and_scales(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
     """The tensors that are codes of a quantised weight, and those that belong to one."""
-    return _beside_packed(tensors) | _in_wide_dtype(tensors, holds_codes)
+    return _find_beside_packed(tensors) | _find_in_wide_dtype(tensors, holds_codes)
 
 
-def _beside_packed(tensors: Tensors) -> dict[str, Skipped]:
+def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
     """The tensors that belong to a weight of integers or float8; and to which.
 
     These are what is named like the quantised weight (`weight.absmax` beside `weight`), what is
@@ -107,7 +108,7 @@ def _beside_packed(tensors: Tensors) -> dict[str, Skipped]:
     return found
 
 
-def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
+def _find_in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
     """The codes in a dtype that could hold a weight, by the scale beside them; and the scale.
 
     A scale in another file of the same checkpoint counts. `scale` and `scales` have other uses:
@@ -115,11 +116,11 @@ def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict
     """
     named: dict[str, list[str]] = {}  # by their name within their file
     for name in tensors:
-        named.setdefault(_in_file(name)[1], []).append(name)
+        named.setdefault(_split_file(name)[1], []).append(name)
     found: dict[str, Skipped] = {}
     for scale, (shape, _) in tensors.items():
-        file, name = _in_file(scale)
-        for of, surely in _scaled_by(name):
+        file, name = _split_file(scale)
+        for of, surely in _find_scaled(name):
             here = f"{file}{of}"
             for weight in [here] if here in tensors else named.get(of, []):
                 size, kind = tensors[weight]
@@ -138,16 +139,16 @@ def _in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict
     return found
 
 
-def _in_file(name: str) -> tuple[str, str]:
+def _split_file(name: str) -> tuple[str, str]:
     """A name of several files in two: `step1.pt/` and the name in that file."""
     found = _FILE.match(name)
     end = found.end() if found else 0
     return name[:end], name[end:]
 
 
-def _scaled_by(name: str) -> Iterable[tuple[str, bool]]:
+def _find_scaled(name: str) -> Iterable[tuple[str, bool]]:
     """What a tensor of this name scales, and whether it surely does."""
-    own = re.split(r"[./]", name)[-1]
+    own = last_part(name)
     module = name.removesuffix(own)
     if _SURELY_OF_WEIGHT.fullmatch(own):
         yield f"{module}weight", True
@@ -197,14 +198,14 @@ def logical_entries(
     shape, dtype = tensors[name]
     stored, word = entries(shape), 8 if is_narrow(dtype) else int(re.sub(r"\D", "", dtype) or 1)
     try:
-        count = _said(name, tensors, read) or _derived(name, tensors, word, config)
+        count = _read_entries(name, tensors, read) or _derive_entries(name, tensors, word, config)
     except Exception:  # whatever a damaged description does, the codes are there
         count = 0
     # A code has one bit at least.
     return count if stored <= count <= stored * word else stored
 
 
-def _said(name: str, tensors: Tensors, read: Callable[[str], Tensor]) -> int:
+def _read_entries(name: str, tensors: Tensors, read: Callable[[str], Tensor]) -> int:
     """By a shape that is stored beside the codes; 0 if there is none."""
     for kind in ("nf4", "fp4"):
         state = f"{name}.quant_state.bitsandbytes__{kind}"
@@ -221,7 +222,7 @@ def _product(sides: list[int]) -> int:
     return math.prod(sides) if known and len(sides) < 8 else 0
 
 
-def _derived(name: str, tensors: Tensors, word: int, config: Mapping[str, Any]) -> int:
+def _derive_entries(name: str, tensors: Tensors, word: int, config: Mapping[str, Any]) -> int:
     """By the shapes of what is stored beside the codes, or by the config; 0 if neither says it."""
     shape, dtype = tensors[name]
     module, dot, own = name.rpartition(".")

@@ -115,7 +115,7 @@ class Twin:
 
 
 @contextlib.contextmanager
-def undisturbed(like: Tensor) -> Iterator[None]:
+def isolate(like: Tensor) -> Iterator[None]:
     """Without gradients and autocast, in full precision, with random states of its own, silent.
 
     Tensors that the forward pass creates lie on the device of the weight where the default device
