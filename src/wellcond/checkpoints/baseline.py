@@ -47,7 +47,8 @@ def read_baseline(path: Path) -> dict[str, float]:
     """The condition numbers of the weights, by their labels.
 
     Raises:
-        ValueError: it is no document of `wellcond audit --json`, or a number in it is none.
+        ValueError: `wellcond audit --json` does not write such a file, or a value that
+            should be a number is not one.
         FileNotFoundError: it is not there.
         OSError: it cannot be read.
     """

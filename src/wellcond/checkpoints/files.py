@@ -279,7 +279,7 @@ class Checkpoint:
     def sizes(self) -> dict[str, int]:
         """How many entries each parameter has; of a quantised weight those that it stands for.
 
-        Fixed transforms, tables and masks are none.
+        Fixed transforms, tables and masks are not parameters.
         """
         config = self.beside("config.json")
         sizes = {}

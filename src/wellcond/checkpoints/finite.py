@@ -72,7 +72,7 @@ def not_finite_in(
 
 
 def describe_not_finite(found: Mapping[str, NotFinite]) -> str:
-    """One line with the number of tensors and the first names; "" if there are none."""
+    """One line with the number of tensors and the first names, or "" if all are finite."""
     if not found:
         return ""
     named = and_more((f"{name} ({counts})" for name, counts in found.items()), limit=3)

@@ -66,7 +66,7 @@ _BEGINNINGS = (
 
 
 def other_format(path: Path) -> str:
-    """What a file of another format is, and how its weights are converted; "" if it is none."""
+    """The name of a format that is not read and the way to convert it, or "" for other files."""
     ending = _by_content(path) or path.suffix.lower()
     if ending not in _ENDINGS:
         return ""

@@ -245,7 +245,7 @@ def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
 
 
 def _other_adapter(name: str, kind: str) -> str:
-    """Of which adapter that is no LoRA a tensor is a parameter; "" if it is none."""
+    """The adapter other than LoRA that a tensor is a parameter of, or "" if there is no such."""
     parts = re.split(r"[./]", name)
     for known, pattern in _OTHER_ADAPTERS.items():
         if any(re.fullmatch(pattern, part) for part in parts):
