@@ -47,8 +47,8 @@ def read_baseline(path: Path) -> dict[str, float]:
     """The condition numbers of the weights, by their labels.
 
     Raises:
-        ValueError: `wellcond audit --json` does not write such a file, or a value that
-            should be a number is not one.
+        ValueError: the file is not what `wellcond audit --json` prints, or a condition
+            number in it is below 1.
         FileNotFoundError: it is not there.
         OSError: it cannot be read.
     """
