@@ -17,11 +17,11 @@ check test: export OMP_NUM_THREADS = 1
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt \
-	    --editable '.[dev]'
+	    --editable '.[dev]' --editable ./experiments
 	touch $@
 
 # The main job: the paper's denoising experiment on the embedded digits; pictures in runs/denoise.

@@ -40,7 +40,7 @@ def train() -> torch.nn.Module:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    reg.enforce_()
+    reg.enforce()
     return model
 
 

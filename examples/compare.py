@@ -4,7 +4,7 @@
 
 geotorch and orthogonium are compared where they are installed. Time is CPU time of a step, as a
 multiple of that without; kappa that of the weight with which the layer computes, after 10 steps, at
-the end, and after `enforce_()` of a limit.
+the end, and after `enforce()` of a limit.
 """
 
 import argparse
@@ -35,9 +35,14 @@ def ways():
     parametrizations = nn.utils.parametrizations
     yield "nothing", plain, None, None
     yield "wellcond: ConditionLimit(10)", plain, wc.ConditionLimit(10), None
-    yield "wellcond: SingularValueLimit(0.2, 2)", plain, wc.SingularValueLimit(0.2, 2.0), None
-    yield "wellcond: Isometry(scale=1)", plain, wc.Isometry(scale=1.0), None
-    yield "wellcond: Condition(100)", plain, wc.Condition(100.0), None
+    yield (
+        "wellcond: SingularValueLimit(lower=0.2, upper=2)",
+        plain,
+        wc.SingularValueLimit(lower=0.2, upper=2.0),
+        None,
+    )
+    yield "wellcond: IsometryStep(scale=1)", plain, wc.IsometryStep(scale=1.0), None
+    yield "wellcond: ConditionPenalty(100)", plain, wc.ConditionPenalty(100.0), None
     yield "r by an SVD in the loss", plain, None, wc.condition_penalty
     yield "torch: spectral_norm", parametrized(parametrizations.spectral_norm), None, None
     for kind in ("matrix_exp", "cayley", "householder"):
@@ -87,7 +92,7 @@ def trained(build, rule, penalty, size, steps):
             kappas.append(kappa(layer))
     kappas.append(kappa(layer))
     if isinstance(rule, wc.Limit):
-        reg.enforce_()
+        reg.enforce()
         kappas.append(kappa(layer))
     return spent / steps, kappas
 

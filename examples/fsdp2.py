@@ -46,7 +46,7 @@ def main(device):
     dcp.load(state, checkpoint_id="one")  # back to where the first epoch ended
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     epoch()
-    reg.enforce_()  # all processes together, before the weights are kept
+    reg.enforce()  # all processes together, before the weights are kept
 
     weight = model[0].weight.full_tensor()  # to measure it; training gathers nothing
     if rank == 0:

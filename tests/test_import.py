@@ -97,7 +97,7 @@ def test_help_of_a_command_imports_no_experiment(command: str) -> None:
     code += f"wellcond.cli.main(['{command}', '--help'])\n0"
     loaded = loaded_by(code)
     assert "wellcond.cli" in loaded
-    assert not [name for name in loaded if name.startswith("wellcond.experiments")]
+    assert not [name for name in loaded if name.startswith("wellcond_experiments")]
 
 
 def test_public_names_exist_and_have_docstrings() -> None:

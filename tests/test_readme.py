@@ -50,7 +50,7 @@ def test_the_numbers_of_the_evidence_are_those_of_its_page() -> None:
     assert len(numbers) > 3
     assert [number for number in numbers if number not in evidence] == []
     costs = (ROOT / "docs" / "costs.md").read_text()
-    told = README.partition("reg.enforce_()")[2].partition("\n## ")[0].partition("```python")[0]
+    told = README.partition("reg.enforce()")[2].partition("\n## ")[0].partition("```python")[0]
     numbers = re.findall(r"\d+\.\d+", told)
     assert len(numbers) > 1
     assert [number for number in numbers if number not in costs] == []

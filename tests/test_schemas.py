@@ -17,9 +17,9 @@ from jsonschema import Draft202012Validator as Validator
 from safetensors.torch import save_file
 
 import wellcond as wc
-from wellcond.checkpoints.baseline import Held, Rise
+from wellcond.audits.baseline import Held, Rise
 from wellcond.cli import main
-from wellcond.experiments.grid import Cell, Chosen
+from wellcond_experiments.grid import Cell, Chosen
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {path.stem: path for path in sorted((ROOT / "docs" / "schemas").glob("*.json"))}
@@ -169,12 +169,12 @@ BASELINE = ("properties", "baseline")
     ("fields", "kind", "others"),
     [
         # All singular values would make a document large; entries and inner follow from shapes.
-        (of("audit", *FINDING), wc.Finding, {"singular_values", "entries", "inner"}),
+        (of("audit", *FINDING), wc.report.Finding, {"singular_values", "entries", "inner"}),
         (of("audit", *CERTIFICATE), wc.Certificate, {"computed"}),
-        (of("audit", "properties", "coverage"), wc.Coverage, set()),
+        (of("audit", "properties", "coverage"), wc.report.Coverage, set()),
         (of("audit", *BASELINE), Held, set()),
         (of("audit", *BASELINE, "properties", "risen", "items"), Rise, set()),
-        (of("repair", *REPAIR), wc.Repair, set()),
+        (of("repair", *REPAIR), wc.report.Repair, set()),
         (of("results", *CHOSEN), Chosen, set()),
         (of("results", *RUN) - {"metrics", "curves", "seconds", "cpu_seconds"}, Cell, set()),
     ],
@@ -188,8 +188,10 @@ def test_fields_are_those_of_the_class(fields: set[str], kind: type, others: set
         assert fields <= of_the_class
 
 
-@pytest.mark.parametrize("kind", [wc.Grade, wc.Status])
-def test_words_are_those_of_the_enumeration(kind: type[wc.Grade] | type[wc.Status]) -> None:
+@pytest.mark.parametrize("kind", [wc.report.Grade, wc.report.Status])
+def test_words_are_those_of_the_enumeration(
+    kind: type[wc.report.Grade] | type[wc.report.Status],
+) -> None:
     field = schema("audit")["$defs"]["finding"]["properties"][kind.__name__.lower()]
     assert field["enum"] == [one.name for one in kind]
 
@@ -216,7 +218,7 @@ def test_audits_of_every_kind_obey(
         assert faults("audit", document) == []
         seen |= statuses(document)
     assert {"merged", "delta", ""} == {finding["view"] for finding in document["findings"]}
-    assert seen == {status.name for status in wc.Status}
+    assert seen == {status.name for status in wc.report.Status}
 
     baseline = tmp_path / "baseline.json"
     baseline.write_text(json.dumps(plain))
@@ -237,7 +239,9 @@ def test_a_model_obeys_as_a_file_does() -> None:
     for example in (None, torch.zeros(1, 4, 8, 8)):
         report = wc.audit(model, example=example)
         assert faults("audit", json.loads(report.to_json())) == []
-    large = [dataclasses.replace(one, grade=wc.Grade.bounded, rank=0) for one in report.findings]
+    large = [
+        dataclasses.replace(one, grade=wc.report.Grade.bounded, rank=0) for one in report.findings
+    ]
     document = dataclasses.replace(report, findings=large).to_json(max_condition=3)
     assert faults("audit", json.loads(document)) == []
 

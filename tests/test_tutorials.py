@@ -79,4 +79,4 @@ def test_the_comparison_compares_what_is_installed(tmp_path: Path) -> None:
     enforced = {name: kappa for name, *_, kappa in rows[2:]}
     assert len(enforced) >= 10
     assert float(enforced["wellcond: ConditionLimit(10)"]) <= 10
-    assert enforced["wellcond: Isometry(scale=1)"] == enforced["torch: spectral_norm"] == ""
+    assert enforced["wellcond: IsometryStep(scale=1)"] == enforced["torch: spectral_norm"] == ""

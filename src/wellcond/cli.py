@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import math
 import os
@@ -20,15 +21,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import wellcond
 from wellcond.text import and_more, dump_json, out_of_memory, shown, written
 
 if TYPE_CHECKING:
-    from wellcond.checkpoints.baseline import Held
-    from wellcond.checkpoints.progress import Progress, Told
-    from wellcond.checkpoints.report import AuditReport
+    from wellcond.audits.baseline import Held
+    from wellcond.audits.progress import Progress, Told
+    from wellcond.report.report import AuditReport
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,15 +63,25 @@ def _parser(command: str) -> argparse.ArgumentParser:
         epilog="example: wellcond bench step",
     )
     if command == "reproduce":
-        from wellcond.experiments import reproduce as settings
-
+        settings = _experiments("reproduce")
         names = reproduce.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
         settings.configure(names)
     if command == "bench":
-        from wellcond.experiments import bench
-
-        bench.configure(benchmarks)
+        _experiments("bench").configure(benchmarks)
     return parser
+
+
+def _experiments(module: str) -> Any:
+    """A module of the package of experiments, which stands beside wellcond and not in its wheel."""
+    try:
+        return importlib.import_module(f"wellcond_experiments.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "wellcond_experiments":
+            raise
+        raise ModuleNotFoundError(
+            "the experiments are not installed. They come with the repository: in a clone of it "
+            "run `pip install ./experiments`."
+        ) from None
 
 
 _LOUD = 0.5  # a smaller share of the parameters is said even if nobody asks
@@ -263,10 +274,10 @@ def _audit(arguments: argparse.Namespace) -> int:
         raise ValueError("--max-rise must come with --baseline FILE, from which κ may rise.")
     _check_outputs(arguments)
 
-    from wellcond.checkpoints.audit import audit
-    from wellcond.checkpoints.baseline import held_against, read_baseline
-    from wellcond.checkpoints.page import CURVES
-    from wellcond.checkpoints.report import compare
+    from wellcond.audits.audit import audit
+    from wellcond.audits.baseline import held_against, read_baseline
+    from wellcond.report.page import CURVES
+    from wellcond.report.report import compare
 
     _set_threads(arguments)
 
@@ -295,14 +306,14 @@ def _audit(arguments: argparse.Namespace) -> int:
         compared = {"max_rise": rise, "baseline": asdict(held)} if held is not None else {}
         text = dump_json(result.to_dict(limit) | compared)
     else:
-        text = result.to_csv() if to_stdout else result.table(arguments.top)
+        text = result.to_csv() if to_stdout else result.table(top=arguments.top)
         if arguments.explain:
             text += f"\n{result.legend()}"
     # Files first: whoever reads the output may go, as `head` does.
     if arguments.csv is not None and not to_stdout:
         _write(result.to_csv(), arguments.csv, "--csv", arguments.overwrite)
     if arguments.html is not None:
-        _write(result.to_html(None, limit), arguments.html, "--html", arguments.overwrite)
+        _write(result.to_html(max_condition=limit), arguments.html, "--html", arguments.overwrite)
     print(text, end="")
     for report in earlier:
         _enough(report, None)
@@ -322,8 +333,8 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _sound(report: AuditReport) -> bool:
     """Whether all could be read and is finite; says on standard error what is not."""
-    from wellcond.checkpoints.findings import Status
-    from wellcond.checkpoints.finite import describe_not_finite
+    from wellcond.report.findings import Status
+    from wellcond.report.not_finite import describe_not_finite
 
     failed = [one for one in report.findings if one.status is Status.failed]
     if failed:
@@ -375,7 +386,7 @@ def _enough(report: AuditReport, min_coverage: float | None) -> bool:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from wellcond.checkpoints.repair import repair
+    from wellcond.audits.repair import repair
 
     _set_threads(arguments)
     try:
@@ -391,7 +402,7 @@ def _repair(arguments: argparse.Namespace) -> int:
         _finish_progress()
     print(report.to_json() if arguments.json else report.table(), end="")
     if report.not_finite:
-        from wellcond.checkpoints.finite import describe_not_finite
+        from wellcond.report.not_finite import describe_not_finite
 
         print(
             f"wellcond: warning: copied: {describe_not_finite(report.not_finite)}", file=sys.stderr

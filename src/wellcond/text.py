@@ -5,12 +5,12 @@ Names come from files that may mean harm: what a terminal would obey is shown as
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import platform
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -87,22 +87,22 @@ def percent(share: float) -> str:
 
 
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A plain text table, the first column to the left and numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
+    """A plain text table, words to the left and numbers to the right, as wide as it needs to be."""
+    table = [headers, *([shown(cell) for cell in row[: len(headers)]] for row in rows)]
+    widths = [max(map(_width, column)) for column in zip(*table, strict=True)]
+    left = [header in ("weight", "dtype", "grade") for header in headers]
+    lines = []
+    for row in table:
+        gaps = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = zip(row, gaps, left, strict=True)
+        lines.append("  ".join(c + gap if words else gap + c for c, gap, words in cells).rstrip())
+    return "".join(f"{line}\n" for line in lines)
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for header in headers:
-        left = header in ("weight", "dtype", "grade")
-        table.add_column(header, justify="left" if left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(shown, row[: len(headers)]))
-    text = io.StringIO()
-    # As wide as it needs to be: a table that is cut to the terminal would hide numbers.
-    plain = {"color_system": None, "markup": False, "highlight": False, "emoji": False}
-    # Within Jupyter it would show the table, and write nothing.
-    Console(file=text, width=1000, force_jupyter=False, **plain).print(table)  # type: ignore[arg-type]
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+def _width(text: str) -> int:
+    """How many columns of a terminal the text takes: East Asian wide letters take two."""
+    marks = sum(unicodedata.combining(c) > 0 for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
 def dump_json(content: Any) -> str:

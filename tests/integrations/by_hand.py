@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import wellcond as wc
-from wellcond.experiments import data
+from wellcond_experiments import data
 
 BATCH = 8
 # Strong enough that every way moves the weights visibly within some ten steps.
 PENALTIES = {
-    "proximal": {"*0.weight": wc.Condition(20.0), "*2.weight": wc.Tikhonov(5.0)},
-    "gradients": {"*0.weight": wc.Condition(0.5), "*2.weight": wc.Tikhonov(0.1)},
+    "proximal": {"*0.weight": wc.ConditionPenalty(20.0), "*2.weight": wc.TikhonovPenalty(5.0)},
+    "gradients": {"*0.weight": wc.ConditionPenalty(0.5), "*2.weight": wc.TikhonovPenalty(0.1)},
 }
 RELATIVES = {
-    "proximal": {"*0.weight": wc.Isometry(), "*2.weight": wc.Orthogonality(5.0)},
-    "gradients": {"*0.weight": wc.Orthogonality(0.1), "*2.weight": wc.StableRank(0.1)},
+    "proximal": {"*0.weight": wc.IsometryStep(), "*2.weight": wc.OrthogonalityPenalty(5.0)},
+    "gradients": {
+        "*0.weight": wc.OrthogonalityPenalty(0.1),
+        "*2.weight": wc.StableRankPenalty(0.1),
+    },
 }
 EVERY, BLOCK = 3, 6
 
@@ -84,7 +87,7 @@ def train_by_hand(
     """
     optimizer = optimizer_of(model)
     scheduler = scheduler_of(optimizer)
-    reg = None if way is None else wc.Regularizer(named or model, PENALTIES[way], block=BLOCK)
+    reg = None if way is None else wc.Regularizer(named or model, PENALTIES[way], block_size=BLOCK)
     if reg is not None and way == "proximal":
         reg.attach(optimizer, every=EVERY)
     x, y = digits(count)
@@ -95,11 +98,11 @@ def train_by_hand(
             for batch in cycle:
                 (cross_entropy(model, *batch, bf16) / share).backward()
             if reg is not None and way == "gradients" and penalty_is_clipped:
-                reg.add_gradients_()
+                reg.add_gradients()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             if reg is not None and way == "gradients" and not penalty_is_clipped:
-                reg.add_gradients_()
+                reg.add_gradients()
             optimizer.step()
             scheduler.step()
     return reg

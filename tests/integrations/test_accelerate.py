@@ -49,7 +49,7 @@ class Loop:
     def __init__(
         self, way: str, accumulate: int = 1, bf16: bool = False, every: int = EVERY, count: int = 96
     ) -> None:
-        self.way = way
+        self.mode = way
         self.accelerator = accelerate.Accelerator(
             cpu=True,
             gradient_accumulation_steps=accumulate,
@@ -57,7 +57,7 @@ class Loop:
         )
         model = net()
         # Before prepare: the names are those of the model alone.
-        self.reg = wc.Regularizer(model, PENALTIES[way], block=BLOCK)
+        self.reg = wc.Regularizer(model, PENALTIES[way], block_size=BLOCK)
         optimizer = optimizer_of(model)
         loader = DataLoader(TensorDataset(*digits(count)), BATCH)
         self.model, self.optimizer, self.scheduler, self.loader = self.accelerator.prepare(
@@ -74,13 +74,13 @@ class Loop:
                 with accelerator.accumulate(self.model):
                     loss = nn.functional.cross_entropy(self.model(x), y)
                     accelerator.backward(loss)
-                    on_gradients = self.way == "gradients" and accelerator.sync_gradients
+                    on_gradients = self.mode == "gradients" and accelerator.sync_gradients
                     if on_gradients and penalty_is_clipped:
-                        self.reg.add_gradients_()
+                        self.reg.add_gradients()
                     if accelerator.sync_gradients and clip:
                         accelerator.clip_grad_norm_(self.model.parameters(), clip)
                     if on_gradients and not penalty_is_clipped:
-                        self.reg.add_gradients_()
+                        self.reg.add_gradients()
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()

@@ -112,7 +112,7 @@ def trainer(tmp_path: Path, *callbacks: Any, **options: Any) -> Any:
 
 
 def callback(way: str) -> RegularizerCallback:
-    return RegularizerCallback(PENALTIES[way], way=way, every=EVERY, block=BLOCK)
+    return RegularizerCallback(PENALTIES[way], mode=way, every=EVERY, block_size=BLOCK)
 
 
 # --- a fit equals the loop by hand ----------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_gradient_scaler_does_not_scale_the_penalty(tmp_path: Path, way: str) 
     optimizer = optimizer_of(expected)
     scheduler = scheduler_of(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    reg = wc.Regularizer(expected, PENALTIES[way], block=BLOCK)
+    reg = wc.Regularizer(expected, PENALTIES[way], block_size=BLOCK)
     if way == "proximal":
         reg.attach(optimizer, every=EVERY)
     for _ in range(2):
@@ -207,7 +207,7 @@ def test_a_gradient_scaler_does_not_scale_the_penalty(tmp_path: Path, way: str) 
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             if way == "gradients":
-                reg.add_gradients_()
+                reg.add_gradients()
             nn.utils.clip_grad_norm_(expected.parameters(), 0.2)
             scaler.step(optimizer)
             scaler.update()
@@ -221,7 +221,7 @@ def test_a_gradient_scaler_does_not_scale_the_penalty(tmp_path: Path, way: str) 
 def train_two_by_hand(module: TwoOptimizers, attached: bool) -> None:
     optimizers = module.configure_optimizers()
     way = "proximal" if attached else "gradients"
-    reg = wc.Regularizer(module, PENALTIES[way], block=BLOCK)
+    reg = wc.Regularizer(module, PENALTIES[way], block_size=BLOCK)
     if attached:
         for optimizer in optimizers:
             reg.attach(optimizer, every=EVERY)
@@ -230,7 +230,7 @@ def train_two_by_hand(module: TwoOptimizers, attached: bool) -> None:
             optimizer.zero_grad()
         cross_entropy(module.net, x, y, bf16=False).backward()
         if not attached:
-            reg.add_gradients_()
+            reg.add_gradients()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -244,14 +244,14 @@ def test_proximal_steps_follow_every_optimizer_that_holds_a_weight(tmp_path: Pat
 
 
 def test_gradients_with_several_optimizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'`way="gradients"` needs a single optimizer.*but 2 do'):
+    with pytest.raises(ValueError, match=r'`mode="gradients"` needs a single optimizer.*but 2 do'):
         trainer(tmp_path, callback("gradients")).fit(TwoOptimizers(), loader())
 
 
 def test_one_callback_per_optimizer_adds_to_the_gradients_of_each(tmp_path: Path) -> None:
     module = TwoOptimizers()
     callbacks = [
-        RegularizerCallback({pattern: penalty, "*": None}, way="gradients", block=BLOCK)
+        RegularizerCallback({pattern: penalty, "*": None}, mode="gradients", block_size=BLOCK)
         for pattern, penalty in PENALTIES["gradients"].items()
     ]
     assert callbacks[0].state_key != callbacks[1].state_key
@@ -321,7 +321,7 @@ def test_a_resumed_fit_equals_one_that_was_not_interrupted(tmp_path: Path, way: 
     """Twelve batches an epoch in cycles of two: six steps, and with every=4 two are pending."""
 
     def make() -> RegularizerCallback:
-        return RegularizerCallback(PENALTIES[way], way=way, every=4, block=BLOCK)
+        return RegularizerCallback(PENALTIES[way], mode=way, every=4, block_size=BLOCK)
 
     options = {"max_epochs": 3, "accumulate_grad_batches": 2}
     whole, added = Module(), make()
@@ -372,7 +372,7 @@ def test_a_state_that_does_not_fit_leaves_nothing_attached(tmp_path: Path) -> No
     first = trainer(tmp_path, callback("proximal"), max_epochs=1)
     first.fit(Module(), loader())
     first.save_checkpoint(tmp_path / "one.ckpt")
-    wider = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block=BLOCK + 1)
+    wider = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block_size=BLOCK + 1)
     optimizers = Optimizers()
     with pytest.raises(ValueError, match="with the model, the penalties and the block with which"):
         trainer(tmp_path, optimizers, wider).fit(
@@ -393,8 +393,8 @@ def test_validating_a_checkpoint_does_not_change_what_a_fit_starts_from(tmp_path
 
 
 def test_strengths_may_change_when_a_training_resumes() -> None:
-    weak = RegularizerCallback({"net.0.*": wc.Condition(1.0), "*": None})
-    strong = RegularizerCallback({"net.0.*": wc.Condition(10.0), "*": None})
+    weak = RegularizerCallback({"net.0.*": wc.ConditionPenalty(1.0), "*": None})
+    strong = RegularizerCallback({"net.0.*": wc.ConditionPenalty(10.0), "*": None})
     assert weak.state_key == strong.state_key
 
 
@@ -462,11 +462,14 @@ def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
 
 
 def test_another_way_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'`way` must be "proximal" or "gradients", got \'loss\''):
-        RegularizerCallback(wc.Condition(1.0), way="loss")
-    for limit in (wc.ConditionLimit(10), {"*weight": wc.Condition(1.0), "*": wc.Isometry()}):
-        with pytest.raises(ValueError, match=r'`way` must be "proximal" for .*no gradient'):
-            RegularizerCallback(limit, way="gradients")
+    with pytest.raises(ValueError, match=r'`mode` must be "proximal" or "gradients", got \'loss\''):
+        RegularizerCallback(wc.ConditionPenalty(1.0), mode="loss")
+    for limit in (
+        wc.ConditionLimit(10),
+        {"*weight": wc.ConditionPenalty(1.0), "*": wc.IsometryStep()},
+    ):
+        with pytest.raises(ValueError, match=r'`mode` must be "proximal" for .*no gradient'):
+            RegularizerCallback(limit, mode="gradients")
 
 
 def test_lightning_refuses_a_second_callback_of_the_same_patterns_and_way(tmp_path: Path) -> None:
@@ -475,7 +478,7 @@ def test_lightning_refuses_a_second_callback_of_the_same_patterns_and_way(tmp_pa
 
 
 def test_what_the_regularizer_refuses_stops_the_fit(tmp_path: Path) -> None:
-    added = RegularizerCallback({"head.*": wc.Condition(1.0), "*": None})
+    added = RegularizerCallback({"head.*": wc.ConditionPenalty(1.0), "*": None})
     with pytest.raises(ValueError, match=r'the pattern "head\.\*" matches no parameter'):
         trainer(tmp_path, added).fit(Module(), loader())
 
@@ -571,7 +574,7 @@ def test_the_loggers_of_the_trainer_get_aggregates_and_the_worst_weights(tmp_pat
                 assert step is not None
                 logged.append((step, metrics))
 
-    added = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block=BLOCK, log_every=4)
+    added = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block_size=BLOCK, log_every=4)
     options = {"logger": Recorder(tmp_path), "accumulate_grad_batches": 2, "max_epochs": 2}
     trainer(tmp_path, added, **options).fit(Module(), loader())
     assert [step for step, _ in logged] == [4, 8, 12]
@@ -634,5 +637,5 @@ def test_a_module_that_stays_in_train_mode_is_warned_of(
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
     for nothing in (None, 10, "*"):
-        with pytest.raises(TypeError, match=r"`penalties` must be a penalty or map.*wc\.Monitor"):
+        with pytest.raises(TypeError, match=r"`rules` must be a penalty or map.*wc\.Monitor"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]

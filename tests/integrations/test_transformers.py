@@ -110,12 +110,12 @@ def trainer(
 
 
 def callback(way: str, every: int = EVERY) -> RegularizerCallback:
-    return RegularizerCallback(PENALTIES[way], way=way, every=every, block=BLOCK)
+    return RegularizerCallback(PENALTIES[way], mode=way, every=every, block_size=BLOCK)
 
 
 def vit_callback(way: str = "proximal") -> RegularizerCallback:
-    penalties = {"*.0.*.weight": wc.Condition(20.0 if way == "proximal" else 0.1), "*": None}
-    return RegularizerCallback(penalties, way=way, every=4, block=BLOCK)
+    penalties = {"*.0.*.weight": wc.ConditionPenalty(20.0 if way == "proximal" else 0.1), "*": None}
+    return RegularizerCallback(penalties, mode=way, every=4, block_size=BLOCK)
 
 
 def check_all_obey(used: Any, path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_was_saved_without_the_callback_is_refused(tmp_path: P
 def test_only_the_process_that_saves_writes_and_no_search_does(tmp_path: Path, caplog) -> None:
     model = net()
     added = callback("proximal")
-    added.regularizer = wc.Regularizer(model, wc.Condition(1.0))
+    added.regularizer = wc.Regularizer(model, wc.ConditionPenalty(1.0))
     cases = [(False, False, True), (True, True, True), (True, False, False)]
     for saves, searches, present in cases:
         directory = tmp_path / f"{saves}-{searches}"
@@ -438,11 +438,14 @@ def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
 
 
 def test_another_way_is_refused() -> None:
-    with pytest.raises(ValueError, match='`way` must be "proximal" or "gradients", got None'):
-        RegularizerCallback(wc.Condition(1.0), way=None)  # type: ignore[arg-type]
-    for limit in (wc.ConditionLimit(10), {"*weight": wc.Condition(1.0), "*": wc.Isometry()}):
-        with pytest.raises(ValueError, match=r'`way` must be "proximal" for .*no gradient'):
-            RegularizerCallback(limit, way="gradients")
+    with pytest.raises(ValueError, match='`mode` must be "proximal" or "gradients", got None'):
+        RegularizerCallback(wc.ConditionPenalty(1.0), mode=None)  # type: ignore[arg-type]
+    for limit in (
+        wc.ConditionLimit(10),
+        {"*weight": wc.ConditionPenalty(1.0), "*": wc.IsometryStep()},
+    ):
+        with pytest.raises(ValueError, match=r'`mode` must be "proximal" for .*no gradient'):
+            RegularizerCallback(limit, mode="gradients")
 
 
 def test_a_second_callback_is_refused(tmp_path: Path) -> None:
@@ -452,7 +455,7 @@ def test_a_second_callback_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_the_regularizer_refuses_stops_the_training(tmp_path: Path) -> None:
-    added = RegularizerCallback({"head.*": wc.Condition(1.0), "*": None})
+    added = RegularizerCallback({"head.*": wc.ConditionPenalty(1.0), "*": None})
     with pytest.raises(ValueError, match=r'the pattern "head\.\*" matches no parameter'):
         trainer(tmp_path, Classifier(), added).train()
 
@@ -555,7 +558,7 @@ def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
     for nothing in (None, 10, "*"):
-        with pytest.raises(TypeError, match=r"`penalties` must be a penalty or map.*wc\.Monitor"):
+        with pytest.raises(TypeError, match=r"`rules` must be a penalty or map.*wc\.Monitor"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]
 
 
@@ -582,7 +585,7 @@ def test_the_logs_of_the_trainer_hold_aggregates_and_the_worst_weights(
 ) -> None:
     sent: list[tuple[int, dict[str, float]]] = []
     log: Any = {"logs": True, "nothing": False}.get(target, lambda v, step: sent.append((step, v)))
-    added = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block=BLOCK, log=log)
+    added = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block_size=BLOCK, log=log)
     used = trainer(tmp_path, Classifier(), added, logging_strategy="steps", logging_steps=4)
     used.train()
     history = [one for one in used.state.log_history if "loss" in one]

@@ -23,7 +23,7 @@ class Experts(nn.Module):
 
 def limited() -> Tensor:
     model = Experts()
-    wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce_()
+    wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce()
     return model.gate_up_proj.detach()
 
 
@@ -38,7 +38,7 @@ def sharded_experts() -> None:
             parameter = getattr(model, name).detach()
             shards = distribute_tensor(parameter, mesh, [Shard(dim)])
             setattr(model, name, nn.Parameter(shards))
-        wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce_()
+        wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce()
         found = model.gate_up_proj.full_tensor().detach()  # type: ignore[operator]
         torch.testing.assert_close(found, limited(), rtol=0, atol=1e-9)
 

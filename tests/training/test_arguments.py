@@ -43,15 +43,17 @@ def test_numbers_of_all_libraries_are_numbers(number: Any) -> None:
     assert as_number(number, "x") == 3
     assert type(as_number(number, "x")) in (int, float)
     assert wc.ConditionLimit(number) == wc.ConditionLimit(3)
-    assert wc.SingularValueLimit(number, number) == wc.SingularValueLimit(3, 3)
-    assert wc.Condition(number) == wc.Condition(3)
-    assert wc.SpectralNorm(1.0, number) == wc.SpectralNorm(1.0, 3)
-    assert wc.Orthogonality(1.0, number) == wc.Orthogonality(1.0, 3)
-    assert wc.Isometry(scale=number) == wc.Isometry(scale=3)
+    assert wc.SingularValueLimit(lower=number, upper=number) == wc.SingularValueLimit(
+        lower=3, upper=3
+    )
+    assert wc.ConditionPenalty(number) == wc.ConditionPenalty(3)
+    assert wc.SpectralNormPenalty(1.0, number) == wc.SpectralNormPenalty(1.0, 3)
+    assert wc.OrthogonalityPenalty(1.0, number) == wc.OrthogonalityPenalty(1.0, 3)
+    assert wc.IsometryStep(scale=number) == wc.IsometryStep(scale=3)
     S = torch.randn(4, 4)
     assert torch.equal(wc.nearest(S, number), wc.nearest(S, 3))
     reg = wc.Regularizer(net(), K)
-    reg.proximal_step_(number)
+    reg.proximal_step(number)
     assert repr(wc.Regularizer(net(), wc.ConditionLimit(number))).count("np.") == 0
 
 
@@ -59,16 +61,16 @@ def test_numbers_of_all_libraries_are_numbers(number: Any) -> None:
 def test_what_is_no_number_is_refused(thing: Any) -> None:
     rules: list[Any] = [
         wc.ConditionLimit,
-        wc.Condition,
-        wc.Orthogonality,
-        lambda x: wc.SpectralNorm(1.0, x),
-        lambda x: wc.Isometry(theta=x),
-        lambda x: wc.Condition(lambda step: x).strength_at(0),
+        wc.ConditionPenalty,
+        wc.OrthogonalityPenalty,
+        lambda x: wc.SpectralNormPenalty(1.0, x),
+        lambda x: wc.IsometryStep(theta=x),
+        lambda x: wc.ConditionPenalty(lambda step: x).strength_at(0),
         lambda x: wc.nearest(torch.eye(2), x),
-        lambda x: wc.Regularizer(net(), K).proximal_step_(x),
+        lambda x: wc.Regularizer(net(), K).proximal_step(x),
     ]
     if thing is not None:
-        rules += [lambda x: wc.SingularValueLimit(upper=x), lambda x: wc.Isometry(scale=x)]
+        rules += [lambda x: wc.SingularValueLimit(upper=x), lambda x: wc.IsometryStep(scale=x)]
     for rule in rules:
         with pytest.raises(TypeError, match=r"` must be a number.*, got "):
             rule(thing)
@@ -87,18 +89,18 @@ def test_a_step_of_a_single_matrix_must_be_a_number(thing: Any) -> None:
     with pytest.raises(TypeError, match="`step` must be a number, got"):
         wc.proximal_step(torch.eye(3), thing)
     with pytest.raises(TypeError, match="`lr` must be a number, got"):
-        wc.Regularizer(net(), wc.Condition(0.1)).proximal_step_(thing)
+        wc.Regularizer(net(), wc.ConditionPenalty(0.1)).proximal_step(thing)
 
 
 @pytest.mark.parametrize("count", [4, np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)])
 def test_integers_of_all_libraries_are_counts(count: Any) -> None:
     assert as_count(count, "x") == 4
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=count)
-    assert reg.block == 4
-    assert type(reg.block) is int
-    assert wc.Monitor(model, block=count).block == 4
-    reg.proximal_step_(0.1, steps=count)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=count)
+    assert reg.block_size == 4
+    assert type(reg.block_size) is int
+    assert wc.Monitor(model, block_size=count).block_size == 4
+    reg.proximal_step(0.1, steps=count)
     assert reg.attach(torch.optim.SGD(model.parameters(), 0.1), every=count).every == 4
     assert reg.log(lambda values, step: None, step=8, every=count)
 
@@ -106,12 +108,12 @@ def test_integers_of_all_libraries_are_counts(count: Any) -> None:
 @pytest.mark.parametrize("count", [0, -1, 4.0, "4", True, np.bool_(True), np.float32(4), [4]])
 def test_what_is_no_positive_integer_is_refused(count: Any) -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for use in (
-        lambda: wc.Regularizer(model, K, block=count),
-        lambda: wc.Monitor(model, block=count),
-        lambda: reg.proximal_step_(0.1, steps=count),
+        lambda: wc.Regularizer(model, K, block_size=count),
+        lambda: wc.Monitor(model, block_size=count),
+        lambda: reg.proximal_step(0.1, steps=count),
         lambda: reg.attach(optimizer, every=count),
         lambda: reg.log(lambda values, step: None, every=count),
     ):
@@ -129,9 +131,9 @@ class Target(wc.Penalty):
         super().__init__(strength)
         self.target = target
 
-    def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.Gradient]:
+    def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.rules.Gradient]:
         X = S.dense()
-        return X.sum(dim=(-2, -1)), wc.Gradient(torch.ones_like(X))
+        return X.sum(dim=(-2, -1)), wc.rules.Gradient(torch.ones_like(X))
 
 
 @dataclasses.dataclass(eq=True)
@@ -158,18 +160,18 @@ def test_weights_under_rules_that_hold_arrays_are_grouped_by_identity(array: Any
             assert len({one, same, other}) >= 2
         for rules in ({"0.*": one, "2.*": other}, {"*": one}):
             reg = wc.Regularizer(model, rules)
-            reg.add_gradients_() if isinstance(one, wc.Penalty) else reg.enforce_()
+            reg.add_gradients() if isinstance(one, wc.Penalty) else reg.enforce()
 
 
 def test_equal_numbers_make_equal_penalties() -> None:
-    assert wc.Condition(1.0) == wc.Condition(1)
-    assert hash(wc.Condition(1.0)) == hash(wc.Condition(1))
-    assert wc.Condition(1.0) != wc.Condition(2.0)
-    assert wc.Condition(1.0) != wc.Tikhonov(1.0)
+    assert wc.ConditionPenalty(1.0) == wc.ConditionPenalty(1)
+    assert hash(wc.ConditionPenalty(1.0)) == hash(wc.ConditionPenalty(1))
+    assert wc.ConditionPenalty(1.0) != wc.ConditionPenalty(2.0)
+    assert wc.ConditionPenalty(1.0) != wc.TikhonovPenalty(1.0)
     schedule = math.exp
-    assert wc.Condition(schedule) == wc.Condition(schedule)
-    assert wc.Condition(schedule) != wc.Condition(lambda step: 1.0)
-    assert wc.Orthogonality(1.0, 1.0) != wc.Orthogonality(1.0, 2.0)
+    assert wc.ConditionPenalty(schedule) == wc.ConditionPenalty(schedule)
+    assert wc.ConditionPenalty(schedule) != wc.ConditionPenalty(lambda step: 1.0)
+    assert wc.OrthogonalityPenalty(1.0, 1.0) != wc.OrthogonalityPenalty(1.0, 2.0)
 
 
 # --- patterns -------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def test_nothing_to_leave_out_is_no_mistake() -> None:
 
 @pytest.mark.parametrize("given", [None, 3.0, "Condition", K.max_condition, [K], {"*": "K"}])
 def test_what_is_no_penalty_is_refused(given: Any) -> None:
-    with pytest.raises(TypeError, match=r"`penalties` must be a penalty or map"):
+    with pytest.raises(TypeError, match=r"`rules` must be a penalty or map"):
         wc.Regularizer(net(), given)
 
 
@@ -218,7 +220,7 @@ def test_errors_call_patterns_by_the_parameter_that_they_were_given_as() -> None
 def test_a_pattern_must_be_text(pattern: Any) -> None:
     for call, parameter in (
         (lambda: wc.enforce(net(), {pattern: K}), "rule"),
-        (lambda: wc.Regularizer(net(), {pattern: wc.Condition(0.1)}), "penalties"),
+        (lambda: wc.Regularizer(net(), {pattern: wc.ConditionPenalty(0.1)}), "penalties"),
         (lambda: wc.Monitor(net(), [pattern]), "patterns"),
     ):
         with pytest.raises(TypeError, match=f"`{parameter}` must have patterns of type str, got"):
@@ -256,7 +258,7 @@ def test_a_checksum_of_a_weight_without_values_is_refused_by_name() -> None:
 
 
 def test_a_state_that_is_none_is_refused_in_words() -> None:
-    reg = wc.Regularizer(nn.Linear(4, 4, bias=False), wc.Condition(0.1))
+    reg = wc.Regularizer(nn.Linear(4, 4, bias=False), wc.ConditionPenalty(0.1))
     good = reg.state_dict()
     for bad, says in (
         (None, "`state` must be what state_dict"),
@@ -290,5 +292,5 @@ def test_the_value_that_is_limited_is_the_one_that_is_printed(limit: wc.Limit, s
     with torch.no_grad():
         layer.weight.copy_(torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5])))
     reg = wc.Regularizer(layer, limit)
-    reg.proximal_step_(0.0)
+    reg.proximal_step(0.0)
     assert says in repr(reg)

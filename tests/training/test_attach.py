@@ -59,7 +59,7 @@ def test_a_limit_holds_under_an_optimizer_without_a_learning_rate(
     steps(model, optimizer, 40)
     assert all(float(state.pace.budget) >= 0 for state in reg._states)
     assert min(int(s["pace"][0]) for s in reg.state_dict().values()) >= 5
-    wc.Regularizer(model, wc.Isometry()).attach(optimizer)  # its steps know no learning rate
+    wc.Regularizer(model, wc.IsometryStep()).attach(optimizer)  # its steps know no learning rate
 
 
 @pytest.mark.parametrize("kind", [foreign.RelativeStep, foreign.Rateless])
@@ -68,7 +68,7 @@ def test_a_penalty_without_a_learning_rate_is_refused_when_it_is_attached(
     kind: type[foreign.RelativeStep], every: int | None
 ) -> None:
     model = net()
-    reg = wc.Regularizer(model, {"0.*": K, "2.*": wc.Condition(0.1)})
+    reg = wc.Regularizer(model, {"0.*": K, "2.*": wc.ConditionPenalty(0.1)})
     with pytest.raises(
         ValueError, match=rf'{kind.__name__} has no number under "lr" in the group of "2.weight"'
     ):
@@ -80,7 +80,7 @@ def test_a_learning_rate_that_is_lost_later_is_named_and_those_of_other_groups_a
     model = net()
     groups = [{"params": model[i].parameters(), "lr": 0.1} for i in (0, 2)]
     optimizer = foreign.RelativeStep(groups)
-    wc.Regularizer(model, wc.Condition(0.1)).attach(optimizer, every=1)
+    wc.Regularizer(model, wc.ConditionPenalty(0.1)).attach(optimizer, every=1)
     steps(model, optimizer)
     optimizer.param_groups[1]["lr"] = None
     with pytest.raises(ValueError, match=r'in the group of "2\.weight"'):
@@ -106,7 +106,7 @@ def test_numbers_of_other_libraries_are_learning_rates(lr: Any) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     optimizer.param_groups[0]["lr"] = lr
-    reg = wc.Regularizer(model, {"0.*": K, "2.*": wc.Condition(0.1)})
+    reg = wc.Regularizer(model, {"0.*": K, "2.*": wc.ConditionPenalty(0.1)})
     reg.attach(optimizer, every=3)
     for hook in tuple(optimizer._optimizer_step_post_hooks.values()):
         hook(optimizer, (), {})
@@ -144,7 +144,7 @@ def test_a_step_that_calls_that_of_its_base_class_counts_once() -> None:
     torch.optim.SGD(net().parameters(), 0.1)  # from here on its step runs hooks
     model = net()
     optimizer = foreign.Within(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, {"0.*": wc.Condition(0.1)})
+    reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(0.1)})
     handle = reg.attach(optimizer, every=100)
     steps(model, optimizer, 5)
     assert handle.steps == 5
@@ -273,7 +273,7 @@ def test_a_step_that_was_replaced_is_told_by_what_it_does_to_the_weights(
         if asked == "log":
             reg.log(lambda values, step: None, every=10)
         else:
-            reg.enforce_()
+            reg.enforce()
     at_attach, message = said()
     assert at_attach.startswith("The step of this Adam was replaced by a function that does not")
     assert message.startswith("Adam, to which the regulariser is attached, has taken no step, but")
@@ -312,7 +312,7 @@ def test_a_step_that_writes_to_data_is_told_by_a_few_entries(
             reg.log(lambda values, step: None, step=0)
             reg.log(lambda values, step: None, step=1)  # no report
         else:
-            reg.enforce_()
+            reg.enforce()
     assert "has taken no step, but the weights have changed" in said()[-1]
     assert len(said()) == 1 + (not late)
 
@@ -375,7 +375,7 @@ def test_a_step_that_is_wrapped_is_not_warned_of(
     reg = wc.Regularizer(model, K)
     handle = reg.attach(optimizer)
     steps(model, optimizer, 3)
-    reg.enforce_()
+    reg.enforce()
     assert handle.steps == 3
     assert said() == []
 
@@ -390,11 +390,11 @@ def test_weights_that_are_made_and_loaded_before_the_first_step_are_no_training(
         nn.init.orthogonal_(model[i].weight)  # type: ignore[arg-type]
     for _ in range(2):
         model.load_state_dict(net().state_dict())
-    reg.enforce_()
+    reg.enforce()
     for p in model.parameters():  # an average is swapped in
         p.data.copy_(p.data + 0.1)
     reg.log(lambda values, step: None, step=0)
-    reg.enforce_()
+    reg.enforce()
     assert said() == []
 
 
@@ -405,7 +405,7 @@ def test_a_weight_with_nan_and_one_on_meta_are_not_taken_for_changed(
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(math.nan)
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.attach(torch.optim.SGD(model.parameters(), 1e-2))
     for _ in range(5):
         reg.log(lambda values, step: None, step=0)
@@ -415,7 +415,7 @@ def test_a_weight_with_nan_and_one_on_meta_are_not_taken_for_changed(
     late.attach(torch.optim.SGD(absent.parameters(), 1e-2))
     absent.to_empty(device="cpu")
     absent.load_state_dict(net().state_dict())
-    late.enforce_()
+    late.enforce()
     assert said() == []
 
 
@@ -449,15 +449,15 @@ def test_before_the_first_step_nothing_is_wrong(said: Callable[[], list[str]]) -
     for _ in range(2):
         model.load_state_dict(net().state_dict())
         reg.load_state_dict(reg.state_dict())
-        reg.enforce_()
-        reg.proximal_step_(0.1)
+        reg.enforce()
+        reg.proximal_step(0.1)
         for _ in range(20):
             loss(model).backward()
             reg.log(lambda values, step: None, every=1)
     assert said() == []
     steps(model, optimizer, 30)
     reg.log(lambda values, step: None, every=1)
-    reg.enforce_()
+    reg.enforce()
     assert said() == []
     assert "no step" not in repr(reg)
 
@@ -521,15 +521,15 @@ def test_enforcing_in_train_mode_is_warned_of_and_in_eval_mode_it_is_right(
     reg = wc.Regularizer(model, K)
     reg.attach(optimizer, every=1)
     steps(model, optimizer, 10)
-    reg.enforce_()
-    reg.enforce_()
+    reg.enforce()
+    reg.enforce()
     (message,) = said()
     known = kind is foreign.ScheduleFree  # of the other no key tells before the first eval()
     start = f"{kind.__name__} is in train mode:" if known else f"If {kind.__name__} is in train"
     assert message.startswith(start)
-    assert "optimizer.eval(), then reg.enforce_(); and optimizer.train() to go on" in message
+    assert "optimizer.eval(), then reg.enforce(); and optimizer.train() to go on" in message
     optimizer.eval()
-    reg.enforce_()
+    reg.enforce()
     assert max(kappas(model)) <= 3.0
     optimizer.train()
     optimizer.eval()
@@ -540,13 +540,13 @@ def test_enforcing_in_train_mode_is_warned_of_and_in_eval_mode_it_is_right(
 def test_in_eval_mode_and_under_penalties_nothing_is_said(said: Callable[[], list[str]]) -> None:
     model = net()
     optimizer = foreign.ScheduleFree(model.parameters())
-    limit, penalty = wc.Regularizer(model, K), wc.Regularizer(model, wc.Condition(0.1))
+    limit, penalty = wc.Regularizer(model, K), wc.Regularizer(model, wc.ConditionPenalty(0.1))
     limit.attach(optimizer)
     penalty.attach(optimizer)
     optimizer.train()
-    penalty.enforce_()
+    penalty.enforce()
     optimizer.eval()
-    limit.enforce_()
+    limit.enforce()
     assert said() == []
 
 
@@ -560,7 +560,7 @@ def test_a_method_eval_alone_makes_no_train_mode(said: Callable[[], list[str]]) 
     reg = wc.Regularizer(model, K)
     assert 'every="auto"' in repr(reg.attach(optimizer))
     steps(model, optimizer, 2)
-    reg.enforce_()
+    reg.enforce()
     assert said() == []
 
 
@@ -581,7 +581,7 @@ def test_a_train_mode_in_an_attribute_is_read(
     optimizer = Wrapper(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, K)
     reg.attach(optimizer)
-    reg.enforce_()
+    reg.enforce()
     assert [message.startswith("Wrapper is in train mode:") for message in said()] == [
         True
     ] * training
@@ -630,7 +630,7 @@ def test_what_schedulefree_evaluates_obeys(name: str) -> None:
     optimizer.train()
     steps(model, optimizer, 20)
     optimizer.eval()
-    reg.enforce_()
+    reg.enforce()
     assert max(kappas(model)) <= 3.0
 
 
@@ -643,4 +643,4 @@ def test_adafactor_of_transformers_is_limited_and_no_penalty_is_attached_to_it()
     steps(model, optimizer, 3)
     assert max(kappas(model)) <= 3.0
     with pytest.raises(ValueError, match='Adafactor has no number under "lr"'):
-        wc.Regularizer(model, wc.Condition(0.1)).attach(optimizer)
+        wc.Regularizer(model, wc.ConditionPenalty(0.1)).attach(optimizer)

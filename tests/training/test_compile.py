@@ -21,7 +21,10 @@ def net() -> nn.Sequential:
         )
 
 
-PENALTIES = {"0.*": wc.Tikhonov(0.1), "*": wc.Condition(lambda step: 0.3 / (1 + step))}
+PENALTIES = {
+    "0.*": wc.TikhonovPenalty(0.1),
+    "*": wc.ConditionPenalty(lambda step: 0.3 / (1 + step)),
+}
 
 
 def batches() -> list[Tensor]:
@@ -41,13 +44,13 @@ def train(way: str, compiled: Callable[[Any], Any]) -> tuple[list[Tensor], dict[
     """The loss, or the adding of gradients, as `compiled` makes it."""
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    reg = wc.Regularizer(model, PENALTIES, block=6)
+    reg = wc.Regularizer(model, PENALTIES, block_size=6)
     loss = loss_of(model, reg if way == "loss" else None)
-    add = reg.add_gradients_
+    add = reg.add_gradients
     if way == "loss":
         loss = compiled(loss)
     else:
-        add = compiled(lambda: reg.add_gradients_())
+        add = compiled(lambda: reg.add_gradients())
     for x in batches():
         optimizer.zero_grad()
         loss(x).backward()
@@ -80,7 +83,7 @@ def test_other_strengths_and_block_widths_of_other_regularisers_do_not_interfere
     torch._dynamo.reset()
     values = []
     for strength in (0.1, 0.2):
-        reg = wc.Regularizer(net(), {"2.*": wc.Condition(strength), "*": None})
+        reg = wc.Regularizer(net(), {"2.*": wc.ConditionPenalty(strength), "*": None})
         values.append(torch.compile(lambda reg=reg: reg(), fullgraph=True)())
     torch.testing.assert_close(values[1], 2 * values[0])
 
@@ -88,9 +91,9 @@ def test_other_strengths_and_block_widths_of_other_regularisers_do_not_interfere
 def test_a_copy_is_another_regulariser_also_within_graphs() -> None:
     torch._dynamo.reset()
     model = net()
-    reg = wc.Regularizer(model, {"2.*": wc.Condition(0.1), "*": None})
+    reg = wc.Regularizer(model, {"2.*": wc.ConditionPenalty(0.1), "*": None})
     copied_model, copied = copy.deepcopy((model, reg))
-    add = torch.compile(lambda: copied.add_gradients_(), backend="aot_eager", fullgraph=True)
+    add = torch.compile(lambda: copied.add_gradients(), backend="aot_eager", fullgraph=True)
     add()
     assert model[2].weight.grad is None
     assert copied_model[2].weight.grad is not None
@@ -104,7 +107,7 @@ def test_a_whole_compiled_step_breaks_only_where_torch_itself_does() -> None:
     model, plain = net(), net()
     for one in (model, plain):
         optimizer = torch.optim.Adam(one.parameters(), 1e-2)
-        reg = wc.Regularizer(one, wc.Condition(0.3), block=6)
+        reg = wc.Regularizer(one, wc.ConditionPenalty(0.3), block_size=6)
         reg.attach(optimizer, every=3)
 
         def step(x: Tensor, one: nn.Module = one, optimizer: Any = optimizer) -> None:
@@ -126,7 +129,7 @@ def test_a_whole_compiled_step_breaks_only_where_torch_itself_does() -> None:
 def test_a_weight_that_is_not_finite_is_named_from_within_a_graph() -> None:
     torch._dynamo.reset()
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     loss = torch.compile(loss_of(model, reg), backend="aot_eager", fullgraph=True)
     loss(batches()[0])
     with torch.no_grad():
@@ -137,16 +140,18 @@ def test_a_weight_that_is_not_finite_is_named_from_within_a_graph() -> None:
 
 def test_a_compiled_model_keeps_the_names_of_its_weights() -> None:
     model = net()
-    names = wc.Regularizer(model, wc.Condition(0.1)).names
-    assert wc.Regularizer(torch.compile(model), wc.Condition(0.1)).names == names
+    names = wc.Regularizer(model, wc.ConditionPenalty(0.1)).names
+    assert wc.Regularizer(torch.compile(model), wc.ConditionPenalty(0.1)).names == names
     model[2] = torch.compile(model[2])
-    assert wc.Regularizer(model, wc.Condition(0.1)).names == names
+    assert wc.Regularizer(model, wc.ConditionPenalty(0.1)).names == names
 
 
 def test_the_operators_keep_the_promises_of_custom_operators() -> None:
     """torch's own check: schema, fake kernels, autograd."""
     model = net()
-    reg = wc.Regularizer(model, {"0.*": wc.Tikhonov(0.1), "*": wc.Condition(0.3)}, block=12)
+    reg = wc.Regularizer(
+        model, {"0.*": wc.TikhonovPenalty(0.1), "*": wc.ConditionPenalty(0.3)}, block_size=12
+    )
     for _ in range(60):  # until one product more changes nothing
         reg()
     parameters = [model.get_parameter(name).detach().clone() for name in reg.names]

@@ -42,8 +42,8 @@ def test_zeros_that_are_filled_are_named_once(
 ) -> None:
     model = pruned()
     reg = wc.Regularizer(model, limit)
-    reg.enforce_()
-    reg.enforce_()
+    reg.enforce()
+    reg.enforce()
     assert said() == [
         'Most entries of "0.weight" are exact zeros, as after pruning: the hard limit has filled '
         "them. Leave the weight out with a pattern if they are to stay."
@@ -75,7 +75,7 @@ def test_zeros_of_a_weight_that_obeys_are_not_warned_of(said: Callable[[], list[
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg.attach(optimizer)
     optimizer.step()
-    reg.enforce_()
+    reg.enforce()
     assert torch.equal(model.weight, before)
     assert said() == []
 
@@ -99,18 +99,18 @@ def test_usual_initial_weights_are_not_warned_of(
         made(model[0].weight)
     reg = wc.Regularizer(model, K)
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
-    reg.enforce_()
+    reg.enforce()
     assert said() == []
 
 
 def test_penalties_and_what_obeys_are_not_warned_of(said: Callable[[], list[str]]) -> None:
     model = pruned()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
     blocks = nn.Linear(24, 24)
     with torch.no_grad():
         blocks.weight.copy_(torch.block_diag(*[torch.linalg.qr(torch.randn(4, 4))[0]] * 6))
-    wc.Regularizer(blocks, K).enforce_()  # mostly zeros, and left as it is
+    wc.Regularizer(blocks, K).enforce()  # mostly zeros, and left as it is
     assert said() == []
 
 
@@ -158,7 +158,7 @@ def test_a_mask_beside_a_weight_is_named_once(
     model = nn.Sequential(Masked(torch.ones(shape), name), nn.Linear(24, 16))
     reg = wc.Regularizer(model, K)
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
-    reg.enforce_()
+    reg.enforce()
     (message,) = said()
     assert message.startswith('"0.weight" is under a hard limit, with a mask beside')
 
@@ -168,7 +168,7 @@ def test_other_buffers_and_masks_of_attention_are_no_masks_of_weights(
 ) -> None:
     model = nn.Sequential(Masked(torch.ones(1, 1)), Masked(torch.ones(8, 8)), nn.BatchNorm1d(24))
     model.register_buffer("mask", torch.ones(24, 24))
-    wc.Regularizer(model, K).enforce_()
+    wc.Regularizer(model, K).enforce()
     assert said() == []
 
 
@@ -197,8 +197,8 @@ def test_what_acts_quantised_is_named_once(attribute: str, said: Callable[[], li
     model = nn.Sequential(Quantised(attribute), nn.Linear(24, 16))
     reg = wc.Regularizer(model, K)
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
-    reg.enforce_()
-    wc.Regularizer(model, wc.Condition(0.1)).enforce_()
+    reg.enforce()
+    wc.Regularizer(model, wc.ConditionPenalty(0.1)).enforce()
     (message,) = said()
     assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds in the')
 
@@ -217,13 +217,13 @@ def test_quantisation_aware_layers_of_torch_are_named(said: Callable[[], list[st
 def test_a_quantiser_that_is_switched_off_is_none(said: Callable[[], list[str]]) -> None:
     model = nn.Sequential(Quantised("other"), nn.Linear(24, 24))
     model[1].weight_fake_quantizer = None
-    wc.Regularizer(model, K).enforce_()
+    wc.Regularizer(model, K).enforce()
     assert said() == []
 
 
 def test_a_copy_says_it_anew(said: Callable[[], list[str]]) -> None:
     model = nn.Sequential(Quantised("weight_fake_quant"))
     reg = wc.Regularizer(model, K)
-    copy.deepcopy(reg).enforce_()
-    reg.enforce_()
+    copy.deepcopy(reg).enforce()
+    reg.enforce()
     assert len(said()) == 2

@@ -22,9 +22,9 @@ def _source(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("way", ["add_gradients_", "loss"])
+@pytest.mark.parametrize("way", ["add_gradients", "loss"])
 @pytest.mark.parametrize(
-    ("sigma", "block", "crowded"),
+    ("sigma", "block_size", "crowded"),
     [
         (torch.linspace(1.0, 0.9, 40), 8, True),
         (torch.linspace(1.0, 0.1, 40), 8, False),
@@ -33,14 +33,14 @@ def _source(seed: int) -> torch.Generator:
     ],
 )
 def test_it_is_said_where_more_values_may_be_at_the_top(
-    way: str, sigma: Tensor, block: int, crowded: bool
+    way: str, sigma: Tensor, block_size: int, crowded: bool
 ) -> None:
-    reg = wc.Regularizer(layer(sigma), wc.Condition(1.0), block=block)
+    reg = wc.Regularizer(layer(sigma), wc.ConditionPenalty(1.0), block_size=block_size)
     for _ in range(20):
         if way == "loss":
             reg()
         else:
-            reg.add_gradients_()
+            reg.add_gradients()
     assert ("all near the largest" in repr(reg)) is crowded
     assert reg.measure()["weight"].crowded is crowded
     logged: Any = reg.log(lambda values, step: None, step=0)
@@ -51,15 +51,15 @@ def test_of_a_stack_one_matrix_is_enough() -> None:
     model = nn.Module()
     flat, steep = (layer(torch.linspace(1.0, last, 20)).weight.detach() for last in (0.95, 0.05))
     model.register_parameter("experts", nn.Parameter(torch.stack([steep, flat])))
-    reg = wc.Regularizer(model, {"experts": wc.Condition(1.0)}, block=4)
+    reg = wc.Regularizer(model, {"experts": wc.ConditionPenalty(1.0)}, block_size=4)
     for _ in range(2):
-        reg.add_gradients_()
+        reg.add_gradients()
     assert reg.measure()["experts:0"].crowded
 
 
 def test_a_weight_that_no_attached_optimizer_holds_is_marked() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    reg = wc.Regularizer(model, wc.Condition(1.0))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(1.0))
     assert "held by no optimizer" not in repr(reg)
     reg.attach(torch.optim.SGD(model[0].parameters(), 0.1))
     first, second = (line for line in repr(reg).splitlines() if ".weight" in line)

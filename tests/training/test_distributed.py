@@ -40,19 +40,19 @@ from wellcond.operators.stored import StoredMatrix
 pytestmark = pytest.mark.distributed
 
 
-def compare_all_ways(one: nn.Module, many: nn.Module, penalties: Any, block: int = 4) -> None:
+def compare_all_ways(one: nn.Module, many: nn.Module, penalties: Any, block_size: int = 4) -> None:
     """Value, both gradients and proximal steps of a sharded model are those of the whole one."""
-    reg, sharded = (wc.Regularizer(m, penalties, block=block) for m in (one, many))
+    reg, sharded = (wc.Regularizer(m, penalties, block_size=block_size) for m in (one, many))
     for step in range(3):
         value, other = reg(), sharded()
         compare(other, value)
         value.backward()
         other.backward()
         if step == 1:
-            reg.add_gradients_()
-            sharded.add_gradients_()
-        reg.proximal_step_(0.05)
-        sharded.proximal_step_(0.05)
+            reg.add_gradients()
+            sharded.add_gradients()
+        reg.proximal_step(0.05)
+        sharded.proximal_step(0.05)
         for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
             if p.grad is not None:
                 assert isinstance(q.grad, type(q.data)), name
@@ -92,9 +92,9 @@ def sharded_matrices(world: int) -> None:
         whole = matrix(*shape, dtype=dtype)
         for where, placements in layouts:
             part = distribute_tensor(whole.clone(), where, placements)
-            compare_all_ways(Holder(whole.clone()), Holder(part), wc.Condition(0.3))
+            compare_all_ways(Holder(whole.clone()), Holder(part), wc.ConditionPenalty(0.3))
             part = distribute_tensor(whole.clone(), where, placements)
-            compare_all_ways(Holder(whole.clone()), Holder(part), wc.Tikhonov(0.2))
+            compare_all_ways(Holder(whole.clone()), Holder(part), wc.TikhonovPenalty(0.2))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -161,32 +161,32 @@ def grouped_convolution() -> None:
     many = copy.deepcopy(whole)
     part = distribute_tensor(many.weight.detach().clone(), mesh(2), [Shard(0)])
     many.weight = nn.Parameter(part)
-    compare_all_ways(whole, many, wc.Condition(0.3))
-    compare_all_ways(whole, many, {"weight:group2": wc.Condition(0.3), "*": None})
+    compare_all_ways(whole, many, wc.ConditionPenalty(0.3))
+    compare_all_ways(whole, many, {"weight:group2": wc.ConditionPenalty(0.3), "*": None})
     odd = nn.Conv2d(6, 12, 3, groups=3, bias=False).double()
     odd.weight = nn.Parameter(distribute_tensor(odd.weight.detach(), mesh(2), [Shard(0)]))
     with pytest.raises(
         ValueError, match='"weight": a convolution kernel of 3 groups must be sharded'
     ):
-        wc.Regularizer(odd, wc.Condition(0.3))
+        wc.Regularizer(odd, wc.ConditionPenalty(0.3))
 
 
 def test_a_grouped_convolution_is_sharded_by_whole_groups(tmp_path: Path) -> None:
     run(2, tmp_path, grouped_convolution)
 
 
-ZOO = {"experts": wc.Condition(0.3), "*": wc.Condition(0.3)}
+ZOO = {"experts": wc.ConditionPenalty(0.3), "*": wc.ConditionPenalty(0.3)}
 
 
 def sharded_views() -> None:
     for placements in ([Shard(0)], [Replicate()]):
         compare_all_ways(zoo(), distributed(zoo(), mesh(2), placements), ZOO)
     # A part of the stack: the other matrices are under no penalty.
-    some = {"experts:1": wc.Condition(0.3), "*": None}
+    some = {"experts:1": wc.ConditionPenalty(0.3), "*": None}
     compare_all_ways(zoo(), distributed(zoo(), mesh(2), [Shard(0)]), some)
     with pytest.raises(ValueError, match="sharded over its first dimension only"):
         wc.Regularizer(
-            distributed(zoo(), mesh(2), [Shard(1)]), {"conv*": wc.Condition(1.0), "*": None}
+            distributed(zoo(), mesh(2), [Shard(1)]), {"conv*": wc.ConditionPenalty(1.0), "*": None}
         )
     with pytest.raises(ValueError, match="sharded over processes"):
         wc.audit(distributed(zoo(), mesh(2), [Shard(0)]))
@@ -210,12 +210,12 @@ def nothing_large_is_sent() -> None:
 
     m, n, k = 200, 150, 4
     model = Holder(distribute_tensor(matrix(m, n), mesh(2), [Shard(0)]))
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=k)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=k)
     dist.all_reduce, dist.all_gather = counted, refused
     try:
         reg().backward()
-        reg.add_gradients_()
-        reg.proximal_step_(0.1)
+        reg.add_gradients()
+        reg.proximal_step(0.1)
     finally:
         dist.all_reduce, dist.all_gather = reduce, gather
     assert 0 < largest <= max(m, n) * k
@@ -228,11 +228,11 @@ def test_only_skinny_factors_are_summed_over_processes(tmp_path: Path) -> None:
 def one_bad_shard() -> None:
     whole = matrix(8, 6)
     whole[7, 0] = math.nan  # on the last process alone
-    for penalty in (wc.Condition(0.1), wc.Tikhonov(0.1)):
+    for penalty in (wc.ConditionPenalty(0.1), wc.TikhonovPenalty(0.1)):
         model = Holder(distribute_tensor(whole.clone(), mesh(2), [Shard(0)]))
-        reg = wc.Regularizer(model, penalty, block=2)
+        reg = wc.Regularizer(model, penalty, block_size=2)
         with pytest.raises(ValueError, match=r'"layer.weight" holds NaN'):
-            reg.proximal_step_(0.1)
+            reg.proximal_step(0.1)
         assert torch.equal(model.layer.weight.full_tensor().isnan(), whole.isnan())
 
 
@@ -248,7 +248,7 @@ def train(
 ) -> wc.Regularizer:
     """Some steps on the rows of each batch that belong to this process."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    reg = wc.Regularizer(model, wc.Condition(0.5), block=4, **options)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4, **options)
     if way == "proximal":
         reg.attach(optimizer, every=3)
     source = torch.Generator().manual_seed(5)
@@ -258,7 +258,7 @@ def train(
         loss = model(x).square().mean()
         (loss + reg() if way == "loss" else loss).backward()
         if way == "gradients":
-            reg.add_gradients_()
+            reg.add_gradients()
         optimizer.step()
     return reg
 
@@ -283,12 +283,12 @@ def made_before_and_after() -> None:
     for before in (True, False):
         model = net()
         if before:
-            reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+            reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
         fully_shard(model)
         if not before:
-            reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+            reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
         reg.attach(torch.optim.SGD(model.parameters(), 0.1))
-        reg.proximal_step_(0.1)
+        reg.proximal_step(0.1)
         weights.append([p.full_tensor() for p in model.parameters()])
     for one, other in zip(*weights, strict=True):
         assert torch.equal(one, other)
@@ -359,7 +359,7 @@ def flat_parameters() -> None:
 
     model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="fully_shard, which"):
-        wc.Regularizer(model, wc.Condition(1.0))
+        wc.Regularizer(model, wc.ConditionPenalty(1.0))
 
 
 # --- replicas -------------------------------------------------------------------------------------
@@ -386,15 +386,15 @@ def replicated(world: int) -> None:
             assert torch.equal(reg.state_dict()[name]["step"], state["step"])
 
     # Every weight is multiplied on one rank, and no rank has all of them.
-    reg = wc.Regularizer(DistributedDataParallel(net()), wc.Condition(0.5), block=4)
-    reg.proximal_step_(0.0)
+    reg = wc.Regularizer(DistributedDataParallel(net()), wc.ConditionPenalty(0.5), block_size=4)
+    reg.proximal_step(0.0)
     products = torch.zeros(1)
     owners = [state.owner for state in reg._states]
     assert set(owners) == set(range(min(world, 3)))
     multiplied: list[str] = []
     for state in reg._states:
         state.operator = _counting(state.operator, state.name, multiplied)
-    reg.proximal_step_(0.1)
+    reg.proximal_step(0.1)
     assert multiplied == [s.name for s in reg._states if s.owner == rank]
     products += len(multiplied)
     dist.all_reduce(products)
@@ -425,20 +425,20 @@ def test_replicas_share_the_work_and_stay_identical(world: int, tmp_path: Path) 
 def diverged() -> None:
     model = net()
     reg = wc.Regularizer(
-        model, wc.Condition(0.5), process_group=dist.group.WORLD, check_replicas=True
+        model, wc.ConditionPenalty(0.5), process_group=dist.group.WORLD, check_replicas=True
     )
-    reg.proximal_step_(0.1)
+    reg.proximal_step(0.1)
     if dist.get_rank() == 1:
         with torch.no_grad():
             model[2].weight[0, 0] += 1e-12
     with pytest.raises(RuntimeError, match=r'"2.weight" is not the same on all'):
-        reg.proximal_step_(0.1)
+        reg.proximal_step(0.1)
     limit = wc.Regularizer(
         model, wc.ConditionLimit(1.1), process_group=dist.group.WORLD, check_replicas=True
     )
     before = model[2].weight.clone()
     with pytest.raises(RuntimeError, match=r'"2.weight" is not the same on all'):
-        limit.enforce_()
+        limit.enforce()
     assert torch.equal(model[2].weight, before)
     with pytest.raises(ValueError, match="`check_replicas` needs to know which processes"):
         wc.Regularizer(model, wc.ConditionLimit(1.1), check_replicas=True)
@@ -451,8 +451,8 @@ def test_replicas_that_differ_are_named_when_the_check_is_on(tmp_path: Path) -> 
 def limited_replicas() -> None:
     model, single = net(), net()
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0), process_group=dist.group.WORLD)
-    reg.proximal_step_(0.0)
-    wc.Regularizer(single, wc.ConditionLimit(2.0)).proximal_step_(0.0)
+    reg.proximal_step(0.0)
+    wc.Regularizer(single, wc.ConditionLimit(2.0)).proximal_step(0.0)
     compare_models(model, single)
     for name in reg.names:
         assert wc.condition_number(model.get_parameter(name)) <= 2.0
@@ -475,13 +475,13 @@ def _failing(rank: int, store: str, result: str) -> None:
         timeout=datetime.timedelta(seconds=5),
     )
     model = Holder(distribute_tensor(matrix(8, 6), mesh(2), [Shard(0)]))
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=2)
-    reg.proximal_step_(0.1)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=2)
+    reg.proximal_step(0.1)
     if rank == 1:
         os._exit(3)  # without a word, as a process that is killed
     started = time.monotonic()
     try:
-        reg.proximal_step_(0.1)
+        reg.proximal_step(0.1)
     except RuntimeError as error:
         Path(result).write_text(f"{time.monotonic() - started:.0f} {error}")
     os._exit(0)
@@ -511,7 +511,7 @@ def saved(path: str) -> None:
     model = net()
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
     existing = Path(path).exists()
     if existing:
         state = {"model": model.state_dict(), "reg": reg}

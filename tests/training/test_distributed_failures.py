@@ -33,7 +33,7 @@ def replicas() -> None:
             reg = wc.Regularizer(model, K, process_group=dist.group.WORLD)
             owner = next(s.owner for s in reg._states if s.name == f"{at}.weight")
             raised = 0
-            for enforcing in (reg.enforce_, lambda reg=reg: reg.proximal_step_(0.1)):
+            for enforcing in (reg.enforce, lambda reg=reg: reg.proximal_step(0.1)):
                 says = ""
                 try:
                     enforcing()
@@ -72,7 +72,7 @@ def limits_of_users() -> None:
         sizes = [layer.weight.shape[0] for layer in model if isinstance(layer, nn.Linear)]
         before = model[0].weight.detach().clone()
         reg = wc.Regularizer(model, Raising(sizes[0], answer), process_group=dist.group.WORLD)
-        for enforcing in (reg.enforce_, lambda reg=reg: reg.proximal_step_(0.1)):
+        for enforcing in (reg.enforce, lambda reg=reg: reg.proximal_step(0.1)):
             with pytest.raises(ValueError, match=r'"0\.weight": ') as caught:
                 enforcing()
             mine = reg._states[0].owner == dist.get_rank()
@@ -96,8 +96,8 @@ def shards() -> None:
             if dist.get_rank() == 0 or placement == Replicate():
                 local[0, 0] = math.nan
         for enforcing in (
-            wc.Regularizer(model, K).enforce_,
-            lambda model=model: wc.Regularizer(model, K).proximal_step_(0.1),
+            wc.Regularizer(model, K).enforce,
+            lambda model=model: wc.Regularizer(model, K).proximal_step(0.1),
             lambda model=model: wc.enforce(model.requires_grad_(False), K),
         ):
             with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):

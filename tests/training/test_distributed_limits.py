@@ -25,10 +25,14 @@ from processes import (
 )
 from registry import OPERATORS
 from wellcond.operators.sharded import operator_of
-from wellcond.penalties import enforce
+from wellcond.rules import enforce
 
 pytestmark = pytest.mark.distributed
-LIMITS = [wc.ConditionLimit(2.0), wc.SingularValueLimit(1.0, 3.0), wc.SingularValueLimit(upper=2.0)]
+LIMITS = [
+    wc.ConditionLimit(2.0),
+    wc.SingularValueLimit(lower=1.0, upper=3.0),
+    wc.SingularValueLimit(upper=2.0),
+]
 # Tall, wide, square, uneven, and such as leave a process nothing.
 SHAPES = [(9, 5), (5, 9), (7, 7), (3, 40), (2, 3), (1, 6)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.1}
@@ -79,7 +83,7 @@ def layouts(world: int) -> None:
                         one = Holder(S.clone())
                         many = Holder(distribute_tensor(S.clone(), where, placements))
                         for model in (one, many):
-                            wc.Regularizer(model, limit, block=2).enforce_()
+                            wc.Regularizer(model, limit, block_size=2).enforce()
                         X = whole(many.layer.weight)
                         assert obeys(X, limit)
                         same_everywhere(X)
@@ -137,7 +141,7 @@ def nothing_large() -> None:
 
     redistribute = DTensor.redistribute
     for shape, placement in (((300, 9), Shard(0)), ((9, 300), Shard(1)), ((9, 300), Shard(0))):
-        for limit in (wc.ConditionLimit(1.1), wc.SingularValueLimit(10.0, 15.0)):
+        for limit in (wc.ConditionLimit(1.1), wc.SingularValueLimit(lower=10.0, upper=15.0)):
             model = Holder(distribute_tensor(matrix(*shape), mesh(2), [placement]))
             reg = wc.Regularizer(model, limit)
             dist.all_reduce, dist.broadcast = counted(reduce), counted(broadcast)
@@ -145,7 +149,7 @@ def nothing_large() -> None:
             if placement.dim == (0 if shape[0] > shape[1] else 1):
                 DTensor.redistribute = refused  # type: ignore[method-assign]
             try:
-                reg.enforce_()
+                reg.enforce()
             finally:
                 dist.all_reduce, dist.broadcast = reduce, broadcast
                 DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
@@ -174,8 +178,8 @@ def views() -> None:
             for limit in LIMITS[:2]:
                 (S,) = case.parameters()
                 part = distribute_tensor(S.clone(), mesh(2), [placement])
-                enforce.enforce_([operator_of(part, view)], limit)
-                enforce.enforce_([operator_of(S, view)], limit)
+                enforce.enforce([operator_of(part, view)], limit)
+                enforce.enforce([operator_of(S, view)], limit)
                 assert obeys(case.twin(whole(part)), limit)
                 torch.testing.assert_close(whole(part), S, rtol=0, atol=1e-9)
                 checked += 1
@@ -184,7 +188,7 @@ def views() -> None:
         one, many = zoo(), distributed(zoo(), mesh(2), [placement])
         for model in (one, many):
             rules = {"experts": wc.ConditionLimit(1.5), "*": wc.ConditionLimit(1.5)}
-            wc.Regularizer(model, rules).enforce_()
+            wc.Regularizer(model, rules).enforce()
         compare_models(many, one)
 
 
@@ -253,7 +257,7 @@ def members() -> None:
             S[0, :, 0] = S[0, :, 1]
         one, many = Experts(S.clone()), Experts(distribute_tensor(S.clone(), mesh(2), [Shard(0)]))
         for model in (one, many):
-            wc.Regularizer(model, rules).enforce_()
+            wc.Regularizer(model, rules).enforce()
         compare_models(many, one)
         X = whole(many.experts)
         assert obeys(X[[0, 2]], LIMITS[0])
@@ -273,7 +277,7 @@ def failing_decomposition() -> None:
     for placement in (Shard(0), Replicate()):
         part = distribute_tensor(S.clone(), mesh(2), [placement])
         with pytest.raises(ValueError, match=r'"layer.weight".*LAPACK does not converge'):
-            wc.Regularizer(Holder(part), LIMITS[0]).proximal_step_(0.0)
+            wc.Regularizer(Holder(part), LIMITS[0]).proximal_step(0.0)
         assert torch.equal(whole(part), S)
 
 
@@ -298,7 +302,7 @@ def train(
 ) -> tuple[wc.Regularizer, list[list[int]]]:
     """On the rows of each batch that belong to this process; when limits were applied."""
     optimizer = torch.optim.AdamW(model.parameters(), 2e-2)
-    reg = wc.Regularizer(model, limit, block=4, **options)
+    reg = wc.Regularizer(model, limit, block_size=4, **options)
     reg.attach(optimizer, every="auto")
     source = torch.Generator().manual_seed(5)
     times: list[list[int]] = []
@@ -328,7 +332,7 @@ def sharded_models(world: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     rank = dist.get_rank()
-    for limit in (wc.ConditionLimit(2.0), wc.SingularValueLimit(0.5, 1.1)):
+    for limit in (wc.ConditionLimit(2.0), wc.SingularValueLimit(lower=0.5, upper=1.1)):
         single = net()
         alone = train(single, limit)
         # The second way: replicas of shards.
@@ -395,7 +399,7 @@ def failing_replica() -> None:
     owner = reg._states[0].owner
     ours = dist.get_rank() == owner
     says = "rounded to bfloat16" if ours else "See the error of that one"
-    for enforcing in (reg.enforce_, lambda: reg.proximal_step_(0.1)):
+    for enforcing in (reg.enforce, lambda: reg.proximal_step(0.1)):
         with pytest.raises(ValueError, match=rf'"0\.weight".*{says}'):
             enforcing()
         for parameter in model.parameters():

@@ -26,8 +26,12 @@ from wellcond.operators.base import Gradient, NewWeight, Rescaled
 from wellcond.operators.sharded import operator_of
 
 pytestmark = pytest.mark.distributed
-PENALTIES = [wc.Orthogonality(0.1, 0.7), wc.StableRank(0.3), wc.SpectralNorm(0.3, 0.5)]
-RULES = [*PENALTIES, wc.Isometry()]
+PENALTIES = [
+    wc.OrthogonalityPenalty(0.1, 0.7),
+    wc.StableRankPenalty(0.3),
+    wc.SpectralNormPenalty(0.3, 0.5),
+]
+RULES = [*PENALTIES, wc.IsometryStep()]
 # Tall, wide, square, uneven, and such as leave a process nothing.
 SHAPES = [(9, 5), (5, 9), (7, 7), (2, 3), (1, 6)]
 
@@ -45,12 +49,12 @@ def compare_all_ways(one: nn.Module, many: nn.Module, rule: Any) -> None:
             for each in (value, other):
                 each.backward()
             for each in (reg, sharded):
-                each.add_gradients_()
+                each.add_gradients()
             for p, q in zip(one.parameters(), many.parameters(), strict=True):
                 assert isinstance(q.grad, DTensor)
                 torch.testing.assert_close(whole(q.grad), whole(p.grad), rtol=1e-4, atol=1e-6)
         for each in (reg, sharded):
-            each.proximal_step_(0.3)
+            each.proximal_step(0.3)
         for p, q in zip(one.parameters(), many.parameters(), strict=True):
             torch.testing.assert_close(whole(q), whole(p), rtol=1e-4, atol=1e-6)
     for name, fields in reg.state_dict().items():
@@ -122,7 +126,7 @@ def views() -> None:
                 compare_all_ways(Experts(S), many, {"experts": rule})
         one, many = zoo(), distributed(zoo(), mesh(2), [Shard(0)])
         for model in (one, many):
-            wc.Regularizer(model, {"experts": rule, "*": rule}).proximal_step_(0.1)
+            wc.Regularizer(model, {"experts": rule, "*": rule}).proximal_step(0.1)
         compare_models(many, one)
 
 
@@ -143,15 +147,15 @@ def nothing_large() -> None:
         raise AssertionError("a weight was gathered")
 
     for shape, placement in (((300, 9), Shard(0)), ((9, 300), Shard(1))):
-        for rule in (wc.Orthogonality(0.1), wc.Isometry()):
+        for rule in (wc.OrthogonalityPenalty(0.1), wc.IsometryStep()):
             model = Holder(distribute_tensor(matrix(*shape), mesh(2), [placement]))
             reg = wc.Regularizer(model, rule)
             dist.all_reduce = counted
             DTensor.full_tensor = DTensor.redistribute = refused  # type: ignore[method-assign]
             try:
-                reg.proximal_step_(0.1)
+                reg.proximal_step(0.1)
                 if isinstance(rule, wc.Penalty):
-                    reg.add_gradients_()
+                    reg.add_gradients()
             finally:
                 dist.all_reduce = reduce
                 DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
@@ -163,7 +167,7 @@ def nothing_of_experts() -> None:
     """Isometry steps of experts are taken where they are."""
     S = matrix(3, 6, 4)
     many = Experts(distribute_tensor(S, mesh(2), [Shard(0)]))
-    reg = wc.Regularizer(many, {"experts": wc.Isometry(scale=1.0)})
+    reg = wc.Regularizer(many, {"experts": wc.IsometryStep(scale=1.0)})
     reduce, sent = dist.all_reduce, []
 
     def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
@@ -172,7 +176,7 @@ def nothing_of_experts() -> None:
 
     dist.all_reduce = counted
     try:
-        reg.proximal_step_(0.1)
+        reg.proximal_step(0.1)
     finally:
         dist.all_reduce = reduce
     assert max(sent) == 3  # whether they are finite
@@ -202,7 +206,7 @@ def train(
         optimizer.zero_grad()
         model(x).square().mean().backward()
         if way == "gradients":
-            reg.add_gradients_()
+            reg.add_gradients()
         optimizer.step()
     return reg
 

@@ -61,7 +61,7 @@ def test_an_average_that_is_frozen_obeys_and_stays_frozen() -> None:
 def test_handed_whole_both_halves_obey() -> None:
     """A Regularizer takes the half that is trained, and leaves the average."""
     ema = TheirEma(net())
-    wc.Regularizer(ema, K).enforce_()
+    wc.Regularizer(ema, K).enforce()
     assert kappa(ema.online_model[0]) <= 2.0 < kappa(ema.ema_model[0])
     flags = [p.requires_grad for p in ema.parameters()]
     wc.enforce(ema, K)
@@ -106,7 +106,7 @@ def test_rules_are_those_of_a_regularizer() -> None:
         wc.enforce(model, {"*": None})
 
 
-@pytest.mark.parametrize("rule", [wc.Condition(0.1), wc.Isometry(), None, 10, "K"])
+@pytest.mark.parametrize("rule", [wc.ConditionPenalty(0.1), wc.IsometryStep(), None, 10, "K"])
 def test_what_is_no_limit_is_refused_with_the_way_out(rule: Any) -> None:
     for given in (rule, {"0.*": rule, "*": K}):
         if rule is None and given is not None:

@@ -28,20 +28,24 @@ class Bound(wc.Penalty):
         super().__init__(strength)
         self.target = target
 
-    def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.Gradient]:
+    def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.rules.Gradient]:
         sigma = image.top.sigma[..., 0]
         excess = (sigma - self.target).clamp_min(0)
         U = (excess / sigma)[..., None, None] * image.top.left
-        return excess.square() / 2, wc.Gradient(wc.LowRank(sigma * 0, U, image.top.right))
+        return excess.square() / 2, wc.rules.Gradient(
+            wc.rules.LowRank(sigma * 0, U, image.top.right)
+        )
 
 
 class Ky(wc.Penalty):
     """1/2 the sum of the squares of the k values of the block: as many columns as the block."""
 
-    def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.Gradient]:
+    def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.rules.Gradient]:
         ritz = image.triplets
         c = ritz.sigma[..., 0] * 0
-        return ritz.sigma.square().sum(-1) / 2, wc.Gradient(wc.LowRank(c, ritz.left, ritz.right))
+        return ritz.sigma.square().sum(-1) / 2, wc.rules.Gradient(
+            wc.rules.LowRank(c, ritz.left, ritz.right)
+        )
 
 
 class Ones(wc.Penalty):
@@ -49,11 +53,11 @@ class Ones(wc.Penalty):
 
     needs_subspace = False
 
-    def evaluate(self, S: Any, image: None) -> tuple[Tensor, wc.Gradient]:
+    def evaluate(self, S: Any, image: None) -> tuple[Tensor, wc.rules.Gradient]:
         difference = torch.ones(S.shape, dtype=S.dtype, device=S.device)
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand(*S.shape[:-2], -1, -1)
         difference = S.matmat(eye) - difference
-        return difference.square().sum((-2, -1)) / 2, wc.Gradient(difference)
+        return difference.square().sum((-2, -1)) / 2, wc.rules.Gradient(difference)
 
 
 def net(*sizes: int) -> nn.Sequential:
@@ -63,13 +67,13 @@ def net(*sizes: int) -> nn.Sequential:
 
 
 def gradients(model: nn.Module, reg: wc.Regularizer) -> list[Tensor]:
-    """By backward of reg() and by add_gradients_, which must be the same."""
+    """By backward of reg() and by add_gradients, which must be the same."""
     other = copy.deepcopy(reg)
     model.zero_grad()
     reg().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     copied = [state.weight.parameters[0] for state in other._states]
-    other.add_gradients_()
+    other.add_gradients()
     for one, expected in zip(copied, grads, strict=True):
         torch.testing.assert_close(one.grad, expected)
     return grads
@@ -80,10 +84,10 @@ def test_weights_are_grouped_by_equal_penalties_not_by_their_type() -> None:
     model = net(6, 6, 6, 6)
     targets = [0.1, 0.5, 0.1]
     reg = wc.Regularizer(
-        model, {f"{i}.weight": Bound(2.0, target) for i, target in enumerate(targets)}, block=6
+        model, {f"{i}.weight": Bound(2.0, target) for i, target in enumerate(targets)}, block_size=6
     )
     for _ in range(60):
-        reg.add_gradients_()
+        reg.add_gradients()
     for grad, layer, target in zip(gradients(model, reg), model, targets, strict=True):
         S = layer.weight.detach()
         U, sigma, Vh = torch.linalg.svd(S)
@@ -91,11 +95,11 @@ def test_weights_are_grouped_by_equal_penalties_not_by_their_type() -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("block", [2, 5])
-def test_the_rank_of_a_gradient_may_depend_on_the_block(block: int) -> None:
+@pytest.mark.parametrize("block_size", [2, 5])
+def test_the_rank_of_a_gradient_may_depend_on_the_block(block_size: int) -> None:
     model = net(5, 5, 5)
-    grads = gradients(model, wc.Regularizer(model, Ky(1.0), block=block))
-    assert [int(torch.linalg.matrix_rank(grad)) for grad in grads] == [block, block]
+    grads = gradients(model, wc.Regularizer(model, Ky(1.0), block_size=block_size))
+    assert [int(torch.linalg.matrix_rank(grad)) for grad in grads] == [block_size, block_size]
 
 
 def test_a_gradient_may_be_dense() -> None:
@@ -109,7 +113,7 @@ def test_a_gradient_may_be_dense() -> None:
 )
 def test_penalties_of_ones_own_compile_without_declaring_anything(own: wc.Penalty) -> None:
     model = net(4, 4, 4)
-    eager = wc.Regularizer(model, own, block=3)
+    eager = wc.Regularizer(model, own, block_size=3)
     reg = copy.deepcopy(eager)
     parameters = [state.weight.parameters[0] for state in reg._states]
     torch.compile(lambda: reg(), fullgraph=True, backend="aot_eager")().backward()
@@ -123,7 +127,7 @@ def test_one_eigenproblem_a_group_gives_value_and_gradient(monkeypatch: pytest.M
     real = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda A: calls.append(A.shape) or real(A))
     model = net(6, 6, 6, 4)
-    reg = wc.Regularizer(model, wc.Condition(1.0), block=3)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(1.0), block_size=3)
     reg().backward()
     assert sorted(map(tuple, calls)) == [(2, 3, 3), (3, 3)]
 
@@ -131,14 +135,14 @@ def test_one_eigenproblem_a_group_gives_value_and_gradient(monkeypatch: pytest.M
 def test_a_weight_that_rested_for_a_while_goes_on_in_step_with_its_group() -> None:
     """Frozen for an odd number of steps it waits on the other side, and is brought over."""
     model = net(9, 9, 9, 9)
-    reg = wc.Regularizer(model, wc.Condition(1.0), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(1.0), block_size=4)
     for frozen in (True, False):
         model[1].weight.requires_grad_(not frozen)
         for _ in range(3 if frozen else 60):
-            reg.add_gradients_()
+            reg.add_gradients()
     assert len({state.subspace.from_right for state in reg._states}) == 1
     model.zero_grad()
-    reg.add_gradients_()
+    reg.add_gradients()
     for layer in model:
         S = layer.weight.detach()
         torch.testing.assert_close(layer.weight.grad, gradient(S), rtol=1e-3, atol=1e-4)
@@ -171,7 +175,7 @@ class Adapter(nn.Module):
 def test_a_weight_may_rest_on_several_parameters_which_get_their_gradients() -> None:
     first, second = Adapter(), Adapter()
     states = [
-        WeightState(one.weight(name), wc.Condition(0.7), block=3)
+        WeightState(one.weight(name), wc.ConditionPenalty(0.7), block_size=3)
         for one, name in ((first, "first"), (second, "second"))
     ]
     engine = Engine(states, None, check_replicas=False)
@@ -191,7 +195,7 @@ def test_a_weight_may_rest_on_several_parameters_which_get_their_gradients() -> 
 def test_a_parameter_that_is_frozen_gets_no_gradient_from_a_weight_that_is_not() -> None:
     one = Adapter()
     one.A.requires_grad_(False)
-    state = WeightState(one.weight(), wc.Condition(1.0), block=3)
+    state = WeightState(one.weight(), wc.ConditionPenalty(1.0), block_size=3)
     Engine([state], None, check_replicas=False).penalty().backward()
     assert one.A.grad is None
     assert one.B.grad is not None
@@ -251,18 +255,18 @@ def test_no_flag_is_lost_when_the_host_runs_ahead_of_a_device(
 def test_a_learning_rate_that_is_a_tensor_is_checked_as_a_number_is(lr: float) -> None:
     layer = net(4, 4)
     before = layer[0].weight.clone()
-    reg = wc.Regularizer(layer, wc.Condition(1.0))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
     with pytest.raises(ValueError, match="`lr` must be finite and not negative"):
-        reg.proximal_step_(torch.tensor(lr))
+        reg.proximal_step(torch.tensor(lr))
     assert torch.equal(layer[0].weight, before)
     with pytest.raises(ValueError, match="`lr` must be one number"):
-        reg.proximal_step_(torch.tensor([0.1, 0.2]))
+        reg.proximal_step(torch.tensor([0.1, 0.2]))
 
 
 def test_on_a_device_a_learning_rate_is_checked_without_waiting() -> None:
     """It counts as 0 until the flag is there, which is then raised."""
     layer = net(4, 4)
-    engine = wc.Regularizer(layer, wc.Condition(1.0))._engine
+    engine = wc.Regularizer(layer, wc.ConditionPenalty(1.0))._engine
     seen: list[Any] = []
     engine._checks.add = lambda flags, refuse: seen.append((flags, refuse))  # type: ignore[method-assign]
     assert [float(engine.check_rates(torch.tensor(x))) for x in (0.5, -0.5, math.nan)] == [
@@ -299,18 +303,18 @@ def plain(conv: nn.Conv2d) -> nn.Conv2d:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
-    "penalty", [wc.Condition(0.5), wc.Tikhonov(0.5), wc.ConditionLimit(1.5)], ids=str
+    "penalty", [wc.ConditionPenalty(0.5), wc.TikhonovPenalty(0.5), wc.ConditionLimit(1.5)], ids=str
 )
 def test_penalties_and_limits_reach_a_kernel_that_has_gaps(penalty: Any, groups: int) -> None:
     gaps = with_gaps(groups)
     whole = plain(gaps)
     before = gaps.weight.detach().clone()
     for conv in (gaps, whole):
-        reg = wc.Regularizer(conv, penalty, block=8)
+        reg = wc.Regularizer(conv, penalty, block_size=8)
         if isinstance(penalty, wc.Penalty):
             reg().backward()
-            reg.add_gradients_()
-        reg.proximal_step_(0.3)
+            reg.add_gradients()
+        reg.proximal_step(0.3)
     torch.testing.assert_close(gaps.weight, whole.weight)
     assert not torch.equal(gaps.weight, before)
     if isinstance(penalty, wc.Penalty):
@@ -321,27 +325,27 @@ def test_penalties_and_limits_reach_a_kernel_that_has_gaps(penalty: Any, groups:
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d])
 def test_the_groups_of_a_convolution_are_matrices_of_their_own(kind: type[nn.Module]) -> None:
     conv = kind(6, 12, 3, groups=3, bias=False).double()
-    reg = wc.Regularizer(conv, wc.Condition(1.0), block=8)
+    reg = wc.Regularizer(conv, wc.ConditionPenalty(1.0), block_size=8)
     assert reg.names == ["weight"]
     kernels = conv.weight.detach().flatten(1).chunk(3)
     assert list(reg.measure()) == ["weight:group0", "weight:group1", "weight:group2"]
     total = sum(float(penalty(S)) for S in kernels)
     torch.testing.assert_close(float(reg().detach()), total, rtol=1e-6, atol=0)
-    one = wc.Regularizer(conv, {"weight:group1": wc.Condition(1.0), "*": None}, block=8)
+    one = wc.Regularizer(conv, {"weight:group1": wc.ConditionPenalty(1.0), "*": None}, block_size=8)
     assert one.names == ["weight:group1"]
     torch.testing.assert_close(float(one().detach()), float(penalty(kernels[1])), rtol=1e-6, atol=0)
 
 
 def test_a_depthwise_convolution_is_under_no_penalty_unless_asked_for_by_name() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
-    reg = wc.Regularizer(model, wc.Condition(1.0))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(1.0))
     assert reg.names == ["1.weight"]
-    assert reg.skipped["0.weight"] == wc.Skipped(wc.Reason.one_row, "4 groups")
+    assert reg.skipped["0.weight"] == wc.report.Skipped(wc.report.Reason.one_row, "4 groups")
     # Its filters are the blocks of one map, on which a limit acts, and which an audit measures.
     assert wc.Regularizer(model, wc.ConditionLimit(5.0)).names == ["0.weight", "1.weight"]
-    assert wc.Regularizer(model, {"0.weight": wc.Tikhonov(1.0)}).names == ["0.weight"]
+    assert wc.Regularizer(model, {"0.weight": wc.TikhonovPenalty(1.0)}).names == ["0.weight"]
     with pytest.raises(ValueError, match="one row in each group"):
-        wc.Regularizer(model, {"0.*": wc.Condition(1.0), "*": None})
+        wc.Regularizer(model, {"0.*": wc.ConditionPenalty(1.0), "*": None})
 
 
 # --- what has no proximal step --------------------------------------------------------------------
@@ -351,8 +355,8 @@ def test_a_penalty_without_a_proximal_step_says_what_to_call_instead() -> None:
     model = net(4, 4)
     reg = wc.Regularizer(model, Bound(1.0, 0.1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for call in (lambda: reg.attach(optimizer), lambda: reg.proximal_step_(0.1)):
-        with pytest.raises(ValueError, match=r'"0\.weight" is under Bound\(.*add_gradients_'):
+    for call in (lambda: reg.attach(optimizer), lambda: reg.proximal_step(0.1)):
+        with pytest.raises(ValueError, match=r'"0\.weight" is under Bound\(.*add_gradients'):
             call()
 
 
@@ -371,17 +375,20 @@ class Careless(wc.Penalty):
     ("returns", "error", "message"),
     [
         (
-            lambda S, top: (top.sigma, wc.Gradient(wc.LowRank(top.sigma, top.left, top.right))),
+            lambda S, top: (
+                top.sigma,
+                wc.rules.Gradient(wc.rules.LowRank(top.sigma, top.left, top.right)),
+            ),
             ValueError,
             r"\(2,\), \(2, 4, 1\), \(2, 4, 1\)\] for a weight of shape .*, got \[\(2, 1\),",
         ),
         (
-            lambda S, top: (top.sigma[..., 0], wc.Gradient(top.left)),
+            lambda S, top: (top.sigma[..., 0], wc.rules.Gradient(top.left)),
             ValueError,
             r"\(2, 4, 4\)\] for a weight.*got \[.*\(2, 4, 1\)\]",
         ),
         (
-            lambda S, top: (top.sigma[..., 0], wc.NewWeight(S.dense())),
+            lambda S, top: (top.sigma[..., 0], wc.rules.NewWeight(S.dense())),
             TypeError,
             r"\(Tensor, Gradient\), got a NewWeight in it",
         ),
@@ -393,7 +400,7 @@ def test_a_penalty_that_answers_in_wrong_shapes_is_told_so(
     returns: Any, error: type[Exception], message: str
 ) -> None:
     reg = wc.Regularizer(net(4, 4, 4), Careless(returns))
-    for call in (reg, reg.add_gradients_):
+    for call in (reg, reg.add_gradients):
         with pytest.raises(error, match=f"Careless.evaluate must return.*{message}"):
             call()
 
@@ -407,7 +414,7 @@ def test_a_block_as_wide_as_a_weight_never_raises_kappa_though_the_weight_is_rep
 ) -> None:
     """It spans all of the shorter side: every step is the exact one, whatever came before."""
     layer = nn.Linear(*shape, bias=False).double()
-    reg = wc.Regularizer(layer, wc.Condition(1.0))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
     source = torch.Generator().manual_seed(0)
     for trial in range(60):
         eta = float(torch.rand((), generator=source)) * 10 ** (trial % 4 - 2)
@@ -418,23 +425,25 @@ def test_a_block_as_wide_as_a_weight_never_raises_kappa_though_the_weight_is_rep
             elif trial % 3 == 1:
                 layer.weight.normal_(generator=source)
         before = layer.weight.detach().clone()
-        reg.proximal_step_(eta)
+        reg.proximal_step(eta)
         torch.testing.assert_close(layer.weight.detach(), wc.proximal_step(before, eta))
         kappas = [float(wc.condition_number(w)) for w in (before, layer.weight)]
         assert kappas[1] <= kappas[0] * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("way", ["reg", "add_gradients_", "proximal_step_"])
+@pytest.mark.parametrize("way", ["reg", "add_gradients", "proximal_step"])
 def test_a_schedule_that_fails_leaves_everything_as_it_was(way: str) -> None:
     def schedule(step: int) -> float:
         raise OverflowError("on purpose")
 
     model = net(5, 4, 3)
-    reg = wc.Regularizer(model, {"0.*": wc.Condition(1.0), "1.*": wc.Condition(schedule)})
+    reg = wc.Regularizer(
+        model, {"0.*": wc.ConditionPenalty(1.0), "1.*": wc.ConditionPenalty(schedule)}
+    )
     before, state = copy.deepcopy(model.state_dict()), reg.state_dict()
-    calls = {"reg": reg, "add_gradients_": reg.add_gradients_}
+    calls = {"reg": reg, "add_gradients": reg.add_gradients}
     with pytest.raises(OverflowError, match="on purpose"):
-        calls.get(way, lambda: reg.proximal_step_(0.5))()
+        calls.get(way, lambda: reg.proximal_step(0.5))()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())

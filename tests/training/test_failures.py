@@ -44,7 +44,7 @@ def still(optimizer_of: nn.Module) -> torch.optim.Optimizer:
 
 
 def enforce(model: nn.Module, limit: wc.Limit) -> None:
-    wc.Regularizer(model, limit).enforce_()
+    wc.Regularizer(model, limit).enforce()
 
 
 def once(model: nn.Module, limit: wc.Limit) -> None:
@@ -54,7 +54,7 @@ def once(model: nn.Module, limit: wc.Limit) -> None:
 def by_hand(model: nn.Module, limit: wc.Limit) -> None:
     reg = wc.Regularizer(model, limit)
     for _ in range(2):
-        reg.proximal_step_(0.1)
+        reg.proximal_step(0.1)
 
 
 def attached(model: nn.Module, limit: wc.Limit) -> None:
@@ -102,7 +102,7 @@ def test_all_that_failed_are_named_each_with_its_reason() -> None:
     before = [S.clone() for S in weights(model)]
     reg = wc.Regularizer(model, rules)
     with pytest.raises(ValueError, match="holds NaN") as caught:
-        reg.enforce_()
+        reg.enforce()
     said = str(caught.value)
     assert (
         '"0.weight", "2.weight": no weight near it obeys ConditionLimit(max_condition=1.0005)'
@@ -116,7 +116,7 @@ def test_all_that_failed_are_named_each_with_its_reason() -> None:
     with torch.no_grad():
         weights(model)[1].copy_(torch.eye(16))
     with pytest.raises(ValueError, match=r'^"0\.weight", "2\.weight": no weight near') as caught:
-        reg.enforce_()
+        reg.enforce()
     assert "NaN" not in str(caught.value)
 
 
@@ -136,7 +136,7 @@ def test_limits_that_users_have_written_are_no_exception() -> None:
         weights(model)[2][0, 0] = math.nan
     reg = wc.Regularizer(model, Failing())
     with pytest.raises(ValueError, match=r"no \{such\} weight") as caught:
-        reg.enforce_()
+        reg.enforce()
     assert '"0.weight": no {such} weight' in str(caught.value)
     assert '"2.weight" holds NaN' in str(caught.value)
     assert not weights(model)[1].any()
@@ -227,7 +227,7 @@ def test_that_there_is_no_memory_is_no_fault_of_a_weight(error: type[Exception])
         wc.enforce(net((16, 12)), Answers(apply))
 
 
-class Picky(wc.Condition):
+class Picky(wc.ConditionPenalty):
     """A penalty that raises for weights of 16 rows."""
 
     def gradient(self, S: Any, image: Any) -> Any:
@@ -248,7 +248,7 @@ def test_a_penalty_of_a_user_that_raises_leaves_no_step_undone() -> None:
     before = [S.clone() for S in weights(model)]
     reg = wc.Regularizer(model, {"3.weight": wc.ConditionLimit(K), "*": Picky(1.0)})
     with pytest.raises(ValueError, match=r'"1\.weight": its penalty .* LinAlgError: of no use'):
-        reg.proximal_step_(0.1)
+        reg.proximal_step(0.1)
     changed = [not torch.equal(*pair) for pair in zip(weights(model), before, strict=True)]
     assert changed == [True, False, True, True]
     assert obeys(weights(model)[3], wc.ConditionLimit(K))
@@ -258,7 +258,7 @@ def test_a_penalty_of_a_user_that_raises_leaves_no_step_undone() -> None:
 def test_a_penalty_of_a_user_that_raises_leaves_all_gradients_as_they_were() -> None:
     model = net((12, 16), (16, 12), (4, 16))
     reg = wc.Regularizer(model, Picky(1.0))
-    for call in (reg.add_gradients_, reg):
+    for call in (reg.add_gradients, reg):
         with pytest.raises(torch.linalg.LinAlgError, match="of no use"):
             call()
     assert not any(layer.weight.grad is not None and layer.weight.grad.any() for layer in model)
@@ -288,7 +288,11 @@ def test_experts_and_groups_of_a_bad_weight_are_done_one_by_one() -> None:
 def test_penalties_wait_and_limits_do_not() -> None:
     """No penalty takes a step while a weight under one is not finite; limits hold all the same."""
     model = net((8, 8), (8, 8), (6, 8))
-    rules = {"0.*": wc.Condition(0.1), "1.*": wc.Condition(0.1), "2.*": wc.ConditionLimit(K)}
+    rules = {
+        "0.*": wc.ConditionPenalty(0.1),
+        "1.*": wc.ConditionPenalty(0.1),
+        "2.*": wc.ConditionLimit(K),
+    }
     reg = wc.Regularizer(model, rules)
     optimizer = still(model)
     reg.attach(optimizer, every=1)
@@ -315,10 +319,10 @@ def test_isometry_steps_are_taken_by_all_others() -> None:
     with torch.no_grad():
         weights(model)[0][0, 0] = math.nan
     before = [S.clone() for S in weights(model)]
-    reg = wc.Regularizer(model, wc.Isometry(theta=1.0, scale=1.0))
+    reg = wc.Regularizer(model, wc.IsometryStep(theta=1.0, scale=1.0))
     for _ in range(30):
         with pytest.raises(ValueError, match=r'"0\.weight" holds NaN'):
-            reg.proximal_step_(0.0)
+            reg.proximal_step(0.0)
     torch.testing.assert_close(weights(model)[0], before[0], rtol=0, atol=0, equal_nan=True)
     for S in weights(model)[1:]:
         assert float(wc.condition_number(S)) < 1.01
@@ -352,6 +356,6 @@ def test_an_infinite_condition_number_is_called_infinite() -> None:
     with torch.no_grad():
         layer[0].weight[:, 0] = 0.0
     reg = wc.Regularizer(layer, wc.ConditionLimit(K))
-    reg.proximal_step_(0.0)
+    reg.proximal_step(0.0)
     assert "κ inf, inf times its limit" in repr(reg)
     assert reg.measure()["0.weight"].condition_before == math.inf

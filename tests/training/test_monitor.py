@@ -32,7 +32,7 @@ def truth(model: nn.Sequential, index: int) -> tuple[float, float, float]:
 @pytest.mark.parametrize("make", [wc.Regularizer, wc.Monitor])
 def test_aggregates_and_the_worst_five_are_those_of_the_weights(make: Any) -> None:
     model = net()
-    what = make(model, wc.Condition(0.1)) if make is wc.Regularizer else make(model)
+    what = make(model, wc.ConditionPenalty(0.1)) if make is wc.Regularizer else make(model)
     if make is wc.Regularizer:
         for _ in range(30):
             what()
@@ -54,7 +54,7 @@ def test_a_monitor_measures_condition_numbers_on_request() -> None:
     model = net()
     monitor = wc.Monitor(model, ["3.*", "5.weight"], condition_numbers=True)
     assert monitor.names == ["3.weight", "5.weight"]
-    assert monitor.skipped["0.weight"].reason is wc.Reason.unmatched
+    assert monitor.skipped["0.weight"].reason is wc.report.Reason.unmatched
     estimates = monitor.measure()
     for index, name in ((3, "3.weight"), (5, "5.weight")):
         assert math.isclose(estimates[name].condition_number, truth(model, index)[2], rel_tol=1e-9)
@@ -67,7 +67,7 @@ def test_a_monitor_changes_nothing_and_sharpens() -> None:
     model = net().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    monitor = wc.Monitor(model, "*", block=2)
+    monitor = wc.Monitor(model, "*", block_size=2)
     first = monitor.measure()["0.weight"].residual
     for _ in range(60):  # 30 sweeps: (sigma_3/sigma_1)^60
         last = monitor.measure()["0.weight"].residual
@@ -81,7 +81,7 @@ def test_a_monitor_changes_nothing_and_sharpens() -> None:
 
 def test_reports_come_at_the_interval_alone_and_default_to_the_own_count() -> None:
     model = net(2)
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     reg.attach(optimizer)
     steps = []

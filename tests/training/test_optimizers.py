@@ -148,7 +148,7 @@ def test_attached_is_bitwise_a_step_by_hand_under_a_schedule(
         lr: float | Tensor = RATES[name] if kind == "number" else torch.tensor(RATES[name])
         optimizer = make(name, model.parameters(), lr, **options)
         schedule = ExponentialLR(optimizer, 0.8)
-        reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
         regs.append(reg)
         if attached:
             reg.attach(optimizer, every=3)
@@ -157,7 +157,7 @@ def test_attached_is_bitwise_a_step_by_hand_under_a_schedule(
             total = total + optimizer.param_groups[0]["lr"]
             step_(model, optimizer, batch(step))
             if not attached and step % 3 == 2:
-                reg.proximal_step_(total)
+                reg.proximal_step(total)
                 total = 0.0
             schedule.step()
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -182,11 +182,11 @@ def test_attached_follows_the_learning_rate_of_each_group(name: str) -> None:
         schedule = ExponentialLR(optimizer, 0.9)
         # By hand every weight needs a regulariser of its own.
         patterns: list[dict[str, Any]] = [
-            {f"{i}.weight": wc.Condition(0.5), "*": None} for i in (0, 2)
+            {f"{i}.weight": wc.ConditionPenalty(0.5), "*": None} for i in (0, 2)
         ]
         if attached:
-            wc.Regularizer(model, wc.Condition(0.5), block=4).attach(optimizer, every=2)
-        by_hand = [wc.Regularizer(model, pattern, block=4) for pattern in patterns]
+            wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4).attach(optimizer, every=2)
+        by_hand = [wc.Regularizer(model, pattern, block_size=4) for pattern in patterns]
         totals = [0.0, 0.0]
         for step in range(8):
             for i in range(2):
@@ -194,7 +194,7 @@ def test_attached_follows_the_learning_rate_of_each_group(name: str) -> None:
             step_(model, optimizer, batch(step, torch.float64))
             if not attached and step % 2:
                 for reg, total in zip(by_hand, totals, strict=True):
-                    reg.proximal_step_(total)
+                    reg.proximal_step(total)
                 totals = [0.0, 0.0]
             schedule.step()
     for one, other in zip(weights(models[0]), weights(models[1]), strict=True):
@@ -211,7 +211,7 @@ def test_a_learning_rate_that_is_a_tensor_of_shape_one_counts_and_is_saved_as_a_
     shapes = []
     for model, lr in zip(models, (0.25, torch.tensor([0.25])), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr)
-        reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
         reg.attach(optimizer, every=2)
         for step in range(3):
             step_(model, optimizer, batch(step, torch.float64))
@@ -225,7 +225,7 @@ def test_a_learning_rate_that_is_a_tensor_of_shape_one_counts_and_is_saved_as_a_
 def test_a_step_by_hand_takes_a_tensor_of_one_of_any_shape() -> None:
     models = net(torch.float64), net(torch.float64)
     for model, lr in zip(models, (0.25, torch.tensor([0.25])), strict=True):
-        wc.Regularizer(model, wc.Condition(0.5), block=4).proximal_step_(lr)
+        wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4).proximal_step(lr)
     for one, other in zip(weights(models[0]), weights(models[1]), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -234,7 +234,7 @@ def test_attached_lowers_the_condition_number_also_where_the_optimizer_maximises
     models = net(), net()
     for model, strength in zip(models, (0.0, 2.0), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), 0.05, maximize=True)
-        wc.Regularizer(model, wc.Condition(strength)).attach(optimizer, every=2)
+        wc.Regularizer(model, wc.ConditionPenalty(strength)).attach(optimizer, every=2)
         for step in range(10):
             step_(model, optimizer, batch(step))
     for plain, regularised in zip(weights(models[0]), weights(models[1]), strict=True):
@@ -245,7 +245,7 @@ def test_steps_while_a_weight_is_frozen_are_not_made_up_for_when_it_thaws() -> N
     """Frozen weights are left out: their optimizer steps leave nothing to be done later."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
     reg.attach(optimizer, every=2)
     model[0].weight.requires_grad_(False)
     for step in range(5):
@@ -267,14 +267,14 @@ def test_the_optimizer_sees_the_gradient_of_the_loss_and_that_of_the_penalty(
         pytest.skip("LBFGS calls for gradients within its step: tested below")
     model = net(torch.float64)
     optimizer = make(name, model.parameters(), RATES[name], **options)
-    reg = wc.Regularizer(model, wc.Condition(0.3))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.3))
     expected: list[Tensor] = []
     seen: list[Tensor] = []
 
     def add() -> None:
         layers = (model[0].weight, model[2].weight)
         expected[:] = [p.grad + 0.3 * wc.condition_penalty_gradient(p.detach()) for p in layers]
-        reg.add_gradients_()
+        reg.add_gradients()
 
     def note(*_: Any) -> None:
         seen[:] = [p.grad.clone() for p in (model[0].weight, model[2].weight)]
@@ -289,7 +289,7 @@ def test_the_optimizer_sees_the_gradient_of_the_loss_and_that_of_the_penalty(
     assert {int(state["step"]) for state in reg.state_dict().values()} == {6}
 
 
-@pytest.mark.parametrize("way", ["attach", "add_gradients_"])
+@pytest.mark.parametrize("way", ["attach", "add_gradients"])
 @every_implementation
 def test_training_ends_at_a_lower_condition_number_than_without(
     name: str, options: dict[str, bool], way: str
@@ -299,11 +299,11 @@ def test_training_ends_at_a_lower_condition_number_than_without(
         optimizer = make(name, model.parameters(), RATES[name], **options)
         # As long a step whatever the learning rate; a gradient meets each optimizer's own scale.
         strength = 0.1 / RATES[name] if way == "attach" else 1.0
-        reg = wc.Regularizer(model, wc.Condition(strength if regularised else 0.0))
+        reg = wc.Regularizer(model, wc.ConditionPenalty(strength if regularised else 0.0))
         if way == "attach":
             reg.attach(optimizer, every=4)
         for step in range(20):
-            add = None if way == "attach" else reg.add_gradients_
+            add = None if way == "attach" else reg.add_gradients
             step_(model, optimizer, batch(step, width=40), before_step=add)
     for plain, regularised_ in zip(weights(models[0]), weights(models[1]), strict=True):
         assert wc.condition_number(regularised_) < 0.9 * wc.condition_number(plain)
@@ -314,10 +314,10 @@ def test_lbfgs_evaluates_the_closure_often_and_add_gradients_counts_every_time()
     `attach` counts optimizer steps with LBFGS too."""
     model = net()
     optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=5)
-    reg = wc.Regularizer(model, wc.Condition(0.3))
-    step_(model, optimizer, batch(0), before_step=reg.add_gradients_)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.3))
+    step_(model, optimizer, batch(0), before_step=reg.add_gradients)
     assert {int(state["step"]) for state in reg.state_dict().values()} == {5}
-    attached = wc.Regularizer(model, wc.Condition(0.3))
+    attached = wc.Regularizer(model, wc.ConditionPenalty(0.3))
     attached.attach(optimizer, every=10)
     step_(model, optimizer, batch(1))
     assert {int(state["step"]) for state in attached.state_dict().values()} == {1}
@@ -328,13 +328,13 @@ def test_lbfgs_without_a_line_search_moves_alike_by_the_loss_and_by_the_gradient
     models = net(torch.float64), net(torch.float64)
     for model, in_loss in zip(models, (True, False), strict=True):
         optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=4)
-        reg = wc.Regularizer(model, wc.Condition(0.3))
+        reg = wc.Regularizer(model, wc.ConditionPenalty(0.3))
         for step in range(4):
             x = batch(step, torch.float64)
             if in_loss:
                 step_(model, optimizer, x, in_loss=reg)
             else:
-                step_(model, optimizer, x, before_step=reg.add_gradients_)
+                step_(model, optimizer, x, before_step=reg.add_gradients)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
@@ -348,12 +348,12 @@ def test_a_line_search_needs_the_penalty_in_the_loss() -> None:
         optimizer = torch.optim.LBFGS(
             model.parameters(), max_iter=10, line_search_fn="strong_wolfe"
         )
-        reg = wc.Regularizer(model, wc.Condition(3.0))
+        reg = wc.Regularizer(model, wc.ConditionPenalty(3.0))
         for _ in range(5):
             if in_loss:
                 step_(model, optimizer, x, in_loss=reg)
             else:
-                step_(model, optimizer, x, before_step=reg.add_gradients_)
+                step_(model, optimizer, x, before_step=reg.add_gradients)
         with torch.no_grad():
             loss = float((model(x) - x).square().mean())
         objectives.append(loss + 3.0 * sum(penalty(weight) for weight in weights(model)))
@@ -380,7 +380,9 @@ def test_attached_to_sparse_adam_is_bitwise_a_step_by_hand() -> None:
     models = Words(), Words()
     for model, attached in zip(models, (True, False), strict=True):
         optimizer = torch.optim.SparseAdam(model.words.parameters(), RATES["SparseAdam"])
-        reg = wc.Regularizer(model, {"words.weight": wc.Condition(5.0), "*": None}, block=4)
+        reg = wc.Regularizer(
+            model, {"words.weight": wc.ConditionPenalty(5.0), "*": None}, block_size=4
+        )
         if attached:
             reg.attach(optimizer, every=2)
         for step in range(6):
@@ -388,7 +390,7 @@ def test_attached_to_sparse_adam_is_bitwise_a_step_by_hand() -> None:
             model(torch.tensor([1, 2, 3 + step])).backward()
             optimizer.step()
             if not attached and step % 2:
-                reg.proximal_step_(RATES["SparseAdam"] + RATES["SparseAdam"])
+                reg.proximal_step(RATES["SparseAdam"] + RATES["SparseAdam"])
     assert torch.equal(models[0].words.weight, models[1].words.weight)
     start = Words().words.weight
     assert wc.condition_number(models[0].words.weight) < wc.condition_number(start)
@@ -396,12 +398,14 @@ def test_attached_to_sparse_adam_is_bitwise_a_step_by_hand() -> None:
 
 def test_adding_to_a_sparse_gradient_is_refused_by_name_and_nothing_is_half_done() -> None:
     model = Words()
-    reg = wc.Regularizer(model, {"words.weight": wc.Condition(0.5), "*": wc.Condition(0.5)})
+    reg = wc.Regularizer(
+        model, {"words.weight": wc.ConditionPenalty(0.5), "*": wc.ConditionPenalty(0.5)}
+    )
     model(torch.tensor([1, 2, 3])).backward()
     assert model.words.weight.grad.is_sparse
     head, before = model.head.weight.grad.clone(), flattened(reg)
     with pytest.raises(ValueError, match=r"words\.weight"):
-        reg.add_gradients_()
+        reg.add_gradients()
     assert torch.equal(model.head.weight.grad, head)
     steps = {key: int(value) for key, value in flattened(reg).items() if key.endswith("/step")}
     assert len(steps) == 2
@@ -424,7 +428,7 @@ def test_steps_that_a_scaler_skips_leave_no_trace(name: str, options: dict[str, 
     models, regs = (net(), net()), []
     for model, scaled in zip(models, (True, False), strict=True):
         optimizer = make(name, model.parameters(), RATES[name], **options)
-        reg = wc.Regularizer(model, wc.Condition(1.0), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(1.0), block_size=4)
         reg.attach(optimizer, every=3)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
         for step in range(10):
@@ -456,13 +460,13 @@ def test_gradients_added_after_unscaling_are_not_scaled(
     models = net(), net()
     for model, scaled in zip(models, (True, False), strict=True):
         optimizer = make(name, model.parameters(), RATES[name], **options)
-        reg = wc.Regularizer(model, wc.Condition(0.3), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(0.3), block_size=4)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled)
         for step in range(5):
             optimizer.zero_grad()
             scaler.scale(model(batch(step)).square().mean()).backward()
             scaler.unscale_(optimizer)
-            reg.add_gradients_()
+            reg.add_gradients()
             scaler.step(optimizer)
             scaler.update()
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -470,15 +474,15 @@ def test_gradients_added_after_unscaling_are_not_scaled(
 
 
 def test_a_skipped_step_keeps_the_weights_whatever_was_added_to_an_infinite_gradient() -> None:
-    """The count is of calls: `add_gradients_` comes before the scaler has decided."""
+    """The count is of calls: `add_gradients` comes before the scaler has decided."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.3))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.3))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = [weight.clone() for weight in weights(model)]
     scaler.scale(math.inf * model(batch(0)).square().mean()).backward()
     scaler.unscale_(optimizer)
-    reg.add_gradients_()
+    reg.add_gradients()
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0
@@ -486,7 +490,7 @@ def test_a_skipped_step_keeps_the_weights_whatever_was_added_to_an_infinite_grad
         assert torch.equal(old, new)
     assert {int(state["step"]) for state in reg.state_dict().values()} == {1}
     optimizer.zero_grad()
-    reg.add_gradients_()
+    reg.add_gradients()
     assert all(p.grad.isfinite().all() for p in (model[0].weight, model[2].weight))
 
 
@@ -497,7 +501,7 @@ def test_a_loss_under_autocast_carries_a_penalty_in_full_precision() -> None:
     values, gradients = [], []
     for enabled in (True, False):
         model = net()
-        reg = wc.Regularizer(model, wc.Condition(0.3), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(0.3), block_size=4)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out = model(batch(0))
             loss = out.square().mean() + reg()
@@ -508,7 +512,7 @@ def test_a_loss_under_autocast_carries_a_penalty_in_full_precision() -> None:
         gradients.append(torch.autograd.grad(value, [model[0].weight, model[2].weight]))
         loss.backward()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            reg.add_gradients_()
+            reg.add_gradients()
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert torch.equal(*values)
     for one, other in zip(*gradients, strict=True):
@@ -538,7 +542,7 @@ def test_value_and_gradients_agree_with_the_float64_twin(dtype: torch.dtype, pow
     for oracle, twin in zip(expected, twins, strict=True):
         torch.testing.assert_close(oracle, strength * gradient(twin))
 
-    reg = wc.Regularizer(model, wc.Condition(strength))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(strength))
     value = reg()
     total = strength * sum(penalty(twin) for twin in twins)
     # Differences of squares of sigma_1, over 12 x 12 entries.
@@ -552,7 +556,7 @@ def test_value_and_gradients_agree_with_the_float64_twin(dtype: torch.dtype, pow
     value.backward()
     in_loss = [p.grad.clone() for p in (model[0].weight, model[2].weight)]
     model.zero_grad()
-    reg.add_gradients_()
+    reg.add_gradients()
     added = [p.grad for p in (model[0].weight, model[2].weight)]
     for found in (in_loss, added):
         for one, other, s, gap in zip(found, expected, sigma, gaps, strict=True):

@@ -31,7 +31,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) ->
 def test_what_is_meant_passes_in_silence(said: Callable[[], list[str]]) -> None:
     model = net()
     optimizer = sgd(model)
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.attach(optimizer, every=1)
     limit = wc.Regularizer(model, wc.ConditionLimit(50.0))
     limit.attach(optimizer, every=2)
@@ -40,7 +40,7 @@ def test_what_is_meant_passes_in_silence(said: Callable[[], list[str]]) -> None:
     reg.measure()
     steps(model, optimizer, 30)
     reg.detach()
-    other = wc.Regularizer(model, wc.Condition(0.1))
+    other = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     other.attach(optimizer, every=1)
     steps(model, optimizer)
     assert said() == []
@@ -50,13 +50,13 @@ def test_a_weight_that_no_attached_optimizer_holds_is_named(
     said: Callable[[], list[str]],
 ) -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     first, second = sgd(model[0]), sgd(model[2])
     reg.attach(first, every=1)
     steps(model, first)
     (message,) = said()
     assert '"2.weight" is regularised, but held by no optimizer' in message
-    both = wc.Regularizer(model, wc.Condition(0.1))
+    both = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.detach()
     both.attach(first, every=1)
     both.attach(second, every=1)
@@ -66,26 +66,26 @@ def test_a_weight_that_no_attached_optimizer_holds_is_named(
 
 def test_a_replaced_layer_is_noticed(said: Callable[[], list[str]]) -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     for _ in range(5):
-        reg.add_gradients_()
+        reg.add_gradients()
     assert said() == []
     model[2] = nn.Linear(5, 3)
     for _ in range(20):
-        reg.add_gradients_()
+        reg.add_gradients()
     (message,) = said()
     assert '"2.weight" is of a layer that is in the model no more' in message
 
 
-@pytest.mark.parametrize("call", ["reg()", "add_gradients_()"])
+@pytest.mark.parametrize("call", ["reg()", "add_gradients()"])
 def test_a_penalty_that_is_applied_in_two_ways_is_named(
     call: str, said: Callable[[], list[str]]
 ) -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.attach(sgd(model))
     for _ in range(3):
-        reg() if call == "reg()" else reg.add_gradients_()
+        reg() if call == "reg()" else reg.add_gradients()
     (message,) = said()
     assert f'"0.weight", "2.weight" is applied twice: attached to an optimizer, and by {call}' in (
         message
@@ -99,7 +99,7 @@ def test_two_regularisers_attached_to_one_weight_are_noticed(
     model = net()
     optimizer = sgd(model)
     for _ in range(2):
-        reg = wc.Regularizer(model, {"0.*": wc.Condition(0.1), "*": None})
+        reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(0.1), "*": None})
         reg.attach(optimizer)
     (message,) = said()
     assert '"0.weight" is regularised by another Regularizer as well' in message
@@ -108,7 +108,7 @@ def test_two_regularisers_attached_to_one_weight_are_noticed(
 
 def test_a_weight_that_has_been_parametrized_since_is_refused_in_words() -> None:
     layer = nn.Linear(4, 4)
-    reg = wc.Regularizer(layer, wc.Condition(0.1))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.1))
     nn.utils.parametrizations.spectral_norm(layer)
     with pytest.raises(ValueError, match=r"must still be a parameter.*Make a new Regularizer"):
         reg()
@@ -120,12 +120,12 @@ def test_a_weight_that_has_been_parametrized_since_is_refused_in_words() -> None
 def test_a_regulariser_made_on_meta_follows_the_model_to_where_its_values_are() -> None:
     with torch.device("meta"):
         model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
     assert "0.weight" in repr(reg)
     model.to_empty(device="cpu")
     model.load_state_dict(net().state_dict())
     fresh = net()
-    expected = wc.Regularizer(fresh, wc.Condition(0.5), block=4)
+    expected = wc.Regularizer(fresh, wc.ConditionPenalty(0.5), block_size=4)
     for one, other in ((reg, model), (expected, fresh)):
         one().backward()
         one.attach(sgd(other), every=1)
@@ -138,17 +138,17 @@ def test_a_regulariser_made_on_meta_follows_the_model_to_where_its_values_are() 
 
 def test_a_state_loaded_while_the_model_is_on_meta_is_not_lost() -> None:
     trained = net()
-    reg = wc.Regularizer(trained, wc.Condition(0.5), block=4)
+    reg = wc.Regularizer(trained, wc.ConditionPenalty(0.5), block_size=4)
     for _ in range(3):
-        reg.add_gradients_()
+        reg.add_gradients()
     with torch.device("meta"):
         model = net()
-    resumed = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    resumed = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
     resumed.load_state_dict(reg.state_dict())
     model.to_empty(device="cpu")
     model.load_state_dict(trained.state_dict())
-    resumed.add_gradients_()
-    reg.add_gradients_()
+    resumed.add_gradients()
+    reg.add_gradients()
     for name, state in reg.state_dict().items():
         for key, value in state.items():
             assert torch.equal(resumed.state_dict()[name][key], value), key
@@ -157,7 +157,7 @@ def test_a_state_loaded_while_the_model_is_on_meta_is_not_lost() -> None:
 def test_an_attached_regulariser_can_be_pickled_and_the_copy_is_attached_to_nothing() -> None:
     model = net()
     optimizer = sgd(model)
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
     reg.attach(optimizer, every=1)
     steps(model, optimizer)
     file = io.BytesIO()
@@ -173,13 +173,13 @@ def test_an_attached_regulariser_can_be_pickled_and_the_copy_is_attached_to_noth
         assert copied.measure() == reg.measure()
         copied.attach(sgd(other), every=1)
         steps(other, torch.optim.SGD(other.parameters(), 0.1), 1)
-        copied.add_gradients_()
+        copied.add_gradients()
 
 
 def test_a_model_of_complex_weights_alone_is_refused_with_the_reason() -> None:
     model = nn.Linear(3, 3, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"holds no matrix \(weight: not real floating point: com"):
-        wc.Regularizer(model, wc.Condition(0.1))
+        wc.Regularizer(model, wc.ConditionPenalty(0.1))
 
 
 # --- limits, now ----------------------------------------------------------------------------------
@@ -187,13 +187,13 @@ def test_a_model_of_complex_weights_alone_is_refused_with_the_reason() -> None:
 
 def test_enforcing_applies_limits_and_nothing_else() -> None:
     model = net()
-    reg = wc.Regularizer(model, {"0.*": wc.ConditionLimit(1.5), "*": wc.Condition(1.0)})
+    reg = wc.Regularizer(model, {"0.*": wc.ConditionLimit(1.5), "*": wc.ConditionPenalty(1.0)})
     optimizer = sgd(model)
     reg.attach(optimizer, every=100)
     steps(model, optimizer, 5)
     before, state = model[2].weight.clone(), reg.state_dict()
     assert float(wc.condition_number(model[0].weight)) > 1.5
-    reg.enforce_()
+    reg.enforce()
     assert float(wc.condition_number(model[0].weight)) <= 1.5
     assert torch.equal(model[2].weight, before)
     after = reg.state_dict()
@@ -203,9 +203,9 @@ def test_enforcing_applies_limits_and_nothing_else() -> None:
     for key, value in after["2.weight"].items():
         assert torch.equal(value, state["2.weight"][key])
     weight = model[0].weight.clone()
-    reg.enforce_()
+    reg.enforce()
     assert torch.equal(model[0].weight, weight)
-    wc.Regularizer(model, wc.Condition(1.0)).enforce_()
+    wc.Regularizer(model, wc.ConditionPenalty(1.0)).enforce()
     assert torch.equal(model[0].weight, weight)
 
 
@@ -216,7 +216,7 @@ def test_a_frozen_weight_under_a_limit_is_left_alone_and_named(
     reg = wc.Regularizer(model, wc.ConditionLimit(1.5))
     model.requires_grad_(False)
     before = model[0].weight.clone()
-    reg.enforce_()
+    reg.enforce()
     assert torch.equal(model[0].weight, before)
     assert "are under a hard limit, but frozen: left unchanged" in caplog.text
 
@@ -230,7 +230,7 @@ def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
     model = net()
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
     assert "attached to no optimizer: enforce_() alone applies the limits" in repr(reg)
-    reg.enforce_()  # which alone may be what is meant
+    reg.enforce()  # which alone may be what is meant
     assert said() == []
     log(reg)
     log(reg)
@@ -238,9 +238,9 @@ def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
     assert message.startswith('"0.weight", "2.weight" are under a hard limit that nothing applies')
     by_hand, attached, penalty = (
         wc.Regularizer(model, rule)
-        for rule in (wc.ConditionLimit(2.0), wc.ConditionLimit(2.0), wc.Condition(0.1))
+        for rule in (wc.ConditionLimit(2.0), wc.ConditionLimit(2.0), wc.ConditionPenalty(0.1))
     )
-    by_hand.proximal_step_(0.1)
+    by_hand.proximal_step(0.1)
     attached.attach(sgd(model))
     assert "attached to no optimizer" not in repr(attached)
     attached.detach()  # as a callback does at the end

@@ -262,7 +262,7 @@ def test_a_frozen_weight_is_neither_counted_nor_touched() -> None:
 
 def test_by_default_limits_have_a_pace_and_penalties_an_interval() -> None:
     model = net(6, 8, 4)
-    rules = {"0.*": wc.ConditionLimit(K), "1.*": wc.Condition(0.1)}
+    rules = {"0.*": wc.ConditionLimit(K), "1.*": wc.ConditionPenalty(0.1)}
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, rules)
     with pytest.raises(ValueError, match=r'"auto".*hard limits alone.*"1\.weight"'):
@@ -292,13 +292,18 @@ def test_by_default_limits_have_a_pace_and_penalties_an_interval() -> None:
 def make(limit: wc.Limit) -> tuple[nn.Sequential, torch.optim.Optimizer, wc.Regularizer]:
     model = net(6, 8, 8, 4)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    reg = wc.Regularizer(model, limit, block=3)
+    reg = wc.Regularizer(model, limit, block_size=3)
     reg.attach(optimizer)
     return model, optimizer, reg
 
 
 @pytest.mark.parametrize(
-    "limit", [wc.ConditionLimit(K), wc.SingularValueLimit(0.5, 1.5), wc.SingularValueLimit(upper=1)]
+    "limit",
+    [
+        wc.ConditionLimit(K),
+        wc.SingularValueLimit(lower=0.5, upper=1.5),
+        wc.SingularValueLimit(upper=1),
+    ],
 )
 @pytest.mark.parametrize("saved_at", [1, 17, 40])
 def test_a_training_resumes_within_an_interval_bit_for_bit(limit: wc.Limit, saved_at: int) -> None:
@@ -377,7 +382,7 @@ def test_enforcing_in_between_does_not_pass_for_a_weight_that_stands_still() -> 
         layer.weight.grad = torch.randn_like(layer.weight)
         optimizer.step()
         if step % 7 == 6:
-            reg.enforce_()
+            reg.enforce()
             assert int(reg.state_dict()["weight"]["pending_steps"]) == 0
     # After the first four applications eight steps after one enforcement never came together.
     assert reg.measure()["weight"].interval == 4
@@ -422,7 +427,7 @@ def test_measuring_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50))
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    reg = wc.Regularizer(model, wc.ConditionLimit(K), block=4)
+    reg = wc.Regularizer(model, wc.ConditionLimit(K), block_size=4)
     reg.attach(optimizer)
     step(model, optimizer, 0)
     state = reg.state_dict()

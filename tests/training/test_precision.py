@@ -57,10 +57,10 @@ def test_a_setting_of_one_backend_alone_is_found_and_given_back() -> None:
 
 def run(model: nn.Module) -> dict[str, Tensor]:
     """All that a regulariser computes for a model."""
-    reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
     reg().backward()
-    reg.add_gradients_()
-    reg.proximal_step_(0.1)
+    reg.add_gradients()
+    reg.proximal_step(0.1)
     found = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     found |= {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, estimate in reg.measure().items():
@@ -120,9 +120,9 @@ def test_a_model_may_change_its_dtype_after_construction(dtype: torch.dtype, way
     """Also when the subspace is warm already; float64 is then worked on in float64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 16))
-    reg = wc.Regularizer(model, wc.Condition(0.5), block=16)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=16)
     for _ in range(4):
-        reg.add_gradients_()
+        reg.add_gradients()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg.attach(optimizer, every=1)
     model.to(dtype)
@@ -132,11 +132,11 @@ def test_a_model_may_change_its_dtype_after_construction(dtype: torch.dtype, way
             reg().backward()
             assert model[0].weight.grad.dtype == dtype
         case "gradients":
-            reg.add_gradients_()
+            reg.add_gradients()
             assert model[0].weight.grad.dtype == dtype
         case "proximal":
             before = float(wc.condition_penalty(model[0].weight.double()))
-            reg.proximal_step_(1.0)
+            reg.proximal_step(1.0)
             optimizer.step()
             assert float(wc.condition_penalty(model[0].weight.double())) < before
         case "measure":
@@ -147,6 +147,6 @@ def test_a_model_may_change_its_dtype_after_construction(dtype: torch.dtype, way
     expected = float(torch.linalg.matrix_norm(model[0].weight.detach().double(), 2))
     found = reg.measure()["0.weight"].sigma_max
     assert found == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-4)
-    again = wc.Regularizer(model, wc.Condition(0.5), block=16)
+    again = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=16)
     again.load_state_dict(reg.state_dict())
     assert again.measure() == reg.measure()

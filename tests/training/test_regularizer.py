@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import wellcond as wc
 from matrices import with_spectrum
 from oracles import gradient, penalty, proximal_step
-from wellcond.experiments.bench_step import on_a_device
+from wellcond_experiments.bench_step import on_a_device
 
 
 def linear(sigma: list[float], m: int = 12, n: int = 9, seed: int = 0) -> nn.Linear:
@@ -47,7 +47,7 @@ def train(
         x = torch.randn(8, 20, generator=source)
         model(x).square().sum().backward()
         if reg is not None:
-            reg.add_gradients_()
+            reg.add_gradients()
         optimizer.step()
 
 
@@ -60,10 +60,10 @@ def converge(reg: wc.Regularizer) -> None:
 # --- the three ways -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [3, 9, 32])
-def test_value_and_both_gradients_equal_the_dense_ones(block: int) -> None:
+@pytest.mark.parametrize("block_size", [3, 9, 32])
+def test_value_and_both_gradients_equal_the_dense_ones(block_size: int) -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(0.3), block=block)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.3), block_size=block_size)
     converge(reg)
     loss = reg()
     torch.testing.assert_close(loss.item(), 0.3 * penalty(layer.weight.detach()))
@@ -71,15 +71,15 @@ def test_value_and_both_gradients_equal_the_dense_ones(block: int) -> None:
     expected = 0.3 * gradient(layer.weight.detach())
     torch.testing.assert_close(layer.weight.grad, expected)
     layer.weight.grad = None
-    reg.add_gradients_()
+    reg.add_gradients()
     torch.testing.assert_close(layer.weight.grad, expected)
-    reg.add_gradients_()  # adds, does not replace
+    reg.add_gradients()  # adds, does not replace
     torch.testing.assert_close(layer.weight.grad, 2 * expected)
 
 
 def test_the_loss_scales_the_penalty() -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(0.3))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.3))
     converge(reg)
     (128 * reg()).backward()
     torch.testing.assert_close(layer.weight.grad, 128 * 0.3 * gradient(layer.weight.detach()))
@@ -89,7 +89,7 @@ def test_the_value_is_never_above_the_true_penalty() -> None:
     """Every unit vector under-estimates, however few products there were."""
     for seed in range(20):
         layer = linear([1 - 0.01 * i for i in range(9)], seed=seed)
-        reg = wc.Regularizer(layer, wc.Condition(1.0), block=2)
+        reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=2)
         for _ in range(3):
             assert reg().item() <= penalty(layer.weight.detach()) + 1e-14
 
@@ -97,16 +97,16 @@ def test_the_value_is_never_above_the_true_penalty() -> None:
 def test_gradient_step_and_penalty_in_the_loss_move_the_weights_alike() -> None:
     first, second = net(torch.float64), net(torch.float64)
     x = torch.randn(8, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    patterns = {"0.weight": wc.Condition(0.1), "2.weight": wc.Tikhonov(0.2)}
+    patterns = {"0.weight": wc.ConditionPenalty(0.1), "2.weight": wc.TikhonovPenalty(0.2)}
     for model, in_loss in ((first, True), (second, False)):
-        reg = wc.Regularizer(model, patterns, block=4)
+        reg = wc.Regularizer(model, patterns, block_size=4)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         for _ in range(10):
             optimizer.zero_grad()
             loss = model(x).square().mean()
             (loss + reg() if in_loss else loss).backward()
             if not in_loss:
-                reg.add_gradients_()
+                reg.add_gradients()
             optimizer.step()
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one, other)
@@ -114,25 +114,25 @@ def test_gradient_step_and_penalty_in_the_loss_move_the_weights_alike() -> None:
 
 def test_tikhonov_is_half_the_squared_norm_and_shrinks() -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Tikhonov(0.5))
+    reg = wc.Regularizer(layer, wc.TikhonovPenalty(0.5))
     weight = layer.weight.detach().clone()
     torch.testing.assert_close(reg().item(), 0.25 * float(weight.square().sum()))
-    reg.add_gradients_()
+    reg.add_gradients()
     torch.testing.assert_close(layer.weight.grad, 0.5 * weight)
-    reg.proximal_step_(0.4)
+    reg.proximal_step(0.4)
     torch.testing.assert_close(layer.weight.detach(), weight / 1.2)
 
 
 @pytest.mark.parametrize("eta", [1e-3, 0.1, 1.0])
-@pytest.mark.parametrize("block", [4, 9])
+@pytest.mark.parametrize("block_size", [4, 9])
 def test_proximal_step_equals_the_dense_one_when_nothing_is_shortened(
-    block: int, eta: float
+    block_size: int, eta: float
 ) -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(0.5), block=block)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=block_size)
     converge(reg)
     expected = proximal_step(layer.weight.detach(), eta)
-    reg.proximal_step_(eta / 0.5 / 2, steps=2)
+    reg.proximal_step(eta / 0.5 / 2, steps=2)
     torch.testing.assert_close(layer.weight.detach(), expected)
     assert reg.measure()["weight"].shortened_steps == 0
 
@@ -140,31 +140,31 @@ def test_proximal_step_equals_the_dense_one_when_nothing_is_shortened(
 def test_a_step_beyond_the_block_is_shortened_counted_and_reported() -> None:
     """eta' = sum (sigma_i/sigma_k - 1): the exact step of that length; S stays bounded."""
     layer = linear([1.0, 1.0, 1.0, 0.1] + [0.05] * 5)
-    reg = wc.Regularizer(layer, wc.Condition(1.0), block=2)
-    assert "block=" not in repr(reg).split("\n", 1)[1]
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=2)
+    assert "block_size=" not in repr(reg).split("\n", 1)[1]
     for _ in range(200):
-        reg.proximal_step_(1.0)
+        reg.proximal_step(1.0)
     assert reg.measure()["weight"].shortened_steps == 200
     assert "200 proximal steps were shortened" in repr(reg)
-    assert "raise block=2" in repr(reg)
+    assert "raise block_size=2" in repr(reg)
     assert torch.linalg.matrix_norm(layer.weight, 2) < 1.1
 
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(1.0), block=3)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=3)
     converge(reg)
     reach = (5 / 2 - 1) + (3 / 2 - 1)
     expected = proximal_step(layer.weight.detach(), reach)
-    reg.proximal_step_(100.0)
+    reg.proximal_step(100.0)
     torch.testing.assert_close(layer.weight.detach(), expected)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_kappa_never_rises_even_by_the_first_proximal_step(seed: int) -> None:
     layer = linear([2.0, 1.9, 1.8, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5], seed=seed)
-    reg = wc.Regularizer(layer, wc.Condition(1.0), block=3)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=3)
     kappa = wc.condition_number(layer.weight)
     for _ in range(20):
-        reg.proximal_step_(0.2)
+        reg.proximal_step(0.2)
         after = wc.condition_number(layer.weight)
         assert after <= kappa * (1 + 1e-9)
         kappa = after
@@ -180,7 +180,7 @@ def test_attached_steps_use_the_learning_rates_since_the_last_one() -> None:
     optimizer = torch.optim.SGD(
         [{"params": [first], "lr": 0.0}, {"params": [second], "lr": 0.0}], lr=0.0
     )
-    reg = wc.Regularizer(model, wc.Condition(1.0), block=16)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(1.0), block_size=16)
     reg.attach(optimizer, every=3)
     converge(reg)
     expected = [first.detach().clone(), second.detach().clone()]
@@ -213,7 +213,7 @@ def test_attached_equals_a_step_by_hand_for_every_optimizer(make: object) -> Non
     models = net(), net()
     for model, attached in zip(models, (True, False), strict=True):
         optimizer = make(model.parameters())  # type: ignore[operator]
-        reg = wc.Regularizer(model, wc.Condition(0.5), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
         if attached:
             reg.attach(optimizer, every=2)
         source = torch.Generator().manual_seed(0)
@@ -228,7 +228,7 @@ def test_attached_equals_a_step_by_hand_for_every_optimizer(make: object) -> Non
 
             optimizer.step(closure)
             if not attached and step % 2:
-                reg.proximal_step_(0.01, steps=2)
+                reg.proximal_step(0.01, steps=2)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -236,7 +236,7 @@ def test_attached_equals_a_step_by_hand_for_every_optimizer(make: object) -> Non
 def test_skipped_steps_of_a_grad_scaler_do_not_count() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.5))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     reg.attach(optimizer, every=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for scale in (1.0, math.inf, 1.0):
@@ -250,11 +250,11 @@ def test_skipped_steps_of_a_grad_scaler_do_not_count() -> None:
 def test_accumulation_counts_once_per_optimizer_step() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.5))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for _ in range(4):
         for _ in range(3):
             model(torch.ones(2, 20)).sum().backward()
-        reg.add_gradients_()
+        reg.add_gradients()
         optimizer.step()
     assert reg.measure()["0.weight"].step == 4
 
@@ -262,7 +262,7 @@ def test_accumulation_counts_once_per_optimizer_step() -> None:
 def test_detaching_and_removing_end_the_steps() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.5))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for end in (reg.attach(optimizer, every=1).remove, reg.detach):
         end()
         train(model, optimizer, 2)
@@ -275,9 +275,9 @@ def test_detaching_and_removing_end_the_steps() -> None:
 
 def test_what_is_no_penalty_is_refused_in_one_line() -> None:
     model = net()
-    regularizer = wc.Regularizer(model, wc.Condition(0.5))
+    regularizer = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for wrong in (0.1, "condition", regularizer, {"*": 0.1}, {1: None}):
-        said = r"`penalties` must (be a penalty or map|have patterns of type str)"
+        said = r"`rules` must (be a penalty or map|have patterns of type str)"
         with pytest.raises(TypeError, match=said) as caught:
             wc.Regularizer(model, wrong)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
@@ -286,7 +286,7 @@ def test_what_is_no_penalty_is_refused_in_one_line() -> None:
 def test_bad_attachments_are_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.5))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for every in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="`every` must be a positive integer"):
             reg.attach(optimizer, every=every)  # type: ignore[arg-type]
@@ -306,7 +306,7 @@ def test_a_successor_of_a_dead_optimizer_is_warned_of_once(
 ) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.5))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     reg.attach(optimizer, every=1)
     with caplog.at_level(logging.WARNING, "wellcond"):
         successor = torch.optim.SGD(model.parameters(), 0.1)
@@ -328,7 +328,7 @@ def test_a_successor_of_a_dead_optimizer_is_warned_of_once(
 def test_a_copied_optimizer_trains_unattached_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, wc.Condition(0.5))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     reg.attach(optimizer, every=1)
     restored = torch.optim.SGD(model.parameters(), 0.1)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -342,7 +342,7 @@ def test_a_copied_optimizer_trains_unattached_and_says_so(caplog: pytest.LogCapt
 def test_the_optimizer_keeps_the_regulariser_alive() -> None:
     model = net(torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    wc.Regularizer(model, wc.Condition(1e3)).attach(optimizer, every=1)
+    wc.Regularizer(model, wc.ConditionPenalty(1e3)).attach(optimizer, every=1)
     gc.collect()
     before = wc.condition_number(model[0].weight)
     optimizer.param_groups[0]["lr"] = 1e-4
@@ -362,9 +362,9 @@ def test_schedules_are_called_with_the_number_of_applications() -> None:
         return 0.1 * step
 
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(strength))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(strength))
     for _ in range(3):
-        reg.add_gradients_()
+        reg.add_gradients()
     assert seen == [0, 1, 2]
     optimizer = torch.optim.SGD(layer.parameters(), 0.0)
     reg.attach(optimizer, every=2)
@@ -374,9 +374,9 @@ def test_schedules_are_called_with_the_number_of_applications() -> None:
 
 
 def test_a_schedule_that_turns_negative_is_named() -> None:
-    reg = wc.Regularizer(gap(), wc.Condition(lambda step: -1.0))
+    reg = wc.Regularizer(gap(), wc.ConditionPenalty(lambda step: -1.0))
     with pytest.raises(ValueError, match=r"`strength\(0\)` must be finite and not negative"):
-        reg.add_gradients_()
+        reg.add_gradients()
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -413,11 +413,11 @@ def test_no_temporary_is_of_the_size_of_the_weight(kind: str) -> None:
         module = module.bfloat16()
     weight = module.weight
     weight.grad = torch.zeros_like(weight)
-    reg = wc.Regularizer(module, wc.Condition(1.0), block=8)
+    reg = wc.Regularizer(module, wc.ConditionPenalty(1.0), block_size=8)
     with LargestAllocation() as largest:
-        reg.add_gradients_()
+        reg.add_gradients()
         if kind != "bfloat16":
-            reg.proximal_step_(0.1)
+            reg.proximal_step(0.1)
     assert 0 < largest.numel < weight.numel() / 3
     state = sum(t.numel() for entry in reg.state_dict().values() for t in entry.values())
     m, n = weight.flatten(1).shape if weight.ndim == 4 else weight.shape[-2:]
@@ -432,9 +432,9 @@ def test_the_model_the_global_generator_and_the_streams_are_left_alone(
     keys, hooks = list(model.state_dict()), dict(model[0]._forward_pre_hooks)
     weights = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.attach(optimizer)
-    reg.add_gradients_()
+    reg.add_gradients()
     reg()
     reg.measure()
     repr(reg)
@@ -454,7 +454,7 @@ def test_same_seed_same_numbers() -> None:
     for _ in range(2):
         model = net()
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        reg = wc.Regularizer(model, wc.Condition(0.1), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
         reg.attach(optimizer, every=2)
         train(model, optimizer, 9, reg)
         runs.append(model[0].weight.detach().clone())
@@ -467,14 +467,14 @@ def flattened(reg: wc.Regularizer) -> dict[str, Tensor]:
 
 def test_only_applications_advance_the_subspace() -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
     start = flattened(reg)
     reg.measure()
     with torch.no_grad():
         reg()
     for key, value in flattened(reg).items():
         assert torch.equal(value, start[key]), key
-    for apply in (reg, reg.add_gradients_, lambda: reg.proximal_step_(0.1)):
+    for apply in (reg, reg.add_gradients, lambda: reg.proximal_step(0.1)):
         before = flattened(reg)
         apply()
         after = flattened(reg)
@@ -487,7 +487,7 @@ def test_resuming_is_bitwise(at: int) -> None:
         model = net()
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         strength = lambda step: 0.1 + 0.01 * step  # noqa: E731
-        reg = wc.Regularizer(model, wc.Condition(strength), block=4)
+        reg = wc.Regularizer(model, wc.ConditionPenalty(strength), block_size=4)
         reg.attach(optimizer, every=3)
         return model, optimizer, reg
 
@@ -511,18 +511,18 @@ def test_resuming_is_bitwise(at: int) -> None:
 
 def test_the_state_has_the_same_shapes_before_and_after_training() -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=4)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
     before = {key: (value.shape, value.dtype) for key, value in flattened(reg).items()}
-    reg.add_gradients_()
+    reg.add_gradients()
     assert {key: (value.shape, value.dtype) for key, value in flattened(reg).items()} == before
 
 
 def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=4)
-    reg.add_gradients_()
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
+    reg.add_gradients()
     good, before = reg.state_dict(), flattened(reg)
-    wide = wc.Regularizer(model, wc.Condition(0.1), block=5).state_dict()
+    wide = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=5).state_dict()
     fewer = {"0.weight": good["0.weight"]}
     lacking = {name: {k: v for k, v in s.items() if k != "step"} for name, s in good.items()}
     integer = {name: {**s, "basis": s["basis"].long()} for name, s in good.items()}
@@ -543,7 +543,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
 
 def test_the_subspace_is_found_anew_when_weights_are_loaded_after_construction() -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(1.0), block=3)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=3)
     layer.load_state_dict(linear([7.0, 2.0, 1.0, 1, 1, 1, 1, 1, 1], seed=5).state_dict())
     torch.testing.assert_close(reg.measure()["weight"].sigma_max, 7.0, rtol=1e-3, atol=0)
 
@@ -552,13 +552,13 @@ def test_the_subspace_is_found_anew_when_weights_are_loaded_after_construction()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("penalty_type", [wc.Condition, wc.Tikhonov])
+@pytest.mark.parametrize("penalty_type", [wc.ConditionPenalty, wc.TikhonovPenalty])
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
     penalty_type: type, bad: float
 ) -> None:
     model = net()
-    reg = wc.Regularizer(model, penalty_type(0.1), block=4)
-    reg.add_gradients_()
+    reg = wc.Regularizer(model, penalty_type(0.1), block_size=4)
+    reg.add_gradients()
     with torch.no_grad():
         kept = model[2].weight[0, 0].clone()
         model[2].weight[0, 0] = bad  # the last weight: the first must not be done before it
@@ -566,7 +566,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
     reg.attach(optimizer, every=1)
     before, weights = flattened(reg), copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in (model[0].weight, model[2].weight)]
-    for apply in (reg, reg.add_gradients_, lambda: reg.proximal_step_(0.1)):
+    for apply in (reg, reg.add_gradients, lambda: reg.proximal_step(0.1)):
         with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
             apply()
     model[0].weight.grad, model[2].weight.grad = (torch.zeros_like(g) for g in gradients)
@@ -584,19 +584,19 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
     assert estimates["0.weight"].status == ""
     with torch.no_grad():
         model[2].weight[0, 0] = kept
-    reg.add_gradients_()
+    reg.add_gradients()
     assert reg.measure()["2.weight"].status == ""
 
 
 def test_a_gradient_is_untouched_when_a_weight_is_not_finite() -> None:
     model = net()
-    reg = wc.Regularizer(model, wc.Condition(0.1))
-    reg.add_gradients_()
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
+    reg.add_gradients()
     before = [p.grad.clone() for p in (model[0].weight, model[2].weight)]
     with torch.no_grad():
         model[2].weight.fill_(math.nan)
     with pytest.raises(ValueError, match=r"2.weight"):
-        reg.add_gradients_()
+        reg.add_gradients()
     for parameter, gradient_ in zip((model[0].weight, model[2].weight), before, strict=True):
         assert torch.equal(parameter.grad, gradient_)
 
@@ -604,12 +604,12 @@ def test_a_gradient_is_untouched_when_a_weight_is_not_finite() -> None:
 def test_a_zero_weight_does_nothing_says_so_and_recovers() -> None:
     layer = gap()
     weight = layer.weight.detach().clone()
-    reg = wc.Regularizer(layer, wc.Condition(0.5), block=3)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=3)
     with torch.no_grad():
         layer.weight.zero_()
     assert reg().item() == 0
-    reg.add_gradients_()
-    reg.proximal_step_(0.1)
+    reg.add_gradients()
+    reg.proximal_step(0.1)
     assert not layer.weight.any()
     assert not layer.weight.grad.any()
     assert "zero" in reg.measure()["weight"].status
@@ -630,9 +630,9 @@ def test_narrow_and_scaled_weights_have_the_dense_outcome(
     with torch.no_grad():
         source = torch.Generator().manual_seed(0)
         layer.weight.copy_(scale * torch.randn(shape, generator=source))
-    reg = wc.Regularizer(layer, wc.Condition(0.5))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5))
     converge(reg)
-    reg.add_gradients_()
+    reg.add_gradients()
     sigma = torch.linalg.svdvals(layer.weight.detach().double())[0]
     # Single-precision vectors of a spectrum with gaps of a tenth.
     expected = 0.5 * gradient(layer.weight.detach())
@@ -640,7 +640,7 @@ def test_narrow_and_scaled_weights_have_the_dense_outcome(
         layer.weight.grad.double(), expected, rtol=0, atol=1e-4 * float(sigma)
     )
     expected = proximal_step(layer.weight.detach(), 0.25)
-    reg.proximal_step_(0.5)
+    reg.proximal_step(0.5)
     torch.testing.assert_close(
         layer.weight.detach().double(), expected, rtol=0, atol=1e-4 * float(sigma)
     )
@@ -648,9 +648,9 @@ def test_narrow_and_scaled_weights_have_the_dense_outcome(
 
 def test_rank_one_weight_gains_no_rank_and_stays_bounded() -> None:
     layer = linear([3.0])
-    reg = wc.Regularizer(layer, wc.Condition(0.5), block=3)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=3)
     for _ in range(10):
-        reg.proximal_step_(0.1)
+        reg.proximal_step(0.1)
     sigma = torch.linalg.svdvals(layer.weight.detach())
     # One singular value: sigma (1 + eta/nu)/(1 + eta), each step.
     torch.testing.assert_close(float(sigma[0]), 3 * ((1 + 0.05 / 9) / 1.05) ** 10)
@@ -660,9 +660,9 @@ def test_rank_one_weight_gains_no_rank_and_stays_bounded() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_are_right(dtype: torch.dtype) -> None:
     layer = gap().to(dtype)
-    reg = wc.Regularizer(layer, wc.Condition(0.5), block=4)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=4)
     converge(reg)
-    reg.add_gradients_()
+    reg.add_gradients()
     expected = 0.5 * gradient(layer.weight.detach())
     assert layer.weight.grad.dtype == dtype
     # One rounding to the storage type.
@@ -679,16 +679,18 @@ def test_half_precision_gradients_are_right(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("penalty", [wc.Condition(1.0), wc.Tikhonov(1.0)])
+@pytest.mark.parametrize("penalty", [wc.ConditionPenalty(1.0), wc.TikhonovPenalty(1.0)])
 def test_proximal_steps_in_half_precision_are_unbiased(
-    dtype: torch.dtype, penalty: wc.Condition
+    dtype: torch.dtype, penalty: wc.ConditionPenalty
 ) -> None:
     """Steps far below the distance of neighbours happen as often as they should."""
     layer = gap().to(dtype)
     before = layer.weight.detach().clone()
     eta, times = 5e-5, 1500
     wide = before.double()
-    exact = proximal_step(wide, eta) if isinstance(penalty, wc.Condition) else wide / (1 + eta)
+    exact = (
+        proximal_step(wide, eta) if isinstance(penalty, wc.ConditionPenalty) else wide / (1 + eta)
+    )
     # To the nearest, hardly anything would ever happen.
     assert int((exact.to(dtype) != before).sum()) <= 4
     reg = wc.Regularizer(layer, penalty)
@@ -696,7 +698,7 @@ def test_proximal_steps_in_half_precision_are_unbiased(
     total = torch.zeros_like(wide)
     with torch.no_grad():
         for _ in range(times):
-            reg.proximal_step_(eta)
+            reg.proximal_step(eta)
             total += layer.weight.double()
             distance = (layer.weight.double() - exact).abs()
             assert bool((distance <= wide.abs() * torch.finfo(dtype).eps).all())
@@ -714,14 +716,14 @@ def test_rounding_by_chance_is_the_same_again_and_draws_no_global_numbers() -> N
     for _ in range(2):
         state = torch.get_rng_state()
         layer = gap().bfloat16()
-        reg = wc.Regularizer(layer, wc.Condition(1.0))
+        reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
         before = layer.weight.detach().clone()
         torch.set_rng_state(state)
-        reg.proximal_step_(0.01)
+        reg.proximal_step(0.01)
         first = layer.weight.detach().clone()
         with torch.no_grad():
             layer.weight.copy_(before)
-        reg.proximal_step_(0.01)
+        reg.proximal_step(0.01)
         assert not torch.equal(layer.weight, first)  # each step draws anew
         assert torch.equal(torch.get_rng_state(), state)
         weights.append(layer.weight.detach().clone())
@@ -732,7 +734,7 @@ def test_an_optimizer_in_half_precision_lowers_kappa() -> None:
     torch.manual_seed(0)
     layer = gap().bfloat16()
     optimizer = torch.optim.SGD(layer.parameters(), 1e-3)
-    wc.Regularizer(layer, wc.Condition(2.0)).attach(optimizer, every=1)
+    wc.Regularizer(layer, wc.ConditionPenalty(2.0)).attach(optimizer, every=1)
     before = float(wc.condition_number(layer.weight))
     for _ in range(400):
         layer.weight.grad = torch.zeros_like(layer.weight)
@@ -742,15 +744,15 @@ def test_an_optimizer_in_half_precision_lowers_kappa() -> None:
 
 def test_autocast_does_not_reach_inside() -> None:
     layer, plain = gap().float(), gap().float()
-    reg, other = (wc.Regularizer(x, wc.Condition(0.5), block=4) for x in (layer, plain))
+    reg, other = (wc.Regularizer(x, wc.ConditionPenalty(0.5), block_size=4) for x in (layer, plain))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = reg()
     loss.backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        reg.proximal_step_(0.01)
+        reg.proximal_step(0.01)
     value = other()
     value.backward()
-    other.proximal_step_(0.01)
+    other.proximal_step(0.01)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, value)
     assert torch.equal(layer.weight, plain.weight)
@@ -760,9 +762,9 @@ def test_autocast_does_not_reach_inside() -> None:
 def test_a_gradient_in_another_memory_layout_is_taken_up_right() -> None:
     conv = nn.Conv2d(3, 8, 3, bias=False).double().to(memory_format=torch.channels_last)
     conv.weight.grad = torch.zeros(8, 3, 3, 3, dtype=torch.float64)  # contiguous
-    reg = wc.Regularizer(conv, wc.Condition(1.0))
+    reg = wc.Regularizer(conv, wc.ConditionPenalty(1.0))
     converge(reg)
-    reg.add_gradients_()
+    reg.add_gradients()
     expected = gradient(conv.weight.detach().contiguous().flatten(1)).reshape(8, 3, 3, 3)
     torch.testing.assert_close(conv.weight.grad, expected)
 
@@ -770,11 +772,11 @@ def test_a_gradient_in_another_memory_layout_is_taken_up_right() -> None:
 def test_blocks_of_one_parameter_are_regularised_each_on_its_own() -> None:
     attention = nn.MultiheadAttention(6, 2, dtype=torch.float64)
     reg = wc.Regularizer(
-        attention, {"in_proj_weight:q": wc.Condition(1.0), "*:v": wc.Tikhonov(1.0)}
+        attention, {"in_proj_weight:q": wc.ConditionPenalty(1.0), "*:v": wc.TikhonovPenalty(1.0)}
     )
     q, k, v = attention.in_proj_weight.detach().clone().chunk(3)
     converge(reg)
-    reg.proximal_step_(0.3)
+    reg.proximal_step(0.3)
     new = attention.in_proj_weight.detach().chunk(3)
     for one, expected in zip(new, (proximal_step(q, 0.3), k, v / 1.3), strict=True):
         torch.testing.assert_close(one, expected)
@@ -782,15 +784,15 @@ def test_blocks_of_one_parameter_are_regularised_each_on_its_own() -> None:
 
 def test_replaced_parameters_are_followed() -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(1.0))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
     layer.load_state_dict(gap().state_dict(), assign=True)
-    reg.add_gradients_()
+    reg.add_gradients()
     assert layer.weight.grad is not None
 
 
 def test_measure_reports_a_lower_bound_and_a_residual_that_encloses() -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(0.25), block=2)
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(0.25), block_size=2)
     sigma = torch.linalg.svdvals(layer.weight.detach())
     estimate = reg.measure()["weight"]
     assert estimate.sigma_max <= float(sigma[0]) * (1 + 1e-14)
@@ -801,40 +803,46 @@ def test_measure_reports_a_lower_bound_and_a_residual_that_encloses() -> None:
 
 def test_when_all_weights_are_frozen_later_nothing_is_left_to_do() -> None:
     layer = gap()
-    reg = wc.Regularizer(layer, wc.Condition(1.0))
+    reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
     layer.requires_grad_(False)
     assert reg().item() == 0
-    reg.add_gradients_()
-    reg.proximal_step_(0.1)
+    reg.add_gradients()
+    reg.proximal_step(0.1)
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("block", [0, -1, 2.0, True])
-def test_a_bad_block_is_refused(block: object) -> None:
-    with pytest.raises(ValueError, match="`block` must be a positive integer"):
-        wc.Regularizer(gap(), wc.Condition(1.0), block=block)  # type: ignore[arg-type]
+@pytest.mark.parametrize("block_size", [0, -1, 2.0, True])
+def test_a_bad_block_is_refused(block_size: object) -> None:
+    with pytest.raises(ValueError, match="`block_size` must be a positive integer"):
+        wc.Regularizer(gap(), wc.ConditionPenalty(1.0), block_size=block_size)  # type: ignore[arg-type]
 
 
 def test_bad_steps_by_hand_are_refused() -> None:
-    reg = wc.Regularizer(gap(), wc.Condition(1.0))
+    reg = wc.Regularizer(gap(), wc.ConditionPenalty(1.0))
     for lr in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="`lr` must be finite and not negative"):
-            reg.proximal_step_(lr)
+            reg.proximal_step(lr)
     for steps in (0, -2, 1.0):
         with pytest.raises(ValueError, match="`steps` must be a positive integer"):
-            reg.proximal_step_(0.1, steps=steps)  # type: ignore[arg-type]
+            reg.proximal_step(0.1, steps=steps)  # type: ignore[arg-type]
 
 
 def test_the_print_names_what_is_regularised_and_what_is_left_out() -> None:
-    text = repr(wc.Regularizer(net(), {"0.*": wc.Condition(0.1), "*": None}))
-    for part in ("0.weight", "16x20", "Condition(strength=0.1)", "2.weight", 'a pattern: "*"'):
+    text = repr(wc.Regularizer(net(), {"0.*": wc.ConditionPenalty(0.1), "*": None}))
+    for part in (
+        "0.weight",
+        "16x20",
+        "ConditionPenalty(strength=0.1)",
+        "2.weight",
+        'a pattern: "*"',
+    ):
         assert part in text
 
 
 def test_a_weight_that_the_optimizer_no_longer_holds_is_named() -> None:
     layer = gap()
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    wc.Regularizer(layer, wc.Condition(0.1)).attach(optimizer, every=1)
+    wc.Regularizer(layer, wc.ConditionPenalty(0.1)).attach(optimizer, every=1)
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     with pytest.raises(ValueError, match=r'does not hold "weight" any more'):
         optimizer.step()
@@ -843,25 +851,27 @@ def test_a_weight_that_the_optimizer_no_longer_holds_is_named() -> None:
 def test_weights_may_lie_on_several_devices() -> None:
     """A device without data stands for a second one: what mixes devices fails there too."""
     model = nn.Sequential(nn.Linear(6, 5, device="meta"), nn.Linear(5, 4), nn.Linear(5, 4))
-    reg = wc.Regularizer(model, wc.Condition(0.1), block=2)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=2)
     with on_a_device():
         reg().backward()
-        reg.add_gradients_()
-        reg.proximal_step_(0.1)
+        reg.add_gradients()
+        reg.proximal_step(0.1)
     assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"cpu", "meta"}
 
 
 def test_a_model_may_move_to_another_device_after_construction() -> None:
     """Warm or not, all that is remembered goes with it; nothing is left where it was."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    reg = wc.Regularizer(model, {"0.*": wc.Condition(0.1), "1.*": wc.Tikhonov(0.1)}, block=2)
-    reg.add_gradients_()
+    reg = wc.Regularizer(
+        model, {"0.*": wc.ConditionPenalty(0.1), "1.*": wc.TikhonovPenalty(0.1)}, block_size=2
+    )
+    reg.add_gradients()
     model.zero_grad()
     model.to("meta")
     with on_a_device():
         reg().backward()
-        reg.add_gradients_()
-        reg.proximal_step_(0.1)
+        reg.add_gradients()
+        reg.proximal_step(0.1)
     assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
     for state in reg._states:
         kept = (state.subspace.basis, state.strength, state.shortened)

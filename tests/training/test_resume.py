@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import wellcond as wc
 
-WAYS = ["loss", "add_gradients_", "attach"]
+WAYS = ["loss", "add_gradients", "attach"]
 STEPS = 12
 
 
@@ -44,8 +44,8 @@ class Training(NamedTuple):
             x = torch.randn(6, 20, generator=torch.Generator().manual_seed(step))
             loss = self.model(x).square().mean()
             (loss + self.reg() if self.way == "loss" else loss).backward()
-            if self.way == "add_gradients_":
-                self.reg.add_gradients_()
+            if self.way == "add_gradients":
+                self.reg.add_gradients()
             self.optimizer.step()
             self.schedule.step()
 
@@ -67,8 +67,11 @@ def start(way: str, tensor_lr: bool = False) -> Training:
     lr = torch.tensor(0.01) if tensor_lr else 0.01
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     schedule = LambdaLR(optimizer, lambda step: 0.9**step)
-    penalties = {"0.*": wc.Condition(lambda step: 2.0 + step), "2.*": wc.Tikhonov(0.3)}
-    reg = wc.Regularizer(model, penalties, block=4)
+    penalties = {
+        "0.*": wc.ConditionPenalty(lambda step: 2.0 + step),
+        "2.*": wc.TikhonovPenalty(0.3),
+    }
+    reg = wc.Regularizer(model, penalties, block_size=4)
     if way == "attach":
         reg.attach(optimizer, every=5)
     return Training(model, optimizer, schedule, reg, way)
@@ -156,10 +159,10 @@ def test_resuming_is_bitwise_whatever_the_memory_layout_of_the_saved_state(
     torch.manual_seed(0)
     model = nn.Linear(shape[1], shape[0], bias=False)
     weight = model.weight.detach().clone()
-    reg = wc.Regularizer(model, wc.Condition(0.3), block=5)
+    reg = wc.Regularizer(model, wc.ConditionPenalty(0.3), block_size=5)
     for at in (7, 8):  # the next product is from the right, and from the left
         for _ in range(at):
-            reg.add_gradients_()
+            reg.add_gradients()
         state = reg.state_dict()
         ends = []
         for layout in (lambda x: x, Tensor.contiguous, lambda x: x.mT.contiguous().mT):
@@ -171,7 +174,7 @@ def test_resuming_is_bitwise_whatever_the_memory_layout_of_the_saved_state(
             )
             model.weight.grad = None
             for _ in range(4):
-                reg.add_gradients_()
+                reg.add_gradients()
             ends.append({"grad": model.weight.grad.clone(), "reg": reg.state_dict()})
         assert_bitwise(ends[1], ends[0])
         assert_bitwise(ends[2], ends[0])
@@ -229,7 +232,8 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
 optimizer = torch.optim.Adam(model.parameters(), 0.01)
-reg = wc.Regularizer(model, {"0.*": wc.Condition(2.0), "2.*": wc.Condition(0.1)}, block=4)
+rules = {"0.*": wc.ConditionPenalty(2.0), "2.*": wc.ConditionPenalty(0.1)}
+reg = wc.Regularizer(model, rules, block_size=4)
 reg.attach(optimizer, every=7)
 parts = {"model": model, "optimizer": optimizer, "reg": reg}
 
@@ -259,7 +263,7 @@ for step in range(first, steps):
     optimizer.zero_grad()
     x = torch.randn(6, 20, generator=torch.Generator().manual_seed(step))
     model(x).square().mean().backward()
-    reg.add_gradients_()
+    reg.add_gradients()
     optimizer.step()
     time.sleep(0.002)
     if (step + 1) % 10 == 0:
@@ -341,23 +345,23 @@ def stack(matrices: int) -> nn.Module:
     ("own", "other"),
     [
         pytest.param(
-            lambda: (nn.Linear(9, 12), wc.Condition(1.0)),
-            lambda: (nn.Linear(9, 13), wc.Condition(1.0)),
+            lambda: (nn.Linear(9, 12), wc.ConditionPenalty(1.0)),
+            lambda: (nn.Linear(9, 13), wc.ConditionPenalty(1.0)),
             id="more rows",
         ),
         pytest.param(
-            lambda: (nn.Linear(9, 12), wc.Condition(1.0)),
-            lambda: (nn.Linear(12, 9), wc.Condition(1.0)),
+            lambda: (nn.Linear(9, 12), wc.ConditionPenalty(1.0)),
+            lambda: (nn.Linear(12, 9), wc.ConditionPenalty(1.0)),
             id="transposed",
         ),
         pytest.param(
-            lambda: (nn.Linear(9, 12), wc.Condition(1.0)),
-            lambda: (nn.Linear(9, 12), wc.Tikhonov(1.0)),
+            lambda: (nn.Linear(9, 12), wc.ConditionPenalty(1.0)),
+            lambda: (nn.Linear(9, 12), wc.TikhonovPenalty(1.0)),
             id="a penalty that needs no vectors",
         ),
         pytest.param(
-            lambda: (stack(3), wc.Condition(1.0)),
-            lambda: (stack(4), wc.Condition(1.0)),
+            lambda: (stack(3), wc.ConditionPenalty(1.0)),
+            lambda: (stack(4), wc.ConditionPenalty(1.0)),
             id="a longer stack",
         ),
     ],
@@ -368,14 +372,14 @@ def test_a_file_of_another_model_is_refused_and_training_goes_on_unchanged(
     tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
-    foreign = wc.Regularizer(*other(), block=4)
+    foreign = wc.Regularizer(*other(), block_size=4)
     torch.save(foreign.state_dict(), tmp_path / "reg.pt")
     model, penalty = own()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    reg = wc.Regularizer(model, penalty, block=4)
+    reg = wc.Regularizer(model, penalty, block_size=4)
     attachment = reg.attach(optimizer, every=3)
     for _ in range(4):
-        reg.add_gradients_()
+        reg.add_gradients()
         optimizer.step()
     before = copy.deepcopy([reg.state_dict(), model.state_dict()])
     with pytest.raises(ValueError, match=r"`state.*must"):

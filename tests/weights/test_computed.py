@@ -204,7 +204,7 @@ def test_a_limit_on_a_part_by_its_exact_name_holds_in_the_part_and_says_so(
         '"weight_orig" is a part from which weight is computed by pruning: what is regularised'
     )
     assert "a part from which weight is computed by pruning: it is meant" in repr(reg)
-    reg.enforce_()
+    reg.enforce()
     assert float(wc.condition_number(layer.weight_orig.detach())) <= 3
     (found,) = wc.audit(layer).findings
     assert found.condition_number == torch.inf

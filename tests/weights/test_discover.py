@@ -7,7 +7,7 @@ from torch import nn
 import wellcond as wc
 from wellcond.weights.discover import find_weights
 
-EVERYTHING = wc.Condition(0.1)
+EVERYTHING = wc.ConditionPenalty(0.1)
 
 
 class Conv1D(nn.Module):
@@ -128,7 +128,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
         "norm.weight": "not a matrix: a vector",
         "lin.bias": "not a matrix: a vector",
         "experts.weight": "a parameter whose use is not known: of Mystery",
-        "para.parametrizations.weight.original": str(wc.Reason.parametrized.value),
+        "para.parametrizations.weight.original": str(wc.report.Reason.parametrized.value),
         "lazy.weight": "not initialised yet: run the model once first",
         "none.weight": "not a matrix: it has no entries",
     }.items():
@@ -148,7 +148,7 @@ def test_a_weight_tied_to_an_embedding_is_an_embedding() -> None:
     model["other"] = nn.Linear(2, 2, bias=False)
     reg = wc.Regularizer(model, EVERYTHING)
     assert reg.names == ["other.weight"]
-    assert reg.skipped["head.weight"].reason is wc.Reason.embedding
+    assert reg.skipped["head.weight"].reason is wc.report.Reason.embedding
     assert wc.Regularizer(model, {"emb.weight": EVERYTHING}).names == ["head.weight"]
 
 
@@ -160,8 +160,8 @@ def test_frozen_weights_are_skipped_and_listed() -> None:
     assert str(reg.skipped["0.weight"]) == "frozen: requires_grad is False"
     model[1].requires_grad_(False)
     before = model[1].weight.clone()
-    reg.proximal_step_(1.0)
-    reg.add_gradients_()
+    reg.proximal_step(1.0)
+    reg.add_gradients()
     assert model[1].weight.grad is None
     assert torch.equal(model[1].weight, before)
     assert "frozen since" in repr(reg)
@@ -170,7 +170,7 @@ def test_frozen_weights_are_skipped_and_listed() -> None:
 def test_the_first_pattern_that_matches_wins() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     reg = wc.Regularizer(
-        model, {"0.*": wc.Condition(0.5), "1.weight": None, "*": wc.Tikhonov(0.25)}
+        model, {"0.*": wc.ConditionPenalty(0.5), "1.weight": None, "*": wc.TikhonovPenalty(0.25)}
     )
     assert {name: estimate.strength for name, estimate in reg.measure().items()} == {
         "0.weight": 0.5,
@@ -178,7 +178,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
     }
     assert str(reg.skipped["1.weight"]) == 'left out by a pattern: "1.weight"'
     reg = wc.Regularizer(model, {"0.*": EVERYTHING})
-    assert reg.skipped["1.weight"].reason is wc.Reason.unmatched
+    assert reg.skipped["1.weight"].reason is wc.report.Reason.unmatched
 
 
 def test_a_stack_is_taken_by_its_exact_name_whole_or_matrix_by_matrix() -> None:
@@ -190,7 +190,7 @@ def test_a_stack_is_taken_by_its_exact_name_whole_or_matrix_by_matrix() -> None:
     assert one.names == ["weight:2"]
     expected = experts.weight.detach().clone()
     expected[2] = wc.proximal_step(expected[2], 0.1 * 0.5)
-    one.proximal_step_(0.5)
+    one.proximal_step(0.5)
     torch.testing.assert_close(experts.weight.detach(), expected)
 
 

@@ -125,7 +125,7 @@ def test_complex_weights_are_measured_and_left_out_of_limits() -> None:
         assert row.penalty == pytest.approx(float(wc.condition_penalty(S)), rel=1e-6)
         assert row.dtype == str(weight.dtype).removeprefix("torch.")
         assert row.rank == 3
-        assert row.grade is wc.Grade.certified
+        assert row.grade is wc.report.Grade.certified
         assert row.largest_entry == pytest.approx(float(torch.view_as_real(S).abs().max()))
         assert row.exceedance != row.exceedance  # of complex Gaussian matrices another law holds
     assert report.coverage.measured == 2
@@ -157,7 +157,7 @@ def test_a_complex_weight_that_is_not_finite_says_so() -> None:
     layer = nn.Linear(3, 3, dtype=torch.complex64)
     layer.weight.data[0, 0] = complex(1, float("nan"))
     (found,) = wc.audit(nn.Sequential(layer, nn.Linear(3, 2))).findings[:1]
-    assert (found.status, found.detail) == (wc.Status.not_finite, "1 of 9 entries")
+    assert (found.status, found.detail) == (wc.report.Status.not_finite, "1 of 9 entries")
 
 
 def test_weights_without_values_are_named() -> None:
@@ -168,9 +168,9 @@ def test_weights_without_values_are_named() -> None:
     with pytest.raises(ValueError, match=r"0.weight: a tensor without values"):
         wc.audit(model)
     limited = wc.Regularizer(model, wc.ConditionLimit(2.0))  # it may be made before they are loaded
-    soft = wc.Regularizer(model, wc.Condition(1.0))
-    uses = [limited.enforce_, limited.measure, soft.measure, soft, soft.add_gradients_]
-    uses += [lambda: soft.proximal_step_(0.1), wc.Monitor(model).measure]
+    soft = wc.Regularizer(model, wc.ConditionPenalty(1.0))
+    uses = [limited.enforce, limited.measure, soft.measure, soft, soft.add_gradients]
+    uses += [lambda: soft.proximal_step(0.1), wc.Monitor(model).measure]
     for use in uses:
         with pytest.raises(ValueError, match=r'must have values, but "0.weight" is a meta tensor'):
             use()

@@ -96,7 +96,7 @@ def map_of(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return (images - origin).flatten(1).mT
 
 
-def only(report: wc.AuditReport) -> wc.Finding:
+def only(report: wc.AuditReport) -> wc.report.Finding:
     (finding,) = report.findings
     return finding
 
@@ -462,7 +462,7 @@ def test_no_process_waits_for_others(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("rule", [wc.ConditionLimit(4.0), wc.Condition(0.1)], ids=repr)
+@pytest.mark.parametrize("rule", [wc.ConditionLimit(4.0), wc.ConditionPenalty(0.1)], ids=repr)
 def test_a_rule_on_a_weight_that_is_changed_later_is_named_once(
     rule: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,7 @@ from architectures import TIMM, TRANSFORMERS, of_transformers, randomised
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.checkpoints.findings import Finding
+from wellcond.report.findings import Finding
 from wellcond.weights.fused import views_by_name
 from wellcond.weights.matrices import seen_through
 
@@ -369,7 +369,7 @@ def test_patterns_reach_gates_and_experts() -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     reg = wc.Regularizer(model, {"*gate_up_proj.weight:gate": wc.ConditionLimit(2.0)})
     assert [name.rpartition(":")[2] for name in reg.names] == ["gate"] * 2
-    reg.enforce_()
+    reg.enforce()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {f"model.layers.{i}.mlp.gate_up_proj.weight" for i in range(2)}
     for name in moved:
@@ -380,10 +380,12 @@ def test_patterns_reach_gates_and_experts() -> None:
     model = of_transformers("Mixtral")
     reg = wc.Regularizer(model, {"*gate_up_proj:up": wc.ConditionLimit(2.0)})
     assert len(reg.names) == 2
-    reg.enforce_()
+    reg.enforce()
     found = {n: f.condition_number for n, f in rows(wc.audit(model)).items()}
     assert all((kappa <= 2.0) == (":up:" in n) for n, kappa in found.items() if "gate_up" in n)
-    one = wc.Regularizer(model, {"model.layers.1.mlp.experts.gate_up_proj:gate:2": wc.Condition(1)})
+    one = wc.Regularizer(
+        model, {"model.layers.1.mlp.experts.gate_up_proj:gate:2": wc.ConditionPenalty(1)}
+    )
     assert one.names == ["model.layers.1.mlp.experts.gate_up_proj:gate:2"]
 
 
@@ -398,8 +400,8 @@ def test_a_state_from_before_the_split_is_refused() -> None:
             super().__init__()
             self.gate_up_proj, self.down_proj = nn.Linear(4, 12), nn.Linear(12, 4)
 
-    reg = wc.Regularizer(Gated(), wc.Condition(0.1))
+    reg = wc.Regularizer(Gated(), wc.ConditionPenalty(0.1))
     assert reg.names == ["gate_up_proj.weight:gate", "gate_up_proj.weight:up", "down_proj.weight"]
-    state = wc.Regularizer(Whole(), wc.Condition(0.1)).state_dict()
+    state = wc.Regularizer(Whole(), wc.ConditionPenalty(0.1)).state_dict()
     with pytest.raises(ValueError, match=r"gate_up_proj\.weight"):
         reg.load_state_dict(state)

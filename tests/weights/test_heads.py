@@ -280,14 +280,16 @@ def test_fused_projections_are_weights_of_their_own() -> None:
     model = Timm()
     assert names_of(model) == ["qkv.weight:q", "qkv.weight:k", "qkv.weight:v", "proj.weight"]
     blocks = model.qkv.weight.detach().clone().chunk(3)
-    reg = wc.Regularizer(model, {"qkv.weight:k": wc.Condition(0.5)})
+    reg = wc.Regularizer(model, {"qkv.weight:k": wc.ConditionPenalty(0.5)})
     assert reg.names == ["qkv.weight:k"]
-    reg.proximal_step_(1.0)
+    reg.proximal_step(1.0)
     q, k, v = model.qkv.weight.detach().chunk(3)
     assert torch.equal(q, blocks[0])
     assert torch.equal(v, blocks[2])
     torch.testing.assert_close(k, wc.proximal_step(blocks[1], 0.5))
-    assert wc.Regularizer(model, {"qkv.weight": wc.Condition(0.5)}).names == names_of(model)[:3]
+    assert (
+        wc.Regularizer(model, {"qkv.weight": wc.ConditionPenalty(0.5)}).names == names_of(model)[:3]
+    )
 
 
 def test_what_is_cut_head_by_head_or_not_known_stays_whole() -> None:

@@ -22,6 +22,6 @@ def test_a_limit_on_a_usual_architecture_passes_in_silence(
     reg = wc.Regularizer(model, wc.ConditionLimit(1e6))
     with caplog.at_level(logging.WARNING, "wellcond"):
         reg.attach(torch.optim.SGD(model.parameters(), 1e-3))
-        reg.enforce_()
+        reg.enforce()
         wc.enforce(model, wc.ConditionLimit(1e6))
     assert [record for record in caplog.records if record.name == "wellcond"] == []

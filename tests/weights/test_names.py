@@ -72,7 +72,7 @@ def test_what_is_laid_out_as_a_vector_is_one_in_a_model_too() -> None:
     model = nn.Module()
     model.token = nn.Parameter(torch.randn(1, 1, 8))
     model.linear = nn.Linear(8, 8)
-    assert wc.Regularizer(model, wc.Condition(0.1)).skipped["token"].reason is Reason.vector
+    assert wc.Regularizer(model, wc.ConditionPenalty(0.1)).skipped["token"].reason is Reason.vector
     assert wc.audit(model).coverage.skipped["token"].reason is Reason.vector
 
 
@@ -122,7 +122,7 @@ def test_a_file_of_transformers_and_its_model_agree(tmp_path: Path, tied: bool) 
         assert {f.label for f in of_file.findings} == {f.label for f in of_model.findings}
         assert of_file.coverage.parameter_share == of_model.coverage.parameter_share
         skipped = of_file.coverage.skipped
-        assert skipped["model.embed_tokens.weight"] == wc.Skipped(Reason.embedding)
+        assert skipped["model.embed_tokens.weight"] == wc.report.Skipped(Reason.embedding)
     assert ("lm_head.weight" in {f.name for f in of_model.findings}) is not tied
 
 
@@ -168,7 +168,7 @@ def test_a_tie_is_read_from_the_metadata(tmp_path: Path) -> None:
     report, of_model = wc.audit(path), wc.audit(model)
     assert [f.name for f in report.findings] == ["linear.weight"]
     assert report.coverage.parameter_share == of_model.coverage.parameter_share
-    why = wc.Skipped(Reason.embedding, "tied to wte.weight")
+    why = wc.report.Skipped(Reason.embedding, "tied to wte.weight")
     assert report.coverage.skipped["head.weight"] == why
     assert of_model.coverage.skipped["wte.weight"].reason is Reason.embedding
     wc.repair(path, tmp_path / "b.safetensors", 1.5)
@@ -179,7 +179,7 @@ def test_a_tie_is_read_from_the_metadata(tmp_path: Path) -> None:
     path.rename(tmp_path / "c.safetensors")
     save_file({"w": torch.eye(2)}, path)
     skipped = wc.audit(tmp_path, exclude=["b.*"]).coverage.skipped
-    tied = wc.Skipped(Reason.embedding, "tied to c.safetensors/wte.weight")
+    tied = wc.report.Skipped(Reason.embedding, "tied to c.safetensors/wte.weight")
     assert skipped["c.safetensors/head.weight"] == tied
 
 
@@ -366,7 +366,7 @@ def test_what_a_weight_is_computed_from_is_none(tmp_path: Path, how: str, kind: 
     whole = {"b.weight"} | {n for n in ("a.weight_ih_l0",) if n in content}
     assert {finding.name for finding in report.findings} == whole
     matrices = {name for name, tensor in content.items() if tensor.ndim > 1} - whole
-    why = wc.Skipped(Reason.parametrized, "audit the model instead")
+    why = wc.report.Skipped(Reason.parametrized, "audit the model instead")
     assert matrices
     assert {n: report.coverage.skipped[n] for n in matrices} == dict.fromkeys(matrices, why)
     with pytest.raises(ValueError, match="matches none"):

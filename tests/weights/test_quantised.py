@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wellcond as wc
-from wellcond.checkpoints.files import Checkpoint
+from wellcond.files.checkpoint import Checkpoint
 from wellcond.weights.names import no_weights
 from wellcond.weights.quantised import logical_entries
 from wellcond.weights.reasons import Reason
@@ -218,7 +218,7 @@ def test_a_bias_belongs_to_no_blocks(tmp_path: Path) -> None:
     }
     report = wc.audit(saved(tmp_path / "a.safetensors", content))
     why = report.coverage.skipped["experts.gate_up_proj_bias"]
-    assert why == wc.Skipped(Reason.added)
+    assert why == wc.report.Skipped(Reason.added)
     assert "elsewhere" not in str(report)
     # 2 codes a byte, and 24 entries of the bias.
     assert report.coverage.parameter_share == pytest.approx(16 / (16 + 2 * 2 * 768 + 24))

@@ -33,7 +33,7 @@ def layer_of(forward: Forward, base: type[Any] = nn.Linear, *sizes: int, **optio
         return Own()
 
 
-def found(layer: nn.Module, **options: Any) -> wc.Finding:
+def found(layer: nn.Module, **options: Any) -> wc.report.Finding:
     return next(f for f in wc.audit(layer, **options).findings if f.name == "weight")
 
 
@@ -187,7 +187,7 @@ def test_random_numbers_that_change_nothing_are_harmless() -> None:
 def test_what_acts_may_hold_infinity() -> None:
     layer = layer_of(lambda s, x: F.linear(x, s.weight * torch.tensor(float("inf"))))
     first, _ = wc.audit(nn.Sequential(layer, nn.Linear(8, 8))).findings
-    assert first.status is wc.Status.not_finite
+    assert first.status is wc.report.Status.not_finite
 
 
 @pytest.mark.parametrize("forward", [AFFINE["residual"], HARMLESS["gelu"]])
@@ -208,7 +208,7 @@ def test_layers_that_share_a_weight_and_act_differently_are_named(
         (row,) = wc.audit(net).findings
         assert 'another weight acts in "1.weight", which shares it' in row.detail
         caplog.clear()
-        wc.Regularizer(net, wc.Condition(0.1))
+        wc.Regularizer(net, wc.ConditionPenalty(0.1))
         (record,) = caplog.records
         assert "the forward of a layer that shares it changes" in record.getMessage()
     caplog.clear()
@@ -216,7 +216,7 @@ def test_layers_that_share_a_weight_and_act_differently_are_named(
     again.weight = plain.weight
     (row,) = wc.audit(nn.Sequential(plain, again)).findings
     assert row.detail == ""
-    wc.Regularizer(nn.Sequential(plain, again), wc.Condition(0.1))
+    wc.Regularizer(nn.Sequential(plain, again), wc.ConditionPenalty(0.1))
     assert not caplog.records
 
 
@@ -239,4 +239,4 @@ def test_a_caution_tries_no_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("unit vectors")
 
     monkeypatch.setattr("wellcond.weights.forward._from_unit_vectors", refuse)
-    wc.Regularizer(layer_of(AFFINE["residual"]), wc.Condition(0.1))
+    wc.Regularizer(layer_of(AFFINE["residual"]), wc.ConditionPenalty(0.1))

@@ -121,7 +121,7 @@ def test_nothing_that_a_layer_refers_to_is_changed(name: str) -> None:
     layer = Own(make(), count)
     before = copy.deepcopy(read(layer.other))
     wc.audit(layer)
-    wc.Regularizer(layer, wc.Condition(0.1))
+    wc.Regularizer(layer, wc.ConditionPenalty(0.1))
     assert torch.equal(read(layer.other), before)
     count(layer.other)
     assert not torch.equal(read(layer.other), before)  # the test sees a change

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.optimizer import Optimizer
 
 import wellcond as wc
-from wellcond.integrations._ways import Penalties, checked_way, has_modes
+from wellcond.integrations._modes import Penalties, checked_mode, has_modes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,7 +38,7 @@ class RegularizerCallback(Callback):
     - "proximal": a proximal step after every few steps of the optimizers that hold a regularised
       weight, by `Regularizer.attach`. It comes after the optimizer's step: neither clipping nor
       the scaling of the loss touches it. Steps that a GradScaler skips do not count.
-    - "gradients": `Regularizer.add_gradients_` in `on_before_optimizer_step`, once per optimizer
+    - "gradients": `Regularizer.add_gradients` in `on_before_optimizer_step`, once per optimizer
       step: after the gradients are accumulated and unscaled, before they are clipped. What is
       clipped is the sum of both gradients.
 
@@ -49,7 +49,7 @@ class RegularizerCallback(Callback):
     The weights are chosen when training starts, after the sanity check, under the names that the
     module gives them. What is frozen then stays without a penalty. Every `fit` starts afresh,
     unless it resumes: the state is in Lightning's checkpoints, and `fit(..., ckpt_path=...)` goes
-    on bit for bit. Two callbacks may be used together if they differ in patterns or way.
+    on bit for bit. Two callbacks may be used together if they differ in patterns or mode.
 
     Hard limits hold in what is validated and saved and at the end of training, whatever `every` is:
     they are applied before. An optimizer with eval(), as those of schedulefree, evaluates other
@@ -57,11 +57,11 @@ class RegularizerCallback(Callback):
     `on_validation_epoch_start` at the latest, and stay in eval() until checkpoints are saved.
 
     Args:
-        penalties: one penalty, or patterns to penalties, as for `Regularizer`.
-        way: "proximal" or "gradients".
+        rules: one penalty, or patterns to penalties, as for `Regularizer`.
+        mode: "proximal" or "gradients".
         every: for "proximal": a step after every so many optimizer steps; by default 10 for
             penalties, and hard limits when they are due, as for `attach`.
-        block: the width of the leading subspace, as for `Regularizer`.
+        block_size: the width of the leading subspace, as for `Regularizer`.
         log_every: every so many steps the loggers of the Trainer get a few aggregates and the worst
             five weights by name, see `Regularizer.log`; 0 for never.
 
@@ -70,7 +70,7 @@ class RegularizerCallback(Callback):
 
     Raises:
         TypeError: the penalties are neither a penalty nor a mapping.
-        ValueError: another way, or "gradients" for a limit or Isometry. When training
+        ValueError: another mode, or "gradients" for a limit or Isometry. When training
             starts: what `Regularizer` and `attach` refuse; no optimizer that holds a regularised
             weight; for "gradients" several of them, or a GradScaler with an optimizer that unscales
             for itself; DeepSpeed. When it resumes: a checkpoint without the state of this callback.
@@ -78,24 +78,24 @@ class RegularizerCallback(Callback):
     Example:
         >>> import wellcond as wc
         >>> from wellcond.integrations.lightning import RegularizerCallback
-        >>> callback = RegularizerCallback({"head.*": wc.Condition(100)}, every=5)
+        >>> callback = RegularizerCallback({"head.*": wc.ConditionPenalty(100)}, every=5)
         >>> callback.regularizer is None  # trainer = Trainer(callbacks=[callback]) comes next
         True
     """
 
     def __init__(
         self,
-        penalties: Penalties,
+        rules: Penalties,
         *,
-        way: str = "proximal",
+        mode: str = "proximal",
         every: int | str | None = None,
-        block: int = 32,
+        block_size: int = 32,
         log_every: int = 100,
     ) -> None:
-        self.penalties = penalties
-        self.way = checked_way(way, penalties)
+        self.rules = rules
+        self.mode = checked_mode(mode, rules)
         self.every = every
-        self.block = block
+        self.block_size = block_size
         self.log_every = log_every
         self.regularizer: wc.Regularizer | None = None
         self._training = False
@@ -107,9 +107,9 @@ class RegularizerCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Patterns and way, not strengths: those may change when a training resumes."""
-        patterns = list(self.penalties) if isinstance(self.penalties, Mapping) else ["*"]
-        return self._generate_state_key(way=self.way, patterns=patterns)
+        """Patterns and mode, not strengths: those may change when a training resumes."""
+        patterns = list(self.rules) if isinstance(self.rules, Mapping) else ["*"]
+        return self._generate_state_key(mode=self.mode, patterns=patterns)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -126,7 +126,7 @@ class RegularizerCallback(Callback):
         # Of DistributedDataParallel, whose processes share the work.
         group = getattr(trainer.model, "process_group", None)
         regularizer = wc.Regularizer(
-            pl_module, self.penalties, block=self.block, process_group=group
+            pl_module, self.rules, block_size=self.block_size, process_group=group
         )
         holders = _holders(regularizer, pl_module, trainer.optimizers)
         if not holders:
@@ -135,7 +135,7 @@ class RegularizerCallback(Callback):
                 f"but none of its {len(trainer.optimizers)} holds any of "
                 f"{', '.join(regularizer.names)}. Choose other weights with patterns."
             )
-        if self.way == "gradients":
+        if self.mode == "gradients":
             _refuse_gradients(trainer, holders)
         if self._loaded is not None:
             regularizer.load_state_dict(self._loaded)
@@ -145,7 +145,7 @@ class RegularizerCallback(Callback):
         self._training = True
         self._seen_step = trainer.global_step
         self._holders = holders
-        if self.way == "proximal":
+        if self.mode == "proximal":
             for optimizer in holders:
                 regularizer.attach(optimizer, every=self.every)
 
@@ -154,8 +154,8 @@ class RegularizerCallback(Callback):
     ) -> None:
         # Other optimizers step weights without a penalty.
         held = any(optimizer is holder for holder in self._holders)
-        if self.way == "gradients" and held and self.regularizer is not None:
-            self.regularizer.add_gradients_()
+        if self.mode == "gradients" and held and self.regularizer is not None:
+            self.regularizer.add_gradients()
 
     def on_train_batch_end(
         self,
@@ -219,7 +219,7 @@ class RegularizerCallback(Callback):
     def _enforce(self) -> None:
         """Hard limits hold in whatever is validated and saved from here on."""
         if self._training and self.regularizer is not None:
-            self.regularizer.enforce_()
+            self.regularizer.enforce()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -250,7 +250,7 @@ class RegularizerCallback(Callback):
         if not self._ignore_next and self.state_key not in saved:
             raise ValueError(
                 f'`ckpt_path` must hold the state of this callback, "{self.state_key}", but has '
-                f"{list(saved)}. Resume with the patterns and the way with which it was saved; to "
+                f"{list(saved)}. Resume with the patterns and the mode with which it was saved; to "
                 "start the penalty now, load the weights alone and call fit without ckpt_path."
             )
 
@@ -280,14 +280,14 @@ def _refuse_gradients(trainer: Trainer, holders: list[Optimizer]) -> None:
     """Where a penalty on the gradients would count more than once, or at the wrong scale."""
     if len(holders) > 1:
         raise ValueError(
-            '`way="gradients"` needs a single optimizer that holds regularised weights, but '
+            '`mode="gradients"` needs a single optimizer that holds regularised weights, but '
             f"{len(holders)} do, and each would add the penalty of all. "
-            'Take way="proximal", or one callback per optimizer with patterns for its weights.'
+            'Take mode="proximal", or one callback per optimizer with patterns for its weights.'
         )
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     if scaled and getattr(holders[0], "_step_supports_amp_scaling", False):
         raise ValueError(
-            '`way="gradients"` must see unscaled gradients, but a fused '
+            '`mode="gradients"` must see unscaled gradients, but a fused '
             f"{type(holders[0]).__name__} unscales them within its step. "
-            'Take way="proximal", or an optimizer with fused=False.'
+            'Take mode="proximal", or an optimizer with fused=False.'
         )

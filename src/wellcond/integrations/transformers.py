@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import wellcond as wc
-from wellcond.integrations._ways import Penalties, checked_way, has_modes
+from wellcond.integrations._modes import Penalties, checked_mode, has_modes
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -44,7 +44,7 @@ class RegularizerCallback(TrainerCallback):
     - "proximal": a proximal step after every few steps of the optimizer, by `Regularizer.attach`.
       It comes after the optimizer's step: neither clipping nor the scaling of the loss touches it.
       Steps that a GradScaler skips do not count.
-    - "gradients": `Regularizer.add_gradients_` in `on_pre_optimizer_step`, once per optimizer step:
+    - "gradients": `Regularizer.add_gradients` in `on_pre_optimizer_step`, once per optimizer step:
       after the gradients are accumulated, unscaled and clipped. What is clipped is the gradient of
       the loss alone, and the norm that the Trainer logs does not contain the penalty.
 
@@ -71,11 +71,11 @@ class RegularizerCallback(TrainerCallback):
     eval() makes: the callback calls it first, and the Trainer its train() before the next step.
 
     Args:
-        penalties: one penalty, or patterns to penalties, as for `Regularizer`.
-        way: "proximal" or "gradients".
+        rules: one penalty, or patterns to penalties, as for `Regularizer`.
+        mode: "proximal" or "gradients".
         every: for "proximal": a step after every so many optimizer steps; by default 10 for
             penalties, and hard limits when they are due, as for `attach`.
-        block: the width of the leading subspace, as for `Regularizer`.
+        block_size: the width of the leading subspace, as for `Regularizer`.
         log: True adds a few aggregates and the worst five weights by name (see `Regularizer.log`)
             to the logs of the Trainer, whenever it logs the loss: they are printed, and kept in
             `trainer.state.log_history`. The Trainer's own TensorBoard and wandb have been served
@@ -87,7 +87,7 @@ class RegularizerCallback(TrainerCallback):
 
     Raises:
         TypeError: the penalties are neither a penalty nor a mapping.
-        ValueError: another way, or "gradients" for a limit or Isometry. When training
+        ValueError: another mode, or "gradients" for a limit or Isometry. When training
             begins: what `Regularizer` and `attach` refuse; DeepSpeed; a second callback;
             "gradients" with fp16 and no clipping. When it resumes: a checkpoint without a
             `wellcond.pt` of its own, or a damaged one; weights that the Trainer has not restored.
@@ -95,24 +95,24 @@ class RegularizerCallback(TrainerCallback):
     Example:
         >>> import wellcond as wc
         >>> from wellcond.integrations.transformers import RegularizerCallback
-        >>> callback = RegularizerCallback({"*.query.weight": wc.Condition(100)})
+        >>> callback = RegularizerCallback({"*.query.weight": wc.ConditionPenalty(100)})
         >>> callback.regularizer is None  # trainer = Trainer(..., callbacks=[callback]) comes next
         True
     """
 
     def __init__(
         self,
-        penalties: Penalties,
+        rules: Penalties,
         *,
-        way: str = "proximal",
+        mode: str = "proximal",
         every: int | str | None = None,
-        block: int = 32,
+        block_size: int = 32,
         log: Any = True,
     ) -> None:
-        self.penalties = penalties
-        self.way = checked_way(way, penalties)
+        self.rules = rules
+        self.mode = checked_mode(mode, rules)
         self.every = every
-        self.block = block
+        self.block_size = block_size
         self.log = log
         self._obeys_since = -1
         self.regularizer: wc.Regularizer | None = None
@@ -128,13 +128,13 @@ class RegularizerCallback(TrainerCallback):
         shared = args.parallel_mode.value == "distributed" and not args.fsdp
         group = torch.distributed.group.WORLD if shared else None
         regularizer = wc.Regularizer(
-            kwargs["model"], self.penalties, block=self.block, process_group=group
+            kwargs["model"], self.rules, block_size=self.block_size, process_group=group
         )
         saved = _resumed(args, state)
         if saved is not None:
             _refuse_other_weights(saved["checksums"], regularizer.checksums())
             regularizer.load_state_dict(saved["regularizer"])
-        if self.way == "proximal":
+        if self.mode == "proximal":
             optimizer = kwargs["optimizer"]
             if isinstance(optimizer, AcceleratedOptimizer):
                 optimizer = optimizer.optimizer
@@ -147,8 +147,8 @@ class RegularizerCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.way == "gradients" and self.regularizer is not None:
-            self.regularizer.add_gradients_()
+        if self.mode == "gradients" and self.regularizer is not None:
+            self.regularizer.add_gradients()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -172,7 +172,7 @@ class RegularizerCallback(TrainerCallback):
         if self.regularizer is not None and self._obeys_since != state.global_step:
             if self._has_limits() and has_modes(optimizer):
                 optimizer.eval()
-            self.regularizer.enforce_()
+            self.regularizer.enforce()
             self._obeys_since = state.global_step
 
     def on_log(
@@ -235,7 +235,7 @@ class RegularizerCallback(TrainerCallback):
         self._enforce(state, None if loaded else kwargs.get("optimizer"))
 
     def _has_limits(self) -> bool:
-        each = self.penalties.values() if isinstance(self.penalties, Mapping) else [self.penalties]
+        each = self.rules.values() if isinstance(self.rules, Mapping) else [self.rules]
         return any(isinstance(one, wc.Limit) for one in each)
 
     def _end(self) -> None:
@@ -248,12 +248,12 @@ class RegularizerCallback(TrainerCallback):
                 "`deepspeed` must be off: it steps copies of the weights that wellcond does not "
                 "see. Train without it."
             )
-        if self.way == "gradients" and args.fp16 and not args.max_grad_norm > 0:
+        if self.mode == "gradients" and args.fp16 and not args.max_grad_norm > 0:
             # Some versions of the Trainer unscale only in order to clip.
             raise ValueError(
-                '`way="gradients"` must see unscaled gradients, but with fp16 and '
+                '`mode="gradients"` must see unscaled gradients, but with fp16 and '
                 f"max_grad_norm={args.max_grad_norm} they may still be scaled. "
-                'Take way="proximal", bf16, or a max_grad_norm above 0.'
+                'Take mode="proximal", bf16, or a max_grad_norm above 0.'
             )
 
 

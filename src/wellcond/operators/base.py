@@ -61,8 +61,9 @@ class Gradient(_Change):
     Example:
         >>> import torch, wellcond as wc
         >>> S = torch.ones(3, 2)
-        >>> half = wc.Gradient(wc.LowRank(torch.tensor(0.5), torch.zeros(3, 0), torch.zeros(2, 0)))
-        >>> dense = wc.Gradient(0.5 * S)  # the same for this S, but as large as the weight
+        >>> zero = torch.zeros(3, 0), torch.zeros(2, 0)
+        >>> half = wc.rules.Gradient(wc.rules.LowRank(torch.tensor(0.5), *zero))
+        >>> dense = wc.rules.Gradient(0.5 * S)  # the same for this S, but as large as the weight
     """
 
     def times(self, factor: Tensor) -> Gradient:
@@ -86,8 +87,8 @@ class NewWeight(_Change):
 
     Example:
         >>> import torch, wellcond as wc
-        >>> unchanged = wc.LowRank(torch.tensor(1.0), torch.zeros(3, 0), torch.zeros(2, 0))
-        >>> wc.NewWeight(unchanged) == wc.Gradient(unchanged)  # that gradient is S, not 0
+        >>> S = wc.rules.LowRank(torch.tensor(1.0), torch.zeros(3, 0), torch.zeros(2, 0))
+        >>> wc.rules.NewWeight(S) == wc.rules.Gradient(S)  # that gradient is S, not 0
         False
     """
 

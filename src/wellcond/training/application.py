@@ -19,10 +19,10 @@ from wellcond.linalg.checks import in_float64
 from wellcond.operators.base import Dense, NewWeight, Updatable, WeightOperator
 from wellcond.operators.rounding import widest_dtype
 from wellcond.operators.stored import StoredMatrix
-from wellcond.penalties.base import Limit
-from wellcond.penalties.enforce import Enforced, enforce_
-from wellcond.penalties.isometry import Isometry
-from wellcond.penalties.limit import SpectralLimit
+from wellcond.rules.base import Limit
+from wellcond.rules.enforce import Enforced, enforce
+from wellcond.rules.isometry import IsometryStep
+from wellcond.rules.limit import SpectralLimit
 from wellcond.text import out_of_memory
 from wellcond.training.batch import Batch
 from wellcond.training.failures import Failures, reason
@@ -41,10 +41,10 @@ def store_(batch: Batch, new: NewWeight) -> None:
 
 
 def learn_scales(batch: Batch) -> None:
-    """Finds the scale of the weights under `Isometry` that have none yet."""
+    """Finds the scale of the weights under `IsometryStep` that have none yet."""
     if all(bool((state.scale > 0).all()) for state in batch.states):
         return
-    found = cast(Isometry, batch.rule).scale_of(batch.S)
+    found = cast(IsometryStep, batch.rule).scale_of(batch.S)
     for state, (own,) in zip(batch.states, batch.each(found), strict=True):
         state.learn_scale(own)
 
@@ -53,13 +53,13 @@ def apply_(batch: Batch, failures: Failures) -> list[Tensor]:
     """Applies the hard limit or the isometry step of a batch; what was seen of every weight."""
     rule, states = batch.rule, batch.states
     unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
-    if isinstance(rule, Isometry):
+    if isinstance(rule, IsometryStep):
         finite = [bool(S.finite().all()) for S in batch.operators]
         _step_([pair for pair, fit in zip(zip(*batch, strict=True), finite, strict=True) if fit])
         return [observation(unknown, unknown, 0.0 if fit else NOT_FINITE) for fit in finite]
     if isinstance(rule, SpectralLimit):
         weights = stored_matrices(batch)
-        found = enforce_(
+        found = enforce(
             weights,
             rule,
             gate=all(state.pace.obeyed for state in states),
@@ -123,7 +123,7 @@ def _step_(batch: Sequence[tuple[WeightState, WeightOperator]]) -> None:
         device = spread[0].device
         scales = [S.held(state.scale) for S, state in zip(spread, states, strict=True)]
         scale = scales[0] if len(scales) == 1 else torch.stack(scales)
-        rule = cast(Isometry, there.rule)
+        rule = cast(IsometryStep, there.rule)
         store_(there, rule.step(there.S, scale.to(device, widest_dtype(device))))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wellcond.penalties.base import Limit, Penalty
+from wellcond.rules.base import Limit, Penalty
 from wellcond.text import quoted
 from wellcond.training.bypass import Changes
 from wellcond.training.conflicts import count_nonzeros
@@ -242,7 +242,7 @@ def check_rates(optimizer: Optimizer, states: Sequence[WeightState]) -> None:
         raise ValueError(
             f"`optimizer` must have a learning rate, by which the steps of penalties go, but "
             f'{type(optimizer).__name__} has no number under "lr" in the group of {quoted(names)}. '
-            "Use reg() in the loss, add_gradients_(), or proximal_step_(lr) after each step."
+            "Use reg() in the loss, add_gradients(), or proximal_step(lr) after each step."
         )
 
 

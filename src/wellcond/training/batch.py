@@ -26,9 +26,9 @@ from wellcond.operators.subspace import (
     refine,
     warmed,
 )
-from wellcond.penalties.base import Penalty
-from wellcond.penalties.isometry import Isometry
-from wellcond.penalties.limit import SpectralLimit
+from wellcond.rules.base import Penalty
+from wellcond.rules.isometry import IsometryStep
+from wellcond.rules.limit import SpectralLimit
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import Rule, WeightState
 
@@ -88,7 +88,7 @@ def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) 
         number = next(alike, len(rules))
         if number == len(rules):
             rules.append(state.rule)
-        together = isinstance(state.rule, Penalty | SpectralLimit | Isometry)
+        together = isinstance(state.rule, Penalty | SpectralLimit | IsometryStep)
         alone = "" if together else state.name
         key = (S.kind, number, state.width, state.owner, alone)
         batch = groups.setdefault(key, Batch([], []))

@@ -47,14 +47,14 @@ class Compilable:
         total: Tensor = _penalty(parameters, self.number, remember)[0]
         return total
 
-    def add_gradients_(self) -> None:
+    def add_gradients(self) -> None:
         """Adds strength * gradient to the gradients of the parameters."""
         parameters = self.engine.parameters()
         gradients = [_gradient_of(parameter) for parameter in parameters]
         if torch.compiler.is_compiling():
             _add_gradients_(gradients, parameters, self.number)
         else:
-            self.engine.add_gradients_(gradients, parameters)
+            self.engine.add_gradients(gradients, parameters)
 
 
 def _gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -123,9 +123,9 @@ _penalty.register_autograd(_backward, setup_context=_save)
 
 
 @_custom_op(
-    "add_gradients_",
+    "add_gradients",
     "(Tensor(a!)[] gradients, Tensor[] parameters, str number) -> ()",
     changes=("gradients",),
 )
 def _add_gradients_(gradients: list[Tensor], parameters: list[Tensor], number: str) -> None:
-    _by_number[number].engine.add_gradients_(gradients, parameters)
+    _by_number[number].engine.add_gradients(gradients, parameters)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from wellcond.penalties.base import Limit
+from wellcond.rules.base import Limit
 from wellcond.training.engine import Engine
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.regularizer import refuse_without_proximal_step
@@ -34,7 +34,7 @@ def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
         ValueError: a weight holds NaN or infinity, or cannot obey in its dtype; the error names all
             such weights, and the limits of all others hold. A pattern matches nothing, or no weight
             is left.
-        TypeError: a rule is a penalty or `Isometry`, which take their steps while a model is
+        TypeError: a rule is a penalty or `IsometryStep`, which take their steps while a model is
             trained.
 
     Example:
@@ -56,10 +56,10 @@ def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
             )
     refuse_flat_parameters(model)
     chosen, _ = select(unwrapped(model), rule, frozen=True, parameter="rule")
-    states = [WeightState(weight, limit, block=1) for weight, limit in chosen]
+    states = [WeightState(weight, limit, block_size=1) for weight, limit in chosen]
     refuse_without_proximal_step(states)
     oversights = Oversights(unwrapped(model), states)
     warn_of_stored(states)
     oversights.check_limits(states)
     with oversights.watch_zeros(states):
-        Engine(states, replicas_of(model), check_replicas=False).enforce_(states)
+        Engine(states, replicas_of(model), check_replicas=False).enforce(states)

@@ -19,10 +19,10 @@ from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable, Weigh
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
-from wellcond.penalties.base import Limit, Penalty, Proximal, check_answer
-from wellcond.penalties.enforce import obey_nearly
-from wellcond.penalties.isometry import Isometry
-from wellcond.penalties.limit import SingularValueLimit
+from wellcond.rules.base import Limit, Penalty, Proximal, check_answer
+from wellcond.rules.enforce import obey_nearly
+from wellcond.rules.isometry import IsometryStep
+from wellcond.rules.limit import SingularValueLimit
 from wellcond.text import out_of_memory, subject
 from wellcond.training.application import (
     FAILED,
@@ -138,7 +138,7 @@ class Engine:
                 _pull_back_(batch, gradient, into)
             return gradients
 
-    def add_gradients_(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    def add_gradients(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         """Adds strength * gradient at these parameters to these gradients."""
         with self._quietly():
             into = dict(zip(self._slots(), gradients, strict=True))
@@ -153,7 +153,7 @@ class Engine:
                 for state in seen.batch.states:
                     state.advance()
 
-    def proximal_step_(
+    def proximal_step(
         self,
         states: list[WeightState],
         rates: Sequence[float | Tensor],
@@ -171,14 +171,14 @@ class Engine:
             self._compare_replicas(states)
             looks = look(found, self.replicas)
             # Limits tell by themselves what is not finite, on replicas all of them alike.
-            soft = [seen for seen in looks if not isinstance(seen.batch.rule, Limit | Isometry)]
+            soft = [seen for seen in looks if not isinstance(seen.batch.rule, Limit | IsometryStep)]
             failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
             refused: Failures = {}  # their penalties raise, which is no matter of the others
             limited = []
             served = []
             for seen, eta in zip(looks, etas, strict=True):
                 batch, rule = seen.batch, seen.batch.rule
-                if not isinstance(rule, Limit | Isometry):
+                if not isinstance(rule, Limit | IsometryStep):
                     if failures:
                         continue
                     seen.remember()
@@ -195,7 +195,7 @@ class Engine:
                         state.shortened += short.sum()
                 else:
                     seen.remember()
-                    if isinstance(rule, Isometry):
+                    if isinstance(rule, IsometryStep):
                         learn_scales(batch)
                     limited.append(seen)
                 served += batch.states
@@ -209,7 +209,7 @@ class Engine:
             raise_failures(failures, rest if limited else "")
             self._checks.raise_ready()
 
-    def enforce_(self, states: list[WeightState]) -> None:
+    def enforce(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, exactly."""
         with self._quietly():
             self._compare_replicas(states)

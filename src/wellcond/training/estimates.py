@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,55 +16,14 @@ from wellcond.operators.base import Dense, Operator
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.sharded import ShardedMatrix
 from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
-from wellcond.penalties.base import Penalty
+from wellcond.report.estimate import Estimate
+from wellcond.rules.base import Penalty
 from wellcond.training.batch import batches, look
 from wellcond.training.state import Rule, WeightState, name_meta_weights
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What one product with a weight tells of it; numbers are estimates, in float32 or wider.
-
-    Attributes:
-        sigma_max: ||S v|| for a unit vector v: a lower bound of the spectral norm sigma_1.
-        residual: ||S^T u - sigma_max v||; some singular value lies this close to sigma_max.
-        stable_rank: ||S||_F^2/sigma_max^2, from above, between 1 and nu; nu means kappa = 1.
-        penalty: the penalty at strength 1, from below, for that vector; nan under a hard limit
-            and under `Isometry`, which have no value.
-        strength: the strength that was or would be applied at this step; nan under those.
-        step: how many applications (optimizer steps when attached) the weight has seen.
-        shortened_steps: proximal steps that the width of the block cut short.
-        crowded: whether the singular values that the block follows were all near the largest when
-            gradients were last looked at: more may be, which get no gradient; widen the block.
-        nu: min(m, n).
-        condition_number: sigma_1/sigma_nu as measured in float64; None where that was not asked.
-        excess: by what factor its hard limit was exceeded before the last application, as measured;
-            None if that is not known, or it was only seen to obey; of a stack the worst. Under
-            an upper bound alone an estimate, from below.
-        condition_before: kappa before that application, None if not known.
-        interval: optimizer steps between the last two applications of its limit, None if there
-            were none.
-        status: "" when all is well, else what is the matter with the weight.
-    """
-
-    sigma_max: float
-    residual: float
-    stable_rank: float
-    penalty: float
-    strength: float
-    step: int
-    shortened_steps: int
-    nu: int
-    condition_number: float | None = None
-    crowded: bool = False
-    excess: float | None = None
-    condition_before: float | None = None
-    interval: int | None = None
-    status: str = ""
-
-
 def estimates(
-    states: Sequence[WeightState], block: int, condition_numbers: bool = False
+    states: Sequence[WeightState], block_size: int, condition_numbers: bool = False
 ) -> dict[str, Estimate]:
     """An estimate for every matrix by name; what is remembered stays as it is."""
     following = [state for state in states if state.follows_subspace]
@@ -79,7 +37,7 @@ def estimates(
         if state.name not in rows:
             # It keeps no subspace; for a report a fresh one is good enough.
             S = state.operator()
-            cold = cold_start(S, min(block, S.nu), state.name)
+            cold = cold_start(S, min(block_size, S.nu), state.name)
             rows[state.name] = _told(state.rule, S, refine(S, warmed(S, cold))[0])
     found: dict[str, Estimate] = {}
     with name_meta_weights(states):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from wellcond.linalg.checks import as_count
-from wellcond.training.estimates import Estimate
+from wellcond.report.estimate import Estimate
 
 WORST = 5
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from wellcond.linalg.checks import as_count
 from wellcond.operators.rounding import full_precision
-from wellcond.penalties.condition import Condition
+from wellcond.report.estimate import Estimate
+from wellcond.rules.condition import ConditionPenalty
 from wellcond.training.batch import batches, look
-from wellcond.training.estimates import Estimate, estimates
+from wellcond.training.estimates import estimates
 from wellcond.training.log import log
 from wellcond.training.oversights import warn_of_stored
 from wellcond.training.selection import select
@@ -30,7 +31,7 @@ class Monitor:
     Args:
         model: the model; wrappers of torch.compile and DistributedDataParallel are looked through.
         patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
-        block: how many leading singular vectors are followed.
+        block_size: how many leading singular vectors are followed.
         condition_numbers: measure kappa as well, in float64: an SVD or as much as one per weight. A
             sharded weight is gathered for it on every process, one weight at a time.
 
@@ -52,17 +53,17 @@ class Monitor:
         model: nn.Module,
         patterns: Sequence[str] = ("*",),
         *,
-        block: int = 8,
+        block_size: int = 8,
         condition_numbers: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         each = [patterns] if isinstance(patterns, str) else list(patterns)
-        penalties: dict[str, Rule | None] = {pattern: Condition(0.0) for pattern in each}
+        penalties: dict[str, Rule | None] = {pattern: ConditionPenalty(0.0) for pattern in each}
         chosen, self._skipped = select(unwrapped(model), penalties, parameter="patterns")
-        self.block = as_count(block, "`block`")
+        self.block_size = as_count(block_size, "`block_size`")
         self.condition_numbers = condition_numbers
-        self._states = [WeightState(weight, penalty, self.block) for weight, penalty in chosen]
+        self._states = [WeightState(weight, penalty, self.block_size) for weight, penalty in chosen]
         warn_of_stored(self._states)
 
     @property
@@ -81,7 +82,7 @@ class Monitor:
             operators = [state.operator() for state in self._states]
             for seen in look(batches(self._states, operators)):
                 seen.remember()
-            return estimates(self._states, self.block, self.condition_numbers)
+            return estimates(self._states, self.block_size, self.condition_numbers)
 
     def log(
         self,

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from wellcond.penalties.base import Limit
-from wellcond.penalties.limit import SpectralLimit
+from wellcond.rules.base import Limit
+from wellcond.rules.limit import SpectralLimit
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import Attachment, attachments, has_modes
 from wellcond.training.bypass import is_replaced
@@ -81,7 +81,7 @@ class Oversights:
                 "replaced",
                 "The step of this %s was replaced by a function that does not seem to call it, and "
                 "after which nothing is applied. Call the original step within it, or "
-                "proximal_step_(lr) after each step.",
+                "proximal_step(lr) after each step.",
                 type(optimizer).__name__,
             )
         self.check_limits(attachment.states)
@@ -128,7 +128,7 @@ class Oversights:
                 "train mode",
                 "%s the limits hold in the weights as they are now, and its "
                 "eval() makes others of them, which need not obey. Before you evaluate or save: "
-                "optimizer.eval(), then reg.enforce_(); and optimizer.train() to go on.",
+                "optimizer.eval(), then reg.enforce(); and optimizer.train() to go on.",
                 f"{kind} is in train mode:" if known else f"If {kind} is in train mode,",
             )
         frozen = [s.name for s in self._states if isinstance(s.rule, Limit) and not s.active]

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from wellcond.penalties.limit import SpectralLimit
+from wellcond.rules.limit import SpectralLimit
 
 _SHORTEST, _LONGEST = 10, 1000  # steps
 _RISE = 0.23  # by how much a bound may be exceeded before an application, of itself

@@ -19,9 +19,10 @@ from wellcond.linalg.checks import as_count, as_number
 from wellcond.operators.base import Dense, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
-from wellcond.penalties.base import Limit, Penalty, Proximal
-from wellcond.penalties.isometry import Isometry
-from wellcond.penalties.limit import SpectralLimit
+from wellcond.report.estimate import Estimate
+from wellcond.rules.base import Limit, Penalty, Proximal
+from wellcond.rules.isometry import IsometryStep
+from wellcond.rules.limit import SpectralLimit
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import (
     Attachment,
@@ -31,7 +32,7 @@ from wellcond.training.attachment import (
 )
 from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
-from wellcond.training.estimates import Estimate, estimates
+from wellcond.training.estimates import estimates
 from wellcond.training.log import log
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
@@ -45,23 +46,23 @@ class Regularizer:
     """Applies penalties to the weights of a model, in the way that suits the training loop.
 
     1. In the loss: `loss = task_loss + reg()`. It is scaled by whatever the loss is scaled by.
-    2. On the gradients: `reg.add_gradients_()` between backward and `optimizer.step()`.
+    2. On the gradients: `reg.add_gradients()` between backward and `optimizer.step()`.
     3. As a proximal step: `reg.attach(optimizer, every=10)` once, before the loop.
 
-    Nothing of the model is touched but gradients (2) and weights (3). Per weight a block of `block`
-    leading singular vectors is kept, at most max(m, n) k numbers, and refined by one product with
-    the weight per application, alternately from the right and from the left.
+    Nothing of the model is touched but gradients (2) and weights (3). Per weight a block of
+    `block_size` leading singular vectors is kept, at most max(m, n) k numbers, and refined by one
+    product with the weight per application, alternately from the right and from the left.
 
     Args:
         model: the model; its weights are found once, now, and tied ones counted once.
-        penalties: one penalty for all weights, or a mapping of patterns (`fnmatch.fnmatchcase` on
+        rules: one penalty for all weights, or a mapping of patterns (`fnmatch.fnmatchcase` on
             parameter names and view names) to a penalty, or to None to leave out. The first pattern
             that matches wins. Embeddings and parameters of unknown modules are taken only when a
             pattern is exactly their name.
-        block: width k of the leading subspace, at most nu. Under a strong penalty many singular
-            values meet at the top, and all of them must be in the block: with strength 1 kappa
-            ended 71, 14, 4 and 2 % above that of an exact SVD in every step for a block of 8, 16,
-            32 and 64 (`wellcond bench fidelity --block 8,16,32,64`, 784-512-10 net on digits).
+        block_size: width k of the leading subspace, at most nu. Under a strong penalty many
+            singular values meet at the top, and all of them must be in the block: with strength 1
+            kappa ended 71, 14, 4 and 2 % above that of an exact SVD in every step for a block of 8,
+            16, 32 and 64 (`wellcond bench fidelity --block 8,16,32,64`, 784-512-10 net on digits).
         process_group: processes that hold the same model. Each refines a share of the weights and
             hands the results to the others, so that all stay identical. By default that of
             DistributedDataParallel, if the model is wrapped by it, else none. Weights that are
@@ -79,7 +80,7 @@ class Regularizer:
     Example:
         >>> import torch, wellcond as wc
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10))
-        >>> reg = wc.Regularizer(model, {"0.*": wc.Condition(1e-2)})
+        >>> reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(1e-2)})
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> loss = model(torch.ones(4, 64)).square().mean() + reg()
         >>> loss.backward()
@@ -91,20 +92,20 @@ class Regularizer:
     def __init__(
         self,
         model: nn.Module,
-        penalties: Rules,
+        rules: Rules,
         *,
-        block: int = 32,
+        block_size: int = 32,
         process_group: Any = None,
         check_replicas: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         refuse_flat_parameters(model)
-        self.block = as_count(block, "`block`")
+        self.block_size = as_count(block_size, "`block_size`")
         self._attachments: list[Attachment] = []
         self._can_step = False  # until it has been looked whether all penalties have a step
-        chosen, self._skipped = select(unwrapped(model), penalties)
-        self._states = [WeightState(weight, rule, self.block) for weight, rule in chosen]
+        chosen, self._skipped = select(unwrapped(model), rules)
+        self._states = [WeightState(weight, rule, self.block_size) for weight, rule in chosen]
         replicas = replicas_of(model, process_group, check_replicas)
         self._engine = Engine(self._states, replicas, check_replicas)
         self._compilable = Compilable(self._engine)
@@ -117,7 +118,7 @@ class Regularizer:
         """The sum of strength * penalty over the weights, a scalar to add to the loss.
 
         A lower estimate of the true sum. Its gradient with respect to every weight is that of
-        `add_gradients_`. Under `torch.no_grad()` nothing is remembered.
+        `add_gradients`. Under `torch.no_grad()` nothing is remembered.
 
         Raises:
             ValueError: a weight holds NaN or infinity; it is named. On the CPU at once, elsewhere
@@ -128,7 +129,7 @@ class Regularizer:
             self._oversights.applied(self.attachments, "reg()")
         return self._compilable.penalty()
 
-    def add_gradients_(self) -> None:
+    def add_gradients(self) -> None:
         """Adds strength * gradient to the .grad of every weight: after backward, before step.
 
         Once per optimizer step, whatever the accumulation of gradients. With a GradScaler, after
@@ -141,10 +142,10 @@ class Regularizer:
         """
         _refuse_without_gradient(self._states)
         _refuse_sparse_gradients(self._states)
-        self._oversights.applied(self.attachments, "add_gradients_()")
-        self._compilable.add_gradients_()
+        self._oversights.applied(self.attachments, "add_gradients()")
+        self._compilable.add_gradients()
 
-    def proximal_step_(self, lr: float | Tensor, steps: int = 1) -> None:
+    def proximal_step(self, lr: float | Tensor, *, steps: int = 1) -> None:
         """One proximal step of length eta = lr * strength * steps on every weight, by hand.
 
         One step of steps * eta is as good as many of eta: the step is implicit. `attach` does this
@@ -164,9 +165,9 @@ class Regularizer:
         if not self._can_step:
             refuse_without_proximal_step(self._states)
             self._can_step = True
-        self._oversights.applied([], "proximal_step_()")
+        self._oversights.applied([], "proximal_step()")
         with own_changes(self.attachments):
-            self._engine.proximal_step_(
+            self._engine.proximal_step(
                 states, [lr * steps] * len(states), lambda state: state.advance(steps)
             )
 
@@ -181,7 +182,7 @@ class Regularizer:
             raise ValueError(f"`lr` must be finite and not negative, got {float(number)}.")
         return lr.detach() if isinstance(lr, Tensor) else number
 
-    def attach(self, optimizer: Optimizer, every: int | str | None = None) -> Attachment:
+    def attach(self, optimizer: Optimizer, *, every: int | str | None = None) -> Attachment:
         """Takes proximal steps and applies limits after steps of the optimizer; returns a handle.
 
         eta = strength * the sum of the learning rates of the weight's own parameter group since the
@@ -198,7 +199,7 @@ class Regularizer:
             every: after every so many optimizer steps; steps at the end that do not fill an
                 interval stay pending. By default 10 for penalties: kappa was within 1.3 % of an
                 exact proximal step in every step for 5 and for 10 (`wellcond bench fidelity
-                --every 5,10,20`). By default 10 for `Isometry` too, of which a step is as long
+                --every 5,10,20`). By default 10 for `IsometryStep` too, of which a step is as long
                 whatever the interval is. By default "auto" for hard limits: after the first step,
                 and then whenever the weight has moved so far, by the sum of its learning rates,
                 that its limit may be exceeded by about a fifth; at least 1, 2, 4 and 8 steps
@@ -258,11 +259,11 @@ class Regularizer:
         # Whether zeros are filled shows at once: later there is nothing to count.
         first = [state for state in states if state.pace.applications == 0]
         with self._oversights.watch_zeros(first):
-            self._engine.proximal_step_(
+            self._engine.proximal_step(
                 states, [state.pending_lr for state in states], WeightState.settle
             )
 
-    def enforce_(self) -> None:
+    def enforce(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
 
         Penalties take no step, and for limits no step of the optimizer is pending afterwards.
@@ -278,7 +279,7 @@ class Regularizer:
             >>> import torch, wellcond as wc
             >>> layer = torch.nn.Linear(8, 8, bias=False)
             >>> reg = wc.Regularizer(layer, wc.ConditionLimit(2.0))
-            >>> reg.enforce_()
+            >>> reg.enforce()
             >>> bool(wc.condition_number(layer.weight) <= 2.0)
             True
         """
@@ -288,7 +289,7 @@ class Regularizer:
             refuse_without_proximal_step(limited)
             self._oversights.check_limits(limited)
             with own_changes(self.attachments), self._oversights.watch_zeros(limited):
-                self._engine.enforce_(limited)
+                self._engine.enforce(limited)
 
     def measure(self) -> dict[str, Estimate]:
         """An estimate for every weight: a few products each, no SVD, nothing remembered.
@@ -302,12 +303,12 @@ class Regularizer:
 
         Example:
             >>> import torch, wellcond as wc
-            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8, bias=False), wc.Condition(0.1))
+            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8, bias=False), wc.ConditionPenalty(0.1))
             >>> reg.measure()["weight"].shortened_steps
             0
         """
         with full_precision(self._states[0].weight.parameters[0].device.type):
-            return estimates(self._states, self.block)
+            return estimates(self._states, self.block_size)
 
     def log(
         self,
@@ -343,7 +344,7 @@ class Regularizer:
 
         Example:
             >>> import torch, wellcond as wc
-            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.Condition(0.1))
+            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.ConditionPenalty(0.1))
             >>> values = reg.log(lambda values, step: None, step=200)
             >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
             True
@@ -370,7 +371,7 @@ class Regularizer:
 
     def __repr__(self) -> str:
         count = len(self._states)
-        lines = [f"Regularizer of {count} weight{'s' * (count != 1)}, block={self.block}"]
+        lines = [f"Regularizer of {count} weight{'s' * (count != 1)}, block_size={self.block_size}"]
         width = max(len(name) for name in (*self.names, *self._skipped))
         attached = {id(state) for one in self.attachments for state in one.states}
         for state in self._states:
@@ -386,12 +387,13 @@ class Regularizer:
             if not state.shortened.is_meta and (shortened := int(state.shortened)):
                 lines.append(
                     f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
-                    f"singular triplets do not reach further; raise block={self.block}"
+                    f"singular triplets do not reach further; raise block_size={self.block_size}"
                 )
             if not state.crowded.is_meta and bool(state.crowded):
                 lines.append(
                     f"  {'':{width}}  the {state.width} singular values that are followed are all "
-                    f"near the largest: more may be, without a gradient; raise block={self.block}"
+                    f"near the largest: more may be, without a gradient; raise "
+                    f"block_size={self.block_size}"
                 )
         if self._skipped:
             lines.append(f"  left out ({len(self._skipped)}):")
@@ -442,7 +444,7 @@ class Regularizer:
 
         Example:
             >>> import torch, wellcond as wc
-            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.Condition(0.1))
+            >>> reg = wc.Regularizer(torch.nn.Linear(8, 8), wc.ConditionPenalty(0.1))
             >>> list(reg.checksums())
             ['weight torch.float32']
         """
@@ -460,7 +462,7 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
     if bare:
         raise ValueError(
             f"{subject(bare)} under a hard limit or isometry steps, which have no gradient. "
-            "Use attach(optimizer) or proximal_step_(lr); for a penalty in the loss or on the "
+            "Use attach(optimizer) or proximal_step(lr); for a penalty in the loss or on the "
             "gradients of other weights make a Regularizer of its own."
         )
 
@@ -468,10 +470,10 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
 def refuse_without_proximal_step(states: list[WeightState]) -> None:
     for state in states:
         rule, S = state.rule, state.operator()
-        if not isinstance(rule, Limit | Isometry | Proximal):
+        if not isinstance(rule, Limit | IsometryStep | Proximal):
             raise ValueError(
                 f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
-                "loss or add_gradients_(), or give the penalty a method proximal_step."
+                "loss or add_gradients(), or give the penalty a method proximal_step."
             )
         if isinstance(rule, Limit) and not isinstance(rule, SpectralLimit) and isinstance(S, Dense):
             try:
@@ -481,7 +483,7 @@ def refuse_without_proximal_step(states: list[WeightState]) -> None:
         if not isinstance(S, Updatable):
             raise ValueError(
                 f'"{state.name}" cannot be changed where it lies, as it rests on several '
-                "parameters. Use reg() in the loss or add_gradients_()."
+                "parameters. Use reg() in the loss or add_gradients()."
             )
 
 

@@ -10,7 +10,7 @@ from textwrap import shorten
 from torch import nn
 
 from wellcond.operators.views import Kernel, shape_of
-from wellcond.penalties.base import Limit
+from wellcond.rules.base import Limit
 from wellcond.text import and_more, of_modules, quoted
 from wellcond.training.state import Rule
 from wellcond.weights.computed import computed_weights
@@ -24,19 +24,19 @@ Rules = Rule | Mapping[str, Rule | None]
 
 
 def select(
-    model: nn.Module, penalties: Rules, *, frozen: bool = False, parameter: str = "penalties"
+    model: nn.Module, rules: Rules, *, frozen: bool = False, parameter: str = "rules"
 ) -> tuple[list[tuple[Weight, Rule]], dict[str, Skipped]]:
     """The weights to regularise with their penalties, and why every other parameter is none.
 
     Frozen weights only if asked for. Errors call what was given by the name of the parameter.
     """
-    if not isinstance(penalties, Rule | Mapping):
+    if not isinstance(rules, Rule | Mapping):
         raise TypeError(
             f"`{parameter}` must be a penalty or map patterns to penalties or None, got "
-            f"{shorten(repr(penalties), 80)}. A penalty is, for instance, Condition(1e-2); to "
-            "watch weights alone there is wc.Monitor."
+            f"{shorten(repr(rules), 80)}. A penalty is, for instance, ConditionPenalty(1e-2); "
+            "to watch weights alone there is wc.Monitor."
         )
-    patterns = dict(penalties) if isinstance(penalties, Mapping) else {"*": penalties}
+    patterns = dict(rules) if isinstance(rules, Mapping) else {"*": rules}
     for pattern, penalty in patterns.items():
         if not isinstance(pattern, str):
             raise TypeError(
@@ -47,7 +47,7 @@ def select(
             raise TypeError(
                 f"`{parameter}` must be a penalty or map patterns to penalties or None, got "
                 f"{shorten(repr(penalty), 80)} for {pattern!r}. A penalty is, for instance, "
-                "Condition(1e-2)."
+                "ConditionPenalty(1e-2)."
             )
     found = find_weights(model)
     # What became of the parameters that each pattern was the first to match: None if chosen.

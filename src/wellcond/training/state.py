@@ -15,19 +15,19 @@ from torch import Tensor
 from wellcond.linalg.checks import lacks_values
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
-from wellcond.penalties.base import Limit, Penalty
-from wellcond.penalties.isometry import Isometry
+from wellcond.rules.base import Limit, Penalty
+from wellcond.rules.isometry import IsometryStep
 from wellcond.text import quoted
 from wellcond.training.pace import Pace
 from wellcond.weights.discover import Weight
 
-Rule = Penalty | Limit | Isometry
+Rule = Penalty | Limit | IsometryStep
 
 
 class WeightState:
     """A weight under a penalty, a limit or isometry steps, and what is remembered of it."""
 
-    def __init__(self, weight: Weight, rule: Rule, block: int) -> None:
+    def __init__(self, weight: Weight, rule: Rule, block_size: int) -> None:
         self.weight = weight
         self.caution = weight.caution  # what it is, if not the weight that acts
         self.rule = rule
@@ -37,7 +37,7 @@ class WeightState:
         except ValueError as error:
             raise ValueError(f'"{weight.name}": {error}') from None
         self.shape = S.shape
-        self.width = min(block, S.nu) if rule.needs_subspace else 0
+        self.width = min(block_size, S.nu) if rule.needs_subspace else 0
         self._start(S)
         self.owner = 0  # the process that refines it, among replicas
         self.slots: tuple[int, ...] = ()  # the numbers of its parameters, which weights may share
@@ -46,8 +46,8 @@ class WeightState:
         self.pending_lr: float | Tensor = 0.0
         self.pace = Pace()  # under a hard limit: when it is due
         self.failed = False  # whether the last step or limit could not be applied
-        # Under `Isometry`: the scale of each matrix, 0 while it is not known; numbers of the host.
-        given = (isinstance(rule, Isometry) and rule.scale) or 0.0
+        # Under `IsometryStep`: the scale of each matrix, 0 while not known; numbers of the host.
+        given = (isinstance(rule, IsometryStep) and rule.scale) or 0.0
         self.scale = torch.full(self.shape[:-2], given, dtype=torch.float64, device="cpu")
 
     def _start(self, S: WeightOperator) -> None:
@@ -133,7 +133,7 @@ class WeightState:
         *stack, rows, width = basis.shape
         padded = basis.new_zeros(*stack, max(self.shape[-2:]), width)
         padded[..., :rows, :] = basis
-        scale = {"scale": self.scale.clone()} if isinstance(self.rule, Isometry) else {}
+        scale = {"scale": self.scale.clone()} if isinstance(self.rule, IsometryStep) else {}
         return {
             "shape": torch.tensor(self.shape, device="cpu"),
             "basis": padded,
@@ -187,7 +187,7 @@ class WeightState:
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
         self.pace = Pace.of(state["pace"], self.rule) if "pace" in state else Pace()
-        if "scale" in state and isinstance(self.rule, Isometry):
+        if "scale" in state and isinstance(self.rule, IsometryStep):
             self.scale = state["scale"].to(self.scale, copy=True)
 
 

@@ -105,7 +105,7 @@ class Skipped:
 
     Example:
         >>> import torch, wellcond as wc
-        >>> reg = wc.Regularizer(torch.nn.Linear(3, 2), wc.Condition(0.1))
+        >>> reg = wc.Regularizer(torch.nn.Linear(3, 2), wc.ConditionPenalty(0.1))
         >>> reg.skipped["bias"].reason, str(reg.skipped["bias"])
         (<Reason.vector: 'not a matrix: a vector'>, 'not a matrix: a vector')
     """

@@ -1,0 +1,173 @@
+"""The benchmarks measure every way and print a document; nothing here is timed."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+import wellcond as wc
+from wellcond import cli
+from wellcond_experiments import bench, bench_audit, bench_step
+
+
+def wellcond(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_step_measures_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "step", "--rounds", 2, "--hidden", 96, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    ways = {row["way"] for row in document["ways"]}
+    assert {"none", "attach(every=10)", "add_gradients", "in the loss"} <= ways
+    assert all(row["ratio"] > 0 for row in document["ways"])
+    assert wellcond("bench", "step", "--rounds", 1, "--hidden", 64) == 0
+    assert "exact SVD in the loss" in capsys.readouterr().out
+
+
+def test_memory_of_the_ways_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "step", "--rounds", 1, "--json") == 0
+    ways = {row["way"]: row for row in json.loads(capsys.readouterr().out)["ways"]}
+    assert ways["none"]["temporary"] == ways["none"]["state"] == 0
+    for name in ("attach(every=10)", "add_gradients"):
+        # The skinny factors: k of n or of m columns; the state holds both.
+        assert 0 < ways[name]["temporary"] <= 0.06
+        assert 0 < ways[name]["state"] <= 0.06
+    for name in ("in the loss", "Tikhonov in the loss"):
+        assert ways[name]["temporary"] == 1  # autograd makes a gradient before it adds it
+    # What the weight was, in case rounding asks for another margin.
+    assert ways["limit kept up, every=10"]["temporary"] <= 1
+    assert ways["Tikhonov add_gradients"]["temporary"] < 1e-3
+    assert ways["Tikhonov add_gradients"]["state"] < 1e-3
+    assert ways["spectral_norm of torch"]["temporary"] == 1
+    assert ways["exact SVD in the loss"]["temporary"] >= 1
+
+
+def test_exact_gradient_equals_the_public_function() -> None:
+    S = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for matrix in (S, S.mT.contiguous()):
+        torch.testing.assert_close(
+            bench.exact_gradient(matrix), wc.condition_penalty_gradient(matrix)
+        )
+
+
+def test_fidelity_compares_with_an_exact_decomposition(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SIDE", 8)
+    assert wellcond("bench", "fidelity", "--epochs", 1, "--block", "4,32", "--json") == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert len(runs) == 12
+    wide = [run["ratio"] for run in runs if run["block"] == 32 and run["how"] == "gradient"]
+    assert len(wide) == 2
+    assert all(abs(ratio - 1) < 0.1 for ratio in wide)
+
+
+@pytest.mark.slow
+def test_stronger_penalties_end_at_lower_condition_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench, "GRID", {"gradient": (0.1, 1.0), "proximal": (10.0, 1000.0)})
+    assert wellcond("bench", "strength", "--epochs", 2, "--json") == 0
+    kappa = [run["condition_number"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert kappa[0] > kappa[1] > kappa[2]
+    assert kappa[0] > kappa[3] > kappa[4]
+    assert wellcond("bench", "strength", "--epochs", 1) == 0
+    assert "proximal" in capsys.readouterr().out
+
+
+def test_a_limit_is_kept_in_the_strength_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench, "GRID", {})
+    monkeypatch.setattr(bench, "LIMITS", (2.0, 1.5))
+    assert wellcond("bench", "strength", "--epochs", 1, "--json") == 0
+    none, *limited = json.loads(capsys.readouterr().out)["runs"]
+    assert none["condition_number"] > 2
+    assert [(run["how"], run["strength"]) for run in limited] == [
+        ("limit", limit) for limit in (2.0, 1.5)
+    ]
+    for run in limited:
+        assert 0.99 * run["strength"] < run["condition_number"] <= run["strength"]
+
+
+@pytest.mark.slow
+def test_a_limit_holds_after_every_application(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "limit", "--data", "digits", "--condition", "1.2", "--every", "auto,3"]
+    argv += ["--epochs", "1", "--steps", "13"]
+    assert wellcond(*argv, "--json") == 0
+    none, again, *limited = json.loads(capsys.readouterr().out)["ways"]
+    assert none["applications"] == again["applications"] == 0
+    # After 1, 2, 4 and 8 steps; or after every third.
+    assert [way["applications"] for way in limited] == [4, 4]
+    for way in limited:
+        assert 1.19 < way["after_largest"] <= 1.2 < way["before_largest"]
+    assert wellcond(*argv) == 0
+    assert "κ ≤ 1.2, every=auto" in capsys.readouterr().out
+    argv = ["bench", "limit", "--model", "transformer", "--condition", "5", "--every", "2"]
+    assert wellcond(*argv, "--epochs", "1", "--steps", "2", "--json") == 0
+    *_, limited = json.loads(capsys.readouterr().out)["ways"]
+    assert limited["applications"] > 100
+    assert limited["after_largest"] <= 5
+
+
+def test_measuring_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "audit", "--sizes", "4x4,70x300,300x300", "--rounds", 1, "--json") == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(run["matrix"], run["size"]) for run in runs] == [
+        ("gaussian", "4x4"),
+        *((kind, size) for size in ("70x300", "300x300") for kind in bench_audit.KINDS),
+    ]
+    assert all(run["seconds"] > 0 and run["seconds_svdvals"] > 0 for run in runs)
+    assert all(run["error"] < 1e-6 and run["error_sigma_max"] < 1e-12 for run in runs)
+    assert wellcond("bench", "audit", "--sizes", "4x4", "--rounds", 1) == 0
+    assert "gaussian" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", ["4", "4x", "0x4", "4x4,axb"])
+def test_sizes_that_are_none_are_refused(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "audit", "--sizes", sizes) == 2
+    assert "--sizes must be like 64x64,4096x4096" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_transformer_is_measured_and_asks_nothing_of_the_host(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("--model", "transformer", "--blocks", 3, "--width", 16, "--rounds", 1)
+    assert wellcond("bench", "step", *arguments, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    # Per block the three of attention, its output, and two of the perceptron; and the head.
+    assert document["settings"]["weights"] == 3 * 6 + 1
+    rows = {row["way"]: row for row in document["ways"]}
+    for way in ("add_gradients", "in the loss"):
+        assert rows[way]["synchronisations"] == 0
+    assert rows["attach(every=10)"]["synchronisations"] < 1
+    assert wellcond("bench", "step", *arguments) == 0
+    assert "synchronisations" in capsys.readouterr().out
+
+
+def test_but_for_products_and_updates_operations_do_not_grow_with_the_depth() -> None:
+    """Of a weight more: its product, two terms of the update, and the copies of a stack."""
+
+    def operations(way: str, blocks: int) -> float:
+        every = {"model": "transformer", "width": 16, "block": 32, "every": 10}
+        arguments = argparse.Namespace(blocks=blocks, **every)
+        return bench_step.count(way, arguments)["operations"]
+
+    for way, steps, most in [("add_gradients", 1, 3), ("attach(every=10)", 10, 5.1)]:
+        added = steps * (operations(way, 9) - operations(way, 3))
+        assert 0 < added <= most * 6 * 6
+
+
+def test_the_counter_sees_what_waits() -> None:
+    x = torch.ones(3, 3, device="meta")
+    with bench_step.on_a_device() as device:
+        torch.linalg.eigh(x)
+        x.to("cpu")
+        x.to("cpu", non_blocking=True)
+        with pytest.raises(RuntimeError):
+            x.sum().item()
+    assert device.synchronisations == 3

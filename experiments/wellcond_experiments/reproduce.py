@@ -1,0 +1,121 @@
+"""`wellcond reproduce NAME`: runs an experiment, or writes what its results say into the pages."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from wellcond.text import written
+from wellcond_experiments import _run, evidence, figures, grid
+from wellcond_experiments.evidence import Evidence, Verdict
+from wellcond_experiments.grid import Runner, Setting
+from wellcond_experiments.methods import METHODS
+from wellcond_experiments.settings import SETTINGS
+
+PAGES = ("README.md", "docs/*.md")
+PICTURES = Path("docs", "evidence")
+
+
+def configure(names: Any) -> None:
+    """A subcommand for every experiment."""
+    for setting in SETTINGS.values():
+        parser: argparse.ArgumentParser = names.add_parser(
+            setting.name,
+            help=setting.help,
+            description=f"{setting.protocol} Every run is a file of its own in --out, so that a "
+            "killed experiment goes on where it was.",
+            epilog=f"example: wellcond reproduce {setting.name} --quick",
+        )
+        if setting.default_data:
+            parser.add_argument(
+                "--data",
+                default="",
+                metavar="digits|mnist|cifar10|PATH",
+                help=f"default {setting.default_data}; {setting.quick_data} with --quick",
+            )
+        parser.add_argument(
+            "--seeds",
+            type=_run.positive,
+            help=f"how many are reported (default {setting.default_seeds}; 2 with --quick)",
+        )
+        parser.add_argument("--quick", action="store_true", help="a short run to see that it works")
+        if setting.workers is None:
+            parser.add_argument(
+                "--workers",
+                type=_run.positive,
+                help="processes, of one thread each (default: one for each core)",
+            )
+        parser.add_argument("--out", type=Path, help=f"default runs/{setting.name}")
+        parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+        parser.add_argument("--json", action="store_true", help="print one JSON document, alone")
+        parser.add_argument(
+            "--report",
+            type=Path,
+            nargs="?",
+            const=Path("results"),
+            metavar="FOLDER",
+            help="run nothing: write what FOLDER/NAME.json (default results/NAME.json) says into "
+            "the tables and pictures of README.md and docs, in the current directory",
+        )
+        parser.set_defaults(run=run, data="", workers=None)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    figures.import_figures()
+    from joblib import cpu_count
+
+    kind = SETTINGS[arguments.experiment]
+    if arguments.report is not None:
+        return _report(kind, arguments.report / f"{kind.name}.json", Path())
+    setting = kind(arguments.data, arguments.quick, arguments.seeds)
+    folder = arguments.out or Path("runs", kind.name)
+    workers = kind.workers or arguments.workers or cpu_count()
+    document = Runner(setting, folder, workers, arguments.overwrite).results()
+    found = Evidence(document)
+    tables = setting.tables(found)
+    parts = [setting.note(found), *(f"{t.title}:\n\n{t.markdown()}" for t in tables.values())]
+    written("\n".join(parts), folder / "table.md")
+    pictures = [
+        figures.save(drawing, folder / f"{name}.png")
+        for name, drawing in setting.figures(found).items()
+    ]
+    if arguments.json:
+        print(grid.dumped(document), end="")
+    else:
+        print(setting.note(found), end="\n\n")
+        for table in tables.values():
+            table.print()
+        names = ", ".join(["results.json", "table.md", *(path.name for path in pictures)])
+        print(f"Written to {folder}: {names}")
+    return int(setting.failed(found))
+
+
+def _report(kind: type[Setting], results: Path, root: Path) -> int:
+    """Writes tables and pictures of the documentation below root."""
+    if not (root / PICTURES.parent).is_dir():
+        raise ValueError("--report writes into docs/ of a checkout, and there is none here.")
+    document = grid.read(results)
+    setting = kind.of(document)
+    found = Evidence(document)
+    pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
+    changed = evidence.fill(pages, kind.name, setting.tables(found))
+    verdicts = _verdicts(results.parent)
+    changed += evidence.fill(pages, "winners", {"table": evidence.winners(verdicts)})
+    changed += evidence.fill(pages, "ways", {"table": evidence.ways([*METHODS])})
+    pictures = setting.figures(found) | {"winners": evidence.drawn(verdicts)}
+    for name, drawing in pictures.items():
+        changed.append(figures.save(drawing, root / PICTURES / f"{name}.svg"))
+    print(f"Written: {', '.join(map(str, dict.fromkeys(changed))) or 'nothing'}")
+    return 0
+
+
+def _verdicts(folder: Path) -> dict[str, Verdict]:
+    """Of all the results that are there."""
+    verdicts: dict[str, Verdict] = {}
+    for kind in SETTINGS.values():
+        path = folder / f"{kind.name}.json"
+        if path.exists():
+            document = grid.read(path)
+            verdicts |= kind.of(document).verdicts(Evidence(document))
+    return verdicts

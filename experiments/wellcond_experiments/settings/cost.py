@@ -1,0 +1,100 @@
+"""What a training step costs in every way, in time and memory, beside Tikhonov."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, ClassVar
+
+from wellcond_experiments import bench_step, figures
+from wellcond_experiments.evidence import Evidence
+from wellcond_experiments.grid import Cell, Measured, Setting
+from wellcond_experiments.tables import Band, Table, interval, number
+
+NETS = {
+    "mlp": "784-2048-10, on its first layer",
+    "transformer": "transformer of 24 blocks, on all its matrices",
+}
+COUNTED = {
+    "temporary": "largest tensor made",
+    "state": "state kept",
+    "operations": "operations",
+    "synchronisations": "waits of the host",
+}
+
+
+class Cost(Setting):
+    name = "cost"
+    help = "time and memory of a training step in every way, beside Tikhonov"
+    protocol = (
+        "A training step in every way, all in turn in one process, as a multiple of the mean of "
+        "two nets without: 784-2048-10, batch 32, and a transformer of 24 blocks, 512 tokens; "
+        "fused Adam. Tensors of random numbers. The seeds are repetitions. Memory as a share of "
+        "the weight; operations, and waits of the host, as a device would see them, for each step."
+    )
+    default_data = quick_data = ""
+    cases = tuple(NETS)
+    methods: ClassVar = {"all": (0.0,)}  # type: ignore[misc]
+    workers = 1
+
+    def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
+        super().__init__(data, quick, seeds)
+        self.rounds = {"mlp": 1 if quick else 20, "transformer": 1 if quick else 4}
+        self.blocks = 2 if quick else 24
+        self.hidden = 64 if quick else 2048
+
+    def settings(self) -> dict[str, Any]:
+        sizes = {"rounds": self.rounds, "blocks": self.blocks, "hidden": self.hidden}
+        return super().settings() | sizes
+
+    def run(self, cell: Cell) -> Measured:
+        """The median of so many rounds of ten steps, which are in an order of their own."""
+        arguments = argparse.Namespace(
+            **{"model": cell.case, "rounds": self.rounds[cell.case], "every": 10, "block": 32},
+            **{"batch": 32, "hidden": self.hidden, "blocks": self.blocks, "width": 128},
+            device="cpu",
+        )
+        metrics: dict[str, float] = {}
+        for way in bench_step.measured(arguments)["ways"]:
+            name = way.pop("way")
+            metrics |= {f"{name}: {key}": float(value) for key, value in way.items()}
+        return Measured(metrics, {})
+
+    def ways(self, evidence: Evidence, case: str) -> dict[str, Band]:
+        """Their multiples of a step without, the cheapest first."""
+        runs = evidence.where(case=case).dropna(axis="columns", how="all")
+        names = [key.removesuffix(": ratio") for key in runs.columns if key.endswith(": ratio")]
+        bands = {name: interval(list(runs[f"{name}: ratio"])) for name in names}
+        return dict(sorted(bands.items(), key=lambda item: item[1].mean))
+
+    def tables(self, evidence: Evidence) -> dict[str, Table]:
+        return {case: self._table(evidence, case) for case in self.cases}
+
+    def _table(self, evidence: Evidence, case: str) -> Table:
+        """With what was counted in this net."""
+        runs = evidence.where(case=case).dropna(axis="columns", how="all")
+        known = {key: title for key, title in COUNTED.items() if f"attach(every=10): {key}" in runs}
+        rows = []
+        for name, band in self.ways(evidence, case).items():
+            counts = (f"{name}: {key}" for key in known)
+            rows.append(
+                [name, band.fixed()]
+                + [number(float(runs[key].max())) if key in runs else "" for key in counts]
+            )
+        return Table(NETS[case], ["way", "multiple of the step", *known.values()], rows)
+
+    def figures(self, evidence: Evidence) -> dict[str, Any]:
+        drawing, panels = figures.figure(columns=2, width=5.6, height=4.2)
+        for panel, case in zip(panels, self.cases, strict=True):
+            bands = self.ways(evidence, case)
+            for height, (name, band) in enumerate(reversed(bands.items())):
+                ours = name.startswith(("attach", "add_", "in the", "limit"))
+                colour = figures.OURS if ours else figures.RIVAL
+                colour = figures.NOTHING if name.startswith("none") else colour
+                panel.barh([height], [band.mean], color=colour, height=0.7)
+                panel.text(band.mean * 1.05, height, f"{band.mean:.2f}", va="center", fontsize=8)
+            panel.set_yticks(range(len(bands)), list(reversed(bands)))
+            panel.set(xscale="log", xlabel="multiple of a step without", title=NETS[case])
+            panel.set_xlim(0.7, 2 * max(band.mean for band in bands.values()))
+            figures.logarithmic(panel.xaxis)
+            panel.grid(False, axis="y")
+        return {"cost": drawing}

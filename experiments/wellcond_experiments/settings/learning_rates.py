@@ -1,0 +1,371 @@
+"""Deep plain networks and a small transformer: which learning rates of Adam work?
+
+After Wortsman et al. (arXiv 2309.14322): training that is well conditioned bears learning rates
+over a wide range. A fifth of an epoch of MNIST, so that nothing is learned by heart, and nothing to
+its end.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from wellcond_experiments import figures
+from wellcond_experiments.data import Images, load
+from wellcond_experiments.evidence import Column, Evidence, Verdict
+from wellcond_experiments.grid import SEARCH, Cell, Chosen, Measured, Setting, strengths_of
+from wellcond_experiments.methods import (
+    METHODS,
+    IsometryStep,
+    OrthogonalityPenalty,
+    Training,
+    condition_numbers,
+    largest,
+    spectral_norms,
+)
+from wellcond_experiments.tables import Table
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+DEPTHS = (10, 30, 60)
+TRANSFORMER = "transformer"
+SEARCHED_DEPTH = 30  # what is best there is taken for the other depths
+WIDTH, BATCH = 128, 64
+NEAR = 2.0  # points; who comes so close to the best works
+WAYS = (
+    *("none", "warm-up", "l2", "weight-decay", "clipping", "layer-norm", "spectral-norm-torch"),
+    *("condition", "condition-gradient", "stable-rank", "orthogonality", "isometry"),
+    *("condition-limit", "upper-limit"),
+)
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+GAINS = {"tanh": 1.0, "relu": math.sqrt(2), TRANSFORMER: 1.0}
+
+
+OVERVIEWS = {
+    "accuracy": "Accuracy on the test images, mean over the learning rates, %",
+    "sensitivity": "Sensitivity: what is lost against the best rate, mean over the rates, points",
+    "working": "How many of the rates come near the best of all ways",
+    "cost": "CPU time of a run, as a multiple of that with nothing",
+}
+
+
+class IsometryEveryStep(IsometryStep):
+    """At a high rate ten steps lead too far from an isometry to come back."""
+
+    every = 1
+
+
+class OrthogonalityEveryStep(OrthogonalityPenalty):
+    every = 1
+
+
+OFTEN: dict[str, type[Training]] = {
+    "isometry": IsometryEveryStep,
+    "orthogonality": OrthogonalityEveryStep,
+}
+
+
+class LearningRates(Setting):
+    name = "learning-rates"
+    help = "deep networks: which learning rates work?"
+    protocol = (
+        "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: "
+        "plain networks of width 128, all with orthogonal initial weights, and a transformer of "
+        "two blocks and width 64; accuracy on the test images. Decay on matrices alone. Isometry "
+        "and Orthogonality act after every step, the other ways of wellcond as often as they do by "
+        "default. Strengths by the mean over the rates, those of plain networks at depth 30. Short "
+        "trainings: a mean over the rates rewards what learns fast at the lowest of them."
+    )
+    rate_is_chosen = False
+
+    def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
+        super().__init__(data, quick, seeds)
+        self.count = 320 if quick else 12_800
+        self.rates = (1e-3, 1e-2) if quick else RATES
+        self.depths = (4,) if quick else DEPTHS
+        self.searched_depth = 4 if quick else SEARCHED_DEPTH
+        self.ways = ("none", "condition-limit") if quick else WAYS
+        self.cases = (
+            *(f"{kind}-{n}" for kind, n in product(ACTIVATIONS, self.depths)),
+            TRANSFORMER,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "images": self.count,
+            "rates": list(self.rates),
+            "depths": list(self.depths),
+            "ways": list(self.ways),
+        }
+
+    @cached_property
+    def images(self) -> Images:
+        """Normalised, once for all runs."""
+        found = load(self.data)
+        x_train, x_test = found.normalised(found.x_train), found.normalised(found.x_test)
+        return replace(found, x_train=x_train, x_test=x_test)
+
+    def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
+        """The ways that make sense for a network, with their strengths."""
+        kind, gain = self.contest(case), GAINS[self.contest(case)]
+        ways = strengths_of(*self.ways)
+        if kind == TRANSFORMER:
+            return ways | ({} if self.quick else strengths_of("orthogonal-init"))
+        # In a deep network a factor acts by its 30th power: closer to isometries than elsewhere.
+        norms = tuple(factor * gain for factor in (1.0, 1.1, 1.25, 1.5))
+        closer: dict[str, tuple[float, ...]] = {
+            "spectral-norm-torch": norms,
+            "upper-limit": norms,
+            "isometry": (0.1, 0.5, 1.0),
+            "condition-limit": (1.01, 1.1, 2.0, 5.0),
+        }
+        ways |= {way: closer[way] for way in closer if way in ways}
+        # It makes a step up to ten times longer, so that it is not searched.
+        return ways | ({} if self.quick else {"orthogonal-torch": (gain,)})
+
+    def contest(self, case: str) -> str:
+        return case.partition("-")[0]
+
+    def searched(self) -> list[Cell]:
+        cases = [c for c in self.cases if c == TRANSFORMER or c.endswith(f"-{self.searched_depth}")]
+        return [
+            Cell(case, way, strength, lr, SEARCH, search=True)
+            for case in cases
+            for way, strengths in self.strengths(case).items()
+            if len(strengths) > 1
+            for strength, lr in product(strengths, self.rates)
+        ]
+
+    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
+        cells = []
+        for case in self.cases:
+            for way, strengths in self.strengths(case).items():
+                best = chosen.get((self.contest(case), way))
+                strength = best.strength if best else strengths[0]
+                cells += [
+                    Cell(case, way, strength, lr, seed)
+                    for lr, seed in product(self.rates, range(self.seeds))
+                ]
+        return cells
+
+    def build(self, case: str, norm: bool) -> nn.Module:
+        if case == TRANSFORMER:
+            return Transformer(self.images.side, norm)
+        kind, _, depth = case.partition("-")
+        return plain(self.images.pixels, int(depth), kind, norm)
+
+    def run(self, cell: Cell) -> Measured:
+        """The search tests on a sixth of the images for training, on which it does not train."""
+        images = self.images
+        train, test = [images.x_train, images.y_train], [images.x_test, images.y_test]
+        if cell.search:
+            held = len(images.x_train) // 6
+            train, test = [a[:-held] for a in train], [a[-held:] for a in train]
+        source = torch.Generator().manual_seed(cell.seed)
+        order = torch.randperm(len(train[0]), generator=source)[: self.count]
+        x, y = (array[order] for array in train)
+        training = OFTEN.get(cell.method, METHODS[cell.method])(
+            lambda norm: self.build(cell.case, norm),
+            cell.strength,
+            cell.lr,
+            cell.seed,
+            gain=GAINS[self.contest(cell.case)],
+            decays=lambda parameter: parameter.ndim > 1,
+        )
+        training.model.train()
+        finite = all(
+            training.step(cross_entropy(training.model(batch), labels))
+            for batch, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True)
+        )
+        training.finish()
+        model = training.model.eval()  # so that spectral_norm leaves its vectors as they are
+        with torch.no_grad():
+            right = sum(
+                int((model(batch).argmax(1) == labels).sum())
+                for batch, labels in zip(*(torch.split(a, 1000) for a in test), strict=True)
+            )
+        share = right / len(test[0]) if finite else 0.1  # one that has diverged guesses
+        metrics = {
+            "accuracy": 100 * share,
+            "kappa_worst": largest(condition_numbers(model).values()),
+            "sigma_max": largest(spectral_norms(model).values()),
+        }
+        return Measured(metrics, {})
+
+    def tables(self, evidence: Evidence) -> dict[str, Table]:
+        columns = [
+            Column("accuracy", "mean over the rates, %"),
+            *(Column(f"{lr:g}", f"at {lr:g}") for lr in self.rates),
+            Column("sensitivity", "sensitivity, points"),
+            Column("working", f"rates of {len(self.rates)} that work"),
+        ]
+        found = over_rates(evidence)
+        tables = {name: self._overview(found, name) for name in OVERVIEWS}
+        for case in self.cases:
+            title = f"{named(case)}: accuracy on the test images"
+            table = found.ranking(title, columns, self.contest(case), case=case)
+            rate = table.header.index("lr")  # none was chosen
+            rows = [line[:rate] + line[rate + 1 :] for line in (table.header, *table.rows)]
+            tables[case] = Table(title, rows[0], rows[1:])
+        return tables
+
+    def _overview(self, found: Evidence, metric: str) -> Table:
+        """A row for each way, the most accurate on the mean of the networks above."""
+        accuracies = found.runs.groupby(["method", "case"])["accuracy"].mean().groupby("method")
+        few = accuracies.count() < len(self.cases)  # not in every network: below all others
+        order = (accuracies.mean() - 100 * few).sort_values(ascending=False, kind="stable").index
+        rows = [
+            [figures.label(way)]
+            + [
+                found.band(metric, case=case, method=way).fixed(1)
+                if way in found.methods(case=case)
+                else ""
+                for case in self.cases
+            ]
+            for way in order
+        ]
+        return Table(OVERVIEWS[metric], ["way", *map(named, self.cases)], rows)
+
+    def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
+        found = over_rates(evidence)
+        return {
+            f"{named(case)}, mean accuracy over {len(self.rates)} learning rates, %": found.verdict(
+                "accuracy", self.contest(case), case=case
+            )
+            for case in self.cases
+        }
+
+    def figures(self, evidence: Evidence) -> dict[str, Any]:
+        """The same ways in each panel, those that are best on the mean of the plain networks."""
+        found = over_rates(evidence)
+        found.runs = found.runs[found.runs["case"] != TRANSFORMER]
+        means = {way: found.band("accuracy", method=way).mean for way in found.methods()}
+        shown = figures.selected(means)
+        colours = figures.colours(shown)
+        columns = len(self.depths) + 1
+        drawing, panels = figures.figure(columns, width=3.3, height=3.0, rows=2)
+        # The plain ones of either kind in a row; the transformer above the legend, at the end.
+        cases = list(self.cases)
+        cases.insert(columns - 1, cases.pop())
+        for case, panel in zip(cases, panels, strict=False):
+            for method, color, marker in zip(shown, colours, figures.MARKERS, strict=False):
+                runs = evidence.where(case=case, method=method)
+                means = runs.groupby("lr")["accuracy"].mean()
+                label = figures.label(method)
+                panel.plot(means.index, means, color=color, marker=marker, ms=4, label=label)
+            panel.set_xscale("log")
+            panel.set_title(named(case), fontsize=10)
+            panel.set_ylim(0, 100)
+        for panel in (panels[0], panels[columns]):
+            panel.set_ylabel("accuracy, %")
+        for panel in [*panels[columns:-1], panels[columns - 1]]:
+            panel.set_xlabel("learning rate")
+        panels[-1].set_axis_off()
+        panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
+        return {"learning-rates": drawing}
+
+
+def named(case: str) -> str:
+    """A network in words."""
+    kind, _, depth = case.partition("-")
+    return f"{kind.replace('relu', 'ReLU')}, depth {depth}" if depth else case
+
+
+def over_rates(evidence: Evidence) -> Evidence:
+    """A row for each network, way and seed, of all its learning rates.
+
+    accuracy is the mean, sensitivity the mean of what is lost against its best rate (Wortsman et
+    al., with accuracy for loss), working the number of rates that come near the best that any way
+    reaches in this network, on the mean over the seeds, cost the CPU time as a multiple of that
+    with nothing; each rate is a column of its own.
+    """
+    rates = evidence.runs.pivot_table("accuracy", ["case", "method", "seed"], "lr", sort=False)
+    best = rates.groupby(["case", "method"]).mean().max(axis=1).groupby("case").max()
+    needed = best.reindex(rates.index.get_level_values("case")).to_numpy() - NEAR
+    seconds = evidence.runs.groupby(["case", "method", "seed"], sort=False)["cpu_seconds"].mean()
+    alone = evidence.runs[evidence.runs["method"] == "none"].groupby("case")["cpu_seconds"].mean()
+    found = copy.copy(evidence)
+    found.runs = (
+        rates.rename(columns=lambda lr: f"{lr:g}")
+        .assign(
+            accuracy=rates.mean(axis=1),
+            sensitivity=rates.max(axis=1) - rates.mean(axis=1),
+            working=rates.ge(needed, axis=0).sum(axis=1),
+            cost=seconds / alone.reindex(seconds.index.get_level_values("case")).to_numpy(),
+        )
+        .reset_index()
+    )
+    return found
+
+
+def plain(inputs: int, depth: int, kind: str, norm: bool) -> nn.Module:
+    """So many layers before the last, with orthogonal weights times the gain.
+
+    With PyTorch's own initial weights no network of depth 30 learns, whatever the way.
+    """
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        linear = nn.Linear(inputs, WIDTH)
+        nn.init.orthogonal_(linear.weight, GAINS[kind])
+        nn.init.zeros_(linear.bias)
+        layers += [linear, *[nn.LayerNorm(WIDTH)] * norm, ACTIVATIONS[kind]()]
+        inputs = WIDTH
+    return nn.Sequential(*layers, nn.Linear(inputs, 10))
+
+
+class Transformer(nn.Module):
+    """Attention over the 16 squares of an image.
+
+    Args:
+        side: of the image; pixels that do not fill a square are left out.
+        norm: LayerNorm of queries and keys also.
+    """
+
+    def __init__(self, side: int, norm: bool, width: int = 64, blocks: int = 2) -> None:
+        super().__init__()
+        self.cut = nn.Unfold(side // 4, stride=side // 4)
+        self.embedding = nn.Linear((side // 4) ** 2, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.blocks = nn.Sequential(*(Block(width, norm) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width)
+        self.last = nn.Linear(width, 10)
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = self.cut(x.view(-1, 1, self.side, self.side)).transpose(1, 2)
+        states = self.blocks(self.embedding(squares) + self.position)
+        logits: Tensor = self.last(self.norm(states).mean(1))
+        return logits
+
+
+class Block(nn.Module):
+    """Attention of four heads, and an MLP, each behind a LayerNorm."""
+
+    def __init__(self, width: int, norm: bool) -> None:
+        super().__init__()
+        self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.of_query, self.of_key = (
+            nn.LayerNorm(width // 4) if norm else nn.Identity() for _ in range(2)
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.before_attention(x)
+        query, key, value = (
+            linear(states).unflatten(2, (4, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        heads = scaled_dot_product_attention(self.of_query(query), self.of_key(key), value)
+        x = x + self.out(heads.transpose(1, 2).flatten(2))
+        changed: Tensor = x + self.mlp(self.before_mlp(x))
+        return changed

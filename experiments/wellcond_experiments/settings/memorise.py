@@ -1,0 +1,80 @@
+"""A network that must learn random labels by heart, again and again: can it still do so at the end?
+
+Every task gives the same images new random labels, so that nothing of one task helps in the next
+(Lyle et al., arXiv 2303.01486; Kumar, Marklund & Van Roy, arXiv 2308.11958).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wellcond_experiments.grid import Cell
+from wellcond_experiments.methods import Training
+from wellcond_experiments.settings.tasks import BATCH, CHANCE, RATES, Tasks
+
+# On the grid of the other tasks many ways were chosen at its end: here it goes on there.
+SLOWEST = 1e-4
+BEYOND = {
+    "l2": (3e-2, 0.1),
+    "orthogonal-torch": (0.5, 0.7),
+    "condition": (1e4,),
+    "condition-gradient": (1.0, 10.0),
+    "stable-rank": (1e4,),
+    "spectral-norm": (1e4,),
+    "orthogonality": (1e3,),
+    "isometry": (1.0,),
+    "layer-norm-isometry": (1.0,),
+    "condition-limit": (1.01,),
+}
+
+
+class Memorise(Tasks):
+    name = "memorise"
+    help = "random labels, one task after another: does the network still learn them by heart?"
+    protocol = (
+        "1,280 images of MNIST, new random labels in every task of 10 epochs: 784-100-100-10 with "
+        "ReLU, batch 16, Adam; accuracy on these images at the end of each task."
+    )
+    finalists = 2
+    part = 5
+    words = ("random labels known", "last fifth")
+
+    def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
+        super().__init__(data, quick, seeds, *((3, 2) if quick else (30, 15)))
+        self.count = 160 if quick else 1280
+        self.epochs = 10
+        if not quick:
+            self.rates = (SLOWEST, *RATES)
+            self.methods |= {way: self.methods[way] + more for way, more in BEYOND.items()}
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"images": self.count, "epochs": self.epochs}
+
+    def drawn(self, cell: Cell) -> Tensor:
+        """Which images it learns: in the search some of a sixth that is kept for it."""
+        total = len(self.images.x_train)
+        held = total // 6
+        source = torch.Generator().manual_seed(cell.seed)
+        if cell.search:
+            return total - held + torch.randperm(held, generator=source)[: self.count]
+        return torch.randperm(total - held, generator=source)[: self.count]
+
+    def material(self, cell: Cell) -> tuple[Tensor, ...]:
+        return (self.images.normalised(self.images.x_train[self.drawn(cell)]),)
+
+    def learn(self, training: Training, source: torch.Generator, *material: Tensor) -> float:
+        """The share of new labels that it knows in the end."""
+        (x,) = material
+        y = torch.randint(10, (len(x),), generator=source)
+        training.model.train()
+        for _ in range(self.epochs):
+            for index in torch.split(torch.randperm(len(x), generator=source), BATCH):
+                loss = nn.functional.cross_entropy(training.model(x[index]), y[index])
+                if not training.step(loss):
+                    return CHANCE
+        training.model.eval()  # spectral_norm of torch leaves its vectors as they are
+        with torch.no_grad():
+            return 100 * float((training.model(x).argmax(1) == y).float().mean())

@@ -1,0 +1,123 @@
+"""A small network that learns one task after another: does it still learn the last ones?"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from wellcond_experiments import figures
+from wellcond_experiments.data import Images, load
+from wellcond_experiments.evidence import Column, Evidence, Verdict
+from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
+from wellcond_experiments.methods import (
+    METHODS,
+    WAYS,
+    Training,
+    condition_numbers,
+    largest,
+    spectral_norms,
+)
+from wellcond_experiments.tables import Table
+
+WIDTH, BATCH = 100, 16
+RATES = (3e-4, 1e-3, 3e-3)
+CHANCE = 10.0  # per cent of a network that has diverged
+
+
+class Tasks(Setting):
+    """784-100-100-10 with ReLU on tasks made of MNIST; the score is that of the last of them.
+
+    A subclass says how many there are, in the first round of the search fewer, and learns one.
+    """
+
+    part: ClassVar[int]  # the score is the mean over so large a part of the tasks, at the end
+    words: ClassVar[tuple[str, str]]  # what the score is, and that part
+    window: ClassVar[int] = 1  # of so many tasks the picture shows the mean
+
+    def __init__(
+        self, data: str, quick: bool, seeds: int | None, tasks: int, first_round: int
+    ) -> None:
+        super().__init__(data, quick, seeds)
+        self.tasks, self.first_round = tasks, first_round
+        self.rates = (1e-3,) if quick else RATES
+        self.methods = strengths_of(*(("none", "l2", "isometry") if quick else WAYS))
+
+    def settings(self) -> dict[str, Any]:
+        sizes = {"tasks": self.tasks, "tasks_of_first_round": self.first_round}
+        return super().settings() | sizes
+
+    @cached_property
+    def images(self) -> Images:
+        return load(self.data)
+
+    def build(self, norm: bool) -> nn.Module:
+        layers: list[nn.Module] = []
+        inputs = self.images.pixels
+        for _ in range(2):
+            layers += [nn.Linear(inputs, WIDTH), *[nn.LayerNorm(WIDTH)] * norm, nn.ReLU()]
+            inputs = WIDTH
+        return nn.Sequential(*layers, nn.Linear(inputs, 10))
+
+    @abstractmethod
+    def material(self, cell: Cell) -> tuple[torch.Tensor, ...]:
+        """Of what tasks are made; in the search of images that are kept for it."""
+
+    @abstractmethod
+    def learn(self, training: Training, source: torch.Generator, *material: torch.Tensor) -> float:
+        """Learns a new task; how well, in per cent, or `CHANCE` if it diverges."""
+
+    def run(self, cell: Cell) -> Measured:
+        material = self.material(cell)
+        training = METHODS[cell.method](
+            self.build, cell.strength, cell.lr, cell.seed, gain=math.sqrt(2)
+        )
+        source = torch.Generator().manual_seed(cell.seed)
+        curves: dict[str, list[float]] = {"accuracies": [], "kappa": [], "sigma_max": []}
+        for task in range(self.first_round if cell.search and not cell.final else self.tasks):
+            if task:
+                training.between_tasks()
+            curves["accuracies"].append(self.learn(training, source, *material))
+            curves["kappa"].append(largest(condition_numbers(training.model).values()))
+            curves["sigma_max"].append(largest(spectral_norms(training.model).values()))
+        accuracies = curves["accuracies"]
+        last = accuracies[-max(len(accuracies) // self.part, 1) :]
+        metrics = {
+            "accuracy": math.fsum(last) / len(last),
+            "accuracy_of_all": math.fsum(accuracies) / len(accuracies),
+            "first": accuracies[0],
+            "kappa_worst": curves["kappa"][-1],
+        }
+        return Measured(metrics, curves)
+
+    def tables(self, evidence: Evidence) -> dict[str, Table]:
+        score, part = self.words
+        columns = [
+            Column("accuracy", f"{part}, %"),
+            Column("accuracy_of_all", "all tasks, %"),
+            Column("first", "first task, %"),
+            Column("kappa_worst", "κ of the worst weight", log=True),
+        ]
+        return {"accuracy": evidence.ranking(score.capitalize(), columns)}
+
+    def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
+        title = f"{self.words[0]}, last {self.tasks // self.part} of {self.tasks} tasks, %"
+        return {title: evidence.verdict("accuracy")}
+
+    def figures(self, evidence: Evidence) -> dict[str, Any]:
+        score, part = self.words
+        drawing, (left, right) = figures.figure(columns=2, width=6.4, height=4.8)
+        bands = {m: evidence.band("accuracy", method=m) for m in evidence.methods()}
+        figures.compared(left, list(bands.items()), {m: figures.label(m) for m in bands})
+        left.set_xlabel(f"{score}, {part} of the tasks, %")
+        shown = figures.selected({method: band.mean for method, band in bands.items()})
+        curves = {m: list(evidence.where(method=m)["accuracies"]) for m in shown}
+        window = min(self.window, self.tasks)
+        figures.over_tasks(right, curves, window=window)
+        right.set_ylabel(f"{score}, %" + f" (mean of {window} tasks)" * (window > 1))
+        right.legend(fontsize=8, frameon=False)
+        return {self.name: drawing}

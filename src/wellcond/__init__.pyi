@@ -1,0 +1,30 @@
+from wellcond import report as report
+from wellcond import rules as rules
+from wellcond.audits.audit import audit as audit
+from wellcond.audits.repair import repair as repair
+from wellcond.linalg.certify import Certificate as Certificate
+from wellcond.linalg.certify import certify as certify
+from wellcond.linalg.interval import Interval as Interval
+from wellcond.linalg.nearest import nearest as nearest
+from wellcond.linalg.spectrum import condition_number as condition_number
+from wellcond.report.report import AuditReport as AuditReport
+from wellcond.report.report import compare as compare
+from wellcond.rules.base import Limit as Limit
+from wellcond.rules.base import Penalty as Penalty
+from wellcond.rules.condition import ConditionPenalty as ConditionPenalty
+from wellcond.rules.exact import condition_penalty as condition_penalty
+from wellcond.rules.exact import condition_penalty_bound as condition_penalty_bound
+from wellcond.rules.exact import condition_penalty_gradient as condition_penalty_gradient
+from wellcond.rules.exact import proximal_step as proximal_step
+from wellcond.rules.isometry import IsometryStep as IsometryStep
+from wellcond.rules.isometry import OrthogonalityPenalty as OrthogonalityPenalty
+from wellcond.rules.limit import ConditionLimit as ConditionLimit
+from wellcond.rules.limit import SingularValueLimit as SingularValueLimit
+from wellcond.rules.relatives import SpectralNormPenalty as SpectralNormPenalty
+from wellcond.rules.relatives import StableRankPenalty as StableRankPenalty
+from wellcond.rules.tikhonov import TikhonovPenalty as TikhonovPenalty
+from wellcond.training.enforce import enforce as enforce
+from wellcond.training.monitor import Monitor as Monitor
+from wellcond.training.regularizer import Regularizer as Regularizer
+
+__version__: str

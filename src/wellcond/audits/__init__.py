@@ -1,0 +1,1 @@
+"""Weights of models and files measured, compared with a baseline, and repaired."""

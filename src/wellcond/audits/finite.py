@@ -1,0 +1,65 @@
+"""NaN and infinity in the tensors of a model or a file, whether they are matrices or not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from wellcond.files.pieces import Pieces
+from wellcond.report.not_finite import NotFinite
+from wellcond.text import last_part
+
+# The first and the last value of a range, which may be infinite, such as those of an observer that
+# has seen nothing yet.
+_BOUNDS = {"min", "max", "low", "high", "lower", "upper", "bound", "bounds", "best"}
+
+
+def not_finite_in(
+    tensors: Mapping[str, Pieces],
+    masks: Collection[str] = (),
+    weights: Collection[str] = (),
+) -> tuple[dict[str, NotFinite], dict[str, Exception]]:
+    """The tensors with NaN or infinity by name, and those that cannot be read.
+
+    What is infinite by design is left out: -inf in a mask, which `masks` or the name itself calls
+    one, and the infinite ends of a range, by name. In `weights` nothing is.
+    """
+    found, unread = {}, {}
+    for name, pieces in tensors.items():
+        try:
+            counted, negative = _count(pieces())
+        except Exception as error:  # whatever it is, the other tensors are still to be read
+            unread[name] = error
+            continue
+        meant = name not in weights and not counted.nan and _is_by_design(name, negative, masks)
+        if (counted.nan or counted.infinite) and not meant:
+            found[name] = counted
+    return found, unread
+
+
+def _count(pieces: Iterable[Tensor]) -> tuple[NotFinite, bool]:
+    """How many are not finite, and whether all of these are -inf."""
+    nan = infinite = negative = entries = 0
+    for piece in pieces:
+        entries += piece.numel()
+        if piece.is_complex():
+            piece = torch.view_as_real(piece.resolve_conj())
+        elif piece.itemsize == 1:  # torch computes nothing with float8
+            piece = piece.to(torch.float32)
+        if not piece.numel() or all(math.isfinite(end) for end in piece.aminmax()):
+            continue
+        nan += int(piece.isnan().sum())
+        infinite += int(piece.isinf().sum())
+        negative += int(piece.isneginf().sum())
+    return NotFinite(nan, infinite, entries), nan + infinite == negative
+
+
+def _is_by_design(name: str, negative: bool, masks: Collection[str]) -> bool:
+    """Of a tensor without NaN; `negative` says that all that is infinite is -inf."""
+    last = last_part(name.lower())
+    mask = name in masks or re.search("mask|causal|attn_bias|attention_bias", last) is not None
+    return (mask and negative) or not _BOUNDS.isdisjoint(last.split("_"))

@@ -1,0 +1,299 @@
+"""What there is to measure in a model, in a file, and in an adapter with the base it belongs to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from wellcond.files.checkpoint import Checkpoint
+from wellcond.files.pieces import Pieces, pieces_of
+from wellcond.files.tensors import Entry, TensorFile
+from wellcond.text import and_more, joined, last_part
+from wellcond.weights.adapters import (
+    Adapter,
+    adapter_parameters,
+    find_adapters,
+    find_other_adapter,
+    setting_of_file,
+    setting_of_model,
+    weight_of,
+)
+from wellcond.weights.discover import heads_of, unwrapped
+from wellcond.weights.effective import current, effective_matrices
+from wellcond.weights.heads import Attention, Value, heads_by_name
+from wellcond.weights.matrices import Matrices
+from wellcond.weights.reasons import Reason, Skipped
+from wellcond.weights.sizes import geometries
+
+
+@dataclass
+class Source:
+    """What there is to measure.
+
+    Attributes:
+        name: of a file its path, of a model its class.
+        matrices: one a tensor.
+        skipped: what is no weight, and why.
+        parameters: how many entries all parameters have.
+        sizes: how many entries every parameter has, by its name.
+        of_file: it is a file, which says less than a model.
+        constants: entries of what is no parameter, and measured if its exact name asks for it.
+        tensors: the entries of every tensor that may have floating point ones, by its name.
+        masks: those of these in which -inf alone is no alarm.
+        heads: finds the heads of attention, and says how to read what they rest on.
+        failed: what cannot be read, and why.
+        adapters: by the name of the weight to which each belongs; their factors are no matrices.
+        bases: of these weights those that lie in another source.
+        baseless: those that it lacks, and why.
+    """
+
+    name: str
+    matrices: list[Matrices]
+    skipped: dict[str, Skipped]
+    parameters: int
+    tensors: dict[str, Pieces]
+    heads: Callable[[], tuple[list[Attention], Value]]
+    failed: dict[str, str] = field(default_factory=dict)
+    adapters: list[tuple[str, Adapter]] = field(default_factory=list)
+    bases: list[Matrices] = field(default_factory=list)
+    baseless: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    masks: set[str] = field(default_factory=set)
+    of_file: bool = False
+
+
+def source_of(
+    model_or_path: nn.Module | str | os.PathLike[str], example: Any = None, base: Any = None
+) -> Source:
+    """Of a model, or of a path.
+
+    Raises:
+        TypeError: neither, or an example for a path, or a base for a model.
+        ValueError: the base has none of the weights that are adapted.
+    """
+    if isinstance(model_or_path, nn.Module):
+        if base is not None:
+            raise TypeError(
+                "`base` must come with the path of an adapter, got a model. A model of PEFT holds "
+                "its base: audit it alone."
+            )
+        return _of_model(unwrapped(model_or_path), example)
+    if isinstance(model_or_path, str | os.PathLike):
+        if example is not None:
+            raise TypeError(
+                "`example` must come with a model, got a path: a file does not say how its "
+                "convolutions slide. Load the model, and audit that."
+            )
+        source = _of_file(Checkpoint(model_or_path))
+        return source if base is None else _with_base(source, source_of(base))
+    raise TypeError(
+        "`model_or_path` must be a torch.nn.Module or a path, got "
+        f"{type(model_or_path).__name__}. Of a state dict save a file, or audit its model."
+    )
+
+
+def _of_model(model: nn.Module, example: Any) -> Source:
+    sliding = {} if example is None else geometries(model, example)
+    matrices, skipped, total = effective_matrices(model, sliding)
+    copied = [
+        f"{path}.original_module."
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+        and not getattr(module, "disable_adapters", False)
+    ]
+    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    for one in matrices:
+        if one.name.startswith(tuple(copied)):
+            skipped[one.name] = Skipped(Reason.replaced)
+        if one.name in empty:
+            skipped[one.name] = Skipped(Reason.no_values)
+    found = Source(
+        type(model).__name__,
+        matrices,
+        skipped,
+        total,
+        _searchable_of_model(model),
+        lambda: (heads_of(model), current),
+    )
+    found.masks = _masks_of(model)
+    parameters = {n: p for n, p in model.named_parameters() if not is_lazy(p)}
+    found.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    idle = {
+        path
+        for path, module in model.named_modules()
+        if getattr(module, "merged", False) or getattr(module, "disable_adapters", False)
+    }
+    return _with_adapters(found, find_adapters(read, shapes, setting_of_model(model)), idle)
+
+
+def _of_file(file: Checkpoint) -> Source:
+    matrices = list(file.matrices())
+    heads = partial(_heads_in, file, matrices)
+    sizes = file.sizes
+    found = Source(
+        str(file.path),
+        matrices,
+        file.skipped(),
+        sum(sizes.values()),
+        searchable_tensors(file),
+        heads,
+        dict(file.damaged),
+    )
+    found.constants, found.sizes, found.of_file = file.constants, sizes, True
+    found.masks = masks_in(file)
+    return _with_adapters(found, adapters_in(file))
+
+
+def _searchable_of_model(model: nn.Module) -> dict[str, Pieces]:
+    """The parameters and buffers that may hold NaN: those with values, of no other class."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    plain = {n: t for n, t in tensors.items() if type(t) in (Tensor, nn.Parameter, nn.Buffer)}
+    return {name: partial(pieces_of, tensor.detach()) for name, tensor in plain.items()}
+
+
+def _masks_of(model: nn.Module) -> set[str]:
+    """The buffers that may be masks, whatever they are called: all but the statistics of norms."""
+    norms = {n for n, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+    return {
+        name
+        for name, buffer in model.named_buffers()
+        if not _is_statistic(name) and not (buffer.ndim < 2 and name.rpartition(".")[0] in norms)
+    }
+
+
+def masks_in(file: Checkpoint) -> set[str]:
+    """The square tables of a file that hold no weight, such as `tril`."""
+    return {
+        name
+        for name, (_, entry) in file.where.items()
+        if entry.skipped is not None
+        and entry.skipped.reason is Reason.constant
+        and len({*entry.shape[-2:]}) == 1 < len(entry.shape)
+        and not _is_statistic(name)
+    }
+
+
+def _is_statistic(name: str) -> bool:
+    return last_part(name).startswith("running_")
+
+
+def searchable_tensors(file: Checkpoint) -> dict[str, Pieces]:
+    """The tensors of a file that may hold NaN: of one under several names the first."""
+    repeated = (Reason.same, Reason.part)
+
+    def pieces(parts: Sequence[tuple[TensorFile, Entry]]) -> Iterator[Tensor]:
+        for owner, entry in parts:
+            yield from owner.pieces(entry.name)
+
+    return {
+        name: partial(pieces, file.slices.get(name, [(owner, entry)]))
+        for name, (owner, entry) in file.where.items()
+        if not (entry.skipped is not None and entry.skipped.reason in repeated)
+    }
+
+
+def adapters_in(file: Checkpoint) -> list[Adapter]:
+    """The adapters of low rank in a file, with what adapter_config.json beside it says of them."""
+    plain = {
+        name: (owner, entry)
+        for name, (owner, entry) in file.where.items()
+        if entry.skipped is None or entry.skipped.reason in (Reason.vector, Reason.number)
+    }
+    read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
+    shapes = {name: entry.shape for name, (_, entry) in plain.items()}
+    setting = setting_of_file(file.beside("adapter_config.json"))
+    return find_adapters(read, shapes, setting)
+
+
+def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str] = ()) -> Source:
+    """Each pair of factors is one adapter, and the weight beside it what it is added to.
+
+    `idle` are the modules whose adapters are merged or switched off.
+    """
+    parts = {name for adapter in adapters for name in adapter.parts}
+    matrices = {one.name: one for one in source.matrices if one.name not in parts}
+    others = _other_adapters(source)
+    for weight, one in matrices.items():
+        of = find_other_adapter(weight, others)
+        if of and weight.partition(".base_layer.")[0] not in idle:
+            note = joined(one.note, f"what {of} makes of it is not in these numbers")
+            matrices[weight] = replace(one, note=note)
+    for adapter in adapters:
+        name = weight_of(adapter, matrices, beside=True)
+        source.adapters.append((name or adapter.weight, adapter))
+        setting = adapter.setting
+        if name and setting.acts and not setting.unknown and not setting.no_sum:
+            one = matrices[name]
+            aliases = dict.fromkeys((*one.aliases, f"{name}:merged", *adapter.parts))
+            both = (*one.adapters, adapter)
+            matrices[name] = replace(one, aliases=tuple(aliases), adapters=both)
+    return replace(source, matrices=list(matrices.values()))
+
+
+def _other_adapters(source: Source) -> dict[str, Skipped]:
+    """The parameters of adapters that are no pair of factors."""
+    by_config = {n: why for n, why in source.skipped.items() if why.reason is Reason.adapter}
+    return {
+        name: why
+        for name, why in (adapter_parameters(source.skipped, {}) | by_config).items()
+        if why.reason is Reason.adapter
+    }
+
+
+def _with_base(source: Source, base: Source) -> Source:
+    """With the weights of the base to which its adapters belong, under the names of the base."""
+    beside = {id(adapter) for one in source.matrices for adapter in one.adapters}
+    if len(beside) == len(source.adapters):
+        found = "holds its base" if source.adapters else "has no pair of lora_A and lora_B"
+        raise ValueError(
+            f"`base` must come with an adapter by itself, but {source.name} {found}. "
+            "Leave `base` out."
+        )
+    matrices = {alias: one for one in base.matrices for alias in one.aliases}
+    adapters: list[tuple[str, Adapter]] = []
+    bases: dict[str, Matrices] = {}
+    missing: dict[str, str] = {}
+    for label, adapter in source.adapters:
+        name = label if id(adapter) in beside else weight_of(adapter, matrices)
+        adapters.append((name or label, adapter))
+        if name in bases:
+            raise ValueError(
+                f"{source.name} must hold one adapter, but holds several of {name}: in "
+                f"{and_more((*bases[name].adapters[0].parts, *adapter.parts))}. "
+                "Give the path of one file."
+            )
+        if name is None:
+            skipped = weight_of(adapter, base.skipped)
+            why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
+            missing[label] = f"in {base.name} it {why}"
+        elif id(adapter) not in beside:
+            bases[name] = replace(matrices[name], name=name, adapters=(adapter,))
+    if not bases:
+        first, why = next(iter(missing.items()))
+        raise ValueError(
+            f"`base` must hold the weights that {source.name} adapts as numbers of full precision, "
+            f"but of {first}, {why}; it has {and_more(matrices, limit=3)}. "
+            "Give the model that was adapted, not quantised; or, where names in the file are not "
+            "those of the modules, the model itself: wc.audit(adapter, base=model)."
+        )
+    return replace(source, adapters=adapters, bases=list(bases.values()), baseless=missing)
+
+
+def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attention], Value]:
+    """The heads in a file, and how to read its tensors by their names."""
+    read = {alias: one.read for one in matrices for alias in one.aliases}
+    entries = {name: entry for name, (_, entry) in file.where.items()}
+    shapes = {alias: entries[one.name].shape for one in matrices for alias in one.aliases}
+    shapes |= {name: entry.shape for name, entry in entries.items() if len(entry.shape) == 1}
+    config = file.beside("config.json")
+    return heads_by_name(shapes, config), lambda _, name: read[name]()

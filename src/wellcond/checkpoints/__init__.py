@@ -1,1 +1,0 @@
-"""Checkpoints audited and repaired, and what was found shown as text, data and a page."""

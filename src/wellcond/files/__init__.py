@@ -1,0 +1,1 @@
+"""Bytes in, tensors out: one reader for each format, and copies with some tensors replaced."""

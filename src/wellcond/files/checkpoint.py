@@ -1,0 +1,411 @@
+"""Weights in files: read one tensor at a time, write a copy in which some are replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond.files.formats import format_by_name, other_folder, other_format
+from wellcond.files.pickled import Pickled
+from wellcond.files.safetensors import Safetensors
+from wellcond.files.slices import (
+    OF_RANK,
+    REPEATED,
+    one_of_ranks,
+    repeated_in_shards,
+    slice_at,
+)
+from wellcond.files.tensors import (
+    Entry,
+    NoTensorsError,
+    PickledCodeError,
+    TensorFile,
+    UnreadableError,
+)
+from wellcond.text import last_part
+from wellcond.weights.adapters import adapter_parameters
+from wellcond.weights.fused import views_by_name
+from wellcond.weights.matrices import Matrices, entries, seen_through
+from wellcond.weights.names import no_weights
+from wellcond.weights.quantised import logical_entries
+from wellcond.weights.reasons import Reason, Skipped
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
+INDEX = ".index.json"
+_CONFIG = 1 << 20  # bytes; those of large models have some thousand
+# What names and neighbours say more of than shape and dtype do.
+_REFINED = (Reason.packed, Reason.quantised, Reason.scales)
+# What the head of a language model is called.
+_HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
+_POINTER = b"version https://git-lfs"
+_INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
+
+
+class Checkpoint:
+    """The tensors of a file, of a sharded file, or of all files of a directory.
+
+    Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
+    those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name, of
+    which `where` has the last, and `slices` all.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path} must be a file or a directory, but is not there.")
+        if not self.path.is_dir():
+            _check_regular(self.path)
+        self.others: dict[str, Skipped] = {}
+        self.damaged: dict[str, str] = {}
+        self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
+        names = self._find()
+        for name in names:
+            self._open(name, alone=len(names) == 1)
+        holding = [
+            file
+            for file in self.files.values()
+            if any(entry.skipped is None for entry in file.entries.values())
+        ]
+        self.where: dict[str, tuple[TensorFile, Entry]] = {}
+        self.overlapping: list[tuple[str, str]] = []
+        self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
+        repeated = (
+            repeated_in_shards({name: file.entries for name, file in self.files.items()})
+            if self.index is None
+            else set()
+        )
+        for file_name, file in self.files.items():
+            united = self.index is not None or len(self.files) == 1 or holding == [file]
+            prefix = "" if united else f"{file_name}/"
+            of_rank = one_of_ranks(file.path)
+            for name, entry in file.entries.items():
+                if entry.skipped is None and (of_rank or name in repeated):
+                    entry = replace(entry, skipped=OF_RANK if of_rank else REPEATED)
+                if entry.skipped is not None and entry.skipped.reason is Reason.slice:
+                    self._add_slice(name, file, entry)
+                    continue
+                # Two shards may hold the same name: the index says which one is meant.
+                elsewhere = self.index is not None and self.index.get(name, file_name) != file_name
+                taken = elsewhere or prefix + name in self.where
+                self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
+            self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
+            self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
+        empty = not any(entry.matrix for _, entry in self.where.values())
+        if empty and self.path.is_dir() and (other := other_folder(self.path)):
+            raise UnreadableError(other)
+        self._leave_out()
+        if self.index is not None:
+            self._check_index()
+        if self._lacks_head():
+            self.others["lm_head.weight"] = Skipped(Reason.missing)
+
+    def _leave_out(self) -> None:
+        """Finds by their names, and by what is beside them, the tensors that are no weights."""
+        # A head that is tied to an embedding is one, whichever of the names was kept.
+        self._called = called = {name: name for name in self.where}
+        for name in self.where:
+            for alias in self._aliases(name):
+                called.setdefault(alias, name)
+        named = ((alias, self.where[name][1]) for alias, name in called.items())
+        self._kinds = {alias: (entry.shape, entry.dtype) for alias, entry in named}
+        for alias, skipped in no_weights(self._kinds, self._begins_with_codes).items():
+            name = called[alias]
+            file, entry = self.where[name]
+            if entry.skipped is None or entry.skipped.reason in _REFINED:
+                detail = skipped.detail or ("" if alias == name else f"tied to {alias}")
+                self.where[name] = file, replace(entry, skipped=replace(skipped, detail=detail))
+            elif skipped.reason is Reason.flat:
+                self.where[name] = file, replace(entry, skipped=skipped)
+        config = self.beside("adapter_config.json")
+        for name, skipped in adapter_parameters(self.where, config).items():
+            file, entry = self.where[name]
+            if entry.skipped is None or not entry.skipped.reason.no_matrix:
+                self.where[name] = file, replace(entry, skipped=skipped)
+
+    def _lacks_head(self) -> bool:
+        """Whether a whole language model has no head, though config.json says that it has one."""
+        if not self.path.is_dir() and self.index is None:  # a shard alone lacks much
+            return False
+        config = self.beside("config.json")
+        kinds = config.get("architectures")
+        of_words = isinstance(kinds, list) and any(
+            str(kind).endswith("ForCausalLM") for kind in kinds
+        )
+        if not of_words or config.get("tie_word_embeddings") is not False:
+            return False
+        embeds = any(
+            entry.skipped is not None and entry.skipped.reason is Reason.embedding
+            for _, entry in self.where.values()
+        )
+        return embeds and not any(_HEAD.search(name) for name in self.where)
+
+    def _add_slice(self, name: str, file: TensorFile, entry: Entry) -> None:
+        """Slices of one tensor have one name, by which they are left out together."""
+        slices = self.slices.setdefault(name, [])
+        slices.append((file, entry))
+        offsets = [one.offsets for _, one in slices if one.offsets is not None]
+        if len(offsets) == len(slices):
+            entry = replace(entry, skipped=slice_at(offsets))
+        self.where[name] = file, entry
+
+    def _begins_with_codes(self, name: str) -> bool:
+        """Whether the first entries of a tensor are codes: whole numbers, or those of float8."""
+        file, entry = self.where[self._called[name]]
+        if entry.skipped is not None or entry.dtype.startswith("complex"):
+            return False
+        row = file.first_row(entry.name).float()
+        narrow = row.to(torch.float8_e4m3fn).float()
+        return bool((row == row.round()).all() or (row == narrow).all())
+
+    def _aliases(self, name: str) -> list[str]:
+        """Other names of a tensor."""
+        _, entry = self.where[name]
+        return [name.removesuffix(entry.name) + alias for alias in entry.aliases]
+
+    def _find(self) -> list[str]:
+        """Names of the files, within `self.directory`."""
+        self.index: dict[str, str] | None = None
+        self.index_name = ""
+        path = self.path
+        self.directory = path if path.is_dir() else path.parent
+        if path.is_dir():
+            indices = sorted(path.glob(f"*.safetensors{INDEX}")) or sorted(path.glob(f"*{INDEX}"))
+            if len(indices) == 1:
+                path = indices[0]
+        if path.is_file() and path.name.endswith(INDEX):
+            self.index_name = path.name
+            shards = self._read_index(path)
+            if self.path.is_dir():
+                beside = {file.name for file in _weight_files(self.path)} - set(shards)
+                self.others = {name: Skipped(Reason.beside) for name in sorted(beside)}
+                self.others |= _find_unread(self.path)
+            return shards
+        if not path.is_dir():
+            return [path.name]
+        found = _weight_files(path)
+        if {file.name for file in found} <= {"meta.pt"} and (other := other_folder(path)):
+            raise UnreadableError(other)
+        if not found:
+            raise UnreadableError(
+                f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
+                f"{INDEX}, {', '.join(PICKLED)}."
+            )
+        self.others = _find_unread(path)
+        return [file.name for file in found]
+
+    def _read_index(self, path: Path) -> list[str]:
+        if path.stat().st_size > _INDEX:
+            raise UnreadableError(
+                f"{path} must be an index of at most {_INDEX:,} bytes, but has more. "
+                "It is damaged, or something else altogether."
+            )
+        try:
+            self.index = dict(json.loads(path.read_text())["weight_map"])
+            shards = sorted(set(self.index.values()))
+            if not all(isinstance(shard, str) for shard in shards):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UnreadableError(
+                f'{path} must be JSON with a "weight_map" from tensors to files, but is not.'
+            ) from None
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise UnreadableError(f"{path} must name files beside it, but names {shard!r}.")
+            if not (path.parent / shard).is_file():
+                raise UnreadableError(
+                    f"{path} names {shard}, which is not there. Fetch the missing shard."
+                )
+        return shards
+
+    def _open(self, name: str, alone: bool) -> None:
+        path = self.directory / name
+        try:
+            _check_regular(path)
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise UnreadableError(
+                        f"{path} is a pointer of Git LFS, and not the file that it stands for. "
+                        "Fetch that with `git lfs pull`."
+                    )
+            if path.suffix == ".safetensors":
+                self.files[name] = Safetensors(path)
+            elif path.name.endswith(PICKLED):
+                self.files[name] = Pickled(path)
+            elif what := other_format(path):
+                raise UnreadableError(what)
+            elif zipfile.is_zipfile(path):
+                self.files[name] = Pickled(path)
+            else:
+                raise UnreadableError(
+                    f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."
+                )
+        except (UnreadableError, OSError) as raised:
+            other = other_format(path) if path.is_file() else ""
+            error = UnreadableError(other) if other else raised
+            if alone or self.index is not None:
+                raise error from None
+            what = str(error).removeprefix(f"{path} ")
+            if isinstance(error, OSError):
+                what = f"cannot be read: {error.strerror}"
+            if isinstance(error, PickledCodeError):  # such as training_args.bin, beside the weights
+                self.others[name] = Skipped(Reason.program, what)
+            elif isinstance(error, NoTensorsError):  # such as scheduler.pt
+                self.others[name] = Skipped(Reason.no_tensors)
+            else:
+                self.damaged[name] = what
+
+    def _check_index(self) -> None:
+        assert self.index is not None
+        for name, shard in self.index.items():
+            if name not in self.files[shard].entries:
+                raise UnreadableError(
+                    f"{self.path} says that {name} is in {shard}, where it is not. "
+                    "The shards belong to another checkpoint, or one is incomplete."
+                )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many entries each parameter has; of a quantised weight those that it stands for.
+
+        Fixed transforms, tables and masks are not parameters.
+        """
+        config = self.beside("config.json")
+        sizes = {}
+        for name, (_, entry) in self.where.items():
+            reason = None if entry.skipped is None else entry.skipped.reason
+            if reason is Reason.slice:
+                sizes[name] = sum(entries(one.shape) for _, one in self.slices[name])
+            elif _holds_codes(name, entry):
+                sizes[name] = logical_entries(name, self._kinds, self._read_small, config)
+            elif entry.parameter and reason is not Reason.constant:
+                sizes[name] = entries(entry.shape)
+        return sizes
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The entries of tensors that are no parameters, but measured by their exact names."""
+        return {
+            name: entries(entry.shape)
+            for name, (_, entry) in self.where.items()
+            if entry.skipped is not None and entry.skipped.reason is Reason.constant
+        }
+
+    def _read_small(self, name: str) -> Tensor:
+        file, entry = self.where[self._called[name]]
+        return file.read(entry.name)
+
+    def beside(self, name: str) -> dict[str, Any]:
+        """What a JSON file of this name beside the checkpoint says; nothing if there is none."""
+        path = self.directory / name
+        try:
+            if not path.is_file() or path.stat().st_size > _CONFIG:
+                return {}
+            config = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def matrices(self) -> Iterator[Matrices]:
+        """The tensors that hold matrices, one after the other; embeddings too, which are skipped
+        unless their exact name is asked for."""
+        shapes = {name: entry.shape for name, (_, entry) in self.where.items()}
+        views = views_by_name(shapes, self.beside("config.json"))
+        for name, (file, entry) in self.where.items():
+            if entry.matrix:
+                names, seen = (name, *self._aliases(name)), views[name]
+                read = partial(file.read, entry.name)
+                yield Matrices(
+                    name, names, entry.shape, seen_through(seen.views), read, note=seen.note
+                )
+
+    def skipped(self) -> dict[str, Skipped]:
+        """All others, and why."""
+        entries = {name: entry.skipped for name, (_, entry) in self.where.items()}
+        return {name: why for name, why in entries.items() if why is not None} | self.others
+
+    def copy_with(self, change: Callable[[str], Tensor | None], target: Path) -> None:
+        """Writes a copy of all files in which the tensors that `change` returns have new values.
+
+        A single file becomes a file, a directory or a sharded checkpoint a directory with all that
+        belongs to it. Asks for one tensor after the other, in the order of the files.
+        """
+
+        def replaced(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
+            for name, (owner, entry) in self.where.items():
+                if owner is not file or not entry.matrix:
+                    continue
+                if (new := change(name)) is not None:
+                    yield entry.name, new
+
+        if self.path.is_file() and self.index is None:
+            (file,) = self.files.values()
+            file.copy_with(replaced(file), target)
+            shutil.copymode(file.path, target)
+            return
+        target.mkdir()
+        changing = {f.path.name: f for f, entry in self.where.values() if entry.matrix}
+        beside = [self.path, *(file.path for file in self.files.values())]
+        for path in sorted(self.directory.iterdir() if self.path.is_dir() else beside):
+            if path.name not in changing:
+                _copy(path, target / path.name, (self.directory.resolve(),))
+        for name, file in changing.items():
+            file.copy_with(replaced(file), target / name)
+            shutil.copymode(file.path, target / name)
+        if self.path.is_dir():  # its owner must be able to rename it
+            target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
+
+
+def _find_unread(directory: Path) -> dict[str, Skipped]:
+    """The files of other formats in a directory."""
+    kinds = ((path, format_by_name(path)) for path in sorted(directory.iterdir()))
+    return {path.name: Skipped(Reason.unread, kind) for path, kind in kinds if kind}
+
+
+def _holds_codes(name: str, entry: Entry) -> bool:
+    """Whether its integers are a weight that is quantised."""
+    reason = entry.skipped.reason if entry.skipped is not None else None
+    packed = reason is Reason.packed and last_part(name) == "weight"
+    return reason is Reason.quantised or packed
+
+
+def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
+    """A copy with its mode; of a directory all in it, of a link that leads nowhere the link."""
+    if path.is_dir():
+        real = path.resolve()
+        if real in above:
+            raise UnreadableError(f"{path} leads in a circle, to {real}. Remove that link.")
+        target.mkdir()
+        for inside in path.iterdir():
+            _copy(inside, target / inside.name, (*above, real))
+        target.chmod(stat.S_IMODE(path.stat().st_mode))
+        return
+    there = path.exists()
+    if there:
+        _check_regular(path)
+    shutil.copy(path, target, follow_symlinks=there)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
+    found = [path for path in files if path.suffix == ".safetensors"]
+    return found + [path for path in files if path.name.endswith(PICKLED)]
+
+
+def _check_regular(path: Path) -> None:
+    """Raises for a pipe or a device, which could be read for ever."""
+    if not path.exists() and path.is_symlink():
+        raise UnreadableError(f"{path} is a link that leads nowhere. Fetch the file it stands for.")
+    if path.exists() and not path.is_file():
+        raise UnreadableError(f"{path} must be a file, but is a pipe, a socket or a device.")

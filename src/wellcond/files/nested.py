@@ -1,0 +1,154 @@
+"""All tensors of nested dicts and lists, and which of these hold no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wellcond.files.foreign import Foreign, ForeignTensor, array_of
+from wellcond.files.tensors import UnreadableError
+from wellcond.text import and_more
+from wellcond.weights.reasons import Reason, Skipped
+
+# Keys by which a dict is known that holds no weights, and what it is.
+_STATES = (
+    ({"state", "param_groups"}, Reason.optimizer),
+    ({"zero_stage", "partition_count"}, Reason.optimizer),  # of DeepSpeed
+    ({"basis", "from_right", "warm"}, Reason.regularizer),
+)
+# A checkpoint of Lightning: its weights are in its `state_dict` alone.
+LIGHTNING_VERSION = "pytorch-lightning_version"
+_LIGHTNING = {"state_dict", LIGHTNING_VERSION}
+# More than this no checkpoint has; a small file of shared lists can have any number.
+_DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
+_TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together
+
+
+# The attributes of a module that hold what its state dict holds.
+_MODULE = ("_parameters", "_buffers", "_modules")
+_HOLDERS = (Tensor, Mapping, list, tuple, Foreign)
+_OBJECTS = "Python objects"
+# Of these there is nothing to say.
+_HARMLESS = {"builtins.frozenset", "__builtin__.frozenset"}
+_HARMLESS |= {"builtins.bytearray", "builtins.complex", "builtins.range", "builtins.slice"}
+_HARMLESS |= {"_codecs.encode", "collections.Counter", "collections.defaultdict"}
+
+
+def tensors_in(
+    content: Any, path: Path
+) -> tuple[dict[str, Tensor | ForeignTensor], dict[str, Skipped]]:
+    """The tensors of a file, names joined by dots, and what is in it besides.
+
+    The tensors of a module that was saved whole have the names of its state dict.
+    """
+    walk = _Walk(path)
+    walk.visit(content, "", 0)
+    if walk.objects:
+        kinds = ((name, and_more(some, limit=2)) for name, some in walk.objects.items())
+        named = (f"{name} ({some})" if name else some for name, some in kinds)
+        walk.others[_OBJECTS] = Skipped(Reason.objects, and_more(named, limit=3))
+    return walk.tensors, walk.others
+
+
+class _Walk:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.containers = self.items = self.letters = 0
+        self.names: dict[str, int] = {}  # how often each was wanted
+        self.tensors: dict[str, Tensor | ForeignTensor] = {}
+        self.others: dict[str, Skipped] = {}
+        self.objects: dict[str, dict[str, None]] = {}  # their classes, by the outermost name
+        self.seen: set[int] = set()
+        self.inside = False  # what an object is made of: each part once, and its class has no name
+
+    def visit(self, content: Any, prefix: str, depth: int) -> None:
+        self.letters += len(prefix)
+        if len(self.tensors) > _TENSORS or self.letters > _LETTERS:
+            raise UnreadableError(
+                f"{self.path} must hold at most {_TENSORS:,} tensors, with {_LETTERS:,} letters "
+                "in their names, but holds more. Save the weights in several files."
+            )
+        if isinstance(content, Foreign) and not isinstance(content, ForeignTensor):
+            content = self._read_object(content, prefix, depth)
+        elif self.inside and isinstance(content, Mapping | list | tuple):
+            if id(content) in self.seen:
+                return
+            self.seen.add(id(content))
+        if isinstance(content, Tensor | ForeignTensor):
+            self.tensors[self._free(prefix or "tensor")] = content
+        elif isinstance(content, Mapping | list | tuple):
+            self.containers += 1
+            self.items += len(content)
+            if depth > _DEPTH or self.containers > _CONTAINERS or self.items > _ITEMS:
+                raise UnreadableError(
+                    f"{self.path} must hold at most {_CONTAINERS:,} dicts and lists, {_DEPTH} "
+                    "within each other, but holds more, or itself. "
+                    "Save the weights alone: torch.save(model.state_dict(), path)."
+                )
+            keys = set(content) if isinstance(content, Mapping) else set()
+            for known, reason in _STATES:
+                if known <= keys:
+                    self.others[prefix or "everything"] = Skipped(reason)
+                    return
+            lightning = not prefix and keys >= _LIGHTNING
+            items = content.items() if isinstance(content, Mapping) else enumerate(content)
+            for key, value in items:
+                if not isinstance(value, _HOLDERS):
+                    continue
+                name = f"{prefix}.{key}" if prefix else str(key)
+                if lightning and key != "state_dict":
+                    self._visit_trainer(value, name)
+                else:
+                    self.visit(value, name, depth + 1)
+
+    def _read_object(self, one: Foreign, name: str, depth: int) -> Any:
+        """What a foreign object holds as tensors may be named."""
+        attributes = one.attributes
+        if one.name.endswith("Tensor"):  # a class such as ShardedTensor
+            return ForeignTensor(one.kind)
+        if all(isinstance(attributes.get(part), Mapping) for part in _MODULE):
+            found = {name: t for part in _MODULE for name, t in attributes[part].items()}
+            transient = attributes.get("_non_persistent_buffers_set")
+            left_out = transient if isinstance(transient, set) else set()
+            return {name: t for name, t in found.items() if name not in left_out}
+        if id(one) in self.seen:  # an object may hold the one that holds it
+            return None
+        self.seen.add(id(one))
+        if (array := array_of(one)) is not None:
+            return array
+        if not self.inside and one.kind not in _HARMLESS:
+            outermost, *_ = name.split(".")
+            self.objects.setdefault(outermost, {})[one.kind] = None
+        # Of what a state dict is made, and of a named tuple, all is in the arguments.
+        parts = [*one.arguments, *(part for part in one.states if not isinstance(part, Mapping))]
+        parts = [part for part in parts if isinstance(part, _HOLDERS) and id(part) not in self.seen]
+        taken = attributes.keys() | one.items.keys()
+        if len(parts) == 1 and isinstance(parts[0], Mapping) and taken.isdisjoint(parts[0]):
+            attributes = {**parts[0], **attributes}
+        elif parts:
+            inside, self.inside = self.inside, True
+            for number, part in enumerate(parts):
+                self.visit(part, f"{name}.{number}" if name else str(number), depth + 1)
+            self.inside = inside
+        return attributes | one.items | dict(enumerate(one.elements))
+
+    def _visit_trainer(self, content: Any, name: str) -> None:
+        inside = _Walk(self.path)
+        inside.containers, inside.items = self.containers, self.items
+        inside.letters = self.letters
+        inside.seen, inside.objects = self.seen, self.objects
+        inside.visit(content, name, 1)
+        self.containers, self.items = inside.containers, inside.items
+        self.letters = inside.letters
+        self.others |= {name: Skipped(Reason.trainer)} if inside.tensors else inside.others
+
+    def _free(self, name: str) -> str:
+        """The name, numbered if it is taken: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
+        free = name
+        while free in self.tensors:
+            number = self.names[name] = self.names.get(name, 1) + 1
+            free = f"{name} ({number})"
+        return free

@@ -1,0 +1,114 @@
+"""What `repair` did to every matrix of a file, as data and as a table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
+from wellcond.text import and_more, dump_json, text_table, written
+from wellcond.weights.kernels import describe_groups
+from wellcond.weights.reasons import Skipped
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What became of one weight.
+
+    Attributes:
+        name: its parameter name.
+        view: which matrix of the parameter, "" if it has one.
+        shape: (m, n).
+        dtype: in which it is stored.
+        before: kappa before; inf of a rank-deficient weight.
+        after: kappa of the weight that was written, measured in its dtype.
+        relative_change: ||X - S||_F/||S||_F, 0 for a weight that obeyed already.
+        margin: X is nearest with kappa <= K/(1 + margin), so that it obeys after rounding.
+        note: what else is to be said; "" if nothing.
+    """
+
+    name: str
+    view: str
+    shape: tuple[int, ...]
+    dtype: str
+    before: float
+    after: float
+    relative_change: float = 0.0
+    margin: float = 0.0
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """name:view, by which it is shown."""
+        return f"{self.name}:{self.view}" if self.view else self.name
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What `repair` did: one entry a matrix, and what was copied as it is.
+
+    Attributes:
+        repairs: every matrix that was looked at, in the order of the file.
+        skipped: everything else, copied byte for byte, and why.
+        max_condition: the limit.
+        versions: of wellcond, torch and Python.
+        not_finite: what was copied with NaN or infinity in it, by name; see `AuditReport`.
+    """
+
+    repairs: list[Repair]
+    skipped: dict[str, Skipped]
+    max_condition: float
+    versions: dict[str, str]
+    not_finite: dict[str, NotFinite] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> list[Repair]:
+        """The matrices that were changed."""
+        return [repair for repair in self.repairs if repair.relative_change > 0]
+
+    def table(self) -> str:
+        """The changed matrices as text, and how many were left alone."""
+        rows = [
+            (
+                repair.label,
+                "x".join(map(str, repair.shape)),
+                repair.dtype,
+                f"{repair.before:.6g}",
+                f"{repair.after:.6g}",
+                f"{repair.relative_change:.3g}",
+            )
+            for repair in self.changed
+        ]
+        headers = ("weight", "shape", "dtype", "κ before", "κ after", "‖X − S‖/‖S‖")
+        text = text_table(headers, rows) if rows else ""
+        labels: dict[str, list[str]] = {}
+        for repair in self.repairs:
+            if repair.note:
+                labels.setdefault(repair.note, []).append(repair.label)
+        for note, noted in labels.items():
+            text += f"{and_more(noted, 3)}: {note}\n"
+        kernels = sum(repair.view == "kernel" for repair in self.changed)
+        text += f"{describe_groups(kernels)}\n" if kernels else ""
+        obeyed = len(self.repairs) - len(self.changed)
+        text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
+        text += f"they were; {len(self.skipped)} other tensors copied\n"
+        return f"{text}{describe_not_finite(self.not_finite)}\n" if self.not_finite else text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers may be inf and nan."""
+        return {
+            "schema": 1,
+            "max_condition": self.max_condition,
+            "repairs": [asdict(repair) for repair in self.repairs],
+            "skipped": [{"name": n, "reason": str(why)} for n, why in self.skipped.items()],
+            "not_finite": to_list(self.not_finite),
+            "versions": self.versions,
+        }
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        return written(dump_json(self.to_dict()), path)
+
+    def __str__(self) -> str:
+        return self.table()

@@ -1,0 +1,25 @@
+"""What is required of a weight: penalties, steps and hard limits, and what they are made of."""
+
+from wellcond.operators.base import Gradient, LowRank, NewWeight
+from wellcond.rules.base import Limit, Penalty
+from wellcond.rules.condition import ConditionPenalty
+from wellcond.rules.isometry import IsometryStep, OrthogonalityPenalty
+from wellcond.rules.limit import ConditionLimit, SingularValueLimit
+from wellcond.rules.relatives import SpectralNormPenalty, StableRankPenalty
+from wellcond.rules.tikhonov import TikhonovPenalty
+
+__all__ = [
+    "ConditionLimit",
+    "ConditionPenalty",
+    "Gradient",
+    "IsometryStep",
+    "Limit",
+    "LowRank",
+    "NewWeight",
+    "OrthogonalityPenalty",
+    "Penalty",
+    "SingularValueLimit",
+    "SpectralNormPenalty",
+    "StableRankPenalty",
+    "TikhonovPenalty",
+]

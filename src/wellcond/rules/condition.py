@@ -1,0 +1,110 @@
+"""The condition-number regulariser r, and its proximal step from the leading triplets alone.
+
+Letters: S (..., m, n) the weight; nu = min(m, n); sigma_1 >= ... >= sigma_nu its singular values,
+of which k are known; eta the length of a proximal step; tau the height at which it clips.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
+from wellcond.operators.norms import squared_norm_over
+from wellcond.operators.subspace import Image, Ritz
+from wellcond.rules.base import Penalty
+
+
+class ConditionPenalty(Penalty):
+    """The condition-number regulariser r(S) = 1/2 ||S||_2^2 - ||S||_F^2/(2 nu).
+
+    r >= 0, and r(S) = 0 exactly for S of full rank with condition number 1 (Nenov, Haider & Balazs,
+    arXiv 2410.00169, Theorem 2.1). Its unit is that of a squared singular value. The gradient is
+    sigma_1 u_1 v_1^T - S/nu where sigma_1 is simple (Theorem 3.1).
+
+    What it does not see: r = sigma_1^2/2 (1 - srank/nu) with the stable rank srank, so a single
+    tiny singular value among nu costs it only 1/(2 nu) of sigma_1^2. diag(1, ..., 1, 1e-6) with
+    nu = 784 has kappa = 1e6 and r = 6.4e-4. Nor does it hold the scale of S.
+
+    Args:
+        strength: factor of r; a finite number that is not negative, or a callable step -> number,
+            where step counts applications (optimizer steps when attached).
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+        TypeError: it is neither a number nor a callable.
+
+    Example:
+        >>> import wellcond as wc
+        >>> wc.ConditionPenalty(1e-2)
+        ConditionPenalty(strength=0.01)
+    """
+
+    def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
+        assert image is not None
+        sigma = image.top.sigma[..., 0]
+        # Relative to sigma_1: the squares may overflow or vanish where r itself does not.
+        relative = (1 - squared_norm_over(S, sigma) / S.nu) / 2
+        value = sigma * relative * sigma
+        return value.to(sigma.dtype), self.gradient(S, image)
+
+    def gradient(self, S: Operator, image: Image | None) -> Gradient:
+        assert image is not None
+        left, right, _ = image.top
+        return Gradient(LowRank(left.new_full(left.shape[:-2], -1 / S.nu), left, right))
+
+    def proximal_step(
+        self, S: Operator, image: Image | None, eta: Tensor
+    ) -> tuple[NewWeight, Tensor]:
+        assert image is not None
+        ritz = image.triplets
+        change, shortened = clip_leading(ritz, ritz.sigma, S.nu, eta)
+        return NewWeight(change), shortened
+
+
+def clip_leading(ritz: Ritz, sigma: Tensor, nu: int, eta: Tensor) -> tuple[LowRank, Tensor]:
+    """The proximal step of r from the k leading triplets; per matrix, whether it was shortened.
+
+    Forward on the concave part, -||S||_F^2/(2 nu), and implicit on the convex part, 1/2 ||S||_2^2:
+    with c = 1 + eta/nu every sigma_i becomes min(c sigma_i, tau), where tau is the root of
+    sum_i (c sigma_i - tau)_+ = eta tau, which is max_j (c sum_{i<=j} sigma_i)/(j + eta).
+
+    When k < nu the root must lie above all that is not known, tau >= c sigma_k. It does for every
+    step up to sum_i (sigma_i/sigma_k - 1), and a longer one is cut to that.
+    """
+    length, shortened = within_reach(sigma, nu, eta)
+    # tau/c: relative to c S, whose singular values are c sigma.
+    return clipped(ritz, sigma, height(sigma, length), 1 + length / nu), shortened
+
+
+def within_reach(sigma: Tensor, nu: int, eta: Tensor, target: float = 0.0) -> tuple[Tensor, Tensor]:
+    """How far a step of length eta can go with k values known; whether that is less.
+
+    The clip of `height` is at least sigma_k up to the length sum_i (sigma_i - sigma_k)/(sigma_k -
+    target), and for every length where sigma_k <= target.
+    """
+    length = eta.to(sigma.dtype).expand(sigma.shape[:-1])
+    if sigma.shape[-1] == nu:
+        return length, torch.zeros_like(length, dtype=torch.bool)
+    above = sigma[..., -1:] - target
+    unit = torch.where(above > 0, above, 1.0)
+    ratios = ((sigma - sigma[..., -1:]) / unit).clamp_min(0)
+    reach = torch.where(above[..., 0] > 0, ratios.sum(dim=-1), torch.inf)
+    return torch.minimum(length, reach), reach < length
+
+
+def height(sigma: Tensor, length: Tensor, target: float = 0.0) -> Tensor:
+    """The root tau (..., 1) of sum_i (sigma_i - tau)_+ = length (tau - target).
+
+    It is max_j (sum_{i<=j} sigma_i + length target)/(j + length). Where sigma_1 is below the target
+    that is no root, but at least sigma_1: nothing is clipped.
+    """
+    j = torch.arange(1, sigma.shape[-1] + 1, dtype=sigma.dtype, device=sigma.device)
+    eta = length[..., None]
+    return ((sigma.cumsum(dim=-1) + eta * target) / (j + eta)).amax(dim=-1, keepdim=True)
+
+
+def clipped(ritz: Ritz, sigma: Tensor, tau: Tensor, c: Tensor) -> LowRank:
+    """c times the weight with the singular values that are known clipped at tau."""
+    share = torch.where(sigma > tau, 1 - tau / torch.where(sigma > 0, sigma, 1.0), 0.0)
+    return LowRank(c, -c[..., None, None] * ritz.left * share[..., None, :], ritz.right)

@@ -1,0 +1,217 @@
+"""Towards isometries, S^T S = scale^2 I on the smaller side, by matrix products.
+
+Letters: S (..., m, n) the weight; nu = min(m, n); sigma its singular values; H (..., nu, nu) the
+smaller Gram matrix of S/scale; s = sigma/scale; theta the length of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.checks import as_number
+from wellcond.operators.base import (
+    Gradient,
+    HasGram,
+    NewWeight,
+    Operator,
+    Rescaled,
+    over_matrices,
+)
+from wellcond.operators.rounding import widest_dtype
+from wellcond.operators.subspace import Image
+from wellcond.rules.base import Penalty, Strength
+
+_REACH = 1.5  # times the scale: where an isometry step clips first
+# A singular value that is so far below sigma_1 may be hidden by rounding of the Gram matrix, and
+# one that is hidden must not be clipped by mistake.
+_HIDDEN = 1e-6
+_ROOM = 1e-6  # of the largest number, for gradients
+
+
+class OrthogonalityPenalty(Penalty):
+    """The distance of a weight from an isometry of this scale: 1/4 ||S^T S - scale^2 I||_F^2.
+
+    Of the smaller side: S S^T where m < n. It is 1/4 sum_i (sigma_i^2 - scale^2)^2, 0 exactly where
+    all singular values are equal to the scale. Gradient S (S^T S - scale^2 I), dense: it costs a
+    Gram matrix and a product, and sees all singular values, the small ones too, unlike
+    `ConditionPenalty`.
+    In float32 the value, a fourth power, is inf where sigma_1 is above 4e9 or so, and a weight with
+    sigma_1 above 1e10 or so gets no gradient; in float64 these are 1e77 and 1e100. Attached, it
+    takes its step at all scales.
+
+    Attached, it takes the step of `IsometryStep` with theta = min(1, 2 eta scale^2), eta = learning
+    rate * strength: for theta < 1 that is the explicit gradient step. Singular values from where it
+    would raise kappa, above scale sqrt((2 + theta)/(2 theta)) and above 1.5 scale, are first
+    clipped to that; so kappa never rises for theta up to 4/7. A zero singular value stays zero.
+
+    Args:
+        strength: factor of the penalty, as for `ConditionPenalty`.
+        scale: what all singular values are to be, positive and finite.
+
+    Raises:
+        ValueError: the strength is negative or not finite, the scale not positive and finite.
+        TypeError: the strength is neither a number nor a callable, or the scale no number.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> layer = torch.nn.Linear(2, 2, bias=False)
+        >>> layer.weight.data = torch.diag(torch.tensor([2.0, 1.0]))
+        >>> wc.Regularizer(layer, wc.OrthogonalityPenalty(1.0))().item()  # (4 - 1)^2/4
+        2.25
+    """
+
+    needs_subspace = False
+
+    def __init__(self, strength: Strength, scale: float = 1.0) -> None:
+        super().__init__(strength)
+        self.scale = _valid_scale(scale)
+
+    def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
+        E = self._deviation(S)
+        norm = torch.linalg.vector_norm(E, dim=(-2, -1), dtype=widest_dtype(E.device))
+        # Of a finite weight NaN stands for the difference of two entries that overflow.
+        value = (self.scale**4 / 4 * norm.square()).nan_to_num(nan=math.inf, posinf=math.inf)
+        return value.to(E.dtype), self._gradient(E)
+
+    def gradient(self, S: Operator, image: Image | None) -> Gradient:
+        return self._gradient(self._deviation(S))
+
+    def _deviation(self, S: Operator) -> Tensor:
+        """H - I."""
+        H = cast(HasGram, S).gram(unit=torch.full((), self.scale, dtype=S.dtype, device=S.device))
+        return H - torch.eye(S.nu, dtype=H.dtype, device=H.device)
+
+    def _gradient(self, E: Tensor) -> Gradient:
+        # What a sum within S E can be at most, with room for the strength. Where that overflows it
+        # may be inf - inf. Of NaN, as of an entry of E that is inf - inf, the comparison is False.
+        largest = torch.linalg.vector_norm(E, torch.inf, dim=(-2, -1))
+        size = self.scale**3 * E.shape[-1] * (largest + 1).sqrt() * largest
+        known = size < _ROOM * torch.finfo(E.dtype).max
+        C = torch.where(over_matrices(known), self.scale**2 * E, 0.0)
+        return Gradient(Rescaled(E.new_zeros(E.shape[:-2]), C))
+
+    def proximal_step(
+        self, S: Operator, image: Image | None, eta: Tensor
+    ) -> tuple[NewWeight, Tensor]:
+        theta = (2 * eta * self.scale**2).clamp_max(1.0).expand(S.shape[:-2])
+        # Up to here s times what it becomes grows with s: kappa does not rise.
+        reach = (1 / theta.clamp_min(1e-12) + 0.5).sqrt().clamp_min(_REACH)
+        scale = torch.full_like(theta, self.scale, device=S.device)
+        new = isometry_step(S, theta, scale, reach).where(theta > 0)
+        return new, torch.zeros_like(theta, dtype=torch.bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsometryStep:
+    """A step towards an isometry, S <- S + (theta/2) S (I - S^T S/scale^2), and no penalty.
+
+    It keeps weights near scale times an isometry while they train, whatever the learning rate is:
+    every singular value s, in units of the scale, becomes s (1 + (theta/2) (1 - s^2)). Two matrix
+    products, with the Gram matrix on the smaller side. Only for `attach`, by default after every
+    10th step of the optimizer as for penalties, and `proximal_step`, which takes one whatever `lr`
+    and `steps` are; `reg()` and `reg.add_gradients()` refuse it, and `reg.enforce()` passes it
+    over.
+
+    Before a step singular values above 1.5 scale are clipped to that, not to the scale, which would
+    erase how the weight was initialised. In one step s comes closer to 1 if s (s + 1) < 4/theta,
+    and keeps its sign if s^2 < (2 + theta)/theta: below 1.5 both hold for theta <= 1, where kappa
+    does not rise for theta <= 4/7. The deviation from 1 shrinks by 1 - theta a step, and at theta =
+    1, the iteration of Newton and Schulz, it is squared. For all theta < 2 the steps converge
+    from near 1. A singular value 0 stays 0, but what rounding makes of it grows by 1 + theta/2 a
+    step.
+
+    Args:
+        theta: the length of a step, between 0 and 2.
+        scale: what singular values are to be; sqrt 2 suits layers before a ReLU, 1 those before
+            tanh and linear ones. None: what a matrix has when the step is first taken,
+            ||S||_F/sqrt nu, which is then remembered in the state; it stays open while S = 0. The
+            weights with which torch makes a square `Linear` have 0.58, which is little.
+
+    Raises:
+        ValueError: theta is not between 0 and 2, the scale is not positive and finite.
+        TypeError: one of them is no number.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> layer = torch.nn.Linear(8, 8, bias=False)
+        >>> _ = torch.nn.init.normal_(layer.weight, std=0.2)
+        >>> reg = wc.Regularizer(layer, wc.IsometryStep(theta=1.0, scale=1.0))
+        >>> for _ in range(50):
+        ...     reg.proximal_step(lr=0.0)
+        >>> bool(wc.condition_number(layer.weight) < 1.001)
+        True
+    """
+
+    theta: float = 0.5
+    scale: float | None = None
+
+    needs_subspace = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "theta", as_number(self.theta, "`theta`"))
+        if not 0 < self.theta < 2:
+            raise ValueError(
+                f"`theta` must be between 0 and 2, got {self.theta}. "
+                "Beyond, steps lead away from isometries."
+            )
+        if self.scale is not None:
+            object.__setattr__(self, "scale", _valid_scale(self.scale))
+
+    def scale_of(self, S: Operator) -> Tensor:
+        """||S||_F/sqrt nu, one number a matrix; 0 where it is not known what that is."""
+        norm = S.squared_frobenius_norm(widest_dtype(S.device)).sqrt()
+        return torch.where(torch.isfinite(norm), norm / math.sqrt(S.nu), 0.0)
+
+    def step(self, S: Operator, scale: Tensor) -> NewWeight:
+        """A step towards this scale, one number a matrix; 0 leaves it alone."""
+        known = scale > 0
+        theta = torch.full_like(scale, self.theta)
+        reach = torch.full_like(scale, _REACH)
+        return isometry_step(S, theta, torch.where(known, scale, 1.0), reach).where(known)
+
+
+def isometry_step(S: Operator, theta: Tensor, scale: Tensor, reach: Tensor) -> NewWeight:
+    """S + (theta/2) S (I - S^T S/scale^2) of S with singular values clipped at reach * scale.
+
+    All (...), one number a matrix. Where nothing is to be clipped, as a Cholesky factorisation of
+    reach^2 I - H tells, by products alone. Where kappa is above a million nothing is clipped lower
+    than to a millionth of sigma_1, and the rest in the steps to come.
+    """
+    weight = cast(HasGram, S)
+    H = weight.gram(unit=scale)
+    theta, reach = theta.to(H.dtype), reach.to(H.dtype)
+
+    def is_below() -> list[Tensor]:
+        identity = torch.eye(S.nu, dtype=H.dtype, device=H.device)
+        failed = torch.linalg.cholesky_ex(over_matrices(reach.square()) * identity - H).info
+        return [((failed == 0).all() & torch.isfinite(H).all()).to(H.dtype)]
+
+    # Processes that hold it together take one branch: the other asks them for a Gram matrix.
+    if bool(weight.agree(is_below, H.new_empty(()))[0]):
+        return NewWeight(Rescaled(1 + theta / 2, -over_matrices(theta / 2) * H))
+    # In float64: the product cancels what is clipped, and squares of 1e30 are finite.
+    H = weight.gram(widest_dtype(S.device), scale)
+    theta, reach = theta.to(H.dtype), reach.to(H.dtype)
+    finite = torch.isfinite(H).all(dim=-1).all(dim=-1)
+    squares, V = torch.linalg.eigh(torch.where(over_matrices(finite), H, 0.0))
+    s = squares.clamp_min(0).sqrt()
+    hidden = _HIDDEN * s[..., -1:]
+    highest = reach[..., None].maximum(torch.where(s[..., :1] < hidden, hidden, 0.0))
+    share = (highest / torch.where(s > 0, s, 1.0)).clamp_max(1.0).where(s > 0, 1.0)
+    kept = s.minimum(reach[..., None])
+    factor = share * (1 + theta[..., None] / 2 * (1 - kept.square()))
+    # Not S plus what nearly cancels it, where all singular values are far too large.
+    C = (V * factor[..., None, :]) @ V.mT
+    return NewWeight(Rescaled(torch.zeros_like(theta), C)).where(finite)
+
+
+def _valid_scale(scale: float) -> float:
+    number = as_number(scale, "`scale`")
+    if not 0 < number < math.inf:
+        raise ValueError(f"`scale` must be positive and finite, got {scale}.")
+    return float(number)

@@ -1,0 +1,166 @@
+"""A gate for the models of a repository: no κ may rise above what it was."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wellcond.audits.baseline import Rise, times
+from wellcond.cli import main
+
+
+def model(path: Path, *kappas: float, first: int = 0) -> Path:
+    matrices = {
+        f"layers.{number}.weight": torch.diag(torch.tensor([kappa, 1.0], dtype=torch.float64))
+        for number, kappa in enumerate(kappas, first)
+    }
+    torch.save(matrices, path)
+    return path
+
+
+@pytest.fixture
+def baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert main(["audit", str(model(tmp_path / "old.pt", 10, 20)), "--json"]) == 0
+    path = tmp_path / "baseline.json"
+    path.write_text(capsys.readouterr().out)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kappas", "options", "code", "said"),
+    [
+        ((10, 20), [], 0, ""),
+        ((19, 1), [], 0, ""),
+        (
+            (21, 20),
+            [],
+            1,
+            "κ is more than 2 times what it was in 1 weight: layers.0.weight (10 to 21)",
+        ),
+        (
+            (14, 20),
+            ["--max-rise", "1.3"],
+            1,
+            "more than 1.3 times what it was in 1 weight: layers.0.weight (10 to 14)",
+        ),
+        (
+            (21, 61),
+            [],
+            1,
+            "κ is more than 2 times what it was in 2 weights: layers.1.weight (20 to 61), l",
+        ),
+        ((math.inf, 20), [], 1, "layers.0.weight (10 to nan)"),
+        ((1e300, 20), [], 1, "layers.0.weight (10 to inf)"),
+        ((10, 20, 5), [], 0, "baseline.json: 1 weight not in it: layers.2.weight"),
+        ((10,), [], 1, "baseline.json: 1 weight of the baseline not there: layers.1.weight"),
+    ],
+)
+def test_a_rise_is_exit_code_1(
+    kappas: tuple[float, ...],
+    options: list[str],
+    code: int,
+    said: str,
+    baseline: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    new = model(baseline.with_name("new.pt"), *kappas)
+    assert main(["audit", str(new), "--baseline", str(baseline), *options]) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(said) == bool(err)
+
+
+def test_json_has_what_became_of_the_baseline(
+    baseline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = model(baseline.with_name("new.pt"), 50, 20, first=1)
+    assert main(["audit", str(new), "--baseline", str(baseline), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["max_rise"] == 2
+    assert document["baseline"] == {
+        "risen": [{"label": "layers.1.weight", "before": 20.0, "after": 50.0}],
+        "missing": ["layers.0.weight"],
+        "new": ["layers.2.weight"],
+    }
+
+
+@given(st.floats(), st.floats(min_value=1, allow_infinity=False))
+def test_what_was_no_number_cannot_rise(after: float, before: float) -> None:
+    assert times(Rise("", math.inf, after)) == times(Rise("", math.nan, after)) == 1
+    assert times(Rise("", before, math.inf)) == times(Rise("", before, math.nan)) == math.inf
+    assert times(Rise("", before, before)) == 1
+
+
+def test_what_is_no_baseline_is_exit_code_2(
+    baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = model(tmp_path / "new.pt", 10, 20)
+    for content in ("", "[]", "{}", '{"findings": 3}', '{"findings": [{"name": "a"}]}', "[" * 9999):
+        other = tmp_path / "other.json"
+        other.write_text(content)
+        assert main(["audit", str(new), "--baseline", str(other)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "--baseline must be what `wellcond audit PATH --json` printed" in err
+    assert main(["audit", str(new), "--baseline", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    far = model(tmp_path / "far.pt", 3, first=7)
+    assert main(["audit", str(far), "--baseline", str(baseline)]) == 2
+    assert "--baseline must name weights of" in capsys.readouterr().err
+    both = ["--baseline", str(baseline), "--compare", str(far)]
+    assert main(["audit", str(new), *both]) == 2
+    assert "must not be given together" in capsys.readouterr().err
+    assert main(["audit", str(new), "--max-rise", "3"]) == 2
+    assert "--max-rise must come with --baseline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kappa", [0, -0.0, -3, 0.999, "-inf", 1e-300])
+def test_a_number_below_one_is_no_condition_number(
+    baseline: Path, kappa: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = {"name": "layers.0.weight", "view": "", "condition_number": kappa}
+    other = baseline.with_name("other.json")
+    other.write_text(json.dumps({"findings": [finding]}))
+    new = model(baseline.with_name("new.pt"), 10, 20)
+    assert main(["audit", str(new), "--baseline", str(other)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"which are at least 1, but {other} says {float(kappa):g} of layers.0.weight" in err
+
+
+@pytest.mark.parametrize("kappa", [1, 1.0, "inf", "nan", 1e300])
+def test_every_condition_number_is_one_of_a_baseline(baseline: Path, kappa: float) -> None:
+    findings = [
+        {"name": f"layers.{n}.weight", "view": "", "condition_number": k}
+        for n, k in enumerate((kappa, 20))
+    ]
+    other = baseline.with_name("other.json")
+    other.write_text(json.dumps({"findings": findings}))
+    new = model(baseline.with_name("new.pt"), 1, 20)
+    assert main(["audit", str(new), "--baseline", str(other)]) == 0
+
+
+def test_a_baseline_of_other_names_for_the_same_weights_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    stacked = {"mlp.experts.gate_up_proj": torch.cat([experts, 2 * experts], dim=1)}
+    stacked["mlp.experts.down_proj"] = experts
+    torch.save(stacked, tmp_path / "stacked.pt")
+    each = {}
+    for i, expert in enumerate(experts):
+        names = (("gate_proj", expert), ("up_proj", 2 * expert), ("down_proj", expert))
+        each |= {f"module.mlp.experts.{i}.{name}.weight": one.clone() for name, one in names}
+    torch.save(each, tmp_path / "each.pt")
+    assert main(["audit", str(tmp_path / "stacked.pt"), "--json"]) == 0
+    (tmp_path / "baseline.json").write_text(capsys.readouterr().out)
+    options = ["--baseline", str(tmp_path / "baseline.json"), "--max-rise", "1.01"]
+    assert main(["audit", str(tmp_path / "each.pt"), *options]) == 0
+    each["module.mlp.experts.1.up_proj.weight"][:, 0] *= 1e-3
+    torch.save(each, tmp_path / "each.pt")
+    assert main(["audit", str(tmp_path / "each.pt"), *options]) == 1
+    assert "in 1 weight: module.mlp.experts.1.up_proj.weight" in capsys.readouterr().err

@@ -1,0 +1,352 @@
+"""What a number means: how usual it is, what is out of the ordinary, what columns say."""
+
+import csv
+import io
+import json
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from matrices import with_spectrum
+from wellcond.linalg.gaussian import exceedance, usual_stable_rank
+from wellcond.report.report import compare
+
+
+def linear(S: Tensor) -> nn.Linear:
+    layer = nn.Linear(S.shape[1], S.shape[0], bias=False).to(S.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(S)
+    return layer
+
+
+def gaussian(m: int, n: int, seed: int = 0) -> Tensor:
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def changed(m: int, n: int, *smallest: float) -> nn.Linear:
+    """A Gaussian matrix with other smallest singular values, relative to the one before them."""
+    U, sigma, Vh = torch.linalg.svd(gaussian(m, n), full_matrices=False)
+    count = len(smallest)
+    sigma[-count:] = sigma[-count - 1] * torch.tensor(smallest, dtype=torch.float64)
+    return linear((U * sigma) @ Vh)
+
+
+def one(layer: nn.Module) -> tuple[wc.report.Finding, list[str]]:
+    report = wc.audit(layer)
+    (finding,) = report.findings
+    return finding, report.unusual()
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+def test_a_finding_is_compared_with_random_matrices_of_its_shape() -> None:
+    finding, lines = one(linear(gaussian(30, 20)))
+    assert finding.exceedance == exceedance((30, 20), finding.condition_number)
+    assert finding.usual_stable_rank == usual_stable_rank((30, 20))
+    assert finding.stable_rank == pytest.approx(finding.usual_stable_rank, rel=0.2)
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "view"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2, bias=False), "kernel"),
+        (nn.Linear(5, 1, bias=False), ""),
+    ],
+)
+def test_what_follows_another_law_is_not_compared(layer: nn.Module, view: str) -> None:
+    finding, lines = one(layer)
+    assert finding.view == view
+    assert math.isnan(finding.exceedance)
+    assert math.isnan(finding.usual_stable_rank)
+    assert finding.largest_entry == float(layer.get_parameter("weight").detach().abs().max())
+    assert lines == []
+
+
+def test_convolutions_that_act_and_heads_are_not_compared() -> None:
+    convolution = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    acting = wc.audit(convolution, example=torch.zeros(1, 2, 5, 5))
+    heads = wc.audit(nn.MultiheadAttention(8, 2, bias=False), heads=True)
+    by_label = {finding.label: finding for finding in (*acting.findings, *heads.findings)}
+    others = [by_label[label] for label in ("weight:operator", "qk0", "vo1")]
+    for finding in others:
+        assert math.isnan(finding.exceedance)
+        assert math.isnan(finding.largest_entry)
+    assert not math.isnan(by_label["in_proj_weight:q"].exceedance)
+    cells = {line.split()[0]: line for line in heads.table().splitlines()}
+    assert not re.search("usual|never|1 in", cells["qk0"])
+    assert re.search("usual|never|1 in", cells["in_proj_weight:q"])
+
+
+def test_entries_are_held_against_what_dtypes_hold() -> None:
+    S = torch.tensor([[7e4, 1e-8, 0.0], [3e-8, 6e-8, 1e-42]])  # float16: half of 2^-24 is 2.98e-8
+    finding, lines = one(linear(S))
+    assert finding.largest_entry == pytest.approx(7e4)
+    assert finding.subnormal_share == pytest.approx(1 / 6)
+    assert finding.float16_zero_share == pytest.approx(2 / 6)
+    as_float16 = int(((S.half() == 0) & (S != 0)).sum()) / 6
+    assert finding.float16_zero_share == pytest.approx(as_float16)
+    (line,) = lines
+    assert "an entry of 7e+04 is infinite in float16" in line.replace("7e4", "7e+04")
+    assert "33 % of its entries would be zero in float16" in line
+    assert "17 % of its entries are subnormal in float32" in line
+    (half, said) = one(linear(torch.full((2, 2), 1e-5).half() + torch.eye(2).half()))
+    assert (half.subnormal_share, half.float16_zero_share) == (0.5, 0.0)
+    assert said == ["weight: 50 % of its entries are subnormal in float16"]
+
+
+def test_the_bounds_of_float16_are_its_own() -> None:
+    smallest = 2.0**-25
+    for size, gone in ((smallest, True), (smallest * (1 + 2**-20), False)):
+        finding, _ = one(linear(torch.eye(3) * size))
+        assert (torch.tensor(size).half() == 0) == gone
+        assert finding.float16_zero_share == (1 / 3 if gone else 0.0)
+    for largest, infinite in ((65504.0, False), (65520.0, True)):
+        _, lines = one(linear(torch.eye(3) * largest))
+        assert torch.tensor(largest).half().isinf() == infinite
+        assert any("infinite in float16" in line for line in lines) == infinite
+
+
+@pytest.mark.parametrize("S", [torch.zeros(3, 3), torch.full((3, 3), math.nan)])
+def test_what_has_no_condition_number_is_not_compared(S: Tensor) -> None:
+    torch.manual_seed(0)
+    report = wc.audit(nn.ModuleDict({"fine": nn.Linear(9, 9), "odd": linear(S)}))
+    odd = next(finding for finding in report.findings if finding.name == "odd.weight")
+    assert math.isnan(odd.exceedance)
+    assert report.unusual() == []
+
+
+# --- what is out of the ordinary ------------------------------------------------------------------
+
+
+def test_nothing_is_said_of_random_weights() -> None:
+    shapes = [(40, 40), (40, 30), (64, 16), (10, 50), (20, 21)]
+    layers = [linear(gaussian(*shape, seed)) for seed, shape in enumerate(shapes * 6)]
+    report = wc.audit(nn.ModuleList(layers))
+    assert report.unusual() == []
+    assert "out of the ordinary" not in report.table()
+    assert "Out of the ordinary" not in report.to_html()
+
+
+def test_one_collapsed_direction_is_named_with_its_repair() -> None:
+    layer = changed(60, 60, 1e-6)
+    finding, (line,) = one(layer)
+    moved = wc.nearest(layer.weight.detach(), 1e4) - layer.weight.detach()
+    distance = float(moved.norm() / layer.weight.detach().norm())
+    share = finding.exceedance
+    assert 1e-7 < share < 1e-4
+    often, kappa, collapse, repair = re.fullmatch(
+        r"weight: (1 in \de\d) random matrices of this shape exceed κ = (\S+); "
+        r"(one direction has collapsed: σ_min is 1e-6 of the next); "
+        r"`repair --max-condition 1e4` moves it by (\S+) of its norm",
+        line,
+    ).groups()  # type: ignore[union-attr]
+    assert float(often.removeprefix("1 in ")) == pytest.approx(1 / share, rel=0.5)
+    assert float(kappa) == pytest.approx(finding.condition_number, rel=1e-3)
+    assert collapse
+    assert float(repair) == pytest.approx(distance, rel=0.5)
+
+
+def test_several_collapsed_directions_are_counted() -> None:
+    _, (line,) = one(changed(60, 50, 1e-5, 1e-5, 1e-5))
+    assert "3 directions have collapsed, to 1e-5 of the next" in line
+    flat = linear(torch.ones(30, 30).double() + torch.diag(torch.tensor([1.0] * 28 + [0, 0])))
+    finding, (line,) = one(flat)
+    assert finding.condition_number == math.inf
+    assert "fewer than 1 in 1e9 random matrices of this shape exceed κ = inf" in line
+    assert re.search(r"one direction has collapsed: σ_min is \de-1\d of the next", line)
+
+
+def test_a_low_stable_rank_is_said_where_kappa_is_rare() -> None:
+    sigma = torch.ones(100).double()
+    sigma[:1] = 1e3
+    _, (line,) = one(linear(with_spectrum(sigma, 120, 100)))
+    assert "a stable rank of 1 where they have 28" in line
+    assert "collapsed" not in line
+
+
+def test_the_rarest_five_come_first() -> None:
+    layers = {f"l{i}": changed(40, 40, 10.0 ** -(5 + i)) for i in range(7)}
+    lines = wc.audit(nn.ModuleDict(layers)).unusual()
+    assert [line.split(".")[0] for line in lines[:-1]] == ["l6", "l5", "l4", "l3", "l2"]
+    assert lines[-1] == "and 2 more are out of the ordinary"
+    del layers["l0"]
+    lines = wc.audit(nn.ModuleDict(layers)).unusual()
+    assert lines[-1] == "and 1 more is out of the ordinary"
+
+
+def test_of_many_weights_rarer_ones_are_usual() -> None:
+    """1 in 2000 is rare of one weight, and usual of the rarest of 300."""
+    rare = changed(30, 30, 0.003)
+    finding, lines = one(rare)
+    assert 1e-4 < finding.exceedance < 0.01
+    assert len(lines) == 1
+    many = nn.ModuleList([rare, *(linear(gaussian(12, 30, seed)) for seed in range(300))])
+    assert wc.audit(many).unusual() == []
+
+
+def test_extremes_alone_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wellcond.linalg.spectrum as spectrum_module
+
+    monkeypatch.setattr(spectrum_module, "_SMALL", 8)
+    monkeypatch.setattr(spectrum_module, "_LARGE", 64)
+    finding, lines = one(changed(80, 64, 1e-3))
+    assert finding.grade is wc.report.Grade.estimated
+    assert finding.exceedance < 1e-12
+    assert len(lines) == 1
+    assert "repair" not in lines[0]
+
+
+# --- where it is shown ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "cell"),
+    [
+        (1.0, "usual"),
+        (0.05, "usual"),
+        (0.0499, "1 in 20"),
+        (1 / 77, "1 in 77"),
+        (1 / 999, "1 in 1000"),
+        (1 / 1234, "1 in 1e3"),
+        (1.04e-5, "1 in 1e5"),
+        (2e-9, "1 in 5e8"),
+        (1e-10, "never"),
+        (0.0, "never"),
+        (math.nan, ""),
+    ],
+)
+def test_a_share_is_a_few_letters(share: float, cell: str) -> None:
+    from wellcond.report.unusual import how_often
+
+    assert how_often(share) == cell
+
+
+def test_programs_and_pages_get_the_same_facts() -> None:
+    report = wc.audit(nn.ModuleDict({"odd": changed(40, 40, 1e-7), "vector": nn.Linear(5, 1)}))
+    finding = next(f for f in report.findings if f.name == "odd.weight")
+    by_name = {f["name"]: f for f in json.loads(report.to_json())["findings"]}
+    assert by_name["odd.weight"]["exceedance"] == finding.exceedance
+    assert by_name["vector.weight"]["exceedance"] == "nan"
+    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(report.to_csv()))}
+    for key in ("exceedance", "usual_stable_rank", "largest_entry", "subnormal_share"):
+        assert float(rows["odd.weight"][key]) == getattr(finding, key)
+    (line,) = report.unusual()
+    assert f"\n{line}\n" in report.table()
+    page = report.to_html()
+    assert "<h2>Out of the ordinary</h2>" in page
+    assert line.removeprefix("odd.weight") in page
+    assert re.search(r'data-label="random">1 in \de\d</td>', page)
+
+
+def test_every_column_is_explained() -> None:
+    for certify in (False, True):
+        report = wc.audit(nn.Linear(4, 3), certify=certify)
+        columns = re.split(r"\s{2,}", report.table().splitlines()[0].strip())
+        assert list(report.columns()) == columns
+        legend = report.legend()
+        assert max(map(len, legend.splitlines())) <= 100
+        for name in columns:
+            assert re.search(rf"^{re.escape(name)}  +\S", legend, re.MULTILINE)
+        for grade in wc.report.Grade:
+            assert f'"{grade.name}"' in legend
+    both = compare(wc.audit(nn.Linear(4, 3)), wc.audit(nn.Linear(4, 3)))
+    assert set(both.columns()) <= set(re.split(r"\s{2,}", both.table().splitlines()[0].strip()))
+    assert "κ before" in both.legend()
+    assert "<dt>after/before</dt>" in both.to_html()
+
+
+# --- zero rows, and one entry that holds all ------------------------------------------------------
+
+
+def lines(layer: nn.Module) -> str:
+    return "\n".join(wc.audit(layer).unusual())
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns", "said"),
+    [
+        ((21, 32), [20], [], "row 20 is zero"),
+        ((64, 32), [], [0], "column 0 is zero"),
+        ((24, 24), [3, 5], [], "2 rows are zero: 3, 5"),
+        ((24, 24), [3], [7], "row 3 is zero; column 7 is zero"),
+        ((64, 32), [9], [], "row 9 is zero"),  # of more rows than columns: the rank is full
+    ],
+)
+def test_zero_rows_and_columns_are_named_and_no_collapse(
+    shape: tuple[int, int], rows: list[int], columns: list[int], said: str
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight[rows] = 0
+        layer.weight[:, columns] = 0
+    (finding,) = wc.audit(layer).findings
+    assert (list(finding.zero_rows), list(finding.zero_columns)) == (rows, columns)
+    assert said in lines(layer)
+    assert "collapsed" not in lines(layer)
+    assert "`repair" not in lines(layer)  # a class that never occurs would get outputs
+
+
+def test_what_collapses_besides_zero_rows_is_said() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 21, bias=False)
+    with torch.no_grad():
+        layer.weight[20] = 0
+        layer.weight[3] = layer.weight[4]
+    assert "row 20 is zero; 2 directions have collapsed" in lines(layer)
+
+
+def test_a_zero_filter_of_a_grouped_convolution_is_counted_over_all_groups() -> None:
+    layer = nn.Conv2d(8, 16, 3, groups=2)
+    with torch.no_grad():
+        layer.weight[9] = 0
+    assert "row 9 is zero" in lines(layer)
+
+
+def test_a_matrix_of_zeros_has_no_zero_rows_to_name() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(layer.weight)
+    (finding,) = wc.audit(layer).findings
+    assert (finding.zero_rows, finding.zero_columns, finding.dominant_entry) == ((), (), ())
+
+
+@pytest.mark.parametrize("entry", [1e30, -1e30, 3e38])
+def test_an_entry_that_holds_all_of_the_norm_is_called_that(entry: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 64, bias=False)
+    with torch.no_grad():
+        layer.weight[20, 4] = entry
+    (finding,) = wc.audit(layer).findings
+    assert finding.dominant_entry == (20, 4)
+    assert "at (20, 4), holds all of its norm" in lines(layer)
+    assert "`repair" not in lines(layer)
+    assert "collapsed" not in lines(layer)
+
+
+def test_a_large_entry_that_does_not_hold_all_is_none() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 64, bias=False)
+    with torch.no_grad():
+        layer.weight[20, 4] = 10 * layer.weight.norm()
+    assert wc.audit(layer).findings[0].dominant_entry == ()
+    assert wc.audit(nn.Linear(1, 4)).findings[0].dominant_entry == ()
+
+
+def test_no_repair_is_advised_of_a_weight_that_no_file_holds() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.tril())
+
+    torch.manual_seed(0)
+    parametrized = torch.nn.utils.parametrizations.weight_norm(nn.Linear(32, 32, bias=False))
+    with torch.no_grad():
+        parametrized.weight = parametrized.weight.tril()
+    for layer in (Masked(32, 32, bias=False), parametrized):
+        assert "random matrices of this shape exceed" in lines(layer)
+        assert "`repair" not in lines(layer)

@@ -1,0 +1,80 @@
+"""Long work says which tensor comes next, how many there are, and how long the rest takes."""
+
+import math
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import wellcond as wc
+from wellcond.audits.progress import Counter, Progress, work_of
+
+
+def test_the_time_left_is_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = count(0.0, 5.0)  # that pass between two looks at the clock
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    seen: list[Progress] = []
+    counter = Counter(seen.append, [1.0, 3.0, 4.0])
+    for name in "abc":
+        counter.next(name)
+    assert [(step.name, step.number, step.total) for step in seen] == [
+        ("a", 1, 3),
+        ("b", 2, 3),
+        ("c", 3, 3),
+    ]
+    assert math.isnan(seen[0].seconds_left)
+    # After 10 seconds 1 of 8 is done, after 15 half of it.
+    assert [step.seconds_left for step in seen[1:]] == [70.0, 15.0]
+    assert str(seen[0]) == "1 of 3: a"
+    assert str(seen[1]) == "2 of 3, about 1 min left: b"
+
+
+def test_what_takes_longer_counts_more(tmp_path: Path) -> None:
+    """Of a stack the matrices count, of a kernel (out, rest), of a large matrix the entries."""
+    from wellcond.files.checkpoint import Checkpoint
+
+    shapes = {
+        "a.weight": (4, 8),
+        "experts": (3, 4, 8),
+        "conv.weight": (4, 2, 2, 2),
+        "large.weight": (2049, 3000),
+    }
+    torch.save({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "a.pt")
+    found = list(Checkpoint(tmp_path / "a.pt").matrices())
+    assert {one.name: one.shape for one in found} == shapes
+    assert work_of(found) == [128.0, 384.0, 128.0, 2049 * 3000 * 2048.0]
+
+
+def test_an_audit_and_a_repair_count_what_they_measure(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    seen: list[Progress] = []
+    wc.audit(model, progress=seen.append)
+    wc.audit(path, progress=seen.append)
+    wc.repair(path, tmp_path / "fixed.pt", 2, progress=seen.append)
+    names = [(step.name, step.number, step.total) for step in seen]
+    assert names == 3 * [("0.weight", 1, 2), ("2.weight", 2, 2)]
+    seen.clear()
+    wc.audit(path, exclude=["2.*"], progress=seen.append)
+    assert [(step.name, step.number, step.total) for step in seen] == [("0.weight", 1, 1)]
+
+
+def test_a_line_on_a_terminal_is_no_wider_than_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wellcond.cli import main
+
+    path = tmp_path / "model.pt"
+    torch.save({"x" * 300 + ".weight": torch.eye(3), "b.weight": torch.eye(3)}, path)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["audit", str(path)]) == 0
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.split("\r\x1b[K") if line]
+    assert [line[:17] for line in lines] == ["measuring 1 of 2:", "measuring 2 of 2,"]
+    assert all(len(line) < 60 for line in lines)
+    assert shown.endswith("\r\x1b[K"), "nothing is left of it"

@@ -1,0 +1,128 @@
+"""Audits and repairs damaged files, and says of each what came of it, as lines of JSON.
+
+    python tests/files/fuzz.py FOLDER 0 5000            # damage by these seeds
+    python tests/files/fuzz.py FOLDER 1234 1235         # one of them again
+
+A file may end in an answer or in one line on standard error, within a time and within a memory.
+What it did instead is `wrong` in its line. One that kills or hangs the process is begun, and has no
+other line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from attacks import attacks
+from corpus import CANARY, Sample, corpus, mutated
+
+from wellcond.cli import main
+
+SECONDS = 40
+# Beyond what the process had after the whole files: resident, and all that it may ask for.
+RESIDENT, ADDRESSES = 200 << 20, 1 << 30
+
+
+def run(argv: list[str]) -> tuple[int | None, str, str]:
+    """Exit code, None of a traceback; standard error, or the traceback; standard output."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code: int | None = main(argv)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        except BaseException:
+            return None, traceback.format_exc(), ""
+    return code, err.getvalue(), out.getvalue()
+
+
+def wrong_with(path: Path, folder: Path) -> tuple[str, str]:
+    """What an audit and a repair of it do that they must not; and their exit codes."""
+    alone = path.is_file() and path.suffix != ".json"
+    fixed = folder / (f"fixed{path.suffix}" if alone else "fixed")
+    codes = []
+    for argv in (["audit", str(path)], ["repair", str(path), str(fixed), "--max-condition", "3"]):
+        code, err, out = run(argv)
+        codes.append(str(code))
+        if code not in (0, 1, 2):
+            return err, "traceback"
+        if code == 2 and (err.count("\n") != 1 or out or not err.startswith("wellcond: error: ")):
+            return f"{argv[0]}: not one line: {err!r} {out!r}", "lines"
+        if any(not (c.isprintable() or c == "\n") for c in out + err):
+            return f"{argv[0]}: what a terminal would obey: {out + err!r}", "escapes"
+        if argv[0] == "repair" and fixed.exists() != (code == 0):
+            return f"repair ended with {code}, and its output is {fixed.exists()}", "output"
+    if codes[1] == "0":
+        code, err, _ = run(["audit", str(fixed)])
+        if code != 0:
+            return f"what was written is not read: {err}", "output"
+    left = {entry.name for entry in folder.iterdir()} - {"sample", fixed.name}
+    if left:
+        return f"left behind: {left}", "output"
+    if Path(CANARY).exists():
+        return "code was run", "code"
+    return "", "".join(codes)
+
+
+def peak() -> int:
+    """Bytes that were resident at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def examined(sample: Sample, work: Path) -> tuple[str, str]:
+    """As `wrong_with`, in an empty folder and within the time."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    try:
+        return wrong_with(sample.write(work / "sample"), work)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def serve(folder: Path, seeds: range) -> None:
+    """Whole files, attacks, and files damaged by these seeds; a line before and after each."""
+    samples = corpus()
+    kinds = list(samples)
+    bound = sys.maxsize
+
+    def one(part: str, label: str, make: Callable[[], Sample]) -> None:
+        nonlocal bound
+        print(json.dumps({"label": label}), flush=True)
+        wrong, codes = examined(make(), folder / "work")
+        if peak() > bound:
+            wrong = wrong or f"took {(peak() - bound) >> 20} MB more than it may"
+            bound = peak()
+        row = {"part": part, "label": label, "codes": codes, "wrong": wrong}
+        print(json.dumps(row), flush=True)
+
+    for kind in kinds:
+        one("whole", kind, partial(samples.__getitem__, kind))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES,) * 2)
+    bound = peak() + RESIDENT
+    for label, (_, make) in attacks().items():
+        one("attack", label, make)
+    for seed in seeds:
+        kind = kinds[seed % len(kinds)]
+        one("damaged", f"{seed} {kind}", partial(mutated, samples[kind], seed))
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    warnings.simplefilter("ignore")  # what torch says of itself
+    torch.set_num_threads(1)
+    os.chdir(sys.argv[1])
+    serve(Path.cwd(), range(int(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,290 @@
+"""Files and folders of other formats are called what they are, with the way to convert them."""
+
+import argparse
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import wellcond as wc
+from wellcond.cli import main
+from wellcond.files.tensors import NoTensorsError, UnreadableError
+from wellcond.weights.reasons import Reason, Skipped
+
+# What no message about a sound file of another format may say.
+UNTRUE = ("damaged", "truncated", "vector", "expected 1", "fetch it again")
+
+
+def keras(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("metadata.json", "config.json", "model.weights.h5"):
+            archive.writestr(name, "{}")
+
+
+def exported(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data/weights/weight_0", "models/model.json", "archive_format"):
+            archive.writestr(f"a/{name}", "pt2")
+
+
+def of(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a.npz": (lambda path: np.savez(path, w=np.eye(3), v=np.eye(2)), "NumPy", "save_file"),
+    "a.npy": (lambda path: np.save(path, np.eye(3)), "NumPy", "numpy.load"),
+    "a.keras": (keras, "Keras", "model.weights"),
+    "a.weights.h5": (of(b"\x89HDF\r\n\x1a\n" + bytes(99)), "HDF5", "model.weights"),
+    "a.onnx": (of(b"\x08\x07\x12\x07pytorch"), "ONNX", "graph.initializer"),
+    "a.tflite": (of(b"\x1c\0\0\0TFL3" + bytes(99)), "TensorFlow Lite", "export"),
+    "saved_model.pb": (of(b"\x08\x01" + bytes(9)), "TensorFlow graph", "export"),
+    "a.gguf": (of(b"GGUF\x03\0\0\0"), "GGUF", "was converted"),
+    "a.msgpack": (of(b"\x81\xa6params"), "msgpack", "msgpack_restore"),
+    "a.mlmodel": (of(b"\x08\x04"), "Core ML", "export"),
+    "a.pt2": (exported, "torch.export", "state_dict"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_format_is_named(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, what, way_out = FILES[name]
+    make(tmp_path / name)
+    for target in (tmp_path / name, tmp_path):  # also where it lies alone in a folder
+        assert main(["audit", str(target)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"wellcond: error: {tmp_path / name} must be a checkpoint of torch")
+        assert what in err
+        assert way_out in err
+        assert not any(word in err for word in UNTRUE)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors", ".ckpt", ""])
+@pytest.mark.parametrize(
+    "name", ["a.npz", "a.npy", "a.keras", "a.weights.h5", "a.gguf", "a.tflite", "a.pt2"]
+)
+def test_what_it_is_counts_and_not_its_name(tmp_path: Path, name: str, ending: str) -> None:
+    make, what, _ = FILES[name]
+    make(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / f"renamed{ending}")
+    with pytest.raises(UnreadableError, match=what):
+        wc.audit(tmp_path / f"renamed{ending}")
+
+
+def test_the_way_from_numpy_works(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", w=np.diag([9.0, 1.0]))
+    arrays = np.load(tmp_path / "a.npz")
+    other = tmp_path / "a.safetensors"
+    save_file({name: torch.from_numpy(a) for name, a in arrays.items()}, other)
+    assert wc.audit(other).findings[0].condition_number == 9.0
+
+
+@pytest.fixture
+def distributed(tmp_path: Path) -> Path:
+    folder = tmp_path / "step-5"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is there
+        dcp.save({"w": torch.diag(torch.tensor([9.0, 1.0]))}, checkpoint_id=folder)
+    return folder
+
+
+def test_a_distributed_checkpoint_is_named_with_its_converter(
+    tmp_path: Path, distributed: Path
+) -> None:
+    (part,) = distributed.glob("*.distcp")
+    for path in (distributed, part, tmp_path):
+        with pytest.raises(UnreadableError, match=r"torch\.distributed\.checkpoint.*dcp_to_torch"):
+            wc.audit(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_to_torch_save(distributed, tmp_path / "whole.pt")
+    assert wc.audit(tmp_path / "whole.pt").findings[0].condition_number == 9.0
+
+
+def test_a_sharded_checkpoint_of_lightning_is_named(distributed: Path) -> None:
+    torch.save({"epoch": 1, "pytorch-lightning_version": "2.6"}, distributed / "meta.pt")
+    with pytest.raises(UnreadableError, match=r"sharded checkpoint of Lightning.*dcp_to_torch"):
+        wc.audit(distributed)
+
+
+def test_weights_beside_a_distributed_checkpoint_are_read(distributed: Path) -> None:
+    save_file({"w": torch.eye(3)}, distributed / "model.safetensors")
+    assert wc.audit(distributed).coverage.measured == 1
+
+
+class LossScaler:
+    """As DeepSpeed has in its states of optimizers."""
+
+
+def deepspeed(folder: Path, stage: int) -> Path:
+    """The folder that DeepSpeed writes."""
+    step = folder / "global_step1"
+    step.mkdir(parents=True)
+    (folder / "latest").write_text("global_step1")
+    (folder / "zero_to_fp32.py").write_text("")
+    W = torch.diag(torch.tensor([9.0, 1.0]))
+    shapes = [{"0.weight": W.shape, "0.bias": torch.Size([2])}]
+    states = "mp_rank_00_model_states.pt"
+    if stage == 3:
+        empty = {"0.weight": torch.empty(0), "0.bias": torch.empty(0)}
+        model = {"module": empty, "param_shapes": shapes, "ds_version": "0.19"}
+        torch.save(model, step / f"zero_pp_rank_0_{states}")
+        flat: dict[str, Any] = {"fp32_flat_groups": [torch.ones(6)], "optimizer_state_dict": {}}
+    else:
+        model = {"module": {"0.weight": W, "0.bias": torch.ones(2)}, "param_shapes": shapes}
+        torch.save(model, step / states)
+        flat = {"single_partition_of_fp32_groups": [torch.full((6,), torch.nan)]}
+    flat |= {"zero_stage": stage, "partition_count": 1, "loss_scaler": LossScaler()}
+    optimizer = {"optimizer_state_dict": flat, "ds_config": {}, "ds_version": "0.19"}
+    torch.save(optimizer, step / f"bf16_zero_pp_rank_0_{states.replace('model', 'optim')}")
+    return step
+
+
+def test_deepspeed_is_read_where_it_is_whole(tmp_path: Path) -> None:
+    step = deepspeed(tmp_path / "run", 2)
+    report = wc.audit(step)
+    assert [f.condition_number for f in report.findings] == [9.0]
+    assert report.not_finite == {}
+    (optimizer,) = step.glob("*optim_states.pt")
+    name = f"{optimizer.name}/optimizer_state_dict"
+    assert report.coverage.skipped[name] == Skipped(Reason.optimizer)
+    with pytest.raises(UnreadableError, match=r"DeepSpeed\. Convert it: python zero_to_fp32\.py"):
+        wc.audit(tmp_path / "run")
+    with pytest.raises(ValueError, match="the state of an optimizer"):
+        wc.audit(optimizer)
+
+
+def test_deepspeed_without_values_says_where_they_lie(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = deepspeed(tmp_path / "run", 3)
+    (states,) = step.glob("*model_states.pt")
+    for path in (tmp_path / "run", step, states):
+        assert main(["audit", str(path)]) == 2
+        err = capsys.readouterr().err
+        assert "zero_to_fp32.py" in err
+        assert "not a matrix" not in err.replace("not a matrix that", "")
+        assert not any(word in err for word in UNTRUE)
+
+
+def test_a_folder_of_a_trainer_that_holds_no_weights_names_what_does(
+    tmp_path: Path, distributed: Path
+) -> None:
+    """As FSDP with sharded states writes them: the weights lie in a folder of their own."""
+    torch.save({"last_epoch": 1}, tmp_path / "scheduler.pt")
+    torch.save({"cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
+    with pytest.raises(UnreadableError, match=r"step-5 must be.*dcp_to_torch_save"):
+        wc.audit(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("ending", [".pth.tar", ".pt.tar"])
+def test_double_endings_are_read_alone_and_in_folders(
+    tmp_path: Path, ending: str, legacy: bool
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    content = {"w": torch.diag(torch.tensor([9.0, 1.0]))}
+    for name in ("first", "second"):
+        torch.save(content, folder / f"{name}{ending}", _use_new_zipfile_serialization=not legacy)
+    assert wc.audit(folder / f"first{ending}").coverage.measured == 1
+    names = {finding.name for finding in wc.audit(folder).findings}
+    assert names == {f"first{ending}/w", f"second{ending}/w"}
+    wc.repair(folder / f"first{ending}", tmp_path / f"fixed{ending}", 2.0)
+    assert wc.audit(tmp_path / f"fixed{ending}").findings[0].condition_number <= 2.0
+    with pytest.raises(ValueError, match="must end in"):
+        wc.repair(folder / f"first{ending}", tmp_path / "fixed.tar.gz", 2.0)
+
+
+def test_a_program_of_torch_export_is_named(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "a.pt2")
+    (tmp_path / "a.pt2").rename(tmp_path / "a.pt")
+    with pytest.raises(UnreadableError, match=r"a program of torch\.export\."):
+        wc.audit(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin", ".ckpt", ".zzz"])
+def test_a_zip_archive_of_another_kind_is_no_damaged_file_of_torch(
+    tmp_path: Path, ending: str
+) -> None:
+    """Such as one that was cut off before its pickle was written."""
+    path = tmp_path / f"a{ending}"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(3):
+            archive.writestr(f"a/data/{number}", "12345678")
+    match = r"zip archive without data\.pkl: it holds a/data/0, a/data/1 and 1 more\. If it was"
+    with pytest.raises(UnreadableError, match=match):
+        wc.audit(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("content", [{"w": torch.eye(3)}, {"w": np.eye(3)}, [1], Path("x")])
+def test_a_pickle_of_another_program_is_named_and_not_read(
+    tmp_path: Path, content: Any, protocol: int
+) -> None:
+    with (tmp_path / "a.pt").open("wb") as file:
+        pickle.dump(content, file, protocol=protocol)
+    with pytest.raises(
+        UnreadableError, match=r"a pickle that it did not write.*torch\.save"
+    ) as error:
+        wc.audit(tmp_path / "a.pt")
+    assert not any(word in str(error.value) for word in UNTRUE)
+    for legacy in (True, False):  # those of torch are read, of whatever protocol
+        torch.save(
+            {"w": torch.eye(3)},
+            tmp_path / "b.pt",
+            pickle_protocol=protocol,
+            _use_new_zipfile_serialization=not legacy,
+        )
+        assert wc.audit(tmp_path / "b.pt").coverage.measured == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (3, "an int and no tensor. Save a state dict"),
+        ([1], "a list and no tensor. Save a state dict"),
+        (None, "None and no tensor. Save a state dict"),
+        (argparse.Namespace(a=1), "an argparse.Namespace and no tensor. Save"),
+        ({"a": np.float64(1)}, "a dict and no tensor; beside it are Python objects that are not"),
+        ({"epoch": 1, "pytorch-lightning_version": "2.6"}, "of Lightning and no tensor. Beside me"),
+    ],
+)
+def test_a_file_without_tensors_says_what_it_holds(
+    tmp_path: Path, content: Any, found: str
+) -> None:
+    torch.save(content, tmp_path / "meta.pt")
+    with pytest.raises(NoTensorsError, match=found):
+        wc.audit(tmp_path / "meta.pt")
+
+
+def test_reasons_that_end_in_a_full_stop_are_listed_without_it(tmp_path: Path) -> None:
+    save_file({"v": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "b.bin").write_bytes(b"text")
+    (tmp_path / "c.bin").write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match=r"has none \(b\.bin.*; c\.bin.*; v: ") as error:
+        wc.audit(tmp_path)
+    assert ".;" not in str(error.value)
+    assert ".)" not in str(error.value)
+
+
+def test_unknown_files_are_still_refused_by_their_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_bytes(b"text")
+    with pytest.raises(UnreadableError, match=r"must end in \.safetensors"):
+        wc.audit(tmp_path / "a.xyz")
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(UnreadableError, match="has none that ends in"):
+        wc.audit(tmp_path)

@@ -1,0 +1,181 @@
+"""Archives that were compressed, cut or made to mislead."""
+
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import wellcond as wc
+from wellcond.files.checkpoint import Checkpoint
+from wellcond.files.tensors import UnreadableError
+
+
+def content() -> dict[str, Tensor]:
+    z = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    return {"w": 2 * torch.eye(4), "b": torch.arange(4.0), "z": z}
+
+
+def rezipped(
+    path: Path,
+    compression: int = zipfile.ZIP_STORED,
+    change: Callable[[str, bytes], bytes] = lambda name, data: data,
+) -> Path:
+    other = path.with_name(f"rezipped-{path.name}")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w", compression) as target:
+        for record in source.infolist():
+            name = record.filename
+            target.writestr(name, change(name, source.read(record)))
+    return other
+
+
+def test_a_compressed_archive_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
+    for one in Checkpoint(path).matrices():
+        assert torch.equal(one.read(), content()[one.name])
+    wc.repair(path, tmp_path / "fixed.pt", 2.0)
+    after = torch.load(tmp_path / "fixed.pt")
+    assert torch.equal(after["b"], content()["b"])
+    assert float(wc.condition_number(after["z"])) <= 2.0
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_storage_longer_than_its_record_is_refused(tmp_path: Path, compression: int) -> None:
+    """What follows in the file would be read as weights."""
+
+    def cut(name: str, data: bytes) -> bytes:
+        return data[:16] if name.endswith("data/0") else data
+
+    torch.save(content(), tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", compression, cut)
+    with pytest.raises(UnreadableError, match=r"64.*16|16.*64"):
+        Checkpoint(path)
+
+
+def test_what_unpacks_to_far_more_than_the_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(5000, 5000)}, tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
+    with pytest.raises(UnreadableError, match="would unpack from"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int64, torch.uint16])
+def test_storages_of_every_kind_are_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = torch.zeros(12, dtype=dtype)
+    torch.save({"w": torch.eye(3), "a": whole, "b": whole[3:9]}, tmp_path / "a.pt")
+    assert [one.name for one in Checkpoint(tmp_path / "a.pt").matrices()] == ["w"]
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02R.", b"\x80\x02R", b"\x80\x02.", b"\x80\x02K\x01b."])
+def test_damaged_pickles_are_refused(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(start)
+    with pytest.raises(UnreadableError, match="must be a"):
+        Checkpoint(path)
+    torch.save(content(), path)
+    path = rezipped(path, change=lambda name, data: start if "data.pkl" in name else data)
+    with pytest.raises(UnreadableError, match="must be a"):
+        Checkpoint(path)
+
+
+def run(code: str, *arguments: Path) -> str:
+    """What a process of its own prints, as the system may kill it."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+CUT = """
+import os, sys, torch
+from wellcond.files.checkpoint import Checkpoint
+one, other = Checkpoint(sys.argv[1]).matrices()
+assert torch.equal(one.read(), torch.ones(500, 500))
+os.truncate(sys.argv[1], 1_100_000)
+for matrix in (one, other):
+    try:
+        matrix.read()
+        print("read")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_does_not_end_the_process(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(500, 500), "b": torch.ones(500, 500)}, tmp_path / "a.pt")
+    first, second = run(CUT, tmp_path / "a.pt").splitlines()
+    assert first == "read"
+    assert second == f"{tmp_path / 'a.pt'} has become shorter while it was read."
+
+
+FULL = """
+import resource, sys
+from wellcond.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+print(main(["repair", *sys.argv[1:], "--max-condition", "2"]))
+"""
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    torch.save({"a": torch.randn(300, 300)}, tmp_path / "a.pt")
+    code, error = run(FULL, tmp_path / "a.pt", tmp_path / "b.pt").splitlines()
+    assert code == "2"
+    assert error.endswith(f"torch.save failed, is the disk full?: '{tmp_path / 'b.pt'}'")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pt"}
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wellcond.files.pickled._RESIDENT", 0)  # opened for every tensor
+    torch.save(content(), tmp_path / "a.pt")
+    w, z = Checkpoint(tmp_path / "a.pt").matrices()
+    assert torch.equal(w.read(), content()["w"])
+    torch.save(content() | {"z": torch.eye(3)}, tmp_path / "b.pt")
+    (tmp_path / "b.pt").rename(tmp_path / "a.pt")
+    assert torch.equal(w.read(), content()["w"])
+    with pytest.raises(UnreadableError, match="has changed while it was read"):
+        z.read()
+
+
+@pytest.mark.parametrize("name", ["archive/DATA.PKL", "x/data.pkl", "archive/data.pkl"])
+def test_an_archive_has_one_pickle(tmp_path: Path, name: str) -> None:
+    """Of two, torch might load one, and the other be looked at here."""
+    torch.save(content(), tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (record,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
+        archive.writestr(name.replace("archive", record.partition("/")[0]), b"\x80\x02}.")
+    with pytest.raises(UnreadableError, match="must be a whole file"):
+        Checkpoint(tmp_path / "a.pt")
+
+
+def test_a_storage_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "a.pt")
+    longer = rezipped(
+        tmp_path / "a.pt", change=lambda name, data: data + b"\0" if "data/0" in name else data
+    )
+    with pytest.raises(UnreadableError, match=r"64 .*, but holds 65"):
+        Checkpoint(longer)
+
+
+def test_what_the_older_format_does_not_store_is_refused(tmp_path: Path) -> None:
+    """torch leaves such a storage as the memory was that it got."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.eye(3)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    start, _, end = data.rpartition(b"]q\x00X")
+    path.write_bytes(start + b"]q\x00." + end[-44:])  # an empty list, then the same entries
+    assert torch.load(path)["w"].shape == (3, 3)
+    with pytest.raises(UnreadableError, match="does not store what it holds"):
+        Checkpoint(path)
+    path.write_bytes(data[:-4])
+    with pytest.raises(UnreadableError, match="44 bytes for its storages, but holds 40"):
+        Checkpoint(path)

@@ -1,0 +1,377 @@
+"""Two audits side by side: which weight is which, how kappa moved, what is on one side alone."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import wellcond as wc
+from wellcond.report.pairing import Names, pair_names
+
+NAMES = ["a.weight", "b.0.weight", "b.1.weight", "b.1.weight:q"]
+
+
+def model(*diagonals: list[float]) -> nn.Sequential:
+    layers = []
+    for entries in diagonals:
+        layer = nn.Linear(len(entries), len(entries), bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.diag(torch.tensor(entries)))
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def audit(path: Path, weights: dict[str, Tensor]) -> wc.AuditReport:
+    save_file(weights, path)
+    return wc.audit(path)
+
+
+def compared(before: wc.AuditReport, after: wc.AuditReport) -> dict[str, tuple[Any, Any, float]]:
+    pairs = wc.compare(before, after).pairs
+    return {pair.label: (pair.before, pair.after, pair.ratio) for pair in pairs}
+
+
+# --- which weight is which ------------------------------------------------------------------------
+
+
+@given(
+    st.sets(st.text("ab.:0", max_size=6)),
+    st.sets(st.text("ab.:0", max_size=6)),
+    st.sampled_from(["", "a.", "module.", "_orig_mod."]),
+)
+def test_every_name_is_paired_once_and_equal_names_with_each_other(
+    before: set[str], after: set[str], prefix: str
+) -> None:
+    before = {prefix + name for name in before}
+    paired = pair_names(sorted(before), sorted(after)).paired
+    labels, old, new = (
+        (list(column) for column in zip(*paired, strict=True)) if paired else ([],) * 3
+    )
+    assert len(set(labels)) == len(labels)
+    assert len(set(old)) == len(old)
+    assert len(set(new)) == len(new)
+    assert set(old) <= before
+    assert set(new) <= after
+    equal = {name for name, a, b in paired if a == b}
+    assert equal == before & after
+    assert not set(labels) & ((before | after) - set(old) - set(new))  # no name for two weights
+    back = pair_names(sorted(after), sorted(before)).paired
+    assert sorted((label, b, a) for label, a, b in back) == sorted(paired)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("module.", ""),
+        ("_orig_mod.", ""),
+        ("module._orig_mod.", ""),
+        ("_orig_mod.module.", ""),
+        ("model.", "model."),
+        ("transformer.", "transformer."),
+        ("module.model.", "model."),
+        ("base_model.model.", "base_model.model."),
+    ],
+)
+def test_what_stands_before_all_names_is_passed_over(prefix: str, said: str) -> None:
+    longer = [prefix + name for name in NAMES]
+    expected = [(name, prefix + name, name) for name in NAMES]
+    assert pair_names(longer, NAMES) == Names(expected, said, "before" if said else "")
+    flipped = [(name, name, prefix + name) for name in NAMES]
+    assert pair_names(NAMES, longer) == Names(flipped, said, "after" if said else "")
+
+
+def test_wrappers_within_names_and_on_both_sides_are_passed_over() -> None:
+    old = ["module.b.0._orig_mod.weight", "module.a._checkpoint_wrapped_module.weight"]
+    new = ["_orig_mod.a.weight", "b._fsdp_wrapped_module.0.weight"]
+    assert pair_names(old, new).paired == [
+        ("b.0.weight", old[0], new[1]),
+        ("a.weight", old[1], new[0]),
+    ]
+
+
+def test_a_side_that_has_much_more_is_paired() -> None:
+    heads = [f"h.0.attn:qk{head}" for head in range(20)]
+    names = pair_names([f"model.{name}" for name in NAMES], [*heads, *NAMES])
+    assert [label for label, _, _ in names.paired] == NAMES
+
+
+def test_names_that_both_have_are_not_looked_for_elsewhere() -> None:
+    old, new = ["model.a", "a", "model.b", "head"], ["a", "b", "head"]
+    names = pair_names(old, new)
+    assert set(names.paired) == {("a", "a", "a"), ("head", "head", "head"), ("b", "model.b", "b")}
+    assert (names.prefix, names.side) == ("model.", "before")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["student.a", "student.b", "teacher.a", "teacher.b"], ["a", "b"]),  # which of the two?
+        (["x.a", "b", "e"], ["a", "c", "d"]),  # one of three is chance
+        (["module.a", "_orig_mod.a"], ["a.b"]),
+    ],
+)
+def test_what_may_be_chance_is_not_paired(old: list[str], new: list[str]) -> None:
+    assert pair_names(old, new) == Names([])
+    assert pair_names(new, old) == Names([])
+
+
+FORMS = [
+    ("m.block_sparse_moe.experts.0.w1.weight", "m.mlp.experts.gate_up_proj:gate:0"),
+    ("m.block_sparse_moe.experts.11.w2.weight", "m.mlp.experts.down_proj:11"),
+    ("m.block_sparse_moe.gate.weight", "m.mlp.gate.weight"),
+    ("m.mlp.experts.3.up_proj.weight", "m.mlp.experts.gate_up_proj:up:3"),
+    ("feed_forward.experts.3.down_proj.weight", "feed_forward.experts.down_proj:3"),
+    ("self_attn.k_proj.weight", "self_attn.qkv_proj.weight:k"),
+    ("mlp.up_proj.weight", "mlp.gate_up_proj.weight:up"),
+    ("module.experts.0.w3.weight", "experts.gate_up_proj:up:0"),  # within a wrapper
+]
+
+
+@pytest.mark.parametrize(("one", "other"), FORMS)
+def test_a_weight_by_itself_and_as_a_part_of_a_stack_is_the_same(one: str, other: str) -> None:
+    for before, after in ((one, other), (other, one)):
+        ((_, old, new),) = pair_names([before, "x.weight"], [after, "y.weight"]).paired
+        assert (old, new) == (before, after)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("experts.0.w1.weight", "experts.gate_up_proj:gate:1"),  # another expert
+        ("experts.0.w1.weight", "experts.gate_up_proj:up:0"),  # w3 is up
+        ("a.q_proj.weight", "b.qkv_proj.weight:q"),
+        ("experts.w1.weight", "experts.gate_up_proj:gate:0"),
+        ("experts.0.w1", "experts.gate_up_proj:gate:0"),
+    ],
+)
+def test_other_parts_are_not_the_same(one: str, other: str) -> None:
+    assert pair_names([one], [other]).paired == []
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_of_experts_equals_itself_as_transformers_writes_it(
+    kind: str, tmp_path: Path
+) -> None:
+    """save_pretrained writes each expert by itself, the state dict of the model holds stacks."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    sizes |= {"num_local_experts": 3, "num_experts": 3, "moe_intermediate_size": 16}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    comparison = wc.compare(wc.audit(tmp_path / "saved"), wc.audit(tmp_path / "whole.pt"))
+    assert len(comparison.pairs) == 15
+    assert all(pair.ratio == 1 for pair in comparison.pairs)
+
+
+def test_a_prefix_is_said(tmp_path: Path) -> None:
+    weights = {f"layers.{i}.weight": torch.eye(2) * (i + 1) for i in range(3)}
+    before = audit(tmp_path / "a.safetensors", {f"model.{n}": w for n, w in weights.items()})
+    comparison = wc.compare(before, audit(tmp_path / "b.safetensors", weights))
+    assert {pair.label for pair in comparison.pairs} == set(weights)
+    said = 'Names before begin with "model.", which is left out here'
+    assert comparison.naming == said
+    for text in (comparison.table(), comparison.to_html().replace("&quot;", '"')):
+        assert said in text
+    first = comparison.to_dict()["comparison"][0]
+    assert first["before"]["name"] == f"model.{first['weight']}"
+
+
+def test_a_training_wrapped_later_is_compared(tmp_path: Path) -> None:
+    plain = model([2.0, 1.0], [3.0, 1.0])
+    torch.save(plain.state_dict(), tmp_path / "first.pt")
+    torch.save(nn.DataParallel(plain).state_dict(), tmp_path / "second.pt")
+    found = compared(wc.audit(tmp_path / "first.pt"), wc.audit(tmp_path / "second.pt"))
+    assert {label: ratio for label, (_, _, ratio) in found.items()} == {
+        "0.weight": 1,
+        "1.weight": 1,
+    }
+    assert set(compared(wc.audit(plain), wc.audit(tmp_path / "second.pt"))) == set(found)
+
+
+# --- how kappa moved ------------------------------------------------------------------------------
+
+
+def test_the_ratio_is_that_of_the_condition_numbers() -> None:
+    before = wc.audit(model([2.0, 1.0], [8.0, 2.0], [3.0, 1.0]))
+    after = wc.audit(model([2.0, 1.0], [2.0, 2.0], [30.0, 1.0]))
+    comparison = wc.compare(before, after)
+    pairs = [(pair.label, pair.ratio) for pair in comparison.pairs]
+    assert pairs == [("2.weight", 10.0), ("1.weight", 0.25), ("0.weight", 1.0)]
+    header, first, second, *_ = comparison.table().splitlines()
+    assert header.split("  ")[0] == "weight"
+    assert first.split() == ["2.weight", "3", "30", "10", "10", "1", "2x2"]
+    assert second.split() == ["1.weight", "4", "1", "0.25", "0.25", "1", "2x2"]
+    back = {pair.label: pair.ratio for pair in wc.compare(after, before).pairs}
+    assert back == {label: 1 / ratio for label, ratio in pairs}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "ratio", "first"),
+    [
+        ([1.0, 0.0], [2.0, 0.0], 1.0, False),  # infinite as before
+        ([1.0, 0.0], [2.0, 1.0], 0.0, True),
+        ([2.0, 1.0], [1.0, 0.0], math.inf, True),
+        ([0.0, 0.0], [0.0, 0.0], math.nan, False),  # no kappa as before
+        ([0.0, 0.0], [2.0, 1.0], math.nan, True),
+        ([2.0, 1.0], [math.nan, 1.0], math.nan, True),
+    ],
+)
+def test_infinite_and_unknown_ones(
+    old: list[float], new: list[float], ratio: float, first: bool
+) -> None:
+    comparison = wc.compare(wc.audit(model(old, [4.0, 1.0])), wc.audit(model(new, [5.0, 1.0])))
+    found = {pair.label: pair.ratio for pair in comparison.pairs}
+    assert found["0.weight"] == pytest.approx(ratio, nan_ok=True)
+    assert (comparison.pairs[0].label == "0.weight") == first
+    json.loads(comparison.to_json())
+    comparison.to_html()
+
+
+def test_a_lower_bound_has_no_ratio_and_says_so() -> None:
+    finding = wc.audit(model([4.0, 1.0])).findings[0]
+    bounded = replace(finding, grade=wc.report.Grade.bounded)
+    coverage = wc.report.Coverage(1, 0, {}, 1.0)
+    exact, bound = (wc.AuditReport([f], coverage, "m", {}) for f in (finding, bounded))
+    for before, after in ((exact, bound), (bound, exact), (bound, bound)):
+        comparison = wc.compare(before, after)
+        assert math.isnan(comparison.pairs[0].ratio)
+        assert "is not known on both sides in 1" in comparison.summary()[0]
+        assert "≥4" in comparison.table()
+        assert "≥4" in comparison.to_html()
+
+
+def test_the_summary_counts_what_moved_by_more_than_a_percent() -> None:
+    before = wc.audit(model(*[[100.0, 1.0]] * 6))
+    after = wc.audit(model(*[[kappa, 1.0] for kappa in (98.0, 99.5, 100.0, 100.5, 103.0, 150.0)]))
+    assert wc.compare(before, after).summary() == [
+        "In the 6 weights of both, κ rose in 2 (most in 5.weight, after/before 1.5), "
+        "fell in 1 (most in 0.weight, after/before 0.98), moved by less than 1 % in 3; "
+        "the median of after/before is 1.002"
+    ]
+
+
+def test_a_copy_of_another_dtype_is_said_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {f"layers.{i}.weight": torch.randn(6, 6) for i in range(9)}
+    before = audit(tmp_path / "a.safetensors", weights)
+    after = audit(tmp_path / "b.safetensors", {n: w.bfloat16() for n, w in weights.items()})
+    comparison = wc.compare(before, after)
+    for text in (comparison.table(), comparison.to_html()):
+        assert text.count("float32 before, bfloat16 after") == 1
+    assert all(pair.ratio == pytest.approx(1, abs=0.5) for pair in comparison.pairs)
+    assert comparison.pairs[0].ratio != 1
+
+
+def test_a_repaired_checkpoint_is_compared(tmp_path: Path) -> None:
+    torch.save(model([100.0, 1.0], [3.0, 1.0]).state_dict(), tmp_path / "a.pt")
+    wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 10.0)
+    comparison = wc.compare(wc.audit(tmp_path / "a.pt"), wc.audit(tmp_path / "b.pt"))
+    assert comparison.pairs[0].label == "0.weight"
+    assert comparison.pairs[0].ratio == pytest.approx(0.1, rel=1e-3)
+    said = "fell in 1 (most in 0.weight, after/before 0.1), moved by less than 1 % in 1"
+    assert said in comparison.summary()[0]
+
+
+# --- what is on one side alone, and what is another weight ----------------------------------------
+
+
+def test_what_one_side_lacks_is_shown_and_counted(tmp_path: Path) -> None:
+    eye = torch.eye(2)
+    before = audit(tmp_path / "a.safetensors", {"both": eye, "old1": eye * 2, "old2": eye * 3})
+    after = audit(tmp_path / "b.safetensors", {"both": eye, "new": eye * 2})
+    comparison = wc.compare(before, after)
+    lines = comparison.summary()
+    assert lines[1:] == ["2 weights only before: old1, old2", "1 weight only after: new"]
+    table, page = comparison.table(), comparison.to_html()
+    for line in lines:
+        assert line in table
+        assert line in page
+    found = {pair.label: (pair.before is None, pair.after is None) for pair in comparison.pairs}
+    assert found == {
+        "both": (False, False),
+        "old1": (False, True),
+        "old2": (False, True),
+        "new": (True, False),
+    }
+    assert comparison.to_dict()["summary"] == lines
+    for name in found:
+        assert f">{name}<" in page
+
+
+def test_why_one_side_lacks_it_is_said_if_it_is_known(tmp_path: Path) -> None:
+    eye = torch.eye(2)
+    before = audit(tmp_path / "a.safetensors", {"both.weight": eye, "q.weight": eye * 2})
+    packed = torch.zeros(2, 2, dtype=torch.int8)
+    after = audit(tmp_path / "b.safetensors", {"both.weight": eye * 3, "q.weight": packed})
+    comparison = wc.compare(before, after)
+    why = str(after.coverage.skipped["q.weight"])
+    assert comparison.notes == {"q.weight": f"skipped after: {why}"}
+    assert f"q.weight: skipped after: {why}" in comparison.table()
+    assert f"skipped after: {why}" in comparison.to_html()
+    assert comparison.to_dict()["comparison"][0]["note"] == f"skipped after: {why}"
+
+
+def test_another_shape_is_shown_and_counted() -> None:
+    before, after = (
+        wc.audit(model([2.0, 1.0], [3.0, 1.0])),
+        wc.audit(model([2.0, 1.0, 1.0], [3.0, 1.0])),
+    )
+    comparison = wc.compare(before, after)
+    assert comparison.summary()[1] == "1 weight of another shape, and so perhaps another: 0.weight"
+    for text in (comparison.table(), comparison.to_html()):
+        assert "2x2 → 3x3" in text
+    rows = {row["weight"]: row for row in csv.DictReader(io.StringIO(comparison.to_csv()))}
+    assert (rows["0.weight"]["shape_before"], rows["0.weight"]["shape_after"]) == ("2x2", "3x3")
+    assert rows["1.weight"]["dtype_after"] == "float32"
+
+
+def test_a_limit_names_weights_as_the_comparison_does(tmp_path: Path) -> None:
+    weights = {"a.weight": torch.diag(torch.tensor([9.0, 1.0])), "b.weight": torch.eye(2)}
+    before = audit(tmp_path / "a.safetensors", {f"model.{n}": w for n, w in weights.items()})
+    comparison = wc.compare(before, audit(tmp_path / "b.safetensors", weights))
+    assert comparison.to_dict(5.0)["exceeding"] == ["a.weight"]
+    assert len(comparison.exceeding(5.0)) == 1
+
+
+def test_str_is_the_table() -> None:
+    report = wc.audit(model([2.0, 1.0]))
+    comparison = wc.compare(report, report)
+    assert str(comparison) == comparison.table()
+
+
+# --- misuse ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["a.pt", Path("a.pt"), nn.Linear(2, 2), None])
+def test_what_is_no_report_is_refused_with_the_way_out(wrong: Any) -> None:
+    report = wc.audit(nn.Linear(2, 2))
+    for arguments, name in (((wrong, report), "before"), ((report, wrong), "after")):
+        with pytest.raises(TypeError, match=rf"`{name}` must be an AuditReport, got \w+. Audit it"):
+            wc.compare(*arguments)
+
+
+def test_a_comparison_is_no_report() -> None:
+    report = wc.audit(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got Comparison"):
+        wc.compare(wc.compare(report, report), report)  # type: ignore[arg-type]
+
+
+def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
+    one = audit(tmp_path / "a.safetensors", {"x": torch.eye(2)})
+    other = audit(tmp_path / "b.safetensors", {"y": torch.eye(2)})
+    with pytest.raises(ValueError, match=r"share none: .*a.safetensors has x; .*has y. Audit two"):
+        wc.compare(one, other)

@@ -1,0 +1,137 @@
+"""What reports and their options say, down to the names and the numbers in a line."""
+
+import csv
+import importlib.metadata
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import wellcond as wc
+from wellcond.audits import rows
+from wellcond.cli import main
+from wellcond.text import percent, text_table, versions
+
+NAMES = ["a:v:merged", "experts.gate_up_proj:up:1", "block:x:w", "t:heart:", ":smiley:"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_becomes_an_emoji(name: str, tmp_path: Path) -> None:
+    assert name in text_table(["weight", "κ"], [[name, "1"]])
+    path = tmp_path / "a.pt"
+    torch.save({name: torch.diag(torch.tensor([9.0, 1.0]))}, path)
+    report = wc.audit(path)
+    for text in (report.table(), wc.compare(report, report).table()):
+        assert name in text
+    assert name in wc.repair(path, tmp_path / "b.pt", 2.0).table()
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0 %"), (1.0, "100 %"), (0.996, "100 %"), (0.0723, "7.2 %"), (3.1e-4, "0.031 %")],
+)
+def test_shares_are_percents(share: float, text: str) -> None:
+    assert percent(share) == text
+
+
+def test_a_matrix_that_float16_rounds_to_zero_says_100_percent(tmp_path: Path) -> None:
+    torch.save({"w": torch.eye(3) * 1e-9 + 1e-10}, tmp_path / "a.pt")
+    assert "100 % of its entries would be zero in float16" in str(wc.audit(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_text_is_one_pattern(option: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    chosen: dict[str, Any] = {option: "0.*"}
+    names = ["0.weight"] if option == "include" else ["1.weight"]
+    assert [f.name for f in wc.audit(model, **chosen).findings] == names
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    done = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 1.5, **chosen)
+    assert [repair.name for repair in done.repairs] == names
+
+
+def test_reports_of_nothing_are_written() -> None:
+    coverage = wc.report.Coverage(0, 0, {}, 0.0)
+    report = wc.AuditReport([], coverage, "nothing", versions())
+    comparison = wc.report.Comparison([], "a", "b", versions())
+    for document in (report, comparison):
+        assert "weight" in str(document)
+        assert "<html" in document.to_html()
+        assert json.loads(document.to_json())["schema"] == 1
+        header, *lines = csv.reader(io.StringIO(document.to_csv()))
+        assert header[0] in ("name", "weight")
+        assert lines == []
+
+
+def test_columns_of_the_sheet_are_the_same_with_rows_and_without(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 3)
+    for certify in (False, True):
+        report = wc.audit(layer, certify=certify)
+        empty = wc.AuditReport([], report.coverage, "", versions())
+        assert report.to_csv().splitlines()[0] == empty.to_csv().splitlines()[0]
+    both = wc.compare(report, report)
+    assert (
+        both.to_csv().splitlines()[0]
+        == wc.report.Comparison([], "", "", {}).to_csv().splitlines()[0]
+    )
+
+
+def test_curves_compute_the_views_that_are_drawn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor is read once, and each matrix decomposed once."""
+    monkeypatch.setattr("wellcond.linalg.spectrum._SMALL", 8)
+    monkeypatch.setattr("wellcond.linalg.spectrum._LARGE", 16)
+    model = nn.Module()
+    model.register_parameter("experts", nn.Parameter(torch.randn(8, 20, 24)))
+    model.register_parameter("other", nn.Parameter(torch.randn(3, 20, 24)))
+    measured: list[bool] = []
+    whole = rows.measure
+
+    def spy(S: torch.Tensor, all_values: bool = False) -> Any:
+        measured.append(all_values)
+        return whole(S, all_values)
+
+    monkeypatch.setattr(rows, "measure", spy)
+    report = wc.audit(model, include=["experts", "other"], curves=4)
+    assert measured.count(True) == 4
+    drawn = [len(f.singular_values) for f in report.findings]
+    assert drawn == [20] * 4 + [0] * 7
+
+
+def test_a_package_without_metadata_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("wellcond.text.version", missing)
+    assert wc.audit(nn.Linear(3, 3)).versions["wellcond"] == "unknown"
+
+
+def test_a_baseline_that_is_not_there_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"w": torch.eye(2)}, tmp_path / "a.pt")
+    assert main(["audit", str(tmp_path / "a.pt"), "--baseline", str(tmp_path / "b.json")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("wellcond: error: --baseline must be what `wellcond audit PATH --json`")
+    assert "b.json is not there" in err
+
+
+def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:
+    content = {
+        f"layers.{layer}.self_attn.{x}_proj.weight": torch.randn(8, 8)
+        for layer in range(5)
+        for x in "qkvo"
+    }
+    torch.save(content, tmp_path / "a.pt")
+    text = wc.audit(tmp_path / "a.pt", heads=True).table()
+    assert "0x0" not in text
+    (line,) = [one for one in text.splitlines() if "how many heads" in one]
+    assert "and 2 more: it could not be measured" in line
+
+
+def test_completion_offers_what_is_public() -> None:
+    assert {"audit", "certify", "__version__"} <= set(dir(wc))
+    assert {"Any", "TYPE_CHECKING", "importlib"}.isdisjoint(dir(wc))
