@@ -226,7 +226,7 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from experiments.slow_setting import Slow
+from slow_setting import Slow
 from wellcond_experiments.grid import Runner
 Runner(Slow("", False, 20), Path(sys.argv[1]), 2, False).results()
 """
@@ -236,9 +236,9 @@ Runner(Slow("", False, 20), Path(sys.argv[1]), 2, False).results()
 def test_a_killed_experiment_goes_on_and_gives_the_same_on_any_number_of_workers(
     tmp_path: Path,
 ) -> None:
-    from experiments.slow_setting import Slow
+    from slow_setting import Slow
 
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(__file__).parent)
     program = [sys.executable, "-c", KILLED.format(tests=tests), str(tmp_path / "killed")]
     environment = os.environ | {"PYTHONPATH": tests}
     process = subprocess.Popen(program, start_new_session=True, env=environment)

@@ -285,7 +285,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         try:
             return audit(
                 path,
-                arguments.certify,
+                certify=arguments.certify,
                 include=arguments.include,
                 exclude=arguments.exclude,
                 curves=CURVES if arguments.html and not arguments.compare else 0,

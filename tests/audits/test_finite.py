@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.checkpoints import finite, pickled
+from wellcond.audits import finite
+from wellcond.files import pickled
 from wellcond.cli import main
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.safetensors import Safetensors

@@ -16,7 +16,7 @@ from matrices import SPECTRA, kahan, matrices, with_spectrum
 from registry import OPERATORS
 from wellcond.linalg.projection import within
 from wellcond.operators.stored import StoredMatrix
-from wellcond.rules.enforce import Enforced, enforce_
+from wellcond.rules.enforce import Enforced, enforce
 from wellcond.rules.limit import SpectralLimit
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +26,7 @@ INTERVALS = [(None, 1.5), (0.5, None), (0.5, 1.5), (1e-3, 1e3)]
 
 def enforced(S: Tensor, limit: SpectralLimit, **options: Any) -> tuple[Tensor, Enforced]:
     X = S.clone()
-    (told,) = enforce_([StoredMatrix(X)], limit, **options)
+    (told,) = enforce([StoredMatrix(X)], limit, **options)
     assert told.failure(limit, S.dtype) is None
     return X, told
 
@@ -34,7 +34,7 @@ def enforced(S: Tensor, limit: SpectralLimit, **options: Any) -> tuple[Tensor, E
 def failure(S: Tensor, limit: SpectralLimit) -> str:
     """Why it cannot obey; it is then as it was."""
     X = S.clone()
-    (told,) = enforce_([StoredMatrix(X)], limit)
+    (told,) = enforce([StoredMatrix(X)], limit)
     assert torch.equal(X, S)
     return str(told.failure(limit, S.dtype))
 
@@ -278,7 +278,7 @@ def test_weights_together_are_as_weights_alone() -> None:
         each = [with_spectrum(SPECTRA[name](5).double(), 9, 5).to(dtype) for name in SPECTRA]
         each = [S for S in each if fits(S)]
         together = [S.clone() for S in each]
-        told = enforce_([StoredMatrix(S) for S in together], wc.ConditionLimit(4.0))
+        told = enforce([StoredMatrix(S) for S in together], wc.ConditionLimit(4.0))
         for S, X, one in zip(each, together, told, strict=True):
             alone, own = enforced(S, wc.ConditionLimit(4.0))
             torch.testing.assert_close(X, alone, atol=torch.finfo(dtype).eps * unit(S), rtol=1e-6)
@@ -296,7 +296,7 @@ def test_one_that_cannot_obey_leaves_it_as_it_was(dtype: torch.dtype) -> None:
     before = torch.stack([torch.eye(64).to(dtype), S])
     assert "rounded to" in failure(before, wc.ConditionLimit(1.0005))
     together = [before[1].clone(), 100 * before[0], before[1].clone()]
-    found = enforce_([StoredMatrix(X) for X in together], wc.ConditionLimit(1.0005))
+    found = enforce([StoredMatrix(X) for X in together], wc.ConditionLimit(1.0005))
     assert [one.failure(wc.ConditionLimit(1.0005), dtype) is None for one in found] == [0, 1, 0]
     assert torch.equal(together[1], 100 * before[0])
 
@@ -318,7 +318,7 @@ def test_a_view_is_limited_and_the_rest_of_its_parameter_stays(
     before = parameter.clone()
     S = case.operator([parameter])
     assert isinstance(S, StoredMatrix)
-    enforce_([S], limit)
+    enforce([S], limit)
     matrix = case.twin(parameter).double()
     expected, _ = enforced(case.twin(before).contiguous(), limit)
     torch.testing.assert_close(
@@ -399,7 +399,7 @@ def test_where_a_device_has_no_float64_a_copy_on_the_cpu_is_worked_on(
 
     monkeypatch.setattr("wellcond.operators.stored._NARROW_DEVICES", {"cpu"})
     S = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).as_subclass(Elsewhere)
-    enforce_([StoredMatrix(S)], wc.ConditionLimit(2.0))
+    enforce([StoredMatrix(S)], wc.ConditionLimit(2.0))
     assert asked == [(8, 6)]
     assert float(wc.condition_number(S.as_subclass(torch.Tensor))) <= 2.0
 

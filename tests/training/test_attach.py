@@ -258,7 +258,7 @@ def bypassing(optimizer: Optimizer) -> Callable[[], None]:
     return functools.partial(type(optimizer).step.__wrapped__, optimizer)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("asked", ["log", "enforce_"])
+@pytest.mark.parametrize("asked", ["log", "enforce"])
 def test_a_step_that_was_replaced_is_told_by_what_it_does_to_the_weights(
     asked: str, said: Callable[[], list[str]]
 ) -> None:
@@ -294,7 +294,7 @@ def model_parameters(optimizer: Optimizer) -> list[Any]:
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("asked", ["log", "enforce_"])
+@pytest.mark.parametrize("asked", ["log", "enforce"])
 def test_a_step_that_writes_to_data_is_told_by_a_few_entries(
     asked: str, late: bool, said: Callable[[], list[str]]
 ) -> None:

@@ -229,7 +229,7 @@ def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
 
     model = net()
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
-    assert "attached to no optimizer: enforce_() alone applies the limits" in repr(reg)
+    assert "attached to no optimizer: enforce() alone applies the limits" in repr(reg)
     reg.enforce()  # which alone may be what is meant
     assert said() == []
     log(reg)

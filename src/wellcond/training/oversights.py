@@ -135,7 +135,7 @@ class Oversights:
         if frozen:
             self._say(
                 "frozen",
-                "%s under a hard limit, but frozen: left unchanged. Call enforce_() "
+                "%s under a hard limit, but frozen: left unchanged. Call enforce() "
                 "before requires_grad_(False), or repair the checkpoint.",
                 subject(frozen),
             )

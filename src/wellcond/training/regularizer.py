@@ -400,7 +400,7 @@ class Regularizer:
             lines += [f"  {name:{width}}  {reason}" for name, reason in self._skipped.items()]
         lines += [f"  {attachment!r}" for attachment in self.attachments]
         if not attached and any(isinstance(state.rule, Limit) for state in self._states):
-            lines.append("  attached to no optimizer: enforce_() alone applies the limits")
+            lines.append("  attached to no optimizer: enforce() alone applies the limits")
         return "\n".join(lines)
 
     # --- state ------------------------------------------------------------------------------------
