@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.audits import finite
-from wellcond.files import pickled
 from wellcond.cli import main
+from wellcond.files import pickled
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.safetensors import Safetensors
 from wellcond.report.not_finite import NotFinite

@@ -125,7 +125,7 @@ def test_what_is_no_positive_integer_is_refused(count: Any) -> None:
 
 
 class Target(wc.Penalty):
-    needs_subspace = False
+    needs = frozenset()
 
     def __init__(self, strength: float, target: Any) -> None:
         super().__init__(strength)

@@ -51,7 +51,7 @@ class Ky(wc.Penalty):
 class Ones(wc.Penalty):
     """1/2 ||S - 1||_F^2, whose gradient S - 1 is dense here."""
 
-    needs_subspace = False
+    needs = frozenset()
 
     def evaluate(self, S: Any, image: None) -> tuple[Tensor, wc.rules.Gradient]:
         difference = torch.ones(S.shape, dtype=S.dtype, device=S.device)

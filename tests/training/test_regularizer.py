@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wellcond as wc
+from devices import on_a_device
 from matrices import with_spectrum
 from oracles import gradient, penalty, proximal_step
-from wellcond_experiments.bench_step import on_a_device
 
 
 def linear(sigma: list[float], m: int = 12, n: int = 9, seed: int = 0) -> nn.Linear:

@@ -70,6 +70,10 @@ class ShardedMatrix(StoredMatrix):
     def kind(self) -> tuple[object, ...]:
         return *super().kind, self.placements
 
+    @property
+    def is_one_map(self) -> bool:
+        return False  # its groups may be spread over processes
+
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds what every process has found for its block."""
         for group in self.groups:
@@ -264,7 +268,7 @@ class _Held(StoredMatrix):
         alike = [mesh.get_group(dim) for dim, p in enumerate(placements) if p.is_replicate()]
         return _agree(alike, compute, like)
 
-    def held(self, numbers: Tensor) -> Tensor:
+    def own_part(self, numbers: Tensor) -> Tensor:
         return numbers[self.stack.block[:-2]]
 
     def all_of(self, numbers: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled, over_matrices
 from wellcond.operators.rounding import rounded, working_dtype
-from wellcond.operators.views import STORED, View, writable
+from wellcond.operators.views import STORED, Kernel, View, writable
 
 _NARROW_DEVICES = {"mps"}  # without float64: what needs it is done on the CPU
 _BANDS = 16  # a half-precision weight is widened by sixteenths
@@ -44,6 +44,10 @@ class StoredMatrix:
     @property
     def kind(self) -> tuple[object, ...]:
         return type(self), self.shape, self.S.dtype, self.device
+
+    @property
+    def is_one_map(self) -> bool:
+        return isinstance(self.view, Kernel) and len(self.shape) == 3
 
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds up what the holders of a matrix have found; this one is held whole."""
@@ -111,7 +115,6 @@ class StoredMatrix:
 
     @contextlib.contextmanager
     def spread(self, whole: bool = False) -> Iterator[StoredMatrix]:
-        """Itself, laid out so that `gram` and `rescale_` work, or so that it is whole."""
         if self.device.type not in _NARROW_DEVICES:
             yield self
             return
@@ -122,23 +125,15 @@ class StoredMatrix:
             S.copy_(host.S)
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
-        """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""
         return list(compute())
 
-    def held(self, numbers: Tensor) -> Tensor:
-        """Of one number a matrix (...) those that are held here."""
+    def own_part(self, numbers: Tensor) -> Tensor:
         return numbers
 
     def all_of(self, numbers: Tensor) -> Tensor:
-        """One number a matrix (...), of those that are held here, put together with the others."""
         return numbers
 
     def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
-        """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to the nearest.
-
-        V (..., nu, j) on the short side, d (..., j); S0 is what the weight was. Of a stack, those
-        chosen (...).
-        """
         with writable(self.view, self.parameter) as S:
             self.S = S
             new, old = self._long(S), self._long(original)

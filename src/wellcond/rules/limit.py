@@ -2,52 +2,86 @@
 
 from __future__ import annotations
 
-import abc
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import as_number
+from wellcond.linalg.lapack import FAILED
 from wellcond.linalg.nearest import check_limit, clip
 from wellcond.linalg.spectrum import measure
-from wellcond.operators.base import LowRank, NewWeight, Operator
+from wellcond.operators.base import LowRank, NewWeight, Operator, SpectralOperator, Updatable
+from wellcond.operators.stacked import unstack
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Limit
-from wellcond.rules.enforce import Enforced, enforce
+from wellcond.rules.base import Limit, Need, RuleState
+from wellcond.rules.outcome import Outcome, OutcomeStatus
+from wellcond.rules.project import Bounds, Verdict, obey_nearly, project
 
 # How far below the upper bound the block must see before it is believed.
 _REACH = 0.9
 
 
-class SpectralLimit(Limit):
-    """A hard limit that hangs on singular values alone; see `rules.enforce.Bounds`."""
+class SpectralLimit(Bounds, Limit):
+    """A hard limit of singular values."""
 
-    @abc.abstractmethod
-    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        """The nearest to descending values (..., nu), in this unit, in bounds tighter by margin."""
+    needs = frozenset({Need.gram})
+    fills_zeros = True
 
-    @abc.abstractmethod
-    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
-        """By what factor it is exceeded: at most 1 where it holds, nan if it asks nothing of 0."""
+    def group_key(self) -> Hashable:
+        return self
 
-    def matters(self, smallest: Tensor) -> Tensor:
-        """Down to where singular values must be seen, of a matrix with this smallest one."""
-        return smallest
-
-    @abc.abstractmethod
-    def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [low, high] that obey, of a matrix with this largest one."""
-
-    def describe_excess(self, excess: float, condition_number: float) -> str:
-        """The value that exceeded the limit by this factor, for people; "" if it is not known."""
-        return ""
+    @property
+    def mark(self) -> int:
+        return zlib.crc32(repr(self).encode())
 
     def apply(self, S: Tensor) -> Tensor:
-        return _enforce_copy(S, self)[0]
+        return _project_copy(S, self)[0]
+
+    def project(self, S: Operator, state: RuleState, *, exact: bool) -> Outcome:
+        weights = cast(Sequence[SpectralOperator], unstack(S))
+        paces = [self.pace({"pace": row}) for row in state["pace"].reshape(len(weights), -1)]
+        kappas = [pace.condition_number for pace in paces]
+        verdicts = project(
+            weights,
+            self,
+            gate=all(pace.obeyed for pace in paces),
+            condition_number=math.nan if any(map(math.isnan, kappas)) else max(kappas),
+        )
+        status = [_status(S, verdict) for S, verdict in zip(weights, verdicts, strict=True)]
+        if len(weights) == 1:
+            ((excess, kappa, _),) = verdicts
+            return Outcome(status[0], None, excess, kappa)
+        excesses, numbers, _ = zip(*verdicts, strict=True)
+        return Outcome(torch.stack(status), None, torch.stack(excesses), torch.stack(numbers))
+
+    def explain(self, status: OutcomeStatus, dtype: torch.dtype) -> str:
+        if status is not OutcomeStatus.unattainable:
+            return FAILED
+        wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
+        return (
+            f"no weight near it obeys {self!r} once it is rounded to "
+            f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
+        )
+
+
+def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
+    """The codes of `OutcomeStatus` of a weight with this verdict."""
+    excess, _, margin = verdict
+    unknown = torch.isnan(excess)
+    # Nothing is known of a matrix that is zero, that passed the gate, or that is not finite.
+    code = torch.where(unknown & (margin == 0), int(OutcomeStatus.unchanged), 0)
+    code = torch.where(torch.isinf(margin), int(OutcomeStatus.unattainable), code)
+    code = torch.where(torch.isnan(margin), int(OutcomeStatus.not_converged), code)
+    if bool(unknown.any()):
+        lost = unknown & ~S.finite().to(unknown.device)
+        code = torch.where(lost & (code >= 0), int(OutcomeStatus.not_finite), code)
+    return code.to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -160,8 +194,8 @@ class SingularValueLimit(SpectralLimit):
         return math.inf if self.upper is None else self.upper
 
     @property
-    def needs_subspace(self) -> bool:  # type: ignore[override]
-        return self.lower is None
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        return frozenset({Need.gram, Need.subspace} if self.lower is None else {Need.gram})
 
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
         grown = 1 + margin[..., None]
@@ -184,7 +218,22 @@ class SingularValueLimit(SpectralLimit):
     def matters(self, smallest: Tensor) -> Tensor:
         return smallest if self.lower is not None else smallest.clamp_min(self._upper)
 
-    def clip_leading(self, S: Operator, image: Image) -> tuple[NewWeight, Tensor, Tensor]:
+    def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
+        weights = cast(Sequence[SpectralOperator], unstack(S))
+        paces = state["pace"].reshape(len(weights), -1)
+        if image is None or not all(self.pace({"pace": row}).known for row in paces):
+            return self.project(S, state, exact=False)  # the block is hardly warm
+        new, excess, reached = self.clip_leading(image, S.nu)
+        if bool(reached.all()):
+            cast(Updatable, S).update_(new.where(image.finite))
+            # A block may lag behind a weight that moves fast, or not reach far enough.
+            if obey_nearly(weights, self):
+                return replace(Outcome.of(S, OutcomeStatus.applied), excess=excess)
+        outcome = self.project(S, state, exact=False)
+        assert outcome.excess is not None
+        return replace(outcome, excess=torch.fmax(outcome.excess, excess.to(outcome.excess)))
+
+    def clip_leading(self, image: Image, nu: int) -> tuple[NewWeight, Tensor, Tensor]:
         """The leading values clipped; per matrix the excess, and whether the block reached so far.
 
         Every Ritz value is a lower bound of the singular value of its rank.
@@ -192,7 +241,7 @@ class SingularValueLimit(SpectralLimit):
         ritz = image.triplets
         sigma = ritz.sigma
         excess = sigma[..., 0] / self._upper
-        reached = (sigma[..., -1] <= _REACH * self._upper) | (sigma.shape[-1] == S.nu)
+        reached = (sigma[..., -1] <= _REACH * self._upper) | (sigma.shape[-1] == nu)
         share = (1 - self._upper / sigma.clamp_min(self._upper))[..., None, :]
         return (
             NewWeight(LowRank(torch.ones_like(excess), -ritz.left * share, ritz.right)),
@@ -222,15 +271,16 @@ def limited(S: Tensor, max_condition: float) -> Limited:
     before = measure(S, extremes=True).condition_number
     if before <= max_condition or math.isnan(before):
         return Limited(S, before, before, 0.0)
-    X, found = _enforce_copy(S, ConditionLimit(max_condition))
+    X, verdict = _project_copy(S, ConditionLimit(max_condition))
     after = measure(X, extremes=True).condition_number
-    return Limited(X, before, after, float(found.margin))
+    return Limited(X, before, after, float(verdict.margin))
 
 
-def _enforce_copy(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Enforced]:
-    """A copy of S that obeys, and what was found of S; ValueError if there is none."""
+def _project_copy(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Verdict]:
+    """A copy of S that obeys, and the verdict on S; ValueError if there is none."""
     weight = StoredMatrix(S.clone())
-    (found,) = enforce([weight], limit)
-    if (failure := found.failure(limit, S.dtype)) is not None:
-        raise ValueError(failure)
-    return weight.S, found
+    (verdict,) = project([weight], limit)
+    code = OutcomeStatus(int(_status(weight, verdict).min()))
+    if code in (OutcomeStatus.unattainable, OutcomeStatus.not_converged):
+        raise ValueError(limit.explain(code, S.dtype))
+    return weight.S, verdict

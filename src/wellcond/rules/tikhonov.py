@@ -30,7 +30,7 @@ class TikhonovPenalty(Penalty):
         5e-05
     """
 
-    needs_subspace = False
+    needs = frozenset()
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         one = torch.ones(S.shape[:-2], dtype=S.dtype, device=S.device)

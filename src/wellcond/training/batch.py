@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wellcond.linalg.checks import lacks_values
 from wellcond.operators.base import Operator, WeightOperator
-from wellcond.operators.stacked import StackedMatrices
+from wellcond.operators.stacked import stack
 from wellcond.operators.subspace import (
     Image,
     Subspace,
@@ -26,15 +27,13 @@ from wellcond.operators.subspace import (
     refine,
     warmed,
 )
-from wellcond.rules.base import Penalty
-from wellcond.rules.isometry import IsometryStep
-from wellcond.rules.limit import SpectralLimit
+from wellcond.rules.base import Need, Rule, RuleState
 from wellcond.training.replicas import Replicas
-from wellcond.training.state import Rule, WeightState
+from wellcond.training.state import WeightState
 
 
 class Batch(NamedTuple):
-    """Weights of one kind under one penalty; or a single one, which is no stack."""
+    """Weights of one kind under one rule; or a single one, which is no stack."""
 
     states: list[WeightState]
     operators: list[WeightOperator]
@@ -42,7 +41,7 @@ class Batch(NamedTuple):
     @property
     def S(self) -> Operator:
         """All of them as one operator."""
-        return self.operators[0] if len(self.operators) == 1 else StackedMatrices(self.operators)
+        return stack(self.operators)
 
     @property
     def rule(self) -> Rule:
@@ -52,6 +51,25 @@ class Batch(NamedTuple):
     def leading(self) -> int:
         """The number of dimensions before those of a matrix."""
         return len(self.states[0].shape) - 2 + (len(self.states) > 1)
+
+    @property
+    def memory(self) -> RuleState:
+        """What the rule remembers of all of them."""
+        own = [state.memory for state in self.states]
+        if len(own) == 1:
+            return own[0]
+        return {key: torch.stack([one[key] for one in own]) for key in own[0]}
+
+    def prepare(self) -> None:
+        """Has the rule complete what it remembers, before its first step."""
+        memory = self.rule.prepare(self.S, self.memory)
+        each = self.each(*memory.values())
+        for state, own in zip(self.states, each if memory else (), strict=False):
+            state.memory = dict(zip(memory, own, strict=True))
+
+    def lacks_values(self) -> bool:
+        """Whether a weight is on the meta device."""
+        return any(lacks_values(p) for state in self.states for p in state.weight.parameters)
 
     def each(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """The tensors of every weight."""
@@ -79,30 +97,16 @@ class Look(NamedTuple):
 
 
 def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) -> list[Batch]:
-    """The weights by kind and penalty: the same however they have been used so far."""
+    """The weights by kind and rule: the same however they have been used so far."""
     groups: dict[object, Batch] = {}
-    rules: list[Rule] = []
     for state, S in zip(states, operators, strict=True):
         state.follow(S)
-        alike = (i for i, rule in enumerate(rules) if _alike(rule, state.rule))
-        number = next(alike, len(rules))
-        if number == len(rules):
-            rules.append(state.rule)
-        together = isinstance(state.rule, Penalty | SpectralLimit | IsometryStep)
-        alone = "" if together else state.name
-        key = (S.kind, number, state.width, state.owner, alone)
+        apart = state.name if Need.whole in state.rule.needs else ""
+        key = (S.kind, state.rule.group_key(), state.width, state.owner, apart)
         batch = groups.setdefault(key, Batch([], []))
         batch.states.append(state)
         batch.operators.append(S)
     return list(groups.values())
-
-
-def _alike(one: Rule, other: Rule) -> bool:
-    """Whether two rules are the same, or equal as their class says."""
-    try:
-        return one is other or bool(one == other)
-    except (RuntimeError, ValueError):  # of arrays, which are equal or not entry by entry
-        return False
 
 
 def look(batches: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:

@@ -17,9 +17,9 @@ from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.sharded import ShardedMatrix
 from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
 from wellcond.report.estimate import Estimate
-from wellcond.rules.base import Penalty
+from wellcond.rules.base import Rule
 from wellcond.training.batch import batches, look
-from wellcond.training.state import Rule, WeightState, name_meta_weights
+from wellcond.training.state import WeightState, name_meta_weights
 
 
 def estimates(
@@ -65,7 +65,7 @@ def _on_host(states: Sequence[WeightState], rows: dict[str, Tensor]) -> list[lis
 def _told(rule: Rule, S: Operator, image: Image) -> Tensor:
     sigma = image.top.sigma[..., 0]
     value = torch.full_like(sigma, math.nan)
-    if isinstance(rule, Penalty):
+    if rule.differentiable:
         value = rule.evaluate(S, image)[0]
     columns = [sigma, residual(S, image), squared_norm_over(S, sigma), value, image.finite]
     return torch.stack([column.double() for column in columns], dim=-1)
@@ -77,21 +77,21 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
     if not finite:
         sigma = error = value = stable_rank = math.nan
         status = "not finite: it holds NaN or infinity"
-    rule = state.rule
+    rule, pace = state.rule, state.pace
     return Estimate(
         sigma_max=sigma,
         residual=error,
         stable_rank=stable_rank if sigma else math.nan,
         penalty=value,
-        strength=rule.strength_at(state.step) if isinstance(rule, Penalty) else math.nan,
+        strength=rule.strength_at(state.step) if rule.differentiable else math.nan,
         step=state.step,
         shortened_steps=int(shortened),
         nu=min(state.shape[-2:]),
         condition_number=kappa,
         crowded=bool(crowded),
-        excess=_known(state.pace.excess),
-        condition_before=_known(state.pace.condition_number),
-        interval=state.pace.interval or None,
+        excess=_known(pace.excess),
+        condition_before=_known(pace.condition_number),
+        interval=pace.interval or None,
         status=status,
     )
 

@@ -10,13 +10,14 @@ from torch import nn
 from wellcond.linalg.checks import as_count
 from wellcond.operators.rounding import full_precision
 from wellcond.report.estimate import Estimate
+from wellcond.rules.base import Rule
 from wellcond.rules.condition import ConditionPenalty
 from wellcond.training.batch import batches, look
 from wellcond.training.estimates import estimates
 from wellcond.training.log import log
 from wellcond.training.oversights import warn_of_stored
 from wellcond.training.selection import select
-from wellcond.training.state import Rule, WeightState
+from wellcond.training.state import WeightState
 from wellcond.weights.discover import unwrapped
 from wellcond.weights.reasons import Skipped
 

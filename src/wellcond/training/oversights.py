@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from wellcond.rules.base import Limit
-from wellcond.rules.limit import SpectralLimit
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import Attachment, attachments, has_modes
 from wellcond.training.bypass import is_replaced
@@ -45,7 +43,7 @@ class Oversights:
         if self._applied % _EVERY == 0:
             self._replaced()
         self._applied += 1
-        attached = [s.name for a in own for s in a.states if not isinstance(s.rule, Limit)]
+        attached = [s.name for a in own for s in a.states if not s.rule.enforceable]
         if by and attached:
             self._say(
                 "twice",
@@ -108,7 +106,7 @@ class Oversights:
     def logged(self, own: Sequence[Attachment], report: bool) -> None:
         """A training is watched, but nothing has ever applied its limits: no call and no `own`."""
         self._bypassed(own, report)
-        limited = [s.name for s in self._states if isinstance(s.rule, Limit) and s.active]
+        limited = [s.name for s in self._states if s.rule.enforceable and s.active]
         if limited and not self._applied and not own:
             self._say(
                 "nothing",
@@ -121,7 +119,7 @@ class Oversights:
         """Limits are asked for now, but not all weights, or not those that count, are there."""
         self._bypassed(own, True)
         training = [a.optimizer for a in own if _trains(a.optimizer) is not False]
-        if training and any(isinstance(s.rule, Limit) for a in own for s in a.states):
+        if training and any(s.rule.enforceable for a in own for s in a.states):
             kind = type(training[0]).__name__
             known = _trains(training[0]) is not None
             self._say(
@@ -131,7 +129,7 @@ class Oversights:
                 "optimizer.eval(), then reg.enforce(); and optimizer.train() to go on.",
                 f"{kind} is in train mode:" if known else f"If {kind} is in train mode,",
             )
-        frozen = [s.name for s in self._states if isinstance(s.rule, Limit) and not s.active]
+        frozen = [s.name for s in self._states if s.rule.enforceable and not s.active]
         if frozen:
             self._say(
                 "frozen",
@@ -142,7 +140,7 @@ class Oversights:
 
     def check_limits(self, states: Iterable[WeightState]) -> None:
         """Limits are put on weights that are masked or quantised where they act."""
-        limited = [state for state in states if isinstance(state.rule, Limit)]
+        limited = [state for state in states if state.rule.enforceable]
         if names := find_masked(state for state in limited if not state.caution):
             self._say(
                 "masked",
@@ -161,7 +159,7 @@ class Oversights:
     @contextlib.contextmanager
     def watch_zeros(self, states: Sequence[WeightState]) -> Iterator[None]:
         """Limits are applied: what was mostly zeros may be so no more."""
-        bounded = [state for state in states if isinstance(state.rule, SpectralLimit)]
+        bounded = [state for state in states if state.rule.fills_zeros]
         counts = {} if "zeros" in self._said else count_nonzeros(bounded)
         before = {name: some for name, (some, all_) in counts.items() if 0 < some < all_ / 2}
         yield
@@ -229,7 +227,7 @@ def warn_of_stored(states: Iterable[WeightState]) -> None:
     Of a quantiser under a hard limit `Oversights.check_limits` says more.
     """
     states = list(states)
-    quantisers = find_quantised(state for state in states if isinstance(state.rule, Limit))
+    quantisers = find_quantised(state for state in states if state.rule.enforceable)
     names: dict[str, list[str]] = {}
     for state in states:
         if state.caution and state.name not in quantisers:

@@ -20,9 +20,7 @@ from wellcond.operators.base import Dense, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
 from wellcond.report.estimate import Estimate
-from wellcond.rules.base import Limit, Penalty, Proximal
-from wellcond.rules.isometry import IsometryStep
-from wellcond.rules.limit import SpectralLimit
+from wellcond.rules.base import Need
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import (
     Attachment,
@@ -168,7 +166,10 @@ class Regularizer:
         self._oversights.applied([], "proximal_step()")
         with own_changes(self.attachments):
             self._engine.proximal_step(
-                states, [lr * steps] * len(states), lambda state: state.advance(steps)
+                states,
+                [lr * steps] * len(states),
+                due=False,
+                done=lambda state: state.advance(steps),
             )
 
     def _checked_rate(self, lr: float | Tensor) -> float | Tensor:
@@ -229,7 +230,7 @@ class Regularizer:
                 f"`optimizer` must not be attached twice, but {subject(taken)} attached already. "
                 "Call detach() first."
             )
-        soft = [state.name for state in states if not isinstance(state.rule, Limit)]
+        soft = [s.name for s in states if s.rule.default_schedule.every is not None]
         if every == "auto" and soft:
             raise ValueError(
                 f'`every` must be a number, got "auto", which hard limits alone can have: '
@@ -259,9 +260,8 @@ class Regularizer:
         # Whether zeros are filled shows at once: later there is nothing to count.
         first = [state for state in states if state.pace.applications == 0]
         with self._oversights.watch_zeros(first):
-            self._engine.proximal_step(
-                states, [state.pending_lr for state in states], WeightState.settle
-            )
+            rates = [state.pending_lr for state in states]
+            self._engine.proximal_step(states, rates, due=True, done=WeightState.settle)
 
     def enforce(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
@@ -283,7 +283,7 @@ class Regularizer:
             >>> bool(wc.condition_number(layer.weight) <= 2.0)
             True
         """
-        limited = [s for s in self._engine.active() if isinstance(s.rule, Limit)]
+        limited = [s for s in self._engine.active() if s.rule.enforceable]
         self._oversights.enforced(self.attachments)
         if limited:
             refuse_without_proximal_step(limited)
@@ -382,8 +382,8 @@ class Regularizer:
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
             if state.caution:
                 lines.append(f"  {'':{width}}  {state.caution}: it is meant, not what acts")
-            if (seen := state.pace.words(state.rule)) and isinstance(state.rule, Limit):
-                lines.append(f"  {'':{width}}  {seen}")
+            if text := state.rule.describe(state.memory):
+                lines.append(f"  {'':{width}}  {text}")
             if not state.shortened.is_meta and (shortened := int(state.shortened)):
                 lines.append(
                     f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
@@ -399,7 +399,7 @@ class Regularizer:
             lines.append(f"  left out ({len(self._skipped)}):")
             lines += [f"  {name:{width}}  {reason}" for name, reason in self._skipped.items()]
         lines += [f"  {attachment!r}" for attachment in self.attachments]
-        if not attached and any(isinstance(state.rule, Limit) for state in self._states):
+        if not attached and any(state.rule.enforceable for state in self._states):
             lines.append("  attached to no optimizer: enforce() alone applies the limits")
         return "\n".join(lines)
 
@@ -458,7 +458,7 @@ class Regularizer:
 
 
 def _refuse_without_gradient(states: list[WeightState]) -> None:
-    bare = [state.name for state in states if not isinstance(state.rule, Penalty)]
+    bare = [state.name for state in states if not state.rule.differentiable]
     if bare:
         raise ValueError(
             f"{subject(bare)} under a hard limit or isometry steps, which have no gradient. "
@@ -470,12 +470,12 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
 def refuse_without_proximal_step(states: list[WeightState]) -> None:
     for state in states:
         rule, S = state.rule, state.operator()
-        if not isinstance(rule, Limit | IsometryStep | Proximal):
+        if not rule.steppable:
             raise ValueError(
                 f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
                 "loss or add_gradients(), or give the penalty a method proximal_step."
             )
-        if isinstance(rule, Limit) and not isinstance(rule, SpectralLimit) and isinstance(S, Dense):
+        if Need.whole in rule.needs and isinstance(S, Dense):
             try:
                 S.dense()
             except ValueError as error:
