@@ -37,7 +37,7 @@ def has_passed(S: Tensor, verdict: Verdict) -> bool:
 def enforced(S: Tensor, limit: SpectralLimit, **options: Any) -> tuple[Tensor, Verdict]:
     X = S.clone()
     (verdict,) = project([StoredMatrix(X)], limit, **options)
-    assert worst_status(S, verdict) >= 0
+    assert worst_status(S, verdict) >= OutcomeStatus.not_finite
     return X, verdict
 
 

@@ -277,7 +277,7 @@ def test_what_is_no_penalty_is_refused_in_one_line() -> None:
     model = net()
     regularizer = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for wrong in (0.1, "condition", regularizer, {"*": 0.1}, {1: None}):
-        said = r"`rules` must (be a penalty or map|have patterns of type str)"
+        said = r"`rules` must (be a rule or map|have patterns of type str)"
         with pytest.raises(TypeError, match=said) as caught:
             wc.Regularizer(model, wrong)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)

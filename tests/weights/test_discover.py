@@ -204,8 +204,8 @@ def test_a_stack_is_taken_by_its_exact_name_whole_or_matrix_by_matrix() -> None:
         ({"0.bias": EVERYTHING}, ValueError, "not a matrix: a vector"),
         ({"*.bias": EVERYTHING}, ValueError, "selects no weight"),
         ({}, ValueError, "must leave at least one weight"),
-        ({"*": 0.1}, TypeError, "must be a penalty or map patterns"),
-        (0.1, TypeError, "must be a penalty or map patterns"),
+        ({"*": 0.1}, TypeError, "must be a rule or map patterns"),
+        (0.1, TypeError, "must be a rule or map patterns"),
     ],
 )
 def test_selections_that_select_nothing_are_refused(

@@ -21,7 +21,7 @@ from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Image
 from wellcond.rules.base import Limit, Need, RuleState
 from wellcond.rules.outcome import Outcome, OutcomeStatus
-from wellcond.rules.project import Bounds, Verdict, obey_nearly, project
+from wellcond.rules.project import CANCELS, Bounds, Verdict, obey_nearly, project
 
 # How far below the upper bound the block must see before it is believed.
 _REACH = 0.9
@@ -242,6 +242,8 @@ class SingularValueLimit(SpectralLimit):
         sigma = ritz.sigma
         excess = sigma[..., 0] / self._upper
         reached = (sigma[..., -1] <= _REACH * self._upper) | (sigma.shape[-1] == nu)
+        # What exceeds the bound by far is nearly cancelled by an update of S.
+        reached &= excess < CANCELS / torch.finfo(sigma.dtype).eps
         share = (1 - self._upper / sigma.clamp_min(self._upper))[..., None, :]
         return (
             NewWeight(LowRank(torch.ones_like(excess), -ritz.left * share, ritz.right)),
