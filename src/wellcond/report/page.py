@@ -293,11 +293,11 @@ def _map_context(page: Page, repeated: Sequence[Stack]) -> dict[str, Any]:
 
 def _drawing(curves: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
     """Singular values relative to the largest over their positions, both from 0 to 1, 0 above."""
-    logarithms = {
-        label: [math.log10(value / values[0]) if value > 0 else -math.inf for value in values]
-        for label, values in curves
-    }
-    finite = [value for values in logarithms.values() for value in values if math.isfinite(value)]
+    logarithms = [
+        [math.log10(value) - math.log10(values[0]) if value > 0 else -math.inf for value in values]
+        for _, values in curves
+    ]
+    finite = [value for values in logarithms for value in values if math.isfinite(value)]
     floor = min(-1.0, max(_LOWEST, min(finite, default=-1.0)))
 
     def points(values: Sequence[float]) -> str:
@@ -307,6 +307,6 @@ def _drawing(curves: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
 
     lowest = math.floor(-floor)
     return {
-        "curves": {label: points(values) for label, values in logarithms.items()},
+        "curves": [(label, points(v)) for (label, _), v in zip(curves, logarithms, strict=True)],
         "levels": [(-k, k / -floor) for k in range(0, lowest + 1, max(1, lowest // 8))],
     }

@@ -199,7 +199,7 @@ class AuditReport(_Report):
         curves = [
             (finding.label, finding.singular_values)
             for finding in self.findings
-            if finding.sigma_max > 0 and len(finding.singular_values) > 1
+            if len(finding.singular_values) > 1 and finding.singular_values[0] > 0
         ]
         not_finite = describe_not_finite(self.not_finite)
         return Page(
