@@ -1,12 +1,12 @@
 """Which layer of a model a weight belongs to, and which kind of weight it is, by their names.
 
-Of `model.layers.7.mlp.fc1.weight` the layer is `model.layers.7`, the stack in which layers repeat
-`model.layers.*`, and the kind `mlp.fc1.weight`. The number of a layer is the outermost one, unless
-what it counts are stages, which hold stacks of unequal lengths: then it is the next one. Experts
-are no layers.
+The layer of `model.layers.7.mlp.fc1.weight` is `model.layers.7`, the stack in which layers repeat
+is `model.layers.*`, and the kind is `mlp.fc1.weight`. The outermost number of a name counts layers,
+unless it counts stages, which hold stacks of unequal lengths: then the next number does. No number
+of an expert counts layers.
 
-Where more than four weights of a layer differ by a number alone, as heads and experts do, they are
-of one kind, with * for that number: `attn:qk*`, `mlp.experts.*.w1.weight`.
+If more than four weights of a layer differ only by a number, as heads and experts do, they are of
+one kind, with * for that number: `attn:qk*`, `mlp.experts.*.w1.weight`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def places(labels: Collection[str]) -> dict[str, Place]:
     stages = _stages(candidates.values())
     found = {}
     for label, layers in candidates.items():
-        # In a stage, but in no layer of it: the stage is its layer.
+        # The layer of a weight that is in a stage, but in no layer of it, is the stage.
         last = layers[-1] if layers else ""
         layer = next((one for one in layers if _stack(one) not in stages), last)
         kind = label[len(layer) :].removeprefix(".") if layer else label
@@ -71,15 +71,16 @@ def places(labels: Collection[str]) -> dict[str, Place]:
 
 
 def _candidates(label: str) -> list[str]:
-    """What may be the name of its layer, the outermost first: up to a number, and not all of it."""
+    """The names that its layer may have, outermost first: each ends in a number within the name."""
     name, _, view = label.partition(":")
     layers = []
     for match in _COUNTS.finditer(name):
         layer = name[: match.end()]
-        # Of numbers that follow each other, only the last counts layers.
         word = re.sub(r"(\.[0-9]+)+$", "", layer).rpartition(".")[2]
         is_whole = layer == name and not view
-        if not (is_whole or _NEXT_COUNTS.match(name, match.end()) or "expert" in word):
+        # Of numbers that follow each other, as in blocks.3.1, only the last counts layers.
+        is_followed = _NEXT_COUNTS.match(name, match.end())
+        if not (is_whole or is_followed or "expert" in word):
             layers.append(layer)
     return layers
 
@@ -104,7 +105,7 @@ def _stages(candidates: Iterable[list[str]]) -> set[str]:
 
 
 def _star_many(found: dict[str, Place]) -> dict[str, Place]:
-    """The places, with * for each number in a kind that takes many values in its stack."""
+    """The places, with * for each number of a kind that takes many values in its stack."""
     pieces = {label: _NUMBER.split(place.kind) for label, place in found.items() if place.layer}
     alike: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     for label, parts in pieces.items():  # text, what stands before the number, the number, text ...

@@ -1,7 +1,7 @@
-"""The page of an audit or of a comparison: what its template needs besides the rows.
+"""The page of an audit or of a comparison: what its template needs in addition to the rows.
 
-The template has the words and the markup, `report.css` the looks. Here are the positions of bars,
-the colors of maps, the points of curves, and what is folded.
+`page.html.j2` holds the words and the markup, and `report.css` the style. This module computes the
+positions of bars, the colors of maps, the points of curves, and what is folded.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 CURVES = 6  # as many as a reader can tell apart
 _POINTS = 240  # of a curve
 _LOWEST = -17  # smaller singular values are zero to working precision
-# Up to so many rows are all open; of more, so many of the worst, or all that exceed the limit.
+# Up to _FLAT rows are all open. Of more rows, the first _OPEN are open, or as many as exceed the
+# limit, at most _FLAT.
 _FLAT, _OPEN = 100, 30
-_READ = 10  # so many skipped weights are listed; more are folded
-_SHARED = 4  # a note of more rows stands below the table, once
+_READ = 10  # more skipped weights are folded
+_SHARED = 4  # a note that more rows share is printed once, below the table
 _STEPS = 11  # colors of a scale: s0 ... s10 and d0 ... d10 of report.css
 _LEAST = math.log10(1.1)  # a scale of changes goes at least so far: smaller ones are nearly grey
 _TICKS = 8
@@ -43,14 +44,14 @@ class Page:
 
     Attributes:
         title: the title.
-        lead: paragraphs to begin with.
-        columns: of the table, in the order of the page.
-        meanings: of the columns, by their keys.
-        rows: by unique labels, in the order of the page.
+        lead: the paragraphs below the title.
+        columns: the columns of the table, in the order of the page.
+        meanings: the meanings of the columns, by their keys.
+        rows: the rows by unique labels, in the order of the page.
         max_condition: the limit, if there is one.
         versions: of wellcond, torch and Python.
-        is_comparison: whether rows have two condition numbers, and maps show their ratio.
-        facts: labels of weights, and what is out of the ordinary of them; "" of all.
+        is_comparison: whether rows have two condition numbers and maps show their ratio.
+        facts: what is out of the ordinary, each after the label of its weight, or after "".
         curves: labels and singular values to draw.
         skipped: what was not measured, and why.
     """
@@ -140,11 +141,11 @@ class _Axis(NamedTuple):
 
     @property
     def exponents(self) -> range:
-        """Of the powers of ten that stand above the bars."""
+        """The exponents of the powers of ten above the bars."""
         return range(0, self.decades + 1, math.ceil(self.decades / 3))
 
     def share(self, kappa: float) -> float:
-        """Where a condition number is, in percent of the width."""
+        """The position of a condition number, in percent of the width."""
         return 100.0 if math.isinf(kappa) else 100 * math.log10(kappa) / self.decades
 
 
@@ -203,12 +204,12 @@ class _Scale(NamedTuple):
 
     @property
     def letter(self) -> str:
-        """Of the classes of its colors."""
+        """The first letter of the CSS classes of its colors."""
         return "d" if self.is_change else "s"
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Where the numbers below the scale are, in percent of its width, and the numbers."""
+        """The numbers below the scale, each after its position in percent of the width."""
         if self.is_change:
             marks = [self.low, self.low / 2, 0.0, self.high / 2, self.high]
         else:
@@ -218,7 +219,7 @@ class _Scale(NamedTuple):
         return [(100 * self._share(mark), _short(10**mark)) for mark in marks]
 
     def color(self, value: float) -> str:
-        """The class of a cell."""
+        """The CSS class of a cell with this value."""
         if math.isnan(value):
             return "unknown"
         if value in (0, math.inf):
@@ -231,7 +232,7 @@ class _Scale(NamedTuple):
 
 
 def _marks(low: float, high: float) -> list[float]:
-    """Powers of ten from below to above, and also 2 and 5 times these where there are few."""
+    """Powers of ten from below `low` to above `high`; over few decades also 2 and 5 times these."""
     decades = range(math.floor(low), math.ceil(high) + 2)
     parts = (1, 2, 5) if high - low < _FEW_DECADES else (1,)
     return [decade + math.log10(part) for decade in decades for part in parts]
@@ -258,7 +259,7 @@ class _Map(NamedTuple):
             labels = stack.weights.get((layer, kind))
             return (rows[labels[0]], len(labels)) if labels else None
 
-        # Without what nearly all end in; of layers only what follows the name of the stack.
+        # Kinds do without the ending that nearly all have, layers without the name of the stack.
         short = [kind.replace(".weight", "") for kind in stack.kinds]
         start = stack.name.index("*")
         return cls(
@@ -292,7 +293,10 @@ def _map_context(page: Page, repeated: Sequence[Stack]) -> dict[str, Any]:
 
 
 def _drawing(curves: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
-    """Singular values relative to the largest over their positions, both from 0 to 1, 0 above."""
+    """The curves as points (x, y) from 0 to 1: x is the position, y = 0 the largest singular value.
+
+    A level is a power of ten, relative to the largest singular value, and its y.
+    """
     logarithms = [
         [math.log10(value) - math.log10(values[0]) if value > 0 else -math.inf for value in values]
         for _, values in curves

@@ -221,17 +221,16 @@ class Comparison(_Report):
     """Two audits side by side, in the order of the largest change of kappa.
 
     Attributes:
-        pairs: label, finding before and finding after; None on the side where it is missing. What
-            is on one side alone comes first.
+        pairs: label, finding before and finding after; None on the side that lacks the weight.
+            Weights that only one side has come first.
         before: the source of the first audit.
-        after: that of the second.
+        after: the source of the second audit.
         versions: of wellcond, torch and Python.
-        notes: of some labels what is to be known besides: another dtype, what is the matter
-            on a side, why it was skipped there.
-        naming: what the names of one side begin with and those of the other lack, in words; "" if
-            they agree.
+        notes: what else there is to know of a weight, by its label: another dtype, what is the
+            matter on a side, why a side skipped it.
+        naming: the prefix that only the names of one side have, in words; "" if there is none.
         not_finite_before: the tensors with NaN or infinity of the first audit, by their names.
-        not_finite_after: those of the second.
+        not_finite_after: the same of the second audit.
     """
 
     pairs: list[Pair]
@@ -352,21 +351,21 @@ class Comparison(_Report):
 def compare(before: AuditReport, after: AuditReport) -> Comparison:
     """How the condition number of every weight moved from one audit to another.
 
-    Weights are the same if their names are. Names that differ by what wraps a model (`module.`,
-    `_orig_mod.`), or by one prefix before all of them (`model.`), are the same, too: `naming` says
-    so. What is on one side alone is kept, and counted in the summary.
+    Weights are the same if their names are. Names that differ only by a wrapper of the model
+    (`module.`, `_orig_mod.`), or by one prefix of all names (`model.`), count as the same; `naming`
+    states the prefix. The summary counts the weights that only one side has.
 
     Args:
-        before: what `wellcond.audit` returned of the first model or checkpoint.
-        after: that of the second, such as a later one of a training, a repaired one, or one of
-            another dtype.
+        before: what `wellcond.audit` returned for the first model or checkpoint.
+        after: what it returned for the second, such as a later state of a training, a repaired
+            copy, or a copy in another dtype.
 
     Returns:
-        A `Comparison`: the largest change of kappa first, as a table, JSON, CSV or page.
+        A `Comparison`, the largest change of kappa first.
 
     Raises:
         ValueError: no weight has the same name in both.
-        TypeError: one is no report, but a path or a model.
+        TypeError: `before` or `after` is not a report, but a path or a model.
 
     Example:
         >>> import torch, wellcond as wc
@@ -455,7 +454,7 @@ def _remarks(rows: Iterable[Row]) -> str:
 
 
 def _csv(columns: Iterable[str], records: Iterable[dict[str, Any]]) -> str:
-    """Names are escaped as everywhere, and those that a spreadsheet would run are quoted."""
+    """Escapes names as everywhere, and quotes those that a spreadsheet would run."""
 
     def harmless(cell: Any) -> Any:
         if not isinstance(cell, str):

@@ -1,7 +1,4 @@
-"""One weight as a report shows it: a row of text for tables and pages, a record of numbers for CSV.
-
-Nothing else in this package turns a number of a finding into text.
-"""
+"""One weight in a report: a row of text for tables and pages, and a record of numbers for CSV."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ class Column(Generic[_T]):
     """A column of a table.
 
     Attributes:
-        key: the name that programs use; the key of `Row.cells`.
-        header: what stands above it.
-        text: the cell of a finding or of a pair.
+        key: its name in code, and its key in `Row.cells`.
+        header: its name for the reader.
+        text: returns the cell of a finding or of a pair.
         is_text: whether it holds words, which are aligned to the left.
-        is_optional: whether it is left out where all its cells are empty.
-        leads: whether it stands before the others on a page, because a phone shows it first.
+        is_optional: whether it is left out if all its cells are empty.
+        leads: whether it is among the first columns of a page, because a phone shows these first.
     """
 
     key: str
@@ -51,11 +48,11 @@ class Row:
         label: the name of the weight.
         cells: the text of each column, by the key of the column.
         condition_numbers: by the keys of their columns; nan where there is none.
-        exceeds: those keys whose condition number is above the limit.
+        exceeds: the keys of the condition numbers above the limit.
         value: the number that a map shows as a color: the condition number or the ratio.
         summary: the value in words.
-        symbol: what a cell of a map shows besides the color; "" if nothing.
-        note: what else there is to say; "" if nothing.
+        symbol: what a cell of a map shows in addition to the color; "" if nothing.
+        note: what else there is to know; "" if nothing.
         is_wrong: whether something is the matter with the weight.
     """
 
@@ -217,7 +214,7 @@ PAIR_MEANINGS = {
     "before": MEANINGS["condition_number"],
     "after": "the same of the second checkpoint; - where there is no weight, or no κ",
     "ratio": "their quotient: at 0.5, κ has halved. The largest change comes first; "
-    "- where a side has no κ, or but a lower bound",
+    "- where a side has no κ, or only a lower bound",
     "sigma_max": "the same quotient of σ_max: κ rises with it",
     "sigma_min": "the same quotient of σ_min: κ falls with it",
     "shape": MEANINGS["shape"],
