@@ -112,7 +112,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = breakable
+    environment.filters |= {"breakable": breakable, "short": "{:.4g}".format}
     environment.tests |= {"nan": math.isnan, "infinite": math.isinf}
     style = resources.files("wellcond.report").joinpath("report.css").read_text("utf-8")
     environment.globals |= {"style": Markup(style), "MARK": MARK}

@@ -9,9 +9,9 @@ import math
 import os
 import statistics
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from wellcond.report.findings import Coverage, Finding
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
@@ -47,6 +47,9 @@ _SAME = 0.01
 class _Report(abc.ABC):
     """What an audit and a comparison have in common: how they are printed and written."""
 
+    _COLUMNS: ClassVar[Sequence[Column[Any]]]
+    _MEANINGS: ClassVar[Mapping[str, str]]
+
     @abc.abstractmethod
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan."""
@@ -56,12 +59,17 @@ class _Report(abc.ABC):
         """The rows as text, at most `top` of them, or 1,000, and a summary."""
 
     @abc.abstractmethod
-    def columns(self) -> dict[str, str]:
-        """What each column of the table means, in words, with an example."""
+    def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
+        """The first `top` rows, or all, in the order of the table."""
 
     @abc.abstractmethod
     def _page(self, max_condition: float | None) -> Page:
         """The content of the page."""
+
+    def columns(self) -> dict[str, str]:
+        """What each column of the table means, in words, with an example."""
+        columns = visible_columns(self._COLUMNS, self._rows())
+        return {one.header: self._MEANINGS[one.key] for one in columns if one.key in self._MEANINGS}
 
     def legend(self) -> str:
         """`columns` as text, to be printed below the table."""
@@ -72,6 +80,11 @@ class _Report(abc.ABC):
             for name, meaning in meanings.items()
         )
         return "".join(f"{line}\n" for line in lines)
+
+    def _text(self, rows: Sequence[Row]) -> str:
+        columns = visible_columns(self._COLUMNS, rows)
+        cells = ([row.cells[column.key] for column in columns] for row in rows)
+        return text_table([column.header for column in columns], cells)
 
     def to_json(
         self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
@@ -110,18 +123,19 @@ class AuditReport(_Report):
     versions: dict[str, str]
     not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
+    _COLUMNS, _MEANINGS = COLUMNS, MEANINGS
+
     def exceeding(self, max_condition: float) -> list[Finding]:
         """The findings above a limit of the condition number; see `Finding.exceeds`."""
         return [finding for finding in self.findings if finding.exceeds(max_condition)]
 
     def table(self, *, top: int | None = None) -> str:
         """The findings as text, the worst `top` of them or 1,000, with what they cover."""
-        worst = self.findings[: top or _ROWS]
-        rows = [row_of_finding(finding) for finding in worst]
+        rows = self._rows(top=top or _ROWS)
         # If not even the shape is known, the note says all there is.
-        known = [row for row, finding in zip(rows, worst, strict=True) if finding.shape != (0, 0)]
-        text = _text_of(COLUMNS, known)
-        if more := len(self.findings) - len(worst):
+        known = [row for row, f in zip(rows, self.findings, strict=False) if f.shape != (0, 0)]
+        text = self._text(known)
+        if more := len(self.findings) - len(rows):
             text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
         text += _remarks(rows)
         text += "".join(f"{shown(line)}\n" for line in self.unusual())
@@ -153,11 +167,6 @@ class AuditReport(_Report):
                 ("", f"and {more} more {'is' if more == 1 else 'are'} out of the ordinary")
             )
         return named
-
-    def columns(self) -> dict[str, str]:
-        """What each column of the table means, in words, with an example."""
-        columns = visible_columns(COLUMNS, map(row_of_finding, self.findings))
-        return {column.header: MEANINGS[column.key] for column in columns}
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data in the documented schema; numbers may be inf and nan.
@@ -191,11 +200,12 @@ class AuditReport(_Report):
         columns = record_of_finding(Finding("", "", (0, 0), ""))
         return written(_csv(columns, map(record_of_finding, self.findings)), path)
 
+    def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
+        findings = self.findings[:top]
+        return [row_of_finding(finding, n, max_condition) for n, finding in enumerate(findings)]
+
     def _page(self, max_condition: float | None) -> Page:
-        rows = {
-            label: row_of_finding(finding, number, max_condition)
-            for number, (label, finding) in enumerate(by_label(self.findings).items())
-        }
+        rows = dict(zip(by_label(self.findings), self._rows(max_condition), strict=True))
         curves = [
             (finding.label, finding.singular_values)
             for finding in self.findings
@@ -242,6 +252,8 @@ class Comparison(_Report):
     not_finite_before: dict[str, NotFinite] = field(default_factory=dict)
     not_finite_after: dict[str, NotFinite] = field(default_factory=dict)
 
+    _COLUMNS, _MEANINGS = PAIR_COLUMNS, PAIR_MEANINGS
+
     def exceeding(self, max_condition: float) -> list[Finding]:
         """The findings of the second audit above a limit; see `Finding.exceeds`."""
         return [new for _, _, new in self.pairs if new and new.exceeds(max_condition)]
@@ -283,10 +295,9 @@ class Comparison(_Report):
 
     def table(self, *, top: int | None = None) -> str:
         """kappa before and after, and their ratio, of the `top` or 1,000 that changed most."""
-        pairs = self.pairs[: top or _ROWS]
-        rows = [row_of_pair(pair, self._note(pair)) for pair in pairs]
-        text = _text_of(PAIR_COLUMNS, rows)
-        if more := len(self.pairs) - len(pairs):
+        rows = self._rows(top=top or _ROWS)
+        text = self._text(rows)
+        if more := len(self.pairs) - len(rows):
             text += f"... and {more} more with a smaller change{'' if top else _WAY_TO_ALL}\n"
         text += _remarks(rows)
         after = ". ".join([shown(self.after), *self.summary()])
@@ -315,11 +326,6 @@ class Comparison(_Report):
             "versions": self.versions,
         }
 
-    def columns(self) -> dict[str, str]:
-        """What each column of the table means, in words, with an example."""
-        meanings = PAIR_MEANINGS
-        return {one.header: meanings[one.key] for one in PAIR_COLUMNS if one.key in meanings}
-
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line per weight, empty where a side lacks it; written to path."""
         columns = record_of_pair(Pair("", None, None), "")
@@ -329,19 +335,21 @@ class Comparison(_Report):
     def _note(self, pair: Pair) -> str:
         return self.notes.get(pair.label, "")
 
+    def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
+        pairs = self.pairs[:top]
+        return [row_of_pair(p, self._note(p), n, max_condition) for n, p in enumerate(pairs)]
+
     def _page(self, max_condition: float | None) -> Page:
         # The summary counts what only one side has. It has no change, so it comes last here.
-        pairs = sorted(self.pairs, key=lambda pair: pair.before is None or pair.after is None)
+        rows = zip(self.pairs, self._rows(max_condition), strict=True)
+        ordered = sorted(rows, key=lambda item: None in item[0])
         sources = [f"Before, the paler bar: {self.before}", f"After: {self.after}"]
         return Page(
             title="Condition numbers before and after",
             lead=[*sources, *self.summary()],
             columns=PAIR_COLUMNS,
             meanings=PAIR_MEANINGS,
-            rows={
-                pair.label: row_of_pair(pair, self._note(pair), number, max_condition)
-                for number, pair in enumerate(pairs)
-            },
+            rows={row.label: row for _, row in ordered},
             max_condition=max_condition,
             versions=self.versions,
             is_comparison=True,
@@ -436,12 +444,6 @@ def _most(pairs: Sequence[Pair]) -> str:
         return ""
     most = max(pairs, key=lambda pair: pair.change)
     return f" (most in {shown(most.label)}, after/before {most.ratio:.4g})"
-
-
-def _text_of(columns: Sequence[Column[Any]], rows: Sequence[Row]) -> str:
-    columns = visible_columns(columns, rows)
-    cells = ([row.cells[column.key] for column in columns] for row in rows)
-    return text_table([column.header for column in columns], cells)
 
 
 def _remarks(rows: Iterable[Row]) -> str:

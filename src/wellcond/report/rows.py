@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -73,9 +73,8 @@ def format_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def visible_columns(columns: Sequence[Column[_T]], rows: Iterable[Row]) -> list[Column[_T]]:
+def visible_columns(columns: Sequence[Column[_T]], rows: Collection[Row]) -> list[Column[_T]]:
     """The columns without the optional ones that are empty in all rows."""
-    rows = list(rows)
     return [c for c in columns if not c.is_optional or any(row.cells[c.key] for row in rows)]
 
 
@@ -146,7 +145,7 @@ COLUMNS: tuple[Column[Finding], ...] = (
 )
 
 
-def row_of_finding(finding: Finding, number: int = 0, max_condition: float | None = None) -> Row:
+def row_of_finding(finding: Finding, number: int, max_condition: float | None) -> Row:
     """The row of a finding, which is the `number`-th of its report."""
     kappa = finding.condition_number
     exceeds = _exceeds(finding, max_condition)
@@ -221,7 +220,7 @@ PAIR_MEANINGS = {
 }
 
 
-def row_of_pair(pair: Pair, note: str, number: int = 0, max_condition: float | None = None) -> Row:
+def row_of_pair(pair: Pair, note: str, number: int, max_condition: float | None) -> Row:
     """The row of a pair, which is the `number`-th of its comparison."""
     sides = {"before": pair.before, "after": pair.after}
     cells = {column.key: column.text(pair) for column in PAIR_COLUMNS}
