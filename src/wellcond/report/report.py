@@ -95,7 +95,10 @@ class _Report(abc.ABC):
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
     ) -> str:
-        """One page that needs neither network nor script; what exceeds a limit is marked."""
+        """One page that needs neither network nor script. It marks what exceeds a limit.
+
+        The page of a comparison has two bars per weight, and its map shows after/before.
+        """
         return written(render(self._page(max_condition)), path)
 
     def __str__(self) -> str:
