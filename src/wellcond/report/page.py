@@ -240,7 +240,7 @@ def _marks(low: float, high: float) -> list[float]:
 
 def _short(value: float) -> str:
     """2e-5, 0.5, 1e4."""
-    return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].strip("+"), f"{value:.2g}")
+    return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].strip("+"), f"{value:.3g}")
 
 
 class _Map(NamedTuple):
