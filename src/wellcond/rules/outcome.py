@@ -62,9 +62,12 @@ class Outcome:
 
     def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Status, excess and kappa, as tensors of fixed shape and dtype on the CPU."""
-        unknown = torch.full(self.status.shape, math.nan, dtype=torch.float64, device="cpu")
+        shape = self.status.shape
         excess, kappa = (
-            unknown if one is None else in_float64(one).cpu()
+            # A tensor for each: they may be written to.
+            torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
+            if one is None
+            else in_float64(one).cpu()
             for one in (self.excess, self.condition_number)
         )
         return self.status.cpu(), excess, kappa
