@@ -12,7 +12,7 @@ from torch import Tensor
 import wellcond as wc
 from wellcond.linalg.scaling import frobenius_norm
 from wellcond.linalg.spectrum import Method, measure
-from wellcond.rules.limit import limited
+from wellcond.rules.spectral import limited
 
 
 def gaussian(*shape: int) -> Tensor:

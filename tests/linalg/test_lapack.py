@@ -12,7 +12,7 @@ from torch import Tensor
 import wellcond as wc
 from matrices import with_spectrum
 from wellcond.linalg.spectrum import Method, measure
-from wellcond.rules.limit import limited
+from wellcond.rules.spectral import limited
 
 SOLVERS = ["svd", "svdvals", "eigh", "eigvalsh"]
 

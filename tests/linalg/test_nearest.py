@@ -15,7 +15,7 @@ import wellcond as wc
 from matrices import matrices, with_spectrum
 from wellcond.linalg.nearest import clip
 from wellcond.linalg.spectrum import measure
-from wellcond.rules.limit import limited
+from wellcond.rules.spectral import limited
 
 LIMITS = st.sampled_from([1.0, 1.5, 2.0, 10.0, 1e3, 1e6])
 

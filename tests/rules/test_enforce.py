@@ -16,9 +16,9 @@ from matrices import SPECTRA, kahan, matrices, with_spectrum
 from registry import OPERATORS
 from wellcond.linalg.projection import within
 from wellcond.operators.stored import StoredMatrix
-from wellcond.rules.limit import SpectralLimit, _status
 from wellcond.rules.outcome import OutcomeStatus
 from wellcond.rules.project import Verdict, project
+from wellcond.rules.spectral import SpectralLimit, _status
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LIMITS = [1.5, 10.0, 1000.0, 1e6, math.inf]

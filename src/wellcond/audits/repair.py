@@ -24,7 +24,7 @@ from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import shares_memory
 from wellcond.output import new_path, refuse_existing
 from wellcond.report.repairs import Repair, RepairReport
-from wellcond.rules.limit import limited
+from wellcond.rules.spectral import limited
 from wellcond.text import (
     and_more,
     joined,

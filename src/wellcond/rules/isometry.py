@@ -29,8 +29,9 @@ from wellcond.operators.base import (
 from wellcond.operators.rounding import widest_dtype
 from wellcond.operators.stacked import stack, unstack
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Need, Penalty, Rule, RuleState, Strength
+from wellcond.rules.base import Need, Rule, RuleState
 from wellcond.rules.outcome import Outcome, OutcomeStatus
+from wellcond.rules.penalty import Penalty, Strength
 
 _REACH = 1.5  # times the scale: where an isometry step clips first
 # A singular value that is so far below sigma_1 may be hidden by rounding of the Gram matrix, and

@@ -15,8 +15,8 @@ from wellcond.linalg.checks import as_number
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator, over_matrices
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Penalty, Strength
 from wellcond.rules.condition import clipped, height, within_reach
+from wellcond.rules.penalty import Penalty, Strength
 
 # A step clips no lower than this share of sigma_1: below, rounding of what is known of ||S||_F
 # would tell what the step rescales it by.

@@ -8,7 +8,7 @@ from torch import Tensor
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Penalty
+from wellcond.rules.penalty import Penalty
 
 
 class TikhonovPenalty(Penalty):

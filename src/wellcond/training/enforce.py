@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from wellcond.rules.base import Limit, Rule
+from wellcond.rules.base import Rule
+from wellcond.rules.limit import Limit
 from wellcond.training.engine import Engine
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.regularizer import refuse_without_proximal_step

@@ -8,24 +8,23 @@ computed here is the same whether it is called eagerly or from within a compiled
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable
+from wellcond.operators.base import Gradient
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
-from wellcond.rules.base import Need, check_answer
-from wellcond.rules.outcome import Outcome, OutcomeStatus, worst_of
-from wellcond.text import out_of_memory, subject
+from wellcond.rules.penalty import check_answer
+from wellcond.text import subject
+from wellcond.training.application import apply, projection_task, step_task
 from wellcond.training.batch import Batch, Look, batches, look
 from wellcond.training.deferred import DeferredChecks
-from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, raise_failures, reason
+from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, name_meta_weights
 
@@ -181,8 +180,8 @@ class Engine:
                     continue
                 seen.remember()
                 seen.batch.prepare()
-                tasks.append(_Task.step(seen, eta))
-            failed, errors = self._apply(tasks, due)
+                tasks.append(step_task(seen, eta))
+            failed, errors = apply(tasks, self.replicas, due)
             failures |= failed
             for state in states:
                 state.failed = state.name in failures
@@ -199,7 +198,8 @@ class Engine:
         with self._quietly():
             self._compare_replicas(states)
             found = batches(states, [state.operator() for state in states])
-            failures, errors = self._apply([_Task.projection(batch) for batch in found], due=False)
+            tasks = [projection_task(batch) for batch in found]
+            failures, errors = apply(tasks, self.replicas, due=False)
             for state in states:
                 state.failed = state.name in failures
                 if not state.failed:
@@ -207,65 +207,6 @@ class Engine:
             rest = "All other hard limits hold."
             raise_failures(failures, rest if len(failures) < len(states) else "", errors)
             self._checks.raise_ready()
-
-    def _apply(self, tasks: Sequence[_Task], due: bool) -> tuple[Failures, list[Exception]]:
-        """Applies rules; of replicas, the owner of a weight does so for the others.
-
-        Weights for which that fails are left as they are.
-        """
-        failures: Failures = {}
-        errors: list[Exception] = []
-        received: list[tuple[Batch, Sequence[Tensor], list[Tensor]]] = []
-        exchanged: list[tuple[int, Tensor]] = []
-        results: list[tuple[Batch, Sequence[Tensor], bool]] = []
-        for batch, run, finite, shared in tasks:
-            owner = batch.states[0].owner
-            elsewhere = self.replicas is not None and not shared
-            mine = not elsewhere or self.replicas.rank == owner  # type: ignore[union-attr]
-            outcome = Outcome.of(batch.S, OutcomeStatus.refused)
-            if mine:
-                try:
-                    outcome = run()
-                except Exception as error:
-                    if out_of_memory(error) or batch.lacks_values():
-                        raise
-                    errors.append(error)
-                    why = f": {reason(error)}"
-                    if batch.rule.differentiable:
-                        why = f": its penalty could not take a step{why}"
-                    failures |= dict.fromkeys((state.name for state in batch.states), why)
-                else:
-                    _store_(batch, outcome, finite)
-            if batch.rule.differentiable:
-                _count_shortened(batch, outcome)
-                if not elsewhere:
-                    continue  # nothing more to know, and nothing read from the device
-            numbers: Sequence[Tensor] = outcome.numbers()
-            if elsewhere:
-                device = batch.operators[0].device
-                numbers = [one.to(device) for one in numbers]
-                values = [cast(Dense, S).dense().contiguous() for S in batch.operators]
-                if not mine:
-                    values = [torch.empty_like(one) for one in values]
-                    received.append((batch, numbers, values))
-                exchanged += [(owner, one) for one in (*numbers, *values)]
-            results.append((batch, numbers, mine))
-        if self.replicas is not None:
-            self.replicas.exchange_(exchanged)
-        for batch, numbers, values in received:
-            for S, new, (own, *_) in zip(
-                batch.operators, values, batch.each(*numbers), strict=True
-            ):
-                if int(own.min()) >= 0:
-                    cast(Updatable, S).update_(NewWeight(new))
-        for batch, numbers, mine in results:
-            for state, each in zip(batch.states, batch.each(*numbers), strict=True):
-                worst = worst_of(*each)
-                if worst.status >= 0:
-                    state.learn(worst, due)
-                elif state.name not in failures:
-                    failures[state.name] = _explain(state, worst.status, mine)
-        return failures, errors
 
     def check_rates(self, lr: Tensor) -> Tensor:
         """A learning rate on a device, 0 if it is none, which is raised once it is free to read."""
@@ -327,54 +268,6 @@ class Engine:
         device = self.states[0].weight.parameters[0].device.type
         with full_precision(device), name_meta_weights(self.states):
             yield
-
-
-class _Task(NamedTuple):
-    """A rule that is to be applied to a batch."""
-
-    batch: Batch
-    run: Callable[[], Outcome]
-    finite: Tensor | None  # what it must leave alone, where it does not look itself
-    # Whether all replicas compute the same: from the image of the subspace, which they exchange.
-    shared: bool
-
-    @classmethod
-    def step(cls, seen: Look, eta: Tensor) -> _Task:
-        batch, rule = seen.batch, seen.batch.rule
-        memory = batch.memory
-        shared = not rule.needs & {Need.gram, Need.whole}
-        run = functools.partial(rule.step, seen.S, seen.image, eta, memory)
-        return cls(batch, run, seen.finite, shared)
-
-    @classmethod
-    def projection(cls, batch: Batch) -> _Task:
-        run = functools.partial(batch.rule.project, batch.S, batch.memory, exact=True)
-        return cls(batch, run, None, False)
-
-
-def _store_(batch: Batch, outcome: Outcome, finite: Tensor | None) -> None:
-    """Stores what a rule has not stored itself."""
-    new = outcome.new
-    if new is None:
-        return
-    if finite is not None and not (finite.is_cpu and bool(finite.all())):
-        new = new.where(finite, cast(Dense, batch.S))
-    cast(Updatable, batch.S).update_(new)
-
-
-def _explain(state: WeightState, status: OutcomeStatus, mine: bool) -> str:
-    """Why a rule was not applied to a weight, by this process or by its owner."""
-    if status is OutcomeStatus.not_finite:
-        return HOLDS_NAN
-    if not mine:
-        return ELSEWHERE
-    return f": {state.rule.explain(status, state.weight.parameters[0].dtype)}"
-
-
-def _count_shortened(batch: Batch, outcome: Outcome) -> None:
-    shortened = outcome.status == int(OutcomeStatus.shortened)
-    for state, (own,) in zip(batch.states, batch.each(shortened), strict=True):
-        state.shortened += own.sum()
 
 
 # A block is too narrow for gradients if its last value is above this share of the first: at 0.82

@@ -1,0 +1,133 @@
+"""Rules applied to batches of weights, and what their outcomes mean for each weight.
+
+Of processes that hold the same weights, the owner of a batch applies its rule and sends the others
+what the weights have become, with the outcome; each then remembers the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+from torch import Tensor, empty_like
+
+from wellcond.operators.base import Dense, NewWeight, Updatable
+from wellcond.rules.base import Need
+from wellcond.rules.outcome import Outcome, OutcomeStatus, worst_of
+from wellcond.text import out_of_memory
+from wellcond.training.batch import Batch, Look
+from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, reason
+from wellcond.training.replicas import Replicas
+from wellcond.training.state import WeightState
+
+
+class Task(NamedTuple):
+    """A rule that is to be applied to a batch."""
+
+    batch: Batch
+    run: Callable[[], Outcome]
+    finite: Tensor | None  # what it must leave alone, where it does not look itself
+    # Whether all replicas compute the same: from the image of the subspace, which they exchange.
+    shared: bool
+
+
+def step_task(seen: Look, eta: Tensor) -> Task:
+    """A step of length eta."""
+    batch, rule = seen.batch, seen.batch.rule
+    run = functools.partial(rule.step, seen.S, seen.image, eta, batch.memory)
+    return Task(batch, run, seen.finite, not rule.needs & {Need.gram, Need.whole})
+
+
+def projection_task(batch: Batch) -> Task:
+    """A hard limit, exactly."""
+    run = functools.partial(batch.rule.project, batch.S, batch.memory, exact=True)
+    return Task(batch, run, None, False)
+
+
+def apply(
+    tasks: Sequence[Task], replicas: Replicas | None, due: bool
+) -> tuple[Failures, list[Exception]]:
+    """Applies rules; of replicas, the owner of a weight does so for the others.
+
+    Weights for which that fails are left as they are.
+    """
+    failures: Failures = {}
+    errors: list[Exception] = []
+    received: list[tuple[Batch, Sequence[Tensor], list[Tensor]]] = []
+    exchanged: list[tuple[int, Tensor]] = []
+    results: list[tuple[Batch, Sequence[Tensor], bool]] = []
+    for batch, run, finite, shared in tasks:
+        owner = batch.states[0].owner
+        alone = replicas is None or shared
+        mine = replicas is None or shared or replicas.rank == owner
+        outcome = Outcome.of(batch.S, OutcomeStatus.refused)
+        if mine:
+            try:
+                outcome = run()
+            except Exception as error:
+                if out_of_memory(error) or batch.lacks_values():
+                    raise
+                errors.append(error)
+                failures |= dict.fromkeys((s.name for s in batch.states), _refusal(batch, error))
+            else:
+                _store_(batch, outcome, finite)
+        if batch.rule.differentiable:
+            _count_shortened(batch, outcome)
+            if alone:
+                continue  # nothing more to know, and nothing read from the device
+        numbers: Sequence[Tensor] = outcome.numbers()
+        if not alone:
+            device = batch.operators[0].device
+            numbers = [one.to(device) for one in numbers]
+            values = [cast(Dense, S).dense().contiguous() for S in batch.operators]
+            if not mine:
+                values = [empty_like(one) for one in values]
+                received.append((batch, numbers, values))
+            exchanged += [(owner, one) for one in (*numbers, *values)]
+        results.append((batch, numbers, mine))
+    if replicas is not None:
+        replicas.exchange_(exchanged)
+    for batch, numbers, values in received:
+        for S, new, (own, *_) in zip(batch.operators, values, batch.each(*numbers), strict=True):
+            if int(own.min()) >= 0:
+                cast(Updatable, S).update_(NewWeight(new))
+    for batch, numbers, mine in results:
+        for state, each in zip(batch.states, batch.each(*numbers), strict=True):
+            worst = worst_of(*each)
+            if worst.status >= 0:
+                state.learn(worst, due)
+            elif state.name not in failures:
+                failures[state.name] = _explain(state, worst.status, mine)
+    return failures, errors
+
+
+def _store_(batch: Batch, outcome: Outcome, finite: Tensor | None) -> None:
+    """Stores what a rule has not stored itself."""
+    new = outcome.new
+    if new is None:
+        return
+    if finite is not None and not (finite.is_cpu and bool(finite.all())):
+        new = new.where(finite, cast(Dense, batch.S))
+    cast(Updatable, batch.S).update_(new)
+
+
+def _refusal(batch: Batch, error: Exception) -> str:
+    if batch.rule.differentiable:
+        return f": its penalty could not take a step: {reason(error)}"
+    return f": {reason(error)}"
+
+
+def _explain(state: WeightState, status: OutcomeStatus, mine: bool) -> str:
+    """Why a rule was not applied to a weight, by this process or by its owner."""
+    if status is OutcomeStatus.not_finite:
+        return HOLDS_NAN
+    if not mine:
+        return ELSEWHERE
+    return f": {state.rule.explain(status, state.weight.parameters[0].dtype)}"
+
+
+def _count_shortened(batch: Batch, outcome: Outcome) -> None:
+    shortened = outcome.status == int(OutcomeStatus.shortened)
+    for state, (own,) in zip(batch.states, batch.each(shortened), strict=True):
+        state.shortened += own.sum()
