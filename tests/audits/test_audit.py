@@ -487,7 +487,7 @@ def test_coverage_says_what_share_was_measured() -> None:
     assert coverage.parameter_share == pytest.approx(100 / 210)
     assert str(coverage) == (
         "1 of 2 matrices, 47.6 % of the parameters; 1 skipped: 1.weight (an embedding: its rows "
-        "are looked up, it is no linear map); no matrices: 1 (vector)"
+        "are looked up, not multiplied); no matrices: 1 (vector)"
     )
 
 
