@@ -12,15 +12,13 @@ from collections.abc import Mapping
 
 from wellcond.operators.views import STORED, InputsFirst, Kernel, Transposed, View
 from wellcond.text import joined
+from wellcond.weights.architectures import KERNEL_OF_HEADS, KERNEL_OF_OUTPUT
 
 Shapes = Mapping[str, tuple[int, ...]]
 Seen = tuple[dict[str, View], str]  # views by their names, and a note
 
 # Kernels of Keras and Flax; TensorFlow adds `:0`.
 _INPUTS_FIRST = re.compile(r"(depthwise_|pointwise_|recurrent_)?kernel(:\d+)?")
-# Of their attention: (inputs, heads, size).
-_OF_HEADS = re.compile(r"(query|key|value|qkv?|[kv])(_dense|_proj)?")
-_OF_OUTPUT = re.compile(r"out(put)?(_dense|_proj)?|attention_output")
 _EXPERTS = r"experts?|moe"
 _STACKED = re.compile(rf"{_EXPERTS}|lora", re.IGNORECASE)
 _SCANNED = re.compile(rf"{_EXPERTS}|(^|[./])scan", re.IGNORECASE)  # nn.scan of Flax stacks layers
@@ -49,7 +47,7 @@ def describe_groups(kernels: int) -> str:
     return f"{are} read as of one group, because a file does not say how many: audit the model"
 
 
-def view_by_shape(name: str, shapes: Shapes) -> Seen:
+def infer_views(name: str, shapes: Shapes) -> Seen:
     """The matrices in the tensor of this name, one of several in a file."""
     shape = shapes[name]
     *modules, own = re.split(r"[./]", name)
@@ -74,10 +72,10 @@ def _inputs_first(name: str, module: str, shape: tuple[int, ...], bias: tuple[in
     if "depthwise_kernel" in name:
         note = _ONE_GROUP if shape[-2] > 1 else ""
         return {"kernel": InputsFirst(len(shape) - 2)}, note
-    if _OF_HEADS.fullmatch(module.lower()):
+    if KERNEL_OF_HEADS.fullmatch(module.lower()):
         return {"": InputsFirst(1)}, ""
     all_but_one = InputsFirst(len(shape) - 1)
-    if len(shape) == 3 and _OF_OUTPUT.fullmatch(module.lower()):
+    if len(shape) == 3 and KERNEL_OF_OUTPUT.fullmatch(module.lower()):
         return {"": all_but_one}, ""
     if len(shape) == 3 and (_SCANNED.search(name) or len(bias) == 2):
         return {"": Transposed()}, ""
