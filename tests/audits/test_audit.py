@@ -367,7 +367,7 @@ def test_of_a_kernel_in_a_file_that_may_be_depthwise_is_said_how_it_is_read(tmp_
     shapes = {"a.weight": (8, 1, 3, 3), "b.weight": (8, 3, 3, 3), "c.weight": (1, 1, 3, 3)}
     torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "a.pt")
     said = {one.name: one.explanation for one in wc.audit(tmp_path / "a.pt").findings}
-    assert "read as of one group" in said.pop("a.weight")
+    assert "read as one group" in said.pop("a.weight")
     assert set(said.values()) <= {""}
 
 
@@ -379,7 +379,7 @@ def test_of_kernels_in_a_file_is_said_that_groups_are_unknown(
     model = nn.Sequential(nn.Linear(4, 3), *convolutions)
     path = tmp_path / "a.pt"
     torch.save(model.state_dict(), path)
-    note = f"{are} read as of one group, because a file does not say how many: audit the model"
+    note = f"{are} read as one group, because a file does not say how many: audit the model"
     report = wc.audit(path)
     assert report.coverage.note == note
     assert note in report.table()

@@ -220,7 +220,11 @@ def without(kind: type[nn.Module], *names: str) -> nn.Module:
 
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "no number": (lambda: without(Timm, "num_heads"), "heads", "the number of its heads is unknown"),
+    "no number": (
+        lambda: without(Timm, "num_heads"),
+        "heads",
+        "the number of its heads is unknown",
+    ),
     "key heads": (
         lambda: without(Grouped, "num_key_value_heads"),
         "heads",
@@ -237,7 +241,11 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "the 40 rows of its queries in `q_proj` are not 4 equal heads of 5 rows",
     ),
     "not divisible": (lambda: changed(NanoGPT, n_head=5), "heads", "are not 5 equal heads"),
-    "cut otherwise": (lambda: changed(Timm, key_dim=5), "heads", "`key_dim` means that the order of `qkv`"),
+    "cut otherwise": (
+        lambda: changed(Timm, key_dim=5),
+        "heads",
+        "`key_dim` means that the order of `qkv`",
+    ),
     "over channels": (  # as XCiT
         lambda: changed(Timm, temperature=1.0),
         "heads",

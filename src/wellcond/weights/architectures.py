@@ -1,8 +1,8 @@
 """What libraries call the parts of attention and of gated layers: names of modules and of settings.
 
 A module is recognised by its attributes and not by its class, so that a file, which has no classes,
-is read like a model. A name by itself decides nothing: the shapes must fit, see `fused` and `heads`.
-The tests check these names against the installed libraries.
+is read like a model. A name by itself decides nothing: the shapes must fit, see `fused` and
+`heads`. The tests check these names against the installed libraries.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MODEL_TYPES = tuple(
     pp_ocrv5_server_rec pp_ocrv5_small_rec pp_ocrv6_mobile_rec pp_ocrv6_server_rec
     pp_ocrv6_small_rec qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_omni_moe qwen4_exp refinedweb
     refinedwebmodel sam sam2 seggpt slanext timesformer unlimited_ocr vitdet
-    """.split()
+    """.split()  # noqa: SIM905 - as a list the names would take a page
 )
 # Attributes of modules that order the rows of a fused projection differently: TinyViT and
 # EfficientFormer have key_dim and, like LeViT, attention_biases; ChatGLM.

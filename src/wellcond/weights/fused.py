@@ -3,8 +3,8 @@
 Query, key and value of attention (`qkv.weight:q`), gate and up of a gated layer
 (`gate_up_proj.weight:gate`), also of a stack of experts, and the gates of a recurrent cell. A name
 by itself decides nothing: the shapes must fit those of the projection that takes the result, and a
-known class or config must tell the order of rows that differs between libraries. What is stored head
-by head, or in an unknown order, stays whole, with a note.
+known class or config must tell the order of rows that differs between libraries. What is stored
+head by head, or in an unknown order, stays whole, with a note.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from wellcond.weights.projections import (
 GATES = {4: "ifgo", 3: "rzn"}
 
 _BY_HEAD = "holds query, key and value head by head, so that no block of rows is one of them"
-_INTERLEAVED = "holds gate and up in alternation, so that no block of rows is one of them"
+_INTERLEAVED = "holds gate and up in turns, so that no block of rows is one of them"
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ class Cut:
     """A fused projection of attention.
 
     Attributes:
-        name: of the projection in its module.
-        whole: the projection.
-        output: the name of the projection that takes the values of all heads.
-        sizes: the numbers of rows of "q", "k" and "v", or of the last two, in this order.
-        by_head: all rows of one head, or of a group of heads with one key, precede those of the next.
+        name: of the projection in its module. whole: the projection. output: the name of the
+        projection that takes the values of all heads. sizes: the numbers of rows of "q", "k" and
+        "v", or of the last two, in this order. by_head: all rows of one head, or of a group of
+        heads with one key, precede those of the next.
     """
 
     name: str

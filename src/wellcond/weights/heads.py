@@ -333,7 +333,7 @@ def _describe_not_compared(module: Module) -> str:
 
 def _describe_not_carried(module: Module) -> str:
     """What a module does to values beyond their projections."""
-    names = arch.NOT_CARRIED
+    names: tuple[str, ...] = arch.NOT_CARRIED
     if has_part(module, "qkv"):
         names += arch.NOT_CARRIED_IN_TIMM
     layer = _find_layer(module, names)
