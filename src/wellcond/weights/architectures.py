@@ -53,9 +53,8 @@ MODEL_TYPES = tuple(
     blip bloom cohere_compass deepseek_ocr2 dots3_note ernie4_5_vl_moe exaone4_5 falcon florence
     florence2 glm4v glm5_next glm_image glm_ocr got_ocr2 gpt_neox hiera instructblip
     instructblipvideo mgp_str persimmon phi3 phi4_multimodal pp_formulanet pp_ocrv5_mobile_rec
-    pp_ocrv5_server_rec pp_ocrv5_small_rec pp_ocrv6_mobile_rec pp_ocrv6_server_rec
-    pp_ocrv6_small_rec qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_omni_moe qwen4_exp refinedweb
-    refinedwebmodel sam sam2 seggpt slanext timesformer unlimited_ocr vitdet
+    pp_ocrv5_server_rec pp_ocrv6_small_rec qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_omni_moe
+    qwen4_exp refinedweb refinedwebmodel sam sam2 seggpt slanext timesformer unlimited_ocr vitdet
     """.split()  # noqa: SIM905 - as a list the names would take a page
 )
 # Attributes of modules that order the rows of a fused projection differently: TinyViT and

@@ -50,7 +50,7 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-class Acting(NamedTuple):
+class EffectiveWeight(NamedTuple):
     """The effective weight of a layer.
 
     Attributes:
@@ -62,7 +62,7 @@ class Acting(NamedTuple):
     note: str = ""
 
 
-def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> Acting:
+def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> EffectiveWeight:
     """The effective weight of a layer whose `weight` has this value before its forward pass.
 
     Args:
@@ -71,17 +71,17 @@ def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> Ac
         thorough: also try unit vectors, with one forward pass for each.
     """
     if not has_own_forward(layer):
-        return Acting()
+        return EffectiveWeight()
     if _is_replaced(layer) or stored.is_meta:
-        return Acting(note=UNKNOWN)
+        return EffectiveWeight(note=UNKNOWN)
     try:
         with isolate(stored):
             W = _Trial(layer, stored).find_weight(thorough)
     except (Exception, SystemExit):  # it needs other arguments, other inputs, or other processes
         W = None
     if W is None:
-        return Acting(note=UNKNOWN)
-    return Acting() if are_equal(W, stored) else Acting(W, COMPUTED)
+        return EffectiveWeight(note=UNKNOWN)
+    return EffectiveWeight() if are_equal(W, stored) else EffectiveWeight(W, COMPUTED)
 
 
 def has_own_forward(layer: nn.Module) -> bool:

@@ -140,14 +140,19 @@ def heads_by_name(
 class _Slices(NamedTuple):
     """The rows (or with `dim` = -1 the columns) of a projection that belong to each head."""
 
-    place: Place
-    view: View
+    projection: Projection
     size: int
     starts: tuple[int, ...]
     dim: int = -2
 
     def block(self, head: int) -> Block:
-        return Block(self.place, Part(self.view, self.starts[head], self.size, self.dim))
+        view = Part(self.projection.view, self.starts[head], self.size, self.dim)
+        return Block(self.projection.place, view)
+
+
+def _slice(projection: Projection, heads: int, size: int, start: int = 0, dim: int = -2) -> _Slices:
+    """Heads one after another."""
+    return _Slices(projection, size, tuple(start + h * size for h in range(heads)), dim)
 
 
 class _Layout(NamedTuple):
@@ -168,12 +173,16 @@ def _find_attention(name: str, module: Module, parent: Module | None) -> list[At
         return [Attention(name, unknown={"heads": str(why)})]
     if layout is None:
         return []
-    note = joined(layout.note, _describe_not_compared(module))
-    heads = _pair("qk", layout.q, layout.k, "keys", note)
-    if isinstance(layout.output, str):
-        return [Attention(name, heads, {"vo": layout.output})]
-    note = joined(layout.note, _describe_not_carried(module))
-    return [Attention(name, heads + _pair("vo", layout.output, layout.v, "values", note))]
+    *inputs, output, note = layout
+    slices = inputs if isinstance(output, str) else [*inputs, output]
+    if any(one.projection.adapted for one in slices):
+        note = joined(note, "without what PEFT adds to them")
+    compared = joined(note, _describe_not_compared(module))
+    heads = _pair("qk", layout.q, layout.k, "keys", compared)
+    if isinstance(output, str):
+        return [Attention(name, heads, {"vo": output})]
+    carried = joined(note, _describe_not_carried(module))
+    return [Attention(name, heads + _pair("vo", output, layout.v, "values", carried))]
 
 
 def _pair(kind: str, left: _Slices, right: _Slices, shared: str, note: str) -> list[Head]:
@@ -197,26 +206,19 @@ def _find_layout(module: Module, parent: Module | None) -> _Layout | None:
     return None if cut is None else _layout_of_fused(module, cut)
 
 
-def _slice_evenly(
-    place: Place, view: View, heads: int, size: int, start: int = 0, dim: int = -2
-) -> _Slices:
-    """Heads one after another."""
-    return _Slices(place, view, size, tuple(start + h * size for h in range(heads)), dim)
-
-
-def _slice_output(output: Projection, heads: int, size: int) -> _Slices:
-    return _slice_evenly(output.place, output.view, heads, size, dim=-1)
-
-
 def _layout_of_torch(module: nn.MultiheadAttention) -> _Layout:
     H, E = module.num_heads, module.embed_dim
     d = E // H
     if module._qkv_same_embed_dim:
-        place = (module, "in_proj_weight")
-        q, k, v = (_slice_evenly(place, STORED, H, d, i * E) for i in range(3))
+        whole = Projection((module, "in_proj_weight"), STORED, (3 * E, E))
+        q, k, v = (_slice(whole, H, d, i * E) for i in range(3))
     else:
-        q, k, v = (_slice_evenly((module, f"{x}_proj_weight"), STORED, H, d) for x in "qkv")
-    return _Layout(q, k, v, _slice_output(get_projection(module, "out_proj"), H, d))
+        widths = {"q": E, "k": module.kdim, "v": module.vdim}
+        q, k, v = (
+            _slice(Projection((module, f"{x}_proj_weight"), STORED, (E, width)), H, d)
+            for x, width in widths.items()
+        )
+    return _Layout(q, k, v, _slice(get_projection(module, "out_proj"), H, d, dim=-1))
 
 
 def _layout_of_separate(module: Module, parent: Module | None, names: tuple[str, ...]) -> _Layout:
@@ -225,16 +227,12 @@ def _layout_of_separate(module: Module, parent: Module | None, names: tuple[str,
     size, rest = divmod(value.rows, G)
     if rest:
         raise UnknownLayoutError(f"the {value.rows} rows of `{names[2]}` are not {G} heads")
-    there = [query, key, value]
     output: _Slices | str
     try:
-        there.append(_find_output(module, parent, H * size))
-        output = _slice_output(there[-1], H, size)
+        output = _slice(_find_output(module, parent, H * size), H, size, dim=-1)
     except UnknownLayoutError as why:
         output = str(why)
-    sizes = ((query, H, d), (key, G, d), (value, G, size))
-    q, k, v = (_slice_evenly(one.place, one.view, *numbers) for one, *numbers in sizes)
-    return _Layout(q, k, v, output, _describe_adapters(*there))
+    return _Layout(_slice(query, H, d), _slice(key, G, d), _slice(value, G, size), output)
 
 
 def _find_output(module: Module, parent: Module | None, width: int) -> Projection:
@@ -261,30 +259,25 @@ def _layout_of_fused(module: Module, cut: Cut) -> _Layout:
     if other_attention:
         raise UnknownLayoutError(f"heads of a {kind} do not compare one token with another")
     whole, output = cut.whole, get_projection(module, cut.output)
-    queries = cut.sizes.get("q", output.columns)
-    H, G, d = _count_heads(module, queries, cut.sizes["k"], cut.name)
+    queries, keys = cut.sizes.get("q", output.columns), cut.sizes["k"]
+    H, G, d = _count_heads(module, queries, keys, cut.name)
     if cut.by_head:
         n = H // G  # each group has n queries, one key and one value
         group = (n + 2) * d
-        starts = (
-            tuple(h // n * group + h % n * d for h in range(H)),
-            *(tuple(g * group + (n + i) * d for g in range(G)) for i in range(2)),
+        q = _Slices(whole, d, tuple(h // n * group + h % n * d for h in range(H)))
+        k, v = (
+            _Slices(whole, d, tuple(g * group + (n + i) * d for g in range(G))) for i in range(2)
         )
-        q, k, v = (_Slices(whole.place, whole.view, d, one) for one in starts)
         order = "query, key and value of one head after the other"
         if G < H:
             order = f"{n} queries, key and value of one group after the other"
     else:
-        views = cut.views().views
-        count = {"q": H, "k": G, "v": G}
-        parts = {n: _slice_evenly(whole.place, view, count[n], d) for n, view in views.items()}
-        if "q" not in parts:
-            other = get_projection(module, "q_attn", ndim=2)
-            parts["q"] = _slice_evenly(other.place, other.view, H, d)
-        q, k, v = (parts[name] for name in "qkv")
-        order = ", ".join(views)
-    note = joined(f"`{cut.name}` taken as {order}", _describe_adapters(whole, output))
-    return _Layout(q, k, v, _slice_output(output, H, d), note)
+        has_q = "q" in cut.sizes
+        q = _slice(whole if has_q else get_projection(module, "q_attn", ndim=2), H, d)
+        first = queries if has_q else 0
+        k, v = (_slice(whole, G, d, first + i * keys) for i in range(2))
+        order = ", ".join(cut.sizes)
+    return _Layout(q, k, v, _slice(output, H, d, dim=-1), f"`{cut.name}` taken as {order}")
 
 
 def _count_heads(module: Module, queries: int, keys: int, name: str) -> tuple[int, int, int]:
@@ -316,10 +309,6 @@ def _count_heads(module: Module, queries: int, keys: int, name: str) -> tuple[in
             f"the {keys} rows of its keys are not {G} heads of {d} for {H} heads of queries"
         )
     return H, G, d
-
-
-def _describe_adapters(*projections: Projection) -> str:
-    return "without what PEFT adds to them" if any(one.adapted for one in projections) else ""
 
 
 def _describe_not_compared(module: Module) -> str:
