@@ -115,20 +115,19 @@ def certify(S: Tensor) -> Certificate:
     scaled = wide / unit
     if scaled.shape[0] < scaled.shape[1]:
         scaled = scaled.mT
-    found = (
+    certificate = (
         (_by_cholesky(scaled) if scaled.shape[1] > _SMALL else None)
         or _by_svd(scaled)
         or _by_norm(scaled)
     )
-    low, high = _nonnegative(found.sigma_min), found.sigma_max
-    certificate = _certificate(high, low, found.computed, found.method)
-    if math.isnan(found.computed):
-        certificate = replace(certificate, reason=_UNVERIFIED)
     if vector:
-        certificate = replace(
-            certificate, condition_number=Interval(1.0, 1.0), certified=True, reason=""
-        )
-    return replace(certificate, sigma_max=high * unit, sigma_min=_nonnegative(low * unit))
+        one = Interval(1.0, 1.0)
+        certificate = replace(certificate, condition_number=one, certified=True, reason="")
+    return replace(
+        certificate,
+        sigma_max=certificate.sigma_max * unit,
+        sigma_min=_nonnegative(certificate.sigma_min * unit),
+    )
 
 
 _FLUSHED = (
@@ -168,6 +167,7 @@ def certificate_of_blocks(certificates: Sequence[Certificate]) -> Certificate:
 
 def _certificate(high: Interval, low: Interval, computed: float, method: str) -> Certificate:
     """The certificate for given enclosures of sigma_1 > 0 and sigma_nu."""
+    low = _nonnegative(low)
     kappa = high / low
     certified = kappa.upper < math.inf
     reason = (
@@ -187,14 +187,6 @@ def _certificate(high: Interval, low: Interval, computed: float, method: str) ->
 
 def _nonnegative(x: Interval) -> Interval:
     return Interval(max(x.lower, 0.0), x.upper)
-
-
-@dataclass(frozen=True)
-class _Extremes:
-    sigma_max: Interval
-    sigma_min: Interval
-    computed: float
-    method: str
 
 
 def _gamma(k: int) -> float:
@@ -227,7 +219,7 @@ def _defect(Q: Tensor) -> Interval:
     return _norm(difference) * (1 + 2 * _U) + rounding + _TINY
 
 
-def _by_svd(S: Tensor) -> _Extremes | None:
+def _by_svd(S: Tensor) -> Certificate | None:
     """sigma_i sqrt((1 + E)(1 + F)) + R, with E, F and R balls about zero."""
     try:
         U, sigma, Vh = svd(S)
@@ -244,10 +236,10 @@ def _by_svd(S: Tensor) -> _Extremes | None:
     factor = ((1 + E) * (1 + F)).sqrt()
     largest, smallest = float(sigma[0]), float(sigma[-1])
     computed = largest / smallest if smallest > 0 else math.inf
-    return _Extremes(largest * factor + R, smallest * factor + R, computed, "verified SVD")
+    return _certificate(largest * factor + R, smallest * factor + R, computed, "verified SVD")
 
 
-def _by_cholesky(S: Tensor) -> _Extremes | None:
+def _by_cholesky(S: Tensor) -> Certificate | None:
     """Bounds from factorisations of G - theta I and theta I - G; None if the SVD is better."""
     m, n = S.shape
     G = S.mT @ S
@@ -268,7 +260,7 @@ def _by_cholesky(S: Tensor) -> _Extremes | None:
     if low is None or high is None:
         return None
     first, last = (_stretch(S, _eigenvector(G, value)) for value in (top, bottom))
-    return _Extremes(
+    return _certificate(
         Interval(first.lower, (product - high).sqrt().upper),
         Interval((low - product).sqrt().lower, last.upper),
         first.upper / last.upper,
@@ -319,9 +311,10 @@ def _stretch(S: Tensor, x: Tensor) -> Interval:
     return _nonnegative(_norm(S @ x) + ball(rounding + _TINY)) / length
 
 
-def _by_norm(S: Tensor) -> _Extremes:
+def _by_norm(S: Tensor) -> Certificate:
     """From the entries only: max |s_ij| <= sigma_1 <= ||S||_F and n sigma_n^2 <= ||S||_F^2."""
     norm = _norm(S)
     smallest = Interval(0.0, (norm / as_interval(S.shape[1]).sqrt()).upper)
     largest = Interval(float(S.abs().max()), norm.upper)
-    return _Extremes(largest, smallest, math.nan, "Frobenius norm")
+    certificate = _certificate(largest, smallest, math.nan, "Frobenius norm")
+    return replace(certificate, reason=_UNVERIFIED)

@@ -41,14 +41,8 @@ from wellcond.weights.projections import (
 
 # The value of a tensor at a `Place`.
 Value = Callable[[Any, str], Tensor]
-
-
-@dataclass(frozen=True)
-class Block:
-    """The rows of a projection, or the columns of the output, that belong to one head."""
-
-    place: Place
-    view: View
+# Where a tensor is, and the view that shows the rows or columns of one head.
+Factor = tuple[Place, View]
 
 
 @dataclass(frozen=True)
@@ -56,8 +50,8 @@ class Head:
     """One of the two maps of a head: the name of its view, its factors, and a note."""
 
     view: str
-    left: Block
-    right: Block
+    left: Factor
+    right: Factor
     note: str = ""
 
 
@@ -87,10 +81,10 @@ class Attention:
         for head in self.heads:
             if not wanted(head.view):
                 continue
-            for block in (head.left, head.right):
-                if block.place not in read:
-                    read[block.place] = value(*block.place)
-            left, right = (block.view(read[block.place]) for block in (head.left, head.right))
+            for place, _ in (head.left, head.right):
+                if place not in read:
+                    read[place] = value(*place)
+            left, right = (view(read[place]) for place, view in (head.left, head.right))
             yield head, Product(left.mT if head.view.startswith("qk") else left, right.mT)
 
 
@@ -145,9 +139,9 @@ class _Slices(NamedTuple):
     starts: tuple[int, ...]
     dim: int = -2
 
-    def block(self, head: int) -> Block:
+    def factor(self, head: int) -> Factor:
         view = Part(self.projection.view, self.starts[head], self.size, self.dim)
-        return Block(self.projection.place, view)
+        return self.projection.place, view
 
 
 def _slice(projection: Projection, heads: int, size: int, start: int = 0, dim: int = -2) -> _Slices:
@@ -192,7 +186,7 @@ def _pair(kind: str, left: _Slices, right: _Slices, shared: str, note: str) -> l
     for h in range(H):
         g = h // (H // G)
         of_group = f"{shared} of head {g} of {G}" if G < H else ""
-        heads.append(Head(f"{kind}{h}", left.block(h), right.block(g), joined(of_group, note)))
+        heads.append(Head(f"{kind}{h}", left.factor(h), right.factor(g), joined(of_group, note)))
     return heads
 
 
