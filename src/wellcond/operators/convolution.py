@@ -70,7 +70,7 @@ class Geometry:
             # There PyTorch lists the padding that it needs internally; p crops the output.
             padding = tuple((int(p), int(p)) for p in layer.padding)
             if positions is not None:
-                padding = _reached(layer, size, positions, padding)
+                padding = _pad_to_positions(layer, size, positions, padding)
         padded = any(amount for pair in padding for amount in pair)
         return cls(
             size,
@@ -83,7 +83,7 @@ class Geometry:
         )
 
 
-def _reached(
+def _pad_to_positions(
     layer: nn.modules.conv._ConvNd,
     size: tuple[int, ...],
     positions: tuple[int, ...],

@@ -235,7 +235,7 @@ def adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[
     pairs = [parts for parts in factors.values() if {"A", "B"} <= parts.keys()]
     paired = {name for parts in pairs for name in parts.values()}
     for name in names:
-        if name not in paired and (of := _other_adapter(name, kind)):
+        if name not in paired and (of := _identify_other(name, kind)):
             found[name] = Skipped(Reason.adapter, of)
     for parts in factors.values():
         alone = [parts[part] for part in ("A", "B") if part in parts]
@@ -251,7 +251,7 @@ def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
     return next(found, "") if inside else ""
 
 
-def _other_adapter(name: str, kind: str) -> str:
+def _identify_other(name: str, kind: str) -> str:
     """The kind of the adapter other than LoRA that a tensor belongs to; "" if there is none."""
     parts = re.split(r"[./]", name)
     for known, pattern in _OTHER_ADAPTERS.items():
@@ -284,7 +284,7 @@ def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], Adap
 
     def setting(module: str, _: str, rank: int) -> AdapterSetting:
         path = module.removeprefix(_WRAPPER)
-        if stacks and (_in_stack(path, stacks) or rank not in _ranks(config)):
+        if stacks and (_is_in_stack(path, stacks) or rank not in _read_ranks(config)):
             return AdapterSetting(unknown=_STACK)
         alpha, unknown = _read_alpha(config, path)
         if unknown:
@@ -298,7 +298,7 @@ def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], Adap
     return setting
 
 
-def _in_stack(path: str, stacks: list[str]) -> bool:
+def _is_in_stack(path: str, stacks: list[str]) -> bool:
     """Whether a module holds one of these parameters: `mlp.experts` holds `mlp.experts.down_proj`.
 
     A parameter without a path matches no module.
@@ -307,10 +307,10 @@ def _in_stack(path: str, stacks: list[str]) -> bool:
     inner = path
     while inner.endswith(_WRAPPED):  # one level per parameter of the same module
         inner = inner.removesuffix(_WRAPPED)
-    return inner != path or any(holder and _ends(inner, holder) for holder in holders)
+    return inner != path or any(holder and _ends_with(inner, holder) for holder in holders)
 
 
-def _ranks(config: Mapping[str, Any]) -> list[Any]:
+def _read_ranks(config: Mapping[str, Any]) -> list[Any]:
     patterns = config.get("rank_pattern") or {}
     return [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
 
@@ -369,11 +369,11 @@ def weight_of(adapter: Adapter, names: Collection[str], beside: bool = False) ->
         return inside if inside in names else None
     if adapter.weight in names:
         return adapter.weight
-    if shorter := [name for name in names if _ends(adapter.weight, name)]:
+    if shorter := [name for name in names if _ends_with(adapter.weight, name)]:
         return max(shorter, key=len)
-    longer = [name for name in names if _ends(name, adapter.weight)]
+    longer = [name for name in names if _ends_with(name, adapter.weight)]
     return longer[0] if len(longer) == 1 else None
 
 
-def _ends(path: str, end: str) -> bool:
+def _ends_with(path: str, end: str) -> bool:
     return path == end or path.endswith(f".{end}")

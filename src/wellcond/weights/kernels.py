@@ -50,20 +50,20 @@ def infer_views(name: str, shapes: Shapes) -> NamedViews:
     *modules, own = re.split(r"[./]", name)
     if len(shape) > 1 and _INPUTS_FIRST.fullmatch(own):
         bias = shapes.get(f"{name[: -len(own)]}bias", ())
-        return _inputs_first(name, modules[-1] if modules else "", shape, bias)
+        return _view_inputs_first(name, modules[-1] if modules else "", shape, bias)
     if len(shape) < 3:
         return {"": STORED}, ""
     bias = shapes.get(f"{name[: -len(own)]}bias", ()) if own == "weight" else ()
     if len(shape) == 3:
-        return _of_three(name, own, shape, bias)
+        return _view_three_axes(name, own, shape, bias)
     square = shape[-2] == shape[-1] <= _SIDE  # probably a window
     inputs_first = _is_spatial(shape[:-2], shape[-2:]) and not square
     if inputs_first and (own != "weight" or bias == shape[-1:]):
         return {"kernel": InputsFirst(len(shape) - 1)}, _HWIO
-    return _kernel(shape, bias, "" if own == "weight" or _in_conv(name) else _KERNEL)
+    return _view_kernel(shape, bias, "" if own == "weight" or _is_in_conv(name) else _KERNEL)
 
 
-def _inputs_first(
+def _view_inputs_first(
     name: str, module: str, shape: tuple[int, ...], bias: tuple[int, ...]
 ) -> NamedViews:
     if len(shape) == 2:
@@ -80,7 +80,7 @@ def _inputs_first(
         return {"": Transposed()}, ""
     if max(shape[:-2]) > _SIDE and _is_spatial(shape[2:], shape[:2]) and bias != shape[-1:]:
         return {"": Kernel()}, _OIHW
-    known = len(shape) != 3 or _in_conv(name) or bias == shape[-1:]
+    known = len(shape) != 3 or _is_in_conv(name) or bias == shape[-1:]
     return {"kernel": all_but_one}, "" if known else _WINDOW_FIRST
 
 
@@ -91,28 +91,30 @@ def _is_spatial(sides: tuple[int, ...], channels: tuple[int, ...]) -> bool:
     return max(sides) < min(channels)
 
 
-def _of_three(name: str, own: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> NamedViews:
+def _view_three_axes(
+    name: str, own: str, shape: tuple[int, ...], bias: tuple[int, ...]
+) -> NamedViews:
     """Conv1d (out, in, window), ConvTranspose1d (in, out, window), or a stack of matrices."""
     m, n, window = shape
-    if _in_conv(name):
-        return _kernel(shape, bias)
+    if _is_in_conv(name):
+        return _view_kernel(shape, bias)
     if "bilinear" in name.lower():
         return {"": STORED}, ""
     if len(bias) == 1 and bias[0] in (m, n):
         if n == window > _SIDE and bias[0] == m:
             return {"": STORED}, _BILINEAR
         if bias[0] == m != n and window > 1:
-            return _kernel(shape, bias, _LONG)
-        return _kernel(shape, bias, _EITHER if m == n else "")
+            return _view_kernel(shape, bias, _LONG)
+        return _view_kernel(shape, bias, _EITHER if m == n else "")
     if _STACKED.search(name) or len(bias) == 2:
         return {"": STORED}, ""
     small = own == "weight" and _is_small(window, m, n)
-    if small or _groups(shape, bias) or (m > 1 and 1 in (n, window)):
-        return _kernel(shape, bias, _KERNEL)
+    if small or _count_groups(shape, bias) or (m > 1 and 1 in (n, window)):
+        return _view_kernel(shape, bias, _KERNEL)
     return {"": STORED}, _STACK if m > 1 else ""
 
 
-def _in_conv(name: str) -> bool:
+def _is_in_conv(name: str) -> bool:
     return "conv" in name.lower()
 
 
@@ -121,9 +123,9 @@ def _is_small(window: int, m: int, n: int) -> bool:
     return window <= _WINDOW and 2 * window <= m and (2 * window <= n or n <= 4)
 
 
-def _kernel(shape: tuple[int, ...], bias: tuple[int, ...], note: str = "") -> NamedViews:
+def _view_kernel(shape: tuple[int, ...], bias: tuple[int, ...], note: str = "") -> NamedViews:
     """A kernel as stored, (out, in, …) or transposed (in, out, …), which both have this view."""
-    groups = _groups(shape, bias)
+    groups = _count_groups(shape, bias)
     if groups:
         note = joined(note, _GROUPS.format(f"{groups} groups"))
     elif shape[1] == 1 < shape[0]:
@@ -131,7 +133,7 @@ def _kernel(shape: tuple[int, ...], bias: tuple[int, ...], note: str = "") -> Na
     return {"": Kernel()}, note
 
 
-def _groups(shape: tuple[int, ...], bias: tuple[int, ...]) -> int:
+def _count_groups(shape: tuple[int, ...], bias: tuple[int, ...]) -> int:
     """The groups of a transposed convolution (in, out/groups, …), by its bias; 0 if unknown."""
     if len(bias) != 1 or bias[0] == shape[0] or not shape[1]:
         return 0

@@ -87,7 +87,7 @@ def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
             first.setdefault(module, name)
             stems |= {name: name, re.sub(r"_(packed|blocks|q|int\d)$", "", name): name}
 
-    def owner(name: str) -> str | None:
+    def find_owner(name: str) -> str | None:
         module, _, own = name.rpartition(".")
         if module in stems:  # weight.absmax
             return stems[module]
@@ -101,7 +101,7 @@ def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
 
     found: dict[str, Skipped] = {}
     for name, (shape, dtype) in tensors.items():
-        of = owner(name) if dtype in FLOATING or name in named else None
+        of = find_owner(name) if dtype in FLOATING or name in named else None
         if of is not None:
             found[name] = Skipped(Reason.scales, of)
             surely = len(shape) > 1 or _SCALES.fullmatch(name.rpartition(".")[2])
@@ -212,14 +212,14 @@ def _read_entries(name: str, tensors: Tensors, read: Callable[[str], Tensor]) ->
     for kind in ("nf4", "fp4"):
         state = f"{name}.quant_state.bitsandbytes__{kind}"
         if state in tensors and entries(tensors[state][0]) <= _SMALL:
-            return _product(json.loads(bytes(read(state).tolist()))["shape"])
+            return _multiply(json.loads(bytes(read(state).tolist()))["shape"])
     lengths = f"{name.removesuffix('_packed')}_shape"  # compressed-tensors
     if lengths in tensors and entries(tensors[lengths][0]) <= _SMALL // 8:
-        return _product(read(lengths).tolist())
+        return _multiply(read(lengths).tolist())
     return 0
 
 
-def _product(sides: list[int]) -> int:
+def _multiply(sides: list[int]) -> int:
     known = bool(sides) and all(type(side) is int and 0 < side < 1 << 31 for side in sides)
     return math.prod(sides) if known and len(sides) < 8 else 0
 
@@ -229,30 +229,30 @@ def _derive_entries(name: str, tensors: Tensors, word: int, config: Mapping[str,
     shape, dtype = tensors[name]
     module, dot, own = name.rpartition(".")
 
-    def beside(other: str) -> tuple[int, ...]:
+    def shape_beside(other: str) -> tuple[int, ...]:
         return tensors.get(f"{module}{dot}{other}", ((), ""))[0]
 
-    scales, zeros = beside("scales"), beside("qzeros")
+    scales, zeros = shape_beside("scales"), shape_beside("qzeros")
     if own == "qweight" and len(scales) == len(shape) == 2:
         outputs = scales[1]
         if shape[1] < outputs:  # AWQ packs along the outputs
             return shape[0] * outputs
-        if index := beside("g_idx"):  # GPTQ, one per input
+        if index := shape_beside("g_idx"):  # GPTQ, one per input
             return index[0] * outputs
         if len(zeros) == 2 and zeros[1]:
             return shape[0] * outputs * outputs // zeros[1]
     stem = own.removesuffix("_blocks").removesuffix("_packed")
-    scale = beside(f"{stem}_scale") or beside(f"{stem}_scales")
+    scale = shape_beside(f"{stem}_scale") or shape_beside(f"{stem}_scales")
     in_blocks = own.endswith("_blocks") and bool(scale)  # MXFP4
     by_16 = bool(scale) and 16 * scale[-1] == 2 * shape[-1]  # NVFP4
     by_maximum = f"{name}.absmax" in tensors  # bitsandbytes
     if dtype == "uint8" and (in_blocks or by_16 or by_maximum):
         return 2 * entries(shape)
-    bits = _bits(config)
+    bits = _read_bits(config)
     return entries(shape) * word // bits if word == 32 and bits else 0
 
 
-def _bits(config: Mapping[str, Any]) -> int:
+def _read_bits(config: Mapping[str, Any]) -> int:
     """Bits per code in the config of GPTQ, AWQ, compressed-tensors or MLX; 0 if unknown."""
     settings = config.get("quantization_config") or config.get("quantization") or {}
     groups = settings.get("config_groups") or {}

@@ -29,8 +29,8 @@ def geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
     """
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ValueError(
-            "`example` needs a model whose weights are all initialised, because a forward pass "
-            "would initialise the others. Call the model once before."
+            "`example` needs a model whose weights all exist, but some are not initialised, and a "
+            "forward pass would initialise them. Call the model once before."
         )
     found: dict[nn.Module, Geometry] = {}
 

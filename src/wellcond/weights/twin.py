@@ -83,12 +83,12 @@ class Twin:
     def __init__(self, layer: nn.Module, stored: Tensor) -> None:
         owned = [*layer.parameters(), *layer.buffers(), stored]
         size = sum(tensor.numel() * tensor.element_size() for tensor in owned)
-        copies = _Copies(_RATIO * size + _MIB)
+        copier = _Copier(_RATIO * size + _MIB)
         self._forward = type(layer).forward
-        self._layer: nn.Module = copies.of_module(layer, leave_out=("forward",))
-        self._copies = copies  # keeps alive what the copy refers to weakly
+        self._layer: nn.Module = copier.copy_module(layer, leave_out=("forward",))
+        self._copier = copier  # keeps alive what the copy refers to weakly
         any_global_hook: Any = torch.nn.modules.module._has_any_global_hook
-        if copies.modules > 1 and any_global_hook():
+        if copier.modules > 1 and any_global_hook():
             raise NotTried("global hooks would run")
         if "weight" in vars(self._layer):  # computed by a hook of the layer
             vars(self._layer)["weight"] = stored.clone()
@@ -97,7 +97,7 @@ class Twin:
 
     def run(self, x: Tensor, seed: int) -> Run:
         """A forward pass on a copy of the input, after seeding the global generators."""
-        _seed(seed, x)
+        _seed_generators(seed, x)
         before = torch.get_rng_state(), random.getstate()
         record = _Record()
         # Entering a dispatch mode takes seconds at first, because torch then imports its compiler.
@@ -141,7 +141,7 @@ def isolate(like: Tensor) -> Iterator[None]:
             numpy.random.set_state(state_of_numpy)
 
 
-def _seed(seed: int, x: Tensor) -> None:
+def _seed_generators(seed: int, x: Tensor) -> None:
     """Seeds the generators whose states are restored."""
     torch.default_generator.manual_seed(seed)
     if x.is_cuda:
@@ -195,7 +195,7 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _Copies:
+class _Copier:
     """Copies of everything that a layer refers to, each made once, up to a number of bytes."""
 
     def __init__(self, most_bytes: int) -> None:
@@ -204,7 +204,7 @@ class _Copies:
         self._originals: list[Any] = []  # keeps their ids unique
         self.modules = 0
 
-    def of(self, value: Any) -> Any:
+    def copy(self, value: Any) -> Any:
         """The copy of a value; the value itself if it is immutable."""
         if isinstance(value, _CONSTANT):
             return value
@@ -213,25 +213,25 @@ class _Copies:
         if len(self._originals) > _MOST_OBJECTS:
             raise NotTried("the layer refers to too many objects")
         if isinstance(value, Tensor):
-            return self._keep(value, self._of_tensor(value))
+            return self._keep(value, self._copy_tensor(value))
         if isinstance(value, nn.Module):
-            return self.of_module(value)
+            return self.copy_module(value)
         if isinstance(value, dict):
-            return self._of_dict(value)
+            return self._copy_dict(value)
         if isinstance(value, list | collections.deque):
             own = self._keep(value, copy.copy(value))
             for i, item in enumerate(value):
-                own[i] = self.of(item)
+                own[i] = self.copy(item)
             return own
         if isinstance(value, tuple | set | frozenset):
-            items = [self.of(item) for item in value]
+            items = [self.copy(item) for item in value]
             make = getattr(type(value), "_make", type(value))
             return self._keep(value, make(items))
-        if callable(value) and (own := self._of_callable(value)) is not None:
+        if callable(value) and (own := self._copy_callable(value)) is not None:
             return self._keep(value, own)
-        return self._of_object(value)
+        return self._copy_object(value)
 
-    def of_module(self, module: nn.Module, leave_out: tuple[str, ...] = ()) -> Any:
+    def copy_module(self, module: nn.Module, leave_out: tuple[str, ...] = ()) -> Any:
         """A module in eval mode. None of its methods is called, because they may have effects."""
         own = self._keep(module, object.__new__(type(module)))
         self.modules += 1
@@ -240,7 +240,7 @@ class _Copies:
                 pure = ((k, v) for k, v in value.items() if isinstance(v, _PURE_HOOKS))
                 vars(own)[name] = type(value)(pure)
             elif name not in leave_out:
-                vars(own)[name] = self.of(value)
+                vars(own)[name] = self.copy(value)
         vars(own)["training"] = False
         return own
 
@@ -249,7 +249,7 @@ class _Copies:
         self._made[id(value)] = own
         return own
 
-    def _of_tensor(self, value: Tensor) -> Tensor:
+    def _copy_tensor(self, value: Tensor) -> Tensor:
         self._left -= value.numel() * value.element_size()
         if self._left < 0:
             raise NotTried("the layer refers to tensors that are much larger than its own")
@@ -258,36 +258,36 @@ class _Copies:
             own = nn.Parameter(own, requires_grad=value.requires_grad)
         return own
 
-    def _of_dict(self, value: dict[Any, Any]) -> Any:
+    def _copy_dict(self, value: dict[Any, Any]) -> Any:
         usual = type(value) in (dict, collections.OrderedDict)  # copy.copy is slow
         own = self._keep(value, value.copy() if usual else copy.copy(value))
         for key, item in value.items():
-            own[key] = self.of(item)
+            own[key] = self.copy(item)
         return own
 
-    def _of_callable(self, value: Any) -> Any:
+    def _copy_callable(self, value: Any) -> Any:
         """A method, partial, closure or weak reference, with a copy of what it is bound to."""
         if isinstance(value, types.MethodType):
-            return types.MethodType(self.of(value.__func__), self.of(value.__self__))
+            return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
         if isinstance(value, types.BuiltinFunctionType):
             bound = value.__self__
             fixed = isinstance(bound, _CONSTANT)
-            return value if fixed else getattr(self.of(bound), value.__name__)
+            return value if fixed else getattr(self.copy(bound), value.__name__)
         if isinstance(value, functools.partial):
-            words = {key: self.of(item) for key, item in value.keywords.items()}
-            return functools.partial(self.of(value.func), *map(self.of, value.args), **words)
+            words = {key: self.copy(item) for key, item in value.keywords.items()}
+            return functools.partial(self.copy(value.func), *map(self.copy, value.args), **words)
         if isinstance(value, types.FunctionType):
-            return self._of_function(value)
+            return self._copy_function(value)
         if isinstance(value, weakref.ref):
             target = value()
-            return value if target is None else weakref.ref(self.of(target))
+            return value if target is None else weakref.ref(self.copy(target))
         return None
 
-    def _of_function(self, value: types.FunctionType) -> types.FunctionType:
+    def _copy_function(self, value: types.FunctionType) -> types.FunctionType:
         cells = value.__closure__ or ()
-        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        held += [cell.cell_contents for cell in cells]
-        if all(isinstance(one, _CONSTANT) for one in held):
+        references = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        references += [cell.cell_contents for cell in cells]
+        if all(isinstance(one, _CONSTANT) for one in references):
             return value
         closure = tuple(types.CellType() for _ in cells)
         own = types.FunctionType(
@@ -295,14 +295,14 @@ class _Copies:
         )
         self._keep(value, own)  # it may refer to itself
         for new, old in zip(closure, cells, strict=True):
-            new.cell_contents = self.of(old.cell_contents)
+            new.cell_contents = self.copy(old.cell_contents)
         own.__defaults__, own.__kwdefaults__ = map(
-            self.of, (value.__defaults__, value.__kwdefaults__)
+            self.copy, (value.__defaults__, value.__kwdefaults__)
         )
-        own.__dict__.update(self.of(vars(value)))
+        own.__dict__.update(self.copy(vars(value)))
         return own
 
-    def _of_object(self, value: Any) -> Any:
+    def _copy_object(self, value: Any) -> Any:
         kind = type(value)
         if isinstance(value, torch.Generator):
             generator = torch.Generator(value.device)
@@ -314,8 +314,8 @@ class _Copies:
             slots = {s for k in kind.__mro__ for s in vars(k).get("__slots__", ())}
             for name in slots - {"__dict__", "__weakref__"}:
                 if hasattr(value, name):
-                    object.__setattr__(own, name, self.of(getattr(value, name)))
-            vars(own).update({name: self.of(item) for name, item in vars(value).items()})
+                    object.__setattr__(own, name, self.copy(getattr(value, name)))
+            vars(own).update({name: self.copy(item) for name, item in vars(value).items()})
             return own
         try:
             return self._keep(value, copy.deepcopy(value))
