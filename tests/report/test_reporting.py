@@ -128,7 +128,7 @@ def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
     text = wc.audit(tmp_path / "a.pt", heads=True).table()
     assert "0x0" not in text
-    (line,) = [one for one in text.splitlines() if "how many heads" in one]
+    (line,) = [one for one in text.splitlines() if "number of its heads" in one]
     assert "and 2 more: it could not be measured" in line
 
 

@@ -124,7 +124,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
     model["none"].weight = nn.Parameter(torch.empty(0, 4))
     skipped = wc.Regularizer(model, EVERYTHING).skipped
     for name, text in {
-        "emb.weight": "an embedding: its rows are looked up, it is no linear map",
+        "emb.weight": "an embedding: its rows are looked up, not multiplied",
         "norm.weight": "not a matrix: a vector",
         "lin.bias": "not a matrix: a vector",
         "experts.weight": "a parameter whose use is not known: of Mystery",
@@ -176,7 +176,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
         "0.weight": 0.5,
         "2.weight": 0.25,
     }
-    assert str(reg.skipped["1.weight"]) == 'left out by a pattern: "1.weight"'
+    assert str(reg.skipped["1.weight"]) == 'excluded by a pattern: "1.weight"'
     reg = wc.Regularizer(model, {"0.*": EVERYTHING})
     assert reg.skipped["1.weight"].reason is wc.report.Reason.unmatched
 
