@@ -119,7 +119,7 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     first = results(tmp_path)
     count = len(Parabola.ran)
     assert count == 8 + 6
-    assert grid.dumped(results(tmp_path)) == grid.dumped(first)
+    assert grid.dump_results(results(tmp_path)) == grid.dump_results(first)
     assert len(Parabola.ran) == count
     (tmp_path / "runs" / "report-l2-2-0.1-1.json").unlink()
     results(tmp_path)
@@ -212,7 +212,7 @@ def test_an_interruption_says_what_it_leaves(
 def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     document = results(tmp_path)
     read = grid.read(tmp_path / "results.json")
-    assert grid.dumped(read) == grid.dumped(document)
+    assert grid.dump_results(read) == grid.dump_results(document)
     run = read["runs"][0]
     assert math.isnan(run["curves"]["line"][2])
     assert run["curves"]["line"][1] == 3.14159

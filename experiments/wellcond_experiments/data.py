@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wellcond_experiments.command import replacing
+
 # The four files as published, with the md5 of their .gz.
 MNIST_FILES = {
     "x_train": ("train-images-idx3-ubyte", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
@@ -252,13 +254,8 @@ def download_mnist(directory: Path | None = None, mirrors: tuple[str, ...] = MIR
         if target.is_file() and _md5(target.read_bytes()) == md5:
             continue
         content = _fetch(f"{stem}.gz", md5, mirrors)
-        directory.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
-        try:
+        with replacing(target) as part:
             part.write_bytes(content)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
     return directory
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wellcond.text import written
 from wellcond_experiments import figures
+from wellcond_experiments.command import write_text
 from wellcond_experiments.methods import METHODS, way
 from wellcond_experiments.tables import Band, Table, interval
 
@@ -227,6 +227,6 @@ def fill(pages: list[Path], name: str, tables: dict[str, Table]) -> list[Path]:
         before = page.read_text(encoding="utf-8")
         after = filled(before, name, tables)
         if after != before:
-            written(after, page)
+            write_text(page, after)
             changed.append(page)
     return changed

@@ -25,11 +25,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-import wellcond.text
-from wellcond.text import dump_json, duration, written
-from wellcond_experiments import _run
+import wellcond as wc
+import wellcond_experiments
+from wellcond_experiments import command
+from wellcond_experiments.command import dump_json, format_duration, write_text
 from wellcond_experiments.evidence import Evidence, Verdict
-from wellcond_experiments.methods import METHODS
+from wellcond_experiments.methods import METHODS, without_subnormals
 from wellcond_experiments.tables import Table
 
 # The first seeds of the search, and of its second round; those that are reported count from 0.
@@ -282,7 +283,7 @@ class Runner:
                 raise ValueError(
                     f"{folder / 'results.json'} exists. Give --overwrite, or another --out."
                 )
-            written(dump_json(self.declared), path)
+            write_text(path, dump_json(self.declared) + "\n")
 
     def path(self, cell: Cell) -> Path:
         return self.folder / "runs" / f"{cell.name}.json"
@@ -310,7 +311,7 @@ class Runner:
             "chosen": [asdict(one) for one in chosen],
             "runs": found + runs,
         }
-        written(dumped(document), self.folder / "results.json")
+        write_text(self.folder / "results.json", dump_results(document))
         return document
 
     def _complete(
@@ -361,7 +362,7 @@ def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> 
         torch.set_num_threads(1)
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        with _run.without_subnormals():
+        with without_subnormals():
             metrics, curves = setting.run(cell)
     except Exception as error:
         error.add_note(f"in the run {cell.name}")
@@ -375,19 +376,18 @@ def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> 
         "cpu_seconds": round(time.process_time() - cpu, 3),
         "versions": versions(),
     }
-    written(dump_json(run), path)
+    write_text(path, dump_json(run) + "\n")
     return cell
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of the software, and the machine; the code by a digest of all its modules."""
-    package = Path(wellcond.text.__file__).parent
+    """Of the software, and the machine; the code by a digest of all modules of both packages."""
     code = hashlib.sha256()
-    for module in sorted(package.rglob("*.py")):
-        code.update(module.read_bytes())
-    machine = f"{platform.machine()}, {_cpu()}"
-    return wellcond.text.versions() | {"code": code.hexdigest()[:12], "machine": machine}
+    for package in (wc, wellcond_experiments):
+        for module in sorted(Path(*package.__path__).rglob("*.py")):
+            code.update(module.read_bytes())
+    return command.versions(_cpu()) | {"code": code.hexdigest()[:12]}
 
 
 def _cpu() -> str:
@@ -456,11 +456,11 @@ def _any_choice(setting: Setting, searched: list[Cell]) -> dict[tuple[str, str],
     }
 
 
-def dumped(document: dict[str, Any]) -> str:
-    """Strict JSON, a line for each run, so that people can read and compare hundreds of them."""
+def dump_results(document: dict[str, Any]) -> str:
+    """Strict JSON, a line per run, so that people can read and compare hundreds of them."""
     head = dump_json({key: value for key, value in document.items() if key != "runs"})
-    lines = [json.dumps(json.loads(dump_json(run))) for run in document["runs"]]
-    return head.removesuffix("\n}\n") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    lines = [dump_json(run, indent=None) for run in document["runs"]]
+    return head.removesuffix("\n}") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 @contextmanager
@@ -472,13 +472,14 @@ def progress(total: int, title: str) -> Iterator[Callable[[Cell | None], None]]:
     """
     began = said = time.monotonic()
     done = new = 0
-    with _run.progress(total, title) as advance:
+    with command.progress(total, title) as advance:
 
         def ended(cell: Cell | None) -> None:
             nonlocal done, new, said
             now = time.monotonic()
             done, new = done + 1, new + (cell is not None)
-            left = f"about {duration((now - began) / new * (total - done))} left" if new else ""
+            seconds = (now - began) / new * (total - done) if new else 0
+            left = f"about {format_duration(seconds)} left" if new else ""
             advance(left)
             if not sys.stderr.isatty() and now - said > 30:
                 print(f"{title}: {done} of {total} runs, {left}", file=sys.stderr, flush=True)

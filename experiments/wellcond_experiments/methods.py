@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -27,6 +28,21 @@ def seeded(build: Callable[[], Made], seed: int) -> Made:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+@contextmanager
+def without_subnormals() -> Iterator[None]:
+    """Numbers below the normal ones of their dtype count as zero.
+
+    Units that die in a training leave ever smaller averages behind, on which processors work many
+    times slower: they would decide what a method seems to cost. Enter it before the first parallel
+    operation, because threads inherit it from the one that starts them.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
@@ -350,7 +366,7 @@ class IsometryStep(Attached):
     strengths = (0.01, 0.03, 0.1, 0.5)
 
     def rule(self) -> Any:
-        return wc.IsometryStep(self.strength, scale=self.gain)
+        return wc.IsometryStep(theta=self.strength, scale=self.gain)
 
 
 class ConditionLimit(Attached):

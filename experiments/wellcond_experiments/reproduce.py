@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from wellcond.text import written
-from wellcond_experiments import _run, evidence, figures, grid
+from wellcond_experiments import evidence, figures, grid
+from wellcond_experiments.command import positive, write_text
 from wellcond_experiments.evidence import Evidence, Verdict
 from wellcond_experiments.grid import Runner, Setting
 from wellcond_experiments.methods import METHODS
@@ -36,14 +36,14 @@ def configure(names: Any) -> None:
             )
         parser.add_argument(
             "--seeds",
-            type=_run.positive,
+            type=positive,
             help=f"how many are reported (default {setting.default_seeds}; 2 with --quick)",
         )
         parser.add_argument("--quick", action="store_true", help="a short run to see that it works")
         if setting.workers is None:
             parser.add_argument(
                 "--workers",
-                type=_run.positive,
+                type=positive,
                 help="processes, of one thread each (default: one for each core)",
             )
         parser.add_argument("--out", type=Path, help=f"default runs/{setting.name}")
@@ -75,13 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
     found = Evidence(document)
     tables = setting.tables(found)
     parts = [setting.note(found), *(f"{t.title}:\n\n{t.markdown()}" for t in tables.values())]
-    written("\n".join(parts), folder / "table.md")
+    write_text(folder / "table.md", "\n".join(parts))
     pictures = [
         figures.save(drawing, folder / f"{name}.png")
         for name, drawing in setting.figures(found).items()
     ]
     if arguments.json:
-        print(grid.dumped(document), end="")
+        print(grid.dump_results(document), end="")
     else:
         print(setting.note(found), end="\n\n")
         for table in tables.values():

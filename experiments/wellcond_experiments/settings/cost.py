@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any, ClassVar
 
-from wellcond_experiments import bench_step, figures
+from wellcond_experiments import figures
+from wellcond_experiments.bench_step import Step
 from wellcond_experiments.evidence import Evidence
 from wellcond_experiments.grid import Cell, Measured, Setting
 from wellcond_experiments.tables import Band, Table, interval, number
@@ -48,15 +48,12 @@ class Cost(Setting):
 
     def run(self, cell: Cell) -> Measured:
         """The median of so many rounds of ten steps, which are in an order of their own."""
-        arguments = argparse.Namespace(
-            **{"model": cell.case, "rounds": self.rounds[cell.case], "every": 10, "block": 32},
-            **{"batch": 32, "hidden": self.hidden, "blocks": self.blocks, "width": 128},
-            device="cpu",
-        )
+        rounds = self.rounds[cell.case]
+        step = Step(model=cell.case, rounds=rounds, hidden=self.hidden, blocks=self.blocks)
         metrics: dict[str, float] = {}
-        for way in bench_step.measured(arguments)["ways"]:
-            name = way.pop("way")
-            metrics |= {f"{name}: {key}": float(value) for key, value in way.items()}
+        for row in step.measure(lambda label: None)["ways"]:
+            name = row.pop("way")
+            metrics |= {f"{name}: {key}": float(value) for key, value in row.items()}
         return Measured(metrics, {})
 
     def ways(self, evidence: Evidence, case: str) -> dict[str, Band]:
