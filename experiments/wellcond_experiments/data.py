@@ -100,7 +100,6 @@ def load(source: str, colour: bool = False) -> Images:
 
     Raises:
         ValueError: a missing, truncated or mislabelled file, or no network; with the way out.
-        ImportError: the digits without scikit-learn.
     """
     if source == "digits":
         return _digits()
@@ -125,12 +124,8 @@ def load(source: str, colour: bool = False) -> Images:
 
 
 def _digits() -> Images:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError(
-            "the digits come with scikit-learn: pip install 'wellcond[experiments]'."
-        ) from None
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     x = torch.tensor(bunch.data / 16, dtype=torch.float32)
     y = torch.tensor(bunch.target, dtype=torch.int64)

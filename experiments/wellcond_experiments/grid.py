@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from joblib import Parallel, delayed
 
 import wellcond as wc
 import wellcond_experiments
@@ -87,7 +88,8 @@ class Setting(ABC):
     """An experiment. A subclass in a file of its own is all that a new one needs.
 
     It sets `cases`, `methods` with the strengths to choose from, and `rates`, whose product the
-    search goes through; one that has another grid says so by `searched` and `reported`.
+    search goes through; one that has another grid says so by `strengths`, `searched_cases`,
+    `searched` and `reported`.
 
     Args:
         data: as `--data` has it; "" for the default.
@@ -109,6 +111,7 @@ class Setting(ABC):
     finalists: ClassVar[int] = 0
     workers: ClassVar[int | None] = None  # where something is timed, 1
     cases: tuple[str, ...] = ("",)
+    searched_cases: tuple[str, ...] = ()  # all, unless some of them have the same answer
     methods: dict[str, tuple[float, ...]]
     rates: tuple[float, ...] = (0.0,)
 
@@ -124,12 +127,18 @@ class Setting(ABC):
     def searched(self) -> list[Cell]:
         """The cells by which strength and learning rate are chosen: for each method with a choice,
         all of its strengths at all rates."""
+        rates = len(self.rates) if self.rate_is_chosen else 1
         return [
             Cell(case, method, strength, lr, SEARCH + seed, search=True)
-            for case, (method, strengths) in product(self.cases, self.methods.items())
-            if len(strengths) * len(self.rates) > 1
+            for case in self.searched_cases or self.cases
+            for method, strengths in self.strengths(case).items()
+            if len(strengths) * rates > 1
             for strength, lr, seed in product(strengths, self.rates, range(self.search_seeds))
         ]
+
+    def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
+        """The methods of a case, with the strengths to choose from."""
+        return self.methods
 
     def contest(self, case: str) -> str:
         """Cases with the same answer get the same strength and learning rate."""
@@ -138,14 +147,15 @@ class Setting(ABC):
     def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
         """The cells that are reported, given by contest and method what was chosen."""
         cells = []
-        for case, (method, strengths) in product(self.cases, self.methods.items()):
-            best = chosen.get((self.contest(case), method))
-            strength = best.strength if best else strengths[0]
-            rates = (best.lr,) if best and self.rate_is_chosen else self.rates
-            cells += [
-                Cell(case, method, strength, lr, seed)
-                for lr, seed in product(rates, range(self.seeds))
-            ]
+        for case in self.cases:
+            for method, strengths in self.strengths(case).items():
+                best = chosen.get((self.contest(case), method))
+                strength = best.strength if best else strengths[0]
+                rates = (best.lr,) if best and self.rate_is_chosen else self.rates
+                cells += [
+                    Cell(case, method, strength, lr, seed)
+                    for lr, seed in product(rates, range(self.seeds))
+                ]
         return cells
 
     @abstractmethod
@@ -318,8 +328,6 @@ class Runner:
         self, cells: list[Cell], advance: Callable[[Cell | None], None]
     ) -> list[dict[str, Any]]:
         """What the cells gave, those that are missing run first."""
-        from joblib import Parallel, delayed
-
         missing = [cell for cell in cells if not self.path(cell).exists()]
         for _ in range(len(cells) - len(missing)):
             advance(None)

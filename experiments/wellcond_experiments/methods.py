@@ -1,7 +1,7 @@
-"""Ways to train a network: nothing, the baselines that people use, and those of wellcond.
+"""Methods of training: nothing, the baselines that people use, and those of wellcond.
 
-All share one loop: `Training.step` of a loss. A way changes what it must, the network before it is
-trained, the gradient before a step, the weights after it, or what happens between two tasks.
+All share one loop: `Training.step` of a loss. A method changes what it must: the network before it
+is trained, the gradient before a step, the weights after it, or what happens between two tasks.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class Training:
 
     Args:
         build: makes the network, with LayerNorm before its activations or without.
-        strength: that of the way, in its own units.
+        strength: that of the method, in its own units.
         lr: learning rate of Adam.
         seed: of the initial weights.
         gain: what an isometric weight is to be multiplied by: √2 before ReLU, else 1.
-        decays: whether a parameter is decayed, where the way is a decay; all if None.
+        decays: whether a parameter is decayed, where the method is a decay; all if None.
     """
 
     label: ClassVar[str] = "nothing"
@@ -199,7 +199,7 @@ class L2Initial(Training):
 class ShrinkAndPerturb(Training):
     """(1 − strength) p + strength · new initial weights, as data change (Ash & Adams, 1910.08475).
 
-    It is told when that is, which the other ways are not.
+    It is told when that is; the other methods are not.
     """
 
     label = "shrink and perturb"
@@ -306,7 +306,7 @@ class Attached(Training):
 
 
 class ConditionPenalty(Attached):
-    label = "Condition, attached"
+    label = "ConditionPenalty, attached"
     after = "Nenov, Haider & Balazs, 2410.00169; the proximal step is new"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
@@ -317,7 +317,7 @@ class ConditionPenalty(Attached):
 class ConditionGradient(Training):
     """strength · r in the loss, of which `add_gradients` adds the gradient."""
 
-    label = "Condition, in the loss"
+    label = "ConditionPenalty, in the loss"
     after = "Nenov, Haider & Balazs, 2410.00169"
     ours = True
     strengths = (1e-4, 1e-3, 1e-2, 0.1)
@@ -330,7 +330,7 @@ class ConditionGradient(Training):
 
 
 class StableRankPenalty(Attached):
-    label = "StableRank"
+    label = "StableRankPenalty"
     after = "Sanyal, Torr & Dokania, 1906.04659, as a penalty"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
@@ -341,7 +341,7 @@ class StableRankPenalty(Attached):
 class SpectralNormPenalty(Attached):
     """Down to the gain."""
 
-    label = "SpectralNorm"
+    label = "SpectralNormPenalty"
     after = "Yoshida & Miyato, 1705.10941"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
@@ -350,7 +350,7 @@ class SpectralNormPenalty(Attached):
 
 
 class OrthogonalityPenalty(Attached):
-    label = "Orthogonality"
+    label = "OrthogonalityPenalty"
     after = "Brock et al., 1609.07093; Bansal, Chen & Wang, 1810.09102"
     strengths = (0.1, 1.0, 10.0, 100.0)
 
@@ -361,7 +361,7 @@ class OrthogonalityPenalty(Attached):
 class IsometryStep(Attached):
     """θ is the strength; scale is the gain."""
 
-    label = "Isometry"
+    label = "IsometryStep"
     after = "Cissé et al., 1704.08847, with a clip of the largest"
     strengths = (0.01, 0.03, 0.1, 0.5)
 
@@ -400,7 +400,7 @@ class BothLimits(Attached):
 
 
 class LayerNormIsometry(IsometryStep):
-    label = "LayerNorm and Isometry"
+    label = "LayerNorm and IsometryStep"
     normed = True
 
 
@@ -425,7 +425,7 @@ class WarmUp(Training):
             group["lr"] = self.lr * min(1.0, self.steps / self.strength)
 
 
-class TikhonovPenalty(L2):
+class Tikhonov(L2):
     label = "Tikhonov"
     after = "Krogh & Hertz, 1991"
 
@@ -455,11 +455,11 @@ METHODS: dict[str, type[Training]] = {
     "layer-norm-upper-limit": LayerNormUpperLimit,
 }
 # Those that make sense in any experiment.
-WAYS = tuple(METHODS)
-METHODS |= {"warm-up": WarmUp, "tikhonov": TikhonovPenalty}
-TUNED = "-tuned"  # of names of the same way, once with strengths that are given, once searched
+COMPARED = tuple(METHODS)
+METHODS |= {"warm-up": WarmUp, "tikhonov": Tikhonov}
+TUNED = "-tuned"  # of names of the same method, once with strengths that are given, once searched
 
 
-def way(name: str) -> type[Training]:
+def find_method(name: str) -> type[Training]:
     """The one of this name, tuned or not."""
     return METHODS[name.removesuffix(TUNED)]

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from joblib import cpu_count
+
 from wellcond_experiments import evidence, figures, grid
 from wellcond_experiments.command import positive, write_text
 from wellcond_experiments.evidence import Evidence, Verdict
@@ -62,9 +64,6 @@ def configure(names: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    figures.import_figures()
-    from joblib import cpu_count
-
     kind = SETTINGS[arguments.experiment]
     if arguments.report is not None:
         return _report(kind, arguments.report / f"{kind.name}.json", Path())
@@ -99,11 +98,11 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
     setting = kind.of(document)
     found = Evidence(document)
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
-    changed = evidence.fill(pages, kind.name, setting.tables(found))
+    changed = evidence.fill_pages(pages, kind.name, setting.tables(found))
     verdicts = _verdicts(results.parent)
-    changed += evidence.fill(pages, "winners", {"table": evidence.winners(verdicts)})
-    changed += evidence.fill(pages, "ways", {"table": evidence.ways([*METHODS])})
-    pictures = setting.figures(found) | {"winners": evidence.drawn(verdicts)}
+    changed += evidence.fill_pages(pages, "winners", {"table": evidence.list_winners(verdicts)})
+    changed += evidence.fill_pages(pages, "methods", {"table": evidence.list_methods([*METHODS])})
+    pictures = setting.figures(found) | {"winners": evidence.draw_winners(verdicts)}
     for name, drawing in pictures.items():
         changed.append(figures.save(drawing, root / PICTURES / f"{name}.svg"))
     print(f"Written: {', '.join(map(str, dict.fromkeys(changed))) or 'nothing'}")

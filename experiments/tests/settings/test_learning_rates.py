@@ -19,7 +19,7 @@ from wellcond_experiments.settings.learning_rates import (
     RATES,
     LearningRates,
     Transformer,
-    over_rates,
+    average_rates,
     plain,
 )
 
@@ -40,7 +40,7 @@ def evidence(accuracies: dict[tuple[str, int], list[float]]) -> Evidence:
 
 
 def test_sensitivity_of_a_constant_curve_is_zero() -> None:
-    found = over_rates(evidence({("none", 0): [90.0] * 5, ("l2", 0): [90.0, 80, 70, 60, 50]}))
+    found = average_rates(evidence({("none", 0): [90.0] * 5, ("l2", 0): [90.0, 80, 70, 60, 50]}))
     assert found.where(method="none")["sensitivity"].item() == 0
     assert found.where(method="l2")["sensitivity"].item() == pytest.approx(20)
     assert found.where(method="l2")["accuracy"].item() == pytest.approx(70)
@@ -49,7 +49,7 @@ def test_sensitivity_of_a_constant_curve_is_zero() -> None:
 
 def test_a_rate_works_that_comes_near_the_best_of_all_ways() -> None:
     """The best is 94, the mean of both seeds; so 92 works, and 91.9 does not."""
-    found = over_rates(
+    found = average_rates(
         evidence(
             {
                 ("none", 0): [92.0, 91.9, 50, 10, 10],
@@ -76,11 +76,15 @@ def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
     # 89.1 against 80.1, and the seeds differ by the same in both.
     assert verdict.difference == pytest.approx((9.0, 9.0, 9.0, False))
     table = setting.tables(evidence(values))["tanh-10"]
-    assert [row[0] for row in table.rows] == ["Isometry", "L2", "nothing"]
+    assert [row[0] for row in table.rows] == ["IsometryStep", "L2", "nothing"]
     assert all(len(row) == len(table.header) for row in table.rows)
     assert "lr" not in table.header
     cost = setting.tables(evidence(values))["cost"]
-    assert cost.rows == [["Isometry", "2.0 ± 0.0"], ["L2", "1.0 ± 0.0"], ["nothing", "1.0 ± 0.0"]]
+    assert cost.rows == [
+        ["IsometryStep", "2.0 ± 0.0"],
+        ["L2", "1.0 ± 0.0"],
+        ["nothing", "1.0 ± 0.0"],
+    ]
 
 
 def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_them_last() -> None:
@@ -93,13 +97,13 @@ def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_the
     setting = LearningRates()
     setting.cases = ("tanh-10", "tanh-30")
     tables = setting.tables(Evidence(first.document | {"runs": runs}))
-    assert tables["accuracy"].header == ["way", "tanh, depth 10", "tanh, depth 30"]
+    assert tables["accuracy"].header == ["method", "tanh, depth 10", "tanh, depth 30"]
     assert tables["accuracy"].rows == [
-        ["Isometry", "52.0", "10.0"],
+        ["IsometryStep", "52.0", "10.0"],
         ["L2", "10.0", "10.0"],
         ["orthogonal of torch, hidden weights", "", "90.0"],
     ]
-    assert tables["sensitivity"].rows[0] == ["Isometry", "8.0", "0.0"]
+    assert tables["sensitivity"].rows[0] == ["IsometryStep", "8.0", "0.0"]
     assert tables["working"].rows[1:] == [
         ["L2", "0.0", "0.0"],
         ["orthogonal of torch, hidden weights", "", "5.0"],
