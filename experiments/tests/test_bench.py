@@ -16,7 +16,7 @@ def wellcond(*arguments: object) -> int:
 
 
 def test_step_measures_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    assert wellcond("bench", "step", "--rounds", 2, "--hidden", 64, "--json") == 0
+    assert wellcond("bench", "step", "--rounds", 1, "--hidden", 32, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert {"benchmark", "settings", "versions", "ways"} == document.keys()
     methods = {row["way"] for row in document["ways"]}

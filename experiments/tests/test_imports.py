@@ -1,11 +1,13 @@
 """The experiments see only what every user of wellcond sees."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 import wellcond as wc
+from wellcond.cli import main
 import wellcond_experiments
 
 PACKAGE = Path(*wellcond_experiments.__path__)
@@ -40,3 +42,26 @@ def test_only_public_names_of_wellcond_are_used(path: Path) -> None:
 def test_another_import_is_noticed() -> None:
     tree = ast.parse("import wellcond.text\nfrom wellcond import cli\nimport wellcond_experiments")
     assert wellcond_imports(tree) == ["import wellcond.text as None", "from wellcond"]
+
+
+@pytest.mark.parametrize("command", ["reproduce", "bench"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["denoise", "--quick"]], ids=" ".join)
+@pytest.mark.parametrize("missing", ["wellcond_experiments", "pandas"])
+def test_without_the_experiments_the_command_says_how_to_get_them(
+    command: str,
+    arguments: list[str],
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if (command, missing) == ("bench", "pandas"):
+        pytest.skip("the benchmarks do without pandas")
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "wellcond_experiments":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main([command, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"({missing}" in err
+    assert "`pip install ./experiments`" in err

@@ -93,6 +93,13 @@ def test_every_strength_is_reported_and_drawn(
     x, y = digits.x_train, digits.y_train
     few = Images("digits", 8, x[:192], y[:192], x[192:256], y[192:256])
     monkeypatch.setattr(classify, "load", lambda source: few)
+    init = Classify.__init__
+
+    def smaller(self: Classify, *args: object) -> None:
+        init(self, *args)  # type: ignore[arg-type]
+        self.width, self.epochs = 32, 1
+
+    monkeypatch.setattr(Classify, "__init__", smaller)
     setting = Classify("digits", True, 2)
     document = Runner(setting, tmp_path, 1, overwrite=False).results()
     assert len(document["runs"]) == 2 * (1 + 3 * 4)
