@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import wellcond as wc
-from wellcond.cli import main
 import wellcond_experiments
+from wellcond.cli import main
 
 PACKAGE = Path(*wellcond_experiments.__path__)
 PUBLIC = {*wc.__all__, "__version__", "__path__", "report", "rules"}

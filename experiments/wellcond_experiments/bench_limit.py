@@ -23,7 +23,7 @@ from wellcond_experiments.bench_step import FIRST, Transformer
 from wellcond_experiments.benchmark import Benchmark, count, option
 from wellcond_experiments.command import Advance
 from wellcond_experiments.data import load
-from wellcond_experiments.methods import seeded, without_subnormals
+from wellcond_experiments.methods import run_seeded, without_subnormals
 
 STRETCH = 25  # steps in a row of one net
 
@@ -140,7 +140,7 @@ def load_images(source: str) -> Task:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(pixels, 2048), nn.ReLU(), nn.Linear(2048, 10))
 
-    x, x_test = images.normalised(images.x_train), images.normalised(images.x_test)
+    x, x_test = images.normalise(images.x_train), images.normalise(images.x_test)
     test = (x_test, images.y_test)
     return Task(f"{pixels}-2048-10 net on {images.name}", x, images.y_train, test, 32, build, FIRST)
 
@@ -150,7 +150,7 @@ class Training:
 
     def __init__(self, task: Task, seed: int, limit: float | None, every: str) -> None:
         self.task, self.limit, self.every = task, limit, every
-        self.model = seeded(task.build, seed)
+        self.model = run_seeded(task.build, seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3, fused=True)
         self.order = torch.Generator().manual_seed(seed)
         self.reg: wc.Regularizer | None = None

@@ -27,7 +27,7 @@ import wellcond as wc
 from wellcond_experiments.benchmark import Benchmark, count
 from wellcond_experiments.command import Advance, replacing
 from wellcond_experiments.data import load
-from wellcond_experiments.methods import condition_numbers, seeded
+from wellcond_experiments.methods import condition_numbers, run_seeded
 from wellcond_experiments.tables import Table, number
 
 PHASE = 500  # steps under one mode of regularising, before the other; at most an eighth of the run
@@ -133,7 +133,7 @@ class Training:
 
     def __init__(self, phase: int) -> None:
         self.phase = phase
-        self.model = seeded(
+        self.model = run_seeded(
             lambda: nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 10)), 0
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import wellcond as wc
 from wellcond_experiments.benchmark import Benchmark, count, option
 from wellcond_experiments.command import Advance
-from wellcond_experiments.methods import seeded
+from wellcond_experiments.methods import run_seeded
 
 FIRST = "0.weight"
 BLOCK = 10  # steps in a block: `every=10` acts exactly once in it
@@ -150,9 +150,9 @@ class Step(Benchmark):
 
     def build(self) -> nn.Module:
         if self.model == "transformer":
-            return seeded(lambda: Transformer(self.blocks, self.width), 0)
+            return run_seeded(lambda: Transformer(self.blocks, self.width), 0)
         layers = (784, self.hidden), (self.hidden, 10)
-        return seeded(
+        return run_seeded(
             lambda: nn.Sequential(nn.Linear(*layers[0]), nn.Sigmoid(), nn.Linear(*layers[1])), 0
         )
 

@@ -19,7 +19,7 @@ import wellcond as wc
 from wellcond_experiments.benchmark import Benchmark, count, option
 from wellcond_experiments.command import Advance, positive
 from wellcond_experiments.data import Images, load
-from wellcond_experiments.methods import seeded
+from wellcond_experiments.methods import run_seeded
 
 FIRST = "0.weight"
 SIDE = 28  # of the images, to which digits are scaled
@@ -50,7 +50,7 @@ class Run:
 
     def train(self, images: Images, epochs: int) -> dict[str, Any]:
         """Condition number of the first layer, accuracy in per cent, shortened steps."""
-        model = seeded(
+        model = run_seeded(
             lambda: nn.Sequential(nn.Linear(images.pixels, 512), nn.Sigmoid(), nn.Linear(512, 10)),
             self.seed,
         )
@@ -63,7 +63,7 @@ class Run:
             reg = wc.Regularizer(model, rules, block_size=self.block)
             if self.how != "gradient":
                 reg.attach(optimizer, every=self.every)
-        x, y = images.normalised(images.x_train), images.y_train
+        x, y = images.normalise(images.x_train), images.y_train
         order = torch.Generator().manual_seed(self.seed)
         for _ in range(epochs):
             for indices in torch.split(torch.randperm(len(x), generator=order), 32):
@@ -83,7 +83,7 @@ class Run:
             reg.enforce()  # as before every checkpoint
             shortened = reg.measure()[FIRST].shortened_steps
         with torch.no_grad():
-            right = model(images.normalised(images.x_test)).argmax(1) == images.y_test
+            right = model(images.normalise(images.x_test)).argmax(1) == images.y_test
         return {
             "condition_number": float(wc.condition_number(W)),
             "accuracy": 100 * float(right.double().mean()),

@@ -23,7 +23,7 @@ WIDEST = 512  # of the weights that torch is to keep orthogonal
 Build = Callable[[bool], nn.Module]  # with LayerNorm before every activation, or without
 
 
-def seeded(build: Callable[[], Made], seed: int) -> Made:
+def run_seeded(build: Callable[[], Made], seed: int) -> Made:
     """What is made with random numbers of that seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -105,15 +105,15 @@ class Training:
     ) -> None:
         self.build, self.strength, self.lr, self.seed, self.gain = build, strength, lr, seed, gain
         self.decays = decays or (lambda parameter: True)
-        self.model = seeded(lambda: build(self.normed), seed)
-        seeded(self.prepare, seed)
+        self.model = run_seeded(lambda: build(self.normed), seed)
+        run_seeded(self.prepare, seed)
         self.optimizer = self.adam()
         self.attach()
 
     def adam(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), self.lr, fused=True)
 
-    def decayed(self) -> list[dict[str, Any]]:
+    def decay_groups(self) -> list[dict[str, Any]]:
         """The parameters in two groups, with the strength as their decay and with none."""
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for parameter in self.model.parameters():
@@ -166,7 +166,7 @@ class L2(Training):
     strengths = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
     def adam(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.decayed(), self.lr, fused=True)
+        return torch.optim.Adam(self.decay_groups(), self.lr, fused=True)
 
 
 class WeightDecay(Training):
@@ -175,7 +175,7 @@ class WeightDecay(Training):
     strengths = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 
     def adam(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.decayed(), self.lr, fused=True)
+        return torch.optim.AdamW(self.decay_groups(), self.lr, fused=True)
 
 
 class L2Initial(Training):
@@ -212,7 +212,7 @@ class ShrinkAndPerturb(Training):
     @torch.no_grad()
     def between_tasks(self) -> None:
         self.times += 1
-        fresh = seeded(lambda: self.build(self.normed), 1_000_000 * self.times + self.seed)
+        fresh = run_seeded(lambda: self.build(self.normed), 1_000_000 * self.times + self.seed)
         for p, new in zip(self.model.parameters(), fresh.parameters(), strict=True):
             p.lerp_(new, self.strength)
 

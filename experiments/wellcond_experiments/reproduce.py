@@ -46,11 +46,12 @@ def configure(names: Any) -> None:
             parser.add_argument(
                 "--workers",
                 type=positive,
-                help="processes, of one thread each (default: one for each core)",
+                help="processes, of one thread each (default: one per core)",
             )
         parser.add_argument("--out", type=Path, help=f"default runs/{setting.name}")
         parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-        parser.add_argument("--json", action="store_true", help="print one JSON document, alone")
+        only = "print one JSON document and no table"
+        parser.add_argument("--json", action="store_true", help=only)
         parser.add_argument(
             "--report",
             type=Path,
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(kind: type[Setting], results: Path, root: Path) -> int:
     """Writes tables and pictures of the documentation below root."""
     if not (root / PICTURES.parent).is_dir():
-        raise ValueError("--report writes into docs/ of a checkout, and there is none here.")
+        raise ValueError("--report writes into docs/ of a clone: run it where docs/ is.")
     document = grid.read(results)
     setting = kind.of(document)
     found = Evidence(document)

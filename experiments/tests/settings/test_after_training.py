@@ -65,7 +65,7 @@ def test_every_net_has_its_weights_tested() -> None:
 def made_up(setting: AfterTraining, kappa: float) -> Evidence:
     """Nets that a projection to 5 costs 10 points and a limit 1 point; both end at this κ."""
     runs: list[dict[str, Any]] = []
-    for cell in setting.reported({}):
+    for cell in setting.report_cells({}):
         right = 90.0 + cell.seed
         metrics = {"accuracy": right, "in_noise": 50.0, "kappa_worst": 1e3, "train_seconds": 2.0}
         if cell.method == "none":
@@ -99,8 +99,8 @@ def test_tables_pair_the_seeds_and_a_limit_that_did_not_hold_fails(setting: Afte
 
 def test_nothing_is_searched_and_all_is_reported() -> None:
     setting = AfterTraining(seeds=5)
-    assert setting.searched() == []
-    assert len({cell.name for cell in setting.reported({})}) == 3 * (1 + 6 + 2) * 5
+    assert setting.search_cells() == []
+    assert len({cell.name for cell in setting.report_cells({})}) == 3 * (1 + 6 + 2) * 5
     assert setting.settings()["cnn_data"] == "cifar10"
     assert AfterTraining.of({"settings": setting.settings(), "seeds": 5}).data == ""
 

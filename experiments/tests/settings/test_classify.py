@@ -72,7 +72,7 @@ class Template(nn.Module):
 
     def __init__(self, images: Images) -> None:
         super().__init__()
-        self.x, self.y = images.normalised(images.x_test), images.y_test
+        self.x, self.y = images.normalise(images.x_test), images.y_test
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.one_hot(self.y[torch.cdist(x, self.x).argmin(1)], 10).float()

@@ -12,7 +12,7 @@ from wellcond.cli import main
 from wellcond_experiments import figures, grid
 from wellcond_experiments.data import Images, load
 from wellcond_experiments.grid import FINAL, SEARCH, Cell
-from wellcond_experiments.methods import METHODS, condition_numbers, seeded
+from wellcond_experiments.methods import METHODS, condition_numbers, run_seeded
 from wellcond_experiments.settings import harder
 from wellcond_experiments.settings.harder import BatchNorm, Plain, ViT
 
@@ -105,7 +105,7 @@ def test_training_is_adam_with_a_rate_that_rises_and_falls() -> None:
     training = METHODS["none"](build, 0.0, 0.1, 7)
     assert harder.fit(training, x, y, epochs=5, batch=10) >= 0
     assert not training.model.training
-    model = seeded(lambda: build(False), 7)
+    model = run_seeded(lambda: build(False), 7)
     optimizer = torch.optim.Adam(model.parameters())
     order = torch.Generator().manual_seed(7)
     indices = [part for _ in range(5) for part in torch.randperm(40, generator=order).split(10)]

@@ -31,7 +31,7 @@ def labels(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Tensor]:
     """All that a network is trained on, a tensor for each task, in the order of the images."""
     setting = Memorise("digits", quick=True)
     setting.epochs = 2
-    x = setting.images.normalised(setting.images.x_train)[setting.draw(cell(seed=seed))]
+    x = setting.images.normalise(setting.images.x_train)[setting.draw(cell(seed=seed))]
     seen: list[tuple[Tensor, Tensor]] = []
     loss = torch.nn.functional.cross_entropy
 

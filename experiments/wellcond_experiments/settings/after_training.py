@@ -110,9 +110,9 @@ class AfterTraining(Swept):
         training = METHODS[cell.method](
             lambda norm: net.build(images), cell.strength, cell.lr, cell.seed
         )
-        x = square(images, images.normalised(images.x_train[: net.samples]))
+        x = square(images, images.normalise(images.x_train[: net.samples]))
         seconds = fit(training, x, images.y_train[: len(x)], net.epochs, net.batch)
-        x_test = square(images, images.normalised(images.x_test))
+        x_test = square(images, images.normalise(images.x_test))
         inputs = (x_test, add_noise(x_test, net.noise)), images.y_test
         metrics = measure_accuracy(training.model, *inputs) | {"train_seconds": seconds}
         for K in self.limits if cell.method == "none" else ():

@@ -67,7 +67,7 @@ class Classify(Swept):
 
     def run(self, cell: Cell) -> Measured:
         images = self.images
-        x, y = images.normalised(images.x_train), images.y_train
+        x, y = images.normalise(images.x_train), images.y_train
         by_weight = {f"{FIRST}.weight": cell.strength}
         training = PaperTraining(self.build, cell.method, by_weight, cell.lr, cell.seed)
 
@@ -279,7 +279,7 @@ class Classify(Swept):
 @torch.no_grad()
 def accuracies(model: nn.Module, images: Images) -> dict[str, float]:
     """In per cent over the whole test set, the mean of several draws of the noise."""
-    x, y = images.normalised(images.x_test), images.y_test
+    x, y = images.normalise(images.x_test), images.y_test
     source = torch.Generator().manual_seed(2024)
     found = {}
     for noise in TEST_NOISES:

@@ -78,13 +78,13 @@ class Denoise(Setting):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"epochs": self.epochs, "inner_widths": self.inner}
 
-    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
+    def report_cells(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
         fixed = [
             Cell(case, method, strength, DEFAULT_LR, seed)
             for case, (method, strengths) in itertools.product(self.cases, FIXED.items())
             for strength, seed in itertools.product(strengths, range(self.seeds))
         ]
-        return fixed + super().reported(chosen)
+        return fixed + super().report_cells(chosen)
 
     @cached_property
     def images(self) -> Images:
@@ -108,7 +108,7 @@ class Denoise(Setting):
 
     def run(self, cell: Cell) -> Measured:
         images = self.held_out if cell.search else self.images
-        clean = images.normalised(images.x_train)
+        clean = images.normalise(images.x_train)
         sigma = SNR[cell.case] ** -0.5
         method = cell.method.removesuffix(TUNED)
         training = PaperTraining(
@@ -140,7 +140,7 @@ class Denoise(Setting):
     @torch.no_grad()
     def pictures(self, model: nn.Module, method: str, sigma: float) -> dict[str, list[float]]:
         """Pixels in per cent: what the network makes of the first images, and with none these."""
-        x = self.images.normalised(self.images.x_test[:IMAGES])
+        x = self.images.normalise(self.images.x_test[:IMAGES])
         noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
         found = {"restored": model(noisy)}
         if method == "none":
@@ -272,7 +272,7 @@ class Denoise(Setting):
 @torch.no_grad()
 def errors(model: nn.Module, images: Images, sigma: float) -> dict[str, float]:
     """On the test images at each noise, the same for every model, and in decibels at sigma."""
-    clean = images.normalised(images.x_test)
+    clean = images.normalise(images.x_test)
     target = clean.clamp(0, 1)  # as far as a sigmoid can reach
 
     def error(noise: float) -> float:

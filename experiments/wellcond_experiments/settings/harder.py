@@ -269,11 +269,11 @@ class Harder(Setting):
         )
         short = cell.search and not cell.final
         epochs = max(self.epochs // 3, 1) if short else self.epochs
-        seconds = fit(training, images.normalised(x), y, epochs, self.batch, shift)
+        seconds = fit(training, images.normalise(x), y, epochs, self.batch, shift)
         model = training.model
 
         def tested(x: Tensor) -> float:
-            return accuracy(model, images.normalised(x), y_test[: len(x)])
+            return accuracy(model, images.normalise(x), y_test[: len(x)])
 
         metrics = {"accuracy": tested(x_test), "train_seconds": seconds}
         curves = {}

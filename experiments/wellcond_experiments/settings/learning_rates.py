@@ -111,7 +111,7 @@ class LearningRates(Setting):
     def images(self) -> Images:
         """Normalised, once for all runs."""
         found = load(self.data)
-        x_train, x_test = found.normalised(found.x_train), found.normalised(found.x_test)
+        x_train, x_test = found.normalise(found.x_train), found.normalise(found.x_test)
         return replace(found, x_train=x_train, x_test=x_test)
 
     def strengths(self, case: str) -> dict[str, tuple[float, ...]]:

@@ -63,7 +63,7 @@ class Memorise(Tasks):
         return torch.randperm(total - held, generator=source)[: self.count]
 
     def material(self, cell: Cell) -> tuple[Tensor, ...]:
-        return (self.images.normalised(self.images.x_train[self.draw(cell)]),)
+        return (self.images.normalise(self.images.x_train[self.draw(cell)]),)
 
     def learn(self, training: Training, source: torch.Generator, *material: Tensor) -> float:
         """The share of new labels that it knows in the end."""
