@@ -49,7 +49,7 @@ class Audit(Benchmark):
     }
 
     sizes: str = option(SIZES, "as 64x64,4096x4096")
-    rounds: int = count(3, "best of (default 3)")
+    rounds: int = count(3, "best of")
 
     @cached_property
     def plan(self) -> list[tuple[str, int, int]]:

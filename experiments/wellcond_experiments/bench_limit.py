@@ -52,8 +52,8 @@ class Limit(Benchmark):
 
     model: str = option("mlp", choices=("mlp", "transformer"))
     data: str = option("digits", "digits, mnist, PATH (for the mlp)")
-    condition: str = option("10", "limits, as 3,10,1000 (default 10)")
-    every: str = option("auto", "as auto,100,400 (default auto)")
+    condition: str = option("10", "limits, as 3,10,1000")
+    every: str = option("auto", "as auto,100,400")
     epochs: int = count(2)
     seeds: int = count(1)
     steps: int | None = count(None, "of an epoch; by default all samples")

@@ -54,7 +54,7 @@ class Soak(Benchmark):
     )
     example = "--steps 20000"
 
-    steps: int = count(20000, "default 20000")
+    steps: int = count(20000, "of the optimizer")
 
     @property
     def total(self) -> int:

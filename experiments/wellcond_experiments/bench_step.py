@@ -112,13 +112,13 @@ class Step(Benchmark):
 
     model: str = option("mlp", choices=("mlp", "transformer"))
     rounds: int = count(40, "rounds of 10 steps each")
-    every: int = count(10, "for attach (default 10)")
-    block: int = count(32, "width (default 32)")
-    batch: int = count(32, "batch size (default 32)")
+    every: int = count(10, "for attach")
+    block: int = count(32, "width")
+    batch: int = count(32, "batch size")
     hidden: int = count(2048, "hidden units of the mlp")
     blocks: int = count(24, "of the transformer")
     width: int = count(128, "of the transformer")
-    device: str = option("cpu", "cpu or cuda (default cpu)")
+    device: str = option("cpu", "cpu or cuda")
 
     @property
     def total(self) -> int:

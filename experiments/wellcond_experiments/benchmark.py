@@ -17,6 +17,9 @@ SHOWN = 10  # failures that are printed; the document has all
 
 def option(default: Any, help: str = "", **settings: Any) -> Any:
     """A field of a benchmark: an option of its command, with further settings of argparse."""
+    if default is not None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        help = f"{help} (default {shown})".strip()
     return field(default=default, metadata={"help": help} | settings)
 
 
