@@ -7,9 +7,13 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("experiments", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("experiments")
+# The same profile as in tests/, because one is for all tests of a process.
+hypothesis.settings.register_profile("repeatable", max_examples=40, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
+
+# Or its doctests would be looked for in a second module of this name beside that of tests/.
+collect_ignore = ["conftest.py"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
