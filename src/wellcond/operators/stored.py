@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from wellcond.linalg.projection import gram
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled, over_matrices
 from wellcond.operators.rounding import rounded, working_dtype
 from wellcond.operators.views import STORED, Kernel, View, writable
@@ -96,22 +97,7 @@ class StoredMatrix:
         return self.shape[-2] >= self.shape[-1]
 
     def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
-        dtype = dtype or self.dtype
-        long = self._long(self.S)
-        n = long.shape[-1]
-        gram = torch.zeros(*long.shape[:-2], n, n, dtype=dtype, device=self.device)
-        width = max(256, -(-n // 4))
-        for band in _parts(long):
-            rows = long[..., band, :].to(dtype)
-            if unit is not None:
-                rows = rows / over_matrices(unit.to(dtype))
-            for start in range(0, n, width):  # of the lower triangle: little more than half of it
-                part = slice(start, start + width)
-                gram[..., start:, part] += rows[..., start:].mT @ rows[..., part]
-        for start in range(0, n, width):
-            part, rest = slice(start, start + width), slice(start + width, n)
-            gram[..., part, rest] = gram[..., rest, part].mT
-        return gram
+        return gram(self._long(self.S), dtype or self.dtype, unit)
 
     @contextlib.contextmanager
     def spread(self, whole: bool = False) -> Iterator[StoredMatrix]:
