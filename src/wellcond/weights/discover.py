@@ -222,53 +222,83 @@ def refuse_programs(model: nn.Module) -> None:
         )
 
 
-def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
-    """All weights of a model in the order of its parameters, tied ones once.
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter under all of its names, and the matrices in it.
 
-    Those of complex numbers are among them only where that is asked for.
+    Attributes:
+        aliases: its names, in the order of the modules.
+        places: where it is found, in the order of the names.
+        value: the parameter.
+        views: of its matrices by name, "" if there is only one; empty if it cannot hold any.
+        reason: why it is left out; where it has views, its exact name takes it nevertheless.
+    """
+
+    aliases: tuple[str, ...]
+    places: tuple[Source, ...]
+    value: nn.Parameter
+    views: Mapping[str, View]
+    reason: Skipped | None = None
+
+
+def find_parameters(
+    model: nn.Module, fused: Mapping[Place, Views], complex_values: bool = False
+) -> list[Parameter]:
+    """All parameters of a model in its order, tied ones once.
+
+    Those of complex numbers have views only where `complex_values` asks for it. `fused` are the
+    views of `fused_projections`.
     """
     refuse_programs(model)
-    names: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
-    for occurrence in named_parameters(model):
-        occurrences = names.setdefault(id(occurrence[-1]), [])
-        if all(occurrence[0] != other[0] for other in occurrences):
-            occurrences.append(occurrence)
+    found: dict[int, tuple[nn.Parameter, dict[str, Source]]] = {}
+    for name, module, attribute, parameter in named_parameters(model):
+        _, places = found.setdefault(id(parameter), (parameter, {}))
+        places.setdefault(name, Source(module, attribute))
+    parameters = []
+    for value, places in found.values():
+        aliases = tuple(places)
+        views: Mapping[str, View] = {}
+        reason = why_unfit(value, aliases)
+        if reason is None or (complex_values and value.is_complex()):
+            known = [views_of(p.owner, p.attribute, value, fused) for p in places.values()]
+            views, reason = _decide(known, value)
+        parameters.append(Parameter(aliases, tuple(places.values()), value, views, reason))
+    return parameters
 
-    fused = fused_projections(model)
+
+def _decide(
+    known: Sequence[Mapping[str, View] | Skipped], value: Tensor
+) -> tuple[Mapping[str, View], Skipped | None]:
+    """Views and reason of a parameter, by what each of its owners makes of it."""
+    embedding = Skipped(Reason.embedding)
+    # One owner that looks rows up makes it an embedding; else one that knows the use decides.
+    uses = (views for views in known if not isinstance(views, Skipped))
+    found = embedding if embedding in known else next(uses, known[0])
+    if not isinstance(found, Skipped):
+        return found, None
+    matrix = not found.reason.no_matrix or found.reason is Reason.component
+    return ({"": STORED} if matrix and value.ndim > 1 else {}), found
+
+
+def find_weights(model: nn.Module) -> Found:
+    """All weights of a model in the order of its parameters, tied ones once."""
     weights: list[Weight] = []
     others: dict[str, Skipped] = {}
-    for occurrences in names.values():
-        name, module, attribute, parameter = occurrences[0]
-        aliases = tuple(occurrence[0] for occurrence in occurrences)
-        sources = (Source(module, attribute),)
-        tied = tuple(Source(owner, slot) for _, owner, slot, _ in occurrences[1:])
-        why = why_unfit(parameter, aliases)
-        if why is not None and not (complex_values and parameter.is_complex()):
-            others[name] = why
-            continue
-        views = [views_of(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
-        # One owner that looks rows up makes it an embedding; else one that knows the use decides.
-        known = (view for view in views if not isinstance(view, Skipped))
-        embedding = Skipped(Reason.embedding)
-        found = embedding if embedding in views else next(known, views[0])
-        if not isinstance(found, Skipped):
-            for label, view in found.items():
-                own = f"{name}:{label}" if label else name
-                seen = tuple(f"{alias}:{label}" for alias in aliases if label)
-                weights.append(Weight(own, aliases + seen, sources, view, tied=tied))
-        elif parameter.ndim < 2 or (
-            found.reason.no_matrix and found.reason is not Reason.component
-        ):
-            others[name] = found
-        else:
-            weights.append(Weight(name, aliases, sources, reason=found))
-    for name, codes in quantised_weights(model):
-        others[name] = Skipped(Reason.codes, str(codes.dtype).removeprefix("torch."))
+    for one in find_parameters(model, fused_projections(model)):
+        name, (first, *tied) = one.aliases[0], one.places
+        if not one.views and one.reason is not None:
+            others[name] = one.reason
+        for label, view in one.views.items():
+            own = f"{name}:{label}" if label else name
+            seen = tuple(f"{alias}:{label}" for alias in one.aliases if label)
+            aliases = one.aliases + seen
+            weights.append(Weight(own, aliases, (first,), view, one.reason, tuple(tied)))
+    others |= {name: why for name, why, _ in quantised_weights(model)}
     return Found(weights, others)
 
 
-def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the quantised layers of torch.ao, which are no parameters."""
+def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Skipped, int]]:
+    """Name, reason and entries of the weights of torch.ao's layers, which are no parameters."""
     for prefix, module in model.named_modules():
         if ".ao.nn.quantized." not in type(module).__module__ or "weight" in module._parameters:
             continue
@@ -276,7 +306,9 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             read = getattr(module, method, None)
             codes = read() if callable(read) else None
             each = {method: codes} if isinstance(codes, Tensor) else codes or {}
-            yield from ((join_path(prefix, name), tensor) for name, tensor in each.items())
+            for name, tensor in each.items():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield join_path(prefix, name), Skipped(Reason.codes, dtype), tensor.numel()
 
 
 def why_unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:
