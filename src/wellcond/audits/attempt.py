@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from wellcond.report.findings import Finding, Status
 from wellcond.text import out_of_memory
 from wellcond.weights.adapters import UnknownAdapterError
 from wellcond.weights.projections import Unknown
@@ -35,3 +36,8 @@ def attempt(compute: Callable[[], T]) -> T | Trouble:
             return Trouble(error)
         first = str(error).strip().splitlines()
         return Trouble(f"{type(error).__name__}: {first[0] if first else 'without a message'}")
+
+
+def failed_finding(name: str, view: str, why: str) -> Finding:
+    """The row of what could not even be read."""
+    return Finding(name, view, (0, 0), "", status=Status.failed, detail=why)

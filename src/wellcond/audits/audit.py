@@ -10,20 +10,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
+from wellcond.audits.attempt import failed_finding
 from wellcond.audits.facts import with_comparison
 from wellcond.audits.finite import not_finite_in
-from wellcond.audits.plan import RowSpec, as_patterns, match, plan, select
-from wellcond.audits.progress import Counter, ProgressCallback, work_of
+from wellcond.audits.plan import RowSpec, as_patterns, plan, reason_to_skip, select
+from wellcond.audits.progress import ProgressCallback
 from wellcond.audits.rows import Row, measure_rows
 from wellcond.audits.sources import Source, source_of
-from wellcond.files.pieces import Pieces, pieces_of
-from wellcond.report.findings import Coverage, Finding, Grade, Status, failed_finding, sort_key
+from wellcond.files.pieces import pieces_of
+from wellcond.report.findings import Coverage, Finding, Grade, Status, sort_key
 from wellcond.report.not_finite import NotFinite
 from wellcond.report.report import AuditReport
 from wellcond.text import and_more, versions
@@ -45,71 +44,48 @@ def audit(
 ) -> AuditReport:
     """Measures every weight of a model, or of a checkpoint without loading it whole.
 
-    All arithmetic is float64 on the CPU. The singular values come from the smaller Gram matrix,
-    from inverse iteration and an SVD where that does not resolve sigma_nu, and of weights with
-    nu >= 2048 only the extremes, by Krylov spaces; each finding says which. kappa was right to 1e-6
-    up to 1e5 (`wellcond bench audit`). Nothing of the model is touched.
-
-    A model is read by its modules: convolution kernels as (out, in/groups * kernel), of several
-    groups as one block-diagonal map, attention's in_proj as its three blocks, gates of recurrent
-    cells, parametrized weights by their value. So are those that `spectral_norm`, `weight_norm` and
-    `prune` of torch.nn.utils compute; of a layer with a forward of its own it is the weight that
-    the forward hands to the product, found by a forward pass of a copy. Embeddings and parameters
-    of unknown modules are skipped unless their exact name is included.
-
-    A file has no classes, so names decide first, then the tensors of the same module, then shapes;
-    a guess is called one in its row. Left out by name, and taken by their exact name alone, are
-    embeddings, tokens, positions, fixed transforms, masks, normalisations over several axes and
-    parameters that are exponentiated. Slices of larger tensors and codes of quantised weights,
-    whatever their dtype, are never measured. Query, key and value are cut where a name or
-    config.json says their order, gates and experts by names and shapes that fit. A `kernel` has
-    its inputs first, as Keras and Flax store it; a weight of 3 dimensions is a kernel if it is
-    called "conv", if its bias has as many entries as it has outputs, or if its last side is small,
-    else a stack; of 4 and more a kernel, of one group. Tied weights count once.
+    All arithmetic is float64 on the CPU, and the model is not changed. Each finding names the
+    method that found its singular values; kappa was right to 1e-6 up to 1e5 (`wellcond bench
+    audit`). A model is read by its modules, and measured by the weights that act in eval mode. A
+    file has no modules: names decide which tensors are weights, then the tensors beside them, then
+    shapes; the row of a guess says that it is one. "Reading an audit" in the documentation says
+    which matrices a tensor holds, and what each number means.
 
     Args:
-        model_or_path: a module, wrapped by torch.compile or DistributedDataParallel or not; or a
-            .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth,
-            .bin, .ckpt, .pth.tar), or a directory of these. Of other Python objects in a file the
-            classes are named and not loaded.
-        certify: enclose sigma_max, sigma_min and kappa of each by `wellcond.certify` as well.
-        include: a pattern (`fnmatch.fnmatchcase`) or several, of names to measure; all if empty.
-        exclude: a pattern or several, of names to leave out.
-        curves: of so many of the worst weights find all singular values, however large they are.
-        progress: called with a `Progress` before each tensor is read: its name, its number, how
-            many there are, and about how long the rest will take. `print` will do.
-        example: what a model is called with: a tensor, a tuple, or a dict of named arguments. One
-            forward pass on it, in eval mode and without gradients, shows on inputs of which size
-            the convolutions act, and each that it reaches is measured as that map, with stride,
-            dilation, padding and groups, under the view "operator" instead of "kernel". That is
-            exact where the kernel sees no input twice, on a torus, and where the dense matrix has
-            at most 4096 singular values; else sigma_max is enclosed and kappa is a lower bound, and
-            the grade is "bounded".
-        heads: measure the heads of attention besides: of head 3 W_Q^T W_K, by which it compares two
-            inputs, as `layers.0.self_attn:qk3`, and W_O W_V, what it carries from one to the other,
-            as `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). Of the many singular
-            values of such a product all but d_head are zero: sigma_nu, kappa and the rest are of
-            these d_head. The detail says what stands between and is left out, such as a rotation by
-            position. Of a file the numbers of heads are read from the config.json beside it. In the
-            coverage heads do not count, and none is certified.
-        base: of a path that is an adapter of low rank (LoRA) the model, or the path of one, that it
-            adapts. To W the adapter adds s B A: measured are `q_proj.weight`, the weight as it is,
-            `q_proj.weight:merged`, W + s B A in float64, and `q_proj.weight:delta`, s B A alone,
-            of which all but r singular values are zero; and how much of the r largest singular
-            values of the sum comes from the adapter. All else of the base is left out. s comes from
-            the adapter_config.json beside the adapter. Without a base there is the delta alone, and
-            a model of PEFT holds its base.
+        model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; or
+            the path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
+            (.pt, .pth, .bin, .ckpt, .pth.tar), or a directory of these. Classes of other Python
+            objects in a file are named, not loaded.
+        certify: also enclose sigma_max, sigma_min and kappa by `wellcond.certify`; not of heads.
+        include: one or more patterns (`fnmatch.fnmatchcase`) of names to measure; all if empty.
+            A weight that is skipped because of its name is measured if a pattern is that name.
+        exclude: one or more patterns of names to leave out.
+        curves: find all singular values of this number of the worst weights, however large.
+        progress: called with a `Progress` before each tensor is read; `print` will do.
+        example: input of the model: a tensor, a tuple, or a dict of named arguments. One forward
+            pass in eval mode shows on which input size each convolution acts, and the convolution
+            is measured as that map, under the view "operator" instead of "kernel". The numbers are
+            exact where the kernel sees no input twice, on a torus, and up to 4096 singular values;
+            else sigma_max is enclosed, kappa is a lower bound, and the grade is "bounded".
+        heads: also measure the heads of attention: W_Q^T W_K of head 3, which compares two inputs,
+            as `layers.0.self_attn:qk3`, and W_O W_V, which carries one to the other, as
+            `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). All numbers are those of
+            the d_head singular values that need not be zero; the detail names what acts in between.
+            A file needs its config.json. Heads do not count in the coverage.
+        base: the model, or its path, that the adapter of low rank (LoRA) at the path adapts. Per
+            weight three rows are measured: `q_proj.weight`, `q_proj.weight:merged`, W + s B A in
+            float64, and `q_proj.weight:delta`, s B A. Without a base only the last is; a model of
+            PEFT holds its base. The rest of the base is left out.
 
     Returns:
-        An `AuditReport`. A weight that could not be measured is a finding that says why. All other
-        floating point tensors that no pattern leaves out, such as biases and embeddings, and the
-        buffers of a model, are searched for NaN and infinity: see `AuditReport.not_finite`.
+        An `AuditReport`. A weight that could not be measured is a finding with the reason. All
+        other floating-point tensors that no pattern leaves out, also the buffers of a model, are
+        searched for NaN and infinity: see `AuditReport.not_finite`.
 
     Raises:
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
-            model does not take the example, there is no attention if heads are asked for, or the
-            base is none for this adapter.
-        FileNotFoundError: the path is not there.
+            model does not take the example, no attention is known, or the base does not fit.
+        FileNotFoundError: the path does not exist.
         TypeError: neither a module nor a path; an example for a path; a base for a model.
 
     Example:
@@ -127,17 +103,9 @@ def audit(
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     source = source_of(model_or_path, example, base)
-    others = [*source.tensors, *(f"{name}:merged" for name, _ in source.adapters)]
-    specs, skipped = select(plan(source, heads), include, exclude, source.skipped, others)
-    sources = [key for key, _ in groupby(specs, key=attrgetter("source"))]
-    counter = Counter(progress, work_of(one.tensor for one in sources))
-    rows = list(measure_rows(specs, certify, counter=counter))
-    tensors = {
-        name: pieces
-        for name, pieces in source.tensors.items()
-        if not match((name,), exclude) and (not include or match((name,), include))
-    }
-    not_finite, unread = _search(tensors, rows, source, skipped)
+    specs, skipped = select(plan(source, heads), include, exclude, source.skipped, source.others)
+    rows = list(measure_rows(specs, certify, progress=progress))
+    not_finite, unread = _search(source, rows, skipped, include, exclude)
     failed = [*source.failed, *unread]
     rows.sort(key=lambda row: sort_key(row[1]))
     _add_curves(rows, curves - len(failed))
@@ -148,21 +116,26 @@ def audit(
 
 
 def _search(
-    tensors: Mapping[str, Pieces],
-    rows: Sequence[Row],
     source: Source,
+    rows: Sequence[Row],
     skipped: Mapping[str, Skipped],
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> tuple[dict[str, NotFinite], list[Finding]]:
-    """What holds NaN or infinity, of these tensors and the measured ones; what is unreadable."""
+    """The tensors that hold NaN or infinity, measured or not, and rows of unreadable ones."""
     of_tensors = [(spec, finding) for spec, finding in rows if spec.source.tensor is not None]
     bad = {spec.name: spec for spec, one in of_tensors if one.status is Status.not_finite}
     finite = {spec.name for spec, _ in of_tensors if spec.covers} - bad.keys()
-    unknown = {name: pieces for name, pieces in tensors.items() if name not in finite}
-    for name in bad.keys() - unknown.keys():  # of a base, or computed
-        unknown[name] = partial(_pieces_of_row, bad[name])
+    tensors = {
+        name: pieces
+        for name, pieces in source.tensors.items()
+        if name not in finite and reason_to_skip([name], include, exclude) is None
+    }
+    for name in bad.keys() - tensors.keys():  # of a base, or computed
+        tensors[name] = partial(_pieces_of_row, bad[name])
     weights = {*bad, *(part for _, adapter in source.adapters for part in adapter.parts)}
     weights |= {name for name, why in skipped.items() if why.reason.of_adapter}
-    found, unread = not_finite_in(unknown, source.masks, weights)
+    found, unread = not_finite_in(tensors, source.masks, weights)
     return found, [failed_finding(name, "", why) for name, why in unread.items()]
 
 

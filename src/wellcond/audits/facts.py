@@ -6,6 +6,7 @@ kappa = sigma_1/sigma_nu.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -70,9 +71,7 @@ def with_comparison(finding: Finding) -> Finding:
     if not real or len(finding.shape) != 2 or finding.nu < 2 or math.isnan(finding.largest_entry):
         return finding
     shape, kappa = finding.shape, finding.condition_number
-    limit, change = 10.0, math.nan
-    while exceedance(shape, limit) > USUAL:
-        limit *= 10
+    limit, change = _usual_limit(shape), math.nan
     if finding.singular_values and kappa > limit:
         sigma = torch.tensor(finding.singular_values, dtype=torch.float64, device="cpu")
         sigma = sigma / finding.sigma_max
@@ -85,6 +84,15 @@ def with_comparison(finding: Finding) -> Finding:
         repair_limit=math.nan if math.isnan(change) else limit,
         repair_change=change,
     )
+
+
+@functools.cache  # networks have few shapes
+def _usual_limit(shape: tuple[int, ...]) -> float:
+    """The least power of ten that few random matrices of this shape exceed."""
+    limit = 10.0
+    while exceedance(shape, limit) > USUAL:
+        limit *= 10
+    return limit
 
 
 def _widest_gap(finding: Finding) -> tuple[int, float]:

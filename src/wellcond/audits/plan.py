@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wellcond.audits.sources import Source
-from wellcond.operators.convolution import Convolution, Geometry
+from wellcond.operators.convolution import Convolution
 from wellcond.operators.product import Product
 from wellcond.operators.views import View, shape_of
 from wellcond.report.findings import MERGED
@@ -31,7 +31,7 @@ from wellcond.weights.reasons import Reason, Skipped
 
 @dataclass(frozen=True)
 class RowSource:
-    """What rows are taken from; it is read once for all of them.
+    """What the rows beside each other share.
 
     Attributes:
         name: by which progress calls it.
@@ -52,10 +52,9 @@ class RowSpec:
         name: of its tensor, or of its module of attention.
         view: which matrix it is; "" if there is only one.
         aliases: what a pattern may match.
-        source: of this and of the rows beside it.
+        source: what is read for this row and for those beside it.
         matrix: from what the source reads to the matrix that is measured.
         note: what a reader must know of it.
-        stored: whether it is a part of a parameter as it stands.
         covers: whether it stands for parameters of the model or file itself.
         reason: why it is left out unless an exact name asks for it.
     """
@@ -66,7 +65,6 @@ class RowSpec:
     source: RowSource
     matrix: Callable[[Any], Measurable]
     note: str = ""
-    stored: bool = True
     covers: bool = True
     reason: Skipped | None = None
 
@@ -76,55 +74,29 @@ class RowSpec:
         return f"{self.name}:{self.view}" if self.view else self.name
 
 
-# --- what is computed from what is stored ---------------------------------------------------------
-
-
-class Adapted:
-    """A weight and what its adapters add to it, which is computed when it is first needed."""
-
-    def __init__(self, W: Tensor, adapters: Sequence[Adapter]) -> None:
-        self.W, self.adapters = W.detach().cpu(), adapters
-
-    @cached_property
-    def change(self) -> Tensor:
-        first, *others = (adapter.change(self.W) for adapter in self.adapters)
-        return sum(others, first)
-
-    @cached_property
-    def total(self) -> Tensor:
-        return self.W.double() + self.change
-
-    @property
-    def rank(self) -> int:
-        return sum(adapter.product().nu for adapter in self.adapters)
-
-
 class Merged:
-    """W + s B A through a view of W."""
+    """A view of W with what its adapters add."""
 
     dtype = torch.float64
 
-    def __init__(self, adapted: Adapted, view: View) -> None:
-        self.adapted, self.view = adapted, view
-        self.shape = shape_of(view, adapted.W)
+    def __init__(self, W: Tensor, view: View, adapters: Sequence[Adapter]) -> None:
+        self.W, self.view, self.adapters = W.detach().cpu(), view, adapters
+        self.shape = shape_of(view, W)
 
 
 class Delta:
-    """s B A: a product, its scale, and whether DoRA scales the rows of the sum."""
+    """s B A of an adapter."""
 
     def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
         try:
             self.product = adapter.product()
         except IndexError:
             raise UnknownAdapterError("one of its factors is a vector") from None
-        self.scale, self.dora = adapter.setting.scale, adapter.magnitude is not None
         self.shape, self.dtype = self.product.shape, self.product.dtype
 
 
 Measurable = Tensor | Product | Convolution | Merged | Delta
-
-
-# --- planning -------------------------------------------------------------------------------------
 
 
 def plan(source: Source, heads: bool = False) -> list[RowSpec]:
@@ -136,7 +108,7 @@ def plan(source: Source, heads: bool = False) -> list[RowSpec]:
     specs: list[RowSpec] = []
     for one in source.matrices:
         specs += rows_of_tensor(one, source.skipped.get(one.name))
-    specs += (row_of_adapter(*one) for one in source.adapters)
+    specs += (_row_of_adapter(*one) for one in source.adapters)
     for one in source.bases:
         specs += rows_of_tensor(one, covers=False)
     if heads:
@@ -147,7 +119,7 @@ def plan(source: Source, heads: bool = False) -> list[RowSpec]:
                 "known. Leave it out, or call the projections q_proj, k_proj, v_proj and o_proj."
             )
         for attention in attentions:
-            specs += rows_of_attention(attention, value)
+            specs += _rows_of_attention(attention, value)
     return specs
 
 
@@ -155,39 +127,25 @@ def rows_of_tensor(
     one: Matrices, reason: Skipped | None = None, covers: bool = True
 ) -> Iterator[RowSpec]:
     """The rows of a tensor, then those of its sum with its adapters."""
+    source = RowSource(one.name, one.read, one)
     parts = [part for adapter in one.adapters for part in adapter.parts]
     views = single_views(one.views, one.shape)
-    read = (lambda: Adapted(one.read(), one.adapters)) if parts else one.read
-    source = RowSource(one.name, read, one)
-
-    def names(*labels: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*one.aliases, *labels, *parts)))
-
     for name, view in views.items():
         matrix: Callable[[Any], Measurable] = view
-        note, stored = one.note, one.stored
+        note = one.note
         if one.geometry is not None:
-            name, matrix = "operator", partial(_convolution, geometry=one.geometry)
-            note, stored = joined(note, "without its adapter" if parts else ""), True
-        label = f"{one.name}:{name}" if name else one.name
-        matrix = partial(_unadapted, matrix) if parts else matrix
-        yield RowSpec(one.name, name, names(label), source, matrix, note, stored, covers, reason)
+            name, matrix = "operator", partial(Convolution, geometry=one.geometry)
+            note = joined(note, "without its adapter" if parts else "")
+        aliases = (*one.aliases, f"{one.name}:{name}", *parts)
+        yield RowSpec(one.name, name, aliases, source, matrix, note, covers, reason)
     for name, view in views.items() if parts else ():
         merged = f"{name}:{MERGED}".lstrip(":")
-        aliases = names(f"{one.name}:{merged}", f"{one.name}:{MERGED}")
-        matrix = partial(Merged, view=view)
+        aliases = (*one.aliases, f"{one.name}:{merged}", f"{one.name}:{MERGED}", *parts)
+        matrix = partial(Merged, view=view, adapters=one.adapters)
         yield RowSpec(one.name, merged, aliases, source, matrix, covers=False, reason=reason)
 
 
-def _unadapted(matrix: Callable[[Tensor], Measurable], adapted: Adapted) -> Measurable:
-    return matrix(adapted.W)
-
-
-def _convolution(kernel: Tensor, geometry: Geometry) -> Convolution:
-    return Convolution(kernel.detach().cpu(), geometry)
-
-
-def row_of_adapter(name: str, adapter: Adapter) -> RowSpec:
+def _row_of_adapter(name: str, adapter: Adapter) -> RowSpec:
     """The row of what an adapter adds to the weight of this name."""
     view = "delta" if adapter.name in ("", "default") else f"delta.{adapter.name}"
     dora = "DoRA brings the rows of the sum to other lengths besides"
@@ -197,7 +155,7 @@ def row_of_adapter(name: str, adapter: Adapter) -> RowSpec:
     return RowSpec(name, view, aliases, source, lambda delta: delta, note)
 
 
-def rows_of_attention(attention: Attention, value: Value) -> Iterator[RowSpec]:
+def _rows_of_attention(attention: Attention, value: Value) -> Iterator[RowSpec]:
     """The rows of its heads, and one for each kind of which no head is known."""
     source = RowSource(attention.name, lambda: cache(value))  # reads what a head first needs
     rows = [(one.view, partial(_head, attention, one.view), one.note) for one in attention.heads]
@@ -217,9 +175,6 @@ def _unknown(why: str, value: Value) -> Product:
     raise Unknown(why)
 
 
-# --- selection ------------------------------------------------------------------------------------
-
-
 def as_patterns(given: str | Sequence[str]) -> Sequence[str]:
     """The patterns; a text is one of them."""
     return [given] if isinstance(given, str) else given
@@ -230,6 +185,15 @@ def match(names: Collection[str], patterns: Sequence[str]) -> list[str]:
     return [p for p in patterns if any(fnmatchcase(name, p) for name in names)]
 
 
+def reason_to_skip(
+    names: Collection[str], include: Sequence[str], exclude: Sequence[str]
+) -> Skipped | None:
+    """Why the patterns leave out what has these names; None if they do not."""
+    if excluded := match(names, exclude):
+        return Skipped(Reason.excluded, f'"{excluded[0]}"')
+    return Skipped(Reason.unmatched) if include and not match(names, include) else None
+
+
 def select(
     specs: Sequence[RowSpec],
     include: Sequence[str],
@@ -237,48 +201,45 @@ def select(
     skipped: Mapping[str, Skipped],
     others: Collection[str] = (),
 ) -> tuple[list[RowSpec], dict[str, Skipped]]:
-    """The rows to measure, and what is skipped then.
+    """The rows to measure, and with their reasons the tensors, or rows of tensors, left out.
 
     Args:
         specs: all rows.
         include: patterns of rows to measure; all if empty.
         exclude: patterns of rows to leave out.
-        skipped: what has no row, or one with the same reason, by name.
-        others: names of what has no row, which a pattern of `exclude` may match as well.
+        skipped: the reasons before the selection, by name.
+        others: names without a row that a pattern of `exclude` may match.
 
     Raises:
         ValueError: a pattern matches nothing.
     """
+    used = {p for row in specs for p in match(row.aliases, [*include, *exclude])}
+    unused = {*include, *exclude} - used - {p for p in exclude if match(others, [p])}
     wanted: list[RowSpec] = []
     left_out = dict(skipped)
-    unused = {*include, *(pattern for pattern in exclude if not match(others, [pattern]))}
     for source, group in groupby(specs, key=attrgetter("source")):
-        reasons: dict[str, Skipped] = {}
-        rows = list(group)
-        for row in rows:
-            included, excluded = match(row.aliases, include), match(row.aliases, exclude)
-            unused.difference_update(included, excluded)
-            if excluded:
-                reasons[row.label] = Skipped(Reason.excluded, f'"{excluded[0]}"')
-            elif include and not included:
-                reasons[row.label] = Skipped(Reason.unmatched)
-            elif row.reason is not None and not set(included) & set(row.aliases):
-                reasons[row.label] = row.reason
-            else:
+        own: dict[str, Skipped | None] = {}
+        for row in group:
+            why = reason_to_skip(row.aliases, include, exclude)
+            if why is None and row.reason is not None and set(include).isdisjoint(row.aliases):
+                why = row.reason
+            if why is None:
                 wanted.append(row)
-        own = {row.label: reasons.get(row.label) for row in rows if row.covers and source.tensor}
-        if own and None not in own.values():
-            left_out |= {source.name: next(iter(own.values()))}
+            if row.covers and source.tensor is not None:
+                own[row.label] = why
+        left = {label: why for label, why in own.items() if why is not None}
+        if left and len(left) == len(own):
+            left_out[source.name] = next(iter(left.values()))
         elif own:
             left_out.pop(source.name, None)
-            left_out |= {label: why for label, why in own.items() if why is not None}
+            left_out |= left
     if unused:
-        tensors = (spec.name for spec in specs if spec.covers and spec.source.tensor)
+        tensors = (row.name for row in specs if row.covers and row.source.tensor is not None)
         names = list(dict.fromkeys(tensors))
-        why = [f"{n} is left out: {left_out[n]}" for n in sorted(unused & left_out.keys())]
+        hints = [f"{n} is left out: {left_out[n]}" for n in sorted(unused & left_out.keys())]
         raise ValueError(
             f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
-            f"matches none. {''.join(f'{one}. ' for one in why)}"
+            f"matches none. {''.join(f'{one}. ' for one in hints)}"
             f"The weights are {and_more(names)}.{of_modules(unused, names)}"
         )
     return wanted, left_out

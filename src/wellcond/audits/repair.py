@@ -44,41 +44,40 @@ def repair(
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
 
-    The weights are those of an audit, and are named in the same way: of a fused projection each
-    block has a limit of its own (`attn.qkv.weight:q`), and of a stack each matrix; a convolution is
-    its flattened kernel, as if of one group, as a file does not say how many there are.
+    The weights have the names that they have in an audit: of a fused projection each block has a
+    limit of its own (`attn.qkv.weight:q`), of a stack each matrix. A convolution is its flattened
+    kernel of one group, because a file does not say how many groups there are.
 
     A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
-    kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
-    holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
-    one has no condition number and stays zero. A complex weight is left as it is, and so are the
-    factors of an adapter of low rank, which act by their product. All other tensors and the
-    metadata of a safetensors file are kept byte for byte, of a file of torch.save value for value,
-    Python objects beside them as they are, and who may read it.
+    kappa <= K/(1 + margin); margin is the smallest that was found for which kappa <= K still holds
+    after rounding to the dtype of the file. A rank-deficient weight gets full rank. A zero weight,
+    which has no condition number, a complex one and the factors of an adapter of low rank, which
+    act by their product, stay as they are. All other tensors and the metadata are kept: of a
+    safetensors file byte for byte, of a file of torch.save value for value, with the Python objects
+    beside them; and so are the permissions.
 
-    The copy is written into a temporary folder and renamed; nothing is ever overwritten,
-    and of two repairs that want the same name one fails. A repair that is killed leaves that
-    folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
+    The copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
+    repairs to the same path one fails. A repair that is killed leaves `.wellcond-unfinished-*`
+    beside path_out, which the next repair to that path removes.
 
     Args:
-        path_in: whatever `wellcond.audit` reads.
-        path_out: a file of the same format that is not there yet; of a directory or a sharded
-            checkpoint a directory, outside of the one that is read.
+        path_in: what `wellcond.audit` reads.
+        path_out: a new file of the same format; for a directory or a sharded checkpoint a new
+            directory outside of it.
         max_condition: K, at least 1.
-        include: a pattern (`fnmatch.fnmatchcase`) or several, of names to repair; all if empty.
-        exclude: a pattern or several, of names to leave alone.
-        progress: called with a `Progress` before each tensor is read: its name, its number, how
-            many there are, and about how long the rest will take. `print` will do.
+        include: one or more patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
+        exclude: one or more patterns of names to leave as they are.
+        progress: called with a `Progress` before each tensor is read; `print` will do.
 
     Raises:
-        ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
-            the limit, as K < 1.004 or so in bfloat16; tensors that overlap, neither a part of the
-            other; a pattern that matches nothing; an unreadable file; Python objects in a file that
-            is compressed or older than torch 1.6; path_out inside the directory that is read, or
-            with the ending of another format. Nothing is written.
-        FileExistsError: path_out is there already.
+        ValueError: max_condition < 1; a weight is not finite, or no margin brings it below the
+            limit, as for K < 1.004 or so in bfloat16; tensors overlap, neither a part of the other;
+            a pattern matches nothing; a file is unreadable; a file with Python objects is
+            compressed or older than torch 1.6; path_out lies inside the directory that is read, or
+            has the ending of another format. Nothing is written.
+        FileExistsError: path_out exists.
         NotADirectoryError: a part of path_out is a file.
-        OSError: path_out cannot be written, as on a full disk. Nothing is left of it.
+        OSError: path_out cannot be written, as on a full disk. Nothing of it is left.
         MemoryError: there is not enough for a weight, which is named. Nothing is written.
 
     Example:
@@ -99,8 +98,8 @@ def repair(
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
     source = source_of_file(checkpoint)
     # To limit each factor would limit nothing that acts.
-    factors = {name for _, adapter in source.adapters for name in adapter.parts}
-    unserved = dict.fromkeys(factors - source.skipped.keys(), Skipped(Reason.factor))
+    factors = (name for _, adapter in source.adapters for name in adapter.parts)
+    unserved = {n: Skipped(Reason.factor) for n in factors if n not in source.skipped}
     entries = {name: entry for name, (_, entry) in checkpoint.where.items()}
     specs: list[RowSpec] = []
     for one in checkpoint.matrices():
@@ -149,7 +148,8 @@ def repair(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
                 f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
-    others = {name: read for name, read in source.tensors.items() if name not in wanted}
+    changed = wanted.keys() - {spec.name for spec in specs if spec.label in skipped}  # as a whole
+    others = {name: read for name, read in source.tensors.items() if name not in changed}
     left = {n for n, e in entries.items() if e.skipped is None or e.skipped.reason.of_adapter}
     not_finite, _ = not_finite_in(others, source.masks, left)
     return RepairReport(repairs, skipped, float(max_condition), versions(), not_finite)

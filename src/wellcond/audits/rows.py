@@ -7,7 +7,7 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, singledispatch
 from itertools import groupby
@@ -21,7 +21,7 @@ from wellcond.audits.acting import acting
 from wellcond.audits.attempt import Trouble, attempt
 from wellcond.audits.facts import stored_numbers, with_comparison, with_entries
 from wellcond.audits.plan import Delta, Measurable, Merged, RowSpec
-from wellcond.audits.progress import Counter
+from wellcond.audits.progress import Counter, ProgressCallback, work_of
 from wellcond.linalg.certify import certificate_of_blocks, certify
 from wellcond.linalg.checks import check_matrices
 from wellcond.linalg.interval import Interval
@@ -44,37 +44,39 @@ _DRAWN = 4096
 
 
 def measure_rows(
-    specs: Iterable[RowSpec],
+    specs: Sequence[RowSpec],
     certify: bool = False,
     all_values: bool = False,
-    counter: Counter | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Iterator[Row]:
     """A finding for each row; rows of one source that follow each other share one reading.
 
     With `all_values` all singular values are computed, whatever the size of a matrix.
     """
-    for source, group in groupby(specs, key=attrgetter("source")):
-        if counter is not None:
-            counter.next(source.name)
-        yield from _measure_source(source.read, group, certify, all_values)
+    groups = [(source, [*rows]) for source, rows in groupby(specs, key=attrgetter("source"))]
+    counter = Counter(progress, work_of(source.tensor for source, _ in groups))
+    for source, rows in groups:
+        counter.next(source.name)
+        yield from _measure_source(source.read, rows, certify, all_values)
 
 
 def _measure_source(
-    read: Any, specs: Iterable[RowSpec], certify: bool, all_values: bool
+    read: Callable[[], Any], specs: Iterable[RowSpec], certify: bool, all_values: bool
 ) -> Iterator[Row]:
     values = attempt(read)  # they are let go before the next source is read
     for spec in specs:
+        tensor = spec.source.tensor
+        row = Finding(spec.name, spec.view, (0, 0), "", stored=tensor is None or tensor.stored)
         S = values if isinstance(values, Trouble) else attempt(partial(spec.matrix, values))
-        finding = Finding(spec.name, spec.view, (0, 0), "", stored=spec.stored)
         found: Finding | Trouble
         if isinstance(S, Trouble):
             found = S
         else:
             dtype = str(S.dtype).removeprefix("torch.")
-            finding = replace(finding, shape=tuple(S.shape), dtype=dtype)
-            found = attempt(partial(_measured, S, finding, certify, all_values))
+            row = replace(row, shape=tuple(S.shape), dtype=dtype)
+            found = attempt(partial(_measured, S, row, certify, all_values))
         if isinstance(found, Trouble):
-            yield spec, replace(finding, status=Status.failed, detail=found)
+            yield spec, replace(row, status=Status.failed, detail=found)
         else:
             found = replace(found, detail=joined(found.detail, spec.note))
             yield spec, with_comparison(found)
@@ -205,11 +207,13 @@ def _extreme_groups(spectra: Sequence[Spectrum]) -> str:
 @_measured.register
 def _of_merged(S: Merged, finding: Finding, want_certificate: bool, all_values: bool) -> Finding:
     """Also how much of the leading singular values of the sum comes from the adapters."""
-    total, change = S.view(S.adapted.total), S.view(S.adapted.change)
+    first, *others = (adapter.change(S.W) for adapter in S.adapters)
+    change: Tensor = sum(others, first)
+    total, part = S.view(S.W.double() + change), S.view(change)
     found = _of_matrix(total, finding, want_certificate, all_values)
     if found.status not in (Status.ok, Status.rank_deficient) or total.ndim > 2:
         return found
-    of_it = added(total, change, S.adapted.rank)
+    of_it = added(total, part, sum(adapter.product().nu for adapter in S.adapters))
     return replace(found, added_share=of_it.share, added_new=of_it.new, added_of=of_it.among)
 
 
@@ -249,17 +253,17 @@ def _of_product(S: Product, finding: Finding, *_options: bool) -> Finding:
 
 
 @_measured.register
-def _of_delta(S: Delta, finding: Finding, *_options: bool) -> Finding:
+def _of_delta(S: Delta, finding: Finding, *options: bool) -> Finding:
     entries = S.product.B.numel() + S.product.A.numel()
-    found = _of_product(S.product, replace(finding, entries=entries))
+    found = _of_product(S.product, replace(finding, entries=entries), *options)
     if found.status is Status.not_finite:
         return found
-    if not S.dora and (found.status is Status.zero or S.scale == 0):
-        return replace(found, status=Status.fresh, detail="")
-    scale = 1.0 if math.isnan(S.scale) else abs(S.scale)
+    scale, found = S.adapter.setting.scale, replace(found, detail="")
+    if S.adapter.magnitude is None and (found.status is Status.zero or scale == 0):
+        return replace(found, status=Status.fresh)
+    scale = 1.0 if math.isnan(scale) else abs(scale)
     return replace(
         found,
-        detail="",
         sigma_max=scale * found.sigma_max,
         sigma_min=scale * found.sigma_min,
         penalty=scale * scale * found.penalty,
@@ -272,6 +276,7 @@ def _of_delta(S: Delta, finding: Finding, *_options: bool) -> Finding:
 
 @_measured.register
 def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Finding:
+    S = Convolution(S.kernel.detach().cpu(), S.geometry)
     finding = replace(finding, entries=S.kernel.numel())
     if bad := _not_finite(S.kernel):
         detail = f"{bad} of {S.kernel.numel()} entries"

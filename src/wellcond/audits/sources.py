@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from wellcond.audits.attempt import failed_finding
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.pieces import Pieces, pieces_of
 from wellcond.files.tensors import Entry, TensorFile
-from wellcond.report.findings import MERGED, Finding, failed_finding
+from wellcond.report.findings import MERGED, Finding
 from wellcond.text import and_more, joined, last_part
 from wellcond.weights.adapters import (
     Adapter,
@@ -66,6 +67,11 @@ class Source:
     failed: list[Finding] = field(default_factory=list)
     adapters: list[tuple[str, Adapter]] = field(default_factory=list)
     bases: list[Matrices] = field(default_factory=list)
+
+    @property
+    def others(self) -> list[str]:
+        """Names that may have no row: of all tensors, and of sums for which there is no base."""
+        return [*self.tensors, *(f"{name}:{MERGED}" for name, _ in self.adapters)]
 
 
 def source_of(
@@ -207,7 +213,8 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     """
     parts = {name for adapter in adapters for name in adapter.parts}
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
-    others = _other_adapters(source)
+    others = source.skipped | adapter_parameters(source.skipped, {})
+    others = {name: why for name, why in others.items() if why.reason is Reason.adapter}
     for weight, one in matrices.items():
         of = find_other_adapter(weight, others)
         if of and weight.partition(".base_layer.")[0] not in idle:
@@ -220,16 +227,6 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
             one = matrices[name]
             matrices[name] = replace(one, adapters=(*one.adapters, adapter))
     return replace(source, matrices=list(matrices.values()))
-
-
-def _other_adapters(source: Source) -> dict[str, Skipped]:
-    """The parameters of adapters that are no pair of factors."""
-    by_config = {n: why for n, why in source.skipped.items() if why.reason is Reason.adapter}
-    return {
-        name: why
-        for name, why in (adapter_parameters(source.skipped, {}) | by_config).items()
-        if why.reason is Reason.adapter
-    }
 
 
 def _with_base(source: Source, base: Source) -> Source:

@@ -228,11 +228,6 @@ class Finding:
         return plain
 
 
-def failed_finding(name: str, view: str, why: str) -> Finding:
-    """The row of what could not be measured."""
-    return Finding(name, view, (0, 0), "", status=Status.failed, detail=why)
-
-
 @dataclass(frozen=True)
 class Coverage:
     """What the findings stand for.

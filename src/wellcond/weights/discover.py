@@ -222,77 +222,46 @@ def refuse_programs(model: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter under all of its names, and the matrices in it.
+def find_weights(
+    model: nn.Module, complex_values: bool = False, fused: Mapping[Place, Views] | None = None
+) -> Found:
+    """All weights of a model in the order of its parameters, tied ones once.
 
-    Attributes:
-        aliases: its names, in the order of the modules.
-        places: where it is found, in the order of the names.
-        value: the parameter.
-        views: of its matrices by name, "" if there is only one; empty if it cannot hold any.
-        reason: why it is left out; where it has views, its exact name takes it nevertheless.
-    """
-
-    aliases: tuple[str, ...]
-    places: tuple[Source, ...]
-    value: nn.Parameter
-    views: Mapping[str, View]
-    reason: Skipped | None = None
-
-
-def find_parameters(
-    model: nn.Module, fused: Mapping[Place, Views], complex_values: bool = False
-) -> list[Parameter]:
-    """All parameters of a model in its order, tied ones once.
-
-    Those of complex numbers have views only where `complex_values` asks for it. `fused` are the
-    views of `fused_projections`.
+    Those of complex numbers are among them only where `complex_values` asks for it. `fused` are the
+    views of `fused_projections`, for a caller that has found them.
     """
     refuse_programs(model)
-    found: dict[int, tuple[nn.Parameter, dict[str, Source]]] = {}
-    for name, module, attribute, parameter in named_parameters(model):
-        _, places = found.setdefault(id(parameter), (parameter, {}))
-        places.setdefault(name, Source(module, attribute))
-    parameters = []
-    for value, places in found.values():
-        aliases = tuple(places)
-        views: Mapping[str, View] = {}
-        reason = why_unfit(value, aliases)
-        if reason is None or (complex_values and value.is_complex()):
-            known = [views_of(p.owner, p.attribute, value, fused) for p in places.values()]
-            views, reason = _decide(known, value)
-        parameters.append(Parameter(aliases, tuple(places.values()), value, views, reason))
-    return parameters
+    names: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+    for occurrence in named_parameters(model):
+        occurrences = names.setdefault(id(occurrence[-1]), [])
+        if all(occurrence[0] != other[0] for other in occurrences):
+            occurrences.append(occurrence)
 
-
-def _decide(
-    known: Sequence[Mapping[str, View] | Skipped], value: Tensor
-) -> tuple[Mapping[str, View], Skipped | None]:
-    """Views and reason of a parameter, by what each of its owners makes of it."""
-    embedding = Skipped(Reason.embedding)
-    # One owner that looks rows up makes it an embedding; else one that knows the use decides.
-    uses = (views for views in known if not isinstance(views, Skipped))
-    found = embedding if embedding in known else next(uses, known[0])
-    if not isinstance(found, Skipped):
-        return found, None
-    matrix = not found.reason.no_matrix or found.reason is Reason.component
-    return ({"": STORED} if matrix and value.ndim > 1 else {}), found
-
-
-def find_weights(model: nn.Module) -> Found:
-    """All weights of a model in the order of its parameters, tied ones once."""
+    fused = fused_projections(model) if fused is None else fused
     weights: list[Weight] = []
     others: dict[str, Skipped] = {}
-    for one in find_parameters(model, fused_projections(model)):
-        name, (first, *tied) = one.aliases[0], one.places
-        if not one.views and one.reason is not None:
-            others[name] = one.reason
-        for label, view in one.views.items():
-            own = f"{name}:{label}" if label else name
-            seen = tuple(f"{alias}:{label}" for alias in one.aliases if label)
-            aliases = one.aliases + seen
-            weights.append(Weight(own, aliases, (first,), view, one.reason, tuple(tied)))
+    for occurrences in names.values():
+        parameter, aliases = occurrences[0][-1], tuple(name for name, *_ in occurrences)
+        first, *tied = (Source(owner, slot) for _, owner, slot, _ in occurrences)
+        why = why_unfit(parameter, aliases)
+        if why is not None and not (complex_values and parameter.is_complex()):
+            others[aliases[0]] = why
+            continue
+        views = [views_of(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
+        # One owner that looks rows up makes it an embedding; else one that knows the use decides.
+        known = (view for view in views if not isinstance(view, Skipped))
+        embedding = Skipped(Reason.embedding)
+        found = embedding if embedding in views else next(known, views[0])
+        why = found if isinstance(found, Skipped) else None
+        if why is not None and (
+            parameter.ndim < 2 or (why.reason.no_matrix and why.reason is not Reason.component)
+        ):
+            others[aliases[0]] = why
+            continue
+        for label, view in {"": STORED}.items() if isinstance(found, Skipped) else found.items():
+            own = tuple(f"{alias}:{label}" for alias in aliases if label)
+            name, *_ = own or aliases
+            weights.append(Weight(name, aliases + own, (first,), view, why, tuple(tied)))
     others |= {name: why for name, why, _ in quantised_weights(model)}
     return Found(weights, others)
 
@@ -307,8 +276,8 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Skipped, int]]:
             codes = read() if callable(read) else None
             each = {method: codes} if isinstance(codes, Tensor) else codes or {}
             for name, tensor in each.items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                yield join_path(prefix, name), Skipped(Reason.codes, dtype), tensor.numel()
+                why = Skipped(Reason.codes, str(tensor.dtype).removeprefix("torch."))
+                yield join_path(prefix, name), why, tensor.numel()
 
 
 def why_unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -22,8 +23,9 @@ from wellcond.text import joined, quoted
 from wellcond.weights.computed import computed_weight, computed_weights, part_of
 from wellcond.weights.discover import (
     Source,
-    find_parameters,
+    find_weights,
     join_path,
+    named_parameters,
     quantised_weights,
     views_of,
     why_unfit,
@@ -46,37 +48,58 @@ def effective_matrices(
         The matrices; by its name the reason for each other tensor; the number of entries of all
         parameters.
     """
-    geometries = acting or {}
     fused = fused_projections(model)
+    found = find_weights(model, complex_values=True, fused=fused)
     matrices: list[Matrices] = []
     rest: dict[str, Skipped] = {}
-    total = 0
 
     def add(
         aliases: Sequence[str], places: Sequence[Source], value: Tensor, views: Mapping[str, View]
     ) -> None:
-        place = places[0].owner, places[0].attribute
+        name, module, attribute = aliases[0], places[0].owner, places[0].attribute
         if is_sharded(value):
-            rest[aliases[0]] = Skipped(Reason.sharded)
-        elif value.is_meta:
-            rest.setdefault(aliases[0], Skipped(Reason.no_values))
-        else:
-            note, geometry = fused.get(place, Views()).note, geometries.get(places[0].owner)
-            matrices.append(_matrices_of(aliases, places, value, views, note, geometry))
+            rest[name] = Skipped(Reason.sharded)
+            return
+        if value.is_meta:
+            rest.setdefault(name, Skipped(Reason.no_values))
+            return
+        own, geometry = _look_at(module, attribute, value, (acting or {}).get(module))
+        note = joined(own, _note_of_tied(aliases, places, value))
+        if computed := part_of(module, attribute):
+            note = f"a part from which {computed.attribute} is computed, and not what acts"
+        acts = own == COMPUTED
+        matrices.append(
+            Matrices(
+                name,
+                tuple(aliases),
+                tuple(value.shape),
+                views,
+                partial(_acting_value if acts else value_of, module, attribute),
+                geometry,
+                note=joined(fused.get((module, attribute), Views()).note, note),
+                stored=attribute not in _effective_attributes(module) and not acts,
+            )
+        )
 
-    for one in find_parameters(model, fused, complex_values=True):
-        if one.reason is not None and one.reason.reason is Reason.parametrized:
-            continue  # its value stands for it
-        first = one.places[0]
-        if not is_lazy(one.value) and part_of(first.owner, first.attribute) is None:
-            total += one.value.numel()
-        if one.reason is not None:
-            rest[one.aliases[0]] = one.reason
-        if one.views:
-            add(one.aliases, one.places, one.value.detach(), one.views)
-    for name, codes, size in quantised_weights(model):
-        rest[name] = codes
-        total += size
+    # What is computed counts instead of its parts.
+    sizes = {
+        name: 0 if part_of(module, attribute) or is_lazy(parameter) else parameter.numel()
+        for name, module, attribute, parameter in named_parameters(model)
+    }
+    total = sum(size for _, _, size in quantised_weights(model))
+    for _, group in groupby(found.weights, key=lambda weight: weight.sources):
+        weights = list(group)
+        first, name = weights[0], weights[0].aliases[0]
+        views = {weight.name.removeprefix(name)[1:]: weight.view for weight in weights}
+        if first.reason is not None:
+            rest[name] = first.reason
+        total += sizes[name]
+        aliases = [alias for alias in first.aliases if ":" not in alias]
+        add(aliases, (*first.sources, *first.tied), first.parameters[0].detach(), views)
+    for name, skipped in found.others.items():
+        if skipped.reason is not Reason.parametrized:
+            rest[name] = skipped
+            total += sizes.get(name, 0)
     for prefix, module in model.named_modules():
         for attribute in _effective_attributes(module):
             name = join_path(prefix, attribute)
@@ -94,34 +117,6 @@ def effective_matrices(
             else:
                 add((name,), (Source(module, attribute),), value, known)
     return matrices, rest, total
-
-
-def _matrices_of(
-    aliases: Sequence[str],
-    places: Sequence[Source],
-    value: Tensor,
-    views: Mapping[str, View],
-    note: str,
-    geometry: Geometry | None,
-) -> Matrices:
-    """A tensor that has this value now, with what is to be known of it."""
-    module, attribute = places[0].owner, places[0].attribute
-    own, geometry = _look_at(module, attribute, value, geometry)
-    computed = part_of(module, attribute)
-    if computed is not None:
-        more = f"a part from which {computed.attribute} is computed, and not what acts"
-    else:
-        more = joined(own, _note_of_tied(aliases, places, value))
-    return Matrices(
-        aliases[0],
-        tuple(aliases),
-        tuple(value.shape),
-        views,
-        partial(_acting_value if own == COMPUTED else value_of, module, attribute),
-        geometry,
-        note=joined(note, more),
-        stored=attribute not in _effective_attributes(module) and own != COMPUTED,
-    )
 
 
 def _effective_attributes(module: nn.Module) -> list[str]:

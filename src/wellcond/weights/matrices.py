@@ -77,6 +77,4 @@ class ViewsByName(dict[str, View]):
         return {name: view(tensor) for name, view in views.items()}
 
 
-def seen_through(views: Mapping[str, View]) -> ViewsByName:
-    """These views, which can be called."""
-    return ViewsByName(views)
+seen_through = ViewsByName
