@@ -86,7 +86,7 @@ def with_comparison(finding: Finding) -> Finding:
     )
 
 
-@functools.cache  # networks have few shapes
+@functools.lru_cache(maxsize=256)  # networks have few shapes
 def _usual_limit(shape: tuple[int, ...]) -> float:
     """The least power of ten that few random matrices of this shape exceed."""
     limit = 10.0

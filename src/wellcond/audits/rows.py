@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.audits.acting import acting
 from wellcond.audits.attempt import Trouble, attempt
+from wellcond.audits.convolutions import measure_convolution
 from wellcond.audits.facts import stored_numbers, with_comparison, with_entries
 from wellcond.audits.plan import Delta, Measurable, Merged, RowSpec
 from wellcond.audits.progress import Counter, ProgressCallback, work_of
@@ -281,7 +281,7 @@ def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Findin
     if bad := _not_finite(S.kernel):
         detail = f"{bad} of {S.kernel.numel()} entries"
         return replace(finding, status=Status.not_finite, detail=detail)
-    found = acting(S)
+    found = measure_convolution(S)
     (below, above), (_, smallest) = found.largest, found.smallest
     squared = float(S.squared_frobenius_norm(torch.float64))
     exact = len(found.singular_values) > 0

@@ -193,7 +193,8 @@ def value_of(module: nn.Module, attribute: str) -> Tensor:
     """
     compute: Callable[[], Tensor]
     if attribute in getattr(module, "parametrizations", ()):
-        method, compute = "its parametrization", partial(effective, module, attribute)
+        method = "its parametrization"
+        compute = partial(evaluate_parametrization, module, attribute)
     elif (computed := computed_weight(module, attribute)) is None:
         return Source(module, attribute).parameter.detach()
     elif computed.compute is None:
@@ -206,7 +207,7 @@ def value_of(module: nn.Module, attribute: str) -> Tensor:
         raise ValueError(f"by {method}: {type(error).__name__}: {error}") from error
 
 
-def effective(module: nn.Module, attribute: str) -> Tensor:
+def evaluate_parametrization(module: nn.Module, attribute: str) -> Tensor:
     """The value of a parametrized tensor, by a copy in eval mode: reading advances nothing.
 
     `spectral_norm` in train mode takes a step of power iteration each time it is read.
