@@ -42,7 +42,7 @@ def test_bounds_of_a_large_convolution_hold(name: str, monkeypatch: pytest.Monke
     below, above = found.largest
     assert below <= float(expected[0]) * (1 + 1e-12)
     assert above >= float(expected[0]) * (1 - 1e-12)
-    assert found.smallest[1] >= float(expected[-1]) - 1e-13
+    assert found.smallest >= float(expected[-1]) - 1e-13
     if S.geometry.mode == "zeros":
         assert above <= 2 * below
 

@@ -28,12 +28,19 @@ _STEPS = 30  # of the power iteration that bounds sigma_1 from below
 
 
 class MapSpectrum(NamedTuple):
-    """What is known of S; its values are descending, nu of them, or empty if there are bounds."""
+    """What is known of S.
+
+    Attributes:
+        singular_values: nu of them, descending; empty if there are only bounds.
+        largest: bounds of sigma_1.
+        smallest: sigma_nu, or an upper bound of it.
+        method: how they were found.
+    """
 
     singular_values: Tensor
     largest: tuple[float, float]
-    smallest: tuple[float, float]
-    how: str
+    smallest: float
+    method: str
 
 
 def measure_convolution(convolution: Convolution) -> MapSpectrum:
@@ -50,8 +57,7 @@ def measure_convolution(convolution: Convolution) -> MapSpectrum:
             sigma = torch.cat([values(group) for group in groups]).sort(descending=True).values
             unseen = wide.nu - len(sigma)  # where some inputs are
             sigma = torch.cat([sigma, sigma.new_zeros(unseen)])
-            ends = (float(sigma[0]),) * 2, (float(sigma[-1]),) * 2
-            return MapSpectrum(sigma, *ends, how)
+            return MapSpectrum(sigma, (float(sigma[0]),) * 2, float(sigma[-1]), how)
     below = max(_from_below(group) for group in groups)
     above = max(_from_above(group) for group in groups)
     unknowns = _CORNER / len(groups) ** (1 / 3)
@@ -59,7 +65,7 @@ def measure_convolution(convolution: Convolution) -> MapSpectrum:
     return MapSpectrum(
         torch.empty(0),
         (below, max(above, below)),
-        (0.0, min(smallest, below)),
+        min(smallest, below),
         "products, the symbol and corners of the map",
     )
 

@@ -282,7 +282,7 @@ def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Findin
         detail = f"{bad} of {S.kernel.numel()} entries"
         return replace(finding, status=Status.not_finite, detail=detail)
     found = measure_convolution(S)
-    (below, above), (_, smallest) = found.largest, found.smallest
+    (below, above), smallest = found.largest, found.smallest
     squared = float(S.squared_frobenius_norm(torch.float64))
     exact = len(found.singular_values) > 0
     zero = negligible(S.shape) * below  # what lies below is rounding, whatever it is
@@ -303,6 +303,6 @@ def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Findin
         grade=Grade.computed if exact else Grade.bounded,
         status=_status_of(kappa),
         detail=joined(*notes),
-        method=found.how,
+        method=found.method,
         singular_values=tuple(found.singular_values[:: -(-S.nu // _DRAWN)].tolist()),
     )
