@@ -298,7 +298,7 @@ def grouped(S: Tensor) -> nn.Conv1d:
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 4, 2), (4, 1, 6), (2, 1, 1)])
 def test_groups_are_one_block_diagonal_map(shape: tuple[int, ...], certify: bool) -> None:
     S = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    (finding,) = wc.audit(grouped(S), certify).findings
+    (finding,) = wc.audit(grouped(S), certify=certify).findings
     groups, m, n = shape
     count = groups * min(m, n)
     whole = torch.block_diag(*S).double()

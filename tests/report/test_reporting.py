@@ -4,6 +4,8 @@ import csv
 import importlib.metadata
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,9 @@ def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:
 def test_completion_offers_what_is_public() -> None:
     assert {"audit", "certify", "__version__"} <= set(dir(wc))
     assert {"Any", "TYPE_CHECKING", "importlib"}.isdisjoint(dir(wc))
+
+
+def test_a_report_reads_data_and_computes_no_matrices() -> None:
+    code = "import sys, wellcond.report; print(*(m for m in sys.modules if '.linalg' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "wellcond.linalg" not in done.stdout
