@@ -12,13 +12,13 @@ from typing import TypeVar
 from wellcond.report.findings import Finding, Status
 from wellcond.text import out_of_memory
 from wellcond.weights.adapters import UnknownAdapterError
-from wellcond.weights.projections import Unknown
+from wellcond.weights.projections import UnknownLayoutError
 
 T = TypeVar("T")
 
 # RuntimeError is what torch and LAPACK raise, ValueError what wellcond does: for damaged files,
 # for weights that have no values, and for the code of users, whose own errors it names.
-_EXPECTED = (MemoryError, OSError, RuntimeError, ValueError, Unknown)
+_EXPECTED = (MemoryError, OSError, RuntimeError, ValueError, UnknownLayoutError)
 
 
 class Trouble(str):
@@ -32,7 +32,7 @@ def attempt(compute: Callable[[], T]) -> T | Trouble:
     except _EXPECTED as error:
         if out_of_memory(error):
             return Trouble("there is not enough memory to measure it")
-        if isinstance(error, UnknownAdapterError | Unknown):
+        if isinstance(error, UnknownAdapterError | UnknownLayoutError):
             return Trouble(error)
         first = str(error).strip().splitlines()
         return Trouble(f"{type(error).__name__}: {first[0] if first else 'without a message'}")

@@ -25,7 +25,7 @@ from wellcond.text import and_more, joined, of_modules
 from wellcond.weights.adapters import Adapter, UnknownAdapterError
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices, single_views
-from wellcond.weights.projections import Unknown
+from wellcond.weights.projections import UnknownLayoutError
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -172,7 +172,7 @@ def _head(attention: Attention, view: str, value: Value) -> Product:
 
 
 def _unknown(why: str, value: Value) -> Product:
-    raise Unknown(why)
+    raise UnknownLayoutError(why)
 
 
 def as_patterns(given: str | Sequence[str]) -> Sequence[str]:
