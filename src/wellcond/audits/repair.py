@@ -25,7 +25,7 @@ from wellcond.linalg.scaling import frobenius_norm, scaled
 from wellcond.operators.views import View
 from wellcond.output import new_path, refuse_existing
 from wellcond.report.repairs import Repair, RepairReport
-from wellcond.rules.spectral import limited
+from wellcond.rules.spectral import limit_condition_number
 from wellcond.text import and_more, joined, last_part, out_of_memory, versions
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -168,7 +168,7 @@ def _limit_all(
             refused.append(f"{row.label} holds NaN or infinity")
             continue
         try:
-            X, before, after, margin = limited(S, max_condition)
+            X, before, after, margin = limit_condition_number(S, max_condition)
         except ValueError as error:
             refused.append(f"{row.label}: {error}".rstrip("."))
             continue

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wellcond.linalg.projection import gram
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled, over_matrices
-from wellcond.operators.rounding import rounded, working_dtype
+from wellcond.operators.rounding import round_stochastically, working_dtype
 from wellcond.operators.views import STORED, Kernel, View, writable
 
 _NARROW_DEVICES = {"mps"}  # without float64: what needs it is done on the CPU
@@ -148,12 +148,12 @@ class StoredMatrix:
             generator = self._chance()
             for band, rows in self._bands():
                 updated = rows * over_matrices(c) + U[..., band, :] @ V.mT
-                S[..., band, :] = rounded(updated, S.dtype, generator)
+                S[..., band, :] = round_stochastically(updated, S.dtype, generator)
 
     def _store_(self, values: Tensor) -> None:
         """Values of the weight's own dtype are stored as they are, wider ones rounded by chance."""
         if torch.finfo(values.dtype).bits > torch.finfo(self.S.dtype).bits == 16:
-            values = rounded(values, self.S.dtype, self._chance())
+            values = round_stochastically(values, self.S.dtype, self._chance())
         self.S.copy_(values)
 
     def _store_rescaled_(self, form: Rescaled) -> None:
@@ -161,7 +161,7 @@ class StoredMatrix:
         long = self._long(self.S)
         for band, rows in self._rescaled(form):
             if generator is not None:
-                rows = rounded(rows.to(self.dtype), self.S.dtype, generator)
+                rows = round_stochastically(rows.to(self.dtype), self.S.dtype, generator)
             long[..., band, :] = rows
 
     def _rescaled(self, form: Rescaled) -> Iterator[tuple[slice, Tensor]]:

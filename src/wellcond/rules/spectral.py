@@ -253,7 +253,7 @@ class SingularValueLimit(SpectralLimit):
         )
 
 
-class Limited(NamedTuple):
+class LimitedMatrix(NamedTuple):
     """A matrix with kappa <= K as measured in its dtype, and the margin below K that it took."""
 
     S: Tensor
@@ -262,7 +262,7 @@ class Limited(NamedTuple):
     margin: float
 
 
-def limited(S: Tensor, max_condition: float) -> Limited:
+def limit_condition_number(S: Tensor, max_condition: float) -> LimitedMatrix:
     """A matrix of the dtype of S with kappa <= K after rounding, nearest but for a small margin.
 
     S itself where it obeys. A zero matrix stays zero, with kappa nan.
@@ -273,10 +273,10 @@ def limited(S: Tensor, max_condition: float) -> Limited:
     """
     before = measure(S, extremes=True).condition_number
     if before <= max_condition or math.isnan(before):
-        return Limited(S, before, before, 0.0)
+        return LimitedMatrix(S, before, before, 0.0)
     X, verdict = _project_copy(S, ConditionLimit(max_condition))
     after = measure(X, extremes=True).condition_number
-    return Limited(X, before, after, float(verdict.margin))
+    return LimitedMatrix(X, before, after, float(verdict.margin))
 
 
 def _project_copy(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Verdict]:

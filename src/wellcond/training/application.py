@@ -17,7 +17,7 @@ from wellcond.rules.base import Need
 from wellcond.rules.outcome import Outcome, OutcomeStatus, worst_of
 from wellcond.text import out_of_memory
 from wellcond.training.batch import Batch, Look
-from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, reason
+from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, describe_error
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState
 
@@ -114,8 +114,8 @@ def _store_(batch: Batch, outcome: Outcome, finite: Tensor | None) -> None:
 
 def _refusal(batch: Batch, error: Exception) -> str:
     if batch.rule.differentiable:
-        return f": its penalty could not take a step: {reason(error)}"
-    return f": {reason(error)}"
+        return f": its penalty could not take a step: {describe_error(error)}"
+    return f": {describe_error(error)}"
 
 
 def _explain(state: WeightState, status: OutcomeStatus, mine: bool) -> str:

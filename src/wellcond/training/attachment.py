@@ -146,7 +146,7 @@ class Attachment:
             taken = 1.0 if skipped.is_cpu else 1 - skipped.reshape(())
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         states = [state for state in self.states if state.active]
-        strange = [s.name for s in states if not _held(s, group_of)]
+        strange = [s.name for s in states if not _is_held_by(s, group_of)]
         if strange:
             raise ValueError(
                 f"The optimizer does not hold {quoted(strange)} any more: the parameter in the "
@@ -195,10 +195,10 @@ class Attachment:
         if not self.removed and _orphans is not None:  # it is while the interpreter ends
             _orphans.append(weakref.ref(self))
 
-    def succeeded_by(self, optimizer: Optimizer) -> list[str]:
+    def names_in(self, optimizer: Optimizer) -> list[str]:
         """The names of the weights that this other optimizer steps."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [state.name for state in self.states if _held(state, held)]
+        return [state.name for state in self.states if _is_held_by(state, held)]
 
 
 def _may_nest(kind: type) -> bool:
@@ -269,7 +269,7 @@ def own_changes(attachments: Sequence[Attachment]) -> Iterator[None]:
         yield
 
 
-def _held(state: WeightState, held: Container[int]) -> bool:
+def _is_held_by(state: WeightState, held: Container[int]) -> bool:
     """Whether an optimizer that holds these parameters steps the weight."""
     return all(id(parameter) in held for parameter in state.weight.parameters)
 
@@ -293,7 +293,7 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         attachment = reference()
         if attachment is None or attachment.removed:
             _orphans.remove(reference)
-        elif names := attachment.succeeded_by(optimizer):
+        elif names := attachment.names_in(optimizer):
             _orphans.remove(reference)
             logger.warning(
                 "The optimizer to which the regulariser was attached is gone, and %s steps %s "
@@ -313,7 +313,7 @@ def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for attachment in attachments():
         if attachment.steps or attachment.steps_now or attachment.optimizer is optimizer:
             continue
-        if names := attachment.succeeded_by(optimizer):
+        if names := attachment.names_in(optimizer):
             attachment.steps_of_others += 1
             if attachment.steps_of_others == 2 and not attachment.warned:
                 attachment.warned = True

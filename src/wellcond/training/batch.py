@@ -21,11 +21,11 @@ from wellcond.operators.stacked import stack
 from wellcond.operators.subspace import (
     Image,
     Subspace,
+    align_sides,
     by_columns,
-    completed,
-    in_step,
+    read_image,
     refine,
-    warmed,
+    warm_up,
 )
 from wellcond.rules.base import Need, Rule, RuleState
 from wellcond.training.replicas import Replicas
@@ -96,7 +96,9 @@ class Look(NamedTuple):
             state.remember(Subspace(own, from_right))
 
 
-def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) -> list[Batch]:
+def group_weights(
+    states: Sequence[WeightState], operators: Sequence[WeightOperator]
+) -> list[Batch]:
     """The weights by kind and rule: the same however they have been used so far."""
     groups: dict[object, Batch] = {}
     for state, S in zip(states, operators, strict=True):
@@ -109,18 +111,18 @@ def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) 
     return list(groups.values())
 
 
-def look(batches: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:
+def look(group_weights: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:
     """One product with every weight."""
-    shared = [] if replicas is None else [_Shared(batch, replicas) for batch in batches]
+    shared = [] if replicas is None else [_SharedLook(batch, replicas) for batch in group_weights]
     if replicas is not None:
         replicas.exchange_([pair for one in shared for pair in one.exchanged])
     looks = []
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(group_weights):
         S, image, refined = batch.S, None, None
         if not batch.states[0].follows_subspace:
             finite = S.finite()
         elif replicas is not None:
-            image, refined = shared[index].completed()
+            image, refined = shared[index].read_image()
             finite = image.finite
         else:
             image, refined = refine(S, _start(batch, S))
@@ -133,19 +135,19 @@ def _start(batch: Batch, S: Operator) -> Subspace:
     """The subspaces of a batch as one: warm, and all on one side."""
     states = batch.states
     if len(states) == 1:
-        return states[0].subspace if states[0].warm else warmed(S, states[0].subspace)
+        return states[0].subspace if states[0].warm else warm_up(S, states[0].subspace)
     if not any(state.warm for state in states):
-        return warmed(S, _stacked([state.subspace for state in states]))
+        return warm_up(S, _stack_subspaces([state.subspace for state in states]))
     pairs = list(zip(states, batch.operators, strict=True))
-    starts = [s.subspace if s.warm else warmed(one, s.subspace) for s, one in pairs]
-    return _stacked(in_step(batch.operators, starts))
+    starts = [s.subspace if s.warm else warm_up(one, s.subspace) for s, one in pairs]
+    return _stack_subspaces(align_sides(batch.operators, starts))
 
 
-def _stacked(subspaces: list[Subspace]) -> Subspace:
+def _stack_subspaces(subspaces: list[Subspace]) -> Subspace:
     return Subspace(torch.stack([s.basis for s in subspaces]), subspaces[0].from_right)
 
 
-class _Shared:
+class _SharedLook:
     """A batch that one of several processes looks at: its start, the image, the basis of that."""
 
     def __init__(self, batch: Batch, replicas: Replicas) -> None:
@@ -157,7 +159,7 @@ class _Shared:
         sides = {state.subspace.from_right for state in batch.states}
         ready = all(state.warm for state in batch.states) and len(sides) == 1
         # A start that is still to be warmed is known to its owner alone: the others have its shape.
-        start = _start(batch, S) if mine or ready else _unready(batch)
+        start = _start(batch, S) if mine or ready else _blank_start(batch)
         if not ready:
             start = Subspace(by_columns(start.basis).clone(), start.from_right)
             self.exchanged.append((first.owner, start.basis))
@@ -174,11 +176,11 @@ class _Shared:
         self.start, self.image, self.basis = start, image, basis
         self.exchanged += [(first.owner, image), (first.owner, basis)]
 
-    def completed(self) -> tuple[Image, Subspace]:
-        return completed(self.image, self.start, self.basis)
+    def read_image(self) -> tuple[Image, Subspace]:
+        return read_image(self.image, self.start, self.basis)
 
 
-def _unready(batch: Batch) -> Subspace:
+def _blank_start(batch: Batch) -> Subspace:
     """A subspace of the shape and on the side of the start that the owner makes."""
     first = batch.states[0]
     basis = torch.empty_like(first.subspace.basis)

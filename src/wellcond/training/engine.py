@@ -22,7 +22,7 @@ from wellcond.operators.subspace import Subspace, refine
 from wellcond.rules.penalty import check_answer
 from wellcond.text import subject
 from wellcond.training.application import apply, projection_task, step_task
-from wellcond.training.batch import Batch, Look, batches, look
+from wellcond.training.batch import Batch, Look, group_weights, look
 from wellcond.training.deferred import DeferredChecks
 from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
@@ -77,10 +77,10 @@ class Engine:
     ) -> tuple[Tensor, list[int], list[Tensor]]:
         """The penalties of these parameters; by batch the forms of their gradients, and parts."""
         with self._quietly():
-            found = self._batches(parameters)
-            strengths = [_strengths(batch) for batch in found]  # a schedule may raise: before all
-            looks = self._look(found, remember)
-            evaluated = [_evaluated(*one) for one in zip(looks, strengths, strict=True)]
+            groups = self._batches(parameters)
+            strengths = [_strengths(batch) for batch in groups]  # a schedule may raise: before all
+            looks = self._look(groups, remember)
+            evaluated = [_evaluate(*one) for one in zip(looks, strengths, strict=True)]
             first = self.states[0].strength
             total = torch.zeros((), dtype=first.dtype, device=first.device)
             codes: list[int] = []
@@ -98,12 +98,12 @@ class Engine:
     def blank_total(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the shapes of what `total` returns: found on matrices without data."""
         with self._quietly():
-            found = self._batches(parameters)
+            groups = self._batches(parameters)
             blank = [
                 parameters[0].new_empty((), dtype=self.states[0].strength.dtype),
-                torch.empty(len(found), dtype=torch.int64, device="cpu"),
+                torch.empty(len(groups), dtype=torch.int64, device="cpu"),
             ]
-            for batch in found:
+            for batch in groups:
                 first = batch.states[0]
                 shape = (*batch.operators[0].shape,)
                 if len(batch.states) > 1:
@@ -140,9 +140,9 @@ class Engine:
         """Adds strength * gradient at these parameters to these gradients."""
         with self._quietly():
             into = dict(zip(self._slots(), gradients, strict=True))
-            found = self._batches(parameters)
-            strengths = [_strengths(batch) for batch in found]
-            looks = self._look(found)
+            groups = self._batches(parameters)
+            strengths = [_strengths(batch) for batch in groups]
+            looks = self._look(groups)
             # All of them first: a penalty may raise, and no gradient has changed then.
             each = [_gradient(*one) for one in zip(looks, strengths, strict=True)]
             for seen, gradient in zip(looks, each, strict=True):
@@ -167,10 +167,10 @@ class Engine:
         """
         with self._quietly():
             rate_of = dict(zip((state.name for state in states), rates, strict=True))
-            found = batches(states, [state.operator() for state in states])
-            etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in found]
+            groups = group_weights(states, [state.operator() for state in states])
+            etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in groups]
             self._compare_replicas(states)
-            looks = look(found, self.replicas)
+            looks = look(groups, self.replicas)
             # Other rules tell by themselves what is not finite, on replicas all of them alike.
             soft = [seen for seen in looks if seen.batch.rule.differentiable]
             failures: Failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
@@ -197,8 +197,8 @@ class Engine:
         """The hard limits of these weights, exactly."""
         with self._quietly():
             self._compare_replicas(states)
-            found = batches(states, [state.operator() for state in states])
-            tasks = [projection_task(batch) for batch in found]
+            groups = group_weights(states, [state.operator() for state in states])
+            tasks = [projection_task(batch) for batch in groups]
             failures, errors = apply(tasks, self.replicas, due=False)
             for state in states:
                 state.failed = state.name in failures
@@ -218,14 +218,14 @@ class Engine:
         """The active weights with these values for their parameters."""
         active, of = self.active(), dict(zip(self._slots(), parameters, strict=True))
         operators = [state.operator([of[slot] for slot in state.slots]) for state in active]
-        return batches(active, operators)
+        return group_weights(active, operators)
 
-    def _look(self, batches: list[Batch], remember: bool = True) -> list[Look]:
+    def _look(self, group_weights: list[Batch], remember: bool = True) -> list[Look]:
         """One product with every weight; raises before anything is remembered or changed."""
         self._checks.raise_ready()
         if remember:
-            self._compare_replicas([state for batch in batches for state in batch.states])
-        looks = look(batches, self.replicas if remember else None)
+            self._compare_replicas([state for batch in group_weights for state in batch.states])
+        looks = look(group_weights, self.replicas if remember else None)
         raise_failures(dict.fromkeys(self._not_finite(looks), HOLDS_NAN))
         if remember:
             for seen in looks:
@@ -294,7 +294,7 @@ def _strengths(batch: Batch) -> Tensor:
     return _lengths(batch, [1.0] * len(batch.states))
 
 
-def _evaluated(seen: Look, strength: Tensor) -> tuple[Tensor, Gradient]:
+def _evaluate(seen: Look, strength: Tensor) -> tuple[Tensor, Gradient]:
     """strength * penalty and strength * gradient."""
     rule = seen.batch.rule
     value, gradient = rule.evaluate(seen.S, seen.image)

@@ -19,7 +19,7 @@ ELSEWHERE = (
 Failures = dict[str, str]  # by the name of a weight, what follows it in the message
 
 
-def reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The message of an error in the code of a user; its type too, unless it is a ValueError.
 
     A ValueError is how a limit states that a weight cannot obey.

@@ -30,7 +30,7 @@ from wellcond.training.attachment import (
 )
 from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
-from wellcond.training.estimates import estimates
+from wellcond.training.estimates import estimate_weights
 from wellcond.training.log import log
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
@@ -124,7 +124,7 @@ class Regularizer:
         """
         _refuse_without_gradient(self._states)
         if torch.is_grad_enabled():
-            self._oversights.applied(self.attachments, "reg()")
+            self._oversights.check_application(self.attachments, "reg()")
         return self._compilable.penalty()
 
     def add_gradients(self) -> None:
@@ -140,7 +140,7 @@ class Regularizer:
         """
         _refuse_without_gradient(self._states)
         _refuse_sparse_gradients(self._states)
-        self._oversights.applied(self.attachments, "add_gradients()")
+        self._oversights.check_application(self.attachments, "add_gradients()")
         self._compilable.add_gradients()
 
     def proximal_step(self, lr: float | Tensor, *, steps: int = 1) -> None:
@@ -163,7 +163,7 @@ class Regularizer:
         if not self._can_step:
             refuse_without_proximal_step(self._states)
             self._can_step = True
-        self._oversights.applied([], "proximal_step()")
+        self._oversights.check_application([], "proximal_step()")
         with own_changes(self.attachments):
             self._engine.proximal_step(
                 states,
@@ -241,7 +241,7 @@ class Regularizer:
             optimizer, states, steps, self._step_pending, self._oversights.warn_of_undone
         )
         self._attachments = [*self.attachments, attachment]
-        self._oversights.attached(attachment)
+        self._oversights.check_attachment(attachment)
         return attachment
 
     def detach(self) -> None:
@@ -256,7 +256,7 @@ class Regularizer:
 
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
-        self._oversights.applied(self.attachments, "")
+        self._oversights.check_application(self.attachments, "")
         # Whether zeros are filled shows at once: later there is nothing to count.
         first = [state for state in states if state.pace.applications == 0]
         with self._oversights.watch_zeros(first):
@@ -284,7 +284,7 @@ class Regularizer:
             True
         """
         limited = [s for s in self._engine.active() if s.rule.enforceable]
-        self._oversights.enforced(self.attachments)
+        self._oversights.check_enforcement(self.attachments)
         if limited:
             refuse_without_proximal_step(limited)
             self._oversights.check_limits(limited)
@@ -308,7 +308,7 @@ class Regularizer:
             0
         """
         with full_precision(self._states[0].weight.parameters[0].device.type):
-            return estimates(self._states, self.block_size)
+            return estimate_weights(self._states, self.block_size)
 
     def log(
         self,
@@ -350,7 +350,7 @@ class Regularizer:
             True
         """
         step = max(state.step for state in self._states) if step is None else step
-        self._oversights.logged(self._attachments, step % as_count(every, "`every`") == 0)
+        self._oversights.check_log(self._attachments, step % as_count(every, "`every`") == 0)
         return log(self.measure, target, step, every, layers, prefix)
 
     # --- what is regularised ----------------------------------------------------------------------

@@ -79,11 +79,11 @@ class WeightState:
             self._start(S)  # made for a model that had no values yet: there is nothing to move
         elif (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
             self.strength = self.strength.to(S.device, S.dtype)
-            self.subspace = self._brought(self.subspace)
+            self.subspace = self._convert(self.subspace)
             self.shortened = self.shortened.to(S.device)
             self.crowded = self.crowded.to(S.device)
 
-    def _brought(self, subspace: Subspace) -> Subspace:
+    def _convert(self, subspace: Subspace) -> Subspace:
         """A copy where the weight is, in its dtype, orthonormal to the precision of that."""
         basis = by_columns(subspace.basis.to(self.strength, copy=True))
         if basis.dtype != subspace.basis.dtype:
@@ -179,7 +179,7 @@ class WeightState:
             )
         from_right = bool(state["from_right"])
         rows = self.shape[-1] if from_right else self.shape[-2]
-        self.subspace = self._brought(Subspace(state["basis"][..., :rows, :], from_right))
+        self.subspace = self._convert(Subspace(state["basis"][..., :rows, :], from_right))
         self.warm = bool(state["warm"])
         self.shortened = state["shortened_steps"].to(self.shortened, copy=True)
         self.step = int(state["step"])
