@@ -89,7 +89,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
     cycle: dict[str, Any] = {"w": torch.eye(3)}
     cycle["again"] = cycle
     named = {"k" * 100_000: {str(n): torch.eye(2)[:0] for n in range(2000)}}
-    many = [[torch.eye(2)[0]] * 3000] * 200
+    repeated = [[torch.eye(2)[0]] * 3000] * 200
     nan = b"G\x7f\xf8" + bytes(6)
     empty = call(b"torch\nTensor")
     hidden = b"PK\x05\x06" + bytes(18)
@@ -159,7 +159,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
         "lists within lists": instructions(b"]" * 20_001 + b"a" * 20_000),
         "itself": refused(torch_file, cycle),
         "long names": refused(torch_file, named),
-        "the same tensor many times": refused(torch_file, many),
+        "the same tensor many times": refused(torch_file, repeated),
         "no values": refused(torch_file, {"w": torch.empty(2**40, 2**10, device="meta")}),
         "one value everywhere": refused(torch_file, {"w": one.expand(2**20, 2**20)}),
         "20,000 dimensions": refused(torch_file, {"w": one.expand((1,) * 20_000)}),

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -42,8 +41,11 @@ from wellcond.weights.names import no_weights
 from wellcond.weights.quantised import logical_entries
 from wellcond.weights.reasons import Reason, Skipped
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
+# The readers, one for each format; what several recognise is for the first.
+READERS: tuple[type[TensorFile], ...] = (Safetensors, Pickled)
+PICKLED = Pickled.endings
 INDEX = ".index.json"
+_ENDINGS = ", ".join((*Safetensors.endings, INDEX, *PICKLED))
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 # What names and neighbours say more of than shape and dtype do.
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
@@ -199,8 +201,7 @@ class Checkpoint:
             raise UnreadableError(other)
         if not found:
             raise UnreadableError(
-                f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
-                f"{INDEX}, {', '.join(PICKLED)}."
+                f"{path} must contain checkpoint files, but has none that ends in {_ENDINGS}."
             )
         self.others = _find_unread(path)
         return [file.name for file in found]
@@ -239,18 +240,7 @@ class Checkpoint:
                         f"{path} is a pointer of Git LFS, and not the file that it stands for. "
                         "Fetch that with `git lfs pull`."
                     )
-            if path.suffix == ".safetensors":
-                self.files[name] = Safetensors(path)
-            elif path.name.endswith(PICKLED):
-                self.files[name] = Pickled(path)
-            elif what := other_format(path):
-                raise UnreadableError(what)
-            elif zipfile.is_zipfile(path):
-                self.files[name] = Pickled(path)
-            else:
-                raise UnreadableError(
-                    f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."
-                )
+            self.files[name] = _reader_of(path)(path)
         except (UnreadableError, OSError) as raised:
             other = other_format(path) if path.is_file() else ""
             error = UnreadableError(other) if other else raised
@@ -399,8 +389,20 @@ def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
-    found = [path for path in files if path.suffix == ".safetensors"]
-    return found + [path for path in files if path.name.endswith(PICKLED)]
+    return [path for reader in READERS for path in files if path.name.endswith(reader.endings)]
+
+
+def _reader_of(path: Path) -> type[TensorFile]:
+    """The reader of a file: by the ending of its name, or else by its content."""
+    for reader in READERS:
+        if path.name.endswith(reader.endings):
+            return reader
+    if what := other_format(path):
+        raise UnreadableError(what)
+    for reader in READERS:
+        if reader.recognises(path):
+            return reader
+    raise UnreadableError(f"{path} must end in {_ENDINGS}, but does not.")
 
 
 def _check_regular(path: Path) -> None:
