@@ -64,7 +64,7 @@ def repair(
 
     The copy is written into a temporary folder and renamed; nothing is ever overwritten,
     and of two repairs that want the same name one fails. A repair that is killed leaves that
-    folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
+    folder, `.wellcond-unfinished-*` beside path_out, which can be removed.
 
     Args:
         path_in: whatever `wellcond.audit` reads.
