@@ -200,6 +200,38 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
             + (b"ctorch._utils\n_rebuild_parameter\n" + get(0) + b"R") * 1000
             + b"e"
         ),
+        "objects of one long tuple": instructions(
+            b"("
+            + b"K\x01" * 1_000_000
+            + b"t"
+            + put(0)
+            + b"0ca\nB\n"
+            + put(1)
+            + b"0]("
+            + (get(1) + get(0) + b"R") * 10_000
+            + b"e"
+        ),
+        "objects of one long dict": instructions(
+            b"}("
+            + b"".join(text(b"%d" % n) + b"K\x01" for n in range(100_000))
+            + b"u"
+            + put(0)
+            + b"0ca\nBTensor\n"
+            + put(1)
+            + b"0]("
+            + (get(1) + b")R" + get(0) + b"b") * 50_000
+            + b"e"
+        ),
+        "storages by one long tuple": instructions(
+            b"("
+            + text(b"module")
+            + b"K\x01" * 1_000_000
+            + b"t"
+            + put(0)
+            + b"0]("
+            + (get(0) + b"Q") * 100_000
+            + b"e"
+        ),
         "keys of one hash": instructions(
             b"}("
             + b"".join(
@@ -208,8 +240,8 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
             )
             + b"u"
         ),
-        "many lists in a few bytes": refused(compressed, b"]" * 50_000_000 + b"."),
-        "many objects in a few bytes": refused(compressed, b"](" + b"c\n\n)R" * 5_000_000 + b"e."),
+        "many lists in a few bytes": refused(compressed, b"]" * 8_000_000 + b"."),
+        "many objects in a few bytes": refused(compressed, b"](" + b"c\n\n)R" * 1_500_000 + b"e."),
         "two archives in a row": refused(in_a_row, {"w": torch.eye(3)}, {"w": torch.eye(3)}),
         "many keys that are no number": instructions(b"}(" + (nan + empty) * 8_000 + b"u"),
         "lists within lists": instructions(b"]" * 20_001 + b"a" * 20_000),

@@ -175,6 +175,19 @@ def test_an_archive_has_one_pickle(tmp_path: Path, name: str) -> None:
         Checkpoint(tmp_path / "a.pt")
 
 
+def test_a_compressed_archive_that_cannot_be_unpacked_is_not_repaired(tmp_path: Path) -> None:
+    """The record is none that is needed to measure the weights."""
+    torch.save(content(), tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
+    data = path.read_bytes()
+    name = b"archive/version" if b"archive/version" in data else b"a/version"
+    path.write_bytes(data.replace(name, name.replace(b"r", b"i", 1), 1))
+    assert len(wc.audit(path).findings) == 2
+    with pytest.raises(UnreadableError, match="differ"):
+        wc.repair(path, tmp_path / "fixed.pt", 2.0)
+    assert not (tmp_path / "fixed.pt").exists()
+
+
 def test_a_storage_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "a.pt")
     longer = rezipped(

@@ -72,22 +72,34 @@ class Checkpoint:
         self.others: dict[str, Skipped] = {}
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
+        self.where: dict[str, tuple[TensorFile, Entry]] = {}
+        self.overlapping: list[tuple[str, str]] = []
+        self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
+        self.directory = self.path if self.path.is_dir() else self.path.parent
+        self.index: dict[str, str] | None = None  # the file of each tensor, if an index says so
         names = self._find()
         for name in names:
             self._open(name, alone=len(names) == 1)
+        self._collect()
+        empty = not any(entry.matrix for _, entry in self.where.values())
+        if empty and self.path.is_dir() and (other := other_folder(self.path)):
+            raise UnreadableError(other)
+        self._leave_out()
+        if self.index is not None:
+            self._check_index(self.index)
+        if self._lacks_head():
+            self.others["lm_head.weight"] = Skipped(Reason.missing)
+
+    def _collect(self) -> None:
+        """Names the tensors of all files."""
         holding = [
             file
             for file in self.files.values()
             if any(entry.skipped is None for entry in file.entries.values())
         ]
-        self.where: dict[str, tuple[TensorFile, Entry]] = {}
-        self.overlapping: list[tuple[str, str]] = []
-        self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
-        repeated = (
-            repeated_in_shards({name: file.entries for name, file in self.files.items()})
-            if self.index is None
-            else set()
-        )
+        repeated: set[str] = set()
+        if self.index is None:
+            repeated = repeated_in_shards({name: one.entries for name, one in self.files.items()})
         for file_name, file in self.files.items():
             united = self.index is not None or len(self.files) == 1 or holding == [file]
             prefix = "" if united else f"{file_name}/"
@@ -104,14 +116,6 @@ class Checkpoint:
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
-        empty = not any(entry.matrix for _, entry in self.where.values())
-        if empty and self.path.is_dir() and (other := other_folder(self.path)):
-            raise UnreadableError(other)
-        self._leave_out()
-        if self.index is not None:
-            self._check_index()
-        if self._lacks_head():
-            self.others["lm_head.weight"] = Skipped(Reason.missing)
 
     def _leave_out(self) -> None:
         """Finds by their names, and by what is beside them, the tensors that are no weights."""
@@ -178,16 +182,12 @@ class Checkpoint:
 
     def _find(self) -> list[str]:
         """Names of the files, within `self.directory`."""
-        self.index: dict[str, str] | None = None
-        self.index_name = ""
         path = self.path
-        self.directory = path if path.is_dir() else path.parent
         if path.is_dir():
             indices = sorted(path.glob(f"*.safetensors{INDEX}")) or sorted(path.glob(f"*{INDEX}"))
             if len(indices) == 1:
                 path = indices[0]
         if path.is_file() and path.name.endswith(INDEX):
-            self.index_name = path.name
             shards = self._read_index(path)
             if self.path.is_dir():
                 beside = {file.name for file in _weight_files(self.path)} - set(shards)
@@ -256,9 +256,8 @@ class Checkpoint:
             else:
                 self.damaged[name] = what
 
-    def _check_index(self) -> None:
-        assert self.index is not None
-        for name, shard in self.index.items():
+    def _check_index(self, index: dict[str, str]) -> None:
+        for name, shard in index.items():
             if name not in self.files[shard].entries:
                 raise UnreadableError(
                     f"{self.path} says that {name} is in {shard}, where it is not. "

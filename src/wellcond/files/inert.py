@@ -198,9 +198,10 @@ def _tensor(storage: Storage, offset: Any, size: Any, stride: Any, *more: Any) -
     """`torch._utils._rebuild_tensor_v2` with a check of the bounds."""
     # Then requires_grad and hooks; of v3 the dtype; and the bits of a lazy conjugate or negative.
     dtype = next((one for one in more if isinstance(one, torch.dtype)), storage.dtype)
-    steps = (offset, *stride) if is_shape(size, 1000) and isinstance(stride, tuple) else ()
-    if len(steps) != 1 + len(size) or not all(type(n) is int and 0 <= n < _END for n in steps):
+    if not (is_shape(size, 1000) and isinstance(stride, tuple) and len(stride) == len(size)):
         raise DamagedError("a tensor must have a shape and strides")
+    if not all(type(n) is int and 0 <= n < _END for n in (offset, *stride)):
+        raise DamagedError("the offset and the strides of a tensor must be whole numbers")
     bits = more[-1] if more and isinstance(more[-1], Mapping) else {}
     start = storage.start + offset * dtype.itemsize
     conj, neg = bits.get("conj") is True, bits.get("neg") is True
@@ -228,7 +229,7 @@ def _sparse(layout: Any, data: tuple[Any, ...]) -> ForeignTensor:
     """`torch._utils._rebuild_sparse_tensor`: of COO indices, values and shape; or compressed."""
     (name,) = layout.arguments if isinstance(layout, Foreign) else ("",)
     values = data[1 if name == "torch.sparse_coo" else 2]
-    shape = next((one for one in data if isinstance(one, tuple)), ())
+    shape = next((one for one in data[:4] if isinstance(one, tuple)), ())
     if not (isinstance(name, str) and isinstance(values, StoredTensor) and is_shape(shape)):
         raise DamagedError("a sparse tensor must have a layout, values and a shape")
     kind = name.removeprefix("torch.")
@@ -237,9 +238,8 @@ def _sparse(layout: Any, data: tuple[Any, ...]) -> ForeignTensor:
 
 def _nested(first: Any, *more: Any) -> ForeignTensor:
     """`torch._utils._rebuild_nested_tensor`, and `_rebuild_njt` of a jagged one: only its dtype."""
-    parts = first.values() if isinstance(first, Mapping) else (first,)
-    buffer = next((one for one in parts if isinstance(one, StoredTensor)), None)
-    return ForeignTensor("nested", dtype=buffer.dtype if buffer else None)
+    values = first.get("values") if isinstance(first, Mapping) else first
+    return ForeignTensor("nested", dtype=getattr(values, "dtype", None))
 
 
 def _without_values(dtype: Any, size: Any, *more: Any) -> ForeignTensor:
@@ -469,6 +469,8 @@ class Unpickler:
 
     def _storage(self, saved: Any) -> Any:
         """The storage that is named by a tuple, whatever device it was on."""
+        if not isinstance(saved, tuple) or len(saved) > _ARGUMENTS:
+            raise DamagedError("a storage must be named by a tuple")
         if saved[0] in ("module", b"module"):  # of a whole model, before torch 1.6: with its source
             return saved[1]
         _, kind, key, _, count, *views = saved

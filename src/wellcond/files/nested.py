@@ -108,12 +108,13 @@ class _Walk:
 
     def _read_object(self, one: Foreign, name: str, depth: int) -> Any:
         """What a foreign object holds as tensors may be named."""
-        attributes = one.attributes
         if one.name.endswith("Tensor"):  # a class such as ShardedTensor
             return ForeignTensor(one.kind)
+        attributes = one.attributes
+        self.items += len(one.arguments) + len(one.states)
         if all(isinstance(attributes.get(part), Mapping) for part in _MODULE):
             found = {name: t for part in _MODULE for name, t in attributes[part].items()}
-            left_out = _texts_of(attributes.get("_non_persistent_buffers_set"))
+            left_out = self._texts_of(attributes.get("_non_persistent_buffers_set"))
             return {name: t for name, t in found.items() if name not in left_out}
         if id(one) in self.seen:  # an object may hold the one that holds it
             return None
@@ -137,14 +138,12 @@ class _Walk:
         return attributes | one.items | dict(enumerate(one.elements))
 
     def _visit_trainer(self, content: Any, name: str) -> None:
-        inside = _Walk(self.path)
-        inside.containers, inside.items = self.containers, self.items
-        inside.letters = self.letters
-        inside.seen, inside.objects = self.seen, self.objects
-        inside.visit(content, name, 1)
-        self.containers, self.items = inside.containers, inside.items
-        self.letters = inside.letters
-        self.others |= {name: Skipped(Reason.trainer)} if inside.tensors else inside.others
+        """Of a trainer's state it says only whether there are tensors in it."""
+        tensors, others = self.tensors, self.others
+        self.tensors, self.others = {}, {}
+        self.visit(content, name, 1)
+        found = {name: Skipped(Reason.trainer)} if self.tensors else self.others
+        self.tensors, self.others = tensors, others | found
 
     def _free(self, name: str) -> str:
         """The name, numbered if it is taken: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
@@ -154,10 +153,10 @@ class _Walk:
             free = f"{name} ({number})"
         return free
 
-
-def _texts_of(one: Any) -> set[str]:
-    """The texts in a set, which may be made of a list or added to."""
-    if not isinstance(one, Foreign):
-        return set()
-    lists = (*(part for part in one.arguments if isinstance(part, list)), one.elements)
-    return {text for part in lists for text in part if isinstance(text, str)}
+    def _texts_of(self, one: Any) -> set[str]:
+        """The texts in a set, which may be made of a list or added to."""
+        if not isinstance(one, Foreign):
+            return set()
+        lists = [*(part for part in one.arguments if isinstance(part, list)), one.elements]
+        self.items += sum(map(len, lists))
+        return {text for part in lists for text in part if isinstance(text, str)}

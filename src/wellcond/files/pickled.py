@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -68,23 +70,29 @@ class Pickled(TensorFile):
         return zipfile.is_zipfile(path)
 
     def _load(self) -> Any:
-        kind = "file of torch.save"
-        try:
+        with self._errors_as_damage():
             saved = load_saved(self.path)
             self._storages, self._swapped = saved.storages, saved.swapped
             self._tensors, self.others = tensors_in(saved.content, self.path)
+        return saved.content
+
+    @contextlib.contextmanager
+    def _errors_as_damage(self) -> Iterator[None]:
+        """Whatever is raised, the file is to blame: a damaged one can raise anything."""
+        kind = "file of torch.save"
+        try:
+            yield
         except (OSError, UnreadableError):
             raise
         except MemoryError:
             raise UnreadableError(
                 f"{self.path} cannot be read: there is not enough memory."
             ) from None
-        except (DamagedError, zipfile.BadZipFile) as error:
+        except (DamagedError, zipfile.BadZipFile, zlib.error) as error:
             raise damaged(self.path, kind, error) from None
-        except Exception:  # a damaged pickle can raise whatever there is
-            what = "it is empty" if not self._state[0] else "it holds no pickle that is whole"
+        except Exception:
+            what = "it holds no pickle that is whole" if self._state[0] else "it is empty"
             raise damaged(self.path, kind, what) from None
-        return saved.content
 
     def _check_placeholders(self, content: Any) -> None:
         """Raises if the parameters are empty, as DeepSpeed's ZeRO-3 saves them elsewhere."""
@@ -143,12 +151,13 @@ class Pickled(TensorFile):
             return self._read_bytes(region.start + tensor.start, tensor.span, name)
         self._open().close()
         if self._unpacked[0] != tensor.key:
-            self._memory_for(region.size, name)
-            self._unpacked = tensor.key, read_compressed(self.path, region)
+            with self._errors_as_damage():
+                self._unpacked = tensor.key, read_compressed(self.path, region)
         return bytearray(self._unpacked[1][tensor.start : tensor.start + tensor.span])
 
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        storages = copy_uncompressed(self.path, target, self._storages)
+        with self._errors_as_damage():
+            storages = copy_uncompressed(self.path, target, self._storages)
         changed = set()
         with target.open("r+b") as file:
             for name, new in replaced:
