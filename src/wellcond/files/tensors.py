@@ -158,7 +158,7 @@ class TensorFile(abc.ABC):
             ) from None
 
 
-def _state(file: IO[bytes]) -> tuple[int, ...]:
-    """What changes when a file is written to, or another takes its name; its size first."""
+def _state(file: IO[bytes]) -> tuple[int, int]:
+    """The size of a file and the time at which it was written; network drives renumber inodes."""
     found = os.fstat(file.fileno())
-    return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
+    return found.st_size, found.st_mtime_ns
