@@ -219,7 +219,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
             + b"0ca\nBTensor\n"
             + put(1)
             + b"0]("
-            + (get(1) + b")R" + get(0) + b"b") * 50_000
+            + (get(1) + b")R" + get(0) + b"b") * 10_000
             + b"e"
         ),
         "storages by one long tuple": instructions(
