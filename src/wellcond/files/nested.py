@@ -24,7 +24,7 @@ LIGHTNING_VERSION = "pytorch-lightning_version"
 _LIGHTNING = {"state_dict", LIGHTNING_VERSION}
 # More than this no checkpoint has; a small file of shared lists can have any number.
 _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
-_TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together
+_TENSORS, _LETTERS = 300_000, 50_000_000  # of all names together
 
 
 # The attributes of a module that hold what its state dict holds.

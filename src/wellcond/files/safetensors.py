@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,9 @@ def _check(header: Any, stored: int) -> None:
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             bits = 8 if dtype == "BOOL" else int(re.findall(r"^[A-Z]+(\d+)", dtype)[0])
-            numbers = [*shape, start, stop] if isinstance(shape, list) else [-1]
+            numbers = chain(shape if isinstance(shape, list) else [-1], (start, stop))
         except (KeyError, TypeError, ValueError, IndexError):
-            numbers = [-1]
+            numbers = chain([-1])
         if not all(type(number) is int and 0 <= number < _END for number in numbers):
             raise DamagedError(f"{name} must have a dtype, a shape and a place")
         size = bits
