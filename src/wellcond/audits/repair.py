@@ -52,13 +52,13 @@ def repair(
     kappa <= K/(1 + margin); margin is the smallest that was found for which kappa <= K still holds
     after rounding to the dtype of the file. A rank-deficient weight gets full rank. A zero weight,
     which has no condition number, a complex one and the factors of an adapter of low rank, which
-    act by their product, stay as they are. All other tensors and the metadata are kept: of a
-    safetensors file byte for byte, of a file of torch.save value for value, with the Python objects
-    beside them; and so are the permissions.
+    act by their product, stay as they are. All other tensors, the metadata, Python objects beside
+    the tensors and the permissions are kept byte for byte; a compressed archive of torch.save is
+    written unpacked.
 
     The copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
-    repairs to the same path one fails. A repair that is killed leaves `.wellcond-unfinished-*`
-    beside path_out, which the next repair to that path removes.
+    repairs to the same path one fails. A repair that is killed leaves that folder,
+    `.wellcond-unfinished-*` beside path_out, which can be removed.
 
     Args:
         path_in: what `wellcond.audit` reads.
@@ -72,9 +72,8 @@ def repair(
     Raises:
         ValueError: max_condition < 1; a weight is not finite, or no margin brings it below the
             limit, as for K < 1.004 or so in bfloat16; tensors overlap, neither a part of the other;
-            a pattern matches nothing; a file is unreadable; a file with Python objects is
-            compressed or older than torch 1.6; path_out lies inside the directory that is read, or
-            has the ending of another format. Nothing is written.
+            a pattern matches nothing; a file is unreadable; path_out lies inside the directory that
+            is read, or has the ending of another format. Nothing is written.
         FileExistsError: path_out exists.
         NotADirectoryError: a part of path_out is a file.
         OSError: path_out cannot be written, as on a full disk. Nothing of it is left.
