@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from wellcond.files.inert import Unpickler
 from wellcond.files.tensors import DamagedError, PickledCodeError, UnreadableError
-from wellcond.text import and_more
+from wellcond.text import list_some
 
 # How many bytes may be unpacked: of all records, in any case and for each byte of the file; and of
 # the pickle in any case. What is unpickled takes up to a hundred times the bytes of the pickle.
@@ -179,7 +179,7 @@ def _records(path: Path) -> dict[str, zipfile.ZipInfo]:
         )
     records = {_inner(info): info for info in infos}
     if "data.pkl" not in records:
-        found = and_more((info.filename for info in infos), limit=2)
+        found = list_some((info.filename for info in infos), limit=2)
         raise UnreadableError(
             f"{path} must be a file of torch.save, but is a zip archive without data.pkl: it holds "
             f"{found}. If it was cut off while it was written, save it again: "

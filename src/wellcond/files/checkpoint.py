@@ -34,11 +34,11 @@ from wellcond.files.tensors import (
     UnreadableError,
 )
 from wellcond.text import last_part
-from wellcond.weights.adapters import adapter_parameters
-from wellcond.weights.fused import views_by_name
+from wellcond.weights.adapters import find_adapter_parameters
+from wellcond.weights.fused import find_views_in_file
 from wellcond.weights.matrices import Matrices, entries, seen_through
-from wellcond.weights.names import no_weights
-from wellcond.weights.quantised import logical_entries
+from wellcond.weights.names import find_non_weights
+from wellcond.weights.quantised import count_logical_entries
 from wellcond.weights.reasons import Reason, Skipped
 
 # The readers, one for each format; what several recognise is for the first.
@@ -126,7 +126,7 @@ class Checkpoint:
                 called.setdefault(alias, name)
         named = ((alias, self.where[name][1]) for alias, name in called.items())
         self._kinds = {alias: (entry.shape, entry.dtype) for alias, entry in named}
-        for alias, skipped in no_weights(self._kinds, self._begins_with_codes).items():
+        for alias, skipped in find_non_weights(self._kinds, self._begins_with_codes).items():
             name = called[alias]
             file, entry = self.where[name]
             if entry.skipped is None or entry.skipped.reason in _REFINED:
@@ -135,7 +135,7 @@ class Checkpoint:
             elif skipped.reason is Reason.flat:
                 self.where[name] = file, replace(entry, skipped=skipped)
         config = self.beside("adapter_config.json")
-        for name, skipped in adapter_parameters(self.where, config).items():
+        for name, skipped in find_adapter_parameters(self.where, config).items():
             file, entry = self.where[name]
             if entry.skipped is None or not entry.skipped.reason.no_matrix:
                 self.where[name] = file, replace(entry, skipped=skipped)
@@ -277,7 +277,7 @@ class Checkpoint:
             if reason is Reason.slice:
                 sizes[name] = sum(entries(one.shape) for _, one in self.slices[name])
             elif _holds_codes(name, entry):
-                sizes[name] = logical_entries(name, self._kinds, self._read_small, config)
+                sizes[name] = count_logical_entries(name, self._kinds, self._read_small, config)
             elif entry.parameter and reason is not Reason.constant:
                 sizes[name] = entries(entry.shape)
         return sizes
@@ -310,7 +310,7 @@ class Checkpoint:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped
         unless their exact name is asked for."""
         shapes = {name: entry.shape for name, (_, entry) in self.where.items()}
-        views = views_by_name(shapes, self.beside("config.json"))
+        views = find_views_in_file(shapes, self.beside("config.json"))
         for name, (file, entry) in self.where.items():
             if entry.matrix:
                 names, seen = (name, *self._aliases(name)), views[name]

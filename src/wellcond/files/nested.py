@@ -10,7 +10,7 @@ import torch
 
 from wellcond.files.inert import Foreign, ForeignTensor, StoredTensor, array_of
 from wellcond.files.tensors import UnreadableError
-from wellcond.text import and_more
+from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
 # Keys by which a dict is known that holds no weights, and what it is.
@@ -49,9 +49,9 @@ def tensors_in(
     walk = _Walk(path)
     walk.visit(content, "", 0)
     if walk.objects:
-        kinds = ((name, and_more(some, limit=2)) for name, some in walk.objects.items())
+        kinds = ((name, list_some(some, limit=2)) for name, some in walk.objects.items())
         named = (f"{name} ({some})" if name else some for name, some in kinds)
-        walk.others[_OBJECTS] = Skipped(Reason.objects, and_more(named, limit=3))
+        walk.others[_OBJECTS] = Skipped(Reason.objects, list_some(named, limit=3))
     return walk.tensors, walk.others
 
 

@@ -33,9 +33,9 @@ from wellcond.files.tensors import (
     TensorFile,
     UnreadableError,
     damaged,
-    why_no_weight,
+    explain_non_weight,
 )
-from wellcond.weights.names import no_weights
+from wellcond.weights.names import find_non_weights
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -59,7 +59,7 @@ class Pickled(TensorFile):
             if isinstance(tensor, StoredTensor) and self.entries[name].skipped is None
         }
         # Embeddings first: what is tied to one is the same as it, not the other way round.
-        looked_up = no_weights({n: (e.shape, e.dtype) for n, e in self.entries.items()})
+        looked_up = find_non_weights({n: (e.shape, e.dtype) for n, e in self.entries.items()})
         names = sorted(matrices, key=lambda name: name not in looked_up)
         shared, self.overlapping = shared_memory({name: matrices[name] for name in names})
         for name, skipped in shared.items():
@@ -216,7 +216,7 @@ def _of_class(kind: str) -> Skipped:
 def _entry(name: str, tensor: StoredTensor | ForeignTensor) -> Entry:
     dtype = str(tensor.dtype or "").removeprefix("torch.")
     if isinstance(tensor, StoredTensor):
-        skipped, parameter = why_no_weight(tensor.shape, dtype), tensor.floating
+        skipped, parameter = explain_non_weight(tensor.shape, dtype), tensor.floating
         if repeats(tensor):
             skipped, parameter = Skipped(Reason.not_dense, "its entries share memory"), False
     elif tensor.kind == "meta":

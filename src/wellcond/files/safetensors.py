@@ -22,7 +22,7 @@ from wellcond.files.tensors import (
     TensorFile,
     UnreadableError,
     damaged,
-    why_no_weight,
+    explain_non_weight,
 )
 
 # The dtypes of torch by the names that the format gives to them.
@@ -67,7 +67,7 @@ class Safetensors(TensorFile):
                 shape,
                 dtype,
                 parameter=written not in _INTEGERS,
-                skipped=why_no_weight(shape, dtype),
+                skipped=explain_non_weight(shape, dtype),
                 aliases=tuple(aliases.get(name, ())),
             )
             if len(shape) > 1 and (sliced is None or name in sliced):

@@ -69,11 +69,11 @@ class Entry:
         return self.skipped is None or self.skipped.reason.by_name
 
 
-def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
+def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     """Why a tensor of a file holds no weight; None if it does."""
     if len(shape) > _DIMENSIONS:
         return Skipped(Reason.dimensions, str(len(shape)))
-    return names.why_no_weight(shape, dtype)
+    return names.explain_non_weight(shape, dtype)
 
 
 class TensorFile(abc.ABC):
