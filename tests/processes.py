@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 # The processes are forked from one that has imported these, which takes seconds.
 multiprocessing.set_forkserver_preload(
     [
+        "torch._dynamo",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
         "torch.distributed.checkpoint",
