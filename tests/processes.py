@@ -1,5 +1,6 @@
 """Processes on the CPU that talk by gloo, for tests, and models that are spread over them."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -49,6 +50,20 @@ def run(world: int, tmp_path: Path, worker: Callable[..., None], *args: Any) -> 
         nprocs=world,
         start_method="forkserver",
     )
+
+
+def _execute(rank: int, code: str, folder: Path) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with (folder / "printed").open("w") as printed, contextlib.redirect_stdout(printed):
+        exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+    os._exit(0)  # see `_start`
+
+
+def run_program(code: str, folder: Path) -> str:
+    """What a program prints that runs in `folder`, in a process of its own."""
+    mp.start_processes(_execute, (code, folder), nprocs=1, start_method="forkserver")
+    return (folder / "printed").read_text()
 
 
 def mesh(*shape: int) -> Any:
