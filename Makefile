@@ -10,11 +10,11 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # Small matrices on few cores: more threads than cores make LAPACK up to 100 times slower.
 export OMP_NUM_THREADS ?= 2
-check test test-all: export OMP_NUM_THREADS = 1
+check unit test-all: export OMP_NUM_THREADS = 1
 # The tests start many processes, and without cached bytecode each compiles torch for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo report check test test-all lint docs table install release-check clean
+.PHONY: demo report check test unit test-all lint docs table install release-check clean
 
 install: $(VENV)/installed
 
@@ -48,8 +48,10 @@ endif
 check: lint
 	$(PYTEST) -m 'not slow and not distributed and not frameworks' tests src
 
-# What every change has to pass, in minutes: some tests of each kind, all pages that are quick.
-test: lint
+# What every change has to pass: tests of each kind, and all pages that run in seconds.
+test: lint unit
+
+unit: install
 	$(PYTEST) -m 'not slow' tests src
 
 # Everything: fuzzing at length, long trainings, the experiments.

@@ -18,6 +18,8 @@ ADDRESSES = {
     "collections.abc.Callable": f"{PYTHON}/collections.abc.html#collections.abc.Callable",
     "collections.abc.Mapping": f"{PYTHON}/collections.abc.html#collections.abc.Mapping",
     "collections.abc.Sequence": f"{PYTHON}/collections.abc.html#collections.abc.Sequence",
+    "contextlib.AbstractContextManager": f"{PYTHON}/contextlib.html"
+    "#contextlib.AbstractContextManager",
     "os.PathLike": f"{PYTHON}/os.html#os.PathLike",
     "torch.Tensor": f"{TORCH}/tensors.html#torch.Tensor",
     "torch.Size": f"{TORCH}/size.html#torch.Size",
