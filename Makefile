@@ -74,6 +74,7 @@ $(VENV)/docs-installed: $(VENV)/installed
 
 # What is uploaded: built, checked, and tried where nothing else of this repository is.
 release-check: install
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[release]'
 	rm -rf dist build/release
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
