@@ -62,7 +62,10 @@ def main() -> None:
     run("repair", "model.pt", "fixed.pt", "--max-condition", "100")
     run("audit", "fixed.pt", "--max-condition", "100")
     assert wc.__version__ in run("--version")
-    assert "pip install ./experiments" in run("reproduce", "denoise", "--quick", code=2)
+    assert importlib.util.find_spec("wellcond_experiments") is None
+    for command in (("reproduce", "denoise", "--quick"), ("reproduce",), ("bench", "step")):
+        for arguments in (command, (*command, "--help")):
+            assert "pip install ./experiments" in run(*arguments, code=2), arguments
 
     tried = 0
     for module in pkgutil.walk_packages(wc.__path__, "wellcond."):

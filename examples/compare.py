@@ -1,4 +1,4 @@
-"""One square layer kept well-conditioned in several ways: what a step takes, what kappa is then.
+"""One square layer kept well-conditioned by several methods: what a step takes, what kappa is then.
 
     python examples/compare.py --size 512
 
@@ -30,7 +30,7 @@ def parametrized(register, **options):
     return build
 
 
-def ways():
+def methods():
     """Name, how the layer is made, the rule of wellcond on it, and what is added to the loss."""
     parametrizations = nn.utils.parametrizations
     yield "nothing", plain, None, None
@@ -63,13 +63,13 @@ def ways():
 def kappa(layer):
     was, _ = layer.training, layer.eval()  # an estimate of spectral_norm is not advanced
     with torch.no_grad():
-        found = float(wc.condition_number(layer.weight))
+        value = float(wc.condition_number(layer.weight))
     layer.train(was)
-    return found
+    return value
 
 
-def trained(build, rule, penalty, size, steps):
-    """Seconds for each step, and kappa after 10 steps, at the end, and enforced."""
+def train(build, rule, penalty, size, steps):
+    """Seconds per step, and kappa after 10 steps, at the end, and enforced."""
     torch.manual_seed(0)
     layer = build(size)
     target = torch.randn(size, size) / size**0.5
@@ -104,10 +104,10 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     unit = None
-    print("| way | time of a step | kappa after 10 steps | at the end | enforced |")
+    print("| method | time of a step | kappa after 10 steps | at the end | enforced |")
     print("|---|---|---|---|---|")
-    for name, *way in ways():
-        seconds, kappas = trained(*way, arguments.size, arguments.steps)
+    for name, *method in methods():
+        seconds, kappas = train(*method, arguments.size, arguments.steps)
         unit = unit or seconds
         shown = [f"{number:.5g}" for number in kappas] + [""] * (3 - len(kappas))
         print(f"| {name} | {seconds / unit:.1f} | {' | '.join(shown)} |", flush=True)

@@ -168,8 +168,13 @@ BASELINE = ("properties", "baseline")
 @pytest.mark.parametrize(
     ("fields", "kind", "others"),
     [
-        # All singular values would make a document large; entries and inner follow from shapes.
-        (of("audit", *FINDING), wc.report.Finding, {"singular_values", "entries", "inner"}),
+        # All singular values would make a document large; entries and inner follow from shapes,
+        # and the others are for sentences.
+        (
+            of("audit", *FINDING),
+            wc.report.Finding,
+            {"singular_values", "entries", "inner", "gap", "repair_limit", "repair_change"},
+        ),
         (of("audit", *CERTIFICATE), wc.Certificate, {"computed"}),
         (of("audit", "properties", "coverage"), wc.report.Coverage, set()),
         (of("audit", *BASELINE), Held, set()),

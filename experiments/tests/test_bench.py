@@ -1,6 +1,5 @@
-"""The benchmarks measure every way and print a document; nothing here is timed."""
+"""The benchmarks measure every method and print a document; nothing here is timed."""
 
-import argparse
 import json
 
 import pytest
@@ -8,37 +7,45 @@ import torch
 
 import wellcond as wc
 from wellcond import cli
-from wellcond_experiments import bench, bench_audit, bench_step
+from wellcond_experiments import bench_audit, bench_step, bench_train
+from wellcond_experiments.bench_step import Step
 
 
 def wellcond(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-def test_step_measures_every_way(capsys: pytest.CaptureFixture[str]) -> None:
-    assert wellcond("bench", "step", "--rounds", 2, "--hidden", 96, "--json") == 0
+def test_step_measures_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wellcond("bench", "step", "--rounds", 1, "--hidden", 32, "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    ways = {row["way"] for row in document["ways"]}
-    assert {"none", "attach(every=10)", "add_gradients", "in the loss"} <= ways
+    assert {"benchmark", "settings", "versions", "ways"} == document.keys()
+    methods = {row["way"] for row in document["ways"]}
+    assert {"none", "attach(every=10)", "add_gradients", "in the loss"} <= methods
     assert all(row["ratio"] > 0 for row in document["ways"])
-    assert wellcond("bench", "step", "--rounds", 1, "--hidden", 64) == 0
-    assert "exact SVD in the loss" in capsys.readouterr().out
+    table = Step().table(document)
+    assert [row[0] for row in table.rows] == [row["way"] for row in document["ways"]]
+    assert all(len(row) == len(table.header) for row in table.rows)
 
 
-def test_memory_of_the_ways_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    assert wellcond("bench", "step", "--rounds", 1, "--json") == 0
-    ways = {row["way"]: row for row in json.loads(capsys.readouterr().out)["ways"]}
+def test_memory_of_the_methods_of_a_step() -> None:
+    step = Step()
+    ways = {}
+    for method in step.methods():
+        training = bench_step.Training(step, method)
+        if training.reg:
+            method.act(training.reg)  # the first time more is made
+        ways[method.name] = training.measure_memory()
     assert ways["none"]["temporary"] == ways["none"]["state"] == 0
     for name in ("attach(every=10)", "add_gradients"):
         # The skinny factors: k of n or of m columns; the state holds both.
         assert 0 < ways[name]["temporary"] <= 0.06
         assert 0 < ways[name]["state"] <= 0.06
-    for name in ("in the loss", "Tikhonov in the loss"):
+    for name in ("in the loss", "TikhonovPenalty, in the loss"):
         assert ways[name]["temporary"] == 1  # autograd makes a gradient before it adds it
     # What the weight was, in case rounding asks for another margin.
     assert ways["limit kept up, every=10"]["temporary"] <= 1
-    assert ways["Tikhonov add_gradients"]["temporary"] < 1e-3
-    assert ways["Tikhonov add_gradients"]["state"] < 1e-3
+    assert ways["TikhonovPenalty, add_gradients"]["temporary"] < 1e-3
+    assert ways["TikhonovPenalty, add_gradients"]["state"] < 1e-3
     assert ways["spectral_norm of torch"]["temporary"] == 1
     assert ways["exact SVD in the loss"]["temporary"] >= 1
 
@@ -47,14 +54,14 @@ def test_exact_gradient_equals_the_public_function() -> None:
     S = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for matrix in (S, S.mT.contiguous()):
         torch.testing.assert_close(
-            bench.exact_gradient(matrix), wc.condition_penalty_gradient(matrix)
+            bench_train.exact_gradient(matrix), wc.condition_penalty_gradient(matrix)
         )
 
 
 def test_fidelity_compares_with_an_exact_decomposition(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench_train, "SIDE", 8)
     assert wellcond("bench", "fidelity", "--epochs", 1, "--block", "4,32", "--json") == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert len(runs) == 12
@@ -67,8 +74,8 @@ def test_fidelity_compares_with_an_exact_decomposition(
 def test_stronger_penalties_end_at_lower_condition_numbers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "SIDE", 8)
-    monkeypatch.setattr(bench, "GRID", {"gradient": (0.1, 1.0), "proximal": (10.0, 1000.0)})
+    monkeypatch.setattr(bench_train, "SIDE", 8)
+    monkeypatch.setattr(bench_train, "GRID", {"gradient": (0.1, 1.0), "proximal": (10.0, 1000.0)})
     assert wellcond("bench", "strength", "--epochs", 2, "--json") == 0
     kappa = [run["condition_number"] for run in json.loads(capsys.readouterr().out)["runs"]]
     assert kappa[0] > kappa[1] > kappa[2]
@@ -80,9 +87,9 @@ def test_stronger_penalties_end_at_lower_condition_numbers(
 def test_a_limit_is_kept_in_the_strength_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "SIDE", 8)
-    monkeypatch.setattr(bench, "GRID", {})
-    monkeypatch.setattr(bench, "LIMITS", (2.0, 1.5))
+    monkeypatch.setattr(bench_train, "SIDE", 8)
+    monkeypatch.setattr(bench_train, "GRID", {})
+    monkeypatch.setattr(bench_train, "LIMITS", (2.0, 1.5))
     assert wellcond("bench", "strength", "--epochs", 1, "--json") == 0
     none, *limited = json.loads(capsys.readouterr().out)["runs"]
     assert none["condition_number"] > 2
@@ -136,29 +143,27 @@ def test_sizes_that_are_none_are_refused(sizes: str, capsys: pytest.CaptureFixtu
 def test_a_transformer_is_measured_and_asks_nothing_of_the_host(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ("--model", "transformer", "--blocks", 3, "--width", 16, "--rounds", 1)
+    arguments = ("--model", "transformer", "--blocks", 2, "--width", 16, "--rounds", 1)
     assert wellcond("bench", "step", *arguments, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     # Per block the three of attention, its output, and two of the perceptron; and the head.
-    assert document["settings"]["weights"] == 3 * 6 + 1
+    assert document["settings"]["weights"] == 2 * 6 + 1
     rows = {row["way"]: row for row in document["ways"]}
     for way in ("add_gradients", "in the loss"):
         assert rows[way]["synchronisations"] == 0
     assert rows["attach(every=10)"]["synchronisations"] < 1
-    assert wellcond("bench", "step", *arguments) == 0
-    assert "synchronisations" in capsys.readouterr().out
 
 
 def test_but_for_products_and_updates_operations_do_not_grow_with_the_depth() -> None:
     """Of a weight more: its product, two terms of the update, and the copies of a stack."""
 
-    def operations(way: str, blocks: int) -> float:
-        every = {"model": "transformer", "width": 16, "block": 32, "every": 10}
-        arguments = argparse.Namespace(blocks=blocks, **every)
-        return bench_step.count(way, arguments)["operations"]
+    def operations(name: str, blocks: int) -> float:
+        step = Step(model="transformer", blocks=blocks, width=16)
+        (method,) = (one for one in step.methods() if one.name == name)
+        return step.count_operations(method)["operations"]
 
-    for way, steps, most in [("add_gradients", 1, 3), ("attach(every=10)", 10, 5.1)]:
-        added = steps * (operations(way, 9) - operations(way, 3))
+    for name, steps, most in [("add_gradients", 1, 3), ("attach(every=10)", 10, 5.1)]:
+        added = steps * (operations(name, 9) - operations(name, 3))
         assert 0 < added <= most * 6 * 6
 
 

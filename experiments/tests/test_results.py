@@ -59,7 +59,7 @@ def test_results_are_whole() -> None:
         searched = [run for run in document["runs"] if run["search"]]
         assert [asdict(one) for one in grid.choose(setting, searched)] == document["chosen"]
         best = {(c["case"], c["method"]): grid.Chosen(**c) for c in document["chosen"]}
-        cells = {cell.name for cell in [*setting.searched(), *setting.reported(best)]}
+        cells = {cell.name for cell in [*setting.search_cells(), *setting.report_cells(best)]}
         there = [grid.cell(run).name for run in document["runs"]]
         assert len(there) == len(set(there))
         first = [run for run in searched if not grid.cell(run).final]
@@ -69,7 +69,7 @@ def test_results_are_whole() -> None:
 
 def test_every_block_of_a_page_has_its_results() -> None:
     names = {match[2] for page in PAGES for match in evidence.BLOCK.finditer(page.read_text())}
-    assert names - {"winners", "ways"} <= {path.stem for path in RESULTS}
+    assert names - {"winners", "methods"} <= {path.stem for path in RESULTS}
     pictures = {path.name for path in (ROOT / "docs" / "evidence").glob("*")}
     shown = {
         name for page in PAGES for name in re.findall(r"evidence/([\w-]+\.svg)", page.read_text())

@@ -46,7 +46,7 @@ def test_no_step_is_lost_and_no_memory_gained(capsys: pytest.CaptureFixture[str]
 def test_the_table_shows_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "soak", "--steps", "60"]) == 0
     printed = capsys.readouterr().out
-    for part in ("steps", "refused by name", "counted, attach, 0.weight", "kappa of 2.weight"):
+    for part in ("refused", "steps counted, attach, 0.weight", "condition_numbers, end, 2.weight"):
         assert part in printed
 
 

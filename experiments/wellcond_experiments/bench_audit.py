@@ -1,23 +1,22 @@
-"""Benchmark of measuring: time and error against `torch.linalg.svdvals` of the same tensor.
+"""Time and error of measuring a matrix, against `torch.linalg.svdvals` of the same tensor.
 
-Every size is timed in turn with both, best of several rounds; a float64 SVD is the reference.
+Both are timed in turn, best of several rounds; the reference is an SVD in float64.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.text import dump_json
-from wellcond_experiments import _run
-from wellcond_experiments.tables import Table, number
+from wellcond_experiments.benchmark import Benchmark, count, option
+from wellcond_experiments.command import Advance
 
 SIZES = (
     "1x1,8x8,32x32,64x64,128x128,256x256,512x512,1024x1024,2048x2048,4096x4096,"
@@ -28,28 +27,65 @@ KINDS = ("gaussian", "kappa=1e5", "deficient")
 _PRESCRIBED = 2048
 
 
-def configure(benchmarks: Any) -> None:
-    parser: argparse.ArgumentParser = benchmarks.add_parser(
-        "audit",
-        help="time and error of measuring a weight",
-        description="Condition number of float32 matrices: seconds of wellcond and of "
-        "torch.linalg.svdvals on the same tensor, in turn, and the relative errors of both.",
-        epilog="example: wellcond bench audit --sizes 1024x1024,4096x4096 --rounds 3",
+@dataclass(frozen=True)
+class Audit(Benchmark):
+    name = "audit"
+    help = "time and error of measuring a weight"
+    description = (
+        "Condition number of float32 matrices: seconds of wellcond and of torch.linalg.svdvals on "
+        "the same tensor, in turn, and the relative errors of both."
     )
-    parser.add_argument("--sizes", default=SIZES, help="as 64x64,4096x4096")
-    parser.add_argument("--rounds", type=_run.positive, default=3, help="best of (default 3)")
-    _run.add_output(parser)
-    parser.set_defaults(run=run)
+    example = "--sizes 1024x1024,4096x4096 --rounds 3"
+    columns: ClassVar = {
+        "matrix": ("matrix", ""),
+        "size": ("size", ""),
+        "condition_number": ("kappa", ".3g"),
+        "seconds_svdvals": ("svdvals, s", ".3g"),
+        "seconds": ("wellcond, s", ".3g"),
+        "ratio": ("faster", ".2f"),
+        "error": ("error of kappa", ".1e"),
+        "error_sigma_max": ("of sigma_1", ".1e"),
+        "error_svdvals": ("of svdvals' kappa", ".1e"),
+    }
+
+    sizes: str = option(SIZES, "as 64x64,4096x4096")
+    rounds: int = count(3, "best of")
+
+    @cached_property
+    def plan(self) -> list[tuple[str, int, int]]:
+        """The kind and the size of every matrix."""
+        sizes = [parse_size(part) for part in self.sizes.split(",")]
+        return [
+            (kind, m, n)
+            for (m, n), kind in itertools.product(sizes, KINDS)
+            if kind == "gaussian" or (min(m, n) >= 64 and max(m, n) <= _PRESCRIBED)
+        ]
+
+    @property
+    def total(self) -> int:
+        return len(self.plan)
+
+    def measure(self, advance: Advance) -> dict[str, Any]:
+        runs = []
+        for kind, m, n in self.plan:
+            runs.append(measure_matrix(kind, m, n, self.rounds))
+            advance(f"{kind} {m}x{n}")
+        settings = {"rounds": self.rounds, "threads": torch.get_num_threads()}
+        return {"settings": settings, "runs": runs}
+
+    def title(self, document: dict[str, Any]) -> str:
+        return (
+            f"Condition number of float32 matrices, {document['settings']['threads']} threads, "
+            f"best of {self.rounds} interleaved rounds; errors relative to a float64 SVD"
+        )
 
 
-def _sizes(text: str) -> list[tuple[int, int]]:
-    sizes = []
-    for part in text.split(","):
-        m, cross, n = part.partition("x")
-        if not (cross and m.isdigit() and n.isdigit() and int(m) and int(n)):
-            raise ValueError(f"--sizes must be like 64x64,4096x4096, got {part!r}.")
-        sizes.append((int(m), int(n)))
-    return sizes
+def parse_size(text: str) -> tuple[int, int]:
+    """Rows and columns of "64x4096"."""
+    m, cross, n = text.partition("x")
+    if not (cross and m.isdigit() and n.isdigit() and int(m) and int(n)):
+        raise ValueError(f"--sizes must be like 64x64,4096x4096, got {text!r}.")
+    return int(m), int(n)
 
 
 def matrix(kind: str, m: int, n: int) -> Tensor:
@@ -71,68 +107,19 @@ def matrix(kind: str, m: int, n: int) -> Tensor:
     return S.float()
 
 
-def run(arguments: argparse.Namespace) -> int:
-    _run.apply_threads(arguments)
-    sizes = _sizes(arguments.sizes)
-    plan = [
-        (kind, m, n)
-        for (m, n), kind in itertools.product(sizes, KINDS)
-        if kind == "gaussian" or (min(m, n) >= 64 and max(m, n) <= _PRESCRIBED)
-    ]
-    rows: list[dict[str, Any]] = []
-    with _run.progress(len(plan), "bench audit") as advance:
-        for kind, m, n in plan:
-            rows.append(_measure(kind, m, n, arguments.rounds))
-            advance(f"{kind} {m}x{n}")
-    if arguments.json:
-        document = {
-            "benchmark": "audit",
-            "settings": {"rounds": arguments.rounds, "threads": torch.get_num_threads()},
-            "versions": _run.versions(),
-            "runs": rows,
-        }
-        print(dump_json(document), end="")
-        return 0
-    Table(
-        f"Condition number of float32 matrices, {torch.get_num_threads()} threads, best of "
-        f"{arguments.rounds} interleaved rounds; errors relative to a float64 SVD",
-        [
-            *("matrix", "size", "kappa", "svdvals, ms", "wellcond, ms", "faster"),
-            *("error of kappa", "of sigma_1", "of svdvals' kappa"),
-        ],
-        [
-            [
-                row["matrix"],
-                row["size"],
-                number(row["condition_number"]),
-                f"{1e3 * row['seconds_svdvals']:.3g}",
-                f"{1e3 * row['seconds']:.3g}",
-                f"{row['ratio']:.2f}",
-                f"{row['error']:.1e}",
-                f"{row['error_sigma_max']:.1e}",
-                f"{row['error_svdvals']:.1e}",
-            ]
-            for row in rows
-        ],
-    ).print()
-    return 0
-
-
-def _measure(kind: str, m: int, n: int, rounds: int) -> dict[str, Any]:
+def measure_matrix(kind: str, m: int, n: int, rounds: int) -> dict[str, Any]:
+    """Seconds and errors for one matrix."""
     S = matrix(kind, m, n)
     exact = torch.linalg.svdvals(S.double())
     # What takes microseconds is timed in loops of milliseconds.
     loops = max(1, int(1e6 / (m * n * min(m, n) + 1e3)))
-    ways: dict[str, Callable[[], Tensor]] = {
-        "svdvals": lambda: torch.linalg.svdvals(S),
-        "wellcond": lambda: wc.condition_number(S),
-    }
-    best = dict.fromkeys(ways, float("inf"))
+    functions = {"svdvals": torch.linalg.svdvals, "wellcond": wc.condition_number}
+    best = dict.fromkeys(functions, float("inf"))
     for _ in range(rounds):
-        for name, way in ways.items():
+        for name, function in functions.items():
             started = time.perf_counter()
             for _ in range(loops):
-                way()
+                function(S)
             best[name] = min(best[name], (time.perf_counter() - started) / loops)
     theirs = torch.linalg.svdvals(S).double()
     layer = nn.Linear(n, m, bias=False)
@@ -147,12 +134,12 @@ def _measure(kind: str, m: int, n: int, rounds: int) -> dict[str, Any]:
         "seconds_svdvals": best["svdvals"],
         "seconds": best["wellcond"],
         "ratio": best["svdvals"] / best["wellcond"],
-        "error": _error(kappa, truth),
-        "error_sigma_max": _error(finding.sigma_max, float(exact[0])),
-        "error_svdvals": _error(float(theirs[0] / theirs[-1]), truth),
+        "error": relative_error(kappa, truth),
+        "error_sigma_max": relative_error(finding.sigma_max, float(exact[0])),
+        "error_svdvals": relative_error(float(theirs[0] / theirs[-1]), truth),
         "method": finding.method,
     }
 
 
-def _error(number: float, truth: float) -> float:
-    return 0.0 if number == truth else abs(number / truth - 1)
+def relative_error(value: float, truth: float) -> float:
+    return 0.0 if value == truth else abs(value / truth - 1)

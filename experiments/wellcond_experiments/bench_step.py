@@ -1,4 +1,4 @@
-"""Benchmark of a training step: every way of regularising in turn, so that all see one machine.
+"""Cost of a training step: all methods in turn, so that all see one machine.
 
 The figures are medians of ratios pair by pair. What a device would see is counted without one: on
 meta tensors, which hold no data, whatever asks for a number fails.
@@ -6,13 +6,13 @@ meta tensors, which hold no data, whatever asks for a number fails.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -21,36 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wellcond as wc
-from wellcond.text import dump_json
-from wellcond_experiments import _run
-from wellcond_experiments.methods import seeded
-from wellcond_experiments.tables import Table
+from wellcond_experiments.benchmark import Benchmark, count, option
+from wellcond_experiments.command import Advance
+from wellcond_experiments.methods import run_seeded
 
 FIRST = "0.weight"
 BLOCK = 10  # steps in a block: `every=10` acts exactly once in it
-_OURS = ("attach", "add_gradients", "in the loss")
-
-
-def configure(benchmarks: Any) -> None:
-    step = benchmarks.add_parser(
-        "step",
-        help="cost of a training step, and memory",
-        description="Time of a training step in every way of applying a penalty, as a multiple of "
-        "the step without: of a 784-2048-10 net, batch 32, with the penalty on the first layer, or "
-        "of a transformer of 24 blocks with the penalty on all its weights. Fused Adam.",
-        epilog="example: wellcond bench step --rounds 60",
-    )
-    step.add_argument("--model", choices=("mlp", "transformer"), default="mlp")
-    step.add_argument("--rounds", type=_run.positive, default=40, help="rounds of 10 steps each")
-    step.add_argument("--every", type=_run.positive, default=10, help="for attach (default 10)")
-    step.add_argument("--block", type=_run.positive, default=32, help="width (default 32)")
-    step.add_argument("--batch", type=_run.positive, default=32, help="batch size (default 32)")
-    step.add_argument("--hidden", type=_run.positive, default=2048, help="hidden units of the mlp")
-    step.add_argument("--blocks", type=_run.positive, default=24, help="of the transformer")
-    step.add_argument("--width", type=_run.positive, default=128, help="of the transformer")
-    step.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    _run.add_output(step)
-    step.set_defaults(run=run)
 
 
 class Transformer(nn.Module):
@@ -68,101 +44,231 @@ class Transformer(nn.Module):
         return logits
 
 
-def _model(arguments: argparse.Namespace) -> nn.Module:
-    if arguments.model == "transformer":
-        return seeded(lambda: Transformer(arguments.blocks, arguments.width), 0)
-    hidden = arguments.hidden
-    return seeded(
-        lambda: nn.Sequential(nn.Linear(784, hidden), nn.Sigmoid(), nn.Linear(hidden, 10)), 0
+@dataclass(frozen=True)
+class Method:
+    """A method of training.
+
+    Args:
+        name: in the table.
+        rule: of wellcond, if any.
+        mode: how the rule acts: "attach", "add_gradients" or "loss".
+        penalty: a function of the first weight that is added to the loss.
+        normalised: whether the first layer is under `spectral_norm` of torch.
+        steps: how many are timed in a row.
+    """
+
+    name: str
+    rule: wc.Penalty | wc.Limit | None = None
+    mode: str = ""
+    penalty: Callable[[Tensor], Tensor] | None = None
+    normalised: bool = False
+    steps: int = BLOCK
+
+    def act(self, reg: wc.Regularizer) -> None:
+        """What a step does for the rule, without the step."""
+        if self.mode == "loss":
+            torch.autograd.backward(reg())
+        elif self.mode == "add_gradients":
+            reg.add_gradients()
+        elif isinstance(self.rule, wc.Limit):
+            reg.enforce()
+        else:
+            reg.proximal_step(1e-3)
+
+
+def exact_penalty(S: Tensor) -> Tensor:
+    """0.01 r(S) by an SVD."""
+    sigma = torch.linalg.svdvals(S)
+    value: Tensor = 1e-2 * (sigma[0] ** 2 / 2 - S.square().sum() / (2 * min(S.shape)))
+    return value
+
+
+def orthogonality_penalty(S: Tensor) -> Tensor:
+    return 1e-4 * (S.mT @ S - torch.eye(S.shape[-1], device=S.device)).square().sum()
+
+
+@dataclass(frozen=True)
+class Step(Benchmark):
+    name = "step"
+    help = "cost of a training step, and memory"
+    description = (
+        "Time of a training step with every method of applying a penalty, as a multiple of the "
+        "step without: of a 784-2048-10 net, batch 32, with the penalty on the first layer, or of "
+        "a transformer of 24 blocks with the penalty on all its weights. Fused Adam."
     )
+    example = "--rounds 60"
+    rows = "ways"
+    columns: ClassVar = {
+        "way": ("method", ""),
+        "ratio": ("multiple", ".2f"),
+        "lower_quartile": ("from", ".2f"),
+        "upper_quartile": ("to", ".2f"),
+        "milliseconds": ("ms per step", ".2f"),
+        "operations": ("operations", ".1f"),
+        "synchronisations": ("waits", ".1f"),
+        "temporary": ("made", ".3f"),
+        "state": ("kept", ".3f"),
+    }
 
+    model: str = option("mlp", choices=("mlp", "transformer"))
+    rounds: int = count(40, "rounds of 10 steps each")
+    every: int = count(10, "for attach")
+    block: int = count(32, "width")
+    batch: int = count(32, "batch size")
+    hidden: int = count(2048, "hidden units of the mlp")
+    blocks: int = count(24, "of the transformer")
+    width: int = count(128, "of the transformer")
+    device: str = option("cpu", "cpu or cuda")
 
-def _batch(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    source = torch.Generator().manual_seed(0)
-    y = torch.randint(10, (arguments.batch,), generator=source)
-    if arguments.model == "transformer":
-        return torch.randint(1000, (arguments.batch, 16), generator=source), y
-    return torch.randn(arguments.batch, 784, generator=source), y
+    @property
+    def total(self) -> int:
+        return self.rounds + 1
 
-
-def _names(arguments: argparse.Namespace) -> list[str]:
-    every = arguments.every
-    names = ["none", "none again", f"attach(every={every})", "add_gradients", "in the loss"]
-    names += ["Tikhonov add_gradients", "Tikhonov in the loss"]
-    if arguments.model == "mlp":
-        names += [
-            f"limit that holds, every={every}",
-            f"limit kept up, every={every}",
-            "exact SVD in the loss",
-            "spectral_norm of torch",
-            "orthogonality in the loss",
+    def methods(self) -> list[Method]:
+        r, tikhonov = wc.ConditionPenalty(1e-2), wc.TikhonovPenalty(1e-4)
+        every = f"every={self.every}"
+        methods = [
+            Method("none"),
+            Method("none again"),
+            Method(f"attach({every})", r, "attach"),
+            Method("add_gradients", r, "add_gradients"),
+            Method("in the loss", r, "loss"),
+            Method("TikhonovPenalty, add_gradients", tikhonov, "add_gradients"),
+            Method("TikhonovPenalty, in the loss", tikhonov, "loss"),
         ]
-    return names
+        if self.model == "mlp":
+            # kappa is about 4 at the start: one limit that holds, one that has to be kept up.
+            methods += [
+                Method(f"limit that holds, {every}", wc.ConditionLimit(1e3), "attach"),
+                Method(f"limit kept up, {every}", wc.ConditionLimit(3.0), "attach"),
+                # It takes so long that one step in a round is enough.
+                Method("exact SVD in the loss", penalty=exact_penalty, steps=1),
+                Method("spectral_norm of torch", normalised=True),
+                Method("orthogonality in the loss", penalty=orthogonality_penalty),
+            ]
+        return methods
+
+    def build(self) -> nn.Module:
+        if self.model == "transformer":
+            return run_seeded(lambda: Transformer(self.blocks, self.width), 0)
+        layers = (784, self.hidden), (self.hidden, 10)
+        return run_seeded(
+            lambda: nn.Sequential(nn.Linear(*layers[0]), nn.Sigmoid(), nn.Linear(*layers[1])), 0
+        )
+
+    def regularizer(self, model: nn.Module, rule: wc.Penalty | wc.Limit) -> wc.Regularizer:
+        rules = {FIRST: rule, "*": None} if self.model == "mlp" else {"*": rule}
+        return wc.Regularizer(model, rules, block_size=self.block)
+
+    def draw_batch(self) -> tuple[Tensor, Tensor]:
+        source = torch.Generator().manual_seed(0)
+        y = torch.randint(10, (self.batch,), generator=source)
+        if self.model == "transformer":
+            return torch.randint(1000, (self.batch, 16), generator=source), y
+        return torch.randn(self.batch, 784, generator=source), y
+
+    def measure(self, advance: Advance) -> dict[str, Any]:
+        """Per method its ratio to none, what a device sees, and memory."""
+        x, y = (tensor.to(self.device) for tensor in self.draw_batch())
+        trainings = [Training(self, method) for method in self.methods()]
+        order, shuffled = random.Random(0), list(trainings)
+        for round_ in range(self.rounds + 1):
+            order.shuffle(shuffled)
+            for training in shuffled:
+                seconds = training.time_step(x, y)
+                if round_:  # the first round warms up
+                    training.times.append(seconds)
+            advance("")
+        none, again, *_ = (training.times for training in trainings)
+        unregularised = [(one + other) / 2 for one, other in zip(none, again, strict=True)]
+        net = f"784-{self.hidden}-10 net"
+        if self.model == "transformer":
+            net = f"transformer of {self.blocks} blocks of width {self.width}"
+        regularised = self.regularizer(trainings[0].model, wc.ConditionPenalty(0.0)).names
+        return {
+            "settings": {"rounds": self.rounds, "steps": BLOCK, "block": self.block}
+            | {"net": net, "batch": self.batch, "device": self.device}
+            | {"weights": len(regularised)},
+            "ways": [self._row(training, unregularised) for training in trainings],
+        }
+
+    def _row(self, training: Training, unregularised: list[float]) -> dict[str, Any]:
+        method = training.method
+        ratios = [t / n for t, n in zip(training.times, unregularised, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        row = {
+            "way": method.name,
+            "ratio": middle,
+            "lower_quartile": low,
+            "upper_quartile": high,
+            "milliseconds": 1e3 * statistics.median(training.times),
+        }
+        if isinstance(method.rule, wc.ConditionPenalty):
+            row |= self.count_operations(method)
+        if self.model == "mlp":
+            row |= training.measure_memory()
+        return row
+
+    def count_operations(self, method: Method) -> dict[str, float]:
+        """Operations and synchronisations of the regulariser per step, once it is warm."""
+        assert method.rule is not None
+        reg = self.regularizer(self.build().to("meta"), method.rule)
+        steps = self.every if method.mode == "attach" else 1
+        with on_a_device():
+            method.act(reg)
+        with on_a_device() as device:
+            method.act(reg)
+        return {
+            "operations": device.operations / steps,
+            "synchronisations": device.synchronisations / steps,
+        }
+
+    def title(self, document: dict[str, Any]) -> str:
+        settings = document["settings"]
+        several = settings["weights"] > 1
+        regularised = f", {settings['weights']} matrices regularised" if several else ""
+        return (
+            f"A training step of a {settings['net']}, batch {self.batch}, fused "
+            f"Adam{regularised}, on {self.device}, {torch.get_num_threads()} threads: medians and "
+            f"quartiles of {self.rounds} interleaved rounds; operations and host synchronisations "
+            "that a device sees, per step; memory, as shares of the weight: the largest tensor "
+            "that is made, and what is kept"
+        )
 
 
-class _Way:
-    """One way of training, with a network and an optimizer of its own."""
+class Training:
+    """A net with an optimizer of its own, trained by one method."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        self.name = name
-        # The exact SVD takes so long that one step a round is enough.
-        self.steps = 1 if name.startswith("exact") else BLOCK
-        self.device = torch.device(arguments.device)
-        self.model = _model(arguments).to(self.device)
-        self.penalty: Callable[[], Tensor] | None = None
-        self.add: Callable[[], None] | None = None
-        self.reg: wc.Regularizer | None = None
-        if name.startswith("spectral_norm"):
+    def __init__(self, step: Step, method: Method) -> None:
+        self.method = method
+        self.times: list[float] = []
+        self.device = torch.device(step.device)
+        self.model = step.build().to(self.device)
+        if method.normalised:
             nn.utils.parametrizations.spectral_norm(self.model.get_submodule("0"))
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
-        if name.startswith("exact"):
-            self.penalty = self._exact
-        elif name.startswith("orthogonality"):
-            self.penalty = self._orthogonality
-        elif name not in ("none", "none again") and not name.startswith("spectral_norm"):
-            penalty: wc.Penalty | wc.Limit = wc.ConditionPenalty(1e-2)
-            if name.startswith("Tikhonov"):
-                penalty = wc.TikhonovPenalty(1e-4)
-            if name.startswith("limit"):
-                # kappa is about 4 at the start: one limit that holds, one that has to be kept up.
-                penalty = wc.ConditionLimit(3.0 if "kept" in name else 1e3)
-            patterns = {"*": penalty} if arguments.model != "mlp" else {FIRST: penalty, "*": None}
-            self.reg = reg = wc.Regularizer(self.model, patterns, block_size=arguments.block)
-            if name.startswith(("attach", "limit")):
-                reg.attach(self.optimizer, every=arguments.every)
-            elif name.endswith("add_gradients"):
-                self.add = reg.add_gradients
-            else:
-                self.penalty = reg
+        self.reg = step.regularizer(self.model, method.rule) if method.rule else None
+        if self.reg and method.mode == "attach":
+            self.reg.attach(self.optimizer, every=step.every)
 
-    def _weight(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
         return self.model.get_submodule("0").weight  # type: ignore[return-value]
 
-    def _exact(self) -> Tensor:
-        S = self._weight()
-        sigma = torch.linalg.svdvals(S)
-        value: Tensor = 1e-2 * (sigma[0] ** 2 / 2 - S.square().sum() / (2 * min(S.shape)))
-        return value
-
-    def _orthogonality(self) -> Tensor:
-        S = self._weight()
-        eye = torch.eye(S.shape[-1], device=S.device)
-        return 1e-4 * (S.mT @ S - eye).square().sum()
-
-    def seconds(self, x: Tensor, y: Tensor) -> float:
+    def time_step(self, x: Tensor, y: Tensor) -> float:
         """Seconds per step, over one block.
 
         Two steps come before it: another net has just filled the caches. Any 10 steps in a row hold
         one proximal step of `every=10`, wherever they begin.
         """
-        for _ in range(2 if self.steps == BLOCK else 0):
+        for _ in range(2 if self.method.steps == BLOCK else 0):
             self._step(x, y)
         self._wait()
         started = time.perf_counter()
-        for _ in range(self.steps):
+        for _ in range(self.method.steps):
             self._step(x, y)
         self._wait()
-        return (time.perf_counter() - started) / self.steps
+        return (time.perf_counter() - started) / self.method.steps
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -171,95 +277,30 @@ class _Way:
     def _step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(x), y)
-        if self.penalty is not None:
-            loss = loss + self.penalty()
+        if self.method.penalty is not None:
+            loss = loss + self.method.penalty(self.weight)
+        elif self.reg and self.method.mode == "loss":
+            loss = loss + self.reg()
         torch.autograd.backward(loss)
-        if self.add is not None:
-            self.add()
+        if self.reg and self.method.mode == "add_gradients":
+            self.reg.add_gradients()
         self.optimizer.step()
 
-
-def run(arguments: argparse.Namespace) -> int:
-    _run.apply_threads(arguments)
-    with _run.progress(arguments.rounds + 1, "bench step") as advance:
-        document = measured(arguments, advance)
-    if arguments.json:
-        print(dump_json(document), end="")
-        return 0
-    settings = document["settings"]
-    regularised = f", {settings['weights']} matrices regularised" * (settings["weights"] > 1)
-    Table(
-        f"A training step of a {settings['net']}, batch {arguments.batch}, fused "
-        f"Adam{regularised}, on {arguments.device}, {torch.get_num_threads()} threads: medians of "
-        f"{arguments.rounds} interleaved rounds; operations and host synchronisations that a "
-        "device sees, per step; memory, as shares of the weight: the largest tensor that is made, "
-        "and what is kept",
-        ["way", "multiple", "quartiles", "ms per step", "operations", "waits", "made", "kept"],
-        [
-            [
-                row["way"],
-                f"{row['ratio']:.2f}",
-                f"{row['lower_quartile']:.2f} to {row['upper_quartile']:.2f}",
-                f"{row['milliseconds']:.2f}",
-                *(
-                    f"{row[key]:.{digits}f}" if key in row else ""
-                    for key, digits in (
-                        *(("operations", 1), ("synchronisations", 1)),
-                        *(("temporary", 3), ("state", 3)),
-                    )
-                ),
-            ]
-            for row in document["ways"]
-        ],
-    ).print()
-    return 0
-
-
-def measured(
-    arguments: argparse.Namespace, advance: Callable[[str], None] = lambda label: None
-) -> dict[str, Any]:
-    """All ways in turn: settings, and per way its ratio to none, what a device sees, and memory."""
-    x, y = (tensor.to(arguments.device) for tensor in _batch(arguments))
-    names = _names(arguments)
-    ways = [_Way(name, arguments) for name in names]
-    order, shuffled = random.Random(0), list(ways)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(arguments.rounds + 1):
-        order.shuffle(shuffled)
-        for way in shuffled:
-            seconds = way.seconds(x, y)
-            if round_:  # the first round warms up
-                times[way.name].append(seconds)
-        advance("")
-    pairs = zip(times["none"], times["none again"], strict=True)
-    unregularised = [(one + other) / 2 for one, other in pairs]
-    table: list[dict[str, Any]] = []
-    for way in ways:
-        ratios = [t / n for t, n in zip(times[way.name], unregularised, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        table.append(
-            {
-                "way": way.name,
-                "ratio": middle,
-                "lower_quartile": low,
-                "upper_quartile": high,
-                "milliseconds": 1e3 * statistics.median(times[way.name]),
-            }
-            | (count(way.name, arguments) if way.name.startswith(_OURS) else {})
-            | (memory(way) if arguments.model == "mlp" else {})
-        )
-    net = f"784-{arguments.hidden}-10 net"
-    if arguments.model == "transformer":
-        net = f"transformer of {arguments.blocks} blocks of width {arguments.width}"
-    weights = wc.Regularizer(ways[0].model, wc.ConditionPenalty(0.0)).names
-    return {
-        "benchmark": "step",
-        "settings": {"rounds": arguments.rounds, "steps": BLOCK, "block": arguments.block}
-        | {"net": net, "batch": arguments.batch, "device": arguments.device}
-        | {"weights": 1 if arguments.model == "mlp" else len(weights)},
-        "versions": _run.versions(),
-        "ways": table,
-    }
+    def measure_memory(self) -> dict[str, float]:
+        """The largest tensor that a step makes for the method, and what is kept, both as a share
+        of the weight's bytes."""
+        size = self.weight.nbytes
+        with _LargestAllocation() as largest:
+            if self.reg:
+                self.method.act(self.reg)
+            elif self.method.penalty is not None:
+                torch.autograd.backward(self.method.penalty(self.weight))
+            elif self.method.normalised:
+                _ = self.weight  # which a parametrization computes
+        states = self.reg.state_dict().values() if self.reg else []
+        kept = [tensor for state in states for tensor in state.values()]
+        kept += self.model.buffers()
+        return {"temporary": largest.bytes / size, "state": sum(t.nbytes for t in kept) / size}
 
 
 # --- what a device sees ---------------------------------------------------------------------------
@@ -311,29 +352,6 @@ def on_a_device() -> Iterator[_Device]:
         yield device
 
 
-def count(name: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Operations and synchronisations of the regulariser per step, once it is warm."""
-    model = _model(arguments).to("meta")
-    patterns: dict[str, wc.ConditionPenalty | None] = {"*": wc.ConditionPenalty(1e-2)}
-    if arguments.model == "mlp":
-        patterns = {FIRST: wc.ConditionPenalty(1e-2), "*": None}
-    reg = wc.Regularizer(model, patterns, block_size=arguments.block)
-    per_step = 1
-    ways: dict[str, Callable[[], Any]] = {"add_gradients": reg.add_gradients}
-    ways["in the loss"] = lambda: torch.autograd.backward(reg())
-    if name.startswith("attach"):
-        per_step = arguments.every
-    way = ways.get(name, lambda: reg.proximal_step(1e-3))
-    with on_a_device():
-        way()
-    with on_a_device() as device:
-        way()
-    return {
-        "operations": device.operations / per_step,
-        "synchronisations": device.synchronisations / per_step,
-    }
-
-
 # --- memory ---------------------------------------------------------------------------------------
 
 
@@ -355,24 +373,3 @@ class _LargestAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def memory(way: _Way) -> dict[str, float]:
-    """The largest tensor that a way makes in a step, and what it keeps, over the weight's bytes."""
-    reg, size = way.reg, way._weight().nbytes
-    with _LargestAllocation() as largest:
-        if way.penalty is not None:
-            torch.autograd.backward(way.penalty())
-        elif way.add is not None:
-            way.add()
-        elif reg is not None and way.name.startswith("limit"):
-            reg.enforce()
-        elif reg is not None:
-            reg.proximal_step(1e-3)
-        elif way.name.startswith("spectral_norm"):
-            way._weight()
-    kept = (
-        [tensor for entry in reg.state_dict().values() for tensor in entry.values()] if reg else []
-    )
-    kept += list(way.model.buffers())
-    return {"temporary": largest.bytes / size, "state": sum(t.nbytes for t in kept) / size}

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wellcond_experiments.command import replacing
+
 # The four files as published, with the md5 of their .gz.
 MNIST_FILES = {
     "x_train": ("train-images-idx3-ubyte", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
@@ -70,7 +72,7 @@ class Images:
     def std(self) -> Tensor:
         return self.x_train.std()
 
-    def normalised(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         """(x - mean)/std with the numbers of the training images."""
         return (x - self.mean) / self.std
 
@@ -94,11 +96,10 @@ def load(source: str, colour: bool = False) -> Images:
 
     Args:
         source: the name or the path.
-        colour: whether images in colour will do.
+        colour: whether images in colour are accepted.
 
     Raises:
-        ValueError: a missing, truncated or mislabelled file, or no network; with the way out.
-        ImportError: the digits without scikit-learn.
+        ValueError: a missing, truncated or mislabelled file, or no network.
     """
     if source == "digits":
         return _digits()
@@ -113,22 +114,18 @@ def load(source: str, colour: bool = False) -> Images:
             raise ValueError(f"no such file: {path}. {WHERE_CIFAR10}")
     images = _images(read(path))
     if source in ("mnist", "cifar10") and images.name != source:
-        raise ValueError(f"{path} holds images like those of {images.name}, and not {source}.")
+        raise ValueError(f"{path} holds images like those of {images.name}, not of {source}.")
     if images.channels > 1 and not colour:
         raise ValueError(
             f"{path} holds images in colour: only cifar10-plain, cifar10-batch-norm and "
-            "cifar10-vit of `wellcond reproduce` take these."
+            "cifar10-vit of `wellcond reproduce` take them."
         )
     return images
 
 
 def _digits() -> Images:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError(
-            "the digits come with scikit-learn: pip install 'wellcond[experiments]'."
-        ) from None
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     x = torch.tensor(bunch.data / 16, dtype=torch.float32)
     y = torch.tensor(bunch.target, dtype=torch.int64)
@@ -153,7 +150,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """The four uint8 arrays of MNIST from an .npz file or a directory, or of CIFAR-10 from an .npz.
 
     Raises:
-        ValueError: nothing there, or a file that is damaged or holds something else.
+        ValueError: there is no file, or it is damaged or holds something else.
     """
     if path.is_file():
         arrays = _read_npz(path)
@@ -163,7 +160,7 @@ def read(path: Path) -> dict[str, Tensor]:
         arrays = {key: _read_idx(_find(path, stem)) for key, (stem, _) in MNIST_FILES.items()}
     else:
         raise ValueError(f"no such file or directory: {path}. {WHERE}")
-    return _checked(arrays, path)
+    return _check(arrays, path)
 
 
 def _find(directory: Path, stem: str) -> Path:
@@ -188,7 +185,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         *(OSError, ValueError, EOFError, TypeError, NotImplementedError),
         *(zipfile.BadZipFile, zlib.error),
     ) as error:
-        raise ValueError(f"{path} is no readable .npz of MNIST or CIFAR-10: {error}.") from None
+        raise ValueError(f"{path} is not a readable .npz of MNIST or CIFAR-10: {error}.") from None
     for key, array in arrays.items():
         if array.dtype != np.uint8:
             raise ValueError(f"{path}: {key} must be uint8, got {array.dtype}.")
@@ -203,7 +200,7 @@ def _read_idx(path: Path) -> Tensor:
         raise ValueError(f"{path} is damaged: {error}. Fetch it again.") from None
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] not in (1, 3):
         raise ValueError(
-            f"{path} is no idx file of bytes: it begins with {raw[:4].hex() or 'nothing'}."
+            f"{path} is not an idx file of bytes: it begins with {raw[:4].hex() or 'nothing'}."
         )
     dimensions = raw[3]
     header = 4 + 4 * dimensions
@@ -221,7 +218,7 @@ def _read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header).reshape(shape)
 
 
-def _checked(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _check(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim not in (3, 4) or y.ndim != 1:
@@ -244,7 +241,7 @@ def _checked(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def download_mnist(directory: Path | None = None, mirrors: tuple[str, ...] = MIRRORS) -> Path:
-    """Fetches what is missing into a cache: each file whole and of the right md5, or not at all."""
+    """Downloads missing files into a cache: each whole and with the right md5, or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     directory = directory or cache / "wellcond" / "mnist"
     for stem, md5 in MNIST_FILES.values():
@@ -252,13 +249,8 @@ def download_mnist(directory: Path | None = None, mirrors: tuple[str, ...] = MIR
         if target.is_file() and _md5(target.read_bytes()) == md5:
             continue
         content = _fetch(f"{stem}.gz", md5, mirrors)
-        directory.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
-        try:
+        with replacing(target) as part:
             part.write_bytes(content)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
     return directory
 
 

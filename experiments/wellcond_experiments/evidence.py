@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wellcond.text import written
+import pandas
+
 from wellcond_experiments import figures
-from wellcond_experiments.methods import METHODS, way
+from wellcond_experiments.command import write_text
+from wellcond_experiments.methods import METHODS, find_method
 from wellcond_experiments.tables import Band, Table, interval
 
 BEGIN = re.compile(r"<!-- ([\w-]+): ([\w-]+) -->\n")
@@ -30,7 +32,7 @@ class Column(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The champion of wellcond's ways, by the search, against the best of all others.
+    """The champion of wellcond's methods, by the search, against the best of all others.
 
     It wins if its interval lies above that of each of them, and loses if it lies below that of one.
     """
@@ -45,8 +47,8 @@ class Verdict(NamedTuple):
 
     @property
     def better(self) -> str:
-        """Who it is."""
-        return "wellcond" if self.wins else "other" if self.loses else "not told apart"
+        """Which is better: "not significant" if the intervals do not tell."""
+        return "wellcond" if self.wins else "other" if self.loses else "not significant"
 
 
 class Evidence:
@@ -57,8 +59,6 @@ class Evidence:
     """
 
     def __init__(self, document: dict[str, Any]) -> None:
-        import pandas
-
         self.document = document
         rows = [
             {key: value for key, value in run.items() if key not in ("metrics", "curves")}
@@ -96,7 +96,7 @@ class Evidence:
         return found[0] if found else None
 
     def ranking(self, title: str, columns: list[Column], contest: str = "", **fields: Any) -> Table:
-        """A row for each way, the best by the first column above; seed by seed against nothing."""
+        """A row per method, the best by the first column above; seed by seed against nothing."""
         first = columns[0].metric
         bands = {
             method: [self.band(c.metric, c.log, method=method, **fields) for c in columns]
@@ -109,7 +109,7 @@ class Evidence:
             change = self.difference(first, here, nothing)
             rows.append(
                 [
-                    way(method).label,
+                    find_method(method).label,
                     f"{best['strength']:g}" if best and best["strength"] else "",
                     f"{best['lr']:g}" if best and best["lr"] else "",
                     score.fixed(),
@@ -121,7 +121,7 @@ class Evidence:
                     best["edge"] if best else "",
                 ]
             )
-        header = ["way", "strength", "lr", columns[0].title, "against nothing"]
+        header = ["method", "strength", "lr", columns[0].title, "against nothing"]
         header += [*(c.title for c in columns[1:]), "at the end of the grid"]
         return Table(title, header, rows)
 
@@ -133,13 +133,13 @@ class Evidence:
     def verdict(
         self, metric: str, contest: str = "", among: Sequence[str] = (), **fields: Any
     ) -> Verdict:
-        """Wellcond's against the others, of these ways or of all; larger is better."""
+        """Wellcond's against the others, of these methods or of all; larger is better."""
         methods = [m for m in self.methods(**fields) if not among or m in among]
-        ours = [m for m in methods if way(m).ours]
+        ours = [m for m in methods if find_method(m).ours]
         scores = {m: (self.choice(contest, m) or {"score": -math.inf})["score"] for m in ours}
         champion = max(ours, key=lambda m: scores[m])
         bands = {m: self.band(metric, method=m, **fields) for m in methods}
-        others = [m for m in methods if not way(m).ours]
+        others = [m for m in methods if not find_method(m).ours]
         rival = max(others, key=lambda m: rank(bands[m]))
         one, other = ({"method": m} | fields for m in (champion, rival))
         low, high = (end if end == end else rank(bands[champion]) for end in bands[champion][1:3])
@@ -159,38 +159,38 @@ def rank(band: Band) -> float:
     return -math.inf if math.isnan(band.mean) else band.mean
 
 
-def ways(names: Sequence[str]) -> Table:
+def list_methods(names: Sequence[str]) -> Table:
     """What they are called, whose they are, and who described them."""
     rows = [
         [METHODS[name].label, "wellcond" if METHODS[name].ours else "", METHODS[name].after]
         for name in names
     ]
-    return Table("Ways to train", ["way", "offered by", "after"], rows)
+    return Table("Methods of training", ["method", "offered by", "after"], rows)
 
 
-def winners(verdicts: dict[str, Verdict]) -> Table:
+def list_winners(verdicts: dict[str, Verdict]) -> Table:
     """A row for each verdict, by what was compared."""
     rows = [
         [
             compared,
-            f"{way(v.ours).label}: {v.our_band.fixed()}",
-            f"{way(v.rival).label}: {v.rival_band.fixed()}",
+            f"{find_method(v.ours).label}: {v.our_band.fixed()}",
+            f"{find_method(v.rival).label}: {v.rival_band.fixed()}",
             v.difference.signed(),
             v.better,
         ]
         for compared, v in verdicts.items()
     ]
     header = ["compared", "of wellcond", "the best other", "difference", "better"]
-    return Table("Ways of wellcond, as chosen in the search, against all others", header, rows)
+    return Table("Methods of wellcond, as chosen in the search, against all others", header, rows)
 
 
-def drawn(verdicts: dict[str, Verdict]) -> Any:
+def draw_winners(verdicts: dict[str, Verdict]) -> Any:
     """The same as a picture: blue where wellcond is better, orange where another is."""
     colours = {"wellcond": figures.OURS, "other": figures.RIVAL}
-    return figures.differences(
+    return figures.draw_differences(
         [
             (
-                f"{compared}:\n{way(v.ours).label} against {way(v.rival).label}",
+                f"{compared}:\n{find_method(v.ours).label} against {find_method(v.rival).label}",
                 colours.get(v.better, figures.NOTHING),
                 v.difference,
             )
@@ -199,7 +199,7 @@ def drawn(verdicts: dict[str, Verdict]) -> Any:
     )
 
 
-def filled(text: str, name: str, tables: dict[str, Table]) -> str:
+def fill_text(text: str, name: str, tables: dict[str, Table]) -> str:
     """A page with the blocks of this experiment as the tables say.
 
     Raises:
@@ -220,13 +220,13 @@ def filled(text: str, name: str, tables: dict[str, Table]) -> str:
     return BLOCK.sub(block, text)
 
 
-def fill(pages: list[Path], name: str, tables: dict[str, Table]) -> list[Path]:
+def fill_pages(pages: list[Path], name: str, tables: dict[str, Table]) -> list[Path]:
     """The pages that have changed."""
     changed = []
     for page in pages:
         before = page.read_text(encoding="utf-8")
-        after = filled(before, name, tables)
+        after = fill_text(before, name, tables)
         if after != before:
-            written(after, page)
+            write_text(page, after)
             changed.append(page)
     return changed

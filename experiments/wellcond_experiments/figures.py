@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wellcond_experiments.methods import way
+import matplotlib
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from wellcond_experiments.methods import find_method
 from wellcond_experiments.tables import Band
 
 OURS, RIVAL, NOTHING = "#1f6fb4", "#d98c1f", "#7f7f7f"
@@ -19,7 +24,7 @@ HUGE = 1e6  # in pictures, larger condition numbers are one
 
 def colour(method: str) -> str:
     """Blue for ours, orange for the others, grey for nothing."""
-    kind = way(method)
+    kind = find_method(method)
     return NOTHING if method == "none" else OURS if kind.ours else RIVAL
 
 
@@ -30,16 +35,13 @@ def colours(methods: Sequence[str]) -> list[str]:
 
 
 def label(method: str) -> str:
-    return way(method).label
+    return find_method(method).label
 
 
 def figure(
     columns: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1
 ) -> tuple[Any, list[Any]]:
     """A figure of so many panels, row by row, each of this size; drawn without a window."""
-    import_figures()
-    from matplotlib.figure import Figure
-
     drawing = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=130)
     panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
@@ -51,8 +53,6 @@ def figure(
 
 def save(drawing: Any, path: Path) -> Path:
     """Writes it; an .svg is the same, byte for byte, whenever it is drawn of the same numbers."""
-    import matplotlib
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
@@ -60,15 +60,15 @@ def save(drawing: Any, path: Path) -> Path:
     return path
 
 
-def selected(scores: dict[str, float], each: int = 3) -> list[str]:
+def select_lines(scores: dict[str, float], each: int = 3) -> list[str]:
     """The best of ours, the best of the others, and nothing: what a panel of lines has room for."""
     best = sorted(scores, key=lambda m: -math.inf if math.isnan(scores[m]) else scores[m])[::-1]
-    ours = [m for m in best if way(m).ours]
-    others = [m for m in best if not way(m).ours and m != "none"]
+    ours = [m for m in best if find_method(m).ours]
+    others = [m for m in best if not find_method(m).ours and m != "none"]
     return [*ours[:each], *others[:each], "none"]
 
 
-def over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: int = 1) -> None:
+def draw_over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: int = 1) -> None:
     """A line for each method: the mean of its seeds, and of so many tasks up to this one."""
     for (method, runs), color in zip(curves.items(), colours(list(curves)), strict=True):
         means = [math.fsum(values) / len(values) for values in zip(*runs, strict=True)]
@@ -79,7 +79,7 @@ def over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: int = 1
     panel.xaxis.get_major_locator().set_params(integer=True)
 
 
-def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]) -> None:
+def draw_bands(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]) -> None:
     """Means with their intervals, a line for each method, the largest at the top.
 
     Args:
@@ -89,24 +89,24 @@ def compared(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]
     """
     rows = sorted(rows, key=lambda row: -math.inf if math.isnan(row[1].mean) else row[1].mean)
     for height, (method, band) in enumerate(rows):
-        _mark(panel, height, band, colour(method))
+        _draw_mark(panel, height, band, colour(method))
     panel.set_yticks(range(len(rows)), [names[method] for method, _ in rows])
     for tick, (method, _) in zip(panel.get_yticklabels(), rows, strict=True):
         tick.set_color(colour(method))
     panel.grid(False, axis="y")
 
 
-def _mark(panel: Any, height: float, band: Band, color: str) -> None:
+def _draw_mark(panel: Any, height: float, band: Band, color: str) -> None:
     """A mean as a dot, and its interval as a line."""
     panel.plot([band.low, band.high], [height] * 2, color=color, lw=2, alpha=0.6)
     panel.plot([band.mean], [height], color=color, marker="o", ms=6, ls="")
 
 
-def differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
+def draw_differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
     """Label, colour and a difference with its interval, a line for each, the first at the top."""
     drawing, (panel,) = figure(width=9.6, height=0.8 + 0.5 * len(rows))
     for height, (_, color, band) in enumerate(reversed(rows)):
-        _mark(panel, height, band, color)
+        _draw_mark(panel, height, band, color)
     panel.axvline(0, color="black", lw=0.9)
     panel.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=9)
     panel.set_ylim(-0.6, len(rows) - 0.4)
@@ -115,10 +115,8 @@ def differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
     return drawing
 
 
-def logarithmic(axis: Any) -> None:
+def use_logarithm(axis: Any) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5, or at the powers of ten if many."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     low, high = axis.get_view_interval()
     if high / low < 200:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -132,7 +130,7 @@ def draw_condition_numbers(panel: Any) -> None:
     panel.set_yscale("log")
     if top < HUGE:
         panel.set_ylim(1, None)
-        logarithmic(panel.yaxis)
+        use_logarithm(panel.yaxis)
         return
     ticks = [10.0**k for k in range(6)] + [3 * HUGE]
     panel.set_yticks(ticks, [f"$10^{k}$" for k in range(6)] + ["over $10^6$\nor infinite"])
@@ -140,15 +138,13 @@ def draw_condition_numbers(panel: Any) -> None:
     panel.axhline(HUGE, color="#999999", ls=":", lw=0.9)
 
 
-def layers(rows: dict[str, list[float]], names: Sequence[str]) -> Any:
+def draw_layers(rows: dict[str, list[float]], names: Sequence[str]) -> Any:
     """κ of each weight (columns, by their names) for each method (rows, the first at the top).
 
     What is larger than `HUGE` has one colour, what is no number none.
     """
-    from matplotlib.colors import LogNorm
-
     drawing, (panel,) = figure(width=2.6 + 0.42 * len(names), height=1.6 + 0.3 * len(rows))
-    values = [[drawable(kappa) for kappa in row] for row in reversed(rows.values())]
+    values = [[cap(kappa) for kappa in row] for row in reversed(rows.values())]
     largest = max([10.0, *(kappa for row in values for kappa in row if not math.isnan(kappa))])
     scale = LogNorm(1, largest)
     mesh = panel.pcolormesh(values, norm=scale, cmap="viridis", edgecolors="white", linewidth=1)
@@ -161,23 +157,10 @@ def layers(rows: dict[str, list[float]], names: Sequence[str]) -> Any:
         tick.set_color(colour(method))
     bar = drawing.colorbar(mesh, ax=panel, label="κ")
     bar.outline.set_visible(False)
-    logarithmic(bar.ax.yaxis)
+    use_logarithm(bar.ax.yaxis)
     return drawing
 
 
-def drawable(kappa: float) -> float:
+def cap(kappa: float) -> float:
     """Where `draw_condition_numbers` shows it; nan is nowhere."""
     return 3 * HUGE if kappa > HUGE else kappa
-
-
-def import_figures() -> None:
-    """Says at once, before hours of training, that pictures cannot be drawn."""
-    try:
-        import joblib  # noqa: F401
-        import matplotlib  # noqa: F401
-        import pandas  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"experiments need {error.name}: pip install 'wellcond[experiments]'."
-        ) from None

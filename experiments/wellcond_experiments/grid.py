@@ -1,8 +1,8 @@
-"""Declared grids of trainings, run on many processes, one file a run; a killed one goes on.
+"""Declared grids of trainings, run by several processes, one file per run; a killed one goes on.
 
 A `Setting` says what is trained, over which cells (case, method, strength, learning rate, seed) and
 what is drawn of it. Strength and learning rate of a method are chosen by its score on seeds and
-data of the search, of which nothing is reported; what is reported is run once with these.
+data of the search, which are not reported; what is reported is run once with the chosen values.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from joblib import Parallel, delayed
 
-import wellcond.text
-from wellcond.text import dump_json, duration, written
-from wellcond_experiments import _run
+import wellcond as wc
+import wellcond_experiments
+from wellcond_experiments import command
+from wellcond_experiments.command import dump_json, format_duration, write_text
 from wellcond_experiments.evidence import Evidence, Verdict
-from wellcond_experiments.methods import METHODS
+from wellcond_experiments.methods import METHODS, without_subnormals
 from wellcond_experiments.tables import Table
 
 # The first seeds of the search, and of its second round; those that are reported count from 0.
@@ -61,7 +63,7 @@ class Cell:
 
 
 class Measured(NamedTuple):
-    """What a run gives: numbers, and numbers over time or over whatever else the names say."""
+    """The result of a run: numbers, and curves over time or over what else their names say."""
 
     metrics: dict[str, float]
     curves: dict[str, list[float]]
@@ -86,7 +88,8 @@ class Setting(ABC):
     """An experiment. A subclass in a file of its own is all that a new one needs.
 
     It sets `cases`, `methods` with the strengths to choose from, and `rates`, whose product the
-    search goes through; one that has another grid says so by `searched` and `reported`.
+    search goes through; one that has another grid says so by `strengths`, `searched_cases`,
+    `search_cells` and `report_cells`.
 
     Args:
         data: as `--data` has it; "" for the default.
@@ -108,6 +111,7 @@ class Setting(ABC):
     finalists: ClassVar[int] = 0
     workers: ClassVar[int | None] = None  # where something is timed, 1
     cases: tuple[str, ...] = ("",)
+    searched_cases: tuple[str, ...] = ()  # all, unless some of them have the same answer
     methods: dict[str, tuple[float, ...]]
     rates: tuple[float, ...] = (0.0,)
 
@@ -120,31 +124,38 @@ class Setting(ABC):
         """All that decides what a run gives, but the cell; what goes on must agree in it."""
         return {"data": self.data, "quick": self.quick}
 
-    def searched(self) -> list[Cell]:
+    def search_cells(self) -> list[Cell]:
         """The cells by which strength and learning rate are chosen: for each method with a choice,
         all of its strengths at all rates."""
+        rates = len(self.rates) if self.rate_is_chosen else 1
         return [
             Cell(case, method, strength, lr, SEARCH + seed, search=True)
-            for case, (method, strengths) in product(self.cases, self.methods.items())
-            if len(strengths) * len(self.rates) > 1
+            for case in self.searched_cases or self.cases
+            for method, strengths in self.strengths(case).items()
+            if len(strengths) * rates > 1
             for strength, lr, seed in product(strengths, self.rates, range(self.search_seeds))
         ]
+
+    def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
+        """The methods of a case, with the strengths to choose from."""
+        return self.methods
 
     def contest(self, case: str) -> str:
         """Cases with the same answer get the same strength and learning rate."""
         return case
 
-    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
+    def report_cells(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
         """The cells that are reported, given by contest and method what was chosen."""
         cells = []
-        for case, (method, strengths) in product(self.cases, self.methods.items()):
-            best = chosen.get((self.contest(case), method))
-            strength = best.strength if best else strengths[0]
-            rates = (best.lr,) if best and self.rate_is_chosen else self.rates
-            cells += [
-                Cell(case, method, strength, lr, seed)
-                for lr, seed in product(rates, range(self.seeds))
-            ]
+        for case in self.cases:
+            for method, strengths in self.strengths(case).items():
+                best = chosen.get((self.contest(case), method))
+                strength = best.strength if best else strengths[0]
+                rates = (best.lr,) if best and self.rate_is_chosen else self.rates
+                cells += [
+                    Cell(case, method, strength, lr, seed)
+                    for lr, seed in product(rates, range(self.seeds))
+                ]
         return cells
 
     @abstractmethod
@@ -152,25 +163,25 @@ class Setting(ABC):
         """One training."""
 
     def note(self, evidence: Evidence) -> str:
-        """What stands above the tables."""
+        """The text above the tables."""
         seeds = evidence.document["seeds"]
         spread = f"Mean ± 95 % interval of {seeds} seeds" if seeds > 1 else "One seed: no interval"
         return f"{self.protocol} {spread}; with [ ]: geometric mean, interval of factors."
 
     @abstractmethod
     def tables(self, evidence: Evidence) -> dict[str, Table]:
-        """What is said of the results, by a short name."""
+        """The tables of the results, by a short name."""
 
     @abstractmethod
     def figures(self, evidence: Evidence) -> dict[str, Any]:
-        """What is drawn of them, by the name of the file without suffix."""
+        """The pictures, by the name of the file without suffix."""
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         """Ours against all others, by what was compared in the words of the page."""
         return {}
 
     def failed(self, evidence: Evidence) -> bool:
-        """Whether the results contradict what they are to show."""
+        """Whether the results contradict what they should show."""
         return False
 
     @classmethod
@@ -183,10 +194,10 @@ class Setting(ABC):
 class Swept(Setting):
     """Nothing is chosen: every strength of every method is reported, at every rate."""
 
-    def searched(self) -> list[Cell]:
+    def search_cells(self) -> list[Cell]:
         return []
 
-    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
+    def report_cells(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
         return [
             Cell(case, method, strength, lr, seed)
             for case, (method, strengths) in product(self.cases, self.methods.items())
@@ -199,18 +210,18 @@ def strengths_of(*names: str) -> dict[str, tuple[float, ...]]:
     return {name: METHODS[name].strengths for name in names}
 
 
-def number(value: Any) -> Any:
-    """JSON as `dump_json` writes it, read: what is not finite comes as a string."""
+def restore_numbers(value: Any) -> Any:
+    """Numbers in place of the strings that `dump_json` writes for those that are not finite."""
     if isinstance(value, dict):
-        return {key: number(item) for key, item in value.items()}
+        return {key: restore_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [number(item) for item in value]
+        return [restore_numbers(item) for item in value]
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def plain(content: Any) -> Any:
     """As it comes back from a file."""
-    return number(json.loads(dump_json(content)))
+    return restore_numbers(json.loads(dump_json(content)))
 
 
 def cell(run: dict[str, Any]) -> Cell:
@@ -222,10 +233,10 @@ def read(path: Path) -> dict[str, Any]:
     """A file of results.
 
     Raises:
-        ValueError: none is there, or it is damaged.
+        ValueError: there is no such file, or it is damaged.
     """
     try:
-        content = number(json.loads(path.read_text()))
+        content = restore_numbers(json.loads(path.read_text()))
     except FileNotFoundError:
         raise ValueError(f"there is no {path}. Run `wellcond reproduce` first.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -235,7 +246,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
@@ -255,7 +266,7 @@ class Runner:
     def __init__(self, setting: Setting, folder: Path, workers: int, overwrite: bool) -> None:
         self.setting, self.folder, self.workers = setting, folder, workers
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out must be a directory, {folder} is none.")
+            raise ValueError(f"--out must be a directory, but {folder} is not.")
         self.declared = plain({"experiment": setting.name} | setting.settings())
         path = folder / "settings.json"
         if overwrite:
@@ -282,24 +293,24 @@ class Runner:
                 raise ValueError(
                     f"{folder / 'results.json'} exists. Give --overwrite, or another --out."
                 )
-            written(dump_json(self.declared), path)
+            write_text(path, dump_json(self.declared) + "\n")
 
     def path(self, cell: Cell) -> Path:
         return self.folder / "runs" / f"{cell.name}.json"
 
     def results(self) -> dict[str, Any]:
-        """Runs what is missing and writes results.json; returns what is in it."""
+        """Runs what is missing, writes results.json and returns its content."""
         setting = self.setting
-        searched = setting.searched()
+        searched = setting.search_cells()
         any_choice = _any_choice(setting, searched)
-        total = len(searched) + len(setting.reported(any_choice))
+        total = len(searched) + len(setting.report_cells(any_choice))
         total += setting.finalists * len(any_choice)
-        with self._kept(), progress(total, setting.name) as advance:
+        with self._report_interruption(), progress(total, setting.name) as advance:
             found = self._complete(searched, advance)
             found += self._complete(finals(setting, found), advance)
             chosen = choose(setting, found)
             best = {(c.case, c.method): c for c in chosen}
-            runs = self._complete(setting.reported(best), advance)
+            runs = self._complete(setting.report_cells(best), advance)
         versions = {json.dumps(run.pop("versions")) for run in found + runs}
         document = {
             "experiment": setting.name,
@@ -310,15 +321,13 @@ class Runner:
             "chosen": [asdict(one) for one in chosen],
             "runs": found + runs,
         }
-        written(dumped(document), self.folder / "results.json")
+        write_text(self.folder / "results.json", dump_results(document))
         return document
 
     def _complete(
         self, cells: list[Cell], advance: Callable[[Cell | None], None]
     ) -> list[dict[str, Any]]:
         """What the cells gave, those that are missing run first."""
-        from joblib import Parallel, delayed
-
         missing = [cell for cell in cells if not self.path(cell).exists()]
         for _ in range(len(cells) - len(missing)):
             advance(None)
@@ -336,7 +345,7 @@ class Runner:
         return [read(self.path(cell)) for cell in cells]
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _report_interruption(self) -> Iterator[None]:
         """An interruption inside says what it leaves."""
         try:
             yield
@@ -361,7 +370,7 @@ def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> 
         torch.set_num_threads(1)
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        with _run.without_subnormals():
+        with without_subnormals():
             metrics, curves = setting.run(cell)
     except Exception as error:
         error.add_note(f"in the run {cell.name}")
@@ -370,24 +379,23 @@ def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> 
         torch.set_num_threads(threads)
     run = asdict(cell) | {
         "metrics": metrics,
-        "curves": {name: [_rounded(value) for value in curve] for name, curve in curves.items()},
+        "curves": {name: [_round(value) for value in curve] for name, curve in curves.items()},
         "seconds": round(time.perf_counter() - wall, 3),
         "cpu_seconds": round(time.process_time() - cpu, 3),
         "versions": versions(),
     }
-    written(dump_json(run), path)
+    write_text(path, dump_json(run) + "\n")
     return cell
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of the software, and the machine; the code by a digest of all its modules."""
-    package = Path(wellcond.text.__file__).parent
+    """Of the software, and the machine; the code by a digest of all modules of both packages."""
     code = hashlib.sha256()
-    for module in sorted(package.rglob("*.py")):
-        code.update(module.read_bytes())
-    machine = f"{platform.machine()}, {_cpu()}"
-    return wellcond.text.versions() | {"code": code.hexdigest()[:12], "machine": machine}
+    for package in (wc, wellcond_experiments):
+        for module in sorted(Path(*package.__path__).rglob("*.py")):
+            code.update(module.read_bytes())
+    return command.versions(_cpu()) | {"code": code.hexdigest()[:12]}
 
 
 def _cpu() -> str:
@@ -456,29 +464,30 @@ def _any_choice(setting: Setting, searched: list[Cell]) -> dict[tuple[str, str],
     }
 
 
-def dumped(document: dict[str, Any]) -> str:
-    """Strict JSON, a line for each run, so that people can read and compare hundreds of them."""
+def dump_results(document: dict[str, Any]) -> str:
+    """Strict JSON, a line per run, so that people can read and compare hundreds of them."""
     head = dump_json({key: value for key, value in document.items() if key != "runs"})
-    lines = [json.dumps(json.loads(dump_json(run))) for run in document["runs"]]
-    return head.removesuffix("\n}\n") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    lines = [dump_json(run, indent=None) for run in document["runs"]]
+    return head.removesuffix("\n}") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Callable[[Cell | None], None]]:
-    """How many runs are done and how long the rest will take, on standard error.
+    """Shows how many runs are done and how long the rest will take, on standard error.
 
     The function counts a run that has ended, or with None one that was there already. On a terminal
     there is a bar, else a line, at most every half minute.
     """
     began = said = time.monotonic()
     done = new = 0
-    with _run.progress(total, title) as advance:
+    with command.progress(total, title) as advance:
 
         def ended(cell: Cell | None) -> None:
             nonlocal done, new, said
             now = time.monotonic()
             done, new = done + 1, new + (cell is not None)
-            left = f"about {duration((now - began) / new * (total - done))} left" if new else ""
+            seconds = (now - began) / new * (total - done) if new else 0
+            left = f"about {format_duration(seconds)} left" if new else ""
             advance(left)
             if not sys.stderr.isatty() and now - said > 30:
                 print(f"{title}: {done} of {total} runs, {left}", file=sys.stderr, flush=True)

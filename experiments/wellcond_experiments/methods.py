@@ -1,13 +1,14 @@
-"""Ways to train a network: nothing, the baselines that people use, and those of wellcond.
+"""Methods of training: nothing, the baselines that people use, and those of wellcond.
 
-All share one loop: `Training.step` of a loss. A way changes what it must, the network before it is
-trained, the gradient before a step, the weights after it, or what happens between two tasks.
+All share one loop: `Training.step` of a loss. A method changes what it must: the network before it
+is trained, the gradient before a step, the weights after it, or what happens between two tasks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,11 +23,26 @@ WIDEST = 512  # of the weights that torch is to keep orthogonal
 Build = Callable[[bool], nn.Module]  # with LayerNorm before every activation, or without
 
 
-def seeded(build: Callable[[], Made], seed: int) -> Made:
+def run_seeded(build: Callable[[], Made], seed: int) -> Made:
     """What is made with random numbers of that seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+@contextmanager
+def without_subnormals() -> Iterator[None]:
+    """Numbers below the normal ones of their dtype count as zero.
+
+    Units that die in a training leave ever smaller averages behind, on which processors work many
+    times slower: they would decide what a method seems to cost. Enter it before the first parallel
+    operation, because threads inherit it from the one that starts them.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
@@ -65,11 +81,11 @@ class Training:
 
     Args:
         build: makes the network, with LayerNorm before its activations or without.
-        strength: that of the way, in its own units.
+        strength: that of the method, in its own units.
         lr: learning rate of Adam.
         seed: of the initial weights.
         gain: what an isometric weight is to be multiplied by: √2 before ReLU, else 1.
-        decays: whether a parameter is decayed, where the way is a decay; all if None.
+        decays: whether a parameter is decayed, where the method is a decay; all if None.
     """
 
     label: ClassVar[str] = "nothing"
@@ -89,15 +105,15 @@ class Training:
     ) -> None:
         self.build, self.strength, self.lr, self.seed, self.gain = build, strength, lr, seed, gain
         self.decays = decays or (lambda parameter: True)
-        self.model = seeded(lambda: build(self.normed), seed)
-        seeded(self.prepare, seed)
+        self.model = run_seeded(lambda: build(self.normed), seed)
+        run_seeded(self.prepare, seed)
         self.optimizer = self.adam()
         self.attach()
 
     def adam(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), self.lr, fused=True)
 
-    def decayed(self) -> list[dict[str, Any]]:
+    def decay_groups(self) -> list[dict[str, Any]]:
         """The parameters in two groups, with the strength as their decay and with none."""
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for parameter in self.model.parameters():
@@ -150,7 +166,7 @@ class L2(Training):
     strengths = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
     def adam(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.decayed(), self.lr, fused=True)
+        return torch.optim.Adam(self.decay_groups(), self.lr, fused=True)
 
 
 class WeightDecay(Training):
@@ -159,7 +175,7 @@ class WeightDecay(Training):
     strengths = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 
     def adam(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.decayed(), self.lr, fused=True)
+        return torch.optim.AdamW(self.decay_groups(), self.lr, fused=True)
 
 
 class L2Initial(Training):
@@ -183,7 +199,7 @@ class L2Initial(Training):
 class ShrinkAndPerturb(Training):
     """(1 − strength) p + strength · new initial weights, as data change (Ash & Adams, 1910.08475).
 
-    It is told when that is, which the other ways are not.
+    It is told when that is; the other methods are not.
     """
 
     label = "shrink and perturb"
@@ -196,7 +212,7 @@ class ShrinkAndPerturb(Training):
     @torch.no_grad()
     def between_tasks(self) -> None:
         self.times += 1
-        fresh = seeded(lambda: self.build(self.normed), 1_000_000 * self.times + self.seed)
+        fresh = run_seeded(lambda: self.build(self.normed), 1_000_000 * self.times + self.seed)
         for p, new in zip(self.model.parameters(), fresh.parameters(), strict=True):
             p.lerp_(new, self.strength)
 
@@ -290,7 +306,7 @@ class Attached(Training):
 
 
 class ConditionPenalty(Attached):
-    label = "Condition, attached"
+    label = "ConditionPenalty, attached"
     after = "Nenov, Haider & Balazs, 2410.00169; the proximal step is new"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
@@ -301,7 +317,7 @@ class ConditionPenalty(Attached):
 class ConditionGradient(Training):
     """strength · r in the loss, of which `add_gradients` adds the gradient."""
 
-    label = "Condition, in the loss"
+    label = "ConditionPenalty, in the loss"
     after = "Nenov, Haider & Balazs, 2410.00169"
     ours = True
     strengths = (1e-4, 1e-3, 1e-2, 0.1)
@@ -314,7 +330,7 @@ class ConditionGradient(Training):
 
 
 class StableRankPenalty(Attached):
-    label = "StableRank"
+    label = "StableRankPenalty"
     after = "Sanyal, Torr & Dokania, 1906.04659, as a penalty"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
@@ -325,7 +341,7 @@ class StableRankPenalty(Attached):
 class SpectralNormPenalty(Attached):
     """Down to the gain."""
 
-    label = "SpectralNorm"
+    label = "SpectralNormPenalty"
     after = "Yoshida & Miyato, 1705.10941"
     strengths = (1.0, 10.0, 100.0, 1000.0)
 
@@ -334,7 +350,7 @@ class SpectralNormPenalty(Attached):
 
 
 class OrthogonalityPenalty(Attached):
-    label = "Orthogonality"
+    label = "OrthogonalityPenalty"
     after = "Brock et al., 1609.07093; Bansal, Chen & Wang, 1810.09102"
     strengths = (0.1, 1.0, 10.0, 100.0)
 
@@ -345,12 +361,12 @@ class OrthogonalityPenalty(Attached):
 class IsometryStep(Attached):
     """θ is the strength; scale is the gain."""
 
-    label = "Isometry"
+    label = "IsometryStep"
     after = "Cissé et al., 1704.08847, with a clip of the largest"
     strengths = (0.01, 0.03, 0.1, 0.5)
 
     def rule(self) -> Any:
-        return wc.IsometryStep(self.strength, scale=self.gain)
+        return wc.IsometryStep(theta=self.strength, scale=self.gain)
 
 
 class ConditionLimit(Attached):
@@ -384,7 +400,7 @@ class BothLimits(Attached):
 
 
 class LayerNormIsometry(IsometryStep):
-    label = "LayerNorm and Isometry"
+    label = "LayerNorm and IsometryStep"
     normed = True
 
 
@@ -409,7 +425,7 @@ class WarmUp(Training):
             group["lr"] = self.lr * min(1.0, self.steps / self.strength)
 
 
-class TikhonovPenalty(L2):
+class Tikhonov(L2):
     label = "Tikhonov"
     after = "Krogh & Hertz, 1991"
 
@@ -439,11 +455,11 @@ METHODS: dict[str, type[Training]] = {
     "layer-norm-upper-limit": LayerNormUpperLimit,
 }
 # Those that make sense in any experiment.
-WAYS = tuple(METHODS)
-METHODS |= {"warm-up": WarmUp, "tikhonov": TikhonovPenalty}
-TUNED = "-tuned"  # of names of the same way, once with strengths that are given, once searched
+COMPARED = tuple(METHODS)
+METHODS |= {"warm-up": WarmUp, "tikhonov": Tikhonov}
+TUNED = "-tuned"  # of names of the same method, once with strengths that are given, once searched
 
 
-def way(name: str) -> type[Training]:
+def find_method(name: str) -> type[Training]:
     """The one of this name, tuned or not."""
     return METHODS[name.removesuffix(TUNED)]

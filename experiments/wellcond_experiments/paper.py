@@ -1,4 +1,4 @@
-"""The ways that the paper compares: Adam with a strength of its own for every weight.
+"""The methods that the paper compares: Adam with a strength of its own for every weight.
 
 They share names with those of `methods` where they are the same, and differ in that no strength is
 meant for all weights. κ is watched while they train.
@@ -21,25 +21,24 @@ EVERY = 10  # steps between two lazy proximal ones
 
 
 class Look(NamedTuple):
-    """How a way is called and drawn."""
+    """How a method is drawn."""
 
-    label: str
     colour: str
     marker: str
     line: str
 
 
 LOOKS = {
-    "none": Look("no regulariser", "#7f7f7f", "s", "-"),
-    "tikhonov": Look("Tikhonov", "#d98c1f", "^", "-"),
-    "condition-gradient": Look("condition (in the loss)", "#1f6fb4", "o", "-"),
-    "condition": Look("condition (proximal)", "#2a9d6f", "D", "--"),
+    "none": Look("#7f7f7f", "s", "-"),
+    "tikhonov": Look("#d98c1f", "^", "-"),
+    "condition-gradient": Look("#1f6fb4", "o", "-"),
+    "condition": Look("#2a9d6f", "D", "--"),
 }
 REGULARISED = tuple(LOOKS)[1:]
 
 
 class PaperTraining(Training):
-    """Adam with one of the ways.
+    """Adam with one of the methods.
 
     Args:
         build: makes the network.

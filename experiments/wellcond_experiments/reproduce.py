@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from wellcond.text import written
-from wellcond_experiments import _run, evidence, figures, grid
+from joblib import cpu_count
+
+from wellcond_experiments import evidence, figures, grid
+from wellcond_experiments.command import positive, write_text
 from wellcond_experiments.evidence import Evidence, Verdict
 from wellcond_experiments.grid import Runner, Setting
 from wellcond_experiments.methods import METHODS
@@ -36,19 +38,20 @@ def configure(names: Any) -> None:
             )
         parser.add_argument(
             "--seeds",
-            type=_run.positive,
+            type=positive,
             help=f"how many are reported (default {setting.default_seeds}; 2 with --quick)",
         )
         parser.add_argument("--quick", action="store_true", help="a short run to see that it works")
         if setting.workers is None:
             parser.add_argument(
                 "--workers",
-                type=_run.positive,
-                help="processes, of one thread each (default: one for each core)",
+                type=positive,
+                help="processes, of one thread each (default: one per core)",
             )
         parser.add_argument("--out", type=Path, help=f"default runs/{setting.name}")
         parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-        parser.add_argument("--json", action="store_true", help="print one JSON document, alone")
+        only = "print one JSON document and no table"
+        parser.add_argument("--json", action="store_true", help=only)
         parser.add_argument(
             "--report",
             type=Path,
@@ -62,9 +65,6 @@ def configure(names: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    figures.import_figures()
-    from joblib import cpu_count
-
     kind = SETTINGS[arguments.experiment]
     if arguments.report is not None:
         return _report(kind, arguments.report / f"{kind.name}.json", Path())
@@ -75,13 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
     found = Evidence(document)
     tables = setting.tables(found)
     parts = [setting.note(found), *(f"{t.title}:\n\n{t.markdown()}" for t in tables.values())]
-    written("\n".join(parts), folder / "table.md")
+    write_text(folder / "table.md", "\n".join(parts))
     pictures = [
         figures.save(drawing, folder / f"{name}.png")
         for name, drawing in setting.figures(found).items()
     ]
     if arguments.json:
-        print(grid.dumped(document), end="")
+        print(grid.dump_results(document), end="")
     else:
         print(setting.note(found), end="\n\n")
         for table in tables.values():
@@ -94,16 +94,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(kind: type[Setting], results: Path, root: Path) -> int:
     """Writes tables and pictures of the documentation below root."""
     if not (root / PICTURES.parent).is_dir():
-        raise ValueError("--report writes into docs/ of a checkout, and there is none here.")
+        raise ValueError("--report writes into docs/ of a clone: run it where docs/ is.")
     document = grid.read(results)
     setting = kind.of(document)
     found = Evidence(document)
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
-    changed = evidence.fill(pages, kind.name, setting.tables(found))
+    changed = evidence.fill_pages(pages, kind.name, setting.tables(found))
     verdicts = _verdicts(results.parent)
-    changed += evidence.fill(pages, "winners", {"table": evidence.winners(verdicts)})
-    changed += evidence.fill(pages, "ways", {"table": evidence.ways([*METHODS])})
-    pictures = setting.figures(found) | {"winners": evidence.drawn(verdicts)}
+    changed += evidence.fill_pages(pages, "winners", {"table": evidence.list_winners(verdicts)})
+    changed += evidence.fill_pages(pages, "methods", {"table": evidence.list_methods([*METHODS])})
+    pictures = setting.figures(found) | {"winners": evidence.draw_winners(verdicts)}
     for name, drawing in pictures.items():
         changed.append(figures.save(drawing, root / PICTURES / f"{name}.svg"))
     print(f"Written: {', '.join(map(str, dict.fromkeys(changed))) or 'nothing'}")

@@ -55,10 +55,8 @@ def interval(values: list[float], log: bool = False) -> Band:
     mean = float(array.mean()) if len(array) else math.nan
     if len(array) < 2 or not math.isfinite(mean):
         return Band(mean, math.nan, math.nan)
-    if not numpy.ptp(array):  # scipy would warn of a division by zero
-        return Band(mean, mean, mean)
-    low, high = stats.t.interval(0.95, len(array) - 1, loc=mean, scale=stats.sem(array))
-    return Band(mean, float(low), float(high))
+    half = float(stats.t.ppf(0.975, len(array) - 1) * stats.sem(array))
+    return Band(mean, mean - half, mean + half)
 
 
 def number(value: float) -> str:
@@ -95,6 +93,6 @@ class Table(NamedTuple):
             table.add_row(*row)
         # A pipe or a file has no width; a narrow default would break the numbers.
         console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
-        with console.capture() as text:  # as rich ends the program, its own way, if nobody reads on
+        with console.capture() as text:  # because rich ends the program if nobody reads on
             console.print(table)
         print(text.get(), end="")

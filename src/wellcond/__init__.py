@@ -18,7 +18,6 @@ _MODULES = {
     "linalg.nearest": ["nearest"],
     "linalg.spectrum": ["condition_number"],
     "report.report": ["AuditReport", "compare"],
-    "rules.base": ["Limit", "Penalty"],
     "rules.condition": ["ConditionPenalty"],
     "rules.exact": [
         "condition_penalty",
@@ -27,7 +26,9 @@ _MODULES = {
         "proximal_step",
     ],
     "rules.isometry": ["IsometryStep", "OrthogonalityPenalty"],
-    "rules.limit": ["ConditionLimit", "SingularValueLimit"],
+    "rules.spectral": ["ConditionLimit", "SingularValueLimit"],
+    "rules.limit": ["Limit"],
+    "rules.penalty": ["Penalty"],
     "rules.relatives": ["SpectralNormPenalty", "StableRankPenalty"],
     "rules.tikhonov": ["TikhonovPenalty"],
     "training.enforce": ["enforce"],

@@ -9,8 +9,6 @@ from wellcond.linalg.nearest import nearest as nearest
 from wellcond.linalg.spectrum import condition_number as condition_number
 from wellcond.report.report import AuditReport as AuditReport
 from wellcond.report.report import compare as compare
-from wellcond.rules.base import Limit as Limit
-from wellcond.rules.base import Penalty as Penalty
 from wellcond.rules.condition import ConditionPenalty as ConditionPenalty
 from wellcond.rules.exact import condition_penalty as condition_penalty
 from wellcond.rules.exact import condition_penalty_bound as condition_penalty_bound
@@ -18,10 +16,12 @@ from wellcond.rules.exact import condition_penalty_gradient as condition_penalty
 from wellcond.rules.exact import proximal_step as proximal_step
 from wellcond.rules.isometry import IsometryStep as IsometryStep
 from wellcond.rules.isometry import OrthogonalityPenalty as OrthogonalityPenalty
-from wellcond.rules.limit import ConditionLimit as ConditionLimit
-from wellcond.rules.limit import SingularValueLimit as SingularValueLimit
+from wellcond.rules.limit import Limit as Limit
+from wellcond.rules.penalty import Penalty as Penalty
 from wellcond.rules.relatives import SpectralNormPenalty as SpectralNormPenalty
 from wellcond.rules.relatives import StableRankPenalty as StableRankPenalty
+from wellcond.rules.spectral import ConditionLimit as ConditionLimit
+from wellcond.rules.spectral import SingularValueLimit as SingularValueLimit
 from wellcond.rules.tikhonov import TikhonovPenalty as TikhonovPenalty
 from wellcond.training.enforce import enforce as enforce
 from wellcond.training.monitor import Monitor as Monitor

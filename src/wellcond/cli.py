@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """All commands; the experiments are imported for theirs alone."""
+    """All commands; the experiments are imported only for `reproduce` and `bench`."""
     parser = _Parser(
         prog="wellcond",
         description="Condition numbers of neural network weights: audits, repairs, experiments.",
@@ -72,15 +72,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _experiments(module: str) -> Any:
-    """A module of the package of experiments, which stands beside wellcond and not in its wheel."""
+    """A module of the experiments, a package of its own that is not part of the wheel."""
     try:
         return importlib.import_module(f"wellcond_experiments.{module}")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "wellcond_experiments":
-            raise
         raise ModuleNotFoundError(
-            "the experiments are not installed. They come with the repository: in a clone of it "
-            "run `pip install ./experiments`."
+            f"the experiments are not installed ({error.name} is missing). They come with the "
+            "repository: in a clone of it run `pip install ./experiments`."
         ) from None
 
 

@@ -298,7 +298,7 @@ def grouped(S: Tensor) -> nn.Conv1d:
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 4, 2), (4, 1, 6), (2, 1, 1)])
 def test_groups_are_one_block_diagonal_map(shape: tuple[int, ...], certify: bool) -> None:
     S = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    (finding,) = wc.audit(grouped(S), certify).findings
+    (finding,) = wc.audit(grouped(S), certify=certify).findings
     groups, m, n = shape
     count = groups * min(m, n)
     whole = torch.block_diag(*S).double()
@@ -367,7 +367,7 @@ def test_of_a_kernel_in_a_file_that_may_be_depthwise_is_said_how_it_is_read(tmp_
     shapes = {"a.weight": (8, 1, 3, 3), "b.weight": (8, 3, 3, 3), "c.weight": (1, 1, 3, 3)}
     torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "a.pt")
     said = {one.name: one.explanation for one in wc.audit(tmp_path / "a.pt").findings}
-    assert "read as of one group" in said.pop("a.weight")
+    assert "read as one group" in said.pop("a.weight")
     assert set(said.values()) <= {""}
 
 
@@ -379,7 +379,7 @@ def test_of_kernels_in_a_file_is_said_that_groups_are_unknown(
     model = nn.Sequential(nn.Linear(4, 3), *convolutions)
     path = tmp_path / "a.pt"
     torch.save(model.state_dict(), path)
-    note = f"{are} read as of one group, because a file does not say how many: audit the model"
+    note = f"{are} read as one group, because a file does not say how many: audit the model"
     report = wc.audit(path)
     assert report.coverage.note == note
     assert note in report.table()
@@ -487,7 +487,7 @@ def test_coverage_says_what_share_was_measured() -> None:
     assert coverage.parameter_share == pytest.approx(100 / 210)
     assert str(coverage) == (
         "1 of 2 matrices, 47.6 % of the parameters; 1 skipped: 1.weight (an embedding: its rows "
-        "are looked up, it is no linear map); no matrices: 1 (vector)"
+        "are looked up, not multiplied); no matrices: 1 (vector)"
     )
 
 

@@ -107,8 +107,8 @@ def test_heads_that_are_not_known_are_rows_that_say_why() -> None:
     (row,) = (f for f in report.findings if f.name == "0.self_attn")
     assert row.label == "0.self_attn:heads"
     assert row.status is wc.report.Status.failed
-    assert row.detail == "how many heads it has is not known"
-    assert "how many heads it has is not known" in report.table()
+    assert row.detail == "the number of its heads is unknown"
+    assert "the number of its heads is unknown" in report.table()
     assert report.coverage.failed == 0
 
 
@@ -187,15 +187,15 @@ def test_a_file_and_its_model_agree(tmp_path: Path, whole: bool) -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (None, "how many heads it has is not known; there is no config.json beside it"),
-        ("[" * 100_000, "how many heads it has is not known; there is no config.json beside it"),
-        ([1, 2], "how many heads it has is not known; there is no config.json beside it"),
-        ({"hidden_size": 12}, "how many heads it has is not known"),
-        ({"num_attention_heads": "4"}, "how many heads it has is not known"),
-        ({"num_attention_heads": 4, "hidden_size": 12}, "are no 4 heads of 3 each"),
-        ({"num_attention_heads": 4}, "how many heads its keys have is not known"),
-        (CONFIG | {"num_key_value_heads": 4}, "the 10 rows of its keys are no 4 heads of 5"),
-        (CONFIG | {"num_attention_heads": 10**30}, "heads of 5 each"),
+        (None, "the number of its heads is unknown; there is no config.json beside it"),
+        ("[" * 100_000, "the number of its heads is unknown; there is no config.json beside it"),
+        ([1, 2], "the number of its heads is unknown; there is no config.json beside it"),
+        ({"hidden_size": 12}, "the number of its heads is unknown"),
+        ({"num_attention_heads": "4"}, "the number of its heads is unknown"),
+        ({"num_attention_heads": 4, "hidden_size": 12}, "are not 4 equal heads of 3 rows"),
+        ({"num_attention_heads": 4}, "the number of its key heads is unknown"),
+        (CONFIG | {"num_key_value_heads": 4}, "the 10 rows of its keys are not 4 heads of 5"),
+        (CONFIG | {"num_attention_heads": 10**30}, "equal heads of 5 rows"),
     ],
 )
 def test_of_a_file_nothing_is_guessed(tmp_path: Path, config: object, why: str) -> None:

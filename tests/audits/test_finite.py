@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.audits import finite
-from wellcond.files import pickled
 from wellcond.cli import main
+from wellcond.files import pickled
+from wellcond.files import pieces as pieces_module
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.safetensors import Safetensors
 from wellcond.report.not_finite import NotFinite
@@ -289,7 +290,7 @@ def test_a_tensor_is_read_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, entries: int
 ) -> None:
     """Whatever their size, and when the file is opened anew in between."""
-    monkeypatch.setattr(finite, "_PIECE", 64)
+    monkeypatch.setattr(pieces_module, "_PIECE", 64)
     monkeypatch.setattr("wellcond.files.safetensors._PIECE", 256)
     monkeypatch.setattr(pickled, "_RESIDENT", 1000)
     bias = torch.arange(float(entries))

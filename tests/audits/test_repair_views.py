@@ -24,7 +24,7 @@ def test_parts_are_repaired_with_the_whole(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
     report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
     assert [repair.name for repair in report.changed] == ["qkv"]
-    assert str(report.skipped["q"]).endswith("neither measured nor repaired by itself: qkv")
+    assert str(report.skipped["q"]).endswith("so not measured or repaired separately: qkv")
     assert report.skipped == {n: Skipped(Reason.part, "qkv") for n in ("q", "k", "columns")}
     after = torch.load(tmp_path / "b.pt")
     assert float(wc.condition_number(after["qkv"])) <= 3.0
@@ -136,7 +136,7 @@ def test_every_block_has_a_limit_of_its_own(tmp_path: Path) -> None:
     assert {one.label for one in report.repairs} == {
         one.label for one in wc.audit(tmp_path / "a.pt").findings
     }
-    (line,) = (line for line in str(report).splitlines() if "how it is cut" in line)
+    (line,) = (line for line in str(report).splitlines() if "tells the order of its rows" in line)
     assert line.startswith("attention.query_key_value.weight: `query_key_value` is one matrix")
     found = {one.label: one.condition_number for one in wc.audit(tmp_path / "b.pt").findings}
     assert max(found.values()) <= 4.0

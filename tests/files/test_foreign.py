@@ -414,7 +414,7 @@ def test_a_damaged_array_is_none(shape: Any) -> None:
 
 def test_arrays_alone_are_no_tensors(tmp_path: Path) -> None:
     torch.save({"w": np.eye(3)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"has none \(w: an array of NumPy, which is not read"):
+    with pytest.raises(ValueError, match=r"has none \(w: a NumPy array, which is not read"):
         wc.audit(tmp_path / "a.pt")
 
 

@@ -638,5 +638,5 @@ def test_a_module_that_stays_in_train_mode_is_warned_of(
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
     for nothing in (None, 10, "*"):
-        with pytest.raises(TypeError, match=r"`rules` must be a penalty or map.*wc\.Monitor"):
+        with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*wc\.Monitor"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]

@@ -563,7 +563,7 @@ def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
     for nothing in (None, 10, "*"):
-        with pytest.raises(TypeError, match=r"`rules` must be a penalty or map.*wc\.Monitor"):
+        with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*wc\.Monitor"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]
 
 

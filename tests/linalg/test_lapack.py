@@ -12,7 +12,7 @@ from torch import Tensor
 import wellcond as wc
 from matrices import with_spectrum
 from wellcond.linalg.spectrum import Method, measure
-from wellcond.rules.limit import limited
+from wellcond.rules.spectral import limit_condition_number
 
 SOLVERS = ["svd", "svdvals", "eigh", "eigvalsh"]
 
@@ -47,7 +47,7 @@ def kappa_10(m: int, n: int) -> Tensor:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_one_failure_changes_nothing(shape: tuple[int, int], solver: str) -> None:
     S = kappa_10(*shape)
-    nearest, stored = wc.nearest(S, 3.0), limited(S, 3.0).S
+    nearest, stored = wc.nearest(S, 3.0), limit_condition_number(S, 3.0).S
     with fail(solver, times=1):
         assert measure(S).condition_number == pytest.approx(10.0)
     with fail(solver, times=1):
@@ -59,7 +59,7 @@ def test_one_failure_changes_nothing(shape: tuple[int, int], solver: str) -> Non
     with fail(solver, times=1):
         torch.testing.assert_close(wc.nearest(S, 3.0), nearest)
     with fail(solver, times=1):
-        torch.testing.assert_close(limited(S, 3.0).S, stored)
+        torch.testing.assert_close(limit_condition_number(S, 3.0).S, stored)
 
 
 def test_without_eigenvalues_an_svd_decides() -> None:
@@ -76,7 +76,7 @@ def test_a_failure_for_good_is_said() -> None:
         lambda S: wc.condition_number(S[None]),
         measure,
         lambda S: wc.nearest(S, 2.0),
-        lambda S: limited(S, 2.0),
+        lambda S: limit_condition_number(S, 2.0),
     ):
         with fail(*SOLVERS), pytest.raises(ValueError, match="LAPACK does not converge"):
             call(S)

@@ -15,7 +15,7 @@ import wellcond as wc
 from matrices import matrices, with_spectrum
 from wellcond.linalg.nearest import clip
 from wellcond.linalg.spectrum import measure
-from wellcond.rules.limit import limited
+from wellcond.rules.spectral import limit_condition_number
 
 LIMITS = st.sampled_from([1.0, 1.5, 2.0, 10.0, 1e3, 1e6])
 
@@ -124,7 +124,7 @@ def test_stored_matrices_obey(dtype: torch.dtype, K: float, shape: tuple[int, in
     S = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     S[:, 0] = 1e-3 * S[:, 1] + 1e-4 * S[:, 0]
     S = S.to(dtype)
-    found = limited(S, K)
+    found = limit_condition_number(S, K)
     assert found.S.dtype == dtype
     assert float(wc.condition_number(found.S)) <= K
     ideal = torch.linalg.vector_norm(wc.nearest(S.double(), K) - S.double())
@@ -135,7 +135,7 @@ def test_stored_matrices_obey(dtype: torch.dtype, K: float, shape: tuple[int, in
 
 def test_what_obeys_already_is_left_alone() -> None:
     S = torch.eye(3, dtype=torch.bfloat16)
-    assert limited(S, 1.0).S is S
+    assert limit_condition_number(S, 1.0).S is S
 
 
 @pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-600, 2.0**600, 2.0**1000])
@@ -145,7 +145,7 @@ def test_stored_matrices_obey_at_any_scale(scale: float, n: int, K: float) -> No
     """Entries whose squares vanish or overflow: found as if of order 1."""
     S = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     S[0] *= 1e-6
-    far, near = limited(S * scale, K), limited(S, K)
+    far, near = limit_condition_number(S * scale, K), limit_condition_number(S, K)
     assert far.before == pytest.approx(near.before, rel=1e-6)
     assert far.before > 1e5
     assert not torch.equal(far.S, S * scale)
@@ -159,7 +159,7 @@ def test_stored_matrices_obey_where_entries_differ_by_360_orders() -> None:
     S = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     S[:, :3] *= 1e-180
     S[:, 3:] *= 1e180
-    found = limited(S, 10.0)
+    found = limit_condition_number(S, 10.0)
     assert found.before == math.inf
     assert found.after <= 10
     assert torch.isfinite(found.S).all()
@@ -167,7 +167,7 @@ def test_stored_matrices_obey_where_entries_differ_by_360_orders() -> None:
 
 
 def test_zero_stays_zero() -> None:
-    found = limited(torch.zeros(3, 3), 2.0)
+    found = limit_condition_number(torch.zeros(3, 3), 2.0)
     assert torch.equal(found.S, torch.zeros(3, 3))
     assert math.isnan(found.after)
 
@@ -175,11 +175,11 @@ def test_zero_stays_zero() -> None:
 def test_bfloat16_cannot_hold_kappa_near_one() -> None:
     S = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with pytest.raises(ValueError, match="rounded to bfloat16"):
-        limited(S, 1.001)
+        limit_condition_number(S, 1.001)
 
 
 def test_a_deficient_matrix_can_be_stored_with_full_rank() -> None:
-    found = limited(torch.ones(6, 4, dtype=torch.float16), 50.0)
+    found = limit_condition_number(torch.ones(6, 4, dtype=torch.float16), 50.0)
     assert float(wc.condition_number(found.S)) <= 50.0
 
 

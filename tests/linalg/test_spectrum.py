@@ -125,22 +125,22 @@ def test_no_matrix_can_hide_from_the_start_block(monkeypatch: pytest.MonkeyPatch
     known = torch.randn(600, 4, generator=source, dtype=torch.float64)
     S = hidden_from(known)
     with monkeypatch.context() as patch:
-        patch.setattr(spectrum_module, "_start", lambda S: known)
+        patch.setattr(spectrum_module, "_random_block", lambda S: known)
         assert measure(S).condition_number == pytest.approx(100.0, rel=1e-2)
     for _ in range(3):
         found = measure(S)
         assert found.method is Method.krylov
         assert found.condition_number == pytest.approx(800.0, rel=1e-6)
         assert measure(S.clone()).condition_number == found.condition_number
-        S = hidden_from(spectrum_module._start(S))
+        S = hidden_from(spectrum_module._random_block(S))
 
 
 def test_starts_are_those_of_the_matrix() -> None:
     S = with_spectrum(torch.ones(20).double(), 30, 20)
-    start = spectrum_module._start(S)
-    assert torch.equal(spectrum_module._start(S.mT.contiguous().mT), start)
+    start = spectrum_module._random_block(S)
+    assert torch.equal(spectrum_module._random_block(S.mT.contiguous().mT), start)
     S[-1, -1] = np.nextafter(float(S[-1, -1]), 1)
-    assert not torch.isclose(spectrum_module._start(S), start).any(dim=0).all()
+    assert not torch.isclose(spectrum_module._random_block(S), start).any(dim=0).all()
 
 
 def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(

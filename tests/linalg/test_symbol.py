@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from convolutions import dense
-from wellcond.linalg.symbol import at_frequencies, norm_bound, periodic_singular_values
+from wellcond.linalg.symbol import norm_bound, periodic_singular_values, symbol_matrices
 from wellcond.operators.convolution import Geometry
 
 
@@ -56,7 +56,7 @@ def test_the_bound_holds_between_the_points_of_its_grid(k: int) -> None:
         frequency = torch.rand((), generator=source, dtype=torch.float64)
         phases = 2 * torch.pi * frequency * torch.arange(k, dtype=torch.float64)
         K = torch.stack([phases.cos(), phases.sin()])[:, None]
-        fine, _ = at_frequencies(K, [1], [1], [16 * k * 64])
+        fine, _ = symbol_matrices(K, [1], [1], [16 * k * 64])
         largest = float(torch.linalg.matrix_norm(fine, 2).max())
         bound = norm_bound(K, [1], [1])
         assert largest <= bound <= 1.1 * largest
@@ -65,6 +65,6 @@ def test_the_bound_holds_between_the_points_of_its_grid(k: int) -> None:
 def test_half_of_the_frequencies_stand_for_all() -> None:
     K = torch.randn(2, 3, 3, 3, dtype=torch.float64)
     for size in ((4, 6), (5, 6), (5, 7), (1, 1), (1, 2)):
-        matrices, counts = at_frequencies(K, [1, 1], [1, 1], size)
+        matrices, counts = symbol_matrices(K, [1, 1], [1, 1], size)
         assert int(counts.sum()) == size[0] * size[1]
         assert len(matrices) == len(counts) <= size[0] * size[1] // 2 + 2

@@ -169,7 +169,7 @@ def test_forms_multiply_and_choose_as_what_they_stand_for(form: str) -> None:
         of(NewWeight(change).where(chosen, StoredMatrix(S)).form),
         torch.where(wide, dense(low, S), S),
     )
-    again = Gradient.of(Gradient(change).tensors)
+    again = Gradient.from_tensors(Gradient(change).code, Gradient(change).tensors)
     torch.testing.assert_close(of(again.form), dense(low, S))
 
 

@@ -6,13 +6,13 @@ import torch
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import (
     Subspace,
+    align_sides,
     cold_start,
-    in_step,
     power_eigenvector,
     refine,
     residual,
     top_eigenvector,
-    warmed,
+    warm_up,
 )
 
 
@@ -97,7 +97,7 @@ def test_a_zero_and_a_nan_matrix_say_so_and_go_on_from_a_sound_subspace() -> Non
     torch.testing.assert_close(after.basis.mT @ after.basis, torch.eye(2).expand(3, 2, 2))
     # Once it is sound again, two sweeps find it.
     stack[:2] = 3 * torch.eye(5, 4)
-    image, _ = refine(operator, warmed(operator, after))
+    image, _ = refine(operator, warm_up(operator, after))
     torch.testing.assert_close(image.top.sigma[:, 0], torch.tensor([3.0, 3.0, 1.0]))
 
 
@@ -106,12 +106,12 @@ def test_a_weight_that_jumps_to_an_orthogonal_subspace_is_found_again() -> None:
     S = torch.zeros(6, 6)
     S[:2, :2] = torch.eye(2)
     operator = StoredMatrix(S)
-    subspace = warmed(operator, cold_start(operator, 2, "weight"))
+    subspace = warm_up(operator, cold_start(operator, 2, "weight"))
     S.zero_()
     S[4:, 4:] = 2 * torch.eye(2)
     image, subspace = refine(operator, subspace)
     assert not image.usable
-    image, _ = refine(operator, warmed(operator, subspace))
+    image, _ = refine(operator, warm_up(operator, subspace))
     torch.testing.assert_close(image.top.sigma[0], torch.tensor(2.0))
 
 
@@ -120,7 +120,7 @@ def test_subspaces_are_brought_onto_one_side_by_one_product() -> None:
     operator = StoredMatrix(S)
     start = cold_start(operator, 3, "weight")
     _, other = refine(operator, start)
-    same, turned = in_step([operator, operator], [other, start])
+    same, turned = align_sides([operator, operator], [other, start])
     assert same is other
     assert turned.from_right is other.from_right is False
     assert torch.equal(turned.basis, other.basis)

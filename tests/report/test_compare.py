@@ -1,6 +1,7 @@
 """Two audits side by side: which weight is which, how kappa moved, what is on one side alone."""
 
 import csv
+import html
 import io
 import json
 import math
@@ -184,7 +185,7 @@ def test_a_prefix_is_said(tmp_path: Path) -> None:
     assert {pair.label for pair in comparison.pairs} == set(weights)
     said = 'Names before begin with "model.", which is left out here'
     assert comparison.naming == said
-    for text in (comparison.table(), comparison.to_html().replace("&quot;", '"')):
+    for text in (comparison.table(), html.unescape(comparison.to_html())):
         assert said in text
     first = comparison.to_dict()["comparison"][0]
     assert first["before"]["name"] == f"model.{first['weight']}"

@@ -1,4 +1,6 @@
-"""The page that an audit writes: what it says, and how it looks on a phone and on a desk."""
+"""The page of an audit and of a comparison: what it says, and how it looks."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -10,13 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree.ElementTree import Element, TreeBuilder
 
 import pytest
 import torch
 from torch import nn
 
 import wellcond as wc
+from wellcond.report import Coverage, Finding, Grade, Reason, Skipped, Status
 from wellcond.report.findings import sort_key
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -26,38 +30,19 @@ HOSTILE = [
     "layers.0.\"'><b>&",
     "a\x1b[2J\n\x00\u202e",
     "&amp;",
+    "{{ 7 * 7 }}</style>",
     "y" * 300,
 ]
-VOID = {"meta", "wbr"}
-SHOWN = {"td", "th", "a"}
+KINDS = [f"mlp.part_{k}.weight" for k in range(21)]
+INF, NAN = math.inf, math.nan
 
 
-def diagonal(*entries: float) -> nn.Linear:
-    layer = nn.Linear(len(entries), len(entries))
-    with torch.no_grad():
-        layer.weight.copy_(torch.diag(torch.tensor(entries)))
-    return layer
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.ModuleDict(
-        {
-            LONG: diagonal(1e3, 10.0, 1.0),
-            "flat": diagonal(1.0, 0.0),
-            "fine": nn.Linear(40, 30),
-            "some.where.a.table.with.a.long.name".replace(".", "_"): nn.Embedding(9, 4),
-        }
-    )
-
-
-def finding(label: str, kappa: float, **others: Any) -> wc.report.Finding:
+def finding(label: str, kappa: float, **others: Any) -> Finding:
     """One that was computed, unless kappa is nan: then it could not be."""
     name, _, view = label.partition(":")
     if math.isnan(kappa):
-        others = {"status": wc.report.Status.not_finite, "detail": "1 of 64 entries"} | others
-        return wc.report.Finding(name, view, (8, 8), "float32", **others)
-    status = wc.report.Status.rank_deficient if math.isinf(kappa) else wc.report.Status.ok
+        others = {"status": Status.not_finite, "detail": "1 of 64 entries"} | others
+        return Finding(name, view, (8, 8), "float32", **others)
     numbers = {
         "sigma_max": 2.0,
         "sigma_min": 2 / kappa,
@@ -65,19 +50,19 @@ def finding(label: str, kappa: float, **others: Any) -> wc.report.Finding:
         "stable_rank": 3.0,
         "rank": 8,
         "penalty": 0.5,
-        "grade": wc.report.Grade.computed,
-        "status": status,
+        "grade": Grade.computed,
+        "status": Status.rank_deficient if math.isinf(kappa) else Status.ok,
     }
-    return wc.report.Finding(name, view, (8, 8), "float32", **(numbers | others))
+    return Finding(name, view, (8, 8), "float32", **(numbers | others))
 
 
 def report(
     kappas: dict[str, float],
-    findings: Sequence[wc.report.Finding] = (),
-    skipped: dict[str, wc.report.Skipped] | None = None,
+    findings: Sequence[Finding] = (),
+    skipped: dict[str, Skipped] | None = None,
 ) -> wc.AuditReport:
     found = sorted([*findings, *(finding(*item) for item in kappas.items())], key=sort_key)
-    coverage = wc.report.Coverage(len(found), 0, skipped or {}, 1.0)
+    coverage = Coverage(len(found), 0, skipped or {}, 1.0)
     return wc.AuditReport(found, coverage, "model.safetensors", {"wellcond": "0"})
 
 
@@ -89,114 +74,186 @@ def deep(layers: int, *kinds: str) -> dict[str, float]:
     }
 
 
-KINDS = [f"mlp.part_{k}.weight" for k in range(21)]
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = {LONG: nn.Linear(3, 3), "flat": nn.Linear(2, 2), "fine": nn.Linear(40, 30)}
+    with torch.no_grad():
+        layers[LONG].weight.copy_(torch.diag(torch.tensor([1e3, 10.0, 1.0])))
+        layers["flat"].weight.copy_(torch.diag(torch.tensor([1.0, 0.0])))
+    return nn.ModuleDict(layers | {"a_table_with_a_long_name": nn.Embedding(9, 4)})
 
 
-class Parsed(HTMLParser):
-    """What a page says to a browser; fails if it is not well formed."""
+# --- reading a page -------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A weight in a table: its cells by their columns, the widths of its bars in percent."""
+
+    label: str
+    cells: dict[str, str]
+    bars: list[float]
+    is_folded: bool
+    is_marked: bool
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it; fails if it is not well formed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.cells: list[tuple[str, dict[str, str], str]] = []  # with their text
-        self.words = ""
+        self.tree = TreeBuilder()
         self.feed(text)
         self.close()
         assert not self.open
+        self.root = self.tree.close()
+        (body,) = self.root.iter("body")
+        self.text = text_of(body)
+        self.folds = {
+            text_of(fold[0]): [text_of(cell) for cell in fold.iterfind(".//td[@id]")]
+            for fold in self.root.iter("details")
+        }
+        folded = set(self.root.iterfind(".//details//tr"))
+        self.rows = {  # by their ids
+            first.get("id"): Row(
+                text_of(first),
+                {cell.get("data-label", ""): text_of(cell) for cell in node[1:]},
+                [percent_of(bar) for bar in node.iter("div") if "fill" in bar.get("class", "")],
+                node in folded,
+                node.get("class") == "over",
+            )
+            for node in self.root.iter("tr")
+            for first in node.iterfind("td[@id]")
+        }
+        self.labels = [row.label for row in self.rows.values()]
+        self.opened = [row.label for row in self.rows.values() if not row.is_folded]
+        self.marked = [row.label for row in self.rows.values() if row.is_marked]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
         assert len(attrs) == len(dict(attrs)), "an attribute twice"
-        if tag in SHOWN:
-            self.cells.append((tag, self.tags[-1][1], ""))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in ("line", "polyline")
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        self.open.append(tag)
+        self.tree.start(tag, {name: value or "" for name, value in attrs})
+        if tag in ("meta", "wbr"):
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self.tree.end(tag)
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words += data
-        if self.cells and not SHOWN.isdisjoint(self.open):
-            *kept, text = self.cells[-1]
-            self.cells[-1] = (*kept, text + data)
+        self.tree.data(data)
+
+    def all(self, path: str) -> list[Element]:
+        return self.root.findall(f".//{path}")
+
+    def texts(self, path: str) -> list[str]:
+        return [text_of(node) for node in self.all(path)]
+
+    def column(self, name: str) -> dict[str, str]:
+        return {row.label: row.cells[name] for row in self.rows.values()}
 
     @property
-    def ids(self) -> list[str]:
-        return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
-
-    def rows(self) -> dict[str, str]:
-        """The names in the tables by their ids."""
-        named = [(a["id"], text) for tag, a, text in self.cells if tag == "td" and "id" in a]
-        assert len(named) == len(dict(named))
-        return dict(named)
-
-    def map_cells(self) -> dict[str, tuple[str, str, str]]:
-        """Of each cell of a map by the label in its title: class, symbol, link."""
+    def map(self) -> dict[str, tuple[str, str, str]]:
+        """Of the cells of the maps by their labels: color, symbol, and what they say."""
         found = {}
-        for (tag, outer, _), (inner, link, symbol) in zip(self.cells, self.cells[1:], strict=False):
-            if tag == "td" and inner == "a" and "title" in link:
-                label = re.split(": (?=κ|it|every)", link["title"])[0]
-                assert label not in found
-                found[label] = (outer["class"], symbol, link["href"])
+        for cell in self.root.iterfind(".//table[@class='heat']//td[a]"):
+            label = self.rows[cell[0].get("href", "").removeprefix("#")].label
+            assert label not in found
+            title = cell[0].get("title", "").removeprefix(f"{label}: ")
+            found[label] = (cell.get("class", ""), text_of(cell), title)
         return found
 
 
-def pages() -> dict[str, str]:
+def text_of(node: Element) -> str:
+    return re.sub(r"[ \n]+", " ", "".join(node.itertext())).strip()
+
+
+def percent_of(node: Element) -> float:
+    """What its style says: width:25% or left:25%."""
+    return float(node.get("style", "").split(":")[1].removesuffix("%"))
+
+
+def pages() -> list[str]:
     everything = deep(12, *KINDS) | dict.fromkeys(HOSTILE, 5.0)
     some = {f"h.{i}.x{k}": 10.0 ** (i + k) for i in range(4) for k in range(2)}
-    return {
-        "small": wc.audit(model(), certify=True, curves=6).to_html(max_condition=100.0),
-        "deep": report(everything).to_html(max_condition=5e3),
-        "hostile": report(
-            {f"layers.{i}.{name}": 2.0 for i in range(4) for name in HOSTILE}
-        ).to_html(),
-        "comparison": wc.compare(report(everything), report(deep(13, *KINDS))).to_html(
-            max_condition=9e3
-        ),
-        "both": wc.compare(report(some), report(some)).to_html(),
-    }
+    before, after = report(everything), report(deep(13, *KINDS))
+    return [
+        wc.audit(model(), certify=True, curves=6).to_html(max_condition=100.0),
+        before.to_html(max_condition=5e3),
+        hostile().to_html(),
+        wc.compare(before, after).to_html(max_condition=9e3),
+        wc.compare(hostile(), hostile()).to_html(),
+        wc.compare(report(some), report(some)).to_html(),
+    ]
 
 
-# --- markup ---------------------------------------------------------------------------------------
+def hostile() -> wc.AuditReport:
+    """One whose texts all mean harm."""
+    harm = HOSTILE[0] + HOSTILE[1] + HOSTILE[2]
+    kappas = {f"layers.{i}.{name}": 2.0 + i for i in range(4) for name in HOSTILE}
+    others = [
+        Finding(name, harm, (8, 8), harm, detail=harm, status=Status.failed, method=harm)
+        for name in HOSTILE
+    ]
+    drawn = finding(harm, 1e12, dominant_entry=(0, 0), singular_values=(2.0, 1.0), detail=harm)
+    skipped = {name: Skipped(Reason.unread, harm) for name in HOSTILE}
+    coverage = Coverage(1, 0, skipped, 1.0, note=harm)
+    found = [*report(kappas).findings, *others, drawn]
+    not_finite = {harm: wc.report.NotFinite(1, 0, 2)}
+    return wc.AuditReport(found, coverage, harm, {harm: harm}, not_finite)
 
 
-@pytest.mark.parametrize("name", pages())
-def test_a_page_is_well_formed_and_whole_in_itself(name: str) -> None:
-    text = pages()[name]
-    page = Parsed(text)
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "form", "base", "b"}
-    assert not re.search(r"https?:|url\(|@import|javascript:", text)
-    for _, attributes in page.tags:
-        assert not [key for key in attributes if key.startswith("on")]
-        assert attributes.get("href", "#").startswith("#")
-    assert len(page.ids) == len(set(page.ids))
-    links = {a["href"].removeprefix("#") for tag, a in page.tags if tag == "a"}
-    assert links <= set(page.ids)
-    assert all(line.isprintable() for line in text.split("\n"))
+# --- harmless and whole in itself -----------------------------------------------------------------
+
+
+def test_pages_are_well_formed_and_need_nothing_else() -> None:
+    for text in pages():
+        page = Page(text)
+        nodes = list(page.root.iter())
+        tags = {node.tag for node in nodes}
+        assert not tags & {
+            "script",
+            "link",
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "form",
+            "base",
+            "b",
+        }
+        assert len(page.all("style")) == 1
+        assert not re.search(r"https?:|url\(|@import|javascript:", text)
+        assert not [name for node in nodes for name in node.attrib if name.startswith("on")]
+        ids = [node.attrib["id"] for node in nodes if "id" in node.attrib]
+        assert len(ids) == len(set(ids))
+        assert {node.attrib["href"] for node in page.all("*[@href]")} <= {
+            f"#{name}" for name in ids
+        }
+        assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_names_are_text_wherever_they_stand() -> None:
     kappas = {f"layers.{i}.{name}": 2.0 + i for i in range(4) for name in HOSTILE}
-    page = Parsed(report(kappas).to_html(max_condition=3.0))
+    page = Page(report(kappas).to_html(max_condition=3.0))
     shown = {name.encode("unicode_escape").decode() if "\n" in name else name for name in HOSTILE}
     expected = {f"layers.{i}.{name}" for i in range(4) for name in shown}
-    assert set(page.rows().values()) == expected
-    assert set(page.map_cells()) == expected
-    assert {a["title"] for tag, a, _ in page.cells if tag == "th" and "title" in a} == shown
+    assert set(page.labels) == set(page.map) == expected
+    assert {head.attrib["title"] for head in page.all("th[@title]")} == shown
 
 
 def test_names_break_between_words() -> None:
-    page = wc.audit(model()).to_html()
-    assert 'class="text">fine.<wbr>weight</td>' in page
-    assert "</svg>fine.<wbr>weight</li>" in page
+    """In the table, and in the key of the curves."""
+    page = wc.audit(model(), curves=6).to_html()
+    assert page.count(">fine.<wbr>weight<") == 2
+
+
+@pytest.mark.parametrize(
+    "rule", ["screen and (max-width", "print", "screen and (prefers-color-scheme: dark)"]
+)
+def test_there_are_rules_for_phones_paper_and_the_dark(rule: str) -> None:
+    (style,) = Page(report({"a": 2.0}).to_html()).all("style")
+    assert f"@media {rule}" in text_of(style)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -205,78 +262,88 @@ def test_names_break_between_words() -> None:
 @pytest.mark.parametrize("layers", [2, 5, 48])
 def test_every_weight_is_there_once_with_its_numbers(layers: int) -> None:
     kappas = deep(layers, *KINDS)
-    page = Parsed(report(kappas).to_html())
-    rows = page.rows()
-    assert Counter(rows.values()) == Counter(list(kappas))
-    found = {}
-    for number, (tag, attributes, text) in enumerate(page.cells):
-        if tag == "td" and attributes.get("data-label") == "κ":
-            found[page.cells[number - 1][2]] = text
-    assert found == {name: f"{kappa:.4g}" for name, kappa in kappas.items()}
+    page = Page(report(kappas).to_html())
+    assert Counter(page.labels) == Counter(list(kappas))
+    assert page.column("κ") == {name: f"{kappa:.4g}" for name, kappa in kappas.items()}
+    assert set(page.column("rank").values()) == {"8/8"}
+
+
+def test_a_comparison_has_every_weight_once_with_both_numbers() -> None:
+    before, after = {"a": 2.0, "b": 8.0, "old": 3.0}, {"a": 2.0, "b": 4.0, "new": 5.0}
+    page = Page(wc.compare(report(before), report(after)).to_html())
+    assert page.labels[:2] == ["b", "a"]
+    assert page.column("κ before") == {"a": "2", "b": "8", "old": "3", "new": "-"}
+    assert page.column("κ after") == {"a": "2", "b": "4", "old": "-", "new": "5"}
+    assert page.column("after/before") == {"a": "1", "b": "0.5", "old": "-", "new": "-"}
+
+
+def test_a_page_has_all_columns_of_the_table_and_explains_them() -> None:
+    found = wc.audit(model(), certify=True)
+    page = Page(found.to_html())
+    heads = {head for head in page.texts("th") if "log scale" not in head}
+    assert heads == set(found.columns())
+    terms = set(page.texts("dt"))
+    assert set(found.columns()) - {"grade"} <= terms
+    assert {grade.name for grade in Grade} <= terms
+    for name in ("κ certified", "dtype", "random"):
+        assert set(page.column(name)) == {one.label for one in found.findings}
+
+
+def test_bars_are_on_one_logarithmic_scale() -> None:
+    page = Page(report({"a": 1e4, "b": 10.0, "c": 1.0, "d": INF, "e": NAN}).to_html())
+    widths = {row.label: row.bars for row in page.rows.values()}
+    assert widths == {"a": [100], "b": [25], "c": [0], "d": [100], "e": []}
+    assert len(page.all("div[@class='fill infinite']")) == 1
 
 
 def test_two_weights_of_one_label_are_both_there() -> None:
-    twice = [
-        finding("a:q", 2.0),
-        wc.report.Finding("a:q", "", (2, 2), "float32", detail="the other"),
-    ]
-    text = report({}, twice).to_html()
-    assert list(Parsed(text).rows().values()) == ["a:q", "a:q"]
-    assert "the other" in text
-    both = wc.compare(report({}, twice), report({}, twice))
-    assert len(both.pairs) == 2
+    twice = [finding("a:q", 2.0), Finding("a:q", "", (2, 2), "float32", detail="the other")]
+    page = Page(report({}, twice).to_html())
+    assert page.labels == ["a:q", "a:q"]
+    assert "the other" in page.text
+    assert len(wc.compare(report({}, twice), report({}, twice)).pairs) == 2
 
 
 def test_of_many_weights_the_worst_are_open_and_the_others_folded_by_layer() -> None:
     kappas = deep(48, *KINDS)
     text = report(kappas).to_html()
-    opened, *folds = text.split("<details>")
-    worst = sorted(kappas, key=kappas.__getitem__, reverse=True)[:30]
-    assert list(Parsed(f"{opened}</body></html>").rows().values()) == worst
-    summaries = re.findall("<summary>(.*?)</summary>", text)
-    assert len(summaries) == len(folds) == 49
-    for layer, fold in enumerate(folds[:48]):
-        names = re.findall(r'<td id="w\d+" class="text">(.*?)</td>', fold)
-        assert {name.replace("<wbr>", "").split(".mlp")[0] for name in names} == {
-            f"model.layers.{layer}"
-        }
-        labels = [name.replace("<wbr>", "") for name in names]
+    page = Page(text)
+    assert page.opened == sorted(kappas, key=kappas.__getitem__, reverse=True)[:30]
+    assert len(page.folds) == 49
+    *folds, (last, rest) = page.folds.items()
+    for layer, (summary, labels) in enumerate(folds):
+        assert {name.split(".mlp")[0] for name in labels} == {f"model.layers.{layer}"}
         assert labels == sorted(labels, key=kappas.__getitem__, reverse=True)
-        said = summaries[layer].replace("<wbr>", "")
-        assert said == f"model.layers.{layer}: {len(names)} more, κ up to {kappas[labels[0]]:.4g}"
-    assert summaries[48].startswith("No layer that repeats:<wbr> 1 more")
+        worst = f"{kappas[labels[0]]:.4g}"
+        assert summary == f"model.layers.{layer}: {len(labels)} more, κ up to {worst}"
+    assert (last, rest) == ("No layer that repeats: 1 more, κ up to 50", ["head"])
     assert len(text) < 1.2e6
+    hundred = Page(report(deep(9, *KINDS[:11])).to_html())
+    assert len(hundred.opened) == 100
 
 
-def test_titles_of_what_is_folded_say_no_number_that_is_none() -> None:
+def test_titles_of_what_is_folded_have_no_number_if_there_is_none() -> None:
     kappas = deep(12, *KINDS)
     part = {name: kappa for name, kappa in kappas.items() if "layers.11" not in name}
-    half = wc.compare(report(part), report(kappas)).to_html()
-    assert "model.<wbr>layers.<wbr>11:<wbr> 21 more</summary>" in half
-    assert re.search(r"layers.<wbr>10:<wbr> \d+ more, 1 times</summary>", half)
-    lost = report(dict.fromkeys(kappas, math.nan)).to_html()
-    assert "model.<wbr>layers.<wbr>10:<wbr> 21 more</summary>" in lost
+    half = Page(wc.compare(report(part), report(kappas)).to_html()).folds
+    assert "model.layers.11: 21 more" in half
+    assert [title for title in half if re.fullmatch(r"model.layers.10: \d+ more, 1 times", title)]
+    lost = Page(report(dict.fromkeys(kappas, NAN)).to_html()).folds
+    assert "model.layers.10: 21 more" in lost
 
 
-def test_a_hundred_weights_are_not_folded() -> None:
-    text = report(deep(9, *KINDS[:11])).to_html()
-    assert len(Parsed(text).rows()) == 100
-    assert "<details>" not in text
-
-
-def test_a_remark_of_many_is_made_once() -> None:
+def test_a_note_of_many_is_there_once() -> None:
     heads = [
         finding(f"h.{i}.attn:qk{h}", 3.0, detail="of 4 values") for i in range(3) for h in range(4)
     ]
-    odd = finding("odd", math.inf)
-    page = report({"fine": 2.0}, [*heads, odd])
-    text = page.to_html()
-    assert text.count("of 4 values") == 1
-    assert text.count('href="#n1">[1]</a>') == 12
-    assert text.count('<tr class="note">') == 1
-    assert text.count('class="wrong"') == 1  # what is wrong alone is red
-    assert len(re.findall("of 4 values", page.table())) == 1
-    assert "h.0.attn:qk0, h.0.attn:qk1, h.0.attn:qk2 and 9 more: of 4 values" in page.table()
+    found = report({"fine": 2.0}, [*heads, finding("odd", INF)])
+    page = Page(found.to_html())
+    assert page.text.count("of 4 values") == 1
+    assert sum(name.endswith(" [1]") for name in page.labels) == 12
+    assert [text[:12] for text in page.texts("tr[@class='note']")] == ["the smallest"]
+    assert len(page.all("*[@class='wrong']")) == 1
+    assert found.table().count("of 4 values") == 1
+    assert "h.0.attn:qk0, h.0.attn:qk1, h.0.attn:qk2 and 9 more: of 4 values" in found.table()
 
 
 # --- what exceeds a limit -------------------------------------------------------------------------
@@ -284,44 +351,47 @@ def test_a_remark_of_many_is_made_once() -> None:
 
 def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
     found = wc.audit(model())
-    page = found.to_html(max_condition=100.0)
-    (said,) = re.findall("<p><strong>(.*?)</p>", page)
-    assert re.sub("<.*?>", "", said) == (
+    page = Page(found.to_html(max_condition=100.0))
+    assert page.marked == ["flat.weight", f"{LONG}.weight"]
+    assert (
         f"2 of 3 exceed κ = 100, marked ▲: flat.weight, {LONG}.weight; "
-        "the line across the bars is that limit."
+        "the line across the bars is that limit." in page.text
     )
-    assert page.count('<tr class="over">') == 2
-    assert page.count('<span class="mark"') == 2
-    lines = re.findall(r'class="limit" style="left:(.*?)%"', page)
-    assert [float(left) for left in lines] == pytest.approx([200 / 3] * 3, rel=1e-3)
-    unlimited = found.to_html()
-    for trace in ("<strong>", "▲", 'class="over"', 'class="limit"'):
-        assert trace not in unlimited
-    endless = found.to_html(max_condition=float("inf"))
-    assert "<strong>1 of 3 exceed κ = inf</strong>, marked ▲: " in endless
-    assert 'class="limit"' not in endless
+    lines = [percent_of(node) for node in page.all("div[@class='limit']")]
+    assert lines == pytest.approx([200 / 3] * 3, rel=1e-3)
+    unlimited = Page(found.to_html())
+    assert "exceed" not in unlimited.text.split("Out of the ordinary")[0]
+    assert not unlimited.marked + unlimited.all("div[@class='limit']")
+    endless = Page(found.to_html(max_condition=INF))
+    assert "1 of 3 exceed κ = inf, marked ▲: " in endless.text
+    assert not endless.all("div[@class='limit']")
+    harmless = Page(report({"a": 2.0}).to_html(max_condition=3.0))
+    assert "0 of 1 exceed κ = 3; the line" in harmless.text
+    assert not harmless.marked
 
 
-def test_a_limit_that_none_exceeds_is_said_too() -> None:
-    page = report({"a": 2.0}).to_html(max_condition=3.0)
-    assert "<strong>0 of 1 exceed κ = 3</strong>; the line" in page
-    assert "▲" not in page
+def test_a_comparison_marks_each_side_that_exceeds_the_limit() -> None:
+    before, after = (
+        {"a": 9.0, "b": 2.0, "c": 9.0, "d": 2.0},
+        {"a": 9.0, "b": 9.0, "c": 2.0, "d": 2.0},
+    )
+    page = Page(wc.compare(report(before), report(after)).to_html(max_condition=5.0))
+    assert "3 of 4 exceed κ = 5" in page.text
+    assert page.column("κ before") == {"a": "▲ 9", "b": "2", "c": "▲ 9", "d": "2"}
+    assert page.column("κ after") == {"a": "▲ 9", "b": "▲ 9", "c": "2", "d": "2"}
 
 
 def test_a_limit_is_marked_in_the_map_and_in_what_is_folded() -> None:
     kappas = deep(12, *KINDS)
-    limit = 2000.0
-    above = {name for name, kappa in kappas.items() if kappa > limit}
-    assert len(above) > 100
-    text = report(kappas).to_html(max_condition=limit)
-    marked = {label for label, (_, symbol, _) in Parsed(text).map_cells().items() if symbol == "▲"}
-    assert marked == above - {"head"}
-    assert "above κ = 2000</li>" in text
-    opened, *folds = text.split("<details>")
-    assert opened.count('<tr class="over">') == 100
-    counts = [int(n) for n in re.findall(r"(\d+) ▲</summary>", text)]
-    assert sum(counts) == sum(fold.count('<tr class="over">') for fold in folds)
-    assert sum(counts) == len(above) - 100
+    above = {name for name, kappa in kappas.items() if kappa > 2000}
+    page = Page(report(kappas).to_html(max_condition=2000.0))
+    assert {name for name, (_, symbol, _) in page.map.items() if symbol == "▲"} == above - {"head"}
+    assert "▲above κ = 2000" in page.text
+    assert set(page.marked) == above
+    assert len(page.opened) == 100 < len(above)
+    for summary, labels in page.folds.items():
+        count = sum(label in above for label in labels)
+        assert summary.endswith(f", {count} ▲") if count else "▲" not in summary
 
 
 def test_json_names_the_limit_and_what_exceeds_it() -> None:
@@ -335,26 +405,20 @@ def test_json_names_the_limit_and_what_exceeds_it() -> None:
 # --- maps -----------------------------------------------------------------------------------------
 
 
-def test_a_map_has_a_cell_for_every_weight_of_a_layer_and_leads_to_its_row() -> None:
+def test_a_map_has_a_cell_for_every_weight_of_a_layer() -> None:
     kappas = deep(6, *KINDS)
-    page = Parsed(report(kappas).to_html())
-    cells, rows = page.map_cells(), page.rows()
-    assert cells.keys() == kappas.keys() - {"head"}
-    titles = {a["title"] for tag, a, _ in page.cells if tag == "a" and "title" in a}
-    for label, (_, _, link) in cells.items():
-        assert rows[link.removeprefix("#")] == label
-        assert f"{label}: κ = {kappas[label]:.4g}" in titles
-    assert "1 weight is in no layer that repeats, and in the table alone." in page.words
+    page = Page(report(kappas).to_html())
+    said = {label: title for label, (_, _, title) in page.map.items()}
+    assert said == {name: f"κ = {kappa:.4g}" for name, kappa in kappas.items() if name != "head"}
+    assert "1 weight is in no layer that repeats, and only in the table." in page.text
 
 
-def test_colours_are_in_the_order_of_kappa() -> None:
+def test_colors_are_in_the_order_of_kappa() -> None:
     kappas = {f"h.{i}.w{k}": 10.0 ** (2 * i + k) for i in range(4) for k in range(2)}
-    page = Parsed(report(kappas).to_html())
-    steps = {label: int(kind[1:]) for label, (kind, _, _) in page.map_cells().items()}
-    ordered = [steps[label] for label in sorted(kappas, key=kappas.__getitem__)]
-    assert ordered == sorted(ordered)
-    assert (ordered[0], ordered[-1]) == (0, 10)
-    assert len(set(ordered)) == 8
+    cells = Page(report(kappas).to_html()).map
+    steps = [int(cells[label][0][1:]) for label in sorted(kappas, key=kappas.__getitem__)]
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1], len(set(steps))) == (0, 10, 8)
 
 
 @pytest.mark.parametrize(
@@ -371,36 +435,36 @@ def test_the_scale_spans_all_and_its_ticks_stand_where_they_belong(
     low: float, high: float, expected: list[float]
 ) -> None:
     kappas = {f"h.{i}.w{k}": high if (i, k) == (0, 0) else low for i in range(4) for k in range(2)}
-    text = report(kappas).to_html()
-    scale = text[text.index('<div class="scale">') :].split("</div></div>")[0]
-    ticks = re.findall(r'style="left:(.*?)%">(.*?)<', scale)
-    assert [float(tick) for _, tick in ticks] == pytest.approx(expected)
-    lefts = [float(left) for left, _ in ticks]
+    ticks = Page(report(kappas).to_html()).all("div[@class='scale']//span")
+    assert [float(text_of(tick)) for tick in ticks] == pytest.approx(expected)
+    lefts = [percent_of(tick) for tick in ticks]
     assert lefts[0] == 0
     assert max(lefts) <= 100
     decades = [math.log10(tick / expected[0]) for tick in expected]
     assert lefts == pytest.approx([x / decades[-1] * lefts[-1] for x in decades], rel=1e-3)
 
 
-def test_infinite_unknown_bounded_and_missing_cells_are_told_apart_from_large_ones() -> None:
+@pytest.mark.parametrize("limit", [None, 100.0])
+def test_infinite_unknown_bounded_and_missing_cells_differ_from_large_ones(
+    limit: float | None,
+) -> None:
     kappas = {f"h.{i}.{kind}": 9.0 for i in range(4) for kind in ("a", "b", "c")}
-    kappas |= {"h.0.a": math.inf, "h.1.a": math.nan, "h.2.a": 1e9}
+    kappas |= {"h.0.a": INF, "h.1.a": NAN, "h.2.a": 1e9}
     del kappas["h.3.c"]
-    bounded = finding("h.3.c", 8.0, grade=wc.report.Grade.bounded)
-    for limit in (None, 100.0):
-        text = report(kappas, [bounded]).to_html(max_condition=limit)
-        cells = Parsed(text).map_cells()
-        assert cells["h.0.a"][:2] == ("positive", "∞")
-        assert cells["h.1.a"][:2] == ("unknown", "?")
-        assert cells["h.2.a"][:2] == ("s10", "▲" if limit else "")
-        assert cells["h.3.c"][:2] == ("s1", "≥")
-        assert cells["h.0.b"][:2] == ("s1", "")
-        for meaning in ("infinite", "no κ: it is zero", "a lower bound of κ"):
-            assert f"</i>{meaning}" in text
-        assert "there is none" not in text
-    text = report(kappas).to_html()
-    assert "there is none" in text
-    assert text.count("<td></td>") == 2  # the corner, and h.3.c
+    bounded = finding("h.3.c", 8.0, grade=Grade.bounded)
+    page = Page(report(kappas, [bounded]).to_html(max_condition=limit))
+    cells = {label: cell[:2] for label, cell in page.map.items()}
+    assert cells["h.0.a"] == ("positive", "∞")
+    assert cells["h.1.a"] == ("unknown", "?")
+    assert cells["h.2.a"] == ("s10", "▲" if limit else "")
+    assert cells["h.3.c"] == ("s1", "≥")
+    assert cells["h.0.b"] == ("s1", "")
+    for meaning in ("∞infinite", "?no κ: it is zero", "≥a lower bound of κ"):
+        assert meaning in page.text
+    assert "there is none" not in page.text
+    page = Page(report(kappas).to_html(max_condition=limit))
+    assert "there is none" in page.text
+    assert sum(not len(cell) for cell in page.all("table[@class='heat']/tbody//td")) == 1
 
 
 def test_of_many_heads_the_worst_stands_for_its_layer() -> None:
@@ -410,17 +474,16 @@ def test_of_many_heads_the_worst_stands_for_its_layer() -> None:
         for x in ("qk", "vo")
         for h in range(12)
     }
-    text = report(kappas).to_html()
-    cells = Parsed(text).map_cells()
-    assert cells.keys() == {
-        max((name for name in kappas if name.startswith(f"h.{i}.attn:{x}")), key=kappas.get)
+    page = Page(report(kappas).to_html())
+    assert page.map.keys() == {
+        max((name for name in kappas if name.startswith(f"h.{i}.attn:{x}")), key=kappas.__getitem__)
         for i in range(3)
         for x in ("qk", "vo")
     }
-    assert text.count(", of 12") == 6
-    assert "Of several, where * stands for a number, the one that is the worst." in text
-    assert "attn:qk*" in text
-    assert len(Parsed(text).rows()) == 72
+    assert all(title.endswith(", of 12") for _, _, title in page.map.values())
+    assert "Of several, where * stands for a number, the one that is the worst." in page.text
+    assert "attn:qk*" in page.text
+    assert len(page.labels) == 72
 
 
 @pytest.mark.parametrize(
@@ -433,21 +496,20 @@ def test_of_many_heads_the_worst_stands_for_its_layer() -> None:
     ids=["one kind", "no layers", "nothing in common"],
 )
 def test_there_is_no_map_where_nothing_repeats(labels: list[str]) -> None:
-    text = report(dict.fromkeys(labels, 2.0)).to_html()
-    assert "Layers" not in text
-    assert 'class="heat"' not in text
+    page = Page(report(dict.fromkeys(labels, 2.0)).to_html())
+    assert not page.all("table[@class='heat']")
+    assert "Layers" not in page.text
 
 
 def test_a_map_of_a_comparison_shows_the_ratio() -> None:
     before = {f"h.{i}.{kind}": 10.0 for i in range(4) for kind in ("a", "b", "c")}
-    after = before | {"h.0.a": 1000.0, "h.1.a": 0.1 * 10 + 0.0, "h.2.a": 10.01}
-    after |= {"h.0.b": math.inf, "h.1.b": math.nan, "h.4.a": 5.0}
-    before |= {"h.2.b": math.inf, "h.3.b": math.inf}
-    after |= {"h.2.b": 4.0, "h.3.b": math.inf}
+    after = before | {"h.0.a": 1000.0, "h.1.a": 1.0, "h.2.a": 10.01}
+    after |= {"h.0.b": INF, "h.1.b": NAN, "h.4.a": 5.0}
+    before |= {"h.2.b": INF, "h.3.b": INF}
+    after |= {"h.2.b": 4.0, "h.3.b": INF}
     del after["h.3.c"]
-    comparison = wc.compare(report(before), report(after))
-    text = comparison.to_html(max_condition=100.0)
-    cells = {label: cell[:2] for label, cell in Parsed(text).map_cells().items()}
+    page = Page(wc.compare(report(before), report(after)).to_html(max_condition=100.0))
+    cells = {label: cell[:2] for label, cell in page.map.items()}
     assert cells["h.0.a"] == ("d10", "▲")
     assert cells["h.1.a"][0] in ("d2", "d3")
     assert cells["h.2.a"] == ("d5", "")
@@ -457,43 +519,61 @@ def test_a_map_of_a_comparison_shows_the_ratio() -> None:
     assert cells["h.1.b"] == ("unknown", "?")
     assert cells["h.4.a"] == ("unknown", "+")
     assert cells["h.3.c"] == ("unknown", "−")
-    assert "above κ = 100 after" in text
-    assert "h.0.a: κ 10 → 1000, 100 times" in text
-    same = wc.compare(report(before), report(before)).to_html()
-    assert {kind for kind, _, _ in Parsed(same).map_cells().values()} == {"d5"}
+    assert page.map["h.0.a"][2] == "κ 10 → 1000, 100 times"
+    assert "▲above κ = 100 after" in page.text
+    same = Page(wc.compare(report(before), report(before)).to_html()).map
+    assert {color for color, _, _ in same.values()} == {"d5"}
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+def test_curves_fall_from_one_to_the_last_singular_value() -> None:
+    drawn = [
+        finding("a", 1e3, singular_values=(10.0, 1.0, 0.01)),
+        finding("b", INF, singular_values=(1e300, 1e-300, 0.0)),
+        finding("one", 1.0, singular_values=(1.0,)),
+        finding("zero", NAN, singular_values=(0.0, 0.0)),
+    ]
+    page = Page(report({}, drawn).to_html())
+    assert page.texts("figure//li") == ["b", "a"]
+    lines = [line.attrib["points"] for line in page.all("g/polyline")]
+    curves = [[float(n) for n in re.split("[ ,]", points)] for points in lines]
+    assert curves[1] == pytest.approx([0, 0, 0.5, 1 / 17, 1, 3 / 17], rel=1e-3)
+    assert curves[0] == [0, 0, 0.5, 1, 1, 1]
+    assert not Page(report({"a": 2.0}).to_html()).all("figure")
 
 
 # --- what is left out -----------------------------------------------------------------------------
 
 
 def test_what_is_no_matrix_is_one_line_that_unfolds() -> None:
-    page = wc.audit(model()).to_html()
-    folded = re.search(r"<details><summary>(.*?)</summary>(.*?)</details>", page)
-    assert folded is not None
-    assert folded[1] == "No matrices: 3 (vector)"
-    assert "<dt>flat.bias</dt>" in folded[2]
-    assert "table" not in folded[2]  # an embedding is one that the report lacks
+    page = Page(wc.audit(model()).to_html())
+    assert page.texts("summary") == ["No matrices: 3 (vector)"]
+    folded = page.texts("details//dt")
+    assert sorted(folded) == sorted(["flat.bias", "fine.bias", f"{LONG}.bias"])
+    # An embedding is one that the report lacks.
+    assert "a_table_with_a_long_name.weight" in page.texts("dt")
 
 
 def test_hundreds_that_are_skipped_are_a_line_too() -> None:
-    skipped = {f"n{i}": wc.report.Skipped(wc.report.Reason.vector) for i in range(1000)}
-    skipped |= {
-        f"e{i}": wc.report.Skipped(wc.report.Reason.empty, f"shape (0, {i})") for i in range(500)
-    }
-    skipped |= {f"q{i}": wc.report.Skipped(wc.report.Reason.packed, f"int{i}") for i in range(300)}
-    text = report({"a": 2.0}, skipped=skipped).to_html()
-    packed, none = re.findall(r"<details><summary>(.*?)</summary>", text)
-    assert packed == f"300 {wc.report.Reason.packed.value}"
-    assert none == "No matrices: 1000 (vector), 500 (empty)"
-    terms = re.findall("<dt>(.*?)</dt>", text)
-    assert set(skipped) <= set(terms)
+    skipped = {f"n{i}": Skipped(Reason.vector) for i in range(1000)}
+    skipped |= {f"e{i}": Skipped(Reason.empty, f"shape (0, {i})") for i in range(500)}
+    skipped |= {f"q{i}": Skipped(Reason.packed, f"int{i}") for i in range(300)}
+    page = Page(report({"a": 2.0}, skipped=skipped).to_html())
+    summaries = [f"300 {Reason.packed.value}", "No matrices: 1000 (vector), 500 (empty)"]
+    assert page.texts("summary") == summaries
+    reasons = dict(zip(page.texts("details//dt"), page.texts("details//dd"), strict=True))
+    assert reasons == {name: str(why) for name, why in skipped.items()}
     few = dict(list(skipped.items())[-5:])
-    assert "<details>" not in report({"a": 2.0}, skipped=few).to_html()
+    assert not Page(report({"a": 2.0}, skipped=few).to_html()).all("details")
 
 
 # --- in a browser ---------------------------------------------------------------------------------
-def look(page: Path, width: int, measure: str) -> Any:
-    """What a script sees in a frame of that width: headless windows are at least 500 wide."""
+
+
+def look(page: Path, measure: str, *widths: int) -> list[Any]:
+    """What a script sees in frames of these widths: headless windows are at least 500 wide."""
     text = page.read_text().replace(
         "</body>",
         f"<script>parent.postMessage(JSON.stringify({measure}), '*')</script></body>",
@@ -501,12 +581,12 @@ def look(page: Path, width: int, measure: str) -> Any:
     (page.parent / "inner.html").write_text(text)
     outer = page.parent / "outer.html"
     outer.write_text(
-        f'<pre id="probe"></pre><script>onmessage = e => probe.textContent = e.data</script>'
-        f'<iframe src="inner.html" style="width:{width}px;height:800px;border:0"></iframe>'
+        '<pre id="probe"></pre><script>onmessage = e => probe.append(e.data + "\\n")</script>'
+        + "".join(f'<iframe src="inner.html" width="{w}" frameborder="0"></iframe>' for w in widths)
     )
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom "
     flags += "--disable-background-networking --disable-component-update --disable-sync "
-    flags += f"--window-size={width + 100},900 --user-data-dir={page.parent / 'profile'}"
+    flags += f"--window-size=1500,900 --user-data-dir={page.parent / 'profile'}"
     assert CHROMIUM is not None
     done = subprocess.run(
         [CHROMIUM, *flags.split(), outer.as_uri()],
@@ -518,10 +598,11 @@ def look(page: Path, width: int, measure: str) -> Any:
     )
     match = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
     assert match is not None
-    return json.loads(match[1])
+    return [json.loads(line) for line in match[1].splitlines()]
 
 
 SEEN = """{
+  screen: innerWidth,
   width: document.documentElement.scrollWidth,
   right: Math.max(...[...document.querySelectorAll(
     "td, th, dt, dd, p, li, h1, h2, h3, figure, .steps, summary, .ticks span, .rows")]
@@ -532,7 +613,7 @@ SEEN = """{
     .map(e => e.getBoundingClientRect().height)),
   cells: [...document.querySelectorAll(".heat tbody a")].map(e => e.getBoundingClientRect())
     .map(box => Math.min(box.width, box.height)),
-  colours: [...new Set([...document.querySelectorAll(".steps i")]
+  colors: [...new Set([...document.querySelectorAll(".steps i")]
     .map(e => getComputedStyle(e).backgroundColor))],
   folded: document.querySelectorAll("details").length,
 }"""
@@ -543,18 +624,17 @@ def whole_page() -> str:
     kappas = deep(48, *KINDS, *(f"self_attn:qk{h}" for h in range(32)))
     kappas |= {f"{name}.{LONG}": 5.0 for name in HOSTILE}
     kappas |= {f"layers.{i}.{name}": 2.0 for i in range(3) for name in HOSTILE}
-    kappas |= {"model.layers.3.mlp.part_2.weight": math.inf}
-    kappas |= {"model.layers.4.mlp.part_2.weight": math.nan}
+    kappas |= {"model.layers.3.mlp.part_2.weight": INF}
+    kappas |= {"model.layers.4.mlp.part_2.weight": NAN}
     curves = finding("drawn", 1e3, singular_values=(10.0, 1.0, 0.01), detail="x" * 200)
-    skipped = {f"{name}{LONG * 3}": wc.report.Skipped(wc.report.Reason.vector) for name in HOSTILE}
-    skipped |= {f"q{i}": wc.report.Skipped(wc.report.Reason.packed, "int32") for i in range(300)}
+    skipped = {f"{name}{LONG * 3}": Skipped(Reason.vector) for name in HOSTILE}
+    skipped |= {f"q{i}": Skipped(Reason.packed, "int32") for i in range(300)}
     return report(kappas, [curves], skipped).to_html(max_condition=5e3)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: Debian's package chromium")
-@pytest.mark.parametrize("width", [390, 1400])
 @pytest.mark.parametrize("kind", ["small", "large", "comparison"])
-def test_nothing_is_wider_than_the_screen(kind: str, width: int, tmp_path: Path) -> None:
+def test_nothing_is_wider_than_the_screen(kind: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     if kind == "small":
         wc.audit(model(), certify=True).to_html(page, max_condition=100.0)
@@ -563,27 +643,28 @@ def test_nothing_is_wider_than_the_screen(kind: str, width: int, tmp_path: Path)
     else:
         one = report(deep(12, *KINDS) | dict.fromkeys(HOSTILE, 5.0))
         wc.compare(one, report(deep(13, *KINDS))).to_html(page, max_condition=9e3)
-    seen = look(page, width, SEEN)
-    assert seen["width"] <= width
-    assert seen["right"] <= width
-    if kind == "small":
-        assert len(seen["kappa"]) == 3
-    if kind != "comparison":
-        assert max(seen["kappa"]) <= width
-        assert seen["label"] >= 10  # pixels: to be read
-    if kind != "small":
-        assert min(seen["cells"]) >= 12  # pixels: to be seen
-        assert len(seen["colours"]) == 11
-        assert seen["folded"] > 10
+    frames = look(page, SEEN, 390, 1400)
+    assert sorted(seen["screen"] for seen in frames) == [390, 1400]
+    for seen in frames:
+        assert seen["width"] <= seen["screen"]
+        assert seen["right"] <= seen["screen"]
+        if kind == "small":
+            assert len(seen["kappa"]) == 3
+        if kind != "comparison":
+            assert max(seen["kappa"]) <= seen["screen"]
+            assert seen["label"] >= 10  # pixels: to be read
+        if kind != "small":
+            assert min(seen["cells"]) >= 12  # pixels: to be seen
+            assert len(seen["colors"]) == 11
+            assert seen["folded"] > 10
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: Debian's package chromium")
 def test_a_cell_leads_to_a_row_that_is_folded(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(whole_page())
-    seen = look(
+    (seen,) = look(
         page,
-        390,
         """(() => {
           const link = [...document.querySelectorAll(".heat a")].find(
             a => document.querySelector(a.getAttribute("href")).closest("details"));
@@ -592,5 +673,6 @@ def test_a_cell_leads_to_a_row_that_is_folded(tmp_path: Path) -> None:
           link.click();
           return [before, row.closest("details").open];
         })()""",
+        390,
     )
     assert seen == [False, True]

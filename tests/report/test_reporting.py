@@ -4,6 +4,8 @@ import csv
 import importlib.metadata
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +130,16 @@ def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
     text = wc.audit(tmp_path / "a.pt", heads=True).table()
     assert "0x0" not in text
-    (line,) = [one for one in text.splitlines() if "how many heads" in one]
+    (line,) = [one for one in text.splitlines() if "number of its heads" in one]
     assert "and 2 more: it could not be measured" in line
 
 
 def test_completion_offers_what_is_public() -> None:
     assert {"audit", "certify", "__version__"} <= set(dir(wc))
     assert {"Any", "TYPE_CHECKING", "importlib"}.isdisjoint(dir(wc))
+
+
+def test_a_report_reads_data_and_computes_no_matrices() -> None:
+    code = "import sys, wellcond.report; print(*(m for m in sys.modules if '.linalg' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "wellcond.linalg" not in done.stdout

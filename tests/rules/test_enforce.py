@@ -16,27 +16,38 @@ from matrices import SPECTRA, kahan, matrices, with_spectrum
 from registry import OPERATORS
 from wellcond.linalg.projection import within
 from wellcond.operators.stored import StoredMatrix
-from wellcond.rules.enforce import Enforced, enforce
-from wellcond.rules.limit import SpectralLimit
+from wellcond.rules.outcome import OutcomeStatus
+from wellcond.rules.project import Verdict, project
+from wellcond.rules.spectral import SpectralLimit, _status
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LIMITS = [1.5, 10.0, 1000.0, 1e6, math.inf]
 INTERVALS = [(None, 1.5), (0.5, None), (0.5, 1.5), (1e-3, 1e3)]
 
 
-def enforced(S: Tensor, limit: SpectralLimit, **options: Any) -> tuple[Tensor, Enforced]:
+def worst_status(S: Tensor, verdict: Verdict) -> OutcomeStatus:
+    return OutcomeStatus(int(_status(StoredMatrix(S), verdict).min()))
+
+
+def has_passed(S: Tensor, verdict: Verdict) -> bool:
+    """Whether the gate let it pass, so that nothing more is known."""
+    return worst_status(S, verdict) is OutcomeStatus.unchanged
+
+
+def enforced(S: Tensor, limit: SpectralLimit, **options: Any) -> tuple[Tensor, Verdict]:
     X = S.clone()
-    (told,) = enforce([StoredMatrix(X)], limit, **options)
-    assert told.failure(limit, S.dtype) is None
-    return X, told
+    (verdict,) = project([StoredMatrix(X)], limit, **options)
+    assert worst_status(S, verdict) >= OutcomeStatus.not_finite
+    return X, verdict
 
 
 def failure(S: Tensor, limit: SpectralLimit) -> str:
     """Why it cannot obey; it is then as it was."""
     X = S.clone()
-    (told,) = enforce([StoredMatrix(X)], limit)
+    (verdict,) = project([StoredMatrix(X)], limit)
     assert torch.equal(X, S)
-    return str(told.failure(limit, S.dtype))
+    assert worst_status(S, verdict) is OutcomeStatus.unattainable
+    return limit.explain(OutcomeStatus.unattainable, S.dtype)
 
 
 def sigma(S: Tensor) -> np.ndarray:
@@ -175,7 +186,7 @@ def test_no_weight_just_above_its_limit_passes(K: float, hint: float, gate: bool
                     if measured(S) <= K:
                         assert torch.equal(X, S)
                     else:
-                        assert not told.passed
+                        assert not has_passed(S, told)
 
 
 @pytest.mark.parametrize("K", [2.0, 10.0, 1e3, 1e4])
@@ -187,11 +198,13 @@ def test_the_gate_passes_what_obeys_by_five_percent(K: float) -> None:
         ):
             S = with_spectrum(spectrum, *shape)
             X, told = enforced(S, wc.ConditionLimit(K), gate=True)
-            assert told.passed
+            assert has_passed(S, told)
             assert math.isnan(float(told.excess))
             assert torch.equal(X, S)
             largest = float(spectrum.max())
-            assert enforced(S, wc.SingularValueLimit(upper=1.05 * largest), gate=True)[1].passed
+            assert has_passed(
+                S, enforced(S, wc.SingularValueLimit(upper=1.05 * largest), gate=True)[1]
+            )
 
 
 @hypothesis.given(matrices(), st.floats(0.2, 5), st.floats(0.2, 5))
@@ -278,7 +291,7 @@ def test_weights_together_are_as_weights_alone() -> None:
         each = [with_spectrum(SPECTRA[name](5).double(), 9, 5).to(dtype) for name in SPECTRA]
         each = [S for S in each if fits(S)]
         together = [S.clone() for S in each]
-        told = enforce([StoredMatrix(S) for S in together], wc.ConditionLimit(4.0))
+        told = project([StoredMatrix(S) for S in together], wc.ConditionLimit(4.0))
         for S, X, one in zip(each, together, told, strict=True):
             alone, own = enforced(S, wc.ConditionLimit(4.0))
             torch.testing.assert_close(X, alone, atol=torch.finfo(dtype).eps * unit(S), rtol=1e-6)
@@ -296,8 +309,8 @@ def test_one_that_cannot_obey_leaves_it_as_it_was(dtype: torch.dtype) -> None:
     before = torch.stack([torch.eye(64).to(dtype), S])
     assert "rounded to" in failure(before, wc.ConditionLimit(1.0005))
     together = [before[1].clone(), 100 * before[0], before[1].clone()]
-    found = enforce([StoredMatrix(X) for X in together], wc.ConditionLimit(1.0005))
-    assert [one.failure(wc.ConditionLimit(1.0005), dtype) is None for one in found] == [0, 1, 0]
+    found = project([StoredMatrix(X) for X in together], wc.ConditionLimit(1.0005))
+    assert [worst_status(before, one) >= 0 for one in found] == [0, 1, 0]
     assert torch.equal(together[1], 100 * before[0])
 
 
@@ -318,7 +331,7 @@ def test_a_view_is_limited_and_the_rest_of_its_parameter_stays(
     before = parameter.clone()
     S = case.operator([parameter])
     assert isinstance(S, StoredMatrix)
-    enforce([S], limit)
+    project([S], limit)
     matrix = case.twin(parameter).double()
     expected, _ = enforced(case.twin(before).contiguous(), limit)
     torch.testing.assert_close(
@@ -399,7 +412,7 @@ def test_where_a_device_has_no_float64_a_copy_on_the_cpu_is_worked_on(
 
     monkeypatch.setattr("wellcond.operators.stored._NARROW_DEVICES", {"cpu"})
     S = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).as_subclass(Elsewhere)
-    enforce([StoredMatrix(S)], wc.ConditionLimit(2.0))
+    project([StoredMatrix(S)], wc.ConditionLimit(2.0))
     assert asked == [(8, 6)]
     assert float(wc.condition_number(S.as_subclass(torch.Tensor))) <= 2.0
 

@@ -463,7 +463,7 @@ def test_a_product_on_the_short_side_reaches_the_parameter(name: str, dtype: tor
     into = [torch.zeros_like(parameters[0])]
     S.pullback_(Gradient(form), into)
     torch.testing.assert_close(case.twin(*into).double(), expected, **close)
-    S.update_(NewWeight.of(NewWeight(form).tensors))
+    S.update_(NewWeight.from_tensors(NewWeight(form).code, NewWeight(form).tensors))
     torch.testing.assert_close(case.twin(*parameters).double(), expected, **close)
 
 
@@ -478,7 +478,7 @@ def net() -> nn.Sequential:
 class Dense(wc.Penalty):
     """1/2 ||S||_F^2 with a gradient as large as the weight."""
 
-    needs_subspace = False
+    needs = frozenset()
 
     def evaluate(self, S: Any, image: Any) -> tuple[Tensor, wc.rules.Gradient]:
         return S.squared_frobenius_norm() / 2, wc.rules.Gradient(S.dense().clone())

@@ -125,7 +125,7 @@ def test_what_is_no_positive_integer_is_refused(count: Any) -> None:
 
 
 class Target(wc.Penalty):
-    needs_subspace = False
+    needs = frozenset()
 
     def __init__(self, strength: float, target: Any) -> None:
         super().__init__(strength)
@@ -191,7 +191,7 @@ def test_nothing_to_leave_out_is_no_mistake() -> None:
 
 @pytest.mark.parametrize("given", [None, 3.0, "Condition", K.max_condition, [K], {"*": "K"}])
 def test_what_is_no_penalty_is_refused(given: Any) -> None:
-    with pytest.raises(TypeError, match=r"`rules` must be a penalty or map"):
+    with pytest.raises(TypeError, match=r"`rules` must be a rule or map"):
         wc.Regularizer(net(), given)
 
 
@@ -220,7 +220,7 @@ def test_errors_call_patterns_by_the_parameter_that_they_were_given_as() -> None
 def test_a_pattern_must_be_text(pattern: Any) -> None:
     for call, parameter in (
         (lambda: wc.enforce(net(), {pattern: K}), "rule"),
-        (lambda: wc.Regularizer(net(), {pattern: wc.ConditionPenalty(0.1)}), "penalties"),
+        (lambda: wc.Regularizer(net(), {pattern: wc.ConditionPenalty(0.1)}), "rules"),
         (lambda: wc.Monitor(net(), [pattern]), "patterns"),
     ):
         with pytest.raises(TypeError, match=f"`{parameter}` must have patterns of type str, got"):

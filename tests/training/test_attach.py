@@ -593,7 +593,7 @@ def test_limits_are_applied_after_each_step_of_what_has_an_eval() -> None:
     optimizer = foreign.ScheduleFree(model.parameters(), lr=0.5)
     reg = wc.Regularizer(model, K)
     attachment = reg.attach(optimizer)
-    assert "every=1, as the optimizer has an eval()" in repr(attachment)
+    assert "every=1, because the optimizer has an eval()" in repr(attachment)
     optimizer.train()
     for _ in range(12):
         steps(model, optimizer, 1)

@@ -25,7 +25,7 @@ from processes import (
 )
 from registry import OPERATORS
 from wellcond.operators.sharded import operator_of
-from wellcond.rules import enforce
+from wellcond.rules import project
 
 pytestmark = pytest.mark.distributed
 LIMITS = [
@@ -178,8 +178,8 @@ def views() -> None:
             for limit in LIMITS[:2]:
                 (S,) = case.parameters()
                 part = distribute_tensor(S.clone(), mesh(2), [placement])
-                enforce.enforce([operator_of(part, view)], limit)
-                enforce.enforce([operator_of(S, view)], limit)
+                project.project([operator_of(part, view)], limit)
+                project.project([operator_of(S, view)], limit)
                 assert obeys(case.twin(whole(part)), limit)
                 torch.testing.assert_close(whole(part), S, rtol=0, atol=1e-9)
                 checked += 1
@@ -227,9 +227,9 @@ def stacks() -> None:
                 # All processes know of the worst, wherever it is.
                 pace = many._states[0].pace
                 torch.testing.assert_close(
-                    pace.state(None), one._states[0].pace.state(None), rtol=1e-3, atol=0
+                    pace.to_tensor(), one._states[0].pace.to_tensor(), rtol=1e-3, atol=0
                 )
-                same_everywhere(pace.state(None))
+                same_everywhere(pace.to_tensor())
     inner = distribute_tensor(matrix(3, 6, 4), mesh(2), [Shard(1)])
     assert obeys(whole(limited(inner, LIMITS[0])._states[0].weight.parameters[0]), LIMITS[0])
 
@@ -272,7 +272,7 @@ def failing_decomposition() -> None:
         raise ValueError("LAPACK")
 
     if dist.get_rank() == 0:
-        enforce.svd = failing  # type: ignore[assignment]
+        project.svd = failing  # type: ignore[assignment]
     S = torch.ones(6, 4, dtype=torch.float64)
     for placement in (Shard(0), Replicate()):
         part = distribute_tensor(S.clone(), mesh(2), [placement])
@@ -323,9 +323,9 @@ def compare_trainings(
     compare_models(*models)
     for ours, theirs in zip(many[0]._states, one[0]._states, strict=True):
         torch.testing.assert_close(
-            ours.pace.state(None), theirs.pace.state(None), rtol=1e-6, atol=0
+            ours.pace.to_tensor(), theirs.pace.to_tensor(), rtol=1e-6, atol=0
         )
-        same_everywhere(ours.pace.state(None))
+        same_everywhere(ours.pace.to_tensor())
 
 
 def sharded_models(world: int) -> None:

@@ -51,7 +51,7 @@ class Ky(wc.Penalty):
 class Ones(wc.Penalty):
     """1/2 ||S - 1||_F^2, whose gradient S - 1 is dense here."""
 
-    needs_subspace = False
+    needs = frozenset()
 
     def evaluate(self, S: Any, image: None) -> tuple[Tensor, wc.rules.Gradient]:
         difference = torch.ones(S.shape, dtype=S.dtype, device=S.device)
@@ -344,7 +344,7 @@ def test_a_depthwise_convolution_is_under_no_penalty_unless_asked_for_by_name() 
     # Its filters are the blocks of one map, on which a limit acts, and which an audit measures.
     assert wc.Regularizer(model, wc.ConditionLimit(5.0)).names == ["0.weight", "1.weight"]
     assert wc.Regularizer(model, {"0.weight": wc.TikhonovPenalty(1.0)}).names == ["0.weight"]
-    with pytest.raises(ValueError, match="one row in each group"):
+    with pytest.raises(ValueError, match="one row per group"):
         wc.Regularizer(model, {"0.*": wc.ConditionPenalty(1.0), "*": None})
 
 

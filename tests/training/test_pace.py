@@ -13,51 +13,38 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wellcond as wc
-from wellcond.training.pace import Pace
+from wellcond.rules.pace import Pace
 
 K = 3.0
-SHORTEST = (1, 2, 4, 8, 10)  # steps to the next application, by how many there were; then 10
-
-
-def rule(summed: float, excess: float, passed: bool) -> float:
-    """B <- (sum since the last) clip(0.23/rise, 1/4, 2), and 1.25 of it where the gate passed."""
-    if passed:
-        return 1.25 * summed
-    if math.isnan(excess):
-        return summed
-    rise = excess - 1
-    return summed * (min(max(0.23 / rise, 0.25), 2) if rise > 0 else 2)
 
 
 @hypothesis.given(
-    st.floats(1e-6, 1.0),
-    st.floats(0.1, 20) | st.sampled_from([1.0, 1.05, 1.1, 1.2, 1.8, math.inf, math.nan]),
-    st.booleans(),
-    st.integers(10, 1000),
-    st.integers(1, 9),
+    st.integers(1, 9), st.floats(0.0, 10.0), st.integers(1, 2000), st.floats(0.0, 20.0)
 )
-def test_the_budget_follows_the_rise_before_the_application(
-    lr: float, excess: float, passed: bool, steps: int, others: int
+def test_a_pace_waits_for_its_budget_but_not_longer_than_a_thousand_steps(
+    applications: int, budget: float, steps: int, rate: float
 ) -> None:
-    pace = Pace()
-    assert pace.due(1, lr)
-    pace.saw(50.0, 150.0, False)
-    pace.applied(1, lr)
-    assert pace.budget == 0  # the first one says how the weight was made
-    assert pace.due(1, lr)  # which the second one does
-    for _ in range(others):
-        pace.saw(excess, excess * K, passed)
-        pace.applied(steps, steps * lr)
-    budget = rule(steps * lr, excess, passed)
-    assert math.isclose(pace.budget, budget)
-    assert (pace.applications, pace.interval) == (1 + others, steps)
-    shortest = SHORTEST[min(others, 4)]
-    for after in [*range(1, 12), *range(12, 1100, 7)]:
-        assert pace.due(after, after * lr) == (
-            after >= 1000 or (after >= shortest and after * lr >= pace.budget)
-        )
-    assert not pace.due(999, 0.0)  # nothing has moved
-    assert pace.due(1000, 0.0)
+    pace = Pace(applications, budget)
+    due = pace.due(steps, rate)
+    if steps >= 1000:
+        assert due
+    if due:
+        assert steps >= min(2 ** (applications - 1), 10)
+        assert steps >= 1000 or (rate >= budget and rate > 0)
+        assert pace.due(steps + 1, rate + 1)
+    elif steps >= 10:
+        assert rate < budget or rate == 0
+    assert Pace().due(steps, rate)  # how the weight was made is not known
+
+
+@hypothesis.given(st.floats(1e-6, 1e3), st.floats(0.1, 1e6), st.floats(0.1, 1e6))
+def test_a_larger_excess_shortens_the_budget(rate: float, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    longer, shorter = (Pace(excess=x).budget_after(rate) for x in (low, high))
+    assert rate / 4 <= shorter <= longer <= 2 * rate
+    assert math.isclose(Pace(excess=1.23).budget_after(rate), rate)
+    assert math.isclose(Pace(passed=True).budget_after(rate), 1.25 * rate)
+    assert Pace(excess=math.nan).budget_after(rate) == rate
 
 
 @hypothesis.given(
@@ -65,54 +52,14 @@ def test_the_budget_follows_the_rise_before_the_application(
     st.floats(1.0, 1e9) | st.sampled_from([math.inf, math.nan]),
     st.booleans(),
 )
-def test_a_pace_comes_back_from_its_state_as_it_was(
+def test_a_pace_comes_back_from_its_tensor_as_it_was(
     excess: float, kappa: float, passed: bool
 ) -> None:
-    pace = Pace(7, 0.3, excess, kappa, 42, passed)
-    assert repr(Pace.of(pace.state(None), None)) == repr(pace)
-    assert Pace.of(pace.state(None), None).words(None) == pace.words(None)
-    assert torch.equal(Pace.of(pace.state(None), None).state(None), pace.state(None))
-    assert pace.state(None).shape == Pace().state(None).shape
-    assert repr(Pace.of(Pace().state(None), None)) == repr(Pace())
-
-
-class Oracle:
-    """What the rule asks for, from kappa as it is before every application, by an SVD."""
-
-    def __init__(self, reg: wc.Regularizer, optimizer: torch.optim.Optimizer) -> None:
-        self.states = {state.name: state for state in reg._states}
-        self.before: dict[str, float] = {}
-        optimizer.register_step_post_hook(lambda *_: self.before.update(self.kappas()))
-        self.sums = dict.fromkeys(self.states, 0.0)
-        self.steps = dict.fromkeys(self.states, 0)
-        self.budgets: dict[str, float] = {}
-        self.shortest = {name: iter([*SHORTEST, *[10] * 1000]) for name in self.states}
-        self.least: dict[str, int] = {}
-
-    def kappas(self) -> dict[str, float]:
-        each = {name: state.weight.parameters[0] for name, state in self.states.items()}
-        return {name: float(wc.condition_number(p)) for name, p in each.items()}
-
-    def expected(self, lr: float) -> set[str]:
-        """The weights that this step should apply the limit to."""
-        due = []
-        for name in self.states:
-            self.sums[name] += lr
-            self.steps[name] += 1
-            if name not in self.budgets:
-                due.append((True, self.steps[name], name))
-            elif self.steps[name] >= self.least[name] and self.sums[name] >= self.budgets[name]:
-                due.append((False, self.steps[name], name))
-        if not due:
-            return set()
-        shape = self.states[max(due, key=lambda one: one[:2])[2]].shape
-        return {name for *_, name in due if self.states[name].shape == shape}
-
-    def applied(self, name: str, passed: bool) -> None:
-        first = name not in self.budgets
-        self.least[name] = next(self.shortest[name])
-        self.budgets[name] = 0.0 if first else rule(self.sums[name], self.before[name] / K, passed)
-        self.sums[name], self.steps[name] = 0.0, 0
+    for pace in (Pace(7, 0.3, excess, kappa, 42, passed, 2**32 - 1), Pace()):
+        again = Pace.from_tensor(pace.to_tensor())
+        assert repr(again) == repr(pace)
+        assert torch.equal(again.to_tensor(), pace.to_tensor())
+        assert pace.to_tensor().shape == Pace().to_tensor().shape
 
 
 def net(*sizes: int) -> nn.Sequential:
@@ -140,29 +87,28 @@ RATES: dict[str, Callable[[int], float]] = {
 
 
 @pytest.mark.parametrize("schedule", RATES)
-def test_limits_are_applied_when_the_rule_says_and_hold_afterwards(schedule: str) -> None:
-    """Those of one shape together, the others in turns."""
+def test_limits_hold_where_they_are_applied_and_shapes_take_turns(schedule: str) -> None:
     model = net(6, 8, 8, 8, 4)
     optimizer = torch.optim.Adam(model.parameters(), 1.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, RATES[schedule])
     reg = wc.Regularizer(model, wc.ConditionLimit(K))
-    oracle = Oracle(reg, optimizer)  # its hook comes before that of the limit
     reg.attach(optimizer)
-    shapes = {state.name: state.shape for state in reg._states}
-    times = []
+    weights = {state.name: state.weight.parameters[0] for state in reg._states}
+    times: dict[str, list[int]] = {name: [] for name in weights}
     for number in range(250):
-        expected = oracle.expected(optimizer.param_groups[0]["lr"])
         step(model, optimizer, number)
-        assert applied(reg) == expected
-        assert len({shapes[name] for name in expected}) <= 1
-        after = oracle.kappas()
-        for name in expected:
-            assert after[name] <= K
-            oracle.applied(name, oracle.states[name].pace.passed)
-            times.append(number)
+        names = applied(reg)
+        assert len({weights[name].shape for name in names}) <= 1
+        for name in names:
+            times[name].append(number)
+            assert float(wc.condition_number(weights[name])) <= K
         rates.step()
-    assert times[:4] == [0, 1, 1, 2]
-    assert 4 * 7 < len(times) < 4 * 27  # ten steps apart, and more often only at the start
+    assert sorted(each[0] for each in times.values()) == [0, 1, 1, 2]
+    for each in times.values():
+        gaps = [after - before for before, after in itertools.pairwise(each)]
+        assert all(gap >= least for gap, least in zip(gaps, (1, 2, 4, 8), strict=False))
+        assert min(gaps[4:]) >= 10
+        assert 7 < len(each) < 27
 
 
 def test_a_weight_that_obeys_is_decomposed_ever_more_seldom(

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wellcond as wc
+from devices import on_a_device
 from matrices import with_spectrum
 from oracles import gradient, penalty, proximal_step
-from wellcond_experiments.bench_step import on_a_device
 
 
 def linear(sigma: list[float], m: int = 12, n: int = 9, seed: int = 0) -> nn.Linear:
@@ -277,7 +277,7 @@ def test_what_is_no_penalty_is_refused_in_one_line() -> None:
     model = net()
     regularizer = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for wrong in (0.1, "condition", regularizer, {"*": 0.1}, {1: None}):
-        said = r"`rules` must (be a penalty or map|have patterns of type str)"
+        said = r"`rules` must (be a rule or map|have patterns of type str)"
         with pytest.raises(TypeError, match=said) as caught:
             wc.Regularizer(model, wrong)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)

@@ -168,7 +168,7 @@ def test_what_a_hook_computes_that_is_not_known_is_left_out() -> None:
     assert [f.label for f in report.findings] == ["1.weight"]
     skipped = report.coverage.skipped
     assert str(skipped["0.weight"]) == (
-        "computed before each forward pass, in a way that is not known: from weight_orig"
+        "computed before each forward pass by an unknown method: from weight_orig"
     )
     assert skipped["0.weight_orig"].reason is Reason.component
     assert report.coverage.parameter_share == pytest.approx(12 / (16 + 4 + 12 + 3))
@@ -190,7 +190,7 @@ def test_limits_leave_out_the_parts_and_say_why(way: str) -> None:
     parts = [why for why in reg.skipped.values() if why.reason is Reason.component]
     assert parts
     for why in parts:
-        assert str(why).startswith("a part, from which the weight that acts is computed: weight by")
+        assert str(why).startswith(f"{Reason.component.value}: weight by")
 
 
 def test_a_limit_on_a_part_by_its_exact_name_holds_in_the_part_and_says_so(

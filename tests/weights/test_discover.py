@@ -124,7 +124,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
     model["none"].weight = nn.Parameter(torch.empty(0, 4))
     skipped = wc.Regularizer(model, EVERYTHING).skipped
     for name, text in {
-        "emb.weight": "an embedding: its rows are looked up, it is no linear map",
+        "emb.weight": "an embedding: its rows are looked up, not multiplied",
         "norm.weight": "not a matrix: a vector",
         "lin.bias": "not a matrix: a vector",
         "experts.weight": "a parameter whose use is not known: of Mystery",
@@ -176,7 +176,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
         "0.weight": 0.5,
         "2.weight": 0.25,
     }
-    assert str(reg.skipped["1.weight"]) == 'left out by a pattern: "1.weight"'
+    assert str(reg.skipped["1.weight"]) == 'excluded by a pattern: "1.weight"'
     reg = wc.Regularizer(model, {"0.*": EVERYTHING})
     assert reg.skipped["1.weight"].reason is wc.report.Reason.unmatched
 
@@ -204,8 +204,8 @@ def test_a_stack_is_taken_by_its_exact_name_whole_or_matrix_by_matrix() -> None:
         ({"0.bias": EVERYTHING}, ValueError, "not a matrix: a vector"),
         ({"*.bias": EVERYTHING}, ValueError, "selects no weight"),
         ({}, ValueError, "must leave at least one weight"),
-        ({"*": 0.1}, TypeError, "must be a penalty or map patterns"),
-        (0.1, TypeError, "must be a penalty or map patterns"),
+        ({"*": 0.1}, TypeError, "must be a rule or map patterns"),
+        (0.1, TypeError, "must be a rule or map patterns"),
     ],
 )
 def test_selections_that_select_nothing_are_refused(

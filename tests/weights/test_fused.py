@@ -244,7 +244,7 @@ def test_rows_whose_order_is_not_known_are_one_matrix(
         assert found.keys() == {f"attn.{name}.weight", f"attn.{output}.weight"}
         row = found[f"attn.{name}.weight"]
         assert row.condition_number == pytest.approx(float(wc.condition_number(W)))
-        assert "no known class or model_type says how it is cut" in row.detail
+        assert "no known class or model_type tells the order of its rows" in row.detail
 
 
 def rows(report: wc.AuditReport) -> dict[str, Finding]:

@@ -220,24 +220,32 @@ def without(kind: type[nn.Module], *names: str) -> nn.Module:
 
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "no number": (lambda: without(Timm, "num_heads"), "heads", "how many heads it has is not"),
+    "no number": (
+        lambda: without(Timm, "num_heads"),
+        "heads",
+        "the number of its heads is unknown",
+    ),
     "key heads": (
         lambda: without(Grouped, "num_key_value_heads"),
         "heads",
-        "how many heads its keys have is not known",
+        "the number of its key heads is unknown",
     ),
     "wrong key heads": (
         lambda: changed(Grouped, num_key_value_heads=3),
         "heads",
-        "the 10 rows of its keys are no 3 heads of 5 for 4 of queries",
+        "the 10 rows of its keys are not 3 heads of 5 for 4 heads of queries",
     ),
     "gated queries": (  # as Qwen3-Next: each has as many rows again for a gate
         lambda: changed(Grouped, head_dim=5, q_proj=nn.Linear(12, 40)),
         "heads",
-        "the 40 rows of its queries in `q_proj` are no 4 heads of 5 each",
+        "the 40 rows of its queries in `q_proj` are not 4 equal heads of 5 rows",
     ),
-    "not divisible": (lambda: changed(NanoGPT, n_head=5), "heads", "are no 5 heads each"),
-    "cut otherwise": (lambda: changed(Timm, key_dim=5), "heads", "`key_dim` says that its `qkv`"),
+    "not divisible": (lambda: changed(NanoGPT, n_head=5), "heads", "are not 5 equal heads"),
+    "cut otherwise": (
+        lambda: changed(Timm, key_dim=5),
+        "heads",
+        "`key_dim` means that the order of `qkv`",
+    ),
     "over channels": (  # as XCiT
         lambda: changed(Timm, temperature=1.0),
         "heads",
@@ -246,14 +254,14 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "not linear": (
         lambda: changed(Grouped, k_proj=nn.Conv1d(1, 10, 1)),
         "heads",
-        "`k_proj` is no Linear, but a Conv1d of torch",
+        "`k_proj` is a Conv1d of torch.nn.modules.conv, not a Linear",
     ),
     "lazy": (
         lambda: changed(Grouped, k_proj=nn.LazyLinear(10)),
         "heads",
         "`k_proj` is not initialised yet",
     ),
-    "no output": (lambda: without(Grouped, "o_proj"), "vo", "its output projection is not known"),
+    "no output": (lambda: without(Grouped, "o_proj"), "vo", "its output projection is unknown"),
     "other output": (
         lambda: changed(Grouped, o_proj=nn.Linear(7, 12)),
         "vo",

@@ -238,5 +238,5 @@ def test_a_caution_tries_no_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> None:
         raise AssertionError("unit vectors")
 
-    monkeypatch.setattr("wellcond.weights.forward._from_unit_vectors", refuse)
+    monkeypatch.setattr("wellcond.weights.forward._Trial._from_unit_vectors", refuse)
     wc.Regularizer(layer_of(AFFINE["residual"]), wc.ConditionPenalty(0.1))

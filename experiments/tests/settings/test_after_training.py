@@ -12,7 +12,7 @@ from wellcond_experiments.data import Images
 from wellcond_experiments.evidence import Evidence
 from wellcond_experiments.grid import Cell
 from wellcond_experiments.settings import after_training
-from wellcond_experiments.settings.after_training import NETS, AfterTraining, projected
+from wellcond_experiments.settings.after_training import NETS, AfterTraining, projection_key
 
 TESTED = ("accuracy", "in_noise", "kappa_worst")
 
@@ -38,12 +38,12 @@ def test_limits_hold_and_one_that_asks_nothing_changes_nothing(
     none = run(setting, case, "none", 0.0)
     assert none["kappa_worst"] > 20
     assert none["accuracy"] > 30  # 10 by chance
-    assert none[projected("kappa_worst", 5)] <= 5
-    assert none[projected("train_seconds", 5)] > none["train_seconds"]
+    assert none[projection_key("kappa_worst", 5)] <= 5
+    assert none[projection_key("train_seconds", 5)] > none["train_seconds"]
     free, limited = (run(setting, case, "condition-limit", K) for K in (1e9, 5.0))
     assert 4.9 < limited["kappa_worst"] <= 5
     for name in TESTED:
-        assert none[projected(name, 1e9)] == free[name] == none[name]
+        assert none[projection_key(name, 1e9)] == free[name] == none[name]
 
 
 def test_every_net_has_its_weights_tested() -> None:
@@ -59,19 +59,19 @@ def test_every_net_has_its_weights_tested() -> None:
     net = NETS["cnn"].build(images)
     torch.nn.init.ones_(net.get_parameter("0.weight"))
     inputs = torch.zeros(2, 1, 8, 8)
-    assert after_training.tested(net, (inputs, inputs), y)["kappa_worst"] == float("inf")
+    assert after_training.measure_accuracy(net, (inputs, inputs), y)["kappa_worst"] == float("inf")
 
 
 def made_up(setting: AfterTraining, kappa: float) -> Evidence:
     """Nets that a projection to 5 costs 10 points and a limit 1 point; both end at this κ."""
     runs: list[dict[str, Any]] = []
-    for cell in setting.reported({}):
+    for cell in setting.report_cells({}):
         right = 90.0 + cell.seed
         metrics = {"accuracy": right, "in_noise": 50.0, "kappa_worst": 1e3, "train_seconds": 2.0}
         if cell.method == "none":
             for K, lost in ((1e9, 0.0), (5.0, 10.0)):
                 of_copy = metrics | {"accuracy": right - lost, "kappa_worst": kappa}
-                metrics |= {projected(k, K): v for k, v in of_copy.items() if k in of_copy}
+                metrics |= {projection_key(k, K): v for k, v in of_copy.items() if k in of_copy}
         elif cell.method == "condition-limit":
             metrics |= {"accuracy": right - 1, "kappa_worst": kappa, "train_seconds": 4.0}
         runs.append(vars(cell) | {"metrics": metrics, "curves": {}})
@@ -99,8 +99,8 @@ def test_tables_pair_the_seeds_and_a_limit_that_did_not_hold_fails(setting: Afte
 
 def test_nothing_is_searched_and_all_is_reported() -> None:
     setting = AfterTraining(seeds=5)
-    assert setting.searched() == []
-    assert len({cell.name for cell in setting.reported({})}) == 3 * (1 + 6 + 2) * 5
+    assert setting.search_cells() == []
+    assert len({cell.name for cell in setting.report_cells({})}) == 3 * (1 + 6 + 2) * 5
     assert setting.settings()["cnn_data"] == "cifar10"
     assert AfterTraining.of({"settings": setting.settings(), "seeds": 5}).data == ""
 

@@ -43,10 +43,10 @@ def test_matched_clean_accuracy_costs_each_method_the_same() -> None:
     )
     # Tikhonov crosses 96 a quarter of the way from none. A path that only falls stays at none.
     assert [row[:4] for row in setting.matched_accuracy(found).rows] == [
-        ["no regulariser", "0", "97.0", "50.0"],
+        ["nothing", "0", "97.0", "50.0"],
         ["Tikhonov", "0 to 0.01", "96.0", "55.0"],
-        ["condition (in the loss)", "0.1", "96.2", "60.0"],
-        ["condition (proximal)", "0", "97.0", "50.0"],
+        ["ConditionPenalty, in the loss", "0.1", "96.2", "60.0"],
+        ["ConditionPenalty, attached", "0", "97.0", "50.0"],
     ]
 
 
@@ -72,7 +72,7 @@ class Template(nn.Module):
 
     def __init__(self, images: Images) -> None:
         super().__init__()
-        self.x, self.y = images.normalised(images.x_test), images.y_test
+        self.x, self.y = images.normalise(images.x_test), images.y_test
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.one_hot(self.y[torch.cdist(x, self.x).argmin(1)], 10).float()
@@ -93,6 +93,13 @@ def test_every_strength_is_reported_and_drawn(
     x, y = digits.x_train, digits.y_train
     few = Images("digits", 8, x[:192], y[:192], x[192:256], y[192:256])
     monkeypatch.setattr(classify, "load", lambda source: few)
+    init = Classify.__init__
+
+    def smaller(self: Classify, *args: object) -> None:
+        init(self, *args)  # type: ignore[arg-type]
+        self.width, self.epochs = 32, 1
+
+    monkeypatch.setattr(Classify, "__init__", smaller)
     setting = Classify("digits", True, 2)
     document = Runner(setting, tmp_path, 1, overwrite=False).results()
     assert len(document["runs"]) == 2 * (1 + 3 * 4)

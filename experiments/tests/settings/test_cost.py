@@ -1,4 +1,4 @@
-"""The cost of a step: every way in every net, the cheapest above."""
+"""The cost of a step: every method in every net, the cheapest above."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from wellcond_experiments.settings.cost import Cost
 
 
 @pytest.mark.slow
-def test_every_way_is_there_with_its_memory(tmp_path: Path) -> None:
+def test_every_method_is_there_with_its_memory(tmp_path: Path) -> None:
     setting = Cost(quick=True, seeds=1)
     Runner(setting, tmp_path, 1, overwrite=False).results()
     found = Evidence(grid.read(tmp_path / "results.json"))
@@ -19,7 +19,7 @@ def test_every_way_is_there_with_its_memory(tmp_path: Path) -> None:
         ratios = [float(row[1]) for row in table.rows]
         assert ratios == sorted(ratios)
         ways = {row[0]: row for row in table.rows}
-        both = {"none", "none again", "attach(every=10)", "Tikhonov in the loss"}
+        both = {"none", "none again", "attach(every=10)", "TikhonovPenalty, in the loss"}
         assert both <= ways.keys()
         assert ("exact SVD in the loss" in ways) == (case == "mlp")
         assert ("state kept" in table.header) == (case == "mlp")  # memory is that of one weight

@@ -59,7 +59,7 @@ def test_the_noise_has_the_power_that_the_signal_to_noise_ratio_says(
     monkeypatch.setattr(setting, "build", lambda: recorder)
     setting.run(Cell(case, "none", 0.0, 1e-3, seed=1))
     noisy = torch.cat(recorder.seen[: 50 * 6])
-    clean = few_images.normalised(few_images.x_train)
+    clean = few_images.normalise(few_images.x_train)
     assert float(clean.square().mean()) == pytest.approx(1, rel=1e-3)
     # The noise is independent of the signal, so that their powers add; of 600000 numbers.
     power = float(noisy.square().mean()) - float(clean.square().mean())
@@ -68,7 +68,7 @@ def test_the_noise_has_the_power_that_the_signal_to_noise_ratio_says(
 
 def test_the_error_is_against_what_a_sigmoid_can_reach(few_images: Images) -> None:
     found = denoise.errors(Recorder(), few_images, sigma=0.5)
-    reachable = few_images.normalised(few_images.x_test).clamp(0, 1)
+    reachable = few_images.normalise(few_images.x_test).clamp(0, 1)
     assert (
         found["error"] == found["error_at_0.5"] == pytest.approx(float(reachable.square().mean()))
     )
@@ -135,20 +135,20 @@ def test_the_search_never_sees_the_test_images(
     assert set(fresh.figures(found)) == {"denoise-images", "denoise-errors", "denoise-kappa"}
     (alone,) = found.where(method="none", seed=0).to_dict("records")
     assert len(alone["clean"]) == len(alone["restored"]) == IMAGES * 64
-    reachable = few_images.normalised(few_images.x_test[:IMAGES]).clamp(0, 1).flatten()
+    reachable = few_images.normalise(few_images.x_test[:IMAGES]).clamp(0, 1).flatten()
     torch.testing.assert_close(torch.tensor(alone["clean"]) / 100, reachable, atol=0.0051, rtol=0)
 
 
 def test_the_full_grid_compares_every_way_at_every_ratio() -> None:
     setting = Denoise()
-    reported = setting.reported({})
+    reported = setting.report_cells({})
     assert {cell.case for cell in reported} == set(SNR)
     for case in SNR:
         methods = {cell.method for cell in reported if cell.case == case}
         assert methods == set(FIXED) | {method + TUNED for method in FIXED}
     fixed = {(c.method, c.strength, c.lr) for c in reported if c.method in FIXED}
     assert fixed == {(m, s, DEFAULT_LR) for m, strengths in FIXED.items() for s in strengths}
-    searched = setting.searched()
+    searched = setting.search_cells()
     assert all(cell.search and cell.method.endswith(TUNED) for cell in searched)
     assert {cell.lr for cell in searched} > {DEFAULT_LR}
     assert PICTURED in SNR
@@ -162,7 +162,7 @@ def test_denoising_beats_a_network_that_learned_nothing() -> None:
         for method, strength in (("none", 0.0), ("condition-gradient", OUTER))
     }
     # The error of an answer that is the same for all images.
-    reachable = setting.images.normalised(setting.images.x_test).clamp(0, 1)
+    reachable = setting.images.normalise(setting.images.x_test).clamp(0, 1)
     constant = float(reachable.var(0, correction=0).mean())
     for metrics in runs.values():
         assert metrics["error"] < 0.75 * constant

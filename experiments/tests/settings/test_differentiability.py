@@ -53,14 +53,17 @@ def test_it_writes_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture
     assert said in capsys.readouterr().out
 
 
+right_gradient = wc.condition_penalty_gradient
+
+
 def over_n(S: Tensor) -> Tensor:
     """1/n instead of 1/nu, which a wide matrix tells apart."""
-    right: Tensor = wc.penalties.exact.condition_penalty_gradient(S)
+    right: Tensor = right_gradient(S)
     return right + S / min(S.shape[-2:]) - S / S.shape[-1]
 
 
 def halved(S: Tensor) -> Tensor:
-    return wc.penalties.exact.condition_penalty_gradient(S) / 2
+    return right_gradient(S) / 2
 
 
 def of_the_second(S: Tensor) -> Tensor:

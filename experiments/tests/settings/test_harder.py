@@ -12,7 +12,7 @@ from wellcond.cli import main
 from wellcond_experiments import figures, grid
 from wellcond_experiments.data import Images, load
 from wellcond_experiments.grid import FINAL, SEARCH, Cell
-from wellcond_experiments.methods import METHODS, condition_numbers, seeded
+from wellcond_experiments.methods import METHODS, condition_numbers, run_seeded
 from wellcond_experiments.settings import harder
 from wellcond_experiments.settings.harder import BatchNorm, Plain, ViT
 
@@ -31,8 +31,8 @@ def images(side: int, channels: int) -> Images:
 
 
 def test_noise_has_its_deviation_and_is_always_the_same(x: Tensor) -> None:
-    noise = harder.noisy(x, 0.2) - x
-    assert torch.equal(harder.noisy(x, 0.2) - x, noise)
+    noise = harder.add_noise(x, 0.2) - x
+    assert torch.equal(harder.add_noise(x, 0.2) - x, noise)
     # 21,600 numbers: the deviation of their mean is 0.0014, that of their deviation 0.001.
     assert abs(float(noise.mean())) < 0.005
     assert float(noise.std()) == pytest.approx(0.2, abs=0.004)
@@ -46,18 +46,18 @@ def test_blur_of_a_point_is_a_gaussian() -> None:
         density = torch.exp(-(away[:, None] ** 2 + away**2) / (2 * deviation**2))
         expected = (density / density.sum()).expand_as(point)
         # The Gaussian is cut off after three deviations.
-        torch.testing.assert_close(harder.blurred(point, deviation), expected, atol=1e-3, rtol=0.02)
+        torch.testing.assert_close(harder.blur(point, deviation), expected, atol=1e-3, rtol=0.02)
 
 
 def test_blur_keeps_what_is_of_one_colour_and_mixes_no_channels(x: Tensor) -> None:
     plain = x[:, :, :1, :1].expand_as(x)
-    torch.testing.assert_close(harder.blurred(plain, 2.0), plain)
-    one = torch.stack([harder.blurred(x[:, c : c + 1], 1.0)[:, 0] for c in range(3)], 1)
-    torch.testing.assert_close(harder.blurred(x, 1.0), one)
+    torch.testing.assert_close(harder.blur(plain, 2.0), plain)
+    one = torch.stack([harder.blur(x[:, c : c + 1], 1.0)[:, 0] for c in range(3)], 1)
+    torch.testing.assert_close(harder.blur(x, 1.0), one)
 
 
 def test_contrast_keeps_the_mean_of_every_image(x: Tensor) -> None:
-    faded = harder.faded(x, 0.3)
+    faded = harder.fade(x, 0.3)
     torch.testing.assert_close(faded.mean((1, 2, 3)), x.mean((1, 2, 3)))
     torch.testing.assert_close(faded.std((1, 2, 3)), 0.3 * x.std((1, 2, 3)))
 
@@ -65,7 +65,7 @@ def test_contrast_keeps_the_mean_of_every_image(x: Tensor) -> None:
 def test_a_shift_moves_by_an_eighth_at_most_and_mirrors_half() -> None:
     x = torch.zeros(400, 2, 16, 16)
     x[:, 0, 5, 3], x[:, 1, 5, 3] = 1, 2
-    moved = harder.shifted(x, torch.Generator().manual_seed(0))
+    moved = harder.shift(x, torch.Generator().manual_seed(0))
     assert moved.shape == x.shape
     torch.testing.assert_close(moved.sum((2, 3)), x.sum((2, 3)))  # the channels move together
     rows, columns = (moved[:, 0] == 1).nonzero()[:, 1:].T
@@ -105,7 +105,7 @@ def test_training_is_adam_with_a_rate_that_rises_and_falls() -> None:
     training = METHODS["none"](build, 0.0, 0.1, 7)
     assert harder.fit(training, x, y, epochs=5, batch=10) >= 0
     assert not training.model.training
-    model = seeded(lambda: build(False), 7)
+    model = run_seeded(lambda: build(False), 7)
     optimizer = torch.optim.Adam(model.parameters())
     order = torch.Generator().manual_seed(7)
     indices = [part for _ in range(5) for part in torch.randperm(40, generator=order).split(10)]
@@ -188,7 +188,7 @@ def test_layers_have_names_in_their_order(kind: type[harder.Harder]) -> None:
 
 def test_condition_numbers_are_drawn_layer_by_layer() -> None:
     rows = {"isometry": [1.0, 2.0], "none": [math.inf, 1e9], "l2": [math.nan, 40.0]}
-    drawing = figures.layers(rows, ("first", "last"))
+    drawing = figures.draw_layers(rows, ("first", "last"))
     panel = drawing.axes[0]
     (mesh,) = panel.collections
     values = mesh.get_array()

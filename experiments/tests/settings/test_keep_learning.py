@@ -51,7 +51,7 @@ def test_the_search_has_images_of_its_own_and_a_shorter_first_round() -> None:
     searched, _ = setting.material(cell(SEARCH, search=True))
     reported, _ = setting.material(cell())
     assert len(searched) + len(reported) == len(setting.images.x_train)
-    normalised = setting.images.normalised(setting.images.x_train)
+    normalised = setting.images.normalise(setting.images.x_train)
     assert torch.equal(torch.cat([reported, searched]), normalised)
     tasks = [
         len(setting.run(one).curves["accuracies"])

@@ -13,13 +13,13 @@ from wellcond.cli import main
 from wellcond_experiments import grid
 from wellcond_experiments.evidence import Evidence
 from wellcond_experiments.grid import SEARCH, Cell, Chosen
-from wellcond_experiments.methods import seeded, spectral_norms
+from wellcond_experiments.methods import run_seeded, spectral_norms
 from wellcond_experiments.settings.learning_rates import (
     GAINS,
     RATES,
     LearningRates,
     Transformer,
-    over_rates,
+    average_rates,
     plain,
 )
 
@@ -40,7 +40,7 @@ def evidence(accuracies: dict[tuple[str, int], list[float]]) -> Evidence:
 
 
 def test_sensitivity_of_a_constant_curve_is_zero() -> None:
-    found = over_rates(evidence({("none", 0): [90.0] * 5, ("l2", 0): [90.0, 80, 70, 60, 50]}))
+    found = average_rates(evidence({("none", 0): [90.0] * 5, ("l2", 0): [90.0, 80, 70, 60, 50]}))
     assert found.where(method="none")["sensitivity"].item() == 0
     assert found.where(method="l2")["sensitivity"].item() == pytest.approx(20)
     assert found.where(method="l2")["accuracy"].item() == pytest.approx(70)
@@ -49,7 +49,7 @@ def test_sensitivity_of_a_constant_curve_is_zero() -> None:
 
 def test_a_rate_works_that_comes_near_the_best_of_all_ways() -> None:
     """The best is 94, the mean of both seeds; so 92 works, and 91.9 does not."""
-    found = over_rates(
+    found = average_rates(
         evidence(
             {
                 ("none", 0): [92.0, 91.9, 50, 10, 10],
@@ -76,11 +76,15 @@ def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
     # 89.1 against 80.1, and the seeds differ by the same in both.
     assert verdict.difference == pytest.approx((9.0, 9.0, 9.0, False))
     table = setting.tables(evidence(values))["tanh-10"]
-    assert [row[0] for row in table.rows] == ["Isometry", "L2", "nothing"]
+    assert [row[0] for row in table.rows] == ["IsometryStep", "L2", "nothing"]
     assert all(len(row) == len(table.header) for row in table.rows)
     assert "lr" not in table.header
     cost = setting.tables(evidence(values))["cost"]
-    assert cost.rows == [["Isometry", "2.0 ± 0.0"], ["L2", "1.0 ± 0.0"], ["nothing", "1.0 ± 0.0"]]
+    assert cost.rows == [
+        ["IsometryStep", "2.0 ± 0.0"],
+        ["L2", "1.0 ± 0.0"],
+        ["nothing", "1.0 ± 0.0"],
+    ]
 
 
 def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_them_last() -> None:
@@ -93,13 +97,13 @@ def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_the
     setting = LearningRates()
     setting.cases = ("tanh-10", "tanh-30")
     tables = setting.tables(Evidence(first.document | {"runs": runs}))
-    assert tables["accuracy"].header == ["way", "tanh, depth 10", "tanh, depth 30"]
+    assert tables["accuracy"].header == ["method", "tanh, depth 10", "tanh, depth 30"]
     assert tables["accuracy"].rows == [
-        ["Isometry", "52.0", "10.0"],
+        ["IsometryStep", "52.0", "10.0"],
         ["L2", "10.0", "10.0"],
         ["orthogonal of torch, hidden weights", "", "90.0"],
     ]
-    assert tables["sensitivity"].rows[0] == ["Isometry", "8.0", "0.0"]
+    assert tables["sensitivity"].rows[0] == ["IsometryStep", "8.0", "0.0"]
     assert tables["working"].rows[1:] == [
         ["L2", "0.0", "0.0"],
         ["orthogonal of torch, hidden weights", "", "5.0"],
@@ -111,12 +115,14 @@ def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_the
 
 def test_strengths_of_plain_nets_are_searched_at_one_depth_and_taken_for_all() -> None:
     setting = LearningRates(seeds=1)
-    assert {c.case for c in setting.searched()} == {"tanh-30", "relu-30", "transformer"}
+    assert {c.case for c in setting.search_cells()} == {"tanh-30", "relu-30", "transformer"}
     best = {("tanh", "l2"): Chosen("tanh", "l2", 0.123, 0.0, 90.0, "")}
-    cells = [c for c in setting.reported(best) if c.method == "l2" and c.case.startswith("tanh")]
+    cells = [
+        c for c in setting.report_cells(best) if c.method == "l2" and c.case.startswith("tanh")
+    ]
     assert {c.strength for c in cells} == {0.123}
     assert {(c.case, c.lr) for c in cells} == set(product(("tanh-10", "tanh-30", "tanh-60"), RATES))
-    names = [c.name for c in setting.searched() + setting.reported({})]
+    names = [c.name for c in setting.search_cells() + setting.report_cells({})]
     assert len(set(names)) == len(names)
 
 
@@ -150,14 +156,14 @@ def test_one_that_diverges_guesses() -> None:
 
 @pytest.mark.parametrize("kind", ["tanh", "relu"])
 def test_plain_nets_of_any_depth_begin_as_isometries_times_the_gain(kind: str) -> None:
-    model = seeded(lambda: plain(64, 20, kind, norm=False), 0)
+    model = run_seeded(lambda: plain(64, 20, kind, norm=False), 0)
     *norms, _ = spectral_norms(model).values()
     assert norms == pytest.approx([GAINS[kind]] * 20, rel=1e-5)
 
 
 @pytest.mark.parametrize(("side", "norm"), [(8, False), (28, True)])
 def test_the_transformer_sees_all_pixels(side: int, norm: bool) -> None:
-    model = seeded(lambda: Transformer(side, norm), 0)
+    model = run_seeded(lambda: Transformer(side, norm), 0)
     x = torch.rand(2, side**2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     model(x)[0, 0].backward()
     assert x.grad is not None

@@ -21,8 +21,8 @@ def cell(method: str = "none", lr: float = 1e-3, seed: int = 0) -> Cell:
 
 def test_the_search_has_images_of_its_own() -> None:
     setting = Memorise("digits", quick=True)
-    searched = [setting.drawn(cell(seed=first + s)) for first in (SEARCH, FINAL) for s in range(5)]
-    reported = [setting.drawn(cell(seed=s)) for s in range(20)]
+    searched = [setting.draw(cell(seed=first + s)) for first in (SEARCH, FINAL) for s in range(5)]
+    reported = [setting.draw(cell(seed=s)) for s in range(20)]
     assert not set(torch.cat(searched).tolist()) & set(torch.cat(reported).tolist())
     assert all(len(set(one.tolist())) == setting.count for one in searched + reported)
 
@@ -31,7 +31,7 @@ def labels(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Tensor]:
     """All that a network is trained on, a tensor for each task, in the order of the images."""
     setting = Memorise("digits", quick=True)
     setting.epochs = 2
-    x = setting.images.normalised(setting.images.x_train)[setting.drawn(cell(seed=seed))]
+    x = setting.images.normalise(setting.images.x_train)[setting.draw(cell(seed=seed))]
     seen: list[tuple[Tensor, Tensor]] = []
     loss = torch.nn.functional.cross_entropy
 
@@ -112,7 +112,7 @@ def test_it_writes_a_table_and_a_picture(
 
 
 def test_lines_are_told_apart_and_nothing_is_grey() -> None:
-    shown = figures.selected(dict.fromkeys(METHODS, 0.0))
+    shown = figures.select_lines(dict.fromkeys(METHODS, 0.0))
     colours = figures.colours(shown)
     assert len(set(colours)) == len(shown) == 7
     assert colours[shown.index("none")] == figures.NOTHING

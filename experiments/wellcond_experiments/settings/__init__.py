@@ -1,4 +1,4 @@
-"""The experiments, a file for each."""
+"""The experiments, one file per experiment."""
 
 from wellcond_experiments.grid import Setting
 from wellcond_experiments.settings.after_training import AfterTraining

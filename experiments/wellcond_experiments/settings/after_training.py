@@ -19,15 +19,9 @@ import wellcond as wc
 from wellcond_experiments import figures
 from wellcond_experiments.data import Images, load
 from wellcond_experiments.evidence import Evidence
-from wellcond_experiments.grid import Cell, Measured, Setting
+from wellcond_experiments.grid import Cell, Measured, Swept
 from wellcond_experiments.methods import METHODS, condition_numbers, largest
-from wellcond_experiments.settings.harder import (
-    accuracy,
-    fit,
-    noisy,
-    square,
-    transformer,
-)
+from wellcond_experiments.settings.harder import accuracy, add_noise, fit, square, transformer
 from wellcond_experiments.tables import Table, number
 
 LIMITS = (100.0, 20.0, 10.0, 5.0, 3.0, 2.0)
@@ -70,7 +64,7 @@ NETS = {
 }
 
 
-class AfterTraining(Setting):
+class AfterTraining(Swept):
     name = "after-training"
     help = "does a projection at the end suffice?"
     protocol = (
@@ -109,38 +103,24 @@ class AfterTraining(Setting):
         }
         return super().settings() | {"limits": list(self.limits)} | trained
 
-    def searched(self) -> list[Cell]:
-        """Nothing: the strengths are the limits."""
-        return []
-
-    def reported(self, chosen: Any) -> list[Cell]:
-        return [
-            Cell(case, method, strength, lr, seed)
-            for case in self.cases
-            for method, strengths in self.methods.items()
-            for strength in strengths
-            for lr in self.rates
-            for seed in range(self.seeds)
-        ]
-
     def run(self, cell: Cell) -> Measured:
         """With method "none" also the projections of what it has trained."""
         net = self.net(cell.case)
-        images = _loaded(net.data)
+        images = _load(net.data)
         training = METHODS[cell.method](
             lambda norm: net.build(images), cell.strength, cell.lr, cell.seed
         )
-        x = square(images, images.normalised(images.x_train[: net.samples]))
+        x = square(images, images.normalise(images.x_train[: net.samples]))
         seconds = fit(training, x, images.y_train[: len(x)], net.epochs, net.batch)
-        x_test = square(images, images.normalised(images.x_test))
-        inputs = (x_test, noisy(x_test, net.noise)), images.y_test
-        metrics = tested(training.model, *inputs) | {"train_seconds": seconds}
+        x_test = square(images, images.normalise(images.x_test))
+        inputs = (x_test, add_noise(x_test, net.noise)), images.y_test
+        metrics = measure_accuracy(training.model, *inputs) | {"train_seconds": seconds}
         for K in self.limits if cell.method == "none" else ():
             model, began = copy.deepcopy(training.model), time.process_time()
             wc.Regularizer(model, wc.ConditionLimit(K)).enforce()
             found = {"train_seconds": seconds + time.process_time() - began}
-            found |= tested(model, *inputs)
-            metrics |= {projected(name, K): value for name, value in found.items()}
+            found |= measure_accuracy(model, *inputs)
+            metrics |= {projection_key(name, K): value for name, value in found.items()}
         return Measured(metrics, {})
 
     def evidence(self, evidence: Evidence) -> Evidence:
@@ -151,7 +131,8 @@ class AfterTraining(Setting):
                 "method": PROJECTED,
                 "strength": K,
                 "metrics": {
-                    name: run["metrics"][projected(name, K)] for name in (*TESTED, "train_seconds")
+                    name: run["metrics"][projection_key(name, K)]
+                    for name in (*TESTED, "train_seconds")
                 },
             }
             for run in evidence.document["runs"]
@@ -168,7 +149,7 @@ class AfterTraining(Setting):
         without: dict[str, Any] = {"case": case, "method": "none"}
         alone = evidence.band("train_seconds", **without).mean
         rows = []
-        for method, strength in self._ways():
+        for method, strength in self._points():
             here: dict[str, Any] = {"case": case, "method": method, "strength": strength}
             row = [LABELS.get(method) or figures.label(method)]
             row += [number(strength) if method != "none" else ""]
@@ -181,14 +162,14 @@ class AfterTraining(Setting):
             row += [str(evidence.band("kappa_worst", log=True, **here))]
             row += [number(evidence.band("train_seconds", **here).mean / alone)]
             rows.append(row)
-        header = ["way", "K or strength", "clean, %", "change", "in noise, %", "change"]
+        header = ["method", "K or strength", "clean, %", "change", "in noise, %", "change"]
         header += ["clean, against projected", "κ, worst", "CPU time"]
         return Table(f"Accuracy of {NETS[case].title}", header, rows)
 
-    def _ways(self) -> list[tuple[str, float]]:
+    def _points(self) -> list[tuple[str, float]]:
         """What the rows of a table are of."""
-        ways = [(method, K) for method, Ks in self.methods.items() for K in Ks]
-        return ways[:1] + [(PROJECTED, K) for K in self.limits] + ways[1:]
+        none, *others = ((method, K) for method, Ks in self.methods.items() for K in Ks)
+        return [none, *((PROJECTED, K) for K in self.limits), *others]
 
     def failed(self, evidence: Evidence) -> bool:
         """Whether a limit has not held."""
@@ -225,16 +206,18 @@ class AfterTraining(Setting):
 
 
 @cache
-def _loaded(name: str) -> Images:
+def _load(name: str) -> Images:
     return load(name, colour=True)
 
 
-def projected(name: str, K: float) -> str:
+def projection_key(name: str, K: float) -> str:
     """A metric of the net once it is projected."""
     return f"{name}_projected_{K:g}"
 
 
-def tested(model: nn.Module, inputs: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, float]:
+def measure_accuracy(
+    model: nn.Module, inputs: tuple[Tensor, Tensor], labels: Tensor
+) -> dict[str, float]:
     """Accuracy, clean and in noise, and κ of the worst flattened kernel or matrix."""
     accuracies = (accuracy(model, x, labels) for x in inputs)
     worst = largest(condition_numbers(model).values())

@@ -67,7 +67,7 @@ class Classify(Swept):
 
     def run(self, cell: Cell) -> Measured:
         images = self.images
-        x, y = images.normalised(images.x_train), images.y_train
+        x, y = images.normalise(images.x_train), images.y_train
         by_weight = {f"{FIRST}.weight": cell.strength}
         training = PaperTraining(self.build, cell.method, by_weight, cell.lr, cell.seed)
 
@@ -93,7 +93,7 @@ class Classify(Swept):
 
     def tables(self, evidence: Evidence) -> dict[str, Table]:
         rows = [
-            [LOOKS[method].label, f"{strength:g}" if strength else ""]
+            [figures.label(method), f"{strength:g}" if strength else ""]
             + [
                 str(evidence.band(metric, log=True, method=method, strength=strength))
                 for metric in ("kappa", "sigma_max")
@@ -104,7 +104,7 @@ class Classify(Swept):
             ]
             for method, strength in self.points()
         ]
-        header = ["way", "strength", "κ", "σ₁", *(f"% at {n:g}" for n in TEST_NOISES)]
+        header = ["method", "strength", "κ", "σ₁", *(f"% at {n:g}" for n in TEST_NOISES)]
         title = (
             f"Accuracy in per cent by the noise on normalised pixels, mean of {DRAWS} draws; κ and "
             "σ₁ of the first layer"
@@ -142,12 +142,12 @@ class Classify(Swept):
                     found.append((noisy, clean, log, f"{first[1]:g} to {second[1]:g}"))
             noisy, clean, log, strength = max(found)
             cells = [f"{clean:.1f}", f"{noisy:.1f}", number(math.exp(log))]
-            rows.append([LOOKS[method].label, strength, *cells])
+            rows.append([figures.label(method), strength, *cells])
         title = (
             f"At matched clean accuracy: the best at noise {AT} that costs at most one point of "
             "clean accuracy (interpolated between strengths)"
         )
-        return Table(title, ["way", "strength", "% clean", f"% at {AT}", "κ"], rows)
+        return Table(title, ["method", "strength", "% clean", f"% at {AT}", "κ"], rows)
 
     def matched_norm(self, evidence: Evidence) -> Table:
         """Accuracy under noise at the σ₁ of each Tikhonov run, for every method."""
@@ -163,7 +163,7 @@ class Classify(Swept):
             f"At matched σ₁: accuracy at noise {AT} where σ₁ is that of a Tikhonov run "
             "(interpolated in log σ₁; outside: no run reaches that σ₁)"
         )
-        names = [f"%, {LOOKS[method].label}" for method in ("tikhonov", *others)]
+        names = [f"%, {figures.label(method)}" for method in ("tikhonov", *others)]
         return Table(title, ["Tikhonov strength", "σ₁", *names], rows)
 
     def _at_norm(self, evidence: Evidence, method: str, sigma: float) -> str:
@@ -204,7 +204,7 @@ class Classify(Swept):
                         label="none" if name == "none" else f"{strength:g}",
                     )
             xlabel = "noise on normalised pixels"
-            panel.set(title=LOOKS[method].label, xlabel=xlabel, ylim=(0, 101))
+            panel.set(title=figures.label(method), xlabel=xlabel, ylim=(0, 101))
             panel.legend(title="strength", fontsize=8, frameon=False)
         panels[0].set_ylabel("accuracy, %")
         return drawing
@@ -240,12 +240,13 @@ class Classify(Swept):
                     ls=look.line,
                     lw=1.2,
                     zorder=3 if method == "none" else 2,
-                    label=look.label + (f" ({hidden} lower, not shown)" if hidden else ""),
+                    label=figures.label(method)
+                    + (f" ({hidden} lower, not shown)" if hidden else ""),
                 )
             panel.set_xlabel(name)
         for panel in panels[1:]:
             panel.set_xscale("log")
-            figures.logarithmic(panel.xaxis)
+            figures.use_logarithm(panel.xaxis)
         panels[0].set_ylabel(f"accuracy at noise {AT}, %")
         # The best place, as matplotlib finds it, may lie on the bars of errors.
         panels[0].legend(fontsize=8, frameon=False, loc="lower left")
@@ -263,14 +264,14 @@ class Classify(Swept):
                 "color": look.colour,
                 "alpha": self._shade(method, strength),
                 "ls": look.line,
-                "label": look.label if strongest else None,
+                "label": figures.label(method) if strongest else None,
             }
-            left.plot(run["epochs"], [figures.drawable(k) for k in run["kappas"]], **style)
+            left.plot(run["epochs"], [figures.cap(k) for k in run["kappas"]], **style)
             right.plot(run["epochs"], run["sigmas"], **style)
         left.set(xlabel="epoch", ylabel="κ of the first layer")
         figures.draw_condition_numbers(left)
         right.set(xlabel="epoch", ylabel="σ₁ of the first layer", yscale="log")
-        figures.logarithmic(right.yaxis)
+        figures.use_logarithm(right.yaxis)
         left.legend(fontsize=8, frameon=False, title="darker: stronger")
         return drawing
 
@@ -278,7 +279,7 @@ class Classify(Swept):
 @torch.no_grad()
 def accuracies(model: nn.Module, images: Images) -> dict[str, float]:
     """In per cent over the whole test set, the mean of several draws of the noise."""
-    x, y = images.normalised(images.x_test), images.y_test
+    x, y = images.normalise(images.x_test), images.y_test
     source = torch.Generator().manual_seed(2024)
     found = {}
     for noise in TEST_NOISES:

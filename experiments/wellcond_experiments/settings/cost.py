@@ -1,11 +1,11 @@
-"""What a training step costs in every way, in time and memory, beside Tikhonov."""
+"""What a training step costs with every method, in time and memory."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any, ClassVar
 
-from wellcond_experiments import bench_step, figures
+from wellcond_experiments import figures
+from wellcond_experiments.bench_step import Step
 from wellcond_experiments.evidence import Evidence
 from wellcond_experiments.grid import Cell, Measured, Setting
 from wellcond_experiments.tables import Band, Table, interval, number
@@ -24,12 +24,12 @@ COUNTED = {
 
 class Cost(Setting):
     name = "cost"
-    help = "time and memory of a training step in every way, beside Tikhonov"
+    help = "time and memory of a training step with every method"
     protocol = (
-        "A training step in every way, all in turn in one process, as a multiple of the mean of "
-        "two nets without: 784-2048-10, batch 32, and a transformer of 24 blocks, 512 tokens; "
+        "A training step with every method, all in turn in one process, as a multiple of the mean "
+        "of two nets without: 784-2048-10, batch 32, and a transformer of 24 blocks, 512 tokens; "
         "fused Adam. Tensors of random numbers. The seeds are repetitions. Memory as a share of "
-        "the weight; operations, and waits of the host, as a device would see them, for each step."
+        "the weight; operations, and waits of the host, as a device would see them, per step."
     )
     default_data = quick_data = ""
     cases = tuple(NETS)
@@ -48,19 +48,16 @@ class Cost(Setting):
 
     def run(self, cell: Cell) -> Measured:
         """The median of so many rounds of ten steps, which are in an order of their own."""
-        arguments = argparse.Namespace(
-            **{"model": cell.case, "rounds": self.rounds[cell.case], "every": 10, "block": 32},
-            **{"batch": 32, "hidden": self.hidden, "blocks": self.blocks, "width": 128},
-            device="cpu",
-        )
+        rounds = self.rounds[cell.case]
+        step = Step(model=cell.case, rounds=rounds, hidden=self.hidden, blocks=self.blocks)
         metrics: dict[str, float] = {}
-        for way in bench_step.measured(arguments)["ways"]:
-            name = way.pop("way")
-            metrics |= {f"{name}: {key}": float(value) for key, value in way.items()}
+        for row in step.measure(lambda label: None)["ways"]:
+            name = row.pop("way")
+            metrics |= {f"{name}: {key}": float(value) for key, value in row.items()}
         return Measured(metrics, {})
 
-    def ways(self, evidence: Evidence, case: str) -> dict[str, Band]:
-        """Their multiples of a step without, the cheapest first."""
+    def bands(self, evidence: Evidence, case: str) -> dict[str, Band]:
+        """The multiple of a step without for each method, the cheapest first."""
         runs = evidence.where(case=case).dropna(axis="columns", how="all")
         names = [key.removesuffix(": ratio") for key in runs.columns if key.endswith(": ratio")]
         bands = {name: interval(list(runs[f"{name}: ratio"])) for name in names}
@@ -74,18 +71,18 @@ class Cost(Setting):
         runs = evidence.where(case=case).dropna(axis="columns", how="all")
         known = {key: title for key, title in COUNTED.items() if f"attach(every=10): {key}" in runs}
         rows = []
-        for name, band in self.ways(evidence, case).items():
+        for name, band in self.bands(evidence, case).items():
             counts = (f"{name}: {key}" for key in known)
             rows.append(
                 [name, band.fixed()]
                 + [number(float(runs[key].max())) if key in runs else "" for key in counts]
             )
-        return Table(NETS[case], ["way", "multiple of the step", *known.values()], rows)
+        return Table(NETS[case], ["method", "multiple of the step", *known.values()], rows)
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
-        drawing, panels = figures.figure(columns=2, width=5.6, height=4.2)
+        drawing, panels = figures.figure(columns=2, width=6.4, height=4.2)
         for panel, case in zip(panels, self.cases, strict=True):
-            bands = self.ways(evidence, case)
+            bands = self.bands(evidence, case)
             for height, (name, band) in enumerate(reversed(bands.items())):
                 ours = name.startswith(("attach", "add_", "in the", "limit"))
                 colour = figures.OURS if ours else figures.RIVAL
@@ -95,6 +92,6 @@ class Cost(Setting):
             panel.set_yticks(range(len(bands)), list(reversed(bands)))
             panel.set(xscale="log", xlabel="multiple of a step without", title=NETS[case])
             panel.set_xlim(0.7, 2 * max(band.mean for band in bands.values()))
-            figures.logarithmic(panel.xaxis)
+            figures.use_logarithm(panel.xaxis)
             panel.grid(False, axis="y")
         return {"cost": drawing}

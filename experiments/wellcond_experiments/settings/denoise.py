@@ -78,13 +78,13 @@ class Denoise(Setting):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"epochs": self.epochs, "inner_widths": self.inner}
 
-    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
+    def report_cells(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
         fixed = [
             Cell(case, method, strength, DEFAULT_LR, seed)
             for case, (method, strengths) in itertools.product(self.cases, FIXED.items())
             for strength, seed in itertools.product(strengths, range(self.seeds))
         ]
-        return fixed + super().reported(chosen)
+        return fixed + super().report_cells(chosen)
 
     @cached_property
     def images(self) -> Images:
@@ -108,7 +108,7 @@ class Denoise(Setting):
 
     def run(self, cell: Cell) -> Measured:
         images = self.held_out if cell.search else self.images
-        clean = images.normalised(images.x_train)
+        clean = images.normalise(images.x_train)
         sigma = SNR[cell.case] ** -0.5
         method = cell.method.removesuffix(TUNED)
         training = PaperTraining(
@@ -140,7 +140,7 @@ class Denoise(Setting):
     @torch.no_grad()
     def pictures(self, model: nn.Module, method: str, sigma: float) -> dict[str, list[float]]:
         """Pixels in per cent: what the network makes of the first images, and with none these."""
-        x = self.images.normalised(self.images.x_test[:IMAGES])
+        x = self.images.normalise(self.images.x_test[:IMAGES])
         noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
         found = {"restored": model(noisy)}
         if method == "none":
@@ -151,26 +151,26 @@ class Denoise(Setting):
         }
 
     def tables(self, evidence: Evidence) -> dict[str, Table]:
-        head = ["SNR", "way", "strength", "lr"]
+        head = ["SNR", "method", "strength", "lr"]
         at_noises, kappas, rows = [], [], []
-        for way in self._ways(evidence):
-            case, method, strength, lr = way.values()
+        for point in self._points(evidence):
+            case, method, strength, lr = point.values()
             key = [f"{SNR[case]:g}", _label(method), f"{strength:g}" if strength else "", f"{lr:g}"]
             best = evidence.choice(case, method)
             alone = "none-tuned" if method.endswith(TUNED) else "none"
-            change = evidence.difference("error", way, {"case": case, "method": alone})
+            change = evidence.difference("error", point, {"case": case, "method": alone})
             rows.append(
                 [
                     *key,
-                    evidence.band("error", **way).fixed(4),
+                    evidence.band("error", **point).fixed(4),
                     change.signed(4) if method != alone else "",
-                    str(evidence.band("kappa_worst", log=True, **way)),
+                    str(evidence.band("kappa_worst", log=True, **point)),
                     best["edge"] if best else "",
                 ]
             )
-            at = [evidence.band(f"error_at_{n:g}", **way).fixed(4) for n in TEST_NOISES]
+            at = [evidence.band(f"error_at_{n:g}", **point).fixed(4) for n in TEST_NOISES]
             at_noises.append(key + at)
-            each = [evidence.band(f"kappa_{i}", log=True, **way) for i in range(4)]
+            each = [evidence.band(f"kappa_{i}", log=True, **point) for i in range(4)]
             kappas.append(key + [str(band) for band in each])
         noise = "error at the noise of training"
         header = [*head, noise, "against nothing", "κ of the worst", "at the end of the grid"]
@@ -182,14 +182,14 @@ class Denoise(Setting):
             "kappa": Table("κ of each weight", [*head, *weights], kappas),
         }
 
-    def _ways(self, evidence: Evidence, **fields: Any) -> list[dict[str, Any]]:
+    def _points(self, evidence: Evidence, **fields: Any) -> list[dict[str, Any]]:
         """Case, method, strength and learning rate of all that was run."""
         names = ["case", "method", "strength", "lr"]
         rows = evidence.where(**fields)[names].drop_duplicates().to_dict("records")
-        ways: list[dict[str, Any]] = rows
+        points: list[dict[str, Any]] = rows
         place = {case: i for i, case in enumerate(self.cases)}
         order = [*FIXED, *SEARCHED]
-        return sorted(ways, key=lambda w: (place[w["case"]], order.index(w["method"])))
+        return sorted(points, key=lambda w: (place[w["case"]], order.index(w["method"])))
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         return {
@@ -208,13 +208,13 @@ class Denoise(Setting):
 
     def _images(self, evidence: Evidence) -> Any:
         """Rows clean, noisy and what each method makes of it, for the first test images."""
-        ways = self._ways(evidence, case=PICTURED, lr=DEFAULT_LR, seed=0)
+        points = self._points(evidence, case=PICTURED, lr=DEFAULT_LR, seed=0)
         rows: dict[str, list[float]] = {}
-        for way in (way for way in ways if way["method"] in FIXED):
-            (run,) = evidence.where(**way, seed=0).to_dict("records")
-            if way["method"] == "none":
+        for point in (point for point in points if point["method"] in FIXED):
+            (run,) = evidence.where(**point, seed=0).to_dict("records")
+            if point["method"] == "none":
                 rows |= {"clean": run["clean"], "noisy": run["noisy"]}
-            rows[_named(way)] = run["restored"]
+            rows[_name(point)] = run["restored"]
         side = math.isqrt(len(rows["clean"]) // IMAGES)
         gap = 1
         sheet = torch.full((len(rows) * (side + gap) - gap, IMAGES * (side + gap) - gap), 100.0)
@@ -222,7 +222,7 @@ class Denoise(Setting):
             for j, image in enumerate(torch.tensor(pixels).reshape(IMAGES, side, side)):
                 top, left = i * (side + gap), j * (side + gap)
                 sheet[top : top + side, left : left + side] = image
-        drawing, (panel,) = figures.figure(width=6.6, height=0.84 * len(rows))
+        drawing, (panel,) = figures.figure(width=7.6, height=0.84 * len(rows))
         panel.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=100, aspect="equal")
         panel.grid(False)
         panel.spines[:].set_visible(False)
@@ -236,12 +236,12 @@ class Denoise(Setting):
         drawing, panels = figures.figure(columns=len(self.cases), width=4.6)
         for panel, case in zip(panels, self.cases, strict=True):
             panel.sharey(panels[0])
-            for way in self._ways(evidence, case=case):
-                bands = [evidence.band(f"error_at_{n:g}", **way) for n in TEST_NOISES]
+            for point in self._points(evidence, case=case):
+                bands = [evidence.band(f"error_at_{n:g}", **point) for n in TEST_NOISES]
                 means, low, high = zip(*(band[:3] for band in bands), strict=True)
-                style = _style(way)
+                style = _style(point)
                 panel.plot(TEST_NOISES, means, **style)
-                if way["method"] in FIXED:
+                if point["method"] in FIXED:
                     colour = style["color"]
                     panel.fill_between(TEST_NOISES, low, high, color=colour, alpha=0.1, lw=0)
             panel.set(title=f"trained at SNR {SNR[case]:g}", xlabel="noise on the test images")
@@ -252,15 +252,17 @@ class Denoise(Setting):
     def _kappa(self, evidence: Evidence) -> Any:
         """κ of every weight during training at one SNR, the median of the seeds."""
         drawing, panels = figures.figure(columns=4, width=3.6, height=3.8)
-        ways = [way for way in self._ways(evidence, case=PICTURED) if way["method"] in FIXED]
+        points = [
+            point for point in self._points(evidence, case=PICTURED) if point["method"] in FIXED
+        ]
         for name, panel in zip(KAPPAS, panels, strict=True):
             panel.sharey(panels[0])
             panel.tick_params(labelleft=panel is panels[0])
-            for way in ways:
-                runs = evidence.where(**way)
+            for point in points:
+                runs = evidence.where(**point)
                 medians = map(statistics.median, zip(*runs[name], strict=True))
-                drawn = [figures.drawable(kappa) for kappa in medians]
-                panel.plot(next(iter(runs["epochs"])), drawn, **(_style(way) | {"marker": ""}))
+                drawn = [figures.cap(kappa) for kappa in medians]
+                panel.plot(next(iter(runs["epochs"])), drawn, **(_style(point) | {"marker": ""}))
             panel.set(title=f"κ of weight {int(name[-1]) + 1}", xlabel="epoch")
         figures.draw_condition_numbers(max(panels, key=lambda panel: panel.dataLim.y1))
         _legend(drawing, panels[0])
@@ -270,7 +272,7 @@ class Denoise(Setting):
 @torch.no_grad()
 def errors(model: nn.Module, images: Images, sigma: float) -> dict[str, float]:
     """On the test images at each noise, the same for every model, and in decibels at sigma."""
-    clean = images.normalised(images.x_test)
+    clean = images.normalise(images.x_test)
     target = clean.clamp(0, 1)  # as far as a sigmoid can reach
 
     def error(noise: float) -> float:
@@ -284,13 +286,13 @@ def errors(model: nn.Module, images: Images, sigma: float) -> dict[str, float]:
 
 
 def _label(method: str) -> str:
-    return LOOKS[method.removesuffix(TUNED)].label + ", tuned" * method.endswith(TUNED)
+    return figures.label(method) + (", tuned" if method.endswith(TUNED) else "")
 
 
-def _named(way: dict[str, Any]) -> str:
+def _name(point: dict[str, Any]) -> str:
     """Tikhonov is there at two strengths."""
-    strength = f" {way['strength']:g}" if way["method"] == "tikhonov" else ""
-    return _label(way["method"]) + strength
+    strength = f" {point['strength']:g}" if point["method"] == "tikhonov" else ""
+    return _label(point["method"]) + strength
 
 
 def _legend(drawing: Any, panel: Any) -> None:
@@ -299,13 +301,13 @@ def _legend(drawing: Any, panel: Any) -> None:
     drawing.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
 
 
-def _style(way: dict[str, Any]) -> dict[str, Any]:
-    look = LOOKS[way["method"].removesuffix(TUNED)]
-    weak = way["method"] == "tikhonov" and way["strength"] < OUTER
+def _style(point: dict[str, Any]) -> dict[str, Any]:
+    look = LOOKS[point["method"].removesuffix(TUNED)]
+    weak = point["method"] == "tikhonov" and point["strength"] < OUTER
     return {
-        "label": _named(way),
+        "label": _name(point),
         "color": look.colour,
         "marker": look.marker,
-        "ls": ":" if way["method"].endswith(TUNED) else "-." if weak else look.line,
+        "ls": ":" if point["method"].endswith(TUNED) else "-." if weak else look.line,
         "ms": 4,
     }

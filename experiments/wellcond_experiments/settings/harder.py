@@ -1,4 +1,4 @@
-"""Harder images, deeper nets: what does each way to train give, clean and on corrupted images?
+"""Harder images, deeper nets: what does each method give on clean and on corrupted images?
 
 CIFAR-10 with few images, by convolutions without and with batch norm, and by a small vision
 transformer. The corruptions are made here of the test images, and are the same for all.
@@ -125,7 +125,7 @@ def square(images: Images, x: Tensor) -> Tensor:
     return x.view(-1, images.channels, images.side, images.side)
 
 
-def shifted(x: Tensor, source: torch.Generator) -> Tensor:
+def shift(x: Tensor, source: torch.Generator) -> Tensor:
     """Every image (N, c, h, w) moved by up to an eighth of its side, and half of them mirrored."""
     count, most = len(x), x.shape[3] // 8
     where = torch.randint(0, 2 * most + 1, (2, count), generator=source)
@@ -177,12 +177,12 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * float((found == y).double().mean())
 
 
-def noisy(x: Tensor, deviation: float) -> Tensor:
+def add_noise(x: Tensor, deviation: float) -> Tensor:
     """Gaussian noise, always the same."""
     return x + deviation * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 
-def blurred(x: Tensor, deviation: float) -> Tensor:
+def blur(x: Tensor, deviation: float) -> Tensor:
     """Gaussian blur of images (N, c, h, w), deviation in pixels; the border is continued."""
     radius = math.ceil(3 * deviation)
     weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / deviation) ** 2)
@@ -193,16 +193,16 @@ def blurred(x: Tensor, deviation: float) -> Tensor:
     return x
 
 
-def faded(x: Tensor, factor: float) -> Tensor:
+def fade(x: Tensor, factor: float) -> Tensor:
     """The contrast of every image times a factor."""
     return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, factor)
 
 
 Corruption = tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]
 CORRUPTIONS: dict[str, Corruption] = {
-    "noise": (noisy, (0.1, 0.2)),
-    "blur": (blurred, (1.0, 2.0)),
-    "contrast": (faded, (0.5, 0.3)),
+    "noise": (add_noise, (0.1, 0.2)),
+    "blur": (blur, (1.0, 2.0)),
+    "contrast": (fade, (0.5, 0.3)),
 }
 
 
@@ -269,11 +269,11 @@ class Harder(Setting):
         )
         short = cell.search and not cell.final
         epochs = max(self.epochs // 3, 1) if short else self.epochs
-        seconds = fit(training, images.normalised(x), y, epochs, self.batch, shifted)
+        seconds = fit(training, images.normalise(x), y, epochs, self.batch, shift)
         model = training.model
 
         def tested(x: Tensor) -> float:
-            return accuracy(model, images.normalised(x), y_test[: len(x)])
+            return accuracy(model, images.normalise(x), y_test[: len(x)])
 
         metrics = {"accuracy": tested(x_test), "train_seconds": seconds}
         curves = {}
@@ -320,27 +320,26 @@ class Harder(Setting):
             strict=True,
         ):
             bands = [(method, evidence.band(metric, method=method)) for method in names]
-            figures.compared(panel, bands, names)
+            figures.draw_bands(panel, bands, names)
             panel.set_xlabel(f"accuracy on {title}, %")
         return {self.name: drawing, f"{self.name}-kappa": self._kappa(evidence)}
 
     def _kappa(self, evidence: Evidence) -> Any:
-        """Of each weight, the geometric mean of the seeds; the best way by accuracy at the top."""
-        ways = evidence.methods()
-        scores = {way: rank(evidence.band("accuracy", method=way)) for way in ways}
+        """Of each weight, the geometric mean of the seeds; the most accurate method at the top."""
+        scores = {m: rank(evidence.band("accuracy", method=m)) for m in evidence.methods()}
         rows = {
-            way: [
+            method: [
                 interval(list(kappas), log=True).mean
-                for kappas in zip(*evidence.where(method=way)["kappa"], strict=True)
+                for kappas in zip(*evidence.where(method=method)["kappa"], strict=True)
             ]
-            for way in sorted(ways, key=lambda way: -scores[way])
+            for method in sorted(scores, key=lambda method: -scores[method])
         }
-        return figures.layers(rows, self.layers)
+        return figures.draw_layers(rows, self.layers)
 
 
 PROTOCOL = (
     "{} on 10,000 images of CIFAR-10, cropped and mirrored at random, batch 64, {} epochs of Adam, "
-    "whose rate rises and falls linearly; decay on matrices alone; a first round of the search "
+    "whose rate rises and falls linearly; decay on matrices only; a first round of the search "
     "trains a third as long. Tested on 10,000 images; "
     "on a quarter of them in Gaussian noise of deviation 0.1 and 0.2, in Gaussian blur of 1 and 2 "
     "pixels, and with 0.5 and 0.3 of their contrast: means over the two. κ is that of the worst "
@@ -385,7 +384,7 @@ class BatchNorm(Harder):
     layers = LAYERS
     epochs = 8
     rates = (*Harder.rates, 3e-2)  # it bears higher ones
-    finalists = 4  # of many ways short training prefers a lower rate than that of full length
+    finalists = 4  # with many methods short training prefers a lower rate than that of full length
     # On the grid of the other nets several were chosen at its end.
     methods = SEARCHED | {
         "weight-decay": (0.1, 1.0, 3.0),

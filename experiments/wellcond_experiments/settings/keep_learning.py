@@ -41,7 +41,7 @@ class KeepLearning(Tasks):
         images = self.images
         held = len(images.x_train) // 6
         part = slice(-held, None) if cell.search else slice(0, -held)
-        return images.normalised(images.x_train)[part], images.y_train[part]
+        return images.normalise(images.x_train)[part], images.y_train[part]
 
     def learn(self, training: Training, source: torch.Generator, *material: Tensor) -> float:
         """The share of the images that were right at first sight."""

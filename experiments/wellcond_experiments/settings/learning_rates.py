@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from wellcond_experiments import figures
 from wellcond_experiments.data import Images, load
 from wellcond_experiments.evidence import Column, Evidence, Verdict
-from wellcond_experiments.grid import SEARCH, Cell, Chosen, Measured, Setting, strengths_of
+from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond_experiments.methods import (
     METHODS,
     IsometryStep,
@@ -39,7 +39,7 @@ TRANSFORMER = "transformer"
 SEARCHED_DEPTH = 30  # what is best there is taken for the other depths
 WIDTH, BATCH = 128, 64
 NEAR = 2.0  # points; who comes so close to the best works
-WAYS = (
+COMPARED = (
     *("none", "warm-up", "l2", "weight-decay", "clipping", "layer-norm", "spectral-norm-torch"),
     *("condition", "condition-gradient", "stable-rank", "orthogonality", "isometry"),
     *("condition-limit", "upper-limit"),
@@ -51,7 +51,7 @@ GAINS = {"tanh": 1.0, "relu": math.sqrt(2), TRANSFORMER: 1.0}
 OVERVIEWS = {
     "accuracy": "Accuracy on the test images, mean over the learning rates, %",
     "sensitivity": "Sensitivity: what is lost against the best rate, mean over the rates, points",
-    "working": "How many of the rates come near the best of all ways",
+    "working": "How many of the rates come near the best of all methods",
     "cost": "CPU time of a run, as a multiple of that with nothing",
 }
 
@@ -78,10 +78,11 @@ class LearningRates(Setting):
     protocol = (
         "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: "
         "plain networks of width 128, all with orthogonal initial weights, and a transformer of "
-        "two blocks and width 64; accuracy on the test images. Decay on matrices alone. Isometry "
-        "and Orthogonality act after every step, the other ways of wellcond as often as they do by "
-        "default. Strengths by the mean over the rates, those of plain networks at depth 30. Short "
-        "trainings: a mean over the rates rewards what learns fast at the lowest of them."
+        "two blocks and width 64; accuracy on the test images. Decay on matrices only. "
+        "IsometryStep and OrthogonalityPenalty act after every step, the other methods of wellcond "
+        "as often as they do by default. Strengths by the mean over the rates, those of plain "
+        "networks at depth 30. Short trainings: a mean over the rates rewards what learns fast at "
+        "the lowest of them."
     )
     rate_is_chosen = False
 
@@ -90,34 +91,35 @@ class LearningRates(Setting):
         self.count = 320 if quick else 12_800
         self.rates = (1e-3, 1e-2) if quick else RATES
         self.depths = (4,) if quick else DEPTHS
-        self.searched_depth = 4 if quick else SEARCHED_DEPTH
-        self.ways = ("none", "condition-limit") if quick else WAYS
+        self.compared = ("none", "condition-limit") if quick else COMPARED
         self.cases = (
             *(f"{kind}-{n}" for kind, n in product(ACTIVATIONS, self.depths)),
             TRANSFORMER,
         )
+        depth = 4 if quick else SEARCHED_DEPTH
+        self.searched_cases = (*(f"{kind}-{depth}" for kind in ACTIVATIONS), TRANSFORMER)
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
             "images": self.count,
             "rates": list(self.rates),
             "depths": list(self.depths),
-            "ways": list(self.ways),
+            "ways": list(self.compared),
         }
 
     @cached_property
     def images(self) -> Images:
         """Normalised, once for all runs."""
         found = load(self.data)
-        x_train, x_test = found.normalised(found.x_train), found.normalised(found.x_test)
+        x_train, x_test = found.normalise(found.x_train), found.normalise(found.x_test)
         return replace(found, x_train=x_train, x_test=x_test)
 
     def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
-        """The ways that make sense for a network, with their strengths."""
+        """The methods that make sense for a network, with their strengths."""
         kind, gain = self.contest(case), GAINS[self.contest(case)]
-        ways = strengths_of(*self.ways)
+        strengths = strengths_of(*self.compared)
         if kind == TRANSFORMER:
-            return ways | ({} if self.quick else strengths_of("orthogonal-init"))
+            return strengths | ({} if self.quick else strengths_of("orthogonal-init"))
         # In a deep network a factor acts by its 30th power: closer to isometries than elsewhere.
         norms = tuple(factor * gain for factor in (1.0, 1.1, 1.25, 1.5))
         closer: dict[str, tuple[float, ...]] = {
@@ -126,34 +128,12 @@ class LearningRates(Setting):
             "isometry": (0.1, 0.5, 1.0),
             "condition-limit": (1.01, 1.1, 2.0, 5.0),
         }
-        ways |= {way: closer[way] for way in closer if way in ways}
+        strengths |= {method: closer[method] for method in closer if method in strengths}
         # It makes a step up to ten times longer, so that it is not searched.
-        return ways | ({} if self.quick else {"orthogonal-torch": (gain,)})
+        return strengths | ({} if self.quick else {"orthogonal-torch": (gain,)})
 
     def contest(self, case: str) -> str:
         return case.partition("-")[0]
-
-    def searched(self) -> list[Cell]:
-        cases = [c for c in self.cases if c == TRANSFORMER or c.endswith(f"-{self.searched_depth}")]
-        return [
-            Cell(case, way, strength, lr, SEARCH, search=True)
-            for case in cases
-            for way, strengths in self.strengths(case).items()
-            if len(strengths) > 1
-            for strength, lr in product(strengths, self.rates)
-        ]
-
-    def reported(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
-        cells = []
-        for case in self.cases:
-            for way, strengths in self.strengths(case).items():
-                best = chosen.get((self.contest(case), way))
-                strength = best.strength if best else strengths[0]
-                cells += [
-                    Cell(case, way, strength, lr, seed)
-                    for lr, seed in product(self.rates, range(self.seeds))
-                ]
-        return cells
 
     def build(self, case: str, norm: bool) -> nn.Module:
         if case == TRANSFORMER:
@@ -206,10 +186,10 @@ class LearningRates(Setting):
             Column("sensitivity", "sensitivity, points"),
             Column("working", f"rates of {len(self.rates)} that work"),
         ]
-        found = over_rates(evidence)
+        found = average_rates(evidence)
         tables = {name: self._overview(found, name) for name in OVERVIEWS}
         for case in self.cases:
-            title = f"{named(case)}: accuracy on the test images"
+            title = f"{describe_net(case)}: accuracy on the test images"
             table = found.ranking(title, columns, self.contest(case), case=case)
             rate = table.header.index("lr")  # none was chosen
             rows = [line[:rate] + line[rate + 1 :] for line in (table.header, *table.rows)]
@@ -217,37 +197,38 @@ class LearningRates(Setting):
         return tables
 
     def _overview(self, found: Evidence, metric: str) -> Table:
-        """A row for each way, the most accurate on the mean of the networks above."""
+        """A row per method, the most accurate on the mean of the networks above."""
         accuracies = found.runs.groupby(["method", "case"])["accuracy"].mean().groupby("method")
         few = accuracies.count() < len(self.cases)  # not in every network: below all others
         order = (accuracies.mean() - 100 * few).sort_values(ascending=False, kind="stable").index
         rows = [
-            [figures.label(way)]
+            [figures.label(method)]
             + [
-                found.band(metric, case=case, method=way).fixed(1)
-                if way in found.methods(case=case)
+                found.band(metric, case=case, method=method).fixed(1)
+                if method in found.methods(case=case)
                 else ""
                 for case in self.cases
             ]
-            for way in order
+            for method in order
         ]
-        return Table(OVERVIEWS[metric], ["way", *map(named, self.cases)], rows)
+        return Table(OVERVIEWS[metric], ["method", *map(describe_net, self.cases)], rows)
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
-        found = over_rates(evidence)
+        found = average_rates(evidence)
+        metric = f"mean accuracy over {len(self.rates)} learning rates, %"
         return {
-            f"{named(case)}, mean accuracy over {len(self.rates)} learning rates, %": found.verdict(
+            f"{describe_net(case)}, {metric}": found.verdict(
                 "accuracy", self.contest(case), case=case
             )
             for case in self.cases
         }
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
-        """The same ways in each panel, those that are best on the mean of the plain networks."""
-        found = over_rates(evidence)
+        """The same methods in each panel, those that are best on the mean of the plain networks."""
+        found = average_rates(evidence)
         found.runs = found.runs[found.runs["case"] != TRANSFORMER]
-        means = {way: found.band("accuracy", method=way).mean for way in found.methods()}
-        shown = figures.selected(means)
+        means = {m: found.band("accuracy", method=m).mean for m in found.methods()}
+        shown = figures.select_lines(means)
         colours = figures.colours(shown)
         columns = len(self.depths) + 1
         drawing, panels = figures.figure(columns, width=3.3, height=3.0, rows=2)
@@ -261,7 +242,7 @@ class LearningRates(Setting):
                 label = figures.label(method)
                 panel.plot(means.index, means, color=color, marker=marker, ms=4, label=label)
             panel.set_xscale("log")
-            panel.set_title(named(case), fontsize=10)
+            panel.set_title(describe_net(case), fontsize=10)
             panel.set_ylim(0, 100)
         for panel in (panels[0], panels[columns]):
             panel.set_ylabel("accuracy, %")
@@ -272,19 +253,19 @@ class LearningRates(Setting):
         return {"learning-rates": drawing}
 
 
-def named(case: str) -> str:
+def describe_net(case: str) -> str:
     """A network in words."""
     kind, _, depth = case.partition("-")
     return f"{kind.replace('relu', 'ReLU')}, depth {depth}" if depth else case
 
 
-def over_rates(evidence: Evidence) -> Evidence:
-    """A row for each network, way and seed, of all its learning rates.
+def average_rates(evidence: Evidence) -> Evidence:
+    """A row for each network, method and seed, of all its learning rates.
 
     accuracy is the mean, sensitivity the mean of what is lost against its best rate (Wortsman et
-    al., with accuracy for loss), working the number of rates that come near the best that any way
-    reaches in this network, on the mean over the seeds, cost the CPU time as a multiple of that
-    with nothing; each rate is a column of its own.
+    al., with accuracy for loss), working the number of rates that come near the best that any
+    method reaches in this network, on the mean over the seeds, cost the CPU time as a multiple of
+    that with nothing; each rate is a column of its own.
     """
     rates = evidence.runs.pivot_table("accuracy", ["case", "method", "seed"], "lr", sort=False)
     best = rates.groupby(["case", "method"]).mean().max(axis=1).groupby("case").max()
@@ -308,7 +289,7 @@ def over_rates(evidence: Evidence) -> Evidence:
 def plain(inputs: int, depth: int, kind: str, norm: bool) -> nn.Module:
     """So many layers before the last, with orthogonal weights times the gain.
 
-    With PyTorch's own initial weights no network of depth 30 learns, whatever the way.
+    With PyTorch's own initial weights no network of depth 30 learns with any method.
     """
     layers: list[nn.Module] = []
     for _ in range(depth):

@@ -28,7 +28,10 @@ CONDITION_A, CONDITION_TRUE, NOISE = 100.0, 1e3, 1e-3
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 WATCHED = (1e-3, 1e-2, 0.1)  # strengths whose κ is drawn over the iterations
 CLOSED = "tikhonov-closed"
-CURVES = LOOKS | {CLOSED: Look("Tikhonov, closed form", "black", "x", "")}
+# Here the functions of r are used, and no class.
+LABELS = {"none": "nothing", "tikhonov": "Tikhonov", "condition-gradient": "gradient of r"}
+LABELS |= {"condition": "proximal step of r", CLOSED: "Tikhonov, closed form"}
+CURVES = LOOKS | {CLOSED: Look("black", "x", "")}
 METRICS = {"kappa": "κ(S)", "residual": "‖A S − B‖_F/√p", "error": "‖S − S*‖_F"}
 
 
@@ -129,7 +132,7 @@ class LeastSquares(Swept):
 
     def tables(self, evidence: Evidence) -> dict[str, Table]:
         rows = [
-            [CURVES[method].label, f"{strength:g}"]
+            [LABELS[method], f"{strength:g}"]
             + [
                 str(evidence.band(metric, log=True, method=method, strength=strength))
                 for metric in METRICS
@@ -137,8 +140,8 @@ class LeastSquares(Swept):
             for method, strengths in self.methods.items()
             for strength in strengths
         ]
-        header = ["way", "λ", *METRICS.values()]
-        return {"strengths": Table("By way and strength λ", header, rows)}
+        header = ["method", "λ", *METRICS.values()]
+        return {"strengths": Table("By method and strength λ", header, rows)}
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         drawing, panels = figures.figure(columns=3, width=4.4, height=3.8)
@@ -149,7 +152,7 @@ class LeastSquares(Swept):
                     for strength in self.methods[method]
                 ]
                 if method == "none":
-                    panel.axhline(bands[0].mean, color=look.colour, lw=1, label=look.label)
+                    panel.axhline(bands[0].mean, color=look.colour, lw=1, label=LABELS[method])
                     continue
                 means, low, high = zip(*(band[:3] for band in bands), strict=True)
                 panel.plot(
@@ -158,14 +161,14 @@ class LeastSquares(Swept):
                     color=look.colour,
                     marker=look.marker,
                     ls=look.line,
-                    label=look.label,
+                    label=LABELS[method],
                 )
                 if method != CLOSED:
                     panel.fill_between(STRENGTHS, low, high, color=look.colour, alpha=0.12, lw=0)
             panel.set(xscale="log", yscale="log", xlabel="strength λ", title=title)
             if metric == "kappa":
                 panel.set_ylim(1, None)
-            figures.logarithmic(panel.yaxis)
+            figures.use_logarithm(panel.yaxis)
         panels[0].legend(fontsize=8, frameon=False)
         return {"least-squares": drawing, "least-squares-iterations": self._over_time(evidence)}
 
@@ -180,10 +183,10 @@ class LeastSquares(Swept):
                 kappas = torch.tensor(list(runs["kappas"]), dtype=torch.float64)
                 panel.plot(
                     next(iter(runs["iterations"])),
-                    [figures.drawable(k) for k in kappas.log().mean(0).exp().tolist()],
+                    [figures.cap(k) for k in kappas.log().mean(0).exp().tolist()],
                     color=look.colour,
                     ls=look.line,
-                    label=look.label,
+                    label=LABELS[method],
                 )
             panel.set(xscale="log", xlabel="iteration", title=f"κ(S), λ = {watched:g}")
         figures.draw_condition_numbers(max(panels, key=lambda panel: panel.dataLim.y1))

@@ -15,7 +15,7 @@ from wellcond_experiments.grid import Cell
 from wellcond_experiments.methods import Training
 from wellcond_experiments.settings.tasks import BATCH, CHANCE, RATES, Tasks
 
-# On the grid of the other tasks many ways were chosen at its end: here it goes on there.
+# On the grid of the other tasks many methods were chosen at its end: here it goes on there.
 SLOWEST = 1e-4
 BEYOND = {
     "l2": (3e-2, 0.1),
@@ -48,12 +48,12 @@ class Memorise(Tasks):
         self.epochs = 10
         if not quick:
             self.rates = (SLOWEST, *RATES)
-            self.methods |= {way: self.methods[way] + more for way, more in BEYOND.items()}
+            self.methods |= {name: self.methods[name] + more for name, more in BEYOND.items()}
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"images": self.count, "epochs": self.epochs}
 
-    def drawn(self, cell: Cell) -> Tensor:
+    def draw(self, cell: Cell) -> Tensor:
         """Which images it learns: in the search some of a sixth that is kept for it."""
         total = len(self.images.x_train)
         held = total // 6
@@ -63,7 +63,7 @@ class Memorise(Tasks):
         return torch.randperm(total - held, generator=source)[: self.count]
 
     def material(self, cell: Cell) -> tuple[Tensor, ...]:
-        return (self.images.normalised(self.images.x_train[self.drawn(cell)]),)
+        return (self.images.normalise(self.images.x_train[self.draw(cell)]),)
 
     def learn(self, training: Training, source: torch.Generator, *material: Tensor) -> float:
         """The share of new labels that it knows in the end."""

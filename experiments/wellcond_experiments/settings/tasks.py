@@ -15,8 +15,8 @@ from wellcond_experiments.data import Images, load
 from wellcond_experiments.evidence import Column, Evidence, Verdict
 from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond_experiments.methods import (
+    COMPARED,
     METHODS,
-    WAYS,
     Training,
     condition_numbers,
     largest,
@@ -45,7 +45,7 @@ class Tasks(Setting):
         super().__init__(data, quick, seeds)
         self.tasks, self.first_round = tasks, first_round
         self.rates = (1e-3,) if quick else RATES
-        self.methods = strengths_of(*(("none", "l2", "isometry") if quick else WAYS))
+        self.methods = strengths_of(*(("none", "l2", "isometry") if quick else COMPARED))
 
     def settings(self) -> dict[str, Any]:
         sizes = {"tasks": self.tasks, "tasks_of_first_round": self.first_round}
@@ -112,12 +112,12 @@ class Tasks(Setting):
         score, part = self.words
         drawing, (left, right) = figures.figure(columns=2, width=6.4, height=4.8)
         bands = {m: evidence.band("accuracy", method=m) for m in evidence.methods()}
-        figures.compared(left, list(bands.items()), {m: figures.label(m) for m in bands})
+        figures.draw_bands(left, list(bands.items()), {m: figures.label(m) for m in bands})
         left.set_xlabel(f"{score}, {part} of the tasks, %")
-        shown = figures.selected({method: band.mean for method, band in bands.items()})
+        shown = figures.select_lines({method: band.mean for method, band in bands.items()})
         curves = {m: list(evidence.where(method=m)["accuracies"]) for m in shown}
         window = min(self.window, self.tasks)
-        figures.over_tasks(right, curves, window=window)
+        figures.draw_over_tasks(right, curves, window=window)
         right.set_ylabel(f"{score}, %" + f" (mean of {window} tasks)" * (window > 1))
         right.legend(fontsize=8, frameon=False)
         return {self.name: drawing}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
 
+from wellcond.audits.attempt import Trouble, attempt
 from wellcond.files.pieces import Pieces
 from wellcond.report.not_finite import NotFinite
 from wellcond.text import last_part
@@ -22,7 +23,7 @@ def not_finite_in(
     tensors: Mapping[str, Pieces],
     masks: Collection[str] = (),
     weights: Collection[str] = (),
-) -> tuple[dict[str, NotFinite], dict[str, Exception]]:
+) -> tuple[dict[str, NotFinite], dict[str, Trouble]]:
     """The tensors with NaN or infinity by name, and those that cannot be read.
 
     What is infinite by design is left out: -inf in a mask, which `masks` or the name itself calls
@@ -30,21 +31,21 @@ def not_finite_in(
     """
     found, unread = {}, {}
     for name, pieces in tensors.items():
-        try:
-            counted, negative = _count(pieces())
-        except Exception as error:  # whatever it is, the other tensors are still to be read
-            unread[name] = error
+        count = attempt(partial(_count, pieces))
+        if isinstance(count, Trouble):
+            unread[name] = count
             continue
+        counted, negative = count
         meant = name not in weights and not counted.nan and _is_by_design(name, negative, masks)
         if (counted.nan or counted.infinite) and not meant:
             found[name] = counted
     return found, unread
 
 
-def _count(pieces: Iterable[Tensor]) -> tuple[NotFinite, bool]:
+def _count(pieces: Pieces) -> tuple[NotFinite, bool]:
     """How many are not finite, and whether all of these are -inf."""
     nan = infinite = negative = entries = 0
-    for piece in pieces:
+    for piece in pieces():
         entries += piece.numel()
         if piece.is_complex():
             piece = torch.view_as_real(piece.resolve_conj())

@@ -41,31 +41,38 @@ class Progress:
         return f"{self.number} of {self.total}{left}: {shown(self.name)}"
 
 
-Told = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
+Told = ProgressCallback
 
 
 class Counter:
-    """Tells of one tensor after the other; `work` is that of each, in any unit."""
+    """Reports one source after the other; `work` is that of each, in any unit."""
 
-    def __init__(self, told: Told | None, work: Sequence[float]) -> None:
-        self.told, self.work = told, work
+    def __init__(self, callback: ProgressCallback | None, work: Sequence[float]) -> None:
+        self.callback, self.work = callback, work
         self.number, self.done = 0, 0.0
         self.began = time.monotonic()
 
     def next(self, name: str) -> None:
         """Work on this one begins, and that on the one before has ended."""
-        if self.told is not None:
+        if self.callback is not None:
             left = math.fsum(self.work[self.number :])
             passed = time.monotonic() - self.began
             seconds = passed / self.done * left if self.done > 0 else math.nan
-            self.told(Progress(name, self.number + 1, len(self.work), seconds))
+            self.callback(Progress(name, self.number + 1, len(self.work), seconds))
         self.done += self.work[self.number]
         self.number += 1
 
 
-def work_of(matrices: Iterable[Matrices]) -> list[float]:
-    """How long each may take to measure: m n nu, with a limit on nu."""
-    return [_work(one.shape) for one in matrices]
+def work_of(tensors: Iterable[Matrices | None]) -> list[float]:
+    """How long each may take to measure: m n nu, with a limit on nu.
+
+    Heads of a module, together, and an adapter are no tensors, and take the mean of the others.
+    """
+    work = [None if one is None else _work(one.shape) for one in tensors]
+    known = [one for one in work if one is not None]
+    mean = math.fsum(known) / len(known) if known else 1.0
+    return [mean if one is None else one for one in work]
 
 
 def _work(shape: Sequence[int]) -> float:

@@ -10,29 +10,23 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from wellcond.audits.audit import as_patterns, chosen
 from wellcond.audits.finite import not_finite_in
-from wellcond.audits.progress import Counter, Told, work_of
-from wellcond.audits.sources import adapters_in, masks_in, searchable_tensors
+from wellcond.audits.plan import RowSpec, as_patterns, rows_of_tensor, select
+from wellcond.audits.progress import Counter, ProgressCallback, work_of
+from wellcond.audits.sources import source_of_file
 from wellcond.files.checkpoint import INDEX, PICKLED, Checkpoint
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, scaled
-from wellcond.operators.views import shares_memory
+from wellcond.operators.views import View
 from wellcond.output import new_path, refuse_existing
 from wellcond.report.repairs import Repair, RepairReport
-from wellcond.rules.limit import limited
-from wellcond.text import (
-    and_more,
-    joined,
-    last_part,
-    out_of_memory,
-    versions,
-)
-from wellcond.weights.matrices import Matrices
+from wellcond.rules.spectral import limit_condition_number
+from wellcond.text import and_more, joined, last_part, out_of_memory, versions
 from wellcond.weights.reasons import Reason, Skipped
 
 # What layers call their weights; all else may be a constant, or no linear map.
@@ -46,45 +40,44 @@ def repair(
     *,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
-    progress: Told | None = None,
+    progress: ProgressCallback | None = None,
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
 
-    The weights are those of an audit, and are named in the same way: of a fused projection each
-    block has a limit of its own (`attn.qkv.weight:q`), and of a stack each matrix; a convolution is
-    its flattened kernel, as if of one group, as a file does not say how many there are.
+    The weights have the names that they have in an audit: of a fused projection each block has a
+    limit of its own (`attn.qkv.weight:q`), of a stack each matrix. A convolution is its flattened
+    kernel of one group, because a file does not say how many groups there are.
 
     A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
-    kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
-    holds after rounding to the dtype of the file. A rank-deficient weight gets full rank; a zero
-    one has no condition number and stays zero. A complex weight is left as it is, and so are the
-    factors of an adapter of low rank, which act by their product. All other tensors and the
-    metadata of a safetensors file are kept byte for byte, of a file of torch.save value for value,
-    Python objects beside them as they are, and who may read it.
+    kappa <= K/(1 + margin); margin is the smallest that was found for which kappa <= K still holds
+    after rounding to the dtype of the file. A rank-deficient weight gets full rank. A zero weight,
+    which has no condition number, a complex one and the factors of an adapter of low rank, which
+    act by their product, stay as they are. All other tensors and the metadata are kept: of a
+    safetensors file byte for byte, of a file of torch.save value for value, with the Python objects
+    beside them; and so are the permissions.
 
-    The copy is written into a temporary folder and renamed; nothing is ever overwritten,
-    and of two repairs that want the same name one fails. A repair that is killed leaves that
-    folder, `.wellcond-unfinished-*` beside path_out, and the next repair to there removes it.
+    The copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
+    repairs to the same path one fails. A repair that is killed leaves `.wellcond-unfinished-*`
+    beside path_out, which the next repair to that path removes.
 
     Args:
-        path_in: whatever `wellcond.audit` reads.
-        path_out: a file of the same format that is not there yet; of a directory or a sharded
-            checkpoint a directory, outside of the one that is read.
+        path_in: what `wellcond.audit` reads.
+        path_out: a new file of the same format; for a directory or a sharded checkpoint a new
+            directory outside of it.
         max_condition: K, at least 1.
-        include: a pattern (`fnmatch.fnmatchcase`) or several, of names to repair; all if empty.
-        exclude: a pattern or several, of names to leave alone.
-        progress: called with a `Progress` before each tensor is read: its name, its number, how
-            many there are, and about how long the rest will take. `print` will do.
+        include: one or more patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
+        exclude: one or more patterns of names to leave as they are.
+        progress: called with a `Progress` before each tensor is read; `print` will do.
 
     Raises:
-        ValueError: max_condition < 1; a weight that is not finite, or that no margin brings below
-            the limit, as K < 1.004 or so in bfloat16; tensors that overlap, neither a part of the
-            other; a pattern that matches nothing; an unreadable file; Python objects in a file that
-            is compressed or older than torch 1.6; path_out inside the directory that is read, or
-            with the ending of another format. Nothing is written.
-        FileExistsError: path_out is there already.
+        ValueError: max_condition < 1; a weight is not finite, or no margin brings it below the
+            limit, as for K < 1.004 or so in bfloat16; tensors overlap, neither a part of the other;
+            a pattern matches nothing; a file is unreadable; a file with Python objects is
+            compressed or older than torch 1.6; path_out lies inside the directory that is read, or
+            has the ending of another format. Nothing is written.
+        FileExistsError: path_out exists.
         NotADirectoryError: a part of path_out is a file.
-        OSError: path_out cannot be written, as on a full disk. Nothing is left of it.
+        OSError: path_out cannot be written, as on a full disk. Nothing of it is left.
         MemoryError: there is not enough for a weight, which is named. Nothing is written.
 
     Example:
@@ -103,15 +96,21 @@ def repair(
     checkpoint = Checkpoint(path_in)
     for name, reason in checkpoint.damaged.items():
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
-    skipped = checkpoint.skipped()
+    source = source_of_file(checkpoint)
     # To limit each factor would limit nothing that acts.
-    factors = {name for adapter in adapters_in(checkpoint) for name in adapter.parts}
-    skipped |= {name: Skipped(Reason.factor) for name in factors if name not in skipped}
-    matrices = list(checkpoint.matrices())
-    unserved = {m.name for m in matrices if checkpoint.where[m.name][1].dtype.startswith("complex")}
-    skipped |= dict.fromkeys(unserved, Skipped(Reason.complex))
-    real = [one for one in matrices if one.name not in unserved]
-    wanted = {one.name: one for one in chosen(real, skipped, include, exclude)}
+    factors = (name for _, adapter in source.adapters for name in adapter.parts)
+    unserved = {n: Skipped(Reason.factor) for n in factors if n not in source.skipped}
+    entries = {name: entry for name, (_, entry) in checkpoint.where.items()}
+    specs: list[RowSpec] = []
+    for one in checkpoint.matrices():
+        if entries[one.name].dtype.startswith("complex"):
+            unserved[one.name] = Skipped(Reason.complex)
+        if one.name not in unserved:
+            specs += rows_of_tensor(one, source.skipped.get(one.name))
+    chosen, skipped = select(specs, include, exclude, source.skipped | unserved)
+    wanted: dict[str, list[RowSpec]] = {}
+    for spec in chosen:
+        wanted.setdefault(spec.name, []).append(spec)
     if not wanted:
         why = and_more((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")
@@ -124,7 +123,7 @@ def repair(
         )
     repairs: list[Repair] = []
     refused: list[str] = []
-    counter = Counter(progress, work_of(wanted.values()))
+    counter = Counter(progress, work_of(rows[0].source.tensor for rows in wanted.values()))
 
     def change(name: str) -> Tensor | None:
         if name not in wanted:
@@ -149,50 +148,42 @@ def repair(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
                 f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
-    others = {
-        name: read for name, read in searchable_tensors(checkpoint).items() if name not in wanted
-    }
-    left = {
-        name
-        for name, (_, entry) in checkpoint.where.items()
-        if entry.skipped is None or entry.skipped.reason.of_adapter
-    }
-    not_finite, _ = not_finite_in(others, masks_in(checkpoint), left)
+    changed = wanted.keys() - {spec.name for spec in specs if spec.label in skipped}  # as a whole
+    others = {name: read for name, read in source.tensors.items() if name not in changed}
+    left = {n for n, e in entries.items() if e.skipped is None or e.skipped.reason.of_adapter}
+    not_finite, _ = not_finite_in(others, source.masks, left)
     return RepairReport(repairs, skipped, float(max_condition), versions(), not_finite)
 
 
 def _limit_all(
-    one: Matrices, max_condition: float, refused: list[str]
+    rows: list[RowSpec], max_condition: float, refused: list[str]
 ) -> tuple[Tensor | None, list[Repair]]:
-    """The tensor with all its matrices within the limit, None if they are; adds what fails."""
-    tensor = one.read().contiguous().clone()
+    """The tensor with these matrices within the limit, None if they are; adds what fails."""
+    tensor: Tensor = rows[0].source.read().contiguous().clone()
     done = []
-    for view, S in one.views(tensor).items():
-        label = f"{one.name}:{view}" if view else one.name
+    for row in rows:
+        view = cast(View, row.matrix)  # of tensors without adapters
+        S = view(tensor)
         if not torch.isfinite(S).all():
-            refused.append(f"{label} holds NaN or infinity")
+            refused.append(f"{row.label} holds NaN or infinity")
             continue
         try:
-            X, before, after, margin = limited(S, max_condition)
+            X, before, after, margin = limit_condition_number(S, max_condition)
         except ValueError as error:
-            refused.append(f"{label}: {error}".rstrip("."))
+            refused.append(f"{row.label}: {error}".rstrip("."))
             continue
-        moved = 0.0 if X is S else _relative_change(S, X)
         zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
-        own = last_part(one.name)
-        notes = [zero, one.note]
-        if X is not S and not _CALLED_A_WEIGHT.search(own):
+        notes = [zero, row.note]
+        if X is not S and not _CALLED_A_WEIGHT.search(last_part(row.name)):
             notes.append("changed, though not called a weight")
-        if rows := ((S == 0).all(-1) & (X != 0).any(-1)).flatten().nonzero().flatten().tolist():
-            notes.append(f"rows that were zero are filled: {and_more(map(str, rows))}")
-        note = joined(*notes)
+        if filled := ((S == 0).all(-1) & (X != 0).any(-1)).flatten().nonzero().flatten().tolist():
+            notes.append(f"rows that were zero are filled: {and_more(map(str, filled))}")
+        moved = 0.0 if X is S else _relative_change(S, X)
+        note, shape = joined(*notes), tuple(S.shape)
         dtype = str(S.dtype).removeprefix("torch.")
-        done.append(
-            Repair(one.name, view, tuple(S.shape), dtype, before, after, moved, margin, note)
-        )
+        done.append(Repair(row.name, row.view, shape, dtype, before, after, moved, margin, note))
         if X is not S:
-            assert shares_memory(S, tensor)  # else what is written to a view would be lost
-            S.copy_(X)
+            view.write_(tensor, X)
     return tensor if any(repair.relative_change for repair in done) else None, done
 
 

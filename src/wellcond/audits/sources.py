@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from wellcond.audits.attempt import failed_finding
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.pieces import Pieces, pieces_of
 from wellcond.files.tensors import Entry, TensorFile
+from wellcond.report.findings import MERGED, Finding
 from wellcond.text import and_more, joined, last_part
 from wellcond.weights.adapters import (
     Adapter,
@@ -34,39 +36,42 @@ from wellcond.weights.sizes import geometries
 
 @dataclass
 class Source:
-    """What there is to measure.
+    """What there is to measure, known without reading a weight.
 
     Attributes:
         name: of a file its path, of a model its class.
-        matrices: one a tensor.
+        matrices: one per tensor.
         skipped: what is no weight, and why.
         parameters: how many entries all parameters have.
         sizes: how many entries every parameter has, by its name.
-        of_file: it is a file, which says less than a model.
-        constants: entries of what is no parameter, and measured if its exact name asks for it.
         tensors: the entries of every tensor that may have floating point ones, by its name.
-        masks: those of these in which -inf alone is no alarm.
-        heads: finds the heads of attention, and says how to read what they rest on.
-        failed: what cannot be read, and why.
+        masks: those of these in which -inf is no alarm.
+        find_heads: finds the heads of attention, and says how to read what they rest on.
+        constants: entries of what is no parameter, and measured if its exact name asks for it.
+        of_file: it is a file, which says less than a model.
+        failed: what cannot be measured whatever is asked for, such as damaged files.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
         bases: of these weights those that lie in another source.
-        baseless: those that it lacks, and why.
     """
 
     name: str
     matrices: list[Matrices]
     skipped: dict[str, Skipped]
     parameters: int
+    sizes: dict[str, int]
     tensors: dict[str, Pieces]
-    heads: Callable[[], tuple[list[Attention], Value]]
-    failed: dict[str, str] = field(default_factory=dict)
+    masks: set[str]
+    find_heads: Callable[[], tuple[list[Attention], Value]]
+    constants: dict[str, int] = field(default_factory=dict)
+    of_file: bool = False
+    failed: list[Finding] = field(default_factory=list)
     adapters: list[tuple[str, Adapter]] = field(default_factory=list)
     bases: list[Matrices] = field(default_factory=list)
-    baseless: dict[str, str] = field(default_factory=dict)
-    constants: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    masks: set[str] = field(default_factory=set)
-    of_file: bool = False
+
+    @property
+    def others(self) -> list[str]:
+        """Names that may have no row: of all tensors, and of sums for which there is no base."""
+        return [*self.tensors, *(f"{name}:{MERGED}" for name, _ in self.adapters)]
 
 
 def source_of(
@@ -91,7 +96,7 @@ def source_of(
                 "`example` must come with a model, got a path: a file does not say how its "
                 "convolutions slide. Load the model, and audit that."
             )
-        source = _of_file(Checkpoint(model_or_path))
+        source = source_of_file(Checkpoint(model_or_path))
         return source if base is None else _with_base(source, source_of(base))
     raise TypeError(
         "`model_or_path` must be a torch.nn.Module or a path, got "
@@ -100,80 +105,57 @@ def source_of(
 
 
 def _of_model(model: nn.Module, example: Any) -> Source:
-    sliding = {} if example is None else geometries(model, example)
-    matrices, skipped, total = effective_matrices(model, sliding)
-    copied = [
+    modules = dict(model.named_modules())
+    matrices, skipped, total = effective_matrices(
+        model, {} if example is None else geometries(model, example)
+    )
+    copied = tuple(
         f"{path}.original_module."
-        for path, module in model.named_modules()
+        for path, module in modules.items()
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
         and not getattr(module, "disable_adapters", False)
-    ]
-    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
-    for one in matrices:
-        if one.name.startswith(tuple(copied)):
-            skipped[one.name] = Skipped(Reason.replaced)
-        if one.name in empty:
-            skipped[one.name] = Skipped(Reason.no_values)
-    found = Source(
+    )
+    replaced = (one.name for one in matrices if one.name.startswith(copied))
+    skipped |= dict.fromkeys(replaced, Skipped(Reason.replaced))
+    parameters = {n: p.detach() for n, p in model.named_parameters() if not is_lazy(p)}
+    norms = {path for path, module in modules.items() if "norm" in type(module).__name__.lower()}
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    source = Source(
         type(model).__name__,
         matrices,
         skipped,
         total,
-        _searchable_of_model(model),
+        {name: parameter.numel() for name, parameter in parameters.items()},
+        # Those with values, of no other class.
+        {
+            name: partial(pieces_of, tensor.detach())
+            for name, tensor in tensors.items()
+            if type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+        },
+        # Whatever they are called, all buffers but the statistics of norms.
+        {
+            name
+            for name, buffer in model.named_buffers()
+            if not _is_statistic(name)
+            and not (buffer.ndim < 2 and name.rpartition(".")[0] in norms)
+        },
         lambda: (heads_of(model), current),
     )
-    found.masks = _masks_of(model)
-    parameters = {n: p for n, p in model.named_parameters() if not is_lazy(p)}
-    found.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
-    read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in parameters.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     idle = {
         path
-        for path, module in model.named_modules()
+        for path, module in modules.items()
         if getattr(module, "merged", False) or getattr(module, "disable_adapters", False)
     }
-    return _with_adapters(found, find_adapters(read, shapes, setting_of_model(model)), idle)
+    return _with_adapters(source, find_adapters(read, shapes, setting_of_model(model)), idle)
 
 
-def _of_file(file: Checkpoint) -> Source:
-    matrices = list(file.matrices())
-    heads = partial(_heads_in, file, matrices)
-    sizes = file.sizes
-    found = Source(
-        str(file.path),
-        matrices,
-        file.skipped(),
-        sum(sizes.values()),
-        searchable_tensors(file),
-        heads,
-        dict(file.damaged),
-    )
-    found.constants, found.sizes, found.of_file = file.constants, sizes, True
-    found.masks = masks_in(file)
-    return _with_adapters(found, adapters_in(file))
-
-
-def _searchable_of_model(model: nn.Module) -> dict[str, Pieces]:
-    """The parameters and buffers that may hold NaN: those with values, of no other class."""
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    plain = {n: t for n, t in tensors.items() if type(t) in (Tensor, nn.Parameter, nn.Buffer)}
-    return {name: partial(pieces_of, tensor.detach()) for name, tensor in plain.items()}
-
-
-def _masks_of(model: nn.Module) -> set[str]:
-    """The buffers that may be masks, whatever they are called: all but the statistics of norms."""
-    norms = {n for n, module in model.named_modules() if "norm" in type(module).__name__.lower()}
-    return {
-        name
-        for name, buffer in model.named_buffers()
-        if not _is_statistic(name) and not (buffer.ndim < 2 and name.rpartition(".")[0] in norms)
-    }
-
-
-def masks_in(file: Checkpoint) -> set[str]:
-    """The square tables of a file that hold no weight, such as `tril`."""
-    return {
+def source_of_file(file: Checkpoint) -> Source:
+    """What there is to measure in a checkpoint."""
+    matrices, sizes = list(file.matrices()), file.sizes
+    # The square tables that hold no weight, such as `tril`, may be masks.
+    masks = {
         name
         for name, (_, entry) in file.where.items()
         if entry.skipped is not None
@@ -181,13 +163,35 @@ def masks_in(file: Checkpoint) -> set[str]:
         and len({*entry.shape[-2:]}) == 1 < len(entry.shape)
         and not _is_statistic(name)
     }
+    source = Source(
+        str(file.path),
+        matrices,
+        file.skipped(),
+        sum(sizes.values()),
+        sizes,
+        _tensors_in(file),
+        masks,
+        partial(_heads_in, file, matrices),
+        file.constants,
+        of_file=True,
+        failed=[failed_finding(name, "", why) for name, why in file.damaged.items()],
+    )
+    plain = {
+        name: (owner, entry)
+        for name, (owner, entry) in file.where.items()
+        if entry.skipped is None or entry.skipped.reason in (Reason.vector, Reason.number)
+    }
+    read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
+    shapes = {name: entry.shape for name, (_, entry) in plain.items()}
+    setting = setting_of_file(file.beside("adapter_config.json"))
+    return _with_adapters(source, find_adapters(read, shapes, setting))
 
 
 def _is_statistic(name: str) -> bool:
     return last_part(name).startswith("running_")
 
 
-def searchable_tensors(file: Checkpoint) -> dict[str, Pieces]:
+def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
     """The tensors of a file that may hold NaN: of one under several names the first."""
     repeated = (Reason.same, Reason.part)
 
@@ -202,19 +206,6 @@ def searchable_tensors(file: Checkpoint) -> dict[str, Pieces]:
     }
 
 
-def adapters_in(file: Checkpoint) -> list[Adapter]:
-    """The adapters of low rank in a file, with what adapter_config.json beside it says of them."""
-    plain = {
-        name: (owner, entry)
-        for name, (owner, entry) in file.where.items()
-        if entry.skipped is None or entry.skipped.reason in (Reason.vector, Reason.number)
-    }
-    read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
-    shapes = {name: entry.shape for name, (_, entry) in plain.items()}
-    setting = setting_of_file(file.beside("adapter_config.json"))
-    return find_adapters(read, shapes, setting)
-
-
 def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str] = ()) -> Source:
     """Each pair of factors is one adapter, and the weight beside it what it is added to.
 
@@ -222,37 +213,26 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     """
     parts = {name for adapter in adapters for name in adapter.parts}
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
-    others = _other_adapters(source)
+    others = source.skipped | adapter_parameters(source.skipped, {})
+    others = {name: why for name, why in others.items() if why.reason is Reason.adapter}
     for weight, one in matrices.items():
         of = find_other_adapter(weight, others)
         if of and weight.partition(".base_layer.")[0] not in idle:
             note = joined(one.note, f"what {of} makes of it is not in these numbers")
             matrices[weight] = replace(one, note=note)
     for adapter in adapters:
-        name = weight_of(adapter, matrices, beside=True)
+        name, setting = weight_of(adapter, matrices, beside=True), adapter.setting
         source.adapters.append((name or adapter.weight, adapter))
-        setting = adapter.setting
         if name and setting.acts and not setting.unknown and not setting.no_sum:
             one = matrices[name]
-            aliases = dict.fromkeys((*one.aliases, f"{name}:merged", *adapter.parts))
-            both = (*one.adapters, adapter)
-            matrices[name] = replace(one, aliases=tuple(aliases), adapters=both)
+            matrices[name] = replace(one, adapters=(*one.adapters, adapter))
     return replace(source, matrices=list(matrices.values()))
-
-
-def _other_adapters(source: Source) -> dict[str, Skipped]:
-    """The parameters of adapters that are no pair of factors."""
-    by_config = {n: why for n, why in source.skipped.items() if why.reason is Reason.adapter}
-    return {
-        name: why
-        for name, why in (adapter_parameters(source.skipped, {}) | by_config).items()
-        if why.reason is Reason.adapter
-    }
 
 
 def _with_base(source: Source, base: Source) -> Source:
     """With the weights of the base to which its adapters belong, under the names of the base."""
-    beside = {id(adapter) for one in source.matrices for adapter in one.adapters}
+    # Adapters are told apart by the names of their tensors.
+    beside = {adapter.parts for one in source.matrices for adapter in one.adapters}
     if len(beside) == len(source.adapters):
         found = "holds its base" if source.adapters else "has no pair of lora_A and lora_B"
         raise ValueError(
@@ -264,7 +244,7 @@ def _with_base(source: Source, base: Source) -> Source:
     bases: dict[str, Matrices] = {}
     missing: dict[str, str] = {}
     for label, adapter in source.adapters:
-        name = label if id(adapter) in beside else weight_of(adapter, matrices)
+        name = label if adapter.parts in beside else weight_of(adapter, matrices)
         adapters.append((name or label, adapter))
         if name in bases:
             raise ValueError(
@@ -276,7 +256,7 @@ def _with_base(source: Source, base: Source) -> Source:
             skipped = weight_of(adapter, base.skipped)
             why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
             missing[label] = f"in {base.name} it {why}"
-        elif id(adapter) not in beside:
+        elif adapter.parts not in beside:
             bases[name] = replace(matrices[name], name=name, adapters=(adapter,))
     if not bases:
         first, why = next(iter(missing.items()))
@@ -286,7 +266,9 @@ def _with_base(source: Source, base: Source) -> Source:
             "Give the model that was adapted, not quantised; or, where names in the file are not "
             "those of the modules, the model itself: wc.audit(adapter, base=model)."
         )
-    return replace(source, adapters=adapters, bases=list(bases.values()), baseless=missing)
+    failed = [failed_finding(name, MERGED, why) for name, why in missing.items()]
+    failed = [*source.failed, *failed]
+    return replace(source, adapters=adapters, bases=list(bases.values()), failed=failed)
 
 
 def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attention], Value]:

@@ -1,4 +1,4 @@
-"""What the callbacks have in common: the penalties they take and the ways they apply them."""
+"""What the callbacks have in common: the rules they take and the modes in which they apply them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TypeAlias
 
 import wellcond as wc
 
-Rule: TypeAlias = wc.Penalty | wc.Limit | wc.IsometryStep
-Penalties: TypeAlias = Rule | Mapping[str, Rule | None]
+Rules: TypeAlias = wc.rules.Rule | Mapping[str, wc.rules.Rule | None]
 
 
 def has_modes(optimizer: object) -> bool:
@@ -16,25 +15,31 @@ def has_modes(optimizer: object) -> bool:
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
-def checked_mode(mode: str, rules: Penalties) -> str:
-    """The way as given.
+def rules_in(rules: Rules) -> list[wc.rules.Rule]:
+    """The rules of a mapping, or the only one."""
+    if isinstance(rules, wc.rules.Rule):
+        return [rules]
+    return [rule for rule in rules.values() if rule is not None]
+
+
+def checked_mode(mode: str, rules: Rules) -> str:
+    """The mode as given.
 
     Raises:
-        ValueError: it is none that a callback can apply, or none for one of the penalties.
-        TypeError: the penalties are neither a penalty nor a mapping to penalties.
+        ValueError: a callback does not know it, or one of the rules has no gradient.
+        TypeError: the rules are neither a rule nor a mapping to rules.
     """
-    if not isinstance(rules, Rule | Mapping):
+    if not isinstance(rules, wc.rules.Rule | Mapping):
         raise TypeError(
-            "`rules` must be a penalty or map patterns to penalties or None, got "
-            f"{rules!r}. To watch weights alone use wc.Monitor in a callback of your own."
+            f"`rules` must be a rule or map patterns to rules or None, got {rules!r}. To watch "
+            "weights without a rule use wc.Monitor in a callback of your own."
         )
     if mode not in ("proximal", "gradients"):
         raise ValueError(
             f'`mode` must be "proximal" or "gradients", got {mode!r}. For a penalty in the loss '
             "make a wc.Regularizer of your own and add reg() where the loss is computed."
         )
-    each = rules.values() if isinstance(rules, Mapping) else [rules]
-    bare = [rule for rule in each if isinstance(rule, wc.Limit | wc.IsometryStep)]
+    bare = [rule for rule in rules_in(rules) if not rule.differentiable]
     if mode == "gradients" and bare:
         raise ValueError(
             f'`mode` must be "proximal" for {bare[0]!r}, which has no gradient, got "gradients". '

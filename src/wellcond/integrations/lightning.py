@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.optimizer import Optimizer
 
 import wellcond as wc
-from wellcond.integrations._modes import Penalties, checked_mode, has_modes
+from wellcond.integrations._modes import Rules, checked_mode, has_modes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -85,7 +85,7 @@ class RegularizerCallback(Callback):
 
     def __init__(
         self,
-        rules: Penalties,
+        rules: Rules,
         *,
         mode: str = "proximal",
         every: int | str | None = None,

@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import wellcond as wc
-from wellcond.integrations._modes import Penalties, checked_mode, has_modes
+from wellcond.integrations._modes import Rules, checked_mode, has_modes, rules_in
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -102,7 +101,7 @@ class RegularizerCallback(TrainerCallback):
 
     def __init__(
         self,
-        rules: Penalties,
+        rules: Rules,
         *,
         mode: str = "proximal",
         every: int | str | None = None,
@@ -235,8 +234,7 @@ class RegularizerCallback(TrainerCallback):
         self._enforce(state, None if loaded else kwargs.get("optimizer"))
 
     def _has_limits(self) -> bool:
-        each = self.rules.values() if isinstance(self.rules, Mapping) else [self.rules]
-        return any(isinstance(one, wc.Limit) for one in each)
+        return any(rule.enforceable for rule in rules_in(self.rules))
 
     def _end(self) -> None:
         if self.regularizer is not None:

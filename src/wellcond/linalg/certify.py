@@ -1,12 +1,12 @@
 """Certified enclosures of the extreme singular values and the condition number of a matrix.
 
-What is certified holds for the stored matrix whatever the rounding: every bound rests on a theorem
-and on bounds of the rounding errors made on the way, never on an estimate. Estimates only choose
-where to try. Taken for granted are IEEE 754 float64 arithmetic, correctly rounded +, -, *, / and
-square root, on the CPU, where results below 2^-1022 may be flushed to zero, and matrix products and
-factorisations that sum products in any order (no Strassen-like scheme): then |fl(A B) - A B| <=
-gamma_k |A| |B| (Higham, Accuracy and Stability of Numerical Algorithms, 3.5) for k products in a
-sum, with gamma_k = k u/(1 - k u) and u = 2^-53.
+A certificate holds for the stored matrix whatever the rounding: every bound rests on a theorem and
+on bounds of the rounding errors, never on an estimate. Estimates only choose where to try. We
+assume IEEE 754 float64 arithmetic on the CPU, with correctly rounded +, -, *, / and square root,
+where results below 2^-1022 may be flushed to zero, and matrix products and factorisations that sum
+products in any order (no Strassen-like scheme). Then |fl(A B) - A B| <= gamma_k |A| |B| (Higham,
+Accuracy and Stability of Numerical Algorithms, 3.5) for sums of k products, with gamma_k = k u/(1 -
+k u) and u = 2^-53.
 
 Letters: S (m, n) the matrix, m >= n after a transposition, scaled to a largest entry in [1, 2);
 G = fl(S^T S); sigma_1 >= ... >= sigma_n its singular values; kappa = sigma_1/sigma_n.
@@ -27,14 +27,14 @@ from wellcond.linalg.lapack import svd
 from wellcond.linalg.scaling import power_of_two
 
 _U = 2.0**-53
-# More than all underflows together: each loses at most 2^-1022, and sums have far less than 2^100
+# Exceeds the sum of all underflows: each loses at most 2^-1022, and sums have far fewer than 2^100
 # terms. Everything is scaled to entries of order 1.
 _UNDERFLOW = 2.0**-900
-# Up to so many columns the verified SVD, which is tighter, costs little.
+# Up to this number of columns the verified SVD, which is tighter, is cheap.
 _SMALL = 256
-# Where numbers below 2^-1022 become zero, those of smaller matrices would bound nothing.
+# If numbers below 2^-1022 are flushed to zero, the bounds of smaller matrices would be void.
 _FAR_FROM_SUBNORMAL = 2.0**-900
-# A relative width of kappa that is good enough to prefer the cheaper certificate.
+# At this relative width of kappa the cheaper certificate is preferred.
 _NARROW = 1e-4
 
 
@@ -45,12 +45,12 @@ class Certificate:
     Attributes:
         sigma_max: encloses sigma_1, the spectral norm.
         sigma_min: encloses sigma_nu, nu = min(m, n).
-        condition_number: encloses kappa; upper is inf where sigma_nu = 0 cannot be excluded, and
-            both ends are nan for a zero matrix, which has none.
+        condition_number: encloses kappa; upper is inf if sigma_nu = 0 cannot be excluded, and both
+            ends are nan for a zero matrix, which has no condition number.
         certified: whether the upper end of kappa is finite.
-        computed: kappa as computed, without any claim.
+        computed: kappa as computed, without a guarantee.
         method: the theorem that was used.
-        reason: why it is not certified; "" if it is.
+        reason: why kappa is not certified; "" if it is.
     """
 
     sigma_max: Interval
@@ -63,24 +63,24 @@ class Certificate:
 
 
 def certify(S: Tensor) -> Certificate:
-    """Intervals that contain sigma_1, sigma_nu and kappa of the stored matrix, rounding or not.
+    """Intervals that provably contain sigma_1, sigma_nu and kappa of the stored matrix.
 
-    Two ways, chosen by the width that they promise. *Verified SVD*: with R = S - U Sigma V^T,
-    E = U^T U - I, F = V^T V - I, every sigma_i lies within Sigma_i sqrt((1 +- ||E||)(1 +- ||F||))
-    +- ||R|| (Weyl, Ostrowski; Rump, Verified bounds for singular values, BIT 51, 2011). *Verified
-    Cholesky*: if the Cholesky factorisation of G - theta I runs to completion in floating point,
-    then sigma_nu^2 >= theta - delta, where delta covers its rounding and that of G = fl(S^T S)
-    (Rump, Verification of positive definiteness, BIT 46, 2006); likewise for sigma_1 and
-    theta I - G; the other ends are ||S v|| of a vector v.
+    It chooses between two methods by their predicted width. *Verified SVD*: with R = S - U Sigma
+    V^T, E = U^T U - I, F = V^T V - I, every sigma_i lies within Sigma_i sqrt((1 +- ||E||)(1 +-
+    ||F||)) +- ||R|| (Weyl, Ostrowski; Rump, Verified bounds for singular values, BIT 51, 2011).
+    *Verified Cholesky*: if the Cholesky factorisation of G - theta I runs to completion in floating
+    point, then sigma_nu^2 >= theta - delta, where delta covers its rounding and that of G = fl(S^T
+    S) (Rump, Verification of positive definiteness, BIT 46, 2006); likewise for sigma_1 and theta I
+    - G; the other ends are ||S v|| of a vector v.
 
-    It needs IEEE float64 arithmetic, and so runs on the CPU wherever S lies.
+    It needs IEEE float64 arithmetic, so it runs on the CPU whatever the device of S.
 
     Args:
         S: real or complex floating-point matrix (m, n), taken exactly as stored, whatever its
-            dtype. Of A + iB the real [[A, -B], [B, A]] is enclosed.
+            dtype. For A + iB the intervals are those of the real [[A, -B], [B, A]].
 
     Returns:
-        A `Certificate`, always with enclosures; `certified` tells whether that of kappa is bounded.
+        A `Certificate`, always with enclosures; `certified` says whether that of kappa is bounded.
 
     Raises:
         ValueError: not exactly two dimensions, no entries, an entry that is NaN or infinite, or S
@@ -111,41 +111,40 @@ def certify(S: Tensor) -> Certificate:
         reason = "the matrix is zero and has no condition number"
         return Certificate(zero, zero, none, False, math.nan, "none needed", reason)
     unit = power_of_two(largest)
-    # Exact but for entries that underflow, which _UNDERFLOW covers.
+    # Exact except for entries that underflow, which _UNDERFLOW covers.
     scaled = wide / unit
     if scaled.shape[0] < scaled.shape[1]:
         scaled = scaled.mT
-    found = (
+    certificate = (
         (_by_cholesky(scaled) if scaled.shape[1] > _SMALL else None)
         or _by_svd(scaled)
         or _by_norm(scaled)
     )
-    low, high = _nonnegative(found.sigma_min), found.sigma_max
-    certificate = _certificate(high, low, found.computed, found.method)
-    if math.isnan(found.computed):
-        certificate = replace(certificate, reason=_UNVERIFIED)
     if vector:
-        certificate = replace(
-            certificate, condition_number=Interval(1.0, 1.0), certified=True, reason=""
-        )
-    return replace(certificate, sigma_max=high * unit, sigma_min=_nonnegative(low * unit))
+        one = Interval(1.0, 1.0)
+        certificate = replace(certificate, condition_number=one, certified=True, reason="")
+    return replace(
+        certificate,
+        sigma_max=certificate.sigma_max * unit,
+        sigma_min=_nonnegative(certificate.sigma_min * unit),
+    )
 
 
 _FLUSHED = (
-    "it holds numbers so small that this process takes them for zero "
-    "(torch.set_flush_denormal): nothing can be said of the matrix as stored"
+    "the matrix holds numbers so small that this process flushes them to zero "
+    "(torch.set_flush_denormal), so nothing can be certified for the matrix as stored"
 )
-_UNVERIFIED = "no singular value decomposition was found that could be verified"
+_UNVERIFIED = "no singular value decomposition could be verified"
 
 
 def _flushes() -> bool:
-    """Whether subnormal numbers are taken for zero, by PyTorch or by Python, in this thread."""
+    """Whether PyTorch or Python flushes subnormal numbers to zero in this thread."""
     smallest = torch.tensor(1, dtype=torch.int64, device="cpu").view(torch.float64)
     return float(smallest * 1.0) == 0 or math.ulp(0.0) * 1.0 == 0
 
 
 def _holds_subnormal(S: Tensor) -> bool:
-    """Bit by bit, as comparisons flush too."""
+    """Compares bits, because comparisons of numbers flush too."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[S.itemsize]
     normal = torch.tensor(torch.finfo(S.dtype).smallest_normal, dtype=S.dtype, device="cpu")
     magnitude = S.contiguous().view(integer) & torch.iinfo(integer).max
@@ -167,7 +166,8 @@ def certificate_of_blocks(certificates: Sequence[Certificate]) -> Certificate:
 
 
 def _certificate(high: Interval, low: Interval, computed: float, method: str) -> Certificate:
-    """From enclosures of sigma_1 > 0 and sigma_nu."""
+    """The certificate for given enclosures of sigma_1 > 0 and sigma_nu."""
+    low = _nonnegative(low)
     kappa = high / low
     certified = kappa.upper < math.inf
     reason = (
@@ -187,14 +187,6 @@ def _certificate(high: Interval, low: Interval, computed: float, method: str) ->
 
 def _nonnegative(x: Interval) -> Interval:
     return Interval(max(x.lower, 0.0), x.upper)
-
-
-@dataclass(frozen=True)
-class _Extremes:
-    sigma_max: Interval
-    sigma_min: Interval
-    computed: float
-    method: str
 
 
 def _gamma(k: int) -> float:
@@ -227,7 +219,7 @@ def _defect(Q: Tensor) -> Interval:
     return _norm(difference) * (1 + 2 * _U) + rounding + _TINY
 
 
-def _by_svd(S: Tensor) -> _Extremes | None:
+def _by_svd(S: Tensor) -> Certificate | None:
     """sigma_i sqrt((1 + E)(1 + F)) + R, with E, F and R balls about zero."""
     try:
         U, sigma, Vh = svd(S)
@@ -235,7 +227,7 @@ def _by_svd(S: Tensor) -> _Extremes | None:
         return None
     left = U * sigma
     difference = S - left @ Vh
-    # Products of n terms; fl(U Sigma) adds one rounding, and the difference another.
+    # Sums of n products; fl(U Sigma) adds one rounding, and the difference another.
     rounding = _gamma(S.shape[1] + 2) * _norm_of_absolute_product(left, Vh)
     R = ball(_norm(difference) * (1 + 2 * _U) + rounding + _TINY)
     E, F = ball(_defect(U)), ball(_defect(Vh.mT))
@@ -244,11 +236,11 @@ def _by_svd(S: Tensor) -> _Extremes | None:
     factor = ((1 + E) * (1 + F)).sqrt()
     largest, smallest = float(sigma[0]), float(sigma[-1])
     computed = largest / smallest if smallest > 0 else math.inf
-    return _Extremes(largest * factor + R, smallest * factor + R, computed, "verified SVD")
+    return _certificate(largest * factor + R, smallest * factor + R, computed, "verified SVD")
 
 
-def _by_cholesky(S: Tensor) -> _Extremes | None:
-    """Bounds from factorisations of G - theta I and theta I - G; None where the SVD does better."""
+def _by_cholesky(S: Tensor) -> Certificate | None:
+    """Bounds from factorisations of G - theta I and theta I - G; None if the SVD is better."""
     m, n = S.shape
     G = S.mT @ S
     try:
@@ -256,19 +248,19 @@ def _by_cholesky(S: Tensor) -> _Extremes | None:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     bottom, top = float(eigenvalues[0]), float(eigenvalues[-1])
-    # ||S^T S - G||_2, whichever triangle of G is read.
+    # Bounds ||S^T S - G||_2, whichever triangle of G is read.
     product = _gamma(m) * _norm_of_absolute_product(S.mT, S) + _TINY
     trace = float(G.diagonal().sum())
     promised = (product.upper + _gamma(n) * trace) / bottom if bottom > 0 else math.inf
     by_svd = 2 * _gamma(n) * n * math.sqrt(top / bottom) if bottom > 0 else 0.0
     if not promised <= max(_NARROW, by_svd):
         return None
-    low = _eigenvalue_bound(G, bottom, product.upper + _gamma(n) * trace)
-    high = _eigenvalue_bound(-G, -top, product.upper + _gamma(n) * n * top)
+    low = _bound_eigenvalue(G, bottom, product.upper + _gamma(n) * trace)
+    high = _bound_eigenvalue(-G, -top, product.upper + _gamma(n) * n * top)
     if low is None or high is None:
         return None
     first, last = (_stretch(S, _eigenvector(G, value)) for value in (top, bottom))
-    return _Extremes(
+    return _certificate(
         Interval(first.lower, (product - high).sqrt().upper),
         Interval((low - product).sqrt().lower, last.upper),
         first.upper / last.upper,
@@ -276,7 +268,7 @@ def _by_cholesky(S: Tensor) -> _Extremes | None:
     )
 
 
-def _eigenvalue_bound(A: Tensor, estimate: float, margin: float) -> Interval | None:
+def _bound_eigenvalue(A: Tensor, estimate: float, margin: float) -> Interval | None:
     """The lower end is a lower bound of the smallest eigenvalue of a symmetric matrix.
 
     If Cholesky of M = fl(A - shift I) completes, then M + D is positive semidefinite for some D
@@ -298,9 +290,9 @@ def _eigenvalue_bound(A: Tensor, estimate: float, margin: float) -> Interval | N
 
 
 def _eigenvector(G: Tensor, value: float) -> Tensor:
-    """A vector near an eigenvector, by inverse iteration; nothing is claimed of it."""
+    """A vector near an eigenvector, by inverse iteration, without a guarantee."""
     shifted = G.clone()
-    # Not quite: an eigenvalue met exactly would end in a division by zero.
+    # Not exactly: a shift equal to an eigenvalue would divide by zero.
     shifted.diagonal().sub_(value * (1 - 16 * _U))
     factors = torch.linalg.lu_factor_ex(shifted)[:2]
     source = torch.Generator("cpu").manual_seed(0)
@@ -319,9 +311,10 @@ def _stretch(S: Tensor, x: Tensor) -> Interval:
     return _nonnegative(_norm(S @ x) + ball(rounding + _TINY)) / length
 
 
-def _by_norm(S: Tensor) -> _Extremes:
-    """From the entries alone: max |s_ij| <= sigma_1 <= ||S||_F and n sigma_n^2 <= ||S||_F^2."""
+def _by_norm(S: Tensor) -> Certificate:
+    """From the entries only: max |s_ij| <= sigma_1 <= ||S||_F and n sigma_n^2 <= ||S||_F^2."""
     norm = _norm(S)
     smallest = Interval(0.0, (norm / as_interval(S.shape[1]).sqrt()).upper)
     largest = Interval(float(S.abs().max()), norm.upper)
-    return _Extremes(largest, smallest, math.nan, "Frobenius norm")
+    certificate = _certificate(largest, smallest, math.nan, "Frobenius norm")
+    return replace(certificate, reason=_UNVERIFIED)

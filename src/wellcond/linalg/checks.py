@@ -1,4 +1,4 @@
-"""What is refused before any arithmetic: what is no finite matrix of numbers."""
+"""Checks of arguments before any arithmetic: finite matrices, numbers and counts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def check_matrices(S: Tensor) -> None:
         raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
     if hasattr(S, "full_tensor"):
         raise TypeError(
-            "`S` must be whole, got a DTensor. Give S.full_tensor(), on all processes together."
+            "`S` must not be a DTensor. Pass S.full_tensor(), which all processes must call."
         )
     if holds_codes(S):
         raise TypeError(
             f"`S` must hold real or complex floating-point values, got {S.dtype}, which holds "
-            "codes. Dequantise it first: apply the scales that belong to it. Only if the entries "
-            "are the values themselves, convert it: S.double()."
+            "codes. Dequantise it first by applying its scales. If the entries are the values "
+            "themselves, convert it: S.double()."
         )
     if S.layout != torch.strided:
-        raise TypeError(f"`S` must be dense, got the layout {S.layout}. Give S.to_dense().")
+        raise TypeError(f"`S` must be dense, got the layout {S.layout}. Pass S.to_dense().")
     if lacks_values(S):
         raise ValueError(
-            f"`S` must have values, got a meta tensor of shape {tuple(S.shape)}, which has none. "
+            f"`S` must have values, got a meta tensor of shape {tuple(S.shape)}. "
             "Load the weights first."
         )
     if S.ndim < 2:
@@ -41,23 +41,20 @@ def check_matrices(S: Tensor) -> None:
 
 
 def holds_codes(S: Tensor) -> bool:
-    """Whether the entries are integers, truth values or floats of at most 8 bits.
+    """Whether the entries are integers, booleans or floats of at most 8 bits.
 
-    What such an entry stands for depends on a scale that is stored elsewhere.
+    The meaning of such an entry depends on a scale that is stored elsewhere.
     """
     return not (S.is_complex() or (S.is_floating_point() and S.itemsize > 1))
 
 
 def lacks_values(S: Tensor) -> bool:
-    """Whether it is a meta tensor; a subclass may hold its values elsewhere."""
+    """Whether S is a meta tensor; a subclass may hold its values elsewhere."""
     return S.is_meta and type(S) in (Tensor, torch.nn.Parameter)
 
 
 def as_matrices(S: Tensor) -> Tensor:
-    """S in float64 or complex128.
-
-    Refused unless it is a batch of finite matrices with rows and columns.
-    """
+    """S in float64 or complex128; raises unless it is a batch of finite, non-empty matrices."""
     check_matrices(S)
     wide = in_float64(S)
     if not torch.isfinite(wide).all():
@@ -74,14 +71,14 @@ def in_float64(S: Tensor) -> Tensor:
     dtype = torch.complex128 if S.is_complex() else torch.float64
     try:
         return S.to(dtype)
-    except TypeError:  # what Apple's GPUs answer
+    except TypeError:  # raised on Apple's GPUs
         return S.cpu().to(dtype)
 
 
 def real_form(S: Tensor) -> Tensor:
-    """[[A, -B], [B, A]] of a complex S = A + iB; of a real S itself.
+    """[[A, -B], [B, A]] for a complex S = A + iB, which has each singular value of S twice.
 
-    It has the singular values of S, each of them twice.
+    A real S is returned as it is.
     """
     if not S.is_complex():
         return S
@@ -91,10 +88,10 @@ def real_form(S: Tensor) -> Tensor:
 
 
 def as_number(value: Any, name: str, demand: str = "a number") -> float:
-    """A real number of Python, NumPy or torch as one of Python.
+    """Converts a real number of Python, NumPy or torch to a Python number.
 
     Raises:
-        TypeError: it is none, as text and truth values are not.
+        TypeError: it is not a number; strings and booleans are not.
     """
     known = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(known, bool) or not isinstance(known, numbers.Real):
@@ -103,10 +100,10 @@ def as_number(value: Any, name: str, demand: str = "a number") -> float:
 
 
 def as_count(value: Any, name: str) -> int:
-    """A positive integer of Python, NumPy or torch as an int.
+    """Converts a positive integer of Python, NumPy or torch to an int.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a positive integer.
     """
     known = value.item() if getattr(value, "ndim", None) == 0 else value
     try:

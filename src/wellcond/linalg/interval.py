@@ -1,4 +1,4 @@
-"""Interval arithmetic whose results rounding cannot break: every operation rounds outward."""
+"""Interval arithmetic that rounds every operation outward, so that results are enclosures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 class Interval:
     """All real numbers from lower to upper, both included; an end may be infinite.
 
-    `in` asks whether a number lies in it. Sums, differences, products, quotients and square roots
+    `in` tests whether a number lies in it. Sums, differences, products, quotients and square roots
     of intervals enclose all results: every operation rounds outward.
 
     Example:
@@ -27,7 +27,7 @@ class Interval:
         return self.lower <= number <= self.upper
 
     def __str__(self) -> str:
-        """To six digits, rounded outward as well."""
+        """Six digits, rounded outward too."""
         return f"[{_digits(self.lower, ROUND_FLOOR)}, {_digits(self.upper, ROUND_CEILING)}]"
 
     def __add__(self, other: Interval | float) -> Interval:
@@ -54,7 +54,7 @@ class Interval:
     __radd__, __rmul__ = __add__, __mul__
 
     def __truediv__(self, other: Interval | float) -> Interval:
-        """By all numbers of the other interval but zero."""
+        """Division by all numbers of the other interval except zero."""
         other = as_interval(other)
         if other.upper <= 0:
             return -self / -other if other.lower < 0 else _ALL
@@ -65,7 +65,7 @@ class Interval:
         return _ALL if math.isnan(lower) or math.isnan(upper) else _outward(lower, upper)
 
     def sqrt(self) -> Interval:
-        """Of its non-negative part."""
+        """The square root of the non-negative part."""
         return _outward(*(math.sqrt(max(end, 0.0)) for end in (self.lower, self.upper)))
 
 
@@ -73,7 +73,7 @@ _ALL = Interval(-math.inf, math.inf)
 
 
 def _quotient(x: float, y: float) -> float:
-    """x/y, y >= 0; by zero the limit from above."""
+    """x/y for y >= 0; for y = 0 the limit from above."""
     return x / y if y else math.copysign(math.inf, x)
 
 

@@ -1,4 +1,4 @@
-"""Singular value decompositions where LAPACK's first attempt does not converge."""
+"""Singular value decompositions that retry with the transpose if LAPACK does not converge."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 FAILED = (
-    "no singular values of `S` were found: LAPACK does not converge, for S and its transpose. "
-    "Another build of PyTorch, or S on another device, may succeed."
+    "LAPACK does not converge for `S` or its transpose, so its singular values are unknown. "
+    "Try another build of PyTorch, or move `S` to another device."
 )
 
 
 def singular_values(S: Tensor) -> Tensor:
-    """Of matrices (..., m, n), descending. Raises ValueError if LAPACK converges for no way."""
+    """Those of matrices (..., m, n), descending. Raises ValueError if LAPACK does not converge."""
     for attempt in (S, S.mT):
         try:
             sigma: Tensor = torch.linalg.svdvals(attempt)
@@ -23,7 +23,7 @@ def singular_values(S: Tensor) -> Tensor:
 
 
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin U, sigma, V^T. Raises ValueError if LAPACK converges for no way."""
+    """The thin U, sigma, V^T. Raises ValueError if LAPACK does not converge."""
     try:
         U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
         return U, sigma, Vh

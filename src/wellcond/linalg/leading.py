@@ -1,4 +1,4 @@
-"""The leading singular vectors of a matrix, and how much of what they carry was added to it.
+"""The leading singular vectors of a matrix, and the share of their values that an update added.
 
 Letters: S (m, n) in float64; U (m, k), sigma (k), V (n, k) singular triplets; nu = min(m, n).
 """
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from wellcond.linalg.lapack import svd
 
-# Up to there a decomposition of the whole takes less than a second or two.
+# Up to this nu a full decomposition takes at most about two seconds.
 _WHOLE = 1024
-_ROUNDS, _BESIDES = 8, 8
+_ROUNDS, _EXTRA = 8, 8
 
 
 class Added(NamedTuple):
-    """How much of the k leading singular values of S comes from a part D of it.
+    """The share of the k leading singular values of S that comes from its part D.
 
     Attributes:
-        among: how many there are, k.
-        new: of how many more than half comes from D.
-        share: of their sum what comes from D; below 0 where D takes away.
+        among: k.
+        new: the number of values of which more than half comes from D.
+        share: the share of their sum that comes from D; negative if D reduces it.
     """
 
     among: int
@@ -34,14 +34,14 @@ class Added(NamedTuple):
 def added(S: Tensor, D: Tensor, count: int) -> Added:
     """sigma_j = u_j^T S v_j = u_j^T (S - D) v_j + u_j^T D v_j: the second term over sigma_j.
 
-    The sum over j does not depend on the vectors that are chosen where singular values are equal.
-    Of a matrix with nu > 1024 the triplets are estimates by a subspace iteration, for which the
-    same holds exactly; they may miss some of the leading ones where these lie close together.
+    The sum over j does not depend on the choice of vectors for equal singular values. If nu > 1024
+    the triplets are estimates by subspace iteration, for which the same identity holds exactly;
+    they may miss some leading values that lie close together.
 
     Args:
         S: (m, n), finite and not zero.
         D: (m, n).
-        count: k; of fewer singular values, all.
+        count: k; all singular values are used if there are fewer.
     """
     U, sigma, V = leading(S, count)
     parts = (U * (D @ V)).sum(0)
@@ -50,13 +50,13 @@ def added(S: Tensor, D: Tensor, count: int) -> Added:
 
 
 def leading(S: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, sigma and V of the leading singular values."""
+    """U, sigma and V of the `count` leading singular values."""
     k = min(count, *S.shape)
     if min(S.shape) <= _WHOLE:
         U, sigma, Vh = svd(S)
         return U[:, :k], sigma[:k], Vh[:k].mT
     source = torch.Generator().manual_seed(0)
-    V = torch.randn(S.shape[1], min(k + _BESIDES, *S.shape), generator=source, dtype=S.dtype)
+    V = torch.randn(S.shape[1], min(k + _EXTRA, *S.shape), generator=source, dtype=S.dtype)
     for _ in range(_ROUNDS):
         V = torch.linalg.qr(S.mT @ torch.linalg.qr(S @ V).Q).Q
     U, sigma, Wh = svd(S @ V)

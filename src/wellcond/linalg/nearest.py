@@ -1,4 +1,4 @@
-"""A nearest matrix with a bounded condition number, and one that still has it when stored.
+"""The nearest matrix with a bounded condition number.
 
 Letters: S (..., m, n) a matrix or a batch; sigma its singular values, descending, nu = min(m, n) of
 them; K the largest condition number allowed; [a, K a] the interval to which sigma is clipped.
@@ -19,18 +19,18 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
 
     The singular values are clipped to [a, K a], where a is the root of the increasing, piecewise
     linear g(a) = sum (a - sigma_i)_+ - K sum (sigma_i - K a)_+; singular vectors stay. It is unique
-    unless sigma_nu = 0 or singular values that are raised belong to more than one choice of
+    unless sigma_nu = 0 or the singular values that are raised have more than one choice of
     vectors. S = 0 stays zero.
 
     Args:
         S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. Not
             changed.
-        max_condition: K, at least 1. With inf, and wherever kappa <= K, S comes back bit for bit.
+        max_condition: K, at least 1. If K = inf or kappa <= K, the result equals S bit for bit.
 
     Returns:
-        A new tensor, the shape and dtype of S; computed in float64, from the Gram matrix where that
-        is as good as from a full SVD, then rounded to the dtype, which may lift kappa above K by
-        rounding. `wellcond.repair` sees to it that a stored matrix obeys.
+        A new tensor with the shape and dtype of S. It is computed in float64, from the Gram matrix
+        if that is as accurate as a full SVD, and then rounded to the dtype, which may raise kappa
+        slightly above K. `wellcond.repair` ensures that the stored matrix satisfies the limit.
 
     Raises:
         ValueError: max_condition < 1 or nan, fewer than two dimensions, no entries, an entry that
@@ -47,7 +47,7 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     wide = as_matrices(S.detach() if isinstance(S, Tensor) else S)
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
-    # What is rounded to float32 in the end need not be known to the last digits of float64.
+    # A result that is rounded to float32 need not be accurate to the last digits of float64.
     error = 1e-10 if S.dtype in (torch.float64, torch.complex128) else 1e-6
     change, allowed = _change(wide / unit, float(max_condition), error)
     # Adding 0.0 turns the zeros' signs positive.
@@ -56,7 +56,7 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
 
 
 def _change(S: Tensor, K: float, error: float) -> tuple[Tensor, Tensor]:
-    """What takes S (..., m, n) to a nearest matrix with kappa <= K, and whether it obeys."""
+    """Nearest matrix with kappa <= K minus S (..., m, n), and whether S satisfies the limit."""
     m, n = S.shape[-2:]
     if m < n:
         change, allowed = _change(S.mT, K, error)
@@ -73,7 +73,7 @@ def _change(S: Tensor, K: float, error: float) -> tuple[Tensor, Tensor]:
 
 
 def check_limit(max_condition: float) -> float:
-    """The limit as a number of Python; raises unless a matrix can have it as condition number."""
+    """The limit as a Python number; raises if no matrix can have this condition number."""
     number = as_number(max_condition, "`max_condition`")
     if not number >= 1:
         raise ValueError(
@@ -84,9 +84,9 @@ def check_limit(max_condition: float) -> float:
 
 
 def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
-    """Descending singular values clipped to [a, K a] at the least change, or as they are.
+    """Descending singular values, clipped to the [a, K a] with the least change.
 
-    K is one number, or one a matrix.
+    Values within the limit K stay. K is one number, or one per matrix.
     """
     nu = sigma.shape[-1]
     K = max_condition[..., None] if isinstance(max_condition, Tensor) else max_condition
@@ -94,14 +94,14 @@ def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
     sums = torch.cat([torch.zeros_like(rising[..., :1]), rising.cumsum(-1)], dim=-1)
 
     def sides(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """How many lie below a and above K a, and their sums."""
+        """The numbers of values below a and above K a, and their sums."""
         low = torch.searchsorted(rising, a)
         up_to = torch.searchsorted(rising, K * a, right=True)
         below, above = sums.gather(-1, low), sums[..., -1:] - sums.gather(-1, up_to)
-        # An integer divided by a number would be of the default dtype.
+        # The quotient of an integer tensor and a number would have the default dtype.
         return low.to(sigma.dtype), (nu - up_to).to(sigma.dtype), below, above
 
-    # g is linear between its corners; the root lies on the segment where it changes its sign.
+    # g is linear between its corners; the root lies on the segment where g changes sign.
     corners = torch.cat([rising, rising / K], dim=-1).sort(dim=-1).values
     low, high, below, above = sides(corners)
     g = (low * corners - below) / K - (above - K * high * corners).where(high > 0, 0.0)

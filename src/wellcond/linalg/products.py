@@ -1,7 +1,7 @@
 """Singular values of a product of two skinny matrices, which is never formed.
 
-With B = Q_B R_B and A = Q_A R_A those of B A^T are those of R_B R_A^T, as Q_B and Q_A have
-orthonormal columns. All arithmetic is float64.
+With B = Q_B R_B and A = Q_A R_A the singular values of B A^T are those of R_B R_A^T, because Q_B
+and Q_A have orthonormal columns. All arithmetic is float64.
 
 Letters: S = B A^T (m, n), B (m, k), A (n, k); sigma_1 >= ... >= sigma_nu, nu = min(m, n, k).
 """
@@ -22,8 +22,8 @@ from wellcond.linalg.spectrum import negligible
 class ProductSpectrum(NamedTuple):
     """The nu leading singular values of a product, descending, as `unit * scaled`.
 
-    Up to `unresolved` a scaled one is zero to working precision; up to `rounding` some rounding of
-    the entries of B and A to their dtypes could have made it.
+    A scaled value of at most `unresolved` is zero to working precision. One of at most `rounding`
+    may be an effect of rounding the entries of B and A to their dtypes.
     """
 
     scaled: Tensor
@@ -37,7 +37,7 @@ class ProductSpectrum(NamedTuple):
 
     @property
     def condition_number(self) -> float:
-        """sigma_1/sigma_nu; inf where sigma_nu is zero to working precision, nan where S = 0."""
+        """sigma_1/sigma_nu; inf if sigma_nu is zero to working precision, nan if S = 0."""
         largest, smallest = float(self.scaled[0]), float(self.scaled[-1])
         if largest == 0:
             return math.nan
@@ -45,15 +45,15 @@ class ProductSpectrum(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Of every pair of factors that rounds to this one at least."""
+        """The smallest rank of all pairs of factors that round to this one."""
         return int((self.scaled > max(self.rounding, self.unresolved)).sum())
 
 
 def spectrum_of_product(B: Tensor, A: Tensor) -> ProductSpectrum:
     """The nu leading singular values of B A^T; the others are zero.
 
-    What is lost is relative to ||B|| ||A||, which may be much larger than sigma_1 where what B does
-    most A hardly does: a singular value up to max(m, n, k) eps(float64) ||B|| ||A|| is unresolved.
+    The error is relative to ||B|| ||A||, which may be much larger than sigma_1 if the dominant
+    directions of B and A differ: values up to max(m, n, k) eps(float64) ||B|| ||A|| are unresolved.
 
     Raises:
         ValueError: a factor is not finite, or LAPACK does not converge.
@@ -65,7 +65,7 @@ def spectrum_of_product(B: Tensor, A: Tensor) -> ProductSpectrum:
         (float(singular_values(R)[0]), _rounding(factor, R, unit))
         for factor, R, unit in ((B, R_left, left_unit), (A, R_right, right_unit))
     )
-    # (B + E)(A + F)^T is off by E (A + F)^T + B F^T, and by so much at most moves what is singular.
+    # (B + E)(A + F)^T - B A^T = E (A + F)^T + B F^T, whose norm bounds the change of each sigma.
     rounding = move_left * (top_right + move_right) + top_left * move_right
     largest = torch.Size([max(*B.shape, *A.shape), 1])
     unresolved = negligible(largest) * top_left * top_right
@@ -73,7 +73,7 @@ def spectrum_of_product(B: Tensor, A: Tensor) -> ProductSpectrum:
 
 
 def _rounding(factor: Tensor, R: Tensor, unit: float) -> float:
-    """How far rounding to its dtype moves a factor, in the Frobenius norm and in its unit."""
+    """A bound of the change of a factor by rounding to its dtype: Frobenius norm, in its unit."""
     dtype = torch.finfo(factor.dtype)
     subnormal = dtype.tiny / unit * math.sqrt(factor.numel())
     return dtype.eps / 2 * (float(torch.linalg.vector_norm(R)) + subnormal)

@@ -1,8 +1,8 @@
-"""Singular values moved into bounds, by means of the smaller Gram matrix alone.
+"""Gram matrices, and singular values moved into bounds by means of the smaller one only.
 
 With G = S^T S = V diag(sigma^2) V^T and sigma' what the values become, the new matrix is
-S + S V diag(sigma'/sigma - 1) V^T: only the vectors of the values that move are needed, on the
-short side. So a matrix that is spread over processes by its long side stays where it is.
+S + S V diag(sigma'/sigma - 1) V^T: it needs only the vectors of the values that move, on the short
+side. So a matrix that is sharded over processes by its long side stays where it is.
 
 Letters: S (..., m, n) a matrix or a batch, here with m >= n; G (..., n, n) its Gram matrix; u the
 unit roundoff of the dtype of G; kappa = sigma_1/sigma_n.
@@ -16,24 +16,55 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# An eigenvalue of G is off by a few u sigma_1^2, so sigma_n by a few u kappa^2 of itself, and S V
-# has columns that are as far from orthogonal. Measured in float32: 5 u kappa^2; in float64 that is
-# far less than the bound n u kappa^2, and what is stored is measured again.
-_NARROW_ERROR, _WIDE_ERROR = 1e-3, 1e-3
-# Of the squares of the largest: what rounding may do to a Cholesky factorisation as it is measured,
-# some times what was ever seen; a proof would take (m + n) u times the trace (Rump 2006).
+_BANDS = 16  # a matrix of another dtype is converted by sixteenths
+# An eigenvalue of G has an error of a few u sigma_1^2, so sigma_n a relative error of a few
+# u kappa^2, and the columns of S V are as far from orthogonal. Measured in float32: 5 u kappa^2. In
+# float64 the error is far below its bound n u kappa^2, and the stored matrix is measured again.
+_ERROR = 1e-3
+# Margins in units of u sigma_1^2. For a Cholesky factorisation: several times the largest error
+# that was measured; a proof would need (m + n) u times the trace (Rump 2006).
 _CHOLESKY_ERROR = 32
-# And what it may do to the squares of the smallest and the largest that are found: 13 and 67 seen.
+# For the squares of the smallest and the largest singular value: 13 and 67 were measured.
 _SMALLEST_ERROR, _LARGEST_ERROR = 32, 128
 
 
-def resolvable(dtype: torch.dtype, n: int = 1, error: float = _WIDE_ERROR) -> float:
-    """Up to which kappa a Gram matrix (n, n) of this dtype tells all singular values.
+def gram(S: Tensor, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
+    """The Gram matrices of S/unit, in this dtype, at little more than half of the products.
 
-    In float64 with this relative error at most, which is far from reached.
+    The blocks of the lower triangle are computed and mirrored. If S must be converted, a band of
+    rows is converted at a time, so that no copy of S is made.
+
+    Args:
+        S: (..., m, n), best with m >= n.
+        dtype: of the result and the arithmetic; that of S by default.
+        unit: (...), one number per matrix; 1 by default.
+    """
+    dtype = dtype or S.dtype
+    m, n = S.shape[-2:]
+    is_converted = dtype != S.dtype or unit is not None
+    rows = max(n, -(-m // _BANDS), 1) if is_converted else max(m, 1)
+    width = max(256, -(-n // 4))
+    G = torch.zeros(*S.shape[:-2], n, n, dtype=dtype, device=S.device)
+    for first in range(0, m, rows):
+        band = S[..., first : first + rows, :].to(dtype)
+        if unit is not None:
+            band = band / unit[..., None, None].to(dtype)
+        for start in range(0, n, width):
+            part = slice(start, start + width)
+            G[..., start:, part] += band[..., start:].mT @ band[..., part]
+    for start in range(0, n, width):
+        part, rest = slice(start, start + width), slice(start + width, n)
+        G[..., part, rest] = G[..., rest, part].mT
+    return G
+
+
+def resolvable(dtype: torch.dtype, n: int = 1, error: float = _ERROR) -> float:
+    """The kappa up to which a Gram matrix (n, n) of this dtype resolves all singular values.
+
+    In float64 the relative error of sigma_n is then at most `error`, by a pessimistic bound.
     """
     u = torch.finfo(dtype).eps / 2
-    return math.sqrt(error / (n * u) if dtype == torch.float64 else _NARROW_ERROR / (5 * u))
+    return math.sqrt(error / (n * u) if dtype == torch.float64 else _ERROR / (5 * u))
 
 
 class Decomposed(NamedTuple):
@@ -43,25 +74,25 @@ class Decomposed(NamedTuple):
     V: Tensor
 
     def resolved(self, smallest: Tensor | None = None) -> Tensor:
-        """Whether rounding of the Gram matrix has spared them, one truth value a matrix.
+        """Whether the Gram matrix resolves all singular values, or those from `smallest` on.
 
-        All of them, or those from `smallest` on.
+        One truth value per matrix.
         """
         smallest = self.sigma[..., 0] if smallest is None else smallest
         bound = resolvable(self.V.dtype, self.sigma.shape[-1])
         return self.sigma[..., -1] < bound * smallest
 
     def extremes(self, apart: float) -> tuple[Tensor, Tensor]:
-        """The largest and the smallest as far apart (1) or as near (-1) as rounding leaves open."""
+        """The largest and the smallest, as far apart (1) or as close (-1) as rounding permits."""
         largest, smallest = (self.sigma[..., at].square() for at in (-1, 0))
         error = apart * torch.finfo(self.V.dtype).eps / 2 * largest
         largest = largest + _LARGEST_ERROR * error
         return largest.sqrt(), (smallest - _SMALLEST_ERROR * error).clamp_min(0).sqrt()
 
     def move(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """V (..., n, j) and d (..., j) with S + S V diag(d) V^T as the matrix with these values.
+        """V (..., n, j) and d (..., j) such that S + S V diag(d) V^T has the values `target`.
 
-        Over the values that move in any matrix of the batch; d = 0 for what stays.
+        They cover the values that move in any matrix of the batch; d = 0 for those that stay.
         """
         change = torch.where(target == self.sigma, 0.0, target / self.sigma - 1)
         moves = (change != 0).reshape(-1, change.shape[-1]).any(dim=0)
@@ -69,29 +100,23 @@ class Decomposed(NamedTuple):
 
 
 def decomposed(G: Tensor, vectors: bool = True) -> Decomposed | None:
-    """From a Gram matrix, or V without columns; None if LAPACK does not converge."""
+    """Decomposes a Gram matrix; without `vectors` V has no columns. None if LAPACK fails."""
     try:
-        if not vectors:
-            return Decomposed(_roots(torch.linalg.eigvalsh(G)), G[..., :0])
-        values, V = torch.linalg.eigh(G)
+        values, V = torch.linalg.eigh(G) if vectors else (torch.linalg.eigvalsh(G), G[..., :0])
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
-    return Decomposed(_roots(values), V)
-
-
-def _roots(values: Tensor) -> Tensor:
-    return values.double().clamp_min(0).sqrt()
+    return Decomposed(values.double().clamp_min(0).sqrt(), V)
 
 
 def within(G: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Whether low <= sigma_n and sigma_1 <= high as two Cholesky factorisations of G tell.
+    """Whether low <= sigma_n and sigma_1 <= high, by two Cholesky factorisations of G.
 
-    Measured, not proven: with a margin for rounding, so that what is on the bound fails. G
-    (..., n, n) in float64, low and high (...); low = 0 and high = inf ask for nothing.
+    It is measured, not proven. A margin for rounding makes a matrix on the bound fail. G
+    (..., n, n) is in float64; low and high are (...); low = 0 and high = inf check nothing.
     """
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     u = torch.finfo(G.dtype).eps / 2
-    largest = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)  # sigma_1^2 at most
+    largest = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)  # at least sigma_1^2
     error = _CHOLESKY_ERROR * u * torch.minimum(largest, high.square())
     holds = torch.isfinite(largest)
     if bool((low > 0).any()):

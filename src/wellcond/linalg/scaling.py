@@ -1,4 +1,4 @@
-"""Matrices in float64, in a unit in which squares neither overflow nor vanish."""
+"""Matrices in float64, divided by a unit so that squares neither overflow nor vanish."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wellcond.linalg.checks import as_matrices, in_float64
 
 
 def scaled(S: Tensor) -> tuple[Tensor, float]:
-    """S/unit in float64 or complex128, and the unit: a power of two, so without rounding, mostly 1.
+    """S/unit in float64 or complex128, and the unit: a power of two (exact), usually 1.
 
     Raises:
         ValueError: an entry is NaN or infinite.
@@ -27,11 +27,11 @@ def scaled(S: Tensor) -> tuple[Tensor, float]:
 
 
 def power_of_two(largest: float) -> float:
-    """The largest power of two that is at most so large."""
+    """The largest power of two that is at most `largest`."""
     return 2.0 ** (math.frexp(largest)[1] - 1)
 
 
 def frobenius_norm(S: Tensor) -> float:
-    """||S||_F in float64, of entries whose squares may overflow or vanish."""
+    """||S||_F in float64; the squares of the entries may overflow or vanish."""
     wide, unit = scaled(S)
     return float(torch.linalg.vector_norm(wide)) * unit

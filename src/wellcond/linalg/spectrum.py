@@ -1,9 +1,10 @@
 """Measured singular values and condition numbers of single matrices.
 
-All arithmetic is float64. The singular values are the roots of the eigenvalues of the smaller Gram
-matrix where that resolves them: an error of eps sigma_1^2 in sigma_nu^2 grows with kappa^2, so
-sigma_nu comes from inverse iteration and is measured as ||S v||, which squares nothing. Where that
-does not converge either, or rounding may have hidden sigma_nu in the Gram matrix, an SVD decides.
+All arithmetic is float64. The singular values are the square roots of the eigenvalues of the
+smaller Gram matrix if that resolves them. The error eps sigma_1^2 of sigma_nu^2 grows with kappa^2,
+so otherwise sigma_nu comes from inverse iteration and is measured as ||S v||, which does not square
+S. An SVD decides if that does not converge either, or if rounding of the Gram matrix may have
+hidden sigma_nu.
 
 Letters: S (..., m, n) a matrix or a batch of them; G the Gram matrix S^T S, or S S^T if that is
 smaller; sigma (..., nu) the singular values, descending; nu = min(m, n); kappa = sigma_1/sigma_nu.
@@ -23,36 +24,37 @@ from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices, check_matrices
 from wellcond.linalg.lapack import singular_values
+from wellcond.linalg.projection import gram
 from wellcond.linalg.scaling import scaled
 
 _EPS = torch.finfo(torch.float64).eps
-# Up to this nu an SVD is as fast as the Gram matrix; from the other on, Krylov spaces find the
+# Up to _SMALL (nu) an SVD is as fast as the Gram matrix; from _LARGE on, Krylov spaces find the
 # extremes faster than eigenvalues of the Gram matrix (`wellcond bench audit`).
 _SMALL, _LARGE = 256, 2048
-# The relative errors of a squared singular value that are taken: of the Gram matrix by its bound
-# n eps kappa^2, which is far from reached; of an iteration by its residual, which is an estimate.
+# Accepted relative errors of a squared singular value: for the Gram matrix by the bound
+# n eps kappa^2, which is pessimistic; for an iteration by its residual, which is an estimate.
 _GRAM_ERROR, _RESIDUAL_ERROR = 1e-6, 1e-8
 # The Gram matrix is computed with an error D, and the vector v of its smallest eigenvalue has
-# ||S v||^2 <= sigma_nu^2 + 2 ||D|| (Weyl). So where sigma_nu^2 is smaller than ||D||, an iteration
-# may settle on other vectors, and no residual of theirs tells. With max(m, n) eps sigma_1^2 for
-# ||D||, nothing found is so small that it could hide a much smaller one.
+# ||S v||^2 <= sigma_nu^2 + 2 ||D|| (Weyl). If sigma_nu^2 is smaller than ||D||, an iteration may
+# converge to another vector, and its residual does not show it. ||D|| is taken as
+# max(m, n) eps sigma_1^2; a result must exceed ||D||/_HIDDEN to rule out a much smaller sigma_nu.
 _HIDDEN = 0.1
 
 
 class Method(enum.Enum):
-    """How the singular values of a weight were found."""
+    """The algorithm that computed the singular values of a weight."""
 
     svd = "SVD in float64"
     gram = "eigenvalues of the Gram matrix in float64"
     inverse = "eigenvalues of the Gram matrix in float64, the smallest by inverse iteration"
-    krylov = "extremes alone, by block Krylov spaces of the Gram matrix and its inverse in float64"
+    krylov = "extremes only, by block Krylov spaces of the Gram matrix and its inverse in float64"
 
 
 class Spectrum(NamedTuple):
-    """Singular values of one matrix, descending: all of them, or with `krylov` the extremes.
+    """Singular values of one matrix, descending: all of them, or only the extremes (`krylov`).
 
-    They are `unit * scaled`, kept apart as the product may overflow and kappa need not. `shape` is
-    (m, n), or (g, m, n) for g blocks of a block-diagonal matrix.
+    They are `unit * scaled`, kept apart because the product may overflow where kappa does not.
+    `shape` is (m, n), or (g, m, n) for g blocks of a block-diagonal matrix.
     """
 
     scaled: Tensor
@@ -66,8 +68,9 @@ class Spectrum(NamedTuple):
 
     @property
     def condition_number(self) -> float:
-        """inf where sigma_nu is zero to working precision, nan for a zero matrix."""
-        largest, *_, smallest = 2 * self.scaled.cpu().tolist()  # of one, it is both
+        """inf if sigma_nu is zero to working precision, nan for a zero matrix."""
+        sigma = self.scaled.cpu()
+        largest, smallest = float(sigma[0]), float(sigma[-1])
         if largest == 0:
             return math.nan
         return math.inf if smallest <= negligible(self.shape) * largest else largest / smallest
@@ -76,17 +79,17 @@ class Spectrum(NamedTuple):
 def condition_number(S: Tensor) -> Tensor:
     """The condition number kappa = sigma_1/sigma_nu of the stored values, computed in float64.
 
-    By an SVD, or for a single matrix with nu > 256 by the cheapest sound method: relative errors
+    It uses an SVD, or for a single matrix with nu > 256 the cheapest sound method: relative errors
     stayed below 1e-6 for kappa up to 1e5 (`wellcond bench audit`). See `certify` for a proof.
 
     Args:
-        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. Of
-            A + iB it is the condition number of [[A, -B], [B, A]].
+        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. For
+            A + iB the result is the condition number of [[A, -B], [B, A]].
 
     Returns:
         float64 tensor (...), dimensionless, at least 1. It is inf where sigma_nu is at most
         max(m, n) eps(float64) sigma_1, that is zero to working precision, and nan where S = 0. It
-        lies where S does, or on the CPU if that device has no float64.
+        is on the device of S, or on the CPU if that device has no float64.
 
     Raises:
         ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or
@@ -104,8 +107,8 @@ def condition_number(S: Tensor) -> Tensor:
     if S.ndim == 2:
         spectrum = measure(S)
         return spectrum.scaled.new_full((), spectrum.condition_number, dtype=torch.float64)
-    # The largest entry as unit: singular values of 1e+-200 would overflow inside LAPACK's scaling
-    # of subnormal entries, and a ratio does not mind.
+    # The largest entry is the unit: singular values of 1e+-200 would overflow inside LAPACK's
+    # scaling of subnormal entries. The ratio does not depend on the unit.
     wide = as_matrices(S.detach())
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     sigma = singular_values(wide / torch.where(unit > 0, unit, 1.0))
@@ -115,16 +118,20 @@ def condition_number(S: Tensor) -> Tensor:
 
 
 def negligible(shape: torch.Size) -> float:
-    """Up to here, relative to sigma_1, a computed singular value is zero to working precision."""
+    """The ratio sigma/sigma_1 up to which a computed sigma is zero to working precision."""
     return max(shape[-2:]) * _EPS
 
 
 def measure(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spectrum:
-    """The singular values of one matrix (m, n), in float64, by the cheapest sound method.
+    """Computes the singular values of one matrix (m, n) in float64 by the cheapest sound method.
 
-    Of a very large one only the extremes, unless `all_values` are asked for; of any, where that is
-    cheaper, if `extremes` are enough. Raises ValueError if
-    it is not finite, or LAPACK does not converge.
+    Args:
+        S: the matrix.
+        all_values: also compute all singular values of a very large matrix, not only the extremes.
+        extremes: the extremes suffice for a matrix of any size, if they are cheaper.
+
+    Raises:
+        ValueError: an entry is NaN or infinite, or LAPACK does not converge.
     """
     wide, unit = scaled(S)  # LAPACK squares, and scales subnormal entries up
     m, n = wide.shape
@@ -143,7 +150,7 @@ def measure(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spec
 def spectrum_of_blocks(spectra: Sequence[Spectrum]) -> Spectrum:
     """The spectrum of a block-diagonal matrix from those of its blocks, all of one shape.
 
-    Of extremes alone if those of a block are; the method is the one that is farthest from an SVD.
+    It holds only the extremes if that of a block does; the method is the one farthest from an SVD.
     """
     unit = max(spectrum.unit for spectrum in spectra)
     method = max((spectrum.method for spectrum in spectra), key=list(Method).index)
@@ -155,16 +162,16 @@ def spectrum_of_blocks(spectra: Sequence[Spectrum]) -> Spectrum:
 
 
 def _from_gram(S: Tensor, all_values: bool, extremes: bool = False) -> Spectrum | None:
-    """Singular values of S (m >= n) from its Gram matrix; None where that does not resolve them.
+    """Singular values of S (m >= n) from its Gram matrix; None if that does not resolve them.
 
-    Cheap questions first: what needs an SVD in the end should not pay for eigenvalues before.
+    The cheap checks come first: a matrix that needs an SVD should not pay for eigenvalues before.
     """
     n = S.shape[1]
     G = gram(S)
     factor, failed = torch.linalg.cholesky_ex(G)
     if failed:
         return None
-    start = _start(S)
+    start = _random_block(S)
     smallest, error = _smallest(S, factor, start)
     del factor
     hides = negligible(S.shape) / _HIDDEN
@@ -191,26 +198,14 @@ def _from_gram(S: Tensor, all_values: bool, extremes: bool = False) -> Spectrum 
     return Spectrum(sigma, Method.inverse, S.shape)
 
 
-def gram(S: Tensor) -> Tensor:
-    """S^T S: the blocks of its lower triangle, mirrored, at little more than half the products."""
-    n = S.shape[1]
-    G = S.new_empty(n, n)
-    width = max(256, -(-n // 4))
-    for start in range(0, n, width):
-        block = S[:, start:].mT @ S[:, start : start + width]
-        G[start:, start : start + width] = block
-        G[start : start + width, start:] = block.mT
-    return G
+def _random_block(S: Tensor, width: int = 4) -> Tensor:
+    """A random block (n, width), which depends only on the matrix.
 
-
-def _start(S: Tensor, width: int = 4) -> Tensor:
-    """A random block (n, width), the same for the same matrix.
-
-    It hangs on all entries by a cryptographic hash: whoever knew it beforehand could make a matrix
-    whose extreme singular vectors are orthogonal to it, and so are never found.
+    It is seeded by a hash of all entries, so that no matrix can be built whose extreme singular
+    vectors are orthogonal to it and are therefore missed.
     """
     content = S.cpu().contiguous().view(torch.uint8).numpy().data
-    # PyTorch's generator on the CPU takes 32 bits, few enough to try: one for each column.
+    # PyTorch's generator on the CPU takes 32 bits, few enough to try out: one seed per column.
     seeds = struct.unpack_from(f"<{width}I", hashlib.sha256(content).digest())
     sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     columns = [
@@ -222,8 +217,8 @@ def _start(S: Tensor, width: int = 4) -> Tensor:
 def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
     """sigma_n of S from the Cholesky factor of S^T S, and an estimate of the error of sigma_n^2.
 
-    The vectors are those of the rounded Gram matrix; sigma_n = ||S v|| forgives them to second
-    order, and the residual is that of S itself.
+    The vectors are those of the rounded Gram matrix; sigma_n = ||S v|| depends on their error only
+    to second order, and the residual is that of S itself.
     """
 
     def inverse(V: Tensor) -> Tensor:
@@ -232,7 +227,7 @@ def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
         return solved
 
     _, V, _ = _krylov(inverse, start, _RESIDUAL_ERROR, steps=30)
-    for _ in range(2):  # what is left of large singular vectors shrinks by kappa^2 each time
+    for _ in range(2):  # each time the share of large singular vectors shrinks by kappa^2
         V = torch.linalg.qr(inverse(V)).Q
     U, sigma, Wh = torch.linalg.svd(S @ V, full_matrices=False)
     residual = torch.linalg.vector_norm(S.mT @ U[:, -1] - sigma[-1] * (V @ Wh[-1]))
@@ -243,8 +238,8 @@ def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
 def _ritz_error(value: Tensor, residual: Tensor, gap: Tensor) -> float:
     """An estimate of the relative error of a Ritz value: residual, or residual^2/gap if smaller.
 
-    Some eigenvalue is as near as the residual (Weyl), and if the gap to the next Ritz value is
-    that to the next eigenvalue, as near as the second (Kato and Temple).
+    Some eigenvalue is within the residual (Weyl). If the gap to the next Ritz value is that to the
+    next eigenvalue, it is within residual^2/gap (Kato and Temple).
     """
     error = torch.where(gap > residual, residual.square() / gap, residual)
     return float(error / value)
@@ -255,10 +250,8 @@ def _krylov(
 ) -> tuple[Tensor, Tensor, float]:
     """The largest eigenvalue of a positive semidefinite operator by block Lanczos.
 
-    From a block `start` (n, width).
-
-    Returns the Ritz value, a lower bound, the `width` leading Ritz vectors (n, width), and an
-    estimate of the relative error of the value.
+    It starts from a block (n, width). Returns the Ritz value, a lower bound, the `width` leading
+    Ritz vectors (n, width), and an estimate of the relative error of the value.
     """
     n, width = start.shape
     steps = min(steps, n // width)
@@ -272,7 +265,7 @@ def _krylov(
         image = apply(block)
         along = before @ image
         block, remainder = torch.linalg.qr(image - before.mT @ along)
-        # Once more, after scaling: where the space is exhausted only rounding was left.
+        # Once more, after scaling: if the space is exhausted, only rounding is left.
         again = before @ block
         block, scaled = torch.linalg.qr(block - before.mT @ again)
         projected[:filled, last] = along + again @ remainder

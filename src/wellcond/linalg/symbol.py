@@ -1,10 +1,10 @@
-"""Convolutions by frequencies: exact on a torus, and a bound of the spectral norm elsewhere.
+"""Convolutions in the frequency domain: exact on a torus, otherwise a bound of the spectral norm.
 
-With stride s an axis of N points falls into s phases of N/s points, x_r[q] = x[s q + r], and at
+With stride s an axis of N points splits into s phases of N/s points, x_r[q] = x[s q + r], and at
 each coarse frequency w the map is the matrix (o, i prod(s)) of the Fourier coefficients of the
-phases of the kernel. Its singular values over all w are those of the periodic convolution. On any
-other input the map with zeros around is a part of that on the whole lattice, so that its norm is at
-most the supremum over all real frequencies.
+phases of the kernel. Its singular values over all w are those of the periodic convolution. A
+zero-padded convolution is a restriction of that on the whole lattice, so that its norm is at most
+the supremum over all real frequencies.
 
 Letters: K (o, i, *k) the kernel; s, d stride and dilation of an axis, e = d (k - 1) + 1 its extent;
 N the size of the input; w frequencies.
@@ -21,8 +21,8 @@ from torch import Tensor
 from wellcond.linalg.lapack import singular_values
 
 
-def _laid_out(K: Tensor, dilation: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The taps on a torus of this size, in float64; those that meet add up."""
+def _place_taps(K: Tensor, dilation: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The taps on a torus of this size, in float64; coinciding taps are added."""
     laid = K.to(torch.float64).flatten(2)
     places = torch.zeros(1, dtype=torch.int64)
     for k, d, n in zip(K.shape[2:], dilation, size, strict=True):
@@ -32,23 +32,23 @@ def _laid_out(K: Tensor, dilation: Sequence[int], size: Sequence[int]) -> Tensor
     return torus.reshape(*K.shape[:2], *size)
 
 
-def at_frequencies(
+def symbol_matrices(
     K: Tensor, stride: Sequence[int], dilation: Sequence[int], size: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The matrices (f, o, i prod(s)) at half of the coarse frequencies, and how often each stands.
+    """The matrices (f, o, i prod(s)) at half of the coarse frequencies, and their multiplicities.
 
-    A frequency and its negative have the same singular values, as K is real.
+    A frequency and its negative have the same singular values, because K is real.
     """
-    torus = _laid_out(K, dilation, size)
+    torus = _place_taps(K, dilation, size)
     axes = len(stride)
     coarse = [n // s for n, s in zip(size, stride, strict=True)]
     phases = torus.reshape(
         *torus.shape[:2], *(x for pair in zip(coarse, stride, strict=True) for x in pair)
     )
-    where = [2 + 2 * a for a in range(axes)]
-    symbol = torch.fft.fftn(phases, dim=where)
+    positions = [2 + 2 * a for a in range(axes)]
+    symbol = torch.fft.fftn(phases, dim=positions)
     rest = [3 + 2 * a for a in range(axes)]
-    matrices = symbol.permute(*where, 0, 1, *rest).reshape(math.prod(coarse), len(K), -1)
+    matrices = symbol.permute(*positions, 0, 1, *rest).reshape(math.prod(coarse), len(K), -1)
     index = torch.arange(math.prod(coarse)).reshape(coarse)
     mirrored = index
     for a, n in enumerate(coarse):
@@ -66,33 +66,34 @@ def periodic_singular_values(
 
     Args:
         K: the kernel (o, i, *k).
-        stride: of each axis, which divides the size.
-        dilation: of each axis.
+        stride: per axis; it divides the size.
+        dilation: per axis.
         size: of the input.
     """
-    matrices, counts = at_frequencies(K, stride, dilation, size)
+    matrices, counts = symbol_matrices(K, stride, dilation, size)
     sigma = singular_values(matrices)
     return (
         sigma.repeat_interleave(counts.to(sigma.device), 0).flatten().sort(descending=True).values
     )
 
 
-# Points of the grid for each step that a kernel spans: as many as this work allows.
+# Grid points per step that a kernel spans: the most that this work permits.
 _POINTS, _WORK = (16, 8, 4), 2e10
 
 
 def norm_bound(K: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> float:
-    """An upper bound of the norm of the convolution on the whole lattice, so with zeros around.
+    """An upper bound of the norm of the convolution on the whole lattice, and so with zero padding.
 
     sigma_1^2 over w is the maximum of trigonometric polynomials of degree at most h, where h + 1 is
-    the number of coarse steps that the kernel spans, so that its supremum is at most that over N
-    points an axis times prod (1 - 2 h/N)^(-1/2): 3 % of sigma_1 an axis with N = 16 h, 15 and 41 %
-    of both axes of an image with 8 h and 4 h. In float64, without a bound of its rounding.
+    the number of coarse steps that the kernel spans. So its supremum is at most that over N points
+    per axis times prod (1 - 2 h/N)^(-1/2): 3 % of sigma_1 per axis with N = 16 h; for the two axes
+    of an image 15 % with 8 h and 41 % with 4 h. It is computed in float64, without a bound of the
+    rounding.
 
     Args:
         K: the kernel (o, i, *k).
-        stride: of each axis.
-        dilation: of each axis; of an axis with stride 1 it changes nothing.
+        stride: per axis.
+        dilation: per axis; for stride 1 it has no effect.
     """
     dilation = [d if s > 1 else 1 for s, d in zip(stride, dilation, strict=True)]
     extents = [d * (k - 1) + 1 for k, d in zip(K.shape[2:], dilation, strict=True)]
@@ -103,7 +104,7 @@ def norm_bound(K: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> flo
         if math.prod(points) * narrow**3 <= _WORK:
             break
     size = [s * n for s, n in zip(stride, points, strict=True)]
-    matrices, _ = at_frequencies(K, stride, dilation, size)
+    matrices, _ = symbol_matrices(K, stride, dilation, size)
     if matrices.shape[1] > matrices.shape[2]:
         matrices = matrices.mH
     largest = torch.linalg.eigvalsh(matrices @ matrices.mH)[:, -1].max().clamp_min(0).sqrt()

@@ -8,6 +8,7 @@ nu = min(m, n).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
@@ -34,25 +35,33 @@ class Rescaled(NamedTuple):
     C: Tensor
 
 
+# How many tensors each form consists of; its place here is its code.
+_SIZES = (len(LowRank._fields), len(Rescaled._fields), 1)
+
+
 @dataclass(frozen=True)
 class _Change:
     form: LowRank | Rescaled | Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What it consists of; `of` puts it together again.
+    def code(self) -> int:
+        """Which of the three forms it has, for places where only tensors and numbers can go."""
+        return 0 if isinstance(self.form, LowRank) else 1 if isinstance(self.form, Rescaled) else 2
 
-        The dimensions of the first, beyond those of the stack, tell the form: 0, 1 and 2.
-        """
-        if isinstance(self.form, Rescaled):
-            return self.form.c[..., None], self.form.C
-        return tuple(self.form) if isinstance(self.form, LowRank) else (self.form,)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it consists of; `from_tensors` puts it together again."""
+        return (self.form,) if isinstance(self.form, Tensor) else tuple(self.form)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Self:
-        if len(tensors) == 2:
-            return cls(Rescaled(tensors[0][..., 0], tensors[1]))
-        return cls(LowRank(*tensors) if len(tensors) == 3 else tensors[0])
+    def from_tensors(cls, code: int, tensors: Sequence[Tensor]) -> Self:
+        return cls((LowRank, Rescaled)[code](*tensors) if code < 2 else tensors[0])
+
+    @classmethod
+    def take(cls, code: int, tensors: list[Tensor]) -> Self:
+        """The one that the first tensors of a list make up, which are removed from it."""
+        own, tensors[:] = tensors[: _SIZES[code]], tensors[_SIZES[code] :]
+        return cls.from_tensors(code, own)
 
 
 class Gradient(_Change):
@@ -67,7 +76,7 @@ class Gradient(_Change):
     """
 
     def times(self, factor: Tensor) -> Gradient:
-        """A multiple; the factor is one number, or one a matrix."""
+        """A multiple; the factor is one number, or one per matrix."""
         if isinstance(self.form, LowRank):
             c, U, V = self.form
             return Gradient(LowRank(factor * c, over_matrices(factor) * U, V))
@@ -109,7 +118,7 @@ def _where(chosen: Tensor, form: LowRank | Rescaled, identity: float) -> LowRank
 
 
 def over_matrices(c: Tensor) -> Tensor:
-    """One number a matrix, so that it multiplies its entries."""
+    """One number per matrix, so that it multiplies its entries."""
     return c[..., None, None]
 
 
@@ -139,10 +148,10 @@ class Operator(Protocol):
         """S^T U, (..., n, k)."""
 
     def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        """||S||_F^2, one number a matrix; in the working dtype if none is given."""
+        """||S||_F^2, one number per matrix; in the working dtype if none is given."""
 
     def finite(self) -> Tensor:
-        """Whether no entry is NaN or infinite, one truth value a matrix."""
+        """Whether no entry is NaN or infinite, one bool per matrix."""
 
 
 class WeightOperator(Operator, Protocol):
@@ -185,8 +194,41 @@ class HasGram(Protocol):
     def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
         """S^T S if n <= m, else S S^T, (..., nu, nu); in the working dtype if none is given.
 
-        That of S/unit, one number a matrix, where squares of S could overflow or vanish.
+        That of S/unit, one number per matrix, where squares of S could overflow or vanish.
         """
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
         """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""
+
+
+class SpectralOperator(WeightOperator, Updatable, HasGram, Protocol):
+    """A weight whose singular values can be changed: what limits and isometry steps ask for.
+
+    It may be spread over processes, each of which holds a part of it; a number per matrix is then
+    held by those that hold a part of that matrix.
+    """
+
+    S: Tensor  # the entries that are held here, as they are stored
+
+    @property
+    def is_one_map(self) -> bool:
+        """Whether its matrices are the blocks of one map, as the groups of a convolution are."""
+
+    def spread(self, whole: bool = False) -> AbstractContextManager[SpectralOperator]:
+        """Itself, laid out so that `gram` and `rescale_` work, or so that it is whole.
+
+        What is stored in it is carried back in the end.
+        """
+
+    def own_part(self, numbers: Tensor) -> Tensor:
+        """Of one number per matrix (...) those that are held here."""
+
+    def all_of(self, numbers: Tensor) -> Tensor:
+        """One number per matrix (...), of those held here, put together with all others."""
+
+    def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
+        """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to the nearest.
+
+        V (..., nu, j) on the short side, d (..., j); S0 is what the weight was. Of a stack, those
+        chosen (...).
+        """

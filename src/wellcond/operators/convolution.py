@@ -1,7 +1,7 @@
-"""A convolution as the linear map that acts: on inputs of one size, with stride, padding, groups.
+"""A convolution as a linear map on inputs of one size, with stride, padding and groups.
 
 Letters: K (o, i/g, *k) the kernel; s, d, p stride, dilation and padding of an axis; N its input
-size; S (m, n) the map from i prod(N) inputs to the outputs, each laid out as (channel, *position).
+size; S (m, n) the map from i prod(N) inputs to the outputs, both in the order (channel, *position).
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-# How a border is filled, by PyTorch's names.
+# Padding modes, by PyTorch's names.
 ZEROS, CIRCULAR = "zeros", "circular"
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is known of a convolution besides its kernel; a number for each axis.
+    """The parameters of a convolution other than its kernel, one entry per axis.
 
     Attributes:
         size: of the input.
         stride: between two positions of the kernel.
         dilation: between two of its taps.
-        padding: before and after the input; below 0 so much of it is left out.
-        mode: how it is filled: zeros, circular, reflect or replicate.
-        groups: of channels that do not mix.
-        transposed: whether it is the adjoint of this map that acts, as in ConvTranspose; the size
-            is then that of its output.
+        padding: before and after the input; a negative amount crops it.
+        mode: of the padding: zeros, circular, reflect or replicate.
+        groups: the number of groups of channels.
+        transposed: the layer is the adjoint of this map, as in ConvTranspose; `size` is then that
+            of its output.
         also: other sizes on which the same layer acts.
     """
 
@@ -56,18 +56,21 @@ class Geometry:
         size: tuple[int, ...],
         positions: tuple[int, ...] | None = None,
     ) -> Geometry:
-        """That of a layer on inputs (..., *size).
+        """The geometry of a layer on inputs (..., *size).
 
-        If it is transposed, of its outputs, of which those that no input reaches are left out:
-        `positions` is the size of its inputs then; None if all are reached.
+        Args:
+            layer: the convolution.
+            size: of its inputs, or of its outputs if it is transposed.
+            positions: the size of the inputs of a transposed layer, to leave out outputs that no
+                input reaches; None if all are reached.
         """
         before_after = layer._reversed_padding_repeated_twice
         padding = tuple(zip(before_after[::2], before_after[1::2], strict=True))[::-1]
         if layer.transposed:
-            # PyTorch lists there what its own padding would need; p is cut off from the output.
+            # There PyTorch lists the padding that it needs internally; p crops the output.
             padding = tuple((int(p), int(p)) for p in layer.padding)
             if positions is not None:
-                padding = _reached(layer, size, positions, padding)
+                padding = _pad_to_positions(layer, size, positions, padding)
         padded = any(amount for pair in padding for amount in pair)
         return cls(
             size,
@@ -80,13 +83,13 @@ class Geometry:
         )
 
 
-def _reached(
+def _pad_to_positions(
     layer: nn.modules.conv._ConvNd,
     size: tuple[int, ...],
     positions: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
 ) -> tuple[tuple[int, int], ...]:
-    """The padding with which there are so many positions: output_padding may make room for more."""
+    """The padding that gives this number of positions, for which output_padding may add room."""
     axes = zip(
         *(size, layer.kernel_size, layer.stride, layer.dilation, padding, positions), strict=True
     )
@@ -98,11 +101,11 @@ def _reached(
 
 
 class Convolution:
-    """S as products with it.
+    """S as a linear map that is never formed.
 
     Args:
-        kernel: (o, i/g, *k); of a transposed one (i, o/g, *k), which is that of its adjoint.
-        geometry: how it slides.
+        kernel: (o, i/g, *k); for a transposed layer (i, o/g, *k), the kernel of the adjoint.
+        geometry: its other parameters.
     """
 
     def __init__(self, kernel: Tensor, geometry: Geometry) -> None:
@@ -124,12 +127,12 @@ class Convolution:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Where the kernel is put, a number for each axis."""
+        """The number of positions of the kernel, per axis."""
         return self._output[1:]
 
     @property
     def disjoint(self) -> bool:
-        """Whether no input is seen twice, so that S is the flattened kernel at every position."""
+        """Whether no input is used twice, so that S is the flattened kernel at every position."""
         geometry = self.geometry
         steps = zip(self.kernel.shape[2:], geometry.stride, geometry.dilation, strict=True)
         unpadded = not any(amount for pair in geometry.padding for amount in pair)
@@ -137,7 +140,7 @@ class Convolution:
 
     @property
     def periodic(self) -> bool:
-        """Whether inputs and outputs are whole turns of a torus."""
+        """Whether padding is circular and the positions go round the torus exactly once."""
         geometry = self.geometry
         turns = zip(self.positions, geometry.stride, geometry.size, strict=True)
         return geometry.mode == CIRCULAR and all(p * s == n for p, s, n in turns)
@@ -152,7 +155,7 @@ class Convolution:
         return min(self.shape)
 
     def group(self, index: int) -> Convolution:
-        """One of the blocks of which it consists."""
+        """The convolution of one group, a block of S."""
         geometry, rows = self.geometry, len(self.kernel) // self.geometry.groups
         one = Geometry(**{**vars(geometry), "groups": 1})
         return Convolution(self.kernel[index * rows : (index + 1) * rows], one)
@@ -163,24 +166,21 @@ class Convolution:
     def rmatmat(self, U: Tensor) -> Tensor:
         return self._forward(U) if self.geometry.transposed else self._adjoint(U)
 
-    def finite(self) -> Tensor:
-        return torch.isfinite(self.kernel).all()
-
     def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
         """‖S‖_F² = Σ ⟨K_t, K_u⟩ Π_a C_a[t_a, u_a] over pairs t, u of taps.
 
-        C_a counts the positions along an axis at which both taps see the same input.
+        C_a counts the positions along an axis at which both taps use the same input.
         """
         K = self.kernel.to(dtype or self.dtype).flatten(0, 1)
         total = K
-        for axis, seen in enumerate(self._seen(), start=1):
-            together = (seen[:, :, None] == seen[:, None, :]) & (seen >= 0)[:, :, None]
-            C = together.sum(0).to(K)
+        for axis, indices in enumerate(self._input_indices(), start=1):
+            same = (indices[:, :, None] == indices[:, None, :]) & (indices >= 0)[:, :, None]
+            C = same.sum(0).to(K)
             total = (total.movedim(axis, -1) @ C).movedim(-1, axis)
         return (total * K).sum()
 
-    def _seen(self) -> list[Tensor]:
-        """For each axis which input (positions, taps) see; -1 is none."""
+    def _input_indices(self) -> list[Tensor]:
+        """Per axis the index of the input (positions, taps); -1 for a padded zero."""
         geometry, found = self.geometry, []
         for axis, n in enumerate(geometry.size):
             inputs = torch.arange(1.0, n + 1)[None]
@@ -193,7 +193,7 @@ class Convolution:
         return found
 
     def dense(self) -> Tensor:
-        """S itself, from the side with fewer products."""
+        """S as a matrix, from products with the smaller identity."""
         m, n = self.shape
         eye = torch.eye(self.nu, dtype=self.dtype, device=self.device)
         return self.matmat(eye) if n <= m else self.rmatmat(eye).mT
@@ -202,7 +202,7 @@ class Convolution:
         return self._slide(V.mT.reshape(-1, *self._input)).flatten(1).mT
 
     def _adjoint(self, U: Tensor) -> Tensor:
-        """By autograd: the map is linear, whatever its borders."""
+        """S^T U by autograd, because the map is linear for every padding mode."""
         x = U.new_zeros(U.shape[1], *self._input, requires_grad=True)
         with torch.enable_grad():
             y = self._slide(x)

@@ -1,7 +1,7 @@
-"""A product of two skinny matrices as a linear map: what a head of attention does, for one.
+"""A product of two skinny matrices, such as a head of attention or a low-rank adapter.
 
-Letters: S = B A^T (m, n) with factors B (m, k) and A (n, k); nu = min(m, n, k) of its singular
-values need not be zero.
+Letters: S = B A^T (m, n) with factors B (m, k) and A (n, k); at most nu = min(m, n, k) of its
+singular values are not zero.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Product:
-    """S as its factors; the dense matrix is never formed.
+    """S by its factors; the dense matrix is never formed.
 
-    `nu` counts the leading singular values: all others are zero whatever the entries are.
+    `nu` is the number of leading singular values; all others are zero.
 
     Args:
         B: (m, k).

@@ -63,7 +63,7 @@ def _products_in_float32() -> Iterator[None]:
                 backend.fp32_precision = setting
 
 
-def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """x in a dtype of half precision, each entry up or down by chance so that the mean is x.
 
     To the nearest, a step of 1e-3 of an entry would vanish in bfloat16 however often it is taken.

@@ -54,7 +54,7 @@ class ShardedMatrix(StoredMatrix):
 
     def __init__(self, tensor: Any, view: View = STORED, seed: int = 0) -> None:
         self.tensor, self.whole_view = tensor.detach(), view
-        view, shape, self.block = _held(view, tensor.shape, _block_of(tensor))
+        view, shape, self.block = _view_of_block(view, tensor.shape, _block_of(tensor))
         # By its place: processes that hold the same block round it alike.
         place = sum(at.start * 1_000_003**dim for dim, at in enumerate(self.block))
         super().__init__(tensor.to_local(), view, (seed + place) % 2**63)
@@ -69,6 +69,10 @@ class ShardedMatrix(StoredMatrix):
     @property
     def kind(self) -> tuple[object, ...]:
         return *super().kind, self.placements
+
+    @property
+    def is_one_map(self) -> bool:
+        return False  # its groups may be spread over processes
 
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds what every process has found for its block."""
@@ -91,9 +95,9 @@ class ShardedMatrix(StoredMatrix):
         return image
 
     def partial_squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self._placed(super().partial_squared_frobenius_norm(dtype))
+        return self._place(super().partial_squared_frobenius_norm(dtype))
 
-    def _placed(self, values: Tensor) -> Tensor:
+    def _place(self, values: Tensor) -> Tensor:
         """One number a matrix, zero for those of which nothing is held here."""
         placed = values.new_zeros(self.shape[:-2])
         placed[self.block[:-2]] = values
@@ -102,7 +106,7 @@ class ShardedMatrix(StoredMatrix):
     def finite(self) -> Tensor:
         if self.S.numel() == 0:  # it has no largest entry
             return self.reduce_(torch.zeros(self.shape[:-2], device=self.device)) == 0
-        return self.reduce_(self._placed((~super().finite()).float())) == 0
+        return self.reduce_(self._place((~super().finite()).float())) == 0
 
     def dense(self) -> Tensor:
         raise ValueError(
@@ -112,7 +116,7 @@ class ShardedMatrix(StoredMatrix):
 
     def gather(self) -> StoredMatrix:
         """A copy of the whole on every process, all of which must ask for it."""
-        return self._laid_out(whole=True)[0]
+        return self._redistribute(whole=True)[0]
 
     @property
     def upright(self) -> bool:
@@ -123,7 +127,7 @@ class ShardedMatrix(StoredMatrix):
     def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
         """A sum over processes; where they have the short side in parts, of a copy."""
         if not self._short_is_whole:
-            return self._laid_out()[0].gram(dtype, unit)
+            return self._redistribute()[0].gram(dtype, unit)
         gram = torch.zeros(
             *self.shape[:-2], self.nu, self.nu, dtype=dtype or self.dtype, device=self.device
         )
@@ -154,7 +158,7 @@ class ShardedMatrix(StoredMatrix):
         axes = self._axes() & {-1, -2}
         if self._axes() and not axes:
             if len(self.shape) > 2:
-                yield _Held(self)
+                yield _LocalStack(self)
                 return
             alone = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             alone[self.block] = self.S.to(self.dtype)
@@ -167,14 +171,14 @@ class ShardedMatrix(StoredMatrix):
         ):
             yield self
             return
-        other, tensor = self._laid_out(whole)
+        other, tensor = self._redistribute(whole)
         yield other
-        brought = torch.empty_like(self.parameter).copy_(self._brought_back(tensor))
+        brought = torch.empty_like(self.parameter).copy_(self._take_own_part(tensor))
         # Not all of the parameter: other views of it may have changed meanwhile.
         with writable(self.view, self.parameter) as S:
             S.copy_(self.view(brought))
 
-    def _laid_out(self, whole: bool = False) -> tuple[StoredMatrix, Any]:
+    def _redistribute(self, whole: bool = False) -> tuple[StoredMatrix, Any]:
         """A copy with its short side whole, if it can be had with its long side in parts."""
         long = -2 if self.shape[-2] > self.shape[-1] else -1
         tensor = None if whole else self._by_its_long_side(long)
@@ -183,7 +187,7 @@ class ShardedMatrix(StoredMatrix):
         full = self.tensor.full_tensor()
         return _Gathered(full, self.whole_view, self.tensor.device_mesh, self.seed), full
 
-    def _brought_back(self, tensor: Any) -> Tensor:
+    def _take_own_part(self, tensor: Any) -> Tensor:
         """Of a tensor that is laid out so, the part that is held here."""
         if not is_sharded(tensor):
             part: Tensor = tensor[_block_of(self.tensor)]
@@ -204,7 +208,7 @@ class ShardedMatrix(StoredMatrix):
         return self.tensor.redistribute(placements=wanted)
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
-        return _agree(self.placements[0].get_all_groups(), compute, like)
+        return _broadcast_first(self.placements[0].get_all_groups(), compute, like)
 
     def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
         if self.S.numel():
@@ -220,10 +224,10 @@ class ShardedMatrix(StoredMatrix):
 
     def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
         if isinstance(gradient.form, Rescaled) and not self._short_is_whole:
-            S, tensor = self._laid_out()
+            S, tensor = self._redistribute()
             G = torch.zeros_like(tensor)
             S.pullback_(gradient, [G])
-            self.local(into[0]).add_(self._brought_back(G))
+            self.local(into[0]).add_(self._take_own_part(G))
             return
         super().pullback_(Gradient(self._of_block(gradient.form)), into)
 
@@ -249,10 +253,10 @@ class _Gathered(StoredMatrix):
         self.mesh = mesh
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
-        return _agree(self.mesh.get_all_groups(), compute, like)
+        return _broadcast_first(self.mesh.get_all_groups(), compute, like)
 
 
-class _Held(StoredMatrix):
+class _LocalStack(StoredMatrix):
     """Of a stack that is sharded by matrices those that this process holds."""
 
     def __init__(self, stack: ShardedMatrix) -> None:
@@ -262,16 +266,16 @@ class _Held(StoredMatrix):
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
         mesh, placements = self.stack.placements
         alike = [mesh.get_group(dim) for dim, p in enumerate(placements) if p.is_replicate()]
-        return _agree(alike, compute, like)
+        return _broadcast_first(alike, compute, like)
 
-    def held(self, numbers: Tensor) -> Tensor:
+    def own_part(self, numbers: Tensor) -> Tensor:
         return numbers[self.stack.block[:-2]]
 
     def all_of(self, numbers: Tensor) -> Tensor:
-        return self.stack.reduce_(self.stack._placed(numbers))
+        return self.stack.reduce_(self.stack._place(numbers))
 
 
-def _agree(
+def _broadcast_first(
     groups: Sequence[ProcessGroup],
     compute: Callable[[], Sequence[Tensor]],
     like: Sequence[Tensor],
@@ -322,7 +326,7 @@ def _block_of(tensor: Any) -> Block:
     return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
 
 
-def _held(view: View, shape: torch.Size, block: Block) -> tuple[View, torch.Size, Block]:
+def _view_of_block(view: View, shape: torch.Size, block: Block) -> tuple[View, torch.Size, Block]:
     """How a process that holds this block of a parameter sees its part of the matrix.
 
     The view of the local tensor, the shape of the whole, and where in it the part lies.
@@ -335,17 +339,17 @@ def _held(view: View, shape: torch.Size, block: Block) -> tuple[View, torch.Size
             *held, rows, columns = block
             return view, torch.Size([*stack, n, m]), (*held, columns, rows)
         case Kernel():
-            return _kernel_held(view, shape, block)
+            return _view_of_kernel_block(view, shape, block)
         case Part(inner, start, length, dim):
-            whole, shape, block = _held(inner, shape, block)
+            whole, shape, block = _view_of_block(inner, shape, block)
             at = block[dim]
             first = min(max(start, at.start), at.stop)
             last = max(min(start + length, at.stop), first)
             mine = slice(first - start, last - start) if last > first else slice(0, 0)
             view = Part(whole, first - at.start, last - first, dim)
-            return view, _with(shape, dim, length), _with(block, dim, mine)
+            return view, _replace_at(shape, dim, length), _replace_at(block, dim, mine)
         case Member(inner, index):
-            whole, shape, block = _held(inner, shape, block)
+            whole, shape, block = _view_of_block(inner, shape, block)
             here, rows, columns = block
             if here.start <= index < here.stop:
                 return Member(whole, index - here.start), shape[1:], (rows, columns)
@@ -355,7 +359,9 @@ def _held(view: View, shape: torch.Size, block: Block) -> tuple[View, torch.Size
     raise TypeError(f"{view} is no view of a sharded parameter.")
 
 
-def _kernel_held(view: Kernel, shape: torch.Size, block: Block) -> tuple[View, torch.Size, Block]:
+def _view_of_kernel_block(
+    view: Kernel, shape: torch.Size, block: Block
+) -> tuple[View, torch.Size, Block]:
     out, columns, g = shape[0], shape[1:].numel(), view.groups
     if any(at != slice(0, size) for at, size in zip(block[1:], shape[1:], strict=True)):
         raise ValueError(
@@ -376,7 +382,7 @@ def _kernel_held(view: Kernel, shape: torch.Size, block: Block) -> tuple[View, t
     return view, torch.Size([g, each, columns]), (groups, slice(0, each), every)
 
 
-def _with(items: Any, at: int, item: Any) -> Any:
+def _replace_at(items: Any, at: int, item: Any) -> Any:
     """The same with another item at one place."""
     changed = list(items)
     changed[at] = item

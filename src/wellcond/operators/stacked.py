@@ -13,8 +13,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from wellcond.operators.base import Dense, HasGram, WeightOperator
+from wellcond.operators.base import Dense, HasGram, NewWeight, Operator, Updatable, WeightOperator
 from wellcond.operators.stored import StoredMatrix
+
+
+def stack(matrices: Sequence[WeightOperator]) -> Operator:
+    """Operators of one kind as one; a single one as it is."""
+    return matrices[0] if len(matrices) == 1 else StackedMatrices(matrices)
+
+
+def unstack(S: Operator) -> Sequence[WeightOperator]:
+    """The weights of which a stack that `stack` has made consists."""
+    return S.matrices if isinstance(S, StackedMatrices) else [cast(WeightOperator, S)]
 
 
 class StackedMatrices:
@@ -42,7 +52,7 @@ class StackedMatrices:
         return self._each("rmatmat", self._for_each(U))
 
     def _for_each(self, X: Tensor) -> Tensor:
-        """One factor a matrix; one alone is meant for all of them."""
+        """One factor per matrix; a single one is meant for all of them."""
         return X.expand(*self.shape[:-2], *X.shape[-2:])
 
     def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -63,6 +73,11 @@ class StackedMatrices:
         units = [None] * len(self.matrices) if unit is None else unit.expand(self.shape[:-2])
         each = zip(self.matrices, units, strict=True)
         return torch.stack([cast(HasGram, S).gram(dtype, one) for S, one in each])
+
+    def update_(self, new: NewWeight) -> None:
+        parts = zip(*(tensor.unbind() for tensor in new.tensors), strict=True)
+        for S, own in zip(self.matrices, parts, strict=True):
+            cast(Updatable, S).update_(NewWeight.from_tensors(new.code, own))
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
         return cast(HasGram, self.matrices[0]).agree(compute, *like)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from wellcond.linalg.projection import gram
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled, over_matrices
-from wellcond.operators.rounding import rounded, working_dtype
-from wellcond.operators.views import STORED, View, writable
+from wellcond.operators.rounding import round_stochastically, working_dtype
+from wellcond.operators.views import STORED, Kernel, View, writable
 
 _NARROW_DEVICES = {"mps"}  # without float64: what needs it is done on the CPU
 _BANDS = 16  # a half-precision weight is widened by sixteenths
@@ -44,6 +45,10 @@ class StoredMatrix:
     @property
     def kind(self) -> tuple[object, ...]:
         return type(self), self.shape, self.S.dtype, self.device
+
+    @property
+    def is_one_map(self) -> bool:
+        return isinstance(self.view, Kernel) and len(self.shape) == 3
 
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds up what the holders of a matrix have found; this one is held whole."""
@@ -92,26 +97,10 @@ class StoredMatrix:
         return self.shape[-2] >= self.shape[-1]
 
     def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
-        dtype = dtype or self.dtype
-        long = self._long(self.S)
-        n = long.shape[-1]
-        gram = torch.zeros(*long.shape[:-2], n, n, dtype=dtype, device=self.device)
-        width = max(256, -(-n // 4))
-        for band in _parts(long):
-            rows = long[..., band, :].to(dtype)
-            if unit is not None:
-                rows = rows / over_matrices(unit.to(dtype))
-            for start in range(0, n, width):  # of the lower triangle: little more than half of it
-                part = slice(start, start + width)
-                gram[..., start:, part] += rows[..., start:].mT @ rows[..., part]
-        for start in range(0, n, width):
-            part, rest = slice(start, start + width), slice(start + width, n)
-            gram[..., part, rest] = gram[..., rest, part].mT
-        return gram
+        return gram(self._long(self.S), dtype or self.dtype, unit)
 
     @contextlib.contextmanager
     def spread(self, whole: bool = False) -> Iterator[StoredMatrix]:
-        """Itself, laid out so that `gram` and `rescale_` work, or so that it is whole."""
         if self.device.type not in _NARROW_DEVICES:
             yield self
             return
@@ -122,23 +111,15 @@ class StoredMatrix:
             S.copy_(host.S)
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
-        """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""
         return list(compute())
 
-    def held(self, numbers: Tensor) -> Tensor:
-        """Of one number a matrix (...) those that are held here."""
+    def own_part(self, numbers: Tensor) -> Tensor:
         return numbers
 
     def all_of(self, numbers: Tensor) -> Tensor:
-        """One number a matrix (...), of those that are held here, put together with the others."""
         return numbers
 
     def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
-        """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to the nearest.
-
-        V (..., nu, j) on the short side, d (..., j); S0 is what the weight was. Of a stack, those
-        chosen (...).
-        """
         with writable(self.view, self.parameter) as S:
             self.S = S
             new, old = self._long(S), self._long(original)
@@ -167,12 +148,12 @@ class StoredMatrix:
             generator = self._chance()
             for band, rows in self._bands():
                 updated = rows * over_matrices(c) + U[..., band, :] @ V.mT
-                S[..., band, :] = rounded(updated, S.dtype, generator)
+                S[..., band, :] = round_stochastically(updated, S.dtype, generator)
 
     def _store_(self, values: Tensor) -> None:
         """Values of the weight's own dtype are stored as they are, wider ones rounded by chance."""
         if torch.finfo(values.dtype).bits > torch.finfo(self.S.dtype).bits == 16:
-            values = rounded(values, self.S.dtype, self._chance())
+            values = round_stochastically(values, self.S.dtype, self._chance())
         self.S.copy_(values)
 
     def _store_rescaled_(self, form: Rescaled) -> None:
@@ -180,7 +161,7 @@ class StoredMatrix:
         long = self._long(self.S)
         for band, rows in self._rescaled(form):
             if generator is not None:
-                rows = rounded(rows.to(self.dtype), self.S.dtype, generator)
+                rows = round_stochastically(rows.to(self.dtype), self.S.dtype, generator)
             long[..., band, :] = rows
 
     def _rescaled(self, form: Rescaled) -> Iterator[tuple[slice, Tensor]]:

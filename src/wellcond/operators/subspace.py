@@ -117,10 +117,10 @@ def by_columns(X: Tensor) -> Tensor:
 def refine(operator: Operator, subspace: Subspace) -> tuple[Image, Subspace]:
     """One product with the weight: what it tells, and the subspace refined on the other side."""
     basis, from_right = subspace
-    return completed(operator.matmat(basis) if from_right else operator.rmatmat(basis), subspace)
+    return read_image(operator.matmat(basis) if from_right else operator.rmatmat(basis), subspace)
 
 
-def completed(
+def read_image(
     image: Tensor, subspace: Subspace, basis: Tensor | None = None
 ) -> tuple[Image, Subspace]:
     """What the image of a subspace tells of the weight; `basis` is that of the image, if known.
@@ -152,14 +152,14 @@ def _complete(subspace: Subspace) -> bool:
     return subspace.basis.shape[-1] == subspace.basis.shape[-2]
 
 
-def warmed(operator: Operator, subspace: Subspace) -> Subspace:
+def warm_up(operator: Operator, subspace: Subspace) -> Subspace:
     """The subspace after two sweeps; on less than one a proximal step could raise kappa."""
     for _ in range(0 if _complete(subspace) else 4):
         _, subspace = refine(operator, subspace)
     return subspace
 
 
-def in_step(operators: Sequence[Operator], subspaces: Sequence[Subspace]) -> list[Subspace]:
+def align_sides(operators: Sequence[Operator], subspaces: Sequence[Subspace]) -> list[Subspace]:
     """The subspaces all on the side of the first: one product more for those on the other."""
     side = subspaces[0].from_right
     return [

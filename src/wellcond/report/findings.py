@@ -7,23 +7,19 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 from __future__ import annotations
 
 import enum
-import functools
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from wellcond.linalg.certify import Certificate
-from wellcond.linalg.gaussian import exceedance, usual_stable_rank
 from wellcond.text import and_more, joined
 from wellcond.weights.reasons import Skipped
 
-FLOAT16 = torch.finfo(torch.float16)
+if TYPE_CHECKING:
+    from wellcond.linalg.certify import Certificate
+
 MERGED = "merged"  # the view, or its end
-_DOMINANT = 0.999  # of the squared norm
+USUAL = 0.05  # a kappa that more random matrices exceed is usual
 
 
 class Grade(enum.Enum):
@@ -73,6 +69,12 @@ class Finding:
             by, u ||S||_F; every matrix that rounds to this one has at least that rank. 0 if the
             grade is "bounded".
         penalty: r = sigma_max^2/2 - ||S||_F^2/(2 nu), in units of a squared singular value.
+        exceedance: how often a random matrix of this shape, of independent Gaussian entries, has a
+            larger condition number, 0 to 1; see `wellcond.linalg.gaussian.exceedance`. nan if there
+            is no condition number, for vectors, for complex matrices, and for what is no stored
+            matrix: groups of a convolution, a convolution as it acts, a head of attention; random
+            ones of these follow other laws.
+        usual_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
         grade: "none", "estimated", "bounded", "computed" or "certified"; see `Grade`.
         status: "ok", or what is the matter; its value says it in words.
         detail: more of the status, such as the error.
@@ -99,6 +101,11 @@ class Finding:
             `wellcond.linalg.leading.added`.
         added_new: of so many of these singular values more than half comes from the adapter.
         added_of: how many they are, r or fewer; 0 of others.
+        gap: how many singular values lie below the widest gap in their lower half, and the ratio
+            across it; (0, 1) if they are not known.
+        repair_limit: the least power of ten that at most 1 in 20 random matrices of this shape
+            exceed, if kappa exceeds it; else nan.
+        repair_change: how far the nearest matrix within that limit is, over ||S||_F.
     """
 
     name: str
@@ -111,6 +118,8 @@ class Finding:
     stable_rank: float = math.nan
     rank: int = 0
     penalty: float = math.nan
+    exceedance: float = math.nan
+    usual_stable_rank: float = math.nan
     grade: Grade = Grade.none
     status: Status = Status.ok
     detail: str = ""
@@ -129,6 +138,9 @@ class Finding:
     added_share: float = math.nan
     added_new: int = 0
     added_of: int = 0
+    gap: tuple[int, float] = (0, 1.0)
+    repair_limit: float = math.nan
+    repair_change: float = math.nan
 
     def __post_init__(self) -> None:
         if not self.entries:  # of a convolution as it acts there are fewer
@@ -143,28 +155,6 @@ class Finding:
     def nu(self) -> int:
         """How many singular values there are, of a product how many need not be zero."""
         return self.inner or math.prod(self.shape[:-2]) * min(self.shape[-2:])
-
-    @property
-    def _comparable(self) -> bool:
-        """Whether random matrices of the shape are its like: of one stored matrix, no vector."""
-        real = not self.dtype.startswith("complex")  # complex Gaussian matrices have another law
-        return real and len(self.shape) == 2 and self.nu > 1 and not math.isnan(self.largest_entry)
-
-    @functools.cached_property
-    def exceedance(self) -> float:
-        """How often a random matrix of this shape has a larger condition number, 0 to 1.
-
-        Of independent Gaussian entries; see `wellcond.linalg.gaussian.exceedance`. nan if there is
-        no condition number, for vectors, for complex matrices, and for what is no stored matrix:
-        groups of a convolution, a convolution as it acts, a head of attention; random ones of these
-        follow other laws.
-        """
-        return exceedance(self.shape, self.condition_number) if self._comparable else math.nan
-
-    @property
-    def usual_stable_rank(self) -> float:
-        """The stable rank that random matrices of this shape have in the mean; nan as above."""
-        return usual_stable_rank(self.shape) if self._comparable else math.nan
 
     @property
     def with_adapter(self) -> bool:
@@ -236,48 +226,6 @@ class Finding:
                 "condition_number": [c.condition_number.lower, c.condition_number.upper],
             }
         return plain
-
-
-def numbers(S: Tensor) -> Tensor:
-    """The stored numbers of S: the real and the imaginary parts of a complex one."""
-    return torch.view_as_real(S.resolve_conj()) if S.is_complex() else S
-
-
-def with_entries(finding: Finding, S: Tensor) -> Finding:
-    """The finding with what is to be known of the single entries of its matrix, all finite.
-
-    The entries of a complex matrix are its real and its imaginary parts.
-    """
-    parts = numbers(S)
-    sizes = parts.abs()
-    zeros = parts.numel() - int(parts.count_nonzero())
-
-    def share(below: Tensor) -> float:
-        return (int(below.count_nonzero()) - zeros) / parts.numel()
-
-    def zero(dim: int) -> tuple[int, ...]:
-        if zeros < S.shape[dim]:  # too few of them
-            return ()
-        entries = sizes.amax(-1) if S.is_complex() else sizes
-        return tuple((entries.amax(dim) == 0).flatten().nonzero().flatten().tolist())
-
-    largest = float(sizes.max())
-    return replace(
-        finding,
-        largest_entry=largest,
-        zero_rows=zero(-1) if largest > 0 else (),
-        zero_columns=zero(-2) if largest > 0 else (),
-        subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
-        # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
-        float16_zero_share=share(sizes <= FLOAT16.smallest_normal * FLOAT16.eps / 2),
-    )
-
-
-def dominant_entry(S: Tensor, largest: float, norm: float) -> tuple[int, ...]:
-    """Where one entry of a matrix holds nearly all of its norm; () if none does."""
-    if S.shape[-2:].count(1) or not norm > 0 or (largest / norm) ** 2 <= _DOMINANT:
-        return ()
-    return tuple(int(index) for index in torch.unravel_index(S.abs().argmax(), S.shape))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""Which layer of a model a weight belongs to, and which kind of weight it is there, by their names.
+"""Which layer of a model a weight belongs to, and which kind of weight it is, by their names.
 
-Of `model.layers.7.mlp.fc1.weight` the layer is `model.layers.7`, the stack in which layers repeat
-`model.layers.*`, and the kind `mlp.fc1.weight`. The number of a layer is the outermost one, unless
-what it counts are stages, which hold stacks of unequal lengths: then it is the next one. Experts
-are no layers.
+The layer of `model.layers.7.mlp.fc1.weight` is `model.layers.7`, the stack in which layers repeat
+is `model.layers.*`, and the kind is `mlp.fc1.weight`. The outermost number of a name counts layers,
+unless it counts stages, which hold stacks of unequal lengths: then the next number does. No number
+of an expert counts layers.
 
-Where more than four weights of a layer differ by a number alone, as heads and experts do, they are
-of one kind, with * for that number: `attn:qk*`, `mlp.experts.*.w1.weight`.
+If more than four weights of a layer differ only by a number, as heads and experts do, they are of
+one kind, with * for that number: `attn:qk*`, `mlp.experts.*.w1.weight`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 _FEW = 4
 # What is smaller is seen at once in a table.
 _LAYERS, _CELLS = 3, 6
 # A part of a name that counts: 7 of layers.7, layer1, encoder_layer_7, h_7.
-_COUNTS = re.compile(r"[0-9]+|(.*(layer|block)s?|h)_?[0-9]+", re.DOTALL)
-_DIGITS = re.compile("[0-9]+")
-_LAST_DIGITS = re.compile("[0-9]+$")
+_COUNTS = re.compile(r"(?<![^.])(?:[0-9]+|(?:[^.:]*(?:layer|block)s?|h)_?[0-9]+)(?=[.:]|$)")
+_DIGITS = re.compile(r"[0-9]+$")
+_NEXT_COUNTS = re.compile(r"\.[0-9]+(?:[.:]|$)")
 # A number in a kind: a part of its own, or what a view ends in, as of qk12.
 _NUMBER = re.compile(r"(^|\.|:[^:.0-9]*)([0-9]+)(?=[.:]|$)")
 
@@ -58,88 +58,66 @@ def places(labels: Collection[str]) -> dict[str, Place]:
         >>> places([*names, "head.weight"])["h.2.attn.k.weight"]
         Place(stack='h.*', layer='h.2', kind='attn.k.weight')
     """
-    names = {label: _parts(label) for label in labels}
-    ends = {label: _ends(parts) for label, parts in names.items()}
-    stages = _stages([(parts, ends[label]) for label, parts in names.items()])
+    candidates = {label: _candidates(label) for label in labels}
+    stages = _stages(candidates.values())
     found = {}
-    for label, parts in names.items():
-        candidates = ends[label]
-        end = next((e for e in candidates if _stack(parts, e) not in stages), 0)
-        if candidates and not end:  # of a stage, and in no layer of it
-            end = candidates[-1]
-        kind = _joined(parts[end:]) if end else label
-        found[label] = Place(_stack(parts, end), _joined(parts[:end]), kind)
-    return _with_many_as_one(found)
+    for label, layers in candidates.items():
+        # The layer of a weight that is in a stage, but in no layer of it, is the stage.
+        last = layers[-1] if layers else ""
+        layer = next((one for one in layers if _stack(one) not in stages), last)
+        kind = label[len(layer) :].removeprefix(".") if layer else label
+        found[label] = Place(_stack(layer), layer, kind)
+    return _star_many(found)
 
 
-def _parts(label: str) -> list[str]:
-    """Of `a.3.b:q` a, 3, b and :q."""
-    name, colon, view = label.partition(":")
-    return [*name.split("."), *([colon + view] if view else [])]
+def _candidates(label: str) -> list[str]:
+    """The names that its layer may have, outermost first: each ends in a number within the name."""
+    name, _, view = label.partition(":")
+    layers = []
+    for match in _COUNTS.finditer(name):
+        layer = name[: match.end()]
+        word = re.sub(r"(\.[0-9]+)+$", "", layer).rpartition(".")[2]
+        is_whole = layer == name and not view
+        # Of numbers that follow each other, as in blocks.3.1, only the last counts layers.
+        is_followed = _NEXT_COUNTS.match(name, match.end())
+        if not (is_whole or is_followed or "expert" in word):
+            layers.append(layer)
+    return layers
 
 
-def _joined(parts: list[str]) -> str:
-    return ".".join(parts).replace(".:", ":")
+def _stack(layer: str) -> str:
+    return _COUNTS.sub(lambda part: _DIGITS.sub("*", part[0]), layer)
 
 
-def _stack(parts: list[str], end: int) -> str:
-    return ".".join(
-        _LAST_DIGITS.sub("*", part) if _COUNTS.fullmatch(part) else part for part in parts[:end]
-    )
-
-
-def _ends(parts: list[str]) -> list[int]:
-    """How many parts may be the name of a layer: up to a number, and not all."""
-    ends = []
-    word = ""
-    for end, (part, following) in enumerate(itertools.pairwise(parts), 1):
-        word = word if _DIGITS.fullmatch(part) else part
-        counts = _COUNTS.fullmatch(part) and not _DIGITS.fullmatch(following)
-        if counts and "expert" not in word:
-            ends.append(end)
-    return ends
-
-
-def _stages(names: list[tuple[list[str], list[int]]]) -> set[str]:
+def _stages(candidates: Iterable[list[str]]) -> set[str]:
     """The stacks whose members hold stacks of unequal lengths, of layers with several weights."""
     weights: dict[tuple[str, str], dict[str, Counter[str]]] = {}
-    for parts, ends in names:
-        for outer, inner in itertools.pairwise(ends):
-            stacks = weights.setdefault((_stack(parts, outer), _stack(parts, inner)), {})
-            layers = stacks.setdefault(_joined(parts[:outer]), Counter())
-            layers[_joined(parts[:inner])] += 1
+    for layers in candidates:
+        for outer, inner in itertools.pairwise(layers):
+            members = weights.setdefault((_stack(outer), _stack(inner)), {})
+            members.setdefault(outer, Counter())[inner] += 1
     return {
         outer
-        for (outer, _), stacks in weights.items()
-        if len({len(layers) for layers in stacks.values()}) > 1
-        and min(count for layers in stacks.values() for count in layers.values()) > 1
+        for (outer, _), members in weights.items()
+        if len({len(inner) for inner in members.values()}) > 1
+        and min(min(inner.values()) for inner in members.values()) > 1
     }
 
 
-def _with_many_as_one(found: dict[str, Place]) -> dict[str, Place]:
-    starred = {
-        label: (place.stack, _NUMBER.sub(r"\1*", place.kind))
-        for label, place in found.items()
-        if place.layer
-    }
-    values: dict[tuple[tuple[str, str], int], set[str]] = defaultdict(set)
-    for label, key in starred.items():
-        for position, number in enumerate(_NUMBER.finditer(found[label].kind)):
-            values[key, position].add(number[2])
-
-    def kind(label: str) -> str:
-        positions = itertools.count()
-
-        def star(number: re.Match[str]) -> str:
-            many = len(values[starred[label], next(positions)]) > _FEW
-            return f"{number[1]}*" if many else number[0]
-
-        return _NUMBER.sub(star, found[label].kind)
-
-    return {
-        label: place._replace(kind=kind(label)) if place.layer else place
-        for label, place in found.items()
-    }
+def _star_many(found: dict[str, Place]) -> dict[str, Place]:
+    """The places, with * for each number of a kind that takes many values in its stack."""
+    pieces = {label: _NUMBER.split(place.kind) for label, place in found.items() if place.layer}
+    alike: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
+    for label, parts in pieces.items():  # text, what stands before the number, the number, text ...
+        key = ["*" if index % 3 == 2 else part for index, part in enumerate(parts)]
+        alike[found[label].stack, *key].append(parts)
+    for members in alike.values():
+        for position in range(2, len(members[0]), 3):
+            if len({parts[position] for parts in members}) > _FEW:
+                for parts in members:
+                    parts[position] = "*"
+    starred = {label: found[label]._replace(kind="".join(parts)) for label, parts in pieces.items()}
+    return found | starred
 
 
 class Stack(NamedTuple):

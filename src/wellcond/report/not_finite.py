@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from wellcond.text import and_more
 
@@ -35,17 +35,15 @@ class NotFinite:
         return f"{found} of {self.entries:,} entries"
 
 
-def describe_not_finite(found: Mapping[str, NotFinite]) -> str:
+def describe_not_finite(not_finite: Mapping[str, NotFinite]) -> str:
     """One line with the number of tensors and the first names, or "" if all are finite."""
-    if not found:
+    if not not_finite:
         return ""
-    named = and_more((f"{name} ({counts})" for name, counts in found.items()), limit=3)
-    return f"{len(found)} tensor{'s hold' if len(found) > 1 else ' holds'} NaN or infinity: {named}"
+    named = and_more((f"{name} ({counts})" for name, counts in not_finite.items()), limit=3)
+    hold = "tensors hold" if len(not_finite) > 1 else "tensor holds"
+    return f"{len(not_finite)} {hold} NaN or infinity: {named}"
 
 
-def to_list(found: Mapping[str, NotFinite]) -> list[dict[str, object]]:
+def to_list(not_finite: Mapping[str, NotFinite]) -> list[dict[str, object]]:
     """As plain data."""
-    return [
-        {"name": name, "nan": one.nan, "infinite": one.infinite, "entries": one.entries}
-        for name, one in found.items()
-    ]
+    return [{"name": name, **asdict(counts)} for name, counts in not_finite.items()]

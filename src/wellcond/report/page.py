@@ -1,220 +1,316 @@
-"""The parts of the pages: rows with bars, what exceeds a limit, facts, and curves.
+"""The page of an audit or of a comparison: what its template needs in addition to the rows.
 
-They are given text and numbers and know nothing of weights.
+`page.html.j2` holds the words and the markup, and `report.css` the style. This module computes the
+positions of bars, the colors of maps, the points of curves, and what is folded.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wellcond.report.markup import breakable, escape, linked
+from wellcond.report.findings import Grade
+from wellcond.report.layers import Stack, stacks
+from wellcond.report.rows import MARK, Column, Row
+from wellcond.text import shown
+from wellcond.weights.reasons import Skipped
 
-# So many singular value curves are told apart.
-CURVES = 6
-MARK = "▲"
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+CURVES = 6  # as many as a reader can tell apart
 _POINTS = 240  # of a curve
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 340, 84, 60, 16
-_DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 5")
-_MARKED = f'<span class="mark" title="above the limit">{MARK}</span> '
-_OVER = ' class="over"'
-# A remark that more rows share is made once, below them.
-_SHARED = 4
-_NAMED = 5
+_LOWEST = -17  # smaller singular values are zero to working precision
+# Up to _FLAT rows are all open. Of more rows, the first _OPEN are open, or as many as exceed the
+# limit, at most _FLAT.
+_FLAT, _OPEN = 100, 30
+_READ = 10  # more skipped weights are folded
+_SHARED = 4  # a note that more rows share is printed once, below the table
+_STEPS = 11  # colors of a scale: s0 ... s10 and d0 ... d10 of report.css
+_LEAST = math.log10(1.1)  # a scale of changes goes at least so far: smaller ones are nearly grey
+_TICKS = 8
+_FEW_DECADES = 2
 
 
-class Row(NamedTuple):
-    """A line of the table.
+@dataclass(frozen=True)
+class Page:
+    """The content of a page.
 
     Attributes:
-        link: the id by which it is found.
-        cells: the name, a column for each condition number, and the others.
-        condition_numbers: for the bars.
-        remark: what there is to say of it besides, if anything.
-        wrong: whether that is bad news.
-        exceeds: whether it is marked, for each condition number that is above the limit.
+        title: the title.
+        lead: the paragraphs below the title.
+        columns: the columns of the table, in the order of the page.
+        meanings: the meanings of the columns, by their keys.
+        rows: the rows by unique labels, in the order of the page.
+        max_condition: the limit, if there is one.
+        versions: of wellcond, torch and Python.
+        is_comparison: whether rows have two condition numbers and maps show their ratio.
+        facts: what is out of the ordinary, each after the label of its weight, or after "".
+        curves: labels and singular values to draw.
+        skipped: what was not measured, and why.
     """
 
-    link: str
-    cells: Sequence[str]
-    condition_numbers: Sequence[float]
-    remark: str = ""
-    wrong: bool = False
-    exceeds: Sequence[bool] = ()
-
-
-class Group(NamedTuple):
-    """Rows below each other, folded under a title if it has one."""
-
     title: str
-    rows: Sequence[Row]
+    lead: Sequence[str]
+    columns: Sequence[Column[Any]]
+    meanings: Mapping[str, str]
+    rows: Mapping[str, Row]
+    max_condition: float | None
+    versions: Mapping[str, str]
+    is_comparison: bool = False
+    facts: Sequence[tuple[str, str]] = ()
+    curves: Sequence[tuple[str, Sequence[float]]] = ()
+    skipped: Mapping[str, Skipped] = field(default_factory=dict)
 
 
-def limit(rows: Sequence[Row], max_condition: float | None) -> str:
-    """How many rows exceed it, and which; nothing without a limit."""
-    if max_condition is None:
-        return ""
-    above = [row for row in rows if any(row.exceeds)]
-    text = f"<strong>{len(above)} of {len(rows)} exceed κ = {max_condition:g}</strong>"
-    if above:
-        names = ", ".join(linked(row.cells[0], row.link) for row in above[:_NAMED])
-        more = len(above) - _NAMED
-        text += f", marked {MARK}: {names}{f' and {more} more' if more > 0 else ''}"
-    if math.isfinite(max_condition):
-        text += "; the line across the bars is that limit"
-    return f"<p>{text}.</p>"
-
-
-def facts(lines: Sequence[str], links: Mapping[str, str]) -> str:
-    """Lines of a name, a colon and what is to be said of it."""
-    named = (line.partition(": ") for line in lines)
-    items = "".join(
-        f"<li>{linked(name, links.get(name, ''))}{colon}{escape(rest)}</li>"
-        for name, colon, rest in named
+def render(page: Page) -> str:
+    """The page as HTML that needs neither network nor script."""
+    rows = [*page.rows.values()]
+    repeated = stacks(page.rows)
+    notes = Counter(row.note for row in rows if row.note)
+    shared = [note for note, count in notes.items() if count > _SHARED]
+    lost = {name: why for name, why in page.skipped.items() if not why.reason.no_matrix}
+    no_matrices = {name: why for name, why in page.skipped.items() if why.reason.no_matrix}
+    return _template().render(
+        page=page,
+        above=[row for row in rows if row.exceeds],
+        axis=_Axis.of(rows, page.max_condition),
+        groups=_groups(page.rows, repeated),
+        note_numbers={note: number for number, note in enumerate(shared, 1)},
+        grades={} if page.is_comparison else {grade.name: grade.value for grade in Grade},
+        lost=lost,
+        lost_reasons=_count_reasons(lost) if len(lost) > _READ else (),
+        no_matrices=no_matrices,
+        no_matrix_reasons=_count_reasons(no_matrices),
+        **_map_context(page, repeated),
+        **_drawing(page.curves),
     )
-    return f'<ul class="facts">{items}</ul>' if items else ""
+
+
+@functools.cache
+def _template() -> Template:
+    """The template; Jinja2 is imported only if a page is made."""
+    import jinja2
+    from markupsafe import Markup, escape
+
+    def breakable(name: str) -> Markup:
+        """A name that may be broken after a dot, and not only within a word."""
+        return Markup(re.sub(r"([.:/_])", r"\1<wbr>", str(escape(shown(name)))))
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("wellcond.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        # Names come from files: nothing may be printed that is markup or that a browser obeys.
+        finalize=lambda value: value if isinstance(value, Markup) else shown(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"breakable": breakable, "short": "{:.4g}".format}
+    environment.tests |= {"nan": math.isnan, "infinite": math.isinf}
+    style = resources.files("wellcond.report").joinpath("report.css").read_text("utf-8")
+    environment.globals |= {"style": Markup(style), "MARK": MARK}
+    return environment.get_template("page.html.j2")
+
+
+def _count_reasons(skipped: Mapping[str, Skipped]) -> list[tuple[Any, int]]:
+    return Counter(why.reason for why in skipped.values()).most_common()
+
+
+# --- the table ------------------------------------------------------------------------------------
 
 
 class _Axis(NamedTuple):
-    """Of the bars: how many powers of ten they span, and where the limit is, as markup."""
+    """The logarithmic scale of all bars, from 1 to a power of ten, and the limit on it, if any."""
 
     decades: int
-    limit: str
+    limit: float | None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], max_condition: float | None) -> _Axis:
+        limit = max_condition if max_condition and math.isfinite(max_condition) else None
+        kappas = [kappa for row in rows for kappa in row.condition_numbers.values()]
+        largest = max(filter(math.isfinite, [*kappas, limit or 1.0]))
+        return cls(max(1, math.ceil(math.log10(largest))), limit)
 
     @property
-    def head(self) -> str:
-        ticks = "".join(
-            f'<span style="left:{100 * exponent / self.decades:.4g}%">{_power(exponent)}</span>'
-            for exponent in range(0, self.decades + 1, -(-self.decades // 3))
-        )
-        return f'<th scope="col" class="bar">log scale<div class="ticks">{ticks}</div></th>'
+    def exponents(self) -> range:
+        """The exponents of the powers of ten above the bars."""
+        return range(0, self.decades + 1, math.ceil(self.decades / 3))
 
-    def bar(self, kappa: float, before: bool) -> str:
-        if math.isnan(kappa):
-            return ""
-        share = 1.0 if math.isinf(kappa) else math.log10(kappa) / self.decades
-        kind = "fill" + " before" * before + " infinite" * math.isinf(kappa)
-        label = f"κ = {kappa:.4g}"
-        return (
-            f'<div class="track" role="img" aria-label="{label}" title="{label}">'
-            f'<div class="{kind}" style="width:{100 * share:.4g}%"></div>{self.limit}</div>'
-        )
+    def share(self, kappa: float) -> float:
+        """The position of a condition number, in percent of the width."""
+        return 100.0 if math.isinf(kappa) else 100 * math.log10(kappa) / self.decades
 
 
-def table(headers: Sequence[str], groups: Sequence[Group], max_condition: float | None) -> str:
-    """The rows of all groups, with bars on one scale; cells without a header are left out."""
-    rows = [row for group in groups for row in group.rows]
-    if not rows:
-        return ""
-    kappas = [kappa for row in rows for kappa in row.condition_numbers]
-    finite = [kappa for kappa in (*kappas, max_condition or 1) if math.isfinite(kappa)]
-    axis = _Axis(max(1, math.ceil(math.log10(max(finite, default=10)))), "")
-    if max_condition is not None and math.isfinite(max_condition):
-        share = math.log10(max_condition) / axis.decades
-        axis = axis._replace(limit=f'<div class="limit" style="left:{100 * share:.4g}%"></div>')
-    counts = Counter(row.remark for row in rows)
-    shared = [remark for remark, count in counts.items() if remark and count > _SHARED]
-    numbers = {remark: number for number, remark in enumerate(shared, 1)}
-    bars_after = len(rows[0].condition_numbers)
-    head = "".join(
-        f'<th scope="col"{_text(header)}>{escape(header)}</th>'
-        + (axis.head if number == bars_after else "")
-        for number, header in enumerate(headers)
-    )
-    parts = []
-    for group in groups:
-        lines = "".join(_row(row, headers, axis, numbers) for row in group.rows)
-        one = (
-            f'<div class="scroll"><table class="rows"><thead><tr>{head}</tr></thead>\n'
-            f"<tbody>\n{lines}</tbody></table></div>"
-        )
-        if group.title:
-            one = f"<details><summary>{breakable(group.title)}</summary>{one}</details>"
-        parts.append(one)
-    parts += [f'<p id="n{n}" class="faint">[{n}] {escape(r)}</p>' for r, n in numbers.items()]
-    return "\n".join(parts)
+class _Group(NamedTuple):
+    """Rows that are open, or folded under the name of their layer, "" if they have none."""
+
+    layer: str
+    rows: list[Row]
+    is_open: bool = False
+
+    @property
+    def above(self) -> int:
+        """How many exceed the limit."""
+        return sum(bool(row.exceeds) for row in self.rows)
 
 
-def _row(row: Row, headers: Sequence[str], axis: _Axis, numbers: Mapping[str, int]) -> str:
-    last = len(row.condition_numbers) - 1
-    bars = "".join(
-        axis.bar(kappa, before=number < last) for number, kappa in enumerate(row.condition_numbers)
-    )
-    wrong = ' class="wrong"' if row.wrong else ""
-    cells = ""
-    for number, (header, cell) in enumerate(zip(headers, row.cells, strict=False)):
-        if number:
-            mark = _MARKED if any(row.exceeds[number - 1 : number]) else ""
-            cells += f'<td{_text(header)} data-label="{escape(header)}">{mark}{escape(cell)}</td>'
+def _groups(rows: Mapping[str, Row], repeated: Sequence[Stack]) -> list[_Group]:
+    """The first rows, and the others by layer."""
+    if len(rows) <= _FLAT:
+        return [_Group("", [*rows.values()], is_open=True)] if rows else []
+    above = sum(bool(row.exceeds) for row in rows.values())
+    count = max(_OPEN, min(above, _FLAT))
+    layers = {
+        label: layer
+        for stack in repeated
+        for (layer, _), labels in stack.weights.items()
+        for label in labels
+    }
+    folded: dict[str, list[Row]] = {layer: [] for stack in repeated for layer in stack.layers}
+    for label in list(rows)[count:]:
+        folded.setdefault(layers.get(label, ""), []).append(rows[label])
+    groups = [_Group(layer, some) for layer, some in folded.items() if some]
+    return [_Group("", list(rows.values())[:count], is_open=True), *groups]
+
+
+# --- maps -----------------------------------------------------------------------------------------
+
+
+class _Scale(NamedTuple):
+    """The colors of all maps, from one logarithm to another; the middle of a change is 0."""
+
+    low: float
+    high: float
+    is_change: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float], is_change: bool) -> _Scale:
+        logarithms = [math.log10(value) for value in values if 0 < value < math.inf]
+        if is_change:
+            limit = max([_LEAST, *map(abs, logarithms)])
+            return cls(-limit, limit, is_change)
+        low, high = min(logarithms, default=0.0), max(logarithms, default=1.0)
+        marks = _marks(low, high)
+        low = max(mark for mark in marks if mark <= low)
+        return cls(low, min(mark for mark in marks if mark >= high and mark > low), is_change)
+
+    @property
+    def letter(self) -> str:
+        """The first letter of the CSS classes of its colors."""
+        return "d" if self.is_change else "s"
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """The numbers below the scale, each after its position in percent of the width."""
+        if self.is_change:
+            marks = [self.low, self.low / 2, 0.0, self.high / 2, self.high]
         else:
-            note = numbers.get(row.remark)
-            sign = f' <a href="#n{note}"{wrong}>[{note}]</a>' if note else ""
-            cells += f'<td id="{row.link}"{_text(header)}>{breakable(cell)}{sign}</td>'
-        if number == last + 1:
-            cells += f'<td class="bar">{bars}</td>'
-    markup = f"<tr{_OVER if any(row.exceeds) else ''}>{cells}</tr>\n"
-    if row.remark and row.remark not in numbers:
-        remark = f'<td colspan="{len(headers) + 1}"{wrong}>{escape(row.remark)}</td>'
-        markup += f'<tr class="note">{remark}</tr>\n'
-    return markup
+            marks = [mark for mark in _marks(self.low, self.high) if mark <= self.high]
+            marks = [mark for mark in marks if mark >= self.low]
+            marks = marks[:: math.ceil(len(marks) / _TICKS)]
+        return [(100 * self._share(mark), _short(10**mark)) for mark in marks]
+
+    def color(self, value: float) -> str:
+        """The CSS class of a cell with this value."""
+        if math.isnan(value):
+            return "unknown"
+        if value in (0, math.inf):
+            return "positive" if value else "negative"
+        step = math.floor(self._share(math.log10(value)) * _STEPS)
+        return f"{self.letter}{min(max(step, 0), _STEPS - 1)}"
+
+    def _share(self, logarithm: float) -> float:
+        return (logarithm - self.low) / (self.high - self.low)
 
 
-def _text(header: str) -> str:
-    return ' class="text"' if header in ("weight", "dtype", "grade") else ""
+def _marks(low: float, high: float) -> list[float]:
+    """Powers of ten from below `low` to above `high`; over few decades also 2 and 5 times these."""
+    decades = range(math.floor(low), math.ceil(high) + 2)
+    parts = (1, 2, 5) if high - low < _FEW_DECADES else (1,)
+    return [decade + math.log10(part) for decade in decades for part in parts]
 
 
-def _power(exponent: int) -> str:
-    return str(10**exponent) if exponent < 2 else f"10<sup>{exponent}</sup>"
+def _short(value: float) -> str:
+    """2e-5, 0.5, 1e4."""
+    return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].strip("+"), f"{value:.3g}")
 
 
-def drawing(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Singular values relative to the largest over their relative position, as a drawing."""
-    floor = min((_log(v, c[0]) for _, c in curves for v in c if v > 0 and c[0] > 0), default=-1.0)
-    floor = min(-1.0, max(floor, -17.0))  # below that they are zero to working precision
-    right, bottom = _WIDTH - 12, _HEIGHT - _BOTTOM
+class _Map(NamedTuple):
+    """A stack of layers: kinds as columns, and of each layer its name and a cell for each kind.
 
-    def x(share: float) -> float:
-        return _LEFT + share * (right - _LEFT)
+    A cell is the row of the worst weight, and how many weights there are.
+    """
 
-    def y(logarithm: float) -> float:
-        return _TOP + max(logarithm, floor) / floor * (bottom - _TOP)
+    title: str
+    kinds: list[str]
+    lines: list[tuple[str, list[tuple[Row, int] | None]]]
 
-    parts = []
-    lowest = math.floor(floor)
-    for exponent in range(0, lowest - 1, -max(1, -lowest // 8)):
-        if exponent >= floor:
-            at = y(exponent)
-            parts.append(
-                f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">1e{exponent}</text>'
-            )
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(
-            f'<text x="{x(share):.1f}" y="{bottom + 24}" text-anchor="middle">{share:g}</text>'
+    @classmethod
+    def of(cls, stack: Stack, rows: Mapping[str, Row]) -> _Map:
+        def cell(layer: str, kind: str) -> tuple[Row, int] | None:
+            labels = stack.weights.get((layer, kind))
+            return (rows[labels[0]], len(labels)) if labels else None
+
+        # Kinds do without the ending that nearly all have, layers without the name of the stack.
+        short = [kind.replace(".weight", "") for kind in stack.kinds]
+        start = stack.name.index("*")
+        return cls(
+            stack.name,
+            short if all(short) and len(set(short)) == len(short) else stack.kinds,
+            [
+                (layer[start:], [cell(layer, kind) for kind in stack.kinds])
+                for layer in stack.layers
+            ],
         )
-    parts.append(
-        f'<text x="{x(0.5):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">(i − 1)/(ν − 1)</text>'
-    )
-    key = ""
-    for number, (name, values) in enumerate(curves):
-        count = len(values)
-        indices = sorted({round(k * (count - 1) / (_POINTS - 1)) for k in range(_POINTS)})
-        points = " ".join(
-            f"{x(i / (count - 1)):.1f},{y(_log(values[i], values[0])):.1f}" for i in indices
-        )
-        pen = f'style="stroke:var(--c{number})" stroke-dasharray="{_DASHES[number]}"'
-        parts.append(f'<polyline points="{points}" {pen}/>')
-        sample = f'<svg viewBox="0 0 40 8"><polyline points="0,4 40,4" {pen}/></svg>'
-        key += f"<li>{sample}{breakable(name)}</li>"
-    drawn = "\n".join(parts)
-    return (
-        "<figure><figcaption>σ_i/σ_1, i = 1 … ν, on a logarithmic axis.</figcaption>\n"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="singular value curves">\n'
-        f'{drawn}\n</svg>\n<ul class="key">{key}</ul></figure>'
-    )
 
 
-def _log(value: float, largest: float) -> float:
-    return math.log10(value / largest) if value > 0 and largest > 0 else -math.inf
+def _map_context(page: Page, repeated: Sequence[Stack]) -> dict[str, Any]:
+    """The maps of all stacks, and what the legend says of their cells."""
+    maps = [_Map.of(stack, page.rows) for stack in repeated]
+    places = [cell for one in maps for _, line in one.lines for cell in line]
+    cells = [cell for cell in places if cell]
+    scale = _Scale.of([row.value for row, _ in cells], page.is_comparison)
+    return {
+        "maps": maps,
+        "scale": scale,
+        "samples": {row.symbol: scale.color(row.value) for row, _ in reversed(cells)},
+        "has_colors": any(0 < row.value < math.inf for row, _ in cells),
+        "has_several": any(count > 1 for _, count in cells),
+        "has_gaps": None in places,
+        "outside": len(page.rows) - sum(count for _, count in cells),
+    }
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+def _drawing(curves: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
+    """The curves as points (x, y) from 0 to 1: x is the position, y = 0 the largest singular value.
+
+    A level is a power of ten, relative to the largest singular value, and its y.
+    """
+    logarithms = [
+        [math.log10(value) - math.log10(values[0]) if value > 0 else -math.inf for value in values]
+        for _, values in curves
+    ]
+    finite = [value for values in logarithms for value in values if math.isfinite(value)]
+    floor = min(-1.0, max(_LOWEST, min(finite, default=-1.0)))
+
+    def points(values: Sequence[float]) -> str:
+        last = len(values) - 1
+        indices = sorted({round(k * last / (_POINTS - 1)) for k in range(_POINTS)})
+        return " ".join(f"{i / last:.4g},{max(values[i], floor) / floor:.4g}" for i in indices)
+
+    lowest = math.floor(-floor)
+    return {
+        "curves": [(label, points(v)) for (label, _), v in zip(curves, logarithms, strict=True)],
+        "levels": [(-k, k / -floor) for k in range(0, lowest + 1, max(1, lowest // 8))],
+    }

@@ -43,7 +43,7 @@ class Pair(NamedTuple):
     def ratio(self) -> float:
         """kappa after over kappa before, 1 if both are infinite.
 
-        nan if a side is missing, has no kappa, or has but a bound of it.
+        nan if a side is missing, has no kappa, or has only a bound of it.
         """
         return self.quotient(lambda finding: finding.condition_number)
 
@@ -99,12 +99,12 @@ def by_label(findings: Iterable[Finding]) -> dict[str, Finding]:
 
 
 class Names(NamedTuple):
-    """The weights that both have.
+    """The names of the weights that both sides have.
 
     Attributes:
-        paired: what each is called by both, before and after.
-        prefix: what stands before all names that are equal but for it; "" if nothing.
-        side: "before" or "after", where it stands; "" if there is none.
+        paired: the common name of each weight, and its names before and after.
+        prefix: the prefix without which names of one side are equal to those of the other; or "".
+        side: the side that has the prefix, "before" or "after"; or "".
     """
 
     paired: list[tuple[str, str, str]]
@@ -113,12 +113,12 @@ class Names(NamedTuple):
 
 
 def pair_names(before: Iterable[str], after: Iterable[str]) -> Names:
-    """The names that mean the same weight; all others are of one side alone.
+    """Pairs the names that mean the same weight; only one side has each of the others.
 
-    Those are equal names, then those that are equal without wrappers and with each block of a fused
-    weight and each expert of a stack under a name of its own, then those that are equal without one
-    prefix that one side has: the one by which most are found, if that is at least half of what is
-    left of a side, and no other finds as many.
+    Equal names are paired first, then names that are equal without wrappers and with each block of
+    a fused weight and each expert of a stack under a name of its own, then names that are equal
+    without a prefix that one side has. That is the prefix that pairs most names, provided that
+    these are at least half of the names left on a side, and that no other prefix pairs as many.
     """
     old, new = dict.fromkeys(before), dict.fromkeys(after)
     paired = [(name, name, name) for name in old if name in new]

@@ -1,4 +1,4 @@
-"""How the findings of an audit are shown: table, JSON, CSV, page; and two audits side by side."""
+"""Reports: the findings of an audit, and two audits side by side, as table, JSON, CSV and page."""
 
 from __future__ import annotations
 
@@ -9,56 +9,82 @@ import math
 import os
 import statistics
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from wellcond.report.columns import (
-    COMPARED,
-    COMPARED_WORDS,
-    WORDS,
-    cells_of,
-    cells_of_pair,
-    headers_of,
-)
-from wellcond.report.documents import audit_page, comparison_page
-from wellcond.report.findings import Coverage, Finding, Grade
+from wellcond.report.findings import Coverage, Finding
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
+from wellcond.report.page import CURVES, Page, render
 from wellcond.report.pairing import Pair, by_label, pair_names
+from wellcond.report.rows import (
+    COLUMNS,
+    MEANINGS,
+    PAIR_COLUMNS,
+    PAIR_MEANINGS,
+    Column,
+    Row,
+    record_of_finding,
+    record_of_pair,
+    row_of_finding,
+    row_of_pair,
+    visible_columns,
+)
 from wellcond.report.unusual import facts_of
-from wellcond.text import and_more, dump_json, shown, text_table, versions, written
+from wellcond.text import and_more, dump_json, joined, shown, text_table, versions, written
 
 SCHEMA = 1
-# Longer tables nobody reads, and they take a millisecond a row.
+# Printing more rows is slow (1 ms per row) and unreadable.
 _ROWS = 1000
 _WAY_TO_ALL = "; all are in what --csv FILE writes"
 # A line is worth what fewer than 1 in 100 reports of random matrices would have.
 _CHANCE = 0.01
 _LINES = 5
-# Less is called no change: it is far above what a measured kappa may be wrong by.
+# A smaller change counts as none: it is far above the error of a measured kappa.
 _SAME = 0.01
 
 
-class _Document(abc.ABC):
-    """What an audit or a comparison found, as data."""
+class _Report(abc.ABC):
+    """What an audit and a comparison have in common: how they are printed and written."""
+
+    _COLUMNS: ClassVar[Sequence[Column[Any]]]
+    _MEANINGS: ClassVar[Mapping[str, str]]
 
     @abc.abstractmethod
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan."""
 
     @abc.abstractmethod
+    def table(self, *, top: int | None = None) -> str:
+        """The rows as text, at most `top` of them, or 1,000, and a summary."""
+
+    @abc.abstractmethod
+    def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
+        """The first `top` rows, or all, in the order of the table."""
+
+    @abc.abstractmethod
+    def _page(self, max_condition: float | None) -> Page:
+        """The content of the page."""
+
     def columns(self) -> dict[str, str]:
         """What each column of the table means, in words, with an example."""
+        columns = visible_columns(self._COLUMNS, self._rows())
+        return {one.header: self._MEANINGS[one.key] for one in columns if one.key in self._MEANINGS}
 
     def legend(self) -> str:
-        """`columns` as text, to stand beneath the table."""
-        words = self.columns()
-        width = max(map(len, words)) + 2
-        return "".join(
-            textwrap.fill(f"{name:<{width}}{words[name]}", 100, subsequent_indent=" " * width)
-            + "\n"
-            for name in words
+        """`columns` as text, to be printed below the table."""
+        meanings = self.columns()
+        width = max(map(len, meanings)) + 2
+        lines = (
+            textwrap.fill(f"{name:<{width}}{meaning}", 100, subsequent_indent=" " * width)
+            for name, meaning in meanings.items()
         )
+        return "".join(f"{line}\n" for line in lines)
+
+    def _text(self, rows: Sequence[Row]) -> str:
+        columns = visible_columns(self._COLUMNS, rows)
+        cells = ([row.cells[column.key] for column in columns] for row in rows)
+        return text_table([column.header for column in columns], cells)
 
     def to_json(
         self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
@@ -66,13 +92,25 @@ class _Document(abc.ABC):
         """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
         return written(dump_json(self.to_dict(max_condition)), path)
 
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
+    ) -> str:
+        """One page that needs neither network nor script. It marks what exceeds a limit.
+
+        The page of a comparison has two bars per weight, and its map shows after/before.
+        """
+        return written(render(self._page(max_condition)), path)
+
+    def __str__(self) -> str:
+        return self.table()
+
 
 @dataclass(frozen=True)
-class AuditReport(_Document):
+class AuditReport(_Report):
     """The findings of an audit, worst first, with what they cover.
 
     Attributes:
-        findings: one a matrix, by descending condition number; unknown ones before all others.
+        findings: one per matrix, by descending condition number; unknown ones before all others.
         coverage: what was measured, what not and why.
         source: the path or the class of the model.
         versions: of wellcond, torch and Python.
@@ -88,22 +126,21 @@ class AuditReport(_Document):
     versions: dict[str, str]
     not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
+    _COLUMNS, _MEANINGS = COLUMNS, MEANINGS
+
     def exceeding(self, max_condition: float) -> list[Finding]:
         """The findings above a limit of the condition number; see `Finding.exceeds`."""
         return [finding for finding in self.findings if finding.exceeds(max_condition)]
 
     def table(self, *, top: int | None = None) -> str:
         """The findings as text, the worst `top` of them or 1,000, with what they cover."""
-        worst = self.findings[: top or _ROWS]
-        # One of which not even the shape is known has a remark alone.
-        known = [finding for finding in worst if finding.shape != (0, 0)]
-        headers = headers_of(known)
-        cells = map(cells_of, known)
-        text = text_table(headers, ([row[name] for name in headers] for row in cells))
-        if len(worst) < len(self.findings):
-            more = len(self.findings) - len(worst)
+        rows = self._rows(top=top or _ROWS)
+        # If not even the shape is known, the note says all there is.
+        known = [row for row, f in zip(rows, self.findings, strict=False) if f.shape != (0, 0)]
+        text = self._text(known)
+        if more := len(self.findings) - len(rows):
             text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
-        text += _remarks((finding.label, finding.explanation) for finding in worst)
+        text += _remarks(rows)
         text += "".join(f"{shown(line)}\n" for line in self.unusual())
         text += f"{describe_not_finite(self.not_finite)}\n" if self.not_finite else ""
         return f"{text}{self.coverage}\n"
@@ -115,24 +152,24 @@ class AuditReport(_Document):
         fewer than 1 in 100 reports would name one; and entries that float16 or the dtype holds
         badly. These are facts about numbers: they promise nothing about accuracy.
         """
+        return [f"{label}: {facts}" if label else facts for label, facts in self._facts()]
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """The labels of the lines of `unusual`, "" for the count, and what they say."""
         shares = [finding.exceedance for finding in self.findings]
         rare = _CHANCE / max(1, sum(not math.isnan(share) for share in shares))
-        found = [
-            (share if share < rare else 1.0, f"{finding.label}: {'; '.join(facts)}")
+        lines = [
+            (share if share < rare else 1.0, finding.label, "; ".join(facts))
             for finding, share in zip(self.findings, shares, strict=True)
             if (facts := facts_of(finding, share < rare))
         ]
-        found.sort(key=lambda pair: pair[0])
-        lines = [line for _, line in found[:_LINES]]
-        if more := len(found) - len(lines):
-            lines.append(f"and {more} more {'is' if more == 1 else 'are'} out of the ordinary")
-        return lines
-
-    def columns(self) -> dict[str, str]:
-        """What each column of the table means, in words, with an example."""
-        grades = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
-        words = WORDS | {"grade": f"how far the numbers can be trusted. {grades}"}
-        return {name: words[name] for name in headers_of(self.findings)}
+        lines.sort(key=lambda line: line[0])
+        named = [(label, facts) for _, label, facts in lines[:_LINES]]
+        if more := len(lines) - len(named):
+            named.append(
+                ("", f"and {more} more {'is' if more == 1 else 'are'} out of the ordinary")
+            )
+        return named
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data in the documented schema; numbers may be inf and nan.
@@ -142,7 +179,7 @@ class AuditReport(_Document):
         return {
             "schema": SCHEMA,
             "source": self.source,
-            **_exceeding(((f.label, [f]) for f in self.findings), max_condition),
+            **_exceeding(((finding.label, finding) for finding in self.findings), max_condition),
             "findings": [finding.to_dict() for finding in self.findings],
             "coverage": {
                 "measured": self.coverage.measured,
@@ -162,43 +199,51 @@ class AuditReport(_Document):
         }
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One line a finding, columns as in the JSON; written to path."""
-        plain = [finding.to_dict() for finding in self.findings]
-        columns = [key for key in Finding("", "", (0, 0), "").to_dict() if key != "certificate"]
-        ends = [f"{key}_{end}" for key in _ENCLOSED for end in ("lower", "upper")]
-        for row in plain:
-            enclosures = row.pop("certificate", {})
-            row["shape"] = "x".join(map(str, row["shape"]))
-            for key in _ENCLOSED if enclosures else ():
-                row[f"{key}_lower"], row[f"{key}_upper"] = enclosures[key]
-        return written(_csv(columns + ends, plain), path)
+        """One line per finding, columns as in the JSON; written to path."""
+        columns = record_of_finding(Finding("", "", (0, 0), ""))
+        return written(_csv(columns, map(record_of_finding, self.findings)), path)
 
-    def to_html(
-        self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
-    ) -> str:
-        """One page that needs neither network nor script; what exceeds a limit is marked."""
-        return written(audit_page(self, max_condition), path)
+    def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
+        findings = self.findings[:top]
+        return [row_of_finding(finding, n, max_condition) for n, finding in enumerate(findings)]
 
-    def __str__(self) -> str:
-        return self.table()
+    def _page(self, max_condition: float | None) -> Page:
+        rows = dict(zip(by_label(self.findings), self._rows(max_condition), strict=True))
+        curves = [
+            (finding.label, finding.singular_values)
+            for finding in self.findings
+            if len(finding.singular_values) > 1 and finding.singular_values[0] > 0
+        ]
+        not_finite = describe_not_finite(self.not_finite)
+        return Page(
+            title=f"Condition numbers of {self.source}",
+            lead=[f"{line}." for line in (str(self.coverage), not_finite) if line],
+            columns=sorted(visible_columns(COLUMNS, rows.values()), key=lambda c: not c.leads),
+            meanings=MEANINGS,
+            rows=rows,
+            max_condition=max_condition,
+            versions=self.versions,
+            facts=self._facts(),
+            curves=curves[:CURVES],
+            skipped=self.coverage.skipped,
+        )
 
 
 @dataclass(frozen=True)
-class Comparison(_Document):
+class Comparison(_Report):
     """Two audits side by side, in the order of the largest change of kappa.
 
     Attributes:
-        pairs: label, finding before and finding after; None on the side where it is missing. What
-            is on one side alone comes first.
+        pairs: label, finding before and finding after; None on the side that lacks the weight.
+            Weights that only one side has come first.
         before: the source of the first audit.
-        after: that of the second.
+        after: the source of the second audit.
         versions: of wellcond, torch and Python.
-        notes: of some labels what is to be known besides: another dtype, what is the matter
-            on a side, why it was skipped there.
-        naming: what the names of one side begin with and those of the other lack, in words; "" if
-            they agree.
+        notes: what else there is to know of a weight, by its label: another dtype, what is the
+            matter on a side, why a side skipped it.
+        naming: the prefix that only the names of one side have, in words; "" if there is none.
         not_finite_before: the tensors with NaN or infinity of the first audit, by their names.
-        not_finite_after: those of the second.
+        not_finite_after: the same of the second audit.
     """
 
     pairs: list[Pair]
@@ -210,14 +255,18 @@ class Comparison(_Document):
     not_finite_before: dict[str, NotFinite] = field(default_factory=dict)
     not_finite_after: dict[str, NotFinite] = field(default_factory=dict)
 
+    _COLUMNS, _MEANINGS = PAIR_COLUMNS, PAIR_MEANINGS
+
     def exceeding(self, max_condition: float) -> list[Finding]:
         """The findings of the second audit above a limit; see `Finding.exceeds`."""
         return [new for _, _, new in self.pairs if new and new.exceeds(max_condition)]
 
     def summary(self) -> list[str]:
-        """In how many weights kappa rose and fell, and what is on one side alone, in words."""
-        both = [pair for pair in self.pairs if pair.before and pair.after]
-        known = [pair for pair in both if not math.isnan(pair.ratio)]
+        """In how many weights kappa rose and fell, and what is on one side only, in words."""
+        both = [
+            (pair, pair.before, pair.after) for pair in self.pairs if pair.before and pair.after
+        ]
+        known = [pair for pair, _, _ in both if not math.isnan(pair.ratio)]
         rose = [pair for pair in known if pair.ratio > 1 + _SAME]
         fell = [pair for pair in known if pair.ratio < 1 - _SAME]
         counts = [
@@ -231,13 +280,13 @@ class Comparison(_Document):
         if known:
             median = statistics.median(pair.ratio for pair in known)
             lines[0] += f"; the median of after/before is {median:.4g}"
-        for when, there, other in (("before", 1, 2), ("after", 2, 1)):
-            alone = [pair.label for pair in self.pairs if pair[there] and not pair[other]]
-            if alone:
-                lines.append(f"{_count(len(alone), 'weight')} only {when}: {and_more(alone, 3)}")
-        reshaped = [
-            p.label for p in both if p.before and p.after and p.before.shape != p.after.shape
-        ]
+        for when, names in (
+            ("before", [pair.label for pair in self.pairs if pair.after is None]),
+            ("after", [pair.label for pair in self.pairs if pair.before is None]),
+        ):
+            if names:
+                lines.append(f"{_count(len(names), 'weight')} only {when}: {and_more(names, 3)}")
+        reshaped = [pair.label for pair, old, new in both if old.shape != new.shape]
         if reshaped:
             count = _count(len(reshaped), "weight")
             lines.append(
@@ -249,13 +298,13 @@ class Comparison(_Document):
 
     def table(self, *, top: int | None = None) -> str:
         """kappa before and after, and their ratio, of the `top` or 1,000 that changed most."""
-        shown_pairs = self.pairs[: top or _ROWS]
-        text = text_table(COMPARED, [cells_of_pair(pair) for pair in shown_pairs])
-        if more := len(self.pairs) - len(shown_pairs):
+        rows = self._rows(top=top or _ROWS)
+        text = self._text(rows)
+        if more := len(self.pairs) - len(rows):
             text += f"... and {more} more with a smaller change{'' if top else _WAY_TO_ALL}\n"
-        text += _remarks((pair.label, self.notes.get(pair.label, "")) for pair in shown_pairs)
-        said = ". ".join([shown(self.after), *self.summary()])
-        return f"{text}before: {shown(self.before)}\nafter: {said}\n"
+        text += _remarks(rows)
+        after = ". ".join([shown(self.after), *self.summary()])
+        return f"{text}before: {shown(self.before)}\nafter: {after}\n"
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan. With a limit also that, and what is above it."""
@@ -263,7 +312,7 @@ class Comparison(_Document):
             "schema": SCHEMA,
             "before": self.before,
             "after": self.after,
-            **_exceeding(((pair.label, [pair.after]) for pair in self.pairs), max_condition),
+            **_exceeding(((pair.label, pair.after) for pair in self.pairs), max_condition),
             "summary": self.summary(),
             "not_finite_before": to_list(self.not_finite_before),
             "not_finite_after": to_list(self.not_finite_after),
@@ -273,60 +322,61 @@ class Comparison(_Document):
                     "before": pair.before.to_dict() if pair.before else None,
                     "after": pair.after.to_dict() if pair.after else None,
                     "ratio": pair.ratio if pair.before and pair.after else None,
-                    "note": self.notes.get(pair.label, ""),
+                    "note": self._note(pair),
                 }
                 for pair in self.pairs
             ],
             "versions": self.versions,
         }
 
-    def columns(self) -> dict[str, str]:
-        """What each column of the table means, in words, with an example."""
-        return dict(COMPARED_WORDS)
-
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One line a weight, empty where a side lacks it; written to path."""
-        rows = []
-        for pair in self.pairs:
-            row: dict[str, Any] = {"weight": pair.label}
-            for when, side in (("before", pair.before), ("after", pair.after)):
-                plain = side.to_dict() if side else {}
-                row |= {f"{key}_{when}": plain.get(key) for key in _SIDE}
-                row[f"shape_{when}"] = "x".join(map(str, side.shape)) if side else None
-            row["ratio"] = pair.ratio if pair.before and pair.after else None
-            row["note"] = self.notes.get(pair.label, "")
-            rows.append(row)
-        both = [f"{key}_{when}" for when in ("before", "after") for key in (*_SIDE, "shape")]
-        return written(_csv(["weight", *both, "ratio", "note"], rows), path)
+        """One line per weight, empty where a side lacks it; written to path."""
+        columns = record_of_pair(Pair("", None, None), "")
+        records = (record_of_pair(pair, self._note(pair)) for pair in self.pairs)
+        return written(_csv(columns, records), path)
 
-    def to_html(
-        self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
-    ) -> str:
-        """One page as of an audit, with two bars a weight; its map is of after/before."""
-        return written(comparison_page(self, max_condition), path)
+    def _note(self, pair: Pair) -> str:
+        return self.notes.get(pair.label, "")
 
-    def __str__(self) -> str:
-        return self.table()
+    def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
+        pairs = self.pairs[:top]
+        return [row_of_pair(p, self._note(p), n, max_condition) for n, p in enumerate(pairs)]
+
+    def _page(self, max_condition: float | None) -> Page:
+        # The summary counts what only one side has. It has no change, so it comes last here.
+        rows = zip(self.pairs, self._rows(max_condition), strict=True)
+        ordered = sorted(rows, key=lambda item: None in item[0])
+        sources = [f"Before, the paler bar: {self.before}", f"After: {self.after}"]
+        return Page(
+            title="Condition numbers before and after",
+            lead=[*sources, *self.summary()],
+            columns=PAIR_COLUMNS,
+            meanings=PAIR_MEANINGS,
+            rows={row.label: row for _, row in ordered},
+            max_condition=max_condition,
+            versions=self.versions,
+            is_comparison=True,
+        )
 
 
 def compare(before: AuditReport, after: AuditReport) -> Comparison:
     """How the condition number of every weight moved from one audit to another.
 
-    Weights are the same if their names are. Names that differ by what wraps a model (`module.`,
-    `_orig_mod.`), or by one prefix before all of them (`model.`), are the same, too: `naming` says
-    so. What is on one side alone is kept, and counted in the summary.
+    Weights are the same if their names are. Names that differ only by a wrapper of the model
+    (`module.`, `_orig_mod.`), or by one prefix of all names (`model.`), count as the same; `naming`
+    states the prefix. The summary counts the weights that only one side has.
 
     Args:
-        before: what `wellcond.audit` returned of the first model or checkpoint.
-        after: that of the second, such as a later one of a training, a repaired one, or one of
-            another dtype.
+        before: what `wellcond.audit` returned for the first model or checkpoint.
+        after: what it returned for the second, such as a later state of a training, a repaired
+            copy, or a copy in another dtype.
 
     Returns:
-        A `Comparison`: the largest change of kappa first, as a table, JSON, CSV or page.
+        A `Comparison`, the largest change of kappa first.
 
     Raises:
         ValueError: no weight has the same name in both.
-        TypeError: one is no report, but a path or a model.
+        TypeError: `before` or `after` is not a report, but a path or a model.
 
     Example:
         >>> import torch, wellcond as wc
@@ -361,14 +411,7 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     pairs += [Pair(label, one, None) for label, one in old.items() if label not in found_old]
     pairs += [Pair(label, None, one) for label, one in new.items() if label not in found_new]
     pairs.sort(key=lambda pair: pair.change, reverse=True)
-    notes = {pair.label: pair.note for pair in pairs if pair.note}
-    for pair in pairs:
-        for side, when, other in ((pair.before, "after", after), (pair.after, "before", before)):
-            alone = side is not None and None in pair
-            if alone and side and (why := other.coverage.skipped.get(side.name)):
-                notes[pair.label] = "; ".join(
-                    filter(None, [f"skipped {when}: {why}", notes.get(pair.label)])
-                )
+    notes = {pair.label: note for pair in pairs if (note := _note_of(pair, before, after))}
     naming = ""
     if names.prefix:
         naming = f'Names {names.side} begin with "{shown(names.prefix)}", which is left out here'
@@ -384,6 +427,17 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     )
 
 
+def _note_of(pair: Pair, before: AuditReport, after: AuditReport) -> str:
+    """Why the side that lacks the weight skipped it, if it did, and the note of the pair."""
+    why = None
+    if pair.before and not pair.after:
+        why = after.coverage.skipped.get(pair.before.name)
+    elif pair.after and not pair.before:
+        why = before.coverage.skipped.get(pair.after.name)
+    skipped = f"skipped {'after' if pair.before else 'before'}: {why}" if why else ""
+    return joined(skipped, pair.note)
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
@@ -395,17 +449,17 @@ def _most(pairs: Sequence[Pair]) -> str:
     return f" (most in {shown(most.label)}, after/before {most.ratio:.4g})"
 
 
-def _remarks(remarks: Iterable[tuple[str, str]]) -> str:
-    """A line for each remark, with the labels of which it is made."""
+def _remarks(rows: Iterable[Row]) -> str:
+    """A line for each note, with the weights that have it."""
     labels: dict[str, list[str]] = {}
-    for label, remark in remarks:
-        if remark:
-            labels.setdefault(remark, []).append(label)
-    return "".join(f"{and_more(of, 3)}: {shown(remark)}\n" for remark, of in labels.items())
+    for row in rows:
+        if row.note:
+            labels.setdefault(row.note, []).append(row.label)
+    return "".join(f"{and_more(names, 3)}: {shown(note)}\n" for note, names in labels.items())
 
 
-def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    """Names are escaped as everywhere, and those that a spreadsheet would run are quoted."""
+def _csv(columns: Iterable[str], records: Iterable[dict[str, Any]]) -> str:
+    """Escapes names as everywhere, and quotes those that a spreadsheet would run."""
 
     def harmless(cell: Any) -> Any:
         if not isinstance(cell, str):
@@ -413,25 +467,17 @@ def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
         return f"'{shown(cell)}" if cell.startswith(("=", "+", "-", "@")) else shown(cell)
 
     text = io.StringIO()
-    sheet = csv.DictWriter(text, columns, lineterminator="\n")
+    sheet = csv.DictWriter(text, list(columns), lineterminator="\n")
     sheet.writeheader()
-    sheet.writerows({key: harmless(cell) for key, cell in row.items()} for row in rows)
+    sheet.writerows({key: harmless(cell) for key, cell in one.items()} for one in records)
     return text.getvalue()
 
 
-_SIDE = ("condition_number", "sigma_max", "sigma_min", "rank", "grade", "status", "dtype")
-_ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
-
-
 def _exceeding(
-    findings: Iterable[tuple[str, Sequence[Finding | None]]], max_condition: float | None
+    findings: Iterable[tuple[str, Finding | None]], max_condition: float | None
 ) -> dict[str, Any]:
-    """The limit, and the labels of which a finding is above it; nothing without a limit."""
+    """The limit, and the labels of the findings above it; nothing without a limit."""
     if max_condition is None:
         return {}
-    above = [
-        label
-        for label, sides in findings
-        if any(side and side.exceeds(max_condition) for side in sides)
-    ]
+    above = [label for label, finding in findings if finding and finding.exceeds(max_condition)]
     return {"max_condition": max_condition, "exceeding": above}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 import re
 
-import torch
-
-from wellcond.linalg.gaussian import exceedance
-from wellcond.linalg.nearest import clip
-from wellcond.linalg.spectrum import negligible
-from wellcond.report.findings import FLOAT16, Finding
+from wellcond.report.findings import USUAL, Finding
 from wellcond.text import and_more, percent
 
-# More often than 1 in 20 is usual. Below the other, of narrow shapes the power of ten is not sure.
-_USUAL, _NEVER = 0.05, 1e-9
+# Below, the power of ten of a probability is not sure for narrow shapes.
+_NEVER = 1e-9
+_FLOAT16_MAX = 65504.0
 # So much smaller than the one before, and singular values have collapsed.
 _COLLAPSED = 1e-2
 # A larger share of entries that a dtype holds badly is said.
@@ -25,7 +21,7 @@ def how_often(share: float) -> str:
     """A probability in words that are short: "1 in 77"."""
     if math.isnan(share):
         return ""
-    if share >= _USUAL:
+    if share >= USUAL:
         return "usual"
     return "never" if share < _NEVER else f"1 in {_short(1 / share)}"
 
@@ -64,7 +60,7 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
             few = f"{finding.stable_rank:.2g} where they have {finding.usual_stable_rank:.2g}"
             facts.append(f"a stable rank of {few}")
     if finding.dtype != "float16":
-        if finding.largest_entry > FLOAT16.max:
+        if finding.largest_entry > _FLOAT16_MAX:
             facts.append(f"an entry of {finding.largest_entry:.2g} is infinite in float16")
         if finding.float16_zero_share > _ENTRIES:
             share = percent(finding.float16_zero_share)
@@ -98,10 +94,7 @@ def _lost(finding: Finding) -> int:
 
 def _collapse(finding: Finding) -> list[str]:
     """The widest gap in the lower half of the singular values, unless zero rows explain it."""
-    zero = negligible(torch.Size(finding.shape)) * finding.sigma_max
-    sigma = [max(value, zero) for value in finding.singular_values]
-    lower = range(max(1, len(sigma) - len(sigma) // 2), len(sigma))
-    ratio, below = min(((sigma[i] / sigma[i - 1], len(sigma) - i) for i in lower), default=(1.0, 0))
+    below, ratio = finding.gap
     if ratio > _COLLAPSED or finding.dominant_entry or below <= _lost(finding):
         return []
     how_far = f"{_one_digit(ratio)} of the next"
@@ -112,13 +105,9 @@ def _collapse(finding: Finding) -> list[str]:
 
 def _repair(finding: Finding) -> list[str]:
     """How far off a matrix with a usual kappa is, where all singular values are known."""
-    limit = 10
-    while exceedance(finding.shape, limit) > _USUAL:
-        limit *= 10
-    if not finding.singular_values or finding.condition_number <= limit:
+    limit = finding.repair_limit
+    if math.isnan(limit):
         return []
-    sigma = torch.tensor(finding.singular_values, dtype=torch.float64, device="cpu")
-    sigma = sigma / finding.sigma_max
-    moved = float((clip(sigma, limit) - sigma).norm() / sigma.norm())
-    named = str(limit) if limit < 1e4 else _one_digit(limit)
-    return [f"`repair --max-condition {named}` moves it by {_one_digit(moved)} of its norm"]
+    named = f"{limit:.0f}" if limit < 1e4 else _one_digit(limit)
+    change = _one_digit(finding.repair_change)
+    return [f"`repair --max-condition {named}` moves it by {change} of its norm"]

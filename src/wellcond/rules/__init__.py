@@ -1,11 +1,14 @@
 """What is required of a weight: penalties, steps and hard limits, and what they are made of."""
 
 from wellcond.operators.base import Gradient, LowRank, NewWeight
-from wellcond.rules.base import Limit, Penalty
+from wellcond.rules.base import Need, Rule, Schedule
 from wellcond.rules.condition import ConditionPenalty
 from wellcond.rules.isometry import IsometryStep, OrthogonalityPenalty
-from wellcond.rules.limit import ConditionLimit, SingularValueLimit
+from wellcond.rules.limit import Limit
+from wellcond.rules.outcome import Outcome, OutcomeStatus
+from wellcond.rules.penalty import Penalty
 from wellcond.rules.relatives import SpectralNormPenalty, StableRankPenalty
+from wellcond.rules.spectral import ConditionLimit, SingularValueLimit
 from wellcond.rules.tikhonov import TikhonovPenalty
 
 __all__ = [
@@ -15,9 +18,14 @@ __all__ = [
     "IsometryStep",
     "Limit",
     "LowRank",
+    "Need",
     "NewWeight",
     "OrthogonalityPenalty",
+    "Outcome",
+    "OutcomeStatus",
     "Penalty",
+    "Rule",
+    "Schedule",
     "SingularValueLimit",
     "SpectralNormPenalty",
     "StableRankPenalty",

@@ -12,7 +12,7 @@ from torch import Tensor
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image, Ritz
-from wellcond.rules.base import Penalty
+from wellcond.rules.penalty import Penalty
 
 
 class ConditionPenalty(Penalty):
@@ -72,16 +72,16 @@ def clip_leading(ritz: Ritz, sigma: Tensor, nu: int, eta: Tensor) -> tuple[LowRa
     When k < nu the root must lie above all that is not known, tau >= c sigma_k. It does for every
     step up to sum_i (sigma_i/sigma_k - 1), and a longer one is cut to that.
     """
-    length, shortened = within_reach(sigma, nu, eta)
+    length, shortened = limit_length(sigma, nu, eta)
     # tau/c: relative to c S, whose singular values are c sigma.
-    return clipped(ritz, sigma, height(sigma, length), 1 + length / nu), shortened
+    return clip_at(ritz, sigma, find_clip_height(sigma, length), 1 + length / nu), shortened
 
 
-def within_reach(sigma: Tensor, nu: int, eta: Tensor, target: float = 0.0) -> tuple[Tensor, Tensor]:
+def limit_length(sigma: Tensor, nu: int, eta: Tensor, target: float = 0.0) -> tuple[Tensor, Tensor]:
     """How far a step of length eta can go with k values known; whether that is less.
 
-    The clip of `height` is at least sigma_k up to the length sum_i (sigma_i - sigma_k)/(sigma_k -
-    target), and for every length where sigma_k <= target.
+    The height of `find_clip_height` is at least sigma_k up to the length sum_i (sigma_i -
+    sigma_k)/(sigma_k - target), and for every length where sigma_k <= target.
     """
     length = eta.to(sigma.dtype).expand(sigma.shape[:-1])
     if sigma.shape[-1] == nu:
@@ -93,7 +93,7 @@ def within_reach(sigma: Tensor, nu: int, eta: Tensor, target: float = 0.0) -> tu
     return torch.minimum(length, reach), reach < length
 
 
-def height(sigma: Tensor, length: Tensor, target: float = 0.0) -> Tensor:
+def find_clip_height(sigma: Tensor, length: Tensor, target: float = 0.0) -> Tensor:
     """The root tau (..., 1) of sum_i (sigma_i - tau)_+ = length (tau - target).
 
     It is max_j (sum_{i<=j} sigma_i + length target)/(j + length). Where sigma_1 is below the target
@@ -104,7 +104,7 @@ def height(sigma: Tensor, length: Tensor, target: float = 0.0) -> Tensor:
     return ((sigma.cumsum(dim=-1) + eta * target) / (j + eta)).amax(dim=-1, keepdim=True)
 
 
-def clipped(ritz: Ritz, sigma: Tensor, tau: Tensor, c: Tensor) -> LowRank:
+def clip_at(ritz: Ritz, sigma: Tensor, tau: Tensor, c: Tensor) -> LowRank:
     """c times the weight with the singular values that are known clipped at tau."""
     share = torch.where(sigma > tau, 1 - tau / torch.where(sigma > 0, sigma, 1.0), 0.0)
     return LowRank(c, -c[..., None, None] * ritz.left * share[..., None, :], ritz.right)

@@ -6,7 +6,9 @@ smaller Gram matrix of S/scale; s = sigma/scale; theta the length of a step.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,11 +22,16 @@ from wellcond.operators.base import (
     NewWeight,
     Operator,
     Rescaled,
+    SpectralOperator,
+    Updatable,
     over_matrices,
 )
 from wellcond.operators.rounding import widest_dtype
+from wellcond.operators.stacked import stack, unstack
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Penalty, Strength
+from wellcond.rules.base import Need, Rule, RuleState
+from wellcond.rules.outcome import Outcome, OutcomeStatus
+from wellcond.rules.penalty import Penalty, Strength
 
 _REACH = 1.5  # times the scale: where an isometry step clips first
 # A singular value that is so far below sigma_1 may be hidden by rounding of the Gram matrix, and
@@ -65,7 +72,7 @@ class OrthogonalityPenalty(Penalty):
         2.25
     """
 
-    needs_subspace = False
+    needs = frozenset({Need.gram})
 
     def __init__(self, strength: Strength, scale: float = 1.0) -> None:
         super().__init__(strength)
@@ -107,7 +114,7 @@ class OrthogonalityPenalty(Penalty):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IsometryStep:
+class IsometryStep(Rule):
     """A step towards an isometry, S <- S + (theta/2) S (I - S^T S/scale^2), and no penalty.
 
     It keeps weights near scale times an isometry while they train, whatever the learning rate is:
@@ -150,7 +157,7 @@ class IsometryStep:
     theta: float = 0.5
     scale: float | None = None
 
-    needs_subspace = False
+    needs = frozenset({Need.gram})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "theta", as_number(self.theta, "`theta`"))
@@ -162,23 +169,51 @@ class IsometryStep:
         if self.scale is not None:
             object.__setattr__(self, "scale", _valid_scale(self.scale))
 
-    def scale_of(self, S: Operator) -> Tensor:
-        """||S||_F/sqrt nu, one number a matrix; 0 where it is not known what that is."""
-        norm = S.squared_frobenius_norm(widest_dtype(S.device)).sqrt()
-        return torch.where(torch.isfinite(norm), norm / math.sqrt(S.nu), 0.0)
+    def group_key(self) -> Hashable:
+        return self
 
-    def step(self, S: Operator, scale: Tensor) -> NewWeight:
-        """A step towards this scale, one number a matrix; 0 leaves it alone."""
-        known = scale > 0
-        theta = torch.full_like(scale, self.theta)
-        reach = torch.full_like(scale, _REACH)
-        return isometry_step(S, theta, torch.where(known, scale, 1.0), reach).where(known)
+    def init(self, shape: torch.Size) -> RuleState:
+        """The scale of each matrix, 0 while it is not known."""
+        scale = self.scale or 0.0
+        return {"scale": torch.full(shape[:-2], scale, dtype=torch.float64, device="cpu")}
+
+    def prepare(self, S: Operator, state: RuleState) -> RuleState:
+        scale = state["scale"]
+        if bool((scale > 0).all()):
+            return state
+        norm = S.squared_frobenius_norm(widest_dtype(S.device)).sqrt()
+        known = torch.where(torch.isfinite(norm), norm / math.sqrt(S.nu), 0.0)
+        return {"scale": torch.where(scale > 0, scale, known.to(scale))}
+
+    def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
+        finite = S.finite()
+        weights = cast(Sequence[SpectralOperator], unstack(S))
+        scales = state["scale"].unbind() if len(weights) > 1 else [state["scale"]]
+        each = finite.reshape(len(weights), -1).all(dim=1).tolist()
+        pairs = [(w, x) for w, x, fit in zip(weights, scales, each, strict=True) if fit]
+        if pairs:
+            self._step_(pairs)
+        code = torch.where(finite, int(OutcomeStatus.applied), int(OutcomeStatus.not_finite))
+        return Outcome(code.to(torch.int8))
+
+    def _step_(self, weights: Sequence[tuple[SpectralOperator, Tensor]]) -> None:
+        """A step of finite weights, each with its scale: one number per matrix; 0: none."""
+        with contextlib.ExitStack() as opened:
+            near = [opened.enter_context(weight.spread()) for weight, _ in weights]
+            parts = [one.own_part(scale) for one, (_, scale) in zip(near, weights, strict=True)]
+            S = stack(near)
+            scale = torch.stack(parts) if len(parts) > 1 else parts[0]
+            scale = scale.to(S.device, widest_dtype(S.device))
+            known = scale > 0
+            theta, reach = torch.full_like(scale, self.theta), torch.full_like(scale, _REACH)
+            new = isometry_step(S, theta, torch.where(known, scale, 1.0), reach)
+            cast(Updatable, S).update_(new.where(known))
 
 
 def isometry_step(S: Operator, theta: Tensor, scale: Tensor, reach: Tensor) -> NewWeight:
     """S + (theta/2) S (I - S^T S/scale^2) of S with singular values clipped at reach * scale.
 
-    All (...), one number a matrix. Where nothing is to be clipped, as a Cholesky factorisation of
+    All (...), one number per matrix. Where nothing is to be clipped, as a Cholesky factorisation of
     reach^2 I - H tells, by products alone. Where kappa is above a million nothing is clipped lower
     than to a millionth of sigma_1, and the rest in the steps to come.
     """

@@ -1,236 +1,139 @@
-"""Hard limits of singular values and of their ratio."""
+"""Hard limits: rules that a weight obeys after each application, and when these are due."""
 
 from __future__ import annotations
 
 import abc
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from wellcond.linalg.checks import as_number
-from wellcond.linalg.nearest import check_limit, clip
-from wellcond.linalg.spectrum import measure
-from wellcond.operators.base import LowRank, NewWeight, Operator
-from wellcond.operators.stored import StoredMatrix
+from wellcond.operators.base import Dense, NewWeight, Operator
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Limit
-from wellcond.rules.enforce import Enforced, enforce
-
-# How far below the upper bound the block must see before it is believed.
-_REACH = 0.9
+from wellcond.rules.base import Movement, Need, Rule, RuleState, Schedule
+from wellcond.rules.outcome import Outcome, OutcomeStatus, Worst
+from wellcond.rules.pace import Pace
 
 
-class SpectralLimit(Limit):
-    """A hard limit that hangs on singular values alone; see `rules.enforce.Bounds`."""
+class Limit(Rule):
+    """A hard limit on a weight, to be subclassed for one of your own: `apply` is all it needs.
+
+    It has neither a value nor a gradient. It is applied after steps of the optimizer, by
+    `Regularizer.attach`, or by hand, by `Regularizer.enforce`; the loss and the gradients know
+    nothing of it. It decides by the learning rates when it is due, see `Pace`.
+
+    Example:
+        >>> import torch, wellcond as wc
+        >>> class NoLargeEntry(wc.Limit):
+        ...     def apply(self, S):
+        ...         return S.clamp(-1, 1)
+        >>> layer = torch.nn.Linear(2, 2, bias=False)
+        >>> layer.weight.data.fill_(100.0)
+        tensor([[100., 100.],
+                [100., 100.]])
+        >>> wc.Regularizer(layer, NoLargeEntry()).enforce()
+        >>> layer.weight.max().item()
+        1.0
+    """
+
+    needs = frozenset({Need.whole})
+    default_schedule = Schedule(None)
+    enforceable = True
+    joins_groups = True
 
     @abc.abstractmethod
-    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        """The nearest to descending values (..., nu), in this unit, in bounds tighter by margin."""
+    def apply(self, S: Tensor) -> Tensor:
+        """A nearest weight that obeys as it is stored: finite, in the shape and dtype of S.
 
-    @abc.abstractmethod
-    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
-        """By what factor it is exceeded: at most 1 where it holds, nan if it asks nothing of 0."""
+        S is a copy. An exception, or an answer of another kind, leaves the weight as it was, and
+        one error names it after the limits of all other weights have been applied.
+        """
 
-    def matters(self, smallest: Tensor) -> Tensor:
-        """Down to where singular values must be seen, of a matrix with this smallest one."""
-        return smallest
+    def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
+        return self.project(S, state, exact=False)
 
-    @abc.abstractmethod
-    def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [low, high] that obey, of a matrix with this largest one."""
+    def project(self, S: Operator, state: RuleState, *, exact: bool) -> Outcome:
+        stored = cast(Dense, S).dense()
+        if not bool(torch.isfinite(stored).all()):
+            return Outcome.of(S, OutcomeStatus.not_finite)
+        # A copy: an `apply` that writes to S and then fails must leave the weight as it is.
+        values = self.apply(stored.clone())
+        if not _replaces(values, stored):
+            raise ValueError(
+                f"`{type(self).__name__}.apply` must return a finite tensor of the shape "
+                f"{tuple(stored.shape)}, in {stored.dtype} on {stored.device}, got "
+                f"{_describe(values)}. The weight was left as it is."
+            )
+        if torch.equal(values, stored):
+            return Outcome.of(S, OutcomeStatus.unchanged)
+        return Outcome.of(S, OutcomeStatus.applied, NewWeight(values.detach()))
+
+    def watch(
+        self, S: Operator | None, image: Image | None, state: RuleState, movement: Movement
+    ) -> tuple[bool | Tensor, RuleState]:
+        return self.pace(state).due(movement.steps, float(movement.rate)), state
+
+    @property
+    def mark(self) -> int:
+        """Tells limits of other bounds apart, whose pace is another; 0: of whatever bounds."""
+        return 0
+
+    def init(self, shape: torch.Size) -> RuleState:
+        return {"pace": Pace(mark=self.mark).to_tensor()}
+
+    def pace(self, state: RuleState) -> Pace:
+        return Pace.from_tensor(state["pace"])
+
+    def learn(self, state: RuleState, outcome: Worst, movement: Movement | None) -> RuleState:
+        before = self.pace(state)
+        passed = outcome.status is OutcomeStatus.unchanged
+        pace = replace(
+            before,
+            excess=outcome.excess,
+            condition_number=outcome.condition_number,
+            passed=passed,
+        )
+        if movement is not None:
+            if before.applications > 0:  # the first says how the weight was made, not how it moves
+                budget = pace.budget_after(float(movement.rate))
+                pace = replace(pace, interval=movement.steps, budget=budget)
+            pace = replace(pace, applications=before.applications + 1)
+        return {"pace": pace.to_tensor()}
+
+    def restore(self, state: RuleState, saved: Mapping[str, Tensor]) -> RuleState:
+        restored = super().restore(state, saved)
+        return restored if self.pace(restored).mark == self.mark else self.init(torch.Size())
+
+    def describe(self, state: RuleState) -> str:
+        pace = self.pace(state)
+        if not pace.known:
+            return ""
+        text = "obeyed at the last application"
+        if not pace.passed:
+            value = self.describe_excess(pace.excess, pace.condition_number)
+            text = f"before the last application {value}{pace.excess:.4g} times its limit"
+        return f"{text}; {pace.interval} steps after the one before" if pace.interval else text
 
     def describe_excess(self, excess: float, condition_number: float) -> str:
         """The value that exceeded the limit by this factor, for people; "" if it is not known."""
         return ""
 
-    def apply(self, S: Tensor) -> Tensor:
-        return _enforce_copy(S, self)[0]
+
+def _replaces(values: object, S: Tensor) -> bool:
+    """Whether what the `apply` of a limit returned can be stored in place of S."""
+    return (
+        isinstance(values, Tensor)
+        and (values.shape, values.dtype, values.device) == (S.shape, S.dtype, S.device)
+        and bool(torch.isfinite(values).all())
+    )
 
 
-@dataclass(frozen=True)
-class ConditionLimit(SpectralLimit):
-    """The hard limit kappa <= K.
-
-    A weight above it is replaced by a nearest one that obeys (see `nearest`), as measured in
-    float64 after rounding to the dtype of the weight. `attach` does so when it is due, between two
-    applications kappa rises; `reg.enforce()` before saving makes sure. It is scale free: c S obeys
-    if S does. A zero weight has no condition number and stays zero.
-
-    A limit is no `Penalty`: it has neither a value nor a gradient, so `reg()` and
-    `reg.add_gradients()` refuse it.
-
-    Args:
-        max_condition: K, at least 1.
-
-    Raises:
-        ValueError: K < 1 or nan; when it is applied, rounding to the dtype of a weight lifts its
-            kappa above K whatever is done, as in bfloat16 for K below 1.004 or so.
-        TypeError: K is not a number.
-
-    Example:
-        >>> import torch, wellcond as wc
-        >>> layer = torch.nn.Linear(8, 8, bias=False)
-        >>> reg = wc.Regularizer(layer, wc.ConditionLimit(3.0))
-        >>> reg.enforce()
-        >>> bool(wc.condition_number(layer.weight) <= 3.0)
-        True
-    """
-
-    max_condition: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "max_condition", check_limit(self.max_condition))
-
-    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        return clip(sigma, (self.max_condition / (1 + margin)).clamp_min(1.0))
-
-    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
-        return largest / smallest / self.max_condition
-
-    def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
-        return largest / self.max_condition, largest
-
-    def describe_excess(self, excess: float, condition_number: float) -> str:
-        return "" if math.isnan(condition_number) else f"κ {condition_number:.4g}, "
-
-
-@dataclass(frozen=True, kw_only=True)
-class SingularValueLimit(SpectralLimit):
-    """The hard limit lower <= sigma_nu and sigma_1 <= upper, either or both.
-
-    For layers that are Lipschitz (upper), invertible (lower) or nearly isometric (both): a weight
-    outside is replaced by the nearest one in the Frobenius norm, with its singular values clipped,
-    as measured in float64 after rounding to the dtype of the weight. Unlike `ConditionLimit` it
-    fixes the scale.
-
-    With `upper` alone a step of `attach` clips the leading singular values that the block of the
-    `Regularizer` follows, and looks at a Gram matrix, in float32 or wider, whether all are below
-    1.001 upper. Where they are not, where the block does not reach down to 0.9 upper, and at first
-    it decomposes as for other bounds. `reg.enforce()` is exact.
-
-    Under `lower` a zero weight becomes one with all singular values at `lower`; its vectors are
-    arbitrary, the same each time.
-
-    Args:
-        lower: bound of the smallest singular value, positive; None for no bound.
-        upper: bound of the largest, positive; None for no bound.
-
-    Raises:
-        ValueError: neither is given; one is not positive and finite; lower > upper; when it is
-            applied, rounding to the dtype leaves no such weight, as for lower = upper.
-        TypeError: a bound is not a number.
-
-    Example:
-        >>> import torch, wellcond as wc
-        >>> layer = torch.nn.Linear(8, 8, bias=False)
-        >>> reg = wc.Regularizer(layer, wc.SingularValueLimit(lower=0.5, upper=2.0))
-        >>> reg.enforce()
-        >>> sigma = torch.linalg.svdvals(layer.weight.detach().double())
-        >>> bool(sigma.max() <= 2.0 and sigma.min() >= 0.5)
-        True
-    """
-
-    lower: float | None = None
-    upper: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.lower is None and self.upper is None:
-            raise ValueError("`lower` or `upper` must be given, got neither.")
-        for name, bound in (("lower", self.lower), ("upper", self.upper)):
-            if bound is None:
-                continue
-            number = as_number(bound, f"`{name}`", "a number or None")
-            object.__setattr__(self, name, number)
-            if not 0 < number < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {bound}.")
-        if not self._lower <= self._upper:
-            raise ValueError(
-                f"`lower` must be at most `upper`, got lower={self.lower} and upper={self.upper}."
-            )
-
-    @property
-    def _lower(self) -> float:
-        return 0.0 if self.lower is None else self.lower
-
-    @property
-    def _upper(self) -> float:
-        return math.inf if self.upper is None else self.upper
-
-    @property
-    def needs_subspace(self) -> bool:  # type: ignore[override]
-        return self.lower is None
-
-    def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        grown = 1 + margin[..., None]
-        low, high = self._lower / unit * grown, self._upper / unit / grown
-        return sigma.clamp(min=low.minimum(high), max=high)
-
-    def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
-        above = largest / (self._upper / unit)
-        below = self._lower / unit / smallest
-        return above if self.lower is None else torch.maximum(above, below)
-
-    def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.full_like(largest, self._lower), torch.full_like(largest, self._upper)
-
-    def describe_excess(self, excess: float, condition_number: float) -> str:
-        if self.lower is None:
-            return f"σ₁ {excess * self._upper:.4g}, "
-        return f"σ_ν {self.lower / excess:.4g}, " if self.upper is None else ""
-
-    def matters(self, smallest: Tensor) -> Tensor:
-        return smallest if self.lower is not None else smallest.clamp_min(self._upper)
-
-    def clip_leading(self, S: Operator, image: Image) -> tuple[NewWeight, Tensor, Tensor]:
-        """The leading values clipped; per matrix the excess, and whether the block reached so far.
-
-        Every Ritz value is a lower bound of the singular value of its rank.
-        """
-        ritz = image.triplets
-        sigma = ritz.sigma
-        excess = sigma[..., 0] / self._upper
-        reached = (sigma[..., -1] <= _REACH * self._upper) | (sigma.shape[-1] == S.nu)
-        share = (1 - self._upper / sigma.clamp_min(self._upper))[..., None, :]
-        return (
-            NewWeight(LowRank(torch.ones_like(excess), -ritz.left * share, ritz.right)),
-            excess,
-            reached,
-        )
-
-
-class Limited(NamedTuple):
-    """A matrix with kappa <= K as measured in its dtype, and the margin below K that it took."""
-
-    S: Tensor
-    before: float  # kappa of what was given
-    after: float
-    margin: float
-
-
-def limited(S: Tensor, max_condition: float) -> Limited:
-    """A matrix of the dtype of S with kappa <= K after rounding, nearest but for a small margin.
-
-    S itself where it obeys. A zero matrix stays zero, with kappa nan.
-
-    Raises:
-        ValueError: rounding to the dtype lifts kappa above K whatever the margin, or LAPACK does
-            not converge.
-    """
-    before = measure(S, extremes=True).condition_number
-    if before <= max_condition or math.isnan(before):
-        return Limited(S, before, before, 0.0)
-    X, found = _enforce_copy(S, ConditionLimit(max_condition))
-    after = measure(X, extremes=True).condition_number
-    return Limited(X, before, after, float(found.margin))
-
-
-def _enforce_copy(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Enforced]:
-    """A copy of S that obeys, and what was found of S; ValueError if there is none."""
-    weight = StoredMatrix(S.clone())
-    (found,) = enforce([weight], limit)
-    if (failure := found.failure(limit, S.dtype)) is not None:
-        raise ValueError(failure)
-    return weight.S, found
+def _describe(values: object) -> str:
+    if not isinstance(values, Tensor):
+        return type(values).__name__
+    text = f"the shape {tuple(values.shape)}, in {values.dtype} on {values.device}"
+    if values.is_meta or bool(torch.isfinite(values).all()):
+        return text
+    return f"{text}, with NaN or infinity"

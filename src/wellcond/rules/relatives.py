@@ -15,8 +15,8 @@ from wellcond.linalg.checks import as_number
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator, over_matrices
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Penalty, Strength
-from wellcond.rules.condition import clipped, height, within_reach
+from wellcond.rules.condition import clip_at, find_clip_height, limit_length
+from wellcond.rules.penalty import Penalty, Strength
 
 # A step clips no lower than this share of sigma_1: below, rounding of what is known of ||S||_F
 # would tell what the step rescales it by.
@@ -88,15 +88,15 @@ class StableRankPenalty(Penalty):
         x = sigma / top
         # Longer ones clip at the lowest height all the same.
         wanted = (eta.to(x.dtype) / top[..., 0].square()).nan_to_num(nan=0.0).clamp_max(1e6)
-        length, shortened = within_reach(x, S.nu, wanted)
-        tau = height(x, length).clamp_min(_LOWEST)
+        length, shortened = limit_length(x, S.nu, wanted)
+        tau = find_clip_height(x, length).clamp_min(_LOWEST)
         known = x.square().sum(dim=-1)
         rest = torch.zeros_like(known)
         if x.shape[-1] < S.nu:
             rest = (_stable_rank(S, image) - known).clamp_min(0)
         after = rest + x.minimum(tau).square().sum(dim=-1)
         c = torch.where(after > 0, (rest + known) / after, 1.0).sqrt()
-        return NewWeight(clipped(ritz, x, tau, c)), shortened
+        return NewWeight(clip_at(ritz, x, tau, c)), shortened
 
 
 def _stable_rank(S: Operator, image: Image) -> Tensor:
@@ -152,6 +152,6 @@ class SpectralNormPenalty(Penalty):
         assert image is not None
         ritz = image.triplets
         sigma = ritz.sigma
-        length, shortened = within_reach(sigma, S.nu, eta, self.target)
-        tau = height(sigma, length, self.target)
-        return NewWeight(clipped(ritz, sigma, tau, torch.ones_like(length))), shortened
+        length, shortened = limit_length(sigma, S.nu, eta, self.target)
+        tau = find_clip_height(sigma, length, self.target)
+        return NewWeight(clip_at(ritz, sigma, tau, torch.ones_like(length))), shortened

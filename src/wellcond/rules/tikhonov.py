@@ -8,7 +8,7 @@ from torch import Tensor
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Operator
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Penalty
+from wellcond.rules.penalty import Penalty
 
 
 class TikhonovPenalty(Penalty):
@@ -30,7 +30,7 @@ class TikhonovPenalty(Penalty):
         5e-05
     """
 
-    needs_subspace = False
+    needs = frozenset()
 
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         one = torch.ones(S.shape[:-2], dtype=S.dtype, device=S.device)

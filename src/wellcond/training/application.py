@@ -1,158 +1,133 @@
-"""A hard limit or an isometry step applied to the weights of a batch, and what was seen of them.
+"""Rules applied to batches of weights, and what their outcomes mean for each weight.
 
-What was seen of a weight are three numbers: by what factor it exceeded its limit, its condition
-number, and the outcome: 1 if the weight passed unchanged, negative if its limit was not applied,
-else 0. As numbers they travel between processes that hold the same weights.
+Of processes that hold the same weights, the owner of a batch applies its rule and sends the others
+what the weights have become, with the outcome; each then remembers the same.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Sequence
-from typing import cast
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
-import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
-from wellcond.linalg.checks import in_float64
-from wellcond.operators.base import Dense, NewWeight, Updatable, WeightOperator
-from wellcond.operators.rounding import widest_dtype
-from wellcond.operators.stored import StoredMatrix
-from wellcond.rules.base import Limit
-from wellcond.rules.enforce import Enforced, enforce
-from wellcond.rules.isometry import IsometryStep
-from wellcond.rules.limit import SpectralLimit
+from wellcond.operators.base import Dense, NewWeight, Updatable
+from wellcond.rules.base import Need
+from wellcond.rules.outcome import Outcome, OutcomeStatus, worst_of
 from wellcond.text import out_of_memory
-from wellcond.training.batch import Batch
-from wellcond.training.failures import Failures, reason
+from wellcond.training.batch import Batch, Look
+from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, describe_error
+from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState
 
-FAILED, NOT_FINITE = -1.0, -2.0  # outcomes of a limit that was not applied
+
+class Task(NamedTuple):
+    """A rule that is to be applied to a batch."""
+
+    batch: Batch
+    run: Callable[[], Outcome]
+    finite: Tensor | None  # what it must leave alone, where it does not look itself
+    # Whether all replicas compute the same: from the image of the subspace, which they exchange.
+    shared: bool
 
 
-def stored_matrices(batch: Batch) -> list[StoredMatrix]:
-    return [cast(StoredMatrix, S) for S in batch.operators]
+def step_task(seen: Look, eta: Tensor) -> Task:
+    """A step of length eta."""
+    batch, rule = seen.batch, seen.batch.rule
+    run = functools.partial(rule.step, seen.S, seen.image, eta, batch.memory)
+    return Task(batch, run, seen.finite, not rule.needs & {Need.gram, Need.whole})
 
 
-def store_(batch: Batch, new: NewWeight) -> None:
-    for S, own in zip(batch.operators, batch.each(*new.tensors), strict=True):
-        cast(Updatable, S).update_(NewWeight.of(own))
+def projection_task(batch: Batch) -> Task:
+    """A hard limit, exactly."""
+    run = functools.partial(batch.rule.project, batch.S, batch.memory, exact=True)
+    return Task(batch, run, None, False)
 
 
-def learn_scales(batch: Batch) -> None:
-    """Finds the scale of the weights under `IsometryStep` that have none yet."""
-    if all(bool((state.scale > 0).all()) for state in batch.states):
-        return
-    found = cast(IsometryStep, batch.rule).scale_of(batch.S)
-    for state, (own,) in zip(batch.states, batch.each(found), strict=True):
-        state.learn_scale(own)
+def apply(
+    tasks: Sequence[Task], replicas: Replicas | None, due: bool
+) -> tuple[Failures, list[Exception]]:
+    """Applies rules; of replicas, the owner of a weight does so for the others.
 
-
-def apply_(batch: Batch, failures: Failures) -> list[Tensor]:
-    """Applies the hard limit or the isometry step of a batch; what was seen of every weight."""
-    rule, states = batch.rule, batch.states
-    unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
-    if isinstance(rule, IsometryStep):
-        finite = [bool(S.finite().all()) for S in batch.operators]
-        _step_([pair for pair, fit in zip(zip(*batch, strict=True), finite, strict=True) if fit])
-        return [observation(unknown, unknown, 0.0 if fit else NOT_FINITE) for fit in finite]
-    if isinstance(rule, SpectralLimit):
-        weights = stored_matrices(batch)
-        found = enforce(
-            weights,
-            rule,
-            gate=all(state.pace.obeyed for state in states),
-            condition_number=_worst([state.pace.condition_number for state in states]),
-        )
-        return [
-            _outcome(state, S, rule, one, failures)
-            for state, S, one in zip(states, weights, found, strict=True)
-        ]
-    ((state,), (S,)) = states, batch.operators
-    stored = cast(Dense, S).dense()
-    if not bool(torch.isfinite(stored).all()):
-        return [observation(unknown, unknown, NOT_FINITE)]
-    try:
-        # A copy: an `apply` that writes to S and then fails must leave the weight as it is.
-        values = cast(Limit, rule).apply(stored.clone())
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        failures[state.name] = f": {reason(error)}"
-        return [observation(unknown, unknown, FAILED)]
-    if not _fits(values, stored):
-        failures[state.name] = (
-            f": `{type(rule).__name__}.apply` must return a finite tensor of the shape "
-            f"{tuple(stored.shape)}, in {stored.dtype} on {stored.device}, got {_words(values)}. "
-            "The weight was left as it is."
-        )
-        return [observation(unknown, unknown, FAILED)]
-    obeys = torch.equal(values, stored)
-    if not obeys:
-        cast(Updatable, S).update_(NewWeight(values.detach()))
-    return [observation(unknown, unknown, float(obeys))]
-
-
-def _fits(values: object, S: Tensor) -> bool:
-    """Whether what the `apply` of a limit returned can be stored in place of S."""
-    return (
-        isinstance(values, Tensor)
-        and (values.shape, values.dtype, values.device) == (S.shape, S.dtype, S.device)
-        and bool(torch.isfinite(values).all())
-    )
-
-
-def _words(values: object) -> str:
-    if not isinstance(values, Tensor):
-        return type(values).__name__
-    found = f"the shape {tuple(values.shape)}, in {values.dtype} on {values.device}"
-    if values.is_meta or bool(torch.isfinite(values).all()):
-        return found
-    return f"{found}, with NaN or infinity"
-
-
-def _step_(batch: Sequence[tuple[WeightState, WeightOperator]]) -> None:
-    """An isometry step of these weights under one rule."""
-    if not batch:
-        return
-    states = [state for state, _ in batch]
-    with contextlib.ExitStack() as opened:
-        spread = [opened.enter_context(cast(StoredMatrix, S).spread()) for _, S in batch]
-        there = Batch(states, list(spread))
-        device = spread[0].device
-        scales = [S.held(state.scale) for S, state in zip(spread, states, strict=True)]
-        scale = scales[0] if len(scales) == 1 else torch.stack(scales)
-        rule = cast(IsometryStep, there.rule)
-        store_(there, rule.step(there.S, scale.to(device, widest_dtype(device))))
-
-
-def _outcome(
-    state: WeightState, S: StoredMatrix, rule: SpectralLimit, found: Enforced, failures: Failures
-) -> Tensor:
-    """What was seen of a weight to which a limit was applied; why it has failed, if so."""
-    outcome = float(found.passed)
-    if (failure := found.failure(rule, S.S.dtype)) is not None:
-        failures[state.name], outcome = f": {failure}", FAILED
-    # Nothing is known of a matrix that is zero, that passed, or that is not finite.
-    elif bool(torch.isnan(found.excess).any()) and not bool(S.finite().all()):
-        outcome = NOT_FINITE
-    return observation(found.excess, found.condition_number, outcome)
-
-
-def _worst(numbers: Sequence[float]) -> float:
-    """The largest, nan if one is."""
-    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
-
-
-def observation(excess: Tensor, condition_number: Tensor, outcome: float = 0.0) -> Tensor:
-    """Excess and kappa, the worst of a stack, and the outcome, as three numbers.
-
-    The outcome is 1 if the weight passed unchanged, negative if its limit was not applied, else 0.
+    Weights for which that fails are left as they are.
     """
-    worst = [
-        torch.nan_to_num(in_float64(x), nan=-math.inf, posinf=math.inf).max()
-        for x in (excess, condition_number)
-    ]
-    known = [torch.where(x == -math.inf, math.nan, x) for x in worst]
-    return torch.stack([*known, torch.full_like(known[0], outcome)])
+    failures: Failures = {}
+    errors: list[Exception] = []
+    received: list[tuple[Batch, Sequence[Tensor], list[Tensor]]] = []
+    exchanged: list[tuple[int, Tensor]] = []
+    results: list[tuple[Batch, Sequence[Tensor], bool]] = []
+    for batch, run, finite, shared in tasks:
+        owner = batch.states[0].owner
+        alone = replicas is None or shared
+        mine = replicas is None or shared or replicas.rank == owner
+        outcome = Outcome.of(batch.S, OutcomeStatus.refused)
+        if mine:
+            try:
+                outcome = run()
+            except Exception as error:
+                if out_of_memory(error) or batch.lacks_values():
+                    raise
+                errors.append(error)
+                failures |= dict.fromkeys((s.name for s in batch.states), _refusal(batch, error))
+            else:
+                _store_(batch, outcome, finite)
+        if batch.rule.differentiable:
+            _count_shortened(batch, outcome)
+            if alone:
+                continue  # nothing more to know, and nothing read from the device
+        numbers: Sequence[Tensor] = outcome.numbers()
+        if not alone:
+            device = batch.operators[0].device
+            numbers = [one.to(device) for one in numbers]
+            values = [cast(Dense, S).dense().contiguous() for S in batch.operators]
+            if not mine:
+                values = [empty_like(one) for one in values]
+                received.append((batch, numbers, values))
+            exchanged += [(owner, one) for one in (*numbers, *values)]
+        results.append((batch, numbers, mine))
+    if replicas is not None:
+        replicas.exchange_(exchanged)
+    for batch, numbers, values in received:
+        for S, new, (own, *_) in zip(batch.operators, values, batch.each(*numbers), strict=True):
+            if int(own.min()) >= 0:
+                cast(Updatable, S).update_(NewWeight(new))
+    for batch, numbers, mine in results:
+        for state, each in zip(batch.states, batch.each(*numbers), strict=True):
+            worst = worst_of(*each)
+            if worst.status >= 0:
+                state.learn(worst, due)
+            elif state.name not in failures:
+                failures[state.name] = _explain(state, worst.status, mine)
+    return failures, errors
+
+
+def _store_(batch: Batch, outcome: Outcome, finite: Tensor | None) -> None:
+    """Stores what a rule has not stored itself."""
+    new = outcome.new
+    if new is None:
+        return
+    if finite is not None and not (finite.is_cpu and bool(finite.all())):
+        new = new.where(finite, cast(Dense, batch.S))
+    cast(Updatable, batch.S).update_(new)
+
+
+def _refusal(batch: Batch, error: Exception) -> str:
+    if batch.rule.differentiable:
+        return f": its penalty could not take a step: {describe_error(error)}"
+    return f": {describe_error(error)}"
+
+
+def _explain(state: WeightState, status: OutcomeStatus, mine: bool) -> str:
+    """Why a rule was not applied to a weight, by this process or by its owner."""
+    if status is OutcomeStatus.not_finite:
+        return HOLDS_NAN
+    if not mine:
+        return ELSEWHERE
+    return f": {state.rule.explain(status, state.weight.parameters[0].dtype)}"
+
+
+def _count_shortened(batch: Batch, outcome: Outcome) -> None:
+    shortened = outcome.status == int(OutcomeStatus.shortened)
+    for state, (own,) in zip(batch.states, batch.each(shortened), strict=True):
+        state.shortened += own.sum()

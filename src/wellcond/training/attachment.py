@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wellcond.rules.base import Limit, Penalty
 from wellcond.text import quoted
 from wellcond.training.bypass import Changes
 from wellcond.training.conflicts import count_nonzeros
@@ -27,7 +26,6 @@ from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
 
-EVERY = 10  # optimizer steps between proximal steps, if nothing else is said
 # After so many applications of limits it is looked whether entries are set to zero again.
 _COUNTS = 4
 
@@ -47,7 +45,7 @@ class Attachment:
         undone: Callable[[list[str]], None],
     ) -> None:
         self.states = states
-        # Steps between proximal steps. None: hard limits when they are due, penalties every 10.
+        # Steps between applications. None: by the schedule of each rule.
         self.every = every
         # An optimizer with an eval() mode draws its weights at each step to others, which no limit
         # has reached: to wait would undo every application.
@@ -113,10 +111,12 @@ class Attachment:
         return contextlib.nullcontext() if self.steps else self._changes.own()
 
     def _words(self) -> str:
-        hard = [isinstance(state.rule, Limit) for state in self.states]
-        soft = f"{EVERY} for penalties" if not all(hard) else ""
-        auto = "1, as the optimizer has an eval()" if self._at_once else '"auto"'
-        return f"{auto}{', ' * bool(soft)}{soft}" if any(hard) else str(EVERY)
+        schedules = {state.rule.default_schedule.every for state in self.states}
+        fixed = " and ".join(str(every) for every in sorted(schedules - {None}))  # type: ignore[type-var]
+        if None not in schedules:
+            return fixed
+        auto = "1, because the optimizer has an eval()" if self._at_once else '"auto"'
+        return f"{auto}, {fixed} for penalties" if fixed else auto
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._nonzeros:
@@ -146,7 +146,7 @@ class Attachment:
             taken = 1.0 if skipped.is_cpu else 1 - skipped.reshape(())
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         states = [state for state in self.states if state.active]
-        strange = [s.name for s in states if not _held(s, group_of)]
+        strange = [s.name for s in states if not _is_held_by(s, group_of)]
         if strange:
             raise ValueError(
                 f"The optimizer does not hold {quoted(strange)} any more: the parameter in the "
@@ -156,26 +156,30 @@ class Attachment:
         check_rates(optimizer, states)
         for state in states:
             lr: Any = group_of[id(state.weight.parameters[0])].get("lr")
-            if isinstance(state.rule, Penalty):
+            if state.rule.differentiable:
                 # A tensor is added up on its device: reading it here would wait for the device.
                 state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
             else:
                 state.gather(_rate(lr))
-        due = [s for s in states if not self._by_pace(s) and s.pending_steps >= self._interval(s)]
-        due += self._turn([state for state in states if self._by_pace(state) and state.due])
+        due = [
+            s for s in states if not self._is_watched(s) and s.pending_steps >= self._interval(s)
+        ]
+        due += self._turn([state for state in states if self._is_watched(state) and state.due])
         if due:
             self._apply(due)
-            limited = [state for state in due if isinstance(state.rule, Limit)]
+            limited = [state for state in due if state.rule.enforceable]
             if limited and self._counts < _COUNTS:
                 self._counts += 1
                 self._nonzeros = count_nonzeros(limited)
 
     def _interval(self, state: WeightState) -> int:
-        at_once = self._at_once and isinstance(state.rule, Limit)
-        return 1 if at_once else self.every or EVERY
+        every = self.every or state.rule.default_schedule.every
+        return 1 if every is None else every
 
-    def _by_pace(self, state: WeightState) -> bool:
-        return self.every is None and not self._at_once and isinstance(state.rule, Limit)
+    def _is_watched(self, state: WeightState) -> bool:
+        """Whether its rule says when it is due."""
+        scheduled = self.every or state.rule.default_schedule.every
+        return scheduled is None and not self._at_once
 
     def _turn(self, due: list[WeightState]) -> list[WeightState]:
         """Those of one shape, the longest due, so that no step pays for all of them.
@@ -191,10 +195,10 @@ class Attachment:
         if not self.removed and _orphans is not None:  # it is while the interpreter ends
             _orphans.append(weakref.ref(self))
 
-    def succeeded_by(self, optimizer: Optimizer) -> list[str]:
+    def names_in(self, optimizer: Optimizer) -> list[str]:
         """The names of the weights that this other optimizer steps."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [state.name for state in self.states if _held(state, held)]
+        return [state.name for state in self.states if _is_held_by(state, held)]
 
 
 def _may_nest(kind: type) -> bool:
@@ -236,7 +240,7 @@ def check_rates(optimizer: Optimizer, states: Sequence[WeightState]) -> None:
     names = [
         state.name
         for state in states
-        if isinstance(state.rule, Penalty) and id(state.weight.parameters[0]) in without
+        if state.rule.differentiable and id(state.weight.parameters[0]) in without
     ]
     if names:
         raise ValueError(
@@ -265,7 +269,7 @@ def own_changes(attachments: Sequence[Attachment]) -> Iterator[None]:
         yield
 
 
-def _held(state: WeightState, held: Container[int]) -> bool:
+def _is_held_by(state: WeightState, held: Container[int]) -> bool:
     """Whether an optimizer that holds these parameters steps the weight."""
     return all(id(parameter) in held for parameter in state.weight.parameters)
 
@@ -289,7 +293,7 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         attachment = reference()
         if attachment is None or attachment.removed:
             _orphans.remove(reference)
-        elif names := attachment.succeeded_by(optimizer):
+        elif names := attachment.names_in(optimizer):
             _orphans.remove(reference)
             logger.warning(
                 "The optimizer to which the regulariser was attached is gone, and %s steps %s "
@@ -309,7 +313,7 @@ def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for attachment in attachments():
         if attachment.steps or attachment.steps_now or attachment.optimizer is optimizer:
             continue
-        if names := attachment.succeeded_by(optimizer):
+        if names := attachment.names_in(optimizer):
             attachment.steps_of_others += 1
             if attachment.steps_of_others == 2 and not attachment.warned:
                 attachment.warned = True

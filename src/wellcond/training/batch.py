@@ -15,26 +15,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wellcond.linalg.checks import lacks_values
 from wellcond.operators.base import Operator, WeightOperator
-from wellcond.operators.stacked import StackedMatrices
+from wellcond.operators.stacked import stack
 from wellcond.operators.subspace import (
     Image,
     Subspace,
+    align_sides,
     by_columns,
-    completed,
-    in_step,
+    read_image,
     refine,
-    warmed,
+    warm_up,
 )
-from wellcond.rules.base import Penalty
-from wellcond.rules.isometry import IsometryStep
-from wellcond.rules.limit import SpectralLimit
+from wellcond.rules.base import Need, Rule, RuleState
 from wellcond.training.replicas import Replicas
-from wellcond.training.state import Rule, WeightState
+from wellcond.training.state import WeightState
 
 
 class Batch(NamedTuple):
-    """Weights of one kind under one penalty; or a single one, which is no stack."""
+    """Weights of one kind under one rule; or a single one, which is no stack."""
 
     states: list[WeightState]
     operators: list[WeightOperator]
@@ -42,7 +41,7 @@ class Batch(NamedTuple):
     @property
     def S(self) -> Operator:
         """All of them as one operator."""
-        return self.operators[0] if len(self.operators) == 1 else StackedMatrices(self.operators)
+        return stack(self.operators)
 
     @property
     def rule(self) -> Rule:
@@ -52,6 +51,25 @@ class Batch(NamedTuple):
     def leading(self) -> int:
         """The number of dimensions before those of a matrix."""
         return len(self.states[0].shape) - 2 + (len(self.states) > 1)
+
+    @property
+    def memory(self) -> RuleState:
+        """What the rule remembers of all of them."""
+        own = [state.memory for state in self.states]
+        if len(own) == 1:
+            return own[0]
+        return {key: torch.stack([one[key] for one in own]) for key in own[0]}
+
+    def prepare(self) -> None:
+        """Has the rule complete what it remembers, before its first step."""
+        memory = self.rule.prepare(self.S, self.memory)
+        each = self.each(*memory.values())
+        for state, own in zip(self.states, each if memory else (), strict=False):
+            state.memory = dict(zip(memory, own, strict=True))
+
+    def lacks_values(self) -> bool:
+        """Whether a weight is on the meta device."""
+        return any(lacks_values(p) for state in self.states for p in state.weight.parameters)
 
     def each(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """The tensors of every weight."""
@@ -78,45 +96,33 @@ class Look(NamedTuple):
             state.remember(Subspace(own, from_right))
 
 
-def batches(states: Sequence[WeightState], operators: Sequence[WeightOperator]) -> list[Batch]:
-    """The weights by kind and penalty: the same however they have been used so far."""
+def group_weights(
+    states: Sequence[WeightState], operators: Sequence[WeightOperator]
+) -> list[Batch]:
+    """The weights by kind and rule: the same however they have been used so far."""
     groups: dict[object, Batch] = {}
-    rules: list[Rule] = []
     for state, S in zip(states, operators, strict=True):
         state.follow(S)
-        alike = (i for i, rule in enumerate(rules) if _alike(rule, state.rule))
-        number = next(alike, len(rules))
-        if number == len(rules):
-            rules.append(state.rule)
-        together = isinstance(state.rule, Penalty | SpectralLimit | IsometryStep)
-        alone = "" if together else state.name
-        key = (S.kind, number, state.width, state.owner, alone)
+        apart = state.name if Need.whole in state.rule.needs else ""
+        key = (S.kind, state.rule.group_key(), state.width, state.owner, apart)
         batch = groups.setdefault(key, Batch([], []))
         batch.states.append(state)
         batch.operators.append(S)
     return list(groups.values())
 
 
-def _alike(one: Rule, other: Rule) -> bool:
-    """Whether two rules are the same, or equal as their class says."""
-    try:
-        return one is other or bool(one == other)
-    except (RuntimeError, ValueError):  # of arrays, which are equal or not entry by entry
-        return False
-
-
-def look(batches: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:
+def look(group_weights: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:
     """One product with every weight."""
-    shared = [] if replicas is None else [_Shared(batch, replicas) for batch in batches]
+    shared = [] if replicas is None else [_SharedLook(batch, replicas) for batch in group_weights]
     if replicas is not None:
         replicas.exchange_([pair for one in shared for pair in one.exchanged])
     looks = []
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(group_weights):
         S, image, refined = batch.S, None, None
         if not batch.states[0].follows_subspace:
             finite = S.finite()
         elif replicas is not None:
-            image, refined = shared[index].completed()
+            image, refined = shared[index].read_image()
             finite = image.finite
         else:
             image, refined = refine(S, _start(batch, S))
@@ -129,19 +135,19 @@ def _start(batch: Batch, S: Operator) -> Subspace:
     """The subspaces of a batch as one: warm, and all on one side."""
     states = batch.states
     if len(states) == 1:
-        return states[0].subspace if states[0].warm else warmed(S, states[0].subspace)
+        return states[0].subspace if states[0].warm else warm_up(S, states[0].subspace)
     if not any(state.warm for state in states):
-        return warmed(S, _stacked([state.subspace for state in states]))
+        return warm_up(S, _stack_subspaces([state.subspace for state in states]))
     pairs = list(zip(states, batch.operators, strict=True))
-    starts = [s.subspace if s.warm else warmed(one, s.subspace) for s, one in pairs]
-    return _stacked(in_step(batch.operators, starts))
+    starts = [s.subspace if s.warm else warm_up(one, s.subspace) for s, one in pairs]
+    return _stack_subspaces(align_sides(batch.operators, starts))
 
 
-def _stacked(subspaces: list[Subspace]) -> Subspace:
+def _stack_subspaces(subspaces: list[Subspace]) -> Subspace:
     return Subspace(torch.stack([s.basis for s in subspaces]), subspaces[0].from_right)
 
 
-class _Shared:
+class _SharedLook:
     """A batch that one of several processes looks at: its start, the image, the basis of that."""
 
     def __init__(self, batch: Batch, replicas: Replicas) -> None:
@@ -153,7 +159,7 @@ class _Shared:
         sides = {state.subspace.from_right for state in batch.states}
         ready = all(state.warm for state in batch.states) and len(sides) == 1
         # A start that is still to be warmed is known to its owner alone: the others have its shape.
-        start = _start(batch, S) if mine or ready else _unready(batch)
+        start = _start(batch, S) if mine or ready else _blank_start(batch)
         if not ready:
             start = Subspace(by_columns(start.basis).clone(), start.from_right)
             self.exchanged.append((first.owner, start.basis))
@@ -170,11 +176,11 @@ class _Shared:
         self.start, self.image, self.basis = start, image, basis
         self.exchanged += [(first.owner, image), (first.owner, basis)]
 
-    def completed(self) -> tuple[Image, Subspace]:
-        return completed(self.image, self.start, self.basis)
+    def read_image(self) -> tuple[Image, Subspace]:
+        return read_image(self.image, self.start, self.basis)
 
 
-def _unready(batch: Batch) -> Subspace:
+def _blank_start(batch: Batch) -> Subspace:
     """A subspace of the shape and on the side of the start that the owner makes."""
     first = batch.states[0]
     basis = torch.empty_like(first.subspace.basis)

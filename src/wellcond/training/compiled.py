@@ -84,8 +84,8 @@ def _custom_op(
 
 @_custom_op("penalty", "(Tensor[] parameters, str number, bool remember) -> Tensor[]")
 def _penalty(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
-    total, factors = _by_number[number].engine.total(parameters, remember)
-    return [total, *factors]
+    total, codes, factors = _by_number[number].engine.total(parameters, remember)
+    return [total, torch.tensor(codes, dtype=torch.int64, device="cpu"), *factors]
 
 
 @_penalty.register_fake  # type: ignore[untyped-decorator]
@@ -94,29 +94,33 @@ def _(parameters: list[Tensor], number: str, remember: bool) -> list[Tensor]:
 
 
 @_custom_op(
-    "gradients", "(Tensor weight, Tensor[] factors, Tensor[] parameters, str number) -> Tensor[]"
+    "gradients",
+    "(Tensor weight, Tensor codes, Tensor[] factors, Tensor[] parameters, str number) -> Tensor[]",
 )
 def _gradients(
-    weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str
+    weight: Tensor, codes: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str
 ) -> list[Tensor]:
-    return _by_number[number].engine.gradients(weight, factors, parameters)
+    return _by_number[number].engine.gradients(weight, codes.tolist(), factors, parameters)
 
 
 @_gradients.register_fake  # type: ignore[untyped-decorator]
-def _(weight: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str) -> list[Tensor]:
+def _(
+    weight: Tensor, codes: Tensor, factors: list[Tensor], parameters: list[Tensor], number: str
+) -> list[Tensor]:
     return [torch.empty_like(parameter) for parameter in parameters]
 
 
 def _save(ctx: Any, inputs: tuple[list[Tensor], str, bool], output: list[Tensor]) -> None:
     parameters, ctx.number, _ = inputs
-    ctx.factors = len(output) - 1
+    ctx.factors = len(output) - 1  # the first of them are the forms of the others
     ctx.save_for_backward(*output[1:], *parameters)
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor], None, None]:
     saved = list(ctx.saved_tensors)
     factors, parameters = saved[: ctx.factors], saved[ctx.factors :]
-    return _gradients(grads[0], factors, parameters, ctx.number), None, None
+    codes, *rest = factors
+    return _gradients(grads[0], codes, rest, parameters, ctx.number), None, None
 
 
 _penalty.register_autograd(_backward, setup_context=_save)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from wellcond.rules.base import Limit
+from wellcond.rules.base import Rule
+from wellcond.rules.limit import Limit
 from wellcond.training.engine import Engine
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.regularizer import refuse_without_proximal_step
@@ -48,7 +49,8 @@ def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     for one in rule.values() if isinstance(rule, Mapping) else [rule]:
-        if not isinstance(one, Limit) and (one is not None or one is rule):
+        enforceable = isinstance(one, Rule) and one.enforceable
+        if not enforceable and (one is not None or one is rule):
             raise TypeError(
                 f"`rule` must be a hard limit or map patterns to limits or None, got {one!r}. "
                 "A limit is, for instance, ConditionLimit(10); a penalty takes its steps in "

@@ -10,38 +10,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.base import Dense, Gradient, NewWeight, Updatable, WeightOperator
+from wellcond.operators.base import Gradient
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
-from wellcond.rules.base import Limit, Penalty, Proximal, check_answer
-from wellcond.rules.enforce import obey_nearly
-from wellcond.rules.isometry import IsometryStep
-from wellcond.rules.limit import SingularValueLimit
-from wellcond.text import out_of_memory, subject
-from wellcond.training.application import (
-    FAILED,
-    NOT_FINITE,
-    apply_,
-    learn_scales,
-    observation,
-    store_,
-    stored_matrices,
-)
-from wellcond.training.batch import Batch, Look, batches, look
+from wellcond.rules.penalty import check_answer
+from wellcond.text import subject
+from wellcond.training.application import apply, projection_task, step_task
+from wellcond.training.batch import Batch, Look, group_weights, look
 from wellcond.training.deferred import DeferredChecks
-from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, raise_failures, reason
+from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, name_meta_weights
 
 
 class Engine:
-    """The weights under penalties and limits, and what is done to all of them together."""
+    """The weights under rules, and what is done to all of them together."""
 
     def __init__(
         self, states: list[WeightState], replicas: Replicas | None, check_replicas: bool
@@ -79,36 +68,43 @@ class Engine:
     def penalty(self) -> Tensor:
         """The sum of strength * penalty, differentiable."""
         parameters = self.parameters()
-        total, factors = self.total(parameters, torch.is_grad_enabled())
-        result: Tensor = _Total.apply(self, total, len(factors), *factors, *parameters)  # type: ignore[no-untyped-call]
+        total, codes, factors = self.total(parameters, torch.is_grad_enabled())
+        result: Tensor = _Total.apply(self, total, codes, len(factors), *factors, *parameters)  # type: ignore[no-untyped-call]
         return result
 
-    def total(self, parameters: Sequence[Tensor], remember: bool) -> tuple[Tensor, list[Tensor]]:
-        """The penalties of these parameters, and what their gradients consist of, by batch."""
+    def total(
+        self, parameters: Sequence[Tensor], remember: bool
+    ) -> tuple[Tensor, list[int], list[Tensor]]:
+        """The penalties of these parameters; by batch the forms of their gradients, and parts."""
         with self._quietly():
-            found = self._batches(parameters)
-            strengths = [_strengths(batch) for batch in found]  # a schedule may raise: before all
-            looks = self._look(found, remember)
-            evaluated = [_evaluated(*one) for one in zip(looks, strengths, strict=True)]
+            groups = self._batches(parameters)
+            strengths = [_strengths(batch) for batch in groups]  # a schedule may raise: before all
+            looks = self._look(groups, remember)
+            evaluated = [_evaluate(*one) for one in zip(looks, strengths, strict=True)]
             first = self.states[0].strength
             total = torch.zeros((), dtype=first.dtype, device=first.device)
+            codes: list[int] = []
             factors: list[Tensor] = []
             for seen, (value, gradient) in zip(looks, evaluated, strict=True):
                 total = total + value.sum().to(total)
+                codes.append(gradient.code)
                 factors += gradient.tensors
                 if remember:
                     _watch(seen)
                 for state in seen.batch.states if remember else ():
                     state.advance()
-            return total, factors
+            return total, codes, factors
 
     def blank_total(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the shapes of what `total` returns: found on matrices without data."""
         with self._quietly():
-            found = self._batches(parameters)
-            blank = [parameters[0].new_empty((), dtype=self.states[0].strength.dtype)]
-            for batch in found:
-                penalty, first = cast(Penalty, batch.rule), batch.states[0]
+            groups = self._batches(parameters)
+            blank = [
+                parameters[0].new_empty((), dtype=self.states[0].strength.dtype),
+                torch.empty(len(groups), dtype=torch.int64, device="cpu"),
+            ]
+            for batch in groups:
+                first = batch.states[0]
                 shape = (*batch.operators[0].shape,)
                 if len(batch.states) > 1:
                     shape = (len(batch.states), *shape)
@@ -116,7 +112,7 @@ class Engine:
                 image = None
                 if first.follows_subspace:
                     image, _ = refine(S, _blank_start(S, first.width))
-                gradient = penalty.gradient(S, image)
+                gradient = batch.rule.gradient(S, image)
                 blank += [
                     torch.empty(one.shape, dtype=one.dtype, device=batch.operators[0].device)
                     for one in gradient.tensors
@@ -124,27 +120,29 @@ class Engine:
         return blank
 
     def gradients(
-        self, weight: Tensor, factors: Sequence[Tensor], parameters: Sequence[Tensor]
+        self,
+        weight: Tensor,
+        codes: Sequence[int],
+        factors: Sequence[Tensor],
+        parameters: Sequence[Tensor],
     ) -> list[Tensor]:
         """weight times the gradient of `total` with respect to each of the parameters."""
         with self._quietly():
             gradients = [torch.zeros_like(parameter) for parameter in parameters]
             rest = list(factors)
             into = dict(zip(self._slots(), gradients, strict=True))
-            for batch in self._batches(parameters):
-                count = 3 - (rest[0].ndim - batch.leading)  # see `Gradient.tensors`
-                own, rest = rest[:count], rest[count:]
-                gradient = Gradient.of(own).times(weight.to(own[0].device))
-                _pull_back_(batch, gradient, into)
+            for batch, code in zip(self._batches(parameters), codes, strict=True):
+                gradient = Gradient.take(code, rest)
+                _pull_back_(batch, gradient.times(weight.to(gradient.tensors[0].device)), into)
             return gradients
 
     def add_gradients(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         """Adds strength * gradient at these parameters to these gradients."""
         with self._quietly():
             into = dict(zip(self._slots(), gradients, strict=True))
-            found = self._batches(parameters)
-            strengths = [_strengths(batch) for batch in found]
-            looks = self._look(found)
+            groups = self._batches(parameters)
+            strengths = [_strengths(batch) for batch in groups]
+            looks = self._look(groups)
             # All of them first: a penalty may raise, and no gradient has changed then.
             each = [_gradient(*one) for one in zip(looks, strengths, strict=True)]
             for seen, gradient in zip(looks, each, strict=True):
@@ -157,157 +155,58 @@ class Engine:
         self,
         states: list[WeightState],
         rates: Sequence[float | Tensor],
+        *,
+        due: bool,
         done: Callable[[WeightState], None],
     ) -> None:
-        """A proximal step of length strength * rate on every one of these weights; limits hold.
+        """A step of length strength * rate of the rule of each of these weights.
 
         Calls `done` for every weight that has been served. Where a weight under a penalty is not
-        finite no penalty takes a step, but limits are applied; the error comes last.
+        finite no penalty takes a step, but other rules are applied; the error comes last. `due`
+        says whether the steps follow from the movement of the weights.
         """
         with self._quietly():
             rate_of = dict(zip((state.name for state in states), rates, strict=True))
-            found = batches(states, [state.operator() for state in states])
-            etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in found]
+            groups = group_weights(states, [state.operator() for state in states])
+            etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in groups]
             self._compare_replicas(states)
-            looks = look(found, self.replicas)
-            # Limits tell by themselves what is not finite, on replicas all of them alike.
-            soft = [seen for seen in looks if not isinstance(seen.batch.rule, Limit | IsometryStep)]
-            failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
-            refused: Failures = {}  # their penalties raise, which is no matter of the others
-            limited = []
-            served = []
+            looks = look(groups, self.replicas)
+            # Other rules tell by themselves what is not finite, on replicas all of them alike.
+            soft = [seen for seen in looks if seen.batch.rule.differentiable]
+            failures: Failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
+            tasks = []
             for seen, eta in zip(looks, etas, strict=True):
-                batch, rule = seen.batch, seen.batch.rule
-                if not isinstance(rule, Limit | IsometryStep):
-                    if failures:
-                        continue
-                    seen.remember()
-                    try:
-                        new, shortened = cast(Proximal, rule).proximal_step(seen.S, seen.image, eta)
-                    except Exception as error:
-                        if out_of_memory(error):
-                            raise
-                        why = f": its penalty could not take a step: {reason(error)}"
-                        refused |= {state.name: why for state in batch.states}
-                        continue
-                    self._update_(seen, new)
-                    for state, (short,) in zip(batch.states, batch.each(shortened), strict=True):
-                        state.shortened += short.sum()
-                else:
-                    seen.remember()
-                    if isinstance(rule, IsometryStep):
-                        learn_scales(batch)
-                    limited.append(seen)
-                served += batch.states
-            failures |= refused | self._apply_limits_([self._clipped_(seen) for seen in limited])
+                if failures and seen.batch.rule.differentiable:
+                    continue
+                seen.remember()
+                seen.batch.prepare()
+                tasks.append(step_task(seen, eta))
+            failed, errors = apply(tasks, self.replicas, due)
+            failures |= failed
             for state in states:
                 state.failed = state.name in failures
-            for state in served:
+            for state in (state for task in tasks for state in task.batch.states):
                 if not state.failed:
                     done(state)
             rest = "All other hard limits that were due have been applied."
-            raise_failures(failures, rest if limited else "")
+            others = any(not task.batch.rule.differentiable for task in tasks)
+            raise_failures(failures, rest if others else "", errors)
             self._checks.raise_ready()
 
     def enforce(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, exactly."""
         with self._quietly():
             self._compare_replicas(states)
-            found = batches(states, [state.operator() for state in states])
-            failures = self._apply_limits_([_Limited(batch) for batch in found])
+            groups = group_weights(states, [state.operator() for state in states])
+            tasks = [projection_task(batch) for batch in groups]
+            failures, errors = apply(tasks, self.replicas, due=False)
             for state in states:
                 state.failed = state.name in failures
                 if not state.failed:
-                    state.begin_anew()  # else the next application would take it for a slow weight
+                    state.settle()  # else the next application would take it for a slow weight
             rest = "All other hard limits hold."
-            raise_failures(failures, rest if len(failures) < len(states) else "")
+            raise_failures(failures, rest if len(failures) < len(states) else "", errors)
             self._checks.raise_ready()
-
-    def _update_(self, seen: Look, new: NewWeight) -> None:
-        if not (seen.finite.is_cpu and bool(seen.finite.all())):
-            new = new.where(seen.finite, cast(Dense, seen.S))
-        store_(seen.batch, new)
-
-    def _clipped_(self, seen: Look) -> _Limited:
-        """What the block of an upper bound can do alone, and whether that was enough.
-
-        A block may lag behind a weight that moves fast, and a narrow one not reach far enough: one
-        Gram matrix tells.
-        """
-        batch, rule = seen.batch, seen.batch.rule
-        if seen.image is None or not isinstance(rule, SingularValueLimit):
-            return _Limited(batch)
-        if not all(state.pace.known for state in batch.states):  # the block is hardly warm
-            return _Limited(batch)
-        new, excess, reached = rule.clip_leading(seen.S, seen.image)
-        if not bool(reached.all()):
-            return _Limited(batch, excess)
-        self._update_(seen, new)
-        owner = batch.states[0].owner
-        held = torch.zeros(1, device=batch.operators[0].device)
-        if self.replicas is None or self.replicas.rank == owner:
-            held.fill_(obey_nearly(stored_matrices(batch), rule))
-        if self.replicas is not None:  # all must take the same way from here
-            self.replicas.exchange_([(owner, held)])
-        return _Limited(batch, excess, bool(held))
-
-    def _apply_limits_(self, limited: Sequence[_Limited]) -> Failures:
-        """Applies hard limits where it has not been done; of replicas, one does for the others.
-
-        And takes isometry steps. Weights for which that fails are left as they are.
-        """
-        told: list[tuple[WeightState, Tensor]] = []
-        exchanged: list[tuple[int, Tensor]] = []
-        received: list[tuple[Tensor, WeightOperator, Tensor]] = []
-        failures: Failures = {}
-        error: Exception | None = None
-        for batch, excess, done in limited:
-            owner = batch.states[0].owner
-            mine = self.replicas is None or self.replicas.rank == owner
-            if done:
-                assert excess is not None
-                each = [
-                    observation(one, torch.full_like(one, math.nan))
-                    for (one,) in batch.each(excess)
-                ]
-            else:
-                # Where nothing is exchanged numbers may stay here, as some devices have no float64.
-                device = batch.operators[0].device if self.replicas is not None else "cpu"
-                blank = torch.full((3,), FAILED, dtype=torch.float64, device=device)
-                each = [blank.clone() for _ in batch.states]
-                try:
-                    each = [one.to(device) for one in apply_(batch, failures)] if mine else each
-                except Exception as unforeseen:
-                    if self.replicas is None:
-                        raise
-                    error = error or unforeseen  # the others wait: first they must learn of it
-                if excess is not None:
-                    for numbers, (clipped,) in zip(each, batch.each(excess), strict=True):
-                        numbers[0] = torch.fmax(numbers[0], clipped.max().to(numbers))
-            told += zip(batch.states, each, strict=True)
-            if self.replicas is None or done:  # all have done it alike
-                continue
-            for S, numbers in zip(batch.operators, each, strict=True):
-                values = cast(Dense, S).dense().contiguous()
-                if not mine:
-                    values = torch.empty_like(values)
-                    received.append((numbers, S, values))
-                exchanged += [(owner, numbers), (owner, values)]
-        if self.replicas is not None:
-            self.replicas.exchange_(exchanged)
-        for numbers, S, values in received:
-            if numbers.tolist()[2] >= 0:
-                cast(Updatable, S).update_(NewWeight(values))
-        if error is not None:
-            raise error
-        for state, numbers in told:
-            excess_before, kappa, outcome = numbers.tolist()
-            if outcome >= 0:
-                state.pace.saw(excess_before, kappa, bool(outcome))
-            else:
-                why = HOLDS_NAN if outcome == NOT_FINITE else ELSEWHERE
-                failures.setdefault(state.name, why)
-        return failures
 
     def check_rates(self, lr: Tensor) -> Tensor:
         """A learning rate on a device, 0 if it is none, which is raised once it is free to read."""
@@ -319,14 +218,14 @@ class Engine:
         """The active weights with these values for their parameters."""
         active, of = self.active(), dict(zip(self._slots(), parameters, strict=True))
         operators = [state.operator([of[slot] for slot in state.slots]) for state in active]
-        return batches(active, operators)
+        return group_weights(active, operators)
 
-    def _look(self, batches: list[Batch], remember: bool = True) -> list[Look]:
+    def _look(self, group_weights: list[Batch], remember: bool = True) -> list[Look]:
         """One product with every weight; raises before anything is remembered or changed."""
         self._checks.raise_ready()
         if remember:
-            self._compare_replicas([state for batch in batches for state in batch.states])
-        looks = look(batches, self.replicas if remember else None)
+            self._compare_replicas([state for batch in group_weights for state in batch.states])
+        looks = look(group_weights, self.replicas if remember else None)
         raise_failures(dict.fromkeys(self._not_finite(looks), HOLDS_NAN))
         if remember:
             for seen in looks:
@@ -371,14 +270,6 @@ class Engine:
             yield
 
 
-class _Limited(NamedTuple):
-    """A batch under a limit; what its block has clipped beforehand, and whether that is all."""
-
-    batch: Batch
-    excess: Tensor | None = None
-    done: bool = False
-
-
 # A block is too narrow for gradients if its last value is above this share of the first: at 0.82
 # kappa ended 1 % higher than with a wider one, at 0.87 7 %, at 0.91 and more 25 % and more (a net
 # of 512 hidden units on MNIST and digits, strength 1). Looked for in every so many applications.
@@ -403,20 +294,20 @@ def _strengths(batch: Batch) -> Tensor:
     return _lengths(batch, [1.0] * len(batch.states))
 
 
-def _evaluated(seen: Look, strength: Tensor) -> tuple[Tensor, Gradient]:
+def _evaluate(seen: Look, strength: Tensor) -> tuple[Tensor, Gradient]:
     """strength * penalty and strength * gradient."""
-    penalty = cast(Penalty, seen.batch.rule)
-    value, gradient = penalty.evaluate(seen.S, seen.image)
-    check_answer(penalty, seen.S, gradient, value)
+    rule = seen.batch.rule
+    value, gradient = rule.evaluate(seen.S, seen.image)
+    check_answer(rule, seen.S, gradient, value)
     weighted = torch.where(strength > 0, strength * value, 0.0)  # of a value that overflows too
     return weighted, _where_finite(seen, gradient).times(strength)
 
 
 def _gradient(seen: Look, strength: Tensor) -> Gradient:
     """strength * gradient alone."""
-    penalty = cast(Penalty, seen.batch.rule)
-    gradient = penalty.gradient(seen.S, seen.image)
-    check_answer(penalty, seen.S, gradient, None)
+    rule = seen.batch.rule
+    gradient = rule.gradient(seen.S, seen.image)
+    check_answer(rule, seen.S, gradient, None)
     return _where_finite(seen, gradient).times(strength)
 
 
@@ -428,10 +319,7 @@ def _where_finite(seen: Look, gradient: Gradient) -> Gradient:
 def _lengths(batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:
     """strength * rate: one number if all are equal, else one a weight. Asks nothing of the host."""
     states = batch.states
-    strengths = [
-        state.rule.strength_at(state.step) if isinstance(state.rule, Penalty) else 1.0
-        for state in states
-    ]
+    strengths = [state.rule.strength_at(state.step) for state in states]
     rates = [rate.reshape(()) if isinstance(rate, Tensor) else rate for rate in rates]
     keys = [id(rate) if isinstance(rate, Tensor) else rate for rate in rates]
     if len(set(zip(strengths, keys, strict=True))) == 1:
@@ -449,24 +337,27 @@ def _pull_back_(batch: Batch, gradient: Gradient, into: dict[int, Tensor]) -> No
     """Adds the gradients of a batch to those of the parameters that its weights rest on."""
     parts = batch.each(*gradient.tensors)
     for state, S, own in zip(batch.states, batch.operators, parts, strict=True):
-        S.pullback_(Gradient.of(own), [into[slot] for slot in state.slots])
+        share = Gradient.from_tensors(gradient.code, own)
+        S.pullback_(share, [into[slot] for slot in state.slots])
 
 
 class _Total(torch.autograd.Function):
     """The total of the penalties, whose gradients are known."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, total: Tensor, count: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, engine: Engine, total: Tensor, codes: list[int], count: int, *tensors: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.engine, ctx.count = engine, count
+        ctx.engine, ctx.codes, ctx.count = engine, codes, count
         return total.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
         factors, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        gradients = ctx.engine.gradients(weight, factors, parameters)
-        return None, None, None, *[None] * ctx.count, *gradients
+        gradients = ctx.engine.gradients(weight, ctx.codes, factors, parameters)
+        return None, None, None, None, *[None] * ctx.count, *gradients
 
 
 def _raise_not_a_rate(valid: list[bool]) -> None:

@@ -15,30 +15,30 @@ from wellcond.linalg.spectrum import measure
 from wellcond.operators.base import Dense, Operator
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.sharded import ShardedMatrix
-from wellcond.operators.subspace import Image, cold_start, refine, residual, warmed
+from wellcond.operators.subspace import Image, cold_start, refine, residual, warm_up
 from wellcond.report.estimate import Estimate
-from wellcond.rules.base import Penalty
-from wellcond.training.batch import batches, look
-from wellcond.training.state import Rule, WeightState, name_meta_weights
+from wellcond.rules.base import Rule
+from wellcond.training.batch import group_weights, look
+from wellcond.training.state import WeightState, name_meta_weights
 
 
-def estimates(
+def estimate_weights(
     states: Sequence[WeightState], block_size: int, condition_numbers: bool = False
 ) -> dict[str, Estimate]:
     """An estimate for every matrix by name; what is remembered stays as it is."""
     following = [state for state in states if state.follows_subspace]
     rows: dict[str, Tensor] = {}
-    for seen in look(batches(following, [state.operator() for state in following])):
+    for seen in look(group_weights(following, [state.operator() for state in following])):
         assert seen.image is not None
-        told = _told(seen.batch.rule, seen.S, seen.image)
-        for state, (row,) in zip(seen.batch.states, seen.batch.each(told), strict=True):
+        columns = _measure_image(seen.batch.rule, seen.S, seen.image)
+        for state, (row,) in zip(seen.batch.states, seen.batch.each(columns), strict=True):
             rows[state.name] = row
     for state in states:
         if state.name not in rows:
             # It keeps no subspace; for a report a fresh one is good enough.
             S = state.operator()
             cold = cold_start(S, min(block_size, S.nu), state.name)
-            rows[state.name] = _told(state.rule, S, refine(S, warmed(S, cold))[0])
+            rows[state.name] = _measure_image(state.rule, S, refine(S, warm_up(S, cold))[0])
     found: dict[str, Estimate] = {}
     with name_meta_weights(states):
         on_host = _on_host(states, rows)
@@ -62,10 +62,10 @@ def _on_host(states: Sequence[WeightState], rows: dict[str, Tensor]) -> list[lis
     return [[numbers.pop(0) for _ in one] for one in each]
 
 
-def _told(rule: Rule, S: Operator, image: Image) -> Tensor:
+def _measure_image(rule: Rule, S: Operator, image: Image) -> Tensor:
     sigma = image.top.sigma[..., 0]
     value = torch.full_like(sigma, math.nan)
-    if isinstance(rule, Penalty):
+    if rule.differentiable:
         value = rule.evaluate(S, image)[0]
     columns = [sigma, residual(S, image), squared_norm_over(S, sigma), value, image.finite]
     return torch.stack([column.double() for column in columns], dim=-1)
@@ -77,26 +77,26 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
     if not finite:
         sigma = error = value = stable_rank = math.nan
         status = "not finite: it holds NaN or infinity"
-    rule = state.rule
+    rule, pace = state.rule, state.pace
     return Estimate(
         sigma_max=sigma,
         residual=error,
         stable_rank=stable_rank if sigma else math.nan,
         penalty=value,
-        strength=rule.strength_at(state.step) if isinstance(rule, Penalty) else math.nan,
+        strength=rule.strength_at(state.step) if rule.differentiable else math.nan,
         step=state.step,
         shortened_steps=int(shortened),
         nu=min(state.shape[-2:]),
         condition_number=kappa,
         crowded=bool(crowded),
-        excess=_known(state.pace.excess),
-        condition_before=_known(state.pace.condition_number),
-        interval=state.pace.interval or None,
+        excess=_none_if_nan(pace.excess),
+        condition_before=_none_if_nan(pace.condition_number),
+        interval=pace.interval or None,
         status=status,
     )
 
 
-def _known(number: float) -> float | None:
+def _none_if_nan(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 

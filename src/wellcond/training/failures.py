@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from wellcond.text import and_more
 
@@ -19,7 +19,7 @@ ELSEWHERE = (
 Failures = dict[str, str]  # by the name of a weight, what follows it in the message
 
 
-def reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The message of an error in the code of a user; its type too, unless it is a ValueError.
 
     A ValueError is how a limit states that a weight cannot obey.
@@ -29,12 +29,15 @@ def reason(error: Exception) -> str:
     return message if message.endswith(".") else f"{message}."
 
 
-def raise_failures(failures: Mapping[str, str], rest: str = "") -> None:
+def raise_failures(
+    failures: Mapping[str, str], rest: str = "", errors: Sequence[Exception] = ()
+) -> None:
     """Raises one ValueError for all of them, if there are any.
 
     Args:
         failures: why each has failed.
         rest: what became of the other weights, as a sentence.
+        errors: what was raised meanwhile; the first of them is the cause.
     """
     if not failures:
         return
@@ -44,4 +47,5 @@ def raise_failures(failures: Mapping[str, str], rest: str = "") -> None:
         names = [f'"{name}"' for name in sorted(failures) if failures[name] == one]
         many = len(names) > 1 and one == HOLDS_NAN
         sentences.append(and_more(names, limit=100) + (_HOLD_NAN if many else one))
-    raise ValueError(" ".join([*sentences, *([rest] if rest else [])]))
+    cause = errors[0] if errors else None
+    raise ValueError(" ".join([*sentences, *([rest] if rest else [])])) from cause

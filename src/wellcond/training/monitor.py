@@ -10,13 +10,14 @@ from torch import nn
 from wellcond.linalg.checks import as_count
 from wellcond.operators.rounding import full_precision
 from wellcond.report.estimate import Estimate
+from wellcond.rules.base import Rule
 from wellcond.rules.condition import ConditionPenalty
-from wellcond.training.batch import batches, look
-from wellcond.training.estimates import estimates
+from wellcond.training.batch import group_weights, look
+from wellcond.training.estimates import estimate_weights
 from wellcond.training.log import log
 from wellcond.training.oversights import warn_of_stored
 from wellcond.training.selection import select
-from wellcond.training.state import Rule, WeightState
+from wellcond.training.state import WeightState
 from wellcond.weights.discover import unwrapped
 from wellcond.weights.reasons import Skipped
 
@@ -80,9 +81,9 @@ class Monitor:
         """An estimate for every weight, as from `Regularizer.measure`."""
         with full_precision(self._states[0].weight.parameters[0].device.type):
             operators = [state.operator() for state in self._states]
-            for seen in look(batches(self._states, operators)):
+            for seen in look(group_weights(self._states, operators)):
                 seen.remember()
-            return estimates(self._states, self.block_size, self.condition_numbers)
+            return estimate_weights(self._states, self.block_size, self.condition_numbers)
 
     def log(
         self,

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from wellcond.rules.base import Limit
-from wellcond.rules.limit import SpectralLimit
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import Attachment, attachments, has_modes
 from wellcond.training.bypass import is_replaced
@@ -38,16 +36,16 @@ class Oversights:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
 
-    def applied(self, own: Iterable[Attachment], by: str) -> None:
+    def check_application(self, own: Iterable[Attachment], by: str) -> None:
         """Penalties are being applied, by a call or, if it is "", by an attachment of `own`."""
         if torch.compiler.is_compiling():
             return
         if self._applied % _EVERY == 0:
-            self._replaced()
+            self._check_replaced()
         self._applied += 1
-        attached = [s.name for a in own for s in a.states if not isinstance(s.rule, Limit)]
+        attached = [s.name for a in own for s in a.states if not s.rule.enforceable]
         if by and attached:
-            self._say(
+            self._warn_once(
                 "twice",
                 "The penalty of %s is applied twice: attached to an optimizer, and by %s. Keep one "
                 "of them; to look at its value, call reg() under torch.no_grad().",
@@ -58,7 +56,7 @@ class Oversights:
             held = {id(state) for a in own for state in a.states}
             left = [s.name for s in self._states if s.active and id(s) not in held]
             if left:
-                self._say(
+                self._warn_once(
                     "left",
                     "%s regularised, but held by no optimizer that the regulariser is attached to: "
                     "no proximal step is taken. Attach the optimizer too, or leave the weights out "
@@ -66,18 +64,18 @@ class Oversights:
                     subject(left),
                 )
 
-    def attached(self, attachment: Attachment) -> None:
+    def check_attachment(self, attachment: Attachment) -> None:
         """Another regulariser may be on the same weights; the optimizer may step in two steps."""
         optimizer = attachment.optimizer
         if hasattr(optimizer, "first_step") and hasattr(optimizer, "base_optimizer"):
-            self._say(
+            self._warn_once(
                 "two steps",
                 "%s has first_step() and second_step(), after which nothing is applied: only its "
                 "step(closure) runs hooks. Attach to optimizer.base_optimizer, which serves both.",
                 type(optimizer).__name__,
             )
         if optimizer is not None and is_replaced(optimizer):
-            self._say(
+            self._warn_once(
                 "replaced",
                 "The step of this %s was replaced by a function that does not seem to call it, and "
                 "after which nothing is applied. Call the original step within it, or "
@@ -98,42 +96,42 @@ class Oversights:
             if any(rules.get(id(p)) is type(state.rule) for p in state.weight.parameters)
         ]
         if both:
-            self._say(
+            self._warn_once(
                 "both",
                 "%s regularised by another Regularizer as well, which is still attached to its "
                 "optimizer: both will be applied. Call its detach() if it is not meant any more.",
                 subject(both),
             )
 
-    def logged(self, own: Sequence[Attachment], report: bool) -> None:
+    def check_log(self, own: Sequence[Attachment], report: bool) -> None:
         """A training is watched, but nothing has ever applied its limits: no call and no `own`."""
-        self._bypassed(own, report)
-        limited = [s.name for s in self._states if isinstance(s.rule, Limit) and s.active]
+        self._check_bypass(own, report)
+        limited = [s.name for s in self._states if s.rule.enforceable and s.active]
         if limited and not self._applied and not own:
-            self._say(
+            self._warn_once(
                 "nothing",
                 "%s under a hard limit that nothing applies while the network trains. Call "
                 "attach(optimizer) before the loop.",
                 subject(limited),
             )
 
-    def enforced(self, own: Sequence[Attachment]) -> None:
+    def check_enforcement(self, own: Sequence[Attachment]) -> None:
         """Limits are asked for now, but not all weights, or not those that count, are there."""
-        self._bypassed(own, True)
+        self._check_bypass(own, True)
         training = [a.optimizer for a in own if _trains(a.optimizer) is not False]
-        if training and any(isinstance(s.rule, Limit) for a in own for s in a.states):
+        if training and any(s.rule.enforceable for a in own for s in a.states):
             kind = type(training[0]).__name__
             known = _trains(training[0]) is not None
-            self._say(
+            self._warn_once(
                 "train mode",
                 "%s the limits hold in the weights as they are now, and its "
                 "eval() makes others of them, which need not obey. Before you evaluate or save: "
                 "optimizer.eval(), then reg.enforce(); and optimizer.train() to go on.",
                 f"{kind} is in train mode:" if known else f"If {kind} is in train mode,",
             )
-        frozen = [s.name for s in self._states if isinstance(s.rule, Limit) and not s.active]
+        frozen = [s.name for s in self._states if s.rule.enforceable and not s.active]
         if frozen:
-            self._say(
+            self._warn_once(
                 "frozen",
                 "%s under a hard limit, but frozen: left unchanged. Call enforce() "
                 "before requires_grad_(False), or repair the checkpoint.",
@@ -142,16 +140,16 @@ class Oversights:
 
     def check_limits(self, states: Iterable[WeightState]) -> None:
         """Limits are put on weights that are masked or quantised where they act."""
-        limited = [state for state in states if isinstance(state.rule, Limit)]
+        limited = [state for state in states if state.rule.enforceable]
         if names := find_masked(state for state in limited if not state.caution):
-            self._say(
+            self._warn_once(
                 "masked",
                 "%s under a hard limit, with a mask beside: a projection fills the zeros, "
                 "and the mask undoes the limit. Leave the weight out with a pattern, or the mask.",
                 subject(names),
             )
         if names := find_quantised(limited):
-            self._say(
+            self._warn_once(
                 "quantised",
                 "%s trained for quantisation: the hard limit holds in the float weight, what "
                 "acts is its quantised copy. Audit the model after it is converted.",
@@ -161,14 +159,14 @@ class Oversights:
     @contextlib.contextmanager
     def watch_zeros(self, states: Sequence[WeightState]) -> Iterator[None]:
         """Limits are applied: what was mostly zeros may be so no more."""
-        bounded = [state for state in states if isinstance(state.rule, SpectralLimit)]
+        bounded = [state for state in states if state.rule.fills_zeros]
         counts = {} if "zeros" in self._said else count_nonzeros(bounded)
         before = {name: some for name, (some, all_) in counts.items() if 0 < some < all_ / 2}
         yield
         after = count_nonzeros(state for state in states if state.name in before)
         filled = [name for name, (some, _) in after.items() if some > before[name]]
         if filled:
-            self._say(
+            self._warn_once(
                 "zeros",
                 "Most entries of %s are exact zeros, as after pruning: the hard limit has filled "
                 "them. Leave the weight out with a pattern if they are to stay.",
@@ -178,7 +176,7 @@ class Oversights:
     def warn_of_undone(self, names: Sequence[str]) -> None:
         """Entries of these weights were set to zero after a hard limit was applied to them."""
         if names:
-            self._say(
+            self._warn_once(
                 "undone",
                 "Entries of %s are set to zero after a hard limit is applied, as a mask does: each "
                 "undoes the other. Leave the weight out with a pattern, or enforce the limit after "
@@ -186,7 +184,7 @@ class Oversights:
                 quoted(names),
             )
 
-    def _bypassed(self, own: Iterable[Attachment], look: bool) -> None:
+    def _check_bypass(self, own: Iterable[Attachment], look: bool) -> None:
         for attachment in own:
             if look:
                 attachment.look()
@@ -199,7 +197,7 @@ class Oversights:
                     type(attachment.optimizer).__name__,
                 )
 
-    def _replaced(self) -> None:
+    def _check_replaced(self) -> None:
         model = None if self._model is None else self._model()
         if model is None:
             return
@@ -210,14 +208,14 @@ class Oversights:
             if any(id(source.owner) not in there for source in state.weight.sources)
         ]
         if gone:
-            self._say(
+            self._warn_once(
                 "gone",
                 "%s of a layer that is in the model no more: what is regularised is the "
                 "old one. Make a new Regularizer after layers are replaced.",
                 subject(gone),
             )
 
-    def _say(self, what: str, message: str, *args: str) -> None:
+    def _warn_once(self, what: str, message: str, *args: str) -> None:
         if what not in self._said:
             self._said.add(what)
             logger.warning(message, *args)
@@ -229,7 +227,7 @@ def warn_of_stored(states: Iterable[WeightState]) -> None:
     Of a quantiser under a hard limit `Oversights.check_limits` says more.
     """
     states = list(states)
-    quantisers = find_quantised(state for state in states if isinstance(state.rule, Limit))
+    quantisers = find_quantised(state for state in states if state.rule.enforceable)
     names: dict[str, list[str]] = {}
     for state in states:
         if state.caution and state.name not in quantisers:

@@ -20,9 +20,7 @@ from wellcond.operators.base import Dense, Updatable
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
 from wellcond.report.estimate import Estimate
-from wellcond.rules.base import Limit, Penalty, Proximal
-from wellcond.rules.isometry import IsometryStep
-from wellcond.rules.limit import SpectralLimit
+from wellcond.rules.base import Need
 from wellcond.text import quoted, subject
 from wellcond.training.attachment import (
     Attachment,
@@ -32,7 +30,7 @@ from wellcond.training.attachment import (
 )
 from wellcond.training.compiled import Compilable
 from wellcond.training.engine import Engine
-from wellcond.training.estimates import estimates
+from wellcond.training.estimates import estimate_weights
 from wellcond.training.log import log
 from wellcond.training.oversights import Oversights, warn_of_stored
 from wellcond.training.replicas import checksum, replicas_of
@@ -126,7 +124,7 @@ class Regularizer:
         """
         _refuse_without_gradient(self._states)
         if torch.is_grad_enabled():
-            self._oversights.applied(self.attachments, "reg()")
+            self._oversights.check_application(self.attachments, "reg()")
         return self._compilable.penalty()
 
     def add_gradients(self) -> None:
@@ -142,7 +140,7 @@ class Regularizer:
         """
         _refuse_without_gradient(self._states)
         _refuse_sparse_gradients(self._states)
-        self._oversights.applied(self.attachments, "add_gradients()")
+        self._oversights.check_application(self.attachments, "add_gradients()")
         self._compilable.add_gradients()
 
     def proximal_step(self, lr: float | Tensor, *, steps: int = 1) -> None:
@@ -165,10 +163,13 @@ class Regularizer:
         if not self._can_step:
             refuse_without_proximal_step(self._states)
             self._can_step = True
-        self._oversights.applied([], "proximal_step()")
+        self._oversights.check_application([], "proximal_step()")
         with own_changes(self.attachments):
             self._engine.proximal_step(
-                states, [lr * steps] * len(states), lambda state: state.advance(steps)
+                states,
+                [lr * steps] * len(states),
+                due=False,
+                done=lambda state: state.advance(steps),
             )
 
     def _checked_rate(self, lr: float | Tensor) -> float | Tensor:
@@ -229,7 +230,7 @@ class Regularizer:
                 f"`optimizer` must not be attached twice, but {subject(taken)} attached already. "
                 "Call detach() first."
             )
-        soft = [state.name for state in states if not isinstance(state.rule, Limit)]
+        soft = [s.name for s in states if s.rule.default_schedule.every is not None]
         if every == "auto" and soft:
             raise ValueError(
                 f'`every` must be a number, got "auto", which hard limits alone can have: '
@@ -240,7 +241,7 @@ class Regularizer:
             optimizer, states, steps, self._step_pending, self._oversights.warn_of_undone
         )
         self._attachments = [*self.attachments, attachment]
-        self._oversights.attached(attachment)
+        self._oversights.check_attachment(attachment)
         return attachment
 
     def detach(self) -> None:
@@ -255,13 +256,12 @@ class Regularizer:
 
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
-        self._oversights.applied(self.attachments, "")
+        self._oversights.check_application(self.attachments, "")
         # Whether zeros are filled shows at once: later there is nothing to count.
         first = [state for state in states if state.pace.applications == 0]
         with self._oversights.watch_zeros(first):
-            self._engine.proximal_step(
-                states, [state.pending_lr for state in states], WeightState.settle
-            )
+            rates = [state.pending_lr for state in states]
+            self._engine.proximal_step(states, rates, due=True, done=WeightState.settle)
 
     def enforce(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.
@@ -283,8 +283,8 @@ class Regularizer:
             >>> bool(wc.condition_number(layer.weight) <= 2.0)
             True
         """
-        limited = [s for s in self._engine.active() if isinstance(s.rule, Limit)]
-        self._oversights.enforced(self.attachments)
+        limited = [s for s in self._engine.active() if s.rule.enforceable]
+        self._oversights.check_enforcement(self.attachments)
         if limited:
             refuse_without_proximal_step(limited)
             self._oversights.check_limits(limited)
@@ -308,7 +308,7 @@ class Regularizer:
             0
         """
         with full_precision(self._states[0].weight.parameters[0].device.type):
-            return estimates(self._states, self.block_size)
+            return estimate_weights(self._states, self.block_size)
 
     def log(
         self,
@@ -350,7 +350,7 @@ class Regularizer:
             True
         """
         step = max(state.step for state in self._states) if step is None else step
-        self._oversights.logged(self._attachments, step % as_count(every, "`every`") == 0)
+        self._oversights.check_log(self._attachments, step % as_count(every, "`every`") == 0)
         return log(self.measure, target, step, every, layers, prefix)
 
     # --- what is regularised ----------------------------------------------------------------------
@@ -382,8 +382,8 @@ class Regularizer:
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
             if state.caution:
                 lines.append(f"  {'':{width}}  {state.caution}: it is meant, not what acts")
-            if (seen := state.pace.words(state.rule)) and isinstance(state.rule, Limit):
-                lines.append(f"  {'':{width}}  {seen}")
+            if text := state.rule.describe(state.memory):
+                lines.append(f"  {'':{width}}  {text}")
             if not state.shortened.is_meta and (shortened := int(state.shortened)):
                 lines.append(
                     f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
@@ -399,7 +399,7 @@ class Regularizer:
             lines.append(f"  left out ({len(self._skipped)}):")
             lines += [f"  {name:{width}}  {reason}" for name, reason in self._skipped.items()]
         lines += [f"  {attachment!r}" for attachment in self.attachments]
-        if not attached and any(isinstance(state.rule, Limit) for state in self._states):
+        if not attached and any(state.rule.enforceable for state in self._states):
             lines.append("  attached to no optimizer: enforce() alone applies the limits")
         return "\n".join(lines)
 
@@ -458,7 +458,7 @@ class Regularizer:
 
 
 def _refuse_without_gradient(states: list[WeightState]) -> None:
-    bare = [state.name for state in states if not isinstance(state.rule, Penalty)]
+    bare = [state.name for state in states if not state.rule.differentiable]
     if bare:
         raise ValueError(
             f"{subject(bare)} under a hard limit or isometry steps, which have no gradient. "
@@ -470,12 +470,12 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
 def refuse_without_proximal_step(states: list[WeightState]) -> None:
     for state in states:
         rule, S = state.rule, state.operator()
-        if not isinstance(rule, Limit | IsometryStep | Proximal):
+        if not rule.steppable:
             raise ValueError(
                 f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
                 "loss or add_gradients(), or give the penalty a method proximal_step."
             )
-        if isinstance(rule, Limit) and not isinstance(rule, SpectralLimit) and isinstance(S, Dense):
+        if Need.whole in rule.needs and isinstance(S, Dense):
             try:
                 S.dense()
             except ValueError as error:

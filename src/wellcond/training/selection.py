@@ -1,4 +1,4 @@
-"""Which weights of a model are under which penalty, and why the others are under none."""
+"""Which weights of a model are under which rule, and why the others are under none."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from textwrap import shorten
 from torch import nn
 
 from wellcond.operators.views import Kernel, shape_of
-from wellcond.rules.base import Limit
+from wellcond.rules.base import Rule
 from wellcond.text import and_more, of_modules, quoted
-from wellcond.training.state import Rule
 from wellcond.weights.computed import computed_weights
 from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
@@ -26,27 +25,27 @@ Rules = Rule | Mapping[str, Rule | None]
 def select(
     model: nn.Module, rules: Rules, *, frozen: bool = False, parameter: str = "rules"
 ) -> tuple[list[tuple[Weight, Rule]], dict[str, Skipped]]:
-    """The weights to regularise with their penalties, and why every other parameter is none.
+    """The weights to regularise with their rules, and why every other parameter is left out.
 
     Frozen weights only if asked for. Errors call what was given by the name of the parameter.
     """
     if not isinstance(rules, Rule | Mapping):
         raise TypeError(
-            f"`{parameter}` must be a penalty or map patterns to penalties or None, got "
-            f"{shorten(repr(rules), 80)}. A penalty is, for instance, ConditionPenalty(1e-2); "
-            "to watch weights alone there is wc.Monitor."
+            f"`{parameter}` must be a rule or map patterns to rules or None, got "
+            f"{shorten(repr(rules), 80)}. A rule is, for instance, ConditionPenalty(1e-2) or "
+            "ConditionLimit(10); wc.Monitor only watches weights."
         )
     patterns = dict(rules) if isinstance(rules, Mapping) else {"*": rules}
-    for pattern, penalty in patterns.items():
+    for pattern, rule in patterns.items():
         if not isinstance(pattern, str):
             raise TypeError(
                 f"`{parameter}` must have patterns of type str, got {shorten(repr(pattern), 80)}. "
                 'A pattern is, for instance, "*.weight".'
             )
-        if not isinstance(penalty, Rule | None):
+        if not isinstance(rule, Rule | None):
             raise TypeError(
-                f"`{parameter}` must be a penalty or map patterns to penalties or None, got "
-                f"{shorten(repr(penalty), 80)} for {pattern!r}. A penalty is, for instance, "
+                f"`{parameter}` must be a rule or map patterns to rules or None, got "
+                f"{shorten(repr(rule), 80)} for {pattern!r}. A rule is, for instance, "
                 "ConditionPenalty(1e-2)."
             )
     found = find_weights(model)
@@ -70,11 +69,12 @@ def select(
         if len(set(matches)) == 1:
             members, matches = [weight], matches[:1]
         for one, match in zip(members, matches, strict=True):
-            penalty = None if match is None else patterns[match]
-            reason = weight.reason or (None if isinstance(penalty, Limit) else _one_row(weight))
+            rule = None if match is None else patterns[match]
+            as_one_map = rule is not None and rule.joins_groups
+            reason = weight.reason or (None if as_one_map else _one_row(weight))
             if match is None:
                 skip(one.name, reason or Skipped(Reason.unmatched), match)
-            elif penalty is None:
+            elif rule is None:
                 skip(one.name, Skipped(Reason.excluded, f'"{match}"'), match)
             elif reason is not None and match not in (one.name, *one.aliases):
                 skip(one.name, reason, match)
@@ -82,7 +82,7 @@ def select(
                 skip(one.name, Skipped(Reason.frozen), match)
             else:
                 outcomes[match][one.name] = None
-                chosen.append((one, penalty))
+                chosen.append((one, rule))
     for name, why in found.others.items():
         skip(name, why, first_match([name]))
 

@@ -15,17 +15,15 @@ from torch import Tensor
 from wellcond.linalg.checks import lacks_values
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
-from wellcond.rules.base import Limit, Penalty
-from wellcond.rules.isometry import IsometryStep
+from wellcond.rules.base import Movement, Need, Rule
+from wellcond.rules.outcome import Worst
+from wellcond.rules.pace import Pace
 from wellcond.text import quoted
-from wellcond.training.pace import Pace
 from wellcond.weights.discover import Weight
-
-Rule = Penalty | Limit | IsometryStep
 
 
 class WeightState:
-    """A weight under a penalty, a limit or isometry steps, and what is remembered of it."""
+    """A weight under a rule, and what is remembered of it."""
 
     def __init__(self, weight: Weight, rule: Rule, block_size: int) -> None:
         self.weight = weight
@@ -37,18 +35,15 @@ class WeightState:
         except ValueError as error:
             raise ValueError(f'"{weight.name}": {error}') from None
         self.shape = S.shape
-        self.width = min(block_size, S.nu) if rule.needs_subspace else 0
+        self.width = min(block_size, S.nu) if Need.subspace in rule.needs else 0
         self._start(S)
         self.owner = 0  # the process that refines it, among replicas
         self.slots: tuple[int, ...] = ()  # the numbers of its parameters, which weights may share
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
-        self.pace = Pace()  # under a hard limit: when it is due
+        self.memory = rule.init(self.shape)  # of the rule
         self.failed = False  # whether the last step or limit could not be applied
-        # Under `IsometryStep`: the scale of each matrix, 0 while not known; numbers of the host.
-        given = (isinstance(rule, IsometryStep) and rule.scale) or 0.0
-        self.scale = torch.full(self.shape[:-2], given, dtype=torch.float64, device="cpu")
 
     def _start(self, S: WeightOperator) -> None:
         """Cold until first used: the weights may be loaded after the regulariser is made."""
@@ -84,11 +79,11 @@ class WeightState:
             self._start(S)  # made for a model that had no values yet: there is nothing to move
         elif (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
             self.strength = self.strength.to(S.device, S.dtype)
-            self.subspace = self._brought(self.subspace)
+            self.subspace = self._convert(self.subspace)
             self.shortened = self.shortened.to(S.device)
             self.crowded = self.crowded.to(S.device)
 
-    def _brought(self, subspace: Subspace) -> Subspace:
+    def _convert(self, subspace: Subspace) -> Subspace:
         """A copy where the weight is, in its dtype, orthonormal to the precision of that."""
         basis = by_columns(subspace.basis.to(self.strength, copy=True))
         if basis.dtype != subspace.basis.dtype:
@@ -109,23 +104,29 @@ class WeightState:
         self.pending_lr = self.pending_lr + lr
 
     @property
-    def due(self) -> bool:
-        """Whether a hard limit is, by its pace."""
-        return self.pace.due(self.pending_steps, float(self.pending_lr))
+    def pace(self) -> Pace:
+        """What the rule knows of its applications so far."""
+        return self.rule.pace(self.memory)
 
-    def begin_anew(self) -> None:
-        """Nothing is pending, and nothing was learned of how the weight moves."""
-        self.pending_steps, self.pending_lr = 0, 0.0
+    @property
+    def movement(self) -> Movement:
+        """How far the weight may have moved since the last application."""
+        return Movement(self.pending_steps, self.pending_lr)
+
+    @property
+    def due(self) -> bool:
+        """Whether the rule says that it is to be applied."""
+        due, self.memory = self.rule.watch(None, None, self.memory, self.movement)
+        return bool(due)
+
+    def learn(self, outcome: Worst, due: bool) -> None:
+        """Takes in what an application has done, which was due by the movement or called for."""
+        movement = self.movement if due else None
+        self.memory = self.rule.learn(self.memory, outcome, movement)
 
     def settle(self) -> None:
-        """After a proximal step nothing is pending."""
-        if isinstance(self.rule, Limit):
-            self.pace.applied(self.pending_steps, float(self.pending_lr))
+        """Nothing is pending any more."""
         self.pending_steps, self.pending_lr = 0, 0.0
-
-    def learn_scale(self, found: Tensor) -> None:
-        """Takes as its scale what was found, where it is not known."""
-        self.scale = torch.where(self.scale > 0, self.scale, found.to(self.scale))
 
     def state(self) -> dict[str, Tensor]:
         """What is remembered, as tensors of fixed shape: the basis in the first rows of its."""
@@ -133,7 +134,6 @@ class WeightState:
         *stack, rows, width = basis.shape
         padded = basis.new_zeros(*stack, max(self.shape[-2:]), width)
         padded[..., :rows, :] = basis
-        scale = {"scale": self.scale.clone()} if isinstance(self.rule, IsometryStep) else {}
         return {
             "shape": torch.tensor(self.shape, device="cpu"),
             "basis": padded,
@@ -143,22 +143,21 @@ class WeightState:
             "shortened_steps": self.shortened.clone(),
             "pending_steps": torch.tensor(self.pending_steps, device="cpu"),
             "pending_lr": torch.as_tensor(self.pending_lr, dtype=torch.float64, device="cpu"),
-            "pace": self.pace.state(self.rule),
-            **scale,
+            **{key: own.clone() for key, own in self.memory.items()},
         }
 
     def check(self, saved: Mapping[str, Tensor]) -> None:
         """Raises unless this is the state of such a weight."""
         remedy = (
-            "Make the Regularizer with the model, the penalties and the block with which the state "
-            "was saved."
+            "Make the Regularizer with the model, the rules and the block_size with which the "
+            "state was saved."
         )
         if not isinstance(saved, Mapping):
             raise TypeError(
                 f'`state["{self.name}"]` must be a mapping of tensors, got {type(saved).__name__}.'
             )
         for key, own in self.state().items():
-            if key in ("pace", "scale") and key not in saved:
+            if key in self.memory and key not in saved:
                 continue  # of a version, or a rule, that knew none: it begins anew
             at, found = f'`state["{self.name}"]["{key}"]`', saved.get(key)
             if not isinstance(found, Tensor | None):
@@ -180,15 +179,13 @@ class WeightState:
             )
         from_right = bool(state["from_right"])
         rows = self.shape[-1] if from_right else self.shape[-2]
-        self.subspace = self._brought(Subspace(state["basis"][..., :rows, :], from_right))
+        self.subspace = self._convert(Subspace(state["basis"][..., :rows, :], from_right))
         self.warm = bool(state["warm"])
         self.shortened = state["shortened_steps"].to(self.shortened, copy=True)
         self.step = int(state["step"])
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
-        self.pace = Pace.of(state["pace"], self.rule) if "pace" in state else Pace()
-        if "scale" in state and isinstance(self.rule, IsometryStep):
-            self.scale = state["scale"].to(self.scale, copy=True)
+        self.memory = self.rule.restore(self.rule.init(self.shape), state)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
 """Low-rank adapters: a weight W that acts as W + s B A (Hu et al., arXiv 2106.09685).
 
-They are known as PEFT names them: `lora_A` and `lora_B` in the module that wraps W, or in a file of
-their own, of which adapter_config.json says the scale s. With DoRA (Liu et al., arXiv 2402.09353)
-the rows of the sum are brought to lengths that are stored. Other libraries call A and B
-`lora_down` and `lora_up`, or `lora.down` and `lora.up`, and store alpha = s r beside them.
+PEFT calls the factors `lora_A` and `lora_B`, in the module that wraps W, or in a file of their own
+with the scale s in adapter_config.json. DoRA (Liu et al., arXiv 2402.09353) also rescales the rows
+of the sum to stored lengths. Other libraries call A and B `lora_down` and `lora_up`, or `lora.down`
+and `lora.up`, and store alpha = s r beside them.
 
-The tensors of other adapters (OFT, VeRA, LoHa, ...) are parameters of maps, and no matrices that
-act: `adapter_parameters` finds them by the type that adapter_config.json names, and by their names.
+The tensors of other adapters (OFT, VeRA, LoHa, ...) do not act as matrices. `adapter_parameters`
+finds them by the type in adapter_config.json, and by their names.
 
-Letters: W (m, n), or (n, m) where a module stores it so; B (m, r), A (r, n).
+Letters: W (m, n), or (n, m) if a module stores it so; B (m, r), A (r, n).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Read = Callable[[], Tensor]
 
 _WRAPPER, _WRAPPED = "base_model.model.", ".base_layer"
 _FACTOR = re.compile(r"(.+)\.lora_([A-Za-z_]+?)(?:\.([^.]+))??(?:\.weight)?")
-# Of kohya's scripts, LyCORIS and ComfyUI: X.lora_down.weight; of older versions of diffusers:
-# X.lora.down.weight, X_lora.down.weight, X.lora_linear_layer.down.weight; of XLabs X_lora1.down.
+# X.lora_down.weight (kohya's scripts, LyCORIS and ComfyUI); X.lora.down.weight, X_lora.down.weight
+# and X.lora_linear_layer.down.weight (older versions of diffusers); X_lora1.down (XLabs).
 _DOWN_UP = re.compile(r"(.+?)[._]lora(?:_linear_layer|_layer|(\d*))[._](down|up|mid)\.weight")
 _BESIDE = re.compile(r"(.+)\.(alpha|dora_scale)")
 _PARTS = {"down": "A", "up": "B"}
-# So begin the names of LyCORIS and of kohya's scripts, whatever the adapter is.
+# Prefixes of the names in LyCORIS and kohya's scripts, for every kind of adapter.
 _FOREIGN = re.compile(r"lycoris_|lora_(unet|te\d*|prior|transformer)_")
-# Types of PEFT whose tensors are pairs of factors.
+# PEFT types whose tensors are pairs of factors.
 _OF_PAIRS = ("", "LORA", "ADALORA")
-# What other adapters call their tensors, where no config names the type.
+# Names of the tensors of other adapters, for files without a config.
 _OTHER_ADAPTERS = {
     "BOFT": r"boft_[Rs]",
     "C3A": r"c3a_kernel",
@@ -60,29 +60,29 @@ _OTHER_ADAPTERS = {
     "VB-LoRA": r"vblora_(logits_[AB]|vector_bank)",
     "VeRA": r"p?vera_(A|B|lambda_[bd])",
 }
-# Of a regular expression no group may be repeated, and little else: matching takes no time then.
+# A regular expression from a file may not repeat groups and little else, so that matching is fast.
 _REPEATED_GROUP, _REPEATS, _LONG = re.compile(r"\)[*+?{]|\\\d|\(\?"), re.compile(r"[*+{]"), 300
-# They change the base at first, so that W + s B A is what W was.
+# Initialisations that change the base so that W + s B A is the original W.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_UNSCALED = "its scale is not known, as no adapter_config.json beside it says one"
-_STACK = "it adapts a stack of matrices, which is not known"
+_UNSCALED = "its scale is unknown, because no adapter_config.json beside it gives one"
+_STACK = "it adapts a stack of matrices, which is not supported"
 
 
 class UnknownAdapterError(ValueError):
-    """Why it cannot be said what an adapter adds."""
+    """Why the matrix that an adapter adds is unknown."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is not in the factors.
+class AdapterSetting:
+    """The properties of an adapter that its factors do not show.
 
     Attributes:
-        scale: s; nan if it is not known.
+        scale: s; nan if it is unknown.
         transposed: W is stored as (n, m).
-        unknown: why it is not known what is added; "" if it is.
-        note: what a reader must know of it.
-        acts: whether it is added: not if it is not active, or part of W already.
-        no_sum: why W + s B A is not what acts, if so.
+        unknown: why the added matrix is unknown; "" if it is known.
+        note: what a reader must know.
+        acts: whether it is added to W: not if it is inactive, or already merged.
+        no_sum: why W + s B A is not the effective weight; "" if it is.
     """
 
     scale: float = math.nan
@@ -95,16 +95,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is added to one weight.
+    """The matrix that is added to one weight.
 
     Attributes:
-        module: that is adapted, by its path.
-        name: of the adapter; "" if there is one alone.
+        module: the path of the adapted module.
+        name: of the adapter; "" if there is only one.
         parts: the names of its tensors.
-        B: reads that factor, of a convolution a kernel.
+        B: reads that factor, which is a kernel for a convolution.
         A: reads that factor likewise.
-        magnitude: reads the lengths of the rows, with DoRA.
-        setting: the rest.
+        magnitude: reads the lengths of the rows (DoRA only).
+        setting: its other properties.
     """
 
     module: str
@@ -113,32 +113,34 @@ class Adapter:
     B: Read
     A: Read
     magnitude: Read | None
-    setting: Setting
+    setting: AdapterSetting
 
     @property
     def weight(self) -> str:
-        """The name of W in a model that was not adapted."""
+        """The name of W in a model without adapters."""
         return f"{self.module.removeprefix(_WRAPPER)}.weight"
 
     def product(self) -> Product:
         """B A.
 
         Raises:
-            UnknownAdapterError: it is not known, or the factors do not fit.
+            UnknownAdapterError: it is unknown, or the factors do not fit each other.
         """
         if self.setting.unknown:
             raise UnknownAdapterError(self.setting.unknown)
         B, A = self.B().flatten(1), self.A().flatten(1)
         if B.shape[1] != A.shape[0]:
             shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
-            raise UnknownAdapterError(f"there is no product of its factors {shapes}")
+            raise UnknownAdapterError(f"its factors {shapes} cannot be multiplied")
         return Product(B, A.mT)
 
     def change(self, W: Tensor) -> Tensor:
-        """What acts less W, in float64 on the CPU and of its shape: s B A, and what DoRA adds.
+        """The effective weight minus W, in float64 on the CPU and of its shape.
+
+        That is s B A, rescaled if there is a magnitude.
 
         Raises:
-            UnknownAdapterError: it is not known, the factors do not fit, or not W.
+            UnknownAdapterError: it is unknown, or the factors do not fit each other or W.
         """
         S, setting = self.product(), self.setting
         if setting.no_sum:
@@ -146,45 +148,50 @@ class Adapter:
         wide = W.detach().to("cpu", torch.float64).flatten(1)
         wide = wide.mT if setting.transposed else wide
         if S.shape != wide.shape:
-            shapes = f"{tuple(S.shape)} is added, but the weight is {tuple(wide.shape)}"
+            shapes = f"it adds {tuple(S.shape)} to a weight of {tuple(wide.shape)}"
             raise UnknownAdapterError(shapes)
-        added = setting.scale * (S.B.cpu().double() @ S.A.cpu().double().mT)
+        change: Tensor = setting.scale * (S.B.cpu().double() @ S.A.cpu().double().mT)
         if self.magnitude is not None:
-            merged = wide + added
+            merged = wide + change
             factor = self.magnitude().detach().cpu().double().flatten() / merged.norm(dim=1)
-            added = factor[:, None] * merged - wide
-        return (added.mT if setting.transposed else added).reshape(W.shape)
+            change = factor[:, None] * merged - wide
+        return (change.mT if setting.transposed else change).reshape(W.shape)
 
 
 def find_adapters(
     read: Mapping[str, Read],
     shapes: Mapping[str, tuple[int, ...]],
-    setting: Callable[[str, str, int], Setting],
+    setting: Callable[[str, str, int], AdapterSetting],
 ) -> list[Adapter]:
-    """All that tensors of these names are; the setting is that of a module, a name and a rank."""
+    """The adapters that tensors of these names and shapes form.
+
+    Args:
+        read: reads a tensor, by its name.
+        shapes: by name.
+        setting: gives the setting for a module, the name of an adapter and a rank.
+    """
     adapters = []
-    for (module, adapter), named in _factors(shapes).items():
+    for (module, adapter), parts in _find_factors(shapes).items():
         B, A, alpha, magnitude = (
-            named.pop(part, None) for part in ("B", "A", "alpha", "magnitude_vector")
+            parts.pop(part, None) for part in ("B", "A", "alpha", "magnitude_vector")
         )
         if B is None or A is None or not {A, B} <= read.keys():
             continue
-        known = setting(module, adapter, shapes[A][0])
+        rank = shapes[A][0]
+        known = setting(module, adapter, rank)
         if alpha and alpha in read and math.isnan(known.scale) and not known.unknown:
-            known = _setting_of_alpha(read[alpha], shapes[A][0])
-        if named:
-            why = (
-                f"with {_own_name(min(named.values()))} beside A and B, it is no LoRA that is known"
-            )
-            known = Setting(unknown=why)
+            known = _setting_of_alpha(read[alpha], rank)
+        if parts:
+            other = min(parts.values()).removesuffix(".weight").rpartition(".")[2]
+            known = AdapterSetting(unknown=f"with {other} beside A and B, it is not a known LoRA")
         lengths = read.get(magnitude) if magnitude else None
-        names = tuple(filter(None, (B, A, magnitude, *named.values())))
+        names = tuple(filter(None, (B, A, magnitude, *parts.values())))
         adapters.append(Adapter(module, adapter, names, read[B], read[A], lengths, known))
     return adapters
 
 
-def _factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
-    """The tensors of each pair of factors by module and adapter: what each is, and its name."""
+def _find_factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """The names of the tensors of each pair, by module and adapter, and then by their role."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     beside: list[tuple[str, str, str]] = []
     for name in names:
@@ -204,48 +211,48 @@ def _factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
     return found
 
 
-def _setting_of_alpha(read: Read, rank: int) -> Setting:
+def _setting_of_alpha(read: Read, rank: int) -> AdapterSetting:
     alpha = read().flatten()
     scale = float(alpha[0]) / rank if alpha.numel() == 1 and rank else math.nan
     if not math.isfinite(scale):
-        return Setting(note=_UNSCALED, no_sum=_UNSCALED)
-    return Setting(scale, note="its scale is alpha/r, by the alpha in the file")
+        return AdapterSetting(note=_UNSCALED, no_sum=_UNSCALED)
+    return AdapterSetting(scale, note="its scale is alpha/r, by the alpha in the file")
 
 
 def adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Skipped]:
     """The tensors of adapters that are not measured, and why.
 
-    These are the parameters of an adapter that is no LoRA, and a factor without its other.
+    These are the parameters of adapters other than LoRA, and factors whose counterpart is missing.
 
     Args:
         names: of all tensors of a file.
-        config: what the adapter_config.json beside it says; empty if there is none.
+        config: the content of the adapter_config.json beside it; empty if there is none.
     """
     names = list(names)
     kind = str(config.get("peft_type") or "").upper()
     found: dict[str, Skipped] = {}
-    factors = _factors(names)
+    factors = _find_factors(names)
     pairs = [parts for parts in factors.values() if {"A", "B"} <= parts.keys()]
     paired = {name for parts in pairs for name in parts.values()}
     for name in names:
-        if name not in paired and (of := _other_adapter(name, kind)):
+        if name not in paired and (of := _identify_other(name, kind)):
             found[name] = Skipped(Reason.adapter, of)
     for parts in factors.values():
         alone = [parts[part] for part in ("A", "B") if part in parts]
         if len(alone) == 1:
-            found[alone[0]] = Skipped(Reason.factor, "its other factor is not there")
+            found[alone[0]] = Skipped(Reason.factor, "its other factor is missing")
     return found
 
 
 def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
-    """What adapts the weight of this name, by the tensors of other adapters; "" if nothing does."""
+    """The kind of the other adapter that adapts the weight of this name; "" if none does."""
     module, inside, _ = name.rpartition(f"{_WRAPPED}.")
     found = (why.detail for other, why in others.items() if other.startswith(f"{module}."))
     return next(found, "") if inside else ""
 
 
-def _other_adapter(name: str, kind: str) -> str:
-    """The adapter other than LoRA that a tensor is a parameter of, or "" if there is no such."""
+def _identify_other(name: str, kind: str) -> str:
+    """The kind of the adapter other than LoRA that a tensor belongs to; "" if there is none."""
     parts = re.split(r"[./]", name)
     for known, pattern in _OTHER_ADAPTERS.items():
         if any(re.fullmatch(pattern, part) for part in parts):
@@ -254,118 +261,119 @@ def _other_adapter(name: str, kind: str) -> str:
         return "LyCORIS"
     if kind in _OF_PAIRS:
         return ""
-    # PEFT begins the names of a type's parameters with the type, and saves trained copies of whole
-    # layers beside them, as weights and biases.
+    # In PEFT the names of a type's parameters begin with the type. It also saves trained copies of
+    # whole layers beside them, as weights and biases.
     own = parts[-1] not in ("weight", "bias")
     return kind if own or any(part.startswith(f"{kind.lower()}_") for part in parts) else ""
 
 
-def _own_name(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]
-
-
-def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], Setting]:
-    """By adapter_config.json; of one that is empty no scale is known.
+def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], AdapterSetting]:
+    """Settings by the content of adapter_config.json; if it is empty, scales are unknown.
 
     s is alpha/r, or alpha/sqrt(r) with `use_rslora`.
     """
-    begun = str(config.get("init_lora_weights", "")).lower()
+    method = str(config.get("init_lora_weights", "")).lower()
     note = no_sum = ""
-    if begun.startswith(_RESIDUAL):
-        note = f"begun by {begun}, so that it holds a part of the weight from the beginning"
+    if method.startswith(_RESIDUAL):
+        note = f"initialised by {method}, so that it holds a part of the original weight"
         no_sum = (
-            f"it was begun by {begun}, which changes the base first. Load it with PEFT, and audit "
+            f"it was initialised by {method}, which changes the base. Load it with PEFT, and audit "
             "that model"
         )
     stacks = [str(parameter) for parameter in config.get("target_parameters") or ()]
 
-    def setting(module: str, _: str, rank: int) -> Setting:
+    def setting(module: str, _: str, rank: int) -> AdapterSetting:
         path = module.removeprefix(_WRAPPER)
-        if stacks and (_in_stack(path, stacks) or rank not in _ranks(config)):
-            return Setting(unknown=_STACK)
-        alpha, unknown = _alpha(config, path)
+        if stacks and (_is_in_stack(path, stacks) or rank not in _read_ranks(config)):
+            return AdapterSetting(unknown=_STACK)
+        alpha, unknown = _read_alpha(config, path)
         if unknown:
-            return Setting(unknown=unknown)
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and rank > 0
-        if not number or not math.isfinite(alpha):
-            return Setting(note=_UNSCALED, no_sum=_UNSCALED)
+            return AdapterSetting(unknown=unknown)
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if rank < 1 or not is_number or not math.isfinite(alpha):
+            return AdapterSetting(note=_UNSCALED, no_sum=_UNSCALED)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return Setting(scale, bool(config.get("fan_in_fan_out")), note=note, no_sum=no_sum)
+        return AdapterSetting(scale, bool(config.get("fan_in_fan_out")), note=note, no_sum=no_sum)
 
     return setting
 
 
-def _in_stack(path: str, stacks: list[str]) -> bool:
-    """Whether a module holds one of these parameters, as `mlp.experts.down_proj` of `mlp.experts`.
+def _is_in_stack(path: str, stacks: list[str]) -> bool:
+    """Whether a module holds one of these parameters: `mlp.experts` holds `mlp.experts.down_proj`.
 
-    Of one without a path any module may.
+    A parameter without a path matches no module.
     """
     holders = (stack.rpartition(".")[0] for stack in stacks)
     inner = path
-    while inner.endswith(_WRAPPED):  # one for each parameter of the same module
+    while inner.endswith(_WRAPPED):  # one level per parameter of the same module
         inner = inner.removesuffix(_WRAPPED)
-    return inner != path or any(holder and _ends(inner, holder) for holder in holders)
+    return inner != path or any(holder and _ends_with(inner, holder) for holder in holders)
 
 
-def _ranks(config: Mapping[str, Any]) -> list[Any]:
+def _read_ranks(config: Mapping[str, Any]) -> list[Any]:
     patterns = config.get("rank_pattern") or {}
     return [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
 
 
-def _alpha(config: Mapping[str, Any], path: str) -> tuple[Any, str]:
-    """alpha of a module, and why it is not known, if so."""
+def _read_alpha(config: Mapping[str, Any], path: str) -> tuple[Any, str]:
+    """alpha of a module, and why it is unknown, or ""."""
     patterns = config.get("alpha_pattern") or {}
     for pattern in patterns if isinstance(patterns, dict) else ():
         many = len(_REPEATS.findall(pattern)) > 2 or len(path) > _LONG
-        if many or _REPEATED_GROUP.search(pattern):  # as one from a file it could run for hours
-            return None, "its scale is not known, as alpha_pattern is too complex an expression"
+        if many or _REPEATED_GROUP.search(pattern):  # one from a file could run for hours
+            return None, "its scale is unknown, because alpha_pattern is too complex"
         try:
             found = re.fullmatch(rf"(.*\.)?({pattern})", path)
         except (re.error, OverflowError):
-            return None, "its scale is not known, as alpha_pattern is no regular expression"
+            return None, "its scale is unknown, because alpha_pattern is not a regular expression"
         if found:
             return patterns[pattern], ""
     return config.get("lora_alpha"), ""
 
 
-def setting_of_model(model: nn.Module) -> Callable[[str, str, int], Setting]:
-    """By what the modules say that PEFT puts around others."""
+def setting_of_model(model: nn.Module) -> Callable[[str, str, int], AdapterSetting]:
+    """Settings by the modules with which PEFT wraps others."""
     modules = dict(model.named_modules())
 
-    def setting(module: str, name: str, _: int) -> Setting:
+    def setting(module: str, name: str, _: int) -> AdapterSetting:
         wrapper = modules.get(module)
         if hasattr(wrapper, "parameter_name"):
-            return Setting(unknown=_STACK)
+            return AdapterSetting(unknown=_STACK)
         scaling = getattr(wrapper, "scaling", {})
         if name not in scaling:
-            return Setting(unknown="its module says no scale")
+            return AdapterSetting(unknown="its module has no scale")
         merged = name in getattr(wrapper, "merged_adapters", ())
         active = name in getattr(wrapper, "active_adapters", (name,))
         off = getattr(wrapper, "disable_adapters", False) or not active
-        note = "part of the weight already" if merged else "not active" if off else ""
+        note = "already merged into the weight" if merged else "not active" if off else ""
         transposed = bool(getattr(wrapper, "fan_in_fan_out", False))
-        return Setting(float(scaling[name]), transposed, note=note, acts=not (merged or off))
+        return AdapterSetting(float(scaling[name]), transposed, note=note, acts=not (merged or off))
 
     return setting
 
 
 def weight_of(adapter: Adapter, names: Collection[str], beside: bool = False) -> str | None:
-    """What they call the weight that is adapted, of the same file or of that of a base.
+    """The name of the adapted weight among these names; None if there is none, or several.
 
-    Beside its adapter it is called `base_layer`. In a base it has the name of its module, or one is
-    the end of the other: a model with a head calls `model.layers.0.q_proj.weight` what its body
-    calls `layers.0.q_proj.weight`. None if there is none, or no single one.
+    Beside its adapter it is called `base_layer`. In a base it has the name of its module, or one of
+    both names ends with the other: `layers.0.q_proj.weight` of a body is
+    `model.layers.0.q_proj.weight` in a model with a head.
+
+    Args:
+        adapter: of the weight.
+        names: of tensors.
+        beside: they are names in the file of the adapter, instead of those in a base.
     """
     if beside:
         inside = f"{adapter.module}{_WRAPPED}.weight"
         return inside if inside in names else None
     if adapter.weight in names:
         return adapter.weight
-    if shorter := [name for name in names if _ends(adapter.weight, name)]:
+    if shorter := [name for name in names if _ends_with(adapter.weight, name)]:
         return max(shorter, key=len)
-    longer = [name for name in names if _ends(name, adapter.weight)]
+    longer = [name for name in names if _ends_with(name, adapter.weight)]
     return longer[0] if len(longer) == 1 else None
 
 
-def _ends(path: str, end: str) -> bool:
+def _ends_with(path: str, end: str) -> bool:
     return path == end or path.endswith(f".{end}")

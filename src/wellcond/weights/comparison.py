@@ -1,4 +1,4 @@
-"""Whether one tensor of a forward pass is another one: up to rounding, a layout, a border."""
+"""Whether two tensors of a forward pass are equal up to rounding, layout and a border."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def are_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether they are equal, NaN to NaN, perhaps in another dtype."""
+    """Whether they are equal, where NaN equals NaN; their dtypes may differ."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     if a.shape != b.shape or torch.equal(a, b):
@@ -19,14 +19,14 @@ def are_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def differ_alike(y: Tensor, y_origin: Tensor, there: Tensor, there_origin: Tensor) -> bool:
-    """Whether two differences are equal, up to the rounding of what is subtracted."""
+    """Whether y - y_origin equals there - there_origin, up to the rounding of the operands."""
     if y.shape != y_origin.shape or there.shape != there_origin.shape:
         return False
     rounding = 4 * torch.finfo(y.dtype).eps
     own, room = (rounding * (a.abs() + b.abs()) for a, b in ((y, y_origin), (there, there_origin)))
     for b, extra in zip(arrangements(there - there_origin, y), arrangements(room, y), strict=True):
         a, b, error = y - y_origin, b.view_as(y), own + extra.view_as(y)
-        # What rounding could hide is not known.
+        # A difference that rounding could hide is unknown.
         close = ((a - b).abs() <= error) & (error <= b.abs() / 2)
         if bool((close | (a == b)).all()):
             return True
@@ -34,12 +34,12 @@ def differ_alike(y: Tensor, y_origin: Tensor, there: Tensor, there_origin: Tenso
 
 
 def is_rearranged(part: Tensor, whole: Tensor) -> bool:
-    """Whether it is the other tensor in another layout, or that without a border."""
+    """Whether the first is the second in another layout, or without a border."""
     return any(is_near(part, one.view_as(part)) for one in arrangements(whole, part))
 
 
 def is_near(a: Tensor, b: Tensor) -> bool:
-    """Whether all entries are equal; of float32 and wider up to their last bits."""
+    """Whether all entries are equal; float32 and wider up to their last bits."""
     if torch.equal(a, b):
         return True
     eps = torch.finfo(b.dtype).eps
@@ -49,9 +49,9 @@ def is_near(a: Tensor, b: Tensor) -> bool:
 
 
 def arrangements(whole: Tensor, like: Tensor) -> Iterator[Tensor]:
-    """The layouts of a tensor that have as many entries, or else its blocks of the same shape.
+    """The layouts of a tensor with as many entries as `like`, or else its blocks of that shape.
 
-    Blocks have all the channels, which are in the second place, and some of the positions.
+    A block has all channels, which are the second axis, and some of the positions.
     """
     if whole.numel() == like.numel():
         yield whole.contiguous()

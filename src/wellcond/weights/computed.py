@@ -1,9 +1,9 @@
 """Weights that torch.nn.utils computes from other parameters before each forward pass.
 
 `spectral_norm`, `weight_norm` and `prune` of torch.nn.utils keep parameters such as weight_orig and
-store what they compute in a plain attribute `weight`. It is as old as the last forward pass: after
-`load_state_dict` and after a step of the optimizer it is stale. So it is computed from the
-parameters here, as a forward pass in eval mode does, which changes none of them.
+store the result in a plain attribute `weight`. That is as old as the last forward pass: after
+`load_state_dict` and after an optimizer step it is stale. So it is recomputed here, as in a forward
+pass in eval mode, which changes no parameter.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _SUFFIXES = ("_orig", "_g", "_v", "_raw")
 
 
 @dataclass(frozen=True)
-class Computed:
+class ComputedWeight:
     """A weight that is computed before each forward pass.
 
     Attributes:
         attribute: its name in the module.
         parts: the names of the parameters from which it is computed.
-        method: by what.
-        compute: its value in eval mode; None if it is not known how it is computed.
+        method: the name of the method that computes it.
+        compute: computes it as in eval mode; None if the method is unknown.
     """
 
     attribute: str
@@ -39,13 +39,13 @@ class Computed:
     compute: Callable[[], Tensor] | None
 
 
-def computed_weights(module: nn.Module) -> Iterator[Computed]:
-    """Those of one module, by its hooks; by names where a hook is not one of torch."""
+def computed_weights(module: nn.Module) -> Iterator[ComputedWeight]:
+    """Those of one module, by its hooks; by names if a hook is not one of torch."""
     known: set[str] = set()
     if isinstance(module, torch.jit.ScriptModule):
         return
     for hook in module._forward_pre_hooks.values():
-        if (found := _by_hook(module, hook)) is not None:
+        if (found := _read_hook(module, hook)) is not None:
             known.update(found.parts)
             yield found
     unknown: dict[str, list[str]] = {}
@@ -55,20 +55,20 @@ def computed_weights(module: nn.Module) -> Iterator[Computed]:
             if whole != name and isinstance(vars(module).get(whole), Tensor):
                 unknown.setdefault(whole, []).append(name)
     for whole, parts in unknown.items():
-        yield Computed(whole, tuple(sorted(parts)), "a hook", None)
+        yield ComputedWeight(whole, tuple(sorted(parts)), "a hook", None)
 
 
-def part_of(module: nn.Module, name: str) -> Computed | None:
-    """The weight that is computed from a parameter of this name."""
+def part_of(module: nn.Module, name: str) -> ComputedWeight | None:
+    """The weight that is computed from the parameter of this name."""
     return next((one for one in computed_weights(module) if name in one.parts), None)
 
 
-def computed_weight(module: nn.Module, attribute: str) -> Computed | None:
-    """The one of this name."""
+def computed_weight(module: nn.Module, attribute: str) -> ComputedWeight | None:
+    """The computed weight of this name."""
     return next((one for one in computed_weights(module) if one.attribute == attribute), None)
 
 
-def _by_hook(module: nn.Module, hook: Any) -> Computed | None:
+def _read_hook(module: nn.Module, hook: Any) -> ComputedWeight | None:
     compute: Callable[[nn.Module], Any]
     suffixes = ["_orig"]
     if isinstance(hook, SpectralNorm):
@@ -83,10 +83,10 @@ def _by_hook(module: nn.Module, hook: Any) -> Computed | None:
         return None
 
     def value() -> Tensor:
-        # nn.MultiheadAttention reads the attribute of its out_proj, and never calls its hooks.
-        stale = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        # nn.MultiheadAttention reads the attribute of its out_proj and never calls its hooks.
+        is_stale = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         with torch.no_grad():
-            W: Tensor = vars(module)[name] if stale else compute(module)
+            W: Tensor = vars(module)[name] if is_stale else compute(module)
         return W.detach()
 
-    return Computed(name, tuple(name + suffix for suffix in suffixes), method, value)
+    return ComputedWeight(name, tuple(name + suffix for suffix in suffixes), method, value)

@@ -222,10 +222,13 @@ def refuse_programs(model: nn.Module) -> None:
         )
 
 
-def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
+def find_weights(
+    model: nn.Module, complex_values: bool = False, fused: Mapping[Place, Views] | None = None
+) -> Found:
     """All weights of a model in the order of its parameters, tied ones once.
 
-    Those of complex numbers are among them only where that is asked for.
+    Those of complex numbers are among them only where `complex_values` asks for it. `fused` are the
+    views of `fused_projections`, for a caller that has found them.
     """
     refuse_programs(model)
     names: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
@@ -234,41 +237,37 @@ def find_weights(model: nn.Module, complex_values: bool = False) -> Found:
         if all(occurrence[0] != other[0] for other in occurrences):
             occurrences.append(occurrence)
 
-    fused = fused_projections(model)
+    fused = fused_projections(model) if fused is None else fused
     weights: list[Weight] = []
     others: dict[str, Skipped] = {}
     for occurrences in names.values():
-        name, module, attribute, parameter = occurrences[0]
-        aliases = tuple(occurrence[0] for occurrence in occurrences)
-        sources = (Source(module, attribute),)
-        tied = tuple(Source(owner, slot) for _, owner, slot, _ in occurrences[1:])
+        parameter, aliases = occurrences[0][-1], tuple(name for name, *_ in occurrences)
+        first, *tied = (Source(owner, slot) for _, owner, slot, _ in occurrences)
         why = why_unfit(parameter, aliases)
         if why is not None and not (complex_values and parameter.is_complex()):
-            others[name] = why
+            others[aliases[0]] = why
             continue
         views = [views_of(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
         # One owner that looks rows up makes it an embedding; else one that knows the use decides.
         known = (view for view in views if not isinstance(view, Skipped))
         embedding = Skipped(Reason.embedding)
         found = embedding if embedding in views else next(known, views[0])
-        if not isinstance(found, Skipped):
-            for label, view in found.items():
-                own = f"{name}:{label}" if label else name
-                seen = tuple(f"{alias}:{label}" for alias in aliases if label)
-                weights.append(Weight(own, aliases + seen, sources, view, tied=tied))
-        elif parameter.ndim < 2 or (
-            found.reason.no_matrix and found.reason is not Reason.component
+        why = found if isinstance(found, Skipped) else None
+        if why is not None and (
+            parameter.ndim < 2 or (why.reason.no_matrix and why.reason is not Reason.component)
         ):
-            others[name] = found
-        else:
-            weights.append(Weight(name, aliases, sources, reason=found))
-    for name, codes in quantised_weights(model):
-        others[name] = Skipped(Reason.codes, str(codes.dtype).removeprefix("torch."))
+            others[aliases[0]] = why
+            continue
+        for label, view in {"": STORED}.items() if isinstance(found, Skipped) else found.items():
+            own = tuple(f"{alias}:{label}" for alias in aliases if label)
+            name, *_ = own or aliases
+            weights.append(Weight(name, aliases + own, (first,), view, why, tuple(tied)))
+    others |= {name: why for name, why, _ in quantised_weights(model)}
     return Found(weights, others)
 
 
-def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the quantised layers of torch.ao, which are no parameters."""
+def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Skipped, int]]:
+    """Name, reason and entries of the weights of torch.ao's layers, which are no parameters."""
     for prefix, module in model.named_modules():
         if ".ao.nn.quantized." not in type(module).__module__ or "weight" in module._parameters:
             continue
@@ -276,7 +275,9 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             read = getattr(module, method, None)
             codes = read() if callable(read) else None
             each = {method: codes} if isinstance(codes, Tensor) else codes or {}
-            yield from ((join_path(prefix, name), tensor) for name, tensor in each.items())
+            for name, tensor in each.items():
+                why = Skipped(Reason.codes, str(tensor.dtype).removeprefix("torch."))
+                yield join_path(prefix, name), why, tensor.numel()
 
 
 def why_unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | None:

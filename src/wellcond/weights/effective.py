@@ -7,8 +7,9 @@ of its own layer. What is stored is then not what acts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -31,7 +32,7 @@ from wellcond.weights.discover import (
 )
 from wellcond.weights.forward import COMPUTED, UNKNOWN, acting_weight, has_own_forward, slides_as
 from wellcond.weights.fused import Views, fused_projections
-from wellcond.weights.matrices import Matrices, seen_through
+from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -40,74 +41,65 @@ def effective_matrices(
 ) -> tuple[list[Matrices], dict[str, Skipped], int]:
     """What acts in a model: its matrices, computed ones by their value; the rest and why.
 
-    Those of convolutions whose geometry is known say so.
+    Convolutions in `acting` carry their geometry. Weights that only their exact name takes are
+    among the matrices, with their reason in the rest: the caller decides.
 
-    The third is the number of entries of all parameters. Weights whose reason asks for their exact
-    name are among the matrices, with their reason in the rest: the caller decides.
+    Returns:
+        The matrices; by its name the reason for each other tensor; the number of entries of all
+        parameters.
     """
-    acting = acting or {}
-    found, fused = find_weights(model, complex_values=True), fused_projections(model)
-    seen: dict[str, dict[str, View]] = {}
-    for weight in found.weights:
-        name = weight.aliases[0]
-        seen.setdefault(name, {})[weight.name.removeprefix(name)[1:]] = weight.view
-    matrices: dict[str, Matrices] = {}
+    fused = fused_projections(model)
+    found = find_weights(model, complex_values=True, fused=fused)
+    matrices: list[Matrices] = []
     rest: dict[str, Skipped] = {}
-    total = 0
 
     def add(
-        name: str,
-        aliases: tuple[str, ...],
-        module: nn.Module,
-        attribute: str,
-        value: Tensor,
-        views: Mapping[str, View],
-        tied: tuple[Source, ...] = (),
+        aliases: Sequence[str], places: Sequence[Source], value: Tensor, views: Mapping[str, View]
     ) -> None:
-        note, geometry = _look_at(module, attribute, value, acting.get(module))
-        own = note
-        note = joined(note, _note_of_tied(module, attribute, value, aliases, tied))
+        name, module, attribute = aliases[0], places[0].owner, places[0].attribute
+        if is_sharded(value):
+            rest[name] = Skipped(Reason.sharded)
+            return
+        if value.is_meta:
+            rest.setdefault(name, Skipped(Reason.no_values))
+            return
+        own, geometry = _look_at(module, attribute, value, (acting or {}).get(module))
+        note = joined(own, _note_of_tied(aliases, places, value))
         if computed := part_of(module, attribute):
             note = f"a part from which {computed.attribute} is computed, and not what acts"
-        matrices[name] = Matrices(
-            name,
-            aliases,
-            tuple(value.shape),
-            seen_through(views),
-            partial(_acting_value if own == COMPUTED else value_of, module, attribute),
-            geometry,
-            note=joined(fused.get((module, attribute), Views()).note, note),
-            stored=attribute not in _effective_attributes(module) and own != COMPUTED,
+        acts = own == COMPUTED
+        matrices.append(
+            Matrices(
+                name,
+                tuple(aliases),
+                tuple(value.shape),
+                views,
+                partial(_acting_value if acts else value_of, module, attribute),
+                geometry,
+                note=joined(fused.get((module, attribute), Views()).note, note),
+                stored=attribute not in _effective_attributes(module) and not acts,
+            )
         )
 
-    for weight in found.weights:
-        name, (parameter,) = weight.aliases[0], weight.parameters
-        sharded = is_sharded(parameter)
-        if sharded or parameter.is_meta:
-            total += parameter.numel() if name not in rest else 0
-            absent = Skipped(Reason.sharded if sharded else Reason.no_values)
-            rest[name] = absent if sharded else weight.reason or absent
-            continue
-        if weight.reason is not None:
-            rest[name] = weight.reason
-        if name in matrices:
-            continue
-        (source,) = weight.sources
-        # Of a part counts what is computed from it.
-        is_part = part_of(source.owner, source.attribute) is not None
-        total += 0 if is_part else parameter.numel()
-        aliases = tuple(alias for alias in weight.aliases if ":" not in alias)
-        place = source.owner, source.attribute
-        add(name, aliases, *place, parameter.detach(), seen[name], weight.tied)
-    counts = {
+    # What is computed counts instead of its parts.
+    sizes = {
         name: 0 if part_of(module, attribute) or is_lazy(parameter) else parameter.numel()
         for name, module, attribute, parameter in named_parameters(model)
     }
-    total += sum(codes.numel() for _, codes in quantised_weights(model))
+    total = sum(size for _, _, size in quantised_weights(model))
+    for _, group in groupby(found.weights, key=lambda weight: weight.sources):
+        weights = list(group)
+        first, name = weights[0], weights[0].aliases[0]
+        views = {weight.name.removeprefix(name)[1:]: weight.view for weight in weights}
+        if first.reason is not None:
+            rest[name] = first.reason
+        total += sizes[name]
+        aliases = [alias for alias in first.aliases if ":" not in alias]
+        add(aliases, (*first.sources, *first.tied), first.parameters[0].detach(), views)
     for name, skipped in found.others.items():
         if skipped.reason is not Reason.parametrized:
             rest[name] = skipped
-            total += counts.get(name, 0)
+            total += sizes.get(name, 0)
     for prefix, module in model.named_modules():
         for attribute in _effective_attributes(module):
             name = join_path(prefix, attribute)
@@ -120,15 +112,11 @@ def effective_matrices(
                 continue
             total += value.numel()
             known = views_of(module, attribute, value, fused)
-            if is_sharded(value):
-                rest[name] = Skipped(Reason.sharded)
-            elif isinstance(known, Skipped):
-                rest[name] = known
-            elif value.is_meta:
-                rest[name] = Skipped(Reason.no_values)
+            if isinstance(known, Skipped):
+                rest[name] = Skipped(Reason.sharded) if is_sharded(value) else known
             else:
-                add(name, (name,), module, attribute, value, known)
-    return list(matrices.values()), rest, total
+                add((name,), (Source(module, attribute),), value, known)
+    return matrices, rest, total
 
 
 def _effective_attributes(module: nn.Module) -> list[str]:
@@ -154,17 +142,11 @@ def _look_at(
     return (COMPUTED if W is not None else ""), geometry
 
 
-def _note_of_tied(
-    module: nn.Module,
-    attribute: str,
-    value: Tensor,
-    aliases: Sequence[str],
-    tied: Sequence[Source],
-) -> str:
+def _note_of_tied(aliases: Sequence[str], places: Sequence[Source], value: Tensor) -> str:
     """Names the layers that share a weight and act otherwise than the first of them."""
-    slots = [attribute, *(source.attribute for source in tied)]
-    owners = [module, *(source.owner for source in tied)]
-    if not tied or set(slots) != {"weight"} or not any(map(has_own_forward, owners)):
+    owners = [place.owner for place in places]
+    weights = all(place.attribute == "weight" for place in places)
+    if len(places) == 1 or not weights or not any(map(has_own_forward, owners)):
         return ""
     first, *others = [acting_weight(owner, value) for owner in owners]
     known = UNKNOWN not in (first.note, *(one.note for one in others))
@@ -209,20 +191,23 @@ def value_of(module: nn.Module, attribute: str) -> Tensor:
     Raises:
         ValueError: it is not known how it is computed, or that fails.
     """
+    compute: Callable[[], Tensor]
     if attribute in getattr(module, "parametrizations", ()):
-        return effective(module, attribute)
-    computed = computed_weight(module, attribute)
-    if computed is None:
+        method = "its parametrization"
+        compute = partial(evaluate_parametrization, module, attribute)
+    elif (computed := computed_weight(module, attribute)) is None:
         return Source(module, attribute).parameter.detach()
-    if computed.compute is None:
+    elif computed.compute is None:
         raise ValueError(f"from {joined(*computed.parts)}")
+    else:
+        method, compute = computed.method, computed.compute
     try:
-        return computed.compute()
-    except Exception as error:  # a part is missing, or has another shape
-        raise ValueError(f"by {computed.method}: {type(error).__name__}: {error}") from error
+        return compute()
+    except Exception as error:  # code of the user, or a part is missing or has another shape
+        raise ValueError(f"by {method}: {type(error).__name__}: {error}") from error
 
 
-def effective(module: nn.Module, attribute: str) -> Tensor:
+def evaluate_parametrization(module: nn.Module, attribute: str) -> Tensor:
     """The value of a parametrized tensor, by a copy in eval mode: reading advances nothing.
 
     `spectral_norm` in train mode takes a step of power iteration each time it is read.

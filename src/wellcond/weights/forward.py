@@ -1,13 +1,13 @@
-"""The weight by which a layer with a `forward` of its own multiplies.
+"""The weight by which a layer with a `forward` method of its own multiplies.
 
 A subclass of Linear or of a convolution may mask, scale or standardise its weight in `forward`, so
-that what is stored is not what acts. Forward passes of a copy of the layer, in eval mode, show
-which weight is handed to the product, and whether the layer is that product: then it is what acts.
-A product is believed only if its input is that of the layer and the output of the layer is its
-output, perhaps with a constant added, a border cut off, or a known activation applied. Any scale
-before or after is part of what acts; of vectors it is found from the images of unit vectors.
+that the effective weight differs from the stored one. Forward passes of a copy of the layer, in
+eval mode, show the weight that is passed to the product, and whether the layer is that product. A
+product counts only if its input is that of the layer and the output of the layer is its output,
+possibly plus a constant, without a border, or after a known activation. Any scale before or after
+belongs to the effective weight; for maps of vectors it is found from the images of unit vectors.
 
-Letters: W the weight that acts, of the shape of the stored one; x a random input, y the output.
+Letters: W the effective weight, of the shape of the stored one; x a random input, y the output.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.weights.comparison import are_equal, arrangements, differ_alike, is_rearranged
 from wellcond.weights.projections import is_conv1d
-from wellcond.weights.twin import Call, Run, Twin, isolate
+from wellcond.weights.twin import Call, NotTried, Run, Twin, isolate
 
-COMPUTED = "the weight that acts, which the layer's own forward computes from what is stored"
-UNKNOWN = "as stored: what the layer's own forward makes of it is not known"
-# Up to this nu a map of vectors is found from its images of unit vectors, so many at a time.
+COMPUTED = "the effective weight, which the layer's own forward computes from the stored one"
+UNKNOWN = "as stored: how the layer's own forward changes it is unknown"
+# Up to this nu a map of vectors is found from its images of unit vectors, a chunk at a time.
 _LARGEST, _CHUNK = 4096, 256
 # Relative to sums of absolute values: float32 evaluations of one linear map differ by far less.
 _LINEAR = 1e-4
-# How often a forward pass that draws random numbers must give the same.
+# How often a forward pass that draws random numbers must give the same output.
 _DRAWS = 8
 
-# What may follow the product: no part of the weight. Factors per channel are not among them.
+# What may follow the product and is not part of the weight; factors per channel are part of it.
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     *(F.relu, F.relu6, F.gelu, partial(F.gelu, approximate="tanh"), F.silu, F.mish),
     *(torch.sigmoid, torch.tanh, torch.sin, torch.square, torch.abs, torch.exp),
@@ -49,70 +50,68 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-class Acting(NamedTuple):
-    """What acts in place of a stored weight.
+class EffectiveWeight(NamedTuple):
+    """The effective weight of a layer.
 
     Attributes:
-        weight: W where it differs from what is stored; None where it does not, or is not known.
-        note: what a reader must know; "" if the stored weight acts.
+        weight: W if it differs from the stored weight; None if it does not, or is unknown.
+        note: what a reader must know; "" if the stored weight is the effective one.
     """
 
     weight: Tensor | None = None
     note: str = ""
 
 
-class _Look(NamedTuple):
-    """A forward pass with one product: its weight in the layout of the stored one, and inputs."""
+def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> EffectiveWeight:
+    """The effective weight of a layer whose `weight` has this value before its forward pass.
 
-    x: Tensor
-    y: Tensor
-    weight: Tensor
-    call: Call
-
-
-def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> Acting:
-    """What acts in a layer whose `weight` has this value when its forward pass begins.
-
-    Unit vectors, one forward pass for each, are tried only where it is to be `thorough`.
+    Args:
+        layer: any module.
+        stored: the value.
+        thorough: also try unit vectors, with one forward pass for each.
     """
     if not has_own_forward(layer):
-        return Acting()
+        return EffectiveWeight()
     if _is_replaced(layer) or stored.is_meta:
-        return Acting(note=UNKNOWN)
+        return EffectiveWeight(note=UNKNOWN)
     try:
         with isolate(stored):
-            W = _acting(layer, stored, thorough)
+            W = _Trial(layer, stored).find_weight(thorough)
     except (Exception, SystemExit):  # it needs other arguments, other inputs, or other processes
         W = None
     if W is None:
-        return Acting(note=UNKNOWN)
-    return Acting() if are_equal(W, stored) else Acting(W, COMPUTED)
+        return EffectiveWeight(note=UNKNOWN)
+    return EffectiveWeight() if are_equal(W, stored) else EffectiveWeight(W, COMPUTED)
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether it is a Linear, a Conv1D of the transformers library or a convolution with one."""
-    kind = type(layer)
-    if kind.__module__.startswith("torch.nn.modules."):
-        own = False
-    elif isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or is_conv1d(layer):
-        base = next(
-            one
-            for one in kind.__mro__
-            if one.__module__.startswith("torch.nn.modules.") or one.__name__ == "Conv1D"
-        )
-        methods = ("forward", "_conv_forward")
-        own = any(getattr(kind, m, None) is not getattr(base, m, None) for m in methods)
-    else:
+    """Whether a Linear, a convolution or a Conv1D of transformers has a `forward` of its own."""
+    of_torch = isinstance(layer, nn.Linear | _ConvNd)
+    if not (of_torch or is_conv1d(layer)):
         return False
-    if own or "forward" not in vars(layer):
-        return own
-    return isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and _is_replaced(layer)
+    kind = type(layer)
+    base = next(
+        one
+        for one in kind.__mro__
+        if one.__module__.startswith("torch.nn.modules.") or one.__name__ == "Conv1D"
+    )
+    methods = ("forward", "_conv_forward")
+    own = any(getattr(kind, name, None) is not getattr(base, name, None) for name in methods)
+    return own or (of_torch and _is_replaced(layer))
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether the instance has another `forward` than its class, other than a wrapper of that."""
+    forward = vars(layer).get("forward")
+    inner = None if forward is None else inspect.unwrap(forward)
+    return forward is not None and getattr(inner, "__func__", inner) is not type(layer).forward
 
 
 def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool) -> bool:
-    """Whether the output of a convolution on a random input is that of this map, and a constant.
+    """Whether a convolution gives the output of this map plus a constant, on a random input.
 
-    That of the whole layer; or of the product in it, which a known activation may follow.
+    The output is that of the layer or, unless it is to be the `whole` layer, of the only product in
+    it, which a known activation may follow.
     """
     S = Convolution(kernel, geometry)
     bound = Convolution(kernel.abs(), geometry)
@@ -128,82 +127,186 @@ def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool)
                 outputs.append(run.calls[0].y)
             expected = S.matmat(x.flatten()[:, None]).flatten()
             error = max(_LINEAR, 4 * torch.finfo(kernel.dtype).eps)
-            room = error * bound.matmat(x.abs().flatten()[:, None]).flatten()
+            tolerance = error * bound.matmat(x.abs().flatten()[:, None]).flatten()
             same_size = [one.flatten() for one in outputs if one.numel() == len(expected)]
-            return any(bool(((one - expected).abs() <= room).all()) for one in same_size)
+            return any(bool(((one - expected).abs() <= tolerance).all()) for one in same_size)
     except (Exception, SystemExit):
         return False
 
 
-def _is_replaced(layer: nn.Module) -> bool:
-    """Whether this one has another `forward` than its class, and no mere wrapper around that."""
-    forward = vars(layer).get("forward")
-    inner = None if forward is None else inspect.unwrap(forward)
-    return forward is not None and getattr(inner, "__func__", inner) is not type(layer).forward
+class _Look(NamedTuple):
+    """A forward pass with one product, and the weight of that in the layout of the stored one."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    call: Call
 
 
-def _acting(layer: nn.Module, stored: Tensor, thorough: bool) -> Tensor | None:
-    for x in _inputs(layer, stored):
-        try:
-            twin = Twin(layer, stored)
-            first = twin.run(x, 0)
-        except (Exception, SystemExit):
-            continue
-        break
-    else:
-        return None
-    other = _random(x.shape, stored, seed=1)
-    second = twin.run(other, 1)
-    if (first.draws or second.draws) and not _is_repeated(twin, x, first):
-        return None
-    convolves = isinstance(layer, nn.modules.conv._ConvNd)
-    if convolves and twin.normalises:
-        return None
-    looks = [_look(layer, stored, *one) for one in ((x, first), (other, second))]
-    if all(looks) and _is_the_product(layer, stored, twin, [one for one in looks if one]):
-        return looks[0].weight  # type: ignore[union-attr]
-    if convolves:
-        return None
-    if _begins_with_stored(layer, stored, x, first):
-        return stored  # it has outputs of another weight besides
-    if not thorough:
-        return stored if _agrees_with(layer, stored, twin, [x, other]) else None
-    return _from_unit_vectors(layer, twin, x, stored)
+class _Trial:
+    """Forward passes of a copy of a layer, beginning with one on the first input that it takes."""
 
+    def __init__(self, layer: nn.Module, stored: Tensor) -> None:
+        self.layer, self.stored = layer, stored
+        self.transposed = is_conv1d(layer)
+        for self.x in _inputs(layer, stored):
+            try:
+                self.twin = Twin(layer, stored)
+                self.first = self.twin.run(self.x, 0)
+            except (Exception, SystemExit):
+                continue
+            return
+        raise NotTried("it takes none of the usual inputs")
 
-def _is_repeated(twin: Twin, x: Tensor, first: Run) -> bool:
-    """Whether the random numbers that a forward pass draws change nothing."""
-    again = (twin.run(x, seed) for seed in range(2, 2 + _DRAWS))
-    return all(are_equal(_output(run), _output(first)) for run in again)
+    def find_weight(self, thorough: bool) -> Tensor | None:
+        """W; None if it is unknown."""
+        other = _random(self.x.shape, self.stored, seed=1)
+        second = self.twin.run(other, 1)
+        if (self.first.draws or second.draws) and not self._is_deterministic():
+            return None
+        convolves = isinstance(self.layer, _ConvNd)
+        if convolves and self.twin.normalises:
+            return None
+        first_look, second_look = self._look(self.x, self.first), self._look(other, second)
+        if first_look and second_look and self._is_product(first_look, second_look):
+            return first_look.weight
+        if convolves:
+            return None
+        if self._begins_with_stored():
+            return self.stored  # it also has outputs of another weight
+        if not thorough:
+            return self.stored if self._agrees_with_stored([self.x, other]) else None
+        return self._from_unit_vectors()
 
+    def _is_deterministic(self) -> bool:
+        """Whether the random numbers that a forward pass draws change nothing."""
+        again = (self.twin.run(self.x, seed) for seed in range(2, 2 + _DRAWS))
+        return all(are_equal(_output(run), _output(self.first)) for run in again)
 
-def _look(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -> _Look | None:
-    """The only product, if the shape of its weight is that stored."""
-    if len(run.calls) != 1:
-        return None
-    (call,) = run.calls
-    W, y = _as_stored(layer, call), _output(run)
-    if W.shape != stored.shape:
-        return None
-    if not isinstance(layer, nn.modules.conv._ConvNd):  # the channels are last, and remain all
-        y, call = _rows(y), call._replace(x=_rows(call.x), y=_rows(call.y))
-    return _Look(x, y, W, call)
+    def _look(self, x: Tensor, run: Run) -> _Look | None:
+        """The only product, if its weight has the shape of the stored one."""
+        if len(run.calls) != 1:
+            return None
+        (call,) = run.calls
+        W, y = self._as_stored(call), _output(run)
+        if W.shape != self.stored.shape:
+            return None
+        if not isinstance(self.layer, _ConvNd):  # the channels are last; the other axes are one
+            y, call = (
+                y.flatten(0, -2),
+                call._replace(x=call.x.flatten(0, -2), y=call.y.flatten(0, -2)),
+            )
+        return _Look(x, y, W, call)
 
+    def _as_stored(self, call: Call) -> Tensor:
+        """The weight of a product in the layout in which the layer stores its own."""
+        if isinstance(self.layer, _ConvNd):
+            return call.weight
+        by_rows = call.name == "linear"  # other products take (inputs, outputs)
+        return call.weight if by_rows != self.transposed else call.weight.mT
 
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2)
+    def _is_product(self, first: _Look, second: _Look) -> bool:
+        """Whether the layer multiplies by the weight of its only product, whatever the input."""
+        looks = first, second
+        added = first.call.added, second.call.added
+        if not are_equal(first.weight, second.weight) or not (
+            added[0] is added[1] or (None not in added and are_equal(*added))  # type: ignore[arg-type]
+        ):
+            return False
+        takes_input = all(is_rearranged(one.x, one.call.x) for one in looks)
+        if takes_input and all(_is_result(one.y, one.call.y) for one in looks):
+            return self._has_known_output(first)
+        if not bool(first.weight.isfinite().all()):
+            return False
+        zeros = torch.zeros_like(first.x)
+        origin = self._look(zeros, self.twin.run(zeros, 2))
+        if origin is None or not are_equal(origin.weight, first.weight):
+            return False
+        if not takes_input:
+            shifted = all(differ_alike(one.x, zeros, one.call.x, origin.call.x) for one in looks)
+            if not (shifted or all(map(self._is_normalised, looks))):
+                return False
+            if all(_is_result(one.y, one.call.y) for one in looks):
+                return self._has_known_output(first)
+        return all(differ_alike(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
 
+    def _has_known_output(self, look: _Look) -> bool:
+        """Whether it is that of the product, or one activation fits that and a product of about 3.
 
-def _as_stored(layer: nn.Module, call: Call) -> Tensor:
-    """The weight in the layout in which the layer stores its own."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return call.weight
-    by_rows = call.name == "linear"  # else the product is with (inputs, outputs)
-    return call.weight if by_rows != is_conv1d(layer) else call.weight.mT
+        Near 0 many activations are alike.
+        """
+        if is_rearranged(look.y, look.call.y):
+            return True
+        x = look.x * (3 / look.call.y.abs().max())
+        again = self._look(x, self.twin.run(x, 3))
+        if again is None:
+            return False
+        fits = (_match_activations(one.y, one.call.y) for one in (look, again))
+        return any(map(all, zip(*fits, strict=True)))
+
+    def _is_normalised(self, look: _Look) -> bool:
+        """Whether the input of the product has the direction of x, and not its length."""
+        x, there = look.x, look.call.x
+        if there.numel() != x.numel():
+            return False
+        x = x.view_as(there)
+        again = self._look(x, self.twin.run(4 * look.x, 4))
+        if again is None or not bool(there.any()):
+            return False
+        change = (again.call.x - there).abs().max() / there.abs().max()  # 0 up to an eps, not 3
+        turn = (there / there.norm() - x / x.norm()).abs() / (x / x.norm()).abs()
+        return bool(change < 0.01) and bool(turn.max() < 32 * torch.finfo(x.dtype).eps)
+
+    def _begins_with_stored(self) -> bool:
+        """Whether the first outputs are those of a product with the stored weight."""
+        x, y = self.x, _output(self.first)
+        m = self.stored.numel() // x.shape[-1]
+        return y.shape[-1] > m and any(
+            are_equal(self._as_stored(call), self.stored)
+            and (call.added is None or not bool(call.added.any()))
+            and is_rearranged(x, call.x)
+            and is_rearranged(y[..., :m], call.y)
+            for call in self.first.calls
+        )
+
+    def _agrees_with_stored(self, inputs: list[Tensor]) -> bool:
+        """Whether the output is that of the stored weight plus a constant, on random inputs."""
+        W = self.stored if self.transposed else self.stored.mT
+        origin = _output(self.twin.run(torch.zeros_like(self.x), 2))
+        return all(_is_image(_output(self.twin.run(x, 3)), origin, x, W) for x in inputs)
+
+    def _from_unit_vectors(self) -> Tensor | None:
+        """W column by column, checked on inputs of two scales and both signs."""
+        n = self.x.shape[-1]
+        m = self.stored.numel() // n
+        if min(m, n) > _LARGEST:
+            return None
+
+        def image(rows: Tensor) -> Tensor:
+            x = rows.reshape(-1, *self.x.shape[1:])
+            return _output(self.twin.run(x, 0)).reshape(len(rows), m)
+
+        origin = image(self.x.new_zeros(1, n))
+        columns = []
+        for start in range(0, n, _CHUNK):
+            unit = self.x.new_zeros(min(_CHUNK, n - start), n)
+            unit[:, start:].fill_diagonal_(1)
+            columns.append(image(unit) - origin)
+        W = torch.cat(columns)  # (n, m)
+        for scale in (1, -1, 100, -100):
+            row = scale * _random((1, n), self.stored, seed=1)
+            if not _is_image(image(row), origin, row, W):
+                return None
+        W = W if self.transposed else W.mT
+        if not bool(W.isfinite().all()):
+            return None
+        size = max(float(self.stored.abs().max()), 4 * float(origin.abs().max()))
+        rounding = torch.finfo(self.stored.dtype).eps * size
+        return self.stored if bool(((W - self.stored).abs() <= rounding).all()) else W
 
 
 def _output(run: Run) -> Tensor:
-    """Of several outputs the one that is that of a product."""
+    """The output; if there are several, that of a product."""
     if not isinstance(run.y, tuple | list):
         y: Tensor = run.y
         return y
@@ -212,50 +315,22 @@ def _output(run: Run) -> Tensor:
     return next(of_product, outputs[0])
 
 
-def _is_the_product(layer: nn.Module, stored: Tensor, twin: Twin, looks: list[_Look]) -> bool:
-    """Whether a layer with one product multiplies by its weight, whatever the input."""
-    first, second = looks
-    added = first.call.added, second.call.added
-    if not are_equal(first.weight, second.weight) or not (
-        added[0] is added[1] or (None not in added and are_equal(*added))  # type: ignore[arg-type]
-    ):
-        return False
-    if all(is_rearranged(one.x, one.call.x) and _is_result(one.y, one.call.y) for one in looks):
-        return is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
-    if not bool(first.weight.isfinite().all()):
-        return False
-    x = torch.zeros_like(first.x)
-    origin = _look(layer, stored, x, twin.run(x, 2))
-    if origin is None or not are_equal(origin.weight, first.weight):
-        return False
-    takes = (
-        all(is_rearranged(one.x, one.call.x) for one in looks)
-        or all(_is_shifted(one.x, one.call.x, origin.call.x) for one in looks)
-        or all(_is_normalised(layer, stored, twin, one) for one in looks)
-    )
-    if not takes:
-        return False
-    if all(_is_result(one.y, one.call.y) for one in looks):
-        return is_rearranged(first.y, first.call.y) or _is_activation(layer, stored, twin, first)
-    return all(differ_alike(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
-
-
 def _is_result(y: Tensor, product: Tensor) -> bool:
-    """Whether it is the output of the product or a known activation of that."""
-    return is_rearranged(y, product) or any(_activations(y, product))
+    """Whether y is the output of the product or a known activation of that."""
+    return is_rearranged(y, product) or any(_match_activations(y, product))
 
 
-def _activations(y: Tensor, product: Tensor) -> Iterator[bool]:
-    """For each known activation whether it is that of the product."""
+def _match_activations(y: Tensor, product: Tensor) -> Iterator[bool]:
+    """For each known activation whether y is that of the product."""
     for activation in () if product.is_complex() else _ACTIVATIONS:
         try:
             yield _is_activated(y, activation(product), product)
-        except (RuntimeError, IndexError):  # of odd sides none is a gate
+        except (RuntimeError, IndexError):  # a gate of an odd side
             yield False
 
 
 def _is_activated(y: Tensor, activated: Tensor, product: Tensor) -> bool:
-    """Whether it is that, up to rounding relative to the product too, as of gelu(-9)."""
+    """Whether y is that, up to rounding, which may be relative to the product, as for gelu(-9)."""
     if activated.shape != product.shape or torch.finfo(y.dtype).eps > 1e-6:
         return is_rearranged(y, activated)
     both = zip(arrangements(activated, y), arrangements(product, y), strict=True)
@@ -266,103 +341,20 @@ def _is_activated(y: Tensor, activated: Tensor, product: Tensor) -> bool:
     )
 
 
-def _is_activation(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) -> bool:
-    """Whether one activation also fits where the product is about 3: near 0 many look alike."""
-    x = look.x * (3 / look.call.y.abs().max())
-    again = _look(layer, stored, x, twin.run(x, 3))
-    if again is None:
-        return False
-    fits = (_activations(one.y, one.call.y) for one in (look, again))
-    return any(map(all, zip(*fits, strict=True)))
-
-
-def _is_shifted(x: Tensor, there: Tensor, origin: Tensor) -> bool:
-    """Whether it is the input of the layer and a constant."""
-    return differ_alike(x, torch.zeros_like(x), there, origin)
-
-
-def _is_normalised(layer: nn.Module, stored: Tensor, twin: Twin, look: _Look) -> bool:
-    """Whether it has the direction of the input of the layer, and not its length."""
-    x, there = look.x, look.call.x
-    if there.numel() != x.numel():
-        return False
-    x = x.view_as(there)
-    again = _look(layer, stored, x, twin.run(4 * look.x, 4))
-    if again is None or not bool(there.any()):
-        return False
-    change = (again.call.x - there).abs().max() / there.abs().max()  # 0, but for an eps, not 3
-    turn = (there / there.norm() - x / x.norm()).abs() / (x / x.norm()).abs()
-    return bool(change < 0.01) and bool(turn.max() < 32 * torch.finfo(x.dtype).eps)
-
-
-def _begins_with_stored(layer: nn.Module, stored: Tensor, x: Tensor, run: Run) -> bool:
-    """Whether the first outputs are those of a product with the stored weight."""
-    y, m = _output(run), stored.numel() // x.shape[-1]
-    return y.shape[-1] > m and any(
-        are_equal(_as_stored(layer, call), stored)
-        and call.added is None
-        and is_rearranged(x, call.x)
-        and is_rearranged(y[..., :m], call.y)
-        for call in (one._replace(added=_nonzero(one.added)) for one in run.calls)
-    )
-
-
-def _nonzero(added: Tensor | None) -> Tensor | None:
-    """None for a bias of zeros."""
-    return added if added is not None and bool(added.any()) else None
-
-
-def _agrees_with(layer: nn.Module, stored: Tensor, twin: Twin, inputs: list[Tensor]) -> bool:
-    """Whether the output is that of the stored weight, and a constant, on random inputs."""
-    W = stored if is_conv1d(layer) else stored.mT
-    origin = _output(twin.run(torch.zeros_like(inputs[0]), 2))
-    return all(_is_image(_output(twin.run(x, 3)), origin, x, W) for x in inputs)
-
-
 def _is_image(y: Tensor, origin: Tensor, x: Tensor, W: Tensor) -> bool:
-    """Whether y is x W and a constant, up to rounding."""
-    if y.numel() != x.numel() // len(W) * W.shape[1]:
+    """Whether y is x W plus a constant, up to rounding."""
+    m = W.shape[1]
+    if y.numel() != x.numel() // len(W) * m:
         return False
     eps = torch.finfo(W.dtype).eps
-    error = max(_LINEAR, 4 * eps) * (x.abs() @ W.abs()) + 4 * eps * origin.abs().view(
-        -1, W.shape[1]
-    )
+    error = max(_LINEAR, 4 * eps) * (x.abs() @ W.abs()) + 4 * eps * origin.abs().view(-1, m)
     difference = (y - origin).reshape(error.shape) - x @ W
     return bool((difference.abs() <= error).all())
 
 
-def _from_unit_vectors(layer: nn.Module, twin: Twin, x: Tensor, stored: Tensor) -> Tensor | None:
-    """W column by column, checked on inputs of two scales and both signs."""
-    n = x.shape[-1]
-    m = stored.numel() // n
-    if min(m, n) > _LARGEST:
-        return None
-
-    def image(rows: Tensor) -> Tensor:
-        return _output(twin.run(rows.reshape(-1, *x.shape[1:]), 0)).reshape(len(rows), m)
-
-    origin = image(x.new_zeros(1, n))
-    columns = []
-    for start in range(0, n, _CHUNK):
-        unit = x.new_zeros(min(_CHUNK, n - start), n)
-        unit[:, start:].fill_diagonal_(1)
-        columns.append(image(unit) - origin)
-    W = torch.cat(columns)  # (n, m)
-    for scale in (1, -1, 100, -100):
-        row = scale * _random((1, n), stored, seed=1)
-        if not _is_image(image(row), origin, row, W):
-            return None
-    W = W if is_conv1d(layer) else W.mT
-    if not bool(W.isfinite().all()):
-        return None
-    size = max(float(stored.abs().max()), 4 * float(origin.abs().max()))
-    rounding = torch.finfo(stored.dtype).eps * size
-    return stored if bool(((W - stored).abs() <= rounding).all()) else W
-
-
 def _inputs(layer: nn.Module, stored: Tensor) -> Iterator[Tensor]:
     """Random inputs of the shapes that such layers take."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, _ConvNd):
         size = _smallest_size(layer)
         yield _random((1, layer.in_channels, *size), stored)
         yield _random((1, *size, layer.in_channels), stored)
@@ -372,8 +364,8 @@ def _inputs(layer: nn.Module, stored: Tensor) -> Iterator[Tensor]:
         yield _random((1, 1, n), stored)
 
 
-def _smallest_size(layer: nn.modules.conv._ConvNd) -> list[int]:
-    """Of inputs on which every axis has at least two outputs."""
+def _smallest_size(layer: _ConvNd) -> list[int]:
+    """The smallest input size for which every axis has at least two outputs."""
     sizes = []
     for axis, (k, s, d) in enumerate(
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)

@@ -1,4 +1,4 @@
-"""The matrices in one tensor of a model or a file, read when they are needed."""
+"""A tensor of a model or a file that holds matrices: their views now, its values when needed."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wellcond.operators.convolution import Geometry
-from wellcond.operators.views import Kernel, View
+from wellcond.operators.views import Kernel, Member, View
 from wellcond.weights.adapters import Adapter
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """A tensor and the matrices in it by the name of their view, "" if it is one as it stands.
+    """A tensor, and the views of the matrices in it, by their names.
 
-    `read` may be slow, and what it returns large: it is for one tensor at a time. A view may be a
-    stack (g, m, n): the blocks of one block-diagonal map, such as the groups of a convolution.
-    The tensor of which the geometry is known is a kernel, of a convolution on inputs of that size.
-    Where there are adapters, what they add acts besides. `note` is what is to be known of all of
-    its matrices, such as why it is seen as a whole. `stored`: it is a parameter as it stands, and
-    not computed from some.
+    Attributes:
+        name: of the tensor.
+        aliases: every name that a pattern may match, the first of them included.
+        shape: of the tensor.
+        views: by their names, "" if there is only one.
+        read: may be slow, and return a large tensor: only one tensor is read at a time.
+        geometry: of a convolution on inputs of a known size; None if that is not known.
+        adapters: what is added to the tensor before it acts.
+        note: what a reader must know of all of its matrices, such as why it is not cut.
+        stored: whether it is a parameter as it stands, not computed from parameters.
     """
 
     name: str
     aliases: tuple[str, ...]
     shape: tuple[int, ...]
-    views: Callable[[Tensor], dict[str, Tensor]]
+    views: Mapping[str, View]
     read: Callable[[], Tensor]
     geometry: Geometry | None = None
     adapters: tuple[Adapter, ...] = ()
@@ -46,19 +51,30 @@ def entries(shape: Sequence[int]) -> int:
     return 0 if 0 in shape else math.prod(shape)
 
 
-def seen_through(views: Mapping[str, View]) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The matrices that views show, by their names; those of a stack by their numbers as well."""
+def single_views(views: Mapping[str, View], shape: Sequence[int]) -> dict[str, View]:
+    """A view of each matrix of a tensor of this shape; those of a stack are named by number.
 
-    def of(parameter: Tensor) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
-        for name, view in views.items():
-            matrix = view(parameter)
-            if isinstance(view, Kernel):
-                seen["kernel"] = matrix  # of several groups a stack: one block-diagonal map
-            elif matrix.ndim == 2:
-                seen[name] = matrix
-            else:
-                seen |= {f"{name}:{i}".lstrip(":"): one for i, one in enumerate(matrix)}
-        return seen
+    A kernel of several groups stays a stack (g, m, n): the blocks of one block-diagonal map.
+    """
+    single: dict[str, View] = {}
+    for name, view in views.items():
+        if isinstance(view, Kernel):
+            single["kernel"] = view
+            continue
+        count, *inner = view(torch.empty(tuple(shape), device="meta")).shape
+        if len(inner) == 1:
+            single[name] = view
+        else:
+            single |= {f"{name}:{i}".lstrip(":"): Member(view, i) for i in range(count)}
+    return single
 
-    return of
+
+class ViewsByName(dict[str, View]):
+    """Views that, called with a tensor, give its matrices by the names of `single_views`."""
+
+    def __call__(self, tensor: Tensor) -> dict[str, Tensor]:
+        views = single_views(self, tensor.shape)
+        return {name: view(tensor) for name, view in views.items()}
+
+
+seen_through = ViewsByName

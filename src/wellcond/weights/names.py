@@ -1,8 +1,8 @@
-"""Which tensors of a file are no weights, by name, shape and dtype: a file has no classes.
+"""The tensors in a file that are not weights, by name, shape and dtype: a file has no classes.
 
-What is looked up or added in a model, fixed transforms, masks, exponentiated parameters and what a
-parametrized weight is computed from are known by their names. See `quantised` for what stands
-beside codes.
+Names identify parameters that are looked up or added, fixed transforms, masks, exponentiated
+parameters, and the tensors from which a parametrized weight is computed. `quantised` finds codes
+and their scales.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from collections.abc import Callable, Iterator
 
 from wellcond.text import last_part
 from wellcond.weights.matrices import entries, is_vector
-from wellcond.weights.quantised import FLOATING, Tensors, codes_and_scales, is_narrow, is_power
+from wellcond.weights.quantised import FLOATING, Tensors, find_codes_and_scales, is_narrow, is_power
 from wellcond.weights.reasons import Reason, Skipped
 
-# Of an embedding, and of a parameter that stands for itself: tok_embeddings, embed_in, cls_token.
-# Here a dot is any letter: would a line end be none, a long name that has one might take hours.
+# Words in names of embeddings and of added parameters: tok_embeddings, embed_in, cls_token. All
+# patterns are DOTALL, because a long name with a line end might otherwise take hours to match.
 _WORDS = r"(.*_)?(emb|embeds?|embeddings?|tokens?)\d*(_.*)?"
 _LOOKED_UP = re.compile(
     rf"{_WORDS}|w[tp]e|shared|embedder|(row|column|queries)_embedder|relative_attention_bias|codebook",
     re.DOTALL,
 )
-# embed_tokens.0.weight is one of several embeddings, time_embed.0.weight a layer of a Sequential.
+# embed_tokens.0.weight is one of several embeddings; time_embed.0.weight is a layer of a
+# Sequential.
 _SEVERAL = re.compile(
     r"(.*_)?(embeddings|tokens|embeds_layers)(_.*)?|w[tp]es|point_embed", re.DOTALL
 )
-# Linear maps from or to an embedding: patch_embedding, embeddings_project, the heads of detectors,
-# that of GPT-NeoX.
+# Linear maps from or to an embedding: patch_embedding, embeddings_project, the heads of detectors
+# and of GPT-NeoX.
 _LINEAR = re.compile(
     r".*(patch|proj|linear|dense|mapping|transformation).*"
     r"|(.*_)?class_embed|embed_(return|state|action|out)|vision_embed_tokens|speaker_embeds_layer",
     re.DOTALL,
 )
-# The last line is of learned queries: `W_query` is a projection.
+# The last lines are learned queries; `W_query` is a projection.
 _ADDED = re.compile(
     rf"{_WORDS}|(.*_)?(pos|positions?|positional|latents?|bias|biases|codebooks?)\d*(_.*)?|pe"
     r"|(.*_)?queries|((learn(ed|able)|object|latent|pool|seed|det|mask|cls|text|audio|image)_)?query"
@@ -41,7 +42,7 @@ _ADDED = re.compile(
     re.DOTALL,
 )
 
-# Fixed transforms: of audio and of images, and the products of spherical harmonics.
+# Fixed transforms of audio and images, and coefficients of spherical harmonics.
 _TRANSFORM = r"_?i?(stft|dft|h?cqt|vqt|mdct|dct)s?\d*"
 _MEL = r"(.*_)?mel_?(basis|w|fb|filters?|matrix|mat)s?"
 _BANK = r"(.*_)?(fbank|filter_?bank)s?\d*"
@@ -52,23 +53,23 @@ _CONSTANT = re.compile(
     r"|cos|sin|freqs",
     re.DOTALL,
 )
-# A layer of such a name is one; `stft_encoder` and `cqt_block` are learned.
+# Layers that are fixed transforms; `stft_encoder` and `cqt_block` are learned.
 _CONSTANT_LAYER = re.compile(
     rf"{_TRANSFORM}(_(basis|bases|conv|kernels?|filters?|matrix|mat|real|imag))?|{_MEL}|{_BANK}",
     re.DOTALL,
 )
-# A_log of Mamba, log_dt and A_imag of S4, time_decay and time_faaaa of RWKV.
+# A_log (Mamba), log_dt and A_imag (S4), time_decay and time_faaaa (RWKV).
 _EXPONENTIATED = re.compile(
     r"log_.*|.*_logs?|inv_dt|a_(real|imag|re|im)|lambda(_re|_im)?|time_(decay|first|faaaa)|r_k",
     re.DOTALL,
 )
-_STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # beside these D acts entrywise
-_NORMED = re.compile(r"^weight|weight$|kernel$")  # what weight_norm is put on
+_STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # beside these, D acts entrywise
+_NORMED = re.compile(r"^weight|weight$|kernel$")  # the parameters to which weight_norm is applied
 _NORM = re.compile(r"(.*_)?(layer|rms|group|batch|instance)?_?norm_?\d*", re.DOTALL)
 
 
 def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
-    """Why a tensor holds no weight; None if it does."""
+    """Why a tensor of this shape and dtype is not a weight; None if it may be one."""
     if len(shape) < 2:
         return Skipped((Reason.number, Reason.vector)[len(shape)])
     if 0 in shape:
@@ -83,74 +84,74 @@ def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
 def no_weights(
     tensors: Tensors, holds_codes: Callable[[str], bool] = lambda _: False
 ) -> dict[str, Skipped]:
-    """The tensors, given by shape and dtype, that by their names are no weights; and why.
+    """The tensors that are not weights according to their names, and why.
 
     Args:
         tensors: shape and dtype by name.
-        holds_codes: looks into a tensor where names and shapes do not decide whether it holds codes
-            of a quantised weight.
+        holds_codes: reads a tensor to decide whether it holds codes of a quantised weight, if names
+            and shapes do not tell.
     """
-    measured = {n: shape for n, (shape, dtype) in tensors.items() if dtype in FLOATING}
-    named = {name: _by_name(name, shape, tensors) for name, shape in measured.items()}
-    found = {name: why for name, why in named.items() if why is not None}
-    found |= codes_and_scales(tensors, holds_codes)
+    found: dict[str, Skipped] = {}
+    for name, (shape, dtype) in tensors.items():
+        reason = _find_reason(name, shape, tensors) if dtype in FLOATING else None
+        if reason is not None:
+            found[name] = Skipped(reason)
+    found |= find_codes_and_scales(tensors, holds_codes)
     flat = {name for name in tensors if last_part(name).endswith("flat_param")}
     found |= dict.fromkeys(flat, Skipped(Reason.flat))
     parametrized = Skipped(Reason.parametrized, "audit the model instead")
-    return found | dict.fromkeys(_originals(tensors), parametrized)
+    return found | dict.fromkeys(_find_originals(tensors), parametrized)
 
 
-def _by_name(name: str, shape: tuple[int, ...], tensors: Tensors) -> Skipped | None:
-    """What a tensor is besides a weight, as far as its name, its shape and its siblings tell."""
-    *modules, own = re.split(r"[./]", name.lower())  # of several files: step1.pt/wte.weight
+def _find_reason(name: str, shape: tuple[int, ...], tensors: Tensors) -> Reason | None:
+    """Why a tensor is not a weight, by its name, its shape and the tensors beside it."""
+    *modules, own = re.split(r"[./]", name.lower())  # also of several files: step1.pt/wte.weight
     if len(shape) > 1 and _is_normalisation(name, shape, modules, tensors):
-        return Skipped(Reason.normalisation)
+        return Reason.normalisation
     if own != "weight":
         if is_vector(shape):
-            return Skipped(Reason.vector)
-        return _parameter(name, own, modules, tensors)
+            return Reason.vector
+        return _find_reason_of_parameter(name, own, modules, tensors)
     if modules and _is_constant_layer(modules):
-        return Skipped(Reason.constant)
-    known = _LOOKED_UP
-    # What PEFT and a list of modules put between.
+        return Reason.constant
+    pattern = _LOOKED_UP
+    # Skip the levels that PEFT and lists of modules insert.
     while modules and (modules[-1] in ("base_layer", "original_module") or modules[-1].isdigit()):
-        known = _SEVERAL if modules.pop().isdigit() else known
+        pattern = _SEVERAL if modules.pop().isdigit() else pattern
     module = modules[-1] if modules else ""
-    if len(shape) == 2 and known.fullmatch(module) and not _LINEAR.fullmatch(module):
-        return Skipped(Reason.embedding)
-    return None
+    is_embedding = pattern.fullmatch(module) and not _LINEAR.fullmatch(module)
+    return Reason.embedding if len(shape) == 2 and is_embedding else None
 
 
-def _parameter(name: str, own: str, modules: list[str], tensors: Tensors) -> Skipped | None:
-    """What a parameter or a buffer is that stands for itself."""
+def _find_reason_of_parameter(
+    name: str, own: str, modules: list[str], tensors: Tensors
+) -> Reason | None:
+    """Why a parameter or buffer that is not the `weight` of a layer is not a weight."""
     if _ADDED.fullmatch(own):
-        return Skipped(Reason.added)
-    of_mel = own == "fb" and bool(modules) and "mel" in modules[-1]  # of torchaudio
+        return Reason.added
+    of_mel = own == "fb" and bool(modules) and "mel" in modules[-1]  # torchaudio
     if of_mel or (_CONSTANT.fullmatch(own) and not _LINEAR.fullmatch(own)):
-        return Skipped(Reason.constant)
-    if _EXPONENTIATED.fullmatch(own) or (own in ("d", "ds") and _of_state_space(name, tensors)):
-        return Skipped(Reason.exponentiated)
+        return Reason.constant
+    stem = name.removesuffix(last_part(name))
+    of_state_space = any(f"{stem}{other}" in tensors for other in _STATE_SPACE)
+    if _EXPONENTIATED.fullmatch(own) or (own in ("d", "ds") and of_state_space):
+        return Reason.exponentiated
     return None
 
 
 def _is_constant_layer(modules: list[str]) -> bool:
-    """Whether its weight is a fixed transform: `stft_conv`, or `stft.conv_real` of torchlibrosa."""
+    """Whether a layer is a fixed transform: `stft_conv`, or `stft.conv_real` of torchlibrosa."""
     *above, module = modules
     part = re.fullmatch(r"conv_(real|imag)", module) and above[-1:] in (["stft"], ["istft"])
     return bool(part or _CONSTANT_LAYER.fullmatch(module))
 
 
-def _of_state_space(name: str, tensors: Tensors) -> bool:
-    stem = name[: -len(last_part(name))]
-    return any(f"{stem}{other}" in tensors for other in _STATE_SPACE)
-
-
 def _is_normalisation(
     name: str, shape: tuple[int, ...], modules: list[str], tensors: Tensors
 ) -> bool:
-    """Whether it acts entrywise: beside it stands another of its shape, or its layer says so.
+    """Whether it belongs to a normalisation: its bias has its shape, or the name of its layer.
 
-    `nn.LayerNorm((6, 264))` has a weight and a bias of these; Keras calls them gamma and beta.
+    `nn.LayerNorm((6, 264))` has a weight and a bias of that shape; Keras calls them gamma and beta.
     """
     own = last_part(name)
     beside = {"weight": "bias", "gamma": "beta", "beta": "gamma"}.get(own)
@@ -160,10 +161,11 @@ def _is_normalisation(
     return same or (own == "weight" and bool(modules and _NORM.fullmatch(modules[-1])))
 
 
-def _originals(tensors: Tensors) -> Iterator[str]:
-    """The tensors that a weight is computed from: by a parametrization of torch, or as before it
-    by weight_norm (`weight_g`, `weight_v`), spectral_norm (`weight_orig`, `weight_u`) and pruning
-    (`weight_orig`, `weight_mask`); by a mask of the same shape.
+def _find_originals(tensors: Tensors) -> Iterator[str]:
+    """The tensors from which a weight is computed.
+
+    By a parametrization of torch; by the older weight_norm (`weight_g`, `weight_v`), spectral_norm
+    (`weight_orig`, `weight_u`) or pruning (`weight_orig`, `weight_mask`); or by a mask beside it.
     """
     for name, (shape, _) in tensors.items():
         if "parametrizations" in re.split(r"[./]", name):
@@ -173,7 +175,7 @@ def _originals(tensors: Tensors) -> Iterator[str]:
         masked = any(mask in tensors and tensors[mask][0] == shape for mask in masks)
         if name.endswith("weight") and masked and f"{name}_orig" not in tensors:
             yield name
-        if stem in tensors:  # a weight that is stored itself
+        if stem in tensors:  # the weight itself is stored
             continue
         norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
         normed = part == "v" and _NORMED.search(last_part(stem))

@@ -1,7 +1,7 @@
-"""Quantised weights in files: which tensors are codes, which are scales, how many weights they are.
+"""Quantised weights in files: the tensors that are codes or scales, and the number of entries.
 
-A tensor that has a scale beside it acts by the product with it, whatever its dtype: its own
-numbers are those of no weight. Packed codes count as often as they are unpacked.
+A tensor with a scale beside it acts as the product with that, whatever its dtype, so its own values
+are not those of a weight. Packed codes count as many entries as they unpack to.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from wellcond.weights.reasons import Reason, Skipped
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]  # shape and dtype by name
 
 FLOATING = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
-# float8_e4m3fn, or F6_E2M3, which torch has no name for; powers of two alone are always scales.
+# float8_e4m3fn, or F6_E2M3, for which torch has no name; tensors of powers of two are scales.
 _NARROW = re.compile(r"(F|float)[864](_|$)")
 _POWERS = re.compile(r"(F|float)8_e8m0(fnu)?", re.IGNORECASE)
-# As int64 there are positions and counters, as bool masks, but hardly codes of a weight.
+# int64 is used for positions and counters and bool for masks, but hardly for codes of a weight.
 _CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
 _NO_CODES = re.compile(
     r"ids?|ind(ex|ices)|mask|bias|positions?|counts?|lengths?|buckets?"
     r"|tril|triu|causal|faces|edges|adj(acency)?|neighbou?rs|connectivity"
 )
-# What only a quantised weight has, and what many others have as well.
+# Tensors that only a quantised weight has, and tensors that other layers may have too.
 _SCALES = re.compile(
     r"(weight|input|output|activation|act|[kvq])_(scales?(_inv|_\d)?|(global|channel)_scale|zero(s|_points?)?)"
     r"|(nested_)?(absmax|quant_map)|SCBt?|scales?_(inv|and_zeros?)|qscales?|qzeros"
@@ -38,7 +38,7 @@ _SCALES = re.compile(
 _PERHAPS_SCALES = re.compile(
     r"(.*_)?(scales?|scalings?|zeros?|zero_points?|codebooks?|luts?|lookup_tables?|biases)"
 )
-# What multiplies codes that are stored in a wide dtype, beside `weight` or beside X as X_scale.
+# Scales of codes that are stored in a wide dtype, beside `weight`, or beside X as X_scale.
 _SURELY_OF_WEIGHT = re.compile(
     r"weight_(scales?(_inv|_\d)?|(global|channel)_scale)|absmax|SCBt?|qscales?|scale_(inv|weight)"
 )
@@ -48,27 +48,29 @@ _OF_NAME = re.compile(r"(.+)_((?:scales?|qscales?|absmax)(?:_inv)?)")
 
 
 def is_narrow(dtype: str) -> bool:
-    """Whether a dtype of less than 16 bits holds floating-point codes."""
+    """Whether a dtype is floating point of less than 16 bits, which holds codes."""
     return bool(_NARROW.match(dtype))
 
 
 def is_power(dtype: str) -> bool:
-    """Whether a dtype holds powers of two alone, which are scales."""
+    """Whether a dtype holds only powers of two, which are scales."""
     return bool(_POWERS.fullmatch(dtype))
 
 
-def codes_and_scales(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
-    """The tensors that are codes of a quantised weight, and those that belong to one."""
+def find_codes_and_scales(
+    tensors: Tensors, holds_codes: Callable[[str], bool]
+) -> dict[str, Skipped]:
+    """The tensors that are codes or scales of a quantised weight, and why they are skipped."""
     return _find_beside_packed(tensors) | _find_in_wide_dtype(tensors, holds_codes)
 
 
 def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
-    """The tensors that belong to a weight of integers or float8; and to which.
+    """The tensors that belong to a weight of integers or float8, with the name of that weight.
 
-    These are what is named like the quantised weight (`weight.absmax` beside `weight`), what is
-    named a scale in the same module, and what else is in its module and not called a weight or a
-    bias. A packed tensor to which more belongs than a bias or a number is surely quantised, and
-    among them as well.
+    They are those whose name extends that of the weight (`weight.absmax` beside `weight`), scales
+    in the same module, and other tensors in its module that are not called a weight or a bias. A
+    packed tensor to which more than a bias or a scalar belongs is certainly quantised, and found
+    too.
     """
     named = {
         name
@@ -76,8 +78,8 @@ def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
         if any(p.fullmatch(name.rpartition(".")[2]) for p in (_SCALES, _PERHAPS_SCALES))
         or is_power(dtype)
     }
-    first: dict[str, str] = {}  # quantised weights by their module
-    stems: dict[str, str] = {}  # and by what their name begins with
+    first: dict[str, str] = {}  # the first quantised weight per module
+    stems: dict[str, str] = {}  # quantised weights by the prefix of their names
     for name, (shape, dtype) in tensors.items():
         module, _, own = name.rpartition(".")
         packed = dtype in _CODES and not any(map(_NO_CODES.fullmatch, own.lower().split("_")))
@@ -85,7 +87,7 @@ def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
             first.setdefault(module, name)
             stems |= {name: name, re.sub(r"_(packed|blocks|q|int\d)$", "", name): name}
 
-    def owner(name: str) -> str | None:
+    def find_owner(name: str) -> str | None:
         module, _, own = name.rpartition(".")
         if module in stems:  # weight.absmax
             return stems[module]
@@ -99,7 +101,7 @@ def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
 
     found: dict[str, Skipped] = {}
     for name, (shape, dtype) in tensors.items():
-        of = owner(name) if dtype in FLOATING or name in named else None
+        of = find_owner(name) if dtype in FLOATING or name in named else None
         if of is not None:
             found[name] = Skipped(Reason.scales, of)
             surely = len(shape) > 1 or _SCALES.fullmatch(name.rpartition(".")[2])
@@ -109,12 +111,12 @@ def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
 
 
 def _find_in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
-    """The codes in a dtype that could hold a weight, by the scale beside them; and the scale.
+    """The codes in a dtype that could hold a weight, by the scale beside them, and that scale.
 
-    A scale in another file of the same checkpoint counts. `scale` and `scales` have other uses:
-    their shape must fit, and of a single number the values must be codes.
+    The scale may be in another file of the same checkpoint. `scale` and `scales` have other uses:
+    their shape must fit, and beside a single number the values must be codes.
     """
-    named: dict[str, list[str]] = {}  # by their name within their file
+    named: dict[str, list[str]] = {}  # full names by the name within a file
     for name in tensors:
         named.setdefault(_split_file(name)[1], []).append(name)
     found: dict[str, Skipped] = {}
@@ -140,14 +142,14 @@ def _find_in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) ->
 
 
 def _split_file(name: str) -> tuple[str, str]:
-    """A name of several files in two: `step1.pt/` and the name in that file."""
+    """Splits a name into the file (`step1.pt/`, or "") and the name in that file."""
     found = _FILE.match(name)
     end = found.end() if found else 0
     return name[:end], name[end:]
 
 
 def _find_scaled(name: str) -> Iterable[tuple[str, bool]]:
-    """What a tensor of this name scales, and whether it surely does."""
+    """The names of the tensors that one of this name may scale, and whether it certainly does."""
     own = last_part(name)
     module = name.removesuffix(own)
     if _SURELY_OF_WEIGHT.fullmatch(own):
@@ -156,9 +158,9 @@ def _find_scaled(name: str) -> Iterable[tuple[str, bool]]:
     elif own in ("scale", "scales"):
         yield f"{module}weight", False
         yield f"{module}qweight", True
-        yield f"{module}W_q", True  # of HQQ
+        yield f"{module}W_q", True  # HQQ
     elif own == "_scale":
-        yield f"{module}_data", True  # of quanto
+        yield f"{module}_data", True  # quanto
     if module[:-1].endswith("weight") and re.fullmatch(r"absmax|scales?|SCB|quant_map", own):
         yield module[:-1], True
     if found := _OF_NAME.fullmatch(own):
@@ -167,7 +169,7 @@ def _find_scaled(name: str) -> Iterable[tuple[str, bool]]:
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether one number, one a row, one a column, or one a block of the weight."""
+    """Whether a scale has one number, or one per row, column or block of the weight."""
     if len(scale) < 2 and entries(scale) == 1:
         return True
     if len(scale) == 1:
@@ -181,80 +183,80 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return len(scale) == len(weight) and (per_block(scale) or per_block(swapped))
 
 
-_SMALL = 4096  # bytes of a description, which may be read
+_SMALL = 4096  # bytes of a description that is read
 
 
 def logical_entries(
     name: str, tensors: Tensors, read: Callable[[str], Tensor], config: Mapping[str, Any]
 ) -> int:
-    """How many entries the weight has that these codes stand for; at least as many as are stored.
+    """The number of entries of the weight that these codes encode, at least the number of codes.
 
     Args:
         name: of the codes.
         tensors: shape and dtype by name.
         read: reads a tensor; called for shapes and descriptions of at most 4 kB.
-        config: what config.json says.
+        config: the content of config.json.
     """
     shape, dtype = tensors[name]
     stored, word = entries(shape), 8 if is_narrow(dtype) else int(re.sub(r"\D", "", dtype) or 1)
     try:
         count = _read_entries(name, tensors, read) or _derive_entries(name, tensors, word, config)
-    except Exception:  # whatever a damaged description does, the codes are there
+    except Exception:  # a damaged description must not hide the codes
         count = 0
-    # A code has one bit at least.
+    # A code has at least one bit.
     return count if stored <= count <= stored * word else stored
 
 
 def _read_entries(name: str, tensors: Tensors, read: Callable[[str], Tensor]) -> int:
-    """By a shape that is stored beside the codes; 0 if there is none."""
+    """The number of entries by a shape that is stored beside the codes; 0 if there is none."""
     for kind in ("nf4", "fp4"):
         state = f"{name}.quant_state.bitsandbytes__{kind}"
         if state in tensors and entries(tensors[state][0]) <= _SMALL:
-            return _product(json.loads(bytes(read(state).tolist()))["shape"])
-    lengths = f"{name.removesuffix('_packed')}_shape"  # of compressed-tensors
+            return _multiply(json.loads(bytes(read(state).tolist()))["shape"])
+    lengths = f"{name.removesuffix('_packed')}_shape"  # compressed-tensors
     if lengths in tensors and entries(tensors[lengths][0]) <= _SMALL // 8:
-        return _product(read(lengths).tolist())
+        return _multiply(read(lengths).tolist())
     return 0
 
 
-def _product(sides: list[int]) -> int:
+def _multiply(sides: list[int]) -> int:
     known = bool(sides) and all(type(side) is int and 0 < side < 1 << 31 for side in sides)
     return math.prod(sides) if known and len(sides) < 8 else 0
 
 
 def _derive_entries(name: str, tensors: Tensors, word: int, config: Mapping[str, Any]) -> int:
-    """By the shapes of what is stored beside the codes, or by the config; 0 if neither says it."""
+    """The number of entries by the shapes beside the codes, or by the config; 0 if unknown."""
     shape, dtype = tensors[name]
     module, dot, own = name.rpartition(".")
 
-    def beside(other: str) -> tuple[int, ...]:
+    def shape_beside(other: str) -> tuple[int, ...]:
         return tensors.get(f"{module}{dot}{other}", ((), ""))[0]
 
-    scales, zeros = beside("scales"), beside("qzeros")
+    scales, zeros = shape_beside("scales"), shape_beside("qzeros")
     if own == "qweight" and len(scales) == len(shape) == 2:
         outputs = scales[1]
         if shape[1] < outputs:  # AWQ packs along the outputs
             return shape[0] * outputs
-        if index := beside("g_idx"):  # of GPTQ, one an input
+        if index := shape_beside("g_idx"):  # GPTQ, one per input
             return index[0] * outputs
         if len(zeros) == 2 and zeros[1]:
             return shape[0] * outputs * outputs // zeros[1]
     stem = own.removesuffix("_blocks").removesuffix("_packed")
-    scale = beside(f"{stem}_scale") or beside(f"{stem}_scales")
+    scale = shape_beside(f"{stem}_scale") or shape_beside(f"{stem}_scales")
     in_blocks = own.endswith("_blocks") and bool(scale)  # MXFP4
     by_16 = bool(scale) and 16 * scale[-1] == 2 * shape[-1]  # NVFP4
     by_maximum = f"{name}.absmax" in tensors  # bitsandbytes
     if dtype == "uint8" and (in_blocks or by_16 or by_maximum):
         return 2 * entries(shape)
-    bits = _bits(config)
+    bits = _read_bits(config)
     return entries(shape) * word // bits if word == 32 and bits else 0
 
 
-def _bits(config: Mapping[str, Any]) -> int:
-    """Of a code, as the config of GPTQ, AWQ, compressed-tensors or MLX says; 0 if it does not."""
-    said = config.get("quantization_config") or config.get("quantization") or {}
-    groups = said.get("config_groups") or {}
-    for one in (said, *(group.get("weights") or {} for group in groups.values())):
+def _read_bits(config: Mapping[str, Any]) -> int:
+    """Bits per code in the config of GPTQ, AWQ, compressed-tensors or MLX; 0 if unknown."""
+    settings = config.get("quantization_config") or config.get("quantization") or {}
+    groups = settings.get("config_groups") or {}
+    for one in (settings, *(group.get("weights") or {} for group in groups.values())):
         for key in ("bits", "num_bits", "w_bit"):
             if type(one.get(key)) is int and 0 < one[key] <= 32:
                 return int(one[key])

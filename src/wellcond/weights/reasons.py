@@ -1,4 +1,4 @@
-"""Why a tensor is left out, in the words that the user reads."""
+"""Why a tensor is left out, in the sentences that the user reads."""
 
 from __future__ import annotations
 
@@ -7,76 +7,76 @@ from dataclasses import dataclass
 
 
 class Reason(enum.Enum):
-    """Why a parameter of a model or a tensor of a file is left out; its value is the sentence."""
+    """Why a parameter of a model or a tensor in a file is left out; the value is the sentence."""
 
     number = "not a matrix: a number"
     vector = "not a matrix: a vector"
     empty = "not a matrix: it has no entries"
-    dimensions = "not a matrix: more dimensions than are known to mean one"
-    embedding = "an embedding: its rows are looked up, it is no linear map"
-    added = "by its name a token, a position or a bias, and no linear map"
-    constant = "by its name a fixed transform, a table or a mask, which is not trained"
-    exponentiated = "by its name a parameter that is exponentiated or acts entrywise, no linear map"
-    normalisation = "weight and bias of a normalisation over several axes, which act entrywise"
+    dimensions = "not a matrix: its dimensions have no known meaning"
+    embedding = "an embedding: its rows are looked up, not multiplied"
+    added = "looks like a token, position or bias parameter (by name)"
+    constant = "looks like a fixed transform, table or mask, which is not trained (by name)"
+    exponentiated = "looks like a parameter that is exponentiated or acts entrywise (by name)"
+    normalisation = "parameter of a normalisation over several axes, which acts entrywise"
     unknown_use = "a parameter whose use is not known"
-    one_row = "one row in each group, which is well-conditioned by itself"
+    one_row = "one row per group, so each group is well-conditioned"
     uninitialised = "not initialised yet: run the model once first"
     not_real = "not real floating point"
-    complex = "complex: it is measured, but not repaired"
+    complex = "complex: measured, but not repaired"
     codes = "codes, which mean nothing without their scales: dequantise first"
-    packed = "not real floating point, packed or quantised perhaps, or no weight"
-    quantised = "quantised: it can be measured only after it is dequantised"
+    packed = "not real floating point: packed, quantised or not a weight"
+    quantised = "quantised: dequantise it to measure it"
     perhaps_codes = (
-        "perhaps quantised, because a scale of fitting shape is stored beside it; if it is not, "
-        "include its exact name"
+        "possibly quantised, because a scale of matching shape is stored beside it; if it is not "
+        "quantised, include its exact name"
     )
-    scales = "belongs to a quantised weight, as its scales or zeros do, and is none itself"
+    scales = "part of a quantised weight, such as its scales or zero points"
     not_dense = "not a dense tensor"
-    replaced = "not what acts: PEFT has put a trained copy in its place"
-    factor = "a factor of an adapter, which acts as a product: merge it first"
-    adapter = "a parameter of an adapter that is no LoRA, and no matrix that acts before a merge"
-    component = "a part, from which the weight that acts is computed"
-    uncomputed = "computed before each forward pass, in a way that is not known"
-    scripted = "of a TorchScript program, whose layers have no classes: use the eager model"
-    parametrized = "parametrized: what is stored is not the matrix that acts"
-    slice = "a slice of a tensor that is split over several files, which must be joined first"
+    replaced = "not in effect: PEFT uses a trained copy instead"
+    factor = "a factor of an adapter, which acts only as a product: merge it first"
+    adapter = "a parameter of an adapter other than LoRA, which is not a matrix until it is merged"
+    component = "a parameter from which the effective weight is computed"
+    uncomputed = "computed before each forward pass by an unknown method"
+    scripted = "part of a TorchScript program, whose layers have no classes: use the eager model"
+    parametrized = "parametrized: the stored tensor is not the effective weight"
+    slice = "a slice of a tensor that is split over several files: join them first"
     flat = "a flat parameter of FSDP, which holds all weights of a unit end to end"
-    sharded = "sharded over processes: audit a checkpoint, or a model that is whole"
-    same = "the same tensor as another"
-    part = "a part of another tensor, and neither measured nor repaired by itself"
+    sharded = "sharded over processes: audit a checkpoint or an unsharded model"
+    same = "tied to another tensor"
+    part = "part of another tensor, so not measured or repaired separately"
     no_values = "a tensor without values"
-    beside = "a file that the index beside it does not name"
-    unread = "a file of another format, which is not read"
-    missing = "not in the file, though config.json says that it is not tied to the embedding"
+    beside = "a file that is not listed in the index beside it"
+    unread = "a file in another format, which is not read"
+    missing = "not in the file, although config.json says that it is not tied to the embedding"
     optimizer = "the state of an optimizer"
     regularizer = "the state of a Regularizer"
     trainer = "the state of a trainer"
     no_tensors = "a file without tensors"
-    objects = "not read, because to load them could run code"
-    array = "an array of NumPy, which is not read: save it as a tensor"
+    objects = "not read, because loading it could run code"
+    array = "a NumPy array, which is not read: save it as a tensor"
     torchao = "quantised by torchao"
     tensor_class = "a tensor of a class that is not loaded"
     program = "a file that holds more than tensors"
     frozen = "frozen: requires_grad is False"
-    excluded = "left out by a pattern"
+    excluded = "excluded by a pattern"
     unmatched = "matched by no pattern"
 
     @property
     def no_matrix(self) -> bool:
-        """Whether this is no matrix at all, and so nothing that a report could lack."""
+        """Whether the tensor is not a matrix, so that a report without it is complete."""
         return self in (
             *(Reason.number, Reason.vector, Reason.empty, Reason.dimensions),
-            Reason.component,  # what is computed from it counts
+            Reason.component,  # the weight computed from it is counted instead
         )
 
     @property
     def of_adapter(self) -> bool:
-        """Whether it is a trained parameter of an adapter."""
+        """Whether the tensor is a trained parameter of an adapter."""
         return self in (Reason.factor, Reason.adapter)
 
     @property
     def by_name(self) -> bool:
-        """Whether only its name or what is stored beside it says so; its exact name takes it."""
+        """Whether only names support the reason; a pattern with the exact name overrides it."""
         return self in (
             Reason.embedding,
             Reason.added,
@@ -88,7 +88,7 @@ class Reason(enum.Enum):
 
     @property
     def no_tensor(self) -> bool:
-        """Whether it is about no tensor, but a file or the state of a trainer."""
+        """Whether the reason concerns a file or the state of a trainer instead of a tensor."""
         return self in (
             *(Reason.beside, Reason.unread, Reason.optimizer, Reason.regularizer, Reason.trainer),
             *(Reason.no_tensors, Reason.program, Reason.objects),
@@ -97,11 +97,11 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True)
 class Skipped:
-    """What is left out and why; as text, the sentence of the reason and the detail.
+    """Why a tensor is left out. As text: the sentence of the reason, and the detail.
 
     Attributes:
         reason: the kind of reason.
-        detail: what there is to say besides, such as the dtype; "" if nothing.
+        detail: further information, such as the dtype, or "".
 
     Example:
         >>> import torch, wellcond as wc

@@ -1,4 +1,4 @@
-"""On inputs of which size the convolutions of a model act: what one forward pass shows."""
+"""The input sizes of the convolutions of a model, as observed in one forward pass."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from wellcond.operators.convolution import Geometry
 
 
 def geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
-    """How each convolution that the example reaches slides; where it is used twice, the first time.
+    """The geometry of each convolution that the example reaches, at its first use.
 
-    One forward pass in eval mode under no_grad, with hooks that are removed again, on the device of
-    the model; training flags and the global random state are as before.
+    It runs one forward pass in eval mode under no_grad, with temporary hooks, on the device of the
+    model. Training flags and the global random state are restored.
 
     Args:
         model: on the device of the example.
-        example: what the model is called with: a tensor, a tuple of positional arguments or a dict
-            of named ones.
+        example: the argument of the model: a tensor, a tuple of positional arguments or a dict of
+            keyword arguments.
 
     Raises:
-        ValueError: the model does not take it, and what it said; or it has layers that a forward
-            pass would initialise.
+        ValueError: the forward pass fails, or would initialise layers.
     """
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ValueError(
-            "`example` is for a model with all of its weights, but some are not initialised, and a "
-            "forward pass would do so. Call the model once before."
+            "`example` needs a model whose weights all exist, but some are not initialised, and a "
+            "forward pass would initialise them. Call the model once before."
         )
     found: dict[nn.Module, Geometry] = {}
 
@@ -57,7 +56,7 @@ def geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
                     model(*(example if isinstance(example, tuple) else (example,)))
             except Exception as error:
                 raise ValueError(
-                    f"`example` must be what the model takes, but a forward pass on it ended with "
+                    f"`example` must be what the model takes, but a forward pass failed with "
                     f"{type(error).__name__}: {error}"
                 ) from error
     return found

@@ -1,7 +1,7 @@
-"""A copy of a layer, on which its own forward pass is tried: the layer itself is never touched.
+"""A copy of a layer whose forward pass can be tried without touching the layer.
 
 The copy is in eval mode, has no bias and no hooks of users, and shares no tensor, module or state
-with the layer. What cannot be copied with certainty is not tried at all.
+with the layer. A layer that cannot be copied with certainty is not tried.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wellcond.operators.rounding import full_precision
 
-# Where the weight stands among the arguments of each product; the input stands before it.
+# The position of the weight among the arguments of each product; the input precedes it.
 _PRODUCTS = {"linear": 1, "matmul": 1, "__matmul__": 1, "mm": 1, "addmm": 2}
 _PRODUCTS |= {f"conv{kind}{d}d": 1 for kind in ("", "_transpose") for d in (1, 2, 3)}
 _OTHER_PRODUCTS = {"bmm", "einsum", "tensordot", "bilinear", "baddbmm", "addbmm", "mv", "addmv"}
 
-# A copy may hold so many times the bytes of the parameters and buffers of the layer, and one MiB.
-_LARGEST, _MIB = 4, 2**20
+# A copy may take up to _RATIO times the bytes of the parameters and buffers of the layer, plus one
+# MiB, and _MOST_OBJECTS objects.
+_RATIO, _MIB = 4, 2**20
 _MOST_OBJECTS = 100_000
 
-# They compute a weight from parameters of the module, and in eval mode change nothing.
+# These compute a weight from parameters of the module and in eval mode change nothing.
 _PURE_HOOKS = SpectralNorm, WeightNorm, BasePruningMethod
 _CONSTANT = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
@@ -47,18 +48,18 @@ _CONSTANT = (
 
 
 class NotTried(Exception):
-    """The forward pass of the layer cannot be tried without a risk to the layer or its model."""
+    """The forward pass cannot be tried without a risk to the layer or its model."""
 
 
 class Call(NamedTuple):
-    """A product in a forward pass, with copies of the tensors as they were at that time.
+    """A product in a forward pass, with copies of its tensors at that time.
 
     Attributes:
         name: of the function.
-        weight: the tensor in the place of the weight.
+        weight: the argument in the position of the weight.
         x: its input.
         y: its output.
-        added: the tensor that the product adds, as a bias; None if there is none.
+        added: the tensor that the product adds, such as a bias; None if there is none.
     """
 
     name: str
@@ -82,12 +83,12 @@ class Twin:
     def __init__(self, layer: nn.Module, stored: Tensor) -> None:
         owned = [*layer.parameters(), *layer.buffers(), stored]
         size = sum(tensor.numel() * tensor.element_size() for tensor in owned)
-        copies = _Copies(_LARGEST * size + _MIB)
+        copier = _Copier(_RATIO * size + _MIB)
         self._forward = type(layer).forward
-        self._layer: nn.Module = copies.of_module(layer, leave_out=("forward",))
-        self._copies = copies  # they keep alive what the copy refers to weakly
+        self._layer: nn.Module = copier.copy_module(layer, leave_out=("forward",))
+        self._copier = copier  # keeps alive what the copy refers to weakly
         any_global_hook: Any = torch.nn.modules.module._has_any_global_hook
-        if copies.modules > 1 and any_global_hook():
+        if copier.modules > 1 and any_global_hook():
             raise NotTried("global hooks would run")
         if "weight" in vars(self._layer):  # computed by a hook of the layer
             vars(self._layer)["weight"] = stored.clone()
@@ -95,31 +96,31 @@ class Twin:
             bias.data.zero_()
 
     def run(self, x: Tensor, seed: int) -> Run:
-        """A forward pass on an input that is left as it is, after seeding the global generators."""
-        _seed(seed, x)
+        """A forward pass on a copy of the input, after seeding the global generators."""
+        _seed_generators(seed, x)
         before = torch.get_rng_state(), random.getstate()
         record = _Record()
-        # To enter such a mode takes seconds at first, as torch then imports its compiler.
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        alone: Any = _Alone() if together else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-        with record, alone:
+        # Entering a dispatch mode takes seconds at first, because torch then imports its compiler.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        refuse: Any = _NoCommunication() if distributed else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+        with record, refuse:
             y = self._forward(self._layer, x.clone())
         draws = not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate()
         return Run(record.calls, y, draws)
 
     @property
     def normalises(self) -> bool:
-        """Whether it holds a normalisation, whose statistics change while a model is trained."""
+        """Whether it contains a normalisation, whose statistics change during training."""
         kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
         return any(isinstance(module, kinds) for module in self._layer.modules())
 
 
 @contextlib.contextmanager
 def isolate(like: Tensor) -> Iterator[None]:
-    """Without gradients and autocast, in full precision, with random states of its own, silent.
+    """Disables gradients and autocast, isolates random states, and suppresses output.
 
-    Tensors that the forward pass creates lie on the device of the weight where the default device
-    is "meta", which has no values.
+    If the default device is "meta", which has no values, the forward pass creates tensors on the
+    device of the weight.
     """
     devices = [like.device] if like.is_cuda else []
     numpy, state = sys.modules.get("numpy"), random.getstate()
@@ -140,8 +141,8 @@ def isolate(like: Tensor) -> Iterator[None]:
             numpy.random.set_state(state_of_numpy)
 
 
-def _seed(seed: int, x: Tensor) -> None:
-    """Seeds only the generators whose states are restored."""
+def _seed_generators(seed: int, x: Tensor) -> None:
+    """Seeds the generators whose states are restored."""
     torch.default_generator.manual_seed(seed)
     if x.is_cuda:
         torch.cuda.default_generators[x.get_device()].manual_seed(seed)
@@ -151,7 +152,7 @@ def _seed(seed: int, x: Tensor) -> None:
 
 
 class _Record(TorchFunctionMode):
-    """The products of a forward pass."""
+    """Records the products of a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class _Record(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _OTHER_PRODUCTS or (name in _PRODUCTS and {"alpha", "beta", "out"} & {*kwargs}):
             result = func(*args, **kwargs)
-            self.calls.append(Call("", result, result, result))  # no weight has its shape
+            self.calls.append(Call("", result, result, result))  # its shape is not that of a weight
             return result
         if name not in _PRODUCTS:
             return func(*args, **kwargs)
@@ -175,7 +176,7 @@ class _Record(TorchFunctionMode):
             added = args[0] if args else kwargs.get("input")
         else:
             added = args[2] if len(args) > 2 else kwargs.get("bias")
-        # Copies, because what follows may change them in place.
+        # Copies, because later operations may change the tensors in place.
         before = [one.clone() if isinstance(one, Tensor) else None for one in (weight, x, added)]
         result = func(*args, **kwargs)
         if before[0] is not None and before[1] is not None:
@@ -183,8 +184,8 @@ class _Record(TorchFunctionMode):
         return result
 
 
-class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """No communication: other processes may not take part."""
+class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses communication, in which other processes may not take part."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -194,44 +195,44 @@ class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _Copies:
-    """Copies of all that a layer refers to, each made once, up to so many bytes of tensors."""
+class _Copier:
+    """Copies of everything that a layer refers to, each made once, up to a number of bytes."""
 
     def __init__(self, most_bytes: int) -> None:
         self._left = most_bytes
         self._made: dict[int, Any] = {}
-        self._originals: list[Any] = []  # alive, so that no other object gets the id of one
+        self._originals: list[Any] = []  # keeps their ids unique
         self.modules = 0
 
-    def of(self, value: Any) -> Any:
-        """The copy of a value; the value itself if nothing can change in it."""
+    def copy(self, value: Any) -> Any:
+        """The copy of a value; the value itself if it is immutable."""
         if isinstance(value, _CONSTANT):
             return value
         if id(value) in self._made:
             return self._made[id(value)]
         if len(self._originals) > _MOST_OBJECTS:
-            raise NotTried("the layer refers to too much")
+            raise NotTried("the layer refers to too many objects")
         if isinstance(value, Tensor):
-            return self._keep(value, self._of_tensor(value))
+            return self._keep(value, self._copy_tensor(value))
         if isinstance(value, nn.Module):
-            return self.of_module(value)
+            return self.copy_module(value)
         if isinstance(value, dict):
-            return self._of_dict(value)
+            return self._copy_dict(value)
         if isinstance(value, list | collections.deque):
             own = self._keep(value, copy.copy(value))
             for i, item in enumerate(value):
-                own[i] = self.of(item)
+                own[i] = self.copy(item)
             return own
         if isinstance(value, tuple | set | frozenset):
-            items = [self.of(item) for item in value]
+            items = [self.copy(item) for item in value]
             make = getattr(type(value), "_make", type(value))
             return self._keep(value, make(items))
-        if callable(value) and (own := self._of_callable(value)) is not None:
+        if callable(value) and (own := self._copy_callable(value)) is not None:
             return self._keep(value, own)
-        return self._of_object(value)
+        return self._copy_object(value)
 
-    def of_module(self, module: nn.Module, leave_out: tuple[str, ...] = ()) -> Any:
-        """A module in eval mode. None of its methods is called: some do more than they say."""
+    def copy_module(self, module: nn.Module, leave_out: tuple[str, ...] = ()) -> Any:
+        """A module in eval mode. None of its methods is called, because they may have effects."""
         own = self._keep(module, object.__new__(type(module)))
         self.modules += 1
         for name, value in vars(module).items():
@@ -239,7 +240,7 @@ class _Copies:
                 pure = ((k, v) for k, v in value.items() if isinstance(v, _PURE_HOOKS))
                 vars(own)[name] = type(value)(pure)
             elif name not in leave_out:
-                vars(own)[name] = self.of(value)
+                vars(own)[name] = self.copy(value)
         vars(own)["training"] = False
         return own
 
@@ -248,60 +249,60 @@ class _Copies:
         self._made[id(value)] = own
         return own
 
-    def _of_tensor(self, value: Tensor) -> Tensor:
+    def _copy_tensor(self, value: Tensor) -> Tensor:
         self._left -= value.numel() * value.element_size()
         if self._left < 0:
-            raise NotTried("the layer refers to tensors far larger than its own")
+            raise NotTried("the layer refers to tensors that are much larger than its own")
         own = value.detach().clone()
         if isinstance(value, nn.Parameter):
             own = nn.Parameter(own, requires_grad=value.requires_grad)
         return own
 
-    def _of_dict(self, value: dict[Any, Any]) -> Any:
+    def _copy_dict(self, value: dict[Any, Any]) -> Any:
         usual = type(value) in (dict, collections.OrderedDict)  # copy.copy is slow
         own = self._keep(value, value.copy() if usual else copy.copy(value))
         for key, item in value.items():
-            own[key] = self.of(item)
+            own[key] = self.copy(item)
         return own
 
-    def _of_callable(self, value: Any) -> Any:
-        """What a method, a partial or a closure is bound to is copied with it."""
+    def _copy_callable(self, value: Any) -> Any:
+        """A method, partial, closure or weak reference, with a copy of what it is bound to."""
         if isinstance(value, types.MethodType):
-            return types.MethodType(self.of(value.__func__), self.of(value.__self__))
+            return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
         if isinstance(value, types.BuiltinFunctionType):
             bound = value.__self__
             fixed = isinstance(bound, _CONSTANT)
-            return value if fixed else getattr(self.of(bound), value.__name__)
+            return value if fixed else getattr(self.copy(bound), value.__name__)
         if isinstance(value, functools.partial):
-            words = {key: self.of(item) for key, item in value.keywords.items()}
-            return functools.partial(self.of(value.func), *map(self.of, value.args), **words)
+            words = {key: self.copy(item) for key, item in value.keywords.items()}
+            return functools.partial(self.copy(value.func), *map(self.copy, value.args), **words)
         if isinstance(value, types.FunctionType):
-            return self._of_function(value)
+            return self._copy_function(value)
         if isinstance(value, weakref.ref):
             target = value()
-            return value if target is None else weakref.ref(self.of(target))
+            return value if target is None else weakref.ref(self.copy(target))
         return None
 
-    def _of_function(self, value: types.FunctionType) -> types.FunctionType:
+    def _copy_function(self, value: types.FunctionType) -> types.FunctionType:
         cells = value.__closure__ or ()
-        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        held += [cell.cell_contents for cell in cells]
-        if all(isinstance(one, _CONSTANT) for one in held):
+        references = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        references += [cell.cell_contents for cell in cells]
+        if all(isinstance(one, _CONSTANT) for one in references):
             return value
         closure = tuple(types.CellType() for _ in cells)
         own = types.FunctionType(
             value.__code__, value.__globals__, value.__name__, None, closure or None
         )
-        self._keep(value, own)  # it may hold itself
+        self._keep(value, own)  # it may refer to itself
         for new, old in zip(closure, cells, strict=True):
-            new.cell_contents = self.of(old.cell_contents)
+            new.cell_contents = self.copy(old.cell_contents)
         own.__defaults__, own.__kwdefaults__ = map(
-            self.of, (value.__defaults__, value.__kwdefaults__)
+            self.copy, (value.__defaults__, value.__kwdefaults__)
         )
-        own.__dict__.update(self.of(vars(value)))
+        own.__dict__.update(self.copy(vars(value)))
         return own
 
-    def _of_object(self, value: Any) -> Any:
+    def _copy_object(self, value: Any) -> Any:
         kind = type(value)
         if isinstance(value, torch.Generator):
             generator = torch.Generator(value.device)
@@ -313,19 +314,19 @@ class _Copies:
             slots = {s for k in kind.__mro__ for s in vars(k).get("__slots__", ())}
             for name in slots - {"__dict__", "__weakref__"}:
                 if hasattr(value, name):
-                    object.__setattr__(own, name, self.of(getattr(value, name)))
-            vars(own).update({name: self.of(item) for name, item in vars(value).items()})
+                    object.__setattr__(own, name, self.copy(getattr(value, name)))
+            vars(own).update({name: self.copy(item) for name, item in vars(value).items()})
             return own
         try:
             return self._keep(value, copy.deepcopy(value))
         except Exception as error:
             if hasattr(value, "__next__") or hasattr(value, "__dict__"):
                 raise NotTried(f"a {kind.__name__} that cannot be copied") from error
-            return self._keep(value, value)  # as a lock or a process group
+            return self._keep(value, value)  # such as a lock or a process group
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether its objects consist of their attributes alone, and say nothing else of copies."""
+    """Whether objects of this class consist only of their attributes, without hooks for copies."""
     special = any(
         getattr(kind, name, None) is not getattr(object, name, None)
         for name in ("__new__", "__reduce__", "__reduce_ex__", "__deepcopy__")

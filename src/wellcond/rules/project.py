@@ -13,22 +13,21 @@ the margin: the weight obeys bounds that are tighter by 1 + t before it is round
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wellcond.linalg.lapack import FAILED, svd
+from wellcond.linalg.lapack import svd
 from wellcond.linalg.projection import Decomposed, decomposed, resolvable, within
 from wellcond.linalg.scaling import scaled
 from wellcond.linalg.spectrum import Spectrum, measure, negligible, spectrum_of_blocks
-from wellcond.operators.base import NewWeight
-from wellcond.operators.stored import StoredMatrix
-from wellcond.operators.views import Kernel
+from wellcond.operators.base import NewWeight, SpectralOperator
 
 # A limit must hold for whoever measures next: more than measuring with other threads changes.
 _SLACK = 1e-8
@@ -36,61 +35,51 @@ _ROUNDS = 8
 # What a projection in float32 misses kappa by, in u kappa^2: 1 to 5 for most spectra, up to 25
 # where all values but one are equal.
 _NARROW_MISS = 10
+# The share of a singular value that rounding of an update may miss it by.
+CANCELS = 1e-6
 # So many numbers of Gram matrices are worked on at once: 128 MB of float64.
 _TOGETHER = 1 << 24
 
 
-class Bounds(Protocol):
+class Bounds(abc.ABC):
     """What singular values must be."""
 
+    @abc.abstractmethod
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
         """The nearest to descending values (..., nu), in this unit, in bounds tighter by margin."""
 
+    @abc.abstractmethod
     def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
         """By what factor the bounds are exceeded: at most 1 where they hold, nan if S = 0."""
 
     def matters(self, smallest: Tensor) -> Tensor:
         """Down to where singular values must be seen, of a matrix with this smallest one."""
+        return smallest
 
+    @abc.abstractmethod
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Values [low, high] that obey, of a matrix with this largest one."""
 
 
-class Enforced(NamedTuple):
-    """What was found of every matrix before, and the margin that it took; float64 (...)."""
+class Verdict(NamedTuple):
+    """What was measured of every matrix before, and the margin that it took; float64 (...).
+
+    The margin is inf where rounding to the dtype leaves no matrix near that obeys, and nan where
+    LAPACK does not converge: those matrices are as they were.
+    """
 
     excess: Tensor
     condition_number: Tensor
     margin: Tensor
 
-    @property
-    def passed(self) -> bool:
-        """Whether the gate let all of them pass, so that nothing more is known."""
-        return bool((torch.isnan(self.excess) & (self.margin == 0)).all())
 
-    def failure(self, bounds: Bounds, dtype: torch.dtype) -> str | None:
-        """Why a matrix of the weight, of this dtype, does not obey; None if all of them do.
-
-        A matrix that holds NaN or infinity is no failure: it is left as it is, and unknown.
-        """
-        if bool(torch.isnan(self.margin).any()):
-            return FAILED
-        if not bool(torch.isinf(self.margin).any()):
-            return None
-        wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
-        return (
-            f"no weight near it obeys {bounds!r} once it is rounded to "
-            f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
-        )
-
-
-def enforce(
-    weights: Sequence[StoredMatrix],
+def project(
+    weights: Sequence[SpectralOperator],
     bounds: Bounds,
     *,
     gate: bool = False,
     condition_number: float = math.nan,
-) -> list[Enforced]:
+) -> list[Verdict]:
     """Replaces every weight that does not obey by a nearest one that does, as it is stored.
 
     Matrices of a stack obey one by one; but the groups of a convolution are the blocks of one map,
@@ -104,102 +93,98 @@ def enforce(
             whether float32 will probably do.
 
     Returns:
-        What was found of every weight. `Enforced.failure` says where rounding to the dtype leaves
-        no such weight near, or LAPACK does not converge: those matrices are as they were.
+        A verdict on every weight.
     """
-    if _is_map(weights[0]):
-        return [_enforce_map_(S, bounds) for S in weights]
+    if weights[0].is_one_map:
+        return [_project_map(S, bounds) for S in weights]
     *stack, m, n = weights[0].shape
     several = max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
     narrow = 1.5 * condition_number < resolvable(torch.float32)
-    found = []
+    verdicts = []
     for first in range(0, len(weights), several):
-        found += _enforce_together_(weights[first : first + several], bounds, gate, narrow)
-    return found
+        verdicts += _project_chunk(weights[first : first + several], bounds, gate, narrow)
+    return verdicts
 
 
-def _enforce_together_(
-    weights: Sequence[StoredMatrix], bounds: Bounds, gate: bool, narrow: bool
-) -> list[Enforced]:
+def _project_chunk(
+    weights: Sequence[SpectralOperator], bounds: Bounds, gate: bool, narrow: bool
+) -> list[Verdict]:
     with contextlib.ExitStack() as opened:
         spread = [opened.enter_context(S.spread()) for S in weights]
-        together = _Together(spread, bounds)
-        found, done = together.enforce(gate, narrow)
-        each = [Enforced(*own) for own in zip(*found, strict=True)]
+        chunk = _Chunk(spread, bounds)
+        verdict, done = chunk.project(gate, narrow)
+        each = [Verdict(*own) for own in zip(*verdict, strict=True)]
     for i, S in enumerate(weights):
         with contextlib.ExitStack() as opened:
             one = spread[i]
-            if not bool((done[i] | torch.isinf(found.margin[i])).all()):
+            if not bool((done[i] | torch.isinf(verdict.margin[i])).all()):
                 one = opened.enter_context(S.spread(whole=True))
-                each[i] = _by_svd_(one, bounds, done[i], each[i])
-            each[i] = Enforced(*(one.all_of(number) for number in each[i]))
+                each[i] = _project_by_svd(one, bounds, done[i], each[i])
+            each[i] = Verdict(*(one.all_of(number) for number in each[i]))
     return each
 
 
-def _is_map(S: StoredMatrix) -> bool:
-    """Whether its matrices are the groups of a convolution, the blocks of one map, and all here."""
-    return type(S) is StoredMatrix and isinstance(S.view, Kernel) and len(S.shape) == 3
-
-
-def _enforce_map_(S: StoredMatrix, bounds: Bounds) -> Enforced:
+def _project_map(S: SpectralOperator, bounds: Bounds) -> Verdict:
     """By an SVD: the groups of a convolution are small."""
     with S.spread() as whole:
-        X, told = _tried(whole.S.clone(), bounds)
+        X, numbers = _try_svd(whole.S.clone(), bounds)
         if not torch.equal(X, whole.S):
             whole.update_(NewWeight(X))
-    return Enforced(*told)
+    return Verdict(*numbers)
 
 
-def obey_nearly(weights: Sequence[StoredMatrix], bounds: Bounds) -> bool:
+def obey_nearly(weights: Sequence[SpectralOperator], bounds: Bounds) -> bool:
     """Whether the largest singular values are within 1.001 of their bound, in float32 or wider."""
     with contextlib.ExitStack() as opened:
         spread = [opened.enter_context(S.spread()) for S in weights]
-        return _Together(spread, bounds).obey_nearly()
+        return _Chunk(spread, bounds).obey_nearly()
 
 
-class _Together:
+class _Chunk:
     """Weights whose Gram matrices are looked at as one batch."""
 
-    def __init__(self, weights: Sequence[StoredMatrix], bounds: Bounds) -> None:
+    def __init__(self, weights: Sequence[SpectralOperator], bounds: Bounds) -> None:
         self.weights, self.bounds = weights, bounds
         self.shape = (len(weights), *weights[0].shape[:-2])
         self.u = torch.finfo(weights[0].S.dtype).eps / 2
         self.device = weights[0].device
 
-    def enforce(self, gate: bool, narrow: bool) -> tuple[Enforced, Tensor]:
-        """What was found, and which matrices are done: of others the Gram matrix is too coarse."""
+    def project(self, gate: bool, narrow: bool) -> tuple[Verdict, Tensor]:
+        """The verdicts, and which matrices are done: of others the Gram matrix is too coarse."""
         unknown = torch.full(self.shape, math.nan, dtype=torch.float64, device=self.device)
         if gate:
             G = self._gram(torch.float64)
-            if bool(self._agreed(lambda: self._passes(G)).bool().all()):
+            if bool(self._agree(lambda: self._passes(G)).bool().all()):
                 margin = torch.zeros_like(unknown)
-                return Enforced(unknown, unknown, margin), torch.ones_like(unknown).bool()
+                return Verdict(unknown, unknown, margin), torch.ones_like(unknown).bool()
         for dtype in (torch.float32, torch.float64):
             if dtype == torch.float32 and (not narrow or self.weights[0].dtype == torch.float64):
                 continue
-            found = self._decomposed(self._gram(dtype))
-            if bool(self._resolved(found).all()):
+            spectrum = self._decompose(self._gram(dtype))
+            if bool(self._is_resolved(spectrum).all()):
                 break
-        return self._project_(found)
+        return self._project(spectrum)
 
-    def _resolved(self, found: Decomposed) -> Tensor:
+    def _is_resolved(self, spectrum: Decomposed) -> Tensor:
         """Whether the Gram matrix tells what to do: not for one that is on the bound."""
-        least, most = (self.bounds.excess(*found.extremes(apart)) for apart in (-1, 1))
-        return self._fine(found) & ((least > 1) | (most <= 1))
+        least, most = (self.bounds.excess(*spectrum.extremes(apart)) for apart in (-1, 1))
+        # What exceeds its bound by far is nearly cancelled by an update of S.
+        near = most < CANCELS / torch.finfo(spectrum.V.dtype).eps
+        return self._is_fine(spectrum) & (((least > 1) & near) | (most <= 1))
 
-    def _fine(self, found: Decomposed) -> Tensor:
-        return found.resolved(self.bounds.matters(found.sigma[..., 0]))
+    def _is_fine(self, spectrum: Decomposed) -> Tensor:
+        return spectrum.resolved(self.bounds.matters(spectrum.sigma[..., 0]))
 
-    def _project_(self, found: Decomposed) -> tuple[Enforced, Tensor]:
-        sigma = found.sigma.flip(-1)
+    def _project(self, spectrum: Decomposed) -> tuple[Verdict, Tensor]:
+        sigma = spectrum.sigma.flip(-1)
         largest, smallest = sigma[..., 0], sigma[..., -1]
         excess, kappa = self.bounds.excess(largest, smallest), largest / smallest
-        resolved = self._resolved(found)
+        resolved = self._is_resolved(spectrum)
         margin = torch.zeros_like(excess)
         moved = resolved & (excess > 1)
         done = resolved & ~moved
         if not bool(moved.any()):
-            return Enforced(excess, kappa, margin), done
+            return Verdict(excess, kappa, margin), done
         originals = [S.S.clone() for S in self.weights]
         most = largest
 
@@ -207,30 +192,32 @@ class _Together:
             nonlocal most
             target = torch.where(moved[..., None], self.bounds.clip(sigma, margin), sigma)
             most = target[..., 0] * (1 + margin / 4)  # the larger part of it is for the smallest
-            V, d = found.move(target.flip(-1))
+            V, d = spectrum.move(target.flip(-1))
             for i, S in enumerate(self.weights):
                 S.rescale_(V[i], d[i], originals[i], moved[i])
 
         def after() -> Tensor:
             G = self._gram(torch.float64)
-            return self._agreed(lambda: self._excess(G, most)).where(moved, 0.0)
+            return self._agree(lambda: self._excess(G, most)).where(moved, 0.0)
 
         # Of what rounding adds, the smallest singular value takes a share that grows with kappa.
         target = self.bounds.clip(sigma, margin)
         share = 4 + 0.02 * target[..., 0] / self.bounds.matters(target[..., -1])
         first = (self.u * share if self.u < 1e-6 else 0 * share).clamp_min(2 * _SLACK)
-        if found.V.dtype == torch.float32:  # a margin beforehand saves a round
-            u, seen = torch.finfo(torch.float32).eps / 2, largest / self.bounds.matters(smallest)
-            first = first.maximum((_NARROW_MISS * u * (seen.square() + 1)).where(moved, 0.0))
+        if spectrum.V.dtype == torch.float32:  # a margin beforehand saves a round
+            u, ratio = torch.finfo(torch.float32).eps / 2, largest / self.bounds.matters(smallest)
+            first = first.maximum((_NARROW_MISS * u * (ratio.square() + 1)).where(moved, 0.0))
         try:
             stored, margin = _store_with_margin(first, store, after, self.u)
-        except _Exceeded:  # an SVD has the last word: it does not add to S what nearly cancels it
-            self._restore_(originals, moved)
-            return Enforced(excess, kappa, margin), done
-        self._restore_(originals, moved & ~stored)
-        return Enforced(excess, kappa, margin), done | (moved & stored)
+        except (
+            _NoMarginError
+        ):  # an SVD has the last word: it does not add to S what nearly cancels it
+            self._restore(originals, moved)
+            return Verdict(excess, kappa, margin), done
+        self._restore(originals, moved & ~stored)
+        return Verdict(excess, kappa, margin), done | (moved & stored)
 
-    def _restore_(self, originals: list[Tensor], chosen: Tensor) -> None:
+    def _restore(self, originals: list[Tensor], chosen: Tensor) -> None:
         for i, S in enumerate(self.weights):
             if bool(chosen[i].any()):
                 nothing = originals[i].new_zeros(*self.shape[1:], S.nu, 0)
@@ -239,14 +226,14 @@ class _Together:
     def _gram(self, dtype: torch.dtype) -> Tensor:
         return torch.stack([S.gram(dtype) for S in self.weights])
 
-    def _decomposed(self, G: Tensor) -> Decomposed:
+    def _decompose(self, G: Tensor) -> Decomposed:
         def parts() -> tuple[Tensor, Tensor]:
             # Of no use, or not found: NaN, which is never resolved.
-            fit = _fit(G)[..., None]
-            found = decomposed(torch.where(fit[..., None], G, 0.0))
-            if found is None:
+            fit = _is_in_range(G)[..., None]
+            spectrum = decomposed(torch.where(fit[..., None], G, 0.0))
+            if spectrum is None:
                 return torch.full_like(sigma, torch.nan), G
-            return found.sigma.where(fit, torch.nan), found.V
+            return spectrum.sigma.where(fit, torch.nan), spectrum.V
 
         sigma = G.new_empty(G.shape[:-1], dtype=torch.float64)
         return Decomposed(*self.weights[0].agree(parts, sigma, G))
@@ -257,15 +244,15 @@ class _Together:
         for _ in range(30):
             x = G @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True))
         largest = torch.linalg.vector_norm(x, dim=(-2, -1)).sqrt() * 1.01
-        return (within(G, *self.bounds.interval(largest)) & _fit(G)).double()
+        return (within(G, *self.bounds.interval(largest)) & _is_in_range(G)).double()
 
     def obey_nearly(self) -> bool:
         G = self._gram(self.weights[0].dtype)
         low, high = self.bounds.interval(torch.ones(self.shape, dtype=G.dtype, device=G.device))
-        held = self._agreed(lambda: (within(G, low, 1.001 * high) & _fit(G)).double()).bool()
+        obey = self._agree(lambda: (within(G, low, 1.001 * high) & _is_in_range(G)).double()).bool()
         return all(
             bool(S.all_of((~one).double()).sum() == 0)
-            for S, one in zip(self.weights, held, strict=True)
+            for S, one in zip(self.weights, obey, strict=True)
         )
 
     def _excess(self, G: Tensor, largest: Tensor) -> Tensor:
@@ -276,40 +263,40 @@ class _Together:
         holds = within(G, *self.bounds.interval(largest))
         if bool(holds.all()):
             return torch.zeros_like(largest)
-        found = decomposed(G, vectors=False)
-        if found is None:
+        spectrum = decomposed(G, vectors=False)
+        if spectrum is None:
             return torch.full_like(largest, torch.nan).where(~holds, 0.0)
-        excess = self.bounds.excess(*found.extremes(1))
-        return torch.where(holds, 0.0, excess.where(self._fine(found), torch.nan))
+        excess = self.bounds.excess(*spectrum.extremes(1))
+        return torch.where(holds, 0.0, excess.where(self._is_fine(spectrum), torch.nan))
 
-    def _agreed(self, compute: Callable[[], Tensor]) -> Tensor:
+    def _agree(self, compute: Callable[[], Tensor]) -> Tensor:
         like = torch.empty(self.shape, dtype=torch.float64, device=self.device)
         (result,) = self.weights[0].agree(lambda: (compute(),), like)
         return result
 
 
-def _fit(G: Tensor) -> Tensor:
+def _is_in_range(G: Tensor) -> Tensor:
     """Whether the squares of which a Gram matrix consists have neither overflowed nor vanished."""
     largest, tiny = G.abs().amax(dim=(-2, -1)), torch.finfo(G.dtype).tiny
     fit: Tensor = (largest > tiny**0.6) & (largest < tiny**-0.6)
     return fit
 
 
-def _by_svd_(S: StoredMatrix, bounds: Bounds, done: Tensor, before: Enforced) -> Enforced:
+def _project_by_svd(S: SpectralOperator, bounds: Bounds, done: Tensor, before: Verdict) -> Verdict:
     """The matrices of a whole weight that are not done with, one by one, by an SVD in float64."""
-    found, values = [one.clone() for one in before], S.S.clone()
+    verdict, values = [one.clone() for one in before], S.S.clone()
     for index in (~done).nonzero().tolist():
         at = tuple(index)
         three = torch.empty(3, dtype=torch.float64, device=S.device)
-        X, told = S.agree(functools.partial(_tried, values[at], bounds), values[at], three)
+        X, numbers = S.agree(functools.partial(_try_svd, values[at], bounds), values[at], three)
         values[at] = X
-        for one, number in zip(found, told, strict=True):
+        for one, number in zip(verdict, numbers, strict=True):
             one[at] = number
     S.update_(NewWeight(values))
-    return Enforced(*found)
+    return Verdict(*verdict)
 
 
-def _tried(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+def _try_svd(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """`_nearest_stored`; margin nan: LAPACK fails. All processes must learn that, not one alone."""
     try:
         return _nearest_stored(S, bounds)
@@ -326,7 +313,7 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(S).all()):
         return S, unknown
     spectrum = _spectrum(S)
-    excess = _measured_excess(spectrum, bounds)
+    excess = _excess_of(spectrum, bounds)
     unknown[0], unknown[1] = excess, spectrum.condition_number
     if not bool(excess > 1):
         return S, unknown
@@ -343,12 +330,12 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     def after() -> Tensor:
         if not bool(torch.isfinite(X).all()):
             return torch.full_like(excess, torch.inf)
-        return _measured_excess(_spectrum(X), bounds)
+        return _excess_of(_spectrum(X), bounds)
 
     try:
         first, u = torch.full_like(excess, 2 * _SLACK), torch.finfo(S.dtype).eps / 2
         _, unknown[2] = _store_with_margin(first, store, after, u)
-    except _Exceeded:
+    except _NoMarginError:
         X, unknown[2] = S, torch.inf
     return X, unknown
 
@@ -359,13 +346,13 @@ def _spectrum(S: Tensor) -> Spectrum:
     return spectrum_of_blocks([measure(block, extremes=True) for block in S])
 
 
-def _measured_excess(spectrum: Spectrum, bounds: Bounds) -> Tensor:
+def _excess_of(spectrum: Spectrum, bounds: Bounds) -> Tensor:
     largest, smallest = spectrum.scaled[0], spectrum.scaled[-1]
     zero = smallest <= negligible(spectrum.shape) * largest
     return bounds.excess(largest, torch.where(zero, 0.0, smallest), spectrum.unit)
 
 
-class _Exceeded(Exception):
+class _NoMarginError(Exception):
     """No margin was enough."""
 
 
@@ -380,11 +367,11 @@ def _store_with_margin(
     """
     for round in range(_ROUNDS):
         store(margin)
-        found = excess() * (1 + _SLACK)
-        over = found > 1
+        reached = excess() * (1 + _SLACK)
+        over = reached > 1
         if not bool(over.any()):
-            return ~torch.isnan(found), margin
+            return ~torch.isnan(reached), margin
         times = 2 ** (round * (round + 1) // 2)
-        growth = (1 + times * (1.25 * (found - 1)).clamp_min(u / 4)).clamp_max(16.0)
+        growth = (1 + times * (1.25 * (reached - 1)).clamp_min(u / 4)).clamp_max(16.0)
         margin = torch.where(over, (1 + margin) * growth - 1, margin)
-    raise _Exceeded
+    raise _NoMarginError

@@ -27,16 +27,23 @@ _CORNER = 1536  # unknowns of the corners that bound sigma_nu, fewer where there
 _STEPS = 30  # of the power iteration that bounds sigma_1 from below
 
 
-class Acting(NamedTuple):
-    """What is known of S; its values are descending, nu of them, or empty if there are bounds."""
+class MapSpectrum(NamedTuple):
+    """What is known of S.
+
+    Attributes:
+        singular_values: nu of them, descending; empty if there are only bounds.
+        largest: bounds of sigma_1.
+        smallest: sigma_nu, or an upper bound of it.
+        method: how they were found.
+    """
 
     singular_values: Tensor
     largest: tuple[float, float]
-    smallest: tuple[float, float]
-    how: str
+    smallest: float
+    method: str
 
 
-def acting(convolution: Convolution) -> Acting:
+def measure_convolution(convolution: Convolution) -> MapSpectrum:
     """The singular values of a convolution in float64, or bounds of sigma_1 and sigma_nu."""
     geometry = convolution.geometry
     wide = Convolution(convolution.kernel.to(torch.float64), geometry)
@@ -50,16 +57,15 @@ def acting(convolution: Convolution) -> Acting:
             sigma = torch.cat([values(group) for group in groups]).sort(descending=True).values
             unseen = wide.nu - len(sigma)  # where some inputs are
             sigma = torch.cat([sigma, sigma.new_zeros(unseen)])
-            ends = (float(sigma[0]),) * 2, (float(sigma[-1]),) * 2
-            return Acting(sigma, *ends, how)
+            return MapSpectrum(sigma, (float(sigma[0]),) * 2, float(sigma[-1]), how)
     below = max(_from_below(group) for group in groups)
     above = max(_from_above(group) for group in groups)
     unknowns = _CORNER / len(groups) ** (1 / 3)
     smallest = min(_in_corners(group, unknowns) for group in groups)
-    return Acting(
+    return MapSpectrum(
         torch.empty(0),
         (below, max(above, below)),
-        (0.0, min(smallest, below)),
+        min(smallest, below),
         "products, the symbol and corners of the map",
     )
 

@@ -1,0 +1,106 @@
+"""The skeleton of a benchmark: options, a progress bar, a JSON document or a table."""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+
+from wellcond_experiments.command import Advance, dump_json, positive, progress, versions
+from wellcond_experiments.tables import Table
+
+SHOWN = 10  # failures that are printed; the document has all
+
+
+def option(default: Any, help: str = "", **settings: Any) -> Any:
+    """A field of a benchmark: an option of its command, with further settings of argparse."""
+    if default is not None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        help = f"{help} (default {shown})".strip()
+    return field(default=default, metadata={"help": help} | settings)
+
+
+def count(default: int | None, help: str = "") -> Any:
+    """An option whose value is a positive integer."""
+    return option(default, help, type=positive)
+
+
+@dataclass(frozen=True)
+class Benchmark(ABC):
+    """A subclass is a dataclass; its fields are the options of `wellcond bench NAME`."""
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    description: ClassVar[str]
+    example: ClassVar[str]  # options of the example that the help shows
+    rows: ClassVar[str] = "runs"  # where the document has the rows of the table
+    columns: ClassVar[dict[str, tuple[str, str]]]  # title and format of each key of a row
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """How often `measure` advances the progress bar."""
+
+    @abstractmethod
+    def measure(self, advance: Advance) -> dict[str, Any]:
+        """Settings and figures, and under "failures" what should not have happened, if anything."""
+
+    @abstractmethod
+    def title(self, document: dict[str, Any]) -> str:
+        """What stands above the table."""
+
+    def table(self, document: dict[str, Any]) -> Table:
+        """The rows of a document."""
+        header = [title for title, _ in self.columns.values()]
+        formats = {key: spec for key, (_, spec) in self.columns.items()}
+        cells = [
+            [format_cell(row.get(key), spec) for key, spec in formats.items()]
+            for row in document[self.rows]
+        ]
+        return Table(self.title(document), header, cells)
+
+
+def format_cell(value: Any, spec: str) -> str:
+    """A list with commas; nothing if there is no number."""
+    if isinstance(value, list):
+        return ", ".join(format_cell(one, spec) for one in value)
+    return "" if value is None or value != value else format(value, spec)
+
+
+def add_command(benchmarks: Any, kind: type[Benchmark]) -> None:
+    """The subcommand of a benchmark."""
+    parser: argparse.ArgumentParser = benchmarks.add_parser(
+        kind.name,
+        help=kind.help,
+        description=kind.description,
+        epilog=f"example: wellcond bench {kind.name} {kind.example}".rstrip(),
+    )
+    for one in fields(kind):
+        parser.add_argument(f"--{one.name}", default=one.default, **one.metadata)
+    parser.add_argument("--json", action="store_true", help="print one JSON document and no table")
+    parser.add_argument("--threads", type=positive, help="threads of torch")
+    parser.set_defaults(run=run, kind=kind)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints; the exit code is 1 if something should not have happened."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    kind: type[Benchmark] = arguments.kind
+    benchmark = kind(**{one.name: getattr(arguments, one.name) for one in fields(kind)})
+    with progress(benchmark.total, f"bench {kind.name}") as advance:
+        document = {"benchmark": kind.name} | benchmark.measure(advance)
+    document["versions"] = versions(f"{torch.get_num_threads()} threads")
+    failures = document.get("failures", [])
+    if arguments.json:
+        print(dump_json(document))
+    else:
+        benchmark.table(document).print()
+        for failure in failures[:SHOWN]:
+            print(f"FAILED {failure}")
+        if len(failures) > SHOWN:
+            print(f"and {len(failures) - SHOWN} more")
+    return 1 if failures else 0

@@ -1,0 +1,104 @@
+"""What a report says of a weight besides its spectrum, computed while the weight is measured.
+
+Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n);
+kappa = sigma_1/sigma_nu.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.gaussian import exceedance, usual_stable_rank
+from wellcond.linalg.nearest import clip
+from wellcond.linalg.spectrum import negligible
+from wellcond.report.findings import USUAL, Finding
+
+_FLOAT16 = torch.finfo(torch.float16)
+_DOMINANT = 0.999  # of the squared norm
+
+
+def stored_numbers(S: Tensor) -> Tensor:
+    """The stored numbers of S: the real and the imaginary parts of a complex one."""
+    return torch.view_as_real(S.resolve_conj()) if S.is_complex() else S
+
+
+def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
+    """The finding with what is to be known of the single entries of its matrix, all finite.
+
+    The entries of a complex matrix are its real and its imaginary parts. `norm` is ||S||_F.
+    """
+    parts = stored_numbers(S)
+    sizes = parts.abs()
+    zeros = parts.numel() - int(parts.count_nonzero())
+    largest = float(sizes.max())
+
+    def share(below: Tensor) -> float:
+        return (int(below.count_nonzero()) - zeros) / parts.numel()
+
+    def zero(dim: int) -> tuple[int, ...]:
+        if zeros < S.shape[dim] or not largest:  # too few of them, or nothing else
+            return ()
+        entries = sizes.amax(-1) if S.is_complex() else sizes
+        return tuple((entries.amax(dim) == 0).flatten().nonzero().flatten().tolist())
+
+    dominant: tuple[int, ...] = ()
+    if 1 not in S.shape[-2:] and norm > 0 and (largest / norm) ** 2 > _DOMINANT:
+        dominant = tuple(int(i) for i in torch.unravel_index(S.abs().argmax(), S.shape))
+    return replace(
+        finding,
+        largest_entry=largest,
+        zero_rows=zero(-1),
+        zero_columns=zero(-2),
+        subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
+        # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
+        float16_zero_share=share(sizes <= _FLOAT16.smallest_normal * _FLOAT16.eps / 2),
+        dominant_entry=dominant,
+    )
+
+
+def with_comparison(finding: Finding) -> Finding:
+    """The finding beside random matrices of its shape, of one stored matrix that is no vector.
+
+    Groups of a convolution, a convolution as it acts and heads follow other laws, and so do complex
+    Gaussian matrices.
+    """
+    real = not finding.dtype.startswith("complex")
+    if not real or len(finding.shape) != 2 or finding.nu < 2 or math.isnan(finding.largest_entry):
+        return finding
+    shape, kappa = finding.shape, finding.condition_number
+    limit, change = _usual_limit(shape), math.nan
+    if finding.singular_values and kappa > limit:
+        sigma = torch.tensor(finding.singular_values, dtype=torch.float64, device="cpu")
+        sigma = sigma / finding.sigma_max
+        change = float((clip(sigma, limit) - sigma).norm() / sigma.norm())
+    return replace(
+        finding,
+        exceedance=exceedance(shape, kappa),
+        usual_stable_rank=usual_stable_rank(shape),
+        gap=_widest_gap(finding),
+        repair_limit=math.nan if math.isnan(change) else limit,
+        repair_change=change,
+    )
+
+
+@functools.lru_cache(maxsize=256)  # networks have few shapes
+def _usual_limit(shape: tuple[int, ...]) -> float:
+    """The least power of ten that few random matrices of this shape exceed."""
+    limit = 10.0
+    while exceedance(shape, limit) > USUAL:
+        limit *= 10
+    return limit
+
+
+def _widest_gap(finding: Finding) -> tuple[int, float]:
+    """How many singular values lie below the widest gap in the lower half, and their ratio."""
+    top, zero = finding.sigma_max, negligible(torch.Size(finding.shape))
+    sigma = [max(value / top, zero) for value in finding.singular_values if top > 0]
+    lower = range(max(1, len(sigma) - len(sigma) // 2), len(sigma))
+    ratio, below = min(((sigma[i] / sigma[i - 1], len(sigma) - i) for i in lower), default=(1.0, 0))
+    return below, ratio

@@ -1,0 +1,245 @@
+"""The rows of an audit: planned from names and shapes before a tensor is read, then selected.
+
+Letters: W (m, n) a stored weight, s B A what an adapter adds to it; S (m, n) what a row measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond.audits.sources import Source
+from wellcond.operators.convolution import Convolution
+from wellcond.operators.product import Product
+from wellcond.operators.views import View, shape_of
+from wellcond.report.findings import MERGED
+from wellcond.text import and_more, joined, of_modules
+from wellcond.weights.adapters import Adapter, UnknownAdapterError
+from wellcond.weights.heads import Attention, Value
+from wellcond.weights.matrices import Matrices, single_views
+from wellcond.weights.projections import UnknownLayoutError
+from wellcond.weights.reasons import Reason, Skipped
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """What the rows beside each other share.
+
+    Attributes:
+        name: by which progress calls it.
+        read: returns its values, or what reads them; may be slow, and return much.
+        tensor: that it is, if it is one.
+    """
+
+    name: str
+    read: Callable[[], Any]
+    tensor: Matrices | None = None
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A row that may be measured.
+
+    Attributes:
+        name: of its tensor, or of its module of attention.
+        view: which matrix it is; "" if there is only one.
+        aliases: what a pattern may match.
+        source: what is read for this row and for those beside it.
+        matrix: from what the source reads to the matrix that is measured.
+        note: what a reader must know of it.
+        covers: whether it stands for parameters of the model or file itself.
+        reason: why it is left out unless an exact name asks for it.
+    """
+
+    name: str
+    view: str
+    aliases: tuple[str, ...]
+    source: RowSource
+    matrix: Callable[[Any], Measurable]
+    note: str = ""
+    covers: bool = True
+    reason: Skipped | None = None
+
+    @property
+    def label(self) -> str:
+        """name:view, by which it is shown."""
+        return f"{self.name}:{self.view}" if self.view else self.name
+
+
+class Merged:
+    """A view of W with what its adapters add."""
+
+    dtype = torch.float64
+
+    def __init__(self, W: Tensor, view: View, adapters: Sequence[Adapter]) -> None:
+        self.W, self.view, self.adapters = W.detach().cpu(), view, adapters
+        self.shape = shape_of(view, W)
+
+
+class Delta:
+    """s B A of an adapter."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        try:
+            self.product = adapter.product()
+        except IndexError:
+            raise UnknownAdapterError("one of its factors is a vector") from None
+        self.shape, self.dtype = self.product.shape, self.product.dtype
+
+
+Measurable = Tensor | Product | Convolution | Merged | Delta
+
+
+def plan(source: Source, heads: bool = False) -> list[RowSpec]:
+    """All rows of a source, with those of the heads of attention if they are asked for.
+
+    Raises:
+        ValueError: there is no attention.
+    """
+    specs: list[RowSpec] = []
+    for one in source.matrices:
+        specs += rows_of_tensor(one, source.skipped.get(one.name))
+    specs += (_row_of_adapter(*one) for one in source.adapters)
+    for one in source.bases:
+        specs += rows_of_tensor(one, covers=False)
+    if heads:
+        attentions, value = source.find_heads()
+        if not attentions:
+            raise ValueError(
+                f"`heads` asks for the heads of attention, but {source.name} has none that is "
+                "known. Leave it out, or call the projections q_proj, k_proj, v_proj and o_proj."
+            )
+        for attention in attentions:
+            specs += _rows_of_attention(attention, value)
+    return specs
+
+
+def rows_of_tensor(
+    one: Matrices, reason: Skipped | None = None, covers: bool = True
+) -> Iterator[RowSpec]:
+    """The rows of a tensor, then those of its sum with its adapters."""
+    source = RowSource(one.name, one.read, one)
+    parts = [part for adapter in one.adapters for part in adapter.parts]
+    views = single_views(one.views, one.shape)
+    for name, view in views.items():
+        matrix: Callable[[Any], Measurable] = view
+        note = one.note
+        if one.geometry is not None:
+            name, matrix = "operator", partial(Convolution, geometry=one.geometry)
+            note = joined(note, "without its adapter" if parts else "")
+        aliases = (*one.aliases, f"{one.name}:{name}", *parts)
+        yield RowSpec(one.name, name, aliases, source, matrix, note, covers, reason)
+    for name, view in views.items() if parts else ():
+        merged = f"{name}:{MERGED}".lstrip(":")
+        aliases = (*one.aliases, f"{one.name}:{merged}", f"{one.name}:{MERGED}", *parts)
+        matrix = partial(Merged, view=view, adapters=one.adapters)
+        yield RowSpec(one.name, merged, aliases, source, matrix, covers=False, reason=reason)
+
+
+def _row_of_adapter(name: str, adapter: Adapter) -> RowSpec:
+    """The row of what an adapter adds to the weight of this name."""
+    view = "delta" if adapter.name in ("", "default") else f"delta.{adapter.name}"
+    dora = "DoRA brings the rows of the sum to other lengths besides"
+    note = joined(adapter.setting.note, dora if adapter.magnitude is not None else "")
+    aliases = (name, f"{name}:delta", f"{name}:{view}", *adapter.parts)
+    source = RowSource(name, partial(Delta, adapter))
+    return RowSpec(name, view, aliases, source, lambda delta: delta, note)
+
+
+def _rows_of_attention(attention: Attention, value: Value) -> Iterator[RowSpec]:
+    """The rows of its heads, and one for each kind of which no head is known."""
+    source = RowSource(attention.name, lambda: cache(value))  # reads what a head first needs
+    rows = [(one.view, partial(_head, attention, one.view), one.note) for one in attention.heads]
+    rows += [(view, partial(_unknown, why), "") for view, why in attention.unknown.items()]
+    for view, matrix, note in rows:
+        # Of a model that is itself attention, the view is the name.
+        name, own = (attention.name, view) if attention.name else (view, "")
+        yield RowSpec(name, own, attention.names(view), source, matrix, note, covers=False)
+
+
+def _head(attention: Attention, view: str, value: Value) -> Product:
+    ((_, S),) = attention.products(value, view.__eq__)
+    return S
+
+
+def _unknown(why: str, value: Value) -> Product:
+    raise UnknownLayoutError(why)
+
+
+def as_patterns(given: str | Sequence[str]) -> Sequence[str]:
+    """The patterns; a text is one of them."""
+    return [given] if isinstance(given, str) else given
+
+
+def match(names: Collection[str], patterns: Sequence[str]) -> list[str]:
+    """The patterns that match one of the names."""
+    return [p for p in patterns if any(fnmatchcase(name, p) for name in names)]
+
+
+def reason_to_skip(
+    names: Collection[str], include: Sequence[str], exclude: Sequence[str]
+) -> Skipped | None:
+    """Why the patterns leave out what has these names; None if they do not."""
+    if excluded := match(names, exclude):
+        return Skipped(Reason.excluded, f'"{excluded[0]}"')
+    return Skipped(Reason.unmatched) if include and not match(names, include) else None
+
+
+def select(
+    specs: Sequence[RowSpec],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    skipped: Mapping[str, Skipped],
+    others: Collection[str] = (),
+) -> tuple[list[RowSpec], dict[str, Skipped]]:
+    """The rows to measure, and with their reasons the tensors, or rows of tensors, left out.
+
+    Args:
+        specs: all rows.
+        include: patterns of rows to measure; all if empty.
+        exclude: patterns of rows to leave out.
+        skipped: the reasons before the selection, by name.
+        others: names without a row that a pattern of `exclude` may match.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    used = {p for row in specs for p in match(row.aliases, [*include, *exclude])}
+    unused = {*include, *exclude} - used - {p for p in exclude if match(others, [p])}
+    wanted: list[RowSpec] = []
+    left_out = dict(skipped)
+    for source, group in groupby(specs, key=attrgetter("source")):
+        own: dict[str, Skipped | None] = {}
+        for row in group:
+            why = reason_to_skip(row.aliases, include, exclude)
+            if why is None and row.reason is not None and set(include).isdisjoint(row.aliases):
+                why = row.reason
+            if why is None:
+                wanted.append(row)
+            if row.covers and source.tensor is not None:
+                own[row.label] = why
+        left = {label: why for label, why in own.items() if why is not None}
+        if left and len(left) == len(own):
+            left_out[source.name] = next(iter(left.values()))
+        elif own:
+            left_out.pop(source.name, None)
+            left_out |= left
+    if unused:
+        tensors = (row.name for row in specs if row.covers and row.source.tensor is not None)
+        names = list(dict.fromkeys(tensors))
+        hints = [f"{n} is left out: {left_out[n]}" for n in sorted(unused & left_out.keys())]
+        raise ValueError(
+            f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
+            f"matches none. {''.join(f'{one}. ' for one in hints)}"
+            f"The weights are {and_more(names)}.{of_modules(unused, names)}"
+        )
+    return wanted, left_out

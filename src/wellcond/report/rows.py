@@ -1,0 +1,265 @@
+"""One weight in a report: a row of text for tables and pages, and a record of numbers for CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from wellcond.report.findings import Finding, Grade, Status
+from wellcond.report.pairing import Pair
+from wellcond.report.unusual import how_often
+from wellcond.text import percent
+
+MARK = "▲"
+_T = TypeVar("_T")
+_SIDE = ("condition_number", "sigma_max", "sigma_min", "rank", "grade", "status", "dtype")
+_ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
+
+
+@dataclass(frozen=True)
+class Column(Generic[_T]):
+    """A column of a table.
+
+    Attributes:
+        key: its name in code, and its key in `Row.cells`.
+        header: its name for the reader.
+        text: returns the cell of a finding or of a pair.
+        is_text: whether it holds words, which are aligned to the left.
+        is_optional: whether it is left out if all its cells are empty.
+        leads: whether it is among the first columns of a page, because a phone shows these first.
+    """
+
+    key: str
+    header: str
+    text: Callable[[_T], str]
+    is_text: bool = False
+    is_optional: bool = False
+    leads: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight of an audit, or of a comparison.
+
+    Attributes:
+        id: unique on its page; links lead to it.
+        label: the name of the weight.
+        cells: the text of each column, by the key of the column.
+        condition_numbers: by the keys of their columns; nan where there is none.
+        exceeds: the keys of the condition numbers above the limit.
+        value: the number that a map shows as a color: the condition number or the ratio.
+        summary: the value in words.
+        symbol: what a cell of a map shows in addition to the color; "" if nothing.
+        note: what else there is to know; "" if nothing.
+        is_wrong: whether something is the matter with the weight.
+    """
+
+    id: str
+    label: str
+    cells: dict[str, str]
+    condition_numbers: dict[str, float]
+    exceeds: tuple[str, ...]
+    value: float
+    summary: str
+    symbol: str
+    note: str
+    is_wrong: bool
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    """As "768x3072"."""
+    return "x".join(map(str, shape))
+
+
+def visible_columns(columns: Sequence[Column[_T]], rows: Collection[Row]) -> list[Column[_T]]:
+    """The columns without the optional ones that are empty in all rows."""
+    return [c for c in columns if not c.is_optional or any(row.cells[c.key] for row in rows)]
+
+
+# --- audits ---------------------------------------------------------------------------------------
+
+
+def _number(finding: Finding, number: float, sign: str) -> str:
+    """Four digits, after the sign if the number is a bound."""
+    return f"{sign if finding.grade is Grade.bounded else ''}{number:.4g}"
+
+
+def _kappa(finding: Finding) -> str:
+    return _number(finding, finding.condition_number, "≥")
+
+
+def _rank(finding: Finding) -> str:
+    known = finding.measured and finding.grade is not Grade.bounded
+    return f"{finding.rank}/{finding.nu}" if known else "-"
+
+
+def _enclosure(finding: Finding) -> str:
+    return str(finding.certificate.condition_number) if finding.certificate else ""
+
+
+def _added(finding: Finding) -> str:
+    if math.isnan(finding.added_share):
+        return ""
+    return f"{percent(finding.added_share)}, {finding.added_new} of {finding.added_of}"
+
+
+_GRADES = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
+MEANINGS = {
+    "label": "its name; after a colon, which matrix of the parameter",
+    "shape": "m x n, outputs and inputs; g x m x n for a convolution in g groups",
+    "dtype": "in which it is stored; all is computed in float64",
+    "condition_number": "σ_max/σ_min, the condition number: at 1e4 the matrix stretches one "
+    "direction 1e4 times as much as another; at inf it loses one",
+    "exceedance": "how often a random matrix of this shape, of independent Gaussian entries, has a "
+    'larger κ: 1 in 77; "usual" is more often than 1 in 20, "never" less than 1 in 1e9. It says '
+    "how unusual κ is, and nothing about accuracy. Empty where no such law is known: groups, "
+    "convolutions as they act, heads, vectors",
+    "sigma_max": "the largest singular value, the spectral norm",
+    "sigma_min": "the smallest of the min(m, n) singular values",
+    "stable_rank": "‖S‖²/σ_max² (Frobenius norm), from 1 to min(m, n): how many directions carry "
+    "the weight. Random matrices have about m n/(√m + √n)²: 192 at 768 x 768",
+    "rank": "how many singular values no rounding of the entries to their dtype could have made: "
+    "at 760/768, eight may be noise of that rounding, and κ with them",
+    "penalty": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
+    "added": "with an adapter of rank r, how much of the sum of the r largest singular values is "
+    "the adapter's, and of how many of them more than half: 30 %, 2 of 8",
+    "grade": f"how far the numbers can be trusted. {_GRADES}",
+    "certificate": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
+}
+COLUMNS: tuple[Column[Finding], ...] = (
+    Column("label", "weight", lambda one: one.label, is_text=True, leads=True),
+    Column("shape", "shape", lambda one: format_shape(one.shape)),
+    Column("dtype", "dtype", lambda one: one.dtype, is_text=True),
+    Column("condition_number", "κ", _kappa, leads=True),
+    Column("exceedance", "random", lambda one: how_often(one.exceedance), leads=True),
+    Column("sigma_max", "σ_max", lambda one: _number(one, one.sigma_max, "≥")),
+    Column("sigma_min", "σ_min", lambda one: _number(one, one.sigma_min, "≤")),
+    Column("stable_rank", "stable rank", lambda one: f"{one.stable_rank:.4g}"),
+    Column("rank", "rank", _rank),
+    Column("penalty", "r", lambda one: f"{one.penalty:.3g}"),
+    Column("added", "added", _added, is_optional=True),
+    Column("grade", "grade", lambda one: one.grade.name, is_text=True),
+    Column("certificate", "κ certified", _enclosure, is_optional=True),
+)
+
+
+def row_of_finding(finding: Finding, number: int, max_condition: float | None) -> Row:
+    """The row of a finding, which is the `number`-th of its report."""
+    kappa = finding.condition_number
+    exceeds = _exceeds(finding, max_condition)
+    if not math.isfinite(kappa):
+        symbol = "?" if math.isnan(kappa) else "∞"
+    elif exceeds:
+        symbol = MARK
+    else:
+        symbol = "≥" if finding.grade is Grade.bounded else ""
+    return Row(
+        id=f"w{number}",
+        label=finding.label,
+        cells={column.key: column.text(finding) for column in COLUMNS},
+        condition_numbers={"condition_number": kappa},
+        exceeds=("condition_number",) if exceeds else (),
+        value=kappa,
+        summary=finding.explanation if math.isnan(kappa) else f"κ = {_kappa(finding)}",
+        symbol=symbol,
+        note=finding.explanation,
+        is_wrong=finding.status is not Status.ok,
+    )
+
+
+def record_of_finding(finding: Finding) -> dict[str, Any]:
+    """The numbers of a finding as in its JSON, without lists; all keys are always there."""
+    record = finding.to_dict()
+    enclosures = record.pop("certificate", {})
+    record["shape"] = format_shape(finding.shape)
+    for key in _ENCLOSED:
+        record[f"{key}_lower"], record[f"{key}_upper"] = enclosures.get(key, (None, None))
+    return record
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+
+def _kappa_of_side(side: Finding | None) -> str:
+    return "-" if side is None or math.isnan(side.condition_number) else _kappa(side)
+
+
+def _quotient(pair: Pair, number: Callable[[Finding], float]) -> str:
+    quotient = pair.quotient(number)
+    return "-" if math.isnan(quotient) else f"{quotient:.4g}"
+
+
+def _shapes(pair: Pair) -> str:
+    shapes = (format_shape(side.shape) for side in (pair.before, pair.after) if side)
+    return " → ".join(dict.fromkeys(shapes))
+
+
+PAIR_COLUMNS: tuple[Column[Pair], ...] = (
+    Column("label", "weight", lambda pair: pair.label, is_text=True),
+    Column("before", "κ before", lambda pair: _kappa_of_side(pair.before)),
+    Column("after", "κ after", lambda pair: _kappa_of_side(pair.after)),
+    Column("ratio", "after/before", lambda pair: _quotient(pair, lambda one: one.condition_number)),
+    Column(
+        "sigma_max", "σ_max after/before", lambda pair: _quotient(pair, lambda one: one.sigma_max)
+    ),
+    Column(
+        "sigma_min", "σ_min after/before", lambda pair: _quotient(pair, lambda one: one.sigma_min)
+    ),
+    Column("shape", "shape", _shapes),
+)
+PAIR_MEANINGS = {
+    "before": MEANINGS["condition_number"],
+    "after": "the same of the second checkpoint; - where there is no weight, or no κ",
+    "ratio": "their quotient: at 0.5, κ has halved. The largest change comes first; "
+    "- where a side has no κ, or only a lower bound",
+    "sigma_max": "the same quotient of σ_max: κ rises with it",
+    "sigma_min": "the same quotient of σ_min: κ falls with it",
+    "shape": MEANINGS["shape"],
+}
+
+
+def row_of_pair(pair: Pair, note: str, number: int, max_condition: float | None) -> Row:
+    """The row of a pair, which is the `number`-th of its comparison."""
+    sides = {"before": pair.before, "after": pair.after}
+    cells = {column.key: column.text(pair) for column in PAIR_COLUMNS}
+    exceeds = tuple(key for key, side in sides.items() if _exceeds(side, max_condition))
+    ratio = pair.ratio
+    if pair.before is None or pair.after is None:
+        symbol = "+" if pair.before is None else "−"
+    elif math.isnan(ratio):
+        symbol = "?"
+    elif ratio in (0, math.inf):
+        symbol = "∞" if ratio else "↓"
+    else:
+        symbol = MARK if "after" in exceeds else ""
+    return Row(
+        id=f"w{number}",
+        label=pair.label,
+        cells=cells,
+        condition_numbers={
+            key: side.condition_number if side else math.nan for key, side in sides.items()
+        },
+        exceeds=exceeds,
+        value=ratio,
+        summary=f"κ {cells['before']} → {cells['after']}, {cells['ratio']} times",
+        symbol=symbol,
+        note=note,
+        is_wrong=any(side and side.status is not Status.ok for side in sides.values()),
+    )
+
+
+def record_of_pair(pair: Pair, note: str) -> dict[str, Any]:
+    """The numbers of both sides, their ratio and the note; None where a side is missing."""
+    record: dict[str, Any] = {"weight": pair.label}
+    for when, side in (("before", pair.before), ("after", pair.after)):
+        numbers = side.to_dict() if side else {}
+        record |= {f"{key}_{when}": numbers.get(key) for key in _SIDE}
+        record[f"shape_{when}"] = format_shape(side.shape) if side else None
+    record["ratio"] = pair.ratio if pair.before and pair.after else None
+    return record | {"note": note}
+
+
+def _exceeds(finding: Finding | None, max_condition: float | None) -> bool:
+    return finding is not None and max_condition is not None and finding.exceeds(max_condition)

@@ -1,0 +1,151 @@
+"""Penalties: rules with a value and a gradient, and perhaps a proximal step.
+
+Letters: S (..., m, n) the weight; sigma_1 its largest singular value, u_1 and v_1 its vectors; eta
+the length of a proximal step.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import numbers
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.checks import as_number
+from wellcond.operators.base import Gradient, LowRank, Operator, Rescaled
+from wellcond.operators.subspace import Image
+from wellcond.rules.base import Need, Rule, RuleState
+from wellcond.rules.outcome import Outcome, OutcomeStatus
+
+Strength = float | Callable[[int], float]
+
+
+class Penalty(Rule):
+    """A penalty on a weight, to be subclassed for one of your own: `evaluate` is all it needs.
+
+    A subclass that also has a method `proximal_step(S, image, eta)` can be attached to an
+    optimizer; one without works in the loss and on the gradients. That method returns the
+    `NewWeight` after a proximal step of length eta, and one bool per matrix: whether the step fell
+    short of eta. Weights under equal penalties, which are of one class and have equal numbers and
+    the same objects as attributes, are evaluated as one stack, so that everything must work with
+    leading dimensions. A subclass with `needs = frozenset()` gets no image, and no product is made.
+
+    Args:
+        strength: factor of value and gradient; a finite number that is not negative, or a callable
+            step -> number, where step counts applications (optimizer steps when attached).
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+        TypeError: it is neither a number nor a callable.
+
+    Example:
+        A penalty 1/2 (sigma_1 - 1)_+^2, whose gradient is (sigma_1 - 1)_+ u_1 v_1^T:
+
+        >>> import torch, wellcond as wc
+        >>> class Expansion(wc.Penalty):
+        ...     def evaluate(self, S, image):
+        ...         top = image.top  # left right^T = sigma_1 u_1 v_1^T
+        ...         excess = (top.sigma[..., 0] - 1).clamp_min(0)
+        ...         share = excess / top.sigma[..., 0]
+        ...         c = torch.zeros_like(share)
+        ...         U = share[..., None, None] * top.left
+        ...         return excess.square() / 2, wc.rules.Gradient(wc.rules.LowRank(c, U, top.right))
+        >>> layer = torch.nn.Linear(4, 4, bias=False)
+        >>> _ = torch.nn.init.ones_(layer.weight)  # sigma_1 = 4
+        >>> reg = wc.Regularizer(layer, Expansion(0.5))
+        >>> round(reg().item(), 4)  # 0.5 * (4 - 1)^2 / 2
+        2.25
+    """
+
+    needs = frozenset({Need.subspace})
+    differentiable = True
+
+    def __init__(self, strength: Strength) -> None:
+        self.strength = strength if callable(strength) else _valid_strength(strength)
+
+    def __repr__(self) -> str:
+        each = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({each})"
+
+    def group_key(self) -> Hashable:
+        """Its class, its numbers and texts; everything else, as a tensor, by identity."""
+        return type(self), tuple((name, _key_of(value)) for name, value in vars(self).items())
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return self.group_key() == other.group_key()
+
+    def __hash__(self) -> int:
+        return hash(self.group_key())
+
+    @property
+    def steppable(self) -> bool:
+        return hasattr(self, "proximal_step")
+
+    def strength_at(self, step: int) -> float:
+        """The strength after `step` applications."""
+        if callable(self.strength):
+            return _valid_strength(self.strength(step), f"`strength({step})`")
+        return self.strength
+
+    @abc.abstractmethod
+    def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
+        """The penalty at strength 1, one number per matrix, and its gradient with respect to S.
+
+        `image.top` is the leading Ritz triplet, `image.triplets` all that the block holds; the
+        image is None if the penalty does not need the subspace. Outside of autograd, in float32 or
+        wider.
+        """
+
+    def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
+        new, short = self.proximal_step(S, image, eta)  # type: ignore[attr-defined]
+        status = torch.where(short, int(OutcomeStatus.shortened), int(OutcomeStatus.applied))
+        return Outcome(status.to(torch.int8), new)
+
+
+def check_answer(rule: Rule, S: Operator, gradient: Gradient, value: Tensor | None) -> None:
+    """Raises unless a rule has answered in the shapes that it must; nothing is read.
+
+    `value` is None where only the gradient was asked for.
+    """
+    *stack, m, n = S.shape
+    said = f"{type(rule).__name__}.evaluate must return"
+    for found_one, kind in ((gradient, Gradient), (value, Tensor | None)):
+        if not isinstance(found_one, kind):
+            raise TypeError(f"{said} (Tensor, Gradient), got a {type(found_one).__name__} in it.")
+    expected: list[tuple[int, ...]] = [(*stack, m, n)]
+    if isinstance(gradient.form, LowRank):
+        k = gradient.form.U.shape[-1]
+        expected = [tuple(stack), (*stack, m, k), (*stack, n, k)]
+    elif isinstance(gradient.form, Rescaled):
+        expected = [tuple(stack), (*stack, S.nu, S.nu)]
+    found = [tuple(one.shape) for one in gradient.tensors]
+    if value is not None:
+        expected, found = [tuple(stack), *expected], [tuple(value.shape), *found]
+    if found != expected:
+        raise ValueError(
+            f"{said} a value and a gradient of shapes {expected} for a weight of shape "
+            f"{tuple(S.shape)}, got {found}. Leading dimensions are a stack: write sigma[..., 0]."
+        )
+
+
+def _key_of(value: Any) -> Hashable:
+    """An attribute by which rules are compared; arrays are not compared by their entries."""
+    if isinstance(value, tuple):
+        return tuple(map(_key_of, value))
+    return value if isinstance(value, numbers.Number | str) else id(value)
+
+
+def _valid_strength(strength: Any, name: str = "`strength`") -> float:
+    number = float(as_number(strength, name, "a number or a callable step -> number"))
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(
+            f"{name} must be finite and not negative, got {number}. "
+            "To leave a weight out, give its pattern None instead of a penalty."
+        )
+    return number
