@@ -566,7 +566,7 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr("wellcond.audits.sources.Checkpoint", raising(error))
     assert main(["audit", str(checkpoint)]) == 2
     assert capsys.readouterr().err == "wellcond: error: there is not enough memory\n"
-    monkeypatch.setattr("wellcond.audits.repair.limited", raising(error))
+    monkeypatch.setattr("wellcond.audits.repair.limit_condition_number", raising(error))
     fixed = checkpoint.with_name("fixed.pt")
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 2
     assert "there is not enough memory for good. To leave" in capsys.readouterr().err
@@ -584,7 +584,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RuntimeError("a mistake of the program")
-    monkeypatch.setattr("wellcond.audits.repair.limited", raising(error))
+    monkeypatch.setattr("wellcond.audits.repair.limit_condition_number", raising(error))
     with pytest.raises(RuntimeError, match="a mistake"):
         main(["repair", str(checkpoint), str(checkpoint.with_name("b.pt")), "--max-condition", "7"])
 

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "audits": {"linalg", "operators", "weights", "rules", "files", "report", "text", "output"},
     "": {"linalg", "rules", "training", "audits", "report"},
     "integrations": {""},
+    "testing": {""},
     "cli": {"", "audits", "report", "text"},
     "__main__": {"cli"},
 }
