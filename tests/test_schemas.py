@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator as Validator
 from safetensors.torch import save_file
 
 import wellcond as wc
-from wellcond.audits.baseline import Held, Rise
+from wellcond.audits.baseline import BaselineComparison, Rise
 from wellcond.cli import main
 from wellcond_experiments.grid import Cell, Chosen
 
@@ -177,7 +177,7 @@ BASELINE = ("properties", "baseline")
         ),
         (of("audit", *CERTIFICATE), wc.Certificate, {"computed"}),
         (of("audit", "properties", "coverage"), wc.report.Coverage, set()),
-        (of("audit", *BASELINE), Held, set()),
+        (of("audit", *BASELINE), BaselineComparison, set()),
         (of("audit", *BASELINE, "properties", "risen", "items"), Rise, set()),
         (of("repair", *REPAIR), wc.report.Repair, set()),
         (of("results", *CHOSEN), Chosen, set()),

@@ -10,24 +10,24 @@ import pytest
 
 import wellcond
 from wellcond.text import (
-    and_more,
     dump_json,
-    duration,
-    quoted,
-    shown,
-    subject,
-    text_table,
-    versions,
-    written,
+    escape,
+    format_duration,
+    format_table,
+    list_some,
+    quote_names,
+    quote_subject,
+    read_versions,
+    save_text,
 )
 
 
 def test_a_sentence_names_five_and_counts_the_rest() -> None:
-    assert and_more([]) == "none"
-    assert and_more("abcde") == "a, b, c, d, e"
-    assert and_more("abcdefg") == "a, b, c, d, e and 2 more"
-    assert and_more("abcd", limit=2, separator="; ") == "a; b and 2 more"
-    assert quoted(["b", "a"]) == '"a", "b"'
+    assert list_some([]) == "none"
+    assert list_some("abcde") == "a, b, c, d, e"
+    assert list_some("abcdefg") == "a, b, c, d, e and 2 more"
+    assert list_some("abcd", limit=2, separator="; ") == "a; b and 2 more"
+    assert quote_names(["b", "a"]) == '"a", "b"'
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_sentence_names_five_and_counts_the_rest() -> None:
     [(3.2, "3 s"), (59.4, "59 s"), (61, "1 min"), (3570, "1 h 0 min"), (5000, "1 h 23 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 HOSTILE = "a\x1b[2J\r\nb\x00\u202ec\ud800\x9b"
@@ -43,18 +43,18 @@ ESCAPED = r"a\x1b[2J\r\nb\x00\u202ec\ud800\x9b"
 
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:
-    assert shown(HOSTILE) == ESCAPED
-    assert shown(ESCAPED) == ESCAPED
-    assert shown("größe κ 重み") == "größe κ 重み"
-    assert and_more([HOSTILE]) == ESCAPED
-    assert quoted([HOSTILE]) == f'"{ESCAPED}"'
-    assert text_table(["weight"], [[HOSTILE]]) == f"weight\n{ESCAPED}\n"
+    assert escape(HOSTILE) == ESCAPED
+    assert escape(ESCAPED) == ESCAPED
+    assert escape("größe κ 重み") == "größe κ 重み"
+    assert list_some([HOSTILE]) == ESCAPED
+    assert quote_names([HOSTILE]) == f'"{ESCAPED}"'
+    assert format_table(["weight"], [[HOSTILE]]) == f"weight\n{ESCAPED}\n"
     assert json.loads(dump_json({HOSTILE: HOSTILE})) == {HOSTILE: HOSTILE}
     assert dump_json(HOSTILE).isascii()
 
 
 def test_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
-    written("\ud800", tmp_path / "x")
+    save_text("\ud800", tmp_path / "x")
     assert (tmp_path / "x").read_text() == r"\ud800"
 
 
@@ -67,27 +67,27 @@ def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    written("old", path)
+    save_text("old", path)
 
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        written("new", path)
+        save_text("new", path)
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
     assert path.read_text() == "old"
 
 
 def test_the_version_is_said_in_one_way() -> None:
-    assert versions()["wellcond"] == wellcond.__version__
+    assert read_versions()["wellcond"] == wellcond.__version__
 
 
 def test_a_table_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    assert text_table(["weight", "κ"], [["a", "1"]]).split() == ["weight", "κ", "a", "1"]
+    assert format_table(["weight", "κ"], [["a", "1"]]).split() == ["weight", "κ", "a", "1"]
 
 
 def test_a_subject_agrees_with_its_verb() -> None:
-    assert subject(["a"]) == '"a" is'
-    assert subject(["b", "a"]) == '"a", "b" are'
+    assert quote_subject(["a"]) == '"a" is'
+    assert quote_subject(["b", "a"]) == '"a", "b" are'

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import wellcond
-from wellcond.text import and_more, dump_json, out_of_memory, shown, written
+from wellcond.text import dump_json, escape, is_out_of_memory, list_some, save_text
 
 if TYPE_CHECKING:
-    from wellcond.audits.baseline import Held
-    from wellcond.audits.progress import Progress, Told
+    from wellcond.audits.baseline import BaselineComparison
+    from wellcond.audits.progress import Progress, ProgressCallback
     from wellcond.report.report import AuditReport
 
 
@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
     """Answers misuse with one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"wellcond: error: {shown(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"wellcond: error: {escape(message)} (see {self.prog} --help)\n")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -212,7 +212,7 @@ def _set_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def _progress(verb: str) -> Told | None:
+def _progress(verb: str) -> ProgressCallback | None:
     """A line on standard error that is written over, if that is a terminal."""
     if not sys.stderr.isatty():
         return None
@@ -273,7 +273,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments)
 
     from wellcond.audits.audit import audit
-    from wellcond.audits.baseline import held_against, read_baseline
+    from wellcond.audits.baseline import compare_with_baseline, read_baseline
     from wellcond.report.page import CURVES
     from wellcond.report.report import compare
 
@@ -299,7 +299,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     reports = [look(path) for path in (arguments.path, arguments.compare) if path is not None]
     *earlier, later = reports
     result = compare(*reports) if earlier else later
-    held = held_against(reports[0], baseline, rise) if baseline is not None else None
+    held = compare_with_baseline(reports[0], baseline, rise) if baseline is not None else None
     if arguments.json:
         compared = {"max_rise": rise, "baseline": asdict(held)} if held is not None else {}
         text = dump_json(result.to_dict(limit) | compared)
@@ -319,7 +319,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     gated = any(gate is not None for gate in (limit, arguments.min_coverage, baseline))
     exceeding = [] if limit is None else result.exceeding(limit)
     if exceeding:
-        worst = and_more(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
+        worst = list_some(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
         unknown = any(math.isnan(f.condition_number) for f in exceeding)
         text = f"{len(exceeding)} of {len(later.findings)} matrices exceed {limit:g}"
         print(f"wellcond: {text}{' or have no κ' * unknown}: {worst}", file=sys.stderr)
@@ -336,24 +336,26 @@ def _sound(report: AuditReport) -> bool:
 
     failed = [one for one in report.findings if one.status is Status.failed]
     if failed:
-        named = and_more((f"{one.label} ({one.detail})" for one in failed), limit=3)
+        named = list_some((f"{one.label} ({one.detail})" for one in failed), limit=3)
         print(f"wellcond: warning: {len(failed)} could not be measured: {named}", file=sys.stderr)
     if report.not_finite:
         print(f"wellcond: warning: {describe_not_finite(report.not_finite)}", file=sys.stderr)
     return not (failed or report.not_finite)
 
 
-def _say_held(held: Held, path: Path, rise: float) -> None:
+def _say_held(held: BaselineComparison, path: Path, rise: float) -> None:
     """What became of the weights of a baseline, on standard error."""
     if held.risen:
-        worst = and_more(f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in held.risen)
+        worst = list_some(
+            f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in held.risen
+        )
         text = f"κ is more than {rise:g} times what it was in {_counted(held.risen)}: {worst}"
         print(f"wellcond: {text}", file=sys.stderr)
     others = (("of the baseline not there", held.missing), ("not in it", held.new))
     if words := [
-        f"{_counted(names)} {where}: {and_more(names)}" for where, names in others if names
+        f"{_counted(names)} {where}: {list_some(names)}" for where, names in others if names
     ]:
-        print(f"wellcond: {shown(path)}: {'; '.join(words)}", file=sys.stderr)
+        print(f"wellcond: {escape(path)}: {'; '.join(words)}", file=sys.stderr)
 
 
 def _counted(weights: Sequence[object]) -> str:
@@ -362,7 +364,7 @@ def _counted(weights: Sequence[object]) -> str:
 
 def _write(text: str, path: Path, option: str, overwrite: bool) -> None:
     try:
-        written(text, path, overwrite)
+        save_text(text, path, overwrite)
     except FileExistsError:  # since it was looked for
         raise _exists(path, option) from None
 
@@ -372,12 +374,12 @@ def _enough(report: AuditReport, min_coverage: float | None) -> bool:
     share = report.coverage.parameter_share
     if share >= (_LOUD if min_coverage is None else min_coverage):
         return True
-    text = f"only {100 * share:.3g} % of the parameters of {shown(report.source)} were measured"
+    text = f"only {100 * share:.3g} % of the parameters of {escape(report.source)} were measured"
     if min_coverage is not None:
         text += f", less than {100 * min_coverage:.3g} %"
     if largest := report.coverage.largest_left_out:
         why = report.coverage.skipped
-        named = (f"{shown(name)} ({size:,} entries, {why[name]})" for name, size in largest)
+        named = (f"{escape(name)} ({size:,} entries, {why[name]})" for name, size in largest)
         text += f"; the largest that were left out: {', '.join(named)}"
     print(f"wellcond: {'warning: ' if min_coverage is None else ''}{text}", file=sys.stderr)
     return min_coverage is None
@@ -424,14 +426,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         code, message = 141, ""
     except KeyboardInterrupt as interrupt:
-        code, message = 130, f"wellcond: interrupted. {shown(interrupt)}".rstrip() + "\n"
+        code, message = (
+            130,
+            f"wellcond: interrupted. {escape(interrupt)}".rstrip() + "\n",
+        )
     except (ValueError, OSError, ImportError) as error:
-        code, message = 2, f"wellcond: error: {shown(error)}\n"
+        code, message = 2, f"wellcond: error: {escape(error)}\n"
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         own = isinstance(error, MemoryError) and str(error)
-        code, message = 2, f"wellcond: error: {shown(own or 'there is not enough memory')}\n"
+        code, message = (
+            2,
+            f"wellcond: error: {escape(own or 'there is not enough memory')}\n",
+        )
     with contextlib.suppress(OSError):
         print(message, end="", file=sys.stderr)
     _drop_unwritten()

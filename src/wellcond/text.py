@@ -18,11 +18,11 @@ from typing import Any
 from wellcond.output import new_path
 
 
-def shown(text: object) -> str:
+def escape(text: object) -> str:
     """As text of one line, all that is not printable escaped: control, direction, surrogates.
 
     Example:
-        >>> print(shown("a\\x1b[2J\\nb"))
+        >>> print(escape("a\\x1b[2J\\nb"))
         a\\x1b[2J\\nb
     """
     plain = str(text)
@@ -31,14 +31,14 @@ def shown(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
 
 
-def and_more(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+def list_some(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     """The first items, and how many more there are; "none" if there is none."""
     items = list(items)
-    named = separator.join(map(shown, items[:limit])) or "none"
+    named = separator.join(map(escape, items[:limit])) or "none"
     return f"{named} and {len(items) - limit} more" if len(items) > limit else named
 
 
-def joined(*remarks: str) -> str:
+def join_remarks(*remarks: str) -> str:
     """The remarks that are not empty, with semicolons between them."""
     return "; ".join(filter(None, remarks))
 
@@ -48,24 +48,24 @@ def last_part(name: str) -> str:
     return re.split(r"[./]", name)[-1]
 
 
-def quoted(names: Iterable[str]) -> str:
+def quote_names(names: Iterable[str]) -> str:
     """Names in quotation marks, sorted, the first five of them."""
-    return and_more([f'"{name}"' for name in sorted(names)])
+    return list_some([f'"{name}"' for name in sorted(names)])
 
 
-def subject(names: Collection[str]) -> str:
+def quote_subject(names: Collection[str]) -> str:
     """The same, with the verb."""
-    return f"{quoted(names)} {'is' if len(names) == 1 else 'are'}"
+    return f"{quote_names(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def of_modules(patterns: Iterable[str], names: Iterable[str]) -> str:
+def suggest_module_patterns(patterns: Iterable[str], names: Iterable[str]) -> str:
     """The way out where patterns are names of modules, which match none of their weights."""
     names = list(names)
     found = [p for p in patterns if any(name.startswith(f"{p}.") for name in names)]
-    return f" For all of a module write {quoted(f'{p}.*' for p in found)}." if found else ""
+    return f" For all of a module write {quote_names(f'{p}.*' for p in found)}." if found else ""
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, torch or the system says when there is no more memory."""
     said = re.search("allocate memory|(not enough|out of) memory|bad_alloc", str(error))
     return isinstance(error, MemoryError) or (
@@ -73,7 +73,7 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """As "40 s", "12 min" or "1 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -81,14 +81,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     """With two digits: 0.031 %, 7.2 %, 100 %."""
     return f"{float(f'{100 * share:.2g}'):g} %"
 
 
-def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain text table, words to the left and numbers to the right, as wide as it needs to be."""
-    table = [headers, *([shown(cell) for cell in row[: len(headers)]] for row in rows)]
+    table = [headers, *([escape(cell) for cell in row[: len(headers)]] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*table, strict=True)]
     left = [header in ("weight", "dtype", "grade") for header in headers]
     lines = []
@@ -119,7 +119,7 @@ def dump_json(content: Any) -> str:
     return json.dumps(plain, indent=1, allow_nan=False, default=str) + "\n"
 
 
-def written(text: str, path: str | os.PathLike[str] | None, overwrite: bool = True) -> str:
+def save_text(text: str, path: str | os.PathLike[str] | None, overwrite: bool = True) -> str:
     """The text, and into a file if there is a path, whole or not at all; see `new_path`."""
     if path is not None:
         with new_path(path, overwrite) as part:
@@ -127,7 +127,7 @@ def written(text: str, path: str | os.PathLike[str] | None, overwrite: bool = Tr
     return text
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Of wellcond, torch and Python."""
     import torch
 

@@ -24,7 +24,7 @@ import wellcond as wc
 import wellcond.audits.rows as measuring
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import with_spectrum
-from wellcond.linalg.spectrum import Method, Spectrum, measure
+from wellcond.linalg.spectrum import Method, Spectrum, compute_spectrum
 from wellcond.report.findings import Status
 from wellcond.report.report import compare
 
@@ -178,7 +178,7 @@ def test_a_certificate_overrules_extremes_that_missed(
         extremes = torch.tensor([2.5, 2.0], dtype=torch.float64)
         return spectrum_module.Spectrum(extremes, spectrum_module.Method.krylov, S.shape)
 
-    monkeypatch.setattr(measuring, "measure", missed)
+    monkeypatch.setattr(measuring, "compute_spectrum", missed)
     (finding,) = wc.audit(linear(S), certify=True).findings
     assert finding.certificate is not None
     assert finding.condition_number in finding.certificate.condition_number
@@ -444,7 +444,7 @@ def test_a_weight_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
     def failing(S: Tensor, all_values: bool = False) -> Spectrum:
         if len(S) == 2:
             raise ValueError("LAPACK does not converge")
-        return measure(S, all_values)
+        return compute_spectrum(S, all_values)
 
     monkeypatch.setattr("wellcond.audits.rows.measure", failing)
     report = wc.audit(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
@@ -457,7 +457,7 @@ def test_a_weight_for_which_memory_lacks_is_a_row(monkeypatch: pytest.MonkeyPatc
     def lacking(S: Tensor, all_values: bool = False) -> Spectrum:
         if len(S) == 3:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9")
-        return measure(S, all_values)
+        return compute_spectrum(S, all_values)
 
     monkeypatch.setattr("wellcond.audits.rows.measure", lacking)
     report = wc.audit(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)))
@@ -474,7 +474,7 @@ def test_a_curve_that_cannot_be_had_is_left_out(
 
     def once(S: Tensor, all_values: bool = False) -> Spectrum:
         path.unlink()
-        return measure(S)._replace(method=Method.krylov)
+        return compute_spectrum(S)._replace(method=Method.krylov)
 
     monkeypatch.setattr("wellcond.audits.rows.measure", once)
     (finding,) = wc.audit(path, curves=1).findings

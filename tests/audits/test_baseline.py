@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wellcond.audits.baseline import Rise, times
+from wellcond.audits.baseline import Rise, ratio
 from wellcond.cli import main
 
 
@@ -90,9 +90,9 @@ def test_json_has_what_became_of_the_baseline(
 
 @given(st.floats(), st.floats(min_value=1, allow_infinity=False))
 def test_what_was_no_number_cannot_rise(after: float, before: float) -> None:
-    assert times(Rise("", math.inf, after)) == times(Rise("", math.nan, after)) == 1
-    assert times(Rise("", before, math.inf)) == times(Rise("", before, math.nan)) == math.inf
-    assert times(Rise("", before, before)) == 1
+    assert ratio(Rise("", math.inf, after)) == ratio(Rise("", math.nan, after)) == 1
+    assert ratio(Rise("", before, math.inf)) == ratio(Rise("", before, math.nan)) == math.inf
+    assert ratio(Rise("", before, before)) == 1
 
 
 def test_what_is_no_baseline_is_exit_code_2(

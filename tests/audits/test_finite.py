@@ -14,8 +14,6 @@ from torch import Tensor, nn
 import wellcond as wc
 from wellcond.audits import finite
 from wellcond.cli import main
-from wellcond.files import pickled
-from wellcond.files import pieces as pieces_module
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.safetensors import Safetensors
 from wellcond.report.not_finite import NotFinite
@@ -289,10 +287,8 @@ def test_other_infinities_are(name: str) -> None:
 def test_a_tensor_is_read_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, entries: int
 ) -> None:
-    """Whatever their size, and when the file is opened anew in between."""
-    monkeypatch.setattr(pieces_module, "_PIECE", 64)
-    monkeypatch.setattr("wellcond.files.safetensors._PIECE", 256)
-    monkeypatch.setattr(pickled, "_RESIDENT", 1000)
+    """Whatever their size."""
+    monkeypatch.setattr("wellcond.files.tensors._PIECE", 256)
     bias = torch.arange(float(entries))
     bias[-1] = NAN
     path = saved(tmp_path, kind, {"w": torch.eye(3), "bias": bias})

@@ -127,7 +127,7 @@ def test_a_curve_decomposes_one_matrix_and_reads_its_tensor_once_more(
         whole.extend([S.shape] * all_values)
         return measure(S, all_values)
 
-    monkeypatch.setattr(rows, "measure", spy)
+    monkeypatch.setattr(rows, "compute_spectrum", spy)
     report = wc.audit(tmp_path / "a.safetensors", include=["experts", "w"], curves=curves)
     assert len(whole) == decomposed
     assert sum(len(f.singular_values) == 20 for f in report.findings) == decomposed
@@ -185,7 +185,7 @@ def test_a_mistake_of_wellcond_is_no_row(
     def wrong(S: Tensor, all_values: bool = False) -> Any:
         raise error("a mistake")
 
-    monkeypatch.setattr(rows, "measure", wrong)
+    monkeypatch.setattr(rows, "compute_spectrum", wrong)
     with pytest.raises(error, match="a mistake"):
         wc.audit(nn.Linear(3, 3))
 

@@ -53,6 +53,17 @@ def edited(content: Any, old: bytes, new: bytes, legacy: bool, compression: int 
     return Sample("a.pt", {"a.pt": zipped(contents, compression)})
 
 
+def compressed(pickled: bytes) -> Sample:
+    """An archive in which the pickle takes a thousandth of its length."""
+    contents = {"archive/data.pkl": _START + pickled, "archive/version": b"3\n"}
+    return Sample("a.pt", {"a.pt": zipped(contents, 8)})
+
+
+def in_a_row(first: Any, second: Any) -> Sample:
+    """Two archives in one file: Python reads the last one, torch may find the first."""
+    return Sample("a.pt", {"a.pt": saved(first) + saved(second)})
+
+
 def torch_file(content: Any) -> Sample:
     return Sample("a.pt", {"a.pt": saved(content)})
 
@@ -89,7 +100,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
     cycle: dict[str, Any] = {"w": torch.eye(3)}
     cycle["again"] = cycle
     named = {"k" * 100_000: {str(n): torch.eye(2)[:0] for n in range(2000)}}
-    many = [[torch.eye(2)[0]] * 3000] * 200
+    repeated = [[torch.eye(2)[0]] * 3000] * 200
     nan = b"G\x7f\xf8" + bytes(6)
     empty = call(b"torch\nTensor")
     hidden = b"PK\x05\x06" + bytes(18)
@@ -155,11 +166,88 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
             + call(b"_codecs\nencode", get(0), text(b"latin1")) * 1000
             + b"e"
         ),
+        "a class with a long name": instructions(
+            text(b"a" * 1_000_000) + put(0) + b"](" + (get(0) * 2 + b"\x93") * 1000 + b"e"
+        ),
+        "a class with a name of shared tuples": instructions(tuples + get(40) + b"\x93"),
+        "dicts of one list": instructions(
+            b"]("
+            + b"](K\x01K\x02e" * 100_000
+            + b"e"
+            + put(0)
+            + b"0]("
+            + (b"ccollections\nOrderedDict\n" + get(0) + b"\x85R") * 1000
+            + b"e"
+        ),
+        "objects with many arguments": instructions(
+            b"("
+            + b"K\x01" * 1_000_000
+            + b"t"
+            + put(0)
+            + b"0]("
+            + call(b"a\nB")
+            + put(1)
+            + b"0"
+            + (get(1) + get(0) + b"}K\x01K\x01s\x92") * 1000
+            + b"e"
+        ),
+        "a call with many arguments": instructions(
+            b"("
+            + b"K\x01" * 1_000_000
+            + b"t"
+            + put(0)
+            + b"0]("
+            + (b"ctorch._utils\n_rebuild_parameter\n" + get(0) + b"R") * 1000
+            + b"e"
+        ),
+        "objects of one long tuple": instructions(
+            b"("
+            + b"K\x01" * 1_000_000
+            + b"t"
+            + put(0)
+            + b"0ca\nB\n"
+            + put(1)
+            + b"0]("
+            + (get(1) + get(0) + b"R") * 10_000
+            + b"e"
+        ),
+        "objects of one long dict": instructions(
+            b"}("
+            + b"".join(text(b"%d" % n) + b"K\x01" for n in range(100_000))
+            + b"u"
+            + put(0)
+            + b"0ca\nBTensor\n"
+            + put(1)
+            + b"0]("
+            + (get(1) + b")R" + get(0) + b"b") * 10_000
+            + b"e"
+        ),
+        "storages by one long tuple": instructions(
+            b"("
+            + text(b"module")
+            + b"K\x01" * 1_000_000
+            + b"t"
+            + put(0)
+            + b"0]("
+            + (get(0) + b"Q") * 100_000
+            + b"e"
+        ),
+        "keys of one hash": instructions(
+            b"}("
+            + b"".join(
+                b"\x8a\x10" + (n * (2**61 - 1)).to_bytes(16, "little") + b"K\x01"
+                for n in range(50_000)
+            )
+            + b"u"
+        ),
+        "many lists in a few bytes": refused(compressed, b"]" * 8_000_000 + b"."),
+        "many objects in a few bytes": refused(compressed, b"](" + b"c\n\n)R" * 1_500_000 + b"e."),
+        "two archives in a row": refused(in_a_row, {"w": torch.eye(3)}, {"w": torch.eye(3)}),
         "many keys that are no number": instructions(b"}(" + (nan + empty) * 8_000 + b"u"),
         "lists within lists": instructions(b"]" * 20_001 + b"a" * 20_000),
         "itself": refused(torch_file, cycle),
         "long names": refused(torch_file, named),
-        "the same tensor many times": refused(torch_file, many),
+        "the same tensor many times": refused(torch_file, repeated),
         "no values": refused(torch_file, {"w": torch.empty(2**40, 2**10, device="meta")}),
         "one value everywhere": refused(torch_file, {"w": one.expand(2**20, 2**20)}),
         "20,000 dimensions": refused(torch_file, {"w": one.expand((1,) * 20_000)}),
@@ -203,6 +291,10 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
             lambda: beside_weights(
                 lists + b"}" + call(b"some\nClass") + get(40) + b"b]s", "as an object"
             ),
+        ),
+        "shared tuples in the name of a tensor": (
+            "00",
+            lambda: beside_weights(tuples + b"0" * 41 + b"}" + get(40) + b"]s", "as an object"),
         ),
         "shared lists as an argument": refused(
             beside_weights, lists + call(b"some\nClass", get(40), get(40)) * 3000, "as an object"

@@ -1,5 +1,6 @@
 """Archives that were compressed, cut or made to mislead."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import wellcond as wc
@@ -110,9 +112,8 @@ for matrix in (one, other):
 
 def test_a_file_that_is_cut_off_while_it_is_read_does_not_end_the_process(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(500, 500), "b": torch.ones(500, 500)}, tmp_path / "a.pt")
-    first, second = run(CUT, tmp_path / "a.pt").splitlines()
-    assert first == "read"
-    assert second == f"{tmp_path / 'a.pt'} has become shorter while it was read."
+    lines = run(CUT, tmp_path / "a.pt").splitlines()
+    assert lines == 2 * [f"{tmp_path / 'a.pt'} has become shorter while it was read."]
 
 
 FULL = """
@@ -127,22 +128,39 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
     torch.save({"a": torch.randn(300, 300)}, tmp_path / "a.pt")
     code, error = run(FULL, tmp_path / "a.pt", tmp_path / "b.pt").splitlines()
     assert code == "2"
-    assert error.endswith(f"torch.save failed, is the disk full?: '{tmp_path / 'b.pt'}'")
+    assert error == f"wellcond: error: [Errno 27] File too large: '{tmp_path / 'b.pt'}'"
     assert {path.name for path in tmp_path.iterdir()} == {"a.pt"}
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ending", ["pt", "legacy.pt", "deflated.pt", "safetensors"])
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, ending: str, how: str
 ) -> None:
-    monkeypatch.setattr("wellcond.files.pickled._RESIDENT", 0)  # opened for every tensor
-    torch.save(content(), tmp_path / "a.pt")
-    w, z = Checkpoint(tmp_path / "a.pt").matrices()
+    """Even where what is read has stayed as it was: the rest belongs to other weights."""
+
+    def save(path: Path, tensors: dict[str, Tensor]) -> Path:
+        if ending == "safetensors":
+            save_file(tensors, path)
+        else:
+            torch.save(tensors, path, _use_new_zipfile_serialization="legacy" not in ending)
+        return rezipped(path, zipfile.ZIP_DEFLATED) if "deflated" in ending else path
+
+    path = save(tmp_path / f"a.{ending}", content())
+    other = save(tmp_path / f"b.{ending}", content() | {"z": content()["z"] + 1})
+    os.utime(path, ns=(0, 0))
+    checkpoint = Checkpoint(path)
+    w, z = checkpoint.matrices()
     assert torch.equal(w.read(), content()["w"])
-    torch.save(content() | {"z": torch.eye(3)}, tmp_path / "b.pt")
-    (tmp_path / "b.pt").rename(tmp_path / "a.pt")
-    assert torch.equal(w.read(), content()["w"])
-    with pytest.raises(UnreadableError, match="has changed while it was read"):
-        z.read()
+    if how == "replaced":
+        other.rename(path)
+    else:
+        path.write_bytes(other.read_bytes())
+    for read in (w.read, z.read, lambda: checkpoint.copy_with(lambda name: None, tmp_path / "c")):
+        with pytest.raises(UnreadableError, match=r"has .* while it was read"):
+            read()
+    with pytest.raises(UnreadableError, match="while it was read"):
+        list(next(iter(checkpoint.files.values())).pieces("b"))
 
 
 @pytest.mark.parametrize("name", ["archive/DATA.PKL", "x/data.pkl", "archive/data.pkl"])
@@ -155,6 +173,19 @@ def test_an_archive_has_one_pickle(tmp_path: Path, name: str) -> None:
         archive.writestr(name.replace("archive", record.partition("/")[0]), b"\x80\x02}.")
     with pytest.raises(UnreadableError, match="must be a whole file"):
         Checkpoint(tmp_path / "a.pt")
+
+
+def test_a_compressed_archive_that_cannot_be_unpacked_is_not_repaired(tmp_path: Path) -> None:
+    """The record is none that is needed to measure the weights."""
+    torch.save(content(), tmp_path / "a.pt")
+    path = rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
+    data = path.read_bytes()
+    name = b"archive/version" if b"archive/version" in data else b"a/version"
+    path.write_bytes(data.replace(name, name.replace(b"r", b"i", 1), 1))
+    assert len(wc.audit(path).findings) == 2
+    with pytest.raises(UnreadableError, match="differ"):
+        wc.repair(path, tmp_path / "fixed.pt", 2.0)
+    assert not (tmp_path / "fixed.pt").exists()
 
 
 def test_a_storage_shorter_than_its_record_is_refused(tmp_path: Path) -> None:

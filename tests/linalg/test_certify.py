@@ -285,22 +285,22 @@ def test_blocks_are_enclosed_as_their_block_diagonal_matrix(
         sigma = sorted((value for values, _ in exact for value in values), reverse=True)
         error = max(error for _, error in exact)
         for _ in ways(monkeypatch):
-            found = certify_module.certificate_of_blocks([wc.certify(one) for one in S])
+            found = certify_module.combine_certificates([wc.certify(one) for one in S])
             assert_encloses(found, sigma, error, S)
 
 
 def test_blocks_are_certified_if_all_are() -> None:
     good, bad = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.ones(2, 2)
-    both = certify_module.certificate_of_blocks([wc.certify(good), wc.certify(good / 4)])
+    both = certify_module.combine_certificates([wc.certify(good), wc.certify(good / 4)])
     assert 12.0 in both.condition_number
     assert both.condition_number.upper < 12.001
     assert both.computed == pytest.approx(12.0)
     assert both.method == "verified SVD"
     for other in (bad, 0 * bad):
-        found = certify_module.certificate_of_blocks([wc.certify(good), wc.certify(other)])
+        found = certify_module.combine_certificates([wc.certify(good), wc.certify(other)])
         assert found.condition_number.upper == math.inf
         assert "cannot tell it from zero" in found.reason
-    none = certify_module.certificate_of_blocks([wc.certify(0 * bad)] * 2)
+    none = certify_module.combine_certificates([wc.certify(0 * bad)] * 2)
     assert "the matrix is zero" in none.reason
 
 
@@ -366,7 +366,7 @@ def test_flushed_numbers_are_certified_nothing(dtype: torch.dtype, flushing: Non
     assert found.sigma_min == Interval(0.0, math.inf)
     assert "set_flush_denormal" in found.reason
     assert wc.certify(normal) == honest[1]
-    both = certify_module.certificate_of_blocks([honest[1], found])
+    both = certify_module.combine_certificates([honest[1], found])
     assert both.sigma_max.upper == both.condition_number.upper == math.inf
     assert both.reason == found.reason
     assert torch.tensor(1, dtype=torch.int64).view(torch.float64) * 1.0 == 0

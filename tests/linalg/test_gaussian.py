@@ -10,7 +10,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 import wellcond as wc
-from wellcond.linalg.gaussian import exceedance, usual_stable_rank
+from wellcond.linalg.gaussian import exceedance, gaussian_stable_rank
 
 sizes = st.integers(1, 40)
 shapes = st.tuples(sizes, sizes)
@@ -48,7 +48,7 @@ def test_larger_condition_numbers_are_rarer(shape: tuple[int, int], x: float, y:
 def test_the_transpose_is_as_usual(shape: tuple[int, int], x: float) -> None:
     m, n = shape
     assert exceedance((m, n), x) == exceedance((n, m), x)
-    assert usual_stable_rank((m, n)) == usual_stable_rank((n, m))
+    assert gaussian_stable_rank((m, n)) == gaussian_stable_rank((n, m))
 
 
 @given(shapes)
@@ -56,7 +56,7 @@ def test_every_matrix_has_a_condition_number_and_a_stable_rank(shape: tuple[int,
     assert exceedance(shape, 0.999) == 1.0
     assert exceedance(shape, math.inf) == 0.0
     assert math.isnan(exceedance(shape, math.nan))
-    assert 1 <= usual_stable_rank(shape) <= min(shape)
+    assert 1 <= gaussian_stable_rank(shape) <= min(shape)
 
 
 @given(st.integers(2, 300), st.integers(0, 20), st.floats(10, 1e6))
@@ -102,7 +102,7 @@ def test_as_often_as_in_samples(shape: tuple[int, int]) -> None:
         found = exceedance(shape, quantile(kappa, share))
         assert 0.66 <= found / share <= 1.25
     stable = (sigma.square().sum(1) / sigma[:, 0] ** 2).mean()
-    assert usual_stable_rank(shape) == pytest.approx(float(stable), rel=0.13)
+    assert gaussian_stable_rank(shape) == pytest.approx(float(stable), rel=0.13)
 
 
 def rare(m: int, n: int, x: float, count: int = 1000) -> float:
@@ -193,4 +193,4 @@ def test_what_is_no_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="two positive numbers"):
         exceedance(shape, 2.0)
     with pytest.raises(ValueError, match="two positive numbers"):
-        usual_stable_rank(shape)
+        gaussian_stable_rank(shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wellcond as wc
 from matrices import with_spectrum
-from wellcond.linalg.spectrum import Method, measure
+from wellcond.linalg.spectrum import Method, compute_spectrum
 from wellcond.rules.spectral import limit_condition_number
 
 SOLVERS = ["svd", "svdvals", "eigh", "eigvalsh"]
@@ -49,7 +49,7 @@ def test_one_failure_changes_nothing(shape: tuple[int, int], solver: str) -> Non
     S = kappa_10(*shape)
     nearest, stored = wc.nearest(S, 3.0), limit_condition_number(S, 3.0).S
     with fail(solver, times=1):
-        assert measure(S).condition_number == pytest.approx(10.0)
+        assert compute_spectrum(S).condition_number == pytest.approx(10.0)
     with fail(solver, times=1):
         assert float(wc.condition_number(S[None])) == pytest.approx(10.0)
     with fail(solver, times=1):
@@ -64,7 +64,7 @@ def test_one_failure_changes_nothing(shape: tuple[int, int], solver: str) -> Non
 
 def test_without_eigenvalues_an_svd_decides() -> None:
     with fail("eigh", "eigvalsh"):
-        found = measure(kappa_10(300, 280))
+        found = compute_spectrum(kappa_10(300, 280))
     assert found.method is Method.svd
     assert found.condition_number == pytest.approx(10.0)
 
@@ -74,7 +74,7 @@ def test_a_failure_for_good_is_said() -> None:
     for call in (
         wc.condition_number,
         lambda S: wc.condition_number(S[None]),
-        measure,
+        compute_spectrum,
         lambda S: wc.nearest(S, 2.0),
         lambda S: limit_condition_number(S, 2.0),
     ):

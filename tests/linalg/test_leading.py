@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wellcond.linalg import leading as module
-from wellcond.linalg.leading import added, leading
+from wellcond.linalg.leading import leading_triplets, measure_share
 
 
 def random(m: int, n: int, seed: int) -> Tensor:
@@ -17,7 +17,7 @@ def random(m: int, n: int, seed: int) -> Tensor:
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
 def test_the_parts_of_a_sum_make_it_up(m: int, n: int, k: int, seed: int) -> None:
     S, D = random(m, n, seed), random(m, n, seed + 100)
-    ours, rest = added(S, D, k), added(S, S - D, k)
+    ours, rest = measure_share(S, D, k), measure_share(S, S - D, k)
     assert ours.among == rest.among == min(k, m, n)
     assert ours.share + rest.share == pytest.approx(1, abs=1e-9)
     assert ours.new + rest.new == ours.among
@@ -27,7 +27,7 @@ def test_the_parts_of_a_sum_make_it_up(m: int, n: int, k: int, seed: int) -> Non
 def test_nothing_all_half_and_what_takes_away(m: int, n: int, seed: int) -> None:
     S = random(m, n, seed)
     for factor, new in ((0.0, 0), (1.0, 3), (-1.0, 0), (0.75, 3)):
-        found = added(S, factor * S, 3)
+        found = measure_share(S, factor * S, 3)
         assert found.share == pytest.approx(factor)
         assert found.new == min(new, m, n)
 
@@ -37,8 +37,8 @@ def test_a_direction_that_an_adapter_brought_in_is_told_from_those_that_were_the
     W = torch.diag(torch.tensor([5.0, 4, 3, 2, 1, 0], dtype=torch.float64))
     D = torch.zeros(6, 6, dtype=torch.float64)
     D[5, 5] = 4.5
-    assert added(W + D, D, 1) == (1, 0, 0.0)
-    two = added(W + D, D, 2)
+    assert measure_share(W + D, D, 1) == (1, 0, 0.0)
+    two = measure_share(W + D, D, 2)
     assert (two.among, two.new) == (2, 1)
     assert two.share == pytest.approx(4.5 / 9.5)
 
@@ -47,7 +47,7 @@ def test_equal_values_do_not_make_the_share_a_matter_of_chance() -> None:
     """Of I any vectors are singular ones: the sum over all of them is a trace."""
     D = random(5, 5, 0)
     identity = torch.eye(5, dtype=torch.float64)
-    assert added(identity, D, 5).share == pytest.approx(float(D.trace()) / 5)
+    assert measure_share(identity, D, 5).share == pytest.approx(float(D.trace()) / 5)
 
 
 @pytest.mark.parametrize("shape", [(40, 70), (70, 40), (40, 40)])
@@ -56,9 +56,9 @@ def test_the_iteration_finds_what_the_decomposition_does(
 ) -> None:
     """A pair of factors on top of noise, as an adapter that matters is."""
     S = 0.02 * random(*shape, 1) + random(shape[0], 4, 2) @ random(4, shape[1], 3)
-    exact = leading(S, 4)
+    exact = leading_triplets(S, 4)
     monkeypatch.setattr(module, "_WHOLE", 0)
-    U, sigma, V = leading(S, 4)
+    U, sigma, V = leading_triplets(S, 4)
     torch.testing.assert_close(sigma, exact[1], rtol=1e-10, atol=0)
     torch.testing.assert_close(S @ V, U * sigma)
     torch.testing.assert_close((U.mT @ exact[0]).abs(), torch.eye(4, dtype=torch.float64))
@@ -68,9 +68,9 @@ def test_the_iteration_splits_what_it_finds_exactly(monkeypatch: pytest.MonkeyPa
     """Where it has not converged, too: u^T S v is the value that it gives."""
     monkeypatch.setattr(module, "_WHOLE", 0)
     S = random(60, 90, 4)
-    U, sigma, V = leading(S, 5)
+    U, sigma, V = leading_triplets(S, 5)
     torch.testing.assert_close((U * (S @ V)).sum(0), sigma)
     torch.testing.assert_close(V.mT @ V, torch.eye(5, dtype=torch.float64))
     torch.testing.assert_close(U.mT @ U, torch.eye(5, dtype=torch.float64))
-    again = leading(S, 5)
+    again = leading_triplets(S, 5)
     assert torch.equal(again[1], sigma), "the same start every time"

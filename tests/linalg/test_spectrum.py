@@ -12,7 +12,7 @@ from torch import Tensor
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import hilbert, matrices, with_spectrum
 from wellcond.linalg.scaling import frobenius_norm
-from wellcond.linalg.spectrum import Method, measure, spectrum_of_blocks
+from wellcond.linalg.spectrum import Method, combine_spectra, compute_spectrum
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_kappa_is_right_to_1e_6(
     S = with_spectrum(spectrum_of(name, 120, kappa), 150, 120).float()
     exact = np.linalg.svd(S.double().numpy(), compute_uv=False)
     for matrix in (S, S.mT, S.double()):
-        found = measure(matrix)
+        found = compute_spectrum(matrix)
         assert float(found.singular_values[0]) == pytest.approx(exact[0], rel=1e-6)
         assert found.condition_number == pytest.approx(exact[0] / exact[-1], rel=1e-6)
 
@@ -73,7 +73,7 @@ def test_the_gram_matrix_is_left_where_it_does_not_resolve(
     name: str, kappa: float, method: Method, no_small: None
 ) -> None:
     S = with_spectrum(spectrum_of(name, 120, kappa), 120, 120)
-    assert measure(S).method is method
+    assert compute_spectrum(S).method is method
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -82,7 +82,7 @@ def test_equal_columns_are_found_beside_four_tiny_ones(seed: int) -> None:
     S = torch.randn(400, 300, generator=torch.Generator().manual_seed(seed))
     S[:, :4] *= 1e-9
     S[:, 299] = S[:, 298]
-    assert measure(S).condition_number == math.inf
+    assert compute_spectrum(S).condition_number == math.inf
 
 
 @pytest.mark.parametrize("gap", [1e-12, 1e-9, 1e-7])
@@ -102,7 +102,7 @@ def test_a_nearly_singular_block_is_found_beside_tiny_columns(
     exact = float(np.linalg.cond(S.numpy()))
     # The SVD itself is good to n eps kappa.
     error = max(1e-6, 120 * np.finfo(float).eps * exact)
-    assert measure(S).condition_number == pytest.approx(exact, rel=error)
+    assert compute_spectrum(S).condition_number == pytest.approx(exact, rel=error)
 
 
 def hidden_from(start: Tensor) -> Tensor:
@@ -126,12 +126,12 @@ def test_no_matrix_can_hide_from_the_start_block(monkeypatch: pytest.MonkeyPatch
     S = hidden_from(known)
     with monkeypatch.context() as patch:
         patch.setattr(spectrum_module, "_random_block", lambda S: known)
-        assert measure(S).condition_number == pytest.approx(100.0, rel=1e-2)
+        assert compute_spectrum(S).condition_number == pytest.approx(100.0, rel=1e-2)
     for _ in range(3):
-        found = measure(S)
+        found = compute_spectrum(S)
         assert found.method is Method.krylov
         assert found.condition_number == pytest.approx(800.0, rel=1e-6)
-        assert measure(S.clone()).condition_number == found.condition_number
+        assert compute_spectrum(S.clone()).condition_number == found.condition_number
         S = hidden_from(spectrum_module._random_block(S))
 
 
@@ -149,7 +149,7 @@ def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(
     monkeypatch.setattr(spectrum_module, "_SMALL", 8)
     monkeypatch.setattr(spectrum_module, "_LARGE", 100)
     S = with_spectrum(spectrum_of("arithmetic", 120, 100.0), 120, 140)
-    extremes, everything = measure(S), measure(S, all_values=True)
+    extremes, everything = compute_spectrum(S), compute_spectrum(S, all_values=True)
     assert extremes.method is Method.krylov
     assert extremes.singular_values.shape == (2,)
     assert everything.singular_values.shape == (120,)
@@ -159,7 +159,7 @@ def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(
 @given(matrices())
 def test_all_singular_values_agree_with_an_svd(S: Tensor) -> None:
     exact = torch.linalg.svdvals(S)
-    found = measure(S).singular_values
+    found = compute_spectrum(S).singular_values
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-13 * float(exact[0]))
 
 
@@ -174,39 +174,39 @@ def test_the_gram_route_agrees_with_an_svd(m: int, n: int, seed: int) -> None:
 @pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-30, 1e30, 1e300, 1e307])
 def test_kappa_does_not_mind_the_scale(scale: float) -> None:
     S = torch.tensor([[4.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
-    assert measure(S * scale).condition_number == 2.0
+    assert compute_spectrum(S * scale).condition_number == 2.0
 
 
 def test_kappa_survives_a_spectral_norm_beyond_float64() -> None:
     S = 1.6e308 * torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
-    found = measure(S)
+    found = compute_spectrum(S)
     assert float(found.singular_values[0]) == math.inf
     assert found.condition_number == pytest.approx(1.0)
 
 
 def test_zero_has_no_condition_number_and_deficient_an_infinite_one(no_small: None) -> None:
-    assert math.isnan(measure(torch.zeros(5, 4)).condition_number)
-    assert measure(torch.ones(5, 4)).condition_number == math.inf
-    assert measure(
+    assert math.isnan(compute_spectrum(torch.zeros(5, 4)).condition_number)
+    assert compute_spectrum(torch.ones(5, 4)).condition_number == math.inf
+    assert compute_spectrum(
         with_spectrum(torch.tensor([1.0, 1.0, 0.0]).double(), 9, 9)
     ).condition_number == (math.inf)
 
 
 def test_vectors_have_one_singular_value() -> None:
-    assert measure(torch.tensor([[3.0, 4.0]])).singular_values.tolist() == [5.0]
-    assert measure(torch.tensor([[3.0], [4.0]])).condition_number == 1.0
+    assert compute_spectrum(torch.tensor([[3.0, 4.0]])).singular_values.tolist() == [5.0]
+    assert compute_spectrum(torch.tensor([[3.0], [4.0]])).condition_number == 1.0
 
 
 def test_half_precision_is_the_exact_matrix_of_its_values() -> None:
     S = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     exact = np.linalg.svd(S.double().numpy(), compute_uv=False)
-    np.testing.assert_allclose(measure(S).singular_values.numpy(), exact, rtol=1e-12)
+    np.testing.assert_allclose(compute_spectrum(S).singular_values.numpy(), exact, rtol=1e-12)
 
 
 def test_hilbert_is_singular_to_working_precision_from_13_on(no_small: None) -> None:
     """kappa(hilbert(8)) = 1.526e10 (Todd 1961)."""
-    assert measure(hilbert(8)).condition_number == pytest.approx(1.5257575538e10, rel=1e-5)
-    assert measure(hilbert(14)).condition_number == math.inf
+    assert compute_spectrum(hilbert(8)).condition_number == pytest.approx(1.5257575538e10, rel=1e-5)
+    assert compute_spectrum(hilbert(14)).condition_number == math.inf
 
 
 # --- block-diagonal matrices ----------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_blocks_have_the_spectrum_of_their_block_diagonal_matrix(
     m: int, n: int, groups: int, seed: int
 ) -> None:
     S = torch.randn(groups, m, n, generator=torch.Generator().manual_seed(seed)).double()
-    found = spectrum_of_blocks([measure(one) for one in S])
+    found = combine_spectra([compute_spectrum(one) for one in S])
     whole = torch.linalg.svdvals(torch.block_diag(*S))[: groups * min(m, n)]
     torch.testing.assert_close(found.singular_values, whole)
     assert found.condition_number == pytest.approx(float(whole[0] / whole[-1]), rel=1e-9)
@@ -226,18 +226,20 @@ def test_blocks_have_the_spectrum_of_their_block_diagonal_matrix(
 @pytest.mark.parametrize("scale", [1e-300, 1e-180, 1e180, 1e300])
 def test_blocks_may_have_any_scale(scale: float) -> None:
     S = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)) * scale
-    found = spectrum_of_blocks([measure(S), measure(2 * S)])
+    found = combine_spectra([compute_spectrum(S), compute_spectrum(2 * S)])
     assert found.condition_number == pytest.approx(6.0)
     assert float(found.singular_values[0]) == pytest.approx(6 * scale)
-    assert spectrum_of_blocks([measure(S), measure(0 * S)]).condition_number == math.inf
-    assert math.isnan(spectrum_of_blocks([measure(0 * S)] * 2).condition_number)
+    assert (
+        combine_spectra([compute_spectrum(S), compute_spectrum(0 * S)]).condition_number == math.inf
+    )
+    assert math.isnan(combine_spectra([compute_spectrum(0 * S)] * 2).condition_number)
 
 
 def test_blocks_with_extremes_alone_have_extremes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectrum_module, "_SMALL", 8)
     monkeypatch.setattr(spectrum_module, "_LARGE", 100)
     S = with_spectrum(spectrum_of("arithmetic", 120, 100.0), 120, 140)
-    found = spectrum_of_blocks([measure(S), measure(S / 2, all_values=True)])
+    found = combine_spectra([compute_spectrum(S), compute_spectrum(S / 2, all_values=True)])
     assert found.method is Method.krylov
     assert found.singular_values.shape == (2,)
     assert found.condition_number == pytest.approx(200.0, rel=1e-6)

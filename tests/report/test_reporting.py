@@ -16,14 +16,14 @@ from torch import nn
 import wellcond as wc
 from wellcond.audits import rows
 from wellcond.cli import main
-from wellcond.text import percent, text_table, versions
+from wellcond.text import format_percent, format_table, read_versions
 
 NAMES = ["a:v:merged", "experts.gate_up_proj:up:1", "block:x:w", "t:heart:", ":smiley:"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_becomes_an_emoji(name: str, tmp_path: Path) -> None:
-    assert name in text_table(["weight", "κ"], [[name, "1"]])
+    assert name in format_table(["weight", "κ"], [[name, "1"]])
     path = tmp_path / "a.pt"
     torch.save({name: torch.diag(torch.tensor([9.0, 1.0]))}, path)
     report = wc.audit(path)
@@ -37,7 +37,7 @@ def test_no_name_becomes_an_emoji(name: str, tmp_path: Path) -> None:
     [(0.0, "0 %"), (1.0, "100 %"), (0.996, "100 %"), (0.0723, "7.2 %"), (3.1e-4, "0.031 %")],
 )
 def test_shares_are_percents(share: float, text: str) -> None:
-    assert percent(share) == text
+    assert format_percent(share) == text
 
 
 def test_a_matrix_that_float16_rounds_to_zero_says_100_percent(tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_a_text_is_one_pattern(option: str, tmp_path: Path) -> None:
 
 def test_reports_of_nothing_are_written() -> None:
     coverage = wc.report.Coverage(0, 0, {}, 0.0)
-    report = wc.AuditReport([], coverage, "nothing", versions())
-    comparison = wc.report.Comparison([], "a", "b", versions())
+    report = wc.AuditReport([], coverage, "nothing", read_versions())
+    comparison = wc.report.Comparison([], "a", "b", read_versions())
     for document in (report, comparison):
         assert "weight" in str(document)
         assert "<html" in document.to_html()
@@ -73,7 +73,7 @@ def test_columns_of_the_sheet_are_the_same_with_rows_and_without(tmp_path: Path)
     layer = nn.Linear(3, 3)
     for certify in (False, True):
         report = wc.audit(layer, certify=certify)
-        empty = wc.AuditReport([], report.coverage, "", versions())
+        empty = wc.AuditReport([], report.coverage, "", read_versions())
         assert report.to_csv().splitlines()[0] == empty.to_csv().splitlines()[0]
     both = wc.compare(report, report)
     assert (
@@ -96,7 +96,7 @@ def test_curves_compute_the_views_that_are_drawn_alone(monkeypatch: pytest.Monke
         measured.append(all_values)
         return whole(S, all_values)
 
-    monkeypatch.setattr(rows, "measure", spy)
+    monkeypatch.setattr(rows, "compute_spectrum", spy)
     report = wc.audit(model, include=["experts", "other"], curves=4)
     assert measured.count(True) == 4
     drawn = [len(f.singular_values) for f in report.findings]

@@ -14,7 +14,7 @@ import oracles
 import wellcond as wc
 from matrices import SPECTRA, kahan, matrices, with_spectrum
 from registry import OPERATORS
-from wellcond.linalg.projection import within
+from wellcond.linalg.projection import are_within_bounds
 from wellcond.operators.stored import StoredMatrix
 from wellcond.rules.outcome import OutcomeStatus
 from wellcond.rules.project import Verdict, project
@@ -215,12 +215,12 @@ def test_within_never_agrees_to_what_violates(S: Tensor, low: float, high: float
     each = {(a, b) for a in (low, values[-1]) for b in (high, values[0])}
     for a, b in each | {(0.0, b) for _, b in each} | {(a, math.inf) for a, _ in each}:
         bounds = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
-        if bool(within(G, *bounds)):
+        if bool(are_within_bounds(G, *bounds)):
             assert values[-1] >= a * (1 - 1e-14)
             assert values[0] <= b * (1 + 1e-14)
     if fits(G) and 0 < values[0] < 1e3:
         wide = torch.tensor([0.0, 1.01 * values[0]], dtype=torch.float64)
-        assert within(G, *wide)
+        assert are_within_bounds(G, *wide)
 
 
 @pytest.mark.parametrize("kappa", [2.0, 1e2, 1e4, 1e6])
@@ -232,8 +232,8 @@ def test_within_is_not_deceived_by_rounding(kappa: float) -> None:
             S = with_spectrum(spectrum, *shape, seed)
             G, values = StoredMatrix(S).gram(torch.float64), torch.from_numpy(sigma(S)) * unit(S)
             for excess in (1e-14, 1e-12, 1e-10, 1e-8, 1e-6):
-                assert not within(G, values[-1] * (1 + excess), values[0] * 2)
-                assert not within(G, values[-1] / 2, values[0] * (1 - excess))
+                assert not are_within_bounds(G, values[-1] * (1 + excess), values[0] * 2)
+                assert not are_within_bounds(G, values[-1] / 2, values[0] * (1 - excess))
 
 
 @pytest.mark.parametrize("K", [1.5, 3.0, 10.0, 100.0])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wellcond as wc
-from wellcond.weights.forward import COMPUTED, UNKNOWN, acting_weight, has_own_forward
+from wellcond.weights.forward import COMPUTED, UNKNOWN, find_effective_weight, has_own_forward
 
 
 class Masked(nn.Linear):
@@ -510,4 +510,4 @@ def test_layers_without_a_forward_of_their_own_are_not_run() -> None:
     attention = nn.MultiheadAttention(4, 2)
     for layer in (*kinds, attention.out_proj, nn.Embedding(3, 2)):
         assert not has_own_forward(layer)
-        assert acting_weight(layer, layer.weight.detach()) == (None, "")
+        assert find_effective_weight(layer, layer.weight.detach()) == (None, "")

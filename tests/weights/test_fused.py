@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.report.findings import Finding
-from wellcond.weights.fused import views_by_name
+from wellcond.weights.fused import find_views_in_file
 from wellcond.weights.matrices import seen_through
 
 Shapes = dict[str, tuple[int, ...]]
@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 def labels(shapes: Shapes, **config: Any) -> set[str]:
     """The views of the first tensor, "" of one that is whole."""
     name = next(iter(shapes))
-    return set(views_by_name(shapes, config)[name].views)
+    return set(find_views_in_file(shapes, config)[name].views)
 
 
 QKV, WHOLE = {"q", "k", "v"}, {""}
@@ -191,7 +191,7 @@ def test_blocks_are_what_their_names_say_and_share_memory() -> None:
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     found = {
         f"{name}:{view}" if view else name: S
-        for name, seen in views_by_name(shapes, {"model_type": "phi3"}).items()
+        for name, seen in find_views_in_file(shapes, {"model_type": "phi3"}).items()
         for view, S in seen_through(seen.views)(tensors[name]).items()
     }
     attention, experts = tensors["attn.c_attn.weight"], tensors["experts.gate_up_proj"]

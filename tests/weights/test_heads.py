@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.weights.discover import find_weights, heads_of
-from wellcond.weights.effective import current
+from wellcond.weights.effective import acting_tensor
 from wellcond.weights.heads import Attention
 
 Products = dict[str, Tensor]
 
 
 def dense(attention: Attention) -> Products:
-    found = attention.products(current, lambda view: True)
+    found = attention.products(acting_tensor, lambda view: True)
     return {head.view: S.B @ S.A.mT for head, S in found}
 
 

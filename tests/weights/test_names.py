@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import wellcond as wc
 from wellcond.weights.effective import effective_matrices
-from wellcond.weights.names import no_weights, why_no_weight
+from wellcond.weights.names import explain_non_weight, find_non_weights
 from wellcond.weights.reasons import Reason
 
 # Names and shapes of timm, of PEFT, and of the files in which Llama, Gemma, Whisper and CLIP first
@@ -64,7 +64,7 @@ NAMES: dict[str, tuple[tuple[int, ...], Reason | None]] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_says_whether_it_is_a_weight(name: str) -> None:
     shape, expected = NAMES[name]
-    found = no_weights({name: (shape, "float32")})
+    found = find_non_weights({name: (shape, "float32")})
     assert {n: why.reason for n, why in found.items()} == ({name: expected} if expected else {})
 
 
@@ -99,8 +99,8 @@ def test_names_agree_with_modules(auto: str, kind: str) -> None:
         for name, p in model.named_parameters()
         if ".parametrizations." not in name
     }
-    no_matrix = {name for name, kind in parameters.items() if why_no_weight(*kind) is not None}
-    of_file = parameters.keys() - no_matrix - no_weights(parameters).keys()
+    no_matrix = {name for name, kind in parameters.items() if explain_non_weight(*kind) is not None}
+    of_file = parameters.keys() - no_matrix - find_non_weights(parameters).keys()
     of_model = {name for name, why in skipped.items() if why.reason is Reason.no_values}
     assert len(of_model) > 5
     assert of_file == of_model & parameters.keys()
@@ -285,7 +285,7 @@ def test_what_is_fixed_or_acts_entrywise_is_no_weight(tmp_path: Path, name: str)
 
 @pytest.mark.parametrize("name", MAPS)
 def test_like_names_are_weights(name: str) -> None:
-    assert no_weights({name: (MAPS[name], "float32")}) == {}
+    assert find_non_weights({name: (MAPS[name], "float32")}) == {}
 
 
 def test_a_constant_that_is_left_out_by_a_pattern_is_no_parameter_either(tmp_path: Path) -> None:
@@ -316,21 +316,21 @@ def test_a_normalisation_over_several_axes_is_no_matrix(
 
 def test_a_linear_with_a_bias_of_its_outputs_is_a_weight() -> None:
     tensors = {"l.weight": ((8, 8), "float32"), "l.bias": ((8,), "float32")}
-    assert "l.weight" not in no_weights(tensors)
+    assert "l.weight" not in find_non_weights(tensors)
 
 
 def test_beside_a_log_d_acts_entrywise() -> None:
     tensors = {"mixer.A_log": ((8, 4), "float32"), "mixer.D": ((8, 4), "float32")}
-    assert no_weights(tensors)["mixer.D"].reason is Reason.exponentiated
+    assert find_non_weights(tensors)["mixer.D"].reason is Reason.exponentiated
 
 
 @pytest.mark.parametrize("mask", ["mask", "weight_mask"])
 def test_a_weight_under_a_mask_is_not_what_acts(mask: str) -> None:
     tensors = {"l.weight": ((8, 6), "float32"), f"l.{mask}": ((8, 6), "float32")}
-    found = no_weights(tensors)
+    found = find_non_weights(tensors)
     assert found["l.weight"].reason is Reason.parametrized
     tensors[f"l.{mask}"] = ((8, 8), "float32")  # of something else
-    assert "l.weight" not in no_weights(tensors)
+    assert "l.weight" not in find_non_weights(tensors)
 
 
 OLD = ("weight_norm of an LSTM", "weight_norm by one number")
@@ -388,11 +388,11 @@ def test_what_a_weight_is_computed_from_is_none(tmp_path: Path, how: str, kind: 
     ids=str,
 )
 def test_like_names_alone_make_no_parametrization(shapes: dict[str, tuple[int, ...]]) -> None:
-    assert no_weights({name: (shape, "float32") for name, shape in shapes.items()}) == {}
+    assert find_non_weights({name: (shape, "float32") for name, shape in shapes.items()}) == {}
 
 
 @pytest.mark.parametrize("stem", ["attn.in_proj_weight", "cell.kernel", "weight_hh_l0"])
 def test_the_parts_of_weight_norm_are_known_whatever_it_is_put_on(stem: str) -> None:
     tensors = {f"{stem}_g": ((12, 1), "float32"), f"{stem}_v": ((12, 4), "float32")}
-    found = no_weights(tensors)
+    found = find_non_weights(tensors)
     assert {found[name].reason for name in tensors} == {Reason.parametrized}

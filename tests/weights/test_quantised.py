@@ -10,8 +10,8 @@ from torch import Tensor
 
 import wellcond as wc
 from wellcond.files.checkpoint import Checkpoint
-from wellcond.weights.names import no_weights
-from wellcond.weights.quantised import logical_entries
+from wellcond.weights.names import find_non_weights
+from wellcond.weights.quantised import count_logical_entries
 from wellcond.weights.reasons import Reason
 
 SURE = ("weight_scale", "weight_scale_inv", "qscale", "absmax", "SCB", "weight.absmax")
@@ -117,7 +117,7 @@ NOT_FITTING = [(5,), (9, 1), (5, 6), (8, 4), (2, 2, 2), (16, 6)]
 @pytest.mark.parametrize("shape", FITTING + NOT_FITTING, ids=str)
 def test_a_scale_of_another_shape_scales_something_else(shape: tuple[int, ...]) -> None:
     tensors = {"l.weight": ((8, 6), "float32"), "l.scales": (shape, "float32")}
-    found = no_weights(tensors, holds_codes=lambda _: True)
+    found = find_non_weights(tensors, holds_codes=lambda _: True)
     assert ("l.weight" in found) == (shape in FITTING)
 
 
@@ -171,7 +171,7 @@ def test_only_what_has_values_is_looked_into(tmp_path: Path) -> None:
 def test_scales_of_other_things_leave_a_weight_a_weight(weight: str, scale: str) -> None:
     for shape in ((), (8,), (8, 1)):
         tensors = {weight: ((8, 6), "float32"), scale: (shape, "float32")}
-        assert weight not in no_weights(tensors, holds_codes=lambda _: False)
+        assert weight not in find_non_weights(tensors, holds_codes=lambda _: False)
 
 
 def test_bare_experts_are_codes_beside_a_scale_of_theirs() -> None:
@@ -181,7 +181,7 @@ def test_bare_experts_are_codes_beside_a_scale_of_theirs() -> None:
         "experts.down_proj": ((4, 8, 8), "bfloat16"),
         "experts.down_proj_scale_inv": ((4, 1, 1), "float32"),
     }
-    reasons = {name: why.reason for name, why in no_weights(tensors).items()}
+    reasons = {name: why.reason for name, why in find_non_weights(tensors).items()}
     assert reasons == {
         "experts.gate_up_proj": Reason.perhaps_codes,
         "experts.gate_up_proj_scale": Reason.scales,
@@ -194,7 +194,7 @@ def test_bare_experts_are_codes_beside_a_scale_of_theirs() -> None:
 def test_zeros_beside_codes_are_no_matrix(zeros: str) -> None:
     scale = "weight_scale" if zeros.startswith("weight") else "scales"
     shapes = {"weight": (8, 6), scale: (8, 2), zeros: (8, 2), "other": (8, 2)}
-    found = no_weights({f"l.{name}": (shape, "float16") for name, shape in shapes.items()})
+    found = find_non_weights({f"l.{name}": (shape, "float16") for name, shape in shapes.items()})
     assert found[f"l.{zeros}"].reason is Reason.scales
     assert found.keys() == {"l.weight", f"l.{scale}", f"l.{zeros}"}
 
@@ -202,7 +202,7 @@ def test_zeros_beside_codes_are_no_matrix(zeros: str) -> None:
 def test_a_lone_scale_is_no_quantised_weight() -> None:
     for name in ("l.weight_scale", "l.scale", "something"):
         for dtype in ("F8_E8M0", "float8_e8m0fnu"):
-            found = no_weights({name: ((8, 2), dtype)})
+            found = find_non_weights({name: ((8, 2), dtype)})
             assert found[name].reason is Reason.scales
 
 
@@ -306,8 +306,8 @@ SMALL = {
 def test_packed_codes_count_for_what_they_stand_for(kind: str) -> None:
     tensors, config = PACKED[kind]
     codes = next(iter(tensors))
-    assert logical_entries(codes, tensors, SMALL.__getitem__, config) == 512 * 1024
-    assert no_weights(tensors)[codes].reason is Reason.quantised
+    assert count_logical_entries(codes, tensors, SMALL.__getitem__, config) == 512 * 1024
+    assert find_non_weights(tensors)[codes].reason is Reason.quantised
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_packed_codes_count_for_what_they_stand_for(kind: str) -> None:
 def test_a_damaged_shape_counts_what_is_stored(lengths: list[int]) -> None:
     tensors = {"l.weight_packed": ((8, 4), "int32"), "l.weight_shape": ((2,), "int64")}
     read = {"l.weight_shape": torch.tensor(lengths, dtype=torch.int64)}
-    assert logical_entries("l.weight_packed", tensors, read.__getitem__, {}) in (32, 512)
+    assert count_logical_entries("l.weight_packed", tensors, read.__getitem__, {}) in (32, 512)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_damaged_shape_counts_what_is_stored(lengths: list[int]) -> None:
 )
 def test_odd_configs_count_what_is_stored(config: dict[str, object]) -> None:
     tensors = {"l.weight": ((8, 4), "uint32"), "l.scales": ((8, 2), "float16")}
-    assert logical_entries("l.weight", tensors, SMALL.__getitem__, config) == 32
+    assert count_logical_entries("l.weight", tensors, SMALL.__getitem__, config) == 32
 
 
 def test_coverage_of_a_packed_file_is_that_of_the_float_file(tmp_path: Path) -> None:
@@ -349,14 +349,14 @@ def test_coverage_of_a_packed_file_is_that_of_the_float_file(tmp_path: Path) -> 
 def test_a_scale_of_another_module_is_none_of_a_weight() -> None:
     """In names of Flax a slash separates modules, and no files."""
     tensors = {"norm/scale": ((64,), "float32"), "dense/weight": ((64, 64), "float32")}
-    assert "dense/weight" not in no_weights(tensors)
+    assert "dense/weight" not in find_non_weights(tensors)
     beside = {"dense/scale": ((64,), "float32"), "dense/weight": ((64, 64), "float32")}
-    assert no_weights(beside)["dense/weight"].reason is Reason.perhaps_codes
+    assert find_non_weights(beside)["dense/weight"].reason is Reason.perhaps_codes
     of_files = {"a.pt/q.scale": ((64,), "float32"), "b.pt/q.weight": ((64, 64), "float32")}
-    assert no_weights(of_files)["b.pt/q.weight"].reason is Reason.perhaps_codes
+    assert find_non_weights(of_files)["b.pt/q.weight"].reason is Reason.perhaps_codes
 
 
 @pytest.mark.parametrize("name", ["tril", "faces", "edges", "causal_mask"])
 def test_a_table_of_integers_makes_its_neighbours_no_codes(name: str) -> None:
     tensors = {f"m.{name}": ((16, 16), "uint8"), "m.W": ((16, 16), "float32")}
-    assert "m.W" not in no_weights(tensors)
+    assert "m.W" not in find_non_weights(tensors)

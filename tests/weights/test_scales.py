@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wellcond as wc
-from wellcond.weights.forward import COMPUTED, UNKNOWN, acting_weight
+from wellcond.weights.forward import COMPUTED, UNKNOWN, find_effective_weight
 
 Forward = Callable[[Any, Tensor], Tensor]
 linear, convolution = nn.Linear.forward, nn.Conv2d.forward
@@ -66,7 +66,7 @@ def test_all_scales_of_a_map_of_vectors_act(name: str) -> None:
     assert row.detail == COMPUTED
     assert row.sigma_max == pytest.approx(float(sigma[0]), rel=1e-5)
     assert row.sigma_min == pytest.approx(float(sigma[-1]), rel=1e-3, abs=1e-5)
-    assert acting_weight(layer, layer.weight.detach(), thorough=False).note == UNKNOWN
+    assert find_effective_weight(layer, layer.weight.detach(), thorough=False).note == UNKNOWN
 
 
 NONLINEAR: dict[str, Forward] = {
@@ -109,7 +109,7 @@ def test_an_offset_or_an_activation_leaves_the_stored_weight(name: str) -> None:
     row = found(layer)
     assert row.detail == ""
     assert row.condition_number == pytest.approx(stored_kappa(layer), rel=1e-9)
-    assert acting_weight(layer, layer.weight.detach(), thorough=False).note == ""
+    assert find_effective_weight(layer, layer.weight.detach(), thorough=False).note == ""
 
 
 CONVOLUTIONS: dict[str, tuple[Forward, str, str]] = {

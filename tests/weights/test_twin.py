@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
 import wellcond as wc
-from wellcond.weights.forward import UNKNOWN, acting_weight
+from wellcond.weights.forward import UNKNOWN, find_effective_weight
 from wellcond.weights.twin import Twin
 
 
@@ -144,7 +144,7 @@ class Bound(nn.Linear):
 
 def test_bound_methods_and_weak_references_lead_to_the_copy() -> None:
     layer = Bound()
-    assert acting_weight(layer, layer.weight.detach()) == (None, "")
+    assert find_effective_weight(layer, layer.weight.detach()) == (None, "")
     assert float(layer.steps) == 0
 
 
@@ -157,7 +157,7 @@ def test_a_layer_that_refers_to_a_large_model_is_not_tried() -> None:
     layer = Child(4, 4)
     layer.parent = [nn.Linear(1000, 1000)]
     before = layer.parent[0].weight.clone()
-    assert acting_weight(layer, layer.weight.detach()).note == UNKNOWN
+    assert find_effective_weight(layer, layer.weight.detach()).note == UNKNOWN
     assert torch.equal(layer.parent[0].weight, before)
 
 
@@ -172,11 +172,11 @@ def test_hooks_do_not_run() -> None:
 
     layer, calls = Child(), []
     handle = layer.inner.register_forward_hook(lambda *_: calls.append("own"))
-    assert acting_weight(layer, layer.weight.detach()).note == ""
+    assert find_effective_weight(layer, layer.weight.detach()).note == ""
     handle.remove()
     handle = hooks.register_module_forward_hook(lambda *_: calls.append("global"))
     try:
-        note = acting_weight(layer, layer.weight.detach()).note
+        note = find_effective_weight(layer, layer.weight.detach()).note
     finally:
         handle.remove()
     assert (note, calls) == (UNKNOWN, [])
@@ -195,7 +195,7 @@ def test_no_random_state_is_changed_and_nothing_is_printed(
 
     layer = Loud(4, 4)
     states = [torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())]
-    assert acting_weight(layer, layer.weight.detach()).note == ""
+    assert find_effective_weight(layer, layer.weight.detach()).note == ""
     assert torch.equal(torch.get_rng_state(), states[0])
     assert [random.getstate(), str(numpy.random.get_state())] == states[1:]
     assert capsys.readouterr() == ("", "")
@@ -209,10 +209,10 @@ def test_only_an_interrupt_of_the_user_ends_the_process() -> None:
             raise self.error
 
     layer = Ends(4, 4)
-    assert acting_weight(layer, layer.weight.detach()).note == UNKNOWN
+    assert find_effective_weight(layer, layer.weight.detach()).note == UNKNOWN
     Ends.error = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        acting_weight(layer, layer.weight.detach())
+        find_effective_weight(layer, layer.weight.detach())
 
 
 def test_the_copy_is_in_eval_mode_and_calls_no_method_of_the_layer() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from wellcond.report.findings import Finding, Status
-from wellcond.text import out_of_memory
+from wellcond.text import is_out_of_memory
 from wellcond.weights.adapters import UnknownAdapterError
 from wellcond.weights.projections import UnknownLayoutError
 
@@ -30,7 +30,7 @@ def attempt(compute: Callable[[], T]) -> T | Trouble:
     try:
         return compute()
     except _EXPECTED as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             return Trouble("there is not enough memory to measure it")
         if isinstance(error, UnknownAdapterError | UnknownLayoutError):
             return Trouble(error)

@@ -25,7 +25,7 @@ from wellcond.files.pieces import pieces_of
 from wellcond.report.findings import Coverage, Finding, Grade, Status, sort_key
 from wellcond.report.not_finite import NotFinite
 from wellcond.report.report import AuditReport
-from wellcond.text import and_more, versions
+from wellcond.text import list_some, read_versions
 from wellcond.weights.kernels import describe_groups
 from wellcond.weights.reasons import Skipped
 
@@ -112,7 +112,7 @@ def audit(
     findings = sorted([*failed, *(finding for _, finding in rows)], key=sort_key)
     _check_measured(findings, source.name, skipped, base is not None)
     coverage = _coverage(rows, len(failed), source, skipped)
-    return AuditReport(findings, coverage, source.name, versions(), not_finite)
+    return AuditReport(findings, coverage, source.name, read_versions(), not_finite)
 
 
 def _search(
@@ -184,7 +184,7 @@ def _check_measured(
         reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
         others = sorted(skipped.items(), key=lambda item: item[1].reason.no_matrix)
         reasons += [f"{name}: {why}" for name, why in others]
-        listed = and_more((one.rstrip(".") for one in reasons or ["it is empty"]), separator="; ")
+        listed = list_some((one.rstrip(".") for one in reasons or ["it is empty"]), separator="; ")
         raise ValueError(
             f"{source} must hold a weight matrix that can be measured, but has none ({listed})."
         )

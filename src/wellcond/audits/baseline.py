@@ -14,7 +14,7 @@ from pathlib import Path
 from wellcond.report.findings import Status
 from wellcond.report.pairing import pair_names
 from wellcond.report.report import AuditReport
-from wellcond.text import and_more, shown
+from wellcond.text import escape, list_some
 
 _LARGEST = 256 << 20  # bytes; a finding takes some 700
 
@@ -29,7 +29,7 @@ class Rise:
 
 
 @dataclass(frozen=True)
-class Held:
+class BaselineComparison:
     """What became of the weights of a baseline.
 
     Attributes:
@@ -71,7 +71,7 @@ def read_baseline(path: Path) -> dict[str, float]:
         if kappa < 1:  # nan is unknown
             raise ValueError(
                 f"--baseline must hold condition numbers, which are at least 1, but {path} says "
-                f"{kappa:g} of {shown(label)}. Make one from the model as it is to stay."
+                f"{kappa:g} of {escape(label)}. Make one from the model as it is to stay."
             )
     return kappas
 
@@ -82,7 +82,9 @@ def _findings(path: Path) -> list[dict[str, str]]:
     return found
 
 
-def held_against(report: AuditReport, baseline: dict[str, float], factor: float) -> Held:
+def compare_with_baseline(
+    report: AuditReport, baseline: dict[str, float], factor: float
+) -> BaselineComparison:
     """Which kappa are more than factor times what they were; names are paired as by `compare`.
 
     From a number to inf or nan is a rise without end; what was inf or nan cannot rise, nor has an
@@ -96,18 +98,18 @@ def held_against(report: AuditReport, baseline: dict[str, float], factor: float)
     if not names:
         raise ValueError(
             f"--baseline must name weights of {report.source}, but names none of them: it has "
-            f"{and_more(baseline, limit=3)}, and not {and_more(now, limit=3)}."
+            f"{list_some(baseline, limit=3)}, and not {list_some(now, limit=3)}."
         )
     fresh = {finding.label for finding in report.findings if finding.status is Status.fresh}
     rises = [Rise(new, baseline[old], now[new]) for old, new in names if new not in fresh]
-    risen = [rise for rise in rises if times(rise) > factor]
-    risen.sort(key=times, reverse=True)
+    risen = [rise for rise in rises if ratio(rise) > factor]
+    risen.sort(key=ratio, reverse=True)
     paired_old, paired_new = map(set, zip(*names, strict=True))
     missing = [label for label in baseline if label not in paired_old]
-    return Held(risen, missing, [label for label in now if label not in paired_new])
+    return BaselineComparison(risen, missing, [label for label in now if label not in paired_new])
 
 
-def times(rise: Rise) -> float:
+def ratio(rise: Rise) -> float:
     """How many times what it was."""
     if not math.isfinite(rise.before):
         return 1.0

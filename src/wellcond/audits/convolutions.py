@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.linalg.spectrum import measure
+from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.linalg.symbol import norm_bound, periodic_singular_values
-from wellcond.operators.convolution import CIRCULAR, ZEROS, Convolution
+from wellcond.weights.convolution import CIRCULAR, ZEROS, Convolution
 
 # The dense matrix of a group: so many singular values, entries, and multiplications of them all.
 _DENSE, _ENTRIES, _WORK = 4096, 1 << 26, 2e11
@@ -71,7 +71,7 @@ def measure_convolution(convolution: Convolution) -> MapSpectrum:
 
 
 def _of_kernel(S: Convolution) -> Tensor:
-    sigma = measure(S.kernel.flatten(1), all_values=True).singular_values
+    sigma = compute_spectrum(S.kernel.flatten(1), all_values=True).singular_values
     return sigma.repeat(math.prod(S.positions))
 
 
@@ -87,7 +87,7 @@ def _feasible(groups: list[Convolution]) -> bool:
 
 
 def _of_dense(S: Convolution) -> Tensor:
-    return measure(S.dense(), all_values=True).singular_values
+    return compute_spectrum(S.dense(), all_values=True).singular_values
 
 
 def _from_above(S: Convolution) -> float:
@@ -140,7 +140,9 @@ def _in_corners(S: Convolution, unknowns: float) -> float:
         if None not in spans:
             size, padding = zip(*(span for span in spans if span), strict=True)
             own = replace(geometry, size=size, padding=padding, mode=ZEROS, transposed=False)
-            sigma = measure(Convolution(S.kernel, own).dense(), all_values=True).singular_values
+            sigma = compute_spectrum(
+                Convolution(S.kernel, own).dense(), all_values=True
+            ).singular_values
             smallest = min(smallest, float(sigma[-1]))
     return smallest
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wellcond.linalg.gaussian import exceedance, usual_stable_rank
+from wellcond.linalg.gaussian import exceedance, gaussian_stable_rank
 from wellcond.linalg.nearest import clip
-from wellcond.linalg.spectrum import negligible
+from wellcond.linalg.spectrum import rank_tolerance
 from wellcond.report.findings import USUAL, Finding
 
 _FLOAT16 = torch.finfo(torch.float16)
@@ -79,7 +79,7 @@ def with_comparison(finding: Finding) -> Finding:
     return replace(
         finding,
         exceedance=exceedance(shape, kappa),
-        usual_stable_rank=usual_stable_rank(shape),
+        gaussian_stable_rank=gaussian_stable_rank(shape),
         gap=_widest_gap(finding),
         repair_limit=math.nan if math.isnan(change) else limit,
         repair_change=change,
@@ -97,7 +97,7 @@ def _usual_limit(shape: tuple[int, ...]) -> float:
 
 def _widest_gap(finding: Finding) -> tuple[int, float]:
     """How many singular values lie below the widest gap in the lower half, and their ratio."""
-    top, zero = finding.sigma_max, negligible(torch.Size(finding.shape))
+    top, zero = finding.sigma_max, rank_tolerance(torch.Size(finding.shape))
     sigma = [max(value / top, zero) for value in finding.singular_values if top > 0]
     lower = range(max(1, len(sigma) - len(sigma) // 2), len(sigma))
     ratio, below = min(((sigma[i] / sigma[i - 1], len(sigma) - i) for i in lower), default=(1.0, 0))

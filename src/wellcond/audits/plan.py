@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from wellcond.audits.sources import Source
-from wellcond.operators.convolution import Convolution
-from wellcond.operators.product import Product
+from wellcond.linalg.product import Product
 from wellcond.operators.views import View, shape_of
 from wellcond.report.findings import MERGED
-from wellcond.text import and_more, joined, of_modules
+from wellcond.text import join_remarks, list_some, suggest_module_patterns
 from wellcond.weights.adapters import Adapter, UnknownAdapterError
+from wellcond.weights.convolution import Convolution
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices, single_views
 from wellcond.weights.projections import UnknownLayoutError
@@ -135,7 +135,7 @@ def rows_of_tensor(
         note = one.note
         if one.geometry is not None:
             name, matrix = "operator", partial(Convolution, geometry=one.geometry)
-            note = joined(note, "without its adapter" if parts else "")
+            note = join_remarks(note, "without its adapter" if parts else "")
         aliases = (*one.aliases, f"{one.name}:{name}", *parts)
         yield RowSpec(one.name, name, aliases, source, matrix, note, covers, reason)
     for name, view in views.items() if parts else ():
@@ -149,7 +149,7 @@ def _row_of_adapter(name: str, adapter: Adapter) -> RowSpec:
     """The row of what an adapter adds to the weight of this name."""
     view = "delta" if adapter.name in ("", "default") else f"delta.{adapter.name}"
     dora = "DoRA brings the rows of the sum to other lengths besides"
-    note = joined(adapter.setting.note, dora if adapter.magnitude is not None else "")
+    note = join_remarks(adapter.setting.note, dora if adapter.magnitude is not None else "")
     aliases = (name, f"{name}:delta", f"{name}:{view}", *adapter.parts)
     source = RowSource(name, partial(Delta, adapter))
     return RowSpec(name, view, aliases, source, lambda delta: delta, note)
@@ -240,6 +240,6 @@ def select(
         raise ValueError(
             f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
             f"matches none. {''.join(f'{one}. ' for one in hints)}"
-            f"The weights are {and_more(names)}.{of_modules(unused, names)}"
+            f"The weights are {list_some(names)}.{suggest_module_patterns(unused, names)}"
         )
     return wanted, left_out

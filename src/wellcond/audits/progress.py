@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from wellcond.text import duration, shown
+from wellcond.text import escape, format_duration
 from wellcond.weights.matrices import Matrices, entries
 
 # From there on a matrix is not decomposed whole, and takes a time that grows with its entries.
@@ -37,12 +37,12 @@ class Progress:
 
     def __str__(self) -> str:
         known = not math.isnan(self.seconds_left)
-        left = f", about {duration(self.seconds_left)} left" if known else ""
-        return f"{self.number} of {self.total}{left}: {shown(self.name)}"
+        left = f", about {format_duration(self.seconds_left)} left" if known else ""
+        return f"{self.number} of {self.total}{left}: {escape(self.name)}"
 
 
 ProgressCallback = Callable[[Progress], None]
-Told = ProgressCallback
+ProgressCallback = ProgressCallback
 
 
 class Counter:

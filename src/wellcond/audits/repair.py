@@ -21,12 +21,12 @@ from wellcond.audits.progress import Counter, ProgressCallback, work_of
 from wellcond.audits.sources import source_of_file
 from wellcond.files.checkpoint import INDEX, PICKLED, Checkpoint
 from wellcond.linalg.nearest import check_limit
-from wellcond.linalg.scaling import frobenius_norm, scaled
+from wellcond.linalg.scaling import frobenius_norm, split_scale
 from wellcond.operators.views import View
 from wellcond.output import new_path, refuse_existing
 from wellcond.report.repairs import Repair, RepairReport
 from wellcond.rules.spectral import limit_condition_number
-from wellcond.text import and_more, joined, last_part, out_of_memory, versions
+from wellcond.text import is_out_of_memory, join_remarks, last_part, list_some, read_versions
 from wellcond.weights.reasons import Reason, Skipped
 
 # What layers call their weights; all else may be a constant, or no linear map.
@@ -52,13 +52,13 @@ def repair(
     kappa <= K/(1 + margin); margin is the smallest that was found for which kappa <= K still holds
     after rounding to the dtype of the file. A rank-deficient weight gets full rank. A zero weight,
     which has no condition number, a complex one and the factors of an adapter of low rank, which
-    act by their product, stay as they are. All other tensors and the metadata are kept: of a
-    safetensors file byte for byte, of a file of torch.save value for value, with the Python objects
-    beside them; and so are the permissions.
+    act by their product, stay as they are. All other tensors, the metadata, Python objects beside
+    the tensors and the permissions are kept byte for byte; a compressed archive of torch.save is
+    written unpacked.
 
     The copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
-    repairs to the same path one fails. A repair that is killed leaves `.wellcond-unfinished-*`
-    beside path_out, which the next repair to that path removes.
+    repairs to the same path one fails. A repair that is killed leaves that folder,
+    `.wellcond-unfinished-*` beside path_out, which can be removed.
 
     Args:
         path_in: what `wellcond.audit` reads.
@@ -72,9 +72,8 @@ def repair(
     Raises:
         ValueError: max_condition < 1; a weight is not finite, or no margin brings it below the
             limit, as for K < 1.004 or so in bfloat16; tensors overlap, neither a part of the other;
-            a pattern matches nothing; a file is unreadable; a file with Python objects is
-            compressed or older than torch 1.6; path_out lies inside the directory that is read, or
-            has the ending of another format. Nothing is written.
+            a pattern matches nothing; a file is unreadable; path_out lies inside the directory that
+            is read, or has the ending of another format. Nothing is written.
         FileExistsError: path_out exists.
         NotADirectoryError: a part of path_out is a file.
         OSError: path_out cannot be written, as on a full disk. Nothing of it is left.
@@ -112,13 +111,13 @@ def repair(
     for spec in chosen:
         wanted.setdefault(spec.name, []).append(spec)
     if not wanted:
-        why = and_more((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
+        why = list_some((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")
     overlapping = [pair for pair in checkpoint.overlapping if wanted.keys() & set(pair)]
     if overlapping:
         raise ValueError(
             f"{checkpoint.path} cannot be repaired, because tensors overlap, and what changes one "
-            f"changes the other: {and_more(f'{one} and {two}' for one, two in overlapping)}. "
+            f"changes the other: {list_some(f'{one} and {two}' for one, two in overlapping)}. "
             "Save them apart, each as tensor.clone()."
         )
     repairs: list[Repair] = []
@@ -132,7 +131,7 @@ def repair(
         try:
             new, done = _limit_all(wanted[name], max_condition, refused)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise MemoryError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: there is not "
@@ -146,13 +145,13 @@ def repair(
         if refused:
             raise ValueError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
-                f"{and_more(refused, separator='; ')}. To leave a weight as it is, exclude it."
+                f"{list_some(refused, separator='; ')}. To leave a weight as it is, exclude it."
             )
     changed = wanted.keys() - {spec.name for spec in specs if spec.label in skipped}  # as a whole
     others = {name: read for name, read in source.tensors.items() if name not in changed}
     left = {n for n, e in entries.items() if e.skipped is None or e.skipped.reason.of_adapter}
     not_finite, _ = not_finite_in(others, source.masks, left)
-    return RepairReport(repairs, skipped, float(max_condition), versions(), not_finite)
+    return RepairReport(repairs, skipped, float(max_condition), read_versions(), not_finite)
 
 
 def _limit_all(
@@ -177,9 +176,9 @@ def _limit_all(
         if X is not S and not _CALLED_A_WEIGHT.search(last_part(row.name)):
             notes.append("changed, though not called a weight")
         if filled := ((S == 0).all(-1) & (X != 0).any(-1)).flatten().nonzero().flatten().tolist():
-            notes.append(f"rows that were zero are filled: {and_more(map(str, filled))}")
+            notes.append(f"rows that were zero are filled: {list_some(map(str, filled))}")
         moved = 0.0 if X is S else _relative_change(S, X)
-        note, shape = joined(*notes), tuple(S.shape)
+        note, shape = join_remarks(*notes), tuple(S.shape)
         dtype = str(S.dtype).removeprefix("torch.")
         done.append(Repair(row.name, row.view, shape, dtype, before, after, moved, margin, note))
         if X is not S:
@@ -188,7 +187,7 @@ def _limit_all(
 
 
 def _relative_change(S: Tensor, X: Tensor) -> float:
-    wide, unit = scaled(S)
+    wide, unit = split_scale(S)
     return frobenius_norm(X.to(torch.float64) / unit - wide) / frobenius_norm(wide)
 
 

@@ -22,17 +22,23 @@ from wellcond.audits.convolutions import measure_convolution
 from wellcond.audits.facts import stored_numbers, with_comparison, with_entries
 from wellcond.audits.plan import Delta, Measurable, Merged, RowSpec
 from wellcond.audits.progress import Counter, ProgressCallback, work_of
-from wellcond.linalg.certify import certificate_of_blocks, certify
+from wellcond.linalg.certify import certify, combine_certificates
 from wellcond.linalg.checks import check_matrices
 from wellcond.linalg.interval import Interval
-from wellcond.linalg.leading import added
+from wellcond.linalg.leading import measure_share
+from wellcond.linalg.product import Product
 from wellcond.linalg.products import spectrum_of_product
 from wellcond.linalg.scaling import frobenius_norm
-from wellcond.linalg.spectrum import Method, Spectrum, measure, negligible, spectrum_of_blocks
-from wellcond.operators.convolution import Convolution
-from wellcond.operators.product import Product
+from wellcond.linalg.spectrum import (
+    Method,
+    Spectrum,
+    combine_spectra,
+    compute_spectrum,
+    rank_tolerance,
+)
 from wellcond.report.findings import Finding, Grade, Status
-from wellcond.text import joined
+from wellcond.text import join_remarks
+from wellcond.weights.convolution import Convolution
 
 Row = tuple[RowSpec, Finding]
 
@@ -78,7 +84,7 @@ def _measure_source(
         if isinstance(found, Trouble):
             yield spec, replace(row, status=Status.failed, detail=found)
         else:
-            found = replace(found, detail=joined(found.detail, spec.note))
+            found = replace(found, detail=join_remarks(found.detail, spec.note))
             yield spec, with_comparison(found)
 
 
@@ -122,14 +128,14 @@ def _of_matrix(S: Tensor, finding: Finding, want_certificate: bool, all_values: 
         return replace(finding, status=Status.not_finite, detail=detail)
     blocks = S.unbind() if S.ndim == 3 else (S,)
     spectra, ranks = zip(*(_spectrum(block, all_values) for block in blocks), strict=True)
-    spectrum = spectrum_of_blocks(spectra)
+    spectrum = combine_spectra(spectra)
     certificate = None
     if want_certificate:
-        certificate = certificate_of_blocks([certify(block) for block in blocks])
+        certificate = combine_certificates([certify(block) for block in blocks])
         known = certificate.condition_number
         if not _near(spectrum.condition_number, known) and spectrum.method is Method.krylov:
             spectra, ranks = zip(*(_spectrum(block, True) for block in blocks), strict=True)
-            spectrum = spectrum_of_blocks(spectra)
+            spectrum = combine_spectra(spectra)
     sigma, kappa = spectrum.singular_values, spectrum.condition_number
     top, low, norm, nu = float(sigma[0]), float(sigma[-1]), frobenius_norm(S), finding.nu
     notes = [_extreme_groups(spectra)] if len(blocks) > 1 else []
@@ -160,7 +166,7 @@ def _of_matrix(S: Tensor, finding: Finding, want_certificate: bool, all_values: 
         penalty=penalty,
         grade=grade,
         status=_status_of(kappa),
-        detail=joined(*notes),
+        detail=join_remarks(*notes),
         method=spectrum.method.value,
         certificate=certificate,
         singular_values=tuple(sigma.tolist()) if complete else (),
@@ -182,12 +188,12 @@ def _inside(interval: Interval, *numbers: float) -> float:
 
 def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
     """Of one matrix, and how many singular values no rounding of its entries could have made."""
-    spectrum = measure(S, all_values)
+    spectrum = compute_spectrum(S, all_values)
     sigma = spectrum.singular_values
     # Rounding to the dtype moves an entry by u times its size, or half the smallest number.
     dtype = torch.finfo(S.dtype)
     rounding = dtype.eps / 2 * (frobenius_norm(S) + dtype.tiny * math.sqrt(S.numel()))
-    zero = max(rounding, negligible(S.shape) * float(sigma[0]))
+    zero = max(rounding, rank_tolerance(S.shape) * float(sigma[0]))
     if spectrum.method is not Method.krylov:
         return spectrum, int((sigma > zero).sum())
     if float(sigma[-1]) <= zero:
@@ -213,7 +219,7 @@ def _of_merged(S: Merged, finding: Finding, want_certificate: bool, all_values: 
     found = _of_matrix(total, finding, want_certificate, all_values)
     if found.status not in (Status.ok, Status.rank_deficient) or total.ndim > 2:
         return found
-    of_it = added(total, part, sum(adapter.product().nu for adapter in S.adapters))
+    of_it = measure_share(total, part, sum(adapter.product().nu for adapter in S.adapters))
     return replace(found, added_share=of_it.share, added_new=of_it.new, added_of=of_it.among)
 
 
@@ -285,7 +291,7 @@ def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Findin
     (below, above), smallest = found.largest, found.smallest
     squared = float(S.squared_frobenius_norm(torch.float64))
     exact = len(found.singular_values) > 0
-    zero = negligible(S.shape) * below  # what lies below is rounding, whatever it is
+    zero = rank_tolerance(S.shape) * below  # what lies below is rounding, whatever it is
     kappa = math.nan
     if above > 0:
         kappa = math.inf if exact and smallest <= zero else below / max(smallest, zero)
@@ -302,7 +308,7 @@ def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Findin
         penalty=max(0.0, (below * below - squared / S.nu) / 2),
         grade=Grade.computed if exact else Grade.bounded,
         status=_status_of(kappa),
-        detail=joined(*notes),
+        detail=join_remarks(*notes),
         method=found.method,
         singular_values=tuple(found.singular_values[:: -(-S.nu // _DRAWN)].tolist()),
     )

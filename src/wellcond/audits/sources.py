@@ -16,22 +16,22 @@ from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.pieces import Pieces, pieces_of
 from wellcond.files.tensors import Entry, TensorFile
 from wellcond.report.findings import MERGED, Finding
-from wellcond.text import and_more, joined, last_part
+from wellcond.text import join_remarks, last_part, list_some
 from wellcond.weights.adapters import (
     Adapter,
-    adapter_parameters,
+    find_adapted_weight,
+    find_adapter_parameters,
     find_adapters,
     find_other_adapter,
-    setting_of_file,
-    setting_of_model,
-    weight_of,
+    read_settings_of_file,
+    read_settings_of_model,
 )
 from wellcond.weights.discover import heads_of, unwrapped
-from wellcond.weights.effective import current, effective_matrices
-from wellcond.weights.heads import Attention, Value, heads_by_name
+from wellcond.weights.effective import acting_tensor, effective_matrices
+from wellcond.weights.heads import Attention, Value, find_heads_in_file
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
-from wellcond.weights.sizes import geometries
+from wellcond.weights.sizes import find_geometries
 
 
 @dataclass
@@ -107,7 +107,7 @@ def source_of(
 def _of_model(model: nn.Module, example: Any) -> Source:
     modules = dict(model.named_modules())
     matrices, skipped, total = effective_matrices(
-        model, {} if example is None else geometries(model, example)
+        model, {} if example is None else find_geometries(model, example)
     )
     copied = tuple(
         f"{path}.original_module."
@@ -139,7 +139,7 @@ def _of_model(model: nn.Module, example: Any) -> Source:
             if not _is_statistic(name)
             and not (buffer.ndim < 2 and name.rpartition(".")[0] in norms)
         },
-        lambda: (heads_of(model), current),
+        lambda: (heads_of(model), acting_tensor),
     )
     read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in parameters.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -148,7 +148,7 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         for path, module in modules.items()
         if getattr(module, "merged", False) or getattr(module, "disable_adapters", False)
     }
-    return _with_adapters(source, find_adapters(read, shapes, setting_of_model(model)), idle)
+    return _with_adapters(source, find_adapters(read, shapes, read_settings_of_model(model)), idle)
 
 
 def source_of_file(file: Checkpoint) -> Source:
@@ -183,7 +183,7 @@ def source_of_file(file: Checkpoint) -> Source:
     }
     read = {name: partial(owner.read, entry.name) for name, (owner, entry) in plain.items()}
     shapes = {name: entry.shape for name, (_, entry) in plain.items()}
-    setting = setting_of_file(file.beside("adapter_config.json"))
+    setting = read_settings_of_file(file.beside("adapter_config.json"))
     return _with_adapters(source, find_adapters(read, shapes, setting))
 
 
@@ -213,15 +213,15 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     """
     parts = {name for adapter in adapters for name in adapter.parts}
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
-    others = source.skipped | adapter_parameters(source.skipped, {})
+    others = source.skipped | find_adapter_parameters(source.skipped, {})
     others = {name: why for name, why in others.items() if why.reason is Reason.adapter}
     for weight, one in matrices.items():
         of = find_other_adapter(weight, others)
         if of and weight.partition(".base_layer.")[0] not in idle:
-            note = joined(one.note, f"what {of} makes of it is not in these numbers")
+            note = join_remarks(one.note, f"what {of} makes of it is not in these numbers")
             matrices[weight] = replace(one, note=note)
     for adapter in adapters:
-        name, setting = weight_of(adapter, matrices, beside=True), adapter.setting
+        name, setting = find_adapted_weight(adapter, matrices, beside=True), adapter.setting
         source.adapters.append((name or adapter.weight, adapter))
         if name and setting.acts and not setting.unknown and not setting.no_sum:
             one = matrices[name]
@@ -244,16 +244,16 @@ def _with_base(source: Source, base: Source) -> Source:
     bases: dict[str, Matrices] = {}
     missing: dict[str, str] = {}
     for label, adapter in source.adapters:
-        name = label if adapter.parts in beside else weight_of(adapter, matrices)
+        name = label if adapter.parts in beside else find_adapted_weight(adapter, matrices)
         adapters.append((name or label, adapter))
         if name in bases:
             raise ValueError(
                 f"{source.name} must hold one adapter, but holds several of {name}: in "
-                f"{and_more((*bases[name].adapters[0].parts, *adapter.parts))}. "
+                f"{list_some((*bases[name].adapters[0].parts, *adapter.parts))}. "
                 "Give the path of one file."
             )
         if name is None:
-            skipped = weight_of(adapter, base.skipped)
+            skipped = find_adapted_weight(adapter, base.skipped)
             why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
             missing[label] = f"in {base.name} it {why}"
         elif adapter.parts not in beside:
@@ -262,7 +262,7 @@ def _with_base(source: Source, base: Source) -> Source:
         first, why = next(iter(missing.items()))
         raise ValueError(
             f"`base` must hold the weights that {source.name} adapts as numbers of full precision, "
-            f"but of {first}, {why}; it has {and_more(matrices, limit=3)}. "
+            f"but of {first}, {why}; it has {list_some(matrices, limit=3)}. "
             "Give the model that was adapted, not quantised; or, where names in the file are not "
             "those of the modules, the model itself: wc.audit(adapter, base=model)."
         )
@@ -278,4 +278,4 @@ def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attentio
     shapes = {alias: entries[one.name].shape for one in matrices for alias in one.aliases}
     shapes |= {name: entry.shape for name, entry in entries.items() if len(entry.shape) == 1}
     config = file.beside("config.json")
-    return heads_by_name(shapes, config), lambda _, name: read[name]()
+    return find_heads_in_file(shapes, config), lambda _, name: read[name]()

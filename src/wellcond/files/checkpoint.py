@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -35,15 +34,18 @@ from wellcond.files.tensors import (
     UnreadableError,
 )
 from wellcond.text import last_part
-from wellcond.weights.adapters import adapter_parameters
-from wellcond.weights.fused import views_by_name
+from wellcond.weights.adapters import find_adapter_parameters
+from wellcond.weights.fused import find_views_in_file
 from wellcond.weights.matrices import Matrices, entries, seen_through
-from wellcond.weights.names import no_weights
-from wellcond.weights.quantised import logical_entries
+from wellcond.weights.names import find_non_weights
+from wellcond.weights.quantised import count_logical_entries
 from wellcond.weights.reasons import Reason, Skipped
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
+# The readers, one for each format; what several recognise is for the first.
+READERS: tuple[type[TensorFile], ...] = (Safetensors, Pickled)
+PICKLED = Pickled.endings
 INDEX = ".index.json"
+_ENDINGS = ", ".join((*Safetensors.endings, INDEX, *PICKLED))
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 # What names and neighbours say more of than shape and dtype do.
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
@@ -70,22 +72,34 @@ class Checkpoint:
         self.others: dict[str, Skipped] = {}
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
+        self.where: dict[str, tuple[TensorFile, Entry]] = {}
+        self.overlapping: list[tuple[str, str]] = []
+        self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
+        self.directory = self.path if self.path.is_dir() else self.path.parent
+        self.index: dict[str, str] | None = None  # the file of each tensor, if an index says so
         names = self._find()
         for name in names:
             self._open(name, alone=len(names) == 1)
+        self._collect()
+        empty = not any(entry.matrix for _, entry in self.where.values())
+        if empty and self.path.is_dir() and (other := other_folder(self.path)):
+            raise UnreadableError(other)
+        self._leave_out()
+        if self.index is not None:
+            self._check_index(self.index)
+        if self._lacks_head():
+            self.others["lm_head.weight"] = Skipped(Reason.missing)
+
+    def _collect(self) -> None:
+        """Names the tensors of all files."""
         holding = [
             file
             for file in self.files.values()
             if any(entry.skipped is None for entry in file.entries.values())
         ]
-        self.where: dict[str, tuple[TensorFile, Entry]] = {}
-        self.overlapping: list[tuple[str, str]] = []
-        self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
-        repeated = (
-            repeated_in_shards({name: file.entries for name, file in self.files.items()})
-            if self.index is None
-            else set()
-        )
+        repeated: set[str] = set()
+        if self.index is None:
+            repeated = repeated_in_shards({name: one.entries for name, one in self.files.items()})
         for file_name, file in self.files.items():
             united = self.index is not None or len(self.files) == 1 or holding == [file]
             prefix = "" if united else f"{file_name}/"
@@ -102,14 +116,6 @@ class Checkpoint:
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
-        empty = not any(entry.matrix for _, entry in self.where.values())
-        if empty and self.path.is_dir() and (other := other_folder(self.path)):
-            raise UnreadableError(other)
-        self._leave_out()
-        if self.index is not None:
-            self._check_index()
-        if self._lacks_head():
-            self.others["lm_head.weight"] = Skipped(Reason.missing)
 
     def _leave_out(self) -> None:
         """Finds by their names, and by what is beside them, the tensors that are no weights."""
@@ -120,7 +126,7 @@ class Checkpoint:
                 called.setdefault(alias, name)
         named = ((alias, self.where[name][1]) for alias, name in called.items())
         self._kinds = {alias: (entry.shape, entry.dtype) for alias, entry in named}
-        for alias, skipped in no_weights(self._kinds, self._begins_with_codes).items():
+        for alias, skipped in find_non_weights(self._kinds, self._begins_with_codes).items():
             name = called[alias]
             file, entry = self.where[name]
             if entry.skipped is None or entry.skipped.reason in _REFINED:
@@ -129,7 +135,7 @@ class Checkpoint:
             elif skipped.reason is Reason.flat:
                 self.where[name] = file, replace(entry, skipped=skipped)
         config = self.beside("adapter_config.json")
-        for name, skipped in adapter_parameters(self.where, config).items():
+        for name, skipped in find_adapter_parameters(self.where, config).items():
             file, entry = self.where[name]
             if entry.skipped is None or not entry.skipped.reason.no_matrix:
                 self.where[name] = file, replace(entry, skipped=skipped)
@@ -176,16 +182,12 @@ class Checkpoint:
 
     def _find(self) -> list[str]:
         """Names of the files, within `self.directory`."""
-        self.index: dict[str, str] | None = None
-        self.index_name = ""
         path = self.path
-        self.directory = path if path.is_dir() else path.parent
         if path.is_dir():
             indices = sorted(path.glob(f"*.safetensors{INDEX}")) or sorted(path.glob(f"*{INDEX}"))
             if len(indices) == 1:
                 path = indices[0]
         if path.is_file() and path.name.endswith(INDEX):
-            self.index_name = path.name
             shards = self._read_index(path)
             if self.path.is_dir():
                 beside = {file.name for file in _weight_files(self.path)} - set(shards)
@@ -199,8 +201,7 @@ class Checkpoint:
             raise UnreadableError(other)
         if not found:
             raise UnreadableError(
-                f"{path} must contain checkpoint files, but has none that ends in .safetensors, "
-                f"{INDEX}, {', '.join(PICKLED)}."
+                f"{path} must contain checkpoint files, but has none that ends in {_ENDINGS}."
             )
         self.others = _find_unread(path)
         return [file.name for file in found]
@@ -239,18 +240,7 @@ class Checkpoint:
                         f"{path} is a pointer of Git LFS, and not the file that it stands for. "
                         "Fetch that with `git lfs pull`."
                     )
-            if path.suffix == ".safetensors":
-                self.files[name] = Safetensors(path)
-            elif path.name.endswith(PICKLED):
-                self.files[name] = Pickled(path)
-            elif what := other_format(path):
-                raise UnreadableError(what)
-            elif zipfile.is_zipfile(path):
-                self.files[name] = Pickled(path)
-            else:
-                raise UnreadableError(
-                    f"{path} must end in .safetensors, {INDEX}, {', '.join(PICKLED)}, but does not."
-                )
+            self.files[name] = _reader_of(path)(path)
         except (UnreadableError, OSError) as raised:
             other = other_format(path) if path.is_file() else ""
             error = UnreadableError(other) if other else raised
@@ -266,9 +256,8 @@ class Checkpoint:
             else:
                 self.damaged[name] = what
 
-    def _check_index(self) -> None:
-        assert self.index is not None
-        for name, shard in self.index.items():
+    def _check_index(self, index: dict[str, str]) -> None:
+        for name, shard in index.items():
             if name not in self.files[shard].entries:
                 raise UnreadableError(
                     f"{self.path} says that {name} is in {shard}, where it is not. "
@@ -288,7 +277,7 @@ class Checkpoint:
             if reason is Reason.slice:
                 sizes[name] = sum(entries(one.shape) for _, one in self.slices[name])
             elif _holds_codes(name, entry):
-                sizes[name] = logical_entries(name, self._kinds, self._read_small, config)
+                sizes[name] = count_logical_entries(name, self._kinds, self._read_small, config)
             elif entry.parameter and reason is not Reason.constant:
                 sizes[name] = entries(entry.shape)
         return sizes
@@ -321,7 +310,7 @@ class Checkpoint:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped
         unless their exact name is asked for."""
         shapes = {name: entry.shape for name, (_, entry) in self.where.items()}
-        views = views_by_name(shapes, self.beside("config.json"))
+        views = find_views_in_file(shapes, self.beside("config.json"))
         for name, (file, entry) in self.where.items():
             if entry.matrix:
                 names, seen = (name, *self._aliases(name)), views[name]
@@ -399,8 +388,20 @@ def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
-    found = [path for path in files if path.suffix == ".safetensors"]
-    return found + [path for path in files if path.name.endswith(PICKLED)]
+    return [path for reader in READERS for path in files if path.name.endswith(reader.endings)]
+
+
+def _reader_of(path: Path) -> type[TensorFile]:
+    """The reader of a file: by the ending of its name, or else by its content."""
+    for reader in READERS:
+        if path.name.endswith(reader.endings):
+            return reader
+    if what := other_format(path):
+        raise UnreadableError(what)
+    for reader in READERS:
+        if reader.recognises(path):
+            return reader
+    raise UnreadableError(f"{path} must end in {_ENDINGS}, but does not.")
 
 
 def _check_regular(path: Path) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from wellcond.files.foreign import Foreign, ForeignTensor, array_of
+from wellcond.files.inert import Foreign, ForeignTensor, StoredTensor, array_of
 from wellcond.files.tensors import UnreadableError
-from wellcond.text import and_more
+from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
 # Keys by which a dict is known that holds no weights, and what it is.
@@ -24,22 +24,24 @@ LIGHTNING_VERSION = "pytorch-lightning_version"
 _LIGHTNING = {"state_dict", LIGHTNING_VERSION}
 # More than this no checkpoint has; a small file of shared lists can have any number.
 _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
-_TENSORS, _LETTERS = 500_000, 100_000_000  # of all names together
+_TENSORS, _LETTERS = 300_000, 50_000_000  # of all names together
 
 
 # The attributes of a module that hold what its state dict holds.
 _MODULE = ("_parameters", "_buffers", "_modules")
-_HOLDERS = (Tensor, Mapping, list, tuple, Foreign)
+_HOLDERS = (StoredTensor, Mapping, list, tuple, Foreign)
 _OBJECTS = "Python objects"
 # Of these there is nothing to say.
 _HARMLESS = {"builtins.frozenset", "__builtin__.frozenset"}
 _HARMLESS |= {"builtins.bytearray", "builtins.complex", "builtins.range", "builtins.slice"}
+_HARMLESS |= {"builtins.set", "__builtin__.set", "torch.serialization._get_layout"}
 _HARMLESS |= {"_codecs.encode", "collections.Counter", "collections.defaultdict"}
+_HARMLESS |= {str(one) for one in vars(torch).values() if isinstance(one, torch.qscheme)}
 
 
 def tensors_in(
     content: Any, path: Path
-) -> tuple[dict[str, Tensor | ForeignTensor], dict[str, Skipped]]:
+) -> tuple[dict[str, StoredTensor | ForeignTensor], dict[str, Skipped]]:
     """The tensors of a file, names joined by dots, and what is in it besides.
 
     The tensors of a module that was saved whole have the names of its state dict.
@@ -47,9 +49,9 @@ def tensors_in(
     walk = _Walk(path)
     walk.visit(content, "", 0)
     if walk.objects:
-        kinds = ((name, and_more(some, limit=2)) for name, some in walk.objects.items())
+        kinds = ((name, list_some(some, limit=2)) for name, some in walk.objects.items())
         named = (f"{name} ({some})" if name else some for name, some in kinds)
-        walk.others[_OBJECTS] = Skipped(Reason.objects, and_more(named, limit=3))
+        walk.others[_OBJECTS] = Skipped(Reason.objects, list_some(named, limit=3))
     return walk.tensors, walk.others
 
 
@@ -58,7 +60,7 @@ class _Walk:
         self.path = path
         self.containers = self.items = self.letters = 0
         self.names: dict[str, int] = {}  # how often each was wanted
-        self.tensors: dict[str, Tensor | ForeignTensor] = {}
+        self.tensors: dict[str, StoredTensor | ForeignTensor] = {}
         self.others: dict[str, Skipped] = {}
         self.objects: dict[str, dict[str, None]] = {}  # their classes, by the outermost name
         self.seen: set[int] = set()
@@ -77,7 +79,7 @@ class _Walk:
             if id(content) in self.seen:
                 return
             self.seen.add(id(content))
-        if isinstance(content, Tensor | ForeignTensor):
+        if isinstance(content, StoredTensor | ForeignTensor):
             self.tensors[self._free(prefix or "tensor")] = content
         elif isinstance(content, Mapping | list | tuple):
             self.containers += 1
@@ -106,13 +108,13 @@ class _Walk:
 
     def _read_object(self, one: Foreign, name: str, depth: int) -> Any:
         """What a foreign object holds as tensors may be named."""
-        attributes = one.attributes
         if one.name.endswith("Tensor"):  # a class such as ShardedTensor
             return ForeignTensor(one.kind)
+        attributes = one.attributes
+        self.items += len(one.arguments) + len(one.states)
         if all(isinstance(attributes.get(part), Mapping) for part in _MODULE):
             found = {name: t for part in _MODULE for name, t in attributes[part].items()}
-            transient = attributes.get("_non_persistent_buffers_set")
-            left_out = transient if isinstance(transient, set) else set()
+            left_out = self._texts_of(attributes.get("_non_persistent_buffers_set"))
             return {name: t for name, t in found.items() if name not in left_out}
         if id(one) in self.seen:  # an object may hold the one that holds it
             return None
@@ -136,14 +138,12 @@ class _Walk:
         return attributes | one.items | dict(enumerate(one.elements))
 
     def _visit_trainer(self, content: Any, name: str) -> None:
-        inside = _Walk(self.path)
-        inside.containers, inside.items = self.containers, self.items
-        inside.letters = self.letters
-        inside.seen, inside.objects = self.seen, self.objects
-        inside.visit(content, name, 1)
-        self.containers, self.items = inside.containers, inside.items
-        self.letters = inside.letters
-        self.others |= {name: Skipped(Reason.trainer)} if inside.tensors else inside.others
+        """Of a trainer's state it says only whether there are tensors in it."""
+        tensors, others = self.tensors, self.others
+        self.tensors, self.others = {}, {}
+        self.visit(content, name, 1)
+        found = {name: Skipped(Reason.trainer)} if self.tensors else self.others
+        self.tensors, self.others = tensors, others | found
 
     def _free(self, name: str) -> str:
         """The name, numbered if it is taken: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
@@ -152,3 +152,11 @@ class _Walk:
             number = self.names[name] = self.names.get(name, 1) + 1
             free = f"{name} ({number})"
         return free
+
+    def _texts_of(self, one: Any) -> set[str]:
+        """The texts in a set, which may be made of a list or added to."""
+        if not isinstance(one, Foreign):
+            return set()
+        lists = [*(part for part in one.arguments if isinstance(part, list)), one.elements]
+        self.items += sum(map(len, lists))
+        return {text for part in lists for text in part if isinstance(text, str)}

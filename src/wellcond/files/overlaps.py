@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
 
+from wellcond.files.inert import StoredTensor
 from wellcond.weights.reasons import Reason, Skipped
 
 
-def repeats(tensor: Tensor) -> bool:
+def repeats(tensor: StoredTensor) -> bool:
     """Whether entries share memory, as they do in what `expand` returns."""
     reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(tensor.stride, tensor.shape, strict=True)):
         if size > 1:
             if stride < reach:
                 return True
@@ -23,17 +23,17 @@ def repeats(tensor: Tensor) -> bool:
 
 
 def shared_memory(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
 ) -> tuple[dict[str, Skipped], list[tuple[str, str]]]:
     """Which tensors are another one, or a part of it; and which pairs overlap otherwise."""
     skipped: dict[str, Skipped] = {}
     overlapping: list[tuple[str, str]] = []
     first: dict[tuple[object, ...], str] = {}
     for name, tensor in tensors.items():
-        layout = list(zip(tensor.stride(), tensor.shape, strict=True))
+        layout = list(zip(tensor.stride, tensor.shape, strict=True))
         # The transpose of a matrix is the same weight.
-        steps = tuple(sorted(layout) if tensor.ndim == 2 else layout)
-        where = (tensor.data_ptr(), tensor.dtype, steps)
+        steps = tuple(sorted(layout) if len(layout) == 2 else layout)
+        where = (tensor.key, tensor.start, tensor.dtype, steps)
         if first.setdefault(where, name) != name:
             skipped[name] = Skipped(Reason.same, first[where])
     for cluster in _clusters({name: tensors[name] for name in first.values()}):
@@ -46,42 +46,36 @@ def shared_memory(
     return skipped, overlapping
 
 
-def span(tensor: Tensor) -> int:
-    """How many bytes there are from the first entry to the last."""
-    steps = zip(tensor.stride(), tensor.shape, strict=True)
-    return (1 + sum(stride * (size - 1) for stride, size in steps)) * tensor.itemsize
-
-
-def _clusters(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+def _clusters(tensors: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
     """Names of tensors the memory of which interleaves, several together."""
     cluster: list[str] = []
-    stop = 0
-    for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
-        start = tensors[name].data_ptr()
-        if start >= stop:
+    end = ("", 0)
+    for name in sorted(tensors, key=lambda name: (tensors[name].key, tensors[name].start)):
+        tensor = tensors[name]
+        if (tensor.key, tensor.start) >= end:
             if len(cluster) > 1:
                 yield cluster
             cluster = []
         cluster.append(name)
-        stop = max(stop, start + span(tensors[name]))
+        end = max(end, (tensor.key, tensor.start + tensor.span))
     if len(cluster) > 1:
         yield cluster
 
 
-def _owners(tensors: list[Tensor]) -> Iterator[tuple[int, int, bool]]:
+def _owners(tensors: list[StoredTensor]) -> Iterator[tuple[int, int, bool]]:
     """Of a cluster from large to small: which has entries of which before, and whether all."""
-    start = min(tensor.data_ptr() for tensor in tensors)
-    size = max(tensor.data_ptr() + span(tensor) for tensor in tensors) - start
+    start = min(tensor.start for tensor in tensors)
+    size = max(tensor.start + tensor.span for tensor in tensors) - start
     if tensors[0].nbytes == size:  # it has everything
         yield from ((index, 0, True) for index in range(1, len(tensors)))
         return
-    unit = math.gcd(*(n for t in tensors for n in (t.itemsize, t.data_ptr() - start)))
+    unit = math.gcd(*(n for t in tensors for n in (t.dtype.itemsize, t.start - start)))
     owner = torch.full((size // unit,), -1, dtype=torch.int32, device="cpu")
     for index, tensor in enumerate(tensors):
-        wide = tensor.itemsize // unit
+        wide = tensor.dtype.itemsize // unit
         shape = (*tensor.shape, wide)
-        strides = (*(stride * wide for stride in tensor.stride()), 1)
-        view = owner.as_strided(shape, strides, (tensor.data_ptr() - start) // unit)
+        strides = (*(stride * wide for stride in tensor.stride), 1)
+        view = owner.as_strided(shape, strides, (tensor.start - start) // unit)
         least, most = int(view.min()), int(view.max())
         if most >= 0:
             yield index, most, least == most

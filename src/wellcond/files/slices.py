@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from wellcond.text import and_more
+from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
 _KEY = "DCP_SHARDING_INFO"  # of torch.distributed.checkpoint, in the metadata of safetensors
@@ -58,7 +58,7 @@ def slice_at(offsets: Sequence[Offsets]) -> Skipped:
     """Why a tensor of which there are slices at these offsets is left out."""
     if not offsets:
         return Skipped(Reason.slice, f"its offsets are not known; {_JOIN}")
-    return Skipped(Reason.slice, f"at {and_more(map(str, offsets))}; {_JOIN}")
+    return Skipped(Reason.slice, f"at {list_some(map(str, offsets))}; {_JOIN}")
 
 
 def one_of_ranks(path: Path) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, ClassVar
 
+import torch
 from torch import Tensor
 
-from wellcond.files.pieces import pieces_of
 from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
 _DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
+_PIECE = 16 << 20  # bytes
 
 
 class UnreadableError(ValueError):
@@ -28,14 +31,28 @@ class NoTensorsError(UnreadableError):
     """A file that is sound but holds no tensors, such as the state of a scheduler."""
 
 
+class DamagedError(ValueError):
+    """What is wrong within a file; `damaged` makes the whole sentence of it."""
+
+
+def damaged(path: Path, kind: str, what: object) -> UnreadableError:
+    """The error for a file that is not what a writer of its format leaves."""
+    return UnreadableError(
+        f"{path} must be a whole {kind}, but: {what}. It may be truncated or damaged: compare its "
+        "size with the original's, or fetch it again."
+    )
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor in a file; `skipped` says why it holds no weights.
 
-    Whether it is a `parameter` that counts for the share of what was measured: integers are
-    counters, positions and masks as often as packed weights, and the same tensor counts once.
-    `aliases` are other names of it that the file tells, and that are none of other tensors. Of a
-    slice of a larger tensor `offsets` says where it begins, if the file does.
+    Attributes:
+        parameter: whether it counts for the share of what was measured. Integers are counters,
+            positions and masks as often as packed weights, and a tensor under two names counts
+            once.
+        aliases: other names that the file gives to this tensor, and to no other.
+        offsets: where it begins in the tensor of which it is a slice, if the file says so.
     """
 
     name: str
@@ -48,42 +65,49 @@ class Entry:
 
     @property
     def matrix(self) -> bool:
-        """Whether it can be measured: without further ado, or by its exact name."""
+        """Whether it can be measured, if only by its exact name."""
         return self.skipped is None or self.skipped.reason.by_name
 
 
-def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
+def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     """Why a tensor of a file holds no weight; None if it does."""
     if len(shape) > _DIMENSIONS:
         return Skipped(Reason.dimensions, str(len(shape)))
-    return names.why_no_weight(shape, dtype)
-
-
-def memory_for(size: int, name: str, path: Path) -> bytearray:
-    """So many bytes to read a tensor into, or an error that says what they were wanted for."""
-    try:
-        return bytearray(size)
-    except (MemoryError, OverflowError):
-        raise UnreadableError(
-            f"{path} holds {name} of {size:,} bytes, for which there is not enough memory."
-        ) from None
+    return names.explain_non_weight(shape, dtype)
 
 
 class TensorFile(abc.ABC):
-    """One file of tensors."""
+    """One file of tensors. Every read opens it anew, and raises if it has changed since the first.
 
-    path: Path
+    Attributes:
+        endings: what the names of such files end in.
+        others: what is in the file beside tensors, and why it is not measured.
+        overlapping: pairs of tensors that share entries, neither of which is a part of the other.
+    """
+
+    endings: ClassVar[tuple[str, ...]]
     entries: dict[str, Entry]
-    others: dict[str, Skipped]  # what is in it besides, and why it is not measured
-    overlapping: list[tuple[str, str]]  # tensors that share entries, though neither has the other's
+    others: dict[str, Skipped]
+    overlapping: list[tuple[str, str]]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._state = _state(file)
+        self.entries, self.others, self.overlapping = {}, {}, []
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a file without one of the endings has this format by its content."""
+        return False
 
     @abc.abstractmethod
     def read(self, name: str) -> Tensor:
         """The tensor, to be used and let go before the next is read."""
 
+    @abc.abstractmethod
     def pieces(self, name: str) -> Iterable[Tensor]:
         """The floating point entries of the tensor in parts, none of one without any."""
-        return pieces_of(self.read(name))
 
     @abc.abstractmethod
     def first_row(self, name: str) -> Tensor:
@@ -92,3 +116,49 @@ class TensorFile(abc.ABC):
     @abc.abstractmethod
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
         """Writes a copy in which these tensors have other values; all else stays as it is."""
+
+    def _open(self) -> IO[bytes]:
+        file = self.path.open("rb")
+        state = _state(file)
+        if state == self._state:
+            return file
+        file.close()
+        raise self._changed(state[0])
+
+    def _changed(self, size: int) -> UnreadableError:
+        how = "become shorter" if size < self._state[0] else "changed"
+        return UnreadableError(f"{self.path} has {how} while it was read.")
+
+    def _read_bytes(self, start: int, size: int, name: str) -> bytearray:
+        """Bytes of the file; the name of the tensor is for the error where memory is short."""
+        buffer = self._memory_for(size, name)
+        with self._open() as file:
+            file.seek(start)
+            if file.readinto(buffer) != size:  # type: ignore[attr-defined]
+                raise self._changed(0)
+        return buffer
+
+    def _read_flat(self, start: int, size: int, dtype: torch.dtype, name: str) -> Tensor:
+        if not size:  # of which `frombuffer` makes nothing
+            return torch.empty(0, dtype=dtype, device="cpu")
+        return torch.frombuffer(self._read_bytes(start, size, name), dtype=dtype)
+
+    def _read_pieces(
+        self, start: int, size: int, dtype: torch.dtype, name: str
+    ) -> Iterator[Tensor]:
+        for at in range(start, start + size, _PIECE):
+            yield self._read_flat(at, min(_PIECE, start + size - at), dtype, name)
+
+    def _memory_for(self, size: int, name: str) -> bytearray:
+        try:
+            return bytearray(size)
+        except (MemoryError, OverflowError):
+            raise UnreadableError(
+                f"{self.path} holds {name} of {size:,} bytes, for which there is not enough memory."
+            ) from None
+
+
+def _state(file: IO[bytes]) -> tuple[int, int]:
+    """The size of a file and the time at which it was written; network drives renumber inodes."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns

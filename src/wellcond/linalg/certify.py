@@ -151,7 +151,7 @@ def _holds_subnormal(S: Tensor) -> bool:
     return bool(((magnitude > 0) & (magnitude < normal.view(integer))).any())
 
 
-def certificate_of_blocks(certificates: Sequence[Certificate]) -> Certificate:
+def combine_certificates(certificates: Sequence[Certificate]) -> Certificate:
     """The certificate of a block-diagonal matrix from those of its blocks."""
     largest, smallest = zip(*((c.sigma_max, c.sigma_min) for c in certificates), strict=True)
     high = Interval(max(x.lower for x in largest), max(x.upper for x in largest))

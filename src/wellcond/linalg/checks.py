@@ -56,7 +56,7 @@ def lacks_values(S: Tensor) -> bool:
 def as_matrices(S: Tensor) -> Tensor:
     """S in float64 or complex128; raises unless it is a batch of finite, non-empty matrices."""
     check_matrices(S)
-    wide = in_float64(S)
+    wide = to_float64(S)
     if not torch.isfinite(wide).all():
         count = int((~torch.isfinite(wide)).sum())
         raise ValueError(
@@ -66,7 +66,7 @@ def as_matrices(S: Tensor) -> Tensor:
     return wide
 
 
-def in_float64(S: Tensor) -> Tensor:
+def to_float64(S: Tensor) -> Tensor:
     """S in float64, or complex128, on the CPU if its own device has no float64."""
     dtype = torch.complex128 if S.is_complex() else torch.float64
     try:

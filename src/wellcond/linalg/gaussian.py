@@ -82,7 +82,7 @@ def exceedance(shape: Sequence[int], condition_number: float) -> float:
     return min(1.0, float((weights * below).sum()))
 
 
-def usual_stable_rank(shape: Sequence[int]) -> float:
+def gaussian_stable_rank(shape: Sequence[int]) -> float:
     """The mean of ||S||_F^2/sigma_1^2 for such a matrix; 1 for vectors.
 
     It is m n/E sigma_1^2 with the mean of the Tracy-Widom law, about m n/(sqrt(m) + sqrt(n))^2. The
@@ -92,8 +92,8 @@ def usual_stable_rank(shape: Sequence[int]) -> float:
         ValueError: the shape does not have two dimensions, or one is below 1.
 
     Example:
-        >>> from wellcond.linalg.gaussian import usual_stable_rank
-        >>> round(usual_stable_rank((768, 768)))
+        >>> from wellcond.linalg.gaussian import gaussian_stable_rank
+        >>> round(gaussian_stable_rank((768, 768)))
         194
     """
     m, n = _sort_sides(shape)
@@ -139,7 +139,7 @@ def _table(m: int, n: int) -> _Table:
     low, high = (_FAR - lead) / k, math.log(m) / 2
     log_v = torch.linspace(low, high, _COARSE, dtype=torch.float64, device="cpu")
     log_v, log_p = _integrate(log_v, m, n, lead)
-    # Refine where the probability is not negligible and t is below the first zero of L.
+    # Refine where the probability is not rank_tolerance and t is below the first zero of L.
     first = int((log_p < _FAR).sum().clamp_min(1)) - 1
     low, high = float(log_v[first]), min(high, float(2 * log_v[-1] - log_v[-2]))
     fine = torch.linspace(low, high, _FINE, dtype=torch.float64, device="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FAILED = (
+SVD_FAILED = (
     "LAPACK does not converge for `S` or its transpose, so its singular values are unknown. "
     "Try another build of PyTorch, or move `S` to another device."
 )
@@ -19,7 +19,7 @@ def singular_values(S: Tensor) -> Tensor:
             return sigma
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-    raise ValueError(FAILED)
+    raise ValueError(SVD_FAILED)
 
 
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,4 +33,4 @@ def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         V, sigma, Uh = torch.linalg.svd(S.mT, full_matrices=False)
         return Uh.mT, sigma, V.mT
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise ValueError(FAILED) from None
+        raise ValueError(SVD_FAILED) from None

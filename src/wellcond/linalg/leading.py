@@ -17,7 +17,7 @@ _WHOLE = 1024
 _ROUNDS, _EXTRA = 8, 8
 
 
-class Added(NamedTuple):
+class UpdateShare(NamedTuple):
     """The share of the k leading singular values of S that comes from its part D.
 
     Attributes:
@@ -31,7 +31,7 @@ class Added(NamedTuple):
     share: float
 
 
-def added(S: Tensor, D: Tensor, count: int) -> Added:
+def measure_share(S: Tensor, D: Tensor, count: int) -> UpdateShare:
     """sigma_j = u_j^T S v_j = u_j^T (S - D) v_j + u_j^T D v_j: the second term over sigma_j.
 
     The sum over j does not depend on the choice of vectors for equal singular values. If nu > 1024
@@ -43,13 +43,13 @@ def added(S: Tensor, D: Tensor, count: int) -> Added:
         D: (m, n).
         count: k; all singular values are used if there are fewer.
     """
-    U, sigma, V = leading(S, count)
+    U, sigma, V = leading_triplets(S, count)
     parts = (U * (D @ V)).sum(0)
     share = float(parts.sum() / sigma.sum())
-    return Added(len(sigma), int((parts > sigma / 2).sum()), share)
+    return UpdateShare(len(sigma), int((parts > sigma / 2).sum()), share)
 
 
-def leading(S: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_triplets(S: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, sigma and V of the `count` leading singular values."""
     k = min(count, *S.shape)
     if min(S.shape) <= _WHOLE:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices, as_number
 from wellcond.linalg.lapack import svd
-from wellcond.linalg.projection import decomposed, resolvable
+from wellcond.linalg.projection import decompose_gram, resolvable_condition_number
 
 
 def nearest(S: Tensor, max_condition: float) -> Tensor:
@@ -61,8 +61,8 @@ def _change(S: Tensor, K: float, error: float) -> tuple[Tensor, Tensor]:
     if m < n:
         change, allowed = _change(S.mT, K, error)
         return change.mT, allowed
-    found = decomposed(S.mH @ S)
-    limit = resolvable(torch.float64, n, error)
+    found = decompose_gram(S.mH @ S)
+    limit = resolvable_condition_number(torch.float64, n, error)
     if found is not None and bool((found.sigma[..., -1] < limit * found.sigma[..., 0]).all()):
         clipped = clip(found.sigma.flip(-1), K).flip(-1)
         V, d = found.move(clipped)

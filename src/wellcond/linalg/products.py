@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.lapack import singular_values
-from wellcond.linalg.scaling import scaled
-from wellcond.linalg.spectrum import negligible
+from wellcond.linalg.scaling import split_scale
+from wellcond.linalg.spectrum import rank_tolerance
 
 
 class ProductSpectrum(NamedTuple):
@@ -58,7 +58,7 @@ def spectrum_of_product(B: Tensor, A: Tensor) -> ProductSpectrum:
     Raises:
         ValueError: a factor is not finite, or LAPACK does not converge.
     """
-    (left, left_unit), (right, right_unit) = scaled(B), scaled(A)
+    (left, left_unit), (right, right_unit) = split_scale(B), split_scale(A)
     R_left, R_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right))
     sigma = singular_values(R_left @ R_right.mT)
     (top_left, move_left), (top_right, move_right) = (
@@ -68,7 +68,7 @@ def spectrum_of_product(B: Tensor, A: Tensor) -> ProductSpectrum:
     # (B + E)(A + F)^T - B A^T = E (A + F)^T + B F^T, whose norm bounds the change of each sigma.
     rounding = move_left * (top_right + move_right) + top_left * move_right
     largest = torch.Size([max(*B.shape, *A.shape), 1])
-    unresolved = negligible(largest) * top_left * top_right
+    unresolved = rank_tolerance(largest) * top_left * top_right
     return ProductSpectrum(sigma, left_unit * right_unit, unresolved, rounding)
 
 

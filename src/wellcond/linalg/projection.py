@@ -58,7 +58,7 @@ def gram(S: Tensor, dtype: torch.dtype | None = None, unit: Tensor | None = None
     return G
 
 
-def resolvable(dtype: torch.dtype, n: int = 1, error: float = _ERROR) -> float:
+def resolvable_condition_number(dtype: torch.dtype, n: int = 1, error: float = _ERROR) -> float:
     """The kappa up to which a Gram matrix (n, n) of this dtype resolves all singular values.
 
     In float64 the relative error of sigma_n is then at most `error`, by a pessimistic bound.
@@ -67,7 +67,7 @@ def resolvable(dtype: torch.dtype, n: int = 1, error: float = _ERROR) -> float:
     return math.sqrt(error / (n * u) if dtype == torch.float64 else _ERROR / (5 * u))
 
 
-class Decomposed(NamedTuple):
+class GramDecomposition(NamedTuple):
     """Singular values (..., n), in float64, ascending, and right singular vectors (..., n, n)."""
 
     sigma: Tensor
@@ -79,7 +79,7 @@ class Decomposed(NamedTuple):
         One truth value per matrix.
         """
         smallest = self.sigma[..., 0] if smallest is None else smallest
-        bound = resolvable(self.V.dtype, self.sigma.shape[-1])
+        bound = resolvable_condition_number(self.V.dtype, self.sigma.shape[-1])
         return self.sigma[..., -1] < bound * smallest
 
     def extremes(self, apart: float) -> tuple[Tensor, Tensor]:
@@ -99,16 +99,16 @@ class Decomposed(NamedTuple):
         return self.V[..., moves], change[..., moves].to(self.V.dtype)
 
 
-def decomposed(G: Tensor, vectors: bool = True) -> Decomposed | None:
+def decompose_gram(G: Tensor, vectors: bool = True) -> GramDecomposition | None:
     """Decomposes a Gram matrix; without `vectors` V has no columns. None if LAPACK fails."""
     try:
         values, V = torch.linalg.eigh(G) if vectors else (torch.linalg.eigvalsh(G), G[..., :0])
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
-    return Decomposed(values.double().clamp_min(0).sqrt(), V)
+    return GramDecomposition(values.double().clamp_min(0).sqrt(), V)
 
 
-def within(G: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def are_within_bounds(G: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Whether low <= sigma_n and sigma_1 <= high, by two Cholesky factorisations of G.
 
     It is measured, not proven. A margin for rounding makes a matrix on the bound fail. G

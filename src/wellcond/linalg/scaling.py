@@ -7,16 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from wellcond.linalg.checks import as_matrices, in_float64
+from wellcond.linalg.checks import as_matrices, to_float64
 
 
-def scaled(S: Tensor) -> tuple[Tensor, float]:
+def split_scale(S: Tensor) -> tuple[Tensor, float]:
     """S/unit in float64 or complex128, and the unit: a power of two (exact), usually 1.
 
     Raises:
         ValueError: an entry is NaN or infinite.
     """
-    wide = in_float64(S.detach())
+    wide = to_float64(S.detach())
     largest = float(torch.linalg.vector_norm(wide, math.inf))
     if 1e-100 < largest < 1e100 or largest == 0:
         return wide, 1.0
@@ -33,5 +33,5 @@ def power_of_two(largest: float) -> float:
 
 def frobenius_norm(S: Tensor) -> float:
     """||S||_F in float64; the squares of the entries may overflow or vanish."""
-    wide, unit = scaled(S)
+    wide, unit = split_scale(S)
     return float(torch.linalg.vector_norm(wide)) * unit

@@ -25,7 +25,7 @@ from torch import Tensor
 from wellcond.linalg.checks import as_matrices, check_matrices
 from wellcond.linalg.lapack import singular_values
 from wellcond.linalg.projection import gram
-from wellcond.linalg.scaling import scaled
+from wellcond.linalg.scaling import split_scale
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to _SMALL (nu) an SVD is as fast as the Gram matrix; from _LARGE on, Krylov spaces find the
@@ -73,7 +73,7 @@ class Spectrum(NamedTuple):
         largest, smallest = float(sigma[0]), float(sigma[-1])
         if largest == 0:
             return math.nan
-        return math.inf if smallest <= negligible(self.shape) * largest else largest / smallest
+        return math.inf if smallest <= rank_tolerance(self.shape) * largest else largest / smallest
 
 
 def condition_number(S: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def condition_number(S: Tensor) -> Tensor:
     """
     check_matrices(S)
     if S.ndim == 2:
-        spectrum = measure(S)
+        spectrum = compute_spectrum(S)
         return spectrum.scaled.new_full((), spectrum.condition_number, dtype=torch.float64)
     # The largest entry is the unit: singular values of 1e+-200 would overflow inside LAPACK's
     # scaling of subnormal entries. The ratio does not depend on the unit.
@@ -113,16 +113,16 @@ def condition_number(S: Tensor) -> Tensor:
     unit = wide.abs().amax(dim=(-2, -1), keepdim=True)
     sigma = singular_values(wide / torch.where(unit > 0, unit, 1.0))
     largest, smallest = sigma[..., 0], sigma[..., -1]
-    zero = smallest <= negligible(S.shape) * largest
+    zero = smallest <= rank_tolerance(S.shape) * largest
     return torch.where(largest == 0, torch.nan, torch.where(zero, torch.inf, largest / smallest))
 
 
-def negligible(shape: torch.Size) -> float:
+def rank_tolerance(shape: torch.Size) -> float:
     """The ratio sigma/sigma_1 up to which a computed sigma is zero to working precision."""
     return max(shape[-2:]) * _EPS
 
 
-def measure(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spectrum:
+def compute_spectrum(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spectrum:
     """Computes the singular values of one matrix (m, n) in float64 by the cheapest sound method.
 
     Args:
@@ -133,7 +133,7 @@ def measure(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spec
     Raises:
         ValueError: an entry is NaN or infinite, or LAPACK does not converge.
     """
-    wide, unit = scaled(S)  # LAPACK squares, and scales subnormal entries up
+    wide, unit = split_scale(S)  # LAPACK squares, and scales subnormal entries up
     m, n = wide.shape
     if m == 1 or n == 1:
         return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
@@ -147,7 +147,7 @@ def measure(S: Tensor, all_values: bool = False, extremes: bool = False) -> Spec
     return Spectrum(singular_values(wide), Method.svd, wide.shape, unit)
 
 
-def spectrum_of_blocks(spectra: Sequence[Spectrum]) -> Spectrum:
+def combine_spectra(spectra: Sequence[Spectrum]) -> Spectrum:
     """The spectrum of a block-diagonal matrix from those of its blocks, all of one shape.
 
     It holds only the extremes if that of a block does; the method is the one farthest from an SVD.
@@ -174,7 +174,7 @@ def _from_gram(S: Tensor, all_values: bool, extremes: bool = False) -> Spectrum 
     start = _random_block(S)
     smallest, error = _smallest(S, factor, start)
     del factor
-    hides = negligible(S.shape) / _HIDDEN
+    hides = rank_tolerance(S.shape) / _HIDDEN
     if hides * G.diagonal().max() > smallest.square():
         return None
     converged = error <= _RESIDUAL_ERROR

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wellcond.text import and_more, joined
+from wellcond.text import join_remarks, list_some
 from wellcond.weights.reasons import Skipped
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Finding:
             is no condition number, for vectors, for complex matrices, and for what is no stored
             matrix: groups of a convolution, a convolution as it acts, a head of attention; random
             ones of these follow other laws.
-        usual_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
+        gaussian_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
         grade: "none", "estimated", "bounded", "computed" or "certified"; see `Grade`.
         status: "ok", or what is the matter; its value says it in words.
         detail: more of the status, such as the error.
@@ -119,7 +119,7 @@ class Finding:
     rank: int = 0
     penalty: float = math.nan
     exceedance: float = math.nan
-    usual_stable_rank: float = math.nan
+    gaussian_stable_rank: float = math.nan
     grade: Grade = Grade.none
     status: Status = Status.ok
     detail: str = ""
@@ -199,7 +199,7 @@ class Finding:
             "rank": self.rank,
             "penalty": self.penalty,
             "exceedance": self.exceedance,
-            "usual_stable_rank": self.usual_stable_rank,
+            "gaussian_stable_rank": self.gaussian_stable_rank,
             "largest_entry": self.largest_entry,
             "subnormal_share": self.subnormal_share,
             "float16_zero_share": self.float16_zero_share,
@@ -258,13 +258,13 @@ class Coverage:
         if self.failed:
             text += f"; {self.failed} could not be measured"
         if left_out:
-            named = and_more((f"{name} ({why})" for name, why in left_out.items()), limit=3)
+            named = list_some((f"{name} ({why})" for name, why in left_out.items()), limit=3)
             text += f"; {len(left_out)} skipped: {named}"
         reasons = [why.reason for why in self.skipped.values() if why.reason.no_matrix]
         if reasons:
             counted = (f"{n} ({reason.name})" for reason, n in Counter(reasons).items())
             text += f"; no matrices: {', '.join(counted)}"
-        return joined(text, self.note)
+        return join_remarks(text, self.note)
 
 
 def sort_key(finding: Finding) -> tuple[bool, bool, float]:

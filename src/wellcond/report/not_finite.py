@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from wellcond.text import and_more
+from wellcond.text import list_some
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def describe_not_finite(not_finite: Mapping[str, NotFinite]) -> str:
     """One line with the number of tensors and the first names, or "" if all are finite."""
     if not not_finite:
         return ""
-    named = and_more((f"{name} ({counts})" for name, counts in not_finite.items()), limit=3)
+    named = list_some((f"{name} ({counts})" for name, counts in not_finite.items()), limit=3)
     hold = "tensors hold" if len(not_finite) > 1 else "tensor holds"
     return f"{len(not_finite)} {hold} NaN or infinity: {named}"
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wellcond.report.findings import Grade
 from wellcond.report.layers import Stack, stacks
 from wellcond.report.rows import MARK, Column, Row
-from wellcond.text import shown
 from wellcond.weights.reasons import Skipped
 
 if TYPE_CHECKING:
@@ -101,14 +100,14 @@ def _template() -> Template:
 
     def breakable(name: str) -> Markup:
         """A name that may be broken after a dot, and not only within a word."""
-        return Markup(re.sub(r"([.:/_])", r"\1<wbr>", str(escape(shown(name)))))
+        return Markup(re.sub(r"([.:/_])", r"\1<wbr>", str(escape(escape(name)))))
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wellcond.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         # Names come from files: nothing may be printed that is markup or that a browser obeys.
-        finalize=lambda value: value if isinstance(value, Markup) else shown(value),
+        finalize=lambda value: value if isinstance(value, Markup) else escape(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )

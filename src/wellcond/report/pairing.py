@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from wellcond.report.findings import Finding, Grade
-from wellcond.text import joined
+from wellcond.text import join_remarks
 
 # What torch.compile, checkpointing and FSDP put into names; DataParallel puts "module" before all.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -75,7 +75,7 @@ class Pair(NamedTuple):
             if old.dtype != new.dtype:
                 said.append(f"{old.dtype} before, {new.dtype} after")
             if old.explanation == new.explanation:
-                return joined(*said, old.explanation)
+                return join_remarks(*said, old.explanation)
         sides = (("before", old), ("after", new))
         said += [f"{when}: {f.explanation}" for when, f in sides if f and f.explanation]
         return "; ".join(said)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
-from wellcond.text import and_more, dump_json, text_table, written
+from wellcond.text import dump_json, format_table, list_some, save_text
 from wellcond.weights.kernels import describe_groups
 from wellcond.weights.reasons import Skipped
 
@@ -81,13 +81,13 @@ class RepairReport:
             for repair in self.changed
         ]
         headers = ("weight", "shape", "dtype", "κ before", "κ after", "‖X − S‖/‖S‖")
-        text = text_table(headers, rows) if rows else ""
+        text = format_table(headers, rows) if rows else ""
         labels: dict[str, list[str]] = {}
         for repair in self.repairs:
             if repair.note:
                 labels.setdefault(repair.note, []).append(repair.label)
         for note, noted in labels.items():
-            text += f"{and_more(noted, 3)}: {note}\n"
+            text += f"{list_some(noted, 3)}: {note}\n"
         kernels = sum(repair.view == "kernel" for repair in self.changed)
         text += f"{describe_groups(kernels)}\n" if kernels else ""
         obeyed = len(self.repairs) - len(self.changed)
@@ -108,7 +108,7 @@ class RepairReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
-        return written(dump_json(self.to_dict()), path)
+        return save_text(dump_json(self.to_dict()), path)
 
     def __str__(self) -> str:
         return self.table()

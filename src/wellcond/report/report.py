@@ -31,7 +31,15 @@ from wellcond.report.rows import (
     visible_columns,
 )
 from wellcond.report.unusual import facts_of
-from wellcond.text import and_more, dump_json, joined, shown, text_table, versions, written
+from wellcond.text import (
+    dump_json,
+    escape,
+    format_table,
+    join_remarks,
+    list_some,
+    read_versions,
+    save_text,
+)
 
 SCHEMA = 1
 # Printing more rows is slow (1 ms per row) and unreadable.
@@ -84,13 +92,13 @@ class _Report(abc.ABC):
     def _text(self, rows: Sequence[Row]) -> str:
         columns = visible_columns(self._COLUMNS, rows)
         cells = ([row.cells[column.key] for column in columns] for row in rows)
-        return text_table([column.header for column in columns], cells)
+        return format_table([column.header for column in columns], cells)
 
     def to_json(
         self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
     ) -> str:
         """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
-        return written(dump_json(self.to_dict(max_condition)), path)
+        return save_text(dump_json(self.to_dict(max_condition)), path)
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
@@ -99,7 +107,7 @@ class _Report(abc.ABC):
 
         The page of a comparison has two bars per weight, and its map shows after/before.
         """
-        return written(render(self._page(max_condition)), path)
+        return save_text(render(self._page(max_condition)), path)
 
     def __str__(self) -> str:
         return self.table()
@@ -141,7 +149,7 @@ class AuditReport(_Report):
         if more := len(self.findings) - len(rows):
             text += f"... and {more} more with a smaller κ{'' if top else _WAY_TO_ALL}\n"
         text += _remarks(rows)
-        text += "".join(f"{shown(line)}\n" for line in self.unusual())
+        text += "".join(f"{escape(line)}\n" for line in self.unusual())
         text += f"{describe_not_finite(self.not_finite)}\n" if self.not_finite else ""
         return f"{text}{self.coverage}\n"
 
@@ -201,7 +209,7 @@ class AuditReport(_Report):
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line per finding, columns as in the JSON; written to path."""
         columns = record_of_finding(Finding("", "", (0, 0), ""))
-        return written(_csv(columns, map(record_of_finding, self.findings)), path)
+        return save_text(_csv(columns, map(record_of_finding, self.findings)), path)
 
     def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
         findings = self.findings[:top]
@@ -285,12 +293,12 @@ class Comparison(_Report):
             ("after", [pair.label for pair in self.pairs if pair.before is None]),
         ):
             if names:
-                lines.append(f"{_count(len(names), 'weight')} only {when}: {and_more(names, 3)}")
+                lines.append(f"{_count(len(names), 'weight')} only {when}: {list_some(names, 3)}")
         reshaped = [pair.label for pair, old, new in both if old.shape != new.shape]
         if reshaped:
             count = _count(len(reshaped), "weight")
             lines.append(
-                f"{count} of another shape, and so perhaps another: {and_more(reshaped, 3)}"
+                f"{count} of another shape, and so perhaps another: {list_some(reshaped, 3)}"
             )
         for when, found in (("Before", self.not_finite_before), ("After", self.not_finite_after)):
             lines += [f"{when}, {describe_not_finite(found)}"] if found else []
@@ -303,8 +311,8 @@ class Comparison(_Report):
         if more := len(self.pairs) - len(rows):
             text += f"... and {more} more with a smaller change{'' if top else _WAY_TO_ALL}\n"
         text += _remarks(rows)
-        after = ". ".join([shown(self.after), *self.summary()])
-        return f"{text}before: {shown(self.before)}\nafter: {after}\n"
+        after = ". ".join([escape(self.after), *self.summary()])
+        return f"{text}before: {escape(self.before)}\nafter: {after}\n"
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan. With a limit also that, and what is above it."""
@@ -333,7 +341,7 @@ class Comparison(_Report):
         """One line per weight, empty where a side lacks it; written to path."""
         columns = record_of_pair(Pair("", None, None), "")
         records = (record_of_pair(pair, self._note(pair)) for pair in self.pairs)
-        return written(_csv(columns, records), path)
+        return save_text(_csv(columns, records), path)
 
     def _note(self, pair: Pair) -> str:
         return self.notes.get(pair.label, "")
@@ -403,7 +411,7 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     if not names.paired:
         raise ValueError(
             f"The two must share the name of a weight, but share none: {before.source} has "
-            f"{and_more(old, limit=3)}; {after.source} has {and_more(new, limit=3)}. Audit two "
+            f"{list_some(old, limit=3)}; {after.source} has {list_some(new, limit=3)}. Audit two "
             "states of one model, or rename the weights of one."
         )
     pairs = [Pair(label, old[a], new[b]) for label, a, b in names.paired]
@@ -414,12 +422,12 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     notes = {pair.label: note for pair in pairs if (note := _note_of(pair, before, after))}
     naming = ""
     if names.prefix:
-        naming = f'Names {names.side} begin with "{shown(names.prefix)}", which is left out here'
+        naming = f'Names {names.side} begin with "{escape(names.prefix)}", which is left out here'
     return Comparison(
         pairs,
         before.source,
         after.source,
-        versions(),
+        read_versions(),
         notes,
         naming,
         before.not_finite,
@@ -435,7 +443,7 @@ def _note_of(pair: Pair, before: AuditReport, after: AuditReport) -> str:
     elif pair.after and not pair.before:
         why = before.coverage.skipped.get(pair.after.name)
     skipped = f"skipped {'after' if pair.before else 'before'}: {why}" if why else ""
-    return joined(skipped, pair.note)
+    return join_remarks(skipped, pair.note)
 
 
 def _count(number: int, noun: str) -> str:
@@ -446,7 +454,7 @@ def _most(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return ""
     most = max(pairs, key=lambda pair: pair.change)
-    return f" (most in {shown(most.label)}, after/before {most.ratio:.4g})"
+    return f" (most in {escape(most.label)}, after/before {most.ratio:.4g})"
 
 
 def _remarks(rows: Iterable[Row]) -> str:
@@ -455,7 +463,7 @@ def _remarks(rows: Iterable[Row]) -> str:
     for row in rows:
         if row.note:
             labels.setdefault(row.note, []).append(row.label)
-    return "".join(f"{and_more(names, 3)}: {shown(note)}\n" for note, names in labels.items())
+    return "".join(f"{list_some(names, 3)}: {escape(note)}\n" for note, names in labels.items())
 
 
 def _csv(columns: Iterable[str], records: Iterable[dict[str, Any]]) -> str:
@@ -464,7 +472,7 @@ def _csv(columns: Iterable[str], records: Iterable[dict[str, Any]]) -> str:
     def harmless(cell: Any) -> Any:
         if not isinstance(cell, str):
             return cell
-        return f"'{shown(cell)}" if cell.startswith(("=", "+", "-", "@")) else shown(cell)
+        return f"'{escape(cell)}" if cell.startswith(("=", "+", "-", "@")) else escape(cell)
 
     text = io.StringIO()
     sheet = csv.DictWriter(text, list(columns), lineterminator="\n")

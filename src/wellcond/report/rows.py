@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from wellcond.report.findings import Finding, Grade, Status
 from wellcond.report.pairing import Pair
 from wellcond.report.unusual import how_often
-from wellcond.text import percent
+from wellcond.text import format_percent
 
 MARK = "▲"
 _T = TypeVar("_T")
@@ -102,7 +102,7 @@ def _enclosure(finding: Finding) -> str:
 def _added(finding: Finding) -> str:
     if math.isnan(finding.added_share):
         return ""
-    return f"{percent(finding.added_share)}, {finding.added_new} of {finding.added_of}"
+    return f"{format_percent(finding.added_share)}, {finding.added_new} of {finding.added_of}"
 
 
 _GRADES = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)

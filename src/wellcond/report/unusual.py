@@ -6,7 +6,7 @@ import math
 import re
 
 from wellcond.report.findings import USUAL, Finding
-from wellcond.text import and_more, percent
+from wellcond.text import format_percent, list_some
 
 # Below, the power of ten of a probability is not sure for narrow shapes.
 _NEVER = 1e-9
@@ -56,17 +56,17 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
             *facts,
             *_collapse(finding),
         ]
-        if finding.stable_rank < finding.usual_stable_rank / 3:
-            few = f"{finding.stable_rank:.2g} where they have {finding.usual_stable_rank:.2g}"
+        if finding.stable_rank < finding.gaussian_stable_rank / 3:
+            few = f"{finding.stable_rank:.2g} where they have {finding.gaussian_stable_rank:.2g}"
             facts.append(f"a stable rank of {few}")
     if finding.dtype != "float16":
         if finding.largest_entry > _FLOAT16_MAX:
             facts.append(f"an entry of {finding.largest_entry:.2g} is infinite in float16")
         if finding.float16_zero_share > _ENTRIES:
-            share = percent(finding.float16_zero_share)
+            share = format_percent(finding.float16_zero_share)
             facts.append(f"{share} of its entries would be zero in float16")
     if finding.subnormal_share > _ENTRIES:
-        share = percent(finding.subnormal_share)
+        share = format_percent(finding.subnormal_share)
         facts.append(f"{share} of its entries are subnormal in {finding.dtype}")
     # No file holds a sum, or what is computed. To fill a row gives outputs to a class that never
     # occurs, and beside one huge entry all others are as good as zero.
@@ -82,7 +82,7 @@ def _zeros(finding: Finding) -> list[str]:
         if len(zeros) == 1:
             facts.append(f"{kind} {zeros[0]} is zero")
         elif zeros:
-            facts.append(f"{len(zeros)} {kind}s are zero: {and_more(map(str, zeros))}")
+            facts.append(f"{len(zeros)} {kind}s are zero: {list_some(map(str, zeros))}")
     return facts
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.linalg.checks import in_float64
+from wellcond.linalg.checks import to_float64
 from wellcond.operators.base import NewWeight, Operator
 
 
@@ -67,7 +67,7 @@ class Outcome:
             # A tensor for each: they may be written to.
             torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
             if one is None
-            else in_float64(one).cpu()
+            else to_float64(one).cpu()
             for one in (self.excess, self.condition_number)
         )
         return self.status.cpu(), excess, kappa

@@ -24,9 +24,14 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.lapack import svd
-from wellcond.linalg.projection import Decomposed, decomposed, resolvable, within
-from wellcond.linalg.scaling import scaled
-from wellcond.linalg.spectrum import Spectrum, measure, negligible, spectrum_of_blocks
+from wellcond.linalg.projection import (
+    GramDecomposition,
+    are_within_bounds,
+    decompose_gram,
+    resolvable_condition_number,
+)
+from wellcond.linalg.scaling import split_scale
+from wellcond.linalg.spectrum import Spectrum, combine_spectra, compute_spectrum, rank_tolerance
 from wellcond.operators.base import NewWeight, SpectralOperator
 
 # A limit must hold for whoever measures next: more than measuring with other threads changes.
@@ -99,7 +104,7 @@ def project(
         return [_project_map(S, bounds) for S in weights]
     *stack, m, n = weights[0].shape
     several = max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
-    narrow = 1.5 * condition_number < resolvable(torch.float32)
+    narrow = 1.5 * condition_number < resolvable_condition_number(torch.float32)
     verdicts = []
     for first in range(0, len(weights), several):
         verdicts += _project_chunk(weights[first : first + several], bounds, gate, narrow)
@@ -165,17 +170,17 @@ class _Chunk:
                 break
         return self._project(spectrum)
 
-    def _is_resolved(self, spectrum: Decomposed) -> Tensor:
+    def _is_resolved(self, spectrum: GramDecomposition) -> Tensor:
         """Whether the Gram matrix tells what to do: not for one that is on the bound."""
         least, most = (self.bounds.excess(*spectrum.extremes(apart)) for apart in (-1, 1))
         # What exceeds its bound by far is nearly cancelled by an update of S.
         near = most < CANCELS / torch.finfo(spectrum.V.dtype).eps
         return self._is_fine(spectrum) & (((least > 1) & near) | (most <= 1))
 
-    def _is_fine(self, spectrum: Decomposed) -> Tensor:
+    def _is_fine(self, spectrum: GramDecomposition) -> Tensor:
         return spectrum.resolved(self.bounds.matters(spectrum.sigma[..., 0]))
 
-    def _project(self, spectrum: Decomposed) -> tuple[Verdict, Tensor]:
+    def _project(self, spectrum: GramDecomposition) -> tuple[Verdict, Tensor]:
         sigma = spectrum.sigma.flip(-1)
         largest, smallest = sigma[..., 0], sigma[..., -1]
         excess, kappa = self.bounds.excess(largest, smallest), largest / smallest
@@ -226,17 +231,17 @@ class _Chunk:
     def _gram(self, dtype: torch.dtype) -> Tensor:
         return torch.stack([S.gram(dtype) for S in self.weights])
 
-    def _decompose(self, G: Tensor) -> Decomposed:
+    def _decompose(self, G: Tensor) -> GramDecomposition:
         def parts() -> tuple[Tensor, Tensor]:
             # Of no use, or not found: NaN, which is never resolved.
             fit = _is_in_range(G)[..., None]
-            spectrum = decomposed(torch.where(fit[..., None], G, 0.0))
+            spectrum = decompose_gram(torch.where(fit[..., None], G, 0.0))
             if spectrum is None:
                 return torch.full_like(sigma, torch.nan), G
             return spectrum.sigma.where(fit, torch.nan), spectrum.V
 
         sigma = G.new_empty(G.shape[:-1], dtype=torch.float64)
-        return Decomposed(*self.weights[0].agree(parts, sigma, G))
+        return GramDecomposition(*self.weights[0].agree(parts, sigma, G))
 
     def _passes(self, G: Tensor) -> Tensor:
         """Whether they obey as two Cholesky factorisations tell: 1 or 0."""
@@ -244,12 +249,14 @@ class _Chunk:
         for _ in range(30):
             x = G @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True))
         largest = torch.linalg.vector_norm(x, dim=(-2, -1)).sqrt() * 1.01
-        return (within(G, *self.bounds.interval(largest)) & _is_in_range(G)).double()
+        return (are_within_bounds(G, *self.bounds.interval(largest)) & _is_in_range(G)).double()
 
     def obey_nearly(self) -> bool:
         G = self._gram(self.weights[0].dtype)
         low, high = self.bounds.interval(torch.ones(self.shape, dtype=G.dtype, device=G.device))
-        obey = self._agree(lambda: (within(G, low, 1.001 * high) & _is_in_range(G)).double()).bool()
+        obey = self._agree(
+            lambda: (are_within_bounds(G, low, 1.001 * high) & _is_in_range(G)).double()
+        ).bool()
         return all(
             bool(S.all_of((~one).double()).sum() == 0)
             for S, one in zip(self.weights, obey, strict=True)
@@ -260,10 +267,10 @@ class _Chunk:
 
         With this singular value, or a little less, as their largest.
         """
-        holds = within(G, *self.bounds.interval(largest))
+        holds = are_within_bounds(G, *self.bounds.interval(largest))
         if bool(holds.all()):
             return torch.zeros_like(largest)
-        spectrum = decomposed(G, vectors=False)
+        spectrum = decompose_gram(G, vectors=False)
         if spectrum is None:
             return torch.full_like(largest, torch.nan).where(~holds, 0.0)
         excess = self.bounds.excess(*spectrum.extremes(1))
@@ -317,7 +324,7 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     unknown[0], unknown[1] = excess, spectrum.condition_number
     if not bool(excess > 1):
         return S, unknown
-    wide, unit = scaled(S)
+    wide, unit = split_scale(S)
     U, values, Vh = svd(wide)
     sigma, order = values.flatten().sort(descending=True, stable=True)
     X = S
@@ -342,13 +349,13 @@ def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
 
 def _spectrum(S: Tensor) -> Spectrum:
     if S.ndim == 2:
-        return measure(S, extremes=True)
-    return spectrum_of_blocks([measure(block, extremes=True) for block in S])
+        return compute_spectrum(S, extremes=True)
+    return combine_spectra([compute_spectrum(block, extremes=True) for block in S])
 
 
 def _excess_of(spectrum: Spectrum, bounds: Bounds) -> Tensor:
     largest, smallest = spectrum.scaled[0], spectrum.scaled[-1]
-    zero = smallest <= negligible(spectrum.shape) * largest
+    zero = smallest <= rank_tolerance(spectrum.shape) * largest
     return bounds.excess(largest, torch.where(zero, 0.0, smallest), spectrum.unit)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import as_number
-from wellcond.linalg.lapack import FAILED
+from wellcond.linalg.lapack import SVD_FAILED
 from wellcond.linalg.nearest import check_limit, clip
-from wellcond.linalg.spectrum import measure
+from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.operators.base import LowRank, NewWeight, Operator, SpectralOperator, Updatable
 from wellcond.operators.stacked import unstack
 from wellcond.operators.stored import StoredMatrix
@@ -63,7 +63,7 @@ class SpectralLimit(Bounds, Limit):
 
     def explain(self, status: OutcomeStatus, dtype: torch.dtype) -> str:
         if status is not OutcomeStatus.unattainable:
-            return FAILED
+            return SVD_FAILED
         wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
         return (
             f"no weight near it obeys {self!r} once it is rounded to "
@@ -271,11 +271,11 @@ def limit_condition_number(S: Tensor, max_condition: float) -> LimitedMatrix:
         ValueError: rounding to the dtype lifts kappa above K whatever the margin, or LAPACK does
             not converge.
     """
-    before = measure(S, extremes=True).condition_number
+    before = compute_spectrum(S, extremes=True).condition_number
     if before <= max_condition or math.isnan(before):
         return LimitedMatrix(S, before, before, 0.0)
     X, verdict = _project_copy(S, ConditionLimit(max_condition))
-    after = measure(X, extremes=True).condition_number
+    after = compute_spectrum(X, extremes=True).condition_number
     return LimitedMatrix(X, before, after, float(verdict.margin))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, empty_like
 from wellcond.operators.base import Dense, NewWeight, Updatable
 from wellcond.rules.base import Need
 from wellcond.rules.outcome import Outcome, OutcomeStatus, worst_of
-from wellcond.text import out_of_memory
+from wellcond.text import is_out_of_memory
 from wellcond.training.batch import Batch, Look
 from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, describe_error
 from wellcond.training.replicas import Replicas
@@ -66,7 +66,7 @@ def apply(
             try:
                 outcome = run()
             except Exception as error:
-                if out_of_memory(error) or batch.lacks_values():
+                if is_out_of_memory(error) or batch.lacks_values():
                     raise
                 errors.append(error)
                 failures |= dict.fromkeys((s.name for s in batch.states), _refusal(batch, error))

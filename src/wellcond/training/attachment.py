@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wellcond.text import quoted
+from wellcond.text import quote_names
 from wellcond.training.bypass import Changes
 from wellcond.training.conflicts import count_nonzeros
 from wellcond.training.state import WeightState
@@ -149,9 +149,9 @@ class Attachment:
         strange = [s.name for s in states if not _is_held_by(s, group_of)]
         if strange:
             raise ValueError(
-                f"The optimizer does not hold {quoted(strange)} any more: the parameter in the "
-                "model is another one now. Make the optimizer from the model as it is and attach "
-                "to that; under FSDP2 leave resharding after backward on."
+                f"The optimizer does not hold {quote_names(strange)} any more: the parameter in "
+                "the model is another one now. Make the optimizer from the model as it is and "
+                "attach to that; under FSDP2 leave resharding after backward on."
             )
         check_rates(optimizer, states)
         for state in states:
@@ -245,7 +245,8 @@ def check_rates(optimizer: Optimizer, states: Sequence[WeightState]) -> None:
     if names:
         raise ValueError(
             f"`optimizer` must have a learning rate, by which the steps of penalties go, but "
-            f'{type(optimizer).__name__} has no number under "lr" in the group of {quoted(names)}. '
+            f'{type(optimizer).__name__} has no number under "lr" in the group of '
+            f"{quote_names(names)}. "
             "Use reg() in the loss, add_gradients(), or proximal_step(lr) after each step."
         )
 
@@ -300,7 +301,7 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 "without it: copies of an optimizer drop its hooks. Call detach(), then attach() "
                 "with the new one.",
                 type(optimizer).__name__,
-                quoted(names),
+                quote_names(names),
             )
 
 
@@ -323,7 +324,7 @@ def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                     "a wrapper that is often optimizer.base_optimizer.",
                     type(attachment.optimizer).__name__,
                     type(optimizer).__name__,
-                    quoted(names),
+                    quote_names(names),
                 )
 
 

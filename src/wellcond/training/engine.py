@@ -20,7 +20,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.rules.penalty import check_answer
-from wellcond.text import subject
+from wellcond.text import quote_subject
 from wellcond.training.application import apply, projection_task, step_task
 from wellcond.training.batch import Batch, Look, group_weights, look
 from wellcond.training.deferred import DeferredChecks
@@ -258,7 +258,7 @@ class Engine:
         different = self.replicas.differing([parameter for _, parameter in pairs])
         if different:
             raise RuntimeError(
-                f"{subject({pairs[index][0] for index in different})} not the same on all "
+                f"{quote_subject({pairs[index][0] for index in different})} not the same on all "
                 "processes of the group. Look for a step that not all of them take, or for numbers "
                 "drawn from another seed."
             )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wellcond.linalg.spectrum import measure
+from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.operators.base import Dense, Operator
 from wellcond.operators.norms import squared_norm_over
 from wellcond.operators.sharded import ShardedMatrix
@@ -106,5 +106,6 @@ def _condition_numbers(state: WeightState) -> list[float | None]:
     assert isinstance(whole, Dense)
     each = whole.dense().reshape(-1, *state.shape[-2:])
     return [
-        measure(S).condition_number if bool(torch.isfinite(S).all()) else math.nan for S in each
+        compute_spectrum(S).condition_number if bool(torch.isfinite(S).all()) else math.nan
+        for S in each
     ]

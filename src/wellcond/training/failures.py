@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from wellcond.text import and_more
+from wellcond.text import list_some
 
 HOLDS_NAN = (
     " holds NaN or infinity and was left as it is. "
@@ -46,6 +46,6 @@ def raise_failures(
     for one in why:
         names = [f'"{name}"' for name in sorted(failures) if failures[name] == one]
         many = len(names) > 1 and one == HOLDS_NAN
-        sentences.append(and_more(names, limit=100) + (_HOLD_NAN if many else one))
+        sentences.append(list_some(names, limit=100) + (_HOLD_NAN if many else one))
     cause = errors[0] if errors else None
     raise ValueError(" ".join([*sentences, *([rest] if rest else [])])) from cause

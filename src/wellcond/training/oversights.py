@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from wellcond.text import quoted, subject
+from wellcond.text import quote_names, quote_subject
 from wellcond.training.attachment import Attachment, attachments, has_modes
 from wellcond.training.bypass import is_replaced
 from wellcond.training.conflicts import count_nonzeros, find_masked, find_quantised
@@ -49,7 +49,7 @@ class Oversights:
                 "twice",
                 "The penalty of %s is applied twice: attached to an optimizer, and by %s. Keep one "
                 "of them; to look at its value, call reg() under torch.no_grad().",
-                quoted(attached),
+                quote_names(attached),
                 by,
             )
         if not by:
@@ -61,7 +61,7 @@ class Oversights:
                     "%s regularised, but held by no optimizer that the regulariser is attached to: "
                     "no proximal step is taken. Attach the optimizer too, or leave the weights out "
                     "with a pattern.",
-                    subject(left),
+                    quote_subject(left),
                 )
 
     def check_attachment(self, attachment: Attachment) -> None:
@@ -100,7 +100,7 @@ class Oversights:
                 "both",
                 "%s regularised by another Regularizer as well, which is still attached to its "
                 "optimizer: both will be applied. Call its detach() if it is not meant any more.",
-                subject(both),
+                quote_subject(both),
             )
 
     def check_log(self, own: Sequence[Attachment], report: bool) -> None:
@@ -112,7 +112,7 @@ class Oversights:
                 "nothing",
                 "%s under a hard limit that nothing applies while the network trains. Call "
                 "attach(optimizer) before the loop.",
-                subject(limited),
+                quote_subject(limited),
             )
 
     def check_enforcement(self, own: Sequence[Attachment]) -> None:
@@ -135,7 +135,7 @@ class Oversights:
                 "frozen",
                 "%s under a hard limit, but frozen: left unchanged. Call enforce() "
                 "before requires_grad_(False), or repair the checkpoint.",
-                subject(frozen),
+                quote_subject(frozen),
             )
 
     def check_limits(self, states: Iterable[WeightState]) -> None:
@@ -146,14 +146,14 @@ class Oversights:
                 "masked",
                 "%s under a hard limit, with a mask beside: a projection fills the zeros, "
                 "and the mask undoes the limit. Leave the weight out with a pattern, or the mask.",
-                subject(names),
+                quote_subject(names),
             )
         if names := find_quantised(limited):
             self._warn_once(
                 "quantised",
                 "%s trained for quantisation: the hard limit holds in the float weight, what "
                 "acts is its quantised copy. Audit the model after it is converted.",
-                subject(names),
+                quote_subject(names),
             )
 
     @contextlib.contextmanager
@@ -170,7 +170,7 @@ class Oversights:
                 "zeros",
                 "Most entries of %s are exact zeros, as after pruning: the hard limit has filled "
                 "them. Leave the weight out with a pattern if they are to stay.",
-                quoted(filled),
+                quote_names(filled),
             )
 
     def warn_of_undone(self, names: Sequence[str]) -> None:
@@ -181,7 +181,7 @@ class Oversights:
                 "Entries of %s are set to zero after a hard limit is applied, as a mask does: each "
                 "undoes the other. Leave the weight out with a pattern, or enforce the limit after "
                 "the mask is gone.",
-                quoted(names),
+                quote_names(names),
             )
 
     def _check_bypass(self, own: Iterable[Attachment], look: bool) -> None:
@@ -212,7 +212,7 @@ class Oversights:
                 "gone",
                 "%s of a layer that is in the model no more: what is regularised is the "
                 "old one. Make a new Regularizer after layers are replaced.",
-                subject(gone),
+                quote_subject(gone),
             )
 
     def _warn_once(self, what: str, message: str, *args: str) -> None:
@@ -238,7 +238,7 @@ def warn_of_stored(states: Iterable[WeightState]) -> None:
             "%s %s: what is regularised and measured is that, and not the weight that acts. Leave "
             "%s out with a pattern if that is not meant.",
             *(
-                subject(group) if one else f"{subject(group)} each",
+                quote_subject(group) if one else f"{quote_subject(group)} each",
                 caution,
                 "it" if one else "them",
             ),

@@ -21,7 +21,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
 from wellcond.report.estimate import Estimate
 from wellcond.rules.base import Need
-from wellcond.text import quoted, subject
+from wellcond.text import quote_names, quote_subject
 from wellcond.training.attachment import (
     Attachment,
     check_optimizer,
@@ -220,21 +220,21 @@ class Regularizer:
         if not states:
             raise ValueError(
                 "`optimizer` must hold a regularised weight, but has none of "
-                f"{quoted(self.names)}. Attach the optimizer that was made from this model."
+                f"{quote_names(self.names)}. Attach the optimizer that was made from this model."
             )
         refuse_without_proximal_step(states)
         check_rates(optimizer, states)
         taken = [s.name for a in self.attachments for s in a.states if s in states]
         if taken:
             raise ValueError(
-                f"`optimizer` must not be attached twice, but {subject(taken)} attached already. "
-                "Call detach() first."
+                f"`optimizer` must not be attached twice, but {quote_subject(taken)} attached "
+                "already. Call detach() first."
             )
         soft = [s.name for s in states if s.rule.default_schedule.every is not None]
         if every == "auto" and soft:
             raise ValueError(
                 f'`every` must be a number, got "auto", which hard limits alone can have: '
-                f"{subject(soft)} under none. Leave `every` out for 10 for penalties and "
+                f"{quote_subject(soft)} under none. Leave `every` out for 10 for penalties and "
                 '"auto" for limits.'
             )
         attachment = Attachment(
@@ -425,7 +425,7 @@ class Regularizer:
         if missing or extra:
             raise ValueError(
                 "`state` must hold the weights of this regulariser, but "
-                f"lacks {quoted(missing)} and has {quoted(extra)} besides. "
+                f"lacks {quote_names(missing)} and has {quote_names(extra)} besides. "
                 "Make the Regularizer with the patterns with which the state was saved."
             )
         for own_state in self._states:
@@ -461,7 +461,7 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
     bare = [state.name for state in states if not state.rule.differentiable]
     if bare:
         raise ValueError(
-            f"{subject(bare)} under a hard limit or isometry steps, which have no gradient. "
+            f"{quote_subject(bare)} under a hard limit or isometry steps, which have no gradient. "
             "Use attach(optimizer) or proximal_step(lr); for a penalty in the loss or on the "
             "gradients of other weights make a Regularizer of its own."
         )
@@ -492,6 +492,6 @@ def _refuse_sparse_gradients(states: list[WeightState]) -> None:
     sparse = [name for name, grad in grads if grad is not None and grad.layout != torch.strided]
     if sparse:
         raise ValueError(
-            f"A gradient must be dense, but that of {quoted(sparse)} is sparse. Leave the weight "
-            "out with a pattern, make the layer with sparse=False, or use attach(optimizer)."
+            f"A gradient must be dense, but that of {quote_names(sparse)} is sparse. Leave the "
+            "weight out with a pattern, make the layer with sparse=False, or use attach(optimizer)."
         )

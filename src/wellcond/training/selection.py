@@ -11,8 +11,8 @@ from torch import nn
 
 from wellcond.operators.views import Kernel, shape_of
 from wellcond.rules.base import Rule
-from wellcond.text import and_more, of_modules, quoted
-from wellcond.weights.computed import computed_weights
+from wellcond.text import list_some, quote_names, suggest_module_patterns
+from wellcond.weights.computed import find_computed_weights
 from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -91,7 +91,7 @@ def select(
         return any(fnmatchcase(name, pattern) for name in names)
 
     if not found.weights:
-        reasons = and_more((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
+        reasons = list_some((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
             "`model` must leave at least one weight to regularise, but holds no matrix "
             f"({reasons})."
@@ -104,19 +104,19 @@ def select(
             names = [weight.name for weight in found.weights]
             raise ValueError(
                 f'`{parameter}`: the pattern "{pattern}" matches no parameter, or only such as a '
-                f"pattern before it matches. The weights are {quoted(names)}."
-                f"{of_modules([pattern], names)}{_of_view(pattern)}"
+                f"pattern before it matches. The weights are {quote_names(names)}."
+                f"{suggest_module_patterns([pattern], names)}{_of_view(pattern)}"
                 f"{_of_computed(pattern, model)}"
             )
         usable = [why is None or why.reason is Reason.frozen for why in outcome.values()]
         if not any(usable):
-            reasons = and_more((f'"{n}" is {why}' for n, why in outcome.items()), 3, "; ")
+            reasons = list_some((f'"{n}" is {why}' for n, why in outcome.items()), 3, "; ")
             raise ValueError(
                 f'`{parameter}`: the pattern "{pattern}" selects no weight: {reasons}. '
                 f'Leave it out with {{"{pattern}": None}}, or insist on a matrix by its exact name.'
             )
     if not chosen:
-        reasons = and_more((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
+        reasons = list_some((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
             f"`{parameter}` must leave at least one weight to regularise, but all are left out "
             f"({reasons})."
@@ -137,9 +137,9 @@ def _of_computed(pattern: str, model: nn.Module) -> str:
     """What to say of a pattern for a weight that is computed and no parameter."""
     for prefix, module in model.named_modules():
         path = f"{prefix}." if prefix else ""
-        for one in computed_weights(module):
+        for one in find_computed_weights(module):
             if fnmatchcase(f"{path}{one.attribute}", pattern):
-                parts = quoted(f"{path}{part}" for part in one.parts)
+                parts = quote_names(f"{path}{part}" for part in one.parts)
                 return (
                     f' "{path}{one.attribute}" is computed by {one.method} from {parts} before '
                     f"each forward pass, and no parameter. Remove {one.method}, or leave the "

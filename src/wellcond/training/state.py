@@ -18,7 +18,7 @@ from wellcond.operators.subspace import Subspace, by_columns, cold_start
 from wellcond.rules.base import Movement, Need, Rule
 from wellcond.rules.outcome import Worst
 from wellcond.rules.pace import Pace
-from wellcond.text import quoted
+from wellcond.text import quote_names
 from wellcond.weights.discover import Weight
 
 
@@ -198,6 +198,6 @@ def name_meta_weights(states: Sequence[WeightState]) -> Iterator[None]:
         if not names:
             raise
         raise ValueError(
-            f"A weight must have values, but {quoted(names)} is a meta tensor, which has none. "
-            "Load the weights first: model.to_empty(device=...) and load_state_dict."
+            f"A weight must have values, but {quote_names(names)} is a meta tensor, which has "
+            "none. Load the weights first: model.to_empty(device=...) and load_state_dict."
         ) from error

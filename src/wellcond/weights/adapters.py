@@ -5,8 +5,8 @@ with the scale s in adapter_config.json. DoRA (Liu et al., arXiv 2402.09353) als
 of the sum to stored lengths. Other libraries call A and B `lora_down` and `lora_up`, or `lora.down`
 and `lora.up`, and store alpha = s r beside them.
 
-The tensors of other adapters (OFT, VeRA, LoHa, ...) do not act as matrices. `adapter_parameters`
-finds them by the type in adapter_config.json, and by their names.
+The tensors of other adapters (OFT, VeRA, LoHa, ...) do not act as matrices.
+`find_adapter_parameters` finds them by the type in adapter_config.json, and by their names.
 
 Letters: W (m, n), or (n, m) if a module stores it so; B (m, r), A (r, n).
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.product import Product
+from wellcond.linalg.product import Product
 from wellcond.weights.reasons import Reason, Skipped
 
 Read = Callable[[], Tensor]
@@ -219,7 +219,7 @@ def _setting_of_alpha(read: Read, rank: int) -> AdapterSetting:
     return AdapterSetting(scale, note="its scale is alpha/r, by the alpha in the file")
 
 
-def adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Skipped]:
+def find_adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Skipped]:
     """The tensors of adapters that are not measured, and why.
 
     These are the parameters of adapters other than LoRA, and factors whose counterpart is missing.
@@ -267,7 +267,7 @@ def _identify_other(name: str, kind: str) -> str:
     return kind if own or any(part.startswith(f"{kind.lower()}_") for part in parts) else ""
 
 
-def setting_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], AdapterSetting]:
+def read_settings_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], AdapterSetting]:
     """Settings by the content of adapter_config.json; if it is empty, scales are unknown.
 
     s is alpha/r, or alpha/sqrt(r) with `use_rslora`.
@@ -331,7 +331,7 @@ def _read_alpha(config: Mapping[str, Any], path: str) -> tuple[Any, str]:
     return config.get("lora_alpha"), ""
 
 
-def setting_of_model(model: nn.Module) -> Callable[[str, str, int], AdapterSetting]:
+def read_settings_of_model(model: nn.Module) -> Callable[[str, str, int], AdapterSetting]:
     """Settings by the modules with which PEFT wraps others."""
     modules = dict(model.named_modules())
 
@@ -352,7 +352,9 @@ def setting_of_model(model: nn.Module) -> Callable[[str, str, int], AdapterSetti
     return setting
 
 
-def weight_of(adapter: Adapter, names: Collection[str], beside: bool = False) -> str | None:
+def find_adapted_weight(
+    adapter: Adapter, names: Collection[str], beside: bool = False
+) -> str | None:
     """The name of the adapted weight among these names; None if there is none, or several.
 
     Beside its adapter it is called `base_layer`. In a base it has the name of its module, or one of

@@ -39,7 +39,7 @@ class ComputedWeight:
     compute: Callable[[], Tensor] | None
 
 
-def computed_weights(module: nn.Module) -> Iterator[ComputedWeight]:
+def find_computed_weights(module: nn.Module) -> Iterator[ComputedWeight]:
     """Those of one module, by its hooks; by names if a hook is not one of torch."""
     known: set[str] = set()
     if isinstance(module, torch.jit.ScriptModule):
@@ -58,14 +58,14 @@ def computed_weights(module: nn.Module) -> Iterator[ComputedWeight]:
         yield ComputedWeight(whole, tuple(sorted(parts)), "a hook", None)
 
 
-def part_of(module: nn.Module, name: str) -> ComputedWeight | None:
+def find_weight_computed_from(module: nn.Module, name: str) -> ComputedWeight | None:
     """The weight that is computed from the parameter of this name."""
-    return next((one for one in computed_weights(module) if name in one.parts), None)
+    return next((one for one in find_computed_weights(module) if name in one.parts), None)
 
 
-def computed_weight(module: nn.Module, attribute: str) -> ComputedWeight | None:
+def find_computed_weight(module: nn.Module, attribute: str) -> ComputedWeight | None:
     """The computed weight of this name."""
-    return next((one for one in computed_weights(module) if one.attribute == attribute), None)
+    return next((one for one in find_computed_weights(module) if one.attribute == attribute), None)
 
 
 def _read_hook(module: nn.Module, hook: Any) -> ComputedWeight | None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Transposed, View, shape_of
-from wellcond.weights.computed import part_of
-from wellcond.weights.forward import UNKNOWN, acting_weight, has_own_forward
-from wellcond.weights.fused import GATES, Views, equal_blocks, fused_projections
+from wellcond.weights.computed import find_weight_computed_from
+from wellcond.weights.forward import UNKNOWN, find_effective_weight, has_own_forward
+from wellcond.weights.fused import GATES, Views, cut_equally, find_fused_projections
 from wellcond.weights.heads import Attention, find_heads
 from wellcond.weights.matrices import is_vector
 from wellcond.weights.projections import Place, is_conv1d
@@ -66,12 +66,14 @@ class Weight:
         notes = []
         for source in (*self.sources, *self.tied):
             module, attribute = source.owner, source.attribute
-            if (computed := part_of(module, attribute)) is not None:
+            if (computed := find_weight_computed_from(module, attribute)) is not None:
                 return f"a part from which {computed.attribute} is computed by {computed.method}"
             if attribute == "weight" and has_own_forward(module):
                 parameter = source.parameter
                 if not is_sharded(parameter):
-                    notes.append(acting_weight(module, parameter.detach(), thorough=False).note)
+                    notes.append(
+                        find_effective_weight(module, parameter.detach(), thorough=False).note
+                    )
         if not any(notes):
             return ""
         which = "the forward of a layer that shares it" if self.tied else "the layer's own forward"
@@ -111,7 +113,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Found:
+class Discovery:
     """The weights of a model, and for every other parameter the reason why it is none."""
 
     weights: list[Weight]
@@ -129,7 +131,9 @@ def views_of(
 
     `fused` are the views of projections that only the module above them knows.
     """
-    if (computed := part_of(module, attribute)) is not None and parameter.ndim > 1:
+    if (
+        computed := find_weight_computed_from(module, attribute)
+    ) is not None and parameter.ndim > 1:
         return Skipped(Reason.component, f"{computed.attribute} by {computed.method}")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Skipped(Reason.embedding)
@@ -146,14 +150,14 @@ def views_of(
     if isinstance(module, nn.modules.conv._ConvNd) and attribute == "weight":
         return {"": Kernel(module.groups if module.groups > 1 else None)}
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
-        return equal_blocks("qkv", len(parameter))
+        return cut_equally("qkv", len(parameter))
     if isinstance(module, nn.MultiheadAttention) and attribute.endswith("_proj_weight"):
         return {"": STORED}
     if attribute.startswith("weight_") and type(module) in _GATES:
         gates = _GATES[type(module)]
         # weight_hr is the projection of an LSTM, one matrix.
         whole = not gates or attribute.startswith("weight_hr")
-        return {"": STORED} if whole else equal_blocks(gates, len(parameter))
+        return {"": STORED} if whole else cut_equally(gates, len(parameter))
     if isinstance(module, nn.Linear | nn.Bilinear) and attribute == "weight":
         return {"": STORED}
     kind = type(module).__name__  # of the transformers library: MixtralExperts, MixtralTopKRouter
@@ -224,11 +228,11 @@ def refuse_programs(model: nn.Module) -> None:
 
 def find_weights(
     model: nn.Module, complex_values: bool = False, fused: Mapping[Place, Views] | None = None
-) -> Found:
+) -> Discovery:
     """All weights of a model in the order of its parameters, tied ones once.
 
     Those of complex numbers are among them only where `complex_values` asks for it. `fused` are the
-    views of `fused_projections`, for a caller that has found them.
+    views of `find_fused_projections`, for a caller that has found them.
     """
     refuse_programs(model)
     names: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
@@ -237,7 +241,7 @@ def find_weights(
         if all(occurrence[0] != other[0] for other in occurrences):
             occurrences.append(occurrence)
 
-    fused = fused_projections(model) if fused is None else fused
+    fused = find_fused_projections(model) if fused is None else fused
     weights: list[Weight] = []
     others: dict[str, Skipped] = {}
     for occurrences in names.values():
@@ -263,7 +267,7 @@ def find_weights(
             name, *_ = own or aliases
             weights.append(Weight(name, aliases + own, (first,), view, why, tuple(tied)))
     others |= {name: why for name, why, _ in quantised_weights(model)}
-    return Found(weights, others)
+    return Discovery(weights, others)
 
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Skipped, int]]:

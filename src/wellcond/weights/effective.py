@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded
 from wellcond.operators.views import View
-from wellcond.text import joined, quoted
-from wellcond.weights.computed import computed_weight, computed_weights, part_of
+from wellcond.text import join_remarks, quote_names
+from wellcond.weights.computed import (
+    find_computed_weight,
+    find_computed_weights,
+    find_weight_computed_from,
+)
+from wellcond.weights.convolution import Geometry
 from wellcond.weights.discover import (
     Source,
     find_weights,
@@ -30,8 +34,14 @@ from wellcond.weights.discover import (
     views_of,
     why_unfit,
 )
-from wellcond.weights.forward import COMPUTED, UNKNOWN, acting_weight, has_own_forward, slides_as
-from wellcond.weights.fused import Views, fused_projections
+from wellcond.weights.forward import (
+    COMPUTED,
+    UNKNOWN,
+    find_effective_weight,
+    has_geometry,
+    has_own_forward,
+)
+from wellcond.weights.fused import Views, find_fused_projections
 from wellcond.weights.matrices import Matrices
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -48,7 +58,7 @@ def effective_matrices(
         The matrices; by its name the reason for each other tensor; the number of entries of all
         parameters.
     """
-    fused = fused_projections(model)
+    fused = find_fused_projections(model)
     found = find_weights(model, complex_values=True, fused=fused)
     matrices: list[Matrices] = []
     rest: dict[str, Skipped] = {}
@@ -64,8 +74,8 @@ def effective_matrices(
             rest.setdefault(name, Skipped(Reason.no_values))
             return
         own, geometry = _look_at(module, attribute, value, (acting or {}).get(module))
-        note = joined(own, _note_of_tied(aliases, places, value))
-        if computed := part_of(module, attribute):
+        note = join_remarks(own, _note_of_tied(aliases, places, value))
+        if computed := find_weight_computed_from(module, attribute):
             note = f"a part from which {computed.attribute} is computed, and not what acts"
         acts = own == COMPUTED
         matrices.append(
@@ -76,14 +86,16 @@ def effective_matrices(
                 views,
                 partial(_acting_value if acts else value_of, module, attribute),
                 geometry,
-                note=joined(fused.get((module, attribute), Views()).note, note),
+                note=join_remarks(fused.get((module, attribute), Views()).note, note),
                 stored=attribute not in _effective_attributes(module) and not acts,
             )
         )
 
     # What is computed counts instead of its parts.
     sizes = {
-        name: 0 if part_of(module, attribute) or is_lazy(parameter) else parameter.numel()
+        name: 0
+        if find_weight_computed_from(module, attribute) or is_lazy(parameter)
+        else parameter.numel()
         for name, module, attribute, parameter in named_parameters(model)
     }
     total = sum(size for _, _, size in quantised_weights(model))
@@ -121,7 +133,7 @@ def effective_matrices(
 
 def _effective_attributes(module: nn.Module) -> list[str]:
     """The names of what is computed from parameters of a module before it is used."""
-    computed = [one.attribute for one in computed_weights(module)]
+    computed = [one.attribute for one in find_computed_weights(module)]
     return [*getattr(module, "parametrizations", ()), *computed]
 
 
@@ -132,13 +144,13 @@ def _look_at(
     if attribute != "weight" or not has_own_forward(module):
         # Of complex kernels no map is made.
         return "", None if value.is_complex() else geometry
-    W, note = acting_weight(module, value)
+    W, note = find_effective_weight(module, value)
     if geometry is None:
         return note, None
     kernel, whole = value if W is None else W, note == UNKNOWN
-    if value.is_complex() or not slides_as(module, kernel, geometry, whole):
+    if value.is_complex() or not has_geometry(module, kernel, geometry, whole):
         own = "the kernel alone: how the layer's own forward slides it is not known"
-        return joined(note, own), None
+        return join_remarks(note, own), None
     return (COMPUTED if W is not None else ""), geometry
 
 
@@ -148,7 +160,7 @@ def _note_of_tied(aliases: Sequence[str], places: Sequence[Source], value: Tenso
     weights = all(place.attribute == "weight" for place in places)
     if len(places) == 1 or not weights or not any(map(has_own_forward, owners)):
         return ""
-    first, *others = [acting_weight(owner, value) for owner in owners]
+    first, *others = [find_effective_weight(owner, value) for owner in owners]
     known = UNKNOWN not in (first.note, *(one.note for one in others))
     differ = [
         alias
@@ -156,14 +168,14 @@ def _note_of_tied(aliases: Sequence[str], places: Sequence[Source], value: Tenso
         if other.note != first.note or not _equal(other.weight, first.weight)
     ]
     acts = "acts" if known else "may act"
-    return f"another weight {acts} in {quoted(differ)}, which shares it" if differ else ""
+    return f"another weight {acts} in {quote_names(differ)}, which shares it" if differ else ""
 
 
 def _equal(W: Tensor | None, V: Tensor | None) -> bool:
     return W is V or (W is not None and V is not None and torch.equal(W, V))
 
 
-def current(module: nn.Module, attribute: str) -> Tensor:
+def acting_tensor(module: nn.Module, attribute: str) -> Tensor:
     """The tensor that acts.
 
     Raises:
@@ -181,7 +193,7 @@ def current(module: nn.Module, attribute: str) -> Tensor:
 
 def _acting_value(module: nn.Module, attribute: str) -> Tensor:
     value = value_of(module, attribute)
-    W = acting_weight(module, value).weight if attribute == "weight" else None
+    W = find_effective_weight(module, value).weight if attribute == "weight" else None
     return value if W is None else W
 
 
@@ -195,10 +207,10 @@ def value_of(module: nn.Module, attribute: str) -> Tensor:
     if attribute in getattr(module, "parametrizations", ()):
         method = "its parametrization"
         compute = partial(evaluate_parametrization, module, attribute)
-    elif (computed := computed_weight(module, attribute)) is None:
+    elif (computed := find_computed_weight(module, attribute)) is None:
         return Source(module, attribute).parameter.detach()
     elif computed.compute is None:
-        raise ValueError(f"from {joined(*computed.parts)}")
+        raise ValueError(f"from {join_remarks(*computed.parts)}")
     else:
         method, compute = computed.method, computed.compute
     try:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.weights.comparison import are_equal, arrangements, differ_alike, is_rearranged
+from wellcond.weights.convolution import Convolution, Geometry
 from wellcond.weights.projections import is_conv1d
 from wellcond.weights.twin import Call, NotTried, Run, Twin, isolate
 
@@ -62,7 +62,9 @@ class EffectiveWeight(NamedTuple):
     note: str = ""
 
 
-def acting_weight(layer: nn.Module, stored: Tensor, thorough: bool = True) -> EffectiveWeight:
+def find_effective_weight(
+    layer: nn.Module, stored: Tensor, thorough: bool = True
+) -> EffectiveWeight:
     """The effective weight of a layer whose `weight` has this value before its forward pass.
 
     Args:
@@ -107,7 +109,7 @@ def _is_replaced(layer: nn.Module) -> bool:
     return forward is not None and getattr(inner, "__func__", inner) is not type(layer).forward
 
 
-def slides_as(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool) -> bool:
+def has_geometry(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool) -> bool:
     """Whether a convolution gives the output of this map plus a constant, on a random input.
 
     The output is that of the layer or, unless it is to be the `whole` layer, of the only product in

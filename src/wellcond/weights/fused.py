@@ -85,7 +85,7 @@ def _cut_rows(sizes: Mapping[str, int], view: View = STORED) -> dict[str, View]:
     return blocks
 
 
-def equal_blocks(names: str, rows: int) -> dict[str, View]:
+def cut_equally(names: str, rows: int) -> dict[str, View]:
     """Consecutive blocks of equal size, one per letter."""
     return _cut_rows(dict.fromkeys(names, rows // len(names)))
 
@@ -205,12 +205,12 @@ def _find_fused(module: Module) -> Iterator[tuple[Place, Views]]:
             yield out.place, Views({"": out.view})
 
 
-def fused_projections(model: nn.Module) -> dict[Place, Views]:
+def find_fused_projections(model: nn.Module) -> dict[Place, Views]:
     """The parameters of a model that hold several matrices."""
     return {place: views for module in model.modules() for place, views in _find_fused(module)}
 
 
-def views_by_name(
+def find_views_in_file(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
 ) -> dict[str, Views]:
     """The matrices in the tensors of a file, by the names of the tensors.
@@ -243,4 +243,4 @@ def _find_recurrent(module: StoredModule) -> Iterator[tuple[str, Views]]:
         if rest or gates not in GATES or given.rows != hidden.rows:
             continue
         for one in (given, hidden):
-            yield one.place[1], Views(equal_blocks(GATES[gates], hidden.rows))
+            yield one.place[1], Views(cut_equally(GATES[gates], hidden.rows))

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from wellcond.operators.product import Product
+from wellcond.linalg.product import Product
 from wellcond.operators.views import STORED, Part, View
-from wellcond.text import joined
+from wellcond.text import join_remarks
 from wellcond.weights import architectures as arch
 from wellcond.weights.fused import Cut, cut_attention
 from wellcond.weights.projections import (
@@ -107,7 +107,7 @@ def find_heads(model: nn.Module, wrapped: tuple[str, ...] = ()) -> list[Attentio
     return found
 
 
-def heads_by_name(
+def find_heads_in_file(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
 ) -> list[Attention]:
     """The heads in a file of tensors; the second of a `Place` is the name of a tensor.
@@ -170,12 +170,12 @@ def _find_attention(name: str, module: Module, parent: Module | None) -> list[At
     *inputs, output, note = layout
     slices = inputs if isinstance(output, str) else [*inputs, output]
     if any(one.projection.adapted for one in slices):
-        note = joined(note, "without what PEFT adds to them")
-    compared = joined(note, _describe_not_compared(module))
+        note = join_remarks(note, "without what PEFT adds to them")
+    compared = join_remarks(note, _describe_not_compared(module))
     heads = _pair("qk", layout.q, layout.k, "keys", compared)
     if isinstance(output, str):
         return [Attention(name, heads, {"vo": output})]
-    carried = joined(note, _describe_not_carried(module))
+    carried = join_remarks(note, _describe_not_carried(module))
     return [Attention(name, heads + _pair("vo", output, layout.v, "values", carried))]
 
 
@@ -186,7 +186,9 @@ def _pair(kind: str, left: _Slices, right: _Slices, shared: str, note: str) -> l
     for h in range(H):
         g = h // (H // G)
         of_group = f"{shared} of head {g} of {G}" if G < H else ""
-        heads.append(Head(f"{kind}{h}", left.factor(h), right.factor(g), joined(of_group, note)))
+        heads.append(
+            Head(f"{kind}{h}", left.factor(h), right.factor(g), join_remarks(of_group, note))
+        )
     return heads
 
 
@@ -311,7 +313,7 @@ def _describe_not_compared(module: Module) -> str:
     if isinstance(module, StoredModule) and not rotation:  # an old config may not say so
         rotation = "without a rotation by position, if there is one"
     layers = ((_find_layer(module, names), note) for names, note in arch.NOT_COMPARED)
-    return joined(rotation, *(note.format(layer) for layer, note in layers if layer))
+    return join_remarks(rotation, *(note.format(layer) for layer, note in layers if layer))
 
 
 def _describe_not_carried(module: Module) -> str:

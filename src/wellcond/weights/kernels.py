@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from wellcond.operators.views import STORED, InputsFirst, Kernel, Transposed, View
-from wellcond.text import joined
+from wellcond.text import join_remarks
 from wellcond.weights.architectures import KERNEL_OF_HEADS, KERNEL_OF_OUTPUT
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,9 +127,9 @@ def _view_kernel(shape: tuple[int, ...], bias: tuple[int, ...], note: str = "") 
     """A kernel as stored, (out, in, …) or transposed (in, out, …), which both have this view."""
     groups = _count_groups(shape, bias)
     if groups:
-        note = joined(note, _GROUPS.format(f"{groups} groups"))
+        note = join_remarks(note, _GROUPS.format(f"{groups} groups"))
     elif shape[1] == 1 < shape[0]:
-        note = joined(note, _ONE_GROUP)
+        note = join_remarks(note, _ONE_GROUP)
     return {"": Kernel()}, note
 
 

@@ -68,7 +68,7 @@ _NORMED = re.compile(r"^weight|weight$|kernel$")  # the parameters to which weig
 _NORM = re.compile(r"(.*_)?(layer|rms|group|batch|instance)?_?norm_?\d*", re.DOTALL)
 
 
-def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
+def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     """Why a tensor of this shape and dtype is not a weight; None if it may be one."""
     if len(shape) < 2:
         return Skipped((Reason.number, Reason.vector)[len(shape)])
@@ -81,7 +81,7 @@ def why_no_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     return Skipped(Reason.quantised if is_narrow(dtype) else Reason.packed, dtype)
 
 
-def no_weights(
+def find_non_weights(
     tensors: Tensors, holds_codes: Callable[[str], bool] = lambda _: False
 ) -> dict[str, Skipped]:
     """The tensors that are not weights according to their names, and why.

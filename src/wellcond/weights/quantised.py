@@ -186,7 +186,7 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 _SMALL = 4096  # bytes of a description that is read
 
 
-def logical_entries(
+def count_logical_entries(
     name: str, tensors: Tensors, read: Callable[[str], Tensor], config: Mapping[str, Any]
 ) -> int:
     """The number of entries of the weight that these codes encode, at least the number of codes.

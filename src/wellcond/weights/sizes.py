@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.convolution import Geometry
+from wellcond.weights.convolution import Geometry
 
 
-def geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
+def find_geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
     """The geometry of each convolution that the example reaches, at its first use.
 
     It runs one forward pass in eval mode under no_grad, with temporary hooks, on the device of the

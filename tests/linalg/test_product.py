@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry import normal
+from wellcond.linalg.product import Product
 from wellcond.linalg.products import spectrum_of_product
-from wellcond.operators.product import Product
 
 EPS = torch.finfo(torch.float64).eps
 SHAPES = [(7, 5, 3), (5, 7, 3), (6, 6, 6), (3, 4, 9), (1, 5, 2), (5, 1, 1)]
