@@ -4,21 +4,23 @@ PYTHON ?= python3.11
 TORCH ?=
 VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN = $(VENV)/bin
-# Processes of pytest, of one thread each. `worksteal`, as conftest.py puts the long tests first.
-JOBS ?= 2
+# Processes of pytest, with one thread each. `worksteal`, because conftest.py puts long tests first.
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
-FAST = not slow and not distributed and not frameworks
 
 # Small matrices on few cores: more threads than cores make LAPACK up to 100 times slower.
 export OMP_NUM_THREADS ?= 2
-check test: export OMP_NUM_THREADS = 1
+check unit test-all: export OMP_NUM_THREADS = 1
+# The tests start many processes, and without cached bytecode each compiles torch for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo report check test lint docs install release-check clean
+.PHONY: demo report check test unit test-all lint docs table install release-check clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip  # a new one resolves faster
 	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt \
 	    --editable '.[dev]' --editable ./experiments
@@ -44,11 +46,21 @@ endif
 
 # What to run while working: a minute or so.
 check: lint
-	$(PYTEST) -m '$(FAST)'
+	$(PYTEST) -m 'not slow and not distributed and not frameworks' tests src
 
-# Everything.
-test: lint
+# What every change has to pass: tests of each kind, and all pages that run in seconds.
+test: lint unit
+
+unit: install
+	$(PYTEST) -m 'not slow' tests src
+
+# Everything: fuzzing at length, long trainings, the experiments.
+test-all: lint
 	$(PYTEST)
+
+# The table of folders in CONTRIBUTING.md, from the one in tests/test_import.py.
+table: install
+	$(BIN)/python tests/test_import.py
 
 # The site, in build/site; every warning is an error. What its programs print is tested by `test`.
 docs: $(VENV)/docs-installed
@@ -62,6 +74,7 @@ $(VENV)/docs-installed: $(VENV)/installed
 
 # What is uploaded: built, checked, and tried where nothing else of this repository is.
 release-check: install
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[release]'
 	rm -rf dist build/release
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*

@@ -1,8 +1,10 @@
 """Processes on the CPU that talk by gloo, for tests, and models that are spread over them."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,20 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# The processes are forked from one that has imported these, which takes seconds.
-multiprocessing.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch.distributed.checkpoint",
-        "wellcond",
-    ]
-)
+if sys.platform != "win32":  # which has no forkserver
+    # The processes are forked from one that has imported these, which takes seconds. Optimizers
+    # import torch._dynamo.
+    multiprocessing.set_forkserver_preload(
+        [
+            "torch._dynamo",
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor.parallel",
+            "torch.distributed.checkpoint",
+            "wellcond",
+            "wellcond.cli",
+            "wellcond.audits.repair",
+        ]
+    )
 TIMEOUT = datetime.timedelta(seconds=60)
 needs_fsdp2_on_the_cpu = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"),
@@ -48,6 +55,48 @@ def run(world: int, tmp_path: Path, worker: Callable[..., None], *args: Any) -> 
         nprocs=world,
         start_method="forkserver",
     )
+
+
+def _execute(rank: int, code: str, folder: Path) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with (folder / "printed").open("w") as printed, contextlib.redirect_stdout(printed):
+        exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+    os._exit(0)  # see `_start`
+
+
+def run_program(code: str, folder: Path) -> str:
+    """What a program prints that runs in `folder`, in a process of its own."""
+    mp.start_processes(_execute, (code, folder), nprocs=1, start_method="forkserver")
+    return (folder / "printed").read_text()
+
+
+def _call(function: Callable[..., int], args: tuple[Any, ...], out: Any, err: Any) -> None:
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    code = function(*args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def call(function: Callable[..., int], *args: Any) -> tuple[int, str, str]:
+    """Exit code and what is printed where a process of its own calls a function.
+
+    The code is what the function returns, or minus the signal that ended the process. What it
+    prints must fit into a pipe.
+    """
+    context = multiprocessing.get_context("forkserver")
+    (out, out_end), (err, err_end) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(function, args, out_end, err_end))
+    process.start()
+    out_end.close()
+    err_end.close()
+    process.join()
+    assert process.exitcode is not None
+    printed, said = (os.fdopen(end.fileno(), closefd=False).read() for end in (out, err))
+    return process.exitcode, printed, said
 
 
 def mesh(*shape: int) -> Any:

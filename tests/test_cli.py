@@ -1,5 +1,6 @@
 """The command line: arguments in, text and exit code out."""
 
+import argparse
 import csv
 import io
 import json
@@ -8,8 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 import wellcond
+from processes import call
+from wellcond import cli
 from wellcond.cli import main
-
-EXPERIMENTS = ("denoise", "classify", "least-squares", "differentiability")
-COMMANDS = [[], ["reproduce"], *(["reproduce", name] for name in EXPERIMENTS)]
-COMMANDS += [["bench"], ["bench", "step"], ["bench", "fidelity"], ["bench", "strength"]]
-COMMANDS += [["bench", "audit"], ["audit"], ["repair"]]
 
 
 def exit_of(argv: list[str]) -> int:
@@ -33,28 +30,36 @@ def exit_of(argv: list[str]) -> int:
     return exit_.value.code
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_of([*command, "--help"]) == 0
-    assert f"example: wellcond {' '.join(command)}".rstrip() in capsys.readouterr().out
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """This one, and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from parsers(one)
 
 
-def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_of(["--help"]) == 0
-    listed = capsys.readouterr().out
-    for command in ("audit", "repair", "reproduce", "bench"):
-        assert re.search(rf"^    {command}\s+\w+", listed, re.MULTILINE)
+def test_every_command_has_help_with_an_example_that_parses(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {one.prog: one for one in parsers(cli._parser(""))}
+    assert found.keys() > {"wellcond audit", "wellcond repair", "wellcond reproduce"}
+    for program, parser in found.items():
+        assert exit_of([*program.split()[1:], "--help"]) == 0
+        assert parser.epilog
+        assert (
+            parser.epilog.split() == capsys.readouterr().out.split()[-len(parser.epilog.split()) :]
+        )
+        label, name, command, *arguments = parser.epilog.split()
+        assert (label, name) == ("example:", "wellcond")
+        if command in ("audit", "repair"):  # the others are those of the experiments
+            cli._parser(command).parse_args([command, *arguments])
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "required: COMMAND"),
-        (["reproduce"], "required: EXPERIMENT"),
-        (["reproduce", "nonsense"], "invalid choice: 'nonsense'"),
-        (["reproduce", "denoise", "--seeds", "0"], "must be at least 1, got 0"),
-        (["reproduce", "denoise", "--workers", "many"], "--workers"),
-        (["reproduce", "least-squares", "--data", "digits"], "unrecognized arguments"),
         (["audit", "x.pt", "--maxcondition", "5"], "--maxcondition 5 (see wellcond audit --help)"),
         (["audit"], "required: path"),
         (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
@@ -81,104 +86,10 @@ def test_misuse_is_answered_by_one_line(
     assert message in err
 
 
-@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 not quite a zip"])
-def test_missing_or_damaged_data_is_one_line_and_leaves_no_results(
-    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "mnist.npz"
-    if content is not None:
-        path.write_bytes(content)
-    for experiment in ("denoise", "classify"):
-        out = tmp_path / experiment
-        argv = ["reproduce", experiment, "--data", str(path), "--workers", "1", "--out", str(out)]
-        assert main(argv) == 2
-        stdout, stderr = capsys.readouterr()
-        assert stdout == ""
-        assert stderr.count("\n") == 1
-        assert str(path) in stderr
-        assert not (out / "results.json").exists()
-        assert not list(out.glob("runs/*"))
-
-
-def test_out_must_be_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out").write_text("mine")
-    assert main(["reproduce", "denoise", "--out", str(tmp_path / "out"), "--overwrite"]) == 2
-    assert "must be a directory" in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_existing_results_are_refused_and_untouched(
-    experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = {name: f"kept {name}" for name in ("results.json", "table.md", "images.png")}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert main(["reproduce", experiment, "--quick", "--out", str(tmp_path)]) == 2
-    assert "Give --overwrite, or another --out." in capsys.readouterr().err
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["audit", "--help"], ["audit"]])
-def test_help_waits_for_nothing_that_computes(argv: list[str]) -> None:
-    """Of the command line alone: the package stands in as an empty one."""
-    script = f"""
-import sys, types
-package = types.ModuleType("wellcond")
-package.__path__, package.__version__ = {list(wellcond.__path__)!r}, "0"
-sys.modules["wellcond"] = package
-from wellcond.cli import main
-try:
-    main({argv!r})
-finally:
-    assert not sys.modules.keys() & {{"torch", "numpy", "rich", "safetensors"}}
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "AssertionError" not in done.stderr
-    assert done.returncode == (2 if argv == ["audit"] else 0)
-
-
 def test_the_module_runs_as_the_script_does() -> None:
     argv = [sys.executable, "-m", "wellcond", "--version"]
     out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     assert out == f"wellcond {wellcond.__version__}\n"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
-def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    argv = [sys.executable, "-m", "wellcond", "reproduce", "denoise", "--data", "digits"]
-    argv += ["--workers", "1", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # It is ignored where these tests run in the background, and a child inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while (
-            not list(runs.glob("*.json")) and process.poll() is None and time.monotonic() < deadline
-        ):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert out == ""
-    count = len(list(runs.iterdir()))
-    assert count >= 1
-    assert err == (
-        f"wellcond: interrupted. Kept {count} finished run{'s' * (count != 1)} in {runs}: "
-        "the same command goes on from there.\n"
-    )
-    assert not (tmp_path / "results.json").exists()
 
 
 # --- audit and repair -----------------------------------------------------------------------------
@@ -508,8 +419,7 @@ def run_module(*argv: object, **how: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, env=buffered, **how)
 
 
-COMMANDS_THAT_PRINT = [["--help"], ["audit", "{}"], ["audit", "{}", "--json"], ["bench", "audit"]]
-COMMANDS_THAT_PRINT[-1] += ["--sizes", "2x2", "--rounds", "1"]
+COMMANDS_THAT_PRINT = [["--help"], ["audit", "{}"], ["audit", "{}", "--json"]]
 
 
 @pytest.mark.parametrize("argv", COMMANDS_THAT_PRINT, ids=" ".join)
@@ -538,7 +448,7 @@ full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no fu
 
 @full
 @pytest.mark.slow
-@pytest.mark.parametrize("argv", COMMANDS_THAT_PRINT[:-1], ids=" ".join)
+@pytest.mark.parametrize("argv", COMMANDS_THAT_PRINT, ids=" ".join)
 def test_nothing_more_can_be_printed(checkpoint: Path, argv: list[str]) -> None:
     with Path("/dev/full").open("w") as stdout:
         done = run_module(*(word.format(checkpoint) for word in argv), stdout=stdout)
@@ -561,19 +471,19 @@ def test_a_report_that_cannot_be_written_whole_is_not_written(
 ) -> None:
     path = checkpoint.with_name("report")
     path.write_text("old")
-    argv = ["audit", checkpoint, option, path, "--overwrite"]
-    done = run_module(*argv, stdout=subprocess.PIPE, preexec_fn=lambda: limit_files(64))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"wellcond: error: [Errno 27] File too large: '{path}'\n"
+    argv = ["audit", str(checkpoint), option, str(path), "--overwrite"]
+    said = f"wellcond: error: [Errno 27] File too large: '{path}'\n"
+    assert call(with_short_files, 64, argv) == (2, "", said)
     assert path.read_text() == "old"
     assert {file.name for file in path.parent.iterdir()} == {"model.pt", "report"}
 
 
-def limit_files(size: int) -> None:
+def with_short_files(size: int, argv: list[str]) -> int:
     """As on a full disk: no file of this process can be longer."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return main(argv)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of a process there")
@@ -589,11 +499,11 @@ def test_a_repair_that_cannot_be_written_whole_is_not_written(tmp_path: Path, ki
         save_file(weights, path)
     else:
         torch.save(weights, folder / "model.pt")
-    argv = ["repair", path, out, "--max-condition", "2"]
-    done = run_module(*argv, stdout=subprocess.PIPE, preexec_fn=lambda: limit_files(20_000))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"wellcond: error: .*{out}.*\n", done.stderr)
-    assert "wellcond-unfinished" not in done.stderr
+    argv = ["repair", str(path), str(out), "--max-condition", "2"]
+    code, printed, said = call(with_short_files, 20_000, argv)
+    assert (code, printed) == (2, "")
+    assert re.fullmatch(rf"wellcond: error: .*{out}.*\n", said)
+    assert "wellcond-unfinished" not in said
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
@@ -603,9 +513,9 @@ def test_a_report_that_another_process_wrote_meanwhile_stays(
     page = checkpoint.with_name("r.html")
     to_html = wellcond.AuditReport.to_html
 
-    def meanwhile(*args: Any) -> str:
+    def meanwhile(*args: Any, **options: Any) -> str:
         page.write_text("precious")
-        return to_html(*args)
+        return to_html(*args, **options)
 
     monkeypatch.setattr(wellcond.AuditReport, "to_html", meanwhile)
     assert main(["audit", str(checkpoint), "--html", str(page)]) == 2
@@ -617,17 +527,18 @@ def test_a_report_that_another_process_wrote_meanwhile_stays(
     assert page.read_text() != "precious"
 
 
-KILLED = """
-import os, signal, sys, wellcond
-kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-wellcond.repair(sys.argv[1], sys.argv[2], 7, progress=kill)
-"""
+def repair_and_be_killed(path: Path, out: Path) -> int:
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    wellcond.repair(path, out, 7, progress=kill)
+    return 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals there")
 def test_a_killed_repair_is_in_nobodys_way(checkpoint: Path) -> None:
     fixed = checkpoint.with_name("fixed.pt")
-    subprocess.run([sys.executable, "-c", KILLED, str(checkpoint), str(fixed)])
+    assert call(repair_and_be_killed, checkpoint, fixed)[0] == -signal.SIGKILL
     (left,) = checkpoint.parent.glob(".*")
     assert left.name.startswith(".wellcond-unfinished-")
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 0
@@ -656,7 +567,7 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr("wellcond.audits.sources.Checkpoint", raising(error))
     assert main(["audit", str(checkpoint)]) == 2
     assert capsys.readouterr().err == "wellcond: error: there is not enough memory\n"
-    monkeypatch.setattr("wellcond.audits.repair.limited", raising(error))
+    monkeypatch.setattr("wellcond.audits.repair.limit_condition_number", raising(error))
     fixed = checkpoint.with_name("fixed.pt")
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 2
     assert "there is not enough memory for good. To leave" in capsys.readouterr().err
@@ -674,39 +585,38 @@ def test_other_errors_are_not_taken_for_too_little_memory(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RuntimeError("a mistake of the program")
-    monkeypatch.setattr("wellcond.audits.repair.limited", raising(error))
+    monkeypatch.setattr("wellcond.audits.repair.limit_condition_number", raising(error))
     with pytest.raises(RuntimeError, match="a mistake"):
         main(["repair", str(checkpoint), str(checkpoint.with_name("b.pt")), "--max-condition", "7"])
 
 
-LITTLE_MEMORY = """
-import resource, sys
-from pathlib import Path
-import wellcond.audits.repair
-from wellcond.cli import main
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-limit = used + int(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-sys.exit(main(sys.argv[2:]))
-"""
+def with_memory(size: int, argv: list[str]) -> int:
+    """This process can have so many bytes more than it has."""
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + size, used + size))
+    return main(argv)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-@pytest.mark.parametrize("kind", ["pt", "safetensors"])
-@pytest.mark.parametrize("times", [2, 5])
+@pytest.mark.parametrize(
+    ("kind", "times"),
+    [
+        ("pt", 2),
+        ("safetensors", 5),
+        pytest.param("pt", 5, marks=pytest.mark.slow),
+        pytest.param("safetensors", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_repair_with_too_little_memory_writes_nothing(
     tmp_path: Path, kind: str, times: int
 ) -> None:
     path, fixed = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
     weights = {"w": torch.ones(2048, 2048)}
     save_file(weights, path) if kind == "safetensors" else torch.save(weights, path)
-    argv = [str(times * path.stat().st_size), "repair", path, fixed, "--max-condition", "2"]
-    done = subprocess.run(
-        [sys.executable, "-c", LITTLE_MEMORY, *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch("wellcond: error: .*not enough memory.*\n", done.stderr)
+    argv = ["repair", str(path), str(fixed), "--max-condition", "2"]
+    code, printed, said = call(with_memory, times * path.stat().st_size, argv)
+    assert (code, printed) == (2, "")
+    assert re.fullmatch("wellcond: error: .*not enough memory.*\n", said)
     assert {file.name for file in tmp_path.iterdir()} == {path.name}

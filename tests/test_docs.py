@@ -12,18 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
+import processes
 import wellcond as wc
+from processes import needs_fsdp2_on_the_cpu
+from programs import fresh_process, run_python, run_shell
 
 DOCS = Path(__file__).parents[1] / "docs"
 # What a page needs besides wellcond and its experiments.
 NEEDS = {"lightning": "lightning", "transformers": "transformers", "accelerate": "accelerate"}
-needs_fsdp2_on_the_cpu = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"),
-    reason="fully_shard of this torch records events on streams, which the CPU lacks",
-)
-
-
 DISTRIBUTED = DOCS / "distributed.md"
 BLOCK = re.compile(
     r"^```(?:python|\{code-block\} python)\n(?::[^\n]*\n)*(.*?)^```$", re.DOTALL | re.MULTILINE
@@ -39,7 +37,7 @@ def pages() -> Iterator[Any]:
     for page in sorted([*DOCS.glob("*.md"), *DOCS.glob("reference/*.md")]):
         if not program(page):
             continue
-        marks = [pytest.mark.slow]
+        marks = [pytest.mark.slow] if page.stem == "compile" else []
         if page.stem in NEEDS:
             marks.append(pytest.mark.frameworks)
         if page.stem == "distributed":
@@ -56,19 +54,18 @@ def test_the_program_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     need = NEEDS.get(page.stem)
     if need and importlib.util.find_spec(need) is None:
         pytest.skip(f"{need} is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", program(page)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if page == DISTRIBUTED:  # its groups of processes would outlive it
+        printed = processes.run_program(program(page), tmp_path)
+    else:
+        torch._dynamo.reset()
+        with fresh_process(tmp_path) as names:
+            printed = run_python(program(page), names)
     # What stands, moved in, right below a program is what it prints.
     for output in re.findall(r"^```\n\n((?:    .*\n)+)", page.read_text(), flags=re.MULTILINE):
-        assert textwrap.dedent(output) in done.stdout
+        assert textwrap.dedent(output) in printed
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @needs_fsdp2_on_the_cpu
 def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Path) -> None:
@@ -90,6 +87,7 @@ def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Pa
     assert (tmp_path / "one" / ".metadata").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_replicas_of_the_page_train_under_torchrun(tmp_path: Path) -> None:
     (example,) = [
@@ -124,29 +122,23 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
     steps = [step.get("run", "") for step in workflow["jobs"]["audit"]["steps"]]
     (step,) = [run for run in steps if run.startswith("wellcond")]
 
-    def run(command: str) -> subprocess.CompletedProcess[str]:
-        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return subprocess.run(
-            ["bash", "-ec", command],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": tools},
-            capture_output=True,
-            text=True,
-        )
+    def run(command: str) -> tuple[int, str]:
+        with fresh_process(tmp_path):
+            return run_shell(command)
 
     exec(blocks["python"].replace('"model.pt"', repr(str(tmp_path / "model.pt"))))
-    made = run(blocks["bash"])
-    assert made.returncode == 0, made.stderr
+    code, printed = run(blocks["bash"])
+    assert code == 0, printed
     weights = torch.load(tmp_path / "model.pt")
     kappa = wc.condition_number(weights["0.weight"])
     assert f"0.weight ({kappa:.4g} to" in page
     for command in (entry, f"{step} --overwrite"):
-        assert run(command).returncode == 0
+        assert run(command)[0] == 0
         torch.save(weights | {"0.weight": torch.ones(32, 64)}, tmp_path / "model.pt")
-        stopped = run(command)
-        assert stopped.returncode == 1
-        assert "κ is more than 2 times what it was in 1 weight: 0.weight" in stopped.stderr
+        code, printed = run(command)
+        assert code == 1
+        assert "κ is more than 2 times what it was in 1 weight: 0.weight" in printed
         (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:900])
-        assert run(command).returncode == 2
+        assert run(command)[0] == 2
         torch.save(weights, tmp_path / "model.pt")
     assert (tmp_path / "report.html").stat().st_size > 5000

@@ -1,24 +1,34 @@
-"""Importing wellcond is light, and folders import only what the table allows."""
+"""Importing wellcond is light, and folders import only from the folders that the table allows.
+
+`make table` writes the table into CONTRIBUTING.md.
+"""
 
 import ast
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import wellcond
+import wellcond.report
+import wellcond.rules
 
 SOURCE = Path(wellcond.__file__).parent
-# Which folder may import from which; "" stands for the public names. What is not here is refused:
-# training and checkpoints never see each other, linalg and operators nothing at all.
+GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+# From which folders a folder may import, the lowest layer first; "" stands for the public names.
 ALLOWED: dict[str, set[str]] = {
     "output": set(),
     "text": {"output"},
     "linalg": set(),
-    "operators": set(),
-    "weights": {"operators", "text"},
+    "operators": {"linalg"},
+    "weights": {"linalg", "operators", "text"},
     "rules": {"linalg", "operators"},
     "report": {"linalg", "weights", "text"},
     "training": {"linalg", "operators", "weights", "rules", "report", "text"},
@@ -26,95 +36,182 @@ ALLOWED: dict[str, set[str]] = {
     "audits": {"linalg", "operators", "weights", "rules", "files", "report", "text", "output"},
     "": {"linalg", "rules", "training", "audits", "report"},
     "integrations": {""},
+    "testing": {""},
     "cli": {"", "audits", "report", "text"},
     "__main__": {"cli"},
 }
 
 
-def folder(module: str) -> str:
-    """The first name below wellcond; "" for the root itself and the names it lists."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else ""
+# --- layers ---------------------------------------------------------------------------------------
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+def modules() -> dict[str, Path]:
+    """The source of every module of wellcond; that of the root is the list of its public names."""
+    found = {"wellcond": SOURCE / "__init__.pyi"}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        found.setdefault(".".join(parts).removesuffix(".__init__"), path)
+    return found
+
+
+MODULES = modules()
+
+
+class WithoutTypes(ast.NodeTransformer):
+    """Leaves out what only type checkers import."""
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
+def imported(path: Path, types: bool = True) -> Iterator[str]:
+    """The modules of wellcond that a module imports, also within functions."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree if types else WithoutTypes().visit(tree)):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module == "wellcond":
-            names |= {f"wellcond.{alias.name}" for alias in node.names}
-            names -= {"wellcond"} if any(f"{a.name}" in ALLOWED for a in node.names) else set()
-    return {name for name in names if name.split(".")[0] == "wellcond"}
+            names = [alias.name for alias in node.names]
+        for name in names:
+            # What is imported from a module may be a module itself.
+            module = name if name in MODULES else name.rpartition(".")[0]
+            if module in MODULES:
+                yield module
+            else:
+                assert name.split(".")[0] != "wellcond", f"{path} imports {name}"
 
 
-MODULES = sorted(SOURCE.rglob("*.py"))
+def folder(module: str) -> str:
+    """The first name below wellcond; "" for the root itself."""
+    return module.removeprefix("wellcond").removeprefix(".").partition(".")[0]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_a_module_imports_only_from_folders_that_it_may(path: Path) -> None:
-    inside = path.relative_to(SOURCE).with_suffix("").parts
-    own = "" if inside[0] == "__init__" else inside[0]
-    assert own in ALLOWED, f"{own} has no place in the table of folders"
-    for name in imported(path):
-        assert folder(name) in ALLOWED[own] | {own}, f"{'/'.join(inside)} imports {name}"
+def test_folders_import_only_what_the_table_allows() -> None:
+    assert {folder(module) for module in MODULES} == set(ALLOWED)
+    wrong = [
+        f"{module} imports {other}"
+        for module, path in MODULES.items()
+        for other in imported(path)
+        if folder(other) not in ALLOWED[folder(module)] | {folder(module)}
+    ]
+    assert not wrong
+
+
+def test_no_folder_imports_from_a_higher_layer() -> None:
+    below: set[str] = set()
+    for name, allowed in ALLOWED.items():
+        assert allowed <= below, name
+        below.add(name)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: {*imported(path, types=False)} - {module} for module, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()
+
+
+def table() -> str:
+    """ALLOWED as it stands in CONTRIBUTING.md, with the first sentence of each docstring."""
+    rows = ["| folder | what it is for | may import from |", "|---|---|---|"]
+    for name, allowed in ALLOWED.items():
+        if name in ("", "__main__"):
+            continue
+        path = MODULES[f"wellcond.{name}"]
+        purpose = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+        purpose = " ".join(purpose.split()).removesuffix(".")
+        shown = f"{name}/" if path.stem == "__init__" else path.name
+        order = [other or "the public names" for other in ALLOWED if other in allowed]
+        rows.append(f"| `{shown}` | {purpose} | {', '.join(order) or 'nothing'} |")
+    return "\n".join(rows) + "\n"
+
+
+IN_GUIDE = re.compile(r"^\| folder \|.*\n(?:\|.*\n)+", re.MULTILINE)
 
 
 def test_the_table_of_the_guide_is_this_one() -> None:
-    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-    rows = re.findall(r"^\| `(\w+)[./].*\|.*\| (.*) \|$", guide, flags=re.MULTILINE)
-    table = {
-        name: set(allowed.replace("the public names", "").split(", ")) - {"nothing"}
-        for name, allowed in rows
-    }
-    assert table == {name: ALLOWED[name] for name in ALLOWED if name not in ("", "__main__")}
+    (written,) = IN_GUIDE.findall(GUIDE.read_text())
+    assert written == table(), "run `make table`"
 
 
-def test_every_folder_of_the_table_is_there() -> None:
-    there = {path.relative_to(SOURCE).with_suffix("").parts[0] for path in MODULES}
-    assert there - {"__init__"} == set(ALLOWED) - {""}
+# --- what an import loads -------------------------------------------------------------------------
+
+LOADS = """
+import contextlib, io, json, sys
+
+def loaded():
+    return sorted(sys.modules)
+
+def run(*arguments):
+    printed = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+        wellcond.cli.main([*arguments])
+    assert printed.getvalue(), arguments
+
+facts = {}
+import wellcond.cli
+for arguments in (["--help"], ["--version"], ["audit", "--help"], ["repair", "--help"]):
+    run(*arguments)
+facts["after help"] = loaded()
+import torch
+facts["after torch"] = loaded()
+for module in ("wellcond", "wellcond.report", "wellcond.rules"):
+    exec(f"from {module} import *")
+facts["after all"] = loaded()
+print(json.dumps(facts))
+"""
 
 
-def loaded_by(code: str) -> set[str]:
-    """The modules that are there after this code and were not after `import torch`."""
-    program = f"import sys, torch; before = set(sys.modules); {code}; "
-    program += "print(*sorted(set(sys.modules) - before), file=sys.__stderr__)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def facts() -> dict[str, set[str]]:
+    """Which modules one process has loaded after each of several things."""
+    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stderr.split())
+    return {name: set(loaded) for name, loaded in json.loads(done.stdout).items()}
 
 
-def test_importing_loads_torch_and_the_standard_library_alone() -> None:
-    code = "import wellcond as wc, wellcond.cli; [getattr(wc, name) for name in wc.__all__]"
-    loaded = {name.split(".")[0] for name in loaded_by(code)}
-    assert loaded - {"wellcond", "torch", "torchgen", "functorch"} <= set(sys.stdlib_module_names)
+def test_help_loads_neither_torch_nor_an_experiment(facts: dict[str, set[str]]) -> None:
+    first = {name.partition(".")[0] for name in facts["after help"]}
+    assert "wellcond" in first
+    assert not first & {"torch", "numpy", "rich", "safetensors", "wellcond_experiments"}
 
 
-@pytest.mark.parametrize("command", ["audit", "repair"])
-def test_help_of_a_command_imports_no_experiment(command: str) -> None:
-    code = "import contextlib, wellcond.cli\nwith contextlib.suppress(SystemExit): "
-    code += f"wellcond.cli.main(['{command}', '--help'])\n0"
-    loaded = loaded_by(code)
-    assert "wellcond.cli" in loaded
-    assert not [name for name in loaded if name.startswith("wellcond_experiments")]
+def test_all_public_names_load_only_torch_and_the_standard_library(
+    facts: dict[str, set[str]],
+) -> None:
+    first = {name.partition(".")[0] for name in facts["after all"] - facts["after torch"]}
+    assert first - {"wellcond", "torch", "torchgen", "functorch"} <= set(sys.stdlib_module_names)
 
 
-def test_public_names_exist_and_have_docstrings() -> None:
-    assert len(wellcond.__all__) > 30
-    for name in wellcond.__all__:
-        assert getattr(wellcond, name).__doc__, name
-        assert name in dir(wellcond)
-    assert set(wellcond._WHERE) == set(wellcond.__all__)
+# --- public names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [wellcond, wellcond.report, wellcond.rules])
+def test_public_names_are_documented_and_listed(module: ModuleType) -> None:
+    undocumented = [name for name in module.__all__ if not getattr(module, name).__doc__]
+    assert not undocumented
+    assert set(module.__all__) <= set(dir(module))
+    names: dict[str, Any] = {}
+    exec(f"from {module.__name__} import *", names)
+    assert names.keys() - {"__builtins__"} == set(module.__all__)
+
+
+def test_type_checkers_see_the_names_that_are_there() -> None:
+    stub = ast.parse(MODULES["wellcond"].read_text())
+    seen = {
+        (node.module, alias.asname)
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    there = {(f"wellcond.{module}", name) for name, module in wellcond._MODULE_OF.items()}
+    assert seen == there | {("wellcond", name) for name in wellcond._PACKAGES}
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'auditt'"):
         wellcond.auditt  # noqa: B018
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["audit", "--help"]], ids=str)
-def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
-    code = "import contextlib, sys, wellcond.cli\nwith contextlib.suppress(SystemExit):\n"
-    code += f"    wellcond.cli.main({arguments})\nprint('torch' in sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.split() == ["False"]
-    assert done.stdout
+if __name__ == "__main__":
+    GUIDE.write_text(IN_GUIDE.sub(lambda _: table(), GUIDE.read_text()))

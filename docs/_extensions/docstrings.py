@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from typing import Any
 
 from docutils import nodes
@@ -17,7 +18,15 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxRole
 
 import wellcond
+import wellcond.report
+import wellcond.rules
 
+# Where a public name is documented; a name of several modules in the last of these.
+PUBLIC = {
+    name: f"{module.__name__}.{name}"
+    for module in (wellcond.rules, wellcond.report, wellcond)
+    for name in module.__all__
+}
 _DOTTED = re.compile(r"(?:wellcond\.|wc\.)?([A-Za-z]\w*)((?:\.\w+)*)(?:\(.*\))?")
 # Code, examples and emphasis stay as they are.
 _KEPT = re.compile(
@@ -46,13 +55,16 @@ class CodeOrName(SphinxRole):
         found = _DOTTED.fullmatch(self.text)
         if found is None:
             return None
-        first, rest = found.groups()
-        if first in wellcond.__all__:
-            return f"wellcond.{first}{rest}"
-        within = str(self.env.ref_context.get("py:class"))
-        member = getattr(getattr(wellcond, within, None), first, None)
+        first, *rest = f"{found[1]}{found[2]}".split(".")
+        if first in wellcond._PACKAGES and rest:
+            first, *rest = rest
+        if first in PUBLIC:
+            return ".".join([PUBLIC[first], *rest])
+        within = PUBLIC.get(str(self.env.ref_context.get("py:class")), "")
+        module, _, name = within.rpartition(".")
+        member = getattr(getattr(sys.modules.get(module), name, None), first, None)
         if not rest and (callable(member) or isinstance(member, property)):
-            return f"wellcond.{within}.{first}"
+            return f"{within}.{first}"
         return None
 
 
@@ -88,7 +100,7 @@ def signature(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> tuple[
     if what != "class":
         return None
     record = dataclasses.is_dataclass(obj) and "Attributes:" in (obj.__doc__ or "")
-    private = name.count(".") > 1 and not name.startswith("wellcond.integrations.")
+    private = name not in PUBLIC.values() and not name.startswith("wellcond.integrations.")
     return ("", "") if record or private else None
 
 

@@ -16,8 +16,11 @@ TORCH = "https://docs.pytorch.org/docs/stable"
 
 ADDRESSES = {
     "collections.abc.Callable": f"{PYTHON}/collections.abc.html#collections.abc.Callable",
+    "collections.abc.Hashable": f"{PYTHON}/collections.abc.html#collections.abc.Hashable",
     "collections.abc.Mapping": f"{PYTHON}/collections.abc.html#collections.abc.Mapping",
     "collections.abc.Sequence": f"{PYTHON}/collections.abc.html#collections.abc.Sequence",
+    "contextlib.AbstractContextManager": f"{PYTHON}/contextlib.html"
+    "#contextlib.AbstractContextManager",
     "os.PathLike": f"{PYTHON}/os.html#os.PathLike",
     "torch.Tensor": f"{TORCH}/tensors.html#torch.Tensor",
     "torch.Size": f"{TORCH}/size.html#torch.Size",

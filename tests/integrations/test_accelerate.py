@@ -1,6 +1,6 @@
 """What docs/accelerate.md promises: the Regularizer works in a loop of accelerate, and resumes.
 
-By accelerate itself, on the digits, on the CPU.
+By accelerate itself, on small images, on the CPU.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from by_hand import (
     EVERY,
     PENALTIES,
     assert_same,
-    digits,
+    images,
     net,
     optimizer_of,
     scheduler_of,
@@ -59,7 +59,7 @@ class Loop:
         # Before prepare: the names are those of the model alone.
         self.reg = wc.Regularizer(model, PENALTIES[way], block_size=BLOCK)
         optimizer = optimizer_of(model)
-        loader = DataLoader(TensorDataset(*digits(count)), BATCH)
+        loader = DataLoader(TensorDataset(*images(count)), BATCH)
         self.model, self.optimizer, self.scheduler, self.loader = self.accelerator.prepare(
             model, optimizer, scheduler_of(optimizer), loader
         )

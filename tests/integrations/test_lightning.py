@@ -1,6 +1,6 @@
 """What the callback for Lightning promises: a fit equals the loop by hand, and resumes bit for bit.
 
-By the trainer itself, on the digits, on the CPU.
+By the trainer itself, on small images, on the CPU.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ from by_hand import (
     RELATIVES,
     assert_same,
     cross_entropy,
-    digits,
+    images,
     net,
     optimizer_of,
     scheduler_of,
@@ -93,7 +93,7 @@ class TwoOptimizers(Module):
 
 
 def loader(count: int = 96) -> Any:
-    return DataLoader(TensorDataset(*digits(count)), BATCH)
+    return DataLoader(TensorDataset(*images(count)), BATCH)
 
 
 def trainer(tmp_path: Path, *callbacks: Any, **options: Any) -> Any:
@@ -306,6 +306,7 @@ def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first:
     assert added.regularizer.measure()["net.0.weight"].step == batches.trained
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
     """By DistributedDataParallel, in both ways; the names have no prefix."""

@@ -126,7 +126,17 @@ def rare(m: int, n: int, x: float, count: int = 1000) -> float:
     return float((lead + k / 2 * highest.log()).exp().mul(integral).mean())
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (6, 4), (20, 16), (40, 20), (36, 32)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 3),
+        (6, 4),
+        (20, 16),
+        pytest.param((40, 20), marks=pytest.mark.slow),
+        pytest.param((36, 32), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("share", [1e-2, 1e-6, 1e-12])
 def test_rare_ones_are_as_rare_as_they_are(shape: tuple[int, int], share: float) -> None:
     x = 2.0
