@@ -170,7 +170,7 @@ def test_a_certificate_overrules_extremes_that_missed(
     always: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     S = torch.diag(torch.tensor([3.0, 2.0, 1e-3]))
-    true = spectrum_module.measure
+    true = spectrum_module.compute_spectrum
 
     def missed(S: Tensor, all_values: bool = False) -> spectrum_module.Spectrum:
         if all_values and not always:
@@ -446,7 +446,7 @@ def test_a_weight_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
             raise ValueError("LAPACK does not converge")
         return compute_spectrum(S, all_values)
 
-    monkeypatch.setattr("wellcond.audits.rows.measure", failing)
+    monkeypatch.setattr("wellcond.audits.rows.compute_spectrum", failing)
     report = wc.audit(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
     assert [f.status for f in report.findings] == [wc.report.Status.failed, wc.report.Status.ok]
     assert "LAPACK does not converge" in report.findings[0].explanation
@@ -459,7 +459,7 @@ def test_a_weight_for_which_memory_lacks_is_a_row(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9")
         return compute_spectrum(S, all_values)
 
-    monkeypatch.setattr("wellcond.audits.rows.measure", lacking)
+    monkeypatch.setattr("wellcond.audits.rows.compute_spectrum", lacking)
     report = wc.audit(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)))
     failed = {f.name: f.detail for f in report.findings if f.status is Status.failed}
     assert failed == {"0.weight": "there is not enough memory to measure it"}
@@ -476,7 +476,7 @@ def test_a_curve_that_cannot_be_had_is_left_out(
         path.unlink()
         return compute_spectrum(S)._replace(method=Method.krylov)
 
-    monkeypatch.setattr("wellcond.audits.rows.measure", once)
+    monkeypatch.setattr("wellcond.audits.rows.compute_spectrum", once)
     (finding,) = wc.audit(path, curves=1).findings
     assert (finding.condition_number, finding.singular_values) == (1.0, ())
 

@@ -121,7 +121,7 @@ def test_a_curve_decomposes_one_matrix_and_reads_its_tensor_once_more(
     monkeypatch.setattr("wellcond.linalg.spectrum._LARGE", 16)
     save_file({"experts": randn(8, 20, 24), "w": torch.eye(20, 24)}, tmp_path / "a.safetensors")
     whole: list[Sequence[int]] = []
-    measure = rows.measure
+    measure = rows.compute_spectrum
 
     def spy(S: Tensor, all_values: bool = False) -> Any:
         whole.extend([S.shape] * all_values)

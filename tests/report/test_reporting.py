@@ -90,7 +90,7 @@ def test_curves_compute_the_views_that_are_drawn_alone(monkeypatch: pytest.Monke
     model.register_parameter("experts", nn.Parameter(torch.randn(8, 20, 24)))
     model.register_parameter("other", nn.Parameter(torch.randn(3, 20, 24)))
     measured: list[bool] = []
-    whole = rows.measure
+    whole = rows.compute_spectrum
 
     def spy(S: torch.Tensor, all_values: bool = False) -> Any:
         measured.append(all_values)

@@ -79,7 +79,7 @@ def with_comparison(finding: Finding) -> Finding:
     return replace(
         finding,
         exceedance=exceedance(shape, kappa),
-        gaussian_stable_rank=gaussian_stable_rank(shape),
+        usual_stable_rank=gaussian_stable_rank(shape),
         gap=_widest_gap(finding),
         repair_limit=math.nan if math.isnan(change) else limit,
         repair_change=change,

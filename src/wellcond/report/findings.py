@@ -74,7 +74,7 @@ class Finding:
             is no condition number, for vectors, for complex matrices, and for what is no stored
             matrix: groups of a convolution, a convolution as it acts, a head of attention; random
             ones of these follow other laws.
-        gaussian_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
+        usual_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
         grade: "none", "estimated", "bounded", "computed" or "certified"; see `Grade`.
         status: "ok", or what is the matter; its value says it in words.
         detail: more of the status, such as the error.
@@ -119,7 +119,7 @@ class Finding:
     rank: int = 0
     penalty: float = math.nan
     exceedance: float = math.nan
-    gaussian_stable_rank: float = math.nan
+    usual_stable_rank: float = math.nan
     grade: Grade = Grade.none
     status: Status = Status.ok
     detail: str = ""
@@ -199,7 +199,7 @@ class Finding:
             "rank": self.rank,
             "penalty": self.penalty,
             "exceedance": self.exceedance,
-            "gaussian_stable_rank": self.gaussian_stable_rank,
+            "usual_stable_rank": self.usual_stable_rank,
             "largest_entry": self.largest_entry,
             "subnormal_share": self.subnormal_share,
             "float16_zero_share": self.float16_zero_share,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wellcond.report.findings import Grade
 from wellcond.report.layers import Stack, stacks
 from wellcond.report.rows import MARK, Column, Row
+from wellcond.text import escape
 from wellcond.weights.reasons import Skipped
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def render(page: Page) -> str:
     shared = [note for note, count in notes.items() if count > _SHARED]
     lost = {name: why for name, why in page.skipped.items() if not why.reason.no_matrix}
     no_matrices = {name: why for name, why in page.skipped.items() if why.reason.no_matrix}
-    return _template().render(
+    html = _template().render(
         page=page,
         above=[row for row in rows if row.exceeds],
         axis=_Axis.of(rows, page.max_condition),
@@ -90,17 +91,19 @@ def render(page: Page) -> str:
         **_map_context(page, repeated),
         **_drawing(page.curves),
     )
+    return html.lstrip()  # macros leave empty lines before the first tag
 
 
 @functools.cache
 def _template() -> Template:
     """The template; Jinja2 is imported only if a page is made."""
     import jinja2
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
+    from markupsafe import escape as escape_markup
 
     def breakable(name: str) -> Markup:
         """A name that may be broken after a dot, and not only within a word."""
-        return Markup(re.sub(r"([.:/_])", r"\1<wbr>", str(escape(escape(name)))))
+        return Markup(re.sub(r"([.:/_])", r"\1<wbr>", str(escape_markup(escape(name)))))
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wellcond.report", ""),
