@@ -30,6 +30,8 @@ if sys.platform != "win32":  # which has no forkserver
             "wellcond.audits.repair",
         ]
     )
+# What holds for two processes holds for four, where shards can be empty, in twice the time.
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 TIMEOUT = datetime.timedelta(seconds=60)
 needs_fsdp2_on_the_cpu = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"),

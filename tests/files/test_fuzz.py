@@ -34,7 +34,7 @@ def served(folder: Path, first: int, last: int) -> tuple[Rows, str]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    rows, stopped = served(tmp_path_factory.mktemp("fuzz"), 0, 80)
+    rows, stopped = served(tmp_path_factory.mktemp("fuzz"), 0, 40)
     assert not stopped
     return rows
 
@@ -56,11 +56,11 @@ def test_damaged_files_are_answered(rows: Rows) -> None:
     assert not wrong
     # Not all damage is noticed, as that of a weight; most of it is.
     codes = Counter(row["codes"] for row in rows.values() if row["part"] == "damaged")
-    assert codes["22"] > codes["00"] > 10
+    assert codes["22"] > codes["00"] > 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "last"), [(80, 200), (1000, 1150), (2000, 2150)])
+@pytest.mark.parametrize(("first", "last"), [(40, 200), (1000, 1150), (2000, 2150)])
 def test_many_damaged_files_are_answered(tmp_path: Path, first: int, last: int) -> None:
     rows, stopped = served(tmp_path, first, last)
     assert not stopped
