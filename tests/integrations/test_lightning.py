@@ -375,7 +375,7 @@ def test_a_state_that_does_not_fit_leaves_nothing_attached(tmp_path: Path) -> No
     first.save_checkpoint(tmp_path / "one.ckpt")
     wider = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block_size=BLOCK + 1)
     optimizers = Optimizers()
-    with pytest.raises(ValueError, match="with the model, the penalties and the block with which"):
+    with pytest.raises(ValueError, match="with the model, the rules and the block_size with which"):
         trainer(tmp_path, optimizers, wider).fit(
             Module(), loader(), ckpt_path=tmp_path / "one.ckpt"
         )

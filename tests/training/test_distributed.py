@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import wellcond as wc
-from processes import (
+from processes import WORLDS, (
     Holder,
     compare,
     compare_models,
@@ -97,7 +97,7 @@ def sharded_matrices(world: int) -> None:
             compare_all_ways(Holder(whole.clone()), Holder(part), wc.TikhonovPenalty(0.2))
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_sharded_weight_is_regularised_as_a_whole_one(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, sharded_matrices, world)
 
@@ -304,7 +304,7 @@ def measured_in_part() -> None:
     model = net()
     fully_shard(model)
     weight = model[0].weight
-    with pytest.raises(TypeError, match=r"Give S\.full_tensor\(\)"):
+    with pytest.raises(TypeError, match=r"Pass S\.full_tensor\(\)"):
         wc.condition_number(weight)
     assert wc.condition_number(weight.full_tensor()) == wc.condition_number(net()[0].weight)
 
@@ -314,7 +314,7 @@ def test_a_part_of_a_weight_is_not_measured_for_the_whole(tmp_path: Path) -> Non
 
 
 @needs_fsdp2_on_the_cpu
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_training_under_fsdp2_equals_one_process(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, fully_sharded, world)
 
@@ -417,7 +417,7 @@ def _counting(operator: Callable[..., Any], name: str, multiplied: list[str]) ->
     return wrapped
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_replicas_share_the_work_and_stay_identical(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, replicated, world)
 

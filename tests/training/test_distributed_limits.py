@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import wellcond as wc
-from processes import (
+from processes import WORLDS, (
     Holder,
     compare_models,
     distributed,
@@ -120,7 +120,7 @@ def test_experts_of_a_stack_may_be_in_parts_besides(tmp_path: Path) -> None:
     run(4, tmp_path, stacks_on_a_square)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_limit_of_a_sharded_weight_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, layouts, world)
 
@@ -347,7 +347,7 @@ def sharded_models(world: int) -> None:
 
 
 @needs_fsdp2_on_the_cpu
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_training_sharded_models_under_limits_equals_one_process(
     world: int, tmp_path: Path
 ) -> None:

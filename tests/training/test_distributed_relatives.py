@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import wellcond as wc
-from processes import (
+from processes import WORLDS, (
     Holder,
     compare_models,
     distributed,
@@ -82,7 +82,7 @@ def layouts(world: int) -> None:
                     assert list(many.layer.weight.placements) == placements
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_sharded_weight_is_treated_as_a_whole_one(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, layouts, world)
 
