@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import wellcond as wc
-from processes import WORLDS, (
+from processes import (
+    WORLDS,
     Holder,
     compare,
     compare_models,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import wellcond as wc
-from processes import WORLDS, (
+from processes import (
+    WORLDS,
     Holder,
     compare_models,
     distributed,
