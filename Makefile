@@ -5,7 +5,7 @@ TORCH ?=
 VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN = $(VENV)/bin
 # Processes of pytest, with one thread each. `worksteal`, because conftest.py puts long tests first.
-JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # Small matrices on few cores: more threads than cores make LAPACK up to 100 times slower.

@@ -1,1 +1,1 @@
-"""A weight as a linear map: what every penalty and every measurement in training asks of it."""
+"""A weight as a linear map: what rules, limits and measurements in training ask of it."""
