@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,11 @@ _LR = 0.1
 _MARGIN = 1e-6
 
 
-def weights(dtype: torch.dtype = torch.float64) -> Iterator[tuple[str, Tensor]]:
-    """Weights of all `SHAPES` and `SPECTRA` that the dtype can hold, each with its name."""
-    for *stack, m, n in SHAPES:
+def weights(
+    dtype: torch.dtype = torch.float64, shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights of these shapes and all `SPECTRA` that the dtype can hold, each with its name."""
+    for *stack, m, n in shapes:
         for name, spectrum in SPECTRA.items():
             if (*stack, m, n) != SHAPES[0] and name not in _EVERYWHERE:
                 continue
@@ -115,7 +117,7 @@ def check_rule(
     if never_raises_kappa:
         properties["never_raises_kappa"] = globals()["never_raises_kappa"]
     with _mesh():
-        for weight, S in itertools.chain(weights(), weights(torch.float32)):
+        for weight, S in itertools.chain(weights(), weights(torch.float32, SHAPES[:1])):
             for name, holds in properties.items():
                 try:
                     holds(rule, S)

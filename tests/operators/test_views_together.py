@@ -43,6 +43,7 @@ def sharded_experts() -> None:
         torch.testing.assert_close(found, limited(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_gate_and_up_of_sharded_experts_are_both_limited(tmp_path: Path) -> None:
     run(2, tmp_path, sharded_experts)

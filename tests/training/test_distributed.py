@@ -172,6 +172,7 @@ def grouped_convolution() -> None:
         wc.Regularizer(odd, wc.ConditionPenalty(0.3))
 
 
+@pytest.mark.slow
 def test_a_grouped_convolution_is_sharded_by_whole_groups(tmp_path: Path) -> None:
     run(2, tmp_path, grouped_convolution)
 
@@ -193,6 +194,7 @@ def sharded_views() -> None:
         wc.audit(distributed(zoo(), mesh(2), [Shard(0)]))
 
 
+@pytest.mark.slow
 def test_views_of_sharded_weights_are_those_of_whole_ones(tmp_path: Path) -> None:
     run(2, tmp_path, sharded_views)
 
@@ -488,6 +490,7 @@ def _failing(rank: int, store: str, result: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_hangs_the_others_no_longer_than_their_timeout(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     result = tmp_path / "result"
@@ -538,6 +541,7 @@ def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> 
         optimizer.step()
 
 
+@pytest.mark.slow
 @needs_fsdp2_on_the_cpu
 def test_a_distributed_checkpoint_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"

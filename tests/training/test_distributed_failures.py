@@ -150,6 +150,7 @@ def fully_sharded() -> None:
     assert max(kappa(p) for p in many.parameters() if p.ndim == 2) <= 2.0
 
 
+@pytest.mark.slow
 @needs_fsdp2_on_the_cpu
 def test_a_monitor_measures_condition_numbers_under_fsdp2(tmp_path: Path) -> None:
     run(2, tmp_path, fully_sharded)

@@ -117,6 +117,7 @@ def stacks_on_a_square() -> None:
                     torch.testing.assert_close(whole(many), one, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_experts_of_a_stack_may_be_in_parts_besides(tmp_path: Path) -> None:
     run(4, tmp_path, stacks_on_a_square)
 
@@ -193,6 +194,7 @@ def views() -> None:
         compare_models(many, one)
 
 
+@pytest.mark.slow
 def test_views_of_sharded_weights_are_limited_as_those_of_whole_ones(tmp_path: Path) -> None:
     run(2, tmp_path, views)
 
@@ -287,6 +289,7 @@ def test_one_process_tells_all_of_them(worker: Callable[[], None], tmp_path: Pat
     run(2, tmp_path, worker)
 
 
+@pytest.mark.slow
 def test_stacks_are_limited_where_their_matrices_are(tmp_path: Path) -> None:
     run(2, tmp_path, stacks)
 

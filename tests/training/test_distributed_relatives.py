@@ -131,6 +131,7 @@ def views() -> None:
         compare_models(many, one)
 
 
+@pytest.mark.slow
 def test_views_and_experts_in_parts_are_treated_as_whole_ones(tmp_path: Path) -> None:
     run(2, tmp_path, views)
 
@@ -183,6 +184,7 @@ def nothing_of_experts() -> None:
     assert max(sent) == 3  # whether they are finite
 
 
+@pytest.mark.slow
 def test_of_experts_nothing_is_sent(tmp_path: Path) -> None:
     run(2, tmp_path, nothing_of_experts)
 
