@@ -299,9 +299,11 @@ def _audit(arguments: argparse.Namespace) -> int:
     reports = [look(path) for path in (arguments.path, arguments.compare) if path is not None]
     *earlier, later = reports
     result = compare(*reports) if earlier else later
-    held = compare_with_baseline(reports[0], baseline, rise) if baseline is not None else None
+    comparison = compare_with_baseline(reports[0], baseline, rise) if baseline is not None else None
     if arguments.json:
-        compared = {"max_rise": rise, "baseline": asdict(held)} if held is not None else {}
+        compared = (
+            {"max_rise": rise, "baseline": asdict(comparison)} if comparison is not None else {}
+        )
         text = dump_json(result.to_dict(limit) | compared)
     else:
         text = result.to_csv() if to_stdout else result.table(top=arguments.top)
@@ -323,9 +325,9 @@ def _audit(arguments: argparse.Namespace) -> int:
         unknown = any(math.isnan(f.condition_number) for f in exceeding)
         text = f"{len(exceeding)} of {len(later.findings)} matrices exceed {limit:g}"
         print(f"wellcond: {text}{' or have no κ' * unknown}: {worst}", file=sys.stderr)
-    if held is not None:
-        _say_held(held, arguments.baseline, rise)
-    risen = held is not None and (held.risen or held.missing)
+    if comparison is not None:
+        _print_comparison_with_baseline(comparison, arguments.baseline, rise)
+    risen = comparison is not None and (comparison.risen or comparison.missing)
     return 1 if exceeding or risen or not enough or (gated and not sound) else 0
 
 
@@ -343,22 +345,24 @@ def _sound(report: AuditReport) -> bool:
     return not (failed or report.not_finite)
 
 
-def _say_held(held: BaselineComparison, path: Path, rise: float) -> None:
+def _print_comparison_with_baseline(
+    comparison: BaselineComparison, path: Path, rise: float
+) -> None:
     """What became of the weights of a baseline, on standard error."""
-    if held.risen:
+    if comparison.risen:
         worst = list_some(
-            f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in held.risen
+            f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in comparison.risen
         )
-        text = f"κ is more than {rise:g} times what it was in {_counted(held.risen)}: {worst}"
+        text = f"κ is more than {rise:g} times what it was in {_count_weights(comparison.risen)}: {worst}"
         print(f"wellcond: {text}", file=sys.stderr)
-    others = (("of the baseline not there", held.missing), ("not in it", held.new))
+    others = (("of the baseline not there", comparison.missing), ("not in it", comparison.new))
     if words := [
-        f"{_counted(names)} {where}: {list_some(names)}" for where, names in others if names
+        f"{_count_weights(names)} {where}: {list_some(names)}" for where, names in others if names
     ]:
         print(f"wellcond: {escape(path)}: {'; '.join(words)}", file=sys.stderr)
 
 
-def _counted(weights: Sequence[object]) -> str:
+def _count_weights(weights: Sequence[object]) -> str:
     return f"{len(weights)} weight{'s' * (len(weights) != 1)}"
 
 
