@@ -353,7 +353,8 @@ def _print_comparison_with_baseline(
         worst = list_some(
             f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in comparison.risen
         )
-        text = f"κ is more than {rise:g} times what it was in {_count_weights(comparison.risen)}: {worst}"
+        count = _count_weights(comparison.risen)
+        text = f"κ is more than {rise:g} times what it was in {count}: {worst}"
         print(f"wellcond: {text}", file=sys.stderr)
     others = (("of the baseline not there", comparison.missing), ("not in it", comparison.new))
     if words := [
