@@ -93,7 +93,8 @@ def check_rule(
     """Raises an AssertionError unless a rule of your own keeps what wellcond promises of rules.
 
     A step leaves a finite weight finite, in its shape and dtype; a weight that holds NaN is named
-    and left alone; matrices of a stack are treated as if each were alone; float32 agrees with
+    and left alone; matrices of a stack and weights of a batch are treated as if
+    each were alone; a limit that is enforced again changes nothing; float32 agrees with
     float64; training resumes bit for bit; a sharded weight becomes what a whole one does, on the
     process group that is initialised, or on one process if there is none.
 
@@ -161,12 +162,35 @@ def names_what_is_not_finite(rule: wc.rules.Rule, S: Tensor) -> None:
 
 def treats_a_stack_as_its_matrices(rule: wc.rules.Rule, S: Tensor) -> None:
     """A stack of matrices becomes what each of them becomes alone."""
-    if not rule.steppable or wc.rules.Need.whole in rule.needs or S.ndim > 2:
+    if wc.rules.Need.whole in rule.needs or S.ndim > 2:
         return
+    result = _step if rule.steppable else _gradient
     other = S.flip(-1) / 2
-    both = _spectrum(_step(rule, torch.stack([S, other])))
+    both = _spectrum(result(rule, torch.stack([S, other])))
     for together, alone in zip(both, (S, other), strict=True):
-        _assert_near(together, _spectrum(_step(rule, alone)), S)
+        _assert_near(together, _spectrum(result(rule, alone)), S)
+
+
+def treats_weights_as_if_alone(rule: wc.rules.Rule, S: Tensor) -> None:
+    """Weights of one shape under one rule, which form a batch, become what each becomes alone."""
+    if not rule.steppable:
+        return
+    each = (S, S.flip(-1) / 2)
+    model = nn.ModuleList([_Holder(X.clone()) for X in each])
+    wc.Regularizer(model, {"0.weight": rule, "1.weight": rule}).proximal_step(_LR)
+    for holder, X in zip(model, each, strict=True):
+        _assert_near(_spectrum(holder.weight.detach()), _spectrum(_step(rule, X)), S)  # type: ignore[operator]
+
+
+def holds_once_enforced(rule: wc.rules.Rule, S: Tensor) -> None:
+    """A hard limit that is enforced changes nothing when it is enforced again."""
+    if not rule.enforceable:
+        return
+    weight, reg = _regularize(rule, S)
+    reg.enforce()
+    before = weight.detach().clone()
+    reg.enforce()
+    assert torch.equal(weight, before), "it was changed again"
 
 
 def agrees_with_float64(rule: wc.rules.Rule, S: Tensor) -> None:
@@ -211,6 +235,8 @@ PROPERTIES: Mapping[str, Property] = {
         survives,
         names_what_is_not_finite,
         treats_a_stack_as_its_matrices,
+        treats_weights_as_if_alone,
+        holds_once_enforced,
         agrees_with_float64,
         resumes,
         treats_shards_as_the_whole,
@@ -234,7 +260,7 @@ def scales(rule: wc.rules.Rule, S: Tensor, degree: float) -> None:
 def never_raises_kappa(rule: wc.rules.Rule, S: Tensor) -> None:
     """No step raises the condition number of a weight of full rank."""
     sigma = _spectrum(S)
-    if bool((sigma[..., -1] > 1e-5 * sigma[..., 0]).all()):
+    if rule.steppable and bool((sigma[..., -1] > 1e-5 * sigma[..., 0]).all()):
         after = _spectrum(_step(rule, S))
         room = 1 + _MARGIN + 1e3 * torch.finfo(S.dtype).eps * sigma[..., 0] / sigma[..., -1]
         before = sigma[..., 0] / sigma[..., -1]
@@ -259,6 +285,13 @@ def _step(rule: wc.rules.Rule, S: Tensor) -> Tensor:
     weight, reg = _regularize(rule, S)
     reg.proximal_step(_LR)
     return weight.detach()
+
+
+def _gradient(rule: wc.rules.Rule, S: Tensor) -> Tensor:
+    weight, reg = _regularize(rule, S)
+    reg.add_gradients()
+    assert weight.grad is not None
+    return weight.grad
 
 
 def _spectrum(S: Tensor) -> Tensor:

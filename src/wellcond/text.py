@@ -99,10 +99,18 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+_WITHOUT_WIDTH = ("Mn", "Me", "Mc", "Cf")  # marks on the letter before, and format characters
+_SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+
+
 def _width(text: str) -> int:
     """How many columns of a terminal the text takes: East Asian wide letters take two."""
-    marks = sum(unicodedata.combining(c) > 0 for c in text)
-    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return sum(
+        0
+        if unicodedata.category(c) in _WITHOUT_WIDTH or c in _SKIN_TONES
+        else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
 
 
 def dump_json(content: Any) -> str:

@@ -101,3 +101,23 @@ def test_slices_of_a_sharded_tensor_stay_as_they_are(tmp_path: Path) -> None:
     tensors = {"fc.weight": _randn(6, 8), "layer.weight": _randn(6, 8)}
     save_file(tensors, tmp_path / "shard.safetensors", metadata)
     assert check(tmp_path / "shard.safetensors", tmp_path / "fixed.safetensors") == ["layer.weight"]
+
+
+def test_patterns_may_match_the_factors_of_an_adapter_which_stay_as_they_are(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    content = {
+        "layer.q_proj.base_layer.weight": torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0])),
+        "layer.q_proj.lora_A.default.weight": torch.randn(2, 4),
+        "layer.q_proj.lora_B.default.weight": torch.randn(4, 2),
+        "layer.o_proj.weight": torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0])),
+    }
+    torch.save(content, tmp_path / "a.pt")
+    for number, patterns in enumerate(
+        ({"exclude": "*lora_A*"}, {"include": ["*lora_B*", "*o_proj*"]}, {"exclude": "*lora*"})
+    ):
+        report = wc.repair(tmp_path / "a.pt", tmp_path / f"b{number}.pt", 3.0, **patterns)
+        assert "layer.o_proj.weight" in {repair.name for repair in report.changed}
+        after = torch.load(tmp_path / f"b{number}.pt")
+        assert all(torch.equal(after[n], X) for n, X in content.items() if "lora" in n)

@@ -119,3 +119,24 @@ def test_nan_in_a_group_is_named() -> None:
     with pytest.raises(ValueError, match=r"0\.weight"):
         wc.Regularizer(model, wc.ConditionLimit(2.0)).enforce()
     torch.testing.assert_close(model[0].weight.detach(), before, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [wc.ConditionLimit(2.0), wc.SingularValueLimit(upper=0.5)])
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_one_of_two_convolutions_that_has_no_kappa_is_no_matter_of_the_other(
+    limit: wc.Limit, value: float
+) -> None:
+    """They form one batch; each is one map."""
+    model = nn.Sequential(grouped(2)[0], grouped(2)[0])
+    with torch.no_grad():
+        model[0].weight.fill_(value)
+    reg = wc.Regularizer(model, limit)
+    if value == 0:
+        reg.enforce()
+        assert not model[0].weight.any()
+    else:
+        with pytest.raises(ValueError, match=r'^"0\.weight" holds NaN'):
+            reg.enforce()
+    assert kappa(nn.Sequential(model[1])) <= 2.0 or isinstance(limit, wc.SingularValueLimit)
+    if value == 0:
+        reg.proximal_step(0.1)

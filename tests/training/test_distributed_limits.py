@@ -395,6 +395,35 @@ def test_replicas_apply_limits_alike_and_stay_identical(tmp_path: Path) -> None:
     run(2, tmp_path, replicas)
 
 
+class Exhausted(wc.Limit):
+    def apply(self, S: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def replicas_of_groups() -> None:
+    """Grouped convolutions, each one map, and a rule for which memory lacks on one process."""
+    torch.manual_seed(0)
+    convolutions = [torch.nn.Conv2d(8, 8, 3, groups=4, bias=False) for _ in range(2)]
+    model = torch.nn.Sequential(*convolutions, torch.nn.Linear(6, 5), torch.nn.Linear(6, 5))
+    reg = wc.Regularizer(model, wc.ConditionLimit(2.0), process_group=dist.group.WORLD)
+    reg.enforce()
+    reg.proximal_step(0.1)
+    for parameter in model.parameters():
+        same_everywhere(parameter.detach())
+    for state in reg.state_dict().values():
+        for tensor in state.values():
+            same_everywhere(tensor)
+    assert max(f.condition_number for f in wc.audit(model).findings) <= 2.0
+    reg = wc.Regularizer(model[2], Exhausted(), process_group=dist.group.WORLD)
+    mine = dist.get_rank() == reg._states[0].owner
+    with pytest.raises(torch.OutOfMemoryError if mine else ValueError):
+        reg.enforce()
+
+
+def test_replicas_limit_grouped_convolutions_and_fail_together(tmp_path: Path) -> None:
+    run(2, tmp_path, replicas_of_groups)
+
+
 def failing_replica() -> None:
     """The others do not wait for the one that cannot go on, and all stay identical."""
     model = net().bfloat16()

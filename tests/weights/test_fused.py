@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import wellcond as wc
 from wellcond.report.findings import Finding
 from wellcond.weights.fused import find_views_in_file
-from wellcond.weights.matrices import seen_through
+from wellcond.weights.matrices import ViewsByName
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -192,7 +192,7 @@ def test_blocks_are_what_their_names_say_and_share_memory() -> None:
     found = {
         f"{name}:{view}" if view else name: S
         for name, seen in find_views_in_file(shapes, {"model_type": "phi3"}).items()
-        for view, S in seen_through(seen.views)(tensors[name]).items()
+        for view, S in ViewsByName(seen.views)(tensors[name]).items()
     }
     attention, experts = tensors["attn.c_attn.weight"], tensors["experts.gate_up_proj"]
     expected = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import wellcond as wc
 from wellcond.operators.views import shares_memory
 from wellcond.weights.fused import find_views_in_file
-from wellcond.weights.matrices import seen_through
+from wellcond.weights.matrices import ViewsByName
 
 Shape = tuple[int, ...]
 
@@ -25,7 +25,7 @@ def seen(name: str, shape: Shape, **beside: Shape) -> tuple[dict[str, Shape], st
     stem = name[: name.rfind(".") + 1]
     shapes = {name: shape} | {f"{stem}{own}": other for own, other in beside.items()}
     views = find_views_in_file(shapes, {})[name]
-    matrices = seen_through(views.views)(torch.zeros(shape))
+    matrices = ViewsByName(views.views)(torch.zeros(shape))
     return {view: tuple(S.shape) for view, S in matrices.items()}, views.note
 
 
@@ -154,7 +154,7 @@ def test_kernels_of_keras_and_flax_have_their_inputs_first(name: str) -> None:
     shape, inputs, note = INPUTS_FIRST[name]
     views = find_views_in_file({name: shape}, {})[name]
     tensor = drawn(*shape)
-    ((_, S),) = seen_through(views.views)(tensor).items()
+    ((_, S),) = ViewsByName(views.views)(tensor).items()
     rows = torch.Size(shape[inputs:]).numel()
     # Entry by entry: the first sides are the columns, and what is written reaches the tensor.
     assert torch.equal(S, tensor.reshape(-1, rows).mT)
@@ -170,7 +170,7 @@ def test_a_depthwise_kernel_is_that_of_torch() -> None:
     kernel = drawn(3, 3, 8, 2)
     views = find_views_in_file({"c.depthwise_kernel": (3, 3, 8, 2)}, {})["c.depthwise_kernel"]
     of_torch = kernel.permute(2, 3, 0, 1).reshape(16, 1, 3, 3)
-    assert torch.equal(seen_through(views.views)(kernel)["kernel"], of_torch.flatten(1))
+    assert torch.equal(ViewsByName(views.views)(kernel)["kernel"], of_torch.flatten(1))
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,14 @@ def repair(
     for one in checkpoint.matrices():
         if entries[one.name].dtype.startswith("complex"):
             unserved[one.name] = Skipped(Reason.complex)
-        if one.name not in unserved:
-            specs += rows_of_tensor(one, source.skipped.get(one.name))
+        specs += rows_of_tensor(one, source.skipped.get(one.name))
     chosen, skipped = select(specs, include, exclude, source.skipped | unserved)
     wanted: dict[str, list[RowSpec]] = {}
     for spec in chosen:
-        wanted.setdefault(spec.name, []).append(spec)
+        if spec.name in unserved:  # a pattern may match it, and leaves it as it is
+            skipped[spec.name] = unserved[spec.name]
+        else:
+            wanted.setdefault(spec.name, []).append(spec)
     if not wanted:
         why = list_some((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")

@@ -36,7 +36,7 @@ from wellcond.files.tensors import (
 from wellcond.text import last_part
 from wellcond.weights.adapters import find_adapter_parameters
 from wellcond.weights.fused import find_views_in_file
-from wellcond.weights.matrices import Matrices, entries, seen_through
+from wellcond.weights.matrices import Matrices, ViewsByName, entries
 from wellcond.weights.names import find_non_weights
 from wellcond.weights.quantised import count_logical_entries
 from wellcond.weights.reasons import Reason, Skipped
@@ -316,7 +316,7 @@ class Checkpoint:
                 names, seen = (name, *self._aliases(name)), views[name]
                 read = partial(file.read, entry.name)
                 yield Matrices(
-                    name, names, entry.shape, seen_through(seen.views), read, note=seen.note
+                    name, names, entry.shape, ViewsByName(seen.views), read, note=seen.note
                 )
 
     def skipped(self) -> dict[str, Skipped]:

@@ -69,8 +69,8 @@ class RegularizerCallback(Callback):
         regularizer: the `Regularizer`; None before training starts, kept when it ends.
 
     Raises:
-        TypeError: the penalties are neither a penalty nor a mapping.
-        ValueError: another mode, or "gradients" for a limit or Isometry. When training
+        TypeError: the rules are neither a rule nor a mapping.
+        ValueError: another mode, or "gradients" for a limit or IsometryStep. When training
             starts: what `Regularizer` and `attach` refuse; no optimizer that holds a regularised
             weight; for "gradients" several of them, or a GradScaler with an optimizer that unscales
             for itself; DeepSpeed. When it resumes: a checkpoint without the state of this callback.

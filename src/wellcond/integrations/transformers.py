@@ -85,8 +85,8 @@ class RegularizerCallback(TrainerCallback):
         regularizer: the `Regularizer`; None before training begins, kept when it ends.
 
     Raises:
-        TypeError: the penalties are neither a penalty nor a mapping.
-        ValueError: another mode, or "gradients" for a limit or Isometry. When training
+        TypeError: the rules are neither a rule nor a mapping.
+        ValueError: another mode, or "gradients" for a limit or IsometryStep. When training
             begins: what `Regularizer` and `attach` refuse; DeepSpeed; a second callback;
             "gradients" with fp16 and no clipping. When it resumes: a checkpoint without a
             `wellcond.pt` of its own, or a damaged one; weights that the Trainer has not restored.

@@ -50,7 +50,7 @@ class Penalty(Rule):
         ...     def evaluate(self, S, image):
         ...         top = image.top  # left right^T = sigma_1 u_1 v_1^T
         ...         excess = (top.sigma[..., 0] - 1).clamp_min(0)
-        ...         share = excess / top.sigma[..., 0]
+        ...         share = excess / top.sigma[..., 0].clamp_min(1e-30)
         ...         c = torch.zeros_like(share)
         ...         U = share[..., None, None] * top.left
         ...         return excess.square() / 2, wc.rules.Gradient(wc.rules.LowRank(c, U, top.right))

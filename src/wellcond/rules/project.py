@@ -135,7 +135,7 @@ def _project_map(S: SpectralOperator, bounds: Bounds) -> Verdict:
         X, numbers = _try_svd(whole.S.clone(), bounds)
         if not torch.equal(X, whole.S):
             whole.update_(NewWeight(X))
-    return Verdict(*numbers)
+    return Verdict(*(number.expand(S.shape[:-2]) for number in numbers))
 
 
 def obey_nearly(weights: Sequence[SpectralOperator], bounds: Bounds) -> bool:

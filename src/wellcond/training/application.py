@@ -54,6 +54,7 @@ def apply(
     """
     failures: Failures = {}
     errors: list[Exception] = []
+    fatal: Exception | None = None
     received: list[tuple[Batch, Sequence[Tensor], list[Tensor]]] = []
     exchanged: list[tuple[int, Tensor]] = []
     results: list[tuple[Batch, Sequence[Tensor], bool]] = []
@@ -65,17 +66,18 @@ def apply(
         if mine:
             try:
                 outcome = run()
+                _store_(batch, outcome, finite)
             except Exception as error:
                 if is_out_of_memory(error) or batch.lacks_values():
-                    raise
+                    if replicas is None:
+                        raise
+                    fatal = fatal or error  # the others wait: first they must learn of it
+                outcome = Outcome.of(batch.S, OutcomeStatus.refused)
                 errors.append(error)
                 failures |= dict.fromkeys((s.name for s in batch.states), _refusal(batch, error))
-            else:
-                _store_(batch, outcome, finite)
-        if batch.rule.differentiable:
-            _count_shortened(batch, outcome)
-            if alone:
-                continue  # nothing more to know, and nothing read from the device
+        if batch.rule.differentiable and alone:
+            _count_shortened(batch, outcome.status)
+            continue  # nothing more to know, and nothing read from the device
         numbers: Sequence[Tensor] = outcome.numbers()
         if not alone:
             device = batch.operators[0].device
@@ -92,7 +94,11 @@ def apply(
         for S, new, (own, *_) in zip(batch.operators, values, batch.each(*numbers), strict=True):
             if int(own.min()) >= 0:
                 cast(Updatable, S).update_(NewWeight(new))
+    if fatal is not None:
+        raise fatal
     for batch, numbers, mine in results:
+        if batch.rule.differentiable:
+            _count_shortened(batch, numbers[0])
         for state, each in zip(batch.states, batch.each(*numbers), strict=True):
             worst = worst_of(*each)
             if worst.status >= 0:
@@ -127,7 +133,7 @@ def _explain(state: WeightState, status: OutcomeStatus, mine: bool) -> str:
     return f": {state.rule.explain(status, state.weight.parameters[0].dtype)}"
 
 
-def _count_shortened(batch: Batch, outcome: Outcome) -> None:
-    shortened = outcome.status == int(OutcomeStatus.shortened)
+def _count_shortened(batch: Batch, status: Tensor) -> None:
+    shortened = status == int(OutcomeStatus.shortened)
     for state, (own,) in zip(batch.states, batch.each(shortened), strict=True):
-        state.shortened += own.sum()
+        state.shortened += own.sum().to(state.shortened.device)

@@ -70,10 +70,10 @@ class Regularizer:
             the weights of DTensors are not compared.
 
     Raises:
-        ValueError: no weight is left to regularise, a pattern matches nothing, block < 1, a pattern
-            asks for something that is no matrix, the first FSDP wraps a part of the model, or
-            replicas are to be checked where nothing says which processes they are on.
-        TypeError: penalties is neither a penalty nor a mapping to penalties.
+        ValueError: no weight is left to regularise, a pattern matches nothing, block_size < 1, a
+            pattern asks for something that is no matrix, the first FSDP wraps a part of the model,
+            or replicas are to be checked where nothing says which processes they are on.
+        TypeError: rules is neither a rule nor a mapping to rules.
 
     Example:
         >>> import torch, wellcond as wc

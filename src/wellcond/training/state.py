@@ -15,7 +15,7 @@ from torch import Tensor
 from wellcond.linalg.checks import lacks_values
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
-from wellcond.rules.base import Movement, Need, Rule
+from wellcond.rules.base import Movement, Need, Rule, RuleState
 from wellcond.rules.outcome import Worst
 from wellcond.rules.pace import Pace
 from wellcond.text import quote_names
@@ -42,7 +42,14 @@ class WeightState:
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
+        self.memory: RuleState = {}
+        own = self.state().keys()
         self.memory = rule.init(self.shape)  # of the rule
+        if taken := own & self.memory.keys():
+            raise ValueError(
+                f"`{type(rule).__name__}.init` must return keys of its own, but {sorted(taken)} "
+                "are those of every weight. Choose other names."
+            )
         self.failed = False  # whether the last step or limit could not be applied
 
     def _start(self, S: WeightOperator) -> None:

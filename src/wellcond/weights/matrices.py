@@ -75,6 +75,3 @@ class ViewsByName(dict[str, View]):
     def __call__(self, tensor: Tensor) -> dict[str, Tensor]:
         views = single_views(self, tensor.shape)
         return {name: view(tensor) for name, view in views.items()}
-
-
-seen_through = ViewsByName
