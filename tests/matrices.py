@@ -1,4 +1,4 @@
-"""Matrices with a prescribed spectrum, each with the reason why it is hard."""
+"""Hard matrices: those of `wellcond.testing` drawn by hypothesis, and some with names."""
 
 import math
 
@@ -6,32 +6,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from wellcond.testing import SPECTRA
+from wellcond.testing import matrix_with_spectrum as with_spectrum
+
+__all__ = ["SPECTRA", "with_spectrum"]
+
 
 def orthonormal(rows: int, columns: int, source: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(rows, columns, generator=source, dtype=torch.float64)).Q
-
-
-def with_spectrum(sigma: Tensor, m: int, n: int, seed: int = 0) -> Tensor:
-    """U diag(sigma) V^T, (m, n), with random singular vectors, float64."""
-    source = torch.Generator().manual_seed(seed)
-    U, V = orthonormal(m, len(sigma), source), orthonormal(n, len(sigma), source)
-    return U * sigma @ V.mT
-
-
-# Spectra as functions of nu.
-SPECTRA = {
-    "gap": lambda nu: torch.linspace(1, 2, nu).flip(0) + 3 * (torch.arange(nu) == 0),  # easy
-    "no gap": lambda nu: 1 - 0.1 * torch.arange(nu) / nu,  # vectors are ill-defined
-    "cluster": lambda nu: 1 - 1e-9 * torch.arange(nu) * (torch.arange(nu) < 3),  # nearly tied
-    "tied": lambda nu: torch.where(torch.arange(nu) < 2, 2.0, 1.0),  # no gradient exists
-    "semi-orthogonal": lambda nu: torch.ones(nu),  # r = 0, all tied
-    "graded": lambda nu: 10.0 ** -torch.arange(nu),  # kappa grows with nu
-    "rank-deficient": lambda nu: (torch.arange(nu) < max(1, nu - 1)) * 1.5,  # sigma_nu = 0
-    "rank-one": lambda nu: (torch.arange(nu) == 0) * 2.0,  # srank = 1
-    "zero": lambda nu: torch.zeros(nu),  # kappa is nan
-    "large": lambda nu: 1e30 * (1 + torch.arange(nu)).flip(0),  # squares overflow in float32
-    "small": lambda nu: 1e-30 * (1 + torch.arange(nu)).flip(0),  # squares vanish in float32
-}
 
 
 @st.composite

@@ -50,7 +50,7 @@ def progress(total: int, title: str) -> Iterator[Advance]:
 
 
 def versions(machine: str) -> dict[str, str]:
-    """The versions of the software, and the processor with what is said of it here."""
+    """The versions of the software, the processor and the number of threads."""
     return {
         "wellcond": wc.__version__,
         "torch": torch.__version__,

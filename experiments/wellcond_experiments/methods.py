@@ -199,7 +199,7 @@ class L2Initial(Training):
 class ShrinkAndPerturb(Training):
     """(1 − strength) p + strength · new initial weights, as data change (Ash & Adams, 1910.08475).
 
-    It is told when that is; the other methods are not.
+    The setting tells it when a task begins, and tells no other method.
     """
 
     label = "shrink and perturb"

@@ -1,4 +1,4 @@
-"""How things are said, everywhere alike: names in a sentence, tables, strict JSON, versions.
+"""Text in one form everywhere: names in a sentence, tables, strict JSON, versions.
 
 Names come from files that may mean harm: what a terminal would obey is shown as an escape.
 """

@@ -231,7 +231,7 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
 
 def _with_base(source: Source, base: Source) -> Source:
     """With the weights of the base to which its adapters belong, under the names of the base."""
-    # Adapters are told apart by the names of their tensors.
+    # The names of their tensors tell adapters apart.
     beside = {adapter.parts for one in source.matrices for adapter in one.adapters}
     if len(beside) == len(source.adapters):
         found = "holds its base" if source.adapters else "has no pair of lora_A and lora_B"

@@ -312,7 +312,7 @@ def _try_svd(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """A nearest matrix (m, n) that obeys as it is stored, and what is told; margin inf: none.
+    """A nearest matrix (m, n) that obeys as it is stored, and a verdict; margin inf: none.
 
     Or of (g, m, n) a nearest block-diagonal matrix.
     """

@@ -1,1 +1,1 @@
-"""Which matrices a model or a file holds, under which names, and why the rest is none."""
+"""Which matrices a model or a file holds, their names, and a reason for each other tensor."""
