@@ -113,6 +113,8 @@ def test_patterns_may_match_the_factors_of_an_adapter_which_stay_as_they_are(
         "layer.q_proj.lora_B.default.weight": torch.randn(4, 2),
         "layer.o_proj.weight": torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0])),
     }
+    for name in ("A", "B"):  # far above the limit, if it were put on them
+        content[f"layer.q_proj.lora_{name}.default.weight"][0] *= 1e3
     torch.save(content, tmp_path / "a.pt")
     for number, patterns in enumerate(
         ({"exclude": "*lora_A*"}, {"include": ["*lora_B*", "*o_proj*"]}, {"exclude": "*lora*"})
