@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from wellcond.operators.stored import StoredMatrix
+from wellcond.linalg.symmetric import power_eigenvector, top_eigenvector
 from wellcond.operators.subspace import (
     Subspace,
     align_sides,
     cold_start,
-    power_eigenvector,
     refine,
     residual,
-    top_eigenvector,
     warm_up,
 )
 

@@ -191,6 +191,10 @@ class Dense(Protocol):
 class HasGram(Protocol):
     """A weight whose smaller Gram matrix can be had."""
 
+    @property
+    def upright(self) -> bool:
+        """Whether that is S^T S, not S S^T."""
+
     def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
         """S^T S if n <= m, else S S^T, (..., nu, nu); in the working dtype if none is given.
 
@@ -225,6 +229,9 @@ class SpectralOperator(WeightOperator, Updatable, HasGram, Protocol):
 
     def all_of(self, numbers: Tensor) -> Tensor:
         """One number per matrix (...), of those held here, put together with all others."""
+
+    def add_(self, U: Tensor, V: Tensor) -> None:
+        """S <- S + U V^T, with U (..., m, k) and V (..., n, k), in place."""
 
     def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
         """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to the nearest.

@@ -98,8 +98,9 @@ class ShardedMatrix(StoredMatrix):
         return self._place(super().partial_squared_frobenius_norm(dtype))
 
     def _place(self, values: Tensor) -> Tensor:
-        """One number a matrix, zero for those of which nothing is held here."""
-        placed = values.new_zeros(self.shape[:-2])
+        """What is known of each matrix, zero for those of which nothing is held here."""
+        stack = len(self.shape) - 2
+        placed = values.new_zeros(*self.shape[:-2], *values.shape[stack:])
         placed[self.block[:-2]] = values
         return placed
 
@@ -221,6 +222,10 @@ class ShardedMatrix(StoredMatrix):
                 S.update_(new)
             return
         super().update_(NewWeight(self._of_block(new.form)))
+
+    def add_(self, U: Tensor, V: Tensor) -> None:
+        *stack, rows, columns = self.block
+        super().add_(U[(*stack, rows)], V[(*stack, columns)])
 
     def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
         if isinstance(gradient.form, Rescaled) and not self._short_is_whole:

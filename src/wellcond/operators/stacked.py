@@ -74,6 +74,10 @@ class StackedMatrices:
         each = zip(self.matrices, units, strict=True)
         return torch.stack([cast(HasGram, S).gram(dtype, one) for S, one in each])
 
+    @property
+    def upright(self) -> bool:
+        return cast(HasGram, self.matrices[0]).upright
+
     def update_(self, new: NewWeight) -> None:
         parts = zip(*(tensor.unbind() for tensor in new.tensors), strict=True)
         for S, own in zip(self.matrices, parts, strict=True):

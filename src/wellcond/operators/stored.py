@@ -143,12 +143,22 @@ class StoredMatrix:
             c, U, V = new.form
             if S.dtype == self.dtype:
                 S.mul_(over_matrices(c))
-                _add_product_(S, U, V)
-                return
-            generator = self._chance()
-            for band, rows in self._bands():
-                updated = rows * over_matrices(c) + U[..., band, :] @ V.mT
-                S[..., band, :] = round_stochastically(updated, S.dtype, generator)
+            self._add_product_(U, V, over_matrices(c))
+
+    def add_(self, U: Tensor, V: Tensor) -> None:
+        with writable(self.view, self.parameter) as S:
+            self.S = S
+            self._add_product_(U, V)
+
+    def _add_product_(self, U: Tensor, V: Tensor, factor: Tensor | float = 1.0) -> None:
+        """Adds U V^T; a weight in half precision, which is rounded once, is multiplied first."""
+        if self.S.dtype == self.dtype:
+            _add_product_(self.S, U, V)
+            return
+        generator = self._chance()
+        for band, rows in self._bands():
+            updated = rows * factor + U[..., band, :] @ V.mT
+            self.S[..., band, :] = round_stochastically(updated, self.S.dtype, generator)
 
     def _store_(self, values: Tensor) -> None:
         """Values of the weight's own dtype are stored as they are, wider ones rounded by chance."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Callable, Hashable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from wellcond.operators.base import (
 from wellcond.operators.subspace import Image
 from wellcond.rules.outcome import Outcome, OutcomeStatus, Worst
 from wellcond.rules.pace import Pace
+
+if TYPE_CHECKING:
+    from wellcond.rules.watch import Watch
 
 Strength = float | Callable[[int], float]
 # What a rule remembers of a weight: tensors of fixed shape under the keys of a state dict.
@@ -42,7 +45,7 @@ class Need(enum.Enum):
 class Schedule(NamedTuple):
     """When an attached rule is applied, unless `attach(every=)` says otherwise."""
 
-    every: int | None  # steps of the optimizer; None: when `Rule.watch` says so
+    every: int | None  # steps of the optimizer; None: when the weight has moved far enough
 
 
 class Movement(NamedTuple):
@@ -105,14 +108,16 @@ class Rule(abc.ABC):
         """Makes a hard limit hold: if `exact` the limit itself, else a target inside of it."""
         return Outcome.of(S, OutcomeStatus.unchanged)
 
-    def watch(
-        self, S: Operator | None, image: Image | None, state: RuleState, movement: Movement
-    ) -> tuple[bool | Tensor, RuleState]:
-        """Whether the rule is due: a bool where the host knows it, else one per matrix.
+    def is_due(self, state: RuleState, movement: Movement) -> bool:
+        """Whether the rule is to be applied, by how far the weight may have moved."""
+        return True
 
-        S and image are None if the rule decides by the movement only.
+    def watch(self, nu: int) -> Watch | str | None:
+        """How a weight with nu singular values is watched between applications.
+
+        Or why it cannot be, as a clause; None if weights under this rule never are.
         """
-        return True, state
+        return None
 
     # --- what it remembers ------------------------------------------------------------------------
 

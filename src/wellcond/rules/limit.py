@@ -70,10 +70,8 @@ class Limit(Rule):
             return Outcome.of(S, OutcomeStatus.unchanged)
         return Outcome.of(S, OutcomeStatus.applied, NewWeight(values.detach()))
 
-    def watch(
-        self, S: Operator | None, image: Image | None, state: RuleState, movement: Movement
-    ) -> tuple[bool | Tensor, RuleState]:
-        return self.pace(state).due(movement.steps, float(movement.rate)), state
+    def is_due(self, state: RuleState, movement: Movement) -> bool:
+        return self.pace(state).due(movement.steps, float(movement.rate))
 
     @property
     def mark(self) -> int:

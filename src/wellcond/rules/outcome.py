@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import to_float64
+from wellcond.linalg.projection import GramDecomposition
 from wellcond.operators.base import NewWeight, Operator
 
 
@@ -47,12 +49,16 @@ class Outcome:
         excess: by what factor a limit was exceeded before, nan where that is not known; None: of
             no matrix.
         condition_number: kappa before, likewise.
+        moved: whether the matrix was changed; None: not known.
+        spectra: how every weight is decomposed now, None where that is not known; None: of none.
     """
 
     status: Tensor
     new: NewWeight | None = None
     excess: Tensor | None = None
     condition_number: Tensor | None = None
+    moved: Tensor | None = None
+    spectra: Sequence[GramDecomposition | None] | None = None
 
     @classmethod
     def of(cls, S: Operator, status: OutcomeStatus, new: NewWeight | None = None) -> Outcome:

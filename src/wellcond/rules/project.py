@@ -18,7 +18,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ _ROUNDS = 8
 # What a projection in float32 misses kappa by, in u kappa^2: 1 to 5 for most spectra, up to 25
 # where all values but one are equal.
 _NARROW_MISS = 10
+# Of a target inside of the limit a share of kappa may be missed: _NEAR u kappa^2 in float32.
+_NEAR, _NEAR_MISS = 10, 0.05
+_NEAR_WIDE = 5e4  # in float64 n u kappa^2 is to be below 1e-6
 # The share of a singular value that rounding of an update may miss it by.
 CANCELS = 1e-6
 # So many numbers of Gram matrices are worked on at once: 128 MB of float64.
@@ -48,6 +51,9 @@ _TOGETHER = 1 << 24
 
 class Bounds(abc.ABC):
     """What singular values must be."""
+
+    # Whether each singular value has bounds of its own, whatever the others are.
+    is_separable: ClassVar[bool] = False
 
     @abc.abstractmethod
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
@@ -64,6 +70,22 @@ class Bounds(abc.ABC):
     @abc.abstractmethod
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Values [low, high] that obey, of a matrix with this largest one."""
+
+
+class Aim(Protocol):
+    """Bounds that are to hold until the next application, and so a target inside of them."""
+
+    @property
+    def bounds(self) -> Bounds: ...
+
+    @property
+    def target(self) -> Bounds: ...
+
+    def move(self, sigma: Tensor) -> Tensor:
+        """What descending singular values (..., nu) are to become, equal where they stay."""
+
+    def survives(self, nu: int, u: float) -> bool:
+        """Whether rounding to a dtype with unit roundoff u leaves the target within the bounds."""
 
 
 class Verdict(NamedTuple):
@@ -102,8 +124,7 @@ def project(
     """
     if weights[0].is_one_map:
         return [_project_map(S, bounds) for S in weights]
-    *stack, m, n = weights[0].shape
-    several = max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
+    several = _count_together(weights[0])
     narrow = 1.5 * condition_number < resolvable_condition_number(torch.float32)
     verdicts = []
     for first in range(0, len(weights), several):
@@ -129,6 +150,85 @@ def _project_chunk(
     return each
 
 
+class Approach(NamedTuple):
+    """What was done to one weight, of each of its matrices.
+
+    Attributes:
+        verdict: what was measured before; relative to the bounds, not to the target.
+        moved: whether it was projected.
+        spectrum: how it is decomposed now; None where that is not known.
+    """
+
+    verdict: Verdict
+    moved: Tensor
+    spectrum: GramDecomposition | None
+
+
+def approach(weights: Sequence[SpectralOperator], aim: Aim) -> list[Approach]:
+    """Moves the weights to a target inside of their bounds, and does not measure them afterwards.
+
+    Because of that room a Gram matrix in float32 serves while a weight is well-conditioned. What
+    none resolves is left to `project`.
+    """
+    if weights[0].is_one_map and not aim.bounds.is_separable:
+        maps = [_project_map(S, aim.target) for S in weights]
+        return [Approach(one, one.excess > 1, None) for one in maps]
+    found = []
+    several = _count_together(weights[0])
+    for first in range(0, len(weights), several):
+        found += _approach_chunk(weights[first : first + several], aim)
+    return found
+
+
+def _approach_chunk(weights: Sequence[SpectralOperator], aim: Aim) -> list[Approach]:
+    with contextlib.ExitStack() as opened:
+        spread = [opened.enter_context(S.spread()) for S in weights]
+        chunk = _Chunk(spread, aim.bounds)
+        pair = chunk.approach(aim)
+        if pair is not None:
+            return _report(spread, aim, *pair)
+        # The decomposition in float64 tells which obey, and how those are decomposed.
+        wide = chunk._decompose(chunk._gram(torch.float64))
+        found = _report(spread, aim, wide.sigma, wide)
+        stays = chunk._is_fine(wide) & (aim.move(wide.sigma.flip(-1)).flip(-1) == wide.sigma).all(
+            -1
+        )
+        each = zip(spread, stays, strict=True)
+        stay = [bool((S.all_of(one.double()) > 0).all()) for S, one in each]
+    left = [S for S, one in zip(weights, stay, strict=True) if not one]
+    verdicts = iter(project(left, aim.target) if left else [])
+    for i, own in enumerate(found):
+        if not stay[i]:
+            verdict = next(verdicts)
+            before = own.verdict._replace(margin=verdict.margin)
+            found[i] = Approach(before, verdict.excess > 1, None)
+    return found
+
+
+def _report(
+    weights: Sequence[SpectralOperator], aim: Aim, before: Tensor, after: GramDecomposition
+) -> list[Approach]:
+    """What is known of all of them, from their ascending singular values before."""
+    largest, smallest = before[..., -1], before[..., 0]
+    excess = aim.bounds.excess(largest, smallest)
+    numbers = excess, largest / smallest, torch.zeros_like(excess)
+    moved = (after.sigma != before).any(dim=-1)
+    return [
+        Approach(
+            Verdict(*(S.all_of(number[i]) for number in numbers)),
+            S.all_of(moved[i].double()) > 0,
+            GramDecomposition(S.all_of(after.sigma[i]), S.all_of(after.V[i])),
+        )
+        for i, S in enumerate(weights)
+    ]
+
+
+def _count_together(S: SpectralOperator) -> int:
+    """How many weights like this one are worked on at once."""
+    *stack, m, n = S.shape
+    return max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
+
+
 def _project_map(S: SpectralOperator, bounds: Bounds) -> Verdict:
     """By an SVD: the groups of a convolution are small."""
     with S.spread() as whole:
@@ -136,13 +236,6 @@ def _project_map(S: SpectralOperator, bounds: Bounds) -> Verdict:
         if not torch.equal(X, whole.S):
             whole.update_(NewWeight(X))
     return Verdict(*(number.expand(S.shape[:-2]) for number in numbers))
-
-
-def obey_nearly(weights: Sequence[SpectralOperator], bounds: Bounds) -> bool:
-    """Whether the largest singular values are within 1.001 of their bound, in float32 or wider."""
-    with contextlib.ExitStack() as opened:
-        spread = [opened.enter_context(S.spread()) for S in weights]
-        return _Chunk(spread, bounds).obey_nearly()
 
 
 class _Chunk:
@@ -169,6 +262,32 @@ class _Chunk:
             if bool(self._is_resolved(spectrum).all()):
                 break
         return self._project(spectrum)
+
+    def approach(self, aim: Aim) -> tuple[Tensor, GramDecomposition] | None:
+        """The singular values before, and the decomposition after; None if none resolves them."""
+        if not aim.survives(self.weights[0].nu, self.u):
+            return None
+        for dtype in (torch.float32, torch.float64):
+            if dtype == torch.float32 and self.weights[0].dtype == torch.float64:
+                continue
+            spectrum = self._decompose(self._gram(dtype))
+            sigma, u = spectrum.sigma, torch.finfo(dtype).eps / 2
+            error = _NEAR * u if dtype == torch.float32 else _NEAR_WIDE * sigma.shape[-1] * u
+            kappa = sigma[..., -1] / self.bounds.matters(sigma[..., 0])
+            # What exceeds its bound by far is nearly cancelled by an update.
+            excess = self.bounds.excess(sigma[..., -1], sigma[..., 0])
+            near = excess < CANCELS / torch.finfo(dtype).eps
+            if bool((near & (error * kappa.square() < _NEAR_MISS)).all()):
+                break
+        else:
+            return None
+        target = aim.move(sigma.flip(-1)).flip(-1)
+        moved = (target != sigma).any(dim=-1)
+        if bool(moved.any()):
+            V, d = spectrum.move(target)
+            for i, S in enumerate(self.weights):
+                S.rescale_(V[i], d[i], S.S, moved[i])
+        return sigma, GramDecomposition(target, spectrum.V)
 
     def _is_resolved(self, spectrum: GramDecomposition) -> Tensor:
         """Whether the Gram matrix tells what to do: not for one that is on the bound."""
@@ -250,17 +369,6 @@ class _Chunk:
             x = G @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True))
         largest = torch.linalg.vector_norm(x, dim=(-2, -1)).sqrt() * 1.01
         return (are_within_bounds(G, *self.bounds.interval(largest)) & _is_in_range(G)).double()
-
-    def obey_nearly(self) -> bool:
-        G = self._gram(self.weights[0].dtype)
-        low, high = self.bounds.interval(torch.ones(self.shape, dtype=G.dtype, device=G.device))
-        obey = self._agree(
-            lambda: (are_within_bounds(G, low, 1.001 * high) & _is_in_range(G)).double()
-        ).bool()
-        return all(
-            bool(S.all_of((~one).double()).sum() == 0)
-            for S, one in zip(self.weights, obey, strict=True)
-        )
 
     def _excess(self, G: Tensor, largest: Tensor) -> Tensor:
         """By what factor the stored matrices exceed the bounds: 0 if they do not, nan: unknown.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import zlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,24 +17,60 @@ from wellcond.linalg.checks import as_number
 from wellcond.linalg.lapack import SVD_FAILED
 from wellcond.linalg.nearest import check_limit, clip
 from wellcond.linalg.spectrum import compute_spectrum
-from wellcond.operators.base import LowRank, NewWeight, Operator, SpectralOperator, Updatable
+from wellcond.operators.base import Operator, SpectralOperator
 from wellcond.operators.stacked import unstack
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Image
 from wellcond.rules.base import Need, RuleState
 from wellcond.rules.limit import Limit
 from wellcond.rules.outcome import Outcome, OutcomeStatus
-from wellcond.rules.project import CANCELS, Bounds, Verdict, obey_nearly, project
+from wellcond.rules.project import Bounds, Verdict, approach, project
+from wellcond.rules.watch import LARGEST, Ends, EndsWatch, TopWatch, Watch
 
-# How far below the upper bound the block must see before it is believed.
-_REACH = 0.9
+_HEADROOM = 1.2  # of bounds of singular values
+_LEAST_HEADROOM = 1.05  # with less a projection is measured
+_NEARLY = 0.97  # of the way to the limit: there a watched weight is projected
+_CLUSTER = 1.5  # of kappa: below, blocks of singular vectors do not tell the ends of a spectrum
+# What rounding may add to kappa, as a share, for a weight not to be measured after a projection.
+_ROUNDING = 0.2
+
+
+def _describe(rule: Any) -> str:
+    """The call that makes this rule, without the defaults."""
+    values = [(f.name, getattr(rule, f.name)) for f in fields(rule)]
+    defaults = {f.name: f.default for f in fields(rule)}
+    given = ", ".join(f"{name}={value!r}" for name, value in values if value != defaults[name])
+    return f"{type(rule).__name__}({given})"
+
+
+def _check_bounds(rule: SpectralLimit, *names: str) -> None:
+    """Makes the bounds of a rule numbers, and its headroom; raises unless they are usable."""
+    for name in names:
+        if (bound := getattr(rule, name)) is None:
+            continue
+        number = as_number(bound, f"`{name}`", "a number or None")
+        object.__setattr__(rule, name, number)
+        if not 0 < number < math.inf:
+            raise ValueError(f"`{name}` must be positive and finite, got {bound}.")
+    headroom = as_number(rule.headroom, "`headroom`")
+    object.__setattr__(rule, "headroom", headroom)
+    if not 1 <= headroom < math.inf:
+        raise ValueError(
+            f"`headroom` must be finite and at least 1, got {headroom}. It is the factor by which "
+            "a weight is projected further than to its limit, so that it may move until the next "
+            "application."
+        )
 
 
 class SpectralLimit(Bounds, Limit):
-    """A hard limit of singular values."""
+    """A hard limit of singular values, which is watched.
+
+    Between two applications the weight may move from `target` to `trigger`, both inside of it.
+    """
 
     needs = frozenset({Need.gram})
     fills_zeros = True
+    headroom: float
 
     def group_key(self) -> Hashable:
         return self
@@ -41,11 +79,57 @@ class SpectralLimit(Bounds, Limit):
     def mark(self) -> int:
         return zlib.crc32(repr(self).encode())
 
+    @abc.abstractmethod
+    def watch(self, nu: int) -> Watch | str:
+        """How a weight with nu singular values is watched, or why it cannot be."""
+
+    @property
+    def bounds(self) -> Bounds:
+        return self
+
+    @property
+    @abc.abstractmethod
+    def target(self) -> SpectralLimit:
+        """To what a weight is projected that is about to exceed this limit."""
+
+    @property
+    @abc.abstractmethod
+    def trigger(self) -> SpectralLimit:
+        """What a weight exceeds then."""
+
+    def move(self, sigma: Tensor) -> Tensor:
+        """What descending singular values (..., nu) become at an application between two looks."""
+        largest, smallest = sigma[..., 0], sigma[..., -1]
+        due = self.trigger.excess(largest, smallest) > 1
+        clipped = self.target.clip(sigma, torch.zeros_like(largest))
+        return torch.where(due[..., None], clipped, sigma)
+
+    def survives(self, nu: int, u: float) -> bool:
+        """Whether rounding to a dtype with unit roundoff u leaves the target within the limit."""
+        return self.headroom >= _LEAST_HEADROOM and self._spread * math.sqrt(nu) * u < _ROUNDING
+
+    @property
+    @abc.abstractmethod
+    def _spread(self) -> float:
+        """The largest kappa that the target permits, as far as rounding matters."""
+
     def apply(self, S: Tensor) -> Tensor:
         return _project_copy(S, self)[0]
 
+    def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
+        return self.project(S, state, exact=True)
+
     def project(self, S: Operator, state: RuleState, *, exact: bool) -> Outcome:
         weights = cast(Sequence[SpectralOperator], unstack(S))
+        if not exact:
+            found = approach(weights, self)
+            outcome = _outcome(weights, [one.verdict for one in found])
+            moved = [one.moved for one in found]
+            return replace(
+                outcome,
+                moved=moved[0] if len(moved) == 1 else torch.stack(moved),
+                spectra=[one.spectrum for one in found],
+            )
         paces = [self.pace({"pace": row}) for row in state["pace"].reshape(len(weights), -1)]
         kappas = [pace.condition_number for pace in paces]
         verdicts = project(
@@ -54,12 +138,7 @@ class SpectralLimit(Bounds, Limit):
             gate=all(pace.obeyed for pace in paces),
             condition_number=math.nan if any(map(math.isnan, kappas)) else max(kappas),
         )
-        status = [_status(S, verdict) for S, verdict in zip(weights, verdicts, strict=True)]
-        if len(weights) == 1:
-            ((excess, kappa, _),) = verdicts
-            return Outcome(status[0], None, excess, kappa)
-        excesses, numbers, _ = zip(*verdicts, strict=True)
-        return Outcome(torch.stack(status), None, torch.stack(excesses), torch.stack(numbers))
+        return _outcome(weights, verdicts)
 
     def explain(self, status: OutcomeStatus, dtype: torch.dtype) -> str:
         if status is not OutcomeStatus.unattainable:
@@ -69,6 +148,16 @@ class SpectralLimit(Bounds, Limit):
             f"no weight near it obeys {self!r} once it is rounded to "
             f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
         )
+
+
+def _outcome(weights: Sequence[SpectralOperator], verdicts: Sequence[Verdict]) -> Outcome:
+    """What has become of weights that are stored already."""
+    status = [_status(S, verdict) for S, verdict in zip(weights, verdicts, strict=True)]
+    if len(weights) == 1:
+        ((excess, kappa, _),) = verdicts
+        return Outcome(status[0], None, excess, kappa)
+    excesses, numbers, _ = zip(*verdicts, strict=True)
+    return Outcome(torch.stack(status), None, torch.stack(excesses), torch.stack(numbers))
 
 
 def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
@@ -85,7 +174,7 @@ def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
     return code.to(torch.int8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConditionLimit(SpectralLimit):
     """The hard limit kappa <= K.
 
@@ -115,24 +204,67 @@ class ConditionLimit(SpectralLimit):
     """
 
     max_condition: float
+    upper: float | None = field(default=None, kw_only=True)
+    headroom: float = field(default=1.25, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_condition", check_limit(self.max_condition))
+        _check_bounds(self, "upper")
+
+    __repr__ = _describe
+
+    @property
+    def _ends(self) -> Ends:
+        return Ends(self.max_condition, upper=self._upper)
+
+    @property
+    def _upper(self) -> float:
+        return math.inf if self.upper is None else self.upper
+
+    @cached_property
+    def target(self) -> ConditionLimit:
+        upper = None if self.upper is None else self.upper / min(self.headroom, _HEADROOM)
+        K = 1 + (self.max_condition - 1) / self.headroom
+        return ConditionLimit(K, upper=upper, headroom=1)
+
+    @cached_property
+    def trigger(self) -> ConditionLimit:
+        upper = None if self.upper is None else self.upper * _NEARLY
+        K = 1 + (self.max_condition - 1) * _NEARLY if self.headroom > 1 else self.max_condition
+        return ConditionLimit(K, upper=upper if self.headroom > 1 else self.upper, headroom=1)
+
+    def watch(self, nu: int) -> Watch | str:
+        if self.max_condition < _CLUSTER and nu > EndsWatch.WIDTH:
+            return f"K is below {_CLUSTER}: the spectrum is one cluster"
+        if nu > LARGEST:
+            return f"it has more than {LARGEST} singular values"
+        return EndsWatch(self._ends, self.trigger._ends, nu)
+
+    @property
+    def _spread(self) -> float:
+        return self.max_condition
 
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        return clip(sigma, (self.max_condition / (1 + margin)).clamp_min(1.0))
+        K = (self.max_condition / (1 + margin)).clamp_min(1.0)
+        clipped = clip(sigma, K)
+        if self.upper is None:
+            return clipped
+        top = (self.upper / unit / (1 + margin))[..., None].minimum(clipped[..., :1])
+        return clipped.clamp(top / K[..., None], top)
 
     def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
-        return largest / smallest / self.max_condition
+        ratio = largest / smallest / self.max_condition
+        return ratio if self.upper is None else ratio.maximum(largest / (self.upper / unit))
 
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
+        largest = largest.clamp_max(self._upper)
         return largest / self.max_condition, largest
 
     def describe_excess(self, excess: float, condition_number: float) -> str:
         return "" if math.isnan(condition_number) else f"κ {condition_number:.4g}, "
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SingularValueLimit(SpectralLimit):
     """The hard limit lower <= sigma_nu and sigma_1 <= upper, either or both.
 
@@ -170,21 +302,18 @@ class SingularValueLimit(SpectralLimit):
 
     lower: float | None = None
     upper: float | None = None
+    headroom: float = _HEADROOM
 
     def __post_init__(self) -> None:
         if self.lower is None and self.upper is None:
             raise ValueError("`lower` or `upper` must be given, got neither.")
-        for name, bound in (("lower", self.lower), ("upper", self.upper)):
-            if bound is None:
-                continue
-            number = as_number(bound, f"`{name}`", "a number or None")
-            object.__setattr__(self, name, number)
-            if not 0 < number < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {bound}.")
+        _check_bounds(self, "lower", "upper")
         if not self._lower <= self._upper:
             raise ValueError(
                 f"`lower` must be at most `upper`, got lower={self.lower} and upper={self.upper}."
             )
+
+    __repr__ = _describe
 
     @property
     def _lower(self) -> float:
@@ -194,9 +323,56 @@ class SingularValueLimit(SpectralLimit):
     def _upper(self) -> float:
         return math.inf if self.upper is None else self.upper
 
+    def _inside(self, factor: float) -> SingularValueLimit:
+        """The limit with both bounds further inside by this factor."""
+        lower = None if self.lower is None else self.lower * factor
+        upper = None if self.upper is None else self.upper / factor
+        return SingularValueLimit(lower=lower, upper=upper, headroom=1)
+
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        return frozenset({Need.gram, Need.subspace} if self.lower is None else {Need.gram})
+    def _room(self) -> float:
+        """The headroom at each bound: of two that are close to each other, less."""
+        return (
+            min(self.headroom, (self._upper / self._lower) ** 0.25) if self.lower else self.headroom
+        )
+
+    @cached_property
+    def target(self) -> SingularValueLimit:
+        return self._inside(self._room)
+
+    @cached_property
+    def trigger(self) -> SingularValueLimit:
+        return self._inside(self._room ** (1 - _NEARLY) ** 0.5)
+
+    def move(self, sigma: Tensor) -> Tensor:
+        if self.lower is not None:
+            return super().move(sigma)
+        # To the bound itself, as a block that is not saturated would clip it; else inside of it.
+        near = (sigma > TopWatch.REACH * self._upper).sum(dim=-1, keepdim=True)
+        saturated = (near >= TopWatch.WIDTH) & (sigma.shape[-1] > TopWatch.WIDTH)
+        top = torch.where(saturated, self._upper / self.headroom, self._upper)
+        return sigma.minimum(top)
+
+    def watch(self, nu: int) -> Watch | str:
+        if self.lower is None:
+            return TopWatch(self._upper, nu)
+        if self._upper / self._lower < _CLUSTER and nu > EndsWatch.WIDTH:
+            return f"upper/lower is below {_CLUSTER}: the spectrum is one cluster"
+        if nu > LARGEST:
+            return f"it has more than {LARGEST} singular values"
+        return EndsWatch(self._ends, self.trigger._ends, nu)
+
+    @property
+    def _ends(self) -> Ends:
+        return Ends(lower=self._lower, upper=self._upper)
+
+    @property
+    def _spread(self) -> float:
+        return self._upper / self._lower if self.upper and self.lower else 1.0
+
+    @property
+    def is_separable(self) -> bool:  # type: ignore[override]
+        return True
 
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
         grown = 1 + margin[..., None]
@@ -218,39 +394,6 @@ class SingularValueLimit(SpectralLimit):
 
     def matters(self, smallest: Tensor) -> Tensor:
         return smallest if self.lower is not None else smallest.clamp_min(self._upper)
-
-    def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
-        weights = cast(Sequence[SpectralOperator], unstack(S))
-        paces = state["pace"].reshape(len(weights), -1)
-        if image is None or not all(self.pace({"pace": row}).known for row in paces):
-            return self.project(S, state, exact=False)  # the block is hardly warm
-        new, excess, reached = self.clip_leading(image, S.nu)
-        if bool(reached.all()):
-            cast(Updatable, S).update_(new.where(image.finite))
-            # A block may lag behind a weight that moves fast, or not reach far enough.
-            if obey_nearly(weights, self):
-                return replace(Outcome.of(S, OutcomeStatus.applied), excess=excess)
-        outcome = self.project(S, state, exact=False)
-        assert outcome.excess is not None
-        return replace(outcome, excess=torch.fmax(outcome.excess, excess.to(outcome.excess)))
-
-    def clip_leading(self, image: Image, nu: int) -> tuple[NewWeight, Tensor, Tensor]:
-        """The leading values clipped; per matrix the excess, and whether the block reached so far.
-
-        Every Ritz value is a lower bound of the singular value of its rank.
-        """
-        ritz = image.triplets
-        sigma = ritz.sigma
-        excess = sigma[..., 0] / self._upper
-        reached = (sigma[..., -1] <= _REACH * self._upper) | (sigma.shape[-1] == nu)
-        # What exceeds the bound by far is nearly cancelled by an update of S.
-        reached &= excess < CANCELS / torch.finfo(sigma.dtype).eps
-        share = (1 - self._upper / sigma.clamp_min(self._upper))[..., None, :]
-        return (
-            NewWeight(LowRank(torch.ones_like(excess), -ritz.left * share, ritz.right)),
-            excess,
-            reached,
-        )
 
 
 class LimitedMatrix(NamedTuple):

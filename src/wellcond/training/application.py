@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, empty_like
 
 from wellcond.operators.base import Dense, NewWeight, Updatable
@@ -18,6 +19,7 @@ from wellcond.rules.outcome import Outcome, OutcomeStatus, worst_of
 from wellcond.text import is_out_of_memory
 from wellcond.training.batch import Batch, Look
 from wellcond.training.failures import ELSEWHERE, HOLDS_NAN, Failures, describe_error
+from wellcond.training.record import Record
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState
 
@@ -30,6 +32,7 @@ class Task(NamedTuple):
     finite: Tensor | None  # what it must leave alone, where it does not look itself
     # Whether all replicas compute the same: from the image of the subspace, which they exchange.
     shared: bool
+    renews: bool = False  # whether it is an application to weights that are watched
 
 
 def step_task(seen: Look, eta: Tensor) -> Task:
@@ -39,18 +42,19 @@ def step_task(seen: Look, eta: Tensor) -> Task:
     return Task(batch, run, seen.finite, not rule.needs & {Need.gram, Need.whole})
 
 
-def projection_task(batch: Batch) -> Task:
-    """A hard limit, exactly."""
-    run = functools.partial(batch.rule.project, batch.S, batch.memory, exact=True)
-    return Task(batch, run, None, False)
+def projection_task(batch: Batch, *, exact: bool) -> Task:
+    """A hard limit: the limit itself, or of weights that are watched the target inside of it."""
+    run = functools.partial(batch.rule.project, batch.S, batch.memory, exact=exact)
+    return Task(batch, run, None, False, renews=not exact)
 
 
 def apply(
-    tasks: Sequence[Task], replicas: Replicas | None, due: bool
+    tasks: Sequence[Task], replicas: Replicas | None, due: bool | None
 ) -> tuple[Failures, list[Exception]]:
     """Applies rules; of replicas, the owner of a weight does so for the others.
 
-    Weights for which that fails are left as they are.
+    Weights for which that fails are left as they are. `due` says whether the steps follow from the
+    movement of the weights; None: they are watched, and nothing is to be learned of their movement.
     """
     failures: Failures = {}
     errors: list[Exception] = []
@@ -58,7 +62,8 @@ def apply(
     received: list[tuple[Batch, Sequence[Tensor], list[Tensor]]] = []
     exchanged: list[tuple[int, Tensor]] = []
     results: list[tuple[Batch, Sequence[Tensor], bool]] = []
-    for batch, run, finite, shared in tasks:
+    renewed: list[tuple[WeightState, Tensor]] = []
+    for batch, run, finite, shared, renews in tasks:
         owner = batch.states[0].owner
         alone = replicas is None or shared
         mine = replicas is None or shared or replicas.rank == owner
@@ -87,6 +92,15 @@ def apply(
                 values = [empty_like(one) for one in values]
                 received.append((batch, numbers, values))
             exchanged += [(owner, one) for one in (*numbers, *values)]
+        if renews:
+            if mine:
+                _renew(batch, outcome, numbers)
+            records = [state.record.to_tensor() for state in batch.states]
+            if not alone:
+                records = [one.to(batch.operators[0].device) for one in records]
+                exchanged += [(owner, one) for one in records]
+                exchanged += [(owner, one) for s in batch.states for one in s.sight.values()]
+            renewed += zip(batch.states, records, strict=True)
         results.append((batch, numbers, mine))
     if replicas is not None:
         replicas.exchange_(exchanged)
@@ -94,6 +108,8 @@ def apply(
         for S, new, (own, *_) in zip(batch.operators, values, batch.each(*numbers), strict=True):
             if int(own.min()) >= 0:
                 cast(Updatable, S).update_(NewWeight(new))
+    for state, record in renewed:
+        state.record = Record.from_tensor(record)
     if fatal is not None:
         raise fatal
     for batch, numbers, mine in results:
@@ -102,10 +118,22 @@ def apply(
         for state, each in zip(batch.states, batch.each(*numbers), strict=True):
             worst = worst_of(*each)
             if worst.status >= 0:
-                state.learn(worst, due)
+                if due is not None:
+                    state.learn(worst, due)
             elif state.name not in failures:
                 failures[state.name] = _explain(state, worst.status, mine)
     return failures, errors
+
+
+def _renew(batch: Batch, outcome: Outcome, numbers: Sequence[Tensor]) -> None:
+    """Has the weights that were decomposed remember how."""
+    spectra = outcome.spectra or [None] * len(batch.states)
+    moved = torch.zeros_like(outcome.status) if outcome.moved is None else outcome.moved
+    each = zip(batch.states, spectra, batch.each(*numbers), batch.each(moved), strict=True)
+    for state, spectrum, own, (changed,) in each:
+        worst = worst_of(*own)
+        if worst.status >= 0:
+            state.renew(worst, bool(changed.any()), spectrum)
 
 
 def _store_(batch: Batch, outcome: Outcome, finite: Tensor | None) -> None:

@@ -13,7 +13,7 @@ import math
 import numbers
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ logger = logging.getLogger("wellcond")
 _COUNTS = 4
 
 
+class Actions(NamedTuple):
+    """What a regulariser does after steps of an optimizer to which it is attached."""
+
+    step: Callable[[list[WeightState]], None]  # steps of rules, and limits themselves
+    watch: Callable[
+        [list[WeightState], list[float]], list[WeightState]
+    ]  # which are to be projected
+    project: Callable[[list[WeightState]], None]  # to the target inside of the limit
+    warn_of_undone: Callable[[list[str]], None]
+
+
 class Attachment:
     """A regulariser attached to an optimizer; `remove()` ends it.
 
@@ -40,13 +51,14 @@ class Attachment:
         self,
         optimizer: Optimizer,
         states: list[WeightState],
-        every: int | None,
-        apply: Callable[[list[WeightState]], None],
-        undone: Callable[[list[str]], None],
+        every: int | str | None,
+        actions: Actions,
     ) -> None:
         self.states = states
-        # Steps between applications. None: by the schedule of each rule.
-        self.every = every
+        # Steps between applications. None: limits are watched, penalties by their own schedule;
+        # "auto": what cannot be watched goes by the learning rates.
+        self.every = every if isinstance(every, int) else None
+        self._paced = every == "auto"
         # An optimizer with an eval() mode draws its weights at each step to others, which no limit
         # has reached: to wait would undo every application.
         self._at_once = every is None and has_modes(optimizer)
@@ -57,7 +69,7 @@ class Attachment:
         self.warned = False  # that the optimizer has taken no step
         self._changes = Changes(states)
         self._optimizer = weakref.ref(optimizer, self._orphan)
-        self._apply, self._undone = apply, undone
+        self._actions = actions
         # Entries that are not zero after the last application of a limit, by weight; how often
         # they were counted, which reads from the device.
         self._nonzeros: dict[str, tuple[int, int]] = {}
@@ -115,14 +127,14 @@ class Attachment:
         fixed = " and ".join(str(every) for every in sorted(schedules - {None}))  # type: ignore[type-var]
         if None not in schedules:
             return fixed
-        auto = "1, because the optimizer has an eval()" if self._at_once else '"auto"'
+        auto = "1, because the optimizer has an eval()" if self._at_once else "when due"
         return f"{auto}, {fixed} for penalties" if fixed else auto
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._nonzeros:
             counted = [state for state in self.states if state.name in self._nonzeros]
             now = count_nonzeros(counted)
-            self._undone([name for name in now if now[name] < self._nonzeros[name]])
+            self._actions.warn_of_undone([name for name in now if now[name] < self._nonzeros[name]])
             self._nonzeros = {}
         # One that calls the step of its base class runs all hooks for both: the outer one counts.
         # Where some are closed, but not all, one has raised an exception.
@@ -154,30 +166,43 @@ class Attachment:
                 "attach to that; under FSDP2 leave resharding after backward on."
             )
         check_rates(optimizer, states)
+        watched, rates = [], []
         for state in states:
             lr: Any = group_of[id(state.weight.parameters[0])].get("lr")
-            if state.rule.differentiable:
+            if self.is_watched(state):
+                state.advance()
+                watched.append(state)
+                rates.append(_rate(lr))
+            elif state.rule.differentiable:
                 # A tensor is added up on its device: reading it here would wait for the device.
                 state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
             else:
                 state.gather(_rate(lr))
-        due = [
-            s for s in states if not self._is_watched(s) and s.pending_steps >= self._interval(s)
-        ]
-        due += self._turn([state for state in states if self._is_watched(state) and state.due])
+        counted = [state for state in states if not self.is_watched(state)]
+        due = [s for s in counted if not self._is_paced(s) and s.pending_steps >= self._interval(s)]
+        due += self._turn([state for state in counted if self._is_paced(state) and state.due])
         if due:
-            self._apply(due)
-            limited = [state for state in due if state.rule.enforceable]
-            if limited and self._counts < _COUNTS:
-                self._counts += 1
-                self._nonzeros = count_nonzeros(limited)
+            self._actions.step(due)
+        if watched and (projected := self._actions.watch(watched, rates)):
+            self._actions.project(projected)
+            due += projected
+        limited = [state for state in due if state.rule.enforceable]
+        if limited and self._counts < _COUNTS:
+            self._counts += 1
+            self._nonzeros = count_nonzeros(limited)
 
     def _interval(self, state: WeightState) -> int:
         every = self.every or state.rule.default_schedule.every
         return 1 if every is None else every
 
-    def _is_watched(self, state: WeightState) -> bool:
-        """Whether its rule says when it is due."""
+    def is_watched(self, state: WeightState) -> bool:
+        """Whether looks tell when it is to be projected, or it is decomposed at every step."""
+        if self.every or self._at_once or state.watch is None:
+            return False
+        return state.is_followed or not (self._paced or state.is_too_large)
+
+    def _is_paced(self, state: WeightState) -> bool:
+        """Whether it is due by how far it may have moved."""
         scheduled = self.every or state.rule.default_schedule.every
         return scheduled is None and not self._at_once
 

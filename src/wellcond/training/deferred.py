@@ -1,4 +1,4 @@
-"""Flags on a device, read where that costs no waiting."""
+"""Numbers on a device, read where that costs no waiting, or one step late."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from wellcond.training.state import WeightState
+
+# Whether looks at weights on the CPU are judged at the next step too, as on a device; for tests.
+LATE = False
 
 
 class DeferredChecks:
@@ -40,3 +45,31 @@ class _Check(NamedTuple):
     flags: Tensor
     event: Any
     refuse: Callable[[list[bool]], None]
+
+
+class Sight:
+    """What a look has found of some weights, on its way to the host, which judges it."""
+
+    def __init__(self, states: list[WeightState], numbers: Tensor) -> None:
+        self.states = states
+        self.is_here = numbers.is_cpu and not LATE
+        self._event = None
+        if numbers.is_cpu:
+            self._numbers = numbers
+            return
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._event = torch.Event(numbers.device)
+        self._event.record()
+
+    def judge(self) -> list[WeightState]:
+        """The weights that are to be decomposed."""
+        each = self.read()
+        return [s for s, own in zip(self.states, each, strict=True) if s.judge(own)]
+
+    def read(self) -> list[list[list[float]]]:
+        """Per weight the numbers of its matrices. It waits for the look, not for what follows."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers = self._numbers.reshape(len(self.states), -1, self._numbers.shape[-1])
+        rows: list[list[list[float]]] = numbers.tolist()
+        return rows

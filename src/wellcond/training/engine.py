@@ -10,20 +10,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.base import Gradient
+from wellcond.operators.base import Gradient, HasGram, SpectralOperator
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.rules.penalty import check_answer
+from wellcond.rules.watch import Watch
 from wellcond.text import quote_subject
 from wellcond.training.application import apply, projection_task, step_task
 from wellcond.training.batch import Batch, Look, group_weights, look
-from wellcond.training.deferred import DeferredChecks
+from wellcond.training.deferred import DeferredChecks, Sight
 from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, name_meta_weights
@@ -39,6 +40,7 @@ class Engine:
         self.replicas = replicas
         self.check_replicas = check_replicas
         self._checks = DeferredChecks()
+        self._sights: list[Sight] = []  # looks that the host has not judged yet
         slots: dict[tuple[int, str], int] = {}
         for state in states:
             keys = [(id(source.owner), source.attribute) for source in state.weight.sources]
@@ -198,13 +200,82 @@ class Engine:
         with self._quietly():
             self._compare_replicas(states)
             groups = group_weights(states, [state.operator() for state in states])
-            tasks = [projection_task(batch) for batch in groups]
+            tasks = [projection_task(batch, exact=True) for batch in groups]
             failures, errors = apply(tasks, self.replicas, due=False)
             for state in states:
                 state.failed = state.name in failures
                 if not state.failed:
                     state.settle()  # else the next application would take it for a slow weight
             rest = "All other hard limits hold."
+            raise_failures(failures, rest if len(failures) < len(states) else "", errors)
+            self._checks.raise_ready()
+
+    def watch(self, states: Sequence[WeightState], rates: Sequence[float]) -> list[WeightState]:
+        """Counts a step of the optimizer and looks at the weights whose turn it is.
+
+        Returns:
+            The weights that are to be projected now. Of a device the numbers of a look are read at
+            the step after it.
+        """
+        with self._quietly():
+            due = {id(state): state for state in self._read_sights()}
+            turns: dict[int, list[WeightState]] = {}
+            for state, rate in zip(states, rates, strict=True):
+                sweeps = state.record.count(rate)
+                if id(state) in due or not sweeps:
+                    continue
+                if state.is_followed and state.record.known:
+                    turns.setdefault(sweeps, []).append(state)
+                else:
+                    due[id(state)] = state
+            for sweeps, own in turns.items():
+                for batch in group_weights(own, [state.operator() for state in own]):
+                    due |= {id(state): state for state in self._look_at(batch, sweeps)}
+            return [state for state in due.values() if state.active]
+
+    def _look_at(self, batch: Batch, sweeps: int) -> list[WeightState]:
+        """Looks at weights that are watched; those that the host knows to be due."""
+        states, S, first = batch.states, batch.S, batch.operators[0]
+        watch = states[0].watch
+        assert isinstance(watch, Watch)
+        sights = [state.sight for state in states]
+        owner = states[0].owner
+        if self.replicas is None:
+            reading = watch.look(S, sights, sweeps)
+        else:
+            reading = watch.blank(S, sights)
+            if self.replicas.rank == owner:
+                own = watch.look(S, sights, sweeps)
+                reading = own._replace(change=own.change or reading.change)
+            self.replicas.exchange_([(owner, tensor) for tensor in watch.tensors(reading)])
+        for state, memory in zip(states, reading.sights, strict=True):
+            state.sight = memory
+        if reading.change is not None:
+            pair = reading.change if cast(HasGram, S).upright else reading.change[::-1]
+            for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
+                cast(SpectralOperator, one).add_(U, V)
+        (numbers,) = cast(HasGram, first).agree(lambda: (reading.numbers,), reading.numbers)
+        sight = Sight(states, numbers)
+        if sight.is_here:
+            return sight.judge()
+        self._sights.append(sight)
+        return []
+
+    def _read_sights(self) -> list[WeightState]:
+        """The weights that the looks of the last step have shown to be due."""
+        sights, self._sights = self._sights, []
+        return [state for sight in sights for state in sight.judge()]
+
+    def project(self, states: list[WeightState]) -> None:
+        """The hard limits of these weights, which are watched: to the target inside of them."""
+        with self._quietly():
+            self._compare_replicas(states)
+            groups = group_weights(states, [state.operator() for state in states])
+            tasks = [projection_task(batch, exact=False) for batch in groups]
+            failures, errors = apply(tasks, self.replicas, due=None)
+            for state in states:
+                state.failed = state.name in failures
+            rest = "All other hard limits that were due have been applied."
             raise_failures(failures, rest if len(failures) < len(states) else "", errors)
             self._checks.raise_ready()
 

@@ -23,9 +23,11 @@ from wellcond.report.estimate import Estimate
 from wellcond.rules.base import Need
 from wellcond.text import quote_names, quote_subject
 from wellcond.training.attachment import (
+    Actions,
     Attachment,
     check_optimizer,
     check_rates,
+    has_modes,
     own_changes,
 )
 from wellcond.training.compiled import Compilable
@@ -183,7 +185,13 @@ class Regularizer:
             raise ValueError(f"`lr` must be finite and not negative, got {float(number)}.")
         return lr.detach() if isinstance(lr, Tensor) else number
 
-    def attach(self, optimizer: Optimizer, *, every: int | str | None = None) -> Attachment:
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *,
+        every: int | str | None = None,
+        resume: str | None = None,
+    ) -> Attachment:
         """Takes proximal steps and applies limits after steps of the optimizer; returns a handle.
 
         eta = strength * the sum of the learning rates of the weight's own parameter group since the
@@ -230,6 +238,8 @@ class Regularizer:
                 f"`optimizer` must not be attached twice, but {quote_subject(taken)} attached "
                 "already. Call detach() first."
             )
+        if resume not in (None, "bitwise"):
+            raise ValueError(f'`resume` must be None or "bitwise", got {resume!r}.')
         soft = [s.name for s in states if s.rule.default_schedule.every is not None]
         if every == "auto" and soft:
             raise ValueError(
@@ -237,9 +247,16 @@ class Regularizer:
                 f"{quote_subject(soft)} under none. Leave `every` out for 10 for penalties and "
                 '"auto" for limits.'
             )
-        attachment = Attachment(
-            optimizer, states, steps, self._step_pending, self._oversights.warn_of_undone
+        if steps is None and not has_modes(optimizer):
+            for state in states:
+                state.start_watch(bitwise=resume == "bitwise")
+        actions = Actions(
+            self._step_pending,
+            self._watch,
+            self._project,
+            self._oversights.warn_of_undone,
         )
+        attachment = Attachment(optimizer, states, steps or every, actions)
         self._attachments = [*self.attachments, attachment]
         self._oversights.check_attachment(attachment)
         return attachment
@@ -262,6 +279,17 @@ class Regularizer:
         with self._oversights.watch_zeros(first):
             rates = [state.pending_lr for state in states]
             self._engine.proximal_step(states, rates, due=True, done=WeightState.settle)
+
+    def _watch(self, states: list[WeightState], rates: list[float]) -> list[WeightState]:
+        if states[0].step % 10 == 1:
+            self._oversights.check_application(self.attachments, "")
+        return self._engine.watch(states, rates)
+
+    def _project(self, states: list[WeightState]) -> None:
+        # Whether zeros are filled shows at once: later there is nothing to count.
+        first = [state for state in states if state.record.decompositions == 0]
+        with self._oversights.watch_zeros(first):
+            self._engine.project(states)
 
     def enforce(self) -> None:
         """Applies all hard limits, now: before weights are saved, and at the end of training.

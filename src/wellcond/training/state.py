@@ -6,6 +6,7 @@ Letters: S (..., m, n) a weight; k the width of the block that is followed.
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,13 +14,19 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.checks import lacks_values
+from wellcond.linalg.projection import GramDecomposition
 from wellcond.operators.base import WeightOperator
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
 from wellcond.rules.base import Movement, Need, Rule, RuleState
 from wellcond.rules.outcome import Worst
 from wellcond.rules.pace import Pace
+from wellcond.rules.watch import LARGEST, EndsWatch, Watch
 from wellcond.text import quote_names
+from wellcond.training.record import Record
 from wellcond.weights.discover import Weight
+
+_WATCH = "watch."  # before the keys of what a watch remembers
+_SMALL = 1024  # singular values: what is as large as a square weight is saved up to here
 
 
 class WeightState:
@@ -35,6 +42,7 @@ class WeightState:
         except ValueError as error:
             raise ValueError(f'"{weight.name}": {error}') from None
         self.shape = S.shape
+        self.is_one_map = bool(getattr(S, "is_one_map", False))
         self.width = min(block_size, S.nu) if Need.subspace in rule.needs else 0
         self._start(S)
         self.owner = 0  # the process that refines it, among replicas
@@ -42,6 +50,11 @@ class WeightState:
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
+        self.watch: Watch | str | None = None  # how it is watched, or why it is not; None: never
+        self.record = Record(mark=zlib.crc32(repr(rule).encode()))
+        self.sight: RuleState = {}  # what the watch remembers
+        self._saves_large = False
+        self._saved: Mapping[str, Tensor] = {}  # of a watch that has not been started yet
         self.memory: RuleState = {}
         own = self.state().keys()
         self.memory = rule.init(self.shape)  # of the rule
@@ -89,6 +102,9 @@ class WeightState:
             self.subspace = self._convert(self.subspace)
             self.shortened = self.shortened.to(S.device)
             self.crowded = self.crowded.to(S.device)
+            self.sight = {
+                key: own.to(S.device, S.dtype, copy=True) for key, own in self.sight.items()
+            }
 
     def _convert(self, subspace: Subspace) -> Subspace:
         """A copy where the weight is, in its dtype, orthonormal to the precision of that."""
@@ -123,13 +139,78 @@ class WeightState:
     @property
     def due(self) -> bool:
         """Whether the rule says that it is to be applied."""
-        due, self.memory = self.rule.watch(None, None, self.memory, self.movement)
-        return bool(due)
+        return self.rule.is_due(self.memory, self.movement)
 
     def learn(self, outcome: Worst, due: bool) -> None:
         """Takes in what an application has done, which was due by the movement or called for."""
         movement = self.movement if due else None
         self.memory = self.rule.learn(self.memory, outcome, movement)
+
+    def start_watch(self, bitwise: bool) -> None:
+        """Begins to watch it, or goes on where the state that was loaded has left off."""
+        self.watch = self.rule.watch(min(self.shape[-2:]))
+        if self.is_one_map and isinstance(self.watch, EndsWatch):
+            self.watch = "its groups are the blocks of one map"
+        if isinstance(self.watch, Watch):
+            self.sight = self.watch.init(self.shape, self.strength.dtype, self.strength.device)
+            self._saves_large = bitwise
+        saved, self._saved = self._saved, {}
+        self._restore_watch(saved)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether a decomposition at every step is out of the question."""
+        return isinstance(self.watch, str) and min(self.shape[-2:]) > LARGEST
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether looks tell when it is to be projected; else it is decomposed at every step."""
+        return isinstance(self.watch, Watch) and not self.record.is_blind
+
+    def judge(self, numbers: Sequence[Sequence[float]]) -> bool:
+        """Takes in what a look has found: whether the weight is to be decomposed."""
+        assert isinstance(self.watch, Watch)
+        judgement = self.watch.judge(numbers, self.is_one_map)
+        return self.record.judge(judgement, self.watch.period)
+
+    def renew(self, outcome: Worst, moved: bool, spectrum: GramDecomposition | None) -> None:
+        """Takes in a decomposition: what it has shown, and what is followed from now on."""
+        known = spectrum is not None and not math.isnan(outcome.excess)
+        if spectrum is not None and known and isinstance(self.watch, Watch):
+            new = self.watch.renew(spectrum)
+            self.sight |= {key: own.to(self.sight[key], copy=True) for key, own in new.items()}
+        excess, kappa = outcome.excess, outcome.condition_number
+        self.record.decompose(excess, kappa, moved, known)
+
+    def _saved_sight(self) -> RuleState:
+        """What of the watch is saved: all of it or nothing, because its parts belong together."""
+        if not isinstance(self.watch, Watch):
+            return {}
+        large = bool(self.watch.large & self.sight.keys())
+        if large and min(self.shape[-2:]) > _SMALL and not self._saves_large:
+            return {}
+        return self.sight
+
+    def _restore_watch(self, saved: Mapping[str, Tensor]) -> None:
+        if not isinstance(self.watch, Watch):
+            self._saved = {key: own for key, own in saved.items() if key.startswith(_WATCH)}
+            return
+        self.record = Record(mark=zlib.crc32(repr(self.rule).encode()))
+        if f"{_WATCH}record" not in saved:
+            return
+        record = Record.from_tensor(saved[f"{_WATCH}record"])
+        if record.mark != self.record.mark:
+            return
+        self.record = record
+        found = {key: saved.get(_WATCH + key) for key in self.sight}
+        if all(own is not None and own.shape == self.sight[k].shape for k, own in found.items()):
+            self.sight = {
+                key: own.to(self.sight[key], copy=True)
+                for key, own in found.items()
+                if own is not None
+            }
+        else:
+            self.record.known = False  # it is decomposed at the next step
 
     def settle(self) -> None:
         """Nothing is pending any more."""
@@ -151,7 +232,15 @@ class WeightState:
             "pending_steps": torch.tensor(self.pending_steps, device="cpu"),
             "pending_lr": torch.as_tensor(self.pending_lr, dtype=torch.float64, device="cpu"),
             **{key: own.clone() for key, own in self.memory.items()},
+            **self._saved,
+            **self._watch_state(),
         }
+
+    def _watch_state(self) -> dict[str, Tensor]:
+        if self.watch is None:
+            return {}
+        saved = {_WATCH + key: own.clone() for key, own in self._saved_sight().items()}
+        return {f"{_WATCH}record": self.record.to_tensor(), **saved}
 
     def check(self, saved: Mapping[str, Tensor]) -> None:
         """Raises unless this is the state of such a weight."""
@@ -164,7 +253,7 @@ class WeightState:
                 f'`state["{self.name}"]` must be a mapping of tensors, got {type(saved).__name__}.'
             )
         for key, own in self.state().items():
-            if key in self.memory and key not in saved:
+            if key.startswith(_WATCH) or (key in self.memory and key not in saved):
                 continue  # of a version, or a rule, that knew none: it begins anew
             at, found = f'`state["{self.name}"]["{key}"]`', saved.get(key)
             if not isinstance(found, Tensor | None):
@@ -193,6 +282,7 @@ class WeightState:
         self.pending_steps = int(state["pending_steps"])
         self.pending_lr = float(state["pending_lr"])
         self.memory = self.rule.restore(self.rule.init(self.shape), state)
+        self._restore_watch(state)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,320 @@
+"""A weight under a hard limit, watched: is the limit exceeded after this step of the optimizer?
+
+Training moves a weight little between two steps, so blocks of singular vectors from the last look
+show at this one, after two or three skinny products, whether an end of the spectrum has passed its
+bound. Where it has, or where the blocks cannot tell, the weight is decomposed and projected, and
+that renews them. What a look finds are numbers on the device of the weight; the host judges them
+when they have arrived.
+
+Letters: L (..., m, n), m >= n, the weight or its transpose, the longer side first; V (..., n, k) a
+block; sigma_1 >= ... >= sigma_n the singular values; kappa = sigma_1/sigma_n.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.projection import GramDecomposition
+from wellcond.linalg.symmetric import clip_factor, eigenvalue_range
+from wellcond.operators.base import HasGram, Operator
+from wellcond.rules.base import RuleState
+
+Product = Callable[[Tensor], Tensor]
+# Singular values of a weight both ends of which can be followed: all vectors are kept.
+LARGEST = 4096
+
+
+class Reading(NamedTuple):
+    """What a look at some weights has found.
+
+    Attributes:
+        numbers: for `Watch.judge`, (..., j) of each matrix.
+        sights: what is remembered of every weight from now on.
+        change: U, V such that every weight is to become L + U V^T at once; None: it stays.
+    """
+
+    numbers: Tensor
+    sights: list[RuleState]
+    change: tuple[Tensor, Tensor] | None = None
+
+
+class Judgement(NamedTuple):
+    """What the host concludes from the numbers of one weight; estimates.
+
+    Attributes:
+        due: whether it must be decomposed.
+        alert: whether it must be looked at again after the next step.
+        largest: sigma_1, of a stack the largest of all.
+        smallest: sigma_n, of a stack the smallest of all; nan if it was not looked at.
+        excess: by what factor the limit was exceeded; of a stack the worst.
+        blind: whether the blocks cannot tell.
+    """
+
+    due: bool
+    alert: bool
+    largest: float
+    smallest: float
+    excess: float
+    blind: bool = False
+
+
+class Watch(abc.ABC):
+    """How the weights under one limit are watched; it remembers nothing itself.
+
+    Attributes:
+        period: steps of the optimizer between two looks while nothing happens.
+        large: which of the tensors that it remembers are as large as a square weight.
+    """
+
+    period: ClassVar[int]
+    large: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> RuleState:
+        """What is remembered of a weight, in its final shapes, before anything is known."""
+
+    @abc.abstractmethod
+    def look(self, S: Operator, memories: Sequence[RuleState], sweeps: int) -> Reading:
+        """Looks at weights of one kind, S a stack of them unless it is a single one.
+
+        Args:
+            S: the weights.
+            memories: of every one.
+            sweeps: products with S and its transpose that refine the blocks; more than one where
+                the weights may have moved far.
+        """
+
+    @abc.abstractmethod
+    def blank(self, S: Operator, memories: Sequence[RuleState]) -> Reading:
+        """What `look` returns, in its shapes, for a process that receives the numbers."""
+
+    def tensors(self, reading: Reading) -> list[Tensor]:
+        """All that a look has found, in an order of its own."""
+        small = [own for one in reading.sights for key, own in one.items() if key not in self.large]
+        return [reading.numbers, *(reading.change or ()), *small]
+
+    @abc.abstractmethod
+    def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
+        """The judgement on one weight, from the numbers of its matrices."""
+
+    @abc.abstractmethod
+    def renew(self, spectrum: GramDecomposition) -> RuleState:
+        """What is remembered of a weight that was just decomposed."""
+
+
+class TopWatch(Watch):
+    """An upper bound alone: a block of leading vectors is refined and clipped at every step.
+
+    With U = orth(L V) and Z = L^T U the singular values of the part U Z^T of L are clipped to the
+    bound, and Z is the block of the next step: two products and an update of rank k. That holds as
+    long as fewer than k values are near the bound. A block all of which is near it is saturated:
+    more values may be above, and the weight is decomposed.
+    """
+
+    WIDTH = 16
+    REACH = 0.9  # of the bound: a block whose last value is above is saturated
+    FAR = 3.0  # times the bound: from there on an update of rank k would nearly cancel the weight
+    period = 1
+
+    def __init__(self, upper: float, nu: int) -> None:
+        self.upper = upper
+        self.nu, self.width = nu, min(self.WIDTH, nu)
+
+    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> RuleState:
+        start = torch.eye(self.nu, self.width, dtype=dtype, device=device)
+        return {"top": start.expand(*shape[:-2], self.nu, self.width).clone()}
+
+    def look(self, S: Operator, memories: Sequence[RuleState], sweeps: int) -> Reading:
+        forward, backward = _products(S)
+        Z = _stack(memories, "top")
+        for _ in range(sweeps):
+            U = torch.linalg.qr(forward(Z)).Q
+            Z = backward(U) / self.upper  # relative to the bound, also where squares vanish
+        factor, extremes = clip_factor(Z.mT @ Z)
+        change = None
+        if factor is not None:
+            near = extremes[..., 1] < self.FAR**2
+            change = U @ factor.where(near[..., None, None], 0.0), Z * -self.upper
+        return Reading(extremes, _unstack(memories, top=Z), change)
+
+    def blank(self, S: Operator, memories: Sequence[RuleState]) -> Reading:
+        Z = _stack(memories, "top").clone()
+        U = Z.new_zeros(*Z.shape[:-2], max(S.shape[-2:]), self.width)
+        numbers = Z.new_zeros(*Z.shape[:-2], 2)
+        return Reading(numbers, _unstack(memories, top=Z), (U, torch.zeros_like(Z)))
+
+    def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
+        blind = any(math.isnan(most) for _, most in numbers)
+        least, most = (
+            math.sqrt(max(0.0, *each)) for each in zip(*numbers, (0.0, 0.0), strict=True)
+        )
+        saturated = least > self.REACH and self.width < self.nu
+        due = blind or saturated or most >= self.FAR
+        excess = math.nan if blind else most
+        return Judgement(due, False, excess * self.upper, math.nan, excess, blind)
+
+    def renew(self, spectrum: GramDecomposition) -> RuleState:
+        return {"top": spectrum.V[..., -self.width :].contiguous()}
+
+
+class Ends(NamedTuple):
+    """Bounds of both ends of a spectrum; the numbers of the host."""
+
+    max_condition: float = math.inf
+    lower: float = 0.0
+    upper: float = math.inf
+
+    def excess(self, largest: float, smallest: float) -> float:
+        """By what factor they are exceeded, at most 1 where they hold; 0 for a zero matrix."""
+        if not largest > 0:
+            return math.inf if self.lower else 0.0
+        condition_number = largest / smallest if smallest > 0 else math.inf
+        below = self.lower / smallest if smallest > 0 else math.inf if self.lower else 0.0
+        return max(condition_number / self.max_condition, below, largest / self.upper)
+
+
+class EndsWatch(Watch):
+    """Both ends of the spectrum: a block at the top, a block at the bottom, a preconditioner.
+
+    The top is refined by a product with L L^T, the bottom by V - P (L^T L V - V theta) with theta =
+    V^T L^T L V and P = (L^T L)^(-1) of the weight as it was last decomposed. Whether P is one still
+    is measured at every look, on fixed vectors X: rho = ||P L^T L X - X||/||X||. A small matrix is
+    not followed, because its Gram matrix shows both ends.
+    """
+
+    WIDTH = 24
+    BLIND = 2.0  # a rho above says that the small singular vectors have turned
+    OVERSHOT = 1.02  # times the limit: it rises fast
+    TIE = 0.9  # values within that factor: more may be as large, or as small
+    PROBES = 4
+    large = frozenset({"vectors"})
+
+    def __init__(self, limit: Ends, trigger: Ends, nu: int) -> None:
+        self.limit, self.trigger, self.nu = limit, trigger, nu
+
+    @property
+    def follows(self) -> bool:
+        """Whether blocks are kept."""
+        return self.nu > self.WIDTH
+
+    @property
+    def period(self) -> int:  # type: ignore[override]
+        return 5 if self.follows else 1
+
+    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> RuleState:
+        def zeros(*sides: int) -> Tensor:
+            return torch.zeros((*shape[:-2], *sides), dtype=dtype, device=device)
+
+        memory = {"unit": zeros() + 1}
+        if self.follows:
+            memory |= {"top": zeros(self.nu, self.WIDTH), "bottom": zeros(self.nu, self.WIDTH)}
+            memory |= {"values": zeros(self.nu), "vectors": zeros(self.nu, self.nu)}
+        return memory
+
+    def look(self, S: Operator, memories: Sequence[RuleState], sweeps: int) -> Reading:
+        unit = _stack(memories, "unit")
+        if not self.follows:
+            ends = eigenvalue_range(cast(HasGram, S).gram(unit=unit))
+            rest = ends.new_zeros(*ends.shape[:-1], 1)
+            numbers = torch.cat([rest, ends.flip(-1), rest + torch.inf, rest], dim=-1)
+            return Reading(_append(numbers, unit), list(memories))
+        k = self.WIDTH
+        forward, backward = _products(S)
+        top, bottom = _stack(memories, "top"), _stack(memories, "bottom")
+        probes = _probes(self.nu, self.PROBES, top.dtype, top.device)
+        scale = unit[..., None, None]
+        probes = probes.expand(*top.shape[:-1], -1)
+        Y = forward(torch.cat([top, bottom, probes], dim=-1)) / scale
+        U = torch.linalg.qr(Y[..., :k]).Q
+        A = backward(torch.cat([U, Y[..., k:]], dim=-1)) / scale
+        Z, Y = A[..., :k], Y[..., k : 2 * k]
+        residual = A[..., k : 2 * k] - bottom @ (Y.mT @ Y)
+        solved = self._precondition(memories, torch.cat([residual, A[..., 2 * k :]], dim=-1))
+        rho = torch.linalg.matrix_norm(solved[..., k:] - probes) / torch.linalg.matrix_norm(probes)
+        bottom = torch.linalg.qr(bottom - solved[..., :k]).Q
+        Y = forward(bottom) / scale
+        ranges = [eigenvalue_range(X.mT @ X) for X in (Z, Y)]
+        numbers = torch.cat([ranges[0], ranges[1], rho[..., None]], dim=-1)
+        return Reading(_append(numbers, unit), _unstack(memories, top=Z, bottom=bottom))
+
+    def blank(self, S: Operator, memories: Sequence[RuleState]) -> Reading:
+        sights = [
+            {key: own if key in self.large else own.clone() for key, own in memory.items()}
+            for memory in memories
+        ]
+        unit = _stack(memories, "unit")
+        return Reading(unit.new_zeros(*unit.shape, 6), sights)
+
+    def _precondition(self, memories: Sequence[RuleState], R: Tensor) -> Tensor:
+        """P R, from the eigenvectors: one weight after the other, because they are large."""
+        each = R.unbind() if len(memories) > 1 else (R,)
+        solved = []
+        for memory, own in zip(memories, each, strict=True):
+            V, values = memory["vectors"], memory["values"]
+            solved.append(V @ ((V.mT @ own) / values.square()[..., None]))
+        return torch.stack(solved) if len(memories) > 1 else solved[0]
+
+    def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
+        blind = any(not math.isfinite(n) for row in numbers for n in (*row[:3], row[4]))
+        blind = blind or max(row[4] for row in numbers) > self.BLIND
+        rows = [(*(math.sqrt(max(0.0, x)) * row[5] for x in row[:4]),) for row in numbers]
+        if is_one_map:
+            rows = [(0.0, max(r[1] for r in rows), min(r[2] for r in rows), math.inf)]
+        pairs = [(largest, smallest) for _, largest, smallest, _ in rows]
+        excess = max(self.limit.excess(*pair) for pair in pairs)
+        due = blind or any(self.trigger.excess(*pair) > 1 for pair in pairs)
+        tied = any(r[0] > self.TIE * r[1] or r[3] * self.TIE < r[2] for r in rows)
+        largest, smallest = max(r[1] for r in rows), min(r[2] for r in rows)
+        alert = excess > self.OVERSHOT or (tied and self.follows)
+        return Judgement(due, alert, largest, smallest, excess, blind)
+
+    def renew(self, spectrum: GramDecomposition) -> RuleState:
+        unit = spectrum.sigma[..., -1]
+        memory = {"unit": unit}
+        if self.follows:
+            V, k = spectrum.V, self.WIDTH
+            memory |= {"top": V[..., -k:].contiguous(), "bottom": V[..., :k].contiguous()}
+            memory |= {"values": spectrum.sigma / unit[..., None], "vectors": V}
+        return memory
+
+
+@functools.cache
+def _probes(nu: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The vectors on which a preconditioner is measured; of a generator of their own."""
+    source = torch.Generator("cpu").manual_seed(nu)
+    return torch.randn(nu, count, generator=source, device="cpu").to(device, dtype)
+
+
+def _append(numbers: Tensor, unit: Tensor) -> Tensor:
+    return torch.cat([numbers, unit[..., None]], dim=-1)
+
+
+def _products(S: Operator) -> tuple[Product, Product]:
+    """The products with L and with its transpose."""
+    pair = S.matmat, S.rmatmat
+    return pair if cast(HasGram, S).upright else pair[::-1]
+
+
+def _stack(memories: Sequence[RuleState], key: str) -> Tensor:
+    """What is remembered of all weights under this key; a single weight is no stack."""
+    if len(memories) == 1:
+        return memories[0][key]
+    return torch.stack([memory[key] for memory in memories])
+
+
+def _unstack(memories: Sequence[RuleState], **new: Tensor) -> list[RuleState]:
+    """The memories, with new tensors under these keys."""
+    if len(memories) == 1:
+        return [memories[0] | new]
+    each = zip(*(tensor.unbind() for tensor in new.values()), strict=True)
+    return [
+        memory | dict(zip(new, own, strict=True))
+        for memory, own in zip(memories, each, strict=True)
+    ]

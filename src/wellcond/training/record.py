@@ -1,0 +1,128 @@
+"""What the host remembers of a weight that is watched, and when it looks at it again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond.rules.watch import Judgement
+
+_FIRST = 20  # steps: how a weight moves is not known yet
+_AFTER = 8  # looks in a row after an application
+_JUMP = 2.0  # times the learning rate of the last look
+_SWEEPS = 3  # of a look where a weight may have moved far
+_SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
+_UNKNOWN = -1e300  # in place of nan, which does not equal itself
+
+
+@dataclass
+class Record:
+    """Counts since a weight is watched, numbers of the host.
+
+    Attributes:
+        known: whether the weight was decomposed, so that there is something to follow.
+        steps: of the optimizer.
+        since_look: steps since the last look or decomposition.
+        since_move: steps since the weight was last projected.
+        interval: steps from the last look to the next, if nothing happens.
+        rate: the learning rate at the last look.
+        level: the logarithm of the excess at the last look.
+        looks: how often it was looked at.
+        decompositions: how often it was decomposed.
+        applications: how often it was projected.
+        blindness: the recent share of steps at which a look could not tell.
+        is_blind: whether the watch is given up.
+        excess: by what factor the limit was exceeded at the last look.
+        largest: the largest excess since the last report.
+        value: sigma_1 at the last look.
+        condition_number: kappa at the last look, nan if it was not asked.
+        mark: of the limit; a limit with another mark does not take this over.
+    """
+
+    known: bool = False
+    steps: int = 0
+    since_look: int = 0
+    since_move: int = 0
+    interval: int = 1
+    rate: float = 0.0
+    level: float = math.nan
+    looks: int = 0
+    decompositions: int = 0
+    applications: int = 0
+    blindness: float = 0.0
+    is_blind: bool = False
+    excess: float = math.nan
+    largest: float = math.nan
+    value: float = math.nan
+    condition_number: float = math.nan
+    mark: int = 0
+
+    def count(self, rate: float) -> int:
+        """Counts a step at this learning rate: the sweeps of the look that is due, 0 for none."""
+        self.steps += 1
+        self.since_look += 1
+        self.since_move += 1
+        self.blindness *= 1 - 1 / _HORIZON
+        jumps = rate > _JUMP * self.rate
+        if self.since_look < self.interval and not jumps:
+            return 0
+        self.rate = rate
+        return _SWEEPS if jumps or self.steps <= _FIRST else 1
+
+    def judge(self, judgement: Judgement, period: int) -> bool:
+        """Takes in what a look has shown: whether the weight is to be decomposed."""
+        self.looks += 1
+        self._see(judgement.excess, judgement.largest, judgement.smallest)
+        level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
+        growth = (level - self.level) / max(self.since_look, 1)
+        self.level = level
+        calm = self.steps > _FIRST and self.since_move > _AFTER and not judgement.alert
+        self.interval = period if calm else 1
+        # Half of the steps after which it would reach the limit at this pace.
+        if self.interval > 1 and growth > 0:
+            self.interval = max(1, min(period, int(-level / (2 * growth))))
+        self.since_look = 0
+        if judgement.blind and self.known and self.steps > _FIRST:
+            self.blindness += 1 / _HORIZON
+            self.is_blind |= self.blindness > _SHARE
+        return judgement.due
+
+    def decompose(self, excess: float, condition_number: float, moved: bool, known: bool) -> None:
+        """Takes in what a decomposition has shown."""
+        self.decompositions += 1
+        self.known = known
+        if moved:
+            self.applications += 1
+            self.since_move = 0
+            self.level = math.nan
+            self.interval = 1
+        if not math.isnan(excess):
+            self.excess = excess
+            self.largest = max(excess, -math.inf if math.isnan(self.largest) else self.largest)
+            self.condition_number = condition_number
+        self.since_look = 0
+
+    def _see(self, excess: float, largest: float, smallest: float) -> None:
+        if math.isnan(excess):
+            return
+        self.excess, self.value = excess, largest
+        self.largest = max(excess, -math.inf if math.isnan(self.largest) else self.largest)
+        if not math.isnan(smallest):
+            self.condition_number = largest / smallest if smallest > 0 else math.inf
+
+    def to_tensor(self) -> Tensor:
+        """A tensor of fixed shape, in which equal records are equal."""
+        numbers = [float(getattr(self, field.name)) for field in fields(self)]
+        known = [_UNKNOWN if math.isnan(number) else number for number in numbers]
+        return torch.tensor(known, dtype=torch.float64, device="cpu")
+
+    @classmethod
+    def from_tensor(cls, numbers: Tensor) -> Record:
+        """The inverse of `to_tensor`."""
+        kinds: list[Any] = [type(field.default) for field in fields(cls)]
+        known = [math.nan if number == _UNKNOWN else number for number in numbers.tolist()]
+        return cls(*(kind(number) for kind, number in zip(kinds, known, strict=True)))
