@@ -61,8 +61,8 @@ def eigenvalue_range(G: Tensor) -> Tensor:
         finite = torch.isfinite(G).all(-1, keepdim=True).all(-2, keepdim=True)
         values = torch.linalg.eigvalsh(G.where(finite, 0.0))
         ends = torch.stack([values[..., 0], values[..., -1]], dim=-1)
-        ends = ends.where(finite[..., 0], torch.nan)
-        return ends
+        known: Tensor = ends.where(finite[..., 0], torch.nan)
+        return known
     scale = G.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
     factor, failed = torch.linalg.cholesky_ex(G / scale)
     inverse = torch.cholesky_inverse(factor)
@@ -72,15 +72,17 @@ def eigenvalue_range(G: Tensor) -> Tensor:
     return torch.stack([least, largest], dim=-1) * scale[..., 0]
 
 
-def clip_factor(G: Tensor) -> tuple[Tensor | None, Tensor]:
+def clip_factor(G: Tensor, most: float = 16.0) -> tuple[Tensor | None, Tensor]:
     """F = I - min(1, G^(-1/2)), and the least and the largest eigenvalue of G, (..., 2).
 
-    Of Z (k, n) with Z Z^T = G, the singular values of Z - F Z are min(sigma, 1). F is None where
-    the host knows that it is zero. Where G is not finite F is zero and the range NaN. On devices
-    other than the CPU F is that of matrix products, trusted for lambda up to 16.
+    Of Z (k, n) with Z Z^T = G, the singular values of Z - F Z are min(sigma, 1). F is zero where an
+    eigenvalue is larger than `most` or G is not finite, and None where the host knows that it is
+    zero for all. Where G is not finite the range is NaN. On devices other than the CPU F is that of
+    matrix products, accurate for eigenvalues up to 16.
     """
     if not G.is_cpu:
-        return _clip_factor_by_products(G), eigenvalue_range(G)
+        extremes, products = eigenvalue_range(G), _clip_factor_by_products(G)
+        return products.where(extremes[..., 1, None, None] < most, 0.0), extremes
     try:
         values, W = torch.linalg.eigh(G)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -88,13 +90,18 @@ def clip_factor(G: Tensor) -> tuple[Tensor | None, Tensor]:
         finite = torch.isfinite(G).all(-1, keepdim=True).all(-2, keepdim=True)
         if bool(finite.all()):
             return None, G.new_full((*G.shape[:-2], 2), torch.nan)
-        factor, extremes = clip_factor(G.where(finite, 0.0))
+        factor, extremes = clip_factor(G.where(finite, 0.0), most)
         return factor, extremes.where(finite[..., 0], torch.nan)
-    extremes = torch.stack([values[..., 0], values[..., -1]], dim=-1)
-    if not bool((extremes[..., -1] > 1).any()):
+    k = values.shape[-1]
+    extremes = values[..., :: k - 1] if k > 1 else values.expand(*values.shape[:-1], 2)
+    largest = float(values.max())
+    if not largest > 1:
         return None, extremes
     shares = 1 - values.clamp_min(1).rsqrt()
-    return (W * shares[..., None, :]) @ W.mT, extremes
+    factor = (W * shares[..., None, :]) @ W.mT
+    if not largest < most:
+        factor = factor.where(extremes[..., 1, None, None] < most, 0.0)
+    return factor, extremes
 
 
 def _clip_factor_by_products(G: Tensor) -> Tensor:
@@ -130,4 +137,5 @@ def _inverse_root(A: Tensor) -> Tensor:
 
 def _rayleigh(G: Tensor) -> Tensor:
     v = power_eigenvector(G, 14)[..., None]
-    return (v.mT @ G @ v)[..., 0, 0]
+    quotient: Tensor = (v.mT @ G @ v)[..., 0, 0]
+    return quotient

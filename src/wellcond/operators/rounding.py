@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NOTHING = contextlib.nullcontext()
+_BACKENDS: list[Any] = [
+    torch.backends.cuda.matmul,
+    getattr(torch.backends.mkldnn, "matmul", None),
+]
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a weight of this dtype is worked on: float64, else float32."""
@@ -27,40 +33,48 @@ def full_precision(device_type: str) -> Iterator[None]:
     TF32 and bfloat16 inside of products are switched on for a whole process, to train faster; a
     subspace, a Ritz value or a Gram matrix found with their ten bits would be another one.
     """
-    cast = torch.amp.is_autocast_available(device_type)
-    precise = torch.autocast(device_type, enabled=False) if cast else contextlib.nullcontext()
-    with torch.no_grad(), precise, _products_in_float32():
+    with torch.no_grad(), _without_autocast(device_type), _products_in_float32():
         yield
 
 
-@contextlib.contextmanager
-def _products_in_float32() -> Iterator[None]:
-    backends: list[Any] = [
-        torch.backends.cuda.matmul,
-        getattr(torch.backends.mkldnn, "matmul", None),
-    ]
-    if not all(hasattr(backend, "fp32_precision") for backend in backends):
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device_type)
+    if not (available and torch.is_autocast_enabled(device_type)):
+        return _NOTHING
+    return torch.autocast(device_type, enabled=False)
+
+
+def _products_in_float32() -> contextlib.AbstractContextManager[Any]:
+    backends = [b for b in _BACKENDS if hasattr(b, "fp32_precision")]
+    if len(backends) < len(_BACKENDS):
         # Before each backend had a setting of its own there was one for all.
-        before = torch.get_float32_matmul_precision()
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    settings = [backend.fp32_precision for backend in backends]
-    coarse = [b for b, s in zip(backends, settings, strict=True) if s not in ("ieee", "none")]
+        if torch.get_float32_matmul_precision() == "highest":
+            return _NOTHING
+        return _highest_precision()
+    coarse = [b for b in backends if b.fp32_precision not in ("ieee", "none")]
+    return _ieee_products(coarse) if coarse else _NOTHING
+
+
+@contextlib.contextmanager
+def _highest_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _ieee_products(coarse: list[Any]) -> Iterator[None]:
+    settings = [backend.fp32_precision for backend in coarse]
     for backend in coarse:
         backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, setting in zip(backends, settings, strict=True):
-            if backend in coarse:
-                backend.fp32_precision = setting
+        for backend, setting in zip(coarse, settings, strict=True):
+            backend.fp32_precision = setting
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from wellcond.linalg.projection import gram
 from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled, over_matrices
 from wellcond.operators.rounding import round_stochastically, working_dtype
-from wellcond.operators.views import STORED, Kernel, View, writable
+from wellcond.operators.views import STORED, Kernel, View, shares_memory, writable
 
 _NARROW_DEVICES = {"mps"}  # without float64: what needs it is done on the CPU
 _BANDS = 16  # a half-precision weight is widened by sixteenths
@@ -49,6 +49,22 @@ class StoredMatrix:
     @property
     def is_one_map(self) -> bool:
         return isinstance(self.view, Kernel) and len(self.shape) == 3
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether it shows what the parameter holds as long as that stays where it is."""
+        exact = self.S.dtype == self.dtype  # else each update has a seed of its own
+        return exact and not self.S.is_meta and shares_memory(self.S, self.parameter)
+
+    def shows(self, parameter: Tensor) -> bool:
+        """Whether this operator, which is lasting, still shows this parameter."""
+        own = self.parameter
+        return (
+            parameter.data_ptr() == own.data_ptr()
+            and parameter.dtype == own.dtype
+            and parameter.shape == own.shape
+            and parameter.stride() == own.stride()
+        )
 
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds up what the holders of a matrix have found; this one is held whole."""

@@ -26,12 +26,16 @@ class Estimate:
             gradients were last looked at: more may be, which get no gradient; widen the block.
         nu: min(m, n).
         condition_number: sigma_1/sigma_nu as measured in float64; None where that was not asked.
-        excess: by what factor its hard limit was exceeded before the last application, as measured;
-            None if that is not known, or it was only seen to obey; of a stack the worst. Under
-            an upper bound alone an estimate, from below.
-        condition_before: kappa before that application, None if not known.
+        excess: by what factor its hard limit was exceeded; of a stack the worst; None if that is
+            not known. Of a weight that is watched the largest since the last report of `log`, as looks
+            and decompositions have shown, after what was clipped at once; of others before the
+            last application, None if the weight was only seen to obey.
+        condition_before: kappa at the last look, or before the last application; None if not known.
+        sigma_before: sigma_1 at the last look, before it was clipped; None if not known.
         interval: optimizer steps between the last two applications of its limit, None if there
-            were none.
+            were none or it is watched.
+        applications: how often a weight that is watched was projected after a decomposition.
+        applied_share: at which share of the last steps, of about 40.
         status: "" when all is well, else what is the matter with the weight.
     """
 
@@ -47,5 +51,8 @@ class Estimate:
     crowded: bool = False
     excess: float | None = None
     condition_before: float | None = None
+    sigma_before: float | None = None
     interval: int | None = None
+    applications: int | None = None
+    applied_share: float | None = None
     status: str = ""

@@ -119,6 +119,10 @@ class Rule(abc.ABC):
         """
         return None
 
+    def describe_watch(self) -> str:
+        """What is done to a weight that is watched, and when, for people."""
+        return ""
+
     # --- what it remembers ------------------------------------------------------------------------
 
     def init(self, shape: torch.Size) -> RuleState:

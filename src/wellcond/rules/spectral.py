@@ -260,6 +260,13 @@ class ConditionLimit(SpectralLimit):
         largest = largest.clamp_max(self._upper)
         return largest / self.max_condition, largest
 
+    def describe_watch(self) -> str:
+        at, to = self.trigger, self.target
+        text = f"projected to κ {to.max_condition:.4g} when it passes {at.max_condition:.4g}"
+        if at.upper is None:
+            return text
+        return f"{text}, or to σ₁ {to.upper:.4g} when that passes {at.upper:.4g}"
+
     def describe_excess(self, excess: float, condition_number: float) -> str:
         return "" if math.isnan(condition_number) else f"κ {condition_number:.4g}, "
 
@@ -386,6 +393,15 @@ class SingularValueLimit(SpectralLimit):
 
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(largest, self._lower), torch.full_like(largest, self._upper)
+
+    def describe_watch(self) -> str:
+        if self.lower is None:
+            return f"σ₁ is clipped to {self._upper:.4g} after every step"
+        at, to = self.trigger, self.target
+        parts = [f"σ_ν raised to {to._lower:.4g} when it falls below {at._lower:.4g}"]
+        if self.upper is not None:
+            parts.append(f"σ₁ cut to {to._upper:.4g} when it passes {at._upper:.4g}")
+        return ", ".join(parts)
 
     def describe_excess(self, excess: float, condition_number: float) -> str:
         if self.lower is None:

@@ -120,6 +120,7 @@ class TopWatch(Watch):
 
     WIDTH = 16
     REACH = 0.9  # of the bound: a block whose last value is above is saturated
+    SURE = 1.25  # times the bound: what moves further in one step may have turned, too
     FAR = 3.0  # times the bound: from there on an update of rank k would nearly cancel the weight
     period = 1
 
@@ -137,11 +138,8 @@ class TopWatch(Watch):
         for _ in range(sweeps):
             U = torch.linalg.qr(forward(Z)).Q
             Z = backward(U) / self.upper  # relative to the bound, also where squares vanish
-        factor, extremes = clip_factor(Z.mT @ Z)
-        change = None
-        if factor is not None:
-            near = extremes[..., 1] < self.FAR**2
-            change = U @ factor.where(near[..., None, None], 0.0), Z * -self.upper
+        factor, extremes = clip_factor(Z.mT @ Z, self.FAR**2)
+        change = None if factor is None else (U @ (factor * -self.upper), Z)
         return Reading(extremes, _unstack(memories, top=Z), change)
 
     def blank(self, S: Operator, memories: Sequence[RuleState]) -> Reading:
@@ -156,9 +154,12 @@ class TopWatch(Watch):
             math.sqrt(max(0.0, *each)) for each in zip(*numbers, (0.0, 0.0), strict=True)
         )
         saturated = least > self.REACH and self.width < self.nu
-        due = blind or saturated or most >= self.FAR
-        excess = math.nan if blind else most
-        return Judgement(due, False, excess * self.upper, math.nan, excess, blind)
+        due = blind or saturated or most >= self.SURE
+        if blind:
+            return Judgement(due, False, math.nan, math.nan, math.nan, blind)
+        # What the block sees is clipped by now.
+        excess = most if most >= self.FAR else min(most, 1.0)
+        return Judgement(due, False, most * self.upper, math.nan, excess)
 
     def renew(self, spectrum: GramDecomposition) -> RuleState:
         return {"top": spectrum.V[..., -self.width :].contiguous()}
@@ -190,7 +191,7 @@ class EndsWatch(Watch):
     """
 
     WIDTH = 24
-    BLIND = 2.0  # a rho above says that the small singular vectors have turned
+    BLIND = 1.0  # from this rho on, refinement of the bottom does not converge
     OVERSHOT = 1.02  # times the limit: it rises fast
     TIE = 0.9  # values within that factor: more may be as large, or as small
     PROBES = 4

@@ -127,7 +127,9 @@ class Attachment:
         fixed = " and ".join(str(every) for every in sorted(schedules - {None}))  # type: ignore[type-var]
         if None not in schedules:
             return fixed
-        auto = "1, because the optimizer has an eval()" if self._at_once else "when due"
+        auto = "1, because the optimizer has an eval()" if self._at_once else '"auto"'
+        if any(self.is_watched(state) for state in self.states):
+            auto = "1, watched"
         return f"{auto}, {fixed} for penalties" if fixed else auto
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -179,8 +181,8 @@ class Attachment:
             else:
                 state.gather(_rate(lr))
         counted = [state for state in states if not self.is_watched(state)]
-        due = [s for s in counted if not self._is_paced(s) and s.pending_steps >= self._interval(s)]
-        due += self._turn([state for state in counted if self._is_paced(state) and state.due])
+        due = [s for s in counted if not self.is_paced(s) and s.pending_steps >= self._interval(s)]
+        due += self._turn([state for state in counted if self.is_paced(state) and state.due])
         if due:
             self._actions.step(due)
         if watched and (projected := self._actions.watch(watched, rates)):
@@ -201,10 +203,10 @@ class Attachment:
             return False
         return state.is_followed or not (self._paced or state.is_too_large)
 
-    def _is_paced(self, state: WeightState) -> bool:
+    def is_paced(self, state: WeightState) -> bool:
         """Whether it is due by how far it may have moved."""
         scheduled = self.every or state.rule.default_schedule.every
-        return scheduled is None and not self._at_once
+        return scheduled is None and not (self._at_once or self.is_watched(state))
 
     def _turn(self, due: list[WeightState]) -> list[WeightState]:
         """Those of one shape, the longest due, so that no step pays for all of them.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.base import Gradient, HasGram, SpectralOperator
+from wellcond.operators.base import Gradient, HasGram, SpectralOperator, WeightOperator
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
@@ -40,6 +41,7 @@ class Engine:
         self.replicas = replicas
         self.check_replicas = check_replicas
         self._checks = DeferredChecks()
+        self._grouped: tuple[list[WeightOperator], list[Batch]] = [], []
         self._sights: list[Sight] = []  # looks that the host has not judged yet
         slots: dict[tuple[int, str], int] = {}
         for state in states:
@@ -229,9 +231,18 @@ class Engine:
                 else:
                     due[id(state)] = state
             for sweeps, own in turns.items():
-                for batch in group_weights(own, [state.operator() for state in own]):
+                for batch in self._group(own):
                     due |= {id(state): state for state in self._look_at(batch, sweeps)}
             return [state for state in due.values() if state.active]
+
+    def _group(self, states: list[WeightState]) -> list[Batch]:
+        """The weights in batches; those of the last look if nothing of them has changed."""
+        operators = [state.operator() for state in states]
+        before, batches = self._grouped
+        if len(before) != len(operators) or any(map(operator.is_not, before, operators)):
+            batches = group_weights(states, operators)
+            self._grouped = operators, batches
+        return batches
 
     def _look_at(self, batch: Batch, sweeps: int) -> list[WeightState]:
         """Looks at weights that are watched; those that the host knows to be due."""

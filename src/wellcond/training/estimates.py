@@ -77,7 +77,10 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
     if not finite:
         sigma = error = value = stable_rank = math.nan
         status = "not finite: it holds NaN or infinity"
-    rule, pace = state.rule, state.pace
+    rule, pace, record = state.rule, state.pace, state.record
+    watched = record.steps > 0
+    excess = record.largest if watched else pace.excess
+    kappa_before = record.condition_number if watched else pace.condition_number
     return Estimate(
         sigma_max=sigma,
         residual=error,
@@ -89,9 +92,12 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
         nu=min(state.shape[-2:]),
         condition_number=kappa,
         crowded=bool(crowded),
-        excess=_none_if_nan(pace.excess),
-        condition_before=_none_if_nan(pace.condition_number),
+        excess=_none_if_nan(excess),
+        condition_before=_none_if_nan(kappa_before),
+        sigma_before=_none_if_nan(record.value),
         interval=pace.interval or None,
+        applications=record.applications if watched else None,
+        applied_share=record.recent if watched else None,
         status=status,
     )
 

@@ -57,6 +57,14 @@ def report(
         before = [e.condition_before for e in sound.values() if e.condition_before is not None]
         if before:
             values["limit/condition_before/largest"] = max(before)
+        sigmas = [e.sigma_before for e in sound.values() if e.sigma_before is not None]
+        if sigmas:
+            values["limit/sigma_before/largest"] = max(sigmas)
+        applied = [e.applied_share for e in sound.values() if e.applied_share is not None]
+        if applied:
+            values["limit/applied_share/largest"] = max(applied)
+            counts = (e.applications for e in sound.values() if e.applications is not None)
+            values["limit/applications"] = sum(counts)
         if intervals:
             values["limit/interval/median"] = statistics.median(intervals)
         kappas = {n: e.condition_number for n, e in sound.items() if e.condition_number is not None}

@@ -15,6 +15,8 @@ _FIRST = 20  # steps: how a weight moves is not known yet
 _AFTER = 8  # looks in a row after an application
 _JUMP = 2.0  # times the learning rate of the last look
 _SWEEPS = 3  # of a look where a weight may have moved far
+_FAST = 0.004  # growth per step: five times that of Adam at 1e-3, it may become faster still
+_FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
 _UNKNOWN = -1e300  # in place of nan, which does not equal itself
 
@@ -31,9 +33,11 @@ class Record:
         interval: steps from the last look to the next, if nothing happens.
         rate: the learning rate at the last look.
         level: the logarithm of the excess at the last look.
+        growth: by how much that rises per step at most, of late.
         looks: how often it was looked at.
         decompositions: how often it was decomposed.
         applications: how often it was projected.
+        recent: the recent share of steps at which it was projected.
         blindness: the recent share of steps at which a look could not tell.
         is_blind: whether the watch is given up.
         excess: by what factor the limit was exceeded at the last look.
@@ -50,9 +54,11 @@ class Record:
     interval: int = 1
     rate: float = 0.0
     level: float = math.nan
+    growth: float = 0.0
     looks: int = 0
     decompositions: int = 0
     applications: int = 0
+    recent: float = 0.0
     blindness: float = 0.0
     is_blind: bool = False
     excess: float = math.nan
@@ -67,6 +73,7 @@ class Record:
         self.since_look += 1
         self.since_move += 1
         self.blindness *= 1 - 1 / _HORIZON
+        self.recent *= 1 - 1 / _HORIZON
         jumps = rate > _JUMP * self.rate
         if self.since_look < self.interval and not jumps:
             return 0
@@ -79,12 +86,12 @@ class Record:
         self._see(judgement.excess, judgement.largest, judgement.smallest)
         level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
         growth = (level - self.level) / max(self.since_look, 1)
+        self.growth = max(growth, self.growth * _FADES) if math.isfinite(growth) else self.growth
         self.level = level
         calm = self.steps > _FIRST and self.since_move > _AFTER and not judgement.alert
         self.interval = period if calm else 1
-        # Half of the steps after which it would reach the limit at this pace.
-        if self.interval > 1 and growth > 0:
-            self.interval = max(1, min(period, int(-level / (2 * growth))))
+        if self.growth > _FAST:
+            self.interval = 1
         self.since_look = 0
         if judgement.blind and self.known and self.steps > _FIRST:
             self.blindness += 1 / _HORIZON
@@ -93,14 +100,16 @@ class Record:
 
     def decompose(self, excess: float, condition_number: float, moved: bool, known: bool) -> None:
         """Takes in what a decomposition has shown."""
+        first = self.decompositions == 0  # it tells how the weight was made, not how it moves
         self.decompositions += 1
         self.known = known
         if moved:
             self.applications += 1
+            self.recent += 1 / _HORIZON
             self.since_move = 0
             self.level = math.nan
             self.interval = 1
-        if not math.isnan(excess):
+        if not math.isnan(excess) and not first:
             self.excess = excess
             self.largest = max(excess, -math.inf if math.isnan(self.largest) else self.largest)
             self.condition_number = condition_number

@@ -379,7 +379,11 @@ class Regularizer:
         """
         step = max(state.step for state in self._states) if step is None else step
         self._oversights.check_log(self._attachments, step % as_count(every, "`every`") == 0)
-        return log(self.measure, target, step, every, layers, prefix)
+        values = log(self.measure, target, step, every, layers, prefix)
+        if values is not None:
+            for state in self._states:
+                state.record.largest = math.nan  # since the last report
+        return values
 
     # --- what is regularised ----------------------------------------------------------------------
 
@@ -410,8 +414,8 @@ class Regularizer:
             lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
             if state.caution:
                 lines.append(f"  {'':{width}}  {state.caution}: it is meant, not what acts")
-            if text := state.rule.describe(state.memory):
-                lines.append(f"  {'':{width}}  {text}")
+            text = state.describe(any(a.is_paced(state) for a in self.attachments))
+            lines += [f"  {'':{width}}  {line}" for line in text.splitlines()]
             if not state.shortened.is_meta and (shortened := int(state.shortened)):
                 lines.append(
                     f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "

@@ -16,6 +16,7 @@ from torch import Tensor
 from wellcond.linalg.checks import lacks_values
 from wellcond.linalg.projection import GramDecomposition
 from wellcond.operators.base import WeightOperator
+from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
 from wellcond.rules.base import Movement, Need, Rule, RuleState
 from wellcond.rules.outcome import Worst
@@ -26,6 +27,7 @@ from wellcond.training.record import Record
 from wellcond.weights.discover import Weight
 
 _WATCH = "watch."  # before the keys of what a watch remembers
+_OFTEN = 0.2  # of the steps: a limit that is applied so often fights the optimizer
 _SMALL = 1024  # singular values: what is as large as a square weight is saved up to here
 
 
@@ -36,6 +38,7 @@ class WeightState:
         self.weight = weight
         self.caution = weight.caution  # what it is, if not the weight that acts
         self.rule = rule
+        self._operator: StoredMatrix | None = None
         self.step = 0  # applications: optimizer steps when attached
         try:
             S = self.operator()
@@ -89,9 +92,17 @@ class WeightState:
 
     def operator(self, parameters: Sequence[Tensor] | None = None) -> WeightOperator:
         """The weight, or what is given in place of its parameters, as a linear map."""
+        if parameters is None and (S := self._operator) is not None:
+            (parameter,) = self.weight.parameters
+            if S.shows(parameter):
+                return S
         tensors = self.weight.parameters if parameters is None else parameters
         seed = (zlib.crc32(self.name.encode()) << 31) + self.step
-        return self.weight.operator(tensors, seed)
+        made = self.weight.operator(tensors, seed)
+        # Making one costs as much as a product with a small weight.
+        if parameters is None:
+            self._operator = made if type(made) is StoredMatrix and made.is_lasting else None
+        return made
 
     def follow(self, S: WeightOperator) -> None:
         """Moves what is remembered to the device and the dtype of the weight as it is now."""
@@ -181,6 +192,32 @@ class WeightState:
             self.sight |= {key: own.to(self.sight[key], copy=True) for key, own in new.items()}
         excess, kappa = outcome.excess, outcome.condition_number
         self.record.decompose(excess, kappa, moved, known)
+
+    def describe(self, paced: bool) -> str:
+        """What is known of the applications of its rule, for people; `paced`: by learning rates."""
+        if self.watch is None:
+            return self.rule.describe(self.memory)
+        record = self.record
+        if self.is_followed:
+            lines = [f"watched: {self.rule.describe_watch()}"]
+        else:
+            blind = "K is too large for this pace, so that its small singular vectors turn too fast"
+            why = self.watch if isinstance(self.watch, str) else blind
+            how = "applied by the learning rates" if paced else "decomposed at every step"
+            lines = [f"not watched, because {why}: {how}"]
+            if paced:
+                return "\n".join([*lines, *filter(None, [self.rule.describe(self.memory)])])
+        if record.steps:
+            counts = f"projected {record.applications} times in {record.steps} steps"
+            lines.append(f"{counts}, decomposed {record.decompositions} times")
+        if not math.isnan(record.largest):
+            lines.append(f"at most {record.largest:.4g} times its limit since the last report")
+        if record.recent > _OFTEN:
+            lines.append(
+                "projected at more than one step in five: the learning rate is too high for this "
+                "limit"
+            )
+        return "\n".join(lines)
 
     def _saved_sight(self) -> RuleState:
         """What of the watch is saved: all of it or nothing, because its parts belong together."""
