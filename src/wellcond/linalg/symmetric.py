@@ -72,43 +72,43 @@ def eigenvalue_range(G: Tensor) -> Tensor:
     return torch.stack([least, largest], dim=-1) * scale[..., 0]
 
 
-def clip_factor(G: Tensor, most: float = 16.0) -> tuple[Tensor | None, Tensor]:
-    """F = I - min(1, G^(-1/2)), and the least and the largest eigenvalue of G, (..., 2).
+def clip_factor(G: Tensor, bound: float, most: float) -> tuple[Tensor | None, Tensor]:
+    """F = min(1, bound G^(-1/2)) - I, and the least and the largest eigenvalue of G, (..., 2).
 
-    Of Z (k, n) with Z Z^T = G, the singular values of Z - F Z are min(sigma, 1). F is zero where an
-    eigenvalue is larger than `most` or G is not finite, and None where the host knows that it is
-    zero for all. Where G is not finite the range is NaN. On devices other than the CPU F is that of
-    matrix products, accurate for eigenvalues up to 16.
+    Of Z (k, n) with Z Z^T = G, the singular values of Z + F Z are min(sigma, bound). F is zero
+    where a singular value exceeds `most` times the bound or G is not finite, and None where the
+    host knows that it is zero for all. Where G is not finite the range is NaN. On devices other
+    than the CPU F is that of matrix products, accurate up to four times the bound.
     """
     if not G.is_cpu:
-        extremes, products = eigenvalue_range(G), _clip_factor_by_products(G)
-        return products.where(extremes[..., 1, None, None] < most, 0.0), extremes
+        extremes, products = eigenvalue_range(G), _clip_factor_by_products(G / bound**2)
+        near = extremes[..., 1, None, None] < (most * bound) ** 2
+        return products.where(near, 0.0), extremes
+    k = G.shape[-1]
     try:
-        values, W = torch.linalg.eigh(G)
+        values, W = torch.linalg.eigh(G) if k > 1 else (G[..., 0], torch.ones_like(G))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # One that is not finite stops all of a stack.
         finite = torch.isfinite(G).all(-1, keepdim=True).all(-2, keepdim=True)
         if bool(finite.all()):
             return None, G.new_full((*G.shape[:-2], 2), torch.nan)
-        factor, extremes = clip_factor(G.where(finite, 0.0), most)
+        factor, extremes = clip_factor(G.where(finite, 0.0), bound, most)
         return factor, extremes.where(finite[..., 0], torch.nan)
-    k = values.shape[-1]
     extremes = values[..., :: k - 1] if k > 1 else values.expand(*values.shape[:-1], 2)
     largest = float(values.max())
-    if not largest > 1:
+    if not largest > bound**2:
         return None, extremes
-    shares = 1 - values.clamp_min(1).rsqrt()
-    factor = (W * shares[..., None, :]) @ W.mT
-    if not largest < most:
-        factor = factor.where(extremes[..., 1, None, None] < most, 0.0)
-    return factor, extremes
+    shares = (values.clamp_min(bound**2).rsqrt_() * bound).sub_(1)
+    if not largest < (most * bound) ** 2:
+        shares = shares.where(extremes[..., 1:] < (most * bound) ** 2, 0.0)
+    return (W * shares[..., None, :]) @ W.mT, extremes
 
 
 def _clip_factor_by_products(G: Tensor) -> Tensor:
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     H = G - identity
     excess = (H + H @ _sign(H)) / 2  # its eigenvalues are max(lambda - 1, 0)
-    factor = identity - _inverse_root(identity + (excess + excess.mT) / 2)
+    factor = _inverse_root(identity + (excess + excess.mT) / 2) - identity
     finite = torch.isfinite(factor).all(-1, keepdim=True).all(-2, keepdim=True)
     clipped: Tensor = factor.where(finite, 0.0)
     return clipped
@@ -116,7 +116,7 @@ def _clip_factor_by_products(G: Tensor) -> Tensor:
 
 def _sign(H: Tensor) -> Tensor:
     """The matrix sign of a symmetric H, to eigenvalues of about 1e-3 of its norm."""
-    X = H / torch.linalg.matrix_norm(H, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
+    X: Tensor = H / torch.linalg.matrix_norm(H, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
     for a, b, c in _SIGN:
         square = X @ X
         X = a * X + X @ (b * square + c * (square @ square))

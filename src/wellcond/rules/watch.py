@@ -24,6 +24,7 @@ from torch import Tensor
 from wellcond.linalg.projection import GramDecomposition
 from wellcond.linalg.symmetric import clip_factor, eigenvalue_range
 from wellcond.operators.base import HasGram, Operator
+from wellcond.operators.stored import StoredMatrix
 from wellcond.rules.base import RuleState
 
 Product = Callable[[Tensor], Tensor]
@@ -127,6 +128,9 @@ class TopWatch(Watch):
     def __init__(self, upper: float, nu: int) -> None:
         self.upper = upper
         self.nu, self.width = nu, min(self.WIDTH, nu)
+        # Relative to the bound where squares could overflow or vanish.
+        self.is_scaled = not 1e-6 < upper < 1e6
+        self._bound = 1.0 if self.is_scaled else upper
 
     def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> RuleState:
         start = torch.eye(self.nu, self.width, dtype=dtype, device=device)
@@ -135,11 +139,20 @@ class TopWatch(Watch):
     def look(self, S: Operator, memories: Sequence[RuleState], sweeps: int) -> Reading:
         forward, backward = _products(S)
         Z = _stack(memories, "top")
+        if self.width == self.nu:  # an identity: the Gram matrix shows all values
+            U = forward(Z)
+            X = U / self.upper if self.is_scaled else U
+            factor, extremes = clip_factor(X.mT @ X, self._bound, self.FAR)
+            return Reading(extremes, list(memories), None if factor is None else (U @ factor, Z))
         for _ in range(sweeps):
             U = torch.linalg.qr(forward(Z)).Q
-            Z = backward(U) / self.upper  # relative to the bound, also where squares vanish
-        factor, extremes = clip_factor(Z.mT @ Z, self.FAR**2)
-        change = None if factor is None else (U @ (factor * -self.upper), Z)
+            Z = backward(U)
+            if self.is_scaled:
+                Z = Z / self.upper
+        factor, extremes = clip_factor(Z.mT @ Z, self._bound, self.FAR)
+        if factor is None:
+            return Reading(extremes, _unstack(memories, top=Z))
+        change = U @ factor, Z * self.upper if self.is_scaled else Z
         return Reading(extremes, _unstack(memories, top=Z), change)
 
     def blank(self, S: Operator, memories: Sequence[RuleState]) -> Reading:
@@ -162,6 +175,8 @@ class TopWatch(Watch):
         return Judgement(due, False, most * self.upper, math.nan, excess)
 
     def renew(self, spectrum: GramDecomposition) -> RuleState:
+        if self.width == self.nu:
+            return {}
         return {"top": spectrum.V[..., -self.width :].contiguous()}
 
 
@@ -299,8 +314,12 @@ def _append(numbers: Tensor, unit: Tensor) -> Tensor:
 
 def _products(S: Operator) -> tuple[Product, Product]:
     """The products with L and with its transpose."""
+    upright = cast(HasGram, S).upright
+    if type(S) is StoredMatrix and S.S.dtype == S.dtype:  # with less overhead
+        L = S.S if upright else S.S.mT
+        return L.matmul, L.mT.matmul
     pair = S.matmat, S.rmatmat
-    return pair if cast(HasGram, S).upright else pair[::-1]
+    return pair if upright else pair[::-1]
 
 
 def _stack(memories: Sequence[RuleState], key: str) -> Tensor:

@@ -12,7 +12,7 @@ import logging
 import math
 import numbers
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,39 +159,57 @@ class Attachment:
                 return
             taken = 1.0 if skipped.is_cpu else 1 - skipped.reshape(())
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        states = [state for state in self.states if state.active]
-        strange = [s.name for s in states if not _is_held_by(s, group_of)]
+        watched: list[WeightState] = []
+        others: list[WeightState] = []
+        rates, strange = [], []
+        for state in self.states:
+            parameters = state.weight.parameters
+            if not any(parameter.requires_grad for parameter in parameters):
+                continue
+            group = group_of.get(id(parameters[0]))
+            if group is None or not _is_held_by(state, group_of):
+                strange.append(state.name)
+            elif self.is_watched(state):
+                watched.append(state)
+                rates.append(_rate(group.get("lr")))
+            else:
+                others.append(state)
         if strange:
             raise ValueError(
                 f"The optimizer does not hold {quote_names(strange)} any more: the parameter in "
                 "the model is another one now. Make the optimizer from the model as it is and "
                 "attach to that; under FSDP2 leave resharding after backward on."
             )
-        check_rates(optimizer, states)
-        watched, rates = [], []
-        for state in states:
-            lr: Any = group_of[id(state.weight.parameters[0])].get("lr")
-            if self.is_watched(state):
-                state.advance()
-                watched.append(state)
-                rates.append(_rate(lr))
-            elif state.rule.differentiable:
-                # A tensor is added up on its device: reading it here would wait for the device.
-                state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
-            else:
-                state.gather(_rate(lr))
-        counted = [state for state in states if not self.is_watched(state)]
-        due = [s for s in counted if not self.is_paced(s) and s.pending_steps >= self._interval(s)]
-        due += self._turn([state for state in counted if self.is_paced(state) and state.due])
+        due = self._find_due(optimizer, others, group_of, taken) if others else []
         if due:
             self._actions.step(due)
         if watched and (projected := self._actions.watch(watched, rates)):
             self._actions.project(projected)
             due += projected
-        limited = [state for state in due if state.rule.enforceable]
-        if limited and self._counts < _COUNTS:
-            self._counts += 1
+        if due and self._counts < _COUNTS:
+            limited = [state for state in due if state.rule.enforceable]
+            self._counts += bool(limited)
             self._nonzeros = count_nonzeros(limited)
+
+    def _find_due(
+        self,
+        optimizer: Optimizer,
+        states: list[WeightState],
+        group_of: Mapping[int, Mapping[str, Any]],
+        taken: float | Tensor,
+    ) -> list[WeightState]:
+        """Counts a step for weights that are not watched; those whose rule is to be applied."""
+        check_rates(optimizer, states)
+        for state in states:
+            lr = group_of[id(state.weight.parameters[0])].get("lr")
+            if state.rule.differentiable:
+                # A tensor is added up on its device: reading it here would wait for the device.
+                assert lr is not None
+                state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
+            else:
+                state.gather(_rate(lr))
+        due = [s for s in states if not self.is_paced(s) and s.pending_steps >= self._interval(s)]
+        return due + self._turn([state for state in states if self.is_paced(state) and state.due])
 
     def _interval(self, state: WeightState) -> int:
         every = self.every or state.rule.default_schedule.every
@@ -283,7 +301,7 @@ def _rate(lr: Any) -> float:
 
     It is not where there is none, or where it lies on a device and would have to be waited for.
     """
-    known = isinstance(lr, numbers.Real) or (isinstance(lr, Tensor) and lr.is_cpu)
+    known = isinstance(lr, float | numbers.Real) or (isinstance(lr, Tensor) and lr.is_cpu)
     rate = abs(float(lr)) if known else 1.0
     return rate if math.isfinite(rate) else 1.0
 

@@ -70,6 +70,9 @@ class Sight:
         """Per weight the numbers of its matrices. It waits for the look, not for what follows."""
         if self._event is not None:
             self._event.synchronize()
-        numbers = self._numbers.reshape(len(self.states), -1, self._numbers.shape[-1])
-        rows: list[list[list[float]]] = numbers.tolist()
+        numbers, count = self._numbers.tolist(), len(self.states)
+        each = numbers if count > 1 else [numbers]
+        rows: list[list[list[float]]] = [
+            [x] if self._numbers.ndim == 1 + (count > 1) else x for x in each
+        ]
         return rows

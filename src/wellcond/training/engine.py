@@ -28,7 +28,7 @@ from wellcond.training.batch import Batch, Look, group_weights, look
 from wellcond.training.deferred import DeferredChecks, Sight
 from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
-from wellcond.training.state import WeightState, name_meta_weights
+from wellcond.training.state import WeightState, raise_meta_weights
 
 
 class Engine:
@@ -220,20 +220,22 @@ class Engine:
             the step after it.
         """
         with self._quietly():
-            due = {id(state): state for state in self._read_sights()}
+            due = self._read_sights() if self._sights else []
             turns: dict[int, list[WeightState]] = {}
             for state, rate in zip(states, rates, strict=True):
-                sweeps = state.record.count(rate)
-                if id(state) in due or not sweeps:
+                record = state.record
+                state.step += 1
+                sweeps = record.count(rate)
+                if not sweeps or state in due:
                     continue
-                if state.is_followed and state.record.known:
+                if record.known and state.is_followed:
                     turns.setdefault(sweeps, []).append(state)
                 else:
-                    due[id(state)] = state
+                    due.append(state)
             for sweeps, own in turns.items():
                 for batch in self._group(own):
-                    due |= {id(state): state for state in self._look_at(batch, sweeps)}
-            return [state for state in due.values() if state.active]
+                    due += self._look_at(batch, sweeps)
+            return [state for state in due if state.active]
 
     def _group(self, states: list[WeightState]) -> list[Batch]:
         """The weights in batches; those of the last look if nothing of them has changed."""
@@ -246,15 +248,14 @@ class Engine:
 
     def _look_at(self, batch: Batch, sweeps: int) -> list[WeightState]:
         """Looks at weights that are watched; those that the host knows to be due."""
-        states, S, first = batch.states, batch.S, batch.operators[0]
+        states, S = batch.states, batch.S
         watch = states[0].watch
         assert isinstance(watch, Watch)
         sights = [state.sight for state in states]
-        owner = states[0].owner
         if self.replicas is None:
             reading = watch.look(S, sights, sweeps)
         else:
-            reading = watch.blank(S, sights)
+            owner, reading = states[0].owner, watch.blank(S, sights)
             if self.replicas.rank == owner:
                 own = watch.look(S, sights, sweeps)
                 reading = own._replace(change=own.change or reading.change)
@@ -265,7 +266,8 @@ class Engine:
             pair = reading.change if cast(HasGram, S).upright else reading.change[::-1]
             for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
                 cast(SpectralOperator, one).add_(U, V)
-        (numbers,) = cast(HasGram, first).agree(lambda: (reading.numbers,), reading.numbers)
+        numbers = reading.numbers
+        (numbers,) = cast(HasGram, batch.operators[0]).agree(lambda: (numbers,), numbers)
         sight = Sight(states, numbers)
         if sight.is_here:
             return sight.judge()
@@ -348,8 +350,12 @@ class Engine:
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
         device = self.states[0].weight.parameters[0].device.type
-        with full_precision(device), name_meta_weights(self.states):
-            yield
+        with full_precision(device):
+            try:
+                yield
+            except RuntimeError as error:
+                raise_meta_weights(self.states, error)
+                raise
 
 
 # A block is too narrow for gradients if its last value is above this share of the first: at 0.82

@@ -328,9 +328,14 @@ def name_meta_weights(states: Sequence[WeightState]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # or NotImplementedError, which is one
-        names = [s.name for s in states if any(map(lacks_values, s.weight.parameters))]
-        if not names:
-            raise
+        raise_meta_weights(states, error)
+        raise
+
+
+def raise_meta_weights(states: Sequence[WeightState], error: RuntimeError) -> None:
+    """Raises an error that names the weights on the meta device, if there are any."""
+    names = [s.name for s in states if any(map(lacks_values, s.weight.parameters))]
+    if names:
         raise ValueError(
             f"A weight must have values, but {quote_names(names)} is a meta tensor, which has "
             "none. Load the weights first: model.to_empty(device=...) and load_state_dict."
