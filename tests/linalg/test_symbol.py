@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convolutions import dense
 from wellcond.linalg.symbol import norm_bound, periodic_singular_values, symbol_matrices
-from wellcond.weights.convolution import Geometry
+from wellcond.operators.convolution import Geometry
 
 
 @st.composite

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.linalg.symbol import norm_bound, periodic_singular_values
-from wellcond.weights.convolution import CIRCULAR, ZEROS, Convolution
+from wellcond.operators.convolution import CIRCULAR, ZEROS, Convolution
 
 # The dense matrix of a group: so many singular values, entries, and multiplications of them all.
 _DENSE, _ENTRIES, _WORK = 4096, 1 << 26, 2e11

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond.weights.convolution import Geometry
+from wellcond.operators.convolution import Geometry
 
 
 def find_geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
