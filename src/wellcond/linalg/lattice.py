@@ -56,6 +56,7 @@ def fold(K: Tensor, steps: Sequence[int]) -> Tensor:
     if any(around):
         K = pad(K, around[::-1])
     axes = range(len(taps))
+    K = K.contiguous()  # or sums would be rounded differently in another memory format
     split = K.reshape(*K.shape[:2], *(x for pair in zip(counts, steps, strict=True) for x in pair))
     order = (0, 1, *(3 + 2 * a for a in axes), *(2 + 2 * a for a in axes))
     return split.permute(order).flatten(1, 1 + len(taps)).reshape(len(K), -1, *counts)

@@ -24,7 +24,7 @@ from wellcond.linalg.lattice import COARSE, FINE, Grid
 from wellcond.operators.convolution import CIRCULAR, ZEROS, Geometry
 from wellcond.operators.rounding import widest_dtype, working_dtype
 
-_ROUNDS = 8  # of storing and measuring
+_ROUNDS = 12  # of storing and measuring
 _MARGIN = 1e-8  # above the rounding of eigenvalues in `lattice.bound_norm`
 
 
@@ -143,19 +143,19 @@ def limit_norm(kernel: Tensor, geometry: Geometry, upper: float) -> Tensor:
     # In the dtype of the weight, which says in which arithmetic to clip.
     L = folded.L[rows].to(working_dtype(kernel.dtype))
     nearby = lattice.limit_norm(L, target[rows], folded.support())
-    margin = max(_MARGIN, 4 * torch.finfo(working_dtype(kernel.dtype)).eps)
-    shrunk = torch.full_like(target[rows], 1 - margin)
+    narrowest = max(_MARGIN, 4 * torch.finfo(working_dtype(kernel.dtype)).eps)
+    margin = torch.full_like(target[rows], narrowest)
     for _ in range(_ROUNDS):
-        stored = folded.kernel(nearby * lattice.each(shrunk, nearby)).to(kernel.dtype)
+        stored = folded.kernel(nearby * lattice.each(1 - margin, nearby)).to(kernel.dtype)
         again = _Folded.of(stored.to(folded.L), replace(geometry, groups=len(rows))).L
-        excess = lattice.bound_norm(again, enough=target[rows]) / target[rows]
-        if bool((excess <= 1).all()):
+        excess = lattice.bound_norm(again, enough=target[rows]) / target[rows] - 1
+        if bool((excess <= 0).all()):
             result = kernel.detach().clone()
             groups = result.view(geometry.groups, *folded.shape)
             groups[rows] = stored.to(kernel.device).reshape(len(rows), *folded.shape)
             return result
-        # A little more each time, since rounding to few bits may take back what is scaled away.
-        shrunk /= torch.where(excess > 1, 1 + 1.25 * (excess - 1), 1)
+        # Doubled, since rounding to few bits takes back what is a small part of an entry.
+        margin = torch.where(excess > 0, 2 * margin + 1.25 * excess, margin).clamp_max(1)
     raise ValueError(
         f"no kernel near it has a norm of at most {upper} once it is rounded to "
         f"{str(kernel.dtype).removeprefix('torch.')}. Store the weight in a wider dtype."
