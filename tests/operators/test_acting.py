@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from convolutions import CASES, dense
+from readback import accelerator
 from wellcond.linalg import lattice
 from wellcond.linalg.symbol import periodic_singular_values
 from wellcond.operators.acting import (
+    NormEstimator,
     bound_norm,
-    estimate_norm,
     flattening_factor,
     limit_norm,
     padding_factor,
-    start_estimate,
 )
 from wellcond.operators.convolution import Convolution, Geometry
 
@@ -87,7 +87,7 @@ def case(name: str) -> tuple[Tensor, Geometry]:
 # --- bounds ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*CASES][::2])
+@pytest.mark.parametrize("name", [*CASES][::4])
 def test_no_input_of_any_size_exceeds_the_bound(name: str) -> None:
     kernel, geometry = case(name)
     for hard in adversarial(kernel).values():
@@ -116,7 +116,7 @@ def layers(draw: Any) -> tuple[Tensor, Geometry]:
 
 
 @hypothesis.given(layers())
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=150, deadline=None)
 def test_no_layer_exceeds_its_bound_or_that_of_its_flattened_kernel(
     layer: tuple[Tensor, Geometry],
 ) -> None:
@@ -237,11 +237,11 @@ def check_limited(kernel: Tensor, geometry: Geometry, share: float) -> None:
     assert distance <= scaling + rounding
 
 
-@pytest.mark.parametrize("name", [*CASES][::3])
+@pytest.mark.parametrize("name", [*CASES][::5])
 def test_what_is_limited_obeys_in_every_dense_twin(name: str) -> None:
     kernel, geometry = case(name)
     kernels = [*adversarial(kernel).values()]
-    hard = kernels[[*CASES].index(name) // 3 % len(kernels)]
+    hard = kernels[[*CASES].index(name) // 5 % len(kernels)]
     check_limited(hard, geometry, 0.6)
     check_limited(hard, geometry, 0.999)
 
@@ -342,22 +342,22 @@ def test_a_kernel_that_is_zero_or_not_finite_or_obeys_is_the_same_tensor() -> No
 # --- estimates ------------------------------------------------------------------------------------
 
 
-def warm(kernel: Tensor, geometry: Geometry, X: Tensor, steps: int = 40) -> tuple[Tensor, Tensor]:
-    for _ in range(steps):
-        estimate, X = estimate_norm(kernel, geometry, X)
-    return estimate, X
+def warm(kernel: Tensor, geometry: Geometry) -> tuple[NormEstimator, Tensor, Tensor]:
+    """An estimator, the estimate after 40 steps on this kernel, and the state then."""
+    estimator = NormEstimator(kernel, geometry)
+    X = estimator.start(torch.Generator().manual_seed(0))
+    assert X.shape == estimator.shape
+    for _ in range(40):
+        estimate, X = estimator.refine(kernel, X)
+    return estimator, estimate, X
 
 
-def start(kernel: Tensor, geometry: Geometry) -> Tensor:
-    return start_estimate(kernel, geometry, torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("name", [*CASES][::5])
+@pytest.mark.parametrize("name", [*CASES][::7])
 def test_a_warm_estimate_lies_closely_below_the_bound(name: str) -> None:
     """Below by the slack of the grid twice, 0.5 % per axis, and by what power iteration leaves."""
     kernel, geometry = case(name)
     for hard in adversarial(kernel).values():
-        estimate, _ = warm(hard, geometry, start(hard, geometry))
+        _, estimate, _ = warm(hard, geometry)
         bound = bound_norm(hard, geometry) / padding_factor(hard.shape, geometry)
         assert 0.97 * bound <= float(estimate.max()) <= bound
 
@@ -365,10 +365,11 @@ def test_a_warm_estimate_lies_closely_below_the_bound(name: str) -> None:
 def test_no_step_makes_the_estimate_of_a_fixed_kernel_smaller() -> None:
     geometry = Geometry((), (2, 1), (1, 1), ((1, 1), (1, 1)), groups=2)
     kernel = random(6, 5, 4, 3)
-    X = start(kernel, geometry)
+    estimator = NormEstimator(kernel, geometry)
+    X = estimator.start(torch.Generator().manual_seed(0))
     last = torch.zeros(2, dtype=torch.float64)
     for _ in range(30):
-        estimate, X = estimate_norm(kernel, geometry, X)
+        estimate, X = estimator.refine(kernel, X)
         assert bool((estimate >= last * (1 - 1e-12)).all())
         last = estimate
     for group, value in zip(kernel.chunk(2), last, strict=True):
@@ -378,14 +379,14 @@ def test_no_step_makes_the_estimate_of_a_fixed_kernel_smaller() -> None:
 def test_an_estimate_is_scaled_and_ignores_what_is_not_finite() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     kernel = random(4, 3, 3, 3, dtype=torch.float32)
-    estimate, X = warm(kernel, geometry, start(kernel, geometry))
+    estimator, estimate, X = warm(kernel, geometry)
     for factor in (2.0**100, 2.0**-100):
-        again, _ = estimate_norm(kernel * factor, geometry, X)
+        again, _ = estimator.refine(kernel * factor, X)
         torch.testing.assert_close(again, estimate * factor)
-    zero, kept = estimate_norm(torch.zeros_like(kernel), geometry, X)
+    zero, kept = estimator.refine(torch.zeros_like(kernel), X)
     assert float(zero) == 0
     assert torch.equal(kept, X)
-    broken, kept = estimate_norm(torch.full_like(kernel, math.nan), geometry, X)
+    broken, kept = estimator.refine(torch.full_like(kernel, math.nan), X)
     assert not math.isfinite(float(broken))
     assert torch.equal(kept, X)
 
@@ -394,11 +395,11 @@ def test_an_estimate_follows_a_kernel_that_moves() -> None:
     """One step of estimation per step of a random walk of 1 % of the norm."""
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     kernel = random(12, 8, 3, 3, dtype=torch.float32)
-    _, X = warm(kernel, geometry, start(kernel, geometry))
+    estimator, _, X = warm(kernel, geometry)
     for step in range(60):
         change = random(*kernel.shape, seed=step, dtype=torch.float32)
         kernel = kernel + 0.01 * change
-        estimate, X = estimate_norm(kernel, geometry, X)
+        estimate, X = estimator.refine(kernel, X)
         if step % 10 == 9:
             assert float(estimate) >= 0.97 * bound_norm(kernel, geometry)
 
@@ -406,8 +407,23 @@ def test_an_estimate_follows_a_kernel_that_moves() -> None:
 def test_half_precision_is_estimated_in_float32() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     kernel = random(4, 3, 3, 3).to(torch.bfloat16)
-    X = start(kernel, geometry)
+    _, estimate, X = warm(kernel, geometry)
     assert X.dtype == torch.float32
-    estimate, _ = warm(kernel, geometry, X)
-    expected, _ = warm(kernel.float(), geometry, X)
-    assert torch.equal(estimate, expected)
+    assert torch.equal(estimate, warm(kernel.float(), geometry)[1])
+
+
+def test_kernels_of_one_shape_are_estimated_as_groups() -> None:
+    geometry = Geometry((), (2,), (1,), ((1, 1),), groups=2)
+    kernels = [random(4, 3, 5, seed=seed) for seed in range(3)]
+    apart = torch.cat([warm(kernel, geometry)[1] for kernel in kernels])
+    together = warm(torch.cat(kernels), replace(geometry, groups=6))[1]
+    torch.testing.assert_close(together, apart, rtol=5e-3, atol=0)  # from other starts
+
+
+def test_an_estimate_reads_nothing_back() -> None:
+    geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    with accelerator() as device:
+        kernel = torch.empty(4, 3, 3, 3, device=device)
+        estimator = NormEstimator(kernel, geometry)
+        estimate, X = estimator.refine(kernel, estimator.start(torch.Generator()))
+        assert estimate.device == X.device == device
