@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 # Points of a grid per degree: of one that proves, and of a first look.
 FINE, COARSE = 16, 4
 # Of the grid at whose points singular values are clipped, for matrices up to this side and beyond,
-# and how often at most. From 12 % (few values clipped) to 2 % above the distance to a nearest one.
+# and how often at most: finer and longer is hardly nearer where many values are clipped.
 _CLIPPED = ((128, 6, 20), (math.inf, 4, 10))
 _CLOSE = 3e-3  # an excess over the bound that the last scaling takes away
 _ROUNDING = 1e-9  # relative, of eigenvalues: far above that of float64
