@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wellcond.weights.convolution import Geometry
+from wellcond.operators.convolution import Geometry
 
 
 def seen(index: int, n: int, mode: str) -> int | None:

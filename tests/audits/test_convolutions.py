@@ -11,7 +11,7 @@ import wellcond as wc
 from convolutions import CASES, dense
 from wellcond.audits import convolutions as module
 from wellcond.audits.convolutions import measure_convolution
-from wellcond.weights.convolution import Convolution, Geometry
+from wellcond.operators.convolution import Convolution, Geometry
 
 
 def made(name: str) -> tuple[Convolution, torch.Tensor]:

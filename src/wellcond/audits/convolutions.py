@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wellcond.linalg.lattice import bound_norm_cheaply, effective_steps, fold
 from wellcond.linalg.spectrum import compute_spectrum
-from wellcond.linalg.symbol import norm_bound, periodic_singular_values
-from wellcond.weights.convolution import CIRCULAR, ZEROS, Convolution
+from wellcond.linalg.symbol import periodic_singular_values
+from wellcond.operators.convolution import CIRCULAR, ZEROS, Convolution
 
 # The dense matrix of a group: so many singular values, entries, and multiplications of them all.
 _DENSE, _ENTRIES, _WORK = 4096, 1 << 26, 2e11
@@ -98,17 +100,22 @@ def _from_above(S: Convolution) -> float:
     """
     geometry, kernel = S.geometry, S.kernel
     if geometry.mode == ZEROS:
-        return norm_bound(kernel, geometry.stride, geometry.dilation)
+        return _on_lattice(kernel, geometry.stride, geometry.dilation)
     if geometry.mode == CIRCULAR:
-        bound = norm_bound(kernel, [1] * len(geometry.size), geometry.dilation)
+        bound = _on_lattice(kernel, [1] * len(geometry.size), geometry.dilation)
         axes = zip(S.positions, geometry.stride, geometry.size, strict=True)
         return bound * math.sqrt(math.prod(-(-p * s // n) for p, s, n in axes))
-    bound = norm_bound(kernel, geometry.stride, geometry.dilation)
+    bound = _on_lattice(kernel, geometry.stride, geometry.dilation)
     for n, around in zip(geometry.size, geometry.padding, strict=True):
         line = torch.arange(float(n))[None, None]
         padded = torch.nn.functional.pad(line, around, geometry.mode)
         bound *= math.sqrt(int(torch.bincount(padded.flatten().long()).max()))
     return bound
+
+
+def _on_lattice(kernel: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> float:
+    steps = effective_steps(kernel.shape[2:], stride, dilation)
+    return float(bound_norm_cheaply(fold(kernel, steps)[None]))
 
 
 def _from_below(S: Convolution) -> float:

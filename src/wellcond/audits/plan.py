@@ -18,11 +18,11 @@ from torch import Tensor
 
 from wellcond.audits.sources import Source
 from wellcond.linalg.product import Product
+from wellcond.operators.convolution import Convolution
 from wellcond.operators.views import View, shape_of
 from wellcond.report.findings import MERGED
 from wellcond.text import join_remarks, list_some, suggest_module_patterns
 from wellcond.weights.adapters import Adapter, UnknownAdapterError
-from wellcond.weights.convolution import Convolution
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices, single_views
 from wellcond.weights.projections import UnknownLayoutError

@@ -36,9 +36,9 @@ from wellcond.linalg.spectrum import (
     compute_spectrum,
     rank_tolerance,
 )
+from wellcond.operators.convolution import Convolution
 from wellcond.report.findings import Finding, Grade, Status
 from wellcond.text import join_remarks
-from wellcond.weights.convolution import Convolution
 
 Row = tuple[RowSpec, Finding]
 

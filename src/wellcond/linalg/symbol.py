@@ -1,13 +1,11 @@
-"""Convolutions in the frequency domain: exact on a torus, otherwise a bound of the spectral norm.
+"""Convolutions on a torus, whose singular values frequencies give exactly.
 
 With stride s an axis of N points splits into s phases of N/s points, x_r[q] = x[s q + r], and at
 each coarse frequency w the map is the matrix (o, i prod(s)) of the Fourier coefficients of the
-phases of the kernel. Its singular values over all w are those of the periodic convolution. A
-zero-padded convolution is a restriction of that on the whole lattice, so that its norm is at most
-the supremum over all real frequencies.
+phases of the kernel. Its singular values over all w are those of the periodic convolution.
 
-Letters: K (o, i, *k) the kernel; s, d stride and dilation of an axis, e = d (k - 1) + 1 its extent;
-N the size of the input; w frequencies.
+Letters: K (o, i, *k) the kernel; s, d stride and dilation of an axis; N the size of the input; w
+frequencies.
 """
 
 from __future__ import annotations
@@ -75,38 +73,3 @@ def periodic_singular_values(
     return (
         sigma.repeat_interleave(counts.to(sigma.device), 0).flatten().sort(descending=True).values
     )
-
-
-# Grid points per step that a kernel spans: the most that this work permits.
-_POINTS, _WORK = (16, 8, 4), 2e10
-
-
-def norm_bound(K: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> float:
-    """An upper bound of the norm of the convolution on the whole lattice, and so with zero padding.
-
-    sigma_1^2 over w is the maximum of trigonometric polynomials of degree at most h, where h + 1 is
-    the number of coarse steps that the kernel spans. So its supremum is at most that over N points
-    per axis times prod (1 - 2 h/N)^(-1/2): 3 % of sigma_1 per axis with N = 16 h; for the two axes
-    of an image 15 % with 8 h and 41 % with 4 h. It is computed in float64, without a bound of the
-    rounding.
-
-    Args:
-        K: the kernel (o, i, *k).
-        stride: per axis.
-        dilation: per axis; for stride 1 it has no effect.
-    """
-    dilation = [d if s > 1 else 1 for s, d in zip(stride, dilation, strict=True)]
-    extents = [d * (k - 1) + 1 for k, d in zip(K.shape[2:], dilation, strict=True)]
-    spans = [-(-e // s) - 1 for e, s in zip(extents, stride, strict=True)]
-    narrow = min(len(K), K.shape[1] * math.prod(stride))
-    for finer in _POINTS:
-        points = [max(1, finer * h) for h in spans]
-        if math.prod(points) * narrow**3 <= _WORK:
-            break
-    size = [s * n for s, n in zip(stride, points, strict=True)]
-    matrices, _ = symbol_matrices(K, stride, dilation, size)
-    if matrices.shape[1] > matrices.shape[2]:
-        matrices = matrices.mH
-    largest = torch.linalg.eigvalsh(matrices @ matrices.mH)[:, -1].max().clamp_min(0).sqrt()
-    slack: float = math.prod((1 - 2 * h / n) ** -0.25 for h, n in zip(spans, points, strict=True))
-    return float(largest) * slack

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded
 from wellcond.operators.views import View
 from wellcond.text import join_remarks, quote_names
@@ -24,7 +25,6 @@ from wellcond.weights.computed import (
     find_computed_weights,
     find_weight_computed_from,
 )
-from wellcond.weights.convolution import Geometry
 from wellcond.weights.discover import (
     Source,
     find_weights,

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from wellcond.operators.convolution import Convolution, Geometry
 from wellcond.weights.comparison import are_equal, arrangements, differ_alike, is_rearranged
-from wellcond.weights.convolution import Convolution, Geometry
 from wellcond.weights.projections import is_conv1d
 from wellcond.weights.twin import Call, NotTried, Run, Twin, isolate
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.views import Kernel, Member, View
 from wellcond.weights.adapters import Adapter
-from wellcond.weights.convolution import Geometry
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ class Reason(enum.Enum):
     adapter = "a parameter of an adapter other than LoRA, which is not a matrix until it is merged"
     component = "a parameter from which the effective weight is computed"
     uncomputed = "computed before each forward pass by an unknown method"
+    own_forward = (
+        "a convolution whose class or instance has a forward of its own, so how it slides is not "
+        "known"
+    )
     scripted = "part of a TorchScript program, whose layers have no classes: use the eager model"
     parametrized = "parametrized: the stored tensor is not the effective weight"
     slice = "a slice of a tensor that is split over several files: join them first"

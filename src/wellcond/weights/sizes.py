@@ -1,4 +1,4 @@
-"""The input sizes of the convolutions of a model, as observed in one forward pass."""
+"""How the convolutions of a model slide, and on which sizes, as observed in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond.weights.convolution import Geometry
+from wellcond.operators.convolution import Geometry
+from wellcond.weights.forward import has_own_forward
+from wellcond.weights.reasons import Reason
+
+
+def geometry_of(layer: nn.modules.conv._ConvNd) -> Geometry | Reason:
+    """How a convolution slides on inputs of every size, or why that is not known.
+
+    It reads the options of the layer and runs nothing. What `padding="same"` pads is in it.
+    """
+    if has_own_forward(layer):
+        return Reason.own_forward
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedParameter):
+        return Reason.uninitialised
+    if not weight.is_floating_point():
+        return Reason.not_real
+    return Geometry.of(layer)
 
 
 def find_geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:

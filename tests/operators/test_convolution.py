@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from convolutions import CASES, dense
-from wellcond.weights.convolution import Convolution, Geometry
+from wellcond.operators.convolution import Convolution, Geometry
 
 
 def made(name: str) -> Convolution:

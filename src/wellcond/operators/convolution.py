@@ -24,7 +24,7 @@ class Geometry:
     """The parameters of a convolution other than its kernel, one entry per axis.
 
     Attributes:
-        size: of the input.
+        size: of the input; () where it is not known.
         stride: between two positions of the kernel.
         dilation: between two of its taps.
         padding: before and after the input; a negative amount crops it.
@@ -45,6 +45,8 @@ class Geometry:
     also: tuple[tuple[int, ...], ...] = ()
 
     def __str__(self) -> str:
+        if not self.size:
+            return f"{'outputs' if self.transposed else 'inputs'} of every size"
         size, *others = ("x".join(map(str, size)) for size in (self.size, *self.also))
         also = f", and not on those of {', '.join(others)} on which it acts too" if others else ""
         return f"{'outputs' if self.transposed else 'inputs'} of {size}{also}"
@@ -53,14 +55,14 @@ class Geometry:
     def of(
         cls,
         layer: nn.modules.conv._ConvNd,
-        size: tuple[int, ...],
+        size: tuple[int, ...] = (),
         positions: tuple[int, ...] | None = None,
     ) -> Geometry:
-        """The geometry of a layer on inputs (..., *size).
+        """The geometry of a layer on inputs (..., *size), or on inputs of no particular size.
 
         Args:
             layer: the convolution.
-            size: of its inputs, or of its outputs if it is transposed.
+            size: of its inputs, or of its outputs if it is transposed; () for no particular one.
             positions: the size of the inputs of a transposed layer, to leave out outputs that no
                 input reaches; None if all are reached.
         """
