@@ -3,6 +3,7 @@
 By the trainer itself, on small images, on the CPU.
 """
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -620,9 +621,10 @@ def real(name: str) -> Any:
 MODES = [
     pytest.param(lambda: ScheduleFree, id="ScheduleFree"),
     pytest.param(lambda: Swapping, id="Swapping"),
-    pytest.param(lambda: real("AdamWScheduleFree"), id="schedulefree-AdamW"),
-    pytest.param(lambda: real("SGDScheduleFree"), id="schedulefree-SGD"),
-    pytest.param(lambda: real("RAdamScheduleFree"), id="schedulefree-RAdam"),
+    *(
+        pytest.param(functools.partial(real, f"{name}ScheduleFree"), id=name, marks=mark)
+        for name, mark in (("AdamW", ()), ("SGD", pytest.mark.slow), ("RAdam", pytest.mark.slow))
+    ),
 ]
 
 
@@ -700,7 +702,12 @@ def averaging(name: str) -> Any:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "name", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"]
+    "name",
+    [
+        "EMAWeightAveraging",
+        pytest.param("WeightAveraging", marks=pytest.mark.slow),
+        pytest.param("StochasticWeightAveraging", marks=pytest.mark.slow),
+    ],
 )
 def test_averages_of_lightning_obey_where_they_are_evaluated_and_saved(
     name: str, first: bool, tmp_path: Path

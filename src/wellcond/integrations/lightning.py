@@ -195,7 +195,7 @@ class RegularizerCallback(Callback):
                 every=self.log_every,
             )
         for saver in trainer.checkpoint_callbacks:
-            # Before the states are collected; of a save of weights alone callbacks are told nothing.
+            # Before the states are collected; and callbacks are not told of weights alone.
             after = getattr(saver, "_every_n_train_steps", 0)
             if after and step % after == 0:
                 self._enforce(trainer)
@@ -311,7 +311,8 @@ def _holders(
 
 def _averages(trainer: Trainer) -> list[nn.Module]:
     """The averages of the module that callbacks of Lightning keep; no public name leads there."""
-    kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    kept = [getattr(callback, "_average_model", None) for callback in callbacks]
     models = [one.module if isinstance(one, AveragedModel) else one for one in kept]
     return [model for model in models if isinstance(model, nn.Module)]
 
