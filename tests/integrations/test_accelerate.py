@@ -153,3 +153,39 @@ def test_nothing_but_weights_is_touched(way: str) -> None:
         torch.manual_seed(0)
         loop.run(1)
         assert seen() == expected
+
+
+def test_what_schedulefree_evaluates_obeys_in_a_saved_state_and_goes_on(tmp_path: Path) -> None:
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+
+    class Limited(Loop):
+        def __init__(self) -> None:
+            self.mode = "proximal"
+            self.accelerator = accelerate.Accelerator(cpu=True)
+            model = net()
+            self.reg = wc.Regularizer(model, wc.ConditionLimit(3.0))
+            optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+            loader = DataLoader(TensorDataset(*images(96)), BATCH)
+            self.scheduler = scheduler_of(torch.optim.SGD([torch.zeros(1)], 0.1))
+            prepared = self.accelerator.prepare(model, optimizer, loader)
+            self.model, self.optimizer, self.loader = prepared
+            self.reg.attach(self.optimizer.optimizer)
+            self.accelerator.register_for_checkpointing(self.reg)
+
+        def epoch(self) -> dict[str, torch.Tensor]:
+            self.optimizer.train()
+            self.run(1)
+            self.optimizer.eval()
+            self.reg.enforce()
+            state = self.accelerator.unwrap_model(self.model).state_dict()
+            weights = [weight for weight in state.values() if weight.ndim == 2]
+            assert max(float(wc.condition_number(weight)) for weight in weights) <= 3.0
+            return {name: value.clone() for name, value in state.items()}
+
+    loop = Limited()
+    loop.epoch()
+    loop.accelerator.save_state(str(tmp_path / "one"))
+    whole = loop.epoch()
+    resumed = Limited()
+    resumed.accelerator.load_state(str(tmp_path / "one"))
+    assert_same(whole, resumed.epoch())

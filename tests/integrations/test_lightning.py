@@ -3,6 +3,7 @@
 By the trainer itself, on small images, on the CPU.
 """
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from foreign import ScheduleFree, Swapping
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
+from lightning.pytorch import callbacks as lightning_callbacks  # noqa: E402
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: E402
@@ -584,15 +586,22 @@ def test_the_loggers_of_the_trainer_get_aggregates_and_the_worst_weights(tmp_pat
         assert "wellcond/worst/net.0.weight/stable_rank_share" in values
 
 
-class Switching(Validated):
-    """As a module under schedulefree has to be written: it switches the modes by itself."""
+class Evaluated(Validated):
+    """Under an optimizer of this kind, of whose modes the module knows nothing."""
 
-    def __init__(self, kind: Any) -> None:
+    def __init__(self, kind: Any = ScheduleFree) -> None:
         super().__init__()
         self.kind, self.seen = kind, []
 
     def configure_optimizers(self) -> Any:
         return self.kind(self.parameters(), lr=0.1)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.seen += [float(wc.condition_number(self.net[i].weight.detach())) for i in (0, 2)]
+
+
+class Switching(Evaluated):
+    """It switches the modes by itself, and back before checkpoints are saved."""
 
     def on_train_epoch_start(self) -> None:
         self.optimizers().optimizer.train()
@@ -600,40 +609,145 @@ class Switching(Validated):
     def on_validation_epoch_start(self) -> None:
         self.optimizers().optimizer.eval()
 
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.seen += [float(wc.condition_number(self.net[i].weight.detach())) for i in (0, 2)]
+    def on_validation_epoch_end(self) -> None:
+        self.optimizers().optimizer.train()
 
 
-@pytest.mark.parametrize("kind", [ScheduleFree, Swapping])
+def real(name: str) -> Any:
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    return getattr(schedulefree, name)
+
+
+MODES = [
+    pytest.param(lambda: ScheduleFree, id="ScheduleFree"),
+    pytest.param(lambda: Swapping, id="Swapping"),
+    *(
+        pytest.param(functools.partial(real, f"{name}ScheduleFree"), id=name, marks=mark)
+        for name, mark in (("AdamW", ()), ("SGD", pytest.mark.slow), ("RAdam", pytest.mark.slow))
+    ),
+]
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "weights alone"])
+@pytest.mark.parametrize(
+    "when", [{"every_n_train_steps": 5}, {"every_n_epochs": 1}], ids=["steps", "epochs"]
+)
+@pytest.mark.parametrize("module", [Evaluated, Switching])
+@pytest.mark.parametrize("kind", MODES)
 def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
-    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: Any,
+    module: type[Evaluated],
+    when: dict[str, int],
+    alone: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    module = Switching(kind)
+    trained = module(kind())
     added = RegularizerCallback(wc.ConditionLimit(3.0), every=10**6)
-    saver = ModelCheckpoint(tmp_path, save_top_k=-1)
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, save_weights_only=alone, **when)
     used = trainer(tmp_path, added, saver, num_sanity_val_steps=0)
-    used.fit(module, loader(), loader(32))
-    assert len(module.seen) == 2 * 2 * len(loader(32))
-    assert max(module.seen) <= 3.0
-    (saved,) = {path.name: path for path in sorted(tmp_path.glob("*.ckpt"))[-1:]}.values()
-    state = torch.load(saved, weights_only=False)["state_dict"]
-    kappas = [float(wc.condition_number(w)) for name, w in state.items() if w.ndim == 2]
-    assert max(kappas) <= 3.0
+    used.fit(trained, loader(), loader(32))
+    assert len(trained.seen) == 2 * 2 * len(loader(32))
+    assert max(trained.seen) <= 3.0
+    for path in tmp_path.glob("*.ckpt"):
+        saved = torch.load(path, weights_only=False)
+        assert max(kappas(saved["state_dict"])) <= 3.0, path.name
+        if not alone:
+            (state,) = saved["optimizer_states"]
+            assert not state["param_groups"][0]["train_mode"]
+    assert max(kappas(trained.state_dict())) <= 3.0
     assert "train mode" not in caplog.text
 
 
-def test_a_module_that_stays_in_train_mode_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Staying(Switching):
-        def on_validation_epoch_start(self) -> None:
-            pass
+@pytest.mark.parametrize("kind", MODES)
+def test_a_fit_under_an_optimizer_with_eval_resumes(kind: Any, tmp_path: Path) -> None:
+    """What is saved in eval mode goes on in train mode as it would have."""
 
-    module = Staying(ScheduleFree)
-    used = trainer(tmp_path, RegularizerCallback(wc.ConditionLimit(3.0)), max_epochs=1)
-    used.fit(module, loader(), loader(16))
-    assert caplog.text.count("ScheduleFree is in train mode") == 1
-    assert max(module.seen[-2:]) <= 3.0
+    def fit(folder: str, epochs: int, **options: Any) -> dict[str, Tensor]:
+        module = Evaluated(kind())
+        saver = ModelCheckpoint(tmp_path / folder, save_top_k=-1, every_n_epochs=1)
+        added = RegularizerCallback(wc.ConditionLimit(3.0))
+        trainer(tmp_path, added, saver, max_epochs=epochs).fit(module, loader(), **options)
+        return module.state_dict()
+
+    whole = fit("whole", 2)
+    fit("half", 1)
+    (half,) = (tmp_path / "half").glob("*.ckpt")
+    resumed = fit("resumed", 2, ckpt_path=half, weights_only=False)
+    assert_same(whole, resumed)
+
+
+def test_penalties_leave_the_modes_of_an_optimizer_alone(tmp_path: Path) -> None:
+    module = Switching(ScheduleFree)
+    added = RegularizerCallback(wc.ConditionPenalty(1.0), every=EVERY)
+    seen = []
+
+    class Modes(Callback):  # type: ignore[misc]
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["train_mode"])
+
+    trainer(tmp_path, added, Modes(), num_sanity_val_steps=0).fit(module, loader(), loader(16))
+    assert seen == [True, True]
+
+
+def averaging(name: str) -> Any:
+    kind = getattr(lightning_callbacks, name, None)
+    if kind is None:
+        pytest.skip(f"this Lightning has no {name}")
+    if name == "StochasticWeightAveraging":
+        return kind(swa_lrs=0.5, swa_epoch_start=1, annealing_epochs=1)
+    return kind() if name == "WeightAveraging" else kind(decay=0.95)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EMAWeightAveraging",
+        pytest.param("WeightAveraging", marks=pytest.mark.slow),
+        pytest.param("StochasticWeightAveraging", marks=pytest.mark.slow),
+    ],
+)
+def test_averages_of_lightning_obey_where_they_are_evaluated_and_saved(
+    name: str, first: bool, tmp_path: Path
+) -> None:
+    """Each weight obeys at each step, and their average need not: by itself it does not here."""
+
+    class Fast(Evaluated):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=2.0)
+
+    def fit(limited: bool) -> tuple[Fast, list[float]]:
+        folder = tmp_path / str(limited)
+        module = Fast()
+        added = RegularizerCallback(wc.ConditionLimit(1.2), every=1)
+        average = averaging(name)
+        saver = ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1)
+        attached = [added] if limited else [ByHand(1.2)]
+        both = [*attached, average] if first else [average, *attached]
+        options = {"max_epochs": 4, "num_sanity_val_steps": 0}
+        trainer(tmp_path, *both, saver, **options).fit(module, loader(), loader(16))
+        saved = [torch.load(p, weights_only=False) for p in sorted(folder.glob("*.ckpt"))]
+        assert len(saved) == 4
+        return module, [max(kappas(one["state_dict"])) for one in saved]
+
+    class ByHand(Callback):  # type: ignore[misc]
+        """The same limit, applied to what is trained alone."""
+
+        def __init__(self, limit: float) -> None:
+            self.limit = limit
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.reg = wc.Regularizer(pl_module, wc.ConditionLimit(self.limit))
+            self.reg.attach(trainer.optimizers[0], every=1)
+
+    loose, _ = fit(limited=False)
+    assert max(kappas(loose.state_dict())) > 1.2
+    module, saved = fit(limited=True)
+    assert max(module.seen) <= 1.2
+    assert max(kappas(module.state_dict())) <= 1.2
+    assert max(saved) <= 1.2
 
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:

@@ -521,7 +521,21 @@ def test_hard_limits_hold_in_every_checkpoint_and_at_the_end(
     check_all_obey(used, tmp_path)
 
 
-@pytest.mark.parametrize("kind", [ScheduleFree, Swapping])
+def schedulefree(name: str) -> Any:
+    package = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    return getattr(package, f"{name}ScheduleFree")
+
+
+MODES = [
+    pytest.param(lambda: ScheduleFree, id="ScheduleFree"),
+    pytest.param(lambda: Swapping, id="Swapping"),
+    pytest.param(lambda: schedulefree("AdamW"), id="AdamW"),
+    pytest.param(lambda: schedulefree("SGD"), id="SGD", marks=pytest.mark.slow),
+    pytest.param(lambda: schedulefree("RAdam"), id="RAdam", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kind", MODES)
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
     kind: Any, evaluate: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -549,7 +563,7 @@ def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
         eval_dataset=examples(16),
         **options,
     )
-    used.optimizer = kind(model.parameters(), lr=0.1)
+    used.optimizer = kind()(model.parameters(), lr=0.1)
     used.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(used.optimizer, 1.0)
     used.train()
     check_all_obey(used, tmp_path)
@@ -559,6 +573,30 @@ def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
         best = Path(used.state.best_model_checkpoint)
         assert kappas(best) == kappas(tmp_path / "end")
     assert "train mode" not in caplog.text
+
+
+@pytest.mark.usefixtures("_resumes_exactly")
+def test_a_training_by_the_schedule_free_optimizer_of_the_trainer_resumes(tmp_path: Path) -> None:
+    """What is saved in eval mode goes on in train mode as it would have."""
+    schedulefree("AdamW")
+
+    def run(folder: str, **options: Any) -> nn.Module:
+        model = Classifier()
+        added = RegularizerCallback(wc.ConditionLimit(3.0))
+        saving = {"save_strategy": "steps", "save_steps": 5, "optim": "schedule_free_adamw"}
+        used = trainer(tmp_path / folder, model, added, lr_scheduler_type="constant", **saving)
+        used.optimizer = used.lr_scheduler = None
+        used.train(**options)
+        assert type(used.optimizer.optimizer).__name__ == "AdamWScheduleFree"
+        check_all_obey(used, tmp_path / folder)
+        return model
+
+    whole = run("one")
+    shutil.rmtree(tmp_path / "one" / "end")
+    for later in (tmp_path / "one").glob("checkpoint-1*"):
+        shutil.rmtree(later)
+    resumed = run("one", resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
+    assert_same(whole.state_dict(), resumed.state_dict())
 
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.optim.optimizer import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import wellcond as wc
-from wellcond.integrations._modes import Rules, checked_mode, has_modes
+from wellcond.integrations._modes import Rules, checked_mode, has_modes, rules_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -53,8 +55,11 @@ class RegularizerCallback(Callback):
 
     Hard limits hold in what is validated and saved and at the end of training, whatever `every` is:
     they are applied before. An optimizer with eval(), as those of schedulefree, evaluates other
-    weights than it steps, and Lightning calls neither eval() nor train(): do so in the module, in
-    `on_validation_epoch_start` at the latest, and stay in eval() until checkpoints are saved.
+    weights than it steps, and Lightning calls neither eval() nor train(): under a limit the
+    callback calls eval() before it applies the limits, and train() before the next batch. Limits
+    are applied too to the averages that Lightning's WeightAveraging, EMAWeightAveraging and
+    StochasticWeightAveraging keep, which are saved, and left in the module, in place of the weights
+    that are trained.
 
     Args:
         rules: one penalty, or patterns to penalties, as for `Regularizer`.
@@ -101,6 +106,9 @@ class RegularizerCallback(Callback):
         self._training = False
         self._seen_step = 0
         self._holders: list[Optimizer] = []
+        self._of_averages: dict[nn.Module, wc.Regularizer] = {}
+        self._evaluating = True  # whether train() is due before the next batch
+        self._obeys = False  # whether limits were applied, and no batch has begun since
         # Lightning restores callbacks before there is a Regularizer.
         self._loaded: dict[str, Any] | None = None
         self._ignore_next = False
@@ -145,9 +153,19 @@ class RegularizerCallback(Callback):
         self._training = True
         self._seen_step = trainer.global_step
         self._holders = holders
+        self._evaluating, self._obeys = True, False
         if self.mode == "proximal":
             for optimizer in holders:
                 regularizer.attach(optimizer, every=self.every)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._obeys = False
+        if self._evaluating:
+            self._evaluating = False
+            for optimizer in self._switched():
+                optimizer.train()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -177,49 +195,63 @@ class RegularizerCallback(Callback):
                 every=self.log_every,
             )
         for saver in trainer.checkpoint_callbacks:
-            # It tells callbacks nothing when it saves weights alone.
+            # Before the states are collected; and callbacks are not told of weights alone.
             after = getattr(saver, "_every_n_train_steps", 0)
-            if getattr(saver, "save_weights_only", False) and after and step % after == 0:
-                self._enforce()
+            if after and step % after == 0:
+                self._enforce(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enforce()
+        self._enforce(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What is measured, and perhaps saved as the best, obeys.
-        if not self._evaluates_others():
-            self._enforce()
+        self._enforce(trainer)
 
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        # By now the module has called the eval() of its optimizer.
-        if batch_idx == 0 and dataloader_idx == 0 and self._evaluates_others():
-            self._enforce()
-
-    def _evaluates_others(self) -> bool:
-        """Whether an optimizer evaluates other weights than it steps, as those of schedulefree."""
-        return any(map(has_modes, self._holders))
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The module may have switched an optimizer to train mode.
+        if self._switched():
+            self._enforce(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # The weights in the checkpoint share their memory with those of the module.
-        self._enforce()
+        self._enforce(trainer)
+        # The states have been collected before, and applications and modes are part of them.
+        if self._training and "callbacks" in checkpoint:
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        if self._switched():
+            states = [trainer.strategy.optimizer_state(one) for one in trainer.optimizers]
+            checkpoint["optimizer_states"] = states
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enforce()
+        self._obeys = False  # an average may have taken the place of the weights
+        self._enforce(trainer)
         self._end()
 
-    def _enforce(self) -> None:
+    def _enforce(self, trainer: Trainer) -> None:
         """Hard limits hold in whatever is validated and saved from here on."""
-        if self._training and self.regularizer is not None:
+        if not self._training or self.regularizer is None:
+            return
+        switched = self._switched()
+        for optimizer in switched:
+            optimizer.eval()
+        self._evaluating = bool(switched)
+        if switched or not self._obeys:
             self.regularizer.enforce()
+            self._obeys = True
+        if self._has_limits():
+            for average in _averages(trainer):
+                if average not in self._of_averages:
+                    self._of_averages[average] = wc.Regularizer(average, self.rules)
+                self._of_averages[average].enforce()
+
+    def _switched(self) -> list[Any]:
+        """The optimizers with two modes whose limits are to hold in what eval() makes."""
+        return list(filter(has_modes, self._holders)) if self._has_limits() else []
+
+    def _has_limits(self) -> bool:
+        return any(rule.enforceable for rule in rules_in(self.rules))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -229,6 +261,7 @@ class RegularizerCallback(Callback):
     def _end(self) -> None:
         self._training = False
         self._holders = []
+        self._of_averages = {}
         if self.regularizer is not None:
             self.regularizer.detach()
 
@@ -274,6 +307,14 @@ def _holders(
         for optimizer in optimizers
         if any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
     ]
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averages of the module that callbacks of Lightning keep; no public name leads there."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    kept = [getattr(callback, "_average_model", None) for callback in callbacks]
+    models = [one.module if isinstance(one, AveragedModel) else one for one in kept]
+    return [model for model in models if isinstance(model, nn.Module)]
 
 
 def _refuse_gradients(trainer: Trainer, holders: list[Optimizer]) -> None:
