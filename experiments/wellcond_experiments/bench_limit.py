@@ -51,12 +51,12 @@ class Limit(Benchmark):
         "competitor": ("method", ""),
         "ratio": ("× plain", ".3g"),
         "to_reference": ("× reference", ".3g"),
-        "milliseconds": ("ms per step", ".3g"),
-        "late": ("excess, from 20 on", ".5g"),
-        "early": ("in the first 20", ".5g"),
-        "beyond": ("steps > 1.05", "d"),
+        "to_reference_processor": ("CPU time", ".3g"),
+        "milliseconds": ("ms", ".3g"),
+        "late": ("excess", ".5g"),
+        "early": ("first 20", ".5g"),
+        "beyond": ("> 1.05", "d"),
         "accuracy": ("accuracy %", ".4g"),
-        "target": ("target", ""),
         "met": ("met", ""),
     }
 
@@ -138,7 +138,8 @@ class Limit(Benchmark):
         return (
             f"Training under hard limits, {settings['threads']} threads, medians of "
             f"{settings['seeds']} seeds: mean step over that without a limit and over that of the "
-            "reference of the target; the largest sigma_1/b or kappa/K after any step"
+            "reference, the latter also by the processor's clock; the largest sigma_1/b or kappa/K "
+            f"after a step from {SETTLED} on, in the first {SETTLED}; after how many it was > {CLOSE}"
         )
 
 
@@ -299,11 +300,11 @@ def judge(row: dict[str, Any], case: Case) -> str:
 
 
 def notes(run: dict[str, Any]) -> list[str]:
-    """What `print(reg)` says of the weights of a case that has few, and what a clip costs."""
+    """The target, what `print(reg)` says, where the weights are few, and what a clip costs."""
     subject = f"{run['case']}, {run['competitor']}"
-    lines: list[str] = []
+    lines = [f"{subject}: asked is {run['target']}"] if "target" in run else []
     _, *said = (run.get("printed") or [""])[-1].splitlines() or [""]
-    if run.get("weights", 1) <= FEW:
+    if run["competitor"] == "watched" and run.get("weights", 1) <= FEW:
         kept = itertools.takewhile(lambda line: not line.startswith("  left out"), said)
         lines += [f"{subject}: {line.strip()}" for line in kept]
     for what, seconds in run.get("enforce_seconds", {}).items():

@@ -35,9 +35,10 @@ class Worker:
         variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
         environment = dict(os.environ) | dict.fromkeys(variables, str(threads))
         environment["PYTHONPATH"] = os.pathsep.join(path + [one for one in sys.path if one])
+        arguments = [case, method, data, str(threads), *path]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, case, method, data, str(threads)],
+            [sys.executable, "-m", __name__, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -87,8 +88,16 @@ def workers(methods: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Worker]]:
             worker.close()
 
 
-def main(case_name: str, method: str, data: str, threads: str) -> None:
-    """The side that obeys: answers requests until the input ends."""
+def main(case_name: str, method: str, data: str, threads: str, source: str = "") -> None:
+    """The side that obeys: answers requests until the input ends.
+
+    Args:
+        case_name: of the case.
+        method: of the competitor.
+        data: as in `--data`.
+        threads: of torch.
+        source: where wellcond must come from, if that matters.
+    """
     # What others print must not come between the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     server: Any = None
@@ -97,6 +106,7 @@ def main(case_name: str, method: str, data: str, threads: str) -> None:
         try:
             if server is None:
                 server = Server(case_name, method, data, int(threads))
+                server.check_source(source)
             reply = {"answer": getattr(server, request)(**arguments)}
         except ImportError as error:
             reply = {"error": f"not installed: {error}"}
@@ -122,16 +132,19 @@ class Server:
         self.source = self.case.source(data)
         self.warm = False
 
+    def check_source(self, source: str) -> None:
+        """Raises a RuntimeError if wellcond comes from elsewhere."""
+        import wellcond as wc
+
+        if source and not Path(wc.__file__).is_relative_to(source):
+            raise RuntimeError(f"wellcond comes from {wc.__file__}, not from {source}")
+
     def describe(self) -> dict[str, str]:
-        """Which wellcond and which package of a peer this is."""
+        """The versions of wellcond and of the package of a peer."""
         import wellcond as wc
         from wellcond_experiments.limit_competitors import version
 
-        return {
-            "wellcond": wc.__version__,
-            "path": str(Path(wc.__file__).parent),
-            "peer": version(self.method),
-        }
+        return {"wellcond": wc.__version__, "peer": version(self.method)}
 
     def start(self, seed: int, bound: float | None) -> list[str]:
         """A new training; the names of the layers under the limit."""
