@@ -49,9 +49,11 @@ class Target:
     goal: float | None = None
 
     def __str__(self) -> str:
-        time = "stated" if self.at_most is None else f"≤ {self.at_most:g}"
-        goal = "" if self.goal is None else f", goal {self.goal:g}"
-        return f"≤ {self.excess:g}; {time}{goal} of {self.reference}"
+        most = [] if self.at_most is None else [f"≤ {self.at_most:g}"]
+        goal = [] if self.goal is None else [f"goal {self.goal:g}"]
+        time = ", ".join(most + goal)
+        asked = f"{time} of the time of {self.reference}" if time else "the time is stated"
+        return f"excess ≤ {self.excess:g}; {asked}"
 
 
 @dataclass(frozen=True)
@@ -283,8 +285,8 @@ def _critic(
 
 
 def _small(target: Target, orthogonal: bool = False, muon: bool = False) -> Case:
-    initial, optimizer = "orthogonal" if orthogonal else "default", "-muon" if muon else ""
-    return _critic(f"critic-{initial}{optimizer}", (128, 128), target, orthogonal, muon=muon)
+    words = ["orthogonal"] * orthogonal + ["muon"] * muon or ["default"]
+    return _critic("-".join(["critic", *words]), (128, 128), target, orthogonal, muon=muon)
 
 
 def _condition(kind: str, K: float) -> Case:
