@@ -301,7 +301,11 @@ def judge(row: dict[str, Any], case: Case) -> str:
 def notes(run: dict[str, Any]) -> list[str]:
     """The target, what `print(reg)` says, where the weights are few, and what a clip costs."""
     subject = f"{run['case']}, {run['competitor']}"
-    lines = [f"{subject}: asked is {run['target']}"] if "target" in run else []
+    lines = (
+        [f"{subject}: asked is {run['target']}; bound {run['bound']:.4g}"]
+        if "target" in run
+        else []
+    )
     _, *said = (run.get("printed") or [""])[-1].splitlines() or [""]
     if run["competitor"] == "watched" and run.get("weights", 1) <= FEW:
         kept = itertools.takewhile(lambda line: not line.startswith("  left out"), said)
