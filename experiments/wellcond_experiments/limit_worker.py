@@ -137,8 +137,8 @@ class Server:
         """Raises a RuntimeError if wellcond comes from elsewhere."""
         import wellcond as wc
 
-        if source and not Path(wc.__file__).is_relative_to(source):
-            raise RuntimeError(f"wellcond comes from {wc.__file__}, not from {source}")
+        if source and not Path(*wc.__path__).is_relative_to(source):
+            raise RuntimeError(f"wellcond comes from {wc.__path__[0]}, not from {source}")
 
     def describe(self) -> dict[str, str]:
         """The versions of wellcond and of the package of a peer."""
