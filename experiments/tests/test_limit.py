@@ -103,7 +103,7 @@ def test_a_peer_is_scaled_to_another_bound() -> None:
     assert training.spectra() == pytest.approx([2.5] * 3, rel=1e-5)
 
 
-def test_spectra_are_those_of_numpy() -> None:
+def test_spectra_are_exact_in_float64() -> None:
     for name in ("critic-default", "mnist-k10"):
         training = begin(name, "plain")
         expected = []

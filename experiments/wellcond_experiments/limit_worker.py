@@ -105,8 +105,7 @@ def main(case_name: str, method: str, data: str, threads: str, source: str = "")
         request, arguments = json.loads(line)
         try:
             if server is None:
-                server = Server(case_name, method, data, int(threads))
-                server.check_source(source)
+                server = Server(case_name, method, data, int(threads), source)
             reply = {"answer": getattr(server, request)(**arguments)}
         except ImportError as error:
             reply = {"error": f"not installed: {error}"}
@@ -120,11 +119,16 @@ def main(case_name: str, method: str, data: str, threads: str, source: str = "")
 class Server:
     """The requests: its methods. What it imports is read from the path of this process."""
 
-    def __init__(self, case_name: str, method: str, data: str, threads: int) -> None:
+    def __init__(
+        self, case_name: str, method: str, data: str, threads: int, source: str = ""
+    ) -> None:
         import torch
 
+        import wellcond as wc
         from wellcond_experiments.limit_cases import find_case
 
+        if source and not Path(*wc.__path__).is_relative_to(source):
+            raise RuntimeError(f"wellcond comes from {wc.__path__[0]}, not from {source}")
         torch.set_num_threads(threads)
         # Units that die leave ever smaller numbers behind, on which processors work many times
         # slower: they would decide what a method seems to cost.
@@ -132,13 +136,6 @@ class Server:
         self.case, self.method = find_case(case_name), method
         self.source = self.case.source(data)
         self.warm = False
-
-    def check_source(self, source: str) -> None:
-        """Raises a RuntimeError if wellcond comes from elsewhere."""
-        import wellcond as wc
-
-        if source and not Path(*wc.__path__).is_relative_to(source):
-            raise RuntimeError(f"wellcond comes from {wc.__path__[0]}, not from {source}")
 
     def describe(self) -> dict[str, str]:
         """The versions of wellcond and of the package of a peer."""
