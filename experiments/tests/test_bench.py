@@ -100,26 +100,6 @@ def test_a_limit_is_kept_in_the_strength_table(
         assert 0.99 * run["strength"] < run["condition_number"] <= run["strength"]
 
 
-@pytest.mark.slow
-def test_a_limit_holds_after_every_application(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "limit", "--data", "digits", "--condition", "1.2", "--every", "auto,3"]
-    argv += ["--epochs", "1", "--steps", "13"]
-    assert wellcond(*argv, "--json") == 0
-    none, again, *limited = json.loads(capsys.readouterr().out)["ways"]
-    assert none["applications"] == again["applications"] == 0
-    # After 1, 2, 4 and 8 steps; or after every third.
-    assert [way["applications"] for way in limited] == [4, 4]
-    for way in limited:
-        assert 1.19 < way["after_largest"] <= 1.2 < way["before_largest"]
-    assert wellcond(*argv) == 0
-    assert "κ ≤ 1.2, every=auto" in capsys.readouterr().out
-    argv = ["bench", "limit", "--model", "transformer", "--condition", "5", "--every", "2"]
-    assert wellcond(*argv, "--epochs", "1", "--steps", "2", "--json") == 0
-    *_, limited = json.loads(capsys.readouterr().out)["ways"]
-    assert limited["applications"] > 100
-    assert limited["after_largest"] <= 5
-
-
 def test_measuring_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) -> None:
     assert wellcond("bench", "audit", "--sizes", "4x4,70x300,300x300", "--rounds", 1, "--json") == 0
     runs = json.loads(capsys.readouterr().out)["runs"]

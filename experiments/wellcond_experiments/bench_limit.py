@@ -1,240 +1,315 @@
-"""Cost of hard limits: what they take, what they keep, and what they let happen in between.
+"""Hard limits in training: whether they hold at every step, what they cost, and who else does it.
 
-All nets train side by side from the same seed, a stretch of steps each in turn, so that all see one
-machine; the clock stops while condition numbers are measured. The ratios are of whole epochs.
+Every competitor trains in a process of its own, from one seed and on the same data; they take
+turns, a stretch of steps each in random order, so that all see one machine, and the clock runs only
+within a step: forward, backward, and the optimizer's step with its hooks. The spectra are measured
+in a run of their own, by an exact SVD in float64 after every step, of the weight that `eval()`
+uses.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
-import wellcond as wc
-from wellcond_experiments.bench_step import FIRST, Transformer
 from wellcond_experiments.benchmark import Benchmark, count, option
 from wellcond_experiments.command import Advance
-from wellcond_experiments.data import load
-from wellcond_experiments.methods import run_seeded, without_subnormals
+from wellcond_experiments.limit_cases import CASES, Case, find_case
+from wellcond_experiments.limit_competitors import BEFORE, check_method
+from wellcond_experiments.limit_worker import Worker, WorkerError, workers
 
-STRETCH = 25  # steps in a row of one net
+SETTLED = 20  # the step from which on a limit is to hold
+CLOSE = 1.05  # steps beyond so many times the bound are counted
+THIRD = 2 / 3  # the quantile that a third of the weights exceed
+FEW = 3  # weights of which the table quotes what is printed
 
 
 @dataclass(frozen=True)
 class Limit(Benchmark):
     name = "limit"
-    help = "what a hard limit costs, and whether it holds"
+    help = "what a hard limit costs, and whether it holds at every step"
     description = (
-        "Training under a hard limit of the condition number, as a multiple of the time of a "
-        "training without, by epoch; kappa before and after every application, and accuracy. Of a "
-        "784-2048-10 net, batch 32, Adam 1e-3, with the limit on the first layer, or of a "
-        "transformer of 24 blocks at 4,096 tokens per step with the limit on all its weights."
+        "Training under hard limits, beside what else keeps a spectrum. Times: mean step over that "
+        "of the training without (plain) and of a reference, medians over seeds of interleaved "
+        "runs. Excess: the largest sigma_1/b or kappa/K of any weight, from step 20 on and in the "
+        "first 20 steps, by an exact SVD after every step of a run of its own. `watched` is the "
+        "default of `attach`; before-auto and before-every=N are of the wellcond in --against."
     )
-    example = "--data mnist --condition 10,1000 --every auto,100"
-    rows = "ways"
+    example = "--case critic-default,mnist-k10 --data mnist --seeds 3"
+    threads = 1
     columns: ClassVar = {
-        "way": ("method", ""),
-        "ratios": ("time by epoch", ".2f"),
-        "before_median": ("κ before, median", ".4g"),
-        "before_largest": ("largest", ".4g"),
-        "after_largest": ("κ after, largest", ".9g"),
-        "interval_median": ("steps, median", ".4g"),
+        "case": ("case", ""),
+        "competitor": ("method", ""),
+        "ratio": ("× plain", ".3g"),
+        "to_reference": ("× reference", ".3g"),
+        "to_reference_processor": ("CPU time", ".3g"),
+        "milliseconds": ("ms", ".3g"),
+        "late": ("excess", ".5g"),
+        "early": ("first 20", ".5g"),
+        "beyond": ("> 1.05", "d"),
         "accuracy": ("accuracy %", ".4g"),
+        "met": ("met", ""),
     }
 
-    model: str = option("mlp", choices=("mlp", "transformer"))
-    data: str = option("digits", "digits, mnist, PATH (for the mlp)")
-    condition: str = option("10", "limits, as 3,10,1000")
-    every: str = option("auto", "as auto,100,400")
-    epochs: int = count(2)
-    seeds: int = count(1)
-    steps: int | None = count(None, "of an epoch; by default all samples")
+    case: str = option("all", f"all, or some of {','.join(CASES)}; mnist-kK, square-kK for any K")
+    competitors: str | None = option(None, "by default those of the case; as plain,watched,every=1")
+    steps: int | None = count(None, "by default those of the case")
+    seeds: int = count(3)
+    data: str = option("mnist", "digits, mnist, PATH (for the cases with images)")
+    against: str | None = option(None, "a source tree of an older wellcond", metavar="PATH")
+    only: str = option("all", "times, spectra or all", choices=("times", "spectra", "all"))
 
     @cached_property
-    def task(self) -> Task:
-        return draw_tokens() if self.model == "transformer" else load_images(self.data)
+    def cases(self) -> list[Case]:
+        return [find_case(name) for name in (CASES if self.case == "all" else self.case.split(","))]
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.steps or len(self.task.x) // self.task.batch
+    def methods(self, case: Case) -> list[str]:
+        """The competitors of a case."""
+        chosen = list(case.competitors)
+        if self.competitors:
+            chosen = list(dict.fromkeys(["plain", *self.competitors.split(",")]))
+        for method in chosen:
+            check_method(method)
+        return chosen
 
     @property
     def total(self) -> int:
-        return self.seeds * self.epochs * math.ceil(self.steps_per_epoch / STRETCH)
+        return sum(
+            self.seeds
+            * math.ceil((self.steps or case.steps) / case.stretch)
+            * (self.only != "spectra")
+            + self.seeds * len(self.methods(case)) * (self.only != "times")
+            for case in self.cases
+        )
 
-    @without_subnormals()
     def measure(self, advance: Advance) -> dict[str, Any]:
-        task, steps = self.task, self.steps_per_epoch
-        plan: list[tuple[float | None, str]] = [(None, "none"), (None, "none again")]
-        limits = [float(limit) for limit in self.condition.split(",")]
-        plan += [(limit, every) for limit in limits for every in self.every.split(",")]
-        by_seed: list[list[Training]] = []
-        for seed in range(self.seeds):
-            trainings = [Training(task, seed, limit, every) for limit, every in plan]
-            chance = random.Random(seed)
-            for epoch in range(self.epochs):
-                for _ in train_epoch(trainings, steps, chance):
-                    advance(f"seed {seed}, epoch {epoch + 1}")
-            by_seed.append(trainings)
-        settings = {"net": task.name, "batch": task.batch, "steps_per_epoch": steps}
-        settings |= {"epochs": self.epochs, "seeds": self.seeds}
-        settings["threads"] = torch.get_num_threads()
-        # The first two of a seed are those without a limit.
-        rows = [
-            summarise([(one, without[:2]) for one, without in zip(same, by_seed, strict=True)])
-            for same in zip(*by_seed, strict=True)
-        ]
-        return {"settings": settings, "ways": rows}
+        plan = [(case, self.methods(case)) for case in self.cases]
+        older = self._find_older()
+        runs: list[dict[str, Any]] = []
+        failures: list[str] = []
+        settings = {"seeds": self.seeds, "threads": torch.get_num_threads(), "data": self.data}
+        for case, methods in plan:
+            common = (self.data, torch.get_num_threads())
+            absent = {
+                method: "give the older source tree by --against"
+                for method in methods
+                if method.startswith(BEFORE) and older is None
+            }
+            arguments = {
+                method: (case.name, method, *common, older if method.startswith(BEFORE) else None)
+                for method in methods
+                if method not in absent
+            }
+            with workers(arguments) as own:
+                trial = Trial(case, self.steps or case.steps, own, absent)
+                trial.begin()
+                for seed in range(self.seeds):
+                    if self.only != "spectra":
+                        trial.time(seed, advance)
+                    if self.only != "times":
+                        trial.measure(seed, advance)
+                runs += [trial.summarise(method) for method in methods]
+                if "plain" in trial.absent:
+                    failures.append(f"{case.name}: {trial.absent['plain']}")
+        said = [note for run in runs for note in notes(run)]
+        return {"settings": settings, "runs": runs, "notes": said, "failures": failures}
+
+    def _find_older(self) -> Path | None:
+        """The directory of the older package."""
+        if self.against is None:
+            return None
+        tree = Path(self.against).resolve()
+        for path in (tree / "src", tree):
+            if (path / "wellcond" / "__init__.py").is_file():
+                return path
+        raise ValueError(f"--against must be a source tree of wellcond, found none in {tree}.")
 
     def title(self, document: dict[str, Any]) -> str:
         settings = document["settings"]
         return (
-            f"Training a {settings['net']}, batch {settings['batch']}, Adam 1e-3, "
-            f"{settings['steps_per_epoch']} steps per epoch, {self.seeds} seeds, "
-            f"{settings['threads']} threads: medians of the time of each epoch as a multiple of a "
-            "training without, κ before an application but the first, κ after, steps between two"
+            f"Training under hard limits, {settings['threads']} threads, medians of "
+            f"{settings['seeds']} seeds: mean step over that without a limit and over that of the "
+            "reference, the latter also by the processor's clock; the largest sigma_1/b or kappa/K "
+            f"from step {SETTLED} on and in the first {SETTLED}; how many steps exceed {CLOSE}"
         )
 
 
-@dataclass(frozen=True)
-class Task:
-    """Data, a net, and what limit is on which weights."""
+@dataclass
+class Trial:
+    """All runs of a case, and what they gave, by method."""
 
-    name: str
-    x: Tensor
-    y: Tensor
-    test: tuple[Tensor, Tensor] | None
-    batch: int
-    build: Callable[[], nn.Module]
-    pattern: str  # of the weights under the limit
-
-    def accuracy(self, model: nn.Module) -> float:
-        """In per cent; nan without images to test on."""
-        if self.test is None:
-            return math.nan
-        x, y = self.test
-        with torch.no_grad():
-            return 100 * float((model(x).argmax(dim=1) == y).float().mean())
-
-
-def draw_tokens() -> Task:
-    source = torch.Generator().manual_seed(0)
-    x = torch.randint(1000, (8 * 256, 16), generator=source)
-    y = torch.randint(10, (8 * 256,), generator=source)
-    name = "transformer of 24 blocks of width 128"
-    return Task(name, x, y, None, 256, lambda: Transformer(24, 128), "*")
-
-
-def load_images(source: str) -> Task:
-    images = load(source)
-    pixels = images.pixels
-
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(pixels, 2048), nn.ReLU(), nn.Linear(2048, 10))
-
-    x, x_test = images.normalise(images.x_train), images.normalise(images.x_test)
-    test = (x_test, images.y_test)
-    return Task(f"{pixels}-2048-10 net on {images.name}", x, images.y_train, test, 32, build, FIRST)
-
-
-class Training:
-    """A net with an optimizer of its own, under one limit that is applied at one interval."""
-
-    def __init__(self, task: Task, seed: int, limit: float | None, every: str) -> None:
-        self.task, self.limit, self.every = task, limit, every
-        self.model = run_seeded(task.build, seed)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3, fused=True)
-        self.order = torch.Generator().manual_seed(seed)
-        self.reg: wc.Regularizer | None = None
-        self.applications: dict[str, int] = {}
-        self.before: list[float] = []
-        self.after: list[float] = []
-        self.intervals: list[float] = []
-        self.seconds: list[float] = []  # by epoch
-        if limit is not None:
-            rules: dict[str, wc.Limit | None] = {task.pattern: wc.ConditionLimit(limit)}
-            rules.setdefault("*", None)
-            self.reg = wc.Regularizer(self.model, rules)
-            self.reg.attach(self.optimizer, every="auto" if every == "auto" else int(every))
+    case: Case
+    steps: int
+    workers: dict[str, Worker]
+    absent: dict[str, str]  # why a method takes no part
+    bound: float | None = None
+    described: dict[str, dict[str, str]] = field(default_factory=dict)
+    seconds: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # by seed, by step
+    values: dict[str, list[list[list[float]]]] = field(default_factory=dict)
+    reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    enforced: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
-    def label(self) -> str:
-        return self.every if self.limit is None else f"κ ≤ {self.limit:g}, every={self.every}"
+    def present(self) -> list[str]:
+        return [method for method in self.workers if method not in self.absent]
 
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            chosen = torch.randint(len(self.task.x), (self.task.batch,), generator=self.order)
-            x, y = self.task.x[chosen], self.task.y[chosen]
-            started = time.perf_counter()
-            self.optimizer.zero_grad()
-            torch.autograd.backward(nn.functional.cross_entropy(self.model(x), y))
-            self.optimizer.step()
-            self.seconds[-1] += time.perf_counter() - started
-            self._record()
+    def ask(self, method: str, request: str, **arguments: Any) -> Any:
+        """The answer; None, and the method is out of the race, if it fails."""
+        try:
+            return self.workers[method].ask(request, **arguments)
+        except WorkerError as error:
+            self.absent[method] = str(error)
+            return None
 
-    def _record(self) -> None:
-        """After an application: kappa as stored, and what it was before; off the clock."""
-        if self.reg is None:
-            return
-        for name, state in self.reg.state_dict().items():
-            applications, _, _, kappa, interval, *_ = state["pace"].tolist()
-            if applications == self.applications.get(name, 0):
-                continue
-            weight = self._weight(name)
-            self.after.append(float(wc.condition_number(weight)))
-            if self.applications.get(name, 0):  # the first says how it was made
-                if kappa:  # else it was only seen to obey
-                    self.before.append(kappa)
-                self.intervals.append(interval)
-            self.applications[name] = int(applications)
+    def begin(self) -> None:
+        """Finds the bound by a pilot, where none is given."""
+        for method in self.present:
+            self.described[method] = self.ask(method, "describe")
+        self.bound = self.case.bound
+        self.ask("plain", "start", seed=0, bound=None)
+        if self.bound is None and "plain" in self.present:
+            values = torch.tensor(self.ask("plain", "measure", steps=self.steps))
+            self.bound = float(f"{float(values.double().amax(dim=0).quantile(THIRD)):.4g}")
+        if "plain" in self.absent:  # no case, no comparison
+            self.absent |= dict.fromkeys(self.workers, self.absent["plain"])
 
-    def _weight(self, name: str) -> Tensor:
-        parameter, _, view = name.partition(":")
-        weight = self.model.get_parameter(parameter).detach()
-        return weight if not view else weight.chunk(3)["qkv".index(view)]
+    def time(self, seed: int, advance: Advance) -> None:
+        """One interleaved run."""
+        for method in self.present:
+            self.ask(method, "start", seed=seed, bound=self.bound)
+        for method in self.present:
+            self.seconds.setdefault(method, []).append([])
+        order, chance = self.present, random.Random(seed)
+        for begun in range(0, self.steps, self.case.stretch):
+            chance.shuffle(order)
+            for method in order:
+                steps = min(self.case.stretch, self.steps - begun)
+                if method not in self.absent:
+                    taken = self.ask(method, "train", steps=steps)
+                    self.seconds[method][-1] += taken or []
+            advance(f"{self.case.name}, seed {seed}")
+        for method in self.present:
+            self.reports.setdefault(method, []).append(self.ask(method, "report"))
+        if seed == 0 and self.case.quantity == "acting":
+            for method in {"watched", "kernel"} & {*self.present}:
+                self.enforced[method] = self.ask(method, "enforce")
+
+    def measure(self, seed: int, advance: Advance) -> None:
+        """The spectra of all methods."""
+        for method in self.present:
+            if method != "plain" or self.case.measures_plain:
+                self.ask(method, "start", seed=seed, bound=self.bound)
+                values = self.ask(method, "measure", steps=self.steps)
+                if values is not None:
+                    self.values.setdefault(method, []).append(values)
+                    self.reports.setdefault(method, []).append(self.ask(method, "report"))
+            advance(f"{self.case.name}, spectra of {method}, seed {seed}")
+
+    def summarise(self, method: str) -> dict[str, Any]:
+        """The row of a method."""
+        case, target = self.case, self.case.target
+        row: dict[str, Any] = {"case": case.name, "net": case.net, "competitor": method}
+        row |= {"quantity": case.quantity, "bound": self.bound, "steps": self.steps}
+        if method in self.absent:
+            return row | {"reason": self.absent[method], "met": self.absent[method]}
+        row |= self.described[method]
+        row |= self._summarise_times(method) | self._summarise_spectra(method)
+        reports = self.reports.get(method, [])
+        row["printed"] = [report["printed"] for report in reports]
+        accuracies = [r["accuracy"] for r in reports if r["accuracy"] is not None]
+        row["accuracy"] = statistics.mean(accuracies) if accuracies else None
+        if method in self.enforced:
+            row["enforce_seconds"] = self.enforced[method]
+        if method == "watched":
+            row |= {"target": str(target), "met": judge(row, case)}
+        return row
+
+    def _summarise_times(self, method: str) -> dict[str, Any]:
+        if method not in self.seconds:
+            return {}
+        row: dict[str, Any] = {}
+        wall = [[second for second, _ in run] for run in self.seconds[method]]
+        row["milliseconds"] = 1e3 * statistics.median(map(statistics.mean, wall))
+        row["reference"] = self.case.target.reference
+        for key, other in {"ratio": "plain", "to_reference": row["reference"]}.items():
+            if other in self.present:
+                row[key], row[f"{key}s"] = self._ratio(method, other, 0, statistics.mean)
+                row[f"{key}_processor"], _ = self._ratio(method, other, 1, statistics.mean)
+                row[f"{key}_median_step"], _ = self._ratio(method, other, 0, statistics.median)
+        return row
+
+    def _ratio(
+        self, method: str, other: str, clock: int, average: Any
+    ) -> tuple[float, list[float]]:
+        """The median over the seeds, and all: of the averages of the step times of two methods."""
+        ratios = [
+            average([step[clock] for step in own]) / average([step[clock] for step in its])
+            for own, its in zip(self.seconds[method], self.seconds[other], strict=True)
+        ]
+        return statistics.median(ratios), ratios
+
+    def _summarise_spectra(self, method: str) -> dict[str, Any]:
+        if method not in self.values:
+            return {}
+        assert self.bound is not None
+        runs = [[largest(step) / self.bound for step in run] for run in self.values[method]]
+        late = [run[SETTLED - 1 :] for run in runs]
+        row: dict[str, Any] = {"early": largest(x for run in runs for x in run[:SETTLED])}
+        if late[0]:
+            row["late"] = largest(x for run in late for x in run)
+            row["late_median"] = statistics.median(x for run in late for x in run)
+            # Per seed the most of any; not (x <= ...), so that nan counts.
+            row["beyond"] = max(sum(not x <= CLOSE for x in run) for run in late)
+        highest = [
+            [largest(step[i] for step in run) for i in range(len(run[0]))]
+            for run in self.values[method]
+        ]
+        row["weights"] = len(highest[0])
+        # A weight that has come within 0.1 % of the bound was clipped, or is beyond it.
+        at_bound = [sum(not x < 0.999 * self.bound for x in run) / len(run) for run in highest]
+        row["share_at_bound"] = statistics.mean(at_bound)
+        return row
 
 
-def train_epoch(trainings: list[Training], steps: int, chance: random.Random) -> Iterator[None]:
-    """One epoch of all, a stretch of one and then of another; comes back after each stretch."""
-    for training in trainings:
-        training.seconds.append(0.0)
-    order = list(trainings)
-    for begun in range(0, steps, STRETCH):
-        chance.shuffle(order)
-        for training in order:
-            training.train(min(STRETCH, steps - begun))
-        yield
+def largest(values: Iterable[float]) -> float:
+    """The largest; nan if one is, which `max` does not promise."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
-def summarise(seeds: list[tuple[Training, list[Training]]]) -> dict[str, Any]:
-    """Over the seeds: medians of ratios epoch by epoch, to the mean of the two without a limit."""
-    ratios = []
-    for one, without in seeds:
-        means = [statistics.mean(pair) for pair in zip(*(t.seconds for t in without), strict=True)]
-        ratios.append([own / mean for own, mean in zip(one.seconds, means, strict=True)])
-    trainings = [one for one, _ in seeds]
-    before = [kappa for one in trainings for kappa in one.before]
-    after = [kappa for one in trainings for kappa in one.after]
-    intervals = [steps for one in trainings for steps in one.intervals]
-    accuracies = [one.task.accuracy(one.model) for one in trainings]
-    return {
-        "way": trainings[0].label,
-        "limit": trainings[0].limit,
-        "every": trainings[0].every,
-        "ratios": [statistics.median(one) for one in zip(*ratios, strict=True)],
-        "applications": len(after),
-        "before_median": statistics.median(before) if before else None,
-        "before_largest": max(before, default=None),
-        "after_largest": max(after, default=None),
-        "interval_median": statistics.median(intervals) if intervals else None,
-        "accuracy": statistics.mean(accuracies),
-        "accuracies": accuracies,
-    }
+def judge(row: dict[str, Any], case: Case) -> str:
+    """Whether the target is met: what holds, and what does not."""
+    target, words = case.target, []
+    if row.get("late") is not None:
+        words.append("holds" if row["late"] <= target.excess else "EXCEEDED")
+    ratio = row.get("to_reference")
+    if ratio is not None and target.at_most is not None:
+        words.append("in time" if ratio <= target.at_most else "TOO SLOW")
+    if ratio is not None and target.goal is not None:
+        words.append("goal" if ratio <= target.goal else "not the goal")
+    return ", ".join(words)
+
+
+def notes(run: dict[str, Any]) -> list[str]:
+    """The target, what `print(reg)` says, where the weights are few, and what a clip costs."""
+    subject = f"{run['case']}, {run['competitor']}"
+    lines = (
+        [f"{subject}: asked is {run['target']}; bound {run['bound']:.4g}"]
+        if "target" in run
+        else []
+    )
+    _, *said = (run.get("printed") or [""])[-1].splitlines() or [""]
+    if run["competitor"] == "watched" and run.get("weights", 1) <= FEW:
+        kept = itertools.takewhile(lambda line: not line.startswith("  left out"), said)
+        lines += [f"{subject}: {line.strip()}" for line in kept]
+    for what, seconds in run.get("enforce_seconds", {}).items():
+        lines.append(f"{subject}: {what} takes {seconds:.3g} s")
+    return lines

@@ -38,6 +38,7 @@ class Benchmark(ABC):
     example: ClassVar[str]  # options of the example that the help shows
     rows: ClassVar[str] = "runs"  # where the document has the rows of the table
     columns: ClassVar[dict[str, tuple[str, str]]]  # title and format of each key of a row
+    threads: ClassVar[int | None] = None  # of torch by default; None: as it chooses
 
     @property
     @abstractmethod
@@ -46,7 +47,8 @@ class Benchmark(ABC):
 
     @abstractmethod
     def measure(self, advance: Advance) -> dict[str, Any]:
-        """Settings and figures, and under "failures" what should not have happened, if anything."""
+        """Settings and figures; under "failures" what should not have happened, if anything, and
+        under "notes" lines to print below the table."""
 
     @abstractmethod
     def title(self, document: dict[str, Any]) -> str:
@@ -81,7 +83,7 @@ def add_command(benchmarks: Any, kind: type[Benchmark]) -> None:
     for one in fields(kind):
         parser.add_argument(f"--{one.name}", default=one.default, **one.metadata)
     parser.add_argument("--json", action="store_true", help="print one JSON document and no table")
-    parser.add_argument("--threads", type=positive, help="threads of torch")
+    parser.add_argument("--threads", type=positive, default=kind.threads, help="threads of torch")
     parser.set_defaults(run=run, kind=kind)
 
 
@@ -99,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(dump_json(document))
     else:
         benchmark.table(document).print()
+        for note in document.get("notes", []):
+            print(note)
         for failure in failures[:SHOWN]:
             print(f"FAILED {failure}")
         if len(failures) > SHOWN:
