@@ -16,8 +16,10 @@ from torch import Tensor
 from wellcond.linalg.checks import lacks_values
 from wellcond.linalg.projection import GramDecomposition
 from wellcond.operators.base import WeightOperator
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
+from wellcond.operators.views import is_kernel
 from wellcond.rules.base import Movement, Need, Rule, RuleState
 from wellcond.rules.outcome import Worst
 from wellcond.rules.pace import Pace
@@ -37,7 +39,7 @@ class WeightState:
     def __init__(self, weight: Weight, rule: Rule, block_size: int) -> None:
         self.weight = weight
         self.caution = weight.caution  # what it is, if not the weight that acts
-        self.rule = rule
+        self.rule = rule = _bind(rule, weight)
         self._operator: StoredMatrix | None = None
         self.step = 0  # applications: optimizer steps when attached
         try:
@@ -163,7 +165,7 @@ class WeightState:
         if self.is_one_map and isinstance(self.watch, EndsWatch):
             self.watch = "its groups are the blocks of one map"
         if isinstance(self.watch, Watch):
-            self.sight = self.watch.init(self.shape, self.strength.dtype, self.strength.device)
+            self.sight = self.watch.init(self.operator())
             self._saves_large = bitwise
         saved, self._saved = self._saved, {}
         self._restore_watch(saved)
@@ -182,15 +184,17 @@ class WeightState:
         """Takes in what a look has found: whether the weight is to be decomposed."""
         assert isinstance(self.watch, Watch)
         judgement = self.watch.judge(numbers, self.is_one_map)
-        return self.record.judge(judgement, self.watch.period)
+        return self.record.judge(judgement, self.watch)
 
     def renew(self, outcome: Worst, moved: bool, spectrum: GramDecomposition | None) -> None:
         """Takes in a decomposition: what it has shown, and what is followed from now on."""
-        known = spectrum is not None and not math.isnan(outcome.excess)
-        if spectrum is not None and known and isinstance(self.watch, Watch):
-            new = self.watch.renew(spectrum)
-            self.sight |= {key: own.to(self.sight[key], copy=True) for key, own in new.items()}
         excess, kappa = outcome.excess, outcome.condition_number
+        new = None
+        if isinstance(self.watch, Watch):
+            new = self.watch.renew(None if math.isnan(excess) else spectrum)
+        known = new is not None
+        if new is not None:
+            self.sight |= {key: own.to(self.sight[key], copy=True) for key, own in new.items()}
         self.record.decompose(excess, kappa, moved, known)
 
     def describe(self, paced: bool) -> str:
@@ -320,6 +324,19 @@ class WeightState:
         self.pending_lr = float(state["pending_lr"])
         self.memory = self.rule.restore(self.rule.init(self.shape), state)
         self._restore_watch(state)
+
+
+def _bind(rule: Rule, weight: Weight) -> Rule:
+    """The rule of a weight: of a convolution that it is to limit as it acts, another one."""
+    if not rule.acting or not is_kernel(weight.view):
+        return rule
+    geometry = weight.geometry
+    if not isinstance(geometry, Geometry):
+        raise ValueError(
+            f'"{weight.name}" cannot be limited as the convolution acts: {geometry}. Use '
+            "acting=False, which limits the kernel as a matrix."
+        )
+    return rule.on_convolution(geometry)
 
 
 @contextlib.contextmanager
