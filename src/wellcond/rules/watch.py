@@ -169,7 +169,8 @@ class TopWatch(Watch):
     def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
         blind = any(math.isnan(most) for _, most in numbers)
         least, most = (
-            math.sqrt(max(0.0, *each)) for each in zip(*numbers, (0.0, 0.0), strict=True)
+            math.sqrt(max(0.0, *each)) / self._bound
+            for each in zip(*numbers, (0.0, 0.0), strict=True)
         )
         if self.width == self.nu:
             due = blind or most >= self.FAR
