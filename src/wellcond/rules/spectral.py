@@ -207,7 +207,7 @@ class ConditionLimit(SpectralLimit):
 
     max_condition: float
     upper: float | None = field(default=None, kw_only=True)
-    headroom: float = field(default=1.25, kw_only=True)
+    headroom: float = field(default=1.5, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_condition", check_limit(self.max_condition))

@@ -296,9 +296,8 @@ class EndsWatch(Watch):
         pairs = [(largest, smallest) for _, largest, smallest, _ in rows]
         excess = max(self.limit.excess(*pair) for pair in pairs)
         due = blind or any(self.trigger.excess(*pair) > 1 for pair in pairs)
-        tied = any(r[0] > self.TIE * r[1] or r[3] * self.TIE < r[2] for r in rows)
         largest, smallest = max(r[1] for r in rows), min(r[2] for r in rows)
-        alert = excess > self.OVERSHOT or (tied and self.follows)
+        alert = excess > self.OVERSHOT
         return Judgement(due, alert, largest, smallest, excess, blind)
 
     def renew(self, spectrum: GramDecomposition | None) -> RuleState | None:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from wellcond.rules.watch import Judgement, Watch
 
-_FIRST = 20  # steps: how a weight moves is not known yet
-_AFTER = 8  # looks in a row after an application
+_FIRST = 10  # steps: how a weight moves is not known yet
+_AFTER = 2  # looks in a row after an application
 _JUMP = 2.0  # times the learning rate of the last look
 _SWEEPS = 3  # of a look where a weight may have moved far
-_FAST = 0.004  # growth per step: five times that of Adam at 1e-3, it may become faster still
+# A growth per step above _SLOW that is so many times that of late may become faster still.
+_SURGE, _SLOW = 3.0, 0.002
 _FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
 _UNKNOWN = -1e300  # in place of nan, which does not equal itself
@@ -86,12 +87,17 @@ class Record:
         self._see(judgement.excess, judgement.largest, judgement.smallest)
         level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
         growth = (level - self.level) / max(self.since_look, 1)
-        self.growth = max(growth, self.growth * _FADES) if math.isfinite(growth) else self.growth
+        if math.isfinite(growth):
+            rises = growth > max(_SURGE * self.growth, _SLOW)
+            self.growth = max(growth, self.growth * _FADES)
+        else:
+            rises = False
         self.level = level
-        calm = self.steps > _FIRST and self.since_move > _AFTER and not judgement.alert
-        self.interval = watch.period if calm else 1
-        if self.growth > _FAST:
-            self.interval = 1
+        calm = self.steps > _FIRST and self.since_move > _AFTER
+        self.interval = watch.period if calm and not (rises or judgement.alert) else 1
+        if self.interval > 1 and self.growth > 0:
+            # Half of the steps after which it would reach the limit at this pace.
+            self.interval = max(1, min(self.interval, int(-level / (2 * self.growth))))
         self.since_look = 0
         if judgement.blind and self.known and self.steps > _FIRST:
             self.blindness += 1 / _HORIZON
