@@ -22,7 +22,8 @@ class Limit(Rule):
 
     It has neither a value nor a gradient. It is applied after steps of the optimizer, by
     `Regularizer.attach`, or by hand, by `Regularizer.enforce`; the loss and the gradients know
-    nothing of it. It decides by the learning rates when it is due, see `Pace`.
+    nothing of it. It is due by the learning rates, see `Pace`; limits of singular values are
+    watched instead.
 
     Example:
         >>> import torch, wellcond as wc

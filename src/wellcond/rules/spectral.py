@@ -178,23 +178,29 @@ def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class ConditionLimit(SpectralLimit):
-    """The hard limit kappa <= K.
+    """The hard limit kappa <= K, and sigma_1 <= upper if that is given.
 
-    A weight above it is replaced by a nearest one that obeys (see `nearest`), as measured in
-    float64 after rounding to the dtype of the weight. `attach` does so when it is due, between two
-    applications kappa rises; `reg.enforce()` before saving makes sure. It is scale free: c S obeys
-    if S does. A zero weight has no condition number and stays zero.
+    `reg.enforce()` and `attach(optimizer, every=N)` replace a weight above it by a nearest one that
+    obeys (see `nearest`), as measured in float64 after rounding to the dtype of the weight.
+    `attach(optimizer)` watches it: when kappa passes 1 + 0.97 (K - 1) the weight is projected to
+    1 + (K - 1)/headroom, so that the limit holds after every step. It is scale free without `upper`:
+    c S obeys if S does. A zero weight has no condition number and stays zero.
 
     A limit is no `Penalty`: it has neither a value nor a gradient, so `reg()` and
     `reg.add_gradients()` refuse it.
 
     Args:
         max_condition: K, at least 1.
+        upper: bound of the largest singular value, positive; None for no bound. A watched weight is
+            projected to upper/1.2, or less far with less headroom, when it passes 0.97 upper.
+        headroom: how much further than to the limit a watched weight is projected, at least 1; a
+            larger one is needed more rarely. Below 1.05 each projection is measured in float64.
 
     Raises:
-        ValueError: K < 1 or nan; when it is applied, rounding to the dtype of a weight lifts its
-            kappa above K whatever is done, as in bfloat16 for K below 1.004 or so.
-        TypeError: K is not a number.
+        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1; when it is applied,
+            rounding to the dtype of a weight lifts its kappa above K whatever is done, as in
+            bfloat16 for K below 1.004 or so.
+        TypeError: one of them is not a number.
 
     Example:
         >>> import torch, wellcond as wc
@@ -277,15 +283,16 @@ class ConditionLimit(SpectralLimit):
 class SingularValueLimit(SpectralLimit):
     """The hard limit lower <= sigma_nu and sigma_1 <= upper, either or both.
 
-    For layers that are Lipschitz (upper), invertible (lower) or nearly isometric (both): a weight
-    outside is replaced by the nearest one in the Frobenius norm, with its singular values clipped,
-    as measured in float64 after rounding to the dtype of the weight. Unlike `ConditionLimit` it
-    fixes the scale.
+    For layers that are Lipschitz (upper), invertible (lower) or nearly isometric (both).
+    `reg.enforce()` and `attach(optimizer, every=N)` replace a weight outside by the nearest one in
+    the Frobenius norm, with its singular values clipped, as measured in float64 after rounding to
+    the dtype of the weight. Unlike `ConditionLimit` it fixes the scale.
 
-    With `upper` alone a step of `attach` clips the leading singular values that the block of the
-    `Regularizer` follows, and looks at a Gram matrix, in float32 or wider, whether all are below
-    1.001 upper. Where they are not, where the block does not reach down to 0.9 upper, and at first
-    it decomposes as for other bounds. `reg.enforce()` is exact.
+    `attach(optimizer)` watches it, so that it holds after every step. With `upper` only, a block of
+    16 leading singular vectors is refined and clipped at each step; where all of them are near the
+    bound, more values may be, and the weight is decomposed and projected to upper/headroom. With
+    `lower`, a weight is projected inside of both bounds, by headroom or, if they are close to each
+    other, (upper/lower)^(1/4), when it comes near one of them.
 
     Under `lower` a zero weight becomes one with all singular values at `lower`; its vectors are
     arbitrary, the same each time.
@@ -293,11 +300,19 @@ class SingularValueLimit(SpectralLimit):
     Args:
         lower: bound of the smallest singular value, positive; None for no bound.
         upper: bound of the largest, positive; None for no bound.
+        acting: whether the kernel of a convolution is limited as the convolution acts, on inputs of
+            every size, instead of as a matrix (out, in * taps), whose sigma_1 may be smaller by
+            the root of the number of taps. `reg.enforce()` certifies it, to 1 % for zero padding of
+            images, and reaches near, not nearest kernels; for other paddings the limit is loose.
+            An attached limit scales the kernel by an estimate after every step. Linear layers and
+            others are not affected. Not with `lower`, and not for sharded kernels.
+        headroom: how much further than to the limit a watched weight is projected, at least 1.
 
     Raises:
-        ValueError: neither is given; one is not positive and finite; lower > upper; when it is
-            applied, rounding to the dtype leaves no such weight, as for lower = upper.
-        TypeError: a bound is not a number.
+        ValueError: neither is given; one is not positive and finite; lower > upper; headroom < 1;
+            acting with `lower`, or for a convolution of which it is not known how it acts; when it
+            is applied, rounding to the dtype leaves no such weight, as for lower = upper.
+        TypeError: a bound is not a number; acting is not a bool.
 
     Example:
         >>> import torch, wellcond as wc

@@ -206,13 +206,21 @@ class Regularizer:
             optimizer: a torch optimizer that holds at least one of the weights. Of a wrapper whose
                 `step` is not called, as SAM in two steps, the one inside: `base_optimizer`.
             every: after every so many optimizer steps; steps at the end that do not fill an
-                interval stay pending. By default 10 for penalties: kappa was within 1.3 % of an
-                exact proximal step in every step for 5 and for 10 (`wellcond bench fidelity
-                --every 5,10,20`). By default 10 for `IsometryStep` too, of which a step is as long
-                whatever the interval is. By default "auto" for hard limits: after the first step,
-                and then whenever the weight has moved so far, by the sum of its learning rates,
-                that its limit may be exceeded by about a fifth; at least 1, 2, 4 and 8 steps
-                apart, then at least 10 and at most 1,000, weights of different shapes in turn.
+                interval stay pending, and limits are applied exactly. By default 10 for penalties:
+                kappa was within 1.3 % of an exact proximal step in every step for 5 and for 10
+                (`wellcond bench fidelity --every 5,10,20`), and for `IsometryStep`, of which a step
+                is as long whatever the interval is. By default limits of singular values are
+                watched: a look at blocks of singular vectors, at every step or every few, tells
+                when a weight is to be projected, so that its limit holds at every step. A weight
+                that cannot be watched is decomposed at every step, and `print(reg)` names it. With
+                "auto" such a weight is due by its learning rates instead: after the first step, and
+                then whenever the sum of the rates is as large as the one after which its limit was
+                exceeded by about a fifth; at least 1, 2, 4 and 8 steps apart, then at least 10 and
+                at most 1,000, weights of different shapes in turn. So are limits of your own, which
+                derive from `Limit`, and weights of more than 4,096 singular values.
+            resume: "bitwise" to save all that the watch remembers, also where it is as large as a
+                square weight; by default that is saved for weights of up to 1,024 singular values,
+                and others are decomposed once after the state is loaded.
 
         Raises:
             ValueError: every < 1, "auto" for a penalty, no common weight, or a weight that is
