@@ -210,4 +210,19 @@ class Twice(nn.Module):
 def test_a_layer_that_acts_on_several_sizes_says_so() -> None:
     (found,) = wc.audit(Twice(), example=torch.zeros(1, 2, 8, 8)).findings
     assert found.shape == (128, 128)
-    assert found.detail == "on inputs of 8x8, and not on those of 4x2 on which it acts too"
+    assert found.detail.startswith("on inputs of 8x8, and not on those of 4x2 on which it acts too")
+
+
+def test_the_bound_for_every_size_is_shown_beside_what_was_measured() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    shown = set()
+    for size in (3, 8, 13):
+        (found,) = wc.audit(layer, example=torch.zeros(1, 2, size, size)).findings
+        note = found.detail.partition("σ_max is at most ")[2]
+        bound = float(note.removesuffix(" on inputs of every size"))
+        assert found.sigma_max <= bound * (1 + 1e-3)  # it is rounded to four digits
+        shown.add(bound)
+    assert len(shown) == 1
+    assert found.sigma_max >= 0.9 * bound
+    (whole,) = wc.audit(nn.Conv2d(2, 3, 1), example=torch.zeros(1, 2, 4, 4)).findings
+    assert "every size" not in whole.detail  # a matrix at each position

@@ -36,6 +36,7 @@ from wellcond.linalg.spectrum import (
     compute_spectrum,
     rank_tolerance,
 )
+from wellcond.operators.acting import bound_norm_cheaply
 from wellcond.operators.convolution import Convolution
 from wellcond.report.findings import Finding, Grade, Status
 from wellcond.text import join_remarks
@@ -298,6 +299,9 @@ def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Findin
     notes = [f"on {S.geometry}"]
     if not exact:
         notes.append(f"σ_max lies between {below:.6g} and {above:.6g}, and κ is at least this")
+    if not S.disjoint:  # what `SingularValueLimit(acting=True)` bounds
+        everywhere = bound_norm_cheaply(S.kernel, S.geometry)
+        notes.append(f"σ_max is at most {everywhere:.4g} on inputs of every size")
     return replace(
         finding,
         sigma_max=below,

@@ -122,6 +122,14 @@ def bound_norm(kernel: Tensor, geometry: Geometry) -> float:
     return float(lattice.bound_norm(L).amax()) * padding_factor(kernel.shape, geometry)
 
 
+def bound_norm_cheaply(kernel: Tensor, geometry: Geometry) -> float:
+    """`bound_norm` with less work for many channels, and up to 17 % above for two axes."""
+    L = _Folded.of(_wide(kernel), geometry).L
+    if not L.numel():
+        return 0.0
+    return float(lattice.bound_norm_cheaply(L).amax()) * padding_factor(kernel.shape, geometry)
+
+
 def limit_norm(kernel: Tensor, geometry: Geometry, upper: float) -> Tensor:
     """A nearby kernel with `bound_norm` at most `upper` as it is stored, in the dtype of `kernel`.
 

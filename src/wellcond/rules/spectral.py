@@ -183,8 +183,8 @@ class ConditionLimit(SpectralLimit):
     `reg.enforce()` and `attach(optimizer, every=N)` replace a weight above it by a nearest one that
     obeys (see `nearest`), as measured in float64 after rounding to the dtype of the weight.
     `attach(optimizer)` watches it: when kappa passes 1 + 0.97 (K - 1) the weight is projected to
-    1 + (K - 1)/headroom, so that the limit holds after every step. It is scale free without `upper`:
-    c S obeys if S does. A zero weight has no condition number and stays zero.
+    1 + (K - 1)/headroom, so that the limit holds after every step. Without `upper` it is scale
+    free: c S obeys if S does. A zero weight has no condition number and stays zero.
 
     A limit is no `Penalty`: it has neither a value nor a gradient, so `reg()` and
     `reg.add_gradients()` refuse it.
@@ -197,9 +197,9 @@ class ConditionLimit(SpectralLimit):
             larger one is needed more rarely. Below 1.05 each projection is measured in float64.
 
     Raises:
-        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1; when it is applied,
-            rounding to the dtype of a weight lifts its kappa above K whatever is done, as in
-            bfloat16 for K below 1.004 or so.
+        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1; when it is
+            applied, rounding to the dtype of a weight lifts its kappa above K whatever is done, as
+            in bfloat16 for K below 1.004 or so.
         TypeError: one of them is not a number.
 
     Example:
