@@ -45,6 +45,7 @@ RULES: list[tuple[wc.rules.Rule, float | None, bool]] = [
     (wc.OrthogonalityPenalty(0.3, scale=0.7), None, True),
     (wc.IsometryStep(), 1, True),
     (wc.ConditionLimit(3.0), 1, True),
+    (wc.ConditionLimit(3.0, upper=1.5), None, True),
     (wc.SingularValueLimit(upper=1.5), None, True),
     (wc.SingularValueLimit(lower=0.5, upper=1.5), None, True),
     (Decay(0.3), 2, True),

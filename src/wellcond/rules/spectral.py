@@ -257,8 +257,9 @@ class ConditionLimit(SpectralLimit):
         clipped = clip(sigma, K)
         if self.upper is None:
             return clipped
-        top = (self.upper / unit / (1 + margin))[..., None].minimum(clipped[..., :1])
-        return clipped.clamp(top / K[..., None], top)
+        # Among the intervals [t/K, t] a nearest one is that of kappa, or with t as large as may be.
+        top = (self.upper / unit / (1 + margin))[..., None]
+        return torch.where(clipped[..., :1] <= top, clipped, sigma.clamp(top / K[..., None], top))
 
     def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
         ratio = largest / smallest / self.max_condition
@@ -389,7 +390,7 @@ class SingularValueLimit(SpectralLimit):
         # To the bound itself, as a block that is not saturated would clip it; else inside of it.
         near = (sigma > TopWatch.REACH * self._upper).sum(dim=-1, keepdim=True)
         saturated = (near >= TopWatch.WIDTH) & (sigma.shape[-1] > TopWatch.WIDTH)
-        top = torch.where(saturated, self._upper / self.headroom, self._upper)
+        top = torch.where(saturated, 1 / self.headroom, 1.0).to(sigma) * self._upper
         return sigma.minimum(top)
 
     def watch(self, nu: int) -> Watch | str:
