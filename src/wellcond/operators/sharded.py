@@ -100,7 +100,7 @@ class ShardedMatrix(StoredMatrix):
     def _place(self, values: Tensor) -> Tensor:
         """What is known of each matrix, zero for those of which nothing is held here."""
         stack = len(self.shape) - 2
-        placed = values.new_zeros(*self.shape[:-2], *values.shape[stack:])
+        placed = values.new_zeros((*self.shape[:-2], *values.shape[stack:]))
         placed[self.block[:-2]] = values
         return placed
 
