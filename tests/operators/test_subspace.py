@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from wellcond.operators.stored import StoredMatrix
 from wellcond.linalg.symmetric import power_eigenvector, top_eigenvector
+from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import (
     Subspace,
     align_sides,

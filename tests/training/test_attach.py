@@ -225,7 +225,7 @@ def test_sam_in_two_steps_is_named_at_once_and_again_by_its_steps(
     reg.attach(optimizer)
     assert "first_step() and second_step()" in said()[0]
     assert "Attach to optimizer.base_optimizer" in said()[0]
-    assert repr(reg).endswith('attached to TwoStep, every=1, watched: it has taken no step')
+    assert repr(reg).endswith("attached to TwoStep, every=1, watched: it has taken no step")
     for _ in range(6):
         model.zero_grad()
         loss(model).backward()

@@ -1,6 +1,6 @@
-"""Hard limits that cannot be watched, under `every="auto"`: when they are due by the learning rates.
+"""Hard limits that cannot be watched, under `every="auto"`, and those of one's own.
 
-And what is remembered and shown of it. Limits of one's own have that pace in any case.
+When they are due by the learning rates, what is remembered, what is shown of it.
 """
 
 import io

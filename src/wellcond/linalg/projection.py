@@ -103,7 +103,7 @@ def decompose_gram(G: Tensor, vectors: bool = True) -> GramDecomposition | None:
     """Decomposes a Gram matrix; without `vectors` V has no columns. None if LAPACK fails."""
     if G.shape[-1] == 1:  # a stack of them, as of a depthwise kernel, is long
         V = torch.ones_like(G) if vectors else G[..., :0]
-        return GramDecomposition(G[..., 0].double().clamp_min(0).sqrt(), V)
+        return GramDecomposition(G[..., 0].real.double().clamp_min(0).sqrt(), V)
     try:
         values, V = torch.linalg.eigh(G) if vectors else (torch.linalg.eigvalsh(G), G[..., :0])
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

@@ -101,6 +101,12 @@ class NewWeight(_Change):
         False
     """
 
+    @classmethod
+    def scaled(cls, S: Operator, c: Tensor) -> NewWeight:
+        """c S, with one number per matrix."""
+        sides = (c.new_zeros(*S.shape[:-2], side, 0) for side in S.shape[-2:])
+        return cls(LowRank(c, *sides))
+
     def where(self, chosen: Tensor, S: Dense | None = None) -> NewWeight:
         """Itself for the chosen matrices and S for the others, without asking the host."""
         if not isinstance(self.form, Tensor):

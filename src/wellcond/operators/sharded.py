@@ -27,6 +27,7 @@ from wellcond.operators.views import (
     Stored,
     Transposed,
     View,
+    is_kernel,
     writable,
 )
 
@@ -203,7 +204,7 @@ class ShardedMatrix(StoredMatrix):
         ndim, placements = self.tensor.ndim, self.tensor.placements
         dims = [dim for dim in range(ndim) if _axis(self.whole_view, dim, ndim) == long]
         strided = any(not (p.is_shard() or p.is_replicate()) for p in placements)
-        if not dims or strided or _is_of_kernel(self.whole_view):
+        if not dims or strided or is_kernel(self.whole_view):
             return None
         wanted = [p if p.is_replicate() else Shard(dims[0]) for p in placements]
         return self.tensor.redistribute(placements=wanted)
@@ -310,14 +311,6 @@ def _axis(view: View, dim: int, ndim: int) -> int:
         case Part(inner, _, _, _) | Member(inner, _):
             return _axis(inner, dim, ndim)
     return dim - ndim
-
-
-def _is_of_kernel(view: View) -> bool:
-    """Whether it is of a kernel or of a part of one: those can be in parts in one way only."""
-    match view:
-        case Part(inner, _, _, _) | Member(inner, _):
-            return _is_of_kernel(inner)
-    return isinstance(view, Kernel)
 
 
 def _block_of(tensor: Any) -> Block:

@@ -54,17 +54,14 @@ class StoredMatrix:
     def is_lasting(self) -> bool:
         """Whether it shows what the parameter holds as long as that stays where it is."""
         exact = self.S.dtype == self.dtype  # else each update has a seed of its own
-        return exact and not self.S.is_meta and shares_memory(self.S, self.parameter)
+        plain = type(self.parameter) is Tensor and not self.S.is_meta
+        return exact and plain and shares_memory(self.S, self.parameter)
 
     def shows(self, parameter: Tensor) -> bool:
         """Whether this operator, which is lasting, still shows this parameter."""
         own = self.parameter
-        return (
-            parameter.data_ptr() == own.data_ptr()
-            and parameter.dtype == own.dtype
-            and parameter.shape == own.shape
-            and parameter.stride() == own.stride()
-        )
+        alike = type(own) is type(parameter) and own.dtype == parameter.dtype
+        return alike and own.device == parameter.device and own.is_set_to(parameter)
 
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds up what the holders of a matrix have found; this one is held whole."""

@@ -129,6 +129,14 @@ class Member:
         self.view.write_(parameter, whole)
 
 
+def is_kernel(view: View) -> bool:
+    """Whether it shows a convolution kernel, or a part of one."""
+    match view:
+        case Part(inner, _, _, _) | Member(inner, _):
+            return is_kernel(inner)
+    return isinstance(view, Kernel)
+
+
 def shares_memory(matrix: Tensor, parameter: Tensor) -> bool:
     """Whether what is written to the one is read from the other."""
     mine, theirs = matrix.untyped_storage(), parameter.untyped_storage()

@@ -22,6 +22,7 @@ from wellcond.operators.base import (
     Gradient,
     Operator,
 )
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.subspace import Image
 from wellcond.rules.outcome import Outcome, OutcomeStatus, Worst
 from wellcond.rules.pace import Pace
@@ -70,6 +71,8 @@ class Rule(abc.ABC):
         enforceable: whether it is a hard limit, which `project` makes hold.
         joins_groups: whether it acts on the groups of a convolution as on one map.
         fills_zeros: whether it turns exact zeros into other numbers.
+        acting: whether it limits a convolution as it acts, not its kernel as a matrix.
+        bounds_kernel: whether it bounds sigma_1 of the kernel as a matrix.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -78,6 +81,8 @@ class Rule(abc.ABC):
     enforceable: ClassVar[bool] = False
     joins_groups: ClassVar[bool] = False
     fills_zeros: ClassVar[bool] = False
+    acting: bool = False
+    bounds_kernel: bool = False
 
     def group_key(self) -> Hashable:
         """What rules that may share a stack have in common; by default the rule itself."""
@@ -118,6 +123,10 @@ class Rule(abc.ABC):
         Or why it cannot be, as a clause; None if weights under this rule never are.
         """
         return None
+
+    def on_convolution(self, geometry: Geometry) -> Rule:
+        """The rule for a convolution with this geometry, if it limits that as it acts."""
+        return self
 
     def describe_watch(self) -> str:
         """What is done to a weight that is watched, and when, for people."""

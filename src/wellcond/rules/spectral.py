@@ -18,10 +18,12 @@ from wellcond.linalg.lapack import SVD_FAILED
 from wellcond.linalg.nearest import check_limit, clip
 from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.operators.base import Operator, SpectralOperator
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.stacked import unstack
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Image
-from wellcond.rules.base import Need, RuleState
+from wellcond.rules.base import Need, Rule, RuleState
+from wellcond.rules.convolution import ConvolutionLimit
 from wellcond.rules.limit import Limit
 from wellcond.rules.outcome import Outcome, OutcomeStatus
 from wellcond.rules.project import Bounds, Verdict, approach, project
@@ -106,7 +108,13 @@ class SpectralLimit(Bounds, Limit):
 
     def survives(self, nu: int, u: float) -> bool:
         """Whether rounding to a dtype with unit roundoff u leaves the target within the limit."""
-        return self.headroom >= _LEAST_HEADROOM and self._spread * math.sqrt(nu) * u < _ROUNDING
+        rounding = self._spread * math.sqrt(nu) * u
+        return self.headroom >= _LEAST_HEADROOM and rounding < min(_ROUNDING, self._room - 1)
+
+    @property
+    @abc.abstractmethod
+    def _room(self) -> float:
+        """By what factor the target is inside of the limit."""
 
     @property
     @abc.abstractmethod
@@ -233,6 +241,11 @@ class ConditionLimit(SpectralLimit):
         K = 1 + (self.max_condition - 1) * _NEARLY if self.headroom > 1 else self.max_condition
         return ConditionLimit(K, upper=upper if self.headroom > 1 else self.upper, headroom=1)
 
+    @property
+    def _room(self) -> float:
+        K = self.max_condition
+        return self.headroom if math.inf == K else K / self.target.max_condition
+
     def watch(self, nu: int) -> Watch | str:
         if self.max_condition < _CLUSTER and nu > EndsWatch.WIDTH:
             return f"K is below {_CLUSTER}: the spectrum is one cluster"
@@ -309,11 +322,19 @@ class SingularValueLimit(SpectralLimit):
 
     lower: float | None = None
     upper: float | None = None
+    acting: bool = False
     headroom: float = _HEADROOM
 
     def __post_init__(self) -> None:
         if self.lower is None and self.upper is None:
             raise ValueError("`lower` or `upper` must be given, got neither.")
+        if not isinstance(self.acting, bool):
+            raise TypeError(f"`acting` must be a bool, got {type(self.acting).__name__}.")
+        if self.acting and self.lower is not None:
+            raise ValueError(
+                f"`lower` must be None if `acting` is True, got {self.lower}: no bound is known of "
+                "the smallest singular value of a convolution. Use `upper` only."
+            )
         _check_bounds(self, "lower", "upper")
         if not self._lower <= self._upper:
             raise ValueError(
@@ -329,6 +350,13 @@ class SingularValueLimit(SpectralLimit):
     @property
     def _upper(self) -> float:
         return math.inf if self.upper is None else self.upper
+
+    @property
+    def bounds_kernel(self) -> bool:  # type: ignore[override]
+        return self.upper is not None and not self.acting
+
+    def on_convolution(self, geometry: Geometry) -> Rule:
+        return ConvolutionLimit(self._upper, geometry, self.headroom, repr(self))
 
     def _inside(self, factor: float) -> SingularValueLimit:
         """The limit with both bounds further inside by this factor."""

@@ -39,11 +39,13 @@ class Reading(NamedTuple):
         numbers: for `Watch.judge`, (..., j) of each matrix.
         sights: what is remembered of every weight from now on.
         change: U, V such that every weight is to become L + U V^T at once; None: it stays.
+        scale: by which every matrix is to be multiplied at once; None: it stays.
     """
 
     numbers: Tensor
     sights: list[RuleState]
     change: tuple[Tensor, Tensor] | None = None
+    scale: Tensor | None = None
 
 
 class Judgement(NamedTuple):
@@ -71,14 +73,16 @@ class Watch(abc.ABC):
 
     Attributes:
         period: steps of the optimizer between two looks while nothing happens.
+        rest: steps at least between two applications, unless the watch is blind.
         large: which of the tensors that it remembers are as large as a square weight.
     """
 
     period: ClassVar[int]
+    rest: ClassVar[int] = 0
     large: ClassVar[frozenset[str]] = frozenset()
 
     @abc.abstractmethod
-    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> RuleState:
+    def init(self, S: Operator) -> RuleState:
         """What is remembered of a weight, in its final shapes, before anything is known."""
 
     @abc.abstractmethod
@@ -99,15 +103,16 @@ class Watch(abc.ABC):
     def tensors(self, reading: Reading) -> list[Tensor]:
         """All that a look has found, in an order of its own."""
         small = [own for one in reading.sights for key, own in one.items() if key not in self.large]
-        return [reading.numbers, *(reading.change or ()), *small]
+        scale = () if reading.scale is None else (reading.scale,)
+        return [reading.numbers, *(reading.change or ()), *scale, *small]
 
     @abc.abstractmethod
     def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
         """The judgement on one weight, from the numbers of its matrices."""
 
     @abc.abstractmethod
-    def renew(self, spectrum: GramDecomposition) -> RuleState:
-        """What is remembered of a weight that was just decomposed."""
+    def renew(self, spectrum: GramDecomposition | None) -> RuleState | None:
+        """What is remembered of a weight that was just decomposed; None: that is not known."""
 
 
 class TopWatch(Watch):
@@ -132,9 +137,9 @@ class TopWatch(Watch):
         self.is_scaled = not 1e-6 < upper < 1e6
         self._bound = 1.0 if self.is_scaled else upper
 
-    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> RuleState:
-        start = torch.eye(self.nu, self.width, dtype=dtype, device=device)
-        return {"top": start.expand(*shape[:-2], self.nu, self.width).clone()}
+    def init(self, S: Operator) -> RuleState:
+        start = torch.eye(self.nu, self.width, dtype=S.dtype, device=S.device)
+        return {"top": start.expand(*S.shape[:-2], self.nu, self.width).clone()}
 
     def look(self, S: Operator, memories: Sequence[RuleState], sweeps: int) -> Reading:
         forward, backward = _products(S)
@@ -164,17 +169,22 @@ class TopWatch(Watch):
     def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
         blind = any(math.isnan(most) for _, most in numbers)
         least, most = (
-            math.sqrt(max(0.0, *each)) for each in zip(*numbers, (0.0, 0.0), strict=True)
+            math.sqrt(max(0.0, *each)) / self._bound
+            for each in zip(*numbers, (0.0, 0.0), strict=True)
         )
-        saturated = least > self.REACH and self.width < self.nu
-        due = blind or saturated or most >= self.SURE
+        if self.width == self.nu:
+            due = blind or most >= self.FAR
+        else:
+            due = blind or most >= self.SURE or least > self.REACH
         if blind:
             return Judgement(due, False, math.nan, math.nan, math.nan, blind)
         # What the block sees is clipped by now.
         excess = most if most >= self.FAR else min(most, 1.0)
         return Judgement(due, False, most * self.upper, math.nan, excess)
 
-    def renew(self, spectrum: GramDecomposition) -> RuleState:
+    def renew(self, spectrum: GramDecomposition | None) -> RuleState | None:
+        if spectrum is None:
+            return None
         if self.width == self.nu:
             return {}
         return {"top": spectrum.V[..., -self.width :].contiguous()}
@@ -224,9 +234,9 @@ class EndsWatch(Watch):
     def period(self) -> int:  # type: ignore[override]
         return 5 if self.follows else 1
 
-    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> RuleState:
+    def init(self, S: Operator) -> RuleState:
         def zeros(*sides: int) -> Tensor:
-            return torch.zeros((*shape[:-2], *sides), dtype=dtype, device=device)
+            return torch.zeros((*S.shape[:-2], *sides), dtype=S.dtype, device=S.device)
 
         memory = {"unit": zeros() + 1}
         if self.follows:
@@ -291,7 +301,9 @@ class EndsWatch(Watch):
         alert = excess > self.OVERSHOT or (tied and self.follows)
         return Judgement(due, alert, largest, smallest, excess, blind)
 
-    def renew(self, spectrum: GramDecomposition) -> RuleState:
+    def renew(self, spectrum: GramDecomposition | None) -> RuleState | None:
+        if spectrum is None:
+            return None
         unit = spectrum.sigma[..., -1]
         memory = {"unit": unit}
         if self.follows:

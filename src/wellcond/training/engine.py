@@ -16,7 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wellcond.operators.base import Gradient, HasGram, SpectralOperator, WeightOperator
+from wellcond.operators.base import (
+    Gradient,
+    HasGram,
+    NewWeight,
+    SpectralOperator,
+    WeightOperator,
+)
 from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
@@ -266,6 +272,9 @@ class Engine:
             pair = reading.change if cast(HasGram, S).upright else reading.change[::-1]
             for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
                 cast(SpectralOperator, one).add_(U, V)
+        if reading.scale is not None:
+            for one, (scale,) in zip(batch.operators, batch.each(reading.scale), strict=True):
+                cast(SpectralOperator, one).update_(NewWeight.scaled(one, scale))
         numbers = reading.numbers
         (numbers,) = cast(HasGram, batch.operators[0]).agree(lambda: (numbers,), numbers)
         sight = Sight(states, numbers)

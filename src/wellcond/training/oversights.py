@@ -12,11 +12,15 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from wellcond.operators.acting import flattening_factor
+from wellcond.operators.convolution import Geometry
+from wellcond.operators.views import is_kernel
 from wellcond.text import quote_names, quote_subject
 from wellcond.training.attachment import Attachment, attachments, has_modes
 from wellcond.training.bypass import is_replaced
 from wellcond.training.conflicts import count_nonzeros, find_masked, find_quantised
 from wellcond.training.state import WeightState
+from wellcond.weights.discover import Weight
 
 logger = logging.getLogger("wellcond")
 
@@ -156,6 +160,21 @@ class Oversights:
                 quote_subject(names),
             )
 
+        factors = {
+            state.name: factor
+            for state in limited
+            if state.rule.bounds_kernel and (factor := _flattening_factor(state.weight)) > 1
+        }
+        if factors:
+            self._warn_once(
+                "kernel",
+                "The upper limit of %s holds for the kernel as a matrix (out, in * taps). The "
+                "convolution may have a spectral norm up to %s times as large. Use acting=True to "
+                "limit the convolution itself.",
+                quote_names(factors),
+                f"{max(factors.values()):.3g}",
+            )
+
     @contextlib.contextmanager
     def watch_zeros(self, states: Sequence[WeightState]) -> Iterator[None]:
         """Limits are applied: what was mostly zeros may be so no more."""
@@ -219,6 +238,13 @@ class Oversights:
         if what not in self._said:
             self._said.add(what)
             logger.warning(message, *args)
+
+
+def _flattening_factor(weight: Weight) -> float:
+    """By how much the convolution may exceed its kernel as a matrix; 1 where that is not known."""
+    if not is_kernel(weight.view) or not isinstance(geometry := weight.geometry, Geometry):
+        return 1.0
+    return flattening_factor(weight.parameters[0].shape, geometry)
 
 
 def warn_of_stored(states: Iterable[WeightState]) -> None:

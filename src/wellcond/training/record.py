@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.rules.watch import Judgement
+from wellcond.rules.watch import Judgement, Watch
 
 _FIRST = 20  # steps: how a weight moves is not known yet
 _AFTER = 8  # looks in a row after an application
@@ -82,7 +82,7 @@ class Record:
         self.rate = rate
         return _SWEEPS if jumps or self.steps <= _FIRST else 1
 
-    def judge(self, judgement: Judgement, period: int) -> None:
+    def judge(self, judgement: Judgement, watch: Watch) -> None:
         """Takes in what a look has shown."""
         self.looks += 1
         self._see(judgement.excess, judgement.largest, judgement.smallest)
@@ -91,14 +91,14 @@ class Record:
         self.growth = max(growth, self.growth * _FADES) if math.isfinite(growth) else self.growth
         self.level = level
         calm = self.steps > _FIRST and self.since_move > _AFTER and not judgement.alert
-        self.interval = period if calm else 1
+        self.interval = watch.period if calm else 1
         if self.growth > _FAST:
             self.interval = 1
         self.since_look = 0
         if judgement.blind and self.known and self.steps > _FIRST:
             self.blindness += 1 / _HORIZON
             self.is_blind |= self.blindness > _SHARE
-        self.due = judgement.due
+        self.due = judgement.due and (judgement.blind or self.since_move >= watch.rest)
 
     def decompose(self, excess: float, condition_number: float, moved: bool, known: bool) -> None:
         """Takes in what a decomposition has shown."""

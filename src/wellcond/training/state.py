@@ -17,8 +17,10 @@ from torch import Tensor
 from wellcond.linalg.checks import lacks_values
 from wellcond.linalg.projection import GramDecomposition
 from wellcond.operators.base import WeightOperator
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, by_columns, cold_start
+from wellcond.operators.views import is_kernel
 from wellcond.rules.base import Movement, Need, Rule, RuleState
 from wellcond.rules.outcome import Worst
 from wellcond.rules.pace import Pace
@@ -38,7 +40,7 @@ class WeightState:
     def __init__(self, weight: Weight, rule: Rule, block_size: int) -> None:
         self.weight = weight
         self.caution = weight.caution  # what it is, if not the weight that acts
-        self.rule = rule
+        self.rule = rule = _bind(rule, weight)
         self._operator: StoredMatrix | None = None
         self.step = 0  # applications: optimizer steps when attached
         try:
@@ -107,22 +109,24 @@ class WeightState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not attached; if it is, its watch goes on where this one is."""
-        saved = self._saved | self._watch_state()
+        saved = {**self._saved, **self._watch_state()}
         return {**self.__dict__, "_operator": None, "watch": None, "sight": {}, "_saved": saved}
 
     def follow(self, S: WeightOperator) -> None:
         """Moves what is remembered to the device and the dtype of the weight as it is now."""
         if self.strength.is_meta and S.device.type != "meta":
             self._start(S)  # made for a model that had no values yet: there is nothing to move
-            self._start_sight()
         elif (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
             self.strength = self.strength.to(S.device, S.dtype)
             self.subspace = self._convert(self.subspace)
             self.shortened = self.shortened.to(S.device)
             self.crowded = self.crowded.to(S.device)
             self.sight = {
-                key: own.to(S.device, S.dtype, copy=True) for key, own in self.sight.items()
+                key: own if own.is_meta else own.to(S.device, S.dtype, copy=True)
+                for key, own in self.sight.items()
             }
+        if S.device.type != "meta" and any(own.is_meta for own in self.sight.values()):
+            self._start_sight(S)
 
     def _convert(self, subspace: Subspace) -> Subspace:
         """A copy where the weight is, in its dtype, orthonormal to the precision of that."""
@@ -169,14 +173,14 @@ class WeightState:
         self.watch = self.rule.watch(min(self.shape[-2:]))
         if self.is_one_map and isinstance(self.watch, EndsWatch):
             self.watch = "its groups are the blocks of one map"
-        self._start_sight()
+        self._start_sight(self.operator())
         self._saves_large = bitwise
         saved, self._saved = self._saved, {}
         self._restore_watch(saved)
 
-    def _start_sight(self) -> None:
+    def _start_sight(self, S: WeightOperator) -> None:
         if isinstance(self.watch, Watch):
-            self.sight = self.watch.init(self.shape, self.strength.dtype, self.strength.device)
+            self.sight = self.watch.init(S)
 
     def end_watch(self) -> None:
         """It is not watched any more: when it is again, that begins anew."""
@@ -195,15 +199,17 @@ class WeightState:
     def judge(self, numbers: Sequence[Sequence[float]]) -> None:
         """Takes in what a look has found."""
         assert isinstance(self.watch, Watch)
-        self.record.judge(self.watch.judge(numbers, self.is_one_map), self.watch.period)
+        self.record.judge(self.watch.judge(numbers, self.is_one_map), self.watch)
 
     def renew(self, outcome: Worst, moved: bool, spectrum: GramDecomposition | None) -> None:
         """Takes in a decomposition: what it has shown, and what is followed from now on."""
-        known = spectrum is not None and not math.isnan(outcome.excess)
-        if spectrum is not None and known and isinstance(self.watch, Watch):
-            new = self.watch.renew(spectrum)
-            self.sight |= {key: own.to(self.sight[key], copy=True) for key, own in new.items()}
         excess, kappa = outcome.excess, outcome.condition_number
+        new = None
+        if isinstance(self.watch, Watch):
+            new = self.watch.renew(None if math.isnan(excess) else spectrum)
+        known = new is not None
+        if new is not None:
+            self.sight |= {key: own.to(self.sight[key], copy=True) for key, own in new.items()}
         self.record.decompose(excess, kappa, moved, known)
 
     def describe(self, paced: bool) -> str:
@@ -244,9 +250,7 @@ class WeightState:
     def _restore_watch(self, saved: Mapping[str, Tensor]) -> None:
         self.record = Record(mark=zlib.crc32(repr(self.rule).encode()))
         if self.watch is None:
-            self._saved = {
-                key: own.clone() for key, own in saved.items() if key.startswith(_WATCH)
-            }
+            self._saved = {key: own.clone() for key, own in saved.items() if key.startswith(_WATCH)}
             return
         numbers = saved.get(f"{_WATCH}record")
         if numbers is None or numbers.shape != self.record.to_tensor().shape:
@@ -340,6 +344,19 @@ class WeightState:
         self.pending_lr = float(state["pending_lr"])
         self.memory = self.rule.restore(self.rule.init(self.shape), state)
         self._restore_watch(state)
+
+
+def _bind(rule: Rule, weight: Weight) -> Rule:
+    """The rule of a weight: of a convolution that it is to limit as it acts, another one."""
+    if not rule.acting or not is_kernel(weight.view):
+        return rule
+    geometry = weight.geometry
+    if not isinstance(geometry, Geometry):
+        raise ValueError(
+            f'"{weight.name}" cannot be limited as the convolution acts: {geometry}. Use '
+            "acting=False, which limits the kernel as a matrix."
+        )
+    return rule.on_convolution(geometry)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.operators.base import WeightOperator
+from wellcond.operators.convolution import Geometry
 from wellcond.operators.sharded import is_sharded, operator_of
 from wellcond.operators.views import STORED, Kernel, Member, Transposed, View, shape_of
 from wellcond.weights.computed import find_weight_computed_from
@@ -23,6 +24,7 @@ from wellcond.weights.heads import Attention, find_heads
 from wellcond.weights.matrices import is_vector
 from wellcond.weights.projections import Place, is_conv1d
 from wellcond.weights.reasons import Reason, Skipped
+from wellcond.weights.sizes import geometry_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ class Weight:
         which = "the forward of a layer that shares it" if self.tied else "the layer's own forward"
         may = "may change" if set(notes) <= {"", UNKNOWN} else "changes"
         return f"the stored parameter, which {which} {may}"
+
+    @property
+    def geometry(self) -> Geometry | Skipped:
+        """How the convolution whose kernel it is slides, or why that is not known."""
+        owner = self.sources[0].owner
+        if type(self.view) is not Kernel or not isinstance(owner, nn.modules.conv._ConvNd):
+            return Skipped(Reason.unknown_use, type(owner).__name__)
+        found = geometry_of(owner)
+        return found if isinstance(found, Geometry) else Skipped(found)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

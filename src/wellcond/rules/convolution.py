@@ -1,0 +1,148 @@
+"""A hard limit of sigma_1 of a convolution as it acts, on inputs of every size.
+
+An application clips the singular values of its symbol, and certifies the result; that costs as much
+as tens of steps. Between two of them a warm estimate, from below, tells by how much the limit is
+exceeded, and the kernel is scaled by that.
+
+Letters: K (o, i/g, *k) the kernel of g groups; b the upper bound of sigma_1.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Hashable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.projection import GramDecomposition
+from wellcond.operators.acting import NormEstimator, bound_norm, limit_norm, padding_factor
+from wellcond.operators.base import Operator
+from wellcond.operators.convolution import Geometry
+from wellcond.operators.stored import StoredMatrix
+from wellcond.rules.base import Need, RuleState
+from wellcond.rules.limit import Limit
+from wellcond.rules.outcome import Outcome, OutcomeStatus
+from wellcond.rules.watch import Judgement, Reading, Watch
+
+_NEARLY = 0.97  # of the limit: what is below is not clipped
+
+
+class ConvolutionLimit(Limit):
+    """The limit of a convolution of this geometry, in place of `SingularValueLimit(acting=True)`.
+
+    Args:
+        upper: b.
+        geometry: of the layer; its size has no effect.
+        headroom: by which factor more it is clipped between two looks.
+        text: the rule as the user has written it.
+    """
+
+    needs = frozenset({Need.whole})
+    fills_zeros = True
+
+    def __init__(self, upper: float, geometry: Geometry, headroom: float, text: str) -> None:
+        self.upper, self.geometry, self.headroom, self.text = upper, geometry, headroom, text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @property
+    def mark(self) -> int:
+        return zlib.crc32(f"{self.text} {self.geometry}".encode())
+
+    def group_key(self) -> Hashable:
+        return self.mark
+
+    def apply(self, S: Tensor) -> Tensor:
+        return limit_norm(S, self.geometry, self.upper)
+
+    def watch(self, nu: int) -> Watch:
+        return ConvolutionWatch(self.upper, self.geometry)
+
+    def project(self, S: Operator, state: RuleState, *, exact: bool) -> Outcome:
+        kernel = cast(StoredMatrix, S).parameter
+        if not bool(torch.isfinite(kernel).all()):
+            return Outcome.of(S, OutcomeStatus.not_finite)
+        bound = bound_norm(kernel, self.geometry)
+        excess = torch.full(S.shape[:-2], bound / self.upper, dtype=torch.float64)
+        if bound <= self.upper * (1 if exact else _NEARLY):
+            return self._outcome(OutcomeStatus.unchanged, excess)
+        target = self.upper if exact else self.upper / self.headroom
+        kernel.copy_(limit_norm(kernel, self.geometry, target))
+        return self._outcome(OutcomeStatus.applied, excess)
+
+    def _outcome(self, status: OutcomeStatus, excess: Tensor) -> Outcome:
+        codes = torch.full_like(excess, int(status), dtype=torch.int8)
+        moved = codes == int(OutcomeStatus.applied)
+        return Outcome(codes, None, excess, None, moved, [None])
+
+    def describe_watch(self) -> str:
+        return (
+            f"σ₁ of the convolution is scaled to {self.upper:.4g} after every step, and clipped to "
+            f"{self.upper / self.headroom:.4g} now and then"
+        )
+
+
+class ConvolutionWatch(Watch):
+    """A warm estimate per cell of frequencies; the kernel is scaled by what it exceeds b.
+
+    It remembers the vectors of the estimate, and by how much the kernel was scaled since it was
+    clipped: where that is much, it is clipped again, because scaling makes all of it smaller.
+    """
+
+    REFINEMENTS = 10  # where a kernel may have moved far: 0.99 of sigma_1 and more were measured
+    SHRINKS = 1.2
+    period = 1
+    rest = 100  # steps: an application costs as much as tens of them
+
+    def __init__(self, upper: float, geometry: Geometry) -> None:
+        self.upper, self.geometry = upper, geometry
+        self._estimator: NormEstimator | None = None
+
+    def init(self, S: Operator) -> RuleState:
+        kernel = cast(StoredMatrix, S).parameter
+        self._estimator = NormEstimator(kernel, self.geometry)
+        start = self._estimator.start(torch.Generator().manual_seed(kernel.numel()))
+        shrunk = torch.ones(self.geometry.groups, dtype=start.dtype, device=start.device)
+        return {"modes": start, "shrunk": shrunk}
+
+    def look(self, S: Operator, memories: Sequence[RuleState], sweeps: int) -> Reading:
+        kernel = cast(StoredMatrix, S).parameter
+        ((modes, shrunk),) = ((one["modes"], one["shrunk"]) for one in memories)
+        assert self._estimator is not None
+        for _ in range(1 if sweeps == 1 else self.REFINEMENTS):
+            sigma, modes = self._estimator.refine(kernel, modes)
+        excess = sigma * padding_factor(kernel.shape, self.geometry) / self.upper
+        # Where it is not finite nothing is scaled.
+        scale = 1 / torch.where(excess < math.inf, excess, 1.0).clamp_min(1.0)
+        shrunk = shrunk * scale
+        numbers = torch.stack([excess, shrunk], dim=-1)
+        sight = {"modes": modes, "shrunk": shrunk}
+        return Reading(
+            _per_matrix(numbers, S), [sight], scale=_per_matrix(scale[:, None], S)[..., 0]
+        )
+
+    def blank(self, S: Operator, memories: Sequence[RuleState]) -> Reading:
+        (memory,) = memories
+        ones = torch.ones_like(memory["shrunk"])
+        numbers = _per_matrix(torch.stack([ones, ones], dim=-1), S)
+        sight = {key: own.clone() for key, own in memory.items()}
+        return Reading(numbers, [sight], scale=_per_matrix(ones[:, None], S)[..., 0])
+
+    def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
+        excess = max((n for n, _ in numbers), key=lambda n: math.inf if math.isnan(n) else n)
+        if not math.isfinite(excess):
+            return Judgement(True, False, math.nan, math.nan, math.nan, True)
+        due = min(shrunk for _, shrunk in numbers) * self.SHRINKS < 1
+        return Judgement(due, False, excess * self.upper, math.nan, min(excess, 1.0))
+
+    def renew(self, spectrum: GramDecomposition | None) -> RuleState | None:
+        return {"shrunk": torch.ones(self.geometry.groups)}
+
+
+def _per_matrix(numbers: Tensor, S: Operator) -> Tensor:
+    """What is known per group (g, ...), in the shape of the stack of matrices S."""
+    return numbers.reshape(*S.shape[:-2], *numbers.shape[1:])
