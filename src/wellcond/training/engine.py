@@ -54,7 +54,8 @@ class Engine:
             keys = [(id(source.owner), source.attribute) for source in state.weight.sources]
             state.slots = tuple(slots.setdefault(key, len(slots)) for key in keys)
         if replicas is not None:
-            costs = [math.prod(state.shape) * state.width for state in states]
+            # A hard limit decomposes; without a block all would cost nothing, and one own them all.
+            costs = [math.prod(s.shape) * (s.width or min(s.shape[-2:])) for s in states]
             for state, owner in zip(states, replicas.owners(costs), strict=True):
                 state.owner = owner
 
