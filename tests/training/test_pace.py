@@ -1,4 +1,7 @@
-"""Hard limits under `every="auto"`: when they are due, what is remembered, what is shown of it."""
+"""Hard limits that cannot be watched, under `every="auto"`, and those of one's own.
+
+When they are due by the learning rates, what is remembered, what is shown of it.
+"""
 
 import io
 import itertools
@@ -16,6 +19,13 @@ import wellcond as wc
 from wellcond.rules.pace import Pace
 
 K = 3.0
+
+
+class Paced(wc.ConditionLimit):
+    """One under which no weight can be watched."""
+
+    def watch(self, nu: int) -> str:
+        return "a test forbids it"
 
 
 @hypothesis.given(
@@ -91,8 +101,8 @@ def test_limits_hold_where_they_are_applied_and_shapes_take_turns(schedule: str)
     model = net(6, 8, 8, 8, 4)
     optimizer = torch.optim.Adam(model.parameters(), 1.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, RATES[schedule])
-    reg = wc.Regularizer(model, wc.ConditionLimit(K))
-    reg.attach(optimizer)
+    reg = wc.Regularizer(model, Paced(K))
+    reg.attach(optimizer, every="auto")
     weights = {state.name: state.weight.parameters[0] for state in reg._states}
     times: dict[str, list[int]] = {name: [] for name in weights}
     for number in range(250):
@@ -118,8 +128,8 @@ def test_a_weight_that_obeys_is_decomposed_ever_more_seldom(
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(8, 6))
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
-    reg = wc.Regularizer(model, wc.ConditionLimit(K))
-    reg.attach(optimizer)
+    reg = wc.Regularizer(model, Paced(K))
+    reg.attach(optimizer, every="auto")
     before = model[0].weight.detach().clone()
     times = []
     for number in range(200):
@@ -140,8 +150,8 @@ def test_a_weight_that_obeys_is_decomposed_ever_more_seldom(
 def test_without_a_learning_rate_nothing_is_due_after_the_first_step() -> None:
     model = net(6, 8)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    reg = wc.Regularizer(model, wc.ConditionLimit(K))
-    reg.attach(optimizer)
+    reg = wc.Regularizer(model, Paced(K))
+    reg.attach(optimizer, every="auto")
     for number in range(50):
         step(model, optimizer, number)
         assert bool(applied(reg)) == (number == 0)
@@ -152,8 +162,8 @@ def test_a_learning_rate_may_be_a_tensor() -> None:
     for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
         model = net(6, 8, 4)
         optimizer = torch.optim.Adam(model.parameters(), lr)
-        reg = wc.Regularizer(model, wc.ConditionLimit(K))
-        reg.attach(optimizer)
+        reg = wc.Regularizer(model, Paced(K))
+        reg.attach(optimizer, every="auto")
         times.append([])
         for number in range(60):
             step(model, optimizer, number)
@@ -167,8 +177,8 @@ def test_steps_that_a_scaler_skips_do_not_count() -> None:
     model = net(6, 8)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    reg = wc.Regularizer(model, wc.ConditionLimit(K))
-    reg.attach(optimizer)
+    reg = wc.Regularizer(model, Paced(K))
+    reg.attach(optimizer, every="auto")
     taken, times = 0, []
     for number in range(30):
         optimizer.zero_grad()
@@ -189,8 +199,8 @@ def test_steps_that_a_scaler_skips_do_not_count() -> None:
 def test_a_frozen_weight_is_neither_counted_nor_touched() -> None:
     model = net(6, 8, 8)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    reg = wc.Regularizer(model, wc.ConditionLimit(K))
-    reg.attach(optimizer)
+    reg = wc.Regularizer(model, Paced(K))
+    reg.attach(optimizer, every="auto")
     model[0].weight.requires_grad_(False)
     before = model[0].weight.clone()
     for number in range(15):
@@ -208,7 +218,7 @@ def test_a_frozen_weight_is_neither_counted_nor_touched() -> None:
 
 def test_by_default_limits_have_a_pace_and_penalties_an_interval() -> None:
     model = net(6, 8, 4)
-    rules = {"0.*": wc.ConditionLimit(K), "1.*": wc.ConditionPenalty(0.1)}
+    rules = {"0.*": Rounded(), "1.*": wc.ConditionPenalty(0.1)}
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, rules)
     with pytest.raises(ValueError, match=r'"auto".*hard limits alone.*"1\.weight"'):
@@ -224,8 +234,8 @@ def test_by_default_limits_have_a_pace_and_penalties_an_interval() -> None:
         if number in (0, 1, 3):
             assert limited.pending_steps == 0
     handle.remove()
-    only = wc.Regularizer(model, {"0.*": wc.ConditionLimit(K), "*": None})
-    assert 'every="auto"' in repr(only.attach(optimizer)).replace('every="auto"', 'every="auto"')
+    only = wc.Regularizer(model, {"0.*": Rounded(), "*": None})
+    assert 'every="auto"' in repr(only.attach(optimizer))
     only.detach()
     handle = reg.attach(optimizer, every=3)
     assert "every=3" in repr(handle)
@@ -239,13 +249,14 @@ def make(limit: wc.Limit) -> tuple[nn.Sequential, torch.optim.Optimizer, wc.Regu
     model = net(6, 8, 8, 4)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     reg = wc.Regularizer(model, limit, block_size=3)
-    reg.attach(optimizer)
+    reg.attach(optimizer, every="auto")
     return model, optimizer, reg
 
 
 @pytest.mark.parametrize(
     "limit",
     [
+        Paced(K),
         wc.ConditionLimit(K),
         wc.SingularValueLimit(lower=0.5, upper=1.5),
         wc.SingularValueLimit(upper=1),
@@ -283,7 +294,7 @@ def _stored(parts: Any) -> Any:
 
 
 def test_a_state_without_a_pace_begins_a_new_one() -> None:
-    model, optimizer, reg = make(wc.ConditionLimit(K))
+    model, optimizer, reg = make(Paced(K))
     for number in range(15):
         step(model, optimizer, number)
     old = {
@@ -303,9 +314,9 @@ def test_a_state_without_a_pace_begins_a_new_one() -> None:
 def test_the_pace_of_another_limit_is_not_gone_on_with() -> None:
     """What K = 1e6 let pass for long says nothing of K = 2."""
     layer = nn.Linear(6, 6, bias=False)
-    lax, strict = (wc.Regularizer(layer, wc.ConditionLimit(K)) for K in (1e6, 2.0))
+    lax, strict = (wc.Regularizer(layer, Paced(K)) for K in (1e6, 2.0))
     optimizer = torch.optim.SGD(layer.parameters(), 0.01)
-    lax.attach(optimizer)
+    lax.attach(optimizer, every="auto")
     for _ in range(60):
         layer.weight.grad = torch.zeros_like(layer.weight)
         optimizer.step()
@@ -313,7 +324,7 @@ def test_the_pace_of_another_limit_is_not_gone_on_with() -> None:
     lax.detach()
     strict.load_state_dict(lax.state_dict())
     assert strict.measure()["weight"].interval is None
-    strict.attach(optimizer)
+    strict.attach(optimizer, every="auto")
     optimizer.step()
     assert float(wc.condition_number(layer.weight)) <= 2
 
@@ -321,9 +332,9 @@ def test_the_pace_of_another_limit_is_not_gone_on_with() -> None:
 def test_enforcing_in_between_does_not_pass_for_a_weight_that_stands_still() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(6, 6, bias=False)
-    reg = wc.Regularizer(layer, wc.ConditionLimit(2.0))
+    reg = wc.Regularizer(layer, Paced(2.0))
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    reg.attach(optimizer)
+    reg.attach(optimizer, every="auto")
     for step in range(40):
         layer.weight.grad = torch.randn_like(layer.weight)
         optimizer.step()
@@ -335,14 +346,14 @@ def test_enforcing_in_between_does_not_pass_for_a_weight_that_stands_still() -> 
 
 
 def test_what_was_seen_is_shown() -> None:
-    model, optimizer, reg = make(wc.ConditionLimit(K))
+    model, optimizer, reg = make(Paced(K))
     assert "application" not in repr(reg)
     before: list[float] = []
     reg.detach()
     optimizer.register_step_post_hook(
         lambda *_: before.append(float(wc.condition_number(model[0].weight)))
     )
-    reg.attach(optimizer)
+    reg.attach(optimizer, every="auto")
     last = 0.0
     for number in range(40):
         step(model, optimizer, number)
@@ -373,8 +384,8 @@ def test_measuring_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50))
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    reg = wc.Regularizer(model, wc.ConditionLimit(K), block_size=4)
-    reg.attach(optimizer)
+    reg = wc.Regularizer(model, Paced(K), block_size=4)
+    reg.attach(optimizer, every="auto")
     step(model, optimizer, 0)
     state = reg.state_dict()
     for name in ("svd", "svdvals", "eigh", "eigvalsh", "cholesky_ex"):

@@ -20,6 +20,7 @@ from wellcond.operators.rounding import round_stochastically, working_dtype
 from wellcond.operators.views import STORED, Kernel, View, shares_memory, writable
 
 _NARROW_DEVICES = {"mps"}  # without float64: what needs it is done on the CPU
+_PLAIN = Tensor, torch.nn.Parameter  # of others it cannot be asked where they lie
 _BANDS = 16  # a half-precision weight is widened by sixteenths
 
 
@@ -60,7 +61,8 @@ class StoredMatrix:
     def shows(self, parameter: Tensor) -> bool:
         """Whether this operator, which is lasting, still shows this parameter."""
         own = self.parameter
-        return own.dtype == parameter.dtype and own.is_set_to(parameter)
+        alike = own.dtype == parameter.dtype and own.device == parameter.device
+        return alike and type(parameter) in _PLAIN and own.is_set_to(parameter)
 
     def reduce_(self, sums: Tensor) -> Tensor:
         """Adds up what the holders of a matrix have found; this one is held whole."""

@@ -186,22 +186,24 @@ def _approach_chunk(weights: Sequence[SpectralOperator], aim: Aim) -> list[Appro
         chunk = _Chunk(spread, aim.bounds)
         pair = chunk.approach(aim)
         if pair is not None:
-            return _report(spread, aim, *pair)
-        # The decomposition in float64 tells which obey, and how those are decomposed.
-        wide = chunk._decompose(chunk._gram(torch.float64))
-        found = _report(spread, aim, wide.sigma, wide)
-        stays = chunk._is_fine(wide) & (aim.move(wide.sigma.flip(-1)).flip(-1) == wide.sigma).all(
-            -1
-        )
+            before, after = pair
+            stays = torch.ones(chunk.shape, dtype=torch.float64, device=chunk.device)
+        else:  # the decomposition in float64 tells which obey, and how those are decomposed
+            after = chunk._decompose(chunk._gram(torch.float64))
+            before = after.sigma
+            same = (aim.move(before.flip(-1)).flip(-1) == before).all(-1)
+            stays = (chunk._is_fine(after) & same).double()
+        found = _report(spread, aim, before, after)
+        # Of a stack that is spread over processes each has decided on its own matrices.
         each = zip(spread, stays, strict=True)
-        stay = [bool((S.all_of(one.double()) > 0).all()) for S, one in each]
+        stay = [bool((S.all_of(one) > 0).all()) for S, one in each]
     left = [S for S, one in zip(weights, stay, strict=True) if not one]
     verdicts = iter(project(left, aim.target) if left else [])
     for i, own in enumerate(found):
         if not stay[i]:
             verdict = next(verdicts)
-            before = own.verdict._replace(margin=verdict.margin)
-            found[i] = Approach(before, verdict.excess > 1, None)
+            numbers = own.verdict._replace(margin=verdict.margin)
+            found[i] = Approach(numbers, own.moved | (verdict.excess > 1), None)
     return found
 
 
@@ -217,7 +219,8 @@ def _report(
         Approach(
             Verdict(*(S.all_of(number[i]) for number in numbers)),
             S.all_of(moved[i].double()) > 0,
-            GramDecomposition(S.all_of(after.sigma[i]), S.all_of(after.V[i])),
+            # In one dtype, whichever a process has decomposed its matrices in.
+            GramDecomposition(S.all_of(after.sigma[i]), S.all_of(after.V[i].to(S.dtype))),
         )
         for i, S in enumerate(weights)
     ]

@@ -108,7 +108,13 @@ class SpectralLimit(Bounds, Limit):
 
     def survives(self, nu: int, u: float) -> bool:
         """Whether rounding to a dtype with unit roundoff u leaves the target within the limit."""
-        return self.headroom >= _LEAST_HEADROOM and self._spread * math.sqrt(nu) * u < _ROUNDING
+        rounding = self._spread * math.sqrt(nu) * u
+        return self.headroom >= _LEAST_HEADROOM and rounding < min(_ROUNDING, self._room - 1)
+
+    @property
+    @abc.abstractmethod
+    def _room(self) -> float:
+        """By what factor the target is inside of the limit."""
 
     @property
     @abc.abstractmethod
@@ -240,6 +246,11 @@ class ConditionLimit(SpectralLimit):
         upper = None if self.upper is None else self.upper * _NEARLY
         K = 1 + (self.max_condition - 1) * _NEARLY if self.headroom > 1 else self.max_condition
         return ConditionLimit(K, upper=upper if self.headroom > 1 else self.upper, headroom=1)
+
+    @property
+    def _room(self) -> float:
+        K = self.max_condition
+        return self.headroom if math.inf == K else K / self.target.max_condition
 
     def watch(self, nu: int) -> Watch | str:
         if self.max_condition < _CLUSTER and nu > EndsWatch.WIDTH:

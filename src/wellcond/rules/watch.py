@@ -201,9 +201,11 @@ class Ends(NamedTuple):
         """By what factor they are exceeded, at most 1 where they hold; 0 for a zero matrix."""
         if not largest > 0:
             return math.inf if self.lower else 0.0
+        # What is not bounded is not exceeded, and inf/inf would hide the others.
         condition_number = largest / smallest if smallest > 0 else math.inf
+        ratio = condition_number / self.max_condition if self.max_condition < math.inf else 0.0
         below = self.lower / smallest if smallest > 0 else math.inf if self.lower else 0.0
-        return max(condition_number / self.max_condition, below, largest / self.upper)
+        return max(ratio, below, largest / self.upper)
 
 
 class EndsWatch(Watch):

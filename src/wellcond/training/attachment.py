@@ -86,6 +86,9 @@ class Attachment:
 
     def remove(self) -> None:
         """Takes no more steps; may be called again."""
+        if not self.removed:
+            for state in self.states:
+                state.end_watch()
         self.removed = True
         for hook in self._hooks:
             hook.remove()
@@ -181,11 +184,13 @@ class Attachment:
                 "attach to that; under FSDP2 leave resharding after backward on."
             )
         due = self._find_due(optimizer, others, group_of, taken) if others else []
-        if due:
-            self._actions.step(due)
-        if watched and (projected := self._actions.watch(watched, rates)):
-            self._actions.project(projected)
-            due += projected
+        try:
+            if due:
+                self._actions.step(due)
+        finally:  # what has failed does not keep the limits that are watched from holding
+            if watched and (projected := self._actions.watch(watched, rates)):
+                self._actions.project(projected)
+                due += projected
         if due and self._counts < _COUNTS:
             limited = [state for state in due if state.rule.enforceable]
             self._counts += bool(limited)

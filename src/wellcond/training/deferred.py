@@ -52,6 +52,7 @@ class Sight:
 
     def __init__(self, states: list[WeightState], numbers: Tensor) -> None:
         self.states = states
+        self._records = [state.record for state in states]
         self.is_here = numbers.is_cpu and not LATE
         self._event = None
         if numbers.is_cpu:
@@ -61,18 +62,16 @@ class Sight:
         self._event = torch.Event(numbers.device)
         self._event.record()
 
-    def judge(self) -> list[WeightState]:
-        """The weights that are to be decomposed."""
-        each = self.read()
-        return [s for s, own in zip(self.states, each, strict=True) if s.judge(own)]
+    def judge(self) -> None:
+        """Has the weights take it in, but those whose record was replaced meanwhile."""
+        for state, record, own in zip(self.states, self._records, self.read(), strict=True):
+            if state.record is record:
+                state.judge(own)
 
     def read(self) -> list[list[list[float]]]:
         """Per weight the numbers of its matrices. It waits for the look, not for what follows."""
         if self._event is not None:
             self._event.synchronize()
-        numbers, count = self._numbers.tolist(), len(self.states)
-        each = numbers if count > 1 else [numbers]
-        rows: list[list[list[float]]] = [
-            [x] if self._numbers.ndim == 1 + (count > 1) else x for x in each
-        ]
+        shape = len(self.states), -1, self._numbers.shape[-1]
+        rows: list[list[list[float]]] = self._numbers.reshape(shape).tolist()
         return rows

@@ -54,7 +54,8 @@ class Engine:
             keys = [(id(source.owner), source.attribute) for source in state.weight.sources]
             state.slots = tuple(slots.setdefault(key, len(slots)) for key in keys)
         if replicas is not None:
-            costs = [math.prod(state.shape) * state.width for state in states]
+            # A hard limit decomposes; without a block all would cost nothing, and one own them all.
+            costs = [math.prod(s.shape) * (s.width or min(s.shape[-2:])) for s in states]
             for state, owner in zip(states, replicas.owners(costs), strict=True):
                 state.owner = owner
 
@@ -226,22 +227,22 @@ class Engine:
             the step after it.
         """
         with self._quietly():
-            due = self._read_sights() if self._sights else []
+            self.settle()
             turns: dict[int, list[WeightState]] = {}
             for state, rate in zip(states, rates, strict=True):
                 record = state.record
                 state.step += 1
                 sweeps = record.count(rate)
-                if not sweeps or state in due:
-                    continue
-                if record.known and state.is_followed:
+                if record.due or not state.is_followed:
+                    record.due = True
+                elif sweeps and record.known:
                     turns.setdefault(sweeps, []).append(state)
-                else:
-                    due.append(state)
+                elif sweeps:
+                    record.due = True
             for sweeps, own in turns.items():
                 for batch in self._group(own):
-                    due += self._look_at(batch, sweeps)
-            return [state for state in due if state.active]
+                    self._look_at(batch, sweeps)
+            return [state for state in states if state.record.due and state.active]
 
     def _group(self, states: list[WeightState]) -> list[Batch]:
         """The weights in batches; those of the last look if nothing of them has changed."""
@@ -252,8 +253,8 @@ class Engine:
             self._grouped = operators, batches
         return batches
 
-    def _look_at(self, batch: Batch, sweeps: int) -> list[WeightState]:
-        """Looks at weights that are watched; those that the host knows to be due."""
+    def _look_at(self, batch: Batch, sweeps: int) -> None:
+        """Looks at weights that are watched."""
         states, S = batch.states, batch.S
         watch = states[0].watch
         assert isinstance(watch, Watch)
@@ -279,14 +280,19 @@ class Engine:
         (numbers,) = cast(HasGram, batch.operators[0]).agree(lambda: (numbers,), numbers)
         sight = Sight(states, numbers)
         if sight.is_here:
-            return sight.judge()
-        self._sights.append(sight)
-        return []
+            sight.judge()
+        else:
+            self._sights.append(sight)
 
-    def _read_sights(self) -> list[WeightState]:
-        """The weights that the looks of the last step have shown to be due."""
+    def settle(self) -> None:
+        """Takes in the looks of the last step that have not been read yet."""
         sights, self._sights = self._sights, []
-        return [state for sight in sights for state in sight.judge()]
+        for sight in sights:
+            sight.judge()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a copy makes of its own."""
+        return {**self.__dict__, "_grouped": ([], []), "_sights": []}
 
     def project(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, which are watched: to the target inside of them."""

@@ -28,6 +28,7 @@ class Record:
 
     Attributes:
         known: whether the weight was decomposed, so that there is something to follow.
+        due: whether it is to be decomposed at the next step, if that was not done at this one.
         steps: of the optimizer.
         since_look: steps since the last look or decomposition.
         since_move: steps since the weight was last projected.
@@ -49,6 +50,7 @@ class Record:
     """
 
     known: bool = False
+    due: bool = False
     steps: int = 0
     since_look: int = 0
     since_move: int = 0
@@ -81,8 +83,8 @@ class Record:
         self.rate = rate
         return _SWEEPS if jumps or self.steps <= _FIRST else 1
 
-    def judge(self, judgement: Judgement, watch: Watch) -> bool:
-        """Takes in what a look has shown: whether the weight is to be decomposed."""
+    def judge(self, judgement: Judgement, watch: Watch) -> None:
+        """Takes in what a look has shown."""
         self.looks += 1
         self._see(judgement.excess, judgement.largest, judgement.smallest)
         level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
@@ -102,13 +104,13 @@ class Record:
         if judgement.blind and self.known and self.steps > _FIRST:
             self.blindness += 1 / _HORIZON
             self.is_blind |= self.blindness > _SHARE
-        return judgement.due and (judgement.blind or self.since_move >= watch.rest)
+        self.due = judgement.due and (judgement.blind or self.since_move >= watch.rest)
 
     def decompose(self, excess: float, condition_number: float, moved: bool, known: bool) -> None:
         """Takes in what a decomposition has shown."""
         first = self.decompositions == 0  # it tells how the weight was made, not how it moves
         self.decompositions += 1
-        self.known = known
+        self.known, self.due = known, False
         if moved:
             self.applications += 1
             self.recent += 1 / _HORIZON

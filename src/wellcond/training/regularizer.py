@@ -407,6 +407,7 @@ class Regularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to no optimizer: hooks are not copied with one either."""
+        self._engine.settle()
         return {**self.__dict__, "_attachments": []}
 
     def __repr__(self) -> str:
@@ -447,6 +448,7 @@ class Regularizer:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """What is remembered per weight name, as tensors of fixed shape; copies, safe to keep."""
+        self._engine.settle()
         return {state.name: state.state() for state in self._states}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +107,11 @@ class WeightState:
             self._operator = made if type(made) is StoredMatrix and made.is_lasting else None
         return made
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not attached; if it is, its watch goes on where this one is."""
+        saved = {**self._saved, **self._watch_state()}
+        return {**self.__dict__, "_operator": None, "watch": None, "sight": {}, "_saved": saved}
+
     def follow(self, S: WeightOperator) -> None:
         """Moves what is remembered to the device and the dtype of the weight as it is now."""
         if self.strength.is_meta and S.device.type != "meta":
@@ -116,8 +122,11 @@ class WeightState:
             self.shortened = self.shortened.to(S.device)
             self.crowded = self.crowded.to(S.device)
             self.sight = {
-                key: own.to(S.device, S.dtype, copy=True) for key, own in self.sight.items()
+                key: own if own.is_meta else own.to(S.device, S.dtype, copy=True)
+                for key, own in self.sight.items()
             }
+        if S.device.type != "meta" and any(own.is_meta for own in self.sight.values()):
+            self._start_sight(S)
 
     def _convert(self, subspace: Subspace) -> Subspace:
         """A copy where the weight is, in its dtype, orthonormal to the precision of that."""
@@ -164,11 +173,18 @@ class WeightState:
         self.watch = self.rule.watch(min(self.shape[-2:]))
         if self.is_one_map and isinstance(self.watch, EndsWatch):
             self.watch = "its groups are the blocks of one map"
-        if isinstance(self.watch, Watch):
-            self.sight = self.watch.init(self.operator())
-            self._saves_large = bitwise
+        self._start_sight(self.operator())
+        self._saves_large = bitwise
         saved, self._saved = self._saved, {}
         self._restore_watch(saved)
+
+    def _start_sight(self, S: WeightOperator) -> None:
+        if isinstance(self.watch, Watch):
+            self.sight = self.watch.init(S)
+
+    def end_watch(self) -> None:
+        """It is not watched any more: when it is again, that begins anew."""
+        self.watch, self.sight, self._saved = None, {}, {}
 
     @property
     def is_too_large(self) -> bool:
@@ -180,11 +196,10 @@ class WeightState:
         """Whether looks tell when it is to be projected; else it is decomposed at every step."""
         return isinstance(self.watch, Watch) and not self.record.is_blind
 
-    def judge(self, numbers: Sequence[Sequence[float]]) -> bool:
-        """Takes in what a look has found: whether the weight is to be decomposed."""
+    def judge(self, numbers: Sequence[Sequence[float]]) -> None:
+        """Takes in what a look has found."""
         assert isinstance(self.watch, Watch)
-        judgement = self.watch.judge(numbers, self.is_one_map)
-        return self.record.judge(judgement, self.watch)
+        self.record.judge(self.watch.judge(numbers, self.is_one_map), self.watch)
 
     def renew(self, outcome: Worst, moved: bool, spectrum: GramDecomposition | None) -> None:
         """Takes in a decomposition: what it has shown, and what is followed from now on."""
@@ -233,25 +248,26 @@ class WeightState:
         return self.sight
 
     def _restore_watch(self, saved: Mapping[str, Tensor]) -> None:
-        if not isinstance(self.watch, Watch):
-            self._saved = {key: own for key, own in saved.items() if key.startswith(_WATCH)}
-            return
         self.record = Record(mark=zlib.crc32(repr(self.rule).encode()))
-        if f"{_WATCH}record" not in saved:
+        if self.watch is None:
+            self._saved = {key: own.clone() for key, own in saved.items() if key.startswith(_WATCH)}
             return
-        record = Record.from_tensor(saved[f"{_WATCH}record"])
+        numbers = saved.get(f"{_WATCH}record")
+        if numbers is None or numbers.shape != self.record.to_tensor().shape:
+            return
+        record = Record.from_tensor(numbers)
         if record.mark != self.record.mark:
             return
         self.record = record
         found = {key: saved.get(_WATCH + key) for key in self.sight}
         if all(own is not None and own.shape == self.sight[k].shape for k, own in found.items()):
             self.sight = {
-                key: own.to(self.sight[key], copy=True)
+                key: own.to(self.strength, copy=True)
                 for key, own in found.items()
                 if own is not None
             }
         else:
-            self.record.known = False  # it is decomposed at the next step
+            self.record.due = True  # nothing is followed: it is decomposed at the next step
 
     def settle(self) -> None:
         """Nothing is pending any more."""
@@ -293,6 +309,10 @@ class WeightState:
             raise TypeError(
                 f'`state["{self.name}"]` must be a mapping of tensors, got {type(saved).__name__}.'
             )
+        for key, own in saved.items():
+            if key.startswith(_WATCH) and not isinstance(own, Tensor):
+                at = f'`state["{self.name}"]["{key}"]`'
+                raise TypeError(f"{at} must be a tensor, got {type(own).__name__}.")
         for key, own in self.state().items():
             if key.startswith(_WATCH) or (key in self.memory and key not in saved):
                 continue  # of a version, or a rule, that knew none: it begins anew
