@@ -8,8 +8,12 @@ Letters: G (..., k, k) a positive semidefinite matrix; lambda its eigenvalues.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # The coefficients of odd polynomials a x + b x^3 + c x^5 whose composition takes [1e-3, 1] to 1.
 _SIGN = (
@@ -72,36 +76,103 @@ def eigenvalue_range(G: Tensor) -> Tensor:
     return torch.stack([least, largest], dim=-1) * scale[..., 0]
 
 
-def clip_factor(G: Tensor, bound: float, most: float) -> tuple[Tensor | None, Tensor]:
-    """F = min(1, bound G^(-1/2)) - I, and the least and the largest eigenvalue of G, (..., 2).
+class Clip(NamedTuple):
+    """How the singular values of blocks Z (..., m, k) with Z^T Z = G are clipped to 1.
 
-    Of Z (k, n) with Z Z^T = G, the singular values of Z + F Z are min(sigma, bound). F is zero
-    where a singular value exceeds `most` times the bound or G is not finite, and None where the
-    host knows that it is zero for all. Where G is not finite the range is NaN. On devices other
-    than the CPU F is that of matrix products, accurate up to four times the bound.
+    Attributes:
+        factor: F = min(1, G^(-1/2)) - I, so that the singular values of Z + Z F are min(sigma, 1).
+            It is zero where one exceeds `most` or G is not finite, and None where the host knows
+            that it is zero for all.
+        root: R such that the columns of Z R are orthonormal; None where the eigenvectors of G are
+            not known, or do not tell it with precision.
+        extremes: the least and the largest eigenvalue of G, (..., 2); NaN where G is not finite.
     """
+
+    factor: Tensor | None
+    root: Tensor | None
+    extremes: Tensor
+
+
+def clip_factors(grams: Sequence[Tensor], most: float, flat: float) -> list[Clip]:
+    """The clips of Gram matrices of several shapes, in the operations that one of them takes.
+
+    Args:
+        grams: the matrices G (..., k, k), of one dtype and on one device. Of one that is smaller
+            than the largest the least eigenvalue is given as 0, and no root.
+        most: the singular value from which on F is zero. On devices other than the CPU F is that of
+            matrix products, accurate up to 4.
+        flat: the ratio of the least singular value to the largest from which on R is given.
+    """
+    k = max(G.shape[-1] for G in grams)
+    # Zeros around a matrix change neither F nor its largest eigenvalue.
+    same = [G if G.shape[-1] == k else pad(G, [0, k - G.shape[-1]] * 2) for G in grams]
+    single = all(G.ndim == 2 for G in same)
+    G = torch.stack(same) if single else torch.cat([one.reshape(-1, k, k) for one in same])
     if not G.is_cpu:
-        extremes, products = eigenvalue_range(G), _clip_factor_by_products(G / bound**2)
-        near = extremes[..., 1, None, None] < (most * bound) ** 2
-        return products.where(near, 0.0), extremes
+        extremes, factor = eigenvalue_range(G), _clip_factor_by_products(G)
+        factor = factor.where(extremes[:, 1, None, None] < most**2, 0.0)
+        return [_cut(own, at, factor, None, extremes) for own, at in _places(grams)]
+    extremes, values, W = _eigh(G)
+    ends: list[list[float]] = extremes.tolist()
+    inverse = values.clamp_min(torch.finfo(G.dtype).tiny).rsqrt_()
+    root = W * inverse[:, None, :]
+    factor = None
+    if any(largest > 1 for _, largest in ends):
+        shares = inverse.clamp_max_(1).sub_(1)
+        if not all(largest < most**2 for _, largest in ends):
+            shares = shares.where(extremes[:, 1:] < most**2, 0.0)
+        factor = (W * shares[:, None, :]) @ W.mT
+    clips = []
+    for own, at in _places(grams):
+        rows = ends[at]
+        clipped = any(1 < largest < most**2 for _, largest in rows)
+        precise = all(least > flat**2 * largest for least, largest in rows)
+        clips.append(
+            _cut(own, at, factor if clipped else None, root if precise else None, extremes)
+        )
+    return clips
+
+
+def _places(grams: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+    """Each Gram matrix, or stack of them, and where it is among all."""
+    at = 0
+    for G in grams:
+        count = 1 if G.ndim == 2 else G.shape[:-2].numel()
+        yield G, slice(at, at + count)
+        at += count
+
+
+def _cut(
+    G: Tensor, at: slice, factor: Tensor | None, root: Tensor | None, extremes: Tensor
+) -> Clip:
+    """The clip of one of the Gram matrices."""
+    k = G.shape[-1]
+    if G.ndim == 2:
+        parts = [None if one is None else one[at.start] for one in (factor, root, extremes)]
+    else:
+        parts = [
+            None if one is None else one[at].reshape(*G.shape[:-2], *one.shape[1:])
+            for one in (factor, root, extremes)
+        ]
+    factor, root, own = parts
+    assert own is not None
+    if factor is not None and factor.shape[-1] > k:
+        factor = factor[..., :k, :k]
+    return Clip(factor, root, own)
+
+
+def _eigh(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The least and the largest eigenvalue, NaN where G is not finite; eigenvalues and vectors."""
     k = G.shape[-1]
     try:
-        values, W = torch.linalg.eigh(G) if k > 1 else (G[..., 0], torch.ones_like(G))
+        values, W = torch.linalg.eigh(G)
+        finite = None
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # One that is not finite stops all of a stack.
-        finite = torch.isfinite(G).all(-1, keepdim=True).all(-2, keepdim=True)
-        if bool(finite.all()):
-            return None, G.new_full((*G.shape[:-2], 2), torch.nan)
-        factor, extremes = clip_factor(G.where(finite, 0.0), bound, most)
-        return factor, extremes.where(finite[..., 0], torch.nan)
-    extremes = values[..., :: k - 1] if k > 1 else values.expand(*values.shape[:-1], 2)
-    largest = float(values.max())
-    if not largest > bound**2:
-        return None, extremes
-    shares = (values.clamp_min(bound**2).rsqrt_() * bound).sub_(1)
-    if not largest < (most * bound) ** 2:
-        shares = shares.where(extremes[..., 1:] < (most * bound) ** 2, 0.0)
-    return (W * shares[..., None, :]) @ W.mT, extremes
+        finite = torch.isfinite(G).all(-1).all(-1)
+        values, W = torch.linalg.eigh(G.where(finite[:, None, None], 0.0))
+    extremes = values[:, :: k - 1] if k > 1 else values.expand(-1, 2)
+    return (extremes if finite is None else extremes.where(finite[:, None], torch.nan)), values, W
 
 
 def _clip_factor_by_products(G: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,8 @@ from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.rules.penalty import check_answer
-from wellcond.rules.watch import Watch
+from wellcond.rules.watch import Reading, Turn, Watch
+from wellcond.rules.watch import look as look_again
 from wellcond.text import quote_subject
 from wellcond.training.application import apply, projection_task, step_task
 from wellcond.training.batch import Batch, Look, group_weights, look
@@ -41,7 +42,7 @@ class Engine:
         self.replicas = replicas
         self.check_replicas = check_replicas
         self._checks = DeferredChecks()
-        self._grouped: tuple[list[WeightOperator], list[Batch]] = [], []
+        self._grouped: dict[object, tuple[list[WeightOperator], list[Batch]]] = {}
         self._sights: list[Sight] = []  # looks that the host has not judged yet
         slots: dict[tuple[int, str], int] = {}
         for state in states:
@@ -221,58 +222,78 @@ class Engine:
         """
         with self._quietly():
             due = self._read_sights() if self._sights else []
-            turns: dict[int, list[WeightState]] = {}
+            turns: dict[tuple[int, bool], list[WeightState]] = {}
             for state, rate in zip(states, rates, strict=True):
                 record = state.record
                 state.step += 1
-                sweeps = record.count(rate)
-                if not sweeps or state in due:
+                products = record.count(rate)
+                if not products or state in due:
                     continue
                 if record.known and state.is_followed:
-                    turns.setdefault(sweeps, []).append(state)
+                    turn = products, record.products % 2 == 0
+                    turns.setdefault(turn, []).append(state)
+                    record.products += products
                 else:
                     due.append(state)
-            for sweeps, own in turns.items():
-                for batch in self._group(own):
-                    due += self._look_at(batch, sweeps)
+            if turns:
+                due += self._look_at(turns)
             return [state for state in due if state.active]
 
-    def _group(self, states: list[WeightState]) -> list[Batch]:
-        """The weights in batches; those of the last look if nothing of them has changed."""
+    def _group(self, turn: tuple[int, bool], states: list[WeightState]) -> list[Batch]:
+        """The weights in batches; those of the last such turn if nothing has changed."""
         operators = [state.operator() for state in states]
-        before, batches = self._grouped
+        before, batches = self._grouped.get(turn, ([], []))
         if len(before) != len(operators) or any(map(operator.is_not, before, operators)):
             batches = group_weights(states, operators)
-            self._grouped = operators, batches
+            self._grouped[turn] = operators, batches
         return batches
 
-    def _look_at(self, batch: Batch, sweeps: int) -> list[WeightState]:
+    def _look_at(self, states: Mapping[tuple[int, bool], list[WeightState]]) -> list[WeightState]:
         """Looks at weights that are watched; those that the host knows to be due."""
-        states, S = batch.states, batch.S
-        watch = states[0].watch
-        assert isinstance(watch, Watch)
-        sights = [state.sight for state in states]
+        batches, turns = [], []
+        for turn, own in states.items():
+            for batch in self._group(turn, own):
+                batches.append(batch)
+                watch = batch.states[0].watch
+                assert isinstance(watch, Watch)
+                sights = [state.sight for state in batch.states]
+                turns.append(Turn(watch, batch.S, sights, *turn))
+        due = []
+        for batch, S, reading in zip(
+            batches, [turn.S for turn in turns], self._readings(batches, turns), strict=True
+        ):
+            for state, memory in zip(batch.states, reading.sights, strict=True):
+                state.sight = memory
+            if reading.change is not None:
+                pair = reading.change if cast(HasGram, S).upright else reading.change[::-1]
+                for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
+                    cast(SpectralOperator, one).add_(U, V)
+            numbers = reading.numbers
+            (numbers,) = cast(HasGram, batch.operators[0]).agree(lambda: (numbers,), numbers)
+            sight = Sight(batch.states, numbers)
+            if sight.is_here:
+                due += sight.judge()
+            else:
+                self._sights.append(sight)
+        return due
+
+    def _readings(self, batches: Sequence[Batch], turns: Sequence[Turn]) -> list[Reading]:
+        """Looks at weights, or receives what another process sees of them."""
         if self.replicas is None:
-            reading = watch.look(S, sights, sweeps)
-        else:
-            owner, reading = states[0].owner, watch.blank(S, sights)
-            if self.replicas.rank == owner:
-                own = watch.look(S, sights, sweeps)
-                reading = own._replace(change=own.change or reading.change)
-            self.replicas.exchange_([(owner, tensor) for tensor in watch.tensors(reading)])
-        for state, memory in zip(states, reading.sights, strict=True):
-            state.sight = memory
-        if reading.change is not None:
-            pair = reading.change if cast(HasGram, S).upright else reading.change[::-1]
-            for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
-                cast(SpectralOperator, one).add_(U, V)
-        numbers = reading.numbers
-        (numbers,) = cast(HasGram, batch.operators[0]).agree(lambda: (numbers,), numbers)
-        sight = Sight(states, numbers)
-        if sight.is_here:
-            return sight.judge()
-        self._sights.append(sight)
-        return []
+            return look_again(turns)
+        owners = [batch.states[0].owner for batch in batches]
+        readings = [turn.watch.blank(turn) for turn in turns]
+        mine = [index for index, owner in enumerate(owners) if owner == self.replicas.rank]
+        for index, own in zip(mine, look_again([turns[i] for i in mine]), strict=True):
+            readings[index] = own._replace(change=own.change or readings[index].change)
+        self.replicas.exchange_(
+            [
+                (owner, tensor)
+                for owner, turn, reading in zip(owners, turns, readings, strict=True)
+                for tensor in turn.watch.tensors(reading)
+            ]
+        )
+        return readings
 
     def _read_sights(self) -> list[WeightState]:
         """The weights that the looks of the last step have shown to be due."""

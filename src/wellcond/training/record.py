@@ -14,7 +14,7 @@ from wellcond.rules.watch import Judgement
 _FIRST = 20  # steps: how a weight moves is not known yet
 _AFTER = 8  # looks in a row after an application
 _JUMP = 2.0  # times the learning rate of the last look
-_SWEEPS = 3  # of a look where a weight may have moved far
+_PRODUCTS = 5  # of a look where a weight may have moved far
 _FAST = 0.004  # growth per step: five times that of Adam at 1e-3, it may become faster still
 _FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
@@ -44,6 +44,7 @@ class Record:
         largest: the largest excess since the last report.
         value: sigma_1 at the last look.
         condition_number: kappa at the last look, nan if it was not asked.
+        products: with the weight since it was last decomposed; a block changes sides at each.
         mark: of the limit; a limit with another mark does not take this over.
     """
 
@@ -65,10 +66,11 @@ class Record:
     largest: float = math.nan
     value: float = math.nan
     condition_number: float = math.nan
+    products: int = 0
     mark: int = 0
 
     def count(self, rate: float) -> int:
-        """Counts a step at this learning rate: the sweeps of the look that is due, 0 for none."""
+        """Counts a step at this learning rate: products of the look that is due, 0 for none."""
         self.steps += 1
         self.since_look += 1
         self.since_move += 1
@@ -78,7 +80,7 @@ class Record:
         if self.since_look < self.interval and not jumps:
             return 0
         self.rate = rate
-        return _SWEEPS if jumps or self.steps <= _FIRST else 1
+        return _PRODUCTS if jumps or self.steps <= _FIRST else 1
 
     def judge(self, judgement: Judgement, period: int) -> bool:
         """Takes in what a look has shown: whether the weight is to be decomposed."""
@@ -103,6 +105,7 @@ class Record:
         first = self.decompositions == 0  # it tells how the weight was made, not how it moves
         self.decompositions += 1
         self.known = known
+        self.products = 0
         if moved:
             self.applications += 1
             self.recent += 1 / _HORIZON
