@@ -8,12 +8,11 @@ Letters: G (..., k, k) a positive semidefinite matrix; lambda its eigenvalues.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 # The coefficients of odd polynomials a x + b x^3 + c x^5 whose composition takes [1e-3, 1] to 1.
 _SIGN = (
@@ -77,7 +76,7 @@ def eigenvalue_range(G: Tensor) -> Tensor:
 
 
 class Clip(NamedTuple):
-    """How the singular values of blocks Z (..., m, k) with Z^T Z = G are clipped to 1.
+    """How the singular values of Z (..., m, k) are clipped to 1, by its Gram matrix G = Z^T Z.
 
     Attributes:
         factor: F = min(1, G^(-1/2)) - I, so that the singular values of Z + Z F are min(sigma, 1).
@@ -93,86 +92,101 @@ class Clip(NamedTuple):
     extremes: Tensor
 
 
-def clip_factors(grams: Sequence[Tensor], most: float, flat: float) -> list[Clip]:
-    """The clips of Gram matrices of several shapes, in the operations that one of them takes.
+def clip_blocks(blocks: Sequence[Tensor], most: float, flat: float) -> list[Clip]:
+    """The clips of blocks of several shapes, in the operations that one of them takes.
 
     Args:
-        grams: the matrices G (..., k, k), of one dtype and on one device. Of one that is smaller
-            than the largest the least eigenvalue is given as 0, and no root.
+        blocks: Z (..., m, k) of one dtype and on one device. Of one with fewer columns than another
+            the least eigenvalue is given as 0, and no root.
         most: the singular value from which on F is zero. On devices other than the CPU F is that of
             matrix products, accurate up to 4.
         flat: the ratio of the least singular value to the largest from which on R is given.
     """
-    k = max(G.shape[-1] for G in grams)
-    # Zeros around a matrix change neither F nor its largest eigenvalue.
-    same = [G if G.shape[-1] == k else pad(G, [0, k - G.shape[-1]] * 2) for G in grams]
-    single = all(G.ndim == 2 for G in same)
-    G = torch.stack(same) if single else torch.cat([one.reshape(-1, k, k) for one in same])
-    if not G.is_cpu:
-        extremes, factor = eigenvalue_range(G), _clip_factor_by_products(G)
-        factor = factor.where(extremes[:, 1, None, None] < most**2, 0.0)
-        return [_cut(own, at, factor, None, extremes) for own, at in _places(grams)]
+    k = max(Z.shape[-1] for Z in blocks)
+    counts = [Z.shape[:-2].numel() for Z in blocks]
+    G = _grams(blocks, counts, k)
+    if G.is_cpu:
+        return _clip_by_eigenvectors(G, blocks, counts, most, flat)
+    extremes = eigenvalue_range(G)
+    factor = _clip_factor_by_products(G).where(extremes[:, 1, None, None] < most**2, 0.0)
+    each = zip(_parts(factor, blocks, counts), _parts(extremes, blocks, counts), strict=True)
+    pairs = zip(blocks, each, strict=True)
+    return [Clip(_corner(factor, Z.shape[-1]), None, ends) for Z, (factor, ends) in pairs]
+
+
+def _grams(blocks: Sequence[Tensor], counts: Sequence[int], k: int) -> Tensor:
+    """All Gram matrices, with zeros around those that are smaller.
+
+    Those change neither F nor the largest eigenvalue.
+    """
+    G = blocks[0].new_zeros(sum(counts), k, k)
+    at = 0
+    for Z, count in zip(blocks, counts, strict=True):
+        if Z.ndim == 2:
+            _corner(G[at], Z.shape[-1]).addmm_(Z.mT, Z)
+        elif count:
+            Z = Z.reshape(count, *Z.shape[-2:])
+            _corner(G[at : at + count], Z.shape[-1]).baddbmm_(Z.mT, Z)
+        at += count
+    return G
+
+
+def _corner(G: Tensor, k: int) -> Tensor:
+    return G if G.shape[-1] == k else G[..., :k, :k]
+
+
+def _parts(tensor: Tensor, blocks: Sequence[Tensor], counts: Sequence[int]) -> Sequence[Tensor]:
+    """What belongs to each block."""
+    if len(counts) == len(tensor) and all(Z.ndim == 2 for Z in blocks):
+        return tensor.unbind()
+    parts = zip(torch.split(tensor, list(counts)), blocks, strict=True)
+    return [part.reshape(*Z.shape[:-2], *part.shape[1:]) for part, Z in parts]
+
+
+def _clip_by_eigenvectors(
+    G: Tensor, blocks: Sequence[Tensor], counts: Sequence[int], most: float, flat: float
+) -> list[Clip]:
     extremes, values, W = _eigh(G)
     ends: list[list[float]] = extremes.tolist()
     inverse = values.clamp_min(torch.finfo(G.dtype).tiny).rsqrt_()
-    root = W * inverse[:, None, :]
-    factor = None
+    roots = _parts(W * inverse[:, None, :], blocks, counts)
+    factors: Sequence[Tensor] = ()
     if any(largest > 1 for _, largest in ends):
         shares = inverse.clamp_max_(1).sub_(1)
         if not all(largest < most**2 for _, largest in ends):
             shares = shares.where(extremes[:, 1:] < most**2, 0.0)
-        factor = (W * shares[:, None, :]) @ W.mT
-    clips = []
-    for own, at in _places(grams):
-        rows = ends[at]
-        clipped = any(1 < largest < most**2 for _, largest in rows)
-        precise = all(least > flat**2 * largest for least, largest in rows)
+        factors = _parts((W * shares[:, None, :]) @ W.mT, blocks, counts)
+    clips, at = [], 0
+    parts = _parts(extremes, blocks, counts)
+    for index, (Z, count) in enumerate(zip(blocks, counts, strict=True)):
+        rows = ends[at : at + count]
+        at += count
         clips.append(
-            _cut(own, at, factor if clipped else None, root if precise else None, extremes)
+            Clip(
+                _corner(factors[index], Z.shape[-1])
+                if any(1 < largest < most**2 for _, largest in rows)
+                else None,
+                roots[index] if all(low > flat**2 * high for low, high in rows) else None,
+                parts[index],
+            )
         )
     return clips
 
 
-def _places(grams: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
-    """Each Gram matrix, or stack of them, and where it is among all."""
-    at = 0
-    for G in grams:
-        count = 1 if G.ndim == 2 else G.shape[:-2].numel()
-        yield G, slice(at, at + count)
-        at += count
-
-
-def _cut(
-    G: Tensor, at: slice, factor: Tensor | None, root: Tensor | None, extremes: Tensor
-) -> Clip:
-    """The clip of one of the Gram matrices."""
-    k = G.shape[-1]
-    if G.ndim == 2:
-        parts = [None if one is None else one[at.start] for one in (factor, root, extremes)]
-    else:
-        parts = [
-            None if one is None else one[at].reshape(*G.shape[:-2], *one.shape[1:])
-            for one in (factor, root, extremes)
-        ]
-    factor, root, own = parts
-    assert own is not None
-    if factor is not None and factor.shape[-1] > k:
-        factor = factor[..., :k, :k]
-    return Clip(factor, root, own)
-
-
 def _eigh(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The least and the largest eigenvalue, NaN where G is not finite; eigenvalues and vectors."""
-    k = G.shape[-1]
+    finite = None
     try:
         values, W = torch.linalg.eigh(G)
-        finite = None
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # One that is not finite stops all of a stack.
         finite = torch.isfinite(G).all(-1).all(-1)
         values, W = torch.linalg.eigh(G.where(finite[:, None, None], 0.0))
+    k = G.shape[-1]
     extremes = values[:, :: k - 1] if k > 1 else values.expand(-1, 2)
-    return (extremes if finite is None else extremes.where(finite[:, None], torch.nan)), values, W
+    if finite is not None:
+        extremes = extremes.where(finite[:, None], torch.nan)
+    return extremes, values, W
 
 
 def _clip_factor_by_products(G: Tensor) -> Tensor:

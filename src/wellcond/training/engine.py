@@ -8,6 +8,7 @@ computed here is the same whether it is called eagerly or from within a compiled
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.rules.penalty import check_answer
-from wellcond.rules.watch import Reading, Turn, Watch
-from wellcond.rules.watch import look as look_again
+from wellcond.rules.watch import Reading, Turn, Watch, look_at
 from wellcond.text import quote_subject
 from wellcond.training.application import apply, projection_task, step_task
 from wellcond.training.batch import Batch, Look, group_weights, look
@@ -30,6 +30,8 @@ from wellcond.training.deferred import DeferredChecks, Sight
 from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, raise_meta_weights
+
+_GROUPINGS = 8  # that are remembered of the weights that are looked at together
 
 
 class Engine:
@@ -220,7 +222,7 @@ class Engine:
             The weights that are to be projected now. Of a device the numbers of a look are read at
             the step after it.
         """
-        with self._quietly():
+        with full_precision(self._device):
             due = self._read_sights() if self._sights else []
             turns: dict[tuple[int, bool], list[WeightState]] = {}
             for state, rate in zip(states, rates, strict=True):
@@ -239,37 +241,41 @@ class Engine:
                 due += self._look_at(turns)
             return [state for state in due if state.active]
 
-    def _group(self, turn: tuple[int, bool], states: list[WeightState]) -> list[Batch]:
-        """The weights in batches; those of the last such turn if nothing has changed."""
+    def _group(self, states: list[WeightState]) -> list[Batch]:
+        """The weights in batches; those of the last time if nothing of them has changed."""
         operators = [state.operator() for state in states]
-        before, batches = self._grouped.get(turn, ([], []))
+        key = tuple(map(id, states))
+        before, batches = self._grouped.get(key, ([], []))
         if len(before) != len(operators) or any(map(operator.is_not, before, operators)):
             batches = group_weights(states, operators)
-            self._grouped[turn] = operators, batches
+            if len(self._grouped) >= _GROUPINGS:
+                self._grouped.clear()
+            self._grouped[key] = operators, batches
         return batches
 
     def _look_at(self, states: Mapping[tuple[int, bool], list[WeightState]]) -> list[WeightState]:
         """Looks at weights that are watched; those that the host knows to be due."""
         batches, turns = [], []
-        for turn, own in states.items():
-            for batch in self._group(turn, own):
+        for how, own in states.items():
+            for batch in self._group(own):
                 batches.append(batch)
                 watch = batch.states[0].watch
                 assert isinstance(watch, Watch)
                 sights = [state.sight for state in batch.states]
-                turns.append(Turn(watch, batch.S, sights, *turn))
+                turns.append(Turn(watch, batch.S, sights, *how))
         due = []
-        for batch, S, reading in zip(
-            batches, [turn.S for turn in turns], self._readings(batches, turns), strict=True
-        ):
+        readings = self._readings(batches, turns)
+        for batch, turn, reading in zip(batches, turns, readings, strict=True):
             for state, memory in zip(batch.states, reading.sights, strict=True):
                 state.sight = memory
             if reading.change is not None:
-                pair = reading.change if cast(HasGram, S).upright else reading.change[::-1]
+                pair = reading.change if cast(HasGram, turn.S).upright else reading.change[::-1]
                 for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
                     cast(SpectralOperator, one).add_(U, V)
-            numbers = reading.numbers
-            (numbers,) = cast(HasGram, batch.operators[0]).agree(lambda: (numbers,), numbers)
+            found = (reading.numbers,)
+            (numbers,) = cast(HasGram, batch.operators[0]).agree(
+                functools.partial(tuple, found), *found
+            )
             sight = Sight(batch.states, numbers)
             if sight.is_here:
                 due += sight.judge()
@@ -280,11 +286,11 @@ class Engine:
     def _readings(self, batches: Sequence[Batch], turns: Sequence[Turn]) -> list[Reading]:
         """Looks at weights, or receives what another process sees of them."""
         if self.replicas is None:
-            return look_again(turns)
+            return look_at(turns)
         owners = [batch.states[0].owner for batch in batches]
         readings = [turn.watch.blank(turn) for turn in turns]
         mine = [index for index, owner in enumerate(owners) if owner == self.replicas.rank]
-        for index, own in zip(mine, look_again([turns[i] for i in mine]), strict=True):
+        for index, own in zip(mine, look_at([turns[i] for i in mine]), strict=True):
             readings[index] = own._replace(change=own.change or readings[index].change)
         self.replicas.exchange_(
             [
@@ -368,10 +374,13 @@ class Engine:
                 "drawn from another seed."
             )
 
+    @property
+    def _device(self) -> str:
+        return self.states[0].weight.parameters[0].device.type
+
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
-        device = self.states[0].weight.parameters[0].device.type
-        with full_precision(device):
+        with full_precision(self._device):
             try:
                 yield
             except RuntimeError as error:

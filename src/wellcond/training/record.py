@@ -14,7 +14,7 @@ from wellcond.rules.watch import Judgement
 _FIRST = 20  # steps: how a weight moves is not known yet
 _AFTER = 8  # looks in a row after an application
 _JUMP = 2.0  # times the learning rate of the last look
-_PRODUCTS = 5  # of a look where a weight may have moved far
+_PRODUCTS, _SOME = 5, 2  # of a look where a weight may have moved far, or some way
 _FAST = 0.004  # growth per step: five times that of Adam at 1e-3, it may become faster still
 _FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
@@ -44,6 +44,7 @@ class Record:
         largest: the largest excess since the last report.
         value: sigma_1 at the last look.
         condition_number: kappa at the last look, nan if it was not asked.
+        is_alert: whether the last look calls for a closer one.
         products: with the weight since it was last decomposed; a block changes sides at each.
         mark: of the limit; a limit with another mark does not take this over.
     """
@@ -66,6 +67,7 @@ class Record:
     largest: float = math.nan
     value: float = math.nan
     condition_number: float = math.nan
+    is_alert: bool = False
     products: int = 0
     mark: int = 0
 
@@ -80,7 +82,9 @@ class Record:
         if self.since_look < self.interval and not jumps:
             return 0
         self.rate = rate
-        return _PRODUCTS if jumps or self.steps <= _FIRST else 1
+        if jumps or self.steps <= _FIRST:
+            return _PRODUCTS
+        return _SOME if self.is_alert else 1
 
     def judge(self, judgement: Judgement, period: int) -> bool:
         """Takes in what a look has shown: whether the weight is to be decomposed."""
@@ -90,7 +94,8 @@ class Record:
         growth = (level - self.level) / max(self.since_look, 1)
         self.growth = max(growth, self.growth * _FADES) if math.isfinite(growth) else self.growth
         self.level = level
-        calm = self.steps > _FIRST and self.since_move > _AFTER and not judgement.alert
+        self.is_alert = judgement.alert
+        calm = self.steps > _FIRST and self.since_move > _AFTER and not self.is_alert
         self.interval = period if calm else 1
         if self.growth > _FAST:
             self.interval = 1
