@@ -8,6 +8,8 @@ Letters: G (..., k, k) a positive semidefinite matrix; lambda its eigenvalues.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -146,12 +148,12 @@ def _parts(tensor: Tensor, blocks: Sequence[Tensor], counts: Sequence[int]) -> S
 def _clip_by_eigenvectors(
     G: Tensor, blocks: Sequence[Tensor], counts: Sequence[int], most: float, flat: float
 ) -> list[Clip]:
-    extremes, values, W = _eigh(G)
-    ends: list[list[float]] = extremes.tolist()
+    values, W, ends = _eigh(G)
+    extremes = G.new_tensor(ends)
     inverse = values.clamp_min(torch.finfo(G.dtype).tiny).rsqrt_()
     roots = _parts(W * inverse[:, None, :], blocks, counts)
     factors: Sequence[Tensor] = ()
-    if any(largest > 1 for _, largest in ends):
+    if any(1 < largest < most**2 for _, largest in ends):
         shares = inverse.clamp_max_(1).sub_(1)
         if not all(largest < most**2 for _, largest in ends):
             shares = shares.where(extremes[:, 1:] < most**2, 0.0)
@@ -173,20 +175,19 @@ def _clip_by_eigenvectors(
     return clips
 
 
-def _eigh(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The least and the largest eigenvalue, NaN where G is not finite; eigenvalues and vectors."""
-    finite = None
-    try:
+def _eigh(G: Tensor) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
+    """Eigenvalues, eigenvectors, and the ends of each spectrum, NaN where G is not finite."""
+    with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         values, W = torch.linalg.eigh(G)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # One that is not finite stops all of a stack.
-        finite = torch.isfinite(G).all(-1).all(-1)
-        values, W = torch.linalg.eigh(G.where(finite[:, None, None], 0.0))
-    k = G.shape[-1]
-    extremes = values[:, :: k - 1] if k > 1 else values.expand(-1, 2)
-    if finite is not None:
-        extremes = extremes.where(finite[:, None], torch.nan)
-    return extremes, values, W
+        rows = values.tolist()
+        if math.isfinite(sum(map(sum, rows))):
+            return values, W, [(row[0], row[-1]) for row in rows]
+    # One that is not finite may stop the solver for all of a stack, or not.
+    finite = torch.isfinite(G).all(-1).all(-1)
+    values, W = torch.linalg.eigh(G.where(finite[:, None, None], 0.0))
+    known: list[bool] = finite.tolist()
+    pairs = zip(values.tolist(), known, strict=True)
+    return values, W, [(row[0], row[-1]) if good else (math.nan, math.nan) for row, good in pairs]
 
 
 def _clip_factor_by_products(G: Tensor) -> Tensor:
