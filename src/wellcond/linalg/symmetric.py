@@ -8,6 +8,11 @@ Letters: G (..., k, k) a positive semidefinite matrix; lambda its eigenvalues.
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -72,36 +77,117 @@ def eigenvalue_range(G: Tensor) -> Tensor:
     return torch.stack([least, largest], dim=-1) * scale[..., 0]
 
 
-def clip_factor(G: Tensor, bound: float, most: float) -> tuple[Tensor | None, Tensor]:
-    """F = min(1, bound G^(-1/2)) - I, and the least and the largest eigenvalue of G, (..., 2).
+class Clip(NamedTuple):
+    """How the singular values of Z (..., m, k) are clipped to 1, by its Gram matrix G = Z^T Z.
 
-    Of Z (k, n) with Z Z^T = G, the singular values of Z + F Z are min(sigma, bound). F is zero
-    where a singular value exceeds `most` times the bound or G is not finite, and None where the
-    host knows that it is zero for all. Where G is not finite the range is NaN. On devices other
-    than the CPU F is that of matrix products, accurate up to four times the bound.
+    Attributes:
+        factor: F = min(1, G^(-1/2)) - I, so that the singular values of Z + Z F are min(sigma, 1).
+            It is zero where one exceeds `most` or G is not finite, and None where the host knows
+            that it is zero for all.
+        root: R such that the columns of Z R are orthonormal; None where the eigenvectors of G are
+            not known, or do not tell it with precision.
+        extremes: the least and the largest eigenvalue of G, (..., 2); NaN where G is not finite.
     """
-    if not G.is_cpu:
-        extremes, products = eigenvalue_range(G), _clip_factor_by_products(G / bound**2)
-        near = extremes[..., 1, None, None] < (most * bound) ** 2
-        return products.where(near, 0.0), extremes
-    k = G.shape[-1]
-    try:
-        values, W = torch.linalg.eigh(G) if k > 1 else (G[..., 0], torch.ones_like(G))
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # One that is not finite stops all of a stack.
-        finite = torch.isfinite(G).all(-1, keepdim=True).all(-2, keepdim=True)
-        if bool(finite.all()):
-            return None, G.new_full((*G.shape[:-2], 2), torch.nan)
-        factor, extremes = clip_factor(G.where(finite, 0.0), bound, most)
-        return factor, extremes.where(finite[..., 0], torch.nan)
-    extremes = values[..., :: k - 1] if k > 1 else values.expand(*values.shape[:-1], 2)
-    largest = float(values.max())
-    if not largest > bound**2:
-        return None, extremes
-    shares = (values.clamp_min(bound**2).rsqrt_() * bound).sub_(1)
-    if not largest < (most * bound) ** 2:
-        shares = shares.where(extremes[..., 1:] < (most * bound) ** 2, 0.0)
-    return (W * shares[..., None, :]) @ W.mT, extremes
+
+    factor: Tensor | None
+    root: Tensor | None
+    extremes: Tensor
+
+
+def clip_blocks(blocks: Sequence[Tensor], most: float, flat: float) -> list[Clip]:
+    """The clips of blocks of several shapes, in the operations that one of them takes.
+
+    Args:
+        blocks: Z (..., m, k) of one dtype and on one device. Of one with fewer columns than another
+            the least eigenvalue is given as 0, and no root.
+        most: the singular value from which on F is zero. On devices other than the CPU F is that of
+            matrix products, accurate up to 4.
+        flat: the ratio of the least singular value to the largest from which on R is given.
+    """
+    k = max(Z.shape[-1] for Z in blocks)
+    counts = [Z.shape[:-2].numel() for Z in blocks]
+    G = _grams(blocks, counts, k)
+    if G.is_cpu:
+        return _clip_by_eigenvectors(G, blocks, counts, most, flat)
+    extremes = eigenvalue_range(G)
+    factor = _clip_factor_by_products(G).where(extremes[:, 1, None, None] < most**2, 0.0)
+    each = zip(_parts(factor, blocks, counts), _parts(extremes, blocks, counts), strict=True)
+    pairs = zip(blocks, each, strict=True)
+    return [Clip(_corner(factor, Z.shape[-1]), None, ends) for Z, (factor, ends) in pairs]
+
+
+def _grams(blocks: Sequence[Tensor], counts: Sequence[int], k: int) -> Tensor:
+    """All Gram matrices, with zeros around those that are smaller.
+
+    Those change neither F nor the largest eigenvalue.
+    """
+    G = blocks[0].new_zeros(sum(counts), k, k)
+    at = 0
+    for Z, count in zip(blocks, counts, strict=True):
+        if Z.ndim == 2:
+            _corner(G[at], Z.shape[-1]).addmm_(Z.mT, Z)
+        elif count:
+            Z = Z.reshape(count, *Z.shape[-2:])
+            _corner(G[at : at + count], Z.shape[-1]).baddbmm_(Z.mT, Z)
+        at += count
+    return G
+
+
+def _corner(G: Tensor, k: int) -> Tensor:
+    return G if G.shape[-1] == k else G[..., :k, :k]
+
+
+def _parts(tensor: Tensor, blocks: Sequence[Tensor], counts: Sequence[int]) -> Sequence[Tensor]:
+    """What belongs to each block."""
+    if len(counts) == len(tensor) and all(Z.ndim == 2 for Z in blocks):
+        return tensor.unbind()
+    parts = zip(torch.split(tensor, list(counts)), blocks, strict=True)
+    return [part.reshape(*Z.shape[:-2], *part.shape[1:]) for part, Z in parts]
+
+
+def _clip_by_eigenvectors(
+    G: Tensor, blocks: Sequence[Tensor], counts: Sequence[int], most: float, flat: float
+) -> list[Clip]:
+    values, W, ends = _eigh(G)
+    extremes = G.new_tensor(ends)
+    inverse = values.clamp_min(torch.finfo(G.dtype).tiny).rsqrt_()
+    roots = _parts(W * inverse[:, None, :], blocks, counts)
+    factors: Sequence[Tensor] = ()
+    if any(1 < largest < most**2 for _, largest in ends):
+        shares = inverse.clamp_max_(1).sub_(1)
+        if not all(largest < most**2 for _, largest in ends):
+            shares = shares.where(extremes[:, 1:] < most**2, 0.0)
+        factors = _parts((W * shares[:, None, :]) @ W.mT, blocks, counts)
+    clips, at = [], 0
+    parts = _parts(extremes, blocks, counts)
+    for index, (Z, count) in enumerate(zip(blocks, counts, strict=True)):
+        rows = ends[at : at + count]
+        at += count
+        clips.append(
+            Clip(
+                _corner(factors[index], Z.shape[-1])
+                if any(1 < largest < most**2 for _, largest in rows)
+                else None,
+                roots[index] if all(low > flat**2 * high for low, high in rows) else None,
+                parts[index],
+            )
+        )
+    return clips
+
+
+def _eigh(G: Tensor) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
+    """Eigenvalues, eigenvectors, and the ends of each spectrum, NaN where G is not finite."""
+    with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        values, W = torch.linalg.eigh(G)
+        rows = values.tolist()
+        if math.isfinite(sum(map(sum, rows))):
+            return values, W, [(row[0], row[-1]) for row in rows]
+    # One that is not finite may stop the solver for all of a stack, or not.
+    finite = torch.isfinite(G).all(-1).all(-1)
+    values, W = torch.linalg.eigh(G.where(finite[:, None, None], 0.0))
+    known: list[bool] = finite.tolist()
+    pairs = zip(values.tolist(), known, strict=True)
+    return values, W, [(row[0], row[-1]) if good else (math.nan, math.nan) for row, good in pairs]
 
 
 def _clip_factor_by_products(G: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ _BACKENDS: list[Any] = [
     torch.backends.cuda.matmul,
     getattr(torch.backends.mkldnn, "matmul", None),
 ]
+_SETTINGS = [b for b in _BACKENDS if hasattr(b, "fp32_precision")]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,14 +27,23 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@contextlib.contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Outside of autograd and autocast, and with float32 products that are float32.
 
     TF32 and bfloat16 inside of products are switched on for a whole process, to train faster; a
     subspace, a Ritz value or a Gram matrix found with their ten bits would be another one.
     """
-    with torch.no_grad(), _without_autocast(device_type), _products_in_float32():
+    others = _without_autocast(device_type), _products_in_float32()
+    if others == (_NOTHING, _NOTHING):
+        return torch.no_grad()
+    return _all_of(torch.no_grad(), *others)
+
+
+@contextlib.contextmanager
+def _all_of(*contexts: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as entered:
+        for one in contexts:
+            entered.enter_context(one)
         yield
 
 
@@ -45,13 +55,12 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
 
 
 def _products_in_float32() -> contextlib.AbstractContextManager[Any]:
-    backends = [b for b in _BACKENDS if hasattr(b, "fp32_precision")]
-    if len(backends) < len(_BACKENDS):
+    if len(_SETTINGS) < len(_BACKENDS):
         # Before each backend had a setting of its own there was one for all.
         if torch.get_float32_matmul_precision() == "highest":
             return _NOTHING
         return _highest_precision()
-    coarse = [b for b in backends if b.fp32_precision not in ("ieee", "none")]
+    coarse = [b for b in _SETTINGS if b.fp32_precision not in ("ieee", "none")]
     return _ieee_products(coarse) if coarse else _NOTHING
 
 

@@ -6,9 +6,7 @@ copy, and what is written to that must be carried back, or it would be lost with
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,13 +141,22 @@ def shares_memory(matrix: Tensor, parameter: Tensor) -> bool:
     return mine.data_ptr() == theirs.data_ptr()
 
 
-@contextlib.contextmanager
-def writable(view: View, tensor: Tensor) -> Iterator[Tensor]:
+class writable:
     """A parameter or a gradient seen through a view; what is written to it reaches the tensor."""
-    matrix = view(tensor)
-    yield matrix
-    if matrix is not tensor and matrix.device.type != "meta" and not shares_memory(matrix, tensor):
-        view.write_(tensor, matrix)
+
+    def __init__(self, view: View, tensor: Tensor) -> None:
+        self._view, self._tensor = view, tensor
+
+    def __enter__(self) -> Tensor:
+        self._matrix = self._view(self._tensor)
+        return self._matrix
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        matrix, tensor = self._matrix, self._tensor
+        if kind is not None or matrix is tensor or matrix.device.type == "meta":
+            return
+        if not shares_memory(matrix, tensor):
+            self._view.write_(tensor, matrix)
 
 
 def shape_of(view: View, tensor: Tensor) -> torch.Size:

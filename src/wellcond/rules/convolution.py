@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg.projection import GramDecomposition
+from wellcond.linalg.symmetric import Clip
 from wellcond.operators.acting import NormEstimator, bound_norm, limit_norm, padding_factor
 from wellcond.operators.base import Operator
 from wellcond.operators.convolution import Geometry
@@ -25,7 +26,7 @@ from wellcond.operators.stored import StoredMatrix
 from wellcond.rules.base import Need, RuleState
 from wellcond.rules.limit import Limit
 from wellcond.rules.outcome import Outcome, OutcomeStatus
-from wellcond.rules.watch import Judgement, Reading, Watch
+from wellcond.rules.watch import Glance, Judgement, Reading, Turn, Watch
 
 _NEARLY = 0.97  # of the limit: what is below is not clipped
 
@@ -109,28 +110,30 @@ class ConvolutionWatch(Watch):
         shrunk = torch.ones(self.geometry.groups, dtype=start.dtype, device=start.device)
         return {"modes": start, "shrunk": shrunk}
 
-    def look(self, S: Operator, memories: Sequence[RuleState], sweeps: int) -> Reading:
-        kernel = cast(StoredMatrix, S).parameter
-        ((modes, shrunk),) = ((one["modes"], one["shrunk"]) for one in memories)
+    def glance(self, turn: Turn) -> Glance:
+        kernel = cast(StoredMatrix, turn.S).parameter
+        ((modes, shrunk),) = ((one["modes"], one["shrunk"]) for one in turn.memories)
         assert self._estimator is not None
-        for _ in range(1 if sweeps == 1 else self.REFINEMENTS):
+        for _ in range(1 if turn.products <= 2 else self.REFINEMENTS):
             sigma, modes = self._estimator.refine(kernel, modes)
         excess = sigma * padding_factor(kernel.shape, self.geometry) / self.upper
+        return Glance((excess, modes, shrunk))
+
+    def read(self, turn: Turn, glance: Glance, clip: Clip | None) -> Reading:
+        excess, modes, shrunk = glance.tensors
         # Where it is not finite nothing is scaled.
         scale = 1 / torch.where(excess < math.inf, excess, 1.0).clamp_min(1.0)
         shrunk = shrunk * scale
-        numbers = torch.stack([excess, shrunk], dim=-1)
+        numbers = _per_matrix(torch.stack([excess, shrunk], dim=-1), turn.S)
         sight = {"modes": modes, "shrunk": shrunk}
-        return Reading(
-            _per_matrix(numbers, S), [sight], scale=_per_matrix(scale[:, None], S)[..., 0]
-        )
+        return Reading(numbers, [sight], scale=_per_matrix(scale[:, None], turn.S)[..., 0])
 
-    def blank(self, S: Operator, memories: Sequence[RuleState]) -> Reading:
-        (memory,) = memories
+    def blank(self, turn: Turn) -> Reading:
+        (memory,) = turn.memories
         ones = torch.ones_like(memory["shrunk"])
-        numbers = _per_matrix(torch.stack([ones, ones], dim=-1), S)
+        numbers = _per_matrix(torch.stack([ones, ones], dim=-1), turn.S)
         sight = {key: own.clone() for key, own in memory.items()}
-        return Reading(numbers, [sight], scale=_per_matrix(ones[:, None], S)[..., 0])
+        return Reading(numbers, [sight], scale=_per_matrix(ones[:, None], turn.S)[..., 0])
 
     def judge(self, numbers: Sequence[Sequence[float]], is_one_map: bool) -> Judgement:
         excess = max((n for n, _ in numbers), key=lambda n: math.inf if math.isnan(n) else n)

@@ -170,7 +170,7 @@ class Attachment:
             if not any(parameter.requires_grad for parameter in parameters):
                 continue
             group = group_of.get(id(parameters[0]))
-            if group is None or not _is_held_by(state, group_of):
+            if group is None or any(id(parameter) not in group_of for parameter in parameters[1:]):
                 strange.append(state.name)
             elif self.is_watched(state):
                 watched.append(state)
@@ -339,7 +339,7 @@ def attachments() -> list[Attachment]:
 _orphans: list[weakref.ref[Attachment]] = []
 
 
-def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _warn_of_successor(optimizer: Optimizer) -> None:
     for reference in tuple(_orphans):
         attachment = reference()
         if attachment is None or attachment.removed:
@@ -355,13 +355,13 @@ def _warn_of_successor(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             )
 
 
-def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _warn_of_another(optimizer: Optimizer) -> None:
     """Of an optimizer that steps weights in place of the attached one, which has taken no step.
 
     A wrapper calls the step of the optimizer that it wraps, which is no other: within its own step,
     or, without hooks of its own before it, once before that is seen.
     """
-    for attachment in attachments():
+    for attachment in attachments() if any(not one.steps for one in _attachments) else ():
         if attachment.steps or attachment.steps_now or attachment.optimizer is optimizer:
             continue
         if names := attachment.names_in(optimizer):
@@ -378,8 +378,13 @@ def _warn_of_another(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 )
 
 
+def _watch_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _orphans:
+        _warn_of_successor(optimizer)
+    _warn_of_another(optimizer)
+
+
 @functools.cache
 def _watch_all_optimizers() -> None:
-    for watch in (_warn_of_successor, _warn_of_another):
-        hook = torch.compiler.disable(watch)  # type: ignore[no-untyped-call]
-        register_optimizer_step_post_hook(hook)
+    hook = torch.compiler.disable(_watch_step)  # type: ignore[no-untyped-call]
+    register_optimizer_step_post_hook(hook)

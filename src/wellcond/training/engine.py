@@ -8,9 +8,10 @@ computed here is the same whether it is called eagerly or from within a compiled
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Subspace, refine
 from wellcond.rules.penalty import check_answer
-from wellcond.rules.watch import Watch
+from wellcond.rules.watch import Reading, Turn, Watch, look_at
 from wellcond.text import quote_subject
 from wellcond.training.application import apply, projection_task, step_task
 from wellcond.training.batch import Batch, Look, group_weights, look
@@ -35,6 +36,8 @@ from wellcond.training.deferred import DeferredChecks, Sight
 from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, raise_meta_weights
+
+_GROUPINGS = 8  # that are remembered of the weights that are looked at together
 
 
 class Engine:
@@ -47,7 +50,7 @@ class Engine:
         self.replicas = replicas
         self.check_replicas = check_replicas
         self._checks = DeferredChecks()
-        self._grouped: tuple[list[WeightOperator], list[Batch]] = [], []
+        self._grouped: dict[object, tuple[list[WeightOperator], list[Batch]]] = {}
         self._sights: list[Sight] = []  # looks that the host has not judged yet
         slots: dict[tuple[int, str], int] = {}
         for state in states:
@@ -226,63 +229,85 @@ class Engine:
             The weights that are to be projected now. Of a device the numbers of a look are read at
             the step after it.
         """
-        with self._quietly():
+        with full_precision(self._device):
             self.settle()
-            turns: dict[int, list[WeightState]] = {}
+            turns: dict[tuple[int, bool], list[WeightState]] = {}
             for state, rate in zip(states, rates, strict=True):
                 record = state.record
                 state.step += 1
-                sweeps = record.count(rate)
+                products = record.count(rate)
                 if record.due or not state.is_followed:
                     record.due = True
-                elif sweeps and record.known:
-                    turns.setdefault(sweeps, []).append(state)
-                elif sweeps:
+                elif products and record.known:
+                    turn = products, record.products % 2 == 0
+                    turns.setdefault(turn, []).append(state)
+                    record.products += products
+                elif products:
                     record.due = True
-            for sweeps, own in turns.items():
-                for batch in self._group(own):
-                    self._look_at(batch, sweeps)
+            if turns:
+                self._look_at(turns)
             return [state for state in states if state.record.due and state.active]
 
     def _group(self, states: list[WeightState]) -> list[Batch]:
-        """The weights in batches; those of the last look if nothing of them has changed."""
+        """The weights in batches; those of the last time if nothing of them has changed."""
         operators = [state.operator() for state in states]
-        before, batches = self._grouped
+        key = tuple(map(id, states))
+        before, batches = self._grouped.get(key, ([], []))
         if len(before) != len(operators) or any(map(operator.is_not, before, operators)):
             batches = group_weights(states, operators)
-            self._grouped = operators, batches
+            if len(self._grouped) >= _GROUPINGS:
+                self._grouped.clear()
+            self._grouped[key] = operators, batches
         return batches
 
-    def _look_at(self, batch: Batch, sweeps: int) -> None:
+    def _look_at(self, states: Mapping[tuple[int, bool], list[WeightState]]) -> None:
         """Looks at weights that are watched."""
-        states, S = batch.states, batch.S
-        watch = states[0].watch
-        assert isinstance(watch, Watch)
-        sights = [state.sight for state in states]
+        batches, turns = [], []
+        for how, own in states.items():
+            for batch in self._group(own):
+                batches.append(batch)
+                watch = batch.states[0].watch
+                assert isinstance(watch, Watch)
+                sights = [state.sight for state in batch.states]
+                turns.append(Turn(watch, batch.S, sights, *how))
+        readings = self._readings(batches, turns)
+        for batch, turn, reading in zip(batches, turns, readings, strict=True):
+            for state, memory in zip(batch.states, reading.sights, strict=True):
+                state.sight = memory
+            if reading.change is not None:
+                pair = reading.change if cast(HasGram, turn.S).upright else reading.change[::-1]
+                for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
+                    cast(SpectralOperator, one).add_(U, V)
+            if reading.scale is not None:
+                for one, (scale,) in zip(batch.operators, batch.each(reading.scale), strict=True):
+                    cast(SpectralOperator, one).update_(NewWeight.scaled(one, scale))
+            found = (reading.numbers,)
+            (numbers,) = cast(HasGram, batch.operators[0]).agree(
+                functools.partial(tuple, found), *found
+            )
+            sight = Sight(batch.states, numbers)
+            if sight.is_here:
+                sight.judge()
+            else:
+                self._sights.append(sight)
+
+    def _readings(self, batches: Sequence[Batch], turns: Sequence[Turn]) -> list[Reading]:
+        """Looks at weights, or receives what another process sees of them."""
         if self.replicas is None:
-            reading = watch.look(S, sights, sweeps)
-        else:
-            owner, reading = states[0].owner, watch.blank(S, sights)
-            if self.replicas.rank == owner:
-                own = watch.look(S, sights, sweeps)
-                reading = own._replace(change=own.change or reading.change)
-            self.replicas.exchange_([(owner, tensor) for tensor in watch.tensors(reading)])
-        for state, memory in zip(states, reading.sights, strict=True):
-            state.sight = memory
-        if reading.change is not None:
-            pair = reading.change if cast(HasGram, S).upright else reading.change[::-1]
-            for one, (U, V) in zip(batch.operators, batch.each(*pair), strict=True):
-                cast(SpectralOperator, one).add_(U, V)
-        if reading.scale is not None:
-            for one, (scale,) in zip(batch.operators, batch.each(reading.scale), strict=True):
-                cast(SpectralOperator, one).update_(NewWeight.scaled(one, scale))
-        numbers = reading.numbers
-        (numbers,) = cast(HasGram, batch.operators[0]).agree(lambda: (numbers,), numbers)
-        sight = Sight(states, numbers)
-        if sight.is_here:
-            sight.judge()
-        else:
-            self._sights.append(sight)
+            return look_at(turns)
+        owners = [batch.states[0].owner for batch in batches]
+        readings = [turn.watch.blank(turn) for turn in turns]
+        mine = [index for index, owner in enumerate(owners) if owner == self.replicas.rank]
+        for index, own in zip(mine, look_at([turns[i] for i in mine]), strict=True):
+            readings[index] = own._replace(change=own.change or readings[index].change)
+        self.replicas.exchange_(
+            [
+                (owner, tensor)
+                for owner, turn, reading in zip(owners, turns, readings, strict=True)
+                for tensor in turn.watch.tensors(reading)
+            ]
+        )
+        return readings
 
     def settle(self) -> None:
         """Takes in the looks of the last step that have not been read yet."""
@@ -362,10 +387,13 @@ class Engine:
                 "drawn from another seed."
             )
 
+    @property
+    def _device(self) -> str:
+        return self.states[0].weight.parameters[0].device.type
+
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
-        device = self.states[0].weight.parameters[0].device.type
-        with full_precision(device):
+        with full_precision(self._device):
             try:
                 yield
             except RuntimeError as error:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from wellcond.rules.watch import Judgement, Watch
 
-_FIRST = 10  # steps: how a weight moves is not known yet
+_FIRST, _RESTLESS = 20, 10  # steps: how a weight moves is not known yet
 _AFTER = 2  # looks in a row after an application
 _JUMP = 2.0  # times the learning rate of the last look
-_SWEEPS = 3  # of a look where a weight may have moved far
+_PRODUCTS, _SOME = 5, 2  # of a look where a weight may have moved far, or some way
 # A growth per step above _SLOW that is so many times that of late may become faster still.
 _SURGE, _SLOW = 3.0, 0.002
 _FADES = 0.9  # the growth of one look counts so much less at the next
@@ -46,6 +46,8 @@ class Record:
         largest: the largest excess since the last report.
         value: sigma_1 at the last look.
         condition_number: kappa at the last look, nan if it was not asked.
+        is_alert: whether the last look calls for a closer one.
+        products: with the weight since it was last decomposed; a block changes sides at each.
         mark: of the limit; a limit with another mark does not take this over.
     """
 
@@ -68,10 +70,12 @@ class Record:
     largest: float = math.nan
     value: float = math.nan
     condition_number: float = math.nan
+    is_alert: bool = False
+    products: int = 0
     mark: int = 0
 
     def count(self, rate: float) -> int:
-        """Counts a step at this learning rate: the sweeps of the look that is due, 0 for none."""
+        """Counts a step at this learning rate: products of the look that is due, 0 for none."""
         self.steps += 1
         self.since_look += 1
         self.since_move += 1
@@ -81,7 +85,9 @@ class Record:
         if self.since_look < self.interval and not jumps:
             return 0
         self.rate = rate
-        return _SWEEPS if jumps or self.steps <= _FIRST else 1
+        if jumps or self.steps <= _FIRST:
+            return _PRODUCTS
+        return _SOME if self.is_alert else 1
 
     def judge(self, judgement: Judgement, watch: Watch) -> None:
         """Takes in what a look has shown."""
@@ -94,8 +100,8 @@ class Record:
             self.growth = max(growth, self.growth * _FADES)
         else:
             rises = False
-        self.level = level
-        calm = self.steps > _FIRST and self.since_move > _AFTER
+        self.level, self.is_alert = level, judgement.alert
+        calm = self.steps > _RESTLESS and self.since_move > _AFTER
         self.interval = watch.period if calm and not (rises or judgement.alert) else 1
         if self.interval > 1 and self.growth > 0:
             # Half of the steps after which it would reach the limit at this pace.
@@ -111,6 +117,7 @@ class Record:
         first = self.decompositions == 0  # it tells how the weight was made, not how it moves
         self.decompositions += 1
         self.known, self.due = known, False
+        self.products = 0
         if moved:
             self.applications += 1
             self.recent += 1 / _HORIZON
