@@ -99,11 +99,13 @@ class Watch(abc.ABC):
 
     Attributes:
         period: steps of the optimizer between two looks while nothing happens.
+        check: steps after which a weight near its limit is decomposed in any case; 0: never.
         rest: steps at least between two applications, unless the watch is blind.
         large: which of the tensors that it remembers are as large as a square weight.
     """
 
     period: ClassVar[int]
+    check: ClassVar[int] = 0
     rest: ClassVar[int] = 0
     large: ClassVar[frozenset[str]] = frozenset()
 
@@ -150,12 +152,13 @@ class TopWatch(Watch):
 
     WIDTH = 16
     REACH = 0.9  # of the bound: a block whose last value is above is saturated
-    CROWDED = 0.85  # of the bound: values outside of the block may come near it
+    CROWDED = 0.7  # of the bound: values outside of the block may come near it
     SWIFT = 1.15  # times the bound: it moves so fast that the next look needs a second product
     SURE = 1.25  # times the bound: what moves further in one step may have turned, too
     FAR = 3.0  # times the bound: from there on an update of rank k would nearly cancel the weight
     FLAT = 1e-2  # of the largest value: eigenvectors make smaller ones orthonormal enough
     period = 1
+    check = 100
 
     def __init__(self, upper: float, nu: int) -> None:
         self.upper = upper

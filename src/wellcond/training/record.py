@@ -19,6 +19,7 @@ _PRODUCTS, _SOME = 5, 2  # of a look where a weight may have moved far, or some 
 _SURGE, _SLOW = 3.0, 0.002
 _FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
+_NEAR = 0.9  # of the limit: only there a weight is checked now and then
 _UNKNOWN = -1e300  # in place of nan, which does not equal itself
 
 
@@ -32,6 +33,7 @@ class Record:
         steps: of the optimizer.
         since_look: steps since the last look or decomposition.
         since_move: steps since the weight was last projected.
+        since_decomposition: steps since it was last decomposed.
         interval: steps from the last look to the next, if nothing happens.
         rate: the learning rate at the last look.
         level: the logarithm of the excess at the last look.
@@ -56,6 +58,7 @@ class Record:
     steps: int = 0
     since_look: int = 0
     since_move: int = 0
+    since_decomposition: int = 0
     interval: int = 1
     rate: float = 0.0
     level: float = math.nan
@@ -79,6 +82,7 @@ class Record:
         self.steps += 1
         self.since_look += 1
         self.since_move += 1
+        self.since_decomposition += 1
         self.blindness *= 1 - 1 / _HORIZON
         self.recent *= 1 - 1 / _HORIZON
         jumps = rate > _JUMP * self.rate
@@ -111,13 +115,15 @@ class Record:
             self.blindness += 1 / _HORIZON
             self.is_blind |= self.blindness > _SHARE
         self.due = judgement.due and (judgement.blind or self.since_move >= watch.rest)
+        if watch.check and self.since_decomposition >= watch.check:
+            self.due |= judgement.excess > _NEAR
 
     def decompose(self, excess: float, condition_number: float, moved: bool, known: bool) -> None:
         """Takes in what a decomposition has shown."""
         first = self.decompositions == 0  # it tells how the weight was made, not how it moves
         self.decompositions += 1
         self.known, self.due = known, False
-        self.products = 0
+        self.products = self.since_decomposition = 0
         if moved:
             self.applications += 1
             self.recent += 1 / _HORIZON
