@@ -317,7 +317,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy makes of its own."""
-        return {**self.__dict__, "_grouped": ([], []), "_sights": []}
+        return {**self.__dict__, "_grouped": {}, "_sights": []}
 
     def project(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, which are watched: to the target inside of them."""

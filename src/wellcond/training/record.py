@@ -109,7 +109,7 @@ class Record:
         self.interval = watch.period if calm and not (rises or judgement.alert) else 1
         if self.interval > 1 and self.growth > 0:
             # Half of the steps after which it would reach the limit at this pace.
-            self.interval = max(1, min(self.interval, int(-level / (2 * self.growth))))
+            self.interval = max(1, int(min(self.interval, -level / (2 * self.growth))))
         self.since_look = 0
         if judgement.blind and self.known and self.steps > _FIRST:
             self.blindness += 1 / _HORIZON
