@@ -84,6 +84,7 @@ class Judgement(NamedTuple):
         smallest: sigma_n, of a stack the smallest of all; nan if it was not looked at.
         excess: by what factor the limit was exceeded; of a stack the worst.
         blind: whether the blocks cannot tell.
+        unsure: whether it must be decomposed unless it is closely followed and moves steadily.
     """
 
     due: bool
@@ -92,6 +93,7 @@ class Judgement(NamedTuple):
     smallest: float
     excess: float
     blind: bool = False
+    unsure: bool = False
 
 
 class Watch(abc.ABC):
@@ -154,7 +156,7 @@ class TopWatch(Watch):
     REACH = 0.9  # of the bound: a block whose last value is above is saturated
     CROWDED = 0.7  # of the bound: values outside of the block may come near it
     SWIFT = 1.15  # times the bound: it moves so fast that the next look needs a second product
-    SURE = 1.25  # times the bound: what moves further in one step may have turned, too
+    SURE = 1.25  # times the bound: what moves further, and not steadily, may have turned
     FAR = 3.0  # times the bound: from there on an update of rank k would nearly cancel the weight
     FLAT = 1e-2  # of the largest value: eigenvectors make smaller ones orthonormal enough
     period = 1
@@ -216,17 +218,16 @@ class TopWatch(Watch):
         least, most = (
             math.sqrt(max(0.0, *each)) for each in zip(*numbers, (0.0, 0.0), strict=True)
         )
-        if self.width == self.nu:
-            due = blind or most >= self.FAR
-        else:
-            due = blind or most >= self.SURE or least > self.REACH
+        saturated = least > self.REACH and self.width < self.nu
+        due = blind or saturated or most >= self.FAR
         if blind:
             return Judgement(due, False, math.nan, math.nan, math.nan, blind)
         # What the block sees is clipped by now.
         excess = most if most >= self.FAR else min(most, 1.0)
         crowded = least > self.CROWDED and self.width < self.nu
         alert = crowded or most > self.SWIFT
-        return Judgement(due, alert, most * self.upper, math.nan, excess)
+        unsure = most >= self.SURE and self.width < self.nu
+        return Judgement(due, alert, most * self.upper, math.nan, excess, unsure=unsure)
 
     def renew(self, spectrum: GramDecomposition | None) -> RuleState | None:
         if spectrum is None:

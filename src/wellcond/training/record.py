@@ -17,6 +17,7 @@ _JUMP = 2.0  # times the learning rate of the last look
 _PRODUCTS, _SOME = 5, 2  # of a look where a weight may have moved far, or some way
 # A growth per step above _SLOW that is so many times that of late may become faster still.
 _SURGE, _SLOW = 3.0, 0.002
+_STEADY = 1.1  # times the last sigma_1: what rises by more may have turned
 _FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
 _NEAR = 0.9  # of the limit: only there a weight is checked now and then
@@ -96,6 +97,8 @@ class Record:
     def judge(self, judgement: Judgement, watch: Watch) -> None:
         """Takes in what a look has shown."""
         self.looks += 1
+        # A weight that moves as far at each step, and in the same direction, is followed closely.
+        steady = self.is_alert and judgement.largest <= _STEADY * self.value
         self._see(judgement.excess, judgement.largest, judgement.smallest)
         level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
         growth = (level - self.level) / max(self.since_look, 1)
@@ -114,7 +117,8 @@ class Record:
         if judgement.blind and self.known and self.steps > _FIRST:
             self.blindness += 1 / _HORIZON
             self.is_blind |= self.blindness > _SHARE
-        self.due = judgement.due and (judgement.blind or self.since_move >= watch.rest)
+        due = judgement.due or (judgement.unsure and not steady)
+        self.due = due and (judgement.blind or self.since_move >= watch.rest)
         if watch.check and self.since_decomposition >= watch.check:
             self.due |= judgement.excess > _NEAR
 
