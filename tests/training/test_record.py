@@ -57,5 +57,5 @@ def test_a_block_begins_on_the_short_side_after_a_decomposition() -> None:
 
 def test_a_record_survives_its_tensor() -> None:
     record = followed()
-    record.is_alert, record.products = True, 5
+    record.closeness, record.products = 2, 5
     assert Record.from_tensor(record.to_tensor()) == record

@@ -14,10 +14,12 @@ from wellcond.rules.watch import Judgement, Watch
 _FIRST, _RESTLESS = 20, 10  # steps: how a weight moves is not known yet
 _AFTER = 2  # looks in a row after an application
 _JUMP = 2.0  # times the learning rate of the last look
-_PRODUCTS, _SOME = 5, 2  # of a look where a weight may have moved far, or some way
+_PRODUCTS = 5  # of a look where a weight may have moved far
+_FEW, _SOME = 2, 4  # of a look after one that was an alert, and after one that was unsure
 # A growth per step above _SLOW that is so many times that of late may become faster still.
 _SURGE, _SLOW = 3.0, 0.002
-_STEADY = 1.1  # times the last sigma_1: what rises by more may have turned
+_STEADY = 1.03  # times the last sigma_1: what rises by more may have turned
+_SUDDEN = 1.1  # times the last sigma_1: beyond the limit, so much in one step may have turned
 _FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
 _NEAR = 0.9  # of the limit: only there a weight is checked now and then
@@ -49,7 +51,7 @@ class Record:
         largest: the largest excess since the last report.
         value: sigma_1 at the last look.
         condition_number: kappa at the last look, nan if it was not asked.
-        is_alert: whether the last look calls for a closer one.
+        closeness: products of the next look.
         products: with the weight since it was last decomposed; a block changes sides at each.
         mark: of the limit; a limit with another mark does not take this over.
     """
@@ -74,7 +76,7 @@ class Record:
     largest: float = math.nan
     value: float = math.nan
     condition_number: float = math.nan
-    is_alert: bool = False
+    closeness: int = 1
     products: int = 0
     mark: int = 0
 
@@ -92,13 +94,14 @@ class Record:
         self.rate = rate
         if jumps or self.steps <= _FIRST:
             return _PRODUCTS
-        return _SOME if self.is_alert else 1
+        return self.closeness
 
     def judge(self, judgement: Judgement, watch: Watch) -> None:
         """Takes in what a look has shown."""
         self.looks += 1
         # A weight that moves as far at each step, and in the same direction, is followed closely.
-        steady = self.is_alert and judgement.largest <= _STEADY * self.value
+        sudden = judgement.excess >= 1 and judgement.largest > _SUDDEN * self.value
+        steady = self.closeness > 1 and judgement.largest <= _STEADY * self.value
         self._see(judgement.excess, judgement.largest, judgement.smallest)
         level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
         growth = (level - self.level) / max(self.since_look, 1)
@@ -107,7 +110,8 @@ class Record:
             self.growth = max(growth, self.growth * _FADES)
         else:
             rises = False
-        self.level, self.is_alert = level, judgement.alert
+        self.level = level
+        self.closeness = _SOME if judgement.unsure else _FEW if judgement.alert else 1
         calm = self.steps > _RESTLESS and self.since_move > _AFTER
         self.interval = watch.period if calm and not (rises or judgement.alert) else 1
         if self.interval > 1 and self.growth > 0:
@@ -117,7 +121,7 @@ class Record:
         if judgement.blind and self.known and self.steps > _FIRST:
             self.blindness += 1 / _HORIZON
             self.is_blind |= self.blindness > _SHARE
-        due = judgement.due or (judgement.unsure and not steady)
+        due = judgement.due or (judgement.unsure and not steady) or (watch.check > 0 and sudden)
         self.due = due and (judgement.blind or self.since_move >= watch.rest)
         if watch.check and self.since_decomposition >= watch.check:
             self.due |= judgement.excess > _NEAR
