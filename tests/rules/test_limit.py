@@ -342,3 +342,17 @@ def test_a_limit_that_rounding_does_not_allow_names_a_way_out_that_there_is(
     with pytest.raises(ValueError, match="Widen the limit") as caught:
         reg.enforce()
     assert ("wider dtype" in str(caught.value)) == (dtype != torch.float64)
+
+
+@pytest.mark.parametrize("nu", [1, 2, 3, 20, 40])
+def test_a_watched_weight_with_nan_is_named_whatever_its_size(nu: int) -> None:
+    # An eigenvalue solver may return finite numbers for a matrix (2, 2) with NaN.
+    layer = nn.Linear(nu, 50, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    wc.Regularizer(layer, wc.SingularValueLimit(upper=1.5)).attach(optimizer)
+    optimizer.step()
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match='"weight" holds NaN or infinity'):
+        optimizer.step()

@@ -180,7 +180,8 @@ def _eigh(G: Tensor) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
     with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         values, W = torch.linalg.eigh(G)
         rows = values.tolist()
-        if math.isfinite(sum(map(sum, rows))):
+        # Of a matrix (2, 2) with NaN it may return finite numbers.
+        if G.shape[-1] > 2 and math.isfinite(sum(map(sum, rows))):
             return values, W, [(row[0], row[-1]) for row in rows]
     # One that is not finite may stop the solver for all of a stack, or not.
     finite = torch.isfinite(G).all(-1).all(-1)
