@@ -18,8 +18,7 @@ _PRODUCTS = 5  # of a look where a weight may have moved far
 _FEW, _SOME = 2, 4  # of a look after one that was an alert, and after one that was unsure
 # A growth per step above _SLOW that is so many times that of late may become faster still.
 _SURGE, _SLOW = 3.0, 0.002
-_STEADY = 1.03  # times the last sigma_1: what rises by more may have turned
-_SUDDEN = 1.1  # times the last sigma_1: beyond the limit, so much in one step may have turned
+_STEADY = 1.1  # times the last sigma_1: what rises by more in one step may have turned
 _FADES = 0.9  # the growth of one look counts so much less at the next
 _SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
 _NEAR = 0.9  # of the limit: only there a weight is checked now and then
@@ -100,8 +99,9 @@ class Record:
         """Takes in what a look has shown."""
         self.looks += 1
         # A weight that moves as far at each step, and in the same direction, is followed closely.
-        sudden = judgement.excess >= 1 and judgement.largest > _SUDDEN * self.value
-        steady = self.closeness > 1 and judgement.largest <= _STEADY * self.value
+        steady = judgement.largest <= _STEADY * self.value
+        sudden = judgement.excess >= 1 and not steady
+        steady &= self.closeness > 1
         self._see(judgement.excess, judgement.largest, judgement.smallest)
         level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
         growth = (level - self.level) / max(self.since_look, 1)
