@@ -29,7 +29,7 @@ def test_a_jump_is_decomposed_and_a_steady_move_as_far_is_followed() -> None:
     assert judge(record, watch, 0.5, 2.5)
 
 
-@pytest.mark.parametrize(("least", "most"), [(0.95, 1.0), (0.5, 3.0)])
+@pytest.mark.parametrize(("least", "most"), [(0.95, 1.0), (0.5, TopWatch.FAR)])
 def test_what_a_block_cannot_tell_is_decomposed_however_steady(least: float, most: float) -> None:
     record, watch = followed(), TopWatch(1.0, 128)
     for _ in range(3):

@@ -157,7 +157,7 @@ class TopWatch(Watch):
     CROWDED = 0.7  # of the bound: values outside of the block may come near it
     SWIFT = 1.15  # times the bound: it moves so fast that the next look needs a second product
     SURE = 1.25  # times the bound: what moves further, and not steadily, may have turned
-    FAR = 3.0  # times the bound: from there on an update of rank k would nearly cancel the weight
+    FAR = 4.0  # times the bound: from there on an update of rank k would nearly cancel the weight
     FLAT = 1e-2  # of the largest value: eigenvectors make smaller ones orthonormal enough
     period = 1
     check = 100
