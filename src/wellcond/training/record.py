@@ -99,7 +99,7 @@ class Record:
         """Takes in what a look has shown."""
         self.looks += 1
         # A weight that moves as far at each step, and in the same direction, is followed closely.
-        steady = judgement.largest <= _STEADY * self.value
+        steady = not judgement.largest > _STEADY * self.value  # or it is the first look
         sudden = judgement.excess >= 1 and not steady
         steady &= self.closeness > 1
         self._see(judgement.excess, judgement.largest, judgement.smallest)
