@@ -1,4 +1,4 @@
-"""A training in a process of its own, which takes steps when it is told to.
+"""A training in a process of its own, which takes steps on request.
 
 Each competitor has one, so that an old and a new wellcond can alternate in one run, and none
 profits from what another one has put into caches, threads or allocators. The two sides exchange

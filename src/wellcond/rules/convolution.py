@@ -28,7 +28,7 @@ from wellcond.rules.limit import Limit
 from wellcond.rules.outcome import Outcome, OutcomeStatus
 from wellcond.rules.watch import Glance, Judgement, Reading, Turn, Watch
 
-_NEARLY = 0.97  # of the limit: what is below is not clipped
+NEARLY = 0.97  # of the way to the limit: what is below is not projected
 
 
 class ConvolutionLimit(Limit):
@@ -69,7 +69,7 @@ class ConvolutionLimit(Limit):
             return Outcome.of(S, OutcomeStatus.not_finite)
         bound = bound_norm(kernel, self.geometry)
         excess = torch.full(S.shape[:-2], bound / self.upper, dtype=torch.float64)
-        if bound <= self.upper * (1 if exact else _NEARLY):
+        if bound <= self.upper * (1 if exact else NEARLY):
             return self._outcome(OutcomeStatus.unchanged, excess)
         target = self.upper if exact else self.upper / self.headroom
         kernel.copy_(limit_norm(kernel, self.geometry, target))

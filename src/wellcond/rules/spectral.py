@@ -23,7 +23,7 @@ from wellcond.operators.stacked import unstack
 from wellcond.operators.stored import StoredMatrix
 from wellcond.operators.subspace import Image
 from wellcond.rules.base import Need, Rule, RuleState
-from wellcond.rules.convolution import ConvolutionLimit
+from wellcond.rules.convolution import NEARLY, ConvolutionLimit
 from wellcond.rules.limit import Limit
 from wellcond.rules.outcome import Outcome, OutcomeStatus
 from wellcond.rules.project import Bounds, Verdict, approach, project
@@ -31,7 +31,6 @@ from wellcond.rules.watch import LARGEST, Ends, EndsWatch, TopWatch, Watch
 
 _HEADROOM = 1.2  # of bounds of singular values
 _LEAST_HEADROOM = 1.05  # with less a projection is measured
-_NEARLY = 0.97  # of the way to the limit: there a watched weight is projected
 _CLUSTER = 1.5  # of kappa: below, blocks of singular vectors do not tell the ends of a spectrum
 # What rounding may add to kappa, as a share, for a weight not to be measured after a projection.
 _ROUNDING = 0.2
@@ -243,8 +242,8 @@ class ConditionLimit(SpectralLimit):
 
     @cached_property
     def trigger(self) -> ConditionLimit:
-        upper = None if self.upper is None else self.upper * _NEARLY
-        K = 1 + (self.max_condition - 1) * _NEARLY if self.headroom > 1 else self.max_condition
+        upper = None if self.upper is None else self.upper * NEARLY
+        K = 1 + (self.max_condition - 1) * NEARLY if self.headroom > 1 else self.max_condition
         return ConditionLimit(K, upper=upper if self.headroom > 1 else self.upper, headroom=1)
 
     @property
@@ -393,7 +392,7 @@ class SingularValueLimit(SpectralLimit):
 
     @cached_property
     def trigger(self) -> SingularValueLimit:
-        return self._inside(self._room ** (1 - _NEARLY) ** 0.5)
+        return self._inside(self._room ** (1 - NEARLY) ** 0.5)
 
     def move(self, sigma: Tensor) -> Tensor:
         if self.lower is not None:

@@ -267,7 +267,6 @@ class EndsWatch(Watch):
     WIDTH = 24
     BLIND = 1.0  # from this rho on, refinement of the bottom does not converge
     OVERSHOT = 1.02  # times the limit: it rises fast
-    TIE = 0.9  # values within that factor: more may be as large, or as small
     PROBES = 4
     large = frozenset({"vectors"})
 

@@ -209,18 +209,7 @@ class Engine:
 
     def enforce(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, exactly."""
-        with self._quietly():
-            self._compare_replicas(states)
-            groups = group_weights(states, [state.operator() for state in states])
-            tasks = [projection_task(batch, exact=True) for batch in groups]
-            failures, errors = apply(tasks, self.replicas, due=False)
-            for state in states:
-                state.failed = state.name in failures
-                if not state.failed:
-                    state.settle()  # else the next application would take it for a slow weight
-            rest = "All other hard limits hold."
-            raise_failures(failures, rest if len(failures) < len(states) else "", errors)
-            self._checks.raise_ready()
+        self._project(states, exact=True, rest="All other hard limits hold.")
 
     def watch(self, states: Sequence[WeightState], rates: Sequence[float]) -> list[WeightState]:
         """Counts a step of the optimizer and looks at the weights whose turn it is.
@@ -321,14 +310,20 @@ class Engine:
 
     def project(self, states: list[WeightState]) -> None:
         """The hard limits of these weights, which are watched: to the target inside of them."""
+        rest = "All other hard limits that were due have been applied."
+        self._project(states, exact=False, rest=rest)
+
+    def _project(self, states: list[WeightState], *, exact: bool, rest: str) -> None:
+        """Applies hard limits; `rest` says in the error what became of the other weights."""
         with self._quietly():
             self._compare_replicas(states)
             groups = group_weights(states, [state.operator() for state in states])
-            tasks = [projection_task(batch, exact=False) for batch in groups]
-            failures, errors = apply(tasks, self.replicas, due=None)
+            tasks = [projection_task(batch, exact=exact) for batch in groups]
+            failures, errors = apply(tasks, self.replicas, due=False if exact else None)
             for state in states:
                 state.failed = state.name in failures
-            rest = "All other hard limits that were due have been applied."
+                if exact and not state.failed:
+                    state.settle()  # else the next application would take it for a slow weight
             raise_failures(failures, rest if len(failures) < len(states) else "", errors)
             self._checks.raise_ready()
 

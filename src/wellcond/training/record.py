@@ -102,7 +102,11 @@ class Record:
         steady = not judgement.largest > _STEADY * self.value  # or it is the first look
         sudden = judgement.excess >= 1 and not steady
         steady &= self.closeness > 1
-        self._see(judgement.excess, judgement.largest, judgement.smallest)
+        if not math.isnan(judgement.excess):
+            self._see(judgement.excess)
+            self.value, smallest = judgement.largest, judgement.smallest
+            if not math.isnan(smallest):
+                self.condition_number = self.value / smallest if smallest > 0 else math.inf
         level = math.log(judgement.excess) if judgement.excess > 0 else -math.inf
         growth = (level - self.level) / max(self.since_look, 1)
         if math.isfinite(growth):
@@ -139,18 +143,13 @@ class Record:
             self.level = math.nan
             self.interval = 1
         if not math.isnan(excess) and not first:
-            self.excess = excess
-            self.largest = max(excess, -math.inf if math.isnan(self.largest) else self.largest)
+            self._see(excess)
             self.condition_number = condition_number
         self.since_look = 0
 
-    def _see(self, excess: float, largest: float, smallest: float) -> None:
-        if math.isnan(excess):
-            return
-        self.excess, self.value = excess, largest
-        self.largest = max(excess, -math.inf if math.isnan(self.largest) else self.largest)
-        if not math.isnan(smallest):
-            self.condition_number = largest / smallest if smallest > 0 else math.inf
+    def _see(self, excess: float) -> None:
+        self.excess = excess
+        self.largest = excess if math.isnan(self.largest) else max(excess, self.largest)
 
     def to_tensor(self) -> Tensor:
         """A tensor of fixed shape, in which equal records are equal."""
