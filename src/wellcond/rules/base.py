@@ -89,6 +89,11 @@ class Rule(abc.ABC):
         return id(self)
 
     @property
+    def mark(self) -> int:
+        """Tells rules of other bounds apart in a saved state; 0: of whatever bounds."""
+        return 0
+
+    @property
     def steppable(self) -> bool:
         """Whether it has a step to take after steps of the optimizer."""
         return True

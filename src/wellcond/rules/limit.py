@@ -74,11 +74,6 @@ class Limit(Rule):
     def is_due(self, state: RuleState, movement: Movement) -> bool:
         return self.pace(state).due(movement.steps, float(movement.rate))
 
-    @property
-    def mark(self) -> int:
-        """Tells limits of other bounds apart, whose pace is another; 0: of whatever bounds."""
-        return 0
-
     def init(self, shape: torch.Size) -> RuleState:
         return {"pace": Pace(mark=self.mark).to_tensor()}
 

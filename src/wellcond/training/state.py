@@ -57,7 +57,7 @@ class WeightState:
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
         self.watch: Watch | str | None = None  # how it is watched, or why it is not; None: never
-        self.record = Record(mark=zlib.crc32(repr(rule).encode()))
+        self.record = Record(mark=rule.mark)
         self.sight: RuleState = {}  # what the watch remembers
         self._saves_large = False
         self._saved: Mapping[str, Tensor] = {}  # of a watch that has not been started yet
@@ -248,7 +248,7 @@ class WeightState:
         return self.sight
 
     def _restore_watch(self, saved: Mapping[str, Tensor]) -> None:
-        self.record = Record(mark=zlib.crc32(repr(self.rule).encode()))
+        self.record = Record(mark=self.rule.mark)
         if self.watch is None:
             self._saved = {key: own.clone() for key, own in saved.items() if key.startswith(_WATCH)}
             return
