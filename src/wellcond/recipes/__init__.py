@@ -1,0 +1,1 @@
+"""What acts, where a file stores parts: codes and scales, a direction and lengths, a mask."""

@@ -1,0 +1,34 @@
+"""The recipes of a checkpoint: every format that is known, and why a weight has none."""
+
+from __future__ import annotations
+
+from wellcond.recipes.base import Content, Finder, Recipe, RecipeError
+from wellcond.recipes.float8 import find_float8
+
+# Where several want a tensor it is for the first.
+FINDERS: tuple[Finder, ...] = (find_float8,)
+
+
+def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[str, ...]]]:
+    """The recipes by the names of their weights; and for parts of which none can be built, why.
+
+    Returns:
+        The recipes; by the name of the main part of each other candidate the reason, then the names
+        of its other parts.
+    """
+    recipes: dict[str, Recipe] = {}
+    refused: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
+    for find in FINDERS:
+        for candidate in find(content):
+            first, *others = candidate.parts
+            if candidate.label in recipes or not taken.isdisjoint(candidate.parts):
+                continue
+            taken.update(candidate.parts)
+            try:
+                recipes[candidate.label] = candidate.make()
+            except RecipeError as why:
+                refused[first] = (str(why), *others)
+            except Exception:  # a description in a file may be anything
+                refused[first] = ("its description is damaged", *others)
+    return recipes, refused
