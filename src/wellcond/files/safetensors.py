@@ -19,6 +19,7 @@ from wellcond.files.slices import saved_offsets, slice_at
 from wellcond.files.tensors import (
     DamagedError,
     Entry,
+    Rows,
     TensorFile,
     UnreadableError,
     damaged,
@@ -30,10 +31,11 @@ _INTEGERS = {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U
 _INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS |= {"C64": "complex64"}
-# These are not measured, but may hold NaN. Versions of torch before 2.7 lack some of them.
+# Codes of quantised weights. Versions of torch before 2.7 lack some of these dtypes.
 _OTHER_FLOATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _OTHER_FLOATS |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 _OTHER_FLOATS |= {"F8_E8M0": "float8_e8m0fnu"}
+_NAMES = _FLOATS | _INTEGERS | _OTHER_FLOATS
 # The format allows 100 MB, and some 20 times that is what Python makes of it. A third of a million
 # tensors fit into this.
 _HEADER = 32 << 20
@@ -61,7 +63,7 @@ class Safetensors(TensorFile):
                 aliases.setdefault(kept, []).append(other)
         sliced = saved_offsets(metadata)
         for name, written in self._written.items():
-            shape, dtype = tuple(header[name]["shape"]), (_FLOATS | _INTEGERS).get(written, written)
+            shape, dtype = tuple(header[name]["shape"]), _NAMES.get(written, written)
             entry = Entry(
                 name,
                 shape,
@@ -75,10 +77,16 @@ class Safetensors(TensorFile):
                 entry = replace(entry, skipped=slice_at([at] if at else []), offsets=at)
             self.entries[name] = entry
 
-    def read(self, name: str) -> Tensor:
-        start, stop = self._offsets[name]
-        entry = self.entries[name]
-        return self._read_flat(start, stop - start, _dtype(entry), name).reshape(entry.shape)
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        (start, stop), entry = self._offsets[name], self.entries[name]
+        shape = entry.shape
+        if rows is not None:
+            each = (stop - start) // max(1, shape[0])
+            start, stop = start + rows[0] * each, start + rows[1] * each
+            shape = (rows[1] - rows[0], *shape[1:])
+        flat = self._read_flat(start, stop - start, _dtype(entry), name)
+        fits = flat.numel() == math.prod(shape)
+        return flat.reshape(shape if fits or 0 in shape else (*shape[:-1], -1))
 
     def first_row(self, name: str) -> Tensor:
         start, stop = self._offsets[name]
@@ -105,9 +113,9 @@ class Safetensors(TensorFile):
 
 
 def _dtype(entry: Entry) -> torch.dtype:
-    dtype = getattr(torch, entry.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    """The dtype; uint8 for what torch has no dtype for, such as pairs of float4."""
+    dtype = getattr(torch, entry.dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.uint8
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

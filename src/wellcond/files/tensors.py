@@ -15,6 +15,7 @@ from torch import Tensor
 from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
+Rows = tuple[int, int]  # start and stop along the first side
 _DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
 _PIECE = 16 << 20  # bytes
 
@@ -102,8 +103,8 @@ class TensorFile(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor, to be used and let go before the next is read."""
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """The tensor, or its rows start to stop, to be let go before the next is read."""
 
     @abc.abstractmethod
     def pieces(self, name: str) -> Iterable[Tensor]:

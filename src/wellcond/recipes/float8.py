@@ -50,7 +50,9 @@ def find_float8(content: Content) -> Iterator[Candidate]:
             block = _block(content, (m, n), s)
             what = re.sub(r".*_(e\d)(m\d).*", r"\1\2", content.dtype(name)).upper()
             per = {(m, n): "the tensor", (1, n): "row"}.get(block, "block of {}x{}".format(*block))
-            note = f"dequantised from FP8 ({what}) with a scale per {per}".replace("per the", "of the")
+            note = f"dequantised from FP8 ({what}) with a scale per {per}".replace(
+                "per the", "of the"
+            )
             return Float8(name, (name, scales), (m, n), note, block=block)
 
         yield Candidate(name, (name, scales), make)
