@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +20,11 @@ from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import RowSpec, as_patterns, rows_of_tensor, select
 from wellcond.audits.progress import Counter, ProgressCallback, work_of
 from wellcond.audits.sources import source_of_file
+from wellcond.files.built import Built
 from wellcond.files.checkpoint import INDEX, PICKLED, Checkpoint
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, split_scale
+from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.operators.views import View
 from wellcond.output import new_path, refuse_existing
 from wellcond.report.repairs import Repair, RepairReport
@@ -29,6 +32,7 @@ from wellcond.rules.spectral import limit_condition_number
 from wellcond.text import is_out_of_memory, join_remarks, last_part, list_some, read_versions
 from wellcond.weights.reasons import Reason, Skipped
 
+_ATTEMPTS = 8  # at a margin that rounding does not exceed
 # What layers call their weights; all else may be a constant, or no linear map.
 _CALLED_A_WEIGHT = re.compile("weight|kernel|proj", re.IGNORECASE)
 
@@ -102,7 +106,10 @@ def repair(
     entries = {name: entry for name, (_, entry) in checkpoint.where.items()}
     specs: list[RowSpec] = []
     for one in checkpoint.matrices():
-        if entries[one.name].dtype.startswith("complex"):
+        recipe = checkpoint.recipes.get(one.name)
+        if recipe is not None and recipe.keeps:
+            unserved[one.name] = Skipped(Reason.kept, recipe.keeps)
+        elif entries[one.name].dtype.startswith("complex"):
             unserved[one.name] = Skipped(Reason.complex)
         specs += rows_of_tensor(one, source.skipped.get(one.name))
     chosen, skipped = select(specs, include, exclude, source.skipped | unserved)
@@ -131,7 +138,11 @@ def repair(
             return None
         counter.next(name)
         try:
-            new, done = _limit_all(wanted[name], max_condition, refused)
+            holder, _ = checkpoint.where[name]
+            if isinstance(holder, Built):
+                new, done = _limit_built(holder, wanted[name], max_condition, refused)
+            else:
+                new, done = _limit_all(wanted[name], max_condition, refused)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -186,6 +197,42 @@ def _limit_all(
         if X is not S:
             view.write_(tensor, X)
     return tensor if any(repair.relative_change for repair in done) else None, done
+
+
+def _limit_built(
+    holder: Built, rows: list[RowSpec], max_condition: float, refused: list[str]
+) -> tuple[Tensor | None, list[Repair]]:
+    """The same of a weight that is built from several tensors: what acts must obey.
+
+    What acts after its parts have been rounded to their dtypes is measured, and the limit is
+    tightened by the excess until that obeys.
+    """
+    old = holder.read(holder.recipe.label)
+    limit = max_condition
+    for _ in range(_ATTEMPTS):
+        failed: list[str] = []
+        new, done = _limit_all(rows, limit, failed)
+        if failed or new is None:
+            refused.extend(failed)
+            return None, done
+        acting = holder.read_after(new)
+        pairs = [(view(old), view(acting)) for view in (cast(View, row.matrix) for row in rows)]
+        kappas = [compute_spectrum(X, extremes=True).condition_number for _, X in pairs]
+        excess = max((kappa / max_condition for kappa in kappas), default=0.0)
+        if excess <= 1:
+            margin = max_condition / limit - 1
+            return new, [
+                replace(one, after=kappa, relative_change=_relative_change(*pair), margin=margin)
+                for one, kappa, pair in zip(done, kappas, pairs, strict=True)
+            ]
+        limit /= 1 + 2 * (excess - 1)
+        if not limit >= 1:
+            break
+    refused.append(
+        f"{holder.recipe.label}: no margin brings κ to at most {max_condition:g} once its parts "
+        "are rounded to their dtypes"
+    )
+    return None, []
 
 
 def _relative_change(S: Tensor, X: Tensor) -> float:

@@ -77,7 +77,27 @@ def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     return names.explain_non_weight(shape, dtype)
 
 
-class TensorFile(abc.ABC):
+class Holder(abc.ABC):
+    """What holds tensors by name: a file, or what makes one tensor of several."""
+
+    @abc.abstractmethod
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """The tensor, or its rows start to stop, to be let go before the next is read."""
+
+    @abc.abstractmethod
+    def pieces(self, name: str) -> Iterable[Tensor]:
+        """The floating point entries of the tensor in parts, none of one without any."""
+
+    @abc.abstractmethod
+    def first_row(self, name: str) -> Tensor:
+        """The first entries of a tensor, as many as its last side is long."""
+
+    @abc.abstractmethod
+    def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
+        """The stored tensors that get new values, with the file that stores each."""
+
+
+class TensorFile(Holder):
     """One file of tensors. Every read opens it anew, and raises if it has changed since the first.
 
     Attributes:
@@ -102,17 +122,8 @@ class TensorFile(abc.ABC):
         """Whether a file without one of the endings has this format by its content."""
         return False
 
-    @abc.abstractmethod
-    def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        """The tensor, or its rows start to stop, to be let go before the next is read."""
-
-    @abc.abstractmethod
-    def pieces(self, name: str) -> Iterable[Tensor]:
-        """The floating point entries of the tensor in parts, none of one without any."""
-
-    @abc.abstractmethod
-    def first_row(self, name: str) -> Tensor:
-        """The first entries of a tensor, as many as its last side is long."""
+    def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
+        yield self, name, new
 
     @abc.abstractmethod
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
