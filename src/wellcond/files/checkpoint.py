@@ -69,7 +69,8 @@ class Checkpoint:
     Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
     those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name, of
     which `where` has the last, and `slices` all. A weight that is built from several tensors is in
-    `where` under the name that it has in a plain checkpoint, and `recipes` says how.
+    `where` under the name that it has in a plain checkpoint, and `recipes` says how; `stored` has
+    only what is stored.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -82,6 +83,7 @@ class Checkpoint:
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
         self.where: dict[str, tuple[Holder, Entry]] = {}
+        self.stored: dict[str, tuple[Holder, Entry]] = {}
         self.recipes: dict[str, Recipe] = {}
         self.overlapping: list[tuple[str, str]] = []
         self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
@@ -135,7 +137,7 @@ class Checkpoint:
         Returns:
             By the main part of each weight that cannot be built why, and then the other parts.
         """
-        stored = dict(self.where)
+        self.stored = stored = dict(self.where)
 
         def read(name: str, rows: Rows | None = None) -> Tensor:
             holder, entry = stored[name]
