@@ -58,7 +58,7 @@ _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
 # What the head of a language model is called.
 _HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
 # Tensors of which there are no values, or not all.
-_NO_PARTS = (Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class)
+NO_PARTS = (Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class)
 _POINTER = b"version https://git-lfs"
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
@@ -146,7 +146,7 @@ class Checkpoint:
         usable = {
             name: (entry.shape, entry.dtype)
             for name, (_, entry) in stored.items()
-            if not (entry.skipped is not None and entry.skipped.reason in _NO_PARTS)
+            if not (entry.skipped is not None and entry.skipped.reason in NO_PARTS)
         }
         content = Content(usable, read, cache(self.beside), self._classes())
         self.recipes, refused = find_recipes(content)
