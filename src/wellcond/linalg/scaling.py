@@ -40,7 +40,7 @@ def frobenius_norm(S: Tensor) -> float:
     Raises:
         ValueError: an entry is NaN or infinite.
     """
-    if S.device.type == "cpu" and S.dtype in NARROW:  # a copy in float64 would be twice as large or more
+    if S.device.type == "cpu" and S.dtype in NARROW:  # a copy would be larger than S
         flat = S.detach().cpu().flatten()
         starts = range(0, len(flat), _PIECE)
         pieces = (flat[start : start + _PIECE].double() for start in starts)
