@@ -229,7 +229,8 @@ def _random_block(S: Tensor, width: int = 4) -> Tensor:
     """
     digest = hashlib.sha256()
     for _, band in _bands(S):
-        digest.update(band.cpu().contiguous().view(torch.uint8).numpy().data)
+        in_memory = band if band.is_contiguous() else band.mT.contiguous()
+        digest.update(in_memory.cpu().view(torch.uint8).numpy().data)
     # PyTorch's generator on the CPU takes 32 bits, few enough to try out: one seed per column.
     seeds = struct.unpack_from(f"<{width}I", digest.digest())
     sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -245,6 +246,8 @@ def _bands(S: Tensor) -> Iterator[tuple[slice, Tensor]]:
     m, n = S.shape
     rows = max(1, _BAND // n)
     band = S.new_empty(min(rows, m), n, dtype=torch.float64)
+    if S.stride(0) < S.stride(1):  # in the order of memory, to copy fast
+        band = band.view(n, -1).mT
     for start in range(0, m, rows):
         stop = min(start + rows, m)
         yield slice(start, stop), band[: stop - start].copy_(S[start:stop])
