@@ -229,8 +229,7 @@ def _random_block(S: Tensor, width: int = 4) -> Tensor:
     """
     digest = hashlib.sha256()
     for _, band in _bands(S):
-        in_memory = band if band.is_contiguous() else band.mT.contiguous()
-        digest.update(in_memory.cpu().view(torch.uint8).numpy().data)
+        digest.update(band.cpu().contiguous().view(torch.uint8).numpy().data)
     # PyTorch's generator on the CPU takes 32 bits, few enough to try out: one seed per column.
     seeds = struct.unpack_from(f"<{width}I", digest.digest())
     sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
