@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar
@@ -16,6 +17,7 @@ from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
 Rows = tuple[int, int]  # start and stop along the first side
+Write = Callable[[str, Tensor], None]  # gives a tensor of a copy new values
 _DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
 _PIECE = 16 << 20  # bytes
 
@@ -77,7 +79,27 @@ def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     return names.explain_non_weight(shape, dtype)
 
 
-class TensorFile(abc.ABC):
+class Holder(abc.ABC):
+    """What holds tensors by name: a file, or what makes one tensor of several."""
+
+    @abc.abstractmethod
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """The tensor, or its rows start to stop, to be let go before the next is read."""
+
+    @abc.abstractmethod
+    def pieces(self, name: str) -> Iterable[Tensor]:
+        """The floating point entries of the tensor in parts, none of one without any."""
+
+    @abc.abstractmethod
+    def first_row(self, name: str) -> Tensor:
+        """The first entries of a tensor, as many as its last side is long."""
+
+    @abc.abstractmethod
+    def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
+        """The stored tensors that get new values, with the file that stores each."""
+
+
+class TensorFile(Holder):
     """One file of tensors. Every read opens it anew, and raises if it has changed since the first.
 
     Attributes:
@@ -102,21 +124,17 @@ class TensorFile(abc.ABC):
         """Whether a file without one of the endings has this format by its content."""
         return False
 
-    @abc.abstractmethod
-    def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        """The tensor, or its rows start to stop, to be let go before the next is read."""
+    @property
+    def paths(self) -> list[Path]:
+        """The files of which it consists."""
+        return [self.path]
+
+    def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
+        yield self, name, new
 
     @abc.abstractmethod
-    def pieces(self, name: str) -> Iterable[Tensor]:
-        """The floating point entries of the tensor in parts, none of one without any."""
-
-    @abc.abstractmethod
-    def first_row(self, name: str) -> Tensor:
-        """The first entries of a tensor, as many as its last side is long."""
-
-    @abc.abstractmethod
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        """Writes a copy in which these tensors have other values; all else stays as it is."""
+    def copy(self, target: Path) -> contextlib.AbstractContextManager[Write]:
+        """Writes a copy, and gives a function that changes tensors in it; all else is the same."""
 
     def _open(self) -> IO[bytes]:
         file = self.path.open("rb")
