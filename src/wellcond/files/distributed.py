@@ -317,7 +317,7 @@ def _check_places(folder: Path, described: Mapping[str, Described]) -> list[Path
 
 
 def _refuse_megatron(folder: Path) -> None:
-    """Raises for a checkpoint of Megatron Core, whose layers and rows have an order of their own."""
+    """Raises for a checkpoint of Megatron Core, which orders layers and rows in its own way."""
     path = folder / "metadata.json"
     if not path.is_file():
         return
