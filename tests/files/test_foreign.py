@@ -125,7 +125,7 @@ def test_strides_and_shared_storages_are_kept(tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(4, 6)
     content = {"w": whole, "t": whole.T, "part": whole[1:3, ::2], "x": Path("x")}
     torch.save(content, tmp_path / "a.pt")
-    found = load_saved(tmp_path / "a.pt").content
+    found = load_saved(Extent.whole(tmp_path / "a.pt")).content
     for name in ("w", "t", "part"):
         assert (found[name].shape, found[name].stride) == (
             tuple(content[name].shape),

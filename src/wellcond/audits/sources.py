@@ -201,7 +201,7 @@ def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
 
     return {
         name: partial(pieces, file.slices.get(name, [(owner, entry)]))
-        for name, (owner, entry) in file.where.items()
+        for name, (owner, entry) in file.stored.items()
         if not (entry.skipped is not None and entry.skipped.reason in repeated)
     }
 

@@ -10,13 +10,14 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wellcond.files.built import Built
 from wellcond.files.distributed import PARTS, Distributed, find_descriptions
 from wellcond.files.folders import find_below, only_one
 from wellcond.files.formats import format_by_name, other_folder, other_format
@@ -36,10 +37,14 @@ from wellcond.files.tensors import (
     Holder,
     NoTensorsError,
     PickledCodeError,
+    Rows,
     TensorFile,
     UnreadableError,
+    explain_non_weight,
 )
-from wellcond.text import last_part
+from wellcond.recipes.base import Content, Recipe, TensorClass
+from wellcond.recipes.find import find_recipes
+from wellcond.text import join_remarks, last_part
 from wellcond.weights.adapters import find_adapter_parameters
 from wellcond.weights.fused import find_views_in_file
 from wellcond.weights.matrices import Matrices, ViewsByName, entries
@@ -57,6 +62,8 @@ _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
 # What the head of a language model is called.
 _HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
+# Tensors of which there are no values, or not all.
+NO_PARTS = (Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class)
 _POINTER = b"version https://git-lfs"
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
@@ -66,7 +73,9 @@ class Checkpoint:
 
     Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
     those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name: if
-    they make all of it, `where` has the whole; if not, it has the last, and `slices` all.
+    they make all of it, `where` has the whole; if not, it has the last, and `slices` all. A weight
+    that is built from several tensors is in `where` under the name that it has in a plain
+    checkpoint, and `recipes` says how; `stored` has only what is stored.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -79,19 +88,23 @@ class Checkpoint:
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
         self.where: dict[str, tuple[Holder, Entry]] = {}
+        self.stored: dict[str, tuple[Holder, Entry]] = {}
+        self.recipes: dict[str, Recipe] = {}
         self.overlapping: list[tuple[str, str]] = []
         self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
-        if Distributed.recognises(self.path):
+        if self.path.is_file() and Distributed.recognises(self.path):
             self.path = self.path.parent
         self.directory = self.path if self.path.is_dir() else self.path.parent
         self.index: dict[str, str] | None = None  # the file of each tensor, if an index says so
         self._below: Path | None = None  # the folder that holds the weights, if this one does not
         self._open_all(self._find())
         self._collect()
+        refused = self._build()
         empty = not any(entry.matrix for _, entry in self.where.values())
         if empty and self.path.is_dir() and (other := other_folder(self.path)):
             raise UnreadableError(other)
         self._leave_out()
+        self._explain(refused)
         if self.index is not None:
             self._check_index(self.index)
         if self._lacks_head():
@@ -138,11 +151,61 @@ class Checkpoint:
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
         self._join_slices()
 
+    def _build(self) -> dict[str, tuple[str, ...]]:
+        """Puts each weight that a recipe builds in the place of its parts.
+
+        Returns:
+            By the main part of each weight that cannot be built why, and then the other parts.
+        """
+        self.stored = stored = dict(self.where)
+
+        def read(name: str, rows: Rows | None = None) -> Tensor:
+            holder, entry = stored[name]
+            return holder.read(entry.name, rows)
+
+        usable = {
+            name: (entry.shape, entry.dtype)
+            for name, (_, entry) in stored.items()
+            if not (entry.skipped is not None and entry.skipped.reason in NO_PARTS)
+        }
+        content = Content(usable, read, cache(self.beside), self._classes())
+        self.recipes, refused = find_recipes(content)
+        for label, recipe in self.recipes.items():
+            part = Skipped(Reason.component, label)
+            for name in recipe.parts:
+                holder, entry = stored[name]
+                self.where[name] = holder, replace(entry, parameter=False, skipped=part)
+        for label, recipe in self.recipes.items():
+            aliases = stored[label][1].aliases if label in stored else ()
+            skipped = explain_non_weight(recipe.shape, "float32")
+            entry = Entry(label, recipe.shape, "float32", True, skipped, aliases)
+            self.where[label] = Built(recipe, stored), entry
+        self._parts = {name for one in self.recipes.values() for name in one.parts}
+        self._parts -= self.recipes.keys()
+        return refused
+
+    def _classes(self) -> dict[str, TensorClass]:
+        """The tensors of foreign classes that files store as plain ones."""
+        return {}
+
+    def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
+        """Says of codes, and of other parts of a weight, why it cannot be built."""
+        for name, (why, *others) in refused.items():
+            for part in (name, *others):
+                file, entry = self.where[part]
+                known = entry.skipped or Skipped(Reason.quantised)
+                if part != name:
+                    known = known if entry.skipped else Skipped(Reason.scales, name)
+                elif known.reason not in (Reason.vector, Reason.number):
+                    keeps = known.reason is Reason.parametrized
+                    known = Skipped(known.reason if keeps else Reason.quantised, why)
+                self.where[part] = file, replace(entry, skipped=known)
+
     def _leave_out(self) -> None:
         """Finds by their names, and by what is beside them, the tensors that are no weights."""
         # A head that is tied to an embedding is one, whichever of the names was kept.
-        self._called = called = {name: name for name in self.where}
-        for name in self.where:
+        self._called = called = {name: name for name in self.where if name not in self._parts}
+        for name in list(called):
             for alias in self._aliases(name):
                 called.setdefault(alias, name)
         named = ((alias, self.where[name][1]) for alias, name in called.items())
@@ -156,7 +219,7 @@ class Checkpoint:
             elif skipped.reason is Reason.flat:
                 self.where[name] = file, replace(entry, skipped=skipped)
         config = self.beside("adapter_config.json")
-        for name, skipped in find_adapter_parameters(self.where, config).items():
+        for name, skipped in find_adapter_parameters(called.values(), config).items():
             file, entry = self.where[name]
             if entry.skipped is None or not entry.skipped.reason.no_matrix:
                 self.where[name] = file, replace(entry, skipped=skipped)
@@ -343,15 +406,31 @@ class Checkpoint:
     def matrices(self) -> Iterator[Matrices]:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped
         unless their exact name is asked for."""
-        shapes = {name: entry.shape for name, (_, entry) in self.where.items()}
+        where = {n: found for n, found in self.where.items() if n not in self._parts}
+        shapes = {name: entry.shape for name, (_, entry) in where.items()}
         views = find_views_in_file(shapes, self.beside("config.json"))
-        for name, (file, entry) in self.where.items():
-            if entry.matrix:
-                names, seen = (name, *self._aliases(name)), views[name]
-                read = partial(file.read, entry.name)
-                yield Matrices(
-                    name, names, entry.shape, ViewsByName(seen.views), read, note=seen.note
+        for name, (holder, entry) in where.items():
+            if not entry.matrix:
+                continue
+            names, seen = (name, *self._aliases(name)), views[name]
+            one = Matrices(
+                name,
+                names,
+                entry.shape,
+                ViewsByName(seen.views),
+                partial(holder.read, entry.name),
+                note=seen.note,
+            )
+            if isinstance(holder, Built):
+                recipe = holder.recipe
+                one = replace(
+                    one,
+                    read=holder.matrices,
+                    note=join_remarks(recipe.note, seen.note),
+                    stored=not recipe.keeps,
+                    parts=recipe.parts,
                 )
+            yield one
 
     def skipped(self) -> dict[str, Skipped]:
         """All others, and why."""

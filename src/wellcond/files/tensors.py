@@ -105,19 +105,21 @@ class TensorFile(Holder):
     Attributes:
         endings: what the names of such files end in.
         others: what is in the file beside tensors, and why it is not measured.
+        metadata: texts that the file stores beside its tensors.
         overlapping: pairs of tensors that share entries, neither of which is a part of the other.
     """
 
     endings: ClassVar[tuple[str, ...]]
     entries: dict[str, Entry]
     others: dict[str, Skipped]
+    metadata: dict[str, str]
     overlapping: list[tuple[str, str]]
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
             self._state = _state(file)
-        self.entries, self.others, self.overlapping = {}, {}, []
+        self.entries, self.others, self.metadata, self.overlapping = {}, {}, {}, []
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
