@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import wellcond as wc
 from wellcond.cli import main
 from wellcond.files import archive
-from wellcond.files.archive import load_saved
+from wellcond.files.archive import Extent, load_saved
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.inert import Foreign, array_of
 from wellcond.files.slices import local_shard

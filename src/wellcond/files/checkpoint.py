@@ -101,7 +101,8 @@ class Checkpoint:
         self._collect()
         refused = self._build()
         empty = not any(entry.matrix for _, entry in self.where.values())
-        if empty and self.path.is_dir() and (other := other_folder(self.path)):
+        known = self.path.is_dir() and not self.slices  # and so there is more to say
+        if empty and known and (other := other_folder(self.path)):
             raise UnreadableError(other)
         self._leave_out()
         self._explain(refused)

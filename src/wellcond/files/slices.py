@@ -89,7 +89,7 @@ def find_missing_processes(files: Collection[Path]) -> dict[Path, str]:
         lowest = next(number for number in itertools.count(1) if number not in numbers)
         why = ""
         if unread:
-            why = f"{list_some(unread, limit=2)} beside it is not read: give the whole folder"
+            why = f"{list_some(unread, limit=2)} must be read with it: give the folder, undamaged"
         elif lowest < max(numbers):
             why = f"{len(numbers)} files are there of {max(numbers)} processes: fetch the others"
         missing |= {file: why for _, file in members if why}
