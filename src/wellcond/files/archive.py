@@ -113,7 +113,11 @@ def is_archive(extent: Extent) -> bool:
 
 def load_saved(extent: Extent) -> Saved:
     """Reads all but the storages. Whatever else it raises says that the file is damaged."""
-    return _load_archive(extent) if is_archive(extent) else _load_legacy(extent)
+    if is_archive(extent):
+        return _load_archive(extent)
+    if extent.part:
+        raise DamagedError("it is not a zip archive")
+    return _load_legacy(extent)
 
 
 def _load_archive(extent: Extent) -> Saved:
@@ -164,7 +168,7 @@ def _load_legacy(extent: Extent) -> Saved:
             count, length = int.from_bytes(file.read(8), sys.byteorder), named[key].stop
             if count * named[key].dtype.itemsize != length:
                 raise DamagedError("the length of a storage is not that of its tensors")
-            storages[key] = Region(extent.start + file.tell(), length)
+            storages[key] = Region(file.tell(), length)
             file.seek(length, 1)
     return Saved(content, storages)
 

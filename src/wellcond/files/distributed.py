@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wellcond.files.archive import Extent, refresh_checksums
-from wellcond.files.inert import Foreign, OtherKey, Unpickler, is_shape
+from wellcond.files.inert import Foreign, OtherKey, StoredTensor, Unpickler, is_shape
 from wellcond.files.joined import Joined, Sides, Slice, explain_misfit
 from wellcond.files.nested import STATES
 from wellcond.files.pickled import Pickled
@@ -33,6 +33,7 @@ from wellcond.files.tensors import (
     Write,
     damaged,
     explain_non_weight,
+    state_of,
 )
 from wellcond.text import escape, list_some
 from wellcond.weights.reasons import Reason, Skipped
@@ -82,6 +83,7 @@ class Distributed(TensorFile):
                 names += _read_description(one, described)
         with _errors_as_damage(path):
             self._files = _check_places(path.parent, described)
+        self._states = [*map(_state_of_file, self.paths)]
         self._tensors: dict[str, Joined] = {}
         states = _find_states(names)
         for name, tensor in described.items():
@@ -101,9 +103,7 @@ class Distributed(TensorFile):
         slices = []
         for (offsets, shape), places in tensor.chunks.items():
             chunks = [self._open_chunk(name, shape, tensor.dtype, place) for place in places]
-            kept = (chunk.entries[_ONLY].skipped for chunk in chunks)
-            no_plain = (w for w in kept if w and w.reason in (Reason.torchao, Reason.tensor_class))
-            skipped = next(no_plain, skipped)
+            skipped = next(filter(None, (chunk.foreign for chunk in chunks)), skipped)
             slices.append(Slice(offsets, shape, tuple((chunk, _ONLY) for chunk in chunks)))
         floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         self.entries[name] = Entry(name, tensor.shape, dtype, floating, skipped)
@@ -122,7 +122,7 @@ class Distributed(TensorFile):
                 path, _PART, f"what it holds of {name} at byte {place.start:,} is no tensor"
             )
         written = str(dtype)[6:]
-        if (entry.shape, entry.dtype) != (shape, written):
+        if not chunk.foreign and (entry.shape, entry.dtype) != (shape, written):
             raise damaged(
                 path,
                 _PART,
@@ -157,16 +157,31 @@ class Distributed(TensorFile):
         yield write
         for path in self.paths:
             shutil.copymode(path, target.parent / path.name)
-        self._open().close()
+        for path, state in zip(self.paths, self._states, strict=True):
+            if _state_of_file(path) != state:
+                raise UnreadableError(f"{path} has changed while it was read.")
 
 
 class _Chunk(Pickled):
     """A chunk: a file of torch.save within another."""
 
+    @property
+    def foreign(self) -> Skipped | None:
+        """Why its values are not those that its shape and dtype say; None if they are."""
+        skipped = self.entries[_ONLY].skipped
+        plain = isinstance(self._tensors[_ONLY], StoredTensor)
+        repeats = skipped is not None and skipped.reason is Reason.not_dense
+        return skipped if repeats or not plain else None
+
     def overwrite(self, target: Path, new: Tensor) -> None:
         """Gives it new values in a copy of the file."""
         key = self._overwrite(target, _ONLY, new, self._storages)
         refresh_checksums(replace(self._extent, path=target), [key])
+
+
+def _state_of_file(path: Path) -> tuple[int, int]:
+    with path.open("rb") as file:
+        return state_of(file)
 
 
 def find_descriptions(folder: Path) -> list[Path]:

@@ -118,7 +118,7 @@ class TensorFile(Holder):
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            self._state = _state(file)
+            self._state = state_of(file)
         self.entries, self.others, self.metadata, self.overlapping = {}, {}, {}, []
 
     @classmethod
@@ -140,7 +140,7 @@ class TensorFile(Holder):
 
     def _open(self) -> IO[bytes]:
         file = self.path.open("rb")
-        state = _state(file)
+        state = state_of(file)
         if state == self._state:
             return file
         file.close()
@@ -179,7 +179,7 @@ class TensorFile(Holder):
             ) from None
 
 
-def _state(file: IO[bytes]) -> tuple[int, int]:
+def state_of(file: IO[bytes]) -> tuple[int, int]:
     """The size of a file and the time at which it was written; network drives renumber inodes."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
