@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 import shutil
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from corpus import CODES, records, zipped
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import (
@@ -283,6 +285,46 @@ def test_weights_of_fsdp_over_tensor_parallelism_are_whole(tmp_path: Path) -> No
     checkpoint, full = Checkpoint(tmp_path / "saved"), torch.load(tmp_path / "full.pt")
     check_entries(checkpoint, "model.", full)
     assert checkpoint.others == {"optimizer_0": Skipped(Reason.optimizer)}
+
+
+DATA = Path(__file__).with_name("data")
+SCRIPT = Path(__file__).with_name("write_lightning.py")
+
+
+def check_lightning(folder: Path, tmp_path: Path) -> None:
+    """Raises unless the weights are those that were gathered from the processes."""
+    expected = load_file(folder / "lightning.safetensors")
+    checkpoint = Checkpoint(folder / "lightning")
+    check_entries(checkpoint, "", expected)
+    report = wc.audit(folder / "lightning")
+    assert {f.name: f.shape for f in report.findings} == {
+        "state_dict.first.weight": (3, 5),
+        "state_dict.second.weight": (2, 3),
+    }
+    assert report.coverage.skipped == {
+        "meta.pt": Skipped(Reason.no_tensors),
+        "optimizer_0": Skipped(Reason.optimizer),
+    }
+    wc.repair(folder / "lightning", tmp_path / "fixed", 1.2)
+    for name, tensor in load(tmp_path / "fixed", expected).items():
+        assert not torch.equal(tensor, expected[name])
+        assert wc.condition_number(tensor) <= 1.2
+    momentum = {"optimizer_0.state.first.weight.momentum_buffer": torch.empty(3, 5)}
+    before, after = (load(one, momentum) for one in (folder / "lightning", tmp_path / "fixed"))
+    assert same(*(next(iter(one.values())) for one in (before, after)))
+
+
+def test_what_lightning_has_saved_is_read(tmp_path: Path) -> None:
+    """By ModelParallelStrategy, of two processes; see write_lightning.py."""
+    check_lightning(DATA, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.frameworks
+def test_what_lightning_saves_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    subprocess.run([sys.executable, SCRIPT, tmp_path], check=True, capture_output=True)
+    check_lightning(tmp_path, tmp_path)
 
 
 # --- by one process -------------------------------------------------------------------------------
