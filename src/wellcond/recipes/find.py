@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from wellcond.recipes.base import Content, Finder, Recipe, RecipeError
+from wellcond.recipes.compressed import find_compressed
 from wellcond.recipes.float8 import find_float8
+from wellcond.recipes.modelopt import find_modelopt
 
 # Where several want a tensor it is for the first.
-FINDERS: tuple[Finder, ...] = (find_float8,)
+FINDERS: tuple[Finder, ...] = (
+    find_compressed,
+    find_modelopt,
+    find_float8,
+)
 
 
 def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[str, ...]]]:
