@@ -25,7 +25,6 @@ from wellcond.recipes.scaled import (
     Scaled,
     check_one,
     check_scales,
-    describe,
     sides_of,
 )
 from wellcond.weights.matrices import entries
@@ -227,12 +226,9 @@ def _fit(
     if s != (*lead, *recipe.blocks) and not (args.strategy == "tensor" and entries(s) == 1):
         raise RecipeError(f"{scales} of shape {s} does not fit the {args.strategy} strategy")
     each = (scales,) if lead and len(s) == 3 else ()
-    recipe = replace(
-        recipe,
-        note=describe(recipe.note, recipe.block, recipe.sides),
-        dtype=content.dtype(scales) if content.dtype(scales) in _FLOATS[1:] else "",
-        each=each,
-    )
+    kind = content.dtype(scales)
+    recipe = replace(recipe, dtype=kind if kind in _FLOATS[1:] else "", each=each)
+    recipe = recipe.explain(recipe.note)
     recipe = _add_zeros(content, args, recipe, f"{prefix}weight_zero_point", scales)
     recipe = _add_factor(content, args, recipe, f"{prefix}weight_global_scale")
     return _add_order(content, args, recipe, f"{prefix}weight_g_idx")
@@ -259,9 +255,9 @@ def _read_codes(
         return Float4(label, parts, (m, 2 * width), "MXFP4"), ("mxfp4-pack-quantized",)
     elif dtype == "uint8" and args.floating and args.bits == 4 and args.group == 16:
         return Float4(label, parts, (m, 2 * width), "NVFP4"), ("nvfp4-pack-quantized",)
-    elif dtype == "uint8" and args.floating and args.bits == 6 and args.group == 32:
-        shape = (m, width // 3 * 4)  # of another width the scales do not fit
-        return Float6(label, parts, shape, "MXFP6 (E2M3)"), ("mxfp6-pack-quantized",)
+    elif dtype == "uint8" and args.floating and (args.bits, args.group, width % 3) == (6, 32, 0):
+        six = Float6(label, parts, (m, width // 3 * 4), "MXFP6 (E2M3)")
+        return six, ("mxfp6-pack-quantized",)
     kind = "float" if args.floating else "int"
     raise RecipeError(f"{codes} of {dtype} does not fit {args.bits} bits of type {kind}")
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from wellcond.recipes.base import Candidate, Content, Recipe, RecipeError
-from wellcond.recipes.scaled import Scaled, check_scales, describe, sides_of
+from wellcond.recipes.scaled import Scaled, check_scales, sides_of
 from wellcond.weights.matrices import entries
 
 KINDS = {"float8_e4m3fn": "FP8 (E4M3)", "float8_e5m2": "FP8 (E5M2)"}
@@ -78,20 +79,20 @@ def make_float8(content: Content, parts: tuple[str, ...], block: tuple[int, int]
         raise RecipeError(f"it has no entries: its shape is {shape}")
     check_scales(content, scales)
     stacked = is_stack(name, shape)
-    recipe = Scaled(name, parts, shape, "", stacked=stacked)
-    block = block or recipe.sides
     recipe = Scaled(
         name,
         parts,
         shape,
-        describe(KINDS[dtype], block, recipe.sides),
-        block=block,
+        "",
         stacked=stacked,
         each=(scales,) if stacked and s and s[0] == shape[0] else (),
     )
+    recipe = replace(recipe, block=block or recipe.sides).explain(KINDS[dtype])
     if entries(s) != (shape[0] if recipe.each else 1) * entries(recipe.blocks):
         raise RecipeError(
-            f"{scales} of shape {s} does not fit blocks of {block[0]}x{block[1]} in {shape}"
+            "{} of shape {} does not fit blocks of {}x{} in {}".format(
+                scales, s, *recipe.block, shape
+            )
         )
     return recipe
 

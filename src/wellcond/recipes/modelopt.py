@@ -9,13 +9,12 @@ Letters: W (m, n) a weight, or one matrix of a stack (b, m, n).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from wellcond.recipes.base import Candidate, Content, Recipe, RecipeError
 from wellcond.recipes.float8 import KINDS, is_stack, make_float8, names_beside
-from wellcond.recipes.scaled import Float4, check_one, check_scales, describe
+from wellcond.recipes.scaled import Float4, check_one, check_scales
 
 _GROUP = 16  # codes per scale in NVFP4
 _ROWS = "FP8_PER_CHANNEL_PER_TOKEN"
@@ -108,9 +107,10 @@ def _make_float4(content: Content, parts: tuple[str, ...]) -> Recipe:
     if along == across:
         raise RecipeError(f"{scales} of shape {s} does not fit {_GROUP} codes each in {shape}")
     own = stacked and content.shape(factor) == (shape[0],)
+    check_scales(content, factor, ("float32",))
     if not own:
         check_one(content, factor)
-    recipe = Float4(
+    return Float4(
         name,
         parts,
         whole,
@@ -120,6 +120,4 @@ def _make_float4(content: Content, parts: tuple[str, ...]) -> Recipe:
         each=((scales, factor) if own else (scales,)) if stacked else (),
         transposed=across,
         factor=factor,
-    )
-    note = describe("NVFP4", recipe.block, recipe.sides)
-    return replace(recipe, note=note)
+    ).explain("NVFP4")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -66,6 +67,19 @@ class Scaled(Recipe):
         """How many there are along each side."""
         (m, n), (h, w) = self.sides, self.block
         return -(-m // h), -(-n // w)
+
+    def explain(self, what: str) -> Self:
+        """The same with a note that says what the codes are and for what a scale stands."""
+        (m, n), (h, w) = self.sides, self.block
+        block = (min(h, m), min(w, n))
+        if self.transposed:
+            (m, n), block = (n, m), block[::-1]
+        scales = "a scale per block of {}x{}".format(*block)
+        if block == (m, n):
+            scales = "one scale per matrix" if self.each else "one scale"
+        elif 1 in block and (block[0] == m or block[1] == n):
+            scales = f"a scale per {'column' if block[0] == m else 'row'}"
+        return replace(self, note=f"dequantised from {what} with {scales}")
 
     def decode(self, codes: Tensor) -> Tensor:
         """Rows of stored codes as numbers."""
@@ -148,16 +162,6 @@ class Float6(Scaled):
         word = low | middle << 8 | high << 16
         shifts = torch.arange(0, 24, 6, dtype=torch.int32, device=codes.device)
         return FLOAT6[(word[..., None] >> shifts & 63).flatten(-2)]
-
-
-def describe(what: str, block: tuple[int, int], sides: tuple[int, int]) -> str:
-    """The note of a recipe."""
-    m, n = sides
-    h, w = min(block[0], m), min(block[1], n)
-    if (h, w) == (m, n):
-        return f"dequantised from {what} with one scale"
-    per = "row" if (h, w) == (1, n) else "column" if (h, w) == (m, 1) else f"block of {h}x{w}"
-    return f"dequantised from {what} with a scale per {per}"
 
 
 def check_scales(content: Content, name: str, dtypes: tuple[str, ...] = _SCALES) -> None:
