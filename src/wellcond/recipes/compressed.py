@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError
+from wellcond.recipes.codes import unpack
 from wellcond.recipes.scaled import (
     Float4,
     Float6,
@@ -83,16 +84,14 @@ class Packed(Scaled):
 
     def _unpack(self, words: Tensor, size: int) -> Tensor:
         """The codes (..., size) of words along the last side, the lowest bits first."""
-        code = torch.arange(size, device=words.device)
-        per_word = 32 // self.bits
-        first = code * self.bits
-        if not self.dense:
-            first = code // per_word * 32 + code % per_word * self.bits
-        wide = words.to(torch.int64) & 0xFFFFFFFF
-        wide = torch.nn.functional.pad(wide, (0, 1))
-        at = first // 32
-        pairs = wide[..., at] | wide[..., at + 1] << 32
-        codes = pairs >> first % 32 & ((1 << self.bits) - 1)
+        if not self.dense or 32 % self.bits == 0:
+            codes = unpack(words, self.bits, size)
+        else:
+            first = torch.arange(0, size * self.bits, self.bits, device=words.device)
+            wide = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))
+            at = first // 32
+            pairs = wide.index_select(-1, at) | wide.index_select(-1, at + 1) << 32
+            codes = pairs >> first % 32 & (1 << self.bits) - 1
         return codes.to(torch.float32) - (1 << self.bits - 1)
 
 

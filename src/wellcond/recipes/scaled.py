@@ -20,6 +20,7 @@ from wellcond.weights.matrices import entries
 
 _AT_ONCE = 1 << 21  # entries that are converted at once: what they need beside W is small
 _SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
+_PAIRS = torch.stack((FLOAT4.repeat(16), FLOAT4.repeat_interleave(16)), dim=1)  # by their byte
 # The 32 values of float6 (E2M3) that are not negative, by their code.
 _E2M3 = [i / 8 for i in range(8)] + [(1 + i / 8) * 2**e for e in range(3) for i in range(8)]
 FLOAT6 = torch.tensor(_E2M3 + [-value for value in _E2M3], device="cpu")
@@ -141,7 +142,7 @@ class Scaled(Recipe):
 
 def _spread(blocks: Tensor, columns: Tensor) -> Tensor:
     """The values (r, q) of rows of blocks for each column, or (r, 1) where all are the same."""
-    return blocks if blocks.shape[1] == 1 else blocks[:, columns]
+    return blocks if blocks.shape[1] == 1 else blocks.index_select(1, columns)
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class Float4(Scaled):
     """Codes of float4 (E2M1), two per byte, the lower half first."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        codes = codes.view(torch.uint8)
-        return FLOAT4[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()]
+        pairs = _PAIRS.index_select(0, codes.contiguous().view(torch.uint8).flatten().int())
+        return pairs.view(*codes.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
