@@ -106,9 +106,10 @@ def find_compressed(content: Content) -> Iterator[Candidate]:
     for name in content.tensors:
         prefix, own = re.fullmatch(r"(?s)(.*\.)?(.*)", name).groups("")  # type: ignore[union-attr]
         plain = own == "weight" and ours and f"{name}_scale" in content.tensors
+        plain = plain and f"{name}_packed" not in content.tensors
         sparse = own == "compressed" and f"{prefix}bitmask" in content.tensors
         if own == "weight_packed" or plain or sparse:
-            others = (prefix + part for part in _PARTS)
+            others = (prefix + part for part in (*_PARTS, *(() if plain else ("weight",))))
             parts = (name, *(part for part in others if part in content.tensors))
             make = partial(_make, content, config if ours else {}, prefix, parts)
             yield Candidate(f"{prefix}weight", parts, make)
@@ -119,7 +120,7 @@ def _make(
 ) -> Recipe:
     if any(f"{prefix}{part}" in parts for part in ("bitmask", "meta", "scale_packed")):
         raise RecipeError(_SPARSE)
-    if parts[0] != f"{prefix}weight" and f"{prefix}weight" in content.tensors:
+    if f"{prefix}weight" in parts[1:]:
         raise RecipeError(f"{prefix}weight is stored as well")
     if not config:
         raise RecipeError("config.json has no quantization_config of compressed-tensors")
@@ -269,16 +270,18 @@ def _read_packed(
     sides = content.read_small(name).flatten().tolist()
     if sides[:-1] != [*lead, m] or type(sides[-1]) is not int or sides[-1] < 1:
         raise RecipeError(f"{name} is {sides[:4]}, but there are {[*lead, m]} rows of codes")
-    n, per_word = sides[-1], 32 // bits
-    packed = [(n, words)]
-    zeros = f"{prefix}weight_zero_point"
-    if content.dtype(zeros) == "int32" and not args.symmetric:
-        packed.append((m, content.shape(zeros)[-2] if len(content.shape(zeros)) > 1 else 0))
-    dense = all(found == -(-size * bits // 32) for size, found in packed)
-    whole = all(found == -(-size // per_word) for size, found in packed)
-    if not dense and not whole:
+    n = sides[-1]
+    ways = [dense for dense in (True, False) if words == _count_words(n, bits, dense)]
+    if not ways:
         raise RecipeError(f"{n} codes of {bits} bits do not fit the {words} words of a row")
-    if dense and whole and 32 % bits and any(size > per_word for size, _ in packed):
+    zeros, longest = f"{prefix}weight_zero_point", n
+    if content.dtype(zeros) == "int32" and not args.symmetric:
+        found, longest = content.shape(zeros), max(m, n)
+        ways = [one for one in ways if _count_words(m, bits, one) in found[-2:-1]]
+        if not ways:
+            raise RecipeError(f"{zeros} of shape {found} does not fit {m} rows of {bits} bits")
+    dense = ways[0]
+    if len(ways) > 1 and 32 % bits and longest > 32 // bits:
         version = re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", str(config.get("version")))
         if version is None:
             raise RecipeError(
@@ -289,6 +292,11 @@ def _read_packed(
     note = f"integers of {bits} bits"
     label = f"{prefix}weight"
     return Packed(label, parts, shape, note, stacked=bool(lead), bits=bits, dense=dense)
+
+
+def _count_words(codes: int, bits: int, dense: bool) -> int:
+    """How many words of 32 bits hold them."""
+    return -(-codes * bits // 32) if dense else -(-codes // (32 // bits))
 
 
 def _add_zeros(content: Content, args: Args, recipe: Scaled, zeros: str, scales: str) -> Scaled:
