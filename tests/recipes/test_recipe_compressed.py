@@ -223,6 +223,11 @@ def test_two_groups_that_fit_are_a_reason() -> None:
     assert "3 of the config_groups" in reason(tensors, config_of(*wide))
 
 
+def test_too_many_groups_are_a_reason() -> None:
+    groups = [group(group_size=size) for size in range(1, 100)]
+    assert "more than 64 different" in reason(packed(), config_of(*groups))
+
+
 def test_defaults_are_those_of_the_library() -> None:
     """8 bits, integers, symmetric; without a strategy groups of the group_size."""
     tensors = packed(bits=8)

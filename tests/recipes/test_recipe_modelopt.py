@@ -56,6 +56,10 @@ def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> Non
         ("rows", writer.DENSE, "FP8_PER_CHANNEL_PER_TOKEN_CFG", "proj"),
         ("mxfp8", writer.DENSE, "MXFP8_DEFAULT_CFG", "proj"),
         ("nvfp4", writer.DENSE, "NVFP4_DEFAULT_CFG", "proj"),
+        ("mxfp4", writer.DENSE, "MXFP4_DEFAULT_CFG", "proj"),
+        ("mxfp4_fp8", writer.DENSE, "W4A8_MXFP4_FP8_CFG", "proj"),
+        ("nvfp4_only", writer.DENSE, "W4A16_NVFP4_CFG", "proj"),
+        ("stacks_mxfp4", writer.EXPERTS, "MXFP4_DEFAULT_CFG", "experts.down"),
         ("stacks", writer.EXPERTS, "NVFP4_DEFAULT_CFG", "experts."),
         ("stacks_fp8", writer.EXPERTS, "FP8_DEFAULT_CFG", "experts."),
         ("stacks_rows", writer.EXPERTS, "FP8_PER_CHANNEL_PER_TOKEN_CFG", "experts."),
@@ -79,7 +83,8 @@ def test_nvfp4_is_that_which_compressed_tensors_converts() -> None:
     for name, W in weights.items():
         module = name.removesuffix("weight")
         parts = {key: converted[f"{module}{key}"] for key in ("weight_packed", "weight_scale")}
-        parts["weight_global_scale"] = converted[f"{module}weight_global_scale"]
+        # As its own files have it: by a scale without sides it would divide in bfloat16.
+        parts["weight_global_scale"] = converted[f"{module}weight_global_scale"].reshape(1)
         there = compressors.NVFP4PackedCompressor.decompress(parts, scheme)["weight"]
         torch.testing.assert_close(W.to(there.dtype), there, rtol=2**-8, atol=0)
         assert (W.to(there.dtype) != there).float().mean() < 0.01
@@ -149,9 +154,10 @@ def test_stack_packed_along_rows_or_columns() -> None:
         ({}, config_of("W4A16_AWQ"), None, "codes of uint8 by W4A16_AWQ"),
         ({}, config_of("MIXED_PRECISION", quantized_layers=3), None, "by MIXED_PRECISION"),
         ({}, config_of(), {"quant_algo": "FP8"}, "two configs name different algorithms"),
-        ({"fc.weight_scale_2": None}, config_of(), None, "weight_scale_2 is missing"),
+        ({"fc.weight_scale_2": None}, config_of(), None, "weight_scale_2 must be beside"),
+        ({}, config_of("MXFP4"), None, "must not be beside MXFP4"),
         ({"fc.weight_scale_2": torch.ones(6)}, config_of(), None, "must be one number"),
-        ({"fc.weight_scale_2": torch.ones(1).int()}, config_of(), None, "of dtype int32"),
+        ({"fc.weight_scale_2": torch.ones(1).int()}, config_of(), None, "must be one number"),
         ({"fc.weight_scale": torch.ones(6, 2)}, config_of(), None, "of dtype float32"),
         ({"fc.weight_scale": torch.ones(128, 4).to(E4M3)}, config_of(), None, "does not fit 16"),
         ({"fc.weight": torch.ones(6, 0).byte()}, config_of(), None, "codes have the shape"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
-from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
+from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, PretrainedConfig
@@ -31,12 +31,12 @@ DENSE = LlamaConfig(
 )
 EXPERTS = Llama4TextConfig(
     **SIZES,
-    hidden_size=32,
-    intermediate_size=16,
-    intermediate_size_mlp=16,
+    hidden_size=48,
+    intermediate_size=32,
+    intermediate_size_mlp=32,
     head_dim=16,
-    num_local_experts=3,
-    num_experts_per_tok=3,
+    num_local_experts=2,
+    num_experts_per_tok=2,
     interleave_moe_layer_step=1,
     architectures=["Llama4ForCausalLM"],
 )
@@ -57,6 +57,9 @@ def dequantise(codes: Tensor, scales: Tensor, second: Tensor | None) -> Tensor:
         return torch.stack([dequantise(q.T, s.T, second).T for q, s in both])
     if codes.dtype == torch.uint8:
         shape = torch.Size((len(codes), 2 * codes.shape[1]))
+        if second is None:
+            stored = MXFP4QTensor(shape, f32, codes.contiguous())
+            return stored.dequantize(f32, scale=scales.contiguous(), block_sizes={-1: 32})
         stored = NVFP4QTensor(shape, f32, codes.contiguous())
         return stored.dequantize(f32, scale=scales, double_scale=second, block_sizes={-1: 16})
     if scales.dtype == torch.uint8:
@@ -104,5 +107,6 @@ if __name__ == "__main__":
     write(data / "modelopt_rows", DENSE, "FP8_PER_CHANNEL_PER_TOKEN_CFG", "k_proj", "q_proj")
     write(data / "modelopt_mxfp8", DENSE, "MXFP8_DEFAULT_CFG", "k_proj", "down_proj")
     write(data / "modelopt_nvfp4", DENSE, "NVFP4_DEFAULT_CFG", "k_proj", "down_proj")
+    write(data / "modelopt_mxfp4", DENSE, "MXFP4_DEFAULT_CFG", "k_proj", "down_proj")
     write(data / "modelopt_stacks", EXPERTS, "NVFP4_DEFAULT_CFG", "experts.down")
     write(data / "modelopt_stacks_fp8", EXPERTS, "FP8_PER_CHANNEL_PER_TOKEN_CFG", "experts.down")

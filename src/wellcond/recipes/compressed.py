@@ -10,7 +10,7 @@ Letters: W (m, n) a weight, or one matrix of a stack (b, m, n); s (p, q) its sca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ _PARTS = (
 _PACKED, _NARROW = "pack-quantized", "naive-quantized"
 _OF_ALL = ("mixed-precision", "dense", "fakequant")
 _SPARSE = "it is stored in a sparse form, which compressed-tensors no longer reads"
+_MOST = 64  # different settings that are tried for a weight
 _FIRST_DENSE = (0, 18, 0)  # the version from which bits of codes run on over words
 
 
@@ -57,6 +58,41 @@ class Args(NamedTuple):
     order: bool
     exponents: bool  # whether scales are stored as exponents of two
     format: str
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The settings in a config that differ, or why they are none.
+
+    Attributes:
+        config: all of it.
+        all: the settings of all groups.
+        by_target: those of the groups that name a module in full, by its name.
+    """
+
+    config: Mapping[str, Any]
+    all: list[Args | RecipeError]
+    by_target: dict[str, list[Args | RecipeError]]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Groups:
+        groups = cls(config, [], {})
+        for group in config["config_groups"].values():
+            if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+                continue
+            try:
+                args: Args | RecipeError = _read_args(config, group)
+            except RecipeError as why:
+                args = why
+            targets = group["targets"] if isinstance(group.get("targets"), list) else ()
+            names = [one for one in targets if isinstance(one, str)]
+            for known in (groups.all, *(groups.by_target.setdefault(one, []) for one in names)):
+                if args not in known:
+                    known.append(args)
+            if len(groups.all) > _MOST:
+                many = RecipeError(f"config.json has more than {_MOST} different config_groups")
+                return cls(config, [many], {})
+        return groups
 
 
 @dataclass(frozen=True)
@@ -103,6 +139,7 @@ def find_compressed(content: Content) -> Iterator[Candidate]:
         "compressed-tensors",
         "sparseml",
     )
+    groups = Groups.read(config) if ours else None
     for name in content.tensors:
         prefix, own = re.fullmatch(r"(?s)(.*\.)?(.*)", name).groups("")  # type: ignore[union-attr]
         plain = own == "weight" and ours and f"{name}_scale" in content.tensors
@@ -111,32 +148,27 @@ def find_compressed(content: Content) -> Iterator[Candidate]:
         if own == "weight_packed" or plain or sparse:
             others = (prefix + part for part in (*_PARTS, *(() if plain else ("weight",))))
             parts = (name, *(part for part in others if part in content.tensors))
-            make = partial(_make, content, config if ours else {}, prefix, parts)
+            make = partial(_make, content, groups, prefix, parts)
             yield Candidate(f"{prefix}weight", parts, make)
 
 
-def _make(
-    content: Content, config: Mapping[str, Any], prefix: str, parts: tuple[str, ...]
-) -> Recipe:
+def _make(content: Content, groups: Groups | None, prefix: str, parts: tuple[str, ...]) -> Recipe:
     if any(f"{prefix}{part}" in parts for part in ("bitmask", "meta", "scale_packed")):
         raise RecipeError(_SPARSE)
     if f"{prefix}weight" in parts[1:]:
         raise RecipeError(f"{prefix}weight is stored as well")
-    if not config:
+    if groups is None:
         raise RecipeError("config.json has no quantization_config of compressed-tensors")
+    config = groups.config
     if (config.get("transform_config") or {}).get("config_groups"):
         raise RecipeError("config.json has a transform_config: its entries are transformed")
-    groups = [
-        group
-        for group in config["config_groups"].values()
-        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-    ]
-    exact = [group for group in groups if prefix[:-1] in _texts(group.get("targets"))]
     found: list[Recipe] = []
     reasons: list[str] = []
-    for group in exact or groups:
+    for args in groups.by_target.get(prefix[:-1], groups.all):
         try:
-            recipe = _fit(content, config, _read_args(config, group), prefix, parts)
+            if isinstance(args, RecipeError):
+                raise args
+            recipe = _fit(content, config, args, prefix, parts)
         except RecipeError as why:
             reasons.append(str(why))
             continue
@@ -147,10 +179,6 @@ def _make(
     if found:
         raise RecipeError(f"{len(found)} of the config_groups in config.json fit its tensors")
     raise RecipeError(reasons[0] if reasons else "config.json has no config_groups with weights")
-
-
-def _texts(found: Any) -> Sequence[Any]:
-    return found if isinstance(found, list) else ()
 
 
 def _read_args(config: Mapping[str, Any], group: Mapping[str, Any]) -> Args:

@@ -1,4 +1,4 @@
-"""Weights as NVIDIA's ModelOpt exports them: FP8, MXFP8 and NVFP4.
+"""Weights as NVIDIA's ModelOpt exports them: FP8, MXFP8, NVFP4 and MXFP4.
 
 The algorithm stands in config.json or in hf_quant_config.json beside it. Stacks of experts that are
 stored (in, out) have their codes of float4 packed along the inputs, so along the rows.
@@ -16,10 +16,10 @@ from wellcond.recipes.base import Candidate, Content, Recipe, RecipeError
 from wellcond.recipes.float8 import KINDS, is_stack, make_float8, names_beside
 from wellcond.recipes.scaled import Float4, check_one, check_scales
 
-_GROUP = 16  # codes per scale in NVFP4
 _ROWS = "FP8_PER_CHANNEL_PER_TOKEN"
 _ONE = ("FP8", "FP8_PB_WO", _ROWS)
-_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+# Codes of float4 per scale.
+_FLOAT4 = {"NVFP4": 16, "W4A16_NVFP4": 16, "MXFP4": 32, "W4A8_MXFP4_FP8": 32}
 _SCALES = ("{}_weight_scale",)
 _OTHERS = ("{}_weight_scale_2", "{}_input_scale", "{}_output_scale")
 _OTHERS_OF_WEIGHT = ("weight_scale_2", "input_scale", "output_scale", "pre_quant_scale")
@@ -69,8 +69,8 @@ def _make(content: Content, settings: list[Mapping[str, Any]], parts: tuple[str,
     algorithm = _find_algorithm(settings, module if own == "weight" else name)
     if "pre_quant_scale" in (part.rpartition(".")[2] for part in parts):
         raise RecipeError("its inputs are multiplied by pre_quant_scale first")
-    if content.dtype(name) == "uint8" and algorithm in _NVFP4:
-        return _make_float4(content, parts)
+    if content.dtype(name) == "uint8" and algorithm in _FLOAT4:
+        return _make_float4(content, parts, _FLOAT4[algorithm])
     if content.dtype(name) not in KINDS or not algorithm.startswith(("FP8", "MXFP8")):
         raise RecipeError(f"codes of {content.dtype(name)} by {algorithm} have no recipe")
     if any(part.endswith("_scale_2") for part in parts):
@@ -87,37 +87,37 @@ def _make(content: Content, settings: list[Mapping[str, Any]], parts: tuple[str,
     raise RecipeError(f"{scales} of shape {s} does not fit {algorithm} and the shape {shape}")
 
 
-def _make_float4(content: Content, parts: tuple[str, ...]) -> Recipe:
-    """NVFP4: bytes of two codes, a scale in float8 per 16 of them and one for all."""
+def _make_float4(content: Content, parts: tuple[str, ...], size: int) -> Recipe:
+    """Bytes of two codes with a scale per so many of them, and in NVFP4 another one for all."""
     name, scales = parts[:2]
     shape, s = content.shape(name), content.shape(scales)
-    factor = next((part for part in parts if part.endswith("weight_scale_2")), "")
-    if not factor:
-        raise RecipeError("weight_scale_2 is missing beside it")
-    check_scales(content, scales, ("float8_e4m3fn",))
+    second = next((part for part in parts if part.endswith("weight_scale_2")), "")
+    if (size == 16) != bool(second):
+        raise RecipeError("weight_scale_2 must be beside NVFP4, and must not be beside MXFP4")
+    check_scales(content, scales, ("float8_e4m3fn" if second else "uint8",))
     stacked = is_stack(name, shape)
     if 0 in shape or len(shape) != 2 + stacked:
         raise RecipeError(f"its codes have the shape {shape}")
     *lead, m, n = shape
-    whole = (*lead, m, 2 * n)
-    along = s == (*lead, m, 2 * n // _GROUP) and not 2 * n % _GROUP
-    across = stacked and s == (*lead, 2 * m // _GROUP, n) and not 2 * m % _GROUP
-    if across:
-        whole = (*lead, 2 * m, n)
+    along = 2 * n % size == 0 and s == (*lead, m, 2 * n // size)
+    across = stacked and 2 * m % size == 0 and s == (*lead, 2 * m // size, n)
     if along == across:
-        raise RecipeError(f"{scales} of shape {s} does not fit {_GROUP} codes each in {shape}")
-    own = stacked and content.shape(factor) == (shape[0],)
-    check_scales(content, factor, ("float32",))
-    if not own:
-        check_one(content, factor)
-    return Float4(
+        raise RecipeError(f"{scales} of shape {s} does not fit {size} codes each in {shape}")
+    each: tuple[str, ...] = (scales,) if stacked else ()
+    if second and stacked and content.shape(second) == (shape[0],):
+        check_scales(content, second, ("float32",))
+        each = (scales, second)
+    elif second:
+        check_one(content, second)
+    recipe = Float4(
         name,
         parts,
-        whole,
+        (*lead, 2 * m, n) if across else (*lead, m, 2 * n),
         "",
-        block=(1, _GROUP),
+        block=(1, size),
         stacked=stacked,
-        each=((scales, factor) if own else (scales,)) if stacked else (),
+        each=each,
         transposed=across,
-        factor=factor,
-    ).explain("NVFP4")
+        factor=second,
+    )
+    return recipe.explain("NVFP4" if second else "MXFP4")

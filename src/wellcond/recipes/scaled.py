@@ -115,8 +115,8 @@ class Scaled(Recipe):
             if z is not None:
                 part -= _spread(z[rows], columns)
             part *= _spread(s[rows], columns)
-            if factor is not None:
-                part.div_(factor) if self.divides else part.mul_(factor)
+        if factor is not None:
+            W = W.div_(factor) if self.divides else W.mul_(factor)
         W = W.mT if self.transposed else W
         return W if self.count > 1 else W.reshape(self.shape)
 
