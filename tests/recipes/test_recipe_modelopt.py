@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def test_one_config_is_enough(kept: str) -> None:
 def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> None:
     pytest.importorskip("modelopt")
     writer = importlib.import_module("write_modelopt")
+    wide = copy.deepcopy(writer.EXPERTS)
+    wide.hidden_size = 64  # a multiple of 32
     for name, config, algorithm, part in [
         ("fp8", writer.DENSE, "FP8_DEFAULT_CFG", "proj"),
         ("rows", writer.DENSE, "FP8_PER_CHANNEL_PER_TOKEN_CFG", "proj"),
@@ -59,7 +62,7 @@ def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> Non
         ("mxfp4", writer.DENSE, "MXFP4_DEFAULT_CFG", "proj"),
         ("mxfp4_fp8", writer.DENSE, "W4A8_MXFP4_FP8_CFG", "proj"),
         ("nvfp4_only", writer.DENSE, "W4A16_NVFP4_CFG", "proj"),
-        ("stacks_mxfp4", writer.EXPERTS, "MXFP4_DEFAULT_CFG", "experts.down"),
+        ("stacks_mxfp4", wide, "MXFP4_DEFAULT_CFG", "experts.down"),
         ("stacks", writer.EXPERTS, "NVFP4_DEFAULT_CFG", "experts."),
         ("stacks_fp8", writer.EXPERTS, "FP8_DEFAULT_CFG", "experts."),
         ("stacks_rows", writer.EXPERTS, "FP8_PER_CHANNEL_PER_TOKEN_CFG", "experts."),

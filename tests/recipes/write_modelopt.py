@@ -50,10 +50,12 @@ def sample(*shape: int) -> Tensor:
 
 
 def dequantise(codes: Tensor, scales: Tensor, second: Tensor | None) -> Tensor:
-    """By the classes of ModelOpt; stacks of experts are packed along their rows."""
+    """By the classes of ModelOpt; in NVFP4 stacks of experts are packed along their rows."""
     f32 = torch.float32
     if codes.dtype == torch.uint8 and codes.ndim == 3:
         both = zip(codes, scales, strict=True)
+        if second is None:
+            return torch.stack([dequantise(q, s, second) for q, s in both])
         return torch.stack([dequantise(q.T, s.T, second).T for q, s in both])
     if codes.dtype == torch.uint8:
         shape = torch.Size((len(codes), 2 * codes.shape[1]))
