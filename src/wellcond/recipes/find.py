@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from wellcond.recipes.awq import find_awq
 from wellcond.recipes.base import Content, Finder, Recipe, RecipeError
+from wellcond.recipes.bitsandbytes import find_bitsandbytes
 from wellcond.recipes.float8 import find_float8
+from wellcond.recipes.gptq import find_gptq
 
 # Where several want a tensor it is for the first.
-FINDERS: tuple[Finder, ...] = (find_float8,)
+FINDERS: tuple[Finder, ...] = (
+    find_bitsandbytes,
+    find_awq,
+    find_gptq,
+    find_float8,
+)
 
 
 def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[str, ...]]]:
