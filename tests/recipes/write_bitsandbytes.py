@@ -35,8 +35,8 @@ def sample(*shape: int) -> Tensor:
 def dequantise(weight: Tensor, layer: nn.Module | None = None) -> Tensor:
     """A weight in float32, without the rounding to the dtype of the model.
 
-    By the implementation for any device: that for CPUs with AVX-512 takes wrong scales where a
-    block extends beyond its row (findings/bitsandbytes-blocks-across-rows.sh).
+    By the implementation for any device: that for CPUs takes wrong scales where a block extends
+    beyond its row (findings/bitsandbytes-blocks-across-rows.sh).
     """
     if isinstance(weight, bnb.nn.Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
