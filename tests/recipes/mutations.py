@@ -60,7 +60,8 @@ def mutate(
             tensors[name] = tensors[name][: draw.draw(st.integers(0, len(tensors[name])))]
         elif kind == "values":
             fill = draw.draw(st.sampled_from([-1, 0, 1, 100]))
-            tensors[name] = torch.full_like(tensors[name].float(), fill).to(tensors[name].dtype)
+            dtype = tensors[name].dtype
+            tensors[name] = torch.full(tensors[name].shape, fill).to(torch.int64).to(dtype)
     return tensors, configs
 
 
@@ -71,7 +72,9 @@ def _change_setting(
     described = [name for name in tensors if "quant_state" in name]
     name = draw.draw(st.sampled_from([*configs, *described]))
     if name in configs:
-        inner = configs[name].get("quantization_config", configs[name])
+        inner = configs[name]
+        for key in ("quantization", "quantization_config"):
+            inner = inner.get(key, inner) if isinstance(inner, dict) else inner
         if isinstance(inner, dict):
             inner[draw.draw(st.sampled_from(sorted(inner) or ["bits"]))] = draw.draw(_VALUES)
         return

@@ -96,7 +96,9 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
             "version gemm"
         )
     if settings.integer("bits", "w_bit") != 4:
-        raise RecipeError(f"it has {settings.get('bits', 'w_bit')} bits, and its layout is known for 4")
+        raise RecipeError(
+            f"it has {settings.get('bits', 'w_bit')} bits, and its layout is known for 4"
+        )
     stem = parts[0].removesuffix("qweight")
     names = [parts[0], f"{stem}qzeros", f"{stem}scales"]
     for one, dtypes in zip(

@@ -7,12 +7,14 @@ from wellcond.recipes.base import Content, Finder, Recipe, RecipeError
 from wellcond.recipes.bitsandbytes import find_bitsandbytes
 from wellcond.recipes.float8 import find_float8
 from wellcond.recipes.gptq import find_gptq
+from wellcond.recipes.mlx import find_mlx
 
 # Where several want a tensor it is for the first.
 FINDERS: tuple[Finder, ...] = (
     find_bitsandbytes,
     find_awq,
     find_gptq,
+    find_mlx,
     find_float8,
 )
 
