@@ -77,3 +77,24 @@ def unpack(words: Tensor, bits: int, size: int) -> Tensor:
     wide = words.to(torch.int32) if width < 32 else words.view(torch.int32)
     codes = (wide[..., None] >> shifts) & ((1 << bits) - 1)
     return codes.to(torch.int16).flatten(-2)[..., :size]
+
+
+def unpack_stream(words: Tensor, bits: int, size: int) -> Tensor:
+    """Codes of so many bits from words of 32 bits along the last side, the lowest bits first.
+
+    Codes run on from one word to the next: 32 codes of 3 bits take 3 words.
+
+    Args:
+        words: int32 (..., w).
+        bits: of a code, at most 15.
+        size: how many codes there are along the last side, at most all that fit.
+
+    Returns:
+        (..., size), int16.
+    """
+    wide = words.to(torch.int64) & 0xFFFFFFFF
+    after = torch.nn.functional.pad(wide[..., 1:], (0, 1))
+    pairs = wide | after << 32  # the sign does not matter below bit 47
+    start = torch.arange(0, size * bits, bits, device=words.device)
+    codes = (pairs[..., start >> 5] >> (start & 31)) & ((1 << bits) - 1)
+    return codes.to(torch.int16)
