@@ -193,7 +193,7 @@ def _is_statistic(name: str) -> bool:
 
 def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
     """The tensors of a file that may hold NaN: of one under several names the first."""
-    repeated = (Reason.same, Reason.part, Reason.component)
+    repeated = (Reason.same, Reason.part)
 
     def pieces(parts: Sequence[tuple[Holder, Entry]]) -> Iterator[Tensor]:
         for owner, entry in parts:
@@ -201,7 +201,7 @@ def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
 
     return {
         name: partial(pieces, file.slices.get(name, [(owner, entry)]))
-        for name, (owner, entry) in file.where.items()
+        for name, (owner, entry) in file.stored.items()
         if not (entry.skipped is not None and entry.skipped.reason in repeated)
     }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from wellcond.files.tensors import (
     Rows,
     TensorFile,
     UnreadableError,
+    Write,
     damaged,
     explain_non_weight,
 )
@@ -40,6 +42,9 @@ _NAMES = _FLOATS | _INTEGERS | _OTHER_FLOATS
 # tensors fit into this.
 _HEADER = 32 << 20
 _END = 1 << 63
+# Of a tensor to be written: the name, the dtype as `Entry` has it, the shape, and a function that
+# returns its entries in the order of memory, in one tensor or several.
+Item = tuple[str, str, tuple[int, ...], Callable[[], Iterable[Tensor]]]
 
 
 class Safetensors(TensorFile):
@@ -50,7 +55,7 @@ class Safetensors(TensorFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         header, start = _read_header(path)
-        metadata = header.pop("__metadata__", {})
+        self.metadata = metadata = header.pop("__metadata__", {})
         self._written = {name: entry["dtype"] for name, entry in header.items()}
         self._offsets = {
             name: [start + offset for offset in entry["data_offsets"]]
@@ -72,10 +77,16 @@ class Safetensors(TensorFile):
                 skipped=explain_non_weight(shape, dtype),
                 aliases=tuple(aliases.get(name, ())),
             )
-            if len(shape) > 1 and (sliced is None or name in sliced):
+            if sliced is None or name in sliced:
                 at = sliced[name] if sliced else None
-                entry = replace(entry, skipped=slice_at([at] if at else []), offsets=at)
+                at = at if at is not None and len(at) == len(shape) else None
+                entry = replace(entry, skipped=slice_at([] if at is None else [at]), offsets=at)
             self.entries[name] = entry
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(stop - start for start, stop in self._offsets.values())
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         (start, stop), entry = self._offsets[name], self.entries[name]
@@ -100,16 +111,65 @@ class Safetensors(TensorFile):
         if dtype is not None:
             yield from self._read_pieces(start, stop - start, dtype, name)
 
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
+    @contextlib.contextmanager
+    def copy(self, target: Path) -> Iterator[Write]:
         shutil.copyfile(self.path, target)
-        with target.open("r+b") as file:
-            for name, tensor in replaced:
-                start, stop = self._offsets[name]
-                buffer = self._memory_for(stop - start, name)
-                torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.flatten())
+
+        def write(name: str, new: Tensor) -> None:
+            start, stop = self._offsets[name]
+            buffer = self._memory_for(stop - start, name)
+            torch.frombuffer(buffer, dtype=new.dtype).copy_(new.flatten())
+            with target.open("r+b") as file:
                 file.seek(start)
                 file.write(buffer)
+
+        yield write
+        shutil.copymode(self.path, target)
         self._open().close()
+
+
+def write_safetensors(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
+    """Writes a file of tensors, of which one is in memory at a time.
+
+    Args:
+        path: of the file, which must not exist.
+        items: the tensors, in the order of the file.
+        metadata: texts by name.
+
+    Raises:
+        ValueError: a tensor has a dtype that the format lacks, or other entries than its shape.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    codes = {name: code for code, name in _NAMES.items()}
+    end = 0
+    for name, dtype, shape, _ in items:
+        code = codes.get(dtype, dtype)
+        if not (bits := _bits(code)):
+            raise ValueError(f"{name} has the dtype {dtype}, which safetensors cannot store.")
+        start, end = end, end + math.prod(shape) * bits // 8
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, _, _, values in items:
+            begin = file.tell()
+            for tensor in values():
+                buffer = bytearray(tensor.numel() * tensor.element_size())
+                if buffer:
+                    torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.flatten())
+                file.write(buffer)
+            start, end = header[name]["data_offsets"]
+            if file.tell() - begin != end - start:
+                raise ValueError(f"{name} must have {end - start:,} bytes, but has others.")
+
+
+def _bits(dtype: Any) -> int:
+    """The bits of a value of a dtype as the format calls it; 0 if it is none."""
+    if dtype == "BOOL":
+        return 8
+    found = re.match(r"[A-Z]+(\d+)", dtype) if isinstance(dtype, str) else None
+    return int(found[1]) if found else 0
 
 
 def _dtype(entry: Entry) -> torch.dtype:
@@ -160,8 +220,8 @@ def _check(header: Any, stored: int) -> None:
             continue
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            bits = 8 if dtype == "BOOL" else int(re.findall(r"^[A-Z]+(\d+)", dtype)[0])
-            numbers = chain(shape if isinstance(shape, list) else [-1], (start, stop))
+            bits = _bits(dtype)
+            numbers = chain(shape if bits and isinstance(shape, list) else [-1], (start, stop))
         except (KeyError, TypeError, ValueError, IndexError):
             numbers = chain([-1])
         if not all(type(number) is int and 0 <= number < _END for number in numbers):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar
@@ -16,6 +17,7 @@ from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
 Rows = tuple[int, int]  # start and stop along the first side
+Write = Callable[[str, Tensor], None]  # gives a tensor of a copy new values
 _DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
 _PIECE = 16 << 20  # bytes
 
@@ -103,35 +105,42 @@ class TensorFile(Holder):
     Attributes:
         endings: what the names of such files end in.
         others: what is in the file beside tensors, and why it is not measured.
+        metadata: texts that the file stores beside its tensors.
         overlapping: pairs of tensors that share entries, neither of which is a part of the other.
     """
 
     endings: ClassVar[tuple[str, ...]]
     entries: dict[str, Entry]
     others: dict[str, Skipped]
+    metadata: dict[str, str]
     overlapping: list[tuple[str, str]]
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            self._state = _state(file)
-        self.entries, self.others, self.overlapping = {}, {}, []
+            self._state = state_of(file)
+        self.entries, self.others, self.metadata, self.overlapping = {}, {}, {}, []
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """Whether a file without one of the endings has this format by its content."""
         return False
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of which it consists."""
+        return [self.path]
+
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
         yield self, name, new
 
     @abc.abstractmethod
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        """Writes a copy in which these tensors have other values; all else stays as it is."""
+    def copy(self, target: Path) -> contextlib.AbstractContextManager[Write]:
+        """Writes a copy, and gives a function that changes tensors in it; all else is the same."""
 
     def _open(self) -> IO[bytes]:
         file = self.path.open("rb")
-        state = _state(file)
+        state = state_of(file)
         if state == self._state:
             return file
         file.close()
@@ -170,7 +179,7 @@ class TensorFile(Holder):
             ) from None
 
 
-def _state(file: IO[bytes]) -> tuple[int, int]:
+def state_of(file: IO[bytes]) -> tuple[int, int]:
     """The size of a file and the time at which it was written; network drives renumber inodes."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
