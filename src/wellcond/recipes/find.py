@@ -13,6 +13,7 @@ from wellcond.recipes.hqq import find_hqq
 from wellcond.recipes.mlx import find_mlx
 from wellcond.recipes.modelopt import find_modelopt
 from wellcond.recipes.others import find_others
+from wellcond.recipes.parametrizations import find_parametrizations
 from wellcond.recipes.quanto import find_quanto
 
 # Where several want a tensor it is for the first.
@@ -28,6 +29,7 @@ FINDERS: tuple[Finder, ...] = (
     find_quanto,
     find_bitnet,
     find_float8,
+    find_parametrizations,
 )
 
 
