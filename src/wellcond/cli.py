@@ -201,6 +201,13 @@ def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--max-condition", type=_limit, required=True, metavar="K", help="the limit"
     )
+    parser.add_argument(
+        "--dequantise",
+        "--dequantize",
+        action="store_true",
+        help="write weights that are stored as codes as plain tensors of safetensors; with "
+        "--max-condition inf they are not changed otherwise",
+    )
     _add_common(parser)
     parser.set_defaults(run=_repair)
 
@@ -401,6 +408,7 @@ def _repair(arguments: argparse.Namespace) -> int:
             arguments.max_condition,
             include=arguments.include,
             exclude=arguments.exclude,
+            dequantise=arguments.dequantise,
             progress=_progress("repairing"),
         )
     finally:

@@ -125,23 +125,39 @@ def _search(
     """The tensors that hold NaN or infinity, measured or not, and rows of unreadable ones."""
     of_tensors = [(spec, finding) for spec, finding in rows if spec.source.tensor is not None]
     bad = {spec.name: spec for spec, one in of_tensors if one.status is Status.not_finite}
-    finite = {spec.name for spec, _ in of_tensors if spec.covers} - bad.keys()
+    sound = [spec for spec, _ in of_tensors if spec.covers and spec.name not in bad]
+    finite = {spec.name for spec in sound}
+    finite |= {part for spec in sound for part in _parts_of(spec)}
     tensors = {
         name: pieces
         for name, pieces in source.tensors.items()
         if name not in finite and reason_to_skip([name], include, exclude) is None
     }
-    for name in bad.keys() - tensors.keys():  # of a base, or computed
-        tensors[name] = partial(_pieces_of_row, bad[name])
+    for name, spec in bad.items():  # of a base, or computed; of what is built, its parts say more
+        if name not in tensors and not _parts_of(spec):
+            tensors[name] = partial(_pieces_of_row, spec)
     weights = {*bad, *(part for _, adapter in source.adapters for part in adapter.parts)}
     weights |= {name for name, why in skipped.items() if why.reason.of_adapter}
     found, unread = not_finite_in(tensors, source.masks, weights)
+    whole = {
+        name: partial(_pieces_of_row, spec)
+        for name, spec in bad.items()
+        if _parts_of(spec) and found.keys().isdisjoint(_parts_of(spec))
+    }
+    found |= not_finite_in(whole, set(), weights)[0]
     return found, [failed_finding(name, "", why) for name, why in unread.items()]
+
+
+def _parts_of(spec: RowSpec) -> tuple[str, ...]:
+    return () if spec.source.tensor is None else spec.source.tensor.parts
 
 
 def _pieces_of_row(spec: RowSpec) -> Iterator[Tensor]:
     assert spec.source.tensor is not None
-    return pieces_of(spec.source.tensor.read().detach())
+    values = spec.source.tensor.read()
+    S = values if isinstance(values, Tensor) else spec.matrix(values)
+    assert isinstance(S, Tensor)
+    return pieces_of(S.detach())
 
 
 def _add_curves(rows: list[Row], count: int) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,16 +21,21 @@ from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import RowSpec, as_patterns, rows_of_tensor, select
 from wellcond.audits.progress import Counter, ProgressCallback, work_of
 from wellcond.audits.sources import source_of_file
+from wellcond.files.built import Built
 from wellcond.files.checkpoint import INDEX, PICKLED, Checkpoint
+from wellcond.files.plain import PlainWeight, dtype_of, write_plain
+from wellcond.files.tensors import Holder
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, split_scale
-from wellcond.operators.views import View
+from wellcond.linalg.spectrum import compute_spectrum
+from wellcond.operators.views import Member, View
 from wellcond.output import new_path, refuse_existing
 from wellcond.report.repairs import Repair, RepairReport
 from wellcond.rules.spectral import limit_condition_number
 from wellcond.text import is_out_of_memory, join_remarks, last_part, list_some, read_versions
 from wellcond.weights.reasons import Reason, Skipped
 
+_ATTEMPTS = 8  # at a margin that rounding does not exceed
 # What layers call their weights; all else may be a constant, or no linear map.
 _CALLED_A_WEIGHT = re.compile("weight|kernel|proj", re.IGNORECASE)
 
@@ -40,6 +47,7 @@ def repair(
     *,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    dequantise: bool = False,
     progress: ProgressCallback | None = None,
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
@@ -56,17 +64,26 @@ def repair(
     the tensors and the permissions are kept byte for byte; a compressed archive of torch.save is
     written unpacked.
 
+    A weight that is built from several tensors is repaired where these can store the result:
+    shards, and `weight_norm` and `spectral_norm` of torch; the report has what acts before and
+    after. Others, such as codes and scales, stay as they are. With `dequantise` the copy stores
+    each of these as one tensor instead, in the dtype that its parts or config.json name (float32
+    where neither does), within the limit; the settings of the quantisation are removed from
+    config.json. Such a copy consists of safetensors files.
+
     The copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
     repairs to the same path one fails. A repair that is killed leaves that folder,
     `.wellcond-unfinished-*` beside path_out, which can be removed.
 
     Args:
         path_in: what `wellcond.audit` reads.
-        path_out: a new file of the same format; for a directory or a sharded checkpoint a new
-            directory outside of it.
+        path_out: a new file of the same format, with `dequantise` of safetensors; for a directory
+            or a sharded checkpoint a new directory outside of it.
         max_condition: K, at least 1.
         include: one or more patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
         exclude: one or more patterns of names to leave as they are.
+        dequantise: whether weights that are stored as codes become plain tensors. With
+            max_condition = inf they are not changed otherwise.
         progress: called with a `Progress` before each tensor is read; `print` will do.
 
     Raises:
@@ -91,7 +108,7 @@ def repair(
     """
     check_limit(max_condition)
     include, exclude = as_patterns(include), as_patterns(exclude)
-    _check_output(Path(path_in), Path(path_out))
+    _check_output(Path(path_in), Path(path_out), dequantise)
     checkpoint = Checkpoint(path_in)
     for name, reason in checkpoint.damaged.items():
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
@@ -102,7 +119,10 @@ def repair(
     entries = {name: entry for name, (_, entry) in checkpoint.where.items()}
     specs: list[RowSpec] = []
     for one in checkpoint.matrices():
-        if entries[one.name].dtype.startswith("complex"):
+        recipe = checkpoint.recipes.get(one.name)
+        if recipe is not None and recipe.keeps and not dequantise:
+            unserved[one.name] = Skipped(Reason.kept, recipe.keeps)
+        elif entries[one.name].dtype.startswith("complex"):
             unserved[one.name] = Skipped(Reason.complex)
         specs += rows_of_tensor(one, source.skipped.get(one.name))
     chosen, skipped = select(specs, include, exclude, source.skipped | unserved)
@@ -112,7 +132,10 @@ def repair(
             skipped[spec.name] = unserved[spec.name]
         else:
             wanted.setdefault(spec.name, []).append(spec)
-    if not wanted:
+    plain = [n for n, r in checkpoint.recipes.items() if r.keeps] if dequantise else []
+    if dequantise:
+        _check_codes(checkpoint, plain)
+    if not (wanted or plain):
         why = list_some((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")
     overlapping = [pair for pair in checkpoint.overlapping if wanted.keys() & set(pair)]
@@ -127,11 +150,17 @@ def repair(
     counter = Counter(progress, work_of(rows[0].source.tensor for rows in wanted.values()))
 
     def change(name: str) -> Tensor | None:
-        if name not in wanted:
+        if name not in wanted or name in plain:
             return None
         counter.next(name)
+        rows = wanted[name]
         try:
-            new, done = _limit_all(wanted[name], max_condition, refused)
+            holder, _ = checkpoint.where[name]
+            if isinstance(holder, Built):
+                new, done = _limit_built(holder, rows, max_condition, refused)
+            else:
+                tensor = rows[0].source.read().contiguous().clone()
+                new, done = _limit_all(tensor, rows, max_condition, refused)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -142,8 +171,32 @@ def repair(
         repairs.extend(done)
         return new
 
+    def values(label: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The matrices of a weight that becomes plain, one after the other."""
+        rows = wanted.get(label, [])
+        if rows:
+            counter.next(label)
+        for W, own in _members(checkpoint.where[label][0], rows):
+            tensor = W.to(dtype)
+            _, done = _limit_all(tensor, own, max_condition, refused)
+            repairs.extend(done)
+            yield tensor
+
     with new_path(path_out) as copy:
-        checkpoint.copy_with(change, copy)
+        if not plain:
+            checkpoint.copy_with(change, copy)
+        else:
+            config = checkpoint.beside("config.json")
+            weights = {}
+            for name in plain:
+                recipe = checkpoint.recipes[name]
+                dtype = dtype_of(recipe, config)
+                weights[name] = PlainWeight(recipe, dtype, partial(values, name, dtype))
+            whole = checkpoint.path.is_file() and checkpoint.index is None
+            first = copy.with_name(f"codes{checkpoint.path.suffix}") if whole else copy
+            checkpoint.copy_with(change, first)
+            if not refused:
+                write_plain(Checkpoint(first), copy, weights)
         if refused:
             raise ValueError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
@@ -156,11 +209,42 @@ def repair(
     return RepairReport(repairs, skipped, float(max_condition), read_versions(), not_finite)
 
 
+def _check_codes(checkpoint: Checkpoint, plain: Sequence[str]) -> None:
+    """Raises unless there are weights to dequantise, and none that cannot be."""
+    codes = (Reason.quantised, Reason.torchao)
+    reasons = ((name, entry.skipped) for name, (_, entry) in checkpoint.where.items())
+    left = [f"{name} ({why})" for name, why in reasons if why and why.reason in codes]
+    if left:
+        raise ValueError(
+            f"{checkpoint.path} cannot be dequantised, and nothing was written: "
+            f"{list_some(left, separator='; ')}."
+        )
+    if not plain:
+        raise ValueError(
+            f"`dequantise` asks for weights that are stored as codes, but {checkpoint.path} has "
+            "none. Leave it out."
+        )
+
+
+def _members(holder: Holder, rows: list[RowSpec]) -> Iterator[tuple[Tensor, list[RowSpec]]]:
+    """A weight with its rows; of a stack that is built in parts each matrix, a stack of one."""
+    assert isinstance(holder, Built)
+    count, found = holder.recipe.count, holder.matrices()
+    if count == 1:
+        yield found, rows
+        return
+    for index in range(count):
+        own = []
+        for row in rows:
+            if isinstance(row.matrix, Member) and row.matrix.index == index:
+                own.append(replace(row, matrix=Member(row.matrix.view, 0)))
+        yield found[index][None], own
+
+
 def _limit_all(
-    rows: list[RowSpec], max_condition: float, refused: list[str]
+    tensor: Tensor, rows: list[RowSpec], max_condition: float, refused: list[str]
 ) -> tuple[Tensor | None, list[Repair]]:
-    """The tensor with these matrices within the limit, None if they are; adds what fails."""
-    tensor: Tensor = rows[0].source.read().contiguous().clone()
+    """Brings these matrices of a tensor within the limit; None if they are; adds what fails."""
     done = []
     for row in rows:
         view = cast(View, row.matrix)  # of tensors without adapters
@@ -188,15 +272,51 @@ def _limit_all(
     return tensor if any(repair.relative_change for repair in done) else None, done
 
 
+def _limit_built(
+    holder: Built, rows: list[RowSpec], max_condition: float, refused: list[str]
+) -> tuple[Tensor | None, list[Repair]]:
+    """The same of a weight that is built from several tensors: what acts must obey.
+
+    What acts after its parts have been rounded to their dtypes is measured, and the limit is
+    tightened by the excess until that obeys.
+    """
+    old = holder.read(holder.recipe.label)
+    limit = max_condition
+    for _ in range(_ATTEMPTS):
+        failed: list[str] = []
+        new, done = _limit_all(old.clone(), rows, limit, failed)
+        if failed or new is None:
+            refused.extend(failed)
+            return None, done
+        acting = holder.read_after(new)
+        pairs = [(view(old), view(acting)) for view in (cast(View, row.matrix) for row in rows)]
+        kappas = [compute_spectrum(X, extremes=True).condition_number for _, X in pairs]
+        excess = max((kappa / max_condition for kappa in kappas), default=0.0)
+        if excess <= 1:
+            margin = max_condition / limit - 1
+            return new, [
+                replace(one, after=kappa, relative_change=_relative_change(*pair), margin=margin)
+                for one, kappa, pair in zip(done, kappas, pairs, strict=True)
+            ]
+        limit /= 1 + 2 * (excess - 1)
+        if not limit >= 1:
+            break
+    refused.append(
+        f"{holder.recipe.label}: no margin brings κ to at most {max_condition:g} once its parts "
+        "are rounded to their dtypes"
+    )
+    return None, []
+
+
 def _relative_change(S: Tensor, X: Tensor) -> float:
     wide, unit = split_scale(S)
     return frobenius_norm(X.to(torch.float64) / unit - wide) / frobenius_norm(wide)
 
 
-def _check_output(source: Path, target: Path) -> None:
+def _check_output(source: Path, target: Path, dequantise: bool) -> None:
     """Raises unless a copy of the source can be written to the target."""
     refuse_existing(target)
-    _check_ending(source, target)
+    _check_ending(source, target, dequantise)
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():
             raise NotADirectoryError(
@@ -217,13 +337,20 @@ def _check_output(source: Path, target: Path) -> None:
         seen.add(real)
 
 
-def _check_ending(source: Path, target: Path) -> None:
+def _check_ending(source: Path, target: Path, dequantise: bool) -> None:
     """Raises if the target's name promises another format than that of the source."""
     if source.is_dir() or source.name.endswith(INDEX):
         if target.name.endswith((".safetensors", INDEX, *PICKLED)):
             raise ValueError(
                 f"`path_out` must be a directory, as {source} is copied with all that belongs to "
                 f"it, but {target.name} ends as a file does. Choose a name without an ending."
+            )
+        return
+    if dequantise and source.is_file():
+        if target.suffix != ".safetensors":
+            raise ValueError(
+                "`path_out` must end in .safetensors, because dequantised weights are written in "
+                f"that format, but got {target.name}."
             )
         return
     same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}

@@ -73,7 +73,8 @@ def _measure_source(
     values = attempt(read)  # they are let go before the next source is read
     for spec in specs:
         tensor = spec.source.tensor
-        row = Finding(spec.name, spec.view, (0, 0), "", stored=tensor is None or tensor.stored)
+        stored, parts = (True, ()) if tensor is None else (tensor.stored, tensor.parts)
+        row = Finding(spec.name, spec.view, (0, 0), "", stored=stored, parts=parts)
         S = values if isinstance(values, Trouble) else attempt(partial(spec.matrix, values))
         found: Finding | Trouble
         if isinstance(S, Trouble):

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from wellcond.audits.attempt import failed_finding
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.pieces import Pieces, pieces_of
-from wellcond.files.tensors import Entry, TensorFile
+from wellcond.files.tensors import Entry, Holder
 from wellcond.report.findings import MERGED, Finding
 from wellcond.text import join_remarks, last_part, list_some
 from wellcond.weights.adapters import (
@@ -195,13 +195,13 @@ def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
     """The tensors of a file that may hold NaN: of one under several names the first."""
     repeated = (Reason.same, Reason.part)
 
-    def pieces(parts: Sequence[tuple[TensorFile, Entry]]) -> Iterator[Tensor]:
+    def pieces(parts: Sequence[tuple[Holder, Entry]]) -> Iterator[Tensor]:
         for owner, entry in parts:
             yield from owner.pieces(entry.name)
 
     return {
         name: partial(pieces, file.slices.get(name, [(owner, entry)]))
-        for name, (owner, entry) in file.where.items()
+        for name, (owner, entry) in file.stored.items()
         if not (entry.skipped is not None and entry.skipped.reason in repeated)
     }
 

@@ -9,13 +9,14 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wellcond.files.built import Built
 from wellcond.files.formats import format_by_name, other_folder, other_format
 from wellcond.files.pickled import Pickled
 from wellcond.files.safetensors import Safetensors
@@ -28,12 +29,17 @@ from wellcond.files.slices import (
 )
 from wellcond.files.tensors import (
     Entry,
+    Holder,
     NoTensorsError,
     PickledCodeError,
+    Rows,
     TensorFile,
     UnreadableError,
+    explain_non_weight,
 )
-from wellcond.text import last_part
+from wellcond.recipes.base import Content, Recipe, TensorClass
+from wellcond.recipes.find import find_recipes
+from wellcond.text import join_remarks, last_part
 from wellcond.weights.adapters import find_adapter_parameters
 from wellcond.weights.fused import find_views_in_file
 from wellcond.weights.matrices import Matrices, ViewsByName, entries
@@ -51,6 +57,8 @@ _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
 # What the head of a language model is called.
 _HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
+# Tensors of which there are no values, or not all.
+NO_PARTS = (Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class)
 _POINTER = b"version https://git-lfs"
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
@@ -60,7 +68,9 @@ class Checkpoint:
 
     Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
     those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name, of
-    which `where` has the last, and `slices` all.
+    which `where` has the last, and `slices` all. A weight that is built from several tensors is in
+    `where` under the name that it has in a plain checkpoint, and `recipes` says how; `stored` has
+    only what is stored.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -72,7 +82,9 @@ class Checkpoint:
         self.others: dict[str, Skipped] = {}
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
-        self.where: dict[str, tuple[TensorFile, Entry]] = {}
+        self.where: dict[str, tuple[Holder, Entry]] = {}
+        self.stored: dict[str, tuple[Holder, Entry]] = {}
+        self.recipes: dict[str, Recipe] = {}
         self.overlapping: list[tuple[str, str]] = []
         self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
         self.directory = self.path if self.path.is_dir() else self.path.parent
@@ -81,10 +93,12 @@ class Checkpoint:
         for name in names:
             self._open(name, alone=len(names) == 1)
         self._collect()
+        refused = self._build()
         empty = not any(entry.matrix for _, entry in self.where.values())
         if empty and self.path.is_dir() and (other := other_folder(self.path)):
             raise UnreadableError(other)
         self._leave_out()
+        self._explain(refused)
         if self.index is not None:
             self._check_index(self.index)
         if self._lacks_head():
@@ -117,11 +131,61 @@ class Checkpoint:
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
 
+    def _build(self) -> dict[str, tuple[str, ...]]:
+        """Puts each weight that a recipe builds in the place of its parts.
+
+        Returns:
+            By the main part of each weight that cannot be built why, and then the other parts.
+        """
+        self.stored = stored = dict(self.where)
+
+        def read(name: str, rows: Rows | None = None) -> Tensor:
+            holder, entry = stored[name]
+            return holder.read(entry.name, rows)
+
+        usable = {
+            name: (entry.shape, entry.dtype)
+            for name, (_, entry) in stored.items()
+            if not (entry.skipped is not None and entry.skipped.reason in NO_PARTS)
+        }
+        content = Content(usable, read, cache(self.beside), self._classes())
+        self.recipes, refused = find_recipes(content)
+        for label, recipe in self.recipes.items():
+            part = Skipped(Reason.component, label)
+            for name in recipe.parts:
+                holder, entry = stored[name]
+                self.where[name] = holder, replace(entry, parameter=False, skipped=part)
+        for label, recipe in self.recipes.items():
+            aliases = stored[label][1].aliases if label in stored else ()
+            skipped = explain_non_weight(recipe.shape, "float32")
+            entry = Entry(label, recipe.shape, "float32", True, skipped, aliases)
+            self.where[label] = Built(recipe, stored), entry
+        self._parts = {name for one in self.recipes.values() for name in one.parts}
+        self._parts -= self.recipes.keys()
+        return refused
+
+    def _classes(self) -> dict[str, TensorClass]:
+        """The tensors of foreign classes that files store as plain ones."""
+        return {}
+
+    def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
+        """Says of codes, and of other parts of a weight, why it cannot be built."""
+        for name, (why, *others) in refused.items():
+            for part in (name, *others):
+                file, entry = self.where[part]
+                known = entry.skipped or Skipped(Reason.quantised)
+                if part != name:
+                    known = known if entry.skipped else Skipped(Reason.scales, name)
+                elif known.reason not in (Reason.vector, Reason.number):
+                    keeps = known.reason is Reason.parametrized
+                    known = Skipped(known.reason if keeps else Reason.quantised, why)
+                self.where[part] = file, replace(entry, skipped=known)
+
     def _leave_out(self) -> None:
         """Finds by their names, and by what is beside them, the tensors that are no weights."""
         # A head that is tied to an embedding is one, whichever of the names was kept.
-        self._called = called = {name: name for name in self.where}
-        for name in self.where:
+        self._called = called = {name: name for name in self.where if name not in self._parts}
+        for name in list(called):
             for alias in self._aliases(name):
                 called.setdefault(alias, name)
         named = ((alias, self.where[name][1]) for alias, name in called.items())
@@ -135,7 +199,7 @@ class Checkpoint:
             elif skipped.reason is Reason.flat:
                 self.where[name] = file, replace(entry, skipped=skipped)
         config = self.beside("adapter_config.json")
-        for name, skipped in find_adapter_parameters(self.where, config).items():
+        for name, skipped in find_adapter_parameters(called.values(), config).items():
             file, entry = self.where[name]
             if entry.skipped is None or not entry.skipped.reason.no_matrix:
                 self.where[name] = file, replace(entry, skipped=skipped)
@@ -309,34 +373,66 @@ class Checkpoint:
     def matrices(self) -> Iterator[Matrices]:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped
         unless their exact name is asked for."""
-        shapes = {name: entry.shape for name, (_, entry) in self.where.items()}
+        where = {n: found for n, found in self.where.items() if n not in self._parts}
+        shapes = {name: entry.shape for name, (_, entry) in where.items()}
         views = find_views_in_file(shapes, self.beside("config.json"))
-        for name, (file, entry) in self.where.items():
-            if entry.matrix:
-                names, seen = (name, *self._aliases(name)), views[name]
-                read = partial(file.read, entry.name)
-                yield Matrices(
-                    name, names, entry.shape, ViewsByName(seen.views), read, note=seen.note
+        for name, (holder, entry) in where.items():
+            if not entry.matrix:
+                continue
+            names, seen = (name, *self._aliases(name)), views[name]
+            one = Matrices(
+                name,
+                names,
+                entry.shape,
+                ViewsByName(seen.views),
+                partial(holder.read, entry.name),
+                note=seen.note,
+            )
+            if isinstance(holder, Built):
+                recipe = holder.recipe
+                one = replace(
+                    one,
+                    read=holder.matrices,
+                    note=join_remarks(recipe.note, seen.note),
+                    stored=not recipe.keeps,
+                    parts=recipe.parts,
                 )
+            yield one
 
     def skipped(self) -> dict[str, Skipped]:
         """All others, and why."""
         entries = {name: entry.skipped for name, (_, entry) in self.where.items()}
         return {name: why for name, why in entries.items() if why is not None} | self.others
 
+    def _files_of(self, name: str) -> list[TensorFile]:
+        """The files that store the tensors of a weight."""
+        holder, _ = self.where[name]
+        parts = holder.parts.values() if isinstance(holder, Built) else [self.where[name]]
+        return [one for one, _ in parts if isinstance(one, TensorFile)]
+
     def copy_with(self, change: Callable[[str], Tensor | None], target: Path) -> None:
         """Writes a copy of all files in which the tensors that `change` returns have new values.
 
         A single file becomes a file, a directory or a sharded checkpoint a directory with all that
-        belongs to it. Asks for one tensor after the other, in the order of the files.
+        belongs to it. Asks for one tensor after the other, in the order of the files; one that is
+        stored in several files is asked for with the first of them.
         """
+        homes = {name: self._files_of(name) for name, (_, entry) in self.where.items()}
+        homes = {name: files for name, files in homes.items() if self.where[name][1].matrix}
+        waiting: dict[TensorFile, list[tuple[str, Tensor]]] = {}
 
         def replaced(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
-            for name, (owner, entry) in self.where.items():
-                if owner is not file or not entry.matrix:
+            for name in [name for name, files in homes.items() if file in files]:
+                del homes[name]
+                if (new := change(name)) is None:
                     continue
-                if (new := change(name)) is not None:
-                    yield entry.name, new
+                holder, entry = self.where[name]
+                for home, stored, values in holder.split(entry.name, new):
+                    if home is file:
+                        yield stored, values
+                    else:
+                        waiting.setdefault(home, []).append((stored, values))
+            yield from waiting.pop(file, [])
 
         if self.path.is_file() and self.index is None:
             (file,) = self.files.values()
@@ -344,7 +440,7 @@ class Checkpoint:
             shutil.copymode(file.path, target)
             return
         target.mkdir()
-        changing = {f.path.name: f for f, entry in self.where.values() if entry.matrix}
+        changing = {file.path.name: file for files in homes.values() for file in files}
         beside = [self.path, *(file.path for file in self.files.values())]
         for path in sorted(self.directory.iterdir() if self.path.is_dir() else beside):
             if path.name not in changing:

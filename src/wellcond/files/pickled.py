@@ -30,6 +30,7 @@ from wellcond.files.tensors import (
     DamagedError,
     Entry,
     NoTensorsError,
+    Rows,
     TensorFile,
     UnreadableError,
     damaged,
@@ -107,9 +108,13 @@ class Pickled(TensorFile):
                 f"DeepSpeed's ZeRO-3 the values lie in the files *_optim_states.pt. {ZERO}."
             )
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
         tensor = self._tensors[name]
         assert isinstance(tensor, StoredTensor)
+        if rows is not None:
+            start = tensor.start + rows[0] * tensor.stride[0] * tensor.dtype.itemsize
+            shape = (rows[1] - rows[0], *tensor.shape[1:])
+            tensor = replace(tensor, start=start, shape=shape)
         return self._read_stored(tensor, name)
 
     def first_row(self, name: str) -> Tensor:

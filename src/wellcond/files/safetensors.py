@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from wellcond.files.slices import saved_offsets, slice_at
 from wellcond.files.tensors import (
     DamagedError,
     Entry,
+    Rows,
     TensorFile,
     UnreadableError,
     damaged,
@@ -30,14 +31,18 @@ _INTEGERS = {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U
 _INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS |= {"C64": "complex64"}
-# These are not measured, but may hold NaN. Versions of torch before 2.7 lack some of them.
+# Codes of quantised weights. Versions of torch before 2.7 lack some of these dtypes.
 _OTHER_FLOATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _OTHER_FLOATS |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 _OTHER_FLOATS |= {"F8_E8M0": "float8_e8m0fnu"}
+_NAMES = _FLOATS | _INTEGERS | _OTHER_FLOATS
 # The format allows 100 MB, and some 20 times that is what Python makes of it. A third of a million
 # tensors fit into this.
 _HEADER = 32 << 20
 _END = 1 << 63
+# Of a tensor to be written: the name, the dtype as `Entry` has it, the shape, and a function that
+# returns its entries in the order of memory, in one tensor or several.
+Item = tuple[str, str, tuple[int, ...], Callable[[], Iterable[Tensor]]]
 
 
 class Safetensors(TensorFile):
@@ -48,7 +53,7 @@ class Safetensors(TensorFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         header, start = _read_header(path)
-        metadata = header.pop("__metadata__", {})
+        self.metadata = metadata = header.pop("__metadata__", {})
         self._written = {name: entry["dtype"] for name, entry in header.items()}
         self._offsets = {
             name: [start + offset for offset in entry["data_offsets"]]
@@ -61,7 +66,7 @@ class Safetensors(TensorFile):
                 aliases.setdefault(kept, []).append(other)
         sliced = saved_offsets(metadata)
         for name, written in self._written.items():
-            shape, dtype = tuple(header[name]["shape"]), (_FLOATS | _INTEGERS).get(written, written)
+            shape, dtype = tuple(header[name]["shape"]), _NAMES.get(written, written)
             entry = Entry(
                 name,
                 shape,
@@ -75,10 +80,21 @@ class Safetensors(TensorFile):
                 entry = replace(entry, skipped=slice_at([at] if at else []), offsets=at)
             self.entries[name] = entry
 
-    def read(self, name: str) -> Tensor:
-        start, stop = self._offsets[name]
-        entry = self.entries[name]
-        return self._read_flat(start, stop - start, _dtype(entry), name).reshape(entry.shape)
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(stop - start for start, stop in self._offsets.values())
+
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        (start, stop), entry = self._offsets[name], self.entries[name]
+        shape = entry.shape
+        if rows is not None:
+            each = (stop - start) // max(1, shape[0])
+            start, stop = start + rows[0] * each, start + rows[1] * each
+            shape = (rows[1] - rows[0], *shape[1:])
+        flat = self._read_flat(start, stop - start, _dtype(entry), name)
+        fits = flat.numel() == math.prod(shape)
+        return flat.reshape(shape if fits or 0 in shape else (*shape[:-1], -1))
 
     def first_row(self, name: str) -> Tensor:
         start, stop = self._offsets[name]
@@ -104,10 +120,54 @@ class Safetensors(TensorFile):
         self._open().close()
 
 
+def write_safetensors(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
+    """Writes a file of tensors, of which one is in memory at a time.
+
+    Args:
+        path: of the file, which must not exist.
+        items: the tensors, in the order of the file.
+        metadata: texts by name.
+
+    Raises:
+        ValueError: a tensor has a dtype that the format lacks, or other entries than its shape.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    codes = {name: code for code, name in _NAMES.items()}
+    end = 0
+    for name, dtype, shape, _ in items:
+        code = codes.get(dtype, dtype)
+        if not (bits := _bits(code)):
+            raise ValueError(f"{name} has the dtype {dtype}, which safetensors cannot store.")
+        start, end = end, end + math.prod(shape) * bits // 8
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, _, _, values in items:
+            begin = file.tell()
+            for tensor in values():
+                buffer = bytearray(tensor.numel() * tensor.element_size())
+                if buffer:
+                    torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.flatten())
+                file.write(buffer)
+            start, end = header[name]["data_offsets"]
+            if file.tell() - begin != end - start:
+                raise ValueError(f"{name} must have {end - start:,} bytes, but has others.")
+
+
+def _bits(dtype: Any) -> int:
+    """The bits of a value of a dtype as the format calls it; 0 if it is none."""
+    if dtype == "BOOL":
+        return 8
+    found = re.match(r"[A-Z]+(\d+)", dtype) if isinstance(dtype, str) else None
+    return int(found[1]) if found else 0
+
+
 def _dtype(entry: Entry) -> torch.dtype:
-    dtype = getattr(torch, entry.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    """The dtype; uint8 for what torch has no dtype for, such as pairs of float4."""
+    dtype = getattr(torch, entry.dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.uint8
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -152,8 +212,8 @@ def _check(header: Any, stored: int) -> None:
             continue
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            bits = 8 if dtype == "BOOL" else int(re.findall(r"^[A-Z]+(\d+)", dtype)[0])
-            numbers = chain(shape if isinstance(shape, list) else [-1], (start, stop))
+            bits = _bits(dtype)
+            numbers = chain(shape if bits and isinstance(shape, list) else [-1], (start, stop))
         except (KeyError, TypeError, ValueError, IndexError):
             numbers = chain([-1])
         if not all(type(number) is int and 0 <= number < _END for number in numbers):

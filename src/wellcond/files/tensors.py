@@ -15,6 +15,7 @@ from torch import Tensor
 from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
+Rows = tuple[int, int]  # start and stop along the first side
 _DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
 _PIECE = 16 << 20  # bytes
 
@@ -76,34 +77,12 @@ def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
     return names.explain_non_weight(shape, dtype)
 
 
-class TensorFile(abc.ABC):
-    """One file of tensors. Every read opens it anew, and raises if it has changed since the first.
-
-    Attributes:
-        endings: what the names of such files end in.
-        others: what is in the file beside tensors, and why it is not measured.
-        overlapping: pairs of tensors that share entries, neither of which is a part of the other.
-    """
-
-    endings: ClassVar[tuple[str, ...]]
-    entries: dict[str, Entry]
-    others: dict[str, Skipped]
-    overlapping: list[tuple[str, str]]
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            self._state = _state(file)
-        self.entries, self.others, self.overlapping = {}, {}, []
-
-    @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Whether a file without one of the endings has this format by its content."""
-        return False
+class Holder(abc.ABC):
+    """What holds tensors by name: a file, or what makes one tensor of several."""
 
     @abc.abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor, to be used and let go before the next is read."""
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """The tensor, or its rows start to stop, to be let go before the next is read."""
 
     @abc.abstractmethod
     def pieces(self, name: str) -> Iterable[Tensor]:
@@ -112,6 +91,41 @@ class TensorFile(abc.ABC):
     @abc.abstractmethod
     def first_row(self, name: str) -> Tensor:
         """The first entries of a tensor, as many as its last side is long."""
+
+    @abc.abstractmethod
+    def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
+        """The stored tensors that get new values, with the file that stores each."""
+
+
+class TensorFile(Holder):
+    """One file of tensors. Every read opens it anew, and raises if it has changed since the first.
+
+    Attributes:
+        endings: what the names of such files end in.
+        others: what is in the file beside tensors, and why it is not measured.
+        metadata: texts that the file stores beside its tensors.
+        overlapping: pairs of tensors that share entries, neither of which is a part of the other.
+    """
+
+    endings: ClassVar[tuple[str, ...]]
+    entries: dict[str, Entry]
+    others: dict[str, Skipped]
+    metadata: dict[str, str]
+    overlapping: list[tuple[str, str]]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._state = _state(file)
+        self.entries, self.others, self.metadata, self.overlapping = {}, {}, {}, []
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a file without one of the endings has this format by its content."""
+        return False
+
+    def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
+        yield self, name, new
 
     @abc.abstractmethod
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from wellcond.weights.matrices import entries
 
 SMALL = 4096  # bytes of a description that is read before anything is measured
+_WIDTHS = {"uint8": 1, "int8": 1, "int64": 8, "uint64": 8, "float64": 8}  # others at most 4
 
 
 class RecipeError(ValueError):
@@ -62,7 +63,7 @@ class Content:
     tensors: Mapping[str, tuple[tuple[int, ...], str]]
     read: Read
     beside: Callable[[str], Mapping[str, Any]] = lambda _: {}
-    classes: Mapping[str, TensorClass] = {}  # noqa: RUF008
+    classes: Mapping[str, TensorClass] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor.
@@ -84,7 +85,7 @@ class Content:
         Raises:
             RecipeError: there is none of this name, or it has more than 4 kB.
         """
-        if 8 * entries(self.shape(name)) > 8 * SMALL:
+        if entries(self.shape(name)) * _WIDTHS.get(self.dtype(name), 4) > SMALL:
             raise RecipeError(f"{name} is too large for a description")
         return self.read(name)
 

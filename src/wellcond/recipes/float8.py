@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
 from wellcond.recipes.codes import as_scales, multiply_blocks_, row_ranges
 from wellcond.weights.quantised import is_narrow
 
-_SCALES = ("{}_scale_inv", "{}_scale", "scale_{}", "scale")
+_SCALES = ("{}_scale_inv", "{}_scale", "scale_{}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Float8(Recipe):
         codes, scales = self.parts[:2]
         W = zeros(self.shape)
         for start, stop in row_ranges(len(W)):
-            W[start:stop] = read(codes, (start, stop))
+            W[start:stop] = read(codes, (start, stop)).to(torch.float32)
         s = as_scales(read(scales))
         return multiply_blocks_(W, s.reshape(-1, 1) if s.ndim < 2 else s, self.block)
 
@@ -50,7 +51,9 @@ def find_float8(content: Content) -> Iterator[Candidate]:
             block = _block(content, (m, n), s)
             what = re.sub(r".*_(e\d)(m\d).*", r"\1\2", content.dtype(name)).upper()
             per = {(m, n): "the tensor", (1, n): "row"}.get(block, "block of {}x{}".format(*block))
-            note = f"dequantised from FP8 ({what}) with a scale per {per}".replace("per the", "of the")
+            note = f"dequantised from FP8 ({what}) with a scale per {per}".replace(
+                "per the", "of the"
+            )
             return Float8(name, (name, scales), (m, n), note, block=block)
 
         yield Candidate(name, (name, scales), make)

@@ -96,6 +96,8 @@ class Finding:
             does, and of a vector.
         stored: whether it is stored as it is measured, and not computed from parameters, so that a
             file of it could be repaired.
+        parts: the names of the tensors of a file from which it is built, such as codes and scales;
+            () if it is stored as one tensor.
         added_share: of a weight with what an adapter of rank r adds, which part of the sum of its r
             largest singular values comes from the adapter; nan of others. See
             `wellcond.linalg.leading.added`.
@@ -135,6 +137,7 @@ class Finding:
     zero_columns: tuple[int, ...] = ()
     dominant_entry: tuple[int, ...] = ()
     stored: bool = True
+    parts: tuple[str, ...] = ()
     added_share: float = math.nan
     added_new: int = 0
     added_of: int = 0
@@ -207,6 +210,7 @@ class Finding:
             "zero_columns": list(self.zero_columns),
             "dominant_entry": list(self.dominant_entry),
             "stored": self.stored,
+            "parts": list(self.parts),
             "added_share": self.added_share,
             "added_new": self.added_new,
             "added_of": self.added_of,

@@ -28,6 +28,7 @@ class Matrices:
         adapters: what is added to the tensor before it acts.
         note: what a reader must know of all of its matrices, such as why it is not cut.
         stored: whether it is a parameter as it stands, not computed from parameters.
+        parts: the names of the tensors of a file from which it is built; () if it is one of them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Matrices:
     adapters: tuple[Adapter, ...] = ()
     note: str = ""
     stored: bool = True
+    parts: tuple[str, ...] = ()
 
 
 def is_vector(shape: Sequence[int]) -> bool:

@@ -23,6 +23,7 @@ class Reason(enum.Enum):
     uninitialised = "not initialised yet: run the model once first"
     not_real = "not real floating point"
     complex = "complex: measured, but not repaired"
+    kept = "measured, but not repaired"
     codes = "codes, which mean nothing without their scales: dequantise first"
     packed = "not real floating point: packed, quantised or not a weight"
     quantised = "quantised: dequantise it to measure it"
