@@ -34,7 +34,7 @@ def powers_of_two(exponents: Tensor) -> Tensor:
     A byte of 0 is 2^-127, which float32 holds as a subnormal number.
     """
     b = exponents.view(torch.uint8).to(torch.int32)
-    powers = torch.ldexp(torch.ones((), device=b.device), b - 127)
+    powers = torch.ldexp(torch.ones_like(b, dtype=torch.float32), b - 127)
     return powers.masked_fill_(b == 255, torch.nan)
 
 

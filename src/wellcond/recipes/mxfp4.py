@@ -19,7 +19,7 @@ from torch import Tensor
 from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
 from wellcond.recipes.codes import as_scales, row_ranges, unpack_float4
 from wellcond.weights.matrices import entries
-from wellcond.weights.quantised import is_narrow, is_power
+from wellcond.weights.quantised import is_power
 
 _BLOCK = 32
 _FLOAT4 = ("F4", "float4_e2m1fn_x2")
@@ -79,11 +79,14 @@ def _find_scales(content: Content, name: str) -> str:
     kind = content.dtype(scales)
     powers = kind == "uint8" or is_power(kind)
     if dtype in _FLOAT8:
-        return scales if powers and method in ("mxfp8", "quark") else ""
-    if dtype == "uint8":
-        return scales if powers and method == "quark" else ""
-    of_experts = dtype == "int8" and _says_float4(content) and not is_narrow(kind)
-    return scales if (dtype in (*_FLOAT4, "int8") and powers) or (scales and of_experts) else ""
+        fits = powers and method in ("mxfp8", "quark")
+    elif dtype == "uint8":
+        fits = powers and method == "quark"
+    elif dtype == "int8":
+        fits = powers or (kind == "float32" and _says_float4(content))
+    else:
+        fits = powers and dtype in _FLOAT4
+    return scales if fits else ""
 
 
 def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe:
@@ -94,7 +97,7 @@ def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe
     shape, s = content.shape(blocks), content.shape(scales)
     if len(shape) != 4 or shape[-1] != _BLOCK // 2 or not entries(shape):
         raise RecipeError(f"blocks of shape {shape} are not (experts, outputs, blocks, 16)")
-    _check_scales(content, scales, shape[:-1])
+    _check_scales(content, scales, shape[:-1], "uint8")
     E, m, n = *s[:2], _BLOCK * s[2]
     transposed = blocks.endswith("_blocks")  # transformers stores (inputs, outputs)
     shape = (E, n, m) if transposed else (E, m, n)
@@ -105,6 +108,8 @@ def _of_codes(content: Content, codes: str, scales: str, label: str) -> Recipe:
     """Codes (m, n) of float8 or (m, n/2) of pairs of float4, or a stack; scales (m, n/32)."""
     dtype, shape = content.dtype(codes), content.shape(codes)
     float8 = dtype in _FLOAT8
+    if len(shape) not in (2, 3) or not entries(shape):
+        raise RecipeError(f"codes of shape {shape} are neither a matrix nor a stack of them")
     if dtype == "int8" and not _says_float4(content):
         raise RecipeError(
             "config.json has neither expert_dtype nor quant_method fp8, by which int8 is float4"
@@ -112,11 +117,9 @@ def _of_codes(content: Content, codes: str, scales: str, label: str) -> Recipe:
     if content.quantization().get("quant_method") == "quark":
         _check_quark(content, "fp8" if float8 else "fp4")
     shape = (*shape[:-1], shape[-1] if float8 or dtype == "F4" else 2 * shape[-1])
-    if len(shape) not in (2, 3) or not entries(shape):
-        raise RecipeError(f"a weight of shape {shape} is neither a matrix nor a stack of them")
     if shape[-1] % _BLOCK:
         raise RecipeError(f"its {shape[-1]} inputs are not blocks of {_BLOCK}")
-    _check_scales(content, scales, (*shape[:-1], shape[-1] // _BLOCK))
+    _check_scales(content, scales, (*shape[:-1], shape[-1] // _BLOCK), "uint8", "float32")
     note = _describe(f"MXFP8 ({_FLOAT8[dtype]})" if float8 else "MXFP4")
     return Microscaled(label, (codes, scales), shape, note, float4=not float8)
 
@@ -125,11 +128,11 @@ def _describe(what: str) -> str:
     return f"dequantised from {what} with a scale per {_BLOCK} inputs"
 
 
-def _check_scales(content: Content, scales: str, wanted: tuple[int, ...]) -> None:
+def _check_scales(content: Content, scales: str, wanted: tuple[int, ...], *kinds: str) -> None:
     shape, dtype = content.shape(scales), content.dtype(scales)
     if shape != wanted:
         raise RecipeError(f"{scales} has the shape {shape}, not {wanted}")
-    if not (dtype in ("uint8", "float32") or is_power(dtype)):
+    if dtype not in kinds and not is_power(dtype):
         raise RecipeError(f"{scales} is {dtype}, not powers of two")
 
 
@@ -144,7 +147,7 @@ def _says_float4(content: Content) -> bool:
 
 
 def _check_quark(content: Content, wanted: str) -> None:
-    """Raises unless the settings of such weights in config.json are those of a microscaling format."""
+    """Raises unless config.json gives weights of this dtype the scales of a microscaling format."""
     settings = content.quantization()
     layers = [settings.get("global_quant_config")]
     for key in ("layer_quant_config", "layer_type_quant_config"):
