@@ -25,7 +25,7 @@ def uneven(generator: torch.Generator, *shape: int) -> Tensor:
     """Entries of which no two rows or columns have the same scale."""
     *stack, m, n = shape
     rows = torch.logspace(-1.5, 1.5, m)[:, None]
-    columns = torch.logspace(1, -1, n)
+    columns = torch.logspace(0.3, -0.3, n)
     return torch.randn(*stack, m, n, generator=generator) * rows * columns
 
 
