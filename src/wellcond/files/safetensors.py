@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wellcond.files.slices import saved_offsets, slice_at
+from wellcond.files.subclasses import read_classes
 from wellcond.files.tensors import (
     DamagedError,
     Entry,
@@ -79,6 +80,8 @@ class Safetensors(TensorFile):
                 at = sliced[name] if sliced else None
                 entry = replace(entry, skipped=slice_at([at] if at else []), offsets=at)
             self.entries[name] = entry
+        self.classes = read_classes(metadata)
+        self._leave_out_parts()
 
     @property
     def nbytes(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, ClassVar
 
 import torch
 from torch import Tensor
 
+from wellcond.recipes.base import TensorClass
 from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -103,6 +104,8 @@ class TensorFile(Holder):
     Attributes:
         endings: what the names of such files end in.
         others: what is in the file beside tensors, and why it is not measured.
+        classes: weights that are stored as several tensors, by their names. The tensors are
+            entries, if they are in this file.
         metadata: texts that the file stores beside its tensors.
         overlapping: pairs of tensors that share entries, neither of which is a part of the other.
     """
@@ -110,6 +113,7 @@ class TensorFile(Holder):
     endings: ClassVar[tuple[str, ...]]
     entries: dict[str, Entry]
     others: dict[str, Skipped]
+    classes: dict[str, TensorClass]
     metadata: dict[str, str]
     overlapping: list[tuple[str, str]]
 
@@ -118,6 +122,7 @@ class TensorFile(Holder):
         with path.open("rb") as file:
             self._state = _state(file)
         self.entries, self.others, self.metadata, self.overlapping = {}, {}, {}, []
+        self.classes = {}
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -126,6 +131,14 @@ class TensorFile(Holder):
 
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
         yield self, name, new
+
+    def _leave_out_parts(self) -> None:
+        """Tensors of which a weight consists are no weights."""
+        for one in self.classes.values():
+            for part in one.parts.values():
+                if (entry := self.entries.get(part)) is not None and entry.skipped is None:
+                    skipped = Skipped(Reason.torchao, one.kind)
+                    self.entries[part] = replace(entry, skipped=skipped)
 
     @abc.abstractmethod
     def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from wellcond.recipes.base import Content, Finder, Recipe, RecipeError
 from wellcond.recipes.float8 import find_float8
 from wellcond.recipes.mxfp4 import find_mxfp4
+from wellcond.recipes.torchao import find_torchao
 
 # Where several want a tensor it is for the first.
-FINDERS: tuple[Finder, ...] = (find_mxfp4, find_float8)
+FINDERS: tuple[Finder, ...] = (find_torchao, find_mxfp4, find_float8)
 
 
 def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[str, ...]]]:
