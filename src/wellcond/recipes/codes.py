@@ -13,6 +13,8 @@ FLOAT4 = torch.tensor(
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0],
     device="cpu",
 )
+# The two of a byte, that of the low bits first.
+_PAIRS = torch.stack([FLOAT4.repeat(16), FLOAT4.repeat_interleave(16)], dim=-1)
 
 
 def row_ranges(rows: int, step: int = ROWS) -> Iterator[tuple[int, int]]:
@@ -76,3 +78,8 @@ def unpack_stream(words: Tensor, bits: int, size: int) -> Tensor:
     start = torch.arange(0, size * bits, bits, device=words.device)
     codes = (pairs[..., start >> 5] >> (start & 31)) & ((1 << bits) - 1)
     return codes.to(torch.int16)
+
+
+def unpack_float4(codes: Tensor) -> Tensor:
+    """Values of float4 in float32 from bytes (..., w): (..., 2w), that of the low bits first."""
+    return _PAIRS[codes.view(torch.uint8).to(torch.int32)].flatten(-2)
