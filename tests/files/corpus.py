@@ -6,6 +6,8 @@ import argparse
 import io
 import json
 import pickle
+import tempfile
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -161,6 +164,26 @@ def saved(content: Any, legacy: bool = False, protocol: int = 2) -> bytes:
     return file.getvalue()
 
 
+def distributed() -> Sample:
+    """What torch.distributed.checkpoint saves of a process."""
+    state = {"model": plain() | {"linear.weight": randn(4, 3).mT}, "epoch": 3}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no others
+        dcp.save(state, checkpoint_id=folder)
+        return Sample("", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+
+
+def slices() -> Sample:
+    """What torch.distributed.checkpoint saves of two processes as safetensors."""
+    files = {}
+    for number, rows in enumerate((slice(0, 3), slice(3, 5)), 1):
+        tensors = {"w": randn(5, 4)[rows], "v": randn(5)[rows]}
+        offsets = {"w": {"saved_offsets": [rows.start, 0]}, "v": {"saved_offsets": [rows.start]}}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(offsets)}
+        files[f"shard-0000{number}-model-00001-of-00001.safetensors"] = save(tensors, metadata)
+    return Sample("", files)
+
+
 def corpus() -> dict[str, Sample]:
     """Whole files by what they are."""
     torch.manual_seed(0)
@@ -201,6 +224,8 @@ def corpus() -> dict[str, Sample]:
         "legacy views": one("a.bin", saved(_views(), legacy=True)),
         "lightning": one("a.ckpt", saved(_lightning())),
         "trainer": Sample("", trainer),
+        "distributed": distributed(),
+        "slices": slices(),
     }
 
 

@@ -5,6 +5,8 @@ import filecmp
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -14,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 import wellcond as wc
 from wellcond.cli import main
+from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.tensors import NoTensorsError, UnreadableError
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -211,6 +214,35 @@ def test_deepspeed_is_read_where_it_is_whole(tmp_path: Path) -> None:
     above = wc.audit(tmp_path / "run")
     assert above.findings == report.findings
     assert above.coverage.skipped.keys() == {f"{step.name}/{name}", "module.0.bias"}
+
+
+DATA = Path(__file__).with_name("data")
+
+
+def test_what_deepspeed_has_saved_is_read(tmp_path: Path) -> None:
+    """See write_deepspeed.py."""
+    expected = load_file(DATA / "zero2.safetensors")
+    for folder in (DATA / "zero2", DATA / "zero2" / "global_step2"):
+        checkpoint = Checkpoint(folder)
+        assert set(checkpoint.where) == set(expected)
+        for name, tensor in expected.items():
+            holder, entry = checkpoint.where[name]
+            assert torch.equal(holder.read(entry.name), tensor)
+        assert {why.reason for why in checkpoint.others.values()} == {Reason.optimizer}
+    for folder in (DATA / "zero3", DATA / "zero3" / "global_step2"):
+        with pytest.raises(ValueError, match=r"zero_to_fp32\.py"):
+            wc.audit(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.frameworks
+def test_what_deepspeed_saves_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    for stage in ("2", "3"):
+        command = [sys.executable, DATA.with_name("write_deepspeed.py"), stage, tmp_path]
+        subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys.modules[__name__], "DATA", tmp_path)
+    test_what_deepspeed_has_saved_is_read(tmp_path)
 
 
 @pytest.mark.parametrize(

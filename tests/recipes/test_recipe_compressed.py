@@ -277,6 +277,7 @@ ORDER = torch.arange(24) // 8
         ({}, config_of(group(), format="int-quantized"), "int-quantized does not fit"),
         ({}, config_of(group() | {"format": "marlin-24"}), "marlin-24 does not fit"),
         ({}, config_of(group(), transform_config={"config_groups": {"a": 1}}), "transform_config"),
+        ({}, config_of(group(), transform_config=[1]), "transform_config"),
         ({}, config_of(group(strategy="tensor_group")), "weight_global_scale is missing"),
         ({}, config_of(ASYMMETRIC), "weight_zero_point is missing"),
         ({}, config_of(ORDERED), "weight_g_idx is missing"),

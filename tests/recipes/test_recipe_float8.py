@@ -54,6 +54,9 @@ def by_hand(codes: Tensor, scales: Tensor, h: int, w: int) -> Tensor:
 @pytest.mark.parametrize("folder", sorted(path.name for path in DATA.glob("float8_*")))
 def test_entries_are_those_of_the_library(folder: str) -> None:
     content, expected = content_of(DATA / folder), load_expected(DATA / folder)
+    powers = any(dtype == "float8_e8m0fnu" for _, dtype in content.tensors.values())
+    if powers and not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this torch has no float8_e8m0fnu")
     weights = weights_of(content, find_float8)
     assert weights.keys() == expected.keys()
     for name, W in expected.items():

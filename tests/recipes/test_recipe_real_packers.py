@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import build_all, content_from
+from support import build_all, content_from, content_of, load_expected, weights_of
 from torch import Tensor
 
 from wellcond.recipes.awq import find_awq
 from wellcond.recipes.base import Finder
+from wellcond.recipes.bitnet import find_bitnet
 from wellcond.recipes.bitsandbytes import find_bitsandbytes
 from wellcond.recipes.gptq import find_gptq
+from wellcond.recipes.hqq import find_hqq
+from wellcond.recipes.mlx import find_mlx
+from wellcond.recipes.quanto import find_quanto
 
 pytestmark = pytest.mark.libraries
 
@@ -128,3 +133,59 @@ def test_autoawq(version: str) -> None:
         settings = {"quant_method": "awq", "bits": 4, "group_size": size, "version": version}
         W = build(packed.state_dict(), find_awq, **settings)
         assert torch.equal(W.half(), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 5, 6, 8])
+def test_hqq(bits: float, axis: int) -> None:
+    require("hqq", "optimum")
+    import write_layers as script
+
+    for (m, n), dtype in itertools.product([(16, 64), (40, 96)], (torch.float16, torch.float32)):
+        for view in (False, True):
+            tensors, expected = script.pack_hqq(
+                m, n, dtype, nbits=bits, group_size=16, axis=axis, view_as_float=view
+            )
+            assert torch.equal(build(tensors, find_hqq), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_quanto(dtype: torch.dtype) -> None:
+    require("hqq", "optimum")
+    import write_layers as script
+
+    kinds = (script.qint8, script.qfloat8_e4m3fn)
+    for (m, n), kind in itertools.product([(1, 1), (1, 9), (9, 1), (40, 96)], kinds):
+        tensors, expected = script.pack_quanto(m, n, dtype, kind)
+        assert torch.equal(build(tensors, find_quanto), expected)
+
+
+def test_bitnet() -> None:
+    require("hqq", "optimum")
+    import write_layers as script
+
+    for m, n in [(4, 1), (8, 33), (128, 64)]:
+        tensors, expected = script.pack_bitnet(m, n)
+        built = build(tensors, find_bitnet, quant_method="bitnet")
+        torch.testing.assert_close(built, expected, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+def test_mlx(mode: str, tmp_path: Path) -> None:
+    require("mlx")
+    import write_mlx as script
+
+    affine = itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))
+    other = [(8 if mode == "mxfp8" else 4, 16 if mode == "nvfp4" else 32)]
+    settings = affine if mode == "affine" else other
+    for (bits, size), shape in itertools.product(settings, [(1, 128), (7, 256), (3, 5, 384)]):
+        for dtype in (script.mx.float32, script.mx.float16, script.mx.bfloat16):
+            weight = script.sample(*shape).astype(dtype)
+            layer = script.quantise(weight, bits=bits, group_size=size, mode=mode)
+            described = {"bits": bits, "group_size": size, "mode": mode}
+            script.save(tmp_path, {"l": layer}, described)
+            (W,) = weights_of(content_of(tmp_path), find_mlx).values()
+            (expected,) = load_expected(tmp_path).values()
+            # With scales of float32 the product and the sum are rounded.
+            rtol = 2**-20 if mode == "affine" and dtype is script.mx.float32 else 0
+            torch.testing.assert_close(W, expected, rtol=rtol, atol=rtol)

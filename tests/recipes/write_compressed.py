@@ -113,7 +113,7 @@ def configure(settings: dict[str, Setting], **others: Any) -> QuantizationConfig
 def set_scales(layer: nn.Module, args: QuantizationArgs) -> None:
     """Scales that differ from block to block, and zero points where there may be some."""
     scale = layer.weight_scale
-    values = (torch.rand(scale.shape) + 0.5) * layer.weight.abs().amax() / 2**args.num_bits
+    values = (torch.rand(scale.shape) + 0.5) * layer.weight.abs().mean() * 4 / 2**args.num_bits
     if args.type == "float":
         values = (torch.rand(scale.shape) + 0.5) / 8
     if args.scale_dtype == torch.uint8:
@@ -163,7 +163,7 @@ def write_old(folder: Path, settings: dict[str, Setting]) -> None:
     for name, ((m, n), kwargs) in settings.items():
         args = QuantizationArgs(**kwargs)
         groups = 1 if args.strategy == "channel" else n // args.group_size
-        scale = (torch.rand(m, groups) + 0.5) * 3 / 2**args.num_bits
+        scale = (torch.rand(m, groups) + 0.5) / 2**args.num_bits
         parts = {"scale": scale}
         if not args.symmetric:
             half = 2 ** (args.num_bits - 1)

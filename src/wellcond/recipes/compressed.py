@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError
-from wellcond.recipes.codes import unpack
+from wellcond.recipes.codes import unpack, unpack_stream
 from wellcond.recipes.scaled import (
     Float4,
     Float6,
@@ -120,14 +120,8 @@ class Packed(Scaled):
 
     def _unpack(self, words: Tensor, size: int) -> Tensor:
         """The codes (..., size) of words along the last side, the lowest bits first."""
-        if not self.dense or 32 % self.bits == 0:
-            codes = unpack(words, self.bits, size)
-        else:
-            first = torch.arange(0, size * self.bits, self.bits, device=words.device)
-            wide = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))
-            at = first // 32
-            pairs = wide.index_select(-1, at) | wide.index_select(-1, at + 1) << 32
-            codes = pairs >> first % 32 & (1 << self.bits) - 1
+        in_turn = unpack_stream if self.dense and 32 % self.bits else unpack
+        codes = in_turn(words, self.bits, size)
         return codes.to(torch.float32) - (1 << self.bits - 1)
 
 
@@ -160,7 +154,8 @@ def _make(content: Content, groups: Groups | None, prefix: str, parts: tuple[str
     if groups is None:
         raise RecipeError("config.json has no quantization_config of compressed-tensors")
     config = groups.config
-    if (config.get("transform_config") or {}).get("config_groups"):
+    transforms = config.get("transform_config")
+    if transforms and (not isinstance(transforms, Mapping) or transforms.get("config_groups")):
         raise RecipeError("config.json has a transform_config: its entries are transformed")
     found: list[Recipe] = []
     reasons: list[str] = []

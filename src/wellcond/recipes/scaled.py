@@ -72,14 +72,16 @@ class Scaled(Recipe):
     def explain(self, what: str) -> Self:
         """The same with a note that says what the codes are and for what a scale stands."""
         (m, n), (h, w) = self.sides, self.block
-        block = (min(h, m), min(w, n))
+        h, w = min(h, m), min(w, n)
         if self.transposed:
-            (m, n), block = (n, m), block[::-1]
-        scales = "a scale per block of {}x{}".format(*block)
-        if block == (m, n):
+            m, n, h, w = n, m, w, h
+        scales = f"a scale per block of {h}x{w}"
+        if (h, w) == (m, n):
             scales = "one scale per matrix" if self.each else "one scale"
-        elif 1 in block and (block[0] == m or block[1] == n):
-            scales = f"a scale per {'column' if block[0] == m else 'row'}"
+        elif (h, w) == (1, n):
+            scales = "a scale per row"
+        elif (h, w) == (m, 1):
+            scales = "a scale per column"
         return replace(self, note=f"dequantised from {what} with {scales}")
 
     def decode(self, codes: Tensor) -> Tensor:
