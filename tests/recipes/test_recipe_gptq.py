@@ -184,12 +184,13 @@ def test_a_group_size_that_does_not_fit_has_a_reason(change: dict[str, Any], rea
     assert reason in reason_of(candidate, content)
 
 
-def test_3_bits_of_an_old_gptqmodel_have_a_reason() -> None:
-    """It subtracted one from other bits than those of the zero points."""
+@pytest.mark.parametrize("more", [{}, {"sym": True, "dynamic": {"+:x": {"bits": 4}}}])
+def test_3_bits_of_an_old_gptqmodel_have_a_reason(more: dict[str, Any]) -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
-    content = content_with(tensors, settings | {"meta": {"quantizer": "gptqmodel:4.2.5"}})
+    settings |= {"meta": {"quantizer": "gptqmodel:4.2.5"}, **more}
+    content = content_with(tensors, settings)
     (candidate,) = find_gptq(content)
-    assert "gptqmodel before 7.0" in reason_of(candidate, content)
+    assert "gptqmodel 4 may have subtracted one from other bits" in reason_of(candidate, content)
 
 
 def test_5_bits_have_a_reason_unless_they_are_in_planes() -> None:

@@ -168,9 +168,10 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
         raise RecipeError(f"its sides {m} and {n} are no multiples of 32, and it has {bits} bits")
     group_size = 0 if groups in parts else _read_group_size(settings, n, count)
     writer = _read_writer(settings)
-    if version == 1 and bits == 3 and 0 < writer < 7 and settings.get("sym") is not True:
+    symmetric = settings.get("sym") is True and not _has_own_settings(settings)
+    if version == 1 and bits == 3 and 0 < writer < 7 and not symmetric:
         raise RecipeError(
-            "gptqmodel before 7.0 stored zero points of 3 bits in an order of its own"
+            f"gptqmodel {writer} may have subtracted one from other bits than its zero points"
         )
     return Gptq(
         label=label,
@@ -183,7 +184,7 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
         planar=planar,
         group_size=group_size,
         borrows=("codes" if bits == 3 else "words") if writer else "",
-        symmetric=settings.get("sym") is True and not _has_own_settings(settings),
+        symmetric=symmetric,
     )
 
 
