@@ -170,6 +170,26 @@ def test_factors_of_the_inputs_act() -> None:
 
 @pytest.mark.slow
 @pytest.mark.libraries
+def test_what_smoothquant_writes_is_near_the_weight(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", minversion="0.15")
+    from torchao.prototype.smoothquant import SmoothQuantConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16, bias=False))
+    W = model[0].weight.detach().clone()
+    base = Int8DynamicActivationInt8WeightConfig()
+    quantize_(model, SmoothQuantConfig(base, "prepare"))
+    model(torch.randn(64, 32) * torch.logspace(-1.5, 1.5, 32))
+    quantize_(model, SmoothQuantConfig(base, "convert"))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    content = content_of_file(Pickled(tmp_path / "a.pt"))
+    (found,) = weights_of(content, find_torchao).values()
+    assert (found - W).norm() < 0.05 * W.norm() < (model[0].weight.dequantize() - W).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.libraries
 def test_shards_of_transformers_describe_their_weights(tmp_path: Path) -> None:
     pytest.importorskip("torchao", minversion="0.15")
     transformers = pytest.importorskip("transformers", minversion="5")

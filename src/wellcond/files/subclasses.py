@@ -72,20 +72,17 @@ def take_apart(
     if tensor.kind.partition(".")[0] != "torchao" or tensor.values is not None:
         return None
     parts: dict[str, StoredTensor] = {}
-    attributes: dict[str, Any] = {"shape": list(tensor.shape), "dtype": _plain(tensor.dtype)}
+    others: dict[str, Any] = {"shape": tensor.shape, "dtype": tensor.dtype}
     objects = [("", tensor)]
     for prefix, one in objects:  # to which those are added that it holds
         for key, value in _attributes(one):
-            if len(parts) + len(attributes) > _ATTRIBUTES or len(objects) > _OBJECTS:
+            if len(parts) + len(others) > _ATTRIBUTES or len(objects) > _OBJECTS:
                 return None
             name = f"{prefix}{key}"
-            if isinstance(value, StoredTensor):
-                parts[name] = value
-                continue
-            attributes[name] = _plain(value)
+            (parts if isinstance(value, StoredTensor) else others)[name] = value
             if isinstance(value, ForeignTensor):
                 objects.append((f"{name}.", value))
-    return (parts, attributes) if parts else None
+    return (parts, {name: _plain(one) for name, one in others.items()}) if parts else None
 
 
 def _attributes(one: Foreign) -> Iterator[tuple[str, Any]]:

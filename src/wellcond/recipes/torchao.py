@@ -129,12 +129,10 @@ def _untile(tiles: Tensor, rows: int, columns: int) -> Tensor:
 def find_torchao(content: Content) -> Iterator[Candidate]:
     """The weights that are stored as tensors of a class."""
     for label, one in content.classes.items():
-        there = {part: name for part, name in one.parts.items() if name in content.tensors}
-        # The codes first: they have the most entries.
-        names = sorted(there.values(), key=lambda name: -entries(content.tensors[name][0]))
+        codes_first = sorted(one.parts, key=lambda part: "data" not in part)  # qdata, int_data
+        names = tuple(n for n in map(one.parts.__getitem__, codes_first) if n in content.tensors)
         if names:
-            make = partial(_make, content, label, one, tuple(names))
-            yield Candidate(label, tuple(names), make)
+            yield Candidate(label, names, partial(_make, content, label, one, names))
 
 
 def _make(content: Content, label: str, one: TensorClass, names: tuple[str, ...]) -> Recipe:
@@ -186,7 +184,7 @@ class _Description:
         codes = _CODES.get(kind) if isinstance(kind, str) else None
         if codes is None:
             raise RecipeError(f"the order in which {kind} of torchao packs codes is not known")
-        impl = self._within("tensor_impl", str(kind))
+        impl = self._within("tensor_impl", self.kind)
         if impl.settings.get("transposed"):
             raise RecipeError("its codes are transposed")
         domain = self.settings.get("zero_point_domain")
@@ -200,7 +198,7 @@ class _Description:
     def _affine(self, label: str, codes: str, dtypes: tuple[str, ...]) -> Torchao:
         """Codes as large as the weight, with scales and zeros per block."""
         name, shape = self._codes(codes, dtypes)
-        scale = self._part("scale")
+        scale, stored = self._part("scale"), self.content.dtype(name)
         block = self._block_size(shape, self.content.shape(scale))
         per_block = tuple(size // each for size, each in zip(shape, block, strict=True))
         self._check(scale, per_block, *_REALS)
@@ -214,7 +212,7 @@ class _Description:
             label,
             (name, scale),
             shape,
-            self._note(self.content.dtype(name), shape, block),
+            self._note(str(self.settings.get("target_dtype", stored)), shape, block),
             dtype=self._dtype("dtype"),
             block=block,
             zero_points=zero,
