@@ -79,7 +79,7 @@ def check_older(folder: Path) -> None:
     candidate = next(one for one in find_torchao(content) if one.label == "uintx.weight")
     assert candidate.parts[0] == "uintx._weight_tensor_impl_int_data_int4_shard"
     assert reason_of(candidate, content) == (
-        "the order in which UintxAQTTensorImpl of torchao packs codes is not known"
+        "the order in which 'UintxAQTTensorImpl' of torchao packs codes is not known"
     )
     assert find_recipes(content)[1].keys() == {candidate.parts[0]}
 
@@ -399,6 +399,18 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         MX | {"is_swizzled_scales": True},
         "in tiles of several matrices of 4 rows",
     ),
+    "a part that is not known": (
+        "Int8Tensor",
+        but(INT8, _pre_scale=torch.rand(6)),
+        GROUPS,
+        "what its part '_pre_scale' does is not known",
+    ),
+    "NVFP4, factors under an older name": (
+        "NVFP4Tensor",
+        but(NVFP4, per_tensor_scale=None, _per_tensor_scale=torch.tensor(2.0)),
+        {"block_size": 16},
+        "what its part '_per_tensor_scale' does is not known",
+    ),
     "NVFP4, factors": (
         "NVFP4Tensor",
         but(NVFP4, per_tensor_scale=torch.rand(4)),
@@ -409,7 +421,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"tensor_impl": "TensorCoreTiledAQTTensorImpl"},
-        "the order in which TensorCoreTiledAQTTensorImpl of torchao packs",
+        "the order in which 'TensorCoreTiledAQTTensorImpl' of torchao packs",
     ),
     "older, no layout": (
         "AffineQuantizedTensor",
@@ -484,6 +496,7 @@ def test_metadata_are_read_as_torchao_writes_them(tmp_path: Path) -> None:
         "3",
         "[" * 100_000,
         '{"_type": 3, "_data": {}, "_tensor_data_names": []}',
+        '{"_type": "a\\n", "_data": {}, "_tensor_data_names": []}',
         '{"_type": "Int8Tensor", "_data": [], "_tensor_data_names": []}',
         '{"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": {"a": 1}}',
         '{"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": [["qdata"]]}',

@@ -38,12 +38,13 @@ def read_classes(metadata: Mapping[str, str]) -> dict[str, TensorClass]:
             continue
         kind, settings = described.get("_type"), described.get("_data")
         parts = described.get("_tensor_data_names")
-        if not (isinstance(kind, str) and isinstance(settings, dict) and isinstance(parts, list)):
+        named = isinstance(kind, str) and kind[:_LETTERS].isidentifier()
+        if not (named and isinstance(settings, dict) and isinstance(parts, list)):
             continue  # such as {"_type": "Tensor"}
         if all(isinstance(part, str) for part in parts):
             attributes = {key: _of_json(value) for key, value in settings.items()}
-            named = {part: name_part(name, part) for part in parts}
-            found[name] = TensorClass(kind[:_LETTERS], named, attributes)
+            own = {part: name_part(name, part) for part in parts}
+            found[name] = TensorClass(str(kind)[:_LETTERS], own, attributes)
     return found
 
 
@@ -69,7 +70,8 @@ def take_apart(
 
     The names of what is in an object within it begin with its name: "tensor_impl.scale".
     """
-    if tensor.kind.partition(".")[0] != "torchao" or tensor.values is not None:
+    of_torchao = tensor.kind.startswith("torchao.") and tensor.name.isidentifier()
+    if not of_torchao or tensor.values is not None:
         return None
     parts: dict[str, StoredTensor] = {}
     others: dict[str, Any] = {"shape": tensor.shape, "dtype": tensor.dtype}
