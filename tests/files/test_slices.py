@@ -327,6 +327,10 @@ def test_a_slice_beside_a_whole_tensor_of_its_name_has_another(tmp_path: Path) -
     report = wc.audit(tmp_path)
     assert {f.shape for f in report.findings} == {(8, 6), (3, 3)}
     assert len({f.name for f in report.findings}) == 2
+    (tmp_path / f"{SHARDS[0]}.safetensors").unlink()
+    report = wc.audit(tmp_path)
+    assert [f.shape for f in report.findings] == [(3, 3)]
+    assert report.coverage.parameter_share == 9 / (9 + 24)
 
 
 def test_what_is_asked_for_by_name_and_left_out_is_told_why(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The packers of auto-gptq, autoawq and gptqmodel, without the rest of these libraries.
+"""The packers of auto-gptq, autoawq, gptqmodel and AutoRound, without the rest of these.
 
 Their packages import kernels of GPUs and parts of transformers that are gone. A module of theirs
 works without: each package above it is replaced by one that holds nothing.
@@ -53,3 +53,13 @@ def load_gptqmodel(name: str = "nn_modules.qlinear.torch") -> Any:
         return load(f"gptqmodel.{name}", packages)
     sys.modules["gptqmodel"].DEBUG_ON = False  # type: ignore[attr-defined]
     return load(f"gptqmodel.{name}", packages)
+
+
+def load_auto_round(name: str) -> Any:
+    """A linear layer of AutoRound that runs on a CPU: qlinear_torch, for v1 qlinear_torch_zp."""
+    packages = ("auto_round", "auto_round.utils")
+    packages += ("auto_round_extension", "auto_round_extension.torch")
+    with contextlib.suppress(ImportError):  # which is for want of a function of its package
+        return load(f"auto_round_extension.torch.{name}", packages).QuantLinear
+    sys.modules["auto_round.utils"].get_packing_device = lambda _: "cpu"  # type: ignore[attr-defined]
+    return load(f"auto_round_extension.torch.{name}", packages).QuantLinear

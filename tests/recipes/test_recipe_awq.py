@@ -61,6 +61,19 @@ def test_settings_may_stand_in_quant_config_alone() -> None:
     assert torch.equal(W.half(), load_expected(DATA / "awq_gemm")[f"{STEM}.weight"])
 
 
+def test_auto_round_has_the_same_layout() -> None:
+    tensors, settings = load("awq_gemm")
+    del settings["version"]
+    settings |= {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
+    named = {f"l.{name}": one for name, one in tensors.items()}
+    content = content_from(named, config={"quantization_config": settings})
+    (candidate,) = find_awq(content)
+    W = build_all(candidate.make(), content)
+    assert torch.equal(W.half(), load_expected(DATA / "awq_gemm")[f"{STEM}.weight"])
+    settings["packing_format"] = "auto_round:auto_gptq"
+    assert not list(find_awq(content))
+
+
 Change = Callable[[dict[str, Tensor], dict[str, Any]], Any]
 CHANGES: list[tuple[Change, str]] = [
     (lambda t, s: s.update(version="gemv_fast"), "its version is gemv_fast"),

@@ -103,7 +103,11 @@ def pop(tensors: dict[str, Tensor], *names: str) -> None:
 
 
 FOUR_BITS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
-    (lambda t: pop(t, STATE), f"{STATE}, which describes it, is missing"),
+    (lambda t: pop(t, STATE), f"there is no {STATE} to describe it"),
+    (
+        lambda t: t.update({STATE.replace("nf4", "fp4"): t[STATE]}),
+        f"there is {STATE} and {STATE.replace('nf4', 'fp4')} to describe it",
+    ),
     (lambda t: pop(t, f"{NAME}.absmax"), f"{NAME}.absmax is missing"),
     (lambda t: pop(t, f"{NAME}.quant_map"), f"{NAME}.quant_map is missing"),
     (lambda t: pop(t, NAME), f"{NAME} is missing"),

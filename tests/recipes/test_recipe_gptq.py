@@ -19,7 +19,7 @@ from wellcond.recipes.base import Content
 from wellcond.recipes.gptq import find_gptq
 
 DATA = Path(__file__).parent / "data"
-FOLDERS = ("gptq_3_bits", "gptq_borrows", "gptq_v2", "gptq_planes")
+FOLDERS = ("gptq_3_bits", "gptq_borrows", "gptq_v2", "gptq_planes", "gptq_auto_round")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -44,9 +44,9 @@ def test_inputs_may_be_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPat
 def load(folder: str, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The parts of one weight, and the settings."""
     content = content_of(DATA / folder)
-    parts = ("qweight", "qzeros", "scales", "g_idx")
-    settings = dict(content.beside("quantize_config.json"))
-    return {part: content.read(f"{stem}.{part}") for part in parts}, settings
+    names = {part: f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}
+    tensors = {part: content.read(one) for part, one in names.items() if one in content.tensors}
+    return tensors, dict(content.quantization())
 
 
 def content_with(
@@ -121,6 +121,10 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda t, s: s.clear(), "neither config.json nor quantize_config.json is there"),
     (lambda t, s: s.update(quant_method="qqq", method="qqq"), "quantisation is of the kind qqq"),
     (lambda t, s: s.update(quant_method="qqq"), "quant_method is qqq in config.json, and method"),
+    (
+        lambda t, s: s.update(quant_method="auto-round", method="auto-round"),
+        "its packing_format is , of which no layout is known",
+    ),
     (lambda t, s: s.update(is_marlin_format=True), "Marlin"),
     (lambda t, s: s.update(checkpoint_format="marlin"), "format is marlin in config.json"),
     (lambda t, s: s.update(checkpoint_format="bitblas", format="bitblas"), "its format is bitblas"),
@@ -162,11 +166,12 @@ def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"group_size": 8}, "l.scales has 2 groups, and 32 inputs in groups of 8"),
+        ({"group_size": 8}, "it has 2 groups of 32 inputs, and the config says that its group_si"),
         ({"group_size": 0}, "its group_size is 0"),
         ({"group_size": -2}, "its group_size is -2"),
         ({"group_size": None}, "its group_size is None"),
-        ({"group_size": 1 << 80}, "in groups of 32"),
+        ({"group_size": 1 << 80}, "its group_size is 120892"),
+        ({"extra_config": {"m": {"group_size": 17}}}, "is 16, and others for some layers"),
         ({"group_size": "16"}, "group_size is '16'"),
         ({"desc_act": True}, "g_idx, the groups of its inputs, is missing"),
     ],
@@ -179,12 +184,13 @@ def test_a_group_size_that_does_not_fit_has_a_reason(change: dict[str, Any], rea
     assert reason in reason_of(candidate, content)
 
 
-def test_3_bits_of_an_old_gptqmodel_have_a_reason() -> None:
-    """It subtracted one from other bits than those of the zero points."""
+@pytest.mark.parametrize("more", [{}, {"sym": True, "dynamic": {"+:x": {"bits": 4}}}])
+def test_3_bits_of_an_old_gptqmodel_have_a_reason(more: dict[str, Any]) -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
-    content = content_with(tensors, settings | {"meta": {"quantizer": "gptqmodel:4.2.5"}})
+    settings |= {"meta": {"quantizer": "gptqmodel:4.2.5"}, **more}
+    content = content_with(tensors, settings)
     (candidate,) = find_gptq(content)
-    assert "gptqmodel before 7.0" in reason_of(candidate, content)
+    assert "gptqmodel 4 may have subtracted one from other bits" in reason_of(candidate, content)
 
 
 def test_5_bits_have_a_reason_unless_they_are_in_planes() -> None:
@@ -205,6 +211,13 @@ def test_two_configs_that_contradict_each_other_are_a_reason() -> None:
         "checkpoint_format is gptq in config.json, and checkpoint_format is gptq_v2 in "
         "quantize_config.json"
     )
+
+
+def test_layers_of_auto_round_may_have_groups_of_their_own() -> None:
+    tensors, settings = load("gptq_auto_round", "layers.5.up_proj")
+    whole = build(content_with(tensors, settings))
+    settings |= {"group_size": 32, "extra_config": {"l": {"group_size": 16}}}
+    assert torch.equal(build(content_with(tensors, settings)), whole)
 
 
 @pytest.mark.parametrize("layer", ["model.embed_tokens", "transformer.wte", "word_embeddings"])

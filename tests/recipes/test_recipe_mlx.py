@@ -58,7 +58,8 @@ def test_metal_of_transformers_has_the_same_layout() -> None:
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], Any]
 CHANGES: list[tuple[Change, str]] = [
-    (lambda t, s: s.clear(), "its mode is affine and that it has None bits"),
+    (lambda t, s: s.clear(), "no config.json says how many bits it has"),
+    (lambda t, s: s.pop("bits"), "its mode is affine and that it has None bits"),
     (lambda t, s: s.pop("group_size"), "its group_size is None"),
     (lambda t, s: s.update(bits=3), "does not fit l.weight (5, 8) of 3 bits with groups of 32"),
     (lambda t, s: s.update(bits=7), "that it has 7 bits"),

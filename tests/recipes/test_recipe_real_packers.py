@@ -122,6 +122,21 @@ def test_gptqmodel(kind: str, bits: int) -> None:
         assert torch.equal(build(tensors, find_gptq, **settings).half(), expected)
 
 
+@pytest.mark.parametrize("kind", ["auto_round", "auto_round:auto_gptq"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_auto_round(bits: int, kind: str) -> None:
+    require("auto_round", "transformers")
+    import write_gptq as script
+
+    for (m, n), size in itertools.product([(32, 64), (96, 192)], (32, 64)):
+        lowest = int(kind.endswith("gptq"))
+        layer = script.sample_layer(m, n, bits, script.in_order(n, size), lowest)
+        tensors, expected = script.pack_auto_round(bits, size, *layer, kind)
+        settings = {"quant_method": "auto-round", "packing_format": kind, "bits": bits}
+        W = build(tensors, find_gptq, group_size=size, **settings)
+        assert torch.equal(W.half(), expected)
+
+
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 def test_autoawq(version: str) -> None:
     require("awq")

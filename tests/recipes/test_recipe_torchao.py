@@ -79,7 +79,7 @@ def check_older(folder: Path) -> None:
     candidate = next(one for one in find_torchao(content) if one.label == "uintx.weight")
     assert candidate.parts[0] == "uintx._weight_tensor_impl_int_data_int4_shard"
     assert reason_of(candidate, content) == (
-        "the order in which UintxAQTTensorImpl of torchao packs codes is not known"
+        "the order in which 'UintxAQTTensorImpl' of torchao packs codes is not known"
     )
     assert find_recipes(content)[1].keys() == {candidate.parts[0]}
 
@@ -166,6 +166,26 @@ def test_factors_of_the_inputs_act() -> None:
     W = build_all(the_candidate(content).make(), content)
     acts = torch.nn.functional.linear(torch.eye(24), one).mT
     torch.testing.assert_close(W, acts, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.libraries
+def test_what_smoothquant_writes_is_near_the_weight(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", minversion="0.15")
+    from torchao.prototype.smoothquant import SmoothQuantConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16, bias=False))
+    W = model[0].weight.detach().clone()
+    base = Int8DynamicActivationInt8WeightConfig()
+    quantize_(model, SmoothQuantConfig(base, "prepare"))
+    model(torch.randn(64, 32) * torch.logspace(-1.5, 1.5, 32))
+    quantize_(model, SmoothQuantConfig(base, "convert"))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    content = content_of_file(Pickled(tmp_path / "a.pt"))
+    (found,) = weights_of(content, find_torchao).values()
+    assert (found - W).norm() < 0.05 * W.norm() < (model[0].weight.dequantize() - W).norm()
 
 
 @pytest.mark.slow
@@ -379,6 +399,18 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         MX | {"is_swizzled_scales": True},
         "in tiles of several matrices of 4 rows",
     ),
+    "a part that is not known": (
+        "Int8Tensor",
+        but(INT8, _pre_scale=torch.rand(6)),
+        GROUPS,
+        "what its part '_pre_scale' does is not known",
+    ),
+    "NVFP4, factors under an older name": (
+        "NVFP4Tensor",
+        but(NVFP4, per_tensor_scale=None, _per_tensor_scale=torch.tensor(2.0)),
+        {"block_size": 16},
+        "what its part '_per_tensor_scale' does is not known",
+    ),
     "NVFP4, factors": (
         "NVFP4Tensor",
         but(NVFP4, per_tensor_scale=torch.rand(4)),
@@ -389,7 +421,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"tensor_impl": "TensorCoreTiledAQTTensorImpl"},
-        "the order in which TensorCoreTiledAQTTensorImpl of torchao packs",
+        "the order in which 'TensorCoreTiledAQTTensorImpl' of torchao packs",
     ),
     "older, no layout": (
         "AffineQuantizedTensor",
@@ -464,6 +496,7 @@ def test_metadata_are_read_as_torchao_writes_them(tmp_path: Path) -> None:
         "3",
         "[" * 100_000,
         '{"_type": 3, "_data": {}, "_tensor_data_names": []}',
+        '{"_type": "a\\n", "_data": {}, "_tensor_data_names": []}',
         '{"_type": "Int8Tensor", "_data": [], "_tensor_data_names": []}',
         '{"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": {"a": 1}}',
         '{"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": [["qdata"]]}',

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 def sample(*shape: int) -> Tensor:
     """Entries of which no two are equal, with rows and columns of different scales."""
     *_, m, n = shape
-    rows, columns = (0.5 ** (torch.arange(side) % 5) for side in (m, n))
+    rows, columns = (0.75 ** (torch.arange(side) % 5) for side in (m, n))
     return torch.randn(shape) * rows[:, None] * columns
 
 

@@ -1,4 +1,4 @@
-"""Writes data/gptq_*: layers that auto-gptq and gptqmodel pack, and what they dequantise.
+"""Writes data/gptq_*: layers that three libraries pack, and what they dequantise.
 
     python tests/recipes/write_gptq.py [folder]
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packers import load_auto_gptq, load_gptqmodel
+from packers import load_auto_gptq, load_auto_round, load_gptqmodel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -96,6 +96,19 @@ def pack_gptqmodel(
     return {name: one.clone() for name, one in packed.state_dict().items()}, expected
 
 
+def pack_auto_round(
+    bits: int, size: int, layer: nn.Linear, s: Tensor, z: Tensor, kind: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors that AutoRound stores, and the weight by which its layer multiplies."""
+    m, n = layer.weight.shape
+    linear = load_auto_round("qlinear_torch_zp" if kind.endswith("gptq") else "qlinear_torch")
+    packed = linear(bits, size, n, m, bias=False)
+    packed.device = "cpu"
+    layer.weight.data = layer.weight.data.float()
+    packed.pack(layer, s.float(), z.float())
+    return packed.state_dict(), packed(torch.eye(n, dtype=torch.float16)).T.contiguous()
+
+
 def save(
     folder: Path,
     layers: Mapping[str, tuple[dict[str, Tensor], Tensor]],
@@ -113,7 +126,8 @@ def save(
     save_file(expected, folder / "expected.safetensors")
     config = {"model_type": "llama", "quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "quantize_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if settings["quant_method"] == "gptq":
+        (folder / "quantize_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def describe_gptqmodel(kind: str, bits: int, size: int, **more: Any) -> dict[str, Any]:
@@ -154,6 +168,11 @@ def write(folder: Path) -> None:
         layers[f"layers.{bits}.up_proj"] = pack_gptqmodel(bits, 16, *one, groups, "gptq_p")
     dynamic = {rf"+:.*\.{bits}\..*": {"bits": bits} for bits in (3, 7)}
     save(folder / "gptq_planes", layers, describe_gptqmodel("gptq_p", 5, 16, dynamic=dynamic))
+    layer = sample_layer(32, 32, 5, in_order(32, 16), lowest=0)
+    layers = {"layers.5.up_proj": pack_auto_round(5, 16, *layer, "auto_round")}
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round"}
+    settings |= {"bits": 5, "group_size": 16, "sym": False, "data_type": "int"}
+    save(folder / "gptq_auto_round", layers, settings)
 
 
 if __name__ == "__main__":

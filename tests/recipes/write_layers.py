@@ -27,7 +27,7 @@ Layers = dict[str, tuple[dict[str, Tensor], Tensor]]  # their tensors, and their
 
 def sample(m: int, n: int) -> Tensor:
     """Entries of which no two are equal, with rows and columns of different scales."""
-    rows, columns = (0.5 ** (torch.arange(side) % 5) for side in (m, n))
+    rows, columns = (0.75 ** (torch.arange(side) % 5) for side in (m, n))
     return torch.randn(m, n) * rows[:, None] * columns
 
 

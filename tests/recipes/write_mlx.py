@@ -17,7 +17,7 @@ import mlx.core as mx
 
 def sample(*shape: int) -> mx.array:
     """Entries of which no two are equal, with rows and columns of different scales."""
-    rows, columns = (0.5 ** (mx.arange(side) % 5) for side in shape[-2:])
+    rows, columns = (0.75 ** (mx.arange(side) % 5) for side in shape[-2:])
     return mx.random.normal(shape) * rows[:, None] * columns
 
 

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchao import quantization
-from torchao.quantization import quantize_
 
 PICKLED = ("int8.weight", "float8.weight", "int4.weight")
 Layers = dict[str, tuple[tuple[int, int], torch.dtype, Callable[[], Any]]]
@@ -33,6 +31,7 @@ def uneven(seed: int, m: int, n: int) -> Tensor:
 
 
 def layers() -> Layers:
+    from torchao import quantization
     from torchao.prototype.mx_formats import (
         MXDynamicActivationMXWeightConfig,
         NVFP4WeightOnlyConfig,
@@ -73,6 +72,8 @@ def layers() -> Layers:
 
 
 def older_layers() -> Layers:
+    from torchao import quantization
+
     later = {
         "intx": ((6, 12), torch.float32, lambda: quantization.IntxWeightOnlyConfig(torch.int5))
     }
@@ -99,6 +100,8 @@ def older_layers() -> Layers:
 
 def quantised(layers: Layers, scale: int = 1) -> nn.Module:
     """A layer per setting, with sides so many times as long."""
+    from torchao.quantization import quantize_
+
     model = nn.ModuleDict()
     for seed, (name, ((m, n), dtype, config)) in enumerate(layers.items()):
         model[name] = nn.Linear(scale * n, scale * m, bias=False, dtype=dtype)
@@ -145,6 +148,8 @@ def keep_expected(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 if __name__ == "__main__":
+    from torchao import quantization
+
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "data"
     older = not hasattr(quantization, "Int8Tensor")
     target /= "torchao_older" if older else "torchao"

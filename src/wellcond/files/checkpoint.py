@@ -244,22 +244,21 @@ class Checkpoint:
 
     def _join_slices(self) -> None:
         """Makes one tensor of the slices of each, or says of all of them why not."""
+        slices, self.slices = self.slices, {}
         read = {file.path for file in self.files.values()}
-        missing = find_missing_processes(read) if self.slices else {}
-        for name, parts in list(self.slices.items()):
+        missing = find_missing_processes(read) if slices else {}
+        for name, parts in slices.items():
             file, entry = parts[-1]
-            where = f"{file.path.name}/{name}" if name in self.where else name
-            self.where[where] = file, entry
-            if any(one.offsets is None for _, one in parts):
-                continue
-            why = next((missing[one.path] for one, _ in parts if one.path in missing), "")
-            joined = why or join(parts)
-            if isinstance(joined, str):
-                offsets = [one.offsets for _, one in parts if one.offsets is not None]
-                self.where[where] = file, replace(entry, skipped=slice_at(offsets, joined))
-            else:
-                self.where[where] = joined
-                del self.slices[name]
+            called = f"{file.path.name}/{name}" if name in self.where else name
+            offsets = [one.offsets for _, one in parts if one.offsets is not None]
+            if len(offsets) == len(parts):
+                why = next((missing[one.path] for one, _ in parts if one.path in missing), "")
+                joined = why or join(parts)
+                if not isinstance(joined, str):
+                    self.where[called] = joined
+                    continue
+                entry = replace(entry, skipped=slice_at(offsets, joined))
+            self.where[called], self.slices[called] = (file, entry), parts
 
     def _begins_with_codes(self, name: str) -> bool:
         """Whether the first entries of a tensor are codes: whole numbers, or those of float8."""

@@ -38,12 +38,13 @@ def read_classes(metadata: Mapping[str, str]) -> dict[str, TensorClass]:
             continue
         kind, settings = described.get("_type"), described.get("_data")
         parts = described.get("_tensor_data_names")
-        if not (isinstance(kind, str) and isinstance(settings, dict) and isinstance(parts, list)):
+        named = isinstance(kind, str) and kind[:_LETTERS].isidentifier()
+        if not (named and isinstance(settings, dict) and isinstance(parts, list)):
             continue  # such as {"_type": "Tensor"}
         if all(isinstance(part, str) for part in parts):
             attributes = {key: _of_json(value) for key, value in settings.items()}
-            named = {part: name_part(name, part) for part in parts}
-            found[name] = TensorClass(kind[:_LETTERS], named, attributes)
+            own = {part: name_part(name, part) for part in parts}
+            found[name] = TensorClass(str(kind)[:_LETTERS], own, attributes)
     return found
 
 
@@ -69,23 +70,21 @@ def take_apart(
 
     The names of what is in an object within it begin with its name: "tensor_impl.scale".
     """
-    if tensor.kind.partition(".")[0] != "torchao" or tensor.values is not None:
+    of_torchao = tensor.kind.startswith("torchao.") and tensor.name.isidentifier()
+    if not of_torchao or tensor.values is not None:
         return None
     parts: dict[str, StoredTensor] = {}
-    attributes: dict[str, Any] = {"shape": list(tensor.shape), "dtype": _plain(tensor.dtype)}
+    others: dict[str, Any] = {"shape": tensor.shape, "dtype": tensor.dtype}
     objects = [("", tensor)]
     for prefix, one in objects:  # to which those are added that it holds
         for key, value in _attributes(one):
-            if len(parts) + len(attributes) > _ATTRIBUTES or len(objects) > _OBJECTS:
+            if len(parts) + len(others) > _ATTRIBUTES or len(objects) > _OBJECTS:
                 return None
             name = f"{prefix}{key}"
-            if isinstance(value, StoredTensor):
-                parts[name] = value
-                continue
-            attributes[name] = _plain(value)
+            (parts if isinstance(value, StoredTensor) else others)[name] = value
             if isinstance(value, ForeignTensor):
                 objects.append((f"{name}.", value))
-    return (parts, attributes) if parts else None
+    return (parts, {name: _plain(one) for name, one in others.items()}) if parts else None
 
 
 def _attributes(one: Foreign) -> Iterator[tuple[str, Any]]:

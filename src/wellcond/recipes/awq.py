@@ -1,4 +1,4 @@
-"""Weights in the formats of AWQ, as autoawq, llm-awq and gptqmodel store them.
+"""Weights in the formats of AWQ, as autoawq, gptqmodel and AutoRound store them.
 
 Letters: W (m, n) a weight, W[i, j] = s[i, g] (q[i, j] - z[i, g]); q its codes of 4 bits, s and z
 the scales and the zero points of its groups of inputs g.
@@ -17,6 +17,7 @@ from wellcond.recipes.codes import row_ranges, unpack
 from wellcond.recipes.settings import read_settings
 
 _CONFIG = "quant_config.json"  # which autoawq wrote before it wrote config.json
+_OF_AUTO_ROUND = ("auto_round:auto_awq", "auto_round:awq")
 _STEP = 1 << 20  # entries that are converted at once
 # The codes of a word, as columns: its lowest 4 bits are column 0, the next ones column 2.
 _COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -67,8 +68,13 @@ class Gemv(Recipe):
 def find_awq(content: Content) -> Iterator[Candidate]:
     """The weights with codes in `qweight`, where the config says that they are those of AWQ."""
     settings = read_settings(content, _CONFIG)
-    methods = [str(one.get("quant_method", "")).lower() for one in settings.sources.values()]
-    if "awq" not in methods and (any(methods) or _CONFIG not in settings.sources):
+    sources = settings.sources.values()
+    methods = [str(one.get("quant_method", "")).lower() for one in sources]
+    packings = [str(one.get("packing_format", "")).lower() for one in sources]
+    if any(method.endswith("auto-round") for method in methods):
+        if not any(packing in _OF_AUTO_ROUND for packing in packings):
+            return
+    elif "awq" not in methods and (any(methods) or _CONFIG not in settings.sources):
         return
     for name in content.tensors:
         stem, dot, own = name.rpartition(".")
@@ -92,7 +98,7 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
         version = "llm-awq"
     if version not in ("gemm", "gemv"):
         raise RecipeError(
-            f"its version is {version}, the order of a kernel of GPUs: quantise again in the "
+            f"its version is {version}, in the order of a kernel of GPUs: quantise again in the "
             "version gemm"
         )
     if settings.integer("bits", "w_bit") != 4:

@@ -108,28 +108,30 @@ class EightBits(Recipe):
 
 def find_bitsandbytes(content: Content) -> Iterator[Candidate]:
     """The weights of 4 and of 8 bits."""
-    states: dict[str, str] = {}  # the descriptions by the names of their weights
+    states: dict[str, list[str]] = {}  # the descriptions by the names of their weights
     for name in content.tensors:
         weight, found, _ = name.partition(_DESCRIPTION)
         if found:
-            states[weight] = name
+            states.setdefault(weight, []).append(name)
         elif name.endswith(".absmax") and name.removesuffix(".absmax") in content.tensors:
-            states.setdefault(name.removesuffix(".absmax"), "")
-    for name, state in states.items():
-        yield _find_four_bits(content, name, state)
+            states.setdefault(name.removesuffix(".absmax"), [])
+    for name, described in states.items():
+        yield _find_four_bits(content, name, described)
     for scales in content.tensors:
         name = f"{scales.removesuffix('SCB')}weight"
         if scales.rpartition(".")[2] == "SCB" and name in content.tensors and name not in states:
             yield _find_eight_bits(content, name, scales)
 
 
-def _find_four_bits(content: Content, name: str, state: str) -> Candidate:
+def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate:
     own = ("absmax", "quant_map", "nested_quant_map", "nested_absmax")
-    names = [name, *(f"{name}.{part}" for part in own), state]
+    names = [name, *(f"{name}.{part}" for part in own), *states]
 
     def make() -> Recipe:
-        if not state:
-            raise RecipeError(f"{name}{_DESCRIPTION}nf4, which describes it, is missing")
+        if len(states) != 1:
+            found = " and ".join(states) or f"no {name}{_DESCRIPTION}nf4"
+            raise RecipeError(f"there is {found} to describe it")
+        (state,) = states
         kind = state.removeprefix(name + _DESCRIPTION)
         described = _read_description(content, state)
         if kind not in _TABLES or described.get("quant_type") != kind:

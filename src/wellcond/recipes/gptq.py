@@ -1,4 +1,4 @@
-"""Weights in the formats of GPTQ, as auto-gptq, optimum and gptqmodel store them.
+"""Weights in the formats of GPTQ, as auto-gptq, optimum, gptqmodel and AutoRound store them.
 
 `X.qweight` (rows of words, m) beside `X.qzeros` (g, columns of words), `X.scales` (g, m) and
 `X.g_idx` (n), which says of which group an input is.
@@ -26,6 +26,9 @@ _STEP = 1 << 20  # entries that are converted at once
 _FLOATS = ("float16", "bfloat16", "float32")
 # The widths of the planes of codes, the low bits first; other codes have only one.
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+# The formats of AutoRound, and those that store zero points minus one.
+_OF_AUTO_ROUND = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round", "auto_round:gptqmodel")
+_MINUS_ONE = ("gptq", "auto_round:auto_gptq", "auto_round:gptq")
 _EMBEDDING = re.compile(r"(.*_)?(embed(dings?|_tokens|_in|_positions)?|wte|wpe)", re.IGNORECASE)
 
 
@@ -98,7 +101,7 @@ class Gptq(Recipe):
     def _unpack(self, words: Tensor, size: int) -> Tensor:
         if self.planar:
             return unpack_planes(words, self.bits, size)
-        return (unpack_stream if self.bits == 3 else unpack)(words, self.bits, size)
+        return (unpack_stream if 32 % self.bits else unpack)(words, self.bits, size)
 
 
 def unpack_planes(words: Tensor, bits: int, size: int) -> Tensor:
@@ -143,7 +146,8 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
         raise RecipeError(
             f"neither config.json nor {_CONFIG} is there to say which format its codes have"
         )
-    version, planar = _read_format(settings)
+    kind = _read_format(settings)
+    version, planar = (1 if kind in _MINUS_ONE else 2), kind == "gptq_p"
     if _EMBEDDING.fullmatch(label.removesuffix(".weight").rpartition(".")[2]):
         raise RecipeError("it is an embedding, and gptqmodel packs those along the other side")
     stem = parts[0].removesuffix("qweight")
@@ -157,18 +161,17 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
     count, m = content.shape(scales)
     n = _read_inputs(content, groups)
     bits, n = _find_bits(content, settings, (codes, offsets), (m, n))
-    if bits in (5, 6, 7) and not planar:
+    if bits in (5, 6, 7) and kind in ("gptq", "gptq_v2"):
         raise RecipeError(f"it has {bits} bits, and its format is not gptq_p, which has those")
     planar = planar and bits in _PLANES
-    if (planar or bits == 3) and (n % 32 or m % 32):
+    if 32 % bits and (n % 32 or m % 32):
         raise RecipeError(f"its sides {m} and {n} are no multiples of 32, and it has {bits} bits")
-    group_size = 0 if groups in parts else _read_group_size(settings, n)
-    if group_size and -(-n // group_size) != count:
-        raise RecipeError(f"{scales} has {count} groups, and {n} inputs in groups of {group_size}")
+    group_size = 0 if groups in parts else _read_group_size(settings, n, count)
     writer = _read_writer(settings)
-    if version == 1 and bits == 3 and 0 < writer < 7 and settings.get("sym") is not True:
+    symmetric = settings.get("sym") is True and not _has_own_settings(settings)
+    if version == 1 and bits == 3 and 0 < writer < 7 and not symmetric:
         raise RecipeError(
-            "gptqmodel before 7.0 stored zero points of 3 bits in an order of its own"
+            f"gptqmodel {writer} may have subtracted one from other bits than its zero points"
         )
     return Gptq(
         label=label,
@@ -181,13 +184,18 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
         planar=planar,
         group_size=group_size,
         borrows=("codes" if bits == 3 else "words") if writer else "",
-        symmetric=settings.get("sym") is True and not settings.get("dynamic"),
+        symmetric=symmetric,
     )
 
 
-def _read_format(settings: Settings) -> tuple[int, bool]:
-    """The version of the zero points, and whether codes are stored in planes."""
+def _read_format(settings: Settings) -> str:
+    """The format, by the names of gptqmodel or, after a colon, of AutoRound."""
     method = settings.word("quant_method", "method")
+    if method in ("auto-round", "intel/auto-round"):
+        kind = settings.word("packing_format")
+        if kind not in _OF_AUTO_ROUND:
+            raise RecipeError(f"its packing_format is {kind}, of which no layout is known")
+        return kind
     if method not in ("", "gptq", "gptqmodel"):
         raise RecipeError(f"its quantisation is of the kind {method}, of which no layout is known")
     if settings.get("is_marlin_format") is True:
@@ -197,7 +205,12 @@ def _read_format(settings: Settings) -> tuple[int, bool]:
     kind = settings.word("checkpoint_format", "format") or "gptq"  # as all libraries take it
     if kind not in ("gptq", "gptq_v2", "gptq_p"):
         raise RecipeError(f"its format is {kind}: quantise again in the format gptq")
-    return (1 if kind == "gptq" else 2), kind == "gptq_p"
+    return kind
+
+
+def _has_own_settings(settings: Settings) -> bool:
+    """Whether layers may have settings of their own."""
+    return bool(settings.get("dynamic") or settings.get("extra_config"))
 
 
 def _read_inputs(content: Content, groups: str) -> int:
@@ -220,7 +233,7 @@ def _find_bits(
     if outputs != m or count != content.shape(codes.removesuffix("qweight") + "scales")[0]:
         raise RecipeError(f"{codes} and {offsets} do not fit scales of {m} outputs")
     told = settings.integer("bits", "wbits", "w_bit")
-    dynamic = bool(settings.get("dynamic"))  # layers have bits of their own
+    dynamic = _has_own_settings(settings)
     fitting = [
         (bits, n or rows * 32 // bits)
         for bits in range(2, 9)
@@ -237,13 +250,22 @@ def _find_bits(
     return fitting[0]
 
 
-def _read_group_size(settings: Settings, n: int) -> int:
-    size = settings.integer("group_size", "q_group_size")
+def _read_group_size(settings: Settings, n: int, count: int) -> int:
     if settings.get("desc_act") is True or settings.get("dynamic"):
         raise RecipeError("g_idx, the groups of its inputs, is missing")
-    if size is None or (size < 1 and size != -1):
-        raise RecipeError(f"the config says that its group_size is {size}")
-    return n if size == -1 else min(size, n)
+    size = settings.integer("group_size", "q_group_size")
+    own = settings.get("extra_config")  # by the names of layers, or by patterns
+    layers = own.values() if isinstance(own, dict) else []
+    told = [size, *(one.get("group_size") for one in layers if isinstance(one, dict))]
+    known = [n if one == -1 else min(one, n) for one in told if type(one) is int]
+    fitting = {one for one in known if one > 0 and -(-n // one) == count}
+    if len(fitting) != 1:
+        raise RecipeError(
+            f"it has {count} groups of {n} inputs, and the config says that its group_size is "
+            + str(size)
+            + (", and others for some layers" if len(told) > 1 else "")
+        )
+    return fitting.pop()
 
 
 def _read_writer(settings: Settings) -> int:

@@ -70,6 +70,8 @@ def find_hqq(content: Content) -> Iterator[Candidate]:
             continue
         beside = [f"{stem}{part}" for part in ("scale", "zero", *_DESCRIBING)]
         parts = (name, *(one for one in beside if one in content.tensors))
+        if len(parts) == 1:  # a projection of this name
+            continue
 
         def make(stem: str = stem, parts: tuple[str, ...] = parts) -> Recipe:
             return _make(content, stem, parts)

@@ -121,6 +121,8 @@ def _read_settings(content: Content, layer: str) -> tuple[str, int, int]:
     settings = content.beside("config.json").get("quantization")
     if not isinstance(settings, Mapping):
         settings = content.quantization()
+    if not settings:
+        raise RecipeError("no config.json says how many bits it has, and the size of its groups")
     own: Any = settings.get(layer, settings)
     if not isinstance(own, Mapping):
         raise RecipeError(f"config.json says that {layer} is not quantised")

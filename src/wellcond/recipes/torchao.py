@@ -35,6 +35,9 @@ _CODES = {
 }
 # What zeros are, in an AffineQuantizedTensor; otherwise they are added after the scale.
 _SUBTRACTED, _NONE = ["ZeroPointDomain", 1], ["ZeroPointDomain", 3]
+# Parts that act on the inputs of a layer and do not change its weight.
+_OF_INPUTS = ("act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale")
+_TARGETS = tuple(f"int{bits}" for bits in range(1, 9))
 _TILE = (128, 4)  # of scales that are laid out for tensor cores
 
 
@@ -129,12 +132,10 @@ def _untile(tiles: Tensor, rows: int, columns: int) -> Tensor:
 def find_torchao(content: Content) -> Iterator[Candidate]:
     """The weights that are stored as tensors of a class."""
     for label, one in content.classes.items():
-        there = {part: name for part, name in one.parts.items() if name in content.tensors}
-        # The codes first: they have the most entries.
-        names = sorted(there.values(), key=lambda name: -entries(content.tensors[name][0]))
+        codes_first = sorted(one.parts, key=lambda part: "data" not in part)  # qdata, int_data
+        names = tuple(n for n in map(one.parts.__getitem__, codes_first) if n in content.tensors)
         if names:
-            make = partial(_make, content, label, one, tuple(names))
-            yield Candidate(label, tuple(names), make)
+            yield Candidate(label, names, partial(_make, content, label, one, names))
 
 
 def _make(content: Content, label: str, one: TensorClass, names: tuple[str, ...]) -> Recipe:
@@ -185,8 +186,8 @@ class _Description:
         kind = self.settings.get("tensor_impl")
         codes = _CODES.get(kind) if isinstance(kind, str) else None
         if codes is None:
-            raise RecipeError(f"the order in which {kind} of torchao packs codes is not known")
-        impl = self._within("tensor_impl", str(kind))
+            raise RecipeError(f"the order in which {kind!r} of torchao packs codes is not known")
+        impl = self._within("tensor_impl", self.kind)
         if impl.settings.get("transposed"):
             raise RecipeError("its codes are transposed")
         domain = self.settings.get("zero_point_domain")
@@ -199,8 +200,9 @@ class _Description:
 
     def _affine(self, label: str, codes: str, dtypes: tuple[str, ...]) -> Torchao:
         """Codes as large as the weight, with scales and zeros per block."""
+        self._check_parts(codes, "scale", "zero_point", "act_pre_scale")
         name, shape = self._codes(codes, dtypes)
-        scale = self._part("scale")
+        scale, target = self._part("scale"), self.settings.get("target_dtype")
         block = self._block_size(shape, self.content.shape(scale))
         per_block = tuple(size // each for size, each in zip(shape, block, strict=True))
         self._check(scale, per_block, *_REALS)
@@ -214,7 +216,7 @@ class _Description:
             label,
             (name, scale),
             shape,
-            self._note(self.content.dtype(name), shape, block),
+            self._note(target if target in _TARGETS else self.content.dtype(name), shape, block),
             dtype=self._dtype("dtype"),
             block=block,
             zero_points=zero,
@@ -224,6 +226,7 @@ class _Description:
     def _microscaled(self, label: str) -> Torchao:
         """Codes of float8, float6 or float4 with a scale per block of a row."""
         nv = self.kind == "NVFP4Tensor"
+        self._check_parts("qdata", "scale", *(("per_tensor_scale",) if nv else ()))
         kind = _FLOAT4 if nv else self.settings.get("elem_dtype")
         if not isinstance(kind, str) or kind not in (_FLOAT4, *_FLOAT6, *_FLOAT8):
             raise RecipeError(f"its elem_dtype {kind!r} is not known")
@@ -241,7 +244,7 @@ class _Description:
                 raise RecipeError(f"its scales are in tiles of several matrices of {shape[1]} rows")
             sides = (*shape[:-2], 32 * -(-shape[-2] // _TILE[0]), 16 * -(-sides[-1] // _TILE[1]))
         self._check(scale, sides, *(("float8_e4m3fn",) if nv else ("float8_e8m0fnu", "uint8")))
-        factor = self.parts.get("per_tensor_scale", "") if nv else ""
+        factor = self.parts.get("per_tensor_scale", "")
         if factor and entries(self._check(factor, None, *_REALS)) not in {1, *shape[:-2]}:
             raise RecipeError(f"{factor} does not have one factor per matrix")
         elements = "float4" if kind == _FLOAT4 else kind
@@ -256,6 +259,11 @@ class _Description:
             factor=factor,
             tiled=tiled,
         )
+
+    def _check_parts(self, *known: str) -> None:
+        """Raises if there are more, which may act on the weight."""
+        if unknown := [part for part in self.parts if part not in (*known, *_OF_INPUTS)]:
+            raise RecipeError(f"what its part {unknown[0]!r} does is not known")
 
     def _part(self, part: str) -> str:
         if part not in self.parts:
