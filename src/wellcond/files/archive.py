@@ -6,6 +6,7 @@ storages behind them. Only zip archives that torch reads in the same way are rea
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -121,8 +122,8 @@ def load_saved(extent: Extent) -> Saved:
 
 
 def _load_archive(extent: Extent) -> Saved:
-    records = _records(extent)
-    with extent.open() as whole, zipfile.ZipFile(whole) as archive:
+    with _open_archive(extent) as archive:
+        records = _records(extent, archive)
         order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
         if order not in (b"little", b"big"):
             raise DamagedError("the order of the bytes in its numbers is not known")
@@ -191,7 +192,8 @@ def copy_uncompressed(path: Path, target: Path, storages: dict[str, Region]) -> 
             with source.open(record) as old, copy.open(stored, "w") as new:
                 shutil.copyfileobj(old, new)
     whole = Extent.whole(target)
-    regions = _regions(whole, _records(whole))
+    with _open_archive(whole) as archive:
+        regions = _regions(whole, _records(whole, archive))
     return {key: regions[_record_of(key)] for key in storages}
 
 
@@ -218,19 +220,25 @@ def refresh_checksums(extent: Extent, keys: Collection[str]) -> None:
             at += 46 + sum(struct.unpack("<3H", entry[28:34]))
 
 
-def _records(extent: Extent) -> dict[str, zipfile.ZipInfo]:
+@contextlib.contextmanager
+def _open_archive(extent: Extent) -> Iterator[zipfile.ZipFile]:
+    with extent.open() as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except OSError:
+            raise
+        except Exception:  # what a damaged directory of the archive leads to
+            raise UnreadableError(
+                f"{extent.path} must be a whole file of torch.save, but is a damaged zip archive. "
+                "Compare its size with the original's, or fetch it again."
+            ) from None
+        with archive:
+            yield archive
+
+
+def _records(extent: Extent, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The records of an archive by what they are called in its folder."""
-    path = extent.path
-    try:
-        with extent.open() as whole, zipfile.ZipFile(whole) as archive:
-            infos = archive.infolist()
-    except OSError:
-        raise
-    except Exception:  # what a damaged directory of the archive leads to
-        raise UnreadableError(
-            f"{path} must be a whole file of torch.save, but is a damaged zip archive. "
-            "Compare its size with the original's, or fetch it again."
-        ) from None
+    path, infos = extent.path, archive.infolist()
     unpacked, packed = sum(info.file_size for info in infos), extent.size
     if unpacked > max(_UNPACKED, _RATIO * packed):
         raise UnreadableError(
