@@ -10,7 +10,7 @@ from torch import Tensor
 from wellcond.operators.base import Gradient, LowRank, WeightOperator
 from wellcond.operators.stacked import StackedMatrices
 from wellcond.operators.stored import StoredMatrix
-from wellcond.operators.views import STORED, Kernel, Member, Part, Transposed, View
+from wellcond.operators.views import STORED, Kernel, Member, Part, Strided, Transposed, View
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -121,6 +121,13 @@ OPERATORS: dict[str, Case] = {
         Part(Transposed(), 1, 2, dim=-1), lambda: normal(4, 6), lambda p: p.mT[:, 1:3]
     ),
     "rows of a kernel with gaps": seen(Part(Kernel(), 2, 3), with_gaps, lambda p: flat(p)[2:5]),
+    "every second row": seen(Strided(STORED, 1, 2), lambda: normal(9, 4), lambda p: p[1::2]),
+    "every second column": seen(
+        Strided(Transposed(), 0, 2), lambda: normal(3, 6, 11), lambda p: p.mT[:, ::2]
+    ),
+    "every third row of a kernel with gaps": seen(
+        Strided(Kernel(), 2, 3), with_gaps, lambda p: flat(p)[2::3]
+    ),
     "member": seen(Member(STORED, 1), lambda: normal(3, 7, 5), lambda p: p[1]),
     "member of groups with gaps": seen(
         Member(Kernel(2), 1), with_gaps, lambda p: flat(p).reshape(2, 4, -1)[1]

@@ -110,6 +110,27 @@ def cut_sides(tensors: Any) -> None:
     one.chunks[0].offsets, one.chunks[0].sizes = torch.Size([0, 0]), torch.Size([1] * 60)
 
 
+def of_torchao(state: bytes) -> bytes:
+    """A weight of a class of torchao with these attributes."""
+    kind = b"ctorchao.quantization\nInt8Tensor\n"
+    return call(
+        b"torch._tensor\n_rebuild_from_type_v2",
+        b"ctorch._utils\n_rebuild_wrapper_subclass\n",
+        kind,
+        b"(" + kind + b"ctorch\nfloat32\nK\x03K\x03\x86tR"[:-1],
+        state,
+    )
+
+
+def of_storage(key: bytes, count: int) -> bytes:
+    """A vector of float32 in a storage of the file."""
+    named = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(key) + text(b"cpu")
+    storage, length = named + b"K" + bytes([count]) + b"tQ", b"K" + bytes([count]) + b"\x85"
+    return call(
+        b"torch._utils\n_rebuild_tensor_v2", storage, b"K\x00", length, b"K\x01\x85", b"\x89", b"N"
+    )
+
+
 def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
     """Exit codes of audit and repair, and how to make the file, by what it does."""
     tuples = doubled(b")", b"%s%s\x86", 40)
@@ -349,6 +370,46 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
                 b"(ca\nB\nctorch\nfloat32\n" + huge + b"\x85tR",
                 b"N",
             ),
+            "as an object",
+        ),
+        "a weight of torchao that holds itself": (
+            "00",
+            lambda: beside_weights(
+                of_torchao(b"N") + put(0) + b"}" + text(b"qdata") + get(0) + b"sb", "as an object"
+            ),
+        ),
+        "weights of torchao within each other": (
+            "00",
+            lambda: beside_weights(
+                of_torchao(b"N")
+                + put(0)
+                + b"".join(
+                    b"0"
+                    + of_torchao(b"}(" + (text(b"a") + get(n) + text(b"b") + get(n)) + b"u")
+                    + put(n + 1)
+                    for n in range(40)
+                ),
+                "as an object",
+            ),
+        ),
+        "settings of torchao without end": (
+            "00",
+            lambda: beside_weights(
+                lists + of_torchao(b"}(" + text(b"a") + get(40) + text(b"b") + tuples[:1] + b"u"),
+                "as an object",
+            ),
+        ),
+        "many weights of torchao with one state": refused(
+            beside_weights,
+            b"}("
+            + b"".join(text(b"%d" % n) + b"(" + b"K\x01" * 16 + b"t" for n in range(60))
+            + text(b"qdata")
+            + of_storage(b"0", 4)
+            + b"u"
+            + put(0)
+            + b"0]("
+            + of_torchao(get(0)) * 20_000
+            + b"e",
             "as an object",
         ),
         "odd names": ("00", lambda: torch_file({name: torch.eye(2) + 0.5 for name in names})),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attacks import call, edited
+from attacks import beside_weights, call, edited, get, of_storage, of_torchao, put, text
 from corpus import CANARY, CODES, Settings, foreign, records, saved, zipped
 from torch import Tensor, nn
 
@@ -25,8 +25,10 @@ from wellcond.files import archive
 from wellcond.files.archive import Extent, load_saved
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.inert import Foreign, array_of
+from wellcond.files.pickled import Pickled
 from wellcond.files.slices import local_shard
 from wellcond.files.tensors import UnreadableError
+from wellcond.recipes.base import TensorClass
 from wellcond.weights.reasons import Reason, Skipped
 
 Point = namedtuple("Point", "x y")
@@ -270,12 +272,7 @@ class Wrapper(Tensor):
 @pytest.mark.parametrize(
     ("module", "name", "expected"),
     [
-        ("torchao.quantization", "Int8Tensor", Skipped(Reason.torchao, "Int8Tensor")),
-        (
-            "torchao.dtypes",
-            "AffineQuantizedTensor",
-            Skipped(Reason.torchao, "AffineQuantizedTensor"),
-        ),
+        ("torchao.quantization", "Int8Tensor", None),
         ("torch.distributed.tensor", "DTensor", local_shard("DTensor")),
         ("mine", "Masked", Skipped(Reason.tensor_class, "mine.Masked")),
     ],
@@ -286,10 +283,10 @@ def test_tensors_of_a_class_have_a_reason_and_count(
     monkeypatch: pytest.MonkeyPatch,
     module: str,
     name: str,
-    expected: Skipped,
+    expected: Skipped | None,
     loaded: bool,
 ) -> None:
-    """Whether the process has the class and allows it, or not."""
+    """Whether the process has the class and allows it, or not. Those of torchao are taken apart."""
     kind = type(name, (Wrapper,), {"__module__": module})
     with monkeypatch.context() as patch:
         package = module.split(".")[0]
@@ -299,9 +296,82 @@ def test_tensors_of_a_class_have_a_reason_and_count(
         torch.save(content, tmp_path / "a.pt")
     with torch.serialization.safe_globals([kind] if loaded else []):
         report = wc.audit(tmp_path / "a.pt")
-    assert report.coverage.skipped["q"] == expected
+    assert report.coverage.skipped.get("q") == expected
+    assert ("_q_inner" in report.coverage.skipped) == (expected is None)
     assert [finding.name for finding in report.findings] == ["w"]
     assert report.coverage.parameter_share == 16 / 40
+
+
+def classes_of(path: Path, pickled: bytes) -> dict[str, TensorClass]:
+    """The weights of torchao in a file with this beside its weight."""
+    file = Pickled(beside_weights(pickled, "as an object").write(path))
+    assert all(part in file.entries for one in file.classes.values() for part in one.parts.values())
+    return file.classes
+
+
+def test_attributes_of_a_weight_of_torchao_are_parts_or_settings(tmp_path: Path) -> None:
+    vector = of_storage(b"0", 4)
+    inner = of_torchao(b"}(" + text(b"scale") + vector + text(b"_layout") + call(b"a\nB") + b"u")
+    state = {
+        b"qdata": vector,
+        b"inner": inner,
+        b"inner_scale": vector,
+        b"block_size": b"K\x01K\x03\x86",
+        b"kind": call(b"a\nKind", b"K\x02"),
+        b"elem_dtype": b"ctorch\nfloat8_of_tomorrow\n",
+        b"flag": b"\x88",
+        b"nothing": b"N",
+        b"function": b"ca\nfunction\n",
+        b"bytes": b"U\x01x",
+        b"dict": b"}",
+        b"objects": b"(" + call(b"a\nB") + b"}t",
+        b"huge": b"\x8a\x09" + bytes(8) + b"\x01",
+    }
+    items = b"".join(text(key) + value for key, value in state.items())
+    (found,) = classes_of(tmp_path / "a", of_torchao(b"}(" + items + b"K\x01" * 2 + b"u")).values()
+    assert found == TensorClass(
+        "Int8Tensor",
+        {
+            "qdata": "_x_qdata",
+            "inner_scale": "_x_inner_scale",
+            "inner.scale": "_x_inner_scale (2)",
+        },
+        {
+            "shape": [3, 3],
+            "dtype": "float32",
+            "inner": "Int8Tensor",
+            "block_size": [1, 3],
+            "kind": ["Kind", 2],
+            "elem_dtype": "float8_of_tomorrow",
+            "flag": True,
+            "nothing": None,
+            "function": "function",
+            "bytes": "x",
+            "dict": None,
+            "objects": ["B", None],
+            "huge": None,
+            "inner._layout": "B",
+        },
+    )
+
+
+@pytest.mark.parametrize("state", [b"N", b"}", text(b"s"), b"}" + text(b"qdata") + b"K\x01s"])
+def test_a_weight_of_torchao_without_tensors_is_left_as_it_is(tmp_path: Path, state: bytes) -> None:
+    file = Pickled(beside_weights(of_torchao(state), "as an object").write(tmp_path / "a"))
+    assert not file.classes
+    assert file.entries["x"].skipped == Skipped(Reason.torchao, "Int8Tensor")
+
+
+def test_too_much_for_a_weight_of_torchao_is_left_as_it_is(tmp_path: Path) -> None:
+    vector = text(b"qdata") + of_storage(b"0", 4)
+    many = b"".join(text(b"%d" % n) + b"K\x01" for n in range(70))
+    assert not classes_of(tmp_path / "a", of_torchao(b"}(" + vector + many + b"u"))
+    nested = of_torchao(b"}(" + vector + b"u")
+    for _ in range(5):
+        nested = of_torchao(b"}(" + text(b"inner") + nested + b"u")
+    assert not classes_of(tmp_path / "b", nested)
+    itself = of_torchao(b"N") + put(9) + b"}(" + vector + text(b"me") + get(9) + b"ub"
+    assert not classes_of(tmp_path / "c", itself)
 
 
 class Frozen:

@@ -1,5 +1,6 @@
 """Several views of one parameter are changed at once, and none undoes what another has done."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,18 @@ from wellcond.operators import stored
 
 
 class Experts(nn.Module):
-    """Gate and up of each in one tensor, as transformers has them."""
+    """Gate and up of each in one tensor, as transformers has them: blocks, or rows in turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_concatenated: bool = True) -> None:
         super().__init__()
+        self.is_concatenated = is_concatenated
         generator = torch.Generator().manual_seed(0)
         self.gate_up_proj = nn.Parameter(torch.randn(4, 12, 8, generator=generator).double())
         self.down_proj = nn.Parameter(torch.randn(4, 8, 6, generator=generator).double())
 
 
-def limited() -> Tensor:
-    model = Experts()
+def limited(is_concatenated: bool = True) -> Tensor:
+    model = Experts(is_concatenated)
     wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce()
     return model.gate_up_proj.detach()
 
@@ -32,15 +34,15 @@ def sharded_experts() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
-    for dim in range(3):
-        model = Experts()
+    for dim, is_concatenated in product(range(3), (True, False)):
+        model = Experts(is_concatenated)
         for name in ("gate_up_proj", "down_proj"):
             parameter = getattr(model, name).detach()
             shards = distribute_tensor(parameter, mesh, [Shard(dim)])
             setattr(model, name, nn.Parameter(shards))
         wc.Regularizer(model, wc.ConditionLimit(1.7)).enforce()
         found = model.gate_up_proj.full_tensor().detach()  # type: ignore[operator]
-        torch.testing.assert_close(found, limited(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, limited(is_concatenated), rtol=0, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -54,6 +56,8 @@ def test_views_are_carried_back_one_by_one_from_a_device_without_float64(
 ) -> None:
     monkeypatch.setattr(stored, "_NARROW_DEVICES", {"cpu"})
     monkeypatch.setattr(Tensor, "cpu", Tensor.clone)  # as a copy from another device is
-    found = limited()
-    for half in found.chunk(2, dim=1):
+    for half in limited().chunk(2, dim=1):
         assert float(wc.condition_number(half).max()) <= 1.7
+    found = limited(is_concatenated=False)
+    for start in range(2):
+        assert float(wc.condition_number(found[:, start::2]).max()) <= 1.7

@@ -53,6 +53,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3MoeForCausalLM", _EXPERTS),
     "Granite-MoE": ("GraniteMoeForCausalLM", _EXPERTS),
     "gpt-oss": ("GptOssForCausalLM", _EXPERTS),
+    "Privacy Filter": ("OpenAIPrivacyFilterForTokenClassification", _EXPERTS),
     "Llama 4": (
         "Llama4ForCausalLM",
         _EXPERTS | {"intermediate_size_mlp": 16, "interleave_moe_layer_step": 1},

@@ -28,6 +28,12 @@ QKV, WHOLE = {"q", "k", "v"}, {""}
 # What the config.json of timm beside a file says at least.
 OF_TIMM: dict[str, Any] = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
 
+GPT_OSS: Shapes = {
+    "gate_up_proj": (3, 12, 20),
+    "down_proj": (3, 10, 12),
+    "gate_up_proj_bias": (3, 20),
+}
+
 # Each with the tensors beside it; what config.json says; and the views of the first tensor.
 CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
     "timm": ({"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}, OF_TIMM, QKV),
@@ -136,11 +142,19 @@ CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
         {},
         {"gate", "up"},
     ),
-    "experts of gpt-oss": (
-        {"gate_up_proj": (3, 12, 20), "down_proj": (3, 10, 12), "gate_up_proj_bias": (3, 20)},
-        {},
-        WHOLE,
+    "experts of gpt-oss": (GPT_OSS, {"model_type": "gpt_oss"}, {"gate", "up"}),
+    "experts of gpt-oss in a part": (
+        {f"model.language_model.{name}": shape for name, shape in GPT_OSS.items()},
+        {"text_config": {"model_type": "gpt_oss", "num_attention_heads": 4}},
+        {"gate", "up"},
     ),
+    "experts with a bias, by a known model": (
+        GPT_OSS,
+        {"model_type": "openai_privacy_filter"},
+        {"gate", "up"},
+    ),
+    "experts with a bias, by an unknown model": (GPT_OSS, {"model_type": "samoyed"}, WHOLE),
+    "experts with a bias": (GPT_OSS, {}, WHOLE),
     "unequal experts": ({"gate_up_proj": (3, 20, 12), "down_proj": (4, 12, 10)}, {}, WHOLE),
     "LSTM": ({"weight_ih_l0": (16, 3), "weight_hh_l0": (16, 4)}, {}, set("ifgo")),
     "LSTM, hidden": ({"weight_hh_l0": (16, 4), "weight_ih_l0": (16, 3)}, {}, set("ifgo")),
@@ -212,6 +226,22 @@ def test_blocks_are_what_their_names_say_and_share_memory() -> None:
         assert torch.equal(found[name], S), name
         found[name].fill_(7.0)
     assert all((tensor == 7).all() for tensor in tensors.values())
+
+
+def test_rows_of_gate_and_up_take_turns_where_that_is_known() -> None:
+    W = torch.randn(3, 12, 20)
+    for kind in ("gpt_oss", "openai_privacy_filter"):
+        seen = find_views_in_file(GPT_OSS, {"model_type": kind})["gate_up_proj"]
+        assert not seen.note
+        found = ViewsByName(seen.views)(W)
+        assert list(found) == [f"{one}:{i}" for one in ("gate", "up") for i in range(3)]
+        for i in range(3):
+            rows = W[i].mT
+            gate, up = (rows[::2], rows[1::2]) if kind == "gpt_oss" else rows.chunk(2)
+            assert torch.equal(found[f"gate:{i}"], gate)
+            assert torch.equal(found[f"up:{i}"], up)
+    unknown = find_views_in_file(GPT_OSS, {})["gate_up_proj"]
+    assert "whether gate and up are blocks or take turns" in unknown.note
 
 
 def in_heads(order: str) -> Tensor:
@@ -360,6 +390,49 @@ def test_gate_and_up_are_what_the_module_computes_with(kind: str) -> None:
         expected = (act(x @ gate.mT) * (x @ up.mT)) @ down.mT
         # Sums of tens of numbers near 10, in float64.
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", ["gpt-oss", "Privacy Filter"])
+def test_gate_and_up_of_experts_with_a_bias_are_what_the_module_computes_with(kind: str) -> None:
+    """In gpt-oss their rows take turns, in the other they are blocks; the classes are alike."""
+    pytest.importorskip("transformers", minversion="5")
+    model = of_transformers(kind).double()
+    model.config._experts_implementation = "eager"
+    (stem, *_) = (name.partition(":")[0] for name in views_of(model) if "gate_up_proj" in name)
+    layer = model.get_submodule(stem.removesuffix(".gate_up_proj"))
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        layer.get_parameter(name).detach().zero_()
+    seen = views_of(model)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for number in range(3):
+        gate, up = (x @ seen[f"{stem}:{one}:{number}"].mT for one in ("gate", "up"))
+        gate, up = gate.clamp(max=layer.limit), up.clamp(-layer.limit, layer.limit)
+        product = (up + 1) * gate * torch.sigmoid(layer.alpha * gate)
+        expected = product @ seen[f"{stem.replace('gate_up', 'down')}:{number}"].mT
+        one = torch.ones(5, 1, dtype=torch.float64)
+        found = layer(x, torch.full((5, 1), number), one)
+        # The second computes in float32.
+        tolerance = 1e-10 if kind == "gpt-oss" else 1e-4
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_repair_changes_gate_and_up_that_take_turns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    content = {
+        f"mlp.experts.{name}": torch.randn(shape).bfloat16() for name, shape in GPT_OSS.items()
+    }
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    torch.save(content, source / "model.pt")
+    (source / "config.json").write_text('{"model_type": "gpt_oss"}')
+    wc.repair(source, target, 2.0, include=["*:gate:1"])
+    fixed = torch.load(target / "model.pt")
+    W, old = (one["mlp.experts.gate_up_proj"] for one in (fixed, content))
+    assert float(wc.condition_number(W[1, :, ::2])) <= 2.0
+    assert float(wc.condition_number(old[1, :, ::2])) > 2.0
+    W[1, :, ::2] = old[1, :, ::2]
+    assert all(torch.equal(fixed[name], one) for name, one in content.items())
 
 
 @pytest.mark.frameworks

@@ -90,6 +90,7 @@ class Checkpoint:
         self.where: dict[str, tuple[Holder, Entry]] = {}
         self.stored: dict[str, tuple[Holder, Entry]] = {}
         self.recipes: dict[str, Recipe] = {}
+        self.classes: dict[str, TensorClass] = {}  # weights of foreign classes, of several tensors
         self.overlapping: list[tuple[str, str]] = []
         self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
         if self.path.is_file() and Distributed.recognises(self.path):
@@ -149,6 +150,9 @@ class Checkpoint:
                 taken = elsewhere or prefix + name in self.where
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
+            for name, one in file.classes.items():
+                parts = {key: prefix + part for key, part in one.parts.items()}
+                self.classes[prefix + name] = replace(one, parts=parts)
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
         self._join_slices()
 
@@ -169,7 +173,7 @@ class Checkpoint:
             for name, (_, entry) in stored.items()
             if not (entry.skipped is not None and entry.skipped.reason in NO_PARTS)
         }
-        content = Content(usable, read, cache(self.beside), self._classes())
+        content = Content(usable, read, cache(self.beside), self.classes)
         self.recipes, refused = find_recipes(content)
         for label, recipe in self.recipes.items():
             part = Skipped(Reason.component, label)
@@ -184,10 +188,6 @@ class Checkpoint:
         self._parts = {name for one in self.recipes.values() for name in one.parts}
         self._parts -= self.recipes.keys()
         return refused
-
-    def _classes(self) -> dict[str, TensorClass]:
-        """The tensors of foreign classes that files store as plain ones."""
-        return {}
 
     def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
         """Says of codes, and of other parts of a weight, why it cannot be built."""

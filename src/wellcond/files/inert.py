@@ -211,18 +211,22 @@ def _tensor(storage: Storage, offset: Any, size: Any, stride: Any, *more: Any) -
     return tensor
 
 
-def _subclass(function: Any, kind: Any, arguments: tuple[Any, ...], *more: Any) -> Any:
+def _subclass(
+    function: Any, kind: Any, arguments: tuple[Any, ...], state: Any = None, *more: Any
+) -> Any:
     """`torch._tensor._rebuild_from_type_v2`: of a plain class the tensor, of another a record."""
     if function.kind in _CALLS:
         data = _call(function, arguments)
         if kind.kind in _PLAIN or not isinstance(data, StoredTensor):
             return data
-        return ForeignTensor(kind.kind, shape=data.shape, dtype=data.dtype, values=data)
+        return ForeignTensor(
+            kind.kind, state=state, shape=data.shape, dtype=data.dtype, values=data
+        )
     if function.name == "_rebuild_wrapper_subclass":
         _, dtype, shape, *_ = arguments
         if is_shape(shape) and isinstance(dtype, torch.dtype):
-            return ForeignTensor(kind.kind, shape=shape, dtype=dtype)
-    return ForeignTensor(kind.kind)
+            return ForeignTensor(kind.kind, state=state, shape=shape, dtype=dtype)
+    return ForeignTensor(kind.kind, state=state)
 
 
 def _sparse(layout: Any, data: tuple[Any, ...]) -> ForeignTensor:

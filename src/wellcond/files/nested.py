@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from wellcond.files.inert import Foreign, ForeignTensor, StoredTensor, array_of
+from wellcond.files.subclasses import name_part, take_apart
 from wellcond.files.tensors import UnreadableError
+from wellcond.recipes.base import TensorClass
 from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -25,6 +27,7 @@ _LIGHTNING = {"state_dict", LIGHTNING_VERSION}
 # More than this no checkpoint has; a small file of shared lists can have any number.
 _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
 _TENSORS, _LETTERS = 300_000, 50_000_000  # of all names together
+_SETTINGS = 1_000_000  # of the weights of torchao together
 
 
 # The attributes of a module that hold what its state dict holds.
@@ -41,10 +44,11 @@ _HARMLESS |= {str(one) for one in vars(torch).values() if isinstance(one, torch.
 
 def tensors_in(
     content: Any, path: Path
-) -> tuple[dict[str, StoredTensor | ForeignTensor], dict[str, Skipped]]:
-    """The tensors of a file, names joined by dots, and what is in it besides.
+) -> tuple[dict[str, StoredTensor | ForeignTensor], dict[str, Skipped], dict[str, TensorClass]]:
+    """The tensors of a file, names joined by dots, what is in it besides, and weights of torchao.
 
-    The tensors of a module that was saved whole have the names of its state dict.
+    The tensors of a module that was saved whole have the names of its state dict; those of a weight
+    of torchao the names that torchao gives to them in safetensors.
     """
     walk = _Walk(path)
     walk.visit(content, "", 0)
@@ -52,26 +56,29 @@ def tensors_in(
         kinds = ((name, list_some(some, limit=2)) for name, some in walk.objects.items())
         named = (f"{name} ({some})" if name else some for name, some in kinds)
         walk.others[_OBJECTS] = Skipped(Reason.objects, list_some(named, limit=3))
-    return walk.tensors, walk.others
+    return walk.tensors, walk.others, walk.classes
 
 
 class _Walk:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.containers = self.items = self.letters = 0
+        self.containers = self.items = self.letters = self.settings = 0
         self.names: dict[str, int] = {}  # how often each was wanted
         self.tensors: dict[str, StoredTensor | ForeignTensor] = {}
         self.others: dict[str, Skipped] = {}
+        self.classes: dict[str, TensorClass] = {}
         self.objects: dict[str, dict[str, None]] = {}  # their classes, by the outermost name
         self.seen: set[int] = set()
         self.inside = False  # what an object is made of: each part once, and its class has no name
 
     def visit(self, content: Any, prefix: str, depth: int) -> None:
         self.letters += len(prefix)
-        if len(self.tensors) > _TENSORS or self.letters > _LETTERS:
+        many = len(self.tensors) > _TENSORS or self.settings > _SETTINGS
+        if many or self.letters > _LETTERS:
             raise UnreadableError(
                 f"{self.path} must hold at most {_TENSORS:,} tensors, with {_LETTERS:,} letters "
-                "in their names, but holds more. Save the weights in several files."
+                f"in their names and {_SETTINGS:,} settings, but holds more. Save the weights in "
+                "several files."
             )
         if isinstance(content, Foreign) and not isinstance(content, ForeignTensor):
             content = self._read_object(content, prefix, depth)
@@ -79,7 +86,9 @@ class _Walk:
             if id(content) in self.seen:
                 return
             self.seen.add(id(content))
-        if isinstance(content, StoredTensor | ForeignTensor):
+        if isinstance(content, ForeignTensor) and (apart := take_apart(content)) is not None:
+            self._add_class(self._free(prefix or "tensor"), content.name, *apart)
+        elif isinstance(content, StoredTensor | ForeignTensor):
             self.tensors[self._free(prefix or "tensor")] = content
         elif isinstance(content, Mapping | list | tuple):
             self.containers += 1
@@ -105,6 +114,20 @@ class _Walk:
                     self._visit_trainer(value, name)
                 else:
                     self.visit(value, name, depth + 1)
+
+    def _add_class(
+        self, name: str, kind: str, tensors: dict[str, StoredTensor], attributes: dict[str, Any]
+    ) -> None:
+        """A weight that is stored as several tensors."""
+        self.settings += sum(
+            len(one) if isinstance(one, list) else 1 for one in attributes.values()
+        )
+        parts = {}
+        for part, tensor in tensors.items():
+            parts[part] = own = self._free(name_part(name, part))
+            self.tensors[own] = tensor
+            self.letters += len(own)
+        self.classes[name] = TensorClass(kind, parts, attributes)
 
     def _read_object(self, one: Foreign, name: str, depth: int) -> Any:
         """What a foreign object holds as tensors may be named."""
@@ -139,16 +162,16 @@ class _Walk:
 
     def _visit_trainer(self, content: Any, name: str) -> None:
         """Of a trainer's state it says only whether there are tensors in it."""
-        tensors, others = self.tensors, self.others
-        self.tensors, self.others = {}, {}
+        tensors, others, classes = self.tensors, self.others, self.classes
+        self.tensors, self.others, self.classes = {}, {}, {}
         self.visit(content, name, 1)
         found = {name: Skipped(Reason.trainer)} if self.tensors else self.others
-        self.tensors, self.others = tensors, others | found
+        self.tensors, self.others, self.classes = tensors, others | found, classes
 
     def _free(self, name: str) -> str:
         """The name, numbered if it is taken: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
         free = name
-        while free in self.tensors:
+        while free in self.tensors or free in self.classes:
             number = self.names[name] = self.names.get(name, 1) + 1
             free = f"{name} ({number})"
         return free

@@ -59,6 +59,7 @@ class Pickled(TensorFile):
             raise NoTensorsError(f"{path} must hold a dict of tensors, but holds {found}")
         self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
         self._check_placeholders(content)
+        self._leave_out_parts()
         matrices = {
             name: tensor
             for name, tensor in self._tensors.items()
@@ -79,7 +80,7 @@ class Pickled(TensorFile):
         with self._errors_as_damage():
             saved = load_saved(self._extent)
             self._storages, self._swapped = saved.storages, saved.swapped
-            self._tensors, self.others = tensors_in(saved.content, self.path)
+            self._tensors, self.others, self.classes = tensors_in(saved.content, self.path)
         return saved.content
 
     @contextlib.contextmanager

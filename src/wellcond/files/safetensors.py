@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wellcond.files.slices import saved_offsets, slice_at
+from wellcond.files.subclasses import read_classes
 from wellcond.files.tensors import (
     DamagedError,
     Entry,
@@ -82,6 +83,8 @@ class Safetensors(TensorFile):
                 at = at if at is not None and len(at) == len(shape) else None
                 entry = replace(entry, skipped=slice_at([] if at is None else [at]), offsets=at)
             self.entries[name] = entry
+        self.classes = read_classes(metadata)
+        self._leave_out_parts()
 
     @property
     def nbytes(self) -> int:

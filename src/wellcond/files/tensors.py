@@ -6,13 +6,14 @@ import abc
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, ClassVar
 
 import torch
 from torch import Tensor
 
+from wellcond.recipes.base import TensorClass
 from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -105,6 +106,8 @@ class TensorFile(Holder):
     Attributes:
         endings: what the names of such files end in.
         others: what is in the file beside tensors, and why it is not measured.
+        classes: weights that are stored as several tensors, by their names. The tensors are
+            entries, if they are in this file.
         metadata: texts that the file stores beside its tensors.
         overlapping: pairs of tensors that share entries, neither of which is a part of the other.
     """
@@ -112,6 +115,7 @@ class TensorFile(Holder):
     endings: ClassVar[tuple[str, ...]]
     entries: dict[str, Entry]
     others: dict[str, Skipped]
+    classes: dict[str, TensorClass]
     metadata: dict[str, str]
     overlapping: list[tuple[str, str]]
 
@@ -120,6 +124,7 @@ class TensorFile(Holder):
         with path.open("rb") as file:
             self._state = state_of(file)
         self.entries, self.others, self.metadata, self.overlapping = {}, {}, {}, []
+        self.classes = {}
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -133,6 +138,14 @@ class TensorFile(Holder):
 
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
         yield self, name, new
+
+    def _leave_out_parts(self) -> None:
+        """Tensors of which a weight consists are no weights."""
+        for one in self.classes.values():
+            for part in one.parts.values():
+                if (entry := self.entries.get(part)) is not None and entry.skipped is None:
+                    skipped = Skipped(Reason.torchao, one.kind)
+                    self.entries[part] = replace(entry, skipped=skipped)
 
     @abc.abstractmethod
     def copy(self, target: Path) -> contextlib.AbstractContextManager[Write]:

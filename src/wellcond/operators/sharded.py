@@ -25,6 +25,7 @@ from wellcond.operators.views import (
     Member,
     Part,
     Stored,
+    Strided,
     Transposed,
     View,
     is_kernel,
@@ -308,7 +309,7 @@ def _axis(view: View, dim: int, ndim: int) -> int:
             return {ndim - 1: -2, ndim - 2: -1}.get(dim, dim - ndim)
         case Kernel(groups):
             return -1 if dim else (-2 if groups is None else -3)
-        case Part(inner, _, _, _) | Member(inner, _):
+        case Part(inner, _, _, _) | Strided(inner, _, _) | Member(inner, _):
             return _axis(inner, dim, ndim)
     return dim - ndim
 
@@ -346,6 +347,15 @@ def _view_of_block(view: View, shape: torch.Size, block: Block) -> tuple[View, t
             mine = slice(first - start, last - start) if last > first else slice(0, 0)
             view = Part(whole, first - at.start, last - first, dim)
             return view, _replace_at(shape, dim, length), _replace_at(block, dim, mine)
+        case Strided(inner, start, step):
+            whole, shape, block = _view_of_block(inner, shape, block)
+            at = block[-2]
+            # How many of these rows are before what is held here, before its end, and in all.
+            first, last, total = (
+                max(-(-(end - start) // step), 0) for end in (at.start, at.stop, shape[-2])
+            )
+            view = Strided(whole, start + first * step - at.start, step)
+            return view, _replace_at(shape, -2, total), _replace_at(block, -2, slice(first, last))
         case Member(inner, index):
             whole, shape, block = _view_of_block(inner, shape, block)
             here, rows, columns = block

@@ -112,6 +112,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Strided:
+    """Of a view every `step`-th row from `start` on."""
+
+    view: View
+    start: int
+    step: int
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return self.view(parameter)[..., self.start :: self.step, :]
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        whole = self.view(parameter)
+        whole[..., self.start :: self.step, :] = matrix
+        self.view.write_(parameter, whole)
+
+
+@dataclass(frozen=True)
 class Member:
     """Of a view that is a stack the matrix with this number."""
 
@@ -130,7 +147,7 @@ class Member:
 def is_kernel(view: View) -> bool:
     """Whether it shows a convolution kernel, or a part of one."""
     match view:
-        case Part(inner, _, _, _) | Member(inner, _):
+        case Part(inner, _, _, _) | Strided(inner, _, _) | Member(inner, _):
             return is_kernel(inner)
     return isinstance(view, Kernel)
 

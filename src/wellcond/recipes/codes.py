@@ -1,7 +1,4 @@
-"""Arithmetic that formats of quantised weights share: blocks of scales, packed words, small floats.
-
-Letters: W (m, n) a weight of float32; s (p, q) its scales, one per block (a, b).
-"""
+"""Arithmetic that formats of quantised weights share: scales, packed words, small floats."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from wellcond.recipes.base import RecipeError
-
 ROWS = 1024  # that are converted at once, so that codes need little memory beside the weight
 # The 16 values of float4 (E2M1), by their code.
 FLOAT4 = torch.tensor(
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0],
     device="cpu",
 )
+# The two of a byte, that of the low bits first.
+_PAIRS = torch.stack([FLOAT4.repeat(16), FLOAT4.repeat_interleave(16)], dim=-1)
 
 
 def row_ranges(rows: int, step: int = ROWS) -> Iterator[tuple[int, int]]:
@@ -32,7 +29,7 @@ def powers_of_two(exponents: Tensor) -> Tensor:
     A byte of 0 is 2^-127, which float32 holds as a subnormal number.
     """
     b = exponents.view(torch.uint8).to(torch.int32)
-    powers = torch.ldexp(torch.ones((), device=b.device), b - 127)
+    powers = torch.ldexp(torch.ones_like(b, dtype=torch.float32), b - 127)
     return powers.masked_fill_(b == 255, torch.nan)
 
 
@@ -41,23 +38,6 @@ def as_scales(scales: Tensor) -> Tensor:
     if scales.dtype == torch.uint8 or "e8m0" in str(scales.dtype):
         return powers_of_two(scales)
     return scales.to(torch.float32)
-
-
-def multiply_blocks_(W: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Multiplies each block of W in place by its scale; the last ones may be short.
-
-    Raises:
-        RecipeError: there is not one scale per block.
-    """
-    a, b = block
-    m, n = W.shape
-    if a < 1 or b < 1 or tuple(scales.shape) != (-(-m // a), -(-n // b)):
-        raise RecipeError(
-            f"scales of shape {tuple(scales.shape)} do not fit blocks of {a}x{b} in {m}x{n}"
-        )
-    for row, start in enumerate(range(0, m, a)):
-        W[start : start + a] *= scales[row].repeat_interleave(b)[:n]
-    return W
 
 
 def unpack(words: Tensor, bits: int, size: int) -> Tensor:
@@ -77,3 +57,29 @@ def unpack(words: Tensor, bits: int, size: int) -> Tensor:
     wide = words.to(torch.int32) if width < 32 else words.view(torch.int32)
     codes = (wide[..., None] >> shifts) & ((1 << bits) - 1)
     return codes.to(torch.int16).flatten(-2)[..., :size]
+
+
+def unpack_stream(words: Tensor, bits: int, size: int) -> Tensor:
+    """Codes of so many bits from words of 32 bits along the last side, the lowest bits first.
+
+    Codes run on from one word to the next: 32 codes of 3 bits take 3 words.
+
+    Args:
+        words: int32 (..., w).
+        bits: of a code, at most 15.
+        size: how many codes there are along the last side, at most all that fit.
+
+    Returns:
+        (..., size), int16.
+    """
+    wide = words.to(torch.int64) & 0xFFFFFFFF
+    after = torch.nn.functional.pad(wide[..., 1:], (0, 1))
+    pairs = wide | after << 32  # the sign does not matter below bit 47
+    start = torch.arange(0, size * bits, bits, device=words.device)
+    codes = (pairs[..., start >> 5] >> (start & 31)) & ((1 << bits) - 1)
+    return codes.to(torch.int16)
+
+
+def unpack_float4(codes: Tensor) -> Tensor:
+    """Values of float4 in float32 from bytes (..., w): (..., 2w), that of the low bits first."""
+    return _PAIRS[codes.view(torch.uint8).to(torch.int32)].flatten(-2)

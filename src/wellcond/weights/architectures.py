@@ -77,6 +77,9 @@ GATED = {
     "weights_in": "weights_out",  # DINOv2
     "w12": "w3",
 }
+# Model types in which rows of gate and up take turns, and others with a bias beside gate and up
+# in which they are blocks.
+GATED_TURNS, GATED_BLOCKS = ("gpt_oss",), ("openai_privacy_filter",)
 
 # Settings of a module, or of its config.
 HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")

@@ -3,8 +3,9 @@
 Query, key and value of attention (`qkv.weight:q`), gate and up of a gated layer
 (`gate_up_proj.weight:gate`), also of a stack of experts, and the gates of a recurrent cell. A name
 by itself decides nothing: the shapes must fit those of the projection that takes the result, and a
-known class or config must tell the order of rows that differs between libraries. What is stored
-head by head, or in an unknown order, stays whole, with a note.
+known class or config must tell the order of rows that differs between libraries. Gate and up may
+take turns row by row. What is stored head by head, or in an unknown order, stays whole, with a
+note.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from wellcond.operators.views import STORED, Part, Transposed, View
+from wellcond.operators.views import STORED, Part, Strided, Transposed, View
 from wellcond.weights.architectures import (
     FUSED,
     GATED,
+    GATED_BLOCKS,
+    GATED_TURNS,
     LIBRARIES,
     MODEL_TYPES,
     OTHER_ORDER,
@@ -40,7 +43,9 @@ from wellcond.weights.projections import (
 GATES = {4: "ifgo", 3: "rzn"}
 
 _BY_HEAD = "holds query, key and value head by head, so that no block of rows is one of them"
-_INTERLEAVED = "holds gate and up in turns, so that no block of rows is one of them"
+_GATED_ORDER = (
+    "is one matrix: no known class or model_type tells whether gate and up are blocks or take turns"
+)
 
 
 @dataclass(frozen=True)
@@ -173,11 +178,28 @@ def _find_gated(module: Module) -> Iterator[tuple[Place, Views]]:
         if not _fit(both, down):
             continue
         yield down.place, Views({"": down.view})
-        if has_part(module, f"{name}_bias"):  # gpt-oss
-            yield both.place, Views({"": both.view}, f"`{name}` {_INTERLEAVED}")
+        in_turns = _takes_turns(module, name)
+        if in_turns is None:
+            yield both.place, Views({"": both.view}, f"`{name}` {_GATED_ORDER}")
+        elif in_turns:
+            turns = {one: Strided(both.view, i, 2) for i, one in enumerate(("gate", "up"))}
+            yield both.place, Views(turns)
         else:
             size = both.rows // 2
             yield both.place, Views(_cut_rows({"gate": size, "up": size}, both.view))
+
+
+def _takes_turns(module: Module, name: str) -> bool | None:
+    """Whether rows of gate and up take turns, as in gpt-oss; None if it is unknown."""
+    concatenated = getattr(module, "is_concatenated", None)  # experts of transformers 5
+    if isinstance(concatenated, bool):
+        return not concatenated
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    kind = str(read_setting(module, "model_type")).lower().replace("-", "_")
+    if "GptOssExperts" in kinds or kind.startswith(GATED_TURNS):
+        return True
+    # Models with a bias have either order; of those without one all have blocks.
+    return None if has_part(module, f"{name}_bias") and not kind.startswith(GATED_BLOCKS) else False
 
 
 def _fit(both: Projection, down: Projection) -> bool:

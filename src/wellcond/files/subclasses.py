@@ -1,0 +1,119 @@
+"""Weights of torchao's classes, which files store as plain tensors and settings.
+
+`flatten_tensor_state_dict` of torchao stores a weight `0.weight` as `0._weight_qdata`,
+`0._weight_scale` and others, and describes it in the metadata of safetensors. A pickle has the same
+tensors as attributes of an object. They get the same names here, and those of an object within it
+its name too: `0._weight_tensor_impl_scale`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+
+from wellcond.files.inert import Foreign, ForeignTensor, StoredTensor
+from wellcond.recipes.base import TensorClass
+
+# More than any class has; what says that it has more is left as it is.
+_ATTRIBUTES, _OBJECTS, _LIST, _LETTERS, _END = 64, 4, 16, 200, 1 << 63
+
+
+def name_part(name: str, part: str) -> str:
+    """The name that torchao gives to a part of the weight of this name."""
+    module, dot, own = name.rpartition(".")
+    return f"{module}{dot}_{own}_{part.replace('.', '_')}"
+
+
+def read_classes(metadata: Mapping[str, str]) -> dict[str, TensorClass]:
+    """The weights that the metadata of safetensors describe; some parts may be in other files."""
+    names = _parse(metadata.get("tensor_names", ""))
+    found = {}
+    for name in names if isinstance(names, list) else ():
+        described = _parse(metadata.get(name, "")) if isinstance(name, str) else None
+        if not isinstance(described, dict):
+            continue
+        kind, settings = described.get("_type"), described.get("_data")
+        parts = described.get("_tensor_data_names")
+        named = isinstance(kind, str) and kind[:_LETTERS].isidentifier()
+        if not (named and isinstance(settings, dict) and isinstance(parts, list)):
+            continue  # such as {"_type": "Tensor"}
+        if all(isinstance(part, str) for part in parts):
+            attributes = {key: _of_json(value) for key, value in settings.items()}
+            own = {part: name_part(name, part) for part in parts}
+            found[name] = TensorClass(str(kind)[:_LETTERS], own, attributes)
+    return found
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _of_json(value: Any) -> Any:
+    """As `_plain`, of objects as torchao writes them: {"_type": "torch.dtype", "_data": "int8"}."""
+    if isinstance(value, dict):
+        kind, data = value.get("_type"), value.get("_data")
+        value = data if kind == "torch.dtype" else kind if isinstance(data, dict) else (kind, data)
+    return _plain(value)
+
+
+def take_apart(
+    tensor: ForeignTensor,
+) -> tuple[dict[str, StoredTensor], dict[str, Any]] | None:
+    """The stored tensors and the settings of a weight; None if it is none of torchao's.
+
+    The names of what is in an object within it begin with its name: "tensor_impl.scale".
+    """
+    of_torchao = tensor.kind.startswith("torchao.") and tensor.name.isidentifier()
+    if not of_torchao or tensor.values is not None:
+        return None
+    parts: dict[str, StoredTensor] = {}
+    others: dict[str, Any] = {"shape": tensor.shape, "dtype": tensor.dtype}
+    objects = [("", tensor)]
+    for prefix, one in objects:  # to which those are added that it holds
+        for key, value in _attributes(one):
+            if len(parts) + len(others) > _ATTRIBUTES or len(objects) > _OBJECTS:
+                return None
+            name = f"{prefix}{key}"
+            (parts if isinstance(value, StoredTensor) else others)[name] = value
+            if isinstance(value, ForeignTensor):
+                objects.append((f"{name}.", value))
+    return (parts, {name: _plain(one) for name, one in others.items()}) if parts else None
+
+
+def _attributes(one: Foreign) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object, without a copy of what may be large."""
+    for state in islice(one.states, 2):
+        if isinstance(state, Mapping):
+            for key, value in islice(state.items(), _ATTRIBUTES + 1):
+                if isinstance(key, str) and len(key) <= _LETTERS:
+                    yield key, value
+
+
+def _plain(value: Any) -> Any:
+    """A setting as `TensorClass` has it: a dtype is its name, an object the name of its class.
+
+    A member of an enumeration, such as ZeroPointDomain(1), is the list of both.
+    """
+    if isinstance(value, Foreign) and value.arguments:
+        value = (value.name, value.arguments[0])
+    if isinstance(value, list | tuple):
+        return [_single(one) for one in value] if len(value) <= _LIST else None
+    return _single(value)
+
+
+def _single(value: Any) -> Any:
+    if isinstance(value, Foreign):
+        value = value.name
+    if isinstance(value, torch.dtype):
+        value = str(value).removeprefix("torch.")
+    if isinstance(value, str):
+        return value[:_LETTERS]
+    number = isinstance(value, float) or (isinstance(value, int) and abs(value) < _END)
+    return value if number else None
