@@ -16,7 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from corpus import Sample, randn, saved
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 DATA = Path(__file__).parents[1] / "recipes" / "data"
 LIGHTNING = Path(__file__).with_name("data") / "lightning"
@@ -39,8 +40,17 @@ def recipe_samples() -> dict[str, Sample]:
     """Whole checkpoints by what they are."""
     written = {folder.name: _read(folder) for folder in sorted(DATA.iterdir())}
     layers = written["bitsandbytes_layers"].files["model.safetensors"]
+    classes = written.pop("torchao").files, written.pop("torchao_older").files
+    computed = _parametrized()
     return {
         **written,
+        "torchao in pt": Sample("state.pt", {"state.pt": classes[0]["state.pt"]}),
+        "torchao, older": Sample("state.pt", {"state.pt": classes[1]["state.pt"]}),
+        "torchao in safetensors": Sample(
+            "a.safetensors", {"a.safetensors": classes[0]["model.safetensors"]}
+        ),
+        "parametrized": Sample("a.safetensors", {"a.safetensors": save(computed)}),
+        "parametrized in pt": Sample("a.pt", {"a.pt": saved(computed)}),
         "lightning, distributed": _read(LIGHTNING),
         "heads": _folder(_attention(), _BLOCKS),
         "shards of codes": _in_shards(written["gptq_v2"]),
@@ -75,6 +85,27 @@ def _attention() -> dict[str, Tensor]:
         tensors[weight] = randn(m, n, seed=seed).to(torch.float8_e4m3fn)
         tensors[f"{weight}_scale_inv"] = randn(m // 8, n // 8, seed=seed).abs() + 0.1
     return tensors
+
+
+def _parametrized() -> dict[str, Tensor]:
+    """What torch stores of weights that it computes from norms, a spectral norm or a mask."""
+    names = parametrizations
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the older ones are deprecated
+        layers = {
+            "norm": names.weight_norm(nn.Linear(5, 4)),
+            "norm_of_columns": names.weight_norm(nn.ConvTranspose1d(3, 4, 2), dim=1),
+            "older_norm": nn.utils.weight_norm(nn.Linear(5, 4)),
+            "spectral": names.spectral_norm(nn.Linear(9, 8)),
+            "older_spectral": nn.utils.spectral_norm(nn.Conv2d(3, 8, 2)),
+            "pruned": prune.random_unstructured(nn.Linear(5, 4), "weight", 0.3),
+            "orthogonal": names.orthogonal(nn.Linear(4, 4)),
+        }
+    stored = nn.ModuleDict(layers).state_dict()
+    for seed, tensor in enumerate(stored.values()):
+        if tensor.ndim > 1 and tensor.is_floating_point() and tensor.shape != (4, 4):
+            tensor.copy_(randn(*tensor.shape, seed=seed))
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 def _in_shards(sample: Sample) -> Sample:
