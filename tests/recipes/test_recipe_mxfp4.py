@@ -1,14 +1,17 @@
 """Weights of float4 and float8 with powers of two: those of the library, entry by entry."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import build_all, content_from, content_of, load_expected, reason_of, weights_of
 from torch import Tensor
 
+import wellcond as wc
 from wellcond.recipes.base import Candidate, Content
 from wellcond.recipes.find import find_recipes
 from wellcond.recipes.mxfp4 import find_mxfp4
@@ -33,6 +36,31 @@ def check(folder: Path) -> None:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_each_entry_is_that_of_the_library(name: str) -> None:
     check(DATA / name)
+
+
+def test_gate_and_up_of_gpt_oss_are_those_of_a_plain_checkpoint(tmp_path: Path) -> None:
+    """Rows take turns in both, and the biases beside the blocks belong to no weight."""
+    content = content_of(DATA / "gpt_oss")
+    weights = weights_of(content, find_mxfp4)
+    codes, plain = tmp_path / "codes", tmp_path / "plain"
+    for folder in (codes, plain):
+        folder.mkdir()
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(DATA / "gpt_oss" / name, folder)
+    parts = (".blocks", "_blocks", "_scales")
+    kept = {name: content.read(name) for name in content.tensors if not name.endswith(parts)}
+    save_file(kept | {n: W.contiguous() for n, W in weights.items()}, plain / "model.safetensors")
+    of_codes, of_plain = (wc.audit(folder) for folder in (codes, plain))
+    kappas = [{f.label: f.condition_number for f in one.findings} for one in (of_codes, of_plain)]
+    assert kappas[0] == kappas[1]
+    stem = "model.layers.0.mlp.experts"
+    assert {f"{stem}.gate_up_proj:{one}:{i}" for one in ("gate", "up") for i in (0, 1)} < set(
+        kappas[0]
+    )
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        why = of_codes.coverage.skipped[f"{stem}.{name}"]
+        assert why == of_plain.coverage.skipped[f"{stem}.{name}"]
+        assert "bias" in str(why)
 
 
 SETTINGS: dict[str, list[dict[str, int]]] = {
