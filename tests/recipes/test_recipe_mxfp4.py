@@ -154,6 +154,20 @@ def test_a_stack_of_int8_is_that_of_its_matrices() -> None:
     assert torch.equal(recipe.build(content.read, 1), build_all(the_candidate(one).make(), one))
 
 
+def test_a_stack_of_float8_is_that_of_its_matrices() -> None:
+    codes, scales = of_deepseek(groups=4, stack=(2,)).values()
+    scales = scales[..., :2]
+    content = content_from(
+        {"experts.w13_weight": codes.view(torch.float8_e4m3fn), "experts.w13_weight_scale": scales},
+        config={"quantization_config": {"quant_method": "mxfp8"}},
+    )
+    W = build_all(the_candidate(content).make(), content)
+    powers = torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
+    expected = codes.view(torch.float8_e4m3fn).float() * powers
+    torch.testing.assert_close(W, expected, rtol=0, atol=0, equal_nan=True)
+    assert W.shape == (2, 6, 64)
+
+
 def test_rows_are_converted_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_from(of_deepseek(m=11), config=FP8)
     recipe = the_candidate(content).make()
