@@ -67,7 +67,7 @@ QUANTISED: dict[str, dict[str, Tensor]] = {
         "l.weight": floats(8, 8).to(torch.float8_e4m3fn),
         "l.weight_scale": floats(8, 2).to(E8M0),
     },
-    "scales in a vector": {"l.weight": codes(8, 8, dtype=torch.int8), "l.SCB": floats(8)},
+    "too few scales": {"l.weight": codes(8, 8, dtype=torch.int8), "l.SCB": floats(7)},
     "zeros first": {"l.qzeros": codes(8, 32), "l.qweight": codes(64, 256), "l.scales": floats(8)},
     "marlin": {"l.B": codes(8, 8), "l.s": floats(2, 8)},
     "scales alone": {"l.weight_scale": floats(4, 4), "l.weight.absmax": floats(4, 4)},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from corpus import CODES, Sample, records, saved, zipped
+from corpus import CODES, Sample, distributed, records, saved, zipped
 
 _START = b"\x80\x02"
 
@@ -85,6 +86,28 @@ def beside_weights(pickled: bytes, where: str) -> Sample:
     mark = b"X\x06\x00\x00\x00marker"
     content = {"w": torch.diag(torch.tensor([9.0, 1.0])), "x": "marker"}
     return edited(content, mark, before + pickled + after, False)
+
+
+def described(change: Callable[[Any], object]) -> Sample:
+    """A folder of torch.distributed.checkpoint, the description of which is changed."""
+    whole = distributed()
+    about = pickle.loads(whole.files[".metadata"])
+    change(about.state_dict_metadata)
+    return Sample("", whole.files | {".metadata": pickle.dumps(about)})
+
+
+def repeat_chunks(tensors: Any) -> None:
+    """A list of many chunks in many places."""
+    one = tensors["model.layer.weight"]
+    one.chunks *= 200_000
+    tensors.update({f"model.{n}": one for n in range(200_000)})
+
+
+def cut_sides(tensors: Any) -> None:
+    """A chunk with more corners than there is memory."""
+    one = tensors["model.layer.weight"]
+    one.size = torch.Size([2] * 60)
+    one.chunks[0].offsets, one.chunks[0].sizes = torch.Size([0, 0]), torch.Size([1] * 60)
 
 
 def of_torchao(state: bytes) -> bytes:
@@ -292,6 +315,24 @@ def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
         ),
         "an index of numbers": refused(
             lambda: Sample("", {"a.safetensors.index.json": b'{"weight_map": {"w": 1}}'})
+        ),
+        "chunks of one list": refused(described, repeat_chunks),
+        "a chunk of 60 sides": refused(described, cut_sides),
+        "a tensor of 2^62 entries": refused(
+            described,
+            lambda tensors: setattr(tensors["model.layer.weight"], "size", (2**31, 2**31)),
+        ),
+        "slices of 60 sides": refused(
+            safetensors,
+            json.dumps(
+                {
+                    "__metadata__": {
+                        "DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [1] * 60}})
+                    },
+                    "w": {"dtype": "F32", "shape": [1] * 60, "data_offsets": [0, 4]},
+                }
+            ).encode(),
+            bytes(4),
         ),
         **{
             f"code {number}, {where}": ("00", lambda c=code, w=where: beside_weights(c, w))

@@ -14,6 +14,7 @@ import contextlib
 import faulthandler
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -23,10 +24,13 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from attacks import attacks
-from corpus import CANARY, Sample, corpus, mutated
+from corpus import CANARY, Sample, corpus
+from damage import mutated
+from recipe_samples import recipe_samples
 
 from wellcond.cli import main
 
@@ -48,12 +52,21 @@ def run(argv: list[str]) -> tuple[int | None, str, str]:
     return code, err.getvalue(), out.getvalue()
 
 
-def wrong_with(path: Path, folder: Path) -> tuple[str, str]:
-    """What an audit and a repair of it do that they must not; and their exit codes."""
+def wrong_with(path: Path, folder: Path, thorough: bool) -> tuple[str, str]:
+    """What commands do with it that they must not; and their exit codes.
+
+    These are an audit and a repair; if `thorough` also an audit with heads and a plain copy.
+    """
     alone = path.is_file() and path.suffix != ".json"
     fixed = folder / (f"fixed{path.suffix}" if alone else "fixed")
+    plain = folder / ("plain.safetensors" if alone else "plain")
+    commands = [["audit", str(path)], ["repair", str(path), str(fixed), "--max-condition", "3"]]
+    if thorough:
+        commands.append(["audit", str(path), "--heads"])
+        limit = ["--max-condition", "inf", "--dequantise"]
+        commands.append(["repair", str(path), str(plain), *limit])
     codes = []
-    for argv in (["audit", str(path)], ["repair", str(path), str(fixed), "--max-condition", "3"]):
+    for argv in commands:
         code, err, out = run(argv)
         codes.append(str(code))
         if code not in (0, 1, 2):
@@ -62,13 +75,24 @@ def wrong_with(path: Path, folder: Path) -> tuple[str, str]:
             return f"{argv[0]}: not one line: {err!r} {out!r}", "lines"
         if any(not (c.isprintable() or c == "\n") for c in out + err):
             return f"{argv[0]}: what a terminal would obey: {out + err!r}", "escapes"
-        if argv[0] == "repair" and fixed.exists() != (code == 0):
+        if argv[0] == "repair" and Path(argv[2]).exists() != (code == 0):
             return f"repair ended with {code}, and its output is {fixed.exists()}", "output"
-    if codes[1] == "0":
-        code, err, _ = run(["audit", str(fixed)])
+    found: dict[Path, dict[str, Any]] = {}
+    written = [copy for copy in (fixed, plain) if copy.exists()]
+    for one in [path, *written] if thorough and codes[0] == "0" else written:
+        code, err, out = run(["audit", str(one), "--json"])
         if code != 0:
             return f"what was written is not read: {err}", "output"
-    left = {entry.name for entry in folder.iterdir()} - {"sample", fixed.name}
+        found[one] = {f"{row['name']}:{row['view']}": row for row in json.loads(out)["findings"]}
+        for label, row in found[one].items():
+            if why := unexplained(row):
+                return f"{label}: {why}", "numbers"
+    for copy in written if path in found else []:
+        if {label: row["shape"] for label, row in found[copy].items()} != {
+            label: row["shape"] for label, row in found[path].items()
+        }:
+            return f"{copy.name} has other weights: {[*found[path]]} {[*found[copy]]}", "output"
+    left = {entry.name for entry in folder.iterdir()} - {"sample", fixed.name, plain.name}
     if left:
         return f"left behind: {left}", "output"
     if Path(CANARY).exists():
@@ -76,32 +100,46 @@ def wrong_with(path: Path, folder: Path) -> tuple[str, str]:
     return "", "".join(codes)
 
 
+def unexplained(row: dict[str, Any]) -> str:
+    """Which number in a row of an audit is no number, without a word of why."""
+    numbers = {key: float(row[key]) for key in ("sigma_max", "sigma_min", "condition_number")}
+    numbers |= {key: float(row[key]) for key in ("stable_rank", "penalty", "rank")}
+    if row["status"] == "ok":
+        wrong = {key: one for key, one in numbers.items() if not math.isfinite(one) or one < 0}
+        return f"{wrong} of {row['status']}" if wrong or numbers["condition_number"] < 1 else ""
+    if row["status"] in ("failed", "not_finite"):
+        known = {key: one for key, one in numbers.items() if one and not math.isnan(one)}
+        return f"{known} of {row['status']}" if known or not (row["detail"] or row["dtype"]) else ""
+    return ""
+
+
 def peak() -> int:
     """Bytes that were resident at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def examined(sample: Sample, work: Path) -> tuple[str, str]:
+def examined(sample: Sample, work: Path, thorough: bool) -> tuple[str, str]:
     """As `wrong_with`, in an empty folder and within the time."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     try:
-        return wrong_with(sample.write(work / "sample"), work)
+        return wrong_with(sample.write(work / "sample"), work, thorough)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
 def serve(folder: Path, seeds: range) -> None:
     """Whole files, attacks, and files damaged by these seeds; a line before and after each."""
-    samples = corpus()
+    built = recipe_samples()
+    samples = corpus() | built
     kinds = list(samples)
     bound = sys.maxsize
 
-    def one(part: str, label: str, make: Callable[[], Sample]) -> None:
+    def one(part: str, label: str, make: Callable[[], Sample], thorough: bool = False) -> None:
         nonlocal bound
         print(json.dumps({"label": label}), flush=True)
-        wrong, codes = examined(make(), folder / "work")
+        wrong, codes = examined(make(), folder / "work", thorough)
         if peak() > bound:
             wrong = wrong or f"took {(peak() - bound) >> 20} MB more than it may"
             bound = peak()
@@ -109,7 +147,7 @@ def serve(folder: Path, seeds: range) -> None:
         print(json.dumps(row), flush=True)
 
     for kind in kinds:
-        one("whole", kind, partial(samples.__getitem__, kind))
+        one("whole", kind, partial(samples.__getitem__, kind), kind in built)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES,) * 2)
     bound = peak() + RESIDENT
@@ -117,7 +155,7 @@ def serve(folder: Path, seeds: range) -> None:
         one("attack", label, make)
     for seed in seeds:
         kind = kinds[seed % len(kinds)]
-        one("damaged", f"{seed} {kind}", partial(mutated, samples[kind], seed))
+        one("damaged", f"{seed} {kind}", partial(mutated, samples[kind], seed), kind in built)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import wellcond as wc
 from wellcond.cli import main
 from wellcond.files import archive
-from wellcond.files.archive import load_saved
+from wellcond.files.archive import Extent, load_saved
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.inert import Foreign, array_of
 from wellcond.files.pickled import Pickled
@@ -127,7 +127,7 @@ def test_strides_and_shared_storages_are_kept(tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(4, 6)
     content = {"w": whole, "t": whole.T, "part": whole[1:3, ::2], "x": Path("x")}
     torch.save(content, tmp_path / "a.pt")
-    found = load_saved(tmp_path / "a.pt").content
+    found = load_saved(Extent.whole(tmp_path / "a.pt")).content
     for name in ("w", "t", "part"):
         assert (found[name].shape, found[name].stride) == (
             tuple(content[name].shape),

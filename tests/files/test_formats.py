@@ -1,8 +1,12 @@
 """Files and folders of other formats are called what they are, with the way to convert them."""
 
 import argparse
+import filecmp
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -12,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import wellcond as wc
 from wellcond.cli import main
+from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.tensors import NoTensorsError, UnreadableError
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -100,28 +104,73 @@ def distributed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_distributed_checkpoint_is_named_with_its_converter(
+def kappas(path: Path) -> dict[str, float]:
+    return {finding.name: finding.condition_number for finding in wc.audit(path).findings}
+
+
+def test_a_distributed_checkpoint_is_read_by_its_folder(tmp_path: Path, distributed: Path) -> None:
+    for path in (distributed, distributed / ".metadata", tmp_path):
+        assert kappas(path) == {"w": 9.0}
+    (part,) = distributed.glob("*.distcp")
+    match = r"a part of a checkpoint of torch\.distributed\.checkpoint\. Give its folder, in which"
+    with pytest.raises(UnreadableError, match=match):
+        wc.audit(part)
+    (distributed / ".metadata").unlink()
+    for path in (distributed, tmp_path):
+        with pytest.raises(UnreadableError, match=match):
+            wc.audit(path)
+
+
+def test_weights_beside_a_distributed_checkpoint_are_read_too(distributed: Path) -> None:
+    save_file({"w": torch.eye(3)}, distributed / "model.safetensors")
+    assert kappas(distributed) == {".metadata/w": 9.0, "model.safetensors/w": 1.0}
+
+
+def test_the_state_of_a_trainer_of_lightning_is_none_of_the_weights(distributed: Path) -> None:
+    torch.save({"epoch": 1, "pytorch-lightning_version": "2.6"}, distributed / "meta.pt")
+    report = wc.audit(distributed)
+    assert [f.name for f in report.findings] == ["w"]
+    assert report.coverage.skipped == {"meta.pt": Skipped(Reason.no_tensors)}
+
+
+def test_a_folder_is_read_for_the_one_that_has_the_weights(
     tmp_path: Path, distributed: Path
 ) -> None:
-    (part,) = distributed.glob("*.distcp")
-    for path in (distributed, part, tmp_path):
-        with pytest.raises(UnreadableError, match=r"torch\.distributed\.checkpoint.*dcp_to_torch"):
+    """As FSDP with sharded states writes them: the weights lie in a folder of their own."""
+    torch.save({"last_epoch": 1}, tmp_path / "scheduler.pt")
+    assert kappas(tmp_path) == {"w": 9.0}
+    torch.save({"cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
+    shutil.copytree(distributed, tmp_path / "optimizer_0")
+    (tmp_path / "config.json").write_text("{}")
+    assert kappas(tmp_path) == {"w": 9.0}
+    target = tmp_path.with_name(f"{tmp_path.name}-fixed")
+    wc.repair(tmp_path, target, 2.0)
+    names = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    assert {path.relative_to(target) for path in target.rglob("*")} == names
+    for path in names:
+        same = (tmp_path / path).is_dir() or filecmp.cmp(tmp_path / path, target / path, False)
+        assert same == (path != Path("step-5", "__0_0.distcp"))
+    assert kappas(target)["w"] <= 2.0
+    shutil.copytree(distributed, tmp_path / "step-6")
+    match = r"must hold one checkpoint, but holds several: step-5, step-6\. Give the path of one"
+    with pytest.raises(UnreadableError, match=match):
+        wc.audit(tmp_path)
+    save_file({"v": torch.eye(3)}, tmp_path / "model.safetensors")
+    assert kappas(tmp_path) == {"v": 1.0}  # which has weights itself
+
+
+def test_a_folder_that_may_not_be_listed_is_passed_over(tmp_path: Path, distributed: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    assert kappas(tmp_path) == {"w": 9.0}
+
+
+def test_a_checkpoint_of_megatron_is_named(tmp_path: Path, distributed: Path) -> None:
+    settings = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (distributed / "metadata.json").write_text(json.dumps(settings))
+    torch.save({"args": argparse.Namespace(layers=2)}, distributed / "common.pt")
+    for path in (distributed, tmp_path):
+        with pytest.raises(ValueError, match="a checkpoint of Megatron Core, which stacks layers"):
             wc.audit(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp_to_torch_save(distributed, tmp_path / "whole.pt")
-    assert wc.audit(tmp_path / "whole.pt").findings[0].condition_number == 9.0
-
-
-def test_a_sharded_checkpoint_of_lightning_is_named(distributed: Path) -> None:
-    torch.save({"epoch": 1, "pytorch-lightning_version": "2.6"}, distributed / "meta.pt")
-    with pytest.raises(UnreadableError, match=r"sharded checkpoint of Lightning.*dcp_to_torch"):
-        wc.audit(distributed)
-
-
-def test_weights_beside_a_distributed_checkpoint_are_read(distributed: Path) -> None:
-    save_file({"w": torch.eye(3)}, distributed / "model.safetensors")
-    assert wc.audit(distributed).coverage.measured == 1
 
 
 class LossScaler:
@@ -160,10 +209,106 @@ def test_deepspeed_is_read_where_it_is_whole(tmp_path: Path) -> None:
     (optimizer,) = step.glob("*optim_states.pt")
     name = f"{optimizer.name}/optimizer_state_dict"
     assert report.coverage.skipped[name] == Skipped(Reason.optimizer)
-    with pytest.raises(UnreadableError, match=r"DeepSpeed\. Convert it: python zero_to_fp32\.py"):
-        wc.audit(tmp_path / "run")
     with pytest.raises(ValueError, match="the state of an optimizer"):
         wc.audit(optimizer)
+    above = wc.audit(tmp_path / "run")
+    assert above.findings == report.findings
+    assert above.coverage.skipped.keys() == {f"{step.name}/{name}", "module.0.bias"}
+
+
+DATA = Path(__file__).with_name("data")
+
+
+def test_what_deepspeed_has_saved_is_read(tmp_path: Path) -> None:
+    """See write_deepspeed.py."""
+    expected = load_file(DATA / "zero2.safetensors")
+    for folder in (DATA / "zero2", DATA / "zero2" / "global_step2"):
+        checkpoint = Checkpoint(folder)
+        assert set(checkpoint.where) == set(expected)
+        for name, tensor in expected.items():
+            holder, entry = checkpoint.where[name]
+            assert torch.equal(holder.read(entry.name), tensor)
+        assert {why.reason for why in checkpoint.others.values()} == {Reason.optimizer}
+    for folder in (DATA / "zero3", DATA / "zero3" / "global_step2"):
+        with pytest.raises(ValueError, match=r"zero_to_fp32\.py"):
+            wc.audit(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.frameworks
+def test_what_deepspeed_saves_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    for stage in ("2", "3"):
+        command = [sys.executable, DATA.with_name("write_deepspeed.py"), stage, tmp_path]
+        subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys.modules[__name__], "DATA", tmp_path)
+    test_what_deepspeed_has_saved_is_read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("latest", "read"),
+    [
+        ("global_step2\n", "global_step2"),
+        ("global_step3", ""),  # not there
+        ("", ""),
+        ("..", ""),
+        ("../other", ""),
+        ("{outside}", ""),
+        ("global_step1/../../other", ""),
+        ("a\0b", ""),
+        ("\xff" * 10_000, ""),
+        (None, ""),
+    ],
+)
+def test_the_latest_of_several_steps_is_read_and_nothing_outside(
+    tmp_path: Path, latest: str | None, read: str
+) -> None:
+    run, outside = tmp_path / "run", tmp_path / "other"
+    step = deepspeed(run, 2)
+    shutil.copytree(step, outside)
+    shutil.copytree(step, run / "global_step2")
+    torch.save({"module": {"w": torch.eye(3)}}, run / "global_step2/mp_rank_00_model_states.pt")
+    (run / "latest").unlink()
+    if latest is not None:
+        (run / "latest").write_text(latest.format(outside=outside), encoding="latin-1")
+    if read:
+        assert kappas(run) == {"module.w": 1.0}
+        return
+    with pytest.raises(UnreadableError, match="holds several: global_step1, global_step2"):
+        wc.audit(run)
+    shutil.rmtree(run / "global_step2")
+    assert kappas(run) == {"module.0.weight": 9.0}  # the only one, whatever is called the latest
+
+
+def test_a_folder_of_deepspeed_is_repaired_where_its_weights_are(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    step = deepspeed(run, 2)
+    step.chmod(0o555)
+    wc.repair(run, tmp_path / "fixed", 2.0)
+    step.chmod(0o755)
+    names = {path.relative_to(run) for path in run.rglob("*")}
+    assert {
+        path.relative_to(tmp_path / "fixed") for path in (tmp_path / "fixed").rglob("*")
+    } == names
+    states = "global_step1/mp_rank_00_model_states.pt"
+    new, old = (torch.load(folder / states) for folder in (tmp_path / "fixed", run))
+    assert wc.condition_number(new["module"]["0.weight"]) <= 2.0
+    assert torch.equal(new["module"]["0.bias"], old["module"]["0.bias"])
+    changed = {
+        n
+        for n in names
+        if (run / n).is_file() and not filecmp.cmp(run / n, tmp_path / "fixed" / n, False)
+    }
+    assert changed == {Path(states)}
+
+
+def test_ranks_of_tensor_parallelism_are_not_joined(tmp_path: Path) -> None:
+    step = deepspeed(tmp_path / "run", 2)
+    states = step / "mp_rank_00_model_states.pt"
+    shutil.copy(states, step / "mp_rank_01_model_states.pt")
+    for path in (step, tmp_path / "run"):
+        with pytest.raises(ValueError, match="join the ranks with the tool that wrote them"):
+            wc.audit(path)
 
 
 def test_deepspeed_without_values_says_where_they_lie(
@@ -177,16 +322,6 @@ def test_deepspeed_without_values_says_where_they_lie(
         assert "zero_to_fp32.py" in err
         assert "not a matrix" not in err.replace("not a matrix that", "")
         assert not any(word in err for word in UNTRUE)
-
-
-def test_a_folder_of_a_trainer_that_holds_no_weights_names_what_does(
-    tmp_path: Path, distributed: Path
-) -> None:
-    """As FSDP with sharded states writes them: the weights lie in a folder of their own."""
-    torch.save({"last_epoch": 1}, tmp_path / "scheduler.pt")
-    torch.save({"cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
-    with pytest.raises(UnreadableError, match=r"step-5 must be.*dcp_to_torch_save"):
-        wc.audit(tmp_path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -260,7 +395,7 @@ def test_a_pickle_of_another_program_is_named_and_not_read(
         (None, "None and no tensor. Save a state dict"),
         (argparse.Namespace(a=1), "an argparse.Namespace and no tensor. Save"),
         ({"a": np.float64(1)}, "a dict and no tensor; beside it are Python objects that are not"),
-        ({"epoch": 1, "pytorch-lightning_version": "2.6"}, "of Lightning and no tensor. Beside me"),
+        ({"epoch": 1, "pytorch-lightning_version": "2.6"}, "of Lightning and no tensor. The weig"),
     ],
 )
 def test_a_file_without_tensors_says_what_it_holds(

@@ -41,7 +41,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 def test_whole_files_of_every_format_are_read(rows: Rows) -> None:
     codes = {label: row["codes"] for label, row in rows.items() if row["part"] == "whole"}
-    assert len(codes) == 15
+    assert len(codes) == 17
     overlapping = {"pt views", "legacy views"}  # `left` and `right` cannot be repaired apart
     assert codes == {kind: "02" if kind in overlapping else "00" for kind in codes}
 

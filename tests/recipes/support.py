@@ -16,6 +16,7 @@ from wellcond.recipes.base import Candidate, Content, Finder, Recipe, RecipeErro
 _DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
+    "U32": "uint32",
     "I8": "int8",
     "I16": "int16",
     "I32": "int32",

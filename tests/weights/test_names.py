@@ -357,23 +357,43 @@ PARAMETRIZED = {
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 @pytest.mark.parametrize("how", PARAMETRIZED)
-def test_what_a_weight_is_computed_from_is_none(tmp_path: Path, how: str, kind: str) -> None:
-    model = nn.ModuleDict({"a": PARAMETRIZED[how](), "b": nn.Linear(3, 2)})
+def test_of_a_parametrized_weight_what_acts_is_measured_and_repaired(
+    tmp_path: Path, how: str, kind: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": PARAMETRIZED[how](), "b": nn.Linear(3, 2)}).eval()
     content = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     path, fixed = tmp_path / f"a.{kind}", tmp_path / f"fixed.{kind}"
     save_file(content, path) if kind == "safetensors" else torch.save(content, path)
     report = wc.audit(path)
-    whole = {"b.weight"} | {n for n in ("a.weight_ih_l0",) if n in content}
-    assert {finding.name for finding in report.findings} == whole
-    matrices = {name for name, tensor in content.items() if tensor.ndim > 1} - whole
-    why = wc.report.Skipped(Reason.parametrized, "audit the model instead")
-    assert matrices
-    assert {n: report.coverage.skipped[n] for n in matrices} == dict.fromkeys(matrices, why)
+    found = {(f.name, f.view): f.condition_number for f in report.findings}
+    expected = {(f.name, f.view): f.condition_number for f in wc.audit(model).findings}
+    assert found == pytest.approx(expected, rel=1e-5)
+    (label,) = {f.name for f in report.findings if f.parts}
+    parts = next(f.parts for f in report.findings if f.name == label)
+    skipped = {name: report.coverage.skipped[name].reason for name in parts}
+    assert skipped == dict.fromkeys(parts, Reason.component)
     with pytest.raises(ValueError, match="matches none"):
-        wc.repair(path, fixed, 1.01, include=sorted(matrices))
-    wc.repair(path, fixed, 1.01)
+        wc.repair(path, fixed, 1.01, include=sorted(parts))
+    repaired = wc.repair(path, fixed, 1.01)
     after = load_file(fixed) if kind == "safetensors" else torch.load(fixed)
-    assert {n for n, tensor in content.items() if not torch.equal(after[n], tensor)} == whole
+    changed = {name for name, tensor in content.items() if not torch.equal(after[name], tensor)}
+    kept = how in ("orthogonal", "pruning")
+    assert (repaired.skipped.get(label) is not None) == kept
+    assert bool(changed & set(parts)) != kept
+    model.load_state_dict(after)
+    for name, layer in model.items():
+        layer(torch.randn(1, 3))
+        left = [f.condition_number for f in wc.audit(layer).findings if name == "b" or not kept]
+        assert all(kappa <= 1.01 * (1 + 1e-6) for kappa in left)
+
+
+def test_a_weight_whose_parametrization_is_not_known_has_a_reason(tmp_path: Path) -> None:
+    content = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)).state_dict()
+    content["parametrizations.weight.original"][1, 0] = 0.5
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"original.*parametrized.*matrix_exp, cayley or house"):
+        wc.audit(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(

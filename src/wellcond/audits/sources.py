@@ -29,7 +29,7 @@ from wellcond.weights.adapters import (
 from wellcond.weights.discover import heads_of, unwrapped
 from wellcond.weights.effective import acting_tensor, effective_matrices
 from wellcond.weights.heads import Attention, Value, find_heads_in_file
-from wellcond.weights.matrices import Matrices
+from wellcond.weights.matrices import Matrices, entries
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.sizes import find_geometries
 
@@ -194,6 +194,12 @@ def _is_statistic(name: str) -> bool:
 def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
     """The tensors of a file that may hold NaN: of one under several names the first."""
     repeated = (Reason.same, Reason.part)
+    # Several codes in an entry of bfloat16, say: what is NaN there is none.
+    packed = {
+        recipe.parts[0]
+        for recipe in file.recipes.values()
+        if entries(file.stored[recipe.parts[0]][1].shape) != entries(recipe.shape)
+    }
 
     def pieces(parts: Sequence[tuple[Holder, Entry]]) -> Iterator[Tensor]:
         for owner, entry in parts:
@@ -202,7 +208,8 @@ def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
     return {
         name: partial(pieces, file.slices.get(name, [(owner, entry)]))
         for name, (owner, entry) in file.stored.items()
-        if not (entry.skipped is not None and entry.skipped.reason in repeated)
+        if name not in packed
+        and not (entry.skipped is not None and entry.skipped.reason in repeated)
     }
 
 

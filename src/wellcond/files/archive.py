@@ -6,6 +6,7 @@ storages behind them. Only zip archives that torch reads in the same way are rea
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,59 @@ _UNPACKED, _RATIO, _PICKLE = 64 << 20, 20, 4 << 20
 # The number with which a file of torch before 1.6 begins, within its first pickle.
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The bytes of a file that torch.save wrote: all of them, or a part of many such files.
+
+    Attributes:
+        part: whether there are others in the file.
+    """
+
+    path: Path
+    start: int
+    size: int
+    part: bool = True
+
+    @classmethod
+    def whole(cls, path: Path) -> Extent:
+        """All bytes of a file."""
+        return cls(path, 0, path.stat().st_size, part=False)
+
+    def open(self) -> IO[bytes]:
+        """These bytes as a file of their own."""
+        file = self.path.open("rb")
+        return io.BufferedReader(_Part(file, self.start, self.size)) if self.part else file
+
+
+class _Part(io.RawIOBase):
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if origin + offset < 0:
+            raise OSError("the place lies before the beginning")
+        self._at = origin + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        left = max(0, self._size - self._at)
+        read = int(self._file.readinto(memoryview(buffer)[:left]))  # type: ignore[attr-defined]
+        self._at += read
+        return read
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -52,20 +106,24 @@ class Saved:
     swapped: bool = False
 
 
-def is_archive(path: Path) -> bool:
+def is_archive(extent: Extent) -> bool:
     """Whether torch takes it for a zip archive."""
-    with path.open("rb") as file:
+    with extent.open() as file:
         return file.read(4) == b"PK\x03\x04"
 
 
-def load_saved(path: Path) -> Saved:
+def load_saved(extent: Extent) -> Saved:
     """Reads all but the storages. Whatever else it raises says that the file is damaged."""
-    return _load_archive(path) if is_archive(path) else _load_legacy(path)
+    if is_archive(extent):
+        return _load_archive(extent)
+    if extent.part:
+        raise DamagedError("it is not a zip archive")
+    return _load_legacy(extent)
 
 
-def _load_archive(path: Path) -> Saved:
-    records = _records(path)
-    with zipfile.ZipFile(path) as archive:
+def _load_archive(extent: Extent) -> Saved:
+    with _open_archive(extent) as archive:
+        records = _records(extent, archive)
         order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
         if order not in (b"little", b"big"):
             raise DamagedError("the order of the bytes in its numbers is not known")
@@ -76,19 +134,19 @@ def _load_archive(path: Path) -> Saved:
             record = records.get(_record_of(key))
             found = record.file_size if record else 0
             if storage.stop != found:
-                raise _differs(path, f"storage {key}", storage.stop, found)
+                raise _differs(extent.path, f"storage {key}", storage.stop, found)
             if record and record.compress_type:  # of which the check sum says whether it is whole
                 with archive.open(record) as file:
                     while file.read(_CHUNK):
                         pass
-    regions = _regions(path, records)
+    regions = _regions(extent, records)
     storages = {key: regions[_record_of(key)] for key in unpickler.storages}
     return Saved(content, storages, order.decode() != sys.byteorder)
 
 
-def _load_legacy(path: Path) -> Saved:
-    size, storages = path.stat().st_size, {}
-    with path.open("rb") as file:
+def _load_legacy(extent: Extent) -> Saved:
+    path, storages = extent.path, {}
+    with extent.open() as file:
         start = file.read(64)
         if start[:1] == pickle.PROTO and _MAGIC not in start:
             raise UnreadableError(
@@ -105,7 +163,7 @@ def _load_legacy(path: Path) -> Saved:
         if not stored or sorted(keys) != sorted(named):
             raise DamagedError("it does not store what it holds")
         needed = sum(8 + storage.stop for storage in named.values())
-        if (left := size - file.tell()) < needed:
+        if (left := extent.size - file.tell()) < needed:
             raise _differs(path, "its storages", needed, left)
         for key in keys:
             count, length = int.from_bytes(file.read(8), sys.byteorder), named[key].stop
@@ -133,23 +191,26 @@ def copy_uncompressed(path: Path, target: Path, storages: dict[str, Region]) -> 
             stored.file_size = record.file_size  # in advance, for the limits of the older format
             with source.open(record) as old, copy.open(stored, "w") as new:
                 shutil.copyfileobj(old, new)
-    regions = _regions(target, _records(target))
+    whole = Extent.whole(target)
+    with _open_archive(whole) as archive:
+        regions = _regions(whole, _records(whole, archive))
     return {key: regions[_record_of(key)] for key in storages}
 
 
-def refresh_checksums(path: Path, keys: Collection[str]) -> None:
+def refresh_checksums(extent: Extent, keys: Collection[str]) -> None:
     """Corrects the check sums of an archive for storages that were overwritten."""
     changed = {_record_of(key) for key in keys}
-    with zipfile.ZipFile(path) as archive:
-        records, at = archive.infolist(), archive.start_dir
-    with path.open("r+b") as file:
+    with extent.open() as whole, zipfile.ZipFile(whole) as archive:
+        records, at = archive.infolist(), extent.start + archive.start_dir
+    with extent.path.open("r+b") as file:
         for record in records:
             file.seek(at)
             entry = file.read(46)
             if _inner(record) in changed:
-                start = _data_start(file, record)
+                header = extent.start + record.header_offset
+                start = _data_start(file, header)
                 checksum = _checksum(file, start, record.file_size)
-                places = [at + 16, record.header_offset + 14]
+                places = [at + 16, header + 14]
                 if record.flag_bits & 8:  # a descriptor follows the bytes, and the header has zeros
                     file.seek(start + record.file_size)
                     places[1] = start + record.file_size + 4 * (file.read(4) == b"PK\x07\x08")
@@ -159,19 +220,26 @@ def refresh_checksums(path: Path, keys: Collection[str]) -> None:
             at += 46 + sum(struct.unpack("<3H", entry[28:34]))
 
 
-def _records(path: Path) -> dict[str, zipfile.ZipInfo]:
+@contextlib.contextmanager
+def _open_archive(extent: Extent) -> Iterator[zipfile.ZipFile]:
+    with extent.open() as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except OSError:
+            raise
+        except Exception:  # what a damaged directory of the archive leads to
+            raise UnreadableError(
+                f"{extent.path} must be a whole file of torch.save, but is a damaged zip archive. "
+                "Compare its size with the original's, or fetch it again."
+            ) from None
+        with archive:
+            yield archive
+
+
+def _records(extent: Extent, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The records of an archive by what they are called in its folder."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except OSError:
-        raise
-    except Exception:  # what a damaged directory of the archive leads to
-        raise UnreadableError(
-            f"{path} must be a whole file of torch.save, but is a damaged zip archive. "
-            "Compare its size with the original's, or fetch it again."
-        ) from None
-    unpacked, packed = sum(info.file_size for info in infos), path.stat().st_size
+    path, infos = extent.path, archive.infolist()
+    unpacked, packed = sum(info.file_size for info in infos), extent.size
     if unpacked > max(_UNPACKED, _RATIO * packed):
         raise UnreadableError(
             f"{path} would unpack from {packed:,} to {unpacked:,} bytes, which no weights do. "
@@ -199,19 +267,22 @@ def _records(path: Path) -> dict[str, zipfile.ZipInfo]:
         raise DamagedError("its zip archive does not begin with a record")
     if any(info.flag_bits & 1 for info in infos):
         raise DamagedError("its records are encrypted")
+    # Of many parts each could unpack to a thousand times its size.
+    if extent.part and any(info.compress_type for info in infos):
+        raise DamagedError("its records are compressed, which torch.save does not do")
     if records["data.pkl"].file_size > max(_PICKLE, packed):
         raise DamagedError("its pickle would unpack to more than the file holds")
     return records
 
 
-def _regions(path: Path, records: dict[str, zipfile.ZipInfo]) -> dict[str, Region]:
+def _regions(extent: Extent, records: dict[str, zipfile.ZipInfo]) -> dict[str, Region]:
     """Where the bytes of each record are."""
-    size, regions = path.stat().st_size, {}
-    with path.open("rb") as file:
+    end, regions = extent.start + extent.size, {}
+    with extent.path.open("rb") as file:
         for name, record in records.items():
-            start = _data_start(file, record)
+            start = _data_start(file, extent.start + record.header_offset)
             compressed = record.filename if record.compress_type else ""
-            if start + record.compress_size > size or (
+            if start + record.compress_size > end or (
                 not compressed and record.compress_size != record.file_size
             ):
                 raise DamagedError("its records go beyond its end")
@@ -228,11 +299,11 @@ def _record_of(key: str) -> str:
     return f"data/{key}".lower()
 
 
-def _data_start(file: IO[bytes], record: zipfile.ZipInfo) -> int:
-    """Where the bytes of a record begin."""
-    file.seek(record.header_offset + 26)
+def _data_start(file: IO[bytes], header: int) -> int:
+    """Where the bytes of a record begin, the header of which begins here."""
+    file.seek(header + 26)
     name, extra = struct.unpack("<2H", file.read(4))
-    return record.header_offset + 30 + int(name) + int(extra)
+    return header + 30 + int(name) + int(extra)
 
 
 def _checksum(file: IO[bytes], start: int, length: int) -> bytes:

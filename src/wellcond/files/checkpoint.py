@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,12 +18,16 @@ import torch
 from torch import Tensor
 
 from wellcond.files.built import Built
+from wellcond.files.distributed import PARTS, Distributed, find_descriptions
+from wellcond.files.folders import find_below, only_one
 from wellcond.files.formats import format_by_name, other_folder, other_format
+from wellcond.files.joined import join
 from wellcond.files.pickled import Pickled
 from wellcond.files.safetensors import Safetensors
 from wellcond.files.slices import (
     OF_RANK,
     REPEATED,
+    find_missing_processes,
     one_of_ranks,
     repeated_in_shards,
     slice_at,
@@ -48,7 +53,7 @@ from wellcond.weights.quantised import count_logical_entries
 from wellcond.weights.reasons import Reason, Skipped
 
 # The readers, one for each format; what several recognise is for the first.
-READERS: tuple[type[TensorFile], ...] = (Safetensors, Pickled)
+READERS: tuple[type[TensorFile], ...] = (Safetensors, Pickled, Distributed)
 PICKLED = Pickled.endings
 INDEX = ".index.json"
 _ENDINGS = ", ".join((*Safetensors.endings, INDEX, *PICKLED))
@@ -67,10 +72,10 @@ class Checkpoint:
     """The tensors of a file, of a sharded file, or of all files of a directory.
 
     Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
-    those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name, of
-    which `where` has the last, and `slices` all. A weight that is built from several tensors is in
-    `where` under the name that it has in a plain checkpoint, and `recipes` says how; `stored` has
-    only what is stored.
+    those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name: if
+    they make all of it, `where` has the whole; if not, it has the last, and `slices` all. A weight
+    that is built from several tensors is in `where` under the name that it has in a plain
+    checkpoint, and `recipes` says how; `stored` has only what is stored.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -85,17 +90,20 @@ class Checkpoint:
         self.where: dict[str, tuple[Holder, Entry]] = {}
         self.stored: dict[str, tuple[Holder, Entry]] = {}
         self.recipes: dict[str, Recipe] = {}
+        self.classes: dict[str, TensorClass] = {}  # weights of foreign classes, of several tensors
         self.overlapping: list[tuple[str, str]] = []
         self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
+        if self.path.is_file() and Distributed.recognises(self.path):
+            self.path = self.path.parent
         self.directory = self.path if self.path.is_dir() else self.path.parent
         self.index: dict[str, str] | None = None  # the file of each tensor, if an index says so
-        names = self._find()
-        for name in names:
-            self._open(name, alone=len(names) == 1)
+        self._below: Path | None = None  # the folder that holds the weights, if this one does not
+        self._open_all(self._find())
         self._collect()
         refused = self._build()
         empty = not any(entry.matrix for _, entry in self.where.values())
-        if empty and self.path.is_dir() and (other := other_folder(self.path)):
+        known = self.path.is_dir() and not self.slices  # and so there is more to say
+        if empty and known and (other := other_folder(self.path)):
             raise UnreadableError(other)
         self._leave_out()
         self._explain(refused)
@@ -103,6 +111,19 @@ class Checkpoint:
             self._check_index(self.index)
         if self._lacks_head():
             self.others["lm_head.weight"] = Skipped(Reason.missing)
+
+    def _open_all(self, names: list[str]) -> None:
+        """Opens files, and where none of them has weights those of a folder beside them."""
+        in_folder = self.path.is_dir() and self.index is None
+        below = find_below(self.path) if in_folder else []
+        for name in names:
+            self._open(name, alone=len(names) == 1 and not below)
+        files = self.files.values()
+        if below and not any(one.matrix for file in files for one in file.entries.values()):
+            self._below = only_one(below)
+            inside = [f"{self._below.name}/{file.name}" for file in _weight_files(self._below)]
+            for name in inside:
+                self._open(name, alone=len(inside) == 1)
 
     def _collect(self) -> None:
         """Names the tensors of all files."""
@@ -122,14 +143,18 @@ class Checkpoint:
                 if entry.skipped is None and (of_rank or name in repeated):
                     entry = replace(entry, skipped=OF_RANK if of_rank else REPEATED)
                 if entry.skipped is not None and entry.skipped.reason is Reason.slice:
-                    self._add_slice(name, file, entry)
+                    self.slices.setdefault(name, []).append((file, entry))
                     continue
                 # Two shards may hold the same name: the index says which one is meant.
                 elsewhere = self.index is not None and self.index.get(name, file_name) != file_name
                 taken = elsewhere or prefix + name in self.where
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
             self.others |= {prefix + name: skipped for name, skipped in file.others.items()}
+            for name, one in file.classes.items():
+                parts = {key: prefix + part for key, part in one.parts.items()}
+                self.classes[prefix + name] = replace(one, parts=parts)
             self.overlapping += [(prefix + one, prefix + two) for one, two in file.overlapping]
+        self._join_slices()
 
     def _build(self) -> dict[str, tuple[str, ...]]:
         """Puts each weight that a recipe builds in the place of its parts.
@@ -148,7 +173,7 @@ class Checkpoint:
             for name, (_, entry) in stored.items()
             if not (entry.skipped is not None and entry.skipped.reason in NO_PARTS)
         }
-        content = Content(usable, read, cache(self.beside), self._classes())
+        content = Content(usable, read, cache(self.beside), self.classes)
         self.recipes, refused = find_recipes(content)
         for label, recipe in self.recipes.items():
             part = Skipped(Reason.component, label)
@@ -163,10 +188,6 @@ class Checkpoint:
         self._parts = {name for one in self.recipes.values() for name in one.parts}
         self._parts -= self.recipes.keys()
         return refused
-
-    def _classes(self) -> dict[str, TensorClass]:
-        """The tensors of foreign classes that files store as plain ones."""
-        return {}
 
     def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
         """Says of codes, and of other parts of a weight, why it cannot be built."""
@@ -221,14 +242,23 @@ class Checkpoint:
         )
         return embeds and not any(_HEAD.search(name) for name in self.where)
 
-    def _add_slice(self, name: str, file: TensorFile, entry: Entry) -> None:
-        """Slices of one tensor have one name, by which they are left out together."""
-        slices = self.slices.setdefault(name, [])
-        slices.append((file, entry))
-        offsets = [one.offsets for _, one in slices if one.offsets is not None]
-        if len(offsets) == len(slices):
-            entry = replace(entry, skipped=slice_at(offsets))
-        self.where[name] = file, entry
+    def _join_slices(self) -> None:
+        """Makes one tensor of the slices of each, or says of all of them why not."""
+        slices, self.slices = self.slices, {}
+        read = {file.path for file in self.files.values()}
+        missing = find_missing_processes(read) if slices else {}
+        for name, parts in slices.items():
+            file, entry = parts[-1]
+            called = f"{file.path.name}/{name}" if name in self.where else name
+            offsets = [one.offsets for _, one in parts if one.offsets is not None]
+            if len(offsets) == len(parts):
+                why = next((missing[one.path] for one, _ in parts if one.path in missing), "")
+                joined = why or join(parts)
+                if not isinstance(joined, str):
+                    self.where[called] = joined
+                    continue
+                entry = replace(entry, skipped=slice_at(offsets, joined))
+            self.where[called], self.slices[called] = (file, entry), parts
 
     def _begins_with_codes(self, name: str) -> bool:
         """Whether the first entries of a tensor are codes: whole numbers, or those of float8."""
@@ -261,12 +291,13 @@ class Checkpoint:
         if not path.is_dir():
             return [path.name]
         found = _weight_files(path)
-        if {file.name for file in found} <= {"meta.pt"} and (other := other_folder(path)):
-            raise UnreadableError(other)
-        if not found:
-            raise UnreadableError(
-                f"{path} must contain checkpoint files, but has none that ends in {_ENDINGS}."
-            )
+        if {file.name for file in found} <= {"meta.pt"} and not find_below(path):
+            if other := other_folder(path):
+                raise UnreadableError(other)
+            if not found:
+                raise UnreadableError(
+                    f"{path} must contain checkpoint files, but has none that ends in {_ENDINGS}."
+                )
         self.others = _find_unread(path)
         return [file.name for file in found]
 
@@ -362,6 +393,8 @@ class Checkpoint:
     def beside(self, name: str) -> dict[str, Any]:
         """What a JSON file of this name beside the checkpoint says; nothing if there is none."""
         path = self.directory / name
+        if self._below is not None and not path.exists():
+            path = self._below / name
         try:
             if not path.is_file() or path.stat().st_size > _CONFIG:
                 return {}
@@ -404,57 +437,38 @@ class Checkpoint:
         entries = {name: entry.skipped for name, (_, entry) in self.where.items()}
         return {name: why for name, why in entries.items() if why is not None} | self.others
 
-    def _files_of(self, name: str) -> list[TensorFile]:
-        """The files that store the tensors of a weight."""
-        holder, _ = self.where[name]
-        parts = holder.parts.values() if isinstance(holder, Built) else [self.where[name]]
-        return [one for one, _ in parts if isinstance(one, TensorFile)]
-
     def copy_with(self, change: Callable[[str], Tensor | None], target: Path) -> None:
         """Writes a copy of all files in which the tensors that `change` returns have new values.
 
         A single file becomes a file, a directory or a sharded checkpoint a directory with all that
-        belongs to it. Asks for one tensor after the other, in the order of the files; one that is
-        stored in several files is asked for with the first of them.
+        belongs to it. Asks for one tensor after the other.
         """
-        homes = {name: self._files_of(name) for name, (_, entry) in self.where.items()}
-        homes = {name: files for name, files in homes.items() if self.where[name][1].matrix}
-        waiting: dict[TensorFile, list[tuple[str, Tensor]]] = {}
-
-        def replaced(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
-            for name in [name for name, files in homes.items() if file in files]:
-                del homes[name]
-                if (new := change(name)) is None:
-                    continue
-                holder, entry = self.where[name]
-                for home, stored, values in holder.split(entry.name, new):
-                    if home is file:
-                        yield stored, values
-                    else:
-                        waiting.setdefault(home, []).append((stored, values))
-            yield from waiting.pop(file, [])
-
-        if self.path.is_file() and self.index is None:
-            (file,) = self.files.values()
-            file.copy_with(replaced(file), target)
-            shutil.copymode(file.path, target)
-            return
-        target.mkdir()
-        changing = {file.path.name: file for files in homes.values() for file in files}
-        beside = [self.path, *(file.path for file in self.files.values())]
-        for path in sorted(self.directory.iterdir() if self.path.is_dir() else beside):
-            if path.name not in changing:
-                _copy(path, target / path.name, (self.directory.resolve(),))
-        for name, file in changing.items():
-            file.copy_with(replaced(file), target / name)
-            shutil.copymode(file.path, target / name)
+        alone = self.path.is_file() and self.index is None
+        if not alone:
+            target.mkdir()
+            opened = {path for file in self.files.values() for path in file.paths}
+            beside = self.directory.iterdir() if self.path.is_dir() else [self.path]
+            for path in sorted(beside):
+                if path not in opened:
+                    _copy(path, target / path.name, opened, (self.directory.resolve(),))
+        with contextlib.ExitStack() as copies:
+            write = {
+                file: copies.enter_context(file.copy(target if alone else target / name))
+                for name, file in self.files.items()
+            }
+            for name, (holder, entry) in self.where.items():
+                if entry.matrix and (new := change(name)) is not None:
+                    for file, stored, values in holder.split(entry.name, new):
+                        write[file](stored, values)
         if self.path.is_dir():  # its owner must be able to rename it
             target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
 
 
 def _find_unread(directory: Path) -> dict[str, Skipped]:
     """The files of other formats in a directory."""
-    kinds = ((path, format_by_name(path)) for path in sorted(directory.iterdir()))
+    parts = PARTS if find_descriptions(directory) else ()
+    files = (path for path in sorted(directory.iterdir()) if not path.name.endswith(parts))
+    kinds = ((path, format_by_name(path)) for path in files)
     return {path.name: Skipped(Reason.unread, kind) for path, kind in kinds if kind}
 
 
@@ -465,16 +479,19 @@ def _holds_codes(name: str, entry: Entry) -> bool:
     return reason is Reason.quantised or packed
 
 
-def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
+def _copy(path: Path, target: Path, without: set[Path], above: tuple[Path, ...]) -> None:
     """A copy with its mode; of a directory all in it, of a link that leads nowhere the link."""
     if path.is_dir():
         real = path.resolve()
         if real in above:
             raise UnreadableError(f"{path} leads in a circle, to {real}. Remove that link.")
         target.mkdir()
-        for inside in path.iterdir():
-            _copy(inside, target / inside.name, (*above, real))
-        target.chmod(stat.S_IMODE(path.stat().st_mode))
+        inside = list(path.iterdir())
+        for one in inside:
+            if one not in without:
+                _copy(one, target / one.name, without, (*above, real))
+        writable = 0 if without.isdisjoint(inside) else stat.S_IRWXU  # by what comes later
+        target.chmod(stat.S_IMODE(path.stat().st_mode) | writable)
         return
     there = path.exists()
     if there:
@@ -484,7 +501,8 @@ def _copy(path: Path, target: Path, above: tuple[Path, ...] = ()) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
-    return [path for reader in READERS for path in files if path.name.endswith(reader.endings)]
+    named = [path for reader in READERS for path in files if path.name.endswith(reader.endings)]
+    return named + find_descriptions(directory)[:1]  # which has those of other processes beside it
 
 
 def _reader_of(path: Path) -> type[TensorFile]:

@@ -18,10 +18,6 @@ _KERAS = (
     f"{_FLAT}. Kernels of Keras are (in, out) and (height, width, in, out): transpose them."
 )
 _EXPORT = "It is an export: audit the checkpoint that was exported, or its torch.nn.Module."
-DCP = (
-    "Convert its folder: "
-    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, 'model.pt')"
-)
 ZERO = "Convert it: python zero_to_fp32.py . out, in the folder in which that script lies"
 
 _DEMAND = "a checkpoint of torch or safetensors"
@@ -47,7 +43,10 @@ _ENDINGS = {
         "Restore it with flax.serialization.msgpack_restore, flatten it with "
         f"flax.traverse_util.flatten_dict(tree, sep='/'), and {_FLAT}.",
     ),
-    ".distcp": ("a part of a checkpoint of torch.distributed.checkpoint", f"{DCP}."),
+    ".distcp": (
+        "a part of a checkpoint of torch.distributed.checkpoint",
+        "Give its folder, in which .metadata must lie.",
+    ),
     ".pte": ("an ExecuTorch program", _EXPORT),
     ".pt2": ("a program of torch.export", "Save torch.export.load(path).state_dict instead."),
     ".engine": ("an engine of TensorRT", _EXPORT),
@@ -114,11 +113,8 @@ def _folder(path: Path) -> str:
         names = {one.name for one in path.iterdir()}
     except OSError:
         return ""
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        what = "a checkpoint of torch.distributed.checkpoint"
-        if "meta.pt" in names:
-            what = "a sharded checkpoint of Lightning, by torch.distributed.checkpoint"
-        return f"{path} must be {_DEMAND}, but is {what}. {DCP}."
+    if ".metadata" in names:  # of what is read, and has no weights
+        names = {name for name in names if not name.endswith(".distcp")}
     if names & {"latest", "zero_to_fp32.py"} and any(n.startswith("global_step") for n in names):
         return f"{path} must be {_DEMAND}, but is one of DeepSpeed. {ZERO}."
     files = (path / name for name in sorted(names) if Path(name).suffix in _ENDINGS)

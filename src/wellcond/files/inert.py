@@ -160,13 +160,13 @@ class ForeignTensor(Foreign):
 class OtherKey:
     """A key that is not a text. Equal ones are two keys here, because they are never compared."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("key",)
 
     def __init__(self, key: Any) -> None:
-        self._key = key
+        self.key = key
 
     def __str__(self) -> str:
-        return _key_text(self._key)
+        return _key_text(self.key)
 
 
 def _key_text(key: Any, depth: int = 2) -> str:

@@ -16,7 +16,7 @@ from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
 # Keys by which a dict is known that holds no weights, and what it is.
-_STATES = (
+STATES = (
     ({"state", "param_groups"}, Reason.optimizer),
     ({"zero_stage", "partition_count"}, Reason.optimizer),  # of DeepSpeed
     ({"basis", "from_right", "warm"}, Reason.regularizer),
@@ -100,7 +100,7 @@ class _Walk:
                     "Save the weights alone: torch.save(model.state_dict(), path)."
                 )
             keys = set(content) if isinstance(content, Mapping) else set()
-            for known, reason in _STATES:
+            for known, reason in STATES:
                 if known <= keys:
                     self.others[prefix or "everything"] = Skipped(reason)
                     return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 
 from wellcond.files.archive import (
+    Extent,
+    Region,
     copy_uncompressed,
     is_archive,
     load_saved,
     read_compressed,
     refresh_checksums,
 )
-from wellcond.files.formats import DCP, ZERO
+from wellcond.files.formats import ZERO
 from wellcond.files.inert import ARRAY, Foreign, ForeignTensor, StoredTensor
 from wellcond.files.nested import LIGHTNING_VERSION, tensors_in
 from wellcond.files.overlaps import repeats, shared_memory
@@ -33,6 +36,7 @@ from wellcond.files.tensors import (
     Rows,
     TensorFile,
     UnreadableError,
+    Write,
     damaged,
     explain_non_weight,
 )
@@ -45,8 +49,9 @@ class Pickled(TensorFile):
 
     endings = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, extent: Extent | None = None) -> None:
         super().__init__(path)
+        self._extent = extent or Extent.whole(path)
         self._unpacked: tuple[str, bytes] = "", b""  # of a compressed storage, the last one read
         content = self._load()
         if not self._tensors and all(w.reason is Reason.objects for w in self.others.values()):
@@ -73,7 +78,7 @@ class Pickled(TensorFile):
 
     def _load(self) -> Any:
         with self._errors_as_damage():
-            saved = load_saved(self.path)
+            saved = load_saved(self._extent)
             self._storages, self._swapped = saved.storages, saved.swapped
             self._tensors, self.others, self.classes = tensors_in(saved.content, self.path)
         return saved.content
@@ -161,27 +166,41 @@ class Pickled(TensorFile):
                 self._unpacked = tensor.key, read_compressed(self.path, region)
         return bytearray(self._unpacked[1][tensor.start : tensor.start + tensor.span])
 
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
+    @contextlib.contextmanager
+    def copy(self, target: Path) -> Iterator[Write]:
         with self._errors_as_damage():
             storages = copy_uncompressed(self.path, target, self._storages)
         changed = set()
-        with target.open("r+b") as file:
-            for name, new in replaced:
-                tensor = self._tensors[name]
-                assert isinstance(tensor, StoredTensor)
-                start = storages[tensor.key].start + tensor.start
-                buffer = self._memory_for(tensor.span, name)
-                file.seek(start)
-                file.readinto(buffer)  # between its entries may lie those of another
-                flat = self._flat(buffer, tensor.dtype)
-                _view_of(flat, tensor).copy_(new)
-                self._flat(buffer, tensor.dtype)  # in the order of bytes that it had
-                file.seek(start)
-                file.write(buffer)
-                changed.add(tensor.key)
-        if is_archive(target):
-            refresh_checksums(target, changed)
+
+        def write(name: str, new: Tensor) -> None:
+            changed.add(self._overwrite(target, name, new, storages))
+
+        yield write
+        if is_archive(whole := Extent.whole(target)):
+            refresh_checksums(whole, changed)
+        shutil.copymode(self.path, target)
         self._open().close()
+
+    def _overwrite(
+        self, target: Path, name: str, new: Tensor, storages: Mapping[str, Region]
+    ) -> str:
+        """Gives a tensor new values in a copy that has these storages; returns the one it changes.
+
+        The check sums stay as they are.
+        """
+        tensor = self._tensors[name]
+        assert isinstance(tensor, StoredTensor)
+        start = storages[tensor.key].start + tensor.start
+        buffer = self._memory_for(tensor.span, name)
+        with target.open("r+b") as file:
+            file.seek(start)
+            file.readinto(buffer)  # between its entries may lie those of another
+            flat = self._flat(buffer, tensor.dtype)
+            _view_of(flat, tensor).copy_(new)
+            self._flat(buffer, tensor.dtype)  # in the order of bytes that it had
+            file.seek(start)
+            file.write(buffer)
+        return tensor.key
 
 
 def _view_of(flat: Tensor, tensor: StoredTensor) -> Tensor:
@@ -194,8 +213,8 @@ def _without_tensor(content: Any, others: Mapping[str, Skipped]) -> str:
     """What a file holds that has no tensor, and the way out."""
     if isinstance(content, Mapping) and LIGHTNING_VERSION in content:
         return (
-            "the state of a trainer of Lightning and no tensor. Beside meta.pt of a sharded "
-            f"checkpoint lie its weights. {DCP}."
+            "the state of a trainer of Lightning and no tensor. The weights of a sharded "
+            "checkpoint lie beside meta.pt: give its folder."
         )
     kind = content.kind if isinstance(content, Foreign) else type(content).__name__
     article = "an" if kind[0].lower() in "aeiou" else "a"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from wellcond.files.tensors import (
     Rows,
     TensorFile,
     UnreadableError,
+    Write,
     damaged,
     explain_non_weight,
 )
@@ -76,9 +78,10 @@ class Safetensors(TensorFile):
                 skipped=explain_non_weight(shape, dtype),
                 aliases=tuple(aliases.get(name, ())),
             )
-            if len(shape) > 1 and (sliced is None or name in sliced):
+            if sliced is None or name in sliced:
                 at = sliced[name] if sliced else None
-                entry = replace(entry, skipped=slice_at([at] if at else []), offsets=at)
+                at = at if at is not None and len(at) == len(shape) else None
+                entry = replace(entry, skipped=slice_at([] if at is None else [at]), offsets=at)
             self.entries[name] = entry
         self.classes = read_classes(metadata)
         self._leave_out_parts()
@@ -111,15 +114,20 @@ class Safetensors(TensorFile):
         if dtype is not None:
             yield from self._read_pieces(start, stop - start, dtype, name)
 
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
+    @contextlib.contextmanager
+    def copy(self, target: Path) -> Iterator[Write]:
         shutil.copyfile(self.path, target)
-        with target.open("r+b") as file:
-            for name, tensor in replaced:
-                start, stop = self._offsets[name]
-                buffer = self._memory_for(stop - start, name)
-                torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.flatten())
+
+        def write(name: str, new: Tensor) -> None:
+            start, stop = self._offsets[name]
+            buffer = self._memory_for(stop - start, name)
+            torch.frombuffer(buffer, dtype=new.dtype).copy_(new.flatten())
+            with target.open("r+b") as file:
                 file.seek(start)
                 file.write(buffer)
+
+        yield write
+        shutil.copymode(self.path, target)
         self._open().close()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from wellcond.text import list_some
@@ -22,6 +23,9 @@ _RANK = re.compile(
 )
 _DIMENSIONS = 64
 _SHARD = re.compile(r"\d{5}-of-(\d{5})")
+# One file of several processes: shard-00001-model-00001-of-00001.safetensors, as torch calls it.
+_OF_PROCESS = re.compile(r"(?<![A-Za-z])(shard|rank)[-_]?(\d+)")
+_DIGITS = re.compile(r"\d+")
 
 OF_RANK = Skipped(Reason.slice, "join the ranks with the tool that wrote them")
 REPEATED = Skipped(Reason.slice, "several shards hold it, and no index says which one is meant")
@@ -54,11 +58,42 @@ def local_shard(kind: str) -> Skipped:
     return Skipped(Reason.slice, f"a {kind}: save its full_tensor()")
 
 
-def slice_at(offsets: Sequence[Offsets]) -> Skipped:
+def slice_at(offsets: Sequence[Offsets], why: str = "") -> Skipped:
     """Why a tensor of which there are slices at these offsets is left out."""
     if not offsets:
         return Skipped(Reason.slice, f"its offsets are not known; {_JOIN}")
-    return Skipped(Reason.slice, f"at {list_some(map(str, offsets))}; {_JOIN}")
+    return Skipped(Reason.slice, f"at {list_some(map(str, offsets))}; {why or _JOIN}")
+
+
+def find_missing_processes(files: Collection[Path]) -> dict[Path, str]:
+    """Which files are those of one process of several, not all of which have a file here.
+
+    The tensors cannot tell: nothing says how large the whole of a slice is.
+
+    Args:
+        files: those that are read.
+
+    Returns:
+        What is missing, by each file to which it belongs.
+    """
+    families: dict[tuple[Path, str], list[tuple[int, Path]]] = {}
+    for file in files:
+        if found := _OF_PROCESS.search(file.name):
+            family = file.parent, _DIGITS.sub("#", file.name)
+            families.setdefault(family, []).append((int(found[2]) + (found[1] == "rank"), file))
+    missing: dict[Path, str] = {}
+    for (folder, pattern), members in families.items():
+        beside = [one for one in folder.iterdir() if _DIGITS.sub("#", one.name) == pattern]
+        unread = sorted(one.name for one in beside if one not in files)
+        numbers = {number for number, _ in members}
+        lowest = next(number for number in itertools.count(1) if number not in numbers)
+        why = ""
+        if unread:
+            why = f"{list_some(unread, limit=2)} must be read with it: give the folder, undamaged"
+        elif lowest < max(numbers):
+            why = f"{len(numbers)} files are there of {max(numbers)} processes: fetch the others"
+        missing |= {file: why for _, file in members if why}
+    return missing
 
 
 def one_of_ranks(path: Path) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, ClassVar
@@ -17,6 +18,7 @@ from wellcond.weights import names
 from wellcond.weights.reasons import Reason, Skipped
 
 Rows = tuple[int, int]  # start and stop along the first side
+Write = Callable[[str, Tensor], None]  # gives a tensor of a copy new values
 _DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
 _PIECE = 16 << 20  # bytes
 
@@ -120,7 +122,7 @@ class TensorFile(Holder):
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            self._state = _state(file)
+            self._state = state_of(file)
         self.entries, self.others, self.metadata, self.overlapping = {}, {}, {}, []
         self.classes = {}
 
@@ -128,6 +130,11 @@ class TensorFile(Holder):
     def recognises(cls, path: Path) -> bool:
         """Whether a file without one of the endings has this format by its content."""
         return False
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of which it consists."""
+        return [self.path]
 
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
         yield self, name, new
@@ -141,12 +148,12 @@ class TensorFile(Holder):
                     self.entries[part] = replace(entry, skipped=skipped)
 
     @abc.abstractmethod
-    def copy_with(self, replaced: Iterable[tuple[str, Tensor]], target: Path) -> None:
-        """Writes a copy in which these tensors have other values; all else stays as it is."""
+    def copy(self, target: Path) -> contextlib.AbstractContextManager[Write]:
+        """Writes a copy, and gives a function that changes tensors in it; all else is the same."""
 
     def _open(self) -> IO[bytes]:
         file = self.path.open("rb")
-        state = _state(file)
+        state = state_of(file)
         if state == self._state:
             return file
         file.close()
@@ -185,7 +192,7 @@ class TensorFile(Holder):
             ) from None
 
 
-def _state(file: IO[bytes]) -> tuple[int, int]:
+def state_of(file: IO[bytes]) -> tuple[int, int]:
     """The size of a file and the time at which it was written; network drives renumber inodes."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices, to_float64
 
+NARROW = (torch.float32, torch.float16, torch.bfloat16)  # dtypes whose squares float64 holds
+_PIECE = 1 << 20  # entries that are converted at once
+
 
 def split_scale(S: Tensor) -> tuple[Tensor, float]:
     """S/unit in float64 or complex128, and the unit: a power of two (exact), usually 1.
@@ -32,6 +35,17 @@ def power_of_two(largest: float) -> float:
 
 
 def frobenius_norm(S: Tensor) -> float:
-    """||S||_F in float64; the squares of the entries may overflow or vanish."""
+    """||S||_F in float64; the squares of the entries may overflow or vanish.
+
+    Raises:
+        ValueError: an entry is NaN or infinite.
+    """
+    if S.device.type == "cpu" and S.dtype in NARROW:  # a copy would be larger than S
+        flat = S.detach().cpu().flatten()
+        starts = range(0, len(flat), _PIECE)
+        pieces = (flat[start : start + _PIECE].double() for start in starts)
+        norm = math.hypot(*(float(torch.linalg.vector_norm(piece)) for piece in pieces))
+        if math.isfinite(norm):
+            return norm
     wide, unit = split_scale(S)
     return float(torch.linalg.vector_norm(wide)) * unit

@@ -16,7 +16,7 @@ import enum
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,12 +25,13 @@ from torch import Tensor
 from wellcond.linalg.checks import as_matrices, check_matrices
 from wellcond.linalg.lapack import singular_values
 from wellcond.linalg.projection import gram
-from wellcond.linalg.scaling import split_scale
+from wellcond.linalg.scaling import NARROW, split_scale
 
 _EPS = torch.finfo(torch.float64).eps
 # Up to _SMALL (nu) an SVD is as fast as the Gram matrix; from _LARGE on, Krylov spaces find the
 # extremes faster than eigenvalues of the Gram matrix (`wellcond bench audit`).
 _SMALL, _LARGE = 256, 2048
+_BAND = 1 << 20  # entries that are converted at once
 # Accepted relative errors of a squared singular value: for the Gram matrix by the bound
 # n eps kappa^2, which is pessimistic; for an iteration by its residual, which is an estimate.
 _GRAM_ERROR, _RESIDUAL_ERROR = 1e-6, 1e-8
@@ -133,18 +134,40 @@ def compute_spectrum(S: Tensor, all_values: bool = False, extremes: bool = False
     Raises:
         ValueError: an entry is NaN or infinite, or LAPACK does not converge.
     """
+    m, n = S.shape
+    large = m > _SMALL and n > _SMALL and not S.is_complex()
+    if large and S.device.type == "cpu" and S.dtype in NARROW:
+        # Converted in bands of rows, because a copy in float64 takes twice the memory of float32.
+        spectrum = _try_gram(_finite(S.detach().cpu()), all_values, extremes)
+        if spectrum is not None:
+            return spectrum
+        large = False
     wide, unit = split_scale(S)  # LAPACK squares, and scales subnormal entries up
-    m, n = wide.shape
     if m == 1 or n == 1:
         return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
-    if m > _SMALL and n > _SMALL and not wide.is_complex():
-        try:
-            spectrum = _from_gram(wide.mT if m < n else wide, all_values, extremes)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            spectrum = None
+    if large:
+        spectrum = _try_gram(wide, all_values, extremes)
         if spectrum is not None:
             return spectrum._replace(unit=unit)
     return Spectrum(singular_values(wide), Method.svd, wide.shape, unit)
+
+
+def _finite(S: Tensor) -> Tensor:
+    """S itself.
+
+    Raises:
+        ValueError: an entry is NaN or infinite.
+    """
+    if not all(math.isfinite(float(end)) for end in S.aminmax()):
+        as_matrices(S)  # raises
+    return S
+
+
+def _try_gram(S: Tensor, all_values: bool, extremes: bool) -> Spectrum | None:
+    try:
+        return _from_gram(S.mT if S.shape[0] < S.shape[1] else S, all_values, extremes)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
 
 
 def combine_spectra(spectra: Sequence[Spectrum]) -> Spectrum:
@@ -167,7 +190,7 @@ def _from_gram(S: Tensor, all_values: bool, extremes: bool = False) -> Spectrum 
     The cheap checks come first: a matrix that needs an SVD should not pay for eigenvalues before.
     """
     n = S.shape[1]
-    G = gram(S)
+    G = gram(S, torch.float64)
     factor, failed = torch.linalg.cholesky_ex(G)
     if failed:
         return None
@@ -204,14 +227,29 @@ def _random_block(S: Tensor, width: int = 4) -> Tensor:
     It is seeded by a hash of all entries, so that no matrix can be built whose extreme singular
     vectors are orthogonal to it and are therefore missed.
     """
-    content = S.cpu().contiguous().view(torch.uint8).numpy().data
+    digest = hashlib.sha256()
+    for _, band in _bands(S):
+        digest.update(band.cpu().contiguous().view(torch.uint8).numpy().data)
     # PyTorch's generator on the CPU takes 32 bits, few enough to try out: one seed per column.
-    seeds = struct.unpack_from(f"<{width}I", hashlib.sha256(content).digest())
+    seeds = struct.unpack_from(f"<{width}I", digest.digest())
     sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     columns = [
-        torch.randn(S.shape[1], generator=source, dtype=S.dtype, device="cpu") for source in sources
+        torch.randn(S.shape[1], generator=source, dtype=torch.float64, device="cpu")
+        for source in sources
     ]
     return torch.stack(columns, dim=1).to(S.device)  # the same numbers on every device
+
+
+def _bands(S: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of the rows of S, and these in float64: each is overwritten by the next."""
+    m, n = S.shape
+    rows = max(1, _BAND // n)
+    band = S.new_empty(min(rows, m), n, dtype=torch.float64)
+    if S.stride(0) < S.stride(1):  # in the order of memory, to copy fast
+        band = band.view(n, -1).mT
+    for start in range(0, m, rows):
+        stop = min(start + rows, m)
+        yield slice(start, stop), band[: stop - start].copy_(S[start:stop])
 
 
 def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
@@ -229,8 +267,13 @@ def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
     _, V, _ = _krylov(inverse, start, _RESIDUAL_ERROR, steps=30)
     for _ in range(2):  # each time the share of large singular vectors shrinks by kappa^2
         V = torch.linalg.qr(inverse(V)).Q
-    U, sigma, Wh = torch.linalg.svd(S @ V, full_matrices=False)
-    residual = torch.linalg.vector_norm(S.mT @ U[:, -1] - sigma[-1] * (V @ Wh[-1]))
+    image, back = V.new_empty(len(S), V.shape[1]), V.new_zeros(len(V))
+    for rows, band in _bands(S):
+        image[rows] = band @ V
+    U, sigma, Wh = torch.linalg.svd(image, full_matrices=False)
+    for rows, band in _bands(S):
+        back += band.mT @ U[rows, -1]
+    residual = torch.linalg.vector_norm(back - sigma[-1] * (V @ Wh[-1]))
     squared = sigma.square()
     return sigma[-1], _ritz_error(squared[-1], sigma[-1] * residual, squared[-2] - squared[-1])
 

@@ -92,8 +92,13 @@ class Content:
     def quantization(self) -> Mapping[str, Any]:
         """The settings of the quantisation in config.json; {} if there are none."""
         config = self.beside("config.json")
-        for key in ("quantization_config", "compression_config"):
-            found = config.get(key)
+        text = config.get("text_config")
+        for settings, key in (
+            (config, "quantization_config"),
+            (text, "quantization_config"),  # of the language model in a larger one
+            (config, "compression_config"),  # early compressed-tensors
+        ):
+            found = settings.get(key) if isinstance(settings, Mapping) else None
             if isinstance(found, Mapping):
                 return found
         return {}

@@ -1,7 +1,4 @@
-"""Arithmetic that formats of quantised weights share: blocks of scales, packed words, small floats.
-
-Letters: W (m, n) a weight of float32; s (p, q) its scales, one per block (a, b).
-"""
+"""Arithmetic that formats of quantised weights share: scales, packed words, small floats."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-
-from wellcond.recipes.base import RecipeError
 
 ROWS = 1024  # that are converted at once, so that codes need little memory beside the weight
 # The 16 values of float4 (E2M1), by their code.
@@ -45,23 +40,6 @@ def as_scales(scales: Tensor) -> Tensor:
     return scales.to(torch.float32)
 
 
-def multiply_blocks_(W: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Multiplies each block of W in place by its scale; the last ones may be short.
-
-    Raises:
-        RecipeError: there is not one scale per block.
-    """
-    a, b = block
-    m, n = W.shape
-    if a < 1 or b < 1 or tuple(scales.shape) != (-(-m // a), -(-n // b)):
-        raise RecipeError(
-            f"scales of shape {tuple(scales.shape)} do not fit blocks of {a}x{b} in {m}x{n}"
-        )
-    for row, start in enumerate(range(0, m, a)):
-        W[start : start + a] *= scales[row].repeat_interleave(b)[:n]
-    return W
-
-
 def unpack(words: Tensor, bits: int, size: int) -> Tensor:
     """Codes of so many bits from words along the last side, the lowest bits first.
 
@@ -79,6 +57,27 @@ def unpack(words: Tensor, bits: int, size: int) -> Tensor:
     wide = words.to(torch.int32) if width < 32 else words.view(torch.int32)
     codes = (wide[..., None] >> shifts) & ((1 << bits) - 1)
     return codes.to(torch.int16).flatten(-2)[..., :size]
+
+
+def unpack_stream(words: Tensor, bits: int, size: int) -> Tensor:
+    """Codes of so many bits from words of 32 bits along the last side, the lowest bits first.
+
+    Codes run on from one word to the next: 32 codes of 3 bits take 3 words.
+
+    Args:
+        words: int32 (..., w).
+        bits: of a code, at most 15.
+        size: how many codes there are along the last side, at most all that fit.
+
+    Returns:
+        (..., size), int16.
+    """
+    wide = words.to(torch.int64) & 0xFFFFFFFF
+    after = torch.nn.functional.pad(wide[..., 1:], (0, 1))
+    pairs = wide | after << 32  # the sign does not matter below bit 47
+    start = torch.arange(0, size * bits, bits, device=words.device)
+    codes = (pairs[..., start >> 5] >> (start & 31)) & ((1 << bits) - 1)
+    return codes.to(torch.int16)
 
 
 def unpack_float4(codes: Tensor) -> Tensor:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from wellcond.recipes.awq import find_awq
 from wellcond.recipes.base import Content, Finder, Recipe, RecipeError
+from wellcond.recipes.bitnet import find_bitnet
+from wellcond.recipes.bitsandbytes import find_bitsandbytes
+from wellcond.recipes.compressed import find_compressed
 from wellcond.recipes.float8 import find_float8
+from wellcond.recipes.gptq import find_gptq
+from wellcond.recipes.hqq import find_hqq
+from wellcond.recipes.mlx import find_mlx
+from wellcond.recipes.modelopt import find_modelopt
 from wellcond.recipes.mxfp4 import find_mxfp4
+from wellcond.recipes.others import find_others
+from wellcond.recipes.parametrizations import find_parametrizations
+from wellcond.recipes.quanto import find_quanto
 from wellcond.recipes.torchao import find_torchao
 
 # Where several want a tensor it is for the first.
-FINDERS: tuple[Finder, ...] = (find_torchao, find_mxfp4, find_float8)
+FINDERS: tuple[Finder, ...] = (
+    find_torchao,
+    find_compressed,
+    find_modelopt,
+    find_bitsandbytes,
+    find_others,
+    find_awq,
+    find_gptq,
+    find_mlx,
+    find_hqq,
+    find_quanto,
+    find_bitnet,
+    find_mxfp4,
+    find_float8,
+    find_parametrizations,
+)
 
 
 def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[str, ...]]]:

@@ -1,71 +1,148 @@
 """Weights in float8 with a scale for the whole tensor, per row, or per block.
 
-`weight` beside `weight_scale_inv` (DeepSeek V3), `scale` (V4), `weight_scale` (compressed-tensors,
-ModelOpt, FBGEMM) or `scale_weight` (ComfyUI). All of these multiply, whatever they are called.
+`weight` beside `weight_scale_inv` (DeepSeek V3, transformers), `scale` (DeepSeek V4),
+`weight_scale` (FBGEMM), `qscale_weight` (Mistral) or `scale_weight` (ComfyUI), and stacks of
+experts `gate_up_proj` beside `gate_up_proj_scale_inv`. All of these multiply.
 
-Letters: W (m, n) a weight; s its scales.
+Letters: W (m, n) a weight, or one matrix of a stack (b, m, n); s its scales.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 
-import torch
-from torch import Tensor
+from wellcond.recipes.base import Candidate, Content, Recipe, RecipeError
+from wellcond.recipes.scaled import Scaled, check_scales, sides_of
+from wellcond.weights.matrices import entries
 
-from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
-from wellcond.recipes.codes import as_scales, multiply_blocks_, row_ranges
-from wellcond.weights.quantised import is_narrow
-
-_SCALES = ("{}_scale_inv", "{}_scale", "scale_{}")
-
-
-@dataclass(frozen=True)
-class Float8(Recipe):
-    """W = codes * s, where each scale stands for a block of entries."""
-
-    block: tuple[int, int] = (1, 1)
-
-    def build(self, read: Read, index: int) -> Tensor:
-        codes, scales = self.parts[:2]
-        W = zeros(self.shape)
-        for start, stop in row_ranges(len(W)):
-            W[start:stop] = read(codes, (start, stop)).to(torch.float32)
-        s = as_scales(read(scales))
-        return multiply_blocks_(W, s.reshape(-1, 1) if s.ndim < 2 else s, self.block)
+KINDS = {"float8_e4m3fn": "FP8 (E4M3)", "float8_e5m2": "FP8 (E5M2)"}
+_FNUZ = ("float8_e4m3fnuz", "float8_e5m2fnuz")
+_SCALES = ("{}_scale_inv", "{}_scale", "{}_weight_scale")
+_SCALES_OF_WEIGHT = (*_SCALES, "scale", "scale_weight", "qscale_weight")
+# Scales of activations, and what ComfyUI says of a layer: they belong to the codes.
+_OTHERS = ("{}_activation_scale", "{}_input_scale", "{}_output_scale")
+_OTHERS_OF_WEIGHT = (
+    *_OTHERS,
+    *("input_scale", "input_scale_ub", "activation_scale", "output_scale"),
+    *("scale_input", "qscale_act", "comfy_quant"),
+)
+# What changes the weight in a way that these formats do not have.
+_UNKNOWN = ("{}_scale_2", "{}_global_scale", "{}_zero_point", "{}_g_idx")
+_UNKNOWN_OF_WEIGHT = (*_UNKNOWN, "pre_quant_scale", "smooth_scale")
 
 
 def find_float8(content: Content) -> Iterator[Candidate]:
-    """The matrices of float8 with a scale beside them."""
+    """The matrices and stacks of float8 with a scale beside them."""
     for name, (shape, dtype) in content.tensors.items():
-        stem, dot, own = name.rpartition(".")
-        beside = [f"{stem}{dot}{scale.format(own)}" for scale in _SCALES]
-        scales = next((one for one in beside if one in content.tensors), None)
-        if not is_narrow(dtype) or len(shape) != 2 or scales is None:
+        if len(shape) < 2 or (dtype not in KINDS and dtype not in _FNUZ):
             continue
+        scales = names_beside(content, name, _SCALES, _SCALES_OF_WEIGHT)
+        if scales:
+            others = names_beside(content, name, _OTHERS, _OTHERS_OF_WEIGHT)
+            parts = (name, *scales, *others)
+            yield Candidate(name, parts, partial(_make, content, parts, scales))
 
-        def make(name: str = name, scales: str = scales) -> Recipe:
-            (m, n), s = content.shape(name), content.shape(scales)
-            block = _block(content, (m, n), s)
-            what = re.sub(r".*_(e\d)(m\d).*", r"\1\2", content.dtype(name)).upper()
-            per = {(m, n): "the tensor", (1, n): "row"}.get(block, "block of {}x{}".format(*block))
-            note = f"dequantised from FP8 ({what}) with a scale per {per}".replace(
-                "per the", "of the"
+
+def names_beside(
+    content: Content, name: str, patterns: tuple[str, ...], of_weight: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The tensors beside one of these names, in which {} stands for its own."""
+    module, dot, own = name.rpartition(".")
+    kinds = of_weight if own == "weight" else patterns
+    found = (f"{module}{dot}{kind.format(own)}" for kind in kinds)
+    return tuple(dict.fromkeys(one for one in found if one in content.tensors))
+
+
+def _make(content: Content, parts: tuple[str, ...], scales: tuple[str, ...]) -> Recipe:
+    name = parts[0]
+    if len(scales) > 1:
+        raise RecipeError(f"{scales[0]} and {scales[1]} both scale it")
+    for unknown in names_beside(content, name, _UNKNOWN, _UNKNOWN_OF_WEIGHT):
+        raise RecipeError(f"{unknown} is beside it, which FP8 with scales does not have")
+    return make_float8(content, parts, _find_block(content, name, scales[0]))
+
+
+def make_float8(content: Content, parts: tuple[str, ...], block: tuple[int, int] | None) -> Recipe:
+    """The recipe of codes and scales with these blocks, or of one scale per matrix (None).
+
+    Raises:
+        RecipeError: the scales do not fit.
+    """
+    name, scales = parts[:2]
+    shape, dtype, s = content.shape(name), content.dtype(name), content.shape(scales)
+    if dtype not in KINDS:
+        raise RecipeError(f"no format with scales is known that has codes of {dtype}")
+    if 0 in shape:
+        raise RecipeError(f"it has no entries: its shape is {shape}")
+    check_scales(content, scales)
+    stacked = is_stack(name, shape)
+    recipe = Scaled(
+        name,
+        parts,
+        shape,
+        "",
+        stacked=stacked,
+        each=(scales,) if stacked and s and s[0] == shape[0] else (),
+    )
+    recipe = replace(recipe, block=block or recipe.sides).explain(KINDS[dtype])
+    if entries(s) != (shape[0] if recipe.each else 1) * entries(recipe.blocks):
+        raise RecipeError(
+            "{} of shape {} does not fit blocks of {}x{} in {}".format(
+                scales, s, *recipe.block, shape
             )
-            return Float8(name, (name, scales), (m, n), note, block=block)
+        )
+    return recipe
 
-        yield Candidate(name, (name, scales), make)
+
+def is_stack(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it counts experts by its first side; a `weight` of three sides may be a kernel."""
+    return len(shape) == 3 and name.rpartition(".")[2] != "weight"
 
 
-def _block(content: Content, shape: tuple[int, int], s: tuple[int, ...]) -> tuple[int, int]:
-    m, n = shape
-    if s in ((), (1,), (1, 1)):
-        return m, n
-    if s in ((m,), (m, 1)):
+def _find_block(content: Content, name: str, scales: str) -> tuple[int, int] | None:
+    """The block of a scale; None if there is one per matrix."""
+    shape, s = content.shape(name), content.shape(scales)
+    stacked = is_stack(name, shape)
+    if len(s) < 2 and entries(s) == 1:
+        return None
+    if len(shape) > 2 and not stacked:
+        raise RecipeError(f"{scales} of shape {s} is not one number for all of {shape}")
+    m, n = shape[-2:]
+    config = content.quantization()
+    if config.get("quant_method") == "fbgemm_fp8" and stacked:
+        # Experts are stored (in, out), and scaled per output.
+        if s in ((shape[0], 1, n), (shape[0], n, 1)):
+            return m, 1
+        raise RecipeError(f"{scales} of shape {s} is not one number per column of {shape}")
+    own = s[1:] if stacked and s and s[0] == shape[0] else s
+    if stacked and len(s) == len(own):
+        raise RecipeError(f"{scales} of shape {s} is not one per matrix of {shape}")
+    block = sides_of(config, "weight_block_size")
+    if block and own:
+        if own != (-(-m // block[0]), -(-n // block[1])):
+            raise RecipeError(
+                f"{scales} of shape {s} contradicts the weight_block_size {list(block)} in "
+                f"config.json and the shape {shape}"
+            )
+        return _check_halves(content, name, block)
+    if entries(own) == 1:
+        return None
+    if own == (m, 1) or (own == (m,) and m != n):
         return 1, n
-    block = content.quantization().get("weight_block_size")
-    if isinstance(block, list) and len(block) == 2 and all(type(side) is int for side in block):
-        return block[0], block[1]
-    raise RecipeError("its blocks are not known: config.json has no weight_block_size")
+    if own == (m,):
+        raise RecipeError(f"{scales} of shape {s} may scale the rows or the columns of {shape}")
+    raise RecipeError(f"the blocks of {scales} are not known: config.json has no weight_block_size")
+
+
+def _check_halves(content: Content, name: str, block: tuple[int, int]) -> tuple[int, int]:
+    """The block, unless it covers both gate and up, of which each may have blocks of its own."""
+    m = content.shape(name)[-2]
+    if re.search(r"gate_up_proj$", name) and block[0] > 1 and (m // 2) % block[0]:
+        raise RecipeError(
+            f"blocks of {block[0]} rows do not divide gate and up of {m // 2} rows each, and it is "
+            "not known whether the blocks of up begin anew"
+        )
+    return block

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from wellcond.text import last_part
-from wellcond.weights.matrices import entries, is_vector
+from wellcond.weights.matrices import is_vector
+from wellcond.weights.parametrized import find_parametrized
 from wellcond.weights.quantised import FLOATING, Tensors, find_codes_and_scales, is_narrow, is_power
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -64,7 +65,6 @@ _EXPONENTIATED = re.compile(
     re.DOTALL,
 )
 _STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # beside these, D acts entrywise
-_NORMED = re.compile(r"^weight|weight$|kernel$")  # the parameters to which weight_norm is applied
 _NORM = re.compile(r"(.*_)?(layer|rms|group|batch|instance)?_?norm_?\d*", re.DOTALL)
 
 
@@ -162,25 +162,13 @@ def _is_normalisation(
 
 
 def _find_originals(tensors: Tensors) -> Iterator[str]:
-    """The tensors from which a weight is computed.
-
-    By a parametrization of torch; by the older weight_norm (`weight_g`, `weight_v`), spectral_norm
-    (`weight_orig`, `weight_u`) or pruning (`weight_orig`, `weight_mask`); or by a mask beside it.
-    """
+    """The tensors from which a weight is computed: its parts, or itself under a mask beside it."""
+    for _, parts in find_parametrized(tensors):
+        yield from parts.values()
     for name, (shape, _) in tensors.items():
         if "parametrizations" in re.split(r"[./]", name):
             yield name
-        stem, _, part = name.rpartition("_")
         masks = (f"{name.removesuffix('weight')}mask", f"{name}_mask")
         masked = any(mask in tensors and tensors[mask][0] == shape for mask in masks)
         if name.endswith("weight") and masked and f"{name}_orig" not in tensors:
             yield name
-        if stem in tensors:  # the weight itself is stored
-            continue
-        norms, _ = tensors.get(f"{stem}_g", ((2, 2), ""))
-        normed = part == "v" and _NORMED.search(last_part(stem))
-        if normed and entries(norms) == max(norms, default=1):
-            yield from (name, f"{stem}_g")
-        beside = {f"{stem}_u", f"{stem}_mask"} & tensors.keys()
-        if part == "orig" and beside:
-            yield from (name, *beside)

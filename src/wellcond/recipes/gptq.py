@@ -1,0 +1,278 @@
+"""Weights in the formats of GPTQ, as auto-gptq, optimum, gptqmodel and AutoRound store them.
+
+`X.qweight` (rows of words, m) beside `X.qzeros` (g, columns of words), `X.scales` (g, m) and
+`X.g_idx` (n), which says of which group an input is.
+
+Letters: W (m, n) a weight, W[i, j] = s[g, i] (q[i, j] - z[g, i]); q its codes, s and z the scales
+and the zero points of its groups of inputs g.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
+from wellcond.recipes.codes import row_ranges, unpack, unpack_stream
+from wellcond.recipes.settings import Settings, read_settings
+from wellcond.recipes.transposed import as_in_plain
+
+_CONFIG = "quantize_config.json"  # which auto-gptq writes
+_STEP = 1 << 20  # entries that are converted at once
+_FLOATS = ("float16", "bfloat16", "float32")
+# The widths of the planes of codes, the low bits first; other codes have only one.
+_PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+# The formats of AutoRound, and those that store zero points minus one.
+_OF_AUTO_ROUND = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round", "auto_round:gptqmodel")
+_MINUS_ONE = ("gptq", "auto_round:auto_gptq", "auto_round:gptq")
+_EMBEDDING = re.compile(r"(.*_)?(embed(dings?|_tokens|_in|_positions)?|wte|wpe)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(Recipe):
+    """W of codes that are packed along the inputs.
+
+    Attributes:
+        version: 1 where the zero points are stored minus one.
+        planar: whether the low and the high bits of 32 codes are stored in words of their own.
+        group_size: of the groups in their order; 0 where `g_idx` says the group.
+        borrows: how one was subtracted where a zero point is 0: "words", where the whole word was
+            the minuend, so that its other zero points changed; "codes"; or "" where it is not
+            known.
+        symmetric: whether all zero points must be half of the range.
+    """
+
+    bits: int
+    version: int
+    planar: bool
+    group_size: int
+    borrows: str
+    symmetric: bool
+
+    def build(self, read: Read, index: int) -> Tensor:
+        m, n = self.shape
+        codes, offsets, scales = self.parts[:3]
+        s = read(scales).to(torch.float32).T
+        z = self._read_zeros(read, offsets, m).T
+        group = self._read_groups(read, s.shape[1])
+        W = zeros(self.shape)
+        step = max(32, _STEP // m // 32 * 32)  # inputs, of which 32 fill whole words
+        for start, stop in row_ranges(n, step):
+            words = (start * self.bits // 32, -(-stop * self.bits // 32))
+            q = self._unpack(read(codes, words).T, stop - start)
+            g = group[start:stop]
+            W[:, start:stop] = (q - z[:, g]) * s[:, g]
+        return W
+
+    def _read_groups(self, read: Read, count: int) -> Tensor:
+        if self.group_size:
+            return torch.arange(self.shape[1], device="cpu") // self.group_size
+        group = read(self.parts[3]).to(torch.int64)
+        if int(group.min()) < 0 or int(group.max()) >= count:
+            raise RecipeError(
+                f"{self.parts[3]} has groups {int(group.min())} to {int(group.max())}, and there "
+                f"are {count}"
+            )
+        return group
+
+    def _read_zeros(self, read: Read, name: str, m: int) -> Tensor:
+        words, top = read(name), (1 << self.bits) - 1
+        if self.version == 1 and self.borrows == "words":
+            words = words + int("1".rjust(self.bits, "0") * (32 // self.bits), 2)
+        z = self._unpack(words, m)
+        if self.version == 1 and self.borrows != "words":
+            if not self.borrows and bool((z == top).any()):
+                raise RecipeError(
+                    f"{name} has zero points of 0, which are stored as 0 - 1 in several ways: "
+                    "config.json does not say which program wrote it"
+                )
+            z = (z + 1) & top
+        if self.symmetric and not bool((z == (top + 1) // 2).all()):
+            raise RecipeError(
+                f"{name} has other zero points than {(top + 1) // 2}, and the config says that sym "
+                "is true"
+            )
+        return z
+
+    def _unpack(self, words: Tensor, size: int) -> Tensor:
+        if self.planar:
+            return unpack_planes(words, self.bits, size)
+        return (unpack_stream if 32 % self.bits else unpack)(words, self.bits, size)
+
+
+def unpack_planes(words: Tensor, bits: int, size: int) -> Tensor:
+    """Codes from planes: of each 32 codes first the words with their lowest bits.
+
+    Args:
+        words: int32 (..., w), w a multiple of bits.
+        bits: of a code.
+        size: how many codes there are along the last side.
+
+    Returns:
+        (..., size), int16.
+    """
+    blocks = words.reshape(*words.shape[:-1], -1, bits)
+    codes = torch.zeros((*blocks.shape[:-1], 32), dtype=torch.int16, device=words.device)
+    row = 0
+    for width in _PLANES[bits]:
+        codes |= unpack(blocks[..., row : row + width], width, 32) << row
+        row += width
+    return codes.flatten(-2)[..., :size]
+
+
+def find_gptq(content: Content) -> Iterator[Candidate]:
+    """The weights with codes in `qweight`."""
+    for name in content.tensors:
+        stem, dot, own = name.rpartition(".")
+        if own != "qweight":
+            continue
+        beside = [f"{stem}{dot}{part}" for part in ("qzeros", "scales", "g_idx")]
+        parts = (name, *(one for one in beside if one in content.tensors))
+        label = f"{stem}{dot}weight"
+
+        def make(label: str = label, parts: tuple[str, ...] = parts) -> Recipe:
+            return as_in_plain(_make(content, label, parts), content)
+
+        yield Candidate(label, parts, make)
+
+
+def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
+    settings = read_settings(content, _CONFIG)
+    if not settings.sources:
+        raise RecipeError(
+            f"neither config.json nor {_CONFIG} is there to say which format its codes have"
+        )
+    kind = _read_format(settings)
+    version, planar = (1 if kind in _MINUS_ONE else 2), kind == "gptq_p"
+    if _EMBEDDING.fullmatch(label.removesuffix(".weight").rpartition(".")[2]):
+        raise RecipeError("it is an embedding, and gptqmodel packs those along the other side")
+    stem = parts[0].removesuffix("qweight")
+    codes, offsets, scales = parts[0], f"{stem}qzeros", f"{stem}scales"
+    groups = f"{stem}g_idx"
+    for one, dtypes in ((codes, ("int32",)), (offsets, ("int32",)), (scales, _FLOATS)):
+        if len(content.shape(one)) != 2 or 0 in content.shape(one):
+            raise RecipeError(f"{one} has the shape {content.shape(one)}")
+        if content.dtype(one) not in dtypes:
+            raise RecipeError(f"{one} has the dtype {content.dtype(one)}")
+    count, m = content.shape(scales)
+    n = _read_inputs(content, groups)
+    bits, n = _find_bits(content, settings, (codes, offsets), (m, n))
+    if bits in (5, 6, 7) and kind in ("gptq", "gptq_v2"):
+        raise RecipeError(f"it has {bits} bits, and its format is not gptq_p, which has those")
+    planar = planar and bits in _PLANES
+    if 32 % bits and (n % 32 or m % 32):
+        raise RecipeError(f"its sides {m} and {n} are no multiples of 32, and it has {bits} bits")
+    group_size = 0 if groups in parts else _read_group_size(settings, n, count)
+    writer = _read_writer(settings)
+    symmetric = settings.get("sym") is True and not _has_own_settings(settings)
+    if version == 1 and bits == 3 and 0 < writer < 7 and not symmetric:
+        raise RecipeError(
+            f"gptqmodel {writer} may have subtracted one from other bits than its zero points"
+        )
+    return Gptq(
+        label=label,
+        parts=parts,
+        shape=(m, n),
+        note=f"dequantised from GPTQ of {bits} bits with {count} groups of inputs",
+        dtype=content.dtype(scales),
+        bits=bits,
+        version=version,
+        planar=planar,
+        group_size=group_size,
+        borrows=("codes" if bits == 3 else "words") if writer else "",
+        symmetric=symmetric,
+    )
+
+
+def _read_format(settings: Settings) -> str:
+    """The format, by the names of gptqmodel or, after a colon, of AutoRound."""
+    method = settings.word("quant_method", "method")
+    if method in ("auto-round", "intel/auto-round"):
+        kind = settings.word("packing_format")
+        if kind not in _OF_AUTO_ROUND:
+            raise RecipeError(f"its packing_format is {kind}, of which no layout is known")
+        return kind
+    if method not in ("", "gptq", "gptqmodel"):
+        raise RecipeError(f"its quantisation is of the kind {method}, of which no layout is known")
+    if settings.get("is_marlin_format") is True:
+        raise RecipeError(
+            "it has the order of a kernel of GPUs, Marlin: quantise again in the format gptq"
+        )
+    kind = settings.word("checkpoint_format", "format") or "gptq"  # as all libraries take it
+    if kind not in ("gptq", "gptq_v2", "gptq_p"):
+        raise RecipeError(f"its format is {kind}: quantise again in the format gptq")
+    return kind
+
+
+def _has_own_settings(settings: Settings) -> bool:
+    """Whether layers may have settings of their own."""
+    return bool(settings.get("dynamic") or settings.get("extra_config"))
+
+
+def _read_inputs(content: Content, groups: str) -> int:
+    """The number of inputs by the group of each; 0 if that is not stored."""
+    if groups not in content.tensors:
+        return 0
+    shape = content.shape(groups)
+    if len(shape) != 1 or 0 in shape or content.dtype(groups) not in ("int32", "int64"):
+        raise RecipeError(f"{groups} has the shape {shape} and the dtype {content.dtype(groups)}")
+    return shape[0]
+
+
+def _find_bits(
+    content: Content, settings: Settings, words: tuple[str, str], sides: tuple[int, int]
+) -> tuple[int, int]:
+    """The bits of a code, and the number of inputs."""
+    (m, n), (codes, offsets) = sides, words
+    rows, outputs = content.shape(codes)
+    count, columns = content.shape(offsets)
+    if outputs != m or count != content.shape(codes.removesuffix("qweight") + "scales")[0]:
+        raise RecipeError(f"{codes} and {offsets} do not fit scales of {m} outputs")
+    told = settings.integer("bits", "wbits", "w_bit")
+    dynamic = _has_own_settings(settings)
+    fitting = [
+        (bits, n or rows * 32 // bits)
+        for bits in range(2, 9)
+        if columns == -(-m * bits // 32)
+        and rows == -(-(n or rows * 32 // bits) * bits // 32)
+        and (dynamic or told in (None, bits))
+    ]
+    if len(fitting) != 1:
+        raise RecipeError(
+            f"{told if told and not dynamic else 'no number of'} bits fit {codes} "
+            f"{content.shape(codes)} and {offsets} {content.shape(offsets)} with {m} outputs"
+            + (f" and {n} inputs" if n else "")
+        )
+    return fitting[0]
+
+
+def _read_group_size(settings: Settings, n: int, count: int) -> int:
+    if settings.get("desc_act") is True or settings.get("dynamic"):
+        raise RecipeError("g_idx, the groups of its inputs, is missing")
+    size = settings.integer("group_size", "q_group_size")
+    own = settings.get("extra_config")  # by the names of layers, or by patterns
+    layers = own.values() if isinstance(own, dict) else []
+    told = [size, *(one.get("group_size") for one in layers if isinstance(one, dict))]
+    known = [n if one == -1 else min(one, n) for one in told if type(one) is int]
+    fitting = {one for one in known if one > 0 and -(-n // one) == count}
+    if len(fitting) != 1:
+        raise RecipeError(
+            f"it has {count} groups of {n} inputs, and the config says that its group_size is "
+            + str(size)
+            + (", and others for some layers" if len(told) > 1 else "")
+        )
+    return fitting.pop()
+
+
+def _read_writer(settings: Settings) -> int:
+    """The major version of the gptqmodel that wrote it; 0 if it was another program."""
+    meta = settings.get("meta")
+    writers = meta.get("quantizer") if isinstance(meta, dict) else None
+    for writer in [writers] if isinstance(writers, str) else writers or []:
+        if isinstance(writer, str) and (found := re.match(r"gptqmodel:(\d{1,3})\b", writer)):
+            return int(found[1]) or 1
+    return 0

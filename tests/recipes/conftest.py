@@ -1,0 +1,3 @@
+"""The scripts that write the data need libraries that the tests do not."""
+
+collect_ignore_glob = ["write_*.py"]
