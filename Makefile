@@ -4,17 +4,19 @@ PYTHON ?= python3.11
 TORCH ?=
 VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN = $(VENV)/bin
+# An environment of its own for libraries of other formats, of which some exclude each other.
+FORMATS = .venv-formats
 # Processes of pytest, with one thread each. `worksteal`, because conftest.py puts long tests first.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # Small matrices on few cores: more threads than cores make LAPACK up to 100 times slower.
 export OMP_NUM_THREADS ?= 2
-check unit test-all: export OMP_NUM_THREADS = 1
+check unit test-all formats: export OMP_NUM_THREADS = 1
 # The tests start many processes, and without cached bytecode each compiles torch for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo report check test unit test-all lint docs table install release-check clean
+.PHONY: demo report check test unit test-all formats lint docs table install release-check clean
 
 install: $(VENV)/installed
 
@@ -54,9 +56,21 @@ test: lint unit
 unit: install
 	$(PYTEST) -m 'not slow' tests src
 
-# Everything: fuzzing at length, long trainings, the experiments.
-test-all: lint
+# Everything: fuzzing at length, long trainings, the experiments, the libraries of other formats.
+test-all: lint formats
 	$(PYTEST)
+
+# Lets the libraries that quantise weights write files, and compares all entries with theirs.
+formats: $(FORMATS)/installed
+	$(FORMATS)/bin/python -m pytest -m libraries tests/recipes tests/files
+
+$(FORMATS)/installed: tests/recipes/requirements.txt tests/recipes/packers.txt
+	$(PYTHON) -m venv $(FORMATS)
+	$(FORMATS)/bin/python -m pip install --quiet --upgrade pip
+	$(FORMATS)/bin/python -m pip install --quiet -r tests/recipes/requirements.txt
+	$(FORMATS)/bin/python -m pip install --quiet --no-deps -r tests/recipes/packers.txt
+	$(FORMATS)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 # The table of folders in CONTRIBUTING.md, from the one in tests/test_import.py.
 table: install
@@ -84,4 +98,4 @@ release-check: install
 	du -h dist/*
 
 clean:
-	rm -rf .venv .venv-torch-* runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-torch-* $(FORMATS) runs build dist .pytest_cache .mypy_cache .ruff_cache

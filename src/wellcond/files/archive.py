@@ -6,6 +6,7 @@ storages behind them. Only zip archives that torch reads in the same way are rea
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import shutil
@@ -13,13 +14,13 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from wellcond.files.inert import Unpickler
-from wellcond.files.tensors import DamagedError, PickledCodeError, UnreadableError
+from wellcond.files.tensors import DamagedError, PickledCodeError, UnreadableError, damaged
 from wellcond.text import list_some
 
 # How many bytes may be unpacked: of all records, in any case and for each byte of the file; and of
@@ -105,6 +106,26 @@ class Saved:
     swapped: bool = False
 
 
+@contextlib.contextmanager
+def errors_as_damage(path: Path, kind: str) -> Iterator[None]:
+    """Whatever is raised, the file is to blame: a damaged one can raise anything.
+
+    Raises:
+        UnreadableError: anything but an error of the system was raised.
+    """
+    try:
+        yield
+    except (OSError, UnreadableError):
+        raise
+    except MemoryError:
+        raise UnreadableError(f"{path} cannot be read: there is not enough memory.") from None
+    except (DamagedError, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(path, kind, error) from None
+    except Exception:
+        what = "it holds no pickle that is whole" if path.stat().st_size else "it is empty"
+        raise damaged(path, kind, what) from None
+
+
 def is_archive(extent: Extent) -> bool:
     """Whether torch takes it for a zip archive."""
     with extent.open() as file:
@@ -121,8 +142,8 @@ def load_saved(extent: Extent) -> Saved:
 
 
 def _load_archive(extent: Extent) -> Saved:
-    records = _records(extent)
-    with extent.open() as whole, zipfile.ZipFile(whole) as archive:
+    with _open_archive(extent) as archive:
+        records = _records(extent, archive)
         order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
         if order not in (b"little", b"big"):
             raise DamagedError("the order of the bytes in its numbers is not known")
@@ -191,7 +212,8 @@ def copy_uncompressed(path: Path, target: Path, storages: dict[str, Region]) -> 
             with source.open(record) as old, copy.open(stored, "w") as new:
                 shutil.copyfileobj(old, new)
     whole = Extent.whole(target)
-    regions = _regions(whole, _records(whole))
+    with _open_archive(whole) as archive:
+        regions = _regions(whole, _records(whole, archive))
     return {key: regions[_record_of(key)] for key in storages}
 
 
@@ -218,19 +240,25 @@ def refresh_checksums(extent: Extent, keys: Collection[str]) -> None:
             at += 46 + sum(struct.unpack("<3H", entry[28:34]))
 
 
-def _records(extent: Extent) -> dict[str, zipfile.ZipInfo]:
+@contextlib.contextmanager
+def _open_archive(extent: Extent) -> Iterator[zipfile.ZipFile]:
+    with extent.open() as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except OSError:
+            raise
+        except Exception:  # what a damaged directory of the archive leads to
+            raise UnreadableError(
+                f"{extent.path} must be a whole file of torch.save, but is a damaged zip archive. "
+                "Compare its size with the original's, or fetch it again."
+            ) from None
+        with archive:
+            yield archive
+
+
+def _records(extent: Extent, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The records of an archive by what they are called in its folder."""
-    path = extent.path
-    try:
-        with extent.open() as whole, zipfile.ZipFile(whole) as archive:
-            infos = archive.infolist()
-    except OSError:
-        raise
-    except Exception:  # what a damaged directory of the archive leads to
-        raise UnreadableError(
-            f"{path} must be a whole file of torch.save, but is a damaged zip archive. "
-            "Compare its size with the original's, or fetch it again."
-        ) from None
+    path, infos = extent.path, archive.infolist()
     unpacked, packed = sum(info.file_size for info in infos), extent.size
     if unpacked > max(_UNPACKED, _RATIO * packed):
         raise UnreadableError(
