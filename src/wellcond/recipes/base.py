@@ -18,7 +18,7 @@ from torch import Tensor
 from wellcond.weights.matrices import entries
 
 SMALL = 4096  # bytes of a description that is read before anything is measured
-_SHOWN, _LETTERS = 8, 80  # of a setting, in a sentence
+_SHOWN, _LETTERS = 8, 60  # of a setting, in a sentence
 _WIDTHS = {"uint8": 1, "int8": 1, "int64": 8, "uint64": 8, "float64": 8}  # others at most 4
 
 
