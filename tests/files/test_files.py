@@ -558,7 +558,7 @@ def test_a_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("scales", [{}, {"b.SCB": torch.ones(8)}], ids=["alone", "with scales"])
+@pytest.mark.parametrize("scales", [{}, {"b.SCB": torch.ones(7)}], ids=["alone", "with scales"])
 def test_a_weight_that_is_quantised_counts_as_not_measured(
     scales: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -1,14 +1,17 @@
 """Weights of float4 and float8 with powers of two: those of the library, entry by entry."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import build_all, content_from, content_of, load_expected, reason_of, weights_of
 from torch import Tensor
 
+import wellcond as wc
 from wellcond.recipes.base import Candidate, Content
 from wellcond.recipes.find import find_recipes
 from wellcond.recipes.mxfp4 import find_mxfp4
@@ -33,6 +36,31 @@ def check(folder: Path) -> None:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_each_entry_is_that_of_the_library(name: str) -> None:
     check(DATA / name)
+
+
+def test_gate_and_up_of_gpt_oss_are_those_of_a_plain_checkpoint(tmp_path: Path) -> None:
+    """Rows take turns in both, and the biases beside the blocks belong to no weight."""
+    content = content_of(DATA / "gpt_oss")
+    weights = weights_of(content, find_mxfp4)
+    codes, plain = tmp_path / "codes", tmp_path / "plain"
+    for folder in (codes, plain):
+        folder.mkdir()
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(DATA / "gpt_oss" / name, folder)
+    parts = (".blocks", "_blocks", "_scales")
+    kept = {name: content.read(name) for name in content.tensors if not name.endswith(parts)}
+    save_file(kept | {n: W.contiguous() for n, W in weights.items()}, plain / "model.safetensors")
+    of_codes, of_plain = (wc.audit(folder) for folder in (codes, plain))
+    kappas = [{f.label: f.condition_number for f in one.findings} for one in (of_codes, of_plain)]
+    assert kappas[0] == kappas[1]
+    stem = "model.layers.0.mlp.experts"
+    assert {f"{stem}.gate_up_proj:{one}:{i}" for one in ("gate", "up") for i in (0, 1)} < set(
+        kappas[0]
+    )
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        why = of_codes.coverage.skipped[f"{stem}.{name}"]
+        assert why == of_plain.coverage.skipped[f"{stem}.{name}"]
+        assert "bias" in str(why)
 
 
 SETTINGS: dict[str, list[dict[str, int]]] = {
@@ -124,6 +152,20 @@ def test_a_stack_of_int8_is_that_of_its_matrices() -> None:
     }
     one = content_from(single, config=FP8)
     assert torch.equal(recipe.build(content.read, 1), build_all(the_candidate(one).make(), one))
+
+
+def test_a_stack_of_float8_is_that_of_its_matrices() -> None:
+    codes, scales = of_deepseek(groups=4, stack=(2,)).values()
+    scales = scales[..., :2]
+    content = content_from(
+        {"experts.w13_weight": codes.view(torch.float8_e4m3fn), "experts.w13_weight_scale": scales},
+        config={"quantization_config": {"quant_method": "mxfp8"}},
+    )
+    W = build_all(the_candidate(content).make(), content)
+    powers = torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
+    expected = codes.view(torch.float8_e4m3fn).float() * powers
+    torch.testing.assert_close(W, expected, rtol=0, atol=0, equal_nan=True)
+    assert W.shape == (2, 6, 64)
 
 
 def test_rows_are_converted_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

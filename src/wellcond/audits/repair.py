@@ -22,7 +22,8 @@ from wellcond.audits.plan import RowSpec, as_patterns, rows_of_tensor, select
 from wellcond.audits.progress import Counter, ProgressCallback, work_of
 from wellcond.audits.sources import source_of_file
 from wellcond.files.built import Built
-from wellcond.files.checkpoint import INDEX, PICKLED, Checkpoint
+from wellcond.files.checkpoint import Checkpoint
+from wellcond.files.collection import INDEX, PICKLED
 from wellcond.files.plain import PlainWeight, dtype_of, write_plain
 from wellcond.files.tensors import Holder
 from wellcond.linalg.nearest import check_limit

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from wellcond.files.inert import Unpickler
-from wellcond.files.tensors import DamagedError, PickledCodeError, UnreadableError
+from wellcond.files.tensors import DamagedError, PickledCodeError, UnreadableError, damaged
 from wellcond.text import list_some
 
 # How many bytes may be unpacked: of all records, in any case and for each byte of the file; and of
@@ -104,6 +104,26 @@ class Saved:
     content: Any
     storages: dict[str, Region]
     swapped: bool = False
+
+
+@contextlib.contextmanager
+def errors_as_damage(path: Path, kind: str) -> Iterator[None]:
+    """Whatever is raised, the file is to blame: a damaged one can raise anything.
+
+    Raises:
+        UnreadableError: anything but an error of the system was raised.
+    """
+    try:
+        yield
+    except (OSError, UnreadableError):
+        raise
+    except MemoryError:
+        raise UnreadableError(f"{path} cannot be read: there is not enough memory.") from None
+    except (DamagedError, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(path, kind, error) from None
+    except Exception:
+        what = "it holds no pickle that is whole" if path.stat().st_size else "it is empty"
+        raise damaged(path, kind, what) from None
 
 
 def is_archive(extent: Extent) -> bool:

@@ -1,29 +1,21 @@
-"""Weights in files: read one tensor at a time, write a copy in which some are replaced."""
+"""The weights of a checkpoint: their names, what they are built from, a copy with other values."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import shutil
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wellcond.files.built import Built
-from wellcond.files.distributed import PARTS, Distributed, find_descriptions
-from wellcond.files.folders import find_below, only_one
-from wellcond.files.formats import format_by_name, other_folder, other_format
+from wellcond.files.collection import Files
+from wellcond.files.formats import other_folder
 from wellcond.files.joined import join
-from wellcond.files.pickled import Pickled
-from wellcond.files.safetensors import Safetensors
 from wellcond.files.slices import (
     OF_RANK,
     REPEATED,
@@ -35,8 +27,6 @@ from wellcond.files.slices import (
 from wellcond.files.tensors import (
     Entry,
     Holder,
-    NoTensorsError,
-    PickledCodeError,
     Rows,
     TensorFile,
     UnreadableError,
@@ -52,23 +42,15 @@ from wellcond.weights.names import find_non_weights
 from wellcond.weights.quantised import count_logical_entries
 from wellcond.weights.reasons import Reason, Skipped
 
-# The readers, one for each format; what several recognise is for the first.
-READERS: tuple[type[TensorFile], ...] = (Safetensors, Pickled, Distributed)
-PICKLED = Pickled.endings
-INDEX = ".index.json"
-_ENDINGS = ", ".join((*Safetensors.endings, INDEX, *PICKLED))
-_CONFIG = 1 << 20  # bytes; those of large models have some thousand
 # What names and neighbours say more of than shape and dtype do.
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
 # What the head of a language model is called.
 _HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
 # Tensors of which there are no values, or not all.
 NO_PARTS = (Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class)
-_POINTER = b"version https://git-lfs"
-_INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
 
 
-class Checkpoint:
+class Checkpoint(Files):
     """The tensors of a file, of a sharded file, or of all files of a directory.
 
     Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
@@ -79,26 +61,13 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path} must be a file or a directory, but is not there.")
-        if not self.path.is_dir():
-            _check_regular(self.path)
-        self.others: dict[str, Skipped] = {}
-        self.damaged: dict[str, str] = {}
-        self.files: dict[str, TensorFile] = {}  # by their name within the checkpoint
+        super().__init__(path)
         self.where: dict[str, tuple[Holder, Entry]] = {}
         self.stored: dict[str, tuple[Holder, Entry]] = {}
         self.recipes: dict[str, Recipe] = {}
         self.classes: dict[str, TensorClass] = {}  # weights of foreign classes, of several tensors
         self.overlapping: list[tuple[str, str]] = []
         self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
-        if self.path.is_file() and Distributed.recognises(self.path):
-            self.path = self.path.parent
-        self.directory = self.path if self.path.is_dir() else self.path.parent
-        self.index: dict[str, str] | None = None  # the file of each tensor, if an index says so
-        self._below: Path | None = None  # the folder that holds the weights, if this one does not
-        self._open_all(self._find())
         self._collect()
         refused = self._build()
         empty = not any(entry.matrix for _, entry in self.where.values())
@@ -111,19 +80,6 @@ class Checkpoint:
             self._check_index(self.index)
         if self._lacks_head():
             self.others["lm_head.weight"] = Skipped(Reason.missing)
-
-    def _open_all(self, names: list[str]) -> None:
-        """Opens files, and where none of them has weights those of a folder beside them."""
-        in_folder = self.path.is_dir() and self.index is None
-        below = find_below(self.path) if in_folder else []
-        for name in names:
-            self._open(name, alone=len(names) == 1 and not below)
-        files = self.files.values()
-        if below and not any(one.matrix for file in files for one in file.entries.values()):
-            self._below = only_one(below)
-            inside = [f"{self._below.name}/{file.name}" for file in _weight_files(self._below)]
-            for name in inside:
-                self._open(name, alone=len(inside) == 1)
 
     def _collect(self) -> None:
         """Names the tensors of all files."""
@@ -283,83 +239,6 @@ class Checkpoint:
         _, entry = self.where[name]
         return [name.removesuffix(entry.name) + alias for alias in entry.aliases]
 
-    def _find(self) -> list[str]:
-        """Names of the files, within `self.directory`."""
-        path = self.path
-        if path.is_dir():
-            indices = sorted(path.glob(f"*.safetensors{INDEX}")) or sorted(path.glob(f"*{INDEX}"))
-            if len(indices) == 1:
-                path = indices[0]
-        if path.is_file() and path.name.endswith(INDEX):
-            shards = self._read_index(path)
-            if self.path.is_dir():
-                beside = {file.name for file in _weight_files(self.path)} - set(shards)
-                self.others = {name: Skipped(Reason.beside) for name in sorted(beside)}
-                self.others |= _find_unread(self.path)
-            return shards
-        if not path.is_dir():
-            return [path.name]
-        found = _weight_files(path)
-        if {file.name for file in found} <= {"meta.pt"} and not find_below(path):
-            if other := other_folder(path):
-                raise UnreadableError(other)
-            if not found:
-                raise UnreadableError(
-                    f"{path} must contain checkpoint files, but has none that ends in {_ENDINGS}."
-                )
-        self.others = _find_unread(path)
-        return [file.name for file in found]
-
-    def _read_index(self, path: Path) -> list[str]:
-        if path.stat().st_size > _INDEX:
-            raise UnreadableError(
-                f"{path} must be an index of at most {_INDEX:,} bytes, but has more. "
-                "It is damaged, or something else altogether."
-            )
-        try:
-            self.index = dict(json.loads(path.read_text())["weight_map"])
-            shards = sorted(set(self.index.values()))
-            if not all(isinstance(shard, str) for shard in shards):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UnreadableError(
-                f'{path} must be JSON with a "weight_map" from tensors to files, but is not.'
-            ) from None
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise UnreadableError(f"{path} must name files beside it, but names {shard!r}.")
-            if not (path.parent / shard).is_file():
-                raise UnreadableError(
-                    f"{path} names {shard}, which is not there. Fetch the missing shard."
-                )
-        return shards
-
-    def _open(self, name: str, alone: bool) -> None:
-        path = self.directory / name
-        try:
-            _check_regular(path)
-            with path.open("rb") as file:
-                if file.read(len(_POINTER)) == _POINTER:
-                    raise UnreadableError(
-                        f"{path} is a pointer of Git LFS, and not the file that it stands for. "
-                        "Fetch that with `git lfs pull`."
-                    )
-            self.files[name] = _reader_of(path)(path)
-        except (UnreadableError, OSError) as raised:
-            other = other_format(path) if path.is_file() else ""
-            error = UnreadableError(other) if other else raised
-            if alone or self.index is not None:
-                raise error from None
-            what = str(error).removeprefix(f"{path} ")
-            if isinstance(error, OSError):
-                what = f"cannot be read: {error.strerror}"
-            if isinstance(error, PickledCodeError):  # such as training_args.bin, beside the weights
-                self.others[name] = Skipped(Reason.program, what)
-            elif isinstance(error, NoTensorsError):  # such as scheduler.pt
-                self.others[name] = Skipped(Reason.no_tensors)
-            else:
-                self.damaged[name] = what
-
     def _check_index(self, index: dict[str, str]) -> None:
         for name, shard in index.items():
             if name not in self.files[shard].entries:
@@ -398,19 +277,6 @@ class Checkpoint:
     def _read_small(self, name: str) -> Tensor:
         file, entry = self.where[self._called[name]]
         return file.read(entry.name)
-
-    def beside(self, name: str) -> dict[str, Any]:
-        """What a JSON file of this name beside the checkpoint says; nothing if there is none."""
-        path = self.directory / name
-        if self._below is not None and not path.exists():
-            path = self._below / name
-        try:
-            if not path.is_file() or path.stat().st_size > _CONFIG:
-                return {}
-            config = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return config if isinstance(config, dict) else {}
 
     def matrices(self) -> Iterator[Matrices]:
         """The tensors that hold matrices, one after the other; embeddings too, which are skipped
@@ -455,33 +321,11 @@ class Checkpoint:
         A single file becomes a file, a directory or a sharded checkpoint a directory with all that
         belongs to it. Asks for one tensor after the other.
         """
-        alone = self.path.is_file() and self.index is None
-        if not alone:
-            target.mkdir()
-            opened = {path for file in self.files.values() for path in file.paths}
-            beside = self.directory.iterdir() if self.path.is_dir() else [self.path]
-            for path in sorted(beside):
-                if path not in opened:
-                    _copy(path, target / path.name, opened, (self.directory.resolve(),))
-        with contextlib.ExitStack() as copies:
-            write = {
-                file: copies.enter_context(file.copy(target if alone else target / name))
-                for name, file in self.files.items()
-            }
+        with self.copy(target) as write:
             for name, (holder, entry) in self.where.items():
                 if entry.matrix and (new := change(name)) is not None:
                     for file, stored, values in holder.split(entry.name, new):
                         write[file](stored, values)
-        if self.path.is_dir():  # its owner must be able to rename it
-            target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
-
-
-def _find_unread(directory: Path) -> dict[str, Skipped]:
-    """The files of other formats in a directory."""
-    parts = PARTS if find_descriptions(directory) else ()
-    files = (path for path in sorted(directory.iterdir()) if not path.name.endswith(parts))
-    kinds = ((path, format_by_name(path)) for path in files)
-    return {path.name: Skipped(Reason.unread, kind) for path, kind in kinds if kind}
 
 
 def _holds_codes(name: str, entry: Entry) -> bool:
@@ -489,50 +333,3 @@ def _holds_codes(name: str, entry: Entry) -> bool:
     reason = entry.skipped.reason if entry.skipped is not None else None
     packed = reason is Reason.packed and last_part(name) == "weight"
     return reason is Reason.quantised or packed
-
-
-def _copy(path: Path, target: Path, without: set[Path], above: tuple[Path, ...]) -> None:
-    """A copy with its mode; of a directory all in it, of a link that leads nowhere the link."""
-    if path.is_dir():
-        real = path.resolve()
-        if real in above:
-            raise UnreadableError(f"{path} leads in a circle, to {real}. Remove that link.")
-        target.mkdir()
-        inside = list(path.iterdir())
-        for one in inside:
-            if one not in without:
-                _copy(one, target / one.name, without, (*above, real))
-        writable = 0 if without.isdisjoint(inside) else stat.S_IRWXU  # by what comes later
-        target.chmod(stat.S_IMODE(path.stat().st_mode) | writable)
-        return
-    there = path.exists()
-    if there:
-        _check_regular(path)
-    shutil.copy(path, target, follow_symlinks=there)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
-    named = [path for reader in READERS for path in files if path.name.endswith(reader.endings)]
-    return named + find_descriptions(directory)[:1]  # which has those of other processes beside it
-
-
-def _reader_of(path: Path) -> type[TensorFile]:
-    """The reader of a file: by the ending of its name, or else by its content."""
-    for reader in READERS:
-        if path.name.endswith(reader.endings):
-            return reader
-    if what := other_format(path):
-        raise UnreadableError(what)
-    for reader in READERS:
-        if reader.recognises(path):
-            return reader
-    raise UnreadableError(f"{path} must end in {_ENDINGS}, but does not.")
-
-
-def _check_regular(path: Path) -> None:
-    """Raises for a pipe or a device, which could be read for ever."""
-    if not path.exists() and path.is_symlink():
-        raise UnreadableError(f"{path} is a link that leads nowhere. Fetch the file it stands for.")
-    if path.exists() and not path.is_file():
-        raise UnreadableError(f"{path} must be a file, but is a pipe, a socket or a device.")

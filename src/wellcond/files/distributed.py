@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from wellcond.files.archive import Extent, refresh_checksums
+from wellcond.files.archive import Extent, errors_as_damage, refresh_checksums
 from wellcond.files.inert import Foreign, OtherKey, StoredTensor, Unpickler, is_shape
 from wellcond.files.joined import Joined, Sides, Slice, explain_misfit
 from wellcond.files.nested import STATES
@@ -79,9 +79,9 @@ class Distributed(TensorFile):
         names: list[str] = []
         self._descriptions = find_descriptions(path.parent) or [path]
         for one in self._descriptions:
-            with _errors_as_damage(one):
+            with errors_as_damage(one, _KIND):
                 names += _read_description(one, described)
-        with _errors_as_damage(path):
+        with errors_as_damage(path, _KIND):
             self._files = _check_places(path.parent, described)
         self._states = [*map(_state_of_file, self.paths)]
         self._tensors: dict[str, Joined] = {}
@@ -96,7 +96,7 @@ class Distributed(TensorFile):
             raise NoTensorsError(f"{path} must describe tensors, but describes none.")
 
     def _add(self, name: str, tensor: Described) -> None:
-        with _errors_as_damage(self.path):
+        with errors_as_damage(self.path, _KIND):
             if why := explain_misfit(list(tensor.chunks), tensor.shape):
                 raise DamagedError(f"the chunks of {name} do not make its {tensor.shape}: {why}")
         skipped = explain_non_weight(tensor.shape, dtype := str(tensor.dtype)[6:])
@@ -191,21 +191,6 @@ def find_descriptions(folder: Path) -> list[Path]:
         return []
     whole = [path for path in files if path.name == METADATA]
     return whole or [path for path in files if _OF_PROCESS.fullmatch(path.name)]
-
-
-@contextlib.contextmanager
-def _errors_as_damage(path: Path) -> Iterator[None]:
-    """Whatever is raised, the file is to blame: a damaged one can raise anything."""
-    try:
-        yield
-    except (OSError, UnreadableError):
-        raise
-    except MemoryError:
-        raise UnreadableError(f"{path} cannot be read: there is not enough memory.") from None
-    except DamagedError as error:
-        raise damaged(path, _KIND, error) from None
-    except Exception:
-        raise damaged(path, _KIND, "it holds no pickle that is whole") from None
 
 
 # --- the description ------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from wellcond.files.archive import (
     Extent,
     Region,
     copy_uncompressed,
+    errors_as_damage,
     is_archive,
     load_saved,
     read_compressed,
@@ -30,18 +30,18 @@ from wellcond.files.overlaps import repeats, shared_memory
 from wellcond.files.pieces import pieces_of
 from wellcond.files.slices import local_shard
 from wellcond.files.tensors import (
-    DamagedError,
     Entry,
     NoTensorsError,
     Rows,
     TensorFile,
     UnreadableError,
     Write,
-    damaged,
     explain_non_weight,
 )
 from wellcond.weights.names import find_non_weights
 from wellcond.weights.reasons import Reason, Skipped
+
+_KIND = "file of torch.save"
 
 
 class Pickled(TensorFile):
@@ -77,29 +77,11 @@ class Pickled(TensorFile):
         return zipfile.is_zipfile(path)
 
     def _load(self) -> Any:
-        with self._errors_as_damage():
+        with errors_as_damage(self.path, _KIND):
             saved = load_saved(self._extent)
             self._storages, self._swapped = saved.storages, saved.swapped
             self._tensors, self.others, self.classes = tensors_in(saved.content, self.path)
         return saved.content
-
-    @contextlib.contextmanager
-    def _errors_as_damage(self) -> Iterator[None]:
-        """Whatever is raised, the file is to blame: a damaged one can raise anything."""
-        kind = "file of torch.save"
-        try:
-            yield
-        except (OSError, UnreadableError):
-            raise
-        except MemoryError:
-            raise UnreadableError(
-                f"{self.path} cannot be read: there is not enough memory."
-            ) from None
-        except (DamagedError, zipfile.BadZipFile, zlib.error) as error:
-            raise damaged(self.path, kind, error) from None
-        except Exception:
-            what = "it holds no pickle that is whole" if self._state[0] else "it is empty"
-            raise damaged(self.path, kind, what) from None
 
     def _check_placeholders(self, content: Any) -> None:
         """Raises if the parameters are empty, as DeepSpeed's ZeRO-3 saves them elsewhere."""
@@ -162,13 +144,13 @@ class Pickled(TensorFile):
             return self._read_bytes(region.start + tensor.start, tensor.span, name)
         self._open().close()
         if self._unpacked[0] != tensor.key:
-            with self._errors_as_damage():
+            with errors_as_damage(self.path, _KIND):
                 self._unpacked = tensor.key, read_compressed(self.path, region)
         return bytearray(self._unpacked[1][tensor.start : tensor.start + tensor.span])
 
     @contextlib.contextmanager
     def copy(self, target: Path) -> Iterator[Write]:
-        with self._errors_as_damage():
+        with errors_as_damage(self.path, _KIND):
             storages = copy_uncompressed(self.path, target, self._storages)
         changed = set()
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.files.checkpoint import INDEX, NO_PARTS, Checkpoint
+from wellcond.files.checkpoint import NO_PARTS, Checkpoint
+from wellcond.files.collection import INDEX
 from wellcond.files.safetensors import Item, Safetensors, write_safetensors
 from wellcond.files.tensors import Entry, TensorFile
 from wellcond.recipes.base import Recipe
