@@ -153,8 +153,9 @@ class Checkpoint(Files):
             unknown = "and no config.json beside it says how"
         for name, (file, entry) in self.where.items():
             if entry.skipped is not None and entry.skipped.reason is Reason.quantised:
-                why = Skipped(Reason.quantised, f"{entry.skipped.detail}, {unknown}")
-                self.where[name] = file, replace(entry, skipped=why)
+                detail = f"{entry.skipped.detail}, {unknown}"
+                skipped = Skipped(Reason.quantised, detail)
+                self.where[name] = file, replace(entry, skipped=skipped)
         for name, (why, *others) in refused.items():
             for part in (name, *others):
                 file, entry = self.where[part]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -92,6 +93,10 @@ class Content:
 
     def quantization(self) -> Mapping[str, Any]:
         """The settings of the quantisation in config.json; {} if there are none, or several."""
+        return self._quantization
+
+    @cached_property
+    def _quantization(self) -> Mapping[str, Any]:
         return find_quantization(self.beside("config.json"))
 
 
@@ -109,12 +114,12 @@ def find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return found[0] if found and (whole or found.count(found[0]) == len(found)) else {}
 
 
-def configs_in(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def configs_in(config: Mapping[str, Any], depth: int = 2) -> Iterator[Mapping[str, Any]]:
     """A config, and those of the models that it consists of: `text_config`, `vision_config`."""
     yield config
-    for key, one in config.items():
+    for key, one in config.items() if depth else ():
         if key.endswith("_config") and key not in QUANTIZATION and isinstance(one, Mapping):
-            yield from configs_in(one)
+            yield from configs_in(one, depth - 1)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Recipe(abc.ABC):
     shape: tuple[int, ...]
     note: str
     dtype: str = ""
-    keeps: str = "it is stored as codes"
+    keeps: str = "stored as codes"
     stored_as: str = ""
 
     @property

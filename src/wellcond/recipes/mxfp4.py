@@ -129,9 +129,7 @@ def _of_codes(content: Content, codes: str, scales: str, label: str) -> Recipe:
     _check_scales(content, scales, (*shape[:-1], shape[-1] // _BLOCK), "uint8", "float32")
     note = _describe(f"MXFP8 ({_FLOAT8[dtype]})" if float8 else "MXFP4")
     stored_as = "" if float8 else "float4_e2m1"
-    return Microscaled(
-        label, (codes, scales), shape, note, stored_as=stored_as, float4=not float8
-    )
+    return Microscaled(label, (codes, scales), shape, note, stored_as=stored_as, float4=not float8)
 
 
 def _describe(what: str) -> str:
