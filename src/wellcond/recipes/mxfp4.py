@@ -60,8 +60,8 @@ class Microscaled(Recipe):
 def find_mxfp4(content: Content) -> Iterator[Candidate]:
     """Weights of float4 or float8 beside scales that are powers of two."""
     quark = {kind: _explain_quark(content, kind) for kind in ("fp4", "fp8")}
-    for name, (_, dtype) in content.tensors.items():
-        blocks = name.endswith(("_blocks", ".blocks")) and dtype == "uint8"
+    for name, (shape, dtype) in content.tensors.items():
+        blocks = name.endswith(("_blocks", ".blocks")) and (dtype == "uint8" or len(shape) == 4)
         scales = f"{name.removesuffix('blocks')}scales" if blocks else _find_scales(content, name)
         label = name[: -len("_blocks")] if blocks else name
         if not label or scales not in content.tensors:
@@ -96,6 +96,8 @@ def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe
     if method != "mxfp4":
         raise RecipeError(f"config.json says that the format is {show(method)}, not mxfp4")
     shape, s = content.shape(blocks), content.shape(scales)
+    if content.dtype(blocks) != "uint8":
+        raise RecipeError(f"{blocks} is {content.dtype(blocks)}, not bytes of two codes")
     if len(shape) != 4 or shape[-1] != _BLOCK // 2 or not entries(shape):
         raise RecipeError(f"blocks of shape {shape} are not (experts, outputs, blocks, 16)")
     _check_scales(content, scales, shape[:-1], "uint8")
