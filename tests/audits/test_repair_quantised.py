@@ -71,10 +71,15 @@ QUANTISED: dict[str, dict[str, Tensor]] = {
     "zeros first": {"l.qzeros": codes(8, 32), "l.qweight": codes(64, 256), "l.scales": floats(8)},
     "marlin": {"l.B": codes(8, 8), "l.s": floats(2, 8)},
     "scales alone": {"l.weight_scale": floats(4, 4), "l.weight.absmax": floats(4, 4)},
+    "in a wide dtype, by ModelOpt": {
+        "experts.up": floats(2, 4, 8),
+        "experts.up_weight_scale": floats(2),
+    },
 }
 
 
 WEIGHTS = {"l.qweight", "qweight", "l.weight", "weight", "experts.up_proj_blocks", "l.B"}
+WEIGHTS |= {"experts.up"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)

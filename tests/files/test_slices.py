@@ -401,6 +401,19 @@ def test_what_is_not_listed_is_whole(tmp_path: Path) -> None:
     assert saved_offsets({}) == {}
 
 
+@pytest.mark.parametrize("unlisted", [0, 1])
+def test_a_slice_that_one_file_does_not_list_is_no_whole(tmp_path: Path, unlisted: int) -> None:
+    for number in (0, 1):
+        offsets = {"w": [2 * number, 0], "v": [2 * number, 0]}
+        if number == unlisted:
+            del offsets["w"]
+        path = tmp_path / f"shard-0000{number + 1}-model-00001-of-00001.safetensors"
+        shard(path, offsets, w=drawn(2, 3), v=drawn(2, 4))
+    report = wc.audit(tmp_path)
+    assert [(f.label, f.shape) for f in report.findings] == [("v", (4, 4))]
+    assert "its offsets are not known" in str(report.coverage.skipped["w"])
+
+
 @pytest.mark.parametrize(
     "files",
     [

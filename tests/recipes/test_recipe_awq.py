@@ -80,7 +80,7 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda t, s: s.update(version="marlin"), "its version is marlin"),
     (lambda t, s: s.update(version="exllama"), "its version is exllama"),
     (lambda t, s: s.update(backend="llm-awq"), "its version is llm-awq"),
-    (lambda t, s: s.update(version="gemv"), "do not fit 48 outputs and 4 groups of 16 inputs"),
+    (lambda t, s: s.update(version="gemv"), "the version gemv has no groups of 16 inputs"),
     (lambda t, s: s.update(bits=8), "it has 8 bits, and its layout is known for 4"),
     (lambda t, s: s.pop("bits"), "it has None bits, and its layout is known for 4"),
     (lambda t, s: s.update(group_size=32), "its group_size is 32, with 48 inputs"),
@@ -107,6 +107,36 @@ def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: 
     (candidate,) = find_awq(content)
     assert reason in reason_of(candidate, content)
     assert set(candidate.parts) == set(content.tensors)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        (16, "the version gemv has no groups of 16 inputs"),
+        (48, "the version gemv has no groups of 48 inputs"),
+        (-1, "the version gemv has no groups of 96 inputs"),
+        (64, "its group_size is 64, with 96 inputs"),
+    ],
+)
+def test_another_group_size_of_gemv_has_a_reason(size: int, reason: str) -> None:
+    """Its zero points are padded, so that their number says little."""
+    tensors, settings = load("awq_gemv")
+    named = {f"l.{name}": one for name, one in tensors.items()}
+    settings["group_size"] = size
+    content = content_from(named, config={"quantization_config": settings})
+    (candidate,) = find_awq(content)
+    assert reason in reason_of(candidate, content)
+
+
+@pytest.mark.parametrize("words", [3, 8])
+def test_padding_of_gemv_that_autoawq_does_not_write_has_a_reason(words: int) -> None:
+    tensors, settings = load("awq_gemv")
+    tensors["qzeros"] = torch.ones(24, words, dtype=torch.int32)
+    tensors["scales"] = torch.ones(24, 8 * words).half()
+    named = {f"l.{name}": one for name, one in tensors.items()}
+    content = content_from(named, config={"quantization_config": settings})
+    (candidate,) = find_awq(content)
+    assert "do not fit 24 outputs and 3 groups of 32 inputs" in reason_of(candidate, content)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -155,13 +155,43 @@ def test_old_words_are_told_from_new_ones_by_their_number() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.20.1", "0.18.0"])
-def test_version_decides_where_both_would_fit(version: str) -> None:
+def test_version_that_contradicts_the_words_is_a_reason(version: str) -> None:
     tensors, config = load("compressed_0_9_4")
     config["quantization_config"]["version"] = version
-    weights = weights_of(content_from(tensors, config=config), find_compressed)
+    content = content_from(tensors, config=config)
     expected = load_expected(DATA / "compressed_0_9_4")
-    same = {name for name, W in expected.items() if torch.equal(weights[name], W)}
-    assert same == {"wide.weight", "ordered.weight"}
+    read = {one.label: one for one in find_compressed(content)}
+    for label in ("wide.weight", "ordered.weight"):  # of which the number of words tells
+        assert torch.equal(build_all(read.pop(label).make(), content), expected[label])
+    for one in read.values():  # zero is what is not used
+        assert "bits: the rest is not zero" in reason_of(one, content)
+
+
+def test_words_of_new_that_an_old_version_is_said_to_have_written_are_a_reason() -> None:
+    tensors, config = load("compressed_0_9_4")
+    tensors["wide.weight_packed"] = tensors["wide.weight_packed"][:, :9]
+    content = content_from(tensors, config=config)
+    candidates = {one.label: one for one in find_compressed(content)}
+    assert "and the version in config.json is 0.9.4" in reason_of(
+        candidates["wide.weight"], content
+    )
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_bits_beyond_the_last_code_are_a_reason(bits: int) -> None:
+    """They are zero: of another width of codes, or of another number of them, they are not."""
+    tensors = packed(n=32, bits=bits)
+    tensors["fc.weight_shape"][1] -= 1
+    tensors["fc.weight_scale"] = tensors["fc.weight_scale"][:, :1]
+    config = config_of(group(num_bits=bits, strategy="channel", group_size=-1))
+    assert "bits: the rest is not zero" in reason(tensors, config)
+
+
+def test_integers_of_more_bits_than_the_config_says_are_a_reason() -> None:
+    tensors = {"fc.weight": torch.tensor([[-8, 7], [3, 8]], dtype=torch.int8)}
+    tensors["fc.weight_scale"] = torch.ones(2, 1)
+    config = config_of(group(strategy="channel", group_size=-1), format="int-quantized")
+    assert reason(tensors, config) == "fc.weight holds -8 to 8, more than 4 bits"
 
 
 # --- which group ----------------------------------------------------------------------------------

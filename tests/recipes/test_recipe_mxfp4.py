@@ -233,12 +233,12 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "another format": (
         of_gpt_oss(),
         {"quantization_config": {"quant_method": "gptq"}},
-        "the format is 'gptq', not",
+        "the format is gptq, not",
     ),
     "no format": (
         of_gpt_oss(),
         {"quantization_config": {"quant_method": [1]}},
-        "the format is '[1]', not",
+        "the format is [1], not",
     ),
     "int8 that no config explains": (
         of_deepseek(),

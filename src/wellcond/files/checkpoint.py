@@ -88,6 +88,8 @@ class Checkpoint(Files):
             for file in self.files.values()
             if any(entry.skipped is None for entry in file.entries.values())
         ]
+        listed = {file: _names_of_slices(file) for file in self.files.values()}
+        sliced: set[str] = set().union(*listed.values())
         repeated: set[str] = set()
         if self.index is None:
             repeated = repeated_in_shards({name: one.entries for name, one in self.files.items()})
@@ -98,6 +100,8 @@ class Checkpoint(Files):
             for name, entry in file.entries.items():
                 if entry.skipped is None and (of_rank or name in repeated):
                     entry = replace(entry, skipped=OF_RANK if of_rank else REPEATED)
+                if listed[file] and name in sliced and name not in listed[file]:
+                    entry = replace(entry, skipped=slice_at([]))
                 if entry.skipped is not None and entry.skipped.reason is Reason.slice:
                     self.slices.setdefault(name, []).append((file, entry))
                     continue
@@ -214,7 +218,7 @@ class Checkpoint(Files):
         read = {file.path for file in self.files.values()}
         missing = find_missing_processes(read) if slices else {}
         for name, parts in slices.items():
-            file, entry = parts[-1]
+            file, entry = next((part for part in parts if part[1].offsets is None), parts[-1])
             called = f"{file.path.name}/{name}" if name in self.where else name
             offsets = [one.offsets for _, one in parts if one.offsets is not None]
             if len(offsets) == len(parts):
@@ -327,6 +331,11 @@ class Checkpoint(Files):
                 if entry.matrix and (new := change(name)) is not None:
                     for file, stored, values in holder.split(entry.name, new):
                         write[file](stored, values)
+
+
+def _names_of_slices(file: TensorFile) -> set[str]:
+    """The tensors of which a file says where they begin in those that they are slices of."""
+    return {name for name, entry in file.entries.items() if entry.offsets is not None}
 
 
 def _holds_codes(name: str, entry: Entry) -> bool:

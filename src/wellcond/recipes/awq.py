@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
 from wellcond.recipes.codes import row_ranges, unpack
-from wellcond.recipes.settings import read_settings
+from wellcond.recipes.settings import Settings, read_settings
 
 _CONFIG = "quant_config.json"  # which autoawq wrote before it wrote config.json
 _OF_AUTO_ROUND = ("auto_round:auto_awq", "auto_round:awq")
@@ -65,12 +65,25 @@ class Gemv(Recipe):
         return W
 
 
+def _count_words(count: int, group_size: int) -> int:
+    """How many words hold so many zero points of the version gemv, which pads them.
+
+    Their number is a multiple of 2 for groups of 64 and of 4 for groups of 32, the smallest.
+    """
+    multiple = {32: 4, 64: 2}.get(group_size, 1)
+    if group_size < 128 and multiple == 1:
+        raise RecipeError(f"the version gemv has no groups of {group_size} inputs")
+    return -(-count // (8 * multiple)) * multiple
+
+
 def find_awq(content: Content) -> Iterator[Candidate]:
     """The weights with codes in `qweight`, where the config says that they are those of AWQ."""
     settings = read_settings(content, _CONFIG)
     sources = settings.sources.values()
-    methods = [str(one.get("quant_method", "")).lower() for one in sources]
-    packings = [str(one.get("packing_format", "")).lower() for one in sources]
+    methods, packings = (
+        [value.lower() if isinstance(value := one.get(key), str) else "" for one in sources]
+        for key in ("quant_method", "packing_format")
+    )
     if any(method.endswith("auto-round") for method in methods):
         if not any(packing in _OF_AUTO_ROUND for packing in packings):
             return
@@ -85,13 +98,12 @@ def find_awq(content: Content) -> Iterator[Candidate]:
         label = f"{stem}{dot}weight"
 
         def make(label: str = label, parts: tuple[str, ...] = parts) -> Recipe:
-            return _make(content, label, parts)
+            return _make(content, settings, label, parts)
 
         yield Candidate(label, parts, make)
 
 
-def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
-    settings = read_settings(content, _CONFIG)
+def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ...]) -> Recipe:
     # That of autoawq and of transformers, where no version is given.
     version = settings.word("version", "checkpoint_format", "format") or "gemm"
     if settings.word("backend") == "llm-awq":
@@ -101,10 +113,9 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
             f"its version is {version}, in the order of a kernel of GPUs: quantise again in the "
             "version gemm"
         )
-    if settings.integer("bits", "w_bit") != 4:
-        raise RecipeError(
-            f"it has {settings.get('bits', 'w_bit')} bits, and its layout is known for 4"
-        )
+    bits = settings.integer("bits", "w_bit")
+    if bits != 4:
+        raise RecipeError(f"it has {bits} bits, and its layout is known for 4")
     stem = parts[0].removesuffix("qweight")
     names = [parts[0], f"{stem}qzeros", f"{stem}scales"]
     for one, dtypes in zip(
@@ -123,8 +134,9 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
     count = n // group_size
     if version == "gemm":
         fits = offsets == (count, m // 8) and scales == (count, m)
-    else:  # the groups are padded to whole words, and to more of them where groups are small
-        fits = offsets[0] == scales[0] == m and 8 * offsets[1] == scales[1] >= count
+    else:
+        words = _count_words(count, group_size)
+        fits = offsets == (m, words) and scales == (m, 8 * words)
     if not fits:
         raise RecipeError(
             f"{names[1]} {offsets} and {names[2]} {scales} do not fit {m} outputs and {count} "

@@ -20,6 +20,7 @@ from wellcond.weights.matrices import entries
 
 QUANTIZATION = ("quantization_config", "compression_config")  # the latter was the first name
 SMALL = 4096  # bytes of a description that is read before anything is measured
+_SHOWN, _LETTERS = 8, 60  # of a setting, in a sentence
 _WIDTHS = {"uint8": 1, "int8": 1, "int64": 8, "uint64": 8, "float64": 8}  # others at most 4
 
 
@@ -183,6 +184,18 @@ class Candidate(NamedTuple):
 
 
 Finder = Callable[[Content], Iterator[Candidate]]
+
+
+def show(value: Any) -> str:
+    """A setting in a few letters, for a sentence: in a file it may be of any size and depth."""
+    if isinstance(value, Mapping):
+        return f"an object of {len(value)} settings"
+    if isinstance(value, list):
+        flat = len(value) <= _SHOWN and not any(isinstance(one, list | Mapping) for one in value)
+        return f"[{', '.join(map(show, value))}]" if flat else f"a list of {len(value)}"
+    if isinstance(value, str):
+        return value[:_LETTERS] if value[:1].isalpha() else repr(value[:_LETTERS])
+    return repr(value)[:_LETTERS]
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:

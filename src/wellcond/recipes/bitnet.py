@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
+from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, show, zeros
 from wellcond.recipes.codes import row_ranges
 
 _STEP = 1 << 20  # entries that are converted at once
@@ -57,7 +57,7 @@ def find_bitnet(content: Content) -> Iterator[Candidate]:
 def _make(content: Content, name: str, scale: str) -> Recipe:
     kind = content.quantization().get("linear_class", "bitlinear")  # as transformers takes it
     if kind not in ("bitlinear", "autobitlinear"):
-        raise RecipeError(f"config.json says that its linear_class is {kind}")
+        raise RecipeError(f"config.json says that its linear_class is {show(kind)}")
     stored = content.shape(name)
     if len(stored) != 2 or 0 in stored:
         raise RecipeError(f"{name} has the shape {stored}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
+from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, show, zeros
 from wellcond.recipes.codes import row_ranges
 from wellcond.recipes.transposed import as_in_plain
 
@@ -135,10 +135,10 @@ def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate
         kind = state.removeprefix(name + _DESCRIPTION)
         described = _read_description(content, state)
         if kind not in _TABLES or described.get("quant_type") != kind:
-            raise RecipeError(f"{state} says that its type is {described.get('quant_type')}")
+            raise RecipeError(f"{state} says that its type is {show(described.get('quant_type'))}")
         shape = described.get("shape")
         if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-            raise RecipeError(f"{state} says that its shape is {shape}")
+            raise RecipeError(f"{state} says that its shape is {show(shape)}")
         if not 2 <= len(shape) <= 5:
             raise RecipeError(f"{state} says that it has {len(shape)} sides")
         size = math.prod(shape)
@@ -153,16 +153,19 @@ def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate
         block = _read_block(described, "blocksize", state)
         _check_length(content, names[1], -(-size // block))
         nested = names[4] in content.tensors or "nested_blocksize" in described
-        if nested != (content.dtype(names[1]) == "uint8"):
+        if nested and content.dtype(names[1]) != "uint8":
             raise RecipeError(f"{names[1]} has the dtype {content.dtype(names[1])}")
         nested_block, offset = 0, 0.0
         if nested:
             nested_block = _read_block(described, "nested_blocksize", state)
             offset = described.get("nested_offset", "")
             if type(offset) not in (int, float):
-                raise RecipeError(f"{state} says that the offset of its scales is {offset!r}")
+                raise RecipeError(f"{state} says that the offset of its scales is {show(offset)}")
             _check_length(content, names[3], 256)
             _check_length(content, names[4], -(-size // block // nested_block))
+            _check_floats(content, *names[3:5])
+        else:
+            _check_floats(content, names[1])
         _check_table(content, names[2], kind)
         return as_in_plain(
             FourBits(
@@ -200,13 +203,21 @@ def _read_description(content: Content, state: str) -> Mapping[str, Any]:
 def _read_block(described: Mapping[str, Any], key: str, state: str) -> int:
     block = described.get(key)
     if type(block) is not int or block not in _BLOCKS:
-        raise RecipeError(f"{state} says that its {key} is {block}, and bitsandbytes has no such")
+        raise RecipeError(
+            f"{state} says that its {key} is {show(block)}, and bitsandbytes has no such"
+        )
     return block
 
 
 def _check_length(content: Content, name: str, length: int) -> None:
     if content.shape(name) != (length,):
         raise RecipeError(f"{name} has the shape {content.shape(name)} and not ({length},)")
+
+
+def _check_floats(content: Content, *names: str) -> None:
+    for name in names:
+        if content.dtype(name) not in _FLOATS:
+            raise RecipeError(f"{name} has the dtype {content.dtype(name)}")
 
 
 def _check_table(content: Content, name: str, kind: str) -> None:
@@ -223,8 +234,7 @@ def _find_eight_bits(content: Content, name: str, scales: str) -> Candidate:
         shape, dtype = content.shape(name), content.dtype(name)
         if dtype != "int8" or len(shape) != 2 or 0 in shape:
             raise RecipeError(f"{name} has the dtype {dtype} and the shape {shape}")
-        if content.dtype(scales) not in _FLOATS:
-            raise RecipeError(f"{scales} has the dtype {content.dtype(scales)}")
+        _check_floats(content, scales)
         _check_length(content, scales, shape[0])
         if layout in content.tensors:
             stored = content.read_small(layout).flatten().tolist()

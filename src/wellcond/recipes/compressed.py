@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError
+from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, show
 from wellcond.recipes.codes import unpack, unpack_stream
 from wellcond.recipes.scaled import (
     Float4,
@@ -40,9 +40,11 @@ _PARTS = (
 )
 # Formats by how the codes are stored, and those that only name the codes of several groups.
 _PACKED, _NARROW = "pack-quantized", "naive-quantized"
+_OF_INTEGERS = ("int-quantized", _NARROW)
 _OF_ALL = ("mixed-precision", "dense", "fakequant")
 _SPARSE = "it is stored in a sparse form, which compressed-tensors no longer reads"
 _MOST = 64  # different settings that are tried for a weight
+_VERSION = r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})"
 _FIRST_DENSE = (0, 18, 0)  # the version from which bits of codes run on over words
 
 
@@ -96,6 +98,23 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Integers(Scaled):
+    """Integers in int8.
+
+    Attributes:
+        bits: of which they may be, 1 to 8.
+    """
+
+    bits: int = 8
+
+    def decode(self, codes: Tensor) -> Tensor:
+        low, high = codes.aminmax()
+        if int(low) < -(1 << self.bits - 1) or int(high) >= 1 << self.bits - 1:
+            raise RecipeError(f"{self.parts[0]} holds {low} to {high}, more than {self.bits} bits")
+        return codes
+
+
+@dataclass(frozen=True)
 class Packed(Scaled):
     """Integers in words of 32 bits, of which 0 stands for -2^(bits - 1).
 
@@ -118,8 +137,19 @@ class Packed(Scaled):
             return super().read_zeros(read, index)
         return self._unpack(stored.mT, self.sides[0]).mT
 
+    def _used_bits(self, words: int, size: int) -> Tensor:
+        """Of each word those of codes; the others are zero."""
+        width = 32 if self.dense else 32 // self.bits * self.bits
+        last = size * self.bits - (words - 1) * width
+        used = [(1 << width) - 1] * (words - 1) + [(1 << last) - 1]
+        return torch.tensor(used, device="cpu").to(torch.int32)
+
     def _unpack(self, words: Tensor, size: int) -> Tensor:
         """The codes (..., size) of words along the last side, the lowest bits first."""
+        if bool((words & ~self._used_bits(words.shape[-1], size)).any()):
+            raise RecipeError(
+                f"its words hold more than {size} codes of {self.bits} bits: the rest is not zero"
+            )
         in_turn = unpack_stream if self.dense and 32 % self.bits else unpack
         codes = in_turn(words, self.bits, size)
         return codes.to(torch.float32) - (1 << self.bits - 1)
@@ -180,17 +210,18 @@ def _read_args(config: Mapping[str, Any], group: Mapping[str, Any]) -> Args:
     args = group["weights"]
     bits, size = args.get("num_bits", 8), args.get("group_size")
     if type(bits) is not int or not 1 <= bits <= 8:
-        raise RecipeError(f"num_bits must be 1 to 8, but is {str(bits)[:80]}")
+        raise RecipeError(f"num_bits must be 1 to 8, but is {show(bits)}")
     if size is not None and (type(size) is not int or not -1 <= size < 1 << 40):
-        raise RecipeError(f"group_size must be a positive integer, but is {str(size)[:80]}")
-    kind, strategy = str(args.get("type", "int")).lower(), args.get("strategy")
+        raise RecipeError(f"group_size must be a positive integer, but is {show(size)}")
+    kind, strategy = args.get("type", "int"), args.get("strategy")
+    kind = kind.lower() if isinstance(kind, str) else kind
     if kind not in ("int", "float"):
-        raise RecipeError(f"type must be int or float, but is {kind[:80]}")
+        raise RecipeError(f"type must be int or float, but is {show(kind)}")
     if strategy is None:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
-    strategy = str(strategy).lower()
+    strategy = strategy.lower() if isinstance(strategy, str) else strategy
     if strategy not in ("tensor", "channel", "group", "tensor_group", "block"):
-        raise RecipeError(f"the strategy {strategy[:80]} is not known for weights")
+        raise RecipeError(f"the strategy {show(strategy)} is not known for weights")
     grouped = strategy in ("group", "tensor_group")
     if grouped != ((size or -1) > 0):
         raise RecipeError(f"the strategy {strategy} contradicts the group_size {size}")
@@ -201,6 +232,8 @@ def _read_args(config: Mapping[str, Any], group: Mapping[str, Any]) -> Args:
     if type(symmetric) is not bool:
         raise RecipeError("symmetric must be true or false")
     stored = group.get("format") or config.get("format") or ""
+    if not isinstance(stored, str):
+        raise RecipeError(f"the format must be a word, but is {show(stored)}")
     return Args(
         bits,
         kind == "float",
@@ -209,8 +242,8 @@ def _read_args(config: Mapping[str, Any], group: Mapping[str, Any]) -> Args:
         size or 0 if grouped else 0,
         block or (0, 0),
         args.get("actorder") in ("group", "dynamic", True),
-        "uint8" in str(args.get("scale_dtype")),
-        "" if stored in _OF_ALL else str(stored),
+        args.get("scale_dtype") in ("torch.uint8", "uint8"),
+        "" if stored in _OF_ALL else stored,
     )
 
 
@@ -228,14 +261,14 @@ def _fit(
     if 0 in stored or len(stored) not in ((2, 3) if dtype == "int32" else (2,)):
         raise RecipeError(f"{codes} has the shape {stored}")
     if dtype in FLOATING:
-        status = str(config.get("quantization_status"))[:80]
+        status = show(config.get("quantization_status"))
         raise RecipeError(
             f"it is stored in {dtype} beside scales, with the quantization_status {status}: a "
             "forward pass rounds it to codes first"
         )
     recipe, formats = _read_codes(content, config, args, prefix, parts)
     if args.format and args.format not in formats:
-        raise RecipeError(f"the format {args.format[:80]} does not fit {codes} of {dtype}")
+        raise RecipeError(f"the format {show(args.format)} does not fit {codes} of {dtype}")
     *_, m, n = recipe.shape
     g = args.group
     if g and g < n and n % g:
@@ -267,7 +300,8 @@ def _read_codes(
     if codes == label:
         whole = partial(Scaled, label, parts, (m, width))
         if dtype == "int8" and not args.floating:
-            return whole("integers in int8"), ("int-quantized", _NARROW)
+            note = "integers in int8"
+            return Integers(label, parts, (m, width), note, bits=args.bits), _OF_INTEGERS
         if dtype == "float8_e4m3fn" and args.floating and args.bits == 8:
             if args.exponents or args.format == "mxfp8-quantized":
                 return whole("MXFP8 (E4M3)"), ("mxfp8-quantized",)
@@ -304,13 +338,20 @@ def _read_packed(
         if not ways:
             raise RecipeError(f"{zeros} of shape {found} does not fit {m} rows of {bits} bits")
     dense = ways[0]
-    if len(ways) > 1 and 32 % bits and longest > 32 // bits:
-        version = re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", str(config.get("version")))
-        if version is None:
+    if 32 % bits and longest > 32 // bits:
+        told = config.get("version")
+        version = re.fullmatch(_VERSION, told) if isinstance(told, str) else None
+        newer = version and tuple(int(part) for part in version.groups()) >= _FIRST_DENSE
+        if len(ways) > 1 and version is None:
             raise RecipeError(
                 f"its shape fits both ways to pack {bits} bits, and config.json has no version"
             )
-        dense = tuple(int(part) for part in version.groups()) >= _FIRST_DENSE
+        if ways == [True] and newer is False:
+            raise RecipeError(
+                f"its {words} words have {n} codes of {bits} bits as from version 0.18 on, and "
+                f"the version in config.json is {told}"
+            )
+        dense = bool(newer) if len(ways) > 1 else dense
     shape = (*lead, m, n)
     note = f"integers of {bits} bits"
     label = f"{prefix}weight"

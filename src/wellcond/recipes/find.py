@@ -18,6 +18,7 @@ from wellcond.recipes.parametrizations import find_parametrizations
 from wellcond.recipes.quanto import find_quanto
 from wellcond.recipes.torchao import find_torchao
 
+_LETTERS = 1000  # of a reason, which may name tensors with long names
 # Where several want a tensor it is for the first.
 FINDERS: tuple[Finder, ...] = (
     find_torchao,
@@ -54,9 +55,12 @@ def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[s
                 continue
             taken.update(candidate.parts)
             try:
-                recipes[candidate.label] = candidate.make()
+                label = candidate.label
+                if label in content.tensors and label not in candidate.parts:
+                    raise RecipeError(f"{label} is stored as well")
+                recipes[label] = candidate.make()
             except RecipeError as why:
-                refused[first] = (str(why), *others)
+                refused[first] = (str(why)[:_LETTERS], *others)
             except Exception:  # a description in a file may be anything
                 refused[first] = ("its description is damaged", *others)
     return recipes, refused

@@ -23,6 +23,7 @@ from wellcond.recipes.transposed import as_in_plain
 
 _CONFIG = "quantize_config.json"  # which auto-gptq writes
 _STEP = 1 << 20  # entries that are converted at once
+_WRITERS = 8  # programs of which a config says that they wrote it
 _FLOATS = ("float16", "bfloat16", "float32")
 # The widths of the planes of codes, the low bits first; other codes have only one.
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
@@ -126,6 +127,7 @@ def unpack_planes(words: Tensor, bits: int, size: int) -> Tensor:
 
 def find_gptq(content: Content) -> Iterator[Candidate]:
     """The weights with codes in `qweight`."""
+    settings = read_settings(content, _CONFIG)
     for name in content.tensors:
         stem, dot, own = name.rpartition(".")
         if own != "qweight":
@@ -135,13 +137,12 @@ def find_gptq(content: Content) -> Iterator[Candidate]:
         label = f"{stem}{dot}weight"
 
         def make(label: str = label, parts: tuple[str, ...] = parts) -> Recipe:
-            return as_in_plain(_make(content, label, parts), content)
+            return as_in_plain(_make(content, settings, label, parts), content)
 
         yield Candidate(label, parts, make)
 
 
-def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
-    settings = read_settings(content, _CONFIG)
+def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ...]) -> Recipe:
     if not settings.sources:
         raise RecipeError(
             f"neither config.json nor {_CONFIG} is there to say which format its codes have"
@@ -255,9 +256,7 @@ def _read_group_size(settings: Settings, n: int, count: int) -> int:
     if settings.get("desc_act") is True or settings.get("dynamic"):
         raise RecipeError("g_idx, the groups of its inputs, is missing")
     size = settings.integer("group_size", "q_group_size")
-    own = settings.get("extra_config")  # by the names of layers, or by patterns
-    layers = own.values() if isinstance(own, dict) else []
-    told = [size, *(one.get("group_size") for one in layers if isinstance(one, dict))]
+    told = [size, *settings.of_layers("extra_config", "group_size")]
     known = [n if one == -1 else min(one, n) for one in told if type(one) is int]
     fitting = {one for one in known if one > 0 and -(-n // one) == count}
     if len(fitting) != 1:
@@ -273,7 +272,7 @@ def _read_writer(settings: Settings) -> int:
     """The major version of the gptqmodel that wrote it; 0 if it was another program."""
     meta = settings.get("meta")
     writers = meta.get("quantizer") if isinstance(meta, dict) else None
-    for writer in [writers] if isinstance(writers, str) else writers or []:
+    for writer in writers[:_WRITERS] if isinstance(writers, list) else [writers]:
         if isinstance(writer, str) and (found := re.match(r"gptqmodel:(\d{1,3})\b", writer)):
             return int(found[1]) or 1
     return 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
+from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, show, zeros
 from wellcond.recipes.codes import row_ranges
 
 _STEP = 1 << 20  # entries that are converted at once
@@ -82,7 +82,9 @@ def find_hqq(content: Content) -> Iterator[Candidate]:
 def _make(content: Content, stem: str, parts: tuple[str, ...]) -> Recipe:
     method = content.quantization().get("quant_method", "hqq")
     if method != "hqq":
-        raise RecipeError(f"its quantisation is of the kind {method}, of which no layout is known")
+        raise RecipeError(
+            f"its quantisation is of the kind {show(method)}, of which no layout is known"
+        )
     if f"{stem}packing" not in content.tensors:
         raise RecipeError(
             f"{stem}packing, which says how its codes are stored, is missing: save the model with "

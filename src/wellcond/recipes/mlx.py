@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
+from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, show, zeros
 from wellcond.recipes.codes import FLOAT4, powers_of_two, row_ranges, unpack, unpack_stream
 
 _STEP = 1 << 20  # entries that are converted at once
@@ -130,18 +130,23 @@ def _read_settings(content: Content, layer: str) -> tuple[str, int, int]:
         raise RecipeError(f"config.json says that {layer} is not quantised")
     method = settings.get("quant_method")
     if method not in (None, "metal"):
-        raise RecipeError(f"its quantisation is of the kind {method}, of which no layout is known")
+        raise RecipeError(
+            f"its quantisation is of the kind {show(method)}, of which no layout is known"
+        )
     mode = own.get("mode", settings.get("mode", "affine"))
     bits, group_size = own.get("bits"), own.get("group_size")
     fixed = _MODES.get(mode) if isinstance(mode, str) else None
     if fixed is not None:
         if (fixed[0] if bits is None else bits, group_size or fixed[1]) != fixed:
             raise RecipeError(
-                f"config.json says that {mode} has {bits} bits and groups of {group_size}"
+                f"config.json says that {mode} has {show(bits)} bits and groups of "
+                f"{show(group_size)}"
             )
         return mode, *fixed
     if mode != "affine" or type(bits) is not int or bits not in _BITS:
-        raise RecipeError(f"config.json says that its mode is {mode} and that it has {bits} bits")
+        raise RecipeError(
+            f"config.json says that its mode is {show(mode)} and that it has {show(bits)} bits"
+        )
     if type(group_size) is not int or not 0 < group_size <= 1 << 20:
-        raise RecipeError(f"config.json says that its group_size is {group_size}")
+        raise RecipeError(f"config.json says that its group_size is {show(group_size)}")
     return mode, bits, group_size

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from wellcond.recipes.base import Candidate, Content, Recipe, RecipeError
+from wellcond.recipes.base import Candidate, Content, Recipe, RecipeError, show
 from wellcond.recipes.float8 import KINDS, is_stack, make_float8, names_beside
 from wellcond.recipes.scaled import Float4, check_one, check_scales
 
@@ -43,7 +43,8 @@ def _read_settings(content: Content) -> list[Mapping[str, Any]]:
     """What the two configs say, each that says something."""
     ours = content.quantization()
     beside = content.beside("hf_quant_config.json").get("quantization")
-    named = str(ours.get("quant_method")).startswith("modelopt")
+    method = ours.get("quant_method")
+    named = isinstance(method, str) and method.startswith("modelopt")
     return [one for one in (ours if named else None, beside) if isinstance(one, Mapping) and one]
 
 
@@ -56,7 +57,7 @@ def _find_algorithm(settings: list[Mapping[str, Any]], module: str) -> str:
         if algorithm == "MIXED_PRECISION" and isinstance(layers, Mapping):
             layer = layers.get(module)
             algorithm = layer.get("quant_algo") if isinstance(layer, Mapping) else None
-        found.add(str(algorithm).upper()[:80])
+        found.add(show(algorithm).upper())
     if len(found) > 1:
         raise RecipeError(f"two configs name different algorithms: {', '.join(sorted(found))}")
     return found.pop()

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
+from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, show, zeros
 from wellcond.recipes.codes import as_scales, row_ranges, unpack_float4
 from wellcond.weights.matrices import entries
 from wellcond.weights.quantised import is_power
@@ -59,14 +59,15 @@ class Microscaled(Recipe):
 
 def find_mxfp4(content: Content) -> Iterator[Candidate]:
     """Weights of float4 or float8 beside scales that are powers of two."""
-    for name, (_, dtype) in content.tensors.items():
-        blocks = name.endswith(("_blocks", ".blocks")) and dtype == "uint8"
+    quark = {kind: _explain_quark(content, kind) for kind in ("fp4", "fp8")}
+    for name, (shape, dtype) in content.tensors.items():
+        blocks = name.endswith(("_blocks", ".blocks")) and (dtype == "uint8" or len(shape) == 4)
         scales = f"{name.removesuffix('blocks')}scales" if blocks else _find_scales(content, name)
         label = name[: -len("_blocks")] if blocks else name
         if not label or scales not in content.tensors:
             continue
-        make = partial(_of_blocks if blocks else _of_codes, content, name, scales, label)
-        yield Candidate(label, (name, scales), make)
+        make = _of_blocks if blocks else partial(_of_codes, quark)
+        yield Candidate(label, (name, scales), partial(make, content, name, scales, label))
 
 
 def _find_scales(content: Content, name: str) -> str:
@@ -93,8 +94,10 @@ def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe
     """Experts of gpt-oss: blocks (E, m, n/32, 16) and scales (E, m, n/32)."""
     method = content.quantization().get("quant_method", "mxfp4")
     if method != "mxfp4":
-        raise RecipeError(f"config.json says that the format is {str(method)[:50]!r}, not 'mxfp4'")
+        raise RecipeError(f"config.json says that the format is {show(method)}, not mxfp4")
     shape, s = content.shape(blocks), content.shape(scales)
+    if content.dtype(blocks) != "uint8":
+        raise RecipeError(f"{blocks} is {content.dtype(blocks)}, not bytes of two codes")
     if len(shape) != 4 or shape[-1] != _BLOCK // 2 or not entries(shape):
         raise RecipeError(f"blocks of shape {shape} are not (experts, outputs, blocks, 16)")
     _check_scales(content, scales, shape[:-1], "uint8")
@@ -111,7 +114,9 @@ def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe
     )
 
 
-def _of_codes(content: Content, codes: str, scales: str, label: str) -> Recipe:
+def _of_codes(
+    quark: Mapping[str, str], content: Content, codes: str, scales: str, label: str
+) -> Recipe:
     """Codes (m, n) of float8 or (m, n/2) of pairs of float4, or a stack; scales (m, n/32)."""
     dtype, shape = content.dtype(codes), content.shape(codes)
     float8 = dtype in _FLOAT8
@@ -121,8 +126,8 @@ def _of_codes(content: Content, codes: str, scales: str, label: str) -> Recipe:
         raise RecipeError(
             "config.json has neither expert_dtype nor quant_method fp8, by which int8 is float4"
         )
-    if content.quantization().get("quant_method") == "quark":
-        _check_quark(content, "fp8" if float8 else "fp4")
+    if why := quark["fp8" if float8 else "fp4"]:
+        raise RecipeError(why)
     shape = (*shape[:-1], shape[-1] if float8 or dtype == "F4" else 2 * shape[-1])
     if shape[-1] % _BLOCK:
         raise RecipeError(f"its {shape[-1]} inputs are not blocks of {_BLOCK}")
@@ -154,9 +159,11 @@ def _says_float4(content: Content) -> bool:
     return said == "fp4" or (said is None and settings.get("quant_method") == "fp8")
 
 
-def _check_quark(content: Content, wanted: str) -> None:
-    """Raises unless config.json gives weights of this dtype the scales of a microscaling format."""
+def _explain_quark(content: Content, wanted: str) -> str:
+    """Why weights of this dtype do not have the scales of a microscaling format; "" if they do."""
     settings = content.quantization()
+    if settings.get("quant_method") != "quark":
+        return ""
     layers = [settings.get("global_quant_config")]
     for key in ("layer_quant_config", "layer_type_quant_config"):
         group = settings.get(key)
@@ -166,14 +173,15 @@ def _check_quark(content: Content, wanted: str) -> None:
         for layer in layers
         if isinstance(layer, Mapping)
         for spec in _as_list(layer.get("weight"))
-        if isinstance(spec, Mapping) and str(spec.get("dtype")).startswith(wanted)
+        if isinstance(spec, Mapping) and show(spec.get("dtype")).startswith(wanted)
     ]
     if not specs:
-        raise RecipeError(f"no weight in config.json has the dtype {wanted}")
+        return f"no weight in config.json has the dtype {wanted}"
     for spec in specs:
         form = {key: spec.get(key) for key in ("qscheme", "group_size", "scale_format")}
         if form != {"qscheme": "per_group", "group_size": _BLOCK, "scale_format": "e8m0"}:
-            raise RecipeError(f"config.json has other scales than e8m0 per {_BLOCK} for {wanted}")
+            return f"config.json has other scales than e8m0 per {_BLOCK} for {wanted}"
+    return ""
 
 
 def _as_list(one: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError, zeros
 from wellcond.recipes.codes import row_ranges
-from wellcond.weights.quantised import is_narrow
+from wellcond.weights.quantised import is_narrow, is_power
 
 _STEP = 1 << 20  # entries that are converted at once
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -54,7 +54,12 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
             "quanto and save it"
         )
     shape, dtype = content.shape(codes), content.dtype(codes)
-    if len(shape) != 2 or 0 in shape or not (dtype == "int8" or is_narrow(dtype)):
+    if (
+        len(shape) != 2
+        or 0 in shape
+        or not (dtype == "int8" or is_narrow(dtype))
+        or is_power(dtype)
+    ):
         raise RecipeError(f"{codes} has the shape {shape} and the dtype {dtype}")
     # Of a single row, the library stores the scale as a number.
     fits = content.shape(scales) in ((shape[0], 1), ())

@@ -7,6 +7,7 @@ Letters: W (m, n) a weight, or one matrix of a stack (b, m, n); s (p, q) its sca
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
@@ -14,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from wellcond.recipes.base import Content, Read, Recipe, RecipeError, zeros
+from wellcond.recipes.base import Content, Read, Recipe, RecipeError, show, zeros
 from wellcond.recipes.codes import FLOAT4, as_scales, row_ranges
 from wellcond.weights.matrices import entries
 
@@ -202,9 +203,10 @@ def sides_of(settings: Mapping[str, object], key: str) -> tuple[int, int] | None
     if found is None:
         return None
     if isinstance(found, str):  # "128x128", by compressed-tensors
-        found = [int(side) if side.isdecimal() else side for side in found.split("x")]
+        sides = re.fullmatch(r"(\d{1,9})x(\d{1,9})", found)
+        found = [int(side) for side in sides.groups()] if sides else found
     if isinstance(found, list) and len(found) == 2:
         h, w = found
         if type(h) is int and type(w) is int and min(h, w) > 0 and max(h, w) < 1 << 40:
             return h, w
-    raise RecipeError(f"{key} must be two positive integers, but is {str(found)[:80]}")
+    raise RecipeError(f"{key} must be two positive integers, but is {show(found)}")

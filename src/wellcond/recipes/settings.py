@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from wellcond.recipes.base import Content, RecipeError
+from wellcond.recipes.base import Content, RecipeError, show
+
+_MOST = 64  # values that a setting of layers has
+_LETTERS = 80  # of a word that names something
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,9 @@ class Settings:
     """
 
     sources: Mapping[str, Mapping[str, Any]]
+    # With what is wrong: the values may be long, and each weight asks for them.
+    _known: dict[tuple[str, ...], tuple[Any, str]] = field(default_factory=dict)
+    _of_layers: dict[tuple[str, str], set[int]] = field(default_factory=dict)
 
     def get(self, *keys: str) -> Any:
         """The value of a setting that has these names; None if no file has it.
@@ -25,6 +31,14 @@ class Settings:
         Raises:
             RecipeError: two values differ.
         """
+        if keys not in self._known:
+            self._known[keys] = self._find(keys)
+        value, wrong = self._known[keys]
+        if wrong:
+            raise RecipeError(wrong)
+        return value
+
+    def _find(self, keys: tuple[str, ...]) -> tuple[Any, str]:
         found = [
             (file, key, source[key])
             for file, source in self.sources.items()
@@ -32,10 +46,26 @@ class Settings:
             if source.get(key) is not None
         ]
         for file, key, value in found[1:]:
-            if value != found[0][2]:
-                of, first, other = found[0]
-                raise RecipeError(f"{first} is {other} in {of}, and {key} is {value} in {file}")
-        return found[0][2] if found else None
+            of, first, other = found[0]
+            if value != other:
+                told = f"{first} is {show(other)} in {of}, and {key} is {show(value)} in {file}"
+                return None, told
+        return found[0][2] if found else None, ""
+
+    def of_layers(self, key: str, own: str) -> set[int]:
+        """The integers that a setting is for some layers; `key` has these by name or by pattern.
+
+        Raises:
+            RecipeError: there are too many, or two values of `key` differ.
+        """
+        if (key, own) not in self._of_layers:
+            layers = self.get(key)
+            each = layers.values() if isinstance(layers, dict) else ()
+            values = (one.get(own) for one in each if isinstance(one, dict))
+            self._of_layers[key, own] = {value for value in values if type(value) is int}
+        if len(self._of_layers[key, own]) > _MOST:
+            raise RecipeError(f"{key} has more than {_MOST} different values of {own}")
+        return self._of_layers[key, own]
 
     def integer(self, *keys: str) -> int | None:
         """A setting that must be an integer.
@@ -45,7 +75,7 @@ class Settings:
         """
         value = self.get(*keys)
         if value is not None and type(value) is not int:
-            raise RecipeError(f"{keys[0]} is {value!r} in {' and '.join(self.sources)}")
+            raise RecipeError(f"{keys[0]} is {show(value)} in {' and '.join(self.sources)}")
         return value
 
     def word(self, *keys: str) -> str:
@@ -56,8 +86,8 @@ class Settings:
         """
         value = self.get(*keys)
         if value is not None and not isinstance(value, str):
-            raise RecipeError(f"{keys[0]} is {value!r} in {' and '.join(self.sources)}")
-        return (value or "").lower()
+            raise RecipeError(f"{keys[0]} is {show(value)} in {' and '.join(self.sources)}")
+        return (value or "")[:_LETTERS].lower()
 
 
 def read_settings(content: Content, beside: str) -> Settings:

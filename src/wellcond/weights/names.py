@@ -64,6 +64,8 @@ _EXPONENTIATED = re.compile(
     r"log_.*|.*_logs?|inv_dt|a_(real|imag|re|im)|lambda(_re|_im)?|time_(decay|first|faaaa)|r_k",
     re.DOTALL,
 )
+# Of a layer, the codes of which may be in another file. What DoRA calls one belongs to an adapter.
+_SCALES = re.compile(r"(?!dora_)(.*_)?scales?|zeros?|zero_points?", re.DOTALL)
 _STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # beside these, D acts entrywise
 _NORM = re.compile(r"(.*_)?(layer|rms|group|batch|instance)?_?norm_?\d*", re.DOTALL)
 
@@ -134,7 +136,8 @@ def _find_reason_of_parameter(
         return Reason.constant
     stem = name.removesuffix(last_part(name))
     of_state_space = any(f"{stem}{other}" in tensors for other in _STATE_SPACE)
-    if _EXPONENTIATED.fullmatch(own) or (own in ("d", "ds") and of_state_space):
+    acts_entrywise = _EXPONENTIATED.fullmatch(own) or (modules and _SCALES.fullmatch(own))
+    if acts_entrywise or (own in ("d", "ds") and of_state_space):
         return Reason.exponentiated
     return None
 

@@ -164,8 +164,11 @@ def _find_scaled(name: str) -> Iterable[tuple[str, bool]]:
     if module[:-1].endswith("weight") and re.fullmatch(r"absmax|scales?|SCB|quant_map", own):
         yield module[:-1], True
     if found := _OF_NAME.fullmatch(own):
-        surely = found[1].endswith("weight") or found[2].endswith(("inv", "absmax", "qscale"))
+        of_weight = found[1].endswith("weight")
+        surely = of_weight or found[2].endswith(("inv", "absmax", "qscale"))
         yield f"{module}{found[1]}", surely
+        if of_weight and found[1] != "weight":  # of a stack of experts, by ModelOpt
+            yield f"{module}{found[1].removesuffix('_weight')}", True
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
