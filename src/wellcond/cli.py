@@ -399,6 +399,7 @@ def _enough(report: AuditReport, min_coverage: float | None) -> bool:
 
 def _repair(arguments: argparse.Namespace) -> int:
     from wellcond.audits.repair import repair
+    from wellcond.report.repairs import describe_kept
 
     _set_threads(arguments)
     try:
@@ -414,6 +415,8 @@ def _repair(arguments: argparse.Namespace) -> int:
     finally:
         _finish_progress()
     print(report.to_json() if arguments.json else report.table(), end="")
+    if arguments.json and (kept := describe_kept(report.skipped)):
+        print(f"wellcond: warning: {kept}", file=sys.stderr)
     if report.not_finite:
         from wellcond.report.not_finite import describe_not_finite
 

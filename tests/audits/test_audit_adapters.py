@@ -347,7 +347,7 @@ def test_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
     save_file({"layers.0.q_proj.weight": entries(M, N).to(torch.int8)}, path)
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
-    with pytest.raises(ValueError, match=r"is skipped, as not real .* not quantised; or, where"):
+    with pytest.raises(ValueError, match=r"is skipped, as not real .* was adapted; or, where"):
         wc.audit(adapter, base=path)
 
 

@@ -337,7 +337,7 @@ def test_what_is_asked_for_by_name_and_left_out_is_told_why(tmp_path: Path) -> N
     (two_shards(tmp_path, drawn(8, 6)) / f"{SHARDS[0]}.safetensors").unlink()
     codes = {"q.weight": torch.ones(8, 6), "q.weight_scale": torch.ones(8, 1)}
     save_file({"v": drawn(3, 3), **codes}, tmp_path / "z.safetensors")
-    for name, why in (("w", "a slice of a tensor"), ("q.weight", "quantised: dequantise it")):
+    for name, why in (("w", "a slice of a tensor"), ("q.weight", "quantised, and cannot be")):
         with pytest.raises(ValueError, match="matches none") as caught:
             wc.audit(tmp_path, include=[name])
         assert f"{name} is left out: {why}" in str(caught.value)

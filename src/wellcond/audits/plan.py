@@ -21,7 +21,7 @@ from wellcond.linalg.product import Product
 from wellcond.operators.convolution import Convolution
 from wellcond.operators.views import View, shape_of
 from wellcond.report.findings import MERGED
-from wellcond.text import join_remarks, list_some, suggest_module_patterns
+from wellcond.text import escape, join_remarks, list_some, suggest_module_patterns
 from wellcond.weights.adapters import Adapter, UnknownAdapterError
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices, single_views
@@ -236,10 +236,24 @@ def select(
     if unused:
         tensors = (row.name for row in specs if row.covers and row.source.tensor is not None)
         names = list(dict.fromkeys(tensors))
-        hints = [f"{n} is left out: {left_out[n]}" for n in sorted(unused & left_out.keys())]
         raise ValueError(
             f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
-            f"matches none. {''.join(f'{one}. ' for one in hints)}"
+            f"matches none. {_hint(sorted(unused), specs, left_out)}"
             f"The weights are {list_some(names)}.{suggest_module_patterns(unused, names)}"
         )
     return wanted, left_out
+
+
+def _hint(
+    patterns: Sequence[str], specs: Sequence[RowSpec], left_out: Mapping[str, Skipped]
+) -> str:
+    """What is matched in the place of a weight, of each pattern the first."""
+    tensors = (spec.source.tensor for spec in specs)
+    parts = {part: one.name for one in tensors if one is not None for part in one.parts}
+    hints = ""
+    for pattern in patterns:
+        if found := next((name for name in left_out if fnmatchcase(name, pattern)), None):
+            hints += f"{escape(found)} is left out: {left_out[found]}. "
+        elif found := next((name for name in parts if fnmatchcase(name, pattern)), None):
+            hints += f"{escape(found)} is a part of {escape(parts[found])}. "
+    return hints

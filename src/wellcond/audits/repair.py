@@ -24,14 +24,14 @@ from wellcond.audits.sources import source_of_file
 from wellcond.files.built import Built
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.collection import INDEX, PICKLED
-from wellcond.files.plain import PlainWeight, dtype_of, write_plain
+from wellcond.files.plain import PlainWeight, check_plain, dtype_of, write_plain
 from wellcond.files.tensors import Holder
 from wellcond.linalg.nearest import check_limit
 from wellcond.linalg.scaling import frobenius_norm, split_scale
 from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.operators.views import Member, View
 from wellcond.output import new_path, refuse_existing
-from wellcond.report.repairs import Repair, RepairReport
+from wellcond.report.repairs import Repair, RepairReport, describe_kept
 from wellcond.rules.spectral import limit_condition_number
 from wellcond.text import is_out_of_memory, join_remarks, last_part, list_some, read_versions
 from wellcond.weights.reasons import Reason, Skipped
@@ -134,9 +134,13 @@ def repair(
         else:
             wanted.setdefault(spec.name, []).append(spec)
     plain = [n for n, r in checkpoint.recipes.items() if r.keeps] if dequantise else []
+    alone = checkpoint.path.is_file() and checkpoint.index is None
     if dequantise:
         _check_codes(checkpoint, plain)
+        check_plain(checkpoint, [checkpoint.recipes[name] for name in plain], alone)
     if not (wanted or plain):
+        if kept := describe_kept(skipped):
+            raise ValueError(f"{checkpoint.path} has nothing that can be repaired: {kept}.")
         why = list_some((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
         raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")
     overlapping = [pair for pair in checkpoint.overlapping if wanted.keys() & set(pair)]
@@ -146,6 +150,8 @@ def repair(
             f"changes the other: {list_some(f'{one} and {two}' for one, two in overlapping)}. "
             "Save them apart, each as tensor.clone()."
         )
+    config = checkpoint.beside("config.json")
+    dtypes = {name: dtype_of(checkpoint.recipes[name], config) for name in plain}
     repairs: list[Repair] = []
     refused: list[str] = []
     counter = Counter(progress, work_of(rows[0].source.tensor for rows in wanted.values()))
@@ -187,14 +193,11 @@ def repair(
         if not plain:
             checkpoint.copy_with(change, copy)
         else:
-            config = checkpoint.beside("config.json")
             weights = {}
-            for name in plain:
+            for name, dtype in dtypes.items():
                 recipe = checkpoint.recipes[name]
-                dtype = dtype_of(recipe, config)
                 weights[name] = PlainWeight(recipe, dtype, partial(values, name, dtype))
-            whole = checkpoint.path.is_file() and checkpoint.index is None
-            first = copy.with_name(f"codes{checkpoint.path.suffix}") if whole else copy
+            first = copy.with_name(f"codes{checkpoint.path.suffix}") if alone else copy
             checkpoint.copy_with(change, first)
             if not refused:
                 write_plain(Checkpoint(first), copy, weights)
@@ -207,7 +210,9 @@ def repair(
     others = {name: read for name, read in source.tensors.items() if name not in changed}
     left = {n for n, e in entries.items() if e.skipped is None or e.skipped.reason.of_adapter}
     not_finite, _ = not_finite_in(others, source.masks, left)
-    return RepairReport(repairs, skipped, float(max_condition), read_versions(), not_finite)
+    dequantised = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+    versions = read_versions()
+    return RepairReport(repairs, skipped, float(max_condition), versions, not_finite, dequantised)
 
 
 def _check_codes(checkpoint: Checkpoint, plain: Sequence[str]) -> None:
@@ -218,7 +223,7 @@ def _check_codes(checkpoint: Checkpoint, plain: Sequence[str]) -> None:
     if left:
         raise ValueError(
             f"{checkpoint.path} cannot be dequantised, and nothing was written: "
-            f"{list_some(left, separator='; ')}."
+            f"{list_some(left, limit=2, separator='; ')}."
         )
     if not plain:
         raise ValueError(

@@ -81,6 +81,8 @@ def _measure_source(
             found = S
         else:
             dtype = str(S.dtype).removeprefix("torch.")
+            if tensor is not None and tensor.stored_as and isinstance(S, Tensor):
+                dtype = tensor.stored_as
             row = replace(row, shape=tuple(S.shape), dtype=dtype)
             found = attempt(partial(_measured, S, row, certify, all_values))
         if isinstance(found, Trouble):

@@ -15,6 +15,7 @@ from wellcond.audits.attempt import failed_finding
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.pieces import Pieces, pieces_of
 from wellcond.files.tensors import Entry, Holder
+from wellcond.operators.views import is_transposed
 from wellcond.report.findings import MERGED, Finding
 from wellcond.text import join_remarks, last_part, list_some
 from wellcond.weights.adapters import (
@@ -260,22 +261,33 @@ def _with_base(source: Source, base: Source) -> Source:
                 "Give the path of one file."
             )
         if name is None:
-            skipped = find_adapted_weight(adapter, base.skipped)
+            skipped = find_adapted_weight(adapter, base.skipped) or _find_codes(adapter, base)
             why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
             missing[label] = f"in {base.name} it {why}"
         elif adapter.parts not in beside:
-            bases[name] = replace(matrices[name], name=name, adapters=(adapter,))
+            one, setting = matrices[name], adapter.setting
+            if any(map(is_transposed, one.views.values())):
+                # What adapts a quantised GPT-2 does not say so: its quantised layers are Linear.
+                adapter = replace(adapter, setting=replace(setting, transposed=True))
+            bases[name] = replace(one, name=name, adapters=(adapter,))
     if not bases:
         first, why = next(iter(missing.items()))
         raise ValueError(
-            f"`base` must hold the weights that {source.name} adapts as numbers of full precision, "
-            f"but of {first}, {why}; it has {list_some(matrices, limit=3)}. "
-            "Give the model that was adapted, not quantised; or, where names in the file are not "
-            "those of the modules, the model itself: wc.audit(adapter, base=model)."
+            f"`base` must hold the weights that {source.name} adapts, but of {first}, {why}; it "
+            f"has {list_some(matrices, limit=3)}. Give the model that was adapted; or, where names "
+            "in the file are not those of the modules, the model itself: "
+            "wc.audit(adapter, base=model)."
         )
     failed = [failed_finding(name, MERGED, why) for name, why in missing.items()]
     failed = [*source.failed, *failed]
     return replace(source, adapters=adapters, bases=list(bases.values()), failed=failed)
+
+
+def _find_codes(adapter: Adapter, base: Source) -> str | None:
+    """The name of the codes that are stored in the place of the adapted weight, if they are."""
+    module = adapter.weight.removesuffix("weight")
+    codes = [name for name, why in base.skipped.items() if why.reason is Reason.quantised]
+    return next((n for n in codes if n.startswith(module) or f".{module}" in n), None)
 
 
 def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attention], Value]:

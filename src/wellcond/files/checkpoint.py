@@ -32,7 +32,7 @@ from wellcond.files.tensors import (
     UnreadableError,
     explain_non_weight,
 )
-from wellcond.recipes.base import Content, Recipe, TensorClass
+from wellcond.recipes.base import Content, Recipe, TensorClass, find_quantization
 from wellcond.recipes.find import find_recipes
 from wellcond.text import join_remarks, last_part
 from wellcond.weights.adapters import find_adapter_parameters
@@ -151,12 +151,22 @@ class Checkpoint(Files):
 
     def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
         """Says of codes, and of other parts of a weight, why it cannot be built."""
+        unknown = "in a layout that is not known"
+        config = self.beside("config.json")
+        if not (find_quantization(config) or config.get("quantization")):
+            unknown = "and no config.json beside it says how"
+        for name, (file, entry) in self.where.items():
+            if entry.skipped is not None and entry.skipped.reason is Reason.quantised:
+                detail = f"{entry.skipped.detail}, {unknown}"
+                skipped = Skipped(Reason.quantised, detail)
+                self.where[name] = file, replace(entry, skipped=skipped)
         for name, (why, *others) in refused.items():
             for part in (name, *others):
                 file, entry = self.where[part]
                 known = entry.skipped or Skipped(Reason.quantised)
                 if part != name:
-                    known = known if entry.skipped else Skipped(Reason.scales, name)
+                    keeps = entry.skipped and known.reason is not Reason.torchao
+                    known = known if keeps else Skipped(Reason.scales, name)
                 elif known.reason not in (Reason.vector, Reason.number):
                     keeps = known.reason is Reason.parametrized
                     known = Skipped(known.reason if keeps else Reason.quantised, why)
@@ -246,7 +256,7 @@ class Checkpoint(Files):
     def sizes(self) -> dict[str, int]:
         """How many entries each parameter has; of a quantised weight those that it stands for.
 
-        Fixed transforms, tables and masks are not parameters.
+        Fixed transforms, tables and masks are not parameters, nor are the scales of codes.
         """
         config = self.beside("config.json")
         sizes = {}
@@ -256,7 +266,7 @@ class Checkpoint(Files):
                 sizes[name] = sum(entries(one.shape) for _, one in self.slices[name])
             elif _holds_codes(name, entry):
                 sizes[name] = count_logical_entries(name, self._kinds, self._read_small, config)
-            elif entry.parameter and reason is not Reason.constant:
+            elif entry.parameter and reason not in (Reason.constant, Reason.scales):
                 sizes[name] = entries(entry.shape)
         return sizes
 
@@ -295,16 +305,19 @@ class Checkpoint(Files):
                 recipe = holder.recipe
                 one = replace(
                     one,
+                    aliases=(*names, recipe.parts[0]),
                     read=holder.matrices,
                     note=join_remarks(recipe.note, seen.note),
                     stored=not recipe.keeps,
                     parts=recipe.parts,
+                    stored_as=recipe.stored_as or self.stored[recipe.parts[0]][1].dtype,
                 )
             yield one
 
     def skipped(self) -> dict[str, Skipped]:
-        """All others, and why."""
-        entries = {name: entry.skipped for name, (_, entry) in self.where.items()}
+        """All others but the parts of weights that are built, and why."""
+        where = {n: found for n, found in self.where.items() if n not in self._parts}
+        entries = {name: entry.skipped for name, (_, entry) in where.items()}
         return {name: why for name, why in entries.items() if why is not None} | self.others
 
     def copy_with(self, change: Callable[[str], Tensor | None], target: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +18,14 @@ from wellcond.files.checkpoint import NO_PARTS, Checkpoint
 from wellcond.files.collection import INDEX
 from wellcond.files.safetensors import Item, Safetensors, write_safetensors
 from wellcond.files.tensors import Entry, TensorFile
-from wellcond.recipes.base import Recipe
+from wellcond.recipes.base import QUANTIZATION, Recipe, configs_in
 from wellcond.text import list_some
+from wellcond.weights.matrices import entries
 
 # The settings of the quantisation, inside of config.json and in files of their own.
-_SETTINGS = ("quantization_config", "compression_config", "quantization")
+_SETTINGS = (*QUANTIZATION, "quantization")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_DTYPE = ("dtype", "torch_dtype")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -45,9 +49,45 @@ def dtype_of(recipe: Recipe, config: Mapping[str, Any]) -> torch.dtype:
 
     That is what its parts say, or else config.json; float32 where neither does.
     """
-    named = (recipe.dtype, config.get("dtype"), config.get("torch_dtype"))
+    named = [recipe.dtype, *(one.get(key) for one in configs_in(config) for key in _DTYPE)]
     known = (_DTYPES[one] for one in named if isinstance(one, str) and one in _DTYPES)
     return next(known, torch.float32)
+
+
+def check_plain(checkpoint: Checkpoint, recipes: Iterable[Recipe], alone: bool) -> None:
+    """Checks that weights can be written in the place of their parts.
+
+    Args:
+        checkpoint: that has the weights.
+        recipes: theirs.
+        alone: whether the copy is one file.
+
+    Raises:
+        ValueError: a file is no safetensors file, or holds what that cannot store.
+    """
+    recipes = list(recipes)
+    split = [one.label for one in recipes if _is_split(checkpoint, one)]
+    if split:
+        raise ValueError(
+            f"{list_some(split)} must be stored whole to be dequantised, but are split over "
+            "several files. Join these first."
+        )
+    parts = {part for one in recipes for part in one.parts}
+    changed = {checkpoint.stored[part][0] for part in parts}
+    for file in checkpoint.files.values():
+        if file not in changed:
+            continue
+        if not (alone or isinstance(file, Safetensors)):
+            raise ValueError(
+                f"{file.path.name} must be a safetensors file to be dequantised, but is none. Give "
+                "the path of one file, and a path_out that ends in .safetensors."
+            )
+        for name, (holder, entry) in checkpoint.stored.items():
+            if holder is file and entry.skipped and entry.skipped.reason in NO_PARTS:
+                raise ValueError(
+                    f"{file.path.name} must hold plain tensors besides the weights that are "
+                    f"dequantised, but {name} is {entry.skipped}."
+                )
 
 
 def write_plain(copied: Checkpoint, target: Path, weights: Mapping[str, PlainWeight]) -> None:
@@ -57,54 +97,36 @@ def write_plain(copied: Checkpoint, target: Path, weights: Mapping[str, PlainWei
         copied: a copy of the checkpoint that belongs to nobody else.
         target: a file, if the copy is one; else the directory of the copy, which is changed.
         weights: by name.
-
-    Raises:
-        ValueError: a file is no safetensors file, or holds what that cannot store.
     """
-    joined = [name for name, one in weights.items() if _is_split(copied, one.recipe)]
-    if joined:
-        raise ValueError(
-            f"{list_some(joined)} must be stored whole to be dequantised, but are split over "
-            "several files. Join these first."
-        )
-    first = {one.recipe.parts[0]: name for name, one in weights.items()}
+    first = {one.recipe.parts[0]: one for one in weights.values()}
     parts = {part for one in weights.values() for part in one.recipe.parts}
     places: dict[str, str] = {}
+    count = 0
     for file_name, file in copied.files.items():
         own = {name: entry for name, (holder, entry) in copied.stored.items() if holder is file}
         items: list[Item] = []
         for name, entry in own.items():
             if name in first:
-                one, label = weights[first[name]], first[name]
+                one = first[name]
                 code = str(one.dtype).removeprefix("torch.")
+                label = one.recipe.label.removeprefix(name.removesuffix(entry.name))
                 items.append((label, code, one.recipe.shape, one.values))
             elif name not in parts:
-                items.append((name, entry.dtype, entry.shape, _reader(file, entry)))
+                items.append((entry.name, entry.dtype, entry.shape, _reader(file, entry)))
         places |= dict.fromkeys((name for name, *_ in items), file_name)
+        count += sum(entries(shape) for _, _, shape, _ in items)
         if parts.isdisjoint(own):
             continue
-        for name, entry in own.items():
-            if entry.skipped is not None and entry.skipped.reason in NO_PARTS:
-                raise ValueError(
-                    f"{file.path.name} must hold plain tensors besides the weights that are "
-                    f"dequantised, but {name} is {entry.skipped}."
-                )
-        alone = target if not target.is_dir() else None
-        if alone is None and not isinstance(file, Safetensors):
-            raise ValueError(
-                f"{file.path.name} must be a safetensors file to be dequantised, but is none. Give "
-                "the path of one file, and a path_out that ends in .safetensors."
-            )
-        described = {*weights, "tensor_names"}  # by torchao
-        metadata = {key: text for key, text in file.metadata.items() if key not in described}
-        unfinished = file.path.with_name(f"{file.path.name}.plain")
-        write_safetensors(alone or unfinished, items, metadata)
-        if alone is None:
-            os.replace(unfinished, file.path)
+        metadata = file.metadata
+        if "tensor_names" in metadata:  # by torchao, which describes each of them
+            described = {"tensor_names", *weights, *own}
+            metadata = {key: text for key, text in metadata.items() if key not in described}
+        with _replacing(file.path, target if not target.is_dir() else file.path) as path:
+            write_safetensors(path, items, metadata)
     if target.is_dir():
         _adapt_settings(target, {one.dtype for one in weights.values()})
         if copied.index is not None:
-            _adapt_index(target, places)
+            _adapt_index(target, places, count)
 
 
 def _is_split(copied: Checkpoint, recipe: Recipe) -> bool:
@@ -113,6 +135,15 @@ def _is_split(copied: Checkpoint, recipe: Recipe) -> bool:
 
 def _reader(file: TensorFile, entry: Entry) -> Callable[[], Iterable[Tensor]]:
     return lambda: (file.read(entry.name),)
+
+
+@contextlib.contextmanager
+def _replacing(old: Path, target: Path) -> Iterator[Path]:
+    """A path for a new file, which then becomes the target, with the permissions of the old one."""
+    path = old.with_name(f"{old.name}.plain")
+    yield path
+    shutil.copymode(old, path)
+    os.replace(path, target)
 
 
 def _adapt_settings(folder: Path, dtypes: set[torch.dtype]) -> None:
@@ -126,22 +157,29 @@ def _adapt_settings(folder: Path, dtypes: set[torch.dtype]) -> None:
         return
     if not isinstance(config, dict):
         return
-    for key in _SETTINGS:
-        config.pop(key, None)
-    if len(dtypes) == 1:
-        (dtype,) = dtypes
-        for key in {"dtype", "torch_dtype"} & config.keys():
-            config[key] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    for one in cast(list[dict[str, Any]], list(configs_in(config))):
+        removed = [one.pop(key) for key in _SETTINGS if isinstance(one.get(key), dict)]
+        if len(dtypes) == 1 and (removed or one is config):
+            dtype = str(*dtypes).removeprefix("torch.")
+            one |= dict.fromkeys(one.keys() & set(_DTYPE), dtype)
+    _write_json(config, path)
 
 
-def _adapt_index(folder: Path, places: Mapping[str, str]) -> None:
-    """Names the tensors that there are now, and how many bytes they have."""
+def _adapt_index(folder: Path, places: Mapping[str, str], count: int) -> None:
+    """Names the tensors that there are now, and how many entries and bytes they have."""
     (path,) = folder.glob(f"*{INDEX}")
     index = json.loads(path.read_text())
     index["weight_map"] = dict(sorted(places.items()))
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        files = {folder / name for name in places.values()}
-        metadata["total_size"] = sum(Safetensors(file).nbytes for file in files)
-    path.write_text(json.dumps(index, indent=2) + "\n")
+    files = {folder / name for name in places.values()}
+    sizes = {
+        "total_parameters": count,
+        "total_size": sum(Safetensors(file).nbytes for file in files),
+    }
+    if isinstance(metadata := index.get("metadata"), dict):
+        metadata |= {key: size for key, size in sizes.items() if key in metadata}
+    _write_json(index, path)
+
+
+def _write_json(content: Any, path: Path) -> None:
+    with _replacing(path, path) as new:
+        new.write_text(json.dumps(content, indent=2) + "\n")

@@ -49,6 +49,13 @@ class Transposed:
         parameter.copy_(matrix.mT)
 
 
+def is_transposed(view: View) -> bool:
+    """Whether it is of a parameter that is stored as (inputs, outputs), or of a part of one."""
+    while isinstance(view, Part | Strided | Member):
+        view = view.view
+    return isinstance(view, Transposed)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A convolution kernel as (out, in/groups * kernel), the columns in the order of memory.

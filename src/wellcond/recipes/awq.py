@@ -147,6 +147,7 @@ def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ..
         parts=parts,
         shape=(m, n),
         note=f"dequantised from AWQ of 4 bits with groups of {group_size} inputs",
+        stored_as="int4",
         dtype=content.dtype(names[2]),
         group_size=group_size,
     )

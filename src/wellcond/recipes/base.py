@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from wellcond.weights.matrices import entries
 
+QUANTIZATION = ("quantization_config", "compression_config")  # the latter was the first name
 SMALL = 4096  # bytes of a description that is read before anything is measured
 _SHOWN, _LETTERS = 8, 60  # of a setting, in a sentence
 _WIDTHS = {"uint8": 1, "int8": 1, "int64": 8, "uint64": 8, "float64": 8}  # others at most 4
@@ -91,18 +93,34 @@ class Content:
         return self.read(name)
 
     def quantization(self) -> Mapping[str, Any]:
-        """The settings of the quantisation in config.json; {} if there are none."""
-        config = self.beside("config.json")
-        text = config.get("text_config")
-        for settings, key in (
-            (config, "quantization_config"),
-            (text, "quantization_config"),  # of the language model in a larger one
-            (config, "compression_config"),  # early compressed-tensors
-        ):
-            found = settings.get(key) if isinstance(settings, Mapping) else None
-            if isinstance(found, Mapping):
-                return found
-        return {}
+        """The settings of the quantisation in config.json; {} if there are none, or several."""
+        return self._quantization
+
+    @cached_property
+    def _quantization(self) -> Mapping[str, Any]:
+        return find_quantization(self.beside("config.json"))
+
+
+def find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the quantisation in the content of config.json.
+
+    A larger model may have them in the config of its language model. {} if there are none, or if
+    several of its models have different ones.
+    """
+    whole, *parts = (
+        [one[key] for key in QUANTIZATION if isinstance(one.get(key), Mapping)]
+        for one in configs_in(config)
+    )
+    found: list[Mapping[str, Any]] = whole or [one for some in parts for one in some]
+    return found[0] if found and (whole or found.count(found[0]) == len(found)) else {}
+
+
+def configs_in(config: Mapping[str, Any], depth: int = 2) -> Iterator[Mapping[str, Any]]:
+    """A config, and those of the models that it consists of: `text_config`, `vision_config`."""
+    yield config
+    for key, one in config.items() if depth else ():
+        if key.endswith("_config") and key not in QUANTIZATION and isinstance(one, Mapping):
+            yield from configs_in(one, depth - 1)
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,8 @@ class Recipe(abc.ABC):
             scale per block of 128x128".
         dtype: the dtype of the weight in a plain checkpoint, if the parts say so: "bfloat16".
         keeps: why a repair cannot write other values back; "" if it can.
+        stored_as: as what its entries are stored, such as "int4" or "nf4"; "" if that is the dtype
+            of the first part.
     """
 
     label: str
@@ -125,7 +145,8 @@ class Recipe(abc.ABC):
     shape: tuple[int, ...]
     note: str
     dtype: str = ""
-    keeps: str = "it is stored as codes"
+    keeps: str = "stored as codes"
+    stored_as: str = ""
 
     @property
     def count(self) -> int:

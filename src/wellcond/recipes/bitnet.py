@@ -70,6 +70,7 @@ def _make(content: Content, name: str, scale: str) -> Recipe:
         parts=(name, scale),
         shape=(4 * stored[0], stored[1]),
         note="dequantised from the ternary codes of BitNet with a scale of the tensor",
+        stored_as="ternary",
         dtype=content.dtype(scale),
         divides=kind == "bitlinear",
     )

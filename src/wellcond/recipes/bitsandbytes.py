@@ -175,6 +175,7 @@ def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate
                 f"dequantised from {kind.upper()} of bitsandbytes with a scale per block of {block}"
                 + (", itself quantised" if nested else ""),
                 dtype=next((kind for kind in _FLOATS if kind == described.get("dtype")), ""),
+                stored_as=kind,
                 kind=kind,
                 block=block,
                 storage=storage,

@@ -376,7 +376,16 @@ def _read_packed(
     shape = (*lead, m, n)
     note = f"integers of {bits} bits"
     label = f"{prefix}weight"
-    return Packed(label, parts, shape, note, stacked=bool(lead), bits=bits, dense=dense)
+    return Packed(
+        label,
+        parts,
+        shape,
+        note,
+        stored_as=f"int{bits}",
+        stacked=bool(lead),
+        bits=bits,
+        dense=dense,
+    )
 
 
 def _count_words(codes: int, bits: int, dense: bool) -> int:

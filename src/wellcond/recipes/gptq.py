@@ -180,6 +180,7 @@ def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ..
         shape=(m, n),
         note=f"dequantised from GPTQ of {bits} bits with {count} groups of inputs",
         dtype=content.dtype(scales),
+        stored_as=f"int{bits}",
         bits=bits,
         version=version,
         planar=planar,

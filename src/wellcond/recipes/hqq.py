@@ -136,6 +136,7 @@ def _make(content: Content, stem: str, parts: tuple[str, ...]) -> Recipe:
         parts=parts,
         shape=(shape[0], shape[1]),
         note=f"dequantised from HQQ of {bits} bits with groups of {size} entries",
+        stored_as=f"int{bits}",
         dtype=content.dtype(names["scale"]),
         bits=bits,
         per_word=per_word,

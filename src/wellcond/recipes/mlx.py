@@ -23,6 +23,7 @@ _FLOATS = ("float16", "bfloat16", "float32")
 _BITS = (1, 2, 3, 4, 5, 6, 8)
 # The bits and the group size of the modes whose codes are floats and whose scales are bytes.
 _MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+_STORED_AS = {4: "float4_e2m1", 8: "float8_e4m3fn"}  # by the bits of such a code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,7 @@ def _make(content: Content, name: str, parts: tuple[str, ...]) -> Recipe:
         parts=parts,
         shape=(*packed[:-1], n),
         note=f"dequantised from MLX of {what} per group of {group_size}",
+        stored_as=f"int{bits}" if affine else _STORED_AS[bits],
         dtype=content.dtype(parts[1]) if affine else "",
         mode=mode,
         bits=bits,

@@ -104,7 +104,14 @@ def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe
     E, m, n = *s[:2], _BLOCK * s[2]
     transposed = blocks.endswith("_blocks")  # transformers stores (inputs, outputs)
     shape = (E, n, m) if transposed else (E, m, n)
-    return Microscaled(label, (blocks, scales), shape, _describe("MXFP4"), transposed=transposed)
+    return Microscaled(
+        label,
+        (blocks, scales),
+        shape,
+        _describe("MXFP4"),
+        stored_as="float4_e2m1",
+        transposed=transposed,
+    )
 
 
 def _of_codes(
@@ -126,7 +133,8 @@ def _of_codes(
         raise RecipeError(f"its {shape[-1]} inputs are not blocks of {_BLOCK}")
     _check_scales(content, scales, (*shape[:-1], shape[-1] // _BLOCK), "uint8", "float32")
     note = _describe(f"MXFP8 ({_FLOAT8[dtype]})" if float8 else "MXFP4")
-    return Microscaled(label, (codes, scales), shape, note, float4=not float8)
+    stored_as = "" if float8 else "float4_e2m1"
+    return Microscaled(label, (codes, scales), shape, note, stored_as=stored_as, float4=not float8)
 
 
 def _describe(what: str) -> str:

@@ -136,7 +136,7 @@ class SpectralNorm(Recipe):
 class Masked(Recipe):
     """W = orig * mask."""
 
-    keeps: str = "it is pruned, and its mask would be undone"
+    keeps: str = "pruned, so that its mask would be undone"
 
     def build(self, read: Read, index: int) -> Tensor:
         orig, mask = self.parts
@@ -154,7 +154,7 @@ class Orthogonal(Recipe):
     start, zero below the diagonal and -1 on it, to the identity.
     """
 
-    keeps: str = "it is orthogonal by its parametrization"
+    keeps: str = "orthogonal by its parametrization"
 
     def build(self, read: Read, index: int) -> Tensor:
         base, orig = self.parts

@@ -152,6 +152,8 @@ def _spread(blocks: Tensor, columns: Tensor) -> Tensor:
 class Float4(Scaled):
     """Codes of float4 (E2M1), two per byte, the lower half first."""
 
+    stored_as: str = "float4_e2m1"
+
     def decode(self, codes: Tensor) -> Tensor:
         pairs = _PAIRS.index_select(0, codes.contiguous().view(torch.uint8).flatten().int())
         return pairs.view(*codes.shape[:-1], -1)
@@ -160,6 +162,8 @@ class Float4(Scaled):
 @dataclass(frozen=True)
 class Float6(Scaled):
     """Codes of float6 (E2M3), four in three bytes, the lowest bits first."""
+
+    stored_as: str = "float6_e2m3"
 
     def decode(self, codes: Tensor) -> Tensor:
         low, middle, high = codes.int().reshape(len(codes), -1, 3).unbind(-1)

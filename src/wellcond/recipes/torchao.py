@@ -24,6 +24,7 @@ from wellcond.weights.matrices import entries
 _FLOAT4 = "float4_e2m1fn_x2"
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FLOAT6 = {"fp6_e2m3": (2, 3), "fp6_e3m2": (3, 2)}  # bits of exponent and mantissa, one per byte
+_STORED_AS = {_FLOAT4: "float4_e2m1", "fp6_e2m3": "float6_e2m3", "fp6_e3m2": "float6_e3m2"}
 _INTEGERS = ("int8", "uint8")
 _REALS = ("float64", "float32", "float16", "bfloat16")
 _AFFINE = "AffineQuantizedTensor"
@@ -218,6 +219,7 @@ class _Description:
             shape,
             self._note(target if target in _TARGETS else self.content.dtype(name), shape, block),
             dtype=self._dtype("dtype"),
+            stored_as=target if target in _TARGETS else "",
             block=block,
             zero_points=zero,
             columns=columns,
@@ -254,6 +256,7 @@ class _Description:
             shape,
             self._note("NVFP4" if nv else f"MX, {elements}", shape, block),
             dtype=self._dtype("orig_dtype"),
+            stored_as="" if kind in _FLOAT8 else _STORED_AS[kind],
             block=block,
             elements=elements if kind == _FLOAT4 or kind in _FLOAT6 else "",
             factor=factor,

@@ -59,15 +59,15 @@ class Finding:
             has one.
         shape: (m, n), outputs and inputs; (g, m, n) of the kernel of a convolution in g groups,
             which acts as one block-diagonal matrix and is measured as that.
-        dtype: in which it is stored, such as "bfloat16".
+        dtype: in which it is stored, such as "bfloat16"; of codes as what, such as "int4".
         sigma_max: the largest singular value, the spectral norm.
         sigma_min: the smallest of the nu = min(m, n) singular values, of groups g nu.
         condition_number: sigma_max/sigma_min; inf if sigma_min is zero to working precision, nan
             if there is none.
         stable_rank: ||S||_F^2/sigma_max^2, between 1 and nu.
         rank: how many singular values exceed what rounding the entries to the dtype can move one
-            by, u ||S||_F; every matrix that rounds to this one has at least that rank. 0 if the
-            grade is "bounded".
+            by, u ||S||_F; every matrix that rounds to this one has at least that rank. Of what is
+            built from `parts` that is rounding to float32. 0 if the grade is "bounded".
         penalty: r = sigma_max^2/2 - ||S||_F^2/(2 nu), in units of a squared singular value.
         exceedance: how often a random matrix of this shape, of independent Gaussian entries, has a
             larger condition number, 0 to 1; see `wellcond.linalg.gaussian.exceedance`. nan if there
@@ -87,8 +87,9 @@ class Finding:
             nu counts no more; 0 of others.
         largest_entry: max |w|, of real and imaginary parts; float16 holds up to 65504. This and the
             next two are nan of what is no stored matrix, as a convolution as it acts.
-        subnormal_share: of the entries, how many are subnormal in the dtype, 0 to 1: they have lost
-            digits, and hardware may take them for zero.
+        subnormal_share: of the entries, how many are subnormal in the dtype, or of what is built
+            from `parts` in float32, 0 to 1: they have lost digits, and hardware may take them for
+            zero.
         float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.
         zero_rows: which rows (outputs) are zero, from 0; of a kernel in groups over all of them.
         zero_columns: which columns (inputs) are zero likewise.

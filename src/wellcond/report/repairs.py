@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
 from wellcond.text import dump_json, format_table, list_some, save_text
 from wellcond.weights.kernels import describe_groups
-from wellcond.weights.reasons import Skipped
+from wellcond.weights.reasons import Reason, Skipped
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class RepairReport:
         max_condition: the limit.
         versions: of wellcond, torch and Python.
         not_finite: what was copied with NaN or infinity in it, by name; see `AuditReport`.
+        dequantised: the dtypes of the weights that were stored as codes, or under a mask, and are
+            written as one tensor, by name.
     """
 
     repairs: list[Repair]
@@ -61,6 +64,7 @@ class RepairReport:
     max_condition: float
     versions: dict[str, str]
     not_finite: dict[str, NotFinite] = field(default_factory=dict)
+    dequantised: dict[str, str] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[Repair]:
@@ -90,9 +94,16 @@ class RepairReport:
             text += f"{list_some(noted, 3)}: {note}\n"
         kernels = sum(repair.view == "kernel" for repair in self.changed)
         text += f"{describe_groups(kernels)}\n" if kernels else ""
+        for dtype in dict.fromkeys(self.dequantised.values()):
+            names = [name for name, other in self.dequantised.items() if other == dtype]
+            text += f"{_count_weights(names)} written as plain {dtype}: {list_some(names, 3)}\n"
+        if kept := describe_kept(self.skipped):
+            text += f"{kept}\n"
         obeyed = len(self.repairs) - len(self.changed)
+        others = self.skipped.keys() - self.dequantised.keys()
+        copied = sum(self.skipped[name].reason is not Reason.kept for name in others)
         text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
-        text += f"they were; {len(self.skipped)} other tensors copied\n"
+        text += f"they were; {copied} other tensors copied\n"
         return f"{text}{describe_not_finite(self.not_finite)}\n" if self.not_finite else text
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +114,7 @@ class RepairReport:
             "repairs": [asdict(repair) for repair in self.repairs],
             "skipped": [{"name": n, "reason": str(why)} for n, why in self.skipped.items()],
             "not_finite": to_list(self.not_finite),
+            "dequantised": [{"name": n, "dtype": dtype} for n, dtype in self.dequantised.items()],
             "versions": self.versions,
         }
 
@@ -112,3 +124,22 @@ class RepairReport:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def describe_kept(skipped: Mapping[str, Skipped]) -> str:
+    """Which weights a repair cannot change, why, and the way out; "" if there are none."""
+    kept = {name: why.detail for name, why in skipped.items() if why.reason is Reason.kept}
+    if not kept:
+        return ""
+    said = []
+    for why in dict.fromkeys(kept.values()):
+        names = [name for name, other in kept.items() if other == why]
+        said.append(f"{list_some(names, 3)} ({why})")
+    return (
+        f"{_count_weights(kept)} left as stored: {'; '.join(said)}. With --dequantise "
+        "(dequantise=True) the copy has plain tensors in their place, within the limit"
+    )
+
+
+def _count_weights(names: Collection[str]) -> str:
+    return f"{len(names)} weight{'' if len(names) == 1 else 's'}"

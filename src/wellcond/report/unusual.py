@@ -67,7 +67,8 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
             facts.append(f"{share} of its entries would be zero in float16")
     if finding.subnormal_share > _ENTRIES:
         share = format_percent(finding.subnormal_share)
-        facts.append(f"{share} of its entries are subnormal in {finding.dtype}")
+        dtype = "float32" if finding.parts else finding.dtype  # in which it is built
+        facts.append(f"{share} of its entries are subnormal in {dtype}")
     # No file holds a sum, or what is computed. To fill a row gives outputs to a class that never
     # occurs, and beside one huge entry all others are as good as zero.
     stored = finding.stored and not finding.with_adapter

@@ -29,6 +29,7 @@ class Matrices:
         note: what a reader must know of all of its matrices, such as why it is not cut.
         stored: whether it is a parameter as it stands, not computed from parameters.
         parts: the names of the tensors of a file from which it is built; () if it is one of them.
+        stored_as: as what its entries are stored, such as "int4"; "" if that is their dtype.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Matrices:
     note: str = ""
     stored: bool = True
     parts: tuple[str, ...] = ()
+    stored_as: str = ""
 
 
 def is_vector(shape: Sequence[int]) -> bool:

@@ -26,7 +26,7 @@ class Reason(enum.Enum):
     kept = "measured, but not repaired"
     codes = "codes, which mean nothing without their scales: dequantise first"
     packed = "not real floating point: packed, quantised or not a weight"
-    quantised = "quantised: dequantise it to measure it"
+    quantised = "quantised, and cannot be dequantised here"
     perhaps_codes = (
         "possibly quantised, because a scale of matching shape is stored beside it; if it is not "
         "quantised, include its exact name"
@@ -71,7 +71,8 @@ class Reason(enum.Enum):
         """Whether the tensor is not a matrix, so that a report without it is complete."""
         return self in (
             *(Reason.number, Reason.vector, Reason.empty, Reason.dimensions),
-            Reason.component,  # the weight computed from it is counted instead
+            # The weight that is computed from these is counted instead.
+            *(Reason.component, Reason.scales),
         )
 
     @property
