@@ -39,7 +39,7 @@ from wellcond.weights.adapters import find_adapter_parameters
 from wellcond.weights.fused import find_views_in_file
 from wellcond.weights.matrices import Matrices, ViewsByName, entries
 from wellcond.weights.names import find_non_weights
-from wellcond.weights.quantised import count_logical_entries
+from wellcond.weights.quantised import count_logical_entries, read_bits
 from wellcond.weights.reasons import Reason, Skipped
 
 # What names and neighbours say more of than shape and dtype do.
@@ -258,14 +258,14 @@ class Checkpoint(Files):
 
         Fixed transforms, tables and masks are not parameters, nor are the scales of codes.
         """
-        config = self.beside("config.json")
+        bits = read_bits(self.beside("config.json"))
         sizes = {}
         for name, (_, entry) in self.where.items():
             reason = None if entry.skipped is None else entry.skipped.reason
             if reason is Reason.slice:
                 sizes[name] = sum(entries(one.shape) for _, one in self.slices[name])
             elif _holds_codes(name, entry):
-                sizes[name] = count_logical_entries(name, self._kinds, self._read_small, config)
+                sizes[name] = count_logical_entries(name, self._kinds, self._read_small, bits)
             elif entry.parameter and reason not in (Reason.constant, Reason.scales):
                 sizes[name] = entries(entry.shape)
         return sizes

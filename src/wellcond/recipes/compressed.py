@@ -346,8 +346,8 @@ def _read_packed(
     content.shape(name)
     sides = _read_sides(content, prefix)
     if sides[:-1] != (*lead, m) or type(sides[-1]) is not int or sides[-1] < 1:
-        told = list(sides[:4])
-        raise RecipeError(f"{name} is {told}, but there are {[*lead, m]} rows of codes")
+        shape = list(sides[:4])
+        raise RecipeError(f"{name} is {shape}, but there are {[*lead, m]} rows of codes")
     n = sides[-1]
     ways = [dense for dense in (True, False) if words == _count_words(n, bits, dense)]
     if not ways:
@@ -373,13 +373,12 @@ def _read_packed(
                 f"the version in config.json is {told}"
             )
         dense = bool(newer) if len(ways) > 1 else dense
-    shape = (*lead, m, n)
     note = f"integers of {bits} bits"
     label = f"{prefix}weight"
     return Packed(
         label,
         parts,
-        shape,
+        (*lead, m, n),
         note,
         stored_as=f"int{bits}",
         stacked=bool(lead),

@@ -190,7 +190,7 @@ _SMALL = 4096  # bytes of a description that is read
 
 
 def count_logical_entries(
-    name: str, tensors: Tensors, read: Callable[[str], Tensor], config: Mapping[str, Any]
+    name: str, tensors: Tensors, read: Callable[[str], Tensor], bits: int
 ) -> int:
     """The number of entries of the weight that these codes encode, at least the number of codes.
 
@@ -198,12 +198,12 @@ def count_logical_entries(
         name: of the codes.
         tensors: shape and dtype by name.
         read: reads a tensor; called for shapes and descriptions of at most 4 kB.
-        config: the content of config.json.
+        bits: per code, if nothing beside the codes says it; 0 if unknown.
     """
     shape, dtype = tensors[name]
     stored, word = entries(shape), 8 if is_narrow(dtype) else int(re.sub(r"\D", "", dtype) or 1)
     try:
-        count = _read_entries(name, tensors, read) or _derive_entries(name, tensors, word, config)
+        count = _read_entries(name, tensors, read) or _derive_entries(name, tensors, word, bits)
     except Exception:  # a damaged description must not hide the codes
         count = 0
     # A code has at least one bit.
@@ -227,8 +227,8 @@ def _multiply(sides: list[int]) -> int:
     return math.prod(sides) if known and len(sides) < 8 else 0
 
 
-def _derive_entries(name: str, tensors: Tensors, word: int, config: Mapping[str, Any]) -> int:
-    """The number of entries by the shapes beside the codes, or by the config; 0 if unknown."""
+def _derive_entries(name: str, tensors: Tensors, word: int, bits: int) -> int:
+    """The number of entries by the shapes beside the codes, or by the bits; 0 if unknown."""
     shape, dtype = tensors[name]
     module, dot, own = name.rpartition(".")
 
@@ -251,16 +251,18 @@ def _derive_entries(name: str, tensors: Tensors, word: int, config: Mapping[str,
     by_maximum = f"{name}.absmax" in tensors  # bitsandbytes
     if dtype == "uint8" and (in_blocks or by_16 or by_maximum):
         return 2 * entries(shape)
-    bits = _read_bits(config)
     return entries(shape) * word // bits if word == 32 and bits else 0
 
 
-def _read_bits(config: Mapping[str, Any]) -> int:
+def read_bits(config: Mapping[str, Any]) -> int:
     """Bits per code in the config of GPTQ, AWQ, compressed-tensors or MLX; 0 if unknown."""
-    settings = config.get("quantization_config") or config.get("quantization") or {}
-    groups = settings.get("config_groups") or {}
-    for one in (settings, *(group.get("weights") or {} for group in groups.values())):
+    settings = config.get("quantization_config") or config.get("quantization")
+    groups = settings.get("config_groups") if isinstance(settings, Mapping) else None
+    each = groups.values() if isinstance(groups, Mapping) else ()
+    weights = (group.get("weights") for group in each if isinstance(group, Mapping))
+    for one in (settings, *weights):
         for key in ("bits", "num_bits", "w_bit"):
-            if type(one.get(key)) is int and 0 < one[key] <= 32:
-                return int(one[key])
+            bits = one.get(key) if isinstance(one, Mapping) else None
+            if type(bits) is int and 0 < bits <= 32:
+                return bits
     return 0
