@@ -57,58 +57,52 @@ def numbers(dtype: str, *values: int) -> Part:
     return Part(dtype, [len(values)], data)
 
 
-def layers(count: int, parts: Callable[[], Parts]) -> dict[str, Part]:
-    """The same layer so many times."""
-    return {f"layers.{n}.{name}": part for n in range(count) for name, part in parts().items()}
-
-
 def gptq() -> Parts:
     return {
-        "qweight": zeros("I32", 4, 32),
-        "qzeros": zeros("I32", 1, 4),
-        "scales": zeros("F16", 1, 32),
-        "g_idx": zeros("I32", 32),
+        "l.qweight": zeros("I32", 4, 32),
+        "l.qzeros": zeros("I32", 1, 4),
+        "l.scales": zeros("F16", 1, 32),
+        "l.g_idx": zeros("I32", 32),
     }
 
 
-def packed() -> Parts:
+def packed(n: int) -> Parts:
+    """8 rows of 4 words, said to have so many codes each."""
     return {
-        "weight_packed": zeros("I32", 8, 4),
-        "weight_scale": zeros("F16", 8, 1),
-        "weight_shape": numbers("I64", 8, 32),
+        "l.weight_packed": zeros("I32", 8, 4),
+        "l.weight_scale": zeros("F16", 8, 1),
+        "l.weight_shape": numbers("I64", 8, n),
     }
 
 
-def float8() -> Parts:
-    return {"weight": zeros("F8_E4M3", 8, 8), "weight_scale": zeros("F32", 1, 1)}
-
-
-def int8() -> Parts:
-    return {"weight": zeros("I8", 8, 8), "weight_scale": zeros("F32", 1, 1)}
-
-
-def deep(levels: int, inner: bytes = b"1") -> bytes:
-    return b'{"quantization_config":' * levels + inner + b"}" * levels
+def hqq(*shape: int) -> Parts:
+    """A weight that says that it has this shape."""
+    packing = b"4bit_u8"
+    return {
+        "l.W_q": zeros("U8", 4, 8),
+        "l.scale": zeros("F16", 8, 1),
+        "l.zero": zeros("F16", 8, 1),
+        "l.shape": numbers("I64", *shape),
+        "l.axis": numbers("I32", 1),
+        "l.group_size": numbers("I32", 8),
+        "l.packing": Part("U8", [len(packing)], packing),
+    }
 
 
 def in_config(**settings: Any) -> dict[str, Any]:
     return {"quantization_config": settings}
 
 
+def deep(levels: int, inner: bytes) -> bytes:
+    return b'{"quantization_config":' * levels + inner + b"}" * levels
+
+
 def recipe_attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
-    """Exit codes of audit, repair, audit with heads, and dequantise; and how to make the files."""
-    many, long = 5000, "x" * 900_000
-    big = [0] * 300_000
-    named = {str(n): {"bits": 4, "group_size": n + 1} for n in range(25_000)}
-    groups = {
-        str(n): {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "group_size": 32 * (n + 1), "strategy": "group"},
-        }
-        for n in range(60)
-    }
-    algorithms = {f"layers.{n}": {"quant_algo": "FP8"} for n in range(20_000)}
-    nested = deep(900, json.dumps({"quant_method": "gptq", "bits": 4}).encode())
+    """Exit codes of audit, repair, audit with heads, and a plain copy; and how to make the files."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    groups = in_config(quant_method="compressed-tensors", config_groups={"a": group})
+    settings = b'{"quant_method": "gptq", "bits": %s}'
+    lists = settings % (b"[" * 900 + b"]" * 900)
 
     def refused(make: Callable[..., Sample], *arguments: Any) -> tuple[str, Callable[[], Sample]]:
         return "2222", lambda: make(*arguments)
@@ -118,70 +112,16 @@ def recipe_attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
         "a shape of 2^40 entries": refused(of_bitsandbytes, [_HUGE, 1]),
         "a shape of huge numbers": refused(of_bitsandbytes, [10**900, 10**900, 10**900]),
         "a shape of 1,000 sides": refused(of_bitsandbytes, [1] * 1000),
-        "an offset of 10^900": refused(lambda: of_bitsandbytes([8, 8], nested_offset=10**900)),
-        "packed rows of 2^40 codes": refused(
-            lambda: folder(
-                {f"l.{k}": v for k, v in packed().items()}
-                | {"l.weight_shape": numbers("I64", 8, _HUGE)},
-                in_config(quant_method="compressed-tensors", config_groups=groups),
-            )
-        ),
-        "a million levels": refused(folder, layers(1, gptq), deep(1_000_000)),
-        "900 levels": refused(folder, layers(1, gptq), nested),
+        "an offset of 10^900": ("0220", lambda: of_bitsandbytes([8, 8], nested_offset=10**900)),
+        "packed rows of 2^40 codes": refused(folder, packed(_HUGE), groups),
+        "HQQ of 2^60 entries": refused(folder, hqq(1 << 30, 1 << 30), {}),
+        "a million levels": refused(folder, gptq(), deep(1_000_000, b"1")),
+        "900 levels": ("0220", lambda: folder(gptq(), deep(900, settings % b"4"))),
+        "900 levels of a setting": refused(folder, gptq(), deep(1, lists)),
         "900 levels in two configs": refused(
-            lambda: folder(
-                layers(many, gptq),
-                b'{"quantization_config": {"bits": %s}}' % (b"[" * 900 + b"]" * 900),
-                quantize_config=b'{"bits": %s}' % (b"[" * 900 + b"]" * 900),
-            )
+            lambda: folder(gptq(), deep(1, lists), quantize_config=lists)
         ),
-        "a list for a config": refused(folder, layers(1, gptq), [in_config(bits=4)]),
-        "a text for a config": refused(folder, layers(1, gptq), "bits"),
-        "a long format": refused(folder, layers(many, gptq), in_config(checkpoint_format=long)),
-        "a long method": refused(folder, layers(many, gptq), in_config(quant_method=long)),
-        "bits of a long list": refused(folder, layers(many, gptq), in_config(bits=big)),
-        "two long lists": refused(
-            lambda: folder(
-                layers(many, gptq), in_config(dynamic=big), quantize_config={"dynamic": big}
-            )
-        ),
-        "many writers": refused(
-            folder, layers(many, gptq), in_config(bits=4, meta={"quantizer": [""] * 200_000})
-        ),
-        "many layers with group sizes": refused(
-            folder,
-            {n: p for n, p in layers(many, gptq).items() if not n.endswith("g_idx")},
-            in_config(
-                quant_method="auto-round",
-                packing_format="auto_round:auto_gptq",
-                bits=4,
-                extra_config=named,
-            ),
-        ),
-        "60 groups": refused(
-            folder,
-            layers(many, packed),
-            in_config(quant_method="compressed-tensors", config_groups=groups),
-        ),
-        "a long block size": refused(
-            folder, layers(many, float8), in_config(quant_method="fp8", weight_block_size=long)
-        ),
-        "a block size of many numbers": refused(
-            folder, layers(many, float8), in_config(quant_method="fp8", weight_block_size=big)
-        ),
-        "a long algorithm": refused(
-            folder, layers(many, int8), in_config(quant_method="modelopt", quant_algo=big)
-        ),
-        "an algorithm per layer": refused(
-            folder,
-            layers(many, int8),
-            in_config(
-                quant_method="modelopt", quant_algo="MIXED_PRECISION", quantized_layers=algorithms
-            ),
-        ),
-        "settings of Quark per layer": refused(
-            folder,
-            layers(many, lambda: {**int8(), "weight_scale": zeros("U8", 8, 1)}),
-            in_config(quant_method="quark", layer_quant_config=named),
-        ),
+        "a list for a config": refused(folder, gptq(), [in_config(bits=4)]),
+        "a text for a config": refused(folder, gptq(), "bits"),
+        "a config of a long word": refused(folder, gptq(), in_config(bits=4, format="x" * 900_000)),
     }
