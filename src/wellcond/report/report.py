@@ -378,7 +378,7 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     Args:
         before: what `wellcond.audit` returned for the first model or checkpoint.
         after: what it returned for the second, such as a later state of a training, a repaired
-            copy, or a copy in another dtype.
+            copy, or a copy in another dtype or quantised.
 
     Returns:
         A `Comparison`, the largest change of kappa first.
