@@ -59,20 +59,22 @@ class File(Benchmark):
 
     layers: int = count(16, "layers that are written")
     measured: int = count(8, "layers that are measured")
+    formats: str = option("FP8,bfloat16", "one of these, or both")
+    shrink: int = count(1, "divides all sizes, for a try")
     folder: str = option(None, "where to write some 10 GB; a temporary folder by default")
 
     @property
     def total(self) -> int:
-        return 2
+        return len(self.formats.split(","))
 
     def measure(self, advance: Advance) -> dict[str, Any]:
         runs = []
-        largest = 4 * WIDTH * UNITS
+        largest = 4 * WIDTH * UNITS // self.shrink**2
         start = audit_peak(None, 0)["peak_bytes"]
         with tempfile.TemporaryDirectory(dir=self.folder) as made:
-            for name in ("FP8", "bfloat16"):
+            for name in self.formats.split(","):
                 folder = Path(made, name)
-                write_checkpoint(folder, name == "FP8", self.layers)
+                write_checkpoint(folder, name == "FP8", self.layers, self.shrink)
                 run = audit_peak(folder, min(self.measured, self.layers))
                 size = sum(path.stat().st_size for path in folder.iterdir())
                 peak = run["peak_bytes"]
@@ -138,7 +140,7 @@ def peak_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def write_checkpoint(folder: Path, quantised: bool, layers: int) -> None:
+def write_checkpoint(folder: Path, quantised: bool, layers: int, shrink: int) -> None:
     """One shard per layer, one of embedding and head, an index, and config.json."""
     folder.mkdir()
     source = torch.Generator().manual_seed(0)
@@ -148,18 +150,22 @@ def write_checkpoint(folder: Path, quantised: bool, layers: int) -> None:
         places.update(dict.fromkeys(write_shard(folder / shard, tensors), shard))
 
     def matrices(prefix: str) -> Iterator[tuple[str, Tensor]]:
-        for name, (m, n) in MATRICES.items():
+        for name, sides in MATRICES.items():
+            m, n = (side // shrink for side in sides)
             W = torch.randn(m, n, generator=source)
             if quantised:
                 yield f"{prefix}.{name}.weight", (W * 64).to(torch.float8_e4m3fn)
-                scales = torch.rand(m // BLOCK, n // BLOCK, generator=source) + 0.5
+                scales = torch.rand(-(-m // BLOCK), -(-n // BLOCK), generator=source) + 0.5
                 yield f"{prefix}.{name}.weight_scale_inv", scales * 1e-3
             else:
                 yield f"{prefix}.{name}.weight", W.bfloat16()
 
     def ends() -> Iterator[tuple[str, Tensor]]:
         for name in ("model.embed_tokens", "lm_head"):
-            yield f"{name}.weight", torch.randn(WORDS, WIDTH, generator=source).bfloat16()
+            yield (
+                f"{name}.weight",
+                torch.randn(WORDS // shrink, WIDTH // shrink, generator=source).bfloat16(),
+            )
 
     for layer in range(layers):
         write(f"layer-{layer}.safetensors", matrices(f"model.layers.{layer}"))
