@@ -243,12 +243,13 @@ def _members(holder: Holder, rows: list[RowSpec]) -> Iterator[tuple[Tensor, list
     if count == 1:
         yield found, rows
         return
+    own: dict[int, list[RowSpec]] = {}
+    for row in rows:
+        if isinstance(row.matrix, Member):
+            first = replace(row, matrix=Member(row.matrix.view, 0))
+            own.setdefault(row.matrix.index, []).append(first)
     for index in range(count):
-        own = []
-        for row in rows:
-            if isinstance(row.matrix, Member) and row.matrix.index == index:
-                own.append(replace(row, matrix=Member(row.matrix.view, 0)))
-        yield found[index][None], own
+        yield found[index][None], own.get(index, [])
 
 
 def _limit_all(

@@ -10,8 +10,8 @@ Letters: W (m, n) a weight, or one matrix of a stack (b, m, n); s (p, q) its sca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,11 +70,13 @@ class Groups:
         config: all of it.
         all: the settings of all groups.
         by_target: those of the groups that name a module in full, by its name.
+        fitting: those that fitted a weight before, or why none did, by its shapes and dtypes.
     """
 
     config: Mapping[str, Any]
     all: list[Args | RecipeError]
     by_target: dict[str, list[Args | RecipeError]]
+    fitting: dict[Hashable, list[Args | RecipeError]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Groups:
@@ -187,23 +189,40 @@ def _make(content: Content, groups: Groups | None, prefix: str, parts: tuple[str
     transforms = config.get("transform_config")
     if transforms and (not isinstance(transforms, Mapping) or transforms.get("config_groups")):
         raise RecipeError("config.json has a transform_config: its entries are transformed")
+    module = prefix[:-1]
+    own = groups.by_target.get(module)
+    shapes = tuple((part.removeprefix(prefix), content.tensors[part]) for part in parts)
+    like = (module if own else "", shapes, _read_sides(content, prefix))
+    fitting: list[Args | RecipeError] = []
     found: list[Recipe] = []
     reasons: list[str] = []
-    for args in groups.by_target.get(prefix[:-1], groups.all):
+    tried = groups.fitting.get(like) or own or groups.all
+    for args in tried:
         try:
             if isinstance(args, RecipeError):
-                raise args
+                raise RecipeError(str(args))
             recipe = _fit(content, config, args, prefix, parts)
         except RecipeError as why:
             reasons.append(str(why))
             continue
         if recipe not in found:
             found.append(recipe)
+            fitting.append(args)
+        if len(found) > 1:
+            break
+    groups.fitting[like] = fitting or tried[:1]
     if len(found) == 1:
         return found[0]
     if found:
-        raise RecipeError(f"{len(found)} of the config_groups in config.json fit its tensors")
+        raise RecipeError("several of the config_groups in config.json fit its tensors")
     raise RecipeError(reasons[0] if reasons else "config.json has no config_groups with weights")
+
+
+def _read_sides(content: Content, prefix: str) -> tuple[float, ...]:
+    """The shape of a weight that is stored beside its packed codes; () if there is none."""
+    name = f"{prefix}weight_shape"
+    stored = content.read_small(name) if name in content.tensors else torch.zeros(0)
+    return () if stored.is_complex() else tuple(stored.flatten().tolist())
 
 
 def _read_args(config: Mapping[str, Any], group: Mapping[str, Any]) -> Args:
@@ -324,9 +343,11 @@ def _read_packed(
 ) -> Packed:
     (*lead, m, words), bits = content.shape(parts[0]), args.bits
     name = f"{prefix}weight_shape"
-    sides = content.read_small(name).flatten().tolist()
-    if sides[:-1] != [*lead, m] or type(sides[-1]) is not int or sides[-1] < 1:
-        raise RecipeError(f"{name} is {sides[:4]}, but there are {[*lead, m]} rows of codes")
+    content.shape(name)
+    sides = _read_sides(content, prefix)
+    if sides[:-1] != (*lead, m) or type(sides[-1]) is not int or sides[-1] < 1:
+        told = list(sides[:4])
+        raise RecipeError(f"{name} is {told}, but there are {[*lead, m]} rows of codes")
     n = sides[-1]
     ways = [dense for dense in (True, False) if words == _count_words(n, bits, dense)]
     if not ways:

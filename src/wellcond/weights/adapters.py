@@ -60,6 +60,7 @@ _OTHER_ADAPTERS = {
     "VB-LoRA": r"vblora_(logits_[AB]|vector_bank)",
     "VeRA": r"p?vera_(A|B|lambda_[bd])",
 }
+_ANY_OTHER = re.compile("|".join(_OTHER_ADAPTERS.values()))
 # A regular expression from a file may not repeat groups and little else, so that matching is fast.
 _REPEATED_GROUP, _REPEATS, _LONG = re.compile(r"\)[*+?{]|\\\d|\(\?"), re.compile(r"[*+{]"), 300
 # Initialisations that change the base so that W + s B A is the original W.
@@ -254,9 +255,10 @@ def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
 def _identify_other(name: str, kind: str) -> str:
     """The kind of the adapter other than LoRA that a tensor belongs to; "" if there is none."""
     parts = re.split(r"[./]", name)
-    for known, pattern in _OTHER_ADAPTERS.items():
-        if any(re.fullmatch(pattern, part) for part in parts):
-            return known
+    if any(map(_ANY_OTHER.fullmatch, parts)):
+        for known, pattern in _OTHER_ADAPTERS.items():
+            if any(re.fullmatch(pattern, part) for part in parts):
+                return known
     if _FOREIGN.match(name) and len(parts) > 1:
         return "LyCORIS"
     if kind in _OF_PAIRS:
