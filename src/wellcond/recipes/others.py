@@ -79,6 +79,7 @@ FORMATS = (
 
 def find_others(content: Content) -> Iterator[Candidate]:
     """The weights in formats that are known and cannot be built."""
+    needs = [(one, [need.partition(":") for need in one.required.split()]) for one in FORMATS]
     layers: dict[str, list[str]] = {}
     for name in content.tensors:
         stem, _, own = name.rpartition(".")
@@ -88,8 +89,7 @@ def find_others(content: Content) -> Iterator[Candidate]:
     for layer, names in layers.items():
         dot = f"{layer}." if layer else ""
         own_names = {name.removeprefix(dot): name for name in names}
-        for one in FORMATS:
-            required = [need.partition(":") for need in one.required.split()]
+        for one, required in needs:
             if all(
                 name in own_names and (not dtype or content.dtype(own_names[name]) == dtype)
                 for name, _, dtype in required
