@@ -370,7 +370,7 @@ def _read_packed(
         if ways == [True] and newer is False:
             raise RecipeError(
                 f"its {words} words have {n} codes of {bits} bits as from version 0.18 on, and "
-                f"the version in config.json is {told}"
+                f"the version in config.json is {text}"
             )
         dense = bool(newer) if len(ways) > 1 else dense
     shape = (*lead, m, n)
