@@ -395,6 +395,23 @@ def test_codes_of_no_known_layout_say_what_may_be_missing(
     assert str(skipped) == f"quantised, and cannot be dequantised here: {why}"
 
 
+def test_a_comparison_says_why_a_side_lacks_a_weight(tmp_path: Path) -> None:
+    path = committed("gptq_3_bits", tmp_path)
+    plain = load_file(DATA / "gptq_3_bits" / "expected.safetensors")
+    head = {"head.weight": normal(5, 4)}
+    save_file(plain | head, tmp_path / "plain.safetensors")
+    content = load_file(path / "model.safetensors") | head
+    save_file(content, path / "model.safetensors")
+    for name in ("config.json", "quantize_config.json"):
+        (path / name).unlink()
+    reports = wc.audit(tmp_path / "plain.safetensors"), wc.audit(path)
+    for when, result in (
+        ("after", wc.compare(*reports)),
+        ("before", wc.compare(*reports[::-1])),
+    ):
+        assert f"skipped {when}: quantised, and cannot be" in result.notes["layers.0.q_proj.weight"]
+
+
 # --- configs in configs ---------------------------------------------------------------------------
 
 

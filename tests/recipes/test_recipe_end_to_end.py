@@ -8,7 +8,6 @@ transformers loads them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +22,14 @@ import wellcond as wc
 from wellcond import cli
 
 pytestmark = pytest.mark.libraries
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes compiles what it runs once
 transformers = pytest.importorskip("transformers", minversion="5.24")
+
+
+@pytest.fixture(autouse=True)
+def _without_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitsandbytes compiles what it runs once."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
 
 SIZES = {
     "vocab_size": 96,

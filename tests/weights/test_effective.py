@@ -80,14 +80,15 @@ def test_quantised_layers_of_torch_are_named(dynamic: bool) -> None:
     model = nn.Sequential(nn.Linear(5, 5, bias=False), *layers)
     report = wc.audit(model)
     for name in names:
-        assert str(report.coverage.skipped[name]).endswith("dequantise first: qint8")
+        assert str(report.coverage.skipped[name]).endswith("audit the saved model: qint8")
     assert report.coverage.parameter_share == pytest.approx(25 / (25 + sum(names.values())))
     assert set(names) <= set(wc.Regularizer(model, wc.ConditionLimit(2.0)).skipped)
 
 
-def test_float8_weights_are_left_out_as_codes() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_narrow_weights_are_left_out_as_codes(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
-    codes = model[0].weight.detach().to(torch.float8_e4m3fn)
+    codes = model[0].weight.detach().to(dtype)
     model[0].weight = nn.Parameter(codes, requires_grad=False)
     report = wc.audit(model)
     assert [f.label for f in report.findings] == ["1.weight"]
@@ -106,7 +107,7 @@ def test_weights_of_a_class_of_torchao_are_left_out_by_its_name() -> None:
     report = wc.audit(model)
     assert [f.label for f in report.findings] == ["1.weight"]
     why = report.coverage.skipped["0.weight"]
-    assert (why.reason, why.detail) == (Reason.torchao, "AffineQuantizedTensor")
+    assert (why.reason, why.detail) == (Reason.codes, "AffineQuantizedTensor")
     assert wc.Regularizer(model, wc.ConditionLimit(2.0)).skipped["0.weight"] == why
 
 

@@ -51,6 +51,11 @@ def audit(
     shapes; the row of a guess says that it is one. "Reading an audit" in the documentation says
     which matrices a tensor holds, and what each number means.
 
+    A weight that a file stores as several tensors (codes and scales, slices, the parameters of
+    weight_norm) is built from them, one at a time, and measured under the name that it has in a
+    plain checkpoint; `Finding.parts` has their names. If that cannot be done, `coverage.skipped`
+    has the reason under the name of the codes, and no number is given.
+
     Args:
         model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; or
             the path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
@@ -58,7 +63,8 @@ def audit(
             objects in a file are named, not loaded.
         certify: also enclose sigma_max, sigma_min and kappa by `wellcond.certify`; not of heads.
         include: one or more patterns (`fnmatch.fnmatchcase`) of names to measure; all if empty.
-            A weight that is skipped because of its name is measured if a pattern is that name.
+            A weight that is skipped because of its name is measured if a pattern is that name. A
+            pattern may match the name of the codes, as `*.qweight` does.
         exclude: one or more patterns of names to leave out.
         curves: find all singular values of this number of the worst weights, however large.
         progress: called with a `Progress` before each tensor is read; `print` will do.

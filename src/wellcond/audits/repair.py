@@ -67,10 +67,11 @@ def repair(
 
     A weight that is built from several tensors is repaired where these can store the result:
     shards, and `weight_norm` and `spectral_norm` of torch; the report has what acts before and
-    after. Others, such as codes and scales, stay as they are. With `dequantise` the copy stores
-    each of these as one tensor instead, in the dtype that its parts or config.json name (float32
-    where neither does), within the limit; the settings of the quantisation are removed from
-    config.json. Such a copy consists of safetensors files.
+    after. Others, such as codes and scales, stay as they are, and the report says which. With
+    `dequantise` the copy stores each of these as one tensor instead, in the dtype that its parts or
+    config.json name (float32 where neither does), within the limit; the settings of the
+    quantisation are removed from config.json, and the index is rewritten. Such a copy consists of
+    safetensors files: of a file of torch.save only the tensors are copied.
 
     The copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
     repairs to the same path one fails. A repair that is killed leaves that folder,
@@ -83,15 +84,18 @@ def repair(
         max_condition: K, at least 1.
         include: one or more patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
         exclude: one or more patterns of names to leave as they are.
-        dequantise: whether weights that are stored as codes become plain tensors. With
-            max_condition = inf they are not changed otherwise.
+        dequantise: whether weights that are stored as codes, or under a mask, become plain tensors,
+            also those that no pattern matches, which are not changed otherwise. With max_condition
+            = inf none is. A directory must have safetensors files.
         progress: called with a `Progress` before each tensor is read; `print` will do.
 
     Raises:
         ValueError: max_condition < 1; a weight is not finite, or no margin brings it below the
             limit, as for K < 1.004 or so in bfloat16; tensors overlap, neither a part of the other;
             a pattern matches nothing; a file is unreadable; path_out lies inside the directory that
-            is read, or has the ending of another format. Nothing is written.
+            is read, or has the ending of another format; all weights are stored as codes, without
+            `dequantise`, or there are none, or some that cannot be built, with it. Nothing is
+            written.
         FileExistsError: path_out exists.
         NotADirectoryError: a part of path_out is a file.
         OSError: path_out cannot be written, as on a full disk. Nothing of it is left.

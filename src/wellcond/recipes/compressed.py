@@ -360,8 +360,8 @@ def _read_packed(
             raise RecipeError(f"{zeros} of shape {found} does not fit {m} rows of {bits} bits")
     dense = ways[0]
     if 32 % bits and longest > 32 // bits:
-        told = config.get("version")
-        version = re.fullmatch(_VERSION, told) if isinstance(told, str) else None
+        text = config.get("version")
+        version = re.fullmatch(_VERSION, text) if isinstance(text, str) else None
         newer = version and tuple(int(part) for part in version.groups()) >= _FIRST_DENSE
         if len(ways) > 1 and version is None:
             raise RecipeError(
@@ -370,7 +370,7 @@ def _read_packed(
         if ways == [True] and newer is False:
             raise RecipeError(
                 f"its {words} words have {n} codes of {bits} bits as from version 0.18 on, and "
-                f"the version in config.json is {told}"
+                f"the version in config.json is {text}"
             )
         dense = bool(newer) if len(ways) > 1 else dense
     note = f"integers of {bits} bits"

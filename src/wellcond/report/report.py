@@ -40,6 +40,7 @@ from wellcond.text import (
     read_versions,
     save_text,
 )
+from wellcond.weights.reasons import Reason, Skipped
 
 SCHEMA = 1
 # Printing more rows is slow (1 ms per row) and unreadable.
@@ -377,7 +378,7 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     Args:
         before: what `wellcond.audit` returned for the first model or checkpoint.
         after: what it returned for the second, such as a later state of a training, a repaired
-            copy, or a copy in another dtype.
+            copy, or a copy in another dtype or quantised.
 
     Returns:
         A `Comparison`, the largest change of kappa first.
@@ -419,7 +420,9 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     pairs += [Pair(label, one, None) for label, one in old.items() if label not in found_old]
     pairs += [Pair(label, None, one) for label, one in new.items() if label not in found_new]
     pairs.sort(key=lambda pair: pair.change, reverse=True)
-    notes = {pair.label: note for pair in pairs if (note := _note_of(pair, before, after))}
+    skipped_before, skipped_after = map(_skipped_weights, (before, after))
+    notes = {pair.label: _note_of(pair, skipped_before, skipped_after) for pair in pairs}
+    notes = {label: note for label, note in notes.items() if note}
     naming = ""
     if names.prefix:
         naming = f'Names {names.side} begin with "{escape(names.prefix)}", which is left out here'
@@ -435,13 +438,24 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
     )
 
 
-def _note_of(pair: Pair, before: AuditReport, after: AuditReport) -> str:
+def _skipped_weights(report: AuditReport) -> dict[str, Skipped]:
+    """Why weights were skipped; those that are stored as codes, as `q.qweight`, as `q.weight`."""
+    skipped = report.coverage.skipped
+    codes = {
+        f"{name.rpartition('.')[0]}.weight": why
+        for name, why in skipped.items()
+        if why.reason is Reason.quantised
+    }
+    return codes | skipped
+
+
+def _note_of(pair: Pair, before: Mapping[str, Skipped], after: Mapping[str, Skipped]) -> str:
     """Why the side that lacks the weight skipped it, if it did, and the note of the pair."""
     why = None
     if pair.before and not pair.after:
-        why = after.coverage.skipped.get(pair.before.name)
+        why = after.get(pair.before.name)
     elif pair.after and not pair.before:
-        why = before.coverage.skipped.get(pair.after.name)
+        why = before.get(pair.after.name)
     skipped = f"skipped {'after' if pair.before else 'before'}: {why}" if why else ""
     return join_remarks(skipped, pair.note)
 

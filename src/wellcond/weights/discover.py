@@ -299,9 +299,10 @@ def why_unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | No
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return Skipped(Reason.uninitialised)
     if type(parameter).__module__.partition(".")[0] == "torchao":
-        return Skipped(Reason.torchao, type(parameter).__name__)
+        return Skipped(Reason.codes, type(parameter).__name__)
     dtype = str(parameter.dtype).removeprefix("torch.")
-    if parameter.is_floating_point() and parameter.itemsize < 2:  # float8
+    narrow = parameter.itemsize < 2 and dtype != "bool"
+    if narrow and (parameter.is_floating_point() or parameter.ndim > 1):
         return Skipped(Reason.codes, dtype)
     if not parameter.is_floating_point():
         return Skipped(Reason.not_real, dtype)

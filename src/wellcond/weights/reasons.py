@@ -24,7 +24,9 @@ class Reason(enum.Enum):
     not_real = "not real floating point"
     complex = "complex: measured, but not repaired"
     kept = "measured, but not repaired"
-    codes = "codes, which mean nothing without their scales: dequantise first"
+    codes = (
+        "codes, which mean nothing without their scales: dequantise first, or audit the saved model"
+    )
     packed = "not real floating point: packed, quantised or not a weight"
     quantised = "quantised, and cannot be dequantised here"
     perhaps_codes = (
