@@ -30,6 +30,7 @@ import torch
 from attacks import attacks
 from corpus import CANARY, Sample, corpus
 from damage import mutated
+from recipe_attacks import recipe_attacks
 from recipe_samples import recipe_samples
 
 from wellcond.cli import main
@@ -153,6 +154,8 @@ def serve(folder: Path, seeds: range) -> None:
     bound = peak() + RESIDENT
     for label, (_, make) in attacks().items():
         one("attack", label, make)
+    for label, (_, make) in recipe_attacks().items():
+        one("attack", label, make, True)
     for seed in seeds:
         kind = kinds[seed % len(kinds)]
         one("damaged", f"{seed} {kind}", partial(mutated, samples[kind], seed), kind in built)

@@ -38,9 +38,9 @@ def folder(tensors: Parts, config: Any, **others: Any) -> Sample:
     return Sample("", files)
 
 
-def of_bitsandbytes(shape: list[Any], **more: Any) -> Sample:
+def of_bitsandbytes(shape: list[Any]) -> Sample:
     """A weight of 4 bits that says that it has this shape."""
-    said = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": shape} | more
+    said = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": shape}
     data = json.dumps(said).encode()
     parts = {
         "l.weight": zeros("U8", 32, 1),
@@ -98,7 +98,7 @@ def deep(levels: int, inner: bytes) -> bytes:
 
 
 def recipe_attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
-    """Exit codes of audit, repair, audit with heads, and a plain copy; and how to make the files."""
+    """Exit codes of the four commands of a thorough check, and how to make the files."""
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
     groups = in_config(quant_method="compressed-tensors", config_groups={"a": group})
     settings = b'{"quant_method": "gptq", "bits": %s}'
@@ -112,7 +112,6 @@ def recipe_attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
         "a shape of 2^40 entries": refused(of_bitsandbytes, [_HUGE, 1]),
         "a shape of huge numbers": refused(of_bitsandbytes, [10**900, 10**900, 10**900]),
         "a shape of 1,000 sides": refused(of_bitsandbytes, [1] * 1000),
-        "an offset of 10^900": ("0220", lambda: of_bitsandbytes([8, 8], nested_offset=10**900)),
         "packed rows of 2^40 codes": refused(folder, packed(_HUGE), groups),
         "HQQ of 2^60 entries": refused(folder, hqq(1 << 30, 1 << 30), {}),
         "a million levels": refused(folder, gptq(), deep(1_000_000, b"1")),

@@ -148,7 +148,7 @@ def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate
         if not storage or stored != (-(-size // 2) // storage, 1) or size > 2 * storage * stored[0]:
             raise RecipeError(
                 f"{name} of shape {stored} and dtype {content.dtype(name)} does not hold "
-                f"{size} codes of 4 bits"
+                f"{show(size)} codes of 4 bits"
             )
         block = _read_block(described, "blocksize", state)
         _check_length(content, names[1], -(-size // block))
