@@ -93,9 +93,9 @@ def _parametrized() -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the older ones are deprecated
         layers = {
-            "norm": names.weight_norm(nn.Linear(5, 4)),
-            "norm_of_columns": names.weight_norm(nn.ConvTranspose1d(3, 4, 2), dim=1),
-            "older_norm": nn.utils.weight_norm(nn.Linear(5, 4)),
+            "normed": names.weight_norm(nn.Linear(5, 4)),
+            "normed_columns": names.weight_norm(nn.ConvTranspose1d(3, 4, 2), dim=1),
+            "older_normed": nn.utils.weight_norm(nn.Linear(5, 4)),
             "spectral": names.spectral_norm(nn.Linear(9, 8)),
             "older_spectral": nn.utils.spectral_norm(nn.Conv2d(3, 8, 2)),
             "pruned": prune.random_unstructured(nn.Linear(5, 4), "weight", 0.3),

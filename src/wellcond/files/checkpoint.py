@@ -44,6 +44,7 @@ from wellcond.weights.reasons import Reason, Skipped
 
 # What names and neighbours say more of than shape and dtype do.
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales)
+_OF_CODES = (Reason.quantised, Reason.scales, Reason.perhaps_codes)
 # What the head of a language model is called.
 _HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
 # Tensors of which there are no values, or not all.
@@ -184,6 +185,8 @@ class Checkpoint(Files):
         for alias, skipped in find_non_weights(self._kinds, self._begins_with_codes).items():
             name = called[alias]
             file, entry = self.where[name]
+            if name in self.recipes and skipped.reason in _OF_CODES:
+                continue  # of another weight in its module, of which the codes are left
             if entry.skipped is None or entry.skipped.reason in _REFINED:
                 detail = skipped.detail or ("" if alias == name else f"tied to {alias}")
                 self.where[name] = file, replace(entry, skipped=replace(skipped, detail=detail))
@@ -233,7 +236,8 @@ class Checkpoint(Files):
     def _begins_with_codes(self, name: str) -> bool:
         """Whether the first entries of a tensor are codes: whole numbers, or those of float8."""
         file, entry = self.where[self._called[name]]
-        if entry.skipped is not None or entry.dtype.startswith("complex"):
+        built = isinstance(file, Built)  # of codes, and none itself
+        if built or entry.skipped is not None or entry.dtype.startswith("complex"):
             return False
         row = file.first_row(entry.name).float()
         narrow = row.to(torch.float8_e4m3fn).float()
