@@ -395,6 +395,12 @@ def test_codes_of_no_known_layout_say_what_may_be_missing(
     assert str(skipped) == f"quantised, and cannot be dequantised here: {why}"
 
 
+def test_a_shard_by_itself_says_that_the_scales_are_elsewhere(tmp_path: Path) -> None:
+    path, _ = model(tmp_path / "fp8")
+    with pytest.raises(ValueError, match="float8_e4m3fn, and its scales are not in the file; mo"):
+        wc.audit(path / "a.safetensors")
+
+
 def test_a_comparison_says_why_a_side_lacks_a_weight(tmp_path: Path) -> None:
     path = committed("gptq_3_bits", tmp_path)
     plain = load_file(DATA / "gptq_3_bits" / "expected.safetensors")
@@ -513,6 +519,17 @@ def test_what_is_written_keeps_the_permissions(tmp_path: Path) -> None:
     (tmp_path / "a.pt").chmod(0o640)
     wc.repair(tmp_path / "a.pt", tmp_path / "b.safetensors", 5.0, dequantise=True)
     assert (tmp_path / "b.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_with_similar_names_are_copied(tmp_path: Path) -> None:
+    path, _ = model(tmp_path / "fp8")
+    names = ["a.safetensors.plain", "config.json.plain", "config.json.tmp"]
+    for name in names:
+        (path / name).write_text(name)
+    wc.repair(path, tmp_path / "out", float("inf"), dequantise=True)
+    for name in names:
+        assert (tmp_path / "out" / name).read_text() == name
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {p.name for p in path.iterdir()}
 
 
 def test_files_that_no_index_unites_keep_the_names_of_their_tensors(tmp_path: Path) -> None:

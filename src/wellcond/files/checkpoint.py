@@ -156,10 +156,12 @@ class Checkpoint(Files):
         config = self.beside("config.json")
         if not (find_quantization(config) or config.get("quantization")):
             unknown = "and no config.json beside it says how"
+        reasons = [entry.skipped for _, entry in self.where.values() if entry.skipped]
+        scaled = {why.detail for why in reasons if why.reason is Reason.scales}
         for name, (file, entry) in self.where.items():
             if entry.skipped is not None and entry.skipped.reason is Reason.quantised:
-                detail = f"{entry.skipped.detail}, {unknown}"
-                skipped = Skipped(Reason.quantised, detail)
+                why = unknown if name in scaled else "and its scales are not in the file"
+                skipped = Skipped(Reason.quantised, f"{entry.skipped.detail}, {why}")
                 self.where[name] = file, replace(entry, skipped=skipped)
         for name, (why, *others) in refused.items():
             for part in (name, *others):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def _reader(file: TensorFile, entry: Entry) -> Callable[[], Iterable[Tensor]]:
 @contextlib.contextmanager
 def _replacing(old: Path, target: Path) -> Iterator[Path]:
     """A path for a new file, which then becomes the target, with the permissions of the old one."""
-    path = old.with_name(f"{old.name}.plain")
+    path = old.with_name(f"{old.name}.{uuid.uuid4().hex}")  # which no file has that was copied
     yield path
     shutil.copymode(old, path)
     os.replace(path, target)
