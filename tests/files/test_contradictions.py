@@ -344,9 +344,13 @@ def write(sample: Sample, file: str, opened: Opened, folder: Path) -> Path:
     return replace(sample, files=files).write(folder)
 
 
-def numbers(report: wc.AuditReport) -> dict[str, tuple[float, ...]]:
-    """What was measured, by the names of tensors and views."""
-    return {f.label: (f.sigma_max, f.sigma_min, *f.shape) for f in report.findings if f.measured}
+def numbers(report: wc.AuditReport) -> dict[str, tuple[Any, ...]]:
+    """What was measured, by the names of tensors and views; that of a transpose is the same."""
+    return {
+        f.label: (f"{f.sigma_max:.9g}", f"{f.sigma_min:.9g}", *sorted(f.shape))
+        for f in report.findings
+        if f.measured
+    }
 
 
 def reasons(report: wc.AuditReport, opened: Opened, label: str) -> Iterator[str]:

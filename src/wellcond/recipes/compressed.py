@@ -112,7 +112,9 @@ class Integers(Scaled):
     def decode(self, codes: Tensor) -> Tensor:
         low, high = codes.aminmax()
         if int(low) < -(1 << self.bits - 1) or int(high) >= 1 << self.bits - 1:
-            raise RecipeError(f"{self.parts[0]} holds {low} to {high}, more than {self.bits} bits")
+            raise RecipeError(
+                f"{self.parts[0]} holds {int(low)} to {int(high)}, more than {self.bits} bits"
+            )
         return codes
 
 

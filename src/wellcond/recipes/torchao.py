@@ -76,6 +76,7 @@ class Torchao(Recipe):
         W = zeros((m, n))
         for start, stop in row_ranges(m):
             rows = read(codes, (start, stop)) if one is None else one[start:stop]
+            self._check_range(rows)
             W[start:stop] = _values(rows, self.elements)
             blocks = W[start:stop].view(stop - start, -1, b)
             at = torch.arange(start, stop, device=s.device) // a
@@ -88,6 +89,15 @@ class Torchao(Recipe):
         if self.columns:
             W *= read(self.columns).to(torch.float32).flatten()
         return W
+
+    def _check_range(self, codes: Tensor) -> None:
+        """Raises if integers are larger than those of the bits that the class names."""
+        if not self.stored_as.startswith("int"):
+            return
+        (low, high), bits = codes.aminmax(), int(self.stored_as.removeprefix("int"))
+        if int(low) < -(1 << bits - 1) or int(high) >= 1 << bits - 1:
+            name = self.parts[0]
+            raise RecipeError(f"{name} holds {int(low)} to {int(high)}, more than {bits} bits")
 
     def _per_block(self, numbers: Tensor, index: int) -> Tensor:
         """One number per block (m/a, n/b) of the matrix with this number."""
