@@ -93,6 +93,9 @@ def wrong_with(path: Path, folder: Path, thorough: bool) -> tuple[str, str]:
             label: row["shape"] for label, row in found[path].items()
         }:
             return f"{copy.name} has other weights: {[*found[path]]} {[*found[copy]]}", "output"
+    for label, row in found.get(plain, {}).items() if path in found else ():
+        if not same_up_to_rounding(row, found[path][label]):
+            return f"{label} is another weight in the plain copy", "numbers"
     left = {entry.name for entry in folder.iterdir()} - {"sample", fixed.name, plain.name}
     if left:
         return f"left behind: {left}", "output"
@@ -101,10 +104,17 @@ def wrong_with(path: Path, folder: Path, thorough: bool) -> tuple[str, str]:
     return "", "".join(codes)
 
 
+def same_up_to_rounding(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows may be of the same weight, of which one is stored in 16 bits."""
+    one, two = (float(one["sigma_max"]) for one in (row, other))
+    known = all(1e-3 < size < 1e4 for size in (one, two))  # without loss of digits in float16
+    return not known or math.isclose(one, two, rel_tol=0.02)
+
+
 def unexplained(row: dict[str, Any]) -> str:
     """Which number in a row of an audit is no number, without a word of why."""
     numbers = {key: float(row[key]) for key in ("sigma_max", "sigma_min", "condition_number")}
-    numbers |= {key: float(row[key]) for key in ("stable_rank", "penalty", "rank")}
+    numbers |= {key: float(row[key]) for key in ("stable_rank", "rank")}
     if row["status"] == "ok":
         wrong = {key: one for key, one in numbers.items() if not math.isfinite(one) or one < 0}
         return f"{wrong} of {row['status']}" if wrong or numbers["condition_number"] < 1 else ""

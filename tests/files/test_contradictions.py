@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -214,6 +216,12 @@ CASES: dict[str, Case] = {
             {"v3.short.weight_scale": replace(c.parts["v3.short.weight_scale_inv"])}
         ),
         "both scale it",
+    ),
+    "float8: scales of another format": Case(
+        "float8_deepseek",
+        "v3.short.weight",
+        lambda c: c.parts.update({"v3.short.scales": Part("F32", [20], bytes(80))}),
+        "is beside it",
     ),
     "MLX: 8 bits of 4": mlx(lambda c: c.setting("bits", 8), "does not fit"),
     "MLX: other groups": mlx(lambda c: c.setting("group_size", 64), "does not fit"),
@@ -423,8 +431,24 @@ def test_a_weight_that_cannot_be_built_leaves_the_rows_of_others(tmp_path: Path)
     assert numbers(report).keys() == {"layers.8.up_proj.weight", PLAIN}
     (failed,) = [f for f in report.findings if f.status is Status.failed]
     assert failed.name == f"{UP}.weight"
-    assert "has groups 9 to 9, and there are 2" in failed.detail
+    assert failed.detail == f"{UP}.g_idx has groups 9 to 9, and there are 2"
     assert Checkpoint(path).recipes.keys() == {f"{UP}.weight", "layers.8.up_proj.weight"}
-    with pytest.raises(ValueError, match="has groups 9 to 9"):
+    why = f"dequantised, and nothing was written: {UP}.weight: {UP}.g_idx has groups 9 to 9"
+    with pytest.raises(ValueError, match=re.escape(why)):
         wc.repair(path, tmp_path / "b", math.inf, dequantise=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_weight_that_cannot_be_built_cannot_be_repaired(tmp_path: Path) -> None:
+    """Which side of a square weight its u belongs to, spectral_norm does not store."""
+    parts = {
+        "l.weight_orig": Part("F32", [2, 2], struct.pack("<4f", 3, 1, 0, 1)),
+        "l.weight_u": Part("F32", [2], struct.pack("<2f", 1, 1)),
+        "l.weight_v": Part("F32", [2], struct.pack("<2f", 1, 2)),
+    }
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(file_of(parts, {}))
+    why = "nothing was written: l.weight: spectral_norm does not store to which side"
+    with pytest.raises(ValueError, match=re.escape(why)):
+        wc.repair(path, tmp_path / "b.safetensors", 1.5)
+    assert [one.name for one in tmp_path.iterdir()] == ["a.safetensors"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from wellcond.files.built import BuildError
 from wellcond.report.findings import Finding, Status
 from wellcond.text import is_out_of_memory
 from wellcond.weights.adapters import UnknownAdapterError
@@ -32,7 +33,7 @@ def attempt(compute: Callable[[], T]) -> T | Trouble:
     except _EXPECTED as error:
         if is_out_of_memory(error):
             return Trouble("there is not enough memory to measure it")
-        if isinstance(error, UnknownAdapterError | UnknownLayoutError):
+        if isinstance(error, UnknownAdapterError | UnknownLayoutError | BuildError):
             return Trouble(error)
         first = str(error).strip().splitlines()
         return Trouble(f"{type(error).__name__}: {first[0] if first else 'without a message'}")

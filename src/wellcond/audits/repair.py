@@ -21,7 +21,7 @@ from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import RowSpec, as_patterns, rows_of_tensor, select
 from wellcond.audits.progress import Counter, ProgressCallback, work_of
 from wellcond.audits.sources import source_of_file
-from wellcond.files.built import Built
+from wellcond.files.built import BuildError, Built
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.collection import INDEX, PICKLED
 from wellcond.files.plain import PlainWeight, check_plain, dtype_of, write_plain
@@ -172,6 +172,9 @@ def repair(
             else:
                 tensor = rows[0].source.read().contiguous().clone()
                 new, done = _limit_all(tensor, rows, max_condition, refused)
+        except BuildError as error:
+            refused.append(f"{name}: {error}")
+            return None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -187,11 +190,17 @@ def repair(
         rows = wanted.get(label, [])
         if rows:
             counter.next(label)
-        for W, own in _members(checkpoint.where[label][0], rows):
-            tensor = W.to(dtype)
-            _, done = _limit_all(tensor, own, max_condition, refused)
-            repairs.extend(done)
-            yield tensor
+        try:
+            for W, own in _members(checkpoint.where[label][0], rows):
+                tensor = W.to(dtype)
+                _, done = _limit_all(tensor, own, max_condition, refused)
+                repairs.extend(done)
+                yield tensor
+        except BuildError as error:
+            raise ValueError(
+                f"{checkpoint.path} cannot be dequantised, and nothing was written: {label}: "
+                f"{error}."
+            ) from None
 
     with new_path(path_out) as copy:
         if not plain:

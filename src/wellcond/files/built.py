@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from wellcond.files.tensors import Entry, Holder, Rows, TensorFile
-from wellcond.recipes.base import Recipe
+from wellcond.files.tensors import Entry, Holder, Rows, TensorFile, UnreadableError
+from wellcond.recipes.base import Read, Recipe, RecipeError
+
+
+class BuildError(UnreadableError):
+    """Why a weight cannot be built: what its parts hold is contradictory or damaged."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +56,25 @@ class Built(Holder):
         return holder.read(entry.name, rows)
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        W = self.recipe.build(self.read_part, 0)
+        W = self._build(self.read_part, 0)
         return W if rows is None else W[rows[0] : rows[1]]
 
     def matrices(self) -> Any:
         """The weight; of a stack that is built in parts a `Stack`."""
         if self.recipe.count == 1:
             return self.read(self.recipe.label)
-        return Stack(lambda index: self.recipe.build(self.read_part, index))
+        return Stack(lambda index: self._build(self.read_part, index))
 
     def read_after(self, new: Tensor) -> Tensor:
         """The weight that would be built if the parts were to store this one."""
-        stored = self.recipe.store(new, self.read_part)
+        stored = self._store(new)
 
         def read(name: str, rows: Rows | None = None) -> Tensor:
             if name not in stored:
                 return self.read_part(name, rows)
             return stored[name] if rows is None else stored[name][rows[0] : rows[1]]
 
-        return self.recipe.build(read, 0)
+        return self._build(read, 0)
 
     def pieces(self, name: str) -> Iterable[Tensor]:
         """The floating point entries of all parts: where one is not finite, the weight is not."""
@@ -77,9 +82,25 @@ class Built(Holder):
         return itertools.chain.from_iterable(holder.pieces(entry.name) for holder, entry in parts)
 
     def first_row(self, name: str) -> Tensor:
-        return self.recipe.build(self.read_part, 0).flatten()[: self.recipe.shape[-1]]
+        return self._build(self.read_part, 0).flatten()[: self.recipe.shape[-1]]
 
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
-        for part, values in self.recipe.store(new, self.read_part).items():
+        for part, values in self._store(new).items():
             holder, entry = self.parts[part]
             yield from holder.split(entry.name, values)
+
+    def _build(self, read: Read, index: int) -> Tensor:
+        with _errors_of_parts():
+            return self.recipe.build(read, index)
+
+    def _store(self, new: Tensor) -> dict[str, Tensor]:
+        with _errors_of_parts():
+            return self.recipe.store(new, self.read_part)
+
+
+@contextlib.contextmanager
+def _errors_of_parts() -> Iterator[None]:
+    try:
+        yield
+    except RecipeError as why:
+        raise BuildError(why) from None

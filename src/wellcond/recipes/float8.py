@@ -31,7 +31,7 @@ _OTHERS_OF_WEIGHT = (
 )
 # What changes the weight in a way that these formats do not have.
 _UNKNOWN = ("{}_scale_2", "{}_global_scale", "{}_zero_point", "{}_g_idx")
-_UNKNOWN_OF_WEIGHT = (*_UNKNOWN, "pre_quant_scale", "smooth_scale")
+_UNKNOWN_OF_WEIGHT = (*_UNKNOWN, "pre_quant_scale", "smooth_scale", "scales", "zeros", "qzeros")
 
 
 def find_float8(content: Content) -> Iterator[Candidate]:
