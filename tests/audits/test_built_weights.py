@@ -560,6 +560,21 @@ def test_the_index_counts_the_entries_of_the_copy(tmp_path: Path) -> None:
     assert found["kept"] == "yes"
 
 
+def test_tensors_that_the_index_puts_elsewhere_are_not_those_of_the_copy(tmp_path: Path) -> None:
+    path, plain = model(tmp_path / "fp8")
+    first, down = path / "a.safetensors", "model.layers.0.mlp.down_proj.weight"
+    doubled = {f"{down}_scale_inv": torch.ones(2, 3), "lm_head.weight": torch.ones(50, 32)}
+    save_file(load_file(first) | doubled, first)
+    expected = numbers(wc.audit(path))
+    wc.repair(path, tmp_path / "plain", float("inf"), dequantise=True)
+    report = wc.audit(tmp_path / "plain")
+    assert numbers(report).keys() == expected.keys()
+    places = json.loads((tmp_path / "plain/model.safetensors.index.json").read_text())["weight_map"]
+    assert places["lm_head.weight"] == "b.safetensors"
+    assert places.keys() == plain.keys() | {"model.norm.weight"}
+    assert load_file(tmp_path / "plain/a.safetensors").keys() & doubled.keys() == {"lm_head.weight"}
+
+
 def test_the_copy_of_torchao_does_not_describe_classes(tmp_path: Path) -> None:
     path = committed("torchao", tmp_path)
     (path / "state.pt").unlink()

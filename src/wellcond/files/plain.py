@@ -107,16 +107,22 @@ def write_plain(copied: Checkpoint, target: Path, weights: Mapping[str, PlainWei
         own = {name: entry for name, (holder, entry) in copied.stored.items() if holder is file}
         items: list[Item] = []
         for name, entry in own.items():
+            # What the index says to be in another file is not meant here.
+            doubled = (copied.index or {}).get(entry.name, file_name) != file_name
             if name in first:
                 one = first[name]
                 code = str(one.dtype).removeprefix("torch.")
                 label = one.recipe.label.removeprefix(name.removesuffix(entry.name))
                 items.append((label, code, one.recipe.shape, one.values))
-            elif name not in parts:
+            elif name not in parts and not (doubled and entry.name in parts):
                 items.append((entry.name, entry.dtype, entry.shape, _reader(file, entry)))
-        places |= dict.fromkeys((name for name, *_ in items), file_name)
-        count += sum(entries(shape) for _, _, shape, _ in items)
-        if parts.isdisjoint(own):
+            else:
+                continue
+            if not doubled:
+                written, _, shape, _ = items[-1]
+                places[written] = file_name
+                count += entries(shape)
+        if len(items) == len(own) and parts.isdisjoint(own):
             continue
         metadata = file.metadata
         if "tensor_names" in metadata:  # by torchao, which describes each of them
