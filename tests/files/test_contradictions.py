@@ -288,6 +288,18 @@ CASES: dict[str, Case] = {
         lambda c: c.transpose("integers.weight._scale"),
         "has the shape",
     ),
+    "8 bits: scales of another format": Case(
+        "bitsandbytes_int8",
+        "transformer.h.0.mlp.c_fc.weight",
+        lambda c: c.parts.update(
+            {"transformer.h.0.mlp.c_fc.weight_scale_inv": Part("F32", [1, 1], bytes(4))}
+        ),
+        "is beside it, and is none of its parts",
+    ),
+    "GPTQ: scales of another format": gptq(
+        lambda c: c.parts.update({f"{Q}.weight_scale": Part("F32", [1], bytes(4))}),
+        "is beside it, and is none of its parts",
+    ),
     "BitNet: codes of 3": Case(
         "bitnet", "up_proj.weight", lambda c: c.fill("up_proj.weight", b"\xff"), "codes of 3"
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from wellcond.recipes.awq import find_awq
 from wellcond.recipes.base import Content, Finder, Recipe, RecipeError
 from wellcond.recipes.bitnet import find_bitnet
@@ -17,6 +19,7 @@ from wellcond.recipes.others import find_others
 from wellcond.recipes.parametrizations import find_parametrizations
 from wellcond.recipes.quanto import find_quanto
 from wellcond.recipes.torchao import find_torchao
+from wellcond.weights.quantised import find_scaled
 
 _LETTERS = 1000  # of a reason, which may name tensors with long names
 # Where several want a tensor it is for the first.
@@ -63,4 +66,31 @@ def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[s
                 refused[first] = (str(why)[:_LETTERS], *others)
             except Exception:  # a description in a file may be anything
                 refused[first] = ("its description is damaged", *others)
+    for label, scale in _find_other_scales(content, recipes, taken).items():
+        first, *others = recipes.pop(label).parts
+        refused[first] = (f"{scale} is beside it, and is none of its parts"[:_LETTERS], *others)
     return recipes, refused
+
+
+def _find_other_scales(
+    content: Content, recipes: Mapping[str, Recipe], taken: set[str]
+) -> dict[str, str]:
+    """The weights beside which a scale lies that belongs to none: another format may hold for them.
+
+    Args:
+        content: of the checkpoint.
+        recipes: by the names of their weights.
+        taken: the parts of all weights.
+
+    Returns:
+        The scale by the name of the weight.
+    """
+    labels = {recipe.parts[0]: label for label, recipe in recipes.items()}
+    labels |= {label: label for label in recipes}
+    return {
+        labels[of]: name
+        for name in content.tensors
+        if name not in taken
+        for of, surely in find_scaled(name)
+        if surely and of in labels
+    }

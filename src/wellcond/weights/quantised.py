@@ -122,7 +122,7 @@ def _find_in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) ->
     found: dict[str, Skipped] = {}
     for scale, (shape, _) in tensors.items():
         file, name = _split_file(scale)
-        for of, surely in _find_scaled(name):
+        for of, surely in find_scaled(name):
             here = f"{file}{of}"
             for weight in [here] if here in tensors else named.get(of, []):
                 size, kind = tensors[weight]
@@ -148,7 +148,7 @@ def _split_file(name: str) -> tuple[str, str]:
     return name[:end], name[end:]
 
 
-def _find_scaled(name: str) -> Iterable[tuple[str, bool]]:
+def find_scaled(name: str) -> Iterable[tuple[str, bool]]:
     """The names of the tensors that one of this name may scale, and whether it certainly does."""
     own = last_part(name)
     module = name.removesuffix(own)
