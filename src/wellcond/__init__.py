@@ -17,7 +17,8 @@ _MODULES = {
     "linalg.interval": ["Interval"],
     "linalg.nearest": ["nearest"],
     "linalg.spectrum": ["condition_number"],
-    "report.report": ["AuditReport", "compare"],
+    "report.comparison": ["compare"],
+    "report.report": ["AuditReport"],
     "rules.condition": ["ConditionPenalty"],
     "rules.exact": [
         "condition_penalty",

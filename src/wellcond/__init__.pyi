@@ -7,8 +7,8 @@ from wellcond.linalg.certify import certify as certify
 from wellcond.linalg.interval import Interval as Interval
 from wellcond.linalg.nearest import nearest as nearest
 from wellcond.linalg.spectrum import condition_number as condition_number
+from wellcond.report.comparison import compare as compare
 from wellcond.report.report import AuditReport as AuditReport
-from wellcond.report.report import compare as compare
 from wellcond.rules.condition import ConditionPenalty as ConditionPenalty
 from wellcond.rules.exact import condition_penalty as condition_penalty
 from wellcond.rules.exact import condition_penalty_bound as condition_penalty_bound

@@ -281,8 +281,8 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     from wellcond.audits.audit import audit
     from wellcond.audits.baseline import compare_with_baseline, read_baseline
+    from wellcond.report.comparison import compare
     from wellcond.report.page import CURVES
-    from wellcond.report.report import compare
 
     _set_threads(arguments)
 

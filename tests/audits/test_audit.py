@@ -25,8 +25,8 @@ import wellcond.audits.rows as measuring
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import with_spectrum
 from wellcond.linalg.spectrum import Method, Spectrum, compute_spectrum
+from wellcond.report.comparison import compare
 from wellcond.report.findings import Status
-from wellcond.report.report import compare
 
 
 def linear(S: Tensor) -> nn.Linear:

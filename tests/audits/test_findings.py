@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wellcond as wc
-from wellcond.report.report import compare
+from wellcond.report.comparison import compare
 
 HOSTILE = "a\x1b[2J\nb\x00\u202e<i>\ud800"
 ESCAPED = r"a\x1b[2J\nb\x00\u202e<i>\ud800"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import wellcond as wc
 from matrices import with_spectrum
 from wellcond.linalg.gaussian import exceedance, gaussian_stable_rank
-from wellcond.report.report import compare
+from wellcond.report.comparison import compare
 
 
 def linear(S: Tensor) -> nn.Linear:

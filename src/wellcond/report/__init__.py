@@ -1,10 +1,11 @@
 """What audits, repairs and estimates have found, as data; tables, JSON, CSV and a page of it."""
 
+from wellcond.report.comparison import Comparison
 from wellcond.report.estimate import Estimate
 from wellcond.report.findings import Coverage, Finding, Grade, Status
 from wellcond.report.not_finite import NotFinite
 from wellcond.report.repairs import Repair, RepairReport
-from wellcond.report.report import AuditReport, Comparison
+from wellcond.report.report import AuditReport
 from wellcond.weights.reasons import Reason, Skipped
 
 __all__ = [

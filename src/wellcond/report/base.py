@@ -1,0 +1,116 @@
+"""What all reports have in common: how they are printed and written."""
+
+from __future__ import annotations
+
+import abc
+import csv
+import io
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from wellcond.report.findings import Finding
+from wellcond.report.page import Page, render
+from wellcond.report.rows import Column, Row, visible_columns
+from wellcond.text import dump_json, escape, format_table, list_some, save_text
+
+SCHEMA = 1
+# Printing more rows is slow (1 ms per row) and unreadable.
+ROWS = 1000
+WAY_TO_ALL = "; all are in what --csv FILE writes"
+
+
+class Report(abc.ABC):
+    """What an audit and a comparison have in common: how they are printed and written."""
+
+    _COLUMNS: ClassVar[Sequence[Column[Any]]]
+    _MEANINGS: ClassVar[Mapping[str, str]]
+
+    @abc.abstractmethod
+    def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
+        """Plain data; numbers may be inf and nan."""
+
+    @abc.abstractmethod
+    def table(self, *, top: int | None = None) -> str:
+        """The rows as text, at most `top` of them, or 1,000, and a summary."""
+
+    @abc.abstractmethod
+    def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
+        """The first `top` rows, or all, in the order of the table."""
+
+    @abc.abstractmethod
+    def _page(self, max_condition: float | None) -> Page:
+        """The content of the page."""
+
+    def columns(self) -> dict[str, str]:
+        """What each column of the table means, in words, with an example."""
+        columns = visible_columns(self._COLUMNS, self._rows())
+        return {one.header: self._MEANINGS[one.key] for one in columns if one.key in self._MEANINGS}
+
+    def legend(self) -> str:
+        """`columns` as text, to be printed below the table."""
+        meanings = self.columns()
+        width = max(map(len, meanings)) + 2
+        lines = (
+            textwrap.fill(f"{name:<{width}}{meaning}", 100, subsequent_indent=" " * width)
+            for name, meaning in meanings.items()
+        )
+        return "".join(f"{line}\n" for line in lines)
+
+    def _text(self, rows: Sequence[Row]) -> str:
+        columns = visible_columns(self._COLUMNS, rows)
+        cells = ([row.cells[column.key] for column in columns] for row in rows)
+        return format_table([column.header for column in columns], cells)
+
+    def to_json(
+        self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
+    ) -> str:
+        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        return save_text(dump_json(self.to_dict(max_condition)), path)
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
+    ) -> str:
+        """One page that needs neither network nor script. It marks what exceeds a limit.
+
+        The page of a comparison has two bars per weight, and its map shows after/before.
+        """
+        return save_text(render(self._page(max_condition)), path)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def format_remarks(rows: Iterable[Row]) -> str:
+    """A line for each note, with the weights that have it."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            labels.setdefault(row.note, []).append(row.label)
+    return "".join(f"{list_some(names, 3)}: {escape(note)}\n" for note, names in labels.items())
+
+
+def format_csv(columns: Iterable[str], records: Iterable[dict[str, Any]]) -> str:
+    """Escapes names as everywhere, and quotes those that a spreadsheet would run."""
+
+    def harmless(cell: Any) -> Any:
+        if not isinstance(cell, str):
+            return cell
+        return f"'{escape(cell)}" if cell.startswith(("=", "+", "-", "@")) else escape(cell)
+
+    text = io.StringIO()
+    sheet = csv.DictWriter(text, list(columns), lineterminator="\n")
+    sheet.writeheader()
+    sheet.writerows({key: harmless(cell) for key, cell in one.items()} for one in records)
+    return text.getvalue()
+
+
+def list_exceeding(
+    findings: Iterable[tuple[str, Finding | None]], max_condition: float | None
+) -> dict[str, Any]:
+    """The limit, and the labels of the findings above it; nothing without a limit."""
+    if max_condition is None:
+        return {}
+    above = [label for label, finding in findings if finding and finding.exceeds(max_condition)]
+    return {"max_condition": max_condition, "exceeding": above}
