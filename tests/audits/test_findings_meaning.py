@@ -47,8 +47,8 @@ def one(layer: nn.Module) -> tuple[wc.report.Finding, list[str]]:
 def test_a_finding_is_compared_with_random_matrices_of_its_shape() -> None:
     finding, lines = one(linear(gaussian(30, 20)))
     assert finding.exceedance == exceedance((30, 20), finding.condition_number)
-    assert finding.usual_stable_rank == gaussian_stable_rank((30, 20))
-    assert finding.stable_rank == pytest.approx(finding.usual_stable_rank, rel=0.2)
+    assert finding.random_stable_rank == gaussian_stable_rank((30, 20))
+    assert finding.stable_rank == pytest.approx(finding.random_stable_rank, rel=0.2)
     assert lines == []
 
 
@@ -63,7 +63,7 @@ def test_what_follows_another_law_is_not_compared(layer: nn.Module, view: str) -
     finding, lines = one(layer)
     assert finding.view == view
     assert math.isnan(finding.exceedance)
-    assert math.isnan(finding.usual_stable_rank)
+    assert math.isnan(finding.random_stable_rank)
     assert finding.largest_entry == float(layer.get_parameter("weight").detach().abs().max())
     assert lines == []
 
@@ -234,7 +234,7 @@ def test_programs_and_pages_get_the_same_facts() -> None:
     assert by_name["odd.weight"]["exceedance"] == finding.exceedance
     assert by_name["vector.weight"]["exceedance"] == "nan"
     rows = {row["name"]: row for row in csv.DictReader(io.StringIO(report.to_csv()))}
-    for key in ("exceedance", "usual_stable_rank", "largest_entry", "subnormal_share"):
+    for key in ("exceedance", "random_stable_rank", "largest_entry", "subnormal_share"):
         assert float(rows["odd.weight"][key]) == getattr(finding, key)
     (line,) = report.unusual()
     assert f"\n{line}\n" in report.table()

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wellcond.linalg.gaussian import exceedance, gaussian_stable_rank
+from wellcond.linalg.gaussian import exceedance, gaussian_stable_rank, median_condition_number
 from wellcond.linalg.nearest import clip
 from wellcond.linalg.spectrum import rank_tolerance
 from wellcond.report.findings import USUAL, Finding
@@ -52,6 +52,7 @@ def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
     return replace(
         finding,
         largest_entry=largest,
+        gain=norm / math.sqrt(max(1, math.prod(S.shape[:-1]))),
         zero_rows=zero(-1),
         zero_columns=zero(-2),
         subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
@@ -79,7 +80,8 @@ def with_comparison(finding: Finding) -> Finding:
     return replace(
         finding,
         exceedance=exceedance(shape, kappa),
-        usual_stable_rank=gaussian_stable_rank(shape),
+        random_stable_rank=gaussian_stable_rank(shape),
+        random_condition_number=median_condition_number(tuple(shape)),
         gap=_widest_gap(finding),
         repair_limit=math.nan if math.isnan(change) else limit,
         repair_change=change,

@@ -107,6 +107,34 @@ def gaussian_stable_rank(shape: Sequence[int]) -> float:
     return m * n / (centre + width * (form * scale - shift))
 
 
+@lru_cache(maxsize=256)
+def median_condition_number(shape: Sequence[int]) -> float:
+    """The median of kappa for such a matrix, by bisection of `exceedance`; 1 for vectors.
+
+    For large squares of n columns it is 3.67 n (Edelman 1988).
+
+    Args:
+        shape: (m, n), both at least 1; hashable.
+
+    Raises:
+        ValueError: the shape does not have two dimensions, or one is below 1.
+
+    Example:
+        >>> from wellcond.linalg.gaussian import median_condition_number
+        >>> print(f"{median_condition_number((768, 768)) / 768:.2f}")
+        3.67
+    """
+    if _sort_sides(shape)[1] == 1:
+        return 1.0
+    low, high = 0.0, 1.0  # of log kappa
+    while exceedance(shape, math.exp(high)) > 0.5:
+        low, high = high, 2 * high
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if exceedance(shape, math.exp(middle)) > 0.5 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
 def _sort_sides(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"`shape` must be two positive numbers, got {tuple(shape)}.")

@@ -74,7 +74,8 @@ class Finding:
             is no condition number, for vectors, for complex matrices, and for what is no stored
             matrix: groups of a convolution, a convolution as it acts, a head of attention; random
             ones of these follow other laws.
-        usual_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
+        random_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
+        random_condition_number: the median kappa of random matrices of this shape; nan as above.
         grade: "none", "estimated", "bounded", "computed" or "certified"; see `Grade`.
         status: "ok", or what is the matter; its value says it in words.
         detail: more of the status, such as the error.
@@ -85,6 +86,9 @@ class Finding:
         entries: of the parameter, how many it stands for.
         inner: of a product of two factors, as of a head, over how many dimensions it goes, of which
             nu counts no more; 0 of others.
+        gain: ||S||_F/sqrt(m), the root mean square of the entries times sqrt(n): by what factor the
+            weight scales the root mean square of inputs that are independent; nan of what is no
+            stored matrix.
         largest_entry: max |w|, of real and imaginary parts; float16 holds up to 65504. This and the
             next two are nan of what is no stored matrix, as a convolution as it acts.
         subnormal_share: of the entries, how many are subnormal in the dtype, or of what is built
@@ -122,7 +126,8 @@ class Finding:
     rank: int = 0
     penalty: float = math.nan
     exceedance: float = math.nan
-    usual_stable_rank: float = math.nan
+    random_stable_rank: float = math.nan
+    random_condition_number: float = math.nan
     grade: Grade = Grade.none
     status: Status = Status.ok
     detail: str = ""
@@ -132,6 +137,7 @@ class Finding:
     entries: int = 0
     inner: int = 0
     largest_entry: float = math.nan
+    gain: float = math.nan
     subnormal_share: float = math.nan
     float16_zero_share: float = math.nan
     zero_rows: tuple[int, ...] = ()
@@ -203,7 +209,9 @@ class Finding:
             "rank": self.rank,
             "penalty": self.penalty,
             "exceedance": self.exceedance,
-            "usual_stable_rank": self.usual_stable_rank,
+            "random_stable_rank": self.random_stable_rank,
+            "random_condition_number": self.random_condition_number,
+            "gain": self.gain,
             "largest_entry": self.largest_entry,
             "subnormal_share": self.subnormal_share,
             "float16_zero_share": self.float16_zero_share,

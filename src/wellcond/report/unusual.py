@@ -56,8 +56,8 @@ def facts_of(finding: Finding, rare: bool) -> list[str]:
             *facts,
             *_collapse(finding),
         ]
-        if finding.stable_rank < finding.usual_stable_rank / 3:
-            few = f"{finding.stable_rank:.2g} where they have {finding.usual_stable_rank:.2g}"
+        if finding.stable_rank < finding.random_stable_rank / 3:
+            few = f"{finding.stable_rank:.2g} where they have {finding.random_stable_rank:.2g}"
             facts.append(f"a stable rank of {few}")
     if finding.dtype != "float16":
         if finding.largest_entry > _FLOAT16_MAX:
