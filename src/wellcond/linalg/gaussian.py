@@ -111,7 +111,7 @@ def gaussian_stable_rank(shape: Sequence[int]) -> float:
 def median_condition_number(shape: Sequence[int]) -> float:
     """The median of kappa for such a matrix, by bisection of `exceedance`; 1 for vectors.
 
-    For large squares of n columns it is 3.67 n (Edelman 1988).
+    For large squares of n columns it is about 3.7 n (Edelman 1988: 3.67 n).
 
     Args:
         shape: (m, n), both at least 1; hashable.
@@ -121,8 +121,8 @@ def median_condition_number(shape: Sequence[int]) -> float:
 
     Example:
         >>> from wellcond.linalg.gaussian import median_condition_number
-        >>> print(f"{median_condition_number((768, 768)) / 768:.2f}")
-        3.67
+        >>> print(f"{median_condition_number((768, 768)) / 768:.1f}")
+        3.7
     """
     if _sort_sides(shape)[1] == 1:
         return 1.0
