@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import wellcond as wc
-from wellcond.training import compiled
+from wellcond.training.compiled import _penalty
 
 
 def net() -> nn.Sequential:
@@ -150,7 +150,7 @@ def test_a_compiled_model_keeps_the_names_of_its_weights() -> None:
 def test_each_version_has_operators_of_its_own() -> None:
     """A graph that another version left in torch's cache must not be taken for ours."""
     version = wc.__version__.replace(".", "_")
-    assert compiled._penalty._qualname == f"wellcond_{version}::penalty"
+    assert _penalty._qualname == f"wellcond_{version}::penalty"
 
 
 def test_the_operators_keep_the_promises_of_custom_operators() -> None:
@@ -165,7 +165,7 @@ def test_the_operators_keep_the_promises_of_custom_operators() -> None:
     for parameter in parameters:
         parameter.requires_grad_()
     results = torch.library.opcheck(
-        compiled._penalty,
+        _penalty,
         (parameters, reg._compilable.number, False),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

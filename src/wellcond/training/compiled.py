@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond import __version__
+from wellcond.text import read_versions
 from wellcond.training.engine import Engine
 
 # torch keeps compiled graphs on disk, and does not ask whether what an operator returns has another
 # shape than when they were made: each version has operators of its own.
-_NAMESPACE = "wellcond_" + re.sub(r"\W", "_", __version__)
+_NAMESPACE = "wellcond_" + re.sub(r"\W", "_", read_versions()["wellcond"])
 _numbers = map(str, itertools.count())  # an integer would become a symbol in a graph
 _by_number: weakref.WeakValueDictionary[str, Compilable] = weakref.WeakValueDictionary()
 
