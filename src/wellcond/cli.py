@@ -150,6 +150,11 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         default="standing",
         help="rows by flags and standing among trained weights (the default), or by κ",
     )
+    parser.add_argument(
+        "--roles",
+        action="store_true",
+        help="show beneath the table the worst weight of each role: q, k, v, o, up, gate, down",
+    )
     parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
     parser.add_argument(
         "--min-coverage", type=_share, metavar="SHARE", help="exit 1 below that share, 0 to 1"
@@ -321,6 +326,8 @@ def _audit(arguments: argparse.Namespace) -> int:
         text = dump_json(result.to_dict(limit) | compared)
     else:
         text = result.to_csv() if to_stdout else result.table(top=arguments.top)
+        if arguments.roles and not to_stdout and not earlier:
+            text += f"\n{later.by_role()}"
         if arguments.explain:
             text += f"\n{result.legend()}"
     # Files first: whoever reads the output may go, as `head` does.
