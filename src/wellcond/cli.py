@@ -29,6 +29,7 @@ from wellcond.text import dump_json, escape, is_out_of_memory, list_some, save_t
 if TYPE_CHECKING:
     from wellcond.audits.baseline import BaselineComparison
     from wellcond.audits.progress import Progress, ProgressCallback
+    from wellcond.report.comparison import Comparison
     from wellcond.report.report import AuditReport
 
 
@@ -161,7 +162,13 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--compare",
         type=Path,
         metavar="B",
-        help="how κ moved from PATH to B; module. and the like in names are passed over",
+        help="how weights moved from PATH to B; module. and the like in names are passed over",
+    )
+    parser.add_argument(
+        "--names",
+        nargs=2,
+        metavar=("NAME", "NAME_B"),
+        help="with --compare: what PATH and B are called",
     )
     parser.add_argument(
         "--heads",
@@ -277,13 +284,18 @@ def _audit(arguments: argparse.Namespace) -> int:
         raise ValueError("--baseline and --compare must not be given together: one at a time.")
     if arguments.max_rise is not None and arguments.baseline is None:
         raise ValueError("--max-rise must come with --baseline FILE, from which κ may rise.")
+    if arguments.names is not None and arguments.compare is None:
+        raise ValueError("--names must come with --compare B: these two are what it names.")
     _check_outputs(arguments)
 
     from wellcond.audits.audit import audit
     from wellcond.audits.baseline import compare_with_baseline, read_baseline
-    from wellcond.report.comparison import compare
+    from wellcond.audits.compare import check_names, measure_changes
+    from wellcond.audits.sources import source_of
+    from wellcond.report.comparison import compare_reports
     from wellcond.report.page import CURVES
 
+    names = check_names(arguments.names)
     _set_threads(arguments)
 
     def look(path: Path) -> AuditReport:
@@ -303,9 +315,17 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     limit, rise = arguments.max_condition, arguments.max_rise or 2.0
     baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
-    reports = [look(path) for path in (arguments.path, arguments.compare) if path is not None]
+    paths = [path for path in (arguments.path, arguments.compare) if path is not None]
+    reports = [look(path) for path in paths]
     *earlier, later = reports
-    result = compare(*reports) if earlier else later
+    result: AuditReport | Comparison = later
+    if earlier:
+        before, after = (source_of(path, base=arguments.base) for path in paths)
+        result = compare_reports(earlier[0], later, names)
+        try:
+            result = measure_changes(result, before, after, progress=_progress("comparing"))
+        finally:
+            _finish_progress()
     comparison = compare_with_baseline(reports[0], baseline, rise) if baseline is not None else None
     if arguments.json:
         compared = (
