@@ -137,7 +137,8 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
         "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
         "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
-        "With --baseline, exit code 1 if a condition number has risen, or a weight is not there. "
+        "With --baseline, exit code 1 if a condition number or σ_max has risen, a stable rank has "
+        "fallen, or a weight is not there. "
         "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
         "--compare, the exit code is about B.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
@@ -153,10 +154,15 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="what --json printed before: exit 1 if a κ has risen since, or a weight is gone",
+        help="what --json printed before: exit 1 if κ or σ_max of a weight has risen since, its "
+        "stable rank has fallen, or it is gone",
     )
     parser.add_argument(
-        "--max-rise", type=_limit, metavar="TIMES", help="by how much it may, default: 2 times"
+        "--max-rise",
+        type=_limit,
+        metavar="TIMES",
+        help="by how much κ and σ_max may rise and the stable rank fall, default: 2 times; κ of "
+        "square weights 10 times as much",
     )
     parser.add_argument(
         "--compare",
@@ -376,13 +382,17 @@ def _print_comparison_with_baseline(
     comparison: BaselineComparison, path: Path, rise: float
 ) -> None:
     """What became of the weights of a baseline, on standard error."""
+    from wellcond.audits.baseline import SQUARES
+    from wellcond.report.pairing import QUANTITIES
+
     if comparison.risen:
         worst = list_some(
-            f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in comparison.risen
+            f"{one.label} ({QUANTITIES[one.quantity]} {one.before:.4g} to {one.after:.4g})"
+            for one in comparison.risen
         )
-        count = _count_weights(comparison.risen)
-        text = f"κ is more than {rise:g} times what it was in {count}: {worst}"
-        print(f"wellcond: {text}", file=sys.stderr)
+        count, squares = _count_weights(comparison.risen), SQUARES * rise
+        text = f"{count} moved by more than {rise:g} times, κ of square weights {squares:g} times"
+        print(f"wellcond: {text}: {worst}", file=sys.stderr)
     others = (("of the baseline not there", comparison.missing), ("not in it", comparison.new))
     if words := [
         f"{_count_weights(names)} {where}: {list_some(names)}" for where, names in others if names
