@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import wellcond as wc
+from wellcond.audits.compare import compare
 from wellcond.linalg.gaussian import exceedance, gaussian_stable_rank
-from wellcond.report.comparison import compare
 
 
 def linear(S: Tensor) -> nn.Linear:
