@@ -84,7 +84,7 @@ def read_npz(path: Path) -> Named:
             yield f"{name}.weight" if recurrent == name else recurrent, W
 
 
-READERS = {".onnx": read_onnx, ".h5": read_h5, ".npz": read_npz}
+READERS = {".onnx": read_onnx, ".h5": read_h5, ".hdf5": read_h5, ".npz": read_npz}
 
 
 def main() -> None:
