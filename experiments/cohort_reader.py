@@ -67,7 +67,8 @@ def read_h5(path: Path) -> Named:
     arrays: list[tuple[str, np.ndarray]] = []
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.ndim > 1:
+        of_model = not name.startswith("optimizer_weights")
+        if of_model and isinstance(item, h5py.Dataset) and item.ndim > 1:
             arrays.append((name, item[()]))
 
     with h5py.File(path) as file:
