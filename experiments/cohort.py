@@ -343,6 +343,15 @@ def _(W: torch.Tensor) -> None:
 
 
 EVERY_LAYER = "factor 200 in one kind of all layers"
+# The kinds of flags of which one must name a fault.
+NAMED_BY = {
+    "factor 200 in one layer": {"siblings", "scale"},
+    "a row of zeros": {"zero_rows"},
+    "a row twice": {"equal_rows"},
+    "rank one": {"rank", "stable_rank"},
+    "one entry of 1e30": {"dominant_entry"},
+    EVERY_LAYER: {"scale"},
+}
 
 
 def beyond(rows: Sequence[Matrix], table: dict[str, Any]) -> dict[str, float]:
@@ -419,15 +428,19 @@ def _families(path: Path) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def plant(results: dict[str, Any], folder: Path) -> dict[str, dict[str, int]]:
-    """Faults in one kind of weight of each checkpoint held out; how many of them are flagged."""
+    """Faults in each kind of weight of the checkpoints held out; how many are flagged as such."""
     counts = {name: {"flagged": 0, "planted": 0} for name in [*FAULTS, EVERY_LAYER]}
 
     def count(fault: str, tensors: dict[str, torch.Tensor], names: Collection[str]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "planted.pt"
             torch.save(tensors, path)
-            flags = wc.audit(path).flags
-        flagged = {label.partition(":")[0] for label in flags}
+            flags = _flags(wc.audit(path))
+        flagged = {
+            label.partition(":")[0]
+            for label, kinds in flags.items()
+            if NAMED_BY[fault].intersection(kinds)
+        }
         counts[fault]["planted"] += 1
         counts[fault]["flagged"] += flagged >= set(names)
         if not flagged >= set(names):

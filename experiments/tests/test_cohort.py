@@ -65,3 +65,19 @@ def test_faults_change_what_they_say() -> None:
         assert not W.equal(before), name
         if name == "rank one":
             assert torch.linalg.matrix_rank(W.flatten(1)) == 1
+
+
+def test_the_page_has_the_numbers_of_the_results(results: dict[str, Any]) -> None:
+    page = " ".join((cohort.ROOT / "docs" / "cohort.md").read_text().split())
+    checked = json.loads(cohort.CHECKED.read_text())
+    flags, faults = checked["flags"], checked["faults"]
+    assert f"{flags['flagged']} of {flags['matrices']}, " in page
+    assert f"{100 * flags['flagged'] / flags['matrices']:.1f} %" in page
+    for name, one in faults.items():
+        assert f"| {name} | {one['flagged']} of {one['planted']} |" in page
+    assert not any(checked["fresh"].values())
+    for one in results["packages"]:
+        if one["matrices"]:
+            assert f"{one['package']} {one['version']} ({len(one['matrices'])})" in page
+    for name, one in json.loads(cohort.TABLE.read_text())["classes"].items():
+        assert f"| {name} | {one['count']:,} | {one['packages']} |" in page
