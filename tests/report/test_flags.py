@@ -89,6 +89,19 @@ def test_one_kind_that_is_200_times_too_large_in_all_layers() -> None:
     assert all(found[0] == "scale" for found in flagged.values())
 
 
+def test_a_network_in_which_sigma_max_has_grown_everywhere() -> None:
+    model = Net()
+    for name, parameter in model.named_parameters():
+        U, sigma, Vh = torch.linalg.svd(parameter.data, full_matrices=False)
+        sigma[0] *= 20 if "fc1" in name else 16
+        parameter.data.copy_((U * sigma) @ Vh)
+    report = wc.audit(model)
+    first = report.findings[0]
+    assert report.flags[first.label][0].kind == "network"
+    assert "18 of 18 weights" in report.table().splitlines()[0]
+    assert "SingularValueLimit(upper=" in report.table().splitlines()[0]
+
+
 def test_one_entry_that_is_huge() -> None:
     model = Net()
     weight(model, "layers.1.o.weight")[3, 4] = 1e30

@@ -28,6 +28,7 @@ KINDS = {
     "not_finite": "NaN or infinity",
     "dominant_entry": "one entry holds all of the norm",
     "float16": "entries that float16 cannot hold",
+    "network": "in most weights σ_max carries more of the norm than in 95 % of trained weights",
     "siblings": "σ_max is ten times that of its siblings",
     "scale": "σ_max or the gain is beyond that of 99.9 % of trained weights",
     "stable_rank": "σ_max carries more of the norm than in 99 % of trained weights",
@@ -46,6 +47,8 @@ _CHANCE = 0.001
 # Matrices with shorter sides vary too much to be compared.
 _LEAST = 8
 _SIBLINGS, _TIMES = 4, 10.0
+# A network is unusual if of so many weights at least, more than half are in the last twentieth.
+_WEIGHTS, _TWENTIETH = 8, 0.05
 _SHARE, _SCALE_SHARE = 0.99, 0.999
 _LEVELS = ((0.001, "0.1 %"), (0.01, "1 %"), (0.05, "5 %"))
 # Rounding to a narrow dtype makes small singular values of any trained weight.
@@ -116,8 +119,10 @@ def find_flags(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
     medians = _medians_of_siblings(findings)
     order = list(KINDS)
     found = {}
+    network = _find_network(findings)
     for finding in findings:
         flags = [
+            *(network.get(finding.label, ())),
             *_flags_of_entries(finding),
             *_flags_of_spectrum(finding, finding.exceedance < rare),
             *_flags_of_scale(finding, medians.get(finding.label)),
@@ -309,7 +314,7 @@ def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
             "siblings",
             f"σ_max = {finding.sigma_max:.4g} is {times:.3g} times the median of its siblings in "
             "other layers",
-            _advise_limit(finding, median),
+            _advise_limit(median),
         )
     for symbol, key in (("σ_max", "sigma_max"), ("the gain", "gain")):
         if shares[key] > _SCALE_SHARE:
@@ -317,22 +322,46 @@ def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
                 "scale",
                 f"{symbol} = {getattr(finding, key):.4g} is larger than in 99.9 % of "
                 f"{_of_class(usual)}",
-                _advise_limit(finding, usual.quantile("sigma_max", 0.5)),
+                _advise_limit(usual.quantile("sigma_max", 0.5)),
             )
             break
     if shares.get("stable_rank", math.nan) < 1 - _SHARE:
-        carried = format_percent(1 / finding.stable_rank)
-        of_random = finding.sigma_max * math.sqrt(finding.stable_rank / finding.random_stable_rank)
         yield Flag(
             "stable_rank",
-            f"σ_max = {finding.sigma_max:.4g} carries {carried} of ‖S‖² (stable rank "
-            f"{finding.stable_rank:.2g}, of random matrices {finding.random_stable_rank:.2g}), "
-            f"more than in 99 % of {_of_class(usual)}",
-            _advise_limit(finding, of_random),
+            f"{_describe_share(finding)}, more than in 99 % of {_of_class(usual)}",
+            _advise_limit(_random_sigma_max(finding)),
         )
 
 
-def _advise_limit(finding: Finding, upper: float) -> str:
+def _find_network(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
+    """The flag of a network of which most weights have a small stable rank, at the smallest one."""
+    shares = {one.label: _shares_below(one)[1].get("stable_rank", math.nan) for one in findings}
+    shares = {label: share for label, share in shares.items() if not math.isnan(share)}
+    few = [one for one in findings if shares.get(one.label, 1.0) < _TWENTIETH]
+    if len(shares) < _WEIGHTS or 2 * len(few) <= len(shares):
+        return {}
+    worst = min(few, key=lambda one: one.stable_rank / one.random_stable_rank)
+    text = (
+        f"{_describe_share(worst)}; {len(few)} of {len(shares)} weights have a smaller stable rank "
+        "than 95 % of trained weights"
+    )
+    return {worst.label: (Flag("network", text, _advise_limit(_random_sigma_max(worst))),)}
+
+
+def _describe_share(finding: Finding) -> str:
+    carried = format_percent(1 / finding.stable_rank)
+    return (
+        f"σ_max = {finding.sigma_max:.4g} carries {carried} of ‖S‖² (stable rank "
+        f"{finding.stable_rank:.2g}, of random matrices {finding.random_stable_rank:.2g})"
+    )
+
+
+def _random_sigma_max(finding: Finding) -> float:
+    """sigma_1 of a random matrix of the same shape and norm."""
+    return finding.sigma_max * math.sqrt(finding.stable_rank / finding.random_stable_rank)
+
+
+def _advise_limit(upper: float) -> str:
     return (
         f"If it has grown in training, bound it by `SingularValueLimit(upper={upper:.2g})`, lower "
         "the learning rate, or clip gradients"
