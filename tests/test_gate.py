@@ -90,14 +90,21 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("inputs", "code", "failed"),
     [
-        ({"PATHS": "models/fine.pt", "MIN_COVERAGE": "1"}, 0, []),
+        pytest.param(
+            {"PATHS": "models/fine.pt", "MIN_COVERAGE": "1"}, 0, [], marks=pytest.mark.slow
+        ),
         ({"PATHS": "models/deep/bad one.pt", "ARGUMENTS": "--top 1 --max-condition 200"}, 0, []),
         (
             {"PATHS": "models/**/*.pt\n\n", "MAX_CONDITION": "10"},
             1,
             ["models/-dash.pt", "models/deep/bad%20one.pt"],
         ),
-        ({"PATHS": "models/fine.pt", "BASELINE": "before.json"}, 1, ["models/fine.pt"]),
+        pytest.param(
+            {"PATHS": "models/fine.pt", "BASELINE": "before.json"},
+            1,
+            ["models/fine.pt"],
+            marks=pytest.mark.slow,
+        ),
         (
             {"PATHS": "$(touch x);`touch x`\nmodels/*.pt"},
             2,
