@@ -441,7 +441,9 @@ def test_several_checkpoints_are_audited_each_by_itself(
     out, err = capsys.readouterr()
     assert out == "\n".join(tables)
     assert "wellcond: error: half.pt" in err
-    assert err.endswith("wellcond: 3 files: 1 not read, 2 measured\n")
+    assert err.endswith("wellcond: 3 files: 1 not audited, 2 measured\n")
+    assert main(["audit", *reversed(several)]) == 2
+    assert capsys.readouterr().out == "\n".join(reversed(tables))
 
 
 @pytest.mark.parametrize(
@@ -449,7 +451,7 @@ def test_several_checkpoints_are_audited_each_by_itself(
     [
         ("99", [0], 0, ""),
         ("99", [0, 1], 1, "2 files: 1 failed, 1 passed"),
-        ("99", [2, 1, 0], 2, "3 files: 1 not read, 1 failed, 1 passed"),
+        ("99", [2, 1, 0], 2, "3 files: 1 not audited, 1 failed, 1 passed"),
         ("1", [0, 1], 1, "2 files: 2 failed"),
     ],
 )
@@ -475,8 +477,8 @@ def test_documents_of_several(several: list[str], capsys: pytest.CaptureFixture[
     assert main(["audit", "bad.pt", "--json", "--max-condition", "99"]) == 1
     assert content["reports"][1] == json.loads(capsys.readouterr().out)
     assert [one["source"] for one in content["reports"]] == several[:2]
-    assert [one["source"] for one in content["unread"]] == several[2:]
-    assert "half.pt" in content["unread"][0]["error"]
+    assert [one["source"] for one in content["not_audited"]] == several[2:]
+    assert "half.pt" in content["not_audited"][0]["error"]
     assert main(["audit", *several, "--csv", "-"]) == 2
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["source"], row["name"]) for row in rows] == [("fine.pt", "w"), ("bad.pt", "w")]
@@ -508,7 +510,7 @@ def test_a_summary_is_appended_and_never_replaces(
     options = ["--max-condition", "99", "--markdown"]
     assert main(["audit", *several, *options, "-"]) == 2
     printed = capsys.readouterr().out
-    assert printed.startswith("## wellcond: 3 files: 1 not read, 1 failed, 1 passed\n")
+    assert printed.startswith("## wellcond: 3 files: 1 not audited, 1 failed, 1 passed\n")
     for _ in range(2):
         assert main(["audit", *several, *options, "summary.md"]) == 2
         assert "weight" in capsys.readouterr().out
@@ -532,7 +534,7 @@ def test_results_for_code_scanning_are_written_also_of_what_cannot_be_read(
     assert found == [
         ("not-finite", "error", "bad.pt"),
         ("max-condition", "error", "bad.pt"),
-        ("unreadable", "error", "half.pt"),
+        ("not-audited", "error", "half.pt"),
     ]
     capsys.readouterr()
     assert main(command) == 2

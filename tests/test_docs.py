@@ -154,9 +154,9 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
     assert (tmp_path / "report.html").stat().st_size > 5000
     summary = (tmp_path / "summary.md").read_text()
     verdicts = re.findall(r"^## <code>model.pt</code>: (.*)$", summary, flags=re.MULTILINE)
-    assert verdicts == ["passed", "failed", "not read"]
+    assert verdicts == ["passed", "failed", "not audited"]
     (found,) = json.loads((tmp_path / "wellcond.sarif").read_text())["runs"]
-    assert [result["ruleId"] for result in found["results"]] == ["unreadable"]
+    assert [result["ruleId"] for result in found["results"]] == ["not-audited"]
 
 
 def test_the_rules_that_the_page_of_the_gate_lists_are_all() -> None:

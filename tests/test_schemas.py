@@ -247,7 +247,7 @@ def test_audits_of_several_obey(printed: Printed, model: Path, tmp_path: Path) -
     paths = (model, tmp_path / "missing.pt", tmp_path / "fine.safetensors")
     document = printed("audit", *paths, "--max-condition", "3")
     assert faults("audits", document) == []
-    assert [len(document[key]) for key in ("reports", "unread")] == [2, 1]
+    assert [len(document[key]) for key in ("reports", "not_audited")] == [2, 1]
     document["reports"][1]["findings"][0]["rank"] = "two"
     assert faults("audits", document) == [
         "$.reports[1].findings[0].rank: 'two' is not of type 'integer'"

@@ -330,10 +330,12 @@ def _audit(arguments: argparse.Namespace) -> int:
     _print_document(audited, arguments)
     several = len(audited) > 1
     is_table = not _instead_of_table(arguments)
-    for number, (verdict, comparison) in enumerate(audited):
+    gap = ""
+    for verdict, comparison in audited:
         if is_table and verdict.report is not None:
             if several:
-                print("\n" * (number > 0) + escape(verdict.path))
+                print(gap + escape(verdict.path))
+                gap = "\n"
             print(verdict.report.table(top=arguments.top), end="")
             if arguments.explain:
                 print(f"\n{verdict.report.legend()}", end="")
@@ -354,7 +356,7 @@ def _rise(arguments: argparse.Namespace) -> float:
 def _audit_or_fail(
     path: Path, arguments: argparse.Namespace, baseline: dict[str, float] | None
 ) -> _Audited:
-    """What is the matter with one path, also if that is that it cannot be read."""
+    """What is the matter with one path, also if that is that there is no answer."""
     from wellcond.report.gate import Fault, Rule, Verdict
 
     try:
@@ -362,7 +364,7 @@ def _audit_or_fail(
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        return _Audited(Verdict(path, None, [Fault(Rule.unreadable, _describe(error))]))
+        return _Audited(Verdict(path, None, [Fault(Rule.not_audited, _describe(error))]))
 
 
 def _audit_one(
@@ -439,7 +441,7 @@ def _write_files(verdicts: Sequence[Verdict], arguments: argparse.Namespace) -> 
 
 
 def _print_document(audited: Sequence[_Audited], arguments: argparse.Namespace) -> None:
-    """What is asked for instead of a table; of one path that could not be read nothing."""
+    """What is asked for instead of a table; of one path without a report nothing."""
     from wellcond.report.gate import format_markdown
 
     verdicts = [verdict for verdict, _ in audited]
@@ -458,13 +460,13 @@ def _print_document(audited: Sequence[_Audited], arguments: argparse.Namespace) 
             )
             documents.append(verdict.report.to_dict(limit) | compared)
     if len(audited) > 1:
-        unread = [
+        failed = [
             {"source": str(verdict.path), "error": fault.text}
             for verdict in verdicts
             if verdict.report is None
             for fault in verdict.faults
         ]
-        print(dump_json({"schema": 1, "reports": documents, "unread": unread}), end="")
+        print(dump_json({"schema": 1, "reports": documents, "not_audited": failed}), end="")
     elif documents:
         print(dump_json(documents[0]), end="")
 

@@ -105,11 +105,11 @@ def test_a_name_is_shown_as_it_is_and_does_nothing_more(tmp_path: Path, name: st
 def test_what_failed_comes_first_and_what_exceeds_is_marked(tmp_path: Path) -> None:
     fine = report_of(tmp_path, {"w": torch.eye(2)})
     bad = report_of(tmp_path, {f"w{i}": torch.diag(torch.tensor([i + 2.0, 1])) for i in range(20)})
-    unread = Verdict(Path("half.pt"), None, [Fault(Rule.unreadable, "half.pt is half")])
+    unread = Verdict(Path("half.pt"), None, [Fault(Rule.not_audited, "half.pt is half")])
     text = format_markdown([verdict_of(fine, 15, "a.pt"), verdict_of(bad, 15, "b.pt"), unread], 15)
     assert re.findall(r"^#+ .*", shown_headings(text), flags=re.MULTILINE) == [
-        "## wellcond: 3 files: 1 not read, 1 failed, 1 passed",
-        "### half.pt: not read",
+        "## wellcond: 3 files: 1 not audited, 1 failed, 1 passed",
+        "### half.pt: not audited",
         "### b.pt: failed",
         "### a.pt: passed",
     ]
@@ -210,7 +210,7 @@ def test_a_name_in_a_message_is_neither_a_link_nor_a_placeholder(tmp_path: Path,
 
 def test_the_place_is_relative_to_the_checkout(tmp_path: Path) -> None:
     inside = tmp_path / "checkout" / "models" / ".." / "a b#ü:c.pt"
-    unread = [Fault(Rule.unreadable, "it is half")]
+    unread = [Fault(Rule.not_audited, "it is half")]
     verdicts = [Verdict(path, None, unread) for path in (inside, tmp_path / "other.pt")]
     run = run_of(verdicts, tmp_path / "checkout")
     places = [

@@ -61,9 +61,10 @@ class Rule(enum.Enum):
         "Every matrix can be measured.",
         "The finding says why it could not be; the file may be damaged.",
     )
-    unreadable = (
-        "The checkpoint can be read.",
-        "Fetch or write the file again; in a checkout, fetch it from Git LFS.",
+    not_audited = (
+        "The checkpoint can be audited.",
+        "The message says why it could not be. The file may be damaged, or not fetched from Git "
+        "LFS.",
     )
 
     def __init__(self, sentence: str, way_out: str) -> None:
@@ -100,7 +101,7 @@ class Verdict:
 
     Attributes:
         path: of the checkpoint, as it was given.
-        report: its audit, or the comparison with it; None if it could not be read.
+        report: its audit, or the comparison with it; None if there is none.
         faults: the rules that it breaks.
         is_gated: whether there is a rule that it could break.
     """
@@ -121,7 +122,7 @@ class Verdict:
     def word(self) -> str:
         """In one word or two."""
         if self.exit_code:
-            return ("failed", "not read")[self.exit_code - 1]
+            return ("failed", "not audited")[self.exit_code - 1]
         return "passed" if self.is_gated else "measured"
 
 
