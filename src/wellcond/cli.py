@@ -27,8 +27,9 @@ import wellcond
 from wellcond.text import dump_json, escape, is_out_of_memory, list_some, save_text
 
 if TYPE_CHECKING:
-    from wellcond.audits.baseline import BaselineComparison
+    from wellcond.audits.baseline import Baseline, BaselineComparison
     from wellcond.audits.progress import Progress, ProgressCallback
+    from wellcond.report.comparison import Comparison
     from wellcond.report.gate import Fault, Verdict
     from wellcond.report.report import AuditReport
 
@@ -136,7 +137,8 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
         "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
         "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
-        "With --baseline, exit code 1 if a condition number has risen, or a weight is not there. "
+        "With --baseline, exit code 1 if a condition number or σ_max has risen, a stable rank has "
+        "fallen, or a weight is not there. "
         "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
         "--compare, the exit code is about B. Several checkpoints are audited one by one, and the "
         "exit code is the largest of theirs.",
@@ -161,16 +163,27 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="what --json printed before: exit 1 if a κ has risen since, or a weight is gone",
+        help="what --json printed before: exit 1 if κ or σ_max of a weight has risen since, its "
+        "stable rank has fallen, or it is gone",
     )
     parser.add_argument(
-        "--max-rise", type=_limit, metavar="TIMES", help="by how much it may, default: 2 times"
+        "--max-rise",
+        type=_limit,
+        metavar="TIMES",
+        help="by how much κ and σ_max may rise and the stable rank fall, default: 2 times; κ of "
+        "square weights 10 times as much",
     )
     parser.add_argument(
         "--compare",
         type=Path,
         metavar="B",
-        help="how κ moved from PATH to B; module. and the like in names are passed over",
+        help="how weights moved from PATH to B; module. and the like in names are passed over",
+    )
+    parser.add_argument(
+        "--names",
+        nargs=2,
+        metavar=("NAME", "NAME_B"),
+        help="with --compare: what PATH and B are called",
     )
     parser.add_argument(
         "--heads",
@@ -304,6 +317,8 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         raise ValueError("--baseline and --compare must not be given together: one at a time.")
     if arguments.max_rise is not None and arguments.baseline is None:
         raise ValueError("--max-rise must come with --baseline FILE, from which κ may rise.")
+    if arguments.names is not None and arguments.compare is None:
+        raise ValueError("--names must come with --compare B: these two are what it names.")
     if len(arguments.paths) > 1:
         for option in ("baseline", "compare", "base", "html"):
             if getattr(arguments, option) is not None:
@@ -325,8 +340,10 @@ def _audit(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments)
 
     from wellcond.audits.baseline import read_baseline
+    from wellcond.audits.compare import check_names
     from wellcond.report.gate import count_verdicts
 
+    check_names(arguments.names)
     _set_threads(arguments)
     baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
     audited = [_audit_or_fail(path, arguments, baseline) for path in arguments.paths]
@@ -360,7 +377,7 @@ def _rise(arguments: argparse.Namespace) -> float:
 
 
 def _audit_or_fail(
-    path: Path, arguments: argparse.Namespace, baseline: dict[str, float] | None
+    path: Path, arguments: argparse.Namespace, baseline: Baseline | None
 ) -> _Audited:
     """What is the matter with one path, also if that is that there is no answer."""
     from wellcond.report.gate import Fault, Rule, Verdict
@@ -373,12 +390,12 @@ def _audit_or_fail(
         return _Audited(Verdict(path, None, [Fault(Rule.not_audited, _describe(error))]))
 
 
-def _audit_one(
-    path: Path, arguments: argparse.Namespace, baseline: dict[str, float] | None
-) -> _Audited:
+def _audit_one(path: Path, arguments: argparse.Namespace, baseline: Baseline | None) -> _Audited:
     from wellcond.audits.audit import audit
     from wellcond.audits.baseline import compare_with_baseline
-    from wellcond.report.comparison import compare
+    from wellcond.audits.compare import check_names, measure_changes
+    from wellcond.audits.sources import source_of
+    from wellcond.report.comparison import compare_reports
     from wellcond.report.gate import (
         Verdict,
         find_exceeding,
@@ -406,7 +423,14 @@ def _audit_one(
     limit, min_coverage = arguments.max_condition, arguments.min_coverage
     before = look(path) if arguments.compare is not None else None
     later = look(arguments.compare or path)
-    result = compare(before, later) if before is not None else later
+    result: AuditReport | Comparison = later
+    if before is not None:
+        old, new = (source_of(one, base=arguments.base) for one in (path, arguments.compare))
+        result = compare_reports(before, later, check_names(arguments.names))
+        try:
+            result = measure_changes(result, old, new, progress=_progress("comparing"))
+        finally:
+            _finish_progress()
     comparison = None
     if baseline is not None:
         comparison = compare_with_baseline(later, baseline, _rise(arguments))
@@ -491,18 +515,17 @@ def _csv(verdicts: Sequence[Verdict]) -> str:
 def _faults_of(comparison: BaselineComparison, rise: float) -> list[Fault]:
     """What became worse since a baseline."""
     from wellcond.report.gate import Fault, Rule
+    from wellcond.report.pairing import QUANTITIES
 
     faults = []
     if comparison.risen:
-        text = f"κ is more than {rise:g} times what it was in {_count_weights(comparison.risen)}"
+        quantities = [QUANTITIES[one.quantity] for one in comparison.risen]
         weights = {
-            one.label: f"κ was {one.before:.4g} in the baseline and is {one.after:.4g}"
-            for one in comparison.risen
+            one.label: f"{quantity} was {one.before:.4g} in the baseline and is {one.after:.4g}"
+            for one, quantity in zip(comparison.risen, quantities, strict=True)
         }
-        named = list_some(
-            f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in comparison.risen
-        )
-        faults.append(Fault(Rule.baseline, f"{text}: {named}", weights))
+        text = _describe_risen(comparison, rise)
+        faults.append(Fault(Rule.baseline, text, weights))
     if comparison.missing:
         text = f"{_count_weights(comparison.missing)} of the baseline not there"
         weights = dict.fromkeys(comparison.missing, "it is in the baseline, and not there")
@@ -524,17 +547,25 @@ def _print_faults(verdict: Verdict, several: bool) -> None:
         print(f"wellcond: {kind}{which}{text}", file=sys.stderr)
 
 
+def _describe_risen(comparison: BaselineComparison, rise: float) -> str:
+    from wellcond.audits.baseline import SQUARES
+    from wellcond.report.pairing import QUANTITIES
+
+    worst = list_some(
+        f"{one.label} ({QUANTITIES[one.quantity]} {one.before:.4g} to {one.after:.4g})"
+        for one in comparison.risen
+    )
+    count, squares = _count_weights(comparison.risen), SQUARES * rise
+    moved = f"{count} moved by more than {rise:g} times, κ of square weights {squares:g} times"
+    return f"{moved}: {worst}"
+
+
 def _print_comparison_with_baseline(
     comparison: BaselineComparison, path: Path, rise: float
 ) -> None:
     """What became of the weights of a baseline, on standard error."""
     if comparison.risen:
-        worst = list_some(
-            f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in comparison.risen
-        )
-        count = _count_weights(comparison.risen)
-        text = f"κ is more than {rise:g} times what it was in {count}: {worst}"
-        print(f"wellcond: {text}", file=sys.stderr)
+        print(f"wellcond: {_describe_risen(comparison, rise)}", file=sys.stderr)
     others = (("of the baseline not there", comparison.missing), ("not in it", comparison.new))
     if words := [
         f"{_count_weights(names)} {where}: {list_some(names)}" for where, names in others if names

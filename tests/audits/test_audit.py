@@ -24,8 +24,8 @@ import wellcond as wc
 import wellcond.audits.rows as measuring
 import wellcond.linalg.spectrum as spectrum_module
 from matrices import with_spectrum
+from wellcond.audits.compare import compare
 from wellcond.linalg.spectrum import Method, Spectrum, compute_spectrum
-from wellcond.report.comparison import compare
 from wellcond.report.findings import Status
 
 
@@ -695,8 +695,8 @@ def test_a_comparison_puts_the_largest_change_first() -> None:
         }
     )
     comparison = compare(wc.audit(before), wc.audit(after))
-    assert [label for label, _, _ in comparison.pairs[:2]] == ["old.weight", "new.weight"]
-    assert [label for label, _, _ in comparison.pairs[2:]] == ["b.weight", "a.weight"]
+    labels = [pair.label for pair in comparison.pairs]
+    assert labels == ["old.weight", "new.weight", "b.weight", "a.weight"]
     content = comparison.to_dict()["comparison"]
     assert content[2]["ratio"] == 9.0
     assert content[0]["after"] is None

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wellcond as wc
-from wellcond.report.comparison import compare
+from wellcond.audits.compare import compare
 
 HOSTILE = "a\x1b[2J\nb\x00\u202e<i>\ud800"
 ESCAPED = r"a\x1b[2J\nb\x00\u202e<i>\ud800"
@@ -57,7 +57,7 @@ def test_what_stays_infinite_has_not_changed() -> None:
         before.get_submodule("other").weight.copy_(torch.eye(2))
         after.get_submodule("other").weight.copy_(torch.diag(torch.tensor([2.0, 1.0])))
     pairs = compare(wc.audit(before), wc.audit(after)).pairs
-    assert [label for label, _, _ in pairs] == ["other.weight", "flat.weight"]
+    assert [pair.label for pair in pairs] == ["other.weight", "flat.weight"]
 
 
 def test_a_table_of_very_many_weights_is_cut_and_says_how_to_see_them(tmp_path: Path) -> None:

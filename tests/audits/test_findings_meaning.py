@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from matrices import with_spectrum
+from wellcond.audits.compare import compare
 from wellcond.linalg.gaussian import exceedance, gaussian_stable_rank
-from wellcond.report.comparison import compare
 
 
 def linear(S: Tensor) -> nn.Linear:
