@@ -61,7 +61,7 @@ def test_every_command_has_help_with_an_example_that_parses(
     [
         ([], "required: COMMAND"),
         (["audit", "x.pt", "--maxcondition", "5"], "--maxcondition 5 (see wellcond audit --help)"),
-        (["audit"], "required: path"),
+        (["audit"], "required: PATH"),
         (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
         (["audit", "x.pt", "--max-condition", "nan"], "at least 1, got nan"),
         (["audit", "x.pt", "--max-condition", "many"], "a number of at least 1, got many"),
@@ -409,6 +409,161 @@ def test_the_console_script_audits(checkpoint: Path) -> None:
     assert done.returncode == 1
     assert "\nweight " in done.stdout
     assert "exceed 7" in done.stderr
+
+
+# --- several checkpoints, and what a gate writes -------------------------------------------------
+
+
+@pytest.fixture
+def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """kappa 2, kappa 100 and NaN in a bias, and no checkpoint, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.diag(torch.tensor([2.0, 1.0]))}, "fine.pt")
+    bad = {"w": torch.diag(torch.tensor([100.0, 1.0])), "b": torch.tensor([torch.nan])}
+    torch.save(bad, "bad.pt")
+    Path("half.pt").write_bytes(b"half")
+    return ["fine.pt", "bad.pt", "half.pt"]
+
+
+def test_several_checkpoints_are_audited_each_by_itself(
+    several: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = []
+    for path in several[:2]:
+        assert main(["audit", path]) == 0
+        tables.append(f"{path}\n{capsys.readouterr().out}")
+    assert main(["audit", *several[:2]]) == 0
+    out, err = capsys.readouterr()
+    assert out == "\n".join(tables)
+    assert (
+        err == "wellcond: warning: bad.pt: 1 tensor holds NaN or infinity: b (1 NaN of 1 entries)\n"
+    )
+    assert main(["audit", *several]) == 2
+    out, err = capsys.readouterr()
+    assert out == "\n".join(tables)
+    assert "wellcond: error: half.pt" in err
+    assert err.endswith("wellcond: 3 files: 1 not audited, 2 measured\n")
+    assert main(["audit", *reversed(several)]) == 2
+    assert capsys.readouterr().out == "\n".join(reversed(tables))
+
+
+@pytest.mark.parametrize(
+    ("limit", "which", "code", "counts"),
+    [
+        ("99", [0], 0, ""),
+        ("99", [0, 1], 1, "2 files: 1 failed, 1 passed"),
+        ("99", [2, 1, 0], 2, "3 files: 1 not audited, 1 failed, 1 passed"),
+        ("1", [0, 1], 1, "2 files: 2 failed"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_worst(
+    several: list[str],
+    limit: str,
+    which: list[int],
+    code: int,
+    counts: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["audit", "--max-condition", limit, *(several[n] for n in which)]) == code
+    err = capsys.readouterr().err
+    assert err.count(f"wellcond: {counts}\n") == (1 if counts else err.count("wellcond: "))
+    assert ("wellcond: bad.pt: 1 of 1 matrices exceed 99: w (100)\n" in err) == (
+        limit == "99" and 1 in which
+    )
+
+
+def test_documents_of_several(several: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", *several, "--json", "--max-condition", "99"]) == 2
+    content = json.loads(capsys.readouterr().out)
+    assert main(["audit", "bad.pt", "--json", "--max-condition", "99"]) == 1
+    assert content["reports"][1] == json.loads(capsys.readouterr().out)
+    assert [one["source"] for one in content["reports"]] == several[:2]
+    assert [one["source"] for one in content["not_audited"]] == several[2:]
+    assert "half.pt" in content["not_audited"][0]["error"]
+    assert main(["audit", *several, "--csv", "-"]) == 2
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["source"], row["name"]) for row in rows] == [("fine.pt", "w"), ("bad.pt", "w")]
+    assert float(rows[1]["condition_number"]) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("option", ["--baseline", "--compare", "--base", "--html"])
+def test_what_is_about_one_checkpoint_refuses_several(
+    several: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", *several, option, "other"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"wellcond: error: {option} must come with one PATH, but 3 are given.")
+
+
+def test_a_mistake_of_the_program_is_not_taken_for_a_file_that_cannot_be_read(
+    several: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wellcond.audits.sources.Checkpoint", raising(RuntimeError("a mistake")))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        main(["audit", *several])
+
+
+def test_a_summary_is_appended_and_never_replaces(
+    several: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("summary.md").write_text("before\n")
+    options = ["--max-condition", "99", "--markdown"]
+    assert main(["audit", *several, *options, "-"]) == 2
+    printed = capsys.readouterr().out
+    assert printed.startswith("## wellcond: 3 files: 1 not audited, 1 failed, 1 passed\n")
+    for _ in range(2):
+        assert main(["audit", *several, *options, "summary.md"]) == 2
+        assert "weight" in capsys.readouterr().out
+    assert Path("summary.md").read_text() == f"before\n{printed}{printed}"
+    before = Path("bad.pt").read_bytes()
+    assert main(["audit", "fine.pt", *options, "bad.pt", "--overwrite"]) == 2
+    assert "must not replace weights" in capsys.readouterr().err
+    assert Path("bad.pt").read_bytes() == before
+    for other in (["--json"], ["--csv", "-"], ["--explain"]):
+        assert main(["audit", "fine.pt", *options, "-", *other]) == 2
+        assert "must not be given together" in capsys.readouterr().err
+
+
+def test_results_for_code_scanning_are_written_also_of_what_cannot_be_read(
+    several: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["audit", *several, "--max-condition", "99", "--sarif", "out.sarif"]
+    assert main(command) == 2
+    (run,) = json.loads(Path("out.sarif").read_text())["runs"]
+    found = [(r["ruleId"], r["level"], uri_of(r)) for r in run["results"]]
+    assert found == [
+        ("not-finite", "error", "bad.pt"),
+        ("max-condition", "error", "bad.pt"),
+        ("not-audited", "error", "half.pt"),
+    ]
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "Give --overwrite, or another --sarif." in capsys.readouterr().err
+    assert main(["audit", "fine.pt", "--sarif", "out.sarif", "--overwrite"]) == 0
+    assert json.loads(Path("out.sarif").read_text())["runs"][0]["results"] == []
+
+
+def uri_of(result: dict[str, Any]) -> str:
+    (location,) = result["locations"]
+    uri: str = location["physicalLocation"]["artifactLocation"]["uri"]
+    return uri
+
+
+def test_a_baseline_has_results_of_its_own(
+    checkpoint: Path, moved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(checkpoint), "--json"]) == 0
+    baseline, log = checkpoint.with_name("audit.json"), checkpoint.with_name("out.sarif")
+    content = json.loads(capsys.readouterr().out)
+    gone = content["findings"][0] | {"name": "gone"}
+    baseline.write_text(json.dumps(content | {"findings": [*content["findings"], gone]}))
+    assert main(["audit", str(moved), "--baseline", str(baseline), "--sarif", str(log)]) == 1
+    (run,) = json.loads(log.read_text())["runs"]
+    texts = {r["ruleId"]: r["message"]["text"] for r in run["results"]}
+    assert texts.keys() == {"baseline", "missing"}
+    assert texts["baseline"].startswith("good: ")
+    assert texts["missing"].startswith("gone: ")
 
 
 # --- output that cannot be written ----------------------------------------------------------------

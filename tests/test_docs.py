@@ -1,6 +1,7 @@
 """The programs on the pages of docs/ run as they stand, in an empty directory."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import processes
 import wellcond as wc
 from processes import needs_fsdp2_on_the_cpu
 from programs import fresh_process, run_python, run_shell
+from wellcond.report.gate import Rule
 
 DOCS = Path(__file__).parents[1] / "docs"
 # What a page needs besides wellcond and its experiments.
@@ -112,18 +114,26 @@ def test_the_replicas_of_the_page_train_under_torchrun(tmp_path: Path) -> None:
 def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path) -> None:
     """A model as it was passes; one with a weight that collapsed, and half a file, do not."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    page = (Path(__file__).parents[1] / "docs" / "gate.md").read_text()
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "gate.md").read_text()
     blocks = dict.fromkeys(("python", "bash", "yaml"), "")
     for language in blocks:
         found = re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
         blocks[language] = "---\n".join(found)
-    hook, workflow = yaml.safe_load_all(blocks["yaml"])
-    (entry,) = [one["entry"] for one in hook["repos"][0]["hooks"]]
+    shared, local, workflow, with_action = yaml.safe_load_all(blocks["yaml"])
+    (entry,) = [one["entry"] for one in local["repos"][0]["hooks"]]
     steps = [step.get("run", "") for step in workflow["jobs"]["audit"]["steps"]]
     (step,) = [run for run in steps if run.startswith("wellcond")]
 
+    hooks = yaml.safe_load((root / ".pre-commit-hooks.yaml").read_text())
+    assert {one["id"] for one in shared["repos"][0]["hooks"]} <= {hook["id"] for hook in hooks}
+    action = yaml.safe_load((root / "action.yml").read_text())
+    (use,) = [step for step in with_action["jobs"]["audit"]["steps"] if step.get("id") == "audit"]
+    assert set(use["with"]) <= set(action["inputs"])
+
     def run(command: str) -> tuple[int, str]:
         with fresh_process(tmp_path):
+            os.environ["GITHUB_STEP_SUMMARY"] = "summary.md"
             return run_shell(command)
 
     exec(blocks["python"].replace('"model.pt"', repr(str(tmp_path / "model.pt"))))
@@ -132,7 +142,7 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
     weights = torch.load(tmp_path / "model.pt")
     kappa = wc.condition_number(weights["0.weight"])
     assert f"0.weight (κ {kappa:.4g} to" in page
-    for command in (entry, f"{step} --overwrite"):
+    for command in (entry, step):
         assert run(command)[0] == 0
         torch.save(weights | {"0.weight": torch.ones(32, 64)}, tmp_path / "model.pt")
         code, printed = run(command)
@@ -143,3 +153,14 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
         assert run(command)[0] == 2
         torch.save(weights, tmp_path / "model.pt")
     assert (tmp_path / "report.html").stat().st_size > 5000
+    summary = (tmp_path / "summary.md").read_text()
+    verdicts = re.findall(r"^## <code>model.pt</code>: (.*)$", summary, flags=re.MULTILINE)
+    assert verdicts == ["passed", "failed", "not audited"]
+    (found,) = json.loads((tmp_path / "wellcond.sarif").read_text())["runs"]
+    assert [result["ruleId"] for result in found["results"]] == ["not-audited"]
+
+
+def test_the_rules_that_the_page_of_the_gate_lists_are_all() -> None:
+    page = (DOCS / "gate.md").read_text()
+    (sentence,) = re.findall(r"^The rules are (.*?)\.", page, flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"`([\w-]+)`", sentence) == [rule.id for rule in Rule]

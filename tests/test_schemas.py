@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from jsonschema import Draft202012Validator as Validator
+from referencing import Registry, Resource
 from safetensors.torch import save_file
 
 import wellcond as wc
@@ -35,7 +36,10 @@ def schema(name: str) -> dict[str, Any]:
 
 
 def faults(name: str, document: Any) -> list[str]:
-    errors = Validator(schema(name)).iter_errors(document)
+    beside = Registry(
+        retrieve=lambda uri: Resource.from_contents(schema(uri.removesuffix(".json")))
+    )
+    errors = Validator(schema(name), registry=beside).iter_errors(document)
     return [f"{error.json_path}: {error.message}" for error in errors]
 
 
@@ -52,7 +56,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
 
     def run(*argv: object) -> Any:
         capsys.readouterr()
-        assert main([*map(str, argv), "--json"]) in (0, 1)
+        assert main([*map(str, argv), "--json"]) in (0, 1, 2)
         return json.loads(capsys.readouterr().out, parse_constant=refuse)
 
     return run
@@ -133,10 +137,10 @@ def test_schemas_are_strict_and_say_what_each_field_is(name: str) -> None:
 
 
 def test_what_schemas_share_is_the_same() -> None:
-    """Each is whole by itself, so that one file is enough for a program."""
+    """Each but audits.json is whole by itself, so that one file is enough for a program."""
     shared: dict[str, Any] = {}
     for name in SCHEMAS:
-        for key, part in schema(name)["$defs"].items():
+        for key, part in schema(name).get("$defs", {}).items():
             assert shared.setdefault(key, part) == part
 
 
@@ -244,6 +248,18 @@ def test_audits_of_every_kind_obey(
         assert faults("audit", document) == []
         baseline.write_text(json.dumps(document))
     assert [rise["label"] for rise in document["baseline"]["risen"]] in ([], ["flat"])
+
+
+def test_audits_of_several_obey(printed: Printed, model: Path, tmp_path: Path) -> None:
+    save_file({"w": torch.eye(2)}, tmp_path / "fine.safetensors")
+    paths = (model, tmp_path / "missing.pt", tmp_path / "fine.safetensors")
+    document = printed("audit", *paths, "--max-condition", "3")
+    assert faults("audits", document) == []
+    assert [len(document[key]) for key in ("reports", "not_audited")] == [2, 1]
+    document["reports"][1]["findings"][0]["rank"] = "two"
+    assert faults("audits", document) == [
+        "$.reports[1].findings[0].rank: 'two' is not of type 'integer'"
+    ]
 
 
 def test_a_model_obeys_as_a_file_does() -> None:
@@ -359,6 +375,7 @@ def test_a_document_with_one_thing_changed_is_refused(printed: Printed, tmp_path
     results = json.loads((ROOT / "results" / "cost.json").read_text())
     documents = {
         "audit": printed("audit", after, *options),
+        "audits": printed("audit", after, tmp_path / "missing.pt"),
         "comparison": printed("audit", before, "--compare", after, "--max-condition", "3"),
         "repair": printed("repair", after, tmp_path / "out.safetensors", "--max-condition", "3"),
         "results": results | {"runs": results["runs"][:1]},

@@ -32,6 +32,8 @@ def fields(schema: dict[str, Any], root: dict[str, Any], above: str = "") -> Ite
 def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     if "$ref" not in schema:
         return schema
+    if not schema["$ref"].startswith("#"):  # another schema, which has a table of its own
+        return {"type": "object"}
     found: dict[str, Any] = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
     return found
 

@@ -21,15 +21,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import wellcond
 from wellcond.text import dump_json, escape, is_out_of_memory, list_some, save_text
 
 if TYPE_CHECKING:
-    from wellcond.audits.baseline import BaselineComparison
+    from wellcond.audits.baseline import Baseline, BaselineComparison
     from wellcond.audits.progress import Progress, ProgressCallback
     from wellcond.report.comparison import Comparison
+    from wellcond.report.gate import Fault, Verdict
     from wellcond.report.report import AuditReport
 
 
@@ -83,7 +84,6 @@ def _experiments(module: str) -> Any:
         ) from None
 
 
-_LOUD = 0.5  # a smaller share of the parameters is said even if nobody asks
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
@@ -140,10 +140,13 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "With --baseline, exit code 1 if a condition number or σ_max has risen, a stable rank has "
         "fallen, or a weight is not there. "
         "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
-        "--compare, the exit code is about B.",
+        "--compare, the exit code is about B. Several checkpoints are audited one by one, and the "
+        "exit code is the largest of theirs.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
-    parser.add_argument("path", type=Path, help=_INPUT)
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help=f"{_INPUT}; or several of these"
+    )
     parser.add_argument("--certify", action="store_true", help="enclose every number by intervals")
     parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
     parser.add_argument(
@@ -202,7 +205,19 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, self-contained")
-    parser.add_argument("--overwrite", action="store_true", help="replace such files")
+    parser.add_argument(
+        "--sarif", type=Path, metavar="FILE", help="write SARIF 2.1.0, for code scanning"
+    )
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="append a summary in Markdown, as to $GITHUB_STEP_SUMMARY; - prints it instead of the "
+        "table",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files of --csv, --html and --sarif"
+    )
     parser.add_argument(
         "--explain", action="store_true", help="say beneath the table what its columns mean"
     )
@@ -263,11 +278,13 @@ def _finish_progress() -> None:
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Raises, before anything is measured, if a file cannot be written or must not be."""
-    inputs = [path for path in (arguments.path, arguments.compare) if path is not None]
+    inputs = [path for path in (*arguments.paths, arguments.compare) if path is not None]
     outputs: list[Path] = []
-    for option, path in (("--csv", arguments.csv), ("--html", arguments.html)):
-        if path is None or (option == "--csv" and path == Path("-")):
+    for option in ("csv", "html", "sarif", "markdown"):
+        path: Path | None = getattr(arguments, option)
+        if path is None or (option in ("csv", "markdown") and path == Path("-")):
             continue
+        option = f"--{option}"
         if not path.parent.is_dir():
             raise FileNotFoundError(
                 f"{option} must lie in a directory, but {path.parent} is none. Create it first."
@@ -279,7 +296,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
         if os.path.lexists(path):
             if any(path.name.endswith(suffix) for suffix in _WEIGHTS):
                 raise ValueError(f"{option} must not replace weights, as {path} may be.")
-            if not arguments.overwrite:
+            if option != "--markdown" and not arguments.overwrite:
                 raise _exists(path, option)
         outputs.append(path)
 
@@ -290,30 +307,110 @@ def _exists(path: Path, option: str) -> FileExistsError:
     )
 
 
-def _audit(arguments: argparse.Namespace) -> int:
-    to_stdout = arguments.csv == Path("-")
-    if to_stdout and arguments.json:
-        raise ValueError("--csv - and --json must not be given together. Write one into a file.")
-    if arguments.explain and (to_stdout or arguments.json):
-        other = "--json" if arguments.json else "--csv -"
-        raise ValueError(f"--explain and {other} must not be given together: there is no table.")
+def _check_combinations(arguments: argparse.Namespace) -> None:
+    """Raises if options do not go together."""
+    instead = _instead_of_table(arguments)
+    if len(instead) > 1:
+        raise ValueError(
+            f"{instead[0]} and {instead[1]} must not be given together. Write one into a file."
+        )
+    if arguments.explain and instead:
+        raise ValueError(
+            f"--explain and {instead[0]} must not be given together: there is no table."
+        )
     if arguments.baseline is not None and arguments.compare is not None:
         raise ValueError("--baseline and --compare must not be given together: one at a time.")
     if arguments.max_rise is not None and arguments.baseline is None:
         raise ValueError("--max-rise must come with --baseline FILE, from which κ may rise.")
     if arguments.names is not None and arguments.compare is None:
         raise ValueError("--names must come with --compare B: these two are what it names.")
+    if len(arguments.paths) > 1:
+        for option in ("baseline", "compare", "base", "html"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(
+                    f"--{option} must come with one PATH, but {len(arguments.paths)} are given. "
+                    "Audit one at a time."
+                )
+
+
+class _Audited(NamedTuple):
+    """What is the matter with a path, and what became of the baseline if there is one."""
+
+    verdict: Verdict
+    comparison: BaselineComparison | None = None
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    _check_combinations(arguments)
     _check_outputs(arguments)
 
+    from wellcond.audits.baseline import read_baseline
+    from wellcond.audits.compare import check_names
+    from wellcond.report.gate import count_verdicts
+    from wellcond.report.report import AuditReport
+
+    check_names(arguments.names)
+    _set_threads(arguments)
+    baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
+    audited = [_audit_or_fail(path, arguments, baseline) for path in arguments.paths]
+    verdicts = [one.verdict for one in audited]
+    # Files first: whoever reads the output may go, as `head` does.
+    _write_files(verdicts, arguments)
+    _print_document(audited, arguments)
+    several = len(audited) > 1
+    is_table = not _instead_of_table(arguments)
+    gap = ""
+    for verdict, comparison in audited:
+        if is_table and verdict.report is not None:
+            if several:
+                print(gap + escape(verdict.path))
+                gap = "\n"
+            print(verdict.report.table(top=arguments.top), end="")
+            if arguments.roles and isinstance(verdict.report, AuditReport):
+                print(f"\n{verdict.report.by_role()}", end="")
+            if arguments.explain:
+                print(f"\n{verdict.report.legend()}", end="")
+        _print_faults(verdict, several)
+        if comparison is not None:
+            _print_comparison_with_baseline(comparison, arguments.baseline, _rise(arguments))
+    code = max(verdict.exit_code for verdict in verdicts)
+    if several and code:
+        print(f"wellcond: {count_verdicts(verdicts)}", file=sys.stderr)
+    return code
+
+
+def _rise(arguments: argparse.Namespace) -> float:
+    rise: float | None = arguments.max_rise
+    return rise or 2.0
+
+
+def _audit_or_fail(
+    path: Path, arguments: argparse.Namespace, baseline: Baseline | None
+) -> _Audited:
+    """What is the matter with one path, also if that is that there is no answer."""
+    from wellcond.report.gate import Fault, Rule, Verdict
+
+    try:
+        return _audit_one(path, arguments, baseline)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        return _Audited(Verdict(path, None, [Fault(Rule.not_audited, _describe(error))]))
+
+
+def _audit_one(path: Path, arguments: argparse.Namespace, baseline: Baseline | None) -> _Audited:
     from wellcond.audits.audit import audit
-    from wellcond.audits.baseline import compare_with_baseline, read_baseline
+    from wellcond.audits.baseline import compare_with_baseline
     from wellcond.audits.compare import check_names, measure_changes
     from wellcond.audits.sources import source_of
     from wellcond.report.comparison import compare_reports
+    from wellcond.report.gate import (
+        Verdict,
+        find_exceeding,
+        find_low_coverage,
+        find_unsound,
+    )
     from wellcond.report.page import CURVES
-
-    names = check_names(arguments.names)
-    _set_threads(arguments)
 
     def look(path: Path) -> AuditReport:
         try:
@@ -331,82 +428,152 @@ def _audit(arguments: argparse.Namespace) -> int:
         finally:
             _finish_progress()
 
-    limit, rise = arguments.max_condition, arguments.max_rise or 2.0
-    baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
-    paths = [path for path in (arguments.path, arguments.compare) if path is not None]
-    reports = [look(path) for path in paths]
-    *earlier, later = reports
+    limit, min_coverage = arguments.max_condition, arguments.min_coverage
+    before = look(path) if arguments.compare is not None else None
+    later = look(arguments.compare or path)
     result: AuditReport | Comparison = later
-    if earlier:
-        before, after = (source_of(path, base=arguments.base) for path in paths)
-        result = compare_reports(earlier[0], later, names)
+    if before is not None:
+        old, new = (source_of(one, base=arguments.base) for one in (path, arguments.compare))
+        result = compare_reports(before, later, check_names(arguments.names))
         try:
-            result = measure_changes(result, before, after, progress=_progress("comparing"))
+            result = measure_changes(result, old, new, progress=_progress("comparing"))
         finally:
             _finish_progress()
-    comparison = compare_with_baseline(reports[0], baseline, rise) if baseline is not None else None
-    if arguments.json:
-        compared = (
-            {"max_rise": rise, "baseline": asdict(comparison)} if comparison is not None else {}
-        )
-        text = dump_json(result.to_dict(limit) | compared)
-    else:
-        text = result.to_csv() if to_stdout else result.table(top=arguments.top)
-        if arguments.roles and not to_stdout and not earlier:
-            text += f"\n{later.by_role()}"
-        if arguments.explain:
-            text += f"\n{result.legend()}"
-    # Files first: whoever reads the output may go, as `head` does.
-    if arguments.csv is not None and not to_stdout:
-        _write(result.to_csv(), arguments.csv, "--csv", arguments.overwrite)
-    if arguments.html is not None:
-        _write(result.to_html(max_condition=limit), arguments.html, "--html", arguments.overwrite)
-    print(text, end="")
-    for report in earlier:
-        _enough(report, None)
-    enough, sound = _enough(later, arguments.min_coverage), _sound(later)
-    gated = any(gate is not None for gate in (limit, arguments.min_coverage, baseline))
+    comparison = None
+    if baseline is not None:
+        comparison = compare_with_baseline(later, baseline, _rise(arguments))
+    is_gated = any(gate is not None for gate in (limit, min_coverage, baseline))
     exceeding = [] if limit is None else result.exceeding(limit)
-    if exceeding:
-        worst = list_some(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
-        unknown = any(math.isnan(f.condition_number) for f in exceeding)
-        text = f"{len(exceeding)} of {len(later.findings)} matrices exceed {limit:g}"
-        print(f"wellcond: {text}{' or have no κ' * unknown}: {worst}", file=sys.stderr)
-    if comparison is not None:
-        _print_comparison_with_baseline(comparison, arguments.baseline, rise)
-    risen = comparison is not None and (comparison.risen or comparison.missing)
-    return 1 if exceeding or risen or not enough or (gated and not sound) else 0
+    faults = [
+        *find_low_coverage(later, min_coverage),
+        *find_unsound(later, is_gated),
+        *find_exceeding(exceeding, len(later.findings), limit),
+        *(_faults_of(comparison, _rise(arguments)) if comparison is not None else ()),
+    ]
+    for fault in find_low_coverage(before, None) if before is not None else ():
+        print(f"wellcond: warning: {fault.text}", file=sys.stderr)
+    return _Audited(Verdict(arguments.compare or path, result, faults, is_gated), comparison)
 
 
-def _sound(report: AuditReport) -> bool:
-    """Whether all could be read and is finite; says on standard error what is not."""
-    from wellcond.report.findings import Status
-    from wellcond.report.not_finite import describe_not_finite
+def _instead_of_table(arguments: argparse.Namespace) -> list[str]:
+    """The options that print something else than a table."""
+    printed = [option for option in ("csv", "markdown") if getattr(arguments, option) == Path("-")]
+    return [f"--{option} -" for option in printed] + ["--json"] * arguments.json
 
-    failed = [one for one in report.findings if one.status is Status.failed]
-    if failed:
-        named = list_some((f"{one.label} ({one.detail})" for one in failed), limit=3)
-        print(f"wellcond: warning: {len(failed)} could not be measured: {named}", file=sys.stderr)
-    if report.not_finite:
-        print(f"wellcond: warning: {describe_not_finite(report.not_finite)}", file=sys.stderr)
-    return not (failed or report.not_finite)
+
+def _write_files(verdicts: Sequence[Verdict], arguments: argparse.Namespace) -> None:
+    from wellcond.report.gate import format_markdown, format_sarif
+
+    limit = arguments.max_condition
+    if arguments.sarif is not None:
+        text = format_sarif(verdicts, Path.cwd())
+        _write(text, arguments.sarif, "--sarif", arguments.overwrite)
+    if arguments.markdown not in (None, Path("-")):
+        with arguments.markdown.open("a", encoding="utf-8") as file:
+            file.write(format_markdown(verdicts, limit))
+    reports = [verdict.report for verdict in verdicts if verdict.report is not None]
+    if reports and arguments.csv not in (None, Path("-")):
+        _write(_csv(verdicts), arguments.csv, "--csv", arguments.overwrite)
+    if reports and arguments.html is not None:
+        page = reports[0].to_html(max_condition=limit)
+        _write(page, arguments.html, "--html", arguments.overwrite)
+
+
+def _print_document(audited: Sequence[_Audited], arguments: argparse.Namespace) -> None:
+    """What is asked for instead of a table; of one path without a report nothing."""
+    from wellcond.report.gate import format_markdown
+
+    verdicts = [verdict for verdict, _ in audited]
+    limit = arguments.max_condition
+    if arguments.markdown == Path("-"):
+        print(format_markdown(verdicts, limit), end="")
+    if arguments.csv == Path("-"):
+        print(_csv(verdicts), end="")
+    if not arguments.json:
+        return
+    documents = []
+    for verdict, comparison in audited:
+        if verdict.report is not None:
+            compared = (
+                {"max_rise": _rise(arguments), "baseline": asdict(comparison)} if comparison else {}
+            )
+            documents.append(verdict.report.to_dict(limit) | compared)
+    if len(audited) > 1:
+        failed = [
+            {"source": str(verdict.path), "error": fault.text}
+            for verdict in verdicts
+            if verdict.report is None
+            for fault in verdict.faults
+        ]
+        print(dump_json({"schema": 1, "reports": documents, "not_audited": failed}), end="")
+    elif documents:
+        print(dump_json(documents[0]), end="")
+
+
+def _csv(verdicts: Sequence[Verdict]) -> str:
+    from wellcond.report.gate import format_csv_of_all
+    from wellcond.report.report import AuditReport
+
+    reports = [verdict.report for verdict in verdicts if verdict.report is not None]
+    if len(verdicts) > 1:
+        return format_csv_of_all(one for one in reports if isinstance(one, AuditReport))
+    return "".join(report.to_csv() for report in reports)
+
+
+def _faults_of(comparison: BaselineComparison, rise: float) -> list[Fault]:
+    """What became worse since a baseline."""
+    from wellcond.report.gate import Fault, Rule
+    from wellcond.report.pairing import QUANTITIES
+
+    faults = []
+    if comparison.risen:
+        quantities = [QUANTITIES[one.quantity] for one in comparison.risen]
+        weights = {
+            one.label: f"{quantity} was {one.before:.4g} in the baseline and is {one.after:.4g}"
+            for one, quantity in zip(comparison.risen, quantities, strict=True)
+        }
+        text = _describe_risen(comparison, rise)
+        faults.append(Fault(Rule.baseline, text, weights))
+    if comparison.missing:
+        text = f"{_count_weights(comparison.missing)} of the baseline not there"
+        weights = dict.fromkeys(comparison.missing, "it is in the baseline, and not there")
+        faults.append(Fault(Rule.missing, f"{text}: {list_some(comparison.missing)}", weights))
+    return faults
+
+
+def _print_faults(verdict: Verdict, several: bool) -> None:
+    """On standard error, after the path if there are several."""
+    from wellcond.report.gate import Rule
+
+    for fault in verdict.faults:
+        if fault.rule in (Rule.baseline, Rule.missing):  # printed with what is new
+            continue
+        kind = "error: " if verdict.report is None else "" if fault.is_error else "warning: "
+        path, text = escape(verdict.path), escape(fault.text)
+        is_named = text.startswith(path) or fault.rule is Rule.min_coverage
+        which = f"{path}: " if several and not is_named else ""
+        print(f"wellcond: {kind}{which}{text}", file=sys.stderr)
+
+
+def _describe_risen(comparison: BaselineComparison, rise: float) -> str:
+    from wellcond.audits.baseline import SQUARES
+    from wellcond.report.pairing import QUANTITIES
+
+    worst = list_some(
+        f"{one.label} ({QUANTITIES[one.quantity]} {one.before:.4g} to {one.after:.4g})"
+        for one in comparison.risen
+    )
+    count, squares = _count_weights(comparison.risen), SQUARES * rise
+    moved = f"{count} moved by more than {rise:g} times, κ of square weights {squares:g} times"
+    return f"{moved}: {worst}"
 
 
 def _print_comparison_with_baseline(
     comparison: BaselineComparison, path: Path, rise: float
 ) -> None:
     """What became of the weights of a baseline, on standard error."""
-    from wellcond.audits.baseline import SQUARES
-    from wellcond.report.pairing import QUANTITIES
-
     if comparison.risen:
-        worst = list_some(
-            f"{one.label} ({QUANTITIES[one.quantity]} {one.before:.4g} to {one.after:.4g})"
-            for one in comparison.risen
-        )
-        count, squares = _count_weights(comparison.risen), SQUARES * rise
-        text = f"{count} moved by more than {rise:g} times, κ of square weights {squares:g} times"
-        print(f"wellcond: {text}: {worst}", file=sys.stderr)
+        print(f"wellcond: {_describe_risen(comparison, rise)}", file=sys.stderr)
     others = (("of the baseline not there", comparison.missing), ("not in it", comparison.new))
     if words := [
         f"{_count_weights(names)} {where}: {list_some(names)}" for where, names in others if names
@@ -423,22 +590,6 @@ def _write(text: str, path: Path, option: str, overwrite: bool) -> None:
         save_text(text, path, overwrite)
     except FileExistsError:  # since it was looked for
         raise _exists(path, option) from None
-
-
-def _enough(report: AuditReport, min_coverage: float | None) -> bool:
-    """Whether it covers the share that is asked for; says on standard error what it lacks."""
-    share = report.coverage.parameter_share
-    if share >= (_LOUD if min_coverage is None else min_coverage):
-        return True
-    text = f"only {100 * share:.3g} % of the parameters of {escape(report.source)} were measured"
-    if min_coverage is not None:
-        text += f", less than {100 * min_coverage:.3g} %"
-    if largest := report.coverage.largest_left_out:
-        why = report.coverage.skipped
-        named = (f"{escape(name)} ({size:,} entries, {why[name]})" for name, size in largest)
-        text += f"; the largest that were left out: {', '.join(named)}"
-    print(f"wellcond: {'warning: ' if min_coverage is None else ''}{text}", file=sys.stderr)
-    return min_coverage is None
 
 
 def _repair(arguments: argparse.Namespace) -> int:
@@ -490,20 +641,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             130,
             f"wellcond: interrupted. {escape(interrupt)}".rstrip() + "\n",
         )
-    except (ValueError, OSError, ImportError) as error:
-        code, message = 2, f"wellcond: error: {escape(error)}\n"
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        own = isinstance(error, MemoryError) and str(error)
-        code, message = (
-            2,
-            f"wellcond: error: {escape(own or 'there is not enough memory')}\n",
-        )
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        code, message = 2, f"wellcond: error: {_describe(error)}\n"
     with contextlib.suppress(OSError):
         print(message, end="", file=sys.stderr)
     _drop_unwritten()
     return code
+
+
+def _describe(error: Exception) -> str:
+    """What the user reads of an error; raises it if it is a mistake of the program."""
+    if isinstance(error, MemoryError | RuntimeError):
+        if not is_out_of_memory(error):
+            raise error
+        own = isinstance(error, MemoryError) and str(error)
+        return escape(own or "there is not enough memory")
+    return escape(error)
 
 
 def _run(argv: Sequence[str]) -> int:
