@@ -6,13 +6,12 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from wellcond.audits.attempt import failed_finding
 from wellcond.audits.facts import with_comparison
@@ -20,7 +19,7 @@ from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import RowSpec, as_patterns, plan, reason_to_skip, select
 from wellcond.audits.progress import ProgressCallback
 from wellcond.audits.rows import Row, measure_rows
-from wellcond.audits.sources import Source, source_of
+from wellcond.audits.sources import Auditable, Source, source_of
 from wellcond.files.pieces import pieces_of
 from wellcond.report.findings import Coverage, Finding, Grade, Status, sort_key
 from wellcond.report.not_finite import NotFinite
@@ -31,7 +30,7 @@ from wellcond.weights.reasons import Skipped
 
 
 def audit(
-    model_or_path: nn.Module | str | os.PathLike[str],
+    model_or_path: Auditable,
     *,
     certify: bool = False,
     include: str | Sequence[str] = (),
@@ -40,9 +39,9 @@ def audit(
     progress: ProgressCallback | None = None,
     example: Any = None,
     heads: bool = False,
-    base: nn.Module | str | os.PathLike[str] | None = None,
+    base: Auditable | None = None,
 ) -> AuditReport:
-    """Measures every weight of a model, or of a checkpoint without loading it whole.
+    """Measures every weight of a model, a state dict, or a checkpoint without loading it whole.
 
     All arithmetic is float64 on the CPU, and the model is not changed. Each finding names the
     method that found its singular values; kappa was right to 1e-6 up to 1e5 (`wellcond bench
@@ -57,8 +56,9 @@ def audit(
     has the reason under the name of the codes, and no number is given.
 
     Args:
-        model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; or
-            the path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
+        model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; a
+            state dict, which maps names to tensors or NumPy arrays and is read as a file is; or the
+            path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
             (.pt, .pth, .bin, .ckpt, .pth.tar), or a directory of these. Classes of other Python
             objects in a file are named, not loaded.
         certify: also enclose sigma_max, sigma_min and kappa by `wellcond.certify`; not of heads.
@@ -92,7 +92,8 @@ def audit(
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
             model does not take the example, no attention is known, or the base does not fit.
         FileNotFoundError: the path does not exist.
-        TypeError: neither a module nor a path; an example for a path; a base for a model.
+        TypeError: neither a module nor a path nor a state dict, or one with other dicts in it; an
+            array of a dtype that torch lacks; an example without a model; a base for a model.
 
     Example:
         >>> import torch, wellcond as wc
