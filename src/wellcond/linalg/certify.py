@@ -66,6 +66,13 @@ class Certificate:
     method: str
     reason: str = ""
 
+    def __repr__(self) -> str:
+        why = "" if self.certified else f", not certified: {self.reason}"
+        return (
+            f"<Certificate: κ in {self.condition_number}, σ_max in {self.sigma_max}, "
+            f"σ_min in {self.sigma_min}, by {self.method}{why}>"
+        )
+
 
 def certify(S: Tensor | NDArray[Any]) -> Certificate:
     """Intervals that provably contain sigma_1, sigma_nu and kappa of the stored matrix.

@@ -137,11 +137,17 @@ class Comparison(Report):
             "versions": self.versions,
         }
 
+    def _records(self) -> list[dict[str, Any]]:
+        return [record_of_pair(pair, self._note(pair)) for pair in self.pairs]
+
+    def __repr__(self) -> str:
+        sides = f"{escape(self.before)} → {escape(self.after)}"
+        return f"<Comparison of {sides}: {_count(len(self.pairs), 'weight')}>"
+
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line per weight, empty where a side lacks it; written to path."""
         columns = record_of_pair(Pair("", None, None), "")
-        records = (record_of_pair(pair, self._note(pair)) for pair in self.pairs)
-        return save_text(format_csv(columns, records), path)
+        return save_text(format_csv(columns, self._records()), path)
 
     def _note(self, pair: Pair) -> str:
         return self.notes.get(pair.label, "")
@@ -154,7 +160,7 @@ class Comparison(Report):
         # The summary counts what only one side has. It has no change, so it comes last here.
         rows = zip(self.pairs, self._rows(max_condition), strict=True)
         ordered = sorted(rows, key=lambda item: None in item[0])
-        sources = [f"Before, the paler bar: {self.before}", f"After: {self.after}"]
+        sources = [f"Before: {self.before}", f"After: {self.after}"]
         return Page(
             title="Condition numbers before and after",
             lead=[*sources, *self.summary()],
