@@ -317,7 +317,7 @@ def test_print_takes_about_ten_lines_for_any_model() -> None:
     assert "and 118 more (not a matrix: a vector)" in text
     estimates = reg.measure()
     worst = sorted(reg.names, key=lambda name: -(estimates[name].excess or 0))[:5]
-    assert [line.split()[0] for line in text.splitlines() if ".weight" in line] == worst
+    assert [line.split()[0] for line in text.splitlines() if "4x4" in line] == worst
     model[1][0].weight.requires_grad_(False)
     assert "1.0.weight" in repr(reg).splitlines()[2]  # what is the matter comes first
     assert "frozen since" in repr(reg)

@@ -17,7 +17,7 @@ from wellcond.audits.attempt import failed_finding
 from wellcond.audits.facts import with_comparison
 from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import RowSpec, as_patterns, plan, reason_to_skip, select
-from wellcond.audits.progress import ProgressCallback
+from wellcond.audits.progress import ProgressCallback, shown
 from wellcond.audits.rows import Row, measure_rows
 from wellcond.audits.sources import Auditable, Source, source_of
 from wellcond.files.pieces import pieces_of
@@ -36,7 +36,7 @@ def audit(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     curves: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
     example: Any = None,
     heads: bool = False,
     base: Auditable | None = None,
@@ -67,7 +67,8 @@ def audit(
             pattern may match the name of the codes, as `*.qweight` does.
         exclude: one or more patterns of names to leave out.
         curves: find all singular values of this number of the worst weights, however large.
-        progress: called with a `Progress` before each tensor is read; `print` will do.
+        progress: True shows a bar, of tqdm if it is installed. Or a function that is called with a
+            `Progress` before each tensor is read; `print` will do.
         example: input of the model: a tensor, a tuple, or a dict of named arguments. One forward
             pass in eval mode shows on which input size each convolution acts, and the convolution
             is measured as that map, under the view "operator" instead of "kernel". The numbers are
@@ -111,7 +112,8 @@ def audit(
     include, exclude = as_patterns(include), as_patterns(exclude)
     source = source_of(model_or_path, example, base)
     specs, skipped = select(plan(source, heads), include, exclude, source.skipped, source.others)
-    rows = list(measure_rows(specs, certify, progress=progress))
+    with shown(progress) as callback:
+        rows = list(measure_rows(specs, certify, progress=callback))
     not_finite, unread = _search(source, rows, skipped, include, exclude)
     failed = [*source.failed, *unread]
     rows.sort(key=lambda row: sort_key(row[1]))
