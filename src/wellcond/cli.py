@@ -144,6 +144,12 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("path", type=Path, help=_INPUT)
     parser.add_argument("--certify", action="store_true", help="enclose every number by intervals")
     parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
+    parser.add_argument(
+        "--sort",
+        choices=("standing", "kappa"),
+        default="standing",
+        help="rows by flags and standing among trained weights (the default), or by κ",
+    )
     parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
     parser.add_argument(
         "--min-coverage", type=_share, metavar="SHARE", help="exit 1 below that share, 0 to 1"
@@ -288,7 +294,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     def look(path: Path) -> AuditReport:
         try:
-            return audit(
+            report = audit(
                 path,
                 certify=arguments.certify,
                 include=arguments.include,
@@ -298,6 +304,7 @@ def _audit(arguments: argparse.Namespace) -> int:
                 heads=arguments.heads,
                 base=arguments.base,
             )
+            return report if arguments.sort == "standing" else report.sort(arguments.sort)
         finally:
             _finish_progress()
 

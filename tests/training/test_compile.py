@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import wellcond as wc
+from wellcond.training.compiled import _penalty
 
 
 def net() -> nn.Sequential:
@@ -146,6 +147,12 @@ def test_a_compiled_model_keeps_the_names_of_its_weights() -> None:
     assert wc.Regularizer(model, wc.ConditionPenalty(0.1)).names == names
 
 
+def test_each_version_has_operators_of_its_own() -> None:
+    """A graph that another version left in torch's cache must not be taken for ours."""
+    version = wc.__version__.replace(".", "_")
+    assert _penalty._qualname == f"wellcond_{version}::penalty"
+
+
 def test_the_operators_keep_the_promises_of_custom_operators() -> None:
     """torch's own check: schema, fake kernels, autograd."""
     model = net()
@@ -158,7 +165,7 @@ def test_the_operators_keep_the_promises_of_custom_operators() -> None:
     for parameter in parameters:
         parameter.requires_grad_()
     results = torch.library.opcheck(
-        torch.ops.wellcond.penalty.default,
+        _penalty,
         (parameters, reg._compilable.number, False),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

@@ -22,6 +22,7 @@ from wellcond.audits.rows import Row, measure_rows
 from wellcond.audits.sources import Auditable, Source, source_of
 from wellcond.files.pieces import pieces_of
 from wellcond.report.findings import Coverage, Finding, Grade, Status, sort_key
+from wellcond.report.flags import find_flags, sort_findings
 from wellcond.report.not_finite import NotFinite
 from wellcond.report.report import AuditReport
 from wellcond.text import list_some, read_versions
@@ -118,7 +119,8 @@ def audit(
     failed = [*source.failed, *unread]
     rows.sort(key=lambda row: sort_key(row[1]))
     _add_curves(rows, curves - len(failed))
-    findings = sorted([*failed, *(finding for _, finding in rows)], key=sort_key)
+    measured = [*failed, *(finding for _, finding in rows)]
+    findings = sort_findings(measured, find_flags(measured))
     _check_measured(findings, source.name, skipped, base is not None)
     coverage = _coverage(rows, len(failed), source, skipped)
     return AuditReport(findings, coverage, source.name, read_versions(), not_finite)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,8 @@ from wellcond.report.findings import USUAL, Finding
 
 _FLOAT16 = torch.finfo(torch.float16)
 _DOMINANT = 0.999  # of the squared norm
+_OPPOSITE = 0.05
+_BAND, _TRIES = 1 << 20, 100
 
 
 def stored_numbers(S: Tensor) -> Tensor:
@@ -53,6 +56,8 @@ def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
         finding,
         largest_entry=largest,
         gain=norm / math.sqrt(max(1, math.prod(S.shape[:-1]))),
+        equal_rows=_find_equal_rows(S),
+        opposite_rows=_are_opposite(S),
         zero_rows=zero(-1),
         zero_columns=zero(-2),
         subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
@@ -60,6 +65,36 @@ def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
         float16_zero_share=share(sizes <= _FLOAT16.smallest_normal * _FLOAT16.eps / 2),
         dominant_entry=dominant,
     )
+
+
+def _find_equal_rows(S: Tensor) -> tuple[int, ...]:
+    """Two equal rows that are not zero, found by their products with one random vector."""
+    if S.ndim != 2 or min(S.shape) < 2:
+        return ()
+    source = torch.Generator().manual_seed(0)
+    v = torch.randn(S.shape[1], generator=source, dtype=torch.float32).to(S.dtype)
+    products = torch.cat([(S[rows] * v).sum(-1) for rows in _bands(S)])
+    order = products.abs().argsort(stable=True) if S.is_complex() else products.argsort(stable=True)
+    ordered = products[order]
+    for at in ((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)).nonzero().flatten()[:_TRIES]:
+        first, second = sorted(order[at : at + 2].tolist())
+        if torch.equal(S[first], S[second]):
+            return first, second
+    return ()
+
+
+def _bands(S: Tensor) -> Iterator[slice]:
+    """Ranges of rows, so that a product of entries takes little memory."""
+    rows = max(1, _BAND // S.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(S), rows))
+
+
+def _are_opposite(S: Tensor) -> bool:
+    """Whether S has two rows, and these are w and -w up to 5 %, as of a head of two classes."""
+    if S.ndim != 2 or S.shape[0] != 2:
+        return False
+    first, second = S.to(torch.complex128 if S.is_complex() else torch.float64)
+    return bool((first + second).norm() <= _OPPOSITE * (first - second).norm())
 
 
 def with_comparison(finding: Finding) -> Finding:

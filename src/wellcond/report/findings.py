@@ -97,6 +97,7 @@ class Finding:
         float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.
         zero_rows: which rows (outputs) are zero, from 0; of a kernel in groups over all of them.
         zero_columns: which columns (inputs) are zero likewise.
+        equal_rows: two rows (outputs) that are equal and not zero; () if none are.
         dominant_entry: where one entry holds more than 99.9 % of ||S||_F^2, its indices; () if none
             does, and of a vector.
         stored: whether it is stored as it is measured, and not computed from parameters, so that a
@@ -108,6 +109,8 @@ class Finding:
             `wellcond.linalg.leading.added`.
         added_new: of so many of these singular values more than half comes from the adapter.
         added_of: how many they are, r or fewer; 0 of others.
+        opposite_rows: whether it has two rows, and these are w and -w up to 5 %, as of a head of
+            two classes.
         gap: how many singular values lie below the widest gap in their lower half, and the ratio
             across it; (0, 1) if they are not known.
         repair_limit: the least power of ten that at most 1 in 20 random matrices of this shape
@@ -142,12 +145,14 @@ class Finding:
     float16_zero_share: float = math.nan
     zero_rows: tuple[int, ...] = ()
     zero_columns: tuple[int, ...] = ()
+    equal_rows: tuple[int, ...] = ()
     dominant_entry: tuple[int, ...] = ()
     stored: bool = True
     parts: tuple[str, ...] = ()
     added_share: float = math.nan
     added_new: int = 0
     added_of: int = 0
+    opposite_rows: bool = False
     gap: tuple[int, float] = (0, 1.0)
     repair_limit: float = math.nan
     repair_change: float = math.nan
@@ -224,6 +229,7 @@ class Finding:
             "float16_zero_share": self.float16_zero_share,
             "zero_rows": list(self.zero_rows),
             "zero_columns": list(self.zero_columns),
+            "equal_rows": list(self.equal_rows),
             "dominant_entry": list(self.dominant_entry),
             "stored": self.stored,
             "parts": list(self.parts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,16 @@ from wellcond.text import escape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LETTERS = 40  # of a label; the end says more than the beginning
+_LABEL, _REMARK = 40, 70  # letters
 
 
-def draw(findings: Sequence[Finding], axes: Sequence[Any] | None = None) -> tuple[Axes, Axes]:
-    """Spectra on the first axes, bars on the second; new ones beside each other by default."""
+def draw(
+    findings: Sequence[Finding], remarks: Sequence[str], axes: Sequence[Any] | None = None
+) -> tuple[Axes, Axes]:
+    """Spectra on the first axes, bars on the second; new ones beside each other by default.
+
+    Weights with a remark have colors, and the remark on their bars.
+    """
     if axes is None:
         try:
             from matplotlib import pyplot
@@ -25,7 +31,10 @@ def draw(findings: Sequence[Finding], axes: Sequence[Any] | None = None) -> tupl
         height = max(3.0, 1.5 + 0.3 * len(findings))
         _, axes = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
     left, right = axes
-    colors = [f"C{number % 10}" for number in range(len(findings))]
+    # If none has a remark, all have colors. C7 is gray.
+    marked = [bool(remark) or not any(remarks) for remark in remarks]
+    numbers = itertools.count()
+    colors = [f"C{next(numbers) % 7}" if one else "0.6" for one in marked]
     labels = [_short(finding.label) for finding in findings]
     drawn = 0
     for finding, label, color in zip(findings, labels, colors, strict=True):
@@ -38,32 +47,38 @@ def draw(findings: Sequence[Finding], axes: Sequence[Any] | None = None) -> tupl
     left.set(xlabel="position, from the largest to the smallest", ylabel="singular values σ")
     if drawn:
         left.set_yscale("log")
-        left.legend(fontsize="small")
+        handles = [line for line in left.get_lines() if line.get_color() != "0.6"]
+        left.legend(handles=handles, fontsize="small")
     else:
         why = "no singular values are known here: audit(..., curves=10) finds them all"
         left.text(0.5, 0.5, why, ha="center", va="center", wrap=True, transform=left.transAxes)
     kappas = [finding.condition_number for finding in findings]
     ends = [kappa for kappa in kappas if math.isfinite(kappa)]
-    end = 10 * max(ends, default=1.0)  # as long as an infinite bar, which is hatched
-    for place, (kappa, color) in enumerate(zip(kappas, colors, strict=True)):
-        if math.isnan(kappa):
-            right.text(1, place, " none", va="center")
-        else:
-            infinite = math.isinf(kappa)
-            bar = right.barh(place, end if infinite else kappa, color=color)
-            for one in bar if infinite else ():
-                one.set(hatch="//", alpha=0.5)
-            if infinite:
-                right.text(1, place, " ∞", va="center")
+    end = 10 * max(ends, default=1.0)  # as long as an infinite bar
+    for place, (kappa, color, remark) in enumerate(zip(kappas, colors, remarks, strict=True)):
+        infinite = math.isinf(kappa)
+        if not math.isnan(kappa):
+            right.barh(place, end if infinite else kappa, color=color, alpha=0.6)
+        known = "" if math.isfinite(kappa) else "κ = ∞" if infinite else "no κ"
+        text = "; ".join(filter(None, [known, remark]))
+        right.text(
+            1, place, f" {_short(text, _REMARK)}", va="center", fontsize="small", clip_on=True
+        )
     right.set(xscale="log", xlim=(1, 2 * end), xlabel="condition number κ")
     right.set_yticks(range(len(findings)), labels)
     right.set_ylim(len(findings) - 0.4, -0.6)  # the first on top
     return left, right
 
 
-def _short(label: str) -> str:
-    """A label without what matplotlib takes for mathematics, or for no entry of a legend."""
-    text = escape(label)
-    text = text if len(text) <= _LETTERS else f"…{text[1 - _LETTERS :]}"
+def _short(text: str, letters: int = 0) -> str:
+    """Without what matplotlib takes for mathematics, or for no entry of a legend.
+
+    Of a label the end is kept, of another text so many letters from its beginning.
+    """
+    text = escape(text)
+    if letters and len(text) > letters:
+        text = f"{text[: letters - 1]}…"
+    elif not letters and len(text) > _LABEL:
+        text = f"…{text[1 - _LABEL :]}"
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

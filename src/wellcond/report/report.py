@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from wellcond.report.base import (
@@ -17,7 +18,8 @@ from wellcond.report.base import (
     format_remarks,
     list_exceeding,
 )
-from wellcond.report.findings import Coverage, Finding
+from wellcond.report.findings import Coverage, Finding, sort_key
+from wellcond.report.flags import Flag, find_flags, sort_findings, stand
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
 from wellcond.report.page import CURVES, Page
 from wellcond.report.pairing import by_label
@@ -30,15 +32,13 @@ from wellcond.report.rows import (
     row_of_finding,
     visible_columns,
 )
-from wellcond.report.unusual import facts_of
 from wellcond.text import escape, save_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# A line is worth what fewer than 1 in 100 reports of random matrices would have.
-_CHANCE = 0.01
 _LINES = 5
+ORDERS = ("standing", "kappa")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class AuditReport(Report):
     """The findings of an audit, worst first, with what they cover.
 
     Attributes:
-        findings: one per matrix, by descending condition number; unknown ones before all others.
+        findings: one per matrix: what could not be measured, what has no condition number, the
+            flagged ones, and the others by their standing among trained weights.
         coverage: what was measured, what not and why.
         source: the path or the class of the model.
         versions: of wellcond, torch and Python.
@@ -68,44 +69,61 @@ class AuditReport(Report):
         """The findings above a limit of the condition number; see `Finding.exceeds`."""
         return [finding for finding in self.findings if finding.exceeds(max_condition)]
 
+    @cached_property
+    def flags(self) -> dict[str, tuple[Flag, ...]]:
+        """What is wrong or unusual, by the label of the weight, the gravest first."""
+        return find_flags(self.findings)
+
+    def sort(self, by: str = "standing") -> AuditReport:
+        """The same report with its findings in another order.
+
+        Args:
+            by: "standing", with the flagged ones first, or "kappa", by descending condition number.
+
+        Raises:
+            ValueError: `by` is neither.
+        """
+        if by not in ORDERS:
+            raise ValueError(f'`by` must be one of {", ".join(ORDERS)}, got "{by}".')
+        if by == "kappa":
+            return replace(self, findings=sorted(self.findings, key=sort_key))
+        return replace(self, findings=sort_findings(self.findings, self.flags))
+
     def table(self, *, top: int | None = None) -> str:
-        """The findings as text, the worst `top` of them or 1,000, with what they cover."""
+        """The flags, the first `top` findings or 1,000 as rows, and what they cover."""
         rows = self._rows(top=top or ROWS)
         # If not even the shape is known, the note says all there is.
         known = [row for row, f in zip(rows, self.findings, strict=False) if f.shape != (0, 0)]
-        text = self._text(known)
+        text = "".join(f"{escape(line)}\n" for line in self.unusual())
+        text += self._text(known)
         if more := len(self.findings) - len(rows):
-            text += f"... and {more} more with a smaller κ{'' if top else WAY_TO_ALL}\n"
+            text += f"... and {more} more{'' if top else WAY_TO_ALL}\n"
         text += format_remarks(rows)
-        text += "".join(f"{escape(line)}\n" for line in self.unusual())
         text += f"{describe_not_finite(self.not_finite)}\n" if self.not_finite else ""
         return f"{text}{self.coverage}\n"
 
     def unusual(self) -> list[str]:
-        """A line for each weight that is out of the ordinary, the rarest first; after five a count.
+        """A line for each flagged weight with its facts and an advice; after five lines a count.
 
-        That is a kappa so rare among random matrices of the shape that, were all weights random,
-        fewer than 1 in 100 reports would name one; and entries that float16 or the dtype holds
-        badly. These are facts about numbers: they promise nothing about accuracy.
+        These are facts about numbers: they promise nothing about accuracy.
         """
         return [f"{label}: {facts}" if label else facts for label, facts in self._facts()]
 
     def _facts(self) -> list[tuple[str, str]]:
         """The labels of the lines of `unusual`, "" for the count, and what they say."""
-        shares = [finding.exceedance for finding in self.findings]
-        rare = _CHANCE / max(1, sum(not math.isnan(share) for share in shares))
-        lines = [
-            (share if share < rare else 1.0, finding.label, "; ".join(facts))
-            for finding, share in zip(self.findings, shares, strict=True)
-            if (facts := facts_of(finding, share < rare))
-        ]
-        lines.sort(key=lambda line: line[0])
-        named = [(label, facts) for _, label, facts in lines[:_LINES]]
-        if more := len(lines) - len(named):
-            named.append(
-                ("", f"and {more} more {'is' if more == 1 else 'are'} out of the ordinary")
-            )
-        return named
+        flagged = [finding.label for finding in self.findings if finding.label in self.flags]
+        lines = []
+        advised: set[str] = set()
+        for label in flagged[:_LINES]:
+            flags = self.flags[label]
+            facts = "; ".join(flag.text for flag in flags)
+            if flags[0].kind not in advised:  # once per kind
+                facts += f". {flags[0].advice} ({flags[0].page})"
+            advised.add(flags[0].kind)
+            lines.append((label, facts))
+        if more := len(flagged) - len(lines):
+            lines.append(("", f"and {more} more {'is' if more == 1 else 'are'} flagged"))
+        return lines
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data in the documented schema; numbers may be inf and nan.
@@ -118,7 +136,7 @@ class AuditReport(Report):
             **list_exceeding(
                 ((finding.label, finding) for finding in self.findings), max_condition
             ),
-            "findings": [finding.to_dict() for finding in self.findings],
+            "findings": [self._record(finding) for finding in self.findings],
             "coverage": {
                 "measured": self.coverage.measured,
                 "failed": self.coverage.failed,
@@ -139,8 +157,10 @@ class AuditReport(Report):
     def plot(self, *, top: int = 10, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
         """Draws the spectra of the first `top` weights, and their condition numbers as bars.
 
+        Flagged weights have colors, and the fact on their bars; others are gray.
+
         Args:
-            top: how many weights, in the order of `findings`.
+            top: how many weights, in the order of `findings`: the flagged ones first.
             axes: two axes of matplotlib to draw on; new ones beside each other by default.
 
         Returns:
@@ -155,7 +175,23 @@ class AuditReport(Report):
             >>> left.get_yscale(), right.get_xlabel()
             ('log', 'condition number κ')
         """
-        return draw(self.findings[:top], axes)
+        shown = self.findings[:top]
+        flags = (self.flags.get(finding.label, ()) for finding in shown)
+        return draw(shown, ["; ".join(flag.text for flag in some) for some in flags], axes)
+
+    def _record(self, finding: Finding) -> dict[str, Any]:
+        """The numbers of a finding, its standing and its flags."""
+        standing = stand(finding)
+        flags = self.flags.get(finding.label, ())
+        return finding.to_dict() | {
+            "standing": {
+                "share": standing.share,
+                "words": standing.words,
+                "class": standing.usual.name if standing.usual else "",
+                "count": standing.usual.count if standing.usual else 0,
+            },
+            "flags": [asdict(flag) | {"page": flag.page} for flag in flags],
+        }
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line per finding, columns as in the JSON; written to path."""
@@ -171,7 +207,8 @@ class AuditReport(Report):
         largest = max((kappa for kappa in kappas if not math.isnan(kappa)), default=math.nan)
         number = f"{len(self.findings)} matri{'x' if len(self.findings) == 1 else 'ces'}"
         share = f"{100 * self.coverage.parameter_share:.1f} % of the parameters"
-        return f"<AuditReport of {escape(self.source)}: {number}, {share}, largest κ {largest:.4g}>"
+        flagged = f"{len(self.flags)} flagged, largest κ {largest:.4g}"
+        return f"<AuditReport of {escape(self.source)}: {number}, {share}, {flagged}>"
 
     def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
         findings = self.findings[:top]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from wellcond.report.findings import Finding, Grade, Status
+from wellcond.report.flags import stand
 from wellcond.report.pairing import Pair
-from wellcond.report.unusual import how_often
+from wellcond.report.usual import COHORT
 from wellcond.text import format_percent
 
 MARK = "▲"
@@ -112,10 +113,10 @@ MEANINGS = {
     "dtype": "in which it is stored; all is computed in float64",
     "condition_number": "σ_max/σ_min, the condition number: at 1e4 the matrix stretches one "
     "direction 1e4 times as much as another; at inf it loses one",
-    "exceedance": "how often a random matrix of this shape, of independent Gaussian entries, has a "
-    'larger κ: 1 in 77; "usual" is more often than 1 in 20, "never" less than 1 in 1e9. It says '
-    "how unusual κ is, and nothing about accuracy. Empty where no such law is known: groups, "
-    "convolutions as they act, heads, vectors",
+    "standing": "where it stands among trained weights of its class, in the quantity in which it "
+    'is most extreme: "usual", or "σ_max: top 1 %"; κ and the stable rank are divided by those of '
+    f"random matrices of the shape first ({COHORT}). It says how unusual a weight is, and nothing "
+    "about accuracy. Empty of heads, vectors and convolutions as they act",
     "sigma_max": "the largest singular value, the spectral norm",
     "sigma_min": "the smallest of the min(m, n) singular values",
     "stable_rank": "‖S‖²/σ_max² (Frobenius norm), from 1 to min(m, n): how many directions carry "
@@ -133,7 +134,7 @@ COLUMNS: tuple[Column[Finding], ...] = (
     Column("shape", "shape", lambda one: format_shape(one.shape)),
     Column("dtype", "dtype", lambda one: one.dtype, is_text=True),
     Column("condition_number", "κ", _kappa, leads=True),
-    Column("exceedance", "random", lambda one: how_often(one.exceedance), leads=True),
+    Column("standing", "among trained", lambda one: stand(one).words, leads=True),
     Column("sigma_max", "σ_max", lambda one: _number(one, one.sigma_max, "≥")),
     Column("sigma_min", "σ_min", lambda one: _number(one, one.sigma_min, "≤")),
     Column("stable_rank", "stable rank", lambda one: f"{one.stable_rank:.4g}"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wellcond.text import read_versions
 from wellcond.training.engine import Engine
 
+# torch keeps compiled graphs on disk, and does not ask whether what an operator returns has another
+# shape than when they were made: each version has operators of its own.
+_NAMESPACE = "wellcond_" + re.sub(r"\W", "_", read_versions()["wellcond"])
 _numbers = map(str, itertools.count())  # an integer would become a symbol in a graph
 _by_number: weakref.WeakValueDictionary[str, Compilable] = weakref.WeakValueDictionary()
 
@@ -77,7 +82,7 @@ def _custom_op(
     if tag is not None and "tags" in inspect.signature(torch.library.custom_op).parameters:
         options["tags"] = tag
     made: Callable[[Callable[..., Any]], Any] = torch.library.custom_op(
-        f"wellcond::{name}", **options
+        f"{_NAMESPACE}::{name}", **options
     )
     return made
 

@@ -1,0 +1,359 @@
+"""What is wrong or unusual in a weight, what to do about it, and how trained weights compare.
+
+A flag is a fact, and a sentence of advice. Flags compare a weight with trained weights of its
+class (`wellcond.report.usual`), with its siblings (the same kind in other layers), and with what
+its dtype holds. A weight without a flag may still be the cause of trouble, and one with a flag may
+be sound.
+
+Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values; kappa =
+sigma_1/sigma_nu.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from wellcond.report.findings import Finding, Grade, Status
+from wellcond.report.layers import places
+from wellcond.report.usual import Usual, usual_of
+from wellcond.text import format_percent, list_some
+
+KINDS = {
+    "not_finite": "NaN or infinity",
+    "dominant_entry": "one entry holds all of the norm",
+    "float16": "entries that float16 cannot hold",
+    "siblings": "σ_max is ten times that of its siblings",
+    "scale": "σ_max or the gain is beyond that of 99.9 % of trained weights",
+    "stable_rank": "σ_max carries more of the norm than in 99 % of trained weights",
+    "zero_rows": "rows or columns are zero",
+    "equal_rows": "two rows are equal",
+    "rank": "a direction is lost",
+    "condition_number": "κ is beyond that of 99 % of trained weights",
+}
+_FLOAT16_MAX = 65504.0
+# So much smaller than the one before, and singular values have collapsed.
+_COLLAPSED = 1e-2
+# A larger share of entries that a dtype holds badly is said.
+_ENTRIES = 0.01
+# Were all weights random, fewer than 1 in 1,000 reports would name a kappa.
+_CHANCE = 0.001
+# Matrices with shorter sides vary too much to be compared.
+_LEAST = 8
+_SIBLINGS, _TIMES = 4, 10.0
+_SHARE, _SCALE_SHARE = 0.99, 0.999
+_LEVELS = ((0.001, "0.1 %"), (0.01, "1 %"), (0.05, "5 %"))
+# Rounding to a narrow dtype makes small singular values of any trained weight.
+_RANKED = ("float32", "float64", "complex64", "complex128")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What is wrong or unusual in a weight.
+
+    Attributes:
+        kind: a key of `wellcond.report.flags.KINDS`, which are in the order of their weight.
+        text: the fact, in words and numbers.
+        advice: what to do, one sentence.
+        page: the section of the documentation that says more.
+    """
+
+    kind: str
+    text: str
+    advice: str
+
+    @property
+    def page(self) -> str:
+        return f"symptoms.html#{self.kind.replace('_', '-')}"
+
+
+class Standing(NamedTuple):
+    """Where a weight stands among trained ones of its class.
+
+    Attributes:
+        share: of the trained weights, how many are as extreme in the quantity in which it is most
+            extreme, 0 to 1; nan if it is not compared.
+        words: "usual", or "σ_max: top 1 %"; "" if it is not compared.
+        usual: the class; None if it is not compared.
+    """
+
+    share: float
+    words: str
+    usual: Usual | None
+
+
+def stand(finding: Finding) -> Standing:
+    """Where a weight stands among trained ones of its class."""
+    usual, shares = _shares_below(finding)
+    extremes = [
+        (1 - share if side == "top" else share, f"{symbol}: {side}")
+        for symbol, side, share in (
+            ("κ", "top", shares.get("condition_number", math.nan)),
+            ("stable rank", "bottom", shares.get("stable_rank", math.nan)),
+            ("σ_max", "top", shares.get("sigma_max", math.nan)),
+            ("gain", "top", shares.get("gain", math.nan)),
+        )
+        if not math.isnan(share)
+    ]
+    if usual is None or not extremes:
+        return Standing(math.nan, "", None)
+    share, symbol = min(extremes)
+    level = next((words for level, words in _LEVELS if share < level), "")
+    return Standing(share, f"{symbol} {level}" if level else "usual", usual)
+
+
+def find_flags(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
+    """The flags of the weights that have some, the gravest first, by label."""
+    compared = sum(not math.isnan(finding.exceedance) for finding in findings)
+    rare = _CHANCE / max(1, compared)
+    medians = _medians_of_siblings(findings)
+    order = list(KINDS)
+    found = {}
+    for finding in findings:
+        flags = [
+            *_flags_of_entries(finding),
+            *_flags_of_spectrum(finding, finding.exceedance < rare),
+            *_flags_of_scale(finding, medians.get(finding.label)),
+        ]
+        if flags:
+            found[finding.label] = tuple(sorted(flags, key=lambda flag: order.index(flag.kind)))
+    return found
+
+
+def sort_findings(
+    findings: Iterable[Finding], flags: Mapping[str, Sequence[Flag]]
+) -> list[Finding]:
+    """What failed, what has no kappa, the flagged ones by their gravest flag, all by standing."""
+    order = list(KINDS)
+
+    def key(finding: Finding) -> tuple[bool, bool, bool, int, float, float]:
+        kappa = finding.condition_number
+        own = flags.get(finding.label)
+        share = stand(finding).share
+        return (
+            finding.status is Status.fresh,
+            finding.measured,
+            not math.isnan(kappa),
+            order.index(own[0].kind) if own else len(order),
+            1.0 if math.isnan(share) else share,
+            -kappa,
+        )
+
+    return sorted(findings, key=key)
+
+
+def _shares_below(finding: Finding) -> tuple[Usual | None, dict[str, float]]:
+    """The class of a weight, and which share of it has smaller numbers; nan of the unknown."""
+    view = finding.view.partition(":")[0].partition(".")[0]
+    if math.isnan(finding.gain) or min(finding.shape[-2:]) < 2 or view in ("delta", "operator"):
+        return None, {}
+    if finding.status in (Status.zero, Status.fresh) or not finding.measured:
+        return None, {}
+    usual = usual_of(finding.name, finding.view, finding.shape)
+    numbers = {"sigma_max": finding.sigma_max, "gain": finding.gain}
+    if min(finding.shape[-2:]) >= _LEAST and not finding.opposite_rows:
+        numbers |= {
+            "condition_number": finding.condition_number / finding.random_condition_number,
+            "stable_rank": finding.stable_rank / finding.random_stable_rank,
+        }
+    return usual, {key: usual.share_below(key, number) for key, number in numbers.items()}
+
+
+def _of_class(usual: Usual) -> str:
+    return f"trained weights ({usual.name}, n = {usual.count:,})"
+
+
+# --- entries --------------------------------------------------------------------------------------
+
+
+def _flags_of_entries(finding: Finding) -> Iterator[Flag]:
+    if finding.status is Status.not_finite:
+        detail = f": {finding.detail}" if finding.detail else ""
+        yield Flag(
+            "not_finite",
+            f"it holds NaN or infinity{detail}",
+            "Go back to a checkpoint without, and look at the step that followed",
+        )
+    if finding.dominant_entry:
+        where = ", ".join(map(str, finding.dominant_entry))
+        yield Flag(
+            "dominant_entry",
+            f"one entry, {finding.largest_entry:.2g} at ({where}), holds all of its norm",
+            "Look at the file, at what wrote it, or at the data that made it",
+        )
+    facts = []
+    if finding.dtype != "float16":
+        if finding.largest_entry > _FLOAT16_MAX:
+            facts.append(f"an entry of {finding.largest_entry:.2g} is infinite in float16")
+        if finding.float16_zero_share > _ENTRIES:
+            share = format_percent(finding.float16_zero_share)
+            facts.append(f"{share} of its entries would be zero in float16")
+    if finding.subnormal_share > _ENTRIES:
+        share = format_percent(finding.subnormal_share)
+        dtype = "float32" if finding.parts else finding.dtype  # in which it is built
+        facts.append(f"{share} of its entries are subnormal in {dtype}")
+    if facts:
+        yield Flag("float16", "; ".join(facts), "Keep it in bfloat16 or float32, or rescale it")
+    zeros = _describe_zeros(finding)
+    if zeros:
+        yield Flag(
+            "zero_rows",
+            "; ".join(zeros),
+            "It is an unused class, unit or input, or was pruned: a repair would fill it",
+        )
+    if finding.equal_rows:
+        first, second = finding.equal_rows
+        yield Flag(
+            "equal_rows",
+            f"rows {first} and {second} are equal",
+            "Two units do the same: look at how they were initialised or copied",
+        )
+
+
+def _describe_zeros(finding: Finding) -> list[str]:
+    """Which rows and columns are zero."""
+    facts = []
+    for kind, zeros in (("row", finding.zero_rows), ("column", finding.zero_columns)):
+        if len(zeros) == 1:
+            facts.append(f"{kind} {zeros[0]} is zero")
+        elif zeros:
+            facts.append(f"{len(zeros)} {kind}s are zero: {list_some(map(str, zeros))}")
+    return facts
+
+
+# --- small singular values ------------------------------------------------------------------------
+
+
+def _flags_of_spectrum(finding: Finding, is_rare: bool) -> Iterator[Flag]:
+    """Flags of lost directions and of kappa.
+
+    Two classes have opposite rows in a sound head, and beside one huge entry all others are zero.
+    """
+    exempt = finding.dominant_entry or finding.opposite_rows or math.isnan(finding.exceedance)
+    if exempt or finding.status in (Status.zero, Status.fresh) or not finding.measured:
+        return
+    facts = []
+    lost = _count_lost(finding)
+    if finding.grade is not Grade.bounded and finding.rank < finding.nu - lost and _ranks(finding):
+        facts.append(f"rank {finding.rank} of {finding.nu}")
+    if is_rare:
+        facts += _describe_collapse(finding, lost)
+    if facts:
+        yield Flag("rank", "; ".join(facts), _advise_repair(finding))
+        return
+    usual, shares = _shares_below(finding)
+    share = shares.get("condition_number", math.nan)
+    if usual is not None and is_rare and not lost and share > _SHARE:
+        times = finding.condition_number / finding.random_condition_number
+        yield Flag(
+            "condition_number",
+            f"κ = {finding.condition_number:.4g} is {times:.2g} times that of random matrices, "
+            f"more than in 99 % of {_of_class(usual)}",
+            _advise_repair(finding),
+        )
+
+
+def _ranks(finding: Finding) -> bool:
+    return bool(finding.parts) or finding.dtype in _RANKED
+
+
+def _count_lost(finding: Finding) -> int:
+    """How many singular values are zero because rows or columns are."""
+    *_, m, n = finding.shape
+    return max(len(finding.zero_rows) if m <= n else 0, len(finding.zero_columns) if n <= m else 0)
+
+
+def _describe_collapse(finding: Finding, lost: int) -> list[str]:
+    """The widest gap in the lower half of the singular values, unless zero rows explain it."""
+    below, ratio = finding.gap
+    if ratio > _COLLAPSED or below <= lost:
+        return []
+    how_far = f"{format_digit(ratio)} of the next"
+    if below == 1:
+        return [f"one direction has collapsed: σ_min is {how_far}"]
+    return [f"{below} directions have collapsed, to {how_far}"]
+
+
+def _advise_repair(finding: Finding) -> str:
+    """How to lift small singular values, and how far that moves the weight where it is known."""
+    limit = finding.repair_limit
+    named = "K" if math.isnan(limit) else f"{limit:.0f}" if limit < 1e4 else format_digit(limit)
+    advice = f"Train with `ConditionLimit({named})`"
+    # No file holds a sum, or what is computed. A repair would fill zero rows.
+    if not finding.stored or finding.with_adapter or _count_lost(finding):
+        return advice
+    advice += f", or `wellcond repair --max-condition {named}`"
+    if math.isnan(limit):
+        return advice
+    return f"{advice}, which moves it by {format_digit(finding.repair_change)} of its norm"
+
+
+# --- large singular values ------------------------------------------------------------------------
+
+
+def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
+    """Flags of sigma_1, of the gain and of the stable rank."""
+    usual, shares = _shares_below(finding)
+    if usual is None or finding.dominant_entry:
+        return
+    if median is not None and finding.sigma_max > _TIMES * median:
+        times = finding.sigma_max / median
+        yield Flag(
+            "siblings",
+            f"σ_max = {finding.sigma_max:.4g} is {times:.3g} times the median of its siblings in "
+            "other layers",
+            _advise_limit(finding, median),
+        )
+    for symbol, key in (("σ_max", "sigma_max"), ("the gain", "gain")):
+        if shares[key] > _SCALE_SHARE:
+            yield Flag(
+                "scale",
+                f"{symbol} = {getattr(finding, key):.4g} is larger than in 99.9 % of "
+                f"{_of_class(usual)}",
+                _advise_limit(finding, usual.quantile("sigma_max", 0.5)),
+            )
+            break
+    if shares.get("stable_rank", math.nan) < 1 - _SHARE:
+        carried = format_percent(1 / finding.stable_rank)
+        of_random = finding.sigma_max * math.sqrt(finding.stable_rank / finding.random_stable_rank)
+        yield Flag(
+            "stable_rank",
+            f"σ_max = {finding.sigma_max:.4g} carries {carried} of ‖S‖² (stable rank "
+            f"{finding.stable_rank:.2g}, of random matrices {finding.random_stable_rank:.2g}), "
+            f"more than in 99 % of {_of_class(usual)}",
+            _advise_limit(finding, of_random),
+        )
+
+
+def _advise_limit(finding: Finding, upper: float) -> str:
+    return (
+        f"If it has grown in training, bound it by `SingularValueLimit(upper={upper:.2g})`, lower "
+        "the learning rate, or clip gradients"
+    )
+
+
+def _medians_of_siblings(findings: Sequence[Finding]) -> dict[str, float]:
+    """Of weights of one kind in at least four layers, the median of sigma_1 of the others."""
+    known = [one for one in findings if one.measured and not math.isnan(one.gain)]
+    layers = places([one.label for one in known])
+    families: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for one in known:
+        place = layers[one.label]
+        if place.layer:
+            families[place.stack, place.kind].append(one)
+    medians: dict[str, float] = {}
+    for family in families.values():
+        if len({layers[one.label].layer for one in family}) >= _SIBLINGS:
+            median = statistics.median(one.sigma_max for one in family)
+            medians |= {one.label: median for one in family if median > 0}
+    return medians
+
+
+def format_digit(number: float) -> str:
+    """2e-5, 0.02, 10, 2e4."""
+    return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].strip("+"), f"{number:.1g}")
