@@ -48,7 +48,8 @@ def draw(
     if drawn:
         left.set_yscale("log")
         handles = [line for line in left.get_lines() if line.get_color() != "0.6"]
-        left.legend(handles=handles, fontsize="small")
+        if handles:
+            left.legend(handles=handles, fontsize="small")
     else:
         why = "no singular values are known here: audit(..., curves=10) finds them all"
         left.text(0.5, 0.5, why, ha="center", va="center", wrap=True, transform=left.transAxes)
