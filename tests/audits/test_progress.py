@@ -1,6 +1,7 @@
 """Long work says which tensor comes next, how many there are, and how long the rest takes."""
 
 import math
+import sys
 import time
 from itertools import count
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import wellcond as wc
-from wellcond.audits.progress import Counter, Progress, work_of
+from wellcond.audits.progress import Counter, Progress, shown, work_of
 
 
 def test_the_time_left_is_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +79,48 @@ def test_a_line_on_a_terminal_is_no_wider_than_it(
     assert [line[:17] for line in lines] == ["measuring 1 of 2:", "measuring 2 of 2,"]
     assert all(len(line) < 60 for line in lines)
     assert shown.endswith("\r\x1b[K"), "nothing is left of it"
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_true_shows_every_tensor_on_standard_error(
+    has_tqdm: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if has_tqdm:
+        monkeypatch.setenv("TQDM_MININTERVAL", "0")
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Conv2d(1, 2, 3), nn.Linear(4, 2))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    wc.audit(model, progress=False)
+    assert capsys.readouterr() == ("", "")
+    wc.audit(model, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(name in err for name in ("0.weight", "1.weight", "2.weight"))
+    assert err.endswith("\r")  # the line is empty again
+    wc.repair(tmp_path / "model.pt", tmp_path / "fixed.pt", 2, progress=True)
+    assert "2.weight" in capsys.readouterr().err
+
+
+def test_the_line_is_cleared_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+
+    def fail() -> None:
+        with shown(True) as show:
+            assert show is not None
+            show(Progress("w\x1b[31m", 1, 2, math.nan))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert capsys.readouterr().err.split("\r")[1:] == [
+        f"{'1 of 2: w' + chr(92) + 'x1b[31m':79}",
+        " " * 79,
+        "",
+    ]

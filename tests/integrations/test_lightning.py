@@ -40,7 +40,7 @@ from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from wellcond.integrations.lightning import RegularizerCallback  # noqa: E402
+from wellcond.integrations.lightning import MonitorCallback, RegularizerCallback  # noqa: E402
 
 # What Lightning advises for larger jobs, and what torch deprecates in it.
 pytestmark = [
@@ -586,6 +586,26 @@ def test_the_loggers_of_the_trainer_get_aggregates_and_the_worst_weights(tmp_pat
         assert "wellcond/worst/net.0.weight/stable_rank_share" in values
 
 
+def test_a_monitor_logs_and_changes_nothing(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    added = MonitorCallback("*.weight", condition_numbers=True, log_every=4)
+    modules = [Module(), Module()]
+    modules[1].load_state_dict(modules[0].state_dict())
+    options: dict[str, Any] = {"max_epochs": 2}
+    trainer(tmp_path, **options).fit(modules[0], loader())
+    logger = TensorBoardLogger(tmp_path)
+    trainer(tmp_path, added, logger=logger, **options).fit(modules[1], loader())
+    for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    logged = events.Scalars("wellcond/condition_number/largest")
+    assert [one.step for one in logged] == list(range(4, 25, 4))
+    assert logged[-1].value == pytest.approx(max(kappas(modules[1].state_dict())), rel=1e-4)
+
+
 class Evaluated(Validated):
     """Under an optimizer of this kind, of whose modes the module knows nothing."""
 
@@ -752,5 +772,5 @@ def test_averages_of_lightning_obey_where_they_are_evaluated_and_saved(
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
     for nothing in (None, 10, "*"):
-        with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*wc\.Monitor"):
+        with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*MonitorCallback"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
-from wellcond.integrations.transformers import FILE, RegularizerCallback  # noqa: E402
+from wellcond.integrations.transformers import FILE, MonitorCallback, RegularizerCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 
@@ -601,7 +601,7 @@ def test_a_training_by_the_schedule_free_optimizer_of_the_trainer_resumes(tmp_pa
 
 def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
     for nothing in (None, 10, "*"):
-        with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*wc\.Monitor"):
+        with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*MonitorCallback"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]
 
 
@@ -636,3 +636,74 @@ def test_the_logs_of_the_trainer_hold_aggregates_and_the_worst_weights(
     for one in history:
         assert ("wellcond/worst/net.0.weight/stable_rank_share" in one) == (target != "nothing")
     assert [step for step, _ in sent] == ([4, 8, 12, 16, 20, 24] if target == "callable" else [])
+
+
+# --- what the Trainer's own reports get -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["regularizer", "monitor"])
+def test_tensorboard_of_the_trainer_gets_the_numbers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    sent: list[int] = []
+    if kind == "regularizer":
+        added: Any = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block_size=BLOCK)
+    else:
+        added = MonitorCallback(condition_numbers=True, log=lambda values, step: sent.append(step))
+    options = {"logging_strategy": "steps", "logging_steps": 4, "report_to": ["tensorboard"]}
+    used = trainer(tmp_path, Classifier(), added, **options)
+    used.train()
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    logged = events.Scalars("train/wellcond/sigma_max/largest")
+    assert [one.step for one in logged] == [4, 8, 12, 16, 20, 24]
+    history = [one for one in used.state.log_history if "loss" in one]
+    assert [one.value for one in logged] == pytest.approx(
+        [one["wellcond/sigma_max/largest"] for one in history]
+    )
+    if kind == "monitor":
+        assert sent == [4, 8, 12, 16, 20, 24]
+        assert "train/wellcond/condition_number/largest" in events.Tags()["scalars"]
+
+
+def test_whatever_reports_gets_each_number_once_in_every_training(tmp_path: Path) -> None:
+    """As wandb and others do that stand before the callbacks of the user."""
+    seen: list[dict[str, Any]] = []
+
+    class Reporting(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    counted: list[int] = []
+    added = MonitorCallback(log=lambda values, step: counted.append(step))
+    used = trainer(
+        tmp_path, Classifier(), Reporting(), added, logging_strategy="steps", logging_steps=8
+    )
+    for _ in range(2):
+        used.train()
+    assert counted == [8, 16, 24] * 2
+    assert [("wellcond/sigma_max/largest" in one) for one in seen] == [
+        "loss" in one for one in seen
+    ]
+    assert len(used.callback_handler.callbacks) == len({*map(id, used.callback_handler.callbacks)})
+    assert sum(type(one).__name__ == "_First" for one in used.callback_handler.callbacks) == 1
+
+
+def test_a_monitor_changes_nothing(tmp_path: Path) -> None:
+    models = [Classifier(), Classifier()]
+    models[1].load_state_dict(models[0].state_dict())
+    trainer(tmp_path / "0", models[0], logging_strategy="steps", logging_steps=4).train()
+    watched = MonitorCallback("*.weight", layers=True)
+    used = trainer(tmp_path / "1", models[1], watched, logging_strategy="steps", logging_steps=4)
+    used.train()
+    assert equal(*models)
+    assert watched.monitor is not None
+    (last, *_) = [one for one in reversed(used.state.log_history) if "loss" in one]
+    sigma = torch.linalg.matrix_norm(models[1].get_parameter(watched.monitor.names[0]).detach(), 2)
+    assert last[f"wellcond/weights/{watched.monitor.names[0]}/sigma_max"] == pytest.approx(
+        float(sigma), rel=1e-3
+    )

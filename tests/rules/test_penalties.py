@@ -279,7 +279,7 @@ def test_dtype_of_the_input_is_kept_but_for_the_condition_number(dtype: torch.dt
         (torch.ones(2, 2, dtype=torch.bool), TypeError, "which holds codes. Dequantise it first"),
         (torch.ones(2, 2).to_sparse(), TypeError, r"must be dense.* Pass S.to_dense"),
         (torch.ones(2, 2, device="meta"), ValueError, "must have values, got a meta tensor"),
-        ([[1.0]], TypeError, "must be a torch.Tensor, got list"),
+        ([[1.0]], TypeError, "must be a torch.Tensor or a NumPy array, got list"),
     ],
     ids=["nan", "inf", "vector", "empty", "integer", "float8", "bool", "sparse", "meta", "list"],
 )

@@ -294,3 +294,44 @@ def test_the_value_that_is_limited_is_the_one_that_is_printed(limit: wc.Limit, s
     reg = wc.Regularizer(layer, limit)
     reg.proximal_step(0.0)
     assert says in repr(reg)
+
+
+def test_print_takes_about_ten_lines_for_any_model() -> None:
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(40)]
+    model = nn.Sequential(nn.Embedding(3, 4), *layers)
+    limit = wc.SingularValueLimit(upper=2.0)
+    with torch.no_grad():
+        for k, layer in enumerate(model[1:]):
+            layer[0].weight.copy_(torch.eye(4) * (1 + (7 * k) % 40))
+    reg = wc.Regularizer(model, limit)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    reg.attach(optimizer)
+    model(torch.tensor([0, 1])).sum().backward()
+    for _ in range(2):
+        optimizer.step()
+    text = repr(reg)
+    assert len(text.splitlines()) <= 10
+    assert f"all: {limit!r}; watched" in text
+    assert "and 35 more, in reg.names" in text
+    assert "left out 121, in reg.skipped: 0.weight (an embedding: its rows are looked up" in text
+    assert "and 118 more (not a matrix: a vector)" in text
+    estimates = reg.measure()
+    worst = sorted(reg.names, key=lambda name: -(estimates[name].excess or 0))[:5]
+    assert [line.split()[0] for line in text.splitlines() if "4x4" in line] == worst
+    model[1][0].weight.requires_grad_(False)
+    assert "1.0.weight" in repr(reg).splitlines()[2]  # what is the matter comes first
+    assert "frozen since" in repr(reg)
+
+
+def test_a_proper_end_does_not_read_like_a_failure() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reg = wc.Regularizer(model, K)
+    reg.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    reg.detach()
+    end = "detached after 3 steps: enforce() applies the limits when it is called"
+    assert repr(reg).endswith(end)

@@ -44,7 +44,7 @@ def test_aggregates_and_the_worst_five_are_those_of_the_weights(make: Any) -> No
     assert math.isclose(values["wellcond/stable_rank_share/smallest"], smallest, rel_tol=1e-4)
     worst = [name.split("/")[2] for name in values if "/worst/" in name]
     assert worst == ["7.weight", "6.weight", "5.weight", "4.weight", "3.weight"]
-    assert values["wellcond/not_measurable"] == 0
+    assert "wellcond/not_measurable" not in values
     assert not any("/weights/" in name for name in values)
     every = what.log(lambda values, step: None, step=0, layers=True)
     assert sum("/weights/" in name for name in every) == 3 * 8

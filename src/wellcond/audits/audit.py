@@ -6,21 +6,20 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from wellcond.audits.attempt import failed_finding
 from wellcond.audits.facts import with_comparison
 from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import RowSpec, as_patterns, plan, reason_to_skip, select
-from wellcond.audits.progress import ProgressCallback
+from wellcond.audits.progress import ProgressCallback, shown
 from wellcond.audits.rows import Row, measure_rows
-from wellcond.audits.sources import Source, source_of
+from wellcond.audits.sources import Auditable, Source, source_of
 from wellcond.files.pieces import pieces_of
 from wellcond.report.findings import Coverage, Finding, Grade, Status
 from wellcond.report.flags import find_flags, sort_findings
@@ -32,18 +31,18 @@ from wellcond.weights.reasons import Skipped
 
 
 def audit(
-    model_or_path: nn.Module | str | os.PathLike[str],
+    model_or_path: Auditable,
     *,
     certify: bool = False,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     curves: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
     example: Any = None,
     heads: bool = False,
-    base: nn.Module | str | os.PathLike[str] | None = None,
+    base: Auditable | None = None,
 ) -> AuditReport:
-    """Measures every weight of a model, or of a checkpoint without loading it whole.
+    """Measures every weight of a model, a state dict, or a checkpoint without loading it whole.
 
     All arithmetic is float64 on the CPU, and the model is not changed. Each finding names the
     method that found its singular values; kappa was right to 1e-6 up to 1e5 (`wellcond bench
@@ -58,8 +57,9 @@ def audit(
     has the reason under the name of the codes, and no number is given.
 
     Args:
-        model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; or
-            the path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
+        model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; a
+            state dict, which maps names to tensors or NumPy arrays and is read as a file is; or the
+            path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
             (.pt, .pth, .bin, .ckpt, .pth.tar), or a directory of these. Classes of other Python
             objects in a file are named, not loaded.
         certify: also enclose sigma_max, sigma_min and kappa by `wellcond.certify`; not of heads.
@@ -68,7 +68,8 @@ def audit(
             pattern may match the name of the codes, as `*.qweight` does.
         exclude: one or more patterns of names to leave out.
         curves: find all singular values of this number of the worst weights, however large.
-        progress: called with a `Progress` before each tensor is read; `print` will do.
+        progress: True shows a bar, of tqdm if it is installed. Or a function that is called with a
+            `Progress` before each tensor is read; `print` will do.
         example: input of the model: a tensor, a tuple, or a dict of named arguments. One forward
             pass in eval mode shows on which input size each convolution acts, and the convolution
             is measured as that map, under the view "operator" instead of "kernel". The numbers are
@@ -93,7 +94,8 @@ def audit(
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
             model does not take the example, no attention is known, or the base does not fit.
         FileNotFoundError: the path does not exist.
-        TypeError: neither a module nor a path; an example for a path; a base for a model.
+        TypeError: neither a module nor a path nor a state dict, or one with other dicts in it; an
+            array of a dtype that torch lacks; an example without a model; a base for a model.
 
     Example:
         >>> import torch, wellcond as wc
@@ -111,7 +113,8 @@ def audit(
     include, exclude = as_patterns(include), as_patterns(exclude)
     source = source_of(model_or_path, example, base)
     specs, skipped = select(plan(source, heads), include, exclude, source.skipped, source.others)
-    rows = list(measure_rows(specs, certify, progress=progress))
+    with shown(progress) as callback:
+        rows = list(measure_rows(specs, certify, progress=callback))
     not_finite, unread = _search(source, rows, skipped, include, exclude)
     failed = [*source.failed, *unread]
     if curves:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from wellcond.text import escape, format_duration
@@ -12,6 +15,7 @@ from wellcond.weights.matrices import Matrices, entries
 
 # From there on a matrix is not decomposed whole, and takes a time that grows with its entries.
 _DECOMPOSED = 2048
+_WIDTH = 79  # of a line of progress
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,43 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-ProgressCallback = ProgressCallback
+
+
+@contextlib.contextmanager
+def shown(progress: ProgressCallback | bool | None) -> Iterator[ProgressCallback | None]:
+    """The callback itself; of True one that draws a bar until the end, of False none.
+
+    The bar is that of tqdm, which is a widget in notebooks, or else a line on standard error.
+    """
+    if not isinstance(progress, bool):
+        yield progress
+    elif not progress:
+        yield None
+    else:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            try:
+                yield _draw_line
+            finally:
+                print(f"\r{'':{_WIDTH}}\r", end="", file=sys.stderr, flush=True)
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a notebook lacks widgets: the bar is text then
+            bar = tqdm(leave=False)
+
+        def draw(step: Progress) -> None:
+            bar.total, bar.n = step.total, step.number - 1
+            bar.set_postfix_str(escape(step.name))
+
+        try:
+            yield draw
+        finally:
+            bar.close()
+
+
+def _draw_line(step: Progress) -> None:
+    print(f"\r{str(step)[:_WIDTH]:{_WIDTH}}", end="", file=sys.stderr, flush=True)
 
 
 class Counter:

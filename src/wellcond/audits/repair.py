@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import RowSpec, as_patterns, rows_of_tensor, select
-from wellcond.audits.progress import Counter, ProgressCallback, work_of
+from wellcond.audits.progress import Counter, ProgressCallback, shown, work_of
 from wellcond.audits.sources import source_of_file
 from wellcond.files.built import BuildError, Built
 from wellcond.files.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def repair(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     dequantise: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> RepairReport:
     """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
 
@@ -87,7 +87,8 @@ def repair(
         dequantise: whether weights that are stored as codes, or under a mask, become plain tensors,
             also those that no pattern matches, which are not changed otherwise. With max_condition
             = inf none is. A directory must have safetensors files.
-        progress: called with a `Progress` before each tensor is read; `print` will do.
+        progress: True shows a bar, of tqdm if it is installed. Or a function that is called with a
+            `Progress` before each tensor is read; `print` will do.
 
     Raises:
         ValueError: max_condition < 1; a weight is not finite, or no margin brings it below the
@@ -158,7 +159,7 @@ def repair(
     dtypes = {name: dtype_of(checkpoint.recipes[name], config) for name in plain}
     repairs: list[Repair] = []
     refused: list[str] = []
-    counter = Counter(progress, work_of(rows[0].source.tensor for rows in wanted.values()))
+    counter = Counter(None, work_of(rows[0].source.tensor for rows in wanted.values()))
 
     def change(name: str) -> Tensor | None:
         if name not in wanted or name in plain:
@@ -202,7 +203,7 @@ def repair(
                 f"{error}."
             ) from None
 
-    with new_path(path_out) as copy:
+    with shown(progress) as counter.callback, new_path(path_out) as copy:
         if not plain:
             checkpoint.copy_with(change, copy)
         else:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -15,9 +15,10 @@ from wellcond.audits.attempt import failed_finding
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.pieces import Pieces, pieces_of
 from wellcond.files.tensors import Entry, Holder
+from wellcond.linalg.arrays import as_tensor
 from wellcond.operators.views import is_transposed
 from wellcond.report.findings import MERGED, Finding
-from wellcond.text import join_remarks, last_part, list_some
+from wellcond.text import escape, join_remarks, last_part, list_some
 from wellcond.weights.adapters import (
     Adapter,
     find_adapted_weight,
@@ -33,6 +34,8 @@ from wellcond.weights.heads import Attention, Value, find_heads_in_file
 from wellcond.weights.matrices import Matrices, entries
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.sizes import find_geometries
+
+Auditable: TypeAlias = nn.Module | str | os.PathLike[str] | Mapping[str, Any]
 
 
 @dataclass
@@ -75,13 +78,11 @@ class Source:
         return [*self.tensors, *(f"{name}:{MERGED}" for name, _ in self.adapters)]
 
 
-def source_of(
-    model_or_path: nn.Module | str | os.PathLike[str], example: Any = None, base: Any = None
-) -> Source:
-    """Of a model, or of a path.
+def source_of(model_or_path: Auditable, example: Any = None, base: Any = None) -> Source:
+    """Of a model, of a path, or of a state dict.
 
     Raises:
-        TypeError: neither, or an example for a path, or a base for a model.
+        TypeError: none of these, or an example without a model, or a base for a model.
         ValueError: the base has none of the weights that are adapted.
     """
     if isinstance(model_or_path, nn.Module):
@@ -91,18 +92,44 @@ def source_of(
                 "its base: audit it alone."
             )
         return _of_model(unwrapped(model_or_path), example)
-    if isinstance(model_or_path, str | os.PathLike):
+    if isinstance(model_or_path, str | os.PathLike | Mapping):
         if example is not None:
             raise TypeError(
-                "`example` must come with a model, got a path: a file does not say how its "
+                "`example` must come with a model, got only its weights, which do not say how "
                 "convolutions slide. Load the model, and audit that."
             )
+        if isinstance(model_or_path, Mapping):
+            model_or_path = tensors_of(model_or_path)
         source = source_of_file(Checkpoint(model_or_path))
         return source if base is None else _with_base(source, source_of(base))
     raise TypeError(
-        "`model_or_path` must be a torch.nn.Module or a path, got "
-        f"{type(model_or_path).__name__}. Of a state dict save a file, or audit its model."
+        "`model_or_path` must be a torch.nn.Module, a path or a mapping of names to tensors, got "
+        f"{type(model_or_path).__name__}."
     )
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, also where they are arrays of NumPy.
+
+    Raises:
+        TypeError: a name is no text, or a value holds tensors or looks like one, but is none.
+    """
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`model_or_path` must map names to tensors, got a key that is of the class "
+                f"{type(name).__name__}."
+            )
+        where = f'`model_or_path["{escape(name)}"]`'
+        if isinstance(value, Mapping | list | tuple | nn.Module):
+            raise TypeError(
+                f"{where} must be a torch.Tensor or a NumPy array, got {type(value).__name__}. "
+                "Names and tensors must lie in one mapping: pass that which holds the weights."
+            )
+        if isinstance(value, Tensor) or getattr(value, "ndim", None):  # an array, perhaps of JAX
+            tensors[name] = as_tensor(value, where)
+    return tensors
 
 
 def _of_model(model: nn.Module, example: Any) -> Source:
@@ -165,7 +192,7 @@ def source_of_file(file: Checkpoint) -> Source:
         and not _is_statistic(name)
     }
     source = Source(
-        str(file.path),
+        file.name,
         matrices,
         file.skipped(),
         sum(sizes.values()),

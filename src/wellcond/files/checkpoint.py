@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -61,7 +61,7 @@ class Checkpoint(Files):
     checkpoint, and `recipes` says how; `stored` has only what is stored.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
         super().__init__(path)
         self.where: dict[str, tuple[Holder, Entry]] = {}
         self.stored: dict[str, tuple[Holder, Entry]] = {}

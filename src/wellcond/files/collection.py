@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from wellcond.files.distributed import PARTS, Distributed, find_descriptions
 from wellcond.files.folders import find_below, only_one
 from wellcond.files.formats import format_by_name, other_folder, other_format
+from wellcond.files.memory import NOWHERE, Memory
 from wellcond.files.pickled import Pickled
 from wellcond.files.safetensors import Safetensors
 from wellcond.files.tensors import (
@@ -36,9 +39,10 @@ _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst
 
 
 class Files:
-    """All files of a checkpoint, open.
+    """All files of a checkpoint, open; or a state dict in memory, as if it were one file.
 
     Attributes:
+        name: the path, or "state dict".
         path: that was given; of a description of torch.distributed.checkpoint its folder.
         directory: which holds the files, or the one file.
         files: the readers, by the names of the files within the directory.
@@ -47,20 +51,25 @@ class Files:
         damaged: files of a folder that cannot be read, and why.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+        self.path = NOWHERE if isinstance(path, Mapping) else Path(path)
+        self.others: dict[str, Skipped] = {}
+        self.damaged: dict[str, str] = {}
+        self.files: dict[str, TensorFile] = {}
+        self.index: dict[str, str] | None = None
+        self._below: Path | None = None  # the folder that holds the weights, if this one does not
+        if isinstance(path, Mapping):
+            self.name, self.directory = "state dict", NOWHERE
+            self.files[""] = Memory(path)
+            return
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} must be a file or a directory, but is not there.")
         if not self.path.is_dir():
             _check_regular(self.path)
-        self.others: dict[str, Skipped] = {}
-        self.damaged: dict[str, str] = {}
-        self.files: dict[str, TensorFile] = {}
         if self.path.is_file() and Distributed.recognises(self.path):
             self.path = self.path.parent
+        self.name = str(self.path)
         self.directory = self.path if self.path.is_dir() else self.path.parent
-        self.index: dict[str, str] | None = None
-        self._below: Path | None = None  # the folder that holds the weights, if this one does not
         self._open_all(self._find())
 
     def _find(self) -> list[str]:

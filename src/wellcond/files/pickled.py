@@ -57,20 +57,10 @@ class Pickled(TensorFile):
         if not self._tensors and all(w.reason is Reason.objects for w in self.others.values()):
             found = _without_tensor(content, self.others)
             raise NoTensorsError(f"{path} must hold a dict of tensors, but holds {found}")
-        self.entries = {name: _entry(name, tensor) for name, tensor in self._tensors.items()}
+        self.entries = describe_tensors(self._tensors)
         self._check_placeholders(content)
         self._leave_out_parts()
-        matrices = {
-            name: tensor
-            for name, tensor in self._tensors.items()
-            if isinstance(tensor, StoredTensor) and self.entries[name].skipped is None
-        }
-        # Embeddings first: what is tied to one is the same as it, not the other way round.
-        looked_up = find_non_weights({n: (e.shape, e.dtype) for n, e in self.entries.items()})
-        names = sorted(matrices, key=lambda name: name not in looked_up)
-        shared, self.overlapping = shared_memory({name: matrices[name] for name in names})
-        for name, skipped in shared.items():
-            self.entries[name] = replace(self.entries[name], parameter=False, skipped=skipped)
+        self.overlapping = mark_shared(self.entries, self._tensors)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -183,6 +173,29 @@ class Pickled(TensorFile):
             file.seek(start)
             file.write(buffer)
         return tensor.key
+
+
+def describe_tensors(tensors: Mapping[str, StoredTensor | ForeignTensor]) -> dict[str, Entry]:
+    """An entry per tensor."""
+    return {name: _entry(name, tensor) for name, tensor in tensors.items()}
+
+
+def mark_shared(
+    entries: dict[str, Entry], tensors: Mapping[str, StoredTensor | ForeignTensor]
+) -> list[tuple[str, str]]:
+    """Leaves out the matrices that are another one or a part of it; returns pairs that overlap."""
+    matrices = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, StoredTensor) and entries[name].skipped is None
+    }
+    # Embeddings first: what is tied to one is the same as it, not the other way round.
+    looked_up = find_non_weights({n: (e.shape, e.dtype) for n, e in entries.items()})
+    names = sorted(matrices, key=lambda name: name not in looked_up)
+    shared, overlapping = shared_memory({name: matrices[name] for name in names})
+    for name, skipped in shared.items():
+        entries[name] = replace(entries[name], parameter=False, skipped=skipped)
+    return overlapping
 
 
 def _view_of(flat: Tensor, tensor: StoredTensor) -> Tensor:

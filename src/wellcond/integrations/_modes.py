@@ -32,7 +32,7 @@ def checked_mode(mode: str, rules: Rules) -> str:
     if not isinstance(rules, wc.rules.Rule | Mapping):
         raise TypeError(
             f"`rules` must be a rule or map patterns to rules or None, got {rules!r}. To watch "
-            "weights without a rule use wc.Monitor in a callback of your own."
+            "weights without a rule take MonitorCallback, from the same module."
         )
     if mode not in ("proximal", "gradients"):
         raise ValueError(

@@ -1,11 +1,11 @@
-"""A callback for Lightning: the penalty of a `Regularizer` in `Trainer.fit`.
+"""Callbacks for Lightning: a `Regularizer` or a `Monitor` in `Trainer.fit`.
 
 Works with `lightning`, and with `pytorch_lightning` where that alone is installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,6 +30,74 @@ else:
             raise ImportError(
                 "this callback needs Lightning: pip install 'wellcond[lightning]'."
             ) from None
+
+
+class MonitorCallback(Callback):
+    """Watches the weights of a LightningModule while it is trained, and changes nothing.
+
+    The loggers of the Trainer get a few aggregates and the worst five weights by name, see
+    `Regularizer.log`.
+
+    Args:
+        patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
+        block_size: how many leading singular vectors are followed.
+        condition_numbers: measure kappa as well, which takes about an SVD per weight.
+        layers: also the series of every weight.
+        log_every: every so many steps of the optimizers.
+
+    Attributes:
+        monitor: the `Monitor`; None before training starts, kept when it ends.
+
+    Raises:
+        ValueError: when training starts: a pattern matches nothing, or DeepSpeed.
+
+    Example:
+        >>> from wellcond.integrations.lightning import MonitorCallback
+        >>> callback = MonitorCallback(condition_numbers=True, log_every=500)
+        >>> callback.monitor is None  # trainer = Trainer(callbacks=[callback]) comes next
+        True
+    """
+
+    def __init__(
+        self,
+        patterns: Sequence[str] = ("*",),
+        *,
+        block_size: int = 8,
+        condition_numbers: bool = False,
+        layers: bool = False,
+        log_every: int = 100,
+    ) -> None:
+        self.patterns = patterns
+        self.block_size = block_size
+        self.condition_numbers = condition_numbers
+        self.layers = layers
+        self.log_every = log_every
+        self.monitor: wc.Monitor | None = None
+        self._seen_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refuse_deepspeed(trainer)
+        self.monitor = wc.Monitor(
+            pl_module,
+            self.patterns,
+            block_size=self.block_size,
+            condition_numbers=self.condition_numbers,
+        )
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        # While gradients are accumulated a step lasts for several batches.
+        if self.monitor is not None and trainer.loggers and step != self._seen_step:
+            self._seen_step = step
+            self.monitor.log(_to_all(trainer), step, every=self.log_every, layers=self.layers)
 
 
 class RegularizerCallback(Callback):
@@ -126,11 +194,7 @@ class RegularizerCallback(Callback):
 
     # Not on_fit_start: learning rate finders run there, and DeepSpeed and FSDP restore after it.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise ValueError(
-                "`strategy` must not be DeepSpeed, which steps copies of the weights that wellcond "
-                "does not see. Train with another strategy."
-            )
+        _refuse_deepspeed(trainer)
         # Of DistributedDataParallel, whose processes share the work.
         group = getattr(trainer.model, "process_group", None)
         regularizer = wc.Regularizer(
@@ -189,11 +253,7 @@ class RegularizerCallback(Callback):
             return
         self._seen_step = step
         if loggers and self.log_every:
-            self.regularizer.log(
-                lambda values, at: [logger.log_metrics(values, at) for logger in loggers],
-                step,
-                every=self.log_every,
-            )
+            self.regularizer.log(_to_all(trainer), step, every=self.log_every)
         for saver in trainer.checkpoint_callbacks:
             # Before the states are collected; and callbacks are not told of weights alone.
             after = getattr(saver, "_every_n_train_steps", 0)
@@ -294,6 +354,24 @@ class RegularizerCallback(Callback):
             self.regularizer.load_state_dict(state_dict["regularizer"])
         else:
             self._loaded = state_dict["regularizer"]
+
+
+def _refuse_deepspeed(trainer: Trainer) -> None:
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError(
+            "`strategy` must not be DeepSpeed, which steps copies of the weights that wellcond "
+            "does not see. Train with another strategy."
+        )
+
+
+def _to_all(trainer: Trainer) -> Callable[[dict[str, float], int], None]:
+    """Logs to every logger of the Trainer."""
+
+    def log(values: dict[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+
+    return log
 
 
 def _holders(

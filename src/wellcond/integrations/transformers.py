@@ -1,11 +1,14 @@
-"""A callback for the Trainer of transformers: the penalty of a `Regularizer` in `Trainer.train`."""
+"""Callbacks for the Trainer of transformers: a `Regularizer` or a `Monitor` in `Trainer.train`."""
 
 from __future__ import annotations
 
+import abc
+import inspect
 import logging
 import os
 import pickle
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +20,7 @@ from wellcond.integrations._modes import Rules, checked_mode, has_modes, rules_i
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
-    from transformers.trainer_callback import TrainerCallback
+    from transformers.trainer_callback import CallbackHandler, TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError:
     raise ImportError(
@@ -35,7 +38,129 @@ FILE = "wellcond.pt"
 _KEY = "wellcond"
 
 
-class RegularizerCallback(TrainerCallback):
+class _First(TrainerCallback):
+    """Stands before the callbacks that report, and adds numbers to the logs that they get."""
+
+    def __init__(self, owner: _Logging) -> None:
+        self.owner = owner
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.owner.add_to_logs(state, kwargs.get("logs"))
+
+
+class _Logging(TrainerCallback, abc.ABC):
+    """Adds numbers to the logs of the Trainer whenever it logs the loss."""
+
+    log: Any
+    _logged: tuple[int, int] = -1, -1
+
+    @abc.abstractmethod
+    def _report(self, target: Any, step: int) -> dict[str, float] | None:
+        """Measures, logs to the target, and returns what was logged."""
+
+    def add_to_logs(self, state: TrainerState, logs: dict[str, Any] | None) -> None:
+        """Adds to the logs of this step, once; other logs are those of evaluations and the end."""
+        if not self.log or logs is None or "loss" not in logs:
+            return
+        which = state.global_step, id(logs)
+        if which == self._logged:
+            return
+        self._logged = which
+        target = self.log if self.log is not True else lambda values, step: None
+        values = self._report(target, state.global_step) or {}
+        logs |= values
+        if state.log_history:
+            state.log_history[-1] |= values
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.add_to_logs(state, kwargs.get("logs"))
+
+    def _reach_reports(self) -> None:
+        """Puts a callback before those of TensorBoard and wandb, which come before this one.
+
+        The Trainer does not tell callbacks of each other, so the list is that of the handler that
+        is calling. The handler goes on through its old list.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler):
+                others = [
+                    one
+                    for one in handler.callbacks
+                    if not (isinstance(one, _First) and one.owner is self)
+                ]
+                handler.callbacks = [_First(self), *others]
+                return
+            frame = frame.f_back
+
+
+class MonitorCallback(_Logging):
+    """Watches the weights of a model while a transformers Trainer trains it, and changes nothing.
+
+    Whenever the Trainer logs the loss, `Monitor.measure` adds a few aggregates and the worst five
+    weights by name to its logs: see `Regularizer.log`. They are printed, kept in
+    `trainer.state.log_history`, and sent to what `report_to` names, such as TensorBoard and wandb.
+
+    Args:
+        patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
+        block_size: how many leading singular vectors are followed.
+        condition_numbers: measure kappa as well, which takes about an SVD per weight.
+        layers: also the series of every weight.
+        log: a SummaryWriter, a run of wandb or a callable (values, step) to log there as well.
+
+    Attributes:
+        monitor: the `Monitor`; None before training begins, kept when it ends.
+
+    Raises:
+        ValueError: when training begins: a pattern matches nothing, or DeepSpeed.
+
+    Example:
+        >>> from wellcond.integrations.transformers import MonitorCallback
+        >>> callback = MonitorCallback(condition_numbers=True)
+        >>> callback.monitor is None  # trainer = Trainer(..., callbacks=[callback]) comes next
+        True
+    """
+
+    def __init__(
+        self,
+        patterns: Sequence[str] = ("*",),
+        *,
+        block_size: int = 8,
+        condition_numbers: bool = False,
+        layers: bool = False,
+        log: Any = True,
+    ) -> None:
+        self.patterns = patterns
+        self.block_size = block_size
+        self.condition_numbers = condition_numbers
+        self.layers = layers
+        self.log = log
+        self.monitor: wc.Monitor | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _refuse_deepspeed(args)
+        self.monitor = wc.Monitor(
+            kwargs["model"],
+            self.patterns,
+            block_size=self.block_size,
+            condition_numbers=self.condition_numbers,
+        )
+        self._reach_reports()
+
+    def _report(self, target: Any, step: int) -> dict[str, float] | None:
+        if self.monitor is None:
+            return None
+        return self.monitor.log(target, step, every=1, layers=self.layers)
+
+
+class RegularizerCallback(_Logging):
     """Regularises the weights of a model while a transformers Trainer trains it.
 
     Two ways:
@@ -76,10 +201,10 @@ class RegularizerCallback(TrainerCallback):
             penalties, and hard limits when they are due, as for `attach`.
         block_size: the width of the leading subspace, as for `Regularizer`.
         log: True adds a few aggregates and the worst five weights by name (see `Regularizer.log`)
-            to the logs of the Trainer, whenever it logs the loss: they are printed, and kept in
-            `trainer.state.log_history`. The Trainer's own TensorBoard and wandb have been served
-            by then; give a SummaryWriter, a run of wandb or a callable to log there as well. False
-            logs nothing.
+            to the logs of the Trainer, whenever it logs the loss: they are printed, kept in
+            `trainer.state.log_history`, and sent to what `report_to` names, such as TensorBoard and
+            wandb. A SummaryWriter, a run of wandb or a callable gets them as well. False logs
+            nothing.
 
     Attributes:
         regularizer: the `Regularizer`; None before training begins, kept when it ends.
@@ -142,6 +267,7 @@ class RegularizerCallback(TrainerCallback):
         # Two runs may write the same checkpoint-<step>: this says which file is whose.
         self._run = uuid.uuid4().hex
         _stored(state)[_KEY] = {"args": {}, "attributes": {"run": self._run}}
+        self._reach_reports()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -174,18 +300,8 @@ class RegularizerCallback(TrainerCallback):
             self.regularizer.enforce()
             self._obeys_since = state.global_step
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # The other logs are those of evaluations, and of the end.
-        logs: dict[str, Any] = kwargs.get("logs") or {}
-        if self.regularizer is None or not self.log or "loss" not in logs:
-            return
-        target = self.log if self.log is not True else lambda values, step: None
-        values = self.regularizer.log(target, state.global_step, every=1)
-        logs |= values or {}
-        if state.log_history:
-            state.log_history[-1] |= values or {}
+    def _report(self, target: Any, step: int) -> dict[str, float] | None:
+        return None if self.regularizer is None else self.regularizer.log(target, step, every=1)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -241,11 +357,7 @@ class RegularizerCallback(TrainerCallback):
             self.regularizer.detach()
 
     def _refuse(self, args: TrainingArguments) -> None:
-        if args.deepspeed_plugin is not None:
-            raise ValueError(
-                "`deepspeed` must be off: it steps copies of the weights that wellcond does not "
-                "see. Train without it."
-            )
+        _refuse_deepspeed(args)
         if self.mode == "gradients" and args.fp16 and not args.max_grad_norm > 0:
             # Some versions of the Trainer unscale only in order to clip.
             raise ValueError(
@@ -253,6 +365,14 @@ class RegularizerCallback(TrainerCallback):
                 f"max_grad_norm={args.max_grad_norm} they may still be scaled. "
                 'Take mode="proximal", bf16, or a max_grad_norm above 0.'
             )
+
+
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    if args.deepspeed_plugin is not None:
+        raise ValueError(
+            "`deepspeed` must be off: it steps copies of the weights that wellcond does not "
+            "see. Train without it."
+        )
 
 
 def _stored(state: TrainerState) -> dict[str, Any]:

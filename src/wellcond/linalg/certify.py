@@ -17,14 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from wellcond.linalg.arrays import as_tensor
 from wellcond.linalg.checks import as_matrices, check_matrices, real_form
 from wellcond.linalg.interval import Interval, as_interval, ball
 from wellcond.linalg.lapack import svd
 from wellcond.linalg.scaling import power_of_two
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _U = 2.0**-53
 # Exceeds the sum of all underflows: each loses at most 2^-1022, and sums have far fewer than 2^100
@@ -61,8 +66,15 @@ class Certificate:
     method: str
     reason: str = ""
 
+    def __repr__(self) -> str:
+        why = "" if self.certified else f", not certified: {self.reason}"
+        return (
+            f"<Certificate: κ in {self.condition_number}, σ_max in {self.sigma_max}, "
+            f"σ_min in {self.sigma_min}, by {self.method}{why}>"
+        )
 
-def certify(S: Tensor) -> Certificate:
+
+def certify(S: Tensor | NDArray[Any]) -> Certificate:
     """Intervals that provably contain sigma_1, sigma_nu and kappa of the stored matrix.
 
     It chooses between two methods by their predicted width. *Verified SVD*: with R = S - U Sigma
@@ -76,8 +88,9 @@ def certify(S: Tensor) -> Certificate:
     It needs IEEE float64 arithmetic, so it runs on the CPU whatever the device of S.
 
     Args:
-        S: real or complex floating-point matrix (m, n), taken exactly as stored, whatever its
-            dtype. For A + iB the intervals are those of the real [[A, -B], [B, A]].
+        S: real or complex floating-point matrix (m, n), a tensor or a NumPy array, taken exactly
+            as stored, whatever its dtype. For A + iB the intervals are those of the real
+            [[A, -B], [B, A]].
 
     Returns:
         A `Certificate`, always with enclosures; `certified` says whether that of kappa is bounded.
@@ -93,6 +106,7 @@ def certify(S: Tensor) -> Certificate:
         >>> certificate.certified, 4.0 in certificate.condition_number
         (True, True)
     """
+    S = as_tensor(S)
     check_matrices(S)
     vector = min(S.shape[-2:]) == 1
     S = real_form(S.detach().cpu())

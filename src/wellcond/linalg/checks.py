@@ -13,7 +13,7 @@ from torch import Tensor
 def check_matrices(S: Tensor) -> None:
     """Raises unless S is a batch of real or complex matrices with rows and columns."""
     if not isinstance(S, Tensor):
-        raise TypeError(f"`S` must be a torch.Tensor, got {type(S).__name__}.")
+        raise TypeError(f"`S` must be a torch.Tensor or a NumPy array, got {type(S).__name__}.")
     if hasattr(S, "full_tensor"):
         raise TypeError(
             "`S` must not be a DTensor. Pass S.full_tensor(), which all processes must call."

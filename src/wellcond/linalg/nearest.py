@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond.linalg.arrays import takes_arrays
 from wellcond.linalg.checks import as_matrices, as_number
 from wellcond.linalg.lapack import svd
 from wellcond.linalg.projection import decompose_gram, resolvable_condition_number
 
 
+@takes_arrays
 def nearest(S: Tensor, max_condition: float) -> Tensor:
     """A matrix nearest to S in the Frobenius norm among those with kappa <= max_condition.
 
@@ -23,14 +25,15 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     vectors. S = 0 stays zero.
 
     Args:
-        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. Not
-            changed.
+        S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
+            a batch. Not changed.
         max_condition: K, at least 1. If K = inf or kappa <= K, the result equals S bit for bit.
 
     Returns:
-        A new tensor with the shape and dtype of S. It is computed in float64, from the Gram matrix
-        if that is as accurate as a full SVD, and then rounded to the dtype, which may raise kappa
-        slightly above K. `wellcond.repair` ensures that the stored matrix satisfies the limit.
+        A new tensor, of a NumPy array an array, with the shape and dtype of S. It is computed in
+        float64, from the Gram matrix if that is as accurate as a full SVD, and then rounded to the
+        dtype, which may raise kappa slightly above K. `wellcond.repair` ensures that the stored
+        matrix satisfies the limit.
 
     Raises:
         ValueError: max_condition < 1 or nan, fewer than two dimensions, no entries, an entry that

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wellcond.linalg.arrays import takes_arrays
 from wellcond.linalg.checks import as_matrices, check_matrices
 from wellcond.linalg.lapack import singular_values
 from wellcond.linalg.projection import gram
@@ -77,6 +78,7 @@ class Spectrum(NamedTuple):
         return math.inf if smallest <= rank_tolerance(self.shape) * largest else largest / smallest
 
 
+@takes_arrays
 def condition_number(S: Tensor) -> Tensor:
     """The condition number kappa = sigma_1/sigma_nu of the stored values, computed in float64.
 
@@ -84,11 +86,12 @@ def condition_number(S: Tensor) -> Tensor:
     stayed below 1e-6 for kappa up to 1e5 (`wellcond bench audit`). See `certify` for a proof.
 
     Args:
-        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. For
-            A + iB the result is the condition number of [[A, -B], [B, A]].
+        S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
+            a batch. For A + iB the result is the condition number of [[A, -B], [B, A]].
 
     Returns:
-        float64 tensor (...), dimensionless, at least 1. It is inf where sigma_nu is at most
+        float64 tensor (...), or of a NumPy array an array or a number of NumPy; dimensionless, at
+        least 1. It is inf where sigma_nu is at most
         max(m, n) eps(float64) sigma_1, that is zero to working precision, and nan where S = 0. It
         is on the device of S, or on the CPU if that device has no float64.
 

@@ -8,12 +8,16 @@ import io
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from wellcond.report.cell import render_cell
 from wellcond.report.findings import Finding
 from wellcond.report.page import Page, render
 from wellcond.report.rows import Column, Row, visible_columns
 from wellcond.text import dump_json, escape, format_table, list_some, save_text
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA = 1
 # Printing more rows is slow (1 ms per row) and unreadable.
@@ -38,6 +42,10 @@ class Report(abc.ABC):
     @abc.abstractmethod
     def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
         """The first `top` rows, or all, in the order of the table."""
+
+    @abc.abstractmethod
+    def _records(self) -> list[dict[str, Any]]:
+        """The numbers of each row, as in the CSV, and its unique label as "weight"."""
 
     @abc.abstractmethod
     def _page(self, max_condition: float | None) -> Page:
@@ -77,6 +85,25 @@ class Report(abc.ABC):
         The page of a comparison has two bars per weight, and its map shows after/before.
         """
         return save_text(render(self._page(max_condition)), path)
+
+    def to_dataframe(self) -> DataFrame:
+        """A pandas DataFrame: a row per weight, its label as the index, columns as in the CSV.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError("to_dataframe() needs pandas: pip install pandas.") from None
+        records = [
+            {key: escape(cell) if isinstance(cell, str) else cell for key, cell in one.items()}
+            for one in self._records()
+        ]
+        return pandas.DataFrame(records).set_index("weight")
+
+    def _repr_html_(self) -> str:
+        return render_cell(self._page(None))
 
     def __str__(self) -> str:
         return self.table()

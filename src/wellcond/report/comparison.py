@@ -160,11 +160,17 @@ class Comparison(Report):
             "versions": self.versions,
         }
 
+    def _records(self) -> list[dict[str, Any]]:
+        return [record_of_pair(pair, self._note(pair)) for pair in self.pairs]
+
+    def __repr__(self) -> str:
+        sides = " → ".join(map(escape, self._sides()))
+        return f"<Comparison of {sides}: {_count(len(self.pairs), 'weight')}>"
+
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line per weight, empty where a side lacks it; written to path."""
         columns = record_of_pair(Pair("", None, None), "")
-        records = (record_of_pair(pair, self._note(pair)) for pair in self.pairs)
-        return save_text(format_csv(columns, records), path)
+        return save_text(format_csv(columns, self._records()), path)
 
     def _note(self, pair: Pair) -> str:
         return self.notes.get(pair.label, "")
@@ -178,7 +184,7 @@ class Comparison(Report):
         rows = zip(self.pairs, self._rows(max_condition), strict=True)
         ordered = sorted(rows, key=lambda item: None in item[0][1:3])
         before, after = self._sides()
-        sources = [f"Before, the paler bar: {before}", f"After: {after}"]
+        sources = [f"Before: {before}", f"After: {after}"]
         return Page(
             title="Condition numbers before and after",
             lead=[*sources, *self.summary()],

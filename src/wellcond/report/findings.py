@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wellcond.text import join_remarks, list_some
+from wellcond.text import escape, join_remarks, list_some
 from wellcond.weights.reasons import Skipped
 
 if TYPE_CHECKING:
@@ -160,6 +160,13 @@ class Finding:
     def __post_init__(self) -> None:
         if not self.entries:  # of a convolution as it acts there are fewer
             object.__setattr__(self, "entries", math.prod(self.shape))
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        numbers = f"κ {self.condition_number:.4g}, σ {self.sigma_max:.4g} to {self.sigma_min:.4g}"
+        if math.isnan(self.condition_number):
+            numbers = self.explanation
+        return f"<Finding {escape(self.label)}: {shape} {self.dtype}, {escape(numbers)}>"
 
     @property
     def label(self) -> str:

@@ -22,7 +22,7 @@ from wellcond.text import escape
 from wellcond.weights.reasons import Skipped
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment
 
 CURVES = 6  # as many as a reader can tell apart
 _POINTS = 240  # of a curve
@@ -77,26 +77,30 @@ def render(page: Page) -> str:
     shared = [note for note, count in notes.items() if count > _SHARED]
     lost = {name: why for name, why in page.skipped.items() if not why.reason.no_matrix}
     no_matrices = {name: why for name, why in page.skipped.items() if why.reason.no_matrix}
-    html = _template().render(
-        page=page,
-        above=[row for row in rows if row.exceeds],
-        axis=_Axis.of(rows, page.max_condition),
-        groups=_groups(page.rows, repeated),
-        note_numbers={note: number for number, note in enumerate(shared, 1)},
-        grades={} if page.is_comparison else {grade.name: grade.value for grade in Grade},
-        lost=lost,
-        lost_reasons=_count_reasons(lost) if len(lost) > _READ else (),
-        no_matrices=no_matrices,
-        no_matrix_reasons=_count_reasons(no_matrices),
-        **_map_context(page, repeated),
-        **_drawing(page.curves),
+    html = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            above=[row for row in rows if row.exceeds],
+            axis=_Axis.of(rows, page.max_condition),
+            groups=_groups(page.rows, repeated),
+            note_numbers={note: number for number, note in enumerate(shared, 1)},
+            grades={} if page.is_comparison else {grade.name: grade.value for grade in Grade},
+            lost=lost,
+            lost_reasons=_count_reasons(lost) if len(lost) > _READ else (),
+            no_matrices=no_matrices,
+            no_matrix_reasons=_count_reasons(no_matrices),
+            **_map_context(page, repeated),
+            **_drawing(page.curves),
+        )
     )
     return html.lstrip()  # macros leave empty lines before the first tag
 
 
 @functools.cache
-def _template() -> Template:
-    """The template; Jinja2 is imported only if a page is made."""
+def environment() -> Environment:
+    """The templates; Jinja2 is imported only if a page is made."""
     import jinja2
     from markupsafe import Markup
     from markupsafe import escape as escape_markup
@@ -105,7 +109,7 @@ def _template() -> Template:
         """A name that may be broken after a dot, and not only within a word."""
         return Markup(re.sub(r"([.:/_])", r"\1<wbr>", str(escape_markup(escape(name)))))
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("wellcond.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -114,11 +118,11 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"breakable": breakable, "short": "{:.4g}".format}
-    environment.tests |= {"nan": math.isnan, "infinite": math.isinf}
+    made.filters |= {"breakable": breakable, "short": "{:.4g}".format}
+    made.tests |= {"nan": math.isnan, "infinite": math.isinf}
     style = resources.files("wellcond.report").joinpath("report.css").read_text("utf-8")
-    environment.globals |= {"style": Markup(style), "MARK": MARK}
-    return environment.get_template("page.html.j2")
+    made.globals |= {"style": Markup(style), "MARK": MARK}
+    return made
 
 
 def _count_reasons(skipped: Mapping[str, Skipped]) -> list[tuple[Any, int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wellcond.report.base import (
     ROWS,
@@ -21,6 +23,7 @@ from wellcond.report.flags import Flag, find_flags, sort_findings, stand
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
 from wellcond.report.page import CURVES, Page
 from wellcond.report.pairing import by_label
+from wellcond.report.plot import draw
 from wellcond.report.rows import (
     COLUMNS,
     MEANINGS,
@@ -31,6 +34,9 @@ from wellcond.report.rows import (
 )
 from wellcond.text import escape, format_table, save_text
 from wellcond.weights.roles import ROLES, find_role
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LINES = 5
 ORDERS = ("standing", "kappa")
@@ -181,6 +187,31 @@ class AuditReport(Report):
             "versions": self.versions,
         }
 
+    def plot(self, *, top: int = 10, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
+        """Draws the spectra of the first `top` weights, and their condition numbers as bars.
+
+        Flagged weights have colors, and the fact on their bars; others are gray.
+
+        Args:
+            top: how many weights, in the order of `findings`: the flagged ones first.
+            axes: two axes of matplotlib to draw on; new ones beside each other by default.
+
+        Returns:
+            Both axes; `axes[0].figure` is the figure, to be saved by `savefig`.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+
+        Example:
+            >>> import torch, wellcond as wc
+            >>> left, right = wc.audit(torch.nn.Linear(8, 4)).plot()
+            >>> left.get_yscale(), right.get_xlabel()
+            ('log', 'condition number κ')
+        """
+        shown = self.findings[:top]
+        flags = (self.flags.get(finding.label, ()) for finding in shown)
+        return draw(shown, ["; ".join(flag.text for flag in some) for some in flags], axes)
+
     def _standings(self) -> list[dict[str, Any]]:
         standings = ((finding.label, stand(finding)) for finding in self.findings)
         return [
@@ -199,6 +230,18 @@ class AuditReport(Report):
         """One line per finding, columns as in the JSON; written to path."""
         columns = record_of_finding(Finding("", "", (0, 0), ""))
         return save_text(format_csv(columns, map(record_of_finding, self.findings)), path)
+
+    def _records(self) -> list[dict[str, Any]]:
+        labels = by_label(self.findings)
+        return [{"weight": label, **record_of_finding(one)} for label, one in labels.items()]
+
+    def __repr__(self) -> str:
+        kappas = [one.condition_number for one in self.findings if one.measured]
+        largest = max((kappa for kappa in kappas if not math.isnan(kappa)), default=math.nan)
+        number = f"{len(self.findings)} matri{'x' if len(self.findings) == 1 else 'ces'}"
+        share = f"{100 * self.coverage.parameter_share:.1f} % of the parameters"
+        flagged = f"{len(self.flags)} flagged, largest κ {largest:.4g}"
+        return f"<AuditReport of {escape(self.source)}: {number}, {share}, {flagged}>"
 
     def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
         findings = self.findings[:top]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wellcond.linalg.arrays import takes_arrays
 from wellcond.linalg.checks import as_matrices, as_number
 from wellcond.operators.subspace import Ritz
 from wellcond.rules.condition import clip_leading
@@ -61,6 +62,7 @@ def _gradient(exact: _Exact) -> Tensor:
     return left[..., :1] @ right[..., :1].mT - wide / sigma.shape[-1] + 0.0
 
 
+@takes_arrays
 def condition_penalty(S: Tensor) -> Tensor:
     """The regulariser r(S) = 1/2 ||S||_2^2 - ||S||_F^2/(2 nu), by a full SVD, differentiable once.
 
@@ -69,7 +71,8 @@ def condition_penalty(S: Tensor) -> Tensor:
     `condition_penalty_gradient`. In a training loop use `Regularizer`, which needs no SVD.
 
     Args:
-        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch.
+        S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
+            a batch.
 
     Returns:
         Tensor (...) in the dtype of the real part of S, in units of a squared singular value;
@@ -91,6 +94,7 @@ def condition_penalty(S: Tensor) -> Tensor:
     return result
 
 
+@takes_arrays
 def condition_penalty_gradient(S: Tensor) -> Tensor:
     """The gradient of r: sigma_1 u_1 v_1^T - S/nu (arXiv 2410.00169, Theorem 3.1).
 
@@ -98,7 +102,8 @@ def condition_penalty_gradient(S: Tensor) -> Tensor:
     its convex part minus S/nu. For orthogonal S, kappa = 1, its norm is then sqrt(1 - 1/nu), not 0.
 
     Args:
-        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch.
+        S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
+            a batch.
 
     Returns:
         Tensor (..., m, n) in the dtype of S, in units of a singular value; computed in float64.
@@ -117,11 +122,13 @@ def condition_penalty_gradient(S: Tensor) -> Tensor:
     return _gradient(_exact(S)).to(S.dtype)
 
 
+@takes_arrays
 def condition_penalty_bound(S: Tensor) -> Tensor:
     """The bound of the paper: kappa(S) <= exp(nu r(S)/sigma_nu^2) (arXiv 2410.00169, Theorem 2.2).
 
     Args:
-        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch.
+        S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
+            a batch.
 
     Returns:
         Tensor (...), float64, dimensionless. It is inf where sigma_nu = 0 or the exponential
@@ -145,6 +152,7 @@ def condition_penalty_bound(S: Tensor) -> Tensor:
     return torch.exp(sigma.shape[-1] * _penalty_from(sigma) / sigma[..., -1].square())
 
 
+@takes_arrays
 def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
     """One exact proximal step on r: sigma_i becomes min(c sigma_i, tau), with c = 1 + step/nu.
 
@@ -153,7 +161,8 @@ def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
     kappa nor r rises, and tied singular values stay tied.
 
     Args:
-        S: real or complex floating-point tensor (..., m, n); leading dimensions are a batch. Not
+        S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
+            a batch. Not
             changed.
         step: learning rate times strength, dimensionless, finite and not negative.
 

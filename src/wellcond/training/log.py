@@ -38,18 +38,24 @@ def report(
 ) -> dict[str, float]:
     """What is logged, by name; see `Regularizer.log`."""
     sound = {name: e for name, e in estimates.items() if not e.status}
-    values: dict[str, float] = {"not_measurable": len(estimates) - len(sound)}
-    shortened = sum(e.shortened_steps for e in estimates.values())
+    values: dict[str, float] = {}
+    if lost := len(estimates) - len(sound):
+        values["not_measurable"] = lost
     if sound:
         shares = {name: e.stable_rank / e.nu for name, e in sound.items()}
         values |= {
             "sigma_max/largest": max(e.sigma_max for e in sound.values()),
-            "penalty/sum": sum(e.penalty for e in sound.values() if not math.isnan(e.penalty)),
             "stable_rank_share/smallest": min(shares.values()),
             "stable_rank_share/median": statistics.median(shares.values()),
-            "shortened_steps": shortened,
-            "crowded_blocks": sum(e.crowded for e in sound.values()),
         }
+        # A limit has no strength, and what is only watched has strength 0.
+        penalised = [e for e in sound.values() if e.strength > 0]
+        if penalised:
+            values |= {
+                "penalty/sum": sum(e.penalty for e in penalised),
+                "shortened_steps": sum(e.shortened_steps for e in penalised),
+                "crowded_blocks": sum(e.crowded for e in penalised),
+            }
         excess = [e.excess for e in sound.values() if e.excess is not None]
         intervals = [e.interval for e in sound.values() if e.interval is not None]
         if excess:

@@ -65,7 +65,12 @@ class Monitor:
         self.block_size = as_count(block_size, "`block_size`")
         self.condition_numbers = condition_numbers
         self._states = [WeightState(weight, penalty, self.block_size) for weight, penalty in chosen]
+        self._calls = 0
         warn_of_stored(self._states)
+
+    def __repr__(self) -> str:
+        count = len(self._states)
+        return f"Monitor of {count} weight{'s' * (count != 1)}, {len(self._skipped)} left out"
 
     @property
     def names(self) -> list[str]:
@@ -88,11 +93,16 @@ class Monitor:
     def log(
         self,
         target: Any,
-        step: int,
+        step: int | None = None,
         *,
         every: int = 100,
         layers: bool = False,
         prefix: str = "wellcond",
     ) -> dict[str, float] | None:
-        """Logs as `Regularizer.log` does; at other steps than each `every`-th it costs nothing."""
+        """Logs as `Regularizer.log` does; at other steps than each `every`-th it costs nothing.
+
+        Without `step` it counts its calls, from 0.
+        """
+        step = self._calls if step is None else step
+        self._calls += 1
         return log(self.measure, target, step, every, layers, prefix)

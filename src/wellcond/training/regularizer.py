@@ -8,6 +8,7 @@ Letters: S (m, n) a weight, nu = min(m, n), k the width of its block, eta the le
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
 from wellcond.report.estimate import Estimate
 from wellcond.rules.base import Need
-from wellcond.text import quote_names, quote_subject
+from wellcond.text import escape, list_some, quote_names, quote_subject
 from wellcond.training.attachment import (
     Actions,
     Attachment,
@@ -40,6 +41,8 @@ from wellcond.training.selection import Rules, select
 from wellcond.training.state import WeightState, name_meta_weights
 from wellcond.weights.discover import refuse_flat_parameters, unwrapped
 from wellcond.weights.reasons import Skipped
+
+_SHOWN = 5  # weights in the text of a Regularizer
 
 
 class Regularizer:
@@ -359,15 +362,16 @@ class Regularizer:
         """Logs estimates at every so many steps; at the others it costs nothing.
 
         By default a few aggregates and the worst five weights by name: the largest sigma_max, the
-        sum of the penalties at strength 1, the smallest and the median share of the stable rank,
-        ||S||_F^2/(nu sigma_max^2), which is 1 exactly for kappa = 1, shortened steps, blocks that
-        are too narrow for gradients, how far hard limits were exceeded before they were last
-        applied, and how many weights could not be measured. One copy from the device.
+        sum of the penalties at strength 1, if there are any, the smallest and the median share of
+        the stable rank, ||S||_F^2/(nu sigma_max^2), which is 1 exactly for kappa = 1, shortened
+        steps, blocks that are too narrow for gradients, how far hard limits were exceeded before
+        they were last applied, and how many weights could not be measured, if there are any. One
+        copy from the device.
 
         Args:
             target: TensorBoard's SummaryWriter, a run of wandb, a logger of Lightning, a
                 LightningModule, an Accelerator, or a callable (values, step).
-            step: of the training; by default the number of applications so far.
+            step: of the training; by default the number of steps that it has taken or watched.
             every: report when the step is a multiple of it.
             layers: also the series of every weight.
             prefix: before every name.
@@ -386,7 +390,7 @@ class Regularizer:
             >>> 0 < values["wellcond/stable_rank_share/smallest"] <= 1
             True
         """
-        step = max(state.step for state in self._states) if step is None else step
+        step = self._steps() if step is None else step
         self._oversights.check_log(self._attachments, step % as_count(every, "`every`") == 0)
         values = log(self.measure, target, step, every, layers, prefix)
         if values is not None:
@@ -412,38 +416,77 @@ class Regularizer:
         return {**self.__dict__, "_attachments": []}
 
     def __repr__(self) -> str:
+        """About ten lines for any model: what all weights share, the worst of them, the rest."""
         count = len(self._states)
         lines = [f"Regularizer of {count} weight{'s' * (count != 1)}, block_size={self.block_size}"]
-        width = max(len(name) for name in (*self.names, *self._skipped))
-        attached = {id(state) for one in self.attachments for state in one.states}
-        for state in self._states:
+        remarks = {state.name: self._remarks(state) for state in self._states}
+        facts = {state.name: self._facts(state, remarks[state.name]) for state in self._states}
+        first, *others = facts.values()
+        shared = [fact for fact in first if others and all(fact in one for one in others)]
+        lines += [f"  all: {'; '.join(shared)}"] if shared else []
+        shown, hidden = self._states, []
+        if count > _SHOWN:
+            worst = sorted(self._states, key=lambda one: (not remarks[one.name], -_excess(one)))
+            shown, hidden = worst[:_SHOWN], worst[_SHOWN:]
+        width = max(len(escape(state.name)) for state in shown)
+        for state in shown:
             shape = "x".join(map(str, state.shape))
-            frozen = "" if state.active else "  frozen since: not regularised"
-            if state.active and attached and id(state) not in attached:
-                frozen = "  held by no optimizer that is attached: no step is taken"
-            lines.append(f"  {state.name:{width}}  {shape:>10}  {state.rule!r}{frozen}")
-            if state.caution:
-                lines.append(f"  {'':{width}}  {state.caution}: it is meant, not what acts")
-            text = state.describe(any(a.is_paced(state) for a in self.attachments))
-            lines += [f"  {'':{width}}  {line}" for line in text.splitlines()]
-            if not state.shortened.is_meta and (shortened := int(state.shortened)):
-                lines.append(
-                    f"  {'':{width}}  {shortened} proximal steps were shortened: {state.width} "
-                    f"singular triplets do not reach further; raise block_size={self.block_size}"
-                )
-            if not state.crowded.is_meta and bool(state.crowded):
-                lines.append(
-                    f"  {'':{width}}  the {state.width} singular values that are followed are all "
-                    f"near the largest: more may be, without a gradient; raise "
-                    f"block_size={self.block_size}"
-                )
+            own = "; ".join(fact for fact in facts[state.name] if fact not in shared)
+            lines.append(f"  {escape(state.name):{width}}  {shape:>10}  {own}".rstrip())
+        if hidden:
+            more = Counter(remark for state in hidden for remark in remarks[state.name])
+            counts = "".join(f"; {number} {remark}" for remark, number in more.items())
+            lines.append(f"  and {len(hidden)} more, in reg.names{counts}")
         if self._skipped:
-            lines.append(f"  left out ({len(self._skipped)}):")
-            lines += [f"  {name:{width}}  {reason}" for name, reason in self._skipped.items()]
+            groups: dict[str, list[str]] = {}
+            for name, why in self._skipped.items():
+                groups.setdefault(str(why), []).append(name)
+            if len(groups) > _SHOWN:
+                groups = {}
+                for name, why in self._skipped.items():
+                    groups.setdefault(why.reason.value, []).append(name)
+            listed = "; ".join(f"{list_some(some, 2)} ({why})" for why, some in groups.items())
+            lines.append(f"  left out {len(self._skipped)}, in reg.skipped: {listed}")
         lines += [f"  {attachment!r}" for attachment in self.attachments]
-        if not attached and any(state.rule.enforceable for state in self._states):
-            lines.append("  attached to no optimizer: enforce() alone applies the limits")
+        if not self.attachments and any(state.rule.enforceable for state in self._states):
+            steps = self._steps()
+            lines.append(
+                f"  detached after {steps} steps: enforce() applies the limits when it is called"
+                if steps
+                else "  attached to no optimizer: enforce() alone applies the limits"
+            )
         return "\n".join(lines)
+
+    def _steps(self) -> int:
+        """How many steps it has taken or watched."""
+        return max(state.step for state in self._states)
+
+    def _remarks(self, state: WeightState) -> list[str]:
+        """Why a rule does not act on a weight as it could."""
+        remarks = []
+        attached = [id(one) for attachment in self.attachments for one in attachment.states]
+        if not state.active:
+            remarks.append("frozen since: not regularised")
+        elif attached and id(state) not in attached:
+            remarks.append("held by no optimizer that is attached: no step is taken")
+        if state.caution:
+            remarks.append(f"{state.caution}: it is meant, not what acts")
+        if not state.shortened.is_meta and (shortened := int(state.shortened)):
+            remarks.append(
+                f"{shortened} proximal steps were shortened: {state.width} singular triplets do "
+                f"not reach further; raise block_size={self.block_size}"
+            )
+        if not state.crowded.is_meta and bool(state.crowded):
+            remarks.append(
+                f"the {state.width} singular values that are followed are all near the largest: "
+                f"more may be, without a gradient; raise block_size={self.block_size}"
+            )
+        return remarks
+
+    def _facts(self, state: WeightState, remarks: list[str]) -> list[str]:
+        """What there is to say of a weight, its rule first."""
+        text = state.describe(any(one.is_paced(state) for one in self.attachments))
+        return [repr(state.rule), *remarks, *text.splitlines()]
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -498,6 +541,13 @@ class Regularizer:
                 for parameter in state.weight.parameters
                 if not is_sharded(parameter)
             }
+
+
+def _excess(state: WeightState) -> float:
+    """How many times its limit a weight was before it was applied; 0 if that is not known."""
+    record = state.record
+    known = [record.largest, record.excess, state.pace.excess]
+    return next((number for number in known if not math.isnan(number)), 0.0)
 
 
 def _refuse_without_gradient(states: list[WeightState]) -> None:
