@@ -101,7 +101,7 @@ class Adapter:
     Attributes:
         module: the path of the adapted module.
         name: of the adapter; "" if there is only one.
-        parts: the names of its tensors.
+        reads: reads its tensors, by their names.
         B: reads that factor, which is a kernel for a convolution.
         A: reads that factor likewise.
         magnitude: reads the lengths of the rows (DoRA only).
@@ -110,16 +110,25 @@ class Adapter:
 
     module: str
     name: str
-    parts: tuple[str, ...]
+    reads: Mapping[str, Read]
     B: Read
     A: Read
     magnitude: Read | None
     setting: AdapterSetting
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its tensors."""
+        return tuple(self.reads)
+
+    @property
     def weight(self) -> str:
         """The name of W in a model without adapters."""
         return f"{self.module.removeprefix(_WRAPPER)}.weight"
+
+    def rank(self, W: Tensor) -> int:
+        """How many singular values of what it adds to W need not be zero."""
+        return self.product().nu if self.magnitude is None else min(W.flatten(1).shape)
 
     def product(self) -> Product:
         """B A.
@@ -186,8 +195,9 @@ def find_adapters(
             other = min(parts.values()).removesuffix(".weight").rpartition(".")[2]
             known = AdapterSetting(unknown=f"with {other} beside A and B, it is not a known LoRA")
         lengths = read.get(magnitude) if magnitude else None
-        names = tuple(filter(None, (B, A, magnitude, *parts.values())))
-        adapters.append(Adapter(module, adapter, names, read[B], read[A], lengths, known))
+        names = filter(None, (B, A, magnitude, *parts.values()))
+        reads = {name: read[name] for name in names if name in read}
+        adapters.append(Adapter(module, adapter, reads, read[B], read[A], lengths, known))
     return adapters
 
 
