@@ -23,7 +23,7 @@ from wellcond.operators.convolution import Convolution
 from wellcond.operators.views import View, shape_of
 from wellcond.report.findings import MERGED
 from wellcond.text import escape, join_remarks, list_some, suggest_module_patterns
-from wellcond.weights.adapters import Adapter, UnknownAdapterError
+from wellcond.weights.adapters import Adapter
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices, single_views
 from wellcond.weights.projections import UnknownLayoutError
@@ -98,11 +98,7 @@ class Delta:
     """s B A of an adapter."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        try:
-            self.product = adapter.product()
-        except IndexError:
-            raise UnknownAdapterError("one of its factors is a vector") from None
+        self.adapter, self.product = adapter, adapter.product()
         self.shape, self.dtype = self.product.shape, self.product.dtype
 
 
@@ -118,7 +114,8 @@ def plan(source: Source, heads: bool = False) -> list[RowSpec]:
     specs: list[RowSpec] = []
     for one in source.matrices:
         specs += rows_of_tensor(one, source.skipped.get(one.name))
-    specs += (_row_of_adapter(*one, source.sizes) for one in source.adapters)
+    sizes = source.sizes.copy()
+    specs += (_row_of_adapter(*one, sizes) for one in source.adapters)
     for one in source.bases:
         specs += rows_of_tensor(one, covers=False)
     if heads:
@@ -159,14 +156,17 @@ def rows_of_tensor(
         yield RowSpec(one.name, merged, aliases, source, matrix, "", False, reason, one.adapters)
 
 
-def _row_of_adapter(name: str, adapter: Adapter, sizes: Mapping[str, int]) -> RowSpec:
-    """The row of what an adapter adds to the weight of this name."""
+def _row_of_adapter(name: str, adapter: Adapter, sizes: dict[str, int]) -> RowSpec:
+    """The row of what an adapter adds to the weight of this name.
+
+    It takes the sizes of its tensors out of `sizes`: the first stands for what several share.
+    """
     view = "delta" if adapter.name in ("", "default") else f"delta.{adapter.name}"
     dora = "DoRA brings the rows of the sum to other lengths besides"
     note = join_remarks(adapter.setting.note, dora if adapter.magnitude is not None else "")
     aliases = (name, f"{name}:delta", f"{name}:{view}", *adapter.parts)
     source = RowSource(name, partial(Delta, adapter))
-    entries = sum(sizes.get(part, 0) for part in adapter.parts)
+    entries = sum(sizes.pop(part, 0) for part in adapter.parts)
     return RowSpec(
         name, view, aliases, source, lambda delta: delta, note, adapters=(adapter,), entries=entries
     )

@@ -232,7 +232,10 @@ def _of_merged(S: Merged, finding: Finding, want_certificate: bool, all_values: 
     if total.ndim > 2:
         return found
     W = S.view(S.W)
-    rank = min(sum(adapter.rank(S.W) for adapter in S.adapters), *total.shape)
+    leading = sum(adapter.rank(S.W) for adapter in S.adapters)
+    # DoRA scales rows, which keeps no rank.
+    scaled = any(adapter.magnitude is not None for adapter in S.adapters)
+    rank = min(*total.shape, *([] if scaled else [leading]))
     norm, size = frobenius_norm(part), frobenius_norm(W)
     found = replace(
         found,
@@ -250,7 +253,7 @@ def _of_merged(S: Merged, finding: Finding, want_certificate: bool, all_values: 
         found = _with_rounding(found, total.to(W.dtype))
     if found.status is Status.zero:
         return found
-    of_it = measure_share(total, part, sum(adapter.product().nu for adapter in S.adapters))
+    of_it = measure_share(total, part, leading)
     return replace(found, added_share=of_it.share, added_new=of_it.new, added_of=of_it.among)
 
 
