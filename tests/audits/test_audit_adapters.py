@@ -353,7 +353,7 @@ def test_patterns_choose_adapters(base: Path, tmp_path: Path) -> None:
 
 def test_what_is_asked_in_vain_is_said(base: Path, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
-    with pytest.raises(ValueError, match="has no pair of lora_A and lora_B"):
+    with pytest.raises(ValueError, match="has no adapter that is known"):
         wc.audit(base, base=base)
     with pytest.raises(
         ValueError, match=r"of far\.away\.weight, in .* it is not there; it has lay"

@@ -249,7 +249,7 @@ def _with_base(source: Source, base: Source) -> Source:
     # The names of their tensors tell adapters apart.
     beside = {adapter.parts for one in source.matrices for adapter in one.adapters}
     if len(beside) == len(source.adapters):
-        found = "holds its base" if source.adapters else "has no pair of lora_A and lora_B"
+        found = "holds its base" if source.adapters else "has no adapter that is known"
         raise ValueError(
             f"`base` must come with an adapter by itself, but {source.name} {found}. "
             "Leave `base` out."

@@ -138,7 +138,8 @@ MEANINGS = {
     "at 760/768, eight may be noise of that rounding, and κ with them",
     "penalty": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
     "added": "with an adapter of rank r, how much of the sum of the r largest singular values is "
-    "the adapter's, and of how many of them more than half: 30 %, 2 of 8",
+    "the adapter's, and of how many of them more than half: 30 %, 2 of 8. One that has just been "
+    "made has 0 %; above a half it decides what the weight amplifies most",
     "grade": f"how far the numbers can be trusted. {_GRADES}",
     "certificate": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
     "delta": "‖Δ‖/‖W‖ (Frobenius norm): how large what the adapter adds is beside the weight",
