@@ -172,7 +172,7 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--base",
         type=Path,
         metavar="MODEL",
-        help="of an adapter (LoRA) the model it adapts: measure the sum, beside W and what is added",
+        help="of an adapter (LoRA) the model it adapts: measure the sum, and what is added",
     )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"

@@ -85,7 +85,7 @@ def audit(
             `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). All numbers are those of
             the d_head singular values that need not be zero; the detail names what acts in between.
             A file needs its config.json. Heads do not count in the coverage.
-        base: the model, or its path, that the adapter (LoRA, LoHa, LoKr, ...) at the path adapts. Per
+        base: the model, or its path, that the adapter at the path (LoRA, LoHa, ...) adapts. Per
             adapted weight there is one finding, `q_proj.weight:merged`: W + s B A in float64, with
             kappa of W, kappa of the sum in the dtype of W, and the size of what is added. Patterns
             that leave it out (`include="*:delta"`, `exclude="*:merged"`) show `q_proj.weight` and

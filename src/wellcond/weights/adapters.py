@@ -290,7 +290,7 @@ def _setting_of_alpha(read: Read, rank: int) -> AdapterSetting:
 def find_adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Skipped]:
     """The tensors of adapters that are not measured, and why.
 
-    These are the parameters of adapters other than LoRA, and factors whose counterpart is missing.
+    These are the parameters of adapters of no known form, and factors whose counterpart is missing.
 
     Args:
         names: of all tensors of a file.
@@ -322,7 +322,7 @@ def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
 
 
 def _identify_other(name: str, kind: str) -> str:
-    """The kind of the adapter other than LoRA that a tensor belongs to; "" if there is none."""
+    """The kind of the other adapter that a tensor belongs to; "" if there is none."""
     parts = re.split(r"[./]", name)
     if any(map(_ANY_OTHER.fullmatch, parts)):
         for known, pattern in _OTHER_ADAPTERS.items():
