@@ -199,7 +199,7 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--base",
         type=Path,
         metavar="MODEL",
-        help="of an adapter (LoRA) the model it adapts: measure W, W + s B A and s B A",
+        help="of an adapter (LoRA) the model it adapts: measure the sum, and what is added",
     )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"

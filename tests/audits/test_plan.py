@@ -87,7 +87,7 @@ def test_a_tensor_is_read_once_for_all_of_its_rows(tmp_path: Path, reads: list[s
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     found = labels(tmp_path / "adapter.safetensors", base=tmp_path / "base.safetensors")
     name = "a.q_proj.weight"
-    assert set(found) == {name, f"{name}:merged", f"{name}:delta"}
+    assert set(found) == {f"{name}:merged"}
     assert reads.count(name) == 1
 
 
@@ -170,7 +170,7 @@ def test_sums_are_left_out_without_the_weights_that_they_rest_on(tmp_path: Path)
     save_file(content, tmp_path / "a.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     path = tmp_path / "a.safetensors"
-    assert set(labels(path)) == {name, f"{name}:merged", f"{name}:delta"}
+    assert set(labels(path)) == {f"{name}:merged"}
     assert set(labels(path, exclude="*:merged")) == {name, f"{name}:delta"}
     assert labels(path, include="*:merged") == [f"{name}:merged"]
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from wellcond.files.built import BuildError
 from wellcond.report.findings import Finding, Status
 from wellcond.text import is_out_of_memory
-from wellcond.weights.adapters import UnknownAdapterError
+from wellcond.weights.changes import UnknownAdapterError
 from wellcond.weights.projections import UnknownLayoutError
 
 T = TypeVar("T")

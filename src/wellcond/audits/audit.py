@@ -16,7 +16,14 @@ from torch import Tensor
 from wellcond.audits.attempt import failed_finding
 from wellcond.audits.facts import with_comparison
 from wellcond.audits.finite import not_finite_in
-from wellcond.audits.plan import RowSpec, as_patterns, plan, reason_to_skip, select
+from wellcond.audits.plan import (
+    RowSpec,
+    as_patterns,
+    merge_rows,
+    plan,
+    reason_to_skip,
+    select,
+)
 from wellcond.audits.progress import ProgressCallback, shown
 from wellcond.audits.rows import Row, measure_rows
 from wellcond.audits.sources import Auditable, Source, source_of
@@ -80,10 +87,12 @@ def audit(
             `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). All numbers are those of
             the d_head singular values that need not be zero; the detail names what acts in between.
             A file needs its config.json. Heads do not count in the coverage.
-        base: the model, or its path, that the adapter of low rank (LoRA) at the path adapts. Per
-            weight three rows are measured: `q_proj.weight`, `q_proj.weight:merged`, W + s B A in
-            float64, and `q_proj.weight:delta`, s B A. Without a base only the last is; a model of
-            PEFT holds its base. The rest of the base is left out.
+        base: the model, or its path, that the adapter at the path (LoRA, LoHa, ...) adapts. Per
+            adapted weight there is one finding, `q_proj.weight:merged`: W + s B A in float64, with
+            kappa of W, kappa of the sum in the dtype of W, and the size of what is added. Patterns
+            that leave it out (`include="*:delta"`, `exclude="*:merged"`) show `q_proj.weight` and
+            `q_proj.weight:delta`, s B A, instead. Without a base only the last is; a model of PEFT
+            holds its base. The rest of the base is left out.
 
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding with the reason. All
@@ -114,7 +123,7 @@ def audit(
     source = source_of(model_or_path, example, base)
     specs, skipped = select(plan(source, heads), include, exclude, source.skipped, source.others)
     with shown(progress) as callback:
-        rows = list(measure_rows(specs, certify, progress=callback))
+        rows = list(measure_rows(merge_rows(specs), certify, progress=callback))
     not_finite, unread = _search(source, rows, skipped, include, exclude)
     failed = [*source.failed, *unread]
     if curves:
@@ -213,6 +222,10 @@ def _check_measured(
     findings: Sequence[Finding], source: str, skipped: Mapping[str, Skipped], based: bool
 ) -> None:
     """Raises if nothing could be measured, or with a base no sum."""
+    sums = [finding for finding in findings if finding.with_adapter]
+    if based and sums and not any(finding.measured for finding in sums):
+        why = f"{sums[0].label}: {sums[0].explanation}"
+        raise ValueError(f"With `base` no sum of {source} can be measured ({why}).")
     if not any(finding.measured for finding in findings):
         reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
         others = sorted(skipped.items(), key=lambda item: item[1].reason.no_matrix)
@@ -221,7 +234,3 @@ def _check_measured(
         raise ValueError(
             f"{source} must hold a weight matrix that can be measured, but has none ({listed})."
         )
-    sums = [finding for finding in findings if finding.with_adapter]
-    if based and sums and not any(finding.measured for finding in sums):
-        why = f"{sums[0].label}: {sums[0].explanation}"
-        raise ValueError(f"With `base` no sum of {source} can be measured ({why}).")

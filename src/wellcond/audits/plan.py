@@ -5,8 +5,9 @@ Letters: W (m, n) a stored weight, s B A what an adapter adds to it; S (m, n) wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from itertools import groupby
@@ -22,7 +23,7 @@ from wellcond.operators.convolution import Convolution
 from wellcond.operators.views import View, shape_of
 from wellcond.report.findings import MERGED
 from wellcond.text import escape, join_remarks, list_some, suggest_module_patterns
-from wellcond.weights.adapters import Adapter, UnknownAdapterError
+from wellcond.weights.adapters import Adapter
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices, single_views
 from wellcond.weights.projections import UnknownLayoutError
@@ -57,6 +58,8 @@ class RowSpec:
         note: what a reader must know of it.
         covers: whether it stands for parameters of the model or file itself.
         reason: why it is left out unless an exact name asks for it.
+        adapters: what is added, of a sum and of what one adds.
+        entries: how many it stands for, if not those of its matrix.
     """
 
     name: str
@@ -67,20 +70,27 @@ class RowSpec:
     note: str = ""
     covers: bool = True
     reason: Skipped | None = None
+    adapters: tuple[Adapter, ...] = ()
+    entries: int = 0
 
     @property
     def label(self) -> str:
         """name:view, by which it is shown."""
         return f"{self.name}:{self.view}" if self.view else self.name
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is a weight with what its adapters add."""
+        return bool(self.adapters) and self.source.tensor is not None
+
 
 class Merged:
-    """A view of W with what its adapters add."""
+    """A view of W with what its adapters add; `stored` says whether W is stored as it is."""
 
     dtype = torch.float64
 
-    def __init__(self, W: Tensor, view: View, adapters: Sequence[Adapter]) -> None:
-        self.W, self.view, self.adapters = W.detach().cpu(), view, adapters
+    def __init__(self, W: Tensor, view: View, adapters: Sequence[Adapter], stored: bool) -> None:
+        self.W, self.view, self.adapters, self.stored = W.detach().cpu(), view, adapters, stored
         self.shape = shape_of(view, W)
 
 
@@ -88,11 +98,7 @@ class Delta:
     """s B A of an adapter."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        try:
-            self.product = adapter.product()
-        except IndexError:
-            raise UnknownAdapterError("one of its factors is a vector") from None
+        self.adapter, self.product = adapter, adapter.product()
         self.shape, self.dtype = self.product.shape, self.product.dtype
 
 
@@ -108,7 +114,8 @@ def plan(source: Source, heads: bool = False) -> list[RowSpec]:
     specs: list[RowSpec] = []
     for one in source.matrices:
         specs += rows_of_tensor(one, source.skipped.get(one.name))
-    specs += (_row_of_adapter(*one) for one in source.adapters)
+    sizes = source.sizes.copy()
+    specs += (_row_of_adapter(*one, sizes) for one in source.adapters)
     for one in source.bases:
         specs += rows_of_tensor(one, covers=False)
     if heads:
@@ -137,22 +144,62 @@ def rows_of_tensor(
             name, matrix = "operator", partial(Convolution, geometry=one.geometry)
             note = join_remarks(note, "without its adapter" if parts else "")
         aliases = (*one.aliases, f"{one.name}:{name}", *parts)
-        yield RowSpec(one.name, name, aliases, source, matrix, note, covers, reason)
+        entries = math.prod(shape_of(view, torch.empty(one.shape, device="meta"))) if parts else 0
+        yield RowSpec(
+            one.name, name, aliases, source, matrix, note, covers, reason, entries=entries
+        )
     for name, view in views.items() if parts else ():
         merged = f"{name}:{MERGED}".lstrip(":")
         aliases = (*one.aliases, f"{one.name}:{merged}", f"{one.name}:{MERGED}", *parts)
-        matrix = partial(Merged, view=view, adapters=one.adapters)
-        yield RowSpec(one.name, merged, aliases, source, matrix, covers=False, reason=reason)
+        stored = one.stored and not one.parts
+        matrix = partial(Merged, view=view, adapters=one.adapters, stored=stored)
+        yield RowSpec(one.name, merged, aliases, source, matrix, "", False, reason, one.adapters)
 
 
-def _row_of_adapter(name: str, adapter: Adapter) -> RowSpec:
-    """The row of what an adapter adds to the weight of this name."""
+def _row_of_adapter(name: str, adapter: Adapter, sizes: dict[str, int]) -> RowSpec:
+    """The row of what an adapter adds to the weight of this name.
+
+    It takes the sizes of its tensors out of `sizes`: the first stands for what several share.
+    """
     view = "delta" if adapter.name in ("", "default") else f"delta.{adapter.name}"
     dora = "DoRA brings the rows of the sum to other lengths besides"
     note = join_remarks(adapter.setting.note, dora if adapter.magnitude is not None else "")
     aliases = (name, f"{name}:delta", f"{name}:{view}", *adapter.parts)
     source = RowSource(name, partial(Delta, adapter))
-    return RowSpec(name, view, aliases, source, lambda delta: delta, note)
+    entries = sum(sizes.pop(part, 0) for part in adapter.parts)
+    return RowSpec(
+        name, view, aliases, source, lambda delta: delta, note, adapters=(adapter,), entries=entries
+    )
+
+
+def merge_rows(specs: Sequence[RowSpec]) -> list[RowSpec]:
+    """One row per adapted matrix: beside a sum those of the weight and of the change are left out.
+
+    The sum stands for what they do, and has their notes. A convolution as it acts is another
+    matrix, and keeps its row.
+    """
+    own = {
+        (spec.name, f"{spec.view}:{MERGED}".lstrip(":")): spec
+        for spec in specs
+        if not spec.adapters and spec.source.tensor is not None
+    }
+    deltas = {spec.adapters[0].parts: spec for spec in specs if spec.adapters and not spec.is_sum}
+    sums: dict[int, RowSpec] = {}
+    replaced: set[int] = set()
+    for spec in specs:
+        if spec.is_sum:
+            parts = [own.get((spec.name, spec.view))]
+            parts += [deltas.get(adapter.parts) for adapter in spec.adapters]
+            found = [part for part in parts if part is not None]
+            sums[id(spec)] = replace(
+                spec,
+                note=join_remarks(*(part.note for part in found)),
+                covers=any(part.covers for part in found),
+                # One adapter may belong to several matrices of a tensor.
+                entries=sum(p.entries for p in found if p.covers and id(p) not in replaced),
+            )
+            replaced |= {id(part) for part in found}
+    return [sums.get(id(spec), spec) for spec in specs if id(spec) not in replaced]
 
 
 def _rows_of_attention(attention: Attention, value: Value) -> Iterator[RowSpec]:

@@ -25,7 +25,7 @@ from wellcond.audits.progress import Counter, ProgressCallback, work_of
 from wellcond.linalg.certify import certify, combine_certificates
 from wellcond.linalg.checks import check_matrices
 from wellcond.linalg.interval import Interval
-from wellcond.linalg.leading import measure_share
+from wellcond.linalg.leading import leading_triplets, measure_share
 from wellcond.linalg.product import Product
 from wellcond.linalg.products import spectrum_of_product
 from wellcond.linalg.scaling import frobenius_norm
@@ -40,6 +40,7 @@ from wellcond.operators.acting import bound_norm_cheaply
 from wellcond.operators.convolution import Convolution
 from wellcond.report.findings import Finding, Grade, Status
 from wellcond.text import join_remarks
+from wellcond.weights.adapters import Adapter
 
 Row = tuple[RowSpec, Finding]
 
@@ -48,6 +49,9 @@ _ERROR = 1e-6
 
 # Of a convolution there may be millions of singular values: so many are kept to be drawn.
 _DRAWN = 4096
+
+# What an adapter adds may have so many singular values of about the same size as the largest.
+_LEADING = 64
 
 
 def measure_rows(
@@ -74,7 +78,9 @@ def _measure_source(
     for spec in specs:
         tensor = spec.source.tensor
         stored, parts = (True, ()) if tensor is None else (tensor.stored, tensor.parts)
-        row = Finding(spec.name, spec.view, (0, 0), "", stored=stored, parts=parts)
+        row = Finding(
+            spec.name, spec.view, (0, 0), "", stored=stored, parts=parts, entries=spec.entries
+        )
         S = values if isinstance(values, Trouble) else attempt(partial(spec.matrix, values))
         found: Finding | Trouble
         if isinstance(S, Trouble):
@@ -216,15 +222,58 @@ def _extreme_groups(spectra: Sequence[Spectrum]) -> str:
 
 @_measured.register
 def _of_merged(S: Merged, finding: Finding, want_certificate: bool, all_values: bool) -> Finding:
-    """Also how much of the leading singular values of the sum comes from the adapters."""
+    """Also what the adapters change, and what rounding the sum to the dtype of W does to kappa."""
     first, *others = (adapter.change(S.W) for adapter in S.adapters)
     change: Tensor = sum(others, first)
     total, part = S.view(S.W.double() + change), S.view(change)
     found = _of_matrix(total, finding, want_certificate, all_values)
-    if found.status not in (Status.ok, Status.rank_deficient) or total.ndim > 2:
+    if found.status is Status.not_finite:
+        return replace(found, detail=join_remarks(found.detail, *_not_finite_parts(S.adapters)))
+    if total.ndim > 2:
         return found
-    of_it = measure_share(total, part, sum(adapter.product().nu for adapter in S.adapters))
+    W = S.view(S.W)
+    leading = sum(adapter.rank(S.W) for adapter in S.adapters)
+    # DoRA scales rows, which keeps no rank.
+    scaled = any(adapter.magnitude is not None for adapter in S.adapters)
+    rank = min(*total.shape, *([] if scaled else [leading]))
+    norm, size = frobenius_norm(part), frobenius_norm(W)
+    found = replace(
+        found,
+        base_condition_number=_spectrum(W, False)[0].condition_number,
+        base_dtype=str(W.dtype).removeprefix("torch."),
+        delta_share=norm / size if size else math.nan,
+        delta_rank=rank,
+    )
+    if norm:
+        top = float(leading_triplets(part / norm, min(rank, _LEADING))[1][0])
+        found = replace(found, delta_stable_rank=1 / top**2)
+    else:
+        found = replace(found, detail=join_remarks(found.detail, Status.fresh.value))
+    if S.stored:
+        found = _with_rounding(found, total.to(W.dtype))
+    if found.status is Status.zero:
+        return found
+    of_it = measure_share(total, part, leading)
     return replace(found, added_share=of_it.share, added_new=of_it.new, added_of=of_it.among)
+
+
+def _with_rounding(finding: Finding, rounded: Tensor) -> Finding:
+    """The finding with kappa of the sum in the dtype of W."""
+    if bad := _not_finite(rounded):
+        note = f"in {finding.base_dtype} {bad} of its entries are infinite"
+        return replace(finding, detail=join_remarks(finding.detail, note))
+    kappa = _spectrum(rounded, False)[0].condition_number
+    return replace(finding, rounded_condition_number=kappa)
+
+
+def _not_finite_parts(adapters: Sequence[Adapter]) -> list[str]:
+    """Which tensors of the adapters hold NaN or infinity, and how many."""
+    return [
+        f"{bad} of {tensor.numel()} entries of {name}"
+        for adapter in adapters
+        for name, read in adapter.reads.items()
+        if (bad := _not_finite(tensor := read()))
+    ]
 
 
 # --- a product of two factors ---------------------------------------------------------------------
@@ -264,10 +313,9 @@ def _of_product(S: Product, finding: Finding, *_options: bool) -> Finding:
 
 @_measured.register
 def _of_delta(S: Delta, finding: Finding, *options: bool) -> Finding:
-    entries = S.product.B.numel() + S.product.A.numel()
-    found = _of_product(S.product, replace(finding, entries=entries), *options)
+    found = _of_product(S.product, finding, *options)
     if found.status is Status.not_finite:
-        return found
+        return replace(found, detail="; ".join(_not_finite_parts([S.adapter])))
     scale, found = S.adapter.setting.scale, replace(found, detail="")
     if S.adapter.magnitude is None and (found.status is Status.zero or scale == 0):
         return replace(found, status=Status.fresh)

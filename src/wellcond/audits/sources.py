@@ -25,6 +25,7 @@ from wellcond.weights.adapters import (
     find_adapter_parameters,
     find_adapters,
     find_other_adapter,
+    is_shared_by_layers,
     read_settings_of_file,
     read_settings_of_model,
 )
@@ -169,8 +170,9 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         },
         lambda: (heads_of(model), acting_tensor),
     )
-    read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in parameters.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    values = parameters | {n: one for n, one in model.named_buffers() if is_shared_by_layers(n)}
+    read = {name: partial(lambda tensor: tensor, tensor) for name, tensor in values.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
     idle = {
         path
         for path, module in modules.items()
@@ -248,20 +250,25 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     """
     parts = {name for adapter in adapters for name in adapter.parts}
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
-    others = source.skipped | find_adapter_parameters(source.skipped, {})
-    others = {name: why for name, why in others.items() if why.reason is Reason.adapter}
-    for weight, one in matrices.items():
-        of = find_other_adapter(weight, others)
-        if of and weight.partition(".base_layer.")[0] not in idle:
-            note = join_remarks(one.note, f"what {of} makes of it is not in these numbers")
-            matrices[weight] = replace(one, note=note)
+    skipped = {
+        name: why
+        for name, why in source.skipped.items()
+        if name not in parts or why.reason.no_matrix
+    }
     for adapter in adapters:
         name, setting = find_adapted_weight(adapter, matrices, beside=True), adapter.setting
         source.adapters.append((name or adapter.weight, adapter))
         if name and setting.acts and not setting.unknown and not setting.no_sum:
             one = matrices[name]
             matrices[name] = replace(one, adapters=(*one.adapters, adapter))
-    return replace(source, matrices=list(matrices.values()))
+    others = source.skipped | find_adapter_parameters(source.skipped, {})
+    others = {name: why for name, why in others.items() if why.reason is Reason.adapter}
+    for weight, one in matrices.items():
+        of = "" if one.adapters else find_other_adapter(weight, others)
+        if of and weight.partition(".base_layer.")[0] not in idle:
+            note = join_remarks(one.note, f"what {of} makes of it is not in these numbers")
+            matrices[weight] = replace(one, note=note)
+    return replace(source, matrices=list(matrices.values()), skipped=skipped)
 
 
 def _with_base(source: Source, base: Source) -> Source:
@@ -269,7 +276,7 @@ def _with_base(source: Source, base: Source) -> Source:
     # The names of their tensors tell adapters apart.
     beside = {adapter.parts for one in source.matrices for adapter in one.adapters}
     if len(beside) == len(source.adapters):
-        found = "holds its base" if source.adapters else "has no pair of lora_A and lora_B"
+        found = "holds its base" if source.adapters else "has no adapter that is known"
         raise ValueError(
             f"`base` must come with an adapter by itself, but {source.name} {found}. "
             "Leave `base` out."

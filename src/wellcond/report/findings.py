@@ -111,6 +111,15 @@ class Finding:
         added_of: how many they are, r or fewer; 0 of others.
         opposite_rows: whether it has two rows, and these are w and -w up to 5 %, as of a head of
             two classes.
+        base_condition_number: of a weight with an adapter, kappa of the weight W without it. This
+            and the next five stand for the rows of W and of the change, which are left out beside
+            the sum; nan, 0 and "" of others.
+        base_dtype: the dtype of W.
+        delta_share: ||D||_F/||W||_F, D being the sum minus W.
+        delta_stable_rank: ||D||_F^2/sigma_1(D)^2, how many directions D uses; nan if D is zero.
+        delta_rank: how many directions the adapters can use: the sum of their ranks, at most nu.
+        rounded_condition_number: kappa of the sum once it is rounded to `base_dtype`, as by a
+            merge; nan if W is not stored as it is measured.
         gap: how many singular values lie below the widest gap in their lower half, and the ratio
             across it; (0, 1) if they are not known.
         repair_limit: the least power of ten that at most 1 in 20 random matrices of this shape
@@ -153,6 +162,12 @@ class Finding:
     added_new: int = 0
     added_of: int = 0
     opposite_rows: bool = False
+    base_condition_number: float = math.nan
+    base_dtype: str = ""
+    delta_share: float = math.nan
+    delta_stable_rank: float = math.nan
+    delta_rank: int = 0
+    rounded_condition_number: float = math.nan
     gap: tuple[int, float] = (0, 1.0)
     repair_limit: float = math.nan
     repair_change: float = math.nan
@@ -236,6 +251,12 @@ class Finding:
             "added_share": self.added_share,
             "added_new": self.added_new,
             "added_of": self.added_of,
+            "base_condition_number": self.base_condition_number,
+            "base_dtype": self.base_dtype,
+            "delta_share": self.delta_share,
+            "delta_stable_rank": self.delta_stable_rank,
+            "delta_rank": self.delta_rank,
+            "rounded_condition_number": self.rounded_condition_number,
             "grade": self.grade.name,
             "status": self.status.name,
             "detail": self.explanation,

@@ -117,6 +117,20 @@ def _added(finding: Finding) -> str:
     return f"{format_percent(finding.added_share)}, {finding.added_new} of {finding.added_of}"
 
 
+def _delta(finding: Finding) -> str:
+    return "" if math.isnan(finding.delta_share) else format_percent(finding.delta_share)
+
+
+def _directions(finding: Finding) -> str:
+    if math.isnan(finding.delta_stable_rank):
+        return ""
+    return f"{finding.delta_stable_rank:.2g} of {finding.delta_rank}"
+
+
+def _kappa_or_nothing(kappa: float) -> str:
+    return "" if math.isnan(kappa) else f"{kappa:.4g}"
+
+
 _GRADES = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
 MEANINGS = {
     "label": "its name; after a colon, which matrix of the parameter",
@@ -136,9 +150,14 @@ MEANINGS = {
     "at 760/768, eight may be noise of that rounding, and κ with them",
     "penalty": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
     "added": "with an adapter of rank r, how much of the sum of the r largest singular values is "
-    "the adapter's, and of how many of them more than half: 30 %, 2 of 8",
+    "the adapter's, and of how many of them more than half: 30 %, 2 of 8. One that has just been "
+    "made has 0 %; above a half it decides what the weight amplifies most",
     "grade": f"how far the numbers can be trusted. {_GRADES}",
     "certificate": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
+    "delta": "‖Δ‖/‖W‖ (Frobenius norm): how large what the adapter adds is beside the weight",
+    "directions": "‖Δ‖²/σ_max(Δ)², how many directions the adapter uses, of as many as it can",
+    "base": "κ of the weight without its adapter",
+    "rounded": "κ once the sum is rounded to the dtype of the weight, as by a merge",
 }
 COLUMNS: tuple[Column[Finding], ...] = (
     Column("label", "weight", lambda one: one.label, is_text=True, leads=True),
@@ -154,6 +173,20 @@ COLUMNS: tuple[Column[Finding], ...] = (
     Column("added", "added", _added, is_optional=True),
     Column("grade", "grade", lambda one: one.grade.name, is_text=True),
     Column("certificate", "κ certified", _enclosure, is_optional=True),
+    Column("delta", "‖Δ‖/‖W‖", _delta, is_optional=True),
+    Column("directions", "directions", _directions, is_optional=True),
+    Column(
+        "base",
+        "κ before",
+        lambda one: _kappa_or_nothing(one.base_condition_number),
+        is_optional=True,
+    ),
+    Column(
+        "rounded",
+        "κ rounded",
+        lambda one: _kappa_or_nothing(one.rounded_condition_number),
+        is_optional=True,
+    ),
 )
 
 

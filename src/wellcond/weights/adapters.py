@@ -1,11 +1,13 @@
-"""Low-rank adapters: a weight W that acts as W + s B A (Hu et al., arXiv 2106.09685).
+"""Adapters whose change to a weight W follows from their tensors: W acts as W + s B A.
+
+`changes` has the forms: LoRA, LoHa, LoKr, VeRA, RandLoRA.
 
 PEFT calls the factors `lora_A` and `lora_B`, in the module that wraps W, or in a file of their own
 with the scale s in adapter_config.json. DoRA (Liu et al., arXiv 2402.09353) also rescales the rows
 of the sum to stored lengths. Other libraries call A and B `lora_down` and `lora_up`, or `lora.down`
 and `lora.up`, and store alpha = s r beside them.
 
-The tensors of other adapters (OFT, VeRA, LoHa, ...) do not act as matrices.
+The tensors of other adapters (OFT, IA3, ...) are not measured.
 `find_adapter_parameters` finds them by the type in adapter_config.json, and by their names.
 
 Letters: W (m, n), or (n, m) if a module stores it so; B (m, r), A (r, n).
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.linalg.product import Product
+from wellcond.text import is_out_of_memory
+from wellcond.weights.changes import FORMS, Form, Shape, UnknownAdapterError
 from wellcond.weights.reasons import Reason, Skipped
 
 Read = Callable[[], Tensor]
@@ -32,7 +36,12 @@ _FACTOR = re.compile(r"(.+)\.lora_([A-Za-z_]+?)(?:\.([^.]+))??(?:\.weight)?")
 # X.lora_down.weight (kohya's scripts, LyCORIS and ComfyUI); X.lora.down.weight, X_lora.down.weight
 # and X.lora_linear_layer.down.weight (older versions of diffusers); X_lora1.down (XLabs).
 _DOWN_UP = re.compile(r"(.+?)[._]lora(?:_linear_layer|_layer|(\d*))[._](down|up|mid)\.weight")
-_BESIDE = re.compile(r"(.+)\.(alpha|dora_scale)")
+_OTHER = re.compile(
+    r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|vera_lambda_[bd]"
+    r"|randlora_(?:lambda|gamma))(?:\.([^.]+))?"
+)
+_SHARED = re.compile(r"(?:.+\.)?((?:vera|randlora)_[AB])(?:\.[^.]+)?")
+_BESIDE = re.compile(r"(.+)\.(alpha|dora_scale|scalar)")
 _PARTS = {"down": "A", "up": "B"}
 # Prefixes of the names in LyCORIS and kohya's scripts, for every kind of adapter.
 _FOREIGN = re.compile(r"lycoris_|lora_(unet|te\d*|prior|transformer)_")
@@ -69,10 +78,6 @@ _UNSCALED = "its scale is unknown, because no adapter_config.json beside it give
 _STACK = "it adapts a stack of matrices, which is not supported"
 
 
-class UnknownAdapterError(ValueError):
-    """Why the matrix that an adapter adds is unknown."""
-
-
 @dataclass(frozen=True)
 class AdapterSetting:
     """The properties of an adapter that its factors do not show.
@@ -94,6 +99,9 @@ class AdapterSetting:
     no_sum: str = ""
 
 
+Setting = Callable[[str, str, Form, int], AdapterSetting]
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The matrix that is added to one weight.
@@ -101,35 +109,57 @@ class Adapter:
     Attributes:
         module: the path of the adapted module.
         name: of the adapter; "" if there is only one.
-        parts: the names of its tensors.
-        B: reads that factor, which is a kernel for a convolution.
-        A: reads that factor likewise.
+        form: its kind, which makes two factors of its tensors.
+        roles: the names of its tensors, by their roles in the form.
+        reads: reads its tensors, by their names.
         magnitude: reads the lengths of the rows (DoRA only).
         setting: its other properties.
     """
 
     module: str
     name: str
-    parts: tuple[str, ...]
-    B: Read
-    A: Read
+    form: Form
+    roles: Mapping[str, str]
+    reads: Mapping[str, Read]
     magnitude: Read | None
     setting: AdapterSetting
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its tensors."""
+        return tuple(self.reads)
 
     @property
     def weight(self) -> str:
         """The name of W in a model without adapters."""
         return f"{self.module.removeprefix(_WRAPPER)}.weight"
 
-    def product(self) -> Product:
-        """B A.
+    def rank(self, W: Tensor) -> int:
+        """How many singular values of B A need not be zero, added to W."""
+        return self.product(self._shape_of(W)).nu
+
+    def _shape_of(self, W: Tensor) -> Shape:
+        m, n = W.flatten(1).shape
+        return (n, m) if self.setting.transposed else (m, n)
+
+    def product(self, shape: Shape | None = None) -> Product:
+        """B A; of some forms it depends on the shape of W.
 
         Raises:
-            UnknownAdapterError: it is unknown, or the factors do not fit each other.
+            UnknownAdapterError: it is unknown, or the tensors do not fit each other.
         """
         if self.setting.unknown:
             raise UnknownAdapterError(self.setting.unknown)
-        B, A = self.B().flatten(1), self.A().flatten(1)
+        tensors = {role: self.reads[name]().detach() for role, name in self.roles.items()}
+        try:
+            B, A = self.form.factors(tensors, shape)
+        except IndexError:
+            raise UnknownAdapterError("one of its factors is a vector") from None
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            shapes = ", ".join(f"{role} {tuple(one.shape)}" for role, one in tensors.items())
+            raise UnknownAdapterError(f"its tensors do not fit each other: {shapes}") from None
         if B.shape[1] != A.shape[0]:
             shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
             raise UnknownAdapterError(f"its factors {shapes} cannot be multiplied")
@@ -143,7 +173,7 @@ class Adapter:
         Raises:
             UnknownAdapterError: it is unknown, or the factors do not fit each other or W.
         """
-        S, setting = self.product(), self.setting
+        S, setting = self.product(self._shape_of(W)), self.setting
         if setting.no_sum:
             raise UnknownAdapterError(setting.no_sum)
         wide = W.detach().to("cpu", torch.float64).flatten(1)
@@ -162,33 +192,68 @@ class Adapter:
 def find_adapters(
     read: Mapping[str, Read],
     shapes: Mapping[str, tuple[int, ...]],
-    setting: Callable[[str, str, int], AdapterSetting],
+    setting: Setting,
 ) -> list[Adapter]:
     """The adapters that tensors of these names and shapes form.
 
     Args:
         read: reads a tensor, by its name.
         shapes: by name.
-        setting: gives the setting for a module, the name of an adapter and a rank.
+        setting: gives the setting for a module, the name of an adapter, its form and its rank;
+            the rank is 0 if its tensors do not show it.
     """
     adapters = []
+    shared = _find_shared(shapes)
     for (module, adapter), parts in _find_factors(shapes).items():
-        B, A, alpha, magnitude = (
-            parts.pop(part, None) for part in ("B", "A", "alpha", "magnitude_vector")
-        )
-        if B is None or A is None or not {A, B} <= read.keys():
+        form, roles = _choose_form(parts)
+        if form is None or not {*roles.values()} <= read.keys():
             continue
-        rank = shapes[A][0]
-        known = setting(module, adapter, rank)
+        magnitude = roles.pop("magnitude_vector", None)
+        others = {part: name for part, name in parts.items() if name not in roles.values()}
+        alpha = others.pop("alpha", None)
+        others.pop("magnitude_vector", None)
+        rank = next((shapes[roles[role]][0] for role in form.ranked if role in roles), 0)
+        known = setting(module, adapter, form, rank)
         if alpha and alpha in read and math.isnan(known.scale) and not known.unknown:
             known = _setting_of_alpha(read[alpha], rank)
-        if parts:
-            other = min(parts.values()).removesuffix(".weight").rpartition(".")[2]
-            known = AdapterSetting(unknown=f"with {other} beside A and B, it is not a known LoRA")
+        if missing := [role for role in form.shared if role not in shared]:
+            known = AdapterSetting(
+                unknown=f"{' and '.join(missing)}, which all layers share, were not saved with it"
+            )
+        roles |= {role: shared[role] for role in form.shared if role in shared}
+        if others:
+            other = min(others.values()).removesuffix(".weight").rpartition(".")[2]
+            pair = "A and B" if form.name == "LoRA" else "its factors"
+            known = AdapterSetting(
+                unknown=f"with {other} beside {pair}, it is not a known {form.name}"
+            )
+        names = filter(None, (*roles.values(), magnitude, *others.values()))
+        reads = {name: read[name] for name in names if name in read}
         lengths = read.get(magnitude) if magnitude else None
-        names = tuple(filter(None, (B, A, magnitude, *parts.values())))
-        adapters.append(Adapter(module, adapter, names, read[B], read[A], lengths, known))
+        adapters.append(Adapter(module, adapter, form, roles, reads, lengths, known))
     return adapters
+
+
+def _choose_form(parts: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
+    """The form that tensors of these roles have, and the names of those that it uses."""
+    for form in FORMS:
+        if chosen := form.choose(parts):
+            return form, {role: parts[role] for role in chosen}
+    return None, {}
+
+
+def is_shared_by_layers(name: str) -> bool:
+    """Whether a tensor of this name is one that all layers of an adapter share."""
+    return _SHARED.fullmatch(name) is not None
+
+
+def _find_shared(names: Iterable[str]) -> dict[str, str]:
+    """The tensors that all layers share, by their roles: of several that outside of all layers."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (match := _SHARED.fullmatch(name)) and len(name) < len(found.get(match[1], name + ".")):
+            found[match[1]] = name
+    return found
 
 
 def _find_factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
@@ -198,7 +263,7 @@ def _find_factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]
     for name in names:
         if match := _DOWN_UP.fullmatch(name):
             module, part, adapter = match[1].replace(".processor.", "."), match[3], match[2] or ""
-        elif match := _FACTOR.fullmatch(name):
+        elif (match := _FACTOR.fullmatch(name)) or (match := _OTHER.fullmatch(name)):
             module, part, adapter = match[1], match[2], match[3] or ""
         elif match := _BESIDE.fullmatch(name):
             beside.append((match[1], match[2], name))
@@ -213,6 +278,8 @@ def _find_factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]
 
 
 def _setting_of_alpha(read: Read, rank: int) -> AdapterSetting:
+    if not rank:  # LyCORIS divides by the rank only where a factor has one
+        return AdapterSetting(1.0, note="its scale is 1, because its factors are whole")
     alpha = read().flatten()
     scale = float(alpha[0]) / rank if alpha.numel() == 1 and rank else math.nan
     if not math.isfinite(scale):
@@ -223,7 +290,7 @@ def _setting_of_alpha(read: Read, rank: int) -> AdapterSetting:
 def find_adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Skipped]:
     """The tensors of adapters that are not measured, and why.
 
-    These are the parameters of adapters other than LoRA, and factors whose counterpart is missing.
+    These are the parameters of adapters of no known form, and factors whose counterpart is missing.
 
     Args:
         names: of all tensors of a file.
@@ -233,8 +300,10 @@ def find_adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> 
     kind = str(config.get("peft_type") or "").upper()
     found: dict[str, Skipped] = {}
     factors = _find_factors(names)
-    pairs = [parts for parts in factors.values() if {"A", "B"} <= parts.keys()]
-    paired = {name for parts in pairs for name in parts.values()}
+    shared = _find_shared(names)
+    forms = [(parts, _choose_form(parts)[0]) for parts in factors.values()]
+    paired = {name for parts, form in forms if form for name in parts.values()}
+    paired |= {shared[role] for _, form in forms if form for role in form.shared if role in shared}
     for name in names:
         if name not in paired and (of := _identify_other(name, kind)):
             found[name] = Skipped(Reason.adapter, of)
@@ -253,7 +322,7 @@ def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
 
 
 def _identify_other(name: str, kind: str) -> str:
-    """The kind of the adapter other than LoRA that a tensor belongs to; "" if there is none."""
+    """The kind of the other adapter that a tensor belongs to; "" if there is none."""
     parts = re.split(r"[./]", name)
     if any(map(_ANY_OTHER.fullmatch, parts)):
         for known, pattern in _OTHER_ADAPTERS.items():
@@ -269,10 +338,10 @@ def _identify_other(name: str, kind: str) -> str:
     return kind if own or any(part.startswith(f"{kind.lower()}_") for part in parts) else ""
 
 
-def read_settings_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int], AdapterSetting]:
-    """Settings by the content of adapter_config.json; if it is empty, scales are unknown.
+def read_settings_of_file(config: Mapping[str, Any]) -> Setting:
+    """Settings by the content of adapter_config.json; if it is empty, most scales are unknown.
 
-    s is alpha/r, or alpha/sqrt(r) with `use_rslora`.
+    s is alpha/r, or alpha/sqrt(r) with `use_rslora`; of VeRA it is 1.
     """
     method = str(config.get("init_lora_weights", "")).lower()
     note = no_sum = ""
@@ -284,20 +353,27 @@ def read_settings_of_file(config: Mapping[str, Any]) -> Callable[[str, str, int]
         )
     stacks = [str(parameter) for parameter in config.get("target_parameters") or ()]
 
-    def setting(module: str, _: str, rank: int) -> AdapterSetting:
+    def setting(module: str, _: str, form: Form, rank: int) -> AdapterSetting:
         path = module.removeprefix(_WRAPPER)
         if stacks and (_is_in_stack(path, stacks) or rank not in _read_ranks(config)):
             return AdapterSetting(unknown=_STACK)
-        alpha, unknown = _read_alpha(config, path)
-        if unknown:
-            return AdapterSetting(unknown=unknown)
-        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if rank < 1 or not is_number or not math.isfinite(alpha):
+        transposed = bool(config.get("fan_in_fan_out"))
+        if not form.alpha:
+            return AdapterSetting(1.0, transposed)
+        alpha, unknown = _read_by_pattern(config, path, "alpha", form.alpha)
+        r, unknown_rank = (rank, "") if rank else _read_by_pattern(config, path, "rank", "r")
+        if unknown or unknown_rank:
+            return AdapterSetting(unknown=unknown or unknown_rank)
+        if not (_is_number(alpha) and _is_number(r) and r >= 1):
             return AdapterSetting(note=_UNSCALED, no_sum=_UNSCALED)
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return AdapterSetting(scale, bool(config.get("fan_in_fan_out")), note=note, no_sum=no_sum)
+        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        return AdapterSetting(scale, transposed, note=note, no_sum=no_sum)
 
     return setting
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_in_stack(path: str, stacks: list[str]) -> bool:
@@ -317,31 +393,32 @@ def _read_ranks(config: Mapping[str, Any]) -> list[Any]:
     return [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
 
 
-def _read_alpha(config: Mapping[str, Any], path: str) -> tuple[Any, str]:
-    """alpha of a module, and why it is unknown, or ""."""
-    patterns = config.get("alpha_pattern") or {}
+def _read_by_pattern(config: Mapping[str, Any], path: str, what: str, key: str) -> tuple[Any, str]:
+    """alpha or the rank of a module, and why it is unknown, or ""."""
+    patterns = config.get(f"{what}_pattern") or {}
     for pattern in patterns if isinstance(patterns, dict) else ():
         many = len(_REPEATS.findall(pattern)) > 2 or len(path) > _LONG
         if many or _REPEATED_GROUP.search(pattern):  # one from a file could run for hours
-            return None, "its scale is unknown, because alpha_pattern is too complex"
+            return None, f"its scale is unknown, because {what}_pattern is too complex"
         try:
             found = re.fullmatch(rf"(.*\.)?({pattern})", path)
         except (re.error, OverflowError):
-            return None, "its scale is unknown, because alpha_pattern is not a regular expression"
+            why = f"{what}_pattern is not a regular expression"
+            return None, f"its scale is unknown, because {why}"
         if found:
             return patterns[pattern], ""
-    return config.get("lora_alpha"), ""
+    return config.get(key), ""
 
 
-def read_settings_of_model(model: nn.Module) -> Callable[[str, str, int], AdapterSetting]:
+def read_settings_of_model(model: nn.Module) -> Setting:
     """Settings by the modules with which PEFT wraps others."""
     modules = dict(model.named_modules())
 
-    def setting(module: str, name: str, _: int) -> AdapterSetting:
+    def setting(module: str, name: str, form: Form, _: int) -> AdapterSetting:
         wrapper = modules.get(module)
         if hasattr(wrapper, "parameter_name"):
             return AdapterSetting(unknown=_STACK)
-        scaling = getattr(wrapper, "scaling", {})
+        scaling = getattr(wrapper, "scaling", {}) if form.alpha else {name: 1.0}
         if name not in scaling:
             return AdapterSetting(unknown="its module has no scale")
         merged = name in getattr(wrapper, "merged_adapters", ())
@@ -373,10 +450,25 @@ def find_adapted_weight(
         return inside if inside in names else None
     if adapter.weight in names:
         return adapter.weight
+    if match := _FOREIGN.match(adapter.module):
+        return _find_flat(adapter.module[match.end() :], names)
     if shorter := [name for name in names if _ends_with(adapter.weight, name)]:
         return max(shorter, key=len)
     longer = [name for name in names if _ends_with(name, adapter.weight)]
     return longer[0] if len(longer) == 1 else None
+
+
+def _find_flat(module: str, names: Collection[str]) -> str | None:
+    """The weight of a module whose path is written with underscores; None if several may be it."""
+    flat = {
+        name: re.sub(r"[./]", "_", name.removesuffix(".weight"))
+        for name in names
+        if name.endswith(".weight")
+    }
+    whole = [name for name, path in flat.items() if path == module]
+    ends = [name for name, path in flat.items() if path.endswith(f"_{module}")]
+    found = whole or ends
+    return found[0] if len(found) == 1 else None
 
 
 def _ends_with(path: str, end: str) -> bool:

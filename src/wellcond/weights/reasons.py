@@ -37,7 +37,7 @@ class Reason(enum.Enum):
     not_dense = "not a dense tensor"
     replaced = "not in effect: PEFT uses a trained copy instead"
     factor = "a factor of an adapter, which acts only as a product: merge it first"
-    adapter = "a parameter of an adapter other than LoRA, which is not a matrix until it is merged"
+    adapter = "a parameter of an adapter, which is not a matrix until it is merged"
     component = "a parameter from which the effective weight is computed"
     uncomputed = "computed before each forward pass by an unknown method"
     own_forward = (
