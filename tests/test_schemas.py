@@ -173,7 +173,15 @@ BASELINE = ("properties", "baseline")
         (
             of("audit", *FINDING),
             wc.report.Finding,
-            {"singular_values", "entries", "inner", "gap", "repair_limit", "repair_change"},
+            {
+                "singular_values",
+                "entries",
+                "inner",
+                "gap",
+                "opposite_rows",
+                "repair_limit",
+                "repair_change",
+            },
         ),
         (of("audit", *CERTIFICATE), wc.Certificate, {"computed"}),
         (of("audit", "properties", "coverage"), wc.report.Coverage, set()),

@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "audits.audit": ["audit"],
+    "audits.compare": ["compare"],
     "audits.repair": ["repair"],
     "linalg.certify": ["Certificate", "certify"],
     "linalg.interval": ["Interval"],
     "linalg.nearest": ["nearest"],
     "linalg.spectrum": ["condition_number"],
-    "report.comparison": ["compare"],
     "report.report": ["AuditReport"],
     "rules.condition": ["ConditionPenalty"],
     "rules.exact": [

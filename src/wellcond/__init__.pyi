@@ -1,13 +1,13 @@
 from wellcond import report as report
 from wellcond import rules as rules
 from wellcond.audits.audit import audit as audit
+from wellcond.audits.compare import compare as compare
 from wellcond.audits.repair import repair as repair
 from wellcond.linalg.certify import Certificate as Certificate
 from wellcond.linalg.certify import certify as certify
 from wellcond.linalg.interval import Interval as Interval
 from wellcond.linalg.nearest import nearest as nearest
 from wellcond.linalg.spectrum import condition_number as condition_number
-from wellcond.report.comparison import compare as compare
 from wellcond.report.report import AuditReport as AuditReport
 from wellcond.rules.condition import ConditionPenalty as ConditionPenalty
 from wellcond.rules.exact import condition_penalty as condition_penalty

@@ -29,6 +29,7 @@ from wellcond.text import dump_json, escape, is_out_of_memory, list_some, save_t
 if TYPE_CHECKING:
     from wellcond.audits.baseline import BaselineComparison
     from wellcond.audits.progress import Progress, ProgressCallback
+    from wellcond.report.comparison import Comparison
     from wellcond.report.report import AuditReport
 
 
@@ -136,7 +137,8 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
         "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
         "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
-        "With --baseline, exit code 1 if a condition number has risen, or a weight is not there. "
+        "With --baseline, exit code 1 if a condition number or σ_max has risen, a stable rank has "
+        "fallen, or a weight is not there. "
         "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
         "--compare, the exit code is about B.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
@@ -150,6 +152,11 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         default="standing",
         help="rows by flags and standing among trained weights (the default), or by κ",
     )
+    parser.add_argument(
+        "--roles",
+        action="store_true",
+        help="show beneath the table the worst weight of each role: q, k, v, o, up, gate, down",
+    )
     parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
     parser.add_argument(
         "--min-coverage", type=_share, metavar="SHARE", help="exit 1 below that share, 0 to 1"
@@ -158,16 +165,27 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="what --json printed before: exit 1 if a κ has risen since, or a weight is gone",
+        help="what --json printed before: exit 1 if κ or σ_max of a weight has risen since, its "
+        "stable rank has fallen, or it is gone",
     )
     parser.add_argument(
-        "--max-rise", type=_limit, metavar="TIMES", help="by how much it may, default: 2 times"
+        "--max-rise",
+        type=_limit,
+        metavar="TIMES",
+        help="by how much κ and σ_max may rise and the stable rank fall, default: 2 times; κ of "
+        "square weights 10 times as much",
     )
     parser.add_argument(
         "--compare",
         type=Path,
         metavar="B",
-        help="how κ moved from PATH to B; module. and the like in names are passed over",
+        help="how weights moved from PATH to B; module. and the like in names are passed over",
+    )
+    parser.add_argument(
+        "--names",
+        nargs=2,
+        metavar=("NAME", "NAME_B"),
+        help="with --compare: what PATH and B are called",
     )
     parser.add_argument(
         "--heads",
@@ -283,13 +301,18 @@ def _audit(arguments: argparse.Namespace) -> int:
         raise ValueError("--baseline and --compare must not be given together: one at a time.")
     if arguments.max_rise is not None and arguments.baseline is None:
         raise ValueError("--max-rise must come with --baseline FILE, from which κ may rise.")
+    if arguments.names is not None and arguments.compare is None:
+        raise ValueError("--names must come with --compare B: these two are what it names.")
     _check_outputs(arguments)
 
     from wellcond.audits.audit import audit
     from wellcond.audits.baseline import compare_with_baseline, read_baseline
-    from wellcond.report.comparison import compare
+    from wellcond.audits.compare import check_names, measure_changes
+    from wellcond.audits.sources import source_of
+    from wellcond.report.comparison import compare_reports
     from wellcond.report.page import CURVES
 
+    names = check_names(arguments.names)
     _set_threads(arguments)
 
     def look(path: Path) -> AuditReport:
@@ -310,9 +333,17 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     limit, rise = arguments.max_condition, arguments.max_rise or 2.0
     baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
-    reports = [look(path) for path in (arguments.path, arguments.compare) if path is not None]
+    paths = [path for path in (arguments.path, arguments.compare) if path is not None]
+    reports = [look(path) for path in paths]
     *earlier, later = reports
-    result = compare(*reports) if earlier else later
+    result: AuditReport | Comparison = later
+    if earlier:
+        before, after = (source_of(path, base=arguments.base) for path in paths)
+        result = compare_reports(earlier[0], later, names)
+        try:
+            result = measure_changes(result, before, after, progress=_progress("comparing"))
+        finally:
+            _finish_progress()
     comparison = compare_with_baseline(reports[0], baseline, rise) if baseline is not None else None
     if arguments.json:
         compared = (
@@ -321,6 +352,8 @@ def _audit(arguments: argparse.Namespace) -> int:
         text = dump_json(result.to_dict(limit) | compared)
     else:
         text = result.to_csv() if to_stdout else result.table(top=arguments.top)
+        if arguments.roles and not to_stdout and not earlier:
+            text += f"\n{later.by_role()}"
         if arguments.explain:
             text += f"\n{result.legend()}"
     # Files first: whoever reads the output may go, as `head` does.
@@ -363,13 +396,17 @@ def _print_comparison_with_baseline(
     comparison: BaselineComparison, path: Path, rise: float
 ) -> None:
     """What became of the weights of a baseline, on standard error."""
+    from wellcond.audits.baseline import SQUARES
+    from wellcond.report.pairing import QUANTITIES
+
     if comparison.risen:
         worst = list_some(
-            f"{one.label} ({one.before:.4g} to {one.after:.4g})" for one in comparison.risen
+            f"{one.label} ({QUANTITIES[one.quantity]} {one.before:.4g} to {one.after:.4g})"
+            for one in comparison.risen
         )
-        count = _count_weights(comparison.risen)
-        text = f"κ is more than {rise:g} times what it was in {count}: {worst}"
-        print(f"wellcond: {text}", file=sys.stderr)
+        count, squares = _count_weights(comparison.risen), SQUARES * rise
+        text = f"{count} moved by more than {rise:g} times, κ of square weights {squares:g} times"
+        print(f"wellcond: {text}: {worst}", file=sys.stderr)
     others = (("of the baseline not there", comparison.missing), ("not in it", comparison.new))
     if words := [
         f"{_count_weights(names)} {where}: {list_some(names)}" for where, names in others if names

@@ -253,7 +253,7 @@ def test_heads_of_an_order_that_is_not_known_are_not_claimed(
 
 def test_comparisons_pair_heads() -> None:
     first, second = (wc.audit(made(), heads=True) for _ in range(2))
-    labels = [label for label, _, _ in wc.compare(first, second).pairs]
+    labels = [pair.label for pair in wc.compare(first, second).pairs]
     assert "0.self_attn:vo2" in labels
 
 

@@ -1,16 +1,18 @@
-"""A gate for the models of a repository: no κ may rise above what it was."""
+"""A gate for the models of a repository: κ, σ_max and stable rank stay about what they were."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wellcond.audits.baseline import Rise, ratio
+from wellcond.audits.baseline import GATED, Rise, compare_with_baseline, ratio
 from wellcond.cli import main
+from wellcond.report import AuditReport, Coverage, Finding
 
 
 def model(path: Path, *kappas: float, first: int = 0) -> Path:
@@ -39,22 +41,24 @@ def baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
             (21, 20),
             [],
             1,
-            "κ is more than 2 times what it was in 1 weight: layers.0.weight (10 to 21)",
+            "1 weight moved by more than 2 times, κ of square weights 20 times: "
+            "layers.0.weight (σ_max 10 to 21)",
         ),
         (
             (14, 20),
             ["--max-rise", "1.3"],
             1,
-            "more than 1.3 times what it was in 1 weight: layers.0.weight (10 to 14)",
+            "more than 1.3 times, κ of square weights 13 times: layers.0.weight (σ_max 10 to 14)",
         ),
         (
             (21, 61),
             [],
             1,
-            "κ is more than 2 times what it was in 2 weights: layers.1.weight (20 to 61), l",
+            "2 weights moved by more than 2 times, κ of square weights 20 times: "
+            "layers.1.weight (σ_max 20 to 61), l",
         ),
-        ((math.inf, 20), [], 1, "layers.0.weight (10 to nan)"),
-        ((1e300, 20), [], 1, "layers.0.weight (10 to inf)"),
+        ((math.inf, 20), [], 1, "layers.0.weight (κ 10 to nan)"),
+        ((1e300, 20), [], 1, "layers.0.weight (κ 10 to inf)"),
         ((10, 20, 5), [], 0, "baseline.json: 1 weight not in it: layers.2.weight"),
         ((10,), [], 1, "baseline.json: 1 weight of the baseline not there: layers.1.weight"),
     ],
@@ -82,7 +86,9 @@ def test_json_has_what_became_of_the_baseline(
     document = json.loads(capsys.readouterr().out)
     assert document["max_rise"] == 2
     assert document["baseline"] == {
-        "risen": [{"label": "layers.1.weight", "before": 20.0, "after": 50.0}],
+        "risen": [
+            {"label": "layers.1.weight", "quantity": "sigma_max", "before": 20.0, "after": 50.0}
+        ],
         "missing": ["layers.0.weight"],
         "new": ["layers.2.weight"],
     }
@@ -90,9 +96,68 @@ def test_json_has_what_became_of_the_baseline(
 
 @given(st.floats(), st.floats(min_value=1, allow_infinity=False))
 def test_what_was_no_number_cannot_rise(after: float, before: float) -> None:
-    assert ratio(Rise("", math.inf, after)) == ratio(Rise("", math.nan, after)) == 1
-    assert ratio(Rise("", before, math.inf)) == ratio(Rise("", before, math.nan)) == math.inf
-    assert ratio(Rise("", before, before)) == 1
+    for key in GATED:
+        for none in (math.inf, math.nan, 0.0):
+            assert ratio(Rise("", key, none, after)) == 1
+        assert ratio(Rise("", key, before, math.nan)) == math.inf
+        assert ratio(Rise("", key, before, before)) == 1
+    assert ratio(Rise("", "sigma_max", before, math.inf)) == math.inf
+
+
+def held(
+    before: dict[str, Any], after: dict[str, Any], shape: tuple[int, int], times: float = 2.0
+) -> list[Rise]:
+    """What has risen of one weight of which only these numbers change."""
+    whole = {"condition_number": 10.0, "sigma_max": 1.0, "stable_rank": 4.0}
+    finding = Finding("a", "", shape, "float32", **whole | after)
+    report = AuditReport([finding], Coverage(1, 0, {}, 1.0), "Net", {})
+    return compare_with_baseline(report, {"a": before}, times).risen
+
+
+@pytest.mark.parametrize(
+    ("shape", "before", "after", "risen"),
+    [
+        ((8, 8), {"condition_number": 10.0}, {"condition_number": 199.0}, False),
+        ((8, 8), {"condition_number": 10.0}, {"condition_number": 201.0}, True),
+        ((12, 10), {"condition_number": 10.0}, {"condition_number": 199.0}, False),
+        ((8, 16), {"condition_number": 10.0}, {"condition_number": 19.9}, False),
+        ((8, 16), {"condition_number": 10.0}, {"condition_number": 20.1}, True),
+        ((8, 8), {"sigma_max": 1.0}, {"sigma_max": 1.99}, False),
+        ((8, 8), {"sigma_max": 1.0}, {"sigma_max": 2.01}, True),
+        ((8, 8), {"sigma_max": 1.0}, {"sigma_max": 0.01}, False),
+        ((8, 8), {"stable_rank": 4.0}, {"stable_rank": 2.01}, False),
+        ((8, 8), {"stable_rank": 4.0}, {"stable_rank": 1.99}, True),
+        ((8, 8), {"stable_rank": 4.0}, {"stable_rank": 400.0}, False),
+        ((8, 8), {"stable_rank": 4.0}, {"stable_rank": math.nan}, True),
+    ],
+)
+def test_each_number_has_the_limit_of_its_class(
+    shape: tuple[int, int], before: dict[str, Any], after: dict[str, Any], risen: bool
+) -> None:
+    found = held(before, after, shape)
+    assert [rise.quantity for rise in found] == [*before] * risen
+    assert held(before, after, shape, times=math.inf) == []
+
+
+def test_of_one_weight_the_number_furthest_above_its_limit_is_named() -> None:
+    before = {"condition_number": 10.0, "sigma_max": 1.0, "stable_rank": 8.0}
+    after = {"condition_number": 300.0, "sigma_max": 20.0, "stable_rank": 1.5}
+    assert held(before, after, (8, 8)) == [Rise("a", "sigma_max", 1.0, 20.0)]
+    assert held(before, after, (8, 16)) == [Rise("a", "condition_number", 10.0, 300.0)]
+
+
+def test_a_baseline_that_has_only_kappa_is_held_to_it(
+    baseline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads(baseline.read_text())
+    for finding in document["findings"]:
+        del finding["sigma_max"], finding["stable_rank"]
+    baseline.write_text(json.dumps(document))
+    new = model(baseline.with_name("new.pt"), 100, 20)
+    assert main(["audit", str(new), "--baseline", str(baseline)]) == 0
+    new = model(baseline.with_name("new.pt"), 201, 20)
+    assert main(["audit", str(new), "--baseline", str(baseline)]) == 1
+    assert "layers.0.weight (κ 10 to 201)" in capsys.readouterr().err
 
 
 def test_what_is_no_baseline_is_exit_code_2(
@@ -160,7 +225,9 @@ def test_a_baseline_of_other_names_for_the_same_weights_holds(
     (tmp_path / "baseline.json").write_text(capsys.readouterr().out)
     options = ["--baseline", str(tmp_path / "baseline.json"), "--max-rise", "1.01"]
     assert main(["audit", str(tmp_path / "each.pt"), *options]) == 0
-    each["module.mlp.experts.1.up_proj.weight"][:, 0] *= 1e-3
+    each["module.mlp.experts.1.up_proj.weight"][:, 0] *= 1e-4
     torch.save(each, tmp_path / "each.pt")
     assert main(["audit", str(tmp_path / "each.pt"), *options]) == 1
-    assert "in 1 weight: module.mlp.experts.1.up_proj.weight" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "1 weight moved" in err
+    assert "module.mlp.experts.1.up_proj.weight (κ" in err

@@ -382,7 +382,7 @@ def test_a_comparison_is_about_the_later_side(
     gate = ["--max-condition", "10"]
     assert main(["audit", str(sick), "--compare", str(sound), *gate]) == 0
     out, err = capsys.readouterr()
-    assert "Before, 1 tensor holds NaN or infinity: norm.weight" in out
+    assert f"In {sick.name}, 1 tensor holds NaN or infinity: norm.weight" in out
     assert err == ""
     assert main(["audit", str(sound), "--compare", str(sick), *gate, "--json"]) == 1
     out, err = capsys.readouterr()

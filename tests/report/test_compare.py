@@ -1,5 +1,6 @@
 """Two audits side by side: which weight is which, how kappa moved, what is on one side alone."""
 
+import copy
 import csv
 import html
 import io
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wellcond as wc
+from wellcond.report.comparison import shorten_sources
 from wellcond.report.pairing import Names, pair_names
 
 NAMES = ["a.weight", "b.0.weight", "b.1.weight", "b.1.weight:q"]
@@ -214,8 +216,9 @@ def test_the_ratio_is_that_of_the_condition_numbers() -> None:
     assert pairs == [("2.weight", 10.0), ("1.weight", 0.25), ("0.weight", 1.0)]
     header, first, second, *_ = comparison.table().splitlines()
     assert header.split("  ")[0] == "weight"
-    assert first.split() == ["2.weight", "3", "30", "10", "10", "1", "2x2"]
-    assert second.split() == ["1.weight", "4", "1", "0.25", "0.25", "1", "2x2"]
+    assert first.split()[:6] == ["2.weight", "3", "30", "10", "σ_max", "×10"]
+    assert first.split()[6:] == ["3", "→", "30", "1.111", "→", "1.001", "2x2"]
+    assert second.split()[:6] == ["1.weight", "4", "1", "0.25", "σ_max", "×0.25"]
     back = {pair.label: pair.ratio for pair in wc.compare(after, before).pairs}
     assert back == {label: 1 / ratio for label, ratio in pairs}
 
@@ -223,7 +226,7 @@ def test_the_ratio_is_that_of_the_condition_numbers() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "ratio", "first"),
     [
-        ([1.0, 0.0], [2.0, 0.0], 1.0, False),  # infinite as before
+        ([1.0, 0.0], [1.1, 0.0], 1.0, False),  # infinite as before
         ([1.0, 0.0], [2.0, 1.0], 0.0, True),
         ([2.0, 1.0], [1.0, 0.0], math.inf, True),
         ([0.0, 0.0], [0.0, 0.0], math.nan, False),  # no kappa as before
@@ -259,9 +262,10 @@ def test_the_summary_counts_what_moved_by_more_than_a_percent() -> None:
     before = wc.audit(model(*[[100.0, 1.0]] * 6))
     after = wc.audit(model(*[[kappa, 1.0] for kappa in (98.0, 99.5, 100.0, 100.5, 103.0, 150.0)]))
     assert wc.compare(before, after).summary() == [
+        "Moved most for its class: 5.weight, σ_max 100 → 150 (1.5 times)",
         "In the 6 weights of both, κ rose in 2 (most in 5.weight, after/before 1.5), "
         "fell in 1 (most in 0.weight, after/before 0.98), moved by less than 1 % in 3; "
-        "the median of after/before is 1.002"
+        "the median of after/before is 1.002",
     ]
 
 
@@ -284,7 +288,7 @@ def test_a_repaired_checkpoint_is_compared(tmp_path: Path) -> None:
     assert comparison.pairs[0].label == "0.weight"
     assert comparison.pairs[0].ratio == pytest.approx(0.1, rel=1e-3)
     said = "fell in 1 (most in 0.weight, after/before 0.1), moved by less than 1 % in 1"
-    assert said in comparison.summary()[0]
+    assert said in comparison.summary()[1]
 
 
 # --- what is on one side alone, and what is another weight ----------------------------------------
@@ -296,7 +300,10 @@ def test_what_one_side_lacks_is_shown_and_counted(tmp_path: Path) -> None:
     after = audit(tmp_path / "b.safetensors", {"both": eye, "new": eye * 2})
     comparison = wc.compare(before, after)
     lines = comparison.summary()
-    assert lines[1:] == ["2 weights only before: old1, old2", "1 weight only after: new"]
+    assert lines[1:] == [
+        "2 weights only in a.safetensors: old1, old2",
+        "1 weight only in b.safetensors: new",
+    ]
     table, page = comparison.table(), comparison.to_html()
     for line in lines:
         assert line in table
@@ -332,7 +339,7 @@ def test_another_shape_is_shown_and_counted() -> None:
         wc.audit(model([2.0, 1.0, 1.0], [3.0, 1.0])),
     )
     comparison = wc.compare(before, after)
-    assert comparison.summary()[1] == "1 weight of another shape, and so perhaps another: 0.weight"
+    assert comparison.summary()[-1] == "1 weight of another shape, and so perhaps another: 0.weight"
     for text in (comparison.table(), comparison.to_html()):
         assert "2x2 → 3x3" in text
     rows = {row["weight"]: row for row in csv.DictReader(io.StringIO(comparison.to_csv()))}
@@ -357,18 +364,25 @@ def test_str_is_the_table() -> None:
 # --- misuse ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", ["a.pt", Path("a.pt"), nn.Linear(2, 2), None])
-def test_what_is_no_report_is_refused_with_the_way_out(wrong: Any) -> None:
+@pytest.mark.parametrize("wrong", [3, torch.eye(2), None])
+def test_what_is_neither_report_nor_model_nor_path_is_refused(wrong: Any) -> None:
     report = wc.audit(nn.Linear(2, 2))
     for arguments, name in (((wrong, report), "before"), ((report, wrong), "after")):
-        with pytest.raises(TypeError, match=rf"`{name}` must be an AuditReport, got \w+. Audit it"):
+        with pytest.raises(TypeError, match=rf"`{name}` must be an AuditReport, a model or a path"):
             wc.compare(*arguments)
+
+
+@pytest.mark.parametrize("names", ["ab", ("a",), ("a", "a"), ("a", "b", "c")])
+def test_other_than_two_names_are_refused(names: Any) -> None:
+    report = wc.audit(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="`names` must be two different names, got"):
+        wc.compare(report, report, names=names)
 
 
 def test_a_comparison_is_no_report() -> None:
     report = wc.audit(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got Comparison"):
-        wc.compare(wc.compare(report, report), report)  # type: ignore[arg-type]
+        wc.compare(wc.compare(report, report), report)
 
 
 def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
@@ -376,3 +390,174 @@ def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
     other = audit(tmp_path / "b.safetensors", {"y": torch.eye(2)})
     with pytest.raises(ValueError, match=r"share none: .*a.safetensors has x; .*has y. Audit two"):
         wc.compare(one, other)
+
+
+# --- what moved most ------------------------------------------------------------------------------
+
+
+def finding(label: str, kappa: float, top: float, stable: float, m: int, n: int) -> Any:
+    return wc.report.Finding(
+        label,
+        "",
+        (m, n),
+        "float32",
+        sigma_max=top,
+        sigma_min=top / kappa,
+        condition_number=kappa,
+        stable_rank=stable,
+        grade=wc.report.Grade.computed,
+    )
+
+
+def reports(*sides: list[Any]) -> list[wc.AuditReport]:
+    coverage = wc.report.Coverage(1, 0, {}, 1.0)
+    return [wc.AuditReport(findings, coverage, "Net", {}) for findings in sides]
+
+
+def test_chance_of_squares_does_not_come_first() -> None:
+    """κ of a square moves by 30 times by chance; of a rectangle 1.5 times is more."""
+    before, after = reports(
+        [
+            finding("square", 1e3, 1.0, 10.0, 64, 64),
+            finding("grown", 3.0, 0.67, 58.0, 256, 64),
+            finding("wide", 3.0, 1.0, 10.0, 64, 256),
+        ],
+        [
+            finding("square", 3e4, 1.0, 10.0, 64, 64),
+            finding("grown", 17.0, 13.4, 3.8, 256, 64),
+            finding("wide", 6.0, 1.0, 10.0, 64, 256),
+        ],
+    )
+    comparison = wc.compare(before, after)
+    assert [pair.label for pair in comparison.pairs] == ["grown", "wide", "square"]
+    moved = "Moved most for its class: grown, σ_max 0.67 → 13.4 (20 times)"
+    assert comparison.summary()[0] == moved
+    assert moved in comparison.table()
+    assert moved in html.unescape(comparison.to_html())
+    first = comparison.to_dict()["comparison"][0]
+    assert first["moved"] == "sigma_max"
+    assert first["movement"] == pytest.approx(math.log(20) / 0.15)
+    assert first["change"] is None
+    assert [pair.moved for pair in comparison.pairs[1:]] == ["condition_number"] * 2
+
+
+@given(st.floats(1.02, 1e6), st.sampled_from(["sigma_max", "stable_rank", "condition_number"]))
+def test_a_rise_moves_as_far_as_its_fall(factor: float, key: str) -> None:
+    one = finding("a", 10.0, 1.0, 2.0, 8, 4)
+    other = replace(one, **{key: factor * getattr(one, key)})
+    forth, back = (
+        wc.compare(*reports([first], [second])).pairs[0]
+        for first, second in ((one, other), (other, one))
+    )
+    assert forth.movement == pytest.approx(back.movement)
+    assert forth.movement == pytest.approx(math.log(factor) / 0.15)
+    assert forth.moved == back.moved == key
+
+
+def test_a_small_movement_is_said_to_be_one() -> None:
+    before, after = reports(
+        [finding("a", 1e3, 1.0, 2.0, 8, 8)], [finding("a", 2e3, 1.0, 2.0, 8, 8)]
+    )
+    line = "Moved most for its class: a, κ 1e+03 → 2e+03 (2 times), as from one training to another"
+    assert wc.compare(before, after).summary()[0] == line
+    assert wc.compare(before, before).summary()[0].startswith("In the 1 weight of both")
+
+
+# --- what the sides are called --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "names"),
+    [
+        ("/a/x.pt", "/a/y.pt", ("x.pt", "y.pt")),
+        ("/runs/1/model.pt", "/runs/2/model.pt", ("1/model.pt", "2/model.pt")),
+        ("model.pt", "old/model.pt", ("model.pt", "old/model.pt")),
+        ("GPT2", "GPT2", ("before", "after")),
+    ],
+)
+def test_names_are_the_ends_that_differ(before: str, after: str, names: tuple[str, str]) -> None:
+    assert shorten_sources(before, after) == names
+    assert shorten_sources(after, before)[0] != shorten_sources(after, before)[1]
+
+
+def test_names_are_printed_and_never_obeyed() -> None:
+    before, after = reports(
+        [finding("a", 2.0, 1.0, 1.0, 2, 2), finding("old", 2.0, 1.0, 1.0, 2, 2)],
+        [finding("a", 2.0, 1.0, 1.0, 2, 2)],
+    )
+    comparison = wc.compare(before, after, names=("start", "<i>\x1b[31m"))
+    text, page = comparison.table(), comparison.to_html()
+    assert "before: start, Net" in text
+    assert "1 weight only in start: old" in text
+    assert "\x1b" not in text + page
+    assert "<i>\\x1b" not in page
+    assert comparison.to_dict()["names"] == ["start", "<i>\x1b[31m"]
+
+
+# --- what needs both matrices ---------------------------------------------------------------------
+
+
+def test_of_two_models_or_files_the_change_is_that_of_the_matrices(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fused = nn.MultiheadAttention(8, 2)
+    first = nn.ModuleDict({"a": fused, "k": nn.Conv2d(4, 6, 3, groups=2), "l": nn.Linear(8, 5)})
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    torch.save(first.state_dict(), tmp_path / "a.pt")
+    torch.save(second.state_dict(), tmp_path / "b.pt")
+    of_models = wc.compare(first, second)
+    of_files = wc.compare(tmp_path / "a.pt", str(tmp_path / "b.pt"))
+    for comparison in (of_models, of_files):
+        changes = {pair.label: pair.change for pair in comparison.pairs}
+        assert None not in changes.values()
+        for label, rows in {
+            "a.in_proj_weight:q": slice(8),
+            "a.in_proj_weight:v": slice(16, 24),
+        }.items():
+            S, T = (
+                one["a"].in_proj_weight[rows].double()
+                for one in (first, second)  # type: ignore
+            )
+            found = changes[label]
+            assert found is not None
+            assert found.relative == pytest.approx(float((T - S).norm() / S.norm()))
+            assert found.sqnr == pytest.approx(-20 * math.log10(found.relative))
+        columns = csv.DictReader(io.StringIO(comparison.to_csv()))
+        assert all(float(row["relative"]) > 0 for row in columns)
+        assert "‖ΔW‖/‖W‖" in comparison.table()
+        assert "SQNR" not in comparison.table()  # nothing is stored otherwise
+        json.loads(comparison.to_json())
+    halves = wc.compare(wc.audit(first), second)
+    assert all(pair.change is None for pair in halves.pairs)
+    assert "‖ΔW‖" not in halves.table()
+
+
+def test_rounding_has_its_signal_to_noise_ratio(tmp_path: Path) -> None:
+    """Rounding of full range int8 codes has a noise of step/√12: 20 log10(‖W‖/‖ΔW‖) is known."""
+    W = torch.rand(64, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    W[:, 0] = 0.5  # so that the step is 0.5/127
+    scale = W.abs().amax(1, keepdim=True) / 127
+    rounded = ((W / scale).round() * scale).float()
+    audit(tmp_path / "a.safetensors", {"w": W, "gone.bias": torch.ones(3)})
+    audit(tmp_path / "b.safetensors", {"w": rounded})
+    comparison = wc.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    (pair,) = comparison.pairs
+    assert pair.change is not None
+    expected = 20 * math.log10(math.sqrt(12) * float(W.norm()) / 128 / (0.5 / 127))
+    assert pair.change.sqnr == pytest.approx(expected, abs=0.2)
+    assert f"{pair.change.sqnr:.1f}" in comparison.table()
+    assert "SQNR dB" in comparison.to_html()
+
+
+def test_what_cannot_be_subtracted_has_a_reason(tmp_path: Path) -> None:
+    nan = torch.eye(3)
+    nan[0, 0] = math.nan
+    audit(tmp_path / "a.safetensors", {"x": torch.eye(2), "y": torch.eye(3), "z": torch.eye(2)})
+    audit(tmp_path / "b.safetensors", {"x": torch.eye(3), "y": nan, "z": torch.eye(2)})
+    comparison = wc.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    reasons = {row["weight"]: row["change"]["reason"] for row in comparison.to_dict()["comparison"]}
+    assert reasons["x"] == "the shapes differ"
+    assert "must be finite" in reasons["y"]
+    assert reasons["z"] == "nothing has changed"

@@ -285,7 +285,7 @@ def test_a_page_has_all_columns_of_the_table_and_explains_them() -> None:
     terms = set(page.texts("dt"))
     assert set(found.columns()) - {"grade"} <= terms
     assert {grade.name for grade in Grade} <= terms
-    for name in ("κ certified", "dtype", "random"):
+    for name in ("κ certified", "dtype", "among trained"):
         assert set(page.column(name)) == {one.label for one in found.findings}
 
 
@@ -360,7 +360,7 @@ def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
     lines = [percent_of(node) for node in page.all("div[@class='limit']")]
     assert lines == pytest.approx([200 / 3] * 3, rel=1e-3)
     unlimited = Page(found.to_html())
-    assert "exceed" not in unlimited.text.split("Out of the ordinary")[0]
+    assert "exceed" not in unlimited.text.split("Flags")[0]
     assert not unlimited.marked + unlimited.all("div[@class='limit']")
     endless = Page(found.to_html(max_condition=INF))
     assert "1 of 3 exceed κ = inf, marked ▲: " in endless.text

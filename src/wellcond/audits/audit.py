@@ -22,7 +22,7 @@ from wellcond.audits.progress import ProgressCallback
 from wellcond.audits.rows import Row, measure_rows
 from wellcond.audits.sources import Source, source_of
 from wellcond.files.pieces import pieces_of
-from wellcond.report.findings import Coverage, Finding, Grade, Status, sort_key
+from wellcond.report.findings import Coverage, Finding, Grade, Status
 from wellcond.report.flags import find_flags, sort_findings
 from wellcond.report.not_finite import NotFinite
 from wellcond.report.report import AuditReport
@@ -114,10 +114,12 @@ def audit(
     rows = list(measure_rows(specs, certify, progress=progress))
     not_finite, unread = _search(source, rows, skipped, include, exclude)
     failed = [*source.failed, *unread]
-    rows.sort(key=lambda row: sort_key(row[1]))
-    _add_curves(rows, curves - len(failed))
-    measured = [*failed, *(finding for _, finding in rows)]
-    findings = sort_findings(measured, find_flags(measured))
+    if curves:
+        by_label = {finding.label: spec for spec, finding in rows}
+        first = _sort([finding for _, finding in rows])
+        rows = [(by_label[finding.label], finding) for finding in first]
+        _add_curves(rows, curves - len(failed))
+    findings = _sort([*failed, *(finding for _, finding in rows)])
     _check_measured(findings, source.name, skipped, base is not None)
     coverage = _coverage(rows, len(failed), source, skipped)
     return AuditReport(findings, coverage, source.name, read_versions(), not_finite)
@@ -154,6 +156,10 @@ def _search(
     }
     found |= not_finite_in(whole, set(), weights)[0]
     return found, [failed_finding(name, "", why) for name, why in unread.items()]
+
+
+def _sort(findings: Sequence[Finding]) -> list[Finding]:
+    return sort_findings(findings, find_flags(findings))
 
 
 def _parts_of(spec: RowSpec) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from wellcond.report.base import (
@@ -21,7 +22,7 @@ from wellcond.report.base import (
 from wellcond.report.findings import Finding
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
 from wellcond.report.page import Page
-from wellcond.report.pairing import Pair, by_label, pair_names
+from wellcond.report.pairing import QUANTITIES, SAME, Change, Pair, by_label, pair_names
 from wellcond.report.report import AuditReport
 from wellcond.report.rows import (
     PAIR_COLUMNS,
@@ -29,21 +30,23 @@ from wellcond.report.rows import (
     Row,
     record_of_pair,
     row_of_pair,
+    visible_columns,
 )
 from wellcond.text import escape, join_remarks, list_some, read_versions, save_text
 from wellcond.weights.reasons import Reason, Skipped
 
-# A smaller change counts as none: it is far above the error of a measured kappa.
-_SAME = 0.01
+# So many standard deviations are no more than two trainings may differ by.
+_USUAL = 2.0
 
 
 @dataclass(frozen=True)
 class Comparison(Report):
-    """Two audits side by side, in the order of the largest change of kappa.
+    """Two audits side by side, what moved most for its class first.
 
     Attributes:
-        pairs: label, finding before and finding after; None on the side that lacks the weight.
-            Weights that only one side has come first.
+        pairs: label, finding before, finding after, and how far the matrix moved; None on the side
+            that lacks the weight. Weights that only one side has come first; the others follow in
+            the order of `Pair.movement`.
         before: the source of the first audit.
         after: the source of the second audit.
         versions: of wellcond, torch and Python.
@@ -52,6 +55,7 @@ class Comparison(Report):
         naming: the prefix that only the names of one side have, in words; "" if there is none.
         not_finite_before: the tensors with NaN or infinity of the first audit, by their names.
         not_finite_after: the same of the second audit.
+        names: what the two sides are called.
     """
 
     pairs: list[Pair]
@@ -62,21 +66,23 @@ class Comparison(Report):
     naming: str = ""
     not_finite_before: dict[str, NotFinite] = field(default_factory=dict)
     not_finite_after: dict[str, NotFinite] = field(default_factory=dict)
+    names: tuple[str, str] = ("before", "after")
 
     _COLUMNS, _MEANINGS = PAIR_COLUMNS, PAIR_MEANINGS
 
     def exceeding(self, max_condition: float) -> list[Finding]:
         """The findings of the second audit above a limit; see `Finding.exceeds`."""
-        return [new for _, _, new in self.pairs if new and new.exceeds(max_condition)]
+        later = (pair.after for pair in self.pairs)
+        return [finding for finding in later if finding and finding.exceeds(max_condition)]
 
     def summary(self) -> list[str]:
-        """In how many weights kappa rose and fell, and what is on one side only, in words."""
+        """What moved most, in how many weights kappa rose and fell, and what one side lacks."""
         both = [
             (pair, pair.before, pair.after) for pair in self.pairs if pair.before and pair.after
         ]
         known = [pair for pair, _, _ in both if not math.isnan(pair.ratio)]
-        rose = [pair for pair in known if pair.ratio > 1 + _SAME]
-        fell = [pair for pair in known if pair.ratio < 1 - _SAME]
+        rose = [pair for pair in known if pair.ratio > 1 + SAME]
+        fell = [pair for pair in known if pair.ratio < 1 - SAME]
         counts = [
             f"rose in {len(rose)}{_most(rose)}",
             f"fell in {len(fell)}{_most(fell)}",
@@ -84,13 +90,18 @@ class Comparison(Report):
         ]
         if len(known) < len(both):
             counts.append(f"is not known on both sides in {len(both) - len(known)}")
-        lines = [f"In the {_count(len(both), 'weight')} of both, κ {', '.join(counts)}"]
+        line = f"In the {_count(len(both), 'weight')} of both, κ {', '.join(counts)}"
         if known:
             median = statistics.median(pair.ratio for pair in known)
-            lines[0] += f"; the median of after/before is {median:.4g}"
+            line += f"; the median of after/before is {median:.4g}"
+        moved = next((pair for pair, _, _ in both if pair.moved), None)
+        lines = [_describe_most(moved), line] if moved else [line]
+        first, second = (
+            name if name in ("before", "after") else f"in {escape(name)}" for name in self.names
+        )
         for when, names in (
-            ("before", [pair.label for pair in self.pairs if pair.after is None]),
-            ("after", [pair.label for pair in self.pairs if pair.before is None]),
+            (first, [pair.label for pair in self.pairs if pair.after is None]),
+            (second, [pair.label for pair in self.pairs if pair.before is None]),
         ):
             if names:
                 lines.append(f"{_count(len(names), 'weight')} only {when}: {list_some(names, 3)}")
@@ -100,19 +111,27 @@ class Comparison(Report):
             lines.append(
                 f"{count} of another shape, and so perhaps another: {list_some(reshaped, 3)}"
             )
-        for when, found in (("Before", self.not_finite_before), ("After", self.not_finite_after)):
-            lines += [f"{when}, {describe_not_finite(found)}"] if found else []
+        for when, found in ((first, self.not_finite_before), (second, self.not_finite_after)):
+            lines += [f"{when[0].upper()}{when[1:]}, {describe_not_finite(found)}"] if found else []
         return [*lines, *([self.naming] if self.naming else [])]
 
     def table(self, *, top: int | None = None) -> str:
-        """kappa before and after, and their ratio, of the `top` or 1,000 that changed most."""
+        """The numbers before and after of the `top` or 1,000 weights that moved most."""
         rows = self._rows(top=top or ROWS)
         text = self._text(rows)
         if more := len(self.pairs) - len(rows):
             text += f"... and {more} more with a smaller change{'' if top else WAY_TO_ALL}\n"
         text += format_remarks(rows)
-        after = ". ".join([escape(self.after), *self.summary()])
-        return f"{text}before: {escape(self.before)}\nafter: {after}\n"
+        before, after = self._sides()
+        return f"{text}before: {before}\nafter: {'. '.join([after, *self.summary()])}\n"
+
+    def _sides(self) -> list[str]:
+        """The sources, after their names where these say more."""
+        sides = zip(self.names, (self.before, self.after), ("before", "after"), strict=True)
+        return [
+            escape(source if source.endswith(name) or name == when else f"{name}, {source}")
+            for name, source, when in sides
+        ]
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
         """Plain data; numbers may be inf and nan. With a limit also that, and what is above it."""
@@ -120,6 +139,7 @@ class Comparison(Report):
             "schema": SCHEMA,
             "before": self.before,
             "after": self.after,
+            "names": list(self.names),
             **list_exceeding(((pair.label, pair.after) for pair in self.pairs), max_condition),
             "summary": self.summary(),
             "not_finite_before": to_list(self.not_finite_before),
@@ -130,6 +150,9 @@ class Comparison(Report):
                     "before": pair.before.to_dict() if pair.before else None,
                     "after": pair.after.to_dict() if pair.after else None,
                     "ratio": pair.ratio if pair.before and pair.after else None,
+                    "moved": pair.moved,
+                    "movement": pair.movement,
+                    "change": pair.change.to_dict() if pair.change else None,
                     "note": self._note(pair),
                 }
                 for pair in self.pairs
@@ -153,12 +176,13 @@ class Comparison(Report):
     def _page(self, max_condition: float | None) -> Page:
         # The summary counts what only one side has. It has no change, so it comes last here.
         rows = zip(self.pairs, self._rows(max_condition), strict=True)
-        ordered = sorted(rows, key=lambda item: None in item[0])
-        sources = [f"Before, the paler bar: {self.before}", f"After: {self.after}"]
+        ordered = sorted(rows, key=lambda item: None in item[0][1:3])
+        before, after = self._sides()
+        sources = [f"Before, the paler bar: {before}", f"After: {after}"]
         return Page(
             title="Condition numbers before and after",
             lead=[*sources, *self.summary()],
-            columns=PAIR_COLUMNS,
+            columns=visible_columns(PAIR_COLUMNS, [row for _, row in ordered]),
             meanings=PAIR_MEANINGS,
             rows={row.label: row for _, row in ordered},
             max_condition=max_condition,
@@ -167,64 +191,33 @@ class Comparison(Report):
         )
 
 
-def compare(before: AuditReport, after: AuditReport) -> Comparison:
-    """How the condition number of every weight moved from one audit to another.
-
-    Weights are the same if their names are. Names that differ only by a wrapper of the model
-    (`module.`, `_orig_mod.`), or by one prefix of all names (`model.`), count as the same; `naming`
-    states the prefix. The summary counts the weights that only one side has.
-
-    Args:
-        before: what `wellcond.audit` returned for the first model or checkpoint.
-        after: what it returned for the second, such as a later state of a training, a repaired
-            copy, or a copy in another dtype or quantised.
-
-    Returns:
-        A `Comparison`, the largest change of kappa first.
+def compare_reports(
+    before: AuditReport, after: AuditReport, names: tuple[str, str] | None = None
+) -> Comparison:
+    """The comparison of two audits by their numbers.
 
     Raises:
         ValueError: no weight has the same name in both.
-        TypeError: `before` or `after` is not a report, but a path or a model.
-
-    Example:
-        >>> import torch, wellcond as wc
-        >>> layer = torch.nn.Linear(2, 2)
-        >>> with torch.no_grad():
-        ...     _ = layer.weight.copy_(torch.tensor([[8.0, 0.0], [0.0, 2.0]]))
-        >>> before = wc.audit(layer)
-        >>> with torch.no_grad():
-        ...     _ = layer.weight.div_(torch.tensor([4.0, 1.0]))
-        >>> comparison = wc.compare(before, wc.audit(layer))
-        >>> comparison.pairs[0].label, comparison.pairs[0].ratio
-        ('weight', 0.25)
-        >>> print(comparison.summary()[0])
-        In the 1 weight of both, κ rose in 0, fell in 1 (most in weight, after/before 0.25), ...
     """
-    for name, report in (("before", before), ("after", after)):
-        if not isinstance(report, AuditReport):
-            raise TypeError(
-                f"`{name}` must be an AuditReport, got {type(report).__name__}. Audit it first: "
-                "wc.compare(wc.audit(before), wc.audit(after))."
-            )
     old, new = (by_label(report.findings) for report in (before, after))
-    names = pair_names(old, new)
-    if not names.paired:
+    common = pair_names(old, new)
+    if not common.paired:
         raise ValueError(
             f"The two must share the name of a weight, but share none: {before.source} has "
             f"{list_some(old, limit=3)}; {after.source} has {list_some(new, limit=3)}. Audit two "
             "states of one model, or rename the weights of one."
         )
-    pairs = [Pair(label, old[a], new[b]) for label, a, b in names.paired]
-    found_old, found_new = ({name[side] for name in names.paired} for side in (1, 2))
+    pairs = [Pair(label, old[a], new[b]) for label, a, b in common.paired]
+    found_old, found_new = ({name[side] for name in common.paired} for side in (1, 2))
     pairs += [Pair(label, one, None) for label, one in old.items() if label not in found_old]
     pairs += [Pair(label, None, one) for label, one in new.items() if label not in found_new]
-    pairs.sort(key=lambda pair: pair.change, reverse=True)
+    pairs.sort(key=lambda pair: (None in pair[1:3], pair.movement), reverse=True)
     skipped_before, skipped_after = map(_skipped_weights, (before, after))
     notes = {pair.label: _note_of(pair, skipped_before, skipped_after) for pair in pairs}
     notes = {label: note for label, note in notes.items() if note}
     naming = ""
-    if names.prefix:
-        naming = f'Names {names.side} begin with "{escape(names.prefix)}", which is left out here'
+    if common.prefix:
+        naming = f'Names {common.side} begin with "{escape(common.prefix)}", which is left out here'
     return Comparison(
         pairs,
         before.source,
@@ -234,7 +227,24 @@ def compare(before: AuditReport, after: AuditReport) -> Comparison:
         naming,
         before.not_finite,
         after.not_finite,
+        names or shorten_sources(before.source, after.source),
     )
+
+
+def shorten_sources(before: str, after: str) -> tuple[str, str]:
+    """The shortest ends of two paths that differ; "before" and "after" if they do not."""
+    old, new = (PurePath(source).parts for source in (before, after))
+    for count in range(1, max(len(old), len(new)) + 1):
+        first, second = ("/".join(parts[-count:]) for parts in (old, new))
+        if first != second:
+            return first, second
+    return "before", "after"
+
+
+def with_changes(comparison: Comparison, measure: Callable[[Pair], Change | None]) -> Comparison:
+    """The comparison with what `measure` returns for each pair."""
+    pairs = [pair._replace(change=measure(pair)) for pair in comparison.pairs]
+    return replace(comparison, pairs=pairs)
 
 
 def _skipped_weights(report: AuditReport) -> dict[str, Skipped]:
@@ -266,5 +276,18 @@ def _count(number: int, noun: str) -> str:
 def _most(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return ""
-    most = max(pairs, key=lambda pair: pair.change)
+    most = max(pairs, key=lambda pair: abs(math.log(pair.ratio)) if pair.ratio else math.inf)
     return f" (most in {escape(most.label)}, after/before {most.ratio:.4g})"
+
+
+def _describe_most(pair: Pair) -> str:
+    """As "Moved most for its class: a.weight, σ_max 0.67 → 13.3 (20 times)"."""
+    key = pair.moved
+    old, new = (getattr(side, key) for side in (pair.before, pair.after))
+    text = (
+        f"Moved most for its class: {escape(pair.label)}, {QUANTITIES[key]} {old:.3g} → {new:.3g}"
+    )
+    ratio = pair.quotient(lambda finding: getattr(finding, key))
+    if 0 < ratio < math.inf:
+        text += f" ({ratio:.3g} times)"
+    return text if pair.movement > _USUAL else f"{text}, as from one training to another"

@@ -90,6 +90,8 @@ class Standing(NamedTuple):
 def stand(finding: Finding) -> Standing:
     """Where a weight stands among trained ones of its class."""
     usual, shares = _shares_below(finding)
+    if min(finding.shape[-2:]) < _LEAST:
+        return Standing(math.nan, "", None)
     extremes = [
         (1 - share if side == "top" else share, f"{symbol}: {side}")
         for symbol, side, share in (

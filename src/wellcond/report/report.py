@@ -29,7 +29,8 @@ from wellcond.report.rows import (
     row_of_finding,
     visible_columns,
 )
-from wellcond.text import escape, save_text
+from wellcond.text import escape, format_table, save_text
+from wellcond.weights.roles import ROLES, find_role
 
 _LINES = 5
 ORDERS = ("standing", "kappa")
@@ -83,6 +84,32 @@ class AuditReport(Report):
             return replace(self, findings=sorted(self.findings, key=sort_key))
         return replace(self, findings=sort_findings(self.findings, self.flags))
 
+    def by_role(self) -> str:
+        """The weights by role, q, k, v, o, up, gate, down, embedding and head, with each worst one.
+
+        The role follows from the name; weights without one are counted under "other".
+
+        Example:
+            >>> import torch, wellcond as wc
+            >>> layers = torch.nn.ModuleDict({"fc1": torch.nn.Linear(8, 4)})
+            >>> print(wc.audit(torch.nn.ModuleDict({"mlp": layers})).by_role().split()[:3])
+            ['role', 'weights', 'flagged']
+        """
+        found: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            role = find_role(finding.name, finding.view) or "other"
+            found.setdefault(role, []).append(finding)
+        header = ["role", "weights", "flagged", "worst", "κ", "σ_max", "stable rank"]
+        cells = []
+        for role in (*ROLES, "other"):
+            if role in found:
+                worst, *_ = own = found[role]
+                flagged = sum(finding.label in self.flags for finding in own)
+                numbers = (worst.condition_number, worst.sigma_max, worst.stable_rank)
+                texts = [f"{number:.4g}" for number in numbers]
+                cells.append([role, str(len(own)), str(flagged), worst.label, *texts])
+        return format_table(header, cells)
+
     def table(self, *, top: int | None = None) -> str:
         """The flags, the first `top` findings or 1,000 as rows, and what they cover."""
         rows = self._rows(top=top or ROWS)
@@ -130,7 +157,13 @@ class AuditReport(Report):
             **list_exceeding(
                 ((finding.label, finding) for finding in self.findings), max_condition
             ),
-            "findings": [self._record(finding) for finding in self.findings],
+            "findings": [finding.to_dict() for finding in self.findings],
+            "flags": [
+                {"weight": label, **asdict(flag), "page": flag.page}
+                for label, flags in self.flags.items()
+                for flag in flags
+            ],
+            "standings": self._standings(),
             "coverage": {
                 "measured": self.coverage.measured,
                 "failed": self.coverage.failed,
@@ -148,19 +181,19 @@ class AuditReport(Report):
             "versions": self.versions,
         }
 
-    def _record(self, finding: Finding) -> dict[str, Any]:
-        """The numbers of a finding, its standing and its flags."""
-        standing = stand(finding)
-        flags = self.flags.get(finding.label, ())
-        return finding.to_dict() | {
-            "standing": {
-                "share": standing.share,
-                "words": standing.words,
-                "class": standing.usual.name if standing.usual else "",
-                "count": standing.usual.count if standing.usual else 0,
-            },
-            "flags": [asdict(flag) | {"page": flag.page} for flag in flags],
-        }
+    def _standings(self) -> list[dict[str, Any]]:
+        standings = ((finding.label, stand(finding)) for finding in self.findings)
+        return [
+            {
+                "weight": label,
+                "share": one.share,
+                "words": one.words,
+                "class": one.usual.name,
+                "count": one.usual.count,
+            }
+            for label, one in standings
+            if one.usual is not None
+        ]
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line per finding, columns as in the JSON; written to path."""

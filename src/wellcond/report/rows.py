@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from wellcond.report.findings import Finding, Grade, Status
 from wellcond.report.flags import stand
-from wellcond.report.pairing import Pair
+from wellcond.report.pairing import QUANTITIES, Change, Pair
 from wellcond.report.usual import COHORT
 from wellcond.text import format_percent
 
 MARK = "▲"
 _T = TypeVar("_T")
-_SIDE = ("condition_number", "sigma_max", "sigma_min", "rank", "grade", "status", "dtype")
+_SIDE = (
+    "condition_number",
+    "sigma_max",
+    "sigma_min",
+    "stable_rank",
+    "rank",
+    "grade",
+    "status",
+    "dtype",
+)
+_CHANGE = [one.name for one in fields(Change) if one.name != "reasons"]
 _ENCLOSED = ("sigma_max", "sigma_min", "condition_number")
 
 
@@ -197,26 +208,78 @@ def _shapes(pair: Pair) -> str:
     return " → ".join(dict.fromkeys(shapes))
 
 
+def _moved(pair: Pair) -> str:
+    """As "σ_max ×20": what moved most, and how far."""
+    key = pair.moved
+    ratio = pair.quotient(attrgetter(key)) if key else math.nan
+    return f"{QUANTITIES[key]} ×{ratio:.3g}" if 0 < ratio < math.inf else QUANTITIES.get(key, "")
+
+
+def _both(pair: Pair, key: str, sign: str = "") -> str:
+    """The number before and after, as "0.67 → 13.3"."""
+    sides = (pair.before, pair.after)
+    numbers = [_number(side, getattr(side, key), sign) if side else "nan" for side in sides]
+    return " → ".join("-" if number.endswith("nan") else number for number in numbers)
+
+
+def _relative(pair: Pair) -> str:
+    relative = pair.change.relative if pair.change else math.nan
+    return "" if math.isnan(relative) else f"{relative:.3g}"
+
+
+def _sqnr(pair: Pair) -> str:
+    """Only where a side is stored otherwise: of a training it is the relative change again."""
+    old, new, change = pair.before, pair.after, pair.change
+    if not (old and new and change) or math.isnan(change.sqnr):
+        return ""
+    return f"{change.sqnr:.1f}" if old.dtype != new.dtype or old.parts != new.parts else ""
+
+
+def _leading(pair: Pair) -> str:
+    change = pair.change
+    if change is None or math.isnan(change.leading_share):
+        return ""
+    return f"{format_percent(change.leading_share)} in {change.directions}"
+
+
+def _turns(pair: Pair) -> str:
+    turns = (pair.change.leading_turn, pair.change.trailing_turn) if pair.change else ()
+    known = ["-" if math.isnan(turn) else f"{turn:.3g}°" for turn in turns]
+    return "" if set(known) <= {"-"} else ", ".join(known)
+
+
 PAIR_COLUMNS: tuple[Column[Pair], ...] = (
     Column("label", "weight", lambda pair: pair.label, is_text=True),
     Column("before", "κ before", lambda pair: _kappa_of_side(pair.before)),
     Column("after", "κ after", lambda pair: _kappa_of_side(pair.after)),
-    Column("ratio", "after/before", lambda pair: _quotient(pair, lambda one: one.condition_number)),
-    Column(
-        "sigma_max", "σ_max after/before", lambda pair: _quotient(pair, lambda one: one.sigma_max)
-    ),
-    Column(
-        "sigma_min", "σ_min after/before", lambda pair: _quotient(pair, lambda one: one.sigma_min)
-    ),
+    Column("ratio", "after/before", lambda pair: _quotient(pair, attrgetter("condition_number"))),
+    Column("moved", "moved most", _moved),
+    Column("sigma_max", "σ_max", lambda pair: _both(pair, "sigma_max", "≥")),
+    Column("stable_rank", "stable rank", lambda pair: _both(pair, "stable_rank")),
+    Column("relative", "‖ΔW‖/‖W‖", _relative, is_optional=True),
+    Column("sqnr", "SQNR dB", _sqnr, is_optional=True),
+    Column("leading_share", "ΔW in leading", _leading, is_optional=True),
+    Column("turns", "turned", _turns, is_optional=True),
     Column("shape", "shape", _shapes),
 )
 PAIR_MEANINGS = {
     "before": MEANINGS["condition_number"],
     "after": "the same of the second checkpoint; - where there is no weight, or no κ",
-    "ratio": "their quotient: at 0.5, κ has halved. The largest change comes first; "
-    "- where a side has no κ, or only a lower bound",
-    "sigma_max": "the same quotient of σ_max: κ rises with it",
-    "sigma_min": "the same quotient of σ_min: κ falls with it",
+    "ratio": "their quotient: at 0.5, κ has halved; - where a side has no κ, or only a lower bound",
+    "moved": "which of σ_max, the stable rank and κ has moved most, measured by how much it varies "
+    "between two trainings: by a factor of 1.16 (one standard deviation), κ of weights whose sides "
+    "are within a factor of 1.2 by 2.5. What moved most comes first",
+    "sigma_max": f"before and after: {MEANINGS['sigma_max']}",
+    "stable_rank": f"before and after: {MEANINGS['stable_rank']}",
+    "relative": "the change of the weight over the weight before, both as Frobenius norms",
+    "sqnr": "the signal-to-quantization-noise ratio, 20 log10(‖W‖/‖ΔW‖) in decibels, where a side "
+    "is stored in another way; 6 dB are one bit",
+    "leading_share": "how much of ‖ΔW‖² lies in the k leading directions of the outputs before; "
+    "k, the second number, is the stable rank rounded up, at most 32. A random change of m rows "
+    "has k/m there",
+    "turns": "by which angle the k leading directions of the inputs turned, and the k last ones: "
+    "the largest principal angle, 0° to 90°; - where singular values at the edge are equal to "
+    "rounding",
     "shape": MEANINGS["shape"],
 }
 
@@ -259,6 +322,8 @@ def record_of_pair(pair: Pair, note: str) -> dict[str, Any]:
         record |= {f"{key}_{when}": numbers.get(key) for key in _SIDE}
         record[f"shape_{when}"] = format_shape(side.shape) if side else None
     record["ratio"] = pair.ratio if pair.before and pair.after else None
+    record |= {"moved": pair.moved, "movement": pair.movement}
+    record |= {key: getattr(pair.change, key, None) for key in _CHANGE}
     return record | {"note": note}
 
 

@@ -58,7 +58,8 @@ class Regularizer:
         rules: one penalty for all weights, or a mapping of patterns (`fnmatch.fnmatchcase` on
             parameter names and view names) to a penalty, or to None to leave out. The first pattern
             that matches wins. Embeddings and parameters of unknown modules are taken only when a
-            pattern is exactly their name.
+            pattern is exactly their name. The keys "attention", "mlp", "head" and "embedding" stand
+            for the weights of that role by their names, unless a parameter has that name.
         block_size: width k of the leading subspace, at most nu. Under a strong penalty many
             singular values meet at the top, and all of them must be in the block: with strength 1
             kappa ended 71, 14, 4 and 2 % above that of an exact SVD in every step for a block of 8,

@@ -15,6 +15,7 @@ from wellcond.text import list_some, quote_names, suggest_module_patterns
 from wellcond.weights.computed import find_computed_weights
 from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
+from wellcond.weights.roles import GROUPS, find_group
 
 # Views of an audit: convolutions as they act, adapters that are merged, heads of attention.
 _MEASURED_ONLY = re.compile(r"operator|merged|delta|(qk|vo)\d*")
@@ -36,6 +37,8 @@ def select(
             "ConditionLimit(10); wc.Monitor only watches weights."
         )
     patterns = dict(rules) if isinstance(rules, Mapping) else {"*": rules}
+    own_names = {name for name, _ in model.named_parameters()}
+    groups = {pattern for pattern in patterns if pattern in GROUPS and pattern not in own_names}
     for pattern, rule in patterns.items():
         if not isinstance(pattern, str):
             raise TypeError(
@@ -54,8 +57,14 @@ def select(
     chosen: list[tuple[Weight, Rule]] = []
     skipped: dict[str, Skipped] = {}
 
+    def is_match(name: str, pattern: str) -> bool:
+        if pattern in groups:
+            return find_group(*name.partition(":")[::2]) == pattern
+        return fnmatchcase(name, pattern)
+
     def first_match(names: Iterable[str]) -> str | None:
-        return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
+        names = [*names]
+        return next((p for p in patterns if any(is_match(name, p) for name in names)), None)
 
     def skip(name: str, why: Skipped, pattern: str | None) -> None:
         skipped[name] = why
@@ -88,7 +97,7 @@ def select(
 
     def comes_late(pattern: str) -> bool:
         names = (name for one, _ in chosen for name in (one.name, *one.aliases))
-        return any(fnmatchcase(name, pattern) for name in names)
+        return any(is_match(name, pattern) for name in names)
 
     if not found.weights:
         reasons = list_some((f"{name}: {why}" for name, why in skipped.items()), separator="; ")

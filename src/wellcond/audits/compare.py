@@ -1,0 +1,161 @@
+"""Two models or checkpoints before and after: both audited, and their matrices subtracted.
+
+Letters: W (m, n) a weight before, dW its change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from wellcond.audits.attempt import Trouble, attempt
+from wellcond.audits.audit import audit
+from wellcond.audits.plan import RowSource, plan
+from wellcond.audits.progress import Counter as ProgressCounter
+from wellcond.audits.progress import ProgressCallback
+from wellcond.audits.sources import Source, source_of
+from wellcond.linalg.change import measure_change
+from wellcond.report.comparison import Comparison, compare_reports, with_changes
+from wellcond.report.pairing import Change
+from wellcond.report.report import AuditReport
+
+Comparable = AuditReport | nn.Module | str | os.PathLike[str] | Mapping[str, Any]
+
+
+def compare(
+    before: Comparable,
+    after: Comparable,
+    *,
+    names: Sequence[str] | None = None,
+    **options: Any,
+) -> Comparison:
+    """How every weight moved from one model or checkpoint to another.
+
+    Weights are the same if their names are. Names that differ only by a wrapper of the model
+    (`module.`, `_orig_mod.`), or by one prefix of all names (`model.`), count as the same; `naming`
+    states the prefix. The summary names the weight that moved most for its class, see
+    `Pair.moves`, and counts the weights that only one side has.
+
+    If neither side is a report, `Pair.change` holds what needs both matrices: the norm of the
+    change, the share of it in the leading directions, and the angles by which the leading and the
+    trailing directions turned; see `wellcond.report.Change`. One pair of tensors is in memory at a
+    time. Directions are computed for weights of at most 1024 singular values.
+
+    Args:
+        before: a model, the path of a checkpoint, or what `wellcond.audit` returned.
+        after: the second, such as a later state of a training, a repaired copy, or a copy in
+            another dtype or quantised. A model that was trained in place is no longer what it was:
+            compare a report or a copy.
+        names: what the two are called; by default the ends of their paths that differ.
+        options: those of `wellcond.audit`, for what is not audited yet.
+
+    Returns:
+        A `Comparison`, what moved most for its class first.
+
+    Raises:
+        ValueError: no weight has the same name in both, or what `wellcond.audit` raises.
+        TypeError: a side is neither a report nor a model nor a path.
+
+    Example:
+        >>> import copy, torch, wellcond as wc
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[8.0, 0.0], [0.0, 2.0]]))
+        >>> later = copy.deepcopy(layer)
+        >>> with torch.no_grad():
+        ...     _ = later.weight.div_(torch.tensor([4.0, 1.0]))
+        >>> comparison = wc.compare(layer, later, names=("first", "second"))
+        >>> (pair,) = comparison.pairs
+        >>> pair.label, pair.ratio, round(pair.change.relative, 4)
+        ('weight', 0.25, 0.7276)
+        >>> print(comparison.summary()[0])
+        Moved most for its class: weight, σ_max 8 → 2 (0.25 times)
+    """
+    sides: tuple[Any, Any] = before, after
+    for name, side in zip(("before", "after"), sides, strict=True):
+        if not isinstance(side, AuditReport | nn.Module | str | os.PathLike | Mapping):
+            raise TypeError(
+                f"`{name}` must be an AuditReport, a model or a path, got {type(side).__name__}. "
+                "Of a tensor audit a layer that holds it."
+            )
+    called = check_names(names)
+    first, second = (
+        side if isinstance(side, AuditReport) else audit(side, **options) for side in sides
+    )
+    comparison = compare_reports(first, second, called)
+    if any(isinstance(side, AuditReport) for side in sides):
+        return comparison
+    given = {key: options[key] for key in ("example", "base") if key in options}
+    old, new = (source_of(side, **given) for side in sides)
+    return measure_changes(comparison, old, new, progress=options.get("progress"))
+
+
+def check_names(names: Sequence[str] | None) -> tuple[str, str] | None:
+    """The two names; raises ValueError unless there are two that differ."""
+    if names is None:
+        return None
+    if isinstance(names, str) or len(names) != 2 or names[0] == names[1]:
+        raise ValueError(f"`names` must be two different names, got {names!r}.")
+    return str(names[0]), str(names[1])
+
+
+def measure_changes(
+    comparison: Comparison,
+    before: Source,
+    after: Source,
+    progress: ProgressCallback | None = None,
+) -> Comparison:
+    """The comparison with the change of each weight that both sources hold as a matrix."""
+    old, new = _Side(before), _Side(after)
+    both = [
+        (pair.label, pair.before.label, pair.after.label)
+        for pair in comparison.pairs
+        if pair.before and pair.after
+    ]
+    both = [labels for labels in both if labels[1] in old.specs and labels[2] in new.specs]
+    # In the order of the first source, rows of one tensor share one reading.
+    order = {label: number for number, label in enumerate(old.specs)}
+    both.sort(key=lambda labels: order[labels[1]])
+    counter = ProgressCounter(progress, [1.0] * len(both))
+    changes: dict[str, Change | None] = {}
+    for label, one, other in both:
+        counter.next(label)
+        found = attempt(partial(_measure, old, new, one, other))
+        changes[label] = (
+            Change(reasons={"relative": found}) if isinstance(found, Trouble) else found
+        )
+    return with_changes(comparison, lambda pair: changes.get(pair.label))
+
+
+class _Side:
+    """The matrices of a source by their labels; it keeps the tensor that was read last."""
+
+    def __init__(self, source: Source) -> None:
+        specs = plan(source)
+        counts = Counter(spec.label for spec in specs)
+        self.specs = {spec.label: spec for spec in specs if counts[spec.label] == 1}
+        self.last: tuple[RowSource | None, Any] = None, None
+
+    def matrix(self, label: str) -> Tensor | None:
+        """The matrix, None of what is none, such as a convolution as it acts."""
+        spec = self.specs[label]
+        if self.last[0] is not spec.source:
+            self.last = None, None  # it is let go before the next is read
+            self.last = spec.source, spec.source.read()
+        S = spec.matrix(self.last[1])
+        return S.detach() if isinstance(S, Tensor) else None
+
+
+def _measure(before: _Side, after: _Side, old: str, new: str) -> Change | None:
+    S, T = before.matrix(old), after.matrix(new)
+    if S is None or T is None:
+        return None
+    if S.shape != T.shape:
+        return Change(reasons={"relative": "the shapes differ"})
+    found = measure_change(S, T)._asdict()
+    return Change(**found | {"reasons": dict(found["reasons"])})

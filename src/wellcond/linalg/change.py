@@ -1,0 +1,143 @@
+"""How far a matrix has moved to another, and which of its directions moved with it.
+
+Letters: S (m, n) the matrix before, T after, D = T - S; sigma_1 >= ... >= sigma_nu the singular
+values of S, nu = min(m, n); k = min(ceil(||S||_F^2/sigma_1^2), 32, nu), the stable rank rounded up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg.checks import as_matrices
+from wellcond.linalg.lapack import svd
+from wellcond.linalg.scaling import frobenius_norm, power_of_two
+
+_MOST = 32
+# Up to this nu a full decomposition takes at most about two seconds.
+_WHOLE = 1024
+_ENTRIES = 1 << 26  # 512 MiB
+
+TOO_LARGE = "directions are computed for at most 1024 singular values and 2^26 entries"
+UNCHANGED = "nothing has changed"
+ZERO = "a side is zero"
+WHOLE_SPACE = "the leading directions span all inputs"
+CLOSE = "singular values are closer than the rounding of the dtype, so directions are arbitrary"
+
+
+class MatrixChange(NamedTuple):
+    """The change from S to T.
+
+    Attributes:
+        relative: ||D||_F/||S||_F; inf if only S is zero, 0 if both are.
+        sqnr: 20 log10(||S||_F/||D||_F) in decibels; inf without a change, nan if S is zero.
+        directions: k.
+        leading_share: ||U_k U_k^T D||_F^2/||D||_F^2, where U_k are the k leading left singular
+            vectors of S (directions of the outputs). It is about k/m for a random D.
+        leading_turn: the largest principal angle, in degrees, between the spans of the k leading
+            right singular vectors (directions of the inputs) of S and of T.
+        trailing_turn: the same of the last k of the nu right singular vectors.
+        reasons: by the names of those that are nan, why.
+    """
+
+    relative: float
+    sqnr: float
+    directions: int = 0
+    leading_share: float = math.nan
+    leading_turn: float = math.nan
+    trailing_turn: float = math.nan
+    reasons: Mapping[str, str] = MappingProxyType({})
+
+
+_DIRECTIONS = ("leading_share", "leading_turn", "trailing_turn")
+
+
+def measure_change(S: Tensor, T: Tensor) -> MatrixChange:
+    """All numbers in float64, or in complex128.
+
+    Args:
+        S: (m, n), or the blocks (g, m, n) of a block-diagonal matrix; the matrix before.
+        T: of the same shape; the matrix after.
+
+    Raises:
+        ValueError: the shapes differ, or an entry is NaN or infinite.
+        TypeError: the dtype holds codes, not values.
+    """
+    if S.shape != T.shape:
+        raise ValueError(f"`S` and `T` must have one shape, got {(*S.shape,)} and {(*T.shape,)}.")
+    own = max(torch.finfo(one.dtype).eps for one in (S, T))
+    rounding = max(own, max(S.shape) * torch.finfo(torch.float64).eps)
+    S, T = (as_matrices(one.detach().cpu()) for one in (S, T))
+    largest = max(float(one.abs().max()) for one in (S, T))
+    unit = power_of_two(largest) if largest else 1.0
+    S, T = S / unit, T / unit
+    before, moved = frobenius_norm(S), frobenius_norm(T - S)
+    if not moved:
+        sqnr = math.inf if before else math.nan
+        return MatrixChange(0.0, sqnr, reasons=dict.fromkeys(_DIRECTIONS, UNCHANGED))
+    if not before:
+        return MatrixChange(math.inf, math.nan, reasons=dict.fromkeys(("sqnr", *_DIRECTIONS), ZERO))
+    relative = moved / before
+    sqnr = 20 * (math.log10(before) - math.log10(moved))
+    count = S.shape[0] if S.ndim == 3 else 1
+    if count * min(S.shape[-2:]) > _WHOLE or count * S.numel() > _ENTRIES:
+        return MatrixChange(relative, sqnr, reasons=dict.fromkeys(_DIRECTIONS, TOO_LARGE))
+    if S.ndim == 3:
+        S, T = (torch.block_diag(*one) for one in (S, T))  # type: ignore[no-untyped-call]
+    return _with_directions(S, T, relative, sqnr, rounding)
+
+
+def _with_directions(
+    S: Tensor, T: Tensor, relative: float, sqnr: float, rounding: float
+) -> MatrixChange:
+    U, sigma, Vh = svd(S)
+    _, tau, Wh = svd(T)
+    k = min(math.ceil(float((sigma / sigma[0]).square().sum()) * (1 - 1e-12)), _MOST, len(sigma))
+    D = T - S
+    share = (frobenius_norm(U[:, :k].mH @ D) / frobenius_norm(D)) ** 2
+    reasons: dict[str, str] = {}
+    turns: dict[str, float] = {}
+    for name, leading in (("leading_turn", True), ("trailing_turn", False)):
+        reason = ZERO if not tau[0] else ""
+        for values in (sigma, tau) if tau[0] else ():
+            reason = reason or _reason_without_gap(values, k, S.shape[1], leading, rounding)
+        if reason:
+            reasons[name] = reason
+        else:
+            rows = slice(0, k) if leading else slice(len(sigma) - k, None)
+            turns[name] = largest_angle(Vh[rows].mH, Wh[rows].mH)
+    return MatrixChange(relative, sqnr, k, min(1.0, share), **turns, reasons=reasons)
+
+
+def _reason_without_gap(sigma: Tensor, k: int, inputs: int, leading: bool, rounding: float) -> str:
+    """Why the span of k singular vectors is arbitrary; "" if it is not.
+
+    It is if a value inside is as large as one outside. If there are more inputs than values, what
+    the matrix maps to zero is outside too.
+    """
+    nu = len(sigma)
+    if k == inputs:
+        return WHOLE_SPACE
+    gaps = []
+    if k < nu:
+        edge = k if leading else nu - k
+        gaps.append(float(sigma[edge - 1] - sigma[edge]))
+    if nu < inputs and not (leading and k < nu):
+        gaps.append(float(sigma[-1]))
+    return CLOSE if min(gaps) <= rounding * float(sigma[0]) else ""
+
+
+def largest_angle(V: Tensor, W: Tensor) -> float:
+    """The largest principal angle between the spans of orthonormal columns, in degrees.
+
+    V, W (n, k). The sine is ||W - V V^H W||_2, exact for small angles, where the cosine is not.
+    """
+    coefficients = V.mH @ W
+    sine = float(torch.linalg.matrix_norm(W - V @ coefficients, 2))
+    cosine = float(torch.linalg.svdvals(coefficients)[-1])
+    return math.degrees(math.atan2(sine, cosine))

@@ -1,0 +1,228 @@
+"""Flags: what is wrong or unusual in a weight, and what to do about it."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond as wc
+from matrices import with_spectrum
+from wellcond.report.flags import KINDS, stand
+
+
+def linear(S: Tensor) -> nn.Linear:
+    layer = nn.Linear(S.shape[1], S.shape[0], bias=False).to(S.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(S)
+    return layer
+
+
+def gaussian(m: int, n: int, seed: int = 0) -> Tensor:
+    """As torch initialises: entries of standard deviation 1/sqrt(n)."""
+    S = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).double()
+    return S / math.sqrt(n)
+
+
+def changed(m: int, n: int, *smallest: float) -> nn.Linear:
+    """A Gaussian matrix with other smallest singular values, relative to the one before them."""
+    U, sigma, Vh = torch.linalg.svd(gaussian(m, n), full_matrices=False)
+    count = len(smallest)
+    sigma[-count:] = sigma[-count - 1] * torch.tensor(smallest, dtype=torch.float64)
+    return linear((U * sigma) @ Vh)
+
+
+class Net(nn.Module):
+    """Layers of attention and MLP, as trained: singular values that decay."""
+
+    def __init__(self, layers: int = 6, width: int = 32) -> None:
+        super().__init__()
+        seeds = iter(range(1000))
+        block = {"q": (width, width), "o": (width, width), "fc1": (4 * width, width)}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: linear(gaussian(*s, next(seeds))) for name, s in block.items()})
+            for _ in range(layers)
+        )
+
+
+def kinds(model: nn.Module) -> dict[str, list[str]]:
+    report = wc.audit(model)
+    return {label: [flag.kind for flag in flags] for label, flags in report.flags.items()}
+
+
+def weight(model: Net, name: str) -> Tensor:
+    return model.get_parameter(name).data
+
+
+def test_random_weights_have_none() -> None:
+    assert kinds(Net()) == {}
+    shapes = [(40, 40), (40, 30), (64, 16), (10, 50), (20, 21)]
+    layers = [linear(gaussian(*shape, seed)) for seed, shape in enumerate(shapes * 6)]
+    report = wc.audit(nn.ModuleList(layers))
+    assert report.unusual() == []
+    assert "Flags" not in report.to_html()
+
+
+# --- planted faults -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["layers.2.q.weight", "layers.5.fc1.weight"])
+def test_one_layer_that_is_200_times_too_large(name: str) -> None:
+    model = Net()
+    weight(model, name).mul_(200)
+    flagged = kinds(model)
+    assert list(flagged) == [name]
+    assert flagged[name][0] == "siblings"
+    (line,) = wc.audit(model).unusual()
+    assert re.search(r"σ_max = \S+ is \S+ times the median of its siblings", line)
+    assert "SingularValueLimit(upper=" in line
+
+
+def test_one_kind_that_is_200_times_too_large_in_all_layers() -> None:
+    model = Net()
+    names = [f"layers.{layer}.fc1.weight" for layer in range(6)]
+    for name in names:
+        weight(model, name).mul_(200)
+    flagged = kinds(model)
+    assert sorted(flagged) == names
+    assert all(found[0] == "scale" for found in flagged.values())
+
+
+def test_one_entry_that_is_huge() -> None:
+    model = Net()
+    weight(model, "layers.1.o.weight")[3, 4] = 1e30
+    assert kinds(model)["layers.1.o.weight"][:2] == ["dominant_entry", "float16"]
+
+
+@pytest.mark.parametrize("name", ["layers.1.q.weight", "layers.1.fc1.weight"])
+def test_zero_rows_and_equal_rows(name: str) -> None:
+    model = Net()
+    weight(model, name)[7] = 0
+    assert kinds(model)[name][0] == "zero_rows"
+    model = Net()
+    weight(model, name)[7] = weight(model, name)[9]
+    assert "equal_rows" in kinds(model)[name]
+    assert "rows 7 and 9 are equal" in wc.audit(model).unusual()[0]
+
+
+@pytest.mark.parametrize("name", ["layers.1.q.weight", "layers.1.fc1.weight"])
+def test_a_weight_of_rank_one(name: str) -> None:
+    model = Net()
+    S = weight(model, name)
+    u, v = (torch.randn(side, dtype=torch.float64) for side in S.shape)
+    S.copy_(torch.outer(u, v) / S.shape[1] ** 0.5)
+    assert "rank" in kinds(model)[name]
+
+
+def test_nan_and_infinity() -> None:
+    model = Net()
+    weight(model, "layers.1.q.weight")[3, 4] = math.nan
+    weight(model, "layers.2.q.weight")[3, 4] = math.inf
+    assert kinds(model) == {
+        "layers.1.q.weight": ["not_finite"],
+        "layers.2.q.weight": ["not_finite"],
+    }
+
+
+# --- what is no fault -----------------------------------------------------------------------------
+
+
+def test_a_head_of_two_classes_has_not_collapsed() -> None:
+    w = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    head = linear(torch.stack([w, -w]) * 0.1 + 1e-4 * noise)
+    assert wc.audit(head).findings[0].condition_number > 100
+    assert kinds(head) == {}
+    same = linear(torch.stack([w, w]) * 0.1 + 1e-6 * noise)
+    assert kinds(same)["weight"] == ["rank"]
+
+
+def test_a_zero_weight_is_no_flag() -> None:
+    assert kinds(linear(torch.zeros(16, 16))) == {}
+
+
+def test_a_narrow_dtype_makes_no_rank() -> None:
+    assert kinds(linear(gaussian(64, 64)).bfloat16()) == {}
+    assert kinds(linear(gaussian(64, 64)).half()) == {}
+
+
+# --- small singular values ------------------------------------------------------------------------
+
+
+def test_one_collapsed_direction_is_named_with_its_repair() -> None:
+    layer = changed(60, 60, 1e-7)
+    (line,) = wc.audit(layer).unusual()
+    moved = wc.nearest(layer.weight.detach(), 1e4) - layer.weight.detach()
+    distance = float(moved.norm() / layer.weight.detach().norm())
+    found = re.fullmatch(
+        r"weight: one direction has collapsed: σ_min is 1e-7 of the next\. Train with "
+        r"`ConditionLimit\(1e4\)`, or `wellcond repair --max-condition 1e4`, which moves it by "
+        r"(\S+) of its norm \(symptoms.html#rank\)",
+        line,
+    )
+    assert found is not None
+    assert float(found[1]) == pytest.approx(distance, rel=0.5)
+
+
+def test_several_collapsed_directions_are_counted() -> None:
+    (line,) = wc.audit(changed(60, 50, 1e-5, 1e-5, 1e-5)).unusual()
+    assert "3 directions have collapsed, to 1e-5 of the next" in line
+
+
+def test_a_rank_below_full_is_said() -> None:
+    S = gaussian(40, 40)
+    S[:, 0] = S[:, 1:].sum(1)
+    (line,) = wc.audit(linear(S.float())).unusual()
+    assert line.startswith("weight: rank 39 of 40")
+
+
+def test_a_large_kappa_by_steps_is_beyond_the_trained() -> None:
+    layer = linear(with_spectrum(torch.logspace(0, -5, 60).double(), 240, 60))
+    found = kinds(layer)["weight"]
+    assert "condition_number" in found
+
+
+def test_of_squares_a_kappa_that_chance_makes_is_no_flag() -> None:
+    for seed in range(40):
+        assert kinds(linear(gaussian(48, 48, seed))) == {}
+
+
+# --- order, words and counts ----------------------------------------------------------------------
+
+
+def test_flagged_weights_come_first_and_five_are_named() -> None:
+    model = Net(12)
+    for layer in range(7):
+        weight(model, f"layers.{layer}.q.weight")[layer] = 0
+    weight(model, "layers.11.o.weight").mul_(200)
+    report = wc.audit(model)
+    assert [f.label in report.flags for f in report.findings] == [True] * 8 + [False] * 28
+    lines = report.unusual()
+    assert lines[0].startswith("layers.11.o.weight")
+    assert lines[-1] == "and 3 more are flagged"
+    assert sum("unused class" in line for line in lines) == 1  # advice once per kind
+    assert report.table().startswith(lines[0])
+    kappas = [f.condition_number for f in report.sort("kappa").findings]
+    assert kappas == sorted(kappas, reverse=True)
+    assert report.sort("kappa").sort() == report
+    with pytest.raises(ValueError, match=r"`by` must be one of standing, kappa, got \"r\""):
+        report.sort("r")
+
+
+def test_a_standing_is_a_few_words() -> None:
+    (usual,) = wc.audit(linear(gaussian(64, 64))).findings
+    assert stand(usual).words == "usual"
+    assert stand(usual).usual is not None
+    (large,) = wc.audit(linear(1e6 * gaussian(64, 64))).findings
+    assert re.fullmatch(r"(σ_max|gain): top 0\.1 %", stand(large).words)
+    (vector,) = wc.audit(nn.Linear(5, 1)).findings
+    assert (stand(vector).words, stand(vector).usual) == ("", None)
+
+
+def test_each_kind_has_a_section_in_the_documentation() -> None:
+    from pathlib import Path
+
+    page = Path(__file__).parents[2].joinpath("docs/symptoms.md").read_text("utf-8")
+    for kind in KINDS:
+        assert f"\n({kind.replace('_', '-')})=\n" in page
