@@ -238,4 +238,4 @@ def test_each_kind_has_a_section_in_the_documentation() -> None:
 
     page = Path(__file__).parents[2].joinpath("docs/symptoms.md").read_text("utf-8")
     for kind in KINDS:
-        assert f"\n({kind.replace('_', '-')})=\n" in page
+        assert f'<a id="{kind.replace("_", "-")}"></a>' in page
