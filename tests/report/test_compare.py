@@ -217,7 +217,7 @@ def test_the_ratio_is_that_of_the_condition_numbers() -> None:
     header, first, second, *_ = comparison.table().splitlines()
     assert header.split("  ")[0] == "weight"
     assert first.split()[:6] == ["2.weight", "3", "30", "10", "σ_max", "×10"]
-    assert first.split()[6:] == ["3", "→", "30", "1.111", "→", "1.001", "2x2"]
+    assert first.split()[6:] == ["3", "→", "30", "1.11", "→", "1", "2x2"]
     assert second.split()[:6] == ["1.weight", "4", "1", "0.25", "σ_max", "×0.25"]
     back = {pair.label: pair.ratio for pair in wc.compare(after, before).pairs}
     assert back == {label: 1 / ratio for label, ratio in pairs}

@@ -251,8 +251,10 @@ def _moved(pair: Pair) -> str:
 def _both(pair: Pair, key: str, sign: str = "") -> str:
     """The number before and after, as "0.67 → 13.3"."""
     sides = (pair.before, pair.after)
-    numbers = [_number(side, getattr(side, key), sign) if side else "nan" for side in sides]
-    return " → ".join("-" if number.endswith("nan") else number for number in numbers)
+    numbers = [getattr(side, key) if side else math.nan for side in sides]
+    bounds = [sign if side and side.grade is Grade.bounded else "" for side in sides]
+    shown = zip(bounds, numbers, strict=True)
+    return " → ".join("-" if math.isnan(one) else f"{bound}{one:.3g}" for bound, one in shown)
 
 
 def _relative(pair: Pair) -> str:
