@@ -164,7 +164,7 @@ class Comparison(Report):
         return [record_of_pair(pair, self._note(pair)) for pair in self.pairs]
 
     def __repr__(self) -> str:
-        sides = " → ".join(map(escape, self._sides()))
+        sides = " → ".join(self._sides())
         return f"<Comparison of {sides}: {_count(len(self.pairs), 'weight')}>"
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
