@@ -1,10 +1,11 @@
 """A loss that does not come down: which weight is it, and what helps?
 
-A small GPT-2 learns the characters of the texts of Python's own help, 50 steps of AdamW at a learning
-rate of 2e-2 without clipping, which is too high. Then the audit of the model and the comparison with
-its start are asked. It needs transformers.
+A small GPT-2 learns the characters of the texts of Python's own help, 50 steps of AdamW at a
+learning rate of 2e-2 without clipping, which is too high. Then the audit of the model and the
+comparison with its start are asked. It needs transformers.
 
-    python examples/spike.py --seeds 5
+    python examples/spike.py --seeds 5 --save spike
+    wellcond audit spike/before --compare spike/after
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def train(model: GPT2LMHeadModel, rules: wc.Limit | None = None) -> float:
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return statistics.mean(losses[-5:])
 
 
@@ -64,12 +65,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=10, help="the first seed")
+    parser.add_argument("--save", help="a folder for the models of the first seed")
     arguments = parser.parse_args()
     answered = 0
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         model = make_model(seed)
         before = copy.deepcopy(model)
         loss = train(model)
+        if arguments.save and seed == arguments.first:
+            before.save_pretrained(f"{arguments.save}/before")
+            model.save_pretrained(f"{arguments.save}/after")
         limited = train(make_model(seed), wc.SingularValueLimit(upper=1.5))
         report = wc.audit(model)
         comparison = wc.compare(before, model, names=("before", "after"))
