@@ -138,7 +138,7 @@ def test_programs_and_pages_get_the_same_facts() -> None:
     page = report.to_html()
     assert "<h2>Flags</h2>" in page
     assert line.removeprefix("odd.weight") in page
-    assert re.search(r'data-label="among trained">κ: top 0.1 %</td>', page)
+    assert re.search(r'data-label="among trained">κ: top 1 %</td>', page)
     flags = json.loads(report.to_json())["flags"]
     assert [(one["weight"], one["kind"]) for one in flags] == [("odd.weight", "rank")]
 

@@ -71,8 +71,8 @@ def _find_equal_rows(S: Tensor) -> tuple[int, ...]:
     """Two equal rows that are not zero, found by their products with one random vector."""
     if S.ndim != 2 or min(S.shape) < 2:
         return ()
-    source = torch.Generator().manual_seed(0)
-    v = torch.randn(S.shape[1], generator=source, dtype=torch.float32).to(S.dtype)
+    source = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(S.shape[1], generator=source, dtype=torch.float32, device="cpu").to(S)
     products = torch.cat([(S[rows] * v).sum(-1) for rows in _bands(S)])
     order = products.abs().argsort(stable=True) if S.is_complex() else products.argsort(stable=True)
     ordered = products[order]
