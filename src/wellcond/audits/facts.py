@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -22,7 +21,7 @@ from wellcond.report.findings import USUAL, Finding
 _FLOAT16 = torch.finfo(torch.float16)
 _DOMINANT = 0.999  # of the squared norm
 _OPPOSITE = 0.05
-_BAND, _TRIES = 1 << 20, 100
+_COLUMNS, _TRIES = 256, 100
 
 
 def stored_numbers(S: Tensor) -> Tensor:
@@ -68,25 +67,22 @@ def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
 
 
 def _find_equal_rows(S: Tensor) -> tuple[int, ...]:
-    """Two equal rows that are not zero, found by their products with one random vector."""
+    """Two equal rows that are not zero, found by products of some columns with a random vector."""
     if S.ndim != 2 or min(S.shape) < 2:
         return ()
+    columns = S[:, :: max(1, S.shape[1] // _COLUMNS)]
+    # Wide, or different rows would often have equal products.
+    columns = columns.to(torch.complex128 if S.is_complex() else torch.float64)
     source = torch.Generator("cpu").manual_seed(0)
-    v = torch.randn(S.shape[1], generator=source, dtype=torch.float32, device="cpu").to(S)
-    products = torch.cat([(S[rows] * v).sum(-1) for rows in _bands(S)])
-    order = products.abs().argsort(stable=True) if S.is_complex() else products.argsort(stable=True)
+    v = torch.randn(columns.shape[1], generator=source, dtype=torch.float64, device="cpu")
+    products = (columns * v.to(S.device)).sum(-1)
+    order = products.abs().argsort(stable=True)
     ordered = products[order]
     for at in ((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)).nonzero().flatten()[:_TRIES]:
         first, second = sorted(order[at : at + 2].tolist())
         if torch.equal(S[first], S[second]):
             return first, second
     return ()
-
-
-def _bands(S: Tensor) -> Iterator[slice]:
-    """Ranges of rows, so that a product of entries takes little memory."""
-    rows = max(1, _BAND // S.shape[1])
-    return (slice(start, start + rows) for start in range(0, len(S), rows))
 
 
 def _are_opposite(S: Tensor) -> bool:
