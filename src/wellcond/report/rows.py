@@ -277,9 +277,14 @@ def _leading(pair: Pair) -> str:
     return f"{format_percent(change.leading_share)} in {change.directions}"
 
 
+def _round_angle(degrees: float) -> float:
+    """Without what rounding errors of float64 make of no angle at all."""
+    return degrees if degrees > 1e-5 else 0.0
+
+
 def _turns(pair: Pair) -> str:
     turns = (pair.change.leading_turn, pair.change.trailing_turn) if pair.change else ()
-    known = ["-" if math.isnan(turn) else f"{turn:.3g}°" for turn in turns]
+    known = ["-" if math.isnan(turn) else f"{_round_angle(turn):.3g}°" for turn in turns]
     return "" if set(known) <= {"-"} else ", ".join(known)
 
 
