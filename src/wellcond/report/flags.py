@@ -39,7 +39,7 @@ KINDS = {
 }
 _FLOAT16_MAX = 65504.0
 # So much smaller than the one before, and singular values have collapsed.
-_COLLAPSED = 1e-2
+_COLLAPSED = 1e-3
 # A larger share of entries that a dtype holds badly is said.
 _ENTRIES = 0.01
 # Were all weights random, fewer than 1 in 1,000 reports would name a kappa.
