@@ -180,7 +180,7 @@ def test_the_site_has_an_anchor_for_each_public_name_and_option(site: Path) -> N
     text = "\n".join(line for command in commands() for line in command_line.reference(command))
     programs = re.split(r"^\.\. program:: ", text, flags=re.MULTILINE)[1:]
     for program, _, rest in (part.partition("\n") for part in programs):
-        for name in re.findall(r"\.\. option:: (\S+)", rest):
+        for name in re.findall(r"\.\. option:: ([^\s,]+)", rest):
             plain = name.lstrip("-") if name.startswith("-") else f"arg-{name}"
             assert ids[f"cmdoption-{program}-{plain}".replace(" ", "-")] == 1
 

@@ -41,9 +41,9 @@ def compare(
     states the prefix. The summary names the weight that moved most for its class, see
     `Pair.moves`, and counts the weights that only one side has.
 
-    If neither side is a report, `Pair.change` holds what needs both matrices: the norm of the
-    change, the share of it in the leading directions, and the angles by which the leading and the
-    trailing directions turned; see `wellcond.report.Change`. One pair of tensors is in memory at a
+    If neither side is a report, each pair has a `wellcond.report.Change`: the norm of the change,
+    its share in the leading directions, and the angles by which the leading and the trailing
+    directions turned. One pair of tensors is in memory at a
     time. Directions are computed for weights of at most 1024 singular values.
 
     Args:

@@ -3,6 +3,7 @@
 from wellcond.report.comparison import Comparison
 from wellcond.report.estimate import Estimate
 from wellcond.report.findings import Coverage, Finding, Grade, Status
+from wellcond.report.flags import Flag
 from wellcond.report.not_finite import NotFinite
 from wellcond.report.pairing import Change, Pair
 from wellcond.report.repairs import Repair, RepairReport
@@ -16,6 +17,7 @@ __all__ = [
     "Coverage",
     "Estimate",
     "Finding",
+    "Flag",
     "Grade",
     "NotFinite",
     "Pair",
