@@ -142,7 +142,7 @@ class _Side:
         self.last: tuple[RowSource | None, Any] = None, None
 
     def matrix(self, label: str) -> Tensor | None:
-        """The matrix, None of what is none, such as a convolution as it acts."""
+        """The matrix; None if there is no single one, as for a convolution as it acts."""
         spec = self.specs[label]
         if self.last[0] is not spec.source:
             self.last = None, None  # it is let go before the next is read

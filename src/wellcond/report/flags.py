@@ -37,6 +37,14 @@ KINDS = {
     "rank": "a direction is lost",
     "condition_number": "κ is beyond that of 99 % of trained weights",
 }
+_ORDER = {kind: number for number, kind in enumerate(KINDS)}
+# The quantities in which a weight may be extreme: a symbol, and whether small numbers are.
+_EXTREMES = {
+    "condition_number": ("κ", False),
+    "stable_rank": ("stable rank", True),
+    "sigma_max": ("σ_max", False),
+    "gain": ("gain", False),
+}
 _FLOAT16_MAX = 65504.0
 # So much smaller than the one before, and singular values have collapsed.
 _COLLAPSED = 1e-3
@@ -93,23 +101,18 @@ class Standing(NamedTuple):
 def stand(finding: Finding) -> Standing:
     """Where a weight stands among trained ones of its class."""
     usual, shares = _shares_below(finding)
-    if min(finding.shape[-2:]) < _LEAST:
+    extremes = []
+    for quantity, share in shares.items():
+        symbol, is_low = _EXTREMES[quantity]
+        if not math.isnan(share):
+            extremes.append(
+                (share, f"{symbol}: bottom") if is_low else (1 - share, f"{symbol}: top")
+            )
+    if usual is None or not extremes or min(finding.shape[-2:]) < _LEAST:
         return Standing(math.nan, "", None)
-    extremes = [
-        (1 - share if side == "top" else share, f"{symbol}: {side}")
-        for symbol, side, share in (
-            ("κ", "top", shares.get("condition_number", math.nan)),
-            ("stable rank", "bottom", shares.get("stable_rank", math.nan)),
-            ("σ_max", "top", shares.get("sigma_max", math.nan)),
-            ("gain", "top", shares.get("gain", math.nan)),
-        )
-        if not math.isnan(share)
-    ]
-    if usual is None or not extremes:
-        return Standing(math.nan, "", None)
-    share, symbol = min(extremes)
-    level = next((words for level, words in _LEVELS if share < level), "")
-    return Standing(share, f"{symbol} {level}" if level else "usual", usual)
+    share, words = min(extremes)
+    level = next((level for limit, level in _LEVELS if share < limit), "")
+    return Standing(share, f"{words} {level}" if level else "usual", usual)
 
 
 def find_flags(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
@@ -117,18 +120,17 @@ def find_flags(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
     compared = sum(not math.isnan(finding.exceedance) for finding in findings)
     rare = _CHANCE / max(1, compared)
     medians = _medians_of_siblings(findings)
-    order = list(KINDS)
     found = {}
     network = _find_network(findings)
     for finding in findings:
         flags = [
-            *(network.get(finding.label, ())),
+            *network.get(finding.label, ()),
             *_flags_of_entries(finding),
             *_flags_of_spectrum(finding, finding.exceedance < rare),
             *_flags_of_scale(finding, medians.get(finding.label)),
         ]
         if flags:
-            found[finding.label] = tuple(sorted(flags, key=lambda flag: order.index(flag.kind)))
+            found[finding.label] = tuple(sorted(flags, key=lambda flag: _ORDER[flag.kind]))
     return found
 
 
@@ -136,7 +138,6 @@ def sort_findings(
     findings: Iterable[Finding], flags: Mapping[str, Sequence[Flag]]
 ) -> list[Finding]:
     """What failed, what has no kappa, the flagged ones by their gravest flag, all by standing."""
-    order = list(KINDS)
 
     def key(finding: Finding) -> tuple[bool, bool, bool, int, float, float]:
         kappa = finding.condition_number
@@ -146,7 +147,7 @@ def sort_findings(
             finding.status is Status.fresh,
             finding.measured,
             not math.isnan(kappa),
-            order.index(own[0].kind) if own else len(order),
+            _ORDER[own[0].kind] if own else len(_ORDER),
             1.0 if math.isnan(share) else share,
             -kappa,
         )
