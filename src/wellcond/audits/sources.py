@@ -113,7 +113,7 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict, also where they are arrays of NumPy.
 
     Raises:
-        TypeError: a name is not a str, or a value is not a tensor or an array, but looks like one or
+        TypeError: a name is not a str, or a value is no tensor or array, but looks like one or
             holds some.
     """
     tensors = {}
