@@ -71,6 +71,17 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     }
 
 
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model as it is evaluated: where it is looked at, spectral_norm takes no iteration."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def largest(values: Iterable[float]) -> float:
     """The largest; nan if one is, which `max` does not promise."""
     return float(torch.tensor(list(values), dtype=torch.float64).max())
@@ -129,6 +140,12 @@ class Training:
 
     def attach(self) -> None:
         """What is to happen with every step of the optimizer."""
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate from now on, where an experiment changes it."""
+        self.lr = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def before_step(self) -> None:
         """Changes the gradients."""
@@ -399,6 +416,32 @@ class BothLimits(Attached):
         return wc.SingularValueLimit(lower=self.strength / 4, upper=self.strength)
 
 
+class UpperLimitOfAttention(UpperLimit):
+    """σ₁ ≤ strength of queries, keys, values and outputs."""
+
+    label = "SingularValueLimit, upper, of attention"
+
+    def rule(self) -> Any:
+        return {"attention": super().rule(), "*": None}
+
+
+class UpperLimitOfBlocks(UpperLimit):
+    """σ₁ ≤ strength of attention and MLP; embedding and head stay free."""
+
+    label = "SingularValueLimit, upper, of attention and MLP"
+
+    def rule(self) -> Any:
+        return {"attention": super().rule(), "mlp": super().rule(), "*": None}
+
+
+class QKNorm(Training):
+    """The network has LayerNorm of queries and keys."""
+
+    label = "QK norm"
+    after = "Dehghani et al., 2302.05442"
+    normed = True
+
+
 class LayerNormIsometry(IsometryStep):
     label = "LayerNorm and IsometryStep"
     normed = True
@@ -456,7 +499,13 @@ METHODS: dict[str, type[Training]] = {
 }
 # Those that make sense in any experiment.
 COMPARED = tuple(METHODS)
-METHODS |= {"warm-up": WarmUp, "tikhonov": Tikhonov}
+METHODS |= {
+    "warm-up": WarmUp,
+    "tikhonov": Tikhonov,
+    "qk-norm": QKNorm,
+    "upper-limit-attention": UpperLimitOfAttention,
+    "upper-limit-blocks": UpperLimitOfBlocks,
+}
 TUNED = "-tuned"  # of names of the same method, once with strengths that are given, once searched
 
 

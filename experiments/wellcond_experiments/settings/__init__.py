@@ -10,6 +10,7 @@ from wellcond_experiments.settings.harder import BatchNorm, Plain, ViT
 from wellcond_experiments.settings.keep_learning import KeepLearning
 from wellcond_experiments.settings.learning_rates import LearningRates
 from wellcond_experiments.settings.least_squares import LeastSquares
+from wellcond_experiments.settings.loss_spikes import LossSpikes
 from wellcond_experiments.settings.memorise import Memorise
 
 SETTINGS: dict[str, type[Setting]] = {
@@ -17,5 +18,6 @@ SETTINGS: dict[str, type[Setting]] = {
     for setting in (
         *(Denoise, Classify, LeastSquares, Differentiability, Cost),
         *(KeepLearning, LearningRates, Memorise, Plain, BatchNorm, ViT, AfterTraining),
+        LossSpikes,
     )
 }
