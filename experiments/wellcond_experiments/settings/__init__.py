@@ -12,12 +12,13 @@ from wellcond_experiments.settings.learning_rates import LearningRates
 from wellcond_experiments.settings.least_squares import LeastSquares
 from wellcond_experiments.settings.loss_spikes import LossSpikes
 from wellcond_experiments.settings.memorise import Memorise
+from wellcond_experiments.settings.transformer import Transformer
 
 SETTINGS: dict[str, type[Setting]] = {
     setting.name: setting
     for setting in (
         *(Denoise, Classify, LeastSquares, Differentiability, Cost),
         *(KeepLearning, LearningRates, Memorise, Plain, BatchNorm, ViT, AfterTraining),
-        LossSpikes,
+        *(LossSpikes, Transformer),
     )
 }

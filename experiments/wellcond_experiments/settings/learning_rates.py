@@ -1,4 +1,4 @@
-"""Deep plain networks and a small transformer: which learning rates of Adam work?
+"""Deep plain networks: which learning rates of Adam work?
 
 After Wortsman et al. (arXiv 2309.14322): training that is well conditioned bears learning rates
 over a wide range. A fifth of an epoch of MNIST, so that nothing is learned by heart, and nothing to
@@ -15,11 +15,12 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from wellcond_experiments import figures
 from wellcond_experiments.data import Images, load
+from wellcond_experiments.early import EarlyLook
 from wellcond_experiments.evidence import Column, Evidence, Verdict
 from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond_experiments.methods import (
@@ -35,7 +36,6 @@ from wellcond_experiments.tables import Table
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEPTHS = (10, 30, 60)
-TRANSFORMER = "transformer"
 SEARCHED_DEPTH = 30  # what is best there is taken for the other depths
 WIDTH, BATCH = 128, 64
 NEAR = 2.0  # points; who comes so close to the best works
@@ -45,7 +45,7 @@ COMPARED = (
     *("condition-limit", "upper-limit"),
 )
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
-GAINS = {"tanh": 1.0, "relu": math.sqrt(2), TRANSFORMER: 1.0}
+GAINS = {"tanh": 1.0, "relu": math.sqrt(2)}
 
 
 OVERVIEWS = {
@@ -77,12 +77,11 @@ class LearningRates(Setting):
     help = "deep networks: which learning rates work?"
     protocol = (
         "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: "
-        "plain networks of width 128, all with orthogonal initial weights, and a transformer of "
-        "two blocks and width 64; accuracy on the test images. Decay on matrices only. "
-        "IsometryStep and OrthogonalityPenalty act after every step, the other methods of wellcond "
-        "as often as they do by default. Strengths by the mean over the rates, those of plain "
-        "networks at depth 30. Short trainings: a mean over the rates rewards what learns fast at "
-        "the lowest of them."
+        "plain networks of width 128, all with orthogonal initial weights; accuracy on the test "
+        "images. Decay on matrices only. IsometryStep and OrthogonalityPenalty act after every "
+        "step, the other methods of wellcond as often as they do by default. Strengths by the mean "
+        "over the rates at depth 30. Short trainings: a mean over the rates rewards what learns "
+        "fast at the lowest of them."
     )
     rate_is_chosen = False
 
@@ -92,12 +91,9 @@ class LearningRates(Setting):
         self.rates = (1e-3, 1e-2) if quick else RATES
         self.depths = (4,) if quick else DEPTHS
         self.compared = ("none", "condition-limit") if quick else COMPARED
-        self.cases = (
-            *(f"{kind}-{n}" for kind, n in product(ACTIVATIONS, self.depths)),
-            TRANSFORMER,
-        )
+        self.cases = tuple(f"{kind}-{n}" for kind, n in product(ACTIVATIONS, self.depths))
         depth = 4 if quick else SEARCHED_DEPTH
-        self.searched_cases = (*(f"{kind}-{depth}" for kind in ACTIVATIONS), TRANSFORMER)
+        self.searched_cases = tuple(f"{kind}-{depth}" for kind in ACTIVATIONS)
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
@@ -116,10 +112,8 @@ class LearningRates(Setting):
 
     def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
         """The methods that make sense for a network, with their strengths."""
-        kind, gain = self.contest(case), GAINS[self.contest(case)]
+        gain = self.gain(case)
         strengths = strengths_of(*self.compared)
-        if kind == TRANSFORMER:
-            return strengths | ({} if self.quick else strengths_of("orthogonal-init"))
         # In a deep network a factor acts by its 30th power: closer to isometries than elsewhere.
         norms = tuple(factor * gain for factor in (1.0, 1.1, 1.25, 1.5))
         closer: dict[str, tuple[float, ...]] = {
@@ -135,9 +129,12 @@ class LearningRates(Setting):
     def contest(self, case: str) -> str:
         return case.partition("-")[0]
 
+    def gain(self, case: str) -> float:
+        """What an isometric weight is to be multiplied by."""
+        return GAINS[self.contest(case)]
+
     def build(self, case: str, norm: bool) -> nn.Module:
-        if case == TRANSFORMER:
-            return Transformer(self.images.side, norm)
+        """The network, with LayerNorm or without."""
         kind, _, depth = case.partition("-")
         return plain(self.images.pixels, int(depth), kind, norm)
 
@@ -156,14 +153,18 @@ class LearningRates(Setting):
             cell.strength,
             cell.lr,
             cell.seed,
-            gain=GAINS[self.contest(cell.case)],
+            gain=self.gain(cell.case),
             decays=lambda parameter: parameter.ndim > 1,
         )
         training.model.train()
-        finite = all(
-            training.step(cross_entropy(training.model(batch), labels))
-            for batch, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True)
-        )
+        look = EarlyLook(training.model, math.ceil(len(x) / BATCH))
+        finite = True
+        for batch, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
+            loss = cross_entropy(training.model(batch), labels)
+            look(loss)
+            finite = training.step(loss)
+            if not finite:
+                break
         training.finish()
         model = training.model.eval()  # so that spectral_norm leaves its vectors as they are
         with torch.no_grad():
@@ -177,7 +178,7 @@ class LearningRates(Setting):
             "kappa_worst": largest(condition_numbers(model).values()),
             "sigma_max": largest(spectral_norms(model).values()),
         }
-        return Measured(metrics, {})
+        return Measured(metrics | look.metrics, {})
 
     def tables(self, evidence: Evidence) -> dict[str, Table]:
         columns = [
@@ -226,31 +227,32 @@ class LearningRates(Setting):
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         """The same methods in each panel, those that are best on the mean of the plain networks."""
         found = average_rates(evidence)
-        found.runs = found.runs[found.runs["case"] != TRANSFORMER]
         means = {m: found.band("accuracy", method=m).mean for m in found.methods()}
         shown = figures.select_lines(means)
-        colours = figures.colours(shown)
-        columns = len(self.depths) + 1
-        drawing, panels = figures.figure(columns, width=3.3, height=3.0, rows=2)
-        # The plain ones of either kind in a row; the transformer above the legend, at the end.
-        cases = list(self.cases)
-        cases.insert(columns - 1, cases.pop())
-        for case, panel in zip(cases, panels, strict=False):
-            for method, color, marker in zip(shown, colours, figures.MARKERS, strict=False):
-                runs = evidence.where(case=case, method=method)
-                means = runs.groupby("lr")["accuracy"].mean()
-                label = figures.label(method)
-                panel.plot(means.index, means, color=color, marker=marker, ms=4, label=label)
-            panel.set_xscale("log")
+        columns = len(self.depths)
+        drawing, panels = figures.figure(columns, width=3.6, height=3.0, rows=2)
+        for case, panel in zip(self.cases, panels, strict=True):
+            draw_rates(panel, evidence, case, shown)
             panel.set_title(describe_net(case), fontsize=10)
-            panel.set_ylim(0, 100)
-        for panel in (panels[0], panels[columns]):
+        for panel in panels[::columns]:
             panel.set_ylabel("accuracy, %")
-        for panel in [*panels[columns:-1], panels[columns - 1]]:
+        for panel in panels[columns:]:
             panel.set_xlabel("learning rate")
-        panels[-1].set_axis_off()
-        panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
+        lines = panels[0].get_legend_handles_labels()
+        drawing.legend(*lines, loc="outside lower center", ncols=4, frameon=False)
         return {"learning-rates": drawing}
+
+
+def draw_rates(panel: Any, evidence: Evidence, case: str, shown: list[str]) -> None:
+    """Accuracy by learning rate, a line per method."""
+    for method, color, marker in zip(shown, figures.colours(shown), figures.MARKERS, strict=False):
+        runs = evidence.where(case=case, method=method)
+        means = runs.groupby("lr")["accuracy"].mean()
+        panel.plot(
+            means.index, means, color=color, marker=marker, ms=4, label=figures.label(method)
+        )
+    panel.set_xscale("log")
+    panel.set_ylim(0, 100)
 
 
 def describe_net(case: str) -> str:
@@ -299,54 +301,3 @@ def plain(inputs: int, depth: int, kind: str, norm: bool) -> nn.Module:
         layers += [linear, *[nn.LayerNorm(WIDTH)] * norm, ACTIVATIONS[kind]()]
         inputs = WIDTH
     return nn.Sequential(*layers, nn.Linear(inputs, 10))
-
-
-class Transformer(nn.Module):
-    """Attention over the 16 squares of an image.
-
-    Args:
-        side: of the image; pixels that do not fill a square are left out.
-        norm: LayerNorm of queries and keys also.
-    """
-
-    def __init__(self, side: int, norm: bool, width: int = 64, blocks: int = 2) -> None:
-        super().__init__()
-        self.cut = nn.Unfold(side // 4, stride=side // 4)
-        self.embedding = nn.Linear((side // 4) ** 2, width)
-        self.position = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks = nn.Sequential(*(Block(width, norm) for _ in range(blocks)))
-        self.norm = nn.LayerNorm(width)
-        self.last = nn.Linear(width, 10)
-        self.side = side
-
-    def forward(self, x: Tensor) -> Tensor:
-        squares = self.cut(x.view(-1, 1, self.side, self.side)).transpose(1, 2)
-        states = self.blocks(self.embedding(squares) + self.position)
-        logits: Tensor = self.last(self.norm(states).mean(1))
-        return logits
-
-
-class Block(nn.Module):
-    """Attention of four heads, and an MLP, each behind a LayerNorm."""
-
-    def __init__(self, width: int, norm: bool) -> None:
-        super().__init__()
-        self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.of_query, self.of_key = (
-            nn.LayerNorm(width // 4) if norm else nn.Identity() for _ in range(2)
-        )
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        states = self.before_attention(x)
-        query, key, value = (
-            linear(states).unflatten(2, (4, -1)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
-        heads = scaled_dot_product_attention(self.of_query(query), self.of_key(key), value)
-        x = x + self.out(heads.transpose(1, 2).flatten(2))
-        changed: Tensor = x + self.mlp(self.before_mlp(x))
-        return changed

@@ -6,7 +6,6 @@ ones at high learning rates: attention logits that grow, and a loss that jumps.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from functools import cached_property
@@ -17,15 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from wellcond_experiments import figures
 from wellcond_experiments.attention import TextTransformer
 from wellcond_experiments.early import EarlyLook
-from wellcond_experiments.evidence import Column, Evidence, Verdict
+from wellcond_experiments.evidence import Evidence
 from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond_experiments.methods import (
     METHODS,
     IsometryStep,
-    Training,
     condition_numbers,
     evaluation,
     largest,

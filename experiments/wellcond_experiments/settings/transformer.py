@@ -1,0 +1,66 @@
+"""A small transformer on images: which learning rates of Adam work, and which weights to limit?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from wellcond_experiments import figures
+from wellcond_experiments.attention import ImageTransformer
+from wellcond_experiments.evidence import Evidence
+from wellcond_experiments.grid import strengths_of
+from wellcond_experiments.settings.learning_rates import (
+    LearningRates,
+    average_rates,
+    draw_rates,
+)
+
+CASE = "transformer"
+COMPARED = (
+    *("none", "warm-up", "weight-decay", "clipping", "layer-norm", "orthogonal-init"),
+    *("spectral-norm-torch", "condition", "orthogonality", "isometry", "isometry-scale"),
+    *("condition-limit", "upper-limit", "upper-limit-attention", "upper-limit-blocks"),
+)
+
+
+class Transformer(LearningRates):
+    name = "transformer"
+    help = "a small transformer: which learning rates work, and which weights to limit?"
+    protocol = (
+        "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: a "
+        "transformer of two blocks and width 64 over 16 squares of the image; accuracy on the test "
+        "images. Decay on matrices only. IsometryStep and OrthogonalityPenalty act after every "
+        "step, ConditionPenalty every ten steps, the limits are watched. LayerNorm is that of "
+        "queries and keys; all blocks have one before attention and MLP. Strengths by the mean "
+        "over the rates. Short trainings: a mean over the rates rewards what learns fast at the "
+        "lowest of them."
+    )
+
+    def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
+        super().__init__(data, quick, seeds)
+        self.compared = ("none", "upper-limit-attention") if quick else COMPARED
+        self.cases = self.searched_cases = (CASE,)
+        self.depths = ()
+
+    def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
+        return strengths_of(*self.compared)
+
+    def gain(self, case: str) -> float:
+        return 1.0
+
+    def build(self, case: str, norm: bool) -> nn.Module:
+        return ImageTransformer(self.images.side, norm)
+
+    def figures(self, evidence: Evidence) -> dict[str, Any]:
+        found = average_rates(evidence)
+        bands = {m: found.band("accuracy", method=m) for m in found.methods()}
+        drawing, (left, right) = figures.figure(columns=2, width=6.0, height=4.4)
+        figures.draw_bands(left, list(bands.items()), {m: figures.label(m) for m in bands})
+        left.set_xlabel("accuracy, mean over the learning rates, %")
+        shown = figures.select_lines({method: band.mean for method, band in bands.items()})
+        draw_rates(right, evidence, CASE, shown)
+        right.set_xlabel("learning rate")
+        right.set_ylabel("accuracy, %")
+        right.legend(fontsize=8, frameon=False)
+        return {self.name: drawing}
