@@ -173,6 +173,47 @@ def test_what_has_no_number_is_worse_than_all() -> None:
     assert [row[0] for row in table.rows[:2]] == ["IsometryStep", "L2"]
 
 
+def test_lower_is_better_says_the_same_of_the_negative_numbers() -> None:
+    scores = {
+        "none": [math.nan, 9.0],
+        "l2": [5.0, 5.1],
+        "clipping": [6.0, 6.1],
+        "isometry": [3.0, 3.1],
+        "condition": [1.0, 1.1],
+    }
+    negative = {method: [-score for score in values] for method, values in scores.items()}
+    search = {"isometry": 4.0, "condition": 3.0}
+    title, columns = "errors", [Column("accuracy", "%")]
+    better = []
+    for l2 in ([5.0, 5.1], [3.0, 3.2], [2.0, 2.01]):
+        scores["l2"], negative["l2"] = l2, [-score for score in l2]
+        lower, higher = (Evidence(document(values, search)) for values in (scores, negative))
+        found = lower.verdict("accuracy", lower=True)
+        expected = higher.verdict("accuracy")
+        assert (found.ours, found.rival) == (expected.ours, expected.rival) == ("isometry", "l2")
+        assert (found.wins, found.loses) == (expected.wins, expected.loses)
+        better.append(found.better)
+        assert found.difference == -expected.difference
+        assert found.our_band == -expected.our_band
+        # The picture has better on the right, whatever is measured.
+        drawn, twin = (
+            [list(line.get_xdata()) for line in evidence.draw_winners({"": one}).axes[0].lines]
+            for one in (found, expected)
+        )
+        assert drawn == twin
+        rows, twins = (
+            [row[0] for row in table.rows]
+            for table in (
+                lower.ranking(title, columns, lower=True),
+                higher.ranking(title, columns),
+            )
+        )
+        assert rows == twins
+        assert rows[-1] == "nothing"  # which is no number
+    assert better == ["wellcond", "not significant", "other"]
+    assert rows[0] == "ConditionPenalty, attached"
+
+
 def test_infinite_condition_numbers_are_counted() -> None:
     content = document({"none": [1.0, 2.0, 3.0]})
     content["runs"][1]["metrics"]["kappa"] = math.inf

@@ -34,16 +34,18 @@ class Column(NamedTuple):
 class Verdict(NamedTuple):
     """The champion of wellcond's methods, by the search, against the best of all others.
 
-    It wins if its interval lies above that of each of them, and loses if it lies below that of one.
+    It wins if its interval lies above that of each of them, and loses if it lies below that of one;
+    the other way round where lower is better.
     """
 
     ours: str
     our_band: Band
     rival: str
     rival_band: Band
-    difference: Band  # seed by seed
+    difference: Band  # ours minus the rival, seed by seed, as measured
     wins: bool
     loses: bool
+    lower: bool = False  # is better
 
     @property
     def better(self) -> str:
@@ -95,15 +97,26 @@ class Evidence:
         found = [c for c in self.chosen if (c["case"], c["method"]) == (contest, method)]
         return found[0] if found else None
 
-    def ranking(self, title: str, columns: list[Column], contest: str = "", **fields: Any) -> Table:
-        """A row per method, the best by the first column above; seed by seed against nothing."""
+    def ranking(
+        self,
+        title: str,
+        columns: list[Column],
+        contest: str = "",
+        lower: bool = False,
+        **fields: Any,
+    ) -> Table:
+        """A row per method, the best by the first column above; seed by seed against nothing.
+
+        The best is the largest, or with `lower` the smallest.
+        """
         first = columns[0].metric
         bands = {
             method: [self.band(c.metric, c.log, method=method, **fields) for c in columns]
             for method in self.methods(**fields)
         }
         rows = []
-        for method, (score, *others) in sorted(bands.items(), key=lambda item: -rank(item[1][0])):
+        order = sorted(bands, key=lambda method: -rank(bands[method][0], lower))
+        for method, (score, *others) in ((method, bands[method]) for method in order):
             best = self.choice(contest, method)
             here, nothing = ({"method": name} | fields for name in (method, "none"))
             change = self.difference(first, here, nothing)
@@ -131,32 +144,48 @@ class Evidence:
         return f"inf in {sum(values)} of {len(values)}" if any(values) else ""
 
     def verdict(
-        self, metric: str, contest: str = "", among: Sequence[str] = (), **fields: Any
+        self,
+        metric: str,
+        contest: str = "",
+        among: Sequence[str] = (),
+        lower: bool = False,
+        **fields: Any,
     ) -> Verdict:
-        """Wellcond's against the others, of these methods or of all; larger is better."""
+        """Wellcond's against the others, of these methods or of all.
+
+        Larger is better, or with `lower` smaller; the search has maximised its score all the same.
+        """
         methods = [m for m in self.methods(**fields) if not among or m in among]
         ours = [m for m in methods if find_method(m).ours]
         scores = {m: (self.choice(contest, m) or {"score": -math.inf})["score"] for m in ours}
         champion = max(ours, key=lambda m: scores[m])
         bands = {m: self.band(metric, method=m, **fields) for m in methods}
         others = [m for m in methods if not find_method(m).ours]
-        rival = max(others, key=lambda m: rank(bands[m]))
+        rival = max(others, key=lambda m: rank(bands[m], lower))
         one, other = ({"method": m} | fields for m in (champion, rival))
-        low, high = (end if end == end else rank(bands[champion]) for end in bands[champion][1:3])
+        high_is_better = {m: -band if lower else band for m, band in bands.items()}
+        ends = high_is_better[champion][1:3]
+        low, high = (end if end == end else rank(high_is_better[champion]) for end in ends)
         return Verdict(
             champion,
             bands[champion],
             rival,
             bands[rival],
             self.difference(metric, one, other),
-            wins=all(low > bands[m].high for m in others if rank(bands[m]) > -math.inf),
-            loses=any(high < bands[m].low for m in others),
+            wins=all(
+                low > high_is_better[m].high for m in others if rank(high_is_better[m]) > -math.inf
+            ),
+            loses=any(high < high_is_better[m].low for m in others),
+            lower=lower,
         )
 
 
-def rank(band: Band) -> float:
-    """Its mean, to be compared by: what is no number is worse than all."""
-    return -math.inf if math.isnan(band.mean) else band.mean
+def rank(band: Band, lower: bool = False) -> float:
+    """By which the best has the largest: its mean, or with `lower` the negative one.
+
+    What is no number is worse than all.
+    """
+    return -math.inf if math.isnan(band.mean) else -band.mean if lower else band.mean
 
 
 def list_methods(names: Sequence[str]) -> Table:
@@ -185,14 +214,17 @@ def list_winners(verdicts: dict[str, Verdict]) -> Table:
 
 
 def draw_winners(verdicts: dict[str, Verdict]) -> Any:
-    """The same as a picture: blue where wellcond is better, orange where another is."""
+    """The same as a picture: blue where wellcond is better, orange where another is.
+
+    Where lower is better the rival minus ours is drawn, so that better is on one side.
+    """
     colours = {"wellcond": figures.OURS, "other": figures.RIVAL}
     return figures.draw_differences(
         [
             (
                 f"{compared}:\n{find_method(v.ours).label} against {find_method(v.rival).label}",
                 colours.get(v.better, figures.NOTHING),
-                v.difference,
+                -v.difference if v.lower else v.difference,
             )
             for compared, v in verdicts.items()
         ]

@@ -25,6 +25,10 @@ class Band(NamedTuple):
             return f"{number(self.mean)} [{number(self.low)}, {number(self.high)}]"
         return f"{number(self.mean)} ± {number(self.high - self.mean)}"
 
+    def __neg__(self) -> Band:
+        """Of the negative numbers."""
+        return Band(-self.mean, -self.high, -self.low, self.log)
+
     def signed(self, digits: int = 2) -> str:
         """Of a difference, as "+0.50 ± 0.10"."""
         return f"{self.mean:+.{digits}f} ± {self.high - self.mean:.{digits}f}"
