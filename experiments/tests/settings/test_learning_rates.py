@@ -18,7 +18,6 @@ from wellcond_experiments.settings.learning_rates import (
     GAINS,
     RATES,
     LearningRates,
-    Transformer,
     average_rates,
     plain,
 )
@@ -115,7 +114,7 @@ def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_the
 
 def test_strengths_of_plain_nets_are_searched_at_one_depth_and_taken_for_all() -> None:
     setting = LearningRates(seeds=1)
-    assert {c.case for c in setting.search_cells()} == {"tanh-30", "relu-30", "transformer"}
+    assert {c.case for c in setting.search_cells()} == {"tanh-30", "relu-30"}
     best = {("tanh", "l2"): Chosen("tanh", "l2", 0.123, 0.0, 90.0, "")}
     cells = [
         c for c in setting.report_cells(best) if c.method == "l2" and c.case.startswith("tanh")
@@ -159,16 +158,6 @@ def test_plain_nets_of_any_depth_begin_as_isometries_times_the_gain(kind: str) -
     model = run_seeded(lambda: plain(64, 20, kind, norm=False), 0)
     *norms, _ = spectral_norms(model).values()
     assert norms == pytest.approx([GAINS[kind]] * 20, rel=1e-5)
-
-
-@pytest.mark.parametrize(("side", "norm"), [(8, False), (28, True)])
-def test_the_transformer_sees_all_pixels(side: int, norm: bool) -> None:
-    model = run_seeded(lambda: Transformer(side, norm), 0)
-    x = torch.rand(2, side**2, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    model(x)[0, 0].backward()
-    assert x.grad is not None
-    assert bool((x.grad[0] != 0).all())
-    assert not x.grad[1].any()  # of another image
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ ones at high learning rates: attention logits that grow, and a loss that jumps.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from functools import cached_property
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from wellcond_experiments import figures
 from wellcond_experiments.attention import TextTransformer
 from wellcond_experiments.early import EarlyLook
-from wellcond_experiments.evidence import Evidence
+from wellcond_experiments.evidence import Column, Evidence, Verdict
 from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond_experiments.methods import (
     METHODS,
@@ -132,7 +134,7 @@ class LossSpikes(Setting):
         source = torch.Generator().manual_seed(cell.seed)
         look = EarlyLook(model, self.steps)
         losses: list[float] = []
-        curves: dict[str, list[float]] = {"sigma_max": [], "logit": []}
+        curves: dict[str, list[float]] = {"norms": [], "logits": []}
         every = max(self.steps // LOOKS, 1)
         for step in range(self.steps):
             training.set_rate(cell.lr * (1 - 0.9 * step / self.steps))
@@ -144,8 +146,8 @@ class LossSpikes(Setting):
                 break
             if (step + 1) % every == 0:
                 with evaluation(model):
-                    curves["sigma_max"].append(largest(spectral_norms(model).values()))
-                    curves["logit"].append(model.largest_logit(tested[0][:BATCH]))
+                    curves["norms"].append(largest(spectral_norms(model).values()))
+                    curves["logits"].append(model.largest_logit(tested[0][:BATCH]))
         finite = len(losses) == self.steps and math.isfinite(losses[-1])
         training.finish()
         model.eval()
@@ -159,17 +161,105 @@ class LossSpikes(Setting):
             "loss": final,
             "spikes": count_spikes(losses),
             "diverged": float(not finite),
-            "sigma_max": largest(curves["sigma_max"] or [math.nan]),
-            "logit": largest(curves["logit"] or [math.nan]),
+            "sigma_max": largest(curves["norms"] or [math.nan]),
+            "logit": largest(curves["logits"] or [math.nan]),
             "kappa_worst": largest(condition_numbers(model).values()),
         }
         return Measured(metrics | look.metrics, curves)
 
     def tables(self, evidence: Evidence) -> dict[str, Table]:
-        return {}
+        found = average_rates(evidence)
+        columns = [
+            Column("loss", "mean over the rates, nats"),
+            Column("best", "at its best rate"),
+            *(Column(f"{lr:g}", f"at {lr:g}") for lr in self.rates),
+            Column("working", f"rates of {len(self.rates)} that work"),
+            Column("spikes", "spikes per run"),
+            Column("cost", "CPU time"),
+        ]
+        high = max(self.rates)
+        details = [
+            Column("loss", "loss, nats"),
+            Column("spikes", "spikes"),
+            Column("diverged", "share of runs that diverged"),
+            Column("sigma_max", "largest σ₁", log=True),
+            Column("logit", "largest attention logit", log=True),
+            Column("kappa_worst", "κ of the worst weight", log=True),
+        ]
+        tables = {
+            "loss": found.ranking("Loss on text that was not seen", columns, lower=True),
+            "highest": evidence.ranking(
+                f"At a learning rate of {high:g}", details, lower=True, lr=high
+            ),
+        }
+        return {name: drop(table, "lr") for name, table in tables.items()}
+
+    def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
+        found = average_rates(evidence)
+        what = "text, loss in nats"
+        return {
+            f"{what}, mean over {len(self.rates)} learning rates": found.verdict(
+                "loss", lower=True
+            ),
+            f"{what}, at the best rate of each": found.verdict("best", lower=True),
+        }
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
-        return {}
+        found = average_rates(evidence)
+        bands = {m: found.band("loss", method=m) for m in found.methods()}
+        drawing, (left, right) = figures.figure(columns=2, width=6.0, height=4.2)
+        shown = figures.select_lines({method: -band.mean for method, band in bands.items()})
+        for panel, metric in ((left, "loss"), (right, "logit")):
+            for method, color, marker in zip(
+                shown, figures.colours(shown), figures.MARKERS, strict=False
+            ):
+                runs = evidence.where(method=method).groupby("lr")[metric]
+                means = runs.mean() if metric == "loss" else runs.median()
+                label = figures.label(method)
+                panel.plot(means.index, means, color=color, marker=marker, ms=4, label=label)
+            panel.set_xscale("log")
+            panel.set_xlabel("learning rate")
+        left.set_ylabel("loss, nats per character")
+        left.legend(fontsize=8, frameon=False)
+        right.set_yscale("log")
+        right.set_ylabel("largest attention logit")
+        return {self.name: drawing}
+
+
+def average_rates(evidence: Evidence) -> Evidence:
+    """A row for each method and seed, of all its learning rates.
+
+    loss and spikes are the means, best is the loss at the rate that is best for the method on the
+    mean over the seeds, working the number of rates within 5 % of the lowest loss that any method
+    reaches on the mean over the seeds, cost the CPU time as a multiple of that with nothing; each
+    rate is a column of its own.
+    """
+    runs = evidence.runs
+    losses = runs.pivot_table("loss", ["method", "seed"], "lr", sort=False)
+    means = losses.groupby("method").mean()
+    best = means.idxmin(axis=1)
+    groups = runs.groupby(["method", "seed"], sort=False)
+    alone = runs[runs["method"] == "none"]["cpu_seconds"].mean()
+    found = copy.copy(evidence)
+    found.runs = (
+        losses.rename(columns=lambda lr: f"{lr:g}")
+        .assign(
+            loss=losses.mean(axis=1),
+            best=[losses.loc[key, best[key[0]]] for key in losses.index],
+            working=losses.le(NEAR * means.min().min()).sum(axis=1),
+            spikes=groups["spikes"].mean(),
+            cost=groups["cpu_seconds"].mean() / alone,
+        )
+        .reset_index()
+    )
+    return found
+
+
+def drop(table: Table, name: str) -> Table:
+    """The table without a column."""
+    place = table.header.index(name)
+    lines = [line[:place] + line[place + 1 :] for line in (table.header, *table.rows)]
+    return Table(table.title, lines[0], lines[1:])
 
 
 def pieces(text: Tensor, starts: Any) -> tuple[Tensor, Tensor]:
