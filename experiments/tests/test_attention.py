@@ -1,5 +1,7 @@
 """Small transformers: what they see, what their logits are, and what their weights are called."""
 
+import math
+
 import pytest
 import torch
 
