@@ -145,10 +145,11 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
     assert label.get_text() == "accuracy, %:\nIsometryStep against L2"
     spread, mean, zero = panel.lines
     assert (*spread.get_xdata(), *mean.get_xdata()) == (
-        verdict.difference.low,
-        verdict.difference.high,
-        verdict.difference.mean,
+        verdict.gain.low,
+        verdict.gain.high,
+        verdict.gain.mean,
     )
+    assert verdict.gain.mean == pytest.approx(100 * -3 / 11.05)  # of what L2 reaches
     assert mean.get_color() == figures.RIVAL
     assert list(zero.get_xdata()) == [0, 0]
     table = evidence.list_winners({"accuracy, %": verdict})

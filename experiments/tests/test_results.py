@@ -9,12 +9,12 @@ import matplotlib
 import pytest
 
 from wellcond.cli import main
-from wellcond_experiments import evidence, grid
+from wellcond_experiments import evidence, grid, reproduce
 from wellcond_experiments.settings import SETTINGS
 
 ROOT = Path(__file__).parents[2]
-RESULTS = sorted((ROOT / "results").glob("*.json"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = [path for name in SETTINGS if (path := ROOT / "results" / f"{name}.json").exists()]
+PAGES = [page for pattern in reproduce.PAGES for page in sorted(ROOT.glob(pattern))]
 # The picture of another matplotlib is another file.
 DRAWN_BY = re.compile(rb"<dc:title>Matplotlib v([\d.]+)")
 
@@ -32,7 +32,7 @@ def test_report_changes_nothing(
 ) -> None:
     for page in PAGES:
         copy = tmp_path / page.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(page, copy)
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", results.stem, "--report", str(results.parent)]) == 0
@@ -70,8 +70,10 @@ def test_results_are_whole() -> None:
 def test_every_block_of_a_page_has_its_results() -> None:
     names = {match[2] for page in PAGES for match in evidence.BLOCK.finditer(page.read_text())}
     assert names - {"winners", "methods"} <= {path.stem for path in RESULTS}
-    pictures = {path.name for path in (ROOT / "docs" / "evidence").glob("*")}
+    pictures = {path.name for path in (ROOT / "docs" / "evidence").glob("*.svg")}
     shown = {
-        name for page in PAGES for name in re.findall(r"evidence/([\w-]+\.svg)", page.read_text())
+        name
+        for page in PAGES
+        for name in re.findall(r"\]\((?:(?:docs/)?evidence/)?([\w-]+\.svg)\)", page.read_text())
     }
     assert shown == pictures

@@ -48,6 +48,12 @@ class Verdict(NamedTuple):
     lower: bool = False  # is better
 
     @property
+    def gain(self) -> Band:
+        """The difference in per cent of what the rival reached, positive if ours is better."""
+        sign = -1.0 if self.lower else 1.0
+        return self.difference.scale(100 * sign / (abs(self.rival_band.mean) or math.nan))
+
+    @property
     def better(self) -> str:
         """Which is better: "not significant" if the intervals do not tell."""
         return "wellcond" if self.wins else "other" if self.loses else "not significant"
@@ -216,7 +222,8 @@ def list_winners(verdicts: dict[str, Verdict]) -> Table:
 def draw_winners(verdicts: dict[str, Verdict]) -> Any:
     """The same as a picture: blue where wellcond is better, orange where another is.
 
-    Where lower is better the rival minus ours is drawn, so that better is on one side.
+    Differences are in per cent of what the rival reached, because units differ, and positive where
+    wellcond is better.
     """
     colours = {"wellcond": figures.OURS, "other": figures.RIVAL}
     return figures.draw_differences(
@@ -224,7 +231,7 @@ def draw_winners(verdicts: dict[str, Verdict]) -> Any:
             (
                 f"{compared}:\n{find_method(v.ours).label} against {find_method(v.rival).label}",
                 colours.get(v.better, figures.NOTHING),
-                -v.difference if v.lower else v.difference,
+                v.gain,
             )
             for compared, v in verdicts.items()
         ]

@@ -15,7 +15,7 @@ from wellcond_experiments.grid import Runner, Setting
 from wellcond_experiments.methods import METHODS
 from wellcond_experiments.settings import SETTINGS
 
-PAGES = ("README.md", "docs/*.md")
+PAGES = ("README.md", "docs/*.md", "docs/evidence/*.md")
 PICTURES = Path("docs", "evidence")
 
 

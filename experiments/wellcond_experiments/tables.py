@@ -25,9 +25,14 @@ class Band(NamedTuple):
             return f"{number(self.mean)} [{number(self.low)}, {number(self.high)}]"
         return f"{number(self.mean)} ± {number(self.high - self.mean)}"
 
+    def scale(self, factor: float) -> Band:
+        """Of the numbers times a factor, which may be negative."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Band(factor * self.mean, low, high, self.log)
+
     def __neg__(self) -> Band:
         """Of the negative numbers."""
-        return Band(-self.mean, -self.high, -self.low, self.log)
+        return self.scale(-1.0)
 
     def signed(self, digits: int = 2) -> str:
         """Of a difference, as "+0.50 ± 0.10"."""
