@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 import wellcond
 from processes import call
-from wellcond import cli
 from wellcond.cli import main
+from wellcond.cli.options import make_parser
 
 
 def exit_of(argv: list[str]) -> int:
@@ -42,7 +42,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 def test_every_command_has_help_with_an_example_that_parses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = {one.prog: one for one in parsers(cli._parser(""))}
+    found = {one.prog: one for one in parsers(make_parser(""))}
     assert found.keys() > {"wellcond audit", "wellcond repair", "wellcond reproduce"}
     for program, parser in found.items():
         assert exit_of([*program.split()[1:], "--help"]) == 0
@@ -53,7 +53,7 @@ def test_every_command_has_help_with_an_example_that_parses(
         label, name, command, *arguments = parser.epilog.split()
         assert (label, name) == ("example:", "wellcond")
         if command in ("audit", "repair"):  # the others are those of the experiments
-            cli._parser(command).parse_args([command, *arguments])
+            make_parser(command).parse_args([command, *arguments])
 
 
 @pytest.mark.parametrize(
