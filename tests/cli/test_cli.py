@@ -225,7 +225,7 @@ def test_where_nothing_can_be_written_nothing_is_measured(
     (folder / "exists").write_text("mine")
     (folder / "link.csv").symlink_to(checkpoint)
     for name, message in (
-        ("missing/r", "missing is none. Create it first."),
+        ("missing/r", "missing is not one. Create it."),
         (".", "is a directory"),
         ("exists", "exists already and is not overwritten. Give --overwrite"),
     ):

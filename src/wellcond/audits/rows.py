@@ -151,7 +151,7 @@ def _of_matrix(S: Tensor, finding: Finding, want_certificate: bool, all_values: 
     notes = [_extreme_groups(spectra)] if len(blocks) > 1 else []
     if certificate is not None:
         if not _near(kappa, known):
-            notes.append(f"κ = {kappa:.4g} was measured, and lies outside of what is certified")
+            notes.append(f"κ = {kappa:.4g} was measured, and lies outside the certified interval")
         top = _inside(certificate.sigma_max, top)
         low = _inside(certificate.sigma_min, low)
         kappa = _inside(known, kappa, certificate.computed)

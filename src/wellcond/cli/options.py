@@ -37,7 +37,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
 
     reproduce = commands.add_parser(
         "reproduce",
-        help="run an experiment, of the paper or beyond it",
+        help="run an experiment from the paper or beyond it",
         description="Run an experiment; writes results.json, a table and pictures.",
         epilog="example: wellcond reproduce denoise --data digits",
     )
@@ -95,7 +95,7 @@ def _positive(text: str) -> int:
 
 
 def _number(text: str) -> float:
-    """nan if it is none."""
+    """The number in a text; nan if there is no number in it."""
     try:
         return float(text)
     except ValueError:
@@ -108,7 +108,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
             f"--{name}", action="append", default=[], metavar="GLOB", help=f"{what} that match"
         )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
-    parser.add_argument("--json", action="store_true", help="print one JSON document alone")
+    parser.add_argument("--json", action="store_true", help="print only a JSON document")
 
 
 def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -120,73 +120,76 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
         "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
         "With --baseline, exit code 1 if a condition number or σ_max has risen, a stable rank has "
-        "fallen, or a weight is not there. "
+        "fallen, or a weight is missing. "
         "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
-        "--compare, the exit code is about B. Several checkpoints are audited one by one, and the "
+        "--compare, the exit code applies to B. Several checkpoints are audited one by one; the "
         "exit code is the largest of theirs.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="PATH", help=f"{_INPUT}; or several of these"
     )
-    parser.add_argument("--certify", action="store_true", help="enclose every number by intervals")
-    parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
+    parser.add_argument("--certify", action="store_true", help="enclose numbers in intervals")
+    parser.add_argument("--top", type=_positive, metavar="N", help="show only the worst N rows")
     parser.add_argument(
         "--sort",
         choices=("standing", "kappa"),
         default="standing",
-        help="rows by flags and standing among trained weights (the default), or by κ",
+        help="order rows by flags and standing among trained weights (the default), or by κ",
     )
     parser.add_argument(
         "--roles",
         action="store_true",
-        help="show beneath the table the worst weight of each role: q, k, v, o, up, gate, down",
+        help="show the worst weight of each role (q, k, v, o, up, gate, down) beneath the table",
     )
-    parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 above K")
+    parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 if κ exceeds K")
     parser.add_argument(
-        "--min-coverage", type=_share, metavar="SHARE", help="exit 1 below that share, 0 to 1"
+        "--min-coverage",
+        type=_share,
+        metavar="SHARE",
+        help="exit 1 if less than this share of the parameters is measured, from 0 to 1",
     )
     parser.add_argument(
         "--baseline",
         type=Path,
         metavar="FILE",
         help="what --json printed before: exit 1 if κ or σ_max of a weight has risen since, its "
-        "stable rank has fallen, or it is gone",
+        "stable rank has fallen, or the weight is missing",
     )
     parser.add_argument(
         "--max-rise",
         type=_limit,
         metavar="TIMES",
-        help="by how much κ and σ_max may rise and the stable rank fall, default: 2 times; κ of "
-        "square weights 10 times as much",
+        help="by how much κ and σ_max may rise and the stable rank may fall, default: 2 times; κ "
+        "of square weights may rise 10 times as much",
     )
     parser.add_argument(
         "--compare",
         type=Path,
         metavar="B",
-        help="how weights moved from PATH to B; module. and the like in names are passed over",
+        help="show how weights moved from PATH to B; prefixes such as module. in names are ignored",
     )
     parser.add_argument(
         "--names",
         nargs=2,
         metavar=("NAME", "NAME_B"),
-        help="with --compare: what PATH and B are called",
+        help="with --compare: the names to show for PATH and B",
     )
     parser.add_argument(
         "--heads",
         action="store_true",
-        help="measure the heads of attention besides, by the config.json beside the file",
+        help="also measure the heads of attention, which the config.json beside the file describes",
     )
     parser.add_argument(
         "--base",
         type=Path,
         metavar="MODEL",
-        help="of an adapter (LoRA) the model it adapts: measure the sum, and what is added",
+        help="the model that an adapter (LoRA) adapts: measure the sum, and what is added",
     )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, self-contained")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
     parser.add_argument(
         "--sarif", type=Path, metavar="FILE", help="write SARIF 2.1.0, for code scanning"
     )
@@ -194,14 +197,14 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--markdown",
         type=Path,
         metavar="FILE",
-        help="append a summary in Markdown, as to $GITHUB_STEP_SUMMARY; - prints it instead of the "
-        "table",
+        help="append a summary in Markdown, for example to $GITHUB_STEP_SUMMARY; - prints it "
+        "instead of the table",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files of --csv, --html and --sarif"
     )
     parser.add_argument(
-        "--explain", action="store_true", help="say beneath the table what its columns mean"
+        "--explain", action="store_true", help="explain the columns beneath the table"
     )
     _add_common(parser)
 
@@ -210,8 +213,8 @@ def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "repair",
         help="write a checkpoint whose weights obey a limit",
-        description="Copy a checkpoint with every weight above the limit replaced by a nearest one "
-        "that obeys it as stored; all else stays as it is. Nothing is overwritten.",
+        description="Copy a checkpoint with every weight above the limit replaced by a nearest "
+        "matrix that obeys it as stored; everything else is copied. No file is overwritten.",
         epilog="example: wellcond repair model.safetensors fixed.safetensors --max-condition 1000",
     )
     parser.add_argument("path", type=Path, metavar="IN", help=_INPUT)
@@ -226,7 +229,7 @@ def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--dequantize",
         action="store_true",
         help="write weights that are stored as codes as plain tensors of safetensors; with "
-        "--max-condition inf they are not changed otherwise",
+        "--max-condition inf nothing else changes",
     )
     _add_common(parser)
 
@@ -245,9 +248,9 @@ def check_combinations(arguments: argparse.Namespace) -> None:
     if arguments.baseline is not None and arguments.compare is not None:
         raise ValueError("--baseline and --compare must not be given together: one at a time.")
     if arguments.max_rise is not None and arguments.baseline is None:
-        raise ValueError("--max-rise must come with --baseline FILE, from which κ may rise.")
+        raise ValueError("--max-rise must come with --baseline FILE, with which it compares.")
     if arguments.names is not None and arguments.compare is None:
-        raise ValueError("--names must come with --compare B: these two are what it names.")
+        raise ValueError("--names must come with --compare B: it names PATH and B.")
     if len(arguments.paths) > 1:
         for option in ("baseline", "compare", "base", "html"):
             if getattr(arguments, option) is not None:
@@ -268,7 +271,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         option = f"--{option}"
         if not path.parent.is_dir():
             raise FileNotFoundError(
-                f"{option} must lie in a directory, but {path.parent} is none. Create it first."
+                f"{option} must lie in a directory, but {path.parent} is not one. Create it."
             )
         if path.is_dir():
             raise IsADirectoryError(f"{option} must be a file, but {path} is a directory.")
@@ -276,7 +279,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} must be a file of its own, but {path} is given twice.")
         if os.path.lexists(path):
             if any(path.name.endswith(suffix) for suffix in _WEIGHTS):
-                raise ValueError(f"{option} must not replace weights, as {path} may be.")
+                raise ValueError(f"{option} must not replace weights, but {path} may hold some.")
             if option != "--markdown" and not arguments.overwrite:
                 raise error_of_existing(path, option)
         outputs.append(path)

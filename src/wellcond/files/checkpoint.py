@@ -152,7 +152,7 @@ class Checkpoint(Files):
 
     def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
         """Says of codes, and of other parts of a weight, why it cannot be built."""
-        unknown = "in a layout that is not known"
+        unknown = "in an unknown layout"
         config = self.beside("config.json")
         if not (find_quantization(config) or config.get("quantization")):
             unknown = "and no config.json beside it says how"

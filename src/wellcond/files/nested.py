@@ -97,7 +97,7 @@ class _Walk:
                 raise UnreadableError(
                     f"{self.path} must hold at most {_CONTAINERS:,} dicts and lists, {_DEPTH} "
                     "within each other, but holds more, or itself. "
-                    "Save the weights alone: torch.save(model.state_dict(), path)."
+                    "Save only the weights: torch.save(model.state_dict(), path)."
                 )
             keys = set(content) if isinstance(content, Mapping) else set()
             for known, reason in STATES:

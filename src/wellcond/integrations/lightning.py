@@ -336,7 +336,7 @@ class RegularizerCallback(Callback):
             raise ValueError(
                 f'`ckpt_path` must hold the state of this callback, "{self.state_key}", but has '
                 f"{list(saved)}. Resume with the patterns and the mode with which it was saved; to "
-                "start the penalty now, load the weights alone and call fit without ckpt_path."
+                "start the penalty now, load only the weights and call fit without ckpt_path."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -404,7 +404,7 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
         raise ValueError(
             f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but the one of step "
             f"{state.global_step} was saved without this callback. To start the penalty now, load "
-            "its weights alone and train without resuming."
+            "only its weights and train without resuming."
         )
     run = mark["attributes"]["run"]
     # Not used by the Trainer itself; the place to say where a checkpoint outside output_dir lies.

@@ -364,7 +364,7 @@ def _view_of_block(view: View, shape: torch.Size, block: Block) -> tuple[View, t
             # Another process holds this matrix: of it, this one has no rows.
             absent = _Absent(columns.stop - columns.start)
             return absent, shape[1:], (slice(0, 0), columns)
-    raise TypeError(f"{view} is no view of a sharded parameter.")
+    raise TypeError(f"{view} is not a view of a sharded parameter.")
 
 
 def _view_of_kernel_block(

@@ -64,7 +64,7 @@ class Args(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """The settings in a config that differ, or why they are none.
+    """The settings in a config that differ, or why there are no settings.
 
     Attributes:
         config: all of it.

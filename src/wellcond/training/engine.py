@@ -328,7 +328,7 @@ class Engine:
             self._checks.raise_ready()
 
     def check_rates(self, lr: Tensor) -> Tensor:
-        """A learning rate on a device, 0 if it is none, which is raised once it is free to read."""
+        """A learning rate on a device; 0 if it is invalid, which raises once it can be read."""
         valid = (lr >= 0) & torch.isfinite(lr)
         self._checks.add(valid[None], _raise_not_a_rate)
         return torch.where(valid, lr, 0.0)

@@ -255,9 +255,9 @@ class Regularizer:
         soft = [s.name for s in states if s.rule.default_schedule.every is not None]
         if every == "auto" and soft:
             raise ValueError(
-                f'`every` must be a number, got "auto", which hard limits alone can have: '
-                f"{quote_subject(soft)} under none. Leave `every` out for 10 for penalties and "
-                '"auto" for limits.'
+                f'`every` must be a number, got "auto", which only hard limits can have: '
+                f"{quote_subject(soft)} under another rule. Leave `every` out for 10 for "
+                'penalties and "auto" for limits.'
             )
         if steps is None and not has_modes(optimizer):
             for state in states:
@@ -381,7 +381,7 @@ class Regularizer:
 
         Raises:
             ValueError: every < 1.
-            TypeError: a target that is none of these.
+            TypeError: another kind of target.
 
         Example:
             >>> import torch, wellcond as wc
@@ -453,7 +453,7 @@ class Regularizer:
             lines.append(
                 f"  detached after {steps} steps: enforce() applies the limits when it is called"
                 if steps
-                else "  attached to no optimizer: enforce() alone applies the limits"
+                else "  attached to no optimizer: only enforce() applies the limits"
             )
         return "\n".join(lines)
 
@@ -470,7 +470,7 @@ class Regularizer:
         elif attached and id(state) not in attached:
             remarks.append("held by no optimizer that is attached: no step is taken")
         if state.caution:
-            remarks.append(f"{state.caution}: it is meant, not what acts")
+            remarks.append(f"{state.caution}: the rule acts on that, not on the effective weight")
         if not state.shortened.is_meta and (shortened := int(state.shortened)):
             remarks.append(
                 f"{shortened} proximal steps were shortened: {state.width} singular triplets do "
@@ -575,8 +575,8 @@ def refuse_without_proximal_step(states: list[WeightState]) -> None:
                 raise ValueError(f'"{state.name}": {error}') from None
         if not isinstance(S, Updatable):
             raise ValueError(
-                f'"{state.name}" cannot be changed where it lies, as it rests on several '
-                "parameters. Use reg() in the loss or add_gradients()."
+                f'"{state.name}" cannot be changed where it lies, because it rests on '
+                "several parameters. Use reg() in the loss or add_gradients()."
             )
 
 
