@@ -13,7 +13,6 @@ from wellcond.cli.options import error_of_existing, instead_of_table, max_rise
 from wellcond.cli.terminal import say
 from wellcond.report.comparison import Comparison
 from wellcond.report.gate import (
-    Rule,
     Verdict,
     count_verdicts,
     format_csv_of_all,
@@ -86,9 +85,9 @@ def print_answers(answers: Sequence[Answer], arguments: argparse.Namespace) -> N
                 print(gap + escape(verdict.path))
                 gap = "\n"
             _print_tables(verdict.report, arguments)
-        _print_faults(verdict, several)
-        if comparison is not None:
-            _print_comparison_with_baseline(comparison, arguments.baseline)
+        _print_faults(verdict)
+        if comparison is not None and (new := comparison.new):
+            say(verdict.name(f"{count_weights(new)} not in the baseline: {list_some(new)}"))
     verdicts = [answer.verdict for answer in answers]
     if several and any(verdict.exit_code for verdict in verdicts):
         say(count_verdicts(verdicts))
@@ -133,22 +132,7 @@ def _print_tables(report: AuditReport | Comparison, arguments: argparse.Namespac
         print(f"\n{report.legend()}", end="")
 
 
-def _print_faults(verdict: Verdict, several: bool) -> None:
-    """On standard error, after the path if there are several."""
+def _print_faults(verdict: Verdict) -> None:
     for fault in verdict.faults:
-        if fault.rule is Rule.missing:  # printed with what is new
-            continue
         kind = "error: " if verdict.report is None else "" if fault.is_error else "warning: "
-        path, text = escape(verdict.path), escape(fault.text)
-        is_named = text.startswith(path) or fault.rule is Rule.min_coverage
-        which = f"{path}: " if several and not is_named else ""
-        say(f"{kind}{which}{text}")
-
-
-def _print_comparison_with_baseline(comparison: BaselineComparison, path: Path) -> None:
-    """Which weights only one of both has."""
-    others = (("of the baseline not there", comparison.missing), ("not in it", comparison.new))
-    if words := [
-        f"{count_weights(names)} {where}: {list_some(names)}" for where, names in others if names
-    ]:
-        say(f"{escape(path)}: {'; '.join(words)}")
+        say(f"{kind}{verdict.name(escape(fault.text))}")

@@ -26,6 +26,7 @@ from wellcond.report.gate import (
     Fault,
     Rule,
     Verdict,
+    begins_with,
     find_exceeding,
     find_low_coverage,
     find_unsound,
@@ -33,7 +34,7 @@ from wellcond.report.gate import (
 from wellcond.report.page import CURVES
 from wellcond.report.pairing import QUANTITIES
 from wellcond.report.report import AuditReport
-from wellcond.text import list_some
+from wellcond.text import escape, list_some
 
 
 def run_audit(arguments: argparse.Namespace) -> int:
@@ -56,7 +57,11 @@ def _audit_or_fail(path: Path, arguments: argparse.Namespace, baseline: Baseline
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        return Answer(Verdict(path, None, [Fault(Rule.not_audited, describe_error(error))]))
+        text = describe_error(error)
+        # An error that begins with another file is about that one.
+        others = (arguments.compare, arguments.base)
+        about = next((one for one in others if one and begins_with(text, one)), path)
+        return Answer(Verdict(about, None, [Fault(Rule.not_audited, text)]))
 
 
 def _audit_one(path: Path, arguments: argparse.Namespace, baseline: Baseline | None) -> Answer:
@@ -81,7 +86,7 @@ def _audit_one(path: Path, arguments: argparse.Namespace, baseline: Baseline | N
         *(_find_worse(comparison, max_rise(arguments)) if comparison is not None else ()),
     ]
     for fault in find_low_coverage(before, None) if before is not None else ():
-        say(f"warning: {fault.text}")
+        say(f"warning: {escape(path)}: {fault.text}")
     return Answer(Verdict(arguments.compare or path, result, faults, is_gated), comparison)
 
 
@@ -114,6 +119,6 @@ def _find_worse(comparison: BaselineComparison, rise: float) -> Iterator[Fault]:
         }
         yield Fault(Rule.baseline, text, weights)
     if comparison.missing:
-        text = f"{count_weights(comparison.missing)} of the baseline not there"
-        weights = dict.fromkeys(comparison.missing, "it is in the baseline, and not there")
+        text = f"{count_weights(comparison.missing)} of the baseline missing"
+        weights = dict.fromkeys(comparison.missing, "it is in the baseline, but not in the file")
         yield Fault(Rule.missing, f"{text}: {list_some(comparison.missing)}", weights)
