@@ -80,7 +80,7 @@ class Source:
 
 
 def source_of(model_or_path: Auditable, example: Any = None, base: Any = None) -> Source:
-    """Of a model, of a path, or of a state dict.
+    """The source of a model, a path or a state dict.
 
     Raises:
         TypeError: something else, or an example without a model, or a base for a model.

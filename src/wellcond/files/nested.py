@@ -161,7 +161,7 @@ class _Walk:
         return attributes | one.items | dict(enumerate(one.elements))
 
     def _visit_trainer(self, content: Any, name: str) -> None:
-        """Of a trainer's state it says only whether there are tensors in it."""
+        """Says of a trainer's state only whether there are tensors in it."""
         tensors, others, classes = self.tensors, self.others, self.classes
         self.tensors, self.others, self.classes = {}, {}, {}
         self.visit(content, name, 1)

@@ -356,7 +356,7 @@ def _warn_of_successor(optimizer: Optimizer) -> None:
 
 
 def _warn_of_another(optimizer: Optimizer) -> None:
-    """Of an optimizer that steps weights in place of the attached one, which has taken no step.
+    """Warns of an optimizer that steps weights in place of the attached one, which took no step.
 
     A wrapper calls the step of the optimizer that it wraps, which is no other: within its own step,
     or, without hooks of its own before it, once before that is seen.

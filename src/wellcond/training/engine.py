@@ -215,7 +215,7 @@ class Engine:
         """Counts a step of the optimizer and looks at the weights whose turn it is.
 
         Returns:
-            The weights that are to be projected now. Of a device the numbers of a look are read at
+            The weights that are to be projected now. On a device the numbers of a look are read at
             the step after it.
         """
         with full_precision(self._device):

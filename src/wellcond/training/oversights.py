@@ -248,9 +248,9 @@ def _flattening_factor(weight: Weight) -> float:
 
 
 def warn_of_stored(states: Iterable[WeightState]) -> None:
-    """Names the weights of which what is stored is not what acts, in one message for each kind.
+    """Names the weights whose stored tensor is not what acts, in one message for each kind.
 
-    Of a quantiser under a hard limit `Oversights.check_limits` says more.
+    `Oversights.check_limits` says more of a quantiser under a hard limit.
     """
     states = list(states)
     quantisers = find_quantised(state for state in states if state.rule.enforceable)

@@ -72,8 +72,8 @@ class Regularizer:
             DistributedDataParallel, if the model is wrapped by it, else none. Weights that are
             DTensors need no group.
         check_replicas: before every application, raise a RuntimeError that names the weights that
-            are not the same on all of these processes. Of processes that hold the same model alone:
-            the weights of DTensors are not compared.
+            are not the same on all of these processes. Only processes that hold the same model are
+            compared: the weights of DTensors are not.
 
     Raises:
         ValueError: no weight is left to regularise, a pattern matches nothing, block_size < 1, a
@@ -207,8 +207,9 @@ class Regularizer:
         the weights, a warning says so once.
 
         Args:
-            optimizer: a torch optimizer that holds at least one of the weights. Of a wrapper whose
-                `step` is not called, as SAM in two steps, the one inside: `base_optimizer`.
+            optimizer: a torch optimizer that holds at least one of the weights. If it is a
+                wrapper whose `step` is not called, as SAM in two steps, give the optimizer inside:
+                `base_optimizer`.
             every: after every so many optimizer steps; steps at the end that do not fill an
                 interval stay pending, and limits are applied exactly. By default 10 for penalties:
                 kappa was within 1.3 % of an exact proximal step in every step for 5 and for 10
