@@ -129,8 +129,8 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="PATH", help=f"{_INPUT}; or several of these"
     )
-    parser.add_argument("--certify", action="store_true", help="enclose numbers in intervals")
-    parser.add_argument("--top", type=_positive, metavar="N", help="show only the worst N rows")
+    parser.add_argument("--certify", action="store_true", help="enclose each number in an interval")
+    parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
     parser.add_argument(
         "--sort",
         choices=("standing", "kappa"),
