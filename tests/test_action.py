@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from wellcond import cli
+from wellcond.cli.options import make_parser
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def test_the_hooks_are_commands_and_choose_weights() -> None:
     for hook in hooks.values():
         program, *command = hook["entry"].split()
         assert program == "wellcond"
-        arguments = cli._parser("audit").parse_args([*command, *hook["args"], *WEIGHTS])
+        arguments = make_parser("audit").parse_args([*command, *hook["args"], *WEIGHTS])
         assert arguments.paths == [Path(name) for name in WEIGHTS]
         assert arguments.max_condition == float("inf")
         chosen = [

@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 import wellcond
 import wellcond.report
 import wellcond.rules
-from wellcond import cli
+from wellcond.cli.options import make_parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -70,10 +70,10 @@ def commands() -> list[str]:
 
 
 def test_the_reference_has_every_command_with_every_option() -> None:
-    assert commands() == [*command_line.subcommands(cli._parser(""))]
+    assert commands() == [*command_line.subcommands(make_parser(""))]
     for command in commands():
         text = "\n".join(command_line.reference(command))
-        parser = command_line.subcommands(cli._parser(command))[command]
+        parser = command_line.subcommands(make_parser(command))[command]
         for one in command_line.subcommands(parser).values() or [parser]:
             for action in command_line.arguments(one):
                 name = (action.option_strings or [action.metavar or action.dest])[0]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from wellcond import cli
+from wellcond.cli.options import make_parser
 
 if TYPE_CHECKING:
     from docutils.nodes import Node
@@ -22,7 +22,7 @@ _Subcommands = argparse._SubParsersAction
 
 def reference(command: str) -> Lines:
     """What a command does and takes, as reStructuredText."""
-    parser = subcommands(cli._parser(command))[command]
+    parser = subcommands(make_parser(command))[command]
     each = subcommands(parser)
     if not each:
         yield from _all_of(parser, arguments(parser))

@@ -17,7 +17,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def new_path(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A temporary path beside the target, which takes its name when all went well, else is removed.
 
-    Of several processes that want one name, the first gets it and the others an error; if they may
+    If several processes want one name, the first gets it and the others an error; if they may
     overwrite, which is for files only, the last gets it. A process that is killed leaves its folder
     `.wellcond-unfinished-*`, which can be removed.
 

@@ -186,7 +186,7 @@ def test_a_certificate_overrules_extremes_that_missed(
     assert finding.sigma_min in finding.certificate.sigma_min
     assert finding.condition_number == pytest.approx(3e3)
     assert finding.penalty == pytest.approx(oracles.penalty(S))
-    assert ("lies outside of what is certified" in finding.explanation) == always
+    assert ("lies outside the certified interval" in finding.explanation) == always
 
 
 def test_the_worst_comes_first() -> None:

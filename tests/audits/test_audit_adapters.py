@@ -353,10 +353,10 @@ def test_patterns_choose_adapters(base: Path, tmp_path: Path) -> None:
 
 def test_what_is_asked_in_vain_is_said(base: Path, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
-    with pytest.raises(ValueError, match="has no adapter that is known"):
+    with pytest.raises(ValueError, match="has no adapter that wellcond knows"):
         wc.audit(base, base=base)
     with pytest.raises(
-        ValueError, match=r"of far\.away\.weight, in .* it is not there; it has lay"
+        ValueError, match=r"no weight for far\.away\.weight \(in .* it is not there\); it has lay"
     ):
         wc.audit(written(tmp_path / "other", pair("far.away"), {}), base=base)
     with pytest.raises(TypeError, match="must come with the path of an adapter"):
@@ -383,7 +383,9 @@ def test_a_scale_that_is_no_number_is_none(alpha: Any, base: Path, tmp_path: Pat
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {"lora_alpha": alpha})
     (row,) = wc.audit(adapter).findings
     assert "its scale is unknown" in row.detail
-    with pytest.raises(ValueError, match=r"no sum of .* can be measured .*its scale is unknown"):
+    with pytest.raises(
+        ValueError, match=r"a sum that can be measured, but .* has none .*its scale is unknown"
+    ):
         wc.audit(adapter, base=base)
 
 
@@ -573,7 +575,7 @@ def test_magnitudes_alone_are_not_nothing(tmp_path: Path) -> None:
     found = all_rows(model, include=["*lin*"])
     delta = found["base_model.model.lin.base_layer.weight:delta"]
     assert delta.status is wc.report.Status.zero
-    assert "DoRA brings the rows of the sum to other lengths besides" in delta.explanation
+    assert "DoRA also rescales the rows of the sum" in delta.explanation
     assert found["base_model.model.lin.base_layer.weight:merged"].added_share != 0
 
 
@@ -673,7 +675,7 @@ def test_the_parameters_of_an_adapter_that_is_no_lora_are_no_weights(
     labels = {finding.label: finding for finding in wc.audit(whole).findings}
     assert not any(part in label for label in labels for part in ("oft_", "ia3", "hra"))
     q_proj = labels["base_model.model.q_proj.base_layer.weight"]
-    assert "makes of it is not in these numbers" in q_proj.detail
+    assert "these numbers leave out the effect of" in q_proj.detail
 
 
 @pytest.mark.frameworks
@@ -685,7 +687,7 @@ def test_a_live_weight_says_that_an_adapter_changes_it() -> None:
         model, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     )
     (row,) = wc.audit(adapted).findings
-    assert row.detail == "what IA3 makes of it is not in these numbers"
+    assert row.detail == "these numbers leave out the effect of IA3"
     adapted.merge_adapter()  # the weight is the sum now
     assert wc.audit(adapted).findings[0].detail == ""
     adapted.unmerge_adapter()

@@ -111,7 +111,7 @@ def test_without_alpha_there_is_no_sum(kind: Path, tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     kept = {key: one for key, one in config.items() if "alpha" not in key}
     path.write_text(json.dumps(kept))
-    with pytest.raises(ValueError, match=r"no sum of .* its scale is unknown"):
+    with pytest.raises(ValueError, match=r"must give a sum .* its scale is unknown"):
         wc.audit(tmp_path / "adapter", base=kind / "base.safetensors")
 
 

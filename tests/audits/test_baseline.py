@@ -59,8 +59,8 @@ def baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
         ),
         ((math.inf, 20), [], 1, "layers.0.weight (κ 10 to nan)"),
         ((1e300, 20), [], 1, "layers.0.weight (κ 10 to inf)"),
-        ((10, 20, 5), [], 0, "baseline.json: 1 weight not in it: layers.2.weight"),
-        ((10,), [], 1, "baseline.json: 1 weight of the baseline not there: layers.1.weight"),
+        ((10, 20, 5), [], 0, "new.pt: 1 weight not in the baseline: layers.2.weight"),
+        ((10,), [], 1, "new.pt: 1 weight of the baseline missing: layers.1.weight"),
     ],
 )
 def test_a_rise_is_exit_code_1(

@@ -374,10 +374,10 @@ def test_scales_of_codes_that_are_left_out_are_no_matrices(tmp_path: Path) -> No
     ("config", "why"),
     [
         (None, "int8, and no config.json beside it says how"),
-        ({"quantization_config": {"quant_method": "new"}}, "int8, in a layout that is not known"),
+        ({"quantization_config": {"quant_method": "new"}}, "int8, in an unknown layout"),
         (
             {"llm_config": {"quantization_config": {"quant_method": "new"}}},
-            "int8, in a layout that is not known",
+            "int8, in an unknown layout",
         ),
     ],
 )
@@ -593,7 +593,7 @@ def test_what_cannot_become_plain_is_said_before_anything_is_copied(
     path.mkdir()
     torch.save({"l.weight": codes, "l.weight_scale": torch.tensor(2.0)}, path / "a.pt")
     monkeypatch.setattr(Checkpoint, "copy_with", None)
-    with pytest.raises(ValueError, match=r"a\.pt must be a safetensors file .* is none"):
+    with pytest.raises(ValueError, match=r"a\.pt must be a safetensors file .* but is not"):
         wc.repair(path, tmp_path / "out", 5.0, dequantise=True)
 
 

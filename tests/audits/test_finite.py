@@ -337,7 +337,7 @@ def test_a_tensor_that_cannot_be_read_is_a_row(
     assert [(f.name, f.status.name) for f in report.findings] == [("b", "failed"), ("w", "ok")]
     assert (report.coverage.measured, report.coverage.failed) == (1, 1)
     assert main(["audit", str(path)]) == 0
-    assert "warning: 1 could not be measured: b (OSError:" in capsys.readouterr().err
+    assert f"warning: {path}: 1 could not be measured: b (OSError:" in capsys.readouterr().err
     for gate in (["--max-condition", "9"], ["--min-coverage", "0.1"]):
         assert main(["audit", str(path), *gate]) == 1
 
@@ -364,7 +364,7 @@ def test_every_gate_fails(sick: Path, sound: Path, capsys: pytest.CaptureFixture
         ["--min-coverage", "0.1"],
         ["--baseline", str(baseline)],
     ]
-    line = "1 tensor holds NaN or infinity: norm.weight (1 infinite of 2 entries)"
+    line = f"{sick}: 1 tensor holds NaN or infinity: norm.weight (1 infinite of 2 entries)"
     for gate in gates:
         assert main(["audit", str(sound), *gate]) == 0
         assert capsys.readouterr().err == ""

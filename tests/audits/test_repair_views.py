@@ -172,9 +172,9 @@ def test_a_repair_lists_what_it_changes_that_is_not_called_a_weight(tmp_path: Pa
     names = ["a.weight", "b.kernel", "q_proj", "codes.basis", "W_out"]
     torch.save({name: S.clone() for name in names} | {"fine": torch.eye(2)}, tmp_path / "m.pt")
     report = wc.repair(tmp_path / "m.pt", tmp_path / "fixed.pt", max_condition=10)
-    noted = [one.name for one in report.repairs if "not called a weight" in one.note]
+    noted = [one.name for one in report.repairs if "is not that of a weight" in one.note]
     assert noted == ["codes.basis", "W_out"]
-    assert "codes.basis, W_out: changed, though not called a weight" in str(report)
+    assert "codes.basis, W_out: changed, although its name is not that of a weight" in str(report)
 
 
 def test_a_repair_says_which_rows_of_zeros_it_fills(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ CASES: dict[str, Case] = {
     "4 bits: another table": four_bits(
         lambda c: c.fill("odd.weight.quant_map", bytes(4)), "values"
     ),
-    "4 bits: no JSON": four_bits(lambda c: c.fill(STATE, b"{"), "no description"),
+    "4 bits: no JSON": four_bits(lambda c: c.fill(STATE, b"{"), "not a description"),
     "8 bits: half of the scales": Case(
         "bitsandbytes_int8",
         "transformer.h.0.mlp.c_fc.weight",
@@ -294,11 +294,11 @@ CASES: dict[str, Case] = {
         lambda c: c.parts.update(
             {"transformer.h.0.mlp.c_fc.weight_scale_inv": Part("F32", [1, 1], bytes(4))}
         ),
-        "is beside it, and is none of its parts",
+        "is stored beside it, and is not one of its parts",
     ),
     "GPTQ: scales of another format": gptq(
         lambda c: c.parts.update({f"{Q}.weight_scale": Part("F32", [1], bytes(4))}),
-        "is beside it, and is none of its parts",
+        "is stored beside it, and is not one of its parts",
     ),
     "BitNet: codes of 3": Case(
         "bitnet", "up_proj.weight", lambda c: c.fill("up_proj.weight", b"\xff"), "codes of 3"

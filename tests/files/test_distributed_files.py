@@ -748,7 +748,7 @@ def test_nothing_of_a_chunk_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch
     for code in CODES:
         pickled = code + b"0" + pickle.dumps({}, protocol=4)[2:] if code[:1] == b"\x80" else code
         store(folder, "a", zipped({"a/data.pkl": pickled + b"."}))
-        check_refused(folder, "what it holds of a at byte 0 is no tensor")
+        check_refused(folder, "what it holds of a at byte 0 is not a tensor")
     assert not (folder.parent / "canary").exists()
 
 

@@ -597,7 +597,7 @@ def test_a_header_whose_length_begins_as_a_zip_archive_does_is_read(tmp_path: Pa
         ("a.pt", b"not a checkpoint", "it holds no pickle"),
         ("a.pt", b"x\x00\x00\x00\x00\x00\x00\x00{}", "it holds no pickle"),
         ("a.safetensors", b"PK\x03\x04 and so on", "its name must end in .pt"),
-        ("a.safetensors", b"no header at all", "It is none, or damaged"),
+        ("a.safetensors", b"no header at all", "It is another kind of file, or damaged"),
     ],
 )
 def test_what_is_no_checkpoint_is_called_that(

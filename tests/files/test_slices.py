@@ -308,7 +308,7 @@ def test_numbers_of_processes_have_no_gaps(tmp_path: Path, numbers: tuple[int, i
     W = drawn(8, 6)
     for number, (at, part) in zip(numbers, grid(W, [4, 4]).items(), strict=True):
         shard(tmp_path / f"shard-{number:05}-a.safetensors", {"w": list(at)}, w=part)
-    with pytest.raises(ValueError, match=r"2 files are there of \d+ processes"):
+    with pytest.raises(ValueError, match=r"there are files of 2 of \d+ processes"):
         wc.audit(tmp_path)
 
 
@@ -317,7 +317,7 @@ def test_ranks_count_from_zero(tmp_path: Path) -> None:
         shard(tmp_path / f"model_rank_{number}.safetensors", {"w": list(at)}, w=part)
     assert wc.audit(tmp_path).coverage.measured == 1
     (tmp_path / "model_rank_0.safetensors").rename(tmp_path / "model_rank_2.safetensors")
-    with pytest.raises(ValueError, match="2 files are there of 3 processes"):
+    with pytest.raises(ValueError, match="there are files of 2 of 3 processes"):
         wc.audit(tmp_path)
 
 

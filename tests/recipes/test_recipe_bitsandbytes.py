@@ -103,10 +103,10 @@ def pop(tensors: dict[str, Tensor], *names: str) -> None:
 
 
 FOUR_BITS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
-    (lambda t: pop(t, STATE), f"there is no {STATE} to describe it"),
+    (lambda t: pop(t, STATE), f"no {STATE} describes it"),
     (
         lambda t: t.update({STATE.replace("nf4", "fp4"): t[STATE]}),
-        f"there is {STATE} and {STATE.replace('nf4', 'fp4')} to describe it",
+        f"{STATE} and {STATE.replace('nf4', 'fp4')} describe it",
     ),
     (lambda t: pop(t, f"{NAME}.absmax"), f"{NAME}.absmax is missing"),
     (lambda t: pop(t, f"{NAME}.quant_map"), f"{NAME}.quant_map is missing"),
@@ -115,7 +115,7 @@ FOUR_BITS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
     (lambda t: t.update({NAME: t[NAME].T}), "does not hold 77 codes of 4 bits"),
     (lambda t: t.update({f"{NAME}.absmax": t[f"{NAME}.absmax"][:1]}), "has the shape (1,)"),
     (lambda t: t.update({f"{NAME}.quant_map": -t[f"{NAME}.quant_map"]}), "the 16 values of NF4"),
-    (lambda t: t.update({STATE: t[STATE][:-3]}), "is no description in JSON"),
+    (lambda t: t.update({STATE: t[STATE][:-3]}), "is not a description in JSON"),
     (lambda t: t.update({STATE: torch.zeros(5000, dtype=torch.uint8)}), "is too large for"),
     (lambda t: t.update({f"{NAME}.nested_absmax": torch.ones(1)}), "absmax has the dtype float32"),
     (lambda t: describe(t, STATE, quant_type="fp4"), "says that its type is fp4"),

@@ -123,7 +123,7 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda t, s: s.update(quant_method="qqq"), "quant_method is qqq in config.json, and method"),
     (
         lambda t, s: s.update(quant_method="auto-round", method="auto-round"),
-        "its packing_format is , of which no layout is known",
+        "its packing_format is , whose layout is unknown",
     ),
     (lambda t, s: s.update(is_marlin_format=True), "Marlin"),
     (lambda t, s: s.update(checkpoint_format="marlin"), "format is marlin in config.json"),

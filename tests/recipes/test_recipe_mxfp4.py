@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "int8 that is said to be float8": (
         of_deepseek(),
         {"expert_dtype": "fp8", **FP8},
-        "by which int8 is float4",
+        "which mark int8 as float4",
     ),
     "groups of another size": (
         changed(of_deepseek, scale=lambda t: t[:, :2]),

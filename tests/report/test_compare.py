@@ -339,7 +339,9 @@ def test_another_shape_is_shown_and_counted() -> None:
         wc.audit(model([2.0, 1.0, 1.0], [3.0, 1.0])),
     )
     comparison = wc.compare(before, after)
-    assert comparison.summary()[-1] == "1 weight of another shape, and so perhaps another: 0.weight"
+    assert (
+        comparison.summary()[-1] == "1 weight of another shape, so perhaps not the same: 0.weight"
+    )
     for text in (comparison.table(), comparison.to_html()):
         assert "2x2 → 3x3" in text
     rows = {row["weight"]: row for row in csv.DictReader(io.StringIO(comparison.to_csv()))}

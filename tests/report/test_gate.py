@@ -182,8 +182,8 @@ def test_each_weight_that_breaks_a_rule_is_a_result(tmp_path: Path) -> None:
     found = [(r["ruleId"], name_of(r), r["message"]["text"]) for r in run["results"]]
     rest = [one for one in found if one[1] == "bad" or one[0] == "not-finite"]
     assert rest == [
-        ("not-finite", "lost", "lost: it holds NaN or infinity: 4 NaN of 4 entries"),
-        ("max-condition", "bad", "bad: κ is 100, the limit is 10"),
+        ("not-finite", "lost", "x.pt: lost: it holds NaN or infinity: 4 NaN of 4 entries"),
+        ("max-condition", "bad", "x.pt: bad: κ is 100, the limit is 10"),
     ]
     assert {(rule, name) for rule, name, _ in found} - {(r, n) for r, n, _ in rest} == {
         ("max-condition", "lost"),
@@ -219,9 +219,21 @@ def test_the_place_is_relative_to_the_checkout(tmp_path: Path) -> None:
     assert places == ["a%20b%23%C3%BC%3Ac.pt", (tmp_path / "other.pt").as_uri()]
 
 
+def test_a_message_that_begins_with_the_path_does_not_name_it_again(tmp_path: Path) -> None:
+    for text, message in [
+        ("x.pt must be whole", "x.pt must be whole"),
+        ("x.pt/a is gone", "x.pt/a is gone"),
+        ("x.pth is gone", "x.pt: x.pth is gone"),
+        ("x_pt is gone", "x.pt: x_pt is gone"),
+    ]:
+        verdict = Verdict(Path("x.pt"), None, [Fault(Rule.not_audited, text)])
+        (result,) = run_of([verdict], tmp_path)["results"]
+        assert result["message"]["text"] == verdict.name(text) == message
+
+
 def test_thousands_of_weights_are_cut_with_a_word(tmp_path: Path) -> None:
     weights = {f"w{i}": "κ is inf" for i in range(_RESULTS + 7)}
     verdict = Verdict(Path("x.pt"), None, [Fault(Rule.max_condition, "all exceed 2", weights)])
     results = run_of([verdict], tmp_path)["results"]
     assert len(results) == _RESULTS + 1
-    assert results[-1]["message"]["text"] == "and 7 more: all exceed 2"
+    assert results[-1]["message"]["text"] == "x.pt: and 7 more: all exceed 2"

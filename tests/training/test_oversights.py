@@ -74,7 +74,7 @@ def test_a_replaced_layer_is_noticed(said: Callable[[], list[str]]) -> None:
     for _ in range(20):
         reg.add_gradients()
     (message,) = said()
-    assert '"2.weight" is of a layer that is in the model no more' in message
+    assert '"2.weight" is of a layer that is no longer in the model' in message
 
 
 @pytest.mark.parametrize("call", ["reg()", "add_gradients()"])
@@ -229,7 +229,7 @@ def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
 
     model = net()
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
-    assert "attached to no optimizer: enforce() alone applies the limits" in repr(reg)
+    assert "attached to no optimizer: only enforce() applies the limits" in repr(reg)
     reg.enforce()  # which alone may be what is meant
     assert said() == []
     log(reg)

@@ -221,7 +221,7 @@ def test_by_default_limits_have_a_pace_and_penalties_an_interval() -> None:
     rules = {"0.*": Rounded(), "1.*": wc.ConditionPenalty(0.1)}
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, rules)
-    with pytest.raises(ValueError, match=r'"auto".*hard limits alone.*"1\.weight"'):
+    with pytest.raises(ValueError, match=r'"auto".*only hard limits.*"1\.weight"'):
         reg.attach(optimizer, every="auto")
     with pytest.raises(ValueError, match="every"):
         reg.attach(optimizer, every="often")

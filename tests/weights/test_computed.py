@@ -201,9 +201,9 @@ def test_a_limit_on_a_part_by_its_exact_name_holds_in_the_part_and_says_so(
         reg = wc.Regularizer(layer, {"weight_orig": wc.ConditionLimit(3.0)})
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        '"weight_orig" is a part from which weight is computed by pruning: what is regularised'
+        '"weight_orig" is a part from which weight is computed by pruning: wellcond regularises '
     )
-    assert "a part from which weight is computed by pruning: it is meant" in repr(reg)
+    assert "a part from which weight is computed by pruning: the rule acts on that" in repr(reg)
     reg.enforce()
     assert float(wc.condition_number(layer.weight_orig.detach())) <= 3
     (found,) = wc.audit(layer).findings

@@ -199,4 +199,4 @@ def test_models_of_transformers_have_no_note_and_no_weight_is_left_out(
         with caplog.at_level(logging.WARNING, logger="wellcond"):
             reg = wc.Regularizer(model, wc.ConditionLimit(10.0))
         assert not [r.getMessage() for r in caplog.records if r.name == "wellcond"], name
-        assert "it is meant, not what acts" not in repr(reg)
+        assert "the rule acts on that, not on the effective weight" not in repr(reg)

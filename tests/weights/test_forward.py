@@ -474,9 +474,9 @@ def test_a_rule_on_a_weight_that_is_changed_later_is_named_once(
     assert [text.split()[0] for text in said] == ['"0.weight"', '"2.weight"']
     assert "which the layer's own forward changes" in said[0]
     assert "which the layer's own forward may change" in said[1]
-    assert "it is meant, not what acts" in repr(reg)
+    assert "the rule acts on that, not on the effective weight" in repr(reg)
     reg = wc.Regularizer(model, {"1.*": rule, "*": None})
-    assert "it is meant, not what acts" not in repr(reg)
+    assert "the rule acts on that, not on the effective weight" not in repr(reg)
 
 
 def test_torch_fake_quantised_layers_act_with_the_quantised_weight() -> None:

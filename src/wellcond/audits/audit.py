@@ -225,7 +225,9 @@ def _check_measured(
     sums = [finding for finding in findings if finding.with_adapter]
     if based and sums and not any(finding.measured for finding in sums):
         why = f"{sums[0].label}: {sums[0].explanation}"
-        raise ValueError(f"With `base` no sum of {source} can be measured ({why}).")
+        raise ValueError(
+            f"`base` must give a sum that can be measured, but {source} has none ({why})."
+        )
     if not any(finding.measured for finding in findings):
         reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
         others = sorted(skipped.items(), key=lambda item: item[1].reason.no_matrix)

@@ -81,7 +81,7 @@ def compare(
         if not isinstance(side, AuditReport | nn.Module | str | os.PathLike | Mapping):
             raise TypeError(
                 f"`{name}` must be an AuditReport, a model or a path, got {type(side).__name__}. "
-                "Of a tensor audit a layer that holds it."
+                "For a tensor, audit a layer that holds it."
             )
     called = check_names(names)
     first, second = (

@@ -60,7 +60,7 @@ def _count(pieces: Pieces) -> tuple[NotFinite, bool]:
 
 
 def _is_by_design(name: str, negative: bool, masks: Collection[str]) -> bool:
-    """Of a tensor without NaN; `negative` says that all that is infinite is -inf."""
+    """Whether a tensor without NaN is meant so; `negative`: all that is infinite is -inf."""
     last = last_part(name.lower())
     mask = name in masks or re.search("mask|causal|attn_bias|attention_bias", last) is not None
     return (mask and negative) or not _BOUNDS.isdisjoint(last.split("_"))

@@ -162,7 +162,7 @@ def _row_of_adapter(name: str, adapter: Adapter, sizes: dict[str, int]) -> RowSp
     It takes the sizes of its tensors out of `sizes`: the first stands for what several share.
     """
     view = "delta" if adapter.name in ("", "default") else f"delta.{adapter.name}"
-    dora = "DoRA brings the rows of the sum to other lengths besides"
+    dora = "DoRA also rescales the rows of the sum"
     note = join_remarks(adapter.setting.note, dora if adapter.magnitude is not None else "")
     aliases = (name, f"{name}:delta", f"{name}:{view}", *adapter.parts)
     source = RowSource(name, partial(Delta, adapter))

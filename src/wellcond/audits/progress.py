@@ -116,7 +116,7 @@ def work_of(tensors: Iterable[Matrices | None]) -> list[float]:
 
 
 def _work(shape: Sequence[int]) -> float:
-    """Of a stack the matrices are the last two dimensions, a kernel counts as (out, rest)."""
+    """The matrices of a stack are its last two dimensions; a kernel counts as (out, rest)."""
     size = entries(shape)
     rows, columns = shape[-2:] if len(shape) == 3 else (shape[0], size // max(1, shape[0]))
     return float(size * min(rows, columns, _DECOMPOSED))

@@ -95,8 +95,8 @@ def repair(
             limit, as for K < 1.004 or so in bfloat16; tensors overlap, neither a part of the other;
             a pattern matches nothing; a file is unreadable; path_out lies inside the directory that
             is read, or has the ending of another format; all weights are stored as codes, without
-            `dequantise`, or there are none, or some that cannot be built, with it. Nothing is
-            written.
+            `dequantise`; with it, no weight is stored as codes, or one of them cannot be
+            dequantised. Nothing is written.
         FileExistsError: path_out exists.
         NotADirectoryError: a part of path_out is a file.
         OSError: path_out cannot be written, as on a full disk. Nothing of it is left.
@@ -281,7 +281,7 @@ def _limit_all(
         zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
         notes = [zero, row.note]
         if X is not S and not _CALLED_A_WEIGHT.search(last_part(row.name)):
-            notes.append("changed, though not called a weight")
+            notes.append("changed, although its name is not that of a weight")
         if filled := ((S == 0).all(-1) & (X != 0).any(-1)).flatten().nonzero().flatten().tolist():
             notes.append(f"rows that were zero are filled: {list_some(map(str, filled))}")
         moved = 0.0 if X is S else _relative_change(S, X)
@@ -363,8 +363,8 @@ def _check_ending(source: Path, target: Path, dequantise: bool) -> None:
     if source.is_dir() or source.name.endswith(INDEX):
         if target.name.endswith((".safetensors", INDEX, *PICKLED)):
             raise ValueError(
-                f"`path_out` must be a directory, as {source} is copied with all that belongs to "
-                f"it, but {target.name} ends as a file does. Choose a name without an ending."
+                f"`path_out` must be a directory, because {source} is copied with all that belongs "
+                f"to it, but {target.name} ends as a file does. Choose a name without an ending."
             )
         return
     if dequantise and source.is_file():

@@ -151,7 +151,7 @@ def _of_matrix(S: Tensor, finding: Finding, want_certificate: bool, all_values: 
     notes = [_extreme_groups(spectra)] if len(blocks) > 1 else []
     if certificate is not None:
         if not _near(kappa, known):
-            notes.append(f"κ = {kappa:.4g} was measured, and lies outside of what is certified")
+            notes.append(f"κ = {kappa:.4g} was measured, and lies outside the certified interval")
         top = _inside(certificate.sigma_max, top)
         low = _inside(certificate.sigma_min, low)
         kappa = _inside(known, kappa, certificate.computed)
@@ -197,7 +197,7 @@ def _inside(interval: Interval, *numbers: float) -> float:
 
 
 def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
-    """Of one matrix, and how many singular values no rounding of its entries could have made."""
+    """The spectrum, and how many singular values no rounding of the entries could have made."""
     spectrum = compute_spectrum(S, all_values)
     sigma = spectrum.singular_values
     # Rounding to the dtype moves an entry by u times its size, or half the smallest number.
@@ -281,7 +281,7 @@ def _not_finite_parts(adapters: Sequence[Adapter]) -> list[str]:
 
 @_measured.register
 def _of_product(S: Product, finding: Finding, *_options: bool) -> Finding:
-    """Of the leading singular values; all others are zero."""
+    """Measures the leading singular values; all others are zero."""
     factors = S.B.detach().cpu(), S.A.detach().cpu()
     counts = []
     for factor, name in zip(factors, "BA", strict=True):

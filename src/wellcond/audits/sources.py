@@ -80,17 +80,17 @@ class Source:
 
 
 def source_of(model_or_path: Auditable, example: Any = None, base: Any = None) -> Source:
-    """Of a model, of a path, or of a state dict.
+    """The source of a model, a path or a state dict.
 
     Raises:
-        TypeError: none of these, or an example without a model, or a base for a model.
+        TypeError: something else, or an example without a model, or a base for a model.
         ValueError: the base has none of the weights that are adapted.
     """
     if isinstance(model_or_path, nn.Module):
         if base is not None:
             raise TypeError(
                 "`base` must come with the path of an adapter, got a model. A model of PEFT holds "
-                "its base: audit it alone."
+                "its base: leave `base` out."
             )
         return _of_model(unwrapped(model_or_path), example)
     if isinstance(model_or_path, str | os.PathLike | Mapping):
@@ -225,7 +225,7 @@ def _is_statistic(name: str) -> bool:
 def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
     """The tensors of a file that may hold NaN: of one under several names the first."""
     repeated = (Reason.same, Reason.part)
-    # Several codes in an entry of bfloat16, say: what is NaN there is none.
+    # Several codes in an entry of bfloat16, say: what looks like NaN there are codes.
     packed = {
         recipe.parts[0]
         for recipe in file.recipes.values()
@@ -267,7 +267,7 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     for weight, one in matrices.items():
         of = "" if one.adapters else find_other_adapter(weight, others)
         if of and weight.partition(".base_layer.")[0] not in idle:
-            note = join_remarks(one.note, f"what {of} makes of it is not in these numbers")
+            note = join_remarks(one.note, f"these numbers leave out the effect of {of}")
             matrices[weight] = replace(one, note=note)
     return replace(source, matrices=list(matrices.values()), skipped=skipped)
 
@@ -277,7 +277,7 @@ def _with_base(source: Source, base: Source) -> Source:
     # The names of their tensors tell adapters apart.
     beside = {adapter.parts for one in source.matrices for adapter in one.adapters}
     if len(beside) == len(source.adapters):
-        found = "holds its base" if source.adapters else "has no adapter that is known"
+        found = "holds its base" if source.adapters else "has no adapter that wellcond knows"
         raise ValueError(
             f"`base` must come with an adapter by itself, but {source.name} {found}. "
             "Leave `base` out."
@@ -308,10 +308,10 @@ def _with_base(source: Source, base: Source) -> Source:
     if not bases:
         first, why = next(iter(missing.items()))
         raise ValueError(
-            f"`base` must hold the weights that {source.name} adapts, but of {first}, {why}; it "
-            f"has {list_some(matrices, limit=3)}. Give the model that was adapted; or, where names "
-            "in the file are not those of the modules, the model itself: "
-            "wc.audit(adapter, base=model)."
+            f"`base` must hold the weights that {source.name} adapts, but has no "
+            f"weight for {first} ({why}); it has {list_some(matrices, limit=3)}. Give the model "
+            "that was adapted; or, where names in the file are not those of the modules, the model "
+            "itself: wc.audit(adapter, base=model)."
         )
     failed = [failed_finding(name, MERGED, why) for name, why in missing.items()]
     failed = [*source.failed, *failed]

@@ -170,9 +170,9 @@ def _load_legacy(extent: Extent) -> Saved:
         start = file.read(64)
         if start[:1] == pickle.PROTO and _MAGIC not in start:
             raise UnreadableError(
-                f"{path} must be a file of torch.save, but is a pickle that it did not write, "
-                "and to load such a one could run code. Load it where it was made, and save "
-                "its tensors: torch.save(state_dict, other)."
+                f"{path} must be a file of torch.save, but is a pickle that torch.save did not "
+                "write, and loading it could run code. Load it where it was made, and save its "
+                "tensors: torch.save(state_dict, other)."
             )
         file.seek(0)
         unpickler = Unpickler(file)

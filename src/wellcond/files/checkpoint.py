@@ -54,7 +54,7 @@ NO_PARTS = (Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reas
 class Checkpoint(Files):
     """The tensors of a file, of a sharded file, or of all files of a directory.
 
-    Of several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
+    In several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
     those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name: if
     they make all of it, `where` has the whole; if not, it has the last, and `slices` all. A weight
     that is built from several tensors is in `where` under the name that it has in a plain
@@ -152,7 +152,7 @@ class Checkpoint(Files):
 
     def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
         """Says of codes, and of other parts of a weight, why it cannot be built."""
-        unknown = "in a layout that is not known"
+        unknown = "in an unknown layout"
         config = self.beside("config.json")
         if not (find_quantization(config) or config.get("quantization")):
             unknown = "and no config.json beside it says how"

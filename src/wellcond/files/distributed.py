@@ -119,7 +119,7 @@ class Distributed(TensorFile):
         if entry is None:
             _refuse_safetensors(path)
             raise damaged(
-                path, _PART, f"what it holds of {name} at byte {place.start:,} is no tensor"
+                path, _PART, f"what it holds of {name} at byte {place.start:,} is not a tensor"
             )
         written = str(dtype)[6:]
         if not chunk.foreign and (entry.shape, entry.dtype) != (shape, written):
@@ -197,7 +197,7 @@ def find_descriptions(folder: Path) -> list[Path]:
 
 
 def _read_description(path: Path, described: dict[str, Described]) -> list[str]:
-    """Adds what a description says of tensors, and returns all names, also of what is none."""
+    """Adds what a description says of tensors, and returns all names, also those of no tensor."""
     with path.open("rb") as file:
         content = Unpickler(file).load()
     about = _state_of(content, "Metadata")
@@ -253,7 +253,7 @@ def _read_places(path: Path, storage: Any) -> dict[tuple[str, Sides], Stored]:
         if changes:
             known = isinstance(changes, list) and all(isinstance(one, str) for one in changes)
             raise UnreadableError(
-                f"{path} must say of chunks that they are stored as torch.save writes them, but "
+                f"{path} must say that its chunks are stored as torch.save writes them, but "
                 f"they are {list_some(changes if known else ['changed'], limit=2)}. Load it by "
                 "torch.distributed.checkpoint, and save it without extensions."
             )

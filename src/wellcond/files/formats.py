@@ -36,7 +36,7 @@ _ENDINGS = {
     ".mlpackage": ("a Core ML package", _EXPORT),
     ".gguf": (
         "a GGUF file of llama.cpp",
-        "Its weights are quantised as a rule: audit the checkpoint that was converted.",
+        "Its weights are usually quantised: audit the checkpoint that was converted.",
     ),
     ".msgpack": (
         "a msgpack file, as Flax writes them",

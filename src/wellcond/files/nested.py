@@ -97,7 +97,7 @@ class _Walk:
                 raise UnreadableError(
                     f"{self.path} must hold at most {_CONTAINERS:,} dicts and lists, {_DEPTH} "
                     "within each other, but holds more, or itself. "
-                    "Save the weights alone: torch.save(model.state_dict(), path)."
+                    "Save only the weights: torch.save(model.state_dict(), path)."
                 )
             keys = set(content) if isinstance(content, Mapping) else set()
             for known, reason in STATES:
@@ -161,7 +161,7 @@ class _Walk:
         return attributes | one.items | dict(enumerate(one.elements))
 
     def _visit_trainer(self, content: Any, name: str) -> None:
-        """Of a trainer's state it says only whether there are tensors in it."""
+        """Says of a trainer's state only whether there are tensors in it."""
         tensors, others, classes = self.tensors, self.others, self.classes
         self.tensors, self.others, self.classes = {}, {}, {}
         self.visit(content, name, 1)

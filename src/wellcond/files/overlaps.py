@@ -63,7 +63,7 @@ def _clusters(tensors: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
 
 
 def _owners(tensors: list[StoredTensor]) -> Iterator[tuple[int, int, bool]]:
-    """Of a cluster from large to small: which has entries of which before, and whether all."""
+    """Which tensor of a cluster, from large to small, has entries of which before; whether all."""
     start = min(tensor.start for tensor in tensors)
     size = max(tensor.start + tensor.span for tensor in tensors) - start
     if tensors[0].nbytes == size:  # it has everything

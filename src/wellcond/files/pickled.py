@@ -224,7 +224,7 @@ def _without_tensor(content: Any, others: Mapping[str, Skipped]) -> str:
 
 
 def _of_class(kind: str) -> Skipped:
-    """Why a tensor of a class by this name, which is none of torch's own, is not measured."""
+    """Why a tensor of a class by this name, which is not one of torch's, is not measured."""
     module, _, name = kind.rpartition(".")
     if module.split(".")[0] == "torchao":
         return Skipped(Reason.torchao, name)

@@ -80,7 +80,7 @@ def check_plain(checkpoint: Checkpoint, recipes: Iterable[Recipe], alone: bool) 
             continue
         if not (alone or isinstance(file, Safetensors)):
             raise ValueError(
-                f"{file.path.name} must be a safetensors file to be dequantised, but is none. Give "
+                f"{file.path.name} must be a safetensors file to be dequantised, but is not. Give "
                 "the path of one file, and a path_out that ends in .safetensors."
             )
         for name, (holder, entry) in checkpoint.stored.items():

@@ -168,7 +168,7 @@ def write_safetensors(path: Path, items: Sequence[Item], metadata: Mapping[str, 
 
 
 def _bits(dtype: Any) -> int:
-    """The bits of a value of a dtype as the format calls it; 0 if it is none."""
+    """The bits of a value of a dtype as the format calls it; 0 if that is not a dtype."""
     if dtype == "BOOL":
         return 8
     found = re.match(r"[A-Z]+(\d+)", dtype) if isinstance(dtype, str) else None
@@ -194,8 +194,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         if length > _HEADER:
             raise UnreadableError(
                 f"{path} must be a safetensors file, the header of which has at most {_HEADER:,} "
-                f"bytes, but this says {length:,}. It is none, or damaged, or holds more tensors "
-                "than belong in one file: save them in several."
+                f"bytes, but this says {length:,}. It is another kind of file, or damaged, or "
+                "holds more tensors than belong in one file: save them in several."
             )
         try:
             header = json.loads(file.read(length).decode())
@@ -219,7 +219,7 @@ def _check(header: Any, stored: int) -> None:
     for name, entry in header.items():
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                raise DamagedError("its metadata are not texts")
+                raise DamagedError("its metadata are not strings")
             continue
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]

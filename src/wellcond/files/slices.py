@@ -54,7 +54,7 @@ def saved_offsets(metadata: Mapping[str, str]) -> dict[str, Offsets] | None:
 
 
 def local_shard(kind: str) -> Skipped:
-    """Why a tensor of a distributed class, of which a file has the part of one process, is none."""
+    """Why a tensor of a distributed class is left out: a file has the part of one process."""
     return Skipped(Reason.slice, f"a {kind}: save its full_tensor()")
 
 
@@ -91,7 +91,7 @@ def find_missing_processes(files: Collection[Path]) -> dict[Path, str]:
         if unread:
             why = f"{list_some(unread, limit=2)} must be read with it: give the folder, undamaged"
         elif lowest < max(numbers):
-            why = f"{len(numbers)} files are there of {max(numbers)} processes: fetch the others"
+            why = f"there are files of {len(numbers)} of {max(numbers)} processes: fetch the others"
         missing |= {file: why for _, file in members if why}
     return missing
 

@@ -66,7 +66,7 @@ def _of_json(value: Any) -> Any:
 def take_apart(
     tensor: ForeignTensor,
 ) -> tuple[dict[str, StoredTensor], dict[str, Any]] | None:
-    """The stored tensors and the settings of a weight; None if it is none of torchao's.
+    """The stored tensors and the settings of a weight; None if it is not one of torchao.
 
     The names of what is in an object within it begin with its name: "tensor_impl.scale".
     """

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import wellcond as wc
 from wellcond.integrations._modes import Rules, checked_mode, has_modes, rules_in
+from wellcond.integrations._watcher import Watcher
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,7 +33,7 @@ else:
             ) from None
 
 
-class MonitorCallback(Callback):
+class MonitorCallback(Watcher, Callback):
     """Watches the weights of a LightningModule while it is trained, and changes nothing.
 
     The loggers of the Trainer get a few aggregates and the worst five weights by name, see
@@ -67,22 +68,13 @@ class MonitorCallback(Callback):
         layers: bool = False,
         log_every: int = 100,
     ) -> None:
-        self.patterns = patterns
-        self.block_size = block_size
-        self.condition_numbers = condition_numbers
-        self.layers = layers
+        super().__init__(patterns, block_size, condition_numbers, layers)
         self.log_every = log_every
-        self.monitor: wc.Monitor | None = None
         self._seen_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_deepspeed(trainer)
-        self.monitor = wc.Monitor(
-            pl_module,
-            self.patterns,
-            block_size=self.block_size,
-            condition_numbers=self.condition_numbers,
-        )
+        self._watch(pl_module)
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(
@@ -95,9 +87,9 @@ class MonitorCallback(Callback):
     ) -> None:
         step = trainer.global_step
         # While gradients are accumulated a step lasts for several batches.
-        if self.monitor is not None and trainer.loggers and step != self._seen_step:
+        if trainer.loggers and step != self._seen_step:
             self._seen_step = step
-            self.monitor.log(_to_all(trainer), step, every=self.log_every, layers=self.layers)
+            self._measure(_to_all(trainer), step, every=self.log_every)
 
 
 class RegularizerCallback(Callback):
@@ -344,7 +336,7 @@ class RegularizerCallback(Callback):
             raise ValueError(
                 f'`ckpt_path` must hold the state of this callback, "{self.state_key}", but has '
                 f"{list(saved)}. Resume with the patterns and the mode with which it was saved; to "
-                "start the penalty now, load the weights alone and call fit without ckpt_path."
+                "start the penalty now, load only the weights and call fit without ckpt_path."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import wellcond as wc
 from wellcond.integrations._modes import Rules, checked_mode, has_modes, rules_in
+from wellcond.integrations._watcher import Watcher
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -99,7 +100,7 @@ class _Logging(TrainerCallback, abc.ABC):
             frame = frame.f_back
 
 
-class MonitorCallback(_Logging):
+class MonitorCallback(Watcher, _Logging):
     """Watches the weights of a model while a transformers Trainer trains it, and changes nothing.
 
     Whenever the Trainer logs the loss, `Monitor.measure` adds a few aggregates and the worst five
@@ -135,29 +136,18 @@ class MonitorCallback(_Logging):
         layers: bool = False,
         log: Any = True,
     ) -> None:
-        self.patterns = patterns
-        self.block_size = block_size
-        self.condition_numbers = condition_numbers
-        self.layers = layers
+        super().__init__(patterns, block_size, condition_numbers, layers)
         self.log = log
-        self.monitor: wc.Monitor | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_deepspeed(args)
-        self.monitor = wc.Monitor(
-            kwargs["model"],
-            self.patterns,
-            block_size=self.block_size,
-            condition_numbers=self.condition_numbers,
-        )
+        self._watch(kwargs["model"])
         self._reach_reports()
 
     def _report(self, target: Any, step: int) -> dict[str, float] | None:
-        if self.monitor is None:
-            return None
-        return self.monitor.log(target, step, every=1, layers=self.layers)
+        return self._measure(target, step)
 
 
 class RegularizerCallback(_Logging):
@@ -414,7 +404,7 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
         raise ValueError(
             f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but the one of step "
             f"{state.global_step} was saved without this callback. To start the penalty now, load "
-            "its weights alone and train without resuming."
+            "only its weights and train without resuming."
         )
     run = mark["attributes"]["run"]
     # Not used by the Trainer itself; the place to say where a checkpoint outside output_dir lies.

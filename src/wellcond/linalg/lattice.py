@@ -245,7 +245,7 @@ def limit_norm(L: Tensor, upper: Tensor, support: Tensor) -> Tensor:
     """Kernels near L with norms on the lattice of at most `upper` by `bound_norm`, in float64.
 
     Singular values are clipped at the points of a grid and the result is cut to the support, in
-    turns; then it is scaled. Of this and of L, scaled, the nearer one in the Frobenius norm.
+    turns; then it is scaled. The result is this or L, scaled: the nearer one in the Frobenius norm.
 
     Args:
         L: (g, m, n, *c), finite, of groups that exceed the bound.

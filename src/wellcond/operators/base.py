@@ -231,7 +231,7 @@ class SpectralOperator(WeightOperator, Updatable, HasGram, Protocol):
         """
 
     def own_part(self, numbers: Tensor) -> Tensor:
-        """Of one number per matrix (...) those that are held here."""
+        """The numbers that are held here, of one number per matrix (...)."""
 
     def all_of(self, numbers: Tensor) -> Tensor:
         """One number per matrix (...), of those held here, put together with all others."""
@@ -242,6 +242,6 @@ class SpectralOperator(WeightOperator, Updatable, HasGram, Protocol):
     def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
         """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to the nearest.
 
-        V (..., nu, j) on the short side, d (..., j); S0 is what the weight was. Of a stack, those
+        V (..., nu, j) on the short side, d (..., j); S0 is what the weight was. For a stack, those
         chosen (...).
         """

@@ -154,8 +154,8 @@ class ShardedMatrix(StoredMatrix):
         """Itself where its short side is whole; else a copy that is, carried back afterwards.
 
         One that has its long side in parts, at the cost of an all-to-all; where that cannot be had,
-        as of kernels, or if asked for: the whole weight on every process. Of a stack that is
-        sharded by matrices, those that are held here; one such matrix alone goes to every process.
+        as of kernels, or if asked for: the whole weight on every process. For a stack that
+        is sharded by matrices, those that are held here; a single one goes to every process.
         """
         short = -1 if self.shape[-2] > self.shape[-1] else -2
         axes = self._axes() & {-1, -2}
@@ -191,7 +191,7 @@ class ShardedMatrix(StoredMatrix):
         return _Gathered(full, self.whole_view, self.tensor.device_mesh, self.seed), full
 
     def _take_own_part(self, tensor: Any) -> Tensor:
-        """Of a tensor that is laid out so, the part that is held here."""
+        """The part that is held here of a tensor that is laid out so."""
         if not is_sharded(tensor):
             part: Tensor = tensor[_block_of(self.tensor)]
             return part
@@ -264,7 +264,7 @@ class _Gathered(StoredMatrix):
 
 
 class _LocalStack(StoredMatrix):
-    """Of a stack that is sharded by matrices those that this process holds."""
+    """The matrices that this process holds of a stack that is sharded by matrices."""
 
     def __init__(self, stack: ShardedMatrix) -> None:
         super().__init__(stack.parameter, stack.view, stack.seed)
@@ -364,7 +364,7 @@ def _view_of_block(view: View, shape: torch.Size, block: Block) -> tuple[View, t
             # Another process holds this matrix: of it, this one has no rows.
             absent = _Absent(columns.stop - columns.start)
             return absent, shape[1:], (slice(0, 0), columns)
-    raise TypeError(f"{view} is no view of a sharded parameter.")
+    raise TypeError(f"{view} is not a view of a sharded parameter.")
 
 
 def _view_of_kernel_block(

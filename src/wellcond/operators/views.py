@@ -102,7 +102,7 @@ class InputsFirst:
 
 @dataclass(frozen=True)
 class Part:
-    """Of a view so many rows from `start` on, or columns with `dim` = -1."""
+    """So many rows of a view from `start` on, or columns with `dim` = -1."""
 
     view: View
     start: int
@@ -120,7 +120,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Strided:
-    """Of a view every `step`-th row from `start` on."""
+    """Every `step`-th row of a view from `start` on."""
 
     view: View
     start: int
@@ -137,7 +137,7 @@ class Strided:
 
 @dataclass(frozen=True)
 class Member:
-    """Of a view that is a stack the matrix with this number."""
+    """The matrix with this number of a view that is a stack."""
 
     view: View
     index: int

@@ -72,28 +72,28 @@ class Content:
         """The shape of a tensor.
 
         Raises:
-            RecipeError: there is none of this name.
+            RecipeError: no tensor has this name.
         """
         if name not in self.tensors:
             raise RecipeError(f"{name} is missing")
         return self.tensors[name][0]
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor; "" if there is none of this name."""
+        """The dtype of a tensor; "" if no tensor has this name."""
         return self.tensors[name][1] if name in self.tensors else ""
 
     def read_small(self, name: str) -> Tensor:
         """A tensor that describes others.
 
         Raises:
-            RecipeError: there is none of this name, or it has more than 4 kB.
+            RecipeError: no tensor has this name, or it has more than 4 kB.
         """
         if entries(self.shape(name)) * _WIDTHS.get(self.dtype(name), 4) > SMALL:
             raise RecipeError(f"{name} is too large for a description")
         return self.read(name)
 
     def quantization(self) -> Mapping[str, Any]:
-        """The settings of the quantisation in config.json; {} if there are none, or several."""
+        """The settings of the quantisation in config.json; {} without any, or if two differ."""
         return self._quantization
 
     @cached_property
@@ -104,8 +104,8 @@ class Content:
 def find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the quantisation in the content of config.json.
 
-    A larger model may have them in the config of its language model. {} if there are none, or if
-    several of its models have different ones.
+    A larger model may have them in the config of its language model. {} without any, or if those
+    of its models differ.
     """
     whole, *parts = (
         [one[key] for key in QUANTIZATION if isinstance(one.get(key), Mapping)]

@@ -129,8 +129,8 @@ def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate
 
     def make() -> Recipe:
         if len(states) != 1:
-            found = " and ".join(states) or f"no {name}{_DESCRIPTION}nf4"
-            raise RecipeError(f"there is {found} to describe it")
+            several = f"{' and '.join(states)} describe it"
+            raise RecipeError(several if states else f"no {name}{_DESCRIPTION}nf4 describes it")
         (state,) = states
         kind = state.removeprefix(name + _DESCRIPTION)
         described = _read_description(content, state)
@@ -196,7 +196,7 @@ def _read_description(content: Content, state: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         described = None
     if not isinstance(described, dict):
-        raise RecipeError(f"{state} is no description in JSON")
+        raise RecipeError(f"{state} is not a description in JSON")
     return described
 
 
@@ -204,7 +204,7 @@ def _read_block(described: Mapping[str, Any], key: str, state: str) -> int:
     block = described.get(key)
     if type(block) is not int or block not in _BLOCKS:
         raise RecipeError(
-            f"{state} says that its {key} is {show(block)}, and bitsandbytes has no such"
+            f"{state} says that its {key} is {show(block)}, which bitsandbytes does not have"
         )
     return block
 

@@ -64,7 +64,7 @@ class Args(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """The settings in a config that differ, or why they are none.
+    """The settings in a config that differ, or why there are no settings.
 
     Attributes:
         config: all of it.
@@ -142,7 +142,7 @@ class Packed(Scaled):
         return self._unpack(stored.mT, self.sides[0]).mT
 
     def _used_bits(self, words: int, size: int) -> Tensor:
-        """Of each word those of codes; the others are zero."""
+        """The bits of each word that belong to codes; the others are zero."""
         width = 32 if self.dense else 32 // self.bits * self.bits
         last = size * self.bits - (words - 1) * width
         used = [(1 << width) - 1] * (words - 1) + [(1 << last) - 1]

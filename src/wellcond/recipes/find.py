@@ -68,7 +68,10 @@ def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[s
                 refused[first] = ("its description is damaged", *others)
     for label, scale in _find_other_scales(content, recipes, taken).items():
         first, *others = recipes.pop(label).parts
-        refused[first] = (f"{scale} is beside it, and is none of its parts"[:_LETTERS], *others)
+        refused[first] = (
+            f"{scale} is stored beside it, and is not one of its parts"[:_LETTERS],
+            *others,
+        )
     return recipes, refused
 
 

@@ -74,7 +74,7 @@ def make_float8(content: Content, parts: tuple[str, ...], block: tuple[int, int]
     name, scales = parts[:2]
     shape, dtype, s = content.shape(name), content.dtype(name), content.shape(scales)
     if dtype not in KINDS:
-        raise RecipeError(f"no format with scales is known that has codes of {dtype}")
+        raise RecipeError(f"no known format with scales has codes of {dtype}")
     if 0 in shape:
         raise RecipeError(f"it has no entries: its shape is {shape}")
     check_scales(content, scales)

@@ -166,7 +166,7 @@ def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ..
         raise RecipeError(f"it has {bits} bits, and its format is not gptq_p, which has those")
     planar = planar and bits in _PLANES
     if 32 % bits and (n % 32 or m % 32):
-        raise RecipeError(f"its sides {m} and {n} are no multiples of 32, and it has {bits} bits")
+        raise RecipeError(f"its sides {m} and {n} are not multiples of 32, and it has {bits} bits")
     group_size = 0 if groups in parts else _read_group_size(settings, n, count)
     writer = _read_writer(settings)
     symmetric = settings.get("sym") is True and not _has_own_settings(settings)
@@ -196,10 +196,10 @@ def _read_format(settings: Settings) -> str:
     if method in ("auto-round", "intel/auto-round"):
         kind = settings.word("packing_format")
         if kind not in _OF_AUTO_ROUND:
-            raise RecipeError(f"its packing_format is {kind}, of which no layout is known")
+            raise RecipeError(f"its packing_format is {kind}, whose layout is unknown")
         return kind
     if method not in ("", "gptq", "gptqmodel"):
-        raise RecipeError(f"its quantisation is of the kind {method}, of which no layout is known")
+        raise RecipeError(f"its quantisation is of the kind {method}, whose layout is unknown")
     if settings.get("is_marlin_format") is True:
         raise RecipeError(
             "it has the order of a kernel of GPUs, Marlin: quantise again in the format gptq"

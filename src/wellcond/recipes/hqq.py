@@ -83,7 +83,7 @@ def _make(content: Content, stem: str, parts: tuple[str, ...]) -> Recipe:
     method = content.quantization().get("quant_method", "hqq")
     if method != "hqq":
         raise RecipeError(
-            f"its quantisation is of the kind {show(method)}, of which no layout is known"
+            f"its quantisation is of the kind {show(method)}, whose layout is unknown"
         )
     if f"{stem}packing" not in content.tensors:
         raise RecipeError(

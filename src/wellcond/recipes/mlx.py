@@ -131,7 +131,7 @@ def _read_settings(content: Content, layer: str) -> tuple[str, int, int]:
     method = settings.get("quant_method")
     if method not in (None, "metal"):
         raise RecipeError(
-            f"its quantisation is of the kind {show(method)}, of which no layout is known"
+            f"its quantisation is of the kind {show(method)}, whose layout is unknown"
         )
     mode = own.get("mode", settings.get("mode", "affine"))
     bits, group_size = own.get("bits"), own.get("group_size")

@@ -124,7 +124,7 @@ def _of_codes(
         raise RecipeError(f"codes of shape {shape} are neither a matrix nor a stack of them")
     if dtype == "int8" and not _says_float4(content):
         raise RecipeError(
-            "config.json has neither expert_dtype nor quant_method fp8, by which int8 is float4"
+            "config.json has neither expert_dtype nor quant_method fp8, which mark int8 as float4"
         )
     if why := quark["fp8" if float8 else "fp4"]:
         raise RecipeError(why)

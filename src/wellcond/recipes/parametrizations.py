@@ -136,7 +136,7 @@ class SpectralNorm(Recipe):
 class Masked(Recipe):
     """W = orig * mask."""
 
-    keeps: str = "pruned, so that its mask would be undone"
+    keeps: str = "pruned: a change would undo its mask"
 
     def build(self, read: Read, index: int) -> Tensor:
         orig, mask = self.parts
@@ -248,7 +248,7 @@ def _make_orthogonal(content: Content, label: str, names: list[str]) -> Recipe:
 def _check(content: Content, names: list[str], shape: tuple[int, ...]) -> None:
     """Raises unless the shape is that of a weight, and the parts are real."""
     if len(shape) < 2 or 0 in shape:
-        raise RecipeError(f"a tensor of shape {shape} is no matrix")
+        raise RecipeError(f"a tensor of shape {shape} is not a matrix")
     for name in names:
         dtype = content.dtype(name)
         if dtype not in FLOATING or dtype.startswith("complex"):

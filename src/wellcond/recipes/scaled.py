@@ -176,7 +176,7 @@ def check_scales(content: Content, name: str, dtypes: tuple[str, ...] = _SCALES)
     """Checks that a tensor has a dtype that scales have.
 
     Raises:
-        RecipeError: it has not, or there is none of this name.
+        RecipeError: it has another dtype, or no tensor has this name.
     """
     content.shape(name)
     if content.dtype(name) not in dtypes:
@@ -187,7 +187,7 @@ def check_one(content: Content, name: str) -> None:
     """Checks that a tensor is one number of floating point.
 
     Raises:
-        RecipeError: it is not, or there is none of this name.
+        RecipeError: it is not, or no tensor has this name.
     """
     if entries(content.shape(name)) != 1 or content.dtype(name) not in _SCALES[:3]:
         raise RecipeError(f"{name} must be one number, but has the shape {content.shape(name)}")

@@ -109,7 +109,7 @@ class Comparison(Report):
         if reshaped:
             count = _count(len(reshaped), "weight")
             lines.append(
-                f"{count} of another shape, and so perhaps another: {list_some(reshaped, 3)}"
+                f"{count} of another shape, so perhaps not the same: {list_some(reshaped, 3)}"
             )
         for when, found in ((first, self.not_finite_before), (second, self.not_finite_after)):
             lines += [f"{when[0].upper()}{when[1:]}, {describe_not_finite(found)}"] if found else []

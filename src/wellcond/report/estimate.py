@@ -26,9 +26,9 @@ class Estimate:
             gradients were last looked at: more may be, which get no gradient; widen the block.
         nu: min(m, n).
         condition_number: sigma_1/sigma_nu as measured in float64; None where that was not asked.
-        excess: by what factor its hard limit was exceeded; of a stack the worst; None if that is
-            not known. Of a weight that is watched the largest since the last report of `log`, as
-            looks and decompositions have shown, after what was clipped at once; of others before
+        excess: by what factor its hard limit was exceeded; for a stack the worst; None if that is
+            not known. For a weight that is watched, the largest since the last report of `log`, as
+            looks and decompositions have shown, after what was clipped at once; for others, before
             the last application, None if the weight was only seen to obey.
         condition_before: kappa at the last look, or before the last application; None if not known.
         sigma_before: sigma_1 at the last look, before it was clipped; None if not known.

@@ -66,8 +66,8 @@ class Finding:
             if there is none.
         stable_rank: ||S||_F^2/sigma_max^2, between 1 and nu.
         rank: how many singular values exceed what rounding the entries to the dtype can move one
-            by, u ||S||_F; every matrix that rounds to this one has at least that rank. Of what is
-            built from `parts` that is rounding to float32. 0 if the grade is "bounded".
+            by, u ||S||_F; every matrix that rounds to this one has at least that rank. If it
+            is built from `parts`, that is rounding to float32. 0 if the grade is "bounded".
         penalty: r = sigma_max^2/2 - ||S||_F^2/(2 nu), in units of a squared singular value.
         exceedance: how often a random matrix of this shape, of independent Gaussian entries, has a
             larger condition number, 0 to 1; see `wellcond.linalg.gaussian.exceedance`. nan if there

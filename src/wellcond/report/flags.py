@@ -370,7 +370,7 @@ def _advise_limit(upper: float) -> str:
 
 
 def _medians_of_siblings(findings: Sequence[Finding]) -> dict[str, float]:
-    """Of weights of one kind in at least four layers, the median of sigma_1 of the others."""
+    """The median of sigma_1 of the others, for weights of one kind in at least four layers."""
     known = [one for one in findings if one.measured and not math.isnan(one.gain)]
     layers = places([one.label for one in known])
     families: dict[tuple[str, str], list[Finding]] = defaultdict(list)

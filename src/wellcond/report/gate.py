@@ -83,7 +83,8 @@ class Fault:
 
     Attributes:
         rule: which one.
-        text: what is the matter, in one sentence that names some of the weights.
+        text: what is the matter, in one sentence that names some of the weights; `Verdict.name`
+            names the checkpoint.
         weights: what is the matter with each weight by its label, the worst first; empty if it is
             about the checkpoint.
         is_error: whether it fails the gate, and not only warns.
@@ -125,6 +126,15 @@ class Verdict:
             return ("failed", "not audited")[self.exit_code - 1]
         return "passed" if self.is_gated else "measured"
 
+    def name(self, text: str) -> str:
+        """What is said of this checkpoint, after its path unless it begins with that."""
+        return text if begins_with(text, self.path) else f"{escape(self.path)}: {text}"
+
+
+def begins_with(text: str, path: Path) -> bool:
+    """Whether a message begins with this path, and not with one that is longer."""
+    return re.match(rf"{re.escape(escape(path))}(?![\w.-])", text) is not None
+
 
 def count_verdicts(verdicts: Sequence[Verdict]) -> str:
     """As "3 files: 1 failed, 2 passed"."""
@@ -141,7 +151,7 @@ def find_low_coverage(report: AuditReport, min_coverage: float | None) -> list[F
     share = report.coverage.parameter_share
     if share >= (_LOUD if min_coverage is None else min_coverage):
         return []
-    text = f"only {100 * share:.3g} % of the parameters of {escape(report.source)} were measured"
+    text = f"only {100 * share:.3g} % of the parameters were measured"
     if min_coverage is not None:
         text += f", less than {100 * min_coverage:.3g} %"
     if largest := report.coverage.largest_left_out:
@@ -330,7 +340,7 @@ def _result(verdict: Verdict, fault: Fault, label: str, text: str, folder: Path)
         "ruleId": fault.rule.id,
         "ruleIndex": list(Rule).index(fault.rule),
         "level": "error" if fault.is_error else "warning",
-        "message": {"text": _message(text)},
+        "message": {"text": _message(verdict.name(text))},
         "locations": [location],
         "partialFingerprints": {"primaryLocationLineHash": f"{key[:16]}:1"},
     }

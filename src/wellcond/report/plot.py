@@ -74,7 +74,7 @@ def draw(
 def _short(text: str, letters: int = 0) -> str:
     """Without what matplotlib takes for mathematics, or for no entry of a legend.
 
-    Of a label the end is kept, of another text so many letters from its beginning.
+    A label keeps its end, another text so many letters from its beginning.
     """
     text = escape(text)
     if letters and len(text) > letters:

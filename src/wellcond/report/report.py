@@ -53,9 +53,9 @@ class AuditReport(Report):
         source: the path or the class of the model.
         versions: of wellcond, torch and Python.
         not_finite: every tensor with NaN or infinity by its name, whether it is a matrix, a bias,
-            an embedding or a buffer, and how many of its entries are not finite. Of tensors that
-            are not measured, -inf in a mask, or in a buffer of a model that is no running
-            statistic, and the infinite ends of a range (`min_val`, `max_val`) are left out.
+            an embedding or a buffer, and how many of its entries are not finite. It leaves out,
+            for tensors that are not measured, -inf in a mask or in a buffer of a model that is not
+            a running statistic, and the infinite ends of a range (`min_val`, `max_val`).
     """
 
     findings: list[Finding]

@@ -43,9 +43,9 @@ _ROOM = 1e-6  # of the largest number, for gradients
 class OrthogonalityPenalty(Penalty):
     """The distance of a weight from an isometry of this scale: 1/4 ||S^T S - scale^2 I||_F^2.
 
-    Of the smaller side: S S^T where m < n. It is 1/4 sum_i (sigma_i^2 - scale^2)^2, 0 exactly where
-    all singular values are equal to the scale. Gradient S (S^T S - scale^2 I), dense: it costs a
-    Gram matrix and a product, and sees all singular values, the small ones too, unlike
+    With S S^T where m < n, the smaller side. It is 1/4 sum_i (sigma_i^2 - scale^2)^2, 0 exactly
+    where all singular values are equal to the scale. Gradient S (S^T S - scale^2 I), dense: it
+    costs a Gram matrix and a product, and sees all singular values, the small ones too, unlike
     `ConditionPenalty`.
     In float32 the value, a fourth power, is inf where sigma_1 is above 4e9 or so, and a weight with
     sigma_1 above 1e10 or so gets no gradient; in float64 these are 1e77 and 1e100. Attached, it

@@ -1,6 +1,6 @@
 """Rules applied to batches of weights, and what their outcomes mean for each weight.
 
-Of processes that hold the same weights, the owner of a batch applies its rule and sends the others
+Where processes hold the same weights, the owner of a batch applies its rule and sends the others
 what the weights have become, with the outcome; each then remembers the same.
 """
 

@@ -179,8 +179,8 @@ class Attachment:
                 others.append(state)
         if strange:
             raise ValueError(
-                f"The optimizer does not hold {quote_names(strange)} any more: the parameter in "
-                "the model is another one now. Make the optimizer from the model as it is and "
+                f"The optimizer no longer holds {quote_names(strange)}: the model has another "
+                "parameter now. Make the optimizer from the model as it is and "
                 "attach to that; under FSDP2 leave resharding after backward on."
             )
         due = self._find_due(optimizer, others, group_of, taken) if others else []
@@ -274,8 +274,8 @@ def check_optimizer(optimizer: object) -> None:
     if not getattr(type(optimizer).step, "hooked", False):
         raise ValueError(
             f"`optimizer` must run hooks after its steps, but {type(optimizer).__name__}.step runs "
-            "none, as Optimizer.__init__ was not called. Call optimizer.zero_grad() before "
-            "attach(), upon which torch adds them, or attach to the optimizer that it wraps."
+            "none, because Optimizer.__init__ was not called. Call optimizer.zero_grad() before "
+            "attach(), which makes torch add them, or attach to the optimizer that it wraps."
         )
 
 
@@ -294,7 +294,7 @@ def check_rates(optimizer: Optimizer, states: Sequence[WeightState]) -> None:
     ]
     if names:
         raise ValueError(
-            f"`optimizer` must have a learning rate, by which the steps of penalties go, but "
+            f"`optimizer` must have a learning rate, which scales the steps of penalties, but "
             f'{type(optimizer).__name__} has no number under "lr" in the group of '
             f"{quote_names(names)}. "
             "Use reg() in the loss, add_gradients(), or proximal_step(lr) after each step."
@@ -356,7 +356,7 @@ def _warn_of_successor(optimizer: Optimizer) -> None:
 
 
 def _warn_of_another(optimizer: Optimizer) -> None:
-    """Of an optimizer that steps weights in place of the attached one, which has taken no step.
+    """Warns of an optimizer that steps weights in place of the attached one, which took no step.
 
     A wrapper calls the step of the optimizer that it wraps, which is no other: within its own step,
     or, without hooks of its own before it, once before that is seen.
@@ -370,8 +370,8 @@ def _warn_of_another(optimizer: Optimizer) -> None:
                 attachment.warned = True
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but %s steps "
-                    "%s: nothing is applied. Attach to the optimizer whose step() is called; of "
-                    "a wrapper that is often optimizer.base_optimizer.",
+                    "%s: nothing is applied. Attach to the optimizer whose step() is called; for "
+                    "a wrapper, that is often optimizer.base_optimizer.",
                     type(attachment.optimizer).__name__,
                     type(optimizer).__name__,
                     quote_names(names),

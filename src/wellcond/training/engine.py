@@ -215,7 +215,7 @@ class Engine:
         """Counts a step of the optimizer and looks at the weights whose turn it is.
 
         Returns:
-            The weights that are to be projected now. Of a device the numbers of a look are read at
+            The weights that are to be projected now. On a device the numbers of a look are read at
             the step after it.
         """
         with full_precision(self._device):
@@ -328,7 +328,7 @@ class Engine:
             self._checks.raise_ready()
 
     def check_rates(self, lr: Tensor) -> Tensor:
-        """A learning rate on a device, 0 if it is none, which is raised once it is free to read."""
+        """A learning rate on a device; 0 if it is invalid, which raises once it can be read."""
         valid = (lr >= 0) & torch.isfinite(lr)
         self._checks.add(valid[None], _raise_not_a_rate)
         return torch.where(valid, lr, 0.0)

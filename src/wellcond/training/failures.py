@@ -12,8 +12,8 @@ HOLDS_NAN = (
 )
 _HOLD_NAN = HOLDS_NAN.replace("holds", "hold").replace("was left as it is", "were left as they are")
 ELSEWHERE = (
-    ": the limit could not be applied by the process of the group that does so for all of them. "
-    "See the error of that one."
+    ": the process that applies the limit for the whole group could not apply it. "
+    "See the error of that process."
 )
 
 Failures = dict[str, str]  # by the name of a weight, what follows it in the message

@@ -129,7 +129,7 @@ class Oversights:
             self._warn_once(
                 "train mode",
                 "%s the limits hold in the weights as they are now, and its "
-                "eval() makes others of them, which need not obey. Before you evaluate or save: "
+                "eval() replaces them by others, which may not obey. Before you evaluate or save: "
                 "optimizer.eval(), then reg.enforce(); and optimizer.train() to go on.",
                 f"{kind} is in train mode:" if known else f"If {kind} is in train mode,",
             )
@@ -155,8 +155,8 @@ class Oversights:
         if names := find_quantised(limited):
             self._warn_once(
                 "quantised",
-                "%s trained for quantisation: the hard limit holds in the float weight, what "
-                "acts is its quantised copy. Audit the model after it is converted.",
+                "%s trained for quantisation: the hard limit holds in the float weight, but the "
+                "layer applies its quantised copy. Audit the model after it is converted.",
                 quote_subject(names),
             )
 
@@ -212,7 +212,7 @@ class Oversights:
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but the weights "
                     "have changed: nothing is applied. Attach to the optimizer whose step() is "
-                    "called; of a wrapper that is often optimizer.base_optimizer.",
+                    "called; for a wrapper, that is often optimizer.base_optimizer.",
                     type(attachment.optimizer).__name__,
                 )
 
@@ -229,7 +229,7 @@ class Oversights:
         if gone:
             self._warn_once(
                 "gone",
-                "%s of a layer that is in the model no more: what is regularised is the "
+                "%s of a layer that is no longer in the model: the Regularizer still acts on the "
                 "old one. Make a new Regularizer after layers are replaced.",
                 quote_subject(gone),
             )
@@ -248,9 +248,9 @@ def _flattening_factor(weight: Weight) -> float:
 
 
 def warn_of_stored(states: Iterable[WeightState]) -> None:
-    """Names the weights of which what is stored is not what acts, in one message for each kind.
+    """Names the weights whose stored tensor is not what acts, in one message for each kind.
 
-    Of a quantiser under a hard limit `Oversights.check_limits` says more.
+    `Oversights.check_limits` says more of a quantiser under a hard limit.
     """
     states = list(states)
     quantisers = find_quantised(state for state in states if state.rule.enforceable)
@@ -261,8 +261,8 @@ def warn_of_stored(states: Iterable[WeightState]) -> None:
     for caution, group in names.items():
         one = len(group) == 1
         logger.warning(
-            "%s %s: what is regularised and measured is that, and not the weight that acts. Leave "
-            "%s out with a pattern if that is not meant.",
+            "%s %s: wellcond regularises and measures that, and not the weight that acts. Leave "
+            "%s out with a pattern if you do not want that.",
             *(
                 quote_subject(group) if one else f"{quote_subject(group)} each",
                 caution,

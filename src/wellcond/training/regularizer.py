@@ -72,8 +72,8 @@ class Regularizer:
             DistributedDataParallel, if the model is wrapped by it, else none. Weights that are
             DTensors need no group.
         check_replicas: before every application, raise a RuntimeError that names the weights that
-            are not the same on all of these processes. Of processes that hold the same model alone:
-            the weights of DTensors are not compared.
+            are not the same on all of these processes. Only processes that hold the same model are
+            compared: the weights of DTensors are not.
 
     Raises:
         ValueError: no weight is left to regularise, a pattern matches nothing, block_size < 1, a
@@ -207,8 +207,9 @@ class Regularizer:
         the weights, a warning says so once.
 
         Args:
-            optimizer: a torch optimizer that holds at least one of the weights. Of a wrapper whose
-                `step` is not called, as SAM in two steps, the one inside: `base_optimizer`.
+            optimizer: a torch optimizer that holds at least one of the weights. If it is a
+                wrapper whose `step` is not called, as SAM in two steps, give the optimizer inside:
+                `base_optimizer`.
             every: after every so many optimizer steps; steps at the end that do not fill an
                 interval stay pending, and limits are applied exactly. By default 10 for penalties:
                 kappa was within 1.3 % of an exact proximal step in every step for 5 and for 10
@@ -255,9 +256,9 @@ class Regularizer:
         soft = [s.name for s in states if s.rule.default_schedule.every is not None]
         if every == "auto" and soft:
             raise ValueError(
-                f'`every` must be a number, got "auto", which hard limits alone can have: '
-                f"{quote_subject(soft)} under none. Leave `every` out for 10 for penalties and "
-                '"auto" for limits.'
+                f'`every` must be a number, got "auto", which only hard limits can have: '
+                f"{quote_subject(soft)} under another rule. Leave `every` out for 10 for "
+                'penalties and "auto" for limits.'
             )
         if steps is None and not has_modes(optimizer):
             for state in states:
@@ -381,7 +382,7 @@ class Regularizer:
 
         Raises:
             ValueError: every < 1.
-            TypeError: a target that is none of these.
+            TypeError: another kind of target.
 
         Example:
             >>> import torch, wellcond as wc
@@ -453,7 +454,7 @@ class Regularizer:
             lines.append(
                 f"  detached after {steps} steps: enforce() applies the limits when it is called"
                 if steps
-                else "  attached to no optimizer: enforce() alone applies the limits"
+                else "  attached to no optimizer: only enforce() applies the limits"
             )
         return "\n".join(lines)
 
@@ -470,7 +471,7 @@ class Regularizer:
         elif attached and id(state) not in attached:
             remarks.append("held by no optimizer that is attached: no step is taken")
         if state.caution:
-            remarks.append(f"{state.caution}: it is meant, not what acts")
+            remarks.append(f"{state.caution}: the rule acts on that, not on the effective weight")
         if not state.shortened.is_meta and (shortened := int(state.shortened)):
             remarks.append(
                 f"{shortened} proximal steps were shortened: {state.width} singular triplets do "
@@ -575,8 +576,8 @@ def refuse_without_proximal_step(states: list[WeightState]) -> None:
                 raise ValueError(f'"{state.name}": {error}') from None
         if not isinstance(S, Updatable):
             raise ValueError(
-                f'"{state.name}" cannot be changed where it lies, as it rests on several '
-                "parameters. Use reg() in the loss or add_gradients()."
+                f'"{state.name}" cannot be changed where it lies, because it rests on '
+                "several parameters. Use reg() in the loss or add_gradients()."
             )
 
 

@@ -112,8 +112,8 @@ def select(
         if not outcome:
             names = [weight.name for weight in found.weights]
             raise ValueError(
-                f'`{parameter}`: the pattern "{pattern}" matches no parameter, or only such as a '
-                f"pattern before it matches. The weights are {quote_names(names)}."
+                f'`{parameter}`: the pattern "{pattern}" matches no parameter, or only those '
+                f"that an earlier pattern matches. The weights are {quote_names(names)}."
                 f"{suggest_module_patterns([pattern], names)}{_of_view(pattern)}"
                 f"{_of_computed(pattern, model)}"
             )
@@ -151,7 +151,7 @@ def _of_computed(pattern: str, model: nn.Module) -> str:
                 parts = quote_names(f"{path}{part}" for part in one.parts)
                 return (
                     f' "{path}{one.attribute}" is computed by {one.method} from {parts} before '
-                    f"each forward pass, and no parameter. Remove {one.method}, or leave the "
+                    f"each forward pass, and is not a parameter. Remove {one.method}, or leave the "
                     "weight out."
                 )
     return ""

@@ -125,7 +125,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Discovery:
-    """The weights of a model, and for every other parameter the reason why it is none."""
+    """The weights of a model, and the reason why each other parameter is not one."""
 
     weights: list[Weight]
     others: dict[str, Skipped]

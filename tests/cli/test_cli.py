@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 import wellcond
 from processes import call
-from wellcond import cli
 from wellcond.cli import main
+from wellcond.cli.options import make_parser
 
 
 def exit_of(argv: list[str]) -> int:
@@ -42,7 +42,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 def test_every_command_has_help_with_an_example_that_parses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = {one.prog: one for one in parsers(cli._parser(""))}
+    found = {one.prog: one for one in parsers(make_parser(""))}
     assert found.keys() > {"wellcond audit", "wellcond repair", "wellcond reproduce"}
     for program, parser in found.items():
         assert exit_of([*program.split()[1:], "--help"]) == 0
@@ -53,7 +53,7 @@ def test_every_command_has_help_with_an_example_that_parses(
         label, name, command, *arguments = parser.epilog.split()
         assert (label, name) == ("example:", "wellcond")
         if command in ("audit", "repair"):  # the others are those of the experiments
-            cli._parser(command).parse_args([command, *arguments])
+            make_parser(command).parse_args([command, *arguments])
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ LONG = "; the largest that were left out: long (12 entries, not a matrix: a vect
 @pytest.mark.parametrize(
     ("share", "code", "message"),
     [
-        (None, 0, f"wellcond: warning: only 25 % of the parameters of {{}} were measured{LONG}"),
+        (None, 0, f"wellcond: warning: {{}}: only 25 % of the parameters were measured{LONG}"),
         (
             "0.3",
             1,
-            f"wellcond: only 25 % of the parameters of {{}} were measured, less than 30 %{LONG}",
+            f"wellcond: {{}}: only 25 % of the parameters were measured, less than 30 %{LONG}",
         ),
         ("0.25", 0, ""),
         ("0", 0, ""),
@@ -162,6 +162,8 @@ def test_what_an_audit_covers_is_a_limit_and_never_silent(
         assert capsys.readouterr().err == message.format(low)
     assert main(["audit", str(whole), *options]) == 0
     assert capsys.readouterr().err == ""
+    assert main(["audit", str(low), "--compare", str(whole), *options]) == 0
+    assert f"wellcond: warning: {low}: only 25 %" in capsys.readouterr().err
 
 
 def test_low_coverage_names_the_largest_that_were_left_out(
@@ -225,7 +227,7 @@ def test_where_nothing_can_be_written_nothing_is_measured(
     (folder / "exists").write_text("mine")
     (folder / "link.csv").symlink_to(checkpoint)
     for name, message in (
-        ("missing/r", "missing is none. Create it first."),
+        ("missing/r", "missing is not one. Create it."),
         (".", "is a directory"),
         ("exists", "exists already and is not overwritten. Give --overwrite"),
     ):
@@ -544,6 +546,46 @@ def test_results_for_code_scanning_are_written_also_of_what_cannot_be_read(
     assert json.loads(Path("out.sarif").read_text())["runs"][0]["results"] == []
 
 
+def test_whatever_is_the_matter_with_a_checkpoint_names_it(
+    several: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", "fine.pt", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    one = content["findings"][0]
+    content["findings"] = [one | {"condition_number": 1.0}, one | {"name": "gone"}]
+    Path("audit.json").write_text(json.dumps(content))
+    gates = ["--max-condition", "99", "--min-coverage", "1", "--baseline", "audit.json"]
+    for path, rules in [
+        ("bad.pt", {"max-condition", "min-coverage", "not-finite", "baseline", "missing"}),
+        ("half.pt", {"not-audited"}),
+    ]:
+        Path("summary.md").unlink(missing_ok=True)
+        files = ["--markdown", "summary.md", "--sarif", "out.sarif", "--overwrite"]
+        assert main(["audit", path, *gates, *files]) > 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(rules)
+        kind = "error: " if path == "half.pt" else ""
+        for line in lines:
+            assert line.startswith(f"wellcond: {kind}{path}")
+            assert line.count(path) == 1
+        assert Path("summary.md").read_text().startswith(f"## <code>{path}</code>: ")
+        (run,) = json.loads(Path("out.sarif").read_text())["runs"]
+        assert {result["ruleId"] for result in run["results"]} == rules
+        for result in run["results"]:
+            assert result["message"]["text"].startswith(path)
+            assert uri_of(result) == path
+
+
+@pytest.mark.parametrize("option", ["--compare", "--base"])
+def test_another_file_that_cannot_be_read_is_the_one_that_is_named(
+    several: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", "fine.pt", option, "half.pt", "--sarif", "out.sarif"]) == 2
+    assert capsys.readouterr().err.startswith("wellcond: error: half.pt must be ")
+    (run,) = json.loads(Path("out.sarif").read_text())["runs"]
+    assert [uri_of(result) for result in run["results"]] == ["half.pt"]
+
+
 def uri_of(result: dict[str, Any]) -> str:
     (location,) = result["locations"]
     uri: str = location["physicalLocation"]["artifactLocation"]["uri"]
@@ -562,8 +604,8 @@ def test_a_baseline_has_results_of_its_own(
     (run,) = json.loads(log.read_text())["runs"]
     texts = {r["ruleId"]: r["message"]["text"] for r in run["results"]}
     assert texts.keys() == {"baseline", "missing"}
-    assert texts["baseline"].startswith("good: ")
-    assert texts["missing"].startswith("gone: ")
+    assert texts["baseline"].startswith(f"{moved}: good: ")
+    assert texts["missing"].startswith(f"{moved}: gone: ")
 
 
 # --- output that cannot be written ----------------------------------------------------------------
@@ -722,7 +764,8 @@ def test_too_little_memory_is_one_line(
 ) -> None:
     monkeypatch.setattr("wellcond.audits.sources.Checkpoint", raising(error))
     assert main(["audit", str(checkpoint)]) == 2
-    assert capsys.readouterr().err == "wellcond: error: there is not enough memory\n"
+    said = f"wellcond: error: {checkpoint}: there is not enough memory\n"
+    assert capsys.readouterr().err == said
     monkeypatch.setattr("wellcond.audits.repair.limit_condition_number", raising(error))
     fixed = checkpoint.with_name("fixed.pt")
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 2
