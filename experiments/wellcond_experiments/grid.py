@@ -32,6 +32,7 @@ from wellcond_experiments import command
 from wellcond_experiments.command import dump_json, format_duration, write_text
 from wellcond_experiments.evidence import Evidence, Verdict
 from wellcond_experiments.methods import METHODS, without_subnormals
+from wellcond_experiments.prediction import Case
 from wellcond_experiments.tables import Table
 
 # The first seeds of the search, and of its second round; those that are reported count from 0.
@@ -179,6 +180,10 @@ class Setting(ABC):
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         """Ours against all others, by what was compared in the words of the page."""
         return {}
+
+    def early(self, evidence: Evidence) -> list[Case]:
+        """Runs that show early what they may end with."""
+        return []
 
     def failed(self, evidence: Evidence) -> bool:
         """Whether the results contradict what they should show."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from joblib import cpu_count
 
-from wellcond_experiments import evidence, figures, grid
+from wellcond_experiments import evidence, figures, grid, prediction
 from wellcond_experiments.command import positive, write_text
 from wellcond_experiments.evidence import Evidence, Verdict
 from wellcond_experiments.grid import Runner, Setting
 from wellcond_experiments.methods import METHODS
+from wellcond_experiments.prediction import Case
 from wellcond_experiments.settings import SETTINGS
 
 PAGES = ("README.md", "docs/*.md", "docs/evidence/*.md")
@@ -100,7 +101,8 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
     found = Evidence(document)
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
     changed = evidence.fill_pages(pages, kind.name, setting.tables(found))
-    verdicts = _verdicts(results.parent)
+    verdicts, cases = _compared(results.parent)
+    changed += evidence.fill_pages(pages, "early", prediction.tabulate(cases))
     changed += evidence.fill_pages(pages, "winners", {"table": evidence.list_winners(verdicts)})
     changed += evidence.fill_pages(pages, "methods", {"table": evidence.list_methods([*METHODS])})
     pictures = setting.figures(found) | {"winners": evidence.draw_winners(verdicts)}
@@ -110,12 +112,15 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
     return 0
 
 
-def _verdicts(folder: Path) -> dict[str, Verdict]:
-    """Of all the results that are there."""
+def _compared(folder: Path) -> tuple[dict[str, Verdict], list[Case]]:
+    """The verdicts of all the results that are there, and the runs that show something early."""
     verdicts: dict[str, Verdict] = {}
+    cases: list[Case] = []
     for kind in SETTINGS.values():
         path = folder / f"{kind.name}.json"
         if path.exists():
             document = grid.read(path)
-            verdicts |= kind.of(document).verdicts(Evidence(document))
-    return verdicts
+            setting, found = kind.of(document), Evidence(document)
+            verdicts |= setting.verdicts(found)
+            cases += setting.early(found)
+    return verdicts, cases

@@ -30,6 +30,7 @@ from wellcond_experiments.methods import (
     largest,
     spectral_norms,
 )
+from wellcond_experiments.prediction import Case
 from wellcond_experiments.tables import Table
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -203,6 +204,9 @@ class LossSpikes(Setting):
             ),
             f"{what}, at the best rate of each": found.verdict("best", lower=True),
         }
+
+    def early(self, evidence: Evidence) -> list[Case]:
+        return [Case("language model", evidence.runs, self.score)]
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         found = average_rates(evidence)

@@ -12,6 +12,7 @@ from torch import nn
 
 from wellcond_experiments import figures
 from wellcond_experiments.data import Images, load
+from wellcond_experiments.early import PART
 from wellcond_experiments.evidence import Column, Evidence, Verdict
 from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond_experiments.methods import (
@@ -22,6 +23,7 @@ from wellcond_experiments.methods import (
     largest,
     spectral_norms,
 )
+from wellcond_experiments.prediction import Case
 from wellcond_experiments.tables import Table
 
 WIDTH, BATCH = 100, 16
@@ -107,6 +109,19 @@ class Tasks(Setting):
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         title = f"{self.words[0]}, last {self.tasks // self.part} of {self.tasks} tasks, %"
         return {title: evidence.verdict("accuracy")}
+
+    def early(self, evidence: Evidence) -> list[Case]:
+        """What the curves hold; growth is that since the end of the first task."""
+        at = max(self.tasks // PART, 1) - 1
+        runs = evidence.runs
+        early = {
+            "early_kappa": [curve[at] for curve in runs["kappa"]],
+            "early_kappa_growth": [curve[at] / curve[0] for curve in runs["kappa"]],
+            "early_sigma": [curve[at] for curve in runs["sigma_max"]],
+            "early_sigma_growth": [curve[at] / curve[0] for curve in runs["sigma_max"]],
+            "early_loss": [100 - curve[at] for curve in runs["accuracies"]],
+        }
+        return [Case(self.name.replace("-", " "), runs.assign(**early), self.score)]
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         score, part = self.words

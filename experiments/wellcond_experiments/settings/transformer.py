@@ -10,6 +10,7 @@ from wellcond_experiments import figures
 from wellcond_experiments.attention import ImageTransformer
 from wellcond_experiments.evidence import Evidence
 from wellcond_experiments.grid import strengths_of
+from wellcond_experiments.prediction import Case
 from wellcond_experiments.settings.learning_rates import (
     LearningRates,
     average_rates,
@@ -51,6 +52,9 @@ class Transformer(LearningRates):
 
     def build(self, case: str, norm: bool) -> nn.Module:
         return ImageTransformer(self.images.side, norm)
+
+    def early(self, evidence: Evidence) -> list[Case]:
+        return [Case("transformer on images", evidence.runs, self.score)]
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         found = average_rates(evidence)
