@@ -20,7 +20,7 @@ from wellcond_experiments.settings.learning_rates import (
 CASE = "transformer"
 COMPARED = (
     *("none", "warm-up", "weight-decay", "clipping", "layer-norm", "orthogonal-init"),
-    *("spectral-norm-torch", "condition", "orthogonality", "isometry", "isometry-scale"),
+    *("spectral-norm-torch", "condition", "isometry", "isometry-scale"),
     *("condition-limit", "upper-limit", "upper-limit-attention", "upper-limit-blocks"),
 )
 
@@ -31,8 +31,8 @@ class Transformer(LearningRates):
     protocol = (
         "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: a "
         "transformer of two blocks and width 64 over 16 squares of the image; accuracy on the test "
-        "images. Decay on matrices only. IsometryStep and OrthogonalityPenalty act after every "
-        "step, ConditionPenalty every ten steps, the limits are watched. LayerNorm is that of "
+        "images. Decay on matrices only. IsometryStep acts after every step, ConditionPenalty every "
+        "ten steps, the limits are watched. LayerNorm is that of "
         "queries and keys; all blocks have one before attention and MLP. Strengths by the mean "
         "over the rates. Short trainings: a mean over the rates rewards what learns fast at the "
         "lowest of them."
@@ -45,7 +45,10 @@ class Transformer(LearningRates):
         self.depths = ()
 
     def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
-        return strengths_of(*self.compared)
+        strengths = strengths_of(*self.compared)
+        if "weight-decay" in strengths:
+            strengths["weight-decay"] = (0.01, 0.1, 0.3, 1.0)
+        return strengths
 
     def gain(self, case: str) -> float:
         return 1.0
