@@ -31,11 +31,10 @@ class Transformer(LearningRates):
     protocol = (
         "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: a "
         "transformer of two blocks and width 64 over 16 squares of the image; accuracy on the test "
-        "images. Decay on matrices only. IsometryStep acts after every step, ConditionPenalty every "
-        "ten steps, the limits are watched. LayerNorm is that of "
-        "queries and keys; all blocks have one before attention and MLP. Strengths by the mean "
-        "over the rates. Short trainings: a mean over the rates rewards what learns fast at the "
-        "lowest of them."
+        "images. Decay on matrices only. IsometryStep acts after every step, ConditionPenalty "
+        "every ten steps, the limits are watched. LayerNorm is that of queries and keys; all "
+        "blocks have one before attention and MLP. Strengths by the mean over the rates. Short "
+        "trainings: a mean over the rates rewards what learns fast at the lowest of them."
     )
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
