@@ -78,12 +78,12 @@ class LossSpikes(Setting):
             method: strengths
             for method, strengths in {
                 "clipping": (0.1, 0.3, 1.0),
-                "warm-up": (40.0, 100.0, 200.0),
-                "weight-decay": (0.01, 0.1, 1.0),
-                "spectral-norm-torch": (0.5, 1.0, 2.0, 4.0),
-                "upper-limit": (0.5, 1.0, 2.0, 4.0),
-                "upper-limit-attention": (0.5, 1.0, 2.0, 4.0),
-                "condition-limit": (2.0, 5.0, 20.0),
+                "warm-up": (40.0, 100.0, 200.0, 400.0),
+                "weight-decay": (0.01, 0.1, 0.3, 1.0),
+                "spectral-norm-torch": (0.5, 1.0, 1.4, 2.0, 4.0),
+                "upper-limit": (0.5, 1.0, 1.4, 2.0, 4.0),
+                "upper-limit-attention": (0.5, 1.0, 1.4, 2.0, 4.0),
+                "condition-limit": (1.2, 1.5, 2.0, 5.0, 20.0),
                 "isometry": (0.03, 0.1, 0.5),
             }.items()
             if method in self.compared
