@@ -42,10 +42,11 @@ def test_python_blocks_run_and_print_what_they_show(capsys: pytest.CaptureFixtur
         assert capsys.readouterr().out == textwrap.dedent(output)
 
 
-def test_the_numbers_of_the_evidence_are_those_of_its_page() -> None:
+def test_the_numbers_of_the_evidence_are_those_of_its_pages() -> None:
     """They are written by hand here, and there from the results."""
     why = README.partition("**Why.**")[2].partition("\n## ")[0]
-    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    pages = [ROOT / "docs" / "evidence.md", *(ROOT / "docs" / "evidence").glob("*.md")]
+    evidence = "".join(page.read_text() for page in pages)
     numbers = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", why)
     assert len(numbers) > 3
     assert [number for number in numbers if number not in evidence] == []
