@@ -61,9 +61,14 @@ class Change:
         directions: k, the stable rank of W rounded up, at most 32.
         leading_share: the share of ||dW||_F^2 in the span of the k leading left singular vectors
             (directions of the outputs) of W, 0 to 1; about k/m for a random change of m rows.
-        leading_turn: the largest principal angle between the spans of the k leading right singular
-            vectors (directions of the inputs) before and after, in degrees.
+        leading_turn: the root-mean-square principal angle, arccos sqrt(mean cos^2 theta_i), between
+            the spans of the k leading right singular vectors (directions of the inputs) before and
+            after, in degrees. Its squared sine is the share of the span that has been left.
         trailing_turn: the same of the k right singular vectors of the smallest singular values.
+        largest_leading_turn: the largest of the principal angles of `leading_turn`. It is near 90
+            degrees as soon as one direction has turned.
+        largest_trailing_turn: the largest of those of `trailing_turn`.
+        random_turn: what two random spans of k of the n inputs have, arccos sqrt(k/n).
         reasons: by the names of those that are nan, why.
     """
 
@@ -73,6 +78,9 @@ class Change:
     leading_share: float = math.nan
     leading_turn: float = math.nan
     trailing_turn: float = math.nan
+    largest_leading_turn: float = math.nan
+    largest_trailing_turn: float = math.nan
+    random_turn: float = math.nan
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
