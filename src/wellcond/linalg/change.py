@@ -38,7 +38,8 @@ class MatrixChange(NamedTuple):
         sqnr: 20 log10(||S||_F/||D||_F) in decibels; inf without a change, nan if S is zero.
         directions: k.
         leading_share: ||U_k U_k^T D||_F^2/||D||_F^2, where U_k are the k leading left singular
-            vectors of S (directions of the outputs). It is about k/m for a random D.
+            vectors of S (directions of the outputs).
+        random_share: k/m, the expected share of a random D.
         leading_turn: the root-mean-square principal angle (`measure_angles`), in degrees, between
             the spans of the k leading right singular vectors (directions of the inputs) of S and
             of T.
@@ -53,6 +54,7 @@ class MatrixChange(NamedTuple):
     sqnr: float
     directions: int = 0
     leading_share: float = math.nan
+    random_share: float = math.nan
     leading_turn: float = math.nan
     trailing_turn: float = math.nan
     largest_leading_turn: float = math.nan
@@ -64,6 +66,7 @@ class MatrixChange(NamedTuple):
 _TURNS = ("leading_turn", "trailing_turn")
 _DIRECTIONS = (
     "leading_share",
+    "random_share",
     *_TURNS,
     *(f"largest_{turn}" for turn in _TURNS),
     "random_turn",
@@ -125,7 +128,9 @@ def _with_directions(
             rows = slice(0, k) if leading else slice(len(sigma) - k, None)
             turns[name], turns[f"largest_{name}"] = measure_angles(Vh[rows].mH, Wh[rows].mH)
     turns["random_turn"] = math.degrees(math.acos(math.sqrt(k / S.shape[1])))
-    return MatrixChange(relative, sqnr, k, min(1.0, share), **turns, reasons=reasons)
+    return MatrixChange(
+        relative, sqnr, k, min(1.0, share), k / S.shape[0], **turns, reasons=reasons
+    )
 
 
 def _reason_without_gap(sigma: Tensor, k: int, inputs: int, leading: bool, rounding: float) -> str:
