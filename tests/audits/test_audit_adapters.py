@@ -274,7 +274,13 @@ def test_a_weight_that_is_missing_or_quantised_is_a_row_that_says_so(tmp_path: P
     assert "is skipped, as not real floating point" in failed["layers.1.q_proj.weight:merged"]
     assert "is not there" in failed["layers.2.q_proj.weight:merged"]
     assert "it adds (7, 10) to a weight of (7, 11)" in failed["layers.3.q_proj.weight:merged"]
-    assert all(found[f"layers.{layer}.q_proj.weight:delta"].measured for layer in (1, 2))
+    assert len(found) == 4  # one each
+    assert report.coverage.failed == 3
+    apart = rows(wc.audit(adapter, base=path, include="*:delta"))
+    assert set(apart) == {f"layers.{layer}.q_proj.weight:delta" for layer in range(4)}
+    assert all(one.measured for one in apart.values())
+    some = rows(wc.audit(adapter, base=path, exclude=["layers.1.*", "layers.3.*"]))
+    assert set(some) == {f"layers.{layer}.q_proj.weight:merged" for layer in (0, 2)}
 
 
 UNKNOWN = [

@@ -157,7 +157,7 @@ def test_every_column_is_explained() -> None:
     both = compare(wc.audit(nn.Linear(4, 3)), wc.audit(nn.Linear(4, 3)))
     assert set(both.columns()) <= set(re.split(r"\s{2,}", both.table().splitlines()[0].strip()))
     assert "κ before" in both.legend()
-    assert "<dt>after/before</dt>" in both.to_html()
+    assert "<dt>movement</dt>" in both.to_html()
 
 
 # --- zero rows, and one entry that holds all ------------------------------------------------------

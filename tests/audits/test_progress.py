@@ -33,6 +33,61 @@ def test_the_time_left_is_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPat
     assert str(seen[1]) == "2 of 3, about 1 min left: b"
 
 
+def test_what_is_done_of_one_counts_and_is_told_once_per_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    seen: list[Progress] = []
+    counter = Counter(seen.append, [2.0, 6.0])
+    for at, share in ((0.5, 0.1), (4.0, 0.5), (4.9, 0.6), (6.0, 0.75)):
+        if not seen:
+            counter.next("a")
+        now[0] = at
+        counter.within(share)
+    counter.next("b")
+    assert [(step.name, step.number, step.share) for step in seen] == [
+        ("a", 1, 0.0),
+        ("a", 1, 0.5),
+        ("a", 1, 0.75),
+        ("b", 2, 0.0),
+    ]
+    # After 4 seconds 1 of 8 is done, after 6 seconds 1.5, and then 2.
+    assert [step.seconds_left for step in seen[1:]] == pytest.approx([28.0, 26.0, 18.0])
+    assert str(seen[1]) == "1 of 2, 50 % of it done, about 28 s left: a"
+
+
+def test_a_convolution_as_it_acts_tells_how_much_of_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = count(0.0, 5.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    bounded = nn.Conv2d(2, 2, 3, padding=1, groups=2)
+    exact = nn.Conv2d(2, 2, 3, padding=1, groups=2, padding_mode="circular")
+    seen: list[Progress] = []
+    x = torch.zeros(1, 2, 70, 70)
+    wc.audit(nn.Sequential(bounded, exact), example=x, include="*:operator", progress=seen.append)
+    # Of each group two bounds of sigma_max and four corners; of the other each group.
+    expected = [(1, k / 12) for k in range(13)] + [(2, 0.0), (2, 0.5), (2, 1.0)]
+    assert [(step.number, step.share) for step in seen] == expected
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, KeyError])
+def test_an_error_of_the_callback_is_not_one_of_the_weight(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = count(0.0, 5.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+
+    def fail(step: Progress) -> None:
+        if step.share:
+            raise kind("mine")
+
+    layer = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
+    with pytest.raises(kind, match="mine"):
+        wc.audit(layer, example=torch.zeros(1, 2, 8, 8), progress=fail)
+
+
 def test_what_takes_longer_counts_more(tmp_path: Path) -> None:
     """Of a stack the matrices count, of a kernel (out, rest), of a large matrix the entries."""
     from wellcond.files.checkpoint import Checkpoint

@@ -22,13 +22,15 @@ BAD = {"w": torch.diag(torch.tensor([1.0, 1e-3]))}
         ("a.pt", "b.onnx", "Choose b.pt"),
         ("folder", "b.safetensors", "`path_out` must be a directory"),
         ("folder", "b.ckpt", "`path_out` must be a directory"),
+        ("folder.ckpt", "b.pt", "`path_out` must be a directory"),
+        ("folder.ckpt", "b.safetensors", "`path_out` must be a directory"),
     ],
 )
 def test_the_name_of_another_format_is_refused(
     tmp_path: Path, source: str, target: str, way_out: str
 ) -> None:
     """Before anything is read: this is no checkpoint at all."""
-    if source == "folder":
+    if source.startswith("folder"):
         (tmp_path / source).mkdir()
     else:
         (tmp_path / source).write_text("no checkpoint")

@@ -280,7 +280,7 @@ def test_explain_says_what_the_columns_mean(
     for words in ("stable rank  ", "where it stands among trained weights", '"estimated":'):
         assert words in legend
     assert main(["audit", str(checkpoint), "--explain", "--compare", str(moved)]) == 0
-    assert "\nafter/before  " in capsys.readouterr().out
+    assert "\nmovement  " in capsys.readouterr().out
     for other in (["--json"], ["--csv", "-"]):
         assert main(["audit", str(checkpoint), "--explain", *other]) == 2
         out, err = capsys.readouterr()
@@ -322,8 +322,9 @@ def test_a_repaired_checkpoint_passes_the_audit_that_failed(
     capsys.readouterr()
     assert main(["audit", str(checkpoint), "--compare", str(fixed)]) == 0
     first = capsys.readouterr().out.splitlines()[1].split()
-    assert first[:2] == ["bad", "100"]
-    assert float(first[3]) == pytest.approx(0.07, rel=1e-3)
+    assert first[:3] == ["bad", "κ", "×0.07"]
+    assert first[4] == "100"
+    assert float(first[5]) == pytest.approx(7, rel=1e-3)
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 2
     assert "not overwritten" in capsys.readouterr().err
 

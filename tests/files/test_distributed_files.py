@@ -314,6 +314,15 @@ def check_lightning(folder: Path, tmp_path: Path) -> None:
     assert same(*(next(iter(one.values())) for one in (before, after)))
 
 
+def test_a_folder_that_is_called_as_a_file_is_copied_to_one(tmp_path: Path) -> None:
+    """As Lightning calls them: last.ckpt."""
+    folder, target = tmp_path / "last.ckpt", tmp_path / "fixed.ckpt"
+    shutil.copytree(DATA / "lightning", folder)
+    assert wc.repair(folder, target, 1.2).changed
+    assert target.is_dir()
+    assert all(one.condition_number <= 1.2 for one in wc.audit(target).findings)
+
+
 def test_what_lightning_has_saved_is_read(tmp_path: Path) -> None:
     """By ModelParallelStrategy, of two processes; see write_lightning.py."""
     check_lightning(DATA, tmp_path)

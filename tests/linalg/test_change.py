@@ -15,7 +15,7 @@ from wellcond.linalg.change import (
     UNCHANGED,
     WHOLE_SPACE,
     ZERO,
-    largest_angle,
+    measure_angles,
     measure_change,
 )
 
@@ -64,10 +64,15 @@ def test_numbers_are_those_of_a_dense_twin(m: int, n: int, seed: int, size: floa
         if name in found.reasons:
             assert math.isnan(getattr(found, name))
             continue
+        cosines = np.linalg.svd(V[first] @ W[second].T, compute_uv=False)
+        mean = math.sqrt(min(1.0, (cosines**2).mean()))
+        assert math.cos(math.radians(getattr(found, name))) == pytest.approx(mean, abs=1e-9)
         P, Q = V[first].T @ V[first], W[second].T @ W[second]
         sine = min(1.0, np.linalg.norm(P - Q, 2))  # of two spans of one dimension
-        turned = getattr(found, name)
-        assert math.sin(math.radians(turned)) == pytest.approx(sine, abs=1e-6)
+        largest = getattr(found, f"largest_{name}")
+        assert math.sin(math.radians(largest)) == pytest.approx(sine, abs=1e-6)
+        assert getattr(found, name) <= largest * (1 + 1e-9) + 1e-9
+    assert math.cos(math.radians(found.random_turn)) ** 2 == pytest.approx(k / n)
 
 
 @pytest.mark.parametrize("degrees", [1e-5, 0.3, 30.0, 89.0])
@@ -79,8 +84,12 @@ def test_turned_inputs_turn_by_that_angle(degrees: float) -> None:
         T = U * sigma @ (V @ rotation(8, *plane, degrees)).mT
         found = measure_change(S, T)
         assert found.directions == 2
-        assert found.leading_turn == pytest.approx(leading, rel=1e-6, abs=1e-9)
-        assert found.trailing_turn == pytest.approx(trailing, rel=1e-6, abs=1e-9)
+        assert found.largest_leading_turn == pytest.approx(leading, rel=1e-6, abs=1e-9)
+        assert found.largest_trailing_turn == pytest.approx(trailing, rel=1e-6, abs=1e-9)
+        # One of two directions has turned: half of the mean squared sine.
+        mean = math.degrees(math.asin(math.sin(math.radians(degrees)) / math.sqrt(2)))
+        assert max(found.leading_turn, found.trailing_turn) == pytest.approx(mean, rel=1e-6)
+        assert min(found.leading_turn, found.trailing_turn) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_longer_first_direction_is_a_change_in_it_and_no_turn() -> None:
@@ -90,6 +99,7 @@ def test_a_longer_first_direction_is_a_change_in_it_and_no_turn() -> None:
     assert found.relative == pytest.approx(2 / float(sigma.norm()))
     assert found.leading_share == pytest.approx(1)
     assert found.leading_turn == pytest.approx(0, abs=1e-9)
+    assert found.largest_leading_turn == pytest.approx(0, abs=1e-9)
     below = measure_change(S, S + 0.05 * U[:, -1:] @ V[:, -1:].mT)
     assert below.leading_share == pytest.approx(0, abs=1e-20)
 
@@ -98,7 +108,8 @@ def test_a_random_change_has_its_share_by_chance() -> None:
     U, sigma, V = with_values(200, [4.0, 2.0, *[1.0 - j / 500 for j in range(98)]])
     S = U * sigma @ V.mT
     found = measure_change(S, S + 1e-3 * normal(200, 100, seed=7))
-    assert found.leading_share == pytest.approx(found.directions / 200, rel=0.2)
+    assert found.random_share == found.directions / 200
+    assert found.leading_share == pytest.approx(found.random_share, rel=0.2)
 
 
 def test_scale_and_order_do_not_matter() -> None:
@@ -106,7 +117,7 @@ def test_scale_and_order_do_not_matter() -> None:
     found = measure_change(S, T)
     for factor in (1e-200, 1e200):
         other = measure_change(factor * S, factor * T)
-        assert other[:6] == pytest.approx(found[:6], rel=1e-9)
+        assert other[:-1] == pytest.approx(found[:-1], rel=1e-9)
     # The trailing and the leading directions of inputs turn as far forth as back if k is the same.
     back = measure_change(T, S)
     if back.directions == found.directions:
@@ -130,14 +141,15 @@ def test_a_side_that_is_zero_has_no_directions() -> None:
     found = measure_change(torch.diag(torch.tensor([2.0, 1.0])), torch.zeros(2, 2))
     assert (found.relative, found.sqnr) == (1, 0)
     assert found.leading_share == 1  # k = 2 of 2
-    assert found.reasons == {"leading_turn": ZERO, "trailing_turn": ZERO}
+    turns = ("leading_turn", "trailing_turn", "largest_leading_turn", "largest_trailing_turn")
+    assert found.reasons == dict.fromkeys(turns, ZERO)
 
 
 def test_equal_singular_values_at_the_edge_have_no_angle() -> None:
     S = torch.diag(torch.tensor([5.0, 1.5, 1.5, 1.0, 0.5]))  # k = 2
     found = measure_change(S, S + 0.01 * normal(5, 5).float())
     assert found.directions == 2
-    assert found.reasons == {"leading_turn": CLOSE}
+    assert found.reasons == dict.fromkeys(("leading_turn", "largest_leading_turn"), CLOSE)
     S = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0 + 1e-3, 0.5]))
     T = S + 0.3 * normal(5, 5).float()
     assert "trailing_turn" not in measure_change(S, T).reasons
@@ -147,18 +159,20 @@ def test_equal_singular_values_at_the_edge_have_no_angle() -> None:
 
 def test_all_directions_have_no_angle_but_a_row_has() -> None:
     S = torch.eye(3)
-    assert measure_change(S, S + 0.1 * normal(3, 3).float()).reasons == {
-        "leading_turn": WHOLE_SPACE,
-        "trailing_turn": WHOLE_SPACE,
-    }
+    whole = measure_change(S, S + 0.1 * normal(3, 3).float())
+    assert set(whole.reasons.values()) == {WHOLE_SPACE}
+    assert math.isnan(whole.leading_turn)
+    assert math.isnan(whole.trailing_turn)
+    assert whole.random_turn == 0
     row = measure_change(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
     assert row.leading_turn == row.trailing_turn == pytest.approx(45)
+    assert row.largest_leading_turn == pytest.approx(row.random_turn) == pytest.approx(45)
 
 
 def test_blocks_are_one_block_diagonal_matrix() -> None:
     S, T = normal(3, 2, 4), normal(3, 2, 4, seed=1)
     whole = measure_change(torch.block_diag(*S), torch.block_diag(*T))
-    assert measure_change(S, T)[:6] == pytest.approx(whole[:6], nan_ok=True)
+    assert measure_change(S, T)[:-1] == pytest.approx(whole[:-1], nan_ok=True)
 
 
 def test_complex_matrices_are_measured() -> None:
@@ -191,5 +205,35 @@ def test_other_shapes_and_nan_are_refused() -> None:
 def test_the_angle_of_equal_spans_is_zero_whatever_their_bases() -> None:
     V = torch.linalg.qr(normal(6, 3)).Q
     R = torch.linalg.qr(normal(3, 3, seed=1)).Q
-    assert largest_angle(V, V @ R) == pytest.approx(0, abs=1e-12)
-    assert largest_angle(V[:, :1], V[:, 1:2]) == pytest.approx(90)
+    assert measure_angles(V, V @ R) == pytest.approx((0, 0), abs=1e-12)
+    assert measure_angles(V[:, :1], V[:, 1:2]) == pytest.approx((90, 90))
+
+
+@pytest.mark.parametrize("degrees", [1e-7, 20.0, 90.0])
+@pytest.mark.parametrize("turned", [1, 5, 10])
+def test_ten_directions_of_which_some_turn(degrees: float, turned: int) -> None:
+    """The mean squared sine is turned/10 sin^2 theta, whatever the bases; the largest is theta."""
+    Q = torch.linalg.qr(normal(30, 30)).Q
+    R = torch.linalg.qr(normal(10, 10, seed=1)).Q
+    V = Q[:, :10]
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    W = V.clone()
+    W[:, :turned] = V[:, :turned] * angles.cos() + Q[:, 10 : 10 + turned] * angles.sin()
+    mean, largest = measure_angles(V, W @ R)
+    sine = math.sqrt(turned / 10) * math.sin(math.radians(degrees))
+    assert math.sin(math.radians(mean)) == pytest.approx(sine, rel=1e-6)
+    assert largest == pytest.approx(degrees, rel=1e-6)
+
+
+def test_random_spans_have_a_mean_squared_cosine_of_k_over_n() -> None:
+    k, n, count = 4, 20, 400
+    squares = [
+        math.cos(math.radians(measure_angles(*torch.linalg.qr(normal(2, n, k, seed=s)).Q)[0])) ** 2
+        for s in range(count)
+    ]
+    # One of them has a standard deviation of about 0.04.
+    assert sum(squares) / count == pytest.approx(k / n, abs=4 * 0.05 / math.sqrt(count))
+    S = torch.outer(normal(30), normal(n)) + 0.1 * normal(30, n)
+    found = measure_change(S, S + 0.01 * normal(30, n, seed=1))
+    expected = math.degrees(math.acos(math.sqrt(found.directions / n)))
+    assert found.random_turn == pytest.approx(expected)

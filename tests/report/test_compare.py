@@ -216,9 +216,9 @@ def test_the_ratio_is_that_of_the_condition_numbers() -> None:
     assert pairs == [("2.weight", 10.0), ("1.weight", 0.25), ("0.weight", 1.0)]
     header, first, second, *_ = comparison.table().splitlines()
     assert header.split("  ")[0] == "weight"
-    assert first.split()[:6] == ["2.weight", "3", "30", "10", "σ_max", "×10"]
+    assert first.split()[:6] == ["2.weight", "σ_max", "×10", "15.4", "3", "30"]
     assert first.split()[6:] == ["3", "→", "30", "1.11", "→", "1", "2x2"]
-    assert second.split()[:6] == ["1.weight", "4", "1", "0.25", "σ_max", "×0.25"]
+    assert second.split()[:6] == ["1.weight", "σ_max", "×0.25", "9.24", "4", "1"]
     back = {pair.label: pair.ratio for pair in wc.compare(after, before).pairs}
     assert back == {label: 1 / ratio for label, ratio in pairs}
 

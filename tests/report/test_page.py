@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -274,7 +275,9 @@ def test_a_comparison_has_every_weight_once_with_both_numbers() -> None:
     assert page.labels[:2] == ["b", "a"]
     assert page.column("κ before") == {"a": "2", "b": "8", "old": "3", "new": "-"}
     assert page.column("κ after") == {"a": "2", "b": "4", "old": "-", "new": "5"}
-    assert page.column("after/before") == {"a": "1", "b": "0.5", "old": "-", "new": "-"}
+    assert page.column("moved most") == {"a": "", "b": "κ ×0.5", "old": "", "new": ""}
+    moved = f"{math.log(2) / 0.9:.3g}"  # a square
+    assert page.column("movement") == {"a": "0", "b": moved, "old": "-", "new": "-"}
 
 
 def test_a_page_has_all_columns_of_the_table_and_explains_them() -> None:
@@ -327,7 +330,7 @@ def test_titles_of_what_is_folded_have_no_number_if_there_is_none() -> None:
     part = {name: kappa for name, kappa in kappas.items() if "layers.11" not in name}
     half = Page(wc.compare(report(part), report(kappas)).to_html()).folds
     assert "model.layers.11: 21 more" in half
-    assert [title for title in half if re.fullmatch(r"model.layers.10: \d+ more, 1 times", title)]
+    assert [t for t in half if re.fullmatch(r"model.layers.10: \d+ more, movement up to 0", t)]
     lost = Page(report(dict.fromkeys(kappas, NAN)).to_html()).folds
     assert "model.layers.10: 21 more" in lost
 
@@ -501,7 +504,7 @@ def test_there_is_no_map_where_nothing_repeats(labels: list[str]) -> None:
     assert "Layers" not in page.text
 
 
-def test_a_map_of_a_comparison_shows_the_ratio() -> None:
+def test_a_map_of_a_comparison_shows_the_movement() -> None:
     before = {f"h.{i}.{kind}": 10.0 for i in range(4) for kind in ("a", "b", "c")}
     after = before | {"h.0.a": 1000.0, "h.1.a": 1.0, "h.2.a": 10.01}
     after |= {"h.0.b": INF, "h.1.b": NAN, "h.4.a": 5.0}
@@ -510,19 +513,37 @@ def test_a_map_of_a_comparison_shows_the_ratio() -> None:
     del after["h.3.c"]
     page = Page(wc.compare(report(before), report(after)).to_html(max_condition=100.0))
     cells = {label: cell[:2] for label, cell in page.map.items()}
-    assert cells["h.0.a"] == ("d10", "▲")
-    assert cells["h.1.a"][0] in ("d2", "d3")
-    assert cells["h.2.a"] == ("d5", "")
+    # log(100)/0.9 = 5.1 and log(10)/0.9 = 2.6, of a scale from 0 to 6.
+    assert cells["h.0.a"] == ("s9", "▲")
+    assert cells["h.1.a"] == ("s4", "")  # a fall as far as a rise
+    assert cells["h.2.a"] == ("s0", "")
+    ticks = page.texts("div[@class='scale']//span")
+    assert ticks == ["0", "1", "2", "3", "4", "5", "6"]
+    assert "A movement up to 2 is as from one training to another." in page.text
     assert cells["h.0.b"] == ("positive", "∞")
     assert cells["h.2.b"] == ("negative", "↓")
-    assert cells["h.3.b"] == ("d5", "▲")
+    assert cells["h.3.b"] == ("s0", "▲")
     assert cells["h.1.b"] == ("unknown", "?")
     assert cells["h.4.a"] == ("unknown", "+")
     assert cells["h.3.c"] == ("unknown", "−")
-    assert page.map["h.0.a"][2] == "κ 10 → 1000, 100 times"
+    assert page.map["h.0.a"][2] == "κ ×100, movement 5.12"
+    assert page.map["h.2.a"][2] == "moved by less than 1 %"
+    assert page.map["h.4.a"][2] == "κ - → 5"
     assert "▲above κ = 100 after" in page.text
     same = Page(wc.compare(report(before), report(before)).to_html()).map
-    assert {color for color, _, _ in same.values()} == {"d5"}
+    assert {color for color, _, _ in same.values()} == {"s0"}
+
+
+def test_colors_of_a_comparison_are_in_the_order_of_its_table() -> None:
+    before = {f"h.{i}.{kind}": 10.0 for i in range(4) for kind in ("a", "b")}
+    after = {label: 10 * 1.9 ** (-i if i % 2 else i) for i, label in enumerate(before)}
+    later = [replace(f, sigma_max=2.0 + 40.0 * i) for i, f in enumerate(report(after).findings)]
+    page = Page(wc.compare(report(before), report({}, later)).to_html())
+    steps = [int(page.map[label][0][1:]) for label in page.labels]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] > steps[-1]
+    moves = [float(move) for move in page.column("movement").values()]
+    assert moves == sorted(moves, reverse=True)
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -633,13 +654,19 @@ def whole_page() -> str:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: Debian's package chromium")
-@pytest.mark.parametrize("kind", ["small", "large", "comparison"])
+@pytest.mark.parametrize("kind", ["small", "large", "comparison", "changes"])
 def test_nothing_is_wider_than_the_screen(kind: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     if kind == "small":
         wc.audit(model(), certify=True).to_html(page, max_condition=100.0)
     elif kind == "large":
         page.write_text(whole_page())
+    elif kind == "changes":  # all columns, and as wide as they are in a transformer
+        names = [f"transformer.h.{i}.attn.c_attn.weight" for i in range(12) for _ in range(7)]
+        names = [f"{name}{k}" for k, name in enumerate(names)]
+        before = {name: torch.randn(48, 96) / 9 for name in names}
+        after = {name: (W - W[:1]).bfloat16() for name, W in before.items()}
+        wc.compare(before, after).to_html(page, max_condition=10.0)
     else:
         one = report(deep(12, *KINDS) | dict.fromkeys(HOSTILE, 5.0))
         wc.compare(one, report(deep(13, *KINDS))).to_html(page, max_condition=9e3)
@@ -650,10 +677,10 @@ def test_nothing_is_wider_than_the_screen(kind: str, tmp_path: Path) -> None:
         assert seen["right"] <= seen["screen"]
         if kind == "small":
             assert len(seen["kappa"]) == 3
-        if kind != "comparison":
+        if kind in ("small", "large"):
             assert max(seen["kappa"]) <= seen["screen"]
             assert seen["label"] >= 10  # pixels: to be read
-        if kind != "small":
+        if kind in ("large", "comparison"):
             assert min(seen["cells"]) >= 12  # pixels: to be seen
             assert len(seen["colors"]) == 11
             assert seen["folded"] > 10

@@ -76,7 +76,8 @@ def audit(
         exclude: one or more patterns of names to leave out.
         curves: find all singular values of this number of the worst weights, however large.
         progress: True shows a bar, of tqdm if it is installed. Or a function that is called with a
-            `Progress` before each tensor is read; `print` will do.
+            `Progress` before each tensor is read, and every second within a convolution that is
+            measured as it acts; `print` will do.
         example: input of the model: a tensor, a tuple, or a dict of named arguments. One forward
             pass in eval mode shows on which input size each convolution acts, and the convolution
             is measured as that map, under the view "operator" instead of "kernel". The numbers are

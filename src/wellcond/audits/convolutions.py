@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from torch import Tensor
 from wellcond.linalg.lattice import bound_norm_cheaply, effective_steps, fold
 from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.linalg.symbol import periodic_singular_values
-from wellcond.operators.convolution import CIRCULAR, ZEROS, Convolution
+from wellcond.operators.convolution import CIRCULAR, ZEROS, Convolution, Geometry
 
 # The dense matrix of a group: so many singular values, entries, and multiplications of them all.
 _DENSE, _ENTRIES, _WORK = 4096, 1 << 26, 2e11
 _CORNER = 1536  # unknowns of the corners that bound sigma_nu, fewer where there are many groups
 _STEPS = 30  # of the power iteration that bounds sigma_1 from below
+
+T = TypeVar("T")
 
 
 class MapSpectrum(NamedTuple):
@@ -45,8 +47,14 @@ class MapSpectrum(NamedTuple):
     method: str
 
 
-def measure_convolution(convolution: Convolution) -> MapSpectrum:
-    """The singular values of a convolution in float64, or bounds of sigma_1 and sigma_nu."""
+def measure_convolution(
+    convolution: Convolution, report: Callable[[float], None] = lambda share: None
+) -> MapSpectrum:
+    """The singular values of a convolution in float64, or bounds of sigma_1 and sigma_nu.
+
+    `report` is called with the share of the work that is done, above 0 and up to 1: after each
+    group, and of bounds after each of their parts.
+    """
     geometry = convolution.geometry
     wide = Convolution(convolution.kernel.to(torch.float64), geometry)
     groups = [wide.group(index) for index in range(geometry.groups)]
@@ -56,20 +64,37 @@ def measure_convolution(convolution: Convolution) -> MapSpectrum:
         (_feasible(groups), _of_dense, "the dense matrix of the map"),
     ):
         if applies:
-            sigma = torch.cat([values(group) for group in groups]).sort(descending=True).values
+            step = _steps(report, len(groups))
+            sigma = torch.cat([step(values(group)) for group in groups])
+            sigma = sigma.sort(descending=True).values
             unseen = wide.nu - len(sigma)  # where some inputs are
             sigma = torch.cat([sigma, sigma.new_zeros(unseen)])
             return MapSpectrum(sigma, (float(sigma[0]),) * 2, float(sigma[-1]), how)
-    below = max(_from_below(group) for group in groups)
-    above = max(_from_above(group) for group in groups)
+    corners = _corners(geometry)
+    step = _steps(report, len(groups) * (2 + len(corners)))
+    below = max(step(_from_below(group)) for group in groups)
+    above = max(step(_from_above(group)) for group in groups)
     unknowns = _CORNER / len(groups) ** (1 / 3)
-    smallest = min(_in_corners(group, unknowns) for group in groups)
+    smallest = min(
+        step(_in_corner(group, unknowns, corner)) for group in groups for corner in corners
+    )
     return MapSpectrum(
         torch.empty(0),
         (below, max(above, below)),
         min(smallest, below),
         "products, the symbol and corners of the map",
     )
+
+
+def _steps(report: Callable[[float], None], total: int) -> Callable[[T], T]:
+    """Hands on what each of so many parts of the work has found, and reports that it is done."""
+    numbers = itertools.count(1)
+
+    def step(found: T) -> T:
+        report(next(numbers) / total)
+        return found
+
+    return step
 
 
 def _of_kernel(S: Convolution) -> Tensor:
@@ -128,8 +153,14 @@ def _from_below(S: Convolution) -> float:
     return float(torch.linalg.vector_norm(S.matmat(v)) / torch.linalg.vector_norm(v))
 
 
-def _in_corners(S: Convolution, unknowns: float) -> float:
-    """An upper bound of sigma_nu: S restricted to corners of its inputs, or of its outputs.
+def _corners(geometry: Geometry) -> list[tuple[str, ...]]:
+    """Where `_in_corner` may look, per axis."""
+    places = ("start", "end") if geometry.mode == ZEROS else ("middle",)
+    return [*itertools.product(places, repeat=len(geometry.size))]
+
+
+def _in_corner(S: Convolution, unknowns: float, corner: Sequence[str]) -> float:
+    """An upper bound of sigma_nu: S restricted to a corner of its inputs, or of its outputs.
 
     Of the smaller side, since of vectors that live in a corner the smallest ||S v|| is no smaller
     than of all. At a border, where the map is cut off, is where singular values are smallest; where
@@ -140,18 +171,12 @@ def _in_corners(S: Convolution, unknowns: float) -> float:
     inputs = n <= m
     channels = S.kernel.shape[1] if inputs else len(S.kernel)
     length = max(1, int((unknowns / channels) ** (1 / len(geometry.size))))
-    smallest = math.inf
-    places: tuple[str, ...] = ("start", "end") if geometry.mode == ZEROS else ("middle",)
-    for where in itertools.product(places, repeat=len(geometry.size)):
-        spans = [_span(S, axis, length, at, inputs) for axis, at in enumerate(where)]
-        if None not in spans:
-            size, padding = zip(*(span for span in spans if span), strict=True)
-            own = replace(geometry, size=size, padding=padding, mode=ZEROS, transposed=False)
-            sigma = compute_spectrum(
-                Convolution(S.kernel, own).dense(), all_values=True
-            ).singular_values
-            smallest = min(smallest, float(sigma[-1]))
-    return smallest
+    spans = [_span(S, axis, length, at, inputs) for axis, at in enumerate(corner)]
+    if None in spans:
+        return math.inf
+    size, padding = zip(*(span for span in spans if span), strict=True)
+    own = replace(geometry, size=size, padding=padding, mode=ZEROS, transposed=False)
+    return float(_of_dense(Convolution(S.kernel, own))[-1])
 
 
 def _span(

@@ -16,11 +16,12 @@ from wellcond.weights.matrices import Matrices, entries
 # From there on a matrix is not decomposed whole, and takes a time that grows with its entries.
 _DECOMPOSED = 2048
 _WIDTH = 79  # of a line of progress
+_PAUSE = 1.0  # seconds between two reports on one tensor
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The tensor that comes next, and what is left.
+    """The tensor that comes next, or is being measured, and what is left.
 
     Attributes:
         name: of the tensor, or of a module of attention.
@@ -28,24 +29,34 @@ class Progress:
         total: how many there are.
         seconds_left: how long this one and the rest will take, estimated from the sizes of those
             that are done; nan before the first is.
+        share: how much of this one is done, 0 to 1: of a convolution as it acts, which may take
+            long, at most once per second; of all else 0.
 
     Example:
         >>> print(Progress("layers.3.weight", 4, 10, seconds_left=80.0))
         4 of 10, about 1 min left: layers.3.weight
+        >>> print(Progress("layers.3.weight", 4, 10, seconds_left=60.0, share=0.5))
+        4 of 10, 50 % of it done, about 1 min left: layers.3.weight
     """
 
     name: str
     number: int
     total: int
     seconds_left: float
+    share: float = 0.0
 
     def __str__(self) -> str:
         known = not math.isnan(self.seconds_left)
         left = f", about {format_duration(self.seconds_left)} left" if known else ""
-        return f"{self.number} of {self.total}{left}: {escape(self.name)}"
+        done = f", {self.share:.0%} of it done".replace("%", " %") if self.share else ""
+        return f"{self.number} of {self.total}{done}{left}: {escape(self.name)}"
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+class CallbackError(Exception):
+    """An error of a callback, its cause, where errors of the weight are caught."""
 
 
 @contextlib.contextmanager
@@ -72,7 +83,7 @@ def shown(progress: ProgressCallback | bool | None) -> Iterator[ProgressCallback
             bar = tqdm(leave=False)
 
         def draw(step: Progress) -> None:
-            bar.total, bar.n = step.total, step.number - 1
+            bar.total, bar.n = step.total, step.number - 1 + round(step.share, 1)
             bar.set_postfix_str(escape(step.name))
 
         try:
@@ -90,18 +101,37 @@ class Counter:
 
     def __init__(self, callback: ProgressCallback | None, work: Sequence[float]) -> None:
         self.callback, self.work = callback, work
-        self.number, self.done = 0, 0.0
-        self.began = time.monotonic()
+        self.name, self.number, self.done = "", 0, 0.0  # done before the present one
+        self.began = self.last = time.monotonic()
 
     def next(self, name: str) -> None:
         """Work on this one begins, and that on the one before has ended."""
-        if self.callback is not None:
-            left = math.fsum(self.work[self.number :])
-            passed = time.monotonic() - self.began
-            seconds = passed / self.done * left if self.done > 0 else math.nan
-            self.callback(Progress(name, self.number + 1, len(self.work), seconds))
-        self.done += self.work[self.number]
-        self.number += 1
+        if self.number:
+            self.done += self.work[self.number - 1]
+        self.name, self.number = name, self.number + 1
+        self._report(0.0)
+
+    def within(self, share: float) -> None:
+        """So much of the present one is done; reported if the last report is a second old.
+
+        Raises:
+            CallbackError: the callback raised an error, which is its cause.
+        """
+        if self.callback is not None and time.monotonic() - self.last >= _PAUSE:
+            try:
+                self._report(share)
+            except Exception as error:
+                raise CallbackError from error
+
+    def _report(self, share: float) -> None:
+        if self.callback is None:
+            return
+        self.last = time.monotonic()
+        present = self.work[self.number - 1]
+        done = self.done + share * present
+        left = math.fsum(self.work[self.number :]) + (1 - share) * present
+        seconds = (self.last - self.began) / done * left if done > 0 else math.nan
+        self.callback(Progress(self.name, self.number, len(self.work), seconds, share))
 
 
 def work_of(tensors: Iterable[Matrices | None]) -> list[float]:

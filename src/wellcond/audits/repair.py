@@ -361,7 +361,9 @@ def _check_output(source: Path, target: Path, dequantise: bool) -> None:
 def _check_ending(source: Path, target: Path, dequantise: bool) -> None:
     """Raises if the target's name promises another format than that of the source."""
     if source.is_dir() or source.name.endswith(INDEX):
-        if target.name.endswith((".safetensors", INDEX, *PICKLED)):
+        # Lightning calls its folders x.ckpt.
+        alike = source.is_dir() and target.suffix == source.suffix
+        if target.name.endswith((".safetensors", INDEX, *PICKLED)) and not alike:
             raise ValueError(
                 f"`path_out` must be a directory, because {source} is copied with all that belongs "
                 f"to it, but {target.name} ends as a file does. Choose a name without an ending."

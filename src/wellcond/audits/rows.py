@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial, singledispatch
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from wellcond.audits.attempt import Trouble, attempt
 from wellcond.audits.convolutions import measure_convolution
 from wellcond.audits.facts import stored_numbers, with_comparison, with_entries
 from wellcond.audits.plan import Delta, Measurable, Merged, RowSpec
-from wellcond.audits.progress import Counter, ProgressCallback, work_of
+from wellcond.audits.progress import CallbackError, Counter, ProgressCallback, work_of
 from wellcond.linalg.certify import certify, combine_certificates
 from wellcond.linalg.checks import check_matrices
 from wellcond.linalg.interval import Interval
@@ -43,6 +43,15 @@ from wellcond.text import join_remarks
 from wellcond.weights.adapters import Adapter
 
 Row = tuple[RowSpec, Finding]
+
+
+class _Options(NamedTuple):
+    """What is asked of each row, and whom to tell which share of a long one is done."""
+
+    certify: bool
+    all_values: bool
+    report: Callable[[float], None]
+
 
 # A measured kappa so far from its certificate, relatively, is worth a word.
 _ERROR = 1e-6
@@ -66,13 +75,17 @@ def measure_rows(
     """
     groups = [(source, [*rows]) for source, rows in groupby(specs, key=attrgetter("source"))]
     counter = Counter(progress, work_of(source.tensor for source, _ in groups))
+    options = _Options(certify, all_values, counter.within)
     for source, rows in groups:
         counter.next(source.name)
-        yield from _measure_source(source.read, rows, certify, all_values)
+        try:
+            yield from _measure_source(source.read, rows, options)
+        except CallbackError as error:
+            raise (error.__cause__ or error) from None
 
 
 def _measure_source(
-    read: Callable[[], Any], specs: Iterable[RowSpec], certify: bool, all_values: bool
+    read: Callable[[], Any], specs: Iterable[RowSpec], options: _Options
 ) -> Iterator[Row]:
     values = attempt(read)  # they are let go before the next source is read
     for spec in specs:
@@ -90,7 +103,7 @@ def _measure_source(
             if tensor is not None and tensor.stored_as and isinstance(S, Tensor):
                 dtype = tensor.stored_as
             row = replace(row, shape=tuple(S.shape), dtype=dtype)
-            found = attempt(partial(_measured, S, row, certify, all_values))
+            found = attempt(partial(_measured, S, row, options))
         if isinstance(found, Trouble):
             yield spec, replace(row, status=Status.failed, detail=found)
         else:
@@ -99,7 +112,7 @@ def _measure_source(
 
 
 @singledispatch
-def _measured(S: Measurable, finding: Finding, certify: bool, all_values: bool) -> Finding:
+def _measured(S: Measurable, finding: Finding, options: _Options) -> Finding:
     """The finding with the numbers of S."""
     raise NotImplementedError(type(S))
 
@@ -130,17 +143,17 @@ def _status_of(kappa: float) -> Status:
 
 
 @_measured.register
-def _of_matrix(S: Tensor, finding: Finding, want_certificate: bool, all_values: bool) -> Finding:
+def _of_matrix(S: Tensor, finding: Finding, options: _Options) -> Finding:
     _refuse(S)
     S = S.detach().cpu()
     if bad := _not_finite(S):
         detail = f"{bad} of {S.numel()} entries"
         return replace(finding, status=Status.not_finite, detail=detail)
     blocks = S.unbind() if S.ndim == 3 else (S,)
-    spectra, ranks = zip(*(_spectrum(block, all_values) for block in blocks), strict=True)
+    spectra, ranks = zip(*(_spectrum(block, options.all_values) for block in blocks), strict=True)
     spectrum = combine_spectra(spectra)
     certificate = None
-    if want_certificate:
+    if options.certify:
         certificate = combine_certificates([certify(block) for block in blocks])
         known = certificate.condition_number
         if not _near(spectrum.condition_number, known) and spectrum.method is Method.krylov:
@@ -221,12 +234,12 @@ def _extreme_groups(spectra: Sequence[Spectrum]) -> str:
 
 
 @_measured.register
-def _of_merged(S: Merged, finding: Finding, want_certificate: bool, all_values: bool) -> Finding:
+def _of_merged(S: Merged, finding: Finding, options: _Options) -> Finding:
     """Also what the adapters change, and what rounding the sum to the dtype of W does to kappa."""
     first, *others = (adapter.change(S.W) for adapter in S.adapters)
     change: Tensor = sum(others, first)
     total, part = S.view(S.W.double() + change), S.view(change)
-    found = _of_matrix(total, finding, want_certificate, all_values)
+    found = _of_matrix(total, finding, options)
     if found.status is Status.not_finite:
         return replace(found, detail=join_remarks(found.detail, *_not_finite_parts(S.adapters)))
     if total.ndim > 2:
@@ -280,7 +293,7 @@ def _not_finite_parts(adapters: Sequence[Adapter]) -> list[str]:
 
 
 @_measured.register
-def _of_product(S: Product, finding: Finding, *_options: bool) -> Finding:
+def _of_product(S: Product, finding: Finding, _options: _Options) -> Finding:
     """Measures the leading singular values; all others are zero."""
     factors = S.B.detach().cpu(), S.A.detach().cpu()
     counts = []
@@ -312,8 +325,8 @@ def _of_product(S: Product, finding: Finding, *_options: bool) -> Finding:
 
 
 @_measured.register
-def _of_delta(S: Delta, finding: Finding, *options: bool) -> Finding:
-    found = _of_product(S.product, finding, *options)
+def _of_delta(S: Delta, finding: Finding, options: _Options) -> Finding:
+    found = _of_product(S.product, finding, options)
     if found.status is Status.not_finite:
         return replace(found, detail="; ".join(_not_finite_parts([S.adapter])))
     scale, found = S.adapter.setting.scale, replace(found, detail="")
@@ -333,13 +346,13 @@ def _of_delta(S: Delta, finding: Finding, *options: bool) -> Finding:
 
 
 @_measured.register
-def _of_convolution(S: Convolution, finding: Finding, *_options: bool) -> Finding:
+def _of_convolution(S: Convolution, finding: Finding, options: _Options) -> Finding:
     S = Convolution(S.kernel.detach().cpu(), S.geometry)
     finding = replace(finding, entries=S.kernel.numel())
     if bad := _not_finite(S.kernel):
         detail = f"{bad} of {S.kernel.numel()} entries"
         return replace(finding, status=Status.not_finite, detail=detail)
-    found = measure_convolution(S)
+    found = measure_convolution(S, options.report)
     (below, above), smallest = found.largest, found.smallest
     squared = float(S.squared_frobenius_norm(torch.float64))
     exact = len(found.singular_values) > 0

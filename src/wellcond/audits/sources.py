@@ -16,7 +16,7 @@ from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.pieces import Pieces, pieces_of
 from wellcond.files.tensors import Entry, Holder
 from wellcond.linalg.arrays import as_tensor
-from wellcond.operators.views import is_transposed
+from wellcond.operators.views import Stored, is_transposed
 from wellcond.report.findings import MERGED, Finding
 from wellcond.text import escape, join_remarks, last_part, list_some
 from wellcond.weights.adapters import (
@@ -29,6 +29,7 @@ from wellcond.weights.adapters import (
     read_settings_of_file,
     read_settings_of_model,
 )
+from wellcond.weights.changes import UnknownAdapterError
 from wellcond.weights.discover import heads_of, unwrapped
 from wellcond.weights.effective import acting_tensor, effective_matrices
 from wellcond.weights.heads import Attention, Value, find_heads_in_file
@@ -56,7 +57,8 @@ class Source:
         of_file: it is a file, which says less than a model.
         failed: what cannot be measured whatever is asked for, such as damaged files.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
-        bases: of these weights those that lie in another source.
+        bases: of these weights those that lie in another source; reading one that is missing there
+            raises an error that says why.
     """
 
     name: str
@@ -288,24 +290,27 @@ def _with_base(source: Source, base: Source) -> Source:
     missing: dict[str, str] = {}
     for label, adapter in source.adapters:
         name = label if adapter.parts in beside else find_adapted_weight(adapter, matrices)
-        adapters.append((name or label, adapter))
-        if name in bases:
+        weight = name or label
+        adapters.append((weight, adapter))
+        if weight in bases:
             raise ValueError(
-                f"{source.name} must hold one adapter, but holds several of {name}: in "
-                f"{list_some((*bases[name].adapters[0].parts, *adapter.parts))}. "
+                f"{source.name} must hold one adapter, but holds several of {weight}: in "
+                f"{list_some((*bases[weight].adapters[0].parts, *adapter.parts))}. "
                 "Give the path of one file."
             )
         if name is None:
             skipped = find_adapted_weight(adapter, base.skipped) or _find_codes(adapter, base)
             why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
             missing[label] = f"in {base.name} it {why}"
+            read, views = partial(_raise_missing, missing[label]), {"": Stored()}
+            bases[label] = Matrices(label, (label,), (0, 0), views, read, adapters=(adapter,))
         elif adapter.parts not in beside:
             one, setting = matrices[name], adapter.setting
             if any(map(is_transposed, one.views.values())):
                 # What adapts a quantised GPT-2 does not say so: its quantised layers are Linear.
                 adapter = replace(adapter, setting=replace(setting, transposed=True))
             bases[name] = replace(one, name=name, adapters=(adapter,))
-    if not bases:
+    if len(missing) == len(bases):
         first, why = next(iter(missing.items()))
         raise ValueError(
             f"`base` must hold the weights that {source.name} adapts, but has no "
@@ -313,9 +318,11 @@ def _with_base(source: Source, base: Source) -> Source:
             "that was adapted; or, where names in the file are not those of the modules, the model "
             "itself: wc.audit(adapter, base=model)."
         )
-    failed = [failed_finding(name, MERGED, why) for name, why in missing.items()]
-    failed = [*source.failed, *failed]
-    return replace(source, adapters=adapters, bases=list(bases.values()), failed=failed)
+    return replace(source, adapters=adapters, bases=list(bases.values()))
+
+
+def _raise_missing(why: str) -> Tensor:
+    raise UnknownAdapterError(why)
 
 
 def _find_codes(adapter: Adapter, base: Source) -> str | None:

@@ -38,10 +38,15 @@ class MatrixChange(NamedTuple):
         sqnr: 20 log10(||S||_F/||D||_F) in decibels; inf without a change, nan if S is zero.
         directions: k.
         leading_share: ||U_k U_k^T D||_F^2/||D||_F^2, where U_k are the k leading left singular
-            vectors of S (directions of the outputs). It is about k/m for a random D.
-        leading_turn: the largest principal angle, in degrees, between the spans of the k leading
-            right singular vectors (directions of the inputs) of S and of T.
+            vectors of S (directions of the outputs).
+        random_share: k/m, the expected share of a random D.
+        leading_turn: the root-mean-square principal angle (`measure_angles`), in degrees, between
+            the spans of the k leading right singular vectors (directions of the inputs) of S and
+            of T.
         trailing_turn: the same of the last k of the nu right singular vectors.
+        largest_leading_turn: the largest of the angles of `leading_turn`.
+        largest_trailing_turn: the largest of those of `trailing_turn`.
+        random_turn: arccos sqrt(k/n), the root-mean-square angle of two random spans.
         reasons: by the names of those that are nan, why.
     """
 
@@ -49,12 +54,23 @@ class MatrixChange(NamedTuple):
     sqnr: float
     directions: int = 0
     leading_share: float = math.nan
+    random_share: float = math.nan
     leading_turn: float = math.nan
     trailing_turn: float = math.nan
+    largest_leading_turn: float = math.nan
+    largest_trailing_turn: float = math.nan
+    random_turn: float = math.nan
     reasons: Mapping[str, str] = MappingProxyType({})
 
 
-_DIRECTIONS = ("leading_share", "leading_turn", "trailing_turn")
+_TURNS = ("leading_turn", "trailing_turn")
+_DIRECTIONS = (
+    "leading_share",
+    "random_share",
+    *_TURNS,
+    *(f"largest_{turn}" for turn in _TURNS),
+    "random_turn",
+)
 
 
 def measure_change(S: Tensor, T: Tensor) -> MatrixChange:
@@ -102,16 +118,19 @@ def _with_directions(
     share = (frobenius_norm(U[:, :k].mH @ D) / frobenius_norm(D)) ** 2
     reasons: dict[str, str] = {}
     turns: dict[str, float] = {}
-    for name, leading in (("leading_turn", True), ("trailing_turn", False)):
+    for name, leading in zip(_TURNS, (True, False), strict=True):
         reason = ZERO if not tau[0] else ""
         for values in (sigma, tau) if tau[0] else ():
             reason = reason or _reason_without_gap(values, k, S.shape[1], leading, rounding)
         if reason:
-            reasons[name] = reason
+            reasons |= dict.fromkeys((name, f"largest_{name}"), reason)
         else:
             rows = slice(0, k) if leading else slice(len(sigma) - k, None)
-            turns[name] = largest_angle(Vh[rows].mH, Wh[rows].mH)
-    return MatrixChange(relative, sqnr, k, min(1.0, share), **turns, reasons=reasons)
+            turns[name], turns[f"largest_{name}"] = measure_angles(Vh[rows].mH, Wh[rows].mH)
+    turns["random_turn"] = math.degrees(math.acos(math.sqrt(k / S.shape[1])))
+    return MatrixChange(
+        relative, sqnr, k, min(1.0, share), k / S.shape[0], **turns, reasons=reasons
+    )
 
 
 def _reason_without_gap(sigma: Tensor, k: int, inputs: int, leading: bool, rounding: float) -> str:
@@ -132,12 +151,21 @@ def _reason_without_gap(sigma: Tensor, k: int, inputs: int, leading: bool, round
     return CLOSE if min(gaps) <= rounding * float(sigma[0]) else ""
 
 
-def largest_angle(V: Tensor, W: Tensor) -> float:
-    """The largest principal angle between the spans of orthonormal columns, in degrees.
+def measure_angles(V: Tensor, W: Tensor) -> tuple[float, float]:
+    """The root-mean-square and the largest principal angle between two spans, in degrees.
 
-    V, W (n, k). The sine is ||W - V V^H W||_2, exact for small angles, where the cosine is not.
+    V, W (n, k), orthonormal columns; theta_1, ..., theta_k the principal angles. The first is
+    arccos sqrt(mean cos^2 theta_i). Its squared sine, the mean of sin^2 theta_i, is the share of
+    one span that lies outside of the other: 0.1 where one of ten directions has turned by 90
+    degrees (18.4 degrees), 0.5 where five have (45 degrees). The largest angle is 90 degrees in
+    both cases. Two independent random spans have a mean cos^2 of k/n in expectation.
+
+    Both are arctangents of norms of W - V V^H W, which has the sines as its singular values, and of
+    V^H W, which has the cosines: small angles are exact, which they are not by the cosines alone.
     """
-    coefficients = V.mH @ W
-    sine = float(torch.linalg.matrix_norm(W - V @ coefficients, 2))
-    cosine = float(torch.linalg.svdvals(coefficients)[-1])
-    return math.degrees(math.atan2(sine, cosine))
+    inside = V.mH @ W
+    outside = W - V @ inside
+    mean = math.atan2(frobenius_norm(outside), frobenius_norm(inside))
+    sine = float(torch.linalg.matrix_norm(outside, 2))
+    cosine = float(torch.linalg.svdvals(inside)[-1])
+    return math.degrees(mean), math.degrees(math.atan2(sine, cosine))

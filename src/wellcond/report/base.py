@@ -82,7 +82,7 @@ class Report(abc.ABC):
     ) -> str:
         """One page that needs neither network nor script. It marks what exceeds a limit.
 
-        The page of a comparison has two bars per weight, and its map shows after/before.
+        The page of a comparison has two bars per weight, and its map shows `Pair.movement`.
         """
         return save_text(render(self._page(max_condition)), path)
 

@@ -22,7 +22,15 @@ from wellcond.report.base import (
 from wellcond.report.findings import Finding
 from wellcond.report.not_finite import NotFinite, describe_not_finite, to_list
 from wellcond.report.page import Page
-from wellcond.report.pairing import QUANTITIES, SAME, Change, Pair, by_label, pair_names
+from wellcond.report.pairing import (
+    QUANTITIES,
+    SAME,
+    USUAL,
+    Change,
+    Pair,
+    by_label,
+    pair_names,
+)
 from wellcond.report.report import AuditReport
 from wellcond.report.rows import (
     PAIR_COLUMNS,
@@ -34,9 +42,6 @@ from wellcond.report.rows import (
 )
 from wellcond.text import escape, join_remarks, list_some, read_versions, save_text
 from wellcond.weights.reasons import Reason, Skipped
-
-# So many standard deviations are no more than two trainings may differ by.
-_USUAL = 2.0
 
 
 @dataclass(frozen=True)
@@ -296,4 +301,4 @@ def _describe_most(pair: Pair) -> str:
     ratio = pair.quotient(lambda finding: getattr(finding, key))
     if 0 < ratio < math.inf:
         text += f" ({ratio:.3g} times)"
-    return text if pair.movement > _USUAL else f"{text}, as from one training to another"
+    return text if pair.movement > USUAL else f"{text}, as from one training to another"

@@ -7,6 +7,7 @@ positions of bars, the colors of maps, the points of curves, and what is folded.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wellcond.report.findings import Grade
 from wellcond.report.layers import Stack, stacks
+from wellcond.report.pairing import USUAL
 from wellcond.report.rows import MARK, Column, Row
 from wellcond.text import escape
 from wellcond.weights.reasons import Skipped
@@ -32,8 +34,8 @@ _LOWEST = -17  # smaller singular values are zero to working precision
 _FLAT, _OPEN = 100, 30
 _READ = 10  # more skipped weights are folded
 _SHARED = 4  # a note that more rows share is printed once, below the table
-_STEPS = 11  # colors of a scale: s0 ... s10 and d0 ... d10 of report.css
-_LEAST = math.log10(1.1)  # a scale of changes goes at least so far: smaller ones are nearly grey
+_STEPS = 11  # colors of a scale: s0 ... s10 of report.css
+_LEAST = 2 * USUAL  # a scale of movements goes at least so far: usual ones have its small colors
 _TICKS = 8
 _FEW_DECADES = 2
 
@@ -50,7 +52,7 @@ class Page:
         rows: the rows by unique labels, in the order of the page.
         max_condition: the limit, if there is one.
         versions: of wellcond, torch and Python.
-        is_comparison: whether rows have two condition numbers and maps show their ratio.
+        is_comparison: whether rows have two condition numbers and maps show movements.
         facts: what is out of the ordinary, each after the label of its weight, or after "".
         curves: labels and singular values to draw.
         skipped: what was not measured, and why.
@@ -121,7 +123,7 @@ def environment() -> Environment:
     made.filters |= {"breakable": breakable, "short": "{:.4g}".format}
     made.tests |= {"nan": math.isnan, "infinite": math.isinf}
     style = resources.files("wellcond.report").joinpath("report.css").read_text("utf-8")
-    made.globals |= {"style": Markup(style), "MARK": MARK}
+    made.globals |= {"style": Markup(style), "MARK": MARK, "USUAL": USUAL}
     return made
 
 
@@ -191,50 +193,50 @@ def _groups(rows: Mapping[str, Row], repeated: Sequence[Stack]) -> list[_Group]:
 
 
 class _Scale(NamedTuple):
-    """The colors of all maps, from one logarithm to another; the middle of a change is 0."""
+    """The colors of all maps, from the first of the marks below them to the last.
 
-    low: float
-    high: float
-    is_change: bool
+    Condition numbers lie on a logarithmic scale, and movements, which are logarithms, on a linear
+    one.
+    """
+
+    marks: list[float]
+    is_logarithmic: bool
 
     @classmethod
-    def of(cls, values: Sequence[float], is_change: bool) -> _Scale:
-        logarithms = [math.log10(value) for value in values if 0 < value < math.inf]
-        if is_change:
-            limit = max([_LEAST, *map(abs, logarithms)])
-            return cls(-limit, limit, is_change)
+    def of(cls, values: Sequence[float], is_comparison: bool) -> _Scale:
+        known = [value for value in values if math.isfinite(value)]
+        if is_comparison:
+            high = max([_LEAST, *known])
+            steps = (part * 10**exponent for exponent in itertools.count() for part in (1, 2, 5))
+            step = next(step for step in steps if step * (_TICKS - 1) >= high)
+            return cls([float(step * k) for k in range(math.ceil(high / step) + 1)], False)
+        logarithms = [math.log10(value) for value in known]
         low, high = min(logarithms, default=0.0), max(logarithms, default=1.0)
         marks = _marks(low, high)
         low = max(mark for mark in marks if mark <= low)
-        return cls(low, min(mark for mark in marks if mark >= high and mark > low), is_change)
-
-    @property
-    def letter(self) -> str:
-        """The first letter of the CSS classes of its colors."""
-        return "d" if self.is_change else "s"
+        high = min(mark for mark in marks if mark >= high and mark > low)
+        return cls([mark for mark in marks if low <= mark <= high], True)
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
         """The numbers below the scale, each after its position in percent of the width."""
-        if self.is_change:
-            marks = [self.low, self.low / 2, 0.0, self.high / 2, self.high]
-        else:
-            marks = [mark for mark in _marks(self.low, self.high) if mark <= self.high]
-            marks = [mark for mark in marks if mark >= self.low]
-            marks = marks[:: math.ceil(len(marks) / _TICKS)]
-        return [(100 * self._share(mark), _short(10**mark)) for mark in marks]
+        shown = self.marks[:: math.ceil(len(self.marks) / _TICKS)]
+        numbers = [10**mark if self.is_logarithmic else mark for mark in shown]
+        return [(100 * self._share(m), _short(n)) for m, n in zip(shown, numbers, strict=True)]
 
     def color(self, value: float) -> str:
         """The CSS class of a cell with this value."""
         if math.isnan(value):
             return "unknown"
-        if value in (0, math.inf):
-            return "positive" if value else "negative"
-        step = math.floor(self._share(math.log10(value)) * _STEPS)
-        return f"{self.letter}{min(max(step, 0), _STEPS - 1)}"
+        if math.isinf(value):
+            return "positive" if value > 0 else "negative"
+        mark = math.log10(value) if self.is_logarithmic else value
+        step = math.floor(self._share(mark) * _STEPS)
+        return f"s{min(max(step, 0), _STEPS - 1)}"
 
-    def _share(self, logarithm: float) -> float:
-        return (logarithm - self.low) / (self.high - self.low)
+    def _share(self, mark: float) -> float:
+        low, high = self.marks[0], self.marks[-1]
+        return (mark - low) / (high - low)
 
 
 def _marks(low: float, high: float) -> list[float]:
@@ -288,7 +290,7 @@ def _map_context(page: Page, repeated: Sequence[Stack]) -> dict[str, Any]:
         "maps": maps,
         "scale": scale,
         "samples": {row.symbol: scale.color(row.value) for row, _ in reversed(cells)},
-        "has_colors": any(0 < row.value < math.inf for row, _ in cells),
+        "has_colors": any(math.isfinite(row.value) for row, _ in cells),
         "has_several": any(count > 1 for _, count in cells),
         "has_gaps": None in places,
         "outside": len(page.rows) - sum(count for _, count in cells),

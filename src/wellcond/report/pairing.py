@@ -41,6 +41,8 @@ QUANTITIES = {"sigma_max": "σ_max", "stable_rank": "stable rank", "condition_nu
 # 0.07 to 0.17 for κ of rectangular matrices, 0.84 to 1.2 for κ of square ones.
 _SPREAD, _SPREAD_OF_SQUARES = 0.15, 0.9
 _SQUARE = 1.2
+# So many standard deviations are no more than two trainings may differ by.
+USUAL = 2.0
 # A smaller change of a number counts as none: it is far above the error of a measured kappa.
 SAME = 0.01
 
@@ -60,10 +62,16 @@ class Change:
             nothing changed.
         directions: k, the stable rank of W rounded up, at most 32.
         leading_share: the share of ||dW||_F^2 in the span of the k leading left singular vectors
-            (directions of the outputs) of W, 0 to 1; about k/m for a random change of m rows.
-        leading_turn: the largest principal angle between the spans of the k leading right singular
-            vectors (directions of the inputs) before and after, in degrees.
+            (directions of the outputs) of W, 0 to 1.
+        random_share: k/m, which a random change of m rows has there.
+        leading_turn: the root-mean-square principal angle, arccos sqrt(mean cos^2 theta_i), between
+            the spans of the k leading right singular vectors (directions of the inputs) before and
+            after, in degrees. Its squared sine is the share of the span that has been left.
         trailing_turn: the same of the k right singular vectors of the smallest singular values.
+        largest_leading_turn: the largest of the principal angles of `leading_turn`. It is near 90
+            degrees as soon as one direction has turned.
+        largest_trailing_turn: the largest of those of `trailing_turn`.
+        random_turn: what two random spans of k of the n inputs have, arccos sqrt(k/n).
         reasons: by the names of those that are nan, why.
     """
 
@@ -71,8 +79,12 @@ class Change:
     sqnr: float = math.nan
     directions: int = 0
     leading_share: float = math.nan
+    random_share: float = math.nan
     leading_turn: float = math.nan
     trailing_turn: float = math.nan
+    largest_leading_turn: float = math.nan
+    largest_trailing_turn: float = math.nan
+    random_turn: float = math.nan
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from wellcond.report.findings import Finding, Grade, Status
 from wellcond.report.flags import stand
-from wellcond.report.pairing import QUANTITIES, Change, Pair
+from wellcond.report.pairing import QUANTITIES, USUAL, Change, Pair
 from wellcond.report.usual import COHORT
 from wellcond.text import format_percent
 
@@ -61,7 +61,8 @@ class Row:
         cells: the text of each column, by the key of the column.
         condition_numbers: by the keys of their columns; nan where there is none.
         exceeds: the keys of the condition numbers above the limit.
-        value: the number that a map shows as a color: the condition number or the ratio.
+        value: the number that a map shows as a color: the condition number, or the movement, -inf
+            where κ is infinite no more; nan if it is not known.
         summary: the value in words.
         symbol: what a cell of a map shows in addition to the color; "" if nothing.
         note: what else there is to know; "" if nothing.
@@ -231,11 +232,6 @@ def _kappa_of_side(side: Finding | None) -> str:
     return "-" if side is None or math.isnan(side.condition_number) else _kappa(side)
 
 
-def _quotient(pair: Pair, number: Callable[[Finding], float]) -> str:
-    quotient = pair.quotient(number)
-    return "-" if math.isnan(quotient) else f"{quotient:.4g}"
-
-
 def _shapes(pair: Pair) -> str:
     shapes = (format_shape(side.shape) for side in (pair.before, pair.after) if side)
     return " → ".join(dict.fromkeys(shapes))
@@ -246,6 +242,10 @@ def _moved(pair: Pair) -> str:
     key = pair.moved
     ratio = pair.quotient(attrgetter(key)) if key else math.nan
     return f"{QUANTITIES[key]} ×{ratio:.3g}" if 0 < ratio < math.inf else QUANTITIES.get(key, "")
+
+
+def _movement(pair: Pair) -> str:
+    return "-" if math.isnan(pair.ratio) else f"{pair.movement:.3g}"
 
 
 def _both(pair: Pair, key: str, sign: str = "") -> str:
@@ -271,10 +271,11 @@ def _sqnr(pair: Pair) -> str:
 
 
 def _leading(pair: Pair) -> str:
+    """As "40 % (28 %)": the share, and that of a random change."""
     change = pair.change
     if change is None or math.isnan(change.leading_share):
         return ""
-    return f"{format_percent(change.leading_share)} in {change.directions}"
+    return f"{format_percent(change.leading_share)} ({format_percent(change.random_share)})"
 
 
 def _round_angle(degrees: float) -> float:
@@ -283,17 +284,21 @@ def _round_angle(degrees: float) -> float:
 
 
 def _turns(pair: Pair) -> str:
-    turns = (pair.change.leading_turn, pair.change.trailing_turn) if pair.change else ()
-    known = ["-" if math.isnan(turn) else f"{_round_angle(turn):.3g}°" for turn in turns]
-    return "" if set(known) <= {"-"} else ", ".join(known)
+    """As "12°, 40° (58°)": leading, trailing, and what random spans have."""
+    change = pair.change
+    turns = (change.leading_turn, change.trailing_turn) if change else ()
+    known = ["-" if math.isnan(turn) else f"{_round_angle(turn):.2g}°" for turn in turns]
+    if change is None or set(known) <= {"-"}:
+        return ""
+    return f"{', '.join(known)} ({change.random_turn:.2g}°)"
 
 
 PAIR_COLUMNS: tuple[Column[Pair], ...] = (
     Column("label", "weight", lambda pair: pair.label, is_text=True),
+    Column("moved", "moved most", _moved),
+    Column("movement", "movement", _movement),
     Column("before", "κ before", lambda pair: _kappa_of_side(pair.before)),
     Column("after", "κ after", lambda pair: _kappa_of_side(pair.after)),
-    Column("ratio", "after/before", lambda pair: _quotient(pair, attrgetter("condition_number"))),
-    Column("moved", "moved most", _moved),
     Column("sigma_max", "σ_max", lambda pair: _both(pair, "sigma_max", "≥")),
     Column("stable_rank", "stable rank", lambda pair: _both(pair, "stable_rank")),
     Column("relative", "‖ΔW‖/‖W‖", _relative, is_optional=True),
@@ -303,23 +308,26 @@ PAIR_COLUMNS: tuple[Column[Pair], ...] = (
     Column("shape", "shape", _shapes),
 )
 PAIR_MEANINGS = {
+    "moved": "which of σ_max, the stable rank and κ has moved most for its usual spread, and to "
+    "how many times what it was: at ×0.5 it has halved",
+    "movement": "how far that moved, |log(after/before)|, over its usual spread from one training "
+    "to another: the logarithm of 1.16 (one standard deviation), for κ of weights whose sides are "
+    f"within a factor of 1.2 that of 2.5. Up to {USUAL:g} is as from one training to "
+    "another; what moved most comes first. - where a side has no κ, or only a lower bound",
     "before": MEANINGS["condition_number"],
     "after": "the same of the second checkpoint; - where there is no weight, or no κ",
-    "ratio": "their quotient: at 0.5, κ has halved; - where a side has no κ, or only a lower bound",
-    "moved": "which of σ_max, the stable rank and κ has moved most, measured by how much it varies "
-    "between two trainings: by a factor of 1.16 (one standard deviation), κ of weights whose sides "
-    "are within a factor of 1.2 by 2.5. What moved most comes first",
     "sigma_max": f"before and after: {MEANINGS['sigma_max']}",
     "stable_rank": f"before and after: {MEANINGS['stable_rank']}",
     "relative": "the change of the weight over the weight before, both as Frobenius norms",
     "sqnr": "the signal-to-quantization-noise ratio, 20 log10(‖W‖/‖ΔW‖) in decibels, where a side "
     "is stored in another way; 6 dB are one bit",
     "leading_share": "how much of ‖ΔW‖² lies in the k leading directions of the outputs before; "
-    "k, the second number, is the stable rank rounded up, at most 32. A random change of m rows "
-    "has k/m there",
+    "k is the stable rank rounded up, at most 32. In brackets what a random change of m rows has "
+    "there, k/m",
     "turns": "by which angle the k leading directions of the inputs turned, and the k last ones: "
-    "the largest principal angle, 0° to 90°; - where singular values at the edge are equal to "
-    "rounding",
+    "the root-mean-square principal angle, arccos √(mean cos² θ_i). One of ten directions that "
+    "turns by 90° makes 18°, five make 45°. In brackets what two random spans of k of n inputs "
+    "have, arccos √(k/n). - where singular values at the edge are equal to rounding",
     "shape": MEANINGS["shape"],
 }
 
@@ -329,15 +337,21 @@ def row_of_pair(pair: Pair, note: str, number: int, max_condition: float | None)
     sides = {"before": pair.before, "after": pair.after}
     cells = {column.key: column.text(pair) for column in PAIR_COLUMNS}
     exceeds = tuple(key for key, side in sides.items() if _exceeds(side, max_condition))
-    ratio = pair.ratio
+    ratio, value = pair.ratio, pair.movement
     if pair.before is None or pair.after is None:
         symbol = "+" if pair.before is None else "−"
     elif math.isnan(ratio):
         symbol = "?"
     elif ratio in (0, math.inf):
-        symbol = "∞" if ratio else "↓"
+        symbol, value = ("∞", math.inf) if ratio else ("↓", -math.inf)
     else:
         symbol = MARK if "after" in exceeds else ""
+    if math.isnan(ratio):
+        value, summary = math.nan, f"κ {cells['before']} → {cells['after']}"
+    elif pair.moved:
+        summary = f"{cells['moved']}, movement {cells['movement']}"
+    else:
+        summary = "moved by less than 1 %"
     return Row(
         id=f"w{number}",
         label=pair.label,
@@ -346,8 +360,8 @@ def row_of_pair(pair: Pair, note: str, number: int, max_condition: float | None)
             key: side.condition_number if side else math.nan for key, side in sides.items()
         },
         exceeds=exceeds,
-        value=ratio,
-        summary=f"κ {cells['before']} → {cells['after']}, {cells['ratio']} times",
+        value=value,
+        summary=summary,
         symbol=symbol,
         note=note,
         is_wrong=any(side and side.status is not Status.ok for side in sides.values()),
