@@ -34,7 +34,7 @@ demo: install
 
 # The tables and pictures of README and docs, from the results that are committed.
 report: install
-	for file in results/*.json; do \
+	for file in $$(grep -l '"experiment"' results/*.json); do \
 	    $(BIN)/wellcond reproduce $$(basename $$file .json) --report || exit 1; \
 	done
 
