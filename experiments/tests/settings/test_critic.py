@@ -195,7 +195,22 @@ def test_the_version_of_torchlip_is_checked(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_quick_run_says_all_it_promises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["reproduce", "critic", "--quick", "--workers", "1", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "reproduce",
+                "critic",
+                "--quick",
+                "--seeds",
+                "1",
+                "--workers",
+                "1",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert "The distance of data to data" in capsys.readouterr().out
     assert (tmp_path / "critic.png").is_file()
     document = grid.read(tmp_path / "results.json")
