@@ -474,7 +474,7 @@ class WeightClipping(Training):
 
     label = "weight clipping"
     after = "Arjovsky, Chintala & Bottou, 1701.07875"
-    strengths = (0.3, 0.1, 0.03, 0.01)
+    strengths = (0.1, 0.3)
 
     def attach(self) -> None:
         self.optimizer.register_step_post_hook(lambda *_: self.clip())
