@@ -79,15 +79,23 @@ def draw_over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: in
     panel.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_bands(panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str]) -> None:
-    """Means with their intervals, a line for each method, the largest at the top.
+def draw_bands(
+    panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str], lower: bool = False
+) -> None:
+    """Means with their intervals, a line for each method, the best at the top.
 
     Args:
         panel: where.
         rows: methods with what they reached.
         names: what stands beside them.
+        lower: whether the lowest is the best, else the largest.
     """
-    rows = sorted(rows, key=lambda row: -math.inf if math.isnan(row[1].mean) else row[1].mean)
+
+    def rank(row: tuple[str, Band]) -> float:
+        mean = row[1].mean
+        return -math.inf if math.isnan(mean) else -mean if lower else mean
+
+    rows = sorted(rows, key=rank)
     for height, (method, band) in enumerate(rows):
         _draw_mark(panel, height, band, colour(method))
     panel.set_yticks(range(len(rows)), [names[method] for method, _ in rows])

@@ -104,6 +104,7 @@ class Training:
     ours: ClassVar[bool] = False  # whether wellcond offers it
     strengths: ClassVar[tuple[float, ...]] = (0.0,)  # searched unless an experiment says otherwise
     normed: ClassVar[bool] = False
+    sorts: ClassVar[bool] = False  # whether a critic has GroupSort in place of LeakyReLU
 
     def __init__(
         self,
@@ -481,6 +482,111 @@ class WarmUp(Training):
             group["lr"] = self.lr * min(1.0, self.steps / self.strength)
 
 
+class WeightClipping(Training):
+    """Every entry of every parameter between ±strength, after every step."""
+
+    label = "weight clipping"
+    after = "Arjovsky, Chintala & Bottou, 1701.07875"
+    strengths = (0.1, 0.3)
+
+    def attach(self) -> None:
+        self.optimizer.register_step_post_hook(lambda *_: self.clip())
+
+    @torch.no_grad()
+    def clip(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.clamp_(-self.strength, self.strength)
+
+
+class GradientPenalty(Training):
+    """strength · (‖∇f‖ − 1)² between real and generated samples, which the setting adds."""
+
+    label = "gradient penalty"
+    after = "Gulrajani et al., 1704.00028"
+    strengths = (0.1, 1.0, 10.0)
+
+    def attach(self) -> None:
+        self.source = torch.Generator().manual_seed(self.seed)
+
+    def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
+        """At a point between each pair, drawn uniformly."""
+        part = torch.rand(len(real), *[1] * (real.ndim - 1), generator=self.source)
+        between = torch.lerp(real, fake, part).requires_grad_()
+        values = self.model(between).sum()
+        (gradient,) = torch.autograd.grad(values, between, create_graph=True)
+        return self.strength * (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+class SpectralNormOfAll(Training):
+    """W/σ₁ in place of every W, the last also, times strength."""
+
+    label = "spectral_norm of torch, all weights"
+    after = "Miyato et al., 1802.05957"
+    strengths = (1.0, 1.4, 2.0)
+
+    def prepare(self) -> None:
+        for _, layer in list(matrices(self.model)):
+            parametrizations.spectral_norm(layer)
+            register_parametrization(layer, "weight", _Times(self.strength), unsafe=True)
+
+
+class SpectralNormOfAllGroupSort(SpectralNormOfAll):
+    label = "spectral_norm of torch, all weights, GroupSort"
+    after = "Miyato et al., 1802.05957; Anil, Lucas & Grosse, 1811.05381"
+    sorts = True
+
+
+class Torchlip(Training):
+    """The layers of deel-torchlip, each Lipschitz with the constant strength."""
+
+    label = "deel-torchlip, GroupSort"
+    after = "Serrurier et al., 2006.06520"
+    strengths = (1.0, 1.4, 2.0)
+    sorts = True
+
+    def prepare(self) -> None:
+        from deel import torchlip
+
+        for name, layer in list(matrices(self.model)):
+            parent, _, child = name.rpartition(".")
+            made: nn.Module
+            if isinstance(layer, nn.Conv2d):
+                made = torchlip.SpectralConv2d(
+                    *(layer.in_channels, layer.out_channels, layer.kernel_size),
+                    stride=layer.stride,
+                    padding=layer.padding,
+                    k_coef_lip=self.strength,
+                )
+            else:
+                made = torchlip.SpectralLinear(
+                    layer.in_features, layer.out_features, k_coef_lip=self.strength
+                )
+            setattr(self.model.get_submodule(parent), child, made)
+
+
+class UpperLimitGroupSort(UpperLimit):
+    label = "SingularValueLimit, upper, GroupSort"
+    after = f"{UpperLimit.after}; Anil, Lucas & Grosse, 1811.05381"
+    sorts = True
+
+
+class UpperLimitActing(UpperLimit):
+    """σ₁ ≤ strength of convolutions as they act, and of all other matrices."""
+
+    label = "SingularValueLimit, upper, acting"
+
+    def rule(self) -> Any:
+        acting = wc.SingularValueLimit(upper=self.strength, acting=True)
+        names = [n for n, layer in matrices(self.model) if isinstance(layer, nn.Conv2d)]
+        return {f"{name}.weight": acting for name in names} | {"*": super().rule()}
+
+
+class UpperLimitActingGroupSort(UpperLimitActing):
+    label = "SingularValueLimit, upper, acting, GroupSort"
+    after = UpperLimitGroupSort.after
+    sorts = True
+
+
 class Tikhonov(L2):
     label = "Tikhonov"
     after = "Krogh & Hertz, 1991"
@@ -519,6 +625,14 @@ METHODS |= {
     "isometry-scale": IsometryStepOfScale,
     "upper-limit-attention": UpperLimitOfAttention,
     "upper-limit-blocks": UpperLimitOfBlocks,
+    "weight-clipping": WeightClipping,
+    "gradient-penalty": GradientPenalty,
+    "spectral-norm-all": SpectralNormOfAll,
+    "spectral-norm-all-sort": SpectralNormOfAllGroupSort,
+    "torchlip": Torchlip,
+    "upper-limit-sort": UpperLimitGroupSort,
+    "upper-limit-acting": UpperLimitActing,
+    "upper-limit-acting-sort": UpperLimitActingGroupSort,
 }
 TUNED = "-tuned"  # of names of the same method, once with strengths that are given, once searched
 

@@ -4,6 +4,7 @@ from wellcond_experiments.grid import Setting
 from wellcond_experiments.settings.after_training import AfterTraining
 from wellcond_experiments.settings.classify import Classify
 from wellcond_experiments.settings.cost import Cost
+from wellcond_experiments.settings.critic import Critic
 from wellcond_experiments.settings.denoise import Denoise
 from wellcond_experiments.settings.differentiability import Differentiability
 from wellcond_experiments.settings.harder import BatchNorm, Plain, ViT
@@ -19,6 +20,6 @@ SETTINGS: dict[str, type[Setting]] = {
     for setting in (
         *(Denoise, Classify, LeastSquares, Differentiability, Cost),
         *(KeepLearning, LearningRates, Memorise, Plain, BatchNorm, ViT, AfterTraining),
-        *(LossSpikes, Transformer),
+        *(LossSpikes, Transformer, Critic),
     )
 }
