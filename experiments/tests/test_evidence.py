@@ -140,7 +140,7 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
     scores["l2"] = [11.0, 11.1]
     verdict = Evidence(document(scores, {"isometry": 4.0})).verdict("accuracy")
     assert (verdict.wins, verdict.loses) == (False, True)
-    (panel,) = evidence.draw_winners({"accuracy, %": verdict}).axes
+    (panel,) = evidence.draw_winners({("paper", "accuracy, %"): verdict}).axes
     (label,) = panel.get_yticklabels()
     assert label.get_text() == "accuracy, %:\nIsometryStep against L2"
     spread, mean, zero = panel.lines
@@ -152,9 +152,15 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
     assert verdict.gain.mean == pytest.approx(100 * -3 / 11.05)  # of what L2 reaches
     assert mean.get_color() == figures.RIVAL
     assert list(zero.get_xdata()) == [0, 0]
-    table = evidence.list_winners({"accuracy, %": verdict})
+    table = evidence.list_winners({("paper", "accuracy, %"): verdict})
     assert table.rows == [
-        ["accuracy, %", "IsometryStep: 8.05 ± 0.64", "L2: 11.05 ± 0.64", "-3.00 ± 0.00", "other"]
+        [
+            "[accuracy, %](evidence/paper.md)",
+            "IsometryStep: 8.05 ± 0.64",
+            "L2: 11.05 ± 0.64",
+            "-3.00 ± 0.00",
+            "other",
+        ]
     ]
     # One that is surely better is enough, even if it is not the best of the others on the mean.
     scores |= {"l2": [1.0, 1.1], "clipping": [0.0, 40.0], "weight-decay": [11.0, 11.1]}
@@ -198,7 +204,10 @@ def test_lower_is_better_says_the_same_of_the_negative_numbers() -> None:
         assert found.our_band == -expected.our_band
         # The picture has better on the right, whatever is measured.
         drawn, twin = (
-            [list(line.get_xdata()) for line in evidence.draw_winners({"": one}).axes[0].lines]
+            [
+                list(line.get_xdata())
+                for line in evidence.draw_winners({("", ""): one}).axes[0].lines
+            ]
             for one in (found, expected)
         )
         assert drawn == twin

@@ -203,23 +203,26 @@ def list_methods(names: Sequence[str]) -> Table:
     return Table("Methods of training", ["method", "offered by", "after"], rows)
 
 
-def list_winners(verdicts: dict[str, Verdict]) -> Table:
-    """A row for each verdict, by what was compared."""
+Compared = dict[tuple[str, str], Verdict]  # by the name of the setting, and by what was compared
+
+
+def list_winners(verdicts: Compared) -> Table:
+    """A row for each verdict, with a link to the page of its setting."""
     rows = [
         [
-            compared,
+            f"[{compared}](evidence/{setting}.md)",
             f"{find_method(v.ours).label}: {v.our_band.fixed()}",
             f"{find_method(v.rival).label}: {v.rival_band.fixed()}",
             v.difference.signed(),
             v.better,
         ]
-        for compared, v in verdicts.items()
+        for (setting, compared), v in verdicts.items()
     ]
     header = ["compared", "of wellcond", "the best other", "difference", "better"]
     return Table("Methods of wellcond, as chosen in the search, against all others", header, rows)
 
 
-def draw_winners(verdicts: dict[str, Verdict]) -> Any:
+def draw_winners(verdicts: Compared) -> Any:
     """The same as a picture: blue where wellcond is better, orange where another is.
 
     Differences are in per cent of what the rival reached, because units differ, and positive where
@@ -233,7 +236,7 @@ def draw_winners(verdicts: dict[str, Verdict]) -> Any:
                 colours.get(v.better, figures.NOTHING),
                 v.gain,
             )
-            for compared, v in verdicts.items()
+            for (_, compared), v in verdicts.items()
         ]
     )
 

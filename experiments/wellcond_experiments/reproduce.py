@@ -10,7 +10,7 @@ from joblib import cpu_count
 
 from wellcond_experiments import evidence, figures, grid, prediction
 from wellcond_experiments.command import positive, write_text
-from wellcond_experiments.evidence import Evidence, Verdict
+from wellcond_experiments.evidence import Compared, Evidence
 from wellcond_experiments.grid import Runner, Setting
 from wellcond_experiments.methods import METHODS
 from wellcond_experiments.prediction import Case
@@ -112,15 +112,15 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
     return 0
 
 
-def _compared(folder: Path) -> tuple[dict[str, Verdict], list[Case]]:
+def _compared(folder: Path) -> tuple[Compared, list[Case]]:
     """The verdicts of all the results that are there, and the runs that show something early."""
-    verdicts: dict[str, Verdict] = {}
+    verdicts: Compared = {}
     cases: list[Case] = []
     for kind in SETTINGS.values():
         path = folder / f"{kind.name}.json"
         if path.exists():
             document = grid.read(path)
             setting, found = kind.of(document), Evidence(document)
-            verdicts |= setting.verdicts(found)
+            verdicts |= {(kind.name, what): v for what, v in setting.verdicts(found).items()}
             cases += setting.early(found)
     return verdicts, cases
