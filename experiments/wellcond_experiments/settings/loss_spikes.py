@@ -35,7 +35,8 @@ from wellcond_experiments.tables import Table
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 COMPARED = (
-    *("none", "clipping", "warm-up", "weight-decay", "qk-norm", "spectral-norm-torch"),
+    *("none", "clipping", "warm-up", "weight-decay", "qk-norm", "orthogonal-init"),
+    "spectral-norm-torch",
     *("upper-limit", "upper-limit-attention", "condition-limit", "isometry"),
 )
 PLACES, BATCH, STEPS = 64, 8, 800
