@@ -387,19 +387,6 @@ class IsometryStep(Attached):
         return wc.IsometryStep(theta=self.strength, scale=self.gain)
 
 
-class IsometryStepOfScale(Attached):
-    """scale is the strength; on attention and MLP, because a head of that scale is no use."""
-
-    label = "IsometryStep of a scale, on attention and MLP"
-    after = IsometryStep.after
-    strengths = (1.0, 1.4, 2.0, 2.8)
-    every = 1
-
-    def rule(self) -> Any:
-        step = wc.IsometryStep(theta=0.1, scale=self.strength)
-        return {"attention": step, "mlp": step, "*": None}
-
-
 class ConditionLimit(Attached):
     label = "ConditionLimit"
     strengths = (1.1, 2.0, 5.0, 20.0)
@@ -622,7 +609,6 @@ METHODS |= {
     "warm-up": WarmUp,
     "tikhonov": Tikhonov,
     "qk-norm": QKNorm,
-    "isometry-scale": IsometryStepOfScale,
     "upper-limit-attention": UpperLimitOfAttention,
     "upper-limit-blocks": UpperLimitOfBlocks,
     "weight-clipping": WeightClipping,

@@ -20,7 +20,7 @@ from wellcond_experiments.settings.learning_rates import (
 CASE = "transformer"
 COMPARED = (
     *("none", "warm-up", "weight-decay", "clipping", "layer-norm", "orthogonal-init"),
-    *("spectral-norm-torch", "condition", "isometry", "isometry-scale"),
+    *("spectral-norm-torch", "condition", "isometry"),
     *("condition-limit", "upper-limit", "upper-limit-attention", "upper-limit-blocks"),
 )
 
