@@ -152,11 +152,12 @@ MEANINGS = {
     "penalty": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
     "added": "with an adapter of rank r, how much of the sum of the r largest singular values is "
     "the adapter's, and of how many of them more than half: 30 %, 2 of 8. One that has just been "
-    "made has 0 %; above a half it decides what the weight amplifies most. No verdict: of adapters "
-    "that were measured, good ones had from a few percent to nearly all",
+    "made has 0 %; above a half it decides what the weight amplifies most. No verdict: 43 "
+    "good adapters of small networks had from 2 % to nearly all",
     "grade": f"how far the numbers can be trusted. {_GRADES}",
     "certificate": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
-    "delta": "‖Δ‖/‖W‖ (Frobenius norm): how large what the adapter adds is beside the weight",
+    "delta": "‖Δ‖/‖W‖ (Frobenius norm): how large what the adapter adds is beside the weight; of "
+    "43 good adapters of small networks none had a median over its weights beyond 3.2",
     "directions": "‖Δ‖²/σ_max(Δ)², how many directions the adapter uses, of as many as it can",
     "base": "κ of the weight without its adapter",
     "rounded": "κ once the sum is rounded to the dtype of the weight, as by a merge",
