@@ -4,6 +4,7 @@ import sys
 from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_extensions"))
@@ -71,3 +72,13 @@ copybutton_selector = (  # what is printed, and differences, are not for copying
     "div:not(.highlight-none):not(.highlight-diff) > div.highlight pre"
 )
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def setup(app: Any) -> None:
+    """Adds the style of results to the pages that have them."""
+
+    def style(app: Any, name: str, template: str, context: Any, tree: Any) -> None:
+        if name.partition("/")[0] == "evidence":
+            app.add_css_file("evidence.css")
+
+    app.connect("html-page-context", style)

@@ -156,10 +156,10 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
     assert table.rows == [
         [
             "[accuracy, %](evidence/paper.md)",
+            "other",
+            "-3.00 ± 0.00",
             "IsometryStep: 8.05 ± 0.64",
             "L2: 11.05 ± 0.64",
-            "-3.00 ± 0.00",
-            "other",
         ]
     ]
     # One that is surely better is enough, even if it is not the best of the others on the mean.

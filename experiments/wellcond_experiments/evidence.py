@@ -211,14 +211,14 @@ def list_winners(verdicts: Compared) -> Table:
     rows = [
         [
             f"[{compared}](evidence/{setting}.md)",
+            v.better,
+            v.difference.signed(),
             f"{find_method(v.ours).label}: {v.our_band.fixed()}",
             f"{find_method(v.rival).label}: {v.rival_band.fixed()}",
-            v.difference.signed(),
-            v.better,
         ]
         for (setting, compared), v in verdicts.items()
     ]
-    header = ["compared", "of wellcond", "the best other", "difference", "better"]
+    header = ["compared", "better", "difference", "of wellcond", "the best other"]
     return Table("Methods of wellcond, as chosen in the search, against all others", header, rows)
 
 

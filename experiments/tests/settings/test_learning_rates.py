@@ -68,9 +68,7 @@ def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
     values |= {("l2", s): [90.0, 90, 90, 80, 50 + s] for s in range(2)}
     setting = LearningRates()
     setting.cases = ("tanh-10",)
-    verdict = setting.verdicts(evidence(values))[
-        "tanh, depth 10, mean accuracy over 5 learning rates, %"
-    ]
+    verdict = setting.verdicts(evidence(values))["tanh, depth 10, %"]
     assert (verdict.ours, verdict.rival, verdict.wins) == ("isometry", "l2", True)
     # 89.1 against 80.1, and the seeds differ by the same in both.
     assert verdict.difference == pytest.approx((9.0, 9.0, 9.0, False))

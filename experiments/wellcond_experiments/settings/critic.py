@@ -209,9 +209,7 @@ class Critic(Setting):
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         return {
-            f"WGAN, {TITLES[case]}, distance to held-out data, %": evidence.verdict(
-                "distance", case, lower=True, case=case
-            )
+            f"WGAN, {TITLES[case]}, %": evidence.verdict("distance", case, lower=True, case=case)
             for case in self.cases
         }
 

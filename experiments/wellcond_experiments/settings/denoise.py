@@ -193,7 +193,7 @@ class Denoise(Setting):
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         return {
-            f"denoising, SNR {SNR[case]:g}, tuned, PSNR in dB": evidence.verdict(
+            f"denoising, SNR {SNR[case]:g}, dB": evidence.verdict(
                 "psnr", case, tuple(SEARCHED), case=case
             )
             for case in self.cases

@@ -306,7 +306,7 @@ class Harder(Setting):
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         return {
-            f"{what} CIFAR-10, {self.help}, %": evidence.verdict(metric)
+            f"{self.short}, {what}, %": evidence.verdict(metric)
             for what, metric in (("clean", "accuracy"), ("corrupted", "corrupted"))
         }
 
@@ -366,6 +366,7 @@ SEARCHED: dict[str, tuple[float, ...]] = {
 class Plain(Harder):
     name = "cifar10-plain"
     help = "eight convolutions without normalisation"
+    short = "convolutions"
     protocol = PROTOCOL.format(
         "Eight 3x3 convolutions with ReLU, initial weights as of He et al.,", 8
     )
@@ -380,6 +381,7 @@ class Plain(Harder):
 class BatchNorm(Harder):
     name = "cifar10-batch-norm"
     help = "eight convolutions with batch norm"
+    short = "batch norm"
     protocol = PROTOCOL.format("Eight 3x3 convolutions with batch norm and ReLU", 8)
     layers = LAYERS
     epochs = 8
@@ -401,6 +403,7 @@ class BatchNorm(Harder):
 class ViT(Harder):
     name = "cifar10-vit"
     help = "a small vision transformer"
+    short = "vision transformer"
     protocol = PROTOCOL.format("A vision transformer (patches of 4, width 64, four blocks)", 5)
     layers = ("patches", *(f"{part} {i + 1}" for i in range(BLOCKS) for part in PARTS), "head")
     epochs = 5

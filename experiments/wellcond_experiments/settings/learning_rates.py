@@ -216,11 +216,8 @@ class LearningRates(Setting):
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         found = average_rates(evidence)
-        metric = f"mean accuracy over {len(self.rates)} learning rates, %"
         return {
-            f"{describe_net(case)}, {metric}": found.verdict(
-                "accuracy", self.contest(case), case=case
-            )
+            f"{describe_net(case)}, %": found.verdict("accuracy", self.contest(case), case=case)
             for case in self.cases
         }
 

@@ -198,12 +198,9 @@ class LossSpikes(Setting):
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         found = average_rates(evidence)
-        what = "text, loss in nats"
         return {
-            f"{what}, mean over {len(self.rates)} learning rates": found.verdict(
-                "loss", lower=True
-            ),
-            f"{what}, at the best rate of each": found.verdict("best", lower=True),
+            "language model, mean over rates, nats": found.verdict("loss", lower=True),
+            "language model, best rate, nats": found.verdict("best", lower=True),
         }
 
     def early(self, evidence: Evidence) -> list[Case]:

@@ -107,8 +107,7 @@ class Tasks(Setting):
         return {"accuracy": evidence.ranking(score.capitalize(), columns)}
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
-        title = f"{self.words[0]}, last {self.tasks // self.part} of {self.tasks} tasks, %"
-        return {title: evidence.verdict("accuracy")}
+        return {f"{self.name.replace('-', ' ')}, %": evidence.verdict("accuracy")}
 
     def early(self, evidence: Evidence) -> list[Case]:
         """What the curves hold; growth is that since the end of the first task."""
