@@ -431,7 +431,7 @@ def failing_replica() -> None:
     reg = wc.Regularizer(model, rules, process_group=dist.group.WORLD)
     owner = reg._states[0].owner
     ours = dist.get_rank() == owner
-    says = "rounded to bfloat16" if ours else "See the error of that one"
+    says = "rounded to bfloat16" if ours else "See the error of that process"
     for enforcing in (reg.enforce, lambda: reg.proximal_step(0.1)):
         with pytest.raises(ValueError, match=rf'"0\.weight".*{says}'):
             enforcing()
