@@ -1,4 +1,4 @@
-"""What a spike is, what the search sees, and what is said of all rates."""
+"""What a spike is, what the search sees, and how rates are summarised."""
 
 import math
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_the_loss_is_that_of_the_next_character() -> None:
     assert run(lr=1e-2, text=text).metrics["loss"] < 0.3
 
 
-# --- what is said of the rates --------------------------------------------------------------------
+# --- the summary over the rates -------------------------------------------------------------------
 
 
 def evidence(losses: dict[tuple[str, int], list[float]]) -> Evidence:

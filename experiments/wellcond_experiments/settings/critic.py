@@ -368,7 +368,7 @@ def measure_distance(x: Tensor, y: Tensor) -> float:
 
 
 def measure_floor(x: Tensor, y: Tensor) -> float:
-    """The distance of data to data: of so many of x as there are of y."""
+    """The distance between two sets of data: the first len(y) points of x, and y."""
     return measure_distance(x[: len(y)], y)
 
 

@@ -102,7 +102,7 @@ class Verdict:
 
     Attributes:
         path: of the checkpoint, as it was given.
-        report: its audit, or the comparison with it; None if there is none.
+        report: its audit, or the comparison with it; None without one.
         faults: the rules that it breaks.
         is_gated: whether there is a rule that it could break.
     """
@@ -127,7 +127,7 @@ class Verdict:
         return "passed" if self.is_gated else "measured"
 
     def name(self, text: str) -> str:
-        """What is said of this checkpoint, after its path unless it begins with that."""
+        """The message with the path of the checkpoint before it, unless it begins with that."""
         return text if begins_with(text, self.path) else f"{escape(self.path)}: {text}"
 
 
