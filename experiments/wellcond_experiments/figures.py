@@ -79,6 +79,24 @@ def draw_over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: in
     panel.xaxis.get_major_locator().set_params(integer=True)
 
 
+def draw_rates(
+    panel: Any, runs: Any, methods: Sequence[str], metric: str, middle: str = "mean"
+) -> None:
+    """The mean or the median of a metric by learning rate, a line per method.
+
+    Args:
+        panel: where.
+        runs: of one case, as `Evidence.runs`.
+        methods: in the order of their colours.
+        metric: a column of the runs.
+        middle: "mean" or "median" over the seeds.
+    """
+    for method, color, marker in zip(methods, colours(methods), MARKERS, strict=False):
+        values = runs[runs["method"] == method].groupby("lr")[metric].agg(middle)
+        panel.plot(values.index, values, color=color, marker=marker, ms=4, label=label(method))
+    panel.set_xscale("log")
+
+
 def draw_bands(
     panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str], lower: bool = False
 ) -> None:

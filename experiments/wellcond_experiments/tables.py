@@ -90,6 +90,12 @@ class Table(NamedTuple):
         lines = [escaped[0], ["---"] * len(self.header), *escaped[1:]]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
+    def drop(self, name: str) -> Table:
+        """Without the column of this name."""
+        place = self.header.index(name)
+        lines = [line[:place] + line[place + 1 :] for line in (self.header, *self.rows)]
+        return Table(self.title, lines[0], lines[1:])
+
     def print(self) -> None:
         """For a terminal, on standard output."""
         from rich.console import Console

@@ -192,9 +192,7 @@ class LearningRates(Setting):
         for case in self.cases:
             title = f"{describe_net(case)}: accuracy on the test images"
             table = found.ranking(title, columns, self.contest(case), case=case)
-            rate = table.header.index("lr")  # none was chosen
-            rows = [line[:rate] + line[rate + 1 :] for line in (table.header, *table.rows)]
-            tables[case] = Table(title, rows[0], rows[1:])
+            tables[case] = table.drop("lr")  # none was chosen
         return tables
 
     def _overview(self, found: Evidence, metric: str) -> Table:
@@ -229,7 +227,8 @@ class LearningRates(Setting):
         columns = len(self.depths)
         drawing, panels = figures.figure(columns, width=3.6, height=3.0, rows=2)
         for case, panel in zip(self.cases, panels, strict=True):
-            draw_rates(panel, evidence, case, shown)
+            figures.draw_rates(panel, evidence.where(case=case), shown, "accuracy")
+            panel.set_ylim(0, 100)
             panel.set_title(describe_net(case), fontsize=10)
         for panel in panels[::columns]:
             panel.set_ylabel("accuracy, %")
@@ -238,18 +237,6 @@ class LearningRates(Setting):
         lines = panels[0].get_legend_handles_labels()
         drawing.legend(*lines, loc="outside lower center", ncols=4, frameon=False)
         return {"learning-rates": drawing}
-
-
-def draw_rates(panel: Any, evidence: Evidence, case: str, shown: list[str]) -> None:
-    """Accuracy by learning rate, a line per method."""
-    for method, color, marker in zip(shown, figures.colours(shown), figures.MARKERS, strict=False):
-        runs = evidence.where(case=case, method=method)
-        means = runs.groupby("lr")["accuracy"].mean()
-        panel.plot(
-            means.index, means, color=color, marker=marker, ms=4, label=figures.label(method)
-        )
-    panel.set_xscale("log")
-    panel.set_ylim(0, 100)
 
 
 def describe_net(case: str) -> str:

@@ -24,13 +24,13 @@ from wellcond_experiments.evidence import Column, Evidence, Verdict
 from wellcond_experiments.grid import Cell, Measured, Setting, strengths_of
 from wellcond_experiments.methods import (
     METHODS,
-    IsometryStep,
     condition_numbers,
     evaluation,
     largest,
     spectral_norms,
 )
 from wellcond_experiments.prediction import Case
+from wellcond_experiments.settings.learning_rates import OFTEN
 from wellcond_experiments.tables import Table
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -44,12 +44,6 @@ JUMP, BEFORE = 0.5, 50
 NEAR = 1.05  # times the lowest loss of all: a rate works
 VALIDATION = 256  # pieces of the text
 LOOKS = 10  # at σ₁ and the attention logits
-
-
-class IsometryEveryStep(IsometryStep):
-    """At a high rate ten steps lead too far from an isometry to come back."""
-
-    every = 1
 
 
 class LossSpikes(Setting):
@@ -122,7 +116,7 @@ class LossSpikes(Setting):
 
     def run(self, cell: Cell) -> Measured:
         train, test = self.parts(cell.search)
-        kind = IsometryEveryStep if cell.method == "isometry" else METHODS[cell.method]
+        kind = OFTEN.get(cell.method, METHODS[cell.method])
         training = kind(
             lambda norm: TextTransformer(self.characters, PLACES, norm),
             cell.strength,
@@ -194,7 +188,7 @@ class LossSpikes(Setting):
                 f"At a learning rate of {high:g}", details, lower=True, lr=high
             ),
         }
-        return {name: drop(table, "lr") for name, table in tables.items()}
+        return {name: table.drop("lr") for name, table in tables.items()}
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         found = average_rates(evidence)
@@ -211,15 +205,8 @@ class LossSpikes(Setting):
         bands = {m: found.band("loss", method=m) for m in found.methods()}
         drawing, (left, right) = figures.figure(columns=2, width=6.0, height=4.2)
         shown = figures.select_lines({method: -band.mean for method, band in bands.items()})
-        for panel, metric in ((left, "loss"), (right, "logit")):
-            for method, color, marker in zip(
-                shown, figures.colours(shown), figures.MARKERS, strict=False
-            ):
-                runs = evidence.where(method=method).groupby("lr")[metric]
-                means = runs.mean() if metric == "loss" else runs.median()
-                label = figures.label(method)
-                panel.plot(means.index, means, color=color, marker=marker, ms=4, label=label)
-            panel.set_xscale("log")
+        for panel, metric, middle in ((left, "loss", "mean"), (right, "logit", "median")):
+            figures.draw_rates(panel, evidence.runs, shown, metric, middle)
             panel.set_xlabel("learning rate")
         left.set_ylabel("loss, nats per character")
         left.legend(fontsize=8, frameon=False)
@@ -255,13 +242,6 @@ def average_rates(evidence: Evidence) -> Evidence:
         .reset_index()
     )
     return found
-
-
-def drop(table: Table, name: str) -> Table:
-    """The table without a column."""
-    place = table.header.index(name)
-    lines = [line[:place] + line[place + 1 :] for line in (table.header, *table.rows)]
-    return Table(table.title, lines[0], lines[1:])
 
 
 def pieces(text: Tensor, starts: Any) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from wellcond_experiments.prediction import Case
 from wellcond_experiments.settings.learning_rates import (
     LearningRates,
     average_rates,
-    draw_rates,
 )
 
 CASE = "transformer"
@@ -65,7 +64,8 @@ class Transformer(LearningRates):
         figures.draw_bands(left, list(bands.items()), {m: figures.label(m) for m in bands})
         left.set_xlabel("accuracy, mean over the learning rates, %")
         shown = figures.select_lines({method: band.mean for method, band in bands.items()})
-        draw_rates(right, evidence, CASE, shown)
+        figures.draw_rates(right, evidence.runs, shown, "accuracy")
+        right.set_ylim(0, 100)
         right.set_xlabel("learning rate")
         right.set_ylabel("accuracy, %")
         right.legend(fontsize=8, frameon=False)
