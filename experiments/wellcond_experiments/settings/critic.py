@@ -31,6 +31,7 @@ from wellcond_experiments.methods import (
     run_seeded,
     spectral_norms,
 )
+from wellcond_experiments.prediction import Case
 from wellcond_experiments.tables import Table
 
 BATCH, CRITIC_STEPS = 64, 3
@@ -212,6 +213,9 @@ class Critic(Setting):
             f"WGAN, {TITLES[case]}, %": evidence.verdict("distance", case, lower=True, case=case)
             for case in self.cases
         }
+
+    def early(self, evidence: Evidence) -> list[Case]:
+        return [Case(f"WGAN, {case}", evidence.where(case=case), self.score) for case in self.cases]
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         drawing, panels = figures.figure(columns=len(self.cases), width=5.4, height=3.6)
