@@ -20,17 +20,24 @@ unexport PYTHONDONTWRITEBYTECODE
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
+# wellcond and its experiments, which the demo needs; and then what development needs beside them.
+$(VENV)/ready: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip  # a new one resolves faster
 	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt \
-	    --editable '.[dev]' --editable ./experiments
+	    --editable . --editable ./experiments
 	touch $@
 
-# The main job: the paper's denoising experiment on the embedded digits; pictures in runs/denoise.
-demo: install
-	$(BIN)/wellcond reproduce denoise --data digits --seeds 3 --overwrite
+$(VENV)/installed: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt \
+	    --editable '.[dev]'
+	touch $@
+
+# The paper's denoising experiment on the embedded digits, in short; `wellcond reproduce denoise` is
+# the whole protocol.
+demo: $(VENV)/ready
+	$(BIN)/python -m wellcond_experiments.demo
 
 # The tables and pictures of README and docs, from the results that are committed.
 report: install
