@@ -12,6 +12,7 @@ import torch
 hypothesis.settings.register_profile("repeatable", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
+collect_ignore_glob = ["*/write_*.py"]  # which need libraries that only write data of tests
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -10,7 +10,20 @@ from torch import Tensor
 from wellcond.operators.base import Gradient, LowRank, WeightOperator
 from wellcond.operators.stacked import StackedMatrices
 from wellcond.operators.stored import StoredMatrix
-from wellcond.operators.views import STORED, Kernel, Member, Part, Strided, Transposed, View
+from wellcond.operators.views import (
+    STORED,
+    Axes,
+    Blocks,
+    InputsFirst,
+    Kernel,
+    Member,
+    Part,
+    Permuted,
+    Reshaped,
+    Strided,
+    Transposed,
+    View,
+)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -94,6 +107,8 @@ def channels_last(kernel: Tensor) -> Tensor:
     return kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1)
 
 
+# Views of weights in files, which no parameter in memory has.
+OF_FILES = (Axes, Blocks, InputsFirst, Permuted, Reshaped)
 OPERATORS: dict[str, Case] = {
     "tall": seen(STORED, lambda: normal(7, 5), lambda p: p),
     "wide": seen(STORED, lambda: normal(5, 7), lambda p: p),
@@ -128,9 +143,35 @@ OPERATORS: dict[str, Case] = {
     "every third row of a kernel with gaps": seen(
         Strided(Kernel(), 2, 3), with_gaps, lambda p: flat(p)[2::3]
     ),
+    "inputs first": seen(InputsFirst(3), lambda: normal(3, 2, 4, 5), lambda p: p.reshape(24, 5).mT),
+    "inputs first in groups": seen(
+        InputsFirst(3, 2),
+        lambda: normal(3, 2, 2, 6),
+        lambda p: torch.stack([p[..., rows].flatten(0, 2).mT for rows in (slice(3), slice(3, 6))]),
+    ),
+    "axes": seen(
+        Axes((0, 2), (1,)), lambda: normal(3, 4, 5), lambda p: p.transpose(1, 2).reshape(15, 4)
+    ),
+    "axes of a stack": seen(
+        Axes((2,), (1,), (0,)), lambda: normal(3, 7, 5), lambda p: p.transpose(1, 2)
+    ),
     "member": seen(Member(STORED, 1), lambda: normal(3, 7, 5), lambda p: p[1]),
     "member of groups with gaps": seen(
         Member(Kernel(2), 1), with_gaps, lambda p: flat(p).reshape(2, 4, -1)[1]
+    ),
+    "sides in another order": seen(
+        Permuted(STORED, (2, 0, 1)), lambda: normal(7, 5, 3), lambda p: p.permute(2, 0, 1)
+    ),
+    "sides joined": seen(Reshaped(STORED, (7, 15)), lambda: normal(7, 5, 3), flat),
+    "sides joined after a permutation": seen(
+        Permuted(Reshaped(STORED, (3, 35)), (2, 0, 1)),
+        lambda: normal(7, 5, 3),
+        lambda p: flat(p.permute(2, 0, 1)),
+    ),
+    "blocks in another order": seen(
+        Blocks(Transposed(), 0, ((4, 3), (0, 2))),
+        lambda: normal(9, 4),
+        lambda p: torch.cat([p[4:7], p[:2]]).mT,
     ),
     "product": Case(
         lambda: [normal(7, 2), normal(2, 5)], lambda given: ProductMatrix(*given), torch.matmul

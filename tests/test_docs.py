@@ -23,7 +23,13 @@ from wellcond.report.gate import Rule
 
 DOCS = Path(__file__).parents[1] / "docs"
 # What a page needs besides wellcond and its experiments.
-NEEDS = {"lightning": "lightning", "transformers": "transformers", "accelerate": "accelerate"}
+NEEDS = {
+    "lightning": "lightning",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "loss-spikes": "transformers",
+    "lora": "peft",
+}
 DISTRIBUTED = DOCS / "distributed.md"
 BLOCK = re.compile(
     r"^```(?:python|\{code-block\} python)\n(?::[^\n]*\n)*(.*?)^```$", re.DOTALL | re.MULTILINE

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wellcond.audits.baseline import GATED, Rise, compare_with_baseline, ratio
+from wellcond.audits.baseline import GATED, Baseline, Rise, compare_with_baseline, ratio
 from wellcond.cli import main
 from wellcond.report import AuditReport, Coverage, Finding
 
@@ -111,7 +111,7 @@ def held(
     whole = {"condition_number": 10.0, "sigma_max": 1.0, "stable_rank": 4.0}
     finding = Finding("a", "", shape, "float32", **whole | after)
     report = AuditReport([finding], Coverage(1, 0, {}, 1.0), "Net", {})
-    return compare_with_baseline(report, {"a": before}, times).risen
+    return compare_with_baseline(report, Baseline({"a": before}), times).risen
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import pickle
+import re
+import struct
 import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch.distributed.checkpoint as dcp
+from onnx import helper, numpy_helper
 from safetensors.torch import save
 from torch import Tensor, nn
 
+# What the samples of formats begin with of which no copies are written.
+READ_ONLY = ("exported", "flax", "gguf", "keras", "npz", "npy", "onnx", "script")
+DATA = Path(__file__).with_name("data")
+KERAS = DATA / "keras"  # see write_keras.py
 CANARY = "canary"  # the file that code in a pickle makes in the working directory
 
 
@@ -184,6 +194,187 @@ def slices() -> Sample:
     return Sample("", files)
 
 
+def _arrays(save: Any) -> bytes:
+    """What NumPy writes: both orders of axes, both orders of bytes."""
+    file = io.BytesIO()
+    kernel = randn(4, 6).numpy()
+    others = {"b": kernel.T, "c": kernel.astype(">f8"), "bias": kernel[0], "n": np.arange(3)}
+    save(file, **{"d/kernel": kernel, **others})
+    return file.getvalue()
+
+
+def _array() -> bytes:
+    file = io.BytesIO()
+    np.save(file, randn(4, 6).numpy())
+    return file.getvalue()
+
+
+def of_flax(name: str) -> Sample:
+    """What flax.serialization writes; see write_flax.py."""
+    path = DATA / "flax" / name
+    return Sample(name, {name: path.read_bytes()})
+
+
+def program(freeze: bool = False) -> bytes:
+    """What torch.jit.save writes."""
+    file, model = io.BytesIO(), nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(8, 3))
+    model.register_buffer("basis", randn(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        script = torch.jit.script(model.eval())
+        torch.jit.save(torch.jit.freeze(script) if freeze else script, file)
+    return file.getvalue()
+
+
+_CODES_OF_GGUF = {int: (4, "I"), float: (6, "f"), bool: (7, "?")}
+Block = tuple[int, tuple[int, ...], bytes]  # a kind, a shape, and bytes
+
+
+def gguf_file(
+    tensors: Mapping[str, Block], settings: Mapping[str, Any], version: int = 3, alignment: int = 32
+) -> bytes:
+    """A GGUF file, by the description of the format."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def value_of(value: Any) -> bytes:
+        if isinstance(value, list):
+            inner = [value_of(one) for one in value]
+            return struct.pack("<I4sQ", 9, inner[0][:4], len(inner)) + b"".join(
+                one[4:] for one in inner
+            )
+        if isinstance(value, str):
+            return struct.pack("<I", 8) + text(value)
+        number, code = _CODES_OF_GGUF[type(value)]
+        return struct.pack(f"<I{code}", number, value)
+
+    header = struct.pack("<4sIQQ", b"GGUF", version, len(tensors), len(settings))
+    header += b"".join(text(name) + value_of(value) for name, value in settings.items())
+    content = b""
+    for name, (kind, shape, data) in tensors.items():
+        content += bytes(-len(content) % alignment)
+        header += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+        header += struct.pack("<IQ", kind, len(content))
+        content += data
+    return header + bytes(-len(header) % alignment) + content
+
+
+def _gguf() -> bytes:
+    """Numbers, blocks of q8_0 and of q4_0, a stack of experts, and a vocabulary."""
+
+    def numbers(*shape: int) -> Block:
+        return 0, shape, randn(*shape).numpy().tobytes()
+
+    def blocks(kind: int, size: int, *shape: int) -> Block:
+        count = int(np.prod(shape)) // 32
+        codes = torch.randint(0, 100, (count, size), generator=torch.Generator().manual_seed(0))
+        scales = np.full((count, 1), 0.25, np.float16).view(np.uint8)
+        return kind, shape, np.hstack([scales, codes.byte().numpy()]).tobytes()
+
+    settings = {
+        "general.architecture": "llama",
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": [1, 1],
+        "llama.embedding_length": 32,
+        "llama.rope.freq_base": 1e4,
+        "tokenizer.ggml.tokens": ["a", "b", "c"],
+        "tokenizer.ggml.scores": [0.5, 1.5, 2.5],
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    tensors = {
+        "token_embd.weight": blocks(8, 32, 3, 32),
+        "blk.0.attn_q.weight": blocks(8, 32, 32, 32),
+        "blk.0.attn_k.weight": numbers(16, 32),
+        "blk.0.attn_v.weight": blocks(2, 16, 16, 32),
+        "blk.0.attn_output.weight": numbers(32, 32),
+        "blk.0.ffn_gate_exps.weight": blocks(2, 16, 2, 8, 32),
+        "blk.0.attn_norm.weight": numbers(32),
+        "rope_freqs.weight": numbers(8),
+    }
+    return gguf_file(tensors, settings)
+
+
+def _onnx() -> Sample:
+    """A model of which the data lies in another file, with codes of 4 bits."""
+    codes = helper.make_tensor("c", onnx.TensorProto.INT4, (4, 6), [*range(-8, 4)] * 2)
+    scales = numpy_helper.from_array(randn(4, 2).numpy(), "s")
+    weight = numpy_helper.from_array(randn(6, 5).numpy(), "w")
+    nodes = [
+        helper.make_node("DequantizeLinear", ["c", "s"], ["d"], axis=1, block_size=3),
+        helper.make_node("MatMul", ["x", "d"], ["h"]),
+        helper.make_node("MatMul", ["h", "w"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, 1, None) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], [codes, scales, weight])
+    data = b""
+    for tensor in graph.initializer:
+        if tensor.HasField("raw_data"):
+            for key, value in {"location": "a.data", "offset": f"{len(data)}"}.items():
+                tensor.external_data.add(key=key, value=value)
+            data += tensor.raw_data
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+    model = helper.make_model(graph).SerializeToString()
+    return Sample("a.onnx", {"a.onnx": model, "a.data": data})
+
+
+def exported() -> bytes:
+    """What torch.export.save writes, of a module of which two parameters share memory."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = randn(6, 4)
+            self.layer = nn.Linear(4, 3)
+            self.first, self.last = nn.Parameter(whole[:4].T), nn.Parameter(whole[4:])
+            self.register_buffer("basis", randn(3, 4))
+            self.register_buffer("passing", randn(4, 4), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.passing.sum()) + self.first.sum() + self.basis.sum()
+
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Module(), (randn(2, 4),)), file)
+    return file.getvalue()
+
+
+def older(data: bytes, flat: bool) -> bytes:
+    """A program of torch.export as torch 2.8 wrote it, or if `flat` as those before did."""
+    program = torch.export.load(io.BytesIO(data))
+    parts = records(data)
+    state, constants = (saved(dict(one)) for one in (program.state_dict, program.constants))
+    folder = next(iter(parts)).partition("/")[0]
+    model = parts[f"{folder}/models/model.json"]
+    if flat:
+        version = json.loads(model)["schema_version"]
+        return zipped(
+            {
+                "version": f"{version['major']}.{version['minor']}".encode(),
+                "serialized_exported_program.json": model,
+                "serialized_state_dict.pt": state,
+                "serialized_constants.pt": constants,
+                "serialized_example_inputs.pt": parts[f"{folder}/data/sample_inputs/model.pt"],
+            }
+        )
+    kept = {n: one for n, one in parts.items() if not re.search("data/(weights|constants)", n)}
+    kept |= {f"{folder}/data/weights/model.pt": state}
+    return zipped(kept | {f"{folder}/data/constants/model.pt": constants})
+
+
+DESCRIBES_WEIGHTS = (
+    importlib.util.find_spec("torch.export.pt2_archive._package_weights") is not None
+)
+
+
+def _older_exports(data: bytes) -> dict[str, Sample]:
+    """The same program as older torch writes it; if this one does, it is `data` already."""
+    if not DESCRIBES_WEIGHTS:
+        return {}
+    kinds = {"exported, older": False, "exported, oldest": True}
+    return {kind: Sample("a.pt2", {"a.pt2": older(data, flat)}) for kind, flat in kinds.items()}
+
+
 def corpus() -> dict[str, Sample]:
     """Whole files by what they are."""
     torch.manual_seed(0)
@@ -192,7 +383,8 @@ def corpus() -> dict[str, Sample]:
         return Sample(name, {name: data})
 
     state = plain()
-    older = {name: tensor for name, tensor in state.items() if "float8" not in name}
+    without_float8 = {name: tensor for name, tensor in state.items() if "float8" not in name}
+    program_of_export = exported()
     names = sorted(state)
     parts = [{name: state[name] for name in names[start::2]} for start in (0, 1)]
     shards = {f"model-{n}.safetensors": save(part) for n, part in enumerate(parts)}
@@ -220,12 +412,28 @@ def corpus() -> dict[str, Sample]:
         "pt foreign": one("a.pt", saved(foreign())),
         "pt foreign, protocol 5": one("a.pt", saved(foreign(), protocol=5)),
         "pt deflated": one("a.pt", zipped(records(saved(state)), zipfile.ZIP_DEFLATED)),
-        "legacy": one("a.pt", saved(older, legacy=True)),
+        "legacy": one("a.pt", saved(without_float8, legacy=True)),
         "legacy views": one("a.bin", saved(_views(), legacy=True)),
         "lightning": one("a.ckpt", saved(_lightning())),
         "trainer": Sample("", trainer),
         "distributed": distributed(),
         "slices": slices(),
+        "npz": one("a.npz", _arrays(np.savez)),
+        "npz deflated": one("a.npz", _arrays(np.savez_compressed)),
+        "npy": one("a.npy", _array()),
+        "flax": of_flax("state.msgpack"),
+        "flax in chunks": of_flax("chunked.msgpack"),
+        "script": one("a.jit", program()),
+        "script frozen": one("a.pt", program(freeze=True)),
+        # Of which the package that decodes them is an extra.
+        **({"gguf": one("a.gguf", _gguf())} if importlib.util.find_spec("gguf") else {}),
+        "keras": one("a.keras", (KERAS / "convolutions.keras").read_bytes()),
+        "keras weights": one("a.weights.h5", (KERAS / "half.weights.h5").read_bytes()),
+        "keras 2": one("a.h5", (KERAS / "convolutions.h5").read_bytes()),
+        "onnx": one("a.onnx", (DATA / "exported.onnx").read_bytes()),
+        "onnx beside": _onnx(),
+        "exported": one("a.pt2", program_of_export),
+        **_older_exports(program_of_export),
     }
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from wellcond.files.checkpoint import Checkpoint
-from wellcond.files.tensors import PickledCodeError, UnreadableError
+from wellcond.files.tensors import UnreadableError
 from wellcond.weights.reasons import Reason, Skipped
 
 
@@ -257,14 +256,6 @@ def test_pickled_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checkpoint.skipped()["Python objects"] == Skipped(Reason.objects, "x (posix.mkdir)")
     wc.repair(tmp_path / "m.pt", tmp_path / "fixed.pt", 2.0)
     assert not (tmp_path / "broken-in").exists()
-
-
-def test_programs_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is deprecated
-        torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "program.pt")
-    with pytest.raises(PickledCodeError, match="TorchScript"):
-        Checkpoint(tmp_path / "program.pt")
 
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
@@ -628,7 +619,9 @@ def test_files_of_other_formats_beside_weights_are_named(tmp_path: Path, index: 
     (tmp_path / "README.md").write_text("x")
     report = wc.audit(tmp_path)
     assert [finding.name for finding in report.findings] == ["w"]
-    assert report.coverage.skipped == {"m.onnx": Skipped(Reason.unread, "an ONNX model")}
+    assert report.coverage.skipped == {
+        "m.onnx": Skipped(Reason.unread, "an ONNX model: give its path")
+    }
 
 
 def language_model(

@@ -148,7 +148,7 @@ def test_a_storage_of_a_compressed_archive_is_read_once(
     opened = []
     read = archive.read_compressed
     monkeypatch.setattr(
-        "wellcond.files.pickled.read_compressed", lambda *args: opened.append(1) or read(*args)
+        "wellcond.files.stored.read_compressed", lambda *args: opened.append(1) or read(*args)
     )
     assert all(torch.equal(file.read(f"parts.{n}"), whole[n]) for n in range(1000))
     assert len(opened) == 1

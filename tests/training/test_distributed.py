@@ -33,7 +33,7 @@ from processes import (
     run,
     zoo,
 )
-from registry import OPERATORS
+from registry import OF_FILES, OPERATORS
 from wellcond.operators.base import Gradient, LowRank, NewWeight
 from wellcond.operators.sharded import operator_of
 from wellcond.operators.stored import StoredMatrix
@@ -111,6 +111,8 @@ def sharded_operators() -> None:
         if len(parameters) > 1 or "channels last" in name:  # shards are laid out anew
             continue
         whole = case.operator(parameters)
+        if isinstance(whole.view, OF_FILES):
+            continue
         for placement in (Shard(0), Shard(1), Replicate()):
             if ("kernel" in name or "groups" in name) and placement == Shard(1):
                 continue

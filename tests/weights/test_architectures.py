@@ -43,12 +43,14 @@ def parts() -> set[str]:
 @pytest.mark.frameworks
 def test_every_name_is_one_of_a_library() -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
+    gguf = pytest.importorskip("gguf")
     models = Path(transformers.__file__).parent / "models"
     modules, configs = (
         "\n".join(path.read_text(encoding="utf-8") for path in models.glob(f"*/{kind}_*.py"))
         for kind in ("modeling", "configuration")
     )
     attributes = set(re.findall(r"\bself\.(\w+) = ", modules))
+    attributes |= {name.rpartition(".")[2] for name in gguf.TENSOR_NAMES.values()}
     settings = set(re.findall(r"\b\w+\b", configs))
     in_modules = {*arch.HEADS, *arch.KEY_HEADS, *arch.SIZE, *arch.ROTATED}
     in_configs = {*arch.HEADS, *arch.HEADS_OF_SIDES, *arch.SIZE_IN_CONFIG, *arch.WIDTH}

@@ -137,6 +137,7 @@ INPUTS_FIRST: dict[str, tuple[Shape, int, str]] = {
     "conv2d/kernel:0": ((3, 3, 8, 16), 3, ""),
     "params.Conv_0.kernel": ((1, 1, 8, 16), 3, ""),
     "conv3d.kernel": ((3, 3, 3, 4, 8), 4, ""),
+    "params.Conv_1.kernel": ((4, 3, 3, 4, 8), 4, "it would be a stack"),
     "conv1d.kernel": ((5, 8, 16), 2, ""),
     "sep.pointwise_kernel": ((1, 1, 8, 16), 3, ""),
     "sep.depthwise_kernel": ((3, 3, 8, 2), 2, "as one group"),
@@ -220,6 +221,35 @@ def test_stacks_of_kernels_of_flax_are_cut(name: str, bias: Shape | None) -> Non
     rows, note = seen(name, (6, 16, 32), **({} if bias is None else {"bias": bias}))
     assert rows == {str(i): (32, 16) for i in range(6)}
     assert not note
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "bias", "order", "rows"),
+    [
+        ("ConvTranspose_0/kernel", (2, 3, 4, 5), (5,), (2, 0, 1, 3), 4),
+        ("ConvTranspose/kernel", (3, 4, 5), (5,), (1, 0, 2), 4),
+        ("ConvTranspose_0/kernel", (2, 3, 5, 4), (5,), (3, 0, 1, 2), 4),  # transpose_kernel
+        ("layers/query/kernel", (2, 6, 3, 4), (2, 3, 4), (0, 2, 3, 1), 12),
+        ("scan/query/kernel", (2, 6, 3, 4), None, (0, 2, 3, 1), 12),
+        ("layers/out/kernel", (2, 3, 4, 6), (2, 6), (0, 3, 1, 2), 6),
+        ("layers/out/kernel", (4, 3, 4, 6), (4, 6), (0, 3, 1, 2), 6),  # also its last two sides
+        ("layers/Conv_0/kernel", (2, 3, 3, 4, 5), (2, 5), (0, 4, 1, 2, 3), 5),
+        ("qkv/kernel", (6, 3, 2, 4), (3, 2, 4), (1, 2, 3, 0), 24),
+    ],
+)
+def test_kernels_of_flax_are_seen_and_written_entry_by_entry(
+    name: str, shape: Shape, bias: Shape | None, order: Shape, rows: int
+) -> None:
+    """Transposed convolutions have their inputs as rows, layers of a scan are stacked."""
+    beside = {} if bias is None else {name.replace("kernel", "bias"): bias}
+    (view,) = find_views_in_file({name: shape} | beside, {})[name].views.values()
+    tensor = drawn(*shape)
+    S = view(tensor)
+    stack = shape[:1] if order[0] == 0 else ()
+    assert torch.equal(S, tensor.permute(order).reshape(*stack, rows, -1))
+    new = drawn(*S.shape)
+    view.write_(tensor, new)
+    assert torch.equal(view(tensor), new)
 
 
 @pytest.mark.parametrize(

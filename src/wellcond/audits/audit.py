@@ -6,14 +6,18 @@ kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from wellcond.audits.attempt import failed_finding
+from wellcond.audits.executor import Executor
 from wellcond.audits.facts import with_comparison
 from wellcond.audits.finite import not_finite_in
 from wellcond.audits.plan import (
@@ -25,6 +29,7 @@ from wellcond.audits.plan import (
     select,
 )
 from wellcond.audits.progress import ProgressCallback, shown
+from wellcond.audits.resume import Record
 from wellcond.audits.rows import Row, measure_rows
 from wellcond.audits.sources import Auditable, Source, source_of
 from wellcond.files.pieces import pieces_of
@@ -35,6 +40,9 @@ from wellcond.report.report import AuditReport
 from wellcond.text import list_some, read_versions
 from wellcond.weights.kernels import describe_groups
 from wellcond.weights.reasons import Skipped
+
+if TYPE_CHECKING:
+    from wellcond.audits.processes import Group
 
 
 def audit(
@@ -48,6 +56,7 @@ def audit(
     example: Any = None,
     heads: bool = False,
     base: Auditable | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> AuditReport:
     """Measures every weight of a model, a state dict, or a checkpoint without loading it whole.
 
@@ -67,8 +76,9 @@ def audit(
         model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; a
             state dict, which maps names to tensors or NumPy arrays and is read as a file is; or the
             path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
-            (.pt, .pth, .bin, .ckpt, .pth.tar), or a directory of these. Classes of other Python
-            objects in a file are named, not loaded.
+            (.pt, .pth, .bin, .ckpt, .pth.tar), a file of Keras, Flax, NumPy, ONNX, GGUF,
+            TorchScript or torch.export ("From JAX, Keras, ONNX, GGUF" in the documentation), or a
+            directory of these. Classes of other Python objects in a file are named, not loaded.
         certify: also enclose sigma_max, sigma_min and kappa by `wellcond.certify`; not of heads.
         include: one or more patterns (`fnmatch.fnmatchcase`) of names to measure; all if empty.
             A weight that is skipped because of its name is measured if a pattern is that name. A
@@ -94,6 +104,9 @@ def audit(
             that leave it out (`include="*:delta"`, `exclude="*:merged"`) show `q_proj.weight` and
             `q_proj.weight:delta`, s B A, instead. Without a base only the last is; a model of PEFT
             holds its base. The rest of the base is left out.
+        resume: the path of a file to which each weight is appended as soon as it is measured. An
+            audit that was killed goes on with the same file, and measures only what is not in it;
+            the report is the same. Needs a path, or a base, of files that have not changed.
 
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding with the reason. All
@@ -102,10 +115,12 @@ def audit(
 
     Raises:
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
-            model does not take the example, no attention is known, or the base does not fit.
+            model does not take the example, no attention is known, the base does not fit, or
+            `resume` is no file of this audit.
         FileNotFoundError: the path does not exist.
         TypeError: neither a module nor a path nor a state dict, or one with other dicts in it; an
-            array of a dtype that torch lacks; an example without a model; a base for a model.
+            array of a dtype that torch lacks; an example without a model; a base for a model;
+            `resume` for what is no path.
 
     Example:
         >>> import torch, wellcond as wc
@@ -120,25 +135,99 @@ def audit(
         >>> sorted(f.label for f in wc.audit(attention, include=["qk*"], heads=True).findings)
         ['qk0', 'qk1']
     """
-    include, exclude = as_patterns(include), as_patterns(exclude)
-    source = source_of(model_or_path, example, base)
-    specs, skipped = select(plan(source, heads), include, exclude, source.skipped, source.others)
-    with shown(progress) as callback:
-        rows = list(measure_rows(merge_rows(specs), certify, progress=callback))
-    not_finite, unread = _search(source, rows, skipped, include, exclude)
+    options = Options(certify, [*as_patterns(include)], [*as_patterns(exclude)], curves, heads)
+    return audit_together(None, model_or_path, options, progress, example, base, resume)
+
+
+class Options(NamedTuple):
+    """What `audit` is asked for, and what decides its numbers."""
+
+    certify: bool
+    include: Sequence[str]
+    exclude: Sequence[str]
+    curves: int
+    heads: bool
+
+
+class _Plan(NamedTuple):
+    source: Source
+    specs: list[RowSpec]
+    skipped: dict[str, Skipped]
+    record: Record | None
+
+    def states(self) -> dict[str, list[int]]:
+        return self.source.states()
+
+
+def audit_together(
+    group: Group | None,
+    model_or_path: Auditable,
+    options: Options,
+    progress: ProgressCallback | bool | None = None,
+    example: Any = None,
+    base: Auditable | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> AuditReport:
+    """What `audit` does, by all processes of a group, which get the same report."""
+    for name, one in (("model_or_path", model_or_path), ("base", base)):
+        if resume is not None and not isinstance(one, str | os.PathLike | None):
+            raise TypeError(
+                f"`resume` must come with paths, whose files can be told apart from others, but "
+                f"`{name}` is a {type(one).__name__}. Save it, or leave `resume` out."
+            )
+
+    path, base_path = (
+        str(Path(one).resolve()) if isinstance(one, str | os.PathLike) else ""
+        for one in (model_or_path, base)
+    )
+
+    def prepare() -> _Plan:
+        source = source_of(model_or_path, example, base)
+        rows = plan(source, options.heads)
+        patterns = options.include, options.exclude
+        specs, skipped = select(rows, *patterns, source.skipped, source.others)
+        record = None
+        if resume is not None:
+            what = {
+                "versions": read_versions(),
+                "options": {"path": path, **options._asdict(), "base": base_path},
+                "files": source.states(),
+            }
+            record = Record(Path(resume), what, 0 if group is None else group.rank)
+        return _Plan(source, merge_rows(specs), skipped, record)
+
+    planned = prepare() if group is None else group.together(prepare, _Plan.states)
+    executor = Executor(group, planned.record)
+    with shown(progress) as callback, planned.record or nullcontext():
+        return _measure(planned, options, executor, callback, base is not None)
+
+
+def _measure(
+    planned: _Plan,
+    options: Options,
+    executor: Executor,
+    progress: ProgressCallback | None,
+    based: bool,
+) -> AuditReport:
+    source, specs, skipped, _ = planned
+    rows = measure_rows(executor, specs, options.certify, progress=progress)
+    not_finite, unread = _search(executor, source, rows, skipped, options.include, options.exclude)
     failed = [*source.failed, *unread]
-    if curves:
+    if options.curves:
         by_label = {finding.label: spec for spec, finding in rows}
         first = _sort([finding for _, finding in rows])
         rows = [(by_label[finding.label], finding) for finding in first]
-        _add_curves(rows, curves - len(failed))
+        _add_curves(executor, rows, options.curves - len(failed))
     findings = _sort([*failed, *(finding for _, finding in rows)])
-    _check_measured(findings, source.name, skipped, base is not None)
+    _check_measured(findings, source.name, skipped, based)
     coverage = _coverage(rows, len(failed), source, skipped)
-    return AuditReport(findings, coverage, source.name, read_versions(), not_finite)
+    return AuditReport(
+        findings, coverage, source.name, read_versions(), not_finite, source.of_graph
+    )
 
 
 def _search(
+    executor: Executor,
     source: Source,
     rows: Sequence[Row],
     skipped: Mapping[str, Skipped],
@@ -161,13 +250,13 @@ def _search(
             tensors[name] = partial(_pieces_of_row, spec)
     weights = {*bad, *(part for _, adapter in source.adapters for part in adapter.parts)}
     weights |= {name for name, why in skipped.items() if why.reason.of_adapter}
-    found, unread = not_finite_in(tensors, source.masks, weights)
+    found, unread = not_finite_in(tensors, source.masks, weights, source.sizes, executor)
     whole = {
         name: partial(_pieces_of_row, spec)
         for name, spec in bad.items()
         if _parts_of(spec) and found.keys().isdisjoint(_parts_of(spec))
     }
-    found |= not_finite_in(whole, set(), weights)[0]
+    found |= not_finite_in(whole, set(), weights, source.sizes, executor, "wholes")[0]
     return found, [failed_finding(name, "", why) for name, why in unread.items()]
 
 
@@ -187,7 +276,7 @@ def _pieces_of_row(spec: RowSpec) -> Iterator[Tensor]:
     return pieces_of(S.detach())
 
 
-def _add_curves(rows: list[Row], count: int) -> None:
+def _add_curves(executor: Executor, rows: list[Row], count: int) -> None:
     """Gives all singular values to the first rows that lack them; reads each tensor once."""
     lacking = [
         index
@@ -195,7 +284,7 @@ def _add_curves(rows: list[Row], count: int) -> None:
         if finding.measured and not finding.singular_values and finding.grade is not Grade.bounded
     ]
     lacking.sort(key=lambda index: rows[index][0].source.name)
-    again = measure_rows([rows[index][0] for index in lacking], all_values=True)
+    again = measure_rows(executor, [rows[index][0] for index in lacking], all_values=True)
     for index, (spec, whole) in zip(lacking, again, strict=True):
         values = whole.singular_values  # none if it cannot be read or measured again
         rows[index] = spec, with_comparison(replace(rows[index][1], singular_values=values))
@@ -215,8 +304,18 @@ def _coverage(
     share = min(1.0, sum(finding.entries for finding in own) / total) if total else 0.0
     left_out = [(name, size) for name, size in source.sizes.items() if name in skipped]
     left_out.sort(key=lambda pair: -pair[1])
-    kernels = sum(finding.view == "kernel" for finding in own) if source.of_file else 0
+    of_file = source.of_file and not source.of_graph
+    kernels = sum(map(_in_unknown_groups, rows)) if of_file else 0
     return Coverage(len(own), failed, skipped, share, tuple(left_out[:3]), describe_groups(kernels))
+
+
+def _in_unknown_groups(row: Row) -> bool:
+    """Whether it is a kernel of which the file does not say how many groups it has."""
+    spec, finding = row
+    if spec.source.tensor is None or not (spec.covers and finding.measured):
+        return False
+    view = spec.source.tensor.views.get("kernel")
+    return finding.view == "kernel" and getattr(view, "groups", None) is None
 
 
 def _check_measured(

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
+from wellcond.report.comparison import check_exported
 from wellcond.report.findings import Finding, Status
 from wellcond.report.pairing import is_square, pair_names
 from wellcond.report.report import AuditReport
@@ -29,7 +29,11 @@ GATED = {
     "stable_rank": (1 - 1e-6, "stable ranks, which are at least 1"),
 }
 
-Baseline = dict[str, dict[str, float]]
+
+class Baseline(dict[str, dict[str, float]]):
+    """Numbers of weights by their labels; `exported` as of an AuditReport."""
+
+    exported = False
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,16 @@ def read_baseline(path: Path) -> Baseline:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError
-        rows = [(f["name"], f["view"], f, f["condition_number"]) for f in _findings(path)]
-        baseline = {
-            f"{name}:{view}" if view else str(name): {
-                quantity: float(finding[quantity]) for quantity in GATED if quantity in finding
-            }
+        document = json.loads(path.read_bytes())
+        rows = [(f["name"], f["view"], f, f["condition_number"]) for f in document["findings"]]
+        baseline = Baseline(
+            (
+                f"{name}:{view}" if view else str(name),
+                {key: float(finding[key]) for key in GATED if key in finding},
+            )
             for name, view, finding, _ in rows
-        }
+        )
+        baseline.exported = bool(document.get("exported"))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not "
@@ -98,12 +105,6 @@ def read_baseline(path: Path) -> Baseline:
     return baseline
 
 
-def _findings(path: Path) -> list[dict[str, Any]]:
-    document = json.loads(path.read_bytes())
-    found: list[dict[str, Any]] = document["findings"]
-    return found
-
-
 def compare_with_baseline(
     report: AuditReport, baseline: Baseline, times: float
 ) -> BaselineComparison:
@@ -113,8 +114,9 @@ def compare_with_baseline(
     adapter that adds nothing. Numbers that the baseline does not have are not held against it.
 
     Raises:
-        ValueError: they have no weight in common.
+        ValueError: they have no weight in common, or one of them is of an export.
     """
+    check_exported("--baseline", baseline.exported, report.source, report.exported)
     now = {finding.label: finding for finding in report.findings}
     names = [(old, new) for _, old, new in pair_names(baseline, now).paired]
     if not names:

@@ -6,23 +6,31 @@ Letters: W (m, n) a weight before, dW its change.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wellcond.audits.attempt import Trouble, attempt
 from wellcond.audits.audit import audit
+from wellcond.audits.executor import Executor
 from wellcond.audits.plan import RowSource, plan
 from wellcond.audits.progress import Counter as ProgressCounter
-from wellcond.audits.progress import ProgressCallback
+from wellcond.audits.progress import ProgressCallback, work_of
 from wellcond.audits.sources import Source, source_of
 from wellcond.linalg.change import measure_change
 from wellcond.report.comparison import Comparison, compare_reports, with_changes
 from wellcond.report.pairing import Change
 from wellcond.report.report import AuditReport
+
+# Of GGUF files: q and k, whose rows may be in another order.
+_REORDERED = re.compile(r"(.*\.)?attn_[qk]\.weight", re.DOTALL)
+_COLUMNS = 64  # enough to tell which order is nearest
 
 Comparable = AuditReport | nn.Module | str | os.PathLike[str] | Mapping[str, Any]
 
@@ -38,13 +46,15 @@ def compare(
 
     Weights are the same if their names are. Names that differ only by a wrapper of the model
     (`module.`, `_orig_mod.`), or by one prefix of all names (`model.`), count as the same; `naming`
-    states the prefix. The summary names the weight that moved most for its class, see
-    `Pair.moves`, and counts the weights that only one side has.
+    states the prefix. So do those of a GGUF file and of a model like Llama. The summary names the
+    weight that moved most for its class, see `Pair.moves`, and counts the weights that only one
+    side has.
 
     If neither side is a report, each pair has a `wellcond.report.Change`: the norm of the change,
     its share in the leading directions, and the angles by which the leading and the trailing
-    directions turned. One pair of tensors is in memory at a
-    time. Directions are computed for weights of at most 1024 singular values.
+    directions turned. One pair of tensors is in memory at a time. Directions are computed for
+    weights of at most 1024 singular values. A GGUF file may hold the rows of q and k in another
+    order: they are compared in the nearer one.
 
     Args:
         before: a model, the path of a checkpoint, or what `wellcond.audit` returned.
@@ -109,6 +119,7 @@ def measure_changes(
     before: Source,
     after: Source,
     progress: ProgressCallback | None = None,
+    executor: Executor | None = None,
 ) -> Comparison:
     """The comparison with the change of each weight that both sources hold as a matrix."""
     old, new = _Side(before), _Side(after)
@@ -121,14 +132,28 @@ def measure_changes(
     # In the order of the first source, rows of one tensor share one reading.
     order = {label: number for number, label in enumerate(old.specs)}
     both.sort(key=lambda labels: order[labels[1]])
-    counter = ProgressCounter(progress, [1.0] * len(both))
-    changes: dict[str, Change | None] = {}
-    for label, one, other in both:
-        counter.next(label)
-        found = attempt(partial(_measure, old, new, one, other))
-        changes[label] = (
-            Change(reasons={"relative": found}) if isinstance(found, Trouble) else found
-        )
+    groups = [[*of_one] for _, of_one in groupby(both, lambda labels: old.specs[labels[1]].source)]
+
+    def measure(chosen: Sequence[int]) -> Iterator[list[Change | None]]:
+        counter = ProgressCounter(progress, [1.0] * sum(len(groups[index]) for index in chosen))
+        for index in chosen:
+            found = []
+            for label, one, other in groups[index]:
+                counter.next(label)
+                change = attempt(partial(_measure, old, new, one, other))
+                if isinstance(change, Trouble):
+                    change = Change(reasons={"relative": str(change)})
+                found.append(change)
+            yield found
+
+    work = work_of(old.specs[one].source.tensor for (_, one, _), *_ in groups)
+    names = [label for (label, _, _), *_ in groups]
+    measured = (executor or Executor()).map("changes", names, work, measure)
+    changes = {
+        label: change
+        for of_one, found in zip(groups, measured, strict=True)
+        for (label, _, _), change in zip(of_one, found, strict=True)
+    }
     return with_changes(comparison, lambda pair: changes.get(pair.label))
 
 
@@ -157,5 +182,27 @@ def _measure(before: _Side, after: _Side, old: str, new: str) -> Change | None:
         return None
     if S.shape != T.shape:
         return Change(reasons={"relative": "the shapes differ"})
+    reordered = [_REORDERED.fullmatch(name) is not None for name in (old, new)]
+    if reordered == [True, False]:
+        S = _reorder_like(T, S)
+    elif reordered == [False, True]:
+        T = _reorder_like(S, T)
     found = measure_change(S, T)._asdict()
     return Change(**found | {"reasons": dict(found["reasons"])})
+
+
+def _reorder_like(S: Tensor, T: Tensor) -> Tensor:
+    """T with its rows in the order that is nearest to S, of those in which llama.cpp has q and k.
+
+    Its converter puts rows i and i + d/2 of a head of d rows side by side, for most models that
+    rotate both by one angle; the file does not say for which, nor may its heads be known here.
+    """
+    rows = torch.arange(len(T))
+    orders = [rows]
+    for heads in range(1, len(T) // 2 + 1):
+        half, rest = divmod(len(T), 2 * heads)
+        if not rest:
+            orders.append(rows.reshape(heads, half, 2).mT.flatten())
+    some, others = (one[:, :_COLUMNS].double() for one in (S, T))
+    nearest = min(orders, key=lambda order: float((others[order] - some).square().sum()))
+    return T[nearest]

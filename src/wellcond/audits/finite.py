@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 
-from wellcond.audits.attempt import Trouble, attempt
+from wellcond.audits.attempt import attempt
+from wellcond.audits.executor import Executor
 from wellcond.files.pieces import Pieces
 from wellcond.report.not_finite import NotFinite
 from wellcond.text import last_part
@@ -23,27 +24,39 @@ def not_finite_in(
     tensors: Mapping[str, Pieces],
     masks: Collection[str] = (),
     weights: Collection[str] = (),
-) -> tuple[dict[str, NotFinite], dict[str, Trouble]]:
+    sizes: Mapping[str, int] | None = None,
+    executor: Executor | None = None,
+    kind: str = "search",
+) -> tuple[dict[str, NotFinite], dict[str, str]]:
     """The tensors with NaN or infinity by name, and those that cannot be read.
 
     What is infinite by design is left out: -inf in a mask, which `masks` or the name itself calls
-    one, and the infinite ends of a range, by name. In `weights` nothing is.
+    one, and the infinite ends of a range, by name. In `weights` nothing is. By `sizes`, the numbers
+    of their entries, processes share the work.
     """
+    names, pieces = [*tensors], [*tensors.values()]
+    work = [(sizes or {}).get(name, 0) + 1.0 for name in names]
+
+    def count(chosen: Sequence[int]) -> Iterator[tuple[int, int, int, bool] | str]:
+        for index in chosen:
+            yield attempt(partial(_count, pieces[index]))
+
     found, unread = {}, {}
-    for name, pieces in tensors.items():
-        count = attempt(partial(_count, pieces))
-        if isinstance(count, Trouble):
-            unread[name] = count
+    counts = (executor or Executor()).map(kind, names, work, count)
+    for name, one in zip(names, counts, strict=True):
+        if isinstance(one, str):
+            unread[name] = str(one)
             continue
-        counted, negative = count
+        *numbers, negative = one
+        counted = NotFinite(*numbers)
         meant = name not in weights and not counted.nan and _is_by_design(name, negative, masks)
         if (counted.nan or counted.infinite) and not meant:
             found[name] = counted
     return found, unread
 
 
-def _count(pieces: Pieces) -> tuple[NotFinite, bool]:
-    """How many are not finite, and whether all of these are -inf."""
+def _count(pieces: Pieces) -> tuple[int, int, int, bool]:
+    """How many are NaN, infinite, entries, and whether all that are not finite are -inf."""
     nan = infinite = negative = entries = 0
     for piece in pieces():
         entries += piece.numel()
@@ -56,7 +69,7 @@ def _count(pieces: Pieces) -> tuple[NotFinite, bool]:
         nan += int(piece.isnan().sum())
         infinite += int(piece.isinf().sum())
         negative += int(piece.isneginf().sum())
-    return NotFinite(nan, infinite, entries), nan + infinite == negative
+    return nan, infinite, entries, nan + infinite == negative
 
 
 def _is_by_design(name: str, negative: bool, masks: Collection[str]) -> bool:

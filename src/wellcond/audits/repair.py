@@ -23,7 +23,7 @@ from wellcond.audits.progress import Counter, ProgressCallback, shown, work_of
 from wellcond.audits.sources import source_of_file
 from wellcond.files.built import BuildError, Built
 from wellcond.files.checkpoint import Checkpoint
-from wellcond.files.collection import INDEX, PICKLED
+from wellcond.files.collection import INDEX, PICKLED, is_of_torch
 from wellcond.files.plain import PlainWeight, check_plain, dtype_of, write_plain
 from wellcond.files.tensors import Holder
 from wellcond.linalg.nearest import check_limit
@@ -114,8 +114,13 @@ def repair(
     """
     check_limit(max_condition)
     include, exclude = as_patterns(include), as_patterns(exclude)
-    _check_output(Path(path_in), Path(path_out), dequantise)
+    _check_output(Path(path_in), Path(path_out))
+    if is_of_torch(Path(path_in)):  # of others no copy is written, whatever it were called
+        _check_ending(Path(path_in), Path(path_out), dequantise)
     checkpoint = Checkpoint(path_in)
+    for file in checkpoint.files.values():
+        if file.not_copied:
+            raise ValueError(f"{file.path} cannot be repaired: {file.not_copied}.")
     for name, reason in checkpoint.damaged.items():
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
     source = source_of_file(checkpoint)
@@ -334,10 +339,9 @@ def _relative_change(S: Tensor, X: Tensor) -> float:
     return frobenius_norm(X.to(torch.float64) / unit - wide) / frobenius_norm(wide)
 
 
-def _check_output(source: Path, target: Path, dequantise: bool) -> None:
+def _check_output(source: Path, target: Path) -> None:
     """Raises unless a copy of the source can be written to the target."""
     refuse_existing(target)
-    _check_ending(source, target, dequantise)
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():
             raise NotADirectoryError(

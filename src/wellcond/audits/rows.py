@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wellcond.audits.attempt import Trouble, attempt
 from wellcond.audits.convolutions import measure_convolution
+from wellcond.audits.executor import Executor
 from wellcond.audits.facts import stored_numbers, with_comparison, with_entries
 from wellcond.audits.plan import Delta, Measurable, Merged, RowSpec
 from wellcond.audits.progress import CallbackError, Counter, ProgressCallback, work_of
@@ -64,29 +65,42 @@ _LEADING = 64
 
 
 def measure_rows(
+    executor: Executor,
     specs: Sequence[RowSpec],
     certify: bool = False,
     all_values: bool = False,
     progress: ProgressCallback | None = None,
-) -> Iterator[Row]:
+) -> list[Row]:
     """A finding for each row; rows of one source that follow each other share one reading.
 
     With `all_values` all singular values are computed, whatever the size of a matrix.
     """
     groups = [(source, [*rows]) for source, rows in groupby(specs, key=attrgetter("source"))]
-    counter = Counter(progress, work_of(source.tensor for source, _ in groups))
-    options = _Options(certify, all_values, counter.within)
-    for source, rows in groups:
-        counter.next(source.name)
-        try:
-            yield from _measure_source(source.read, rows, options)
-        except CallbackError as error:
-            raise (error.__cause__ or error) from None
+    work = work_of(source.tensor for source, _ in groups)
+
+    def measure(chosen: Sequence[int]) -> Iterator[tuple[Finding, ...]]:
+        counter = Counter(progress, [work[index] for index in chosen])
+        options = _Options(certify, all_values, counter.within)
+        for index in chosen:
+            source, rows = groups[index]
+            counter.next(source.name)
+            try:
+                yield tuple(_measure_source(source.read, rows, options))
+            except CallbackError as error:
+                raise (error.__cause__ or error) from None
+
+    names = [source.name for source, _ in groups]
+    found = executor.map("curves" if all_values else "rows", names, work, measure)
+    return [
+        row
+        for (_, rows), findings in zip(groups, found, strict=True)
+        for row in zip(rows, findings, strict=True)
+    ]
 
 
 def _measure_source(
     read: Callable[[], Any], specs: Iterable[RowSpec], options: _Options
-) -> Iterator[Row]:
+) -> Iterator[Finding]:
     values = attempt(read)  # they are let go before the next source is read
     for spec in specs:
         tensor = spec.source.tensor
@@ -105,10 +119,10 @@ def _measure_source(
             row = replace(row, shape=tuple(S.shape), dtype=dtype)
             found = attempt(partial(_measured, S, row, options))
         if isinstance(found, Trouble):
-            yield spec, replace(row, status=Status.failed, detail=found)
+            yield replace(row, status=Status.failed, detail=str(found))
         else:
             found = replace(found, detail=join_remarks(found.detail, spec.note))
-            yield spec, with_comparison(found)
+            yield with_comparison(found)
 
 
 @singledispatch

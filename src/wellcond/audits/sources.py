@@ -55,8 +55,10 @@ class Source:
         find_heads: finds the heads of attention, and says how to read what they rest on.
         constants: entries of what is no parameter, and measured if its exact name asks for it.
         of_file: it is a file, which says less than a model.
+        of_graph: it is a file with a graph, which has names of its own; see `TensorFile.of_graph`.
         failed: what cannot be measured whatever is asked for, such as damaged files.
         adapters: by the name of the weight to which each belongs; their factors are no matrices.
+        states: finds size and time of each file that it is read from, by path.
         bases: of these weights those that lie in another source; reading one that is missing there
             raises an error that says why.
     """
@@ -71,9 +73,11 @@ class Source:
     find_heads: Callable[[], tuple[list[Attention], Value]]
     constants: dict[str, int] = field(default_factory=dict)
     of_file: bool = False
+    of_graph: bool = False
     failed: list[Finding] = field(default_factory=list)
     adapters: list[tuple[str, Adapter]] = field(default_factory=list)
     bases: list[Matrices] = field(default_factory=list)
+    states: Callable[[], dict[str, list[int]]] = dict
 
     @property
     def others(self) -> list[str]:
@@ -187,13 +191,15 @@ def _of_model(model: nn.Module, example: Any) -> Source:
 def source_of_file(file: Checkpoint) -> Source:
     """What there is to measure in a checkpoint."""
     matrices, sizes = list(file.matrices()), file.sizes
-    # The square tables that hold no weight, such as `tril`, may be masks.
+    # Buffers may be masks, and the square tables that hold no weight, such as `tril`.
     masks = {
         name
         for name, (_, entry) in file.where.items()
         if entry.skipped is not None
-        and entry.skipped.reason is Reason.constant
-        and len({*entry.shape[-2:]}) == 1 < len(entry.shape)
+        and (
+            entry.skipped.reason is Reason.buffer
+            or (entry.skipped.reason is Reason.constant and _is_square(entry.shape))
+        )
         and not _is_statistic(name)
     }
     source = Source(
@@ -207,8 +213,12 @@ def source_of_file(file: Checkpoint) -> Source:
         partial(_heads_in, file, matrices),
         file.constants,
         of_file=True,
+        of_graph=file.of_graph,
         failed=[failed_finding(name, "", why) for name, why in file.damaged.items()],
+        states=file.states,
     )
+    if file.of_graph:  # in which what names say of heads and adapters is not so
+        return replace(source, find_heads=lambda: ([], acting_tensor))
     plain = {
         name: (owner, entry)
         for name, (owner, entry) in file.where.items()
@@ -218,6 +228,10 @@ def source_of_file(file: Checkpoint) -> Source:
     shapes = {name: entry.shape for name, (_, entry) in plain.items()}
     setting = read_settings_of_file(file.beside("adapter_config.json"))
     return _with_adapters(source, find_adapters(read, shapes, setting))
+
+
+def _is_square(shape: tuple[int, ...]) -> bool:
+    return len({*shape[-2:]}) == 1 < len(shape)
 
 
 def _is_statistic(name: str) -> bool:
@@ -318,7 +332,12 @@ def _with_base(source: Source, base: Source) -> Source:
             "that was adapted; or, where names in the file are not those of the modules, the model "
             "itself: wc.audit(adapter, base=model)."
         )
-    return replace(source, adapters=adapters, bases=list(bases.values()))
+    return replace(
+        source,
+        adapters=adapters,
+        bases=list(bases.values()),
+        states=lambda: source.states() | base.states(),
+    )
 
 
 def _raise_missing(why: str) -> Tensor:

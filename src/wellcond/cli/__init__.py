@@ -12,11 +12,17 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from wellcond.cli.options import check_combinations, check_outputs, make_parser
+from wellcond.cli.place import find_place
 from wellcond.cli.terminal import describe_error
 from wellcond.text import escape
+
+if TYPE_CHECKING:
+    from wellcond.audits.processes import Group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,28 +32,55 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     # torch warns of it at every start where NumPy is missing, which nothing here needs.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
-    try:
-        try:
-            return _run(sys.argv[1:] if argv is None else argv)
-        finally:
-            # Here, where it is answered in one line: at its end, the interpreter shows a traceback.
-            print(end="", flush=True)
-    except BrokenPipeError:
-        code, message = 141, ""
-    except KeyboardInterrupt as interrupt:
-        code, message = (
-            130,
-            f"wellcond: interrupted. {escape(interrupt)}".rstrip() + "\n",
-        )
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        code, message = 2, f"wellcond: error: {describe_error(error)}\n"
+    code, message = _outcome(partial(_start, sys.argv[1:] if argv is None else argv))
     with contextlib.suppress(OSError):
         print(message, end="", file=sys.stderr)
     _drop_unwritten()
     return code
 
 
-def _run(argv: Sequence[str]) -> int:
+def _outcome(run: Callable[[], int]) -> tuple[int, str]:
+    """The exit code, and what is to be said of an error."""
+    try:
+        try:
+            return run(), ""
+        finally:
+            # Here, where it is answered in one line: at its end, the interpreter shows a traceback.
+            print(end="", flush=True)
+    except BrokenPipeError:
+        return 141, ""
+    except KeyboardInterrupt as interrupt:
+        return 130, f"wellcond: interrupted. {escape(interrupt)}".rstrip() + "\n"
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        return 2, f"wellcond: error: {describe_error(error)}\n"
+
+
+def _start(argv: Sequence[str]) -> int:
+    """Runs a command, also as one of several processes, of which the first prints and writes."""
+    place = find_place(os.environ)
+    if place is None:
+        return _run(argv)
+    from wellcond.audits.processes import Group, ProcessError
+
+    group = Group(*place)
+
+    def run() -> int:
+        try:
+            return _run(argv, group)
+        except ProcessError as error:
+            raise OSError(str(error)) from error
+        except SystemExit as misuse:  # which has been answered
+            return int(misuse.code or 0)
+
+    with contextlib.ExitStack() as silence:
+        if group.rank:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        group.end(*_outcome(run))
+
+
+def _run(argv: Sequence[str], group: Group | None = None) -> int:
     command = next((word for word in argv if not word.startswith("-")), "")
     parser = make_parser(command)
     arguments, unknown = parser.parse_known_args(argv)
@@ -57,9 +90,17 @@ def _run(argv: Sequence[str]) -> int:
     # A command is imported when it runs, and with it torch, for which help and misuse do not wait.
     if arguments.command == "audit":
         check_combinations(arguments)
-        check_outputs(arguments)
-        from wellcond.cli.audit import run_audit as run
-    elif arguments.command == "repair":
+        if group is None or group.rank == 0:
+            check_outputs(arguments)
+        from wellcond.cli.audit import run_audit
+
+        return run_audit(arguments, group)
+    if group is not None:
+        raise ValueError(
+            f"`wellcond {arguments.command}` must run as one process, but is one of {group.size}. "
+            "Start it without torchrun."
+        )
+    if arguments.command == "repair":
         from wellcond.cli.repair import run_repair as run
     else:
         run = arguments.run

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from wellcond.audits.audit import audit
+from wellcond.audits.audit import Options, audit_together
 from wellcond.audits.baseline import (
     SQUARES,
     Baseline,
@@ -17,6 +18,7 @@ from wellcond.audits.baseline import (
     read_baseline,
 )
 from wellcond.audits.compare import check_names, measure_changes
+from wellcond.audits.executor import Executor
 from wellcond.audits.sources import source_of
 from wellcond.cli.answers import Answer, count_weights, print_answers, write_files
 from wellcond.cli.options import max_rise
@@ -36,24 +38,42 @@ from wellcond.report.pairing import QUANTITIES
 from wellcond.report.report import AuditReport
 from wellcond.text import escape, list_some
 
+if TYPE_CHECKING:
+    from wellcond.audits.processes import Group
 
-def run_audit(arguments: argparse.Namespace) -> int:
-    """Audits, writes and prints what the options ask for; returns the exit code."""
+
+def run_audit(arguments: argparse.Namespace, group: Group | None = None) -> int:
+    """Audits, writes and prints what the options ask for; returns the exit code.
+
+    Of the processes of a group only the first writes and prints.
+    """
     check_names(arguments.names)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
-    answers = [_audit_or_fail(path, arguments, baseline) for path in arguments.paths]
-    # Files first: whoever reads the output may go, as `head` does.
-    write_files(answers, arguments)
-    print_answers(answers, arguments)
+    answers = [_audit_or_fail(path, arguments, baseline, group) for path in arguments.paths]
+    if group is None or group.rank == 0:
+        # Files first: whoever reads the output may go, as `head` does.
+        write_files(answers, arguments)
+        print_answers(answers, arguments)
     return max(answer.verdict.exit_code for answer in answers)
 
 
-def _audit_or_fail(path: Path, arguments: argparse.Namespace, baseline: Baseline | None) -> Answer:
+def _audit_or_fail(
+    path: Path, arguments: argparse.Namespace, baseline: Baseline | None, group: Group | None
+) -> Answer:
     """What is the matter with one path, also if that is that there is no answer."""
+    answer = _try_audit(path, arguments, baseline, group)
+    if group is not None:  # an error of one process leaves the others elsewhere
+        group.exchange(f"the end of {path}", None)
+    return answer
+
+
+def _try_audit(
+    path: Path, arguments: argparse.Namespace, baseline: Baseline | None, group: Group | None
+) -> Answer:
     try:
-        return _audit_one(path, arguments, baseline)
+        return _audit_one(path, arguments, baseline, group)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
@@ -64,15 +84,17 @@ def _audit_or_fail(path: Path, arguments: argparse.Namespace, baseline: Baseline
         return Answer(Verdict(about, None, [Fault(Rule.not_audited, text)]))
 
 
-def _audit_one(path: Path, arguments: argparse.Namespace, baseline: Baseline | None) -> Answer:
-    before = _measure(path, arguments) if arguments.compare is not None else None
-    later = _measure(arguments.compare or path, arguments)
+def _audit_one(
+    path: Path, arguments: argparse.Namespace, baseline: Baseline | None, group: Group | None
+) -> Answer:
+    before = _measure(path, arguments, group) if arguments.compare is not None else None
+    later = _measure(arguments.compare or path, arguments, group)
     result: AuditReport | Comparison = later
     if before is not None:
         old, new = (source_of(one, base=arguments.base) for one in (path, arguments.compare))
         result = compare_reports(before, later, check_names(arguments.names))
         with show_progress("comparing") as progress:
-            result = measure_changes(result, old, new, progress=progress)
+            result = measure_changes(result, old, new, progress, Executor(group))
     comparison = None
     if baseline is not None:
         comparison = compare_with_baseline(later, baseline, max_rise(arguments))
@@ -90,17 +112,17 @@ def _audit_one(path: Path, arguments: argparse.Namespace, baseline: Baseline | N
     return Answer(Verdict(arguments.compare or path, result, faults, is_gated), comparison)
 
 
-def _measure(path: Path, arguments: argparse.Namespace) -> AuditReport:
+def _measure(path: Path, arguments: argparse.Namespace, group: Group | None) -> AuditReport:
+    options = Options(
+        certify=arguments.certify,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        curves=CURVES if arguments.html and not arguments.compare else 0,
+        heads=arguments.heads,
+    )
     with show_progress("measuring") as progress:
-        report = audit(
-            path,
-            certify=arguments.certify,
-            include=arguments.include,
-            exclude=arguments.exclude,
-            curves=CURVES if arguments.html and not arguments.compare else 0,
-            progress=progress,
-            heads=arguments.heads,
-            base=arguments.base,
+        report = audit_together(
+            group, path, options, progress, base=arguments.base, resume=arguments.resume
         )
     return report if arguments.sort == "standing" else report.sort(arguments.sort)
 

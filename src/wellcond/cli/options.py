@@ -66,7 +66,10 @@ def _experiments(module: str) -> Any:
         ) from None
 
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+_WEIGHTS = (
+    *(".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar"),
+    *(".npz", ".npy", ".msgpack", ".gguf", ".keras", ".h5", ".hdf5", ".onnx"),
+)
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
     ".ckpt, .pth.tar), or a directory of these"
@@ -123,11 +126,17 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "fallen, or a weight is missing. "
         "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
         "--compare, the exit code applies to B. Several checkpoints are audited one by one; the "
-        "exit code is the largest of theirs.",
+        "exit code is the largest of theirs. Several processes share the work where torchrun or "
+        "srun starts them.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
     parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="PATH", help=f"{_INPUT}; or several of these"
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help=f"{_INPUT}; a file of Keras, Flax, NumPy, ONNX, GGUF, TorchScript or torch.export; "
+        "or several of these",
     )
     parser.add_argument("--certify", action="store_true", help="enclose each number in an interval")
     parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
@@ -185,6 +194,13 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=Path,
         metavar="MODEL",
         help="the model that an adapter (LoRA) adapts: measure the sum, and what is added",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="append every weight to FILE once it is measured, and take what an audit that was "
+        "killed has left there",
     )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
@@ -249,10 +265,14 @@ def check_combinations(arguments: argparse.Namespace) -> None:
         raise ValueError("--baseline and --compare must not be given together: one at a time.")
     if arguments.max_rise is not None and arguments.baseline is None:
         raise ValueError("--max-rise must come with --baseline FILE, with which it compares.")
+    if arguments.resume is not None and arguments.compare is not None:
+        raise ValueError(
+            "--resume and --compare must not be given together: audit each with its own --resume."
+        )
     if arguments.names is not None and arguments.compare is None:
         raise ValueError("--names must come with --compare B: it names PATH and B.")
     if len(arguments.paths) > 1:
-        for option in ("baseline", "compare", "base", "html"):
+        for option in ("baseline", "compare", "base", "html", "resume"):
             if getattr(arguments, option) is not None:
                 raise ValueError(
                     f"--{option} must come with one PATH, but {len(arguments.paths)} are given. "
@@ -264,7 +284,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     """Raises, before anything is measured, if a file cannot be written or must not be."""
     inputs = [path for path in (*arguments.paths, arguments.compare) if path is not None]
     outputs: list[Path] = []
-    for option in ("csv", "html", "sarif", "markdown"):
+    for option in ("csv", "html", "sarif", "markdown", "resume"):
         path: Path | None = getattr(arguments, option)
         if path is None or (option in ("csv", "markdown") and path == Path("-")):
             continue
@@ -280,7 +300,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         if os.path.lexists(path):
             if any(path.name.endswith(suffix) for suffix in _WEIGHTS):
                 raise ValueError(f"{option} must not replace weights, but {path} may hold some.")
-            if option != "--markdown" and not arguments.overwrite:
+            if option not in ("--markdown", "--resume") and not arguments.overwrite:
                 raise error_of_existing(path, option)
         outputs.append(path)
 

@@ -1,7 +1,8 @@
-"""Where a file of torch.save keeps its pickle and its storages.
+"""Where torch keeps pickles and storages: in the records of a zip archive, or one after the other.
 
-Since torch 1.6 it is a zip archive with a record for each storage, and before that pickles with the
-storages behind them. Only zip archives that torch reads in the same way are read here.
+Since torch 1.6 a file of torch.save is a zip archive with a record for each storage, as the
+programs of torch.jit and torch.export are, and before that pickles with the storages behind them.
+Only zip archives that torch reads in the same way are read here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from wellcond.files.inert import Unpickler
-from wellcond.files.tensors import DamagedError, PickledCodeError, UnreadableError, damaged
+from wellcond.files.inert import Storage, Unpickler
+from wellcond.files.tensors import DamagedError, UnreadableError, damaged
 from wellcond.text import list_some
 
 # How many bytes may be unpacked: of all records, in any case and for each byte of the file; and of
@@ -29,6 +30,11 @@ _UNPACKED, _RATIO, _PICKLE = 64 << 20, 20, 4 << 20
 # The number with which a file of torch before 1.6 begins, within its first pickle.
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _CHUNK = 1 << 20
+_KIND = "file of torch.save"
+_NO_PICKLE = (
+    "If it was cut off while it was written, save it again: torch.save(model.state_dict(), path); "
+    "if it is of another program, convert it there."
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ class Saved:
 
 
 @contextlib.contextmanager
-def errors_as_damage(path: Path, kind: str) -> Iterator[None]:
+def errors_as_damage(
+    path: Path, kind: str, otherwise: str = "it holds no pickle that is whole"
+) -> Iterator[None]:
     """Whatever is raised, the file is to blame: a damaged one can raise anything.
 
     Raises:
@@ -122,7 +130,7 @@ def errors_as_damage(path: Path, kind: str) -> Iterator[None]:
     except (DamagedError, zipfile.BadZipFile, zlib.error) as error:
         raise damaged(path, kind, error) from None
     except Exception:
-        what = "it holds no pickle that is whole" if path.stat().st_size else "it is empty"
+        what = otherwise if path.stat().st_size else "it is empty"
         raise damaged(path, kind, what) from None
 
 
@@ -142,26 +150,11 @@ def load_saved(extent: Extent) -> Saved:
 
 
 def _load_archive(extent: Extent) -> Saved:
-    with _open_archive(extent) as archive:
-        records = _records(extent, archive)
-        order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
-        if order not in (b"little", b"big"):
-            raise DamagedError("the order of the bytes in its numbers is not known")
-        with archive.open(records["data.pkl"]) as file:
-            unpickler = Unpickler(io.BufferedReader(file))  # type: ignore[type-var]
-            content = unpickler.load()
-        for key, storage in unpickler.storages.items():
-            record = records.get(_record_of(key))
-            found = record.file_size if record else 0
-            if storage.stop != found:
-                raise _differs(extent.path, f"storage {key}", storage.stop, found)
-            if record and record.compress_type:  # of which the check sum says whether it is whole
-                with archive.open(record) as file:
-                    while file.read(_CHUNK):
-                        pass
-    regions = _regions(extent, records)
-    storages = {key: regions[_record_of(key)] for key in unpickler.storages}
-    return Saved(content, storages, order.decode() != sys.byteorder)
+    with open_records(extent, _KIND, "data.pkl", _NO_PICKLE) as records:
+        content = records.unpickle("data.pkl", "data")
+        regions = records.find_regions()
+        storages = {key: regions[key.lower()] for key in records.storages}
+        return Saved(content, storages, records.swapped)
 
 
 def _load_legacy(extent: Extent) -> Saved:
@@ -212,14 +205,14 @@ def copy_uncompressed(path: Path, target: Path, storages: dict[str, Region]) -> 
             with source.open(record) as old, copy.open(stored, "w") as new:
                 shutil.copyfileobj(old, new)
     whole = Extent.whole(target)
-    with _open_archive(whole) as archive:
-        regions = _regions(whole, _records(whole, archive))
-    return {key: regions[_record_of(key)] for key in storages}
+    with open_records(whole, _KIND, "data.pkl", _NO_PICKLE) as records:
+        regions = records.find_regions()
+    return {key: regions[key.lower()] for key in storages}
 
 
 def refresh_checksums(extent: Extent, keys: Collection[str]) -> None:
     """Corrects the check sums of an archive for storages that were overwritten."""
-    changed = {_record_of(key) for key in keys}
+    changed = {key.lower() for key in keys}
     with extent.open() as whole, zipfile.ZipFile(whole) as archive:
         records, at = archive.infolist(), extent.start + archive.start_dir
     with extent.path.open("r+b") as file:
@@ -228,7 +221,7 @@ def refresh_checksums(extent: Extent, keys: Collection[str]) -> None:
             entry = file.read(46)
             if _inner(record) in changed:
                 header = extent.start + record.header_offset
-                start = _data_start(file, header)
+                start = data_start(file, header)
                 checksum = _checksum(file, start, record.file_size)
                 places = [at + 16, header + 14]
                 if record.flag_bits & 8:  # a descriptor follows the bytes, and the header has zeros
@@ -240,8 +233,92 @@ def refresh_checksums(extent: Extent, keys: Collection[str]) -> None:
             at += 46 + sum(struct.unpack("<3H", entry[28:34]))
 
 
+class Records:
+    """The records of a zip archive of torch, by what they are called in its folder.
+
+    Attributes:
+        storages: the storages that were named by pickles so far, by their records.
+        swapped: whether its numbers have the byte order of another machine.
+    """
+
+    def __init__(
+        self, extent: Extent, archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]
+    ) -> None:
+        self._extent, self._archive, self._infos = extent, archive, infos
+        self.storages: dict[str, Storage] = {}
+        order = self.read("byteorder") if "byteorder" in self else b"little"
+        if order not in (b"little", b"big"):
+            raise DamagedError("the order of the bytes in its numbers is not known")
+        self.swapped = order.decode() != sys.byteorder
+
+    def __contains__(self, name: str) -> bool:
+        return name.lower() in self._infos
+
+    def __iter__(self) -> Iterator[str]:
+        return (record.filename.partition("/")[2] for record in self._infos.values())
+
+    def size(self, name: str) -> int:
+        """The bytes of a record, 0 of one that is not there."""
+        record = self._infos.get(name.lower())
+        return record.file_size if record else 0
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a record, which must be small."""
+        return self._archive.read(self._infos[name.lower()])
+
+    def unpickle(self, name: str, folder: str) -> Any:
+        """The content of a pickle, with tensors that are not read yet.
+
+        Args:
+            name: of the record.
+            folder: in which the storages lie that the pickle names.
+        """
+        if self.size(name) > max(_PICKLE, self._extent.size):
+            raise DamagedError("its pickle would unpack to more than the file holds")
+        with self._archive.open(self._infos[name.lower()]) as file:
+            unpickler = Unpickler(io.BufferedReader(file), f"{folder}/")  # type: ignore[type-var]
+            content = unpickler.load()
+        for key, storage in unpickler.storages.items():
+            if storage.stop != self.size(key):
+                what = f"storage {key.rpartition('/')[2]}"
+                raise _differs(self._extent.path, what, storage.stop, self.size(key))
+            record = self._infos.get(key.lower())
+            if record and record.compress_type:  # of which the check sum says whether it is whole
+                with self._archive.open(record) as file:
+                    while file.read(_CHUNK):
+                        pass
+        self.storages |= unpickler.storages
+        return content
+
+    def find_regions(self) -> dict[str, Region]:
+        """Where the bytes of each record are."""
+        extent, regions = self._extent, {}
+        end = extent.start + extent.size
+        with extent.path.open("rb") as file:
+            for name, record in self._infos.items():
+                start = data_start(file, extent.start + record.header_offset)
+                compressed = record.filename if record.compress_type else ""
+                if start + record.compress_size > end or (
+                    not compressed and record.compress_size != record.file_size
+                ):
+                    raise DamagedError("its records go beyond its end")
+                regions[name] = Region(start, record.file_size, compressed)
+        return regions
+
+
 @contextlib.contextmanager
-def _open_archive(extent: Extent) -> Iterator[zipfile.ZipFile]:
+def open_records(extent: Extent, kind: str, needed: str, way_out: str) -> Iterator[Records]:
+    """Opens a zip archive of torch.
+
+    Args:
+        extent: its bytes.
+        kind: what it must be, such as "file of torch.save".
+        needed: the record that makes it one. way_out: what to do with an archive without it.
+
+    Raises:
+        UnreadableError: it is another archive, or is not whole.
+        DamagedError: torch may read it in another way, or not at all.
+    """
     with extent.open() as file:
         try:
             archive = zipfile.ZipFile(file)
@@ -249,65 +326,47 @@ def _open_archive(extent: Extent) -> Iterator[zipfile.ZipFile]:
             raise
         except Exception:  # what a damaged directory of the archive leads to
             raise UnreadableError(
-                f"{extent.path} must be a whole file of torch.save, but is a damaged zip archive. "
+                f"{extent.path} must be a whole {kind}, but is a damaged zip archive. "
                 "Compare its size with the original's, or fetch it again."
             ) from None
         with archive:
-            yield archive
+            infos = archive.infolist()
+            check_unpacked(extent, infos, "torch.save")
+            records = {_inner(info): info for info in infos}
+            if min((info.header_offset for info in infos), default=0):
+                # Such as the end of a larger one that was cut off, within which it lay.
+                raise DamagedError("its zip archive does not begin with a record")
+            if needed not in records:
+                found = list_some((info.filename for info in infos), limit=2)
+                raise UnreadableError(
+                    f"{extent.path} must be a {kind}, but is a zip archive without {needed}: it "
+                    f"holds {found}. {way_out}"
+                )
+            _check(extent, infos)
+            yield Records(extent, archive, records)
 
 
-def _records(extent: Extent, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The records of an archive by what they are called in its folder."""
-    path, infos = extent.path, archive.infolist()
+def check_unpacked(extent: Extent, infos: Collection[zipfile.ZipInfo], writer: str) -> None:
+    """Raises if the records of an archive would unpack to much more than the file holds."""
     unpacked, packed = sum(info.file_size for info in infos), extent.size
     if unpacked > max(_UNPACKED, _RATIO * packed):
         raise UnreadableError(
-            f"{path} would unpack from {packed:,} to {unpacked:,} bytes, which no weights do. "
-            "If you trust it, load it and save it again: torch.save does not compress."
+            f"{extent.path} would unpack from {packed:,} to {unpacked:,} bytes, which no weights "
+            f"do. If you trust it, load it and save it again: {writer} does not compress."
         )
-    records = {_inner(info): info for info in infos}
-    if "data.pkl" not in records:
-        found = list_some((info.filename for info in infos), limit=2)
-        raise UnreadableError(
-            f"{path} must be a file of torch.save, but is a zip archive without data.pkl: it holds "
-            f"{found}. If it was cut off while it was written, save it again: "
-            "torch.save(model.state_dict(), path); if it is of another program, convert it there."
-        )
-    if "constants.pkl" in records:
-        raise PickledCodeError(
-            f"{path} must hold only tensors, but is a TorchScript archive, a program. "
-            "Save its weights: torch.save(torch.jit.load(path).state_dict(), other)."
-        )
-    # Of what is read in two ways torch might load one, and the other be looked at here.
-    if len(records) < len(infos):
+
+
+def _check(extent: Extent, infos: list[zipfile.ZipInfo]) -> None:
+    """Raises for what is read in two ways: torch might load one, and the other be looked at."""
+    if len({*map(_inner, infos)}) < len(infos):
         raise DamagedError("two of its records have the same name")
     if len({info.filename.partition("/")[0] for info in infos}) > 1:
         raise DamagedError("its records are in several folders")
-    if min(info.header_offset for info in infos):
-        raise DamagedError("its zip archive does not begin with a record")
     if any(info.flag_bits & 1 for info in infos):
         raise DamagedError("its records are encrypted")
     # Of many parts each could unpack to a thousand times its size.
     if extent.part and any(info.compress_type for info in infos):
         raise DamagedError("its records are compressed, which torch.save does not do")
-    if records["data.pkl"].file_size > max(_PICKLE, packed):
-        raise DamagedError("its pickle would unpack to more than the file holds")
-    return records
-
-
-def _regions(extent: Extent, records: dict[str, zipfile.ZipInfo]) -> dict[str, Region]:
-    """Where the bytes of each record are."""
-    end, regions = extent.start + extent.size, {}
-    with extent.path.open("rb") as file:
-        for name, record in records.items():
-            start = _data_start(file, extent.start + record.header_offset)
-            compressed = record.filename if record.compress_type else ""
-            if start + record.compress_size > end or (
-                not compressed and record.compress_size != record.file_size
-            ):
-                raise DamagedError("its records go beyond its end")
-            regions[name] = Region(start, record.file_size, compressed)
-    return regions
 
 
 def _inner(record: zipfile.ZipInfo) -> str:
@@ -315,11 +374,7 @@ def _inner(record: zipfile.ZipInfo) -> str:
     return record.filename.partition("/")[2].lower()
 
 
-def _record_of(key: str) -> str:
-    return f"data/{key}".lower()
-
-
-def _data_start(file: IO[bytes], header: int) -> int:
+def data_start(file: IO[bytes], header: int) -> int:
     """Where the bytes of a record begin, the header of which begins here."""
     file.seek(header + 26)
     name, extra = struct.unpack("<2H", file.read(4))

@@ -43,12 +43,15 @@ from wellcond.weights.quantised import count_logical_entries, read_bits
 from wellcond.weights.reasons import Reason, Skipped
 
 # What names and neighbours say more of than shape and dtype do.
-_REFINED = (Reason.packed, Reason.quantised, Reason.scales)
+_REFINED = (Reason.packed, Reason.quantised, Reason.scales, Reason.layout)
 _OF_CODES = (Reason.quantised, Reason.scales, Reason.perhaps_codes)
 # What the head of a language model is called.
 _HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
 # Tensors of which there are no values, or not all.
-NO_PARTS = (Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class)
+NO_PARTS = (
+    *(Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class),
+    Reason.undecoded,
+)
 
 
 class Checkpoint(Files):
@@ -133,6 +136,7 @@ class Checkpoint(Files):
             name: (entry.shape, entry.dtype)
             for name, (_, entry) in stored.items()
             if not (entry.skipped is not None and entry.skipped.reason in NO_PARTS)
+            and not self.of_graph
         }
         content = Content(usable, read, cache(self.beside), self.classes)
         self.recipes, refused = find_recipes(content)
@@ -152,6 +156,8 @@ class Checkpoint(Files):
 
     def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
         """Says of codes, and of other parts of a weight, why it cannot be built."""
+        if self.of_graph:  # which has said it
+            return
         unknown = "in an unknown layout"
         config = self.beside("config.json")
         if not (find_quantization(config) or config.get("quantization")):
@@ -189,12 +195,19 @@ class Checkpoint(Files):
             file, entry = self.where[name]
             if name in self.recipes and skipped.reason in _OF_CODES:
                 continue  # of another weight in its module, of which the codes are left
+            of_layers = isinstance(file, TensorFile) and file.of_layers
+            if of_layers and entry.views is not None and skipped.reason.by_name:
+                continue  # the format knows it better than its name does
+            if self.of_graph and skipped.reason is not Reason.constant:
+                continue  # which says itself what a tensor is
             if entry.skipped is None or entry.skipped.reason in _REFINED:
                 detail = skipped.detail or ("" if alias == name else f"tied to {alias}")
                 self.where[name] = file, replace(entry, skipped=replace(skipped, detail=detail))
             elif skipped.reason is Reason.flat:
                 self.where[name] = file, replace(entry, skipped=skipped)
         config = self.beside("adapter_config.json")
+        if self.of_graph:
+            return
         for name, skipped in find_adapter_parameters(called.values(), config).items():
             file, entry = self.where[name]
             if entry.skipped is None or not entry.skipped.reason.no_matrix:
@@ -238,7 +251,7 @@ class Checkpoint(Files):
     def _begins_with_codes(self, name: str) -> bool:
         """Whether the first entries of a tensor are codes: whole numbers, or those of float8."""
         file, entry = self.where[self._called[name]]
-        built = isinstance(file, Built)  # of codes, and none itself
+        built = isinstance(file, Built) or entry.stored_as  # of codes, and none itself
         if built or entry.skipped is not None or entry.dtype.startswith("complex"):
             return False
         row = file.first_row(entry.name).float()
@@ -282,7 +295,8 @@ class Checkpoint(Files):
         return {
             name: entries(entry.shape)
             for name, (_, entry) in self.where.items()
-            if entry.skipped is not None and entry.skipped.reason is Reason.constant
+            if entry.skipped is not None
+            and entry.skipped.reason in (Reason.constant, Reason.buffer)
         }
 
     def _read_small(self, name: str) -> Tensor:
@@ -298,7 +312,7 @@ class Checkpoint(Files):
         for name, (holder, entry) in where.items():
             if not entry.matrix:
                 continue
-            names, seen = (name, *self._aliases(name)), views[name]
+            names, seen = (name, *self._aliases(name)), entry.views or views[name]
             one = Matrices(
                 name,
                 names,
@@ -306,6 +320,8 @@ class Checkpoint(Files):
                 ViewsByName(seen.views),
                 partial(holder.read, entry.name),
                 note=seen.note,
+                stored=not entry.stored_as,
+                stored_as=entry.stored_as,
             )
             if isinstance(holder, Built):
                 recipe = holder.recipe

@@ -7,32 +7,47 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from wellcond.files.arrays import Array, Arrays
 from wellcond.files.distributed import PARTS, Distributed, find_descriptions
+from wellcond.files.exported import Exported
+from wellcond.files.flax import Flax
 from wellcond.files.folders import find_below, only_one
-from wellcond.files.formats import format_by_name, other_folder, other_format
+from wellcond.files.formats import (
+    ending_of,
+    format_by_name,
+    is_pickle,
+    other_folder,
+    other_format,
+)
+from wellcond.files.gguf import Gguf
+from wellcond.files.keras import Keras
 from wellcond.files.memory import NOWHERE, Memory
+from wellcond.files.onnx import Onnx
 from wellcond.files.pickled import Pickled
 from wellcond.files.safetensors import Safetensors
-from wellcond.files.tensors import (
-    NoTensorsError,
-    PickledCodeError,
-    TensorFile,
-    UnreadableError,
-    Write,
-)
+from wellcond.files.script import Script
+from wellcond.files.tensors import NoTensorsError, TensorFile, UnreadableError, Write
+from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
-# The readers, one for each format; what several recognise is for the first.
-READERS: tuple[type[TensorFile], ...] = (Safetensors, Pickled, Distributed)
+# The readers, one for each format; what several recognise is for the first. Exports and arrays lie
+# beside the weights that they are made of, so a folder is read by the first that finds files in it.
+_OF_TORCH: tuple[type[TensorFile], ...] = (Safetensors, Pickled, Distributed)
+_OF_OTHERS: tuple[type[TensorFile], ...] = (
+    *(Script, Exported, Keras, Gguf, Flax, Onnx, Arrays, Array),
+)
+READERS = (*_OF_TORCH, *_OF_OTHERS)
 PICKLED = Pickled.endings
 INDEX = ".index.json"
-_ENDINGS = ", ".join((*Safetensors.endings, INDEX, *PICKLED))
+_ENDINGS = ", ".join(
+    (*Safetensors.endings, INDEX, *PICKLED, *(end for one in _OF_OTHERS for end in one.endings))
+)
 _CONFIG = 1 << 20  # bytes; those of large models have some thousand
 _POINTER = b"version https://git-lfs"
 _INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
@@ -58,6 +73,7 @@ class Files:
         self.files: dict[str, TensorFile] = {}
         self.index: dict[str, str] | None = None
         self._below: Path | None = None  # the folder that holds the weights, if this one does not
+        self._asked: set[Path] = set()  # the files of settings, whether they are there or not
         if isinstance(path, Mapping):
             self.name, self.directory = "state dict", NOWHERE
             self.files[""] = Memory(path)
@@ -76,7 +92,7 @@ class Files:
         """Names of the files, within `self.directory`."""
         path = self.path
         if path.is_dir():
-            indices = sorted(path.glob(f"*.safetensors{INDEX}")) or sorted(path.glob(f"*{INDEX}"))
+            indices = _find_indices(path)
             if len(indices) == 1:
                 path = indices[0]
         if path.is_file() and path.name.endswith(INDEX):
@@ -105,6 +121,7 @@ class Files:
                 f"{path} must be an index of at most {_INDEX:,} bytes, but has more. "
                 "It is damaged, or something else altogether."
             )
+        self._index = path
         try:
             self.index = dict(json.loads(path.read_text())["weight_map"])
             shards = sorted(set(self.index.values()))
@@ -135,6 +152,22 @@ class Files:
             inside = [f"{self._below.name}/{file.name}" for file in _weight_files(self._below)]
             for name in inside:
                 self._open(name, alone=len(inside) == 1)
+        self._unite_parts()
+
+    def _unite_parts(self) -> None:
+        """Takes files for one model if they say that they are its parts; names missing parts."""
+        parts = {file.part for file in self.files.values()}
+        counts = {count for _, count in parts}
+        if self.index is not None or len(parts) < len(self.files) or len(counts) != 1:
+            return
+        (count,) = counts
+        missing = [str(number + 1) for number in range(count) if (number, count) not in parts]
+        if missing:
+            name = f"part {list_some(missing)} of {count}"
+            self.others[name] = Skipped(Reason.absent)
+        if len(self.files) > 1:
+            files = self.files.items()
+            self.index = {name: own for own, file in files for name in file.entries}
 
     def _open(self, name: str, alone: bool) -> None:
         path = self.directory / name
@@ -155,18 +188,28 @@ class Files:
             what = str(error).removeprefix(f"{path} ")
             if isinstance(error, OSError):
                 what = f"cannot be read: {error.strerror}"
-            if isinstance(error, PickledCodeError):  # such as training_args.bin, beside the weights
-                self.others[name] = Skipped(Reason.program, what)
-            elif isinstance(error, NoTensorsError):  # such as scheduler.pt
+            if isinstance(error, NoTensorsError):  # such as scheduler.pt
                 self.others[name] = Skipped(Reason.no_tensors)
             else:
                 self.damaged[name] = what
 
+    @property
+    def of_graph(self) -> bool:
+        """Whether its tensors are those of a graph; see `TensorFile.of_graph`."""
+        return any(file.of_graph for file in self.files.values())
+
     def beside(self, name: str) -> dict[str, Any]:
-        """What a JSON file of this name beside the checkpoint says; nothing if there is none."""
+        """What a JSON file of this name beside the checkpoint says; nothing if there is none.
+
+        What files say themselves stands in for config.json, unless they differ.
+        """
+        own = [file.settings for file in self.files.values() if file.settings]
+        if own and name == "config.json":
+            return own[0] if all(one == own[0] for one in own) else {}
         path = self.directory / name
         if self._below is not None and not path.exists():
             path = self._below / name
+        self._asked.add(path)
         try:
             if not path.is_file() or path.stat().st_size > _CONFIG:
                 return {}
@@ -174,6 +217,17 @@ class Files:
         except (OSError, ValueError, RecursionError):
             return {}
         return config if isinstance(config, dict) else {}
+
+    def states(self) -> dict[str, list[int]]:
+        """Size and time in ns of each file that was read so far; [] of settings not there."""
+        paths = {path for file in self.files.values() for path in file.paths} | self._asked
+        if self.index is not None:
+            paths.add(self._index)
+        found = {}
+        for path in sorted({path.resolve() for path in paths}):
+            state = path.stat() if path.exists() else None
+            found[str(path)] = [] if state is None else [state.st_size, state.st_mtime_ns]
+        return found
 
     @contextlib.contextmanager
     def copy(self, target: Path) -> Iterator[dict[TensorFile, Write]]:
@@ -195,30 +249,79 @@ class Files:
             target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
 
 
+def _find_indices(directory: Path) -> list[Path]:
+    """The indices of the shards in a directory, of the format that is read."""
+    found = sorted(directory.glob(f"*{INDEX}"))
+    if first := [one for one in found if one.name.endswith(f"{Safetensors.endings[0]}{INDEX}")]:
+        return first
+    endings = tuple(f"{end}{INDEX}" for one in _OF_OTHERS for end in one.endings)
+    of_torch = [one for one in found if not one.name.endswith(endings)]
+    files = _names_of(directory.iterdir())
+    beside = any(_files_of(reader, files) for reader in _OF_TORCH)
+    return of_torch if of_torch or beside else found
+
+
 def _find_unread(directory: Path) -> dict[str, Skipped]:
     """The files of other formats in a directory."""
     parts = PARTS if find_descriptions(directory) else ()
-    files = (path for path in sorted(directory.iterdir()) if not path.name.endswith(parts))
-    kinds = ((path, format_by_name(path)) for path in files)
-    return {path.name: Skipped(Reason.unread, kind) for path, kind in kinds if kind}
+    files = [path for path in sorted(directory.iterdir()) if not path.name.endswith(parts)]
+    called, read = _names_of(files), {*_weight_files(directory)}
+    kinds = {path: format_by_name(path) for path in files}
+    kinds |= {
+        path: f"{reader.kind}: give its path"
+        for reader in _OF_OTHERS
+        for path in _files_of(reader, called)
+        if path not in read
+    }
+    return {path.name: Skipped(Reason.unread, kind) for path, kind in kinds.items() if kind}
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    files = [path for path in sorted(directory.iterdir()) if not path.is_dir()]
-    named = [path for reader in READERS for path in files if path.name.endswith(reader.endings)]
-    return named + find_descriptions(directory)[:1]  # which has those of other processes beside it
+    files = _names_of(path for path in sorted(directory.iterdir()) if not path.is_dir())
+    named = [path for reader in _OF_TORCH for path in _files_of(reader, files)]
+    named += find_descriptions(directory)[:1]  # which has those of other processes beside it
+    if named or find_below(directory):
+        return named
+    return next(filter(None, (_files_of(reader, files) for reader in _OF_OTHERS)), [])
+
+
+def _names_of(files: Iterable[Path]) -> dict[Path, str]:
+    """The names of files; of a program that is called as weights are only the true ending."""
+    names = {path: path.name.lower() for path in files}
+    for path, name in names.items():
+        if name.endswith(PICKLED) and path.is_file():
+            with contextlib.suppress(OSError):
+                if (ending := ending_of(path)).endswith((*Script.endings, *Exported.endings)):
+                    names[path] = ending
+    return names
+
+
+def _files_of(reader: type[TensorFile], files: Mapping[Path, str]) -> list[Path]:
+    """Those of the files of which the names end as this reader has it."""
+    return [path for path, name in files.items() if name.endswith(reader.endings)]
+
+
+def is_of_torch(path: Path) -> bool:
+    """Whether a file is one of torch or safetensors; also a folder, or one that is not there."""
+    if not path.is_file() or path.name.endswith(INDEX):
+        return True
+    ending = ending_of(path).lower()
+    return not any(ending.endswith(reader.endings) for reader in _OF_OTHERS)
 
 
 def _reader_of(path: Path) -> type[TensorFile]:
-    """The reader of a file: by the ending of its name, or else by its content."""
+    """The reader of a file: by its content, or else by the ending of its name."""
+    ending = ending_of(path)
     for reader in READERS:
-        if path.name.endswith(reader.endings):
+        if ending.lower().endswith(reader.endings):
             return reader
     if what := other_format(path):
         raise UnreadableError(what)
     for reader in READERS:
         if reader.recognises(path):
             return reader
+    if is_pickle(path):
+        return Pickled
     raise UnreadableError(f"{path} must end in {_ENDINGS}, but does not.")
 
 

@@ -1,4 +1,4 @@
-"""The pickles of torch.save, read without running anything of them.
+"""The pickles of torch.save and torch.jit, read without running anything of them.
 
 A pickle is a program for a small stack machine. The one here pushes constants, builds lists, tuples
 and dicts, and turns each class, function and object that the pickle names into an inert `Foreign`.
@@ -194,7 +194,9 @@ def is_shape(shape: Any, dimensions: int = 64) -> bool:
     return all(type(n) is int and 0 <= n < _END for n in shape) and math.prod(shape) < _END
 
 
-def _tensor(storage: Storage, offset: Any, size: Any, stride: Any, *more: Any) -> StoredTensor:
+def rebuild_tensor(
+    storage: Storage, offset: Any, size: Any, stride: Any, *more: Any
+) -> StoredTensor:
     """`torch._utils._rebuild_tensor_v2` with a check of the bounds."""
     # Then requires_grad and hooks; of v3 the dtype; and the bits of a lazy conjugate or negative.
     dtype = next((one for one in more if isinstance(one, torch.dtype)), storage.dtype)
@@ -274,12 +276,15 @@ def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
     return made
 
 
-# All that is ever called, by the names that torch.save writes.
+# What lists and dicts of a TorchScript program are wrapped in.
+_OF_SCRIPT = ["build_intlist", "build_doublelist", "build_boollist", "build_tensorlist"]
+_OF_SCRIPT += ["restore_type_tag"]
+# All that is ever called, by the names that torch writes.
 _CALLS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
-    "torch._utils._rebuild_qtensor": _tensor,
+    "torch._utils._rebuild_tensor": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": rebuild_tensor,
+    "torch._utils._rebuild_qtensor": rebuild_tensor,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
@@ -290,14 +295,19 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _without_values,
     "torch.Size": _first,
     "torch.device": _first,
+    **dict.fromkeys((f"torch.jit._pickle.{name}" for name in _OF_SCRIPT), _first),
     "_codecs.encode": _encoded,
     "collections.OrderedDict": _ordered,
 }
+SCRIPT = "__torch__."  # with which the names of classes of a TorchScript program begin
 # Functions that make an object of their first argument, from two others.
 _MAKERS = {"copy_reg._reconstructor", "copyreg._reconstructor", "copyreg.__newobj_ex__"}
 
 
 def _call(function: Any, arguments: Any) -> Any:
+    if isinstance(function, Foreign) and function.kind.startswith(SCRIPT):
+        # The value of an enum is written as if it were all arguments.
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
     if not isinstance(arguments, tuple) or not isinstance(function, Foreign):
         raise DamagedError("its pickle calls what is not a function, or not with arguments")
     if (make := _CALLS.get(function.kind)) is not None:
@@ -350,10 +360,12 @@ class Unpickler:
     """The machine, over a file that may hold several pickles in a row.
 
     Attributes:
-        storages: the storages that were named so far, by their keys; of several the longest.
+        storages: the storages that were named so far, by their keys, which begin with `folder`; of
+            several the longest.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], folder: str = "") -> None:
+        self._folder = folder
         # Without `tell`, which pickletools would call for each instruction.
         self._file: Any = SimpleNamespace(read=file.read, readline=file.readline)
         self.storages: dict[str, Storage] = {}
@@ -481,6 +493,7 @@ class Unpickler:
         dtype = _OF_STORAGES.get(kind.name, torch.uint8)  # UntypedStorage consists of bytes
         if not (isinstance(key, str) and is_shape((count,)) and len(views) < 2):
             raise DamagedError("a storage must have a name and a length")
+        key = self._folder + key
         whole = Storage(key, dtype, 0, count * dtype.itemsize)
         self.storages[key] = max(self.storages.get(key, whole), whole, key=lambda one: one.stop)
         if views in ([], [None]):

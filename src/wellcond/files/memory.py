@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from wellcond.files.inert import ForeignTensor, StoredTensor
-from wellcond.files.pickled import describe_tensors, mark_shared
 from wellcond.files.pieces import pieces_of
+from wellcond.files.stored import describe_tensors, mark_shared
 from wellcond.files.tensors import Rows, TensorFile, Write
 
 # Beside it nothing can lie, and it is neither a file nor a directory.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wellcond.files.inert import Foreign, ForeignTensor, StoredTensor, array_of
+from wellcond.files.inert import SCRIPT, Foreign, ForeignTensor, StoredTensor, array_of
 from wellcond.files.subclasses import name_part, take_apart
 from wellcond.files.tensors import UnreadableError
 from wellcond.recipes.base import TensorClass
@@ -47,8 +47,8 @@ def tensors_in(
 ) -> tuple[dict[str, StoredTensor | ForeignTensor], dict[str, Skipped], dict[str, TensorClass]]:
     """The tensors of a file, names joined by dots, what is in it besides, and weights of torchao.
 
-    The tensors of a module that was saved whole have the names of its state dict; those of a weight
-    of torchao the names that torchao gives to them in safetensors.
+    The tensors of a module that was saved whole, or of a TorchScript program, have the names of its
+    state dict; those of a weight of torchao the names that torchao gives to them in safetensors.
     """
     walk = _Walk(path)
     walk.visit(content, "", 0)
@@ -139,12 +139,15 @@ class _Walk:
             found = {name: t for part in _MODULE for name, t in attributes[part].items()}
             left_out = self._texts_of(attributes.get("_non_persistent_buffers_set"))
             return {name: t for name, t in found.items() if name not in left_out}
+        scripted = one.kind.startswith(SCRIPT)
+        if scripted and isinstance(one.state, Mapping):
+            return one.state
         if id(one) in self.seen:  # an object may hold the one that holds it
             return None
         self.seen.add(id(one))
         if (array := array_of(one)) is not None:
             return array
-        if not self.inside and one.kind not in _HARMLESS:
+        if not (self.inside or scripted or one.kind in _HARMLESS):
             outermost, *_ = name.split(".")
             self.objects.setdefault(outermost, {})[one.kind] = None
         # Of what a state dict is made, and of a named tuple, all is in the arguments.

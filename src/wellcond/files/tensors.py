@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from wellcond.recipes.base import TensorClass
 from wellcond.weights import names
+from wellcond.weights.fused import Views
+from wellcond.weights.kernels import guess_views, view_by_bias
 from wellcond.weights.reasons import Reason, Skipped
 
 Rows = tuple[int, int]  # start and stop along the first side
@@ -25,10 +27,6 @@ _PIECE = 16 << 20  # bytes
 
 class UnreadableError(ValueError):
     """A file that gives no answer: its path, what is wrong with it, and the way out."""
-
-
-class PickledCodeError(UnreadableError):
-    """A file that is sound but holds more than tensors."""
 
 
 class NoTensorsError(UnreadableError):
@@ -57,6 +55,8 @@ class Entry:
             once.
         aliases: other names that the file gives to this tensor, and to no other.
         offsets: where it begins in the tensor of which it is a slice, if the file says so.
+        stored_as: as what the file stores it, such as "q4_K"; "" if that is its dtype.
+        views: the matrices in it, if the format says which; else its name and shape decide.
     """
 
     name: str
@@ -66,6 +66,8 @@ class Entry:
     skipped: Skipped | None
     aliases: tuple[str, ...] = ()
     offsets: tuple[int, ...] | None = None
+    stored_as: str = ""
+    views: Views | None = None
 
     @property
     def matrix(self) -> bool:
@@ -105,6 +107,12 @@ class TensorFile(Holder):
 
     Attributes:
         endings: what the names of such files end in.
+        kind: what such a file is called.
+        of_layers: whether the views of its entries are those of layers that the file names, so that
+            names of weights say nothing against them.
+        of_graph: whether the file holds a graph that says what each tensor is, so that names say
+            nothing: those of an export may stand for other values than in the checkpoint.
+        not_copied: why no copy with other values is written, and the way out; "" if one is.
         others: what is in the file beside tensors, and why it is not measured.
         classes: weights that are stored as several tensors, by their names. The tensors are
             entries, if they are in this file.
@@ -113,6 +121,10 @@ class TensorFile(Holder):
     """
 
     endings: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str] = ""
+    of_layers: ClassVar[bool] = False
+    of_graph: ClassVar[bool] = False
+    not_copied: ClassVar[str] = ""
     entries: dict[str, Entry]
     others: dict[str, Skipped]
     classes: dict[str, TensorClass]
@@ -136,6 +148,16 @@ class TensorFile(Holder):
         """The files of which it consists."""
         return [self.path]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the file itself says of the model, by the names that config.json has for it."""
+        return {}
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many files of one model it is, counted from 0."""
+        return 0, 1
+
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
         yield self, name, new
 
@@ -147,9 +169,19 @@ class TensorFile(Holder):
                     skipped = Skipped(Reason.torchao, one.kind)
                     self.entries[part] = replace(entry, skipped=skipped)
 
-    @abc.abstractmethod
+    def _leave_out_guesses(self) -> None:
+        """Tensors of three axes or more, where neither a name nor the format tells their order."""
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        for name, entry in self.entries.items():
+            if entry.skipped is None and (guess := guess_views(name, shapes)):
+                known = view_by_bias(name, shapes)
+                skipped = None if known else Skipped(Reason.layout)
+                views = Views(*(known or guess))
+                self.entries[name] = replace(entry, skipped=skipped, views=views)
+
     def copy(self, target: Path) -> contextlib.AbstractContextManager[Write]:
         """Writes a copy, and gives a function that changes tensors in it; all else is the same."""
+        raise UnreadableError(f"{self.path} cannot be copied: {self.not_copied}.")
 
     def _open(self) -> IO[bytes]:
         file = self.path.open("rb")

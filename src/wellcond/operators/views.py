@@ -87,17 +87,47 @@ def _order(parameter: Tensor) -> list[int]:
 class InputsFirst:
     """The matrix (outputs, inputs) of a kernel whose first sides are inputs, as Keras stores it.
 
-    Of (height, width, in, out) the first three are, of a dense (in, out) the first.
+    Of (height, width, in, out) the first three are, of a dense (in, out) the first. With several
+    groups of outputs a stack of their matrices, (groups, outputs/groups, inputs).
     """
 
     inputs: int
+    groups: int | None = None
 
     def __call__(self, parameter: Tensor) -> Tensor:
         columns = math.prod(parameter.shape[: self.inputs])
-        return parameter.reshape(columns, math.prod(parameter.shape[self.inputs :])).mT
+        rows = math.prod(parameter.shape[self.inputs :])
+        if self.groups in (None, 1):
+            return parameter.reshape(columns, rows).mT
+        return parameter.reshape(columns, self.groups, rows // self.groups).permute(1, 2, 0)
 
     def write_(self, parameter: Tensor, matrix: Tensor) -> None:
-        parameter.copy_(matrix.mT.reshape(parameter.shape))
+        stored = matrix.mT if matrix.ndim == 2 else matrix.permute(2, 0, 1)
+        parameter.copy_(stored.reshape(parameter.shape))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The matrix of which some axes of a parameter are the rows, and others the columns.
+
+    With axes in `stack` a stack of matrices, in their order.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    stack: tuple[int, ...] = ()
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        sides = [
+            math.prod(parameter.shape[axis] for axis in axes)
+            for axes in (self.stack, self.rows, self.columns)
+        ]
+        permuted = parameter.permute(*self.stack, *self.rows, *self.columns)
+        return permuted.reshape(sides if self.stack else sides[1:])
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        permuted = parameter.permute(*self.stack, *self.rows, *self.columns)
+        permuted.copy_(matrix.reshape(permuted.shape))
 
 
 @dataclass(frozen=True)
@@ -151,10 +181,68 @@ class Member:
         self.view.write_(parameter, whole)
 
 
+@dataclass(frozen=True)
+class Permuted:
+    """The view of a parameter of which the sides are in another order."""
+
+    view: View
+    order: tuple[int, ...]
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return self.view(parameter.permute(self.order))
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        self.view.write_(parameter.permute(self.order), matrix)
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """The view of a parameter of which the sides are joined or cut."""
+
+    view: View
+    shape: tuple[int, ...]
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return self.view(parameter.reshape(self.shape))
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        other = parameter.reshape(self.shape)
+        self.view.write_(other, matrix)
+        if not shares_memory(other, parameter):
+            parameter.copy_(other.reshape(parameter.shape))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The view of blocks of a parameter in another order, by the start and the length of each."""
+
+    view: View
+    dim: int
+    blocks: tuple[tuple[int, int], ...]
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return self.view(self._join(parameter))
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        joined = self._join(parameter)
+        self.view.write_(joined, matrix)
+        at = 0
+        for start, length in self.blocks:
+            block = joined.narrow(self.dim, at, length)
+            parameter.narrow(self.dim, start, length).copy_(block)
+            at += length
+
+    def _join(self, parameter: Tensor) -> Tensor:
+        parts = [parameter.narrow(self.dim, *block) for block in self.blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+
 def is_kernel(view: View) -> bool:
     """Whether it shows a convolution kernel, or a part of one."""
     match view:
         case Part(inner, _, _, _) | Strided(inner, _, _) | Member(inner, _):
+            return is_kernel(inner)
+        case Permuted(inner, _) | Reshaped(inner, _) | Blocks(inner, _, _):
             return is_kernel(inner)
     return isinstance(view, Kernel)
 

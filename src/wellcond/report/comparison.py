@@ -208,8 +208,9 @@ def compare_reports(
     """The comparison of two audits by their numbers.
 
     Raises:
-        ValueError: no weight has the same name in both.
+        ValueError: no weight has the same name in both, or one of them is of an export.
     """
+    check_exported(before.source, before.exported, after.source, after.exported)
     old, new = (by_label(report.findings) for report in (before, after))
     common = pair_names(old, new)
     if not common.paired:
@@ -240,6 +241,17 @@ def compare_reports(
         after.not_finite,
         names or shorten_sources(before.source, after.source),
     )
+
+
+def check_exported(before: str, old: bool, after: str, new: bool) -> None:
+    """Raises ValueError if one of two sources is an exported graph, and the other is not."""
+    if old != new:
+        export, other = (before, after) if old else (after, before)
+        raise ValueError(
+            f"{export} is an exported graph, which may hold other values under the names of "
+            f"{other}, as of a convolution into which BatchNorm was multiplied. Compare two "
+            "exports, or two checkpoints."
+        )
 
 
 def shorten_sources(before: str, after: str) -> tuple[str, str]:

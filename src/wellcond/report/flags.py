@@ -364,8 +364,8 @@ def _random_sigma_max(finding: Finding) -> float:
 
 def _advise_limit(upper: float) -> str:
     return (
-        f"If it has grown in training, bound it by `SingularValueLimit(upper={upper:.2g})`, lower "
-        "the learning rate, or clip gradients"
+        f"If it has grown in training, bound it by `SingularValueLimit(upper={upper:.2g})`, or "
+        "lower the learning rate"
     )
 
 

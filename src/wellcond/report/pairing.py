@@ -30,6 +30,19 @@ _SAME_NAMES = [
         (r"(.*\bexperts)\.down_proj:(\d+)", r"\1.\2.down_proj.weight"),
         (r"(.*)\bqkv_proj\.weight:([qkv])", r"\1\2_proj.weight"),
         (r"(.*)\bgate_up_proj\.weight:(gate|up)", r"\1\2_proj.weight"),
+        # Models like Llama in GGUF files.
+        (r"(.*)\bblk\.(\d+)\.attn_([qkv])\.weight", r"\1layers.\2.self_attn.\3_proj.weight"),
+        (r"(.*)\bblk\.(\d+)\.attn_qkv\.weight:([qkv])", r"\1layers.\2.self_attn.\3_proj.weight"),
+        (r"(.*)\bblk\.(\d+)\.attn_output\.weight", r"\1layers.\2.self_attn.o_proj.weight"),
+        (r"(.*)\bblk\.(\d+):([qv][ko]\d+)", r"\1layers.\2.self_attn:\3"),
+        (r"(.*)\bblk\.(\d+)\.ffn_(gate|up|down)\.weight", r"\1layers.\2.mlp.\3_proj.weight"),
+        (r"(.*)\bblk\.(\d+)\.ffn_up\.weight:(gate|up)", r"\1layers.\2.mlp.\3_proj.weight"),
+        (r"(.*)\bblk\.(\d+)\.ffn_gate_inp\.weight", r"\1layers.\2.mlp.gate.weight"),
+        (
+            r"(.*)\bblk\.(\d+)\.ffn_(gate|up|down)_exps\.weight:(\d+)",
+            r"\1layers.\2.mlp.experts.\4.\3_proj.weight",
+        ),
+        (r"output\.weight", "lm_head.weight"),
     )
 ]
 

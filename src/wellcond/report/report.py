@@ -56,6 +56,9 @@ class AuditReport(Report):
             an embedding or a buffer, and how many of its entries are not finite. It leaves out,
             for tensors that are not measured, -inf in a mask or in a buffer of a model that is not
             a running statistic, and the infinite ends of a range (`min_val`, `max_val`).
+        exported: whether the weights are those of an exported graph, as of ONNX. Under the name of
+            a weight such a file may hold other values than the checkpoint, since an exporter
+            multiplies the BatchNorm after a convolution into its kernel.
     """
 
     findings: list[Finding]
@@ -63,6 +66,7 @@ class AuditReport(Report):
     source: str
     versions: dict[str, str]
     not_finite: dict[str, NotFinite] = field(default_factory=dict)
+    exported: bool = False
 
     _COLUMNS, _MEANINGS = COLUMNS, MEANINGS
 
@@ -160,6 +164,7 @@ class AuditReport(Report):
         return {
             "schema": SCHEMA,
             "source": self.source,
+            **({"exported": True} if self.exported else {}),
             **list_exceeding(
                 ((finding.label, finding) for finding in self.findings), max_condition
             ),

@@ -16,8 +16,12 @@ SEPARATE = (
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),  # DistilBERT
     ("q", "k", "v"),  # T5
+    ("attn_q", "attn_k", "attn_v"),  # GGUF
 )
-OUTPUTS = ("o_proj", "out_proj", "dense", "out_lin", "o", "proj")
+OUTPUTS = (
+    *("o_proj", "out_proj", "dense", "out_lin", "o", "proj"),
+    *("attn_output", "attn_out", "attn_o"),  # GGUF
+)
 
 
 class Fused(NamedTuple):
@@ -43,6 +47,8 @@ FUSED = {
     "qkv_proj": Fused(("o_proj",), any_order=True, grouped=True),
     "Wqkv": Fused(("out_proj", "Wo"), grouped=True),
     "in_proj_weight": Fused(("out_proj",)),
+    # GGUF: what the layers of other libraries hold in another order is converted to this one.
+    "attn_qkv": Fused(("attn_output", "attn_out"), grouped=True),
 }
 
 # Libraries whose classes hold `qkv` and `qkv_proj` part after part, and `query_key_value` by head;
@@ -76,6 +82,8 @@ GATED = {
     "input_linear": "output_linear",  # Granite
     "weights_in": "weights_out",  # DINOv2
     "w12": "w3",
+    "ffn_up": "ffn_down",  # GGUF, as the next one
+    "ffn_gate_up_exps": "ffn_down_exps",
 }
 # Model types in which rows of gate and up take turns, and others with a bias beside gate and up
 # in which they are blocks.
@@ -92,7 +100,10 @@ ROTATED = ("rotary_emb", "rotary_ndims", "rotary_dim", "rope")
 ROTATED_IN_CONFIG = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim")
 
 # Layers that change what a head compares or carries, with the note on what is left out.
-NORMS = ("q_norm", "k_norm", "query_norm", "q_layernorm", "norm_q", "norm_k", "q_ln")
+NORMS = (
+    *("q_norm", "k_norm", "query_norm", "q_layernorm", "norm_q", "norm_k", "q_ln"),
+    *("attn_q_norm", "attn_k_norm"),
+)
 NOT_COMPARED = (
     (("pool_q", "pool_k"), "without `{}`, which stands between"),  # MViT
     # logit_scale multiplies the cosines of the second Swin.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from wellcond.operators.views import STORED, InputsFirst, Kernel, Transposed, View
+from wellcond.operators.views import STORED, Axes, InputsFirst, Kernel, Transposed, View
 from wellcond.text import join_remarks
 from wellcond.weights.architectures import KERNEL_OF_HEADS, KERNEL_OF_OUTPUT
 
@@ -19,9 +19,13 @@ NamedViews = tuple[dict[str, View], str]  # views by their names, and a note
 
 # Kernels of Keras and Flax; TensorFlow adds `:0`.
 _INPUTS_FIRST = re.compile(r"(depthwise_|pointwise_|recurrent_)?kernel(:\d+)?")
-_EXPERTS = r"experts?|moe"
+_EXPERTS = r"experts?|moe|_exps\b"
 _STACKED = re.compile(rf"{_EXPERTS}|lora", re.IGNORECASE)
 _SCANNED = re.compile(rf"{_EXPERTS}|(^|[./])scan", re.IGNORECASE)  # nn.scan (Flax) stacks layers
+# Attention of Haiku: (inputs, heads, size), and (heads, size, outputs).
+_HAIKU = re.compile(r"//(query|key|value|gating|output)_w$")
+# By default Flax numbers its classes. Keras has `conv2d_transpose`, with the inputs last.
+_TRANSPOSED = re.compile(r"ConvTranspose(_\d+)?")
 _WINDOW, _SIDE = 64, 11  # the longest usual kernels with one axis, and with two
 
 _ONE_GROUP = "read as one group, because no file says whether it is depthwise: audit the model"
@@ -33,7 +37,14 @@ _KERNEL = "a kernel only by its shape, which is a guess"
 _STACK = "a stack of matrices only by its shape, which is a guess"
 _HWIO = "stored as (…, in, out) by its shape, which is a guess"
 _OIHW = "stored as (out, in, …) by its shape, which is a guess: a `kernel` has the inputs first"
+_VOLUME = "read as of a 3-D convolution: of a scan over 2-D convolutions it would be a stack"
 _WINDOW_FIRST = "stored as (window, in, out) by its name, which is a guess: it may be a stack"
+_HEADS_FIRST = "stored as (in, heads, size) by its name, which is a guess: it may be a stack"
+_INPUTS_LAST = "stored as (…, in, out), which is a guess: with `transpose_kernel` it is not"
+_GUESSES = (
+    *(_LONG, _BILINEAR, _KERNEL, _STACK, _HWIO),
+    *(_OIHW, _WINDOW_FIRST, _HEADS_FIRST, _INPUTS_LAST),
+)
 
 
 def describe_groups(kernels: int) -> str:
@@ -53,6 +64,9 @@ def infer_views(name: str, shapes: Shapes) -> NamedViews:
         return _view_inputs_first(name, modules[-1] if modules else "", shape, bias)
     if len(shape) < 3:
         return {"": STORED}, ""
+    if haiku := _HAIKU.search(name):
+        inputs, stacked = 1 + (haiku[1] == "output"), len(shape) > 3
+        return {"": _inputs_first(shape, inputs, stacked)}, "" if len(shape) < 5 else _STACK
     bias = shapes.get(f"{name[: -len(own)]}bias", ()) if own == "weight" else ()
     if len(shape) == 3:
         return _view_three_axes(name, own, shape, bias)
@@ -63,25 +77,114 @@ def infer_views(name: str, shapes: Shapes) -> NamedViews:
     return _view_kernel(shape, bias, "" if own == "weight" or _is_in_conv(name) else _KERNEL)
 
 
+def guess_views(name: str, shapes: Shapes) -> NamedViews | None:
+    """The matrices of a tensor in a file of any framework, as far as that is a guess.
+
+    Its axes may be (height, width, in, out), (out, in, height, width) or a stack. None of a tensor
+    of which the name tells their order.
+    """
+    *_, own = re.split(r"[./]", name)
+    views, note = infer_views(name, shapes)
+    stack = len(shapes[name]) == 3 and _STACKED.search(name)
+    ordered = own == "weight" or _INPUTS_FIRST.fullmatch(own) or _HAIKU.search(name) or stack
+    if len(shapes[name]) < 3 or (ordered and not any(guess in note for guess in _GUESSES)):
+        return None
+    return views, note or _KERNEL
+
+
+def view_by_bias(name: str, shapes: Shapes) -> NamedViews | None:
+    """The matrices of a tensor by the bias beside it, where that fits one order of axes only.
+
+    Beside `conv1_W` that is `conv1_b`, beside `conv/w` `conv/b`.
+    """
+    shape, own = shapes[name], re.split(r"[./]", name)[-1]
+    stem, axes = name.removesuffix(own), len(shape)
+    beside = [f"{stem}{one}" for one in ("bias", "biases", "b")]
+    beside.insert(0, re.sub(r"w$", "b", name, flags=re.IGNORECASE))
+    bias = next((shapes[one] for one in beside if one != name and one in shapes), ())
+    if axes == 3 and len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]:
+        return {"": STORED}, ""  # a stack, whatever the order in each
+    places = [axis for axis, side in enumerate(shape) if (side,) == bias]
+    if len(places) != 1:
+        return None
+    (place,) = places
+    if place >= max(2, axes - 2):  # (…, in, out), or transposed (…, out, in)
+        return {"kernel": InputsFirst(axes - 1)}, ""
+    # (out, in, …), or transposed (in, out, …), which of three axes may be (window, out, in).
+    return ({"": Kernel()}, "") if place == 0 or (place == 1 and axes > 3) else None
+
+
 def _view_inputs_first(
     name: str, module: str, shape: tuple[int, ...], bias: tuple[int, ...]
 ) -> NamedViews:
-    if len(shape) == 2:
+    axes = len(shape)
+    if axes == 2:
         return {"": InputsFirst(1)}, ""
     if "depthwise_kernel" in name:
         note = _ONE_GROUP if shape[-2] > 1 else ""
-        return {"kernel": InputsFirst(len(shape) - 2)}, note
-    if KERNEL_OF_HEADS.fullmatch(module.lower()):
-        return {"": InputsFirst(1)}, ""
-    all_but_one = InputsFirst(len(shape) - 1)
-    if len(shape) == 3 and KERNEL_OF_OUTPUT.fullmatch(module.lower()):
-        return {"": all_but_one}, ""
-    if len(shape) == 3 and (_SCANNED.search(name) or len(bias) == 2):
+        return {"kernel": InputsFirst(axes - 2)}, note
+    if _TRANSPOSED.fullmatch(module):
+        return _view_transposed(shape, bias)
+    of_heads = bool(KERNEL_OF_HEADS.fullmatch(module.lower()))
+    of_output = bool(KERNEL_OF_OUTPUT.fullmatch(module.lower()))
+    if len(bias) > 1 and (seen := _view_by_bias(shape, bias, of_heads, of_output and axes == 4)):
+        return seen
+    scanned = bool(_SCANNED.search(name))
+    if len(bias) != 1 and axes == 3 + scanned:
+        if of_heads:
+            stack = not scanned and shape[0] < min(shape[1:])
+            return {"": _inputs_first(shape, 1, scanned)}, _HEADS_FIRST if stack else ""
+        if of_output:
+            return {"": _inputs_first(shape, 2, scanned)}, ""
+    if axes == 3 and scanned:
         return {"": Transposed()}, ""
     if max(shape[:-2]) > _SIDE and _is_spatial(shape[2:], shape[:2]) and bias != shape[-1:]:
         return {"": Kernel()}, _OIHW
-    known = len(shape) != 3 or _is_in_conv(name) or bias == shape[-1:]
-    return {"kernel": all_but_one}, "" if known else _WINDOW_FIRST
+    known = bias == shape[-1:] or (
+        _is_in_conv(name) if axes == 3 else max(shape[:-2]) <= _WINDOW and not scanned
+    )
+    note = "" if known else _WINDOW_FIRST
+    if known and axes == 5 and not bias and "3d" not in name.lower():
+        note = _VOLUME
+    if shape[-2] == 1 < shape[-1]:
+        note = join_remarks(note, _ONE_GROUP)
+    return {"kernel": InputsFirst(axes - 1)}, note
+
+
+def _view_transposed(shape: tuple[int, ...], bias: tuple[int, ...]) -> NamedViews:
+    """A transposed convolution of Flax, (…, in, out), or with transpose_kernel (…, out, in)."""
+    inputs, outputs = shape[-2:]
+    if bias == (inputs,) != (outputs,):
+        return {"kernel": InputsFirst(len(shape) - 1)}, ""
+    known = bias == (outputs,) != (inputs,)
+    *window, last = (axis for axis in range(len(shape)) if axis != len(shape) - 2)
+    view = Axes(rows=(len(shape) - 2,), columns=(*window, last))
+    return {"kernel": view}, "" if known else _INPUTS_LAST
+
+
+def _view_by_bias(
+    shape: tuple[int, ...], bias: tuple[int, ...], of_heads: bool, stacked: bool
+) -> NamedViews | None:
+    """A kernel by the shape of its bias: that of all outputs, or those of a stack of layers."""
+    outputs = len(bias)
+    whole = bias == shape[-outputs:]
+    layers = bias[0] == shape[0] and outputs < len(shape) and bias[1:] == shape[1 - outputs :]
+    if whole and (of_heads or not layers):
+        return {"": InputsFirst(len(shape) - outputs)}, ""
+    if not layers:
+        return None
+    note = _STACK if whole and not stacked else ""
+    if len(shape) == 3:
+        return {"": Transposed()}, note
+    return {"": _inputs_first(shape, len(shape) - outputs, stacked=True)}, note
+
+
+def _inputs_first(shape: tuple[int, ...], inputs: int, stacked: bool) -> View:
+    """So many sides are inputs, after that of the stack, as nn.scan of Flax stores it."""
+    if not stacked:
+        return InputsFirst(inputs)
+    columns, rows = range(1, 1 + inputs), range(1 + inputs, len(shape))
+    return Axes(tuple(rows), tuple(columns), stack=(0,))
 
 
 def _is_spatial(sides: tuple[int, ...], channels: tuple[int, ...]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wellcond.operators.convolution import Geometry
-from wellcond.operators.views import Kernel, Member, View
+from wellcond.operators.views import InputsFirst, Member, Part, Strided, View, is_kernel
 from wellcond.weights.adapters import Adapter
 
 
@@ -62,8 +62,9 @@ def single_views(views: Mapping[str, View], shape: Sequence[int]) -> dict[str, V
     """
     single: dict[str, View] = {}
     for name, view in views.items():
-        if isinstance(view, Kernel):
-            single["kernel"] = view
+        in_groups = isinstance(view, InputsFirst) and (view.groups or 1) > 1
+        if in_groups or (is_kernel(view) and not isinstance(view, Part | Strided | Member)):
+            single[name or "kernel"] = view
             continue
         count, *inner = view(torch.empty(tuple(shape), device="meta")).shape
         if len(inner) == 1:

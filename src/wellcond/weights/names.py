@@ -18,9 +18,10 @@ from wellcond.weights.reasons import Reason, Skipped
 
 # Words in names of embeddings and of added parameters: tok_embeddings, embed_in, cls_token. All
 # patterns are DOTALL, because a long name with a line end might otherwise take hours to match.
-_WORDS = r"(.*_)?(emb|embeds?|embeddings?|tokens?)\d*(_.*)?"
+_WORDS = r"(.*_)?(emb|embd|embeds?|embeddings?|tokens?)\d*(_.*)?"
 _LOOKED_UP = re.compile(
-    rf"{_WORDS}|w[tp]e|shared|embedder|(row|column|queries)_embedder|relative_attention_bias|codebook",
+    rf"{_WORDS}|w[tp]e|shared|embedder|(row|column|queries)_embedder|relative_attention_bias|codebook"
+    r"|(cross_)?attn_rel_b",
     re.DOTALL,
 )
 # embed_tokens.0.weight is one of several embeddings; time_embed.0.weight is a layer of a
@@ -43,8 +44,9 @@ _ADDED = re.compile(
     re.DOTALL,
 )
 
-# Fixed transforms of audio and images, and coefficients of spherical harmonics.
-_TRANSFORM = r"_?i?(stft|dft|h?cqt|vqt|mdct|dct)s?\d*"
+# Fixed transforms of audio and images, and coefficients of spherical harmonics. Keras calls a layer
+# of the class CQT2010v2 cq_t2010v2_1.
+_TRANSFORM = r"_?i?(stft|dft|h?cq_?t(\d+v\d(_\d+)?)?|vqt|mdct|dct)s?\d*"
 _MEL = r"(.*_)?mel_?(basis|w|fb|filters?|matrix|mat)s?"
 _BANK = r"(.*_)?(fbank|filter_?bank)s?\d*"
 _CONSTANT = re.compile(
@@ -61,7 +63,8 @@ _CONSTANT_LAYER = re.compile(
 )
 # A_log (Mamba), log_dt and A_imag (S4), time_decay and time_faaaa (RWKV).
 _EXPONENTIATED = re.compile(
-    r"log_.*|.*_logs?|inv_dt|a_(real|imag|re|im)|lambda(_re|_im)?|time_(decay|first|faaaa)|r_k",
+    r"log_.*|.*_logs?|inv_dt|a_(real|imag|re|im)|lambda(_re|_im)?|time_(decay|first|faaaa)|r_k"
+    r"|ssm_[ad]",  # of llama.cpp
     re.DOTALL,
 )
 # Of a layer, the codes of which may be in another file. What DoRA calls one belongs to an adapter.
@@ -129,7 +132,9 @@ def _find_reason_of_parameter(
     name: str, own: str, modules: list[str], tensors: Tensors
 ) -> Reason | None:
     """Why a parameter or buffer that is not the `weight` of a layer is not a weight."""
-    if _ADDED.fullmatch(own):
+    if own in ("embedding", "embeddings"):  # of Flax and Keras
+        return Reason.embedding
+    if _ADDED.fullmatch(own) or _is_bias_of_stack(name, tensors):
         return Reason.added
     of_mel = own == "fb" and bool(modules) and "mel" in modules[-1]  # torchaudio
     if of_mel or (_CONSTANT.fullmatch(own) and not _LINEAR.fullmatch(own)):
@@ -140,6 +145,12 @@ def _find_reason_of_parameter(
     if acts_entrywise or (own in ("d", "ds") and of_state_space):
         return Reason.exponentiated
     return None
+
+
+def is_of_transform(node: str) -> bool:
+    """Whether a node of a graph is within a layer that is a fixed transform, by its path."""
+    modules = node.lower().split("/")[:-1]
+    return any(_CONSTANT_LAYER.fullmatch(module) for module in modules)
 
 
 def _is_constant_layer(modules: list[str]) -> bool:
@@ -162,6 +173,17 @@ def _is_normalisation(
         return False
     same = tensors.get(f"{name.removesuffix(own)}{beside}", ((), ""))[0] == shape
     return same or (own == "weight" and bool(modules and _NORM.fullmatch(modules[-1])))
+
+
+def _is_bias_of_stack(name: str, tensors: Tensors) -> bool:
+    """Whether it is `b` beside a stack `w`, or `offset` beside a `scale`, as Haiku has them."""
+    shape = tensors[name][0]
+    if last_part(name) == "offset":
+        return tensors.get(f"{name.removesuffix('offset')}scale", ((), ""))[0] == shape
+    beside = (f"{name[:-1]}w", f"{name[:-1]}W", f"{name[:-1]}weights")
+    return name[-1:] == "b" and any(
+        one in tensors and len(tensors[one][0]) > len(shape) for one in beside
+    )
 
 
 def _find_originals(tensors: Tensors) -> Iterator[str]:

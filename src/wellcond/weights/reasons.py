@@ -16,9 +16,16 @@ class Reason(enum.Enum):
     embedding = "an embedding: its rows are looked up, not multiplied"
     added = "looks like a token, position or bias parameter (by name)"
     constant = "looks like a fixed transform, table or mask, which is not trained (by name)"
+    buffer = "not a parameter of the program, and so not trained"
     exponentiated = "looks like a parameter that is exponentiated or acts entrywise (by name)"
+    layout = (
+        "in an order of axes that neither its name nor the file tells; to measure it as its shape "
+        "suggests, include its exact name"
+    )
     normalisation = "parameter of a normalisation over several axes, which acts entrywise"
     unknown_use = "a parameter whose use is not known"
+    unmultiplied = "a constant that no matrix multiplication takes"
+    in_graph = "a constant from which the graph computes a weight, which is not measured"
     one_row = "one row per group, so each group is well-conditioned"
     uninitialised = "not initialised yet: run the model once first"
     not_real = "not real floating point"
@@ -29,6 +36,7 @@ class Reason(enum.Enum):
     )
     packed = "not real floating point: packed, quantised or not a weight"
     quantised = "quantised, and cannot be dequantised here"
+    undecoded = "stored as codes that cannot be decoded here"
     perhaps_codes = (
         "possibly quantised, because a scale of matching shape is stored beside it; if it is not "
         "quantised, include its exact name"
@@ -54,16 +62,17 @@ class Reason(enum.Enum):
     no_values = "a tensor without values"
     beside = "a file that is not listed in the index beside it"
     unread = "a file in another format, which is not read"
+    absent = "a file of this model that is not read: audit the folder that holds all its files"
     missing = "not in the file, although config.json says that it is not tied to the embedding"
     optimizer = "the state of an optimizer"
     regularizer = "the state of a Regularizer"
     trainer = "the state of a trainer"
     no_tensors = "a file without tensors"
     objects = "not read, because loading it could run code"
+    unnamed = "numbers of a kind that the file does not name or torch lacks"
     array = "a NumPy array, which is not read: save it as a tensor"
     torchao = "quantised by torchao"
     tensor_class = "a tensor of a class that is not loaded"
-    program = "a file that holds more than tensors"
     frozen = "frozen: requires_grad is False"
     excluded = "excluded by a pattern"
     unmatched = "matched by no pattern"
@@ -73,6 +82,7 @@ class Reason(enum.Enum):
         """Whether the tensor is not a matrix, so that a report without it is complete."""
         return self in (
             *(Reason.number, Reason.vector, Reason.empty, Reason.dimensions),
+            Reason.unmultiplied,
             # The weight that is computed from these is counted instead.
             *(Reason.component, Reason.scales),
         )
@@ -89,7 +99,9 @@ class Reason(enum.Enum):
             Reason.embedding,
             Reason.added,
             Reason.constant,
+            Reason.buffer,
             Reason.exponentiated,
+            Reason.layout,
             Reason.normalisation,
             Reason.perhaps_codes,
         )
@@ -99,7 +111,7 @@ class Reason(enum.Enum):
         """Whether the reason concerns a file or the state of a trainer instead of a tensor."""
         return self in (
             *(Reason.beside, Reason.unread, Reason.optimizer, Reason.regularizer, Reason.trainer),
-            *(Reason.no_tensors, Reason.program, Reason.objects),
+            *(Reason.no_tensors, Reason.objects, Reason.absent),
         )
 
 

@@ -1,6 +1,7 @@
 """What a weight does in its network, by its name: q, k, v, o, up, gate, down, embedding or head.
 
-The names are those of transformers, timm, torch, fairseq, GPT-NeoX, GPT-2, BERT, T5 and Llama.
+The names are those of transformers, timm, torch, fairseq, GPT-NeoX, GPT-2, BERT, T5, Llama
+and llama.cpp.
 Where a name says nothing there is no role: a guess would mislead.
 """
 
@@ -20,7 +21,10 @@ _GROUP_OF = {role: group for group, roles in GROUPS.items() for role in roles}
 _PATTERNS = tuple(
     (role, re.compile(rf"(?:^|\.)(?:{'|'.join(patterns)})(?:\.\d+)?$"))
     for role, patterns in (
-        ("head", ("lm_head", "head", "classifier", "score", "embed_out", "logits")),
+        (
+            "head",
+            ("lm_head", "head", "classifier", "score", "embed_out", "logits", r"(?<!\.)output"),
+        ),
         (
             "qkv",
             (
@@ -28,28 +32,75 @@ _PATTERNS = tuple(
                 "qkv",
                 "Wqkv",
                 "qkv_proj",
+                "attn_qkv",
                 "query_key_value",
                 r"\w*(?i:attn|attention)\w*\.in_proj",
                 "in_proj_weight",
             ),
         ),
-        ("q", ("q", "wq", "to_q", "q_lin", "linear_q", "query(?:_proj)?", "q(?:_[ab])?_proj")),
-        ("k", ("k", "wk", "to_k", "k_lin", "linear_k", "key(?:_proj)?", "k_proj")),
-        ("v", ("v", "wv", "to_v", "v_lin", "linear_v", "value(?:_proj)?", "v_proj")),
+        (
+            "q",
+            (
+                "q",
+                "wq",
+                r"(?:cross_)?attn_q(?:_[ab])?",
+                "to_q",
+                "q_lin",
+                "linear_q",
+                "query(?:_proj)?",
+                "q(?:_[ab])?_proj",
+            ),
+        ),
+        (
+            "k",
+            (
+                "k",
+                "wk",
+                r"(?:cross_)?attn_k",
+                "to_k",
+                "k_lin",
+                "linear_k",
+                "key(?:_proj)?",
+                "k_proj",
+            ),
+        ),
+        (
+            "v",
+            (
+                "v",
+                "wv",
+                r"(?:cross_)?attn_v",
+                "to_v",
+                "v_lin",
+                "linear_v",
+                "value(?:_proj)?",
+                "v_proj",
+            ),
+        ),
         (
             "o",
             (
                 "o_proj",
+                "(?:cross_)?attn_o(?:ut(?:put)?)?",
                 "to_out",
                 "out_lin",
                 r"\w*(?i:attn|attention)\w*\.(?:o|wo|proj|c_proj|out_proj|dense|output\.dense)",
             ),
         ),
-        ("gate", ("gate_proj", "wi_0", r"(?:mlp|ffn|feed_forward|experts\.\d+)\.w1")),
+        (
+            "gate",
+            (
+                "gate_proj",
+                "ffn_gate(?:_exps|_shexp|_chexps)?",
+                "wi_0",
+                r"(?:mlp|ffn|feed_forward|experts\.\d+)\.w1",
+            ),
+        ),
         (
             "up",
             (
                 "up_proj",
+                "ffn_up(?:_exps|_shexp|_chexps)?",
                 "c_fc",
                 r"[^.]+\.fc_?1",
                 "fc_in",
@@ -66,6 +117,7 @@ _PATTERNS = tuple(
             "down",
             (
                 "down_proj",
+                "ffn_down(?:_exps|_shexp|_chexps)?",
                 r"[^.]+\.fc_?2",
                 "fc_out",
                 "lin2",
@@ -75,7 +127,7 @@ _PATTERNS = tuple(
                 r"(?:mlp|ffn|feed_forward|experts\.\d+|DenseReluDense)\.(?:w2|wo|c_proj)",
             ),
         ),
-        ("embedding", (r"(?:\w+_)?embed(?:ding)?s?(?:_tokens)?", "w[tp]e")),
+        ("embedding", (r"(?:\w+_)?embed(?:ding)?s?(?:_tokens)?", "w[tp]e", r"(?:\w+_)?embd")),
     )
 )
 

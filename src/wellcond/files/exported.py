@@ -1,0 +1,186 @@
+"""A program of torch.export, as torch.export.save writes it, read for its tensors; nothing runs.
+
+Since torch 2.9 JSON says of each tensor in which record it lies, its strides, and whether it is a
+parameter. Before, a state dict of torch.save lies in the archive, and the signature of the program
+names the parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wellcond.files.archive import (
+    Extent,
+    Records,
+    check_unpacked,
+    data_start,
+    errors_as_damage,
+    load_saved,
+    open_records,
+)
+from wellcond.files.inert import ForeignTensor, Storage, is_shape, rebuild_tensor
+from wellcond.files.nested import tensors_in
+from wellcond.files.stored import Described, StoredFile, describe_tensors, leave_out, mark_shared
+from wellcond.files.tensors import DamagedError, NoTensorsError, UnreadableError
+
+_KIND = "program of torch.export"
+_LOAD = "torch.save(torch.export.load(path).state_dict, other)"
+_CONFIG = re.compile(r"data/(weights|constants)/(.+)_\1_config\.json")
+_STATE = re.compile(r"data/weights/(.+)\.pt")  # of torch 2.8
+# Of torch before 2.8, in which no folder is around the records.
+FLAT = ("serialized_state_dict.pt", "serialized_exported_program.json")
+_JSON = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
+_STRIDED = 7
+_DTYPES = {
+    **{1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32"},
+    **{8: "float64", 9: "complex32", 10: "complex64", 11: "complex128", 12: "bool"},
+    **{13: "bfloat16", 28: "uint16", 29: "float8_e4m3fn", 30: "float8_e5m2", 34: "uint32"},
+    **{31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz", 33: "float8_e8m0fnu", 35: "uint64"},
+}
+
+
+class Exported(StoredFile):
+    """One program of torch.export. Names are those of its state dict, and of its constants."""
+
+    endings = (".pt2",)
+    kind = f"a {_KIND}"
+    not_copied = f"it is a program, which is not written. Repair its weights: {_LOAD}"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._tensors, self._storages = {}, {}
+        self._parameters: set[str] = set()  # empty if it is not known what is one
+        self._constants: set[str] = set()
+        with errors_as_damage(path, _KIND, "its weights are not described as torch.export does"):
+            self._load(Extent.whole(path))
+        if not self._tensors:
+            raise NoTensorsError(f"{path} must hold tensors, but is a program without any.")
+        self.entries = describe_tensors(self._tensors)
+        self._leave_out_parts()
+        for name, entry in self.entries.items():
+            if name in self._constants:
+                self.entries[name] = leave_out(entry, "a constant")
+            elif self._parameters and name not in self._parameters:
+                self.entries[name] = leave_out(entry, "a buffer")
+        self.overlapping = mark_shared(self.entries, self._tensors)
+
+    def _load(self, whole: Extent) -> None:
+        if (flat := _find_flat(whole)) is not None:
+            state, description = flat
+            self._load_state(state, json.loads(description))
+            return
+        what = "Audit the checkpoint that was exported."
+        with open_records(whole, _KIND, "archive_format", what) as records:
+            self._storages, self._swapped = records.find_regions(), records.swapped
+            configs = [found for name in records if (found := _CONFIG.fullmatch(name))]
+            states = [found for name in records if (found := _STATE.fullmatch(name))]
+            described = any(found[1] == "weights" for found in configs)
+            if not described and len(states) == 1:
+                region = self._storages[states[0][0].lower()]
+                _check_uncompressed(self.path, bool(region.compressed))
+                model = f"models/{states[0][1]}.json"
+                known = model in records and records.size(model) <= _JSON
+                state = Extent(self.path, region.start, region.size)
+                self._load_state(state, _parse(records, model) if known else {})
+                return
+            if not described:
+                raise UnreadableError(
+                    f"{self.path} must hold weights in data/weights, but holds none there: a "
+                    f"compiled program has them in its code. {what}"
+                )
+            several = len({found[2] for found in configs}) > 1
+            for found in configs:
+                prefix = f"{found[2]}." if several else ""
+                self._load_config(records, found[0], f"data/{found[1]}", prefix)
+
+    def _load_config(self, records: Records, name: str, folder: str, prefix: str) -> None:
+        """Adds the tensors that JSON describes."""
+        for key, payload in _parse(records, name)["config"].items():
+            if payload["tensor_meta"] is None:  # no tensor, but an object
+                continue
+            own = prefix + key
+            if own in self._tensors:
+                raise DamagedError(f"it describes {own} twice")
+            self._tensors[own] = _describe(records, folder, payload)
+            if folder == "data/constants":
+                self._constants.add(own)
+            elif payload["is_param"] is True:
+                self._parameters.add(own)
+
+    def _load_state(self, state: Extent, description: Any) -> None:
+        """Adds the tensors of a state dict in the file."""
+        saved = load_saved(state)
+        self._storages, self._swapped = saved.storages, saved.swapped
+        self._tensors, self.others, self.classes = tensors_in(saved.content, self.path)
+        self._parameters = set(_parameters_in(description))
+
+
+def _find_flat(whole: Extent) -> tuple[Extent, bytes] | None:
+    """The state dict and the description in an archive without a folder; None of any other."""
+    with zipfile.ZipFile(whole.path) as archive:
+        infos = archive.infolist()
+        names = [info.filename for info in infos]
+        if not {*FLAT} <= {*names}:
+            return None
+        check_unpacked(whole, infos, "torch.export.save")
+        if len({*names}) < len(names):
+            raise DamagedError("two of its records have the same name")
+        state, description = map(archive.getinfo, FLAT)
+        _check_uncompressed(whole.path, bool(state.compress_type))
+        with whole.path.open("rb") as file:
+            start = data_start(file, state.header_offset)
+        if start + state.file_size > whole.size:
+            raise DamagedError("its records go beyond its end")
+        if description.file_size > _JSON:
+            return Extent(whole.path, start, state.file_size), b"{}"
+        return Extent(whole.path, start, state.file_size), archive.read(description)
+
+
+def _check_uncompressed(path: Path, compressed: bool) -> None:
+    """Raises for an archive within one that is compressed, and so has no place in the file."""
+    if compressed:
+        raise UnreadableError(
+            f"{path} must hold its weights uncompressed, as torch.export.save writes them, but "
+            f"holds them compressed. Save them: {_LOAD}."
+        )
+
+
+def _parse(records: Records, name: str) -> Any:
+    if records.size(name) > _JSON:
+        raise DamagedError(f"{name} has more than {_JSON:,} bytes")
+    return json.loads(records.read(name))
+
+
+def _parameters_in(description: Any) -> Iterator[str]:
+    """The parameters that the signature of a program names."""
+    specs = description["graph_module"]["signature"]["input_specs"] if description else []
+    for one in specs:
+        if isinstance(one.get("parameter"), Mapping):
+            yield one["parameter"]["parameter_name"]
+
+
+def _describe(records: Records, folder: str, payload: Mapping[str, Any]) -> Described:
+    """The tensor that JSON describes."""
+    meta, record = payload["tensor_meta"], f"{folder}/{payload['path_name']}"
+    dtype = getattr(torch, _DTYPES.get(meta["dtype"], ""), None)
+    shape, stride = (tuple(one["as_int"] for one in meta[key]) for key in ("sizes", "strides"))
+    if not (isinstance(dtype, torch.dtype) and is_shape(shape, 1000)):
+        raise DamagedError("a tensor must have a shape and a dtype")
+    if record not in records:
+        raise DamagedError(f"it lacks {record}")
+    if payload["use_pickle"] or meta["layout"] != _STRIDED:
+        return ForeignTensor("torch.Tensor", shape=shape, dtype=dtype)
+    size = records.size(record)
+    if not size and 0 not in shape:  # as of tensors that were exported without values
+        return ForeignTensor("meta", shape=shape, dtype=dtype)
+    if size % dtype.itemsize:
+        raise DamagedError("the length of a storage is not that of its tensors")
+    storage = Storage(record.lower(), dtype, 0, size)
+    return rebuild_tensor(storage, meta["storage_offset"]["as_int"], shape, stride)

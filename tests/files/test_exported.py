@@ -1,0 +1,306 @@
+"""Programs of torch.export: the tensors of torch.export.load, and what each of them is."""
+
+import io
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpus import CODES, DESCRIBES_WEIGHTS, older, records, saved, zipped
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import wellcond as wc
+from wellcond.cli import main
+from wellcond.files.checkpoint import Checkpoint
+from wellcond.files.tensors import NoTensorsError, UnreadableError
+from wellcond.weights.reasons import Reason, Skipped
+
+LAYOUTS = ["new", "older", "oldest"]
+pytestmark = pytest.mark.skipif(not DESCRIBES_WEIGHTS, reason="torch writes an older layout")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """It logs that formats are older."""
+    torch.manual_seed(0)
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Model(nn.Module):
+    """Parameters of several dtypes, tied, transposed and of shared memory, buffers, a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.tied = nn.Linear(4, 5), nn.Linear(4, 5, bias=False)
+        self.tied.weight = self.linear.weight
+        self.conv = nn.Conv1d(3, 4, 2)
+        self.brain, self.short = nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2).half()
+        whole = torch.randn(6, 5)
+        self.upper, self.lower = nn.Parameter(whole[:3]), nn.Parameter(whole[3:].T)
+        self.still = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+        self.norm = nn.BatchNorm1d(5)
+        self.register_buffer("basis", torch.randn(5, 6))
+        self.register_buffer("passing", torch.randn(5, 6), persistent=False)
+        self.register_buffer("steps", torch.arange(6).reshape(2, 3))
+        self.plain = torch.randn(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.linear(x) + self.tied(x)) + torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+        y = y.sum() + self.basis.sum() + self.passing.sum() + self.plain.sum() + self.steps.sum()
+        y = y + self.upper.sum() + self.lower.sum() + self.still.sum() + self.brain.weight.sum()
+        return y + self.conv(x.reshape(1, 3, 4)).sum() + self.short.weight.sum()
+
+
+@pytest.fixture(scope="module")
+def program() -> bytes:
+    torch.manual_seed(0)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Model().eval(), (torch.randn(3, 4),)), file)
+    return file.getvalue()
+
+
+def write(path: Path, program: bytes, layout: str = "new") -> Path:
+    path.write_bytes(program if layout == "new" else older(program, flat=layout == "oldest"))
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ending", [".pt2", ".pt", ""])
+def test_it_reads_what_torch_loads(
+    tmp_path: Path, program: bytes, layout: str, ending: str
+) -> None:
+    path = write(tmp_path / f"a{ending}", program, layout)
+    expected = dict(torch.export.load(io.BytesIO(path.read_bytes())).state_dict)
+    where = Checkpoint(path).where
+    found = {name: file.read(entry.name) for name, (file, entry) in where.items()}
+    assert len(expected) > 15
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor.detach(), rtol=0, atol=0)
+    constants = {"passing", "plain", "lifted_tensor_0"} if layout == "new" else set()
+    assert found.keys() - expected.keys() == constants
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_knows_what_is_a_parameter(tmp_path: Path, program: bytes, layout: str) -> None:
+    path = write(tmp_path / "a.pt2", program, layout)
+    state = torch.export.load(io.BytesIO(path.read_bytes())).state_dict
+    parameters = {name for name, one in state.items() if isinstance(one, nn.Parameter)}
+    skipped = Checkpoint(path).skipped()
+    constants = {"passing", "plain", "lifted_tensor_0"} if layout == "new" else set()
+    assert {n: w for n, w in skipped.items() if w.reason is Reason.buffer} == {
+        "basis": Skipped(Reason.buffer, "a buffer"),
+        **dict.fromkeys(constants, Skipped(Reason.buffer, "a constant")),
+    }
+    assert skipped["tied.weight"] == Skipped(Reason.same, "linear.weight")
+    report = wc.audit(path)
+    measured = {finding.name for finding in report.findings}
+    assert measured == {n for n in parameters if state[n].ndim > 1} - {"tied.weight"}
+    counted = sum(state[name].numel() for name in parameters - {"tied.weight"})
+    assert sum(Checkpoint(path).sizes.values()) == counted
+    assert wc.audit(path, include="basis").findings[0].name == "basis"
+
+
+def test_the_audit_is_that_of_the_state_dict(tmp_path: Path, program: bytes) -> None:
+    path = write(tmp_path / "a.pt2", program)
+    known = {f.label: f for f in wc.audit(path).findings}
+    state = torch.export.load(io.BytesIO(program)).state_dict
+    assert len(known) >= 7
+    for finding in wc.audit({name: one.detach() for name, one in state.items()}).findings:
+        if finding.name != "basis":
+            own = known.pop(finding.label)
+            assert (own.sigma_max, own.sigma_min) == (finding.sigma_max, finding.sigma_min)
+    assert known == {}
+
+
+def test_several_programs_of_an_archive_are_told_apart(tmp_path: Path) -> None:
+    package = pytest.importorskip("torch.export.pt2_archive._package")
+    programs = {
+        name: torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)) for name in ("one", "Two")
+    }
+    package.package_pt2(str(tmp_path / "a.pt2"), exported_programs=programs)
+    where = Checkpoint(tmp_path / "a.pt2").where
+    assert where.keys() == {f"{n}.{part}" for n in programs for part in ("weight", "bias")}
+    for name, program in programs.items():
+        for part, tensor in program.state_dict.items():
+            file, entry = where[f"{name}.{part}"]
+            assert torch.equal(file.read(entry.name), tensor)
+
+
+def test_what_has_no_parameters_is_read_by_its_names(tmp_path: Path) -> None:
+    """As of a quantised program: its weights are buffers."""
+    module = nn.Module()
+    module.register_buffer("weight", torch.eye(3))
+    module.forward = lambda x: x @ module.weight
+    torch.export.save(torch.export.export(module, (torch.ones(1, 3),)), tmp_path / "a.pt2")
+    assert [finding.name for finding in wc.audit(tmp_path / "a.pt2").findings] == ["weight"]
+
+
+def test_a_program_without_tensors_says_so(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(1),)), tmp_path / "a.pt2")
+    with pytest.raises(NoTensorsError, match="must hold tensors, but is a program without any"):
+        wc.audit(tmp_path / "a.pt2")
+
+
+def test_a_compiled_program_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
+        for name in ("archive_format", "data/aotinductor/model/code.so"):
+            archive.writestr(f"a/{name}", "pt2")
+    with pytest.raises(UnreadableError, match="a compiled program has them in its code"):
+        wc.audit(tmp_path / "a.pt2")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_repair_refuses_with_a_way_out_that_works(
+    tmp_path: Path, program: bytes, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other = write(tmp_path / "a.pt2", program, layout), tmp_path / "other.pt"
+    command = ["repair", str(path), str(tmp_path / "b.pt2"), "--max-condition", "2"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "it is a program, which is not written" in err
+    path.rename(path := tmp_path / "b.pt2")
+    exec(err.partition("Repair its weights: ")[2].rstrip(".\n"), {"torch": torch} | locals())
+    names = {finding.name for finding in wc.audit(other).findings}
+    assert {"linear.weight", "still", "upper"} <= names
+
+
+def test_a_program_beside_weights_is_listed(tmp_path: Path, program: bytes) -> None:
+    write(tmp_path / "a.pt2", program)
+    assert wc.audit(tmp_path).coverage.measured > 0
+    save_file({"w": torch.eye(3)}, tmp_path / "model.safetensors")
+    report = wc.audit(tmp_path)
+    assert [finding.name for finding in report.findings] == ["w"]
+    assert report.coverage.skipped == {
+        "a.pt2": Skipped(Reason.unread, "a program of torch.export: give its path")
+    }
+
+
+# --- hostile --------------------------------------------------------------------------------------
+
+CONFIG = "data/weights/model_weights_config.json"
+
+
+def changed(
+    path: Path, program: bytes, change: Callable[[dict[str, Any], dict[str, bytes]], object]
+) -> Path:
+    """A program of which the description, or the records without their folder, are others."""
+    contents = {name.partition("/")[2]: data for name, data in records(program).items()}
+    description = json.loads(contents[CONFIG])
+    change(description["config"], contents)
+    if CONFIG in contents:
+        contents[CONFIG] = contents[CONFIG][:0] + json.dumps(description).encode()
+    path.write_bytes(zipped({f"a/{name}": data for name, data in contents.items()}))
+    return path
+
+
+def meta(**new: Any) -> Callable[[dict[str, Any], dict[str, bytes]], None]:
+    """A change in what is said of one weight."""
+    return lambda config, _: config["linear.weight"]["tensor_meta"].update(new)
+
+
+def of(*sides: int) -> list[dict[str, int]]:
+    return [{"as_int": side} for side in sides]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (meta(sizes=of(5, 400)), "a tensor goes beyond its storage"),
+        (meta(strides=of(400, 1)), "a tensor goes beyond its storage"),
+        (meta(storage_offset={"as_int": 1}), "a tensor goes beyond its storage"),
+        (meta(storage_offset={"as_int": -1}), "must be whole numbers"),
+        (meta(sizes=of(5)), "must have a shape and strides"),
+        (meta(sizes=of(1 << 62, 1 << 62)), "must have a shape and a dtype"),
+        (meta(sizes=of(-5, 4)), "must have a shape and a dtype"),
+        (meta(dtype=99), "must have a shape and a dtype"),
+        (meta(dtype=[]), "its weights are not described"),
+        (meta(dtype=8), "a tensor goes beyond its storage"),
+        (meta(sizes=[{"as_expr": "s0"}] * 2), "its weights are not described"),
+        (lambda config, _: config["linear.weight"].update(path_name="../x"), "it lacks data/w"),
+        (lambda config, _: config.update({"basis": None}), "its weights are not described"),
+        (lambda config, _: config.update({"linear.weight": 3}), "its weights are not described"),
+        (lambda _, r: r.update({"data/weights/weight_0": b"123"}), "length of a storage|beyond"),
+        (lambda _, r: r.update({"DATA/weights/weight_0": b""}), "two of its records have the"),
+        (lambda _, r: r.update({"byteorder": b"?"}), "order of the bytes"),
+        (lambda _, r: r.pop(CONFIG), "holds none there|without any"),
+    ],
+)
+def test_contradictions_are_one_sentence(
+    tmp_path: Path,
+    program: bytes,
+    change: Callable[[dict[str, Any], dict[str, bytes]], object],
+    match: str,
+) -> None:
+    path = changed(tmp_path / "a.pt2", program, change)
+    with pytest.raises(UnreadableError, match=match):
+        Checkpoint(path)
+
+
+def test_tensors_without_values_are_listed(tmp_path: Path, program: bytes) -> None:
+    """As of a program that was exported from fake tensors."""
+
+    def empty(config: dict[str, Any], contents: dict[str, bytes]) -> None:
+        contents[f"data/weights/{config['linear.weight']['path_name']}"] = b""
+
+    skipped = Checkpoint(changed(tmp_path / "a.pt2", program, empty)).skipped()
+    assert skipped["linear.weight"] == Skipped(Reason.no_values)
+
+
+def test_tensors_of_classes_are_listed(tmp_path: Path, program: bytes) -> None:
+    def pickled(config: dict[str, Any], contents: dict[str, bytes]) -> None:
+        config["linear.weight"]["use_pickle"] = True
+
+    skipped = Checkpoint(changed(tmp_path / "a.pt2", program, pickled)).skipped()
+    assert skipped["linear.weight"].reason is Reason.tensor_class
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("flat", [False, True])
+def test_code_in_a_program_does_not_run(
+    tmp_path: Path, program: bytes, code: bytes, flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever pickles lie in it: the examples are not read at all."""
+    monkeypatch.chdir(tmp_path)
+    contents = records(older(program, flat))
+    (state,) = [name for name in contents if re.search(r"weights/model.pt|state_dict.pt", name)]
+    inner = records(contents[state])
+    inner = {n: code + b"." if n.endswith("data.pkl") else data for n, data in inner.items()}
+    contents[state] = zipped(inner)
+    (tmp_path / "a.pt2").write_bytes(zipped(contents))
+    with pytest.raises(UnreadableError):
+        wc.audit(tmp_path / "a.pt2")
+    assert {one.name for one in tmp_path.iterdir()} == {"a.pt2"}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_compressed_state_dict_has_a_way_out(tmp_path: Path, program: bytes, flat: bool) -> None:
+    contents = records(older(program, flat))
+    (tmp_path / "a.pt2").write_bytes(zipped(contents, zipfile.ZIP_DEFLATED))
+    with pytest.raises(UnreadableError, match="compressed") as error:
+        Checkpoint(tmp_path / "a.pt2")
+    assert "torch.export.load(path).state_dict" in str(error.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+def test_a_file_that_is_cut_off_is_refused(
+    tmp_path: Path, program: bytes, layout: str, keep: float
+) -> None:
+    path = write(tmp_path / "a.pt2", program, layout)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(UnreadableError, match="damaged"):
+        Checkpoint(path)
+
+
+def test_a_pickle_is_no_program(tmp_path: Path) -> None:
+    (tmp_path / "a.pt2").write_bytes(saved({"w": torch.eye(3)}))
+    with pytest.raises(UnreadableError, match="is a zip archive without archive_format"):
+        Checkpoint(tmp_path / "a.pt2")
