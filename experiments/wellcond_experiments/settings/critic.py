@@ -225,7 +225,10 @@ class Critic(Setting):
             figures.draw_bands(panel, bands, {m: figures.label(m) for m in methods}, lower=True)
             panel.axvline(evidence.band("floor", case=case).mean, color="black", ls=":", lw=0.9)
             panel.set_title(TITLES[case], fontsize=10)
-            panel.set_xlabel("distance to held-out data, % (dotted: of data to data)")
+            panel.set_xlabel("distance, %")
+            if case == "digits":  # where nothing lies far from all others
+                panel.set_xscale("log")
+                figures.use_logarithm(panel.xaxis)
         return {self.name: drawing}
 
 
