@@ -820,3 +820,11 @@ def test_a_repair_with_too_little_memory_writes_nothing(
     assert (code, printed) == (2, "")
     assert re.fullmatch("wellcond: error: .*not enough memory.*\n", said)
     assert {file.name for file in tmp_path.iterdir()} == {path.name}
+
+
+def test_no_output_replaces_weights_of_any_format_that_is_read() -> None:
+    from wellcond.cli.options import _WEIGHTS
+    from wellcond.files.collection import READERS
+
+    endings = {ending for reader in READERS for ending in reader.endings}
+    assert {one for one in endings if not one.endswith(_WEIGHTS)} == set()

@@ -19,7 +19,7 @@ class Executor:
 
     Args:
         group: the processes that share the work; None if there is only this one.
-        record: what is done, in a file; None if there is none.
+        record: the file that keeps what is done; None without one.
     """
 
     def __init__(self, group: Group | None = None, record: Record | None = None) -> None:

@@ -178,7 +178,10 @@ class Group:
 
 
 def _end_later() -> NoReturn:
-    """At SIGTERM, which torchrun sends as soon as another process ends: first that is said."""
+    """Delays the end by SIGTERM, which torchrun sends as soon as another process ends.
+
+    In the meantime the watch prints why that process ended.
+    """
     signal.sigwait({signal.SIGTERM})
     time.sleep(_PATIENCE)
     os._exit(128 + signal.SIGTERM)

@@ -35,7 +35,7 @@ class Record:
         rank: of this process.
 
     Raises:
-        ValueError: the file is none of these, or that of another audit.
+        ValueError: the file is not a record, or belongs to another audit.
         OSError: it cannot be read or written.
     """
 

@@ -69,6 +69,7 @@ def _experiments(module: str) -> Any:
 _WEIGHTS = (
     *(".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar"),
     *(".npz", ".npy", ".msgpack", ".gguf", ".keras", ".h5", ".hdf5", ".onnx"),
+    *(".jit", ".torchscript", ".ptl", ".pt2", ".pt.tar"),
 )
 _INPUT = (
     "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "

@@ -340,5 +340,5 @@ def _parse(text: str) -> tuple[Any, bool, tuple[int, ...]]:
     descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
     # A tuple is a dtype with a shape of its own.
     if not (isinstance(descr, str | list | tuple) and type(fortran) is bool and is_shape(shape)):
-        raise DamagedError("the dtype, the order or the shape in a header is none")
+        raise DamagedError("a header has no valid dtype, order or shape")
     return descr, fortran, shape

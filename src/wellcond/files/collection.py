@@ -199,7 +199,7 @@ class Files:
         return any(file.of_graph for file in self.files.values())
 
     def beside(self, name: str) -> dict[str, Any]:
-        """What a JSON file of this name beside the checkpoint says; nothing if there is none.
+        """The content of the JSON file of this name beside the checkpoint; {} without one.
 
         What files say themselves stands in for config.json, unless they differ.
         """

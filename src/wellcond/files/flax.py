@@ -187,5 +187,5 @@ def _join(unpacker: Unpacker, value: dict[str, Any]) -> _Stored:
 
 def _as_shape(sides: list[Any]) -> tuple[int, ...]:
     if not is_shape(shape := tuple(sides)):
-        raise DamagedError("the shape of an array is none")
+        raise DamagedError("the shape of an array is not a list of lengths")
     return shape

@@ -340,7 +340,7 @@ def _length_of(tensor: Any, count: int) -> int:
 
 
 def _encoded(tensor: Any, width: int) -> bytearray:
-    """The bytes of entries that are stored as numbers, so many of each number."""
+    """The bytes of entries that a field stores as numbers; each entry takes `width` of them."""
     name = _FIELDS.get(_dtype_of(tensor), "int32_data")
     wide = array(_TYPES[name], getattr(tensor, name))
     if not wide or wide.itemsize <= width:

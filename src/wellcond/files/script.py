@@ -98,7 +98,7 @@ class Script(StoredFile):
 
     def _add_notes(self, roles: Mapping[str, str]) -> None:
         """Says of the tensors of a frozen program what is not known of them."""
-        self.not_copied = (  # type: ignore[misc]
+        self.not_copied = (
             "it is a frozen program, which is not written. Repair the weights from which it was "
             "made, and freeze it again"
         )

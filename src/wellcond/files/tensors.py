@@ -124,7 +124,7 @@ class TensorFile(Holder):
     kind: ClassVar[str] = ""
     of_layers: ClassVar[bool] = False
     of_graph: ClassVar[bool] = False
-    not_copied: ClassVar[str] = ""
+    not_copied: str = ""
     entries: dict[str, Entry]
     others: dict[str, Skipped]
     classes: dict[str, TensorClass]
