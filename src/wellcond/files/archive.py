@@ -221,7 +221,7 @@ def refresh_checksums(extent: Extent, keys: Collection[str]) -> None:
             entry = file.read(46)
             if _inner(record) in changed:
                 header = extent.start + record.header_offset
-                start = data_start(file, header)
+                start = _data_start(file, header)
                 checksum = _checksum(file, start, record.file_size)
                 places = [at + 16, header + 14]
                 if record.flag_bits & 8:  # a descriptor follows the bytes, and the header has zeros
@@ -292,16 +292,11 @@ class Records:
 
     def find_regions(self) -> dict[str, Region]:
         """Where the bytes of each record are."""
-        extent, regions = self._extent, {}
-        end = extent.start + extent.size
-        with extent.path.open("rb") as file:
+        regions = {}
+        with self._extent.path.open("rb") as file:
             for name, record in self._infos.items():
-                start = data_start(file, extent.start + record.header_offset)
+                start = find_start(file, self._extent, record)
                 compressed = record.filename if record.compress_type else ""
-                if start + record.compress_size > end or (
-                    not compressed and record.compress_size != record.file_size
-                ):
-                    raise DamagedError("its records go beyond its end")
                 regions[name] = Region(start, record.file_size, compressed)
         return regions
 
@@ -374,7 +369,20 @@ def _inner(record: zipfile.ZipInfo) -> str:
     return record.filename.partition("/")[2].lower()
 
 
-def data_start(file: IO[bytes], header: int) -> int:
+def find_start(file: IO[bytes], whole: Extent, record: zipfile.ZipInfo) -> int:
+    """Where in a file the bytes of a record of an archive begin.
+
+    Raises:
+        DamagedError: they end after the archive, or are not as many as the record says.
+    """
+    start = _data_start(file, whole.start + record.header_offset)
+    differs = not record.compress_type and record.compress_size != record.file_size
+    if differs or start + record.compress_size > whole.start + whole.size:
+        raise DamagedError("its records go beyond its end")
+    return start
+
+
+def _data_start(file: IO[bytes], header: int) -> int:
     """Where the bytes of a record begin, the header of which begins here."""
     file.seek(header + 26)
     name, extra = struct.unpack("<2H", file.read(4))

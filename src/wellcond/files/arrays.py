@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from wellcond.files.archive import Extent, check_unpacked, data_start, errors_as_damage
+from wellcond.files.archive import Extent, check_unpacked, errors_as_damage, find_start
 from wellcond.files.inert import is_shape
 from wellcond.files.pieces import pieces_of
 from wellcond.files.tensors import (
@@ -258,10 +258,10 @@ class Arrays(_NumPy):
                     "as a dense one: numpy.savez(other, w=scipy.sparse.load_npz(path).toarray())."
                 )
             for name, info in found.items():
-                self._read_member(archive, info, name, whole.size)
+                self._read_member(archive, info, name, whole)
 
     def _read_member(
-        self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, end: int
+        self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, whole: Extent
     ) -> None:
         if info.flag_bits & 1:
             raise DamagedError("its arrays are encrypted")
@@ -281,12 +281,8 @@ class Arrays(_NumPy):
         if info.compress_type:
             self._add(name, replace(array, member=info.filename))
             return
-        if info.compress_size != info.file_size:
-            raise DamagedError("an array has two sizes")
         with self.path.open("rb") as file:
-            start = data_start(file, info.header_offset)
-        if start + info.file_size > end:
-            raise DamagedError("its arrays go beyond its end")
+            start = find_start(file, whole, info)
         self._add(name, replace(array, start=start + array.start))
 
 

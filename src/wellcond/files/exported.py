@@ -20,8 +20,8 @@ from wellcond.files.archive import (
     Extent,
     Records,
     check_unpacked,
-    data_start,
     errors_as_damage,
+    find_start,
     load_saved,
     open_records,
 )
@@ -135,9 +135,7 @@ def _find_flat(whole: Extent) -> tuple[Extent, bytes] | None:
         state, description = map(archive.getinfo, FLAT)
         _check_uncompressed(whole.path, bool(state.compress_type))
         with whole.path.open("rb") as file:
-            start = data_start(file, state.header_offset)
-        if start + state.file_size > whole.size:
-            raise DamagedError("its records go beyond its end")
+            start = find_start(file, whole, state)
         if description.file_size > _JSON:
             return Extent(whole.path, start, state.file_size), b"{}"
         return Extent(whole.path, start, state.file_size), archive.read(description)

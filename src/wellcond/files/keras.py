@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.files.archive import Extent, data_start, is_archive
+from wellcond.files.archive import Extent, find_start, is_archive
 from wellcond.files.hdf5 import Array, Group, open_hdf5, read_array, read_tree
 from wellcond.files.pieces import pieces_of
 from wellcond.files.tensors import (
@@ -276,9 +276,7 @@ def _find_weights(path: Path) -> tuple[Extent, dict[str, Any]]:
                 f"python -m zipfile -e {path.name} folder, and give folder/{_WEIGHTS}."
             )
         with path.open("rb") as file:
-            start = data_start(file, record.header_offset)
-        if start + record.file_size > path.stat().st_size:
-            raise DamagedError("its records go beyond its end")
+            start = find_start(file, whole, record)
     except (OSError, UnreadableError):
         raise
     except DamagedError as error:
