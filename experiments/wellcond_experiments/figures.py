@@ -21,6 +21,18 @@ CYCLE = ("#1f6fb4", "#d98c1f", "#2a9d6f", "#a64ca6", "#c0392b", "#7f7f7f", "#8c6
 MARKERS = "osD^vPX*"
 HUGE = 1e6  # in pictures, larger condition numbers are one
 
+# A picture follows the color scheme of the page that shows it. Text has no color of its own.
+_STYLE = '<style type="text/css">'
+_DARK = """
+@media (prefers-color-scheme: dark) {
+  svg { fill: #cfd0d0 }
+  [style*="fill: #ffffff"] { fill: #131416 !important }
+  [style*="stroke: #ffffff"] { stroke: #131416 !important }
+  [style*="stroke: #000000"] { stroke: #cfd0d0 !important }
+  [style*="stroke: #dddddd"] { stroke: #3b3d40 !important }
+}
+"""
+
 
 def colour(method: str) -> str:
     """Blue for ours, orange for the others, grey for nothing."""
@@ -57,6 +69,8 @@ def save(drawing: Any, path: Path) -> Path:
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
         drawing.savefig(path, **options)
+    if path.suffix == ".svg":
+        path.write_text(path.read_text().replace(_STYLE, _STYLE + _DARK, 1))
     return path
 
 
