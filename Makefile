@@ -89,7 +89,7 @@ docs: $(VENV)/docs-installed
 	    --doctree-dir build/doctrees docs build/site
 	@echo "The site is build/site/index.html."
 
-$(VENV)/docs-installed: $(VENV)/installed
+$(VENV)/docs-installed: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
 	touch $@
 

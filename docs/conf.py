@@ -21,6 +21,7 @@ extensions = [
     "myst_parser",
     "sphinx_copybutton",
     # Our own, in docs/_extensions.
+    "frameworks",
     "docstrings",
     "external",
     "command_line",
@@ -34,7 +35,7 @@ nitpick_ignore_regex = [
 ]
 exclude_patterns = ["_*"]
 smartquotes = False  # --json is an option, not a dash
-highlight_language = "none"  # what is indented is output, not Python
+highlight_language = "none"  # indented blocks are output, not Python
 
 # Docstrings: plain text, with code in `backticks`; see _extensions/docstrings.py.
 default_role = "code_or_name"
@@ -52,7 +53,7 @@ python_use_unqualified_type_names = True
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 
-# Formulas are drawn by one file of MathJax on the site itself, as no page is to need another site.
+# One file of MathJax on the site itself draws the formulas, so that no page needs another site.
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
 mathjax_path = MATHJAX.name
 
@@ -65,10 +66,10 @@ html_show_sourcelink = False
 html_copy_source = False
 html_show_sphinx = False
 
-# Of a program all is copied, of what follows a prompt the commands alone.
+# The copy button takes an entire program, but only the commands after a prompt.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
-copybutton_selector = (  # what is printed, and differences, are not for copying
+copybutton_selector = (  # no button for printed output and for diffs
     "div:not(.highlight-none):not(.highlight-diff) > div.highlight pre"
 )
 copybutton_exclude = ".linenos, .gp, .go"
