@@ -747,7 +747,7 @@ def test_alpha_beside_a_pair_gives_its_scale(tmp_path: Path) -> None:
     save_file(pair, tmp_path / "lora.safetensors")
     (row,) = wc.audit(tmp_path / "lora.safetensors").findings
     assert row.sigma_max == pytest.approx(float(dense(6 / R * B.double() @ A.double())[0]))
-    assert row.detail.endswith("its scale is alpha/r, by the alpha in the file")
+    assert row.detail.endswith("its scale is alpha/r, with the alpha in the file")
 
 
 @pytest.mark.parametrize("strange", [torch.tensor(math.nan), torch.ones(3), torch.tensor(3)])

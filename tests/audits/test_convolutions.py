@@ -167,7 +167,7 @@ def test_an_example_initialises_nothing() -> None:
 
 def test_an_example_that_does_not_fit_is_refused_and_leaves_no_hook(tmp_path: Any) -> None:
     model = Net().train()
-    with pytest.raises(ValueError, match=r"`example` must be what the model takes.*RuntimeError"):
+    with pytest.raises(ValueError, match=r"`example` must be a valid input.*RuntimeError"):
         wc.audit(model, example=torch.zeros(2, 5, 8, 8))
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())

@@ -209,7 +209,7 @@ def test_a_limit_on_a_part_by_its_exact_name_holds_in_the_part_and_says_so(
     (found,) = wc.audit(layer).findings
     assert found.condition_number == torch.inf
     (found,) = wc.audit(layer, include=["weight_orig"]).findings
-    assert found.detail == "a part from which weight is computed, and not what acts"
+    assert found.detail == "a part from which weight is computed, not the effective weight"
 
 
 def test_a_forward_of_its_own_is_followed_too() -> None:

@@ -127,7 +127,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
         "emb.weight": "an embedding: its rows are looked up, not multiplied",
         "norm.weight": "not a matrix: a vector",
         "lin.bias": "not a matrix: a vector",
-        "experts.weight": "a parameter whose use is not known: of Mystery",
+        "experts.weight": "a parameter whose use is unknown: of Mystery",
         "para.parametrizations.weight.original": str(wc.report.Reason.parametrized.value),
         "lazy.weight": "not initialised yet: run the model once first",
         "none.weight": "not a matrix: it has no entries",

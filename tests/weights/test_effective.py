@@ -177,7 +177,7 @@ def test_weights_without_values_are_named() -> None:
             use()
 
 
-LIVE_NOTES = ("holds query, key and value head by head",)
+LIVE_NOTES = ("stores query, key and value interleaved by head",)
 LIVE_REASONS = {Reason.embedding, Reason.number, Reason.vector, Reason.empty, Reason.unknown_use}
 
 

@@ -366,7 +366,7 @@ def test_no_operator_is_made_of_a_convolution_that_slides_otherwise(kind: type[n
     layer = seeded(kind, 3, 4, 3)
     found = only(wc.audit(layer, example=torch.zeros(1, 3, 8, 8)))
     assert found.label == "weight:kernel"
-    assert "how the layer's own forward slides it is not known" in found.detail
+    assert "how the layer's own forward applies it is unknown" in found.detail
 
 
 def test_an_activation_after_a_convolution_leaves_its_operator() -> None:

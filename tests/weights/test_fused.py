@@ -241,7 +241,7 @@ def test_rows_of_gate_and_up_take_turns_where_that_is_known() -> None:
             assert torch.equal(found[f"gate:{i}"], gate)
             assert torch.equal(found[f"up:{i}"], up)
     unknown = find_views_in_file(GPT_OSS, {})["gate_up_proj"]
-    assert "whether gate and up are blocks or take turns" in unknown.note
+    assert "whether rows of gate and up are blocks or alternate" in unknown.note
 
 
 def in_heads(order: str) -> Tensor:
@@ -274,7 +274,7 @@ def test_rows_whose_order_is_not_known_are_one_matrix(
         assert found.keys() == {f"attn.{name}.weight", f"attn.{output}.weight"}
         row = found[f"attn.{name}.weight"]
         assert row.condition_number == pytest.approx(float(wc.condition_number(W)))
-        assert "no known class or model_type tells the order of its rows" in row.detail
+        assert "no known class or model_type determines the order of its rows" in row.detail
 
 
 def rows(report: wc.AuditReport) -> dict[str, Finding]:

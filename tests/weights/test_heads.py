@@ -191,14 +191,14 @@ def test_names_are_those_of_the_modules() -> None:
 
 def test_notes_say_what_is_left_out() -> None:
     notes = {head.view: head.note for head in only(Timm()).heads}
-    assert set(notes.values()) == {"`qkv` taken as q, k, v"}
+    assert set(notes.values()) == {"`qkv` read as q, k, v"}
     model = Timm()
     model.q_norm, model.norm = nn.LayerNorm(5), nn.LayerNorm(15)
     model.rope = object()
     notes = {head.view: head.note for head in only(model).heads}
     assert "without the rotation by position (RoPE)" in notes["qk1"]
     assert "without the norms of queries and keys (`q_norm`)" in notes["qk1"]
-    assert "without `norm`, which stands between" in notes["vo1"]
+    assert "without `norm` between the two factors" in notes["vo1"]
     assert "RoPE" not in notes["vo1"]
     model.logit_scale = nn.Parameter(torch.ones(3))
     assert "(`logit_scale`)" in only(model).heads[0].note
@@ -502,7 +502,7 @@ def test_heads_of_a_model_of_peft_are_those_of_its_base(tmp_path: Path) -> None:
     for name, products in expected.items():
         attention = found[f"base_model.model.{name}"]
         close(dense(attention), products)
-        assert "without what PEFT adds to them" in attention.heads[0].note
+        assert "without what PEFT adds to the projections" in attention.heads[0].note
     torch.save(model.state_dict(), tmp_path / "model.pt")
     config.to_json_file(tmp_path / "config.json")
     of_model, of_file = (

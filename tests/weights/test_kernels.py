@@ -86,16 +86,16 @@ KERNELS: dict[str, tuple[Shape, Shape | None, str]] = {
     "text_encoder.project.weight": ((384, 192, 1), (384,), ""),
     "decoder.upsampler.0.weight": ((32, 16, 16), (16,), ""),
     "input_blocks.3.1.qkv.weight": ((96, 32, 1), (96,), ""),
-    "net.1.weight": ((64, 32, 3), (64,), "nn.Bilinear has a bias too"),
-    "layers.0.net.4.weight": ((64, 64, 3), (64,), "Conv1d or of a ConvTranspose1d"),
+    "net.1.weight": ((64, 32, 3), (64,), "nn.Bilinear also has a bias"),
+    "layers.0.net.4.weight": ((64, 64, 3), (64,), "Conv1d or a ConvTranspose1d"),
     "blocks.0.2.weight": ((64, 1, 31), (64,), "as one group"),
-    "post.weight": ((1, 32, 7), (1,), "nn.Bilinear has a bias too"),
-    "mix.weight": ((48, 32, 1), None, "which is a guess"),
-    "depthwise.weight": ((64, 1, 3), None, "which is a guess; read as one group"),
+    "post.weight": ((1, 32, 7), (1,), "nn.Bilinear also has a bias"),
+    "mix.weight": ((48, 32, 1), None, "guessed from its shape"),
+    "depthwise.weight": ((64, 1, 3), None, "guessed from its shape; read as one group"),
     "up.weight": ((64, 8, 16), (32,), "a transposed convolution of 4 groups"),
-    "encoder.filterbank._filters": ((512, 1, 16), None, "which is a guess"),
-    "x.weight": ((128, 80, 64), (128,), "nn.Bilinear has a bias too"),
-    "some_kernels": ((8, 6, 3, 3), None, "which is a guess"),
+    "encoder.filterbank._filters": ((512, 1, 16), None, "guessed from its shape"),
+    "x.weight": ((128, 80, 64), (128,), "nn.Bilinear also has a bias"),
+    "some_kernels": ((8, 6, 3, 3), None, "guessed from its shape"),
     "conv.weight": ((8, 6, 3), None, ""),
 }
 
@@ -113,10 +113,10 @@ STACKS: dict[str, tuple[Shape, Shape | None, str]] = {
     "experts.weight": ((4, 32, 16), None, ""),
     "moe.w1": ((64, 32, 16), None, ""),
     "layers.weight": ((4, 32, 16), (4, 32), ""),
-    "pair.weight": ((5, 16, 16), (5,), "which is a guess"),
+    "pair.weight": ((5, 16, 16), (5,), "guessed from its square slices"),
     "bilinear.weight": ((8, 6, 7), (8,), ""),
-    "w_q": ((16, 128, 64), None, "which is a guess"),
-    "heads.weight": ((4, 32, 16), None, "which is a guess"),
+    "w_q": ((16, 128, 64), None, "guessed from its shape"),
+    "heads.weight": ((4, 32, 16), None, "guessed from its shape"),
     "one": ((1, 32, 16), None, ""),
 }
 
@@ -137,7 +137,7 @@ INPUTS_FIRST: dict[str, tuple[Shape, int, str]] = {
     "conv2d/kernel:0": ((3, 3, 8, 16), 3, ""),
     "params.Conv_0.kernel": ((1, 1, 8, 16), 3, ""),
     "conv3d.kernel": ((3, 3, 3, 4, 8), 4, ""),
-    "params.Conv_1.kernel": ((4, 3, 3, 4, 8), 4, "it would be a stack"),
+    "params.Conv_1.kernel": ((4, 3, 3, 4, 8), 4, "it is a stack"),
     "conv1d.kernel": ((5, 8, 16), 2, ""),
     "sep.pointwise_kernel": ((1, 1, 8, 16), 3, ""),
     "sep.depthwise_kernel": ((3, 3, 8, 2), 2, "as one group"),
@@ -146,7 +146,7 @@ INPUTS_FIRST: dict[str, tuple[Shape, int, str]] = {
     "attention.query.kernel": ((12, 3, 4), 1, ""),
     "attention.out.kernel": ((3, 4, 12), 2, ""),
     "layers.mlp.kernel": ((6, 16, 32), 2, "it may be a stack"),
-    "vars.0": ((3, 3, 16, 32), 3, "which is a guess"),
+    "vars.0": ((3, 3, 16, 32), 3, "guessed from its shape"),
 }
 
 

@@ -206,7 +206,7 @@ def test_layers_that_share_a_weight_and_act_differently_are_named(
     masked.weight = plain.weight
     for net in (nn.Sequential(plain, masked), nn.Sequential(masked, plain)):
         (row,) = wc.audit(net).findings
-        assert 'another weight acts in "1.weight", which shares it' in row.detail
+        assert 'shared with "1.weight", where the effective weight is different' in row.detail
         caplog.clear()
         wc.Regularizer(net, wc.ConditionPenalty(0.1))
         (record,) = caplog.records
