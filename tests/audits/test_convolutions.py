@@ -160,7 +160,7 @@ def test_a_wrapped_model_is_asked_inside() -> None:
 
 def test_an_example_initialises_nothing() -> None:
     model = nn.Sequential(nn.LazyConv2d(3, 3), nn.Conv2d(3, 3, 3))
-    with pytest.raises(ValueError, match="some are not initialised"):
+    with pytest.raises(ValueError, match="weights are all initialised"):
         wc.audit(model, example=torch.zeros(1, 2, 9, 9))
     assert isinstance(model[0].weight, nn.parameter.UninitializedParameter)
 

@@ -595,8 +595,8 @@ def test_products_of_integers_have_the_scale_that_follows(tmp_path: Path) -> Non
     path = saved(tmp_path / "b.onnx", dynamic("a"), weights, (1, 3))
     assert reasons(path)["W"] is Reason.quantised
     assert str(Checkpoint(path).skipped()["W"]) == (
-        "quantised, and cannot be dequantised here: MatMulInteger the MatMulInteger has no scale "
-        "that is known for it"
+        "quantised, and cannot be dequantised here: MatMulInteger the MatMulInteger has no known "
+        "scale for it"
     )
 
 
