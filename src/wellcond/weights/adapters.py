@@ -379,7 +379,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_in_stack(path: str, stacks: list[str]) -> bool:
-    """Whether a module holds one of these parameters: `mlp.experts` holds `mlp.experts.down_proj`.
+    """Whether a module has one of these parameters: `mlp.experts` has `mlp.experts.down_proj`.
 
     A parameter without a path matches no module.
     """

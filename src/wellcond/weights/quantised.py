@@ -133,7 +133,7 @@ def _find_in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) ->
                 if not surely and entries(shape) == 1 and not holds_codes(weight):
                     continue
                 reason = Reason.quantised if surely else Reason.perhaps_codes
-                detail = f"codes in {kind} beside {scale}" if surely else scale
+                detail = f"codes in {kind} with {scale}" if surely else scale
                 found[weight] = Skipped(reason, detail)
                 offsets = (re.sub(r"scales?(_inv)?$", zero, scale) for zero in _ZEROS)
                 for part in (scale, *(offset for offset in offsets if offset in tensors)):
