@@ -70,7 +70,7 @@ _OTHER_ADAPTERS = {
     "VeRA": r"p?vera_(A|B|lambda_[bd])",
 }
 _ANY_OTHER = re.compile("|".join(_OTHER_ADAPTERS.values()))
-# A regular expression from a file must not repeat groups and has at most two repeats, so that
+# A regular expression from a file must not repeat groups and can have at most two repeats, so that
 # matching is fast.
 _REPEATED_GROUP, _REPEATS, _LONG = re.compile(r"\)[*+?{]|\\\d|\(\?"), re.compile(r"[*+{]"), 300
 # Initialisations that change the base so that W + s B A is the original W.
