@@ -379,7 +379,7 @@ def test_of_kernels_in_a_file_is_said_that_groups_are_unknown(
     model = nn.Sequential(nn.Linear(4, 3), *convolutions)
     path = tmp_path / "a.pt"
     torch.save(model.state_dict(), path)
-    note = f"{are} read as one group, because a file does not say how many: audit the model"
+    note = f"{are} read as one group, because a file does not state the groups: audit the model"
     report = wc.audit(path)
     assert report.coverage.note == note
     assert note in report.table()

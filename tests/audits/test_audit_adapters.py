@@ -288,7 +288,7 @@ UNKNOWN = [
     ({"alpha_pattern": {"(.*)*q_proj": 8}}, {}, "is too complex"),
     ({"alpha_pattern": {"[": 8}}, {}, "is not a regular expression"),
     ({"target_parameters": ["experts"], "r": 1}, {}, "a stack of matrices"),
-    ({}, {"lora_diag": entries(R)}, "with lora_diag beside A and B"),
+    ({}, {"lora_diag": entries(R)}, "with lora_diag in addition to A and B"),
 ]
 
 
@@ -747,7 +747,7 @@ def test_alpha_beside_a_pair_gives_its_scale(tmp_path: Path) -> None:
     save_file(pair, tmp_path / "lora.safetensors")
     (row,) = wc.audit(tmp_path / "lora.safetensors").findings
     assert row.sigma_max == pytest.approx(float(dense(6 / R * B.double() @ A.double())[0]))
-    assert row.detail.endswith("its scale is alpha/r, by the alpha in the file")
+    assert row.detail.endswith("its scale is alpha/r, with the alpha in the file")
 
 
 @pytest.mark.parametrize("strange", [torch.tensor(math.nan), torch.ones(3), torch.tensor(3)])
@@ -765,7 +765,8 @@ def test_an_alpha_that_is_no_number_is_none(strange: Tensor, tmp_path: Path) -> 
 def test_what_is_more_than_a_pair_is_not_measured_as_one(more: str, tmp_path: Path) -> None:
     tensors = {"x.lora_down.weight": entries(R, N), "x.lora_up.weight": entries(M, R)}
     save_file(tensors | {f"x.{more}": entries(R, R)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=f"with {more.removesuffix('.weight')} beside A and B"):
+    why = f"with {more.removesuffix('.weight')} in addition to A and B"
+    with pytest.raises(ValueError, match=why):
         wc.audit(tmp_path / "lora.safetensors")
 
 

@@ -187,9 +187,12 @@ def test_a_file_and_its_model_agree(tmp_path: Path, whole: bool) -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (None, "the number of its heads is unknown; there is no config.json beside it"),
-        ("[" * 100_000, "the number of its heads is unknown; there is no config.json beside it"),
-        ([1, 2], "the number of its heads is unknown; there is no config.json beside it"),
+        (None, "the number of its heads is unknown; there is no config.json in its folder"),
+        (
+            "[" * 100_000,
+            "the number of its heads is unknown; there is no config.json in its folder",
+        ),
+        ([1, 2], "the number of its heads is unknown; there is no config.json in its folder"),
         ({"hidden_size": 12}, "the number of its heads is unknown"),
         ({"num_attention_heads": "4"}, "the number of its heads is unknown"),
         ({"num_attention_heads": 4, "hidden_size": 12}, "are not 4 equal heads of 3 rows"),
@@ -234,7 +237,7 @@ def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
     for name in (*layers, "bert.self"):
         assert rows[f"{name}:qk1"].singular_values == pytest.approx(sigma[:4].tolist())
         assert rows[f"{name}:vo1"].singular_values == pytest.approx(carried[:4].tolist())
-        assert "a rotation by position, if there is one" in rows[f"{name}:qk1"].detail
+        assert "without a rotation by position, if any" in rows[f"{name}:qk1"].detail
 
 
 @pytest.mark.parametrize(("kind", "known"), [("gpt_neox", True), ("mine", False), ("", False)])

@@ -62,7 +62,7 @@ def test_sums_are_those_that_peft_merges(kind: Path, tmp_path: Path) -> None:
 def test_what_is_added_is_measured_alone_where_it_follows(kind: Path, tmp_path: Path) -> None:
     before, after = (load_file(kind / f"{one}.safetensors") for one in ("base", "merged"))
     if kind.name in ("vera", "randlora"):
-        with pytest.raises(ValueError, match="do not say how many inputs it has"):
+        with pytest.raises(ValueError, match="do not give its number of inputs"):
             wc.audit(tmp_path / "adapter")
         return
     report = wc.audit(tmp_path / "adapter")
@@ -211,8 +211,8 @@ def test_files_of_kohya_and_lycoris_are_the_changes_written_out(
 
 
 MORE = [
-    ("LoHa", "scalar", "with scalar beside its factors, it is not a known LoHa"),
-    ("LoKr", "dora_scale", "with dora_scale beside its factors, it is not a known LoKr"),
+    ("LoHa", "scalar", "with scalar in addition to its factors, it is not a known LoHa"),
+    ("LoKr", "dora_scale", "with dora_scale in addition to its factors, it is not a known LoKr"),
 ]
 
 
@@ -229,7 +229,7 @@ def test_what_is_more_than_a_form_is_not_measured_as_one(
 def test_tensors_that_do_not_fit_each_other_are_a_reason(tmp_path: Path) -> None:
     tensors: dict[str, Any] = of_files()["LoHa"][0] | {"hada_w1_a": entries(M + 1, R)}
     save_file({f"lycoris_q.{n}": t for n, t in tensors.items()}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"do not fit each other: hada_w1_a \(7, 2\), "):
+    with pytest.raises(ValueError, match=r"have incompatible shapes: hada_w1_a \(7, 2\), "):
         wc.audit(tmp_path / "a.safetensors")
 
 

@@ -160,14 +160,14 @@ def test_a_wrapped_model_is_asked_inside() -> None:
 
 def test_an_example_initialises_nothing() -> None:
     model = nn.Sequential(nn.LazyConv2d(3, 3), nn.Conv2d(3, 3, 3))
-    with pytest.raises(ValueError, match="some are not initialised"):
+    with pytest.raises(ValueError, match="weights are all initialised"):
         wc.audit(model, example=torch.zeros(1, 2, 9, 9))
     assert isinstance(model[0].weight, nn.parameter.UninitializedParameter)
 
 
 def test_an_example_that_does_not_fit_is_refused_and_leaves_no_hook(tmp_path: Any) -> None:
     model = Net().train()
-    with pytest.raises(ValueError, match=r"`example` must be what the model takes.*RuntimeError"):
+    with pytest.raises(ValueError, match=r"`example` must be a valid input.*RuntimeError"):
         wc.audit(model, example=torch.zeros(2, 5, 8, 8))
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())

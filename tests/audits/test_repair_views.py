@@ -136,7 +136,7 @@ def test_every_block_has_a_limit_of_its_own(tmp_path: Path) -> None:
     assert {one.label for one in report.repairs} == {
         one.label for one in wc.audit(tmp_path / "a.pt").findings
     }
-    (line,) = (line for line in str(report).splitlines() if "tells the order of its rows" in line)
+    (line,) = (line for line in str(report).splitlines() if "the order of its rows" in line)
     assert line.startswith("attention.query_key_value.weight: `query_key_value` is one matrix")
     found = {one.label: one.condition_number for one in wc.audit(tmp_path / "b.pt").findings}
     assert max(found.values()) <= 4.0

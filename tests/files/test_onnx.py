@@ -448,9 +448,9 @@ def test_other_constants_are_left_out_with_a_reason(tmp_path: Path) -> None:
     }
     skipped = Checkpoint(path).skipped()
     assert str(skipped["v"]) == (
-        "a constant from which the graph computes a weight, which is not measured: by Mul the Mul"
+        "a constant from which the graph computes a weight that is not measured: by Mul the Mul"
     )
-    assert str(skipped["odd"]) == "a parameter whose use is not known: Odd of local takes it"
+    assert str(skipped["odd"]) == "a parameter whose use is unknown: Odd of local uses it"
 
 
 def test_names_say_nothing_where_nodes_do(tmp_path: Path) -> None:
@@ -595,8 +595,8 @@ def test_products_of_integers_have_the_scale_that_follows(tmp_path: Path) -> Non
     path = saved(tmp_path / "b.onnx", dynamic("a"), weights, (1, 3))
     assert reasons(path)["W"] is Reason.quantised
     assert str(Checkpoint(path).skipped()["W"]) == (
-        "quantised, and cannot be dequantised here: MatMulInteger the MatMulInteger has no scale "
-        "that is known for it"
+        "quantised, and cannot be dequantised here: MatMulInteger the MatMulInteger has no known "
+        "scale for it"
     )
 
 
@@ -767,8 +767,8 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "no data": (lambda: changed(raw_data=b""), "must have 60 bytes, but has 0"),
     "huge": (lambda: changed(dims=[1 << 62, 1 << 62]), "must have"),
     "negative": (lambda: changed(dims=[-3, -5]), "has the shape"),
-    "recursive functions": (recursive, "hold each other too often"),
-    "functions that call functions": (lambda: doubled(39), "hold each other too often"),
+    "recursive functions": (recursive, "are nested too deeply or too often"),
+    "functions that call functions": (lambda: doubled(39), "are nested too deeply or too often"),
     "no weights": (lambda: model([node("Identity", "X")], {}), "must hold a weight matrix"),
 }
 

@@ -265,7 +265,7 @@ def test_a_kernel_of_a_frozen_program_is_known_only_by_its_shape(tmp_path: Path)
     frozen(tmp_path / "a.jit", nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)))
     (finding,) = wc.audit(tmp_path / "a.jit").findings
     assert finding.label == "CONSTANTS.c0:kernel"
-    assert finding.detail == f"{LOST}; a kernel only by its shape, which is a guess"
+    assert finding.detail == f"{LOST}; a kernel, guessed from its shape"
 
 
 def test_constants_of_a_program_with_parameters_are_not_weights(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def sharded_views() -> None:
         wc.Regularizer(
             distributed(zoo(), mesh(2), [Shard(1)]), {"conv*": wc.ConditionPenalty(1.0), "*": None}
         )
-    with pytest.raises(ValueError, match="sharded over processes"):
+    with pytest.raises(ValueError, match="sharded across processes"):
         wc.audit(distributed(zoo(), mesh(2), [Shard(0)]))
 
 

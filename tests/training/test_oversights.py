@@ -110,7 +110,7 @@ def test_a_weight_that_has_been_parametrized_since_is_refused_in_words() -> None
     layer = nn.Linear(4, 4)
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.1))
     nn.utils.parametrizations.spectral_norm(layer)
-    with pytest.raises(ValueError, match=r"must still be a parameter.*Make a new Regularizer"):
+    with pytest.raises(ValueError, match=r"must still be a parameter.*Create a new Regularizer"):
         reg()
 
 

@@ -1,4 +1,4 @@
-"""Small models of transformers and timm, one for each way in which weights are stored."""
+"""Small models of transformers and timm, one for each storage layout of weights."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ TIMM: dict[str, dict[str, Any]] = {
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """With no two matrices alike, and none of them zero, as some are at first."""
+    """Fills every parameter with random numbers, because some are zero or equal at first."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)

@@ -7,7 +7,7 @@ import pytest
 
 from wellcond.weights import architectures as arch
 
-# Names that transformers does not use (any more), and who does.
+# Names that transformers does not use (or no longer), and their origin.
 ELSEWHERE = {
     "in_proj_weight": "torch",
     "multi_query_attention": "ChatGLM",
@@ -26,7 +26,7 @@ ELSEWHERE = {
     "weights_in": "transformers 4",
     "weights_out": "transformers 4",
 }
-OWN_CODE = {"florence", "refinedweb", "refinedwebmodel"}  # model types outside of transformers
+OWN_CODE = {"florence", "refinedweb", "refinedwebmodel"}  # model types not in transformers
 
 
 def parts() -> set[str]:
@@ -41,7 +41,7 @@ def parts() -> set[str]:
 
 
 @pytest.mark.frameworks
-def test_every_name_is_one_of_a_library() -> None:
+def test_every_name_occurs_in_a_library() -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
     gguf = pytest.importorskip("gguf")
     models = Path(transformers.__file__).parent / "models"
@@ -61,7 +61,7 @@ def test_every_name_is_one_of_a_library() -> None:
 
 
 @pytest.mark.frameworks
-def test_every_model_type_is_one_of_transformers() -> None:
+def test_every_model_type_is_known_to_transformers() -> None:
     pytest.importorskip("transformers", minversion="5")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

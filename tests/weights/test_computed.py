@@ -1,4 +1,4 @@
-"""Weights that hooks of torch.nn.utils compute, measured as a pass in eval mode has them."""
+"""Weights that hooks of torch.nn.utils compute are measured as in a forward pass in eval mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def seed() -> Iterator[None]:
 
 
 def moved(layer: nn.Module) -> nn.Module:
-    """After what an optimizer does: the attribute of the last forward pass is stale."""
+    """Changes the parameters like an optimizer step, so that the computed attribute is stale."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(torch.rand_like(parameter) + 0.5)
@@ -69,9 +69,7 @@ def acting(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("training", [True, False])
-def test_it_is_measured_as_it_acts_and_nothing_is_changed(
-    way: str, kind: str, training: bool
-) -> None:
+def test_computed_weight_is_measured_without_changes(way: str, kind: str, training: bool) -> None:
     make, shape = LAYERS[kind]
     layer = make()
     layer(torch.randn(2, *shape))
@@ -99,7 +97,7 @@ def test_it_is_measured_as_it_acts_and_nothing_is_changed(
     assert all(name.startswith("0.weight_") for name in parts)
 
 
-def test_a_loaded_state_is_believed_and_not_the_attribute_of_the_last_forward_pass() -> None:
+def test_computed_weight_after_load_state_dict_is_current() -> None:
     first, second = (torch.nn.utils.spectral_norm(nn.Linear(7, 5)) for _ in range(2))
     first(torch.randn(3, 7)), second(torch.randn(3, 7))
     first.load_state_dict(second.state_dict())
@@ -108,7 +106,7 @@ def test_a_loaded_state_is_believed_and_not_the_attribute_of_the_last_forward_pa
     assert found.condition_number == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_a_row_that_is_pruned_away_is_seen() -> None:
+def test_pruned_row_gives_infinite_kappa() -> None:
     layer = pruned(nn.Linear(20, 12))
     (found,) = wc.audit(layer).findings
     assert (found.label, found.condition_number) == ("weight", torch.inf)
@@ -117,7 +115,7 @@ def test_a_row_that_is_pruned_away_is_seen() -> None:
     assert (found.label, found.condition_number) == ("weight", torch.inf)
 
 
-def test_gates_of_a_recurrent_layer_and_blocks_of_attention_are_seen() -> None:
+def test_computed_weights_of_lstm_and_attention_are_split() -> None:
     lstm = torch.nn.utils.weight_norm(nn.LSTM(4, 3), "weight_hh_l0")
     labels = {f.label for f in wc.audit(moved(lstm)).findings}
     assert labels == {f"weight_{side}_l0:{gate}" for side in ("ih", "hh") for gate in "ifgo"}
@@ -133,8 +131,8 @@ def test_gates_of_a_recurrent_layer_and_blocks_of_attention_are_seen() -> None:
     assert q.condition_number == pytest.approx(float(wc.condition_number(kept[:8])), rel=1e-9)
 
 
-def test_attention_uses_the_attribute_of_its_out_proj_as_it_stands() -> None:
-    """It never calls the layer, so that no hook renews the attribute."""
+def test_stale_out_proj_of_attention_is_used() -> None:
+    """Attention never calls the layer, so no hook updates the attribute."""
     attention = nn.MultiheadAttention(8, 2).eval()
     torch.nn.utils.weight_norm(attention.out_proj)
     attention.out_proj.weight_g.data.mul_(torch.rand(8, 1) + 0.1)
@@ -150,14 +148,14 @@ def test_attention_uses_the_attribute_of_its_out_proj_as_it_stands() -> None:
     assert found.condition_number == pytest.approx(float(expected), rel=1e-9)
 
 
-def test_an_embedding_stays_one() -> None:
+def test_normed_embedding_is_skipped() -> None:
     model = nn.Sequential(torch.nn.utils.weight_norm(nn.Embedding(8, 4)), nn.Linear(4, 3))
     report = wc.audit(model)
     assert [f.label for f in report.findings] == ["1.weight"]
     assert report.coverage.skipped["0.weight"].reason is Reason.embedding
 
 
-def test_what_a_hook_computes_that_is_not_known_is_left_out() -> None:
+def test_weight_of_unknown_hook_is_skipped() -> None:
     layer = nn.Linear(4, 4)
     orig = layer.weight
     del layer._parameters["weight"]
@@ -174,7 +172,7 @@ def test_what_a_hook_computes_that_is_not_known_is_left_out() -> None:
     assert report.coverage.parameter_share == pytest.approx(12 / (16 + 4 + 12 + 3))
 
 
-def test_a_part_that_is_gone_is_a_reason_and_no_crash() -> None:
+def test_missing_part_of_computed_weight_is_a_reason() -> None:
     layer = torch.nn.utils.spectral_norm(nn.Linear(4, 4))
     del layer._buffers["weight_u"]
     report = wc.audit(nn.Sequential(layer, nn.Linear(4, 3)))
@@ -183,7 +181,7 @@ def test_a_part_that_is_gone_is_a_reason_and_no_crash() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_limits_leave_out_the_parts_and_say_why(way: str) -> None:
+def test_limits_skip_parts_of_computed_weights(way: str) -> None:
     model = nn.Sequential(WAYS[way](nn.Linear(5, 5)), nn.Linear(5, 5))
     reg = wc.Regularizer(model, wc.ConditionLimit(3.0))
     assert reg.names == ["1.weight"]
@@ -193,7 +191,7 @@ def test_limits_leave_out_the_parts_and_say_why(way: str) -> None:
         assert str(why).startswith(f"{Reason.component.value}: weight by")
 
 
-def test_a_limit_on_a_part_by_its_exact_name_holds_in_the_part_and_says_so(
+def test_limit_on_a_part_by_exact_name_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     layer = pruned(nn.Linear(20, 12))
@@ -209,10 +207,10 @@ def test_a_limit_on_a_part_by_its_exact_name_holds_in_the_part_and_says_so(
     (found,) = wc.audit(layer).findings
     assert found.condition_number == torch.inf
     (found,) = wc.audit(layer, include=["weight_orig"]).findings
-    assert found.detail == "a part from which weight is computed, and not what acts"
+    assert found.detail == "a part from which weight is computed, not the effective weight"
 
 
-def test_a_forward_of_its_own_is_followed_too() -> None:
+def test_computed_weight_passes_through_own_forward() -> None:
     class Masked(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight.tril())
@@ -223,7 +221,7 @@ def test_a_forward_of_its_own_is_followed_too() -> None:
     assert found.condition_number == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_the_operator_of_a_convolution_has_the_computed_kernel() -> None:
+def test_operator_of_convolution_uses_computed_kernel() -> None:
     layer = moved(torch.nn.utils.spectral_norm(nn.Conv2d(3, 4, 2)))
     plain = nn.Conv2d(3, 4, 2)
     plain.weight.data = acting(layer, (3, 5, 5))

@@ -1,4 +1,4 @@
-"""Which matrices a model holds, under which names and patterns, and why others are left out."""
+"""The matrices that a model contains, their names and patterns, and the reasons for the others."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ EVERYTHING = wc.ConditionPenalty(0.1)
 
 
 class Conv1D(nn.Module):
-    """As in the transformers library: a Linear that is stored as (in, out)."""
+    """A Linear that is stored as (in, out), as in the transformers library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Conv1D(nn.Module):
 
 
 class Experts(nn.Module):
-    """One matrix an expert, as transformers has them."""
+    """One matrix per expert, as in transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Experts(nn.Module):
 
 
 class Mystery(Experts):
-    """Nobody knows what it does with its weight."""
+    """A class whose use of its weight is unknown."""
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -109,7 +109,7 @@ def test_blocks_of_in_proj_are_those_of_query_key_and_value() -> None:
         torch.testing.assert_close(weight.view(weight.parameters[0]), blocks[weight.name[-1]])
 
 
-def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
+def test_skipped_parameters_have_reasons() -> None:
     model = nn.ModuleDict(
         {
             "emb": nn.Embedding(5, 4),
@@ -127,7 +127,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
         "emb.weight": "an embedding: its rows are looked up, not multiplied",
         "norm.weight": "not a matrix: a vector",
         "lin.bias": "not a matrix: a vector",
-        "experts.weight": "a parameter whose use is not known: of Mystery",
+        "experts.weight": "a parameter whose use is unknown: of Mystery",
         "para.parametrizations.weight.original": str(wc.report.Reason.parametrized.value),
         "lazy.weight": "not initialised yet: run the model once first",
         "none.weight": "not a matrix: it has no entries",
@@ -135,7 +135,7 @@ def test_what_is_no_matrix_is_listed_with_a_reason() -> None:
         assert str(skipped[name]) == text
 
 
-def test_tied_weights_count_once_and_are_matched_by_any_name() -> None:
+def test_tied_weights_count_once_and_match_any_name() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     model["b"].weight = model["a"].weight
     assert wc.Regularizer(model, EVERYTHING).names == ["a.weight"]
@@ -181,7 +181,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
     assert reg.skipped["1.weight"].reason is wc.report.Reason.unmatched
 
 
-def test_a_stack_is_taken_by_its_exact_name_whole_or_matrix_by_matrix() -> None:
+def test_stack_is_selected_entirely_or_by_member() -> None:
     experts = Experts()
     reg = wc.Regularizer(experts, {"weight": EVERYTHING})
     assert reg.names == ["weight"]
@@ -208,7 +208,7 @@ def test_a_stack_is_taken_by_its_exact_name_whole_or_matrix_by_matrix() -> None:
         (0.1, TypeError, "must be a rule or map patterns"),
     ],
 )
-def test_selections_that_select_nothing_are_refused(
+def test_empty_selections_are_refused(
     patterns: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""Models whose weights are no plain parameters: programs, codes, complex numbers, no values."""
+"""Models whose weights are not plain parameters: programs, codes, complex numbers, no values."""
 
 from __future__ import annotations
 
@@ -35,20 +35,18 @@ def programs() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "use", [wc.audit, lambda m: wc.Regularizer(m, wc.ConditionLimit(2.0)), wc.Monitor]
 )
-def test_a_torchscript_program_is_refused_with_the_way_out(
-    kind: str, use: Any, tmp_path: Any
-) -> None:
+def test_torchscript_program_is_refused_with_a_remedy(kind: str, use: Any, tmp_path: Any) -> None:
     program = programs()[kind]
     message = r"eager model|must be an eager module, got a TorchScript program"
     with pytest.raises(ValueError, match=message) as caught:
         use(program)
     assert "torch.save(model.state_dict()" in str(caught.value)
-    if kind != "freeze":  # which has no parameters left
+    if kind != "freeze":  # a frozen program has no parameters left
         torch.save(program.state_dict(), tmp_path / "weights.pt")
         assert wc.audit(tmp_path / "weights.pt").findings
 
 
-def test_a_program_within_a_model_is_left_out_by_name() -> None:
+def test_program_within_a_model_is_skipped() -> None:
     model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4))))
     report = wc.audit(model)
     assert [f.label for f in report.findings] == ["0.weight"]
@@ -58,7 +56,7 @@ def test_a_program_within_a_model_is_left_out_by_name() -> None:
     assert reg.skipped["1.0.weight"].reason is Reason.scripted
 
 
-def test_a_graph_of_torch_fx_is_measured_as_its_model() -> None:
+def test_fx_graph_is_measured_like_its_model() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     found, expected = (
         {f.label: f.condition_number for f in wc.audit(m).findings}
@@ -68,7 +66,7 @@ def test_a_graph_of_torch_fx_is_measured_as_its_model() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_quantised_layers_of_torch_are_named(dynamic: bool) -> None:
+def test_quantised_layers_of_torch_are_skipped(dynamic: bool) -> None:
     quantized = pytest.importorskip("torch.ao.nn.quantized")
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("no engine for quantised layers")
@@ -86,7 +84,7 @@ def test_quantised_layers_of_torch_are_named(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
-def test_narrow_weights_are_left_out_as_codes(dtype: torch.dtype) -> None:
+def test_narrow_weights_are_skipped_as_codes(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
     codes = model[0].weight.detach().to(dtype)
     model[0].weight = nn.Parameter(codes, requires_grad=False)
@@ -96,9 +94,9 @@ def test_narrow_weights_are_left_out_as_codes(dtype: torch.dtype) -> None:
     assert wc.Regularizer(model, wc.ConditionLimit(2.0)).skipped["0.weight"].reason is Reason.codes
 
 
-def test_weights_of_a_class_of_torchao_are_left_out_by_its_name() -> None:
+def test_torchao_weights_are_skipped_with_their_class_name() -> None:
     class AffineQuantizedTensor(Tensor):
-        """A class that lives where those of torchao do."""
+        """A class whose module name is that of torchao."""
 
     AffineQuantizedTensor.__module__ = "torchao.dtypes.affine_quantized_tensor"
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
@@ -111,7 +109,7 @@ def test_weights_of_a_class_of_torchao_are_left_out_by_its_name() -> None:
     assert wc.Regularizer(model, wc.ConditionLimit(2.0)).skipped["0.weight"] == why
 
 
-def test_complex_weights_are_measured_and_left_out_of_limits() -> None:
+def test_complex_weights_are_measured_but_not_limited() -> None:
     model = nn.Sequential(
         nn.Linear(4, 3, dtype=torch.complex64), nn.Conv2d(2, 3, 3, dtype=torch.complex128)
     )
@@ -128,7 +126,7 @@ def test_complex_weights_are_measured_and_left_out_of_limits() -> None:
         assert row.rank == 3
         assert row.grade is wc.report.Grade.certified
         assert row.largest_entry == pytest.approx(float(torch.view_as_real(S).abs().max()))
-        assert row.exceedance != row.exceedance  # of complex Gaussian matrices another law holds
+        assert row.exceedance != row.exceedance  # complex Gaussian matrices follow another law
     assert report.coverage.measured == 2
     with pytest.raises(ValueError, match=r"0.weight: not real floating point: complex64"):
         wc.Regularizer(model, wc.ConditionLimit(2.0))
@@ -137,7 +135,7 @@ def test_complex_weights_are_measured_and_left_out_of_limits() -> None:
     assert str(reg.skipped["0.weight"]) == "not real floating point: complex64"
 
 
-def test_a_zero_row_and_a_dominant_entry_of_a_complex_weight_are_seen() -> None:
+def test_zero_row_and_dominant_entry_of_complex_weight() -> None:
     layer = nn.Linear(4, 5, dtype=torch.complex64)
     layer.weight.data[2] = 0
     (found,) = wc.audit(layer).findings
@@ -147,28 +145,28 @@ def test_a_zero_row_and_a_dominant_entry_of_a_complex_weight_are_seen() -> None:
     assert found.dominant_entry == (3, 1)
 
 
-def test_no_operator_is_made_of_a_complex_kernel() -> None:
-    """A map of its real part would be another one."""
+def test_complex_kernel_has_no_operator_row() -> None:
+    """An operator of its real part would be wrong."""
     layer = nn.Conv2d(2, 3, 2, dtype=torch.complex64)
     (found,) = wc.audit(layer, example=torch.zeros(1, 2, 4, 4, dtype=torch.complex64)).findings
     assert found.label == "weight:kernel"
 
 
-def test_a_complex_weight_that_is_not_finite_says_so() -> None:
+def test_complex_weight_with_nan_is_not_finite() -> None:
     layer = nn.Linear(3, 3, dtype=torch.complex64)
     layer.weight.data[0, 0] = complex(1, float("nan"))
     (found,) = wc.audit(nn.Sequential(layer, nn.Linear(3, 2))).findings[:1]
     assert (found.status, found.detail) == (wc.report.Status.not_finite, "1 of 9 entries")
 
 
-def test_weights_without_values_are_named() -> None:
+def test_meta_weights_are_reported() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 3))
     report = wc.audit(nn.Sequential(model, nn.Linear(3, 2)))
     assert report.coverage.skipped["0.0.weight"].reason is Reason.no_values
     with pytest.raises(ValueError, match=r"0.weight: a tensor without values"):
         wc.audit(model)
-    limited = wc.Regularizer(model, wc.ConditionLimit(2.0))  # it may be made before they are loaded
+    limited = wc.Regularizer(model, wc.ConditionLimit(2.0))  # allowed before values are loaded
     soft = wc.Regularizer(model, wc.ConditionPenalty(1.0))
     uses = [limited.enforce, limited.measure, soft.measure, soft, soft.add_gradients]
     uses += [lambda: soft.proximal_step(0.1), wc.Monitor(model).measure]
@@ -177,16 +175,16 @@ def test_weights_without_values_are_named() -> None:
             use()
 
 
-LIVE_NOTES = ("holds query, key and value head by head",)
+LIVE_NOTES = ("stores query, key and value interleaved by head",)
 LIVE_REASONS = {Reason.embedding, Reason.number, Reason.vector, Reason.empty, Reason.unknown_use}
 
 
 @pytest.mark.frameworks
 @pytest.mark.filterwarnings("ignore")
-def test_models_of_transformers_have_no_note_and_no_weight_is_left_out(
+def test_transformers_models_have_no_notes_and_no_skipped_weights(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Fresh ones, of which all that is multiplied by is stored."""
+    """In untrained models every effective weight is a stored tensor."""
     from architectures import TRANSFORMERS, of_transformers
 
     for name in TRANSFORMERS:

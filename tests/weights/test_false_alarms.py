@@ -1,4 +1,4 @@
-"""Fresh models of every kind raise no alarm, in memory and as files."""
+"""Fresh models of every kind have no non-finite tensors, in memory and as files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import wellcond as wc
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("name", [*TRANSFORMERS, *TIMM])
-def test_a_fresh_model_is_finite(name: str, tmp_path: Path) -> None:
+def test_fresh_model_has_no_nonfinite_tensors(name: str, tmp_path: Path) -> None:
     if name in TIMM:
         timm = pytest.importorskip("timm")
         model = timm.create_model(name, num_classes=7, **TIMM[name])

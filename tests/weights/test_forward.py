@@ -1,4 +1,4 @@
-"""Layers with a forward of their own: what acts is measured, or the row says what is meant."""
+"""Layers with their own forward: audit measures the effective weight or notes that it cannot."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Entrywise(nn.Linear):
 
 
 class Clipped(nn.Linear):
-    """As constraints of EEG networks do it, it changes its parameter."""
+    """Changes its parameter in `forward`, like the constraints of EEG networks."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data.clamp_(-0.1, 0.1)
@@ -103,7 +103,7 @@ def only(report: wc.AuditReport) -> wc.report.Finding:
 
 @pytest.mark.parametrize("kind", LINEAR)
 @pytest.mark.parametrize("shape", [(10, 10), (9, 6), (6, 9)], ids=str)
-def test_the_singular_values_are_those_of_the_map(
+def test_singular_values_are_those_of_the_layer_map(
     kind: type[nn.Linear], shape: tuple[int, int]
 ) -> None:
     layer = seeded(kind, *shape)
@@ -115,20 +115,20 @@ def test_the_singular_values_are_those_of_the_map(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_other_dtypes_are_followed_too(dtype: torch.dtype) -> None:
+def test_own_forward_in_other_dtypes(dtype: torch.dtype) -> None:
     for kind in (Masked, Scaled):
         layer = seeded(kind, 8, 8).to(dtype)
         sigma = torch.linalg.svdvals(map_of(layer, (8,)))
         assert only(wc.audit(layer)).sigma_max == pytest.approx(float(sigma[0]), rel=0.02)
 
 
-def test_weights_handed_to_the_product_count_where_the_input_is_normalised() -> None:
+def test_weight_of_product_counts_if_input_is_normalised() -> None:
     layer = seeded(Normalised, 12, 5)
     expected = wc.condition_number(F.normalize(layer.weight.detach()))
     assert only(wc.audit(layer)).condition_number == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_inputs_of_three_dimensions_are_tried_too() -> None:
+def test_three_dimensional_inputs_are_tried() -> None:
     layer = seeded(ThreeDimensional, 6, 6)
     expected = wc.condition_number(layer.weight.detach() * torch.arange(1, 7))
     assert only(wc.audit(layer)).condition_number == pytest.approx(float(expected), rel=1e-6)
@@ -162,7 +162,7 @@ class Router(nn.Linear):
 
 
 class Joined(nn.Linear):
-    """As Idefics has it: outputs for tokens that were added, of a weight of their own."""
+    """Outputs for added tokens have a separate weight, as in Idefics."""
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__(n, m)
@@ -190,7 +190,7 @@ HARMLESS: list[tuple[type[nn.Module], tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("kind", "sizes"), HARMLESS)
-def test_a_forward_that_leaves_the_weight_alone_adds_no_note(
+def test_forward_that_keeps_the_weight_adds_no_note(
     kind: type[nn.Module], sizes: tuple[int, ...]
 ) -> None:
     layer = seeded(kind, *sizes)
@@ -243,9 +243,7 @@ NOT_KNOWN: list[tuple[type[nn.Module], tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("kind", "sizes"), NOT_KNOWN)
-def test_what_is_not_known_is_said_in_the_row(
-    kind: type[nn.Module], sizes: tuple[int, ...]
-) -> None:
+def test_unknown_effective_weight_is_noted(kind: type[nn.Module], sizes: tuple[int, ...]) -> None:
     layer = seeded(kind, *sizes)
     found = only(wc.audit(layer))
     assert found.detail == UNKNOWN
@@ -254,7 +252,7 @@ def test_what_is_not_known_is_said_in_the_row(
 
 
 class Counts(nn.Linear):
-    """It changes all that a layer can hold."""
+    """Changes everything that a layer can contain."""
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__(n, m)
@@ -280,7 +278,7 @@ class Counts(nn.Linear):
     "kind", [*LINEAR, Logs, Dynamic, Sampled, TwoInputs, Raises, Counts, ThreeDimensional]
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_of_the_layer_is_changed(kind: type[nn.Module], training: bool) -> None:
+def test_audit_does_not_change_the_layer(kind: type[nn.Module], training: bool) -> None:
     layer = seeded(kind, 7, 5).train(training)
     layer.weight.requires_grad_(kind is not Raises)
     called = []
@@ -304,7 +302,7 @@ def test_nothing_of_the_layer_is_changed(kind: type[nn.Module], training: bool) 
 
 
 class MaskedConvolution(nn.Conv2d):
-    """Autoregressive, in raster order."""
+    """An autoregressive convolution, in raster order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -337,7 +335,7 @@ CONVOLUTIONS: list[tuple[type[nn.Module], tuple[int, ...], dict[str, int], tuple
 
 
 @pytest.mark.parametrize(("kind", "sizes", "options", "shape"), CONVOLUTIONS)
-def test_a_convolution_acts_with_the_kernel_of_its_forward(
+def test_operator_of_convolution_uses_kernel_of_its_forward(
     kind: type[nn.Module],
     sizes: tuple[int, ...],
     options: dict[str, int],
@@ -352,7 +350,7 @@ def test_a_convolution_acts_with_the_kernel_of_its_forward(
     assert found.sigma_min == pytest.approx(float(sigma[-1]), rel=1e-4, abs=1e-6)
 
 
-def test_a_standardised_kernel_is_measured_as_the_product_takes_it() -> None:
+def test_standardised_kernel_is_measured() -> None:
     layer = seeded(Standardised, 3, 4, 3)
     W = layer.weight.detach()
     mean, std = W.mean((1, 2, 3), keepdim=True), W.std((1, 2, 3), keepdim=True)
@@ -361,15 +359,15 @@ def test_a_standardised_kernel_is_measured_as_the_product_takes_it() -> None:
 
 
 @pytest.mark.parametrize("kind", [Same, ScaledConvolution])
-def test_no_operator_is_made_of_a_convolution_that_slides_otherwise(kind: type[nn.Module]) -> None:
-    """With the padding that its options say, the map would be another one."""
+def test_convolution_with_other_geometry_has_no_operator_row(kind: type[nn.Module]) -> None:
+    """The operator with the padding of its options would be wrong."""
     layer = seeded(kind, 3, 4, 3)
     found = only(wc.audit(layer, example=torch.zeros(1, 3, 8, 8)))
     assert found.label == "weight:kernel"
-    assert "how the layer's own forward slides it is not known" in found.detail
+    assert "how the layer's own forward applies it is unknown" in found.detail
 
 
-def test_an_activation_after_a_convolution_leaves_its_operator() -> None:
+def test_activation_after_convolution_keeps_its_operator() -> None:
     class ActivatedConvolution(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return F.elu(super().forward(x))
@@ -382,8 +380,8 @@ def test_an_activation_after_a_convolution_leaves_its_operator() -> None:
     assert found.detail == expected.detail
 
 
-def test_only_a_wrapper_around_the_forward_of_the_class_is_seen_through() -> None:
-    """accelerate puts such a wrapper on a layer, and LoRA trainers another function."""
+def test_only_wrappers_of_the_class_forward_are_unwrapped() -> None:
+    """accelerate wraps the forward of a layer; LoRA trainers replace it."""
     wrapped, replaced = seeded(nn.Linear, 5, 4), seeded(nn.Linear, 5, 4)
     inner = wrapped.forward
     wrapped.forward = functools.update_wrapper(functools.partial(lambda x: inner(x)), inner)
@@ -397,7 +395,7 @@ def test_only_a_wrapper_around_the_forward_of_the_class_is_seen_through() -> Non
     assert only(wc.audit(replaced)).detail == UNKNOWN
 
 
-def test_a_layer_of_the_transformers_library_is_stored_transposed() -> None:
+def test_own_forward_of_transposed_conv1d() -> None:
     class Conv1D(nn.Module):
         def __init__(self, nf: int, nx: int) -> None:
             super().__init__()
@@ -418,7 +416,7 @@ def test_a_layer_of_the_transformers_library_is_stored_transposed() -> None:
     assert found.condition_number == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_parametrized_weight_is_followed_through_the_forward() -> None:
+def test_parametrized_weight_passes_through_own_forward() -> None:
     layer = seeded(Masked, 6, 6)
     nn.utils.parametrizations.spectral_norm(layer)
     before = copy.deepcopy(layer.state_dict())
@@ -429,7 +427,7 @@ def test_a_parametrized_weight_is_followed_through_the_forward() -> None:
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
-def test_heads_rest_on_what_acts() -> None:
+def test_heads_use_effective_weights() -> None:
     class Attention(nn.Module):
         def __init__(self, kind: type[nn.Linear]) -> None:
             super().__init__()
@@ -445,8 +443,8 @@ def test_heads_rest_on_what_acts() -> None:
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_no_process_waits_for_others(tmp_path: Any) -> None:
-    """A layer that communicates, audited by one process alone, would wait forever."""
+def test_communicating_layer_is_not_run(tmp_path: Any) -> None:
+    """A layer that communicates would wait forever if only one process audits it."""
 
     class Parallel(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -463,9 +461,7 @@ def test_no_process_waits_for_others(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", [wc.ConditionLimit(4.0), wc.ConditionPenalty(0.1)], ids=repr)
-def test_a_rule_on_a_weight_that_is_changed_later_is_named_once(
-    rule: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rule_on_changed_weight_warns_once(rule: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(seeded(Masked, 6, 6), seeded(Logs, 6, 6), seeded(Dynamic, 6, 6))
     with caplog.at_level(logging.WARNING, logger="wellcond"):
         reg = wc.Regularizer(model, rule)
@@ -479,7 +475,7 @@ def test_a_rule_on_a_weight_that_is_changed_later_is_named_once(
     assert "the rule acts on that, not on the effective weight" not in repr(reg)
 
 
-def test_torch_fake_quantised_layers_act_with_the_quantised_weight() -> None:
+def test_fake_quantised_layer_uses_quantised_weight() -> None:
     quantization = pytest.importorskip("torch.ao.quantization")
     from torch.ao.nn import qat
 
@@ -496,7 +492,7 @@ def test_torch_fake_quantised_layers_act_with_the_quantised_weight() -> None:
     assert found.condition_number == pytest.approx(float(wc.condition_number(W)), rel=1e-6)
 
 
-def test_reference_layers_of_torch_act_with_the_rounded_weight() -> None:
+def test_reference_layer_uses_rounded_weight() -> None:
     reference = pytest.importorskip("torch.ao.nn.quantized.reference")
     kind = {"dtype": torch.qint8, "qscheme": torch.per_tensor_affine}
     layer = seeded(reference.Linear, 6, 4, weight_qparams=kind | {"scale": 0.1, "zero_point": 0})
@@ -505,7 +501,7 @@ def test_reference_layers_of_torch_act_with_the_rounded_weight() -> None:
     assert found.condition_number == pytest.approx(expected, rel=1e-6)
 
 
-def test_layers_without_a_forward_of_their_own_are_not_run() -> None:
+def test_layers_without_own_forward_are_not_run() -> None:
     kinds = (nn.Linear(3, 2), nn.Conv1d(2, 3, 2), nn.ConvTranspose3d(2, 3, 2), nn.Bilinear(2, 3, 4))
     attention = nn.MultiheadAttention(4, 2)
     for layer in (*kinds, attention.out_proj, nn.Embedding(3, 2)):

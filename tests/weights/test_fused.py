@@ -1,4 +1,4 @@
-"""Several matrices in one tensor: a file is cut as the model is, and both as the model computes."""
+"""Tensors with several matrices are split alike in a file and a model, as the model computes."""
 
 import json
 import math
@@ -19,13 +19,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def labels(shapes: Shapes, **config: Any) -> set[str]:
-    """The views of the first tensor, "" of one that is whole."""
+    """The views of the first tensor; "" if it is one matrix."""
     name = next(iter(shapes))
     return set(find_views_in_file(shapes, config)[name].views)
 
 
 QKV, WHOLE = {"q", "k", "v"}, {""}
-# What the config.json of timm beside a file says at least.
+# The minimum that the config.json of timm contains.
 OF_TIMM: dict[str, Any] = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
 
 GPT_OSS: Shapes = {
@@ -34,7 +34,7 @@ GPT_OSS: Shapes = {
     "gate_up_proj_bias": (3, 20),
 }
 
-# Each with the tensors beside it; what config.json says; and the views of the first tensor.
+# The shapes of the tensors, the content of config.json, and the views of the first tensor.
 CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
     "timm": ({"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}, OF_TIMM, QKV),
     "in any order": ({"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}, {}, WHOLE),
@@ -177,13 +177,13 @@ CASES: dict[str, tuple[Shapes, dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_names_alone_cut_nothing(case: str) -> None:
+def test_views_in_file_need_names_shapes_and_config(case: str) -> None:
     shapes, config, expected = CASES[case]
     assert labels(shapes, **config) == expected
 
 
 @pytest.mark.parametrize("config", [{"multi_query": 5}, {"a_config": {"b_config": []}}, {"": 0}])
-def test_odd_configs_do_no_harm(config: dict[str, Any]) -> None:
+def test_odd_configs_are_ignored(config: dict[str, Any]) -> None:
     shapes: Shapes = {"a.qkv.weight": (36, 12), "a.proj.weight": (12, 12)}
     assert labels(shapes, **OF_TIMM, **config) == QKV
     deep: dict[str, Any] = {"num_heads": 2}
@@ -192,7 +192,7 @@ def test_odd_configs_do_no_harm(config: dict[str, Any]) -> None:
     assert labels({"a.q.weight": (4, 4)}, **deep) == WHOLE
 
 
-def test_blocks_are_what_their_names_say_and_share_memory() -> None:
+def test_blocks_match_their_names_and_share_memory() -> None:
     shapes: Shapes = {
         "attn.c_attn.weight": (4, 12),
         "attn.c_proj.weight": (4, 4),
@@ -228,7 +228,7 @@ def test_blocks_are_what_their_names_say_and_share_memory() -> None:
     assert all((tensor == 7).all() for tensor in tensors.values())
 
 
-def test_rows_of_gate_and_up_take_turns_where_that_is_known() -> None:
+def test_rows_of_gate_and_up_alternate_for_known_models() -> None:
     W = torch.randn(3, 12, 20)
     for kind in ("gpt_oss", "openai_privacy_filter"):
         seen = find_views_in_file(GPT_OSS, {"model_type": kind})["gate_up_proj"]
@@ -241,7 +241,7 @@ def test_rows_of_gate_and_up_take_turns_where_that_is_known() -> None:
             assert torch.equal(found[f"gate:{i}"], gate)
             assert torch.equal(found[f"up:{i}"], up)
     unknown = find_views_in_file(GPT_OSS, {})["gate_up_proj"]
-    assert "whether gate and up are blocks or take turns" in unknown.note
+    assert "whether rows of gate and up are blocks or alternate" in unknown.note
 
 
 def in_heads(order: str) -> Tensor:
@@ -258,10 +258,8 @@ def in_heads(order: str) -> Tensor:
 
 @pytest.mark.parametrize("name", ["qkv", "qkv_proj"])
 @pytest.mark.parametrize("order", ["head", "channel"])
-def test_rows_whose_order_is_not_known_are_one_matrix(
-    tmp_path: Path, order: str, name: str
-) -> None:
-    """By head as Megatron has them, by channel as EDM, in a file and in a class of a user."""
+def test_rows_of_unknown_order_are_one_matrix(tmp_path: Path, order: str, name: str) -> None:
+    """Ordered by head as in Megatron or by channel as in EDM, in a file and in a user's class."""
     W, output = in_heads(order), {"qkv": "proj", "qkv_proj": "o_proj"}[name]
     model = nn.ModuleDict({"attn": nn.Module()})
     for child, shape in ((name, (64, 192)), (output, (64, 64))):
@@ -274,7 +272,7 @@ def test_rows_whose_order_is_not_known_are_one_matrix(
         assert found.keys() == {f"attn.{name}.weight", f"attn.{output}.weight"}
         row = found[f"attn.{name}.weight"]
         assert row.condition_number == pytest.approx(float(wc.condition_number(W)))
-        assert "no known class or model_type tells the order of its rows" in row.detail
+        assert "no known class or model_type determines the order of its rows" in row.detail
 
 
 def rows(report: wc.AuditReport) -> dict[str, Finding]:
@@ -290,8 +288,8 @@ def same(one: Finding, two: Finding) -> bool:
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_a_file_is_measured_as_its_model_is(kind: str, tmp_path: Path) -> None:
-    """By its state dict under the same names; as the library saves it, whatever it calls them."""
+def test_file_is_measured_like_its_model(kind: str, tmp_path: Path) -> None:
+    """As a state dict with the same names, and as the library saves it, with any names."""
     pytest.importorskip("transformers", minversion="5")
     model = of_transformers(kind)
     plain, saved = tmp_path / "plain", tmp_path / "saved"
@@ -299,7 +297,7 @@ def test_a_file_is_measured_as_its_model_is(kind: str, tmp_path: Path) -> None:
     torch.save(model.state_dict(), plain / "model.pt")
     model.config.to_json_file(plain / "config.json")
     model.save_pretrained(saved)
-    heads = kind != "CodeGen"  # whose order of rows is its own
+    heads = kind != "CodeGen"  # CodeGen has its own order of rows
     of_model, of_file, of_saved = (
         rows(wc.audit(one, heads=heads)) for one in (model, plain, saved)
     )
@@ -316,7 +314,7 @@ def test_a_file_is_measured_as_its_model_is(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", TIMM)
-def test_a_file_of_timm_is_measured_as_its_model_is(kind: str, tmp_path: Path) -> None:
+def test_timm_file_is_measured_like_its_model(kind: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = randomised(timm.create_model(kind, num_classes=7, **TIMM[kind]))
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -327,11 +325,11 @@ def test_a_file_of_timm_is_measured_as_its_model_is(kind: str, tmp_path: Path) -
         f"{n}.weight:kernel" for n, m in model.named_modules() if getattr(m, "groups", 1) > 1
     }
     differing = {name for name, one in of_model.items() if not same(one, of_file[name])}
-    assert differing <= grouped  # of which a file knows nothing
+    assert differing <= grouped  # a file does not contain the groups
     assert kind != "convnext_atto" or differing == grouped
 
 
-def test_recurrent_layers_of_a_file_are_cut_as_in_a_model(tmp_path: Path) -> None:
+def test_recurrent_layers_are_split_alike_in_file_and_model(tmp_path: Path) -> None:
     model = nn.ModuleDict(
         {
             "lstm": nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2),
@@ -362,8 +360,8 @@ def views_of(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", ["Phi-3", "GLM", "Mixtral", "Qwen3-MoE", "Llama 4"])
-def test_gate_and_up_are_what_the_module_computes_with(kind: str) -> None:
-    """down(act(gate x) * up x), of experts one after the other."""
+def test_gate_and_up_match_the_forward_of_the_module(kind: str) -> None:
+    """The module computes down(act(gate x) * up x), for each expert."""
     pytest.importorskip("transformers", minversion="5")
     model = of_transformers(kind).double()
     model.config._experts_implementation = "eager"
@@ -394,8 +392,8 @@ def test_gate_and_up_are_what_the_module_computes_with(kind: str) -> None:
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", ["gpt-oss", "Privacy Filter"])
-def test_gate_and_up_of_experts_with_a_bias_are_what_the_module_computes_with(kind: str) -> None:
-    """In gpt-oss their rows take turns, in the other they are blocks; the classes are alike."""
+def test_gate_and_up_with_bias_match_the_forward_of_the_module(kind: str) -> None:
+    """Rows of gate and up alternate in gpt-oss and are blocks in the other, similar class."""
     pytest.importorskip("transformers", minversion="5")
     model = of_transformers(kind).double()
     model.config._experts_implementation = "eager"
@@ -412,12 +410,12 @@ def test_gate_and_up_of_experts_with_a_bias_are_what_the_module_computes_with(ki
         expected = product @ seen[f"{stem.replace('gate_up', 'down')}:{number}"].mT
         one = torch.ones(5, 1, dtype=torch.float64)
         found = layer(x, torch.full((5, 1), number), one)
-        # The second computes in float32.
+        # The Privacy Filter computes in float32.
         tolerance = 1e-10 if kind == "gpt-oss" else 1e-4
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
 
-def test_repair_changes_gate_and_up_that_take_turns(tmp_path: Path) -> None:
+def test_repair_changes_only_alternating_rows_of_gate(tmp_path: Path) -> None:
     torch.manual_seed(0)
     content = {
         f"mlp.experts.{name}": torch.randn(shape).bfloat16() for name, shape in GPT_OSS.items()
@@ -436,7 +434,7 @@ def test_repair_changes_gate_and_up_that_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.frameworks
-def test_patterns_reach_gates_and_experts() -> None:
+def test_patterns_select_gates_and_experts() -> None:
     pytest.importorskip("transformers", minversion="5")
     model = of_transformers("Phi-3")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

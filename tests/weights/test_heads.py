@@ -1,4 +1,4 @@
-"""Heads of attention are found, and are what the modules themselves compute."""
+"""Attention heads are found, and match what the modules compute."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def close(found: Products, expected: Products) -> None:
 
 
 class Attend(nn.Module):
-    """Softmax attention; its weights pass `attn_drop`, so that a hook sees them."""
+    """Softmax attention whose weights pass through `attn_drop`, where a hook can read them."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -44,16 +44,16 @@ class Attend(nn.Module):
         self.attn_drop = nn.Identity()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of (batch, heads, tokens, size) each."""
+        """Attention of tensors (batch, heads, tokens, size)."""
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
         y: Tensor = self.attn_drop(weights) @ v
         return y.transpose(1, 2).flatten(2)
 
 
 class Timm(Attend):
-    """As timm has it: one Linear for query, key and value of all heads, one after the other."""
+    """One Linear for all queries, then all keys, then all values, as in timm."""
 
-    __module__ = "timm.layers.attention"  # as one of a library whose order is known
+    __module__ = "timm.layers.attention"  # a library whose order of rows is known
 
     def __init__(self, dim: int = 12, heads: int = 3, size: int = 5) -> None:
         super().__init__(heads)
@@ -69,7 +69,7 @@ class Timm(Attend):
 
 
 class HeadFirst(Timm):
-    """As MaxViT of timm: query, key and value of one head after the other."""
+    """Query, key and value of one head after the other, as in timm's MaxViT."""
 
     head_first = True
 
@@ -79,7 +79,7 @@ class HeadFirst(Timm):
 
 
 class NanoGPT(Attend):
-    """As in nanoGPT: c_attn is a Linear."""
+    """`c_attn` is a Linear, as in nanoGPT."""
 
     def __init__(self) -> None:
         super().__init__(3)
@@ -94,7 +94,7 @@ class NanoGPT(Attend):
 
 
 class Grouped(Attend):
-    """Two queries to a key; values of another size."""
+    """Two queries per key, and values of another size."""
 
     def __init__(self) -> None:
         super().__init__(4)
@@ -112,7 +112,7 @@ class Grouped(Attend):
 
 
 class Torch(nn.Module):
-    """torch's own, called as self-attention that shows its weights."""
+    """Self-attention of torch that returns its weights."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -143,10 +143,11 @@ SOFTMAX: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("kind", SOFTMAX)
-def test_heads_are_what_the_attention_of_a_module_shows(kind: str) -> None:
-    """Logarithms of its weights are x_i^T S x_j up to a number a row; one token gets what it has.
+def test_heads_match_attention_weights_of_the_module(kind: str) -> None:
+    """The logarithms of the attention weights are x_i^T S x_j up to one constant per row.
 
-    MultiheadAttention takes another path when separate parameters are set so: both are tried.
+    A single token gives the sum of all "vo" maps. MultiheadAttention has another code path for
+    separate parameters, which is also tested.
     """
     torch.manual_seed(0)
     model = SOFTMAX[kind]().double()
@@ -165,7 +166,7 @@ def test_heads_are_what_the_attention_of_a_module_shows(kind: str) -> None:
     x = torch.eye(12, dtype=torch.float64)
     with torch.no_grad():
         model(x[None])
-        alone = model(x[:, None])[:, 0].mT  # one token a time, which can only look at itself
+        alone = model(x[:, None])[:, 0].mT  # one token at a time, which attends only to itself
     logits = seen[0][0].log()
     heads = len(logits)
     size = 5 if kind not in ("nanoGPT", "torch", "torch, separate") else 4
@@ -189,16 +190,16 @@ def test_names_are_those_of_the_modules() -> None:
     assert heads_of(nn.Linear(3, 3)) == []
 
 
-def test_notes_say_what_is_left_out() -> None:
+def test_notes_state_what_heads_omit() -> None:
     notes = {head.view: head.note for head in only(Timm()).heads}
-    assert set(notes.values()) == {"`qkv` taken as q, k, v"}
+    assert set(notes.values()) == {"`qkv` read as q, k, v"}
     model = Timm()
     model.q_norm, model.norm = nn.LayerNorm(5), nn.LayerNorm(15)
     model.rope = object()
     notes = {head.view: head.note for head in only(model).heads}
     assert "without the rotation by position (RoPE)" in notes["qk1"]
     assert "without the norms of queries and keys (`q_norm`)" in notes["qk1"]
-    assert "without `norm`, which stands between" in notes["vo1"]
+    assert "without `norm` between the two factors" in notes["vo1"]
     assert "RoPE" not in notes["vo1"]
     model.logit_scale = nn.Parameter(torch.ones(3))
     assert "(`logit_scale`)" in only(model).heads[0].note
@@ -235,7 +236,7 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "heads",
         "the 10 rows of its keys are not 3 heads of 5 for 4 heads of queries",
     ),
-    "gated queries": (  # as Qwen3-Next: each has as many rows again for a gate
+    "gated queries": (  # as in Qwen3-Next: each query has as many additional rows for a gate
         lambda: changed(Grouped, head_dim=5, q_proj=nn.Linear(12, 40)),
         "heads",
         "the 40 rows of its queries in `q_proj` are not 4 equal heads of 5 rows",
@@ -246,7 +247,7 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "heads",
         "`key_dim` means that the order of `qkv`",
     ),
-    "over channels": (  # as XCiT
+    "over channels": (  # as in XCiT
         lambda: changed(Timm, temperature=1.0),
         "heads",
         "heads of a Timm do not compare one token with another",
@@ -271,7 +272,7 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_nothing_is_guessed(kind: str) -> None:
+def test_unknown_heads_have_a_reason(kind: str) -> None:
     model, view, why = UNKNOWN[kind]
     attention = only(model())
     assert list(attention.unknown) == [view]
@@ -284,7 +285,7 @@ def names_of(model: nn.Module) -> list[str]:
     return [weight.name for weight in find_weights(model).weights]
 
 
-def test_fused_projections_are_weights_of_their_own() -> None:
+def test_fused_projections_are_separate_weights() -> None:
     model = Timm()
     assert names_of(model) == ["qkv.weight:q", "qkv.weight:k", "qkv.weight:v", "proj.weight"]
     blocks = model.qkv.weight.detach().clone().chunk(3)
@@ -300,12 +301,12 @@ def test_fused_projections_are_weights_of_their_own() -> None:
     )
 
 
-def test_what_is_cut_head_by_head_or_not_known_stays_whole() -> None:
+def test_projection_by_head_or_of_unknown_order_is_one_matrix() -> None:
     narrow = changed(Timm, proj=nn.Linear(14, 12))
     for model in (HeadFirst(), narrow, without(Timm, "proj"), changed(Timm, key_dim=5)):
         assert names_of(model)[0] == "qkv.weight"
         assert not any(":" in name for name in names_of(model))
-    Timm.__module__, known = __name__, Timm.__module__  # a class that may have any order
+    Timm.__module__, known = __name__, Timm.__module__  # a class whose order is unknown
     try:
         assert names_of(Timm()) == ["qkv.weight", "proj.weight"]
         (attention,) = heads_of(Timm())
@@ -314,17 +315,17 @@ def test_what_is_cut_head_by_head_or_not_known_stays_whole() -> None:
         assert "no known class" in wc.audit(Timm(), include=["qkv*"]).findings[0].detail
     finally:
         Timm.__module__ = known
-    # How many heads there are is of no matter.
+    # The number of heads is not needed.
     assert names_of(without(Timm, "num_heads"))[0] == "qkv.weight:q"
 
 
-def test_a_fused_projection_that_is_parametrized_is_cut_too() -> None:
+def test_parametrized_fused_projection_is_split() -> None:
     report = wc.audit(nn.Sequential(spectral()))
     names = {finding.label: finding for finding in report.findings}
     assert set(names) == {"0.proj.weight", *(f"0.qkv.weight:{x}" for x in "qkv")}
 
 
-# Of the transformers library: hidden 24, 4 heads, no weights fetched.
+# Models of transformers with random weights: hidden size 24, 4 heads.
 SMALL = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 11}
 SMALL |= {"intermediate_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
@@ -355,10 +356,10 @@ NOT_ROTATED = ("GPT2", "Bert", "ViT", "CLIPVision", "GPTBigCode", "DistilBert", 
 
 
 def computed(model: nn.Module, name: str, module: Any) -> Products:
-    """Both maps of every head, by running the module on one basis vector at a time.
+    """Both maps of every head, from running the module on one basis vector at a time.
 
-    Alone at the first position nothing is rotated, and the attention function of the library is one
-    that lets the values of a single head pass; what biases do is subtracted.
+    A single token at the first position is not rotated. The attention function is replaced by one
+    that passes only the values of a single head. The effect of biases is subtracted.
     """
     from transformers import AttentionInterface
 
@@ -398,7 +399,7 @@ def computed(model: nn.Module, name: str, module: Any) -> Products:
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_heads_of_transformers_are_what_its_modules_compute(kind: str, tmp_path: Path) -> None:
+def test_heads_match_transformers_modules(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
     name, options = TRANSFORMERS[kind]
@@ -407,7 +408,7 @@ def test_heads_of_transformers_are_what_its_modules_compute(kind: str, tmp_path:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     found = {attention.name: attention for attention in heads_of(model)}
-    # As the library saves it, under whatever names.
+    # The file as the library saves it, with any names.
     model.save_pretrained(tmp_path)
     rows, saved = (
         sorted(
@@ -443,7 +444,7 @@ def test_heads_of_transformers_are_what_its_modules_compute(kind: str, tmp_path:
 
 
 def from_blocks(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Products:
-    """Both maps of every head, of q (H, d, n), k and v (G, d, n), and out (m, H d)."""
+    """Both maps of every head, from q (H, d, n), k and v (G, d, n), and out (m, H d)."""
     each = len(q) // len(k)
     k, v = (one.repeat_interleave(each, 0) for one in (k, v))
     outs = out.unflatten(1, (len(q), -1)).transpose(0, 1)
@@ -452,19 +453,19 @@ def from_blocks(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Products:
 
 
 def split_by(module: Any, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the code of the library makes of the rows of its fused projection, as (H, d, n)."""
+    """The blocks (H, d, n) into which the code of the library splits its fused projection."""
     if kind == "Qwen2-VL":  # `self.qkv(x).reshape(seq_length, 3, self.num_heads, -1)`
         q, k, v = module.qkv.weight.detach().unflatten(0, (3, module.num_heads, -1))
         return q, k, v, module.proj.weight.detach()
     if kind == "MPT":  # `chunk(3, dim=2)`, then heads one after the other
         q, k, v = module.Wqkv.weight.detach().unflatten(0, (3, module.n_heads, -1))
         return q, k, v, module.out_proj.weight.detach()
-    rows = module.query_key_value.weight.detach().mT[None]  # of one token a basis vector
+    rows = module.query_key_value.weight.detach().mT[None]  # one token per basis vector
     if kind == "Bloom":
         q, k, v = (one[0].mT for one in module._reshape(rows))
     else:
         q, k, v = (one[0].permute(1, 2, 0) for one in module._split_heads(rows))
-        groups = module.num_kv_heads  # which it has repeated for every query
+        groups = module.num_kv_heads  # keys and values are repeated for every query
         k, v = (one[:: max(1, len(one) // groups)] for one in (k, v))
     return q, k, v, module.dense.weight.detach()
 
@@ -481,7 +482,7 @@ SPLIT = {
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", SPLIT)
-def test_heads_of_fused_projections_are_cut_as_the_library_cuts_them(kind: str) -> None:
+def test_heads_of_fused_projections_match_the_library(kind: str) -> None:
     pytest.importorskip("transformers", minversion="5")
     model = of_transformers(kind).double()
     found = {attention.name: attention for attention in heads_of(model)}[SPLIT[kind]]
@@ -492,7 +493,7 @@ def test_heads_of_fused_projections_are_cut_as_the_library_cuts_them(kind: str) 
 
 
 @pytest.mark.frameworks
-def test_heads_of_a_model_of_peft_are_those_of_its_base(tmp_path: Path) -> None:
+def test_heads_of_peft_model_are_those_of_its_base(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     plain = of_transformers("Llama").double()
     expected = {attention.name: dense(attention) for attention in heads_of(plain)}
@@ -502,7 +503,7 @@ def test_heads_of_a_model_of_peft_are_those_of_its_base(tmp_path: Path) -> None:
     for name, products in expected.items():
         attention = found[f"base_model.model.{name}"]
         close(dense(attention), products)
-        assert "without what PEFT adds to them" in attention.heads[0].note
+        assert "without what PEFT adds to the projections" in attention.heads[0].note
     torch.save(model.state_dict(), tmp_path / "model.pt")
     config.to_json_file(tmp_path / "config.json")
     of_model, of_file = (

@@ -1,4 +1,4 @@
-"""Kernels in files: which shape is one, in which order its sides are, and what is a guess."""
+"""Kernels in files: which shapes are kernels, the order of their axes, and which are guesses."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +51,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_file_says_of_a_kernel_what_its_model_says(tmp_path: Path, kind: str) -> None:
+def test_kernel_in_file_matches_its_model(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(LAYERS[kind]())
     torch.save(model.state_dict(), tmp_path / "a.pt")
@@ -62,7 +62,7 @@ def test_a_file_says_of_a_kernel_what_its_model_says(tmp_path: Path, kind: str) 
         assert one.condition_number == pytest.approx(other.condition_number, rel=1e-12)
 
 
-def test_two_rows_that_agree_are_seen_and_repaired_in_a_conv1d(tmp_path: Path) -> None:
+def test_nearly_equal_rows_of_conv1d_are_repaired(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(64, 64, 3))
     with torch.no_grad():
@@ -80,22 +80,22 @@ def test_two_rows_that_agree_are_seen_and_repaired_in_a_conv1d(tmp_path: Path) -
 
 # --- names and shapes -----------------------------------------------------------------------------
 
-# With the biases beside them; names of HiFi-GAN, VITS, FCPE, PESTO and guided diffusion.
+# Shape, shape of the bias, and note; names of HiFi-GAN, VITS, FCPE, PESTO and guided diffusion.
 KERNELS: dict[str, tuple[Shape, Shape | None, str]] = {
     "ups.0.weight": ((512, 256, 16), (256,), ""),
     "text_encoder.project.weight": ((384, 192, 1), (384,), ""),
     "decoder.upsampler.0.weight": ((32, 16, 16), (16,), ""),
     "input_blocks.3.1.qkv.weight": ((96, 32, 1), (96,), ""),
-    "net.1.weight": ((64, 32, 3), (64,), "nn.Bilinear has a bias too"),
-    "layers.0.net.4.weight": ((64, 64, 3), (64,), "Conv1d or of a ConvTranspose1d"),
+    "net.1.weight": ((64, 32, 3), (64,), "nn.Bilinear also has a bias"),
+    "layers.0.net.4.weight": ((64, 64, 3), (64,), "Conv1d or a ConvTranspose1d"),
     "blocks.0.2.weight": ((64, 1, 31), (64,), "as one group"),
-    "post.weight": ((1, 32, 7), (1,), "nn.Bilinear has a bias too"),
-    "mix.weight": ((48, 32, 1), None, "which is a guess"),
-    "depthwise.weight": ((64, 1, 3), None, "which is a guess; read as one group"),
+    "post.weight": ((1, 32, 7), (1,), "nn.Bilinear also has a bias"),
+    "mix.weight": ((48, 32, 1), None, "guessed from its shape"),
+    "depthwise.weight": ((64, 1, 3), None, "guessed from its shape; read as one group"),
     "up.weight": ((64, 8, 16), (32,), "a transposed convolution of 4 groups"),
-    "encoder.filterbank._filters": ((512, 1, 16), None, "which is a guess"),
-    "x.weight": ((128, 80, 64), (128,), "nn.Bilinear has a bias too"),
-    "some_kernels": ((8, 6, 3, 3), None, "which is a guess"),
+    "encoder.filterbank._filters": ((512, 1, 16), None, "guessed from its shape"),
+    "x.weight": ((128, 80, 64), (128,), "nn.Bilinear also has a bias"),
+    "some_kernels": ((8, 6, 3, 3), None, "guessed from its shape"),
     "conv.weight": ((8, 6, 3), None, ""),
 }
 
@@ -113,16 +113,16 @@ STACKS: dict[str, tuple[Shape, Shape | None, str]] = {
     "experts.weight": ((4, 32, 16), None, ""),
     "moe.w1": ((64, 32, 16), None, ""),
     "layers.weight": ((4, 32, 16), (4, 32), ""),
-    "pair.weight": ((5, 16, 16), (5,), "which is a guess"),
+    "pair.weight": ((5, 16, 16), (5,), "guessed from its square slices"),
     "bilinear.weight": ((8, 6, 7), (8,), ""),
-    "w_q": ((16, 128, 64), None, "which is a guess"),
-    "heads.weight": ((4, 32, 16), None, "which is a guess"),
+    "w_q": ((16, 128, 64), None, "guessed from its shape"),
+    "heads.weight": ((4, 32, 16), None, "guessed from its shape"),
     "one": ((1, 32, 16), None, ""),
 }
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_a_stack_is_cut(name: str) -> None:
+def test_stack_is_split(name: str) -> None:
     shape, bias, note = STACKS[name]
     rows, said = seen(name, shape, **({} if bias is None else {"bias": bias}))
     assert rows == {str(i): shape[1:] for i in range(shape[0])}
@@ -131,13 +131,13 @@ def test_a_stack_is_cut(name: str) -> None:
 
 # --- inputs first ---------------------------------------------------------------------------------
 
-# The sides that are inputs, and the note.
+# Shape, number of input axes, and note.
 INPUTS_FIRST: dict[str, tuple[Shape, int, str]] = {
     "conv2d/kernel": ((3, 3, 64, 128), 3, ""),
     "conv2d/kernel:0": ((3, 3, 8, 16), 3, ""),
     "params.Conv_0.kernel": ((1, 1, 8, 16), 3, ""),
     "conv3d.kernel": ((3, 3, 3, 4, 8), 4, ""),
-    "params.Conv_1.kernel": ((4, 3, 3, 4, 8), 4, "it would be a stack"),
+    "params.Conv_1.kernel": ((4, 3, 3, 4, 8), 4, "it is a stack"),
     "conv1d.kernel": ((5, 8, 16), 2, ""),
     "sep.pointwise_kernel": ((1, 1, 8, 16), 3, ""),
     "sep.depthwise_kernel": ((3, 3, 8, 2), 2, "as one group"),
@@ -146,18 +146,18 @@ INPUTS_FIRST: dict[str, tuple[Shape, int, str]] = {
     "attention.query.kernel": ((12, 3, 4), 1, ""),
     "attention.out.kernel": ((3, 4, 12), 2, ""),
     "layers.mlp.kernel": ((6, 16, 32), 2, "it may be a stack"),
-    "vars.0": ((3, 3, 16, 32), 3, "which is a guess"),
+    "vars.0": ((3, 3, 16, 32), 3, "guessed from its shape"),
 }
 
 
 @pytest.mark.parametrize("name", INPUTS_FIRST)
-def test_kernels_of_keras_and_flax_have_their_inputs_first(name: str) -> None:
+def test_kernels_of_keras_and_flax_have_inputs_first(name: str) -> None:
     shape, inputs, note = INPUTS_FIRST[name]
     views = find_views_in_file({name: shape}, {})[name]
     tensor = drawn(*shape)
     ((_, S),) = ViewsByName(views.views)(tensor).items()
     rows = torch.Size(shape[inputs:]).numel()
-    # Entry by entry: the first sides are the columns, and what is written reaches the tensor.
+    # Entry by entry: the first axes are the columns, and writing changes the tensor.
     assert torch.equal(S, tensor.reshape(-1, rows).mT)
     assert shares_memory(S, tensor)
     assert (note in views.note) if note else not views.note
@@ -167,7 +167,7 @@ def test_kernels_of_keras_and_flax_have_their_inputs_first(name: str) -> None:
     assert torch.equal(S, new)
 
 
-def test_a_depthwise_kernel_is_that_of_torch() -> None:
+def test_depthwise_kernel_matches_torch() -> None:
     kernel = drawn(3, 3, 8, 2)
     views = find_views_in_file({"c.depthwise_kernel": (3, 3, 8, 2)}, {})["c.depthwise_kernel"]
     of_torch = kernel.permute(2, 3, 0, 1).reshape(16, 1, 3, 3)
@@ -177,24 +177,24 @@ def test_a_depthwise_kernel_is_that_of_torch() -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("conv.weight", (3, 3, 16, 32)),  # as of a patch embedding of three channels
+        ("conv.weight", (3, 3, 16, 32)),  # like a patch embedding with three channels
         ("patch_embed.proj.weight", (8, 3, 16, 16)),
         ("x.weight", (64, 32, 3, 3)),
         ("x.weight", (1, 1, 16, 32)),
     ],
 )
-def test_a_weight_has_its_outputs_first(name: str, shape: Shape) -> None:
+def test_weight_has_outputs_first(name: str, shape: Shape) -> None:
     rows, _ = seen(name, shape)
     assert rows == {"kernel": (shape[0], torch.Size(shape[1:]).numel())}
 
 
-def test_a_kernel_of_another_library_may_have_its_outputs_first() -> None:
+def test_kernel_of_another_library_can_have_outputs_first() -> None:
     rows, note = seen("blur.kernel", (64, 32, 3, 3))
     assert rows == {"kernel": (64, 288)}
     assert "guess" in note
 
 
-def test_kernels_with_their_inputs_first_are_measured_and_repaired(tmp_path: Path) -> None:
+def test_kernels_with_inputs_first_are_measured_and_repaired(tmp_path: Path) -> None:
     path, fixed = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     content = {"conv2d/kernel": drawn(3, 3, 6, 8), "dense/kernel": drawn(5, 9), "x": drawn(3, 3)}
     save_file(content, path)
@@ -216,8 +216,8 @@ def test_kernels_with_their_inputs_first_are_measured_and_repaired(tmp_path: Pat
     ("name", "bias"),
     [("moe.experts.wi.kernel", None), ("scan/mlp/kernel", None), ("layers.mlp.kernel", (6, 32))],
 )
-def test_stacks_of_kernels_of_flax_are_cut(name: str, bias: Shape | None) -> None:
-    """As nn.scan and mixtures of experts store them: (layers, inputs, outputs)."""
+def test_stacked_flax_kernels_are_split(name: str, bias: Shape | None) -> None:
+    """nn.scan and mixtures of experts store (layers, inputs, outputs)."""
     rows, note = seen(name, (6, 16, 32), **({} if bias is None else {"bias": bias}))
     assert rows == {str(i): (32, 16) for i in range(6)}
     assert not note
@@ -237,10 +237,10 @@ def test_stacks_of_kernels_of_flax_are_cut(name: str, bias: Shape | None) -> Non
         ("qkv/kernel", (6, 3, 2, 4), (3, 2, 4), (1, 2, 3, 0), 24),
     ],
 )
-def test_kernels_of_flax_are_seen_and_written_entry_by_entry(
+def test_flax_kernels_are_read_and_written_entry_by_entry(
     name: str, shape: Shape, bias: Shape | None, order: Shape, rows: int
 ) -> None:
-    """Transposed convolutions have their inputs as rows, layers of a scan are stacked."""
+    """Transposed convolutions have their inputs as rows; layers of a scan are a stack."""
     beside = {} if bias is None else {name.replace("kernel", "bias"): bias}
     (view,) = find_views_in_file({name: shape} | beside, {})[name].views.values()
     tensor = drawn(*shape)
@@ -260,13 +260,11 @@ def test_kernels_of_flax_are_seen_and_written_entry_by_entry(
         ((3, 3, 64, 32), None, (32, 576)),
     ],
 )
-def test_a_kernel_by_its_name_has_its_inputs_first(
-    shape: Shape, bias: Shape | None, rows: Shape
-) -> None:
+def test_kernel_by_name_has_inputs_first(shape: Shape, bias: Shape | None, rows: Shape) -> None:
     found, note = seen("conv2d.kernel", shape, **({} if bias is None else {"bias": bias}))
     assert found == {"kernel": rows}
     assert not note
 
 
-def test_a_square_window_at_the_end_is_one() -> None:
+def test_square_window_at_the_end_is_recognised() -> None:
     assert seen("filters", (3, 1, 7, 7))[0] == {"kernel": (3, 49)}

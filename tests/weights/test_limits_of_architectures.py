@@ -1,4 +1,4 @@
-"""Limits on usual architectures are warned of for nothing: no mask, no zeros, no quantisation."""
+"""Limits on usual architectures cause no warning about masks, zeros or quantisation."""
 
 import logging
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.frameworks
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX", "Bloom", "Mixtral", "BERT", "T5", "BART"])
-def test_a_limit_on_a_usual_architecture_passes_in_silence(
+def test_no_warning_for_limit_on_usual_architecture(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = of_transformers(name)

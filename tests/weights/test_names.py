@@ -1,4 +1,4 @@
-"""A file and its model agree about what is looked up or added, and so no weight."""
+"""A file and its model agree on which tensors are not weights, such as embeddings and biases."""
 
 import warnings
 from functools import partial
@@ -15,8 +15,8 @@ from wellcond.weights.effective import effective_matrices
 from wellcond.weights.names import explain_non_weight, find_non_weights
 from wellcond.weights.reasons import Reason
 
-# Names and shapes of timm, of PEFT, and of the files in which Llama, Gemma, Whisper and CLIP first
-# came; what the model side says of them, None for a weight.
+# Names and shapes of timm, of PEFT, and of the original files of Llama, Gemma, Whisper and CLIP,
+# with the reason that a model gives, None for a weight.
 NAMES: dict[str, tuple[tuple[int, ...], Reason | None]] = {
     "cls_token": ((1, 1, 8), Reason.vector),
     "dist_token": ((1, 1, 8), Reason.vector),
@@ -62,13 +62,13 @@ NAMES: dict[str, tuple[tuple[int, ...], Reason | None]] = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_says_whether_it_is_a_weight(name: str) -> None:
+def test_names_decide_what_is_a_weight(name: str) -> None:
     shape, expected = NAMES[name]
     found = find_non_weights({name: (shape, "float32")})
     assert {n: why.reason for n, why in found.items()} == ({name: expected} if expected else {})
 
 
-def test_what_is_laid_out_as_a_vector_is_one_in_a_model_too() -> None:
+def test_vector_shaped_parameter_of_model_is_skipped() -> None:
     model = nn.Module()
     model.token = nn.Parameter(torch.randn(1, 1, 8))
     model.linear = nn.Linear(8, 8)
@@ -91,7 +91,7 @@ MODELS = {
 )
 def test_names_agree_with_modules(auto: str, kind: str) -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
-    with torch.device("meta"):  # of full size, without values
+    with torch.device("meta"):  # full size, without values
         model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind))
     _, skipped, _ = effective_matrices(model)
     parameters = {
@@ -127,7 +127,7 @@ def test_a_file_of_transformers_and_its_model_agree(tmp_path: Path, tied: bool) 
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_an_embedding_of_a_file_is_taken_by_its_exact_name(tmp_path: Path, kind: str) -> None:
+def test_embedding_in_file_is_included_by_exact_name(tmp_path: Path, kind: str) -> None:
     content = {"wte.weight": torch.randn(9, 4), "l.weight": torch.randn(4, 4)}
     path, fixed = tmp_path / f"a.{kind}", tmp_path / f"fixed.{kind}"
     save_file(content, path) if kind == "safetensors" else torch.save(content, path)
@@ -143,7 +143,7 @@ def test_an_embedding_of_a_file_is_taken_by_its_exact_name(tmp_path: Path, kind:
     assert torch.equal(after["l.weight"], content["l.weight"])
 
 
-def test_what_is_tied_to_an_embedding_is_one_in_any_order(tmp_path: Path) -> None:
+def test_weight_tied_to_embedding_is_skipped_in_any_order(tmp_path: Path) -> None:
     both = torch.randn(9, 4)
     torch.save(
         {"head.weight": both, "wte.weight": both, "l.weight": torch.eye(3)}, tmp_path / "a.pt"
@@ -162,7 +162,7 @@ class Tied(nn.Module):
         self.head.weight = self.wte.weight  # `save_model` keeps the first name of the alphabet
 
 
-def test_a_tie_is_read_from_the_metadata(tmp_path: Path) -> None:
+def test_tie_is_read_from_safetensors_metadata(tmp_path: Path) -> None:
     model, path = Tied(), tmp_path / "a.safetensors"
     save_model(model, str(path), metadata={"format": "pt", "linear.bias": "head.weight"})
     report, of_model = wc.audit(path), wc.audit(model)
@@ -174,7 +174,7 @@ def test_a_tie_is_read_from_the_metadata(tmp_path: Path) -> None:
     wc.repair(path, tmp_path / "b.safetensors", 1.5)
     after = load_file(tmp_path / "b.safetensors")
     assert torch.equal(after["head.weight"], model.head.weight)
-    for name in ("head.weight", "wte.weight"):  # by either name, as of the model
+    for name in ("head.weight", "wte.weight"):  # by either name, as in the model
         assert [f.name for f in wc.audit(path, include=[name]).findings] == ["head.weight"]
     path.rename(tmp_path / "c.safetensors")
     save_file({"w": torch.eye(2)}, path)
@@ -183,8 +183,8 @@ def test_a_tie_is_read_from_the_metadata(tmp_path: Path) -> None:
     assert skipped["c.safetensors/head.weight"] == tied
 
 
-# What is fixed or acts entrywise: of Mamba, S4, RWKV, silero, PANNs, nnAudio, torchaudio, Whisper,
-# e3nn, MACE, GPT-2, Swin, YOLO, Llama and fracast.
+# Tensors that are fixed or act entrywise, from Mamba, S4, RWKV, silero, PANNs, nnAudio, torchaudio,
+# Whisper, e3nn, MACE, GPT-2, Swin, YOLO, Llama and fracast.
 NO_MAPS: dict[str, tuple[tuple[int, ...], Reason]] = {
     "layers.0.mixer.A_log": ((96, 8), Reason.exponentiated),
     "layers.0.A_logs": ((96, 8), Reason.exponentiated),
@@ -193,7 +193,7 @@ NO_MAPS: dict[str, tuple[tuple[int, ...], Reason]] = {
     "s4.A_imag": ((8, 4), Reason.exponentiated),
     "att.time_faaaa": ((8, 4), Reason.exponentiated),
     "policy.log_std": ((2, 4), Reason.exponentiated),
-    "mlp.up_proj.scales": ((4, 8), Reason.exponentiated),  # of GPTQ, with its codes elsewhere
+    "mlp.up_proj.scales": ((4, 8), Reason.exponentiated),  # GPTQ, with codes in another file
     "experts.down_proj_scale": ((2, 9, 3), Reason.exponentiated),
     "mlp.up_proj.zero": ((8, 2), Reason.exponentiated),
     "layers.0.mixer.dt_bias": ((8, 2), Reason.added),
@@ -229,7 +229,7 @@ NO_MAPS: dict[str, tuple[tuple[int, ...], Reason]] = {
     "quantizer.codebook": ((64, 8), Reason.added),
 }
 
-# Names that are like them, of weights.
+# Similar names of weights.
 MAPS: dict[str, tuple[int, ...]] = {
     "window_attention.qkv.weight": (24, 8),
     "window_attn.weight": (8, 8),
@@ -274,14 +274,14 @@ MAPS: dict[str, tuple[int, ...]] = {
 
 
 @pytest.mark.parametrize("name", NO_MAPS)
-def test_what_is_fixed_or_acts_entrywise_is_no_weight(tmp_path: Path, name: str) -> None:
+def test_fixed_or_entrywise_tensors_are_skipped(tmp_path: Path, name: str) -> None:
     shape, reason = NO_MAPS[name]
     content = {name: torch.randn(shape), "l.weight": torch.eye(3)}
     torch.save(content, tmp_path / "a.pt")
     report = wc.audit(tmp_path / "a.pt")
     assert [f.name for f in report.findings] == ["l.weight"]
     assert report.coverage.skipped[name].reason is reason
-    fixed = reason is Reason.constant  # which is none of the parameters
+    fixed = reason is Reason.constant  # constants do not count as parameters
     assert (report.coverage.parameter_share == 1) == fixed
     wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 1.01)
     assert torch.equal(torch.load(tmp_path / "b.pt")[name], content[name])
@@ -291,11 +291,11 @@ def test_what_is_fixed_or_acts_entrywise_is_no_weight(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_like_names_are_weights(name: str) -> None:
+def test_similar_names_of_weights_are_kept(name: str) -> None:
     assert find_non_weights({name: (MAPS[name], "float32")}) == {}
 
 
-def test_a_constant_that_is_left_out_by_a_pattern_is_no_parameter_either(tmp_path: Path) -> None:
+def test_excluded_constant_is_not_a_parameter(tmp_path: Path) -> None:
     content = {"stft.basis_buffer": torch.randn(64, 1, 64), "l.weight": torch.eye(3)}
     torch.save(content, tmp_path / "a.pt")
     report = wc.audit(tmp_path / "a.pt", exclude=["*stft*"])
@@ -303,10 +303,8 @@ def test_a_constant_that_is_left_out_by_a_pattern_is_no_parameter_either(tmp_pat
 
 
 @pytest.mark.parametrize("shape", [(6, 264), (1, 8), (3, 8, 8)], ids=str)
-def test_a_normalisation_over_several_axes_is_no_matrix(
-    tmp_path: Path, shape: tuple[int, ...]
-) -> None:
-    """By its bias, by gamma and beta as Keras calls them, or by the name of its layer alone."""
+def test_normalisation_over_several_axes_is_skipped(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """By its bias, by gamma and beta as in Keras, or only by the name of its layer."""
     model = nn.ModuleDict({"a": nn.LayerNorm(shape), "b": nn.LayerNorm(shape, bias=False)})
     names = {"a.weight": "a.weight", "b.weight": "q_norm.weight", "a.bias": "a.bias"}
     content = {names[name]: tensor for name, tensor in model.state_dict().items()}
@@ -321,18 +319,18 @@ def test_a_normalisation_over_several_axes_is_no_matrix(
     ]
 
 
-def test_a_linear_with_a_bias_of_its_outputs_is_a_weight() -> None:
+def test_linear_with_bias_is_a_weight() -> None:
     tensors = {"l.weight": ((8, 8), "float32"), "l.bias": ((8,), "float32")}
     assert "l.weight" not in find_non_weights(tensors)
 
 
-def test_beside_a_log_d_acts_entrywise() -> None:
+def test_d_with_a_log_acts_entrywise() -> None:
     tensors = {"mixer.A_log": ((8, 4), "float32"), "mixer.D": ((8, 4), "float32")}
     assert find_non_weights(tensors)["mixer.D"].reason is Reason.exponentiated
 
 
 @pytest.mark.parametrize("mask", ["mask", "weight_mask"])
-def test_a_weight_under_a_mask_is_not_what_acts(mask: str) -> None:
+def test_masked_weight_is_parametrized(mask: str) -> None:
     tensors = {"l.weight": ((8, 6), "float32"), f"l.{mask}": ((8, 6), "float32")}
     found = find_non_weights(tensors)
     assert found["l.weight"].reason is Reason.parametrized
@@ -346,7 +344,7 @@ OLD = ("weight_norm of an LSTM", "weight_norm by one number")
 def old(how: str) -> nn.Module:
     module = nn.LSTM(3, 2) if how == OLD[0] else nn.Linear(3, 2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are deprecated
+        warnings.simplefilter("ignore")  # these functions are deprecated
         if how == OLD[0]:
             return nn.utils.weight_norm(module, "weight_hh_l0")
         if how == OLD[1]:
@@ -364,7 +362,7 @@ PARAMETRIZED = {
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 @pytest.mark.parametrize("how", PARAMETRIZED)
-def test_of_a_parametrized_weight_what_acts_is_measured_and_repaired(
+def test_effective_weight_of_parametrization_is_measured_and_repaired(
     tmp_path: Path, how: str, kind: str
 ) -> None:
     torch.manual_seed(0)
@@ -395,7 +393,7 @@ def test_of_a_parametrized_weight_what_acts_is_measured_and_repaired(
         assert all(kappa <= 1.01 * (1 + 1e-6) for kappa in left)
 
 
-def test_a_weight_whose_parametrization_is_not_known_has_a_reason(tmp_path: Path) -> None:
+def test_unknown_parametrization_has_a_reason(tmp_path: Path) -> None:
     content = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)).state_dict()
     content["parametrizations.weight.original"][1, 0] = 0.5
     torch.save(content, tmp_path / "a.pt")
@@ -414,12 +412,12 @@ def test_a_weight_whose_parametrization_is_not_known_has_a_reason(tmp_path: Path
     ],
     ids=str,
 )
-def test_like_names_alone_make_no_parametrization(shapes: dict[str, tuple[int, ...]]) -> None:
+def test_similar_names_are_not_a_parametrization(shapes: dict[str, tuple[int, ...]]) -> None:
     assert find_non_weights({name: (shape, "float32") for name, shape in shapes.items()}) == {}
 
 
 @pytest.mark.parametrize("stem", ["attn.in_proj_weight", "cell.kernel", "weight_hh_l0"])
-def test_the_parts_of_weight_norm_are_known_whatever_it_is_put_on(stem: str) -> None:
+def test_weight_norm_parts_of_any_parameter_are_recognised(stem: str) -> None:
     tensors = {f"{stem}_g": ((12, 1), "float32"), f"{stem}_v": ((12, 4), "float32")}
     found = find_non_weights(tensors)
     assert {found[name].reason for name in tensors} == {Reason.parametrized}

@@ -1,4 +1,4 @@
-"""Codes are never measured bare, whatever their dtype, and count for the weights they stand for."""
+"""Codes of any dtype are never measured as weights, and count as the entries that they encode."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def saved(path: Path, content: dict[str, Tensor]) -> Path:
 
 
 def quantised(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes of 8 bits and a scale a row."""
+    """Codes of 8 bits and one scale per row."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(96, 64, generator=generator) * torch.logspace(-3, 1, 96)[:, None]
     scale = W.abs().amax(1, keepdim=True) / 127
@@ -35,7 +35,7 @@ def quantised(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SURE + UNSURE)
-def test_codes_beside_a_scale_are_never_measured(
+def test_codes_with_a_scale_are_never_measured(
     tmp_path: Path, name: str, dtype: torch.dtype, kind: str
 ) -> None:
     codes, scale = quantised(dtype)
@@ -55,11 +55,11 @@ def test_codes_beside_a_scale_are_never_measured(
     if surely:
         with pytest.raises(ValueError, match="matches none"):
             wc.audit(path, include=["l.weight"])
-    else:  # what may be a weight after all is taken by its exact name
+    else:  # a possible weight can be included by its exact name
         assert wc.audit(path, include=["l.weight"]).coverage.measured == 1
 
 
-# What HQQ and quanto write: their codes are not called a weight.
+# HQQ and quanto do not call their codes a weight.
 OF_LIBRARIES = {
     "hqq": ("l.W_q", ("l.scale", "l.zero")),
     "quanto": ("l.weight._data", ("l.weight._scale",)),
@@ -89,7 +89,7 @@ def test_codes_of_hqq_and_quanto_are_never_measured(
 
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("name", SURE + UNSURE)
-def test_a_scale_in_another_shard_counts(tmp_path: Path, name: str, index: bool) -> None:
+def test_scale_in_another_shard_is_found(tmp_path: Path, name: str, index: bool) -> None:
     codes, scale = quantised(torch.bfloat16)
     shards = {
         "model-00001-of-00002.safetensors": {"l.weight": codes, "m.weight": torch.randn(3, 3)},
@@ -109,13 +109,13 @@ def test_a_scale_in_another_shard_counts(tmp_path: Path, name: str, index: bool)
     assert "m.weight" in found
 
 
-# Scales that fit the shape (8, 6), and those that do not.
+# Scales that fit the shape (8, 6), and scales that do not.
 FITTING = [(8,), (8, 1), (6,), (1, 6), (4, 3), (2, 6), (8, 2), (3, 8), (1, 1)]
 NOT_FITTING = [(5,), (9, 1), (5, 6), (8, 4), (2, 2, 2), (16, 6)]
 
 
 @pytest.mark.parametrize("shape", FITTING + NOT_FITTING, ids=str)
-def test_a_scale_of_another_shape_scales_something_else(shape: tuple[int, ...]) -> None:
+def test_scale_of_unfitting_shape_is_ignored(shape: tuple[int, ...]) -> None:
     tensors = {"l.weight": ((8, 6), "float32"), "l.scales": (shape, "float32")}
     found = find_non_weights(tensors, holds_codes=lambda _: True)
     assert ("l.weight" in found) == (shape in FITTING)
@@ -123,10 +123,8 @@ def test_a_scale_of_another_shape_scales_something_else(shape: tuple[int, ...]) 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn", "none"])
-def test_of_a_scale_that_is_one_number_the_values_decide(
-    tmp_path: Path, codes: str, kind: str
-) -> None:
-    """A normalised classifier has a scale as well, and weights that are no codes."""
+def test_values_decide_for_a_scalar_scale(tmp_path: Path, codes: str, kind: str) -> None:
+    """A normalised classifier also has a scale, but its weights are not codes."""
     W = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     if codes != "none":
         W = (20 * W).to(getattr(torch, codes)).float()
@@ -135,7 +133,7 @@ def test_of_a_scale_that_is_one_number_the_values_decide(
     assert names == {"m.weight"} | ({"l.weight"} if codes == "none" else set())
 
 
-def test_only_what_has_values_is_looked_into(tmp_path: Path) -> None:
+def test_only_tensors_with_values_are_examined(tmp_path: Path) -> None:
     content = {
         "meta.weight": torch.empty(3, 3, device="meta"),
         "sparse.weight": torch.eye(3).to_sparse(),
@@ -168,13 +166,13 @@ def test_only_what_has_values_is_looked_into(tmp_path: Path) -> None:
         ("fc.weight", "scale"),
     ],
 )
-def test_scales_of_other_things_leave_a_weight_a_weight(weight: str, scale: str) -> None:
+def test_unrelated_scales_do_not_make_codes(weight: str, scale: str) -> None:
     for shape in ((), (8,), (8, 1)):
         tensors = {weight: ((8, 6), "float32"), scale: (shape, "float32")}
         assert weight not in find_non_weights(tensors, holds_codes=lambda _: False)
 
 
-def test_bare_experts_are_codes_beside_a_scale_of_theirs() -> None:
+def test_experts_with_their_own_scale_are_codes() -> None:
     tensors = {
         "experts.gate_up_proj": ((4, 16, 8), "bfloat16"),
         "experts.gate_up_proj_scale": ((4, 16, 1), "float32"),
@@ -191,7 +189,7 @@ def test_bare_experts_are_codes_beside_a_scale_of_theirs() -> None:
 
 
 @pytest.mark.parametrize("zeros", ["weight_zeros", "weight_zero_point", "zeros", "biases"])
-def test_zeros_beside_codes_are_no_matrix(zeros: str) -> None:
+def test_zeros_of_codes_are_not_a_matrix(zeros: str) -> None:
     scale = "weight_scale" if zeros.startswith("weight") else "scales"
     shapes = {"weight": (8, 6), scale: (8, 2), zeros: (8, 2), "other": (8, 2)}
     found = find_non_weights({f"l.{name}": (shape, "float16") for name, shape in shapes.items()})
@@ -199,15 +197,15 @@ def test_zeros_beside_codes_are_no_matrix(zeros: str) -> None:
     assert found.keys() == {"l.weight", f"l.{scale}", f"l.{zeros}"}
 
 
-def test_a_lone_scale_is_no_quantised_weight() -> None:
+def test_lone_scale_is_not_a_quantised_weight() -> None:
     for name in ("l.weight_scale", "l.scale", "something"):
         for dtype in ("F8_E8M0", "float8_e8m0fnu"):
             found = find_non_weights({name: ((8, 2), dtype)})
             assert found[name].reason is Reason.scales
 
 
-def test_a_bias_belongs_to_no_blocks(tmp_path: Path) -> None:
-    """gpt-oss has the bias of one weight beside the blocks of another."""
+def test_bias_is_not_part_of_mxfp4_blocks(tmp_path: Path) -> None:
+    """In gpt-oss a module contains the bias of one weight and the blocks of another."""
     content = {
         "experts.down_proj_blocks": torch.ones(3, 8, 2, 16, dtype=torch.uint8),
         "experts.down_proj_scales": torch.ones(3, 8, 2, dtype=torch.uint8),
@@ -225,7 +223,7 @@ def test_a_bias_belongs_to_no_blocks(tmp_path: Path) -> None:
     assert report.coverage.parameter_share == pytest.approx(measured / (measured + 24))
 
 
-# --- how many weights codes stand for -------------------------------------------------------------
+# --- the number of entries that codes encode ------------------------------------------------------
 
 Kinds = dict[str, tuple[tuple[int, ...], str]]
 STATE = torch.tensor(list(b'{"quant_type": "nf4", "shape": [512, 1024]}'), dtype=torch.uint8)
@@ -304,7 +302,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_packed_codes_count_for_what_they_stand_for(kind: str) -> None:
+def test_packed_codes_count_as_unpacked_entries(kind: str) -> None:
     tensors, config = PACKED[kind]
     codes = next(iter(tensors))
     bits = read_bits(config)
@@ -315,7 +313,7 @@ def test_packed_codes_count_for_what_they_stand_for(kind: str) -> None:
 @pytest.mark.parametrize(
     "lengths", [[512], [0, 5], [-1, 3], [2**40, 2**40], [1, 2], [10**6] * 6, []], ids=str
 )
-def test_a_damaged_shape_counts_what_is_stored(lengths: list[int]) -> None:
+def test_damaged_shape_counts_stored_entries(lengths: list[int]) -> None:
     tensors = {"l.weight_packed": ((8, 4), "int32"), "l.weight_shape": ((2,), "int64")}
     read = {"l.weight_shape": torch.tensor(lengths, dtype=torch.int64)}
     assert count_logical_entries("l.weight_packed", tensors, read.__getitem__, 0) in (32, 512)
@@ -332,13 +330,13 @@ def test_a_damaged_shape_counts_what_is_stored(lengths: list[int]) -> None:
     ],
     ids=str,
 )
-def test_odd_configs_count_what_is_stored(config: dict[str, object]) -> None:
+def test_odd_configs_count_stored_entries(config: dict[str, object]) -> None:
     tensors = {"l.weight": ((8, 4), "uint32"), "l.scales": ((8, 2), "float16")}
     bits = read_bits(config)
     assert count_logical_entries("l.weight", tensors, SMALL.__getitem__, bits) == 32
 
 
-def test_coverage_of_a_packed_file_is_that_of_the_float_file(tmp_path: Path) -> None:
+def test_coverage_of_packed_file_equals_float_file(tmp_path: Path) -> None:
     content = {
         "l.weight_packed": torch.ones(512, 128, dtype=torch.int32),
         "l.weight_scale": torch.ones(512, 8),
@@ -349,8 +347,8 @@ def test_coverage_of_a_packed_file_is_that_of_the_float_file(tmp_path: Path) -> 
     assert share == pytest.approx(16 * 512 / (16 * 512 + 512 * 1024))
 
 
-def test_a_scale_of_another_module_is_none_of_a_weight() -> None:
-    """In names of Flax a slash separates modules, and no files."""
+def test_scale_of_another_module_is_ignored() -> None:
+    """In names of Flax a slash separates modules, not files."""
     tensors = {"norm/scale": ((64,), "float32"), "dense/weight": ((64, 64), "float32")}
     assert "dense/weight" not in find_non_weights(tensors)
     beside = {"dense/scale": ((64,), "float32"), "dense/weight": ((64, 64), "float32")}
@@ -360,6 +358,6 @@ def test_a_scale_of_another_module_is_none_of_a_weight() -> None:
 
 
 @pytest.mark.parametrize("name", ["tril", "faces", "edges", "causal_mask"])
-def test_a_table_of_integers_makes_its_neighbours_no_codes(name: str) -> None:
+def test_integer_tables_do_not_make_codes(name: str) -> None:
     tensors = {f"m.{name}": ((16, 16), "uint8"), "m.W": ((16, 16), "float32")}
     assert "m.W" not in find_non_weights(tensors)

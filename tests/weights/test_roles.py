@@ -1,4 +1,4 @@
-"""The role of a weight by its name."""
+"""The role of a weight is read from its name."""
 
 import pytest
 
@@ -45,7 +45,7 @@ from wellcond.weights.roles import GROUPS, ROLES, find_group, find_role
         ("", ["weight", "0.weight", "conv1.weight:kernel", "self_attn:qk3", "q_norm.weight"]),
     ],
 )
-def test_names_say_the_role(role: str, names: list[str]) -> None:
+def test_roles_are_read_from_names(role: str, names: list[str]) -> None:
     for name in names:
         assert find_role(*name.split(":", 1)) == role, name
 

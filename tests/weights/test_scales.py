@@ -1,4 +1,4 @@
-"""A scale beside the product is part of what acts: no stored weight is believed without a look."""
+"""A scale in the forward of a layer is part of the effective weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ linear, convolution = nn.Linear.forward, nn.Conv2d.forward
 
 
 def layer_of(forward: Forward, base: type[Any] = nn.Linear, *sizes: int, **options: int) -> Any:
-    """A layer with this forward, a scale g and an offset b for each output."""
+    """A layer with this forward and, for each output, a scale g and an offset b."""
 
     class Own(base):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -56,7 +56,7 @@ AFFINE: dict[str, Forward] = {
 
 
 @pytest.mark.parametrize("name", AFFINE)
-def test_all_scales_of_a_map_of_vectors_act(name: str) -> None:
+def test_scales_of_linear_layers_are_part_of_effective_weight(name: str) -> None:
     layer = layer_of(AFFINE[name])
     twin = copy.deepcopy(layer).double()
     with torch.no_grad():
@@ -83,7 +83,7 @@ NONLINEAR: dict[str, Forward] = {
 
 
 @pytest.mark.parametrize("name", NONLINEAR)
-def test_a_scale_before_an_activation_is_not_known(name: str) -> None:
+def test_scale_before_an_activation_is_unknown(name: str) -> None:
     assert found(layer_of(NONLINEAR[name])).detail == UNKNOWN
 
 
@@ -104,7 +104,7 @@ HARMLESS["gate"] = lambda s, x: F.glu(linear(s, x))
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_an_offset_or_an_activation_leaves_the_stored_weight(name: str) -> None:
+def test_offset_or_activation_keeps_the_stored_weight(name: str) -> None:
     layer = layer_of(HARMLESS[name])
     row = found(layer)
     assert row.detail == ""
@@ -126,7 +126,7 @@ CONVOLUTIONS: dict[str, tuple[Forward, str, str]] = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_kernel_is_believed_where_the_layer_is_its_product(name: str) -> None:
+def test_kernel_is_trusted_if_the_layer_is_its_product(name: str) -> None:
     forward, note, view = CONVOLUTIONS[name]
     layer = layer_of(forward, nn.Conv2d, 4, 4, 3, padding=1)
     row = found(layer)
@@ -139,9 +139,7 @@ def test_a_kernel_is_believed_where_the_layer_is_its_product(name: str) -> None:
 
 @pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_convolution_with_a_norm_inside_is_not_known_at_any_time(
-    activated: bool, trained: bool
-) -> None:
+def test_convolution_with_inner_norm_is_unknown(activated: bool, trained: bool) -> None:
     class Normalised(nn.Conv2d):
         def __init__(self) -> None:
             super().__init__(4, 8, 3, bias=False)
@@ -158,7 +156,7 @@ def test_a_convolution_with_a_norm_inside_is_not_known_at_any_time(
     assert found(layer).detail == UNKNOWN
 
 
-def test_a_norm_after_a_linear_layer_is_part_of_what_acts() -> None:
+def test_norm_after_linear_is_part_of_effective_weight() -> None:
     layer = layer_of(lambda s, x: s.norm(linear(s, x)))
     layer.norm = nn.BatchNorm1d(8)
     layer.norm.running_mean.normal_()
@@ -169,7 +167,7 @@ def test_a_norm_after_a_linear_layer_is_part_of_what_acts() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_chance_in_the_forward_is_noticed_whatever_the_random_state(seed: int) -> None:
+def test_random_forward_is_detected_for_every_seed(seed: int) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         if torch.rand(()) < 0.5:
             return linear(self, x)
@@ -184,21 +182,21 @@ def test_random_numbers_that_change_nothing_are_harmless() -> None:
     assert found(layer_of(lambda s, x: linear(s, x + 0 * torch.rand_like(x)))).detail == ""
 
 
-def test_what_acts_may_hold_infinity() -> None:
+def test_effective_weight_can_contain_infinity() -> None:
     layer = layer_of(lambda s, x: F.linear(x, s.weight * torch.tensor(float("inf"))))
     first, _ = wc.audit(nn.Sequential(layer, nn.Linear(8, 8))).findings
     assert first.status is wc.report.Status.not_finite
 
 
 @pytest.mark.parametrize("forward", [AFFINE["residual"], HARMLESS["gelu"]])
-def test_a_default_device_without_values_changes_nothing(forward: Forward) -> None:
+def test_default_meta_device_changes_nothing(forward: Forward) -> None:
     layer = layer_of(forward)
     with torch.device("meta"):
         row = found(layer)
     assert row == found(layer)
 
 
-def test_layers_that_share_a_weight_and_act_differently_are_named(
+def test_shared_weight_with_different_effective_weights_is_noted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     plain = nn.Linear(8, 8)
@@ -206,7 +204,7 @@ def test_layers_that_share_a_weight_and_act_differently_are_named(
     masked.weight = plain.weight
     for net in (nn.Sequential(plain, masked), nn.Sequential(masked, plain)):
         (row,) = wc.audit(net).findings
-        assert 'another weight acts in "1.weight", which shares it' in row.detail
+        assert 'shared with "1.weight", where the effective weight is different' in row.detail
         caplog.clear()
         wc.Regularizer(net, wc.ConditionPenalty(0.1))
         (record,) = caplog.records
@@ -221,7 +219,7 @@ def test_layers_that_share_a_weight_and_act_differently_are_named(
 
 
 @pytest.mark.parametrize("how", ["Regularizer", "Monitor", "enforce"])
-def test_one_warning_names_all_weights_of_a_kind(
+def test_one_warning_lists_all_weights_of_a_kind(
     how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     net = nn.Sequential(*(layer_of(lambda s, x: F.linear(x, s.weight.tril())) for _ in range(7)))
@@ -234,7 +232,7 @@ def test_one_warning_names_all_weights_of_a_kind(
     assert "and 2 more are each the stored parameter" in record.getMessage()
 
 
-def test_a_caution_tries_no_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caution_does_not_run_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("unit vectors")
 

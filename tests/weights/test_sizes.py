@@ -1,4 +1,4 @@
-"""The geometry of a layer without a size is that with one, but for the size."""
+"""The geometry of a layer without an input size equals that with a size, except for the size."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from wellcond.weights.sizes import geometry_of
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_that_of_any_size_without_the_size(name: str) -> None:
+def test_geometry_without_size_matches_geometry_of(name: str) -> None:
     layer, size = CASES[name]
     found = geometry_of(layer)
     assert isinstance(found, Geometry)
@@ -25,7 +25,7 @@ def test_it_is_that_of_any_size_without_the_size(name: str) -> None:
 
 
 class Padded(nn.Conv2d):
-    """As timm's Conv2dSame: it pads by the size of its input."""
+    """Pads depending on the size of its input, like timm's Conv2dSame."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
@@ -37,7 +37,7 @@ class Standardised(nn.Conv2d):
 
 
 class Named(nn.Conv2d):
-    """A class of its own, with the forward of torch."""
+    """A subclass with the forward of torch."""
 
 
 def replaced() -> nn.Conv2d:
@@ -57,13 +57,13 @@ def replaced() -> nn.Conv2d:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_layer_that_slides_in_its_own_manner_has_none(
+def test_geometry_of_layer_with_own_forward_is_unknown(
     layer: nn.modules.conv._ConvNd, reason: Reason
 ) -> None:
     assert geometry_of(layer) is reason
 
 
-def test_classes_with_the_forward_of_torch_have_one() -> None:
+def test_subclasses_with_torch_forward_have_a_geometry() -> None:
     plain = geometry_of(nn.Conv2d(2, 3, 3, padding="same"))
     assert geometry_of(Named(2, 3, 3, padding="same")) == plain
     normed = parametrizations.weight_norm(nn.Conv2d(2, 3, 3, padding="same"))
@@ -71,7 +71,7 @@ def test_classes_with_the_forward_of_torch_have_one() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_same_pads_an_even_kernel_on_one_side_more(k: int) -> None:
+def test_same_padding_of_even_kernels_is_asymmetric(k: int) -> None:
     layer = nn.Conv1d(1, 1, k, padding="same", padding_mode="replicate", bias=False).double()
     nn.init.ones_(layer.weight)
     found = geometry_of(layer)

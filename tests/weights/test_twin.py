@@ -1,4 +1,4 @@
-"""A forward pass that is tried leaves the layer, its model and the process as they were."""
+"""A trial forward pass does not change the layer, its model or the process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Slots:
 
 
 class Own(nn.Linear):
-    """It counts its calls, where a test says."""
+    """Counts its calls in a place that a test chooses."""
 
     def __init__(self, other: Any, count: Callable[[Any], Any]) -> None:
         super().__init__(4, 4)
@@ -116,7 +116,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("name", HOLDERS)
-def test_nothing_that_a_layer_refers_to_is_changed(name: str) -> None:
+def test_referenced_objects_are_not_changed(name: str) -> None:
     make, count, read = HOLDERS[name]
     layer = Own(make(), count)
     before = copy.deepcopy(read(layer.other))
@@ -124,7 +124,7 @@ def test_nothing_that_a_layer_refers_to_is_changed(name: str) -> None:
     wc.Regularizer(layer, wc.ConditionPenalty(0.1))
     assert torch.equal(read(layer.other), before)
     count(layer.other)
-    assert not torch.equal(read(layer.other), before)  # the test sees a change
+    assert not torch.equal(read(layer.other), before)  # the test can detect a change
 
 
 class Bound(nn.Linear):
@@ -142,13 +142,13 @@ class Bound(nn.Linear):
         return super().forward(x)
 
 
-def test_bound_methods_and_weak_references_lead_to_the_copy() -> None:
+def test_bound_methods_and_weak_references_point_to_the_copy() -> None:
     layer = Bound()
     assert find_effective_weight(layer, layer.weight.detach()) == (None, "")
     assert float(layer.steps) == 0
 
 
-def test_a_layer_that_refers_to_a_large_model_is_not_tried() -> None:
+def test_layer_that_refers_to_large_model_is_not_run() -> None:
     class Child(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             self.parent[0].weight.data += 1
@@ -182,7 +182,7 @@ def test_hooks_do_not_run() -> None:
     assert (note, calls) == (UNKNOWN, [])
 
 
-def test_no_random_state_is_changed_and_nothing_is_printed(
+def test_random_states_and_output_are_isolated(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     numpy = pytest.importorskip("numpy")
@@ -201,7 +201,7 @@ def test_no_random_state_is_changed_and_nothing_is_printed(
     assert capsys.readouterr() == ("", "")
 
 
-def test_only_an_interrupt_of_the_user_ends_the_process() -> None:
+def test_only_keyboard_interrupt_propagates() -> None:
     class Ends(nn.Linear):
         error: type[BaseException] = SystemExit
 
@@ -215,7 +215,7 @@ def test_only_an_interrupt_of_the_user_ends_the_process() -> None:
         find_effective_weight(layer, layer.weight.detach())
 
 
-def test_the_copy_is_in_eval_mode_and_calls_no_method_of_the_layer() -> None:
+def test_copy_is_in_eval_mode_without_calling_methods() -> None:
     class Merges(nn.Linear):
         def train(self, mode: bool = True) -> Any:
             raise AssertionError("train")

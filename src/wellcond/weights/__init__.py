@@ -1,1 +1,1 @@
-"""Which matrices a model or a file holds, their names, and a reason for each other tensor."""
+"""The matrices in a model or a file, their names, and a reason for each other tensor."""

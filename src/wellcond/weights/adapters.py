@@ -1,16 +1,16 @@
-"""Adapters whose change to a weight W follows from their tensors: W acts as W + s B A.
+"""Adapters that change a weight W to W + s B A, where their tensors determine B and A.
 
-`changes` has the forms: LoRA, LoHa, LoKr, VeRA, RandLoRA.
+The forms in `changes` are LoRA, LoHa, LoKr, VeRA and RandLoRA.
 
-PEFT calls the factors `lora_A` and `lora_B`, in the module that wraps W, or in a file of their own
-with the scale s in adapter_config.json. DoRA (Liu et al., arXiv 2402.09353) also rescales the rows
-of the sum to stored lengths. Other libraries call A and B `lora_down` and `lora_up`, or `lora.down`
-and `lora.up`, and store alpha = s r beside them.
+PEFT calls the factors `lora_A` and `lora_B`, in the module that wraps W, or in a separate file with
+the scale s in adapter_config.json. DoRA (Liu et al., arXiv 2402.09353) also rescales the rows of
+the sum to stored lengths. Other libraries call A and B `lora_down` and `lora_up`, or `lora.down`
+and `lora.up`, and store alpha = s r next to them.
 
-The tensors of other adapters (OFT, IA3, ...) are not measured.
-`find_adapter_parameters` finds them by the type in adapter_config.json, and by their names.
+The tensors of other adapters (OFT, IA3, ...) are not measured. `find_adapter_parameters` finds them
+by the type in adapter_config.json and by their names.
 
-Letters: W (m, n), or (n, m) if a module stores it so; B (m, r), A (r, n).
+Letters: W (m, n), or (n, m) if a module stores the transpose; B (m, r), A (r, n).
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ _OTHER_ADAPTERS = {
     "VeRA": r"p?vera_(A|B|lambda_[bd])",
 }
 _ANY_OTHER = re.compile("|".join(_OTHER_ADAPTERS.values()))
-# A regular expression from a file may not repeat groups and little else, so that matching is fast.
+# A regular expression from a file must not repeat groups and can have at most two repeats, so that
+# matching is fast.
 _REPEATED_GROUP, _REPEATS, _LONG = re.compile(r"\)[*+?{]|\\\d|\(\?"), re.compile(r"[*+{]"), 300
 # Initialisations that change the base so that W + s B A is the original W.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_UNSCALED = "its scale is unknown, because no adapter_config.json beside it gives one"
+_UNSCALED = "its scale is unknown, because no adapter_config.json in its folder gives one"
 _STACK = "it adapts a stack of matrices, which is not supported"
 
 
@@ -86,8 +87,8 @@ class AdapterSetting:
         scale: s; nan if it is unknown.
         transposed: W is stored as (n, m).
         unknown: why the added matrix is unknown; "" if it is known.
-        note: what a reader must know.
-        acts: whether it is added to W: not if it is inactive, or already merged.
+        note: a remark for the report.
+        acts: whether it is added to W; False if it is inactive or already merged.
         no_sum: why W + s B A is not the effective weight; "" if it is.
     """
 
@@ -109,9 +110,9 @@ class Adapter:
     Attributes:
         module: the path of the adapted module.
         name: of the adapter; "" if there is only one.
-        form: its kind, which makes two factors of its tensors.
+        form: its kind, which computes two factors from its tensors.
         roles: the names of its tensors, by their roles in the form.
-        reads: reads its tensors, by their names.
+        reads: the functions that read its tensors, by their names.
         magnitude: reads the lengths of the rows (DoRA only).
         setting: its other properties.
     """
@@ -135,7 +136,7 @@ class Adapter:
         return f"{self.module.removeprefix(_WRAPPER)}.weight"
 
     def rank(self, W: Tensor) -> int:
-        """How many singular values of B A need not be zero, added to W."""
+        """The number of singular values of B A that can be nonzero."""
         return self.product(self._shape_of(W)).nu
 
     def _shape_of(self, W: Tensor) -> Shape:
@@ -143,10 +144,10 @@ class Adapter:
         return (n, m) if self.setting.transposed else (m, n)
 
     def product(self, shape: Shape | None = None) -> Product:
-        """B A; of some forms it depends on the shape of W.
+        """B A, which for some forms depends on the shape of W.
 
         Raises:
-            UnknownAdapterError: it is unknown, or the tensors do not fit each other.
+            UnknownAdapterError: B A is unknown, or the shapes of the tensors are incompatible.
         """
         if self.setting.unknown:
             raise UnknownAdapterError(self.setting.unknown)
@@ -159,19 +160,20 @@ class Adapter:
             if is_out_of_memory(error):
                 raise
             shapes = ", ".join(f"{role} {tuple(one.shape)}" for role, one in tensors.items())
-            raise UnknownAdapterError(f"its tensors do not fit each other: {shapes}") from None
+            raise UnknownAdapterError(f"its tensors have incompatible shapes: {shapes}") from None
         if B.shape[1] != A.shape[0]:
             shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
             raise UnknownAdapterError(f"its factors {shapes} cannot be multiplied")
         return Product(B, A.mT)
 
     def change(self, W: Tensor) -> Tensor:
-        """The effective weight minus W, in float64 on the CPU and of its shape.
+        """The effective weight minus W, in float64 on the CPU and in the shape of W.
 
-        That is s B A, rescaled if there is a magnitude.
+        This is s B A, rescaled if there is a magnitude.
 
         Raises:
-            UnknownAdapterError: it is unknown, or the factors do not fit each other or W.
+            UnknownAdapterError: the change is unknown, or the shapes of the factors and W are
+                incompatible.
         """
         S, setting = self.product(self._shape_of(W)), self.setting
         if setting.no_sum:
@@ -194,11 +196,11 @@ def find_adapters(
     shapes: Mapping[str, tuple[int, ...]],
     setting: Setting,
 ) -> list[Adapter]:
-    """The adapters that tensors of these names and shapes form.
+    """The adapters that tensors with these names and shapes form.
 
     Args:
-        read: reads a tensor, by its name.
-        shapes: by name.
+        read: the functions that read the tensors, by name.
+        shapes: the shapes of the tensors, by name.
         setting: gives the setting for a module, the name of an adapter, its form and its rank;
             the rank is 0 if its tensors do not show it.
     """
@@ -225,7 +227,7 @@ def find_adapters(
             other = min(others.values()).removesuffix(".weight").rpartition(".")[2]
             pair = "A and B" if form.name == "LoRA" else "its factors"
             known = AdapterSetting(
-                unknown=f"with {other} beside {pair}, it is not a known {form.name}"
+                unknown=f"with {other} in addition to {pair}, it is not a known {form.name}"
             )
         names = filter(None, (*roles.values(), magnitude, *others.values()))
         reads = {name: read[name] for name in names if name in read}
@@ -235,7 +237,7 @@ def find_adapters(
 
 
 def _choose_form(parts: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
-    """The form that tensors of these roles have, and the names of those that it uses."""
+    """The form of tensors with these roles, and the names of the tensors that it uses."""
     for form in FORMS:
         if chosen := form.choose(parts):
             return form, {role: parts[role] for role in chosen}
@@ -243,12 +245,12 @@ def _choose_form(parts: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]
 
 
 def is_shared_by_layers(name: str) -> bool:
-    """Whether a tensor of this name is one that all layers of an adapter share."""
+    """Whether all layers of an adapter share a tensor of this name."""
     return _SHARED.fullmatch(name) is not None
 
 
 def _find_shared(names: Iterable[str]) -> dict[str, str]:
-    """The tensors that all layers share, by their roles: of several that outside of all layers."""
+    """The tensors that all layers share, by role; among copies, the one with the shortest name."""
     found: dict[str, str] = {}
     for name in names:
         if (match := _SHARED.fullmatch(name)) and len(name) < len(found.get(match[1], name + ".")):
@@ -257,7 +259,7 @@ def _find_shared(names: Iterable[str]) -> dict[str, str]:
 
 
 def _find_factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
-    """The names of the tensors of each pair, by module and adapter, and then by their role."""
+    """The names of the tensors of each adapter, by module and adapter name, and then by role."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     beside: list[tuple[str, str, str]] = []
     for name in names:
@@ -278,23 +280,23 @@ def _find_factors(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]
 
 
 def _setting_of_alpha(read: Read, rank: int) -> AdapterSetting:
-    if not rank:  # LyCORIS divides by the rank only where a factor has one
-        return AdapterSetting(1.0, note="its scale is 1, because its factors are whole")
+    if not rank:  # LyCORIS divides by the rank only if a factor has one
+        return AdapterSetting(1.0, note="its scale is 1, because its factors are full matrices")
     alpha = read().flatten()
     scale = float(alpha[0]) / rank if alpha.numel() == 1 and rank else math.nan
     if not math.isfinite(scale):
         return AdapterSetting(note=_UNSCALED, no_sum=_UNSCALED)
-    return AdapterSetting(scale, note="its scale is alpha/r, by the alpha in the file")
+    return AdapterSetting(scale, note="its scale is alpha/r, with the alpha in the file")
 
 
 def find_adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Skipped]:
     """The tensors of adapters that are not measured, and why.
 
-    These are the parameters of adapters of no known form, and factors whose counterpart is missing.
+    These are the parameters of adapters of unknown form, and factors whose counterpart is missing.
 
     Args:
-        names: of all tensors of a file.
-        config: the content of the adapter_config.json beside it; empty if there is none.
+        names: the names of all tensors of a file.
+        config: the content of adapter_config.json in its folder; empty if there is none.
     """
     names = list(names)
     kind = str(config.get("peft_type") or "").upper()
@@ -332,21 +334,21 @@ def _identify_other(name: str, kind: str) -> str:
         return "LyCORIS"
     if kind in _OF_PAIRS:
         return ""
-    # In PEFT the names of a type's parameters begin with the type. It also saves trained copies of
-    # whole layers beside them, as weights and biases.
+    # In PEFT the names of a type's parameters begin with the type. PEFT also saves trained copies
+    # of entire layers, as weights and biases.
     own = parts[-1] not in ("weight", "bias")
     return kind if own or any(part.startswith(f"{kind.lower()}_") for part in parts) else ""
 
 
 def read_settings_of_file(config: Mapping[str, Any]) -> Setting:
-    """Settings by the content of adapter_config.json; if it is empty, most scales are unknown.
+    """Settings from the content of adapter_config.json; if it is empty, most scales are unknown.
 
-    s is alpha/r, or alpha/sqrt(r) with `use_rslora`; of VeRA it is 1.
+    s is alpha/r, or alpha/sqrt(r) with `use_rslora`; for VeRA it is 1.
     """
     method = str(config.get("init_lora_weights", "")).lower()
     note = no_sum = ""
     if method.startswith(_RESIDUAL):
-        note = f"initialised by {method}, so that it holds a part of the original weight"
+        note = f"initialised by {method}, so it contains a part of the original weight"
         no_sum = (
             f"it was initialised by {method}, which changes the base. Load it with PEFT, and audit "
             "that model"
@@ -377,7 +379,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_in_stack(path: str, stacks: list[str]) -> bool:
-    """Whether a module holds one of these parameters: `mlp.experts` holds `mlp.experts.down_proj`.
+    """Whether a module has one of these parameters: `mlp.experts` has `mlp.experts.down_proj`.
 
     A parameter without a path matches no module.
     """
@@ -398,7 +400,7 @@ def _read_by_pattern(config: Mapping[str, Any], path: str, what: str, key: str) 
     patterns = config.get(f"{what}_pattern") or {}
     for pattern in patterns if isinstance(patterns, dict) else ():
         many = len(_REPEATS.findall(pattern)) > 2 or len(path) > _LONG
-        if many or _REPEATED_GROUP.search(pattern):  # one from a file could run for hours
+        if many or _REPEATED_GROUP.search(pattern):  # such a pattern could take hours to match
             return None, f"its scale is unknown, because {what}_pattern is too complex"
         try:
             found = re.fullmatch(rf"(.*\.)?({pattern})", path)
@@ -411,7 +413,7 @@ def _read_by_pattern(config: Mapping[str, Any], path: str, what: str, key: str) 
 
 
 def read_settings_of_model(model: nn.Module) -> Setting:
-    """Settings by the modules with which PEFT wraps others."""
+    """Settings from the modules with which PEFT wraps the layers of a model."""
     modules = dict(model.named_modules())
 
     def setting(module: str, name: str, form: Form, _: int) -> AdapterSetting:
@@ -436,14 +438,14 @@ def find_adapted_weight(
 ) -> str | None:
     """The name of the adapted weight among these names; None if there is none, or several.
 
-    Beside its adapter it is called `base_layer`. In a base it has the name of its module, or one of
-    both names ends with the other: `layers.0.q_proj.weight` of a body is
+    In the file of its adapter it is called `base_layer`. In a base it has the name of its module,
+    or one of the two names ends with the other: `layers.0.q_proj.weight` of a body is
     `model.layers.0.q_proj.weight` in a model with a head.
 
     Args:
-        adapter: of the weight.
-        names: of tensors.
-        beside: they are names in the file of the adapter, instead of those in a base.
+        adapter: the adapter of the weight.
+        names: the names of tensors.
+        beside: whether these are the names in the file of the adapter instead of those in a base.
     """
     if beside:
         inside = f"{adapter.module}{_WRAPPED}.weight"
@@ -459,7 +461,7 @@ def find_adapted_weight(
 
 
 def _find_flat(module: str, names: Collection[str]) -> str | None:
-    """The weight of a module whose path is written with underscores; None if several may be it."""
+    """The weight of a module whose path is written with underscores; None if it is ambiguous."""
     flat = {
         name: re.sub(r"[./]", "_", name.removesuffix(".weight"))
         for name in names

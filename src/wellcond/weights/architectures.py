@@ -1,8 +1,8 @@
-"""What libraries call the parts of attention and of gated layers: names of modules and of settings.
+"""The names that libraries use for the parts and settings of attention and of gated layers.
 
 A module is recognised by its attributes and not by its class, so that a file, which has no classes,
-is read like a model. A name by itself decides nothing: the shapes must fit, see `fused` and
-`heads`. The tests check these names against the installed libraries.
+is read like a model. A name is not sufficient: the shapes must also fit, see `fused` and `heads`.
+The tests check these names against the installed libraries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# Separate projections of query, key and value; and the output projection beside them.
+# Separate projections of query, key and value, and the output projection of the same module.
 SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -25,13 +25,13 @@ OUTPUTS = (
 
 
 class Fused(NamedTuple):
-    """A projection of query, key and value in one.
+    """A fused projection of query, key and value.
 
     Attributes:
-        outputs: the names of the output projection beside it.
-        any_order: the order of the rows differs between libraries, so that a known class or
-            model_type must tell it.
-        grouped: there may be fewer keys and values than queries, and still one part after another.
+        outputs: the possible names of the output projection in the same module.
+        any_order: whether the order of the rows differs between libraries, so that a known class
+            or model_type must determine it.
+        grouped: whether there can be fewer keys and values than queries, stored part after part.
     """
 
     outputs: tuple[str, ...]
@@ -43,16 +43,16 @@ FUSED = {
     "qkv": Fused(("proj", "projection"), any_order=True),
     "c_attn": Fused(("c_proj",)),
     "query_key_value": Fused(("dense",), any_order=True),
-    # CodeGen and MiniMax have an out_proj instead, and another order.
+    # CodeGen and MiniMax have an out_proj instead and a different order.
     "qkv_proj": Fused(("o_proj",), any_order=True, grouped=True),
     "Wqkv": Fused(("out_proj", "Wo"), grouped=True),
     "in_proj_weight": Fused(("out_proj",)),
-    # GGUF: what the layers of other libraries hold in another order is converted to this one.
+    # GGUF: converters bring the layers of all libraries into this order.
     "attn_qkv": Fused(("attn_output", "attn_out"), grouped=True),
 }
 
-# Libraries whose classes hold `qkv` and `qkv_proj` part after part, and `query_key_value` by head;
-# and the model types for which that is known, also with a suffix such as `_text`.
+# Libraries whose classes store `qkv` and `qkv_proj` part after part, and `query_key_value` by head,
+# and the model types for which this is known, also with a suffix such as `_text`.
 LIBRARIES = ("timm", "torchvision", "transformers")
 MODEL_TYPES = tuple(
     """
@@ -66,10 +66,10 @@ MODEL_TYPES = tuple(
 # Attributes of modules that order the rows of a fused projection differently: TinyViT and
 # EfficientFormer have key_dim and, like LeViT, attention_biases; ChatGLM.
 OTHER_ORDER = ("key_dim", "attention_biases", "multi_query_attention")
-# Modules of MaxViT, where a setting that no file holds decides whether heads come first.
+# Modules of MaxViT, where a setting that no file contains decides whether heads come first.
 PERHAPS_BY_HEAD = ("attn_block", "attn_grid")
-# Attention over channels (XCiT, EdgeNeXt) or with mixed heads (CaiT): by an attribute, or by a part
-# of the name of the class (DaViT, CoaT).
+# Attention over channels (XCiT, EdgeNeXt) or with mixed heads (CaiT), recognised by an attribute,
+# or by a part of the name of the class (DaViT, CoaT).
 NO_TOKENS, NO_TOKENS_CLASSES = ("temperature", "proj_l"), ("Channel", "Factor")
 
 # Attention of Keras and Flax: kernels (inputs, heads, size), and (heads, size, outputs).
@@ -82,11 +82,11 @@ GATED = {
     "input_linear": "output_linear",  # Granite
     "weights_in": "weights_out",  # DINOv2
     "w12": "w3",
-    "ffn_up": "ffn_down",  # GGUF, as the next one
+    "ffn_up": "ffn_down",  # GGUF, like the next one
     "ffn_gate_up_exps": "ffn_down_exps",
 }
-# Model types in which rows of gate and up take turns, and others with a bias beside gate and up
-# in which they are blocks.
+# Model types in which rows of gate and up alternate, and types with a bias of gate and up in which
+# gate and up are blocks.
 GATED_TURNS, GATED_BLOCKS = ("gpt_oss",), ("openai_privacy_filter",)
 
 # Settings of a module, or of its config.
@@ -99,15 +99,15 @@ WIDTH = ("embed_dim", "hidden_size")  # in this order: hidden_size of Qwen2-VL i
 ROTATED = ("rotary_emb", "rotary_ndims", "rotary_dim", "rope")
 ROTATED_IN_CONFIG = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim")
 
-# Layers that change what a head compares or carries, with the note on what is left out.
+# Layers that change the maps of a head, with the note that states what the maps omit.
 NORMS = (
     *("q_norm", "k_norm", "query_norm", "q_layernorm", "norm_q", "norm_k", "q_ln"),
     *("attn_q_norm", "attn_k_norm"),
 )
 NOT_COMPARED = (
-    (("pool_q", "pool_k"), "without `{}`, which stands between"),  # MViT
+    (("pool_q", "pool_k"), "without `{}` between the two factors"),  # MViT
     # logit_scale multiplies the cosines of the second Swin.
     (("logit_scale", *NORMS), "without the norms of queries and keys (`{}`)"),
 )
 NOT_CARRIED = ("pool_v", "v_norm", "sub_norm", "inner_attn_ln", "attn_sub_norm")
-NOT_CARRIED_IN_TIMM = ("norm", "gate")  # elsewhere these may precede the projections
+NOT_CARRIED_IN_TIMM = ("norm", "gate")  # in other libraries these can precede the projections

@@ -1,19 +1,19 @@
-"""What an adapter adds to a weight, as two factors: its change is a product B A, times a scale.
+"""The change that an adapter adds to a weight, as a product of two factors B A, times a scale.
 
-LoRA (Hu et al., arXiv 2106.09685) stores B and A, LoCon also a core between them. The products of
-the others are made of what they store, in float64:
+LoRA (Hu et al., arXiv 2106.09685) stores B and A; LoCon also stores a core between them. The
+factors of the others are computed from their tensors, in float64:
 
-- LoHa (arXiv 2108.06098): the entrywise product of B1 A1 and B2 A2, whose factors have as rows,
-  and as columns, the Kronecker products of those of the two;
-- LoKr (LyCORIS, arXiv 2309.14859): kron(W1, W2), each W either whole or a product;
-- VeRA (arXiv 2310.11454): diag(b) B diag(d) A, with B and A cut out of projections that all layers
-  share;
-- RandLoRA (arXiv 2502.00987): the sum of such products, with diagonals on the shorter side.
+- LoHa (arXiv 2108.06098): the entrywise product of B1 A1 and B2 A2. The rows of B are the Kronecker
+  products of the rows of B1 and B2, and the columns of A those of the columns of A1 and A2;
+- LoKr (LyCORIS, arXiv 2309.14859): kron(W1, W2), where each W is a full matrix or a product;
+- VeRA (arXiv 2310.11454): diag(b) B diag(d) A, where B and A are slices of projections that all
+  layers share;
+- RandLoRA (arXiv 2502.00987): a sum of such products, with diagonals on the shorter side.
 
-With a core T (r, r, k, ...) between the factors of a kernel, A is T times the second one.
+With a core T (r, r, k, ...) between the factors of a kernel, A is T times the second factor.
 
-Letters: W (m, n), a kernel flattened to that; B (m, k), A (k, n); r the rank by which a scale is
-divided.
+Letters: W (m, n), or a kernel flattened to this shape; B (m, k), A (k, n); r the rank by which a
+scale is divided.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ Factors = tuple[Tensor, Tensor]
 
 
 class UnknownAdapterError(ValueError):
-    """Why the matrix that an adapter adds is unknown."""
+    """The matrix that an adapter adds is unknown; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the change follows from the tensors of a kind of adapters.
+    """How to compute the change from the tensors of one kind of adapter.
 
     Attributes:
-        name: of the kind.
-        required: the roles of its tensors, of each tuple all of one choice.
-        optional: roles of others that it may have.
-        shared: roles of tensors that all layers share.
+        name: the name of the kind.
+        required: the roles of its tensors: for each tuple, all roles of one of its choices.
+        optional: the roles of optional tensors.
+        shared: the roles of tensors that all layers share.
         alpha: the key of alpha in adapter_config.json; "" if the scale is 1.
-        ranked: roles; the first dimension of the first of these that is there is r.
-        factors: B and A, from the tensors by their roles and the shape of W, None if it is unknown.
+        ranked: roles; r is the first dimension of the first tensor of these that is present.
+        factors: computes B and A from the tensors by role and the shape of W, or None if that is
+            unknown.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Form:
     ranked: tuple[str, ...] = ()
 
     def choose(self, roles: Collection[str]) -> tuple[str, ...]:
-        """The roles among these that it uses, its own only; () if one that it needs is missing."""
+        """The roles among these that it uses, without `shared`; () if a required one is missing."""
         chosen: list[str] = []
         for choices in self.required:
             found = next((choice for choice in choices if {*choice} <= {*roles}), None)
@@ -71,7 +72,7 @@ def _of_lora(tensors: Tensors, _: Shape | None) -> Factors:
     if core is None:
         return B, A.flatten(1)
     if core.ndim < 3 or A.shape[1] != A.flatten(1).shape[1]:
-        raise UnknownAdapterError("with lora_mid beside A and B, it is not a known LoRA")
+        raise UnknownAdapterError("with lora_mid in addition to A and B, it is not a known LoRA")
     return B.double(), _apply_core(core, A.flatten(1))
 
 
@@ -81,7 +82,7 @@ def _apply_core(core: Tensor, A: Tensor) -> Tensor:
 
 
 def _of_pair(tensors: Tensors, stem: str, core: str) -> Factors:
-    """Of `stem`_a and `stem`_b: the first is transposed if there is a core."""
+    """The factors `stem`_a and `stem`_b; the first is stored transposed if there is a core."""
     a, b = tensors[f"{stem}_a"].double(), tensors[f"{stem}_b"].double()
     if core in tensors:
         return a.mT, _apply_core(tensors[core], b)
@@ -125,7 +126,7 @@ def _of_randlora(tensors: Tensors, shape: Shape | None) -> Factors:
     scales, gains = tensors["randlora_lambda"].double(), tensors["randlora_gamma"].double()
     bases = scales.shape[1]
     short = tensors["randlora_A"].double()[:, :bases, : min(m, n)]
-    # PEFT flattens the two in different orders, which pairs their vectors in another way.
+    # PEFT flattens the two in different orders, so it pairs their vectors differently.
     short = (scales[..., None] * short * gains).flatten(0, 1)
     long = tensors["randlora_B"].double()[: max(m, n), :bases].flatten(1)
     return (long, short) if n <= m else (short.mT, long.mT)
@@ -134,7 +135,7 @@ def _of_randlora(tensors: Tensors, shape: Shape | None) -> Factors:
 def _need(shape: Shape | None) -> Shape:
     if shape is None:
         raise UnknownAdapterError(
-            "its tensors do not say how many inputs it has: give the model that it adapts as `base`"
+            "its tensors do not give its number of inputs: pass the model that it adapts as `base`"
         )
     return shape
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def are_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether they are equal, where NaN equals NaN; their dtypes may differ."""
+    """Whether they are equal, where NaN equals NaN; their dtypes can differ."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     if a.shape != b.shape or torch.equal(a, b):
@@ -39,7 +39,7 @@ def is_rearranged(part: Tensor, whole: Tensor) -> bool:
 
 
 def is_near(a: Tensor, b: Tensor) -> bool:
-    """Whether all entries are equal; float32 and wider up to their last bits."""
+    """Whether all entries are equal, in float32 and wider dtypes up to their last bits."""
     if torch.equal(a, b):
         return True
     eps = torch.finfo(b.dtype).eps
@@ -49,9 +49,9 @@ def is_near(a: Tensor, b: Tensor) -> bool:
 
 
 def arrangements(whole: Tensor, like: Tensor) -> Iterator[Tensor]:
-    """The layouts of a tensor with as many entries as `like`, or else its blocks of that shape.
+    """The layouts of a tensor with as many entries as `like`; otherwise its blocks of that shape.
 
-    A block has all channels, which are the second axis, and some of the positions.
+    A block has all channels (the second axis) and a part of the positions.
     """
     if whole.numel() == like.numel():
         yield whole.contiguous()

@@ -1,9 +1,9 @@
 """Weights that torch.nn.utils computes from other parameters before each forward pass.
 
 `spectral_norm`, `weight_norm` and `prune` of torch.nn.utils keep parameters such as weight_orig and
-store the result in a plain attribute `weight`. That is as old as the last forward pass: after
-`load_state_dict` and after an optimizer step it is stale. So it is recomputed here, as in a forward
-pass in eval mode, which changes no parameter.
+store the result in a plain attribute `weight`. This attribute dates from the last forward pass:
+after `load_state_dict` and after an optimizer step it is stale. This module therefore recomputes
+it as a forward pass in eval mode does, without changing a parameter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ComputedWeight:
         attribute: its name in the module.
         parts: the names of the parameters from which it is computed.
         method: the name of the method that computes it.
-        compute: computes it as in eval mode; None if the method is unknown.
+        compute: computes the weight as in eval mode; None if the method is unknown.
     """
 
     attribute: str
@@ -40,7 +40,7 @@ class ComputedWeight:
 
 
 def find_computed_weights(module: nn.Module) -> Iterator[ComputedWeight]:
-    """Those of one module, by its hooks; by names if a hook is not one of torch."""
+    """The computed weights of one module, by the hooks of torch, or by names for unknown hooks."""
     known: set[str] = set()
     if isinstance(module, torch.jit.ScriptModule):
         return

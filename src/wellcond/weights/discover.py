@@ -1,7 +1,8 @@
-"""Which matrices a model holds: a name and a view for each, or the reason why it is left out.
+"""The matrices in a model: the name and view of each, or the reason why a parameter is skipped.
 
-A weight is a parameter seen as a matrix of m rows (outputs) and n columns (inputs), or as a stack
-of such matrices. Several views of one parameter append their own name: `attn.in_proj_weight:q`.
+A weight is a parameter viewed as a matrix of m rows (outputs) and n columns (inputs), or as a stack
+of such matrices. If a parameter has several views, each appends its own name:
+`attn.in_proj_weight:q`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from wellcond.weights.sizes import geometry_of
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter is found: looked up anew each time, as assign=True replaces it."""
+    """The place of a parameter, looked up each time because assign=True replaces the parameter."""
 
     owner: nn.Module
     attribute: str
@@ -40,23 +41,23 @@ class Source:
         if not isinstance(parameter, nn.Parameter):
             raise ValueError(
                 f"`{self.attribute}` of a {type(self.owner).__name__} must still be a parameter, "
-                f"but is a {type(parameter).__name__}: parametrized since, perhaps. Make a new "
-                "Regularizer after layers have changed."
+                f"got a {type(parameter).__name__}; it may have been parametrized. Create a new "
+                "Regularizer after changing layers."
             )
         return parameter
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter seen as a matrix (m, n) or a stack (b, m, n), under a name and its aliases.
+    """A parameter viewed as a matrix (m, n) or a stack (b, m, n), with a name and its aliases.
 
-    A subclass that overrides `operator` may rest on several parameters. `reason` says why it is
-    left out unless it is asked for by its exact name. `tied` are the other places of its parameter,
-    in the order of the aliases after the first.
+    A subclass that overrides `operator` can depend on several parameters. `reason` states why the
+    weight is skipped unless a pattern is its exact name. `tied` are the other places of its
+    parameter, in the order of the aliases after the first.
     """
 
     name: str
-    aliases: tuple[str, ...]  # every name that a pattern may match, views and parameters
+    aliases: tuple[str, ...]  # every name that a pattern can match, views and parameters
     sources: tuple[Source, ...]
     view: View = STORED
     reason: Skipped | None = None
@@ -64,7 +65,7 @@ class Weight:
 
     @property
     def caution(self) -> str:
-        """What is stored, if that is not the weight that acts; "" if it is."""
+        """What the stored tensor is, if it is not the effective weight; "" if it is."""
         notes = []
         for source in (*self.sources, *self.tied):
             module, attribute = source.owner, source.attribute
@@ -84,7 +85,7 @@ class Weight:
 
     @property
     def geometry(self) -> Geometry | Skipped:
-        """How the convolution whose kernel it is slides, or why that is not known."""
+        """The geometry of the convolution with this kernel, or why it is unknown."""
         owner = self.sources[0].owner
         if type(self.view) is not Kernel or not isinstance(owner, nn.modules.conv._ConvNd):
             return Skipped(Reason.unknown_use, type(owner).__name__)
@@ -93,21 +94,21 @@ class Weight:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that it rests on."""
+        """The parameters on which it depends."""
         return [source.parameter for source in self.sources]
 
     @property
     def trained(self) -> bool:
-        """Whether one of its parameters is not frozen."""
+        """Whether at least one of its parameters is not frozen."""
         return any(source.parameter.requires_grad for source in self.sources)
 
     def operator(self, parameters: Sequence[Tensor], seed: int = 0) -> WeightOperator:
-        """It as a linear map, with these values for its parameters."""
+        """The weight as a linear map, with these values for its parameters."""
         (parameter,) = parameters
         return operator_of(parameter.detach(), self.view, seed)
 
     def members(self) -> list[Weight]:
-        """The matrices of a stack, each as a weight of its own."""
+        """The matrices of a stack, each as a separate weight."""
         shape = shape_of(self.view, self.parameters[0])
         if len(shape) == 2:
             return [self]
@@ -138,9 +139,9 @@ _GATES |= {nn.RNNCell: "", nn.LSTMCell: GATES[4], nn.GRUCell: GATES[3]}
 def views_of(
     module: nn.Module, attribute: str, parameter: Tensor, fused: Mapping[Place, Views]
 ) -> Mapping[str, View] | Skipped:
-    """The matrices in a parameter by the name of their view, "" if it has one only; or why none.
+    """The matrices in a parameter, by view name ("" for a single one), or why there are none.
 
-    `fused` are the views of projections that only the module above them knows.
+    `fused` are the views of projections that only the parent module determines.
     """
     if (
         computed := find_weight_computed_from(module, attribute)
@@ -183,12 +184,12 @@ def views_of(
     return Skipped(Reason.unknown_use, f"of {type(module).__name__}")
 
 
-# Modules that wrap another, as torch.compile and checkpointing do: no part of a name.
+# Wrapper modules of torch.compile and of checkpointing, which names omit.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def wrappings(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it is given, and what torch.compile, DataParallel and DDP hold, one by one."""
+    """The given model, then the modules within torch.compile, DataParallel and DDP, inwards."""
     yield model
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         yield from wrappings(cast(nn.Module, model.module))
@@ -197,20 +198,20 @@ def wrappings(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The innermost of its wrappings, by whose names its weights are called."""
+    """The innermost of the `wrappings`, in which the names of the weights are paths."""
     *_, innermost = wrappings(model)
     return innermost
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
-    """Raises for the first FSDP, which lays all weights of a unit end to end in one vector."""
+    """Raises ValueError for FSDP1, which concatenates all weights of a unit to one vector."""
     for name, module in model.named_modules():
         kind = type(module)
         if kind.__name__ == "FullyShardedDataParallel" and kind.__module__.startswith("torch."):
             raise ValueError(
-                f'`model` must not be wrapped by FullyShardedDataParallel, but "{name}" is: '
-                "its flat parameters keep no matrix. Use torch.distributed.fsdp.fully_shard, which "
-                "keeps every weight as a DTensor."
+                f'`model` must not be wrapped by FullyShardedDataParallel, but "{name}" is: its '
+                "flat parameters do not preserve matrices. Use "
+                "torch.distributed.fsdp.fully_shard, which keeps every weight as a DTensor."
             )
 
 
@@ -220,7 +221,7 @@ def join_path(prefix: str, attribute: str) -> str:
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Every name of every parameter, tied ones as often as they occur."""
+    """Every name of every parameter; tied parameters occur once per name."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
@@ -228,22 +229,22 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
 
 
 def refuse_programs(model: nn.Module) -> None:
-    """Raises for what torch.jit.script, trace and load return."""
+    """Raises ValueError for the result of torch.jit.script, trace or load."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"`model` must be an eager module, got a TorchScript program ({type(model).__name__}), "
-            "whose layers have no classes. Use the model from which it was made; or audit its "
-            'weights as a file, after torch.save(model.state_dict(), "weights.pt").'
+            "whose layers have no classes. Pass the model from which it was made, or save its "
+            'weights with torch.save(model.state_dict(), "weights.pt") and audit the file.'
         )
 
 
 def find_weights(
     model: nn.Module, complex_values: bool = False, fused: Mapping[Place, Views] | None = None
 ) -> Discovery:
-    """All weights of a model in the order of its parameters, tied ones once.
+    """All weights of a model in the order of its parameters, tied weights once.
 
-    Those of complex numbers are among them only where `complex_values` asks for it. `fused` are the
-    views of `find_fused_projections`, for a caller that has found them.
+    Complex weights are included only if `complex_values` is True. `fused` is the result of
+    `find_fused_projections` if the caller has already computed it.
     """
     refuse_programs(model)
     names: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
@@ -263,7 +264,8 @@ def find_weights(
             others[aliases[0]] = why
             continue
         views = [views_of(owner, slot, parameter, fused) for _, owner, slot, _ in occurrences]
-        # One owner that looks rows up makes it an embedding; else one that knows the use decides.
+        # One owner that looks rows up makes it an embedding; otherwise the first owner with a known
+        # use decides.
         known = (view for view in views if not isinstance(view, Skipped))
         embedding = Skipped(Reason.embedding)
         found = embedding if embedding in views else next(known, views[0])
@@ -282,11 +284,11 @@ def find_weights(
 
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, Skipped, int]]:
-    """Name, reason and entries of the weights of torch.ao's layers, which are no parameters."""
+    """Name, reason and number of entries of the weights of torch.ao's layers (not parameters)."""
     for prefix, module in model.named_modules():
         if ".ao.nn.quantized." not in type(module).__module__ or "weight" in module._parameters:
             continue
-        for method in ("weight", "get_weight"):  # the second of recurrent layers
+        for method in ("weight", "get_weight"):  # recurrent layers have the second
             read = getattr(module, method, None)
             codes = read() if callable(read) else None
             each = {method: codes} if isinstance(codes, Tensor) else codes or {}
@@ -314,5 +316,5 @@ def why_unfit(parameter: nn.Parameter, aliases: tuple[str, ...]) -> Skipped | No
 
 
 def heads_of(model: nn.Module) -> list[Attention]:
-    """The heads of attention of a model, under the names that its weights begin with."""
+    """The attention modules of a model, under the prefixes of the names of their weights."""
     return find_heads(model, _WRAPPED)

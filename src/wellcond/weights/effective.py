@@ -1,7 +1,7 @@
-"""What acts in a model: its weights by the values that a forward pass in eval mode multiplies by.
+"""The effective weights of a model: the matrices that a forward pass in eval mode multiplies by.
 
-A weight may be parametrized, computed by a hook before each forward pass, or changed by the forward
-of its own layer. What is stored is then not what acts.
+They differ from the stored tensors if a weight is parametrized, computed by a hook before each
+forward pass, or changed by the `forward` method of its own layer.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from wellcond.weights.reasons import Reason, Skipped
 def effective_matrices(
     model: nn.Module, acting: Mapping[nn.Module, Geometry] | None = None
 ) -> tuple[list[Matrices], dict[str, Skipped], int]:
-    """What acts in a model: its matrices, computed ones by their value; the rest and why.
+    """The effective matrices of a model, and the reason for every other tensor.
 
-    Convolutions in `acting` carry their geometry. Weights that only their exact name takes are
-    among the matrices, with their reason in the rest: the caller decides.
+    Convolutions in `acting` carry their geometry. Weights that only a pattern with their exact name
+    selects are among the matrices and also have a reason, so that the caller can decide.
 
     Returns:
-        The matrices; by its name the reason for each other tensor; the number of entries of all
+        The matrices; the reason for each other tensor, by name; the number of entries of all
         parameters.
     """
     fused = find_fused_projections(model)
@@ -76,7 +76,7 @@ def effective_matrices(
         own, geometry = _look_at(module, attribute, value, (acting or {}).get(module))
         note = join_remarks(own, _note_of_tied(aliases, places, value))
         if computed := find_weight_computed_from(module, attribute):
-            note = f"a part from which {computed.attribute} is computed, and not what acts"
+            note = f"a part from which {computed.attribute} is computed, not the effective weight"
         acts = own == COMPUTED
         matrices.append(
             Matrices(
@@ -91,7 +91,7 @@ def effective_matrices(
             )
         )
 
-    # What is computed counts instead of its parts.
+    # A computed weight counts instead of its parts.
     sizes = {
         name: 0
         if find_weight_computed_from(module, attribute) or is_lazy(parameter)
@@ -132,7 +132,7 @@ def effective_matrices(
 
 
 def _effective_attributes(module: nn.Module) -> list[str]:
-    """The names of what is computed from parameters of a module before it is used."""
+    """The names of the tensors that are computed from parameters of a module."""
     computed = [one.attribute for one in find_computed_weights(module)]
     return [*getattr(module, "parametrizations", ()), *computed]
 
@@ -140,22 +140,22 @@ def _effective_attributes(module: nn.Module) -> list[str]:
 def _look_at(
     module: nn.Module, attribute: str, value: Tensor, geometry: Geometry | None
 ) -> tuple[str, Geometry | None]:
-    """What to say of a weight with this value, and the geometry if the layer slides like that."""
+    """The remark on a weight with this value, and the geometry if the layer has it."""
     if attribute != "weight" or not has_own_forward(module):
-        # Of complex kernels no map is made.
+        # Complex kernels are not measured as operators.
         return "", None if value.is_complex() else geometry
     W, note = find_effective_weight(module, value)
     if geometry is None:
         return note, None
     kernel, whole = value if W is None else W, note == UNKNOWN
     if value.is_complex() or not has_geometry(module, kernel, geometry, whole):
-        own = "the kernel alone: how the layer's own forward slides it is not known"
+        own = "only the kernel: how the layer's own forward applies it is unknown"
         return join_remarks(note, own), None
     return (COMPUTED if W is not None else ""), geometry
 
 
 def _note_of_tied(aliases: Sequence[str], places: Sequence[Source], value: Tensor) -> str:
-    """Names the layers that share a weight and act otherwise than the first of them."""
+    """A remark on layers that share a weight but use it differently; "" if there are none."""
     owners = [place.owner for place in places]
     weights = all(place.attribute == "weight" for place in places)
     if len(places) == 1 or not weights or not any(map(has_own_forward, owners)):
@@ -167,8 +167,12 @@ def _note_of_tied(aliases: Sequence[str], places: Sequence[Source], value: Tenso
         for alias, other in zip(aliases[1:], others, strict=True)
         if other.note != first.note or not _equal(other.weight, first.weight)
     ]
-    acts = "acts" if known else "may act"
-    return f"another weight {acts} in {quote_names(differ)}, which shares it" if differ else ""
+    acts = "is" if known else "may be"
+    return (
+        f"shared with {quote_names(differ)}, where the effective weight {acts} different"
+        if differ
+        else ""
+    )
 
 
 def _equal(W: Tensor | None, V: Tensor | None) -> bool:
@@ -176,10 +180,10 @@ def _equal(W: Tensor | None, V: Tensor | None) -> bool:
 
 
 def acting_tensor(module: nn.Module, attribute: str) -> Tensor:
-    """The tensor that acts.
+    """The effective tensor.
 
     Raises:
-        ValueError: it is sharded, or has no values of real numbers.
+        ValueError: the tensor is sharded, or has no real values.
     """
     if attribute not in _effective_attributes(module):
         parameter = Source(module, attribute).parameter
@@ -198,10 +202,10 @@ def _acting_value(module: nn.Module, attribute: str) -> Tensor:
 
 
 def value_of(module: nn.Module, attribute: str) -> Tensor:
-    """The tensor as the forward pass finds it: parametrized, computed by a hook, or stored.
+    """The tensor that the forward pass reads: parametrized, computed by a hook, or stored.
 
     Raises:
-        ValueError: it is not known how it is computed, or that fails.
+        ValueError: the method that computes it is unknown or fails.
     """
     compute: Callable[[], Tensor]
     if attribute in getattr(module, "parametrizations", ()):
@@ -220,9 +224,10 @@ def value_of(module: nn.Module, attribute: str) -> Tensor:
 
 
 def evaluate_parametrization(module: nn.Module, attribute: str) -> Tensor:
-    """The value of a parametrized tensor, by a copy in eval mode: reading advances nothing.
+    """The value of a parametrized tensor, computed by a copy in eval mode.
 
-    `spectral_norm` in train mode takes a step of power iteration each time it is read.
+    Reading the original in train mode would change its state: `spectral_norm` performs a step of
+    power iteration at each read.
     """
     parametrization = copy.deepcopy(cast(nn.ModuleDict, module.parametrizations)[attribute])
     with torch.no_grad():

@@ -1,13 +1,14 @@
-"""The weight by which a layer with a `forward` method of its own multiplies.
+"""The effective weight of a layer that defines its own `forward` method.
 
 A subclass of Linear or of a convolution may mask, scale or standardise its weight in `forward`, so
 that the effective weight differs from the stored one. Forward passes of a copy of the layer, in
-eval mode, show the weight that is passed to the product, and whether the layer is that product. A
-product counts only if its input is that of the layer and the output of the layer is its output,
-possibly plus a constant, without a border, or after a known activation. Any scale before or after
-belongs to the effective weight; for maps of vectors it is found from the images of unit vectors.
+eval mode, show the weight that `forward` passes to the product, and whether the layer computes only
+that product. A product counts only if its input is the input of the layer and its output is the
+output of the layer, possibly plus a constant, without a border, or after a known activation. Any
+scale before or after belongs to the effective weight; for maps of vectors it is computed from the
+images of unit vectors.
 
-Letters: W the effective weight, of the shape of the stored one; x a random input, y the output.
+Letters: W the effective weight, in the shape of the stored one; x a random input, y the output.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from wellcond.weights.twin import Call, NotTried, Run, Twin, isolate
 
 COMPUTED = "the effective weight, which the layer's own forward computes from the stored one"
 UNKNOWN = "as stored: how the layer's own forward changes it is unknown"
-# Up to this nu a map of vectors is found from its images of unit vectors, a chunk at a time.
+# Up to this nu a map of vectors is computed from its images of unit vectors, chunk by chunk.
 _LARGEST, _CHUNK = 4096, 256
 # Relative to sums of absolute values: float32 evaluations of one linear map differ by far less.
 _LINEAR = 1e-4
 # How often a forward pass that draws random numbers must give the same output.
 _DRAWS = 8
 
-# What may follow the product and is not part of the weight; factors per channel are part of it.
+# Activations that can follow the product and are not part of the weight. Factors per channel are
+# part of it.
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     *(F.relu, F.relu6, F.gelu, partial(F.gelu, approximate="tanh"), F.silu, F.mish),
     *(torch.sigmoid, torch.tanh, torch.sin, torch.square, torch.abs, torch.exp),
@@ -55,7 +57,7 @@ class EffectiveWeight(NamedTuple):
 
     Attributes:
         weight: W if it differs from the stored weight; None if it does not, or is unknown.
-        note: what a reader must know; "" if the stored weight is the effective one.
+        note: a remark for the report; "" if the stored weight is the effective one.
     """
 
     weight: Tensor | None = None
@@ -79,7 +81,7 @@ def find_effective_weight(
     try:
         with isolate(stored):
             W = _Trial(layer, stored).find_weight(thorough)
-    except (Exception, SystemExit):  # it needs other arguments, other inputs, or other processes
+    except (Exception, SystemExit):  # forward needs other arguments, inputs or processes
         W = None
     if W is None:
         return EffectiveWeight(note=UNKNOWN)
@@ -103,17 +105,17 @@ def has_own_forward(layer: nn.Module) -> bool:
 
 
 def _is_replaced(layer: nn.Module) -> bool:
-    """Whether the instance has another `forward` than its class, other than a wrapper of that."""
+    """Whether the instance replaces the `forward` of its class by anything but a wrapper of it."""
     forward = vars(layer).get("forward")
     inner = None if forward is None else inspect.unwrap(forward)
     return forward is not None and getattr(inner, "__func__", inner) is not type(layer).forward
 
 
 def has_geometry(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bool) -> bool:
-    """Whether a convolution gives the output of this map plus a constant, on a random input.
+    """Whether a convolution computes this map plus a constant, tested on a random input.
 
-    The output is that of the layer or, unless it is to be the `whole` layer, of the only product in
-    it, which a known activation may follow.
+    The output is that of the layer. If `whole` is False, the output of the only product in the
+    layer, which a known activation can follow, is also accepted.
     """
     S = Convolution(kernel, geometry)
     bound = Convolution(kernel.abs(), geometry)
@@ -137,7 +139,7 @@ def has_geometry(layer: nn.Module, kernel: Tensor, geometry: Geometry, whole: bo
 
 
 class _Look(NamedTuple):
-    """A forward pass with one product, and the weight of that in the layout of the stored one."""
+    """A forward pass with one product, whose weight is in the layout of the stored one."""
 
     x: Tensor
     y: Tensor
@@ -146,7 +148,7 @@ class _Look(NamedTuple):
 
 
 class _Trial:
-    """Forward passes of a copy of a layer, beginning with one on the first input that it takes."""
+    """Forward passes of a copy of a layer, the first of them on the first input that it accepts."""
 
     def __init__(self, layer: nn.Module, stored: Tensor) -> None:
         self.layer, self.stored = layer, stored
@@ -158,7 +160,7 @@ class _Trial:
             except (Exception, SystemExit):
                 continue
             return
-        raise NotTried("it takes none of the usual inputs")
+        raise NotTried("it accepts none of the usual inputs")
 
     def find_weight(self, thorough: bool) -> Tensor | None:
         """W; None if it is unknown."""
@@ -175,7 +177,7 @@ class _Trial:
         if convolves:
             return None
         if self._begins_with_stored():
-            return self.stored  # it also has outputs of another weight
+            return self.stored  # the layer also has outputs of another weight
         if not thorough:
             return self.stored if self._agrees_with_stored([self.x, other]) else None
         return self._from_unit_vectors()
@@ -186,7 +188,7 @@ class _Trial:
         return all(are_equal(_output(run), _output(self.first)) for run in again)
 
     def _look(self, x: Tensor, run: Run) -> _Look | None:
-        """The only product, if its weight has the shape of the stored one."""
+        """The forward pass, if it has exactly one product, with a weight of the stored shape."""
         if len(run.calls) != 1:
             return None
         (call,) = run.calls
@@ -233,9 +235,9 @@ class _Trial:
         return all(differ_alike(one.y, origin.y, one.call.y, origin.call.y) for one in looks)
 
     def _has_known_output(self, look: _Look) -> bool:
-        """Whether it is that of the product, or one activation fits that and a product of about 3.
+        """Whether the output is that of the product, possibly after one known activation.
 
-        Near 0 many activations are alike.
+        The activation must also fit a product of about 3, because many are alike near 0.
         """
         if is_rearranged(look.y, look.call.y):
             return True
@@ -247,7 +249,7 @@ class _Trial:
         return any(map(all, zip(*fits, strict=True)))
 
     def _is_normalised(self, look: _Look) -> bool:
-        """Whether the input of the product has the direction of x, and not its length."""
+        """Whether the input of the product has the direction of x but not its length."""
         x, there = look.x, look.call.x
         if there.numel() != x.numel():
             return False
@@ -278,7 +280,7 @@ class _Trial:
         return all(_is_image(_output(self.twin.run(x, 3)), origin, x, W) for x in inputs)
 
     def _from_unit_vectors(self) -> Tensor | None:
-        """W column by column, checked on inputs of two scales and both signs."""
+        """W, computed column by column and checked on inputs of two scales and both signs."""
         n = self.x.shape[-1]
         m = self.stored.numel() // n
         if min(m, n) > _LARGEST:
@@ -308,7 +310,7 @@ class _Trial:
 
 
 def _output(run: Run) -> Tensor:
-    """The output; if there are several, that of a product."""
+    """The output of a forward pass; if there are several, the output of a product."""
     if not isinstance(run.y, tuple | list):
         y: Tensor = run.y
         return y
@@ -318,12 +320,12 @@ def _output(run: Run) -> Tensor:
 
 
 def _is_result(y: Tensor, product: Tensor) -> bool:
-    """Whether y is the output of the product or a known activation of that."""
+    """Whether y is the output of the product, possibly after a known activation."""
     return is_rearranged(y, product) or any(_match_activations(y, product))
 
 
 def _match_activations(y: Tensor, product: Tensor) -> Iterator[bool]:
-    """For each known activation whether y is that of the product."""
+    """For each known activation, whether y is this activation of the product."""
     for activation in () if product.is_complex() else _ACTIVATIONS:
         try:
             yield _is_activated(y, activation(product), product)
@@ -332,7 +334,7 @@ def _match_activations(y: Tensor, product: Tensor) -> Iterator[bool]:
 
 
 def _is_activated(y: Tensor, activated: Tensor, product: Tensor) -> bool:
-    """Whether y is that, up to rounding, which may be relative to the product, as for gelu(-9)."""
+    """Whether y is `activated` up to rounding, relative to the product for cases like gelu(-9)."""
     if activated.shape != product.shape or torch.finfo(y.dtype).eps > 1e-6:
         return is_rearranged(y, activated)
     both = zip(arrangements(activated, y), arrangements(product, y), strict=True)
@@ -355,7 +357,7 @@ def _is_image(y: Tensor, origin: Tensor, x: Tensor, W: Tensor) -> bool:
 
 
 def _inputs(layer: nn.Module, stored: Tensor) -> Iterator[Tensor]:
-    """Random inputs of the shapes that such layers take."""
+    """Random inputs of the shapes that such layers accept."""
     if isinstance(layer, _ConvNd):
         size = _smallest_size(layer)
         yield _random((1, layer.in_channels, *size), stored)

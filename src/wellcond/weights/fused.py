@@ -1,10 +1,10 @@
-"""Several matrices in one tensor, and the rows of the tensor that each of them is.
+"""Tensors that contain several matrices, and the rows of each matrix.
 
-Query, key and value of attention (`qkv.weight:q`), gate and up of a gated layer
-(`gate_up_proj.weight:gate`), also of a stack of experts, and the gates of a recurrent cell. A name
-by itself decides nothing: the shapes must fit those of the projection that takes the result, and a
-known class or config must tell the order of rows that differs between libraries. Gate and up may
-take turns row by row. What is stored head by head, or in an unknown order, stays whole, with a
+These are query, key and value of attention (`qkv.weight:q`), gate and up of a gated layer or of a
+stack of experts (`gate_up_proj.weight:gate`), and the gates of a recurrent cell. A name is not
+sufficient: the shapes must fit the projection that takes the result, and where the order of the
+rows differs between libraries, a known class or config must determine it. Rows of gate and up can
+alternate. A tensor that is stored head by head or in an unknown order remains one matrix, with a
 note.
 """
 
@@ -42,15 +42,16 @@ from wellcond.weights.projections import (
 # The gates of recurrent cells of torch, by their number.
 GATES = {4: "ifgo", 3: "rzn"}
 
-_BY_HEAD = "holds query, key and value head by head, so that no block of rows is one of them"
+_BY_HEAD = "is one matrix: it stores query, key and value interleaved by head"
 _GATED_ORDER = (
-    "is one matrix: no known class or model_type tells whether gate and up are blocks or take turns"
+    "is one matrix: no known class or model_type determines whether rows of gate and up are blocks "
+    "or alternate"
 )
 
 
 @dataclass(frozen=True)
 class Views:
-    """The matrices in a tensor by the name of their view, "" if there is only one; and a note."""
+    """The matrices in a tensor, by view name ("" for a single one), and a note."""
 
     views: Mapping[str, View] = field(default_factory=lambda: {"": STORED})
     note: str = ""
@@ -61,10 +62,12 @@ class Cut:
     """A fused projection of attention.
 
     Attributes:
-        name: of the projection in its module. whole: the projection. output: the name of the
-        projection that takes the values of all heads. sizes: the numbers of rows of "q", "k" and
-        "v", or of the last two, in this order. by_head: all rows of one head, or of a group of
-        heads with one key, precede those of the next.
+        name: the name of the projection in its module.
+        whole: the projection.
+        output: the name of the projection that takes the values of all heads.
+        sizes: the numbers of rows of "q", "k" and "v", or of the last two, in this order.
+        by_head: whether all rows of one head, or of a group of heads with one key, precede those
+            of the next.
     """
 
     name: str
@@ -74,7 +77,7 @@ class Cut:
     by_head: bool
 
     def views(self) -> Views:
-        """The blocks, or the whole if a head or a group is stored after another."""
+        """The blocks, or the entire projection if it is stored by head or by group."""
         if self.by_head:
             return Views({"": self.whole.view}, f"`{self.name}` {_BY_HEAD}")
         return Views(_cut_rows(self.sizes, self.whole.view))
@@ -96,10 +99,10 @@ def cut_equally(names: str, rows: int) -> dict[str, View]:
 
 
 def cut_attention(module: Module) -> Cut | None:
-    """How a module cuts its fused projection of query, key and value; None if it has none.
+    """The layout of the fused projection of query, key and value; None if there is none.
 
     Raises:
-        UnknownLayoutError: it has one, but how it is cut is unknown.
+        UnknownLayoutError: there is one, but its layout is unknown.
     """
     for name, kind in FUSED.items():
         output = next((one for one in kind.outputs if has_part(module, one)), None)
@@ -112,7 +115,7 @@ def _cut(module: Module, name: str, output: str) -> Cut:
     whole = get_projection(module, name, ndim=2)
     width, rows = get_projection(module, output).columns, whole.rows
     _check_order(module, name)
-    if name == "c_attn" and has_part(module, "q_attn"):  # GPT-2, for keys and values of another
+    if name == "c_attn" and has_part(module, "q_attn"):  # cross-attention of GPT-2
         if rows != 2 * width:
             raise UnknownLayoutError(f"the {rows} rows of `{name}` are not two blocks of {width}")
         return Cut(name, whole, output, {"k": width, "v": width}, by_head=False)
@@ -151,12 +154,12 @@ def _check_order(module: Module, name: str) -> None:
         known = any(kind.__module__.partition(".")[0] in LIBRARIES for kind in kinds)
     if not known:
         raise UnknownLayoutError(
-            f"`{name}` is one matrix: no known class or model_type tells the order of its rows"
+            f"`{name}` is one matrix: no known class or model_type determines the order of its rows"
         )
 
 
 def _is_known_config(config: Mapping[str, object]) -> bool:
-    """Whether a config is that of timm, or it or a part of it has a known model_type."""
+    """Whether a config is that of timm, or the config or a part of it has a known model_type."""
     if "architecture" in config and "pretrained_cfg" in config:
         return True
     parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
@@ -190,7 +193,7 @@ def _find_gated(module: Module) -> Iterator[tuple[Place, Views]]:
 
 
 def _takes_turns(module: Module, name: str) -> bool | None:
-    """Whether rows of gate and up take turns, as in gpt-oss; None if it is unknown."""
+    """Whether rows of gate and up alternate, as in gpt-oss; None if this is unknown."""
     concatenated = getattr(module, "is_concatenated", None)  # experts of transformers 5
     if isinstance(concatenated, bool):
         return not concatenated
@@ -198,17 +201,17 @@ def _takes_turns(module: Module, name: str) -> bool | None:
     kind = str(read_setting(module, "model_type")).lower().replace("-", "_")
     if "GptOssExperts" in kinds or kind.startswith(GATED_TURNS):
         return True
-    # Models with a bias have either order; of those without one all have blocks.
+    # Models with a bias have either order; all models without a bias have blocks.
     return None if has_part(module, f"{name}_bias") and not kind.startswith(GATED_BLOCKS) else False
 
 
 def _fit(both: Projection, down: Projection) -> bool:
-    """Whether the second projection takes what gate and up give."""
+    """Whether the second projection takes the product of gate and up."""
     return both.shape == (*down.shape[:-2], 2 * down.columns, down.rows)
 
 
 def _find_fused(module: Module) -> Iterator[tuple[Place, Views]]:
-    """The tensors of a module that hold several matrices, or stay whole with a note."""
+    """The tensors of a module that contain several matrices, or remain one matrix with a note."""
     yield from _find_gated(module)
     try:
         cut = cut_attention(module)
@@ -228,7 +231,7 @@ def _find_fused(module: Module) -> Iterator[tuple[Place, Views]]:
 
 
 def find_fused_projections(model: nn.Module) -> dict[Place, Views]:
-    """The parameters of a model that hold several matrices."""
+    """The parameters of a model that contain several matrices."""
     return {place: views for module in model.modules() for place, views in _find_fused(module)}
 
 
@@ -238,7 +241,7 @@ def find_views_in_file(
     """The matrices in the tensors of a file, by the names of the tensors.
 
     Args:
-        shapes: of all its tensors.
+        shapes: the shapes of all its tensors, by name.
         config: the content of config.json; empty if there is none.
     """
     found: dict[str, Views] = {}

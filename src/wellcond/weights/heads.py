@@ -1,14 +1,14 @@
-"""The heads of attention in a model or a file, and the two linear maps of each head.
+"""The attention heads in a model or a file, and the two linear maps of each head.
 
-For head h, W_Q,h^T W_K,h (`qk3` of head 3) is the form by which it compares two inputs, and
-W_O,h W_V,h (`vo3`) is what it carries from one to the other. Biases, the factor 1/sqrt(d) and
-nonlinear layers are left out; a note names what lies in between.
+For head h, W_Q,h^T W_K,h (`qk3` for head 3) is the bilinear form that compares two inputs, and
+W_O,h W_V,h (`vo3`) maps one input to the output at the other. The maps omit biases, the factor
+1/sqrt(d) and nonlinear layers; a note names the layers between the factors.
 
 A module is recognised by its attributes and settings, not by its class (see `architectures`). If a
-setting is missing or contradicts the matrices, there are no heads but a reason. For a file the
-attributes are the names of its tensors, and the settings those of the config.json beside it.
+setting is missing or contradicts the matrices, there is a reason instead of heads. For a file the
+attributes are the names of its tensors, and config.json in its folder has the settings.
 
-Letters: H heads of d rows each; G of them for keys and values, each for H/G queries.
+Letters: H query heads of d rows each; G heads for keys and values, each for H/G queries.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from wellcond.weights.projections import (
 
 # The value of a tensor at a `Place`.
 Value = Callable[[Any, str], Tensor]
-# Where a tensor is, and the view that shows the rows or columns of one head.
+# The place of a tensor, and the view of the rows or columns of one head.
 Factor = tuple[Place, View]
 
 
 @dataclass(frozen=True)
 class Head:
-    """One of the two maps of a head: the name of its view, its factors, and a note."""
+    """One of the two maps of a head: its view name, its factors and a note."""
 
     view: str
     left: Factor
@@ -60,9 +60,9 @@ class Attention:
     """The heads of one module.
 
     Attributes:
-        name: of the module.
-        heads: what each head compares, then what each head carries.
-        unknown: why heads are missing, by their view: "qk", "vo", or "heads" for both.
+        name: the name of the module.
+        heads: the "qk" map of each head, then the "vo" map of each head.
+        unknown: why maps are missing, by view: "qk", "vo", or "heads" for both.
     """
 
     name: str
@@ -70,13 +70,13 @@ class Attention:
     unknown: dict[str, str] = field(default_factory=dict)
 
     def names(self, view: str) -> tuple[str, ...]:
-        """The names that a pattern may match: that of the module, and that of the row."""
+        """The names that a pattern can match: that of the module and that of the row."""
         return (self.name, f"{self.name}:{view}") if self.name else (view,)
 
     def products(
         self, value: Value, wanted: Callable[[str], bool]
     ) -> Iterator[tuple[Head, Product]]:
-        """The maps of the wanted views; every parameter is read once."""
+        """The maps of the wanted views. Each parameter is read once."""
         read: dict[Place, Tensor] = {}
         for head in self.heads:
             if not wanted(head.view):
@@ -93,7 +93,7 @@ def find_heads(model: nn.Module, wrapped: tuple[str, ...] = ()) -> list[Attentio
 
     Args:
         model: the model.
-        wrapped: names of modules that wrap another, and are not part of a path.
+        wrapped: the names of wrapper modules, which paths omit.
     """
     modules = dict(model.named_modules())
     found = []
@@ -110,11 +110,11 @@ def find_heads(model: nn.Module, wrapped: tuple[str, ...] = ()) -> list[Attentio
 def find_heads_in_file(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
 ) -> list[Attention]:
-    """The heads in a file of tensors; the second of a `Place` is the name of a tensor.
+    """The heads in a file; the second element of a `Place` is the name of a tensor.
 
     Args:
-        shapes: of the tensors that can be read.
-        config: the content of config.json; without it there are no heads, but reasons.
+        shapes: the shapes of the tensors that can be read, by name.
+        config: the content of config.json; if it is empty there are reasons instead of heads.
     """
     modules = find_stored_modules(shapes, config)
     found: list[Attention] = []
@@ -127,12 +127,12 @@ def find_heads_in_file(
     if not config:
         for attention in found:
             for view, why in attention.unknown.items():
-                attention.unknown[view] = f"{why}; there is no config.json beside it"
+                attention.unknown[view] = f"{why}; there is no config.json in its folder"
     return found
 
 
 class _Slices(NamedTuple):
-    """The rows (or with `dim` = -1 the columns) of a projection that belong to each head."""
+    """The rows of a projection that belong to each head, or the columns if `dim` is -1."""
 
     projection: Projection
     size: int
@@ -145,12 +145,12 @@ class _Slices(NamedTuple):
 
 
 def _slice(projection: Projection, heads: int, size: int, start: int = 0, dim: int = -2) -> _Slices:
-    """Heads one after another."""
+    """The slices of heads that are stored one after another."""
     return _Slices(projection, size, tuple(start + h * size for h in range(heads)), dim)
 
 
 class _Layout(NamedTuple):
-    """Where query, key, value and output of each head are; the output or why it is unknown."""
+    """The slices of query, key, value and output of each head, or why the output is unknown."""
 
     q: _Slices
     k: _Slices
@@ -160,7 +160,7 @@ class _Layout(NamedTuple):
 
 
 def _find_attention(name: str, module: Module, parent: Module | None) -> list[Attention]:
-    """The attention that the module is; none if it is not recognised."""
+    """The module as attention; [] if it is not recognised."""
     try:
         layout = _find_layout(module, parent)
     except UnknownLayoutError as why:
@@ -170,7 +170,7 @@ def _find_attention(name: str, module: Module, parent: Module | None) -> list[At
     *inputs, output, note = layout
     slices = inputs if isinstance(output, str) else [*inputs, output]
     if any(one.projection.adapted for one in slices):
-        note = join_remarks(note, "without what PEFT adds to them")
+        note = join_remarks(note, "without what PEFT adds to the projections")
     compared = join_remarks(note, _describe_not_compared(module))
     heads = _pair("qk", layout.q, layout.k, "keys", compared)
     if isinstance(output, str):
@@ -180,7 +180,7 @@ def _find_attention(name: str, module: Module, parent: Module | None) -> list[At
 
 
 def _pair(kind: str, left: _Slices, right: _Slices, shared: str, note: str) -> list[Head]:
-    """One map per head, of which several may share their right factor."""
+    """One map per head; several heads can share their right factor."""
     heads = []
     H, G = len(left.starts), len(right.starts)
     for h in range(H):
@@ -232,7 +232,7 @@ def _layout_of_separate(module: Module, parent: Module | None, names: tuple[str,
 
 
 def _find_output(module: Module, parent: Module | None, width: int) -> Projection:
-    """The output projection in a module, or beside it, as in BertSelfOutput."""
+    """The output projection in a module, or in its sibling `output` as in BERT."""
     owner: object = module
     names = [name for name in arch.OUTPUTS if has_part(module, name)]
     if not names and parent is not None:
@@ -273,7 +273,7 @@ def _layout_of_fused(module: Module, cut: Cut) -> _Layout:
         first = queries if has_q else 0
         k, v = (_slice(whole, G, d, first + i * keys) for i in range(2))
         order = ", ".join(cut.sizes)
-    return _Layout(q, k, v, _slice(output, H, d, dim=-1), f"`{cut.name}` taken as {order}")
+    return _Layout(q, k, v, _slice(output, H, d, dim=-1), f"`{cut.name}` read as {order}")
 
 
 def _count_heads(module: Module, queries: int, keys: int, name: str) -> tuple[int, int, int]:
@@ -308,35 +308,35 @@ def _count_heads(module: Module, queries: int, keys: int, name: str) -> tuple[in
 
 
 def _describe_not_compared(module: Module) -> str:
-    """What a module does to queries and keys beyond their projections."""
+    """A remark on what a module does to queries and keys after their projections."""
     rotation = "without the rotation by position (RoPE)" if _is_rotated(module) else ""
-    if isinstance(module, StoredModule) and not rotation:  # an old config may not say so
-        rotation = "without a rotation by position, if there is one"
+    if isinstance(module, StoredModule) and not rotation:  # an old config may lack the setting
+        rotation = "without a rotation by position, if any"
     layers = ((_find_layer(module, names), note) for names, note in arch.NOT_COMPARED)
     return join_remarks(rotation, *(note.format(layer) for layer, note in layers if layer))
 
 
 def _describe_not_carried(module: Module) -> str:
-    """What a module does to values beyond their projections."""
+    """A remark on what a module does to values after their projection."""
     names: tuple[str, ...] = arch.NOT_CARRIED
     if has_part(module, "qkv"):
         names += arch.NOT_CARRIED_IN_TIMM
     layer = _find_layer(module, names)
-    return f"without `{layer}`, which stands between" if layer else ""
+    return f"without `{layer}` between the two factors" if layer else ""
 
 
 def _find_layer(module: Module, names: tuple[str, ...]) -> str | None:
-    """The first of these that is a part of the module, and not a placeholder."""
+    """The first of these names that is a part of the module and not an `nn.Identity`."""
     parts = ((name, get_part(module, name)) for name in names)
     return next((n for n, one in parts if one is not None and type(one) is not nn.Identity), None)
 
 
 def _is_rotated(module: Module) -> bool:
-    """Whether the module or its config shows that positions rotate queries and keys."""
+    """Whether the module or its config indicates a rotary position embedding."""
     if not getattr(module, "use_rope", True):  # some layers of SmolLM3
         return False
     config = getattr(module, "config", None)
-    if getattr(config, "alibi", False):  # Falcon, beside settings of a rotation
+    if getattr(config, "alibi", False):  # Falcon, in addition to settings of a rotation
         return False
     by_config = any(getattr(config, name, None) for name in arch.ROTATED_IN_CONFIG)
     here = any(getattr(module, name, None) is not None for name in arch.ROTATED)
@@ -344,7 +344,7 @@ def _is_rotated(module: Module) -> bool:
 
 
 def _mentions_rotation(module: nn.Module) -> bool:
-    """Whether the code of its forward pass names a rotation, or takes one as an argument."""
+    """Whether the code of its `forward` names a rotation, or takes one as an argument."""
     forward = inspect.unwrap(module.forward)
     code = getattr(forward, "__code__", None)
     arguments = inspect.signature(forward).parameters

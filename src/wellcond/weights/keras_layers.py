@@ -1,9 +1,9 @@
-"""The matrices in the variables of a layer of Keras, by its class and what its config says.
+"""The matrices in the variables of a Keras layer, by its class and its config.
 
-Keras stores variables by number, so that the class also says what they are called. Kernels have
-their inputs first: (in, out), (height, width, in/groups, out), of a depthwise convolution
-(height, width, in, multiplier), of a transposed one (height, width, out, in), of attention (in,
-heads, size) and (heads, size, out), of a recurrent cell (in, gates · units).
+Keras stores variables by number, so the class also determines their names. Kernels have their
+inputs first: (in, out), and (height, width, in/groups, out) for a convolution, (height, width, in,
+multiplier) for a depthwise one, (height, width, out, in) for a transposed one, (in, heads, size)
+and (heads, size, out) for attention, (in, gates · units) for a recurrent cell.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _CONVOLUTIONS = {f"conv{n}d": n for n in _DIMENSIONS}
 _TRANSPOSED = {f"conv{n}d_transpose": n for n in _DIMENSIONS}
 _DEPTHWISE = {f"depthwise_conv{n}d": n for n in _DIMENSIONS}
 _SEPARABLE = {f"separable_conv{n}d": n for n in _DIMENSIONS}
-# The cell of a recurrent layer, and the gates of a cell in their order, called as torch does.
+# The cell of a recurrent layer, and the gates of a cell in their order, with the names of torch.
 _CELLS = {"lstm": "lstm_cell", "gru": "gru_cell", "simple_rnn": "simple_rnn_cell"}
 _CELLS |= {f"conv_lstm{n}d": "conv_lstm_cell" for n in _DIMENSIONS}
 _GATES = {"lstm_cell": "ifgo", "conv_lstm_cell": "ifgo", "gru_cell": "zrn", "simple_rnn_cell": ""}
 _ATTENTION = ("multi_head_attention", "group_query_attention", "grouped_query_attention")
-# How many of the sides of a projection of attention are inputs.
+# The number of input axes of a projection of attention.
 _PROJECTIONS = {"query_dense": 1, "key_dense": 1, "value_dense": 1, "output_dense": 2}
 _NAMES_OF_PROJECTIONS = {"query": "query_dense", "key": "key_dense", "value": "value_dense"}
 _NAMES_OF_PROJECTIONS |= {"attention_output": "output_dense"}
 _NORMALISATIONS = tuple(
     f"{kind}_normalization" for kind in ("batch", "layer", "group", "rms", "unit")
 )
-# Where the config of a layer describes one that is a part of it.
+# The key of a layer's config that describes the layer in this attribute.
 _PARTS = {"cell": "cell", "layer": "layer", "forward_layer": "layer"}
 _PARTS |= {"backward_layer": "backward_layer"}
 _WRAPPERS = ("bidirectional", "time_distributed", "spectral_normalization", "wrapper", "rnn")
@@ -50,7 +50,7 @@ _VARIABLES: dict[str, tuple[str, ...]] = {
     "reversible_embedding": ("embeddings", "reverse_embeddings"),
     "spectral_normalization": ("kernel", "vector_u"),
 }
-# Those that a setting may leave out, so that only all of them are known by their numbers.
+# A setting can omit some of these variables, so numbers identify them only if all are present.
 _OF_ALL = {
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
     "layer_normalization": ("gamma", "beta"),
@@ -59,22 +59,22 @@ _OF_ALL = {
 _KNOWN = {*_VARIABLES, *_OF_ALL, *_CELLS, *_ATTENTION, *_NORMALISATIONS, *_WRAPPERS}
 _KNOWN -= {*_PROJECTIONS}
 
-_UNKNOWN = "no config.json says which layer it is: save the model as .keras, the config.json of "
-_UNKNOWN += "which does"
+_UNKNOWN = "its layer is unknown, because there is no config.json: save the model as .keras, which "
+_UNKNOWN += "contains one"
 _NOT_DESCRIBED = "config.json does not describe it: reshape it to (inputs, outputs), and audit that"
-_NO_EQUATION = "no config.json says its equation: save the model as .keras"
-_BY_NAME = "taken for the {} of Keras by its name, because no config.json describes it"
-_ASSUMED = "its layer is not known: read as (inputs, outputs)"
+_NO_EQUATION = "its equation is unknown, because there is no config.json: save the model as .keras"
+_BY_NAME = "read as a Keras {} because of its name: no config.json describes it"
+_ASSUMED = "its layer is unknown: read as (inputs, outputs)"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, as far as a file knows it.
+    """A layer, as far as a file describes it.
 
     Attributes:
-        kind: its class in snake case, or the part of one that it is; "" of an unknown class.
-        config: that Keras saved of it; empty if it is not known.
-        guess: whether only its name tells its class.
+        kind: its class in snake case, or the part of a layer that it is; "" for an unknown class.
+        config: the config that Keras saved; empty if it is unknown.
+        guess: whether its class is known only from its name.
         described: whether the file has a config of the model.
     """
 
@@ -84,7 +84,7 @@ class Layer:
     described: bool = False
 
     def part(self, attribute: str) -> Layer | None:
-        """The layer that this attribute of a layer of Keras holds; None if it is not known."""
+        """The layer in this attribute of a Keras layer; None if it is unknown."""
         own = attribute.lstrip("_")
         if self.kind in _ATTENTION and own in _PROJECTIONS:
             return Layer(own, described=self.described)
@@ -97,7 +97,7 @@ class Layer:
         return None
 
     def inside(self, name: str) -> Layer:
-        """The layer of this name in it, of which only the name is known."""
+        """The inner layer of this name, if only the name is known."""
         part: Layer | None = None
         if self.kind in _ATTENTION and name in _NAMES_OF_PROJECTIONS:
             part = self.part(_NAMES_OF_PROJECTIONS[name])
@@ -109,18 +109,18 @@ class Layer:
 
     @property
     def innermost(self) -> Layer:
-        """Its cell, if it is recurrent; else it."""
+        """Its cell if it is recurrent, otherwise the layer itself."""
         return self.part("cell") or self if self.kind in _CELLS else self
 
     def members(self, attribute: str) -> Iterable[Mapping[str, Any]]:
-        """The configs of the layers in a container that this attribute holds."""
+        """The configs of the layers in the container in this attribute."""
         listed = self.config.get(attribute)
         listed = listed if isinstance(listed, list) else []
         return [one for one in listed if isinstance(one, Mapping)]
 
 
 def read_layer(saved: Mapping[str, Any]) -> Layer:
-    """The layer that is serialised so; a class that is not one of Keras has no kind."""
+    """The layer with this serialised form. A class that is not from Keras has the kind ""."""
     config, module = saved.get("config"), str(saved.get("module") or "keras")
     kind = snake_case(str(saved.get("class_name")))
     of_keras = module.partition(".")[0] in ("keras", "tensorflow", "tf_keras", "keras_core")
@@ -130,20 +130,20 @@ def read_layer(saved: Mapping[str, Any]) -> Layer:
 
 
 def snake_case(name: str) -> str:
-    """What Keras calls the group of a layer of this class."""
+    """The name that Keras gives to the group of a layer of this class."""
     name = re.sub(r"\W", "", name)
     return re.sub(r"(?<=.)(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def kind_of(name: str) -> str:
-    """The class that gives such a name to its layers and groups; "" if none of Keras does."""
+    """The class of Keras whose layers and groups have such a name; "" if there is none."""
     kind = re.sub(r"_\d+$", "", name)
     kind = re.sub(r"^(forward|backward)_", "", kind)
     return kind if kind in _KNOWN else ""
 
 
 def name_of(layer: Layer, number: str, count: int) -> str:
-    """What Keras calls the variable with this number of a layer that has so many."""
+    """The name that Keras gives to variable `number` of a layer with `count` variables."""
     names = _VARIABLES.get(layer.kind, ())
     if len(_OF_ALL.get(layer.kind, ())) == count:
         names = _OF_ALL[layer.kind]
@@ -152,16 +152,18 @@ def name_of(layer: Layer, number: str, count: int) -> str:
 
 
 def is_trained(layer: Layer, name: str) -> bool:
-    """Whether a variable is trained, by its name: not a mean that moves, or a part of codes."""
+    """Whether a variable is trained, by its name; moving statistics and parts of codes are not."""
     own, known = name.rpartition("/")[2], _VARIABLES.get(layer.kind, ())
     return not own.startswith("moving_") and (not known or own in known)
 
 
 def find_views(layer: Layer, name: str, shape: tuple[int, ...]) -> Views | Skipped:
-    """The matrices in a variable with two sides or more, or why it has none.
+    """The matrices in a variable with at least two axes, or why it has none.
 
     Args:
-        layer: that it belongs to. name: of the variable, with all above it.
+        layer: the layer of the variable.
+        name: the full path of the variable.
+        shape: the shape of the variable.
     """
     found = _find_views(layer, name, shape)
     unsure = len(shape) > 2 or layer.kind in _GATES  # a transposed matrix has the same spectrum
@@ -179,8 +181,8 @@ def _find_views(layer: Layer, name: str, shape: tuple[int, ...]) -> Views | Skip
         return Skipped(Reason.vector, "a bias")
     if kind == "spectral_normalization":
         if own == "kernel":
-            return Skipped(Reason.same, "the kernel of the layer in it")
-        return Skipped(Reason.component, "of the estimate of a norm")
+            return Skipped(Reason.same, "the kernel of the wrapped layer")
+        return Skipped(Reason.component, "part of the estimate of a norm")
     if kind in _NORMALISATIONS:
         return Skipped(Reason.normalisation)
     if kind == "dense" and own == "kernel" and ndim == 2:
@@ -217,7 +219,7 @@ def _matrix(inputs: int) -> Views:
 
 
 def _read_groups(layer: Layer, shape: tuple[int, ...]) -> int | None:
-    """How many groups a convolution has; None if that is not known."""
+    """The number of groups of a convolution; None if it is unknown."""
     groups = layer.config.get("groups", 1 if layer.config else None)
     if not isinstance(groups, int) or groups < 1 or shape[-1] % groups:
         return None
@@ -225,7 +227,7 @@ def _read_groups(layer: Layer, shape: tuple[int, ...]) -> int | None:
 
 
 def _find_gates(gates: str, shape: tuple[int, ...]) -> Views | Skipped:
-    """Blocks of columns, of which the first axes are the inputs."""
+    """One block of the last axis per gate; the other axes are the inputs."""
     whole = InputsFirst(len(shape) - 1)
     if not gates:
         return Views({"": whole})
@@ -236,9 +238,9 @@ def _find_gates(gates: str, shape: tuple[int, ...]) -> Views | Skipped:
 
 
 def _find_einsum(layer: Layer, ndim: int) -> Views | Skipped:
-    """The axes that both the input and the kernel have are summed over, unless the output has them.
+    """The kernel of an einsum, whose columns are the axes that the input has and the output lacks.
 
-    Such a batch axis makes a stack of matrices.
+    An axis that input, kernel and output share is a batch axis and gives a stack of matrices.
     """
     equation = layer.config.get("equation")
     if not isinstance(equation, str):

@@ -1,8 +1,8 @@
-"""The view of a tensor in a file that no module explains: a matrix, a stack, or a kernel.
+"""Infers the view of a tensor in a file without module classes: a matrix, a stack, or a kernel.
 
-A file has no classes, so names decide first: `kernel` is stored with the inputs first, as in Keras
-and Flax; "conv" is a convolution. A bias beside a weight shows the number of its outputs. Otherwise
-the shape decides, and a note calls a guess a guess.
+Names decide first: a `kernel` is stored with the inputs first, as in Keras and Flax; "conv" in a
+name means a convolution. The bias of the same layer shows the number of outputs. Otherwise the
+shape decides, and a note states that this is a guess.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _HAIKU = re.compile(r"//(query|key|value|gating|output)_w$")
 _TRANSPOSED = re.compile(r"ConvTranspose(_\d+)?")
 _WINDOW, _SIDE = 64, 11  # the longest usual kernels with one axis, and with two
 
-_ONE_GROUP = "read as one group, because no file says whether it is depthwise: audit the model"
+_ONE_GROUP = "read as one group, although it may be depthwise: audit the model"
 _GROUPS = "read as one group, but its bias fits a transposed convolution of {}: audit the model"
-_EITHER = "by its bias the kernel of a Conv1d or of a ConvTranspose1d: the same matrix in both"
-_LONG = "by its bias a kernel, which is a guess: the weight of an nn.Bilinear has a bias too"
-_BILINEAR = "by its square slices the weight of an nn.Bilinear, which is a guess"
-_KERNEL = "a kernel only by its shape, which is a guess"
-_STACK = "a stack of matrices only by its shape, which is a guess"
-_HWIO = "stored as (…, in, out) by its shape, which is a guess"
-_OIHW = "stored as (out, in, …) by its shape, which is a guess: a `kernel` has the inputs first"
-_VOLUME = "read as of a 3-D convolution: of a scan over 2-D convolutions it would be a stack"
-_WINDOW_FIRST = "stored as (window, in, out) by its name, which is a guess: it may be a stack"
-_HEADS_FIRST = "stored as (in, heads, size) by its name, which is a guess: it may be a stack"
-_INPUTS_LAST = "stored as (…, in, out), which is a guess: with `transpose_kernel` it is not"
+_EITHER = "the kernel of a Conv1d or a ConvTranspose1d, given its bias: the matrix is the same"
+_LONG = "a kernel, guessed from its bias: the weight of an nn.Bilinear also has a bias"
+_BILINEAR = "the weight of an nn.Bilinear, guessed from its square slices"
+_KERNEL = "a kernel, guessed from its shape"
+_STACK = "a stack of matrices, guessed from its shape"
+_HWIO = "stored as (…, in, out), guessed from its shape"
+_OIHW = "stored as (out, in, …), guessed from its shape: a `kernel` usually has the inputs first"
+_VOLUME = "read as the kernel of a 3-D convolution: in a scan over 2-D convolutions it is a stack"
+_WINDOW_FIRST = "stored as (window, in, out), guessed from its name: it may be a stack"
+_HEADS_FIRST = "stored as (in, heads, size), guessed from its name: it may be a stack"
+_INPUTS_LAST = "stored as (…, in, out), which is a guess: `transpose_kernel` changes the order"
 _GUESSES = (
     *(_LONG, _BILINEAR, _KERNEL, _STACK, _HWIO),
     *(_OIHW, _WINDOW_FIRST, _HEADS_FIRST, _INPUTS_LAST),
@@ -48,15 +48,15 @@ _GUESSES = (
 
 
 def describe_groups(kernels: int) -> str:
-    """A sentence on this number of kernels in a file; "" if there are none."""
+    """A remark on this number of kernels in a file; "" if there are none."""
     if not kernels:
         return ""
     are = "1 kernel is" if kernels == 1 else f"{kernels} kernels are"
-    return f"{are} read as one group, because a file does not say how many: audit the model"
+    return f"{are} read as one group, because a file does not state the groups: audit the model"
 
 
 def infer_views(name: str, shapes: Shapes) -> NamedViews:
-    """The matrices in the tensor of this name, among the tensors of a file."""
+    """The matrices in the tensor with this name, given the shapes of all tensors of a file."""
     shape = shapes[name]
     *modules, own = re.split(r"[./]", name)
     if len(shape) > 1 and _INPUTS_FIRST.fullmatch(own):
@@ -78,10 +78,10 @@ def infer_views(name: str, shapes: Shapes) -> NamedViews:
 
 
 def guess_views(name: str, shapes: Shapes) -> NamedViews | None:
-    """The matrices of a tensor in a file of any framework, as far as that is a guess.
+    """The matrices of a tensor in a file of any framework, if they are a guess; otherwise None.
 
-    Its axes may be (height, width, in, out), (out, in, height, width) or a stack. None of a tensor
-    of which the name tells their order.
+    Its axes can be (height, width, in, out), (out, in, height, width) or a stack. The result is
+    None if the name determines their order.
     """
     *_, own = re.split(r"[./]", name)
     views, note = infer_views(name, shapes)
@@ -93,9 +93,9 @@ def guess_views(name: str, shapes: Shapes) -> NamedViews | None:
 
 
 def view_by_bias(name: str, shapes: Shapes) -> NamedViews | None:
-    """The matrices of a tensor by the bias beside it, where that fits one order of axes only.
+    """The matrices of a tensor whose bias fits only one order of axes; otherwise None.
 
-    Beside `conv1_W` that is `conv1_b`, beside `conv/w` `conv/b`.
+    The bias of `conv1_W` is `conv1_b`; that of `conv/w` is `conv/b`.
     """
     shape, own = shapes[name], re.split(r"[./]", name)[-1]
     stem, axes = name.removesuffix(own), len(shape)
@@ -110,7 +110,7 @@ def view_by_bias(name: str, shapes: Shapes) -> NamedViews | None:
     (place,) = places
     if place >= max(2, axes - 2):  # (…, in, out), or transposed (…, out, in)
         return {"kernel": InputsFirst(axes - 1)}, ""
-    # (out, in, …), or transposed (in, out, …), which of three axes may be (window, out, in).
+    # (out, in, …), or transposed (in, out, …); with three axes this could be (window, out, in).
     return ({"": Kernel()}, "") if place == 0 or (place == 1 and axes > 3) else None
 
 
@@ -152,7 +152,7 @@ def _view_inputs_first(
 
 
 def _view_transposed(shape: tuple[int, ...], bias: tuple[int, ...]) -> NamedViews:
-    """A transposed convolution of Flax, (…, in, out), or with transpose_kernel (…, out, in)."""
+    """A transposed convolution of Flax: (…, in, out), or (…, out, in) with transpose_kernel."""
     inputs, outputs = shape[-2:]
     if bias == (inputs,) != (outputs,):
         return {"kernel": InputsFirst(len(shape) - 1)}, ""
@@ -165,7 +165,7 @@ def _view_transposed(shape: tuple[int, ...], bias: tuple[int, ...]) -> NamedView
 def _view_by_bias(
     shape: tuple[int, ...], bias: tuple[int, ...], of_heads: bool, stacked: bool
 ) -> NamedViews | None:
-    """A kernel by the shape of its bias: that of all outputs, or those of a stack of layers."""
+    """A kernel whose bias has the shape of all outputs, or of the outputs of stacked layers."""
     outputs = len(bias)
     whole = bias == shape[-outputs:]
     layers = bias[0] == shape[0] and outputs < len(shape) and bias[1:] == shape[1 - outputs :]
@@ -180,7 +180,7 @@ def _view_by_bias(
 
 
 def _inputs_first(shape: tuple[int, ...], inputs: int, stacked: bool) -> View:
-    """So many sides are inputs, after that of the stack, as nn.scan of Flax stores it."""
+    """The view whose first `inputs` axes are inputs, after a stack axis as in Flax's nn.scan."""
     if not stacked:
         return InputsFirst(inputs)
     columns, rows = range(1, 1 + inputs), range(1 + inputs, len(shape))
@@ -188,7 +188,7 @@ def _inputs_first(shape: tuple[int, ...], inputs: int, stacked: bool) -> View:
 
 
 def _is_spatial(sides: tuple[int, ...], channels: tuple[int, ...]) -> bool:
-    """Whether these sides are a window rather than channels; a 1x1 window does not count."""
+    """Whether these sides are a window and not channels; a 1x1 window does not count."""
     if len(sides) < 2 or max(sides) > _SIDE or set(sides) == {1}:
         return False
     return max(sides) < min(channels)
@@ -222,12 +222,12 @@ def _is_in_conv(name: str) -> bool:
 
 
 def _is_small(window: int, m: int, n: int) -> bool:
-    """Whether the last side is the window of a kernel rather than a side of a matrix."""
+    """Whether the last side is the window of a kernel and not a side of a matrix."""
     return window <= _WINDOW and 2 * window <= m and (2 * window <= n or n <= 4)
 
 
 def _view_kernel(shape: tuple[int, ...], bias: tuple[int, ...], note: str = "") -> NamedViews:
-    """A kernel as stored, (out, in, …) or transposed (in, out, …), which both have this view."""
+    """The view of a kernel (out, in, …), or of a transposed one (in, out, …)."""
     groups = _count_groups(shape, bias)
     if groups:
         note = join_remarks(note, _GROUPS.format(f"{groups} groups"))
@@ -237,7 +237,7 @@ def _view_kernel(shape: tuple[int, ...], bias: tuple[int, ...], note: str = "") 
 
 
 def _count_groups(shape: tuple[int, ...], bias: tuple[int, ...]) -> int:
-    """The groups of a transposed convolution (in, out/groups, …), by its bias; 0 if unknown."""
+    """The groups of a transposed convolution (in, out/groups, …), from its bias; 0 if unknown."""
     if len(bias) != 1 or bias[0] == shape[0] or not shape[1]:
         return 0
     groups, rest = divmod(bias[0], shape[1])

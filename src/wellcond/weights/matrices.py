@@ -1,4 +1,4 @@
-"""A tensor of a model or a file that holds matrices: their views now, its values when needed."""
+"""Tensors of a model or a file that contain matrices: their views, and how to read the values."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from wellcond.weights.adapters import Adapter
 
 @dataclass(frozen=True)
 class Matrices:
-    """A tensor, and the views of the matrices in it, by their names.
+    """A tensor and the views of the matrices in it.
 
     Attributes:
-        name: of the tensor.
-        aliases: every name that a pattern may match, the first of them included.
-        shape: of the tensor.
-        views: by their names, "" if there is only one.
-        read: may be slow, and return a large tensor: only one tensor is read at a time.
-        geometry: of a convolution on inputs of a known size; None if that is not known.
-        adapters: what is added to the tensor before it acts.
-        note: what a reader must know of all of its matrices, such as why it is not cut.
-        stored: whether it is a parameter as it stands, not computed from parameters.
-        parts: the names of the tensors of a file from which it is built; () if it is one of them.
-        stored_as: as what its entries are stored, such as "int4"; "" if that is their dtype.
+        name: the name of the tensor.
+        aliases: every name that a pattern can match, including `name`.
+        shape: the shape of the tensor.
+        views: the views of the matrices by name, "" if there is only one.
+        read: reads the tensor, which can be slow and large; callers read one tensor at a time.
+        geometry: the geometry of a convolution on inputs of a known size; None if it is unknown.
+        adapters: the adapters of the effective weight.
+        note: a remark on all of its matrices, such as why they are not split.
+        stored: whether it is a stored parameter and not computed from parameters.
+        parts: the names of the tensors of a file from which it is built; () if it is stored itself.
+        stored_as: the format in which its entries are stored, such as "int4"; "" for their dtype.
     """
 
     name: str
@@ -46,19 +46,19 @@ class Matrices:
 
 
 def is_vector(shape: Sequence[int]) -> bool:
-    """Whether it is a vector laid out to be added or multiplied entrywise, as (1, 1, n)."""
+    """Whether it is a vector shaped for entrywise operations, such as (1, 1, n)."""
     return len(shape) > 2 and entries(shape) == max(shape)
 
 
 def entries(shape: Sequence[int]) -> int:
-    """How many there are. Of a file, none may have millions of lengths with a huge product."""
+    """The number of entries. The check for 0 avoids a huge product of sides in damaged files."""
     return 0 if 0 in shape else math.prod(shape)
 
 
 def single_views(views: Mapping[str, View], shape: Sequence[int]) -> dict[str, View]:
-    """A view of each matrix of a tensor of this shape; those of a stack are named by number.
+    """One view per matrix of a tensor of this shape; the matrices of a stack are named by number.
 
-    A kernel of several groups stays a stack (g, m, n): the blocks of one block-diagonal map.
+    A kernel of several groups remains a stack (g, m, n): the blocks of one block-diagonal map.
     """
     single: dict[str, View] = {}
     for name, view in views.items():
@@ -75,7 +75,7 @@ def single_views(views: Mapping[str, View], shape: Sequence[int]) -> dict[str, V
 
 
 class ViewsByName(dict[str, View]):
-    """Views that, called with a tensor, give its matrices by the names of `single_views`."""
+    """Views that, called with a tensor, return its matrices by the names of `single_views`."""
 
     def __call__(self, tensor: Tensor) -> dict[str, Tensor]:
         views = single_views(self, tensor.shape)

@@ -1,8 +1,8 @@
-"""The tensors in a file that are not weights, by name, shape and dtype: a file has no classes.
+"""The tensors in a file that are not weights, by name, shape and dtype.
 
-Names identify parameters that are looked up or added, fixed transforms, masks, exponentiated
-parameters, and the tensors from which a parametrized weight is computed. `quantised` finds codes
-and their scales.
+A file has no classes, so names identify parameters that are looked up or added, fixed transforms,
+masks, exponentiated parameters, and the tensors from which a parametrized weight is computed.
+`quantised` finds codes and their scales.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ _EXPONENTIATED = re.compile(
     r"|ssm_[ad]",  # of llama.cpp
     re.DOTALL,
 )
-# Of a layer, the codes of which may be in another file. What DoRA calls one belongs to an adapter.
+# The scales of a layer whose codes may be in another file; `dora_scale` belongs to an adapter.
 _SCALES = re.compile(r"(?!dora_)(.*_)?scales?|zeros?|zero_points?", re.DOTALL)
-_STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # beside these, D acts entrywise
+_STATE_SPACE = ("A_log", "A_logs", "log_dt", "dt_bias")  # in a module with these, D acts entrywise
 _NORM = re.compile(r"(.*_)?(layer|rms|group|batch|instance)?_?norm_?\d*", re.DOTALL)
 
 
 def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
-    """Why a tensor of this shape and dtype is not a weight; None if it may be one."""
+    """Why a tensor of this shape and dtype is not a weight; None if it can be one."""
     if len(shape) < 2:
         return Skipped((Reason.number, Reason.vector)[len(shape)])
     if 0 in shape:
@@ -93,8 +93,8 @@ def find_non_weights(
 
     Args:
         tensors: shape and dtype by name.
-        holds_codes: reads a tensor to decide whether it holds codes of a quantised weight, if names
-            and shapes do not tell.
+        holds_codes: reads a tensor and decides whether it contains codes of a quantised weight,
+            called if names and shapes do not decide.
     """
     found: dict[str, Skipped] = {}
     for name, (shape, dtype) in tensors.items():
@@ -109,8 +109,8 @@ def find_non_weights(
 
 
 def _find_reason(name: str, shape: tuple[int, ...], tensors: Tensors) -> Reason | None:
-    """Why a tensor is not a weight, by its name, its shape and the tensors beside it."""
-    *modules, own = re.split(r"[./]", name.lower())  # also of several files: step1.pt/wte.weight
+    """Why a tensor is not a weight, by its name, its shape and the other tensors of its module."""
+    *modules, own = re.split(r"[./]", name.lower())  # also for several files: step1.pt/wte.weight
     if len(shape) > 1 and _is_normalisation(name, shape, modules, tensors):
         return Reason.normalisation
     if own != "weight":
@@ -132,7 +132,7 @@ def _find_reason_of_parameter(
     name: str, own: str, modules: list[str], tensors: Tensors
 ) -> Reason | None:
     """Why a parameter or buffer that is not the `weight` of a layer is not a weight."""
-    if own in ("embedding", "embeddings"):  # of Flax and Keras
+    if own in ("embedding", "embeddings"):  # Flax and Keras
         return Reason.embedding
     if _ADDED.fullmatch(own) or _is_bias_of_stack(name, tensors):
         return Reason.added
@@ -163,7 +163,7 @@ def _is_constant_layer(modules: list[str]) -> bool:
 def _is_normalisation(
     name: str, shape: tuple[int, ...], modules: list[str], tensors: Tensors
 ) -> bool:
-    """Whether it belongs to a normalisation: its bias has its shape, or the name of its layer.
+    """Whether it belongs to a normalisation, by the shape of its bias or the name of its layer.
 
     `nn.LayerNorm((6, 264))` has a weight and a bias of that shape; Keras calls them gamma and beta.
     """
@@ -176,7 +176,7 @@ def _is_normalisation(
 
 
 def _is_bias_of_stack(name: str, tensors: Tensors) -> bool:
-    """Whether it is `b` beside a stack `w`, or `offset` beside a `scale`, as Haiku has them."""
+    """Whether it is the `b` of a stack `w`, or the `offset` of a `scale`, as in Haiku."""
     shape = tensors[name][0]
     if last_part(name) == "offset":
         return tensors.get(f"{name.removesuffix('offset')}scale", ((), ""))[0] == shape
@@ -187,7 +187,7 @@ def _is_bias_of_stack(name: str, tensors: Tensors) -> bool:
 
 
 def _find_originals(tensors: Tensors) -> Iterator[str]:
-    """The tensors from which a weight is computed: its parts, or itself under a mask beside it."""
+    """The tensors from which a weight is computed: its parts, or a stored weight with a mask."""
     for _, parts in find_parametrized(tensors):
         yield from parts.values()
     for name, (shape, _) in tensors.items():

@@ -1,9 +1,9 @@
-"""Which matrices the nodes of an ONNX graph multiply by, constant by constant.
+"""The matrices by which the nodes of an ONNX graph multiply, constant by constant.
 
-A node says how it takes a constant: Gemm and MatMul in which orientation, Conv in how many groups,
-LSTM and GRU in which order of gates. Between a constant and its node may lie nodes that only
-rearrange it, which become a part of the view, and DequantizeLinear. Graphs in nodes (If, Loop) and
-functions of the model are followed.
+A node determines how it uses a constant: Gemm and MatMul the orientation, Conv the groups, LSTM and
+GRU the order of the gates. Nodes between a constant and its use that only rearrange the constant
+become part of the view; DequantizeLinear is also handled. Graphs in nodes (If, Loop) and functions
+of the model are followed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from wellcond.operators.views import (
 from wellcond.weights.fused import Views
 from wellcond.weights.reasons import Reason, Skipped
 
-# The gates of recurrent cells in the order of ONNX, by the letters that torch has for them.
+# The gates of recurrent cells in the order of ONNX, with the letters of torch.
 _GATES = {"LSTM": ("i", "o", "f", "g"), "GRU": ("z", "r", "n"), "RNN": ("",)}
 _STANDARD = ("", "ai.onnx")
 _MICROSOFT = "com.microsoft"  # operators of ONNX Runtime
 _SAME = ("Identity", "Cast", "Dropout")
-# Functions may call functions: a small file can stand for more nodes than any real graph has.
+# Functions can call functions, so a small file can expand to more nodes than any real graph has.
 _NODES, _DEPTH = 250_000, 40
-_STEPS = 50  # by which a constant is rearranged; exporters leave a few
-# Of several reasons for one constant the first says most.
+_STEPS = 50  # rearrangements of one constant; exporters leave a few
+# If a constant has several reasons, the first of these is reported.
 _ORDER = (
     *(
         Reason.not_dense,
@@ -49,23 +49,23 @@ _ORDER = (
     ),
     *(Reason.vector, Reason.dimensions, Reason.unknown_use, Reason.unmultiplied),
 )
-# What ONNX Runtime puts in place of standard operators, with the same weights.
+# Operators by which ONNX Runtime replaces standard ones, with the same weights.
 _FUSED = {"FusedConv": "Conv", "FusedMatMul": "FusedMatMul", "FusedGemm": "Gemm"}
-# Standard operators that may multiply by what they are given, in a way that is not followed.
+# Standard operators that can multiply by their inputs in a way that is not followed.
 _OPAQUE = ("Attention", "If", "Loop", "Scan", "SequenceMap")
 
 
 class EndlessGraphError(ValueError):
-    """Graphs and functions that hold each other more often than any real ones do."""
+    """Graphs and functions are nested deeper, or have more nodes, than in any real model."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """How codes are dequantised, (code - zero) scale, by the tensors of the graph.
+    """The names of the tensors by which codes are dequantised as (code - zero) scale.
 
     Attributes:
-        scale: a number, one per index of `axis`, or one per block of `block` along it.
-        zero: of the same shape; None is 0.
+        scale: a scalar, one number per index of `axis`, or one per block of `block` along `axis`.
+        zero: a tensor of the same shape; None stands for 0.
     """
 
     scale: str
@@ -75,7 +75,7 @@ class Scales:
 
 
 class _Use(NamedTuple):
-    """How one node takes a constant: as these matrices, or as none, for a reason."""
+    """How one node uses a constant: as these matrices, or as none, for a reason."""
 
     node: str
     views: dict[str, View]
@@ -86,12 +86,12 @@ class _Use(NamedTuple):
 
 @dataclass
 class Constant:
-    """A tensor that the graph holds.
+    """A tensor in the graph.
 
     Attributes:
-        tensor: as the file has it, a TensorProto.
-        shape: of the tensor.
-        initializer: whether it is one of the initializers, not the value of a node.
+        tensor: the TensorProto of the file.
+        shape: the shape of the tensor.
+        initializer: whether it is an initializer and not the value of a node.
     """
 
     tensor: Any
@@ -101,21 +101,21 @@ class Constant:
 
     @property
     def scales(self) -> Scales | None:
-        """How its codes are dequantised; None if it has none, or they act in several ways."""
+        """How its codes are dequantised; None if it has none, or if nodes use different scales."""
         found = {use.scales for use in self.uses if use.views}
         return next(iter(found)) if len(found) == 1 else None
 
     @property
     def views(self) -> Views | None:
-        """The matrices as which nodes take it; None if none does."""
+        """The matrices as which nodes use it; None if no node does."""
         taken = [use for use in self.uses if use.views]
         if not taken or len({use.scales for use in taken}) > 1:
             return None
         views = taken[0].views
-        distinct: dict[View, View] = {}  # by one that has the same singular values
+        distinct: dict[View, View] = {}  # keyed by a view with the same singular values
         for view in (view for use in taken for view in use.views.values()):
             distinct.setdefault(self._untransposed(view), view)
-        if len(distinct) > len(views):  # parts of one tensor, each taken by a node of its own
+        if len(distinct) > len(views):  # different nodes use different parts of the tensor
             views = {f"{at}": view for at, view in enumerate(distinct.values())}
         notes = [use.note for use in taken if use.note]
         reasons = [use.skipped.reason for use in self.uses if use.skipped]
@@ -128,30 +128,30 @@ class Constant:
 
     @property
     def node(self) -> str:
-        """The node that takes it as a matrix; "" if none does."""
+        """The node that uses it as a matrix; "" if no node does."""
         return next((use.node for use in self.uses if use.views), "")
 
     @property
     def skipped(self) -> Skipped | None:
-        """Why no node takes it as a matrix; None if one does."""
+        """Why no node uses it as a matrix; None if a node does."""
         if self.views is not None:
             return None
         if any(use.views for use in self.uses):
-            return Skipped(Reason.quantised, "it is dequantised in several ways")
+            return Skipped(Reason.quantised, "nodes dequantise it with different scales")
         found = [use.skipped for use in self.uses if use.skipped]
         if not found:
-            return Skipped(Reason.unmultiplied, "no node takes it")
+            return Skipped(Reason.unmultiplied, "no node uses it")
         return min(found, key=lambda why: _ORDER.index(why.reason))
 
 
 @dataclass(frozen=True)
 class _Given:
-    """A value of the graph that is a constant, seen through a view.
+    """A value of the graph that is a view of a constant.
 
     Attributes:
-        name: of the constant.
-        steps: what makes of a view of the value one of that of which it was made.
-        cut: the value of which it is a block, along which side, and from where to how far.
+        name: the name of the constant.
+        steps: functions that turn a view of the value into a view of the value before each step.
+        cut: if it is a block of another value: that value, the side, and the block (start, size).
     """
 
     name: str
@@ -178,7 +178,7 @@ class _Given:
         return self.then(lambda v: Permuted(v, order), (self.shape[i] for i in order))
 
     def pick(self, dim: int, *blocks: tuple[int, int]) -> _Given:
-        """These blocks along a side, one after the other."""
+        """These blocks (start, size) along a side, one after the other."""
         if blocks == ((0, self.shape[dim]),):
             return self
         size = sum(length for _, length in blocks)
@@ -187,7 +187,7 @@ class _Given:
         return replace(picked, cut=(self, dim, blocks[0])) if len(blocks) == 1 else picked
 
     def seen(self, view: View) -> View:
-        """This view of the value as a view of the constant."""
+        """A view of the value as a view of the constant."""
         for step in reversed(self.steps):
             view = step(view)
         return view
@@ -201,27 +201,27 @@ def _transpose(view: View) -> View:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A value that a node computes from constants, and from nothing else."""
+    """A value that a node computes only from constants."""
 
     of: tuple[_Given | _Made, ...]
     by: str
 
 
-_Value: TypeAlias = _Given | _Made | None  # None depends on what is given to the model
+_Value: TypeAlias = _Given | _Made | None  # None: depends on the inputs of the model
 _Scope: TypeAlias = ChainMap[str, _Value]
 
 
 def find_constants(
     model: Any, read_integers: Callable[[Any], list[int] | None]
 ) -> dict[str, Constant]:
-    """The constants of a model by their names, with the nodes that take them.
+    """The constants of a model by name, with the nodes that use them.
 
     Args:
         model: a ModelProto.
-        read_integers: the entries of a small TensorProto of integers.
+        read_integers: reads the entries of a small TensorProto of integers.
 
     Raises:
-        EndlessGraphError: graphs and functions hold each other without end.
+        EndlessGraphError: graphs and functions are nested without end.
     """
     walk = _Walk(model, read_integers)
     walk.follow(model.graph, _Scope(), "", {})
@@ -241,12 +241,13 @@ class _Walk:
     # --- graphs, functions, nodes -----------------------------------------------------------------
 
     def follow(self, graph: Any, scope: _Scope, path: str, given: Mapping[str, Any]) -> None:
-        """The nodes of a graph.
+        """Follows the nodes of a graph.
 
         Args:
-            scope: the values by their names.
-            path: of the nodes that hold it.
-            given: the attributes with which the function is called that holds it.
+            graph: the graph.
+            scope: the values by name.
+            path: the path of the nodes that contain the graph.
+            given: the attributes with which the function that contains the graph is called.
         """
         for one in graph.input:
             scope[one.name] = None
@@ -262,7 +263,7 @@ class _Walk:
         self._nodes += len(nodes)
         self._depth += 1
         if self._nodes > _NODES or self._depth > _DEPTH:
-            raise EndlessGraphError("its graphs and functions hold each other too often")
+            raise EndlessGraphError("its graphs and functions are nested too deeply or too often")
         for proto in nodes:
             node = _Node(proto, [scope.get(name) for name in proto.input], given)
             values = self._apply(node, nodes, scope, path)
@@ -270,7 +271,7 @@ class _Walk:
         self._depth -= 1
 
     def _apply(self, node: _Node, nodes: Any, scope: _Scope, path: str) -> list[_Value]:
-        """Takes the inputs of a node; returns its outputs."""
+        """Records how a node uses its inputs; returns its outputs."""
         own = f"{path}{node.name}/"
         for key, graph in node.graphs():
             self.follow(graph, scope.new_child(), f"{own}{key}/", node.given)
@@ -326,7 +327,7 @@ class _Walk:
             self.constants[value.name].uses.append(_Use(node, {}, skipped))
 
     def _leave_origins(self, value: _Made, node: str) -> None:
-        """Leaves the constants of which a value is made; each value once, as many share them."""
+        """Skips the constants from which a value is computed; visits each shared value once."""
         why = Skipped(Reason.in_graph, f"by {value.by}")
         waiting: list[_Given | _Made] = [value]
         while waiting:
@@ -349,15 +350,15 @@ class _Walk:
         return self._add(tensor, output, path, initializer=False)
 
     def _integers(self, value: _Value) -> list[int] | None:
-        """The entries of a constant of integers; None if it is none."""
+        """The entries of a constant vector of integers; None for all other values."""
         if not isinstance(value, _Given) or value.steps or len(value.shape) > 1:
             return None
         return self._read_integers(self.constants[value.name].tensor)
 
-    # --- what is only rearranged ------------------------------------------------------------------
+    # --- rearranged constants ---------------------------------------------------------------------
 
     def _rearranged(self, node: _Node) -> list[_Given] | None:
-        """The outputs of a node that only rearranges a constant; None of all others."""
+        """The outputs of a node that only rearranges a constant; None for all other nodes."""
         value, *others = node.inputs or [None]
         if not isinstance(value, _Given) or not node.standard:
             return None
@@ -422,7 +423,7 @@ class _Walk:
         return [replace(value, scales=scales)]
 
     def _scales(self, scale: _Value, zero: _Value, axis: int, block: int = 0) -> Scales | None:
-        """The scales of codes, which are constants of their own; None if they are none."""
+        """The scales of codes if they are stored constants; None otherwise."""
         if not isinstance(scale, _Given) or scale.steps:
             return None
         if isinstance(zero, _Made) or (isinstance(zero, _Given) and zero.steps):
@@ -434,7 +435,7 @@ class _Walk:
     def _scaled(
         self, use: _Use, node: _Node, nodes: Any, scope: _Scope, value: _Given, slot: int
     ) -> _Use:
-        """The use of integers by which a node multiplies, in this place, with their scales."""
+        """The use of integers by which a node multiplies, with their scales."""
         axis = 0 if "Conv" in node.kind else len(value.shape) - (1 if slot else 2)
         inputs = (*node.inputs, *[None] * 8)
         after = inputs[4] if node.kind.startswith("QLinear") else None
@@ -443,15 +444,15 @@ class _Walk:
         zero = inputs[slot + 2]
         scales = None if value.steps or value.scales else self._scales(after, zero, axis)
         if scales is None or (zero is None and node.has(slot + 2)):
-            why = Skipped(Reason.quantised, f"{node.label} has no scale that is known for it")
+            why = Skipped(Reason.quantised, f"{node.label} has no known scale for it")
             return use._replace(views={}, skipped=why)
         return use._replace(scales=scales)
 
 
 def _scale_after(node: Any, nodes: Any, scope: _Scope) -> _Value:
-    """The constant that multiplies the integers of a product: y = Cast(node) (a_scale scale).
+    """The constant `scale` that multiplies the integers of a product: Cast(node) (a_scale scale).
 
-    That is what dynamic quantisation of ONNX Runtime writes.
+    ONNX Runtime's dynamic quantisation writes this pattern.
     """
     result = node.output[0]
     after = [one for one in nodes if result in one.input]
@@ -470,7 +471,7 @@ def _scale_after(node: Any, nodes: Any, scope: _Scope) -> _Value:
 
 
 class _Node:
-    """A node, its inputs, and its attributes, also where these are those of a function."""
+    """A node, its inputs, and its attributes, with references to those of a function resolved."""
 
     def __init__(self, proto: Any, inputs: list[_Value], given: Mapping[str, Any]) -> None:
         self.proto, self.inputs, self.given = proto, inputs, given
@@ -491,19 +492,19 @@ class _Node:
 
     @property
     def label(self) -> str:
-        name = self.name.partition(";")[0]  # TensorFlow lists all that was fused
+        name = self.name.partition(";")[0]  # TensorFlow lists all fused nodes
         return f"{self.proto.op_type} {name}".rstrip()
 
     @property
     def why_not(self) -> Skipped:
-        """Why a constant that it takes is no matrix."""
+        """Why a constant among its inputs is not a matrix."""
         known = self.standard and self.kind not in _OPAQUE
         domain = "" if self.standard else f" of {self.proto.domain}"
         reason = Reason.unmultiplied if known else Reason.unknown_use
-        return Skipped(reason, f"{self.proto.op_type}{domain} takes it")
+        return Skipped(reason, f"{self.proto.op_type}{domain} uses it")
 
     def has(self, at: int) -> bool:
-        """Whether an optional input is there, constant or not."""
+        """Whether an optional input is present, constant or not."""
         return bool(self.proto.input[at : at + 1] and self.proto.input[at])
 
     def graphs(self) -> Iterator[tuple[str, Any]]:
@@ -529,14 +530,14 @@ class _Node:
         return default if one is None else one.s.decode("utf-8", "replace")
 
 
-# --- the operators: how each takes a constant -----------------------------------------------------
+# --- the operators: how each uses a constant ------------------------------------------------------
 
 _Take = Callable[[_Given], _Use]
 _INTEGER = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
 
 
 def _takes(node: _Node) -> dict[int, _Take]:
-    """How a node takes its inputs that it multiplies by, or looks up, by their places."""
+    """How a node uses the inputs that it multiplies by or looks up, by the index of the input."""
     kind, label = node.kind, node.label
     left, right = (partial(_product, label, transposed=flag) for flag in (False, True))
     kernel = partial(_kernel, label, node.integer("group", 1))
@@ -578,7 +579,7 @@ def _looked_up(node: str, value: _Given) -> _Use:
 
 
 def _product(node: str, value: _Given, transposed: bool, note: str = "") -> _Use:
-    """A matrix, or a stack of them, from the left or (transposed) from the right."""
+    """A matrix or a stack of matrices, multiplied from the left or (transposed) from the right."""
     if len(value.shape) < 2:
         return _leave(node, value)
     *batch, m, n = value.shape
@@ -590,7 +591,7 @@ def _product(node: str, value: _Given, transposed: bool, note: str = "") -> _Use
 
 
 def _kernel(node: str, groups: int, value: _Given) -> _Use:
-    """A kernel (out, in/groups, ...), or of a transposed convolution (in, out/groups, ...)."""
+    """A kernel (out, in/groups, ...), or (in, out/groups, ...) of a transposed convolution."""
     shape = value.shape
     if len(shape) < 3 or groups < 1 or shape[0] % groups:
         return _leave(node, value, Reason.dimensions)
@@ -600,7 +601,7 @@ def _kernel(node: str, groups: int, value: _Given) -> _Use:
 
 
 def _gates(node: str, gates: Sequence[str], value: _Given) -> _Use:
-    """The gates of a recurrent layer, (directions, gates hidden, inputs)."""
+    """The gates of a recurrent layer, stored as (directions, gates · hidden, inputs)."""
     shape = value.shape
     if len(shape) != 3 or shape[1] % len(gates) or not 1 <= shape[0] <= 2:
         return _leave(node, value, Reason.dimensions)
@@ -616,7 +617,7 @@ def _gates(node: str, gates: Sequence[str], value: _Given) -> _Use:
 
 
 def _summed(node: str, equation: str, slot: int, value: _Given) -> _Use:
-    """The matrix (batch, rows, columns) of an operand of Einsum: columns are summed over."""
+    """The matrix (batch, rows, columns) of an operand of Einsum, which sums over the columns."""
     given, arrow, result = equation.replace(" ", "").partition("->")
     terms = given.split(",")
     if len(terms) != 2 or slot >= 2:
@@ -641,7 +642,7 @@ def _summed(node: str, equation: str, slot: int, value: _Given) -> _Use:
 
 
 def _concatenated(node: _Node) -> list[_Given] | None:
-    """Blocks of one constant in another order; None of all else."""
+    """Blocks of one constant in another order; None for all other inputs."""
     cuts = [value.cut for value in node.inputs if isinstance(value, _Given) and value.cut]
     if len(cuts) < len(node.inputs):
         return None
@@ -659,7 +660,7 @@ def _concatenated(node: _Node) -> list[_Given] | None:
 def _reshaped(
     shape: tuple[int, ...], target: list[int] | None, keeps_zero: bool
 ) -> tuple[int, ...] | None:
-    """The shape that Reshape gives; None if it fits no tensor of this shape."""
+    """The shape after Reshape; None if the target does not fit a tensor of this shape."""
     if target is None or any(side < -1 for side in target) or target.count(-1) > 1:
         return None
     if not keeps_zero:
@@ -675,7 +676,7 @@ def _reshaped(
 
 
 def _squeezed(shape: tuple[int, ...], axes: list[int] | None) -> tuple[int, ...] | None:
-    """The shape that Squeeze gives; None if one of the axes is not of length 1."""
+    """The shape after Squeeze; None if one of the axes does not have length 1."""
     if not axes:
         return tuple(side for side in shape if side != 1)
     rank = len(shape)

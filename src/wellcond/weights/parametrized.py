@@ -1,8 +1,8 @@
 """The tensors of a file from which torch.nn.utils computes a weight, by their names.
 
-`parametrizations.X.original` and what else torch.nn.utils.parametrize stores for X; and the
-parameters of the older hooks: `X_g` and `X_v` (weight_norm), `X_orig` beside `X_u` and `X_v`
-(spectral_norm) or `X_mask` (prune).
+These are `parametrizations.X.original` and all other tensors that torch.nn.utils.parametrize stores
+for X, and the parameters of the older hooks: `X_g` and `X_v` (weight_norm), `X_orig` with `X_u` and
+`X_v` (spectral_norm) or with `X_mask` (prune).
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from wellcond.text import last_part
 from wellcond.weights.matrices import entries
 from wellcond.weights.quantised import Tensors
 
-Parts = dict[str, str]  # names by what they are called beside each other: "g", "original0", "0._u"
+Parts = dict[str, str]  # names by their distinguishing ends: "g", "original0", "0._u"
 
 _NEW = re.compile(r"((?:.*?[./])??)parametrizations[./]([^./]+)[./](.+)", re.DOTALL)
 _NORMED = re.compile(r"^weight|weight$|kernel$")  # the parameters to which weight_norm is applied
-# What makes a tensor a part of another weight instead of a weight that has parts itself.
+# With one of these partners, a tensor is a part of another weight and not a weight with parts.
 _PARTNERS = {"v": {"g"}, "g": {"v"}, "orig": {"u", "v", "mask"}}
 
 
 def find_parametrized(tensors: Tensors) -> Iterator[tuple[str, Parts]]:
-    """The names of weights that are not stored, only the parts from which they are computed."""
+    """The names and parts of weights that are not stored but computed from their parts."""
     for label, parts in (*_join_old(tensors), *_group_new(tensors).items()):
         if label not in tensors:
             yield label, parts
 
 
 def _join_old(tensors: Tensors) -> Iterator[tuple[str, Parts]]:
-    """The parts of hooks; where some of them have parts themselves, with these in their place."""
+    """The parts of the older hooks; a part that has parts itself is replaced by these."""
     found = _group_old(tensors)
     for label, parts in found.items():
         outer, _, own = label.rpartition("_")

@@ -1,7 +1,7 @@
 """The projections of a module: where each is stored, its view, and its shape.
 
-A file has no modules, but the names of its tensors are paths of modules: `StoredModule` is what a
-file knows of one. The settings in the config.json beside the file stand in for its attributes.
+A file has no modules, but the names of its tensors are paths of modules. `StoredModule` is a module
+as a file describes it; config.json in the folder of the file replaces its attributes.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch import Tensor, nn
 from wellcond.operators.views import STORED, Transposed, View
 from wellcond.weights.architectures import HEADS, HEADS_OF_SIDES
 
-# Where a tensor is: a module and the attribute; in a file None and the name of the tensor.
+# The place of a tensor: a module and the attribute; in a file None and the name of the tensor.
 Place = tuple[object, str]
 
 _Config = Mapping[str, object]
 
-_WRAPPED = "base_layer"  # the layer inside of a layer of PEFT
+_WRAPPED = "base_layer"  # the layer inside a layer of PEFT
 _LANGUAGE_MODEL = re.compile(r"(model\.)?layers\.\d+\.")  # a language model without other parts
-# Words in the paths of modules, and the part of a config that describes such modules.
+# Words in the paths of modules, and the section of a config that describes such modules.
 _SECTIONS = {"language": "text", "visual": "vision", "image": "vision", "speech": "audio"}
 
 
 class UnknownLayoutError(Exception):
-    """Why the layout of a projection is unknown, as a sentence for the user."""
+    """The layout of a projection is unknown; the message is the reason for the user."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix, or a stack of matrices, as seen through `view`; in a file also a vector.
+    """A matrix or a stack of matrices, as a view of a tensor; in a file also a vector.
 
     Attributes:
-        place: of the tensor.
-        view: from the tensor to the matrix.
+        place: the place of the tensor.
+        view: the view from the tensor to the matrix.
         shape: (m, n), or (b, m, n) for a stack.
-        adapted: PEFT adds to it.
+        adapted: whether PEFT adds to it.
     """
 
     place: Place
@@ -63,11 +63,11 @@ class Projection:
 
 @dataclass
 class StoredModule:
-    """What a file knows of a module.
+    """A module as a file describes it.
 
     Attributes:
         path: the prefix of the names of its tensors.
-        model_config: what config.json says of the model.
+        model_config: the content of config.json.
         parts: its layers and parameters.
     """
 
@@ -77,7 +77,7 @@ class StoredModule:
 
     @property
     def config(self) -> SimpleNamespace:
-        """What config.json says of the module."""
+        """The section of config.json for the module."""
         return SimpleNamespace(**_section_of(self.model_config, self.path))
 
 
@@ -87,7 +87,7 @@ Module = nn.Module | StoredModule
 def find_stored_modules(
     shapes: Mapping[str, tuple[int, ...]], config: _Config
 ) -> dict[str, StoredModule]:
-    """The modules in a file that holds tensors of these shapes, by their paths."""
+    """The modules in a file with tensors of these shapes, by path."""
     modules: dict[str, StoredModule] = {}
     for name, shape in shapes.items():
         file = name[: name.rfind("/") + 1]  # if there are several: step1.pt/
@@ -107,7 +107,7 @@ def find_stored_modules(
 
 
 def _transpose_conv1d(modules: Mapping[str, StoredModule]) -> None:
-    """Transposes the Conv1D layers of GPT-2: those of its attention, and of the MLP beside it."""
+    """Transposes the Conv1D layers of GPT-2: those of attention and of the MLP in its block."""
     attention = {path: _has_conv1d(one) for path, one in modules.items() if has_part(one, "c_attn")}
     blocks = {path.rpartition(".")[0] for path, found in attention.items() if found}
     for path, one in modules.items():
@@ -130,7 +130,7 @@ def _has_conv1d(module: StoredModule) -> bool:
 
 
 def _section_of(config: _Config, path: str) -> _Config:
-    """The part of a config that describes the modules at this path."""
+    """The section of a config that describes the modules at this path."""
     names = path.lower().split(".")
     words = {*names, *(name.split("_")[0] for name in names)}
     words |= {_SECTIONS[word] for word in words & _SECTIONS.keys()}
@@ -149,7 +149,7 @@ def _section_of(config: _Config, path: str) -> _Config:
 
 
 def _sections_with_heads(config: _Config, depth: int = 3) -> dict[str, _Config]:
-    """The configs in a config that give a number of heads, or contain one that does."""
+    """The sub-configs of a config that contain a number of heads, directly or in a sub-config."""
     return {
         key: part
         for key, part in config.items()
@@ -186,7 +186,7 @@ def get_projection(module: Module, name: str, ndim: int | None = None) -> Projec
     """The projection of this name: a Linear, a Conv1D of transformers, or a parameter.
 
     Raises:
-        UnknownLayoutError: it is something else, or has not `ndim` dimensions.
+        UnknownLayoutError: the part is something else, or does not have `ndim` dimensions.
     """
     layer = get_part(module, name)
     wrapped = get_part(layer, _WRAPPED) if isinstance(layer, nn.Module) else None

@@ -1,7 +1,7 @@
 """Quantised weights in files: the tensors that are codes or scales, and the number of entries.
 
-A tensor with a scale beside it acts as the product with that, whatever its dtype, so its own values
-are not those of a weight. Packed codes count as many entries as they unpack to.
+If a scale belongs to a tensor, of any dtype, the effective weight is their product, so the values
+of the tensor are not those of a weight. Packed codes count as the entries that they unpack to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NO_CODES = re.compile(
     r"ids?|ind(ex|ices)|mask|bias|positions?|counts?|lengths?|buckets?"
     r"|tril|triu|causal|faces|edges|adj(acency)?|neighbou?rs|connectivity"
 )
-# Tensors that only a quantised weight has, and tensors that other layers may have too.
+# Tensors that only a quantised weight has, and tensors that other layers can also have.
 _SCALES = re.compile(
     r"(weight|input|output|activation|act|[kvq])_(scales?(_inv|_\d)?|(global|channel)_scale|zero(s|_points?)?)"
     r"|(nested_)?(absmax|quant_map)|SCBt?|scales?_(inv|and_zeros?)|qscales?|qzeros"
@@ -38,22 +38,22 @@ _SCALES = re.compile(
 _PERHAPS_SCALES = re.compile(
     r"(.*_)?(scales?|scalings?|zeros?|zero_points?|codebooks?|luts?|lookup_tables?|biases)"
 )
-# Scales of codes that are stored in a wide dtype, beside `weight`, or beside X as X_scale.
+# Scales of codes that are stored in a wide dtype as `weight`, or as X with the scale X_scale.
 _SURELY_OF_WEIGHT = re.compile(
     r"weight_(scales?(_inv|_\d)?|(global|channel)_scale)|absmax|SCBt?|qscales?|scale_(inv|weight)"
 )
-_ZEROS = ("zeros", "zero", "zero_points", "zero_point", "biases")  # beside `scale` and `scales`
+_ZEROS = ("zeros", "zero", "zero_points", "zero_point", "biases")  # next to `scale` and `scales`
 _FILE = re.compile(r".*\.(safetensors|pt|pth|bin|ckpt|tar)/")
 _OF_NAME = re.compile(r"(.+)_((?:scales?|qscales?|absmax)(?:_inv)?)")
 
 
 def is_narrow(dtype: str) -> bool:
-    """Whether a dtype is floating point of less than 16 bits, which holds codes."""
+    """Whether a dtype is floating point with fewer than 16 bits, used for codes."""
     return bool(_NARROW.match(dtype))
 
 
 def is_power(dtype: str) -> bool:
-    """Whether a dtype holds only powers of two, which are scales."""
+    """Whether a dtype contains only powers of two, used for scales."""
     return bool(_POWERS.fullmatch(dtype))
 
 
@@ -67,10 +67,10 @@ def find_codes_and_scales(
 def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
     """The tensors that belong to a weight of integers or float8, with the name of that weight.
 
-    They are those whose name extends that of the weight (`weight.absmax` beside `weight`), scales
-    in the same module, and other tensors in its module that are not called a weight or a bias. A
-    packed tensor to which more than a bias or a scalar belongs is certainly quantised, and found
-    too.
+    These are tensors whose name extends that of the weight (`weight.absmax` for `weight`), scales
+    in the same module, and other tensors of the module whose names do not end in weight or bias. A
+    packed tensor to which more than a bias or a scalar belongs is certainly quantised, and is also
+    found.
     """
     named = {
         name
@@ -111,10 +111,10 @@ def _find_beside_packed(tensors: Tensors) -> dict[str, Skipped]:
 
 
 def _find_in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) -> dict[str, Skipped]:
-    """The codes in a dtype that could hold a weight, by the scale beside them, and that scale.
+    """The codes in a dtype that could also store a weight, found by their scale, and that scale.
 
-    The scale may be in another file of the same checkpoint. `scale` and `scales` have other uses:
-    their shape must fit, and beside a single number the values must be codes.
+    The scale can be in another file of the same checkpoint. Names such as `scale` and `scales` have
+    other uses: their shape must fit, and for a scalar scale the values must be codes.
     """
     named: dict[str, list[str]] = {}  # full names by the name within a file
     for name in tensors:
@@ -133,7 +133,7 @@ def _find_in_wide_dtype(tensors: Tensors, holds_codes: Callable[[str], bool]) ->
                 if not surely and entries(shape) == 1 and not holds_codes(weight):
                     continue
                 reason = Reason.quantised if surely else Reason.perhaps_codes
-                detail = f"codes in {kind} beside {scale}" if surely else scale
+                detail = f"codes in {kind} with {scale}" if surely else scale
                 found[weight] = Skipped(reason, detail)
                 offsets = (re.sub(r"scales?(_inv)?$", zero, scale) for zero in _ZEROS)
                 for part in (scale, *(offset for offset in offsets if offset in tensors)):
@@ -149,7 +149,7 @@ def _split_file(name: str) -> tuple[str, str]:
 
 
 def find_scaled(name: str) -> Iterable[tuple[str, bool]]:
-    """The names of the tensors that one of this name may scale, and whether it certainly does."""
+    """The names of the tensors that a tensor of this name can scale, and whether it surely does."""
     own = last_part(name)
     module = name.removesuffix(own)
     if _SURELY_OF_WEIGHT.fullmatch(own):
@@ -167,7 +167,7 @@ def find_scaled(name: str) -> Iterable[tuple[str, bool]]:
         of_weight = found[1].endswith("weight")
         surely = of_weight or found[2].endswith(("inv", "absmax", "qscale"))
         yield f"{module}{found[1]}", surely
-        if of_weight and found[1] != "weight":  # of a stack of experts, by ModelOpt
+        if of_weight and found[1] != "weight":  # a stack of experts of ModelOpt
             yield f"{module}{found[1].removesuffix('_weight')}", True
 
 
@@ -195,10 +195,10 @@ def count_logical_entries(
     """The number of entries of the weight that these codes encode, at least the number of codes.
 
     Args:
-        name: of the codes.
+        name: the name of the codes.
         tensors: shape and dtype by name.
         read: reads a tensor; called for shapes and descriptions of at most 4 kB.
-        bits: per code, if nothing beside the codes says it; 0 if unknown.
+        bits: the bits per code, used if the other tensors do not determine it; 0 if unknown.
     """
     shape, dtype = tensors[name]
     stored, word = entries(shape), 8 if is_narrow(dtype) else int(re.sub(r"\D", "", dtype) or 1)
@@ -211,7 +211,7 @@ def count_logical_entries(
 
 
 def _read_entries(name: str, tensors: Tensors, read: Callable[[str], Tensor]) -> int:
-    """The number of entries by a shape that is stored beside the codes; 0 if there is none."""
+    """The number of entries from a shape that is stored with the codes; 0 if there is none."""
     for kind in ("nf4", "fp4"):
         state = f"{name}.quant_state.bitsandbytes__{kind}"
         if state in tensors and entries(tensors[state][0]) <= _SMALL:
@@ -228,7 +228,7 @@ def _multiply(sides: list[int]) -> int:
 
 
 def _derive_entries(name: str, tensors: Tensors, word: int, bits: int) -> int:
-    """The number of entries by the shapes beside the codes, or by the bits; 0 if unknown."""
+    """The number of entries from the shapes of related tensors or from the bits; 0 if unknown."""
     shape, dtype = tensors[name]
     module, dot, own = name.rpartition(".")
 

@@ -1,8 +1,7 @@
-"""What a weight does in its network, by its name: q, k, v, o, up, gate, down, embedding or head.
+"""The role of a weight in its network, by its name: q, k, v, o, up, gate, down, embedding or head.
 
-The names are those of transformers, timm, torch, fairseq, GPT-NeoX, GPT-2, BERT, T5, Llama
-and llama.cpp.
-Where a name says nothing there is no role: a guess would mislead.
+The names are those of transformers, timm, torch, fairseq, GPT-NeoX, GPT-2, BERT, T5, Llama and
+llama.cpp. A name that does not determine a role has none: a guess would mislead.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ GROUPS = {
 }
 ROLES = tuple(role for roles in GROUPS.values() for role in roles)
 _GROUP_OF = {role: group for group, roles in GROUPS.items() for role in roles}
-# Of names without their last part, "weight"; the first that fits.
+# Patterns for names without their last part, "weight"; the first match decides.
 _PATTERNS = tuple(
     (role, re.compile(rf"(?:^|\.)(?:{'|'.join(patterns)})(?:\.\d+)?$"))
     for role, patterns in (
@@ -133,11 +132,11 @@ _PATTERNS = tuple(
 
 
 def find_role(name: str, view: str = "") -> str:
-    """The role of a weight, one of `ROLES`; "" if its name does not say it.
+    """The role of a weight, one of `ROLES`; "" if its name does not determine one.
 
     Args:
-        name: of the parameter.
-        view: which matrix of it, such as "q" of a fused projection.
+        name: the name of the parameter.
+        view: the name of the matrix within it, such as "q" of a fused projection.
 
     Example:
         >>> from wellcond.weights.roles import find_role

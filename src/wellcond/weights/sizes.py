@@ -1,4 +1,4 @@
-"""How the convolutions of a model slide, and on which sizes, as observed in one forward pass."""
+"""The geometry of convolutions, from the options of a layer or from one forward pass of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from wellcond.weights.reasons import Reason
 
 
 def geometry_of(layer: nn.modules.conv._ConvNd) -> Geometry | Reason:
-    """How a convolution slides on inputs of every size, or why that is not known.
+    """The geometry of a convolution on inputs of every size, or why it is unknown.
 
-    It reads the options of the layer and runs nothing. What `padding="same"` pads is in it.
+    It is read from the options of the layer, without a forward pass, and includes the padding of
+    `padding="same"`.
     """
     if has_own_forward(layer):
         return Reason.own_forward
@@ -33,11 +34,11 @@ def geometry_of(layer: nn.modules.conv._ConvNd) -> Geometry | Reason:
 def find_geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]:
     """The geometry of each convolution that the example reaches, at its first use.
 
-    It runs one forward pass in eval mode under no_grad, with temporary hooks, on the device of the
-    model. Training flags and the global random state are restored.
+    Runs one forward pass in eval mode under no_grad, with temporary hooks, on the device of the
+    model. Restores training flags and the global random state.
 
     Args:
-        model: on the device of the example.
+        model: a model on the device of the example.
         example: the argument of the model: a tensor, a tuple of positional arguments or a dict of
             keyword arguments.
 
@@ -46,8 +47,8 @@ def find_geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]
     """
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ValueError(
-            "`example` needs a model whose weights all exist, but some are not initialised, and a "
-            "forward pass would initialise them. Call the model once before."
+            "`example` requires a model whose weights are all initialised, but some are not, and a "
+            "forward pass would initialise them. Call the model once first."
         )
     found: dict[nn.Module, Geometry] = {}
 
@@ -73,7 +74,7 @@ def find_geometries(model: nn.Module, example: Any) -> dict[nn.Module, Geometry]
                     model(*(example if isinstance(example, tuple) else (example,)))
             except Exception as error:
                 raise ValueError(
-                    f"`example` must be what the model takes, but a forward pass failed with "
+                    f"`example` must be a valid input of the model, but a forward pass failed with "
                     f"{type(error).__name__}: {error}"
                 ) from error
     return found

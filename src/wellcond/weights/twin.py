@@ -1,7 +1,7 @@
-"""A copy of a layer whose forward pass can be tried without touching the layer.
+"""A copy of a layer, to run forward passes without changing the layer.
 
 The copy is in eval mode, has no bias and no hooks of users, and shares no tensor, module or state
-with the layer. A layer that cannot be copied with certainty is not tried.
+with the layer. A layer that cannot be copied reliably is not run.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _PRODUCTS = {"linear": 1, "matmul": 1, "__matmul__": 1, "mm": 1, "addmm": 2}
 _PRODUCTS |= {f"conv{kind}{d}d": 1 for kind in ("", "_transpose") for d in (1, 2, 3)}
 _OTHER_PRODUCTS = {"bmm", "einsum", "tensordot", "bilinear", "baddbmm", "addbmm", "mv", "addmv"}
 
-# A copy may take up to _RATIO times the bytes of the parameters and buffers of the layer, plus one
-# MiB, and _MOST_OBJECTS objects.
+# A copy takes at most _RATIO times the bytes of the parameters and buffers of the layer plus one
+# MiB, and at most _MOST_OBJECTS objects.
 _RATIO, _MIB = 4, 2**20
 _MOST_OBJECTS = 100_000
 
-# These compute a weight from parameters of the module and in eval mode change nothing.
+# These hooks compute a weight from parameters of the module, and change nothing in eval mode.
 _PURE_HOOKS = SpectralNorm, WeightNorm, BasePruningMethod
 _CONSTANT = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
@@ -48,14 +48,14 @@ _CONSTANT = (
 
 
 class NotTried(Exception):
-    """The forward pass cannot be tried without a risk to the layer or its model."""
+    """The forward pass cannot be run without risk to the layer or its model."""
 
 
 class Call(NamedTuple):
     """A product in a forward pass, with copies of its tensors at that time.
 
     Attributes:
-        name: of the function.
+        name: the name of the function.
         weight: the argument in the position of the weight.
         x: its input.
         y: its output.
@@ -86,7 +86,7 @@ class Twin:
         copier = _Copier(_RATIO * size + _MIB)
         self._forward = type(layer).forward
         self._layer: nn.Module = copier.copy_module(layer, leave_out=("forward",))
-        self._copier = copier  # keeps alive what the copy refers to weakly
+        self._copier = copier  # keeps objects alive to which the copy has weak references
         any_global_hook: Any = torch.nn.modules.module._has_any_global_hook
         if copier.modules > 1 and any_global_hook():
             raise NotTried("global hooks would run")
@@ -100,7 +100,7 @@ class Twin:
         _seed_generators(seed, x)
         before = torch.get_rng_state(), random.getstate()
         record = _Record()
-        # Entering a dispatch mode takes seconds at first, because torch then imports its compiler.
+        # The first dispatch mode takes seconds, because torch then imports its compiler.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         refuse: Any = _NoCommunication() if distributed else contextlib.nullcontext()  # type: ignore[no-untyped-call]
         with record, refuse:
@@ -110,7 +110,7 @@ class Twin:
 
     @property
     def normalises(self) -> bool:
-        """Whether it contains a normalisation, whose statistics change during training."""
+        """Whether the layer contains a normalisation, whose statistics change during training."""
         kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
         return any(isinstance(module, kinds) for module in self._layer.modules())
 
@@ -185,13 +185,13 @@ class _Record(TorchFunctionMode):
 
 
 class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses communication, in which other processes may not take part."""
+    """Refuses communication, because other processes might not take part."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if "c10d" in func.namespace:
-            raise NotTried("a forward pass that communicates")
+            raise NotTried("the forward pass communicates with other processes")
         return func(*args, **(kwargs or {}))
 
 
@@ -232,7 +232,7 @@ class _Copier:
         return self._copy_object(value)
 
     def copy_module(self, module: nn.Module, leave_out: tuple[str, ...] = ()) -> Any:
-        """A module in eval mode. None of its methods is called, because they may have effects."""
+        """The copy of a module, in eval mode. No method is called, because it may have effects."""
         own = self._keep(module, object.__new__(type(module)))
         self.modules += 1
         for name, value in vars(module).items():
@@ -321,7 +321,7 @@ class _Copier:
             return self._keep(value, copy.deepcopy(value))
         except Exception as error:
             if hasattr(value, "__next__") or hasattr(value, "__dict__"):
-                raise NotTried(f"a {kind.__name__} that cannot be copied") from error
+                raise NotTried(f"a {kind.__name__} cannot be copied") from error
             return self._keep(value, value)  # such as a lock or a process group
 
 
