@@ -213,10 +213,10 @@ BLOCKS = settings(weight_block_size=[2, 3])
         ({"weight_scale": torch.ones(0, 2)}, {}, "has no weight_block_size"),
         ({"weight": sample(4, 4), "scale": torch.ones(4)}, {}, "the rows or the columns"),
         ({"weight_scale": ONE, "weight_scale_inv": ONE}, {}, "both scale it"),
-        ({"weight_scale": ONE, "weight_scale_2": ONE}, {}, "weight_scale_2 is beside it"),
-        ({"weight_scale": ONE, "pre_quant_scale": ONE}, {}, "pre_quant_scale is beside it"),
-        ({"weight_scale": ONE.to(torch.int32)}, {}, "is of dtype int32"),
-        ({"weight_scale": ONE.double()}, {}, "is of dtype float64"),
+        ({"weight_scale": ONE, "weight_scale_2": ONE}, {}, "weight_scale_2 is stored next to it"),
+        ({"weight_scale": ONE, "pre_quant_scale": ONE}, {}, "pre_quant_scale is stored next to it"),
+        ({"weight_scale": ONE.to(torch.int32)}, {}, "has the dtype int32"),
+        ({"weight_scale": ONE.double()}, {}, "has the dtype float64"),
         ({"weight": sample(0, 4), "weight_scale": ONE}, {}, "it has no entries"),
         ({"weight": sample(6, 4).to(torch.float8_e4m3fnuz), "scale": ONE}, {}, "float8_e4m3fnuz"),
         ({"weight": sample(2, 3, 4), "weight_scale": torch.ones(2)}, {}, "is not one number"),
@@ -254,7 +254,7 @@ def test_config_of_the_language_model_in_a_larger_one() -> None:
 @pytest.mark.parametrize(
     ("shape", "why"),
     [
-        ((3, 3, 2), "not known whether the blocks of up begin anew"),
+        ((3, 3, 2), "whether up begins with a new block is unknown"),
         ((2, 3, 2), "not one per matrix"),
     ],
 )

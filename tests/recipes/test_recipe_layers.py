@@ -82,22 +82,22 @@ def check_reason(folder: str, stem: str, change: Change, reason: str) -> None:
 
 
 HQQ: list[tuple[Change, str]] = [
-    (lambda t, s: s.update(quant_method="sinq"), "its quantisation is of the kind sinq"),
-    (lambda t, s: t.pop("packing"), "l.packing, which says how its codes are stored, is missing"),
+    (lambda t, s: s.update(quant_method="sinq"), "the layout of its quant_method sinq is"),
+    (lambda t, s: t.pop("packing"), "the layout of its codes, l.packing, is missing"),
     (lambda t, s: t.pop("scale"), "l.scale is missing"),
     (lambda t, s: t.pop("shape"), "l.shape is missing"),
     (lambda t, s: t.update(shape=torch.tensor([5, -32])), "l.shape is [5, -32]"),
     (lambda t, s: t.update(shape=torch.tensor([5.0, 32])), "l.shape has the dtype float32"),
     (lambda t, s: t.update(shape=torch.tensor([5, 64])), "l.W_q has the shape (5, 16)"),
     (lambda t, s: t.update(packing=t["packing"][1:]), "l.packing is 'bit_u8'"),
-    (lambda t, s: t.update(axis=torch.tensor(2)), "its axis is 2 and its group_size is 16"),
-    (lambda t, s: t.update(axis=torch.tensor(0)), "and not (8, 10) and uint8"),
-    (lambda t, s: t.update(group_size=torch.tensor(0)), "its axis is 1 and its group_size is 0"),
+    (lambda t, s: t.update(axis=torch.tensor(2)), "its axis 2 and group_size 16 do not fit"),
+    (lambda t, s: t.update(axis=torch.tensor(0)), ", not (8, 10) and uint8"),
+    (lambda t, s: t.update(group_size=torch.tensor(0)), "its axis 1 and group_size 0 do not fit"),
     (lambda t, s: t.update(group_size=torch.tensor(32)), "2 codes per word do not divide 5 rows"),
     (lambda t, s: t.update(quant_scale=torch.tensor(1)), "l.quant_scale is set"),
     (lambda t, s: t.update(W_q=t["W_q"][1:]), "l.W_q has the shape (4, 16)"),
     (lambda t, s: t.update(W_q=t["W_q"].int()), "and the dtype int32"),
-    (lambda t, s: t.update(zero=t["zero"][1:]), "l.zero has the shape (9, 1) and not (10, 1)"),
+    (lambda t, s: t.update(zero=t["zero"][1:]), "l.zero has the shape (9, 1), not (10, 1)"),
     (lambda t, s: t.update(zero=t["zero"].int()), "l.zero has the dtype int32"),
 ]
 
@@ -122,9 +122,9 @@ def test_parts_of_quanto_that_do_not_fit_have_a_reason(change: Change, reason: s
 
 
 BITNET: list[tuple[Change, str]] = [
-    (lambda t, s: s.update(linear_class="other"), "its linear_class is other"),
+    (lambda t, s: s.update(linear_class="other"), "its linear_class in config.json is other"),
     (lambda t, s: t.update(weight=t["weight"][0]), "l.weight has the shape (7,)"),
-    (lambda t, s: t.update(weight=t["weight"] | 3), "l.weight holds codes of 3"),
+    (lambda t, s: t.update(weight=t["weight"] | 3), "l.weight contains the code 3"),
     (lambda t, s: t.update(weight_scale=torch.ones(2)), "l.weight_scale has the shape (2,)"),
     (lambda t, s: t.update(weight_scale=torch.tensor([1])), "and the dtype int64"),
 ]

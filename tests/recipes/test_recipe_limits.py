@@ -175,4 +175,4 @@ def test_a_weight_that_is_stored_as_well_is_a_reason(kinds: Kinds) -> None:
         recipes, refused = find_recipes(content)
         assert not recipes
         ((why, *_),) = refused.values()
-        assert why == f"{label} is stored as well"
+        assert why == f"{label} is also stored"

@@ -129,7 +129,7 @@ def test_mixed_precision_is_decided_layer_by_layer() -> None:
     (W,), (expected,) = (weights_of(one, find_modelopt).values() for one in (content, alone))
     assert torch.equal(W, expected)
     other = config_of("MIXED_PRECISION", quantized_layers={"other": {"quant_algo": "NVFP4"}})
-    assert "by NONE" in reason(nvfp4(), other)
+    assert "do not fit NONE" in reason(nvfp4(), other)
 
 
 def test_stack_packed_along_rows_or_columns() -> None:
@@ -151,17 +151,17 @@ def test_stack_packed_along_rows_or_columns() -> None:
 @pytest.mark.parametrize(
     ("changes", "config", "beside", "why"),
     [
-        ({}, config_of("FP8"), None, "codes of uint8 by FP8"),
-        ({}, config_of(None), None, "codes of uint8 by NONE"),
-        ({}, config_of([]), None, "codes of uint8 by []"),
-        ({}, config_of("W4A16_AWQ"), None, "codes of uint8 by W4A16_AWQ"),
-        ({}, config_of("MIXED_PRECISION", quantized_layers=3), None, "by MIXED_PRECISION"),
+        ({}, config_of("FP8"), None, "codes of dtype uint8 do not fit FP8"),
+        ({}, config_of(None), None, "codes of dtype uint8 do not fit NONE"),
+        ({}, config_of([]), None, "codes of dtype uint8 do not fit []"),
+        ({}, config_of("W4A16_AWQ"), None, "uint8 do not fit W4A16_AWQ"),
+        ({}, config_of("MIXED_PRECISION", quantized_layers=3), None, "do not fit MIXED_PRECISION"),
         ({}, config_of(), {"quant_algo": "FP8"}, "two configs name different algorithms"),
-        ({"fc.weight_scale_2": None}, config_of(), None, "weight_scale_2 must be beside"),
-        ({}, config_of("MXFP4"), None, "must not be beside MXFP4"),
+        ({"fc.weight_scale_2": None}, config_of(), None, "NVFP4 must have a weight_scale_2"),
+        ({}, config_of("MXFP4"), None, "MXFP4 must not have one"),
         ({"fc.weight_scale_2": torch.ones(6)}, config_of(), None, "must be one number"),
         ({"fc.weight_scale_2": torch.ones(1).int()}, config_of(), None, "must be one number"),
-        ({"fc.weight_scale": torch.ones(6, 2)}, config_of(), None, "of dtype float32"),
+        ({"fc.weight_scale": torch.ones(6, 2)}, config_of(), None, "has the dtype float32"),
         ({"fc.weight_scale": torch.ones(128, 4).to(E4M3)}, config_of(), None, "does not fit 16"),
         ({"fc.weight": torch.ones(6, 0).byte()}, config_of(), None, "codes have the shape"),
         ({"fc.weight": torch.ones(6, 4, 4).byte()}, config_of(), None, "codes have the shape"),
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_a_reason(
 def test_scales_of_fp8_that_do_not_fit_are_a_reason(algorithm: str, shape: tuple[int, ...]) -> None:
     tensors = {"fc.weight": torch.ones(6, 32).to(E4M3), "fc.weight_scale": torch.ones(shape)}
     said = reason(tensors, config_of(algorithm))
-    assert "does not fit" in said or "of dtype float32" in said
+    assert "does not fit" in said or "has the dtype float32" in said
 
 
 def test_without_a_config_nothing_is_known() -> None:

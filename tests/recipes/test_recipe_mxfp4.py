@@ -228,27 +228,27 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "scales of another dtype": (
         changed(of_gpt_oss, scales=lambda t: t.int()),
         {},
-        "is int32, not powers of two",
+        "has the dtype int32, which does not store",
     ),
     "another format": (
         of_gpt_oss(),
         {"quantization_config": {"quant_method": "gptq"}},
-        "the format is gptq, not",
+        "quant_method in config.json is gptq, not",
     ),
     "no format": (
         of_gpt_oss(),
         {"quantization_config": {"quant_method": [1]}},
-        "the format is [1], not",
+        "quant_method in config.json is [1], not",
     ),
     "int8 that no config explains": (
         of_deepseek(),
         {},
-        "has neither expert_dtype nor quant_method",
+        "does not mark int8 as float4",
     ),
     "int8 that is said to be float8": (
         of_deepseek(),
         {"expert_dtype": "fp8", **FP8},
-        "which mark int8 as float4",
+        "with expert_dtype fp4 or",
     ),
     "groups of another size": (
         changed(of_deepseek, scale=lambda t: t[:, :2]),
@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "an odd number of inputs": (
         changed(of_deepseek, weight=lambda t: t[:, :-1]),
         FP8,
-        "its 94 inputs are not blocks of 32",
+        "its 94 inputs are not a multiple of 32",
     ),
     "a vector": (changed(of_deepseek, weight=lambda t: t[0]), FP8, "are neither a matrix nor"),
     "no rows": (
@@ -268,11 +268,15 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         "neither",
     ),
     "Quark, no such weights": (of_quark(), quark(dtype="int4"), "no weight in config.json has the"),
-    "Quark, other groups": (of_quark(), quark(group_size=16), "other scales than e8m0 per 32"),
+    "Quark, other groups": (
+        of_quark(),
+        quark(group_size=16),
+        "scales in config.json are not e8m0 per 32",
+    ),
     "Quark, other scales": (
         of_quark(),
         quark(scale_format="e5m3"),
-        "other scales than e8m0 per 32",
+        "scales in config.json are not e8m0 per 32",
     ),
     "Quark, nothing": (of_quark(), NO_WEIGHTS, "no weight"),
     "Quark, float6": (

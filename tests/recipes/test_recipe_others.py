@@ -27,7 +27,7 @@ def test_a_format_is_known_by_its_names(one: Format, layer: str) -> None:
     ((main, (why, *others)),) = refused.items()
     assert main == f"{layer}{names[0][0]}"
     assert {main, *others} == set(tensors)
-    assert why.startswith(f"it is stored as {one.name}, which is not decoded: ")
+    assert why.startswith(f"it is stored as {one.name}, which wellcond does not decode: ")
 
 
 @pytest.mark.parametrize(

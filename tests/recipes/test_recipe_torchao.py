@@ -79,7 +79,7 @@ def check_older(folder: Path) -> None:
     candidate = next(one for one in find_torchao(content) if one.label == "uintx.weight")
     assert candidate.parts[0] == "uintx._weight_tensor_impl_int_data_int4_shard"
     assert reason_of(candidate, content) == (
-        "the order in which 'UintxAQTTensorImpl' of torchao packs codes is not known"
+        "the layout of torchao's 'UintxAQTTensorImpl' is unknown"
     )
     assert find_recipes(content)[1].keys() == {candidate.parts[0]}
 
@@ -297,12 +297,17 @@ def test_by_hand() -> None:
 
 
 REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
-    "another class": ("Int4TilePackedTo4dTensor", INT8, GROUPS, "packs codes is not known"),
+    "another class": (
+        "Int4TilePackedTo4dTensor",
+        INT8,
+        GROUPS,
+        "torchao's Int4TilePackedTo4dTensor is",
+    ),
     "a class within a class": (
         "LinearActivationQuantizedTensor",
         OLDER,
         {"original_weight_tensor": "Int4Tensor"},
-        "the order in which LinearActivationQuantizedTensor of torchao packs",
+        "the layout of torchao's LinearActivationQuantizedTensor is unknown",
     ),
     "no codes": ("Int8Tensor", but(INT8, qdata=None), GROUPS, "its qdata is missing"),
     "no scales": ("Int8Tensor", but(INT8, scale=None), GROUPS, "its scale is missing"),
@@ -312,11 +317,26 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "Int8Tensor",
         INT8,
         {"block_size": [1, 1 << 62]},
-        "is not blocks of",
+        "does not divide the shape",
     ),
-    "a block size of zero": ("Int8Tensor", INT8, {"block_size": [0, 3]}, "is not blocks of"),
-    "a text as block size": ("Int8Tensor", INT8, {"block_size": ["1", "3"]}, "is not blocks of"),
-    "a true block size": ("Int8Tensor", INT8, {"block_size": [True, 3]}, "is not blocks of"),
+    "a block size of zero": (
+        "Int8Tensor",
+        INT8,
+        {"block_size": [0, 3]},
+        "does not divide the shape",
+    ),
+    "a text as block size": (
+        "Int8Tensor",
+        INT8,
+        {"block_size": ["1", "3"]},
+        "does not divide the shape",
+    ),
+    "a true block size": (
+        "Int8Tensor",
+        INT8,
+        {"block_size": [True, 3]},
+        "does not divide the shape",
+    ),
     "other blocks": (
         "Int8Tensor",
         INT8,
@@ -329,13 +349,13 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "Int8Tensor",
         but(INT8, scale=codes(4, 2).view(torch.uint8)),
         GROUPS,
-        "is uint8, not float64 or",
+        "has the dtype uint8, not float64 or",
     ),
     "codes of another dtype": (
         "Int8Tensor",
         but(INT8, qdata=codes(4, 6).int()),
         GROUPS,
-        "is int32, not int8",
+        "has the dtype int32, not int8",
     ),
     "codes of four sides": (
         "Int8Tensor",
@@ -348,7 +368,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "Int8Tensor",
         INT8,
         GROUPS | {"shape": [6, 4]},
-        "of shape (4, 6) are stored as one of [6, 4]",
+        "its codes have the shape (4, 6), but its shape is [6, 4]",
     ),
     "factors of other inputs": (
         "Int8Tensor",
@@ -362,54 +382,64 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         {},
         "block_size = None is not one",
     ),
-    "MX, no element": ("MXTensor", FLOAT4, {"block_size": 32}, "its elem_dtype None is not known"),
+    "MX, no element": ("MXTensor", FLOAT4, {"block_size": 32}, "its elem_dtype None is unknown"),
     "MX, other element": (
         "MXTensor",
         FLOAT4,
         MX | {"elem_dtype": [1]},
-        "its elem_dtype [1] is not",
+        "its elem_dtype [1] is unknown",
     ),
-    "MX, blocks of nothing": ("MXTensor", FLOAT4, MX | {"block_size": 0}, "are not blocks of"),
-    "MX, a list of sizes": ("MXTensor", FLOAT4, MX | {"block_size": [1, 32]}, "are not blocks of"),
-    "MX, larger blocks": ("MXTensor", FLOAT4, MX | {"block_size": 64}, "are not blocks of"),
+    "MX, blocks of nothing": (
+        "MXTensor",
+        FLOAT4,
+        MX | {"block_size": 0},
+        "does not divide 32 inputs",
+    ),
+    "MX, a list of sizes": (
+        "MXTensor",
+        FLOAT4,
+        MX | {"block_size": [1, 32]},
+        "does not divide 32 inputs",
+    ),
+    "MX, larger blocks": ("MXTensor", FLOAT4, MX | {"block_size": 64}, "does not divide 32 inputs"),
     "MX, other scales": ("MXTensor", FLOAT4, MX | {"block_size": 16}, "has the shape (4, 1), not"),
     "MX, in tiles": ("MXTensor", FLOAT4, MX | {"is_swizzled_scales": True}, "not (32, 16)"),
     "MX, real scales": (
         "MXTensor",
         but(FLOAT4, scale=torch.rand(4, 1)),
         MX,
-        "is float32, not float8_e8m0fnu or uint8",
+        "has the dtype float32, not float8_e8m0fnu or uint8",
     ),
-    "MX, transposed": ("MXTensor", FLOAT4, MX | {"shape": [8, 16]}, "are stored as one of [8, 16]"),
+    "MX, transposed": ("MXTensor", FLOAT4, MX | {"shape": [8, 16]}, "but its shape is [8, 16]"),
     "MX, float8": (
         "MXTensor",
         FLOAT4,
         MX | {"elem_dtype": "float8_e4m3fn"},
-        "is uint8, not float8_e4m3fn",
+        "has the dtype uint8, not float8_e4m3fn",
     ),
     "MX, float6": (
         "MXTensor",
         FLOAT4,
         MX | {"elem_dtype": "fp6_e2m3", "block_size": 16},
-        "below 64",
+        "more than 63",
     ),
     "MX, tiles of several": (
         "MXTensor",
         {"qdata": codes(2, 4, 16).view(torch.uint8), "scale": codes(2, 32, 16).view(torch.uint8)},
         MX | {"is_swizzled_scales": True},
-        "in tiles of several matrices of 4 rows",
+        "a tile of its scales covers several matrices of 4 rows",
     ),
     "a part that is not known": (
         "Int8Tensor",
         but(INT8, _pre_scale=torch.rand(6)),
         GROUPS,
-        "what its part '_pre_scale' does is not known",
+        "the effect of its part '_pre_scale' is unknown",
     ),
     "NVFP4, factors under an older name": (
         "NVFP4Tensor",
         but(NVFP4, per_tensor_scale=None, _per_tensor_scale=torch.tensor(2.0)),
         {"block_size": 16},
-        "what its part '_per_tensor_scale' does is not known",
+        "the effect of its part '_per_tensor_scale' is unknown",
     ),
     "NVFP4, factors": (
         "NVFP4Tensor",
@@ -421,19 +451,19 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"tensor_impl": "TensorCoreTiledAQTTensorImpl"},
-        "the order in which 'TensorCoreTiledAQTTensorImpl' of torchao packs",
+        "the layout of torchao's 'TensorCoreTiledAQTTensorImpl'",
     ),
     "older, no layout": (
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"tensor_impl": ["x"]},
-        "packs codes",
+        "torchao's ['x'] is unknown",
     ),
     "older, added zeros": (
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"zero_point_domain": ["ZeroPointDomain", 2]},
-        "what its zeros are (['ZeroPointDomain', 2]) is not known",
+        "the domain ['ZeroPointDomain', 2] of its zero points",
     ),
     "older, transposed": (
         "AffineQuantizedTensor",
@@ -459,7 +489,7 @@ def test_a_tensor_of_the_same_name_is_a_contradiction() -> None:
     content = described("Int8Tensor", INT8, **GROUPS)
     tensors = {**content.tensors, "l.weight": ((2, 2), "float32")}
     content = Content(tensors, content.read, classes=content.classes)
-    assert "is stored as a tensor beside" in reason_of(the_candidate(content), content)
+    assert "is also stored as a plain tensor" in reason_of(the_candidate(content), content)
 
 
 def test_a_class_without_its_tensors_is_nothing() -> None:
