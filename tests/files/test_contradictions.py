@@ -114,13 +114,13 @@ def hqq(change: Callable[[Opened], object], reason: str) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "GPTQ: 8 bits of 4": gptq(lambda c: c.setting("bits", 8), "8 bits fit"),
-    "GPTQ: 3 bits of 4": gptq(lambda c: c.setting("bits", 3), "3 bits fit"),
+    "GPTQ: 8 bits of 4": gptq(lambda c: c.setting("bits", 8), "do not fit 8 bits"),
+    "GPTQ: 3 bits of 4": gptq(lambda c: c.setting("bits", 3), "do not fit 3 bits"),
     "GPTQ: symmetric with other zeros": gptq(lambda c: c.setting("sym", True), "zero points"),
     "GPTQ: transposed scales": gptq(lambda c: c.transpose(f"{Q}.scales"), "do not fit"),
     "GPTQ: half of the scales": gptq(lambda c: c.cut(f"{Q}.scales"), "do not fit"),
-    "GPTQ: zeros of fewer outputs": gptq(lambda c: c.cut(f"{Q}.qzeros", 1), "4 bits fit"),
-    "GPTQ: half of the codes": gptq(lambda c: c.cut(f"{Q}.qweight"), "4 bits fit"),
+    "GPTQ: zeros of fewer outputs": gptq(lambda c: c.cut(f"{Q}.qzeros", 1), "do not fit 4 bits"),
+    "GPTQ: half of the codes": gptq(lambda c: c.cut(f"{Q}.qweight"), "do not fit 4 bits"),
     "GPTQ: groups beyond the scales": gptq(lambda c: c.fill(f"{Q}.g_idx", b"\2\0\0\0"), "groups 2"),
     "GPTQ: negative groups": gptq(lambda c: c.fill(f"{Q}.g_idx", b"\xff" * 4), "groups -1"),
     "GPTQ: without its codes": gptq(lambda c: c.parts.pop(f"{Q}.qweight"), "(by name)"),

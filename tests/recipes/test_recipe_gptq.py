@@ -132,7 +132,7 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda t, s: s.update(checkpoint_format="marlin"), "format is marlin in config.json"),
     (lambda t, s: s.update(checkpoint_format="bitblas", format="bitblas"), "its format is bitblas"),
     (lambda t, s: s.update(checkpoint_format=2), "checkpoint_format is 2"),
-    (lambda t, s: s.update(bits=8), "8 bits fit l.qweight (4, 32)"),
+    (lambda t, s: s.update(bits=8), "l.qweight (4, 32) and l.qzeros (2, 4) do not fit 8 bits"),
     (lambda t, s: s.update(bits="4"), "bits is '4' in config.json"),
     (lambda t, s: s.update(sym=True), "has other zero points than 8"),
     (lambda t, s: s.update(checkpoint_format="gptq_v2", format="gptq_v2", sym=True), "than 8"),
@@ -145,14 +145,20 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda t, s: t.update(g_idx=t["g_idx"] + 1), "has groups 1 to 2, but there are 2 groups"),
     (lambda t, s: t.update(g_idx=t["g_idx"].float()), "and the dtype float32"),
     (lambda t, s: t.update(g_idx=t["g_idx"][:0]), "l.g_idx has the shape (0,)"),
-    (lambda t, s: t.update(g_idx=t["g_idx"][:-8]), "4 bits fit l.qweight (4, 32)"),
-    (lambda t, s: t.update(qweight=t["qweight"][:-1]), "4 bits fit l.qweight (3, 32)"),
+    (
+        lambda t, s: t.update(g_idx=t["g_idx"][:-8]),
+        "do not fit 4 bits with 32 outputs and 24 inputs",
+    ),
+    (
+        lambda t, s: t.update(qweight=t["qweight"][:-1]),
+        "l.qweight (3, 32) and l.qzeros (2, 4) do not fit 4 bits",
+    ),
     (lambda t, s: t.update(qweight=t["qweight"].view(torch.float32)), "has the dtype float32"),
     (lambda t, s: t.update(qweight=t["qweight"][None]), "l.qweight has the shape (1, 4, 32)"),
     (lambda t, s: t.update(scales=t["scales"][:, :-1]), "do not fit scales of 31 outputs"),
     (lambda t, s: t.update(scales=t["scales"].int()), "l.scales has the dtype int32"),
     (lambda t, s: t.update(qzeros=t["qzeros"][:1]), "do not fit scales of 32 outputs"),
-    (lambda t, s: t.update(qzeros=t["qzeros"][:, :-1]), "4 bits fit"),
+    (lambda t, s: t.update(qzeros=t["qzeros"][:, :-1]), "do not fit 4 bits"),
 ]
 
 

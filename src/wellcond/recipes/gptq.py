@@ -245,8 +245,8 @@ def _find_bits(
     ]
     if len(fitting) != 1:
         raise RecipeError(
-            f"{told if told and not dynamic else 'no number of'} bits fit {codes} "
-            f"{content.shape(codes)} and {offsets} {content.shape(offsets)} with {m} outputs"
+            f"{codes} {content.shape(codes)} and {offsets} {content.shape(offsets)} do not fit "
+            f"{told if told and not dynamic else 'any number of'} bits with {m} outputs"
             + (f" and {n} inputs" if n else "")
         )
     return fitting[0]
