@@ -1,4 +1,4 @@
-"""Weights of bitsandbytes, compared entry by entry with what the library dequantises."""
+"""Weights of bitsandbytes, compared entry by entry with those that it dequantises."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FOLDERS = ("bitsandbytes_nf4", "bitsandbytes_int8", "bitsandbytes_layers")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_entry_is_that_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     weights = weights_of(content_of(DATA / folder), find_bitsandbytes)
     expected = load_expected(DATA / folder)
     assert weights.keys() == expected.keys()
-    # Of int8 the library multiplies by 1/127, which it rounds first.
+    # For int8, the library multiplies by 1/127, which is rounded.
     rtol = 2**-23 if folder == "bitsandbytes_int8" else 0
     for label, W in weights.items():
         torch.testing.assert_close(W, expected[label], rtol=rtol, atol=0)
@@ -36,7 +36,7 @@ def test_every_entry_is_that_of_the_library(folder: str) -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 7, 64, 100])
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_ranges_of_entries_may_begin_anywhere(
+def test_ranges_of_entries_begin_anywhere(
     folder: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = content_of(DATA / folder)
@@ -58,7 +58,7 @@ def test_a_matrix_of_a_stack_is_built_from_its_own_bytes() -> None:
         return content.read(name, rows)
 
     recipe.build(spy, 1)
-    assert ("experts.stack", (22, 45)) in read  # of the entries 45 to 90, two per byte
+    assert ("experts.stack", (22, 45)) in read  # the entries 45 to 90, two per byte
 
 
 def test_conv1d_has_the_shape_of_the_plain_checkpoint() -> None:
@@ -70,7 +70,7 @@ def test_conv1d_has_the_shape_of_the_plain_checkpoint() -> None:
     assert shapes["transformer.h.0.attn.c_attn.weight"] == (36, 12)
 
 
-def test_notes_and_dtypes_say_what_was_stored() -> None:
+def test_note_and_dtype_describe_the_stored_parts() -> None:
     made = {one.label: one.make() for one in find_bitsandbytes(content_of(DATA / FOLDERS[0]))}
     recipe = made["transformer.h.0.mlp.c_fc.weight"]
     assert recipe.note == (
@@ -134,7 +134,7 @@ FOUR_BITS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), FOUR_BITS)
-def test_four_bits_that_contradict_each_other_have_a_reason(
+def test_contradictory_parts_of_four_bits_give_a_reason(
     change: Callable[[dict[str, Tensor]], Any], reason: str
 ) -> None:
     tensors = load("bitsandbytes_layers", NAME)
@@ -169,7 +169,7 @@ NESTED_STATE = f"{NESTED}.quant_state.bitsandbytes__fp4"
         ),
     ],
 )
-def test_nested_scales_that_contradict_each_other_have_a_reason(
+def test_contradictory_nested_scales_give_a_reason(
     change: Callable[[dict[str, Tensor]], Any], reason: str
 ) -> None:
     tensors = load("bitsandbytes_layers", NESTED)
@@ -191,7 +191,7 @@ def test_nested_scales_that_contradict_each_other_have_a_reason(
         ({"weight_format": torch.zeros(2, dtype=torch.uint8)}, "it has the layout [0, 0]"),
     ],
 )
-def test_eight_bits_that_contradict_each_other_have_a_reason(
+def test_contradictory_parts_of_eight_bits_give_a_reason(
     change: dict[str, Tensor], reason: str
 ) -> None:
     tensors = {"weight": torch.ones(2, 3, dtype=torch.int8), "SCB": torch.ones(2)} | change
@@ -203,9 +203,7 @@ def test_eight_bits_that_contradict_each_other_have_a_reason(
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @given(draw=st.data())
-def test_whatever_is_changed_the_answer_is_a_weight_or_a_reason(
-    folder: str, draw: st.DataObject
-) -> None:
+def test_random_changes_give_a_weight_or_a_reason(folder: str, draw: st.DataObject) -> None:
     content = content_of(DATA / folder)
     config = {"config": dict(content.beside("config.json"))}
     check_mutated(draw, content, config, find_bitsandbytes)

@@ -1,4 +1,4 @@
-"""Weights in the formats of GPTQ, compared entry by entry with what the libraries dequantise."""
+"""Weights in the formats of GPTQ, compared entry by entry with those of the libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDERS = ("gptq_3_bits", "gptq_borrows", "gptq_v2", "gptq_planes", "gptq_auto_r
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_entry_is_that_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     weights = weights_of(content_of(DATA / folder), find_gptq)
     expected = load_expected(DATA / folder)
     assert weights.keys() == expected.keys()
@@ -33,7 +33,7 @@ def test_every_entry_is_that_of_the_library(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_inputs_may_be_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(DATA / folder)
     whole = weights_of(content, find_gptq)
     monkeypatch.setattr(gptq, "_STEP", 1)
@@ -61,7 +61,7 @@ def build(content: Content) -> Tensor:
     return build_all(candidate.make(), content)
 
 
-def test_groups_in_their_order_need_no_g_idx() -> None:
+def test_consecutive_groups_need_no_g_idx() -> None:
     tensors, settings = load("gptq_v2", "layers.2.up_proj")
     del settings["dynamic"]
     settings["desc_act"] = False
@@ -70,7 +70,7 @@ def test_groups_in_their_order_need_no_g_idx() -> None:
     assert torch.equal(build(content_with(tensors, settings)), whole)
 
 
-def test_a_group_size_of_minus_one_is_all_inputs() -> None:
+def test_group_size_of_minus_one_is_all_inputs() -> None:
     tensors, settings = load("gptq_v2", "layers.2.up_proj")
     del settings["dynamic"], tensors["g_idx"]
     settings |= {"desc_act": False, "group_size": -1}
@@ -81,7 +81,7 @@ def test_a_group_size_of_minus_one_is_all_inputs() -> None:
     assert torch.equal(W[:, :16].half(), expected[:, :16])
 
 
-def test_settings_may_stand_in_quantize_config_alone() -> None:
+def test_settings_only_in_quantize_config() -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     del settings["quant_method"], settings["checkpoint_format"]  # as old versions wrote it
     named = {f"l.{name}": one for name, one in tensors.items()}
@@ -89,14 +89,14 @@ def test_settings_may_stand_in_quantize_config_alone() -> None:
     assert torch.equal(W.half(), load_expected(DATA / "gptq_3_bits")["layers.0.q_proj.weight"])
 
 
-def test_bits_follow_from_the_shapes_where_no_config_has_them() -> None:
+def test_shapes_determine_bits_if_config_does_not() -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     whole = build(content_with(tensors, settings))
     del settings["bits"]
     assert torch.equal(build(content_with(tensors, settings)), whole)
 
 
-def test_symmetric_weights_have_the_middle_as_zero_point() -> None:
+def test_symmetric_weights_have_middle_zero_point() -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     settings |= {"sym": True, "meta": {}}
     tensors["qzeros"] = torch.full_like(tensors["qzeros"], 0x77777777)
@@ -106,7 +106,7 @@ def test_symmetric_weights_have_the_middle_as_zero_point() -> None:
     assert torch.equal(W, ((codes - 8) * s).T)
 
 
-def test_a_conv1d_has_the_shape_of_the_plain_checkpoint() -> None:
+def test_conv1d_has_the_shape_of_the_plain_checkpoint() -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     whole = build(content_with(tensors, settings))
     stem = "transformer.h.0.attn.c_attn"
@@ -163,7 +163,7 @@ CHANGES: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES)
-def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: str) -> None:
+def test_contradictory_parts_give_a_reason(change: Change, reason: str) -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     change(tensors, settings)
     content = content_with(tensors, settings)
@@ -185,7 +185,7 @@ def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: 
         ({"desc_act": True}, "g_idx, the groups of its inputs, is missing"),
     ],
 )
-def test_a_group_size_that_does_not_fit_has_a_reason(change: dict[str, Any], reason: str) -> None:
+def test_wrong_group_size_gives_a_reason(change: dict[str, Any], reason: str) -> None:
     tensors, settings = load("gptq_v2", "layers.2.up_proj")
     del settings["dynamic"], tensors["g_idx"]
     content = content_with(tensors, settings | {"desc_act": False} | change)
@@ -194,7 +194,7 @@ def test_a_group_size_that_does_not_fit_has_a_reason(change: dict[str, Any], rea
 
 
 @pytest.mark.parametrize("more", [{}, {"sym": True, "dynamic": {"+:x": {"bits": 4}}}])
-def test_3_bits_of_an_old_gptqmodel_have_a_reason(more: dict[str, Any]) -> None:
+def test_3_bits_of_old_gptqmodel_give_a_reason(more: dict[str, Any]) -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     settings |= {"meta": {"quantizer": "gptqmodel:4.2.5"}, **more}
     content = content_with(tensors, settings)
@@ -202,14 +202,14 @@ def test_3_bits_of_an_old_gptqmodel_have_a_reason(more: dict[str, Any]) -> None:
     assert "gptqmodel 4 might have subtracted one from bits" in reason_of(candidate, content)
 
 
-def test_5_bits_have_a_reason_unless_they_are_in_planes() -> None:
+def test_5_bits_without_planes_give_a_reason() -> None:
     tensors, settings = load("gptq_planes", "layers.5.up_proj")
     content = content_with(tensors, settings | {"format": "gptq", "checkpoint_format": "gptq"})
     (candidate,) = find_gptq(content)
     assert "it has 5 bits, which gptqmodel stores only in" in reason_of(candidate, content)
 
 
-def test_two_configs_that_contradict_each_other_are_a_reason() -> None:
+def test_contradictory_configs_give_a_reason() -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     named = {f"l.{name}": one for name, one in tensors.items()}
     other = settings | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
@@ -222,7 +222,7 @@ def test_two_configs_that_contradict_each_other_are_a_reason() -> None:
     )
 
 
-def test_layers_of_auto_round_may_have_groups_of_their_own() -> None:
+def test_layers_of_auto_round_can_have_own_group_sizes() -> None:
     tensors, settings = load("gptq_auto_round", "layers.5.up_proj")
     whole = build(content_with(tensors, settings))
     settings |= {"group_size": 32, "extra_config": {"l": {"group_size": 16}}}
@@ -230,7 +230,7 @@ def test_layers_of_auto_round_may_have_groups_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("layer", ["model.embed_tokens", "transformer.wte", "word_embeddings"])
-def test_an_embedding_has_a_reason(layer: str) -> None:
+def test_embedding_gives_a_reason(layer: str) -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     content = content_with(tensors, settings, layer)
     (candidate,) = find_gptq(content)
@@ -239,9 +239,7 @@ def test_an_embedding_has_a_reason(layer: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @given(draw=st.data())
-def test_whatever_is_changed_the_answer_is_a_weight_or_a_reason(
-    folder: str, draw: st.DataObject
-) -> None:
+def test_random_changes_give_a_weight_or_a_reason(folder: str, draw: st.DataObject) -> None:
     content = content_of(DATA / folder)
     names = ("config.json", "quantize_config.json")
     configs = {name.removesuffix(".json"): dict(content.beside(name)) for name in names}

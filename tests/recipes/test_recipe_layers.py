@@ -1,4 +1,4 @@
-"""Weights of HQQ, quanto and BitNet, compared entry by entry with what these dequantise."""
+"""Weights of HQQ, quanto and BitNet, compared entry by entry with those of the libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FINDERS: dict[str, Finder] = {"hqq": find_hqq, "quanto": find_quanto, "bitnet": 
 
 
 @pytest.mark.parametrize("folder", FINDERS)
-def test_every_entry_is_that_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     content = content_of(DATA / folder)
     weights, expected = weights_of(content, FINDERS[folder]), load_expected(DATA / folder)
     assert weights.keys() == expected.keys()
@@ -39,9 +39,7 @@ def test_every_entry_is_that_of_the_library(folder: str) -> None:
 
 @pytest.mark.parametrize("step", [1, 30])
 @pytest.mark.parametrize("folder", FINDERS)
-def test_codes_may_be_read_in_ranges(
-    folder: str, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_are_read_in_ranges(folder: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(DATA / folder)
     whole = weights_of(content, FINDERS[folder])
     for module in (hqq, quanto, bitnet):
@@ -65,7 +63,7 @@ Change = Callable[[dict[str, Tensor], dict[str, Any]], Any]
 
 
 def check_reason(folder: str, stem: str, change: Change, reason: str) -> None:
-    """A change to the parts of one weight gives this reason."""
+    """Checks that a change to the parts of one weight gives this reason."""
     content = content_of(DATA / folder)
     prefix = f"{stem}."
     tensors = {
@@ -103,7 +101,7 @@ HQQ: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), HQQ)
-def test_parts_of_hqq_that_do_not_fit_have_a_reason(change: Change, reason: str) -> None:
+def test_parts_of_hqq_that_do_not_fit_give_a_reason(change: Change, reason: str) -> None:
     check_reason("hqq", "rows", change, reason)
 
 
@@ -117,7 +115,7 @@ QUANTO: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), QUANTO)
-def test_parts_of_quanto_that_do_not_fit_have_a_reason(change: Change, reason: str) -> None:
+def test_parts_of_quanto_that_do_not_fit_give_a_reason(change: Change, reason: str) -> None:
     check_reason("quanto", "integers", change, reason)
 
 
@@ -131,15 +129,13 @@ BITNET: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), BITNET)
-def test_parts_of_bitnet_that_do_not_fit_have_a_reason(change: Change, reason: str) -> None:
+def test_parts_of_bitnet_that_do_not_fit_give_a_reason(change: Change, reason: str) -> None:
     check_reason("bitnet", "up_proj", change, reason)
 
 
 @pytest.mark.parametrize("folder", FINDERS)
 @given(draw=st.data())
-def test_whatever_is_changed_the_answer_is_a_weight_or_a_reason(
-    folder: str, draw: st.DataObject
-) -> None:
+def test_random_changes_give_a_weight_or_a_reason(folder: str, draw: st.DataObject) -> None:
     content = content_of(DATA / folder)
     config = {"config": dict(content.beside("config.json"))}
     check_mutated(draw, content, config, FINDERS[folder])

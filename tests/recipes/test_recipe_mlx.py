@@ -1,4 +1,4 @@
-"""Weights that MLX quantises, compared entry by entry with what it dequantises."""
+"""Weights that MLX quantises, compared entry by entry with those that it dequantises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = "model.layers.0.q_proj"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_entry_is_that_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     weights = weights_of(content_of(DATA / folder), find_mlx)
     expected = load_expected(DATA / folder)
     assert weights.keys() == expected.keys()
@@ -32,7 +32,7 @@ def test_every_entry_is_that_of_the_library(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_rows_may_be_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(DATA / folder)
     whole = weights_of(content, find_mlx)
     monkeypatch.setattr(mlx, "_STEP", 200)
@@ -82,7 +82,7 @@ CHANGES: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES)
-def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: str) -> None:
+def test_contradictory_parts_give_a_reason(change: Change, reason: str) -> None:
     tensors, settings = load()
     change(tensors, settings)
     named = {f"l.{name}": one for name, one in tensors.items()}
@@ -94,8 +94,6 @@ def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @given(draw=st.data())
-def test_whatever_is_changed_the_answer_is_a_weight_or_a_reason(
-    folder: str, draw: st.DataObject
-) -> None:
+def test_random_changes_give_a_weight_or_a_reason(folder: str, draw: st.DataObject) -> None:
     content = content_of(DATA / folder)
     check_mutated(draw, content, {"config": dict(content.beside("config.json"))}, find_mlx)

@@ -1,4 +1,4 @@
-"""What ModelOpt exports, entry by entry."""
+"""Weights that ModelOpt exports, compared entry by entry with those that it dequantises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wellcond.recipes.modelopt import find_modelopt
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = sorted(path.name for path in DATA.glob("modelopt_*"))
-# ModelOpt rounds the product of the scales before it multiplies: one more rounding of float32.
+# ModelOpt rounds the product of the scales before it multiplies, which is one more rounding.
 TWICE = 2**-23
 
 
@@ -30,7 +30,7 @@ def check_entries(content: Content, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_entries_are_those_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     content = content_of(DATA / folder)
     check_entries(content, DATA / folder)
     recipes, refused = find_recipes(content)
@@ -49,7 +49,7 @@ def test_one_config_is_enough(kept: str) -> None:
 
 
 @pytest.mark.libraries
-def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> None:
+def test_every_entry_equals_installed_library(tmp_path: Path) -> None:
     pytest.importorskip("modelopt")
     writer = importlib.import_module("write_modelopt")
     wide = copy.deepcopy(writer.EXPERTS)
@@ -72,8 +72,8 @@ def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> Non
 
 
 @pytest.mark.libraries
-def test_nvfp4_is_that_which_compressed_tensors_converts() -> None:
-    """Its scale for all is the reciprocal of the other, and the library rounds to bfloat16."""
+def test_nvfp4_equals_conversion_by_compressed_tensors() -> None:
+    """The global scale of compressed-tensors is the reciprocal, and it rounds to bfloat16."""
     converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
     compressors = importlib.import_module("compressed_tensors.compressors")
     schemes = importlib.import_module("compressed_tensors.quantization.quant_scheme")
@@ -86,14 +86,14 @@ def test_nvfp4_is_that_which_compressed_tensors_converts() -> None:
     for name, W in weights.items():
         module = name.removesuffix("weight")
         parts = {key: converted[f"{module}{key}"] for key in ("weight_packed", "weight_scale")}
-        # As its own files have it: by a scale without sides it would divide in bfloat16.
+        # As in its own files: it would divide by a 0-d scale in bfloat16.
         parts["weight_global_scale"] = converted[f"{module}weight_global_scale"].reshape(1)
         there = compressors.NVFP4PackedCompressor.decompress(parts, scheme)["weight"]
         torch.testing.assert_close(W.to(there.dtype), there, rtol=2**-8, atol=0)
         assert (W.to(there.dtype) != there).float().mean() < 0.01
 
 
-# --- what does not fit ----------------------------------------------------------------------------
+# --- parts that do not fit ------------------------------------------------------------------------
 
 E4M3 = torch.float8_e4m3fn
 
@@ -123,7 +123,7 @@ def reason(tensors: dict[str, Tensor], config: Any, beside: Any = None) -> str:
     return reason_of(candidate, content)
 
 
-def test_mixed_precision_is_decided_layer_by_layer() -> None:
+def test_mixed_precision_names_algorithm_per_layer() -> None:
     mixed = config_of("MIXED_PRECISION", quantized_layers={"fc": {"quant_algo": "NVFP4"}})
     content, alone = content_with(nvfp4(), mixed), content_with(nvfp4(), config_of())
     (W,), (expected,) = (weights_of(one, find_modelopt).values() for one in (content, alone))
@@ -169,7 +169,7 @@ def test_stack_packed_along_rows_or_columns() -> None:
         ({"fc.weight": torch.ones(6, 32).to(E4M3)}, config_of("FP8"), None, "a second scale"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_a_reason(
+def test_parts_that_do_not_fit_give_a_reason(
     changes: dict[str, Tensor | None], config: Any, beside: Any, why: str
 ) -> None:
     tensors = {name: one for name, one in (nvfp4() | changes).items() if one is not None}
@@ -183,12 +183,14 @@ def test_what_does_not_fit_is_a_reason(
         *[("FP8_PB_WO", (1, 1, 2, 1)), ("FP8_PB_WO", (2,)), ("FP8_OTHER", ()), ("MXFP8", (6, 1))],
     ],
 )
-def test_scales_of_fp8_that_do_not_fit_are_a_reason(algorithm: str, shape: tuple[int, ...]) -> None:
+def test_scales_of_fp8_that_do_not_fit_give_a_reason(
+    algorithm: str, shape: tuple[int, ...]
+) -> None:
     tensors = {"fc.weight": torch.ones(6, 32).to(E4M3), "fc.weight_scale": torch.ones(shape)}
     said = reason(tensors, config_of(algorithm))
     assert "does not fit" in said or "has the dtype float32" in said
 
 
-def test_without_a_config_nothing_is_known() -> None:
+def test_no_candidates_without_config() -> None:
     assert not list(find_modelopt(content_from(nvfp4())))
     assert not list(find_modelopt(content_from(nvfp4(), hf_quant_config={"quantization": []})))

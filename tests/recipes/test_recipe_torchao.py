@@ -1,4 +1,4 @@
-"""Weights of torchao's classes, in safetensors and in pickles: as torchao dequantises them."""
+"""Weights of torchao's classes in safetensors and pickles, compared with torchao."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def content_of_file(file: TensorFile) -> Content:
 
 
 def check(content: Content, folder: Path, count: int) -> None:
-    """Entries are equal but for the order of two products in float32."""
+    """Entries are equal except for the order of two products in float32."""
     found, expected = weights_of(content, find_torchao), load_expected(folder)
     assert len(found) == count
     for name, W in found.items():
@@ -40,11 +40,11 @@ def check(content: Content, folder: Path, count: int) -> None:
     assert not refused
 
 
-def test_each_entry_of_safetensors_is_that_of_torchao() -> None:
+def test_every_entry_of_safetensors_equals_torchao() -> None:
     check(content_of_file(Safetensors(DATA / "torchao/model.safetensors")), DATA / "torchao", 9)
 
 
-def test_each_entry_of_a_pickle_is_that_of_torchao() -> None:
+def test_every_entry_of_pickle_equals_torchao() -> None:
     check(content_of_file(Pickled(DATA / "torchao/state.pt")), DATA / "torchao", 3)
 
 
@@ -54,7 +54,7 @@ def test_pickles_and_safetensors_have_the_same_names_and_settings() -> None:
     for name, one in pickled.items():
         assert one.kind == described[name].kind
         assert one.parts == described[name].parts
-        # Members of enumerations are stored by their names in JSON, by their values in a pickle.
+        # JSON stores enumeration members by name, a pickle stores them by value.
         settings = {**described[name].attributes, **one.attributes}
         del settings["shape"]
         assert settings.keys() - described[name].attributes.keys() <= {
@@ -72,7 +72,7 @@ def test_pickles_and_safetensors_have_the_same_names_and_settings() -> None:
 
 
 def check_older(folder: Path) -> None:
-    """All but the weight that packs bits, which is refused."""
+    """Checks all weights except one that packs bits, which is refused."""
     content = content_of_file(Pickled(folder / "state.pt"))
     classes = {name: one for name, one in content.classes.items() if name != "uintx.weight"}
     check(Content(content.tensors, content.read, classes=classes), folder, len(classes))
@@ -84,17 +84,17 @@ def check_older(folder: Path) -> None:
     assert find_recipes(content)[1].keys() == {candidate.parts[0]}
 
 
-def test_the_older_class_is_read_and_one_that_packs_bits_is_refused() -> None:
+def test_older_class_is_read_and_packed_bits_are_refused() -> None:
     check_older(DATA / "torchao_older")
 
 
-# --- what the libraries write ---------------------------------------------------------------------
+# --- files of installed libraries -----------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.libraries
 @pytest.mark.parametrize("scale", [2, 32])
-def test_each_entry_is_that_of_torchao_at_other_sizes(scale: int, tmp_path: Path) -> None:
+def test_every_entry_equals_torchao_at_other_sizes(scale: int, tmp_path: Path) -> None:
     pytest.importorskip("torchao", minversion="0.15")
     import write_torchao
 
@@ -105,10 +105,10 @@ def test_each_entry_is_that_of_torchao_at_other_sizes(scale: int, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_each_entry_of_the_older_class_is_that_of_torchao(tmp_path: Path) -> None:
+def test_every_entry_of_older_class_equals_torchao(tmp_path: Path) -> None:
     torchao = pytest.importorskip("torchao")
     if hasattr(torchao.quantization, "Int8Tensor"):
-        pytest.skip("torchao has no AffineQuantizedTensor any more")
+        pytest.skip("this torchao no longer has AffineQuantizedTensor")
     import write_torchao
 
     write_torchao.write_older(tmp_path, 4)
@@ -117,8 +117,8 @@ def test_each_entry_of_the_older_class_is_that_of_torchao(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_stacks_and_other_elements_are_those_of_torchao(tmp_path: Path) -> None:
-    """Experts (E, m, n), float6, scales without tiles, a factor per expert."""
+def test_stacks_and_other_elements_equal_torchao(tmp_path: Path) -> None:
+    """Experts (E, m, n), float6, scales without tiles, one factor per expert."""
     pytest.importorskip("torchao", minversion="0.15")
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
@@ -154,8 +154,8 @@ def test_stacks_and_other_elements_are_those_of_torchao(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_factors_of_the_inputs_act() -> None:
-    """`dequantize` leaves them out, but the layer multiplies its input by them."""
+def test_factors_of_inputs_are_applied() -> None:
+    """`dequantize` omits the factors, but the layer multiplies its input by them."""
     pytest.importorskip("torchao", minversion="0.15")
     from torchao.quantization import Int8Tensor, PerRow
 
@@ -170,7 +170,7 @@ def test_factors_of_the_inputs_act() -> None:
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_what_smoothquant_writes_is_near_the_weight(tmp_path: Path) -> None:
+def test_weight_of_smoothquant_is_close_to_the_original(tmp_path: Path) -> None:
     pytest.importorskip("torchao", minversion="0.15")
     from torchao.prototype.smoothquant import SmoothQuantConfig
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -222,7 +222,7 @@ def test_shards_of_transformers_describe_their_weights(tmp_path: Path) -> None:
         assert torch.equal(found[name], state[name].dequantize(torch.float32))
 
 
-# --- what does not fit ----------------------------------------------------------------------------
+# --- parts that do not fit ------------------------------------------------------------------------
 
 
 def described(kind: str, parts: Mapping[str, Tensor], **settings: Any) -> Content:
@@ -475,7 +475,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_sentence(case: str) -> None:
+def test_parts_that_do_not_fit_give_a_reason(case: str) -> None:
     kind, parts, settings, expected = REFUSED[case]
     content = described(kind, parts, **settings)
     candidate = the_candidate(content)
@@ -485,19 +485,19 @@ def test_what_does_not_fit_is_refused_in_one_sentence(case: str) -> None:
     assert "\n" not in reason
 
 
-def test_a_tensor_of_the_same_name_is_a_contradiction() -> None:
+def test_plain_tensor_of_same_name_gives_a_reason() -> None:
     content = described("Int8Tensor", INT8, **GROUPS)
     tensors = {**content.tensors, "l.weight": ((2, 2), "float32")}
     content = Content(tensors, content.read, classes=content.classes)
     assert "is also stored as a plain tensor" in reason_of(the_candidate(content), content)
 
 
-def test_a_class_without_its_tensors_is_nothing() -> None:
+def test_class_without_tensors_is_not_a_candidate() -> None:
     one = TensorClass("Int8Tensor", {"qdata": "a", "scale": "b"}, {"block_size": [1, 3]})
     assert not list(find_torchao(Content({}, torch.empty, classes={"l.weight": one})))
 
 
-# --- descriptions that are damaged ----------------------------------------------------------------
+# --- damaged descriptions -------------------------------------------------------------------------
 
 
 def of_metadata(tmp_path: Path, **texts: str) -> dict[str, TensorClass]:
@@ -505,7 +505,7 @@ def of_metadata(tmp_path: Path, **texts: str) -> dict[str, TensorClass]:
     return Safetensors(tmp_path / "a.safetensors").classes
 
 
-def test_metadata_are_read_as_torchao_writes_them(tmp_path: Path) -> None:
+def test_metadata_of_torchao_are_read(tmp_path: Path) -> None:
     data = {"block_size": [1, 6], "dtype": {"_type": "torch.dtype", "_data": "float32"}}
     one = {"_type": "Int8Tensor", "_data": data, "_tensor_data_names": ["qdata", "scale"]}
     names = json.dumps(["l.weight", "l.bias", 3, "missing"])
@@ -532,12 +532,12 @@ def test_metadata_are_read_as_torchao_writes_them(tmp_path: Path) -> None:
         '{"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": [["qdata"]]}',
     ],
 )
-def test_damaged_metadata_describe_nothing(tmp_path: Path, text: str) -> None:
+def test_damaged_metadata_are_ignored(tmp_path: Path, text: str) -> None:
     assert of_metadata(tmp_path, tensor_names='["l.weight"]', **{"l.weight": text}) == {}
     assert of_metadata(tmp_path, tensor_names=text, **{"l.weight": "{}"}) == {}
 
 
-def test_odd_settings_are_left_out(tmp_path: Path) -> None:
+def test_invalid_settings_are_omitted(tmp_path: Path) -> None:
     deep: Any = {}
     for _ in range(50):
         deep = {"_type": "x", "_data": deep}
