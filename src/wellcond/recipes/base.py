@@ -25,7 +25,10 @@ _WIDTHS = {"uint8": 1, "int8": 1, "int64": 8, "uint64": 8, "float64": 8}  # othe
 
 
 class RecipeError(ValueError):
-    """A weight cannot be built. The message ends a sentence: which part is missing or wrong."""
+    """Raised if a weight cannot be built. The message names the missing or contradictory part.
+
+    It completes a sentence, without a capital letter and a full stop.
+    """
 
 
 class Read(Protocol):

@@ -144,7 +144,7 @@ def _read_settings(content: Content, layer: str) -> tuple[str, int, int]:
             )
         return mode, *fixed
     if mode != "affine" or type(bits) is not int or bits not in _BITS:
-        raise RecipeError(f"its mode {show(mode)} with {show(bits)} bits in config.json is unknown")
+        raise RecipeError(f"its mode {show(mode)} with {show(bits)} bits is not supported")
     if type(group_size) is not int or not 0 < group_size <= 1 << 20:
         raise RecipeError(f"its group_size in config.json is {show(group_size)}")
     return mode, bits, group_size

@@ -60,7 +60,7 @@ class WeightNorm(Recipe):
         return W
 
     def store(self, W: Tensor, read: Read) -> dict[str, Tensor]:
-        """Returns v = W and its norms g. Where W is zero, v keeps its old value and g is 0."""
+        """Returns v = W and its norms g. Where v would be zero, its old value stays and g is 0."""
         v, g = self.parts
         old_v, old_g = read(v), read(g)
         new = W.to(old_v.dtype)

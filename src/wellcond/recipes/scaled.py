@@ -138,7 +138,9 @@ class Scaled(Recipe):
         if bool((order == -1).all()):  # the initial value
             return torch.arange(len(order), device="cpu") // self.block[1]
         if int(order.min()) < 0 or int(order.max()) >= groups:
-            raise RecipeError(f"{self.order} has numbers of groups outside 0 to {groups} - 1")
+            raise RecipeError(
+                f"group numbers in {self.order} must be at least 0 and below {groups}"
+            )
         if int(torch.bincount(order, minlength=groups).min()) == 0:
             raise RecipeError(f"{self.order} omits some of the {groups} groups")
         return order
