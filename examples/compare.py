@@ -1,10 +1,10 @@
-"""One square layer kept well-conditioned by several methods: what a step takes, what kappa is then.
+"""Compares methods that keep a square layer well-conditioned: the time of a step, and kappa.
 
     python examples/compare.py --size 512
 
-geotorch and orthogonium are compared where they are installed. Time is CPU time of a step, as a
-multiple of that without; kappa that of the weight with which the layer computes, after 10 steps, at
-the end, and after `enforce()` of a limit.
+The comparison includes geotorch and orthogonium if they are installed. Time is the CPU time of a
+step relative to training without a method. Kappa is the condition number of the effective weight of
+the layer, after 10 steps, at the end, and after `enforce()` of a limit.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parametrized(register, **options):
 
 
 def methods():
-    """Name, how the layer is made, the rule of wellcond on it, and what is added to the loss."""
+    """Name, constructor of the layer, wellcond's rule for it, and penalty in the loss."""
     parametrizations = nn.utils.parametrizations
     yield "nothing", plain, None, None
     yield "wellcond: ConditionLimit(10)", plain, wc.ConditionLimit(10), None
@@ -61,7 +61,7 @@ def methods():
 
 
 def kappa(layer):
-    was, _ = layer.training, layer.eval()  # an estimate of spectral_norm is not advanced
+    was, _ = layer.training, layer.eval()  # so that spectral_norm does not update its estimate
     with torch.no_grad():
         value = float(wc.condition_number(layer.weight))
     layer.train(was)
@@ -69,7 +69,7 @@ def kappa(layer):
 
 
 def train(build, rule, penalty, size, steps):
-    """Seconds per step, and kappa after 10 steps, at the end, and enforced."""
+    """Seconds per step, and kappa after 10 steps, at the end, and after enforce()."""
     torch.manual_seed(0)
     layer = build(size)
     target = torch.randn(size, size) / size**0.5

@@ -43,18 +43,18 @@ def main(device):
     state = {"model": model_state, "optimizer": optimizer_state, "reg": reg}
     dcp.save(state, checkpoint_id="one")
     epoch()
-    dcp.load(state, checkpoint_id="one")  # back to where the first epoch ended
+    dcp.load(state, checkpoint_id="one")  # back to the end of the first epoch
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     epoch()
-    reg.enforce()  # all processes together, before the weights are kept
+    reg.enforce()  # on all processes, before the weights are used
 
-    weight = model[0].weight.full_tensor()  # to measure it; training gathers nothing
+    weight = model[0].weight.full_tensor()  # only to measure it; training gathers nothing
     if rank == 0:
         print(reg)
         assert wc.condition_number(weight) <= 10
 
 
-# Alone it is a group of one process.
+# Without torchrun, the group has one process.
 alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
 for name, value in alone.items():
     os.environ.setdefault(name, value)
@@ -64,5 +64,5 @@ if on_gpu:
 dist.init_process_group("nccl" if on_gpu else "gloo")
 main("cuda" if on_gpu else "cpu")
 dist.barrier()
-gc.collect()  # what still refers to the group would make gloo abort at the end
+gc.collect()  # objects that still refer to the group would make gloo abort at exit
 dist.destroy_process_group()

@@ -1,8 +1,8 @@
-"""A loss that does not come down: which weight is it, and what helps?
+"""The loss does not decrease: which weight is responsible, and what helps?
 
-A small GPT-2 learns the characters of the texts of Python's own help, 50 steps of AdamW at a
-learning rate of 2e-2 without clipping, which is too high. Then the audit of the model and the
-comparison with its start are asked. It needs transformers.
+A small GPT-2 learns the characters of Python's help texts in 50 steps of AdamW, with a learning
+rate of 2e-2, which is too high, and without clipping. The script then audits the model and compares
+it with its initial weights. It needs transformers.
 
     python examples/spike.py --seeds 5 --save spike
     wellcond audit spike/before --compare spike/after
@@ -41,7 +41,10 @@ def make_model(seed: int) -> GPT2LMHeadModel:
 
 
 def train(model: GPT2LMHeadModel, rules: wc.Limit | None = None) -> float:
-    """The mean loss of the last five steps; the rate falls linearly, as that of the Trainer."""
+    """Trains and returns the mean loss of the last five steps.
+
+    The learning rate decreases linearly, as in the Trainer of transformers.
+    """
     ids = torch.tensor([LETTERS.index(letter) for letter in TEXT])
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     if rules is not None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# bitsandbytes 0.50.2: on a CPU, NF4 and FP4 weights whose rows are no multiples of the block get
-# wrong scales.
+# bitsandbytes 0.50.2: on a CPU, NF4 and FP4 weights get wrong scales if their row length is not a
+# multiple of the block size.
 #
-# A block of 64 entries may begin in one row and end in the next. The kernel for CPUs takes for
-# entry j of row i the scale i (n // 64) + j // 64, where n is the length of a row: with rows of 96
-# it advances by 1 scale per row where there are 1.5. It says nothing. The implementation of the
-# same library for any device gives the right entries.
+# A block of 64 entries can begin in one row and end in the next. For entry j of row i, the CPU
+# kernel uses the scale i (n // 64) + j // 64, where n is the length of a row. With rows of 96, it
+# advances by 1 scale per row instead of 1.5. It gives no warning. The library's implementation for
+# any device returns the right entries.
 #
 # Seen with torch 2.13.0, on a CPU with AVX-512:
 #     rows of  64 entries, blocks of  64: largest error  0.15 of the largest entry of its block
@@ -28,7 +28,7 @@ torch.manual_seed(0)
 SETTINGS = ((64, 64), (96, 64), (576, 128))
 by_kernel, by_default = [], []
 for columns, block in SETTINGS:
-    # Blocks of different sizes, so that a wrong scale shows.
+    # Blocks of different magnitudes, so that a wrong scale is noticed.
     blocks = 2.0 ** torch.randint(0, 6, (16 * columns // block, 1))
     W = (torch.randn(16 * columns // block, block) * blocks).reshape(16, columns)
     packed, state = quantize_4bit(W, blocksize=block, quant_type="nf4")

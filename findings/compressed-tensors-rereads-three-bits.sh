@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# compressed-tensors 0.20.1: 3-bit weights that 0.17.1 packed are read with other codes, silently.
+# compressed-tensors 0.20.1 reads 3-bit weights that 0.17.1 packed with other codes, silently.
 #
-# Up to 0.17.1 `pack-quantized` put 32 // bits codes into each word of 32 bits; from 0.18.0 on the
-# bits of codes run on over words. The format kept its name, and a file says which version wrote it,
-# but neither this nor the number of words (10 against 9 for 96 codes of 3 bits) is checked. It
-# concerns 3, 5, 6 and 7 bits; 2, 4 and 8 divide 32.
+# Up to 0.17.1, `pack-quantized` stored 32 // bits codes in each 32-bit word. From 0.18.0 on, a code
+# can cross from one word to the next. The format kept its name. A file contains the version that
+# wrote it, but the library checks neither the version nor the number of words (10 in the old layout
+# and 9 in the new one for 96 codes of 3 bits). This affects 3, 5, 6 and 7 bits; 2, 4 and 8
+# divide 32.
 #
 # Seen with torch 2.13.0, a weight of 8 x 96 with a scale per row:
 #     words per row: 10; 0.20.1 would write 9

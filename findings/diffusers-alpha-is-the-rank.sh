@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # diffusers 0.42.1: a LoRA that is converted to the layout of kohya's scripts loses its scale.
 #
-# That layout stores per layer an `alpha`, and every reader multiplies by alpha/rank.
-# `convert_state_dict_to_kohya` takes a state dict of PEFT, which does not hold lora_alpha, and
-# stores the rank as alpha, so that the converted adapter is applied at scale 1 whatever it was
-# trained with: of rank 4 and lora_alpha 16 at a quarter of its strength, without a word.
+# That layout stores an `alpha` per layer, and every reader multiplies by alpha/rank.
+# `convert_state_dict_to_kohya` takes a state dict of PEFT, which does not contain lora_alpha, and
+# stores the rank as alpha. The converted adapter is therefore always applied at scale 1. With rank
+# 4 and lora_alpha 16, that is a quarter of its strength. There is no warning.
 #
 # Seen with peft 0.21.2 and torch 2.13.0:
 #     trained at scale 4.0; the converted file says alpha 4 (torch.int64), scale 1.0

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# gptqmodel 7.7.0: what dequantises a checkpoint (utils/model_dequant.py) gives other weights than
-# the layers that multiply by it.
+# gptqmodel 7.7.0: the dequantiser of checkpoints (utils/model_dequant.py) returns other weights
+# than those by which the layers multiply.
 #
-# AWQ: its packer stores column (0, 2, 4, 6, 1, 3, 5, 7)[k] of each 8 in the bits 4k to 4k + 3 of a
-# word; the dequantiser takes them for columns 0 to 7 in turn, for codes and zero points, but not
-# for scales. GPTQ: for the format gptq one is subtracted from the zero points, in the whole word: a
-# zero point of 0 borrows from the next. The layers add it to the whole word again, the dequantiser
-# to each zero point: those above a 0 come out one too small.
+# AWQ: the packer stores column (0, 2, 4, 6, 1, 3, 5, 7)[k] of every 8 columns in the bits 4k to
+# 4k + 3 of a word. The dequantiser reads them as columns 0 to 7 in order, for codes and zero
+# points, but not for scales.
+#
+# GPTQ: in the format gptq, the library subtracts one from every zero point by a subtraction on the
+# entire word, in which a zero point of 0 borrows from the next one. The layers add the ones to the
+# entire word again. The dequantiser adds one to each zero point, so the zero points above a 0 are
+# one too small.
 #
 # Seen with torch 2.13.0:
 #     AWQ: 2954 of 4096 entries differ, the largest by 1.47 of the largest entry
@@ -27,7 +30,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-# The package itself imports kernels; these modules of it work without.
+# The package imports kernels; these modules work without it.
 top = Path(importlib.util.find_spec("gptqmodel").origin).parent
 for name in ("gptqmodel", "gptqmodel.models"):
     sys.modules[name] = ModuleType(name)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# heavyball 3.2.1: MSAMLaProp discards every change that is made to the weights between its steps.
+# heavyball 3.2.1: MSAMLaProp discards every change of the weights between its steps.
 #
-# Its state holds a second copy of the weights, taken at the first step. Each step updates that copy
-# and overwrites the weights from it, and `optimizer.eval()` (documented to swap in the evaluation
-# weights, to be called before a validation) puts the copy in place. Neither reads the weights
-# (only the gradient depends on them): a projection, a clamp or a state dict that is loaded after
-# the first step is lost. AdamW of the same package keeps such a change.
+# Its state contains a second copy of the weights, made at the first step. Each step updates this
+# copy and overwrites the weights with it. `optimizer.eval()`, which according to its documentation
+# swaps in the evaluation weights and must be called before validation, also copies it to the
+# weights. Neither reads the weights; only the gradient depends on them. A projection, a clamp or a
+# loaded state dict after the first step is therefore lost. AdamW of the same package keeps it.
 #
 # Seen with torch 2.13.0, condition number of a 64 x 64 weight that is set to 10 after each step:
 #     MSAMLaProp  as set: 10   after the next step: 1.8e+04   or after eval(): 1.8e+03

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Keras 3.15.1: a model with bfloat16 weights that is saved as .h5 cannot be loaded again.
+# Keras 3.15.1 cannot load a model with bfloat16 weights that it has saved as .h5.
 #
-# HDF5 has no type for bfloat16. In .keras and .weights.h5 Keras stores two opaque bytes per entry and
-# writes the dtype beside them; in .h5 it stores the bytes without a word. Saving says only that the
-# format is old. All bits are in the file: they can be read as two bytes by who knows the dtype.
+# HDF5 has no type for bfloat16. In .keras and .weights.h5, Keras stores two opaque bytes per entry
+# together with the dtype. In .h5, it stores only the bytes; the only warning is that the format is
+# old. The file contains all bits: a program that knows the dtype can read them as pairs of bytes.
 #
 # Seen with torch 2.13.0, NumPy 2.4.6 and h5py 3.16.0, on a CPU:
 #     a.keras: loaded, the same weights

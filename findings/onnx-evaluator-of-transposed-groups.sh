@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# onnx 1.23.2: its ReferenceEvaluator does not compute a ConvTranspose of several groups.
+# onnx 1.23.2: ReferenceEvaluator does not compute a ConvTranspose with several groups.
 #
-# Of 4 input channels with a kernel of shape (4, 2, 3) it computes one group, and raises a
-# ValueError for two, with 1 and with 2 output channels per group: it cuts the kernel by output
-# channels, although its first side is that of the inputs.
+# For 4 input channels, it computes one group with a kernel of shape (4, 2, 3). It raises a
+# ValueError for two groups with 1 and with 2 output channels per group. It splits the kernel by
+# output channels, although the first side of the kernel counts input channels.
 #
 # Seen:
 #     1 group of 2 channels: shape (1, 2, 7)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# peft 0.21.2: the R of OFT is by default no rotation.
+# peft 0.21.2: by default, the matrix R of OFT is not a rotation.
 #
-# OFT is described as a multiplication by an orthogonal matrix, which keeps every singular value of
-# the weight. With its default `use_cayley_neumann=True` PEFT truncates the Neumann series of the
-# Cayley transform after five terms, and the merged weight of an orthogonal one is no longer
-# orthogonal once the entries of the skew matrix are of the order of 0.1. With
-# `use_cayley_neumann=False` it is.
+# OFT is described as a multiplication by an orthogonal matrix, which keeps all singular values of
+# the weight. By default, with `use_cayley_neumann=True`, PEFT truncates the Neumann series of the
+# Cayley transform after five terms. If the entries of the skew-symmetric matrix are of order 0.1,
+# merging makes an orthogonal weight non-orthogonal. With `use_cayley_neumann=False`, the weight
+# stays orthogonal.
 #
 # Seen with torch 2.13.0, condition number of an orthogonal weight after the merge:
 #     use_cayley_neumann=True   entries 0.02: 1.000   entries 0.1: 1.5

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# peft 0.21.2: an adapter of RandLoRA is saved with its shared random bases once per layer.
+# peft 0.21.2 saves the shared random bases of a RandLoRA adapter once per layer.
 #
-# All layers share two random bases, which `save_projection=True` (the default) stores once, as
-# `base_model.randlora_A` and `base_model.randlora_B`. save_pretrained writes both of them again
-# under the name of every adapted layer, with equal values, so that the file grows by the bases
-# per layer: here of 8 layers of 64 x 64.
+# All layers share two random bases, which `save_projection=True` (the default) stores as
+# `base_model.randlora_A` and `base_model.randlora_B`. In addition, save_pretrained writes both with
+# equal values under the name of every adapted layer, so the file grows by two bases per layer. This
+# script uses 8 layers of 64 x 64.
 #
 # Seen with torch 2.13.0:
 #     8 layers: 9 copies of randlora_A, 9 of randlora_B, all equal: True

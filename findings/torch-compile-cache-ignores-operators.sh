@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# torch 2.13.0, CPU: a compiled graph in the cache on disk is used again after the operator changed.
+# torch 2.13.0, CPU: torch.compile reuses a graph in its disk cache after an operator has changed.
 #
-# A program registers an operator by torch.library.custom_op, with an implementation and a fake one
-# for the compiler, and compiles a function that calls it. A second process registers an operator of
-# the same name and schema that returns a vector instead of a number, as a new release of a library
-# may, and compiles the same function. torch.compile takes the first graph from its cache, and the
-# call fails at an assertion on the number of dimensions. With an empty cache the second program
-# runs. So a library must change the name of an operator whenever the shapes of its outputs change.
+# A program registers an operator with torch.library.custom_op, with an implementation and a fake
+# implementation for the compiler, and compiles a function that calls it. A second process registers
+# an operator with the same name and schema that returns a vector instead of a number, as a new
+# release of a library might, and compiles the same function. torch.compile takes the first graph
+# from its cache, and the call fails at an assertion about the number of dimensions. With an empty
+# cache, the second program runs. A library must therefore rename an operator whenever the shapes of
+# its outputs change.
 #
 # Seen:
 #     first: number

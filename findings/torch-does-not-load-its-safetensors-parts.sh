@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# torch 2.13.0: what FileSystemWriter saves as SerializationFormat.SAFETENSORS no reader loads.
+# torch 2.13.0: no reader loads what FileSystemWriter saves with SerializationFormat.SAFETENSORS.
 #
-# The writer makes `.metadata` and `__0_0.distcp` as always, and the part is one safetensors file.
-# `.metadata` gives each tensor of it the place 0 and the length of its bytes, so FileSystemReader
-# takes the beginning of the header for a file of torch.save. HuggingFaceStorageReader looks only
-# for names that end in .safetensors: it loads the part if it is renamed.
+# The writer creates `.metadata` and `__0_0.distcp` as usual, and `__0_0.distcp` is a safetensors
+# file. `.metadata` gives every tensor the offset 0 and its length in bytes, so FileSystemReader
+# reads the beginning of the header as a file of torch.save. HuggingFaceStorageReader searches only
+# for names that end in .safetensors. It loads the file after it is renamed.
 #
 # Seen with safetensors 0.8.0:
 #     places: [('__0_0.distcp', 0, 48), ('__0_0.distcp', 0, 24)]

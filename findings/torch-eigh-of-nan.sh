@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# torch 2.13.0, CPU: what torch.linalg.eigh does with a NaN depends on the size of the matrix.
+# torch 2.13.0, CPU: the result of torch.linalg.eigh for a NaN depends on the size of the matrix.
 #
-# Of a symmetric float32 matrix whose first entry is NaN it returns finite eigenvalues for size 2,
-# NaN for sizes 1 and 32, and raises a LinAlgError for sizes 3, 8, 16 and 24; of a stack that error
-# stops the other matrices too. So neither an exception nor a look at the eigenvalues tells whether
-# the input was finite. The documentation states no condition on NaN.
+# For a symmetric float32 matrix whose first entry is NaN, it returns finite eigenvalues for size 2
+# and NaN for sizes 1 and 32, and raises a LinAlgError for sizes 3, 8, 16 and 24. For a stack, this
+# error also prevents the results of the other matrices. Neither an exception nor the eigenvalues
+# therefore show whether the input was finite. The documentation does not mention NaN.
 #
 # Seen:
 #     size  1: NaN

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# torch 2.13.0: consolidated safetensors have 0 in place of every number (a tensor without sides).
+# torch 2.13.0: consolidated safetensors contain 0 in place of every 0-d tensor.
 #
-# HuggingFaceStorageWriter with save_distributed=True and enable_consolidation=True writes the parts
-# of all processes into `sharded/`, and then whole tensors beside that folder. A tensor of shape (),
-# such as the scale of a layer or a count of batches, is right in the part and 0 in the whole.
+# HuggingFaceStorageWriter with save_distributed=True and enable_consolidation=True writes the
+# shards of all processes to `sharded/`, and then complete tensors next to that folder. A tensor of
+# shape (), such as the scale of a layer or a count of batches, is right in the shard and 0 in the
+# consolidated file.
 #
 # Seen with safetensors 0.8.0, one process:
 #     scale, sharded: 2.5; consolidated: 0.0

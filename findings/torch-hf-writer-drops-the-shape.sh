@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torch 2.13.0: a shard of HuggingFaceStorageWriter does not say that it is a part.
+# torch 2.13.0: a shard of HuggingFaceStorageWriter cannot be distinguished from a complete tensor.
 #
-# With `save_distributed=True` each process writes a safetensors file with its part of each tensor
-# under the tensor's own name. DCP_SHARDING_INFO in its header gives the offsets of every tensor,
-# also of unsharded ones, and the whole shape stands nowhere, nor does the number of files: the
-# first half of a tensor is described like a whole one, and read_metadata of the
-# HuggingFaceStorageReader takes it for one if the other file is missing.
+# With `save_distributed=True`, each process writes a safetensors file with its shard of each tensor
+# under the name of the tensor. DCP_SHARDING_INFO in the header gives the offsets of every tensor,
+# including unsharded ones, but neither the full shape nor the number of files. The first half of a
+# tensor therefore has the same description as a complete tensor. If the other file is missing,
+# read_metadata of HuggingFaceStorageReader returns it as a complete tensor.
 #
 # Seen with safetensors 0.8.0, weight sharded by rows, bias not sharded:
 #     weight 4x4 saved by 1 process: [4, 4] {'saved_offsets': [0, 0]}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: torch.kron raises a RuntimeError if one operand is a transpose.
 #
-# torch.kron(A, B) of two matrices in rows works, and so does that of two transposes. Of a matrix in
-# rows and a transpose, in either order, it raises "view size is not compatible with input tensor's
-# size and stride". Its documentation states no condition on strides, and numpy.kron takes all four.
-# A transpose that is copied by .contiguous() works, but not one of a single column or row: its
-# strides count as contiguous, so that nothing is copied.
+# torch.kron(A, B) works for two row-major matrices and for two transposes. For a row-major matrix
+# and a transpose, in either order, it raises "view size is not compatible with input tensor's size
+# and stride". Its documentation states no condition on strides, and numpy.kron accepts all four
+# combinations. A transpose works after .contiguous(), except with a single column or row: its
+# strides count as contiguous, so nothing is copied.
 #
 # Seen:
 #     rows, rows: as numpy

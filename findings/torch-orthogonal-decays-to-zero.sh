@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# torch 2.13.0: weight decay makes the weight of orthogonal's householder map zero in one step.
+# torch 2.13.0: with the householder map of orthogonal, weight decay makes the weight zero in one
+# step.
 #
-# torch.nn.utils.parametrizations.orthogonal uses the map "householder" for every real matrix that
-# is not square, unless another one is asked for. It keeps 1 or -1 on the diagonal of the parameter,
-# which gets no gradient, and multiplies the columns by that diagonal converted to int. Weight decay
-# moves it to -0.99999, which int makes 0: the whole weight is zero after the first step, without a
-# word. matrix_exp and cayley do not read the diagonal. A state dict of it loads as zero, too.
+# torch.nn.utils.parametrizations.orthogonal uses the map "householder" by default for every real
+# matrix that is not square. The diagonal of the parameter is 1 or -1 and receives no gradient. The
+# map multiplies the columns by this diagonal, converted to int. Weight decay moves an entry to
+# -0.99999, and the conversion makes it 0. The entire weight is zero after the first step, without a
+# warning. A state dict that is saved then also gives a zero weight. matrix_exp and cayley do not
+# read the diagonal.
 #
 # Seen, singular values of a Linear(4, 6) after one step of AdamW with its default decay:
 #     default: 0, 0, 0, 0

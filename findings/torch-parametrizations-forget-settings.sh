@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torch 2.13.0: state dicts of orthogonal and spectral_norm do not say which weight they make.
+# torch 2.13.0: state dicts of orthogonal and spectral_norm do not determine the weight.
 #
 # torch.nn.utils.parametrizations.orthogonal stores `original` and `0.base`, but not its map
-# (matrix_exp, cayley or householder); spectral_norm stores `original`, `0._u` and `0._v`, but not
-# its dim. A state dict loads into a layer with another map, or for a square weight another dim,
-# with all keys matched, and the weight is a different one. Convolutions have dim 0 and transposed
-# ones dim 1, so from a file alone the scale of every square kernel is ambiguous.
+# (matrix_exp, cayley or householder). spectral_norm stores `original`, `0._u` and `0._v`, but not
+# its dim. A state dict loads into a layer with another map, or with another dim if the weight is
+# square, with all keys matched, but gives a different weight. Convolutions have dim 0 and
+# transposed convolutions dim 1, so a file does not determine the scale of a square kernel.
 #
 # Seen, largest difference of the weights after load_state_dict:
 #     orthogonal, householder into the default: all keys matched, 1.05

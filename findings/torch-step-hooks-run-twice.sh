@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torch 2.13.0: step hooks of a subclass of SGD run once or twice per step, by what else was made.
+# torch 2.13.0: step hooks of a subclass of SGD run twice per step once a plain SGD was created.
 #
 # An optimizer runs the hooks of register_step_post_hook in a wrapper around `step`, which the first
-# instance of a class puts on that class. If a subclass calls `super().step()` from its own `step`,
-# both are wrapped as soon as the process has made one plain SGD: the hooks of the subclass then run
-# twice per step, also those of an optimizer that was made before. Without a plain SGD they run
-# once. Pre hooks and the hooks of register_optimizer_step_post_hook behave alike.
+# instance of a class adds to that class. If `step` of a subclass calls `super().step()`, both are
+# wrapped as soon as the process has created one plain SGD. The hooks of the subclass then run twice
+# per step, even those of an optimizer that was created before. Without a plain SGD they run once.
+# Pre hooks and the hooks of register_optimizer_step_post_hook behave in the same way.
 #
 # Seen:
 #     before a plain SGD was made: hooks per step: 1 pre, 1 post, 1 global

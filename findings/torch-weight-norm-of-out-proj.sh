@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # torch 2.13.0: torch.nn.utils.weight_norm on the out_proj of MultiheadAttention has no effect.
 #
-# The (deprecated) weight_norm renews `weight` from weight_g and weight_v in a pre hook of the
-# forward. MultiheadAttention never calls out_proj, it reads out_proj.weight, so that the weight of
-# the moment of the wrapping stays. The first backward gives weight_g and weight_v gradients, a step
-# changes both, a state dict loads with all keys matched, and the output does not follow. The second
-# backward raises a RuntimeError (backward through the graph a second time), a load for inference
-# none. torch.nn.utils.parametrizations.weight_norm behaves as expected.
+# The (deprecated) weight_norm recomputes `weight` from weight_g and weight_v in a forward pre-hook.
+# MultiheadAttention reads out_proj.weight and never calls out_proj, so the weight keeps its value
+# from the time of wrapping. The first backward pass gives weight_g and weight_v gradients, a step
+# changes both, and a state dict loads with all keys matched, but the output does not change. The
+# second backward pass raises a RuntimeError (backward through the graph a second time); loading for
+# inference raises nothing. torch.nn.utils.parametrizations.weight_norm behaves as expected.
 #
 # Seen, largest change of the output (of a module with other values in out_proj for the load):
 #     utils.weight_norm: after a step 0.00, after load_state_dict 0.00

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torchao 0.18.0: `dequantize` of a weight that SmoothQuant quantised returns another matrix than the
-# layer multiplies by.
+# torchao 0.18.0: after SmoothQuant, `dequantize` does not return the matrix by which the layer
+# multiplies.
 #
 # SmoothQuant divides the inputs of a layer by factors and multiplies the columns of its weight by
-# them before it quantises. The inverse factors lie in the Int8Tensor as `act_pre_scale`, and the
-# layer multiplies its input by them; `Int8Tensor.dequantize()` leaves them out. So what it returns
-# is not near the weight that was quantised, and has other singular values.
+# them before it quantises. The Int8Tensor stores the inverse factors as `act_pre_scale`, and the
+# layer multiplies its input by them. `Int8Tensor.dequantize()` omits them. Its result is therefore
+# not close to the weight that was quantised, and has other singular values.
 #
 # Seen with torch 2.13.0:
 #     weight that was quantised: kappa 3.89

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: Trainer.evaluate() changes a schedule-free model that was loaded as the best.
 #
-# With `optim="schedule_free_adamw"` an evaluation calls `optimizer.eval()`, which replaces the
+# With `optim="schedule_free_adamw"`, an evaluation calls `optimizer.eval()`, which replaces the
 # training weights by the averaged ones if the optimizer is in training mode.
-# `load_best_model_at_end` loads the averaged weights of the best checkpoint and leaves the mode as
-# it is. If a callback stops the training (control.should_training_stop) after a step without an
-# evaluation, that is the training mode, and the next `evaluate()` transforms the loaded weights
-# again: they differ from those of the checkpoint, and the loss is not the best one. A run that ends
-# at max_steps evaluates its last step and keeps them.
+# `load_best_model_at_end` loads the averaged weights of the best checkpoint but does not change the
+# mode. If a callback stops training (control.should_training_stop) after a step without an
+# evaluation, the optimizer is in training mode, and the next `evaluate()` transforms the loaded
+# weights again. They then differ from those of the checkpoint, and the loss is not the best one. A
+# run that ends at max_steps evaluates its last step and keeps the loaded weights.
 #
 # Seen with torch 2.13.0 and schedulefree 1.4.1, evaluation every 10 steps:
 #     stopped after step 15: best loss 7.28, evaluate() of the loaded: 8.33, weights kept: False

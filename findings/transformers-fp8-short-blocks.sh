@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: FP8 weights with a short last block are dequantised with wrong scales.
 #
-# A checkpoint with quant_method "fp8" and weight_block_size [128, 128] stores for a weight of
-# 192 x 192 a scale_inv of 2 x 2: a block of 128 and a short one of 64 per side, as DeepSeek V3
-# does. When transformers dequantises such a file (on a CPU always), it takes 192/2 = 96 for the
-# size of a block and not the 128 of the config, without a word: rows and columns 96 to 127 get the
-# scales of the next block. Sides of which the number of blocks is no divisor raise a ValueError.
+# A checkpoint with quant_method "fp8" and weight_block_size [128, 128] stores a scale_inv of 2 x 2
+# for a weight of 192 x 192: each side has a block of 128 and a short one of 64, as in DeepSeek V3.
+# When transformers dequantises such a file (always on a CPU), it uses the block size 192/2 = 96
+# instead of 128 from the config, without a warning. Rows and columns 96 to 127 get the scales of
+# the next block. If the number of blocks does not divide a side, it raises a ValueError.
 #
 # Seen with torch 2.13.0:
 #     11257 of 192 x 192 entries differ from codes * scales of blocks of 128;

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 does not load 4-bit weights with zero points that compressed-tensors packs.
 #
-# `pack-quantized` with `symmetric: false` stores zero points in words of 32 bits too, along the
-# rows: 8 x 1 words for a weight of 64 x 64 with one group of inputs. transformers makes a model
-# with zero points of 64 x 1 and refuses the file for that; compressed-tensors itself unpacks them.
+# `pack-quantized` with `symmetric: false` also packs zero points in 32-bit words, along the rows:
+# 8 x 1 words for a weight of 64 x 64 with one group of inputs. transformers creates a model with
+# zero points of 64 x 1 and therefore refuses the file. compressed-tensors itself unpacks them.
 #
 # Seen with torch 2.13.0 and compressed-tensors 0.20.1:
 #     weight_zero_point in the file: torch.Size([8, 1]) of torch.int32

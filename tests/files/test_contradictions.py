@@ -114,19 +114,19 @@ def hqq(change: Callable[[Opened], object], reason: str) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "GPTQ: 8 bits of 4": gptq(lambda c: c.setting("bits", 8), "8 bits fit"),
-    "GPTQ: 3 bits of 4": gptq(lambda c: c.setting("bits", 3), "3 bits fit"),
+    "GPTQ: 8 bits of 4": gptq(lambda c: c.setting("bits", 8), "do not fit 8 bits"),
+    "GPTQ: 3 bits of 4": gptq(lambda c: c.setting("bits", 3), "do not fit 3 bits"),
     "GPTQ: symmetric with other zeros": gptq(lambda c: c.setting("sym", True), "zero points"),
     "GPTQ: transposed scales": gptq(lambda c: c.transpose(f"{Q}.scales"), "do not fit"),
     "GPTQ: half of the scales": gptq(lambda c: c.cut(f"{Q}.scales"), "do not fit"),
-    "GPTQ: zeros of fewer outputs": gptq(lambda c: c.cut(f"{Q}.qzeros", 1), "4 bits fit"),
-    "GPTQ: half of the codes": gptq(lambda c: c.cut(f"{Q}.qweight"), "4 bits fit"),
+    "GPTQ: zeros of fewer outputs": gptq(lambda c: c.cut(f"{Q}.qzeros", 1), "do not fit 4 bits"),
+    "GPTQ: half of the codes": gptq(lambda c: c.cut(f"{Q}.qweight"), "do not fit 4 bits"),
     "GPTQ: groups beyond the scales": gptq(lambda c: c.fill(f"{Q}.g_idx", b"\2\0\0\0"), "groups 2"),
     "GPTQ: negative groups": gptq(lambda c: c.fill(f"{Q}.g_idx", b"\xff" * 4), "groups -1"),
     "GPTQ: without its codes": gptq(lambda c: c.parts.pop(f"{Q}.qweight"), "(by name)"),
     "GPTQ: a weight as well": gptq(
         lambda c: c.parts.update({f"{Q}.weight": Part("F32", [32, 32], bytes(4096))}),
-        "is stored as well",
+        "is also stored",
     ),
     "AWQ: 8 bits of 4": awq(lambda c: c.setting("bits", 8), "8 bits"),
     "AWQ: groups that do not divide": awq(lambda c: c.setting("group_size", 32), "is 32"),
@@ -135,10 +135,10 @@ CASES: dict[str, Case] = {
     "AWQ: transposed scales": awq(lambda c: c.transpose(f"{MLP}.up_proj.scales"), "do not fit"),
     "AWQ: zeros of fewer groups": awq(lambda c: c.cut(f"{MLP}.up_proj.qzeros"), "do not fit"),
     "AWQ, gemv: groups of 48": awq(
-        lambda c: c.setting("group_size", 48), "no groups of 48", "awq_gemv"
+        lambda c: c.setting("group_size", 48), "support groups of 48", "awq_gemv"
     ),
     "AWQ, gemv: the other version": awq(
-        lambda c: c.setting("version", "gemm"), "with 24 inputs", "awq_gemv"
+        lambda c: c.setting("version", "gemm"), "it has 24 inputs", "awq_gemv"
     ),
     "4 bits: a larger shape": four_bits(
         lambda c: c.describe(STATE, "shape", [7, 13]), "codes of 4"
@@ -147,7 +147,7 @@ CASES: dict[str, Case] = {
     "4 bits: other blocks": four_bits(
         lambda c: c.describe(STATE, "blocksize", 32), "has the shape"
     ),
-    "4 bits: another type": four_bits(lambda c: c.describe(STATE, "quant_type", "fp4"), "type is"),
+    "4 bits: another type": four_bits(lambda c: c.describe(STATE, "quant_type", "fp4"), "its type"),
     "4 bits: half of the scales": four_bits(lambda c: c.cut("odd.weight.absmax"), "has the shape"),
     "4 bits: scales that are codes": four_bits(
         lambda c: c.parts.update({"odd.weight.absmax": Part("I32", [2], bytes(8))}), "int32"
@@ -221,7 +221,7 @@ CASES: dict[str, Case] = {
         "float8_deepseek",
         "v3.short.weight",
         lambda c: c.parts.update({"v3.short.scales": Part("F32", [20], bytes(80))}),
-        "is beside it",
+        "is stored next to it",
     ),
     "MLX: 8 bits of 4": mlx(lambda c: c.setting("bits", 8), "does not fit"),
     "MLX: other groups": mlx(lambda c: c.setting("group_size", 64), "does not fit"),
@@ -237,7 +237,7 @@ CASES: dict[str, Case] = {
         "modelopt_nvfp4",
         f"{MLP}.down_proj.weight",
         lambda c: c.setting("quant_algo", "FP8"),
-        "have no recipe",
+        "do not fit FP8",
         {"model.layers.0.self_attn.k_proj.weight"},
     ),
     "ModelOpt: transposed scales": Case(
@@ -274,7 +274,7 @@ CASES: dict[str, Case] = {
         "quark",
         f"{MLP}.down_proj.weight",
         lambda c: c.setting("global_quant_config", {"weight": {"dtype": "fp4", "group_size": 16}}),
-        "other scales",
+        "are not e8m0 per 32",
         {f"{MLP}.gate_proj.weight", f"{MLP}.up_proj.weight"},
     ),
     "HQQ: more rows": hqq(lambda c: c.fill("rows.shape", (9).to_bytes(8, "little")), ""),
@@ -294,14 +294,17 @@ CASES: dict[str, Case] = {
         lambda c: c.parts.update(
             {"transformer.h.0.mlp.c_fc.weight_scale_inv": Part("F32", [1, 1], bytes(4))}
         ),
-        "is stored beside it, and is not one of its parts",
+        "is stored next to it, but is not one of its parts",
     ),
     "GPTQ: scales of another format": gptq(
         lambda c: c.parts.update({f"{Q}.weight_scale": Part("F32", [1], bytes(4))}),
-        "is stored beside it, and is not one of its parts",
+        "is stored next to it, but is not one of its parts",
     ),
     "BitNet: codes of 3": Case(
-        "bitnet", "up_proj.weight", lambda c: c.fill("up_proj.weight", b"\xff"), "codes of 3"
+        "bitnet",
+        "up_proj.weight",
+        lambda c: c.fill("up_proj.weight", b"\xff"),
+        "contains the code 3",
     ),
     "torchao: other blocks": Case(
         "torchao in safetensors",
@@ -329,7 +332,7 @@ CASES: dict[str, Case] = {
         lambda c: c.parts.update(
             {"normed.parametrizations.weight.original0": Part("F32", [1, 4], bytes(16))}
         ),
-        "holds no norms",
+        "does not fit norms",
     ),
     "spectral_norm: u of the other side": Case(
         "parametrized",
@@ -443,7 +446,7 @@ def test_a_weight_that_cannot_be_built_leaves_the_rows_of_others(tmp_path: Path)
     assert numbers(report).keys() == {"layers.8.up_proj.weight", PLAIN}
     (failed,) = [f for f in report.findings if f.status is Status.failed]
     assert failed.name == f"{UP}.weight"
-    assert failed.detail == f"{UP}.g_idx has groups 9 to 9, and there are 2"
+    assert failed.detail == f"{UP}.g_idx has groups 9 to 9, but there are 2 groups"
     assert Checkpoint(path).recipes.keys() == {f"{UP}.weight", "layers.8.up_proj.weight"}
     why = f"dequantised, and nothing was written: {UP}.weight: {UP}.g_idx has groups 9 to 9"
     with pytest.raises(ValueError, match=re.escape(why)):

@@ -1,4 +1,4 @@
-"""Training a small net by hand: what the trainers of other libraries must equal."""
+"""Trains a small net in a plain loop, as the reference for the trainers of other libraries."""
 
 import functools
 import os
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import wellcond as wc
 
 BATCH = 8
-# Strong enough that every way moves the weights visibly within some ten steps.
+# Strong enough that every mode moves the weights visibly within about ten steps.
 PENALTIES = {
     "proximal": {"*0.weight": wc.ConditionPenalty(20.0), "*2.weight": wc.TikhonovPenalty(5.0)},
     "gradients": {"*0.weight": wc.ConditionPenalty(0.5), "*2.weight": wc.TikhonovPenalty(0.1)},
@@ -38,13 +38,13 @@ def _images() -> tuple[Tensor, Tensor]:
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
-    """So many noisy copies of ten pictures of 64 pixels, and which of the ten each is."""
+    """Noisy copies of ten pictures of 64 pixels, and the index of the picture of each."""
     x, y = _images()
     return x[:count], y[:count]
 
 
 def net() -> nn.Sequential:
-    """The same weights in every call; the global generator is left as it was."""
+    """Returns the same weights in every call and does not change the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
@@ -55,7 +55,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def scheduler_of(optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Another learning rate in every step, so that counting the wrong ones shows."""
+    """Changes the learning rate in every step, so that counting the wrong steps is noticed."""
     return LambdaLR(optimizer, lambda step: 1 / (1 + 0.3 * step))
 
 
@@ -66,7 +66,7 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Tensor:
 
 
 def cycles(x: Tensor, y: Tensor, accumulate: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The batches of an epoch, as many as are accumulated at a time; the last may be fewer."""
+    """The batches of an epoch in accumulation cycles. The last cycle can be shorter."""
     batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     for start in range(0, len(batches), accumulate):
         yield batches[start : start + accumulate]
@@ -85,9 +85,9 @@ def train_by_hand(
     bf16: bool = False,
     named: nn.Module | None = None,
 ) -> wc.Regularizer | None:
-    """A training loop with the Regularizer as the README shows it; None as the way: without one.
+    """Trains in a plain loop with the Regularizer as in the README; without it if `way` is None.
 
-    `named` is the module from which the weights have their names, if it is not the model.
+    `named` is the module that gives the names of the weights, by default the model.
     """
     optimizer = optimizer_of(model)
     scheduler = scheduler_of(optimizer)
@@ -113,7 +113,7 @@ def train_by_hand(
 
 
 def assert_same(actual: object, expected: object) -> None:
-    """Bit for bit, through mappings of mappings of tensors."""
+    """Compares nested mappings of tensors bit for bit."""
     if isinstance(expected, Tensor):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
         return
@@ -125,7 +125,7 @@ def assert_same(actual: object, expected: object) -> None:
 
 
 def train_in_two_processes(library: str, path: Path) -> str:
-    """What `two_processes.py` writes; an assertion that fails in one of them ends both."""
+    """Returns what `two_processes.py` writes. A failed assertion in one process ends both."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("two_processes.py"))
     done = subprocess.run(

@@ -1,10 +1,12 @@
-"""Every test begins with the environment that it would have alone."""
+"""Gives every test the environment that it would have if it ran alone."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def _precision_of_no_other_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers of transformers before 5 leave theirs in the environment, where the next one that
-    asks for none takes it up."""
+    """Resets the precision that a Trainer of transformers before 5 leaves in the environment.
+
+    The next Trainer would use this precision if its arguments do not set one.
+    """
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

@@ -1,6 +1,6 @@
-"""What docs/accelerate.md promises: the Regularizer works in a loop of accelerate, and resumes.
+"""The Regularizer in a training loop of accelerate, as in docs/accelerate.md.
 
-By accelerate itself, on small images, on the CPU.
+The tests run accelerate itself on small images on the CPU.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ WAYS = ["proximal", "gradients"]
 
 @pytest.fixture(autouse=True)
 def _no_state_of_another_test() -> Iterator[None]:
-    """Its singletons refuse another precision in the same process."""
+    """Resets the singletons of accelerate, which refuse another precision in the same process."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     yield
@@ -44,7 +44,7 @@ def _no_state_of_another_test() -> Iterator[None]:
 
 
 class Loop:
-    """The user's own, as it stands in docs/accelerate.md."""
+    """The training loop of docs/accelerate.md."""
 
     def __init__(
         self, way: str, accumulate: int = 1, bf16: bool = False, every: int = EVERY, count: int = 96
@@ -56,7 +56,7 @@ class Loop:
             mixed_precision="bf16" if bf16 else "no",
         )
         model = net()
-        # Before prepare: the names are those of the model alone.
+        # Before prepare, so that the names have no prefix of a wrapper.
         self.reg = wc.Regularizer(model, PENALTIES[way], block_size=BLOCK)
         optimizer = optimizer_of(model)
         loader = DataLoader(TensorDataset(*images(count)), BATCH)
@@ -94,7 +94,7 @@ class Loop:
 )
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4])  # with 4 of 6 batches the last cycle is short
 @pytest.mark.parametrize("way", WAYS)
-def test_a_loop_of_accelerate_equals_the_loop_by_hand(
+def test_accelerate_loop_equals_plain_loop(
     way: str, accumulate: int, clip: float, penalty_is_clipped: bool, bf16: bool
 ) -> None:
     loop = Loop(way, accumulate, bf16, count=48)
@@ -114,8 +114,8 @@ def test_a_loop_of_accelerate_equals_the_loop_by_hand(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path, way: str) -> None:
-    """Twelve batches in cycles of two: six steps, and with every=4 two are pending."""
+def test_training_resumes_bit_for_bit(tmp_path: Path, way: str) -> None:
+    """Twelve batches in cycles of two give six steps. With every=4, two of them are pending."""
     whole = Loop(way, accumulate=2, every=4)
     whole.run(1, clip=0.2)
     whole.accelerator.save_state(str(tmp_path))
@@ -128,8 +128,8 @@ def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path, way: str) -> None:
     assert {estimate.step for estimate in resumed.reg.measure().values()} == {18}
 
 
-def test_the_wrapper_itself_is_refused_with_the_way_out() -> None:
-    """AcceleratedOptimizer is a torch optimizer by class, but has no hooks."""
+def test_attach_refuses_accelerated_optimizer() -> None:
+    """AcceleratedOptimizer is a subclass of torch's Optimizer, but has no hooks."""
     loop = Loop("gradients")
     with pytest.raises((TypeError, ValueError), match=r"`optimizer\.optimizer`"):
         loop.reg.attach(loop.optimizer)
@@ -137,8 +137,8 @@ def test_the_wrapper_itself_is_refused_with_the_way_out() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_but_weights_is_touched(way: str) -> None:
-    """Neither keys, nor modes, nor hooks, nor the global random numbers."""
+def test_only_weights_change(way: str) -> None:
+    """Keys, modes, hooks and the global random numbers do not change."""
     loop = Loop(way)
 
     def seen() -> Any:
@@ -146,7 +146,7 @@ def test_nothing_but_weights_is_touched(way: str) -> None:
         return list(loop.model.state_dict()), modules, torch.get_rng_state().tolist()
 
     with torch.random.fork_rng(devices=[]):
-        # The loader draws the seed of an epoch.
+        # The loader draws the seed of each epoch.
         torch.manual_seed(0)
         list(loop.loader)
         expected = seen()
@@ -155,7 +155,7 @@ def test_nothing_but_weights_is_touched(way: str) -> None:
         assert seen() == expected
 
 
-def test_what_schedulefree_evaluates_obeys_in_a_saved_state_and_goes_on(tmp_path: Path) -> None:
+def test_limits_hold_in_saved_weights_of_schedulefree_and_training_resumes(tmp_path: Path) -> None:
     schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
 
     class Limited(Loop):

@@ -1,6 +1,6 @@
-"""What the callback for Lightning promises: a fit equals the loop by hand, and resumes bit for bit.
+"""The callbacks for Lightning: a fit equals a plain loop and resumes bit for bit.
 
-By the trainer itself, on small images, on the CPU.
+The tests run Lightning's Trainer on small images on the CPU.
 """
 
 import functools
@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from wellcond.integrations.lightning import MonitorCallback, RegularizerCallback  # noqa: E402
 
-# What Lightning advises for larger jobs, and what torch deprecates in it.
+# Lightning's advice for larger jobs, and functions that it uses and torch deprecates.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
@@ -76,7 +76,7 @@ class Validated(Module):
 
 
 class TwoOptimizers(Module):
-    """Each weight with an optimizer of its own, which Lightning leaves to manual optimization."""
+    """One optimizer per weight, for which Lightning requires manual optimization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,17 +117,17 @@ def callback(way: str) -> RegularizerCallback:
     return RegularizerCallback(PENALTIES[way], mode=way, every=EVERY, block_size=BLOCK)
 
 
-# --- a fit equals the loop by hand ----------------------------------------------------------------
+# --- a fit equals the plain loop ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("clip", [0.0, 0.2], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4])  # with 4 of 6 batches the last cycle is short
 @pytest.mark.parametrize("way", WAYS)
-def test_a_fit_equals_the_loop_by_hand(
+def test_fit_equals_plain_loop(
     tmp_path: Path, way: str, accumulate: int, clip: float, bf16: bool
 ) -> None:
-    """On the gradients the penalty is added before they are clipped."""
+    """In mode "gradients", the penalty is added before the gradients are clipped."""
     module, added = Module(), callback(way)
     trainer(
         tmp_path,
@@ -152,16 +152,16 @@ def test_a_fit_equals_the_loop_by_hand(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_fit_with_other_rules_equals_the_loop_by_hand(
+def test_fit_with_other_rules_equals_plain_loop(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PENALTIES, way, RELATIVES[way])
-    test_a_fit_equals_the_loop_by_hand(tmp_path, way, 1, 0.0, False)
+    test_fit_equals_plain_loop(tmp_path, way, 1, 0.0, False)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_penalty_and_its_place_before_clipping_show(way: str) -> None:
-    """Else the comparisons above would compare nothing."""
+def test_penalty_and_its_order_with_clipping_change_weights(way: str) -> None:
+    """Otherwise the comparisons above would be meaningless."""
     results = []
     for penalty_is_clipped, given in ((True, way), (False, way), (True, None)):
         model = net()
@@ -173,7 +173,7 @@ def test_the_penalty_and_its_place_before_clipping_show(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_validation_and_the_sanity_check_change_nothing(tmp_path: Path, way: str) -> None:
+def test_validation_and_sanity_check_change_nothing(tmp_path: Path, way: str) -> None:
     module, added = Validated(), callback(way)
     trainer(tmp_path, added, num_sanity_val_steps=2).fit(module, loader(), loader(16))
     expected = Module()
@@ -182,14 +182,14 @@ def test_validation_and_the_sanity_check_change_nothing(tmp_path: Path, way: str
 
 
 def in_float16(scale: float) -> MixedPrecision:
-    """Not chosen by Lightning on a CPU, where it works all the same."""
+    """Mixed precision in float16, which Lightning does not choose on a CPU, although it works."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_gradient_scaler_does_not_scale_the_penalty(tmp_path: Path, way: str) -> None:
-    """Nor do the steps that it skips count, of which there are some at this scale."""
+    """Steps that the scaler skips do not count; at this scale it skips some."""
     scale = 2.0**24
     module, added = Module(), callback(way)
     used = trainer(tmp_path, added, plugins=[in_float16(scale)], gradient_clip_val=0.2)
@@ -237,7 +237,7 @@ def train_two_by_hand(module: TwoOptimizers, attached: bool) -> None:
             optimizer.step()
 
 
-def test_proximal_steps_follow_every_optimizer_that_holds_a_weight(tmp_path: Path) -> None:
+def test_proximal_steps_follow_every_optimizer_with_a_regularised_weight(tmp_path: Path) -> None:
     module, added = TwoOptimizers(), callback("proximal")
     trainer(tmp_path, added, max_epochs=1).fit(module, loader())
     expected = TwoOptimizers()
@@ -246,7 +246,7 @@ def test_proximal_steps_follow_every_optimizer_that_holds_a_weight(tmp_path: Pat
 
 
 def test_gradients_with_several_optimizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'`mode="gradients"` needs a single optimizer.*but 2 do'):
+    with pytest.raises(ValueError, match=r"needs a single optimizer.*but there are 2"):
         trainer(tmp_path, callback("gradients")).fit(TwoOptimizers(), loader())
 
 
@@ -264,7 +264,7 @@ def test_one_callback_per_optimizer_adds_to_the_gradients_of_each(tmp_path: Path
 
 
 class Finder(LearningRateFinder):
-    """Looks in the midst of a training, as Lightning's documentation proposes; changes nothing."""
+    """Searches during training, as Lightning's documentation proposes, and changes nothing."""
 
     def __init__(self) -> None:
         super().__init__(num_training_steps=4, update_attr=False)
@@ -278,7 +278,7 @@ class Finder(LearningRateFinder):
 
 
 class Count(Callback):  # type: ignore[misc]
-    """How many batches are trained on; those of a finder, which calls no callback, are not."""
+    """Counts training batches, except those of a finder, which calls no callbacks."""
 
     trained = 0
 
@@ -286,11 +286,11 @@ class Count(Callback):  # type: ignore[misc]
         self.trained += 1
 
 
-def test_what_a_learning_rate_finder_trains_in_between_is_undone(tmp_path: Path) -> None:
-    """It steps the attached optimizer, then restores the checkpoint it has written."""
+def test_learning_rate_finder_during_training_is_undone(tmp_path: Path) -> None:
+    """The finder steps the attached optimizer, then restores the checkpoint that it has written."""
     module, added, finder = Module(), callback("proximal"), Finder()
     trainer(tmp_path, added, finder, max_epochs=3).fit(module, loader())
-    assert finder.optimal_lr.results["lr"]  # it has trained
+    assert finder.optimal_lr.results["lr"]  # the finder has trained
     expected = Module()
     reg = train_by_hand(expected.net, "proximal", epochs=3, named=expected)
     assert_same(module.state_dict(), expected.state_dict())
@@ -298,20 +298,20 @@ def test_what_a_learning_rate_finder_trains_in_between_is_undone(tmp_path: Path)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_a_learning_rate_finder_beside_it_leaves_no_trace(tmp_path: Path, first: bool) -> None:
-    """It trains and restores within on_fit_start, whatever the order of the callbacks."""
+def test_learning_rate_finder_before_training_changes_nothing(tmp_path: Path, first: bool) -> None:
+    """The finder trains and restores within on_fit_start, in either order of the callbacks."""
     finder, added, batches = LearningRateFinder(num_training_steps=4), callback("proximal"), Count()
     callbacks = [added, finder] if first else [finder, added]
     module = Module()
     trainer(tmp_path, *callbacks, batches, max_epochs=1).fit(module, loader())
-    assert batches.trained in (12, 8)  # Lightning 2.4 has its finder use up four of them
+    assert batches.trained in (12, 8)  # the finder of Lightning 2.4 consumes four of them
     assert added.regularizer.measure()["net.0.weight"].step == batches.trained
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
-    """By DistributedDataParallel, in both ways; the names have no prefix."""
+    """With DistributedDataParallel, in both modes. The names have no prefix."""
     written = train_in_two_processes("lightning", tmp_path)
     assert written.count("['net.0.weight', 'net.2.weight']") == 4
 
@@ -320,8 +320,8 @@ def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_fit_equals_one_that_was_not_interrupted(tmp_path: Path, way: str) -> None:
-    """Twelve batches an epoch in cycles of two: six steps, and with every=4 two are pending."""
+def test_resumed_fit_equals_uninterrupted_fit(tmp_path: Path, way: str) -> None:
+    """Twelve batches in cycles of two give six steps. With every=4, two of them are pending."""
 
     def make() -> RegularizerCallback:
         return RegularizerCallback(PENALTIES[way], mode=way, every=4, block_size=BLOCK)
@@ -337,15 +337,15 @@ def test_a_resumed_fit_equals_one_that_was_not_interrupted(tmp_path: Path, way: 
     assert resumed.regularizer.measure()["net.0.weight"].step == 18
 
 
-def test_a_checkpoint_of_a_finished_fit_resumes(tmp_path: Path) -> None:
-    """Detached, the regulariser still is what the checkpoint saves."""
+def test_checkpoint_of_finished_fit_resumes(tmp_path: Path) -> None:
+    """The checkpoint also contains the state of a detached regulariser."""
     whole, added = Module(), callback("proximal")
     trainer(tmp_path, added, max_epochs=2).fit(whole, loader(80))
     module, first = Module(), callback("proximal")
     short = trainer(tmp_path, first, max_epochs=1)
     short.fit(module, loader(80))
     short.save_checkpoint(tmp_path / "one.ckpt")
-    # Nothing is left to do, and nothing is lost.
+    # This fit has no epochs left, and keeps the state.
     idle = trainer(tmp_path, callback("proximal"), max_epochs=1)
     idle.fit(Module(), loader(80), ckpt_path=tmp_path / "one.ckpt")
     idle.save_checkpoint(tmp_path / "again.ckpt")
@@ -361,17 +361,17 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path: Path) -> None:
     plain = trainer(tmp_path, max_epochs=1)
     plain.fit(Module(), loader())
     plain.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match="`ckpt_path` must hold the state of this callback"):
+    with pytest.raises(ValueError, match="`ckpt_path` must contain the state of this callback"):
         trainer(tmp_path, callback("proximal")).fit(
             Module(), loader(), ckpt_path=tmp_path / "plain.ckpt"
         )
-    # Validating it is no training.
+    # Validation does not need the state.
     trainer(tmp_path, callback("proximal")).validate(
         Validated(), loader(), ckpt_path=tmp_path / "plain.ckpt"
     )
 
 
-def test_a_state_that_does_not_fit_leaves_nothing_attached(tmp_path: Path) -> None:
+def test_state_that_does_not_fit_leaves_nothing_attached(tmp_path: Path) -> None:
     first = trainer(tmp_path, callback("proximal"), max_epochs=1)
     first.fit(Module(), loader())
     first.save_checkpoint(tmp_path / "one.ckpt")
@@ -384,7 +384,7 @@ def test_a_state_that_does_not_fit_leaves_nothing_attached(tmp_path: Path) -> No
     assert not optimizers.seen[0]._optimizer_step_post_hooks
 
 
-def test_validating_a_checkpoint_does_not_change_what_a_fit_starts_from(tmp_path: Path) -> None:
+def test_validating_a_checkpoint_does_not_affect_next_fit(tmp_path: Path) -> None:
     first = trainer(tmp_path, callback("proximal"), max_epochs=1)
     first.fit(Module(), loader())
     first.save_checkpoint(tmp_path / "one.ckpt")
@@ -401,18 +401,18 @@ def test_strengths_may_change_when_a_training_resumes() -> None:
     assert weak.state_key == strong.state_key
 
 
-# --- what it leaves behind ------------------------------------------------------------------------
+# --- state after a fit ----------------------------------------------------------------------------
 
 
 class Optimizers(Callback):
-    """Keeps what the trainer drops at the end."""
+    """Keeps the optimizers, which the Trainer drops at the end."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.seen = list(trainer.optimizers)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_second_fit_starts_afresh_and_the_first_is_detached(tmp_path: Path, way: str) -> None:
+def test_second_fit_starts_with_new_state(tmp_path: Path, way: str) -> None:
     added, optimizers = callback(way), Optimizers()
     for _ in range(2):
         module = Module()
@@ -425,7 +425,7 @@ def test_a_second_fit_starts_afresh_and_the_first_is_detached(tmp_path: Path, wa
         assert_same(added.regularizer.state_dict(), reg.state_dict())
 
 
-def test_a_trainer_may_go_on_with_the_same_module(tmp_path: Path) -> None:
+def test_second_fit_of_same_module_and_trainer(tmp_path: Path) -> None:
     module, added = Module(), callback("proximal")
     again = trainer(tmp_path, added, max_epochs=1)
     again.fit(module, loader())
@@ -434,7 +434,7 @@ def test_a_trainer_may_go_on_with_the_same_module(tmp_path: Path) -> None:
     assert added.regularizer.measure()["net.0.weight"].step == 12
 
 
-def test_an_exception_detaches(tmp_path: Path) -> None:
+def test_exception_detaches(tmp_path: Path) -> None:
     module, added, optimizers = Module(), callback("proximal"), Optimizers()
     module.fail_at = 5
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -445,8 +445,8 @@ def test_an_exception_detaches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
-    """The same keys, modes, hooks and random numbers as a fit without the callback."""
+def test_only_weights_change(tmp_path: Path, way: str) -> None:
+    """Keys, modes, hooks and random numbers equal those of a fit without the callback."""
     seen = []
     for callbacks in ([], [callback(way)]):
         module = Module()
@@ -464,7 +464,7 @@ def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def test_another_way_is_refused() -> None:
+def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r'`mode` must be "proximal" or "gradients", got \'loss\''):
         RegularizerCallback(wc.ConditionPenalty(1.0), mode="loss")
     for limit in (
@@ -475,12 +475,12 @@ def test_another_way_is_refused() -> None:
             RegularizerCallback(limit, mode="gradients")
 
 
-def test_lightning_refuses_a_second_callback_of_the_same_patterns_and_way(tmp_path: Path) -> None:
+def test_lightning_refuses_two_callbacks_with_equal_patterns_and_mode(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="Found more than one stateful callback"):
         trainer(tmp_path, callback("proximal"), callback("proximal"))
 
 
-def test_what_the_regularizer_refuses_stops_the_fit(tmp_path: Path) -> None:
+def test_error_of_regularizer_stops_fit(tmp_path: Path) -> None:
     added = RegularizerCallback({"head.*": wc.ConditionPenalty(1.0), "*": None})
     with pytest.raises(ValueError, match=r'the pattern "head\.\*" matches no parameter'):
         trainer(tmp_path, added).fit(Module(), loader())
@@ -492,11 +492,11 @@ def test_an_optimizer_without_a_regularised_weight_is_refused(tmp_path: Path) ->
             return torch.optim.SGD([self.net[0].bias], 0.1)
 
     for way in WAYS:
-        with pytest.raises(ValueError, match=r"none of its 1 holds any of net\.0\.weight"):
+        with pytest.raises(ValueError, match=r"none of its 1 optimizers has any of net\.0\.weight"):
             trainer(tmp_path, callback(way)).fit(Biases(), loader())
 
 
-def test_gradients_that_a_fused_optimizer_unscales_are_refused(tmp_path: Path) -> None:
+def test_mode_gradients_refuses_fused_optimizer_with_scaler(tmp_path: Path) -> None:
     class Fused(Module):
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), fused=True)
@@ -533,7 +533,7 @@ except ImportError as error:
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["pytorch_lightning", "neither"])
-def test_without_lightning_it_takes_pytorch_lightning_or_says_what_to_install(old: bool) -> None:
+def test_import_falls_back_to_pytorch_lightning(old: bool) -> None:
     code = [sys.executable, "-c", WITHOUT.format(old=old)]
     out = subprocess.run(code, capture_output=True, text=True, check=True).stdout
     assert ("pytorch_lightning" if old else "pip install 'wellcond[lightning]'") in out
@@ -566,7 +566,7 @@ def test_hard_limits_hold_in_every_checkpoint_and_at_the_end(
     assert max(kappas(module.state_dict())) <= 3.0
 
 
-def test_the_loggers_of_the_trainer_get_aggregates_and_the_worst_weights(tmp_path: Path) -> None:
+def test_loggers_receive_aggregates_and_worst_weights(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     logged: list[tuple[int, dict[str, float]]] = []
@@ -586,7 +586,7 @@ def test_the_loggers_of_the_trainer_get_aggregates_and_the_worst_weights(tmp_pat
         assert "wellcond/worst/net.0.weight/stable_rank_share" in values
 
 
-def test_a_monitor_logs_and_changes_nothing(tmp_path: Path) -> None:
+def test_monitor_logs_and_changes_nothing(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -607,7 +607,7 @@ def test_a_monitor_logs_and_changes_nothing(tmp_path: Path) -> None:
 
 
 class Evaluated(Validated):
-    """Under an optimizer of this kind, of whose modes the module knows nothing."""
+    """A module that does not switch the modes of its optimizer."""
 
     def __init__(self, kind: Any = ScheduleFree) -> None:
         super().__init__()
@@ -621,7 +621,7 @@ class Evaluated(Validated):
 
 
 class Switching(Evaluated):
-    """It switches the modes by itself, and back before checkpoints are saved."""
+    """A module that switches the modes of its optimizer, and back before checkpoints are saved."""
 
     def on_train_epoch_start(self) -> None:
         self.optimizers().optimizer.train()
@@ -654,7 +654,7 @@ MODES = [
 )
 @pytest.mark.parametrize("module", [Evaluated, Switching])
 @pytest.mark.parametrize("kind", MODES)
-def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
+def test_limits_hold_for_weights_in_eval_mode_of_optimizer(
     kind: Any,
     module: type[Evaluated],
     when: dict[str, int],
@@ -680,8 +680,8 @@ def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
 
 
 @pytest.mark.parametrize("kind", MODES)
-def test_a_fit_under_an_optimizer_with_eval_resumes(kind: Any, tmp_path: Path) -> None:
-    """What is saved in eval mode goes on in train mode as it would have."""
+def test_fit_with_two_mode_optimizer_resumes(kind: Any, tmp_path: Path) -> None:
+    """Training that was saved in eval mode resumes in train mode, bit for bit."""
 
     def fit(folder: str, epochs: int, **options: Any) -> dict[str, Tensor]:
         module = Evaluated(kind())
@@ -697,7 +697,7 @@ def test_a_fit_under_an_optimizer_with_eval_resumes(kind: Any, tmp_path: Path) -
     assert_same(whole, resumed)
 
 
-def test_penalties_leave_the_modes_of_an_optimizer_alone(tmp_path: Path) -> None:
+def test_penalties_do_not_switch_modes_of_optimizer(tmp_path: Path) -> None:
     module = Switching(ScheduleFree)
     added = RegularizerCallback(wc.ConditionPenalty(1.0), every=EVERY)
     seen = []
@@ -729,10 +729,8 @@ def averaging(name: str) -> Any:
         pytest.param("StochasticWeightAveraging", marks=pytest.mark.slow),
     ],
 )
-def test_averages_of_lightning_obey_where_they_are_evaluated_and_saved(
-    name: str, first: bool, tmp_path: Path
-) -> None:
-    """Each weight obeys at each step, and their average need not: by itself it does not here."""
+def test_limits_hold_for_averages_of_lightning(name: str, first: bool, tmp_path: Path) -> None:
+    """All trained weights satisfy the limit, but without the callback their average exceeds it."""
 
     class Fast(Evaluated):
         def configure_optimizers(self) -> Any:
@@ -753,7 +751,7 @@ def test_averages_of_lightning_obey_where_they_are_evaluated_and_saved(
         return module, [max(kappas(one["state_dict"])) for one in saved]
 
     class ByHand(Callback):  # type: ignore[misc]
-        """The same limit, applied to what is trained alone."""
+        """Applies the same limit only to the trained weights."""
 
         def __init__(self, limit: float) -> None:
             self.limit = limit
@@ -770,7 +768,7 @@ def test_averages_of_lightning_obey_where_they_are_evaluated_and_saved(
     assert max(saved) <= 1.2
 
 
-def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
+def test_invalid_rules_are_refused_in_constructor() -> None:
     for nothing in (None, 10, "*"):
         with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*MonitorCallback"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""What the callback for transformers promises: a training equals the loop by hand, and resumes.
+"""The callbacks for transformers: training equals a plain loop and resumes bit for bit.
 
-By the Trainer itself, on small images, on the CPU.
+The tests run the Trainer of transformers on small images on the CPU.
 """
 
 import importlib
@@ -60,7 +60,7 @@ class Classifier(nn.Module):
 
 
 def vit() -> Any:
-    """A model of the library itself, with dropout: it draws random numbers in every step."""
+    """A model of the library, with dropout, which draws random numbers in every step."""
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     images = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
     with torch.random.fork_rng(devices=[]):
@@ -76,7 +76,7 @@ def examples(count: int = 96, key: str = "x") -> list[dict[str, Tensor]]:
 
 
 class InOrder(transformers.Trainer):  # type: ignore[misc]
-    """Takes the examples as they come; not all versions have an option for it."""
+    """Uses the examples in order, for which not all versions have an option."""
 
     def _get_train_sampler(self, *arguments: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -120,7 +120,7 @@ def vit_callback(way: str = "proximal") -> RegularizerCallback:
 
 
 def check_all_obey(used: Any, path: Path) -> None:
-    """Every checkpoint and the model at the end, which is saved in `end`."""
+    """Checks every checkpoint and the final model, which it saves in `end`."""
     saved = sorted(path.glob("checkpoint-*"))
     assert saved
     used.save_model(str(path / "end"))
@@ -136,7 +136,7 @@ def steps(added: RegularizerCallback) -> set[int]:
     return {estimate.step for estimate in added.regularizer.measure().values()}
 
 
-# --- what the Trainer alone does, which differs between its versions ------------------------------
+# --- behaviour of the Trainer itself, which differs between versions ------------------------------
 
 
 def equal(model: nn.Module, other: nn.Module) -> bool:
@@ -146,7 +146,7 @@ def equal(model: nn.Module, other: nn.Module) -> bool:
 
 @pytest.fixture(scope="module")
 def short_cycle_is_a_mean(tmp_path_factory: pytest.TempPathFactory) -> bool:
-    """Whether the last cycle of an epoch is a step, of the mean of its batches, if it is short."""
+    """Whether a short last cycle of an epoch is one step with the mean of its batches."""
     model, expected = Classifier(), Classifier()
     path = tmp_path_factory.mktemp("short")
     trainer(path, model, count=48, gradient_accumulation_steps=4).train()
@@ -159,10 +159,10 @@ def _resumes_exactly(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("alone")
     expected = whole(path)
     if not equal(resumed(path / "checkpoint-10"), expected):
-        pytest.skip("this Trainer alone goes on otherwise after the first epoch")
+        pytest.skip("this Trainer itself does not resume exactly after the first epoch")
 
 
-# --- a training equals the loop by hand -----------------------------------------------------------
+# --- training equals the plain loop ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -173,7 +173,7 @@ def _resumes_exactly(tmp_path_factory: pytest.TempPathFactory) -> None:
     [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4],
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_a_training_equals_the_loop_by_hand(
+def test_training_equals_plain_loop(
     tmp_path: Path,
     way: str,
     accumulate: int,
@@ -181,9 +181,9 @@ def test_a_training_equals_the_loop_by_hand(
     bf16: bool,
     short_cycle_is_a_mean: bool,
 ) -> None:
-    """On the gradients the penalty is added after they are clipped; short cycles are means."""
+    """In mode "gradients", the penalty is added after clipping. Short cycles are means."""
     if accumulate == 4 and not short_cycle_is_a_mean:
-        pytest.skip("this Trainer alone takes short cycles otherwise")
+        pytest.skip("this Trainer handles short cycles differently")
     model, added = Classifier(), callback(way)
     used = trainer(
         tmp_path,
@@ -212,15 +212,15 @@ def test_a_training_equals_the_loop_by_hand(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_training_with_other_rules_equals_the_loop_by_hand(
+def test_training_with_other_rules_equals_plain_loop(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PENALTIES, way, RELATIVES[way])
-    test_a_training_equals_the_loop_by_hand(tmp_path, way, 1, 0.0, False, True)
+    test_training_equals_plain_loop(tmp_path, way, 1, 0.0, False, True)
 
 
-def test_names_have_no_prefix_of_a_wrapper(tmp_path: Path) -> None:
-    """The Trainer hands out the model it was given, which may be compiled already."""
+def test_names_have_no_wrapper_prefix(tmp_path: Path) -> None:
+    """The Trainer passes on the model that it was given, which might already be compiled."""
     added = callback("proximal")
     options = {"max_steps": 2, "torch_compile": True, "torch_compile_backend": "eager"}
     trainer(tmp_path, Classifier(), added, **options).train()
@@ -237,14 +237,14 @@ def test_names_have_no_prefix_of_a_wrapper(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
-    """By DistributedDataParallel, in both ways; and resume from what one wrote."""
+    """With DistributedDataParallel, in both modes. Both resume from the file of one process."""
     written = train_in_two_processes("transformers", tmp_path)
     assert written.count("['net.0.weight', 'net.2.weight']") == 4
 
 
 # --- resuming -------------------------------------------------------------------------------------
 
-# Five steps of six in the first epoch, in cycles of two batches: with every=4 one is pending.
+# Five of six steps in the first epoch, in cycles of two batches. With every=4, one is pending.
 RESUMABLE = {
     "gradient_accumulation_steps": 2,
     "save_strategy": "steps",
@@ -255,17 +255,17 @@ RESUMABLE = {
 
 
 def whole(path: Path, *callbacks: Any) -> Any:
-    """The model of a whole training, which leaves checkpoint-5, -10 and -12 in path."""
+    """The model after complete training, which leaves checkpoint-5, -10 and -12 in path."""
     used = trainer(path, vit(), *callbacks, **RESUMABLE)
     used.train()
     return used.model
 
 
 def resumed(checkpoint: Path, *callbacks: Any, output: Path | None = None) -> Any:
-    """The model of a training that goes on from a checkpoint.
+    """The model after training that resumes from a checkpoint.
 
-    Its weights are loaded first: the Trainer of transformers 5 does not restore a ViT, which it
-    saves under names of an older version.
+    The weights are loaded first because the Trainer of transformers 5 does not restore a ViT: it
+    saves the model under names of an older version.
     """
     model = ViTForImageClassification.from_pretrained(checkpoint)
     used = trainer(output or checkpoint.parent, model, *callbacks, **RESUMABLE)
@@ -275,7 +275,7 @@ def resumed(checkpoint: Path, *callbacks: Any, output: Path | None = None) -> An
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the checkpoints of a proximal training; copy it to change it."""
+    """A directory with the checkpoints of training in mode "proximal"; copy it to change it."""
     path = tmp_path_factory.mktemp("saved")
     whole(path, vit_callback())
     return path
@@ -284,7 +284,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("_resumes_exactly")
 @pytest.mark.parametrize("step", [5, 10])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_training_equals_one_that_was_not_interrupted(
+def test_resumed_training_equals_uninterrupted_training(
     tmp_path: Path, way: str, step: int
 ) -> None:
     added, again = vit_callback(way), vit_callback(way)
@@ -296,8 +296,8 @@ def test_a_resumed_training_equals_one_that_was_not_interrupted(
 
 
 @pytest.mark.usefixtures("_resumes_exactly")
-def test_a_resumed_training_can_be_resumed(tmp_path: Path) -> None:
-    """Each run marks its own checkpoints."""
+def test_training_resumes_twice(tmp_path: Path) -> None:
+    """Each run stores its own identifier in its checkpoints."""
     expected = whole(tmp_path, vit_callback())
     resumed(tmp_path / "checkpoint-5", vit_callback())
     model = resumed(tmp_path / "checkpoint-10", vit_callback())
@@ -305,7 +305,7 @@ def test_a_resumed_training_can_be_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_resumes_exactly")
-def test_a_model_of_ones_own_resumes_without_loading_it_first(tmp_path: Path) -> None:
+def test_custom_model_resumes_without_loading_it_first(tmp_path: Path) -> None:
     options = {**RESUMABLE, "save_steps": 4}
     expected, model, again = Classifier(), Classifier(), callback("proximal")
     trainer(tmp_path, expected, callback("proximal"), **options).train()
@@ -316,23 +316,21 @@ def test_a_model_of_ones_own_resumes_without_loading_it_first(tmp_path: Path) ->
     assert steps(again) == {12}
 
 
-def test_weights_that_the_trainer_has_not_restored_are_named(saved: Path, tmp_path: Path) -> None:
-    """The Trainer itself says so in a warning, and trains from random weights."""
+def test_error_names_weights_that_were_not_restored(saved: Path, tmp_path: Path) -> None:
+    """The Trainer itself only warns, and trains from random weights."""
     with safe_open(saved / "checkpoint-5" / "model.safetensors", "pt") as file:
         if set(file.keys()) == vit().state_dict().keys():
             pytest.skip("this Trainer saves a ViT under its own names, and restores it")
     used = trainer(tmp_path, vit(), vit_callback(), **RESUMABLE)
     used.args.resume_from_checkpoint = str(saved / "checkpoint-5")
-    with pytest.raises(ValueError, match=r"6 are not what was saved, vit\.layers\.0"):
+    with pytest.raises(ValueError, match=r"6 differ from the saved .* vit\.layers\.0"):
         used.train(resume_from_checkpoint=used.args.resume_from_checkpoint)
 
 
-def test_a_checkpoint_outside_output_dir_is_found_where_the_arguments_say(
-    tmp_path: Path, saved: Path
-) -> None:
+def test_checkpoint_outside_output_dir_is_found_by_argument(tmp_path: Path, saved: Path) -> None:
     moved, output = tmp_path / "elsewhere", tmp_path / "output"
     shutil.copytree(saved / "checkpoint-5", moved)
-    with pytest.raises(ValueError, match=r"outside output_dir, give its directory as Training"):
+    with pytest.raises(ValueError, match=r"outside output_dir, also pass its directory as Tra"):
         resumed(moved, vit_callback(), output=output)
     added = vit_callback()
     model = ViTForImageClassification.from_pretrained(moved)
@@ -341,8 +339,8 @@ def test_a_checkpoint_outside_output_dir_is_found_where_the_arguments_say(
     assert steps(added) == {12}
 
 
-def test_the_file_of_another_step_is_not_taken(tmp_path: Path, saved: Path) -> None:
-    """Nor does a directory that the arguments name by mistake hide the right one."""
+def test_file_of_another_step_is_not_used(tmp_path: Path, saved: Path) -> None:
+    """A wrong directory in the arguments does not hide the right one."""
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     added, checkpoint = vit_callback(), tmp_path / "checkpoint-10"
     model = ViTForImageClassification.from_pretrained(checkpoint)
@@ -351,31 +349,31 @@ def test_the_file_of_another_step_is_not_taken(tmp_path: Path, saved: Path) -> N
     assert steps(added) == {12}
 
 
-def test_the_file_of_another_run_is_not_taken(tmp_path: Path, saved: Path) -> None:
-    """output_dir may hold a checkpoint of the same step that is not the one resumed."""
+def test_file_of_another_run_is_not_used(tmp_path: Path, saved: Path) -> None:
+    """output_dir can contain a checkpoint of the same step from another run."""
     whole(tmp_path, vit_callback())
     with pytest.raises(ValueError, match="is missing or belongs to another checkpoint"):
         resumed(saved / "checkpoint-5", vit_callback(), output=tmp_path)
 
 
-def test_a_missing_or_damaged_file_is_named_with_the_way_out(tmp_path: Path, saved: Path) -> None:
+def test_error_names_missing_or_damaged_file(tmp_path: Path, saved: Path) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoint-5" / FILE
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=f"{path} is damaged.*Resume from the checkpoint before"):
+    with pytest.raises(ValueError, match=f"{path} is damaged.*Resume from the previous checkpoint"):
         resumed(path.parent, vit_callback())
     path.unlink()
-    with pytest.raises(ValueError, match=f"{path} is missing.*resume from the checkpoint before"):
+    with pytest.raises(ValueError, match=f"{path} is missing.*resume from the previous checkpoint"):
         resumed(path.parent, vit_callback())
 
 
-def test_a_checkpoint_that_was_saved_without_the_callback_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_saved_without_callback_is_refused(tmp_path: Path) -> None:
     whole(tmp_path)
     with pytest.raises(ValueError, match="was saved without this callback"):
         resumed(tmp_path / "checkpoint-5", vit_callback())
 
 
-def test_only_the_process_that_saves_writes_and_no_search_does(tmp_path: Path, caplog) -> None:
+def test_only_saving_process_writes_and_search_does_not(tmp_path: Path, caplog) -> None:
     model = net()
     added = callback("proximal")
     added.regularizer = wc.Regularizer(model, wc.ConditionPenalty(1.0))
@@ -392,11 +390,11 @@ def test_only_the_process_that_saves_writes_and_no_search_does(tmp_path: Path, c
         assert ("was not saved" in caplog.text) == (not present)
 
 
-# --- what it leaves behind ------------------------------------------------------------------------
+# --- state after training -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_second_training_starts_afresh(tmp_path: Path, way: str) -> None:
+def test_second_training_starts_with_new_state(tmp_path: Path, way: str) -> None:
     added = callback(way)
     for _ in range(2):
         model = Classifier()
@@ -408,8 +406,8 @@ def test_a_second_training_starts_afresh(tmp_path: Path, way: str) -> None:
         assert added.regularizer.attachments == []
 
 
-def test_a_trainer_may_train_twice_also_after_an_exception(tmp_path: Path) -> None:
-    """The optimizer stays the same, and has one regulariser at a time."""
+def test_trainer_trains_again_after_exception(tmp_path: Path) -> None:
+    """The optimizer is the same, and has only one regulariser at a time."""
     added = callback("proximal")
     used = trainer(tmp_path, Classifier(fail_at=6), added, num_train_epochs=1)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
@@ -423,8 +421,8 @@ def test_a_trainer_may_train_twice_also_after_an_exception(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
-    """The same keys, modes, hooks, random numbers and files as a training without the callback."""
+def test_only_weights_change(tmp_path: Path, way: str) -> None:
+    """Keys, modes, hooks, random numbers and files equal those without the callback."""
     seen = []
     for index, callbacks in enumerate(([], [vit_callback(way)])):
         path = tmp_path / str(index)
@@ -443,7 +441,7 @@ def test_nothing_but_weights_is_touched(tmp_path: Path, way: str) -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def test_another_way_is_refused() -> None:
+def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match='`mode` must be "proximal" or "gradients", got None'):
         RegularizerCallback(wc.ConditionPenalty(1.0), mode=None)  # type: ignore[arg-type]
     for limit in (
@@ -456,18 +454,18 @@ def test_another_way_is_refused() -> None:
 
 def test_a_second_callback_is_refused(tmp_path: Path) -> None:
     used = trainer(tmp_path, Classifier(), callback("proximal"), callback("gradients"))
-    with pytest.raises(ValueError, match="`callbacks` must hold one RegularizerCallback"):
+    with pytest.raises(ValueError, match="`callbacks` must contain only one RegularizerCallback"):
         used.train()
 
 
-def test_what_the_regularizer_refuses_stops_the_training(tmp_path: Path) -> None:
+def test_error_of_regularizer_stops_training(tmp_path: Path) -> None:
     added = RegularizerCallback({"head.*": wc.ConditionPenalty(1.0), "*": None})
     with pytest.raises(ValueError, match=r'the pattern "head\.\*" matches no parameter'):
         trainer(tmp_path, Classifier(), added).train()
 
 
-def test_deepspeed_and_gradients_that_may_be_scaled_are_refused() -> None:
-    """Both need a GPU: the hook is called as the Trainer would."""
+def test_deepspeed_and_scaled_gradients_are_refused() -> None:
+    """Both need a GPU, so the test calls the hook instead of the Trainer."""
     args: Any = SimpleNamespace(deepspeed_plugin=object(), fp16=False, max_grad_norm=1.0)
     with pytest.raises(ValueError, match="`deepspeed` must be off"):
         callback("proximal").on_train_begin(args, None, None)
@@ -476,7 +474,7 @@ def test_deepspeed_and_gradients_that_may_be_scaled_are_refused() -> None:
         callback("gradients").on_train_begin(args, None, None)
 
 
-def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
         if re.match(r"transformers(\.|$)|wellcond\.integrations\.transformers$", name):
             monkeypatch.delitem(sys.modules, name)
@@ -537,10 +535,10 @@ MODES = [
 
 @pytest.mark.parametrize("kind", MODES)
 @pytest.mark.parametrize("evaluate", [False, True])
-def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
+def test_limits_hold_for_weights_in_eval_mode_of_optimizer(
     kind: Any, evaluate: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As under schedulefree and heavyball, which evaluate other weights than they step."""
+    """The optimizers of schedulefree and heavyball evaluate other weights than they step."""
 
     class Looking(InOrder):
         seen: ClassVar[list[float]] = []
@@ -576,8 +574,8 @@ def test_limits_hold_in_what_the_eval_of_an_optimizer_makes(
 
 
 @pytest.mark.usefixtures("_resumes_exactly")
-def test_a_training_by_the_schedule_free_optimizer_of_the_trainer_resumes(tmp_path: Path) -> None:
-    """What is saved in eval mode goes on in train mode as it would have."""
+def test_training_with_schedulefree_option_of_trainer_resumes(tmp_path: Path) -> None:
+    """Training that was saved in eval mode resumes in train mode, bit for bit."""
     schedulefree("AdamW")
 
     def run(folder: str, **options: Any) -> nn.Module:
@@ -599,13 +597,13 @@ def test_a_training_by_the_schedule_free_optimizer_of_the_trainer_resumes(tmp_pa
     assert_same(whole.state_dict(), resumed.state_dict())
 
 
-def test_nothing_in_place_of_penalties_is_refused_when_the_callback_is_made() -> None:
+def test_invalid_rules_are_refused_in_constructor() -> None:
     for nothing in (None, 10, "*"):
         with pytest.raises(TypeError, match=r"`rules` must be a rule or map.*MonitorCallback"):
             RegularizerCallback(nothing)  # type: ignore[arg-type]
 
 
-def test_a_callback_that_asks_for_a_save_after_ours_is_warned_of(
+def test_warning_if_later_callback_requests_save(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Late(transformers.TrainerCallback):
@@ -623,9 +621,7 @@ def test_a_callback_that_asks_for_a_save_after_ours_is_warned_of(
 
 
 @pytest.mark.parametrize("target", ["logs", "callable", "nothing"])
-def test_the_logs_of_the_trainer_hold_aggregates_and_the_worst_weights(
-    target: str, tmp_path: Path
-) -> None:
+def test_logs_contain_aggregates_and_worst_weights(target: str, tmp_path: Path) -> None:
     sent: list[tuple[int, dict[str, float]]] = []
     log: Any = {"logs": True, "nothing": False}.get(target, lambda v, step: sent.append((step, v)))
     added = RegularizerCallback(PENALTIES["proximal"], every=EVERY, block_size=BLOCK, log=log)
@@ -638,11 +634,11 @@ def test_the_logs_of_the_trainer_hold_aggregates_and_the_worst_weights(
     assert [step for step, _ in sent] == ([4, 8, 12, 16, 20, 24] if target == "callable" else [])
 
 
-# --- what the Trainer's own reports get -----------------------------------------------------------
+# --- integrations of the Trainer for reports ------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["regularizer", "monitor"])
-def test_tensorboard_of_the_trainer_gets_the_numbers(
+def test_tensorboard_of_trainer_receives_values(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -670,8 +666,8 @@ def test_tensorboard_of_the_trainer_gets_the_numbers(
         assert "train/wellcond/condition_number/largest" in events.Tags()["scalars"]
 
 
-def test_whatever_reports_gets_each_number_once_in_every_training(tmp_path: Path) -> None:
-    """As wandb and others do that stand before the callbacks of the user."""
+def test_reporting_callbacks_receive_each_value_once(tmp_path: Path) -> None:
+    """A callback that precedes those of the user, as that of wandb does."""
     seen: list[dict[str, Any]] = []
 
     class Reporting(transformers.TrainerCallback):
@@ -693,7 +689,7 @@ def test_whatever_reports_gets_each_number_once_in_every_training(tmp_path: Path
     assert sum(type(one).__name__ == "_First" for one in used.callback_handler.callbacks) == 1
 
 
-def test_a_monitor_changes_nothing(tmp_path: Path) -> None:
+def test_monitor_changes_nothing(tmp_path: Path) -> None:
     models = [Classifier(), Classifier()]
     models[1].load_state_dict(models[0].state_dict())
     trainer(tmp_path / "0", models[0], logging_strategy="steps", logging_steps=4).train()

@@ -1,4 +1,4 @@
-"""What one of two processes does: trains in both ways, and compares its weights with the other's.
+"""One of two processes: trains in both modes and compares its weights with the other process.
 
 Run by test_lightning.py and test_transformers.py, under `python -m torch.distributed.run`.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.append(str(Path(__file__).parents[1]))  # for what tests share
+sys.path.append(str(Path(__file__).parents[1]))  # for modules that tests share
 
 
 def assert_alike(weight: torch.Tensor) -> None:
@@ -31,7 +31,7 @@ def lightning(way: str, path: Path) -> None:
     options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, "max_epochs": 1}
     t.trainer(path, added, Alike(), **options).fit(t.Module(), t.loader(96))
     assert {one.step for one in added.regularizer.measure().values()} == {3}
-    # The work is shared.
+    # The processes divide the work.
     assert {state.owner for state in added.regularizer._states} == {0, 1}
     print(added.regularizer.names, file=sys.stderr)
 
@@ -49,7 +49,7 @@ def transformers(way: str, path: Path) -> None:
     assert {state.owner for state in added.regularizer._states} == {0, 1}
     print(added.regularizer.names, file=sys.stderr)
     if used.args.device.index is not None:
-        return  # before 5 each process has a CPU of its own number, and torch loads to none of them
+        return  # before version 5 the CPU of each process has an index, to which torch cannot load
     again = t.Classifier()
     used = t.trainer(path, again, t.callback(way), ddp_backend="gloo", **options)
     used.train(resume_from_checkpoint=str(path / "checkpoint-2"))
@@ -62,6 +62,6 @@ if __name__ == "__main__":
     for way in ("proximal", "gradients"):
         {"lightning": lightning, "transformers": transformers}[library](way, Path(directory, way))
     dist.barrier()
-    # Threads of gloo that still run when the interpreter ends abort it.
+    # Threads of gloo that are still running when the interpreter exits would abort it.
     sys.stderr.flush()
     os._exit(0)

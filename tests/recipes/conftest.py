@@ -1,3 +1,3 @@
-"""The scripts that write the data need libraries that the tests do not."""
+"""Skips the scripts that write the data, which need libraries that the tests do not need."""
 
 collect_ignore_glob = ["write_*.py"]

@@ -1,4 +1,4 @@
-"""Checkpoints changed at random: whatever they hold, the answer is a weight or a reason."""
+"""Random changes of checkpoints, for which every answer must be a weight or a reason."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _DTYPES = st.sampled_from(
 def mutate(
     draw: st.DataObject, tensors: Mapping[str, Tensor], configs: Configs
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The tensors and the configs with one to three changes."""
+    """Returns the tensors and the configs with one to three random changes."""
     tensors, configs = dict(tensors), copy.deepcopy({k: dict(v) for k, v in configs.items()})
     for _ in range(draw.draw(st.integers(1, 3))):
         name = draw.draw(st.sampled_from(sorted(tensors))) if tensors else ""
@@ -88,7 +88,7 @@ def _change_setting(
 
 
 def check_answers(content: Content, find: Finder) -> None:
-    """Each candidate gives a weight of the shape that it names, or a reason in one sentence."""
+    """Checks that each candidate gives a weight of its shape, or a reason on one line."""
     for candidate in find(content):
         assert candidate.parts[0] in content.tensors
         reason = ""
@@ -102,7 +102,7 @@ def check_answers(content: Content, find: Finder) -> None:
 
 
 def check_mutated(draw: st.DataObject, content: Content, configs: Configs, find: Finder) -> None:
-    """Changes a checkpoint, and checks the answers."""
+    """Changes a checkpoint at random and checks the answers."""
     tensors = {name: content.read(name) for name in content.tensors}
     changed, beside = mutate(draw, tensors, configs)
     check_answers(content_from(changed, **beside), find)

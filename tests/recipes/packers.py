@@ -1,7 +1,7 @@
-"""The packers of auto-gptq, autoawq, gptqmodel and AutoRound, without the rest of these.
+"""Loads only the packers of auto-gptq, autoawq, gptqmodel and AutoRound.
 
-Their packages import kernels of GPUs and parts of transformers that are gone. A module of theirs
-works without: each package above it is replaced by one that holds nothing.
+Their packages import GPU kernels and removed parts of transformers. A single module works without
+these if each package above it is replaced by an empty one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def load(name: str, empty: tuple[str, ...]) -> Any:
-    """A module, where packages of these names hold nothing but modules.
+    """Imports a module while the packages with these names contain only modules.
 
     Raises:
         ModuleNotFoundError: the library is not installed.
@@ -41,15 +41,15 @@ def load_auto_gptq() -> Any:
 
 
 def load_autoawq(version: str) -> Any:
-    """The linear layers of autoawq with the name of a version: gemm, gemv."""
+    """The module of autoawq with the linear layers of a version, gemm or gemv."""
     packages = ("awq", "awq.modules", "awq.modules.linear", "awq.utils")
     return load(f"awq.modules.linear.{version}", packages)
 
 
 def load_gptqmodel(name: str = "nn_modules.qlinear.torch") -> Any:
-    """A module of gptqmodel; by default that of the linear layer that runs on a CPU."""
+    """A module of gptqmodel; by default the one with the linear layer that runs on a CPU."""
     packages = ("gptqmodel", "gptqmodel.models")
-    with contextlib.suppress(ImportError):  # which is for want of a constant of its package
+    with contextlib.suppress(ImportError):  # a constant of its package is missing
         return load(f"gptqmodel.{name}", packages)
     sys.modules["gptqmodel"].DEBUG_ON = False  # type: ignore[attr-defined]
     return load(f"gptqmodel.{name}", packages)
@@ -59,7 +59,7 @@ def load_auto_round(name: str) -> Any:
     """A linear layer of AutoRound that runs on a CPU: qlinear_torch, for v1 qlinear_torch_zp."""
     packages = ("auto_round", "auto_round.utils")
     packages += ("auto_round_extension", "auto_round_extension.torch")
-    with contextlib.suppress(ImportError):  # which is for want of a function of its package
+    with contextlib.suppress(ImportError):  # a function of its package is missing
         return load(f"auto_round_extension.torch.{name}", packages).QuantLinear
     sys.modules["auto_round.utils"].get_packing_device = lambda _: "cpu"  # type: ignore[attr-defined]
     return load(f"auto_round_extension.torch.{name}", packages).QuantLinear

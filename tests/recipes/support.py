@@ -1,4 +1,4 @@
-"""What a folder with a checkpoint says: the content that finders get, read by safetensors."""
+"""Reads the content of a checkpoint folder with safetensors, for the finders."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def content_of(folder: Path) -> Content:
 
 
 def content_from(tensors: Mapping[str, Tensor], **beside: Mapping[str, Any]) -> Content:
-    """The content of tensors in memory, with the configs beside them: config={...}."""
+    """The content of tensors in memory, with configs such as config={...}."""
 
     def read(name: str, rows: tuple[int, int] | None = None) -> Tensor:
         return tensors[name] if rows is None else tensors[name][rows[0] : rows[1]]
@@ -71,20 +71,20 @@ def content_from(tensors: Mapping[str, Tensor], **beside: Mapping[str, Any]) -> 
 
 
 def load_expected(folder: Path) -> dict[str, Tensor]:
-    """The weights as the library that wrote the folder dequantises them."""
+    """The weights as dequantised by the library that wrote the folder."""
     with safe_open(folder / "expected.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def build_all(recipe: Recipe, content: Content) -> Tensor:
-    """The whole weight of a recipe, of a stack all its matrices."""
+    """Builds the complete weight of a recipe, for a stack all its matrices."""
     if recipe.count == 1:
         return recipe.build(content.read, 0)
     return torch.stack([recipe.build(content.read, i) for i in range(recipe.count)])
 
 
 def weights_of(content: Content, find: Finder) -> dict[str, Tensor]:
-    """All weights that a finder finds; each must be one that can be built."""
+    """Builds all weights that a finder finds. It must be possible to build each of them."""
     made = {one.label: one.make() for one in find(content)}
     for label, recipe in made.items():
         assert recipe.label == label

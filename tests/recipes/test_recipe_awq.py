@@ -1,4 +1,4 @@
-"""Weights in the formats of AWQ, compared entry by entry with what autoawq dequantises."""
+"""Weights in the formats of AWQ, compared entry by entry with those that autoawq dequantises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEM = "model.layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_entry_is_that_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     content = content_of(DATA / folder)
     weights, expected = weights_of(content, find_awq), load_expected(DATA / folder)
     assert weights.keys() == expected.keys()
@@ -36,9 +36,7 @@ def test_every_entry_is_that_of_the_library(folder: str) -> None:
 
 @pytest.mark.parametrize("step", [1, 200])
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_codes_may_be_read_in_ranges(
-    folder: str, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_are_read_in_ranges(folder: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(DATA / folder)
     whole = weights_of(content, find_awq)
     monkeypatch.setattr(awq, "_STEP", step)
@@ -52,7 +50,7 @@ def load(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return parts, dict(content.quantization())
 
 
-def test_settings_may_stand_in_quant_config_alone() -> None:
+def test_settings_only_in_quant_config() -> None:
     tensors, _ = load("awq_gemm")
     old = {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"}
     content = content_from({f"l.{k}": one for k, one in tensors.items()}, quant_config=old)
@@ -80,17 +78,20 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda t, s: s.update(version="marlin"), "its version is marlin"),
     (lambda t, s: s.update(version="exllama"), "its version is exllama"),
     (lambda t, s: s.update(backend="llm-awq"), "its version is llm-awq"),
-    (lambda t, s: s.update(version="gemv"), "the version gemv has no groups of 16 inputs"),
-    (lambda t, s: s.update(bits=8), "it has 8 bits, and its layout is known for 4"),
-    (lambda t, s: s.pop("bits"), "it has None bits, and its layout is known for 4"),
-    (lambda t, s: s.update(group_size=32), "its group_size is 32, with 48 inputs"),
+    (
+        lambda t, s: s.update(version="gemv"),
+        "the version gemv does not support groups of 16 inputs",
+    ),
+    (lambda t, s: s.update(bits=8), "it has 8 bits, but the layout is known only for 4"),
+    (lambda t, s: s.pop("bits"), "it has None bits, but the layout is known only"),
+    (lambda t, s: s.update(group_size=32), "its group_size in the config is 32, but it has 48"),
     (lambda t, s: s.update(group_size=24), "do not fit 64 outputs and 2 groups of 24 inputs"),
     (lambda t, s: s.update(group_size=-1), "do not fit 64 outputs and 1 groups of 48 inputs"),
-    (lambda t, s: s.update(group_size=0), "its group_size is 0"),
+    (lambda t, s: s.update(group_size=0), "its group_size in the config is 0"),
     (lambda t, s: s.update(group_size=[16]), "group_size is [16] in config.json"),
     (lambda t, s: t.pop("qzeros"), "l.qzeros is missing"),
     (lambda t, s: t.pop("scales"), "l.scales is missing"),
-    (lambda t, s: t.update(qweight=t["qweight"][:40]), "with 40 inputs"),
+    (lambda t, s: t.update(qweight=t["qweight"][:40]), "it has 40 inputs"),
     (lambda t, s: t.update(qweight=t["qweight"].long()), "l.qweight has the dtype int64"),
     (lambda t, s: t.update(qweight=t["qweight"][:, :0]), "l.qweight has the shape (48, 0)"),
     (lambda t, s: t.update(scales=t["scales"].T), "do not fit 64 outputs"),
@@ -99,7 +100,7 @@ CHANGES: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES)
-def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: str) -> None:
+def test_contradictory_parts_give_a_reason(change: Change, reason: str) -> None:
     tensors, settings = load("awq_gemm")
     change(tensors, settings)
     named = {f"l.{name}": one for name, one in tensors.items()}
@@ -112,14 +113,14 @@ def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: 
 @pytest.mark.parametrize(
     ("size", "reason"),
     [
-        (16, "the version gemv has no groups of 16 inputs"),
-        (48, "the version gemv has no groups of 48 inputs"),
-        (-1, "the version gemv has no groups of 96 inputs"),
-        (64, "its group_size is 64, with 96 inputs"),
+        (16, "the version gemv does not support groups of 16 inputs"),
+        (48, "the version gemv does not support groups of 48 inputs"),
+        (-1, "the version gemv does not support groups of 96 inputs"),
+        (64, "its group_size in the config is 64, but it has 96"),
     ],
 )
-def test_another_group_size_of_gemv_has_a_reason(size: int, reason: str) -> None:
-    """Its zero points are padded, so that their number says little."""
+def test_wrong_group_size_of_gemv_gives_a_reason(size: int, reason: str) -> None:
+    """The zero points are padded, so their number does not determine the group size."""
     tensors, settings = load("awq_gemv")
     named = {f"l.{name}": one for name, one in tensors.items()}
     settings["group_size"] = size
@@ -129,7 +130,7 @@ def test_another_group_size_of_gemv_has_a_reason(size: int, reason: str) -> None
 
 
 @pytest.mark.parametrize("words", [3, 8])
-def test_padding_of_gemv_that_autoawq_does_not_write_has_a_reason(words: int) -> None:
+def test_wrong_padding_of_gemv_gives_a_reason(words: int) -> None:
     tensors, settings = load("awq_gemv")
     tensors["qzeros"] = torch.ones(24, words, dtype=torch.int32)
     tensors["scales"] = torch.ones(24, 8 * words).half()
@@ -141,8 +142,6 @@ def test_padding_of_gemv_that_autoawq_does_not_write_has_a_reason(words: int) ->
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @given(draw=st.data())
-def test_whatever_is_changed_the_answer_is_a_weight_or_a_reason(
-    folder: str, draw: st.DataObject
-) -> None:
+def test_random_changes_give_a_weight_or_a_reason(folder: str, draw: st.DataObject) -> None:
     content = content_of(DATA / folder)
     check_mutated(draw, content, {"config": dict(content.beside("config.json"))}, find_awq)

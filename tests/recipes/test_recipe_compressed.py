@@ -1,4 +1,4 @@
-"""What compressed-tensors stores, entry by entry."""
+"""Weights of compressed-tensors, compared entry by entry with those that it decompresses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOLDERS = sorted(path.name for path in DATA.glob("compressed_*"))
 
 
 def load(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config of a folder, to be changed."""
+    """Copies of the tensors and of the config of a folder, which a test can change."""
     content = content_of(DATA / folder)
     tensors = {name: content.read(name) for name in content.tensors}
     return tensors, copy.deepcopy(dict(content.beside("config.json")))
@@ -31,12 +31,12 @@ def check_entries(content: Content, folder: Path) -> None:
     weights, expected = weights_of(content, find_compressed), load_expected(folder)
     assert weights.keys() == expected.keys()
     for name, W in expected.items():
-        # The library multiplies in the dtype of the scales, and rounds what is float4 to bfloat16.
+        # The library multiplies in the dtype of the scales, and rounds float4 weights to bfloat16.
         torch.testing.assert_close(weights[name].to(W.dtype), W, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_entries_are_those_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     content = content_of(DATA / folder)
     check_entries(content, DATA / folder)
     recipes, refused = find_recipes(content)
@@ -45,8 +45,8 @@ def test_entries_are_those_of_the_library(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_number_that_is_stored_matters(folder: str) -> None:
-    """A part of which a change is not seen would be one that is not read."""
+def test_every_stored_number_is_read(folder: str) -> None:
+    """A change of any part changes the weight."""
     tensors, config = load(folder)
     before = weights_of(content_from(tensors, config=config), find_compressed)
     for name, tensor in tensors.items():
@@ -59,7 +59,7 @@ def test_every_number_that_is_stored_matters(folder: str) -> None:
 
 
 def change(tensor: Tensor) -> Tensor:
-    """Other numbers, of floating point by a factor of two."""
+    """Returns other numbers; floating-point numbers change by a factor of two."""
     if tensor.dtype in (torch.float32, torch.bfloat16):
         return tensor * 2
     if tensor.dtype == torch.float8_e4m3fn:
@@ -89,7 +89,7 @@ def test_packed_integers_of_every_width(bits: int, tmp_path: Path) -> None:
         for symmetric in (True, False):
             args = {"strategy": "group", "group_size": size, "symmetric": symmetric}
             layers[f"group_{symmetric}_{m}_{n}"] = ((m, n), {"num_bits": bits, **args})
-    if bits == 4:  # the library cannot read zero points of 4 bits in a single row of words
+    if bits == 4:  # the library cannot read 4-bit zero points in a single row of words
         layers = {
             name: (shape, args)
             for name, (shape, args) in layers.items()
@@ -117,7 +117,7 @@ def test_all_formats_in_other_shapes(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 @pytest.mark.libraries
-def test_stacks_of_experts_as_the_library_packs_them() -> None:
+def test_stacks_of_experts_equal_library() -> None:
     """The library packs tensors of three sides, slice by slice."""
     compressors = pytest.importorskip("compressed_tensors.compressors")
     quantization = importlib.import_module("compressed_tensors.quantization")
@@ -140,11 +140,11 @@ def test_stacks_of_experts_as_the_library_packs_them() -> None:
     torch.testing.assert_close(build_all(recipe, content), expected, rtol=0, atol=0)
 
 
-# --- packed in words of old and of new ------------------------------------------------------------
+# --- old and new layout of packed words ----------------------------------------------------------
 
 
-def test_old_words_are_told_from_new_ones_by_their_number() -> None:
-    """Without a version: of 96 codes of 3 bits there are 10 words of old and 9 of new."""
+def test_number_of_words_determines_layout() -> None:
+    """Without a version: 96 codes of 3 bits have 10 words in the old layout and 9 in the new."""
     tensors, config = load("compressed_0_9_4")
     del config["quantization_config"]["version"]
     content = content_from(tensors, config=config)
@@ -155,43 +155,43 @@ def test_old_words_are_told_from_new_ones_by_their_number() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.20.1", "0.18.0"])
-def test_version_that_contradicts_the_words_is_a_reason(version: str) -> None:
+def test_version_that_contradicts_words_gives_a_reason(version: str) -> None:
     tensors, config = load("compressed_0_9_4")
     config["quantization_config"]["version"] = version
     content = content_from(tensors, config=config)
     expected = load_expected(DATA / "compressed_0_9_4")
     read = {one.label: one for one in find_compressed(content)}
-    for label in ("wide.weight", "ordered.weight"):  # of which the number of words tells
+    for label in ("wide.weight", "ordered.weight"):  # whose number of words determines the layout
         assert torch.equal(build_all(read.pop(label).make(), content), expected[label])
-    for one in read.values():  # zero is what is not used
-        assert "bits: the rest is not zero" in reason_of(one, content)
+    for one in read.values():  # unused bits must be zero
+        assert "bits: the unused bits are not zero" in reason_of(one, content)
 
 
-def test_words_of_new_that_an_old_version_is_said_to_have_written_are_a_reason() -> None:
+def test_new_layout_with_old_version_gives_a_reason() -> None:
     tensors, config = load("compressed_0_9_4")
     tensors["wide.weight_packed"] = tensors["wide.weight_packed"][:, :9]
     content = content_from(tensors, config=config)
     candidates = {one.label: one for one in find_compressed(content)}
-    assert "and the version in config.json is 0.9.4" in reason_of(
+    assert "but the version in config.json is 0.9.4" in reason_of(
         candidates["wide.weight"], content
     )
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_bits_beyond_the_last_code_are_a_reason(bits: int) -> None:
-    """They are zero: of another width of codes, or of another number of them, they are not."""
+def test_nonzero_unused_bits_give_a_reason(bits: int) -> None:
+    """They are zero unless the codes have another width or number."""
     tensors = packed(n=32, bits=bits)
     tensors["fc.weight_shape"][1] -= 1
     tensors["fc.weight_scale"] = tensors["fc.weight_scale"][:, :1]
     config = config_of(group(num_bits=bits, strategy="channel", group_size=-1))
-    assert "bits: the rest is not zero" in reason(tensors, config)
+    assert "bits: the unused bits are not zero" in reason(tensors, config)
 
 
-def test_integers_of_more_bits_than_the_config_says_are_a_reason() -> None:
+def test_integers_with_too_many_bits_give_a_reason() -> None:
     tensors = {"fc.weight": torch.tensor([[-8, 7], [3, 8]], dtype=torch.int8)}
     tensors["fc.weight_scale"] = torch.ones(2, 1)
     config = config_of(group(strategy="channel", group_size=-1), format="int-quantized")
-    assert reason(tensors, config) == "fc.weight holds -8 to 8, more than 4 bits"
+    assert reason(tensors, config) == "fc.weight ranges from -8 to 8, more than 4 bits"
 
 
 # --- which group ----------------------------------------------------------------------------------
@@ -228,20 +228,20 @@ def build(tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
     return W
 
 
-def test_one_group_that_fits_is_the_one() -> None:
+def test_the_only_fitting_group_is_used() -> None:
     alone = build(packed(), config_of(group()))
     others = (group(num_bits=8), group(group_size=12), group(type="float"), {"targets": ["Conv2d"]})
     assert torch.equal(build(packed(), config_of(*others, group())), alone)
     assert torch.equal(build(packed(), config_of(group(), group(symmetric=True), *others)), alone)
 
 
-def test_group_that_names_the_module_has_to_fit() -> None:
+def test_group_that_names_the_module_must_fit() -> None:
     named = group(num_bits=8) | {"targets": ["fc"]}
     assert "8 bits do not fit the 3 words" in reason(packed(), config_of(named, group()))
 
 
-def test_two_groups_that_fit_are_a_reason() -> None:
-    """Blocks of 3 and 2 rows that are three each time."""
+def test_two_fitting_groups_give_a_reason() -> None:
+    """Several block heights give the same number of blocks."""
     tensors = packed() | {"fc.weight_scale": torch.rand(3, 3)}
     blocks = [group(strategy="block", group_size=None, block_structure=[h, 8]) for h in (2, 3)]
     assert torch.equal(
@@ -250,23 +250,23 @@ def test_two_groups_that_fit_are_a_reason() -> None:
     )
     tensors["fc.weight_scale"] = torch.rand(2, 3)
     wide = [group(strategy="block", group_size=None, block_structure=[h, 8]) for h in (3, 4, 5)]
-    assert "several of the config_groups" in reason(tensors, config_of(*wide))
+    assert "several config_groups" in reason(tensors, config_of(*wide))
 
 
-def test_too_many_groups_are_a_reason() -> None:
+def test_too_many_groups_give_a_reason() -> None:
     groups = [group(group_size=size) for size in range(1, 100)]
     assert "more than 64 different" in reason(packed(), config_of(*groups))
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    """8 bits, integers, symmetric; without a strategy groups of the group_size."""
+    """8 bits, integers, symmetric. Without a strategy, groups of group_size."""
     tensors = packed(bits=8)
     short = {"weights": {"group_size": 8}}
     whole = group(num_bits=8, symmetric=True)
     assert torch.equal(build(tensors, config_of(short)), build(tensors, config_of(whole)))
 
 
-# --- what does not fit ----------------------------------------------------------------------------
+# --- parts that do not fit ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", ["fc.weight_scale", "fc.weight_shape"])
@@ -296,7 +296,7 @@ ORDER = torch.arange(24) // 8
         ({}, config_of(group(type="complex")), "type must be"),
         ({}, config_of(group(type="float")), "does not fit 4 bits of type float"),
         ({}, config_of(group(symmetric="yes")), "symmetric must be"),
-        ({}, config_of(group(strategy="token", group_size=None)), "token is not known"),
+        ({}, config_of(group(strategy="token", group_size=None)), "token is unknown"),
         ({}, config_of(group(strategy="channel")), "contradicts the group_size"),
         ({}, config_of(group(strategy="block", group_size=None)), "the block_structure"),
         ({}, config_of(group(group_size=0)), "contradicts the group_size"),
@@ -311,42 +311,42 @@ ORDER = torch.arange(24) // 8
         ({}, config_of(group(strategy="tensor_group")), "weight_global_scale is missing"),
         ({}, config_of(ASYMMETRIC), "weight_zero_point is missing"),
         ({}, config_of(ORDERED), "weight_g_idx is missing"),
-        ({"fc.weight": torch.ones(2, 2)}, config_of(group()), "fc.weight is stored as well"),
+        ({"fc.weight": torch.ones(2, 2)}, config_of(group()), "fc.weight is also stored"),
         ({"fc.weight_global_scale": torch.ones(1)}, config_of(group()), "contradicts the group"),
         ({SHAPE: torch.tensor([6, 25])}, config_of(group()), "do not fit the 3 words"),
-        ({SHAPE: torch.tensor([7, 24])}, config_of(group()), "but there are [6] rows"),
-        ({SHAPE: torch.tensor([6, -24])}, config_of(group()), "rows of codes"),
+        ({SHAPE: torch.tensor([7, 24])}, config_of(group()), "but the codes have [6] rows"),
+        ({SHAPE: torch.tensor([6, -24])}, config_of(group()), "but the codes have [6] rows"),
         ({SHAPE: torch.tensor([6, 1 << 60])}, config_of(group()), "do not fit the 3 words"),
-        ({SHAPE: torch.tensor([6.0, 24.0])}, config_of(group()), "rows of codes"),
-        ({SHAPE: torch.tensor([24])}, config_of(group()), "rows of codes"),
-        ({SHAPE: torch.tensor([])}, config_of(group()), "rows of codes"),
+        ({SHAPE: torch.tensor([6.0, 24.0])}, config_of(group()), "but the codes have [6] rows"),
+        ({SHAPE: torch.tensor([24])}, config_of(group()), "but the codes have [6] rows"),
+        ({SHAPE: torch.tensor([])}, config_of(group()), "but the codes have [6] rows"),
         ({SHAPE: torch.zeros(5000).int()}, config_of(group()), "too large"),
         ({"fc.weight_packed": torch.zeros(6, 0).int()}, config_of(group()), "has the shape"),
         ({"fc.weight_packed": torch.zeros(6).int()}, config_of(group()), "has the shape"),
         ({"fc.weight_packed": torch.zeros(6, 3).long()}, config_of(group()), "does not fit 4 bits"),
-        ({"fc.weight_scale": torch.ones(6, 3).int()}, config_of(group()), "is of dtype int32"),
+        ({"fc.weight_scale": torch.ones(6, 3).int()}, config_of(group()), "has the dtype int32"),
         ({"fc.weight_scale": torch.ones(3, 6)}, config_of(group()), "does not fit the group"),
         ({"fc.weight_scale": torch.ones(18)}, config_of(group()), "does not fit the group"),
         ({ZEROS: torch.zeros(1, 2).int()}, config_of(ASYMMETRIC), "does not fit"),
         ({ZEROS: torch.zeros(2, 3).int()}, config_of(ASYMMETRIC), "does not fit 6 rows"),
         ({ZEROS: torch.zeros(1).int()}, config_of(ASYMMETRIC), "does not fit 6 rows"),
         ({ZEROS: torch.zeros(6, 3)}, config_of(ASYMMETRIC), "does not fit"),
-        ({ZEROS: torch.ones(6, 3).char()}, config_of(group()), "is not zero"),
+        ({ZEROS: torch.ones(6, 3).char()}, config_of(group()), "must be zero"),
         ({"fc.weight_g_idx": ORDER[1:]}, config_of(ORDERED), "not one number per column"),
         ({"fc.weight_g_idx": ORDER.float()}, config_of(ORDERED), "not one number per column"),
-        ({"fc.weight_g_idx": ORDER + 1}, config_of(ORDERED), "not below 3"),
-        ({"fc.weight_g_idx": ORDER - 1}, config_of(ORDERED), "not below 3"),
-        ({"fc.weight_g_idx": ORDER * 0}, config_of(ORDERED), "leaves out some"),
+        ({"fc.weight_g_idx": ORDER + 1}, config_of(ORDERED), "at least 0 and below 3"),
+        ({"fc.weight_g_idx": ORDER - 1}, config_of(ORDERED), "at least 0 and below 3"),
+        ({"fc.weight_g_idx": ORDER * 0}, config_of(ORDERED), "omits some"),
         ({"fc.meta": torch.ones(1)}, config_of(group()), "sparse form"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_a_reason(
+def test_parts_that_do_not_fit_give_a_reason(
     changes: dict[str, Tensor], config: dict[str, Any], why: str
 ) -> None:
     assert why in reason(packed() | changes, config)
 
 
-def test_order_that_is_only_initialised_is_that_of_the_columns() -> None:
+def test_initial_order_is_that_of_the_columns() -> None:
     config = config_of(ORDERED)
     order = {"fc.weight_g_idx": torch.full((24,), -1)}
     assert torch.equal(build(packed() | order, config), build(packed(), config_of(group())))
@@ -361,8 +361,8 @@ def test_config_groups_of_another_kind_are_refused(damage: Any) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_damaged_parts_are_reasons_and_never_weights(folder: str) -> None:
-    """Each part is left out, cut, given another shape, or another dtype."""
+def test_damaged_parts_never_give_a_wrong_weight(folder: str) -> None:
+    """Each part is omitted, cut, reshaped, or converted to another dtype."""
     tensors, config = load(folder)
     whole = weights_of(content_from(tensors, config=config), find_compressed)
     for name, tensor in tensors.items():
@@ -380,12 +380,12 @@ def test_damaged_parts_are_reasons_and_never_weights(folder: str) -> None:
             recipes, _ = find_recipes(content)
             if label in recipes:
                 W = build_all(recipes[label], content)
-                # Of a scale of one entry any shape says the same; codes may be those of another W.
+                # A scale of one entry can have any shape, and cut codes can belong to another W.
                 other = any(damage is one for one in cut) and name.endswith(("weight", "_packed"))
                 assert other or torch.equal(W, whole[label]), (name, damage)
 
 
-def test_float_weight_beside_scales_is_rounded_in_forward() -> None:
+def test_float_weight_with_scales_gives_a_reason() -> None:
     tensors = {"fc.weight": torch.ones(4, 8), "fc.weight_scale": torch.ones(4, 1)}
     settings = group(num_bits=8, strategy="channel", group_size=None)
     config = config_of(settings, quantization_status="frozen", format="dense")

@@ -1,8 +1,7 @@
-"""Whole models that libraries quantise, audited, compared and made plain, and loaded again.
+"""Complete models that libraries quantise are audited, compared, dequantised and loaded again.
 
-Of each the copy of plain tensors must have the weights that the library itself dequantises, to the
-last bit of the dtype in which they are stored, under the names and with a config by which
-transformers loads them.
+The plain copy of each must have the weights that the library itself dequantises, to the last bit of
+the stored dtype, and the names and the config with which transformers loads them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 
 @pytest.fixture(autouse=True)
 def _without_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bitsandbytes compiles what it runs once."""
+    """bitsandbytes would compile functions that run only once."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -82,7 +81,7 @@ IMAGES = ("vit",)
 
 
 class Quantised:
-    """A model before and after, as folders, and what the library makes of the latter."""
+    """The folders of a model: the plain one, the quantised one, and the plain copy."""
 
     def __init__(self, name: str, folder: Path) -> None:
         kind, config, settings = MODELS[name]
@@ -111,7 +110,7 @@ class Quantised:
         return logits
 
     def rewrite(self, change: Callable[[str, Tensor], dict[str, Tensor]], settings: Any) -> None:
-        """Writes a copy of the plain model with other tensors in the place of some."""
+        """Writes a copy of the plain model in which `change` replaces tensors."""
         self.codes.mkdir()
         index = json.loads((self.plain / "model.safetensors.index.json").read_text())
         places: dict[str, str] = {}
@@ -129,7 +128,7 @@ class Quantised:
 
 
 def quantise_fp8(model: Quantised) -> nn.Module:
-    """As transformers stores it; it quantises only on a GPU, and its operation works without."""
+    """Quantises as transformers does. It needs a GPU to quantise, but its operation does not."""
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
     settings = transformers.FineGrainedFP8Config(weight_block_size=[32, 16])
@@ -184,7 +183,7 @@ def quantise_compressed(model: Quantised, **weights: Any) -> nn.Module:
     found.save_pretrained(model.codes, max_shard_size="60KB")
     compressor.update_config(model.codes)
     compressor.decompress_model(found)
-    for module in found.modules():  # so that it computes with the weights as they are
+    for module in found.modules():  # so that it computes with the decompressed weights
         if hasattr(module, "quantization_scheme"):
             compressed.quantization.disable_quantization(module)
     return found
@@ -203,7 +202,7 @@ def quantise_torchao(model: Quantised) -> nn.Module:
 
 
 def quantise_mxfp4(model: Quantised) -> nn.Module:
-    """Random codes, because transformers makes these only on a GPU; it reads them without."""
+    """Random codes, because transformers quantises only on a GPU; it reads them without one."""
 
     def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
         if not name.endswith(("gate_up_proj", "down_proj")):
@@ -275,7 +274,7 @@ CASES: dict[str, tuple[str, Callable[[Quantised], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_is_measured_compared_and_made_plain(
+def test_model_is_audited_compared_and_dequantised(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, quantise, dtype = CASES[case]
@@ -285,13 +284,13 @@ def test_a_model_is_measured_compared_and_made_plain(
     assert after.coverage.failed == 0
     built = [finding for finding in after.findings if finding.parts]
     assert {finding.dtype for finding in built} == {dtype}
-    # All weights have a counterpart, and codes stand for as many entries as those.
+    # All weights have a counterpart with the same number of entries.
     compared = wc.compare(before, after)
     assert all(pair.before and pair.after for pair in compared.pairs)
     assert after.coverage.measured == before.coverage.measured
     assert after.coverage.parameter_share == pytest.approx(before.coverage.parameter_share)
     assert after.coverage.skipped == before.coverage.skipped
-    # A repair says that it leaves codes as they are, with the way out.
+    # A repair reports that it does not change codes, and names --dequantise.
     shrunk = tmp_path / "shrunk"
     if len(built) < len(after.findings):
         report = wc.repair(model.codes, shrunk, 50.0)
@@ -300,7 +299,7 @@ def test_a_model_is_measured_compared_and_made_plain(
     else:
         with pytest.raises(ValueError, match=r"stored as codes.*--dequantise"):
             wc.repair(model.codes, shrunk, 50.0)
-    # The plain copy is the model as the library dequantises it.
+    # The plain copy equals the model that the library dequantises.
     command = ["repair", str(model.codes), str(model.copy), "--max-condition", "inf"]
     assert cli.main([*command, "--dequantise"]) == 0
     assert f"{len({f.name for f in built})} weight" in capsys.readouterr().out
@@ -309,14 +308,14 @@ def test_a_model_is_measured_compared_and_made_plain(
     assert not any(info.values()), info
     ours, theirs = copied.state_dict(), expected.state_dict()
     for path, tensor in ours.items():
-        # bitsandbytes has a Linear in the place of a Conv1D of GPT-2.
+        # bitsandbytes replaces the Conv1D of GPT-2 by a Linear.
         linear = name == "gpt2" and path.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
         other = theirs[path].T if linear else theirs[path]
         torch.testing.assert_close(tensor, other, rtol=0, atol=0)
     torch.testing.assert_close(model.run(copied.eval()), model.run(expected), rtol=0, atol=0)
     again = wc.audit(model.copy)
     assert {f.label for f in again.findings} == {f.label for f in after.findings}
-    # Under a limit all weights of the copy obey it.
+    # All weights of the copy are within the limit.
     wc.repair(model.codes, tmp_path / "limited", 100.0, dequantise=True)
     assert not wc.audit(tmp_path / "limited").exceeding(100.0)
 
@@ -324,10 +323,8 @@ def test_a_model_is_measured_compared_and_made_plain(
 @pytest.mark.parametrize(
     ("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "c_proj"])]
 )
-def test_what_peft_adds_to_a_quantised_model_is_added(
-    name: str, targets: list[str], tmp_path: Path
-) -> None:
-    """Of GPT-2 too, the layers of which are stored as (inputs, outputs) unless quantised."""
+def test_adapter_of_quantised_model_is_added(name: str, targets: list[str], tmp_path: Path) -> None:
+    """This includes GPT-2, whose layers are stored as (inputs, outputs) unless quantised."""
     peft = pytest.importorskip("peft")
     model = Quantised(name, tmp_path)
     quantise_bitsandbytes(model, load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -1,4 +1,4 @@
-"""FP8 as transformers, FBGEMM, DeepSeek and ComfyUI store it, entry by entry."""
+"""FP8 weights of transformers, FBGEMM, DeepSeek and ComfyUI, compared entry by entry."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def settings(**others: Any) -> dict[str, Any]:
 
 
 def build(tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Tensor:
-    """The only weight of these tensors, all of which have to belong to it."""
+    """Builds the only weight of these tensors, all of which must belong to it."""
     content = content_from(tensors, config=config or {})
     recipes, refused = find_recipes(content)
     assert not refused
@@ -44,7 +44,7 @@ def reason(tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> 
 
 
 def by_hand(codes: Tensor, scales: Tensor, h: int, w: int) -> Tensor:
-    """Entry by entry in float64: the block of (i, j) is (i // h, j // w)."""
+    """Dequantises entry by entry in float64: the block of (i, j) is (i // h, j // w)."""
     m, n = codes.shape
     codes, scales = codes.double(), scales.double()
     entries = [[codes[i, j] * scales[i // h, j // w] for j in range(n)] for i in range(m)]
@@ -52,7 +52,7 @@ def by_hand(codes: Tensor, scales: Tensor, h: int, w: int) -> Tensor:
 
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in DATA.glob("float8_*")))
-def test_entries_are_those_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     content, expected = content_of(DATA / folder), load_expected(DATA / folder)
     powers = any(dtype == "float8_e8m0fnu" for _, dtype in content.tensors.values())
     if powers and not hasattr(torch, "float8_e8m0fnu"):
@@ -64,7 +64,7 @@ def test_entries_are_those_of_the_library(folder: str) -> None:
 
 
 @pytest.mark.libraries
-def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> None:
+def test_every_entry_equals_installed_library(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     pytest.importorskip("transformers")
     writer = importlib.import_module("write_float8")
@@ -82,7 +82,7 @@ def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> Non
 @pytest.mark.libraries
 @pytest.mark.parametrize("shape", [(1, 1), (9, 4), (4, 9), (8, 16), (23, 5), (2, 31)])
 @pytest.mark.parametrize("block", [(1, 1), (4, 3), (3, 8), (40, 7), (5, 99)])
-def test_short_blocks_are_those_of_compressed_tensors_and_transformers(
+def test_short_blocks_equal_compressed_tensors_and_transformers(
     shape: tuple[int, int], block: tuple[int, int]
 ) -> None:
     pytest.importorskip("compressed_tensors")
@@ -94,14 +94,14 @@ def test_short_blocks_are_those_of_compressed_tensors_and_transformers(
     W = build(both, settings(weight_block_size=[h, w]))
     converter = converters.FP8BlockDequantizer(weight_block_size=block, dtype=torch.float32)
     torch.testing.assert_close(W, converter.process(dict(both))["x.weight"], rtol=0, atol=0)
-    # What transformers multiplies by on a GPU; when it loads on a CPU it takes other blocks.
+    # transformers multiplies by this on a GPU. When it loads on a CPU, it uses other blocks.
     there = module._dequantize_fp8_weight(both["x.weight"], scales, [h, w], torch.float32)
     torch.testing.assert_close(W, there, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 8), (300, 2), (2, 300)])
 @pytest.mark.parametrize("block", [(1, 1), (1, 3), (2, 1), (3, 4), (128, 128), (1 << 39, 2)])
-def test_block_of_an_entry_counts_from_the_upper_left(
+def test_blocks_are_counted_from_the_upper_left(
     shape: tuple[int, int], block: tuple[int, int]
 ) -> None:
     (m, n), (h, w) = shape, block
@@ -112,7 +112,7 @@ def test_block_of_an_entry_counts_from_the_upper_left(
     torch.testing.assert_close(W, by_hand(both["weight"], scales, h, w).float(), rtol=0, atol=0)
 
 
-def test_matrix_that_is_converted_in_several_steps() -> None:
+def test_large_matrix_is_converted_in_several_steps() -> None:
     m, n = 1500, 2003  # more entries than are converted at once
     codes, scales = sample(m, n), torch.rand(24, 16) + 0.5
     W = build({"weight": codes, "weight_scale": scales}, settings(weight_block_size=[64, 128]))
@@ -133,7 +133,7 @@ def test_matrix_that_is_converted_in_several_steps() -> None:
         ("weight_scale_inv", (1,)),
     ],
 )
-def test_scale_of_the_tensor_or_per_row(
+def test_one_scale_per_tensor_or_row(
     dtype: torch.dtype, scale: str, shape: tuple[int, ...]
 ) -> None:
     codes, scales = sample(6, 4, dtype=dtype), torch.rand(shape) + 0.5
@@ -141,7 +141,7 @@ def test_scale_of_the_tensor_or_per_row(
     assert torch.equal(W, codes.float() * scales.reshape(-1, 1))
 
 
-def test_scalar_holds_for_the_whole_tensor_also_where_others_have_blocks() -> None:
+def test_scalar_scales_the_tensor_although_config_has_blocks() -> None:
     codes = sample(300, 5)
     W = build(
         {"weight": codes, "weight_scale": torch.tensor([0.3])}, settings(weight_block_size=[2, 2])
@@ -156,13 +156,13 @@ def test_kernel_with_one_scale() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (3, 4, 1), (3, 4)])
-def test_stack_of_experts_with_a_scale_each_or_per_row(shape: tuple[int, ...]) -> None:
+def test_stack_with_one_scale_per_expert_or_row(shape: tuple[int, ...]) -> None:
     codes, scales = sample(3, 4, 5), torch.rand(shape) + 0.5
     W = build({"experts.down_proj": codes, "experts.down_proj_scale_inv": scales})
     assert torch.equal(W, codes.float() * scales.reshape(3, -1, 1))
 
 
-def test_stack_of_one_expert_is_whole() -> None:
+def test_stack_of_one_expert() -> None:
     codes, scales = sample(1, 4, 5), torch.rand(1, 2, 3) + 0.5
     W = build(
         {"down_proj": codes, "down_proj_scale_inv": scales}, settings(weight_block_size=[2, 2])
@@ -170,7 +170,7 @@ def test_stack_of_one_expert_is_whole() -> None:
     torch.testing.assert_close(W[0], by_hand(codes[0], scales[0], 2, 2).float(), rtol=0, atol=0)
 
 
-def test_scales_that_are_not_finite_are_those_of_the_weight() -> None:
+def test_scales_that_are_not_finite_propagate() -> None:
     scales = torch.tensor([[float("nan")], [float("inf")], [1.0]])
     W = build({"weight": torch.ones(3, 2).to(E4M3), "weight_scale": scales})
     assert W[0].isnan().all()
@@ -178,19 +178,19 @@ def test_scales_that_are_not_finite_are_those_of_the_weight() -> None:
     assert (W[2] == 1).all()
 
 
-def test_powers_of_two_reach_from_subnormal_numbers_to_nan() -> None:
+def test_powers_of_two_from_subnormal_to_nan() -> None:
     powers = torch.tensor([[0], [1], [127], [254], [255]], dtype=torch.uint8)
     W = build({"weight": torch.ones(5, 3).to(E4M3), "scale": powers})
     assert W[:4, 0].tolist() == [2.0**-127, 2.0**-126, 1.0, 2.0**127]
     assert W[4].isnan().all()
 
 
-def test_float8_without_scale_is_left_alone() -> None:
+def test_float8_without_scale_has_no_recipe() -> None:
     content = content_from({"a.weight": sample(3, 4), "b.weight": torch.ones(3, 4)})
     assert find_recipes(content) == ({}, {})
 
 
-def test_vectors_and_wide_tensors_are_no_candidates() -> None:
+def test_vectors_and_plain_tensors_are_not_candidates() -> None:
     tensors = {"weight": sample(3), "weight_scale": torch.ones(1), "x": torch.ones(2, 2)}
     assert not list(find_float8(content_from(tensors | {"x_scale": torch.ones(1)})))
 
@@ -213,16 +213,16 @@ BLOCKS = settings(weight_block_size=[2, 3])
         ({"weight_scale": torch.ones(0, 2)}, {}, "has no weight_block_size"),
         ({"weight": sample(4, 4), "scale": torch.ones(4)}, {}, "the rows or the columns"),
         ({"weight_scale": ONE, "weight_scale_inv": ONE}, {}, "both scale it"),
-        ({"weight_scale": ONE, "weight_scale_2": ONE}, {}, "weight_scale_2 is beside it"),
-        ({"weight_scale": ONE, "pre_quant_scale": ONE}, {}, "pre_quant_scale is beside it"),
-        ({"weight_scale": ONE.to(torch.int32)}, {}, "is of dtype int32"),
-        ({"weight_scale": ONE.double()}, {}, "is of dtype float64"),
+        ({"weight_scale": ONE, "weight_scale_2": ONE}, {}, "weight_scale_2 is stored next to it"),
+        ({"weight_scale": ONE, "pre_quant_scale": ONE}, {}, "pre_quant_scale is stored next to it"),
+        ({"weight_scale": ONE.to(torch.int32)}, {}, "has the dtype int32"),
+        ({"weight_scale": ONE.double()}, {}, "has the dtype float64"),
         ({"weight": sample(0, 4), "weight_scale": ONE}, {}, "it has no entries"),
         ({"weight": sample(6, 4).to(torch.float8_e4m3fnuz), "scale": ONE}, {}, "float8_e4m3fnuz"),
         ({"weight": sample(2, 3, 4), "weight_scale": torch.ones(2)}, {}, "is not one number"),
     ],
 )  # fmt: skip
-def test_tensors_that_do_not_fit_are_a_reason(
+def test_tensors_that_do_not_fit_give_a_reason(
     tensors: dict[str, Tensor], config: dict[str, Any], why: str
 ) -> None:
     assert why in reason({"weight": W} | tensors, config)
@@ -232,7 +232,7 @@ def test_tensors_that_do_not_fit_are_a_reason(
     "block",
     [[0, 2], [-1, 2], [2], [2, 2, 2], "2", {}, [2.0, 2], [True, 2], [1 << 64, 1], ["2", "3"]],
 )
-def test_block_sizes_that_are_none_are_a_reason(block: Any) -> None:
+def test_invalid_block_sizes_give_a_reason(block: Any) -> None:
     scales = {"weight_scale_inv": torch.ones(3, 2)}
     assert "two positive integers" in reason(
         {"weight": W} | scales, settings(weight_block_size=block)
@@ -240,13 +240,13 @@ def test_block_sizes_that_are_none_are_a_reason(block: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [[], "fp8", {"quantization_config": []}, {"text_config": 3}])
-def test_configs_of_another_kind_say_nothing(config: Any) -> None:
+def test_invalid_configs_are_ignored(config: Any) -> None:
     if not isinstance(config, dict):
         config = {"quantization_config": config}
     assert "no weight_block_size" in reason({"weight": W, "scale": torch.ones(3, 2)}, config)
 
 
-def test_config_of_the_language_model_in_a_larger_one() -> None:
+def test_config_of_language_model_in_multimodal_model() -> None:
     both = {"weight": W, "scale": torch.rand(3, 2)}
     assert torch.equal(build(both, {"text_config": BLOCKS}), build(both, BLOCKS))
 
@@ -254,11 +254,11 @@ def test_config_of_the_language_model_in_a_larger_one() -> None:
 @pytest.mark.parametrize(
     ("shape", "why"),
     [
-        ((3, 3, 2), "not known whether the blocks of up begin anew"),
+        ((3, 3, 2), "whether up begins with a new block is unknown"),
         ((2, 3, 2), "not one per matrix"),
     ],
 )
-def test_blocks_over_gate_and_up_are_a_reason(shape: tuple[int, ...], why: str) -> None:
+def test_blocks_over_gate_and_up_give_a_reason(shape: tuple[int, ...], why: str) -> None:
     both = {"gate_up_proj": sample(3, 6, 4), "gate_up_proj_scale_inv": torch.ones(shape)}
     assert why in reason(both, BLOCKS)
 

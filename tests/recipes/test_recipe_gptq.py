@@ -1,4 +1,4 @@
-"""Weights in the formats of GPTQ, compared entry by entry with what the libraries dequantise."""
+"""Weights in the formats of GPTQ, compared entry by entry with those of the libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDERS = ("gptq_3_bits", "gptq_borrows", "gptq_v2", "gptq_planes", "gptq_auto_r
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_entry_is_that_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     weights = weights_of(content_of(DATA / folder), find_gptq)
     expected = load_expected(DATA / folder)
     assert weights.keys() == expected.keys()
@@ -33,7 +33,7 @@ def test_every_entry_is_that_of_the_library(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_inputs_may_be_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_read_in_ranges(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(DATA / folder)
     whole = weights_of(content, find_gptq)
     monkeypatch.setattr(gptq, "_STEP", 1)
@@ -61,7 +61,7 @@ def build(content: Content) -> Tensor:
     return build_all(candidate.make(), content)
 
 
-def test_groups_in_their_order_need_no_g_idx() -> None:
+def test_consecutive_groups_need_no_g_idx() -> None:
     tensors, settings = load("gptq_v2", "layers.2.up_proj")
     del settings["dynamic"]
     settings["desc_act"] = False
@@ -70,7 +70,7 @@ def test_groups_in_their_order_need_no_g_idx() -> None:
     assert torch.equal(build(content_with(tensors, settings)), whole)
 
 
-def test_a_group_size_of_minus_one_is_all_inputs() -> None:
+def test_group_size_of_minus_one_is_all_inputs() -> None:
     tensors, settings = load("gptq_v2", "layers.2.up_proj")
     del settings["dynamic"], tensors["g_idx"]
     settings |= {"desc_act": False, "group_size": -1}
@@ -81,7 +81,7 @@ def test_a_group_size_of_minus_one_is_all_inputs() -> None:
     assert torch.equal(W[:, :16].half(), expected[:, :16])
 
 
-def test_settings_may_stand_in_quantize_config_alone() -> None:
+def test_settings_only_in_quantize_config() -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     del settings["quant_method"], settings["checkpoint_format"]  # as old versions wrote it
     named = {f"l.{name}": one for name, one in tensors.items()}
@@ -89,14 +89,14 @@ def test_settings_may_stand_in_quantize_config_alone() -> None:
     assert torch.equal(W.half(), load_expected(DATA / "gptq_3_bits")["layers.0.q_proj.weight"])
 
 
-def test_bits_follow_from_the_shapes_where_no_config_has_them() -> None:
+def test_shapes_determine_bits_if_config_does_not() -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     whole = build(content_with(tensors, settings))
     del settings["bits"]
     assert torch.equal(build(content_with(tensors, settings)), whole)
 
 
-def test_symmetric_weights_have_the_middle_as_zero_point() -> None:
+def test_symmetric_weights_have_middle_zero_point() -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     settings |= {"sym": True, "meta": {}}
     tensors["qzeros"] = torch.full_like(tensors["qzeros"], 0x77777777)
@@ -106,7 +106,7 @@ def test_symmetric_weights_have_the_middle_as_zero_point() -> None:
     assert torch.equal(W, ((codes - 8) * s).T)
 
 
-def test_a_conv1d_has_the_shape_of_the_plain_checkpoint() -> None:
+def test_conv1d_has_the_shape_of_the_plain_checkpoint() -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     whole = build(content_with(tensors, settings))
     stem = "transformer.h.0.attn.c_attn"
@@ -118,43 +118,52 @@ def test_a_conv1d_has_the_shape_of_the_plain_checkpoint() -> None:
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], Any]
 CHANGES: list[tuple[Change, str]] = [
-    (lambda t, s: s.clear(), "neither config.json nor quantize_config.json is there"),
-    (lambda t, s: s.update(quant_method="qqq", method="qqq"), "quantisation is of the kind qqq"),
+    (lambda t, s: s.clear(), "neither config.json nor quantize_config.json"),
+    (
+        lambda t, s: s.update(quant_method="qqq", method="qqq"),
+        "the layout of its quant_method qqq is",
+    ),
     (lambda t, s: s.update(quant_method="qqq"), "quant_method is qqq in config.json, and method"),
     (
         lambda t, s: s.update(quant_method="auto-round", method="auto-round"),
-        "its packing_format is , whose layout is unknown",
+        "the layout of its packing_format  is unknown",
     ),
     (lambda t, s: s.update(is_marlin_format=True), "Marlin"),
     (lambda t, s: s.update(checkpoint_format="marlin"), "format is marlin in config.json"),
     (lambda t, s: s.update(checkpoint_format="bitblas", format="bitblas"), "its format is bitblas"),
     (lambda t, s: s.update(checkpoint_format=2), "checkpoint_format is 2"),
-    (lambda t, s: s.update(bits=8), "8 bits fit l.qweight (4, 32)"),
+    (lambda t, s: s.update(bits=8), "l.qweight (4, 32) and l.qzeros (2, 4) do not fit 8 bits"),
     (lambda t, s: s.update(bits="4"), "bits is '4' in config.json"),
     (lambda t, s: s.update(sym=True), "has other zero points than 8"),
     (lambda t, s: s.update(checkpoint_format="gptq_v2", format="gptq_v2", sym=True), "than 8"),
-    (lambda t, s: s.update(meta={}), "l.qzeros has zero points of 0, which are stored as 0 - 1"),
-    (lambda t, s: s.update(meta={"quantizer": ["optimum:1.20"]}), "which program wrote it"),
+    (lambda t, s: s.update(meta={}), "l.qzeros has zero points of 0, which programs store differ"),
+    (lambda t, s: s.update(meta={"quantizer": ["optimum:1.20"]}), "the program that wrote it"),
     (lambda t, s: t.pop("qzeros"), "l.qzeros is missing"),
     (lambda t, s: t.pop("scales"), "l.scales is missing"),
     (lambda t, s: t.pop("g_idx"), "g_idx, the groups of its inputs, is missing"),
     (lambda t, s: t.update(g_idx=t["g_idx"] - 1), "l.g_idx has groups -1 to 0"),
-    (lambda t, s: t.update(g_idx=t["g_idx"] + 1), "l.g_idx has groups 1 to 2, and there are 2"),
+    (lambda t, s: t.update(g_idx=t["g_idx"] + 1), "has groups 1 to 2, but there are 2 groups"),
     (lambda t, s: t.update(g_idx=t["g_idx"].float()), "and the dtype float32"),
     (lambda t, s: t.update(g_idx=t["g_idx"][:0]), "l.g_idx has the shape (0,)"),
-    (lambda t, s: t.update(g_idx=t["g_idx"][:-8]), "4 bits fit l.qweight (4, 32)"),
-    (lambda t, s: t.update(qweight=t["qweight"][:-1]), "4 bits fit l.qweight (3, 32)"),
+    (
+        lambda t, s: t.update(g_idx=t["g_idx"][:-8]),
+        "do not fit 4 bits with 32 outputs and 24 inputs",
+    ),
+    (
+        lambda t, s: t.update(qweight=t["qweight"][:-1]),
+        "l.qweight (3, 32) and l.qzeros (2, 4) do not fit 4 bits",
+    ),
     (lambda t, s: t.update(qweight=t["qweight"].view(torch.float32)), "has the dtype float32"),
     (lambda t, s: t.update(qweight=t["qweight"][None]), "l.qweight has the shape (1, 4, 32)"),
     (lambda t, s: t.update(scales=t["scales"][:, :-1]), "do not fit scales of 31 outputs"),
     (lambda t, s: t.update(scales=t["scales"].int()), "l.scales has the dtype int32"),
     (lambda t, s: t.update(qzeros=t["qzeros"][:1]), "do not fit scales of 32 outputs"),
-    (lambda t, s: t.update(qzeros=t["qzeros"][:, :-1]), "4 bits fit"),
+    (lambda t, s: t.update(qzeros=t["qzeros"][:, :-1]), "do not fit 4 bits"),
 ]
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES)
-def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: str) -> None:
+def test_contradictory_parts_give_a_reason(change: Change, reason: str) -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     change(tensors, settings)
     content = content_with(tensors, settings)
@@ -166,17 +175,17 @@ def test_parts_that_contradict_each_other_have_a_reason(change: Change, reason: 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"group_size": 8}, "it has 2 groups of 32 inputs, and the config says that its group_si"),
-        ({"group_size": 0}, "its group_size is 0"),
-        ({"group_size": -2}, "its group_size is -2"),
-        ({"group_size": None}, "its group_size is None"),
-        ({"group_size": 1 << 80}, "its group_size is 120892"),
-        ({"extra_config": {"m": {"group_size": 17}}}, "is 16, and others for some layers"),
+        ({"group_size": 8}, "it has 2 groups of 32 inputs, but the group_size in the config is 8"),
+        ({"group_size": 0}, "the group_size in the config is 0"),
+        ({"group_size": -2}, "the group_size in the config is -2"),
+        ({"group_size": None}, "the group_size in the config is None"),
+        ({"group_size": 1 << 80}, "the group_size in the config is 120892"),
+        ({"extra_config": {"m": {"group_size": 17}}}, "is 16, with other values for some lay"),
         ({"group_size": "16"}, "group_size is '16'"),
         ({"desc_act": True}, "g_idx, the groups of its inputs, is missing"),
     ],
 )
-def test_a_group_size_that_does_not_fit_has_a_reason(change: dict[str, Any], reason: str) -> None:
+def test_wrong_group_size_gives_a_reason(change: dict[str, Any], reason: str) -> None:
     tensors, settings = load("gptq_v2", "layers.2.up_proj")
     del settings["dynamic"], tensors["g_idx"]
     content = content_with(tensors, settings | {"desc_act": False} | change)
@@ -185,22 +194,22 @@ def test_a_group_size_that_does_not_fit_has_a_reason(change: dict[str, Any], rea
 
 
 @pytest.mark.parametrize("more", [{}, {"sym": True, "dynamic": {"+:x": {"bits": 4}}}])
-def test_3_bits_of_an_old_gptqmodel_have_a_reason(more: dict[str, Any]) -> None:
+def test_3_bits_of_old_gptqmodel_give_a_reason(more: dict[str, Any]) -> None:
     tensors, settings = load("gptq_3_bits", "layers.0.q_proj")
     settings |= {"meta": {"quantizer": "gptqmodel:4.2.5"}, **more}
     content = content_with(tensors, settings)
     (candidate,) = find_gptq(content)
-    assert "gptqmodel 4 may have subtracted one from other bits" in reason_of(candidate, content)
+    assert "gptqmodel 4 might have subtracted one from bits" in reason_of(candidate, content)
 
 
-def test_5_bits_have_a_reason_unless_they_are_in_planes() -> None:
+def test_5_bits_without_planes_give_a_reason() -> None:
     tensors, settings = load("gptq_planes", "layers.5.up_proj")
     content = content_with(tensors, settings | {"format": "gptq", "checkpoint_format": "gptq"})
     (candidate,) = find_gptq(content)
-    assert "it has 5 bits, and its format is not gptq_p" in reason_of(candidate, content)
+    assert "it has 5 bits, which gptqmodel stores only in" in reason_of(candidate, content)
 
 
-def test_two_configs_that_contradict_each_other_are_a_reason() -> None:
+def test_contradictory_configs_give_a_reason() -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     named = {f"l.{name}": one for name, one in tensors.items()}
     other = settings | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
@@ -213,7 +222,7 @@ def test_two_configs_that_contradict_each_other_are_a_reason() -> None:
     )
 
 
-def test_layers_of_auto_round_may_have_groups_of_their_own() -> None:
+def test_layers_of_auto_round_can_have_own_group_sizes() -> None:
     tensors, settings = load("gptq_auto_round", "layers.5.up_proj")
     whole = build(content_with(tensors, settings))
     settings |= {"group_size": 32, "extra_config": {"l": {"group_size": 16}}}
@@ -221,7 +230,7 @@ def test_layers_of_auto_round_may_have_groups_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("layer", ["model.embed_tokens", "transformer.wte", "word_embeddings"])
-def test_an_embedding_has_a_reason(layer: str) -> None:
+def test_embedding_gives_a_reason(layer: str) -> None:
     tensors, settings = load("gptq_borrows", "q_proj")
     content = content_with(tensors, settings, layer)
     (candidate,) = find_gptq(content)
@@ -230,9 +239,7 @@ def test_an_embedding_has_a_reason(layer: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @given(draw=st.data())
-def test_whatever_is_changed_the_answer_is_a_weight_or_a_reason(
-    folder: str, draw: st.DataObject
-) -> None:
+def test_random_changes_give_a_weight_or_a_reason(folder: str, draw: st.DataObject) -> None:
     content = content_of(DATA / folder)
     names = ("config.json", "quantize_config.json")
     configs = {name.removesuffix(".json"): dict(content.beside(name)) for name in names}

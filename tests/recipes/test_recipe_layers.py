@@ -1,4 +1,4 @@
-"""Weights of HQQ, quanto and BitNet, compared entry by entry with what these dequantise."""
+"""Weights of HQQ, quanto and BitNet, compared entry by entry with those of the libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FINDERS: dict[str, Finder] = {"hqq": find_hqq, "quanto": find_quanto, "bitnet": 
 
 
 @pytest.mark.parametrize("folder", FINDERS)
-def test_every_entry_is_that_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     content = content_of(DATA / folder)
     weights, expected = weights_of(content, FINDERS[folder]), load_expected(DATA / folder)
     assert weights.keys() == expected.keys()
@@ -39,9 +39,7 @@ def test_every_entry_is_that_of_the_library(folder: str) -> None:
 
 @pytest.mark.parametrize("step", [1, 30])
 @pytest.mark.parametrize("folder", FINDERS)
-def test_codes_may_be_read_in_ranges(
-    folder: str, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_are_read_in_ranges(folder: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(DATA / folder)
     whole = weights_of(content, FINDERS[folder])
     for module in (hqq, quanto, bitnet):
@@ -65,7 +63,7 @@ Change = Callable[[dict[str, Tensor], dict[str, Any]], Any]
 
 
 def check_reason(folder: str, stem: str, change: Change, reason: str) -> None:
-    """A change to the parts of one weight gives this reason."""
+    """Checks that a change to the parts of one weight gives this reason."""
     content = content_of(DATA / folder)
     prefix = f"{stem}."
     tensors = {
@@ -82,28 +80,28 @@ def check_reason(folder: str, stem: str, change: Change, reason: str) -> None:
 
 
 HQQ: list[tuple[Change, str]] = [
-    (lambda t, s: s.update(quant_method="sinq"), "its quantisation is of the kind sinq"),
-    (lambda t, s: t.pop("packing"), "l.packing, which says how its codes are stored, is missing"),
+    (lambda t, s: s.update(quant_method="sinq"), "the layout of its quant_method sinq is"),
+    (lambda t, s: t.pop("packing"), "the layout of its codes, l.packing, is missing"),
     (lambda t, s: t.pop("scale"), "l.scale is missing"),
     (lambda t, s: t.pop("shape"), "l.shape is missing"),
     (lambda t, s: t.update(shape=torch.tensor([5, -32])), "l.shape is [5, -32]"),
     (lambda t, s: t.update(shape=torch.tensor([5.0, 32])), "l.shape has the dtype float32"),
     (lambda t, s: t.update(shape=torch.tensor([5, 64])), "l.W_q has the shape (5, 16)"),
     (lambda t, s: t.update(packing=t["packing"][1:]), "l.packing is 'bit_u8'"),
-    (lambda t, s: t.update(axis=torch.tensor(2)), "its axis is 2 and its group_size is 16"),
-    (lambda t, s: t.update(axis=torch.tensor(0)), "and not (8, 10) and uint8"),
-    (lambda t, s: t.update(group_size=torch.tensor(0)), "its axis is 1 and its group_size is 0"),
+    (lambda t, s: t.update(axis=torch.tensor(2)), "its axis 2 and group_size 16 do not fit"),
+    (lambda t, s: t.update(axis=torch.tensor(0)), ", not (8, 10) and uint8"),
+    (lambda t, s: t.update(group_size=torch.tensor(0)), "its axis 1 and group_size 0 do not fit"),
     (lambda t, s: t.update(group_size=torch.tensor(32)), "2 codes per word do not divide 5 rows"),
     (lambda t, s: t.update(quant_scale=torch.tensor(1)), "l.quant_scale is set"),
     (lambda t, s: t.update(W_q=t["W_q"][1:]), "l.W_q has the shape (4, 16)"),
     (lambda t, s: t.update(W_q=t["W_q"].int()), "and the dtype int32"),
-    (lambda t, s: t.update(zero=t["zero"][1:]), "l.zero has the shape (9, 1) and not (10, 1)"),
+    (lambda t, s: t.update(zero=t["zero"][1:]), "l.zero has the shape (9, 1), not (10, 1)"),
     (lambda t, s: t.update(zero=t["zero"].int()), "l.zero has the dtype int32"),
 ]
 
 
 @pytest.mark.parametrize(("change", "reason"), HQQ)
-def test_parts_of_hqq_that_do_not_fit_have_a_reason(change: Change, reason: str) -> None:
+def test_parts_of_hqq_that_do_not_fit_give_a_reason(change: Change, reason: str) -> None:
     check_reason("hqq", "rows", change, reason)
 
 
@@ -117,29 +115,27 @@ QUANTO: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), QUANTO)
-def test_parts_of_quanto_that_do_not_fit_have_a_reason(change: Change, reason: str) -> None:
+def test_parts_of_quanto_that_do_not_fit_give_a_reason(change: Change, reason: str) -> None:
     check_reason("quanto", "integers", change, reason)
 
 
 BITNET: list[tuple[Change, str]] = [
-    (lambda t, s: s.update(linear_class="other"), "its linear_class is other"),
+    (lambda t, s: s.update(linear_class="other"), "its linear_class in config.json is other"),
     (lambda t, s: t.update(weight=t["weight"][0]), "l.weight has the shape (7,)"),
-    (lambda t, s: t.update(weight=t["weight"] | 3), "l.weight holds codes of 3"),
+    (lambda t, s: t.update(weight=t["weight"] | 3), "l.weight contains the code 3"),
     (lambda t, s: t.update(weight_scale=torch.ones(2)), "l.weight_scale has the shape (2,)"),
     (lambda t, s: t.update(weight_scale=torch.tensor([1])), "and the dtype int64"),
 ]
 
 
 @pytest.mark.parametrize(("change", "reason"), BITNET)
-def test_parts_of_bitnet_that_do_not_fit_have_a_reason(change: Change, reason: str) -> None:
+def test_parts_of_bitnet_that_do_not_fit_give_a_reason(change: Change, reason: str) -> None:
     check_reason("bitnet", "up_proj", change, reason)
 
 
 @pytest.mark.parametrize("folder", FINDERS)
 @given(draw=st.data())
-def test_whatever_is_changed_the_answer_is_a_weight_or_a_reason(
-    folder: str, draw: st.DataObject
-) -> None:
+def test_random_changes_give_a_weight_or_a_reason(folder: str, draw: st.DataObject) -> None:
     content = content_of(DATA / folder)
     config = {"config": dict(content.beside("config.json"))}
     check_mutated(draw, content, config, FINDERS[folder])

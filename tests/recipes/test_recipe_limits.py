@@ -1,6 +1,6 @@
-"""What recipes cost grows with the number of weights and with the size of a config, not by both.
+"""The cost of recipes grows with the number of weights plus the size of a config, not the product.
 
-Each case took minutes where a config was read, compared or shown once per weight.
+Each case took minutes when a config was read, compared or shown once per weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wellcond.recipes.settings import Settings
 from wellcond.weights.quantised import count_logical_entries, read_bits
 
 Kinds = Mapping[str, tuple[tuple[int, ...], str]]
-SECONDS = 6  # far more than it takes on a busy machine
+SECONDS = 6  # far more than a busy machine needs
 
 GPTQ: Kinds = {
     "qweight": ((4, 32), "int32"),
@@ -43,7 +43,7 @@ GROUPS = {
 }
 ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4}
 
-# The tensors of a layer, and the settings.
+# The tensors of a layer and the settings.
 COSTLY: dict[str, tuple[Kinds, dict[str, Any]]] = {
     "a long format": (GPTQ, {"bits": 4, "checkpoint_format": LONG}),
     "a long method": (GPTQ, {"quant_method": LONG}),
@@ -69,7 +69,7 @@ COSTLY: dict[str, tuple[Kinds, dict[str, Any]]] = {
 
 
 def content_of_layers(kinds: Kinds, count: int, settings: Mapping[str, Any]) -> Content:
-    """So many layers with these tensors, and one config."""
+    """The content of `count` layers with these tensors, and one config."""
     tensors = {f"layers.{n}.{name}": one for n in range(count) for name, one in kinds.items()}
     configs = {"config.json": {"quantization_config": settings}}
 
@@ -113,7 +113,7 @@ def test_bits_are_read_once_for_all_codes() -> None:
 @pytest.mark.parametrize(
     "kinds", [GPTQ, FLOAT8, BYTES, MLX, PACKED], ids=lambda kinds: next(iter(kinds))
 )
-def test_many_tensors_are_looked_through_in_seconds(kinds: Kinds) -> None:
+def test_many_tensors_take_seconds(kinds: Kinds) -> None:
     content = content_of_layers(kinds, 10_000, {"bits": 4, "group_size": 32})
     start = time.monotonic()
     recipes, refused = find_recipes(content)
@@ -146,11 +146,11 @@ def nest(levels: int) -> list[Any]:
     ],
     ids=lambda value: str(value)[:20] if not isinstance(value, list) else "list",
 )
-def test_a_setting_is_shown_in_a_few_letters(value: Any, shown: str) -> None:
+def test_show_abbreviates_settings(value: Any, shown: str) -> None:
     assert show(value) == shown
 
 
-def test_a_contradiction_is_said_each_time() -> None:
+def test_contradiction_is_raised_each_time() -> None:
     settings = Settings({"a.json": {"bits": 4}, "b.json": {"bits": 8}})
     for _ in range(2):
         with pytest.raises(RecipeError, match=r"bits is 4 in a\.json, and bits is 8 in b\.json"):
@@ -158,7 +158,7 @@ def test_a_contradiction_is_said_each_time() -> None:
 
 
 def _contents(content: Content) -> Iterator[tuple[str, Content]]:
-    """With a weight under the name that each recipe gives to its own."""
+    """The contents with an additional plain tensor under the name of each recipe's weight."""
     for label in find_recipes(content)[0]:
         if label not in content.tensors:
             plain = {label: ((8, 8), "float32")}
@@ -166,7 +166,7 @@ def _contents(content: Content) -> Iterator[tuple[str, Content]]:
 
 
 @pytest.mark.parametrize("kinds", [GPTQ, PACKED], ids=["gptq", "packed"])
-def test_a_weight_that_is_stored_as_well_is_a_reason(kinds: Kinds) -> None:
+def test_stored_plain_weight_gives_a_reason(kinds: Kinds) -> None:
     group = {"weights": {"num_bits": 4, "strategy": "channel"}}
     settings = {"config_groups": {"a": group}} if kinds is PACKED else {"bits": 4, "group_size": 32}
     found = list(_contents(content_of_layers(kinds, 1, settings)))
@@ -175,4 +175,4 @@ def test_a_weight_that_is_stored_as_well_is_a_reason(kinds: Kinds) -> None:
         recipes, refused = find_recipes(content)
         assert not recipes
         ((why, *_),) = refused.values()
-        assert why == f"{label} is stored as well"
+        assert why == f"{label} is also stored"

@@ -1,4 +1,4 @@
-"""What ModelOpt exports, entry by entry."""
+"""Weights that ModelOpt exports, compared entry by entry with those that it dequantises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wellcond.recipes.modelopt import find_modelopt
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = sorted(path.name for path in DATA.glob("modelopt_*"))
-# ModelOpt rounds the product of the scales before it multiplies: one more rounding of float32.
+# ModelOpt rounds the product of the scales before it multiplies, which is one more rounding.
 TWICE = 2**-23
 
 
@@ -30,7 +30,7 @@ def check_entries(content: Content, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_entries_are_those_of_the_library(folder: str) -> None:
+def test_every_entry_equals_library(folder: str) -> None:
     content = content_of(DATA / folder)
     check_entries(content, DATA / folder)
     recipes, refused = find_recipes(content)
@@ -49,7 +49,7 @@ def test_one_config_is_enough(kept: str) -> None:
 
 
 @pytest.mark.libraries
-def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> None:
+def test_every_entry_equals_installed_library(tmp_path: Path) -> None:
     pytest.importorskip("modelopt")
     writer = importlib.import_module("write_modelopt")
     wide = copy.deepcopy(writer.EXPERTS)
@@ -72,8 +72,8 @@ def test_entries_are_those_of_the_library_that_writes_now(tmp_path: Path) -> Non
 
 
 @pytest.mark.libraries
-def test_nvfp4_is_that_which_compressed_tensors_converts() -> None:
-    """Its scale for all is the reciprocal of the other, and the library rounds to bfloat16."""
+def test_nvfp4_equals_conversion_by_compressed_tensors() -> None:
+    """The global scale of compressed-tensors is the reciprocal, and it rounds to bfloat16."""
     converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
     compressors = importlib.import_module("compressed_tensors.compressors")
     schemes = importlib.import_module("compressed_tensors.quantization.quant_scheme")
@@ -86,14 +86,14 @@ def test_nvfp4_is_that_which_compressed_tensors_converts() -> None:
     for name, W in weights.items():
         module = name.removesuffix("weight")
         parts = {key: converted[f"{module}{key}"] for key in ("weight_packed", "weight_scale")}
-        # As its own files have it: by a scale without sides it would divide in bfloat16.
+        # As in its own files: it would divide by a 0-d scale in bfloat16.
         parts["weight_global_scale"] = converted[f"{module}weight_global_scale"].reshape(1)
         there = compressors.NVFP4PackedCompressor.decompress(parts, scheme)["weight"]
         torch.testing.assert_close(W.to(there.dtype), there, rtol=2**-8, atol=0)
         assert (W.to(there.dtype) != there).float().mean() < 0.01
 
 
-# --- what does not fit ----------------------------------------------------------------------------
+# --- parts that do not fit ------------------------------------------------------------------------
 
 E4M3 = torch.float8_e4m3fn
 
@@ -123,13 +123,13 @@ def reason(tensors: dict[str, Tensor], config: Any, beside: Any = None) -> str:
     return reason_of(candidate, content)
 
 
-def test_mixed_precision_is_decided_layer_by_layer() -> None:
+def test_mixed_precision_names_algorithm_per_layer() -> None:
     mixed = config_of("MIXED_PRECISION", quantized_layers={"fc": {"quant_algo": "NVFP4"}})
     content, alone = content_with(nvfp4(), mixed), content_with(nvfp4(), config_of())
     (W,), (expected,) = (weights_of(one, find_modelopt).values() for one in (content, alone))
     assert torch.equal(W, expected)
     other = config_of("MIXED_PRECISION", quantized_layers={"other": {"quant_algo": "NVFP4"}})
-    assert "by NONE" in reason(nvfp4(), other)
+    assert "do not fit NONE" in reason(nvfp4(), other)
 
 
 def test_stack_packed_along_rows_or_columns() -> None:
@@ -151,17 +151,17 @@ def test_stack_packed_along_rows_or_columns() -> None:
 @pytest.mark.parametrize(
     ("changes", "config", "beside", "why"),
     [
-        ({}, config_of("FP8"), None, "codes of uint8 by FP8"),
-        ({}, config_of(None), None, "codes of uint8 by NONE"),
-        ({}, config_of([]), None, "codes of uint8 by []"),
-        ({}, config_of("W4A16_AWQ"), None, "codes of uint8 by W4A16_AWQ"),
-        ({}, config_of("MIXED_PRECISION", quantized_layers=3), None, "by MIXED_PRECISION"),
+        ({}, config_of("FP8"), None, "codes of dtype uint8 do not fit FP8"),
+        ({}, config_of(None), None, "codes of dtype uint8 do not fit NONE"),
+        ({}, config_of([]), None, "codes of dtype uint8 do not fit []"),
+        ({}, config_of("W4A16_AWQ"), None, "uint8 do not fit W4A16_AWQ"),
+        ({}, config_of("MIXED_PRECISION", quantized_layers=3), None, "do not fit MIXED_PRECISION"),
         ({}, config_of(), {"quant_algo": "FP8"}, "two configs name different algorithms"),
-        ({"fc.weight_scale_2": None}, config_of(), None, "weight_scale_2 must be beside"),
-        ({}, config_of("MXFP4"), None, "must not be beside MXFP4"),
+        ({"fc.weight_scale_2": None}, config_of(), None, "NVFP4 must have a weight_scale_2"),
+        ({}, config_of("MXFP4"), None, "MXFP4 must not have one"),
         ({"fc.weight_scale_2": torch.ones(6)}, config_of(), None, "must be one number"),
         ({"fc.weight_scale_2": torch.ones(1).int()}, config_of(), None, "must be one number"),
-        ({"fc.weight_scale": torch.ones(6, 2)}, config_of(), None, "of dtype float32"),
+        ({"fc.weight_scale": torch.ones(6, 2)}, config_of(), None, "has the dtype float32"),
         ({"fc.weight_scale": torch.ones(128, 4).to(E4M3)}, config_of(), None, "does not fit 16"),
         ({"fc.weight": torch.ones(6, 0).byte()}, config_of(), None, "codes have the shape"),
         ({"fc.weight": torch.ones(6, 4, 4).byte()}, config_of(), None, "codes have the shape"),
@@ -169,7 +169,7 @@ def test_stack_packed_along_rows_or_columns() -> None:
         ({"fc.weight": torch.ones(6, 32).to(E4M3)}, config_of("FP8"), None, "a second scale"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_a_reason(
+def test_parts_that_do_not_fit_give_a_reason(
     changes: dict[str, Tensor | None], config: Any, beside: Any, why: str
 ) -> None:
     tensors = {name: one for name, one in (nvfp4() | changes).items() if one is not None}
@@ -183,12 +183,14 @@ def test_what_does_not_fit_is_a_reason(
         *[("FP8_PB_WO", (1, 1, 2, 1)), ("FP8_PB_WO", (2,)), ("FP8_OTHER", ()), ("MXFP8", (6, 1))],
     ],
 )
-def test_scales_of_fp8_that_do_not_fit_are_a_reason(algorithm: str, shape: tuple[int, ...]) -> None:
+def test_scales_of_fp8_that_do_not_fit_give_a_reason(
+    algorithm: str, shape: tuple[int, ...]
+) -> None:
     tensors = {"fc.weight": torch.ones(6, 32).to(E4M3), "fc.weight_scale": torch.ones(shape)}
     said = reason(tensors, config_of(algorithm))
-    assert "does not fit" in said or "of dtype float32" in said
+    assert "does not fit" in said or "has the dtype float32" in said
 
 
-def test_without_a_config_nothing_is_known() -> None:
+def test_no_candidates_without_config() -> None:
     assert not list(find_modelopt(content_from(nvfp4())))
     assert not list(find_modelopt(content_from(nvfp4(), hf_quant_config={"quantization": []})))

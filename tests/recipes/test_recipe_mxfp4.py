@@ -1,4 +1,4 @@
-"""Weights of float4 and float8 with powers of two: those of the library, entry by entry."""
+"""Microscaled weights, compared entry by entry with those that the libraries dequantise."""
 
 import shutil
 from collections.abc import Callable
@@ -21,7 +21,7 @@ WRITTEN = ("gpt_oss", "deepseek_v4", "quark", "mxfp8")
 
 
 def check(folder: Path) -> None:
-    """Of a stack the last experts are expected, of others some or all weights."""
+    """Compares the last experts of a stack, and some or all of the other weights."""
     content, expected = content_of(folder), load_expected(folder)
     found = weights_of(content, find_mxfp4)
     assert expected.keys() <= found.keys()
@@ -34,12 +34,12 @@ def check(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_each_entry_is_that_of_the_library(name: str) -> None:
+def test_every_entry_equals_library(name: str) -> None:
     check(DATA / name)
 
 
-def test_gate_and_up_of_gpt_oss_are_those_of_a_plain_checkpoint(tmp_path: Path) -> None:
-    """Rows take turns in both, and the biases beside the blocks belong to no weight."""
+def test_gate_and_up_of_gpt_oss_equal_plain_checkpoint(tmp_path: Path) -> None:
+    """Rows of gate and up alternate in both. The biases do not belong to a weight."""
     content = content_of(DATA / "gpt_oss")
     weights = weights_of(content, find_mxfp4)
     codes, plain = tmp_path / "codes", tmp_path / "plain"
@@ -74,7 +74,7 @@ SETTINGS: dict[str, list[dict[str, int]]] = {
 @pytest.mark.slow
 @pytest.mark.libraries
 @pytest.mark.parametrize("name", WRITTEN)
-def test_each_entry_is_that_of_the_library_at_other_sizes(name: str, tmp_path: Path) -> None:
+def test_every_entry_equals_library_at_other_sizes(name: str, tmp_path: Path) -> None:
     import write_mxfp4
 
     for package in ("transformers", "quark" if name == "quark" else "torchao"):
@@ -87,7 +87,7 @@ def test_each_entry_is_that_of_the_library_at_other_sizes(name: str, tmp_path: P
         check(folder)
 
 
-# --- what does not fit ----------------------------------------------------------------------------
+# --- parts that do not fit ------------------------------------------------------------------------
 
 FP8 = {"quantization_config": {"quant_method": "fp8"}}
 
@@ -114,8 +114,8 @@ def the_candidate(content: Content) -> Candidate:
     return candidate
 
 
-def test_the_order_is_that_of_the_bytes() -> None:
-    """By hand: 2 nibbles per byte, low first, 32 values per scale, (outputs, inputs) transposed."""
+def test_order_of_entries() -> None:
+    """Two values per byte, low bits first; 32 per scale; (outputs, inputs) transposed."""
     content = content_from(of_gpt_oss())
     blocks, scales = content.tensors
     codes, s = content.read(blocks).int(), content.read(scales).double()
@@ -129,7 +129,7 @@ def test_the_order_is_that_of_the_bytes() -> None:
         assert float(W[expert, 32 * block + k, output]) == value * scale
 
 
-def test_original_files_keep_outputs_first_and_stacks_are_built_one_by_one() -> None:
+def test_original_files_have_outputs_first() -> None:
     tensors = of_gpt_oss()
     renamed = {
         name.replace("_blocks", ".blocks").replace("_scales", ".scales"): one
@@ -142,7 +142,7 @@ def test_original_files_keep_outputs_first_and_stacks_are_built_one_by_one() -> 
     assert torch.equal(recipe.build(original.read, 1), W[1].mT)
 
 
-def test_a_stack_of_int8_is_that_of_its_matrices() -> None:
+def test_stack_of_int8_equals_its_matrices() -> None:
     content = content_from(of_deepseek(stack=(2,)), config=FP8)
     recipe = the_candidate(content).make()
     assert (recipe.shape, recipe.count) == ((2, 6, 96), 2)
@@ -154,7 +154,7 @@ def test_a_stack_of_int8_is_that_of_its_matrices() -> None:
     assert torch.equal(recipe.build(content.read, 1), build_all(the_candidate(one).make(), one))
 
 
-def test_a_stack_of_float8_is_that_of_its_matrices() -> None:
+def test_stack_of_float8_equals_its_matrices() -> None:
     codes, scales = of_deepseek(groups=4, stack=(2,)).values()
     scales = scales[..., :2]
     content = content_from(
@@ -176,7 +176,7 @@ def test_rows_are_converted_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(recipe.build(content.read, 0), whole)
 
 
-def test_a_scale_of_255_is_not_a_number() -> None:
+def test_scale_of_255_is_nan() -> None:
     tensors = of_deepseek()
     tensors["w1.scale"][2, 1] = 255
     content = content_from(tensors, config=FP8)
@@ -188,7 +188,7 @@ def test_a_scale_of_255_is_not_a_number() -> None:
 def changed(
     make: Callable[[], dict[str, Tensor]], **by: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """With some tensors, by the last part of their name, changed."""
+    """Changes the tensors whose names end with these words."""
     tensors = make()
     for name in tensors:
         change = next((one for end, one in by.items() if name.endswith(end)), None)
@@ -228,27 +228,27 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "scales of another dtype": (
         changed(of_gpt_oss, scales=lambda t: t.int()),
         {},
-        "is int32, not powers of two",
+        "has the dtype int32, which does not store",
     ),
     "another format": (
         of_gpt_oss(),
         {"quantization_config": {"quant_method": "gptq"}},
-        "the format is gptq, not",
+        "quant_method in config.json is gptq, not",
     ),
     "no format": (
         of_gpt_oss(),
         {"quantization_config": {"quant_method": [1]}},
-        "the format is [1], not",
+        "quant_method in config.json is [1], not",
     ),
     "int8 that no config explains": (
         of_deepseek(),
         {},
-        "has neither expert_dtype nor quant_method",
+        "does not mark int8 as float4",
     ),
     "int8 that is said to be float8": (
         of_deepseek(),
         {"expert_dtype": "fp8", **FP8},
-        "which mark int8 as float4",
+        "with expert_dtype fp4 or",
     ),
     "groups of another size": (
         changed(of_deepseek, scale=lambda t: t[:, :2]),
@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "an odd number of inputs": (
         changed(of_deepseek, weight=lambda t: t[:, :-1]),
         FP8,
-        "its 94 inputs are not blocks of 32",
+        "its 94 inputs are not a multiple of 32",
     ),
     "a vector": (changed(of_deepseek, weight=lambda t: t[0]), FP8, "are neither a matrix nor"),
     "no rows": (
@@ -268,11 +268,15 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         "neither",
     ),
     "Quark, no such weights": (of_quark(), quark(dtype="int4"), "no weight in config.json has the"),
-    "Quark, other groups": (of_quark(), quark(group_size=16), "other scales than e8m0 per 32"),
+    "Quark, other groups": (
+        of_quark(),
+        quark(group_size=16),
+        "scales in config.json are not e8m0 per 32",
+    ),
     "Quark, other scales": (
         of_quark(),
         quark(scale_format="e5m3"),
-        "other scales than e8m0 per 32",
+        "scales in config.json are not e8m0 per 32",
     ),
     "Quark, nothing": (of_quark(), NO_WEIGHTS, "no weight"),
     "Quark, float6": (
@@ -284,7 +288,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_sentence(case: str) -> None:
+def test_parts_that_do_not_fit_give_a_reason(case: str) -> None:
     tensors, config, expected = REFUSED[case]
     content = content_from(tensors, config=config)
     candidate = the_candidate(content)
@@ -295,7 +299,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(case: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_part_alone_is_nothing(missing: int) -> None:
+def test_single_part_is_not_a_candidate(missing: int) -> None:
     for tensors, config in ((of_gpt_oss(), {}), (of_deepseek(), FP8), (of_quark(), quark())):
         del tensors[list(tensors)[missing]]
         assert not list(find_mxfp4(content_from(tensors, config=config)))
@@ -312,12 +316,12 @@ def test_a_part_alone_is_nothing(missing: int) -> None:
         {"a_blocks": torch.zeros(2, 2), "a_scales": torch.zeros(2, 2)},
     ],
 )
-def test_other_formats_are_left_to_others(tensors: dict[str, Tensor]) -> None:
+def test_other_formats_are_not_candidates(tensors: dict[str, Tensor]) -> None:
     assert not list(find_mxfp4(content_from(tensors)))
 
 
 @pytest.mark.parametrize("method", [None, [], {}, 3, "x" * 10_000])
-def test_odd_configs_do_no_harm(method: Any) -> None:
+def test_invalid_configs_are_harmless(method: Any) -> None:
     config = {"quantization_config": {"quant_method": method}, "expert_dtype": [method]}
     for tensors in (of_gpt_oss(), of_deepseek(), of_quark()):
         content = content_from(tensors, config=config)

@@ -1,4 +1,4 @@
-"""Formats that are known by their names and not built: one reason each, for all their tensors."""
+"""Formats that are recognised but not built: one reason for all tensors of a layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.mark.parametrize("one", FORMATS, ids=lambda one: one.name)
 @pytest.mark.parametrize("layer", ["", "model.layers.0.up_proj."])
-def test_a_format_is_known_by_its_names(one: Format, layer: str) -> None:
+def test_format_is_recognised_by_names(one: Format, layer: str) -> None:
     names = [need.partition(":") for need in one.required.split()]
     dtypes = {name: getattr(torch, dtype or "float32") for name, _, dtype in names}
     dtypes |= dict.fromkeys(one.more.split(), torch.float32)
@@ -27,20 +27,20 @@ def test_a_format_is_known_by_its_names(one: Format, layer: str) -> None:
     ((main, (why, *others)),) = refused.items()
     assert main == f"{layer}{names[0][0]}"
     assert {main, *others} == set(tensors)
-    assert why.startswith(f"it is stored as {one.name}, which is not decoded: ")
+    assert why.startswith(f"it is stored as {one.name}, which wellcond does not decode: ")
 
 
 @pytest.mark.parametrize(
     "names",
     [
         ("codes", "scales"),
-        ("B", "s"),  # in float32, as other layers have them
+        ("B", "s"),  # in float32, as in other layers
         ("weight", "scales", "tables", "tables2"),
         ("indices", "weight"),
         ("q_weight", "k_weight"),
     ],
 )
-def test_other_layers_are_left_alone(names: tuple[str, ...]) -> None:
+def test_other_layers_are_not_candidates(names: tuple[str, ...]) -> None:
     content = content_from({f"l.{name}": torch.ones(4, 4) for name in names})
     assert not list(find_others(content))
 
@@ -54,7 +54,7 @@ def test_other_layers_are_left_alone(names: tuple[str, ...]) -> None:
         *("hqq", "quanto", "bitnet"),
     ],
 )
-def test_no_finder_takes_what_is_for_another(folder: str) -> None:
+def test_no_finder_claims_tensors_of_another(folder: str) -> None:
     content = content_of(DATA / folder)
     recipes, refused = find_recipes(content)
     assert recipes.keys() == load_expected(DATA / folder).keys()

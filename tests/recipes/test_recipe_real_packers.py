@@ -1,4 +1,4 @@
-"""What bitsandbytes, auto-gptq, gptqmodel and autoawq pack, at many shapes and settings."""
+"""Weights that the libraries pack, in many shapes and settings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_four_bits_of_bitsandbytes(kind: str, nested: bool) -> None:
     storages = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
     for (m, n), block, storage in itertools.product(shapes, (32, 64, 256), storages):
         if -(-m * n // 2) % storage.itemsize:
-            continue  # the library cannot store it so
+            continue  # the library cannot store this
         W = script.sample(m, n).to(torch.bfloat16)
         layer = script.bnb.nn.Linear4bit(
             n, m, bias=False, quant_type=kind, compress_statistics=nested, quant_storage=storage
@@ -64,7 +64,7 @@ def test_four_bits_of_bitsandbytes(kind: str, nested: bool) -> None:
         layer = layer.to("cpu")
         built = build(layer.state_dict(), find_bitsandbytes)
         assert torch.equal(built, script.dequantise(layer.weight))
-        if n % block == 0:  # else findings/bitsandbytes-blocks-across-rows.sh
+        if n % block == 0:  # otherwise see findings/bitsandbytes-blocks-across-rows.sh
             state = layer.weight.quant_state
             assert torch.equal(built.bfloat16(), dequantize_4bit(layer.weight.data, state))
 
@@ -201,6 +201,6 @@ def test_mlx(mode: str, tmp_path: Path) -> None:
             script.save(tmp_path, {"l": layer}, described)
             (W,) = weights_of(content_of(tmp_path), find_mlx).values()
             (expected,) = load_expected(tmp_path).values()
-            # With scales of float32 the product and the sum are rounded.
+            # With float32 scales, the product and the sum are rounded.
             rtol = 2**-20 if mode == "affine" and dtype is script.mx.float32 else 0
             torch.testing.assert_close(W, expected, rtol=rtol, atol=rtol)

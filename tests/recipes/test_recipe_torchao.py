@@ -1,4 +1,4 @@
-"""Weights of torchao's classes, in safetensors and in pickles: as torchao dequantises them."""
+"""Weights of torchao's classes in safetensors and pickles, compared with torchao."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def content_of_file(file: TensorFile) -> Content:
 
 
 def check(content: Content, folder: Path, count: int) -> None:
-    """Entries are equal but for the order of two products in float32."""
+    """Entries are equal except for the order of two products in float32."""
     found, expected = weights_of(content, find_torchao), load_expected(folder)
     assert len(found) == count
     for name, W in found.items():
@@ -40,11 +40,11 @@ def check(content: Content, folder: Path, count: int) -> None:
     assert not refused
 
 
-def test_each_entry_of_safetensors_is_that_of_torchao() -> None:
+def test_every_entry_of_safetensors_equals_torchao() -> None:
     check(content_of_file(Safetensors(DATA / "torchao/model.safetensors")), DATA / "torchao", 9)
 
 
-def test_each_entry_of_a_pickle_is_that_of_torchao() -> None:
+def test_every_entry_of_pickle_equals_torchao() -> None:
     check(content_of_file(Pickled(DATA / "torchao/state.pt")), DATA / "torchao", 3)
 
 
@@ -54,7 +54,7 @@ def test_pickles_and_safetensors_have_the_same_names_and_settings() -> None:
     for name, one in pickled.items():
         assert one.kind == described[name].kind
         assert one.parts == described[name].parts
-        # Members of enumerations are stored by their names in JSON, by their values in a pickle.
+        # JSON stores enumeration members by name, a pickle stores them by value.
         settings = {**described[name].attributes, **one.attributes}
         del settings["shape"]
         assert settings.keys() - described[name].attributes.keys() <= {
@@ -72,29 +72,29 @@ def test_pickles_and_safetensors_have_the_same_names_and_settings() -> None:
 
 
 def check_older(folder: Path) -> None:
-    """All but the weight that packs bits, which is refused."""
+    """Checks all weights except one that packs bits, which is refused."""
     content = content_of_file(Pickled(folder / "state.pt"))
     classes = {name: one for name, one in content.classes.items() if name != "uintx.weight"}
     check(Content(content.tensors, content.read, classes=classes), folder, len(classes))
     candidate = next(one for one in find_torchao(content) if one.label == "uintx.weight")
     assert candidate.parts[0] == "uintx._weight_tensor_impl_int_data_int4_shard"
     assert reason_of(candidate, content) == (
-        "the order in which 'UintxAQTTensorImpl' of torchao packs codes is not known"
+        "the layout of torchao's 'UintxAQTTensorImpl' is unknown"
     )
     assert find_recipes(content)[1].keys() == {candidate.parts[0]}
 
 
-def test_the_older_class_is_read_and_one_that_packs_bits_is_refused() -> None:
+def test_older_class_is_read_and_packed_bits_are_refused() -> None:
     check_older(DATA / "torchao_older")
 
 
-# --- what the libraries write ---------------------------------------------------------------------
+# --- files of installed libraries -----------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.libraries
 @pytest.mark.parametrize("scale", [2, 32])
-def test_each_entry_is_that_of_torchao_at_other_sizes(scale: int, tmp_path: Path) -> None:
+def test_every_entry_equals_torchao_at_other_sizes(scale: int, tmp_path: Path) -> None:
     pytest.importorskip("torchao", minversion="0.15")
     import write_torchao
 
@@ -105,10 +105,10 @@ def test_each_entry_is_that_of_torchao_at_other_sizes(scale: int, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_each_entry_of_the_older_class_is_that_of_torchao(tmp_path: Path) -> None:
+def test_every_entry_of_older_class_equals_torchao(tmp_path: Path) -> None:
     torchao = pytest.importorskip("torchao")
     if hasattr(torchao.quantization, "Int8Tensor"):
-        pytest.skip("torchao has no AffineQuantizedTensor any more")
+        pytest.skip("this torchao no longer has AffineQuantizedTensor")
     import write_torchao
 
     write_torchao.write_older(tmp_path, 4)
@@ -117,8 +117,8 @@ def test_each_entry_of_the_older_class_is_that_of_torchao(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_stacks_and_other_elements_are_those_of_torchao(tmp_path: Path) -> None:
-    """Experts (E, m, n), float6, scales without tiles, a factor per expert."""
+def test_stacks_and_other_elements_equal_torchao(tmp_path: Path) -> None:
+    """Experts (E, m, n), float6, scales without tiles, one factor per expert."""
     pytest.importorskip("torchao", minversion="0.15")
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
@@ -154,8 +154,8 @@ def test_stacks_and_other_elements_are_those_of_torchao(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_factors_of_the_inputs_act() -> None:
-    """`dequantize` leaves them out, but the layer multiplies its input by them."""
+def test_factors_of_inputs_are_applied() -> None:
+    """`dequantize` omits the factors, but the layer multiplies its input by them."""
     pytest.importorskip("torchao", minversion="0.15")
     from torchao.quantization import Int8Tensor, PerRow
 
@@ -170,7 +170,7 @@ def test_factors_of_the_inputs_act() -> None:
 
 @pytest.mark.slow
 @pytest.mark.libraries
-def test_what_smoothquant_writes_is_near_the_weight(tmp_path: Path) -> None:
+def test_weight_of_smoothquant_is_close_to_the_original(tmp_path: Path) -> None:
     pytest.importorskip("torchao", minversion="0.15")
     from torchao.prototype.smoothquant import SmoothQuantConfig
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -222,7 +222,7 @@ def test_shards_of_transformers_describe_their_weights(tmp_path: Path) -> None:
         assert torch.equal(found[name], state[name].dequantize(torch.float32))
 
 
-# --- what does not fit ----------------------------------------------------------------------------
+# --- parts that do not fit ------------------------------------------------------------------------
 
 
 def described(kind: str, parts: Mapping[str, Tensor], **settings: Any) -> Content:
@@ -297,12 +297,17 @@ def test_by_hand() -> None:
 
 
 REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
-    "another class": ("Int4TilePackedTo4dTensor", INT8, GROUPS, "packs codes is not known"),
+    "another class": (
+        "Int4TilePackedTo4dTensor",
+        INT8,
+        GROUPS,
+        "torchao's Int4TilePackedTo4dTensor is",
+    ),
     "a class within a class": (
         "LinearActivationQuantizedTensor",
         OLDER,
         {"original_weight_tensor": "Int4Tensor"},
-        "the order in which LinearActivationQuantizedTensor of torchao packs",
+        "the layout of torchao's LinearActivationQuantizedTensor is unknown",
     ),
     "no codes": ("Int8Tensor", but(INT8, qdata=None), GROUPS, "its qdata is missing"),
     "no scales": ("Int8Tensor", but(INT8, scale=None), GROUPS, "its scale is missing"),
@@ -312,11 +317,26 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "Int8Tensor",
         INT8,
         {"block_size": [1, 1 << 62]},
-        "is not blocks of",
+        "does not divide the shape",
     ),
-    "a block size of zero": ("Int8Tensor", INT8, {"block_size": [0, 3]}, "is not blocks of"),
-    "a text as block size": ("Int8Tensor", INT8, {"block_size": ["1", "3"]}, "is not blocks of"),
-    "a true block size": ("Int8Tensor", INT8, {"block_size": [True, 3]}, "is not blocks of"),
+    "a block size of zero": (
+        "Int8Tensor",
+        INT8,
+        {"block_size": [0, 3]},
+        "does not divide the shape",
+    ),
+    "a text as block size": (
+        "Int8Tensor",
+        INT8,
+        {"block_size": ["1", "3"]},
+        "does not divide the shape",
+    ),
+    "a true block size": (
+        "Int8Tensor",
+        INT8,
+        {"block_size": [True, 3]},
+        "does not divide the shape",
+    ),
     "other blocks": (
         "Int8Tensor",
         INT8,
@@ -329,13 +349,13 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "Int8Tensor",
         but(INT8, scale=codes(4, 2).view(torch.uint8)),
         GROUPS,
-        "is uint8, not float64 or",
+        "has the dtype uint8, not float64 or",
     ),
     "codes of another dtype": (
         "Int8Tensor",
         but(INT8, qdata=codes(4, 6).int()),
         GROUPS,
-        "is int32, not int8",
+        "has the dtype int32, not int8",
     ),
     "codes of four sides": (
         "Int8Tensor",
@@ -348,7 +368,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "Int8Tensor",
         INT8,
         GROUPS | {"shape": [6, 4]},
-        "of shape (4, 6) are stored as one of [6, 4]",
+        "its codes have the shape (4, 6), but its shape is [6, 4]",
     ),
     "factors of other inputs": (
         "Int8Tensor",
@@ -362,54 +382,64 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         {},
         "block_size = None is not one",
     ),
-    "MX, no element": ("MXTensor", FLOAT4, {"block_size": 32}, "its elem_dtype None is not known"),
+    "MX, no element": ("MXTensor", FLOAT4, {"block_size": 32}, "its elem_dtype None is unknown"),
     "MX, other element": (
         "MXTensor",
         FLOAT4,
         MX | {"elem_dtype": [1]},
-        "its elem_dtype [1] is not",
+        "its elem_dtype [1] is unknown",
     ),
-    "MX, blocks of nothing": ("MXTensor", FLOAT4, MX | {"block_size": 0}, "are not blocks of"),
-    "MX, a list of sizes": ("MXTensor", FLOAT4, MX | {"block_size": [1, 32]}, "are not blocks of"),
-    "MX, larger blocks": ("MXTensor", FLOAT4, MX | {"block_size": 64}, "are not blocks of"),
+    "MX, blocks of nothing": (
+        "MXTensor",
+        FLOAT4,
+        MX | {"block_size": 0},
+        "does not divide 32 inputs",
+    ),
+    "MX, a list of sizes": (
+        "MXTensor",
+        FLOAT4,
+        MX | {"block_size": [1, 32]},
+        "does not divide 32 inputs",
+    ),
+    "MX, larger blocks": ("MXTensor", FLOAT4, MX | {"block_size": 64}, "does not divide 32 inputs"),
     "MX, other scales": ("MXTensor", FLOAT4, MX | {"block_size": 16}, "has the shape (4, 1), not"),
     "MX, in tiles": ("MXTensor", FLOAT4, MX | {"is_swizzled_scales": True}, "not (32, 16)"),
     "MX, real scales": (
         "MXTensor",
         but(FLOAT4, scale=torch.rand(4, 1)),
         MX,
-        "is float32, not float8_e8m0fnu or uint8",
+        "has the dtype float32, not float8_e8m0fnu or uint8",
     ),
-    "MX, transposed": ("MXTensor", FLOAT4, MX | {"shape": [8, 16]}, "are stored as one of [8, 16]"),
+    "MX, transposed": ("MXTensor", FLOAT4, MX | {"shape": [8, 16]}, "but its shape is [8, 16]"),
     "MX, float8": (
         "MXTensor",
         FLOAT4,
         MX | {"elem_dtype": "float8_e4m3fn"},
-        "is uint8, not float8_e4m3fn",
+        "has the dtype uint8, not float8_e4m3fn",
     ),
     "MX, float6": (
         "MXTensor",
         FLOAT4,
         MX | {"elem_dtype": "fp6_e2m3", "block_size": 16},
-        "below 64",
+        "more than 63",
     ),
     "MX, tiles of several": (
         "MXTensor",
         {"qdata": codes(2, 4, 16).view(torch.uint8), "scale": codes(2, 32, 16).view(torch.uint8)},
         MX | {"is_swizzled_scales": True},
-        "in tiles of several matrices of 4 rows",
+        "a tile of its scales covers several matrices of 4 rows",
     ),
     "a part that is not known": (
         "Int8Tensor",
         but(INT8, _pre_scale=torch.rand(6)),
         GROUPS,
-        "what its part '_pre_scale' does is not known",
+        "the effect of its part '_pre_scale' is unknown",
     ),
     "NVFP4, factors under an older name": (
         "NVFP4Tensor",
         but(NVFP4, per_tensor_scale=None, _per_tensor_scale=torch.tensor(2.0)),
         {"block_size": 16},
-        "what its part '_per_tensor_scale' does is not known",
+        "the effect of its part '_per_tensor_scale' is unknown",
     ),
     "NVFP4, factors": (
         "NVFP4Tensor",
@@ -421,19 +451,19 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"tensor_impl": "TensorCoreTiledAQTTensorImpl"},
-        "the order in which 'TensorCoreTiledAQTTensorImpl' of torchao packs",
+        "the layout of torchao's 'TensorCoreTiledAQTTensorImpl'",
     ),
     "older, no layout": (
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"tensor_impl": ["x"]},
-        "packs codes",
+        "torchao's ['x'] is unknown",
     ),
     "older, added zeros": (
         "AffineQuantizedTensor",
         OLDER,
         PLAIN | {"zero_point_domain": ["ZeroPointDomain", 2]},
-        "what its zeros are (['ZeroPointDomain', 2]) is not known",
+        "the domain ['ZeroPointDomain', 2] of its zero points",
     ),
     "older, transposed": (
         "AffineQuantizedTensor",
@@ -445,7 +475,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Tensor], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_sentence(case: str) -> None:
+def test_parts_that_do_not_fit_give_a_reason(case: str) -> None:
     kind, parts, settings, expected = REFUSED[case]
     content = described(kind, parts, **settings)
     candidate = the_candidate(content)
@@ -455,19 +485,19 @@ def test_what_does_not_fit_is_refused_in_one_sentence(case: str) -> None:
     assert "\n" not in reason
 
 
-def test_a_tensor_of_the_same_name_is_a_contradiction() -> None:
+def test_plain_tensor_of_same_name_gives_a_reason() -> None:
     content = described("Int8Tensor", INT8, **GROUPS)
     tensors = {**content.tensors, "l.weight": ((2, 2), "float32")}
     content = Content(tensors, content.read, classes=content.classes)
-    assert "is stored as a tensor beside" in reason_of(the_candidate(content), content)
+    assert "is also stored as a plain tensor" in reason_of(the_candidate(content), content)
 
 
-def test_a_class_without_its_tensors_is_nothing() -> None:
+def test_class_without_tensors_is_not_a_candidate() -> None:
     one = TensorClass("Int8Tensor", {"qdata": "a", "scale": "b"}, {"block_size": [1, 3]})
     assert not list(find_torchao(Content({}, torch.empty, classes={"l.weight": one})))
 
 
-# --- descriptions that are damaged ----------------------------------------------------------------
+# --- damaged descriptions -------------------------------------------------------------------------
 
 
 def of_metadata(tmp_path: Path, **texts: str) -> dict[str, TensorClass]:
@@ -475,7 +505,7 @@ def of_metadata(tmp_path: Path, **texts: str) -> dict[str, TensorClass]:
     return Safetensors(tmp_path / "a.safetensors").classes
 
 
-def test_metadata_are_read_as_torchao_writes_them(tmp_path: Path) -> None:
+def test_metadata_of_torchao_are_read(tmp_path: Path) -> None:
     data = {"block_size": [1, 6], "dtype": {"_type": "torch.dtype", "_data": "float32"}}
     one = {"_type": "Int8Tensor", "_data": data, "_tensor_data_names": ["qdata", "scale"]}
     names = json.dumps(["l.weight", "l.bias", 3, "missing"])
@@ -502,12 +532,12 @@ def test_metadata_are_read_as_torchao_writes_them(tmp_path: Path) -> None:
         '{"_type": "Int8Tensor", "_data": {}, "_tensor_data_names": [["qdata"]]}',
     ],
 )
-def test_damaged_metadata_describe_nothing(tmp_path: Path, text: str) -> None:
+def test_damaged_metadata_are_ignored(tmp_path: Path, text: str) -> None:
     assert of_metadata(tmp_path, tensor_names='["l.weight"]', **{"l.weight": text}) == {}
     assert of_metadata(tmp_path, tensor_names=text, **{"l.weight": "{}"}) == {}
 
 
-def test_odd_settings_are_left_out(tmp_path: Path) -> None:
+def test_invalid_settings_are_omitted(tmp_path: Path) -> None:
     deep: Any = {}
     for _ in range(50):
         deep = {"_type": "x", "_data": deep}

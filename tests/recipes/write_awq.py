@@ -1,8 +1,8 @@
-"""Writes data/awq_*: layers that autoawq packs, and what it dequantises.
+"""Writes data/awq_*: layers that autoawq packs, and the weights that it dequantises.
 
     python tests/recipes/write_awq.py [folder]
 
-Needs what requirements.txt pins. All runs on a CPU.
+Needs the packages in requirements.txt. Everything runs on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from write_gptq import in_order, sample_layer
 
 
 def pack_gemm(size: int, layer: nn.Linear, s: Tensor, z: Tensor) -> tuple[Any, Tensor]:
-    """A layer of the version gemm, and the weight as autoawq dequantises it without kernels."""
+    """A layer of the version gemm, and the weight that autoawq dequantises without kernels."""
     module = load_autoawq("gemm")
     packed = module.WQLinear_GEMM.from_linear(layer, 4, size, scales=s.T, zeros=z.T)
     parts = packed.qweight, packed.qzeros, packed.scales
@@ -28,14 +28,14 @@ def pack_gemm(size: int, layer: nn.Linear, s: Tensor, z: Tensor) -> tuple[Any, T
 
 
 def pack_gemv(size: int, layer: nn.Linear, s: Tensor, z: Tensor) -> tuple[Any, Tensor]:
-    """A layer of the version gemv, and the weight from which autoawq packs it without a loss."""
+    """A layer of the version gemv, and the weight that autoawq packs without loss."""
     module = load_autoawq("gemv")
     packed = module.WQLinear_GEMV.from_linear(layer, 4, size, scales=s, zeros=z)
     return packed, layer.weight.data
 
 
 def save(folder: Path, version: str, size: int, packed: nn.Module, expected: Tensor) -> None:
-    """Writes a layer with the settings that autoawq writes."""
+    """Writes a layer with the settings of autoawq."""
     folder.mkdir(parents=True, exist_ok=True)
     path = "model.layers.0.mlp.up_proj"
     tensors = {f"{path}.{name}": one.contiguous() for name, one in packed.state_dict().items()}

@@ -2,7 +2,7 @@
 
     python tests/recipes/write_bitsandbytes.py [folder]
 
-Needs what requirements.txt pins. All runs on a CPU.
+Needs the packages in requirements.txt. Everything runs on a CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes compiles what it runs once
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes would compile functions that run only once
 
 import bitsandbytes as bnb
 import torch
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 
 def sample(*shape: int) -> Tensor:
-    """Entries of which no two are equal, with rows and columns of different scales."""
+    """Distinct entries in rows and columns of different scales."""
     *_, m, n = shape
     rows, columns = (0.75 ** (torch.arange(side) % 5) for side in (m, n))
     return torch.randn(shape) * rows[:, None] * columns
@@ -35,7 +35,7 @@ def sample(*shape: int) -> Tensor:
 def dequantise(weight: Tensor, layer: nn.Module | None = None) -> Tensor:
     """A weight in float32, without the rounding to the dtype of the model.
 
-    By the implementation for any device: that for CPUs takes wrong scales where a block extends
+    Uses the implementation for any device: the one for CPUs uses wrong scales if a block extends
     beyond its row (findings/bitsandbytes-blocks-across-rows.sh).
     """
     if isinstance(weight, bnb.nn.Int8Params):
@@ -55,7 +55,7 @@ def dequantise_4bit(packed: Tensor, state: QuantState) -> Tensor:
 
 
 def write_model(folder: Path, config: GPT2Config, dtype: torch.dtype, **settings: object) -> None:
-    """A GPT-2, whose Conv1D layers transformers transposes before it quantises them."""
+    """Writes a GPT-2, whose Conv1D layers transformers transposes before it quantises them."""
     with tempfile.TemporaryDirectory() as plain:
         model = GPT2LMHeadModel(config)
         for parameter in model.parameters():
@@ -79,14 +79,14 @@ def write_model(folder: Path, config: GPT2Config, dtype: torch.dtype, **settings
 
 
 def quantise(m: int, n: int, dtype: torch.dtype = torch.float32, **settings: object) -> nn.Module:
-    """A layer of 4 bits with m outputs and n inputs."""
+    """A 4-bit layer with m outputs and n inputs."""
     layer = bnb.nn.Linear4bit(n, m, bias=False, **settings)
     layer.weight.data = sample(m, n).to(dtype)
     return layer.to("cpu")
 
 
 class Experts(nn.Module):
-    """Experts in one parameter of three sides, quantised as bitsandbytes does it."""
+    """Experts in one 3-d parameter, quantised by bitsandbytes."""
 
     def __init__(self, b: int, m: int, n: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Experts(nn.Module):
 
 
 def write_layers(folder: Path, layers: nn.ModuleDict) -> None:
-    """The state dict of layers as it is."""
+    """Writes the unchanged state dict of layers."""
     folder.mkdir(parents=True, exist_ok=True)
     expected = {}
     for path, layer in layers.items():
@@ -113,7 +113,7 @@ def write_layers(folder: Path, layers: nn.ModuleDict) -> None:
 
 
 def shrink(folder: Path) -> None:
-    """Leaves out what a test does not read: tensors that are not quantised, and most settings."""
+    """Removes tensors that are not quantised and settings that no test reads."""
     tensors = load_file(folder / "model.safetensors")
     plain = (".ln_1.", ".ln_2.", ".ln_f.", ".wpe.", ".wte.", ".bias")
     kept = {name: one for name, one in tensors.items() if not any(p in name for p in plain)}

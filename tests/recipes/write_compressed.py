@@ -2,8 +2,8 @@
 
     python tests/recipes/write_compressed.py [folder]
 
-Needs what requirements.txt pins. An older compressed-tensors writes what only it could: 0.9.4 its
-way to pack and the order of columns by activations, 0.8.1 zero points that are not packed:
+Needs the packages in requirements.txt. Older versions of compressed-tensors write the old formats:
+0.9.4 its layout of packed words and the order of columns, 0.8.1 zero points that are not packed:
 
     pip install --no-deps --target OLD compressed-tensors==0.9.4
     PYTHONPATH=OLD python tests/recipes/write_compressed.py [folder]
@@ -36,7 +36,7 @@ NV = {
     "scale_dtype": torch.float8_e4m3fn,
 }  # fmt: skip
 FP8 = {"num_bits": 8, "type": "float"}
-# Shapes are not square, no multiples of what is packed, and smaller and larger than a block.
+# Shapes are not square, not multiples of a word, and smaller and larger than a block.
 PACKED: dict[str, Setting] = {
     "four": ((10, 24), {"num_bits": 4, "strategy": "group", "group_size": 8}),
     "asymmetric": (
@@ -61,7 +61,7 @@ PLAIN: dict[str, Setting] = {
     "float_groups": ((5, 24), {**FP8, "strategy": "group", "group_size": 8}),
     "float_blocks": ((11, 20), {**FP8, "strategy": "block", "block_structure": [4, 8]}),
 }  # fmt: skip
-# Of older versions: zero points are packed only if the rows fill whole words.
+# In older versions, zero points are packed only if the rows fill complete words.
 OLD: dict[str, dict[str, Setting]] = {
     "0.9": {
         "three": ((5, 44), {"num_bits": 3, "strategy": "group", "group_size": 11}),
@@ -90,7 +90,7 @@ FLOATS: dict[str, Setting] = {
 
 
 def sample(*shape: int) -> Tensor:
-    """Entries of which no two are equal, with rows and columns of different scales."""
+    """Distinct entries in rows and columns of different scales."""
     m, n = shape
     rows, columns = (0.5 ** (torch.arange(side) % 5) for side in (m, n))
     return torch.randn(m, n) * rows[:, None] * columns
@@ -111,7 +111,7 @@ def configure(settings: dict[str, Setting], **others: Any) -> QuantizationConfig
 
 @torch.no_grad()
 def set_scales(layer: nn.Module, args: QuantizationArgs) -> None:
-    """Scales that differ from block to block, and zero points where there may be some."""
+    """Sets a different scale for every block, and zero points if the format has them."""
     scale = layer.weight_scale
     values = (torch.rand(scale.shape) + 0.5) * layer.weight.abs().mean() * 4 / 2**args.num_bits
     if args.type == "float":
@@ -151,7 +151,7 @@ def write(folder: Path, settings: dict[str, Setting], dtype: torch.dtype, **othe
 
 
 def write_old(folder: Path, settings: dict[str, Setting]) -> None:
-    """Codes packed by a class of a version in which that was done weight by weight."""
+    """Packs codes with the class of an older version, which packs one weight at a time."""
     from compressed_tensors import compressors
     from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
@@ -172,7 +172,7 @@ def write_old(folder: Path, settings: dict[str, Setting]) -> None:
             parts["g_idx"] = torch.randperm(n, dtype=torch.int32) // args.group_size
         W = sample(m, n)
         codes = quantize(W, args=args, dtype=torch.int8, **{"zero_point": None} | parts)
-        # `args` is left out as by the compressor itself: the strategy follows from the shapes.
+        # The compressor also omits `args`: the shapes determine the strategy.
         weights[f"{name}.weight"] = dequantize(codes, **parts)
         packed = {f"weight_{part}": tensor for part, tensor in parts.items()}
         packed |= pack.compress_weight(W, quantization_args=args, **parts)
@@ -187,7 +187,7 @@ def write_old(folder: Path, settings: dict[str, Setting]) -> None:
 
 
 def shrink(folder: Path, **others: Any) -> None:
-    """Writes the config in one line."""
+    """Writes the config on one line."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | others) + "\n")
 

@@ -1,9 +1,9 @@
-"""Writes data/float8_*: FP8 as transformers, FBGEMM's layers in it and DeepSeek store it.
+"""Writes data/float8_*: FP8 weights of transformers, its FBGEMM layers, and DeepSeek.
 
     python tests/recipes/write_float8.py [folder]
 
-Needs what requirements.txt pins. All runs on a CPU, where transformers reads FP8, but quantises no
-model: its operation is applied to the weights one by one.
+Needs the packages in requirements.txt. Everything runs on a CPU, on which transformers reads FP8
+but does not quantise models. The script therefore applies its operation to one weight at a time.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CONFIG = {
 
 
 def sample(*shape: int) -> Tensor:
-    """Entries of which no two are equal, with rows and columns of different scales."""
+    """Distinct entries in rows and columns of different scales."""
     *_, m, n = shape
     rows, columns = (0.5 ** (torch.arange(side) % 5) for side in (m, n))
     return torch.randn(shape) * rows[:, None] * columns
 
 
 def write_model(folder: Path) -> None:
-    """A Qwen3-MoE of one block of the size 4x8, and what transformers reads of it."""
+    """Writes a Qwen3-MoE with blocks of 4x8, and the weights that transformers reads."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG))
     for parameter in model.parameters():
@@ -77,7 +77,7 @@ def quantise(settings: FineGrainedFP8Config, name: str, tensor: Tensor) -> dict[
 
 
 def write_stacks(folder: Path) -> None:
-    """Experts as they are in memory, with scales that are powers of two."""
+    """Writes stacks of experts, with scales that are powers of two."""
     torch.manual_seed(0)
     settings = FineGrainedFP8Config(weight_block_size=[8, 4], scale_fmt="ue8m0")
     tensors, weights = {}, {}
@@ -98,7 +98,7 @@ def write_folder(folder: Path, tensors: dict[str, Any], config: Any, weights: An
 
 
 def write_deepseek(folder: Path) -> None:
-    """Short last blocks, dequantised by compressed-tensors; the names of DeepSeek V3 and V4."""
+    """Writes weights with short last blocks under the names of DeepSeek V3 and V4."""
     torch.manual_seed(0)
     tensors: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ def write_deepseek(folder: Path) -> None:
 
 
 def write_fbgemm(folder: Path) -> None:
-    """The parameters of the layers of FBGEMM; of experts each output has a scale."""
+    """Writes the parameters of FBGEMM layers. Experts have one scale per output."""
     torch.manual_seed(0)
     layer = FbgemmFp8Linear(11, 7, bias=True)
     sizes = {"num_local_experts": 2, "intermediate_size": 6, "hidden_size": 9, "hidden_act": "silu"}
@@ -140,7 +140,7 @@ def write_fbgemm(folder: Path) -> None:
             tensors[f"{prefix}.{name}"] = torch.rand(parameter.shape) if scaled else codes
     for name, codes in tensors.items():
         if (scales := tensors.get(f"{name}_scale")) is not None:
-            rows = name.endswith("weight")  # outputs; of experts they are columns
+            rows = name.endswith("weight")  # rows are outputs; for experts, columns are
             each = scales if rows else scales.reshape(len(scales), 1, -1)
             weights[name] = codes.float() * each
     write_folder(folder, tensors, {"quant_method": "fbgemm_fp8"}, weights)

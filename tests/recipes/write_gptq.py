@@ -1,8 +1,8 @@
-"""Writes data/gptq_*: layers that three libraries pack, and what they dequantise.
+"""Writes data/gptq_*: layers that three libraries pack, and the weights that they dequantise.
 
     python tests/recipes/write_gptq.py [folder]
 
-Needs what requirements.txt pins. All runs on a CPU.
+Needs the packages in requirements.txt. Everything runs on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from packers import load_auto_gptq, load_auto_round, load_gptqmodel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# As BaseQuantizeConfig of auto-gptq 0.7.1 writes them.
+# The settings that BaseQuantizeConfig of auto-gptq 0.7.1 writes.
 AUTO_GPTQ = {
     "damp_percent": 0.01,
     "static_groups": False,
@@ -34,18 +34,18 @@ AUTO_GPTQ = {
 def sample_layer(
     m: int, n: int, bits: int, groups: Tensor, lowest: int, dtype: torch.dtype = torch.float16
 ) -> tuple[nn.Linear, Tensor, Tensor]:
-    """A layer whose weight has the values of codes, with the scales and zero points of those.
+    """A layer whose weight has exact values of codes, and their scales and zero points.
 
     Args:
-        m: outputs.
-        n: inputs.
-        bits: of a code.
-        groups: (n,) of the inputs.
-        lowest: of the zero points.
-        dtype: of the weight.
+        m: the number of outputs.
+        n: the number of inputs.
+        bits: the number of bits per code.
+        groups: the groups of the inputs, (n,).
+        lowest: the lowest zero point.
+        dtype: the dtype of the weight.
 
     Returns:
-        The layer; scales and zero points (m, number of groups).
+        The layer, and its scales and zero points (m, number of groups).
     """
     count = int(groups.max()) + 1
     codes = torch.randint(0, 1 << bits, (m, n))
@@ -78,7 +78,7 @@ def pack_auto_gptq(
 def pack_gptqmodel(
     bits: int, size: int, layer: nn.Linear, s: Tensor, z: Tensor, groups: Tensor, kind: str
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors that gptqmodel stores in a format of this kind, and the weight it dequantises."""
+    """The tensors that gptqmodel stores in this format, and the weight that it dequantises."""
     m, n = layer.weight.shape
     linear, convert = load_gptqmodel(), load_gptqmodel("utils.model")
     formats = load_gptqmodel("quantization")
@@ -114,7 +114,7 @@ def save(
     layers: Mapping[str, tuple[dict[str, Tensor], Tensor]],
     settings: Mapping[str, Any],
 ) -> None:
-    """Writes layers, their weights, and the settings into both configs."""
+    """Writes layers, their weights, and the settings in both configs."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{path}.{name}": one.contiguous()

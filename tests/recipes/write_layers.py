@@ -2,7 +2,7 @@
 
     python tests/recipes/write_layers.py [folder]
 
-Needs what requirements.txt pins. All runs on a CPU.
+Needs the packages in requirements.txt. Everything runs on a CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers compiles what it runs once
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers would compile functions that run only once
 
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
@@ -22,30 +22,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.integrations.bitnet import BitLinear, pack_weights, unpack_weights
 
-Layers = dict[str, tuple[dict[str, Tensor], Tensor]]  # their tensors, and their weight
+Layers = dict[str, tuple[dict[str, Tensor], Tensor]]  # the tensors and the weight of each layer
 
 
 def sample(m: int, n: int) -> Tensor:
-    """Entries of which no two are equal, with rows and columns of different scales."""
+    """Distinct entries in rows and columns of different scales."""
     rows, columns = (0.75 ** (torch.arange(side) % 5) for side in (m, n))
     return torch.randn(m, n) * rows[:, None] * columns
 
 
 def pack_hqq(m: int, n: int, dtype: torch.dtype, **settings: Any) -> tuple[dict, Tensor]:
-    """A layer of HQQ as it stores itself for safetensors."""
+    """The tensors of an HQQ layer in its layout for safetensors, and its weight."""
     linear = nn.Linear(n, m, bias=False)
     linear.weight.data = sample(m, n)
     config = BaseQuantizeConfig(**settings)
     layer = HQQLinear(linear, config, compute_dtype=dtype, device="cpu")
     tensors = {name: one.contiguous() for name, one in layer.state_dict().items()}
-    # In float32, where the layer would round twice to its own dtype.
+    # In float32, because the layer would round twice to its own dtype.
     wide = {key: layer.meta[key].float() for key in ("scale", "zero")}
     meta = layer.meta | wide | {"compute_dtype": torch.float32}
     return tensors, Quantizer.dequantize(layer.W_q, meta)
 
 
 def pack_quanto(m: int, n: int, dtype: torch.dtype, kind: Any) -> tuple[dict, Tensor]:
-    """A layer of quanto of 8 bits."""
+    """An 8-bit layer of quanto."""
     model = nn.Sequential(nn.Linear(n, m, bias=False, dtype=dtype))
     model[0].weight.data = sample(m, n).to(dtype)
     quantize(model, weights=kind)
@@ -56,12 +56,12 @@ def pack_quanto(m: int, n: int, dtype: torch.dtype, kind: Any) -> tuple[dict, Te
 
 
 def pack_bitnet(m: int, n: int) -> tuple[dict, Tensor]:
-    """A layer of BitNet: by its own arithmetic the weight is the codes by the scale."""
+    """A layer of BitNet, and the weight by which the layer multiplies."""
     codes = torch.randint(-1, 2, (m, n)).float()
     layer = BitLinear(n, m, bias=False, dtype=torch.float32)
     layer.weight = pack_weights(codes.clone())
     layer.weight_scale = torch.tensor([3.7])
-    identity = torch.eye(n)  # quantised without a loss: 127 of 127
+    identity = torch.eye(n)  # quantised without loss to 127 of 127
     assert torch.equal(unpack_weights(layer.weight, torch.float32), codes)
     return layer.state_dict(), layer(identity).T.contiguous()
 

@@ -1,8 +1,8 @@
-"""Writes data/mlx_*: layers that MLX quantises, and what it dequantises.
+"""Writes data/mlx_*: layers that MLX quantises, and the weights that it dequantises.
 
     python tests/recipes/write_mlx.py [folder]
 
-Needs mlx[cpu] as requirements.txt pins it, and numpy.
+Needs mlx[cpu] in the version of requirements.txt, and numpy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 
 
 def sample(*shape: int) -> mx.array:
-    """Entries of which no two are equal, with rows and columns of different scales."""
+    """Distinct entries in rows and columns of different scales."""
     rows, columns = (0.75 ** (mx.arange(side) % 5) for side in shape[-2:])
     return mx.random.normal(shape) * rows[:, None] * columns
 
@@ -34,7 +34,7 @@ def quantise(weight: mx.array, **settings: Any) -> tuple[dict[str, mx.array], mx
 
 
 def save(folder: Path, layers: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Writes layers with the settings that mlx-lm writes."""
+    """Writes layers with the settings of mlx-lm."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{path}.{k}": one for path, (parts, _) in layers.items() for k, one in parts.items()

@@ -1,8 +1,8 @@
-"""Writes data/modelopt_*: models that ModelOpt quantises and exports, and what it makes of them.
+"""Writes data/modelopt_*: models that ModelOpt quantises and exports, and their weights.
 
     python tests/recipes/write_modelopt.py [folder]
 
-Needs what requirements.txt pins. All runs on a CPU.
+Needs the packages in requirements.txt. Everything runs on a CPU.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ EXPERTS = Llama4TextConfig(
 
 
 def sample(*shape: int) -> Tensor:
-    """Entries of which no two are equal, with rows and columns of different scales."""
+    """Distinct entries in rows and columns of different scales."""
     *_, m, n = shape
     rows, columns = (0.5 ** (torch.arange(side) % 5) for side in (m, n))
     return torch.randn(shape) * rows[:, None] * columns
 
 
 def dequantise(codes: Tensor, scales: Tensor, second: Tensor | None) -> Tensor:
-    """By the classes of ModelOpt; in NVFP4 stacks of experts are packed along their rows."""
+    """Dequantises with the classes of ModelOpt. NVFP4 stacks are packed along their rows."""
     f32 = torch.float32
     if codes.dtype == torch.uint8 and codes.ndim == 3:
         both = zip(codes, scales, strict=True)

@@ -1,8 +1,8 @@
 """Writes small checkpoints with microscaled weights: data/gpt_oss, deepseek_v4, quark and mxfp8.
 
-The values are quantised by torchao (gpt-oss, DeepSeek V4), Quark, and transformers (MXFP8), laid
-out as the published checkpoints have them, and dequantised by transformers, or by Quark in
-transformers. Run with the packages of requirements.txt, those of Quark only for its folder:
+torchao (gpt-oss, DeepSeek V4), Quark and transformers (MXFP8) quantise the values, which the script
+stores in the layouts of the published checkpoints. transformers dequantises them, for Quark with
+Quark's code. Needs the packages in requirements.txt, and Quark only for its folder:
 `python tests/recipes/write_mxfp4.py [FOLDER [NAME ...]]`.
 """
 
@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def uneven(generator: torch.Generator, *shape: int) -> Tensor:
-    """Entries of which no two rows or columns have the same scale."""
+    """Entries in rows and columns of different scales."""
     *stack, m, n = shape
     rows = torch.logspace(-1.5, 1.5, m)[:, None]
     columns = torch.logspace(0.3, -0.3, n)
@@ -30,7 +30,7 @@ def uneven(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def to_float4(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes (..., m, n/2) and powers of two (..., m, n/32) as bytes, by torchao."""
+    """Quantises with torchao to bytes (..., m, n/2) and exponents as bytes (..., m, n/32)."""
     from torchao.prototype.mx_formats.mx_tensor import to_mx
 
     scales, codes = to_mx(W.contiguous(), torch.float4_e2m1fn_x2, 32)
@@ -39,7 +39,7 @@ def to_float4(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smallest(W: Tensor) -> Tensor:
-    """The same values in fewer bytes, if float8 can hold them all."""
+    """The same values in the narrowest dtype that represents all of them."""
     return next(
         (
             narrow
@@ -53,7 +53,7 @@ def smallest(W: Tensor) -> Tensor:
 def write_gpt_oss(
     folder: Path, hidden: int = 32, inner: int = 64, experts: int = 2, last: int = 1
 ) -> None:
-    """`last`: of how many experts the expected weights are kept."""
+    """Writes a gpt-oss, with the expected weights of the last `last` experts."""
     from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 
     config = GptOssConfig(
@@ -92,7 +92,7 @@ def write_gpt_oss(
 def write_deepseek_v4(
     folder: Path, hidden: int = 64, inner: int = 32, experts: int = 2, last: int = 1
 ) -> None:
-    """Keeps of the checkpoint the experts; `last`: of how many the expected weights are kept."""
+    """Writes the experts of a DeepSeek V4, with the expected weights of the last `last` ones."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     config = DeepseekV4Config(
@@ -157,7 +157,7 @@ def write_quark(folder: Path, hidden: int = 64, inner: int = 32) -> None:
         }
         keep_expected(
             folder,
-            # Of the identity each product is one entry.
+            # Each entry of the product with the identity is one entry of the weight.
             {
                 f"{name}.weight": layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).mT
                 for name, layer in layers.items()
@@ -183,7 +183,7 @@ def write_mxfp8(folder: Path, hidden: int = 64, inner: int = 32) -> None:
         folder, quantization_config={"quant_method": "mxfp8", "modules_to_not_convert": skipped}
     )
     read = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    kept = ("gate_proj.weight", "down_proj.weight")  # for the sake of bytes
+    kept = ("gate_proj.weight", "down_proj.weight")  # to save bytes
     keep_expected(folder, {n: one for n, one in read.state_dict().items() if n.endswith(kept)})
 
 

@@ -1,9 +1,9 @@
-"""Writes data/torchao, a state dict as safetensors and as a pickle; and data/torchao_older.
+"""Writes data/torchao, a state dict as safetensors and as a pickle, and data/torchao_older.
 
     python tests/recipes/write_torchao.py [folder]
 
-Needs what requirements.txt pins. torchao_older needs a torchao that still had the class
-AffineQuantizedTensor, and is written only with that:
+Needs the packages in requirements.txt. The script writes torchao_older only with an older torchao,
+which still has the class AffineQuantizedTensor:
 
     pip install --no-deps --target OLD torchao==0.9.0
     PYTHONPATH=OLD python tests/recipes/write_torchao.py [folder]
@@ -25,7 +25,7 @@ Layers = dict[str, tuple[tuple[int, int], torch.dtype, Callable[[], Any]]]
 
 
 def uneven(seed: int, m: int, n: int) -> Tensor:
-    """Entries of which no two rows or columns have the same scale, and few have a mean of 0."""
+    """Entries in rows and columns of different scales, most with a mean other than 0."""
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) + 0.4
     return W * torch.logspace(-1.5, 1.5, m)[:, None] * torch.logspace(0.3, -0.3, n)
 
@@ -80,7 +80,7 @@ def older_layers() -> Layers:
     return (later if hasattr(quantization, "IntxWeightOnlyConfig") else {}) | {
         "int8": ((5, 12), torch.bfloat16, quantization.Int8WeightOnlyConfig),
         "dynamic": (
-            (4, 18),  # of 16 inputs it would leave it
+            (4, 18),  # it would not quantise a layer of 16 inputs
             torch.float32,
             quantization.Int8DynamicActivationInt8WeightConfig,
         ),
@@ -99,7 +99,7 @@ def older_layers() -> Layers:
 
 
 def quantised(layers: Layers, scale: int = 1) -> nn.Module:
-    """A layer per setting, with sides so many times as long."""
+    """One layer per setting, with sides `scale` times as long."""
     from torchao.quantization import quantize_
 
     model = nn.ModuleDict()
@@ -111,7 +111,7 @@ def quantised(layers: Layers, scale: int = 1) -> nn.Module:
 
 
 def dequantised(one: Tensor) -> Tensor:
-    """In float32, without a rounding to the dtype of the weight."""
+    """Dequantises to float32, without rounding to the dtype of the weight."""
     one = getattr(one, "original_weight_tensor", one)
     kind = type(one).__name__
     if kind == "AffineQuantizedTensor":
@@ -122,13 +122,13 @@ def dequantised(one: Tensor) -> Tensor:
 
 
 def write(folder: Path, scale: int = 1) -> None:
-    """`scale`: how many times as long the sides are."""
+    """Writes layers with sides `scale` times as long."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     state = quantised(layers(), scale).state_dict()
     tensors, metadata = flatten_tensor_state_dict(dict(state))
     save_file(tensors, folder / "model.safetensors", metadata)
-    pickled = PICKLED if scale == 1 else state  # for the sake of bytes
+    pickled = PICKLED if scale == 1 else state  # to save bytes
     torch.save({name: one for name, one in state.items() if name in pickled}, folder / "state.pt")
     keep_expected(folder, state)
 

@@ -1,4 +1,4 @@
-"""Callbacks for the trainers of other libraries; import the module of the one in use.
+"""Callbacks for the trainers of other libraries. Import only the module of the library in use.
 
-Each sees its own framework and the public names of wellcond, nothing else.
+Each module imports its own framework and the public names of wellcond, nothing else.
 """

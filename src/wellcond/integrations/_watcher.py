@@ -1,4 +1,4 @@
-"""What the `MonitorCallback`s have in common: their settings, and the `Monitor` that has them."""
+"""The common base of the `MonitorCallback`s: their settings and their `Monitor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import wellcond as wc
 
 
 class Watcher:
-    """The settings of a `Monitor` of a model that is there only when training starts."""
+    """Stores the settings of a `Monitor` until training starts and provides the model."""
 
     def __init__(
         self, patterns: Sequence[str], block_size: int, condition_numbers: bool, layers: bool
@@ -31,7 +31,7 @@ class Watcher:
         )
 
     def _measure(self, target: Any, step: int, every: int = 1) -> dict[str, float] | None:
-        """Measures, logs to the target, and returns what was logged; None before the start."""
+        """Measures, logs to the target, and returns the logged values; None before training."""
         if self.monitor is None:
             return None
         return self.monitor.log(target, step, every=every, layers=self.layers)

@@ -1,6 +1,6 @@
 """Callbacks for Lightning: a `Regularizer` or a `Monitor` in `Trainer.fit`.
 
-Works with `lightning`, and with `pytorch_lightning` where that alone is installed.
+Works with `lightning`, and with `pytorch_lightning` if only that is installed.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ else:
 
 
 class MonitorCallback(Watcher, Callback):
-    """Watches the weights of a LightningModule while it is trained, and changes nothing.
+    """Monitors the weights of a LightningModule during training, without changing them.
 
-    The loggers of the Trainer get a few aggregates and the worst five weights by name, see
-    `Regularizer.log`.
+    The loggers of the Trainer receive a few aggregates and the values of the worst five weights;
+    see `Regularizer.log`.
 
     Args:
         patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
-        block_size: how many leading singular vectors are followed.
-        condition_numbers: measure kappa as well, which takes about an SVD per weight.
-        layers: also the series of every weight.
-        log_every: every so many steps of the optimizers.
+        block_size: the number of leading singular vectors to track per weight.
+        condition_numbers: also measure condition numbers, at the cost of about one SVD per weight.
+        layers: also log one series per weight.
+        log_every: the number of optimizer steps between two measurements.
 
     Attributes:
-        monitor: the `Monitor`; None before training starts, kept when it ends.
+        monitor: the `Monitor`. It is None before training starts and is kept after training ends.
 
     Raises:
-        ValueError: when training starts: a pattern matches nothing, or DeepSpeed.
+        ValueError: when training starts, if a pattern matches nothing or the strategy is
+            DeepSpeed.
 
     Example:
         >>> from wellcond.integrations.lightning import MonitorCallback
@@ -86,59 +87,65 @@ class MonitorCallback(Watcher, Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        # While gradients are accumulated a step lasts for several batches.
+        # With gradient accumulation, one step spans several batches.
         if trainer.loggers and step != self._seen_step:
             self._seen_step = step
             self._measure(_to_all(trainer), step, every=self.log_every)
 
 
 class RegularizerCallback(Callback):
-    """Regularises the weights of a LightningModule while it is trained.
+    """Regularises the weights of a LightningModule during training.
 
-    Two ways:
+    There are two modes:
 
-    - "proximal": a proximal step after every few steps of the optimizers that hold a regularised
-      weight, by `Regularizer.attach`. It comes after the optimizer's step: neither clipping nor
-      the scaling of the loss touches it. Steps that a GradScaler skips do not count.
-    - "gradients": `Regularizer.add_gradients` in `on_before_optimizer_step`, once per optimizer
-      step: after the gradients are accumulated and unscaled, before they are clipped. What is
-      clipped is the sum of both gradients.
+    - "proximal" attaches a `Regularizer` to every optimizer that has a regularised weight; see
+      `Regularizer.attach`. It takes a proximal step after every few optimizer steps. Because the
+      proximal step follows the optimizer step, gradient clipping and loss scaling do not affect it.
+      Steps that a GradScaler skips do not count.
+    - "gradients" calls `Regularizer.add_gradients` in `on_before_optimizer_step`, once per
+      optimizer step. At that point the gradients are accumulated and unscaled, but not yet clipped.
+      Clipping therefore acts on the sum of both gradients.
 
-    There is no third way for the penalty in the loss: `loss + reg()` belongs into `training_step`,
-    with a `Regularizer` of your own. Lightning divides that loss by `accumulate_grad_batches`, so
-    the penalty counts once over full cycles, and less in a short one at the end of an epoch.
+    For a penalty in the loss, create a `Regularizer` and return `loss + reg()` from
+    `training_step`. Lightning divides this loss by `accumulate_grad_batches`, so the penalty counts
+    once per full accumulation cycle, and less in a shorter cycle at the end of an epoch.
 
-    The weights are chosen when training starts, after the sanity check, under the names that the
-    module gives them. What is frozen then stays without a penalty. Every `fit` starts afresh,
-    unless it resumes: the state is in Lightning's checkpoints, and `fit(..., ckpt_path=...)` goes
-    on bit for bit. Two callbacks may be used together if they differ in patterns or mode.
+    The callback selects the weights when training starts, after the sanity check, by their names in
+    the module. It does not regularise weights that are frozen at that time. Every `fit` starts with
+    a new state unless it resumes: the state is part of Lightning's checkpoints, and
+    `fit(..., ckpt_path=...)` continues bit for bit. A Trainer can have two of these callbacks if
+    they differ in patterns or mode.
 
-    Hard limits hold in what is validated and saved and at the end of training, whatever `every` is:
-    they are applied before. An optimizer with eval(), as those of schedulefree, evaluates other
-    weights than it steps, and Lightning calls neither eval() nor train(): under a limit the
-    callback calls eval() before it applies the limits, and train() before the next batch. Limits
-    are applied too to the averages that Lightning's WeightAveraging, EMAWeightAveraging and
-    StochasticWeightAveraging keep, which are saved, and left in the module, in place of the weights
-    that are trained.
+    For any value of `every`, the callback applies hard limits before validation, before a
+    checkpoint is saved, and at the end of training. An optimizer with an `eval()` method, such as
+    those of schedulefree, evaluates other weights than it steps, and Lightning calls neither
+    `eval()` nor `train()`. Under a hard limit the callback calls `eval()` before it applies the
+    limit, and `train()` before the next batch. It also applies the limits to the averages of
+    Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging. These averages
+    replace the trained weights in checkpoints and, at the end, in the module.
 
     Args:
-        rules: one penalty, or patterns to penalties, as for `Regularizer`.
+        rules: a rule, or a mapping of patterns to rules, as for `Regularizer`.
         mode: "proximal" or "gradients".
-        every: for "proximal": a step after every so many optimizer steps; by default 10 for
-            penalties, and hard limits when they are due, as for `attach`.
+        every: the number of optimizer steps between two proximal steps, for mode "proximal". By
+            default 10 for penalties; hard limits are applied when due, as for `attach`.
         block_size: the width of the leading subspace, as for `Regularizer`.
-        log_every: every so many steps the loggers of the Trainer get a few aggregates and the worst
-            five weights by name, see `Regularizer.log`; 0 for never.
+        log_every: the number of steps after which the loggers of the Trainer receive a few
+            aggregates and the values of the worst five weights; see `Regularizer.log`. 0 disables
+            logging.
 
     Attributes:
-        regularizer: the `Regularizer`; None before training starts, kept when it ends.
+        regularizer: the `Regularizer`. It is None before training starts and is kept after training
+            ends.
 
     Raises:
-        TypeError: the rules are neither a rule nor a mapping.
-        ValueError: another mode, or "gradients" for a limit or IsometryStep. When training
-            starts: what `Regularizer` and `attach` refuse; no optimizer that holds a regularised
-            weight; for "gradients" several of them, or a GradScaler with an optimizer that unscales
-            for itself; DeepSpeed. When it resumes: a checkpoint without the state of this callback.
+        TypeError: `rules` is neither a rule nor a mapping.
+        ValueError: if the mode is unknown, or is "gradients" for a limit or IsometryStep. When
+            training starts, if `Regularizer` or `attach` raises it, if no optimizer has a
+            regularised weight, or if the strategy is DeepSpeed; in mode "gradients" also if several
+            optimizers have regularised weights, or if a GradScaler is used with an optimizer that
+            unscales the gradients itself. When training resumes, if the checkpoint does not contain
+            the state of this callback.
 
     Example:
         >>> import wellcond as wc
@@ -168,14 +175,14 @@ class RegularizerCallback(Callback):
         self._holders: list[Optimizer] = []
         self._of_averages: dict[nn.Module, wc.Regularizer] = {}
         self._evaluating = True  # whether train() is due before the next batch
-        self._obeys = False  # whether limits were applied, and no batch has begun since
-        # Lightning restores callbacks before there is a Regularizer.
+        self._obeys = False  # whether limits were applied and no batch has started since
+        # Lightning restores callbacks before the Regularizer exists.
         self._loaded: dict[str, Any] | None = None
         self._ignore_next = False
 
     @property
     def state_key(self) -> str:
-        """Patterns and mode, not strengths: those may change when a training resumes."""
+        """Contains patterns and mode, not strengths: a resumed training can use other strengths."""
         patterns = list(self.rules) if isinstance(self.rules, Mapping) else ["*"]
         return self._generate_state_key(mode=self.mode, patterns=patterns)
 
@@ -187,7 +194,7 @@ class RegularizerCallback(Callback):
     # Not on_fit_start: learning rate finders run there, and DeepSpeed and FSDP restore after it.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_deepspeed(trainer)
-        # Of DistributedDataParallel, whose processes share the work.
+        # The process group of DistributedDataParallel, whose processes divide the work.
         group = getattr(trainer.model, "process_group", None)
         regularizer = wc.Regularizer(
             pl_module, self.rules, block_size=self.block_size, process_group=group
@@ -195,16 +202,16 @@ class RegularizerCallback(Callback):
         holders = _holders(regularizer, pl_module, trainer.optimizers)
         if not holders:
             raise ValueError(
-                "`configure_optimizers` must return an optimizer that holds a regularised weight, "
-                f"but none of its {len(trainer.optimizers)} holds any of "
-                f"{', '.join(regularizer.names)}. Choose other weights with patterns."
+                "`configure_optimizers` must return an optimizer with a regularised weight, but "
+                f"none of its {len(trainer.optimizers)} optimizers has any of "
+                f"{', '.join(regularizer.names)}. Select other weights with patterns."
             )
         if self.mode == "gradients":
             _refuse_gradients(trainer, holders)
         if self._loaded is not None:
             regularizer.load_state_dict(self._loaded)
             self._loaded = None
-        # From here on on_exception detaches what is attached.
+        # From here on, on_exception detaches the regularizer.
         self.regularizer = regularizer
         self._training = True
         self._seen_step = trainer.global_step
@@ -226,7 +233,7 @@ class RegularizerCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        # Other optimizers step weights without a penalty.
+        # Skip optimizers without a regularised weight.
         held = any(optimizer is holder for holder in self._holders)
         if self.mode == "gradients" and held and self.regularizer is not None:
             self.regularizer.add_gradients()
@@ -240,14 +247,15 @@ class RegularizerCallback(Callback):
         batch_idx: int,
     ) -> None:
         step, loggers = trainer.global_step, trainer.loggers
-        # While gradients are accumulated a step lasts for several batches.
+        # With gradient accumulation, one step spans several batches.
         if self.regularizer is None or step == self._seen_step:
             return
         self._seen_step = step
         if loggers and self.log_every:
             self.regularizer.log(_to_all(trainer), step, every=self.log_every)
         for saver in trainer.checkpoint_callbacks:
-            # Before the states are collected; and callbacks are not told of weights alone.
+            # Enforce before Lightning collects the states of callbacks. It does not call
+            # on_save_checkpoint of callbacks if it saves only weights.
             after = getattr(saver, "_every_n_train_steps", 0)
             if after and step % after == 0:
                 self._enforce(trainer)
@@ -256,20 +264,20 @@ class RegularizerCallback(Callback):
         self._enforce(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is measured, and perhaps saved as the best, obeys.
+        # The weights that are validated, and maybe saved as the best, must satisfy the limits.
         self._enforce(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The module may have switched an optimizer to train mode.
+        # The module might have switched an optimizer to train mode.
         if self._switched():
             self._enforce(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # The weights in the checkpoint share their memory with those of the module.
+        # The weights in the checkpoint share memory with those of the module.
         self._enforce(trainer)
-        # The states have been collected before, and applications and modes are part of them.
+        # Lightning has already collected the states, which enforcing has changed.
         if self._training and "callbacks" in checkpoint:
             checkpoint["callbacks"][self.state_key] = self.state_dict()
         if self._switched():
@@ -277,12 +285,12 @@ class RegularizerCallback(Callback):
             checkpoint["optimizer_states"] = states
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._obeys = False  # an average may have taken the place of the weights
+        self._obeys = False  # an average might have replaced the weights
         self._enforce(trainer)
         self._end()
 
     def _enforce(self, trainer: Trainer) -> None:
-        """Hard limits hold in whatever is validated and saved from here on."""
+        """Applies the hard limits to the weights that will be validated or saved."""
         if not self._training or self.regularizer is None:
             return
         switched = self._switched()
@@ -299,7 +307,7 @@ class RegularizerCallback(Callback):
                 self._of_averages[average].enforce()
 
     def _switched(self) -> list[Any]:
-        """The optimizers with two modes whose limits are to hold in what eval() makes."""
+        """The optimizers whose weights must satisfy the limits in eval mode."""
         return list(filter(has_modes, self._holders)) if self._has_limits() else []
 
     def _has_limits(self) -> bool:
@@ -320,7 +328,7 @@ class RegularizerCallback(Callback):
     # --- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the Regularizer; never empty, as Lightning drops what is."""
+        """The state of the Regularizer; never empty, because Lightning drops empty states."""
         if self.regularizer is None:
             return {"regularizer": self._loaded}
         return {"regularizer": self.regularizer.state_dict()}
@@ -328,15 +336,16 @@ class RegularizerCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Looks whether the state is there; Lightning hands it to `load_state_dict` next."""
-        # Testing a checkpoint must not change what a later fit starts from.
+        """Checks that the state exists; Lightning passes it to `load_state_dict` next."""
+        # Testing a checkpoint must not change the state in which a later fit starts.
         self._ignore_next = trainer.state.fn != "fit"
         saved = checkpoint.get("callbacks", {})
         if not self._ignore_next and self.state_key not in saved:
             raise ValueError(
-                f'`ckpt_path` must hold the state of this callback, "{self.state_key}", but has '
-                f"{list(saved)}. Resume with the patterns and the mode with which it was saved; to "
-                "start the penalty now, load only the weights and call fit without ckpt_path."
+                f'`ckpt_path` must contain the state of this callback, "{self.state_key}", but '
+                f"contains {list(saved)}. Resume with the patterns and the mode with which it was "
+                "saved. To start regularising now, load only the weights and call fit without "
+                "ckpt_path."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -357,7 +366,7 @@ def _refuse_deepspeed(trainer: Trainer) -> None:
 
 
 def _to_all(trainer: Trainer) -> Callable[[dict[str, float], int], None]:
-    """Logs to every logger of the Trainer."""
+    """Returns a function that logs to every logger of the Trainer."""
 
     def log(values: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
@@ -370,7 +379,7 @@ def _holders(
     regularizer: wc.Regularizer, module: LightningModule, optimizers: list[Optimizer]
 ) -> list[Optimizer]:
     """The optimizers that step a regularised weight."""
-    # A name is that of a parameter, or of a part of one after a colon.
+    # A name is the name of a parameter, for a part of one followed by a colon and the part.
     weights = {id(module.get_parameter(name.partition(":")[0])) for name in regularizer.names}
     return [
         optimizer
@@ -380,7 +389,7 @@ def _holders(
 
 
 def _averages(trainer: Trainer) -> list[nn.Module]:
-    """The averages of the module that callbacks of Lightning keep; no public name leads there."""
+    """The averages that Lightning's callbacks keep of the module, in a private attribute."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     kept = [getattr(callback, "_average_model", None) for callback in callbacks]
     models = [one.module if isinstance(one, AveragedModel) else one for one in kept]
@@ -388,17 +397,17 @@ def _averages(trainer: Trainer) -> list[nn.Module]:
 
 
 def _refuse_gradients(trainer: Trainer, holders: list[Optimizer]) -> None:
-    """Where a penalty on the gradients would count more than once, or at the wrong scale."""
+    """Refuses setups where the penalty would count more than once or with the wrong scale."""
     if len(holders) > 1:
         raise ValueError(
-            '`mode="gradients"` needs a single optimizer that holds regularised weights, but '
-            f"{len(holders)} do, and each would add the penalty of all. "
-            'Take mode="proximal", or one callback per optimizer with patterns for its weights.'
+            '`mode="gradients"` needs a single optimizer with regularised weights, but '
+            f"there are {len(holders)}, and each would add the penalties of all weights. "
+            'Use mode="proximal", or one callback per optimizer with patterns for its weights.'
         )
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     if scaled and getattr(holders[0], "_step_supports_amp_scaling", False):
         raise ValueError(
-            '`mode="gradients"` must see unscaled gradients, but a fused '
+            '`mode="gradients"` needs unscaled gradients, but a fused '
             f"{type(holders[0]).__name__} unscales them within its step. "
-            'Take mode="proximal", or an optimizer with fused=False.'
+            'Use mode="proximal", or an optimizer with fused=False.'
         )

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wellcond")
 
 FILE = "wellcond.pt"
-# Under this key trainer_state.json says which file belongs to it. Not the name of a class: the
-# Trainer may make a callback anew from what lies under its name.
+# The key in trainer_state.json that identifies the file of this checkpoint. It is not the name of a
+# class, because the Trainer can recreate a callback from the entry with its class name.
 _KEY = "wellcond"
 
 
 class _First(TrainerCallback):
-    """Stands before the callbacks that report, and adds numbers to the logs that they get."""
+    """Adds values to the logs before the callbacks that report the logs are called."""
 
     def __init__(self, owner: _Logging) -> None:
         self.owner = owner
@@ -52,17 +52,17 @@ class _First(TrainerCallback):
 
 
 class _Logging(TrainerCallback, abc.ABC):
-    """Adds numbers to the logs of the Trainer whenever it logs the loss."""
+    """Adds values to the logs of the Trainer whenever it logs the loss."""
 
     log: Any
     _logged: tuple[int, int] = -1, -1
 
     @abc.abstractmethod
     def _report(self, target: Any, step: int) -> dict[str, float] | None:
-        """Measures, logs to the target, and returns what was logged."""
+        """Measures, logs to the target, and returns the logged values."""
 
     def add_to_logs(self, state: TrainerState, logs: dict[str, Any] | None) -> None:
-        """Adds to the logs of this step, once; other logs are those of evaluations and the end."""
+        """Adds values to the logs of a training step, once; skips other logs, as of evaluations."""
         if not self.log or logs is None or "loss" not in logs:
             return
         which = state.global_step, id(logs)
@@ -81,10 +81,10 @@ class _Logging(TrainerCallback, abc.ABC):
         self.add_to_logs(state, kwargs.get("logs"))
 
     def _reach_reports(self) -> None:
-        """Puts a callback before those of TensorBoard and wandb, which come before this one.
+        """Inserts a callback before those of TensorBoard and wandb, which precede this one.
 
-        The Trainer does not tell callbacks of each other, so the list is that of the handler that
-        is calling. The handler goes on through its old list.
+        The Trainer does not give callbacks access to each other, so the list is taken from the
+        handler that is calling. The handler finishes this call with its old list.
         """
         frame = inspect.currentframe()
         while frame is not None:
@@ -101,24 +101,26 @@ class _Logging(TrainerCallback, abc.ABC):
 
 
 class MonitorCallback(Watcher, _Logging):
-    """Watches the weights of a model while a transformers Trainer trains it, and changes nothing.
+    """Monitors the weights of a model during training with a transformers Trainer.
 
-    Whenever the Trainer logs the loss, `Monitor.measure` adds a few aggregates and the worst five
-    weights by name to its logs: see `Regularizer.log`. They are printed, kept in
-    `trainer.state.log_history`, and sent to what `report_to` names, such as TensorBoard and wandb.
+    The callback does not change the weights. Whenever the Trainer logs the loss, the callback adds
+    a few aggregates and the values of the worst five weights; see `Regularizer.log`. The Trainer
+    prints them, keeps them in `trainer.state.log_history`, and sends them to the services in
+    `report_to`, such as TensorBoard and wandb.
 
     Args:
         patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
-        block_size: how many leading singular vectors are followed.
-        condition_numbers: measure kappa as well, which takes about an SVD per weight.
-        layers: also the series of every weight.
-        log: a SummaryWriter, a run of wandb or a callable (values, step) to log there as well.
+        block_size: the number of leading singular vectors to track per weight.
+        condition_numbers: also measure condition numbers, at the cost of about one SVD per weight.
+        layers: also log one series per weight.
+        log: True, or a SummaryWriter, a run of wandb or a callable (values, step) that also
+            receives the values. False disables logging.
 
     Attributes:
-        monitor: the `Monitor`; None before training begins, kept when it ends.
+        monitor: the `Monitor`. It is None before training starts and is kept after training ends.
 
     Raises:
-        ValueError: when training begins: a pattern matches nothing, or DeepSpeed.
+        ValueError: when training starts, if a pattern matches nothing or DeepSpeed is used.
 
     Example:
         >>> from wellcond.integrations.transformers import MonitorCallback
@@ -151,60 +153,66 @@ class MonitorCallback(Watcher, _Logging):
 
 
 class RegularizerCallback(_Logging):
-    """Regularises the weights of a model while a transformers Trainer trains it.
+    """Regularises the weights of a model during training with a transformers Trainer.
 
-    Two ways:
+    There are two modes:
 
-    - "proximal": a proximal step after every few steps of the optimizer, by `Regularizer.attach`.
-      It comes after the optimizer's step: neither clipping nor the scaling of the loss touches it.
-      Steps that a GradScaler skips do not count.
-    - "gradients": `Regularizer.add_gradients` in `on_pre_optimizer_step`, once per optimizer step:
-      after the gradients are accumulated, unscaled and clipped. What is clipped is the gradient of
-      the loss alone, and the norm that the Trainer logs does not contain the penalty.
+    - "proximal" attaches a `Regularizer` to the optimizer; see `Regularizer.attach`. It takes a
+      proximal step after every few optimizer steps. Because the proximal step follows the optimizer
+      step, gradient clipping and loss scaling do not affect it. Steps that a GradScaler skips do
+      not count.
+    - "gradients" calls `Regularizer.add_gradients` in `on_pre_optimizer_step`, once per optimizer
+      step. At that point the gradients are accumulated, unscaled and clipped. Clipping therefore
+      acts only on the gradient of the loss, and the gradient norm that the Trainer logs does not
+      include the penalty.
 
-    There is no third way for the penalty in the loss: `loss + reg()` belongs into `compute_loss`,
-    with a `Regularizer` of your own. The Trainer divides that loss by the number of batches in a
-    cycle, unless the model has divided by the number of items in the whole cycle, as most models of
-    transformers do: then the penalty counts once per batch, not once per step.
+    For a penalty in the loss, create a `Regularizer` and return `loss + reg()` from `compute_loss`.
+    The Trainer divides this loss by the number of batches in an accumulation cycle, unless the
+    model has divided it by the number of items in the cycle, as most models of transformers do. In
+    that case the penalty counts once per batch, not once per step.
 
-    The weights are chosen when training begins, under the names of the model without wrappers. What
-    is frozen then stays without a penalty. Every `train` starts afresh, unless it resumes. Take one
-    callback per Trainer; several penalties go into one mapping of patterns.
+    The callback selects the weights when training starts, by their names in the model without
+    wrappers. It does not regularise weights that are frozen at that time. Every `train` starts with
+    a new state unless it resumes. Use one callback per Trainer; pass several rules as one mapping
+    of patterns.
 
-    The state goes to `wellcond.pt` in every checkpoint, and training resumes bit for bit. It is
-    looked for in `TrainingArguments(resume_from_checkpoint=...)`, then in
-    `output_dir/checkpoint-<step>`, and taken only if it belongs to the very checkpoint that the
-    Trainer has loaded, and if the weights are those that were saved. In a hyperparameter search no
-    state is saved.
+    The callback saves its state to `wellcond.pt` in every checkpoint, and training resumes bit for
+    bit. It looks for the file in `TrainingArguments(resume_from_checkpoint=...)`, then in
+    `output_dir/checkpoint-<step>`. It accepts the file only if it belongs to the checkpoint that
+    the Trainer has loaded and if the weights equal the saved ones. In a hyperparameter search it
+    saves no state.
 
-    The Trainer does not tell callbacks of an exception: after one, the optimizer stays attached
-    until the next `train`, or `callback.regularizer.detach()`.
+    The Trainer does not notify callbacks of an exception. After an exception the regulariser
+    remains attached to the optimizer until the next `train` or `callback.regularizer.detach()`.
 
-    Hard limits hold in what is evaluated and saved and at the end of training, whatever `every` is:
-    they are applied before. Under an optimizer with eval(), as those of schedulefree, that is what
-    eval() makes: the callback calls it first, and the Trainer its train() before the next step.
+    For any value of `every`, the callback applies hard limits before evaluation, before a
+    checkpoint is saved, and at the end of training. If the optimizer has an `eval()` method, as
+    those of schedulefree do, the callback calls it first, so the limits hold for the weights that
+    are evaluated. The Trainer calls `train()` before the next step.
 
     Args:
-        rules: one penalty, or patterns to penalties, as for `Regularizer`.
+        rules: a rule, or a mapping of patterns to rules, as for `Regularizer`.
         mode: "proximal" or "gradients".
-        every: for "proximal": a step after every so many optimizer steps; by default 10 for
-            penalties, and hard limits when they are due, as for `attach`.
+        every: the number of optimizer steps between two proximal steps, for mode "proximal". By
+            default 10 for penalties; hard limits are applied when due, as for `attach`.
         block_size: the width of the leading subspace, as for `Regularizer`.
-        log: True adds a few aggregates and the worst five weights by name (see `Regularizer.log`)
-            to the logs of the Trainer, whenever it logs the loss: they are printed, kept in
-            `trainer.state.log_history`, and sent to what `report_to` names, such as TensorBoard and
-            wandb. A SummaryWriter, a run of wandb or a callable gets them as well. False logs
-            nothing.
+        log: True adds a few aggregates and the values of the worst five weights to the logs of the
+            Trainer whenever it logs the loss; see `Regularizer.log`. The Trainer prints them, keeps
+            them in `trainer.state.log_history`, and sends them to the services in `report_to`, such
+            as TensorBoard and wandb. A SummaryWriter, a run of wandb or a callable (values, step)
+            also receives them. False disables logging.
 
     Attributes:
-        regularizer: the `Regularizer`; None before training begins, kept when it ends.
+        regularizer: the `Regularizer`. It is None before training starts and is kept after training
+            ends.
 
     Raises:
-        TypeError: the rules are neither a rule nor a mapping.
-        ValueError: another mode, or "gradients" for a limit or IsometryStep. When training
-            begins: what `Regularizer` and `attach` refuse; DeepSpeed; a second callback;
-            "gradients" with fp16 and no clipping. When it resumes: a checkpoint without a
-            `wellcond.pt` of its own, or a damaged one; weights that the Trainer has not restored.
+        TypeError: `rules` is neither a rule nor a mapping.
+        ValueError: if the mode is unknown, or is "gradients" for a limit or IsometryStep. When
+            training starts, if `Regularizer` or `attach` raises it, if DeepSpeed is used, if the
+            Trainer has a second RegularizerCallback, or if the mode is "gradients" with fp16 and
+            without clipping. When training resumes, if `wellcond.pt` is missing, damaged or belongs
+            to another checkpoint, or if the Trainer has not restored the weights.
 
     Example:
         >>> import wellcond as wc
@@ -238,7 +246,7 @@ class RegularizerCallback(_Logging):
         self._end()
         self.regularizer = None
         self._refuse(args)
-        # Of DistributedDataParallel, whose processes share the work.
+        # The processes of DistributedDataParallel divide the work.
         shared = args.parallel_mode.value == "distributed" and not args.fsdp
         group = torch.distributed.group.WORLD if shared else None
         regularizer = wc.Regularizer(
@@ -254,7 +262,7 @@ class RegularizerCallback(_Logging):
                 optimizer = optimizer.optimizer
             regularizer.attach(optimizer, every=self.every)
         self.regularizer = regularizer
-        # Two runs may write the same checkpoint-<step>: this says which file is whose.
+        # Two runs can write the same checkpoint-<step>; the identifier tells their files apart.
         self._run = uuid.uuid4().hex
         _stored(state)[_KEY] = {"args": {}, "attributes": {"run": self._run}}
         self._reach_reports()
@@ -268,7 +276,7 @@ class RegularizerCallback(_Logging):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # What is evaluated, and perhaps saved as the best, obeys.
+        # The weights that are evaluated, and maybe saved as the best, must satisfy the limits.
         if control.should_save or control.should_evaluate:
             self._enforce(state, kwargs.get("optimizer"))
 
@@ -279,10 +287,10 @@ class RegularizerCallback(_Logging):
             self._enforce(state, kwargs.get("optimizer"))
 
     def _enforce(self, state: TrainerState, optimizer: Any) -> None:
-        """Hard limits hold in what is evaluated and saved at this step.
+        """Applies the hard limits to the weights that are evaluated or saved at this step.
 
-        An optimizer with eval(), as those of schedulefree, evaluates other weights than it steps.
-        The Trainer calls its train() before the next step.
+        An optimizer with an `eval()` method, such as those of schedulefree, evaluates other weights
+        than it steps. The Trainer calls `train()` before the next step.
         """
         if self.regularizer is not None and self._obeys_since != state.global_step:
             if self._has_limits() and has_modes(optimizer):
@@ -296,16 +304,16 @@ class RegularizerCallback(_Logging):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A search saves into directories of which callbacks know nothing.
+        # A hyperparameter search saves to directories that callbacks do not know.
         if self.regularizer is None or state.is_hyper_param_search:
             return
         if self._obeys_since != state.global_step and self._has_limits():
             logger.warning(
-                "The weights were saved at step %s before the hard limits were applied: a callback "
-                "after this one asked for it. Put RegularizerCallback last.",
+                "The weights were saved at step %s before the hard limits were applied, because a "
+                "callback after this one requested the save. Put RegularizerCallback last.",
                 state.global_step,
             )
-        # In every process, as sharded weights may need them all; then one writes.
+        # Every process takes part because sharded weights can need all of them; one process writes.
         saved = {
             "run": self._run,
             "global_step": state.global_step,
@@ -317,7 +325,7 @@ class RegularizerCallback(_Logging):
         directory = _checkpoint(args, state)
         if not directory.is_dir():
             logger.warning(
-                "%s is not there, so the state of the regulariser was not saved: training cannot "
+                "%s does not exist, so the state of the regulariser was not saved. Training cannot "
                 "resume from this checkpoint.",
                 directory,
             )
@@ -334,7 +342,7 @@ class RegularizerCallback(_Logging):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._end()
-        # The best model may just have been loaded: it was evaluated as it is.
+        # If the best model has just been loaded, it was evaluated in its current form.
         loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         self._obeys_since = -1
         self._enforce(state, None if loaded else kwargs.get("optimizer"))
@@ -351,9 +359,9 @@ class RegularizerCallback(_Logging):
         if self.mode == "gradients" and args.fp16 and not args.max_grad_norm > 0:
             # Some versions of the Trainer unscale only in order to clip.
             raise ValueError(
-                '`mode="gradients"` must see unscaled gradients, but with fp16 and '
+                '`mode="gradients"` needs unscaled gradients, but with fp16 and '
                 f"max_grad_norm={args.max_grad_norm} they may still be scaled. "
-                'Take mode="proximal", bf16, or a max_grad_norm above 0.'
+                'Use mode="proximal", bf16, or a max_grad_norm above 0.'
             )
 
 
@@ -366,7 +374,7 @@ def _refuse_deepspeed(args: TrainingArguments) -> None:
 
 
 def _stored(state: TrainerState) -> dict[str, Any]:
-    """What trainer_state.json holds of callbacks by name; its annotation says another thing."""
+    """The entries of callbacks in trainer_state.json; the annotation of the attribute is wrong."""
     return cast(dict[str, Any], state.stateful_callbacks)
 
 
@@ -375,39 +383,40 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _refuse_other_weights(saved: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """The Trainer only warns where it has not restored a weight, as names differ in the file."""
+    """Refuses to resume if a weight was not restored, of which the Trainer only warns."""
     other = [key for key in found if key in saved and not torch.equal(found[key], saved[key])]
     if other:
         raise ValueError(
-            f"`resume_from_checkpoint` must restore the weights, but {len(other)} are not what was "
-            f"saved, {other[0].split()[0]} among them. Some versions of transformers save a model "
-            "under other names than those from which they resume, and only warn of missing keys. "
-            "Make the model by from_pretrained(checkpoint), then resume from that checkpoint."
+            f"`resume_from_checkpoint` must restore the weights, but {len(other)} differ from the "
+            f"saved weights, including {other[0].split()[0]}. Some versions of transformers save "
+            "a model under names that they do not find when they resume, and only warn of missing "
+            "keys. Create the model with from_pretrained(checkpoint), then resume from that "
+            "checkpoint."
         )
 
 
 def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
-    """What `on_save` has written where a training resumes; None where it starts.
+    """The saved state of `on_save` if the training resumes, None if it starts.
 
-    The Trainer does not say which directory it resumes from. It has loaded the trainer state of
-    that checkpoint, though, and in there lies the mark of the file that was written with it.
+    The Trainer does not give the directory from which it resumes. It has loaded the trainer state
+    of that checkpoint, however, which contains the identifier of the file written with it.
     """
     mark = _stored(state).get(_KEY)
     if state.global_step == 0:
         if mark is not None:
             raise ValueError(
-                "`callbacks` must hold one RegularizerCallback, but there is a second. "
-                "Put the penalties of both into one mapping of patterns."
+                "`callbacks` must contain only one RegularizerCallback, but has a second. "
+                "Merge the rules of both into one mapping of patterns."
             )
         return None
     if mark is None:
         raise ValueError(
-            f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but the one of step "
-            f"{state.global_step} was saved without this callback. To start the penalty now, load "
-            "only its weights and train without resuming."
+            f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but the checkpoint of "
+            f"step {state.global_step} was saved without this callback. To start regularising now, "
+            "load only its weights and train without resuming."
         )
     run = mark["attributes"]["run"]
-    # Not used by the Trainer itself; the place to say where a checkpoint outside output_dir lies.
+    # The Trainer ignores this argument. With it the user gives a checkpoint outside output_dir.
     given = args.resume_from_checkpoint
     places = [Path(given)] if isinstance(given, str) else []
     places.append(_checkpoint(args, state))
@@ -419,9 +428,9 @@ def _resumed(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | N
     raise ValueError(
         f"`resume_from_checkpoint` must be a checkpoint with {FILE}, but "
         f"{' and '.join(str(place / FILE) for place in places)} is missing or belongs to another "
-        "checkpoint. A run that is killed while saving leaves none: resume from the checkpoint "
-        "before. If the checkpoint lies outside output_dir, give its directory as "
-        "TrainingArguments(resume_from_checkpoint=...) too."
+        "checkpoint. If the run was killed while saving, resume from the previous checkpoint. If "
+        "the checkpoint is outside output_dir, also pass its directory as "
+        "TrainingArguments(resume_from_checkpoint=...)."
     )
 
 
@@ -431,5 +440,5 @@ def _read(path: Path) -> dict[str, Any]:
         return {key: saved[key] for key in ("run", "global_step", "checksums", "regularizer")}
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} is damaged: {error}. Resume from the checkpoint before."
+            f"{path} is damaged: {error}. Resume from the previous checkpoint."
         ) from None

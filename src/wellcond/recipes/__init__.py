@@ -1,1 +1,1 @@
-"""What acts, where a file stores parts: codes and scales, a direction and lengths, a mask."""
+"""Builds effective weights from stored parts: codes and scales, directions and norms, masks."""

@@ -1,7 +1,7 @@
 """Weights in the formats of AWQ, as autoawq, gptqmodel and AutoRound store them.
 
-Letters: W (m, n) a weight, W[i, j] = s[i, g] (q[i, j] - z[i, g]); q its codes of 4 bits, s and z
-the scales and the zero points of its groups of inputs g.
+Letters: W (m, n) a weight, W[i, j] = s[i, g] (q[i, j] - z[i, g]); q its 4-bit codes, s and z the
+scales and the zero points of its groups of inputs g.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError,
 from wellcond.recipes.codes import row_ranges, unpack
 from wellcond.recipes.settings import Settings, read_settings
 
-_CONFIG = "quant_config.json"  # which autoawq wrote before it wrote config.json
+_CONFIG = "quant_config.json"  # older versions of autoawq wrote it instead of config.json
 _OF_AUTO_ROUND = ("auto_round:auto_awq", "auto_round:awq")
 _STEP = 1 << 20  # entries that are converted at once
-# The codes of a word, as columns: its lowest 4 bits are column 0, the next ones column 2.
+# The order of the codes in a word: the lowest 4 bits belong to column 0, the next 4 to column 2.
 _COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gemm(Recipe):
-    """W of codes (n, m/8 words) that are packed along the outputs, in an order of their own."""
+    """W from codes (n, m/8 words) that are packed along the outputs, in the order `_COLUMNS`."""
 
     group_size: int
 
@@ -48,7 +48,7 @@ def _unpack_in_order(words: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Gemv(Recipe):
-    """W of codes (m, n/8 words) that are packed along the inputs."""
+    """W from codes (m, n/8 words) that are packed along the inputs."""
 
     group_size: int
 
@@ -66,18 +66,18 @@ class Gemv(Recipe):
 
 
 def _count_words(count: int, group_size: int) -> int:
-    """How many words hold so many zero points of the version gemv, which pads them.
+    """The number of words that `count` zero points occupy in the version gemv, which pads them.
 
-    Their number is a multiple of 2 for groups of 64 and of 4 for groups of 32, the smallest.
+    It is a multiple of 2 for groups of 64 inputs, and of 4 for groups of 32, the smallest size.
     """
     multiple = {32: 4, 64: 2}.get(group_size, 1)
     if group_size < 128 and multiple == 1:
-        raise RecipeError(f"the version gemv has no groups of {group_size} inputs")
+        raise RecipeError(f"the version gemv does not support groups of {group_size} inputs")
     return -(-count // (8 * multiple)) * multiple
 
 
 def find_awq(content: Content) -> Iterator[Candidate]:
-    """The weights with codes in `qweight`, where the config says that they are those of AWQ."""
+    """The weights with codes in `qweight`, if the config names AWQ as the format."""
     settings = read_settings(content, _CONFIG)
     sources = settings.sources.values()
     methods, packings = (
@@ -104,18 +104,18 @@ def find_awq(content: Content) -> Iterator[Candidate]:
 
 
 def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ...]) -> Recipe:
-    # That of autoawq and of transformers, where no version is given.
+    # The default of autoawq and of transformers is gemm.
     version = settings.word("version", "checkpoint_format", "format") or "gemm"
     if settings.word("backend") == "llm-awq":
         version = "llm-awq"
     if version not in ("gemm", "gemv"):
         raise RecipeError(
-            f"its version is {version}, in the order of a kernel of GPUs: quantise again in the "
-            "version gemm"
+            f"its version is {version}, whose layout is that of a GPU kernel: quantise it again "
+            "in the version gemm"
         )
     bits = settings.integer("bits", "w_bit")
     if bits != 4:
-        raise RecipeError(f"it has {bits} bits, and its layout is known for 4")
+        raise RecipeError(f"it has {bits} bits, but the layout is known only for 4")
     stem = parts[0].removesuffix("qweight")
     names = [parts[0], f"{stem}qzeros", f"{stem}scales"]
     for one, dtypes in zip(
@@ -130,7 +130,7 @@ def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ..
     size = settings.integer("group_size", "q_group_size")
     group_size = n if size == -1 else size
     if not group_size or group_size < 1 or n % group_size:
-        raise RecipeError(f"the config says that its group_size is {size}, with {n} inputs")
+        raise RecipeError(f"its group_size in the config is {size}, but it has {n} inputs")
     count = n // group_size
     if version == "gemm":
         fits = offsets == (count, m // 8) and scales == (count, m)
@@ -146,7 +146,7 @@ def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ..
         label=label,
         parts=parts,
         shape=(m, n),
-        note=f"dequantised from AWQ of 4 bits with groups of {group_size} inputs",
+        note=f"dequantised from 4-bit AWQ with groups of {group_size} inputs",
         stored_as="int4",
         dtype=content.dtype(names[2]),
         group_size=group_size,

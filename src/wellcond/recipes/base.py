@@ -1,8 +1,8 @@
-"""A recipe: how one weight is built from the tensors that a file stores in its place.
+"""Recipes, which build one weight from the tensors that a file stores in its place.
 
-A recipe stands for one tensor of the plain checkpoint of the same network: it has the name, the
-shape and the order of entries that the weight has there. All else (fused blocks, experts, heads,
-adapters) therefore works as it does for plain weights.
+A recipe represents one tensor of the plain checkpoint of the same network: it has the name, the
+shape and the order of entries that the weight has there. Everything else (fused blocks, experts,
+heads, adapters) therefore works as for plain weights.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from torch import Tensor
 
 from wellcond.weights.matrices import entries
 
-QUANTIZATION = ("quantization_config", "compression_config")  # the latter was the first name
-SMALL = 4096  # bytes of a description that is read before anything is measured
-_SHOWN, _LETTERS = 8, 60  # of a setting, in a sentence
-_WIDTHS = {"uint8": 1, "int8": 1, "int64": 8, "uint64": 8, "float64": 8}  # others at most 4
+QUANTIZATION = ("quantization_config", "compression_config")  # the second one is the older name
+SMALL = 4096  # largest size in bytes of a description that is read before anything is measured
+_SHOWN, _LETTERS = 8, 60  # items and letters of a setting that a sentence shows
+_WIDTHS = {"uint8": 1, "int8": 1, "int64": 8, "uint64": 8, "float64": 8}  # others: at most 4
 
 
 class RecipeError(ValueError):
-    """Why a weight cannot be built, as the end of a sentence: what is missing or contradictory."""
+    """Raised if a weight cannot be built. The message names the missing or contradictory part.
+
+    It completes a sentence, without a capital letter and a full stop.
+    """
 
 
 class Read(Protocol):
-    """Reads a stored tensor, or the rows start to stop of it along its first side."""
+    """Reads a stored tensor, or its rows start to stop along the first side."""
 
     def __call__(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """The tensor in the dtype in which it is stored; float4 as bytes of two values."""
+        """Returns the tensor in its stored dtype; float4 as bytes of two values each."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class TensorClass:
 
     Attributes:
         kind: the name of the class, such as "Int8Tensor".
-        parts: the names of the stored tensors, by the names that the class gives them.
-        attributes: what else the class stores: numbers, texts, lists of these, None, dtypes as the
-            texts "float32".
+        parts: the names of the stored tensors, by the names of the parts in the class.
+        attributes: the other attributes of the class: numbers, strings, lists of these, None, and
+            dtypes as strings such as "float32".
     """
 
     kind: str
@@ -53,13 +56,14 @@ class TensorClass:
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint says without its weights.
+    """The description of a checkpoint without its weights.
 
     Attributes:
         tensors: shape and dtype by name. Dtypes have the names of torch ("float8_e4m3fn",
-            "uint8"); "F4" of two values per byte, with the shape that counts values.
+            "uint8"), except "F4", which has two values per byte and a shape that counts values.
         read: reads a tensor.
-        beside: the content of a JSON file beside the checkpoint; {} if there is none.
+        beside: returns the content of a JSON file in the folder of the checkpoint; {} if the file
+            does not exist.
         classes: the tensors of foreign classes, by the names of their weights.
     """
 
@@ -83,17 +87,17 @@ class Content:
         return self.tensors[name][1] if name in self.tensors else ""
 
     def read_small(self, name: str) -> Tensor:
-        """A tensor that describes others.
+        """Reads a tensor that describes others.
 
         Raises:
-            RecipeError: no tensor has this name, or it has more than 4 kB.
+            RecipeError: no tensor has this name, or the tensor has more than 4 kB.
         """
         if entries(self.shape(name)) * _WIDTHS.get(self.dtype(name), 4) > SMALL:
             raise RecipeError(f"{name} is too large for a description")
         return self.read(name)
 
     def quantization(self) -> Mapping[str, Any]:
-        """The settings of the quantisation in config.json; {} without any, or if two differ."""
+        """The quantisation settings in config.json; {} if there are none, or if two differ."""
         return self._quantization
 
     @cached_property
@@ -102,10 +106,10 @@ class Content:
 
 
 def find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the quantisation in the content of config.json.
+    """The quantisation settings in the content of config.json.
 
-    A larger model may have them in the config of its language model. {} without any, or if those
-    of its models differ.
+    A multimodal model can have them in the config of its language model. Returns {} if there are no
+    settings, or if the settings of the submodels differ.
     """
     whole, *parts = (
         [one[key] for key in QUANTIZATION if isinstance(one.get(key), Mapping)]
@@ -116,7 +120,7 @@ def find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def configs_in(config: Mapping[str, Any], depth: int = 2) -> Iterator[Mapping[str, Any]]:
-    """A config, and those of the models that it consists of: `text_config`, `vision_config`."""
+    """A config and the configs of its submodels, such as `text_config` and `vision_config`."""
     yield config
     for key, one in config.items() if depth else ():
         if key.endswith("_config") and key not in QUANTIZATION and isinstance(one, Mapping):
@@ -125,19 +129,20 @@ def configs_in(config: Mapping[str, Any], depth: int = 2) -> Iterator[Mapping[st
 
 @dataclass(frozen=True)
 class Recipe(abc.ABC):
-    """How one weight is built.
+    """Builds one weight.
 
     Attributes:
-        label: the name that the weight has in a plain checkpoint.
-        parts: the names of all stored tensors that belong to it, the one that has most of its
-            entries first. They are no weights of their own.
-        shape: of the weight.
-        note: what the parts are, for the reader of a report: "dequantised from FP8 (E4M3) with a
+        label: the name of the weight in a plain checkpoint.
+        parts: the names of all stored tensors that belong to the weight, beginning with the one
+            that contains most of its entries. They are not weights themselves.
+        shape: the shape of the weight.
+        note: a description of the parts for reports, such as "dequantised from FP8 (E4M3) with a
             scale per block of 128x128".
-        dtype: the dtype of the weight in a plain checkpoint, if the parts say so: "bfloat16".
-        keeps: why a repair cannot write other values back; "" if it can.
-        stored_as: as what its entries are stored, such as "int4" or "nf4"; "" if that is the dtype
-            of the first part.
+        dtype: the dtype of the weight in a plain checkpoint, such as "bfloat16"; "" if the parts do
+            not determine it.
+        keeps: why a repair cannot write new values; "" if it can.
+        stored_as: the type in which the entries are stored, such as "int4" or "nf4"; "" if it is
+            the dtype of the first part.
     """
 
     label: str
@@ -150,21 +155,21 @@ class Recipe(abc.ABC):
 
     @property
     def count(self) -> int:
-        """How many matrices are built one at a time: of a stack (b, m, n) each of the b."""
+        """The number of matrices that are built one at a time: b for a stack (b, m, n), or 1."""
         return 1
 
     @abc.abstractmethod
     def build(self, read: Read, index: int) -> Tensor:
-        """The weight in float32 or float64, or of a stack with a count > 1 its matrix number index.
+        """Builds the weight in float32 or float64; for a count > 1 only its matrix at `index`.
 
         Raises:
             RecipeError: the parts contradict each other.
         """
 
     def store(self, W: Tensor, read: Read) -> dict[str, Tensor]:
-        """New values for parts, from which the weight W is built; only if nothing `keeps` it.
+        """Returns new values of parts from which `build` gives W. Requires `keeps` to be "".
 
-        They have the shapes and dtypes of the parts; parts that stay as they are are left out.
+        The values have the shapes and dtypes of the parts. Unchanged parts are omitted.
         """
         raise NotImplementedError
 
@@ -174,8 +179,8 @@ class Candidate(NamedTuple):
 
     Attributes:
         label: the name of the weight.
-        parts: the tensors that belong to it whether or not it can be built, the main one first.
-        make: makes the recipe; raises RecipeError.
+        parts: the tensors that belong to the weight even if it cannot be built, the main one first.
+        make: creates the recipe, or raises RecipeError.
     """
 
     label: str
@@ -187,7 +192,7 @@ Finder = Callable[[Content], Iterator[Candidate]]
 
 
 def show(value: Any) -> str:
-    """A setting in a few letters, for a sentence: in a file it may be of any size and depth."""
+    """Abbreviates a setting for a sentence: in a file it can have any size and depth."""
     if isinstance(value, Mapping):
         return f"an object of {len(value)} settings"
     if isinstance(value, list):
@@ -199,5 +204,5 @@ def show(value: Any) -> str:
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
-    """An empty float32 matrix on the CPU, to be filled."""
+    """Zeros in float32 on the CPU, whatever the default dtype and device are."""
     return torch.zeros(shape, dtype=torch.float32, device="cpu")

@@ -1,7 +1,7 @@
 """Ternary weights of BitNet as transformers stores them: four rows per byte, and one scale.
 
-Letters: W (m, n) a weight; rows i, i + m/4, i + m/2 and i + 3 m/4 share the bytes of row i, the
-first in the lowest bits.
+Letters: W (m, n) a weight; rows i, i + m/4, i + m/2 and i + 3 m/4 share the bytes of row i, with
+row i in the lowest bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FLOATS = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class BitNet(Recipe):
-    """W of codes 0, 1, 2 for -1, 0, 1, by which a layer multiplies or divides by the scale."""
+    """W from codes 0, 1, 2 for -1, 0, 1, which the layer multiplies or divides by the scale."""
 
     divides: bool
 
@@ -34,14 +34,14 @@ class BitNet(Recipe):
             for k in range(4):
                 q = (packed >> 2 * k) & 3
                 if bool((q == 3).any()):
-                    raise RecipeError(f"{codes} holds codes of 3, and those of BitNet are 0 to 2")
+                    raise RecipeError(f"{codes} contains the code 3, but BitNet has only 0 to 2")
                 W[k * stored + start : k * stored + stop] = q.to(torch.float32) - 1
         s = read(scale).to(torch.float32).reshape(())
         return W.div_(s) if self.divides else W.mul_(s)
 
 
 def find_bitnet(content: Content) -> Iterator[Candidate]:
-    """The weights of uint8 with a scale, where the config says that they are those of BitNet."""
+    """The weights of dtype uint8 with a scale, if the config names BitNet as the format."""
     if content.quantization().get("quant_method") != "bitnet":
         return
     for name, (_, dtype) in content.tensors.items():
@@ -55,9 +55,9 @@ def find_bitnet(content: Content) -> Iterator[Candidate]:
 
 
 def _make(content: Content, name: str, scale: str) -> Recipe:
-    kind = content.quantization().get("linear_class", "bitlinear")  # as transformers takes it
+    kind = content.quantization().get("linear_class", "bitlinear")  # the default of transformers
     if kind not in ("bitlinear", "autobitlinear"):
-        raise RecipeError(f"config.json says that its linear_class is {show(kind)}")
+        raise RecipeError(f"its linear_class in config.json is {show(kind)}, which is unknown")
     stored = content.shape(name)
     if len(stored) != 2 or 0 in stored:
         raise RecipeError(f"{name} has the shape {stored}")
@@ -69,7 +69,7 @@ def _make(content: Content, name: str, scale: str) -> Recipe:
         label=name,
         parts=(name, scale),
         shape=(4 * stored[0], stored[1]),
-        note="dequantised from the ternary codes of BitNet with a scale of the tensor",
+        note="dequantised from the ternary codes of BitNet with one scale",
         stored_as="ternary",
         dtype=content.dtype(scale),
         divides=kind == "bitlinear",

@@ -1,10 +1,10 @@
-"""Weights that bitsandbytes quantises: 4 bits by a table (NF4, FP4), or 8 bits.
+"""Weights that bitsandbytes quantises to 4 bits by a table (NF4, FP4), or to 8 bits.
 
-`X.weight` beside `X.weight.absmax`, `.quant_map` and a description in JSON,
-`.quant_state.bitsandbytes__nf4`; double quantisation stores codes in `absmax`. Or `X.weight` of
-int8 beside `X.SCB`, the largest absolute value per row.
+With 4 bits, `X.weight` is stored with `X.weight.absmax`, `.quant_map` and a description in JSON,
+`.quant_state.bitsandbytes__nf4`; with double quantisation, `absmax` contains codes. With 8 bits,
+`X.weight` of int8 is stored with `X.SCB`, the largest absolute value per row.
 
-Letters: W (m, n) or (b, m, n) a weight, whose entries are packed in their order across rows.
+Letters: W (m, n) or (b, m, n) a weight, whose entries are packed in order, across rows.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from wellcond.recipes.base import Candidate, Content, Read, Recipe, RecipeError,
 from wellcond.recipes.codes import row_ranges
 from wellcond.recipes.transposed import as_in_plain
 
-# The values of the codes 0 to 15. bitsandbytes uses these, and not those that it stores.
+# The values of the codes 0 to 15. bitsandbytes uses these values instead of the stored ones.
 _NF4 = """
     -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
     -0.18477343022823334 -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725
     0.24611230194568634 0.33791524171829224 0.44070982933044434 0.5626170039176941
     0.7229568362236023 1.0
 """
-_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # twelfths, and then the same with a minus
+_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # twelfths of the codes 0 to 7; 8 to 15 are the negatives
 _TABLES = {
     "nf4": tuple(map(float, _NF4.split())),
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in _FP4),
@@ -38,13 +38,13 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = ("float16", "bfloat16", "float32")
 _DESCRIPTION = ".quant_state.bitsandbytes__"
 _STEP = 1 << 20  # entries that are converted at once
-# What bitsandbytes stores for layouts of its kernels; 0 is by rows.
+# The numbers that bitsandbytes stores for the layouts of its kernels; 0 is the layout by rows.
 _LAYOUTS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FourBits(Recipe):
-    """Two codes per byte, the high one first, with a scale per block of so many entries."""
+    """Two codes per byte, the high one first, with one scale per block of `block` entries."""
 
     kind: str
     block: int
@@ -88,7 +88,7 @@ class FourBits(Recipe):
         of_codes, maxima = (read(part).to(torch.float32) for part in self.parts[3:5])
         codes = scales.to(torch.int64)
         if codes.numel() and int(codes.max()) >= len(of_codes):
-            raise RecipeError(f"{self.parts[1]} holds codes beyond the {len(of_codes)} values")
+            raise RecipeError(f"{self.parts[1]} has codes beyond its table of {len(of_codes)}")
         blocks = torch.arange(first, last, device="cpu") // self.nested_block
         return of_codes[codes] * maxima[blocks] + self.nested_offset
 
@@ -107,7 +107,7 @@ class EightBits(Recipe):
 
 
 def find_bitsandbytes(content: Content) -> Iterator[Candidate]:
-    """The weights of 4 and of 8 bits."""
+    """The weights with 4 and with 8 bits."""
     states: dict[str, list[str]] = {}  # the descriptions by the names of their weights
     for name in content.tensors:
         weight, found, _ = name.partition(_DESCRIPTION)
@@ -135,19 +135,19 @@ def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate
         kind = state.removeprefix(name + _DESCRIPTION)
         described = _read_description(content, state)
         if kind not in _TABLES or described.get("quant_type") != kind:
-            raise RecipeError(f"{state} says that its type is {show(described.get('quant_type'))}")
+            raise RecipeError(f"its type in {state} is {show(described.get('quant_type'))}")
         shape = described.get("shape")
         if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-            raise RecipeError(f"{state} says that its shape is {show(shape)}")
+            raise RecipeError(f"its shape in {state} is {show(shape)}")
         if not 2 <= len(shape) <= 5:
-            raise RecipeError(f"{state} says that it has {len(shape)} sides")
+            raise RecipeError(f"its shape in {state} has {len(shape)} sides")
         size = math.prod(shape)
         stored, element = content.shape(name), getattr(torch, content.dtype(name), None)
         storage = element.itemsize if isinstance(element, torch.dtype) else 0
-        # Half a byte may be missing, and no more.
+        # Only half a byte can be unused.
         if not storage or stored != (-(-size // 2) // storage, 1) or size > 2 * storage * stored[0]:
             raise RecipeError(
-                f"{name} of shape {stored} and dtype {content.dtype(name)} does not hold "
+                f"{name} of shape {stored} and dtype {content.dtype(name)} does not contain "
                 f"{show(size)} codes of 4 bits"
             )
         block = _read_block(described, "blocksize", state)
@@ -160,7 +160,7 @@ def _find_four_bits(content: Content, name: str, states: list[str]) -> Candidate
             nested_block = _read_block(described, "nested_blocksize", state)
             offset = described.get("nested_offset", "")
             if type(offset) not in (int, float):
-                raise RecipeError(f"{state} says that the offset of its scales is {show(offset)}")
+                raise RecipeError(f"the offset of its scales in {state} is {show(offset)}")
             _check_length(content, names[3], 256)
             _check_length(content, names[4], -(-size // block // nested_block))
             _check_floats(content, *names[3:5])
@@ -204,14 +204,14 @@ def _read_block(described: Mapping[str, Any], key: str, state: str) -> int:
     block = described.get(key)
     if type(block) is not int or block not in _BLOCKS:
         raise RecipeError(
-            f"{state} says that its {key} is {show(block)}, which bitsandbytes does not have"
+            f"its {key} in {state} is {show(block)}, which bitsandbytes does not support"
         )
     return block
 
 
 def _check_length(content: Content, name: str, length: int) -> None:
     if content.shape(name) != (length,):
-        raise RecipeError(f"{name} has the shape {content.shape(name)} and not ({length},)")
+        raise RecipeError(f"{name} has the shape {content.shape(name)}, not ({length},)")
 
 
 def _check_floats(content: Content, *names: str) -> None:
@@ -224,7 +224,7 @@ def _check_table(content: Content, name: str, kind: str) -> None:
     _check_length(content, name, 16)
     table = torch.tensor(_TABLES[kind], device="cpu")
     if not bool(((content.read_small(name).to(torch.float32) - table).abs() < 1e-3).all()):
-        raise RecipeError(f"{name} does not hold the 16 values of {kind.upper()}")
+        raise RecipeError(f"{name} does not contain the 16 values of {kind.upper()}")
 
 
 def _find_eight_bits(content: Content, name: str, scales: str) -> Candidate:
@@ -241,8 +241,8 @@ def _find_eight_bits(content: Content, name: str, scales: str) -> Candidate:
             if stored != [0]:
                 layout_name = _LAYOUTS.get(stored[0]) if len(stored) == 1 else None
                 raise RecipeError(
-                    f"it has the layout {layout_name or stored} of a kernel of GPUs, and not that "
-                    "by rows: bitsandbytes 0.45.0 loads it and saves it by rows"
+                    f"it has the layout {layout_name or stored} of a GPU kernel: load it with "
+                    "bitsandbytes 0.45.0 and save it, which stores it by rows"
                 )
         note = "dequantised from INT8 of bitsandbytes with a scale per row"
         return as_in_plain(EightBits(name, parts, shape, note), content)

@@ -1,8 +1,8 @@
 """Weights as compressed-tensors stores them: packed integers, int8, float8, float6 and float4.
 
-Which of the `config_groups` holds for a weight the library decides by the names and classes of its
-modules, of which a file has no classes. Here the tensors decide: of the groups one alone has to fit
-their names, shapes and dtypes.
+The library selects one of the `config_groups` for each weight by the names and classes of modules,
+but a file does not store the classes. This reader compares the names, shapes and dtypes of the
+tensors instead: exactly one group must fit.
 
 Letters: W (m, n) a weight, or one matrix of a stack (b, m, n); s (p, q) its scales.
 """
@@ -38,18 +38,18 @@ _PARTS = (
     *("input_scale", "input_zero_point", "input_global_scale"),
     *("output_scale", "output_zero_point", "output_global_scale"),
 )
-# Formats by how the codes are stored, and those that only name the codes of several groups.
+# Formats by the storage of their codes. Those of _OF_ALL do not determine how codes are stored.
 _PACKED, _NARROW = "pack-quantized", "naive-quantized"
 _OF_INTEGERS = ("int-quantized", _NARROW)
 _OF_ALL = ("mixed-precision", "dense", "fakequant")
 _SPARSE = "it is stored in a sparse form, which compressed-tensors no longer reads"
-_MOST = 64  # different settings that are tried for a weight
+_MOST = 64  # different settings to try for a weight
 _VERSION = r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})"
-_FIRST_DENSE = (0, 18, 0)  # the version from which bits of codes run on over words
+_FIRST_DENSE = (0, 18, 0)  # the first version whose codes can cross from one word to the next
 
 
 class Args(NamedTuple):
-    """The settings of one group for its weights, with the defaults of the library."""
+    """The settings of one group for its weights, completed by the defaults of the library."""
 
     bits: int
     floating: bool
@@ -64,13 +64,14 @@ class Args(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """The settings in a config that differ, or why there are no settings.
+    """The different settings in a config, each with an error in its place if it is invalid.
 
     Attributes:
-        config: all of it.
+        config: the complete config.
         all: the settings of all groups.
-        by_target: those of the groups that name a module in full, by its name.
-        fitting: those that fitted a weight before, or why none did, by its shapes and dtypes.
+        by_target: the settings of groups that give the full name of a module, by that name.
+        fitting: a cache of the settings that fitted a weight, or the first one that failed, by the
+            shapes and dtypes of its parts.
     """
 
     config: Mapping[str, Any]
@@ -104,7 +105,7 @@ class Integers(Scaled):
     """Integers in int8.
 
     Attributes:
-        bits: of which they may be, 1 to 8.
+        bits: the number of bits that the integers can have, 1 to 8.
     """
 
     bits: int = 8
@@ -113,18 +114,18 @@ class Integers(Scaled):
         low, high = codes.aminmax()
         if int(low) < -(1 << self.bits - 1) or int(high) >= 1 << self.bits - 1:
             raise RecipeError(
-                f"{self.parts[0]} holds {int(low)} to {int(high)}, more than {self.bits} bits"
+                f"{self.parts[0]} ranges from {int(low)} to {int(high)}, more than {self.bits} bits"
             )
         return codes
 
 
 @dataclass(frozen=True)
 class Packed(Scaled):
-    """Integers in words of 32 bits, of which 0 stands for -2^(bits - 1).
+    """Integers in 32-bit words, where the code 0 represents -2^(bits - 1).
 
     Attributes:
-        bits: of a code, 1 to 8.
-        dense: whether codes run on over words; else each word has a whole number of them.
+        bits: the number of bits per code, 1 to 8.
+        dense: whether codes can cross from one word to the next.
     """
 
     bits: int = 4
@@ -142,17 +143,18 @@ class Packed(Scaled):
         return self._unpack(stored.mT, self.sides[0]).mT
 
     def _used_bits(self, words: int, size: int) -> Tensor:
-        """The bits of each word that belong to codes; the others are zero."""
+        """Masks of the bits of each word that belong to codes; the other bits must be zero."""
         width = 32 if self.dense else 32 // self.bits * self.bits
         last = size * self.bits - (words - 1) * width
         used = [(1 << width) - 1] * (words - 1) + [(1 << last) - 1]
         return torch.tensor(used, device="cpu").to(torch.int32)
 
     def _unpack(self, words: Tensor, size: int) -> Tensor:
-        """The codes (..., size) of words along the last side, the lowest bits first."""
+        """Unpacks codes (..., size) from words along the last side, the lowest bits first."""
         if bool((words & ~self._used_bits(words.shape[-1], size)).any()):
             raise RecipeError(
-                f"its words hold more than {size} codes of {self.bits} bits: the rest is not zero"
+                f"its words contain more than {size} codes of {self.bits} bits: the unused bits "
+                "are not zero"
             )
         in_turn = unpack_stream if self.dense and 32 % self.bits else unpack
         codes = in_turn(words, self.bits, size)
@@ -160,7 +162,7 @@ class Packed(Scaled):
 
 
 def find_compressed(content: Content) -> Iterator[Candidate]:
-    """The weights that compressed-tensors has written, by their names and config.json."""
+    """The weights in formats of compressed-tensors, found by their names and config.json."""
     config = content.quantization()
     ours = isinstance(config.get("config_groups"), Mapping) and config.get("quant_method") in (
         None,
@@ -184,13 +186,13 @@ def _make(content: Content, groups: Groups | None, prefix: str, parts: tuple[str
     if any(f"{prefix}{part}" in parts for part in ("bitmask", "meta", "scale_packed")):
         raise RecipeError(_SPARSE)
     if f"{prefix}weight" in parts[1:]:
-        raise RecipeError(f"{prefix}weight is stored as well")
+        raise RecipeError(f"{prefix}weight is also stored")
     if groups is None:
         raise RecipeError("config.json has no quantization_config of compressed-tensors")
     config = groups.config
     transforms = config.get("transform_config")
     if transforms and (not isinstance(transforms, Mapping) or transforms.get("config_groups")):
-        raise RecipeError("config.json has a transform_config: its entries are transformed")
+        raise RecipeError("its entries are transformed, according to transform_config")
     module = prefix[:-1]
     own = groups.by_target.get(module)
     shapes = tuple((part.removeprefix(prefix), content.tensors[part]) for part in parts)
@@ -216,12 +218,12 @@ def _make(content: Content, groups: Groups | None, prefix: str, parts: tuple[str
     if len(found) == 1:
         return found[0]
     if found:
-        raise RecipeError("several of the config_groups in config.json fit its tensors")
+        raise RecipeError("several config_groups in config.json fit its tensors")
     raise RecipeError(reasons[0] if reasons else "config.json has no config_groups with weights")
 
 
 def _read_sides(content: Content, prefix: str) -> tuple[float, ...]:
-    """The shape of a weight that is stored beside its packed codes; () if there is none."""
+    """The shape of a weight that is stored with its packed codes; () if no shape is stored."""
     name = f"{prefix}weight_shape"
     stored = content.read_small(name) if name in content.tensors else torch.zeros(0)
     return () if stored.is_complex() else tuple(stored.flatten().tolist())
@@ -242,7 +244,7 @@ def _read_args(config: Mapping[str, Any], group: Mapping[str, Any]) -> Args:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = strategy.lower() if isinstance(strategy, str) else strategy
     if strategy not in ("tensor", "channel", "group", "tensor_group", "block"):
-        raise RecipeError(f"the strategy {show(strategy)} is not known for weights")
+        raise RecipeError(f"the strategy {show(strategy)} is unknown for weights")
     grouped = strategy in ("group", "tensor_group")
     if grouped != ((size or -1) > 0):
         raise RecipeError(f"the strategy {strategy} contradicts the group_size {size}")
@@ -271,10 +273,10 @@ def _read_args(config: Mapping[str, Any], group: Mapping[str, Any]) -> Args:
 def _fit(
     content: Content, config: Mapping[str, Any], args: Args, prefix: str, parts: tuple[str, ...]
 ) -> Recipe:
-    """The recipe of a weight if these are its settings.
+    """Builds the recipe of a weight with these settings.
 
     Raises:
-        RecipeError: they are not.
+        RecipeError: the settings do not fit the tensors.
     """
     codes, scales = parts[0], f"{prefix}weight_scale"
     stored, dtype = content.shape(codes), content.dtype(codes)
@@ -284,8 +286,8 @@ def _fit(
     if dtype in FLOATING:
         status = show(config.get("quantization_status"))
         raise RecipeError(
-            f"it is stored in {dtype} beside scales, with the quantization_status {status}: a "
-            "forward pass rounds it to codes first"
+            f"it is stored in {dtype} with scales and the quantization_status {status}: a forward "
+            "pass first rounds it to codes"
         )
     recipe, formats = _read_codes(content, config, args, prefix, parts)
     if args.format and args.format not in formats:
@@ -314,7 +316,7 @@ def _fit(
 def _read_codes(
     content: Content, config: Mapping[str, Any], args: Args, prefix: str, parts: tuple[str, ...]
 ) -> tuple[Scaled, tuple[str, ...]]:
-    """What the dtype of the codes says: a recipe without scales, and the formats that have it."""
+    """A recipe without scales, by the dtype of the codes, and the formats to which it belongs."""
     codes, label = parts[0], f"{prefix}weight"
     *_, m, width = content.shape(codes)
     dtype = content.dtype(codes)
@@ -349,7 +351,7 @@ def _read_packed(
     sides = _read_sides(content, prefix)
     if sides[:-1] != (*lead, m) or type(sides[-1]) is not int or sides[-1] < 1:
         shape = list(sides[:4])
-        raise RecipeError(f"{name} is {shape}, but there are {[*lead, m]} rows of codes")
+        raise RecipeError(f"{name} is {shape}, but the codes have {[*lead, m]} rows")
     n = sides[-1]
     ways = [dense for dense in (True, False) if words == _count_words(n, bits, dense)]
     if not ways:
@@ -367,12 +369,12 @@ def _read_packed(
         newer = version and tuple(int(part) for part in version.groups()) >= _FIRST_DENSE
         if len(ways) > 1 and version is None:
             raise RecipeError(
-                f"its shape fits both ways to pack {bits} bits, and config.json has no version"
+                f"its shape fits both layouts of {bits} bits, and config.json has no version"
             )
         if ways == [True] and newer is False:
             raise RecipeError(
-                f"its {words} words have {n} codes of {bits} bits as from version 0.18 on, and "
-                f"the version in config.json is {text}"
+                f"its {words} words for {n} codes of {bits} bits are the layout of version 0.18 "
+                f"and later, but the version in config.json is {text}"
             )
         dense = bool(newer) if len(ways) > 1 else dense
     note = f"integers of {bits} bits"
@@ -390,18 +392,18 @@ def _read_packed(
 
 
 def _count_words(codes: int, bits: int, dense: bool) -> int:
-    """How many words of 32 bits hold them."""
+    """The number of 32-bit words for this number of codes."""
     return -(-codes * bits // 32) if dense else -(-codes // (32 // bits))
 
 
 def _add_zeros(content: Content, args: Args, recipe: Scaled, zeros: str, scales: str) -> Scaled:
     if zeros not in recipe.parts:
         if not args.symmetric:
-            raise RecipeError(f"{zeros} is missing, and config.json does not say symmetric")
+            raise RecipeError(f"{zeros} is missing, but symmetric is false in config.json")
         return recipe
     z, dtype = content.shape(zeros), content.dtype(zeros)
     if not args.symmetric and args.floating:
-        raise RecipeError("floating point codes with zero points are not known")
+        raise RecipeError("floating-point codes with zero points are not supported")
     packed = dtype == "int32" and args.strategy in ("group", "channel") and not args.symmetric
     if isinstance(recipe, Packed) and packed:
         lead = recipe.shape[:-2]
@@ -426,7 +428,7 @@ def _add_factor(content: Content, args: Args, recipe: Scaled, factor: str) -> Sc
 def _add_order(content: Content, args: Args, recipe: Scaled, order: str) -> Scaled:
     if order not in recipe.parts:
         if args.order:
-            raise RecipeError(f"{order} is missing, but config.json says actorder")
+            raise RecipeError(f"{order} is missing, but config.json sets actorder")
         return recipe
     if args.strategy != "group" or recipe.stacked:
         raise RecipeError(f"{order} contradicts the {args.strategy} strategy")

@@ -1,4 +1,4 @@
-"""The recipes of a checkpoint: every format that is known, and why a weight has none."""
+"""Finds the recipes of a checkpoint in all known formats, and the reasons why a weight has none."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from wellcond.recipes.quanto import find_quanto
 from wellcond.recipes.torchao import find_torchao
 from wellcond.weights.quantised import find_scaled
 
-_LETTERS = 1000  # of a reason, which may name tensors with long names
-# Where several want a tensor it is for the first.
+_LETTERS = 1000  # length limit of a reason, which can contain long names of tensors
+# If several finders claim a tensor, the first one gets it.
 FINDERS: tuple[Finder, ...] = (
     find_torchao,
     find_compressed,
@@ -42,11 +42,11 @@ FINDERS: tuple[Finder, ...] = (
 
 
 def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[str, ...]]]:
-    """The recipes by the names of their weights; and for parts of which none can be built, why.
+    """Finds the recipes of weights, and the reasons why other candidates cannot be built.
 
     Returns:
-        The recipes; by the name of the main part of each other candidate the reason, then the names
-        of its other parts.
+        The recipes by the names of their weights. For every other candidate, by the name of its
+        main part, a tuple of the reason and the names of its other parts.
     """
     recipes: dict[str, Recipe] = {}
     refused: dict[str, tuple[str, ...]] = {}
@@ -60,16 +60,16 @@ def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[s
             try:
                 label = candidate.label
                 if label in content.tensors and label not in candidate.parts:
-                    raise RecipeError(f"{label} is stored as well")
+                    raise RecipeError(f"{label} is also stored")
                 recipes[label] = candidate.make()
             except RecipeError as why:
                 refused[first] = (str(why)[:_LETTERS], *others)
-            except Exception:  # a description in a file may be anything
+            except Exception:  # a description in a file can be anything
                 refused[first] = ("its description is damaged", *others)
     for label, scale in _find_other_scales(content, recipes, taken).items():
         first, *others = recipes.pop(label).parts
         refused[first] = (
-            f"{scale} is stored beside it, and is not one of its parts"[:_LETTERS],
+            f"{scale} is stored next to it, but is not one of its parts"[:_LETTERS],
             *others,
         )
     return recipes, refused
@@ -78,15 +78,15 @@ def find_recipes(content: Content) -> tuple[dict[str, Recipe], dict[str, tuple[s
 def _find_other_scales(
     content: Content, recipes: Mapping[str, Recipe], taken: set[str]
 ) -> dict[str, str]:
-    """The weights beside which a scale lies that belongs to none: another format may hold for them.
+    """Finds weights with a scale that is not a part of any weight, perhaps of an unknown format.
 
     Args:
-        content: of the checkpoint.
-        recipes: by the names of their weights.
+        content: the content of the checkpoint.
+        recipes: the recipes by the names of their weights.
         taken: the parts of all weights.
 
     Returns:
-        The scale by the name of the weight.
+        The name of the scale by the name of the weight.
     """
     labels = {recipe.parts[0]: label for label, recipe in recipes.items()}
     labels |= {label: label for label in recipes}

@@ -1,8 +1,8 @@
 """Weights in float8 with a scale for the whole tensor, per row, or per block.
 
-`weight` beside `weight_scale_inv` (DeepSeek V3, transformers), `scale` (DeepSeek V4),
-`weight_scale` (FBGEMM), `qscale_weight` (Mistral) or `scale_weight` (ComfyUI), and stacks of
-experts `gate_up_proj` beside `gate_up_proj_scale_inv`. All of these multiply.
+`weight` is stored with `weight_scale_inv` (DeepSeek V3, transformers), `scale` (DeepSeek V4),
+`weight_scale` (FBGEMM), `qscale_weight` (Mistral) or `scale_weight` (ComfyUI), and a stack of
+experts `gate_up_proj` with `gate_up_proj_scale_inv`. All of these scales multiply the codes.
 
 Letters: W (m, n) a weight, or one matrix of a stack (b, m, n); s its scales.
 """
@@ -22,20 +22,20 @@ KINDS = {"float8_e4m3fn": "FP8 (E4M3)", "float8_e5m2": "FP8 (E5M2)"}
 _FNUZ = ("float8_e4m3fnuz", "float8_e5m2fnuz")
 _SCALES = ("{}_scale_inv", "{}_scale", "{}_weight_scale")
 _SCALES_OF_WEIGHT = (*_SCALES, "scale", "scale_weight", "qscale_weight")
-# Scales of activations, and what ComfyUI says of a layer: they belong to the codes.
+# Scales of activations, and ComfyUI's description of a layer: they are parts of the weight.
 _OTHERS = ("{}_activation_scale", "{}_input_scale", "{}_output_scale")
 _OTHERS_OF_WEIGHT = (
     *_OTHERS,
     *("input_scale", "input_scale_ub", "activation_scale", "output_scale"),
     *("scale_input", "qscale_act", "comfy_quant"),
 )
-# What changes the weight in a way that these formats do not have.
+# Tensors that change the weight, and that do not belong to these formats.
 _UNKNOWN = ("{}_scale_2", "{}_global_scale", "{}_zero_point", "{}_g_idx")
 _UNKNOWN_OF_WEIGHT = (*_UNKNOWN, "pre_quant_scale", "smooth_scale", "scales", "zeros", "qzeros")
 
 
 def find_float8(content: Content) -> Iterator[Candidate]:
-    """The matrices and stacks of float8 with a scale beside them."""
+    """The float8 matrices and stacks with a scale in the same module."""
     for name, (shape, dtype) in content.tensors.items():
         if len(shape) < 2 or (dtype not in KINDS and dtype not in _FNUZ):
             continue
@@ -49,7 +49,7 @@ def find_float8(content: Content) -> Iterator[Candidate]:
 def names_beside(
     content: Content, name: str, patterns: tuple[str, ...], of_weight: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The tensors beside one of these names, in which {} stands for its own."""
+    """The existing tensors in the module of `name`; {} in a pattern stands for its own name."""
     module, dot, own = name.rpartition(".")
     kinds = of_weight if own == "weight" else patterns
     found = (f"{module}{dot}{kind.format(own)}" for kind in kinds)
@@ -61,12 +61,12 @@ def _make(content: Content, parts: tuple[str, ...], scales: tuple[str, ...]) -> 
     if len(scales) > 1:
         raise RecipeError(f"{scales[0]} and {scales[1]} both scale it")
     for unknown in names_beside(content, name, _UNKNOWN, _UNKNOWN_OF_WEIGHT):
-        raise RecipeError(f"{unknown} is beside it, which FP8 with scales does not have")
+        raise RecipeError(f"{unknown} is stored next to it, but does not belong to scaled FP8")
     return make_float8(content, parts, _find_block(content, name, scales[0]))
 
 
 def make_float8(content: Content, parts: tuple[str, ...], block: tuple[int, int] | None) -> Recipe:
-    """The recipe of codes and scales with these blocks, or of one scale per matrix (None).
+    """Builds the recipe of codes and scales with these blocks, or with one scale per matrix (None).
 
     Raises:
         RecipeError: the scales do not fit.
@@ -74,7 +74,7 @@ def make_float8(content: Content, parts: tuple[str, ...], block: tuple[int, int]
     name, scales = parts[:2]
     shape, dtype, s = content.shape(name), content.dtype(name), content.shape(scales)
     if dtype not in KINDS:
-        raise RecipeError(f"no known format with scales has codes of {dtype}")
+        raise RecipeError(f"no known format has scales for codes of {dtype}")
     if 0 in shape:
         raise RecipeError(f"it has no entries: its shape is {shape}")
     check_scales(content, scales)
@@ -98,7 +98,7 @@ def make_float8(content: Content, parts: tuple[str, ...], block: tuple[int, int]
 
 
 def is_stack(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether it counts experts by its first side; a `weight` of three sides may be a kernel."""
+    """Whether the first side counts experts. A 3-d tensor named `weight` might be a kernel."""
     return len(shape) == 3 and name.rpartition(".")[2] != "weight"
 
 
@@ -113,7 +113,7 @@ def _find_block(content: Content, name: str, scales: str) -> tuple[int, int] | N
     m, n = shape[-2:]
     config = content.quantization()
     if config.get("quant_method") == "fbgemm_fp8" and stacked:
-        # Experts are stored (in, out), and scaled per output.
+        # Experts are stored as (in, out) with a scale per output.
         if s in ((shape[0], 1, n), (shape[0], n, 1)):
             return m, 1
         raise RecipeError(f"{scales} of shape {s} is not one number per column of {shape}")
@@ -133,16 +133,16 @@ def _find_block(content: Content, name: str, scales: str) -> tuple[int, int] | N
     if own == (m, 1) or (own == (m,) and m != n):
         return 1, n
     if own == (m,):
-        raise RecipeError(f"{scales} of shape {s} may scale the rows or the columns of {shape}")
-    raise RecipeError(f"the blocks of {scales} are not known: config.json has no weight_block_size")
+        raise RecipeError(f"{scales} of shape {s} might scale the rows or the columns of {shape}")
+    raise RecipeError(f"the blocks of {scales} are unknown: config.json has no weight_block_size")
 
 
 def _check_halves(content: Content, name: str, block: tuple[int, int]) -> tuple[int, int]:
-    """The block, unless it covers both gate and up, of which each may have blocks of its own."""
+    """Returns the block unless one might cover both gate and up, which can have separate blocks."""
     m = content.shape(name)[-2]
     if re.search(r"gate_up_proj$", name) and block[0] > 1 and (m // 2) % block[0]:
         raise RecipeError(
-            f"blocks of {block[0]} rows do not divide gate and up of {m // 2} rows each, and it is "
-            "not known whether the blocks of up begin anew"
+            f"blocks of {block[0]} rows do not divide gate and up with {m // 2} rows each: "
+            "whether up begins with a new block is unknown"
         )
     return block

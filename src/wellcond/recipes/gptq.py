@@ -1,7 +1,7 @@
 """Weights in the formats of GPTQ, as auto-gptq, optimum, gptqmodel and AutoRound store them.
 
-`X.qweight` (rows of words, m) beside `X.qzeros` (g, columns of words), `X.scales` (g, m) and
-`X.g_idx` (n), which says of which group an input is.
+`X.qweight` (rows of words, m) is stored with `X.qzeros` (g, columns of words), `X.scales` (g, m)
+and `X.g_idx` (n), the group of each input.
 
 Letters: W (m, n) a weight, W[i, j] = s[g, i] (q[i, j] - z[g, i]); q its codes, s and z the scales
 and the zero points of its groups of inputs g.
@@ -21,13 +21,13 @@ from wellcond.recipes.codes import row_ranges, unpack, unpack_stream
 from wellcond.recipes.settings import Settings, read_settings
 from wellcond.recipes.transposed import as_in_plain
 
-_CONFIG = "quantize_config.json"  # which auto-gptq writes
+_CONFIG = "quantize_config.json"  # the config of auto-gptq
 _STEP = 1 << 20  # entries that are converted at once
-_WRITERS = 8  # programs of which a config says that they wrote it
+_WRITERS = 8  # entries of the list of writers in a config that are read
 _FLOATS = ("float16", "bfloat16", "float32")
-# The widths of the planes of codes, the low bits first; other codes have only one.
+# The bit widths of the planes of codes, the low bits first; other codes have only one plane.
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
-# The formats of AutoRound, and those that store zero points minus one.
+# The formats of AutoRound, and the formats that store zero points minus one.
 _OF_AUTO_ROUND = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round", "auto_round:gptqmodel")
 _MINUS_ONE = ("gptq", "auto_round:auto_gptq", "auto_round:gptq")
 _EMBEDDING = re.compile(r"(.*_)?(embed(dings?|_tokens|_in|_positions)?|wte|wpe)", re.IGNORECASE)
@@ -35,15 +35,16 @@ _EMBEDDING = re.compile(r"(.*_)?(embed(dings?|_tokens|_in|_positions)?|wte|wpe)"
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Recipe):
-    """W of codes that are packed along the inputs.
+    """W from codes that are packed along the inputs.
 
     Attributes:
-        version: 1 where the zero points are stored minus one.
-        planar: whether the low and the high bits of 32 codes are stored in words of their own.
-        group_size: of the groups in their order; 0 where `g_idx` says the group.
-        borrows: how one was subtracted where a zero point is 0: "words", where the whole word was
-            the minuend, so that its other zero points changed; "codes"; or "" where it is not
-            known.
+        bits: the number of bits per code.
+        version: 1 if the zero points are stored minus one, 2 if not.
+        planar: whether the low and the high bits of 32 codes are stored in separate words.
+        group_size: the number of inputs per group of consecutive inputs; 0 if `g_idx` gives the
+            groups.
+        borrows: how the writer subtracted one from a zero point of 0: "words", from the entire
+            word, which changed its other zero points; "codes", from each code; "" if unknown.
         symmetric: whether all zero points must be half of the range.
     """
 
@@ -61,7 +62,7 @@ class Gptq(Recipe):
         z = self._read_zeros(read, offsets, m).T
         group = self._read_groups(read, s.shape[1])
         W = zeros(self.shape)
-        step = max(32, _STEP // m // 32 * 32)  # inputs, of which 32 fill whole words
+        step = max(32, _STEP // m // 32 * 32)  # inputs; 32 of them fill complete words
         for start, stop in row_ranges(n, step):
             words = (start * self.bits // 32, -(-stop * self.bits // 32))
             q = self._unpack(read(codes, words).T, stop - start)
@@ -75,8 +76,8 @@ class Gptq(Recipe):
         group = read(self.parts[3]).to(torch.int64)
         if int(group.min()) < 0 or int(group.max()) >= count:
             raise RecipeError(
-                f"{self.parts[3]} has groups {int(group.min())} to {int(group.max())}, and there "
-                f"are {count}"
+                f"{self.parts[3]} has groups {int(group.min())} to {int(group.max())}, but there "
+                f"are {count} groups"
             )
         return group
 
@@ -88,14 +89,13 @@ class Gptq(Recipe):
         if self.version == 1 and self.borrows != "words":
             if not self.borrows and bool((z == top).any()):
                 raise RecipeError(
-                    f"{name} has zero points of 0, which are stored as 0 - 1 in several ways: "
-                    "config.json does not say which program wrote it"
+                    f"{name} has zero points of 0, which programs store differently as 0 - 1: "
+                    "config.json does not name the program that wrote it"
                 )
             z = (z + 1) & top
         if self.symmetric and not bool((z == (top + 1) // 2).all()):
             raise RecipeError(
-                f"{name} has other zero points than {(top + 1) // 2}, and the config says that sym "
-                "is true"
+                f"{name} has other zero points than {(top + 1) // 2}, but sym is true in the config"
             )
         return z
 
@@ -106,12 +106,12 @@ class Gptq(Recipe):
 
 
 def unpack_planes(words: Tensor, bits: int, size: int) -> Tensor:
-    """Codes from planes: of each 32 codes first the words with their lowest bits.
+    """Unpacks codes from planes. Of each 32 codes, the words with their lowest bits come first.
 
     Args:
         words: int32 (..., w), w a multiple of bits.
-        bits: of a code.
-        size: how many codes there are along the last side.
+        bits: the number of bits per code.
+        size: the number of codes along the last side.
 
     Returns:
         (..., size), int16.
@@ -145,12 +145,12 @@ def find_gptq(content: Content) -> Iterator[Candidate]:
 def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ...]) -> Recipe:
     if not settings.sources:
         raise RecipeError(
-            f"neither config.json nor {_CONFIG} is there to say which format its codes have"
+            f"the format of its codes is unknown: neither config.json nor {_CONFIG} gives it"
         )
     kind = _read_format(settings)
     version, planar = (1 if kind in _MINUS_ONE else 2), kind == "gptq_p"
     if _EMBEDDING.fullmatch(label.removesuffix(".weight").rpartition(".")[2]):
-        raise RecipeError("it is an embedding, and gptqmodel packs those along the other side")
+        raise RecipeError("it is an embedding, which gptqmodel packs along the other side")
     stem = parts[0].removesuffix("qweight")
     codes, offsets, scales = parts[0], f"{stem}qzeros", f"{stem}scales"
     groups = f"{stem}g_idx"
@@ -163,22 +163,22 @@ def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ..
     n = _read_inputs(content, groups)
     bits, n = _find_bits(content, settings, (codes, offsets), (m, n))
     if bits in (5, 6, 7) and kind in ("gptq", "gptq_v2"):
-        raise RecipeError(f"it has {bits} bits, and its format is not gptq_p, which has those")
+        raise RecipeError(f"it has {bits} bits, which gptqmodel stores only in the format gptq_p")
     planar = planar and bits in _PLANES
     if 32 % bits and (n % 32 or m % 32):
-        raise RecipeError(f"its sides {m} and {n} are not multiples of 32, and it has {bits} bits")
+        raise RecipeError(f"{bits} bits need sides that are multiples of 32, not {m} and {n}")
     group_size = 0 if groups in parts else _read_group_size(settings, n, count)
     writer = _read_writer(settings)
     symmetric = settings.get("sym") is True and not _has_own_settings(settings)
     if version == 1 and bits == 3 and 0 < writer < 7 and not symmetric:
         raise RecipeError(
-            f"gptqmodel {writer} may have subtracted one from other bits than its zero points"
+            f"gptqmodel {writer} might have subtracted one from bits outside its zero points"
         )
     return Gptq(
         label=label,
         parts=parts,
         shape=(m, n),
-        note=f"dequantised from GPTQ of {bits} bits with {count} groups of inputs",
+        note=f"dequantised from {bits}-bit GPTQ with {count} groups of inputs",
         dtype=content.dtype(scales),
         stored_as=f"int{bits}",
         bits=bits,
@@ -191,32 +191,32 @@ def _make(content: Content, settings: Settings, label: str, parts: tuple[str, ..
 
 
 def _read_format(settings: Settings) -> str:
-    """The format, by the names of gptqmodel or, after a colon, of AutoRound."""
+    """The format by its name in gptqmodel, or in AutoRound, whose names contain a colon."""
     method = settings.word("quant_method", "method")
     if method in ("auto-round", "intel/auto-round"):
         kind = settings.word("packing_format")
         if kind not in _OF_AUTO_ROUND:
-            raise RecipeError(f"its packing_format is {kind}, whose layout is unknown")
+            raise RecipeError(f"the layout of its packing_format {kind} is unknown")
         return kind
     if method not in ("", "gptq", "gptqmodel"):
-        raise RecipeError(f"its quantisation is of the kind {method}, whose layout is unknown")
+        raise RecipeError(f"the layout of its quant_method {method} is unknown")
     if settings.get("is_marlin_format") is True:
         raise RecipeError(
-            "it has the order of a kernel of GPUs, Marlin: quantise again in the format gptq"
+            "its layout is that of the GPU kernel Marlin: quantise it again in the format gptq"
         )
-    kind = settings.word("checkpoint_format", "format") or "gptq"  # as all libraries take it
+    kind = settings.word("checkpoint_format", "format") or "gptq"  # the default of all libraries
     if kind not in ("gptq", "gptq_v2", "gptq_p"):
-        raise RecipeError(f"its format is {kind}: quantise again in the format gptq")
+        raise RecipeError(f"its format is {kind}: quantise it again in the format gptq")
     return kind
 
 
 def _has_own_settings(settings: Settings) -> bool:
-    """Whether layers may have settings of their own."""
+    """Whether the config can have separate settings for some layers."""
     return bool(settings.get("dynamic") or settings.get("extra_config"))
 
 
 def _read_inputs(content: Content, groups: str) -> int:
-    """The number of inputs by the group of each; 0 if that is not stored."""
+    """The number of inputs, from the length of `g_idx`; 0 if `g_idx` is not stored."""
     if groups not in content.tensors:
         return 0
     shape = content.shape(groups)
@@ -228,7 +228,7 @@ def _read_inputs(content: Content, groups: str) -> int:
 def _find_bits(
     content: Content, settings: Settings, words: tuple[str, str], sides: tuple[int, int]
 ) -> tuple[int, int]:
-    """The bits of a code, and the number of inputs."""
+    """The number of bits per code and the number of inputs."""
     (m, n), (codes, offsets) = sides, words
     rows, outputs = content.shape(codes)
     count, columns = content.shape(offsets)
@@ -245,8 +245,8 @@ def _find_bits(
     ]
     if len(fitting) != 1:
         raise RecipeError(
-            f"{told if told and not dynamic else 'no number of'} bits fit {codes} "
-            f"{content.shape(codes)} and {offsets} {content.shape(offsets)} with {m} outputs"
+            f"{codes} {content.shape(codes)} and {offsets} {content.shape(offsets)} do not fit "
+            f"{told if told and not dynamic else 'any number of'} bits with {m} outputs"
             + (f" and {n} inputs" if n else "")
         )
     return fitting[0]
@@ -261,15 +261,15 @@ def _read_group_size(settings: Settings, n: int, count: int) -> int:
     fitting = {one for one in known if one > 0 and -(-n // one) == count}
     if len(fitting) != 1:
         raise RecipeError(
-            f"it has {count} groups of {n} inputs, and the config says that its group_size is "
+            f"it has {count} groups of {n} inputs, but the group_size in the config is "
             + str(size)
-            + (", and others for some layers" if len(told) > 1 else "")
+            + (", with other values for some layers" if len(told) > 1 else "")
         )
     return fitting.pop()
 
 
 def _read_writer(settings: Settings) -> int:
-    """The major version of the gptqmodel that wrote it; 0 if it was another program."""
+    """The major version of gptqmodel if it wrote the checkpoint; 0 for other programs."""
     meta = settings.get("meta")
     writers = meta.get("quantizer") if isinstance(meta, dict) else None
     for writer in writers[:_WRITERS] if isinstance(writers, list) else [writers]:

@@ -1,7 +1,7 @@
-"""Weights that HQQ quantises, whose layers describe themselves by tensors beside `W_q`.
+"""Weights that HQQ quantises. Tensors next to `W_q` describe its layout.
 
-Letters: W (m, n) a weight, as groups: rows (g, size) or columns (size, g) of its entries in their
-order; W = s (q - z) with codes q, scales s and zero points z per group.
+Letters: W (m, n) a weight, reshaped to groups that are rows (g, size) or columns (size, g);
+W = s (q - z) with codes q, scales s and zero points z per group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from wellcond.recipes.codes import row_ranges
 
 _STEP = 1 << 20  # entries that are converted at once
 _FLOATS = ("float16", "bfloat16", "float32")
-# The bits of a code, how many a word holds, and its dtype.
+# The number of bits per code, the number of codes per word, and the dtype of a word.
 _PACKINGS = {
     "8bit_u8": (8, 1, torch.uint8),
     "4bit_u8": (4, 2, torch.uint8),
@@ -35,12 +35,15 @@ _DESCRIBING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Hqq(Recipe):
-    """W of words that hold one code each of so many equal ranges of rows, the first one highest."""
+    """W from words, each with one code from each of `per_word` equal ranges of rows.
+
+    The code of the first range is in the highest bits.
+    """
 
     bits: int
     per_word: int
     word: torch.dtype
-    groups: tuple[int, int]  # W as rows or columns that have one scale each
+    groups: tuple[int, int]  # the shape of W as rows or columns that have one scale each
 
     def build(self, read: Read, index: int) -> Tensor:
         rows, columns = self.groups
@@ -52,7 +55,7 @@ class Hqq(Recipe):
             packed = read(codes, (start, stop)).contiguous().view(self.word).to(torch.int32)
             for k in range(self.per_word):
                 first = k * words + start
-                chunk = W[first : first + stop - start]  # at the end shorter, or empty
+                chunk = W[first : first + stop - start]  # shorter or empty at the end
                 shift = self.bits * (self.per_word - 1 - k)
                 q = (packed >> shift) & ((1 << self.bits) - 1)
                 chunk[:] = q[: len(chunk)]
@@ -70,7 +73,7 @@ def find_hqq(content: Content) -> Iterator[Candidate]:
             continue
         beside = [f"{stem}{part}" for part in ("scale", "zero", *_DESCRIBING)]
         parts = (name, *(one for one in beside if one in content.tensors))
-        if len(parts) == 1:  # a projection of this name
+        if len(parts) == 1:  # a projection that has this name
             continue
 
         def make(stem: str = stem, parts: tuple[str, ...] = parts) -> Recipe:
@@ -82,13 +85,11 @@ def find_hqq(content: Content) -> Iterator[Candidate]:
 def _make(content: Content, stem: str, parts: tuple[str, ...]) -> Recipe:
     method = content.quantization().get("quant_method", "hqq")
     if method != "hqq":
-        raise RecipeError(
-            f"its quantisation is of the kind {show(method)}, whose layout is unknown"
-        )
+        raise RecipeError(f"the layout of its quant_method {show(method)} is unknown")
     if f"{stem}packing" not in content.tensors:
         raise RecipeError(
-            f"{stem}packing, which says how its codes are stored, is missing: save the model with "
-            "a newer version of hqq"
+            f"the layout of its codes, {stem}packing, is missing: save the model with a newer "
+            "version of hqq"
         )
     names = {part: f"{stem}{part}" for part in ("W_q", "scale", "zero")}
     shape = _read_integers(content, f"{stem}shape")
@@ -106,12 +107,12 @@ def _make(content: Content, stem: str, parts: tuple[str, ...]) -> Recipe:
 
     for flag in ("quant_scale", "quant_zero"):
         if is_set(flag):
-            raise RecipeError(f"{stem}{flag} is set, and its layout is not known")
+            raise RecipeError(f"{stem}{flag} is set, and its layout is unknown")
     (axis,) = _read_integers(content, f"{stem}axis")[:1] or [-1]
     (size,) = _read_integers(content, f"{stem}group_size")[:1] or [0]
     total = math.prod(shape)
     if axis not in (0, 1) or size < 1 or total % size:
-        raise RecipeError(f"its axis is {axis} and its group_size is {size}, of {total} entries")
+        raise RecipeError(f"its axis {axis} and group_size {size} do not fit {total} entries")
     rows, columns = (total // size, size) if axis == 1 else (size, total // size)
     if per_word in (2, 4, 8) and rows % per_word:
         raise RecipeError(f"{per_word} codes per word do not divide {rows} rows")
@@ -120,22 +121,22 @@ def _make(content: Content, stem: str, parts: tuple[str, ...]) -> Recipe:
     stored = (-(-rows // per_word), columns * word.itemsize // element.itemsize)
     if told != stored or dtype != str(element).removeprefix("torch."):
         raise RecipeError(
-            f"{names['W_q']} has the shape {told} and the dtype {dtype}, and not {stored} and "
+            f"{names['W_q']} has the shape {told} and the dtype {dtype}, not {stored} and "
             f"{element}".replace("torch.", "")
         )
     if columns * word.itemsize % element.itemsize:
-        raise RecipeError(f"{columns} words do not fill whole entries of {dtype}")
+        raise RecipeError(f"{columns} words do not fill complete entries of {dtype}")
     per_group = (rows, 1) if axis == 1 else (1, columns)
     for one in (names["scale"], names["zero"]):
         if content.shape(one) != per_group:
-            raise RecipeError(f"{one} has the shape {content.shape(one)} and not {per_group}")
+            raise RecipeError(f"{one} has the shape {content.shape(one)}, not {per_group}")
         if content.dtype(one) not in _FLOATS:
             raise RecipeError(f"{one} has the dtype {content.dtype(one)}")
     return Hqq(
         label=f"{stem}weight",
         parts=parts,
         shape=(shape[0], shape[1]),
-        note=f"dequantised from HQQ of {bits} bits with groups of {size} entries",
+        note=f"dequantised from {bits}-bit HQQ with groups of {size} entries",
         stored_as=f"int{bits}",
         dtype=content.dtype(names["scale"]),
         bits=bits,

@@ -1,7 +1,7 @@
-"""Weights that MLX quantises, and transformers in the same layout for Metal.
+"""Weights that MLX quantises, and transformers for Metal in the same layout.
 
-`X.weight` of uint32 (m, words) beside `X.scales` and `X.biases`, one per group of entries in a row;
-stacks of experts have a side more in front.
+`X.weight` of uint32 (m, words) is stored with `X.scales` and `X.biases`, one per group of entries
+in a row. Stacks of experts have one more side in front.
 
 Letters: W (m, n) a weight, W[i, j] = s[i, g] q[i, j] + b[i, g].
 """
@@ -21,14 +21,14 @@ from wellcond.recipes.codes import FLOAT4, powers_of_two, row_ranges, unpack, un
 _STEP = 1 << 20  # entries that are converted at once
 _FLOATS = ("float16", "bfloat16", "float32")
 _BITS = (1, 2, 3, 4, 5, 6, 8)
-# The bits and the group size of the modes whose codes are floats and whose scales are bytes.
+# The number of bits and the group size of the modes with floating-point codes and byte scales.
 _MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
-_STORED_AS = {4: "float4_e2m1", 8: "float8_e4m3fn"}  # by the bits of such a code
+_STORED_AS = {4: "float4_e2m1", 8: "float8_e4m3fn"}  # by the bits of a floating-point code
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mlx(Recipe):
-    """W of integers with a scale and a bias, or of small floats with a scale."""
+    """W from integers with a scale and a bias, or from small floats with a scale."""
 
     mode: str
     bits: int
@@ -71,7 +71,7 @@ class Mlx(Recipe):
 
 
 def find_mlx(content: Content) -> Iterator[Candidate]:
-    """The weights of uint32 with scales beside them."""
+    """The weights of dtype uint32 with scales in the same module."""
     for name, (_, dtype) in content.tensors.items():
         stem = name.removesuffix("weight")
         if dtype != "uint32" or stem == name or f"{stem}scales" not in content.tensors:
@@ -89,7 +89,7 @@ def _make(content: Content, name: str, parts: tuple[str, ...]) -> Recipe:
     mode, bits, group_size = _read_settings(content, name.removesuffix(".weight"))
     packed, scales = content.shape(name), content.shape(parts[1])
     if len(packed) not in (2, 3) or 0 in packed or len(scales) != len(packed):
-        raise RecipeError(f"{name} has the shape {packed}, and {parts[1]} {scales}")
+        raise RecipeError(f"{name} of shape {packed} does not fit {parts[1]} of shape {scales}")
     n = group_size * scales[-1]
     if scales[:-1] != packed[:-1] or 32 * packed[-1] != bits * n:
         raise RecipeError(
@@ -98,18 +98,20 @@ def _make(content: Content, name: str, parts: tuple[str, ...]) -> Recipe:
         )
     affine = mode == "affine"
     if len(parts) != (3 if affine else 2):
-        raise RecipeError(f"its mode is {mode}, and its parts are {', '.join(parts)}")
+        raise RecipeError(f"its mode {mode} does not fit its parts {', '.join(parts)}")
     for part in parts[1:]:
         if content.shape(part) != scales:
-            raise RecipeError(f"{part} has the shape {content.shape(part)} and not {scales}")
+            raise RecipeError(f"{part} has the shape {content.shape(part)}, not {scales}")
         if content.dtype(part) not in (_FLOATS if affine else ("uint8",)):
             raise RecipeError(f"{part} has the dtype {content.dtype(part)}")
-    what = f"{bits} bits with a scale and a bias" if affine else f"{mode.upper()} with a scale"
+    what = (
+        f"{bits}-bit MLX with a scale and a bias" if affine else f"MLX {mode.upper()} with a scale"
+    )
     return Mlx(
         label=name,
         parts=parts,
         shape=(*packed[:-1], n),
-        note=f"dequantised from MLX of {what} per group of {group_size}",
+        note=f"dequantised from {what} per group of {group_size}",
         stored_as=f"int{bits}" if affine else _STORED_AS[bits],
         dtype=content.dtype(parts[1]) if affine else "",
         mode=mode,
@@ -119,34 +121,30 @@ def _make(content: Content, name: str, parts: tuple[str, ...]) -> Recipe:
 
 
 def _read_settings(content: Content, layer: str) -> tuple[str, int, int]:
-    """The mode, the bits and the size of a group; those of a layer are under its name."""
+    """The mode, the number of bits and the group size; a layer can have its own, by its name."""
     settings = content.beside("config.json").get("quantization")
     if not isinstance(settings, Mapping):
         settings = content.quantization()
     if not settings:
-        raise RecipeError("no config.json says how many bits it has, and the size of its groups")
+        raise RecipeError("config.json does not give its number of bits and its group size")
     own: Any = settings.get(layer, settings)
     if not isinstance(own, Mapping):
-        raise RecipeError(f"config.json says that {layer} is not quantised")
+        raise RecipeError(f"{layer} is not quantised according to config.json")
     method = settings.get("quant_method")
     if method not in (None, "metal"):
-        raise RecipeError(
-            f"its quantisation is of the kind {show(method)}, whose layout is unknown"
-        )
+        raise RecipeError(f"the layout of its quant_method {show(method)} is unknown")
     mode = own.get("mode", settings.get("mode", "affine"))
     bits, group_size = own.get("bits"), own.get("group_size")
     fixed = _MODES.get(mode) if isinstance(mode, str) else None
     if fixed is not None:
         if (fixed[0] if bits is None else bits, group_size or fixed[1]) != fixed:
             raise RecipeError(
-                f"config.json says that {mode} has {show(bits)} bits and groups of "
-                f"{show(group_size)}"
+                f"{mode} contradicts {show(bits)} bits and groups of {show(group_size)} in "
+                "config.json"
             )
         return mode, *fixed
     if mode != "affine" or type(bits) is not int or bits not in _BITS:
-        raise RecipeError(
-            f"config.json says that its mode is {show(mode)} and that it has {show(bits)} bits"
-        )
+        raise RecipeError(f"its mode {show(mode)} with {show(bits)} bits is not supported")
     if type(group_size) is not int or not 0 < group_size <= 1 << 20:
-        raise RecipeError(f"config.json says that its group_size is {show(group_size)}")
+        raise RecipeError(f"its group_size in config.json is {show(group_size)}")
     return mode, bits, group_size

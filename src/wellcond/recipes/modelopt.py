@@ -1,7 +1,7 @@
 """Weights as NVIDIA's ModelOpt exports them: FP8, MXFP8, NVFP4 and MXFP4.
 
-The algorithm stands in config.json or in hf_quant_config.json beside it. Stacks of experts that are
-stored (in, out) have their codes of float4 packed along the inputs, so along the rows.
+The algorithm is given in config.json or in hf_quant_config.json in the same folder. Stacks of
+experts that are stored as (in, out) have float4 codes packed along the inputs, which are the rows.
 
 Letters: W (m, n) a weight, or one matrix of a stack (b, m, n).
 """
@@ -18,7 +18,7 @@ from wellcond.recipes.scaled import Float4, check_one, check_scales
 
 _ROWS = "FP8_PER_CHANNEL_PER_TOKEN"
 _ONE = ("FP8", "FP8_PB_WO", _ROWS)
-# Codes of float4 per scale.
+# The number of float4 codes per scale.
 _FLOAT4 = {"NVFP4": 16, "W4A16_NVFP4": 16, "MXFP4": 32, "W4A8_MXFP4_FP8": 32}
 _SCALES = ("{}_weight_scale",)
 _OTHERS = ("{}_weight_scale_2", "{}_input_scale", "{}_output_scale")
@@ -40,7 +40,7 @@ def find_modelopt(content: Content) -> Iterator[Candidate]:
 
 
 def _read_settings(content: Content) -> list[Mapping[str, Any]]:
-    """What the two configs say, each that says something."""
+    """The settings in the two configs, without empty ones."""
     ours = content.quantization()
     beside = content.beside("hf_quant_config.json").get("quantization")
     method = ours.get("quant_method")
@@ -69,13 +69,13 @@ def _make(content: Content, settings: list[Mapping[str, Any]], parts: tuple[str,
     module, _, own = name.rpartition(".")
     algorithm = _find_algorithm(settings, module if own == "weight" else name)
     if "pre_quant_scale" in (part.rpartition(".")[2] for part in parts):
-        raise RecipeError("its inputs are multiplied by pre_quant_scale first")
+        raise RecipeError("its layer first multiplies the inputs by pre_quant_scale")
     if content.dtype(name) == "uint8" and algorithm in _FLOAT4:
         return _make_float4(content, parts, _FLOAT4[algorithm])
     if content.dtype(name) not in KINDS or not algorithm.startswith(("FP8", "MXFP8")):
-        raise RecipeError(f"codes of {content.dtype(name)} by {algorithm} have no recipe")
+        raise RecipeError(f"codes of dtype {content.dtype(name)} do not fit {algorithm}")
     if any(part.endswith("_scale_2") for part in parts):
-        raise RecipeError(f"a second scale is beside it, which {algorithm} does not have")
+        raise RecipeError(f"it has a second scale, which {algorithm} does not use")
     m, n = shape[-2:]
     if algorithm == "MXFP8" and len(shape) == 2 and s == (m, -(-n // 32)):
         check_scales(content, scales, ("uint8",))
@@ -89,12 +89,12 @@ def _make(content: Content, settings: list[Mapping[str, Any]], parts: tuple[str,
 
 
 def _make_float4(content: Content, parts: tuple[str, ...], size: int) -> Recipe:
-    """Bytes of two codes with a scale per so many of them, and in NVFP4 another one for all."""
+    """The recipe of bytes of two codes with a scale per `size` codes; NVFP4 has a second scale."""
     name, scales = parts[:2]
     shape, s = content.shape(name), content.shape(scales)
     second = next((part for part in parts if part.endswith("weight_scale_2")), "")
     if (size == 16) != bool(second):
-        raise RecipeError("weight_scale_2 must be beside NVFP4, and must not be beside MXFP4")
+        raise RecipeError("NVFP4 must have a weight_scale_2, and MXFP4 must not have one")
     check_scales(content, scales, ("float8_e4m3fn" if second else "uint8",))
     stacked = is_stack(name, shape)
     if 0 in shape or len(shape) != 2 + stacked:
@@ -103,7 +103,7 @@ def _make_float4(content: Content, parts: tuple[str, ...], size: int) -> Recipe:
     along = 2 * n % size == 0 and s == (*lead, m, 2 * n // size)
     across = stacked and 2 * m % size == 0 and s == (*lead, 2 * m // size, n)
     if along == across:
-        raise RecipeError(f"{scales} of shape {s} does not fit {size} codes each in {shape}")
+        raise RecipeError(f"{scales} of shape {s} does not fit {size} codes per scale in {shape}")
     each: tuple[str, ...] = (scales,) if stacked else ()
     if second and stacked and content.shape(second) == (shape[0],):
         check_scales(content, second, ("float32",))

@@ -1,8 +1,9 @@
 """Weights in the microscaling formats MXFP4 and MXFP8: a power of two scales 32 inputs of a row.
 
-`X_blocks` and `X_scales` of gpt-oss, in transformers; `X.blocks` and `X.scales` in its original
-files; `weight` and `scale` of the experts of DeepSeek V4; `weight` and `weight_scale` of Quark;
-float8 with such scales. Two values of float4 lie in a byte, that of the low bits first.
+The tensors are `X_blocks` and `X_scales` of gpt-oss in transformers, `X.blocks` and `X.scales` in
+its original files, `weight` and `scale` of the experts of DeepSeek V4, `weight` and `weight_scale`
+of Quark, or float8 weights with such scales. A byte contains two float4 values, the first one in
+the low bits.
 
 Letters: W (m, n) a weight, of m outputs; E experts.
 """
@@ -29,7 +30,7 @@ _SCALES = ("{}_scale_inv", "{}_scale")
 
 @dataclass(frozen=True)
 class Microscaled(Recipe):
-    """W = codes * s, with a scale per 32 inputs; or a stack of E, one at a time.
+    """W = codes * s with a scale per 32 inputs, or a stack of E matrices, built one at a time.
 
     Attributes:
         float4: the codes are pairs of float4, not float8.
@@ -58,7 +59,7 @@ class Microscaled(Recipe):
 
 
 def find_mxfp4(content: Content) -> Iterator[Candidate]:
-    """Weights of float4 or float8 beside scales that are powers of two."""
+    """Weights of float4 or float8 with scales that are powers of two."""
     quark = {kind: _explain_quark(content, kind) for kind in ("fp4", "fp8")}
     for name, (shape, dtype) in content.tensors.items():
         blocks = name.endswith(("_blocks", ".blocks")) and (dtype == "uint8" or len(shape) == 4)
@@ -71,7 +72,7 @@ def find_mxfp4(content: Content) -> Iterator[Candidate]:
 
 
 def _find_scales(content: Content, name: str) -> str:
-    """The name of the scales beside codes that look like those of one of the formats; or ""."""
+    """The name of the scales of codes that look like one of the formats; "" if there are none."""
     dtype, method = content.dtype(name), content.quantization().get("quant_method")
     stem, dot, own = name.rpartition(".")
     names = [f"{stem}{dot}{scale.format(own)}" for scale in _SCALES]
@@ -94,10 +95,10 @@ def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe
     """Experts of gpt-oss: blocks (E, m, n/32, 16) and scales (E, m, n/32)."""
     method = content.quantization().get("quant_method", "mxfp4")
     if method != "mxfp4":
-        raise RecipeError(f"config.json says that the format is {show(method)}, not mxfp4")
+        raise RecipeError(f"its quant_method in config.json is {show(method)}, not mxfp4")
     shape, s = content.shape(blocks), content.shape(scales)
     if content.dtype(blocks) != "uint8":
-        raise RecipeError(f"{blocks} is {content.dtype(blocks)}, not bytes of two codes")
+        raise RecipeError(f"{blocks} has the dtype {content.dtype(blocks)}, not uint8")
     if len(shape) != 4 or shape[-1] != _BLOCK // 2 or not entries(shape):
         raise RecipeError(f"blocks of shape {shape} are not (experts, outputs, blocks, 16)")
     _check_scales(content, scales, shape[:-1], "uint8")
@@ -117,20 +118,20 @@ def _of_blocks(content: Content, blocks: str, scales: str, label: str) -> Recipe
 def _of_codes(
     quark: Mapping[str, str], content: Content, codes: str, scales: str, label: str
 ) -> Recipe:
-    """Codes (m, n) of float8 or (m, n/2) of pairs of float4, or a stack; scales (m, n/32)."""
+    """Codes (m, n) of float8 or (m, n/2) of float4 pairs, or a stack of them; scales (m, n/32)."""
     dtype, shape = content.dtype(codes), content.shape(codes)
     float8 = dtype in _FLOAT8
     if len(shape) not in (2, 3) or not entries(shape):
         raise RecipeError(f"codes of shape {shape} are neither a matrix nor a stack of them")
     if dtype == "int8" and not _says_float4(content):
         raise RecipeError(
-            "config.json has neither expert_dtype nor quant_method fp8, which mark int8 as float4"
+            "config.json does not mark int8 as float4, with expert_dtype fp4 or quant_method fp8"
         )
     if why := quark["fp8" if float8 else "fp4"]:
         raise RecipeError(why)
     shape = (*shape[:-1], shape[-1] if float8 or dtype == "F4" else 2 * shape[-1])
     if shape[-1] % _BLOCK:
-        raise RecipeError(f"its {shape[-1]} inputs are not blocks of {_BLOCK}")
+        raise RecipeError(f"its {shape[-1]} inputs are not a multiple of {_BLOCK}")
     _check_scales(content, scales, (*shape[:-1], shape[-1] // _BLOCK), "uint8", "float32")
     note = _describe(f"MXFP8 ({_FLOAT8[dtype]})" if float8 else "MXFP4")
     stored_as = "" if float8 else "float4_e2m1"
@@ -146,13 +147,13 @@ def _check_scales(content: Content, scales: str, wanted: tuple[int, ...], *kinds
     if shape != wanted:
         raise RecipeError(f"{scales} has the shape {shape}, not {wanted}")
     if dtype not in kinds and not is_power(dtype):
-        raise RecipeError(f"{scales} is {dtype}, not powers of two")
+        raise RecipeError(f"{scales} has the dtype {dtype}, which does not store powers of two")
 
 
 def _says_float4(content: Content) -> bool:
-    """Whether config.json says that int8 is float4: that of DeepSeek V4, or as transformers does.
+    """Whether config.json marks int8 as float4, by DeepSeek V4's expert_dtype or by quant_method.
 
-    Under the method fp8 transformers reads every int8 as float4.
+    If quant_method is fp8, transformers reads every int8 weight as float4.
     """
     config, settings = content.beside("config.json"), content.quantization()
     said = settings.get("expert_dtype", config.get("expert_dtype"))
@@ -160,7 +161,7 @@ def _says_float4(content: Content) -> bool:
 
 
 def _explain_quark(content: Content, wanted: str) -> str:
-    """Why weights of this dtype do not have the scales of a microscaling format; "" if they do."""
+    """Why Quark weights of this dtype are not in a microscaling format; "" if they are."""
     settings = content.quantization()
     if settings.get("quant_method") != "quark":
         return ""
@@ -180,7 +181,7 @@ def _explain_quark(content: Content, wanted: str) -> str:
     for spec in specs:
         form = {key: spec.get(key) for key in ("qscheme", "group_size", "scale_format")}
         if form != {"qscheme": "per_group", "group_size": _BLOCK, "scale_format": "e8m0"}:
-            return f"config.json has other scales than e8m0 per {_BLOCK} for {wanted}"
+            return f"its {wanted} scales in config.json are not e8m0 per {_BLOCK} inputs"
     return ""
 
 

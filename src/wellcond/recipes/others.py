@@ -1,6 +1,6 @@
-"""Formats that are known by the names of their tensors, and that no recipe builds.
+"""Formats that are recognised by the names of their tensors, but that no recipe builds.
 
-Their layouts are those of kernels of GPUs, or need tables that only their libraries have.
+Their layouts are those of GPU kernels, or need tables that only their libraries contain.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from wellcond.recipes.base import Candidate, Content, Recipe, RecipeError
 
 
 class Format(NamedTuple):
-    """A format by the names of the tensors in a layer.
+    """A format and the names of its tensors in a layer.
 
     Attributes:
-        name: of the format.
-        way_out: what gives a checkpoint that can be measured.
-        required: the names that only this format has together, the codes first; with a dtype after
-            a colon where the name alone does not tell.
-        more: the names of tensors that may be there too.
+        name: the name of the format.
+        way_out: how to obtain a checkpoint that can be measured.
+        required: the names that identify the format together, the codes first. A dtype follows
+            after a colon where the name is not sufficient.
+        more: the names of optional tensors.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Format(NamedTuple):
 
 
 _DEQUANTISE = "dequantise it with {} and save it"
-_AGAIN = "take the checkpoint from which it was quantised"
+_AGAIN = "use the checkpoint from which it was quantised"
 
 FORMATS = (
     Format("AQLM", _DEQUANTISE.format("aqlm"), "codes codebooks scales"),
@@ -78,12 +78,12 @@ FORMATS = (
 
 
 def find_others(content: Content) -> Iterator[Candidate]:
-    """The weights in formats that are known and cannot be built."""
+    """The weights in known formats that cannot be built."""
     needs = [(one, [need.partition(":") for need in one.required.split()]) for one in FORMATS]
     layers: dict[str, list[str]] = {}
     for name in content.tensors:
         stem, _, own = name.rpartition(".")
-        # That of a module within: `centroids.weight` of a layer.
+        # The weight can belong to a submodule of the layer, such as `centroids.weight`.
         for layer in (stem, stem.rpartition(".")[0]) if own == "weight" else (stem,):
             layers.setdefault(layer, []).append(name)
     for layer, names in layers.items():
@@ -98,7 +98,9 @@ def find_others(content: Content) -> Iterator[Candidate]:
                 parts = tuple(own_names[name] for name in known if name in own_names)
 
                 def make(name: str = one.name, way_out: str = one.way_out) -> Recipe:
-                    raise RecipeError(f"it is stored as {name}, which is not decoded: {way_out}")
+                    raise RecipeError(
+                        f"it is stored as {name}, which wellcond does not decode: {way_out}"
+                    )
 
                 yield Candidate(f"{dot}weight", parts, make)
                 break

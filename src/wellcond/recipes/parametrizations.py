@@ -1,13 +1,14 @@
-"""Weights that torch.nn.utils computes from other tensors: norms apart, under a mask, orthogonal.
+"""Weights that torch.nn.utils computes from other tensors by normalising, masking or a map.
 
-`weight_norm` and `spectral_norm` under their old names (`X_g`, `X_v`; `X_orig`, `X_u`, `X_v`) and
-under those of torch.nn.utils.parametrizations (`parametrizations.X.original0`), `prune` (`X_orig`,
-`X_mask`), and `orthogonal` as long as its map makes no difference. All are what a layer computes in
-eval mode, with the sums in float64: a row of zeros under weight_norm is NaN, and spectral_norm
-divides by what its u and v give, converged or not.
+The module supports `weight_norm` and `spectral_norm` under their old names (`X_g`, `X_v`;
+`X_orig`, `X_u`, `X_v`) and under the names of torch.nn.utils.parametrizations
+(`parametrizations.X.original0`), `prune` (`X_orig`, `X_mask`), and `orthogonal` while its map makes
+no difference. Every weight is the one that the layer computes in eval mode, with sums in float64. A
+row of zeros under weight_norm therefore becomes NaN, and spectral_norm divides by the sigma of its
+u and v, whether or not they have converged.
 
-Letters: W a weight of any shape, M (h, w) the matrix that has one side of it in front and all
-others behind; g, v the norms and directions of weight_norm; u, v the singular vectors of
+Letters: W a weight of any shape, M (h, w) the matrix whose rows are one side of W and whose columns
+are all others; g, v the norms and directions of weight_norm; u, v the singular vectors of
 spectral_norm, sigma = u^T M v.
 """
 
@@ -27,9 +28,9 @@ from wellcond.weights.parametrized import find_parametrized
 from wellcond.weights.quantised import FLOATING
 
 _BLOCK = 1 << 20  # entries that are in float64 at once
-# The readings of spectral_norm differ in the side whose length u has, which is not stored. In the
-# right one u is close to M v / ||M v||, because every forward pass in training sets it to that; in
-# a wrong one the cosine is that of random directions, in 8 dimensions once in a million above 0.99.
+# A file does not store the side of W to which u of spectral_norm belongs. For the right side, u is
+# close to M v / ||M v||, because every forward pass in training sets it to this value. For a wrong
+# side, the cosine is that of random directions: above 0.99 once in a million in 8 dimensions.
 _CLOSE, _APART, _SIDE = 0.99, 0.9, 8
 _MAP_UNKNOWN = (
     "torch's orthogonal does not store whether its map is matrix_exp, cayley or householder"
@@ -41,7 +42,7 @@ _MAP_UNKNOWN = (
 
 @dataclass(frozen=True)
 class WeightNorm(Recipe):
-    """W = g v / ||v||, where the norms are those over the sides on which g has the length 1.
+    """W = g v / ||v||, with norms over the sides on which g has length 1.
 
     Attributes:
         norms: the shape of g, with as many sides as W.
@@ -59,7 +60,7 @@ class WeightNorm(Recipe):
         return W
 
     def store(self, W: Tensor, read: Read) -> dict[str, Tensor]:
-        """v = W, and g its norms; where v would be zero the old v, with g = 0."""
+        """Returns v = W and its norms g. Where v would be zero, its old value stays and g is 0."""
         v, g = self.parts
         old_v, old_g = read(v), read(g)
         new = W.to(old_v.dtype)
@@ -77,10 +78,10 @@ class WeightNorm(Recipe):
 
 @dataclass(frozen=True)
 class SpectralNorm(Recipe):
-    """W = orig / sigma: what acts has about the spectral norm 1, whatever the scale of orig.
+    """W = orig / sigma, whose spectral norm is about 1 for any scale of orig.
 
     Attributes:
-        sides: those of W that may be in front in M; which one is, is not stored.
+        sides: the sides of W that might be the rows of M. The file does not store which one is.
     """
 
     keeps: str = ""
@@ -94,9 +95,9 @@ class SpectralNorm(Recipe):
         return W
 
     def store(self, W: Tensor, read: Read) -> dict[str, Tensor]:
-        """orig = |sigma| W with the old sigma, and u and v the leading singular vectors of that.
+        """Returns orig = |sigma| W with the old sigma, and u, v as its leading singular vectors.
 
-        From these W / ||M||_2 is built: the division undoes a change of scale.
+        `build` gives W / ||M||_2 from these: the division undoes a change of scale.
         """
         orig, u, v = self.parts
         side, sigma = self._read_scale(_load(self, orig, read), read)
@@ -108,10 +109,11 @@ class SpectralNorm(Recipe):
         return {orig: new, u: left.to(dtypes[1]), v: right.to(dtypes[2])}
 
     def _read_scale(self, W: Tensor, read: Read) -> tuple[int, Tensor]:
-        """Which side is in front in M, and sigma.
+        """The side of W that is the rows of M, and sigma.
 
         Raises:
-            RecipeError: several may be, with different results, and u fits none or several.
+            RecipeError: several sides are possible and give different results, and u fits none or
+                several of them.
         """
         u, v = (read(name).to(torch.float64) for name in self.parts[1:])
         found: list[tuple[float, int, Tensor]] = []
@@ -128,7 +130,7 @@ class SpectralNorm(Recipe):
             return side, sigma
         raise RecipeError(
             f"spectral_norm does not store to which side of {self.shape} {self.parts[1]} belongs, "
-            "and its values do not show it"
+            "and its values do not determine it"
         )
 
 
@@ -136,7 +138,7 @@ class SpectralNorm(Recipe):
 class Masked(Recipe):
     """W = orig * mask."""
 
-    keeps: str = "pruned: a change would undo its mask"
+    keeps: str = "pruned, and a change would undo its mask"
 
     def build(self, read: Read, index: int) -> Tensor:
         orig, mask = self.parts
@@ -148,10 +150,10 @@ class Masked(Recipe):
 
 @dataclass(frozen=True)
 class Orthogonal(Recipe):
-    """W = base Q(orig), of which only the first columns, or transposed if W is wide.
+    """W = the first columns of base Q(orig), or their transpose if W is wide.
 
-    Q is one of three maps, and which one is not stored. All of them take the orig from which they
-    start, zero below the diagonal and -1 on it, to the identity.
+    Q is one of three maps, and the file does not store which one. All of them map the initial value
+    of orig, which is zero below the diagonal and -1 on it, to the identity.
     """
 
     keeps: str = "orthogonal by its parametrization"
@@ -169,7 +171,7 @@ class Orthogonal(Recipe):
 
 
 def find_parametrizations(content: Content) -> Iterator[Candidate]:
-    """The weights that are not stored themselves, only the parts of a parametrization."""
+    """The weights for which the file stores only the parts of a parametrization."""
     for label, parts in find_parametrized(content.tensors):
         names = sorted(parts.values(), key=lambda name: -entries(content.shape(name)))
         shape = content.shape(names[0])
@@ -178,10 +180,10 @@ def find_parametrizations(content: Content) -> Iterator[Candidate]:
 
 
 def _make(content: Content, label: str, parts: Mapping[str, str]) -> Recipe:
-    """The recipe of a weight.
+    """Builds the recipe of a weight.
 
     Raises:
-        RecipeError: the parts are not those of one known parametrization, or do not fit.
+        RecipeError: the parts do not belong to exactly one known parametrization, or do not fit.
     """
     for roles, make in _KINDS.items():
         if parts.keys() == set(roles):
@@ -193,7 +195,7 @@ def _make(content: Content, label: str, parts: Mapping[str, str]) -> Recipe:
     listed = ", ".join(sorted(parts))
     if "orig" in parts or any(re.match(r"[1-9]|(orig|v|g)_", part) for part in parts):
         raise RecipeError(f"several methods compute it from {listed}")
-    raise RecipeError(f"which parametrization computes it from {listed} is not stored")
+    raise RecipeError(f"the file does not store which parametrization computes it from {listed}")
 
 
 def _make_weight_norm(content: Content, label: str, names: list[str]) -> Recipe:
@@ -203,7 +205,7 @@ def _make_weight_norm(content: Content, label: str, names: list[str]) -> Recipe:
     sides = (1,) * len(shape) if entries(norms) == 1 else norms
     fits = len(sides) == len(shape) and entries(sides) == max(sides)
     if not fits or any(n not in (1, side) for n, side in zip(sides, shape, strict=True)):
-        raise RecipeError(f"{g} of shape {norms} holds no norms of {v} of shape {shape}")
+        raise RecipeError(f"{g} of shape {norms} does not fit norms of {v} of shape {shape}")
     note = "computed by weight_norm"
     return WeightNorm(label, (v, g), shape, note, content.dtype(v), norms=sides)
 
@@ -213,7 +215,7 @@ def _make_spectral_norm(content: Content, label: str, names: list[str]) -> Recip
     shape, left, right = (content.shape(name) for name in names)
     _check(content, names, shape)
     fitting = tuple(i for i, side in enumerate(shape) if left == (side,))
-    # torch calls it the side of the outputs; another one must be asked for.
+    # By default, torch uses side 1 of transposed layers and side 0 of others.
     sides = tuple(side for side in fitting if side < 2) or fitting
     if not sides or len(right) != 1 or left[0] * right[0] != entries(shape):
         raise RecipeError(f"{u} of shape {left} and {v} of {right} do not fit {orig} of {shape}")
@@ -238,24 +240,24 @@ def _make_orthogonal(content: Content, label: str, names: list[str]) -> Recipe:
     *stack, m, n = shape
     if content.shape(base) != (*stack, max(m, n), max(m, n)):
         raise RecipeError(f"{base} of shape {content.shape(base)} does not fit {orig} of {shape}")
-    # The first rows of a weight that was trained show it.
+    # The first rows show whether the weight was trained.
     if not stack and 2 * n <= SMALL and not _is_start(content.read(orig, (0, min(m, 2))), shape):
         raise RecipeError(_MAP_UNKNOWN)
-    note = "the base of torch's orthogonal, from which it has not moved"
+    note = "the base of torch's orthogonal, from which training has not moved it"
     return Orthogonal(label, (base, orig), shape, note, content.dtype(base))
 
 
 def _check(content: Content, names: list[str], shape: tuple[int, ...]) -> None:
-    """Raises unless the shape is that of a weight, and the parts are real."""
+    """Raises unless the shape has at least two sides and the parts are real floating point."""
     if len(shape) < 2 or 0 in shape:
         raise RecipeError(f"a tensor of shape {shape} is not a matrix")
     for name in names:
         dtype = content.dtype(name)
         if dtype not in FLOATING or dtype.startswith("complex"):
-            raise RecipeError(f"{name} is {dtype}, not real floating point")
+            raise RecipeError(f"{name} has the dtype {dtype}, not real floating point")
 
 
-# The recipes by what the parts are called, the one with most entries first.
+# The recipes by the names of their parts, the part with most entries first.
 _KINDS: dict[tuple[str, ...], Callable[[Content, str, list[str]], Recipe]] = {
     ("v", "g"): _make_weight_norm,
     ("original1", "original0"): _make_weight_norm,
@@ -270,7 +272,7 @@ _KINDS: dict[tuple[str, ...], Callable[[Content, str, list[str]], Recipe]] = {
 
 
 def _is_start(X: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether orthogonal makes the identity of X, the first rows of a tensor of this shape."""
+    """Whether orthogonal maps a tensor of this shape with the first rows X to the identity."""
     beyond = X.tril(-1) if shape[-2] >= shape[-1] else X.triu(1)
     return not bool(beyond.any()) and bool((X.diagonal(dim1=-2, dim2=-1) == -1).all())
 
@@ -287,7 +289,7 @@ def _leading_vectors(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _load(recipe: Recipe, name: str, read: Read) -> Tensor:
-    """A part of the shape of the weight, in a tensor that is to become the weight."""
+    """Loads a part with the shape of the weight into a new tensor, which becomes the weight."""
     W = torch.empty(recipe.shape, dtype=_wide(recipe.dtype), device="cpu")
     for start, stop in _ranges(W):
         W[start:stop] = read(name, (start, stop))
@@ -299,20 +301,20 @@ def _wide(dtype: str) -> torch.dtype:
 
 
 def _ranges(W: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are converted at once."""
+    """Ranges of rows to convert at once."""
     step = max(1, _BLOCK * len(W) // W.numel())
     for start in range(0, len(W), step):
         yield start, min(start + step, len(W))
 
 
 def _by_rows(W: Tensor, factor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of W at a time, and those of what is broadcast to W."""
+    """Some rows of W at a time with the rows of `factor`, which broadcasts to W."""
     for start, stop in _ranges(W):
         yield W[start:stop], factor if len(factor) == 1 else factor[start:stop]
 
 
 def _sums(W: Tensor, factor: Tensor, sides: tuple[int, ...]) -> Tensor:
-    """Sums of W * factor over some sides, in float64; the sides stay, with the length 1."""
+    """Sums of W * factor over some sides, in float64. These sides remain with length 1."""
     parts = [
         (rows.to(torch.float64) * other).sum(sides, keepdim=True)
         for rows, other in _by_rows(W, factor)

@@ -1,4 +1,4 @@
-"""Weights that quanto quantises: `X._data` beside `X._scale`, where X is the name of the weight."""
+"""Weights that quanto quantises: `X._data` and `X._scale`, where X is the name of the weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLOATS = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Quanto(Recipe):
-    """W = codes * s with a scale s per row, of 8 bits."""
+    """W = codes * s with 8-bit codes and a scale s per row."""
 
     def build(self, read: Read, index: int) -> Tensor:
         codes, scales = self.parts[:2]
@@ -61,7 +61,7 @@ def _make(content: Content, label: str, parts: tuple[str, ...]) -> Recipe:
         or is_power(dtype)
     ):
         raise RecipeError(f"{codes} has the shape {shape} and the dtype {dtype}")
-    # Of a single row, the library stores the scale as a number.
+    # For a single row, quanto stores the scale as a 0-d tensor.
     fits = content.shape(scales) in ((shape[0], 1), ())
     if not fits or content.dtype(scales) not in _FLOATS:
         raise RecipeError(

@@ -1,7 +1,7 @@
 """Weights whose codes are multiplied by scales, one per block of entries.
 
 Letters: W (m, n) a weight, or one matrix of a stack (b, m, n); s (p, q) its scales, one per block
-(h, w) of rows and columns from the upper left, of which the last ones may be short.
+(h, w) of rows and columns, counted from the upper left. The last blocks can be shorter.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from wellcond.recipes.base import Content, Read, Recipe, RecipeError, show, zero
 from wellcond.recipes.codes import FLOAT4, as_scales, row_ranges
 from wellcond.weights.matrices import entries
 
-_AT_ONCE = 1 << 21  # entries that are converted at once: what they need beside W is small
+_AT_ONCE = 1 << 21  # entries to convert at once; they need little memory in addition to W
 _SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
 _PAIRS = torch.stack((FLOAT4.repeat(16), FLOAT4.repeat_interleave(16)), dim=1)  # by their byte
-# The 32 values of float6 (E2M3) that are not negative, by their code.
+# The 32 non-negative values of float6 (E2M3) by code.
 _E2M3 = [i / 8 for i in range(8)] + [(1 + i / 8) * 2**e for e in range(3) for i in range(8)]
 FLOAT6 = torch.tensor(_E2M3 + [-value for value in _E2M3], device="cpu")
 
@@ -34,13 +34,14 @@ class Scaled(Recipe):
     Attributes:
         block: the sides of a block.
         stacked: whether the first side counts matrices, which are built one at a time.
-        each: the parts after the codes of which each matrix of a stack has its own.
-        transposed: whether codes, scales and blocks are those of the transpose.
-        zeros: the zero points, one per block; "" if there are none.
-        symmetric: whether they have to be zero.
-        order: the block of columns to which each column belongs; "" if they are consecutive.
-        factor: one number, by which all is multiplied; "" if there is none.
-        divides: whether all is divided by it instead.
+        each: the names of parts, other than the codes, that have a separate value per matrix of a
+            stack.
+        transposed: whether codes, scales and blocks belong to the transpose of W.
+        zeros: the part with the zero points, one per block; "" if there is none.
+        symmetric: whether all zero points must be zero.
+        order: the part with the block of columns of each column; "" if blocks are consecutive.
+        factor: the part with a number by which W is multiplied; "" if there is none.
+        divides: whether W is divided by the factor instead.
     """
 
     block: tuple[int, int] = (1, 1)
@@ -59,19 +60,19 @@ class Scaled(Recipe):
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Those of one matrix as it is stored; further sides than two are columns."""
+        """The sides of one stored matrix. Sides after the second are counted as columns."""
         m, *others = self.shape[1:] if self.stacked else self.shape
         n = math.prod(others)
         return (n, m) if self.transposed else (m, n)
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """How many there are along each side."""
+        """The number of blocks along each side."""
         (m, n), (h, w) = self.sides, self.block
         return -(-m // h), -(-n // w)
 
     def explain(self, what: str) -> Self:
-        """The same with a note that says what the codes are and for what a scale stands."""
+        """Returns a copy with a note about the codes and the extent of a scale."""
         (m, n), (h, w) = self.sides, self.block
         h, w = min(h, m), min(w, n)
         if self.transposed:
@@ -86,7 +87,7 @@ class Scaled(Recipe):
         return replace(self, note=f"dequantised from {what} with {scales}")
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Rows of stored codes as numbers."""
+        """Converts rows of stored codes to numbers."""
         return codes
 
     def read_zeros(self, read: Read, index: int) -> Tensor | None:
@@ -95,7 +96,7 @@ class Scaled(Recipe):
             return None
         z = self._read_part(read, self.zeros, index).to(torch.float32)
         if self.symmetric and z.count_nonzero():
-            raise RecipeError(f"{self.zeros} is not zero, but the codes are said to be symmetric")
+            raise RecipeError(f"{self.zeros} must be zero because the codes are symmetric")
         return None if self.symmetric else z.reshape(self.blocks)
 
     def build(self, read: Read, index: int) -> Tensor:
@@ -134,17 +135,19 @@ class Scaled(Recipe):
     def _read_order(self, read: Read) -> Tensor:
         groups = self.blocks[1]
         order = read(self.order).flatten().to(torch.int64)
-        if bool((order == -1).all()):  # what it is initialised with
+        if bool((order == -1).all()):  # the initial value
             return torch.arange(len(order), device="cpu") // self.block[1]
         if int(order.min()) < 0 or int(order.max()) >= groups:
-            raise RecipeError(f"{self.order} has numbers of groups that are not below {groups}")
+            raise RecipeError(
+                f"group numbers in {self.order} must be at least 0 and below {groups}"
+            )
         if int(torch.bincount(order, minlength=groups).min()) == 0:
-            raise RecipeError(f"{self.order} leaves out some of the {groups} groups")
+            raise RecipeError(f"{self.order} omits some of the {groups} groups")
         return order
 
 
 def _spread(blocks: Tensor, columns: Tensor) -> Tensor:
-    """The values (r, q) of rows of blocks for each column, or (r, 1) where all are the same."""
+    """Repeats the values (r, q) of blocks for every column, unless there is only one block."""
     return blocks if blocks.shape[1] == 1 else blocks.index_select(1, columns)
 
 
@@ -173,18 +176,18 @@ class Float6(Scaled):
 
 
 def check_scales(content: Content, name: str, dtypes: tuple[str, ...] = _SCALES) -> None:
-    """Checks that a tensor has a dtype that scales have.
+    """Checks that a tensor has a dtype of scales.
 
     Raises:
-        RecipeError: it has another dtype, or no tensor has this name.
+        RecipeError: the tensor has another dtype, or no tensor has this name.
     """
     content.shape(name)
     if content.dtype(name) not in dtypes:
-        raise RecipeError(f"{name} is of dtype {content.dtype(name)}, which is not one of scales")
+        raise RecipeError(f"{name} has the dtype {content.dtype(name)}, which scales do not have")
 
 
 def check_one(content: Content, name: str) -> None:
-    """Checks that a tensor is one number of floating point.
+    """Checks that a tensor is a single floating-point number.
 
     Raises:
         RecipeError: it is not, or no tensor has this name.
@@ -194,15 +197,15 @@ def check_one(content: Content, name: str) -> None:
 
 
 def sides_of(settings: Mapping[str, object], key: str) -> tuple[int, int] | None:
-    """Two lengths from a config; None if there are none.
+    """Reads two lengths from a config; None if the config does not have the key.
 
     Raises:
-        RecipeError: what is there is not two positive integers.
+        RecipeError: the value is not two positive integers.
     """
     found = settings.get(key)
     if found is None:
         return None
-    if isinstance(found, str):  # "128x128", by compressed-tensors
+    if isinstance(found, str):  # compressed-tensors writes "128x128"
         sides = re.fullmatch(r"(\d{1,9})x(\d{1,9})", found)
         found = [int(side) for side in sides.groups()] if sides else found
     if isinstance(found, list) and len(found) == 2:

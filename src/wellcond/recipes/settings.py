@@ -1,4 +1,4 @@
-"""What the configs beside a checkpoint say of its quantisation."""
+"""Reads the quantisation settings from the configs of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from wellcond.recipes.base import Content, RecipeError, show
 
-_MOST = 64  # values that a setting of layers has
-_LETTERS = 80  # of a word that names something
+_MOST = 64  # different values that a setting can have in all layers
+_LETTERS = 80  # length to which a word is cut
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Settings:
     """The settings in several files, which must not contradict each other.
 
     Attributes:
-        sources: their contents, by the names of the files.
+        sources: the contents of the files by their names.
     """
 
     sources: Mapping[str, Mapping[str, Any]]
-    # With what is wrong: the values may be long, and each weight asks for them.
+    # Caches of values and errors: values can be long, and every weight reads them.
     _known: dict[tuple[str, ...], tuple[Any, str]] = field(default_factory=dict)
     _of_layers: dict[tuple[str, str], set[int]] = field(default_factory=dict)
 
     def get(self, *keys: str) -> Any:
-        """The value of a setting that has these names; None if no file has it.
+        """The value of a setting that can have these names; None if no file contains it.
 
         Raises:
             RecipeError: two values differ.
@@ -53,10 +53,10 @@ class Settings:
         return found[0][2] if found else None, ""
 
     def of_layers(self, key: str, own: str) -> set[int]:
-        """The integers that a setting is for some layers; `key` has these by name or by pattern.
+        """The integer values of the setting `own` of single layers in the mapping `key`.
 
         Raises:
-            RecipeError: there are too many, or two values of `key` differ.
+            RecipeError: there are too many values, or two files have different mappings `key`.
         """
         if (key, own) not in self._of_layers:
             layers = self.get(key)
@@ -68,10 +68,10 @@ class Settings:
         return self._of_layers[key, own]
 
     def integer(self, *keys: str) -> int | None:
-        """A setting that must be an integer.
+        """The value of a setting that must be an integer; None if no file contains it.
 
         Raises:
-            RecipeError: it is something else, or two values differ.
+            RecipeError: the value is not an integer, or two values differ.
         """
         value = self.get(*keys)
         if value is not None and type(value) is not int:
@@ -79,10 +79,10 @@ class Settings:
         return value
 
     def word(self, *keys: str) -> str:
-        """A setting that must be a word, in small letters; "" if no file has it.
+        """The value of a setting that must be a string, in lower case; "" if no file contains it.
 
         Raises:
-            RecipeError: it is something else, or two values differ.
+            RecipeError: the value is not a string, or two values differ.
         """
         value = self.get(*keys)
         if value is not None and not isinstance(value, str):
@@ -91,7 +91,7 @@ class Settings:
 
 
 def read_settings(content: Content, beside: str) -> Settings:
-    """The settings in config.json and in a file beside it."""
+    """Reads the settings in config.json and in another file of the same folder."""
     sources = {"config.json": content.quantization(), beside: content.beside(beside)}
     known = {file: one for file, one in sources.items() if one and isinstance(one, Mapping)}
     return Settings(known)

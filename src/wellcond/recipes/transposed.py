@@ -1,7 +1,7 @@
-"""Layers of GPT-2 and its relatives, which are stored as (inputs, outputs) unless quantised.
+"""Layers of GPT-2 and its relatives, whose plain checkpoints store weights as (inputs, outputs).
 
-Their class is the Conv1D of transformers. It, and auto-gptq, transpose such a weight before they
-quantise it, so what the parts build is the transpose of the weight in the plain checkpoint.
+Their class is the Conv1D of transformers. transformers and auto-gptq transpose such a weight before
+they quantise it, so the parts give the transpose of the weight in the plain checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Transposed(Recipe):
 
 
 def as_in_plain(recipe: Recipe, content: Content) -> Recipe:
-    """The recipe, or its transpose if its layer is a Conv1D."""
+    """Returns the recipe, or its transpose if its layer is a Conv1D."""
     layer = recipe.label.removesuffix(".weight").rpartition(".")[2]
     conv1d = content.beside("config.json").get("model_type") in _MODELS and layer in _LAYERS
     if not conv1d or len(recipe.shape) != 2:
