@@ -631,7 +631,7 @@ def test_a_weight_that_is_not_finite_is_named_and_left(rule: Any) -> None:
     if isinstance(rule, wc.Penalty):
         ways += [reg, reg.add_gradients]
     for way in ways:
-        with pytest.raises(ValueError, match=r'"weight" holds NaN'):
+        with pytest.raises(ValueError, match=r'"weight" contains NaN'):
             way()
     torch.testing.assert_close(weight.detach(), S, rtol=0, atol=0, equal_nan=True)
     with torch.no_grad():

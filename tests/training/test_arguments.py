@@ -270,7 +270,7 @@ def test_a_state_that_is_none_is_refused_in_words() -> None:
     ):
         with pytest.raises(TypeError, match=says):
             reg.load_state_dict(bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must hold the weights of this regulariser"):
+    with pytest.raises(ValueError, match="must have exactly the weights of this regulariser"):
         reg.load_state_dict({})
     reg.load_state_dict(good)
 
@@ -312,15 +312,15 @@ def test_print_takes_about_ten_lines_for_any_model() -> None:
     text = repr(reg)
     assert len(text.splitlines()) <= 10
     assert f"all: {limit!r}; watched" in text
-    assert "and 35 more, in reg.names" in text
-    assert "left out 121, in reg.skipped: 0.weight (an embedding: its rows are looked up" in text
+    assert "and 35 more, see reg.names" in text
+    assert "skipped 121, see reg.skipped: 0.weight (an embedding: its rows are looked up" in text
     assert "and 118 more (not a matrix: a vector)" in text
     estimates = reg.measure()
     worst = sorted(reg.names, key=lambda name: -(estimates[name].excess or 0))[:5]
     assert [line.split()[0] for line in text.splitlines() if "4x4" in line] == worst
     model[1][0].weight.requires_grad_(False)
     assert "1.0.weight" in repr(reg).splitlines()[2]  # what is the matter comes first
-    assert "frozen since" in repr(reg)
+    assert "now frozen" in repr(reg)
 
 
 def test_a_proper_end_does_not_read_like_a_failure() -> None:
@@ -333,5 +333,5 @@ def test_a_proper_end_does_not_read_like_a_failure() -> None:
         model(torch.randn(2, 4)).sum().backward()
         optimizer.step()
     reg.detach()
-    end = "detached after 3 steps: enforce() applies the limits when it is called"
+    end = "detached after 3 steps: only enforce() applies the limits"
     assert repr(reg).endswith(end)

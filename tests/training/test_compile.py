@@ -135,7 +135,7 @@ def test_a_weight_that_is_not_finite_is_named_from_within_a_graph() -> None:
     loss(batches()[0])
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r'"2.weight" holds NaN'):
+    with pytest.raises(ValueError, match=r'"2.weight" contains NaN'):
         loss(batches()[0])
 
 

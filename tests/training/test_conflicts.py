@@ -45,8 +45,8 @@ def test_zeros_that_are_filled_are_named_once(
     reg.enforce()
     reg.enforce()
     assert said() == [
-        'Most entries of "0.weight" are exact zeros, as after pruning: the hard limit has filled '
-        "them. Leave the weight out with a pattern if they are to stay."
+        'Most entries of "0.weight" were exact zeros, as after pruning, and the hard limit has filled '
+        "them. To keep the zeros, exclude the weight with a pattern."
     ]
     assert int((model[0].weight == 0).sum()) < 24
 
@@ -60,7 +60,7 @@ def test_zeros_are_named_at_the_first_step_that_fills_them(said: Callable[[], li
     assert said() == []
     steps(model, optimizer)
     (message,) = said()
-    assert 'Most entries of "0.weight" are exact zeros' in message
+    assert 'Most entries of "0.weight" were exact zeros' in message
     assert "has filled them" in message
 
 
@@ -160,7 +160,7 @@ def test_a_mask_beside_a_weight_is_named_once(
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
     reg.enforce()
     (message,) = said()
-    assert message.startswith('"0.weight" is under a hard limit, with a mask beside')
+    assert message.startswith('"0.weight" is under a hard limit and has a mask')
 
 
 def test_other_buffers_and_masks_of_attention_are_no_masks_of_weights(
@@ -200,7 +200,7 @@ def test_what_acts_quantised_is_named_once(attribute: str, said: Callable[[], li
     reg.enforce()
     wc.Regularizer(model, wc.ConditionPenalty(0.1)).enforce()
     (message,) = said()
-    assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds in the')
+    assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds for the')
 
 
 def test_quantisation_aware_layers_of_torch_are_named(said: Callable[[], list[str]]) -> None:

@@ -60,8 +60,8 @@ def test_of_a_stack_one_matrix_is_enough() -> None:
 def test_a_weight_that_no_attached_optimizer_holds_is_marked() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     reg = wc.Regularizer(model, wc.ConditionPenalty(1.0))
-    assert "held by no optimizer" not in repr(reg)
+    assert "not in an attached optimizer" not in repr(reg)
     reg.attach(torch.optim.SGD(model[0].parameters(), 0.1))
     first, second = (line for line in repr(reg).splitlines() if ".weight" in line)
-    assert "held by no optimizer" not in first
-    assert "held by no optimizer" in second
+    assert "not in an attached optimizer" not in first
+    assert "not in an attached optimizer" in second

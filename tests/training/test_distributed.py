@@ -236,7 +236,7 @@ def one_bad_shard() -> None:
     for penalty in (wc.ConditionPenalty(0.1), wc.TikhonovPenalty(0.1)):
         model = Holder(distribute_tensor(whole.clone(), mesh(2), [Shard(0)]))
         reg = wc.Regularizer(model, penalty, block_size=2)
-        with pytest.raises(ValueError, match=r'"layer.weight" holds NaN'):
+        with pytest.raises(ValueError, match=r'"layer.weight" contains NaN'):
             reg.proximal_step(0.1)
         assert torch.equal(model.layer.weight.full_tensor().isnan(), whole.isnan())
 
@@ -445,7 +445,7 @@ def diverged() -> None:
     with pytest.raises(RuntimeError, match=r'"2.weight" is not the same on all'):
         limit.enforce()
     assert torch.equal(model[2].weight, before)
-    with pytest.raises(ValueError, match="`check_replicas` needs to know which processes"):
+    with pytest.raises(ValueError, match="`check_replicas` needs the group of processes"):
         wc.Regularizer(model, wc.ConditionLimit(1.1), check_replicas=True)
 
 

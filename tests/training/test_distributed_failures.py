@@ -39,7 +39,7 @@ def replicas() -> None:
                     enforcing()
                 except ValueError as error:
                     says = str(error)
-                raised += f'"{at}.weight" holds NaN or infinity' in says
+                raised += f'"{at}.weight" contains NaN or infinity' in says
             # The process that applies the limit decides, and hands what it has to all others.
             assert raised == (2 if owner in holders else 0)
             for i in {0, 2, 4} - {at}:
@@ -100,7 +100,7 @@ def shards() -> None:
             lambda model=model: wc.Regularizer(model, K).proximal_step(0.1),
             lambda model=model: wc.enforce(model.requires_grad_(False), K),
         ):
-            with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
+            with pytest.raises(ValueError, match=r'"2\.weight" contains NaN or infinity'):
                 enforcing()
         assert max(kappa(model[i].weight) for i in (0, 4)) <= 2.0  # type: ignore[index]
 

@@ -246,7 +246,7 @@ def one_bad_expert() -> None:
     assert torch.equal(whole(many), S.double())
     S[1, 0, 0] = math.nan
     many = distribute_tensor(S.clone(), mesh(2), [Shard(0)])
-    with pytest.raises(ValueError, match=r'"experts" holds NaN'):
+    with pytest.raises(ValueError, match=r'"experts" contains NaN'):
         limited(many, wc.ConditionLimit(2.0))
     torch.testing.assert_close(whole(many), S.double(), rtol=0, atol=0, equal_nan=True)
 

@@ -159,7 +159,7 @@ def not_finite() -> None:
         for state in training.reg._states:
             state.record.interval = 1
         for number in (23, 24):
-            with pytest.raises(ValueError, match=r'"experts".* "square" hold NaN'):
+            with pytest.raises(ValueError, match=r'"experts".* "square" contain NaN'):
                 training.step(number)
         with torch.no_grad():
             for parameter, values in zip(training.model.parameters(), good, strict=True):

@@ -55,7 +55,7 @@ def test_a_weight_that_no_attached_optimizer_holds_is_named(
     reg.attach(first, every=1)
     steps(model, first)
     (message,) = said()
-    assert '"2.weight" is regularised, but held by no optimizer' in message
+    assert '"2.weight" is regularised, but not in an attached optimizer' in message
     both = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.detach()
     both.attach(first, every=1)
@@ -74,7 +74,7 @@ def test_a_replaced_layer_is_noticed(said: Callable[[], list[str]]) -> None:
     for _ in range(20):
         reg.add_gradients()
     (message,) = said()
-    assert '"2.weight" is of a layer that is no longer in the model' in message
+    assert '"2.weight" is in a layer that is no longer part of the model' in message
 
 
 @pytest.mark.parametrize("call", ["reg()", "add_gradients()"])
@@ -87,7 +87,7 @@ def test_a_penalty_that_is_applied_in_two_ways_is_named(
     for _ in range(3):
         reg() if call == "reg()" else reg.add_gradients()
     (message,) = said()
-    assert f'"0.weight", "2.weight" is applied twice: attached to an optimizer, and by {call}' in (
+    assert f'"0.weight", "2.weight" is applied twice: by the attachment to an optimizer and by {call}' in (
         message
     )
 
@@ -102,7 +102,7 @@ def test_two_regularisers_attached_to_one_weight_are_noticed(
         reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(0.1), "*": None})
         reg.attach(optimizer)
     (message,) = said()
-    assert '"0.weight" is regularised by another Regularizer as well' in message
+    assert '"0.weight" is also regularised by another Regularizer' in message
     assert len(reg.attachments) == 1
 
 
@@ -178,7 +178,7 @@ def test_an_attached_regulariser_can_be_pickled_and_the_copy_is_attached_to_noth
 
 def test_a_model_of_complex_weights_alone_is_refused_with_the_reason() -> None:
     model = nn.Linear(3, 3, dtype=torch.complex64)
-    with pytest.raises(ValueError, match=r"holds no matrix \(weight: not real floating point: com"):
+    with pytest.raises(ValueError, match=r"contains no matrix \(weight: not real floating point: com"):
         wc.Regularizer(model, wc.ConditionPenalty(0.1))
 
 
@@ -218,7 +218,7 @@ def test_a_frozen_weight_under_a_limit_is_left_alone_and_named(
     before = model[0].weight.clone()
     reg.enforce()
     assert torch.equal(model[0].weight, before)
-    assert "are under a hard limit, but frozen: left unchanged" in caplog.text
+    assert "are under a hard limit, but frozen, and so left unchanged" in caplog.text
 
 
 def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
@@ -229,20 +229,20 @@ def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
 
     model = net()
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
-    assert "attached to no optimizer: only enforce() applies the limits" in repr(reg)
+    assert "not attached to an optimizer: only enforce() applies the limits" in repr(reg)
     reg.enforce()  # which alone may be what is meant
     assert said() == []
     log(reg)
     log(reg)
     (message,) = said()
-    assert message.startswith('"0.weight", "2.weight" are under a hard limit that nothing applies')
+    assert message.startswith('"0.weight", "2.weight" are under a hard limit that is not applied')
     by_hand, attached, penalty = (
         wc.Regularizer(model, rule)
         for rule in (wc.ConditionLimit(2.0), wc.ConditionLimit(2.0), wc.ConditionPenalty(0.1))
     )
     by_hand.proximal_step(0.1)
     attached.attach(sgd(model))
-    assert "attached to no optimizer" not in repr(attached)
+    assert "not attached to an optimizer" not in repr(attached)
     attached.detach()  # as a callback does at the end
     for one in (by_hand, attached, penalty):
         log(one)

@@ -290,11 +290,11 @@ def test_bad_attachments_are_refused() -> None:
     for every in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="`every` must be a positive integer"):
             reg.attach(optimizer, every=every)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must hold a regularised weight"):
+    with pytest.raises(ValueError, match="must have at least one regularised weight"):
         reg.attach(torch.optim.SGD(net().parameters(), 0.1))
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Sequential"):
         reg.attach(model)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"got list\. Attach several one by one"):
+    with pytest.raises(TypeError, match=r"got list\. Attach several optimizers one by one"):
         reg.attach([optimizer])  # type: ignore[arg-type]
     reg.attach(optimizer)
     with pytest.raises(ValueError, match="must not be attached twice"):
@@ -320,7 +320,7 @@ def test_a_successor_of_a_dead_optimizer_is_warned_of_once(
         assert not caplog.records  # another model
         train(model, successor, 3)
         assert [record.message.count("is gone") for record in caplog.records] == [1]
-    assert "an optimizer that is gone" in repr(reg)
+    assert "a deleted optimizer" in repr(reg)
     reg.detach()
     reg.attach(successor)
 
@@ -530,7 +530,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
     for state, message in (
         (wide, r"must have shape \(20, 4\), got \(20, 5\)"),
         (fewer, 'lacks "2.weight"'),
-        (good | {"other": good["0.weight"]}, 'has "other" besides'),
+        (good | {"other": good["0.weight"]}, 'additionally has "other"'),
         (lacking, "got none"),
         (integer, "must be floating point"),
         (half_bad, "must have shape"),
@@ -567,10 +567,10 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
     before, weights = flattened(reg), copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in (model[0].weight, model[2].weight)]
     for apply in (reg, reg.add_gradients, lambda: reg.proximal_step(0.1)):
-        with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
+        with pytest.raises(ValueError, match=r'"2\.weight" contains NaN or infinity'):
             apply()
     model[0].weight.grad, model[2].weight.grad = (torch.zeros_like(g) for g in gradients)
-    with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
+    with pytest.raises(ValueError, match=r'"2\.weight" contains NaN or infinity'):
         optimizer.step()
     after = flattened(reg)
     for key in before:
@@ -844,7 +844,7 @@ def test_a_weight_that_the_optimizer_no_longer_holds_is_named() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     wc.Regularizer(layer, wc.ConditionPenalty(0.1)).attach(optimizer, every=1)
     layer.weight = nn.Parameter(layer.weight.detach().clone())
-    with pytest.raises(ValueError, match=r'no longer holds "weight"'):
+    with pytest.raises(ValueError, match=r'no longer contains "weight"'):
         optimizer.step()
 
 

@@ -425,7 +425,7 @@ def test_a_weight_recovers_from_nan_and_others_hold_meanwhile() -> None:
             other.mul_(1.2)
         for state in training.reg._states:
             state.record.interval = 1  # a weight that was calm is looked at some steps later
-        with pytest.raises(ValueError, match=rf'"{index}\.weight" holds NaN'):
+        with pytest.raises(ValueError, match=rf'"{index}\.weight" contains NaN'):
             training.optimizer.step()
         assert excess(other, limit) <= 1.01
         training.model.load_state_dict(saved[0])
@@ -447,7 +447,7 @@ def test_a_penalty_that_fails_does_not_keep_limits_from_holding() -> None:
     for _ in range(9):
         optimizer.step()
     model[1].weight.data.mul_(1.2)
-    with pytest.raises(ValueError, match=r'"0\.weight" holds NaN'):
+    with pytest.raises(ValueError, match=r'"0\.weight" contains NaN'):
         optimizer.step()
     assert excess(model[1].weight, UPPER) <= 1.01
 
