@@ -45,8 +45,8 @@ def test_zeros_that_are_filled_are_named_once(
     reg.enforce()
     reg.enforce()
     assert said() == [
-        'Most entries of "0.weight" were exact zeros, as after pruning, and the hard limit has filled '
-        "them. To keep the zeros, exclude the weight with a pattern."
+        'Most entries of "0.weight" were exact zeros, as after pruning, and the hard limit has '
+        "filled them. To keep the zeros, exclude the weight with a pattern."
     ]
     assert int((model[0].weight == 0).sum()) < 24
 
@@ -200,7 +200,7 @@ def test_what_acts_quantised_is_named_once(attribute: str, said: Callable[[], li
     reg.enforce()
     wc.Regularizer(model, wc.ConditionPenalty(0.1)).enforce()
     (message,) = said()
-    assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds for the')
+    assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds for')
 
 
 def test_quantisation_aware_layers_of_torch_are_named(said: Callable[[], list[str]]) -> None:

@@ -294,7 +294,7 @@ def test_bad_attachments_are_refused() -> None:
         reg.attach(torch.optim.SGD(net().parameters(), 0.1))
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Sequential"):
         reg.attach(model)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"got list\. Attach several optimizers one by one"):
+    with pytest.raises(TypeError, match=r"got list\. Attach to several optimizers one by one"):
         reg.attach([optimizer])  # type: ignore[arg-type]
     reg.attach(optimizer)
     with pytest.raises(ValueError, match="must not be attached twice"):

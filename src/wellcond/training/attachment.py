@@ -269,14 +269,14 @@ def check_optimizer(optimizer: object) -> None:
     if not (isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-            "Attach several optimizers one by one. For a wrapper, attach the optimizer that it "
-            "wraps, for example `optimizer.optimizer` with accelerate."
+            "Attach to several optimizers one by one. For a wrapper, attach to the optimizer that "
+            "it wraps, for example `optimizer.optimizer` with accelerate."
         )
     if not getattr(type(optimizer).step, "hooked", False):
         raise ValueError(
             f"`optimizer` must run hooks after its steps, but {type(optimizer).__name__}.step runs "
             "none, because Optimizer.__init__ was not called. Call optimizer.zero_grad() before "
-            "attach(), so that torch adds them, or attach the optimizer that it wraps."
+            "attach(), so that torch adds them, or attach to the optimizer that it wraps."
         )
 
 
@@ -371,7 +371,7 @@ def _warn_of_another(optimizer: Optimizer) -> None:
                 attachment.warned = True
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but %s steps "
-                    "%s: no rule is applied. Attach the optimizer whose step() you call; for "
+                    "%s: no rule is applied. Attach to the optimizer whose step() you call; for "
                     "a wrapper, that is often optimizer.base_optimizer.",
                     type(attachment.optimizer).__name__,
                     type(optimizer).__name__,

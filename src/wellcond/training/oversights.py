@@ -63,8 +63,8 @@ class Oversights:
                 self._warn_once(
                     "left",
                     "%s regularised, but not in an attached optimizer: no rule is applied in "
-                    "training. Attach the optimizer of these weights too, or exclude the weights "
-                    "with a pattern.",
+                    "training. Also attach to the optimizer of these weights, or exclude the "
+                    "weights with a pattern.",
                     quote_subject(left),
                 )
 
@@ -75,7 +75,8 @@ class Oversights:
             self._warn_once(
                 "two steps",
                 "%s has first_step() and second_step(), after which no rule is applied: only its "
-                "step(closure) runs hooks. Attach optimizer.base_optimizer, which works for both.",
+                "step(closure) runs hooks. Attach to optimizer.base_optimizer, which works for "
+                "both.",
                 type(optimizer).__name__,
             )
         if optimizer is not None and is_replaced(optimizer):
@@ -213,7 +214,7 @@ class Oversights:
                 attachment.warned = True
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but the weights "
-                    "have changed: no rule is applied. Attach the optimizer whose step() you "
+                    "have changed: no rule is applied. Attach to the optimizer whose step() you "
                     "call; for a wrapper, that is often optimizer.base_optimizer.",
                     type(attachment.optimizer).__name__,
                 )

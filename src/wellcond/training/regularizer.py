@@ -253,7 +253,7 @@ class Regularizer:
         if not states:
             raise ValueError(
                 "`optimizer` must have at least one regularised weight, but has none of "
-                f"{quote_names(self.names)}. Attach the optimizer of this model's parameters."
+                f"{quote_names(self.names)}. Attach to the optimizer of this model's parameters."
             )
         refuse_without_proximal_step(states)
         check_rates(optimizer, states)
