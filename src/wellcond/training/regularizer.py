@@ -380,10 +380,10 @@ class Regularizer:
         By default it logs a few aggregates and the five worst weights with their names: the largest
         sigma_max; the sum of the penalties at strength 1; the smallest and the median stable rank
         share, ||S||_F^2/(nu sigma_max^2), which is 1 exactly if kappa = 1; the number of shortened
-        steps; the number of blocks that are too narrow for gradients; the largest factor by which a
-        hard limit was exceeded before it was last applied; and the number of weights that could not
-        be measured. Values that do not apply to the model are omitted. The call takes one copy from
-        the device.
+        steps; the number of blocks that are too narrow for gradients; the largest singular values
+        and kappa of limited weights relative to their limits; and the number of weights that could
+        not be measured. Values that do not apply to the model are omitted. The call takes one copy
+        from the device.
 
         Args:
             target: TensorBoard's SummaryWriter, a run of wandb, a logger of Lightning, a
