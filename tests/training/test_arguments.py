@@ -199,7 +199,7 @@ def test_rules_of_wrong_type_are_rejected(given: Any) -> None:
 def test_pattern_for_an_audit_view_is_explained(view: str) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3))
     for pattern in (f"0.weight:{view}", f"*:{view}"):
-        with pytest.raises(ValueError, match=rf'":{view}" shows is measured by audit\(\), not lim'):
+        with pytest.raises(ValueError, match=rf'":{view}" can be measured by audit\(\), but'):
             wc.Regularizer(model, {pattern: K})
     with pytest.raises(ValueError, match="matches no parameter") as caught:
         wc.Regularizer(model, {"1.weight": K})

@@ -39,7 +39,7 @@ def test_crowded_block_is_reported(way: str, sigma: Tensor, block_size: int, cro
             reg()
         else:
             reg.add_gradients()
-    assert ("all near the largest" in repr(reg)) is crowded
+    assert ("are near the largest" in repr(reg)) is crowded
     assert reg.measure()["weight"].crowded is crowded
     logged: Any = reg.log(lambda values, step: None, step=0)
     assert logged.get("wellcond/crowded_blocks", 0) == crowded

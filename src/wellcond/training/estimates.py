@@ -76,7 +76,7 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
     status = "" if sigma > 0 else "zero: every singular value is 0"
     if not finite:
         sigma = error = value = stable_rank = math.nan
-        status = "not finite: it contains NaN or infinity"
+        status = "not finite: contains NaN or infinity"
     rule, pace, record = state.rule, state.pace, state.record
     watched = record.steps > 0
     excess = record.largest if watched else pace.excess
