@@ -76,7 +76,7 @@ def limits_of_users() -> None:
             with pytest.raises(ValueError, match=r'"0\.weight": ') as caught:
                 enforcing()
             mine = reg._states[0].owner == dist.get_rank()
-            assert ("for the whole group" in str(caught.value)) != mine
+            assert ("for the entire group" in str(caught.value)) != mine
             assert torch.equal(model[0].weight, before)
             assert not any(model[i].weight.any() for i in (2, 4))
 

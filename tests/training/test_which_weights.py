@@ -242,7 +242,7 @@ def test_torch_optimizer_lookahead_moves_weights_after_the_limit() -> None:
     inner = torch.optim.Adam(model.parameters(), 1e-2)
     optimizer = real("torch_optimizer", "Lookahead")(inner, k=3, alpha=0.5)
     reg = wc.Regularizer(model, LIMIT)
-    with pytest.raises(TypeError, match="attach to that"):
+    with pytest.raises(TypeError, match="attach to the optimizer that it wraps"):
         reg.attach(optimizer)
     reg.attach(inner, every=1)
     seen = []
