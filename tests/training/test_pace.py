@@ -219,7 +219,7 @@ def test_default_schedules_of_limits_and_penalties() -> None:
     rules = {"0.*": Rounded(), "1.*": wc.ConditionPenalty(0.1)}
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, rules)
-    with pytest.raises(ValueError, match=r'"auto".*only hard limits.*"1\.weight"'):
+    with pytest.raises(ValueError, match=r'"auto".*only for hard limits.*"1\.weight"'):
         reg.attach(optimizer, every="auto")
     with pytest.raises(ValueError, match="every"):
         reg.attach(optimizer, every="often")

@@ -217,7 +217,7 @@ def test_selections_that_select_nothing_are_refused(
 
 def test_a_model_without_matrices_is_refused() -> None:
     for model in (nn.ReLU(), nn.LayerNorm(3)):
-        with pytest.raises(ValueError, match="must select at least one weight"):
+        with pytest.raises(ValueError, match="must have at least one weight"):
             wc.Regularizer(model, EVERYTHING)
     with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module, got list"):
         wc.Regularizer([], EVERYTHING)  # type: ignore[arg-type]
