@@ -308,7 +308,7 @@ def notes(run: dict[str, Any]) -> list[str]:
     )
     _, *said = (run.get("printed") or [""])[-1].splitlines() or [""]
     if run["competitor"] == "watched" and run.get("weights", 1) <= FEW:
-        kept = itertools.takewhile(lambda line: not line.startswith("  skipped"), said)
+        kept = itertools.takewhile(lambda line: not line.startswith("  left out"), said)
         lines += [f"{subject}: {line.strip()}" for line in kept]
     for what, seconds in run.get("enforce_seconds", {}).items():
         lines.append(f"{subject}: {what} takes {seconds:.3g} s")
