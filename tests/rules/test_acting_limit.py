@@ -123,7 +123,7 @@ def test_a_kernel_that_is_not_finite_is_named_and_left(value: float) -> None:
         layer.weight[0, 0, 0, 0] = value
     before = layer.weight.detach().clone()
     reg = wc.Regularizer(layer, wc.SingularValueLimit(upper=B, acting=True))
-    with pytest.raises(ValueError, match='"weight" holds NaN or infinity'):
+    with pytest.raises(ValueError, match='"weight" contains NaN or infinity'):
         reg.enforce()
     assert torch.equal(layer.weight.nan_to_num(), before.nan_to_num())
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_limited_as_it_acts_is_refused() -> None:
     with pytest.raises(TypeError, match="`acting` must be a bool"):
         wc.SingularValueLimit(upper=1.0, acting=1)  # type: ignore[arg-type]
     limit = wc.SingularValueLimit(upper=1.0, acting=True)
-    with pytest.raises(ValueError, match='"weight" cannot be limited as the convolution acts'):
+    with pytest.raises(ValueError, match='"weight" cannot be limited as a convolution'):
         wc.Regularizer(Standardised(2, 2, 3), limit)
     with pytest.raises(ValueError, match='"weight:group1" cannot be limited'):
         wc.Regularizer(nn.Conv2d(4, 4, 3, groups=2), {"weight:group1": limit})

@@ -135,7 +135,7 @@ def test_one_of_two_convolutions_that_has_no_kappa_is_no_matter_of_the_other(
         reg.enforce()
         assert not model[0].weight.any()
     else:
-        with pytest.raises(ValueError, match=r'^"0\.weight" holds NaN'):
+        with pytest.raises(ValueError, match=r'^"0\.weight" contains NaN'):
             reg.enforce()
     assert kappa(nn.Sequential(model[1])) <= 2.0 or isinstance(limit, wc.SingularValueLimit)
     if value == 0:

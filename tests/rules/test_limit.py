@@ -142,7 +142,7 @@ def test_zero_stays_and_nan_is_named() -> None:
     assert not model[0].weight.any()
     with torch.no_grad():
         model[1].weight[2, 2] = math.inf
-    with pytest.raises(ValueError, match=r'"1\.weight" holds NaN or infinity'):
+    with pytest.raises(ValueError, match=r'"1\.weight" contains NaN or infinity'):
         reg.proximal_step(0.1)
 
 
@@ -354,5 +354,5 @@ def test_a_watched_weight_with_nan_is_named_whatever_its_size(nu: int) -> None:
     optimizer.step()
     with torch.no_grad():
         layer.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match='"weight" holds NaN or infinity'):
+    with pytest.raises(ValueError, match='"weight" contains NaN or infinity'):
         optimizer.step()

@@ -125,4 +125,4 @@ def test_print_says_when_a_weight_is_projected_and_what_is_not_watched() -> None
     assert text.count("; watched:") == 3
     reg.detach()
     reg.attach(torch.optim.SGD(model.parameters(), 0.1), every="auto")
-    assert "one cluster: applied by the learning rates" in repr(reg)
+    assert "one cluster: scheduled by its learning rates" in repr(reg)

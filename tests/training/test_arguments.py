@@ -1,4 +1,4 @@
-"""What a Regularizer is given: numbers of other libraries, patterns, penalties that hold arrays."""
+"""Arguments of a Regularizer: numbers of other libraries, patterns, penalties with arrays."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda x: type(x).__name__)
-def test_numbers_of_all_libraries_are_numbers(number: Any) -> None:
+def test_strength_accepts_numbers_of_other_libraries(number: Any) -> None:
     assert as_number(number, "x") == 3
     assert type(as_number(number, "x")) in (int, float)
     assert wc.ConditionLimit(number) == wc.ConditionLimit(3)
@@ -58,7 +58,7 @@ def test_numbers_of_all_libraries_are_numbers(number: Any) -> None:
 
 
 @pytest.mark.parametrize("thing", ["3", b"3", True, np.bool_(True), torch.tensor(True), None, [3]])
-def test_what_is_no_number_is_refused(thing: Any) -> None:
+def test_strength_rejects_non_numbers(thing: Any) -> None:
     rules: list[Any] = [
         wc.ConditionLimit,
         wc.ConditionPenalty,
@@ -77,7 +77,7 @@ def test_what_is_no_number_is_refused(thing: Any) -> None:
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda x: type(x).__name__)
-def test_a_step_of_a_single_matrix_takes_the_numbers_of_all_libraries(number: Any) -> None:
+def test_matrix_step_accepts_numbers_of_other_libraries(number: Any) -> None:
     S = torch.diag(torch.tensor([4.0, 1.0]))
     assert torch.equal(wc.proximal_step(S, number), wc.proximal_step(S, float(number)))
 
@@ -85,7 +85,7 @@ def test_a_step_of_a_single_matrix_takes_the_numbers_of_all_libraries(number: An
 @pytest.mark.parametrize(
     "thing", ["1", True, np.bool_(True), torch.tensor(True), None, [1.0], torch.tensor(1j), 1j]
 )
-def test_a_step_of_a_single_matrix_must_be_a_number(thing: Any) -> None:
+def test_matrix_step_rejects_non_numbers(thing: Any) -> None:
     with pytest.raises(TypeError, match="`step` must be a number, got"):
         wc.proximal_step(torch.eye(3), thing)
     with pytest.raises(TypeError, match="`lr` must be a number, got"):
@@ -93,7 +93,7 @@ def test_a_step_of_a_single_matrix_must_be_a_number(thing: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [4, np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)])
-def test_integers_of_all_libraries_are_counts(count: Any) -> None:
+def test_counts_accept_integers_of_other_libraries(count: Any) -> None:
     assert as_count(count, "x") == 4
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=count)
@@ -106,7 +106,7 @@ def test_integers_of_all_libraries_are_counts(count: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 4.0, "4", True, np.bool_(True), np.float32(4), [4]])
-def test_what_is_no_positive_integer_is_refused(count: Any) -> None:
+def test_counts_reject_other_values(count: Any) -> None:
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -121,7 +121,7 @@ def test_what_is_no_positive_integer_is_refused(count: Any) -> None:
             use()
 
 
-# --- penalties that hold more than numbers --------------------------------------------------------
+# --- penalties with other attributes than numbers -------------------------------------------------
 
 
 class Target(wc.Penalty):
@@ -145,7 +145,7 @@ class Bounded(wc.Limit):
 
 
 @pytest.mark.parametrize("array", [torch.ones(3), np.ones(3), [torch.ones(3)], (torch.ones(3), 1)])
-def test_weights_under_rules_that_hold_arrays_are_grouped_by_identity(array: Any) -> None:
+def test_rules_with_arrays_are_grouped_by_identity(array: Any) -> None:
     def copied(x: Any) -> Any:
         if isinstance(x, list | tuple):
             return type(x)(map(copied, x))
@@ -163,7 +163,7 @@ def test_weights_under_rules_that_hold_arrays_are_grouped_by_identity(array: Any
             reg.add_gradients() if isinstance(one, wc.Penalty) else reg.enforce()
 
 
-def test_equal_numbers_make_equal_penalties() -> None:
+def test_penalties_with_equal_numbers_are_equal() -> None:
     assert wc.ConditionPenalty(1.0) == wc.ConditionPenalty(1)
     assert hash(wc.ConditionPenalty(1.0)) == hash(wc.ConditionPenalty(1))
     assert wc.ConditionPenalty(1.0) != wc.ConditionPenalty(2.0)
@@ -177,7 +177,7 @@ def test_equal_numbers_make_equal_penalties() -> None:
 # --- patterns -------------------------------------------------------------------------------------
 
 
-def test_nothing_to_leave_out_is_no_mistake() -> None:
+def test_pattern_mapped_to_none_may_match_nothing() -> None:
     layer = nn.Linear(4, 4, bias=False)
     for patterns in (
         {"weight": K, "*": None},
@@ -190,23 +190,23 @@ def test_nothing_to_leave_out_is_no_mistake() -> None:
 
 
 @pytest.mark.parametrize("given", [None, 3.0, "Condition", K.max_condition, [K], {"*": "K"}])
-def test_what_is_no_penalty_is_refused(given: Any) -> None:
+def test_rules_of_wrong_type_are_rejected(given: Any) -> None:
     with pytest.raises(TypeError, match=r"`rules` must be a rule or map"):
         wc.Regularizer(net(), given)
 
 
 @pytest.mark.parametrize("view", ["operator", "merged", "delta", "qk3", "vo"])
-def test_what_an_audit_alone_shows_is_said_to_be_measured_not_limited(view: str) -> None:
+def test_pattern_for_an_audit_view_is_explained(view: str) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3))
     for pattern in (f"0.weight:{view}", f"*:{view}"):
-        with pytest.raises(ValueError, match=rf'":{view}" shows is measured by audit\(\), not lim'):
+        with pytest.raises(ValueError, match=rf'":{view}" can be measured by audit\(\), but'):
             wc.Regularizer(model, {pattern: K})
     with pytest.raises(ValueError, match="matches no parameter") as caught:
         wc.Regularizer(model, {"1.weight": K})
     assert "audit()" not in str(caught.value)
 
 
-def test_errors_call_patterns_by_the_parameter_that_they_were_given_as() -> None:
+def test_pattern_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match="`patterns`: the pattern"):
         wc.Monitor(net(), "head.*")
     with pytest.raises(ValueError, match="`rule`: the pattern"):
@@ -217,7 +217,7 @@ def test_errors_call_patterns_by_the_parameter_that_they_were_given_as() -> None
 
 
 @pytest.mark.parametrize("pattern", [1, None, b"*", ("0.weight",)])
-def test_a_pattern_must_be_text(pattern: Any) -> None:
+def test_pattern_must_be_str(pattern: Any) -> None:
     for call, parameter in (
         (lambda: wc.enforce(net(), {pattern: K}), "rule"),
         (lambda: wc.Regularizer(net(), {pattern: wc.ConditionPenalty(0.1)}), "rules"),
@@ -236,7 +236,7 @@ def test_a_pattern_must_be_text(pattern: Any) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_pattern_for_a_weight_that_is_computed_is_told_from_what(
+def test_pattern_for_a_computed_weight_names_its_parts(
     method: str, computed: Any, parts: str
 ) -> None:
     model = net()
@@ -250,19 +250,19 @@ def test_a_pattern_for_a_weight_that_is_computed_is_told_from_what(
             call()
 
 
-def test_a_checksum_of_a_weight_without_values_is_refused_by_name() -> None:
+def test_checksums_name_meta_weights() -> None:
     with torch.device("meta"):
         model = net()
     with pytest.raises(ValueError, match=r'"0\.weight", "2\.weight" .*a meta tensor'):
         wc.Regularizer(model, K).checksums()
 
 
-def test_a_state_that_is_none_is_refused_in_words() -> None:
+def test_load_state_dict_rejects_wrong_types() -> None:
     reg = wc.Regularizer(nn.Linear(4, 4, bias=False), wc.ConditionPenalty(0.1))
     good = reg.state_dict()
     for bad, says in (
-        (None, "`state` must be what state_dict"),
-        ([1], "`state` must be what state_dict"),
+        (None, "`state` must be a mapping of weight names"),
+        ([1], "`state` must be a mapping of weight names"),
         ({"weight": None}, r'`state\["weight"\]` must be a mapping of tensors, got NoneType'),
         ({"weight": torch.ones(3)}, r'`state\["weight"\]` must be a mapping of tensors, got Tens'),
         ({"weight": {**good["weight"], "step": 3}}, r'\["step"\]` must be a tensor, got int'),
@@ -270,12 +270,12 @@ def test_a_state_that_is_none_is_refused_in_words() -> None:
     ):
         with pytest.raises(TypeError, match=says):
             reg.load_state_dict(bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must hold the weights of this regulariser"):
+    with pytest.raises(ValueError, match="must have exactly the weights of this regulariser"):
         reg.load_state_dict({})
     reg.load_state_dict(good)
 
 
-# --- what print(reg) says of limits ---------------------------------------------------------------
+# --- print(reg) under limits ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_state_that_is_none_is_refused_in_words() -> None:
         (wc.SingularValueLimit(lower=1.0, upper=2.0), "before the last application 2 times its l"),
     ],
 )
-def test_the_value_that_is_limited_is_the_one_that_is_printed(limit: wc.Limit, says: str) -> None:
+def test_repr_prints_the_limited_value(limit: wc.Limit, says: str) -> None:
     layer = nn.Linear(4, 4, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5])))
@@ -296,7 +296,7 @@ def test_the_value_that_is_limited_is_the_one_that_is_printed(limit: wc.Limit, s
     assert says in repr(reg)
 
 
-def test_print_takes_about_ten_lines_for_any_model() -> None:
+def test_repr_is_about_ten_lines() -> None:
     layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(40)]
     model = nn.Sequential(nn.Embedding(3, 4), *layers)
     limit = wc.SingularValueLimit(upper=2.0)
@@ -312,18 +312,18 @@ def test_print_takes_about_ten_lines_for_any_model() -> None:
     text = repr(reg)
     assert len(text.splitlines()) <= 10
     assert f"all: {limit!r}; watched" in text
-    assert "and 35 more, in reg.names" in text
-    assert "left out 121, in reg.skipped: 0.weight (an embedding: its rows are looked up" in text
+    assert "and 35 more, see reg.names" in text
+    assert "skipped 121, see reg.skipped: 0.weight (an embedding: its rows are looked up" in text
     assert "and 118 more (not a matrix: a vector)" in text
     estimates = reg.measure()
     worst = sorted(reg.names, key=lambda name: -(estimates[name].excess or 0))[:5]
     assert [line.split()[0] for line in text.splitlines() if "4x4" in line] == worst
     model[1][0].weight.requires_grad_(False)
-    assert "1.0.weight" in repr(reg).splitlines()[2]  # what is the matter comes first
-    assert "frozen since" in repr(reg)
+    assert "1.0.weight" in repr(reg).splitlines()[2]  # problems come first
+    assert "now frozen" in repr(reg)
 
 
-def test_a_proper_end_does_not_read_like_a_failure() -> None:
+def test_repr_after_detach() -> None:
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg = wc.Regularizer(model, K)
@@ -333,5 +333,5 @@ def test_a_proper_end_does_not_read_like_a_failure() -> None:
         model(torch.randn(2, 4)).sum().backward()
         optimizer.step()
     reg.detach()
-    end = "detached after 3 steps: enforce() applies the limits when it is called"
+    end = "detached after 3 steps: only enforce() applies the limits"
     assert repr(reg).endswith(end)

@@ -1,4 +1,4 @@
-"""`attach` refuses an optimizer that it cannot serve, and says where steps are never seen."""
+"""`attach` rejects unsuitable optimizers, and warns if steps bypass the attached optimizer."""
 
 import functools
 import gc
@@ -44,7 +44,7 @@ def kappas(model: nn.Module) -> list[float]:
 
 
 def looked(state: WeightState) -> int:
-    """How often a weight was looked at or decomposed: at least once per step, if it is small."""
+    """How often a weight was checked or decomposed: at least once per step if it is small."""
     return state.record.looks + state.record.decompositions
 
 
@@ -53,7 +53,7 @@ def looked(state: WeightState) -> int:
 
 @pytest.mark.parametrize("kind", [foreign.RelativeStep, foreign.Rateless])
 @pytest.mark.parametrize("every", [None, 1])
-def test_a_limit_holds_under_an_optimizer_without_a_learning_rate(
+def test_limit_holds_without_a_learning_rate(
     kind: type[foreign.RelativeStep], every: int | None
 ) -> None:
     model = net()
@@ -68,12 +68,12 @@ def test_a_limit_holds_under_an_optimizer_without_a_learning_rate(
     else:
         assert min(int(s["pace"][0]) for s in reg.state_dict().values()) == 42
     assert max(kappas(model)) <= 3.0 * 1.01
-    wc.Regularizer(model, wc.IsometryStep()).attach(optimizer)  # its steps know no learning rate
+    wc.Regularizer(model, wc.IsometryStep()).attach(optimizer)  # its steps use no learning rate
 
 
 @pytest.mark.parametrize("kind", [foreign.RelativeStep, foreign.Rateless])
 @pytest.mark.parametrize("every", [None, 1])
-def test_a_penalty_without_a_learning_rate_is_refused_when_it_is_attached(
+def test_attach_rejects_penalty_without_a_learning_rate(
     kind: type[foreign.RelativeStep], every: int | None
 ) -> None:
     model = net()
@@ -85,7 +85,7 @@ def test_a_penalty_without_a_learning_rate_is_refused_when_it_is_attached(
     assert reg.attachments == []
 
 
-def test_a_learning_rate_that_is_lost_later_is_named_and_those_of_other_groups_are_not() -> None:
+def test_lost_learning_rate_names_its_group_only() -> None:
     model = net()
     groups = [{"params": model[i].parameters(), "lr": 0.1} for i in (0, 2)]
     optimizer = foreign.RelativeStep(groups)
@@ -97,7 +97,7 @@ def test_a_learning_rate_that_is_lost_later_is_named_and_those_of_other_groups_a
 
 
 @pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1.0])
-def test_a_strange_learning_rate_does_not_stop_limits(lr: float) -> None:
+def test_limits_hold_with_unusual_learning_rates(lr: float) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     reg = wc.Regularizer(model, K)
@@ -111,7 +111,7 @@ def test_a_strange_learning_rate_does_not_stop_limits(lr: float) -> None:
 
 
 @pytest.mark.parametrize("lr", [np.float32(0.1), torch.tensor(0.1), torch.tensor([0.1])])
-def test_numbers_of_other_libraries_are_learning_rates(lr: Any) -> None:
+def test_learning_rates_of_other_libraries(lr: Any) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     optimizer.param_groups[0]["lr"] = lr
@@ -126,8 +126,8 @@ def test_numbers_of_other_libraries_are_learning_rates(lr: Any) -> None:
 # --- hooks ----------------------------------------------------------------------------------------
 
 
-def test_an_optimizer_whose_step_runs_no_hooks_is_refused_and_the_way_out_works() -> None:
-    class Fresh(foreign.Lookahead):  # a class of its own, as torch adds hooks to classes
+def test_attach_rejects_optimizer_without_hooks_and_the_remedy_works() -> None:
+    class Fresh(foreign.Lookahead):  # a new class, because torch adds hooks to classes
         def step(self, closure: Any = None) -> None:
             self._base_optimizer.step(closure)
 
@@ -143,14 +143,14 @@ def test_an_optimizer_whose_step_runs_no_hooks_is_refused_and_the_way_out_works(
     assert max(kappas(model)) <= 3.0
 
 
-def test_an_optimizer_by_name_alone_is_refused() -> None:
+def test_attach_rejects_optimizer_subclass_without_hook_support() -> None:
     model = net()
-    with pytest.raises(TypeError, match="If it wraps one, attach to that"):
+    with pytest.raises(TypeError, match="For a wrapper, attach to"):
         wc.Regularizer(model, K).attach(foreign.NoTables(torch.optim.SGD(model.parameters(), 0.1)))
 
 
-def test_a_step_that_calls_that_of_its_base_class_counts_once() -> None:
-    torch.optim.SGD(net().parameters(), 0.1)  # from here on its step runs hooks
+def test_step_calling_base_class_step_counts_once() -> None:
+    torch.optim.SGD(net().parameters(), 0.1)  # from now on its step runs hooks
     model = net()
     optimizer = foreign.Within(model.parameters(), 0.1)
     reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(0.1)})
@@ -164,16 +164,16 @@ def test_a_step_that_calls_that_of_its_base_class_counts_once() -> None:
 
     with pytest.raises(ZeroDivisionError):
         optimizer.step(failing)
-    steps(model, optimizer, 5)  # of the first it cannot be told that it is no part of the other
+    steps(model, optimizer, 5)  # the first could be nested in the failed step
     assert handle.steps in (9, 10)
     handle.remove()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_steps_that_raise_an_exception_hide_no_others() -> None:
+def test_steps_after_an_exception_count() -> None:
     model = net()
-    optimizer = torch.optim.Adadelta(model.parameters(), 0.1)  # of no other that has a step
+    optimizer = torch.optim.Adadelta(model.parameters(), 0.1)  # its step calls no other step
     handle = wc.Regularizer(model, K).attach(optimizer, every=1)
 
     def failing() -> Tensor:
@@ -186,7 +186,7 @@ def test_steps_that_raise_an_exception_hide_no_others() -> None:
     assert handle.steps == 3
 
 
-def test_a_compiled_step_is_served_compiled_before_or_after() -> None:
+def test_attach_before_or_after_compiling_the_step() -> None:
     for before in (True, False):
         torch._dynamo.reset()
         model = net()
@@ -202,7 +202,7 @@ def test_a_compiled_step_is_served_compiled_before_or_after() -> None:
         assert max(kappas(model)) <= 3.0
 
 
-def test_a_scheduler_that_wraps_the_step_changes_nothing(said: Callable[[], list[str]]) -> None:
+def test_scheduler_wrapping_the_step_changes_nothing(said: Callable[[], list[str]]) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -216,7 +216,7 @@ def test_a_scheduler_that_wraps_the_step_changes_nothing(said: Callable[[], list
 # --- steps that are never seen --------------------------------------------------------------------
 
 
-def test_sam_in_two_steps_is_named_at_once_and_again_by_its_steps(
+def test_two_step_sam_warns_at_attach_and_after_steps(
     said: Callable[[], list[str]],
 ) -> None:
     model = net()
@@ -225,7 +225,7 @@ def test_sam_in_two_steps_is_named_at_once_and_again_by_its_steps(
     reg.attach(optimizer)
     assert "first_step() and second_step()" in said()[0]
     assert "Attach to optimizer.base_optimizer" in said()[0]
-    assert repr(reg).endswith("attached to TwoStep, every=1, watched: it has taken no step")
+    assert repr(reg).endswith("TwoStep, every=1, watched: the optimizer has taken no step")
     for _ in range(6):
         model.zero_grad()
         loss(model).backward()
@@ -245,7 +245,7 @@ def test_sam_in_two_steps_is_named_at_once_and_again_by_its_steps(
     assert max(kappas(model)) <= 3.0
 
 
-def test_sam_by_closure_is_served_by_itself_and_by_what_it_wraps(
+def test_closure_sam_works_with_itself_and_its_base_optimizer(
     said: Callable[[], list[str]],
 ) -> None:
     for inner in (False, True):
@@ -259,16 +259,16 @@ def test_sam_by_closure_is_served_by_itself_and_by_what_it_wraps(
             reg.log(lambda values, step: None, every=1)
         assert handle.steps == 5
         assert max(kappas(model)) <= 3.0
-    assert len(said()) == 1  # that of attach, which cannot know
+    assert len(said()) == 1  # the warning of attach, which cannot know which step is called
 
 
 def bypassing(optimizer: Optimizer) -> Callable[[], None]:
-    """A step that runs no hooks of any optimizer, as one that another library has replaced."""
+    """A step that runs no hooks, like a step that another library has replaced."""
     return functools.partial(type(optimizer).step.__wrapped__, optimizer)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("asked", ["log", "enforce"])
-def test_a_step_that_was_replaced_is_told_by_what_it_does_to_the_weights(
+def test_replaced_step_is_detected_by_weight_changes(
     asked: str, said: Callable[[], list[str]]
 ) -> None:
     model = net()
@@ -304,7 +304,7 @@ def model_parameters(optimizer: Optimizer) -> list[Any]:
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("asked", ["log", "enforce"])
-def test_a_step_that_writes_to_data_is_told_by_a_few_entries(
+def test_step_writing_to_data_is_detected_by_entries(
     asked: str, late: bool, said: Callable[[], list[str]]
 ) -> None:
     model = net()
@@ -326,7 +326,7 @@ def test_a_step_that_writes_to_data_is_told_by_a_few_entries(
     assert len(said()) == 1 + (not late)
 
 
-def test_an_unhooked_loop_over_data_is_told_after_three_looks(
+def test_loop_writing_to_data_is_detected_after_three_comparisons(
     said: Callable[[], list[str]],
 ) -> None:
     model = net()
@@ -373,13 +373,13 @@ WRAPPERS = [by_partial, by_accelerate, by_name, by_object, compiled]
 
 
 @pytest.mark.parametrize("wrapped", WRAPPERS)
-def test_a_step_that_is_wrapped_is_not_warned_of(
+def test_no_warning_for_a_wrapped_step(
     wrapped: Callable[[Optimizer], Any], said: Callable[[], list[str]]
 ) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     optimizer.step = wrapped(optimizer)  # type: ignore[method-assign]
-    if hasattr(optimizer.step, "__func__"):  # what a scheduler needs to wrap it once more
+    if hasattr(optimizer.step, "__func__"):  # so that a scheduler wraps it again
         torch.optim.lr_scheduler.ConstantLR(optimizer)
     reg = wc.Regularizer(model, K)
     handle = reg.attach(optimizer)
@@ -389,7 +389,7 @@ def test_a_step_that_is_wrapped_is_not_warned_of(
     assert said() == []
 
 
-def test_weights_that_are_made_and_loaded_before_the_first_step_are_no_training(
+def test_no_warning_when_weights_are_loaded_before_the_first_step(
     said: Callable[[], list[str]],
 ) -> None:
     model = net()
@@ -407,7 +407,7 @@ def test_weights_that_are_made_and_loaded_before_the_first_step_are_no_training(
     assert said() == []
 
 
-def test_a_weight_with_nan_and_one_on_meta_are_not_taken_for_changed(
+def test_nan_and_meta_weights_do_not_count_as_changed(
     said: Callable[[], list[str]],
 ) -> None:
     model = net()
@@ -428,7 +428,7 @@ def test_a_weight_with_nan_and_one_on_meta_are_not_taken_for_changed(
     assert said() == []
 
 
-def test_a_wrapper_that_steps_twice_within_its_step_is_no_other(
+def test_no_warning_for_a_wrapper_that_steps_twice(
     said: Callable[[], list[str]],
 ) -> None:
     class Twice(Optimizer):
@@ -449,7 +449,7 @@ def test_a_wrapper_that_steps_twice_within_its_step_is_no_other(
     assert said() == []
 
 
-def test_before_the_first_step_nothing_is_wrong(said: Callable[[], list[str]]) -> None:
+def test_no_warning_before_the_first_step(said: Callable[[], list[str]]) -> None:
     """States are loaded, limits enforced, gradients accumulated, steps skipped by a scaler."""
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -471,7 +471,7 @@ def test_before_the_first_step_nothing_is_wrong(said: Callable[[], list[str]]) -
     assert "no step" not in repr(reg)
 
 
-def test_another_optimizer_that_steps_first_is_named(said: Callable[[], list[str]]) -> None:
+def test_warning_names_another_optimizer_that_steps_first(said: Callable[[], list[str]]) -> None:
     model = net()
     attached, other = (torch.optim.SGD(model.parameters(), 1e-2) for _ in range(2))
     apart = torch.optim.Adam(net().parameters(), 1e-2)
@@ -485,12 +485,12 @@ def test_another_optimizer_that_steps_first_is_named(said: Callable[[], list[str
     assert "but SGD steps" in message
 
 
-def test_biases_alone_are_refused_and_a_loop_over_the_weights_is_not_in_backward() -> None:
-    """As of optimizers that step within backward, one for each parameter."""
+def test_optimizer_per_parameter_rejects_biases_only() -> None:
+    """One optimizer per parameter, as when optimizers step within backward."""
     model = net()
     optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
     reg = wc.Regularizer(model, K)
-    with pytest.raises(ValueError, match="must hold a regularised weight, but has none of"):
+    with pytest.raises(ValueError, match="at least one regularised weight, but has none of"):
         reg.attach(optimizers[model[0].bias])
     for name in reg.names:
         reg.attach(optimizers[model.get_parameter(name)], every=1)
@@ -500,10 +500,10 @@ def test_biases_alone_are_refused_and_a_loop_over_the_weights_is_not_in_backward
     assert max(kappas(model)) <= 3.0
 
 
-def test_the_last_optimizer_may_die_while_the_interpreter_ends(
+def test_optimizer_deleted_at_interpreter_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Globals of modules are None by then; an exception in a callback would be printed."""
+    """Module globals are None then, and an exception in a callback would be printed."""
     unraised: list[Any] = []
     monkeypatch.setattr("sys.unraisablehook", unraised.append)
     model = net()
@@ -514,16 +514,14 @@ def test_the_last_optimizer_may_die_while_the_interpreter_ends(
     del optimizer
     gc.collect()
     assert unraised == []
-    assert "an optimizer that is gone" in repr(reg)
+    assert "a deleted optimizer" in repr(reg)
 
 
 # --- optimizers that evaluate other weights than they step ----------------------------------------
 
 
 @pytest.mark.parametrize("kind", [foreign.ScheduleFree, foreign.Swapping])
-def test_enforcing_in_train_mode_is_warned_of_and_in_eval_mode_it_is_right(
-    kind: Any, said: Callable[[], list[str]]
-) -> None:
+def test_enforce_warns_in_train_mode_only(kind: Any, said: Callable[[], list[str]]) -> None:
     model = net()
     optimizer = kind(model.parameters(), lr=0.1)
     optimizer.train()
@@ -533,10 +531,10 @@ def test_enforcing_in_train_mode_is_warned_of_and_in_eval_mode_it_is_right(
     reg.enforce()
     reg.enforce()
     (message,) = said()
-    known = kind is foreign.ScheduleFree  # of the other no key tells before the first eval()
+    known = kind is foreign.ScheduleFree  # the other stores no mode before eval()
     start = f"{kind.__name__} is in train mode:" if known else f"If {kind.__name__} is in train"
     assert message.startswith(start)
-    assert "optimizer.eval(), then reg.enforce(); and optimizer.train() to go on" in message
+    assert "optimizer.eval(), then reg.enforce(). To continue training" in message
     optimizer.eval()
     reg.enforce()
     assert max(kappas(model)) <= 3.0
@@ -546,7 +544,7 @@ def test_enforcing_in_train_mode_is_warned_of_and_in_eval_mode_it_is_right(
     assert len(said()) == 1
 
 
-def test_in_eval_mode_and_under_penalties_nothing_is_said(said: Callable[[], list[str]]) -> None:
+def test_no_warning_in_eval_mode_or_under_penalties(said: Callable[[], list[str]]) -> None:
     model = net()
     optimizer = foreign.ScheduleFree(model.parameters())
     limit, penalty = wc.Regularizer(model, K), wc.Regularizer(model, wc.ConditionPenalty(0.1))
@@ -559,7 +557,7 @@ def test_in_eval_mode_and_under_penalties_nothing_is_said(said: Callable[[], lis
     assert said() == []
 
 
-def test_a_method_eval_alone_makes_no_train_mode(said: Callable[[], list[str]]) -> None:
+def test_eval_method_without_train_is_not_a_mode(said: Callable[[], list[str]]) -> None:
     class Evaluating(torch.optim.SGD):
         def eval(self) -> float:
             return 0.0
@@ -574,9 +572,7 @@ def test_a_method_eval_alone_makes_no_train_mode(said: Callable[[], list[str]]) 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_train_mode_in_an_attribute_is_read(
-    training: bool, said: Callable[[], list[str]]
-) -> None:
+def test_train_mode_attribute_is_read(training: bool, said: Callable[[], list[str]]) -> None:
     class Wrapper(torch.optim.SGD):
         train_mode = training
 
@@ -596,8 +592,8 @@ def test_a_train_mode_in_an_attribute_is_read(
     ] * training
 
 
-def test_limits_are_applied_after_each_step_of_what_has_an_eval() -> None:
-    """A step draws the weight to another that no limit has reached."""
+def test_limits_apply_after_each_step_of_optimizers_with_eval() -> None:
+    """A step moves the weight towards another one that is not limited."""
     model = net()
     optimizer = foreign.ScheduleFree(model.parameters(), lr=0.5)
     reg = wc.Regularizer(model, K)
@@ -609,7 +605,7 @@ def test_limits_are_applied_after_each_step_of_what_has_an_eval() -> None:
         assert max(kappas(model)) <= 3.0 + 1e-4
 
 
-# --- the packages themselves, where they are ------------------------------------------------------
+# --- the real packages, if installed --------------------------------------------------------------
 
 
 def real(module: str, name: str) -> Any:
@@ -617,7 +613,7 @@ def real(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def test_sam_of_pytorch_optimizer_is_served_by_its_base() -> None:
+def test_pytorch_optimizer_sam_through_its_base() -> None:
     model = net()
     optimizer = real("pytorch_optimizer", "SAM")(model.parameters(), torch.optim.Adam, lr=1e-2)
     reg = wc.Regularizer(model, K)
@@ -631,7 +627,7 @@ def test_sam_of_pytorch_optimizer_is_served_by_its_base() -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
-def test_what_schedulefree_evaluates_obeys(name: str) -> None:
+def test_schedulefree_eval_weights_satisfy_the_limit(name: str) -> None:
     model = net()
     optimizer = real("schedulefree", name)(model.parameters(), lr=1e-2)
     reg = wc.Regularizer(model, K)
@@ -644,7 +640,7 @@ def test_what_schedulefree_evaluates_obeys(name: str) -> None:
 
 
 @pytest.mark.frameworks
-def test_adafactor_of_transformers_is_limited_and_no_penalty_is_attached_to_it() -> None:
+def test_adafactor_of_transformers_takes_limits_not_penalties() -> None:
     kind = real("transformers.optimization", "Adafactor")
     model = net()
     optimizer = kind(model.parameters(), lr=None, relative_step=True, warmup_init=True)

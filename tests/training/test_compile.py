@@ -1,4 +1,4 @@
-"""Under torch.compile: no graph break of ours, no recompilation, the numbers of eager mode."""
+"""torch.compile: no additional graph breaks, no recompilation, the numbers of eager mode."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def loss_of(model: nn.Module, reg: wc.Regularizer | None) -> Callable[[Tensor], 
 
 
 def train(way: str, compiled: Callable[[Any], Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    """The loss, or the adding of gradients, as `compiled` makes it."""
+    """Trains with the loss or `add_gradients`, compiled by `compiled`."""
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, PENALTIES, block_size=6)
@@ -63,9 +63,7 @@ def train(way: str, compiled: Callable[[Any], Any]) -> tuple[list[Tensor], dict[
 
 @pytest.mark.parametrize("way", ["loss", "gradients"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_training_has_one_graph_and_the_numbers_of_eager_mode(
-    way: str, backend: str
-) -> None:
+def test_compiled_training_is_one_graph_and_equals_eager(way: str, backend: str) -> None:
     """`fullgraph=True` raises at a graph break; schedules and sides change in every step."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -80,7 +78,7 @@ def test_compiled_training_has_one_graph_and_the_numbers_of_eager_mode(
         assert torch.equal(state[name]["from_right"], fields["from_right"])
 
 
-def test_other_strengths_and_block_widths_of_other_regularisers_do_not_interfere() -> None:
+def test_regularisers_do_not_interfere_in_compiled_graphs() -> None:
     torch._dynamo.reset()
     values = []
     for strength in (0.1, 0.2):
@@ -89,7 +87,7 @@ def test_other_strengths_and_block_widths_of_other_regularisers_do_not_interfere
     torch.testing.assert_close(values[1], 2 * values[0])
 
 
-def test_a_copy_is_another_regulariser_also_within_graphs() -> None:
+def test_copy_is_a_separate_regulariser_in_graphs() -> None:
     torch._dynamo.reset()
     model = net()
     reg = wc.Regularizer(model, {"2.*": wc.ConditionPenalty(0.1), "*": None})
@@ -101,7 +99,7 @@ def test_a_copy_is_another_regulariser_also_within_graphs() -> None:
     assert (copied.measure()["2.weight"].step, reg.measure()["2.weight"].step) == (1, 0)
 
 
-def test_a_whole_compiled_step_breaks_only_where_torch_itself_does() -> None:
+def test_compiled_step_adds_no_graph_breaks() -> None:
     """Optimizer hooks are called between graphs; the rest of the breaks are in torch's code."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -127,7 +125,7 @@ def test_a_whole_compiled_step_breaks_only_where_torch_itself_does() -> None:
     assert "wellcond" not in breaks
 
 
-def test_a_weight_that_is_not_finite_is_named_from_within_a_graph() -> None:
+def test_compiled_graph_names_weights_that_are_not_finite() -> None:
     torch._dynamo.reset()
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
@@ -135,11 +133,11 @@ def test_a_weight_that_is_not_finite_is_named_from_within_a_graph() -> None:
     loss(batches()[0])
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r'"2.weight" holds NaN'):
+    with pytest.raises(ValueError, match=r'"2.weight" contains NaN'):
         loss(batches()[0])
 
 
-def test_a_compiled_model_keeps_the_names_of_its_weights() -> None:
+def test_compiled_model_keeps_weight_names() -> None:
     model = net()
     names = wc.Regularizer(model, wc.ConditionPenalty(0.1)).names
     assert wc.Regularizer(torch.compile(model), wc.ConditionPenalty(0.1)).names == names
@@ -147,19 +145,19 @@ def test_a_compiled_model_keeps_the_names_of_its_weights() -> None:
     assert wc.Regularizer(model, wc.ConditionPenalty(0.1)).names == names
 
 
-def test_each_version_has_operators_of_its_own() -> None:
-    """A graph that another version left in torch's cache must not be taken for ours."""
+def test_each_version_has_its_own_operators() -> None:
+    """A graph of another version in torch's cache must not be used."""
     version = wc.__version__.replace(".", "_")
     assert _penalty._qualname == f"wellcond_{version}::penalty"
 
 
-def test_the_operators_keep_the_promises_of_custom_operators() -> None:
+def test_operators_pass_opcheck() -> None:
     """torch's own check: schema, fake kernels, autograd."""
     model = net()
     reg = wc.Regularizer(
         model, {"0.*": wc.TikhonovPenalty(0.1), "*": wc.ConditionPenalty(0.3)}, block_size=12
     )
-    for _ in range(60):  # until one product more changes nothing
+    for _ in range(60):  # until another product changes nothing
         reg()
     parameters = [model.get_parameter(name).detach().clone() for name in reg.names]
     for parameter in parameters:

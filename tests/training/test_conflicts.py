@@ -1,4 +1,4 @@
-"""A limit that something else undoes, or that holds in what does not act, is warned of once."""
+"""Warnings about limits that other code undoes, or that do not hold for the effective weight."""
 
 import copy
 from collections.abc import Callable
@@ -37,34 +37,32 @@ def pruned(share: float = 0.8) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("limit", [K, wc.SingularValueLimit(lower=0.5)], ids=repr)
-def test_zeros_that_are_filled_are_named_once(
-    limit: wc.Limit, said: Callable[[], list[str]]
-) -> None:
+def test_filled_zeros_warn_once(limit: wc.Limit, said: Callable[[], list[str]]) -> None:
     model = pruned()
     reg = wc.Regularizer(model, limit)
     reg.enforce()
     reg.enforce()
     assert said() == [
-        'Most entries of "0.weight" are exact zeros, as after pruning: the hard limit has filled '
-        "them. Leave the weight out with a pattern if they are to stay."
+        'Most entries of "0.weight" were exact zeros, as after pruning, and the hard limit has '
+        "filled them. To keep the zeros, exclude the weight with a pattern."
     ]
     assert int((model[0].weight == 0).sum()) < 24
 
 
-def test_zeros_are_named_at_the_first_step_that_fills_them(said: Callable[[], list[str]]) -> None:
+def test_filled_zeros_warn_at_the_first_filling_step(said: Callable[[], list[str]]) -> None:
     model = pruned()
     keep = model[0].weight.detach() != 0
-    model[0].weight.register_hook(lambda grad: grad * keep)  # the training leaves zeros alone
+    model[0].weight.register_hook(lambda grad: grad * keep)  # training keeps the zeros
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wc.Regularizer(model, K).attach(optimizer)
     assert said() == []
     steps(model, optimizer)
     (message,) = said()
-    assert 'Most entries of "0.weight" are exact zeros' in message
+    assert 'Most entries of "0.weight" were exact zeros' in message
     assert "has filled them" in message
 
 
-def test_zeros_of_a_weight_that_obeys_are_not_warned_of(said: Callable[[], list[str]]) -> None:
+def test_no_warning_for_zeros_of_a_weight_within_its_limit(said: Callable[[], list[str]]) -> None:
     """I + N/100 with ones in N above the diagonal: kappa is about 1.02."""
     model = nn.Linear(8, 8, bias=False)
     with torch.no_grad():
@@ -91,7 +89,7 @@ def test_zeros_of_a_weight_that_obeys_are_not_warned_of(said: Callable[[], list[
         nn.init.orthogonal_,
     ],
 )
-def test_usual_initial_weights_are_not_warned_of(
+def test_no_warning_for_usual_initialisations(
     made: Callable[[Tensor], Tensor], said: Callable[[], list[str]]
 ) -> None:
     model = net()
@@ -103,19 +101,19 @@ def test_usual_initial_weights_are_not_warned_of(
     assert said() == []
 
 
-def test_penalties_and_what_obeys_are_not_warned_of(said: Callable[[], list[str]]) -> None:
+def test_no_warning_for_penalties_or_weights_within_limits(said: Callable[[], list[str]]) -> None:
     model = pruned()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
     blocks = nn.Linear(24, 24)
     with torch.no_grad():
         blocks.weight.copy_(torch.block_diag(*[torch.linalg.qr(torch.randn(4, 4))[0]] * 6))
-    wc.Regularizer(blocks, K).enforce()  # mostly zeros, and left as it is
+    wc.Regularizer(blocks, K).enforce()  # mostly zeros, and left unchanged
     assert said() == []
 
 
-def test_a_mask_that_is_applied_after_each_step_is_noticed(said: Callable[[], list[str]]) -> None:
-    """Rows are set to zero outside: nothing tells but the entries that are 0 again."""
+def test_mask_applied_after_each_step_warns(said: Callable[[], list[str]]) -> None:
+    """Other code sets rows to zero; only the new zeros reveal it."""
     model = net()
     rows = torch.arange(24)[:, None] < 16
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -130,7 +128,7 @@ def test_a_mask_that_is_applied_after_each_step_is_noticed(said: Callable[[], li
     assert message.startswith('Entries of "0.weight" are set to zero after a hard limit is applied')
 
 
-def test_a_weight_of_rank_one_that_is_lifted_once_is_not_noticed(
+def test_no_warning_for_rank_one_weight_lifted_once(
     said: Callable[[], list[str]],
 ) -> None:
     model = net()
@@ -152,7 +150,7 @@ class Masked(nn.Linear):
 
 @pytest.mark.parametrize("name", ["mask", "weight_mask", "pruning_mask_"])
 @pytest.mark.parametrize("shape", [(24, 24), (24, 1), (1, 24)])
-def test_a_mask_beside_a_weight_is_named_once(
+def test_mask_in_the_module_warns_once(
     name: str, shape: tuple[int, int], said: Callable[[], list[str]]
 ) -> None:
     model = nn.Sequential(Masked(torch.ones(shape), name), nn.Linear(24, 16))
@@ -160,10 +158,10 @@ def test_a_mask_beside_a_weight_is_named_once(
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
     reg.enforce()
     (message,) = said()
-    assert message.startswith('"0.weight" is under a hard limit, with a mask beside')
+    assert message.startswith('"0.weight" is under a hard limit and has a mask')
 
 
-def test_other_buffers_and_masks_of_attention_are_no_masks_of_weights(
+def test_other_buffers_are_not_weight_masks(
     said: Callable[[], list[str]],
 ) -> None:
     model = nn.Sequential(Masked(torch.ones(1, 1)), Masked(torch.ones(8, 8)), nn.BatchNorm1d(24))
@@ -172,7 +170,7 @@ def test_other_buffers_and_masks_of_attention_are_no_masks_of_weights(
     assert said() == []
 
 
-def test_a_weight_that_is_pruned_while_the_mask_is_on_is_left_out() -> None:
+def test_pruned_weight_with_active_mask_is_skipped() -> None:
     model = net()
     prune.l1_unstructured(model[0], "weight", 0.8)
     assert wc.Regularizer(model, K).names == ["2.weight"]
@@ -182,7 +180,7 @@ def test_a_weight_that_is_pruned_while_the_mask_is_on_is_left_out() -> None:
 
 
 class Quantised(nn.Linear):
-    """As the layers of torch.ao, torchao and others that quantise their weight in forward."""
+    """Quantises its weight in forward, like the layers of torch.ao, torchao and others."""
 
     def __init__(self, attribute: str) -> None:
         super().__init__(24, 24)
@@ -193,17 +191,17 @@ class Quantised(nn.Linear):
     "attribute",
     ["weight_fake_quant", "weight_fake_quantizer", "weight_quant", "weight_quantizer"],
 )
-def test_what_acts_quantised_is_named_once(attribute: str, said: Callable[[], list[str]]) -> None:
+def test_quantised_forward_warns_once(attribute: str, said: Callable[[], list[str]]) -> None:
     model = nn.Sequential(Quantised(attribute), nn.Linear(24, 16))
     reg = wc.Regularizer(model, K)
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
     reg.enforce()
     wc.Regularizer(model, wc.ConditionPenalty(0.1)).enforce()
     (message,) = said()
-    assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds in the')
+    assert message.startswith('"0.weight" is trained for quantisation: the hard limit holds for')
 
 
-def test_quantisation_aware_layers_of_torch_are_named(said: Callable[[], list[str]]) -> None:
+def test_torch_qat_layers_warn(said: Callable[[], list[str]]) -> None:
     from torch.ao.nn.qat import Conv2d, Linear
     from torch.ao.quantization import get_default_qat_qconfig
 
@@ -214,14 +212,14 @@ def test_quantisation_aware_layers_of_torch_are_named(said: Callable[[], list[st
     assert message.startswith('"0.weight", "1.weight" are trained for quantisation')
 
 
-def test_a_quantiser_that_is_switched_off_is_none(said: Callable[[], list[str]]) -> None:
+def test_no_warning_for_a_disabled_quantiser(said: Callable[[], list[str]]) -> None:
     model = nn.Sequential(Quantised("other"), nn.Linear(24, 24))
     model[1].weight_fake_quantizer = None
     wc.Regularizer(model, K).enforce()
     assert said() == []
 
 
-def test_a_copy_says_it_anew(said: Callable[[], list[str]]) -> None:
+def test_copy_warns_again(said: Callable[[], list[str]]) -> None:
     model = nn.Sequential(Quantised("weight_fake_quant"))
     reg = wc.Regularizer(model, K)
     copy.deepcopy(reg).enforce()

@@ -1,4 +1,4 @@
-"""A block that is too narrow for the gradient ways is noticed by its Ritz values."""
+"""Ritz values show when a block is too narrow for gradients."""
 
 from typing import Any
 
@@ -32,22 +32,20 @@ def _source(seed: int) -> torch.Generator:
         (torch.zeros(40), 8, False),
     ],
 )
-def test_it_is_said_where_more_values_may_be_at_the_top(
-    way: str, sigma: Tensor, block_size: int, crowded: bool
-) -> None:
+def test_crowded_block_is_reported(way: str, sigma: Tensor, block_size: int, crowded: bool) -> None:
     reg = wc.Regularizer(layer(sigma), wc.ConditionPenalty(1.0), block_size=block_size)
     for _ in range(20):
         if way == "loss":
             reg()
         else:
             reg.add_gradients()
-    assert ("all near the largest" in repr(reg)) is crowded
+    assert ("are near the largest" in repr(reg)) is crowded
     assert reg.measure()["weight"].crowded is crowded
     logged: Any = reg.log(lambda values, step: None, step=0)
     assert logged.get("wellcond/crowded_blocks", 0) == crowded
 
 
-def test_of_a_stack_one_matrix_is_enough() -> None:
+def test_one_crowded_matrix_marks_the_stack() -> None:
     model = nn.Module()
     flat, steep = (layer(torch.linspace(1.0, last, 20)).weight.detach() for last in (0.95, 0.05))
     model.register_parameter("experts", nn.Parameter(torch.stack([steep, flat])))
@@ -57,11 +55,11 @@ def test_of_a_stack_one_matrix_is_enough() -> None:
     assert reg.measure()["experts:0"].crowded
 
 
-def test_a_weight_that_no_attached_optimizer_holds_is_marked() -> None:
+def test_repr_marks_weights_outside_attached_optimizers() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     reg = wc.Regularizer(model, wc.ConditionPenalty(1.0))
-    assert "held by no optimizer" not in repr(reg)
+    assert "not in an attached optimizer" not in repr(reg)
     reg.attach(torch.optim.SGD(model[0].parameters(), 0.1))
     first, second = (line for line in repr(reg).splitlines() if ".weight" in line)
-    assert "held by no optimizer" not in first
-    assert "held by no optimizer" in second
+    assert "not in an attached optimizer" not in first
+    assert "not in an attached optimizer" in second

@@ -1,6 +1,6 @@
-"""Many processes compute what one would: sharded weights, replicas, real FSDP2, DDP and TP.
+"""Many processes compute the same as one: sharded weights, replicas, real FSDP2, DDP and TP.
 
-Processes are started by the tests, on the CPU with gloo.
+The tests start processes on the CPU with gloo.
 """
 
 import copy
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.distributed
 
 
 def compare_all_ways(one: nn.Module, many: nn.Module, penalties: Any, block_size: int = 4) -> None:
-    """Value, both gradients and proximal steps of a sharded model are those of the whole one."""
+    """Value, gradients and proximal steps of a sharded model equal those of the unsharded one."""
     reg, sharded = (wc.Regularizer(m, penalties, block_size=block_size) for m in (one, many))
     for step in range(3):
         value, other = reg(), sharded()
@@ -99,7 +99,7 @@ def sharded_matrices(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_sharded_weight_is_regularised_as_a_whole_one(world: int, tmp_path: Path) -> None:
+def test_sharded_weight_equals_unsharded(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, sharded_matrices, world)
 
 
@@ -108,7 +108,7 @@ def sharded_operators() -> None:
     checked = []
     for name, case in OPERATORS.items():
         parameters = case.parameters()
-        if len(parameters) > 1 or "channels last" in name:  # shards are laid out anew
+        if len(parameters) > 1 or "channels last" in name:  # distribute the shards again
             continue
         whole = case.operator(parameters)
         if isinstance(whole.view, OF_FILES):
@@ -139,7 +139,7 @@ def sharded_operators() -> None:
     assert len(checked) > 40
 
 
-def test_every_operator_does_sharded_what_it_does_whole(tmp_path: Path) -> None:
+def test_operators_sharded_equal_unsharded(tmp_path: Path) -> None:
     run(2, tmp_path, sharded_operators)
 
 
@@ -175,7 +175,7 @@ def grouped_convolution() -> None:
 
 
 @pytest.mark.slow
-def test_a_grouped_convolution_is_sharded_by_whole_groups(tmp_path: Path) -> None:
+def test_grouped_convolution_is_sharded_by_groups(tmp_path: Path) -> None:
     run(2, tmp_path, grouped_convolution)
 
 
@@ -185,7 +185,7 @@ ZOO = {"experts": wc.ConditionPenalty(0.3), "*": wc.ConditionPenalty(0.3)}
 def sharded_views() -> None:
     for placements in ([Shard(0)], [Replicate()]):
         compare_all_ways(zoo(), distributed(zoo(), mesh(2), placements), ZOO)
-    # A part of the stack: the other matrices are under no penalty.
+    # A part of the stack: the other matrices have no penalty.
     some = {"experts:1": wc.ConditionPenalty(0.3), "*": None}
     compare_all_ways(zoo(), distributed(zoo(), mesh(2), [Shard(0)]), some)
     with pytest.raises(ValueError, match="sharded over its first dimension only"):
@@ -197,7 +197,7 @@ def sharded_views() -> None:
 
 
 @pytest.mark.slow
-def test_views_of_sharded_weights_are_those_of_whole_ones(tmp_path: Path) -> None:
+def test_views_of_sharded_weights_equal_unsharded(tmp_path: Path) -> None:
     run(2, tmp_path, sharded_views)
 
 
@@ -226,22 +226,22 @@ def nothing_large_is_sent() -> None:
     assert 0 < largest <= max(m, n) * k
 
 
-def test_only_skinny_factors_are_summed_over_processes(tmp_path: Path) -> None:
+def test_processes_sum_only_skinny_factors(tmp_path: Path) -> None:
     run(2, tmp_path, nothing_large_is_sent)
 
 
 def one_bad_shard() -> None:
     whole = matrix(8, 6)
-    whole[7, 0] = math.nan  # on the last process alone
+    whole[7, 0] = math.nan  # only on the last process
     for penalty in (wc.ConditionPenalty(0.1), wc.TikhonovPenalty(0.1)):
         model = Holder(distribute_tensor(whole.clone(), mesh(2), [Shard(0)]))
         reg = wc.Regularizer(model, penalty, block_size=2)
-        with pytest.raises(ValueError, match=r'"layer.weight" holds NaN'):
+        with pytest.raises(ValueError, match=r'"layer.weight" contains NaN'):
             reg.proximal_step(0.1)
         assert torch.equal(model.layer.weight.full_tensor().isnan(), whole.isnan())
 
 
-def test_a_shard_that_is_not_finite_stops_all_processes_alike(tmp_path: Path) -> None:
+def test_shard_that_is_not_finite_raises_on_all_processes(tmp_path: Path) -> None:
     run(2, tmp_path, one_bad_shard)
 
 
@@ -251,7 +251,7 @@ def test_a_shard_that_is_not_finite_stops_all_processes_alike(tmp_path: Path) ->
 def train(
     model: nn.Module, way: str, rank: int = 0, world: int = 1, steps: int = 12, **options: Any
 ) -> wc.Regularizer:
-    """Some steps on the rows of each batch that belong to this process."""
+    """Trains a few steps on the rows of each batch that belong to this process."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4, **options)
     if way == "proximal":
@@ -299,7 +299,7 @@ def made_before_and_after() -> None:
         assert torch.equal(one, other)
 
 
-def test_a_regulariser_may_be_made_before_sharding_or_after(tmp_path: Path) -> None:
+def test_regulariser_created_before_or_after_sharding(tmp_path: Path) -> None:
     run(2, tmp_path, made_before_and_after)
 
 
@@ -314,7 +314,7 @@ def measured_in_part() -> None:
     assert wc.condition_number(weight.full_tensor()) == wc.condition_number(net()[0].weight)
 
 
-def test_a_part_of_a_weight_is_not_measured_for_the_whole(tmp_path: Path) -> None:
+def test_shard_is_not_measured_as_the_full_weight(tmp_path: Path) -> None:
     run(2, tmp_path, measured_in_part)
 
 
@@ -355,7 +355,7 @@ def test_training_under_tensor_parallelism_and_on_a_mesh_of_both_equals_one_proc
     run(4, tmp_path, tensor_parallel_and_both)
 
 
-def test_the_first_fsdp_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_fsdp1_is_rejected_with_a_remedy(tmp_path: Path) -> None:
     run(1, tmp_path, flat_parameters)
 
 
@@ -445,11 +445,11 @@ def diverged() -> None:
     with pytest.raises(RuntimeError, match=r'"2.weight" is not the same on all'):
         limit.enforce()
     assert torch.equal(model[2].weight, before)
-    with pytest.raises(ValueError, match="`check_replicas` needs to know which processes"):
+    with pytest.raises(ValueError, match="`check_replicas` needs the group of processes"):
         wc.Regularizer(model, wc.ConditionLimit(1.1), check_replicas=True)
 
 
-def test_replicas_that_differ_are_named_when_the_check_is_on(tmp_path: Path) -> None:
+def test_check_replicas_names_different_weights(tmp_path: Path) -> None:
     run(2, tmp_path, diverged)
 
 
@@ -463,7 +463,7 @@ def limited_replicas() -> None:
         assert wc.condition_number(model.get_parameter(name)) <= 2.0
 
 
-def test_a_hard_limit_is_found_once_and_handed_on(tmp_path: Path) -> None:
+def test_hard_limit_is_computed_once_and_sent(tmp_path: Path) -> None:
     run(2, tmp_path, limited_replicas)
 
 
@@ -483,7 +483,7 @@ def _failing(rank: int, store: str, result: str) -> None:
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=2)
     reg.proximal_step(0.1)
     if rank == 1:
-        os._exit(3)  # without a word, as a process that is killed
+        os._exit(3)  # without an error, like a killed process
     started = time.monotonic()
     try:
         reg.proximal_step(0.1)
@@ -493,7 +493,7 @@ def _failing(rank: int, store: str, result: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_hangs_the_others_no_longer_than_their_timeout(tmp_path: Path) -> None:
+def test_dead_process_blocks_others_at_most_for_the_timeout(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     result = tmp_path / "result"
     processes = [
@@ -545,7 +545,7 @@ def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> 
 
 @pytest.mark.slow
 @needs_fsdp2_on_the_cpu
-def test_a_distributed_checkpoint_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+def test_distributed_checkpoint_with_another_number_of_processes(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     for world in (4, 2, 1):
         (tmp_path / str(world)).mkdir()

@@ -1,4 +1,4 @@
-"""Over processes: one bad weight leaves no other undone and nobody waits; kappa of shards."""
+"""Several processes: one bad weight stops no other and no process waits; kappa of shards."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ def kappa(weight: Any) -> float:
 
 
 def replicas() -> None:
-    """Whoever holds the bad weight, and even if one process alone holds it, all raise alike."""
+    """All processes raise the same error, whichever of them has the bad weight."""
     for holders in ((0, 1), (0,), (1,)):
         for at in (0, 2, 4):
             model = net()
@@ -39,19 +39,19 @@ def replicas() -> None:
                     enforcing()
                 except ValueError as error:
                     says = str(error)
-                raised += f'"{at}.weight" holds NaN or infinity' in says
-            # The process that applies the limit decides, and hands what it has to all others.
+                raised += f'"{at}.weight" contains NaN or infinity' in says
+            # The process that applies the limit decides, and sends its result to all others.
             assert raised == (2 if owner in holders else 0)
             for i in {0, 2, 4} - {at}:
                 assert kappa(model[i].weight) <= 2.0
 
 
-def test_replicas_apply_all_other_limits_and_raise_alike(tmp_path: Path) -> None:
+def test_replicas_apply_other_limits_and_raise_the_same_error(tmp_path: Path) -> None:
     run(2, tmp_path, replicas)
 
 
 class Raising(wc.Limit):
-    """A limit that fails for weights of so many rows, each time in another way."""
+    """A limit that fails for weights of certain numbers of rows, each in a different way."""
 
     def __init__(self, rows: int, answer: Any) -> None:
         self.rows, self.answer = rows, answer
@@ -76,12 +76,12 @@ def limits_of_users() -> None:
             with pytest.raises(ValueError, match=r'"0\.weight": ') as caught:
                 enforcing()
             mine = reg._states[0].owner == dist.get_rank()
-            assert ("for the whole group" in str(caught.value)) != mine
+            assert ("for the entire group" in str(caught.value)) != mine
             assert torch.equal(model[0].weight, before)
             assert not any(model[i].weight.any() for i in (2, 4))
 
 
-def test_replicas_learn_of_whatever_a_limit_of_a_user_raises(tmp_path: Path) -> None:
+def test_replicas_share_errors_of_user_limits(tmp_path: Path) -> None:
     run(2, tmp_path, limits_of_users)
 
 
@@ -100,22 +100,22 @@ def shards() -> None:
             lambda model=model: wc.Regularizer(model, K).proximal_step(0.1),
             lambda model=model: wc.enforce(model.requires_grad_(False), K),
         ):
-            with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
+            with pytest.raises(ValueError, match=r'"2\.weight" contains NaN or infinity'):
                 enforcing()
         assert max(kappa(model[i].weight) for i in (0, 4)) <= 2.0  # type: ignore[index]
 
 
-def test_shards_apply_all_other_limits_and_raise_alike(tmp_path: Path) -> None:
+def test_shards_apply_other_limits_and_raise_the_same_error(tmp_path: Path) -> None:
     run(2, tmp_path, shards)
 
 
 def watched() -> None:
-    """Kappa of sharded weights is that of the whole, on every process."""
+    """Kappa of sharded weights equals that of the full weight, on every process."""
     for placement in (Shard(0), Shard(1), Replicate()):
         one = zoo()
         many = distributed(zoo(), mesh(2), [placement])
         patterns = ["experts", "attention.*"]
-        if placement != Shard(1):  # of a kernel the first dimension alone may be sharded
+        if placement != Shard(1):  # a kernel can be sharded only over its first dimension
             patterns += ["convolution.*", "sequence.*"]
         expected, found = (
             wc.Monitor(model, patterns, condition_numbers=True).measure() for model in (one, many)
@@ -129,7 +129,7 @@ def watched() -> None:
     assert isinstance(many, Zoo)
 
 
-def test_condition_numbers_of_shards_are_watched(tmp_path: Path) -> None:
+def test_monitor_measures_kappa_of_shards(tmp_path: Path) -> None:
     run(2, tmp_path, watched)
 
 
@@ -168,5 +168,5 @@ def wrapped() -> None:
         assert torch.equal(same, weight)
 
 
-def test_enforcing_once_shares_the_work_of_replicas(tmp_path: Path) -> None:
+def test_enforce_shares_work_between_replicas(tmp_path: Path) -> None:
     run(2, tmp_path, wrapped)

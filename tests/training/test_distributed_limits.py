@@ -1,4 +1,4 @@
-"""Hard limits of sharded weights and of replicas are those of one process."""
+"""Hard limits of sharded weights and of replicas equal those of one process."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ LIMITS = [
     wc.SingularValueLimit(lower=1.0, upper=3.0),
     wc.SingularValueLimit(upper=2.0),
 ]
-# Tall, wide, square, uneven, and such as leave a process nothing.
+# Tall, wide, square, uneven, and shapes with an empty shard.
 SHAPES = [(9, 5), (5, 9), (7, 7), (3, 40), (2, 3), (1, 6)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.1}
 
@@ -74,7 +74,7 @@ def layouts(world: int) -> None:
     for where, placements in each:
         for number, shape in enumerate(SHAPES):
             for at, (dtype, tolerance) in enumerate(TOLERANCE.items()):
-                # Four processes on one core take their time: of all pairs one limit each.
+                # Four processes on one core are slow: one limit per pair.
                 for limit in LIMITS if world == 2 else [LIMITS[(number + at) % 3]]:
                     for singular in (False, True):
                         S = matrix(*shape)
@@ -96,7 +96,7 @@ def layouts(world: int) -> None:
 
 
 def stacks_on_a_square() -> None:
-    """Experts on some processes, each of them in parts or twice."""
+    """Experts on some processes, each of them sharded or replicated."""
     where = mesh(2, 2)
     for placements in (
         [Shard(0), Shard(1)],
@@ -118,12 +118,12 @@ def stacks_on_a_square() -> None:
 
 
 @pytest.mark.slow
-def test_experts_of_a_stack_may_be_in_parts_besides(tmp_path: Path) -> None:
+def test_limits_of_experts_that_are_also_sharded(tmp_path: Path) -> None:
     run(4, tmp_path, stacks_on_a_square)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_limit_of_a_sharded_weight_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
+def test_limit_of_sharded_weight_equals_unsharded(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, layouts, world)
 
 
@@ -160,7 +160,7 @@ def nothing_large() -> None:
     assert max(sent) == 9 * 9
 
 
-def test_of_a_weight_in_parts_only_gram_matrices_are_sent(tmp_path: Path) -> None:
+def test_sharded_weight_sends_only_gram_matrices(tmp_path: Path) -> None:
     run(2, tmp_path, nothing_large)
 
 
@@ -171,7 +171,7 @@ def views() -> None:
     checked = 0
     for name, case in OPERATORS.items():
         parameters = case.parameters()
-        if len(parameters) > 1 or "channels last" in name:  # shards are laid out anew
+        if len(parameters) > 1 or "channels last" in name:  # distribute the shards again
             continue
         view = case.operator(parameters).view
         for placement in (Shard(0), Shard(1), Replicate()):
@@ -195,7 +195,7 @@ def views() -> None:
 
 
 @pytest.mark.slow
-def test_views_of_sharded_weights_are_limited_as_those_of_whole_ones(tmp_path: Path) -> None:
+def test_limits_of_views_sharded_equal_unsharded(tmp_path: Path) -> None:
     run(2, tmp_path, views)
 
 
@@ -209,12 +209,12 @@ def limited(experts: Tensor, limit: wc.Limit) -> wc.Regularizer:
     reg = wc.Regularizer(Experts(experts), {"experts": limit})
     optimizer = torch.optim.SGD(reg._states[0].weight.parameters, 0.1)
     reg.attach(optimizer)
-    optimizer.step()  # nothing has a gradient: this only applies the limit
+    optimizer.step()  # there are no gradients: this only applies the limit
     return reg
 
 
 def stacks() -> None:
-    for count in (1, 2, 3, 5):  # even, uneven, and of one expert a process has none
+    for count in (1, 2, 3, 5):  # even, uneven, and one expert, of which a process has none
         for dtype, tolerance in TOLERANCE.items():
             for limit in LIMITS[:2]:
                 S = matrix(count, 6, 4).to(dtype)
@@ -227,7 +227,7 @@ def stacks() -> None:
                 assert obeys(X, limit)
                 expected = whole(one._states[0].weight.parameters[0])
                 torch.testing.assert_close(X, expected, rtol=0, atol=tolerance)
-                # All processes know of the worst, wherever it is.
+                # All processes know the worst weight, wherever it is.
                 pace = many._states[0].pace
                 torch.testing.assert_close(
                     pace.to_tensor(), one._states[0].pace.to_tensor(), rtol=1e-3, atol=0
@@ -238,7 +238,7 @@ def stacks() -> None:
 
 
 def one_bad_expert() -> None:
-    """What one process finds stops all of them, and nobody waits for another."""
+    """A failure on one process stops all, and no process waits for another."""
     S = torch.stack([torch.eye(64), matrix(64, 64, dtype=torch.float32)]).bfloat16()
     many = distribute_tensor(S.clone(), mesh(2), [Shard(0)])
     with pytest.raises(ValueError, match=r'"experts".*rounded to bfloat16'):
@@ -246,13 +246,13 @@ def one_bad_expert() -> None:
     assert torch.equal(whole(many), S.double())
     S[1, 0, 0] = math.nan
     many = distribute_tensor(S.clone(), mesh(2), [Shard(0)])
-    with pytest.raises(ValueError, match=r'"experts" holds NaN'):
+    with pytest.raises(ValueError, match=r'"experts" contains NaN'):
         limited(many, wc.ConditionLimit(2.0))
     torch.testing.assert_close(whole(many), S.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def members() -> None:
-    """Matrices of a stack under rules of their own, each of them held by one process."""
+    """Matrices of a stack under separate rules, each on one process."""
     rules = {"experts:0": LIMITS[0], "experts:2": LIMITS[0], "experts:1": LIMITS[1], "*": None}
     for singular in (False, True):
         S = matrix(4, 6, 4)
@@ -269,7 +269,7 @@ def members() -> None:
 
 
 def failing_decomposition() -> None:
-    """LAPACK fails on the one process that decomposes: the others do not wait for it."""
+    """LAPACK fails on the process that decomposes, and the others do not wait for it."""
 
     def failing(*_: Any) -> None:
         raise ValueError("LAPACK")
@@ -285,16 +285,16 @@ def failing_decomposition() -> None:
 
 
 @pytest.mark.parametrize("worker", [members, failing_decomposition])
-def test_one_process_tells_all_of_them(worker: Callable[[], None], tmp_path: Path) -> None:
+def test_failure_on_one_process_reaches_all(worker: Callable[[], None], tmp_path: Path) -> None:
     run(2, tmp_path, worker)
 
 
 @pytest.mark.slow
-def test_stacks_are_limited_where_their_matrices_are(tmp_path: Path) -> None:
+def test_stacks_are_limited_in_place(tmp_path: Path) -> None:
     run(2, tmp_path, stacks)
 
 
-def test_an_expert_that_cannot_obey_stops_all_processes(tmp_path: Path) -> None:
+def test_expert_that_cannot_satisfy_its_limit_raises_on_all_processes(tmp_path: Path) -> None:
     run(2, tmp_path, one_bad_expert)
 
 
@@ -304,7 +304,7 @@ def test_an_expert_that_cannot_obey_stops_all_processes(tmp_path: Path) -> None:
 def train(
     model: nn.Module, limit: wc.Limit, rank: int = 0, world: int = 1, **options: Any
 ) -> tuple[wc.Regularizer, list[list[int]]]:
-    """On the rows of each batch that belong to this process; when limits were applied."""
+    """Trains on the rows that belong to this process; returns when limits were applied."""
     optimizer = torch.optim.AdamW(model.parameters(), 2e-2)
     reg = wc.Regularizer(model, limit, block_size=4, **options)
     reg.attach(optimizer)
@@ -316,7 +316,7 @@ def train(
         model(x).square().mean().backward()
         optimizer.step()
         times.append([state.record.applications for state in reg._states])
-    if isinstance(limit, wc.ConditionLimit):  # all are found to have moved again
+    if isinstance(limit, wc.ConditionLimit):  # all have moved again
         assert min(times[-1]) >= 2
     return reg, times
 
@@ -339,7 +339,7 @@ def sharded_models(world: int) -> None:
     for limit in (wc.ConditionLimit(2.0), wc.SingularValueLimit(lower=0.5, upper=1.1)):
         single = net()
         alone = train(single, limit)
-        # The second way: replicas of shards.
+        # The second case: replicas of shards.
         for where in [None] if world == 2 else [mesh(2, 2)]:
             model = net()
             for layer in (model[0], model[2]):  # the last one belongs to the root
@@ -391,7 +391,7 @@ def replicas() -> None:
                 same_everywhere(tensor.detach())
 
 
-def test_replicas_apply_limits_alike_and_stay_identical(tmp_path: Path) -> None:
+def test_replicas_under_limits_remain_identical(tmp_path: Path) -> None:
     run(2, tmp_path, replicas)
 
 
@@ -401,7 +401,7 @@ class Exhausted(wc.Limit):
 
 
 def replicas_of_groups() -> None:
-    """Grouped convolutions, each one map, and a rule for which memory lacks on one process."""
+    """Grouped convolutions, each one map, and a rule that runs out of memory on one process."""
     torch.manual_seed(0)
     convolutions = [torch.nn.Conv2d(8, 8, 3, groups=4, bias=False) for _ in range(2)]
     model = torch.nn.Sequential(*convolutions, torch.nn.Linear(6, 5), torch.nn.Linear(6, 5))
@@ -425,7 +425,7 @@ def test_replicas_limit_grouped_convolutions_and_fail_together(tmp_path: Path) -
 
 
 def failing_replica() -> None:
-    """The others do not wait for the one that cannot go on, and all stay identical."""
+    """The others do not wait for the failing process, and all remain identical."""
     model = net().bfloat16()
     rules = {"0.*": wc.ConditionLimit(1.0005), "2.*": wc.ConditionLimit(2.0), "*": None}
     reg = wc.Regularizer(model, rules, process_group=dist.group.WORLD)
@@ -440,5 +440,5 @@ def failing_replica() -> None:
     assert float(wc.condition_number(model[2].weight)) <= 2.0
 
 
-def test_a_replica_that_fails_stops_all_of_them(tmp_path: Path) -> None:
+def test_failing_replica_stops_all(tmp_path: Path) -> None:
     run(2, tmp_path, failing_replica)

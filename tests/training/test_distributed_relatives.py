@@ -1,4 +1,4 @@
-"""The relatives of r on sharded weights and on replicas are those of one process."""
+"""The relatives of r on sharded weights and on replicas equal those of one process."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ PENALTIES = [
     wc.SpectralNormPenalty(0.3, 0.5),
 ]
 RULES = [*PENALTIES, wc.IsometryStep()]
-# Tall, wide, square, uneven, and such as leave a process nothing.
+# Tall, wide, square, uneven, and shapes with an empty shard.
 SHAPES = [(9, 5), (5, 9), (7, 7), (2, 3), (1, 6)]
 
 
@@ -84,7 +84,7 @@ def layouts(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_sharded_weight_is_treated_as_a_whole_one(world: int, tmp_path: Path) -> None:
+def test_sharded_weight_equals_unsharded(world: int, tmp_path: Path) -> None:
     run(world, tmp_path, layouts, world)
 
 
@@ -98,7 +98,7 @@ def views() -> None:
     checked = 0
     for name, case in OPERATORS.items():
         parameters = case.parameters()
-        if len(parameters) > 1 or "channels last" in name:  # shards are laid out anew
+        if len(parameters) > 1 or "channels last" in name:  # distribute the shards again
             continue
         S = case.operator(parameters)
         form = Rescaled(torch.full(S.shape[:-2], 0.5, dtype=torch.float64), S.gram())
@@ -109,7 +109,7 @@ def views() -> None:
             part = distribute_tensor(one.clone(), mesh(2), [placement])
             part_into = torch.zeros_like(part)
             ours, theirs = operator_of(part, S.view), operator_of(one, S.view)
-            # Of a square matrix each takes the side that suits it.
+            # For a square matrix each takes the side that suits it.
             own = Rescaled(form.c, ours.gram())
             ours.pullback_(Gradient(own), [part_into])
             theirs.pullback_(Gradient(form), [into])
@@ -132,12 +132,12 @@ def views() -> None:
 
 
 @pytest.mark.slow
-def test_views_and_experts_in_parts_are_treated_as_whole_ones(tmp_path: Path) -> None:
+def test_sharded_views_and_experts_equal_unsharded(tmp_path: Path) -> None:
     run(2, tmp_path, views)
 
 
 def nothing_large() -> None:
-    """Where the long side is in parts Gram matrices are summed, and nothing else."""
+    """If the long side is sharded, only Gram matrices are summed."""
     reduce, full_tensor, redistribute = dist.all_reduce, DTensor.full_tensor, DTensor.redistribute
     sent: list[int] = []
 
@@ -166,7 +166,7 @@ def nothing_large() -> None:
 
 
 def nothing_of_experts() -> None:
-    """Isometry steps of experts are taken where they are."""
+    """Isometry steps of experts are local to their process."""
     S = matrix(3, 6, 4)
     many = Experts(distribute_tensor(S, mesh(2), [Shard(0)]))
     reg = wc.Regularizer(many, {"experts": wc.IsometryStep(scale=1.0)})
@@ -185,11 +185,11 @@ def nothing_of_experts() -> None:
 
 
 @pytest.mark.slow
-def test_of_experts_nothing_is_sent(tmp_path: Path) -> None:
+def test_experts_send_nothing(tmp_path: Path) -> None:
     run(2, tmp_path, nothing_of_experts)
 
 
-def test_of_a_weight_in_parts_only_gram_matrices_are_sent(tmp_path: Path) -> None:
+def test_sharded_weight_sends_only_gram_matrices(tmp_path: Path) -> None:
     run(2, tmp_path, nothing_large)
 
 
@@ -257,5 +257,5 @@ def replicas() -> None:
                     torch.testing.assert_close(states[name]["scale"], fields["scale"])
 
 
-def test_replicas_stay_identical(tmp_path: Path) -> None:
+def test_replicas_remain_identical(tmp_path: Path) -> None:
     run(2, tmp_path, replicas)

@@ -1,4 +1,4 @@
-"""Watched limits over processes: what is sharded or replicated is trained as the whole would be."""
+"""Watched limits over processes: sharded and replicated weights train as on one process."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 
 class Weights(nn.Module):
-    """Weights that are followed, tall, wide, square and of experts, and a small one."""
+    """Watched weights: tall, wide, square, experts, and a small one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def excess(S: Tensor, limit: Any) -> float:
 
 
 def is_the_same(tensor: Tensor) -> bool:
-    """Whether it is on all processes."""
+    """Whether it is the same on all processes."""
     tensor = tensor.contiguous()
     first = tensor.clone()
     dist.broadcast(first, 0)
@@ -75,14 +75,14 @@ class Training:
     def check(self, single: "Training", late: bool = False) -> None:
         held = 1.01 if self.limit is UPPER else 1.05
         for name, ours in self.model.named_parameters():
-            # Of a square weight in columns the blocks are of the other side.
+            # For a square weight sharded by columns, the blocks are on the other side.
             near = 1e-3 if name == "square" else 1e-7
             theirs = single.model.get_parameter(name).detach()
             torch.testing.assert_close(whole(ours), theirs, rtol=near, atol=near)
             assert late or excess(ours, self.limit) <= held
         for ours, theirs in zip(self.reg._states, single.reg._states, strict=True):
             one, other = ours.record.to_tensor(), theirs.record.to_tensor()
-            # Counts, and estimates, which of a square weight may be of its other side.
+            # Counts and estimates; those of a square weight can be of its other side.
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
             assert is_the_same(one)
 
@@ -90,7 +90,7 @@ class Training:
 def placed(placements: list[Any], where: Any) -> Weights:
     model = Weights()
     for name, parameter in list(model.named_parameters()):
-        # Experts are in parts by experts, so that one process may have none of them.
+        # Experts are sharded by expert, so one process can have none of them.
         model.register_parameter(
             name, nn.Parameter(distribute_tensor(parameter.detach(), where, placements))
         )
@@ -119,7 +119,7 @@ def sharded(world: int) -> None:
 
 
 def replicas() -> None:
-    """Only the owner of a weight looks at it."""
+    """Only the owner of a weight checks it."""
     for limit in (KAPPA, UPPER, BOTH):
         for late in (False, True) if limit is KAPPA else (False,):
             deferred.LATE = late
@@ -137,7 +137,7 @@ def replicas() -> None:
 
 
 def not_finite() -> None:
-    """A weight is lost where one process holds it: all of them say so, and none waits."""
+    """A weight is not finite on one process: all processes raise, and none waits."""
     trainings = [
         Training(placed([Shard(0)], mesh(2)), KAPPA),
         Training(placed([Shard(1)], mesh(2)), UPPER),
@@ -159,7 +159,7 @@ def not_finite() -> None:
         for state in training.reg._states:
             state.record.interval = 1
         for number in (23, 24):
-            with pytest.raises(ValueError, match=r'"experts".* "square" hold NaN'):
+            with pytest.raises(ValueError, match=r'"experts".* "square" contain NaN'):
                 training.step(number)
         with torch.no_grad():
             for parameter, values in zip(training.model.parameters(), good, strict=True):
@@ -172,7 +172,7 @@ def not_finite() -> None:
 
 
 def one_expert() -> None:
-    """One of several is far outside, and only one process holds it."""
+    """One of several exceeds its limit by far, and only one process has it."""
     for limit in (KAPPA, UPPER):
         many, single = Training(placed([Shard(0)], mesh(2)), limit), Training(Weights(), limit)
         for number in range(22):
@@ -195,11 +195,11 @@ def one_expert() -> None:
 
 
 @pytest.mark.parametrize("worker", [replicas, not_finite, one_expert])
-def test_processes_watch_alike(worker: Callable[[], None], tmp_path: Path) -> None:
+def test_processes_watch_identically(worker: Callable[[], None], tmp_path: Path) -> None:
     run(2, tmp_path, worker)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_shards_are_watched_as_the_whole(world: int, tmp_path: Path) -> None:
-    """By rows, by columns; of four processes as replicas of shards, in blocks, and replicated."""
+def test_watching_shards_equals_unsharded(world: int, tmp_path: Path) -> None:
+    """Sharded by rows and columns; on four processes also by blocks, with replicas of shards."""
     run(world, tmp_path, sharded, world)

@@ -1,4 +1,4 @@
-"""`enforce`: all hard limits of a model once, frozen weights included, as of averaged copies."""
+"""`enforce`: applies all hard limits of a model once, also to frozen weights such as averages."""
 
 import copy
 import importlib.util
@@ -26,7 +26,7 @@ def kappa(layer: Any) -> float:
 
 
 class TheirEma(nn.Module):
-    """As EMA of ema-pytorch: the model and its frozen average as two modules of one."""
+    """Like EMA of ema-pytorch: a module with the model and its frozen average."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class TheirEma(nn.Module):
 
 
 class ModelEma(nn.Module):
-    """As ModelEmaV3 of timm."""
+    """Like ModelEmaV3 of timm."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ModelEma(nn.Module):
             parameter.requires_grad_(False)
 
 
-def test_an_average_that_is_frozen_obeys_and_stays_frozen() -> None:
+def test_enforce_on_frozen_average_keeps_it_frozen() -> None:
     model = net()
     ema = TheirEma(model)
     before, trained = copy.deepcopy(ema.state_dict()), model[0].weight.clone()
@@ -58,8 +58,8 @@ def test_an_average_that_is_frozen_obeys_and_stays_frozen() -> None:
             assert torch.equal(value, before[name]), name
 
 
-def test_handed_whole_both_halves_obey() -> None:
-    """A Regularizer takes the half that is trained, and leaves the average."""
+def test_enforce_on_ema_wrapper_limits_model_and_average() -> None:
+    """A Regularizer selects the trained model and skips the average."""
     ema = TheirEma(net())
     wc.Regularizer(ema, K).enforce()
     assert kappa(ema.online_model[0]) <= 2.0 < kappa(ema.ema_model[0])
@@ -83,7 +83,7 @@ def test_handed_whole_both_halves_obey() -> None:
         lambda model: nn.DataParallel(ModelEma(model)),
     ],
 )
-def test_every_kind_of_average_is_taken(average: Any) -> None:
+def test_enforce_accepts_every_kind_of_average(average: Any) -> None:
     model = average(net())
     wc.enforce(model, K)
     found = [kappa(layer) for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -91,7 +91,7 @@ def test_every_kind_of_average_is_taken(average: Any) -> None:
     assert max(found) <= 2.0
 
 
-def test_rules_are_those_of_a_regularizer() -> None:
+def test_enforce_accepts_patterns() -> None:
     model = net().requires_grad_(False)
     before = kappa(model[2])
     wc.enforce(model, {"2.*": None, "*": wc.SingularValueLimit(upper=0.5)})
@@ -99,34 +99,34 @@ def test_rules_are_those_of_a_regularizer() -> None:
     assert kappa(model[2]) == before
     weight = model[0].weight.clone()
     wc.enforce(model, {"0.*": wc.SingularValueLimit(upper=0.5)})
-    assert torch.equal(model[0].weight, weight)  # what obeys stays bit for bit
+    assert torch.equal(model[0].weight, weight)  # a weight within its limit does not change
     with pytest.raises(ValueError, match="matches no parameter"):
         wc.enforce(model, {"head.*": K})
-    with pytest.raises(ValueError, match="all are left out"):
+    with pytest.raises(ValueError, match="all are skipped"):
         wc.enforce(model, {"*": None})
 
 
 @pytest.mark.parametrize("rule", [wc.ConditionPenalty(0.1), wc.IsometryStep(), None, 10, "K"])
-def test_what_is_no_limit_is_refused_with_the_way_out(rule: Any) -> None:
+def test_enforce_rejects_penalties_with_a_remedy(rule: Any) -> None:
     for given in (rule, {"0.*": rule, "*": K}):
         if rule is None and given is not None:
-            continue  # in a mapping it leaves out
+            continue  # in a mapping it skips the weights
         with pytest.raises(TypeError, match=r"`rule` must be a hard limit.*ConditionLimit\(10\)"):
             wc.enforce(net(), given)
     with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module, got dict"):
         wc.enforce({}, K)  # type: ignore[arg-type]
 
 
-def test_pruned_weights_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_enforce_warns_of_pruned_weights(caplog: pytest.LogCaptureFixture) -> None:
     model = net()
     with torch.no_grad():
         model[0].weight *= torch.rand(12, 12) > 0.7
     with caplog.at_level(logging.WARNING, "wellcond"):
         wc.enforce(model, K)
-    assert 'Most entries of "0.weight" are exact zeros, as after pruning' in caplog.text
+    assert 'Most entries of "0.weight" were exact zeros, as after pruning' in caplog.text
 
 
-def test_ema_pytorch_itself() -> None:
+def test_enforce_on_ema_pytorch() -> None:
     ema_pytorch = pytest.importorskip("ema_pytorch", reason="ema_pytorch is not installed")
     ema = ema_pytorch.EMA(net())
     wc.enforce(ema.ema_model, K)
@@ -134,11 +134,11 @@ def test_ema_pytorch_itself() -> None:
 
 
 @pytest.mark.parametrize("name", ["ModelEmaV2", "ModelEmaV3"])
-def test_averages_of_timm_themselves(name: str) -> None:
+def test_enforce_on_timm_averages(name: str) -> None:
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         pytest.skip("timm is not installed")
-    # The file alone: the package needs torchvision.
+    # Only the file: the package needs torchvision.
     path = Path(spec.origin).parent / "utils" / "model_ema.py"
     loader = importlib.util.spec_from_file_location("model_ema", path)
     assert loader is not None

@@ -1,4 +1,4 @@
-"""Many weights at once: grouped by what they share, each as if it were alone."""
+"""Many weights at once: they are grouped, but each is treated independently."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ from wellcond.weights.discover import Source, Weight
 
 
 class Bound(wc.Penalty):
-    """1/2 (sigma_1 - target)_+^2, with a field besides the strength."""
+    """1/2 (sigma_1 - target)_+^2, with a field in addition to the strength."""
 
     def __init__(self, strength: float, target: float) -> None:
         super().__init__(strength)
@@ -67,7 +67,7 @@ def net(*sizes: int) -> nn.Sequential:
 
 
 def gradients(model: nn.Module, reg: wc.Regularizer) -> list[Tensor]:
-    """By backward of reg() and by add_gradients, which must be the same."""
+    """Gradients by backward of reg() and by add_gradients, which must be equal."""
     other = copy.deepcopy(reg)
     model.zero_grad()
     reg().backward()
@@ -79,8 +79,8 @@ def gradients(model: nn.Module, reg: wc.Regularizer) -> list[Tensor]:
     return grads
 
 
-def test_weights_are_grouped_by_equal_penalties_not_by_their_type() -> None:
-    """One target for all would give the second layer the gradient of the first."""
+def test_weights_are_grouped_by_equality_of_penalties() -> None:
+    """A common target would give the second layer the gradient of the first."""
     model = net(6, 6, 6, 6)
     targets = [0.1, 0.5, 0.1]
     reg = wc.Regularizer(
@@ -96,13 +96,13 @@ def test_weights_are_grouped_by_equal_penalties_not_by_their_type() -> None:
 
 
 @pytest.mark.parametrize("block_size", [2, 5])
-def test_the_rank_of_a_gradient_may_depend_on_the_block(block_size: int) -> None:
+def test_gradient_rank_depending_on_the_block(block_size: int) -> None:
     model = net(5, 5, 5)
     grads = gradients(model, wc.Regularizer(model, Ky(1.0), block_size=block_size))
     assert [int(torch.linalg.matrix_rank(grad)) for grad in grads] == [block_size, block_size]
 
 
-def test_a_gradient_may_be_dense() -> None:
+def test_dense_gradient() -> None:
     model = net(4, 4, 4, 3)
     for grad, layer in zip(gradients(model, wc.Regularizer(model, Ones(0.5))), model, strict=True):
         torch.testing.assert_close(grad, 0.5 * (layer.weight.detach() - 1))
@@ -111,7 +111,7 @@ def test_a_gradient_may_be_dense() -> None:
 @pytest.mark.parametrize(
     "own", [Bound(1.0, 0.1), Ky(0.3), Ones(0.5)], ids=lambda p: type(p).__name__
 )
-def test_penalties_of_ones_own_compile_without_declaring_anything(own: wc.Penalty) -> None:
+def test_user_penalties_compile(own: wc.Penalty) -> None:
     model = net(4, 4, 4)
     eager = wc.Regularizer(model, own, block_size=3)
     reg = copy.deepcopy(eager)
@@ -122,7 +122,7 @@ def test_penalties_of_ones_own_compile_without_declaring_anything(own: wc.Penalt
         torch.testing.assert_close(other.grad, one.grad)
 
 
-def test_one_eigenproblem_a_group_gives_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_eigenproblem_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda A: calls.append(A.shape) or real(A))
@@ -132,8 +132,8 @@ def test_one_eigenproblem_a_group_gives_value_and_gradient(monkeypatch: pytest.M
     assert sorted(map(tuple, calls)) == [(2, 3, 3), (3, 3)]
 
 
-def test_a_weight_that_rested_for_a_while_goes_on_in_step_with_its_group() -> None:
-    """Frozen for an odd number of steps it waits on the other side, and is brought over."""
+def test_unfrozen_weight_rejoins_its_group() -> None:
+    """After an odd number of frozen steps its block is on the other side, and is moved."""
     model = net(9, 9, 9, 9)
     reg = wc.Regularizer(model, wc.ConditionPenalty(1.0), block_size=4)
     for frozen in (True, False):
@@ -155,7 +155,7 @@ def test_a_weight_that_rested_for_a_while_goes_on_in_step_with_its_group() -> No
 
 @dataclass(frozen=True)
 class Factored(Weight):
-    """B A, as an adapter of two parameters has it."""
+    """B A, like an adapter of two parameters."""
 
     def operator(self, parameters: Sequence[Tensor], seed: int = 0) -> WeightOperator:
         return ProductMatrix(*(one.detach() for one in parameters))
@@ -172,7 +172,7 @@ class Adapter(nn.Module):
         return Factored(name, (name,), (Source(self, "B"), Source(self, "A")))
 
 
-def test_a_weight_may_rest_on_several_parameters_which_get_their_gradients() -> None:
+def test_weight_of_several_parameters_gets_gradients() -> None:
     first, second = Adapter(), Adapter()
     states = [
         WeightState(one.weight(name), wc.ConditionPenalty(0.7), block_size=3)
@@ -192,7 +192,7 @@ def test_a_weight_may_rest_on_several_parameters_which_get_their_gradients() -> 
         torch.testing.assert_close(one.A.grad, expected[1], rtol=1e-5, atol=1e-7)
 
 
-def test_a_parameter_that_is_frozen_gets_no_gradient_from_a_weight_that_is_not() -> None:
+def test_frozen_parameter_of_trained_weight_gets_no_gradient() -> None:
     one = Adapter()
     one.A.requires_grad_(False)
     state = WeightState(one.weight(), wc.ConditionPenalty(1.0), block_size=3)
@@ -202,7 +202,7 @@ def test_a_parameter_that_is_frozen_gets_no_gradient_from_a_weight_that_is_not()
     assert one.B.grad.any()
 
 
-# --- what is read later ---------------------------------------------------------------------------
+# --- deferred reads -------------------------------------------------------------------------------
 
 
 class Elsewhere:
@@ -234,7 +234,7 @@ class Event:
 def test_no_flag_is_lost_when_the_host_runs_ahead_of_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three checks are under way before the first is there; the second is the bad one."""
+    """Three checks are pending before the first arrives; the second one fails."""
     monkeypatch.setattr(torch, "Event", Event)
     Event.made = []
     checks, refused = DeferredChecks(), []
@@ -252,7 +252,7 @@ def test_no_flag_is_lost_when_the_host_runs_ahead_of_a_device(
 
 
 @pytest.mark.parametrize("lr", [-0.1, math.nan, math.inf])
-def test_a_learning_rate_that_is_a_tensor_is_checked_as_a_number_is(lr: float) -> None:
+def test_tensor_learning_rate_is_checked(lr: float) -> None:
     layer = net(4, 4)
     before = layer[0].weight.clone()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
@@ -263,8 +263,8 @@ def test_a_learning_rate_that_is_a_tensor_is_checked_as_a_number_is(lr: float) -
         reg.proximal_step(torch.tensor([0.1, 0.2]))
 
 
-def test_on_a_device_a_learning_rate_is_checked_without_waiting() -> None:
-    """It counts as 0 until the flag is there, which is then raised."""
+def test_device_learning_rate_is_checked_without_waiting() -> None:
+    """It counts as 0 until the flag arrives, and then raises."""
     layer = net(4, 4)
     engine = wc.Regularizer(layer, wc.ConditionPenalty(1.0))._engine
     seen: list[Any] = []
@@ -283,11 +283,11 @@ def test_on_a_device_a_learning_rate_is_checked_without_waiting() -> None:
                 refuse(flags.tolist())
 
 
-# --- strange kernels ------------------------------------------------------------------------------
+# --- unusual kernels ------------------------------------------------------------------------------
 
 
 def with_gaps(groups: int = 1) -> nn.Conv2d:
-    """A convolution whose kernel is a part of a larger one, which no view can flatten."""
+    """A convolution whose kernel is a slice of a larger one, which no view can flatten."""
     torch.manual_seed(1)
     conv = nn.Conv2d(4 * groups, 8, 3, groups=groups, bias=False)
     conv.weight = nn.Parameter(torch.randn(8, 4, 5, 5)[:, :, :3, :3])
@@ -305,7 +305,7 @@ def plain(conv: nn.Conv2d) -> nn.Conv2d:
 @pytest.mark.parametrize(
     "penalty", [wc.ConditionPenalty(0.5), wc.TikhonovPenalty(0.5), wc.ConditionLimit(1.5)], ids=str
 )
-def test_penalties_and_limits_reach_a_kernel_that_has_gaps(penalty: Any, groups: int) -> None:
+def test_rules_on_a_noncontiguous_kernel(penalty: Any, groups: int) -> None:
     gaps = with_gaps(groups)
     whole = plain(gaps)
     before = gaps.weight.detach().clone()
@@ -323,7 +323,7 @@ def test_penalties_and_limits_reach_a_kernel_that_has_gaps(penalty: Any, groups:
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d])
-def test_the_groups_of_a_convolution_are_matrices_of_their_own(kind: type[nn.Module]) -> None:
+def test_convolution_groups_are_separate_matrices(kind: type[nn.Module]) -> None:
     conv = kind(6, 12, 3, groups=3, bias=False).double()
     reg = wc.Regularizer(conv, wc.ConditionPenalty(1.0), block_size=8)
     assert reg.names == ["weight"]
@@ -336,22 +336,22 @@ def test_the_groups_of_a_convolution_are_matrices_of_their_own(kind: type[nn.Mod
     torch.testing.assert_close(float(one().detach()), float(penalty(kernels[1])), rtol=1e-6, atol=0)
 
 
-def test_a_depthwise_convolution_is_under_no_penalty_unless_asked_for_by_name() -> None:
+def test_depthwise_convolution_is_skipped_unless_named() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
     reg = wc.Regularizer(model, wc.ConditionPenalty(1.0))
     assert reg.names == ["1.weight"]
     assert reg.skipped["0.weight"] == wc.report.Skipped(wc.report.Reason.one_row, "4 groups")
-    # Its filters are the blocks of one map, on which a limit acts, and which an audit measures.
+    # Its filters are the blocks of one map. A limit acts on the map, and an audit measures it.
     assert wc.Regularizer(model, wc.ConditionLimit(5.0)).names == ["0.weight", "1.weight"]
     assert wc.Regularizer(model, {"0.weight": wc.TikhonovPenalty(1.0)}).names == ["0.weight"]
     with pytest.raises(ValueError, match="one row per group"):
         wc.Regularizer(model, {"0.*": wc.ConditionPenalty(1.0), "*": None})
 
 
-# --- what has no proximal step --------------------------------------------------------------------
+# --- penalties without a proximal step ------------------------------------------------------------
 
 
-def test_a_penalty_without_a_proximal_step_says_what_to_call_instead() -> None:
+def test_missing_proximal_step_error_names_alternatives() -> None:
     model = net(4, 4)
     reg = wc.Regularizer(model, Bound(1.0, 0.1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -361,7 +361,7 @@ def test_a_penalty_without_a_proximal_step_says_what_to_call_instead() -> None:
 
 
 class Careless(wc.Penalty):
-    """Forgets that weights come as a stack, or what it has to return."""
+    """Returns wrong shapes or types, or ignores that weights form a stack."""
 
     def __init__(self, returns: Any) -> None:
         super().__init__(1.0)
@@ -396,7 +396,7 @@ class Careless(wc.Penalty):
     ],
     ids=["a vector for a number", "a dense gradient of another shape", "a new weight", "nothing"],
 )
-def test_a_penalty_that_answers_in_wrong_shapes_is_told_so(
+def test_penalty_with_wrong_shapes_is_rejected(
     returns: Any, error: type[Exception], message: str
 ) -> None:
     reg = wc.Regularizer(net(4, 4, 4), Careless(returns))
@@ -405,14 +405,14 @@ def test_a_penalty_that_answers_in_wrong_shapes_is_told_so(
             call()
 
 
-# --- what a step promises -------------------------------------------------------------------------
+# --- guarantees of a step -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(26, 8), (8, 26), (12, 12)], ids=str)
-def test_a_block_as_wide_as_a_weight_never_raises_kappa_though_the_weight_is_replaced(
+def test_full_block_never_raises_kappa_after_replacement(
     shape: tuple[int, int],
 ) -> None:
-    """It spans all of the shorter side: every step is the exact one, whatever came before."""
+    """It spans the entire shorter side: every step is exact, whatever came before."""
     layer = nn.Linear(*shape, bias=False).double()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
     source = torch.Generator().manual_seed(0)
@@ -432,7 +432,7 @@ def test_a_block_as_wide_as_a_weight_never_raises_kappa_though_the_weight_is_rep
 
 
 @pytest.mark.parametrize("way", ["reg", "add_gradients", "proximal_step"])
-def test_a_schedule_that_fails_leaves_everything_as_it_was(way: str) -> None:
+def test_failing_schedule_changes_nothing(way: str) -> None:
     def schedule(step: int) -> float:
         raise OverflowError("on purpose")
 

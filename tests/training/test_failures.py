@@ -1,4 +1,4 @@
-"""One weight that cannot obey leaves no other undone, and one error names all that failed."""
+"""A weight that cannot satisfy its limit does not stop others, and one error names all failures."""
 
 import math
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def obeys(S: Tensor, limit: wc.Limit) -> bool:
 
 
 def still(optimizer_of: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer whose steps move nothing."""
+    """An optimizer whose steps change nothing."""
     for parameter in optimizer_of.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return torch.optim.SGD(optimizer_of.parameters(), 0.1)
@@ -58,10 +58,10 @@ def by_hand(model: nn.Module, limit: wc.Limit) -> None:
 
 
 def attached(model: nn.Module, limit: wc.Limit) -> None:
-    """At every step all that is due is done, and all errors are alike."""
+    """Every step applies all rules that are due, and raises the same error."""
     optimizer = still(model)
     wc.Regularizer(model, limit).attach(optimizer, every=1)
-    with pytest.raises(ValueError, match="holds NaN"):
+    with pytest.raises(ValueError, match="contains NaN"):
         optimizer.step()
     optimizer.step()
 
@@ -73,7 +73,7 @@ WAYS = [enforce, once, by_hand, attached]
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("limit", LIMITS, ids=repr)
-def test_one_that_is_not_finite_leaves_no_other_undone(
+def test_weight_that_is_not_finite_does_not_stop_other_limits(
     limit: wc.Limit, way: Callable[[nn.Module, wc.Limit], None], at: int, bad: float
 ) -> None:
     """The first, one of a batch of equal shapes, and the last."""
@@ -81,7 +81,7 @@ def test_one_that_is_not_finite_leaves_no_other_undone(
     with torch.no_grad():
         weights(model)[at][0, 1] = bad
     before = weights(model)[at].clone()
-    with pytest.raises(ValueError, match=rf'"{at}\.weight" holds NaN or infinity and was left'):
+    with pytest.raises(ValueError, match=rf'"{at}\.weight" contains NaN or infinity and was left'):
         way(model, limit)
     for i, S in enumerate(weights(model)):
         if i == at:
@@ -90,7 +90,7 @@ def test_one_that_is_not_finite_leaves_no_other_undone(
             assert obeys(S, limit)
 
 
-def test_all_that_failed_are_named_each_with_its_reason() -> None:
+def test_error_names_all_failures_with_reasons() -> None:
     model = net((64, 64), (16, 16), (64, 64), (8, 8), dtype=torch.bfloat16)
     with torch.no_grad():
         weights(model)[1][0, 0] = math.nan
@@ -101,14 +101,14 @@ def test_all_that_failed_are_named_each_with_its_reason() -> None:
     }
     before = [S.clone() for S in weights(model)]
     reg = wc.Regularizer(model, rules)
-    with pytest.raises(ValueError, match="holds NaN") as caught:
+    with pytest.raises(ValueError, match="contains NaN") as caught:
         reg.enforce()
     said = str(caught.value)
     assert (
         '"0.weight", "2.weight": no weight near it obeys ConditionLimit(max_condition=1.0005)'
         in (said)
     )
-    assert '"1.weight" holds NaN or infinity and was left as it is. Restore' in said
+    assert '"1.weight" contains NaN or infinity and was left unchanged. Restore' in said
     assert said.endswith("All other hard limits hold.")
     for i in range(3):
         torch.testing.assert_close(weights(model)[i], before[i], rtol=0, atol=0, equal_nan=True)
@@ -121,7 +121,7 @@ def test_all_that_failed_are_named_each_with_its_reason() -> None:
 
 
 class Failing(wc.Limit):
-    """A limit of a user that refuses some weights."""
+    """A user limit that raises for some weights."""
 
     def apply(self, S: Tensor) -> Tensor:
         assert torch.isfinite(S).all(), "it must not be asked of such a weight"
@@ -130,7 +130,7 @@ class Failing(wc.Limit):
         return torch.zeros_like(S)
 
 
-def test_limits_that_users_have_written_are_no_exception() -> None:
+def test_failing_user_limits_do_not_stop_others() -> None:
     model = net((16, 16), (12, 16), (4, 12))
     with torch.no_grad():
         weights(model)[2][0, 0] = math.nan
@@ -138,12 +138,12 @@ def test_limits_that_users_have_written_are_no_exception() -> None:
     with pytest.raises(ValueError, match=r"no \{such\} weight") as caught:
         reg.enforce()
     assert '"0.weight": no {such} weight' in str(caught.value)
-    assert '"2.weight" holds NaN' in str(caught.value)
+    assert '"2.weight" contains NaN' in str(caught.value)
     assert not weights(model)[1].any()
 
 
 class Answers(wc.Limit):
-    """A limit that answers wrongly for weights of 16 rows, and clears all others."""
+    """A limit that returns a wrong result for weights of 16 rows, and zeros all others."""
 
     def __init__(self, wrong: Callable[[Tensor], Any]) -> None:
         self.wrong = wrong
@@ -167,13 +167,13 @@ def raising(
 @pytest.mark.parametrize(
     "error", [torch.linalg.LinAlgError, RuntimeError, TypeError, ZeroDivisionError, KeyError]
 )
-def test_whatever_a_limit_of_a_user_raises_leaves_no_other_undone(
+def test_errors_of_user_limits_do_not_stop_others(
     error: type[Exception], way: Callable[[nn.Module, wc.Limit], None]
 ) -> None:
     model = net((12, 16), (16, 12), (4, 16))
     before, name = weights(model)[1].clone(), error.__name__.lstrip("_")
     with pytest.raises(ValueError, match=rf'"1\.weight": {name}: .?of no use'):
-        way(model, Answers(raising(error, Tensor.zero_)))  # it has written to S beforehand
+        way(model, Answers(raising(error, Tensor.zero_)))  # after it has written to S
     assert torch.equal(weights(model)[1], before)
     assert not weights(model)[0].any()
     assert not weights(model)[2].any()
@@ -194,7 +194,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS[:3])
 @pytest.mark.parametrize("words", WRONG)
-def test_what_a_limit_of_a_user_returns_must_fit_the_weight(
+def test_user_limit_must_return_matching_tensor(
     words: str, way: Callable[[nn.Module, wc.Limit], None]
 ) -> None:
     model = net((12, 16), (16, 12), (4, 16))
@@ -212,14 +212,14 @@ def test_what_a_limit_of_a_user_returns_must_fit_the_weight(
     assert not weights(model)[2].any()
 
 
-def test_a_limit_of_a_user_may_write_to_what_it_is_given() -> None:
+def test_user_limit_can_write_to_its_input() -> None:
     model = net((16, 12))
     wc.enforce(model, Answers(Tensor.zero_))
     assert not weights(model)[0].any()
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_that_there_is_no_memory_is_no_fault_of_a_weight(error: type[Exception]) -> None:
+def test_out_of_memory_is_raised_unchanged(error: type[Exception]) -> None:
     def apply(S: Tensor) -> Any:
         raise error("out of memory")
 
@@ -243,7 +243,7 @@ class Picky(wc.ConditionPenalty):
             raise torch.linalg.LinAlgError("of no use")
 
 
-def test_a_penalty_of_a_user_that_raises_leaves_no_step_undone() -> None:
+def test_errors_of_user_penalties_do_not_stop_other_steps() -> None:
     model = net((12, 16), (16, 12), (4, 16), (8, 4))
     before = [S.clone() for S in weights(model)]
     reg = wc.Regularizer(model, {"3.weight": wc.ConditionLimit(K), "*": Picky(1.0)})
@@ -255,7 +255,7 @@ def test_a_penalty_of_a_user_that_raises_leaves_no_step_undone() -> None:
     assert [state.step for state in reg._states] == [1, 0, 1, 1]
 
 
-def test_a_penalty_of_a_user_that_raises_leaves_all_gradients_as_they_were() -> None:
+def test_errors_of_user_penalties_leave_gradients_unchanged() -> None:
     model = net((12, 16), (16, 12), (4, 16))
     reg = wc.Regularizer(model, Picky(1.0))
     for call in (reg.add_gradients, reg):
@@ -265,7 +265,7 @@ def test_a_penalty_of_a_user_that_raises_leaves_all_gradients_as_they_were() -> 
     assert [state.step for state in reg._states] == [0, 0, 0]
 
 
-def test_experts_and_groups_of_a_bad_weight_are_done_one_by_one() -> None:
+def test_matrices_of_a_stack_fail_independently() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -278,15 +278,15 @@ def test_experts_and_groups_of_a_bad_weight_are_done_one_by_one() -> None:
         model.stack[1, 0, 0] = math.nan
         model.conv.weight[0, 0, 0, 0] = math.inf
     with pytest.raises(
-        ValueError, match=r'"conv\.weight", "stack" hold NaN or infinity and were left'
+        ValueError, match=r'"conv\.weight", "stack" contain NaN or infinity and were left'
     ):
         wc.enforce(model, {"stack": wc.ConditionLimit(K), "conv.*": wc.ConditionLimit(K)})
     assert obeys(model.stack[0].detach(), LIMITS[0])
     assert obeys(model.stack[2].detach(), LIMITS[0])
 
 
-def test_penalties_wait_and_limits_do_not() -> None:
-    """No penalty takes a step while a weight under one is not finite; limits hold all the same."""
+def test_nonfinite_weight_stops_penalties_not_limits() -> None:
+    """No penalty takes a step while a weight under one is not finite, but limits hold."""
     model = net((8, 8), (8, 8), (6, 8))
     rules = {
         "0.*": wc.ConditionPenalty(0.1),
@@ -300,7 +300,7 @@ def test_penalties_wait_and_limits_do_not() -> None:
         weights(model)[0][0, 0] = math.nan
     before = weights(model)[1].clone()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r'"0\.weight" holds NaN'):
+        with pytest.raises(ValueError, match=r'"0\.weight" contains NaN'):
             optimizer.step()
     assert torch.equal(weights(model)[1], before)
     assert obeys(weights(model)[2], LIMITS[0])
@@ -308,28 +308,28 @@ def test_penalties_wait_and_limits_do_not() -> None:
     assert pending == {"0.weight": 2, "1.weight": 2, "2.weight": 0}
     with torch.no_grad():
         weights(model)[0].copy_(torch.eye(8))
-        weights(model)[2][0, 0] = math.nan  # and the other way round penalties do not wait
-    with pytest.raises(ValueError, match=r'"2\.weight" holds NaN'):
+        weights(model)[2][0, 0] = math.nan  # conversely, penalties do not wait
+    with pytest.raises(ValueError, match=r'"2\.weight" contains NaN'):
         optimizer.step()
     assert not torch.equal(weights(model)[1], before)
 
 
-def test_isometry_steps_are_taken_by_all_others() -> None:
+def test_isometry_steps_of_other_weights_are_taken() -> None:
     model = net((8, 8), (8, 8), (6, 8))
     with torch.no_grad():
         weights(model)[0][0, 0] = math.nan
     before = [S.clone() for S in weights(model)]
     reg = wc.Regularizer(model, wc.IsometryStep(theta=1.0, scale=1.0))
     for _ in range(30):
-        with pytest.raises(ValueError, match=r'"0\.weight" holds NaN'):
+        with pytest.raises(ValueError, match=r'"0\.weight" contains NaN'):
             reg.proximal_step(0.0)
     torch.testing.assert_close(weights(model)[0], before[0], rtol=0, atol=0, equal_nan=True)
     for S in weights(model)[1:]:
         assert float(wc.condition_number(S)) < 1.01
 
 
-def test_a_weight_that_fails_does_not_keep_other_shapes_waiting() -> None:
-    """By their pace one shape is served a step: one that stays due must not take all turns."""
+def test_failing_weight_does_not_block_other_shapes() -> None:
+    """One shape per step is projected: a weight that remains due must not block the others."""
     model = net((16, 16), (12, 16), (12, 12))
     with torch.no_grad():
         weights(model)[0][0, 0] = math.nan
@@ -341,7 +341,7 @@ def test_a_weight_that_fails_does_not_keep_other_shapes_waiting() -> None:
         try:
             optimizer.step()
         except ValueError as error:
-            raised += '"0.weight" holds NaN' in str(error)
+            raised += '"0.weight" contains NaN' in str(error)
     assert raised >= 5
     assert obeys(weights(model)[1], LIMITS[0])
     assert obeys(weights(model)[2], LIMITS[0])
@@ -351,7 +351,7 @@ def test_a_weight_that_fails_does_not_keep_other_shapes_waiting() -> None:
     assert obeys(weights(model)[0], LIMITS[0])
 
 
-def test_an_infinite_condition_number_is_called_infinite() -> None:
+def test_error_states_infinite_condition_number() -> None:
     layer = net((6, 4))
     with torch.no_grad():
         layer[0].weight[:, 0] = 0.0

@@ -1,4 +1,4 @@
-"""Logs and monitors: what is sent where, at what cost, and that nothing else changes."""
+"""Logs and monitors: logged values, targets, cost, and no side effects."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def truth(model: nn.Sequential, index: int) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("make", [wc.Regularizer, wc.Monitor])
-def test_aggregates_and_the_worst_five_are_those_of_the_weights(make: Any) -> None:
+def test_log_aggregates_and_five_worst(make: Any) -> None:
     model = net()
     what = make(model, wc.ConditionPenalty(0.1)) if make is wc.Regularizer else make(model)
     if make is wc.Regularizer:
@@ -50,7 +50,7 @@ def test_aggregates_and_the_worst_five_are_those_of_the_weights(make: Any) -> No
     assert sum("/weights/" in name for name in every) == 3 * 8
 
 
-def test_a_monitor_measures_condition_numbers_on_request() -> None:
+def test_monitor_measures_condition_numbers() -> None:
     model = net()
     monitor = wc.Monitor(model, ["3.*", "5.weight"], condition_numbers=True)
     assert monitor.names == ["3.weight", "5.weight"]
@@ -63,7 +63,7 @@ def test_a_monitor_measures_condition_numbers_on_request() -> None:
     assert values["wellcond/worst/5.weight/condition_number"] > 60
 
 
-def test_a_monitor_changes_nothing_and_sharpens() -> None:
+def test_monitor_changes_nothing_and_estimates_improve() -> None:
     model = net().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -79,7 +79,7 @@ def test_a_monitor_changes_nothing_and_sharpens() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_reports_come_at_the_interval_alone_and_default_to_the_own_count() -> None:
+def test_log_interval_and_default_step() -> None:
     model = net(2)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
@@ -95,7 +95,7 @@ def test_reports_come_at_the_interval_alone_and_default_to_the_own_count() -> No
 
 def test_one_copy_to_the_host_per_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = wc.Monitor(net())
-    # On the CPU alone it is looked whether a sum of squares has overflowed: there is no copy.
+    # Only on the CPU the overflow of a sum of squares is checked: there is no copy.
     monkeypatch.setattr("wellcond.operators.norms._is_clear", lambda squares: True)
     copies = []
     for name in ("tolist", "item", "numpy", "__float__", "__bool__", "__int__"):
@@ -110,7 +110,7 @@ def test_one_copy_to_the_host_per_report(monkeypatch: pytest.MonkeyPatch) -> Non
     assert copies == ["tolist"]
 
 
-def test_what_cannot_be_measured_is_counted_and_does_not_hide_the_rest() -> None:
+def test_unmeasurable_weights_are_counted() -> None:
     model = net(3)
     with torch.no_grad():
         model[0].weight.zero_()
@@ -136,12 +136,12 @@ class LightningLogger(Recorder):
 
 
 @pytest.mark.parametrize("target", [Wandb(), LightningLogger()])
-def test_anything_with_a_method_for_logs_is_taken(target: Any) -> None:
+def test_log_accepts_all_targets(target: Any) -> None:
     values = wc.Monitor(net(2)).log(target, 300)
     assert target.calls == [(name, 300) for name in values]
 
 
-def test_tensorboard_gets_scalars(tmp_path: Path) -> None:
+def test_tensorboard_scalars(tmp_path: Path) -> None:
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is missing")
     writer = tensorboard.SummaryWriter(str(tmp_path))
     wc.Monitor(net(2)).log(writer, 100)
@@ -154,7 +154,7 @@ def test_tensorboard_gets_scalars(tmp_path: Path) -> None:
     assert events.Scalars("wellcond/sigma_max/largest")[0].step == 100
 
 
-def test_what_cannot_log_is_refused_with_the_methods_it_should_have() -> None:
+def test_log_rejects_other_targets() -> None:
     with pytest.raises(TypeError, match="add_scalar, log_metrics, log_dict or log"):
         wc.Monitor(net(2)).log(3, 0)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):

@@ -1,4 +1,4 @@
-"""A step of training under a penalty reads no number back from the device; see `readback.py`."""
+"""A training step under a penalty reads no number from the device; see `readback.py`."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,7 +52,9 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("method", "penalty"), [*cases()])
-def test_a_step_reads_no_number(method: Callable[..., Backward], penalty: wc.Penalty) -> None:
+def test_step_reads_no_number_from_the_device(
+    method: Callable[..., Backward], penalty: wc.Penalty
+) -> None:
     with accelerator() as device:
         model = nn.Sequential(
             nn.Linear(8, 16, device=device), nn.Tanh(), nn.Linear(16, 4, device=device)
@@ -63,7 +65,7 @@ def test_a_step_reads_no_number(method: Callable[..., Backward], penalty: wc.Pen
             optimizer.zero_grad()
             backward(model(torch.zeros(5, 8, device=device)).square().mean())
             optimizer.step()
-    if method is attached:  # the initial values, then each step of the optimizer and some of ours
+    if method is attached:  # initialised, each step of the optimizer, some proximal steps
         assert model[0].weight._version > 1 + STEPS
 
 
@@ -83,10 +85,10 @@ READS: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_a_read_is_noticed(read: Callable[[Tensor], object]) -> None:
+def test_readback_is_detected(read: Callable[[Tensor], object]) -> None:
     with accelerator() as device:
         x = torch.zeros((), device=device)
         x.to("cpu", non_blocking=True)
-        # `tolist` finds no data before any operation of torch could tell.
+        # `tolist` finds no data before any operation of torch is recorded.
         with pytest.raises((ReadBackError, RuntimeError)):
             read(x)

@@ -1,7 +1,7 @@
-"""A Regularizer beside every optimizer that torch ships, gradient scalers, autocast, storage types.
+"""A Regularizer with every optimizer of torch, gradient scalers, autocast and storage types.
 
-The optimizers are found by introspection: one that a later torch adds fails here until it is given
-a learning rate. SparseAdam takes sparse gradients only and has tests of its own.
+Introspection finds the optimizers: one that a later torch adds fails here until it has a learning
+rate. SparseAdam takes only sparse gradients and has separate tests.
 """
 
 import inspect
@@ -68,14 +68,14 @@ DENSE = sorted(set(RATES) - {"SparseAdam"})
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Square weights: a block of full width then holds every triplet exactly, from any side."""
+    """Square weights: a block of full width contains every triplet exactly, on any side."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         return nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).to(dtype)
 
 
 def wide() -> nn.Sequential:
-    """Gaussian weights of 12 x 40: no tiny singular value, which r would hardly see."""
+    """Gaussian weights of 12 x 40, without tiny singular values, which hardly affect r."""
     with torch.random.fork_rng():
         torch.manual_seed(6)
         return nn.Sequential(nn.Linear(40, 12), nn.Tanh(), nn.Linear(12, 40))
@@ -88,7 +88,7 @@ def batch(step: int, dtype: torch.dtype = torch.float32, width: int = 12) -> Ten
 def make(name: str, parameters: Any, lr: float | Tensor, **options: Any) -> Optimizer:
     groups = list(parameters)
     if groups and isinstance(groups[0], Tensor) and name == "Muon":
-        groups = [p for p in groups if p.ndim == 2]  # it takes no others
+        groups = [p for p in groups if p.ndim == 2]  # it accepts no others
     if name == "LBFGS":
         options["max_iter"] = 6  # enough, and quick
     return shipped()[name](groups, lr=lr, **options)  # type: ignore[call-arg]
@@ -101,7 +101,7 @@ def step_(
     before_step: Callable[[], None] | None = None,
     in_loss: Callable[[], Tensor] | None = None,
 ) -> None:
-    """One step of any optimizer: within a closure, where LBFGS and the others agree."""
+    """One step of any optimizer, within a closure, so that LBFGS and the others agree."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -128,7 +128,7 @@ def flattened(reg: wc.Regularizer) -> dict[str, Tensor]:
     return {f"{w}/{k}": v for w, state in reg.state_dict().items() for k, v in state.items()}
 
 
-def test_every_optimizer_of_torch_is_known_here() -> None:
+def test_all_torch_optimizers_are_listed() -> None:
     assert set(shipped()) == set(RATES)
 
 
@@ -137,7 +137,7 @@ def test_every_optimizer_of_torch_is_known_here() -> None:
 
 @pytest.mark.parametrize("kind", ["number", "tensor"])
 @every_implementation
-def test_attached_is_bitwise_a_step_by_hand_under_a_schedule(
+def test_attach_equals_proximal_step_under_a_schedule(
     name: str, options: dict[str, bool], kind: str
 ) -> None:
     """The sum of the learning rates that the optimizer itself had, every third step."""
@@ -171,7 +171,7 @@ def test_attached_is_bitwise_a_step_by_hand_under_a_schedule(
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_attached_follows_the_learning_rate_of_each_group(name: str) -> None:
+def test_attach_uses_the_learning_rate_of_each_group(name: str) -> None:
     if name == "LBFGS":
         pytest.skip("torch: LBFGS has one group of parameters")
     models = net(torch.float64), net(torch.float64)
@@ -180,7 +180,7 @@ def test_attached_follows_the_learning_rate_of_each_group(name: str) -> None:
         groups = [{"params": [first]}, {"params": [second], "lr": 3 * RATES[name]}]
         optimizer = make(name, groups, RATES[name])
         schedule = ExponentialLR(optimizer, 0.9)
-        # By hand every weight needs a regulariser of its own.
+        # With proximal_step every weight needs a separate regulariser.
         patterns: list[dict[str, Any]] = [
             {f"{i}.weight": wc.ConditionPenalty(0.5), "*": None} for i in (0, 2)
         ]
@@ -201,7 +201,7 @@ def test_attached_follows_the_learning_rate_of_each_group(name: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_learning_rate_that_is_a_tensor_of_shape_one_counts_and_is_saved_as_a_number() -> None:
+def test_learning_rate_tensor_of_shape_one() -> None:
     """torch takes any tensor of one element; the state keeps its shapes."""
     try:
         step_(model := net(), torch.optim.SGD(model.parameters(), torch.tensor([0.25])), batch(0))
@@ -222,7 +222,7 @@ def test_a_learning_rate_that_is_a_tensor_of_shape_one_counts_and_is_saved_as_a_
     assert shapes[0] == shapes[1]
 
 
-def test_a_step_by_hand_takes_a_tensor_of_one_of_any_shape() -> None:
+def test_proximal_step_accepts_one_element_tensors() -> None:
     models = net(torch.float64), net(torch.float64)
     for model, lr in zip(models, (0.25, torch.tensor([0.25])), strict=True):
         wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4).proximal_step(lr)
@@ -230,7 +230,7 @@ def test_a_step_by_hand_takes_a_tensor_of_one_of_any_shape() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_attached_lowers_the_condition_number_also_where_the_optimizer_maximises() -> None:
+def test_attach_lowers_kappa_with_maximize() -> None:
     models = net(), net()
     for model, strength in zip(models, (0.0, 2.0), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), 0.05, maximize=True)
@@ -241,8 +241,8 @@ def test_attached_lowers_the_condition_number_also_where_the_optimizer_maximises
         assert wc.condition_number(regularised) < wc.condition_number(plain)
 
 
-def test_steps_while_a_weight_is_frozen_are_not_made_up_for_when_it_thaws() -> None:
-    """Frozen weights are left out: their optimizer steps leave nothing to be done later."""
+def test_steps_of_frozen_weights_do_not_count() -> None:
+    """Frozen weights are skipped: their optimizer steps leave nothing pending."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
@@ -260,7 +260,7 @@ def test_steps_while_a_weight_is_frozen_are_not_made_up_for_when_it_thaws() -> N
 
 
 @every_implementation
-def test_the_optimizer_sees_the_gradient_of_the_loss_and_that_of_the_penalty(
+def test_add_gradients_adds_to_the_gradient_of_the_loss(
     name: str, options: dict[str, bool]
 ) -> None:
     if name == "LBFGS":
@@ -291,7 +291,7 @@ def test_the_optimizer_sees_the_gradient_of_the_loss_and_that_of_the_penalty(
 
 @pytest.mark.parametrize("way", ["attach", "add_gradients"])
 @every_implementation
-def test_training_ends_at_a_lower_condition_number_than_without(
+def test_training_lowers_the_condition_number(
     name: str, options: dict[str, bool], way: str
 ) -> None:
     models = wide(), wide()
@@ -309,7 +309,7 @@ def test_training_ends_at_a_lower_condition_number_than_without(
         assert wc.condition_number(regularised_) < 0.9 * wc.condition_number(plain)
 
 
-def test_lbfgs_evaluates_the_closure_often_and_add_gradients_counts_every_time() -> None:
+def test_lbfgs_add_gradients_counts_every_evaluation() -> None:
     """So the step of a schedule counts evaluations, up to max_iter of them in one optimizer step;
     `attach` counts optimizer steps with LBFGS too."""
     model = net()
@@ -323,8 +323,8 @@ def test_lbfgs_evaluates_the_closure_often_and_add_gradients_counts_every_time()
     assert {int(state["step"]) for state in attached.state_dict().values()} == {1}
 
 
-def test_lbfgs_without_a_line_search_moves_alike_by_the_loss_and_by_the_gradients() -> None:
-    """It then looks at the loss only to stop; with a full block the penalty is a fixed function."""
+def test_lbfgs_without_line_search_loss_equals_gradients() -> None:
+    """LBFGS then uses the loss only to stop; with a full block the penalty is a fixed function."""
     models = net(torch.float64), net(torch.float64)
     for model, in_loss in zip(models, (True, False), strict=True):
         optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=4)
@@ -339,7 +339,7 @@ def test_lbfgs_without_a_line_search_moves_alike_by_the_loss_and_by_the_gradient
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
-def test_a_line_search_needs_the_penalty_in_the_loss() -> None:
+def test_line_search_needs_the_penalty_in_the_loss() -> None:
     """strong_wolfe compares losses along the gradient: with `reg()` both are of one function and
     the objective falls to a lower one than where only the gradients know of the penalty."""
     x, objectives = batch(0, torch.float64), []
@@ -376,7 +376,7 @@ class Words(nn.Module):
         return self.head(looked_up).square().mean()
 
 
-def test_attached_to_sparse_adam_is_bitwise_a_step_by_hand() -> None:
+def test_attach_to_sparse_adam_equals_proximal_step() -> None:
     models = Words(), Words()
     for model, attached in zip(models, (True, False), strict=True):
         optimizer = torch.optim.SparseAdam(model.words.parameters(), RATES["SparseAdam"])
@@ -396,7 +396,7 @@ def test_attached_to_sparse_adam_is_bitwise_a_step_by_hand() -> None:
     assert wc.condition_number(models[0].words.weight) < wc.condition_number(start)
 
 
-def test_adding_to_a_sparse_gradient_is_refused_by_name_and_nothing_is_half_done() -> None:
+def test_add_gradients_rejects_sparse_gradients() -> None:
     model = Words()
     reg = wc.Regularizer(
         model, {"words.weight": wc.ConditionPenalty(0.5), "*": wc.ConditionPenalty(0.5)}
@@ -422,8 +422,8 @@ SCALED = [
 
 
 @pytest.mark.parametrize(("name", "options"), SCALED)
-def test_steps_that_a_scaler_skips_leave_no_trace(name: str, options: dict[str, bool]) -> None:
-    """Fused optimizers are stepped even so, and leave the weights as they are by themselves."""
+def test_steps_skipped_by_a_scaler_do_not_count(name: str, options: dict[str, bool]) -> None:
+    """Fused optimizers are stepped anyway, and leave the weights unchanged themselves."""
     bad = {2: math.inf, 3: math.nan, 7: -math.inf}
     models, regs = (net(), net()), []
     for model, scaled in zip(models, (True, False), strict=True):
@@ -473,7 +473,7 @@ def test_gradients_added_after_unscaling_are_not_scaled(
         assert torch.equal(one, other)
 
 
-def test_a_skipped_step_keeps_the_weights_whatever_was_added_to_an_infinite_gradient() -> None:
+def test_skipped_step_after_add_gradients_keeps_weights() -> None:
     """The count is of calls: `add_gradients` comes before the scaler has decided."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -497,7 +497,7 @@ def test_a_skipped_step_keeps_the_weights_whatever_was_added_to_an_infinite_grad
 # --- autocast and storage types -------------------------------------------------------------------
 
 
-def test_a_loss_under_autocast_carries_a_penalty_in_full_precision() -> None:
+def test_penalty_under_autocast_has_full_precision() -> None:
     values, gradients = [], []
     for enabled in (True, False):
         model = net()
@@ -526,7 +526,7 @@ def test_a_loss_under_autocast_carries_a_penalty_in_full_precision() -> None:
     [torch.float64, torch.float32, torch.bfloat16, torch.float16],
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
-def test_value_and_gradients_agree_with_the_float64_twin(dtype: torch.dtype, power: int) -> None:
+def test_value_and_gradients_equal_float64_twin(dtype: torch.dtype, power: int) -> None:
     """Of the stored values. Arithmetic is in float32 or wider, so the gradient is off by one
     rounding to its storage type and by a few eps of the arithmetic times sigma_1."""
     model = net(torch.float64)

@@ -1,4 +1,4 @@
-"""What is probably not meant is said once, by name; what is meant passes in silence."""
+"""Likely mistakes are logged once with the names of the weights; correct use logs nothing."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) ->
         optimizer.step()
 
 
-def test_what_is_meant_passes_in_silence(said: Callable[[], list[str]]) -> None:
+def test_no_warning_when_used_correctly(said: Callable[[], list[str]]) -> None:
     model = net()
     optimizer = sgd(model)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
@@ -46,7 +46,7 @@ def test_what_is_meant_passes_in_silence(said: Callable[[], list[str]]) -> None:
     assert said() == []
 
 
-def test_a_weight_that_no_attached_optimizer_holds_is_named(
+def test_weight_outside_attached_optimizers_warns(
     said: Callable[[], list[str]],
 ) -> None:
     model = net()
@@ -55,7 +55,7 @@ def test_a_weight_that_no_attached_optimizer_holds_is_named(
     reg.attach(first, every=1)
     steps(model, first)
     (message,) = said()
-    assert '"2.weight" is regularised, but held by no optimizer' in message
+    assert '"2.weight" is regularised, but not in an attached optimizer' in message
     both = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.detach()
     both.attach(first, every=1)
@@ -64,7 +64,7 @@ def test_a_weight_that_no_attached_optimizer_holds_is_named(
     assert len(said()) == 1
 
 
-def test_a_replaced_layer_is_noticed(said: Callable[[], list[str]]) -> None:
+def test_replaced_layer_warns(said: Callable[[], list[str]]) -> None:
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     for _ in range(5):
@@ -74,39 +74,36 @@ def test_a_replaced_layer_is_noticed(said: Callable[[], list[str]]) -> None:
     for _ in range(20):
         reg.add_gradients()
     (message,) = said()
-    assert '"2.weight" is of a layer that is no longer in the model' in message
+    assert '"2.weight" is in a layer that is no longer part of the model' in message
 
 
 @pytest.mark.parametrize("call", ["reg()", "add_gradients()"])
-def test_a_penalty_that_is_applied_in_two_ways_is_named(
-    call: str, said: Callable[[], list[str]]
-) -> None:
+def test_penalty_applied_twice_warns(call: str, said: Callable[[], list[str]]) -> None:
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.attach(sgd(model))
     for _ in range(3):
         reg() if call == "reg()" else reg.add_gradients()
     (message,) = said()
-    assert f'"0.weight", "2.weight" is applied twice: attached to an optimizer, and by {call}' in (
-        message
-    )
+    expected = f"is applied twice: by the attachment to an optimizer and by {call}. Remove one"
+    assert f'"0.weight", "2.weight" {expected}' in message
 
 
-def test_two_regularisers_attached_to_one_weight_are_noticed(
+def test_two_regularisers_on_one_weight_warn(
     said: Callable[[], list[str]],
 ) -> None:
-    """As when a cell of a notebook is run again: the optimizer keeps the first alive."""
+    """As when a notebook cell is run again: the optimizer keeps the first one alive."""
     model = net()
     optimizer = sgd(model)
     for _ in range(2):
         reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(0.1), "*": None})
         reg.attach(optimizer)
     (message,) = said()
-    assert '"0.weight" is regularised by another Regularizer as well' in message
+    assert '"0.weight" is also regularised by another Regularizer' in message
     assert len(reg.attachments) == 1
 
 
-def test_a_weight_that_has_been_parametrized_since_is_refused_in_words() -> None:
+def test_weight_parametrized_later_is_rejected() -> None:
     layer = nn.Linear(4, 4)
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.1))
     nn.utils.parametrizations.spectral_norm(layer)
@@ -117,7 +114,7 @@ def test_a_weight_that_has_been_parametrized_since_is_refused_in_words() -> None
 # --- models without values, copies ----------------------------------------------------------------
 
 
-def test_a_regulariser_made_on_meta_follows_the_model_to_where_its_values_are() -> None:
+def test_regulariser_created_on_meta_follows_the_model() -> None:
     with torch.device("meta"):
         model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
@@ -136,7 +133,7 @@ def test_a_regulariser_made_on_meta_follows_the_model_to_where_its_values_are() 
     assert reg.measure() == expected.measure()
 
 
-def test_a_state_loaded_while_the_model_is_on_meta_is_not_lost() -> None:
+def test_state_loaded_on_meta_is_kept() -> None:
     trained = net()
     reg = wc.Regularizer(trained, wc.ConditionPenalty(0.5), block_size=4)
     for _ in range(3):
@@ -154,7 +151,7 @@ def test_a_state_loaded_while_the_model_is_on_meta_is_not_lost() -> None:
             assert torch.equal(resumed.state_dict()[name][key], value), key
 
 
-def test_an_attached_regulariser_can_be_pickled_and_the_copy_is_attached_to_nothing() -> None:
+def test_unpickled_regulariser_is_detached() -> None:
     model = net()
     optimizer = sgd(model)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
@@ -176,16 +173,16 @@ def test_an_attached_regulariser_can_be_pickled_and_the_copy_is_attached_to_noth
         copied.add_gradients()
 
 
-def test_a_model_of_complex_weights_alone_is_refused_with_the_reason() -> None:
+def test_complex_model_is_rejected_with_the_reason() -> None:
     model = nn.Linear(3, 3, dtype=torch.complex64)
-    with pytest.raises(ValueError, match=r"holds no matrix \(weight: not real floating point: com"):
+    with pytest.raises(ValueError, match=r"contains no matrix \(weight: not real floating point"):
         wc.Regularizer(model, wc.ConditionPenalty(0.1))
 
 
-# --- limits, now ----------------------------------------------------------------------------------
+# --- enforce --------------------------------------------------------------------------------------
 
 
-def test_enforcing_applies_limits_and_nothing_else() -> None:
+def test_enforce_applies_only_limits() -> None:
     model = net()
     reg = wc.Regularizer(model, {"0.*": wc.ConditionLimit(1.5), "*": wc.ConditionPenalty(1.0)})
     optimizer = sgd(model)
@@ -197,7 +194,7 @@ def test_enforcing_applies_limits_and_nothing_else() -> None:
     assert float(wc.condition_number(model[0].weight)) <= 1.5
     assert torch.equal(model[2].weight, before)
     after = reg.state_dict()
-    assert int(after["0.weight"]["pending_steps"]) == 0  # what was pending has been done
+    assert int(after["0.weight"]["pending_steps"]) == 0  # pending steps have been applied
     for key in set(after["0.weight"]) - {"pending_steps", "pending_lr", "pace"}:
         assert torch.equal(after["0.weight"][key], state["0.weight"][key])
     for key, value in after["2.weight"].items():
@@ -209,7 +206,7 @@ def test_enforcing_applies_limits_and_nothing_else() -> None:
     assert torch.equal(model[0].weight, weight)
 
 
-def test_a_frozen_weight_under_a_limit_is_left_alone_and_named(
+def test_enforce_skips_and_names_frozen_weights(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = net()
@@ -218,10 +215,10 @@ def test_a_frozen_weight_under_a_limit_is_left_alone_and_named(
     before = model[0].weight.clone()
     reg.enforce()
     assert torch.equal(model[0].weight, before)
-    assert "are under a hard limit, but frozen: left unchanged" in caplog.text
+    assert "are under a hard limit, but frozen, and so left unchanged" in caplog.text
 
 
-def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
+def test_log_warns_of_limits_that_are_not_applied(
     said: Callable[[], list[str]],
 ) -> None:
     def log(reg: wc.Regularizer) -> None:
@@ -229,20 +226,20 @@ def test_a_limit_that_nothing_applies_is_named_when_the_training_is_logged(
 
     model = net()
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
-    assert "attached to no optimizer: only enforce() applies the limits" in repr(reg)
-    reg.enforce()  # which alone may be what is meant
+    assert "not attached to an optimizer: only enforce() applies the limits" in repr(reg)
+    reg.enforce()  # which can be intended
     assert said() == []
     log(reg)
     log(reg)
     (message,) = said()
-    assert message.startswith('"0.weight", "2.weight" are under a hard limit that nothing applies')
+    assert message.startswith('"0.weight", "2.weight" are under a hard limit that is not applied')
     by_hand, attached, penalty = (
         wc.Regularizer(model, rule)
         for rule in (wc.ConditionLimit(2.0), wc.ConditionLimit(2.0), wc.ConditionPenalty(0.1))
     )
     by_hand.proximal_step(0.1)
     attached.attach(sgd(model))
-    assert "attached to no optimizer" not in repr(attached)
+    assert "not attached to an optimizer" not in repr(attached)
     attached.detach()  # as a callback does at the end
     for one in (by_hand, attached, penalty):
         log(one)

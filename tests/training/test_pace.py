@@ -1,6 +1,6 @@
-"""Hard limits that cannot be watched, under `every="auto"`, and those of one's own.
+"""Hard limits that cannot be watched, under `every="auto"`, and limits written by users.
 
-When they are due by the learning rates, what is remembered, what is shown of it.
+When they are due by the learning rates, their state, and its description.
 """
 
 import io
@@ -22,7 +22,7 @@ K = 3.0
 
 
 class Paced(wc.ConditionLimit):
-    """One under which no weight can be watched."""
+    """A limit under which no weight can be watched."""
 
     def watch(self, nu: int) -> str:
         return "a test forbids it"
@@ -31,7 +31,7 @@ class Paced(wc.ConditionLimit):
 @hypothesis.given(
     st.integers(1, 9), st.floats(0.0, 10.0), st.integers(1, 2000), st.floats(0.0, 20.0)
 )
-def test_a_pace_waits_for_its_budget_but_not_longer_than_a_thousand_steps(
+def test_pace_waits_for_its_budget_at_most_1000_steps(
     applications: int, budget: float, steps: int, rate: float
 ) -> None:
     pace = Pace(applications, budget)
@@ -44,11 +44,11 @@ def test_a_pace_waits_for_its_budget_but_not_longer_than_a_thousand_steps(
         assert pace.due(steps + 1, rate + 1)
     elif steps >= 10:
         assert rate < budget or rate == 0
-    assert Pace().due(steps, rate)  # how the weight was made is not known
+    assert Pace().due(steps, rate)  # how the weight was initialised is unknown
 
 
 @hypothesis.given(st.floats(1e-6, 1e3), st.floats(0.1, 1e6), st.floats(0.1, 1e6))
-def test_a_larger_excess_shortens_the_budget(rate: float, one: float, other: float) -> None:
+def test_larger_excess_shortens_the_budget(rate: float, one: float, other: float) -> None:
     low, high = sorted((one, other))
     longer, shorter = (Pace(excess=x).budget_after(rate) for x in (low, high))
     assert rate / 4 <= shorter <= longer <= 2 * rate
@@ -62,9 +62,7 @@ def test_a_larger_excess_shortens_the_budget(rate: float, one: float, other: flo
     st.floats(1.0, 1e9) | st.sampled_from([math.inf, math.nan]),
     st.booleans(),
 )
-def test_a_pace_comes_back_from_its_tensor_as_it_was(
-    excess: float, kappa: float, passed: bool
-) -> None:
+def test_pace_tensor_round_trip(excess: float, kappa: float, passed: bool) -> None:
     for pace in (Pace(7, 0.3, excess, kappa, 42, passed, 2**32 - 1), Pace()):
         again = Pace.from_tensor(pace.to_tensor())
         assert repr(again) == repr(pace)
@@ -97,7 +95,7 @@ RATES: dict[str, Callable[[int], float]] = {
 
 
 @pytest.mark.parametrize("schedule", RATES)
-def test_limits_hold_where_they_are_applied_and_shapes_take_turns(schedule: str) -> None:
+def test_limits_hold_when_applied_and_shapes_take_turns(schedule: str) -> None:
     model = net(6, 8, 8, 8, 4)
     optimizer = torch.optim.Adam(model.parameters(), 1.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, RATES[schedule])
@@ -121,7 +119,7 @@ def test_limits_hold_where_they_are_applied_and_shapes_take_turns(schedule: str)
         assert 7 < len(each) < 27
 
 
-def test_a_weight_that_obeys_is_decomposed_ever_more_seldom(
+def test_weight_within_its_limit_is_decomposed_less_often(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = net(6, 8)
@@ -133,7 +131,7 @@ def test_a_weight_that_obeys_is_decomposed_ever_more_seldom(
     before = model[0].weight.detach().clone()
     times = []
     for number in range(200):
-        if number == 1:  # by now it is known to obey: two Cholesky factorisations are enough
+        if number == 1:  # known to be within its limit: two Cholesky factorisations suffice
             monkeypatch.delattr(torch.linalg, "eigh")
             monkeypatch.delattr(torch.linalg, "svd")
         step(model, optimizer, number)
@@ -147,7 +145,7 @@ def test_a_weight_that_obeys_is_decomposed_ever_more_seldom(
     assert reg.measure()["0.weight"].excess is None
 
 
-def test_without_a_learning_rate_nothing_is_due_after_the_first_step() -> None:
+def test_zero_learning_rate_is_due_only_once() -> None:
     model = net(6, 8)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     reg = wc.Regularizer(model, Paced(K))
@@ -157,7 +155,7 @@ def test_without_a_learning_rate_nothing_is_due_after_the_first_step() -> None:
         assert bool(applied(reg)) == (number == 0)
 
 
-def test_a_learning_rate_may_be_a_tensor() -> None:
+def test_tensor_learning_rate() -> None:
     weights, times = [], []
     for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
         model = net(6, 8, 4)
@@ -196,7 +194,7 @@ def test_steps_that_a_scaler_skips_do_not_count() -> None:
     assert times[:4] == [1, 2, 4, 8]
 
 
-def test_a_frozen_weight_is_neither_counted_nor_touched() -> None:
+def test_frozen_weight_is_not_counted_or_changed() -> None:
     model = net(6, 8, 8)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, Paced(K))
@@ -216,12 +214,12 @@ def test_a_frozen_weight_is_neither_counted_nor_touched() -> None:
     assert float(wc.condition_number(model[0].weight)) <= K * 1.5
 
 
-def test_by_default_limits_have_a_pace_and_penalties_an_interval() -> None:
+def test_default_schedules_of_limits_and_penalties() -> None:
     model = net(6, 8, 4)
     rules = {"0.*": Rounded(), "1.*": wc.ConditionPenalty(0.1)}
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     reg = wc.Regularizer(model, rules)
-    with pytest.raises(ValueError, match=r'"auto".*only hard limits.*"1\.weight"'):
+    with pytest.raises(ValueError, match=r'"auto".*only for hard limits.*"1\.weight"'):
         reg.attach(optimizer, every="auto")
     with pytest.raises(ValueError, match="every"):
         reg.attach(optimizer, every="often")
@@ -263,7 +261,7 @@ def make(limit: wc.Limit) -> tuple[nn.Sequential, torch.optim.Optimizer, wc.Regu
     ],
 )
 @pytest.mark.parametrize("saved_at", [1, 17, 40])
-def test_a_training_resumes_within_an_interval_bit_for_bit(limit: wc.Limit, saved_at: int) -> None:
+def test_resume_within_an_interval_is_bitwise(limit: wc.Limit, saved_at: int) -> None:
     model, optimizer, reg = make(limit)
     whole: list[Any] = []
     for number in range(80):
@@ -293,7 +291,7 @@ def _stored(parts: Any) -> Any:
     return buffer
 
 
-def test_a_state_without_a_pace_begins_a_new_one() -> None:
+def test_state_without_pace_starts_a_new_one() -> None:
     model, optimizer, reg = make(Paced(K))
     for number in range(15):
         step(model, optimizer, number)
@@ -311,8 +309,8 @@ def test_a_state_without_a_pace_begins_a_new_one() -> None:
         reg.load_state_dict(old)
 
 
-def test_the_pace_of_another_limit_is_not_gone_on_with() -> None:
-    """What K = 1e6 let pass for long says nothing of K = 2."""
+def test_pace_of_another_limit_is_discarded() -> None:
+    """The pace of K = 1e6 says nothing about K = 2."""
     layer = nn.Linear(6, 6, bias=False)
     lax, strict = (wc.Regularizer(layer, Paced(K)) for K in (1e6, 2.0))
     optimizer = torch.optim.SGD(layer.parameters(), 0.01)
@@ -329,7 +327,7 @@ def test_the_pace_of_another_limit_is_not_gone_on_with() -> None:
     assert float(wc.condition_number(layer.weight)) <= 2
 
 
-def test_enforcing_in_between_does_not_pass_for_a_weight_that_stands_still() -> None:
+def test_enforce_does_not_affect_the_pace() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(6, 6, bias=False)
     reg = wc.Regularizer(layer, Paced(2.0))
@@ -345,7 +343,7 @@ def test_enforcing_in_between_does_not_pass_for_a_weight_that_stands_still() -> 
     assert reg.measure()["weight"].interval == 4
 
 
-def test_what_was_seen_is_shown() -> None:
+def test_excess_is_shown() -> None:
     model, optimizer, reg = make(Paced(K))
     assert "application" not in repr(reg)
     before: list[float] = []
@@ -380,7 +378,7 @@ def test_what_was_seen_is_shown() -> None:
     assert values["wellcond/limit/interval/median"] >= 10
 
 
-def test_measuring_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50))
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
@@ -414,7 +412,7 @@ class Rounded(wc.Limit):
         return (S * 8).round() / 8
 
 
-def test_a_limit_of_ones_own_has_a_pace_too() -> None:
+def test_user_limit_has_a_pace() -> None:
     model = net(6, 8)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
     limit = Rounded()
@@ -426,7 +424,7 @@ def test_a_limit_of_ones_own_has_a_pace_too() -> None:
         if applied(reg):
             times.append(number)
             assert torch.equal(model[0].weight * 8, (model[0].weight * 8).round())
-    # How far it moved says nothing: by the same sum of learning rates again.
+    # The movement is unknown: due again by the same sum of learning rates.
     assert times == [0, 1, 3, 7, 15, 25, 35]
     assert limit.calls == 7
     estimate = reg.measure()["0.weight"]

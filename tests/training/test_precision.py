@@ -1,4 +1,4 @@
-"""float32 means float32, wherever the process, the model or the default device are set to else."""
+"""float32 means float32, whatever the settings of the process, the model or the default device."""
 
 from collections.abc import Iterator
 
@@ -12,21 +12,21 @@ from wellcond.operators.rounding import full_precision
 
 @pytest.fixture
 def coarse_products() -> Iterator[None]:
-    """What trainers set to use TF32, and bfloat16 on a CPU that has it."""
+    """Settings with which trainers enable TF32, and bfloat16 on a CPU that has it."""
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision("highest")
 
 
 def precisions() -> list[object]:
-    """Each in a process without coarse products: what decides how float32 is multiplied."""
+    """The settings that determine the precision of float32 products, without coarse products."""
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     if all(hasattr(backend, "fp32_precision") for backend in backends):
         return [backend.fp32_precision for backend in backends]
     return [torch.get_float32_matmul_precision()]
 
 
-def test_products_are_full_inside_and_the_setting_is_given_back(coarse_products: None) -> None:
+def test_full_precision_is_set_and_restored(coarse_products: None) -> None:
     before = precisions()
     with full_precision("cpu"):
         inside = precisions()
@@ -36,13 +36,13 @@ def test_products_are_full_inside_and_the_setting_is_given_back(coarse_products:
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_the_setting_is_given_back_after_an_error(coarse_products: None) -> None:
+def test_precision_setting_is_restored_after_an_error(coarse_products: None) -> None:
     with pytest.raises(RuntimeError, match="here"), full_precision("cpu"):
         raise RuntimeError("here")
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_a_setting_of_one_backend_alone_is_found_and_given_back() -> None:
+def test_precision_setting_of_one_backend_is_restored() -> None:
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has one setting for all backends")
@@ -56,7 +56,7 @@ def test_a_setting_of_one_backend_alone_is_found_and_given_back() -> None:
 
 
 def run(model: nn.Module) -> dict[str, Tensor]:
-    """All that a regulariser computes for a model."""
+    """All results of a regulariser for a model."""
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=4)
     reg().backward()
     reg.add_gradients()
@@ -76,7 +76,7 @@ def layers() -> nn.Sequential:
     return model
 
 
-def test_what_is_computed_does_not_depend_on_the_precision_of_products() -> None:
+def test_results_do_not_depend_on_matmul_precision() -> None:
     expected = run(layers())
     model = layers()
     torch.set_float32_matmul_precision("medium")
@@ -89,8 +89,8 @@ def test_what_is_computed_does_not_depend_on_the_precision_of_products() -> None
         assert torch.equal(value, expected[name]), name
 
 
-def test_the_default_device_is_of_no_matter() -> None:
-    """Whatever is made without naming its device would lie on meta, and fail."""
+def test_results_do_not_depend_on_the_default_device() -> None:
+    """A tensor created without a device would be on meta, and fail."""
     expected = run(layers())
     model = layers()
     with torch.device("meta"):
@@ -116,8 +116,8 @@ def test_the_default_device_is_of_no_matter() -> None:
 
 @pytest.mark.parametrize("way", ["loss", "gradients", "proximal", "measure"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_a_model_may_change_its_dtype_after_construction(dtype: torch.dtype, way: str) -> None:
-    """Also when the subspace is warm already; float64 is then worked on in float64."""
+def test_model_dtype_changes_after_construction(dtype: torch.dtype, way: str) -> None:
+    """Also when the subspace is already warm; float64 weights are processed in float64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 16))
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5), block_size=16)

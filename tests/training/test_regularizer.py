@@ -1,4 +1,4 @@
-"""What a Regularizer promises: the three ways, its memory, an outcome for every odd case."""
+"""Guarantees of a Regularizer: the places of a penalty, its state, and unusual weights."""
 
 import copy
 import gc
@@ -57,11 +57,11 @@ def converge(reg: wc.Regularizer) -> None:
         reg().detach()
 
 
-# --- the three ways -------------------------------------------------------------------------------
+# --- the places of a penalty ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [3, 9, 32])
-def test_value_and_both_gradients_equal_the_dense_ones(block_size: int) -> None:
+def test_value_and_gradients_equal_dense(block_size: int) -> None:
     layer = gap()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.3), block_size=block_size)
     converge(reg)
@@ -77,7 +77,7 @@ def test_value_and_both_gradients_equal_the_dense_ones(block_size: int) -> None:
     torch.testing.assert_close(layer.weight.grad, 2 * expected)
 
 
-def test_the_loss_scales_the_penalty() -> None:
+def test_loss_scaling_applies_to_the_penalty() -> None:
     layer = gap()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.3))
     converge(reg)
@@ -85,8 +85,8 @@ def test_the_loss_scales_the_penalty() -> None:
     torch.testing.assert_close(layer.weight.grad, 128 * 0.3 * gradient(layer.weight.detach()))
 
 
-def test_the_value_is_never_above_the_true_penalty() -> None:
-    """Every unit vector under-estimates, however few products there were."""
+def test_value_is_at_most_the_true_penalty() -> None:
+    """Every unit vector gives a lower estimate, however few products there were."""
     for seed in range(20):
         layer = linear([1 - 0.01 * i for i in range(9)], seed=seed)
         reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=2)
@@ -94,7 +94,7 @@ def test_the_value_is_never_above_the_true_penalty() -> None:
             assert reg().item() <= penalty(layer.weight.detach()) + 1e-14
 
 
-def test_gradient_step_and_penalty_in_the_loss_move_the_weights_alike() -> None:
+def test_add_gradients_equals_penalty_in_the_loss() -> None:
     first, second = net(torch.float64), net(torch.float64)
     x = torch.randn(8, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     patterns = {"0.weight": wc.ConditionPenalty(0.1), "2.weight": wc.TikhonovPenalty(0.2)}
@@ -112,7 +112,7 @@ def test_gradient_step_and_penalty_in_the_loss_move_the_weights_alike() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_tikhonov_is_half_the_squared_norm_and_shrinks() -> None:
+def test_tikhonov_value_and_step() -> None:
     layer = gap()
     reg = wc.Regularizer(layer, wc.TikhonovPenalty(0.5))
     weight = layer.weight.detach().clone()
@@ -125,9 +125,7 @@ def test_tikhonov_is_half_the_squared_norm_and_shrinks() -> None:
 
 @pytest.mark.parametrize("eta", [1e-3, 0.1, 1.0])
 @pytest.mark.parametrize("block_size", [4, 9])
-def test_proximal_step_equals_the_dense_one_when_nothing_is_shortened(
-    block_size: int, eta: float
-) -> None:
+def test_proximal_step_equals_dense(block_size: int, eta: float) -> None:
     layer = gap()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=block_size)
     converge(reg)
@@ -137,7 +135,7 @@ def test_proximal_step_equals_the_dense_one_when_nothing_is_shortened(
     assert reg.measure()["weight"].shortened_steps == 0
 
 
-def test_a_step_beyond_the_block_is_shortened_counted_and_reported() -> None:
+def test_step_longer_than_the_block_allows_is_shortened() -> None:
     """eta' = sum (sigma_i/sigma_k - 1): the exact step of that length; S stays bounded."""
     layer = linear([1.0, 1.0, 1.0, 0.1] + [0.05] * 5)
     reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=2)
@@ -159,7 +157,7 @@ def test_a_step_beyond_the_block_is_shortened_counted_and_reported() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_kappa_never_rises_even_by_the_first_proximal_step(seed: int) -> None:
+def test_proximal_step_never_raises_kappa(seed: int) -> None:
     layer = linear([2.0, 1.9, 1.8, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5], seed=seed)
     reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=3)
     kappa = wc.condition_number(layer.weight)
@@ -173,7 +171,7 @@ def test_kappa_never_rises_even_by_the_first_proximal_step(seed: int) -> None:
 # --- attach ---------------------------------------------------------------------------------------
 
 
-def test_attached_steps_use_the_learning_rates_since_the_last_one() -> None:
+def test_attach_sums_learning_rates_since_the_last_step() -> None:
     """Two groups with schedules of their own; eta = strength * sum of lr."""
     model = net(torch.float64)
     first, second = model[0].weight, model[2].weight
@@ -209,7 +207,7 @@ def test_attached_steps_use_the_learning_rates_since_the_last_one() -> None:
     ],
     ids=["SGD", "Adam fused", "AdamW foreach", "LBFGS", "RMSprop"],
 )
-def test_attached_equals_a_step_by_hand_for_every_optimizer(make: object) -> None:
+def test_attach_equals_proximal_step_for_every_optimizer(make: object) -> None:
     models = net(), net()
     for model, attached in zip(models, (True, False), strict=True):
         optimizer = make(model.parameters())  # type: ignore[operator]
@@ -259,7 +257,7 @@ def test_accumulation_counts_once_per_optimizer_step() -> None:
     assert reg.measure()["0.weight"].step == 4
 
 
-def test_detaching_and_removing_end_the_steps() -> None:
+def test_detach_and_remove_end_the_steps() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
@@ -273,7 +271,7 @@ def test_detaching_and_removing_end_the_steps() -> None:
         reg.attach(optimizer, every=1)
 
 
-def test_what_is_no_penalty_is_refused_in_one_line() -> None:
+def test_invalid_rules_are_rejected_in_one_line() -> None:
     model = net()
     regularizer = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for wrong in (0.1, "condition", regularizer, {"*": 0.1}, {1: None}):
@@ -283,25 +281,25 @@ def test_what_is_no_penalty_is_refused_in_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_bad_attachments_are_refused() -> None:
+def test_attach_rejects_invalid_arguments() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
     for every in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="`every` must be a positive integer"):
             reg.attach(optimizer, every=every)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must hold a regularised weight"):
+    with pytest.raises(ValueError, match="must have at least one regularised weight"):
         reg.attach(torch.optim.SGD(net().parameters(), 0.1))
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Sequential"):
         reg.attach(model)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"got list\. Attach several one by one"):
+    with pytest.raises(TypeError, match=r"got list\. Attach to several optimizers one by one"):
         reg.attach([optimizer])  # type: ignore[arg-type]
     reg.attach(optimizer)
     with pytest.raises(ValueError, match="must not be attached twice"):
         reg.attach(optimizer)
 
 
-def test_a_successor_of_a_dead_optimizer_is_warned_of_once(
+def test_new_optimizer_after_a_deleted_one_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = net()
@@ -314,18 +312,18 @@ def test_a_successor_of_a_dead_optimizer_is_warned_of_once(
         assert not caplog.records  # the attached one lives
         del optimizer
         gc.collect()
-        assert not caplog.records  # the usual end of training
+        assert not caplog.records  # training usually ends this way
         other = net()
         train(other, torch.optim.SGD(other.parameters(), 0.1), 1)
         assert not caplog.records  # another model
         train(model, successor, 3)
-        assert [record.message.count("is gone") for record in caplog.records] == [1]
-    assert "an optimizer that is gone" in repr(reg)
+        assert [record.message.count("was deleted") for record in caplog.records] == [1]
+    assert "a deleted optimizer" in repr(reg)
     reg.detach()
     reg.attach(successor)
 
 
-def test_a_copied_optimizer_trains_unattached_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_copied_optimizer_is_not_attached_and_warns(caplog: pytest.LogCaptureFixture) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.5))
@@ -339,7 +337,7 @@ def test_a_copied_optimizer_trains_unattached_and_says_so(caplog: pytest.LogCapt
     assert len(caplog.records) == 1
 
 
-def test_the_optimizer_keeps_the_regulariser_alive() -> None:
+def test_optimizer_keeps_the_regulariser_alive() -> None:
     model = net(torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     wc.Regularizer(model, wc.ConditionPenalty(1e3)).attach(optimizer, every=1)
@@ -354,7 +352,7 @@ def test_the_optimizer_keeps_the_regulariser_alive() -> None:
 # --- strengths ------------------------------------------------------------------------------------
 
 
-def test_schedules_are_called_with_the_number_of_applications() -> None:
+def test_schedules_take_the_number_of_applications() -> None:
     seen: list[int] = []
 
     def strength(step: int) -> float:
@@ -373,13 +371,13 @@ def test_schedules_are_called_with_the_number_of_applications() -> None:
     assert seen == [0, 1, 2, 5, 7]
 
 
-def test_a_schedule_that_turns_negative_is_named() -> None:
+def test_negative_schedule_is_named() -> None:
     reg = wc.Regularizer(gap(), wc.ConditionPenalty(lambda step: -1.0))
     with pytest.raises(ValueError, match=r"`strength\(0\)` must be finite and not negative"):
         reg.add_gradients()
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- state and memory -----------------------------------------------------------------------------
 
 
 def storage(tensor: Tensor) -> int:
@@ -401,7 +399,7 @@ class LargestAllocation(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["linear", "kernel", "channels_last", "stack", "bfloat16"])
-def test_no_temporary_is_of_the_size_of_the_weight(kind: str) -> None:
+def test_no_temporary_of_the_size_of_the_weight(kind: str) -> None:
     module: nn.Module = nn.Linear(320, 320, bias=False)
     if kind in ("kernel", "channels_last"):
         module = nn.Conv2d(32, 300, 3, bias=False)
@@ -424,7 +422,7 @@ def test_no_temporary_is_of_the_size_of_the_weight(kind: str) -> None:
     assert state <= (m + n) * 8 * (3 if kind == "stack" else 1) + 8
 
 
-def test_the_model_the_global_generator_and_the_streams_are_left_alone(
+def test_no_side_effects_on_model_and_global_generator(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     model = net().train()
@@ -465,7 +463,7 @@ def flattened(reg: wc.Regularizer) -> dict[str, Tensor]:
     return {f"{w}/{k}": v for w, state in reg.state_dict().items() for k, v in state.items()}
 
 
-def test_only_applications_advance_the_subspace() -> None:
+def test_only_applications_change_the_subspace() -> None:
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
     start = flattened(reg)
@@ -509,7 +507,7 @@ def test_resuming_is_bitwise(at: int) -> None:
         assert torch.equal(value, flattened(resumed[2])[key]), key
 
 
-def test_the_state_has_the_same_shapes_before_and_after_training() -> None:
+def test_state_shapes_are_constant() -> None:
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
     before = {key: (value.shape, value.dtype) for key, value in flattened(reg).items()}
@@ -517,7 +515,7 @@ def test_the_state_has_the_same_shapes_before_and_after_training() -> None:
     assert {key: (value.shape, value.dtype) for key, value in flattened(reg).items()} == before
 
 
-def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
+def test_mismatched_state_is_rejected_without_changes() -> None:
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=4)
     reg.add_gradients()
@@ -530,7 +528,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
     for state, message in (
         (wide, r"must have shape \(20, 4\), got \(20, 5\)"),
         (fewer, 'lacks "2.weight"'),
-        (good | {"other": good["0.weight"]}, 'has "other" besides'),
+        (good | {"other": good["0.weight"]}, 'additionally has "other"'),
         (lacking, "got none"),
         (integer, "must be floating point"),
         (half_bad, "must have shape"),
@@ -541,19 +539,19 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
             assert torch.equal(value, before[key]), key
 
 
-def test_the_subspace_is_found_anew_when_weights_are_loaded_after_construction() -> None:
+def test_subspace_starts_from_weights_loaded_after_construction() -> None:
     layer = gap()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=3)
     layer.load_state_dict(linear([7.0, 2.0, 1.0, 1, 1, 1, 1, 1, 1], seed=5).state_dict())
     torch.testing.assert_close(reg.measure()["weight"].sigma_max, 7.0, rtol=1e-3, atol=0)
 
 
-# --- odd weights ----------------------------------------------------------------------------------
+# --- unusual weights ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("penalty_type", [wc.ConditionPenalty, wc.TikhonovPenalty])
-def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
+def test_weight_that_is_not_finite_is_named_and_nothing_changes(
     penalty_type: type, bad: float
 ) -> None:
     model = net()
@@ -561,16 +559,16 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
     reg.add_gradients()
     with torch.no_grad():
         kept = model[2].weight[0, 0].clone()
-        model[2].weight[0, 0] = bad  # the last weight: the first must not be done before it
+        model[2].weight[0, 0] = bad  # the last weight: the first must not change before it
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     reg.attach(optimizer, every=1)
     before, weights = flattened(reg), copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in (model[0].weight, model[2].weight)]
     for apply in (reg, reg.add_gradients, lambda: reg.proximal_step(0.1)):
-        with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
+        with pytest.raises(ValueError, match=r'"2\.weight" contains NaN or infinity'):
             apply()
     model[0].weight.grad, model[2].weight.grad = (torch.zeros_like(g) for g in gradients)
-    with pytest.raises(ValueError, match=r'"2\.weight" holds NaN or infinity'):
+    with pytest.raises(ValueError, match=r'"2\.weight" contains NaN or infinity'):
         optimizer.step()
     after = flattened(reg)
     for key in before:
@@ -588,7 +586,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_half_done(
     assert reg.measure()["2.weight"].status == ""
 
 
-def test_a_gradient_is_untouched_when_a_weight_is_not_finite() -> None:
+def test_gradients_unchanged_if_a_weight_is_not_finite() -> None:
     model = net()
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))
     reg.add_gradients()
@@ -601,7 +599,7 @@ def test_a_gradient_is_untouched_when_a_weight_is_not_finite() -> None:
         assert torch.equal(parameter.grad, gradient_)
 
 
-def test_a_zero_weight_does_nothing_says_so_and_recovers() -> None:
+def test_zero_weight_is_reported_and_recovers() -> None:
     layer = gap()
     weight = layer.weight.detach().clone()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=3)
@@ -623,9 +621,7 @@ def test_a_zero_weight_does_nothing_says_so_and_recovers() -> None:
     "shape", [(1, 6), (6, 1), (1, 1), (40, 3), (3, 40)], ids=lambda shape: f"{shape[0]}x{shape[1]}"
 )
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
-def test_narrow_and_scaled_weights_have_the_dense_outcome(
-    shape: tuple[int, int], scale: float
-) -> None:
+def test_narrow_and_scaled_weights_equal_dense(shape: tuple[int, int], scale: float) -> None:
     layer = nn.Linear(shape[1], shape[0], bias=False)
     with torch.no_grad():
         source = torch.Generator().manual_seed(0)
@@ -646,7 +642,7 @@ def test_narrow_and_scaled_weights_have_the_dense_outcome(
     )
 
 
-def test_rank_one_weight_gains_no_rank_and_stays_bounded() -> None:
+def test_rank_one_weight_keeps_rank_and_is_bounded() -> None:
     layer = linear([3.0])
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=3)
     for _ in range(10):
@@ -658,7 +654,7 @@ def test_rank_one_weight_gains_no_rank_and_stays_bounded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_right(dtype: torch.dtype) -> None:
+def test_half_precision_gradients_equal_dense(dtype: torch.dtype) -> None:
     layer = gap().to(dtype)
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.5), block_size=4)
     converge(reg)
@@ -683,7 +679,7 @@ def test_half_precision_gradients_are_right(dtype: torch.dtype) -> None:
 def test_proximal_steps_in_half_precision_are_unbiased(
     dtype: torch.dtype, penalty: wc.ConditionPenalty
 ) -> None:
-    """Steps far below the distance of neighbours happen as often as they should."""
+    """Steps far below the spacing of numbers are taken with the right frequency."""
     layer = gap().to(dtype)
     before = layer.weight.detach().clone()
     eta, times = 5e-5, 1500
@@ -691,7 +687,7 @@ def test_proximal_steps_in_half_precision_are_unbiased(
     exact = (
         proximal_step(wide, eta) if isinstance(penalty, wc.ConditionPenalty) else wide / (1 + eta)
     )
-    # To the nearest, hardly anything would ever happen.
+    # Rounding to nearest would change hardly anything.
     assert int((exact.to(dtype) != before).sum()) <= 4
     reg = wc.Regularizer(layer, penalty)
     converge(reg)
@@ -703,7 +699,7 @@ def test_proximal_steps_in_half_precision_are_unbiased(
             distance = (layer.weight.double() - exact).abs()
             assert bool((distance <= wide.abs() * torch.finfo(dtype).eps).all())
             layer.weight.copy_(before)
-    # A binomial count of chance p has a variance of at most p; five standard deviations.
+    # A binomial count of probability p has a variance of at most p; five standard deviations.
     spacing = torch.finfo(dtype).eps * 2.0 ** wide.abs().log2().floor()
     moved = (exact - wide).abs()
     assert bool((moved > 0).any())
@@ -711,7 +707,7 @@ def test_proximal_steps_in_half_precision_are_unbiased(
     assert bool((error <= 5 * (moved * spacing / times).sqrt() + 5 * spacing / times).all())
 
 
-def test_rounding_by_chance_is_the_same_again_and_draws_no_global_numbers() -> None:
+def test_stochastic_rounding_is_deterministic_and_uses_its_own_generator() -> None:
     weights = []
     for _ in range(2):
         state = torch.get_rng_state()
@@ -742,7 +738,7 @@ def test_an_optimizer_in_half_precision_lowers_kappa() -> None:
     assert float(wc.condition_number(layer.weight)) < 0.8 * before
 
 
-def test_autocast_does_not_reach_inside() -> None:
+def test_autocast_has_no_effect() -> None:
     layer, plain = gap().float(), gap().float()
     reg, other = (wc.Regularizer(x, wc.ConditionPenalty(0.5), block_size=4) for x in (layer, plain))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -759,7 +755,7 @@ def test_autocast_does_not_reach_inside() -> None:
     assert torch.equal(layer.weight.grad, plain.weight.grad)
 
 
-def test_a_gradient_in_another_memory_layout_is_taken_up_right() -> None:
+def test_gradient_in_another_memory_layout() -> None:
     conv = nn.Conv2d(3, 8, 3, bias=False).double().to(memory_format=torch.channels_last)
     conv.weight.grad = torch.zeros(8, 3, 3, 3, dtype=torch.float64)  # contiguous
     reg = wc.Regularizer(conv, wc.ConditionPenalty(1.0))
@@ -769,7 +765,7 @@ def test_a_gradient_in_another_memory_layout_is_taken_up_right() -> None:
     torch.testing.assert_close(conv.weight.grad, expected)
 
 
-def test_blocks_of_one_parameter_are_regularised_each_on_its_own() -> None:
+def test_blocks_of_one_parameter_are_regularised_separately() -> None:
     attention = nn.MultiheadAttention(6, 2, dtype=torch.float64)
     reg = wc.Regularizer(
         attention, {"in_proj_weight:q": wc.ConditionPenalty(1.0), "*:v": wc.TikhonovPenalty(1.0)}
@@ -790,7 +786,7 @@ def test_replaced_parameters_are_followed() -> None:
     assert layer.weight.grad is not None
 
 
-def test_measure_reports_a_lower_bound_and_a_residual_that_encloses() -> None:
+def test_measure_sigma_max_and_residual_enclose_the_true_value() -> None:
     layer = gap()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.25), block_size=2)
     sigma = torch.linalg.svdvals(layer.weight.detach())
@@ -801,7 +797,7 @@ def test_measure_reports_a_lower_bound_and_a_residual_that_encloses() -> None:
     assert estimate.penalty <= penalty(layer.weight.detach()) + 1e-14
 
 
-def test_when_all_weights_are_frozen_later_nothing_is_left_to_do() -> None:
+def test_all_weights_frozen_later_is_a_no_op() -> None:
     layer = gap()
     reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0))
     layer.requires_grad_(False)
@@ -812,12 +808,12 @@ def test_when_all_weights_are_frozen_later_nothing_is_left_to_do() -> None:
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.0, True])
-def test_a_bad_block_is_refused(block_size: object) -> None:
+def test_invalid_block_size_is_rejected(block_size: object) -> None:
     with pytest.raises(ValueError, match="`block_size` must be a positive integer"):
         wc.Regularizer(gap(), wc.ConditionPenalty(1.0), block_size=block_size)  # type: ignore[arg-type]
 
 
-def test_bad_steps_by_hand_are_refused() -> None:
+def test_proximal_step_rejects_invalid_arguments() -> None:
     reg = wc.Regularizer(gap(), wc.ConditionPenalty(1.0))
     for lr in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="`lr` must be finite and not negative"):
@@ -827,7 +823,7 @@ def test_bad_steps_by_hand_are_refused() -> None:
             reg.proximal_step(0.1, steps=steps)  # type: ignore[arg-type]
 
 
-def test_the_print_names_what_is_regularised_and_what_is_left_out() -> None:
+def test_repr_names_regularised_and_skipped_weights() -> None:
     text = repr(wc.Regularizer(net(), {"0.*": wc.ConditionPenalty(0.1), "*": None}))
     for part in (
         "0.weight",
@@ -839,17 +835,17 @@ def test_the_print_names_what_is_regularised_and_what_is_left_out() -> None:
         assert part in text
 
 
-def test_a_weight_that_the_optimizer_no_longer_holds_is_named() -> None:
+def test_weight_removed_from_the_optimizer_is_named() -> None:
     layer = gap()
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     wc.Regularizer(layer, wc.ConditionPenalty(0.1)).attach(optimizer, every=1)
     layer.weight = nn.Parameter(layer.weight.detach().clone())
-    with pytest.raises(ValueError, match=r'no longer holds "weight"'):
+    with pytest.raises(ValueError, match=r'no longer contains "weight"'):
         optimizer.step()
 
 
-def test_weights_may_lie_on_several_devices() -> None:
-    """A device without data stands for a second one: what mixes devices fails there too."""
+def test_weights_on_several_devices() -> None:
+    """The meta device stands for a second one: code that mixes devices fails there too."""
     model = nn.Sequential(nn.Linear(6, 5, device="meta"), nn.Linear(5, 4), nn.Linear(5, 4))
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1), block_size=2)
     with on_a_device():
@@ -859,8 +855,8 @@ def test_weights_may_lie_on_several_devices() -> None:
     assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"cpu", "meta"}
 
 
-def test_a_model_may_move_to_another_device_after_construction() -> None:
-    """Warm or not, all that is remembered goes with it; nothing is left where it was."""
+def test_model_moves_to_another_device_after_construction() -> None:
+    """Warm or not, the entire state moves with it; nothing remains on the old device."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     reg = wc.Regularizer(
         model, {"0.*": wc.ConditionPenalty(0.1), "1.*": wc.TikhonovPenalty(0.1)}, block_size=2

@@ -1,6 +1,6 @@
-"""A training that goes on from a file is the one that was never interrupted, bit for bit.
+"""A training that resumes from a file equals the uninterrupted one, bit for bit.
 
-Saved by torch.save, by torch.distributed.checkpoint, and by a script that is killed in the middle.
+Saved by torch.save, by torch.distributed.checkpoint, and by a script that is killed.
 """
 
 import copy
@@ -97,7 +97,7 @@ def assert_bitwise(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("at", [0, 1, 5, 8])
 @pytest.mark.parametrize("way", WAYS)
-def test_resumed_from_torch_save_is_bitwise_the_uninterrupted_run(
+def test_resume_from_torch_save_is_bitwise(
     way: str, at: int, tensor_lr: bool, tmp_path: Path
 ) -> None:
     """Before the first step, after it, at a proximal step, and with some pending."""
@@ -113,8 +113,8 @@ def test_resumed_from_torch_save_is_bitwise_the_uninterrupted_run(
     assert not torch.equal(whole.model[0].weight, start(way).model[0].weight)
 
 
-def test_loading_twice_or_over_a_training_that_went_on_is_bitwise_too(tmp_path: Path) -> None:
-    """As a loop does that falls back to its last good state: into what has moved on meanwhile."""
+def test_loading_over_a_continued_training_is_bitwise(tmp_path: Path) -> None:
+    """Like a loop that goes back to its last good state, and loads over newer state."""
     whole = start("attach")
     whole.run(0, 7)
     torch.save(whole.state(), tmp_path / "state.pt")
@@ -128,10 +128,8 @@ def test_loading_twice_or_over_a_training_that_went_on_is_bitwise_too(tmp_path: 
 
 @pytest.mark.parametrize("at", [1, 8])
 @pytest.mark.parametrize("way", WAYS)
-def test_resumed_from_a_distributed_checkpoint_is_bitwise(
-    way: str, at: int, tmp_path: Path
-) -> None:
-    """The regulariser is handed over as it is: it is Stateful."""
+def test_resume_from_a_distributed_checkpoint_is_bitwise(way: str, at: int, tmp_path: Path) -> None:
+    """The regulariser is passed directly, because it is Stateful."""
     whole = start(way)
     assert isinstance(whole.reg, Stateful)
     whole.run(0, at)
@@ -152,7 +150,7 @@ def test_resumed_from_a_distributed_checkpoint_is_bitwise(
 
 
 @pytest.mark.parametrize("shape", [(16, 20), (30, 70), (70, 30)], ids=["16x20", "30x70", "70x30"])
-def test_resuming_is_bitwise_whatever_the_memory_layout_of_the_saved_state(
+def test_resume_is_bitwise_for_any_memory_layout(
     shape: tuple[int, int],
 ) -> None:
     """torch.save keeps strides; safetensors and torch.distributed.checkpoint do not."""
@@ -201,7 +199,7 @@ class Application:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_resumed_through_the_helpers_of_torch_is_bitwise(way: str, tmp_path: Path) -> None:
+def test_resume_with_torch_state_dict_helpers_is_bitwise(way: str, tmp_path: Path) -> None:
     """They step a new optimizer once, at learning rate 0, to make its state; an attached
     regulariser counts that step, and forgets it as its own state is loaded."""
     whole = start(way)
@@ -294,9 +292,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is of POSIX")
-def test_a_script_killed_between_and_during_saves_ends_bitwise_where_it_would_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_script_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 150
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -329,7 +325,7 @@ def test_a_script_killed_between_and_during_saves_ends_bitwise_where_it_would_ha
     assert reached[-1] < steps
     one, other = (torch.load(file, weights_only=True) for file in (killed, whole))
     assert other["step"] == steps
-    assert int(other["reg"]["0.weight"]["step"]) == 2 * steps  # both ways count
+    assert int(other["reg"]["0.weight"]["step"]) == 2 * steps  # both outcomes count
     assert int(other["reg"]["0.weight"]["pending_steps"]) == steps % 7
     assert_bitwise(one, other)
 
@@ -366,7 +362,7 @@ def stack(matrices: int) -> nn.Module:
         ),
     ],
 )
-def test_a_file_of_another_model_is_refused_and_training_goes_on_unchanged(
+def test_file_of_another_model_is_rejected_without_changes(
     own: Callable[[], tuple[nn.Module, Any]],
     other: Callable[[], tuple[nn.Module, Any]],
     tmp_path: Path,

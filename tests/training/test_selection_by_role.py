@@ -1,4 +1,4 @@
-"""Rules by role: "attention", "mlp", "head" and "embedding" beside patterns."""
+"""Rules by role: "attention", "mlp", "head" and "embedding" in addition to patterns."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def encoder() -> nn.Module:
     return model
 
 
-def test_a_role_is_a_key() -> None:
+def test_role_selects_weights() -> None:
     rules = {
         "attention": wc.SingularValueLimit(upper=0.5),
         "mlp": wc.ConditionLimit(3),
@@ -31,17 +31,17 @@ def test_a_role_is_a_key() -> None:
     assert wc.condition_number(model.layers[0].self_attn.out_proj.weight) > 3
 
 
-def test_patterns_before_a_role_come_first() -> None:
+def test_patterns_before_a_role_win() -> None:
     reg = wc.Regularizer(encoder(), {"layers.0.*": None, "attention": wc.ConditionLimit(3)})
     assert all(name.startswith("layers.1.self_attn") for name in reg.names)
 
 
-def test_a_role_that_the_model_does_not_have_is_an_error() -> None:
+def test_missing_role_is_an_error() -> None:
     with pytest.raises(ValueError, match='the pattern "attention" matches no parameter'):
         wc.Regularizer(nn.Linear(4, 4), {"attention": wc.ConditionLimit(3)})
 
 
-def test_a_parameter_of_that_name_is_meant_itself() -> None:
+def test_parameter_name_takes_precedence_over_a_role() -> None:
     model = nn.Module()
     model.register_parameter("head", nn.Parameter(torch.randn(4, 4)))
     model.classifier = nn.Linear(4, 4)

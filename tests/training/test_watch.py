@@ -1,4 +1,4 @@
-"""Hard limits that are watched: they hold after every step, and nothing is lost between steps."""
+"""Watched hard limits: they hold after every step, and no state is lost between steps."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 
 class Stack(nn.Module):
-    """Experts, as transformers keep them."""
+    """Experts, as transformers stores them."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ LAYOUTS: dict[str, Callable[[], nn.Module]] = {
 
 
 def excess(S: Tensor, limit: Any, joined: bool = False) -> float:
-    """By what factor a limit is exceeded, by a singular value decomposition in float64."""
+    """The factor by which a limit is exceeded, from a singular value decomposition in float64."""
     sigma = torch.linalg.svdvals(S.detach().double())
     if joined:
         sigma = sigma.flatten().sort(descending=True).values
@@ -73,7 +73,7 @@ def make(
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Towards a matrix that obeys no limit, with noise."""
+    """A step with noise towards a matrix that satisfies no limit."""
     for parameter in model.parameters():
         source = torch.Generator().manual_seed(number)
         target = torch.ones_like(parameter) * 0.5
@@ -94,7 +94,7 @@ def cases() -> Iterator[Any]:
     yield "wide", UPPER, F64
 
 
-# What rounding to half a precision adds after the limit was applied.
+# Rounding to half precision after the limit was applied adds this much.
 ROUNDS = {F64: 1.0, F32: 1.0, F16: 1.01, BF16: 1.05}
 
 
@@ -130,10 +130,10 @@ EDGES: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
 @pytest.mark.parametrize(("limit", "change"), EDGES)
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("layout", ["tall", "small"])
-def test_limits_hold_at_the_edges(
+def test_limits_hold_for_extreme_weights(
     layout: str, dtype: torch.dtype, limit: Any, change: Callable[[Tensor], Tensor]
 ) -> None:
-    """The weight becomes so between two steps, without a word."""
+    """The weight is replaced between two steps, without notice."""
     model, optimizer, _ = make(layout, limit, dtype, lr=1e-4)
     (parameter,) = model.parameters()
     for number in range(12):
@@ -144,11 +144,11 @@ def test_limits_hold_at_the_edges(
         assert found <= 1.01 or (number not in (0, 6) and found <= 1.05) or not parameter.any()
 
 
-# --- what is remembered ---------------------------------------------------------------------------
+# --- state of the watch ---------------------------------------------------------------------------
 
 
 class Training:
-    """A square weight whose watch keeps all of its vectors, and one that is clipped."""
+    """A square weight whose watch stores all of its vectors, and one that is clipped."""
 
     def __init__(self, limits: tuple[Any, Any] = (KAPPA, UPPER), **options: Any) -> None:
         torch.manual_seed(0)
@@ -197,10 +197,10 @@ def compare(one: Training, other: Training) -> None:
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("saved_at", [1, 3, 26, 33])
 @pytest.mark.parametrize("order", ["loaded first", "attached first", "detached between"])
-def test_a_watch_resumes_bit_for_bit(
+def test_watch_resumes_bitwise(
     late: bool, saved_at: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Late: the look of the last step is still on its way when the state is saved."""
+    """`late`: the check of the last step has not arrived when the state is saved."""
     monkeypatch.setattr(deferred, "LATE", late)
     whole = Training().attach().take(saved_at)
     saved = whole.save()
@@ -218,7 +218,7 @@ def test_a_watch_resumes_bit_for_bit(
     compare(other.take(saved_at, 60), whole)
 
 
-def test_what_is_large_is_saved_if_that_is_asked_for_else_found_by_one_decomposition(
+def test_large_watch_state_is_saved_only_with_resume_bitwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(state_module, "_SMALL", 29)
@@ -239,7 +239,7 @@ def test_what_is_large_is_saved_if_that_is_asked_for_else_found_by_one_decomposi
             assert excess(other.model[0].weight, KAPPA) <= 1.05
 
 
-def test_a_state_that_does_not_fit_begins_anew() -> None:
+def test_mismatched_watch_state_starts_anew() -> None:
     saved = Training().attach().take(30).save()
     watched = dict(saved[2])
 
@@ -274,7 +274,7 @@ def test_a_state_that_does_not_fit_begins_anew() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_goes_on_where_it_was_made_and_leaves_the_original(
+def test_copy_of_a_watch_is_independent(
     duplicate: Callable[[Any], Any], late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deferred, "LATE", late)
@@ -291,7 +291,7 @@ def test_a_copy_goes_on_where_it_was_made_and_leaves_the_original(
     compare(other.attach().take(33, 60), training)
 
 
-def test_a_watch_that_was_detached_begins_anew() -> None:
+def test_detached_watch_starts_anew() -> None:
     training = Training().attach().take(30)
     (handle,) = training.reg.attachments
     handle.remove()
@@ -308,7 +308,7 @@ def test_a_watch_that_was_detached_begins_anew() -> None:
 # --- devices --------------------------------------------------------------------------------------
 
 
-def test_read_late_a_limit_holds_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_reading_delays_the_limit_by_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deferred, "LATE", True)
     model, optimizer, reg = make("tall", wc.ConditionLimit(3.0), lr=1e-4)
     (parameter,) = model.parameters()
@@ -327,7 +327,7 @@ def test_read_late_a_limit_holds_one_step_late(monkeypatch: pytest.MonkeyPatch) 
         assert (excess(parameter, wc.ConditionLimit(3.0)) > 1.05) == (number == 25)
 
 
-NUMBERS = {  # of a look: (fine, due)
+NUMBERS = {  # results of a check: (fine, due)
     UPPER: ((0.1, 0.5), (0.1, 9.0)),
     KAPPA: ((0.5, 1.0, 0.5, 1.0, 0.1, 1.0), (0.5, 1.0, 0.01, 1.0, 0.1, 1.0)),
     BOTH: ((0.5, 1.0, 0.5, 1.0, 0.1, 1.0), (0.5, 1.0, 0.01, 1.0, 0.1, 1.0)),
@@ -336,7 +336,7 @@ NUMBERS = {  # of a look: (fine, due)
 
 @pytest.mark.parametrize("limit", NUMBERS)
 @pytest.mark.parametrize("layout", ["tall", "wide", "small", "experts"])
-def test_a_step_on_a_device_reads_the_look_of_the_last_one_only(layout: str, limit: Any) -> None:
+def test_device_step_reads_only_the_previous_check(layout: str, limit: Any) -> None:
     watch_module._probes.cache_clear()
     projected: list[int] = []
     with accelerator() as device:
@@ -352,7 +352,7 @@ def test_a_step_on_a_device_reads_the_look_of_the_last_one_only(layout: str, lim
         with mock.patch.object(type(reg._engine), "project", project):
             handle = reg.attach(optimizer)
             (state,) = reg._states
-            # A decomposition reads, and so does what is counted after the first four.
+            # A decomposition reads, and so does the count of zeros after the first four.
             state.record.known, state.record.decompositions, handle._counts = True, 4, 4
             parameter.grad = torch.zeros_like(parameter)
             fine, due = NUMBERS[limit]
@@ -360,17 +360,17 @@ def test_a_step_on_a_device_reads_the_look_of_the_last_one_only(layout: str, lim
                 before = parameter._version
                 with sights(due if number == 3 else fine):
                     optimizer.step()
-                if limit is UPPER and number != 3:  # the block is clipped without a question
+                if limit is UPPER and number != 3:  # the block is clipped without a read
                     assert parameter._version >= before + 2
                 state.record.due = False
             with pytest.raises((ReadBackError, RuntimeError)):
-                optimizer.step()  # what is not allowed by name is noticed
+                optimizer.step()  # every read that is not allowed is detected
     watch_module._probes.cache_clear()
-    # The look of step 2 is read at step 3.
+    # The check of step 2 is read at step 3.
     assert projected == [3]
 
 
-def test_a_weight_may_change_its_dtype_its_memory_or_have_none_at_first() -> None:
+def test_weight_changes_dtype_or_storage_or_starts_on_meta() -> None:
     model, optimizer, _ = make("tall", KAPPA)
     (parameter,) = model.parameters()
     moves = {
@@ -415,7 +415,7 @@ def test_a_weight_may_change_its_dtype_its_memory_or_have_none_at_first() -> Non
 # --- steps that fail, or do not count -------------------------------------------------------------
 
 
-def test_a_weight_recovers_from_nan_and_others_hold_meanwhile() -> None:
+def test_weight_recovers_from_nan_while_other_limits_hold() -> None:
     training = Training((BOTH, UPPER)).attach().take(25)
     saved = training.save()
     for index in (0, 2):
@@ -424,8 +424,8 @@ def test_a_weight_recovers_from_nan_and_others_hold_meanwhile() -> None:
             training.model[index].weight[0, 0] = math.nan
             other.mul_(1.2)
         for state in training.reg._states:
-            state.record.interval = 1  # a weight that was calm is looked at some steps later
-        with pytest.raises(ValueError, match=rf'"{index}\.weight" holds NaN'):
+            state.record.interval = 1  # a calm weight is checked some steps later
+        with pytest.raises(ValueError, match=rf'"{index}\.weight" contains NaN'):
             training.optimizer.step()
         assert excess(other, limit) <= 1.01
         training.model.load_state_dict(saved[0])
@@ -435,7 +435,7 @@ def test_a_weight_recovers_from_nan_and_others_hold_meanwhile() -> None:
             assert excess(training.model[2].weight, UPPER) <= 1.01
 
 
-def test_a_penalty_that_fails_does_not_keep_limits_from_holding() -> None:
+def test_failing_penalty_does_not_stop_limits() -> None:
     model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 20))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(0.1), "1.*": UPPER})
@@ -447,12 +447,12 @@ def test_a_penalty_that_fails_does_not_keep_limits_from_holding() -> None:
     for _ in range(9):
         optimizer.step()
     model[1].weight.data.mul_(1.2)
-    with pytest.raises(ValueError, match=r'"0\.weight" holds NaN'):
+    with pytest.raises(ValueError, match=r'"0\.weight" contains NaN'):
         optimizer.step()
     assert excess(model[1].weight, UPPER) <= 1.01
 
 
-def test_skipped_steps_do_not_count_and_frozen_weights_stay() -> None:
+def test_skipped_steps_do_not_count_and_frozen_weights_do_not_change() -> None:
     model, optimizer, reg = make("tall", KAPPA)
     (parameter,) = model.parameters()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -485,7 +485,7 @@ def test_skipped_steps_do_not_count_and_frozen_weights_stay() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_limits_hold_with_tensors_as_rates_and_schedules(compiled: bool) -> None:
+def test_limits_hold_with_tensor_learning_rates_and_schedules(compiled: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 28))
     optimizer = torch.optim.Adam(model.parameters(), torch.tensor(0.0), foreach=False)
@@ -521,7 +521,7 @@ def test_two_optimizers_and_a_tied_weight() -> None:
         assert number == 0 or excess(model[2].weight, UPPER) <= 1.01
 
 
-def test_a_factor_that_starts_at_zero_is_watched_once_it_is_not() -> None:
+def test_zero_factor_is_watched_once_nonzero() -> None:
     model, optimizer, reg = make("tall", KAPPA)
     (parameter,) = model.parameters()
     (state,) = reg._states

@@ -1,6 +1,6 @@
-"""What docs/which-weights.md says, line by line, with the packages themselves where they are.
+"""The statements of docs/which-weights.md, with the real packages if they are installed.
 
-Each line names the weights in which a limit holds. Where a line says that a limit does not hold in
+Each row names the weights for which a limit holds. If a row says that a limit does not hold for
 others, a test shows that it does not.
 """
 
@@ -66,7 +66,7 @@ def real(module: str, name: str) -> Any:
 
 
 def of_timm(module: str, name: str) -> Any:
-    """A module of timm without its others, which need torchvision."""
+    """A module of timm without the others, which need torchvision."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
     spec = importlib.util.find_spec("timm")
@@ -104,7 +104,7 @@ WITH_MODES = {
 
 
 @pytest.mark.parametrize("name", WITH_MODES)
-def test_enforced_after_eval_the_weights_that_are_saved_obey(
+def test_enforce_after_eval_limits_the_saved_weights(
     name: str, said: Callable[[], list[str]]
 ) -> None:
     model = net()
@@ -125,11 +125,11 @@ def test_enforced_after_eval_the_weights_that_are_saved_obey(
     optimizer.eval()
     reg.enforce()
     assert obeys(model)
-    # heavyball tells no mode before eval() is first called; here it was.
+    # heavyball stores no mode before the first call of eval(); here it was called.
     assert not said()
 
 
-def test_enforced_in_train_mode_what_eval_makes_need_not_obey() -> None:
+def test_enforce_in_train_mode_does_not_limit_eval_weights() -> None:
     model = net()
     optimizer = WITH_MODES["heavyball-MSAMLaProp"]()(model.parameters(), lr=1e-3)
     reg = wc.Regularizer(model, LIMIT)
@@ -168,8 +168,8 @@ class OfTimm:
 
 
 @pytest.mark.parametrize("kind", [AveragedModel, averaged, OfEmaPytorch, OfTimm])
-def test_an_average_obeys_once_enforced_and_need_not_before(kind: Any) -> None:
-    """Each of the weights that are averaged obeys."""
+def test_average_satisfies_the_limit_only_after_enforce(kind: Any) -> None:
+    """Each of the averaged weights is within the limit."""
     model = net()
     average = kind(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
@@ -190,7 +190,7 @@ def test_an_average_obeys_once_enforced_and_need_not_before(kind: Any) -> None:
 # --- wrappers of optimizers -----------------------------------------------------------------------
 
 
-def test_sam_by_closure_and_in_two_steps() -> None:
+def test_sam_with_closure_and_two_steps() -> None:
     kind = real("pytorch_optimizer", "SAM")
     for two_steps in (False, True):
         model = net()
@@ -215,7 +215,7 @@ def test_sam_by_closure_and_in_two_steps() -> None:
             assert obeys(model)
 
 
-def test_lookahead_of_pytorch_optimizer_is_attached_itself() -> None:
+def test_attach_to_pytorch_optimizer_lookahead() -> None:
     model = net()
     optimizer = real("pytorch_optimizer", "Lookahead")(torch.optim.Adam(model.parameters(), 1e-2))
     wc.Regularizer(model, LIMIT).attach(optimizer, every=1)
@@ -224,7 +224,7 @@ def test_lookahead_of_pytorch_optimizer_is_attached_itself() -> None:
         assert obeys(model)
 
 
-def test_lookahead_of_timm_is_attached_after_zero_grad() -> None:
+def test_attach_to_timm_lookahead_after_zero_grad() -> None:
     model = net()
     optimizer = of_timm("optim", "lookahead")(torch.optim.Adam(model.parameters(), 1e-2))
     reg = wc.Regularizer(model, LIMIT)
@@ -237,12 +237,12 @@ def test_lookahead_of_timm_is_attached_after_zero_grad() -> None:
         assert obeys(model)
 
 
-def test_lookahead_of_torch_optimizer_moves_after_the_limit_of_what_it_wraps() -> None:
+def test_torch_optimizer_lookahead_moves_weights_after_the_limit() -> None:
     model = net()
     inner = torch.optim.Adam(model.parameters(), 1e-2)
     optimizer = real("torch_optimizer", "Lookahead")(inner, k=3, alpha=0.5)
     reg = wc.Regularizer(model, LIMIT)
-    with pytest.raises(TypeError, match="attach to that"):
+    with pytest.raises(TypeError, match="attach to the optimizer that it wraps"):
         reg.attach(optimizer)
     reg.attach(inner, every=1)
     seen = []
@@ -256,7 +256,7 @@ def test_lookahead_of_torch_optimizer_moves_after_the_limit_of_what_it_wraps() -
     assert obeys(model)
 
 
-def test_each_of_several_optimizers_is_attached(said: Callable[[], list[str]]) -> None:
+def test_attach_to_several_optimizers(said: Callable[[], list[str]]) -> None:
     model = net()
     optimizers = [torch.optim.Adam(model[i].parameters(), 1e-2) for i in (0, 2)]
     reg = wc.Regularizer(model, LIMIT)
@@ -271,7 +271,7 @@ def test_each_of_several_optimizers_is_attached(said: Callable[[], list[str]]) -
     assert not said()
 
 
-def test_optimizers_within_backward_are_attached_by_weight() -> None:
+def test_attach_to_optimizers_within_backward() -> None:
     model = net()
     optimizers = {p: torch.optim.Adam([p], 1e-2) for p in model.parameters()}
 
@@ -290,7 +290,7 @@ def test_optimizers_within_backward_are_attached_by_weight() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_optimizers_within_backward_by_the_helper_of_torch() -> None:
+def test_attach_to_torch_helper_for_optimizers_within_backward() -> None:
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     model = net()
@@ -332,7 +332,7 @@ MORE = {
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("name", MORE)
-def test_other_optimizers_are_attached_as_those_of_torch(name: str) -> None:
+def test_attach_to_other_optimizers(name: str) -> None:
     model = net()
     optimizer = MORE[name](list(model.parameters()))
     wc.Regularizer(model, LIMIT).attach(optimizer, every=1)
@@ -341,7 +341,7 @@ def test_other_optimizers_are_attached_as_those_of_torch(name: str) -> None:
         assert obeys(model)
 
 
-def test_steps_that_a_gradient_scaler_skips_leave_the_limit_as_it_was() -> None:
+def test_skipped_scaler_steps_do_not_affect_the_limit() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=5)
@@ -355,7 +355,7 @@ def test_steps_that_a_gradient_scaler_skips_leave_the_limit_as_it_was() -> None:
     assert 0 < attachment.steps < 40
 
 
-def test_a_compiled_step_runs_what_is_attached() -> None:
+def test_compiled_step_applies_limits() -> None:
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     wc.Regularizer(model, LIMIT).attach(optimizer, every=1)
@@ -368,11 +368,11 @@ def test_a_compiled_step_runs_what_is_attached() -> None:
     torch._dynamo.reset()
 
 
-# --- layers whose stored weight is not the one that acts ------------------------------------------
+# --- layers whose stored weight is not the effective weight ---------------------------------------
 
 
 @pytest.mark.frameworks
-def test_limits_on_the_factors_of_lora_do_not_bound_the_merged_weight() -> None:
+def test_limits_on_lora_factors_do_not_bound_the_merged_weight() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     base = net()
     before = kappas(base)
@@ -393,7 +393,7 @@ def test_limits_on_the_factors_of_lora_do_not_bound_the_merged_weight() -> None:
     assert obeys(merged)
 
 
-def test_in_quantisation_aware_training_the_float_weight_obeys(
+def test_qat_float_weight_satisfies_the_limit(
     said: Callable[[], list[str]],
 ) -> None:
     quantization = pytest.importorskip("torch.ao.quantization")
@@ -411,7 +411,7 @@ def test_in_quantisation_aware_training_the_float_weight_obeys(
     assert any("trained for quantisation" in message for message in said())
 
 
-def test_quantisation_aware_training_of_torchao() -> None:
+def test_torchao_qat() -> None:
     qat = pytest.importorskip("torchao.quantization.qat", reason="torchao is not installed")
     quantize = real("torchao.quantization", "quantize_")
     model = net()
@@ -427,11 +427,11 @@ def test_quantisation_aware_training_of_torchao() -> None:
     assert max(float(wc.condition_number(weight)) for weight in acting) > K
 
 
-def test_a_limit_fills_the_zeros_of_a_pruned_weight(said: Callable[[], list[str]]) -> None:
+def test_limit_fills_zeros_of_a_pruned_weight(said: Callable[[], list[str]]) -> None:
     model = net()
     prune.l1_unstructured(model[0], "weight", 0.8)
     reg = wc.Regularizer(model, LIMIT)
-    assert reg.names == ["2.weight"]  # while the mask is on
+    assert reg.names == ["2.weight"]  # while the mask is active
     prune.remove(model[0], "weight")
     assert float((model[0].weight == 0).double().mean()) >= 0.79
     wc.Regularizer(model, LIMIT).enforce()
@@ -449,7 +449,7 @@ def test_a_limit_fills_the_zeros_of_a_pruned_weight(said: Callable[[], list[str]
         parametrizations.orthogonal,
     ],
 )
-def test_weights_that_are_computed_are_left_out_until_that_is_removed(added: Any) -> None:
+def test_computed_weights_are_skipped_until_parametrization_is_removed(added: Any) -> None:
     model = net()
     added(model[0])
     assert wc.Regularizer(model, LIMIT).names == ["2.weight"]
@@ -463,8 +463,8 @@ def test_weights_that_are_computed_are_left_out_until_that_is_removed(added: Any
     assert obeys(model)
 
 
-def test_a_limit_on_a_kernel_is_not_one_on_the_convolution() -> None:
-    """All taps alike: sigma_1 of the map is sqrt(k_h k_w) times that of the kernel."""
+def test_kernel_limit_does_not_bound_the_convolution() -> None:
+    """All taps are equal: sigma_1 of the operator is sqrt(k_h k_w) times that of the kernel."""
     layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(4, 4, 1, 1).expand(4, 4, 3, 3))
@@ -477,7 +477,7 @@ def test_a_limit_on_a_kernel_is_not_one_on_the_convolution() -> None:
     assert 2.9 < acting <= 3.0 + 1e-5
 
 
-def test_a_weight_that_is_frozen_and_thawed_later_is_left_out(
+def test_weight_unfrozen_later_is_skipped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = net()
@@ -490,7 +490,7 @@ def test_a_weight_that_is_frozen_and_thawed_later_is_left_out(
     assert kappas(model)[0] > K >= kappas(model)[1]
 
 
-def test_a_cast_rounds_what_obeyed_and_enforcing_holds_in_the_new_dtype() -> None:
+def test_enforce_after_cast_holds_in_the_new_dtype() -> None:
     model = net()
     wc.Regularizer(model, LIMIT).enforce()
     model.bfloat16()

@@ -1,1 +1,1 @@
-"""Penalties and limits applied to the weights of a model while it trains."""
+"""Penalties and limits that are applied to the weights of a model during training."""

@@ -1,7 +1,7 @@
-"""Rules applied to batches of weights, and what their outcomes mean for each weight.
+"""Applies rules to batches of weights and records the outcome for each weight.
 
-Where processes hold the same weights, the owner of a batch applies its rule and sends the others
-what the weights have become, with the outcome; each then remembers the same.
+Among processes with the same weights, the owner of a batch applies its rule and sends the new
+weights and the outcome to the others. Every process then records the same.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from wellcond.training.state import WeightState
 
 
 class Task(NamedTuple):
-    """A rule that is to be applied to a batch."""
+    """A rule to apply to a batch."""
 
     batch: Batch
     run: Callable[[], Outcome]
-    finite: Tensor | None  # what it must leave alone, where it does not look itself
-    # Whether all replicas compute the same: from the image of the subspace, which they exchange.
+    finite: Tensor | None  # which weights are finite; None if the rule checks this itself
+    # Whether all replicas compute the same, from the image of the subspace that they exchange.
     shared: bool
-    renews: bool = False  # whether it is an application to weights that are watched
+    renews: bool = False  # whether the weights are watched
 
 
 def step_task(seen: Look, eta: Tensor) -> Task:
-    """A step of length eta."""
+    """A proximal step of length eta."""
     batch, rule = seen.batch, seen.batch.rule
     run = functools.partial(rule.step, seen.S, seen.image, eta, batch.memory)
     return Task(batch, run, seen.finite, not rule.needs & {Need.gram, Need.whole})
 
 
 def projection_task(batch: Batch, *, exact: bool) -> Task:
-    """A hard limit: the limit itself, or of weights that are watched the target inside of it."""
+    """A projection to a hard limit, or, for watched weights, to the target inside the limit."""
     run = functools.partial(batch.rule.project, batch.S, batch.memory, exact=exact)
     return Task(batch, run, None, False, renews=not exact)
 
@@ -51,10 +51,10 @@ def projection_task(batch: Batch, *, exact: bool) -> Task:
 def apply(
     tasks: Sequence[Task], replicas: Replicas | None, due: bool | None
 ) -> tuple[Failures, list[Exception]]:
-    """Applies rules; of replicas, the owner of a weight does so for the others.
+    """Applies rules; among replicas, the owner of a weight applies its rule for the others.
 
-    Weights for which that fails are left as they are. `due` says whether the steps follow from the
-    movement of the weights; None: they are watched, and nothing is to be learned of their movement.
+    If that fails for a weight, the weight does not change. `due` is whether the weights were due by
+    their movement; None if they are watched, so that there is nothing to learn about it.
     """
     failures: Failures = {}
     errors: list[Exception] = []
@@ -76,13 +76,13 @@ def apply(
                 if is_out_of_memory(error) or batch.lacks_values():
                     if replicas is None:
                         raise
-                    fatal = fatal or error  # the others wait: first they must learn of it
+                    fatal = fatal or error  # raised after the exchange, for which the others wait
                 outcome = Outcome.of(batch.S, OutcomeStatus.refused)
                 errors.append(error)
                 failures |= dict.fromkeys((s.name for s in batch.states), _refusal(batch, error))
         if batch.rule.differentiable and alone:
             _count_shortened(batch, outcome.status)
-            continue  # nothing more to know, and nothing read from the device
+            continue  # the rest is known already, so nothing is read from the device
         numbers: Sequence[Tensor] = outcome.numbers()
         if not alone:
             device = batch.operators[0].device
@@ -126,7 +126,7 @@ def apply(
 
 
 def _renew(batch: Batch, outcome: Outcome, numbers: Sequence[Tensor]) -> None:
-    """Has the weights that were decomposed remember how."""
+    """Records the decompositions of the weights."""
     spectra = outcome.spectra or [None] * len(batch.states)
     moved = torch.zeros_like(outcome.status) if outcome.moved is None else outcome.moved
     each = zip(batch.states, spectra, batch.each(*numbers), batch.each(moved), strict=True)
@@ -137,7 +137,7 @@ def _renew(batch: Batch, outcome: Outcome, numbers: Sequence[Tensor]) -> None:
 
 
 def _store_(batch: Batch, outcome: Outcome, finite: Tensor | None) -> None:
-    """Stores what a rule has not stored itself."""
+    """Stores the new weights, unless the rule has done so itself."""
     new = outcome.new
     if new is None:
         return
@@ -153,7 +153,7 @@ def _refusal(batch: Batch, error: Exception) -> str:
 
 
 def _explain(state: WeightState, status: OutcomeStatus, mine: bool) -> str:
-    """Why a rule was not applied to a weight, by this process or by its owner."""
+    """Why this process, or the owner of a weight, could not apply a rule to it."""
     if status is OutcomeStatus.not_finite:
         return HOLDS_NAN
     if not mine:

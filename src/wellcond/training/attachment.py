@@ -1,7 +1,7 @@
-"""The tie between a regulariser and an optimizer: it counts steps and calls when some are due.
+"""Attachments of a regulariser to an optimizer: they count steps and apply rules when due.
 
-The hook runs after the optimizer's step, the one place that every framework, GradScaler and closure
-leaves alone: a step that is skipped fires no hook, and an accumulated one fires one.
+The hook runs after the optimizer's step. This works with every framework, GradScaler and closure: a
+skipped step fires no hook, and several accumulated gradients fire one.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from wellcond.training.state import WeightState
 
 logger = logging.getLogger("wellcond")
 
-# After so many applications of limits it is looked whether entries are set to zero again.
+# The number of applications of limits after which it is checked whether entries become zero again.
 _COUNTS = 4
 
 
 class Actions(NamedTuple):
     """What a regulariser does after steps of an optimizer to which it is attached."""
 
-    step: Callable[[list[WeightState]], None]  # steps of rules, and limits themselves
+    step: Callable[[list[WeightState]], None]  # takes proximal steps, applies limits exactly
     watch: Callable[
         [list[WeightState], list[float]], list[WeightState]
-    ]  # which are to be projected
-    project: Callable[[list[WeightState]], None]  # to the target inside of the limit
+    ]  # returns the weights to project
+    project: Callable[[list[WeightState]], None]  # projects to the target inside the limit
     warn_of_undone: Callable[[list[str]], None]
 
 
 class Attachment:
     """A regulariser attached to an optimizer; `remove()` ends it.
 
-    The optimizer holds the regulariser, not the other way round.
+    The optimizer keeps the regulariser alive, not the reverse.
     """
 
     def __init__(
@@ -55,28 +55,28 @@ class Attachment:
         actions: Actions,
     ) -> None:
         self.states = states
-        # Steps between applications. None: limits are watched, penalties by their own schedule;
-        # "auto": what cannot be watched goes by the learning rates.
+        # Steps between applications. None: limits are watched, and penalties have their own
+        # schedule. "auto": weights that cannot be watched are due by their learning rates.
         self.every = every if isinstance(every, int) else None
         self._paced = every == "auto"
-        # An optimizer with an eval() mode draws its weights at each step to others, which no limit
-        # has reached: to wait would undo every application.
+        # At each step an optimizer with an eval() mode moves the weights towards others that are
+        # not projected. Limits are applied at every step, or the optimizer would undo them.
         self._at_once = every is None and has_modes(optimizer)
         self.removed = False
-        self.steps = 0  # of the optimizer, seen
-        # Steps of other optimizers on the weights before the first own one.
+        self.steps = 0  # of the optimizer, since the attachment
+        # Steps of other optimizers on the weights before the first step of this one.
         self.steps_of_others = 0
         self.warned = False  # that the optimizer has taken no step
         self._changes = Changes(states)
         self._optimizer = weakref.ref(optimizer, self._orphan)
         self._actions = actions
-        # Entries that are not zero after the last application of a limit, by weight; how often
-        # they were counted, which reads from the device.
+        # Nonzero entries per weight after the last application of a limit, and how often they were
+        # counted. Counting reads from the device.
         self._nonzeros: dict[str, tuple[int, int]] = {}
         self._counts = 0
         _watch_all_optimizers()
-        self._open, self._closing = 0, False  # nested steps of the optimizer under way
-        # Bookkeeping in Python, and proximal steps that pay for themselves: nothing to compile.
+        self._open, self._closing = 0, False  # nested steps of the optimizer that have begun
+        # The hooks are bookkeeping in Python and rare proximal steps: compiling them gains nothing.
         before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
         self._hooks = [
             optimizer.register_step_pre_hook(before),
@@ -85,7 +85,7 @@ class Attachment:
         _attachments.add(self)
 
     def remove(self) -> None:
-        """Takes no more steps; may be called again."""
+        """Ends the attachment. Further calls have no effect."""
         if not self.removed:
             for state in self.states:
                 state.end_watch()
@@ -95,17 +95,17 @@ class Attachment:
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
-        owner = "an optimizer that is gone" if optimizer is None else type(optimizer).__name__
+        owner = "a deleted optimizer" if optimizer is None else type(optimizer).__name__
         said = f"attached to {owner}, every={self.every or self._words()}"
-        return said if self.steps else f"{said}: it has taken no step"
+        return said if self.steps else f"{said}: the optimizer has taken no step"
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """None if it is gone."""
+        """The optimizer, or None if it was deleted."""
         return self._optimizer()
 
     def look(self) -> None:
-        """Looks at the weights for `is_bypassed`: reads from the device until the first step."""
+        """Compares the weights for `is_bypassed`: reads from the device until the first step."""
         if not (self.steps or self.removed):
             self._changes.look()
 
@@ -116,13 +116,13 @@ class Attachment:
 
     @property
     def is_bypassed(self) -> bool:
-        """Whether the weights have changed as in training, but the optimizer has taken no step."""
+        """Whether the weights have changed as in training although the optimizer took no step."""
         if self.steps or self.removed:
             return False
         return self._changes.show_training(self.optimizer)
 
     def own_changes(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the regulariser changes the weights, which is no training."""
+        """A context in which changes of the weights do not count as training."""
         return contextlib.nullcontext() if self.steps else self._changes.own()
 
     def _words(self) -> str:
@@ -141,8 +141,8 @@ class Attachment:
             now = count_nonzeros(counted)
             self._actions.warn_of_undone([name for name in now if now[name] < self._nonzeros[name]])
             self._nonzeros = {}
-        # One that calls the step of its base class runs all hooks for both: the outer one counts.
-        # Where some are closed, but not all, one has raised an exception.
+        # A step that calls the step of its base class runs the hooks twice: the outer one counts.
+        # If only some of the nested steps have ended, one has raised an exception.
         nested = not self._closing and _may_nest(type(optimizer))
         self._open = self._open + 1 if nested else 1
         self._closing = False
@@ -153,8 +153,8 @@ class Attachment:
         if self._open > 0:
             return
         self.steps += 1
-        # A fused optimizer under a GradScaler skips inside of its step. On the CPU that is read; on
-        # a device it stays there: the step counts, at a learning rate of zero.
+        # A fused optimizer under a GradScaler skips within its step. On the CPU the flag is read.
+        # On other devices it is not: a skipped step counts, with a learning rate of zero.
         skipped = getattr(optimizer, "found_inf", None)
         taken: float | Tensor = 1.0
         if isinstance(skipped, Tensor):
@@ -179,15 +179,15 @@ class Attachment:
                 others.append(state)
         if strange:
             raise ValueError(
-                f"The optimizer no longer holds {quote_names(strange)}: the model has another "
-                "parameter now. Make the optimizer from the model as it is and "
-                "attach to that; under FSDP2 leave resharding after backward on."
+                f"The optimizer no longer contains {quote_names(strange)}: the model has a new "
+                "parameter in its place. Create the optimizer from the current model and "
+                "attach to it. Under FSDP2 keep resharding after backward enabled."
             )
         due = self._find_due(optimizer, others, group_of, taken) if others else []
         try:
             if due:
                 self._actions.step(due)
-        finally:  # what has failed does not keep the limits that are watched from holding
+        finally:  # watched limits are applied even if a step has failed
             if watched and (projected := self._actions.watch(watched, rates)):
                 self._actions.project(projected)
                 due += projected
@@ -203,12 +203,12 @@ class Attachment:
         group_of: Mapping[int, Mapping[str, Any]],
         taken: float | Tensor,
     ) -> list[WeightState]:
-        """Counts a step for weights that are not watched; those whose rule is to be applied."""
+        """Counts a step for weights that are not watched; returns those that are due."""
         check_rates(optimizer, states)
         for state in states:
             lr = group_of[id(state.weight.parameters[0])].get("lr")
             if state.rule.differentiable:
-                # A tensor is added up on its device: reading it here would wait for the device.
+                # A tensor is summed on its device: reading it here would wait for the device.
                 assert lr is not None
                 state.gather((lr.detach().reshape(()) if isinstance(lr, Tensor) else lr) * taken)
             else:
@@ -221,20 +221,21 @@ class Attachment:
         return 1 if every is None else every
 
     def is_watched(self, state: WeightState) -> bool:
-        """Whether looks tell when it is to be projected, or it is decomposed at every step."""
+        """Whether estimates decide when it is projected, or it is decomposed at every step."""
         if self.every or self._at_once or state.watch is None:
             return False
         return state.is_followed or not (self._paced or state.is_too_large)
 
     def is_paced(self, state: WeightState) -> bool:
-        """Whether it is due by how far it may have moved."""
+        """Whether it is due by how far it might have moved."""
         scheduled = self.every or state.rule.default_schedule.every
         return scheduled is None and not (self._at_once or self.is_watched(state))
 
     def _turn(self, due: list[WeightState]) -> list[WeightState]:
-        """Those of one shape, the longest due, so that no step pays for all of them.
+        """Returns the due weights of one shape, so that no step projects all of them at once.
 
-        One that has failed stays due, and must not keep the others waiting.
+        The shape is that of the weight that has waited longest. A weight that has failed remains
+        due, and comes after the others.
         """
         if not due:
             return []
@@ -242,40 +243,40 @@ class Attachment:
         return [state for state in due if state.shape == first.shape]
 
     def _orphan(self, _: weakref.ref[Optimizer]) -> None:
-        if not self.removed and _orphans is not None:  # it is while the interpreter ends
+        if not self.removed and _orphans is not None:  # None at the exit of the interpreter
             _orphans.append(weakref.ref(self))
 
     def names_in(self, optimizer: Optimizer) -> list[str]:
-        """The names of the weights that this other optimizer steps."""
+        """The names of the weights that another optimizer steps."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [state.name for state in self.states if _is_held_by(state, held)]
 
 
 def _may_nest(kind: type) -> bool:
-    """Whether the step of an optimizer, and that of a base class, run hooks."""
+    """Whether both the step of an optimizer and the step of a base class run hooks."""
     steps = [vars(one).get("step") for one in kind.__mro__]
     return len([step for step in steps if getattr(step, "hooked", False)]) > 1
 
 
 def has_modes(optimizer: Optimizer) -> bool:
-    """Whether it has a train mode and an eval mode, with other weights in each."""
+    """Whether it has a train mode and an eval mode, with different weights in each."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def check_optimizer(optimizer: object) -> None:
     """Raises unless steps of the optimizer run hooks."""
-    # A wrapper may call itself an optimizer and yet have no hooks.
+    # A wrapper can be an Optimizer and still have no hooks.
     if not (isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-            "Attach several one by one. If it wraps one, attach to that: accelerate's is "
-            "`optimizer.optimizer`."
+            "Attach to several optimizers one by one. For a wrapper, attach to the optimizer that "
+            "it wraps, for example `optimizer.optimizer` with accelerate."
         )
     if not getattr(type(optimizer).step, "hooked", False):
         raise ValueError(
             f"`optimizer` must run hooks after its steps, but {type(optimizer).__name__}.step runs "
             "none, because Optimizer.__init__ was not called. Call optimizer.zero_grad() before "
-            "attach(), which makes torch add them, or attach to the optimizer that it wraps."
+            "attach(), so that torch adds them, or attach to the optimizer that it wraps."
         )
 
 
@@ -302,9 +303,9 @@ def check_rates(optimizer: Optimizer, states: Sequence[WeightState]) -> None:
 
 
 def _rate(lr: Any) -> float:
-    """By how much a step brings a hard limit closer: by 1 if the learning rate is not known.
+    """By how much a step brings a hard limit closer: the learning rate, or 1 if it is unknown.
 
-    It is not where there is none, or where it lies on a device and would have to be waited for.
+    It is unknown if there is none, or if it is on a device and reading it would wait.
     """
     known = isinstance(lr, float | numbers.Real) or (isinstance(lr, Tensor) and lr.is_cpu)
     rate = abs(float(lr)) if known else 1.0
@@ -313,7 +314,7 @@ def _rate(lr: Any) -> float:
 
 @contextlib.contextmanager
 def own_changes(attachments: Sequence[Attachment]) -> Iterator[None]:
-    """Within it the weights are changed by the regulariser itself."""
+    """A context in which the regulariser itself changes the weights."""
     with contextlib.ExitStack() as entered:
         for attachment in attachments:
             entered.enter_context(attachment.own_changes())
@@ -321,7 +322,7 @@ def own_changes(attachments: Sequence[Attachment]) -> Iterator[None]:
 
 
 def _is_held_by(state: WeightState, held: Container[int]) -> bool:
-    """Whether an optimizer that holds these parameters steps the weight."""
+    """Whether an optimizer with these parameters steps the weight."""
     return all(id(parameter) in held for parameter in state.weight.parameters)
 
 
@@ -329,13 +330,13 @@ _attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 def attachments() -> list[Attachment]:
-    """All that have not been removed, of every regulariser, and whose optimizer lives."""
+    """The attachments of all regularisers that are not removed and whose optimizer exists."""
     return [one for one in _attachments if not one.removed and one._optimizer() is not None]
 
 
-# Attachments whose optimizer is gone. That is the usual end of a training, and no matter, unless
-# another optimizer steps the weights after it. One hook on all optimizers looks for that; it is
-# never removed, as a callback of the garbage collector could do so while the hooks are iterated.
+# Attachments whose optimizer was deleted. Training usually ends this way. It is a problem only if
+# another optimizer steps the weights later. One hook on all optimizers checks for that. It is never
+# removed: a callback of the garbage collector could remove it during an iteration over the hooks.
 _orphans: list[weakref.ref[Attachment]] = []
 
 
@@ -347,19 +348,19 @@ def _warn_of_successor(optimizer: Optimizer) -> None:
         elif names := attachment.names_in(optimizer):
             _orphans.remove(reference)
             logger.warning(
-                "The optimizer to which the regulariser was attached is gone, and %s steps %s "
-                "without it: copies of an optimizer drop its hooks. Call detach(), then attach() "
-                "with the new one.",
+                "The optimizer to which the regulariser was attached was deleted, and %s steps %s "
+                "without applying any rule: a copy of an optimizer has no hooks. Call detach(), "
+                "then attach() with the new optimizer.",
                 type(optimizer).__name__,
                 quote_names(names),
             )
 
 
 def _warn_of_another(optimizer: Optimizer) -> None:
-    """Warns of an optimizer that steps weights in place of the attached one, which took no step.
+    """Warns if another optimizer steps the weights and the attached one has taken no step.
 
-    A wrapper calls the step of the optimizer that it wraps, which is no other: within its own step,
-    or, without hooks of its own before it, once before that is seen.
+    A wrapper that steps the attached optimizer is allowed: it does so within its own step, or, if
+    hooks do not run before its own step, it appears at most once before the attached optimizer.
     """
     for attachment in attachments() if any(not one.steps for one in _attachments) else ():
         if attachment.steps or attachment.steps_now or attachment.optimizer is optimizer:
@@ -370,7 +371,7 @@ def _warn_of_another(optimizer: Optimizer) -> None:
                 attachment.warned = True
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but %s steps "
-                    "%s: nothing is applied. Attach to the optimizer whose step() is called; for "
+                    "%s: no rule is applied. Attach to the optimizer whose step() you call; for "
                     "a wrapper, that is often optimizer.base_optimizer.",
                     type(attachment.optimizer).__name__,
                     type(optimizer).__name__,

@@ -1,8 +1,7 @@
-"""One product with all weights, those of one kind as one stack, before anything is done to them.
+"""One product with every weight, before any rule acts; weights of one kind form a stack.
 
-Looking at the weights changes nothing: it returns what the products tell and the subspaces refined
-by them. Weights under equal penalties are looked at together, so that all but the products
-themselves is done once for all of them.
+`look` changes nothing: it returns the images and the refined subspaces. Weights under equal rules
+are processed together, so that everything but the products is done once for all of them.
 
 Letters: S (..., m, n) a weight, or a stack of weights of one kind.
 """
@@ -33,14 +32,14 @@ from wellcond.training.state import WeightState
 
 
 class Batch(NamedTuple):
-    """Weights of one kind under one rule; or a single one, which is no stack."""
+    """Weights of one kind under one rule; a single weight is not stacked."""
 
     states: list[WeightState]
     operators: list[WeightOperator]
 
     @property
     def S(self) -> Operator:
-        """All of them as one operator."""
+        """All weights as one operator."""
         return stack(self.operators)
 
     @property
@@ -54,14 +53,14 @@ class Batch(NamedTuple):
 
     @property
     def memory(self) -> RuleState:
-        """What the rule remembers of all of them."""
+        """The state of the rule for all weights."""
         own = [state.memory for state in self.states]
         if len(own) == 1:
             return own[0]
         return {key: torch.stack([one[key] for one in own]) for key in own[0]}
 
     def prepare(self) -> None:
-        """Has the rule complete what it remembers, before its first step."""
+        """Lets the rule complete its state before its first step."""
         memory = self.rule.prepare(self.S, self.memory)
         each = self.each(*memory.values())
         for state, own in zip(self.states, each if memory else (), strict=False):
@@ -72,14 +71,14 @@ class Batch(NamedTuple):
         return any(lacks_values(p) for state in self.states for p in state.weight.parameters)
 
     def each(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """The tensors of every weight."""
+        """Splits tensors of the batch into those of every weight."""
         if len(self.states) == 1:
             return [tensors]
         return list(zip(*(tensor.unbind() for tensor in tensors), strict=True))
 
 
 class Look(NamedTuple):
-    """What was seen of the weights of a batch."""
+    """The image and the refined subspace of a batch, and which weights are finite."""
 
     batch: Batch
     S: Operator
@@ -88,7 +87,7 @@ class Look(NamedTuple):
     finite: Tensor
 
     def remember(self) -> None:
-        """Keeps the refined subspaces."""
+        """Stores the refined subspaces in the states of the weights."""
         if self.subspace is None:
             return
         basis, from_right = self.subspace
@@ -99,7 +98,7 @@ class Look(NamedTuple):
 def group_weights(
     states: Sequence[WeightState], operators: Sequence[WeightOperator]
 ) -> list[Batch]:
-    """The weights by kind and rule: the same however they have been used so far."""
+    """Groups the weights by kind and rule, independently of their history."""
     groups: dict[object, Batch] = {}
     for state, S in zip(states, operators, strict=True):
         state.follow(S)
@@ -132,7 +131,7 @@ def look(group_weights: Sequence[Batch], replicas: Replicas | None = None) -> li
 
 
 def _start(batch: Batch, S: Operator) -> Subspace:
-    """The subspaces of a batch as one: warm, and all on one side."""
+    """The subspaces of a batch as one stack: warm, and all on the same side."""
     states = batch.states
     if len(states) == 1:
         return states[0].subspace if states[0].warm else warm_up(S, states[0].subspace)
@@ -148,7 +147,7 @@ def _stack_subspaces(subspaces: list[Subspace]) -> Subspace:
 
 
 class _SharedLook:
-    """A batch that one of several processes looks at: its start, the image, the basis of that."""
+    """A batch of which one process computes the image and the basis for all replicas."""
 
     def __init__(self, batch: Batch, replicas: Replicas) -> None:
         self.exchanged: list[tuple[int, Tensor]] = []
@@ -158,7 +157,7 @@ class _SharedLook:
         mine = first.owner == replicas.rank
         sides = {state.subspace.from_right for state in batch.states}
         ready = all(state.warm for state in batch.states) and len(sides) == 1
-        # A start that is still to be warmed is known to its owner alone: the others have its shape.
+        # Only the owner knows a start that is not warm yet: the others know its shape.
         start = _start(batch, S) if mine or ready else _blank_start(batch)
         if not ready:
             start = Subspace(by_columns(start.basis).clone(), start.from_right)
@@ -171,7 +170,7 @@ class _SharedLook:
         if mine:
             seen, refined = refine(S, start)
             image.copy_(seen.left if start.from_right else seen.right)
-            if refined.basis.shape == basis.shape:  # else it stays the start
+            if refined.basis.shape == basis.shape:  # else the basis remains the start
                 basis.copy_(refined.basis)
         self.start, self.image, self.basis = start, image, basis
         self.exchanged += [(first.owner, image), (first.owner, basis)]
@@ -181,7 +180,7 @@ class _SharedLook:
 
 
 def _blank_start(batch: Batch) -> Subspace:
-    """A subspace of the shape and on the side of the start that the owner makes."""
+    """A subspace with the shape and the side of the start that the owner computes."""
     first = batch.states[0]
     basis = torch.empty_like(first.subspace.basis)
     if len(batch.states) > 1:

@@ -1,7 +1,7 @@
-"""Whether weights are trained past the hooks of the optimizer that should run them.
+"""Detects training that bypasses the hooks of the attached optimizer.
 
-A step that another library, or a user, puts in place of that of one optimizer runs no hooks. Such
-a step is recognized by its code, or by what it does to the weights.
+If another library or a user replaces the step of an optimizer, the new step runs no hooks. Such a
+step is recognised by its code or by the changes of the weights.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from wellcond.linalg.checks import lacks_values
 from wellcond.operators.sharded import is_sharded
 from wellcond.training.state import WeightState
 
-# Changes in place of each weight that are taken for training. An optimizer makes one or two per
-# step, load_state_dict one, and an initialisation up to five, but before there is a gradient.
+# In-place changes per weight that indicate training. An optimizer makes one or two per step,
+# load_state_dict one, and an initialisation up to five, but before there is a gradient.
 _CHANGES, _WITHOUT_GRADIENT = 3, 10
-_ENTRIES = 8  # of each weight that are compared
-_LOOKS = 3  # that find other entries: loading weights or an average explains one or two
+_ENTRIES = 8  # compared per weight
+_LOOKS = 3  # that find changed entries: loading weights or an average explains one or two
 
 
 class Changes:
-    """Changes of weights by others than the regulariser, before the optimizer takes a step.
+    """Changes of weights, except by the regulariser, before the optimizer takes a step.
 
-    A tensor counts its changes in place, but not what is written to its `.data`: of that a few
-    entries tell.
+    A tensor counts its in-place changes, but not writes to its `.data`. A few entries of each
+    weight are compared to detect those.
     """
 
     def __init__(self, states: Sequence[WeightState]) -> None:
@@ -49,18 +49,18 @@ class Changes:
         return [_some(p) for p in self._parameters() if not lacks_values(p)]
 
     def look(self) -> None:
-        """Compares entries with those at the last look: reads from the device once."""
+        """Compares entries with those at the last call: reads from the device once."""
         before, self._sample = self._sample, self._entries()
         pairs = list(zip(before, self._sample, strict=False))
         if len(before) != len(self._sample) or any(a.shape != b.shape for a, b in pairs):
-            return  # it was on the meta device, or is sharded in another way now
+            return  # a weight was on the meta device, or is now sharded differently
         device = torch.device("cpu") if not pairs else pairs[0][1].device
         moved = [(a.to(b) != b).any().to(device) for a, b in pairs]
         self._looks += bool(moved) and bool(torch.stack(moved).any())
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
-        """Within it the regulariser changes the weights."""
+        """A context in which the regulariser changes the weights."""
         before = self._count()
         try:
             yield
@@ -69,7 +69,7 @@ class Changes:
             self._sample = self._entries()
 
     def show_training(self, optimizer: Optimizer | None) -> bool:
-        """Whether the changes so far are those of a training."""
+        """Whether the changes so far indicate training."""
         parameters = self._parameters()
         least = _CHANGES if any(p.grad is not None for p in parameters) else _WITHOUT_GRADIENT
         if self._count() - self._version >= least * len(parameters):
@@ -79,7 +79,7 @@ class Changes:
 
 
 def _some(parameter: Any) -> Tensor:
-    """A copy of a few entries, spread over what this process holds of it."""
+    """A copy of a few entries, spread over the part that this process has."""
     local: Tensor = parameter.detach()
     if is_sharded(local):
         local = local.to_local()  # type: ignore[attr-defined]
@@ -92,10 +92,10 @@ def _some(parameter: Any) -> Tensor:
 
 
 def is_replaced(optimizer: Optimizer) -> bool:
-    """Whether the `step` of this object is another one, which runs no hooks.
+    """Whether the `step` of this object was replaced by one that runs no hooks.
 
-    What wraps the step, as a scheduler, torch.compile and GradScaler do, leads to it; code that
-    calls a `step` by name, and code that cannot be read, have the benefit of the doubt.
+    A scheduler, torch.compile and GradScaler wrap the step, and the wrapper leads to the original.
+    Code that calls some `step`, and code that cannot be read, is assumed to run the hooks.
     """
     own = vars(optimizer).get("step")
     return own is not None and not _leads_to_a_step(own)

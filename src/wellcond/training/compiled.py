@@ -1,9 +1,9 @@
-"""The regulariser in a graph of torch.compile: operators that the compiler does not look into.
+"""The regulariser in a graph of torch.compile: operators that are opaque to the compiler.
 
-Their inputs are the parameters and a number that stands for the regulariser. What changes from step
-to step, the side of the product, the step, the strength, stays inside: it breaks no graph and asks
-for no second compilation. A captured CUDA graph would leave it out, so these operators are kept
-outside of such graphs.
+Their inputs are the parameters and a number that identifies the regulariser. Values that change
+from step to step (the side of the product, the step, the strength) remain inside the operators, so
+they cause neither graph breaks nor recompilation. A captured CUDA graph would not update them, so
+these operators are excluded from such graphs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from wellcond.text import read_versions
 from wellcond.training.engine import Engine
 
-# torch keeps compiled graphs on disk, and does not ask whether what an operator returns has another
-# shape than when they were made: each version has operators of its own.
+# torch caches compiled graphs on disk, and does not check whether an operator now returns another
+# shape than when the graph was compiled: so each version of wellcond has its own operators.
 _NAMESPACE = "wellcond_" + re.sub(r"\W", "_", read_versions()["wellcond"])
 _numbers = map(str, itertools.count())  # an integer would become a symbol in a graph
 _by_number: weakref.WeakValueDictionary[str, Compilable] = weakref.WeakValueDictionary()
 
 
 class Compilable:
-    """An engine that a compiled graph can name; eagerly it is the engine itself."""
+    """An engine that a compiled graph can refer to; in eager mode it calls the engine itself."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -63,9 +63,9 @@ class Compilable:
 
 
 def _gradient_of(parameter: nn.Parameter) -> Tensor:
-    """The gradient in the memory layout of its parameter, so that one view serves both."""
+    """The gradient in the memory layout of its parameter, so that one view works for both."""
     if not parameter.requires_grad:
-        return torch.zeros_like(parameter)  # a part of a weight that is frozen: let go again
+        return torch.zeros_like(parameter)  # for a frozen part of a weight: discarded
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     if parameter.grad.stride() != parameter.stride():
@@ -76,7 +76,7 @@ def _gradient_of(parameter: nn.Parameter) -> Tensor:
 def _custom_op(
     name: str, schema: str, changes: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Any]:
-    """An operator with its schema spelled out, as older versions of torch read no signatures."""
+    """A custom operator with an explicit schema, because old versions of torch do not infer it."""
     options: dict[str, Any] = {"mutates_args": changes, "schema": schema}
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     if tag is not None and "tags" in inspect.signature(torch.library.custom_op).parameters:
@@ -117,7 +117,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[list[Tensor], str, bool], output: list[Tensor]) -> None:
     parameters, ctx.number, _ = inputs
-    ctx.factors = len(output) - 1  # the first of them are the forms of the others
+    ctx.factors = len(output) - 1  # the first factor contains the forms of the others
     ctx.save_for_backward(*output[1:], *parameters)
 
 

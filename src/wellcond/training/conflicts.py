@@ -1,4 +1,4 @@
-"""What works against a hard limit on a weight: masks, exact zeros, quantisation in the forward."""
+"""Conflicts with a hard limit on a weight: masks, exact zeros, quantisation in forward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from wellcond.operators.stored import StoredMatrix
 from wellcond.training.state import WeightState
 
-# Where layers of torch.ao, torchao, Brevitas, ModelOpt and pytorch-quantization keep the module
-# that quantises their weight in forward.
+# The attributes in which layers of torch.ao, torchao, Brevitas, ModelOpt and pytorch-quantization
+# store the module that quantises their weight in forward.
 _QUANTISERS = (
     *("weight_fake_quant", "weight_fake_quantizer"),
     *("weight_quant", "weight_quantizer", "_weight_quantizer"),
@@ -19,7 +19,7 @@ _QUANTISERS = (
 
 
 def find_masked(states: Iterable[WeightState]) -> list[str]:
-    """The weights beside which their module keeps a mask of their shape."""
+    """The weights whose module has a mask of their shape."""
     return [
         state.name
         for state in states
@@ -32,14 +32,14 @@ def find_masked(states: Iterable[WeightState]) -> list[str]:
 
 
 def _covers(mask: Tensor | None, weight: Tensor) -> bool:
-    """Whether a mask is for every entry of a weight, or for its rows or columns."""
+    """Whether a mask applies to every entry of a weight, or to its rows or columns."""
     if mask is None or mask.ndim != weight.ndim or mask.numel() == 1:
         return False
     return all(a in (1, b) for a, b in zip(mask.shape, weight.shape, strict=True))
 
 
 def find_quantised(states: Iterable[WeightState]) -> list[str]:
-    """The weights of which a quantised copy acts in forward."""
+    """The weights that their module quantises in forward."""
     return [
         state.name
         for state in states
@@ -52,7 +52,7 @@ def find_quantised(states: Iterable[WeightState]) -> list[str]:
 
 
 def count_nonzeros(states: Iterable[WeightState]) -> dict[str, tuple[int, int]]:
-    """Per weight the number of entries that are not zero, and of all; of a shard those it holds.
+    """Returns the numbers of nonzero entries and of all entries per weight, or per local shard.
 
     Reads from the device.
     """

@@ -1,4 +1,4 @@
-"""Numbers on a device, read where that costs no waiting, or one step late."""
+"""Numbers on a device that are read without waiting, or one step late."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from wellcond.training.state import WeightState
 
-# Whether looks at weights on the CPU are judged at the next step too, as on a device; for tests.
+# For tests: evaluate estimates of weights on the CPU at the next step, as on other devices.
 LATE = False
 
 
 class DeferredChecks:
-    """Flags that must all be true: on the CPU read at once, elsewhere where that is free.
+    """Flags that must all be true: read at once on the CPU, elsewhere when that needs no waiting.
 
-    A device runs behind the host, so several may be under way; each is read once its copy is there.
+    A device runs behind the host, so several copies can be pending; each is read once it arrived.
     """
 
     def __init__(self) -> None:
         self._waiting: deque[_Check] = deque()
 
     def add(self, flags: Tensor, refuse: Callable[[list[bool]], None]) -> None:
-        """`refuse` is given the flags and raises unless all are true."""
+        """Adds flags; `refuse` takes them and raises unless all are true."""
         if flags.is_cpu:
             refuse(flags.tolist())
             return
@@ -35,7 +35,7 @@ class DeferredChecks:
         self._waiting.append(_Check(copied, event, refuse))
 
     def raise_ready(self) -> None:
-        """Reads all that have arrived, the oldest first."""
+        """Reads all flags that have arrived, the oldest first."""
         while self._waiting and self._waiting[0].event.query():
             check = self._waiting.popleft()
             check.refuse(check.flags.tolist())
@@ -48,7 +48,7 @@ class _Check(NamedTuple):
 
 
 class Sight:
-    """What a look has found of some weights, on its way to the host, which judges it."""
+    """Estimates of watched weights on their way to the host, which evaluates them."""
 
     def __init__(self, states: list[WeightState], numbers: Tensor) -> None:
         self.states = states
@@ -63,13 +63,13 @@ class Sight:
         self._event.record()
 
     def judge(self) -> None:
-        """Has the weights take it in, but those whose record was replaced meanwhile."""
+        """Updates the weights, except those whose record was replaced in the meantime."""
         for state, record, own in zip(self.states, self._records, self.read(), strict=True):
             if state.record is record:
                 state.judge(own)
 
     def read(self) -> list[list[list[float]]]:
-        """Per weight the numbers of its matrices. It waits for the look, not for what follows."""
+        """Returns the numbers per weight and matrix. Waits for the estimate, not for later work."""
         if self._event is not None:
             self._event.synchronize()
         shape = len(self.states), -1, self._numbers.shape[-1]

@@ -1,4 +1,4 @@
-"""Hard limits applied once to a model that is not trained, such as an averaged copy."""
+"""Hard limits applied once to a model that is not in training, such as an averaged copy."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from wellcond.weights.discover import refuse_flat_parameters, unwrapped
 def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
     """Applies hard limits to the weights of a model, once and in place, frozen weights included.
 
-    For a model that is evaluated or saved, not trained: an average of weights (torch's
-    AveragedModel, timm's ModelEmaV3, `ema.ema_model` of ema-pytorch) is frozen by intent, and that
-    of weights that obey need not obey. Every weight that does not obey is replaced by a nearest one
-    that does; see `ConditionLimit` and `SingularValueLimit`. The flags requires_grad stay as they
-    are. While a model is trained use a `Regularizer`, which leaves frozen weights alone.
+    Use it for a model that you evaluate or save, not for one in training. An average of weights
+    (torch's AveragedModel, timm's ModelEmaV3, `ema.ema_model` of ema-pytorch) is frozen
+    intentionally, and the average of weights within a limit can exceed the limit. Every weight that
+    exceeds its limit is replaced by a nearest weight within it; see `ConditionLimit` and
+    `SingularValueLimit`. The requires_grad flags do not change. During training use a
+    `Regularizer`, which does not change frozen weights.
 
     Args:
         model: the model. Its weights are those that `Regularizer` finds, and the frozen ones.
         rule: one hard limit for all weights, or a mapping of patterns to a limit, or to None to
-            leave out, as for `Regularizer`. The first pattern that matches wins.
+            skip the weights, as for `Regularizer`. The first pattern that matches wins.
 
     Raises:
-        ValueError: a weight holds NaN or infinity, or cannot obey in its dtype; the error names all
-            such weights, and the limits of all others hold. A pattern matches nothing, or no weight
-            is left.
-        TypeError: a rule is a penalty or `IsometryStep`, which take their steps while a model is
-            trained.
+        ValueError: a weight contains NaN or infinity, or cannot satisfy its limit in its dtype; the
+            error names all such weights, and the limits of all others hold. Or a pattern matches
+            nothing, or no weight is selected.
+        TypeError: a rule is a penalty or `IsometryStep`, which act only during training.
 
     Example:
         >>> import torch, wellcond as wc
@@ -53,8 +53,8 @@ def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
         if not enforceable and (one is not None or one is rule):
             raise TypeError(
                 f"`rule` must be a hard limit or map patterns to limits or None, got {one!r}. "
-                "A limit is, for instance, ConditionLimit(10); a penalty takes its steps in "
-                "training, by a Regularizer."
+                "A limit is, for instance, ConditionLimit(10). For penalties and isometry steps, "
+                "use a Regularizer during training."
             )
     refuse_flat_parameters(model)
     chosen, _ = select(unwrapped(model), rule, frozen=True, parameter="rule")

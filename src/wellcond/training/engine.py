@@ -1,8 +1,8 @@
-"""Penalties of many weights at once: first look at all of them, then act.
+"""Applies rules to many weights at once: first one product with all of them, then the changes.
 
-A weight that is not finite stops all penalties before anything is half done. Hard limits are
-applied to all other weights first, and then one error names those that have failed. What is
-computed here is the same whether it is called eagerly or from within a compiled graph.
+A weight that is not finite stops all penalties before any of them has acted. Hard limits are
+applied to all other weights first, and then one error names those that have failed. The engine
+computes the same in eager mode and within a compiled graph.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from wellcond.training.failures import HOLDS_NAN, Failures, raise_failures
 from wellcond.training.replicas import Replicas
 from wellcond.training.state import WeightState, raise_meta_weights
 
-_GROUPINGS = 8  # that are remembered of the weights that are looked at together
+_GROUPINGS = 8  # batches of watched weights that are cached
 
 
 class Engine:
-    """The weights under rules, and what is done to all of them together."""
+    """The weights under rules, and the operations on all of them together."""
 
     def __init__(
         self, states: list[WeightState], replicas: Replicas | None, check_replicas: bool
@@ -51,13 +51,13 @@ class Engine:
         self.check_replicas = check_replicas
         self._checks = DeferredChecks()
         self._grouped: dict[object, tuple[list[WeightOperator], list[Batch]]] = {}
-        self._sights: list[Sight] = []  # looks that the host has not judged yet
+        self._sights: list[Sight] = []  # estimates that the host has not evaluated yet
         slots: dict[tuple[int, str], int] = {}
         for state in states:
             keys = [(id(source.owner), source.attribute) for source in state.weight.sources]
             state.slots = tuple(slots.setdefault(key, len(slots)) for key in keys)
         if replicas is not None:
-            # A hard limit decomposes; without a block all would cost nothing, and one own them all.
+            # Limits have no block (width 0) but decompose, so nu stands in for the width.
             costs = [math.prod(s.shape) * (s.width or min(s.shape[-2:])) for s in states]
             for state, owner in zip(states, replicas.owners(costs), strict=True):
                 state.owner = owner
@@ -67,7 +67,7 @@ class Engine:
         return [state for state in self.states if state.active]
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters of the active weights, those that several rest on once."""
+        """The parameters of the active weights; those that several weights share occur once."""
         by_slot = {
             slot: parameter
             for state in self.active()
@@ -76,11 +76,11 @@ class Engine:
         return [by_slot[slot] for slot in sorted(by_slot)]
 
     def _slots(self) -> list[int]:
-        """The numbers of `parameters()`."""
+        """The slots of `parameters()`."""
         return sorted({slot for state in self.active() for slot in state.slots})
 
     def penalty(self) -> Tensor:
-        """The sum of strength * penalty, differentiable."""
+        """Returns the sum of strength * penalty, differentiable."""
         parameters = self.parameters()
         total, codes, factors = self.total(parameters, torch.is_grad_enabled())
         result: Tensor = _Total.apply(self, total, codes, len(factors), *factors, *parameters)  # type: ignore[no-untyped-call]
@@ -89,10 +89,10 @@ class Engine:
     def total(
         self, parameters: Sequence[Tensor], remember: bool
     ) -> tuple[Tensor, list[int], list[Tensor]]:
-        """The penalties of these parameters; by batch the forms of their gradients, and parts."""
+        """Returns the sum of penalties, and the form and the factors of the gradient per batch."""
         with self._quietly():
             groups = self._batches(parameters)
-            strengths = [_strengths(batch) for batch in groups]  # a schedule may raise: before all
+            strengths = [_strengths(batch) for batch in groups]  # first, as a schedule can raise
             looks = self._look(groups, remember)
             evaluated = [_evaluate(*one) for one in zip(looks, strengths, strict=True)]
             first = self.states[0].strength
@@ -110,7 +110,7 @@ class Engine:
             return total, codes, factors
 
     def blank_total(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of the shapes of what `total` returns: found on matrices without data."""
+        """Tensors with the shapes of the results of `total`, computed on meta tensors."""
         with self._quietly():
             groups = self._batches(parameters)
             blank = [
@@ -140,7 +140,7 @@ class Engine:
         factors: Sequence[Tensor],
         parameters: Sequence[Tensor],
     ) -> list[Tensor]:
-        """weight times the gradient of `total` with respect to each of the parameters."""
+        """Returns weight times the gradient of `total` with respect to each parameter."""
         with self._quietly():
             gradients = [torch.zeros_like(parameter) for parameter in parameters]
             rest = list(factors)
@@ -151,13 +151,13 @@ class Engine:
             return gradients
 
     def add_gradients(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-        """Adds strength * gradient at these parameters to these gradients."""
+        """Adds strength * gradient of the penalties at the parameters to `gradients`."""
         with self._quietly():
             into = dict(zip(self._slots(), gradients, strict=True))
             groups = self._batches(parameters)
             strengths = [_strengths(batch) for batch in groups]
             looks = self._look(groups)
-            # All of them first: a penalty may raise, and no gradient has changed then.
+            # Compute all before adding any: if a penalty raises, no gradient has changed.
             each = [_gradient(*one) for one in zip(looks, strengths, strict=True)]
             for seen, gradient in zip(looks, each, strict=True):
                 _pull_back_(seen.batch, gradient, into)
@@ -173,11 +173,11 @@ class Engine:
         due: bool,
         done: Callable[[WeightState], None],
     ) -> None:
-        """A step of length strength * rate of the rule of each of these weights.
+        """Takes a step of length strength * rate of the rule of each of these weights.
 
-        Calls `done` for every weight that has been served. Where a weight under a penalty is not
-        finite no penalty takes a step, but other rules are applied; the error comes last. `due`
-        says whether the steps follow from the movement of the weights.
+        Calls `done` for every weight whose rule was applied. If a weight under a penalty is not
+        finite, no penalty takes a step, but other rules are applied before the error is raised.
+        `due` is whether the weights were due by their movement.
         """
         with self._quietly():
             rate_of = dict(zip((state.name for state in states), rates, strict=True))
@@ -185,7 +185,7 @@ class Engine:
             etas = [_lengths(one, [rate_of[s.name] for s in one.states]) for one in groups]
             self._compare_replicas(states)
             looks = look(groups, self.replicas)
-            # Other rules tell by themselves what is not finite, on replicas all of them alike.
+            # Other rules check by themselves whether a weight is finite, equally on all replicas.
             soft = [seen for seen in looks if seen.batch.rule.differentiable]
             failures: Failures = dict.fromkeys(self._not_finite(soft), HOLDS_NAN)
             tasks = []
@@ -208,15 +208,14 @@ class Engine:
             self._checks.raise_ready()
 
     def enforce(self, states: list[WeightState]) -> None:
-        """The hard limits of these weights, exactly."""
+        """Applies the hard limits of these weights exactly."""
         self._project(states, exact=True, rest="All other hard limits hold.")
 
     def watch(self, states: Sequence[WeightState], rates: Sequence[float]) -> list[WeightState]:
-        """Counts a step of the optimizer and looks at the weights whose turn it is.
+        """Counts a step of the optimizer and estimates the weights that are due for a check.
 
         Returns:
-            The weights that are to be projected now. On a device the numbers of a look are read at
-            the step after it.
+            The weights to project now. On a device the host reads an estimate one step later.
         """
         with full_precision(self._device):
             self.settle()
@@ -238,7 +237,7 @@ class Engine:
             return [state for state in states if state.record.due and state.active]
 
     def _group(self, states: list[WeightState]) -> list[Batch]:
-        """The weights in batches; those of the last time if nothing of them has changed."""
+        """The weights in batches, from the cache if the operators have not changed."""
         operators = [state.operator() for state in states]
         key = tuple(map(id, states))
         before, batches = self._grouped.get(key, ([], []))
@@ -250,7 +249,7 @@ class Engine:
         return batches
 
     def _look_at(self, states: Mapping[tuple[int, bool], list[WeightState]]) -> None:
-        """Looks at weights that are watched."""
+        """Estimates the singular values of watched weights."""
         batches, turns = [], []
         for how, own in states.items():
             for batch in self._group(own):
@@ -281,7 +280,7 @@ class Engine:
                 self._sights.append(sight)
 
     def _readings(self, batches: Sequence[Batch], turns: Sequence[Turn]) -> list[Reading]:
-        """Looks at weights, or receives what another process sees of them."""
+        """Estimates weights, or receives the estimates of another process."""
         if self.replicas is None:
             return look_at(turns)
         owners = [batch.states[0].owner for batch in batches]
@@ -299,22 +298,22 @@ class Engine:
         return readings
 
     def settle(self) -> None:
-        """Takes in the looks of the last step that have not been read yet."""
+        """Evaluates the estimates of the last step that the host has not read yet."""
         sights, self._sights = self._sights, []
         for sight in sights:
             sight.judge()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what a copy makes of its own."""
+        """Drops the caches, which a copy builds again."""
         return {**self.__dict__, "_grouped": {}, "_sights": []}
 
     def project(self, states: list[WeightState]) -> None:
-        """The hard limits of these weights, which are watched: to the target inside of them."""
+        """Projects these watched weights to the target inside their limits."""
         rest = "All other hard limits that were due have been applied."
         self._project(states, exact=False, rest=rest)
 
     def _project(self, states: list[WeightState], *, exact: bool, rest: str) -> None:
-        """Applies hard limits; `rest` says in the error what became of the other weights."""
+        """Applies hard limits; `rest` is the sentence about the other weights in an error."""
         with self._quietly():
             self._compare_replicas(states)
             groups = group_weights(states, [state.operator() for state in states])
@@ -323,12 +322,12 @@ class Engine:
             for state in states:
                 state.failed = state.name in failures
                 if exact and not state.failed:
-                    state.settle()  # else the next application would take it for a slow weight
+                    state.settle()  # else the next application would underestimate its movement
             raise_failures(failures, rest if len(failures) < len(states) else "", errors)
             self._checks.raise_ready()
 
     def check_rates(self, lr: Tensor) -> Tensor:
-        """A learning rate on a device; 0 if it is invalid, which raises once it can be read."""
+        """Returns a learning rate on a device, or 0 if it is invalid; the error is raised later."""
         valid = (lr >= 0) & torch.isfinite(lr)
         self._checks.add(valid[None], _raise_not_a_rate)
         return torch.where(valid, lr, 0.0)
@@ -340,7 +339,7 @@ class Engine:
         return group_weights(active, operators)
 
     def _look(self, group_weights: list[Batch], remember: bool = True) -> list[Look]:
-        """One product with every weight; raises before anything is remembered or changed."""
+        """Computes one product with every weight; raises before any state changes."""
         self._checks.raise_ready()
         if remember:
             self._compare_replicas([state for batch in group_weights for state in batch.states])
@@ -352,7 +351,7 @@ class Engine:
         return looks
 
     def _not_finite(self, looks: Sequence[Look]) -> list[str]:
-        """Names of weights with NaN or infinity; of a device they are raised once free to read."""
+        """The names of weights with NaN or infinity; for a device the error is raised later."""
         if not looks:
             return []
         device = looks[0].finite.device
@@ -378,8 +377,8 @@ class Engine:
         if different:
             raise RuntimeError(
                 f"{quote_subject({pairs[index][0] for index in different})} not the same on all "
-                "processes of the group. Look for a step that not all of them take, or for numbers "
-                "drawn from another seed."
+                "processes of the group. Check that all processes take the same steps and use the "
+                "same random seeds."
             )
 
     @property
@@ -396,16 +395,17 @@ class Engine:
                 raise
 
 
-# A block is too narrow for gradients if its last value is above this share of the first: at 0.82
-# kappa ended 1 % higher than with a wider one, at 0.87 7 %, at 0.91 and more 25 % and more (a net
-# of 512 hidden units on MNIST and digits, strength 1). Looked for in every so many applications.
+# A block is too narrow for gradients if its last singular value is above this share of the first:
+# at a share of 0.82 the final kappa was 1 % higher than with a wider block, at 0.87 7 %, at 0.91
+# and more at least 25 % (a network of 512 hidden units on MNIST and digits, strength 1). Checked
+# every _WATCH applications.
 CROWDED, _WATCH = 0.85, 16
 
 
 def _watch(seen: Look) -> None:
-    """Looks now and then whether the block holds all that the gradient should act on.
+    """Checks every _WATCH steps whether the block covers all values the gradient should act on.
 
-    Where every value that is followed is near the largest, more of them may be.
+    If every singular value of the block is near the largest, others outside it might be too.
     """
     states = seen.batch.states
     if seen.image is None or states[0].width == seen.S.nu or states[0].step % _WATCH:
@@ -416,7 +416,7 @@ def _watch(seen: Look) -> None:
 
 
 def _strengths(batch: Batch) -> Tensor:
-    """The strengths of the weights at the steps where they are."""
+    """The strengths of the weights at their current steps."""
     return _lengths(batch, [1.0] * len(batch.states))
 
 
@@ -425,12 +425,12 @@ def _evaluate(seen: Look, strength: Tensor) -> tuple[Tensor, Gradient]:
     rule = seen.batch.rule
     value, gradient = rule.evaluate(seen.S, seen.image)
     check_answer(rule, seen.S, gradient, value)
-    weighted = torch.where(strength > 0, strength * value, 0.0)  # of a value that overflows too
+    weighted = torch.where(strength > 0, strength * value, 0.0)  # also if the value overflows
     return weighted, _where_finite(seen, gradient).times(strength)
 
 
 def _gradient(seen: Look, strength: Tensor) -> Gradient:
-    """strength * gradient alone."""
+    """strength * gradient only."""
     rule = seen.batch.rule
     gradient = rule.gradient(seen.S, seen.image)
     check_answer(rule, seen.S, gradient, None)
@@ -443,7 +443,7 @@ def _where_finite(seen: Look, gradient: Gradient) -> Gradient:
 
 
 def _lengths(batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:
-    """strength * rate: one number if all are equal, else one a weight. Asks nothing of the host."""
+    """strength * rate: one number if all are equal, else one per weight. Never waits."""
     states = batch.states
     strengths = [state.rule.strength_at(state.step) for state in states]
     rates = [rate.reshape(()) if isinstance(rate, Tensor) else rate for rate in rates]
@@ -460,7 +460,7 @@ def _blank_start(S: StoredMatrix, width: int) -> Subspace:
 
 
 def _pull_back_(batch: Batch, gradient: Gradient, into: dict[int, Tensor]) -> None:
-    """Adds the gradients of a batch to those of the parameters that its weights rest on."""
+    """Adds the gradients of a batch to those of the parameters behind its weights."""
     parts = batch.each(*gradient.tensors)
     for state, S, own in zip(batch.states, batch.operators, parts, strict=True):
         share = Gradient.from_tensors(gradient.code, own)
@@ -468,7 +468,7 @@ def _pull_back_(batch: Batch, gradient: Gradient, into: dict[int, Tensor]) -> No
 
 
 class _Total(torch.autograd.Function):
-    """The total of the penalties, whose gradients are known."""
+    """The sum of the penalties, with known gradients."""
 
     @staticmethod
     def forward(
@@ -488,4 +488,4 @@ class _Total(torch.autograd.Function):
 
 def _raise_not_a_rate(valid: list[bool]) -> None:
     if not all(valid):
-        raise ValueError("`lr` must be finite and not negative, got a tensor that is not.")
+        raise ValueError("`lr` must be finite and not negative, got a tensor with another value.")

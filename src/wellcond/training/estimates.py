@@ -1,4 +1,4 @@
-"""Estimates of weights while they train: a few products each, no SVD, one copy to the host.
+"""Estimates of weights during training: a few products each, no SVD, one copy to the host.
 
 Letters: S (..., m, n) a weight; sigma_1 its largest singular value; nu = min(m, n).
 """
@@ -25,7 +25,7 @@ from wellcond.training.state import WeightState, name_meta_weights
 def estimate_weights(
     states: Sequence[WeightState], block_size: int, condition_numbers: bool = False
 ) -> dict[str, Estimate]:
-    """An estimate for every matrix by name; what is remembered stays as it is."""
+    """Returns an estimate for every matrix by name; the stored states do not change."""
     following = [state for state in states if state.follows_subspace]
     rows: dict[str, Tensor] = {}
     for seen in look(group_weights(following, [state.operator() for state in following])):
@@ -35,7 +35,7 @@ def estimate_weights(
             rows[state.name] = row
     for state in states:
         if state.name not in rows:
-            # It keeps no subspace; for a report a fresh one is good enough.
+            # This weight keeps no subspace; for a report a new one is accurate enough.
             S = state.operator()
             cold = cold_start(S, min(block_size, S.nu), state.name)
             rows[state.name] = _measure_image(state.rule, S, refine(S, warm_up(S, cold))[0])
@@ -51,7 +51,7 @@ def estimate_weights(
 
 
 def _on_host(states: Sequence[WeightState], rows: dict[str, Tensor]) -> list[list[list[float]]]:
-    """Per weight the numbers of its matrices, all in one copy from each device."""
+    """Copies the numbers of all weights to the host at once: rows per weight and matrix."""
     each = [rows[s.name].reshape(-1, rows[s.name].shape[-1]) for s in states]
     device = each[0].device
     together = []
@@ -76,7 +76,7 @@ def _estimate(state: WeightState, row: list[float], kappa: float | None) -> Esti
     status = "" if sigma > 0 else "zero: every singular value is 0"
     if not finite:
         sigma = error = value = stable_rank = math.nan
-        status = "not finite: it holds NaN or infinity"
+        status = "not finite: contains NaN or infinity"
     rule, pace, record = state.rule, state.pace, state.record
     watched = record.steps > 0
     excess = record.largest if watched else pace.excess

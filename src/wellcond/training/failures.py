@@ -1,4 +1,4 @@
-"""Weights to which a limit or a step could not be applied, and the one error that names them."""
+"""Weights to which a limit or a step could not be applied, and the error that names them all."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Mapping, Sequence
 from wellcond.text import list_some
 
 HOLDS_NAN = (
-    " holds NaN or infinity and was left as it is. "
+    " contains NaN or infinity and was left unchanged. "
     "Restore the last good checkpoint, or lower the learning rate."
 )
-_HOLD_NAN = HOLDS_NAN.replace("holds", "hold").replace("was left as it is", "were left as they are")
+_HOLD_NAN = HOLDS_NAN.replace("contains", "contain").replace("was left", "were left")
 ELSEWHERE = (
-    ": the process that applies the limit for the whole group could not apply it. "
+    ": the process that applies the limit for the entire group has failed. "
     "See the error of that process."
 )
 
-Failures = dict[str, str]  # by the name of a weight, what follows it in the message
+Failures = dict[str, str]  # the text that follows the name of each weight in the message
 
 
 def describe_error(error: Exception) -> str:
-    """The message of an error in the code of a user; its type too, unless it is a ValueError.
+    """The message of an error in user code, with its type unless it is a ValueError.
 
-    A ValueError is how a limit states that a weight cannot obey.
+    A limit raises ValueError for a weight that cannot satisfy it.
     """
     kind = type(error).__name__.lstrip("_")
     message = str(error) if type(error) is ValueError else f"{kind}: {error}"
@@ -32,12 +32,12 @@ def describe_error(error: Exception) -> str:
 def raise_failures(
     failures: Mapping[str, str], rest: str = "", errors: Sequence[Exception] = ()
 ) -> None:
-    """Raises one ValueError for all of them, if there are any.
+    """Raises one ValueError for all failures, if there are any.
 
     Args:
-        failures: why each has failed.
-        rest: what became of the other weights, as a sentence.
-        errors: what was raised meanwhile; the first of them is the cause.
+        failures: the reasons by the name of the weight.
+        rest: a sentence about the other weights.
+        errors: the errors raised so far; the first one becomes the cause.
     """
     if not failures:
         return

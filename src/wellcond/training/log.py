@@ -1,7 +1,7 @@
-"""From estimates to a log: a few aggregates and the worst weights by name.
+"""Logs estimates: a few aggregates and the worst weights with their names.
 
-Hundreds of series slow a training and hide what matters, so the series of every weight are sent
-only on request.
+Hundreds of series slow training and hide the important ones, so the series of every weight are
+logged only on request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def log(
     layers: bool,
     prefix: str,
 ) -> dict[str, float] | None:
-    """Measures and logs at every so many steps; see `Regularizer.log`."""
+    """Measures and logs every `every` steps; see `Regularizer.log`."""
     if step % as_count(every, "`every`"):
         return None
     values = report(measure(), layers, prefix)
@@ -36,7 +36,7 @@ def log(
 def report(
     estimates: Mapping[str, Estimate], layers: bool = False, prefix: str = "wellcond"
 ) -> dict[str, float]:
-    """What is logged, by name; see `Regularizer.log`."""
+    """Returns the values to log by name; see `Regularizer.log`."""
     sound = {name: e for name, e in estimates.items() if not e.status}
     values: dict[str, float] = {}
     if lost := len(estimates) - len(sound):
@@ -48,7 +48,7 @@ def report(
             "stable_rank_share/smallest": min(shares.values()),
             "stable_rank_share/median": statistics.median(shares.values()),
         }
-        # A limit has no strength, and what is only watched has strength 0.
+        # A limit has no strength, and the weights of a monitor have strength 0.
         penalised = [e for e in sound.values() if e.strength > 0]
         if penalised:
             values |= {
@@ -94,10 +94,10 @@ def report(
 
 
 def send(values: Mapping[str, float], target: Any, step: int) -> None:
-    """Hands the values to whatever logs.
+    """Sends the values to the target.
 
     Raises:
-        TypeError: the target has none of the known methods and cannot be called.
+        TypeError: the target has none of the known methods and is not callable.
     """
     if hasattr(target, "add_scalar"):  # TensorBoard's SummaryWriter
         for name, value in values.items():

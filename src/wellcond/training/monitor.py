@@ -1,4 +1,4 @@
-"""Watching the weights of a model that is trained by others, or without a penalty."""
+"""A monitor of the weights of a model, which changes nothing."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from wellcond.weights.reasons import Skipped
 class Monitor:
     """Measures the weights of a model while it trains, and changes nothing.
 
-    Every measurement costs a few products of a weight with a few vectors, and one copy to the host
-    for all weights together. The vectors are kept, so that estimates sharpen from one measurement
-    to the next.
+    A measurement costs a few products of each weight with a few vectors, and one copy to the host
+    for all weights together. The monitor keeps the vectors, so estimates become more accurate with
+    each measurement.
 
     Args:
-        model: the model; wrappers of torch.compile and DistributedDataParallel are looked through.
+        model: the model. Wrappers of torch.compile and DistributedDataParallel are unwrapped.
         patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
-        block_size: how many leading singular vectors are followed.
-        condition_numbers: measure kappa as well, in float64: an SVD or as much as one per weight. A
-            sharded weight is gathered for it on every process, one weight at a time.
+        block_size: the number of leading singular vectors per weight.
+        condition_numbers: also measure kappa, in float64. This takes about as long as an SVD per
+            weight. A sharded weight is gathered for it on every process, one weight at a time.
 
     Raises:
-        ValueError: a pattern matches nothing, or no weight is left.
+        ValueError: a pattern matches nothing, or the patterns select no weight.
 
     Example:
         >>> import torch, wellcond as wc
@@ -70,7 +70,7 @@ class Monitor:
 
     def __repr__(self) -> str:
         count = len(self._states)
-        return f"Monitor of {count} weight{'s' * (count != 1)}, {len(self._skipped)} left out"
+        return f"Monitor of {count} weight{'s' * (count != 1)}, {len(self._skipped)} skipped"
 
     @property
     def names(self) -> list[str]:
@@ -79,11 +79,11 @@ class Monitor:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Every other parameter, and why it is not watched."""
+        """Every other parameter and why it is skipped."""
         return dict(self._skipped)
 
     def measure(self) -> dict[str, Estimate]:
-        """An estimate for every weight, as from `Regularizer.measure`."""
+        """Estimates the singular values of every weight, as `Regularizer.measure` does."""
         with full_precision(self._states[0].weight.parameters[0].device.type):
             operators = [state.operator() for state in self._states]
             for seen in look(group_weights(self._states, operators)):
@@ -99,9 +99,9 @@ class Monitor:
         layers: bool = False,
         prefix: str = "wellcond",
     ) -> dict[str, float] | None:
-        """Logs as `Regularizer.log` does; at other steps than each `every`-th it costs nothing.
+        """Logs estimates every `every` steps, as `Regularizer.log` does.
 
-        Without `step` it counts its calls, from 0.
+        Without `step` the monitor counts the calls of this method, from 0.
         """
         step = self._calls if step is None else step
         self._calls += 1

@@ -1,4 +1,4 @@
-"""What a training loop has probably not meant: said once, by name, and otherwise let be."""
+"""Warnings about likely mistakes of a training loop; each is logged once and names the weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from wellcond.weights.discover import Weight
 
 logger = logging.getLogger("wellcond")
 
-# Looking through the modules of a model costs little, but not nothing.
+# Applications between two passes over the modules of the model, which cost little but not nothing.
 _EVERY = 10
 
 
 class Oversights:
-    """Looks for them whenever penalties are applied, outside of compiled graphs."""
+    """Checks for likely mistakes whenever rules are applied outside compiled graphs."""
 
     def __init__(self, model: nn.Module, states: Sequence[WeightState]) -> None:
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
@@ -41,7 +41,7 @@ class Oversights:
         return {**self.__dict__, "_model": None}
 
     def check_application(self, own: Iterable[Attachment], by: str) -> None:
-        """Penalties are being applied, by a call or, if it is "", by an attachment of `own`."""
+        """Checks an application of penalties by the call `by`, or "" for an attachment of `own`."""
         if torch.compiler.is_compiling():
             return
         if self._applied % _EVERY == 0:
@@ -51,8 +51,8 @@ class Oversights:
         if by and attached:
             self._warn_once(
                 "twice",
-                "The penalty of %s is applied twice: attached to an optimizer, and by %s. Keep one "
-                "of them; to look at its value, call reg() under torch.no_grad().",
+                "The penalty of %s is applied twice: by the attachment to an optimizer and by %s. "
+                "Remove one of them. To read only the value, call reg() under torch.no_grad().",
                 quote_names(attached),
                 by,
             )
@@ -62,28 +62,29 @@ class Oversights:
             if left:
                 self._warn_once(
                     "left",
-                    "%s regularised, but held by no optimizer that the regulariser is attached to: "
-                    "no proximal step is taken. Attach the optimizer too, or leave the weights out "
-                    "with a pattern.",
+                    "%s regularised, but not in an attached optimizer: no rule is applied in "
+                    "training. Also attach to the optimizer of these weights, or exclude the "
+                    "weights with a pattern.",
                     quote_subject(left),
                 )
 
     def check_attachment(self, attachment: Attachment) -> None:
-        """Another regulariser may be on the same weights; the optimizer may step in two steps."""
+        """Checks a new attachment: the kind of its optimizer, limits, and other regularisers."""
         optimizer = attachment.optimizer
         if hasattr(optimizer, "first_step") and hasattr(optimizer, "base_optimizer"):
             self._warn_once(
                 "two steps",
-                "%s has first_step() and second_step(), after which nothing is applied: only its "
-                "step(closure) runs hooks. Attach to optimizer.base_optimizer, which serves both.",
+                "%s has first_step() and second_step(), after which no rule is applied: only its "
+                "step(closure) runs hooks. Attach to optimizer.base_optimizer, which works for "
+                "both.",
                 type(optimizer).__name__,
             )
         if optimizer is not None and is_replaced(optimizer):
             self._warn_once(
                 "replaced",
-                "The step of this %s was replaced by a function that does not seem to call it, and "
-                "after which nothing is applied. Call the original step within it, or "
-                "proximal_step(lr) after each step.",
+                "The step of this %s was replaced by a function that does not seem to call the "
+                "original one, so no rule is applied. Call the original step in that function, or "
+                "call proximal_step(lr) after each step.",
                 type(optimizer).__name__,
             )
         self.check_limits(attachment.states)
@@ -102,25 +103,25 @@ class Oversights:
         if both:
             self._warn_once(
                 "both",
-                "%s regularised by another Regularizer as well, which is still attached to its "
-                "optimizer: both will be applied. Call its detach() if it is not meant any more.",
+                "%s also regularised by another Regularizer, which is still attached to its "
+                "optimizer: both will be applied. Call detach() on the one you no longer need.",
                 quote_subject(both),
             )
 
     def check_log(self, own: Sequence[Attachment], report: bool) -> None:
-        """A training is watched, but nothing has ever applied its limits: no call and no `own`."""
+        """Checks, when a training is logged, that some call or attachment applies its limits."""
         self._check_bypass(own, report)
         limited = [s.name for s in self._states if s.rule.enforceable and s.active]
         if limited and not self._applied and not own:
             self._warn_once(
                 "nothing",
-                "%s under a hard limit that nothing applies while the network trains. Call "
+                "%s under a hard limit that is not applied during training. Call "
                 "attach(optimizer) before the loop.",
                 quote_subject(limited),
             )
 
     def check_enforcement(self, own: Sequence[Attachment]) -> None:
-        """Limits are asked for now, but not all weights, or not those that count, are there."""
+        """Checks, when limits are enforced, that the weights are trained and those to be saved."""
         self._check_bypass(own, True)
         training = [a.optimizer for a in own if _trains(a.optimizer) is not False]
         if training and any(s.rule.enforceable for a in own for s in a.states):
@@ -128,35 +129,37 @@ class Oversights:
             known = _trains(training[0]) is not None
             self._warn_once(
                 "train mode",
-                "%s the limits hold in the weights as they are now, and its "
-                "eval() replaces them by others, which may not obey. Before you evaluate or save: "
-                "optimizer.eval(), then reg.enforce(); and optimizer.train() to go on.",
+                "%s the limits hold for the current weights, and its eval() replaces them by "
+                "others, which might exceed the limits. Before you evaluate or save, call "
+                "optimizer.eval(), then reg.enforce(). To continue training, call "
+                "optimizer.train().",
                 f"{kind} is in train mode:" if known else f"If {kind} is in train mode,",
             )
         frozen = [s.name for s in self._states if s.rule.enforceable and not s.active]
         if frozen:
             self._warn_once(
                 "frozen",
-                "%s under a hard limit, but frozen: left unchanged. Call enforce() "
+                "%s under a hard limit, but frozen, and so left unchanged. Call enforce() "
                 "before requires_grad_(False), or repair the checkpoint.",
                 quote_subject(frozen),
             )
 
     def check_limits(self, states: Iterable[WeightState]) -> None:
-        """Limits are put on weights that are masked or quantised where they act."""
+        """Checks for limits on weights that the forward pass masks or quantises, and on kernels."""
         limited = [state for state in states if state.rule.enforceable]
         if names := find_masked(state for state in limited if not state.caution):
             self._warn_once(
                 "masked",
-                "%s under a hard limit, with a mask beside: a projection fills the zeros, "
-                "and the mask undoes the limit. Leave the weight out with a pattern, or the mask.",
+                "%s under a hard limit and has a mask in the same module: a projection fills the "
+                "zeros, and the mask undoes the limit. Exclude the weight with a pattern, or "
+                "remove the mask.",
                 quote_subject(names),
             )
         if names := find_quantised(limited):
             self._warn_once(
                 "quantised",
-                "%s trained for quantisation: the hard limit holds in the float weight, but the "
-                "layer applies its quantised copy. Audit the model after it is converted.",
+                "%s trained for quantisation: the hard limit holds for the float weight, but the "
+                "layer applies a quantised copy. Audit the converted model.",
                 quote_subject(names),
             )
 
@@ -169,15 +172,15 @@ class Oversights:
             self._warn_once(
                 "kernel",
                 "The upper limit of %s holds for the kernel as a matrix (out, in * taps). The "
-                "convolution may have a spectral norm up to %s times as large. Use acting=True to "
-                "limit the convolution itself.",
+                "spectral norm of the convolution can be up to %s times as large. Use acting=True "
+                "to limit the convolution itself.",
                 quote_names(factors),
                 f"{max(factors.values()):.3g}",
             )
 
     @contextlib.contextmanager
     def watch_zeros(self, states: Sequence[WeightState]) -> Iterator[None]:
-        """Limits are applied: what was mostly zeros may be so no more."""
+        """A context in which limits are applied: warns if weights of mostly zeros are filled."""
         bounded = [state for state in states if state.rule.fills_zeros]
         counts = {} if "zeros" in self._said else count_nonzeros(bounded)
         before = {name: some for name, (some, all_) in counts.items() if 0 < some < all_ / 2}
@@ -187,19 +190,19 @@ class Oversights:
         if filled:
             self._warn_once(
                 "zeros",
-                "Most entries of %s are exact zeros, as after pruning: the hard limit has filled "
-                "them. Leave the weight out with a pattern if they are to stay.",
+                "Most entries of %s were exact zeros, as after pruning, and the hard limit has "
+                "filled them. To keep the zeros, exclude the weight with a pattern.",
                 quote_names(filled),
             )
 
     def warn_of_undone(self, names: Sequence[str]) -> None:
-        """Entries of these weights were set to zero after a hard limit was applied to them."""
+        """Warns that entries of these weights were set to zero after a hard limit was applied."""
         if names:
             self._warn_once(
                 "undone",
-                "Entries of %s are set to zero after a hard limit is applied, as a mask does: each "
-                "undoes the other. Leave the weight out with a pattern, or enforce the limit after "
-                "the mask is gone.",
+                "Entries of %s are set to zero after a hard limit is applied, for example by a "
+                "mask. The mask and the limit undo each other. Exclude the weight with a pattern, "
+                "or enforce the limit after the mask is removed.",
                 quote_names(names),
             )
 
@@ -211,8 +214,8 @@ class Oversights:
                 attachment.warned = True
                 logger.warning(
                     "%s, to which the regulariser is attached, has taken no step, but the weights "
-                    "have changed: nothing is applied. Attach to the optimizer whose step() is "
-                    "called; for a wrapper, that is often optimizer.base_optimizer.",
+                    "have changed: no rule is applied. Attach to the optimizer whose step() you "
+                    "call; for a wrapper, that is often optimizer.base_optimizer.",
                     type(attachment.optimizer).__name__,
                 )
 
@@ -229,8 +232,8 @@ class Oversights:
         if gone:
             self._warn_once(
                 "gone",
-                "%s of a layer that is no longer in the model: the Regularizer still acts on the "
-                "old one. Make a new Regularizer after layers are replaced.",
+                "%s in a layer that is no longer part of the model: the Regularizer still acts on "
+                "the old layer. Create a new Regularizer after you replace layers.",
                 quote_subject(gone),
             )
 
@@ -241,16 +244,16 @@ class Oversights:
 
 
 def _flattening_factor(weight: Weight) -> float:
-    """By how much the convolution may exceed its kernel as a matrix; 1 where that is not known."""
+    """By what factor the norm of a convolution can exceed its kernel as a matrix; 1 if unknown."""
     if not is_kernel(weight.view) or not isinstance(geometry := weight.geometry, Geometry):
         return 1.0
     return flattening_factor(weight.parameters[0].shape, geometry)
 
 
 def warn_of_stored(states: Iterable[WeightState]) -> None:
-    """Names the weights whose stored tensor is not what acts, in one message for each kind.
+    """Warns of weights whose stored tensor is not the effective weight, in one message per kind.
 
-    `Oversights.check_limits` says more of a quantiser under a hard limit.
+    Quantisers under a hard limit are skipped: `Oversights.check_limits` warns of those.
     """
     states = list(states)
     quantisers = find_quantised(state for state in states if state.rule.enforceable)
@@ -261,8 +264,8 @@ def warn_of_stored(states: Iterable[WeightState]) -> None:
     for caution, group in names.items():
         one = len(group) == 1
         logger.warning(
-            "%s %s: wellcond regularises and measures that, and not the weight that acts. Leave "
-            "%s out with a pattern if you do not want that.",
+            "%s %s: wellcond regularises and measures this tensor, not the effective weight. "
+            "Exclude %s with a pattern if you do not want this.",
             *(
                 quote_subject(group) if one else f"{quote_subject(group)} each",
                 caution,
@@ -272,7 +275,7 @@ def warn_of_stored(states: Iterable[WeightState]) -> None:
 
 
 def _trains(optimizer: Optimizer | None) -> bool | None:
-    """Whether an optimizer with two modes is in train mode; None if nothing tells.
+    """Whether an optimizer with two modes is in train mode; None if unknown.
 
     schedulefree keeps the mode in each group, wrappers of pytorch_optimizer in an attribute, and
     heavyball in each group from the first eval() on.

@@ -1,4 +1,4 @@
-"""What the host remembers of a weight that is watched, and when it looks at it again."""
+"""The record that the host keeps of a watched weight, and the schedule of its checks."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ from torch import Tensor
 
 from wellcond.rules.watch import Judgement, Watch
 
-_FIRST, _RESTLESS = 20, 10  # steps: how a weight moves is not known yet
-_AFTER = 2  # looks in a row after an application
-_JUMP = 2.0  # times the learning rate of the last look
-_PRODUCTS = 5  # of a look where a weight may have moved far
-_FEW, _SOME = 2, 4  # of a look after one that was an alert, and after one that was unsure
-# A growth per step above _SLOW that is so many times that of late may become faster still.
+_FIRST, _RESTLESS = 20, 10  # steps during which the speed of a weight is not known yet
+_AFTER = 2  # checks in a row after an application
+_JUMP = 2.0  # times the learning rate at the last check
+_PRODUCTS = 5  # products of a check when a weight might have moved far
+_FEW, _SOME = 2, 4  # products of a check after an alert, and after an unsure one
+# Growth per step above _SLOW and above _SURGE times the recent growth might accelerate further.
 _SURGE, _SLOW = 3.0, 0.002
-_STEADY = 1.1  # times the last sigma_1: what rises by more in one step may have turned
-_FADES = 0.9  # the growth of one look counts so much less at the next
-_SHARE, _HORIZON = 0.25, 40  # so many decompositions per step, over so many steps, are too many
-_NEAR = 0.9  # of the limit: only there a weight is checked now and then
+_STEADY = 1.1  # times the last sigma_1: after a larger rise in one step the vectors may have turned
+_FADES = 0.9  # factor by which the growth at one check counts less at the next
+_SHARE, _HORIZON = 0.25, 40  # too many blind checks: this share of steps over this many steps
+_NEAR = 0.9  # share of the limit above which a weight is decomposed every `watch.check` steps
 _UNKNOWN = -1e300  # in place of nan, which does not equal itself
 
 
 @dataclass
 class Record:
-    """Counts since a weight is watched, numbers of the host.
+    """Counts and estimates of a weight since it is watched, as numbers on the host.
+
+    A check is an estimate of the singular values from the blocks.
 
     Attributes:
-        known: whether the weight was decomposed, so that there is something to follow.
-        due: whether it is to be decomposed at the next step, if that was not done at this one.
-        steps: of the optimizer.
-        since_look: steps since the last look or decomposition.
+        known: whether the weight was decomposed, so that its blocks are known.
+        due: whether it must be decomposed at the next step, if it was not at this one.
+        steps: the number of optimizer steps.
+        since_look: steps since the last check or decomposition.
         since_move: steps since the weight was last projected.
         since_decomposition: steps since it was last decomposed.
-        interval: steps from the last look to the next, if nothing happens.
-        rate: the learning rate at the last look.
-        level: the logarithm of the excess at the last look.
-        growth: by how much that rises per step at most, of late.
-        looks: how often it was looked at.
-        decompositions: how often it was decomposed.
-        applications: how often it was projected.
+        interval: steps from the last check to the next, if the learning rate does not jump.
+        rate: the learning rate at the last check.
+        level: the logarithm of the excess at the last check.
+        growth: the largest recent growth of `level` per step.
+        looks: the number of checks.
+        decompositions: the number of decompositions.
+        applications: the number of projections.
         recent: the recent share of steps at which it was projected.
-        blindness: the recent share of steps at which a look could not tell.
-        is_blind: whether the watch is given up.
-        excess: by what factor the limit was exceeded at the last look.
+        blindness: the recent share of steps at which a check was inconclusive.
+        is_blind: whether wellcond has stopped watching the weight.
+        excess: the factor by which the limit was exceeded at the last check.
         largest: the largest excess since the last report.
-        value: sigma_1 at the last look.
-        condition_number: kappa at the last look, nan if it was not asked.
-        closeness: products of the next look.
-        products: with the weight since it was last decomposed; a block changes sides at each.
-        mark: of the limit; a limit with another mark does not take this over.
+        value: sigma_1 at the last check.
+        condition_number: kappa at the last check; nan if it was not estimated.
+        closeness: the number of products of the next check.
+        products: products with the weight since the last decomposition; a block changes sides at
+            each.
+        mark: identifies the limit; a limit with another mark does not restore this record.
     """
 
     known: bool = False
@@ -80,7 +83,7 @@ class Record:
     mark: int = 0
 
     def count(self, rate: float) -> int:
-        """Counts a step at this learning rate: products of the look that is due, 0 for none."""
+        """Counts a step; returns the number of products of the check that is due, 0 for none."""
         self.steps += 1
         self.since_look += 1
         self.since_move += 1
@@ -96,10 +99,10 @@ class Record:
         return self.closeness
 
     def judge(self, judgement: Judgement, watch: Watch) -> None:
-        """Takes in what a look has shown."""
+        """Updates the record with the result of a check."""
         self.looks += 1
-        # A weight that moves as far at each step, and in the same direction, is followed closely.
-        steady = not judgement.largest > _STEADY * self.value  # or it is the first look
+        # The blocks follow a weight closely if it moves steadily.
+        steady = not judgement.largest > _STEADY * self.value  # also true at the first check
         sudden = judgement.excess >= 1 and not steady
         steady &= self.closeness > 1
         if not math.isnan(judgement.excess):
@@ -119,7 +122,7 @@ class Record:
         calm = self.steps > _RESTLESS and self.since_move > _AFTER
         self.interval = watch.period if calm and not (rises or judgement.alert) else 1
         if self.interval > 1 and self.growth > 0:
-            # Half of the steps after which it would reach the limit at this pace.
+            # Half the number of steps after which it would reach the limit at this growth.
             self.interval = max(1, int(min(self.interval, -level / (2 * self.growth))))
         self.since_look = 0
         if judgement.blind and self.known and self.steps > _FIRST:
@@ -131,8 +134,8 @@ class Record:
             self.due |= judgement.excess > _NEAR
 
     def decompose(self, excess: float, condition_number: float, moved: bool, known: bool) -> None:
-        """Takes in what a decomposition has shown."""
-        first = self.decompositions == 0  # it tells how the weight was made, not how it moves
+        """Updates the record with the result of a decomposition."""
+        first = self.decompositions == 0  # shows how the weight was initialised, not how it moves
         self.decompositions += 1
         self.known, self.due = known, False
         self.products = self.since_decomposition = 0
@@ -152,7 +155,7 @@ class Record:
         self.largest = excess if math.isnan(self.largest) else max(excess, self.largest)
 
     def to_tensor(self) -> Tensor:
-        """A tensor of fixed shape, in which equal records are equal."""
+        """A tensor of fixed shape; equal records give equal tensors."""
         numbers = [float(getattr(self, field.name)) for field in fields(self)]
         known = [_UNKNOWN if math.isnan(number) else number for number in numbers]
         return torch.tensor(known, dtype=torch.float64, device="cpu")

@@ -1,6 +1,7 @@
-"""The regulariser of a model: remembers a subspace per weight and applies penalties in three ways.
+"""The regulariser of a model, which keeps a subspace per weight and applies rules.
 
-In the loss, to the gradients after backward, or as a lazy proximal step after the optimizer's.
+It adds penalties to the loss or to the gradients, or takes proximal steps after those of the
+optimizer, and it applies limits.
 
 Letters: S (m, n) a weight, nu = min(m, n), k the width of its block, eta the length of a step.
 """
@@ -42,43 +43,48 @@ from wellcond.training.state import WeightState, name_meta_weights
 from wellcond.weights.discover import refuse_flat_parameters, unwrapped
 from wellcond.weights.reasons import Skipped
 
-_SHOWN = 5  # weights in the text of a Regularizer
+_SHOWN = 5  # weights listed by repr()
 
 
 class Regularizer:
-    """Applies penalties to the weights of a model, in the way that suits the training loop.
+    """Applies penalties and limits to the weights of a model during training.
 
-    1. In the loss: `loss = task_loss + reg()`. It is scaled by whatever the loss is scaled by.
+    A penalty can act in three places of a training loop:
+
+    1. In the loss: `loss = task_loss + reg()`. Loss scaling applies to it too.
     2. On the gradients: `reg.add_gradients()` between backward and `optimizer.step()`.
     3. As a proximal step: `reg.attach(optimizer, every=10)` once, before the loop.
 
-    Nothing of the model is touched but gradients (2) and weights (3). Per weight a block of
-    `block_size` leading singular vectors is kept, at most max(m, n) k numbers, and refined by one
-    product with the weight per application, alternately from the right and from the left.
+    Limits are applied by `attach`, `proximal_step` and `enforce`.
+
+    The regulariser changes only gradients (2) and weights (3). Per weight it keeps a block of
+    `block_size` leading singular vectors, at most max(m, n) k numbers. Each application refines the
+    block by one product with the weight, alternately from the right and from the left.
 
     Args:
-        model: the model; its weights are found once, now, and tied ones counted once.
-        rules: one penalty for all weights, or a mapping of patterns (`fnmatch.fnmatchcase` on
-            parameter names and view names) to a penalty, or to None to leave out. The first pattern
-            that matches wins. Embeddings and parameters of unknown modules are taken only when a
-            pattern is exactly their name. The keys "attention", "mlp", "head" and "embedding" stand
-            for the weights of that role by their names, unless a parameter has that name.
+        model: the model. Its weights are collected once, now. Tied weights count once.
+        rules: one rule for all weights, or a mapping of patterns (`fnmatch.fnmatchcase` on
+            parameter names and view names) to a rule, or to None to skip the weights. The first
+            pattern that matches wins. An embedding or a parameter of an unknown module is selected
+            only by a pattern that is exactly its name. The keys "attention", "mlp", "head" and
+            "embedding" select the weights of that role, which their names determine, unless a
+            parameter has that name.
         block_size: width k of the leading subspace, at most nu. Under a strong penalty many
-            singular values meet at the top, and all of them must be in the block: with strength 1
-            kappa ended 71, 14, 4 and 2 % above that of an exact SVD in every step for a block of 8,
-            16, 32 and 64 (`wellcond bench fidelity --block 8,16,32,64`, 784-512-10 net on digits).
-        process_group: processes that hold the same model. Each refines a share of the weights and
-            hands the results to the others, so that all stay identical. By default that of
-            DistributedDataParallel, if the model is wrapped by it, else none. Weights that are
-            DTensors need no group.
+            singular values gather at the top, and the block must contain all of them: with strength
+            1 the final kappa was 71, 14, 4 and 2 % above that of an exact SVD in every step for a
+            block of 8, 16, 32 and 64 (`wellcond bench fidelity --block 8,16,32,64`, 784-512-10
+            network on digits).
+        process_group: processes that have the same model. Each refines a share of the weights and
+            sends the results to the others, so that all remain identical. Defaults to the group of
+            DistributedDataParallel if it wraps the model, else to None. Weights that are DTensors
+            need no group.
         check_replicas: before every application, raise a RuntimeError that names the weights that
-            are not the same on all of these processes. Only processes that hold the same model are
-            compared: the weights of DTensors are not.
+            differ between these processes. Weights that are DTensors are not compared.
 
     Raises:
         ValueError: no weight is left to regularise, a pattern matches nothing, block_size < 1, a
-            pattern asks for something that is no matrix, the first FSDP wraps a part of the model,
-            or replicas are to be checked where nothing says which processes they are on.
+            pattern selects only parameters that are not matrices, FSDP1 wraps a part of the model,
+            or check_replicas is True but the group of processes is unknown.
         TypeError: rules is neither a rule nor a mapping to rules.
 
     Example:
@@ -107,7 +113,7 @@ class Regularizer:
         refuse_flat_parameters(model)
         self.block_size = as_count(block_size, "`block_size`")
         self._attachments: list[Attachment] = []
-        self._can_step = False  # until it has been looked whether all penalties have a step
+        self._can_step = False  # whether all rules are known to have a proximal step
         chosen, self._skipped = select(unwrapped(model), rules)
         self._states = [WeightState(weight, rule, self.block_size) for weight, rule in chosen]
         replicas = replicas_of(model, process_group, check_replicas)
@@ -116,17 +122,17 @@ class Regularizer:
         self._oversights = Oversights(unwrapped(model), self._states)
         warn_of_stored(self._states)
 
-    # --- the three ways ---------------------------------------------------------------------------
+    # --- application ------------------------------------------------------------------------------
 
     def __call__(self) -> Tensor:
-        """The sum of strength * penalty over the weights, a scalar to add to the loss.
+        """Returns the sum of strength * penalty over the weights, a scalar to add to the loss.
 
-        A lower estimate of the true sum. Its gradient with respect to every weight is that of
-        `add_gradients`. Under `torch.no_grad()` nothing is remembered.
+        The value is a lower estimate of the true sum. Its gradient with respect to every weight is
+        the one that `add_gradients` adds. Under `torch.no_grad()` the blocks are not updated.
 
         Raises:
-            ValueError: a weight holds NaN or infinity; it is named. On the CPU at once, elsewhere
-                at the next call, where reading costs no waiting.
+            ValueError: a weight contains NaN or infinity; the error names it. On the CPU this call
+                raises, on other devices the next one, so that the host never waits.
         """
         _refuse_without_gradient(self._states)
         if torch.is_grad_enabled():
@@ -136,13 +142,15 @@ class Regularizer:
     def add_gradients(self) -> None:
         """Adds strength * gradient to the .grad of every weight: after backward, before step.
 
-        Once per optimizer step, whatever the accumulation of gradients. With a GradScaler, after
-        `scaler.unscale_(optimizer)`; with gradient clipping, before or after it as you mean it. Not
-        in an optimizer's pre-hook: frameworks that run backward inside `step(closure)` erase it.
+        Call it once per optimizer step, also when you accumulate gradients. With a GradScaler, call
+        it after `scaler.unscale_(optimizer)`. With gradient clipping, call it before the clipping
+        to include the penalty in the norm, else after it. Do not call it in a step pre-hook of the
+        optimizer: frameworks that run backward inside `step(closure)` erase the gradients after it.
         A weight without .grad gets one.
 
         Raises:
-            ValueError: a weight holds NaN or infinity; it is named, and no gradient has changed.
+            ValueError: a weight contains NaN or infinity; the error names it, and no gradient has
+                changed.
         """
         _refuse_without_gradient(self._states)
         _refuse_sparse_gradients(self._states)
@@ -150,18 +158,19 @@ class Regularizer:
         self._compilable.add_gradients()
 
     def proximal_step(self, lr: float | Tensor, *, steps: int = 1) -> None:
-        """One proximal step of length eta = lr * strength * steps on every weight, by hand.
+        """Takes one proximal step of length eta = lr * strength * steps on every weight.
 
-        One step of steps * eta is as good as many of eta: the step is implicit. `attach` does this
-        by itself after every few optimizer steps.
+        The step is implicit, so one step of length steps * eta is as good as many of length eta.
+        After `attach`, the regulariser takes these steps itself.
 
         Args:
-            lr: the learning rate of the optimizer, a number or a tensor of one.
-            steps: how many optimizer steps it stands for.
+            lr: the learning rate of the optimizer, a number or a tensor with one element.
+            steps: the number of optimizer steps that this step stands for.
 
         Raises:
-            ValueError: lr is negative or steps < 1; nothing has changed. A weight holds NaN or
-                infinity: no penalty has taken a step, and hard limits were applied to all others.
+            ValueError: lr is negative or steps < 1; nothing has changed. Or a weight contains NaN
+                or infinity: no penalty has taken a step, and the limits of all other weights were
+                applied.
         """
         lr = self._checked_rate(lr)
         steps = as_count(steps, "`steps`")
@@ -198,41 +207,44 @@ class Regularizer:
     ) -> Attachment:
         """Takes proximal steps and applies limits after steps of the optimizer; returns a handle.
 
-        eta = strength * the sum of the learning rates of the weight's own parameter group since the
-        last proximal step, so warm-up and schedules count as they should. Steps that a GradScaler
-        skips do not count. `handle.remove()` or `detach()` ends it.
+        A proximal step has the length eta = strength * the sum of the learning rates of the
+        weight's own parameter group since the last one. This takes warm-up and schedules into
+        account. Steps that a GradScaler skips do not count. `handle.remove()` or `detach()` ends
+        the attachment.
 
-        The regulariser is kept alive by the optimizer, not the other way round. A copy or an
-        unpickled optimizer carries no hooks; when the attached one is gone and another one steps
-        the weights, a warning says so once.
+        The optimizer keeps the regulariser alive, not the reverse. A copied or unpickled optimizer
+        has no hooks. If the attached optimizer is deleted and another one steps the weights, the
+        regulariser logs one warning.
 
         Args:
-            optimizer: a torch optimizer that holds at least one of the weights. If it is a
-                wrapper whose `step` is not called, as SAM in two steps, give the optimizer inside:
+            optimizer: a torch optimizer that has at least one of the weights. If you do not call
+                its own `step`, as with SAM in two steps, give the optimizer that it wraps:
                 `base_optimizer`.
-            every: after every so many optimizer steps; steps at the end that do not fill an
-                interval stay pending, and limits are applied exactly. By default 10 for penalties:
-                kappa was within 1.3 % of an exact proximal step in every step for 5 and for 10
-                (`wellcond bench fidelity --every 5,10,20`), and for `IsometryStep`, of which a step
-                is as long whatever the interval is. By default limits of singular values are
-                watched: a look at blocks of singular vectors, at every step or every few, tells
-                when a weight is to be projected, so that its limit holds at every step. A weight
-                that cannot be watched is decomposed at every step, and `print(reg)` names it. With
-                "auto" such a weight is due by its learning rates instead: after the first step, and
-                then whenever the sum of the rates is as large as the one after which its limit was
-                exceeded by about a fifth; at least 1, 2, 4 and 8 steps apart, then at least 10 and
-                at most 1,000, weights of different shapes in turn. So are limits of your own, which
-                derive from `Limit`, and weights of more than 4,096 singular values.
-            resume: "bitwise" to save all that the watch remembers, also where it is as large as a
-                square weight; by default that is saved for weights of up to 1,024 singular values,
-                and others are decomposed once after the state is loaded.
+            every: the number of optimizer steps between applications. Limits are then applied
+                exactly, and the steps of an incomplete last interval remain pending. Defaults to 10
+                for penalties and for `IsometryStep`. With 5 and with 10, kappa was within 1.3 % of
+                an exact proximal step in every step (`wellcond bench fidelity --every 5,10,20`).
+                The length of a step of `IsometryStep` does not depend on the interval.
+                By default wellcond watches limits of singular values: at every step, or every few
+                steps, it estimates singular values from blocks of singular vectors and projects the
+                weight when needed, so that the limit holds at every step. A weight that cannot be
+                watched is decomposed at every step, and `print(reg)` names it. With "auto" such
+                a weight is projected after the first step and then whenever the sum of its learning
+                rates reaches the sum after which its limit was exceeded by about a fifth. These
+                projections are at least 1, 2, 4 and 8 steps apart, then at least 10 and at most
+                1,000, and weights of different shapes take turns. This also applies by default to
+                subclasses of `Limit` that you write, and to weights of more than 4,096 singular
+                values.
+            resume: "bitwise" saves the complete state of the watch, even where it is as large as a
+                square weight. By default it is saved for weights of up to 1,024 singular values,
+                and other weights are decomposed once after the state is loaded.
 
         Raises:
-            ValueError: every < 1, "auto" for a penalty, no common weight, or a weight that is
-                attached already; no learning rate for a weight under a penalty; an optimizer whose
-                `step` runs no hooks. A step of the optimizer raises one for weights that hold NaN
-                or infinity, after all other limits that are due were applied.
-            TypeError: not a torch optimizer.
+            ValueError: every < 1, "auto" for a penalty, no common weight, a weight that is already
+                attached, no learning rate for a weight under a penalty, or an optimizer whose
+                `step` runs no hooks. A step of the optimizer raises one for weights that contain
+                NaN or infinity, after all other limits that are due were applied.
+            TypeError: optimizer is not a torch optimizer.
         """
         check_optimizer(optimizer)
         steps = None if every is None or every == "auto" else as_count(every, "`every`")
@@ -240,25 +252,25 @@ class Regularizer:
         states = [s for s in self._states if all(id(p) in held for p in s.weight.parameters)]
         if not states:
             raise ValueError(
-                "`optimizer` must hold a regularised weight, but has none of "
-                f"{quote_names(self.names)}. Attach the optimizer that was made from this model."
+                "`optimizer` must have at least one regularised weight, but has none of "
+                f"{quote_names(self.names)}. Attach to the optimizer of this model's parameters."
             )
         refuse_without_proximal_step(states)
         check_rates(optimizer, states)
         taken = [s.name for a in self.attachments for s in a.states if s in states]
         if taken:
             raise ValueError(
-                f"`optimizer` must not be attached twice, but {quote_subject(taken)} attached "
-                "already. Call detach() first."
+                f"`optimizer` must not be attached twice, but {quote_subject(taken)} already "
+                "attached. Call detach() first."
             )
         if resume not in (None, "bitwise"):
             raise ValueError(f'`resume` must be None or "bitwise", got {resume!r}.')
         soft = [s.name for s in states if s.rule.default_schedule.every is not None]
         if every == "auto" and soft:
             raise ValueError(
-                f'`every` must be a number, got "auto", which only hard limits can have: '
-                f"{quote_subject(soft)} under another rule. Leave `every` out for 10 for "
-                'penalties and "auto" for limits.'
+                f'`every` must be an integer, got "auto", which works only for hard limits: '
+                f"{quote_subject(soft)} under another rule. Omit `every` to apply penalties every "
+                "10 steps and to watch limits."
             )
         if steps is None and not has_modes(optimizer):
             for state in states:
@@ -275,7 +287,7 @@ class Regularizer:
         return attachment
 
     def detach(self) -> None:
-        """Ends all attachments; optimizer steps since the last proximal step stay pending."""
+        """Ends all attachments; optimizer steps since the last proximal step remain pending."""
         for attachment in self._attachments:
             attachment.remove()
 
@@ -287,7 +299,7 @@ class Regularizer:
     def _step_pending(self, states: list[WeightState]) -> None:
         states = [state for state in states if state.active]
         self._oversights.check_application(self.attachments, "")
-        # Whether zeros are filled shows at once: later there is nothing to count.
+        # The first application fills the zeros: after it there is nothing to count.
         first = [state for state in states if state.pace.applications == 0]
         with self._oversights.watch_zeros(first):
             rates = [state.pending_lr for state in states]
@@ -299,22 +311,24 @@ class Regularizer:
         return self._engine.watch(states, rates)
 
     def _project(self, states: list[WeightState]) -> None:
-        # Whether zeros are filled shows at once: later there is nothing to count.
+        # The first application fills the zeros: after it there is nothing to count.
         first = [state for state in states if state.record.decompositions == 0]
         with self._oversights.watch_zeros(first):
             self._engine.project(states)
 
     def enforce(self) -> None:
-        """Applies all hard limits, now: before weights are saved, and at the end of training.
+        """Applies all hard limits exactly. Call it before you save weights, and after training.
 
-        Penalties take no step, and for limits no step of the optimizer is pending afterwards.
-        Frozen weights stay as they are, and a warning names them; `enforce` takes those of an
-        averaged copy too. So does a warning name an attached optimizer in train mode, whose eval()
-        makes other weights: call that first. Without a hard limit it does nothing.
+        Penalties take no step. Afterwards no optimizer step is pending for limits. Frozen weights
+        remain unchanged, and a warning names them; the function `wellcond.enforce` also projects
+        frozen weights, such as those of an averaged copy. A warning also names an attached
+        optimizer in train mode whose eval() replaces the weights: call eval() first. Without a hard
+        limit this does nothing.
 
         Raises:
-            ValueError: a weight holds NaN or infinity, or cannot obey in its dtype, see
-                `ConditionLimit`. It names all such weights; the limits of all others hold.
+            ValueError: a weight contains NaN or infinity, or cannot satisfy its limit in its dtype,
+                see `ConditionLimit`. The error names all such weights; the limits of all others
+                hold.
 
         Example:
             >>> import torch, wellcond as wc
@@ -333,14 +347,15 @@ class Regularizer:
                 self._engine.enforce(limited)
 
     def measure(self) -> dict[str, Estimate]:
-        """An estimate for every weight: a few products each, no SVD, nothing remembered.
+        """Estimates the singular values of every weight by a few products, without an SVD.
 
-        Five products with the vectors of the block; thirteen for a weight under a rule that keeps
-        none, as a hard limit, since the vectors are found anew each time.
+        The stored blocks do not change. An estimate takes five products with the vectors of the
+        block. It takes thirteen under a rule that keeps no block, such as a hard limit, because
+        the vectors are computed anew each time.
 
         Returns:
-            Per weight name an `Estimate`; a stack has one entry a matrix, `name:0`, `name:1`, ...
-            A weight that is zero or not finite is reported by its status.
+            An `Estimate` per weight name. A stack has one entry per matrix: `name:0`, `name:1`, ...
+            The status of an estimate tells whether the weight is zero or not finite.
 
         Example:
             >>> import torch, wellcond as wc
@@ -360,29 +375,31 @@ class Regularizer:
         layers: bool = False,
         prefix: str = "wellcond",
     ) -> dict[str, float] | None:
-        """Logs estimates at every so many steps; at the others it costs nothing.
+        """Logs estimates every `every` steps; at other steps it costs nothing.
 
-        By default a few aggregates and the worst five weights by name: the largest sigma_max, the
-        sum of the penalties at strength 1, if there are any, the smallest and the median share of
-        the stable rank, ||S||_F^2/(nu sigma_max^2), which is 1 exactly for kappa = 1, shortened
-        steps, blocks that are too narrow for gradients, how far hard limits were exceeded before
-        they were last applied, and how many weights could not be measured, if there are any. One
-        copy from the device.
+        By default it logs a few aggregates and the five worst weights with their names: the largest
+        sigma_max; the sum of the penalties at strength 1; the smallest and the median stable rank
+        share, ||S||_F^2/(nu sigma_max^2), which is 1 exactly if kappa = 1; the number of shortened
+        steps; the number of blocks that are too narrow for gradients; the largest singular values
+        and kappa of limited weights relative to their limits; and the number of weights that could
+        not be measured. Values that do not apply to the model are omitted. The call takes one copy
+        from the device.
 
         Args:
             target: TensorBoard's SummaryWriter, a run of wandb, a logger of Lightning, a
                 LightningModule, an Accelerator, or a callable (values, step).
-            step: of the training; by default the number of steps that it has taken or watched.
-            every: report when the step is a multiple of it.
-            layers: also the series of every weight.
-            prefix: before every name.
+            step: the step of the training. Defaults to the number of steps that the regulariser has
+                taken or watched.
+            every: log when the step is a multiple of this number.
+            layers: also log the series of every weight.
+            prefix: prepended to every name.
 
         Returns:
-            What was logged by name, or None at a step without a report.
+            The logged values by name, or None at a step without a report.
 
         Raises:
             ValueError: every < 1.
-            TypeError: another kind of target.
+            TypeError: the target is of another kind.
 
         Example:
             >>> import torch, wellcond as wc
@@ -399,7 +416,7 @@ class Regularizer:
                 state.record.largest = math.nan  # since the last report
         return values
 
-    # --- what is regularised ----------------------------------------------------------------------
+    # --- the regularised weights ------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
@@ -408,16 +425,16 @@ class Regularizer:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Every other parameter, and why it is left out; `str()` of a reason is the sentence."""
+        """Every other parameter and why it is skipped; `str()` of a reason is a sentence."""
         return dict(self._skipped)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is attached to no optimizer: hooks are not copied with one either."""
+        """Drops the attachments: a copy of an optimizer has no hooks either."""
         self._engine.settle()
         return {**self.__dict__, "_attachments": []}
 
     def __repr__(self) -> str:
-        """About ten lines for any model: what all weights share, the worst of them, the rest."""
+        """About ten lines for any model: common facts, the worst weights, counts of the rest."""
         count = len(self._states)
         lines = [f"Regularizer of {count} weight{'s' * (count != 1)}, block_size={self.block_size}"]
         remarks = {state.name: self._remarks(state) for state in self._states}
@@ -437,7 +454,7 @@ class Regularizer:
         if hidden:
             more = Counter(remark for state in hidden for remark in remarks[state.name])
             counts = "".join(f"; {number} {remark}" for remark, number in more.items())
-            lines.append(f"  and {len(hidden)} more, in reg.names{counts}")
+            lines.append(f"  and {len(hidden)} more, see reg.names{counts}")
         if self._skipped:
             groups: dict[str, list[str]] = {}
             for name, why in self._skipped.items():
@@ -447,73 +464,74 @@ class Regularizer:
                 for name, why in self._skipped.items():
                     groups.setdefault(why.reason.value, []).append(name)
             listed = "; ".join(f"{list_some(some, 2)} ({why})" for why, some in groups.items())
-            lines.append(f"  left out {len(self._skipped)}, in reg.skipped: {listed}")
+            lines.append(f"  skipped {len(self._skipped)}, see reg.skipped: {listed}")
         lines += [f"  {attachment!r}" for attachment in self.attachments]
         if not self.attachments and any(state.rule.enforceable for state in self._states):
             steps = self._steps()
             lines.append(
-                f"  detached after {steps} steps: enforce() applies the limits when it is called"
+                f"  detached after {steps} steps: only enforce() applies the limits"
                 if steps
-                else "  attached to no optimizer: only enforce() applies the limits"
+                else "  not attached to an optimizer: only enforce() applies the limits"
             )
         return "\n".join(lines)
 
     def _steps(self) -> int:
-        """How many steps it has taken or watched."""
+        """The number of steps that the regulariser has taken or watched."""
         return max(state.step for state in self._states)
 
     def _remarks(self, state: WeightState) -> list[str]:
-        """Why a rule does not act on a weight as it could."""
+        """Why a rule does not act on a weight, or acts on it incompletely."""
         remarks = []
         attached = [id(one) for attachment in self.attachments for one in attachment.states]
         if not state.active:
-            remarks.append("frozen since: not regularised")
+            remarks.append("now frozen: not regularised")
         elif attached and id(state) not in attached:
-            remarks.append("held by no optimizer that is attached: no step is taken")
+            remarks.append("not in an attached optimizer: no rule is applied in training")
         if state.caution:
             remarks.append(f"{state.caution}: the rule acts on that, not on the effective weight")
         if not state.shortened.is_meta and (shortened := int(state.shortened)):
             remarks.append(
-                f"{shortened} proximal steps were shortened: {state.width} singular triplets do "
-                f"not reach further; raise block_size={self.block_size}"
+                f"{shortened} proximal steps were shortened, because the block has only "
+                f"{state.width} singular triplets; raise block_size={self.block_size}"
             )
         if not state.crowded.is_meta and bool(state.crowded):
             remarks.append(
-                f"the {state.width} singular values that are followed are all near the largest: "
-                f"more may be, without a gradient; raise block_size={self.block_size}"
+                f"all {state.width} singular values of the block are near the largest, so others "
+                f"near it may get no gradient; raise block_size={self.block_size}"
             )
         return remarks
 
     def _facts(self, state: WeightState, remarks: list[str]) -> list[str]:
-        """What there is to say of a weight, its rule first."""
+        """The facts about a weight that repr() shows, its rule first."""
         text = state.describe(any(one.is_paced(state) for one in self.attachments))
         return [repr(state.rule), *remarks, *text.splitlines()]
 
     # --- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What is remembered per weight name, as tensors of fixed shape; copies, safe to keep."""
+        """Returns the state per weight name: copies, as tensors of fixed shape."""
         self._engine.settle()
         return {state.name: state.state() for state in self._states}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restores `state_dict()`: training goes on bit for bit as it would have.
+        """Restores `state_dict()`: training continues bit for bit.
 
         Raises:
-            ValueError: other weights, other shapes or another width of the block; nothing changed.
-            TypeError: not a mapping of names to mappings of tensors.
+            ValueError: the weights, their shapes or the width of the block differ; nothing has
+                changed.
+            TypeError: state is not a mapping of names to mappings of tensors.
         """
         if not isinstance(state, Mapping):
             raise TypeError(
-                "`state` must be what state_dict() returns, a mapping of names of weights, got "
+                "`state` must be a mapping of weight names, as state_dict() returns it, got "
                 f"{type(state).__name__}."
             )
         missing, extra = set(self.names) - set(state), set(state) - set(self.names)
         if missing or extra:
             raise ValueError(
-                "`state` must hold the weights of this regulariser, but "
-                f"lacks {quote_names(missing)} and has {quote_names(extra)} besides. "
-                "Make the Regularizer with the patterns with which the state was saved."
+                "`state` must have exactly the weights of this regulariser, but "
+                f"lacks {quote_names(missing)} and additionally has {quote_names(extra)}. "
+                "Create the Regularizer with the patterns with which the state was saved."
             )
         for own_state in self._states:
             own_state.check(state[own_state.name])
@@ -521,13 +539,13 @@ class Regularizer:
             own_state.restore(state[own_state.name])
 
     def checksums(self) -> dict[str, Tensor]:
-        """The bits of every parameter that is regularised, added up, by its name and dtype.
+        """Returns a checksum of the bits of every regularised parameter, by its name and dtype.
 
-        To tell whether a checkpoint has restored the very weights that were saved with it. Sharded
-        weights are left out.
+        A trainer can check with it that a checkpoint has restored the weights that were saved with
+        it. Sharded weights are skipped.
 
         Raises:
-            ValueError: a weight is a meta tensor, which has no values; it is named.
+            ValueError: a weight is a meta tensor, which has no values; the error names it.
 
         Example:
             >>> import torch, wellcond as wc
@@ -545,7 +563,7 @@ class Regularizer:
 
 
 def _excess(state: WeightState) -> float:
-    """How many times its limit a weight was before it was applied; 0 if that is not known."""
+    """By what factor a weight exceeded its limit before the last application; 0 if unknown."""
     record = state.record
     known = [record.largest, record.excess, state.pace.excess]
     return next((number for number in known if not math.isnan(number)), 0.0)
@@ -555,9 +573,9 @@ def _refuse_without_gradient(states: list[WeightState]) -> None:
     bare = [state.name for state in states if not state.rule.differentiable]
     if bare:
         raise ValueError(
-            f"{quote_subject(bare)} under a hard limit or isometry steps, which have no gradient. "
-            "Use attach(optimizer) or proximal_step(lr); for a penalty in the loss or on the "
-            "gradients of other weights make a Regularizer of its own."
+            f"{quote_subject(bare)} under a hard limit or IsometryStep, which has no gradient. "
+            "Use attach(optimizer) or proximal_step(lr). If other weights have a penalty in the "
+            "loss or on the gradients, create a separate Regularizer for them."
         )
 
 
@@ -567,7 +585,7 @@ def refuse_without_proximal_step(states: list[WeightState]) -> None:
         if not rule.steppable:
             raise ValueError(
                 f'"{state.name}" is under {rule!r}, which has no proximal step. Use reg() in the '
-                "loss or add_gradients(), or give the penalty a method proximal_step."
+                "loss or add_gradients(), or give the penalty a `proximal_step` method."
             )
         if Need.whole in rule.needs and isinstance(S, Dense):
             try:
@@ -576,7 +594,7 @@ def refuse_without_proximal_step(states: list[WeightState]) -> None:
                 raise ValueError(f'"{state.name}": {error}') from None
         if not isinstance(S, Updatable):
             raise ValueError(
-                f'"{state.name}" cannot be changed where it lies, because it rests on '
+                f'"{state.name}" cannot be changed in place, because it is computed from '
                 "several parameters. Use reg() in the loss or add_gradients()."
             )
 
@@ -586,6 +604,7 @@ def _refuse_sparse_gradients(states: list[WeightState]) -> None:
     sparse = [name for name, grad in grads if grad is not None and grad.layout != torch.strided]
     if sparse:
         raise ValueError(
-            f"A gradient must be dense, but that of {quote_names(sparse)} is sparse. Leave the "
-            "weight out with a pattern, make the layer with sparse=False, or use attach(optimizer)."
+            f"Gradients must be dense, but the gradient of {quote_names(sparse)} is sparse. "
+            "Exclude the weight with a pattern, create the layer with sparse=False, or use "
+            "attach(optimizer)."
         )

@@ -1,4 +1,4 @@
-"""Processes that hold the same weights: each refines a share of them and hands the results on."""
+"""Processes with the same weights: each refines a share of them and sends the results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from wellcond.weights.discover import wrappings
 
 
 class Replicas:
-    """Processes that hold the same weights, as under DistributedDataParallel.
+    """Processes with the same weights, as under DistributedDataParallel.
 
-    Every one refines the weights it owns, and receives the results for the others byte for byte,
-    so that all remain identical whatever the rounding of each.
+    Each process refines the weights that it owns and receives the results for the others byte for
+    byte, so all processes remain identical even if they round differently.
     """
 
     def __init__(self, group: Any) -> None:
@@ -24,7 +24,7 @@ class Replicas:
         self.size: int = torch.distributed.get_world_size(group)
 
     def owners(self, costs: Sequence[float]) -> list[int]:
-        """Who refines which weight: the most expensive first, each to the least busy process."""
+        """Assigns weights to processes: the most expensive first, each to the least busy one."""
         load = [0.0] * self.size
         owners = [0] * len(costs)
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -33,7 +33,7 @@ class Replicas:
         return owners
 
     def exchange_(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
-        """Fills the tensors of other owners, given with theirs in the same order everywhere."""
+        """Fills the tensors of other owners. The order is the same on all processes."""
         sizes = [0] * self.size
         for owner, tensor in tensors:
             sizes[owner] += _size(tensor)
@@ -53,7 +53,7 @@ class Replicas:
                 tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
 
     def differing(self, tensors: Sequence[Tensor]) -> list[int]:
-        """The numbers of the tensors that are not the same bytes on all processes."""
+        """The indices of the tensors whose bytes differ between processes."""
         sums = torch.stack([checksum(tensor) for tensor in tensors])
         low, high = sums.clone(), sums.clone()
         torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group=self.group)
@@ -73,7 +73,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The sum of the entries, their bits read as integers, modulo 2^64."""
+    """The sum modulo 2^64 of the entries, whose bits are read as integers."""
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
     return bits.sum(dtype=torch.int64)
 
@@ -84,18 +84,18 @@ def _many() -> bool:
 
 
 def replicas_of(model: nn.Module, group: Any = None, check: bool = False) -> Replicas | None:
-    """The processes that hold the same model: of the group, or of DistributedDataParallel.
+    """The processes with the same model: those of the group, or of DistributedDataParallel.
 
     Raises:
-        ValueError: they are to be compared, and there are many, but nothing says which.
+        ValueError: there are several processes to check, but the group is unknown.
     """
     for one in wrappings(model):
         if group is None and isinstance(one, nn.parallel.DistributedDataParallel):
             group = one.process_group
     if group is None and check and _many():
         raise ValueError(
-            "`check_replicas` needs to know which processes hold the same model. Give the model as "
-            "DistributedDataParallel wraps it, or `process_group=`."
+            "`check_replicas` needs the group of processes that have the same model. Pass the "
+            "model wrapped in DistributedDataParallel, or `process_group=`."
         )
     if group is None or torch.distributed.get_world_size(group) == 1:
         return None

@@ -1,4 +1,4 @@
-"""Which weights of a model are under which rule, and why the others are under none."""
+"""The weights of a model that each rule applies to, and the reasons why others are skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.roles import GROUPS, find_group
 
-# Views of an audit: convolutions as they act, adapters that are merged, heads of attention.
+# Views of an audit: convolutions as operators, merged adapters, heads of attention.
 _MEASURED_ONLY = re.compile(r"operator|merged|delta|(qk|vo)\d*")
 
 Rules = Rule | Mapping[str, Rule | None]
@@ -26,15 +26,15 @@ Rules = Rule | Mapping[str, Rule | None]
 def select(
     model: nn.Module, rules: Rules, *, frozen: bool = False, parameter: str = "rules"
 ) -> tuple[list[tuple[Weight, Rule]], dict[str, Skipped]]:
-    """The weights to regularise with their rules, and why every other parameter is left out.
+    """Returns the weights to regularise with their rules, and why other parameters are skipped.
 
-    Frozen weights only if asked for. Errors call what was given by the name of the parameter.
+    Frozen weights are selected only if `frozen`. Errors name the argument `parameter`.
     """
     if not isinstance(rules, Rule | Mapping):
         raise TypeError(
             f"`{parameter}` must be a rule or map patterns to rules or None, got "
-            f"{shorten(repr(rules), 80)}. A rule is, for instance, ConditionPenalty(1e-2) or "
-            "ConditionLimit(10); wc.Monitor only watches weights."
+            f"{shorten(repr(rules), 80)}. Examples of rules are ConditionPenalty(1e-2) and "
+            "ConditionLimit(10). To measure weights without a rule, use wc.Monitor."
         )
     patterns = dict(rules) if isinstance(rules, Mapping) else {"*": rules}
     own_names = {name for name, _ in model.named_parameters()}
@@ -43,16 +43,16 @@ def select(
         if not isinstance(pattern, str):
             raise TypeError(
                 f"`{parameter}` must have patterns of type str, got {shorten(repr(pattern), 80)}. "
-                'A pattern is, for instance, "*.weight".'
+                'An example of a pattern is "*.weight".'
             )
         if not isinstance(rule, Rule | None):
             raise TypeError(
                 f"`{parameter}` must be a rule or map patterns to rules or None, got "
-                f"{shorten(repr(rule), 80)} for {pattern!r}. A rule is, for instance, "
+                f"{shorten(repr(rule), 80)} for {pattern!r}. An example of a rule is "
                 "ConditionPenalty(1e-2)."
             )
     found = find_weights(model)
-    # What became of the parameters that each pattern was the first to match: None if chosen.
+    # outcomes[pattern][name] for the first pattern that matches: None if selected, else the reason.
     outcomes: dict[str, dict[str, Skipped | None]] = {pattern: {} for pattern in patterns}
     chosen: list[tuple[Weight, Rule]] = []
     skipped: dict[str, Skipped] = {}
@@ -74,7 +74,7 @@ def select(
     for weight in found.weights:
         members = weight.members()
         matches = [first_match((one.name, *one.aliases)) for one in members]
-        # A stack under one pattern stays whole, and is worked on in one batch.
+        # A stack under one pattern is not split: it is processed in one batch.
         if len(set(matches)) == 1:
             members, matches = [weight], matches[:1]
         for one, match in zip(members, matches, strict=True):
@@ -102,13 +102,13 @@ def select(
     if not found.weights:
         reasons = list_some((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
-            "`model` must leave at least one weight to regularise, but holds no matrix "
+            "`model` must have at least one weight to regularise, but contains no matrix "
             f"({reasons})."
         )
     for pattern, wanted in patterns.items():
         outcome = outcomes[pattern]
         if wanted is None and (pattern == "*" or outcome or not comes_late(pattern)):
-            continue  # nothing to leave out is no mistake; to say so too late is one
+            continue  # excluding nothing is allowed, excluding after a pattern that selects is not
         if not outcome:
             names = [weight.name for weight in found.weights]
             raise ValueError(
@@ -119,31 +119,30 @@ def select(
             )
         usable = [why is None or why.reason is Reason.frozen for why in outcome.values()]
         if not any(usable):
-            reasons = list_some((f'"{n}" is {why}' for n, why in outcome.items()), 3, "; ")
+            reasons = list_some((f'"{n}": {why}' for n, why in outcome.items()), 3, "; ")
             raise ValueError(
-                f'`{parameter}`: the pattern "{pattern}" selects no weight: {reasons}. '
-                f'Leave it out with {{"{pattern}": None}}, or insist on a matrix by its exact name.'
+                f'`{parameter}`: the pattern "{pattern}" selects no weight ({reasons}). '
+                f'Use {{"{pattern}": None}} to skip it, or include a matrix by its exact name.'
             )
     if not chosen:
         reasons = list_some((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
-            f"`{parameter}` must leave at least one weight to regularise, but all are left out "
-            f"({reasons})."
+            f"`{parameter}` must select at least one weight, but all are skipped ({reasons})."
         )
     return chosen, skipped
 
 
 def _of_view(pattern: str) -> str:
-    """What to say of a pattern for what an audit measures and no parameter holds."""
+    """A hint about a pattern for a view that only an audit measures."""
     _, colon, view = pattern.rpartition(":")
     if not (colon and _MEASURED_ONLY.fullmatch(view)):
         return ""
     kind = "the kernel of a convolution" if view == "operator" else "the weights that it is made of"
-    return f' What a view ":{view}" shows is measured by audit(), not limited: name {kind}.'
+    return f' A view ":{view}" can be measured by audit(), but not limited: name {kind}.'
 
 
 def _of_computed(pattern: str, model: nn.Module) -> str:
-    """What to say of a pattern for a weight that is computed and no parameter."""
+    """A hint about a pattern for a weight that is computed and not a parameter."""
     for prefix, module in model.named_modules():
         path = f"{prefix}." if prefix else ""
         for one in find_computed_weights(module):
@@ -151,14 +150,14 @@ def _of_computed(pattern: str, model: nn.Module) -> str:
                 parts = quote_names(f"{path}{part}" for part in one.parts)
                 return (
                     f' "{path}{one.attribute}" is computed by {one.method} from {parts} before '
-                    f"each forward pass, and is not a parameter. Remove {one.method}, or leave the "
-                    "weight out."
+                    f"each forward pass, and is not a parameter. Remove {one.method}, or omit the "
+                    "pattern."
                 )
     return ""
 
 
 def _one_row(weight: Weight) -> Skipped | None:
-    """A depthwise convolution has nothing to condition, but as one map, which a limit acts on."""
+    """The reason to skip a depthwise kernel, unless its rule acts on the convolution as one map."""
     if isinstance(weight.view, Kernel) and weight.view.groups is not None:
         groups, rows, _ = shape_of(weight.view, weight.parameters[0])
         return Skipped(Reason.one_row, f"{groups} groups") if rows == 1 else None

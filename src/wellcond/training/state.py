@@ -1,6 +1,6 @@
-"""What is remembered of each regularised weight: the one place that counts and keeps.
+"""The state of each regularised weight: its block, its counts and the state of its rule.
 
-Letters: S (..., m, n) a weight; k the width of the block that is followed.
+Letters: S (..., m, n) a weight; k the width of its block.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from wellcond.text import quote_names
 from wellcond.training.record import Record
 from wellcond.weights.discover import Weight
 
-_WATCH = "watch."  # before the keys of what a watch remembers
-_OFTEN = 0.2  # of the steps: a limit that is applied so often fights the optimizer
-_SMALL = 1024  # singular values: what is as large as a square weight is saved up to here
+_WATCH = "watch."  # prefix of the keys of the state of a watch
+_OFTEN = 0.2  # share of the steps above which a limit works against the optimizer
+_SMALL = 1024  # largest number of singular values for which large tensors of a watch are saved
 
 
 class WeightState:
-    """A weight under a rule, and what is remembered of it."""
+    """A weight under a rule, and its state."""
 
     def __init__(self, weight: Weight, rule: Rule, block_size: int) -> None:
         self.weight = weight
-        self.caution = weight.caution  # what it is, if not the weight that acts
+        self.caution = weight.caution  # what the stored tensor is, if not the effective weight
         self.rule = rule = _bind(rule, weight)
         self._operator: StoredMatrix | None = None
         self.step = 0  # applications: optimizer steps when attached
@@ -52,27 +52,28 @@ class WeightState:
         self.width = min(block_size, S.nu) if Need.subspace in rule.needs else 0
         self._start(S)
         self.owner = 0  # the process that refines it, among replicas
-        self.slots: tuple[int, ...] = ()  # the numbers of its parameters, which weights may share
+        self.slots: tuple[int, ...] = ()  # the numbers of its parameters, which weights can share
         # Since the last proximal step: optimizer steps, and the sum of their learning rates.
         self.pending_steps = 0
         self.pending_lr: float | Tensor = 0.0
-        self.watch: Watch | str | None = None  # how it is watched, or why it is not; None: never
+        # How it is watched, or why it cannot be; None if it is not attached or has no limit.
+        self.watch: Watch | str | None = None
         self.record = Record(mark=rule.mark)
-        self.sight: RuleState = {}  # what the watch remembers
+        self.sight: RuleState = {}  # the state of the watch
         self._saves_large = False
-        self._saved: Mapping[str, Tensor] = {}  # of a watch that has not been started yet
+        self._saved: Mapping[str, Tensor] = {}  # the loaded state of a watch that has not started
         self.memory: RuleState = {}
         own = self.state().keys()
         self.memory = rule.init(self.shape)  # of the rule
         if taken := own & self.memory.keys():
             raise ValueError(
                 f"`{type(rule).__name__}.init` must return keys of its own, but {sorted(taken)} "
-                "are those of every weight. Choose other names."
+                "are reserved. Choose other names."
             )
         self.failed = False  # whether the last step or limit could not be applied
 
     def _start(self, S: WeightOperator) -> None:
-        """Cold until first used: the weights may be loaded after the regulariser is made."""
+        """Sets up a cold block: the weights can still be loaded before its first use."""
         self.subspace = cold_start(S, self.width, self.weight.name)
         self.warm = False
         self.strength = torch.zeros((), dtype=S.dtype, device=S.device)
@@ -85,7 +86,7 @@ class WeightState:
 
     @property
     def active(self) -> bool:
-        """Whether it is trained: a frozen weight is left alone."""
+        """Whether it is trained: frozen weights are skipped."""
         return self.weight.trained
 
     @property
@@ -94,7 +95,7 @@ class WeightState:
         return self.width > 0
 
     def operator(self, parameters: Sequence[Tensor] | None = None) -> WeightOperator:
-        """The weight, or what is given in place of its parameters, as a linear map."""
+        """The weight as a linear map, with `parameters` in place of its own if given."""
         if parameters is None and (S := self._operator) is not None:
             (parameter,) = self.weight.parameters
             if S.shows(parameter):
@@ -102,20 +103,20 @@ class WeightState:
         tensors = self.weight.parameters if parameters is None else parameters
         seed = (zlib.crc32(self.name.encode()) << 31) + self.step
         made = self.weight.operator(tensors, seed)
-        # Making one costs as much as a product with a small weight.
+        # Cached, because creating one costs as much as a product with a small weight.
         if parameters is None:
             self._operator = made if type(made) is StoredMatrix and made.is_lasting else None
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not attached; if it is, its watch goes on where this one is."""
+        """The state of a copy, which is not attached; once it is, its watch continues from here."""
         saved = {**self._saved, **self._watch_state()}
         return {**self.__dict__, "_operator": None, "watch": None, "sight": {}, "_saved": saved}
 
     def follow(self, S: WeightOperator) -> None:
-        """Moves what is remembered to the device and the dtype of the weight as it is now."""
+        """Moves the state to the current device and dtype of the weight."""
         if self.strength.is_meta and S.device.type != "meta":
-            self._start(S)  # made for a model that had no values yet: there is nothing to move
+            self._start(S)  # created for a model without values: there is nothing to move
         elif (self.strength.device, self.strength.dtype) != (S.device, S.dtype):
             self.strength = self.strength.to(S.device, S.dtype)
             self.subspace = self._convert(self.subspace)
@@ -129,7 +130,7 @@ class WeightState:
             self._start_sight(S)
 
     def _convert(self, subspace: Subspace) -> Subspace:
-        """A copy where the weight is, in its dtype, orthonormal to the precision of that."""
+        """A copy on the device and in the dtype of the weight, orthonormal in that dtype."""
         basis = by_columns(subspace.basis.to(self.strength, copy=True))
         if basis.dtype != subspace.basis.dtype:
             basis = torch.linalg.qr(basis).Q
@@ -150,26 +151,26 @@ class WeightState:
 
     @property
     def pace(self) -> Pace:
-        """What the rule knows of its applications so far."""
+        """The statistics of the rule's applications."""
         return self.rule.pace(self.memory)
 
     @property
     def movement(self) -> Movement:
-        """How far the weight may have moved since the last application."""
+        """How far the weight might have moved since the last application."""
         return Movement(self.pending_steps, self.pending_lr)
 
     @property
     def due(self) -> bool:
-        """Whether the rule says that it is to be applied."""
+        """Whether the rule is due."""
         return self.rule.is_due(self.memory, self.movement)
 
     def learn(self, outcome: Worst, due: bool) -> None:
-        """Takes in what an application has done, which was due by the movement or called for."""
+        """Updates the state of the rule with an application; `due`: by the movement, not a call."""
         movement = self.movement if due else None
         self.memory = self.rule.learn(self.memory, outcome, movement)
 
     def start_watch(self, bitwise: bool) -> None:
-        """Begins to watch it, or goes on where the state that was loaded has left off."""
+        """Starts to watch it, or continues from the loaded state."""
         self.watch = self.rule.watch(min(self.shape[-2:]))
         if self.is_one_map and isinstance(self.watch, EndsWatch):
             self.watch = "its groups are the blocks of one map"
@@ -183,26 +184,26 @@ class WeightState:
             self.sight = self.watch.init(S)
 
     def end_watch(self) -> None:
-        """It is not watched any more: when it is again, that begins anew."""
+        """Stops watching it and discards the state of the watch."""
         self.watch, self.sight, self._saved = None, {}, {}
 
     @property
     def is_too_large(self) -> bool:
-        """Whether a decomposition at every step is out of the question."""
+        """Whether it is too large to be decomposed at every step."""
         return isinstance(self.watch, str) and min(self.shape[-2:]) > LARGEST
 
     @property
     def is_followed(self) -> bool:
-        """Whether looks tell when it is to be projected; else it is decomposed at every step."""
+        """Whether estimates decide when it is projected; else it is decomposed at every step."""
         return isinstance(self.watch, Watch) and not self.record.is_blind
 
     def judge(self, numbers: Sequence[Sequence[float]]) -> None:
-        """Takes in what a look has found."""
+        """Updates the record with the numbers of a check."""
         assert isinstance(self.watch, Watch)
         self.record.judge(self.watch.judge(numbers, self.is_one_map), self.watch)
 
     def renew(self, outcome: Worst, moved: bool, spectrum: GramDecomposition | None) -> None:
-        """Takes in a decomposition: what it has shown, and what is followed from now on."""
+        """Updates the record and the blocks with the result of a decomposition."""
         excess, kappa = outcome.excess, outcome.condition_number
         new = None
         if isinstance(self.watch, Watch):
@@ -213,16 +214,16 @@ class WeightState:
         self.record.decompose(excess, kappa, moved, known)
 
     def describe(self, paced: bool) -> str:
-        """What is known of the applications of its rule, for people; `paced`: by learning rates."""
+        """Describes the applications of its rule to the user; `paced`: due by learning rates."""
         if self.watch is None:
             return self.rule.describe(self.memory)
         record = self.record
         if self.is_followed:
             lines = [f"watched: {self.rule.describe_watch()}"]
         else:
-            blind = "K is too large for this pace, so that its small singular vectors turn too fast"
+            blind = "its small singular vectors turn too fast for this K"
             why = self.watch if isinstance(self.watch, str) else blind
-            how = "applied by the learning rates" if paced else "decomposed at every step"
+            how = "scheduled by its learning rates" if paced else "decomposed at every step"
             lines = [f"not watched, because {why}: {how}"]
             if paced:
                 return "\n".join([*lines, *filter(None, [self.rule.describe(self.memory)])])
@@ -233,13 +234,13 @@ class WeightState:
             lines.append(f"at most {record.largest:.4g} times its limit since the last report")
         if record.recent > _OFTEN:
             lines.append(
-                "projected at more than one step in five: the learning rate is too high for this "
+                "projected in more than one step in five: the learning rate is too high for this "
                 "limit"
             )
         return "\n".join(lines)
 
     def _saved_sight(self) -> RuleState:
-        """What of the watch is saved: all of it or nothing, because its parts belong together."""
+        """The state of the watch to save: all tensors or none, because they belong together."""
         if not isinstance(self.watch, Watch):
             return {}
         large = bool(self.watch.large & self.sight.keys())
@@ -267,14 +268,14 @@ class WeightState:
                 if own is not None
             }
         else:
-            self.record.due = True  # nothing is followed: it is decomposed at the next step
+            self.record.due = True  # the blocks are unknown: decompose it at the next step
 
     def settle(self) -> None:
-        """Nothing is pending any more."""
+        """Resets the pending steps and learning rates."""
         self.pending_steps, self.pending_lr = 0, 0.0
 
     def state(self) -> dict[str, Tensor]:
-        """What is remembered, as tensors of fixed shape: the basis in the first rows of its."""
+        """The state as tensors of fixed shape; the basis fills the first rows of its tensor."""
         basis, from_right = self.subspace
         *stack, rows, width = basis.shape
         padded = basis.new_zeros(*stack, max(self.shape[-2:]), width)
@@ -300,9 +301,9 @@ class WeightState:
         return {f"{_WATCH}record": self.record.to_tensor(), **saved}
 
     def check(self, saved: Mapping[str, Tensor]) -> None:
-        """Raises unless this is the state of such a weight."""
+        """Raises unless `saved` is the state of a weight of this kind."""
         remedy = (
-            "Make the Regularizer with the model, the rules and the block_size with which the "
+            "Create the Regularizer with the model, the rules and the block_size with which the "
             "state was saved."
         )
         if not isinstance(saved, Mapping):
@@ -315,7 +316,7 @@ class WeightState:
                 raise TypeError(f"{at} must be a tensor, got {type(own).__name__}.")
         for key, own in self.state().items():
             if key.startswith(_WATCH) or (key in self.memory and key not in saved):
-                continue  # of a version, or a rule, that knew none: it begins anew
+                continue  # saved by a version or a rule without this key: it starts anew
             at, found = f'`state["{self.name}"]["{key}"]`', saved.get(key)
             if not isinstance(found, Tensor | None):
                 raise TypeError(f"{at} must be a tensor, got {type(found).__name__}.")
@@ -329,7 +330,7 @@ class WeightState:
                 raise ValueError(f"{at} must be {own.tolist()}, got {found.tolist()}. {remedy}")
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        if self.strength.is_meta:  # what has values waits on the CPU until the weight has
+        if self.strength.is_meta:  # keep the values on the CPU until the weight has values
             self.strength, self.shortened = (
                 torch.zeros((), dtype=one.dtype, device="cpu")
                 for one in (self.strength, self.shortened)
@@ -347,13 +348,13 @@ class WeightState:
 
 
 def _bind(rule: Rule, weight: Weight) -> Rule:
-    """The rule of a weight: of a convolution that it is to limit as it acts, another one."""
+    """The rule of a weight; for a convolution with acting=True, the rule for that operator."""
     if not rule.acting or not is_kernel(weight.view):
         return rule
     geometry = weight.geometry
     if not isinstance(geometry, Geometry):
         raise ValueError(
-            f'"{weight.name}" cannot be limited as the convolution acts: {geometry}. Use '
+            f'"{weight.name}" cannot be limited as a convolution: {geometry}. Use '
             "acting=False, which limits the kernel as a matrix."
         )
     return rule.on_convolution(geometry)
@@ -361,7 +362,7 @@ def _bind(rule: Rule, weight: Weight) -> Rule:
 
 @contextlib.contextmanager
 def name_meta_weights(states: Sequence[WeightState]) -> Iterator[None]:
-    """Names the weights on the meta device where reading a value fails for that."""
+    """If reading a value fails, raises an error that names the weights on the meta device."""
     try:
         yield
     except RuntimeError as error:  # or NotImplementedError, which is one
@@ -375,5 +376,5 @@ def raise_meta_weights(states: Sequence[WeightState], error: RuntimeError) -> No
     if names:
         raise ValueError(
             f"A weight must have values, but {quote_names(names)} is a meta tensor, which has "
-            "none. Load the weights first: model.to_empty(device=...) and load_state_dict."
+            "none. Load the weights first: call model.to_empty(device=...) and load_state_dict."
         ) from error
