@@ -153,7 +153,7 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
         torch.save(weights | {"0.weight": torch.ones(32, 64)}, tmp_path / "model.pt")
         code, printed = run(command)
         assert code == 1
-        assert "1 weight moved by more than 2 times" in printed
+        assert "1 weight changed by more than a factor of 2" in printed
         assert f"0.weight (κ {kappa:.4g} to inf)" in printed
         (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:900])
         assert run(command)[0] == 2
