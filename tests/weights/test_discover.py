@@ -198,7 +198,7 @@ def test_a_stack_is_taken_by_its_exact_name_whole_or_matrix_by_matrix() -> None:
     ("patterns", "error", "message"),
     [
         ({"nothing.*": EVERYTHING}, ValueError, 'pattern "nothing.\\*" matches no parameter'),
-        ({"0": EVERYTHING}, ValueError, r'For all of a module write "0\.\*"\.'),
+        ({"0": EVERYTHING}, ValueError, r'For all weights of a module, write "0\.\*"\.'),
         ({"*": EVERYTHING, "0.*": None}, ValueError, "only those that an earlier pattern"),
         ({"*": None}, ValueError, "must leave at least one weight"),
         ({"0.bias": EVERYTHING}, ValueError, "not a matrix: a vector"),
