@@ -144,7 +144,7 @@ def test_merged_weight_overflowing_its_dtype_is_noted(tmp_path: Path) -> None:
     (row,) = wc.audit(adapter, base=tmp_path / "base.safetensors").findings
     assert row.measured
     assert math.isnan(row.rounded_condition_number)
-    assert "in float16 1 of its entries are infinite" in row.detail
+    assert "1 of its entries are infinite in float16" in row.detail
 
 
 def test_adapter_of_a_zero_weight_has_no_share(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_missing_or_quantised_base_weight_is_a_failed_row(tmp_path: Path) -> Non
     failed = {label: f.explanation for label, f in found.items() if not f.measured}
     assert set(failed) == {f"layers.{layer}.q_proj.weight:merged" for layer in (1, 2, 3)}
     assert "is skipped (not real floating point" in failed["layers.1.q_proj.weight:merged"]
-    assert "is not there" in failed["layers.2.q_proj.weight:merged"]
+    assert "it is missing" in failed["layers.2.q_proj.weight:merged"]
     assert "it adds (7, 10) to a weight of (7, 11)" in failed["layers.3.q_proj.weight:merged"]
     assert len(found) == 4  # one each
     assert report.coverage.failed == 3
@@ -360,7 +360,7 @@ def test_invalid_use_of_base_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no adapter that wellcond knows"):
         wc.audit(base, base=base)
     with pytest.raises(
-        ValueError, match=r"no weight for far\.away\.weight \(in .* it is not there\); it has lay"
+        ValueError, match=r"no weight for far\.away\.weight \(in .* it is missing\); it has lay"
     ):
         wc.audit(written(tmp_path / "other", pair("far.away"), {}), base=base)
     with pytest.raises(TypeError, match="requires the path of an adapter"):
@@ -807,7 +807,7 @@ def test_lycoris_tensors_are_not_weights_except_pairs(
     save_file(tensors, tmp_path / "lora.safetensors")
     report = wc.audit(tmp_path / "lora.safetensors")
     assert [f.label for f in report.findings] == [f"{prefix}_k.weight:delta"]
-    with pytest.raises(ValueError, match="must contain a weight matrix, but it contains none"):
+    with pytest.raises(ValueError, match="must contain a weight matrix, but has none"):
         wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 2)
 
 

@@ -75,7 +75,7 @@ def test_delta_is_measured_without_base_if_known(kind: Path, tmp_path: Path) -> 
 
 
 def test_repair_keeps_adapter_tensors(kind: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must contain a weight matrix, but it contains none"):
+    with pytest.raises(ValueError, match="must contain a weight matrix, but has none"):
         wc.repair(tmp_path / "adapter", tmp_path / "fixed", 2)
 
 

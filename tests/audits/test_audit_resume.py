@@ -160,7 +160,7 @@ def test_settings_files_belong_to_the_audit(path: Path, tmp_path: Path) -> None:
 def test_other_file_is_refused_and_kept(path: Path, tmp_path: Path, content: bytes) -> None:
     known = tmp_path / "known"
     known.write_bytes(content)
-    with pytest.raises(ValueError, match=r"`resume` must be a new file, .* is something else"):
+    with pytest.raises(ValueError, match=r"`resume` must be a new file or .* is something else"):
         wc.audit(path, resume=known)
     assert known.read_bytes() == content
 

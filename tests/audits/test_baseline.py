@@ -192,7 +192,7 @@ def test_condition_number_below_one_is_refused(
     assert main(["audit", str(new), "--baseline", str(other)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"which are at least 1, but {other} says {float(kappa):g} of layers.0.weight" in err
+    assert f"which are at least 1, but {other} contains {float(kappa):g} for layers.0.weight" in err
 
 
 @pytest.mark.parametrize("kappa", [1, 1.0, "inf", "nan", 1e300])
@@ -227,5 +227,5 @@ def test_baseline_with_other_name_prefixes(
     torch.save(each, tmp_path / "each.pt")
     assert main(["audit", str(tmp_path / "each.pt"), *options]) == 1
     err = capsys.readouterr().err
-    assert "1 weight moved" in err
+    assert "1 weight changed" in err
     assert "module.mlp.experts.1.up_proj.weight (κ" in err

@@ -129,7 +129,7 @@ def test_parts_are_not_separate_weights(tmp_path: Path) -> None:
         == sum(m * n for m, n in SHAPES.values()) + 50 * 32 + 32
     )
     for pattern in ("*weight_scale_inv", "model.layers.0.self_attn.q_proj.weight_scale_inv"):
-        with pytest.raises(ValueError, match=r"_proj\.weight_scale_inv is a part of "):
+        with pytest.raises(ValueError, match=r"_proj\.weight_scale_inv is part of "):
             wc.audit(path, include=[pattern])
     (one,) = wc.audit(path, include=["*.down_proj.weight"]).findings
     assert one.parts
@@ -352,7 +352,7 @@ def test_pattern_can_match_codes(what: str, pattern: str, tmp_path: Path) -> Non
 
 def test_pattern_matching_only_parts_is_refused(tmp_path: Path) -> None:
     path = committed("gptq_3_bits", tmp_path)
-    with pytest.raises(ValueError, match=r"q_proj\.scales is a part of layers\.0\.q_proj\.weight"):
+    with pytest.raises(ValueError, match=r"q_proj\.scales is part of layers\.0\.q_proj\.weight"):
         wc.audit(path, include=["*.scales"])
     save_file({"l.bias": torch.ones(3), "l.weight": normal(4, 4)}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"l\.bias is skipped: not a matrix: a vector"):

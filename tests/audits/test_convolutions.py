@@ -220,7 +220,7 @@ def test_bound_for_any_size_is_shown() -> None:
     for size in (3, 8, 13):
         (found,) = wc.audit(layer, example=torch.zeros(1, 2, size, size)).findings
         note = found.detail.partition("σ_max is at most ")[2]
-        bound = float(note.removesuffix(" on inputs of every size"))
+        bound = float(note.removesuffix(" for inputs of any size"))
         assert found.sigma_max <= bound * (1 + 1e-3)  # the bound is rounded to four digits
         shown.add(bound)
     assert len(shown) == 1

@@ -399,7 +399,7 @@ def test_repair_names_copied_nonfinite_tensors(
     }
     path = saved(tmp_path, kind, content)
     fixed = tmp_path / f"fixed{path.suffix}"
-    with pytest.raises(ValueError, match="v holds NaN"):
+    with pytest.raises(ValueError, match="v contains NaN"):
         wc.repair(path, fixed, 2.0)
     report = wc.repair(path, fixed, 2.0, exclude="v")
     assert report.not_finite == {"v": NotFinite(4, 0, 4), "norm.weight": NotFinite(0, 1, 2)}

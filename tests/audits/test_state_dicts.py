@@ -96,7 +96,7 @@ def test_nan_is_found_in_all_tensors() -> None:
         ({"w": np.array([["a"]])}, TypeError, r'`model_or_path\["w"\]` must have a dtype'),
         ({"w": np.ma.ones((2, 2))}, TypeError, "must not be a masked array"),
         ({"w": np.eye(2, dtype=np.longdouble)}, TypeError, "float128|longdouble"),
-        ({}, ValueError, "must contain a weight matrix that can be measured, but it contains none"),
+        ({}, ValueError, "must contain a weight matrix that can be measured, but has none"),
         ({"b": torch.ones(3)}, ValueError, "b: not a matrix: a vector"),
     ],
 )

@@ -62,8 +62,8 @@ def test_help_of_every_command_has_a_valid_example(
         ([], "required: COMMAND"),
         (["audit", "x.pt", "--maxcondition", "5"], "--maxcondition 5 (see wellcond audit --help)"),
         (["audit"], "required: PATH"),
-        (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
-        (["audit", "x.pt", "--max-condition", "nan"], "at least 1, got nan"),
+        (["audit", "x.pt", "--max-condition", "0.5"], "must be a number >= 1, got 0.5"),
+        (["audit", "x.pt", "--max-condition", "nan"], "must be a number >= 1, got nan"),
         (["audit", "x.pt", "--max-condition", "many"], "must be a number >= 1, got many"),
         (["audit", "x.pt", "--top", "0"], "must be a positive integer, got 0"),
         (["audit", "x.pt", "--top", "3.5"], "must be a positive integer, got 3.5"),
@@ -227,7 +227,7 @@ def test_unwritable_output_fails_before_measuring(
     (folder / "exists").write_text("mine")
     (folder / "link.csv").symlink_to(checkpoint)
     for name, message in (
-        ("missing/r", "missing is not one. Create it."),
+        ("missing/r", "missing is not one. Create it first."),
         (".", "is a directory"),
         ("exists", "already exists and is not overwritten. Use --overwrite"),
     ):
@@ -285,7 +285,7 @@ def test_explain_describes_the_columns(
         assert main(["audit", str(checkpoint), "--explain", *other]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert f"--explain requires the table, which {' '.join(other)} replaces" in err
+        assert f"--explain cannot be combined with {' '.join(other)}, which" in err
 
 
 def test_include_and_exclude_select_weights(

@@ -65,7 +65,7 @@ def test_find_place_reads_torchrun_and_srun_variables(
     ("variables", "message"),
     [
         (TORCHRUN | {"RANK": "x"}, "RANK must be a number, got 'x'"),
-        (TORCHRUN | {"RANK": "4"}, "RANK must be less than WORLD_SIZE, but is 4 of 4"),
+        (TORCHRUN | {"RANK": "4"}, "RANK must be less than WORLD_SIZE, got 4 and 4"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR must name the machine"),
     ],
 )

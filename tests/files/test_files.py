@@ -397,7 +397,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path: Path) -> None:
     bad = {"good": torch.eye(2), "bad": torch.tensor([[1.0, float("nan")]])}
     bad["tight"] = torch.randn(64, 64).bfloat16()
     torch.save(bad, path)
-    with pytest.raises(ValueError, match=r"bad holds NaN.*tight.*rounded to bfloat16"):
+    with pytest.raises(ValueError, match=r"bad contains NaN.*tight.*rounded to bfloat16"):
         wc.repair(path, tmp_path / "out.pt", 1.001)
     assert {p.name for p in tmp_path.iterdir()} == {"model.pt", "taken.pt"}
 

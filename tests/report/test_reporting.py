@@ -120,7 +120,7 @@ def test_a_baseline_that_is_not_there_is_asked_for(
     assert err.startswith(
         "wellcond: error: --baseline must be an output of `wellcond audit PATH --json`"
     )
-    assert "b.json is not there" in err
+    assert "b.json does not exist" in err
 
 
 def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:

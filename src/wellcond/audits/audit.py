@@ -341,6 +341,5 @@ def _check_measured(
         reasons += [f"{name}: {why}" for name, why in others]
         listed = list_some((one.rstrip(".") for one in reasons or ["it is empty"]), separator="; ")
         raise ValueError(
-            f"{source} must contain a weight matrix that can be measured, but it contains none "
-            f"({listed})."
+            f"{source} must contain a weight matrix that can be measured, but has none ({listed})."
         )

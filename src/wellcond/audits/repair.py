@@ -154,9 +154,7 @@ def repair(
         if kept := describe_kept(skipped):
             raise ValueError(f"{checkpoint.path} has nothing that can be repaired: {kept}.")
         why = list_some((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
-        raise ValueError(
-            f"{checkpoint.path} must contain a weight matrix, but it contains none ({why})."
-        )
+        raise ValueError(f"{checkpoint.path} must contain a weight matrix, but has none ({why}).")
     overlapping = [pair for pair in checkpoint.overlapping if wanted.keys() & set(pair)]
     if overlapping:
         raise ValueError(

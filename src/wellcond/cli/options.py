@@ -290,7 +290,8 @@ def check_combinations(arguments: argparse.Namespace) -> None:
         )
     if arguments.explain and instead:
         raise ValueError(
-            f"--explain requires the table, which {instead[0]} replaces. Leave out one of them."
+            f"--explain cannot be combined with {instead[0]}, which replaces the table. Leave out "
+            "one of them."
         )
     if arguments.baseline is not None and arguments.compare is not None:
         raise ValueError("--baseline and --compare cannot be combined. Run one at a time.")
