@@ -215,7 +215,10 @@ def test_files_comparisons_and_paths_match_one_process(
     ("argv", "message"),
     [
         (["audit", "{}", "--maxcondition", "5"], "wellcond: error: unrecognized arguments"),
-        (["audit", "{}", "--include", "nothing"], "model: `include` and `exclude` must"),
+        (
+            ["audit", "{}", "--include", "nothing"],
+            "model: each pattern of `include` and `exclude` must",
+        ),
         (["audit", "{}", "--csv", "{}"], "is a directory"),
         (
             ["repair", "{}", "x", "--max-condition", "5"],
