@@ -1,29 +1,30 @@
 PYTHON ?= python3.11
-# `make test TORCH=2.6.0`: with that torch instead of the one of constraints.txt, in an environment
-# of its own.
+# `make test TORCH=2.6.0` uses that version of torch instead of the one in constraints.txt, in a
+# separate environment.
 TORCH ?=
 VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN = $(VENV)/bin
-# An environment of its own for libraries of other formats, of which some exclude each other.
+# A separate environment for libraries of other formats, some of which conflict with others.
 FORMATS = .venv-formats
-# Processes of pytest, with one thread each. `worksteal`, because conftest.py puts long tests first.
+# Runs pytest in several processes with one thread each. `worksteal` fits the order of conftest.py,
+# which puts long tests first.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-# Small matrices on few cores: more threads than cores make LAPACK up to 100 times slower.
+# For small matrices, more threads than cores make LAPACK up to 100 times slower.
 export OMP_NUM_THREADS ?= 2
 check unit test-all formats: export OMP_NUM_THREADS = 1
-# The tests start many processes, and without cached bytecode each compiles torch for seconds.
+# The tests start many processes. Without cached bytecode, each would compile torch for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo report check test unit test-all formats lint docs table install release-check clean
 
 install: $(VENV)/installed
 
-# wellcond and its experiments, which the demo needs; and then what development needs beside them.
+# Installs wellcond and its experiments for the demo; `installed` adds the development packages.
 $(VENV)/ready: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip  # a new one resolves faster
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip  # a new pip resolves faster
 	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt \
 	    --editable . --editable ./experiments
@@ -34,18 +35,18 @@ $(VENV)/installed: $(VENV)/ready
 	    --editable '.[dev]'
 	touch $@
 
-# The paper's denoising experiment on the embedded digits, in short; `wellcond reproduce denoise` is
-# the whole protocol.
+# A short version of the paper's denoising experiment on the embedded digits. `wellcond reproduce
+# denoise` runs the complete protocol.
 demo: $(VENV)/ready
 	$(BIN)/python -m wellcond_experiments.demo
 
-# The tables and pictures of README and docs, from the results that are committed.
+# Writes the tables and figures of the README and docs from the committed results.
 report: install
 	for file in $$(grep -l '"experiment"' results/*.json); do \
 	    $(BIN)/wellcond reproduce $$(basename $$file .json) --report || exit 1; \
 	done
 
-# The types are those of the pinned torch; on another one there is nothing to look for.
+# The types fit only the pinned version of torch, so other versions are not checked.
 lint: install
 ifeq ($(TORCH),)
 	$(BIN)/ruff check .
@@ -53,21 +54,21 @@ ifeq ($(TORCH),)
 	$(BIN)/mypy
 endif
 
-# What to run while working: a minute or so.
+# Runs the fast tests during development; takes about a minute.
 check: lint
 	$(PYTEST) -m 'not slow and not distributed and not frameworks' tests src
 
-# What every change has to pass: tests of each kind, and all pages that run in seconds.
+# Runs the tests that every change must pass: tests of each kind, and all pages that run in seconds.
 test: lint unit
 
 unit: install
 	$(PYTEST) -m 'not slow' tests src
 
-# Everything: fuzzing at length, long trainings, the experiments, the libraries of other formats.
+# Runs everything: long fuzzing, long training runs, experiments, and libraries of other formats.
 test-all: lint formats
 	$(PYTEST)
 
-# Lets the libraries that quantise weights write files, and compares all entries with theirs.
+# Writes files with the libraries that quantise weights, and compares all entries with theirs.
 formats: $(FORMATS)/installed
 	$(FORMATS)/bin/python -m pytest -m libraries tests/recipes tests/files
 
@@ -79,11 +80,11 @@ $(FORMATS)/installed: tests/recipes/requirements.txt tests/recipes/packers.txt
 	$(FORMATS)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# The table of folders in CONTRIBUTING.md, from the one in tests/test_import.py.
+# Writes the table of folders in CONTRIBUTING.md from the table in tests/test_import.py.
 table: install
 	$(BIN)/python tests/test_import.py
 
-# The site, in build/site; every warning is an error. What its programs print is tested by `test`.
+# Builds the site in build/site; every warning is an error. `test` checks the output of programs.
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet \
 	    --doctree-dir build/doctrees docs build/site
@@ -93,7 +94,7 @@ $(VENV)/docs-installed: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
 	touch $@
 
-# What is uploaded: built, checked, and tried where nothing else of this repository is.
+# Builds and checks the release files, and tests the wheel outside the repository.
 release-check: install
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[release]'
 	rm -rf dist build/release

@@ -1,6 +1,6 @@
-"""What a wheel must do where it is installed by itself, without extras and without the repository.
+"""Tests an installed wheel without extras and without the repository.
 
-Run by `make release-check` with the Python of a clean environment, in an empty directory.
+`make release-check` runs it with the Python of a clean environment, in an empty directory.
 """
 
 import doctest
@@ -23,7 +23,7 @@ COMMAND = Path(sys.executable).with_name("wellcond")
 def run(*arguments: str, code: int = 0) -> str:
     done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True)
     assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
-    # Whoever runs a command that works sees what it prints, and nothing of what lies beneath.
+    # A successful command prints nothing on standard error, such as warnings of libraries.
     assert code or not done.stderr, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
@@ -47,7 +47,7 @@ def train() -> torch.nn.Module:
 def main() -> None:
     assert Path(wc.__file__).is_relative_to(sys.prefix), wc.__file__
     found = [name for name in EXTRAS if importlib.util.find_spec(name)]
-    assert not found, f"an environment without extras, but it has {found}"
+    assert not found, f"the environment must not have extras, but it has {found}"
 
     model = train()
     assert all(wc.condition_number(model[i].weight) <= 10 for i in (0, 2))
@@ -81,8 +81,8 @@ def main() -> None:
         except ImportError as error:
             assert f"wellcond[{extra}]" in str(error), error  # noqa: PT017
         else:
-            raise AssertionError(f"wellcond.integrations.{name} needs {name}, which is not here")
-    print(f"wellcond {wc.__version__} with torch {torch.__version__}: all well, {tried} examples")
+            raise AssertionError(f"wellcond.integrations.{name} was imported without {name}")
+    print(f"wellcond {wc.__version__} with torch {torch.__version__}: passed, {tried} examples")
 
 
 if __name__ == "__main__":

@@ -28,20 +28,20 @@ extensions = [
     "schemas",
 ]
 
-nitpicky = True  # a reference that leads nowhere is a warning, and so an error
-# Types in signatures that have no page: of extras, and internal ones in what users subclass.
+nitpicky = True  # a reference without a target is a warning, and therefore an error
+# Types in signatures that have no page: types of extras, and internal types of base classes.
 nitpick_ignore_regex = [
     ("py:class", "(.*[.])?(Axes|DataFrame|NDArray|Watch|Geometry|GramDecomposition|WeightState)")
 ]
 exclude_patterns = ["_*"]
 smartquotes = False  # --json is an option, not a dash
-highlight_language = "none"  # indented blocks are output, not Python
+highlight_language = "none"  # indented text is output, not Python
 
-# Docstrings: plain text, with code in `backticks`; see _extensions/docstrings.py.
+# Docstrings are plain text with code in `backticks`; see _extensions/docstrings.py.
 default_role = "code_or_name"
 napoleon_numpy_docstring = False
 autodoc_member_order = "bysource"
-autodoc_inherit_docstrings = False  # an override repeats nothing
+autodoc_inherit_docstrings = False  # overrides do not repeat the docstring
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
@@ -49,11 +49,11 @@ toc_object_entries_show_parents = "hide"
 add_module_names = False
 python_use_unqualified_type_names = True
 
-# Anchors of headings are those of GitHub, where the same pages are read.
+# Headings have the same anchors as on GitHub, where the same pages can be read.
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 
-# One file of MathJax on the site itself draws the formulas, so that no page needs another site.
+# The site serves its own MathJax file, because no page may depend on another site.
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
 mathjax_path = MATHJAX.name
 
@@ -66,10 +66,10 @@ html_show_sourcelink = False
 html_copy_source = False
 html_show_sphinx = False
 
-# The copy button takes an entire program, but only the commands after a prompt.
+# The copy button copies a program completely, but only the commands of a console session.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
-copybutton_selector = (  # no button for printed output and for diffs
+copybutton_selector = (  # output and diffs have no copy button
     "div:not(.highlight-none):not(.highlight-diff) > div.highlight pre"
 )
 copybutton_exclude = ".linenos, .gp, .go"

@@ -1,4 +1,4 @@
-"""Property tests draw the same examples in every run; long tests come first."""
+"""Makes property tests draw the same examples in every run, and runs long tests first."""
 
 import logging
 import os
@@ -12,12 +12,12 @@ import torch
 hypothesis.settings.register_profile("repeatable", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
-collect_ignore_glob = ["*/write_*.py"]  # which need libraries that only write data of tests
+collect_ignore_glob = ["*/write_*.py"]  # scripts that need other libraries to write test data
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks by folder; and the long tests first, so that none of them runs alone at the end."""
+    """Adds marks by folder, and moves long tests to the front, so that none is last in a worker."""
     for item in items:
         if item.path.parent.name == "integrations":
             item.add_marker("frameworks")
@@ -35,6 +35,6 @@ def mnist() -> Path:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """The messages that wellcond has logged so far."""
+    """Returns the messages that wellcond has logged so far."""
     caplog.set_level(logging.WARNING, "wellcond")
     return lambda: [record.getMessage() for record in caplog.records]

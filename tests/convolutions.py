@@ -1,4 +1,4 @@
-"""Convolutions with dense twins made tap by tap, without a convolution of PyTorch."""
+"""Convolutions with dense twins that are built tap by tap, without convolutions of PyTorch."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from wellcond.operators.convolution import Geometry
 
 
 def seen(index: int, n: int, mode: str) -> int | None:
-    """The input that stands at an index of the padded axis; None for a zero."""
+    """The input at an index of the padded axis; None for a zero."""
     if 0 <= index < n:
         return index
     if mode == "zeros":
@@ -23,7 +23,7 @@ def seen(index: int, n: int, mode: str) -> int | None:
 
 
 def dense(kernel: Tensor, geometry: Geometry) -> Tensor:
-    """The matrix of the map, its rows and columns as (channel, *position)."""
+    """The matrix of the operator, with rows and columns in the order (channel, *position)."""
     K = kernel.double().numpy()
     outputs, per_group, *taps = K.shape
     inputs = per_group * geometry.groups

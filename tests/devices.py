@@ -1,4 +1,4 @@
-"""A device that holds no data: meta tensors, and zeros where they are copied to the CPU."""
+"""A device without data: meta tensors, which become zeros when they are copied to the CPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class _CopiesOfZeros(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_a_device() -> Iterator[None]:
-    """Within, copies to the CPU work; their events never say that they have arrived."""
+    """Makes copies to the CPU work within this context, but their events never complete."""
     event = mock.Mock(**{"return_value.query.return_value": False})
     with mock.patch("torch.Event", event), _CopiesOfZeros():
         yield

@@ -1,4 +1,4 @@
-"""Optimizers of other packages in a few lines each: what `attach` has to tell apart."""
+"""Short versions of optimizers of other packages, which `attach` must distinguish."""
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def evaluate(closure: Callable[[], Tensor] | None) -> None:
 
 
 class RelativeStep(Optimizer):
-    """As Adafactor of transformers in its relative-step mode: its learning rate is None."""
+    """Like Adafactor of transformers in its relative-step mode: its learning rate is None."""
 
     rate: ClassVar[dict[str, Any]] = {"lr": None}
 
@@ -33,13 +33,13 @@ class RelativeStep(Optimizer):
 
 
 class Rateless(RelativeStep):
-    """As A2Grad and AliG of pytorch_optimizer: it has no learning rate."""
+    """Like A2Grad and AliG of pytorch_optimizer: it has no learning rate."""
 
     rate: ClassVar[dict[str, Any]] = {}
 
 
 class TwoStep(Optimizer):
-    """As SAM of pytorch_optimizer: `step` takes a closure, and may never be called."""
+    """Like SAM of pytorch_optimizer: `step` takes a closure, and may never be called."""
 
     def __init__(self, params: Any, base: type[Optimizer], **kwargs: Any) -> None:
         super().__init__(params, {})
@@ -67,7 +67,7 @@ class TwoStep(Optimizer):
 
 
 class Lookahead(Optimizer):
-    """As that of timm: it does not call Optimizer.__init__, but makes the tables of hooks."""
+    """Like Lookahead of timm: creates the hook tables without calling Optimizer.__init__."""
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         self._optimizer_step_pre_hooks = OrderedDict()
@@ -82,7 +82,7 @@ class Lookahead(Optimizer):
 
 
 class NoTables(Optimizer):
-    """As Lookahead of torch-optimizer: an optimizer by name alone."""
+    """Like Lookahead of torch-optimizer: an optimizer only by its name."""
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         self.optimizer = base_optimizer
@@ -90,14 +90,14 @@ class NoTables(Optimizer):
 
 
 class Within(torch.optim.SGD):
-    """A subclass whose step calls that of its base class, which may run hooks as well."""
+    """A subclass whose step calls the step of its base class, which can also run hooks."""
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         super().step(closure)  # type: ignore[arg-type]
 
 
 class ScheduleFree(Optimizer):
-    """As those of schedulefree: it steps z and y, and eval() makes x = y + (y - z)(1/beta - 1)."""
+    """Like schedulefree: it steps z and y, and eval() sets x = y + (y - z)(1/beta - 1)."""
 
     def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.5) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "train_mode": False, "k": 0})
@@ -135,9 +135,9 @@ class ScheduleFree(Optimizer):
 
 
 class Swapping(torch.optim.SGD):
-    """As MSAM of heavyball: eval() puts plain weights in place, which no limit has ever reached.
+    """Like MSAM of heavyball: eval() restores plain weights, to which no limit was ever applied.
 
-    No key tells the mode until it is called.
+    No key of the state shows the mode before the first call.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Hard matrices: those of `wellcond.testing` drawn by hypothesis, and some with names."""
+"""Difficult matrices: those of `wellcond.testing`, drawn by hypothesis, and named matrices."""
 
 import math
 
@@ -39,7 +39,7 @@ def lauchli(n: int, mu: float) -> Tensor:
 
 
 def kahan(n: int, theta: float) -> Tensor:
-    """Upper triangular, graded, with a smallest singular value that pivoting does not see."""
+    """Upper triangular and graded, with a smallest singular value that pivoting misses."""
     s, c = math.sin(theta), math.cos(theta)
     upper = torch.eye(n, dtype=torch.float64) - c * torch.triu(
         torch.ones(n, n, dtype=torch.float64), 1
@@ -50,8 +50,8 @@ def kahan(n: int, theta: float) -> Tensor:
 def hadamard_conjugate(d: Tensor) -> Tensor:
     """H diag(d) H/n with a Hadamard matrix H, n = len(d) a power of 2.
 
-    For integers whose sums stay below 2^53 it is exact in float64, and so its singular values are
-    |d|, exactly.
+    For integers whose sums are below 2^53, it is exact in float64, so its singular values are
+    exactly |d|.
     """
     n = len(d)
     H = torch.ones(1, 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""float64 answers, written from the definitions and not from the product's formulas."""
+"""Reference values in float64, computed from the definitions instead of wellcond's formulas."""
 
 import math
 from fractions import Fraction
@@ -26,7 +26,7 @@ def gradient(S: Tensor) -> Tensor:
 
 
 def proximal_step(S: Tensor, eta: float) -> Tensor:
-    """argmin_X 1/2 ||X - c S||_F^2 + eta/2 ||X||_2^2, tau found as the root of its equation."""
+    """argmin_X 1/2 ||X - c S||_F^2 + eta/2 ||X||_2^2, with tau as the root of its equation."""
     U, sigma, Vh = svd(S)
     grown = (1 + eta / len(sigma)) * sigma
     if eta == 0 or grown[0] == 0:
@@ -38,9 +38,9 @@ def proximal_step(S: Tensor, eta: float) -> Tensor:
 
 
 def singular_values(S: Tensor) -> tuple[list[Fraction], Fraction]:
-    """The singular values of the stored matrix, descending, and a bound of their error.
+    """The singular values of the stored matrix, descending, and a bound on their error.
 
-    60 digits beside those that the entries span.
+    Uses 60 digits in addition to those that the entries span.
     """
     entries = [abs(x) for x in S.double().flatten().tolist() if x]
     digits = 60 + (int(math.log10(max(entries)) - math.log10(min(entries))) if entries else 0)
@@ -57,7 +57,7 @@ def _fraction(x: mpmath.mpf) -> Fraction:
 
 
 def nearest_singular_values(sigma: np.ndarray, K: float) -> np.ndarray:
-    """argmin over a of sum (clip(sigma, a, K a) - sigma)^2, by a search that knows no formula."""
+    """argmin over a of sum (clip(sigma, a, K a) - sigma)^2, found by a numerical search."""
     if sigma[0] <= K * sigma[-1]:
         return sigma
 

@@ -1,4 +1,4 @@
-"""Processes on the CPU that talk by gloo, for tests, and models that are spread over them."""
+"""Processes on the CPU that communicate with gloo, and models that are sharded over them."""
 
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-if sys.platform != "win32":  # which has no forkserver
+if sys.platform != "win32":  # Windows has no forkserver
     # The processes are forked from one that has imported these, which takes seconds. Optimizers
     # import torch._dynamo.
     multiprocessing.set_forkserver_preload(
@@ -30,7 +30,7 @@ if sys.platform != "win32":  # which has no forkserver
             "wellcond.audits.repair",
         ]
     )
-# What holds for two processes holds for four, where shards can be empty, in twice the time.
+# Four processes, where shards can be empty, take twice as long as two.
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 TIMEOUT = datetime.timedelta(seconds=60)
 needs_fsdp2_on_the_cpu = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def _execute(rank: int, code: str, folder: Path) -> None:
 
 
 def run_program(code: str, folder: Path) -> str:
-    """What a program prints that runs in `folder`, in a process of its own."""
+    """Runs a program in `folder` in a separate process; returns its output."""
     mp.start_processes(_execute, (code, folder), nprocs=1, start_method="forkserver")
     return (folder / "printed").read_text()
 
@@ -84,10 +84,10 @@ def _call(function: Callable[..., int], args: tuple[Any, ...], out: Any, err: An
 
 
 def call(function: Callable[..., int], *args: Any) -> tuple[int, str, str]:
-    """Exit code and what is printed where a process of its own calls a function.
+    """Calls a function in a separate process; returns its exit code and its output.
 
-    The code is what the function returns, or minus the signal that ended the process. What it
-    prints must fit into a pipe.
+    The code is the return value of the function, or minus the signal that ended the process. The
+    output must fit into a pipe.
     """
     context = multiprocessing.get_context("forkserver")
     (out, out_end), (err, err_end) = context.Pipe(duplex=False), context.Pipe(duplex=False)
@@ -111,7 +111,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 
 
 class Holder(nn.Module):
-    """One weight as a Linear layer holds it."""
+    """One weight, as in a Linear layer."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def compare(sharded: Tensor, single: Tensor) -> None:
 
 
 class Zoo(nn.Module):
-    """Weights that are seen through views: blocks, kernels, stacks, the one of transformers."""
+    """Weights with views: blocks, kernels, stacks, and a transposed weight of transformers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Programs of pages run in this process, which has imported torch, as in one of their own."""
+"""Runs the programs of pages in this process, which has imported torch, as in a new process."""
 
 import contextlib
 import io
@@ -18,16 +18,16 @@ import torch
 
 from wellcond import cli
 
-_SEED = 67280421310721  # of torch's generator in a new process
+_SEED = 67280421310721  # the seed of torch's generator in a new process
 _SHELL = set("|&;<>$`\n")  # a command with one of these needs a shell
 
 
 @contextlib.contextmanager
 def fresh_process(folder: Path) -> Iterator[dict[str, Any]]:
-    """The names of a new `__main__` in `folder`; afterwards the state of this process is restored.
+    """Yields the names of a new `__main__` in `folder`, and restores the state of this process.
 
-    Restored are the working directory, `__main__`, random generators, the default dtype, the
-    grad mode, warnings and the environment.
+    The state consists of the working directory, `__main__`, random generators, the default dtype,
+    the grad mode, warnings and the environment.
     """
     main = types.ModuleType("__main__")
     before, where, environment = sys.modules["__main__"], Path.cwd(), dict(os.environ)
@@ -57,7 +57,7 @@ def fresh_process(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def run_python(code: str, names: dict[str, Any]) -> str:
-    """What the program prints to standard output."""
+    """Runs the program; returns its standard output."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "<program>", "exec"), names)
@@ -65,9 +65,9 @@ def run_python(code: str, names: dict[str, Any]) -> str:
 
 
 def run_shell(command: str) -> tuple[int, str]:
-    """Exit code, and what the command prints to standard output and standard error.
+    """Runs the command; returns its exit code, standard output and standard error.
 
-    A single command of wellcond runs in this process, all else in a shell.
+    A single wellcond command runs in this process, other commands in a shell.
     """
     words = shlex.split(command)
     if words[0] != "wellcond" or _SHELL & set(command.strip()):

@@ -1,17 +1,17 @@
-"""A stand-in for an accelerator on which nothing can be read back: a step must not wait for it.
+"""A stand-in for an accelerator that cannot be read: it checks that a step never waits for one.
 
-Tensors are fake: they have a shape, a dtype and a device, and no data, so that the host
-cannot know a single number of them. What needs one raises, as `Tensor.item`, `bool`, `float`,
-`tolist`, `numpy`, `torch.equal`, `nonzero` and masks do; so does a copy to the CPU that waits.
-A copy that does not wait is allowed; the event after it says that it has not arrived yet.
+Tensors are fake: they have a shape, a dtype and a device, but no data, so the host cannot know any
+of their numbers. Operations that need a number raise, such as `Tensor.item`, `bool`, `float`,
+`tolist`, `numpy`, `torch.equal`, `nonzero` and masks, and so does a blocking copy to the CPU. A
+non-blocking copy is allowed; the event after it never completes.
 
-It catches every read that a step does by operations of torch, also deep within them, on the path
-that an accelerator takes (`Tensor.is_cpu` is false). It cannot catch `torch.cuda.synchronize`,
-kernels that wait by themselves (as an SVD by MAGMA does), or paths that depend on numbers: such a
-branch is a read and raises. Numbers are not checked, because there are none.
+The stand-in catches every read by operations of torch in a step, also deep within them, on the path
+of an accelerator (`Tensor.is_cpu` is false). It cannot catch `torch.cuda.synchronize` or kernels
+that wait internally (such as an SVD by MAGMA). A branch that depends on a number is a read and
+raises. Numbers are not checked, because there are none.
 
-One read is allowed, and named here: `Sight.read`, of what a look at limited weights has found at
-the step before, which does not wait for what follows. A test says what it finds.
+One read is allowed: `Sight.read` of the result of a check of limited weights at the previous step,
+which does not wait for later work. A test states the result.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_selec
 
 
 class ReadBackError(AssertionError):
-    """A number of a device was read while a step was under way."""
+    """A step read a number from the device."""
 
 
 class _NoReads(TorchDispatchMode):
@@ -59,7 +59,7 @@ class _NoReads(TorchDispatchMode):
 
 
 class _Event:
-    """One that is never reached, as if the device were far behind the host."""
+    """An event that never completes, as if the device were far behind the host."""
 
     def __init__(self, device: Any = None, **options: Any) -> None:
         pass
@@ -76,10 +76,10 @@ class _Event:
 
 @contextlib.contextmanager
 def accelerator() -> Iterator[torch.device]:
-    """The device to make models on; within, every read of a number of it raises ReadBackError."""
+    """Yields the device for models; within, every read of a number from it raises ReadBackError."""
     with contextlib.ExitStack() as entered:
         entered.enter_context(warnings.catch_warnings())
-        # All of them are 0: that tensors share memory is what a step takes for granted.
+        # All pointers are 0, because a step assumes that tensors share memory.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         entered.enter_context(mock.patch.object(torch, "Event", _Event))
         entered.enter_context(FakeTensorMode())
@@ -89,7 +89,7 @@ def accelerator() -> Iterator[torch.device]:
 
 @contextlib.contextmanager
 def sights(numbers: Sequence[float]) -> Iterator[None]:
-    """Within, a look at any matrix has found these numbers."""
+    """Makes each check of a matrix return these numbers within this context."""
 
     def read(sight: Sight) -> list[list[list[float]]]:
         return [[[*numbers]] for _ in sight.states]

@@ -1,4 +1,4 @@
-"""Operators with their dense twins: a new one gets its tests by one line in `OPERATORS`."""
+"""Operators with their dense twins; one line in `OPERATORS` adds the tests for a new operator."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 
 @dataclass(frozen=True)
 class ProductMatrix:
-    """S = B A, which rests on two parameters and cannot be changed where it lies."""
+    """S = B A, which depends on two parameters and cannot be changed in place."""
 
     B: Tensor
     A: Tensor
@@ -82,7 +82,7 @@ class ProductMatrix:
 
 
 class Case(NamedTuple):
-    """Parameters, the operator that rests on them, and S as a differentiable function of them."""
+    """Parameters, the operator that depends on them, and S as their differentiable function."""
 
     parameters: Callable[[], list[Tensor]]
     operator: Callable[[Sequence[Tensor]], WeightOperator | StackedMatrices]
@@ -94,7 +94,7 @@ def seen(view: View, parameter: Callable[[], Tensor], twin: Callable[[Tensor], T
 
 
 def with_gaps() -> Tensor:
-    """A kernel that is a part of a larger one, so that it cannot be flattened without a copy."""
+    """A kernel that is part of a larger one, so it cannot be flattened without a copy."""
     return normal(8, 3, 5, 5)[:, :, :3, :3]
 
 
@@ -107,7 +107,7 @@ def channels_last(kernel: Tensor) -> Tensor:
     return kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1)
 
 
-# Views of weights in files, which no parameter in memory has.
+# Views that occur only for weights in files, not for parameters in memory.
 OF_FILES = (Axes, Blocks, InputsFirst, Permuted, Reshaped)
 OPERATORS: dict[str, Case] = {
     "tall": seen(STORED, lambda: normal(7, 5), lambda p: p),

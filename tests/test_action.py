@@ -1,4 +1,4 @@
-"""The hook and the action of this repository do what they say, with bash and without a runner."""
+"""Tests of the pre-commit hook and the GitHub action, run by bash without a runner."""
 
 import json
 import os
@@ -38,7 +38,7 @@ WEIGHTS = [
 NO_WEIGHTS = ["data.bin", "x.pt.txt", "ckpt/optimizer.pt", "rng_state_0.pth", "training_args.bin"]
 
 
-def test_the_hooks_are_commands_and_choose_weights() -> None:
+def test_hooks_are_commands_and_match_weight_files() -> None:
     hooks = {hook["id"]: hook for hook in load(".pre-commit-hooks.yaml")}
     languages = {name: hook["language"] for name, hook in hooks.items()}
     assert languages == {"wellcond-audit": "python", "wellcond-audit-system": "system"}
@@ -64,7 +64,7 @@ def step() -> dict[str, Any]:
     return dict(one)
 
 
-def test_all_inputs_are_used_and_none_is_part_of_a_program() -> None:
+def test_action_passes_inputs_only_as_variables() -> None:
     action = load("action.yml")
     assert action["runs"]["using"] == "composite"
     used = set(re.findall(r"inputs\.([\w-]+)", json.dumps(action["runs"])))
@@ -79,7 +79,7 @@ def test_all_inputs_are_used_and_none_is_part_of_a_program() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """kappa 2, and kappa 100 twice, in folders."""
+    """A folder with one weight of kappa 2 and two weights of kappa 100."""
     for name, kappa in (("fine", 2.0), ("deep/bad one", 100.0), ("-dash", 100.0)):
         path = tmp_path / "models" / f"{name}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def checkout(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_the_action_audits(
+def test_action_audits(
     checkout: Path, inputs: dict[str, str], code: int, failed: list[str], capsys: Any
 ) -> None:
     fine = checkout / "models" / "fine.pt"
@@ -127,7 +127,7 @@ def test_the_action_audits(
     files = {"GITHUB_STEP_SUMMARY": "summary.md", "GITHUB_OUTPUT": "output"}
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step()["run"]],  # as runners do
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step()["run"]],  # like runners
         cwd=checkout,
         env=os.environ | empty | inputs | files | {"PATH": tools, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The programs on the pages of docs/ run as they stand, in an empty directory."""
+"""The programs on the pages of docs/ run unchanged in an empty directory."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ from programs import fresh_process, run_python, run_shell
 from wellcond.report.gate import Rule
 
 DOCS = Path(__file__).parents[1] / "docs"
-# What a page needs besides wellcond and its experiments.
+# The packages that a page needs in addition to wellcond and its experiments.
 NEEDS = {
     "lightning": "lightning",
     "transformers": "transformers",
@@ -37,7 +37,7 @@ BLOCK = re.compile(
 
 
 def program(page: Path) -> str:
-    """All that a page has the reader run."""
+    """All programs that a page asks the reader to run."""
     return "\n".join(BLOCK.findall(page.read_text()))
 
 
@@ -58,17 +58,17 @@ def test_programs_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", list(pages()))
-def test_the_program_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+def test_program_of_page_runs(page: Path, tmp_path: Path) -> None:
     need = NEEDS.get(page.stem)
     if need and importlib.util.find_spec(need) is None:
         pytest.skip(f"{need} is not installed")
-    if page == DISTRIBUTED:  # its groups of processes would outlive it
+    if page == DISTRIBUTED:  # its process groups would outlive it
         printed = processes.run_program(program(page), tmp_path)
     else:
         torch._dynamo.reset()
         with fresh_process(tmp_path) as names:
             printed = run_python(program(page), names)
-    # What stands, moved in, right below a program is what it prints.
+    # The indented text directly below a program is its output.
     for output in re.findall(r"^```\n\n((?:    .*\n)+)", page.read_text(), flags=re.MULTILINE):
         assert textwrap.dedent(output) in printed
 
@@ -76,7 +76,7 @@ def test_the_program_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @needs_fsdp2_on_the_cpu
-def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Path) -> None:
+def test_example_matches_the_page_and_runs_under_torchrun(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     script = root / "examples" / "fsdp2.py"
     assert f"```python\n{script.read_text()}```" in (root / "docs" / "distributed.md").read_text()
@@ -97,7 +97,7 @@ def test_the_example_is_the_one_on_the_page_and_runs_under_torchrun(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_replicas_of_the_page_train_under_torchrun(tmp_path: Path) -> None:
+def test_replicas_of_the_page_train_under_torchrun(tmp_path: Path) -> None:
     (example,) = [
         code for code in BLOCK.findall(DISTRIBUTED.read_text()) if "DataParallel(" in code
     ]
@@ -117,8 +117,8 @@ def test_the_replicas_of_the_page_train_under_torchrun(tmp_path: Path) -> None:
     assert done.stdout.count("['0.weight', '2.weight']") == 2
 
 
-def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path) -> None:
-    """A model as it was passes; one with a weight that collapsed, and half a file, do not."""
+def test_gate_hook_and_workflow_pass_and_fail(tmp_path: Path) -> None:
+    """An unchanged model passes; a model with a collapsed weight and half a file fail."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     root = Path(__file__).parents[1]
     page = (root / "docs" / "gate.md").read_text()
@@ -153,7 +153,7 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
         torch.save(weights | {"0.weight": torch.ones(32, 64)}, tmp_path / "model.pt")
         code, printed = run(command)
         assert code == 1
-        assert "1 weight moved by more than 2 times" in printed
+        assert "1 weight changed by more than a factor of 2" in printed
         assert f"0.weight (κ {kappa:.4g} to inf)" in printed
         (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:900])
         assert run(command)[0] == 2
@@ -166,7 +166,7 @@ def test_the_hook_and_the_workflow_of_the_gate_let_pass_and_stop(tmp_path: Path)
     assert [result["ruleId"] for result in found["results"]] == ["not-audited"]
 
 
-def test_the_rules_that_the_page_of_the_gate_lists_are_all() -> None:
+def test_gate_page_lists_all_rules() -> None:
     page = (DOCS / "gate.md").read_text()
     (sentence,) = re.findall(r"^The rules are (.*?)\.", page, flags=re.DOTALL | re.MULTILINE)
     assert re.findall(r"`([\w-]+)`", sentence) == [rule.id for rule in Rule]

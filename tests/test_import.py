@@ -1,6 +1,6 @@
-"""Importing wellcond is light, and folders import only from the folders that the table allows.
+"""Importing wellcond is fast, and folders import only from the folders that the table allows.
 
-`make table` writes the table into CONTRIBUTING.md.
+`make table` writes the table to CONTRIBUTING.md.
 """
 
 import ast
@@ -22,7 +22,7 @@ import wellcond.rules
 
 SOURCE = Path(wellcond.__file__).parent
 GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
-# From which folders a folder may import, the lowest layer first; "" stands for the public names.
+# The folders from which each folder may import, lowest layer first; "" means the public names.
 ALLOWED: dict[str, set[str]] = {
     "output": set(),
     "text": {"output"},
@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
 
 
 def modules() -> dict[str, Path]:
-    """The source of every module of wellcond; that of the root is the list of its public names."""
+    """The source of every module of wellcond; the root has the list of public names instead."""
     found = {"wellcond": SOURCE / "__init__.pyi"}
     for path in sorted(SOURCE.rglob("*.py")):
         parts = path.relative_to(SOURCE.parent).with_suffix("").parts
@@ -59,7 +59,7 @@ MODULES = modules()
 
 
 class WithoutTypes(ast.NodeTransformer):
-    """Leaves out what only type checkers import."""
+    """Removes imports for type checkers only."""
 
     def visit_If(self, node: ast.If) -> ast.If | None:
         return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
@@ -76,7 +76,7 @@ def imported(path: Path, types: bool = True) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            # What is imported from a module may be a module itself.
+            # A name that is imported from a module can itself be a module.
             module = name if name in MODULES else name.rpartition(".")[0]
             if module in MODULES:
                 yield module
@@ -89,7 +89,7 @@ def folder(module: str) -> str:
     return module.removeprefix("wellcond").removeprefix(".").partition(".")[0]
 
 
-def test_folders_import_only_what_the_table_allows() -> None:
+def test_imports_follow_the_table() -> None:
     assert {folder(module) for module in MODULES} == set(ALLOWED)
     wrong = [
         f"{module} imports {other}"
@@ -100,20 +100,20 @@ def test_folders_import_only_what_the_table_allows() -> None:
     assert not wrong
 
 
-def test_no_folder_imports_from_a_higher_layer() -> None:
+def test_no_import_from_a_higher_layer() -> None:
     below: set[str] = set()
     for name, allowed in ALLOWED.items():
         assert allowed <= below, name
         below.add(name)
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_no_circular_imports() -> None:
     graph = {module: {*imported(path, types=False)} - {module} for module, path in MODULES.items()}
     TopologicalSorter(graph).prepare()
 
 
 def table() -> str:
-    """ALLOWED as it stands in CONTRIBUTING.md, with the first sentence of each docstring."""
+    """ALLOWED as a table of CONTRIBUTING.md, with the first sentence of each docstring."""
     rows = ["| folder | what it is for | may import from |", "|---|---|---|"]
     for name, allowed in ALLOWED.items():
         if name in ("", "__main__"):
@@ -130,12 +130,12 @@ def table() -> str:
 IN_GUIDE = re.compile(r"^\| folder \|.*\n(?:\|.*\n)+", re.MULTILINE)
 
 
-def test_the_table_of_the_guide_is_this_one() -> None:
+def test_table_in_contributing_is_current() -> None:
     (written,) = IN_GUIDE.findall(GUIDE.read_text())
     assert written == table(), "run `make table`"
 
 
-# --- what an import loads -------------------------------------------------------------------------
+# --- modules that an import loads -----------------------------------------------------------------
 
 LOADS = """
 import contextlib, io, json, sys
@@ -165,7 +165,7 @@ print(json.dumps(facts))
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, set[str]]:
-    """Which modules one process has loaded after each of several things."""
+    """The modules that a process has loaded after each of several actions."""
     done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {name: set(loaded) for name, loaded in json.loads(done.stdout).items()}
@@ -177,7 +177,7 @@ def test_help_loads_neither_torch_nor_an_experiment(facts: dict[str, set[str]]) 
     assert not first & {"torch", "numpy", "rich", "safetensors", "wellcond_experiments"}
 
 
-def test_all_public_names_load_only_torch_and_the_standard_library(
+def test_public_names_load_only_torch_and_standard_library(
     facts: dict[str, set[str]],
 ) -> None:
     first = {name.partition(".")[0] for name in facts["after all"] - facts["after torch"]}
@@ -197,7 +197,7 @@ def test_public_names_are_documented_and_listed(module: ModuleType) -> None:
     assert names.keys() - {"__builtins__"} == set(module.__all__)
 
 
-def test_type_checkers_see_the_names_that_are_there() -> None:
+def test_stub_lists_the_public_names() -> None:
     stub = ast.parse(MODULES["wellcond"].read_text())
     seen = {
         (node.module, alias.asname)
@@ -209,7 +209,7 @@ def test_type_checkers_see_the_names_that_are_there() -> None:
     assert seen == there | {("wellcond", name) for name in wellcond._PACKAGES}
 
 
-def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
+def test_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'auditt'"):
         wellcond.auditt  # noqa: B018
 

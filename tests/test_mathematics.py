@@ -1,4 +1,4 @@
-"""The page of the mathematics names, for every statement, tests that there are."""
+"""The mathematics page cites an existing test for every statement."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,12 @@ PAGES = [ROOT / "docs" / "mathematics.md", *sorted((ROOT / "docs" / "tutorials")
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED, ids=[test for _, test in NAMED])
-def test_a_test_that_is_named_exists(file: str, test: str) -> None:
+def test_cited_tests_exist(file: str, test: str) -> None:
     assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE)
 
 
-def test_every_statement_names_a_test() -> None:
-    """From one proof to the next there is a test that holds the code to it."""
+def test_every_proof_cites_a_test() -> None:
+    """Between each proof and the next, the page cites a test."""
     parts = re.split(r"∎", PAGE)[1:]
     assert len(parts) >= 12
     unheld = [part for part in parts if not re.search(r"`tests/[\w/]+\.py::\w+`", part)]
@@ -25,8 +25,8 @@ def test_every_statement_names_a_test() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_formulas_are_read_alike_on_github_and_on_the_site(page: Path) -> None:
-    """GitHub takes a backslash before punctuation, and a star, for Markdown."""
+def test_formulas_render_alike_on_github_and_site(page: Path) -> None:
+    """GitHub treats a backslash before punctuation, and a star, as Markdown."""
     text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     formulas = [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", text, flags=re.DOTALL)]
     assert text.count("$") == sum(4 if f"$${formula}$$" in text else 2 for formula in formulas), (

@@ -1,4 +1,4 @@
-"""Files and folders appear whole under their name, or not at all."""
+"""Files and folders appear complete under their name, or not at all."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def names(folder: Path) -> list[str]:
 
 
 def race(monkeypatch: pytest.MonkeyPatch, run: Callable[[int], None]) -> list[object]:
-    """What two threads end with, None or an error, that both see that the name is free."""
+    """The results, None or an error, of two threads that both find that the name is free."""
     barrier = threading.Barrier(2, timeout=10)
     checks = threading.local()
     real = output.refuse_existing
@@ -61,7 +61,7 @@ def no_hard_links(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "file without hard links", "folder"])
-def test_of_two_that_want_one_name_one_gets_it(
+def test_first_of_two_writers_wins(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "above" / "out"
@@ -75,14 +75,14 @@ def test_of_two_that_want_one_name_one_gets_it(
     ends = race(monkeypatch, run)
     (winner,) = (number for number in (0, 1) if ends[number] is None)
     assert isinstance(ends[1 - winner], FileExistsError)
-    assert "exists already and is not overwritten" in str(ends[1 - winner])
+    assert "already exists and is not overwritten" in str(ends[1 - winner])
     file = target / "x" if kind == "folder" else target
     assert file.read_text() == f"{winner}" * 100
     assert names(tmp_path) == ["above"]
     assert names(target.parent) == ["out"]
 
 
-def test_who_may_overwrite_comes_last(tmp_path: Path) -> None:
+def test_last_writer_with_overwrite_wins(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with new_path(target, overwrite=True) as first:
         first.write_text("first")
@@ -93,14 +93,14 @@ def test_who_may_overwrite_comes_last(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
-def test_what_is_there_stays(tmp_path: Path) -> None:
+def test_existing_target_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("gone")
     with pytest.raises(FileExistsError), new_path(tmp_path / "out"):
         pytest.fail("too late")
     assert os.readlink(tmp_path / "out") == "gone"
 
 
-def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
         with new_path(tmp_path / "above" / "out") as path:
             path.mkdir()
@@ -124,8 +124,8 @@ with new_path(sys.argv[1]) as path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals there")
-def test_a_killed_process_leaves_only_its_own_folder(tmp_path: Path) -> None:
-    """And the name stays free for the next one, which leaves the folders of others alone."""
+def test_killed_process_leaves_only_its_folder(tmp_path: Path) -> None:
+    """The name remains free for the next process, which does not touch folders of others."""
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")])
     assert killed.returncode == -signal.SIGKILL
     (left,) = names(tmp_path)
@@ -139,7 +139,7 @@ def test_a_killed_process_leaves_only_its_own_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
-def test_a_device_is_written_to_and_an_error_names_the_target(tmp_path: Path) -> None:
+def test_device_is_written_directly_and_error_names_it(tmp_path: Path) -> None:
     (tmp_path / "device").symlink_to("/dev/full")
     for overwrite in (True, False):
         target = tmp_path / ("device" if overwrite else "out")

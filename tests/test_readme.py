@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, and its numbers are those of the pages behind it."""
+"""The programs of the README run unchanged, and its numbers match the pages that it links."""
 
 import re
 import textwrap
@@ -18,11 +18,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_it_is_read_in_a_minute() -> None:
+def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 120
 
 
-def test_the_training_loop_runs_with_its_added_lines() -> None:
+def test_training_loop_runs_with_added_lines() -> None:
     (diff,) = blocks("diff")
     assert sum(line.startswith("+") for line in diff.splitlines()) == 4
     names: dict[str, Any] = {}
@@ -32,7 +32,7 @@ def test_the_training_loop_runs_with_its_added_lines() -> None:
     assert float(wc.condition_number(names["model"][0].weight)) <= 10
 
 
-def test_python_blocks_run_and_print_what_they_show(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_blocks_print_the_shown_output(capsys: pytest.CaptureFixture[str]) -> None:
     found = re.findall(
         r"^```python\n(.*?)^```\n\n((?:    [^\n]*\n)+)", README, re.DOTALL | re.MULTILINE
     )
@@ -42,8 +42,8 @@ def test_python_blocks_run_and_print_what_they_show(capsys: pytest.CaptureFixtur
         assert capsys.readouterr().out == textwrap.dedent(output)
 
 
-def test_the_numbers_of_the_evidence_are_those_of_its_pages() -> None:
-    """They are written by hand here, and there from the results."""
+def test_numbers_match_the_evidence_pages() -> None:
+    """The README has them by hand, and the pages have them from the results."""
     why = README.partition("\n## ")[0]
     pages = [ROOT / "docs" / "evidence.md", *(ROOT / "docs" / "evidence").glob("*.md")]
     pages.append(ROOT / "docs" / "cohort.md")

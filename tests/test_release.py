@@ -1,4 +1,4 @@
-"""What goes out with a release says the same everywhere."""
+"""The files of a release are consistent."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import wellcond as wc
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_version_is_said_once_and_repeated_alike() -> None:
+def test_version_is_consistent() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"]["path"] == "src/wellcond/__init__.py"
@@ -26,7 +26,7 @@ def test_the_version_is_said_once_and_repeated_alike() -> None:
     assert newest[1] == wc.__version__
 
 
-def test_workflows_and_forms_call_the_targets_of_make() -> None:
+def test_workflows_and_forms_use_existing_make_targets() -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     called = set()
@@ -45,8 +45,8 @@ def test_workflows_and_forms_call_the_targets_of_make() -> None:
             assert len(ids) == len(set(ids))
 
 
-def test_the_readme_that_is_uploaded_leads_to_the_repository(tmp_path: Path) -> None:
-    """PyPI shows the text alone: there a relative link or picture leads nowhere."""
+def test_uploaded_readme_links_to_the_repository(tmp_path: Path) -> None:
+    """PyPI shows only the text, so relative links and pictures would be broken there."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
     (step,) = [s for s in release["jobs"]["build"]["steps"] if "README.md" in s.get("run", "")]

@@ -1,4 +1,4 @@
-"""The schemas of docs/schemas: what the commands print obeys them, and nothing else does."""
+"""The schemas of docs/schemas accept the output of the commands, and nothing else."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ from wellcond_experiments.grid import Cell, Chosen
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {path.stem: path for path in sorted((ROOT / "docs" / "schemas").glob("*.json"))}
-# Objects whose keys are names that an experiment chooses.
+# Objects whose keys are names from an experiment.
 NAMED = {"metrics", "curves"}
 Printed = Callable[..., Any]
 
@@ -49,7 +49,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
-    """What a command prints, read as strict JSON."""
+    """The output of a command, read as strict JSON."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -64,7 +64,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Every status that a weight of a file can have, attention, a stack, and what is left out."""
+    """A file with every status of a weight, attention, a stack, and skipped tensors."""
     weights = {
         "attn.q_proj.weight": normal(8, 8),
         "attn.k_proj.weight": normal(8, 8) + 1,
@@ -87,7 +87,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> tuple[Path, Path]:
-    """LoRA that adds something, LoRA that adds nothing yet, and their base."""
+    """A trained LoRA adapter, a fresh one, and their base."""
     folder, base = tmp_path / "adapter", tmp_path / "base.safetensors"
     folder.mkdir()
     tensors = {}
@@ -109,7 +109,7 @@ def statuses(document: dict[str, Any]) -> set[str]:
 # --- the schemas themselves -----------------------------------------------------------------------
 
 
-def test_every_document_that_the_page_names_has_a_schema() -> None:
+def test_every_documented_output_has_a_schema() -> None:
     page = (ROOT / "docs" / "reference" / "json.md").read_text()
     assert set(re.findall(r"\]\(\.\./schemas/(\w+)\.json\)", page)) == set(SCHEMAS)
     assert set(re.findall(r"```\{schema-fields\} (\w+)", page)) == set(SCHEMAS)
@@ -126,29 +126,29 @@ def objects(part: Any) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_schemas_are_strict_and_say_what_each_field_is(name: str) -> None:
+def test_schemas_are_strict_and_describe_each_field(name: str) -> None:
     Validator.check_schema(schema(name))
     for one in objects(schema(name)):
         fields = one.get("properties", {})
         assert set(one.get("required", ())) <= set(fields)
-        if "data" not in fields:  # settings of an experiment, to which it adds its own
+        if "data" not in fields:  # settings of an experiment, which adds its own
             assert one["additionalProperties"] is False or not fields
         assert all(field.get("description") for field in fields.values())
 
 
-def test_what_schemas_share_is_the_same() -> None:
-    """Each but audits.json is whole by itself, so that one file is enough for a program."""
+def test_shared_definitions_are_equal() -> None:
+    """Each schema except audits.json is complete, so a program needs only one file."""
     shared: dict[str, Any] = {}
     for name in SCHEMAS:
         for key, part in schema(name).get("$defs", {}).items():
             assert shared.setdefault(key, part) == part
 
 
-# --- the fields are those of the classes, which say what they are ---------------------------------
+# --- the fields match the classes, which describe them --------------------------------------------
 
 
 def attributes(kind: type) -> set[str]:
-    """The fields that the docstring of a class names, and its properties that have one."""
+    """The fields in the docstring of a class, and its properties that have a docstring."""
     _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
     named = set(re.findall(r"^    (\w+): ", section, flags=re.MULTILINE))
     computed = property | functools.cached_property
@@ -172,8 +172,8 @@ BASELINE = ("properties", "baseline")
 @pytest.mark.parametrize(
     ("fields", "kind", "others"),
     [
-        # All singular values would make a document large; entries and inner follow from shapes,
-        # and the others are for sentences.
+        # All singular values would make a document large. entries and inner follow from shapes.
+        # The other fields are only for sentences.
         (
             of("audit", *FINDING),
             wc.report.Finding,
@@ -196,27 +196,27 @@ BASELINE = ("properties", "baseline")
         (of("results", *RUN) - {"metrics", "curves", "seconds", "cpu_seconds"}, Cell, set()),
     ],
 )
-def test_fields_are_those_of_the_class(fields: set[str], kind: type, others: set[str]) -> None:
+def test_fields_match_the_class(fields: set[str], kind: type, others: set[str]) -> None:
     of_the_class = {field.name for field in dataclasses.fields(kind)}
     assert of_the_class - fields == others
-    if hasattr(wc, kind.__name__):  # what is public says what each field is
+    if hasattr(wc, kind.__name__):  # public classes describe each field
         assert fields <= attributes(kind)
     else:
         assert fields <= of_the_class
 
 
 @pytest.mark.parametrize("kind", [wc.report.Grade, wc.report.Status])
-def test_words_are_those_of_the_enumeration(
+def test_values_match_the_enumeration(
     kind: type[wc.report.Grade] | type[wc.report.Status],
 ) -> None:
     field = schema("audit")["$defs"]["finding"]["properties"][kind.__name__.lower()]
     assert field["enum"] == [one.name for one in kind]
 
 
-# --- what is printed obeys ------------------------------------------------------------------------
+# --- printed documents are valid ------------------------------------------------------------------
 
 
-def test_audits_of_every_kind_obey(
+def test_audits_of_every_kind_are_valid(
     printed: Printed, model: Path, adapter: tuple[Path, Path], tmp_path: Path
 ) -> None:
     plain = printed("audit", model)
@@ -251,7 +251,9 @@ def test_audits_of_every_kind_obey(
     assert [rise["label"] for rise in document["baseline"]["risen"]] in ([], ["flat"])
 
 
-def test_audits_of_several_obey(printed: Printed, model: Path, tmp_path: Path) -> None:
+def test_audits_of_several_checkpoints_are_valid(
+    printed: Printed, model: Path, tmp_path: Path
+) -> None:
     save_file({"w": torch.eye(2)}, tmp_path / "fine.safetensors")
     paths = (model, tmp_path / "missing.pt", tmp_path / "fine.safetensors")
     document = printed("audit", *paths, "--max-condition", "3")
@@ -263,8 +265,8 @@ def test_audits_of_several_obey(printed: Printed, model: Path, tmp_path: Path) -
     ]
 
 
-def test_a_model_obeys_as_a_file_does() -> None:
-    """Kernels of several groups have three dimensions; convolutions as they act may be bounded."""
+def test_audit_of_a_model_is_valid() -> None:
+    """Kernels of several groups have three dimensions; convolution operators can be bounded."""
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(6, 6, 3, groups=3))
     for example in (None, torch.zeros(1, 4, 8, 8)):
         report = wc.audit(model, example=example)
@@ -276,7 +278,7 @@ def test_a_model_obeys_as_a_file_does() -> None:
     assert faults("audit", json.loads(document)) == []
 
 
-def test_comparisons_obey_also_where_a_side_is_missing(printed: Printed, tmp_path: Path) -> None:
+def test_comparisons_are_valid_with_missing_weights(printed: Printed, tmp_path: Path) -> None:
     before, after = tmp_path / "before.pt", tmp_path / "after.pt"
     torch.save({"a": normal(4, 4), "flat": torch.ones(2, 2), "old": torch.eye(2)}, before)
     torch.save({"a": normal(4, 4).half(), "flat": torch.eye(2), "new": torch.zeros(2, 2)}, after)
@@ -294,7 +296,7 @@ def test_comparisons_obey_also_where_a_side_is_missing(printed: Printed, tmp_pat
     assert faults("comparison", missing)
 
 
-def test_repairs_obey(printed: Printed, tmp_path: Path) -> None:
+def test_repairs_are_valid(printed: Printed, tmp_path: Path) -> None:
     weights = {
         "flat": torch.ones(3, 3),
         "zero": torch.zeros(2, 3),
@@ -311,34 +313,36 @@ def test_repairs_obey(printed: Printed, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_results_obey(printed: Printed, tmp_path: Path) -> None:
+def test_results_are_valid(printed: Printed, tmp_path: Path) -> None:
     options = ("--quick", "--seeds", "1", "--workers", "1", "--out", tmp_path / "out")
     document = printed("reproduce", "differentiability", *options)
     assert faults("results", document) == []
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == document
 
 
-# The other files are of scripts, and no results of `wellcond reproduce`.
+# The other files come from scripts, not from `wellcond reproduce`.
 OTHERS = {"adapters", "cohort", "cohort-check"}
 RESULTS = [p for p in (ROOT / "results").glob("*.json") if p.stem not in OTHERS]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS), ids=lambda p: p.stem)
-def test_results_that_are_committed_obey(path: Path) -> None:
+def test_committed_results_are_valid(path: Path) -> None:
     document = json.loads(path.read_text())
     runs = document["runs"]
-    some = document | {"runs": runs[:: len(runs) // 40 + 1]}  # all would take minutes
+    some = document | {
+        "runs": runs[:: len(runs) // 40 + 1]
+    }  # validating all runs would take minutes
     assert faults("results", some) == []
 
 
-# --- and nothing else does ------------------------------------------------------------------------
+# --- other documents are invalid ------------------------------------------------------------------
 
 
 MISSING = object()
 
 
 def put(document: Any, path: Sequence[str | int], value: Any) -> Any:
-    """A copy with another value there, or without any."""
+    """A copy with another value at this path, or without the value."""
     *above, key = path
     copied = copy.deepcopy(document)
     part = functools.reduce(lambda inner, key: inner[key], above, copied)
@@ -350,7 +354,7 @@ def put(document: Any, path: Sequence[str | int], value: Any) -> Any:
 
 
 def wrong_values(part: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """Where to put what, so that it is wrong; of the rows of a list in the first."""
+    """Paths and wrong values for them; for a list, only in its first row."""
     if path:
         yield path, {"surprise": {}}
     if isinstance(part, dict):
@@ -360,7 +364,7 @@ def wrong_values(part: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[
         for key, value in [*part.items()][: 1 if named else None]:
             if path == ("settings",) and key not in ("experiment", "data", "quick"):
                 continue
-            if not named and key not in ("certificate", "code"):  # which may be missing
+            if not named and key not in ("certificate", "code"):  # these can be missing
                 yield (*path, key), MISSING
             yield from wrong_values(value, (*path, key))
     elif isinstance(part, list) and part:
@@ -371,7 +375,7 @@ def wrong_values(part: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[
         yield path, None
 
 
-def test_a_document_with_one_thing_changed_is_refused(printed: Printed, tmp_path: Path) -> None:
+def test_document_with_one_change_is_refused(printed: Printed, tmp_path: Path) -> None:
     before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
     save_file({"a": normal(3, 3)}, before)
     save_file({"a": torch.diag(torch.tensor([1e5, 1.0, 1.0]))}, after)

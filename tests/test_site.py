@@ -1,6 +1,6 @@
-"""The site of docs/: every public name is documented once, and every link leads somewhere.
+"""The site of docs/: every public name is documented once, and every link has a target.
 
-Most tests need no Sphinx; the others are skipped where `make docs` has not installed it.
+Most tests do not need Sphinx. The others are skipped if `make docs` has not installed it.
 """
 
 import ast
@@ -38,7 +38,10 @@ INTEGRATIONS = ROOT / "src" / "wellcond" / "integrations"
 
 
 def public_names() -> set[str]:
-    """Those of the packages, one in several of them once; and of the integrations, not imported."""
+    """The public names of the packages, without repetitions, and of the integrations.
+
+    The integrations are not imported.
+    """
     found = {
         name: f"{module.__name__}.{name}"
         for module in (wellcond.rules, wellcond.report, wellcond)
@@ -52,12 +55,12 @@ def public_names() -> set[str]:
     return names
 
 
-def test_the_reference_has_every_public_name_once() -> None:
+def test_reference_has_every_public_name_once() -> None:
     text = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     documented = Counter(re.findall(r"^\.\. auto\w+:: (\S+)$", text, flags=re.MULTILINE))
     assert max(documented.values()) == 1
     assert public_names() <= set(documented)
-    # The others are of private modules: public functions hand them to the user.
+    # The other names belong to private modules; public functions return them.
     for name in set(documented) - public_names():
         module, _, attribute = name.rpartition(".")
         assert module not in ("wellcond", "wellcond.report", "wellcond.rules")
@@ -69,7 +72,7 @@ def commands() -> list[str]:
     return re.findall(r"^\.\. command:: (\w+)$", page, flags=re.MULTILINE)
 
 
-def test_the_reference_has_every_command_with_every_option() -> None:
+def test_reference_has_every_command_and_option() -> None:
     assert commands() == [*command_line.subcommands(make_parser(""))]
     for command in commands():
         text = "\n".join(command_line.reference(command))
@@ -83,8 +86,8 @@ def test_the_reference_has_every_command_with_every_option() -> None:
 # --- pages and links -----------------------------------------------------------------------------
 
 
-def test_every_page_has_its_place_once() -> None:
-    """One that is in no table of contents would be found by nobody."""
+def test_every_page_is_in_the_contents_once() -> None:
+    """A page that is in no table of contents cannot be found."""
     texts = "".join(page.read_text() for page in PAGES)
     entries = [
         line.partition("<")[2].rstrip(">") or line
@@ -105,7 +108,7 @@ def tokens(text: str) -> Iterator[Any]:
 
 
 def links(text: str) -> list[str]:
-    """Where links and pictures lead, also those written as HTML; none of code."""
+    """The targets of links and pictures, in Markdown and in HTML, but not in code."""
     found = []
     for token in tokens(text):
         found += [str(token.attrs[key]) for key in ("href", "src") if key in token.attrs]
@@ -115,7 +118,7 @@ def links(text: str) -> list[str]:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of the headings, as GitHub and the site make them; and those written as HTML."""
+    """The anchors of headings, as GitHub and the site create them, and anchors in HTML."""
     listed = [*tokens(path.read_text())]
     found: set[str] = set()
     for token, inline in pairwise(listed):
@@ -130,8 +133,8 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_what_is_there_or_to_https(path: Path) -> None:
-    """Other sites are not fetched here; `sphinx-build -b linkcheck` does that."""
+def test_links_have_existing_targets_or_https(path: Path) -> None:
+    """Does not fetch other sites; `sphinx-build -b linkcheck` does."""
     for link in links(path.read_text()):
         if re.match(r"[a-z]+:", link):
             assert re.match(r"https://[\w.-]+(/|$)", link), link
@@ -144,7 +147,7 @@ def test_links_lead_to_what_is_there_or_to_https(path: Path) -> None:
             assert anchor in anchors(target), f"{link} names no heading"
 
 
-def test_links_and_anchors_are_found_as_github_finds_them(tmp_path: Path) -> None:
+def test_links_and_anchors_follow_github(tmp_path: Path) -> None:
     text = "# A `b_c`: d, e\n\n## A b\n\n## A b\n\n"
     text += '<img src="x">[t](u.md#v) ![p](q.png)\n\n    [no](x)\n\n`[no](y)`\n'
     (tmp_path / "page.md").write_text(text)
@@ -157,7 +160,7 @@ def test_links_and_anchors_are_found_as_github_finds_them(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as `make docs` does."""
+    """The site, built as `make docs` builds it."""
     needed = ["furo", "myst_parser", "sphinx_copybutton", "sphinx-mathjax-offline"]
     for name in [*needed, "lightning", "transformers"]:
         if importlib.util.find_spec(name) is None:
@@ -173,7 +176,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_site_has_an_anchor_for_each_public_name_and_option(site: Path) -> None:
+def test_site_has_an_anchor_for_each_name_and_option(site: Path) -> None:
     pages = [page.read_text() for page in (site / "reference").glob("*.html")]
     ids = Counter(one for page in pages for one in re.findall(r' id="([^"]+)"', page))
     assert {name: ids[name] for name in public_names()} == dict.fromkeys(public_names(), 1)
@@ -186,7 +189,7 @@ def test_the_site_has_an_anchor_for_each_public_name_and_option(site: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_site_needs_no_network_and_serves_the_schemas(site: Path) -> None:
+def test_site_needs_no_network_and_serves_schemas(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text()
         assert re.findall(r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//[^"]*"', text) == []

@@ -1,4 +1,4 @@
-"""How things are said and written, wherever that is."""
+"""Text, numbers and tables have the same format everywhere."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from wellcond.text import (
 )
 
 
-def test_a_sentence_names_five_and_counts_the_rest() -> None:
+def test_list_some_names_five_and_counts_the_rest() -> None:
     assert list_some([]) == "none"
     assert list_some("abcde") == "a, b, c, d, e"
     assert list_some("abcdefg") == "a, b, c, d, e and 2 more"
@@ -34,7 +34,7 @@ def test_a_sentence_names_five_and_counts_the_rest() -> None:
     ("seconds", "text"),
     [(3.2, "3 s"), (59.4, "59 s"), (61, "1 min"), (3570, "1 h 0 min"), (5000, "1 h 23 min")],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
@@ -42,7 +42,7 @@ HOSTILE = "a\x1b[2J\r\nb\x00\u202ec\ud800\x9b"
 ESCAPED = r"a\x1b[2J\r\nb\x00\u202ec\ud800\x9b"
 
 
-def test_what_a_terminal_would_obey_is_escaped() -> None:
+def test_escape_control_characters() -> None:
     assert escape(HOSTILE) == ESCAPED
     assert escape(ESCAPED) == ESCAPED
     assert escape("größe κ 重み") == "größe κ 重み"
@@ -53,19 +53,17 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
     assert dump_json(HOSTILE).isascii()
 
 
-def test_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
+def test_lone_surrogate_can_be_written(tmp_path: Path) -> None:
     save_text("\ud800", tmp_path / "x")
     assert (tmp_path / "x").read_text() == r"\ud800"
 
 
-def test_infinite_numbers_are_strings_in_json() -> None:
+def test_json_writes_infinite_numbers_as_strings() -> None:
     text = dump_json({"a": [math.inf, (-math.inf, math.nan)], "b": 1.0, "c": Path("p")})
     assert json.loads(text) == {"a": ["inf", ["-inf", "nan"]], "b": 1.0, "c": "p"}
 
 
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
     save_text("old", path)
 
@@ -79,15 +77,15 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert path.read_text() == "old"
 
 
-def test_the_version_is_said_in_one_way() -> None:
+def test_versions_agree() -> None:
     assert read_versions()["wellcond"] == wellcond.__version__
 
 
-def test_a_table_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_text_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert format_table(["weight", "κ"], [["a", "1"]]).split() == ["weight", "κ", "a", "1"]
 
 
-def test_a_subject_agrees_with_its_verb() -> None:
+def test_subject_agrees_with_verb() -> None:
     assert quote_subject(["a"]) == '"a" is'
     assert quote_subject(["b", "a"]) == '"a", "b" are'

@@ -1,4 +1,4 @@
-"""Whoever copies a tutorial block by block sees below each block what the page shows there."""
+"""Running a tutorial block by block prints the output that the page shows below each block."""
 
 import re
 import textwrap
@@ -11,17 +11,17 @@ import pytest
 from programs import fresh_process, run_python, run_shell
 
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "tutorials").glob("*.md"))
-# A program of Python or of the shell; indented right below it, what it prints.
+# A Python or shell program, and its output, indented directly below it.
 BLOCK = re.compile(
     r"^```(python|bash)\n((?:.*\n)*?)```\n(?:\n((?:(?:    .*)?\n)*    .*\n))?", re.MULTILINE
 )
 
-# These train for longer than a few seconds.
+# These pages train for more than a few seconds.
 LONG = {"audit", "keeps-learning", "limit", "repair"}
 
 
 def printed_by(page: Path, folder: Path) -> list[str]:
-    """What each program of a page prints in an empty folder; Python shares names, as a reader's."""
+    """The output of each program of a page in an empty folder; Python programs share names."""
     printed = []
     with fresh_process(folder) as names:
         for language, code, _ in BLOCK.findall(page.read_text()):
@@ -41,19 +41,19 @@ def pages() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("page", [*pages()])
-def test_every_program_of_a_page_prints_what_is_shown_below_it(page: Path, tmp_path: Path) -> None:
+def test_programs_print_the_shown_output(page: Path, tmp_path: Path) -> None:
     shown = [textwrap.dedent(output) for _, _, output in BLOCK.findall(page.read_text())]
     printed = printed_by(page, tmp_path)
     assert [each.strip() for each in printed] == [each.strip() for each in shown]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_no_program_of_a_page_is_passed_over(page: Path) -> None:
+def test_no_program_is_skipped(page: Path) -> None:
     text = page.read_text()
     assert len(BLOCK.findall(text)) == len(re.findall(r"^```\w", text, flags=re.M)) > 2
 
 
-def test_the_comparison_compares_what_is_installed(
+def test_comparison_uses_installed_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = Path(__file__).parents[1] / "examples" / "compare.py"

@@ -1,6 +1,6 @@
-"""The reference of the command line, from its parser: the directive `command`.
+"""The reference of the command line, generated from its parser: the directive `command`.
 
-A command with subcommands says once what all of them take, and of each what it takes besides.
+For a command with subcommands, it lists their common options once, and the others per subcommand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Subcommands = argparse._SubParsersAction
 
 
 def reference(command: str) -> Lines:
-    """What a command does and takes, as reStructuredText."""
+    """The description and the options of a command, as reStructuredText."""
     parser = subcommands(make_parser(command))[command]
     each = subcommands(parser)
     if not each:
@@ -32,7 +32,7 @@ def reference(command: str) -> Lines:
         yield f"- :ref:`{name} <{_anchor(each[name])}>`: {_text(said)}"
     first, *others = ([*map(_row, arguments(one))] for one in each.values())
     common = [row for row in first if all(row in rows for rows in others)]
-    yield from ("", "All of them take", "")
+    yield from ("", "Common options:", "")
     yield from _options(parser, common)
     for one in each.values():
         yield from (f".. _{_anchor(one)}:", "", f".. rubric:: {one.prog}", "")
@@ -40,12 +40,12 @@ def reference(command: str) -> Lines:
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """By name; none of a parser that has none."""
+    """The subcommands of a parser by name; empty if it has none."""
     return {name: one for action in _actions(parser) for name, one in action.choices.items()}
 
 
 def arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """What it takes, but for --help, --version and subcommands."""
+    """The arguments of a parser, except --help, --version and subcommands."""
     other = argparse._HelpAction | argparse._VersionAction | _Subcommands
     return [action for action in parser._actions if not isinstance(action, other)]
 
@@ -75,7 +75,7 @@ def _options(parser: argparse.ArgumentParser, rows: list[tuple[str, str]]) -> Li
 
 
 def _row(action: argparse.Action) -> tuple[str, str]:
-    """How it is written, and what it does."""
+    """The notation of an argument, and its help."""
     value = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
     if action.choices:
         value = "|".join(map(str, action.choices))
@@ -92,7 +92,7 @@ def _row(action: argparse.Action) -> tuple[str, str]:
 
 
 def _text(text: str) -> str:
-    """Options in it as code, all else as it is."""
+    """The text with options as code and everything else literally."""
     text = re.sub(r"([\\*|_`])", r"\\\1", text)
     return re.sub(r"(?<![\w-])(--[a-z][a-z-]*)", r"``\1``", text)
 

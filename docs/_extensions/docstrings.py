@@ -1,8 +1,8 @@
-"""Docstrings are plain text with code in `backticks`; this makes them reStructuredText.
+"""Converts docstrings, which are plain text with code in `backticks`, to reStructuredText.
 
-The rule: between backticks stands code, and where it begins with a public name (`Regularizer`,
-`wellcond.audit`) or is a member of the class at hand (`attach`) it is a reference, which must lead
-somewhere. All else is text: `*`, `|` and `_` mean themselves, but for *emphasis*.
+Text between backticks is code. If the code begins with a public name (`Regularizer`,
+`wellcond.audit`) or is a member of the documented class (`attach`), it is a reference, which must
+have a target. Everything else is text: except for *emphasis*, `*`, `|` and `_` are literal.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ import wellcond
 import wellcond.report
 import wellcond.rules
 
-# Where a public name is documented; a name of several modules in the last of these.
+# The place where each public name is documented; for a name of several modules, the last of them.
 PUBLIC = {
     name: f"{module.__name__}.{name}"
     for module in (wellcond.rules, wellcond.report, wellcond)
     for name in module.__all__
 }
 _DOTTED = re.compile(r"(?:wellcond\.|wc\.)?([A-Za-z]\w*)((?:\.\w+)*)(?:\(.*\))?")
-# Code, examples and emphasis stay as they are.
+# Code, examples and emphasis remain unchanged.
 _KEPT = re.compile(
     r"(`[^`]*`|^ *(?:>>>|\.\.\.) .*(?:\n *\S.*)*|(?<!\S)\*\w[^*]*\w\*(?![\w*]))", re.MULTILINE
 )
 _RETURNS = re.compile(r"(?<=^Returns:\n)(?:\s+\S.*\n?)*?(?=\n|\Z)", re.MULTILINE)
-# Napoleon takes what stands before a colon for a type, where we have none: it sees another letter.
+# Napoleon would take the text before a colon for a type, so the colon is hidden behind this letter.
 _COLON = "\ue000"
 
 
 class CodeOrName(SphinxRole):
-    """What single backticks mean."""
+    """The role of single backticks."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         code = nodes.literal(self.text, self.text)
@@ -51,7 +51,7 @@ class CodeOrName(SphinxRole):
         return [reference], []
 
     def _target(self) -> str | None:
-        """The full name of what the code begins with, None if it is just code."""
+        """The full name of the public name at the start of the code; None if there is none."""
         found = _DOTTED.fullmatch(self.text)
         if found is None:
             return None
@@ -69,11 +69,11 @@ class CodeOrName(SphinxRole):
 
 
 def before_napoleon(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> None:
-    """Escapes what is text, and the colons that Napoleon must not see."""
+    """Escapes literal text, and hides colons from Napoleon."""
     lines: list[str] = rest[-1]
     text = "\n".join(lines)
     parts = _KEPT.split(text)
-    # Underscores within a name mean themselves anyway.
+    # Underscores within a name need no escape.
     parts[::2] = [re.sub(r"[\\*|]|_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
     parts[1::2] = [p.replace(":", _COLON) if p.startswith("`") else p for p in parts[1::2]]
     text = _RETURNS.sub(lambda found: found[0].replace(":", _COLON), "".join(parts))
@@ -83,7 +83,7 @@ def before_napoleon(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> 
 
 
 def after_napoleon(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> None:
-    """Puts the colons back, and the type of an attribute beside its name."""
+    """Restores the colons, and moves the type of an attribute next to its name."""
     lines: list[str] = rest[-1]
     written: list[str] = []
     for line in lines:
@@ -96,7 +96,7 @@ def after_napoleon(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> N
 
 
 def signature(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, str] | None:
-    """None of what nobody makes by hand: records with their attributes, and private classes."""
+    """Hides the signatures of classes that users do not construct: records and private classes."""
     if what != "class":
         return None
     record = dataclasses.is_dataclass(obj) and "Attributes:" in (obj.__doc__ or "")
@@ -105,7 +105,7 @@ def signature(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> tuple[
 
 
 def dashes(app: Sphinx, tree: nodes.document) -> None:
-    """Two hyphens stand between a name and what it is; smart quotes would make a dash of them."""
+    """Replaces the two hyphens between a name and its description by a dash."""
     for text in [*tree.findall(nodes.Text)]:
         if text.astext() == " -- ":
             text.parent.replace(text, nodes.Text(" – "))

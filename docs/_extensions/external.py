@@ -1,7 +1,7 @@
-"""References to Python and torch, by the few names of theirs that signatures have.
+"""References to the few names of Python and torch that occur in signatures.
 
-In place of intersphinx, so that the site is built without a network. A name that is not here is an
-error, as any reference that leads nowhere is.
+Replaces intersphinx, so that the site can be built without a network. A name that is not listed
+here is an error, like any reference without a target.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ADDRESSES = {
     "torch.nn.Module": f"{TORCH}/generated/torch.nn.Module.html",
     "torch.optim.Optimizer": f"{TORCH}/optim.html#torch.optim.Optimizer",
 }
-# Where torch defines a class is not where it documents it.
+# torch documents these classes under other names than those of their modules.
 ALIASES = {
     "Tensor": "torch.Tensor",
     "torch.nn.modules.module.Module": "torch.nn.Module",
@@ -40,7 +40,7 @@ ALIASES = {
 def resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.Node | None:
-    """A link to where the name is explained, None if it is not one of these."""
+    """A link to the documentation of the name; None if the name is not listed here."""
     target = node["reftarget"]
     address = ADDRESSES.get(ALIASES.get(target, target))
     if node.get("refdomain") != "py" or address is None:

@@ -1,4 +1,4 @@
-"""The JSON Schemas of docs/schemas: served beside the pages, and told as tables of their fields."""
+"""Serves the JSON Schemas of docs/schemas with the pages, and shows their fields as tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "schemas"
 
 
 def fields(schema: dict[str, Any], root: dict[str, Any], above: str = "") -> Iterator[list[str]]:
-    """Name, type and meaning of every field, those of one kind of object once."""
+    """Yields the name, type and meaning of every field; lists each kind of object once."""
     for name, field in schema.get("properties", {}).items():
         optional = "" if name in schema["required"] else " (optional)"
         inner = _resolved(field, root)
@@ -32,7 +32,7 @@ def fields(schema: dict[str, Any], root: dict[str, Any], above: str = "") -> Ite
 def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     if "$ref" not in schema:
         return schema
-    if not schema["$ref"].startswith("#"):  # another schema, which has a table of its own
+    if not schema["$ref"].startswith("#"):  # another schema, which has its own table
         return {"type": "object"}
     found: dict[str, Any] = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
     return found
@@ -51,7 +51,7 @@ def _kind(schema: dict[str, Any], root: dict[str, Any]) -> str:
 
 
 def _of(schema: dict[str, Any], root: dict[str, Any]) -> str:
-    """In one cell with others: an object by its name."""
+    """The kind of a schema as one of several in a cell; an object is given by its name."""
     name = schema.get("$ref", "").removeprefix("#/$defs/")
     inner = _resolved(schema, root)
     return f"a {name}" if inner.get("type") == "object" else _kind(inner, root)

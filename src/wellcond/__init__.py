@@ -1,8 +1,9 @@
-"""The condition number of the weights of neural networks: measured, certified, regularised.
+"""Measures, certifies and regularises the condition number of the weights of neural networks.
 
-A name is imported when it is first used, so that `wellcond --help` does not wait for torch. The
-static types of these names stand in `__init__.pyi`; `wellcond.report` holds the data that audits,
-repairs and estimates consist of, `wellcond.rules` what one's own penalties and limits are made of.
+Each name is imported when it is first used, so that `wellcond --help` does not wait for torch.
+`__init__.pyi` declares the static types of these names. `wellcond.report` contains the data classes
+of audits, repairs and estimates. `wellcond.rules` contains the base classes for custom penalties
+and limits.
 """
 
 import importlib

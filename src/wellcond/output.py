@@ -1,4 +1,4 @@
-"""Files and folders that appear whole under their name, or not at all."""
+"""Writes files and folders atomically: they appear complete under their name, or not at all."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def new_path(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path beside the target, which takes its name when all went well, else is removed.
+    """Yields a temporary path that is renamed to the target on success and removed on failure.
 
-    If several processes want one name, the first gets it and the others an error; if they may
-    overwrite, which is for files only, the last gets it. A process that is killed leaves its folder
-    `.wellcond-unfinished-*`, which can be removed.
+    If several processes write to the same target, the first one succeeds and the others raise an
+    error. With `overwrite`, which is for files only, the last one wins. A process that is killed
+    leaves its folder `.wellcond-unfinished-*`, which can be removed.
 
     Raises:
-        FileExistsError: the target is there already, at the beginning or at the end.
-        OSError: it cannot be written; names the target.
+        FileExistsError: the target already exists, at the beginning or at the end.
+        OSError: the target cannot be written; the error names the target.
     """
     target = Path(target).absolute()
     if not overwrite:
         refuse_existing(target)
-    elif target.exists() and not target.is_file():  # a device or a pipe is written to as it is
+    elif target.exists() and not target.is_file():  # write directly to a device or a pipe
         with _errors_name(target):
             yield target
         return
@@ -54,30 +54,30 @@ def new_path(target: str | os.PathLike[str], overwrite: bool = False) -> Iterato
 
 
 def refuse_existing(target: Path) -> None:
-    """Raises if there is something where the output should go."""
+    """Raises FileExistsError if the target exists."""
     if os.path.lexists(target):
         raise FileExistsError(
-            f"{target} exists already and is not overwritten. Choose another name, or remove it."
+            f"{target} already exists and is not overwritten. Choose another name, or remove it."
         )
 
 
 def _take_free_name(path: Path, target: Path) -> None:
-    """Renames in one step that fails if the name is taken."""
-    if path.is_dir():  # taken by an empty folder is free: that is not what another process wrote
+    """Renames the path in one step, which fails if the target exists."""
+    if path.is_dir():  # an empty folder is replaced: it is not the output of another process
         path.rename(target)
         return
     try:
         os.link(path, target)
     except FileExistsError:
         raise
-    except OSError:  # no hard links on this file system: an empty file holds the name
+    except OSError:  # no hard links on this file system: reserve the name with an empty file
         target.touch(exist_ok=False)
         os.replace(path, target)
 
 
 @contextlib.contextmanager
 def _errors_name(target: Path) -> Iterator[None]:
-    """Errors of the system, such as a full disk, name the target and no temporary path."""
+    """Makes system errors, such as a full disk, name the target instead of the temporary path."""
     try:
         yield
     except OSError as error:

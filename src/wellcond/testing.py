@@ -1,7 +1,7 @@
-"""Tests for rules of your own, and matrices with a prescribed spectrum.
+"""Tests for custom rules, and matrices with a prescribed spectrum.
 
 A property is a function of a rule and a weight that raises an AssertionError if it does not hold.
-`check_rule` tries all that hold for every rule, on weights of many shapes and spectra.
+`check_rule` checks all `PROPERTIES` on weights of many shapes and spectra.
 
 Letters: S (..., m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n);
 kappa = sigma_1/sigma_nu.
@@ -30,7 +30,7 @@ def matrix_with_spectrum(sigma: Tensor, m: int, n: int, seed: int = 0) -> Tensor
         sigma: the singular values (nu,), in any order.
         m: the number of rows.
         n: the number of columns.
-        seed: of the generator that draws U and V.
+        seed: the seed of the generator that draws U and V.
 
     Example:
         >>> import torch, wellcond as wc
@@ -50,7 +50,7 @@ def _orthonormal(rows: int, columns: int, source: torch.Generator) -> Tensor:
     return Q
 
 
-# Functions of nu, each with the reason why it is hard.
+# Functions of nu. Each comment states why the spectrum is difficult.
 SPECTRA: Mapping[str, Callable[[int], Tensor]] = {
     "gap": lambda nu: torch.linspace(1, 2, nu).flip(0) + 3 * (torch.arange(nu) == 0),  # easy
     "no gap": lambda nu: 1 - 0.1 * torch.arange(nu) / nu,  # vectors are ill-defined
@@ -66,16 +66,16 @@ SPECTRA: Mapping[str, Callable[[int], Tensor]] = {
 }
 # Tall, wide, square, 1xn and nx1, and a stack.
 SHAPES = ((6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (3, 5, 4))
-_EVERYWHERE = ("gap", "tied", "zero", "large")  # the other spectra come in the first shape only
+_EVERYWHERE = ("gap", "tied", "zero", "large")  # the other spectra use only the first shape
 _LR = 0.1
-# Of what a limit leaves as room for rounding, whatever the dtype.
+# The tolerance for the margin that a limit leaves for rounding, whatever the dtype.
 _MARGIN = 1e-6
 
 
 def weights(
     dtype: torch.dtype = torch.float64, shapes: Sequence[tuple[int, ...]] = SHAPES
 ) -> Iterator[tuple[str, Tensor]]:
-    """Weights of these shapes and all `SPECTRA` that the dtype can hold, each with its name."""
+    """Named weights of these shapes, with all `SPECTRA` that are finite in the dtype."""
     for *stack, m, n in shapes:
         for name, spectrum in SPECTRA.items():
             if (*stack, m, n) != SHAPES[0] and name not in _EVERYWHERE:
@@ -90,22 +90,26 @@ def weights(
 def check_rule(
     rule: wc.rules.Rule, *, degree: float | None = None, never_raises_kappa: bool = False
 ) -> None:
-    """Raises an AssertionError unless a rule of your own keeps what wellcond promises of rules.
+    """Raises an AssertionError unless a custom rule satisfies the contract of wellcond's rules.
 
-    A step leaves a finite weight finite, in its shape and dtype; a weight that holds NaN is named
-    and left alone; matrices of a stack and weights of a batch are treated as if
-    each were alone; a limit that is enforced again changes nothing; float32 agrees with
-    float64; training resumes bit for bit; a sharded weight becomes what a whole one does, on the
-    process group that is initialised, or on one process if there is none.
+    - A step keeps a finite weight finite and preserves its shape and dtype.
+    - An error names a weight that contains NaN, and the weight remains unchanged.
+    - The matrices of a stack and the weights of a batch are treated independently.
+    - Enforcing a limit a second time changes nothing.
+    - float32 agrees with float64.
+    - Training resumes bit for bit.
+    - A sharded weight gets the same result as an unsharded one, on the initialised process group,
+      or on one process if no group is initialised.
 
     Args:
         rule: a penalty, a step or a limit.
-        degree: of homogeneity. The value at c S must be c^degree times that at S; a rule without a
-            value must turn c S into c times what it turns S into, at degree 1.
+        degree: the degree of homogeneity. The value at c S must be c^degree times the value at S.
+            A rule without a value must be homogeneous of degree 1: its result for c S must be c
+            times its result for S.
         never_raises_kappa: also check that no step raises the condition number.
 
     Raises:
-        AssertionError: names the property, the rule and the weight.
+        AssertionError: a property does not hold; names the property, the rule and the weight.
 
     Example:
         >>> import wellcond as wc
@@ -132,7 +136,7 @@ def check_rule(
 
 
 def survives(rule: wc.rules.Rule, S: Tensor) -> None:
-    """Steps and gradients of a finite weight are finite, in its shape and dtype."""
+    """Steps and gradients of a finite weight are finite and have its shape and dtype."""
     weight, reg = _regularize(rule, S)
     if rule.differentiable:
         reg.add_gradients()
@@ -145,7 +149,7 @@ def survives(rule: wc.rules.Rule, S: Tensor) -> None:
 
 
 def names_what_is_not_finite(rule: wc.rules.Rule, S: Tensor) -> None:
-    """A weight that holds NaN is named by a ValueError, and stays as it is."""
+    """A ValueError names a weight that contains NaN, and the weight remains unchanged."""
     if not rule.steppable:
         return
     lost = S.clone()
@@ -161,7 +165,7 @@ def names_what_is_not_finite(rule: wc.rules.Rule, S: Tensor) -> None:
 
 
 def treats_a_stack_as_its_matrices(rule: wc.rules.Rule, S: Tensor) -> None:
-    """A stack of matrices becomes what each of them becomes alone."""
+    """Each matrix of a stack gets the same result as on its own."""
     if wc.rules.Need.whole in rule.needs or S.ndim > 2:
         return
     result = _step if rule.steppable else _gradient
@@ -172,7 +176,7 @@ def treats_a_stack_as_its_matrices(rule: wc.rules.Rule, S: Tensor) -> None:
 
 
 def treats_weights_as_if_alone(rule: wc.rules.Rule, S: Tensor) -> None:
-    """Weights of one shape under one rule, which form a batch, become what each becomes alone."""
+    """Weights of one shape under one rule form a batch; each gets the same result as on its own."""
     if not rule.steppable:
         return
     each = (S, S.flip(-1) / 2)
@@ -183,7 +187,7 @@ def treats_weights_as_if_alone(rule: wc.rules.Rule, S: Tensor) -> None:
 
 
 def holds_once_enforced(rule: wc.rules.Rule, S: Tensor) -> None:
-    """A hard limit that is enforced changes nothing when it is enforced again."""
+    """Enforcing a hard limit a second time changes nothing."""
     if not rule.enforceable:
         return
     weight, reg = _regularize(rule, S)
@@ -194,13 +198,13 @@ def holds_once_enforced(rule: wc.rules.Rule, S: Tensor) -> None:
 
 
 def agrees_with_float64(rule: wc.rules.Rule, S: Tensor) -> None:
-    """The singular values after a step do not hang on the dtype."""
+    """The singular values after a step do not depend on the dtype, up to rounding."""
     if rule.steppable and S.dtype != torch.float64:
         _assert_near(_spectrum(_step(rule, S)), _spectrum(_step(rule, S.double())), S)
 
 
 def resumes(rule: wc.rules.Rule, S: Tensor) -> None:
-    """A training that is resumed from its state goes on bit for bit."""
+    """Training that is resumed from its state continues bit for bit."""
     if not rule.steppable:
         return
     weight, reg = _regularize(rule, S)
@@ -215,7 +219,7 @@ def resumes(rule: wc.rules.Rule, S: Tensor) -> None:
 
 
 def treats_shards_as_the_whole(rule: wc.rules.Rule, S: Tensor) -> None:
-    """A weight that is sharded over processes becomes what it becomes on one."""
+    """A weight that is sharded over processes gets the same result as on one process."""
     if not rule.steppable or wc.rules.Need.whole in rule.needs:
         return
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -228,7 +232,7 @@ def treats_shards_as_the_whole(rule: wc.rules.Rule, S: Tensor) -> None:
         _assert_near(_spectrum(whole.full_tensor()), _spectrum(_step(rule, S)), S)
 
 
-# What `check_rule` asks of every rule.
+# The properties that `check_rule` demands of every rule.
 PROPERTIES: Mapping[str, Property] = {
     one.__name__: one
     for one in (
@@ -245,7 +249,7 @@ PROPERTIES: Mapping[str, Property] = {
 
 
 def scales(rule: wc.rules.Rule, S: Tensor, degree: float) -> None:
-    """The value, or else the weight after a step, is homogeneous of this degree."""
+    """The value is homogeneous of this degree; without a value, the step is of degree 1."""
     for c in (0.5, 4.0):
         if rule.differentiable:
             value, other = (_regularize(rule, X)[1]().item() for X in (S, c * S))
@@ -267,7 +271,7 @@ def never_raises_kappa(rule: wc.rules.Rule, S: Tensor) -> None:
         assert bool((after[..., 0] / after[..., -1] <= before * room).all()), (before, after)
 
 
-# --- what they have in common ---------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 class _Holder(nn.Module):
@@ -305,7 +309,7 @@ def _assert_kept(X: Tensor, S: Tensor) -> None:
 
 
 def _assert_near(sigma: Tensor, expected: Tensor, S: Tensor) -> None:
-    """Equal but for rounding in the dtype of S, relative to the largest of the values."""
+    """Asserts equality up to rounding in the dtype of S, relative to the largest value."""
     unit = max(float(expected.max()), float(_spectrum(S).max()), torch.finfo(S.dtype).tiny)
     error = float((sigma - expected).abs().max()) / unit
     assert error <= max(1e5 * torch.finfo(S.dtype).eps, _MARGIN), (sigma, expected)
@@ -313,7 +317,7 @@ def _assert_near(sigma: Tensor, expected: Tensor, S: Tensor) -> None:
 
 @contextlib.contextmanager
 def _mesh() -> Iterator[Any]:
-    """Of all processes of the group that is initialised, else of this one."""
+    """Yields a mesh of all processes of the initialised group, or of this process only."""
     distributed = torch.distributed
     own = not distributed.is_initialized()
     if own:

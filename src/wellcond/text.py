@@ -1,6 +1,6 @@
-"""Text in one form everywhere: names in a sentence, tables, strict JSON, versions.
+"""Formats text consistently: names in a sentence, tables, strict JSON, versions.
 
-Names come from files that may mean harm: what a terminal would obey is shown as an escape.
+Names come from files that may be malicious, so characters that control a terminal are escaped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wellcond.output import new_path
 
 
 def escape(text: object) -> str:
-    """As text of one line, all that is not printable escaped: control, direction, surrogates.
+    """The text on one line, with unprintable characters escaped: control, direction, surrogates.
 
     Example:
         >>> print(escape("a\\x1b[2J\\nb"))
@@ -32,14 +32,14 @@ def escape(text: object) -> str:
 
 
 def list_some(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
-    """The first items, and how many more there are; "none" if there is none."""
+    """The first items and the number of the others; "none" if there are no items."""
     items = list(items)
     named = separator.join(map(escape, items[:limit])) or "none"
     return f"{named} and {len(items) - limit} more" if len(items) > limit else named
 
 
 def join_remarks(*remarks: str) -> str:
-    """The remarks that are not empty, with semicolons between them."""
+    """Joins the remarks that are not empty with semicolons."""
     return "; ".join(filter(None, remarks))
 
 
@@ -49,24 +49,28 @@ def last_part(name: str) -> str:
 
 
 def quote_names(names: Iterable[str]) -> str:
-    """Names in quotation marks, sorted, the first five of them."""
+    """The first five names in sorted order, in quotation marks, and the number of the others."""
     return list_some([f'"{name}"' for name in sorted(names)])
 
 
 def quote_subject(names: Collection[str]) -> str:
-    """The same, with the verb."""
+    """The names as in `quote_names`, followed by "is" or "are"."""
     return f"{quote_names(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def suggest_module_patterns(patterns: Iterable[str], names: Iterable[str]) -> str:
-    """The way out where patterns are names of modules, which match none of their weights."""
+    """The remedy for patterns that name modules and therefore do not match their weights."""
     names = list(names)
     found = [p for p in patterns if any(name.startswith(f"{p}.") for name in names)]
-    return f" For all of a module write {quote_names(f'{p}.*' for p in found)}." if found else ""
+    return (
+        f" For all weights of a module, write {quote_names(f'{p}.*' for p in found)}."
+        if found
+        else ""
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is what Python, torch or the system says when there is no more memory."""
+    """Whether Python, torch or the system raised this error because memory ran out."""
     said = re.search("allocate memory|(not enough|out of) memory|bad_alloc", str(error))
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and said is not None
@@ -74,7 +78,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def format_duration(seconds: float) -> str:
-    """As "40 s", "12 min" or "1 h 5 min"."""
+    """The duration, such as "40 s", "12 min" or "1 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -82,12 +86,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_percent(share: float) -> str:
-    """With two digits: 0.031 %, 7.2 %, 100 %."""
+    """The share as a percentage with two digits, such as 0.031 %, 7.2 % or 100 %."""
     return f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A plain text table, words to the left and numbers to the right, as wide as it needs to be."""
+    """A plain text table, with words aligned left and numbers aligned right."""
     table = [headers, *([escape(cell) for cell in row[: len(headers)]] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*table, strict=True)]
     left = [header in ("weight", "dtype", "grade") for header in headers]
@@ -99,12 +103,12 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-_WITHOUT_WIDTH = ("Mn", "Me", "Mc", "Cf")  # marks on the letter before, and format characters
+_WITHOUT_WIDTH = ("Mn", "Me", "Mc", "Cf")  # combining marks and format characters
 _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 
 
 def _width(text: str) -> int:
-    """How many columns of a terminal the text takes: East Asian wide letters take two."""
+    """The number of terminal columns of the text; wide East Asian characters occupy two."""
     return sum(
         0
         if unicodedata.category(c) in _WITHOUT_WIDTH or c in _SKIN_TONES
@@ -114,7 +118,7 @@ def _width(text: str) -> int:
 
 
 def dump_json(content: Any) -> str:
-    """Strict JSON in ASCII; inf, -inf and nan as strings, and what JSON does not know as text."""
+    """Strict JSON in ASCII; inf, -inf, nan and values of types that JSON lacks become strings."""
 
     def strict(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -128,7 +132,7 @@ def dump_json(content: Any) -> str:
 
 
 def save_text(text: str, path: str | os.PathLike[str] | None, overwrite: bool = True) -> str:
-    """The text, and into a file if there is a path, whole or not at all; see `new_path`."""
+    """Returns the text; if there is a path, also writes it to that file by `new_path`."""
     if path is not None:
         with new_path(path, overwrite) as part:
             part.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -136,12 +140,12 @@ def save_text(text: str, path: str | os.PathLike[str] | None, overwrite: bool = 
 
 
 def read_versions() -> dict[str, str]:
-    """Of wellcond, torch and Python."""
+    """The versions of wellcond, torch and Python."""
     import torch
 
     try:
         own = version("wellcond")
-    except PackageNotFoundError:  # run from its sources, or frozen into an application
+    except PackageNotFoundError:  # run from the sources, or frozen into an application
         own = "unknown"
     return {
         "wellcond": own,

@@ -1,4 +1,4 @@
-"""Audits of models and files: right numbers, nothing silently left out, nothing touched."""
+"""Audits of models and files: correct numbers, no silently skipped weights, no side effects."""
 
 import csv
 import dataclasses
@@ -45,7 +45,7 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_every_number_agrees_with_its_definition(dtype: torch.dtype) -> None:
+def test_numbers_match_their_definitions(dtype: torch.dtype) -> None:
     model = net().to(dtype)
     for finding in wc.audit(model).findings:
         S = model.get_parameter(finding.name).detach().double()
@@ -63,8 +63,8 @@ def test_every_number_agrees_with_its_definition(dtype: torch.dtype) -> None:
         np.testing.assert_allclose(finding.singular_values, sigma, rtol=1e-10)
 
 
-def test_rank_counts_what_no_rounding_to_the_dtype_could_make() -> None:
-    """Weyl: rounding moves a singular value by at most u ||S||_F, here 1.1e-16 times 1.1."""
+def test_rank_ignores_rounding_to_the_dtype() -> None:
+    """Weyl: rounding changes a singular value by at most u ||S||_F, here 1.1e-16 times 1.1."""
     sigma = torch.tensor([1.0, 0.5, 1e-13, 1e-18], dtype=torch.float64)
     layer = linear(with_spectrum(sigma, 8, 4)).double()
     with torch.no_grad():
@@ -73,18 +73,18 @@ def test_rank_counts_what_no_rounding_to_the_dtype_could_make() -> None:
     assert finding.rank == 3
 
 
-def test_a_weight_that_rounds_to_lower_rank_is_said_to_have_it() -> None:
+def test_rank_after_rounding_to_lower_rank() -> None:
     source = torch.Generator().manual_seed(0)
     low = torch.randn(30, 3, generator=source) @ torch.randn(3, 20, generator=source)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = linear(low).to(dtype)
         (finding,) = wc.audit(layer).findings
         assert finding.rank == 3
-        assert finding.condition_number > 100  # rounding noise: no zero to working precision
+        assert finding.condition_number > 100  # rounding noise: not zero to working precision
 
 
-def test_rank_minds_the_smallest_numbers_of_the_dtype() -> None:
-    """Below 6e-5 float16 rounds by up to 3e-8, however small the entry."""
+def test_rank_uses_the_smallest_numbers_of_the_dtype() -> None:
+    """Below 6e-5, float16 rounds by up to 3e-8, however small the entry is."""
     source = torch.Generator().manual_seed(0)
     low = torch.randn(30, 3, generator=source) @ torch.randn(3, 20, generator=source)
     for dtype, scale in ((torch.float16, 1e-5), (torch.float64, 1e-320)):
@@ -97,7 +97,7 @@ def test_rank_minds_the_smallest_numbers_of_the_dtype() -> None:
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("scale", [1e-310, 1e-180, 1e180, 1e300])
-def test_numbers_do_not_mind_the_scale(
+def test_numbers_are_scale_invariant(
     scale: float, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
@@ -117,7 +117,7 @@ def test_numbers_do_not_mind_the_scale(
     assert found.penalty == (0.0 if scale < 1 else math.inf)  # r scales with the square
 
 
-def test_very_large_weights_are_estimated_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_large_weights_are_graded_as_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectrum_module, "_SMALL", 8)
     monkeypatch.setattr(spectrum_module, "_LARGE", 64)
     S = with_spectrum(torch.linspace(2, 0.1, 64).double(), 80, 64)
@@ -130,14 +130,14 @@ def test_very_large_weights_are_estimated_and_say_so(monkeypatch: pytest.MonkeyP
     assert finding.singular_values == ()
     (with_curve,) = wc.audit(linear(S), curves=1).findings
     assert len(with_curve.singular_values) == 64
-    # Where the extremes cannot tell the rank, all values are found.
+    # If the extremes do not determine the rank, all values are computed.
     sigma = torch.linspace(2, 0.1, 64).double()
     sigma[60:] = 1e-9
     (deficient,) = wc.audit(linear(with_spectrum(sigma, 80, 64))).findings
     assert deficient.rank == 60
 
 
-def test_certified_findings_carry_intervals() -> None:
+def test_certified_findings_have_intervals() -> None:
     report = wc.audit(net(), certify=True)
     for finding in report.findings:
         assert finding.grade is wc.report.Grade.certified
@@ -148,8 +148,8 @@ def test_certified_findings_carry_intervals() -> None:
     assert "cannot tell it from zero" in flat.explanation
 
 
-def test_no_row_contradicts_its_certificate() -> None:
-    """Zero to working precision of a tall matrix is more than a certificate needs."""
+def test_row_agrees_with_its_certificate() -> None:
+    """For a tall matrix, zero to working precision is larger than a certificate requires."""
     S = torch.zeros(100, 2, dtype=torch.float64)
     S[0, 0], S[1, 1] = 1.0, 1e-14
     assert float(wc.condition_number(S)) == math.inf
@@ -162,11 +162,11 @@ def test_no_row_contradicts_its_certificate() -> None:
     assert finding.status is wc.report.Status.ok
     assert finding.condition_number in finding.certificate.condition_number
     assert finding.condition_number == pytest.approx(1e14, rel=0.2)
-    assert "κ = inf was measured" in finding.explanation
+    assert "the measured κ = inf" in finding.explanation
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_a_certificate_overrules_extremes_that_missed(
+def test_certificate_overrules_wrong_extremes(
     always: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     S = torch.diag(torch.tensor([3.0, 2.0, 1e-3]))
@@ -186,10 +186,10 @@ def test_a_certificate_overrules_extremes_that_missed(
     assert finding.sigma_min in finding.certificate.sigma_min
     assert finding.condition_number == pytest.approx(3e3)
     assert finding.penalty == pytest.approx(oracles.penalty(S))
-    assert ("lies outside the certified interval" in finding.explanation) == always
+    assert ("is outside the certified interval" in finding.explanation) == always
 
 
-def test_the_worst_comes_first() -> None:
+def test_worst_weight_is_first() -> None:
     model = nn.ModuleDict(
         {
             "good": linear(torch.eye(3)),
@@ -219,7 +219,7 @@ def test_the_worst_comes_first() -> None:
     assert report.coverage.failed == 1
 
 
-def test_the_limit_is_held_against_the_certified_bound() -> None:
+def test_limit_applies_to_the_certified_bound() -> None:
     (finding,) = wc.audit(linear(torch.diag(torch.tensor([3.0, 1.0]))), certify=True).findings
     assert finding.condition_number == 3.0
     assert finding.exceeds(3.0)  # the enclosure reaches a little above
@@ -230,7 +230,7 @@ def test_the_limit_is_held_against_the_certified_bound() -> None:
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def test_a_model_is_read_by_its_modules() -> None:
+def test_modules_determine_the_weights_of_a_model() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict(
         {
@@ -247,12 +247,12 @@ def test_a_model_is_read_by_its_modules() -> None:
     assert shapes["attention.in_proj_weight:q"] == (8, 8)
     assert shapes["rnn.weight_ih_l0:r"] == (4, 3)
     assert report.coverage.skipped["table.weight"] == wc.report.Skipped(wc.report.Reason.embedding)
-    # An exact name insists.
+    # An exact name overrides the reason to skip.
     (insisted,) = wc.audit(model, include=["table.weight"]).findings
     assert insisted.shape == (9, 4)
 
 
-def test_stacks_are_measured_matrix_by_matrix(tmp_path: Path) -> None:
+def test_stack_has_a_row_per_matrix(tmp_path: Path) -> None:
     S = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
     save_file({"experts.weight": S}, tmp_path / "m.safetensors")
     report = wc.audit(tmp_path / "m.safetensors")
@@ -272,13 +272,13 @@ def wrappers() -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 
 @pytest.mark.parametrize("wrapper", wrappers())
-def test_a_wrapped_model_is_audited_as_the_model_inside(wrapper: str) -> None:
+def test_wrapped_model_is_audited_like_the_inner_model(wrapper: str) -> None:
     model = net()
     torch.nn.utils.parametrizations.weight_norm(model[0])
     wrapped = wrappers()[wrapper](model)
     assert type(wrapped) is not type(model)
     report = wc.audit(wrapped)
-    # As text: from Python 3.13 on, what holds nan is not even equal to itself.
+    # Compare as text: from Python 3.13 on, an object with nan does not equal itself.
     assert report.to_json() == wc.audit(model).to_json()
     assert report.source == "Sequential"
     expected = {"0.weight", "2.weight", "3.weight"}
@@ -286,7 +286,7 @@ def test_a_wrapped_model_is_audited_as_the_model_inside(wrapper: str) -> None:
 
 
 def grouped(S: Tensor) -> nn.Conv1d:
-    """A convolution in groups with these kernels, (groups, outputs, inputs) of one each."""
+    """A grouped convolution with these kernels, each of shape (groups, outputs, inputs)."""
     groups, m, n = S.shape
     conv = nn.Conv1d(groups * n, groups * m, 1, groups=groups, bias=False).to(S.dtype)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def grouped(S: Tensor) -> nn.Conv1d:
 
 @pytest.mark.parametrize("certify", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 4, 2), (4, 1, 6), (2, 1, 1)])
-def test_groups_are_one_block_diagonal_map(shape: tuple[int, ...], certify: bool) -> None:
+def test_groups_form_one_block_diagonal_matrix(shape: tuple[int, ...], certify: bool) -> None:
     S = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     (finding,) = wc.audit(grouped(S), certify=certify).findings
     groups, m, n = shape
@@ -329,7 +329,7 @@ def test_groups_are_one_block_diagonal_map(shape: tuple[int, ...], certify: bool
     assert f"{count}/{count}" in report.table()
 
 
-def test_groups_are_graded_by_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_have_the_worst_grade(monkeypatch: pytest.MonkeyPatch) -> None:
     eye, flat, zero = torch.eye(3), torch.ones(3, 3), torch.zeros(3, 3)
     for worst, rank in ((flat, 4), (zero, 3)):
         (finding,) = wc.audit(grouped(torch.stack([eye, worst])), certify=True).findings
@@ -355,7 +355,7 @@ def test_groups_are_graded_by_the_worst(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(with_curve.singular_values) == 128
 
 
-def test_a_depthwise_convolution_is_measured_by_its_rows() -> None:
+def test_depthwise_convolution_is_measured_by_rows() -> None:
     S = torch.diag(torch.tensor([3.0, 5.0, 1.0]))[:, None]
     (finding,) = wc.audit(grouped(S)).findings
     assert finding.shape == (3, 1, 3)
@@ -363,7 +363,7 @@ def test_a_depthwise_convolution_is_measured_by_its_rows() -> None:
     assert finding.explanation == "3 groups: sigma_max in group 1, sigma_min in group 2"
 
 
-def test_of_a_kernel_in_a_file_that_may_be_depthwise_is_said_how_it_is_read(tmp_path: Path) -> None:
+def test_possibly_depthwise_kernel_in_a_file_has_a_note(tmp_path: Path) -> None:
     shapes = {"a.weight": (8, 1, 3, 3), "b.weight": (8, 3, 3, 3), "c.weight": (1, 1, 3, 3)}
     torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "a.pt")
     said = {one.name: one.explanation for one in wc.audit(tmp_path / "a.pt").findings}
@@ -372,7 +372,7 @@ def test_of_a_kernel_in_a_file_that_may_be_depthwise_is_said_how_it_is_read(tmp_
 
 
 @pytest.mark.parametrize(("count", "are"), [(1, "1 kernel is"), (2, "2 kernels are")])
-def test_of_kernels_in_a_file_is_said_that_groups_are_unknown(
+def test_unknown_groups_of_kernels_in_a_file_are_noted(
     tmp_path: Path, count: int, are: str
 ) -> None:
     convolutions = [nn.Conv2d(4, 3, 3) for _ in range(count)]
@@ -385,7 +385,7 @@ def test_of_kernels_in_a_file_is_said_that_groups_are_unknown(
     assert note in report.table()
     assert json.loads(report.to_json())["coverage"]["note"] == note
     assert note in wc.repair(path, tmp_path / "b.pt", 1.1).table()
-    assert wc.audit(model).coverage.note == ""  # of a live model they are known
+    assert wc.audit(model).coverage.note == ""  # the groups of a live model are known
     torch.save(model[0].state_dict(), tmp_path / "c.pt")
     assert wc.audit(tmp_path / "c.pt").coverage.note == ""
 
@@ -398,7 +398,7 @@ def test_tied_weights_count_once() -> None:
     assert report.coverage.parameter_share == pytest.approx(16 / 24)
 
 
-def test_parametrized_weights_are_measured_by_their_value_and_not_advanced() -> None:
+def test_parametrized_weights_are_measured_but_not_updated() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)),
@@ -416,7 +416,7 @@ def test_parametrized_weights_are_measured_by_their_value_and_not_advanced() -> 
         assert finding.condition_number == pytest.approx(float(wc.condition_number(S)))
 
 
-def test_the_model_is_left_as_it_is() -> None:
+def test_model_is_unchanged() -> None:
     model = net()
     model(torch.randn(2, 12)).sum().backward()
     before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -428,7 +428,7 @@ def test_the_model_is_left_as_it_is() -> None:
         assert torch.equal(parameter.grad, before[name])
 
 
-def test_weights_without_values_are_left_out_by_name() -> None:
+def test_weights_without_values_are_skipped() -> None:
     made, lazy = nn.Linear(3, 3, device="meta"), nn.LazyLinear(3)
     report = wc.audit(nn.Sequential(nn.Linear(3, 3), made, lazy))
     assert [f.name for f in report.findings] == ["0.weight"]
@@ -440,7 +440,7 @@ def test_weights_without_values_are_left_out_by_name() -> None:
             wc.audit(model)
 
 
-def test_a_weight_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_weight_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(S: Tensor, all_values: bool = False) -> Spectrum:
         if len(S) == 2:
             raise ValueError("LAPACK does not converge")
@@ -453,7 +453,7 @@ def test_a_weight_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
     assert "1 could not be measured" in str(report.coverage)
 
 
-def test_a_weight_for_which_memory_lacks_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_out_of_memory_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(S: Tensor, all_values: bool = False) -> Spectrum:
         if len(S) == 3:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9")
@@ -466,9 +466,7 @@ def test_a_weight_for_which_memory_lacks_is_a_row(monkeypatch: pytest.MonkeyPatc
     assert report.coverage.measured == 1
 
 
-def test_a_curve_that_cannot_be_had_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_curve_is_omitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"conv.weight": torch.eye(4).reshape(4, 4, 1, 1)}, path)
 
@@ -481,7 +479,7 @@ def test_a_curve_that_cannot_be_had_is_left_out(
     assert (finding.condition_number, finding.singular_values) == (1.0, ())
 
 
-def test_coverage_says_what_share_was_measured() -> None:
+def test_coverage_is_the_measured_share() -> None:
     model = nn.Sequential(nn.Linear(10, 10), nn.Embedding(25, 4))
     coverage = wc.audit(model).coverage
     assert coverage.parameter_share == pytest.approx(100 / 210)
@@ -499,12 +497,12 @@ def test_coverage_says_what_share_was_measured() -> None:
         (linear(torch.full((2, 2), math.inf)), "NaN or infinity"),
     ],
 )
-def test_zero_coverage_is_an_error(model: nn.Module, message: str) -> None:
+def test_nothing_measured_is_an_error(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wc.audit(model)
 
 
-def test_patterns_choose_and_must_match() -> None:
+def test_patterns_select_and_must_match() -> None:
     model = net()
     assert [f.name for f in wc.audit(model, include=["2.*"]).findings] == ["2.weight"]
     report = wc.audit(model, exclude=["2.*"])
@@ -514,18 +512,18 @@ def test_patterns_choose_and_must_match() -> None:
     )
     report = wc.audit(model, include=["2.*"])
     assert report.coverage.skipped["0.weight"] == wc.report.Skipped(wc.report.Reason.unmatched)
-    with pytest.raises(ValueError, match=r"decoder\.\* matches none"):
+    with pytest.raises(ValueError, match=r"no weight matches decoder\.\*"):
         wc.audit(model, exclude=["decoder.*"])
-    with pytest.raises(ValueError, match=r'For all of a module write "2\.\*"\.'):
+    with pytest.raises(ValueError, match=r'For all weights of a module, write "2\.\*"\.'):
         wc.audit(model, include=["2"])
 
 
-def test_only_models_and_paths_are_audited() -> None:
+def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match="Module, a path or a mapping"):
         wc.audit(list(net().parameters()))  # type: ignore[arg-type]
 
 
-def test_a_file_and_its_model_agree(tmp_path: Path) -> None:
+def test_file_and_model_agree(tmp_path: Path) -> None:
     model = net()
     torch.save(model.state_dict(), tmp_path / "a.pt")
     save_file(model.state_dict(), tmp_path / "a.safetensors")
@@ -550,7 +548,7 @@ def troubled() -> nn.Module:
     )
 
 
-def test_json_has_the_documented_schema_and_is_strict(troubled: nn.Module, tmp_path: Path) -> None:
+def test_json_is_strict_and_follows_the_schema(troubled: nn.Module, tmp_path: Path) -> None:
     report = wc.audit(troubled, certify=True)
     text = report.to_json(tmp_path / "report.json")
     assert (tmp_path / "report.json").read_text() == text
@@ -580,7 +578,7 @@ def test_json_has_the_documented_schema_and_is_strict(troubled: nn.Module, tmp_p
     assert content["versions"]["torch"] == torch.__version__
 
 
-def test_csv_has_a_line_a_finding(troubled: nn.Module, tmp_path: Path) -> None:
+def test_csv_has_one_line_per_finding(troubled: nn.Module, tmp_path: Path) -> None:
     report = wc.audit(troubled, certify=True)
     report.to_csv(tmp_path / "report.csv")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text())))
@@ -589,7 +587,7 @@ def test_csv_has_a_line_a_finding(troubled: nn.Module, tmp_path: Path) -> None:
     assert float(rows[-1]["condition_number_lower"]) <= float(rows[-1]["condition_number"])
 
 
-def test_the_table_shows_the_worst_and_what_is_the_matter(troubled: nn.Module) -> None:
+def test_table_shows_worst_weights_and_reasons(troubled: nn.Module) -> None:
     text = wc.audit(troubled).table(top=4)
     lines = text.splitlines()
     assert lines[0].startswith("lost.weight: it holds NaN or infinity: 9 of 9 entries. ")
@@ -613,7 +611,7 @@ class Page(HTMLParser):
         self.words += data
 
 
-def test_the_page_needs_neither_network_nor_script(troubled: nn.Module) -> None:
+def test_page_needs_no_network_or_script(troubled: nn.Module) -> None:
     text = wc.audit(troubled).to_html()
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
@@ -624,7 +622,7 @@ def test_the_page_needs_neither_network_nor_script(troubled: nn.Module) -> None:
     assert sum(tag == "polyline" for tag, _ in page.tags) == 2 * 3  # curves and their key
 
 
-def test_bars_stand_on_a_logarithmic_axis() -> None:
+def test_bars_have_a_logarithmic_axis() -> None:
     kappas = {"a": 10.0, "b": 100.0, "c": 1000.0}
     model = nn.ModuleDict(
         {name: linear(torch.diag(torch.tensor([k, 1.0]))) for name, k in kappas.items()}
@@ -639,8 +637,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: Debian's package chromium")
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_the_page(troubled: nn.Module, tmp_path: Path, dark: bool) -> None:
-    """Rendered without network; the text stands out from the ground, and nothing overflows."""
+def test_page_in_a_browser(troubled: nn.Module, tmp_path: Path, dark: bool) -> None:
+    """Rendered without network, the text contrasts with the background and nothing overflows."""
     page = tmp_path / "report.html"
     wc.audit(troubled, certify=True).to_html(page)
     probe = page.read_text().replace(
@@ -685,7 +683,7 @@ def test_a_browser_shows_the_page(troubled: nn.Module, tmp_path: Path, dark: boo
 # --- two checkpoints ------------------------------------------------------------------------------
 
 
-def test_a_comparison_puts_the_largest_change_first() -> None:
+def test_comparison_sorts_by_change() -> None:
     before = nn.ModuleDict(
         {"a": linear(torch.eye(2)), "b": linear(torch.eye(2)), "old": linear(torch.eye(2))}
     )

@@ -1,4 +1,4 @@
-"""An audit of adapters: W, W + s B A and s B A, of files and models as PEFT makes them."""
+"""An audit of adapters: W, W + s B A and s B A, of files and models that PEFT creates."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def rows(report: wc.AuditReport) -> dict[str, wc.report.Finding]:
 
 
 def all_rows(*args: Any, **options: Any) -> dict[str, wc.report.Finding]:
-    """Also those of the weights and of what is added, which stand for themselves without a sum."""
+    """All rows, including those of the weights and the changes, which no merged row replaces."""
     apart = rows(wc.audit(*args, **options, exclude="*:merged"))
     return apart | rows(wc.audit(*args, **options))
 
@@ -64,7 +64,7 @@ def dense(S: Tensor) -> Tensor:
     return torch.linalg.svdvals(S.double())
 
 
-def test_three_rows_equal_their_dense_twins(base: Path, tmp_path: Path) -> None:
+def test_rows_match_dense_twins(base: Path, tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj")
     adapter = written(tmp_path / "adapter", tensors, {})
     A, B = (t.double() for t in tensors.values())
@@ -102,7 +102,7 @@ def test_three_rows_equal_their_dense_twins(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_row_of_a_sum_tells_of_the_weight_the_change_and_the_merge(
+def test_merged_row_describes_weight_change_and_rounding(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     W = entries(M, N, seed=3).to(dtype)
@@ -133,7 +133,7 @@ def kappa(S: Tensor) -> float:
     return float(sigma[0] / sigma[-1])
 
 
-def test_a_sum_that_the_dtype_of_its_weight_cannot_hold_says_so(tmp_path: Path) -> None:
+def test_merged_weight_overflowing_its_dtype_is_noted(tmp_path: Path) -> None:
     W = torch.full((M, N), 6e4).half() + torch.eye(M, N).half()
     save_file({"q_proj.weight": W}, tmp_path / "base.safetensors")
     tensors = pair("q_proj")
@@ -144,10 +144,10 @@ def test_a_sum_that_the_dtype_of_its_weight_cannot_hold_says_so(tmp_path: Path) 
     (row,) = wc.audit(adapter, base=tmp_path / "base.safetensors").findings
     assert row.measured
     assert math.isnan(row.rounded_condition_number)
-    assert "in float16 1 of its entries are infinite" in row.detail
+    assert "1 of its entries are infinite in float16" in row.detail
 
 
-def test_an_adapter_to_a_weight_of_zeros_has_no_share(tmp_path: Path) -> None:
+def test_adapter_of_a_zero_weight_has_no_share(tmp_path: Path) -> None:
     save_file({"q_proj.weight": torch.zeros(M, N)}, tmp_path / "base.safetensors")
     adapter = written(tmp_path / "adapter", pair("q_proj"), {})
     (row,) = wc.audit(adapter, base=tmp_path / "base.safetensors").findings
@@ -156,8 +156,8 @@ def test_an_adapter_to_a_weight_of_zeros_has_no_share(tmp_path: Path) -> None:
     assert row.status is wc.report.Status.rank_deficient
 
 
-def test_a_sum_stands_for_its_weight_and_for_the_factors(base: Path, tmp_path: Path) -> None:
-    """In the coverage: of a file of an adapter for the factors, of a model also for the weight."""
+def test_merged_row_covers_weight_and_factors(base: Path, tmp_path: Path) -> None:
+    """The coverage counts the factors for an adapter file, and also the weight for a model."""
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
     report = wc.audit(adapter, base=base)
     assert (report.coverage.measured, report.coverage.parameter_share) == (1, 1)
@@ -183,7 +183,7 @@ SCALES = [
 
 
 @pytest.mark.parametrize(("config", "scale"), SCALES)
-def test_the_scale_is_that_of_the_config(
+def test_scale_follows_the_config(
     config: dict[str, Any], scale: float, base: Path, tmp_path: Path
 ) -> None:
     tensors = pair("layers.0.q_proj")
@@ -195,7 +195,7 @@ def test_the_scale_is_that_of_the_config(
         assert row.sigma_max == pytest.approx(float(dense(S)[0]), rel=1e-9)
 
 
-def test_a_fresh_adapter_is_no_alarm(
+def test_fresh_adapter_is_not_a_fault(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = pair("layers.0.q_proj")
@@ -222,7 +222,7 @@ def test_a_fresh_adapter_is_no_alarm(
     assert ":delta" not in capsys.readouterr().err
 
 
-def test_a_file_alone_shows_what_its_pairs_add_and_what_it_saves_besides(tmp_path: Path) -> None:
+def test_adapter_without_base_shows_deltas_and_saved_weights(tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj") | {"base_model.model.score.weight": entries(2, 7)}
     found = rows(wc.audit(written(tmp_path / "adapter", tensors, {})))
     assert set(found) == {"layers.0.q_proj.weight:delta", "base_model.model.score.weight"}
@@ -239,14 +239,12 @@ def test_a_file_alone_shows_what_its_pairs_add_and_what_it_saves_besides(tmp_pat
     ("inside", "outside"),
     [
         ("layers.0.q_proj", "layers.0.q_proj"),
-        ("model.layers.0.q_proj", "layers.0.q_proj"),  # a head around the body that was saved
+        ("model.layers.0.q_proj", "layers.0.q_proj"),  # the base has a head around the saved body
         ("layers.0.q_proj", "model.layers.0.q_proj"),
         ("transformer.layers.1.q_proj", "layers.1.q_proj"),
     ],
 )
-def test_the_base_may_call_its_weights_by_the_end_of_a_name(
-    inside: str, outside: str, tmp_path: Path
-) -> None:
+def test_base_names_match_by_suffix(inside: str, outside: str, tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
     other = outside.replace("0", "1") if "0" in outside else outside.replace("1", "0")
     save_file({f"{outside}.weight": entries(M, N), f"{other}.weight": entries(M, N)}, path)
@@ -254,7 +252,7 @@ def test_the_base_may_call_its_weights_by_the_end_of_a_name(
     assert {label.partition(":")[0] for label in found} == {f"{outside}.weight"}
 
 
-def test_a_weight_that_is_missing_or_quantised_is_a_row_that_says_so(tmp_path: Path) -> None:
+def test_missing_or_quantised_base_weight_is_a_failed_row(tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
     save_file(
         {
@@ -271,8 +269,8 @@ def test_a_weight_that_is_missing_or_quantised_is_a_row_that_says_so(tmp_path: P
     assert found["layers.0.q_proj.weight:merged"].measured
     failed = {label: f.explanation for label, f in found.items() if not f.measured}
     assert set(failed) == {f"layers.{layer}.q_proj.weight:merged" for layer in (1, 2, 3)}
-    assert "is skipped, as not real floating point" in failed["layers.1.q_proj.weight:merged"]
-    assert "is not there" in failed["layers.2.q_proj.weight:merged"]
+    assert "is skipped (not real floating point" in failed["layers.1.q_proj.weight:merged"]
+    assert "it is missing" in failed["layers.2.q_proj.weight:merged"]
     assert "it adds (7, 10) to a weight of (7, 11)" in failed["layers.3.q_proj.weight:merged"]
     assert len(found) == 4  # one each
     assert report.coverage.failed == 3
@@ -293,7 +291,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("config", "more", "why"), UNKNOWN)
-def test_what_is_no_plain_sum_is_not_measured_as_one(
+def test_changes_other_than_sums_are_not_merged(
     config: dict[str, Any], more: dict[str, Tensor], why: str, base: Path, tmp_path: Path
 ) -> None:
     tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
@@ -304,12 +302,12 @@ def test_what_is_no_plain_sum_is_not_measured_as_one(
     assert why in delta.explanation
     try:
         merged = rows(wc.audit(adapter, base=base))["layers.0.q_proj.weight:merged"].explanation
-    except ValueError as error:  # where there is no other
+    except ValueError as error:  # if there is no other weight
         merged = str(error)
     assert why in merged
 
 
-def test_factors_that_do_not_fit_and_that_hold_nan(base: Path, tmp_path: Path) -> None:
+def test_mismatched_factors_and_factors_with_nan(base: Path, tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
     tensors["base_model.model.layers.0.q_proj.lora_B.weight"] = entries(M, R + 1)
     tensors["base_model.model.layers.1.q_proj.lora_B.weight"][0, 0] = math.nan
@@ -327,7 +325,7 @@ def test_factors_that_do_not_fit_and_that_hold_nan(base: Path, tmp_path: Path) -
     )
 
 
-def test_the_factor_that_holds_nan_is_named(tmp_path: Path) -> None:
+def test_factor_with_nan_is_named(tmp_path: Path) -> None:
     tensors = pair("layers.9.q_proj")
     for i, factors in enumerate(("A", "B", "AB")):
         tensors |= pair(f"layers.{i}.q_proj")
@@ -348,7 +346,7 @@ def test_the_factor_that_holds_nan_is_named(tmp_path: Path) -> None:
     assert f"{each[1][2]}; {each[0][2]}" in says[2]
 
 
-def test_patterns_choose_adapters(base: Path, tmp_path: Path) -> None:
+def test_patterns_select_adapters(base: Path, tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
     adapter = written(tmp_path / "adapter", tensors, {})
     for patterns in ({"include": ["layers.1.*"]}, {"exclude": ["*layers.0*.lora_A.*"]}):
@@ -357,21 +355,21 @@ def test_patterns_choose_adapters(base: Path, tmp_path: Path) -> None:
         assert len(found) == 1
 
 
-def test_what_is_asked_in_vain_is_said(base: Path, tmp_path: Path) -> None:
+def test_invalid_use_of_base_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
     with pytest.raises(ValueError, match="has no adapter that wellcond knows"):
         wc.audit(base, base=base)
     with pytest.raises(
-        ValueError, match=r"no weight for far\.away\.weight \(in .* it is not there\); it has lay"
+        ValueError, match=r"no weight for far\.away\.weight \(in .* it is missing\); it has lay"
     ):
         wc.audit(written(tmp_path / "other", pair("far.away"), {}), base=base)
-    with pytest.raises(TypeError, match="must come with the path of an adapter"):
+    with pytest.raises(TypeError, match="requires the path of an adapter"):
         wc.audit(nn.Linear(3, 2), base=base)
     with pytest.raises(FileNotFoundError):
         wc.audit(adapter, base=tmp_path / "nowhere")
 
 
-def test_a_repair_leaves_the_factors_of_an_adapter_alone(tmp_path: Path) -> None:
+def test_repair_keeps_adapter_factors(tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj")
     adapter = written(tmp_path / "adapter", tensors, {})
     with pytest.raises(ValueError, match=r"has none \(.*lora_A\.weight: a factor of an adapter"):
@@ -385,24 +383,25 @@ def test_a_repair_leaves_the_factors_of_an_adapter_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("alpha", [math.inf, math.nan, True, "16", None])
-def test_a_scale_that_is_no_number_is_none(alpha: Any, base: Path, tmp_path: Path) -> None:
+def test_non_numeric_scale_is_unknown(alpha: Any, base: Path, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {"lora_alpha": alpha})
     (row,) = wc.audit(adapter).findings
     assert "its scale is unknown" in row.detail
     with pytest.raises(
-        ValueError, match=r"a sum that can be measured, but .* has none .*its scale is unknown"
+        ValueError,
+        match=r"a merged weight that can be measured, but .* has none .*its scale is unknown",
     ):
         wc.audit(adapter, base=base)
 
 
-def test_a_scale_may_be_huge(base: Path, tmp_path: Path) -> None:
+def test_huge_scale(base: Path, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {"lora_alpha": 1e300})
     found = all_rows(adapter, base=base)
     assert found["layers.0.q_proj.weight:delta"].penalty == math.inf
 
 
-def test_an_adapter_that_changed_its_base_first_gives_no_sum(base: Path, tmp_path: Path) -> None:
-    """Of PiSSA the base that acts is what it left of the model, which nobody has saved."""
+def test_adapter_that_changed_its_base_is_not_merged(base: Path, tmp_path: Path) -> None:
+    """PiSSA changes the base when it starts, and that effective base is not saved."""
     config = {"init_lora_weights": "pissa_niter_4"}
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), config)
     (row,) = wc.audit(adapter).findings
@@ -411,10 +410,12 @@ def test_an_adapter_that_changed_its_base_first_gives_no_sum(base: Path, tmp_pat
         wc.audit(adapter, base=base)
 
 
-def test_two_files_of_adapters_are_not_added_together(base: Path, tmp_path: Path) -> None:
+def test_two_adapter_files_are_refused(base: Path, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
     torch.save(pair("layers.0.q_proj", seed=9), adapter / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"must hold one adapter, but holds several of layers\.0"):
+    with pytest.raises(
+        ValueError, match=r"must contain one adapter, but it contains several for layers\.0"
+    ):
         wc.audit(adapter, base=base)
     found = all_rows(adapter / "adapter_model.bin", base=base)
     A, B = (t.double() for t in pair("layers.0.q_proj", seed=9).values())
@@ -423,10 +424,8 @@ def test_two_files_of_adapters_are_not_added_together(base: Path, tmp_path: Path
     assert row.sigma_max == pytest.approx(float(sigma[0]), rel=1e-9)
 
 
-def test_one_that_holds_the_base_of_some_is_paired_for_the_others(
-    base: Path, tmp_path: Path
-) -> None:
-    """As PEFT saves one to lm_head."""
+def test_partial_base_in_the_adapter_file(base: Path, tmp_path: Path) -> None:
+    """PEFT saves such a file for an adapter of lm_head."""
     inside = {"base_model.model.head.base_layer.weight": entries(M, N, seed=8)}
     tensors = pair("layers.0.q_proj") | pair("head", seed=5) | inside
     found = all_rows(written(tmp_path / "adapter", tensors, {}), base=base)
@@ -435,15 +434,15 @@ def test_one_that_holds_the_base_of_some_is_paired_for_the_others(
     assert len(found) == 6
 
 
-def test_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
     save_file({"layers.0.q_proj.weight": entries(M, N).to(torch.int8)}, path)
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
-    with pytest.raises(ValueError, match=r"is skipped, as not real .* was adapted; or, where"):
+    with pytest.raises(ValueError, match=r"is skipped \(not real .* was adapted\. If its file"):
         wc.audit(adapter, base=path)
 
 
-def test_sums_that_fail_are_counted(base: Path, tmp_path: Path) -> None:
+def test_failed_merged_rows_are_counted(base: Path, tmp_path: Path) -> None:
     tensors = pair("layers.0.q_proj") | pair("layers.1.q_proj")
     tensors["base_model.model.layers.1.q_proj.lora_A.weight"] = entries(R, N + 1)
     report = wc.audit(written(tmp_path / "adapter", tensors, {}), base=base)
@@ -462,7 +461,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("patterns", "views"), ROWS)
-def test_patterns_choose_rows(
+def test_patterns_select_rows(
     patterns: dict[str, Any], views: set[str], base: Path, tmp_path: Path
 ) -> None:
     adapter = written(tmp_path / "adapter", pair("layers.0.q_proj"), {})
@@ -519,8 +518,8 @@ def test_peft_merges_to_the_same_weights(settings: dict[str, Any], tmp_path: Pat
         assert whole[f"{inside}:delta"].sigma_max == from_files[f"{name}.weight:delta"].sigma_max
 
 
-def test_a_model_says_which_adapters_act(tmp_path: Path) -> None:
-    """Two that act are summed, one that does not is shown alone, and a merged one is in W."""
+def test_model_determines_active_adapters(tmp_path: Path) -> None:
+    """Two active adapters are summed, an inactive one has its own row, and a merged one is in W."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = adapted(peft)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lin"]))
@@ -546,7 +545,7 @@ def test_a_model_says_which_adapters_act(tmp_path: Path) -> None:
     assert inside[f"{name}:delta"].detail == "already merged into the weight"
 
 
-def test_the_weights_of_gpt2_are_stored_the_other_way_round(tmp_path: Path) -> None:
+def test_transposed_weights_of_gpt2(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
@@ -571,8 +570,8 @@ def test_the_weights_of_gpt2_are_stored_the_other_way_round(tmp_path: Path) -> N
         assert row.condition_number == pytest.approx(float(sigma[0] / sigma[-1]), rel=1e-3)
 
 
-def test_magnitudes_alone_are_not_nothing(tmp_path: Path) -> None:
-    """Of DoRA with B = 0 the rows may have other lengths."""
+def test_dora_magnitudes_without_factors_count(tmp_path: Path) -> None:
+    """In DoRA, the rows can have other lengths even if B = 0."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = adapted(peft, use_dora=True)
     for name, parameter in model.named_parameters():
@@ -607,7 +606,7 @@ class Mixture(nn.Module):
 
 
 @pytest.mark.parametrize("target", ["experts.down_proj", "down_proj"])
-def test_an_adapter_to_a_stack_is_not_taken_for_one_matrix(target: str, tmp_path: Path) -> None:
+def test_adapter_of_a_stack_is_not_one_matrix(target: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch.manual_seed(0)
     if "target_parameters" not in signature(peft.LoraConfig).parameters:
@@ -622,7 +621,7 @@ def test_an_adapter_to_a_stack_is_not_taken_for_one_matrix(target: str, tmp_path
         assert len({f.label for f in report.findings}) == len(report.findings)
 
 
-def test_what_a_trained_copy_replaces_does_not_act(tmp_path: Path) -> None:
+def test_weight_replaced_by_a_trained_copy_is_skipped(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["score"])
     report = wc.audit(peft.get_peft_model(Net(), config))
@@ -634,7 +633,7 @@ def test_what_a_trained_copy_replaces_does_not_act(tmp_path: Path) -> None:
 
 
 def peft_folder(kind: str, tmp_path: Path) -> tuple[Path, Path]:
-    """An adapter of this type as PEFT saves it, and the whole state dict of the adapted model."""
+    """An adapter of this type saved by PEFT, and the complete state dict of the adapted model."""
     peft = pytest.importorskip("peft")
     layers = {"target_modules": ["q_proj", "up"], "modules_to_save": ["head"]}
     configs: dict[str, Any] = {
@@ -661,10 +660,8 @@ OTHERS = ["OFT", "BOFT", "IA3", "HRA", "VBLORA", "POLY"]
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", OTHERS)
-def test_the_parameters_of_an_adapter_that_is_no_lora_are_no_weights(
-    kind: str, tmp_path: Path
-) -> None:
-    """Neither measured nor repaired nor counted: only the copy of a layer beside them is."""
+def test_parameters_of_other_adapters_are_not_weights(kind: str, tmp_path: Path) -> None:
+    """They are not measured, repaired or counted; only the saved copy of a layer is."""
     adapter, whole = peft_folder(kind, tmp_path)
     report = wc.audit(adapter)
     assert [f.label for f in report.findings] == ["base_model.model.head.weight"]
@@ -681,11 +678,11 @@ def test_the_parameters_of_an_adapter_that_is_no_lora_are_no_weights(
     labels = {finding.label: finding for finding in wc.audit(whole).findings}
     assert not any(part in label for label in labels for part in ("oft_", "ia3", "hra"))
     q_proj = labels["base_model.model.q_proj.base_layer.weight"]
-    assert "these numbers leave out the effect of" in q_proj.detail
+    assert "these numbers do not include the effect of" in q_proj.detail
 
 
 @pytest.mark.frameworks
-def test_a_live_weight_says_that_an_adapter_changes_it() -> None:
+def test_live_weight_notes_its_adapter() -> None:
     peft = pytest.importorskip("peft")
     model = nn.Sequential()
     model.add_module("q_proj", nn.Linear(96, 96))
@@ -693,15 +690,15 @@ def test_a_live_weight_says_that_an_adapter_changes_it() -> None:
         model, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     )
     (row,) = wc.audit(adapted).findings
-    assert row.detail == "these numbers leave out the effect of IA3"
-    adapted.merge_adapter()  # the weight is the sum now
+    assert row.detail == "these numbers do not include the effect of IA3"
+    adapted.merge_adapter()  # the weight now includes the adapter
     assert wc.audit(adapted).findings[0].detail == ""
     adapted.unmerge_adapter()
     with adapted.disable_adapter():
         assert wc.audit(adapted).findings[0].detail == ""
 
 
-def test_an_unknown_type_is_known_by_its_config_alone(tmp_path: Path) -> None:
+def test_unknown_adapter_type_is_recognised_by_its_config(tmp_path: Path) -> None:
     tensors = {
         "base_model.model.q_proj.nova_core": entries(8, 8),
         "base_model.model.q_proj.nova_map.weight": entries(8, 8),
@@ -713,7 +710,7 @@ def test_an_unknown_type_is_known_by_its_config_alone(tmp_path: Path) -> None:
     assert str(report.coverage.skipped["base_model.model.q_proj.nova_core"]).endswith(": NOVA")
 
 
-# What kohya's scripts, LyCORIS and ComfyUI, newer and older versions of diffusers call a pair.
+# The names of a factor pair in kohya's scripts, LyCORIS, ComfyUI, and new and old diffusers.
 SPELLINGS = [
     ("lora_unet_mid_block_to_q.lora_down.weight", "lora_unet_mid_block_to_q.lora_up.weight"),
     ("unet.mid.attn1.to_q.lora.down.weight", "unet.mid.attn1.to_q.lora.up.weight"),
@@ -727,7 +724,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize(("down", "up"), SPELLINGS)
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
-def test_a_pair_is_one_change_however_it_is_spelt(
+def test_spellings_of_a_factor_pair(
     down: str, up: str, kernel: tuple[int, ...], tmp_path: Path
 ) -> None:
     A, B = entries(R, N, *kernel, seed=1), entries(M, R, *[1] * len(kernel), seed=2)
@@ -741,7 +738,7 @@ def test_a_pair_is_one_change_however_it_is_spelt(
         wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 2)
 
 
-def test_alpha_beside_a_pair_gives_its_scale(tmp_path: Path) -> None:
+def test_alpha_next_to_a_pair_sets_the_scale(tmp_path: Path) -> None:
     A, B = entries(R, N, seed=1), entries(M, R, seed=2)
     pair = {"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": torch.tensor(6.0)}
     save_file(pair, tmp_path / "lora.safetensors")
@@ -751,7 +748,7 @@ def test_alpha_beside_a_pair_gives_its_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strange", [torch.tensor(math.nan), torch.ones(3), torch.tensor(3)])
-def test_an_alpha_that_is_no_number_is_none(strange: Tensor, tmp_path: Path) -> None:
+def test_non_numeric_alpha_is_unknown(strange: Tensor, tmp_path: Path) -> None:
     A, B = entries(R, N, seed=1), entries(M, R, seed=2)
     pair = {"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": strange}
     save_file(pair, tmp_path / "lora.safetensors")
@@ -762,7 +759,7 @@ def test_an_alpha_that_is_no_number_is_none(strange: Tensor, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("more", ["lora_mid.weight", "dora_scale"])
-def test_what_is_more_than_a_pair_is_not_measured_as_one(more: str, tmp_path: Path) -> None:
+def test_more_than_a_pair_is_not_one_change(more: str, tmp_path: Path) -> None:
     tensors = {"x.lora_down.weight": entries(R, N), "x.lora_up.weight": entries(M, R)}
     save_file(tensors | {f"x.{more}": entries(R, R)}, tmp_path / "lora.safetensors")
     why = f"with {more.removesuffix('.weight')} in addition to A and B"
@@ -771,7 +768,7 @@ def test_what_is_more_than_a_pair_is_not_measured_as_one(more: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["q.lora_A.weight", "q.lora_up.weight", "q.lora.down.weight"])
-def test_a_factor_without_its_other_is_no_weight(name: str, tmp_path: Path) -> None:
+def test_single_factor_is_not_a_weight(name: str, tmp_path: Path) -> None:
     save_file({name: entries(R, N), "w.weight": entries(4, 7)}, tmp_path / "lora.safetensors")
     report = wc.audit(tmp_path / "lora.safetensors")
     assert [f.label for f in report.findings] == ["w.weight"]
@@ -784,12 +781,12 @@ def test_a_factor_without_its_other_is_no_weight(name: str, tmp_path: Path) -> N
     "name",
     ["road_head.weight", "often.weight", "soft_r.weight", "miss_rate.weight", "hydra.weight"],
 )
-def test_names_that_only_look_like_those_of_adapters_are_weights(name: str, tmp_path: Path) -> None:
+def test_names_resembling_adapters_are_weights(name: str, tmp_path: Path) -> None:
     save_file({name: entries(4, 7)}, tmp_path / "m.safetensors")
     assert [f.label for f in wc.audit(tmp_path / "m.safetensors").findings] == [name]
 
 
-# As lycoris-lora 4.1.3 writes them.
+# The names that lycoris-lora 4.1.3 writes.
 LYCORIS = {
     "LoHa with a core": {"hada_t1": (3, 3, 3, 3), "hada_w1_a": (3, 7), "hada_w1_b": (3, 10)},
     "LoKr without a part": {"lokr_w1": (6, 4), "lokr_w2_a": (8, 2)},
@@ -801,7 +798,7 @@ LYCORIS = {
 
 @pytest.mark.parametrize("kind", LYCORIS)
 @pytest.mark.parametrize("prefix", ["lycoris_q", "lora_unet_down_blocks_0_to_q"])
-def test_what_lycoris_writes_is_no_weight_but_for_pairs(
+def test_lycoris_tensors_are_not_weights_except_pairs(
     kind: str, prefix: str, tmp_path: Path
 ) -> None:
     tensors = {f"{prefix}.{name}": entries(*shape) for name, shape in LYCORIS[kind].items()}
@@ -811,11 +808,11 @@ def test_what_lycoris_writes_is_no_weight_but_for_pairs(
     save_file(tensors, tmp_path / "lora.safetensors")
     report = wc.audit(tmp_path / "lora.safetensors")
     assert [f.label for f in report.findings] == [f"{prefix}_k.weight:delta"]
-    with pytest.raises(ValueError, match="must hold a weight matrix, but has none"):
+    with pytest.raises(ValueError, match="must contain a weight matrix, but has none"):
         wc.repair(tmp_path / "lora.safetensors", tmp_path / "fixed.safetensors", 2)
 
 
-def test_the_factors_for_an_embedding_are_no_weights(tmp_path: Path) -> None:
+def test_embedding_factors_are_not_weights(tmp_path: Path) -> None:
     tensors = {
         "model.wte.lora_embedding_A.default": entries(R, 20),
         "model.wte.lora_embedding_B.default": entries(N, R),

@@ -1,4 +1,4 @@
-"""An audit of heads: rows besides the weights, of the singular values that need not be zero."""
+"""An audit of heads: additional rows with the singular values that can be nonzero."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def made(width: int = 12, heads: int = 3) -> nn.Sequential:
     return nn.Sequential(layer, nn.Linear(width, 2))
 
 
-def test_rows_of_heads_stand_besides_those_of_the_weights() -> None:
+def test_heads_add_rows_to_those_of_the_weights() -> None:
     model = made()
     plain, report = wc.audit(model), wc.audit(model, heads=True)
     rows = {f.label: f for f in report.findings}
@@ -28,7 +28,7 @@ def test_rows_of_heads_stand_besides_those_of_the_weights() -> None:
     assert str(report.coverage) == str(plain.coverage)
     assert report.coverage == plain.coverage
     others = [f for f in report.findings if f.label not in heads]
-    assert list(map(repr, others)) == list(map(repr, plain.findings))  # nan equals no nan
+    assert list(map(repr, others)) == list(map(repr, plain.findings))  # nan does not equal nan
     attention = model[0].self_attn
     W_Q, W_K, W_V = (block.double() for block in attention.in_proj_weight.detach().chunk(3))
     W_O = attention.out_proj.weight.detach().double()
@@ -52,7 +52,7 @@ def test_rows_of_heads_stand_besides_those_of_the_weights() -> None:
     assert "qk1" in report.to_html()
 
 
-def test_patterns_take_heads_by_their_module_or_one_by_one() -> None:
+def test_patterns_select_heads() -> None:
     model = made()
 
     def labels(**patterns: list[str]) -> set[str]:
@@ -64,11 +64,11 @@ def test_patterns_take_heads_by_their_module_or_one_by_one() -> None:
         f"0.self_attn:qk{h}" for h in range(3)
     }
     assert labels(exclude=["0.self_attn"]) == {f.label for f in wc.audit(model).findings}
-    with pytest.raises(ValueError, match="qk9 matches none"):
+    with pytest.raises(ValueError, match=r"no weight matches \*:qk9"):
         labels(include=["*:qk9"])
 
 
-def test_progress_goes_on_with_the_attentions() -> None:
+def test_progress_includes_attention_modules() -> None:
     seen: list[Progress] = []
     wc.audit(made(), heads=True, progress=seen.append)
     assert (seen[-1].name, seen[-1].number) == ("0.self_attn", 6)
@@ -78,7 +78,7 @@ def test_progress_goes_on_with_the_attentions() -> None:
     assert {step.total for step in seen} == {len(seen)}, "heads that nobody asked for do not count"
 
 
-def test_trouble_with_a_head_is_its_status() -> None:
+def test_error_of_a_head_is_its_status() -> None:
     model = made()
     attention = model[0].self_attn
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_trouble_with_a_head_is_its_status() -> None:
     assert rows["vo1"].certificate is None
 
 
-def test_heads_that_are_not_known_are_rows_that_say_why() -> None:
+def test_unknown_heads_are_rows_with_a_reason() -> None:
     model = made()
     model[0].self_attn = nn.Module()
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -112,7 +112,7 @@ def test_heads_that_are_not_known_are_rows_that_say_why() -> None:
     assert report.coverage.failed == 0
 
 
-def test_what_cannot_be_read_fails_alone() -> None:
+def test_unreadable_head_fails_separately() -> None:
     model = made()
     model[0].self_attn.out_proj.to("meta")
     rows = {f.label: f for f in wc.audit(model, heads=True).findings}
@@ -120,7 +120,7 @@ def test_what_cannot_be_read_fails_alone() -> None:
     assert rows["0.self_attn:qk2"].status is wc.report.Status.ok
 
 
-def test_heads_are_not_counted_as_parametrized_weights_are_read() -> None:
+def test_reading_heads_does_not_change_the_coverage() -> None:
     model = made()
     nn.utils.parametrizations.spectral_norm(model[0].self_attn, "in_proj_weight")
     model.train()
@@ -133,16 +133,16 @@ def test_heads_are_not_counted_as_parametrized_weights_are_read() -> None:
     assert rows["0.self_attn:qk0"].sigma_max == pytest.approx(float(sigma[0]), rel=1e-5)
 
 
-def test_what_has_no_heads_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="but Linear has none that is known"):
+def test_model_without_heads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="but none were recognised in Linear"):
         wc.audit(nn.Linear(3, 3), heads=True)
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"but .*model.pt has none that is known"):
+    with pytest.raises(ValueError, match=r"but none were recognised in .*model.pt"):
         wc.audit(tmp_path / "model.pt", heads=True)
 
 
 class Grouped(nn.Module):
-    """Two queries to a key, as most language models have them."""
+    """Grouped attention with two queries per key, as in most language models."""
 
     def __init__(self, head_dim: int = 5) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def stored(path: Path, config: object = None) -> nn.Module:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_file_and_its_model_agree(tmp_path: Path, whole: bool) -> None:
+def test_file_and_model_agree(tmp_path: Path, whole: bool) -> None:
     model = stored(tmp_path, CONFIG | {"rope_theta": 1e4})
     path = tmp_path if whole else tmp_path / "model.pt"
     plain, found, expected = wc.audit(path), wc.audit(path, heads=True), wc.audit(model, heads=True)
@@ -201,7 +201,7 @@ def test_a_file_and_its_model_agree(tmp_path: Path, whole: bool) -> None:
         (CONFIG | {"num_attention_heads": 10**30}, "equal heads of 5 rows"),
     ],
 )
-def test_of_a_file_nothing_is_guessed(tmp_path: Path, config: object, why: str) -> None:
+def test_file_without_config_has_no_heads(tmp_path: Path, config: object, why: str) -> None:
     stored(tmp_path, config)
     report = wc.audit(tmp_path / "model.pt", heads=True)
     (row,) = (f for f in report.findings if f.name == "0.self_attn")
@@ -210,8 +210,8 @@ def test_of_a_file_nothing_is_guessed(tmp_path: Path, config: object, why: str) 
     assert report.coverage.failed == 0
 
 
-def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
-    """c_attn of GPT-2 is stored as (in, out), that of others as Linear."""
+def test_heads_in_a_file_are_found_by_name(tmp_path: Path) -> None:
+    """c_attn of GPT-2 is stored as (in, out), c_attn of other models like Linear."""
     torch.manual_seed(0)
     W, out = torch.randn(36, 12), torch.randn(12, 12)
     layers = {
@@ -220,7 +220,7 @@ def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
         "as.timm": (W, out, "qkv", "proj"),
     }
     content = {
-        f"{name}.{child}.weight": tensor.clone()  # else it is a part of another
+        f"{name}.{child}.weight": tensor.clone()  # otherwise the tensor shares memory with another
         for name, (*tensors, first, second) in layers.items()
         for child, tensor in zip((first, second), tensors, strict=True)
     }
@@ -241,9 +241,7 @@ def test_heads_in_a_file_are_known_by_their_names_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "known"), [("gpt_neox", True), ("mine", False), ("", False)])
-def test_heads_of_an_order_that_is_not_known_are_not_claimed(
-    tmp_path: Path, kind: str, known: bool
-) -> None:
+def test_heads_in_unknown_order_are_not_measured(tmp_path: Path, kind: str, known: bool) -> None:
     content = {"a.query_key_value.weight": torch.randn(36, 12), "a.dense.weight": torch.eye(12)}
     torch.save(content, tmp_path / "model.pt")
     config = {"model_type": kind, "num_attention_heads": 3, "hidden_size": 12}
@@ -254,21 +252,19 @@ def test_heads_of_an_order_that_is_not_known_are_not_claimed(
         assert "no known class or model_type" in rows["a:heads"].detail
 
 
-def test_comparisons_pair_heads() -> None:
+def test_compare_pairs_heads() -> None:
     first, second = (wc.audit(made(), heads=True) for _ in range(2))
     labels = [pair.label for pair in wc.compare(first, second).pairs]
     assert "0.self_attn:vo2" in labels
 
 
-def test_the_table_counts_what_a_head_can_have() -> None:
+def test_table_counts_the_possible_rank_of_a_head() -> None:
     report = wc.audit(nn.MultiheadAttention(16, 4), heads=True)
     (line,) = (line for line in report.table().splitlines() if line.startswith("qk0 "))
     assert " 4/4 " in line
 
 
-def test_the_command_line_measures_heads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_measures_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = {f"layers.0.attn.{x}_proj.weight": torch.randn(12, 12) for x in "qkvo"}
     torch.save(state, tmp_path / "model.pt")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 3, "hidden_size": 12}')

@@ -1,4 +1,4 @@
-"""Audits of LoHa, LoKr, VeRA and RandLoRA against what PEFT merges, and of files of kohya."""
+"""Audits of LoHa, LoKr, VeRA and RandLoRA, compared with merges by PEFT, and of kohya files."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def rows(report: wc.AuditReport) -> dict[str, wc.report.Finding]:
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder of an adapter as PEFT saved it, without the bases beside it."""
+    """The folder of an adapter saved by PEFT, without the bases next to it."""
     name: str = request.param
     (tmp_path / "adapter").mkdir()
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -39,7 +39,7 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return DATA / name
 
 
-def test_sums_are_those_that_peft_merges(kind: Path, tmp_path: Path) -> None:
+def test_merged_weights_match_peft(kind: Path, tmp_path: Path) -> None:
     found = rows(wc.audit(tmp_path / "adapter", base=kind / "base.safetensors"))
     before, after = (load_file(kind / f"{one}.safetensors") for one in ("base", "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -59,7 +59,7 @@ def test_sums_are_those_that_peft_merges(kind: Path, tmp_path: Path) -> None:
         assert finding.rounded_condition_number == pytest.approx(finding.condition_number, rel=1e-3)
 
 
-def test_what_is_added_is_measured_alone_where_it_follows(kind: Path, tmp_path: Path) -> None:
+def test_delta_is_measured_without_base_if_known(kind: Path, tmp_path: Path) -> None:
     before, after = (load_file(kind / f"{one}.safetensors") for one in ("base", "merged"))
     if kind.name in ("vera", "randlora"):
         with pytest.raises(ValueError, match="do not give its number of inputs"):
@@ -74,18 +74,18 @@ def test_what_is_added_is_measured_alone_where_it_follows(kind: Path, tmp_path: 
         assert finding.sigma_min == pytest.approx(float(sigma[finding.nu - 1]), rel=1e-3, abs=1e-5)
 
 
-def test_a_repair_leaves_their_tensors_alone(kind: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must hold a weight matrix, but has none"):
+def test_repair_keeps_adapter_tensors(kind: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must contain a weight matrix, but has none"):
         wc.repair(tmp_path / "adapter", tmp_path / "fixed", 2)
 
 
-def test_a_tensor_that_holds_nan_is_named(kind: Path, tmp_path: Path) -> None:
+def test_tensor_with_nan_is_named(kind: Path, tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if not name.endswith(("_A", "_B")))
     tensors[name].view(-1)[0] = math.nan
     save_file(tensors, path)
-    if kind.name == "lokr_core":  # which adapts nothing else
+    if kind.name == "lokr_core":  # this adapter adapts nothing else
         with pytest.raises(ValueError, match=f"1 of 9 entries of {name}"):
             wc.audit(tmp_path / "adapter", base=kind / "base.safetensors")
         return
@@ -97,7 +97,7 @@ def test_a_tensor_that_holds_nan_is_named(kind: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vera", "randlora"], indirect=True)
-def test_without_the_shared_projections_there_is_a_reason(kind: Path, tmp_path: Path) -> None:
+def test_missing_shared_projections_are_a_reason(kind: Path, tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     left = {n: t for n, t in load_file(path).items() if not n.endswith(("_A", "_B"))}
     save_file(left, path)
@@ -106,18 +106,18 @@ def test_without_the_shared_projections_there_is_a_reason(kind: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "randlora"], indirect=True)
-def test_without_alpha_there_is_no_sum(kind: Path, tmp_path: Path) -> None:
+def test_no_merged_weight_without_alpha(kind: Path, tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     kept = {key: one for key, one in config.items() if "alpha" not in key}
     path.write_text(json.dumps(kept))
-    with pytest.raises(ValueError, match=r"must give a sum .* its scale is unknown"):
+    with pytest.raises(ValueError, match=r"must yield a merged weight .* its scale is unknown"):
         wc.audit(tmp_path / "adapter", base=kind / "base.safetensors")
 
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig", "VeraConfig", "RandLoraConfig"])
-def test_a_model_in_memory_shows_the_same(name: str) -> None:
+def test_model_in_memory_matches_the_file(name: str) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = nn.Sequential()
@@ -148,7 +148,7 @@ def kron(*parts: Tensor) -> Tensor:
 
 
 def of_files() -> dict[str, tuple[dict[str, Tensor], Tensor]]:
-    """Tensors of a module, and the change that they make, written out by hand."""
+    """The tensors of a module, and the explicit change that they represent."""
     up, down = entries(M, R, seed=1), entries(R, N, seed=2)
     mid, kernel = entries(R, R, 3, 3, seed=3), entries(R, N, 3, 3, seed=4)
     alpha = {"alpha": torch.tensor(3.0)}
@@ -188,7 +188,7 @@ def of_files() -> dict[str, tuple[dict[str, Tensor], Tensor]]:
 
 @pytest.mark.parametrize("kind", of_files())
 @pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_"])
-def test_files_of_kohya_and_lycoris_are_the_changes_written_out(
+def test_kohya_and_lycoris_files_match_explicit_changes(
     kind: str, prefix: str, tmp_path: Path
 ) -> None:
     tensors, change = of_files()[kind]
@@ -217,7 +217,7 @@ MORE = [
 
 
 @pytest.mark.parametrize(("kind", "more", "why"), MORE)
-def test_what_is_more_than_a_form_is_not_measured_as_one(
+def test_extra_tensors_are_not_measured_as_one_form(
     kind: str, more: str, why: str, tmp_path: Path
 ) -> None:
     tensors = of_files()[kind][0] | {more: entries(M, 1)}
@@ -226,19 +226,19 @@ def test_what_is_more_than_a_form_is_not_measured_as_one(
         wc.audit(tmp_path / "a.safetensors")
 
 
-def test_tensors_that_do_not_fit_each_other_are_a_reason(tmp_path: Path) -> None:
+def test_mismatched_tensors_are_a_reason(tmp_path: Path) -> None:
     tensors: dict[str, Any] = of_files()["LoHa"][0] | {"hada_w1_a": entries(M + 1, R)}
     save_file({f"lycoris_q.{n}": t for n, t in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"have incompatible shapes: hada_w1_a \(7, 2\), "):
         wc.audit(tmp_path / "a.safetensors")
 
 
-def test_a_flat_path_that_may_be_several_weights_is_none(tmp_path: Path) -> None:
+def test_ambiguous_flat_path_matches_nothing(tmp_path: Path) -> None:
     tensors = {f"lora_te_q.{n}": t for n, t in of_files()["linear"][0].items()}
     save_file(tensors, tmp_path / "lora.safetensors")
     W = entries(M, N)
     save_file({"a.q.weight": W, "b.q.weight": W + 1}, tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match="must hold the weights"):
+    with pytest.raises(ValueError, match="must contain the weights"):
         wc.audit(tmp_path / "lora.safetensors", base=tmp_path / "base.safetensors")
     save_file({"a.q.weight": W, "b.r.weight": W + 1}, tmp_path / "one.safetensors")
     (row,) = wc.audit(tmp_path / "lora.safetensors", base=tmp_path / "one.safetensors").findings

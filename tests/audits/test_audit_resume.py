@@ -1,4 +1,4 @@
-"""An audit that was interrupted goes on with the file that it left; work is dealt to processes."""
+"""An interrupted audit continues from its file, and processes share the work."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """All kinds of numbers: infinite, undefined, none; and what is searched for NaN."""
+    """A file with finite, infinite and undefined numbers, and tensors to search for NaN."""
     weights = {f"layers.{i}.weight": matrix(6 + i, 5, seed=i) for i in range(LAYERS)}
     weights |= {"zero": torch.zeros(3, 4), "flat": torch.ones(3, 4), "stack": matrix(2, 4, 5)}
     weights |= {"nan": torch.full((3, 3), torch.nan), "bias": torch.tensor([torch.inf, 1.0])}
@@ -38,14 +38,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def same(one: wc.AuditReport, other: wc.AuditReport) -> bool:
-    """Bit for bit, where nan is nan."""
+    """Equality bit for bit; nan equals nan."""
     return repr([*map(dataclasses.asdict, one.findings), one]) == repr(
         [*map(dataclasses.asdict, other.findings), other]
     )
 
 
 class Interruption(Exception):
-    """What ends an audit between two tensors."""
+    """Ends an audit between two tensors."""
 
 
 def interrupted(path: Path, known: Path, after: int, **options: Any) -> None:
@@ -58,7 +58,7 @@ def interrupted(path: Path, known: Path, after: int, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"certify": True, "curves": 9}, {"include": "layers.*"}])
-def test_a_resumed_audit_reports_what_one_without_interruption_does(
+def test_resumed_audit_equals_uninterrupted_audit(
     path: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     known = tmp_path / "known"
@@ -69,27 +69,29 @@ def test_a_resumed_audit_reports_what_one_without_interruption_does(
     found = wc.audit(path, resume=known, progress=lambda step: names.append(step.name), **options)
     assert same(found, expected)
     measured = {finding.name for finding in expected.findings} - {"bias"}
-    assert len(names) == len(measured) - 3  # what the others have measured stays
+    assert len(names) == len(measured) - 3  # the values of the other tensors are kept
     names.clear()
     again = wc.audit(path, resume=known, progress=lambda step: names.append(step.name), **options)
     assert same(again, expected)
     assert not names
 
 
-def test_nothing_of_a_tensor_that_is_known_is_read(path: Path, tmp_path: Path) -> None:
+def test_known_tensors_are_not_read(path: Path, tmp_path: Path) -> None:
     known = tmp_path / "known"
     expected = wc.audit(path, resume=known)
     state = path.stat()
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
-    content[start:] = bytes(len(content) - start)  # as if all were zero, and of the same time
+    content[start:] = bytes(
+        len(content) - start
+    )  # zero all tensors, but keep the modification time
     path.write_bytes(content)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert same(wc.audit(path, resume=known), expected)
 
 
 @pytest.mark.parametrize("cut", [1, 40])
-def test_a_line_that_was_cut_is_measured_again(path: Path, tmp_path: Path, cut: int) -> None:
+def test_cut_line_is_measured_again(path: Path, tmp_path: Path, cut: int) -> None:
     known = tmp_path / "known"
     expected = wc.audit(path, resume=known)
     whole = known.read_bytes()
@@ -99,9 +101,7 @@ def test_a_line_that_was_cut_is_measured_again(path: Path, tmp_path: Path, cut: 
 
 
 @pytest.mark.parametrize("size", [0, 10])
-def test_a_file_that_was_cut_in_its_first_line_is_a_new_one(
-    path: Path, tmp_path: Path, size: int
-) -> None:
+def test_file_cut_in_its_first_line_starts_anew(path: Path, tmp_path: Path, size: int) -> None:
     known = tmp_path / "known"
     wc.audit(path, resume=known)
     whole = known.read_bytes()
@@ -110,7 +110,7 @@ def test_a_file_that_was_cut_in_its_first_line_is_a_new_one(
     assert known.read_bytes() == whole
 
 
-def test_files_of_other_processes_count(path: Path, tmp_path: Path) -> None:
+def test_files_of_other_processes_are_used(path: Path, tmp_path: Path) -> None:
     known = tmp_path / "kno[w]n*"
     expected = wc.audit(path, resume=known)
     head, *lines = known.read_bytes().splitlines(keepends=True)
@@ -122,7 +122,7 @@ def test_files_of_other_processes_count(path: Path, tmp_path: Path) -> None:
     assert known.read_bytes() == before
 
 
-def test_what_has_failed_is_tried_again(path: Path, tmp_path: Path) -> None:
+def test_failures_are_tried_again(path: Path, tmp_path: Path) -> None:
     record = Record(tmp_path / "known", {"versions": {}, "options": {}, "files": {}})
     failed = Finding("w", "", (0, 0), "", status=Status.failed, detail="no memory")
     record.add(("rows", 0, "w"), (failed,))
@@ -132,10 +132,12 @@ def test_what_has_failed_is_tried_again(path: Path, tmp_path: Path) -> None:
     assert again.known == {("search", 1, "v"): (0, 0, 4, True)}
 
 
-def test_another_audit_is_refused(path: Path, tmp_path: Path) -> None:
+def test_record_of_another_audit_is_refused(path: Path, tmp_path: Path) -> None:
     known = tmp_path / "known"
     wc.audit(path, resume=known)
-    with pytest.raises(ValueError, match=r"of another one \(include was \[\] and is \['zero'\]\)"):
+    with pytest.raises(
+        ValueError, match=r"to another audit \(include was \[\] and is now \['zero'\]\)"
+    ):
         wc.audit(path, include="zero", resume=known)
     with pytest.raises(ValueError, match=f"or delete {known}"):
         wc.audit(path, certify=True, resume=known)
@@ -144,7 +146,7 @@ def test_another_audit_is_refused(path: Path, tmp_path: Path) -> None:
         wc.audit(path, resume=known)
 
 
-def test_settings_beside_the_file_count_as_part_of_it(path: Path, tmp_path: Path) -> None:
+def test_settings_files_belong_to_the_audit(path: Path, tmp_path: Path) -> None:
     known = tmp_path / "known"
     wc.audit(path, resume=known)
     (tmp_path / "config.json").write_text("{}")
@@ -155,17 +157,15 @@ def test_settings_beside_the_file_count_as_part_of_it(path: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "content", [b"weights", b"{}\n", b"[1]\nx", b"\xff\xfe\n", b'{"a":' * 9999]
 )
-def test_a_file_that_is_something_else_is_refused_and_kept(
-    path: Path, tmp_path: Path, content: bytes
-) -> None:
+def test_other_file_is_refused_and_kept(path: Path, tmp_path: Path, content: bytes) -> None:
     known = tmp_path / "known"
     known.write_bytes(content)
-    with pytest.raises(ValueError, match=r"`resume` must be a new file, .* is something else"):
+    with pytest.raises(ValueError, match=r"`resume` must be a new file or .* is something else"):
         wc.audit(path, resume=known)
     assert known.read_bytes() == content
 
 
-def test_only_files_can_be_told_apart(path: Path, tmp_path: Path) -> None:
+def test_resume_requires_paths(path: Path, tmp_path: Path) -> None:
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="`model_or_path` is a Linear"):
         wc.audit(layer, resume=tmp_path / "known")
@@ -176,7 +176,7 @@ def test_only_files_can_be_told_apart(path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "known").exists()
 
 
-def test_a_line_of_another_shape_is_measured_again(path: Path, tmp_path: Path) -> None:
+def test_line_with_another_structure_is_measured_again(path: Path, tmp_path: Path) -> None:
     known = tmp_path / "known"
     expected = wc.audit(path, resume=known)
     head, first, *rest = known.read_bytes().splitlines(keepends=True)
@@ -187,12 +187,12 @@ def test_a_line_of_another_shape_is_measured_again(path: Path, tmp_path: Path) -
     assert same(wc.audit(path, resume=known), expected)
 
 
-# --- who does what --------------------------------------------------------------------------------
+# --- shares of the work ---------------------------------------------------------------------------
 
 
 @given(st.lists(st.floats(0, 1e9)), st.integers(1, 5))
-def test_no_process_has_more_than_half_above_a_lower_bound(work: list[float], count: int) -> None:
-    """The item on top of the largest load is no larger than half of two of `count` + 1."""
+def test_deal_is_within_half_of_a_lower_bound(work: list[float], count: int) -> None:
+    """The last item of the largest load is at most half the sum of two of `count` + 1 items."""
     shares = deal(work, count)
     assert sorted(index for share in shares for index in share) == [*range(len(work))]
     assert all(share == sorted(share) for share in shares)
@@ -205,7 +205,7 @@ def test_no_process_has_more_than_half_above_a_lower_bound(work: list[float], co
         assert loads[-1] == max(work, default=0.0)
 
 
-def test_an_executor_gives_the_values_in_order() -> None:
+def test_executor_returns_values_in_order() -> None:
     def square(chosen: Any) -> Iterator[int]:
         return (index * index for index in chosen)
 

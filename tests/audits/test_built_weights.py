@@ -1,6 +1,6 @@
 """Weights that recipes build are audited, compared, gated, repaired and written like stored ones.
 
-Letters: W (m, n) a weight; codes and s what a file stores of it.
+Letters: W (m, n) a weight, which a file stores as codes and scales s.
 """
 
 import json
@@ -23,7 +23,7 @@ BLOCK = 16
 
 
 def codes_of(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes in float8, scales per block, and the weight that they stand for."""
+    """Codes in float8, scales per block, and the weight that they encode."""
     m, n = W.shape
     rows, columns = -(-m // BLOCK), -(-n // BLOCK)
     wide = torch.zeros(rows * BLOCK, columns * BLOCK)
@@ -60,7 +60,7 @@ SHAPES = {
 
 
 def model(folder: Path, config: dict[str, Any] | None = None) -> tuple[Path, dict[str, Tensor]]:
-    """A folder of two shards with its weights in FP8; and these weights as they act."""
+    """A folder of two shards with weights in FP8, and the effective weights."""
     folder.mkdir()
     plain: dict[str, Tensor] = {}
     shards: dict[str, dict[str, Tensor]] = {"a.safetensors": {}, "b.safetensors": {}}
@@ -98,7 +98,7 @@ def numbers(report: wc.AuditReport) -> dict[str, tuple[float, float, float]]:
 
 
 @pytest.mark.parametrize("heads", [False, True])
-def test_an_audit_of_codes_is_that_of_the_plain_weights(tmp_path: Path, heads: bool) -> None:
+def test_audit_of_codes_equals_audit_of_plain_weights(tmp_path: Path, heads: bool) -> None:
     path, plain = model(tmp_path / "fp8")
     found = wc.audit(path, heads=heads, certify=not heads)
     expected = wc.audit(twin(tmp_path / "plain", plain), heads=heads, certify=not heads)
@@ -116,7 +116,7 @@ def test_an_audit_of_codes_is_that_of_the_plain_weights(tmp_path: Path, heads: b
     assert "dequantised from FP8" in found.to_html()
 
 
-def test_parts_are_no_weights_of_their_own(tmp_path: Path) -> None:
+def test_parts_are_not_separate_weights(tmp_path: Path) -> None:
     path, _ = model(tmp_path / "fp8")
     report = wc.audit(path)
     skipped = report.coverage.skipped
@@ -129,13 +129,13 @@ def test_parts_are_no_weights_of_their_own(tmp_path: Path) -> None:
         == sum(m * n for m, n in SHAPES.values()) + 50 * 32 + 32
     )
     for pattern in ("*weight_scale_inv", "model.layers.0.self_attn.q_proj.weight_scale_inv"):
-        with pytest.raises(ValueError, match=r"_proj\.weight_scale_inv is a part of "):
+        with pytest.raises(ValueError, match=r"_proj\.weight_scale_inv is part of "):
             wc.audit(path, include=[pattern])
     (one,) = wc.audit(path, include=["*.down_proj.weight"]).findings
     assert one.parts
 
 
-def test_codes_and_plain_weights_are_compared(tmp_path: Path) -> None:
+def test_compare_codes_with_plain_weights(tmp_path: Path) -> None:
     path, plain = model(tmp_path / "fp8")
     original = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
     before = twin(
@@ -148,7 +148,7 @@ def test_codes_and_plain_weights_are_compared(tmp_path: Path) -> None:
     assert len(result.pairs) == len(SHAPES) + 2
 
 
-def test_a_gate_on_codes_sees_what_acts(tmp_path: Path, capsys: Any) -> None:
+def test_gate_uses_effective_weights_of_codes(tmp_path: Path, capsys: Any) -> None:
     path, plain = model(tmp_path / "fp8")
     worst = max(float(wc.condition_number(W)) for W in plain.values())
     assert cli.main(["audit", str(path), "--max-condition", str(1.01 * worst)]) == 0
@@ -156,7 +156,7 @@ def test_a_gate_on_codes_sees_what_acts(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["audit", str(path), "--min-coverage", "0.99"]) == 0
 
 
-def test_an_adapter_is_added_to_codes(tmp_path: Path) -> None:
+def test_adapter_of_a_quantised_weight(tmp_path: Path) -> None:
     path, plain = model(tmp_path / "fp8")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -177,7 +177,7 @@ def test_an_adapter_is_added_to_codes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["weight", "weight_scale_inv"])
-def test_the_part_that_is_not_finite_is_named(tmp_path: Path, part: str) -> None:
+def test_nonfinite_part_is_named(tmp_path: Path, part: str) -> None:
     path, _ = model(tmp_path / "fp8")
     shard = path / ("a.safetensors" if part == "weight" else "b.safetensors")
     content = load_file(shard)
@@ -191,7 +191,7 @@ def test_the_part_that_is_not_finite_is_named(tmp_path: Path, part: str) -> None
     assert row.name == "model.layers.0.mlp.down_proj.weight"
 
 
-def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
+def test_failed_build_has_a_reason(tmp_path: Path) -> None:
     config = CONFIG | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [7, 7]}}
     path, _ = model(tmp_path / "fp8", config)
     report = wc.audit(path)
@@ -208,7 +208,7 @@ def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
 # --- repair ---------------------------------------------------------------------------------------
 
 
-def test_a_repair_leaves_codes_as_they_are_and_says_so(tmp_path: Path) -> None:
+def test_repair_keeps_codes_and_reports_them(tmp_path: Path) -> None:
     path, _ = model(tmp_path / "fp8")
     report = wc.repair(path, tmp_path / "out", 3.0)
     assert {repair.name for repair in report.repairs} == {"lm_head.weight"}
@@ -220,7 +220,7 @@ def test_a_repair_leaves_codes_as_they_are_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [float("inf"), 3.0])
-def test_a_model_becomes_plain(tmp_path: Path, limit: float) -> None:
+def test_dequantise_model(tmp_path: Path, limit: float) -> None:
     path, plain = model(tmp_path / "fp8")
     report = wc.repair(path, tmp_path / "out", limit, dequantise=True)
     assert len(report.repairs) == len(SHAPES) + 2
@@ -248,7 +248,7 @@ def test_a_model_becomes_plain(tmp_path: Path, limit: float) -> None:
     )
 
 
-def test_an_excluded_weight_becomes_plain_without_a_change(tmp_path: Path) -> None:
+def test_dequantise_excluded_weight_without_repair(tmp_path: Path) -> None:
     path, plain = model(tmp_path / "fp8")
     name = "model.layers.0.mlp.down_proj.weight"
     wc.repair(path, tmp_path / "out", 2.0, dequantise=True, exclude=[name])
@@ -257,7 +257,7 @@ def test_an_excluded_weight_becomes_plain_without_a_change(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_one_file_becomes_plain(tmp_path: Path, kind: str) -> None:
+def test_dequantise_single_file(tmp_path: Path, kind: str) -> None:
     codes, _, _ = codes_of(normal(20, 30))
     W = codes.float() * 0.5
     content = {"l.weight": codes, "l.weight_scale": torch.tensor(0.5), "l.bias": torch.ones(20)}
@@ -272,26 +272,26 @@ def test_one_file_becomes_plain(tmp_path: Path, kind: str) -> None:
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, out.name}
 
 
-def test_there_must_be_codes_to_dequantise(tmp_path: Path) -> None:
+def test_dequantise_requires_codes(tmp_path: Path) -> None:
     save_file({"l.weight": torch.randn(5, 4)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="`dequantise` asks for weights that are stored as codes"):
+    with pytest.raises(ValueError, match="`dequantise` requires weights that are stored as codes"):
         wc.repair(tmp_path / "a.safetensors", tmp_path / "b.safetensors", 2.0, dequantise=True)
 
 
-def test_a_weight_that_cannot_obey_stops_it(tmp_path: Path) -> None:
+def test_unreachable_limit_stops_the_repair(tmp_path: Path) -> None:
     path, _ = model(tmp_path / "fp8")
     with pytest.raises(ValueError, match="nothing was written"):
         wc.repair(path, tmp_path / "out", 1.0001, dequantise=True)  # bfloat16 rounds more
     assert not (tmp_path / "out").exists()
 
 
-# --- what a report says ---------------------------------------------------------------------------
+# --- reports --------------------------------------------------------------------------------------
 
 DATA = Path(__file__).parents[1] / "recipes" / "data"
 
 
 def committed(name: str, folder: Path) -> Path:
-    """A checkpoint of tests/recipes/data without the entries that are expected of it."""
+    """A checkpoint of tests/recipes/data without its expected entries."""
     leave_out = shutil.ignore_patterns("expected.safetensors")
     return shutil.copytree(DATA / name, folder / name, ignore=leave_out)
 
@@ -313,19 +313,19 @@ def committed(name: str, folder: Path) -> Path:
         ("torchao", {"int3", "int4", "int8", "float8_e4m3fn", "float4_e2m1"}),
     ],
 )
-def test_the_dtype_is_what_codes_are_stored_as(name: str, dtypes: set[str], tmp_path: Path) -> None:
+def test_dtype_of_codes_is_the_stored_one(name: str, dtypes: set[str], tmp_path: Path) -> None:
     report = wc.audit(committed(name, tmp_path))
     assert {f.dtype for f in report.findings if f.parts} == dtypes
 
 
-def test_the_dtype_of_what_is_computed_is_that_of_its_parameter(tmp_path: Path) -> None:
+def test_dtype_of_computed_weight_is_that_of_its_parameter(tmp_path: Path) -> None:
     layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3)).bfloat16()
     save_file(layer.state_dict(), tmp_path / "a.safetensors")
     (one,) = wc.audit(tmp_path / "a.safetensors").findings
     assert (one.dtype, one.stored) == ("bfloat16", True)
 
 
-def test_subnormal_entries_are_those_of_float32(tmp_path: Path) -> None:
+def test_subnormal_share_uses_float32(tmp_path: Path) -> None:
     codes, _, _ = codes_of(normal(16, 16))
     path = tmp_path / "a.safetensors"
     save_file({"l.weight": codes, "l.weight_scale": torch.tensor(2.0**-134)}, path)
@@ -335,13 +335,13 @@ def test_subnormal_entries_are_those_of_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["include", "exclude"])
 @pytest.mark.parametrize("pattern", ["*.qweight", "layers.0.q_proj.qweight", "*.weight"])
-def test_a_pattern_may_name_the_codes(what: str, pattern: str, tmp_path: Path) -> None:
+def test_pattern_can_match_codes(what: str, pattern: str, tmp_path: Path) -> None:
     path = committed("gptq_3_bits", tmp_path)
     save_file({"head.weight": normal(5, 4), "l.bias": normal(3, 3)[0]}, path / "b.safetensors")
     label = "model.safetensors/layers.0.q_proj.weight"
     pattern = pattern.replace("layers.0", "model.safetensors/layers.0")
     if pattern == "*.weight" and what == "exclude":
-        return  # nothing would be left
+        return  # no weight would remain
     found = {f.name for f in wc.audit(path, **{what: [pattern]}).findings}
     others = {"b.safetensors/head.weight"}
     if pattern == "*.weight":
@@ -350,16 +350,16 @@ def test_a_pattern_may_name_the_codes(what: str, pattern: str, tmp_path: Path) -
         assert found == ({label} if what == "include" else others)
 
 
-def test_a_pattern_that_matches_parts_or_no_weight_says_so(tmp_path: Path) -> None:
+def test_pattern_matching_only_parts_is_refused(tmp_path: Path) -> None:
     path = committed("gptq_3_bits", tmp_path)
-    with pytest.raises(ValueError, match=r"q_proj\.scales is a part of layers\.0\.q_proj\.weight"):
+    with pytest.raises(ValueError, match=r"q_proj\.scales is part of layers\.0\.q_proj\.weight"):
         wc.audit(path, include=["*.scales"])
     save_file({"l.bias": torch.ones(3), "l.weight": normal(4, 4)}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"l\.bias is left out: not a matrix: a vector"):
+    with pytest.raises(ValueError, match=r"l\.bias is skipped: not a matrix: a vector"):
         wc.audit(tmp_path / "b.safetensors", include=["*.bias"])
 
 
-def test_scales_of_codes_that_are_left_out_are_no_matrices(tmp_path: Path) -> None:
+def test_scales_of_skipped_codes_are_not_matrices(tmp_path: Path) -> None:
     path, plain = model(tmp_path / "fp8", {"dtype": "bfloat16"})  # no block size
     coverage = wc.audit(path).coverage
     text = str(coverage)
@@ -381,7 +381,7 @@ def test_scales_of_codes_that_are_left_out_are_no_matrices(tmp_path: Path) -> No
         ),
     ],
 )
-def test_codes_of_no_known_layout_say_what_may_be_missing(
+def test_unknown_layout_names_the_missing_settings(
     config: dict[str, Any] | None, why: str, tmp_path: Path
 ) -> None:
     codes = torch.ones(8, 8, dtype=torch.int8)
@@ -395,13 +395,13 @@ def test_codes_of_no_known_layout_say_what_may_be_missing(
     assert str(skipped) == f"quantised, and cannot be dequantised here: {why}"
 
 
-def test_a_shard_by_itself_says_that_the_scales_are_elsewhere(tmp_path: Path) -> None:
+def test_single_shard_reports_missing_scales(tmp_path: Path) -> None:
     path, _ = model(tmp_path / "fp8")
     with pytest.raises(ValueError, match="float8_e4m3fn, and its scales are not in the file; mo"):
         wc.audit(path / "a.safetensors")
 
 
-def test_a_comparison_says_why_a_side_lacks_a_weight(tmp_path: Path) -> None:
+def test_comparison_explains_missing_weight(tmp_path: Path) -> None:
     path = committed("gptq_3_bits", tmp_path)
     plain = load_file(DATA / "gptq_3_bits" / "expected.safetensors")
     head = {"head.weight": normal(5, 4)}
@@ -422,9 +422,7 @@ def test_a_comparison_says_why_a_side_lacks_a_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keys", [("text_config",), ("llm_config",), ("a_config", "text_config")])
-def test_the_config_of_the_language_model_may_say_how(
-    keys: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_nested_config_of_the_language_model(keys: tuple[str, ...], tmp_path: Path) -> None:
     own = {"dtype": "float16", "quantization_config": CONFIG["quantization_config"]}
     config: dict[str, Any] = own
     for key in reversed(keys):
@@ -444,7 +442,7 @@ def test_the_config_of_the_language_model_may_say_how(
     assert torch.equal(new, plain[name].half())
 
 
-def test_different_settings_in_one_config_are_none(tmp_path: Path) -> None:
+def test_conflicting_settings_are_ignored(tmp_path: Path) -> None:
     one, other = ({"quant_method": "fp8", "weight_block_size": [n, n]} for n in (BLOCK, 8))
     config = {f"{n}_config": {"quantization_config": s} for n, s in (("a", one), ("b", other))}
     path, _ = model(tmp_path / "fp8", config)
@@ -456,10 +454,10 @@ def test_different_settings_in_one_config_are_none(tmp_path: Path) -> None:
     assert wc.audit(path).coverage.measured == 1
 
 
-# --- what a repair says and writes ----------------------------------------------------------------
+# --- the report and the files of a repair ---------------------------------------------------------
 
 
-def test_a_repair_says_which_weights_stay_codes(tmp_path: Path, capsys: Any) -> None:
+def test_repair_lists_weights_kept_as_codes(tmp_path: Path, capsys: Any) -> None:
     path, _ = model(tmp_path / "fp8")
     report = wc.repair(path, tmp_path / "out", 3.0)
     lines = str(report).splitlines()
@@ -476,7 +474,7 @@ def test_a_repair_says_which_weights_stay_codes(tmp_path: Path, capsys: Any) -> 
     assert "warning: 6 weights left as stored" in capsys.readouterr().err
 
 
-def test_a_repair_of_codes_alone_names_the_way_out(tmp_path: Path) -> None:
+def test_repair_of_only_codes_names_the_remedy(tmp_path: Path) -> None:
     path = committed("gptq_3_bits", tmp_path)
     for patterns in ((), ["*.qweight"]):
         with pytest.raises(ValueError, match="nothing that can be repaired: 1 weight left as sto"):
@@ -484,7 +482,7 @@ def test_a_repair_of_codes_alone_names_the_way_out(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_repair_says_which_weights_are_plain_now(tmp_path: Path) -> None:
+def test_repair_lists_dequantised_weights(tmp_path: Path) -> None:
     path, _ = model(tmp_path / "fp8")
     report = wc.repair(path, tmp_path / "out", 3.0, dequantise=True)
     names = [f"{name}.weight" for name in SHAPES]
@@ -497,7 +495,7 @@ def test_a_repair_says_which_weights_are_plain_now(tmp_path: Path) -> None:
     assert report.skipped.keys() == {"model.norm.weight"}
 
 
-def test_a_quantised_embedding_becomes_plain_too(tmp_path: Path) -> None:
+def test_quantised_embedding_is_dequantised(tmp_path: Path) -> None:
     report = wc.repair(committed("mlx_affine", tmp_path), tmp_path / "out", 2.0, dequantise=True)
     assert "model.embed_tokens.weight" in report.dequantised
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -507,7 +505,7 @@ def test_a_quantised_embedding_becomes_plain_too(tmp_path: Path) -> None:
     assert str(report).endswith("; 0 other tensors copied\n")
 
 
-def test_what_is_written_keeps_the_permissions(tmp_path: Path) -> None:
+def test_copy_keeps_permissions(tmp_path: Path) -> None:
     path, _ = model(tmp_path / "fp8")
     for file in path.iterdir():
         file.chmod(0o600)
@@ -532,7 +530,7 @@ def test_files_with_similar_names_are_copied(tmp_path: Path) -> None:
     assert {one.name for one in (tmp_path / "out").iterdir()} == {p.name for p in path.iterdir()}
 
 
-def test_files_that_no_index_unites_keep_the_names_of_their_tensors(tmp_path: Path) -> None:
+def test_files_without_index_keep_tensor_names(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG))
@@ -549,7 +547,7 @@ def test_files_that_no_index_unites_keep_the_names_of_their_tensors(tmp_path: Pa
         assert torch.equal(new["l.weight"], W.bfloat16())
 
 
-def test_the_index_counts_the_entries_of_the_copy(tmp_path: Path) -> None:
+def test_index_counts_entries_of_the_copy(tmp_path: Path) -> None:
     path, plain = model(tmp_path / "fp8")
     index = path / "model.safetensors.index.json"
     metadata = {"total_size": 1, "total_parameters": 1, "kept": "yes"}
@@ -560,7 +558,7 @@ def test_the_index_counts_the_entries_of_the_copy(tmp_path: Path) -> None:
     assert found["kept"] == "yes"
 
 
-def test_tensors_that_the_index_puts_elsewhere_are_not_those_of_the_copy(tmp_path: Path) -> None:
+def test_tensors_indexed_elsewhere_are_not_copied(tmp_path: Path) -> None:
     path, plain = model(tmp_path / "fp8")
     first, down = path / "a.safetensors", "model.layers.0.mlp.down_proj.weight"
     doubled = {f"{down}_scale_inv": torch.ones(2, 3), "lm_head.weight": torch.ones(50, 32)}
@@ -575,7 +573,7 @@ def test_tensors_that_the_index_puts_elsewhere_are_not_those_of_the_copy(tmp_pat
     assert load_file(tmp_path / "plain/a.safetensors").keys() & doubled.keys() == {"lm_head.weight"}
 
 
-def test_the_copy_of_torchao_does_not_describe_classes(tmp_path: Path) -> None:
+def test_copy_of_torchao_has_no_class_metadata(tmp_path: Path) -> None:
     path = committed("torchao", tmp_path)
     (path / "state.pt").unlink()
     wc.repair(path, tmp_path / "out", float("inf"), dequantise=True)
@@ -585,7 +583,7 @@ def test_the_copy_of_torchao_does_not_describe_classes(tmp_path: Path) -> None:
     assert not {"tensor_names", *names} & metadata.keys()
 
 
-def test_what_cannot_become_plain_is_said_before_anything_is_copied(
+def test_undequantisable_weights_are_reported_before_copying(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes, _, _ = codes_of(normal(16, 16))
@@ -625,10 +623,10 @@ def test_other_tensors_keep_their_dtypes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("name", ["attn.c_proj", "mlp.c_fc", "attn.c_attn"])
-def test_an_adapter_of_gpt2_is_added_the_right_way_round(
+def test_adapter_of_quantised_gpt2_is_transposed(
     name: str, fan_in_fan_out: bool, tmp_path: Path
 ) -> None:
-    """Its layers are stored as (inputs, outputs), and quantised ones are layers like all others."""
+    """Its layers are stored as (inputs, outputs), but its quantised layers are Linear."""
     base = committed("bitsandbytes_nf4", tmp_path)
     expected = load_file(DATA / "bitsandbytes_nf4" / "expected.safetensors")
     path = f"transformer.h.0.{name}"
@@ -653,7 +651,7 @@ def test_an_adapter_of_gpt2_is_added_the_right_way_round(
         )
 
 
-def test_a_base_of_codes_that_cannot_be_built_says_why(tmp_path: Path) -> None:
+def test_base_with_unbuildable_codes_has_a_reason(tmp_path: Path) -> None:
     base = committed("gptq_3_bits", tmp_path)
     (base / "config.json").unlink()
     (base / "quantize_config.json").unlink()
@@ -664,5 +662,5 @@ def test_a_base_of_codes_that_cannot_be_built_says_why(tmp_path: Path) -> None:
     stem = "base_model.model.layers.0.q_proj.lora_"
     parts = {f"{stem}A.weight": normal(2, 64), f"{stem}B.weight": normal(32, 2)}
     save_file(parts, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"is skipped, as quantised, .*: neither config\.json nor"):
+    with pytest.raises(ValueError, match=r"is skipped \(quantised, .*: neither config\.json nor"):
         wc.audit(adapter, base=base)

@@ -1,4 +1,4 @@
-"""Convolutions as they act: all singular values where it says so, else bounds that hold."""
+"""Convolutions as linear operators: all singular values if the grade says so, or valid bounds."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ def made(name: str) -> tuple[Convolution, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_singular_values_of_a_small_convolution(name: str) -> None:
+def test_singular_values_of_small_convolutions(name: str) -> None:
     S, expected = made(name)
     found = measure_convolution(S)
     assert len(found.singular_values) == S.nu
@@ -31,7 +31,7 @@ def test_all_singular_values_of_a_small_convolution(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bounds_of_a_large_convolution_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_of_large_convolutions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     S, expected = made(name)
     monkeypatch.setattr(module, "_DENSE", 0)
     monkeypatch.setattr(module, "_CORNER", 16)
@@ -48,12 +48,12 @@ def test_bounds_of_a_large_convolution_hold(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("taps", "padding"), [((0.5, 1.0), (0, 1)), ((1.0, 0.5), (1, 0))])
-def test_a_corner_sees_what_frequencies_do_not(
+def test_corner_bounds_below_the_symbol(
     taps: tuple[float, float], padding: tuple[int, int]
 ) -> None:
-    """Taps 1/2 and 1: the symbol has κ = 3, and the map loses a factor of 2 with every input.
+    """Taps 1/2 and 1: the symbol has κ = 3, but σ_min is halved with every further input.
 
-    At the end where it is cut off, and that is another one for taps in the other order.
+    This happens at the end that is cut off, which is the opposite end for taps in reverse order.
     """
     kernel = torch.tensor([[taps]], dtype=torch.float64)
     S = Convolution(kernel, Geometry((24,), (1,), (1,), (padding,)))
@@ -63,8 +63,8 @@ def test_a_corner_sees_what_frequencies_do_not(
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_shortcut_with_a_stride_loses_inputs(stride: int) -> None:
-    """Every ResNet has one: its kernel is well-conditioned, and it sees a quarter of its inputs."""
+def test_strided_shortcut_is_rank_deficient(stride: int) -> None:
+    """As in every ResNet: the kernel is well-conditioned, but uses a quarter of its inputs."""
     layer = nn.Conv2d(4, 8, 1, stride)
     report = wc.audit(layer, example=torch.zeros(1, 4, 6, 6))
     (finding,) = report.findings
@@ -97,10 +97,10 @@ EXAMPLES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_an_example_shows_how_convolutions_act_and_changes_nothing(kind: str) -> None:
+def test_example_measures_operators_and_changes_nothing(kind: str) -> None:
     torch.manual_seed(0)
     model = Net().train()
-    model.drop.eval()  # and the norm in train mode, which would count the example
+    model.drop.eval()  # the norm remains in train mode, in which it would count the example
     flags = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     source = torch.get_rng_state()
@@ -128,13 +128,13 @@ def test_an_example_shows_how_convolutions_act_and_changes_nothing(kind: str) ->
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_bounds_are_called_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_have_grade_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_DENSE", 0)
     report = wc.audit(nn.Conv2d(3, 4, 3, padding=1), example=torch.zeros(1, 3, 9, 9), curves=3)
     (finding,) = report.findings
     assert finding.grade is wc.report.Grade.bounded
     assert finding.to_dict()["grade"] == "bounded"
-    assert "σ_max lies between" in finding.explanation
+    assert "σ_max is between" in finding.explanation
     assert not finding.singular_values
     row = report.table().splitlines()[1]
     assert "≥" in row
@@ -142,7 +142,7 @@ def test_bounds_are_called_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "≥" in report.to_html()
 
 
-def test_a_kernel_that_is_zero_or_not_finite_says_so() -> None:
+def test_zero_or_nonfinite_kernel_has_a_status() -> None:
     for value, status in ((0.0, wc.report.Status.zero), (math.inf, wc.report.Status.not_finite)):
         layer = nn.Conv2d(2, 3, 3, padding=1)
         nn.init.constant_(layer.weight, value)
@@ -152,27 +152,27 @@ def test_a_kernel_that_is_zero_or_not_finite_says_so() -> None:
         assert finding.status is status
 
 
-def test_a_wrapped_model_is_asked_inside() -> None:
+def test_example_with_a_wrapped_model() -> None:
     model = torch.compile(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), backend="eager")
     (finding,) = wc.audit(model, example=torch.zeros(1, 2, 4, 4)).findings
     assert finding.label == "0.weight:operator"
 
 
-def test_an_example_initialises_nothing() -> None:
+def test_example_does_not_initialise_lazy_modules() -> None:
     model = nn.Sequential(nn.LazyConv2d(3, 3), nn.Conv2d(3, 3, 3))
     with pytest.raises(ValueError, match="weights are all initialised"):
         wc.audit(model, example=torch.zeros(1, 2, 9, 9))
     assert isinstance(model[0].weight, nn.parameter.UninitializedParameter)
 
 
-def test_an_example_that_does_not_fit_is_refused_and_leaves_no_hook(tmp_path: Any) -> None:
+def test_invalid_example_is_refused_and_leaves_no_hook(tmp_path: Any) -> None:
     model = Net().train()
     with pytest.raises(ValueError, match=r"`example` must be a valid input.*RuntimeError"):
         wc.audit(model, example=torch.zeros(2, 5, 8, 8))
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     torch.save(model.state_dict(), tmp_path / "net.pt")
-    with pytest.raises(TypeError, match="`example` must come with a model"):
+    with pytest.raises(TypeError, match="`example` requires a model"):
         wc.audit(tmp_path / "net.pt", example=torch.zeros(2, 3, 8, 8))
 
 
@@ -180,10 +180,10 @@ def test_an_example_that_does_not_fit_is_refused_and_leaves_no_hook(tmp_path: An
     ("stride", "dilation", "extra"), [(1, 2, 1), (2, 3, 2), (1, 3, 2), (2, 1, 1), (3, 1, 2)]
 )
 @pytest.mark.parametrize("padding", [0, 1])
-def test_outputs_that_no_input_reaches_are_rows_of_zeros(
+def test_unreached_outputs_are_zero_rows(
     stride: int, dilation: int, extra: int, padding: int
 ) -> None:
-    """output_padding may make room for more positions than there are inputs."""
+    """output_padding can add output positions that no input reaches."""
     torch.manual_seed(0)
     layer = nn.ConvTranspose1d(
         2, 3, 3, stride, padding, output_padding=extra, dilation=dilation, bias=False
@@ -197,7 +197,7 @@ def test_outputs_that_no_input_reaches_are_rows_of_zeros(
 
 
 class Twice(nn.Module):
-    """As the heads of a detector, which act on several maps."""
+    """Like the heads of a detector, which act on several feature maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,22 +208,22 @@ class Twice(nn.Module):
         return y
 
 
-def test_a_layer_that_acts_on_several_sizes_says_so() -> None:
+def test_several_input_sizes_are_noted() -> None:
     (found,) = wc.audit(Twice(), example=torch.zeros(1, 2, 8, 8)).findings
     assert found.shape == (128, 128)
     assert found.detail.startswith("on inputs of 8x8, and not on those of 4x2 on which it acts too")
 
 
-def test_the_bound_for_every_size_is_shown_beside_what_was_measured() -> None:
+def test_bound_for_any_size_is_shown() -> None:
     layer = nn.Conv2d(2, 3, 3, padding=1)
     shown = set()
     for size in (3, 8, 13):
         (found,) = wc.audit(layer, example=torch.zeros(1, 2, size, size)).findings
         note = found.detail.partition("σ_max is at most ")[2]
-        bound = float(note.removesuffix(" on inputs of every size"))
-        assert found.sigma_max <= bound * (1 + 1e-3)  # it is rounded to four digits
+        bound = float(note.removesuffix(" for inputs of any size"))
+        assert found.sigma_max <= bound * (1 + 1e-3)  # the bound is rounded to four digits
         shown.add(bound)
     assert len(shown) == 1
     assert found.sigma_max >= 0.9 * bound
     (whole,) = wc.audit(nn.Conv2d(2, 3, 1), example=torch.zeros(1, 2, 4, 4)).findings
-    assert "every size" not in whole.detail  # a matrix at each position
+    assert "any size" not in whole.detail  # the operator is a matrix at each position

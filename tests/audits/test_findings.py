@@ -1,4 +1,4 @@
-"""What an audit found, shown to terminals, browsers and spreadsheets that are to be left alone."""
+"""Reports are safe for terminals, browsers and spreadsheets."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ def named(*names: str) -> nn.Module:
     return model
 
 
-def test_no_name_is_obeyed() -> None:
+def test_names_are_escaped() -> None:
     report = wc.audit(named(HOSTILE))
     comparison = compare(report, report)
     for text in (report.table(), str(report), comparison.table(), report.to_csv()):
@@ -37,7 +37,7 @@ def test_no_name_is_obeyed() -> None:
     assert json.loads(report.to_json())["findings"][0]["name"] == f"{HOSTILE}.weight"
 
 
-def test_spreadsheets_run_nothing() -> None:
+def test_csv_runs_no_formula() -> None:
     names = ["=1+1", "+1", "-1", "@x", "good"]
     report = wc.audit(named(*names))
     for text in (report.to_csv(), compare(report, report).to_csv()):
@@ -51,7 +51,7 @@ def test_spreadsheets_run_nothing() -> None:
         ]
 
 
-def test_what_stays_infinite_has_not_changed() -> None:
+def test_constant_infinity_is_no_change() -> None:
     before, after = named("flat", "other"), named("flat", "other")
     with torch.no_grad():
         before.get_submodule("other").weight.copy_(torch.eye(2))
@@ -60,7 +60,7 @@ def test_what_stays_infinite_has_not_changed() -> None:
     assert [pair.label for pair in pairs] == ["other.weight", "flat.weight"]
 
 
-def test_a_table_of_very_many_weights_is_cut_and_says_how_to_see_them(tmp_path: Path) -> None:
+def test_long_table_is_cut_with_a_hint(tmp_path: Path) -> None:
     save_file({f"w{n}": torch.ones(1, 1) for n in range(1200)}, tmp_path / "a.safetensors")
     report = wc.audit(tmp_path / "a.safetensors")
     cut = "... and 200 more; all are in what --csv FILE writes"

@@ -1,4 +1,4 @@
-"""What a number means: how usual it is, what is out of the ordinary, what columns say."""
+"""The meaning of numbers: comparisons with random matrices, unusual facts, column texts."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ def gaussian(m: int, n: int, seed: int = 0) -> Tensor:
 
 
 def changed(m: int, n: int, *smallest: float) -> nn.Linear:
-    """A Gaussian matrix with other smallest singular values, relative to the one before them."""
+    """A Gaussian matrix with new smallest singular values, relative to the next larger one."""
     U, sigma, Vh = torch.linalg.svd(gaussian(m, n), full_matrices=False)
     count = len(smallest)
     sigma[-count:] = sigma[-count - 1] * torch.tensor(smallest, dtype=torch.float64)
@@ -43,7 +43,7 @@ def one(layer: nn.Module) -> tuple[wc.report.Finding, list[str]]:
 # --- facts ----------------------------------------------------------------------------------------
 
 
-def test_a_finding_is_compared_with_random_matrices_of_its_shape() -> None:
+def test_finding_is_compared_with_random_matrices() -> None:
     finding, lines = one(linear(gaussian(30, 20)))
     assert finding.exceedance == exceedance((30, 20), finding.condition_number)
     assert finding.random_stable_rank == gaussian_stable_rank((30, 20))
@@ -58,7 +58,7 @@ def test_a_finding_is_compared_with_random_matrices_of_its_shape() -> None:
         (nn.Linear(5, 1, bias=False), ""),
     ],
 )
-def test_what_follows_another_law_is_not_compared(layer: nn.Module, view: str) -> None:
+def test_other_distributions_are_not_compared(layer: nn.Module, view: str) -> None:
     finding, lines = one(layer)
     assert finding.view == view
     assert math.isnan(finding.exceedance)
@@ -67,7 +67,7 @@ def test_what_follows_another_law_is_not_compared(layer: nn.Module, view: str) -
     assert lines == []
 
 
-def test_convolutions_that_act_and_heads_are_not_compared() -> None:
+def test_operators_and_heads_are_not_compared() -> None:
     convolution = nn.Conv2d(2, 3, 3, padding=1, bias=False)
     acting = wc.audit(convolution, example=torch.zeros(1, 2, 5, 5))
     heads = wc.audit(nn.MultiheadAttention(8, 2, bias=False), heads=True)
@@ -82,7 +82,7 @@ def test_convolutions_that_act_and_heads_are_not_compared() -> None:
     assert re.search("usual|top|bottom", cells["in_proj_weight:q"])
 
 
-def test_entries_are_held_against_what_dtypes_hold() -> None:
+def test_entries_are_compared_with_dtype_ranges() -> None:
     S = torch.tensor([[7e4, 1e-8, 0.0], [3e-8, 6e-8, 1e-42]])  # float16: half of 2^-24 is 2.98e-8
     finding, lines = one(linear(S))
     assert finding.largest_entry == pytest.approx(7e4)
@@ -99,7 +99,7 @@ def test_entries_are_held_against_what_dtypes_hold() -> None:
     assert said[0].startswith("weight: 50 % of its entries are subnormal in float16. ")
 
 
-def test_the_bounds_of_float16_are_its_own() -> None:
+def test_float16_bounds() -> None:
     smallest = 2.0**-25
     for size, gone in ((smallest, True), (smallest * (1 + 2**-20), False)):
         finding, _ = one(linear(torch.eye(3) * size))
@@ -112,7 +112,7 @@ def test_the_bounds_of_float16_are_its_own() -> None:
 
 
 @pytest.mark.parametrize("S", [torch.zeros(3, 3), torch.full((3, 3), math.nan)])
-def test_what_has_no_condition_number_is_not_compared(S: Tensor) -> None:
+def test_undefined_kappa_is_not_compared(S: Tensor) -> None:
     torch.manual_seed(0)
     report = wc.audit(nn.ModuleDict({"fine": nn.Linear(9, 9), "odd": linear(S)}))
     odd = next(finding for finding in report.findings if finding.name == "odd.weight")
@@ -121,10 +121,10 @@ def test_what_has_no_condition_number_is_not_compared(S: Tensor) -> None:
     assert kinds == (["not_finite"] if S.isnan().any() else [])
 
 
-# --- where it is shown ----------------------------------------------------------------------------
+# --- output formats -------------------------------------------------------------------------------
 
 
-def test_programs_and_pages_get_the_same_facts() -> None:
+def test_json_and_html_have_the_same_facts() -> None:
     report = wc.audit(nn.ModuleDict({"odd": changed(40, 40, 1e-7), "vector": nn.Linear(5, 1)}))
     finding = next(f for f in report.findings if f.name == "odd.weight")
     by_name = {f["name"]: f for f in json.loads(report.to_json())["findings"]}
@@ -160,7 +160,7 @@ def test_every_column_is_explained() -> None:
     assert "<dt>movement</dt>" in both.to_html()
 
 
-# --- zero rows, and one entry that holds all ------------------------------------------------------
+# --- zero rows, and a dominant entry --------------------------------------------------------------
 
 
 def lines(layer: nn.Module) -> str:
@@ -174,10 +174,10 @@ def lines(layer: nn.Module) -> str:
         ((64, 32), [], [0], "column 0 is zero"),
         ((24, 24), [3, 5], [], "2 rows are zero: 3, 5"),
         ((24, 24), [3], [7], "row 3 is zero; column 7 is zero"),
-        ((64, 32), [9], [], "row 9 is zero"),  # of more rows than columns: the rank is full
+        ((64, 32), [9], [], "row 9 is zero"),  # more rows than columns: the rank is full
     ],
 )
-def test_zero_rows_and_columns_are_named_and_no_collapse(
+def test_zero_rows_and_columns_are_not_a_collapse(
     shape: tuple[int, int], rows: list[int], columns: list[int], said: str
 ) -> None:
     torch.manual_seed(0)
@@ -189,10 +189,12 @@ def test_zero_rows_and_columns_are_named_and_no_collapse(
     assert (list(finding.zero_rows), list(finding.zero_columns)) == (rows, columns)
     assert said in lines(layer)
     assert "collapsed" not in lines(layer)
-    assert "`repair" not in lines(layer)  # a class that never occurs would get outputs
+    assert "`repair" not in lines(
+        layer
+    )  # a class that never occurs would get outputs from a repair
 
 
-def test_what_collapses_besides_zero_rows_is_said() -> None:
+def test_collapse_in_addition_to_zero_rows() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 21, bias=False)
     with torch.no_grad():
@@ -202,14 +204,14 @@ def test_what_collapses_besides_zero_rows_is_said() -> None:
     assert "2 directions have collapsed" in lines(layer)
 
 
-def test_a_zero_filter_of_a_grouped_convolution_is_counted_over_all_groups() -> None:
+def test_zero_filter_index_spans_all_groups() -> None:
     layer = nn.Conv2d(8, 16, 3, groups=2)
     with torch.no_grad():
         layer.weight[9] = 0
     assert "row 9 is zero" in lines(layer)
 
 
-def test_a_matrix_of_zeros_has_no_zero_rows_to_name() -> None:
+def test_zero_matrix_names_no_zero_rows() -> None:
     layer = nn.Linear(4, 4, bias=False)
     nn.init.zeros_(layer.weight)
     (finding,) = wc.audit(layer).findings
@@ -217,7 +219,7 @@ def test_a_matrix_of_zeros_has_no_zero_rows_to_name() -> None:
 
 
 @pytest.mark.parametrize("entry", [1e30, -1e30, 3e38])
-def test_an_entry_that_holds_all_of_the_norm_is_called_that(entry: float) -> None:
+def test_dominant_entry_is_named(entry: float) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 64, bias=False)
     with torch.no_grad():
@@ -229,7 +231,7 @@ def test_an_entry_that_holds_all_of_the_norm_is_called_that(entry: float) -> Non
     assert "collapsed" not in lines(layer)
 
 
-def test_a_large_entry_that_does_not_hold_all_is_none() -> None:
+def test_large_entry_is_not_dominant() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 64, bias=False)
     with torch.no_grad():
@@ -238,7 +240,7 @@ def test_a_large_entry_that_does_not_hold_all_is_none() -> None:
     assert wc.audit(nn.Linear(1, 4)).findings[0].dominant_entry == ()
 
 
-def test_no_repair_is_advised_of_a_weight_that_no_file_holds() -> None:
+def test_repair_is_not_suggested_for_computed_weights() -> None:
     class Masked(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight.tril())

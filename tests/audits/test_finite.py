@@ -1,4 +1,4 @@
-"""NaN and infinity wherever they are: in norms, biases, embeddings, positions, buffers, scalars."""
+"""NaN and infinity are found in norms, biases, embeddings, positions, buffers and scalars."""
 
 import json
 import math
@@ -22,7 +22,7 @@ NAN, INF = math.nan, math.inf
 
 
 def state() -> dict[str, Tensor]:
-    """Every kind of tensor that is no measured matrix, beside one that is."""
+    """Every kind of tensor that is not a measured matrix, and one measured matrix."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -56,7 +56,7 @@ def saved(folder: Path, kind: str, content: dict[str, Any]) -> Path:
 
 
 def broken(tensor: Tensor, value: float) -> Tensor:
-    """A copy of which the last entry is this."""
+    """A copy with this value as its last entry."""
     copy = tensor.clone()
     copy.view(-1)[-1] = torch.tensor(value).to(tensor.dtype)
     return copy
@@ -69,7 +69,7 @@ KINDS = ["safetensors", "pt", "legacy pt"]
 @pytest.mark.parametrize("name", state())
 def test_every_tensor_of_a_file_is_searched(tmp_path: Path, kind: str, name: str) -> None:
     content = state()
-    if kind == "legacy pt":  # of a format from before float8
+    if kind == "legacy pt":  # a format that is older than float8
         name = "fc.bias" if "codes" in name else name
         content = {n: tensor for n, tensor in content.items() if "codes" not in n}
     assert wc.audit(saved(tmp_path, kind, content)).not_finite == {}
@@ -112,11 +112,11 @@ def test_every_tensor_of_a_model_is_searched(name: str, value: float) -> None:
     tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
     tensor.data.view(-1)[0] = value
     counts = NotFinite(int(math.isnan(value)), int(math.isinf(value)), tensor.numel())
-    meant = value == -INF and name in ("table", "brain")  # buffers that may be masks
+    meant = value == -INF and name in ("table", "brain")  # buffers that can be masks
     assert wc.audit(model).not_finite == ({} if meant else {name: counts})
 
 
-def test_tensors_of_other_layouts_are_searched_too() -> None:
+def test_other_layouts_are_searched() -> None:
     model = Model()
     assert wc.audit(model).not_finite == {}
     model.rows.values()[1] = NAN
@@ -130,7 +130,7 @@ def test_tensors_of_other_layouts_are_searched_too() -> None:
     }
 
 
-def test_of_matrices_the_tensor_is_counted_and_the_rows_stay(tmp_path: Path) -> None:
+def test_nonfinite_matrices_keep_their_rows(tmp_path: Path) -> None:
     stack = torch.randn(3, 4, 5)
     stack[0, 0, 0], stack[2, 1, :2] = NAN, -INF
     torch.save({"stack": stack, "w": torch.eye(3)}, tmp_path / "a.pt")
@@ -156,7 +156,7 @@ def test_of_matrices_the_tensor_is_counted_and_the_rows_stay(tmp_path: Path) -> 
         ("best_loss", [INF]),
     ],
 )
-def test_what_is_infinite_by_design_is_no_alarm(name: str, values: list[float]) -> None:
+def test_infinity_by_design_is_ignored(name: str, values: list[float]) -> None:
     model = nn.Module()
     model.fc = nn.Linear(3, 3)
     *path, last = name.split(".")
@@ -175,9 +175,7 @@ BOUNDS = ["low", "high", "min", "max", "lower", "upper", "bound", "best"]
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 @pytest.mark.parametrize("name", [f"l.{word}_rank_U" for word in BOUNDS] + ["l.mask_proj"])
-def test_in_a_matrix_that_is_measured_nothing_is_meant(
-    tmp_path: Path, name: str, kind: str
-) -> None:
+def test_infinity_in_a_measured_matrix_is_reported(tmp_path: Path, name: str, kind: str) -> None:
     matrix = torch.eye(8, 4)
     matrix[0, 0] = -INF
     other = {"l.weight": torch.eye(8)}
@@ -191,8 +189,8 @@ def test_in_a_matrix_that_is_measured_nothing_is_meant(
     assert list(report.not_finite) == [name]
 
 
-def test_in_the_factors_of_an_adapter_nothing_is_meant(tmp_path: Path) -> None:
-    """PEFT writes the name of the adapter last."""
+def test_infinity_in_adapter_factors_is_reported(tmp_path: Path) -> None:
+    """PEFT writes the name of the adapter at the end."""
     B = torch.full((6, 2), INF)
     factors = {"e.lora_embedding_A.best": torch.randn(2, 9), "e.lora_embedding_B.best": B}
     found = wc.audit(saved(tmp_path, "pt", {"w": torch.eye(3), **factors})).not_finite
@@ -200,7 +198,7 @@ def test_in_the_factors_of_an_adapter_nothing_is_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tril", "bias", "alibi", "future", "neg_inf", "0.weight_bias"])
-def test_infinity_below_zero_in_a_buffer_is_a_mask(name: str) -> None:
+def test_minus_infinity_in_a_buffer_is_a_mask(name: str) -> None:
     model = nn.ModuleDict({"0": nn.Linear(3, 3)})
     path, _, own = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -212,7 +210,7 @@ def test_infinity_below_zero_in_a_buffer_is_a_mask(name: str) -> None:
 
 
 class ActNorm(nn.Module):
-    """Of which the statistics have names of their own."""
+    """A normalisation whose statistics have unusual names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +220,7 @@ class ActNorm(nn.Module):
 
 
 @pytest.mark.parametrize("make", [ActNorm, lambda: nn.BatchNorm1d(4), lambda: nn.InstanceNorm1d(4)])
-def test_in_the_statistics_of_a_norm_it_is_an_alarm(make: Callable[[], nn.Module]) -> None:
+def test_infinity_in_norm_statistics_is_reported(make: Callable[[], nn.Module]) -> None:
     norm = make()
     model = nn.Sequential(nn.Linear(4, 4), norm)
     for name, buffer in norm.named_buffers():
@@ -233,7 +231,7 @@ def test_in_the_statistics_of_a_norm_it_is_an_alarm(make: Callable[[], nn.Module
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_a_square_table_of_a_file_may_be_a_mask(tmp_path: Path, kind: str) -> None:
+def test_square_table_in_a_file_can_be_a_mask(tmp_path: Path, kind: str) -> None:
     masks = {"tril": torch.full((4, 4), -INF).triu(1), "a.triu": torch.full((1, 4, 4), -INF)}
     content = {"w": torch.eye(3), **masks}
     assert wc.audit(saved(tmp_path, kind, content)).not_finite == {}
@@ -247,9 +245,7 @@ def test_a_square_table_of_a_file_may_be_a_mask(tmp_path: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("beside", [{}, {"path": Path("x")}])
-def test_what_torch_does_not_convert_is_not_searched(
-    tmp_path: Path, beside: dict[str, Any]
-) -> None:
+def test_unconvertible_dtypes_are_not_searched(tmp_path: Path, beside: dict[str, Any]) -> None:
     pairs = torch.zeros(4, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     path = saved(tmp_path, "pt", {"pairs": pairs, "w": torch.eye(4), **beside})
     assert [f.status.name for f in wc.audit(path).findings] == ["ok"]
@@ -264,7 +260,7 @@ def test_what_torch_does_not_convert_is_not_searched(
 def test_tensors_without_entries_are_read(
     tmp_path: Path, kind: str, beside: dict[str, Any]
 ) -> None:
-    """Such as the alpha of an adapter."""
+    """For example, the alpha of an adapter."""
     factors = {"lora_unet_x.lora_down.weight": torch.eye(2, 6)}
     factors["lora_unet_x.lora_up.weight"] = torch.eye(6, 2)
     content = {**factors, "lora_unet_x.alpha": torch.zeros(0), "none.weight": torch.zeros(0, 3)}
@@ -274,8 +270,8 @@ def test_tensors_without_entries_are_read(
 
 
 @pytest.mark.parametrize("name", ["attn_mask", "mask.weight", "max.bias", "alibi", "running_max_w"])
-def test_other_infinities_are(name: str) -> None:
-    plus = name == "attn_mask"  # in a mask only -inf is meant
+def test_other_infinities_are_reported(name: str) -> None:
+    plus = name == "attn_mask"  # in a mask, only -inf is by design
     tensor = torch.tensor([1.0, INF if plus else -INF])
     expected = {} if name == "running_max_w" else {name: NotFinite(0, 1, 2)}
     for pieces in ([tensor], [*tensor.split(1)]):
@@ -284,10 +280,10 @@ def test_other_infinities_are(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 @pytest.mark.parametrize("entries", [1, 63, 64, 65, 1000])
-def test_a_tensor_is_read_in_parts(
+def test_tensor_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, entries: int
 ) -> None:
-    """Whatever their size."""
+    """Tensors of all sizes are read in pieces."""
     monkeypatch.setattr("wellcond.files.tensors._PIECE", 256)
     bias = torch.arange(float(entries))
     bias[-1] = NAN
@@ -299,7 +295,7 @@ def test_a_tensor_is_read_in_parts(
     assert wc.audit(path).not_finite == {"bias": NotFinite(1, 0, entries)}
 
 
-def test_what_is_measured_is_not_read_again(
+def test_measured_tensors_are_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file({"w": torch.eye(3), "b": torch.ones(3)}, tmp_path / "a.safetensors")
@@ -315,7 +311,7 @@ def test_what_is_measured_is_not_read_again(
     assert searched == ["b"]
 
 
-def test_patterns_say_what_is_searched(tmp_path: Path) -> None:
+def test_patterns_limit_the_search(tmp_path: Path) -> None:
     bad = {"a.weight": torch.eye(2), "b.weight": torch.eye(2), "b.bias": torch.full((2,), NAN)}
     torch.save(bad, tmp_path / "a.pt")
     assert list(wc.audit(tmp_path / "a.pt").not_finite) == ["b.bias"]
@@ -324,7 +320,7 @@ def test_patterns_say_what_is_searched(tmp_path: Path) -> None:
     assert wc.audit(tmp_path / "a.pt", exclude=["*.bias"]).coverage.measured == 2
 
 
-def test_a_tensor_that_cannot_be_read_is_a_row(
+def test_unreadable_tensor_becomes_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(tmp_path, "safetensors", {"w": torch.eye(3), "b": torch.ones(3)})
@@ -374,7 +370,7 @@ def test_every_gate_fails(sick: Path, sound: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == f"wellcond: warning: {line}\n"
 
 
-def test_a_comparison_is_about_the_later_side(
+def test_comparison_reports_the_later_side(
     sick: Path, sound: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = ["--max-condition", "10"]
@@ -393,7 +389,7 @@ def test_a_comparison_is_about_the_later_side(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_repair_names_what_it_copies(
+def test_repair_names_copied_nonfinite_tensors(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = {
@@ -403,7 +399,7 @@ def test_a_repair_names_what_it_copies(
     }
     path = saved(tmp_path, kind, content)
     fixed = tmp_path / f"fixed{path.suffix}"
-    with pytest.raises(ValueError, match="v holds NaN"):
+    with pytest.raises(ValueError, match="v contains NaN"):
         wc.repair(path, fixed, 2.0)
     report = wc.repair(path, fixed, 2.0, exclude="v")
     assert report.not_finite == {"v": NotFinite(4, 0, 4), "norm.weight": NotFinite(0, 1, 2)}
@@ -415,7 +411,7 @@ def test_a_repair_names_what_it_copies(
     assert "warning: copied: 2 tensors hold NaN or infinity" in capsys.readouterr().err
 
 
-def test_factors_of_adapters_and_their_base_are_named(tmp_path: Path) -> None:
+def test_nonfinite_factors_and_base_are_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
     adapter, base = tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
     A, B = torch.randn(2, 6), torch.randn(5, 2)
@@ -428,17 +424,17 @@ def test_factors_of_adapters_and_their_base_are_named(tmp_path: Path) -> None:
     report = wc.audit(adapter, base=base)
     assert report.not_finite == {
         "q.lora_A.weight": NotFinite(0, 1, 12),
-        "q.weight": NotFinite(1, 0, 30),  # of the base what is adapted
+        "q.weight": NotFinite(1, 0, 30),  # only the adapted weights of the base
     }
 
 
 @pytest.mark.parametrize("make", [lambda: nn.LazyLinear(3), lambda: nn.Linear(3, 3, device="meta")])
-def test_tensors_without_values_are_no_alarm(make: Callable[[], nn.Module]) -> None:
+def test_tensors_without_values_are_ignored(make: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), make())
     assert wc.audit(model).not_finite == {}
 
 
-def test_parts_of_one_tensor_are_searched_once(tmp_path: Path) -> None:
+def test_shared_parts_are_searched_once(tmp_path: Path) -> None:
     whole = torch.ones(4, 4)
     whole[0, 0] = NAN
     content = {"w": torch.eye(2), "whole": whole, "tied": whole, "part": whole[:2]}

@@ -1,4 +1,4 @@
-"""Measuring writes to nothing that it is given: weights, buffers, modes, arrays and files."""
+"""Measuring does not change its inputs: weights, buffers, modes, arrays and files."""
 
 import hashlib
 from collections.abc import Callable
@@ -50,12 +50,12 @@ Snapshot = dict[str, Any]
 
 
 def digest(tensor: Tensor) -> str:
-    """Of the bytes, so that NaN equals itself and -0.0 differs from 0.0."""
+    """A digest of the bytes, so that NaN equals itself and -0.0 differs from 0.0."""
     return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """All that a measurement could change: values, versions, gradients, modes, hooks."""
+    """The state that a measurement could change: values, versions, gradients, modes, hooks."""
     found: Snapshot = {"random": digest(torch.get_rng_state())}
     for name, module in model.named_modules():
         found[name] = (type(module), module.training, len(module._forward_pre_hooks))
@@ -76,7 +76,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_an_audit_leaves_the_model_as_it_is(model: nn.Module, training: bool) -> None:
+def test_audit_does_not_change_the_model(model: nn.Module, training: bool) -> None:
     model.train(training)
     before = snapshot(model)
     report = wc.audit(model, certify=True)
@@ -96,7 +96,7 @@ MATRICES: dict[str, Tensor] = {
 
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
 @pytest.mark.parametrize("measure", [wc.condition_number, wc.certify])
-def test_a_measurement_leaves_the_matrix_as_it_is(
+def test_measurement_does_not_change_the_matrix(
     measure: Callable[[Tensor], object], matrix: Tensor
 ) -> None:
     before = (digest(matrix), matrix._version, matrix.data_ptr(), matrix.requires_grad)
@@ -104,7 +104,7 @@ def test_a_measurement_leaves_the_matrix_as_it_is(
     assert (digest(matrix), matrix._version, matrix.data_ptr(), matrix.requires_grad) == before
 
 
-def test_an_audit_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+def test_audit_does_not_change_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"weight": torch.randn(4, 3)}, path)
     path.chmod(0o444)

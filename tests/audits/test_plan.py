@@ -1,4 +1,4 @@
-"""Rows are planned before a tensor is read, selected once, and read no more often than needed."""
+"""Rows are planned before any tensor is read, selected once, and read only as often as needed."""
 
 import weakref
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def randn(*shape: int) -> Tensor:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the tensors that are read from safetensors files."""
+    """Records the names of the tensors that are read from safetensors files."""
     names: list[str] = []
     read = Safetensors.read
 
@@ -43,7 +43,7 @@ def labels(model: Any, **options: Any) -> list[str]:
 # --- planning -------------------------------------------------------------------------------------
 
 
-def test_a_plan_of_a_file_reads_no_tensor(tmp_path: Path, reads: list[str]) -> None:
+def test_plan_reads_no_tensor(tmp_path: Path, reads: list[str]) -> None:
     content = {
         "attn.in_proj_weight": randn(24, 8),
         "attn.out_proj.weight": randn(8, 8),
@@ -80,7 +80,7 @@ def test_every_planned_row_is_measured() -> None:
     assert {"attn:qk0", "attn:vo1", "attn.in_proj_weight:q", "gru.weight_hh_l0:z"} <= set(planned)
 
 
-def test_a_tensor_is_read_once_for_all_of_its_rows(tmp_path: Path, reads: list[str]) -> None:
+def test_tensor_is_read_once_for_all_rows(tmp_path: Path, reads: list[str]) -> None:
     save_file({"a.q_proj.weight": randn(6, 8)}, tmp_path / "base.safetensors")
     factors = {"a.q_proj.lora_A.weight": randn(2, 8), "a.q_proj.lora_B.weight": randn(6, 2)}
     save_file(factors, tmp_path / "adapter.safetensors")
@@ -110,7 +110,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("curves", "decomposed"), [(0, 0), (6, 6), (99, 9)])
-def test_a_curve_decomposes_one_matrix_and_reads_its_tensor_once_more(
+def test_curve_reads_its_tensor_once_more(
     curves: int,
     decomposed: int,
     tmp_path: Path,
@@ -138,7 +138,7 @@ def test_a_curve_decomposes_one_matrix_and_reads_its_tensor_once_more(
 # --- selection ------------------------------------------------------------------------------------
 
 
-def test_patterns_take_single_matrices_of_a_tensor(tmp_path: Path) -> None:
+def test_patterns_select_single_matrices(tmp_path: Path) -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(4, 4)})
     torch.save(model.state_dict(), tmp_path / "a.pt")
     q = "attn.in_proj_weight:q"
@@ -156,14 +156,14 @@ def test_patterns_take_single_matrices_of_a_tensor(tmp_path: Path) -> None:
     assert torch.equal(before[8:], after[8:])
 
 
-def test_an_exact_name_takes_what_a_wildcard_before_it_does_not() -> None:
+def test_exact_name_selects_skipped_weight() -> None:
     model = nn.ModuleDict({"emb": nn.Embedding(5, 4), "fc": nn.Linear(4, 4)})
     assert labels(model, include=["*"]) == ["fc.weight"]
     assert set(labels(model, include=["*", "emb.weight"])) == {"fc.weight", "emb.weight"}
     assert labels(model, include="emb.weight", exclude="*.bias") == ["emb.weight"]
 
 
-def test_sums_are_left_out_without_the_weights_that_they_rest_on(tmp_path: Path) -> None:
+def test_merged_rows_are_skipped_with_their_weights(tmp_path: Path) -> None:
     name = "a.q.base_layer.weight"
     content = {name: randn(6, 8), "a.q.lora_A.weight": randn(2, 8)}
     content["a.q.lora_B.weight"] = randn(6, 2)
@@ -179,9 +179,7 @@ def test_sums_are_left_out_without_the_weights_that_they_rest_on(tmp_path: Path)
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, IndexError, AssertionError])
-def test_a_mistake_of_wellcond_is_no_row(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_internal_error_is_raised(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(S: Tensor, all_values: bool = False) -> Any:
         raise error("a mistake")
 
@@ -191,7 +189,7 @@ def test_a_mistake_of_wellcond_is_no_row(
 
 
 class Failing(nn.Module):
-    """A parametrization that works once: when it is registered."""
+    """A parametrization that works only once, when it is registered."""
 
     calls = 0
 
@@ -202,7 +200,7 @@ class Failing(nn.Module):
         return W
 
 
-def test_a_parametrization_that_fails_is_a_reason() -> None:
+def test_failing_parametrization_is_a_reason() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     nn.utils.parametrize.register_parametrization(model[0], "weight", Failing())
     report = wc.audit(model)
@@ -214,7 +212,7 @@ def test_a_parametrization_that_fails_is_a_reason() -> None:
     )
 
 
-def test_factors_that_are_no_matrices_are_a_row(tmp_path: Path) -> None:
+def test_factors_that_are_not_matrices_are_a_failed_row(tmp_path: Path) -> None:
     content = {"w": randn(3, 3), "a.lora_A.weight": randn(3), "a.lora_B.weight": randn(4)}
     torch.save(content, tmp_path / "a.pt")
     found = {one.label: one for one in wc.audit(tmp_path / "a.pt").findings}
@@ -222,7 +220,7 @@ def test_factors_that_are_no_matrices_are_a_row(tmp_path: Path) -> None:
     assert found["a.weight:delta"].detail == "one of its factors is a vector"
 
 
-def test_codes_that_a_parametrization_gives_are_a_row() -> None:
+def test_codes_from_a_parametrization_are_a_failed_row() -> None:
     class Rounded(nn.Module):
         def forward(self, W: Tensor) -> Tensor:
             return (8 * W).round().to(torch.int32)
@@ -236,7 +234,7 @@ def test_codes_that_a_parametrization_gives_are_a_row() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
-def test_a_convolution_as_it_acts_may_have_any_scale(scale: float) -> None:
+def test_operator_of_any_scale(scale: float) -> None:
     layer = nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular", bias=False).double()
     example = torch.zeros(1, 2, 8, dtype=torch.float64)
     (plain,) = wc.audit(layer, example=example).findings

@@ -1,4 +1,4 @@
-"""Long work says which tensor comes next, how many there are, and how long the rest takes."""
+"""Progress reports the next tensor, the number of tensors and the remaining time."""
 
 import math
 import sys
@@ -14,8 +14,8 @@ import wellcond as wc
 from wellcond.audits.progress import Counter, Progress, shown, work_of
 
 
-def test_the_time_left_is_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = count(0.0, 5.0)  # that pass between two looks at the clock
+def test_time_left_follows_from_finished_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = count(0.0, 5.0)  # seconds between two readings of the clock
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
     seen: list[Progress] = []
     counter = Counter(seen.append, [1.0, 3.0, 4.0])
@@ -27,13 +27,13 @@ def test_the_time_left_is_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPat
         ("c", 3, 3),
     ]
     assert math.isnan(seen[0].seconds_left)
-    # After 10 seconds 1 of 8 is done, after 15 half of it.
+    # After 10 seconds, 1 of 8 is done; after 15 seconds, half of the next.
     assert [step.seconds_left for step in seen[1:]] == [70.0, 15.0]
     assert str(seen[0]) == "1 of 3: a"
     assert str(seen[1]) == "2 of 3, about 1 min left: b"
 
 
-def test_what_is_done_of_one_counts_and_is_told_once_per_second(
+def test_share_counts_and_is_reported_once_per_second(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
@@ -52,12 +52,12 @@ def test_what_is_done_of_one_counts_and_is_told_once_per_second(
         ("a", 1, 0.75),
         ("b", 2, 0.0),
     ]
-    # After 4 seconds 1 of 8 is done, after 6 seconds 1.5, and then 2.
+    # After 4 seconds, 1 of 8 is done; after 6 seconds, 1.5; and then 2.
     assert [step.seconds_left for step in seen[1:]] == pytest.approx([28.0, 26.0, 18.0])
     assert str(seen[1]) == "1 of 2, 50 % of it done, about 28 s left: a"
 
 
-def test_a_convolution_as_it_acts_tells_how_much_of_it_is_done(
+def test_operator_reports_its_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = count(0.0, 5.0)
@@ -67,15 +67,14 @@ def test_a_convolution_as_it_acts_tells_how_much_of_it_is_done(
     seen: list[Progress] = []
     x = torch.zeros(1, 2, 70, 70)
     wc.audit(nn.Sequential(bounded, exact), example=x, include="*:operator", progress=seen.append)
-    # Of each group two bounds of sigma_max and four corners; of the other each group.
+    # Each group of one layer has two bounds of sigma_max and four corners. The other layer reports
+    # once per group.
     expected = [(1, k / 12) for k in range(13)] + [(2, 0.0), (2, 0.5), (2, 1.0)]
     assert [(step.number, step.share) for step in seen] == expected
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError, KeyError])
-def test_an_error_of_the_callback_is_not_one_of_the_weight(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_callback_error_is_raised(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = count(0.0, 5.0)
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
 
@@ -88,8 +87,8 @@ def test_an_error_of_the_callback_is_not_one_of_the_weight(
         wc.audit(layer, example=torch.zeros(1, 2, 8, 8), progress=fail)
 
 
-def test_what_takes_longer_counts_more(tmp_path: Path) -> None:
-    """Of a stack the matrices count, of a kernel (out, rest), of a large matrix the entries."""
+def test_work_estimates(tmp_path: Path) -> None:
+    """A stack counts its matrices, a kernel counts as (out, rest), a large matrix its entries."""
     from wellcond.files.checkpoint import Checkpoint
 
     shapes = {
@@ -104,7 +103,7 @@ def test_what_takes_longer_counts_more(tmp_path: Path) -> None:
     assert work_of(found) == [128.0, 384.0, 128.0, 2049 * 3000 * 2048.0]
 
 
-def test_an_audit_and_a_repair_count_what_they_measure(tmp_path: Path) -> None:
+def test_audit_and_repair_count_measured_tensors(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     path = tmp_path / "model.pt"
     torch.save(model.state_dict(), path)
@@ -119,7 +118,7 @@ def test_an_audit_and_a_repair_count_what_they_measure(tmp_path: Path) -> None:
     assert [(step.name, step.number, step.total) for step in seen] == [("0.weight", 1, 1)]
 
 
-def test_a_line_on_a_terminal_is_no_wider_than_it(
+def test_line_fits_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from wellcond.cli import main
@@ -137,7 +136,7 @@ def test_a_line_on_a_terminal_is_no_wider_than_it(
 
 
 @pytest.mark.parametrize("has_tqdm", [True, False])
-def test_true_shows_every_tensor_on_standard_error(
+def test_progress_true_shows_every_tensor(
     has_tqdm: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,7 +160,7 @@ def test_true_shows_every_tensor_on_standard_error(
     assert "2.weight" in capsys.readouterr().err
 
 
-def test_the_line_is_cleared_after_an_error(
+def test_line_is_cleared_after_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)

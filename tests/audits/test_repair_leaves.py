@@ -1,4 +1,4 @@
-"""A repair changes what an audit measures, and nothing else of a file: bit for bit."""
+"""A repair changes only the measured weights of a file; all other tensors remain bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-# Two weights, the parts of a third, and what is none: of each kind at least one, beside what makes
-# it none, or what a repair leaves.
+# Two weights, the parts of a third, and tensors that are not weights or that a repair skips: at
+# least one of each kind, with the tensors next to it that identify the kind.
 ZOO: dict[str, Tensor] = {
     "layer.weight": _randn(6, 8),
     "layer.bias": _randn(6),
@@ -55,7 +55,7 @@ ZOO: dict[str, Tensor] = {
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as their own library reads them, flat."""
+    """The tensors of a file, read by the library of its format, as a flat dict."""
     content = (
         load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
     )
@@ -63,7 +63,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def check(source: Path, target: Path) -> list[str]:
-    """The names of what was changed, after a comparison of all the rest."""
+    """Asserts that all other tensors are unchanged, and returns the names of the changed ones."""
     report = wc.audit(source)
     found = [finding for finding in report.findings if finding.view != "delta"]
     stored = {finding.name: set(finding.parts) or {finding.name} for finding in found}
@@ -81,14 +81,14 @@ def check(source: Path, target: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["safetensors", "pt", "legacy", "objects"])
-def test_what_an_audit_calls_no_weight_stays_as_it_is(how: str, tmp_path: Path) -> None:
+def test_tensors_that_are_not_weights_are_unchanged(how: str, tmp_path: Path) -> None:
     suffix = "safetensors" if how == "safetensors" else "pt"
     source, target = tmp_path / f"model.{suffix}", tmp_path / f"fixed.{suffix}"
     content: dict[str, Any] = dict(ZOO)
     if how == "safetensors":
         save_file(ZOO, source)
     else:
-        if how == "legacy":  # in which torch cannot read float8 back
+        if how == "legacy":  # a format in which torch cannot read float8 back
             del content["float8.weight"]
         if how == "objects":  # read without their classes, and overwritten in place
             content["model"] = nn.Identity()
@@ -97,7 +97,7 @@ def test_what_an_audit_calls_no_weight_stays_as_it_is(how: str, tmp_path: Path) 
     assert set(check(source, target)) == changed
 
 
-def test_slices_of_a_sharded_tensor_stay_as_they_are(tmp_path: Path) -> None:
+def test_slices_of_a_sharded_tensor_are_unchanged(tmp_path: Path) -> None:
     offsets = '{"fc.weight": {"saved_offsets": [6, 0]}}'
     metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": offsets}
     tensors = {"fc.weight": _randn(6, 8), "layer.weight": _randn(6, 8)}
@@ -105,7 +105,7 @@ def test_slices_of_a_sharded_tensor_stay_as_they_are(tmp_path: Path) -> None:
     assert check(tmp_path / "shard.safetensors", tmp_path / "fixed.safetensors") == ["layer.weight"]
 
 
-def test_patterns_may_match_the_factors_of_an_adapter_which_stay_as_they_are(
+def test_matched_adapter_factors_are_unchanged(
     tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_patterns_may_match_the_factors_of_an_adapter_which_stay_as_they_are(
         "layer.q_proj.lora_B.default.weight": torch.randn(4, 2),
         "layer.o_proj.weight": torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0])),
     }
-    for name in ("A", "B"):  # far above the limit, if it were put on them
+    for name in ("A", "B"):  # far above the limit, if it applied to them
         content[f"layer.q_proj.lora_{name}.default.weight"][0] *= 1e3
     torch.save(content, tmp_path / "a.pt")
     for number, patterns in enumerate(

@@ -1,4 +1,4 @@
-"""What a repair writes: in the format of the name, with the mode of the original."""
+"""The output of a repair has the format of its name and the mode of the original."""
 
 import os
 from pathlib import Path
@@ -26,10 +26,10 @@ BAD = {"w": torch.diag(torch.tensor([1.0, 1e-3]))}
         ("folder.ckpt", "b.safetensors", "`path_out` must be a directory"),
     ],
 )
-def test_the_name_of_another_format_is_refused(
+def test_extension_of_another_format_is_refused(
     tmp_path: Path, source: str, target: str, way_out: str
 ) -> None:
-    """Before anything is read: this is no checkpoint at all."""
+    """The name is refused before anything is read: this file is not a checkpoint."""
     if source.startswith("folder"):
         (tmp_path / source).mkdir()
     else:
@@ -43,7 +43,7 @@ def test_the_name_of_another_format_is_refused(
     ("source", "target"),
     [("a.pt", "b.pth"), ("a.bin", "b.ckpt"), ("a.safetensors", "b.safetensors"), ("a.x", "b.x")],
 )
-def test_what_is_written_can_be_read(tmp_path: Path, source: str, target: str) -> None:
+def test_output_can_be_read(tmp_path: Path, source: str, target: str) -> None:
     if source.endswith(".safetensors"):
         save_file(BAD, tmp_path / source)
     else:
@@ -58,7 +58,7 @@ def mode(path: Path) -> int:
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 @pytest.mark.parametrize("bits", [0o600, 0o644, 0o440])
-def test_a_copy_has_the_mode_of_its_original(tmp_path: Path, name: str, bits: int) -> None:
+def test_copy_keeps_the_file_mode(tmp_path: Path, name: str, bits: int) -> None:
     folder = tmp_path / "in"
     (folder / "logs").mkdir(parents=True)
     save_file(BAD, folder / name) if name == "a.safetensors" else torch.save(BAD, folder / name)
@@ -76,7 +76,7 @@ def test_a_copy_has_the_mode_of_its_original(tmp_path: Path, name: str, bits: in
     assert mode(tmp_path / "out") == 0o750
 
 
-def test_links_that_lead_nowhere_are_copied_and_circles_refused(tmp_path: Path) -> None:
+def test_dangling_links_are_copied_and_cycles_refused(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "logs").mkdir(parents=True)
     torch.save(BAD, folder / "a.pt")

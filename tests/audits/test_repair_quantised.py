@@ -1,4 +1,4 @@
-"""What belongs to a quantised weight is no weight: neither measured nor changed."""
+"""The parts of a quantised weight are not weights: they are not measured or changed."""
 
 from pathlib import Path
 
@@ -84,14 +84,16 @@ WEIGHTS |= {"experts.up"}
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("how", QUANTISED)
-def test_scales_stay_as_they_are(tmp_path: Path, kind: str, how: str) -> None:
+def test_scales_are_unchanged(tmp_path: Path, kind: str, how: str) -> None:
     content = {"head.weight": floats(9, 6)} | QUANTISED[how]
     path, fixed = saved(tmp_path, kind, content), tmp_path / f"fixed.{kind}"
     report = wc.audit(path)
     assert [finding.name for finding in report.findings] == ["head.weight"]
     skipped = report.coverage.skipped
     matrices = {n: why.reason for n, why in skipped.items() if why.reason is not Reason.vector}
-    bias = {"experts.up_proj_bias": Reason.added}  # of the weight, not of its blocks
+    bias = {
+        "experts.up_proj_bias": Reason.added
+    }  # the bias of the weight, not scales of its blocks
     assert matrices == {
         name: Reason.quantised if name in WEIGHTS else bias.get(name, Reason.scales)
         for name, tensor in QUANTISED[how].items()
@@ -129,7 +131,7 @@ def test_scales_in_another_shard_are_found(tmp_path: Path) -> None:
         ("block.scale", {"block.steps": codes(4, dtype=torch.int32)}),
     ],
 )
-def test_weights_beside_other_integers_are_weights(
+def test_weights_next_to_other_integers_are_weights(
     tmp_path: Path, weight: str, other: dict[str, Tensor]
 ) -> None:
     path = saved(tmp_path, "pt", {weight: floats(4, 4)} | other)
@@ -139,7 +141,7 @@ def test_weights_beside_other_integers_are_weights(
 @pytest.mark.parametrize(
     ("name", "shape"), [("l.bias", (4,)), ("l.running_mean", (4,)), ("l.scale", ())]
 )
-def test_a_vector_or_number_beside_integers_makes_them_no_weight(
+def test_integers_next_to_a_vector_or_number_are_not_weights(
     tmp_path: Path, name: str, shape: tuple[int, ...]
 ) -> None:
     path = saved(tmp_path, "pt", {"l.table": codes(4, 4), name: floats(*shape)})

@@ -1,4 +1,4 @@
-"""Of a training run the weights are read; the state of what trained them is left as it is."""
+"""In the checkpoint of a training run, only weights are repaired; other state is unchanged."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer, wc.Regularizer]:
     return model, optimizer, regularizer
 
 
-def test_the_directory_of_a_trainer(tmp_path: Path) -> None:
+def test_directory_of_a_trainer(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     model, optimizer, regularizer = trained()
@@ -44,7 +44,7 @@ def test_the_directory_of_a_trainer(tmp_path: Path) -> None:
     assert wc.audit(tmp_path / "fixed").findings[0].condition_number <= 2.0
 
 
-def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
+def test_lightning_checkpoint(tmp_path: Path) -> None:
     model, optimizer, regularizer = trained()
     content = {
         "pytorch-lightning_version": "2.5.0",
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
     assert torch.equal(after["callbacks"]["Averaging"]["average"], torch.eye(3))
 
 
-def test_the_state_of_a_regularizer_beside_weights(tmp_path: Path) -> None:
+def test_regularizer_state_next_to_weights(tmp_path: Path) -> None:
     model, _, regularizer = trained()
     content = {"model": model.state_dict(), "regularizer": regularizer.state_dict()}
     torch.save(content, tmp_path / "a.pt")

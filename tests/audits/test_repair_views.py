@@ -1,4 +1,4 @@
-"""Tensors that share memory, and names that fall together."""
+"""Tensors that share memory, and names that collide."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def random(*shape: int) -> Tensor:
     return S
 
 
-def test_parts_are_repaired_with_the_whole(tmp_path: Path) -> None:
+def test_views_are_repaired_with_their_tensor(tmp_path: Path) -> None:
     qkv = random(48, 16)
     content = {"q": qkv[:16], "qkv": qkv, "k": qkv[16:32], "columns": qkv[:, ::2]}
     torch.save(content, tmp_path / "a.pt")
@@ -29,11 +29,11 @@ def test_parts_are_repaired_with_the_whole(tmp_path: Path) -> None:
     after = torch.load(tmp_path / "b.pt")
     assert float(wc.condition_number(after["qkv"])) <= 3.0
     assert torch.equal(after["q"], after["qkv"][:16])
-    assert float(wc.condition_number(after["q"])) > 3.0  # what its reason must not deny
+    assert float(wc.condition_number(after["q"])) > 3.0  # its reason must not contradict this
     assert wc.audit(tmp_path / "b.pt").coverage.parameter_share == 1.0
 
 
-def test_parts_of_a_tensor_with_gaps(tmp_path: Path) -> None:
+def test_views_of_a_tensor_with_gaps(tmp_path: Path) -> None:
     base = random(8, 12)
     content = {"left": base[:, :5], "within": base[2:6, :3], "right": base[:, 5:]}
     torch.save(content, tmp_path / "a.pt")
@@ -45,7 +45,7 @@ def test_parts_of_a_tensor_with_gaps(tmp_path: Path) -> None:
         assert float(wc.condition_number(one.read())) <= 3.0
 
 
-def test_what_overlaps_otherwise_is_measured_but_not_repaired(tmp_path: Path) -> None:
+def test_other_overlaps_are_measured_but_not_repaired(tmp_path: Path) -> None:
     base = random(12, 4)
     torch.save({"a": base[:8], "b": base[4:], "c": random(3, 3)}, tmp_path / "a.pt")
     assert {one.name for one in wc.audit(tmp_path / "a.pt").findings} == {"a", "b", "c"}
@@ -63,7 +63,7 @@ def test_parameters_in_one_flat_buffer_are_weights(tmp_path: Path) -> None:
     assert [one.name for one in Checkpoint(tmp_path / "a.pt").matrices()] == ["a", "b"]
 
 
-def test_names_that_fall_together_are_told_apart(tmp_path: Path) -> None:
+def test_colliding_names_are_distinguished(tmp_path: Path) -> None:
     content = {"a.b": random(4, 4), "a": {"b": random(3, 3)}, 1: random(2, 2), "1": random(5, 5)}
     torch.save(content, tmp_path / "a.pt")
     report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 3.0)
@@ -94,8 +94,8 @@ def test_tensors_without_values_or_with_repeated_ones_have_a_reason(tmp_path: Pa
     assert (tmp_path / "b.pt").stat().st_size < 10_000
 
 
-def test_circles_and_shared_lists_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nested, "_CONTAINERS", 10_000)  # the test takes seconds else
+def test_cycles_and_shared_lists_terminate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested, "_CONTAINERS", 10_000)  # otherwise the test takes seconds
     shared: list[object] = [torch.eye(2)]
     for _ in range(40):
         shared = [shared, shared]
@@ -107,8 +107,8 @@ def test_circles_and_shared_lists_end(tmp_path: Path, monkeypatch: pytest.Monkey
             Checkpoint(tmp_path / "a.pt")
 
 
-def test_every_block_has_a_limit_of_its_own(tmp_path: Path) -> None:
-    """Query of GPT-2, stored as (inputs, outputs); one gate of one expert; one of an LSTM."""
+def test_every_block_has_its_own_limit(tmp_path: Path) -> None:
+    """The query of GPT-2, stored as (inputs, outputs); a gate of an expert; a gate of an LSTM."""
     torch.manual_seed(0)
     well = torch.linalg.qr(torch.randn(24, 24)).Q
     content = {
@@ -152,7 +152,7 @@ def test_every_block_has_a_limit_of_its_own(tmp_path: Path) -> None:
         assert after[name].is_contiguous() == tensor.is_contiguous()
 
 
-def test_a_projection_of_several_heads_is_repaired_by_what_config_says(tmp_path: Path) -> None:
+def test_fused_projection_is_repaired_according_to_config(tmp_path: Path) -> None:
     content = {"a.query_key_value.weight": random(20, 12), "a.dense.weight": random(12, 12)}
     torch.save(content, tmp_path / "a.pt")
     whole = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 4.0)
@@ -167,17 +167,19 @@ def test_a_projection_of_several_heads_is_repaired_by_what_config_says(tmp_path:
     ]
 
 
-def test_a_repair_lists_what_it_changes_that_is_not_called_a_weight(tmp_path: Path) -> None:
+def test_repair_notes_changes_of_unusual_names(tmp_path: Path) -> None:
     S = torch.diag(torch.tensor([100.0, 1.0]))
     names = ["a.weight", "b.kernel", "q_proj", "codes.basis", "W_out"]
     torch.save({name: S.clone() for name in names} | {"fine": torch.eye(2)}, tmp_path / "m.pt")
     report = wc.repair(tmp_path / "m.pt", tmp_path / "fixed.pt", max_condition=10)
-    noted = [one.name for one in report.repairs if "is not that of a weight" in one.note]
+    noted = [one.name for one in report.repairs if "does not look like a weight" in one.note]
     assert noted == ["codes.basis", "W_out"]
-    assert "codes.basis, W_out: changed, although its name is not that of a weight" in str(report)
+    assert "codes.basis, W_out: changed, although its name does not look like a weight" in str(
+        report
+    )
 
 
-def test_a_repair_says_which_rows_of_zeros_it_fills(tmp_path: Path) -> None:
+def test_repair_notes_filled_zero_rows(tmp_path: Path) -> None:
     wide, tall = torch.randn(24, 32), torch.randn(32, 24)
     wide[20] = tall[20] = 0
     torch.save(
@@ -186,7 +188,7 @@ def test_a_repair_says_which_rows_of_zeros_it_fills(tmp_path: Path) -> None:
     report = wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 5.0)
     after = torch.load(tmp_path / "b.pt")
     assert after["wide.weight"][20].any()
-    assert not after["tall.weight"][20].any()  # it has full rank without that row
+    assert not after["tall.weight"][20].any()  # the weight has full rank without that row
     notes = {repair.name: repair.note for repair in report.repairs}
-    assert notes["wide.weight"] == "rows that were zero are filled: 20"
+    assert notes["wide.weight"] == "zero rows became nonzero: 20"
     assert "filled" not in notes["tall.weight"] + notes["zero.weight"]

@@ -1,4 +1,4 @@
-"""A state dict in memory, of tensors or NumPy arrays, is audited as a file of it is."""
+"""A state dict in memory, of tensors or NumPy arrays, is audited like a file."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def net() -> nn.Module:
     return net
 
 
-def test_a_state_dict_is_read_as_its_file_is(net: nn.Module, tmp_path: Path) -> None:
+def test_state_dict_matches_its_file(net: nn.Module, tmp_path: Path) -> None:
     state = net.state_dict()
     path = tmp_path / "net.pt"
     torch.save(state, path)
@@ -39,10 +39,10 @@ def test_a_state_dict_is_read_as_its_file_is(net: nn.Module, tmp_path: Path) -> 
     assert str(of_dict.coverage.skipped["head.weight"]).startswith("tied to another")
 
 
-def test_numpy_arrays_are_measured_as_tensors(net: nn.Module) -> None:
+def test_numpy_arrays_match_tensors(net: nn.Module) -> None:
     state = net.state_dict()
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in state.items()}
-    arrays["step"] = 7  # what is no tensor is passed over, as in a file
+    arrays["step"] = 7  # values that are not tensors are ignored, as in a file
     report = wc.audit(arrays)
     assert report.findings == wc.audit(state).findings
     assert report.coverage == wc.audit(state).coverage
@@ -53,7 +53,7 @@ def test_numpy_arrays_are_measured_as_tensors(net: nn.Module) -> None:
         assert one.condition_number == pytest.approx(other.condition_number, rel=1e-12)
 
 
-def test_a_state_dict_is_not_changed(net: nn.Module) -> None:
+def test_state_dict_is_not_changed(net: nn.Module) -> None:
     state = net.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
     wc.audit(state, certify=True, curves=3)
@@ -61,7 +61,7 @@ def test_a_state_dict_is_not_changed(net: nn.Module) -> None:
 
 
 def test_codes_are_built_as_from_a_file(tmp_path: Path) -> None:
-    """A weight of weight_norm is several tensors in a state dict too."""
+    """A weight of weight_norm is also several tensors in a state dict."""
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5))
     (one,) = wc.audit(layer.state_dict()).findings
     kappa = float(wc.condition_number(layer.weight.detach()))
@@ -69,7 +69,7 @@ def test_codes_are_built_as_from_a_file(tmp_path: Path) -> None:
     assert len(one.parts) == 2
 
 
-def test_what_has_no_entries_to_read_is_listed_with_a_reason() -> None:
+def test_tensors_without_entries_have_a_reason() -> None:
     state = {
         "a.weight": torch.eye(3),
         "meta.weight": torch.empty(3, 3, device="meta"),
@@ -83,7 +83,7 @@ def test_what_has_no_entries_to_read_is_listed_with_a_reason() -> None:
     assert coverage.skipped.keys() == state.keys() - {"a.weight"}
 
 
-def test_nan_is_found_wherever_it_is() -> None:
+def test_nan_is_found_in_all_tensors() -> None:
     state = {"a.weight": np.eye(3), "a.bias": np.array([1.0, np.nan]), "b": np.ones(3)}
     assert list(wc.audit(state).not_finite) == ["a.bias"]
 
@@ -91,29 +91,29 @@ def test_nan_is_found_wherever_it_is() -> None:
 @pytest.mark.parametrize(
     ("state", "error", "words"),
     [
-        ({"state_dict": {"w": torch.eye(2)}}, TypeError, "pass that which holds the weights"),
+        ({"state_dict": {"w": torch.eye(2)}}, TypeError, "Pass the mapping that directly contains"),
         ({1: torch.eye(2)}, TypeError, "must map names to tensors, got a key"),
         ({"w": np.array([["a"]])}, TypeError, r'`model_or_path\["w"\]` must have a dtype'),
         ({"w": np.ma.ones((2, 2))}, TypeError, "must not be a masked array"),
         ({"w": np.eye(2, dtype=np.longdouble)}, TypeError, "float128|longdouble"),
-        ({}, ValueError, "must hold a weight matrix that can be measured, but has none"),
+        ({}, ValueError, "must contain a weight matrix that can be measured, but has none"),
         ({"b": torch.ones(3)}, ValueError, "b: not a matrix: a vector"),
     ],
 )
-def test_what_is_no_state_dict_is_refused(
+def test_invalid_state_dict_is_refused(
     state: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         wc.audit(state)
 
 
-def test_an_example_needs_a_model() -> None:
-    with pytest.raises(TypeError, match="`example` must come with a model"):
+def test_example_requires_a_model() -> None:
+    with pytest.raises(TypeError, match="`example` requires a model"):
         wc.audit({"w": torch.eye(2)}, example=torch.zeros(1, 2))
 
 
-def test_heads_need_a_model() -> None:
-    """Nothing beside a state dict says how many heads there are."""
+def test_heads_require_a_model() -> None:
+    """A state dict does not contain the number of heads."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     state = {f"layers.0.self_attn.{name}.weight": torch.eye(4) for name in names}
     (first, *_) = wc.audit(state, heads=True).findings
@@ -122,7 +122,7 @@ def test_heads_need_a_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.complex64])
-def test_functions_of_one_matrix_take_arrays(dtype: Any) -> None:
+def test_matrix_functions_accept_arrays(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     S = rng.standard_normal((2, 5, 4)).astype(dtype)
     T = torch.from_numpy(S)
@@ -144,7 +144,7 @@ def test_functions_of_one_matrix_take_arrays(dtype: Any) -> None:
     assert wc.certify(S[0]) == wc.certify(T[0])
 
 
-def test_a_transposed_array_is_taken_as_it_is() -> None:
+def test_transposed_array() -> None:
     S = np.diag([4.0, 2.0, 1.0])[:, ::-1]
     assert wc.condition_number(S.T) == pytest.approx(4.0)
     assert 4.0 in wc.certify(S).condition_number

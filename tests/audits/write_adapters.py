@@ -1,8 +1,8 @@
-"""Writes data/adapters: adapters of each kind as PEFT saves them, their bases and their changes.
+"""Writes data/adapters: adapters of each kind saved by PEFT, their bases and their changes.
 
     python tests/audits/write_adapters.py [folder]
 
-Needs PEFT 0.21.2, and runs on a CPU.
+Requires PEFT 0.21.2, and runs on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 
 class Net(nn.Module):
-    """Layers that are wide, tall and square, and a convolution."""
+    """A wide, a tall and a square layer, and a convolution."""
 
     def __init__(self, conv: bool) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 LINEAR = ["wide", "tall", "even"]
-# What it is, its configuration, and whether it adapts convolutions.
+# The name, the configuration, and whether it adapts convolutions.
 KINDS: dict[str, tuple[Any, bool]] = {
     "loha": (peft.LoHaConfig(r=2, alpha=6, target_modules=[*LINEAR, "conv"]), True),
     "loha_core": (

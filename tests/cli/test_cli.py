@@ -1,4 +1,4 @@
-"""The command line: arguments in, text and exit code out."""
+"""The command line: arguments, printed text and exit codes."""
 
 import argparse
 import csv
@@ -31,7 +31,7 @@ def exit_of(argv: list[str]) -> int:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """This one, and those of its commands."""
+    """The parser and those of its commands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -39,7 +39,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(one)
 
 
-def test_every_command_has_help_with_an_example_that_parses(
+def test_help_of_every_command_has_a_valid_example(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = {one.prog: one for one in parsers(make_parser(""))}
@@ -52,7 +52,7 @@ def test_every_command_has_help_with_an_example_that_parses(
         )
         label, name, command, *arguments = parser.epilog.split()
         assert (label, name) == ("example:", "wellcond")
-        if command in ("audit", "repair"):  # the others are those of the experiments
+        if command in ("audit", "repair"):  # the other commands belong to the experiments
             make_parser(command).parse_args([command, *arguments])
 
 
@@ -62,20 +62,20 @@ def test_every_command_has_help_with_an_example_that_parses(
         ([], "required: COMMAND"),
         (["audit", "x.pt", "--maxcondition", "5"], "--maxcondition 5 (see wellcond audit --help)"),
         (["audit"], "required: PATH"),
-        (["audit", "x.pt", "--max-condition", "0.5"], "at least 1, got 0.5"),
-        (["audit", "x.pt", "--max-condition", "nan"], "at least 1, got nan"),
-        (["audit", "x.pt", "--max-condition", "many"], "a number of at least 1, got many"),
+        (["audit", "x.pt", "--max-condition", "0.5"], "must be a number >= 1, got 0.5"),
+        (["audit", "x.pt", "--max-condition", "nan"], "must be a number >= 1, got nan"),
+        (["audit", "x.pt", "--max-condition", "many"], "must be a number >= 1, got many"),
         (["audit", "x.pt", "--top", "0"], "must be a positive integer, got 0"),
         (["audit", "x.pt", "--top", "3.5"], "must be a positive integer, got 3.5"),
         (["audit", "x.pt", "--top", "nan"], "must be a positive integer, got nan"),
         (["audit", "x.pt", "--threads", "inf"], "must be a positive integer, got inf"),
-        (["audit", "x.pt", "--min-coverage", "1.1"], "must be a share from 0 to 1, got 1.1"),
-        (["audit", "x.pt", "--min-coverage", "nan"], "must be a share from 0 to 1, got nan"),
-        (["repair", "x.pt", "y.pt", "--max-condition", ""], "must be a number of at least 1"),
+        (["audit", "x.pt", "--min-coverage", "1.1"], "must be a number from 0 to 1, got 1.1"),
+        (["audit", "x.pt", "--min-coverage", "nan"], "must be a number from 0 to 1, got nan"),
+        (["repair", "x.pt", "y.pt", "--max-condition", ""], "must be a number >= 1"),
         (["repair", "x.pt", "y.pt"], "required: --max-condition"),
     ],
 )
-def test_misuse_is_answered_by_one_line(
+def test_misuse_prints_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_of(argv) == 2
@@ -86,7 +86,7 @@ def test_misuse_is_answered_by_one_line(
     assert message in err
 
 
-def test_the_module_runs_as_the_script_does() -> None:
+def test_module_runs_like_the_script() -> None:
     argv = [sys.executable, "-m", "wellcond", "--version"]
     out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     assert out == f"wellcond {wellcond.__version__}\n"
@@ -108,7 +108,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_audit_prints_a_table_and_ends_with_its_coverage(
+def test_audit_prints_table_and_coverage(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", str(checkpoint)]) == 0
@@ -122,7 +122,7 @@ def test_an_audit_prints_a_table_and_ends_with_its_coverage(
 
 
 @pytest.mark.parametrize(("limit", "code"), [("1000", 0), ("100", 0), ("99", 1), ("inf", 0)])
-def test_a_limit_decides_the_exit_code(
+def test_max_condition_sets_the_exit_code(
     checkpoint: Path, limit: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", str(checkpoint), "--max-condition", limit]) == code
@@ -146,7 +146,7 @@ LONG = "; the largest that were left out: long (12 entries, not a matrix: a vect
         ("0", 0, ""),
     ],
 )
-def test_what_an_audit_covers_is_a_limit_and_never_silent(
+def test_min_coverage_sets_the_exit_code(
     tmp_path: Path,
     share: str | None,
     code: int,
@@ -166,7 +166,7 @@ def test_what_an_audit_covers_is_a_limit_and_never_silent(
     assert f"wellcond: warning: {low}: only 25 %" in capsys.readouterr().err
 
 
-def test_low_coverage_names_the_largest_that_were_left_out(
+def test_low_coverage_names_the_largest_skipped_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"a.weight": 6, "b.weight": 9, "c.weight": 7, "d.weight": 8}
@@ -184,7 +184,7 @@ def test_low_coverage_names_the_largest_that_were_left_out(
 @pytest.mark.parametrize(
     "worst", [torch.ones(2, 2), torch.zeros(2, 2), torch.full((2, 2), torch.nan)]
 )
-def test_infinite_undefined_and_unknown_exceed_every_limit(
+def test_infinite_undefined_and_unknown_kappa_exceed_every_limit(
     tmp_path: Path, worst: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"fine": torch.eye(2), "worst": worst}, tmp_path / "x.pt")
@@ -193,7 +193,7 @@ def test_infinite_undefined_and_unknown_exceed_every_limit(
     assert said in capsys.readouterr().err
 
 
-def test_json_is_alone_on_standard_output(
+def test_json_is_the_only_standard_output(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", str(checkpoint), "--json", "--certify", "--threads", "1"]) == 0
@@ -202,7 +202,7 @@ def test_json_is_alone_on_standard_output(
     assert content["findings"][0]["grade"] == "certified"
 
 
-def test_reports_are_written_and_not_overwritten(
+def test_reports_are_written_but_not_overwritten(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, sheet = checkpoint.with_name("r.html"), checkpoint.with_name("r.csv")
@@ -219,7 +219,7 @@ def test_reports_are_written_and_not_overwritten(
 
 
 @pytest.mark.parametrize("option", ["--csv", "--html"])
-def test_where_nothing_can_be_written_nothing_is_measured(
+def test_unwritable_output_fails_before_measuring(
     checkpoint: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint.parent
@@ -227,9 +227,9 @@ def test_where_nothing_can_be_written_nothing_is_measured(
     (folder / "exists").write_text("mine")
     (folder / "link.csv").symlink_to(checkpoint)
     for name, message in (
-        ("missing/r", "missing is not one. Create it."),
+        ("missing/r", "missing is not one. Create it first."),
         (".", "is a directory"),
-        ("exists", "exists already and is not overwritten. Give --overwrite"),
+        ("exists", "already exists and is not overwritten. Use --overwrite"),
     ):
         argv = ["audit", str(folder / "no.pt"), option, str(folder / name)]
         assert main(argv) == 2
@@ -238,14 +238,14 @@ def test_where_nothing_can_be_written_nothing_is_measured(
         target = str(folder / name)
         assert main(["audit", str(checkpoint), option, target, "--overwrite"]) == 2
         assert "given twice" in capsys.readouterr().err
-    # One of the files of a directory.
+    # The output is one of the files of the audited directory.
     assert main(["audit", str(folder), option, str(checkpoint), "--overwrite"]) == 2
-    assert "must not replace weights" in capsys.readouterr().err
+    assert "must not replace a checkpoint" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
     assert (folder / "exists").read_text() == "mine"
 
 
-def test_a_page_and_a_sheet_are_two_files(
+def test_html_and_csv_must_be_different_files(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = str(checkpoint.with_name("r"))
@@ -253,7 +253,7 @@ def test_a_page_and_a_sheet_are_two_files(
     assert "given twice" in capsys.readouterr().err
 
 
-def test_csv_goes_to_standard_output(
+def test_csv_to_standard_output(
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -265,10 +265,10 @@ def test_csv_goes_to_standard_output(
     assert [row["name"] for row in rows] == ["bad", "good"]
     assert not Path("-").exists()
     assert main(["audit", str(checkpoint), "--csv", "-", "--json"]) == 2
-    assert "must not be given together" in capsys.readouterr().err
+    assert "cannot be combined" in capsys.readouterr().err
 
 
-def test_explain_says_what_the_columns_mean(
+def test_explain_describes_the_columns(
     checkpoint: Path, moved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", str(checkpoint)]) == 0
@@ -285,19 +285,21 @@ def test_explain_says_what_the_columns_mean(
         assert main(["audit", str(checkpoint), "--explain", *other]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert f"--explain and {' '.join(other)} must not be given together" in err
+        assert f"--explain cannot be combined with {' '.join(other)}, which" in err
 
 
-def test_patterns_choose(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_include_and_exclude_select_weights(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["audit", str(checkpoint), "--exclude", "b*", "--max-condition", "2"]) == 0
     assert main(["audit", str(checkpoint), "--include", "goo*", "--include", "bad"]) == 0
     assert "bad" in capsys.readouterr().out
     assert main(["audit", str(checkpoint), "--include", "nothing"]) == 2
-    assert "nothing matches none" in capsys.readouterr().err
+    assert "no weight matches nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all"])
-def test_no_answer_is_exit_code_two(
+def test_errors_give_exit_code_two(
     tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "x.safetensors"
@@ -311,7 +313,7 @@ def test_no_answer_is_exit_code_two(
     assert "Traceback" not in err
 
 
-def test_a_repaired_checkpoint_passes_the_audit_that_failed(
+def test_repaired_checkpoint_passes_the_failed_audit(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixed = checkpoint.with_name("fixed.pt")
@@ -331,14 +333,14 @@ def test_a_repaired_checkpoint_passes_the_audit_that_failed(
 
 @pytest.fixture
 def moved(tmp_path: Path) -> Path:
-    """The checkpoint later: good 1 to 5, bad 100 to 50, and one that is new."""
+    """A later checkpoint: kappa of good rises from 1 to 5, bad falls from 100 to 50, one is new."""
     path = tmp_path / "later.pt"
     weights = {"good": [5.0, 1.0], "bad": [50.0, 1.0], "new": [2.0, 1.0]}
     torch.save({name: torch.diag(torch.tensor(d)) for name, d in weights.items()}, path)
     return path
 
 
-def test_a_comparison_is_cut_and_written_too(
+def test_top_and_files_work_with_compare(
     checkpoint: Path, moved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, sheet = checkpoint.with_name("r.html"), checkpoint.with_name("r.csv")
@@ -348,7 +350,7 @@ def test_a_comparison_is_cut_and_written_too(
     names = [line.split()[0] for line in out.splitlines()]
     assert names == ["weight", "new", "good", "...", "before:", "after:"]
     assert "and 1 more with a smaller change" in out
-    assert "exceed" not in err  # 100 is what it was
+    assert "exceed" not in err  # 100 is its earlier kappa
     rows = {row["weight"]: row for row in csv.DictReader(sheet.open())}
     assert list(rows) == ["new", "good", "bad"]
     assert float(rows["bad"]["condition_number_before"]) == pytest.approx(100)
@@ -360,7 +362,7 @@ def test_a_comparison_is_cut_and_written_too(
     assert len(re.findall(r'<div class="fill( before)?"', text)) == 5
     assert text.count('<tr class="over">') == 1
     assert re.search(r'data-label="κ before"><span class="mark".*?</span> 100</td>', text)
-    assert text.count('<span class="mark"') == 1  # 50 is below
+    assert text.count('<span class="mark"') == 1  # 50 is below the limit
     assert main([*command[:-1], "40", "--json"]) == 1
     out, err = capsys.readouterr()
     assert "1 of 3 matrices exceed 40: bad (50)" in err
@@ -369,7 +371,7 @@ def test_a_comparison_is_cut_and_written_too(
     assert content["exceeding"] == ["bad"]
 
 
-def test_checkpoints_without_a_common_name_are_not_compared(
+def test_compare_requires_a_common_name(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"other": torch.eye(2)}, tmp_path / "other.pt")
@@ -381,7 +383,7 @@ def test_checkpoints_without_a_common_name_are_not_compared(
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
-def test_a_terminal_that_lacks_letters_is_no_error(tmp_path: Path, form: list[str]) -> None:
+def test_unencodable_characters_do_not_fail(tmp_path: Path, form: list[str]) -> None:
     name = "größe\ud800\x1b[2J\nforged"
     torch.save({name: torch.ones(2, 2)}, tmp_path / "x.pt")
     argv = [sys.executable, "-m", "wellcond", "audit", str(tmp_path / "x.pt"), *form]
@@ -396,7 +398,7 @@ def test_a_terminal_that_lacks_letters_is_no_error(tmp_path: Path, form: list[st
         assert done.stdout.splitlines()[2].startswith("gr\\xf6\\xdfe\\ud800\\x1b[2J\\nforged ")
 
 
-def test_a_repair_reports_in_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repair_prints_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fixed = str(checkpoint.with_name("fixed.pt"))
     assert main(["repair", str(checkpoint), fixed, "--max-condition", "7", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -404,7 +406,7 @@ def test_a_repair_reports_in_json(checkpoint: Path, capsys: pytest.CaptureFixtur
     assert content["repairs"][1]["after"] <= 7
 
 
-def test_the_console_script_audits(checkpoint: Path) -> None:
+def test_console_script_audits(checkpoint: Path) -> None:
     script = Path(sys.executable).with_name("wellcond")
     done = subprocess.run(
         [script, "audit", checkpoint, "--max-condition", "7"], capture_output=True, text=True
@@ -419,7 +421,7 @@ def test_the_console_script_audits(checkpoint: Path) -> None:
 
 @pytest.fixture
 def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """kappa 2, kappa 100 and NaN in a bias, and no checkpoint, in the working directory."""
+    """Three files in the current folder: kappa 2, kappa 100 with a NaN bias, and no checkpoint."""
     monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.diag(torch.tensor([2.0, 1.0]))}, "fine.pt")
     bad = {"w": torch.diag(torch.tensor([100.0, 1.0])), "b": torch.tensor([torch.nan])}
@@ -428,7 +430,7 @@ def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["fine.pt", "bad.pt", "half.pt"]
 
 
-def test_several_checkpoints_are_audited_each_by_itself(
+def test_several_checkpoints_are_audited_separately(
     several: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tables = []
@@ -459,7 +461,7 @@ def test_several_checkpoints_are_audited_each_by_itself(
         ("1", [0, 1], 1, "2 files: 2 failed"),
     ],
 )
-def test_the_exit_code_is_that_of_the_worst(
+def test_exit_code_is_the_largest(
     several: list[str],
     limit: str,
     which: list[int],
@@ -475,7 +477,9 @@ def test_the_exit_code_is_that_of_the_worst(
     )
 
 
-def test_documents_of_several(several: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_of_several_checkpoints(
+    several: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["audit", *several, "--json", "--max-condition", "99"]) == 2
     content = json.loads(capsys.readouterr().out)
     assert main(["audit", "bad.pt", "--json", "--max-condition", "99"]) == 1
@@ -490,16 +494,16 @@ def test_documents_of_several(several: list[str], capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("option", ["--baseline", "--compare", "--base", "--html"])
-def test_what_is_about_one_checkpoint_refuses_several(
+def test_options_for_one_checkpoint_refuse_several(
     several: list[str], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", *several, option, "other"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"wellcond: error: {option} must come with one PATH, but 3 are given.")
+    assert err.startswith(f"wellcond: error: {option} requires exactly one PATH, got 3.")
 
 
-def test_a_mistake_of_the_program_is_not_taken_for_a_file_that_cannot_be_read(
+def test_internal_error_is_not_reported_as_unreadable_file(
     several: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wellcond.audits.sources.Checkpoint", raising(RuntimeError("a mistake")))
@@ -507,9 +511,7 @@ def test_a_mistake_of_the_program_is_not_taken_for_a_file_that_cannot_be_read(
         main(["audit", *several])
 
 
-def test_a_summary_is_appended_and_never_replaces(
-    several: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_markdown_is_appended(several: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("summary.md").write_text("before\n")
     options = ["--max-condition", "99", "--markdown"]
     assert main(["audit", *several, *options, "-"]) == 2
@@ -521,14 +523,14 @@ def test_a_summary_is_appended_and_never_replaces(
     assert Path("summary.md").read_text() == f"before\n{printed}{printed}"
     before = Path("bad.pt").read_bytes()
     assert main(["audit", "fine.pt", *options, "bad.pt", "--overwrite"]) == 2
-    assert "must not replace weights" in capsys.readouterr().err
+    assert "must not replace a checkpoint" in capsys.readouterr().err
     assert Path("bad.pt").read_bytes() == before
     for other in (["--json"], ["--csv", "-"], ["--explain"]):
         assert main(["audit", "fine.pt", *options, "-", *other]) == 2
-        assert "must not be given together" in capsys.readouterr().err
+        assert "cannot be combined" in capsys.readouterr().err
 
 
-def test_results_for_code_scanning_are_written_also_of_what_cannot_be_read(
+def test_sarif_includes_unreadable_checkpoints(
     several: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["audit", *several, "--max-condition", "99", "--sarif", "out.sarif"]
@@ -542,12 +544,12 @@ def test_results_for_code_scanning_are_written_also_of_what_cannot_be_read(
     ]
     capsys.readouterr()
     assert main(command) == 2
-    assert "Give --overwrite, or another --sarif." in capsys.readouterr().err
+    assert "Use --overwrite, or another --sarif." in capsys.readouterr().err
     assert main(["audit", "fine.pt", "--sarif", "out.sarif", "--overwrite"]) == 0
     assert json.loads(Path("out.sarif").read_text())["runs"][0]["results"] == []
 
 
-def test_whatever_is_the_matter_with_a_checkpoint_names_it(
+def test_every_fault_names_its_checkpoint(
     several: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", "fine.pt", "--json"]) == 0
@@ -578,7 +580,7 @@ def test_whatever_is_the_matter_with_a_checkpoint_names_it(
 
 
 @pytest.mark.parametrize("option", ["--compare", "--base"])
-def test_another_file_that_cannot_be_read_is_the_one_that_is_named(
+def test_unreadable_second_file_is_named(
     several: list[str], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", "fine.pt", option, "half.pt", "--sarif", "out.sarif"]) == 2
@@ -593,7 +595,7 @@ def uri_of(result: dict[str, Any]) -> str:
     return uri
 
 
-def test_a_baseline_has_results_of_its_own(
+def test_sarif_has_results_of_the_baseline(
     checkpoint: Path, moved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", str(checkpoint), "--json"]) == 0
@@ -622,7 +624,7 @@ COMMANDS_THAT_PRINT = [["--help"], ["audit", "{}"], ["audit", "{}", "--json"]]
 
 
 @pytest.mark.parametrize("argv", COMMANDS_THAT_PRINT, ids=" ".join)
-def test_nobody_reads_on(checkpoint: Path, argv: list[str]) -> None:
+def test_closed_pipe_gives_exit_code_141(checkpoint: Path, argv: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = run_module(*(word.format(checkpoint) for word in argv), stdout=writer)
@@ -630,7 +632,7 @@ def test_nobody_reads_on(checkpoint: Path, argv: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_files_are_written_though_nobody_reads_on(checkpoint: Path) -> None:
+def test_files_are_written_despite_closed_pipe(checkpoint: Path) -> None:
     many = {f"layer{i}.weight": torch.eye(2) for i in range(200)}  # more than a pipe's buffer
     torch.save(many, checkpoint)
     page = checkpoint.with_name("r.html")
@@ -648,7 +650,7 @@ full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no fu
 @full
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", COMMANDS_THAT_PRINT, ids=" ".join)
-def test_nothing_more_can_be_printed(checkpoint: Path, argv: list[str]) -> None:
+def test_full_standard_output_is_an_error(checkpoint: Path, argv: list[str]) -> None:
     with Path("/dev/full").open("w") as stdout:
         done = run_module(*(word.format(checkpoint) for word in argv), stdout=stdout)
     assert done.returncode == 2
@@ -657,7 +659,7 @@ def test_nothing_more_can_be_printed(checkpoint: Path, argv: list[str]) -> None:
 
 @full
 @pytest.mark.slow
-def test_neither_output_nor_errors_can_be_printed(checkpoint: Path) -> None:
+def test_full_standard_error_does_not_raise(checkpoint: Path) -> None:
     with Path("/dev/full").open("w") as out:
         command = [sys.executable, "-m", "wellcond", "audit", str(checkpoint)]
         assert subprocess.run(command, stdout=out, stderr=out).returncode == 2
@@ -665,9 +667,7 @@ def test_neither_output_nor_errors_can_be_printed(checkpoint: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of a process there")
 @pytest.mark.parametrize("option", ["--csv", "--html"])
-def test_a_report_that_cannot_be_written_whole_is_not_written(
-    checkpoint: Path, option: str
-) -> None:
+def test_incomplete_report_is_not_written(checkpoint: Path, option: str) -> None:
     path = checkpoint.with_name("report")
     path.write_text("old")
     argv = ["audit", str(checkpoint), option, str(path), "--overwrite"]
@@ -678,7 +678,7 @@ def test_a_report_that_cannot_be_written_whole_is_not_written(
 
 
 def with_short_files(size: int, argv: list[str]) -> int:
-    """As on a full disk: no file of this process can be longer."""
+    """Limits the size of files that this process writes, as on a full disk."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -687,7 +687,7 @@ def with_short_files(size: int, argv: list[str]) -> int:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of a process there")
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "folder"])
-def test_a_repair_that_cannot_be_written_whole_is_not_written(tmp_path: Path, kind: str) -> None:
+def test_incomplete_repair_is_not_written(tmp_path: Path, kind: str) -> None:
     weights = {"w": torch.diag(torch.linspace(1.0, 9.0, 100))}
     folder = tmp_path / "in"
     folder.mkdir()
@@ -706,7 +706,7 @@ def test_a_repair_that_cannot_be_written_whole_is_not_written(tmp_path: Path, ki
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_report_that_another_process_wrote_meanwhile_stays(
+def test_report_of_another_process_is_not_overwritten(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = checkpoint.with_name("r.html")
@@ -720,7 +720,7 @@ def test_a_report_that_another_process_wrote_meanwhile_stays(
     assert main(["audit", str(checkpoint), "--html", str(page)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "exists already and is not overwritten. Give --overwrite, or another --html." in err
+    assert "already exists and is not overwritten. Use --overwrite, or another --html." in err
     assert page.read_text() == "precious"
     assert main(["audit", str(checkpoint), "--html", str(page), "--overwrite"]) == 0
     assert page.read_text() != "precious"
@@ -735,7 +735,7 @@ def repair_and_be_killed(path: Path, out: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals there")
-def test_a_killed_repair_is_in_nobodys_way(checkpoint: Path) -> None:
+def test_killed_repair_does_not_block_the_next(checkpoint: Path) -> None:
     fixed = checkpoint.with_name("fixed.pt")
     assert call(repair_and_be_killed, checkpoint, fixed)[0] == -signal.SIGKILL
     (left,) = checkpoint.parent.glob(".*")
@@ -757,7 +757,7 @@ ERRORS = [MemoryError(), RuntimeError(ALLOCATION), RuntimeError("std::bad_alloc"
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["Python", "torch", "LAPACK"])
-def test_too_little_memory_is_one_line(
+def test_out_of_memory_prints_one_line(
     checkpoint: Path,
     error: Exception,
     monkeypatch: pytest.MonkeyPatch,
@@ -781,7 +781,7 @@ def raising(error: Exception) -> Callable[..., Any]:
     return fail
 
 
-def test_other_errors_are_not_taken_for_too_little_memory(
+def test_other_errors_are_not_reported_as_out_of_memory(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RuntimeError("a mistake of the program")
@@ -791,7 +791,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(
 
 
 def with_memory(size: int, argv: list[str]) -> int:
-    """This process can have so many bytes more than it has."""
+    """Limits the memory that this process can allocate in addition to its present memory."""
     import resource
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -809,9 +809,7 @@ def with_memory(size: int, argv: list[str]) -> int:
         pytest.param("safetensors", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_repair_with_too_little_memory_writes_nothing(
-    tmp_path: Path, kind: str, times: int
-) -> None:
+def test_repair_out_of_memory_writes_nothing(tmp_path: Path, kind: str, times: int) -> None:
     path, fixed = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
     weights = {"w": torch.ones(2048, 2048)}
     save_file(weights, path) if kind == "safetensors" else torch.save(weights, path)
@@ -822,7 +820,7 @@ def test_a_repair_with_too_little_memory_writes_nothing(
     assert {file.name for file in tmp_path.iterdir()} == {path.name}
 
 
-def test_no_output_replaces_weights_of_any_format_that_is_read() -> None:
+def test_output_never_replaces_a_checkpoint_of_any_format() -> None:
     from wellcond.cli.options import _WEIGHTS
     from wellcond.files.collection import READERS
 

@@ -1,4 +1,4 @@
-"""`torchrun -m wellcond audit`: several processes, one report, one sentence if one of them dies."""
+"""`torchrun -m wellcond audit`: several processes, one report, one message if a process dies."""
 
 import json
 import multiprocessing
@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import processes  # preloads what the processes need  # noqa: F401
+import processes  # preloads the modules that the processes need  # noqa: F401
 import wellcond.audits.rows
 from wellcond.cli import main
 from wellcond.cli.place import Place, find_place
 from wellcond.files.collection import Files
 
-# --- which process this is ------------------------------------------------------------------------
+# --- the rank of a process ------------------------------------------------------------------------
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -51,11 +51,11 @@ SRUN = {
             SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "7"},
             Place(2, 3, "env://"),
         ),
-        # In a script of sbatch, whose commands are no step, there is one process.
+        # The commands of an sbatch script are not a step, so there is only one process.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}, None),
     ],
 )
-def test_torchrun_and_srun_say_which_process_this_is(
+def test_find_place_reads_torchrun_and_srun_variables(
     variables: Mapping[str, str], place: Place | None
 ) -> None:
     assert find_place(variables) == place
@@ -64,14 +64,12 @@ def test_torchrun_and_srun_say_which_process_this_is(
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (TORCHRUN | {"RANK": "x"}, "RANK must be a number, but is 'x'"),
-        (TORCHRUN | {"RANK": "4"}, "RANK must be less than WORLD_SIZE, but is 4 of 4"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR must say on which machine"),
+        (TORCHRUN | {"RANK": "x"}, "RANK must be a number, got 'x'"),
+        (TORCHRUN | {"RANK": "4"}, "RANK must be less than WORLD_SIZE, got 4 and 4"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR must name the machine"),
     ],
 )
-def test_variables_that_make_no_sense_are_refused(
-    variables: Mapping[str, str], message: str
-) -> None:
+def test_find_place_refuses_invalid_variables(variables: Mapping[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_place(variables)
 
@@ -96,19 +94,19 @@ def _rank(
 
 
 def by_torchrun(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """The variables that torchrun sets."""
     own = {"RANK": str(rank), "WORLD_SIZE": str(world)}
     return own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def by_srun(rank: int, world: int, port: int) -> dict[str, str]:
-    """What srun sets, but for a port that is free."""
+    """The variables that srun sets, with a free port."""
     own = {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(world)}
     return own | {"SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def nothing(rank: int) -> None:
-    """Done before the command."""
+    """Does nothing before the command."""
 
 
 def launch(
@@ -118,7 +116,7 @@ def launch(
     before: Callable[[int], None] = nothing,
     start: Callable[[int, int, int], dict[str, str]] = by_torchrun,
 ) -> tuple[list[int | None], str, str]:
-    """Exit codes, and what all processes printed; those of a command that hangs are None."""
+    """The exit codes, and the output of all processes; the codes are None if the command hangs."""
     folder = folder / f"{time.monotonic_ns()}"
     folder.mkdir()
     with socket.socket() as free:
@@ -150,7 +148,7 @@ def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Two shards, with a stack, NaN in a vector, and a file that is damaged."""
+    """Two shards with a stack and NaN in a vector, and a damaged file."""
     folder = tmp_path / "model"
     folder.mkdir()
     layers = {f"layers.{i}.weight": matrix(20 + 9 * i, 30, seed=i) for i in range(5)}
@@ -174,7 +172,7 @@ def alone(argv: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str
         (3, ["--max-condition", "30"], by_srun),
     ],
 )
-def test_several_processes_report_what_one_does(
+def test_several_processes_report_the_same_as_one(
     world: int,
     options: list[str],
     start: Callable[[int, int, int], dict[str, str]],
@@ -182,7 +180,7 @@ def test_several_processes_report_what_one_does(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Every number, the order, what is not finite and damaged, the exit code of the gate."""
+    """Compares every number, the order, nonfinite and damaged tensors, and the exit code."""
     argv = ["audit", checkpoint, *options]
     code, out, err = alone(argv, capsys)
     assert launch(world, argv, tmp_path, start=start) == ([code] * world, out, err)
@@ -191,7 +189,7 @@ def test_several_processes_report_what_one_does(
 
 
 @pytest.mark.distributed
-def test_files_comparisons_and_several_paths_are_those_of_one_process(
+def test_files_comparisons_and_paths_match_one_process(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later = tmp_path / "later.safetensors"
@@ -217,15 +215,18 @@ def test_files_comparisons_and_several_paths_are_those_of_one_process(
     ("argv", "message"),
     [
         (["audit", "{}", "--maxcondition", "5"], "wellcond: error: unrecognized arguments"),
-        (["audit", "{}", "--include", "nothing"], "model: `include` and `exclude` must"),
+        (
+            ["audit", "{}", "--include", "nothing"],
+            "model: each pattern of `include` and `exclude` must",
+        ),
         (["audit", "{}", "--csv", "{}"], "is a directory"),
         (
             ["repair", "{}", "x", "--max-condition", "5"],
-            "`wellcond repair` must run as one process",
+            "`wellcond repair` must run as a single process",
         ),
     ],
 )
-def test_an_error_of_all_is_said_once(
+def test_common_error_is_printed_once(
     argv: list[str], message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     codes, out, err = launch(2, [word.format(checkpoint) for word in argv], tmp_path)
@@ -235,7 +236,7 @@ def test_an_error_of_all_is_said_once(
 
 
 def _measure_first(last: Callable[[], Any], wait: bool) -> Any:
-    """Measures one tensor, and then does what is told; the others may wait."""
+    """Measures one tensor and then runs the given action, while other processes may wait."""
     measure, done = wellcond.audits.rows._measure_source, []
 
     def measure_some(*args: Any) -> Any:
@@ -250,7 +251,7 @@ def _measure_first(last: Callable[[], Any], wait: bool) -> Any:
 def _kill(rank: int, which: int) -> None:
     if rank == which:
         _measure_first(lambda: os.kill(os.getpid(), signal.SIGKILL), False)
-    else:  # and so knows nothing of it by itself
+    else:  # this process does not know of the failure by itself
         _measure_first(lambda: time.sleep(600), True)
 
 
@@ -283,13 +284,13 @@ def see_another_file(rank: int) -> None:
 @pytest.mark.parametrize(
     ("before", "codes", "message"),
     [
-        (kill_the_first, [-9, 2, 2], "process 0 of 3 has ended without an answer"),
-        (kill_the_last, [2, 2, -9], "process 2 of 3 has ended without an answer"),
-        (raise_in_the_last, [2, 2], "process 1 of 2 cannot go on: OSError: the disk is full"),
+        (kill_the_first, [-9, 2, 2], "process 0 of 3 ended without a message"),
+        (kill_the_last, [2, 2, -9], "process 2 of 3 ended without a message"),
+        (raise_in_the_last, [2, 2], "process 1 of 2 failed: OSError: the disk is full"),
         (see_another_file, [2, 2], "all processes must read the same files, but"),
     ],
 )
-def test_the_end_of_one_ends_all_with_one_sentence(
+def test_end_of_one_process_ends_all_with_one_message(
     before: Callable[[int], None],
     codes: list[int],
     message: str,
@@ -302,12 +303,12 @@ def test_the_end_of_one_ends_all_with_one_sentence(
     assert err.startswith("wellcond: error: ")
     assert err.count("\n") == 1
     assert message in err
-    assert time.monotonic() - began < 150  # of which a busy machine takes most to start them
+    assert time.monotonic() - began < 150  # a busy machine needs most of this to start them
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 3])
-def test_an_audit_that_was_killed_goes_on_also_with_other_processes(
+def test_killed_audit_resumes_with_another_number_of_processes(
     world: int, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = tmp_path / "known"

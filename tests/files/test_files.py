@@ -397,7 +397,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path: Path) -> None:
     bad = {"good": torch.eye(2), "bad": torch.tensor([[1.0, float("nan")]])}
     bad["tight"] = torch.randn(64, 64).bfloat16()
     torch.save(bad, path)
-    with pytest.raises(ValueError, match=r"bad holds NaN.*tight.*rounded to bfloat16"):
+    with pytest.raises(ValueError, match=r"bad contains NaN.*tight.*rounded to bfloat16"):
         wc.repair(path, tmp_path / "out.pt", 1.001)
     assert {p.name for p in tmp_path.iterdir()} == {"model.pt", "taken.pt"}
 
@@ -413,9 +413,9 @@ def test_the_output_lies_outside_of_what_is_copied(tmp_path: Path, inside: str) 
     saved(folder, "pt", {"w": torch.diag(torch.tensor([1.0, 1e-3]))})
     (folder / "link").symlink_to(folder)
     before = tree(tmp_path)
-    with pytest.raises(ValueError, match=r"must lie outside of the directory .* a path beside"):
+    with pytest.raises(ValueError, match=r"must be outside the directory .* a path next to"):
         wc.repair(folder, folder / inside, 5.0)
-    with pytest.raises(ValueError, match="must lie outside"):
+    with pytest.raises(ValueError, match="must be outside"):
         wc.repair(folder / "link", folder / inside, 5.0)
     assert tree(tmp_path) == before
 
@@ -428,7 +428,7 @@ def test_the_output_lies_outside_of_what_links_lead_to(tmp_path: Path) -> None:
     saved(folder, "pt", {"w": torch.diag(torch.tensor([1.0, 1e-3]))})
     (other / "notes").write_text("kept")
     (folder / "logs").symlink_to(other)
-    with pytest.raises(ValueError, match="must lie outside"):
+    with pytest.raises(ValueError, match="must be outside"):
         wc.repair(folder, other / "fixed", 5.0)
     wc.repair(folder, tmp_path / "fixed", 5.0)
     assert tree(tmp_path / "fixed") == {"model.pt", "logs", "logs/notes"}
@@ -440,7 +440,7 @@ def test_the_output_lies_outside_of_what_links_lead_to(tmp_path: Path) -> None:
 def test_the_output_does_not_lie_below_a_file(tmp_path: Path, out: str) -> None:
     path = saved(tmp_path, "pt", {"w": torch.eye(2)})
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(NotADirectoryError, match=r"`path_out` must lie in a directory.*another"):
+    with pytest.raises(NotADirectoryError, match=r"`path_out` must be in a directory.*another"):
         wc.repair(path, tmp_path / out, 5.0)
     assert tree(tmp_path) == {"model.pt", "file"}
 

@@ -505,7 +505,7 @@ def test_heads_are_not_guessed_by_names(tmp_path: Path) -> None:
     names = [f"attn.{one}_proj.weight" for one in "qkvo"]
     nodes = [node("MatMul", f"X {name}", f"Y{at or ''}") for at, name in enumerate(names)]
     path = saved(tmp_path / "a.onnx", nodes, {name: randn(4, 4) for name in names}, (1, 4))
-    with pytest.raises(ValueError, match="`heads` asks for the heads of attention"):
+    with pytest.raises(ValueError, match="`heads` requires attention layers"):
         wc.audit(path, heads=True)
 
 
@@ -769,7 +769,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "negative": (lambda: changed(dims=[-3, -5]), "has the shape"),
     "recursive functions": (recursive, "are nested too deeply or too often"),
     "functions that call functions": (lambda: doubled(39), "are nested too deeply or too often"),
-    "no weights": (lambda: model([node("Identity", "X")], {}), "must hold a weight matrix"),
+    "no weights": (lambda: model([node("Identity", "X")], {}), "must contain a weight matrix"),
 }
 
 

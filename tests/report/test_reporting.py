@@ -117,8 +117,10 @@ def test_a_baseline_that_is_not_there_is_asked_for(
     torch.save({"w": torch.eye(2)}, tmp_path / "a.pt")
     assert main(["audit", str(tmp_path / "a.pt"), "--baseline", str(tmp_path / "b.json")]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("wellcond: error: --baseline must be what `wellcond audit PATH --json`")
-    assert "b.json is not there" in err
+    assert err.startswith(
+        "wellcond: error: --baseline must be an output of `wellcond audit PATH --json`"
+    )
+    assert "b.json does not exist" in err
 
 
 def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Weights of models and files measured, compared with a baseline, and repaired."""
+"""Measures the weights of models and files, compares them with a baseline, and repairs them."""

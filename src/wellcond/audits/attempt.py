@@ -1,7 +1,7 @@
-"""The one place where an error that an audit expects becomes words, and the audit goes on.
+"""Converts the errors that an audit expects to messages, so that the audit can continue.
 
-Expected is what memory, files, numbers and the code of users bring about. All else is a mistake of
-wellcond itself, such as a TypeError, and is raised.
+Expected errors come from memory, files, numbers and user code. All other errors, such as a
+TypeError, are bugs in wellcond and are raised.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from wellcond.weights.projections import UnknownLayoutError
 
 T = TypeVar("T")
 
-# RuntimeError is what torch and LAPACK raise, ValueError what wellcond does: for damaged files,
-# for weights that have no values, and for the code of users, whose own errors it names.
+# torch and LAPACK raise RuntimeError. wellcond raises ValueError for damaged files, for weights
+# without values, and for errors in user code, which it names.
 _EXPECTED = (MemoryError, OSError, RuntimeError, ValueError, UnknownLayoutError)
 
 
 class Trouble(str):
-    """Why there is no value, in the words that the user reads."""
+    """The reason why there is no value, as a message for the user."""
 
 
 def attempt(compute: Callable[[], T]) -> T | Trouble:
-    """What it returns, or why it cannot."""
+    """The result of `compute`, or the reason why it failed."""
     try:
         return compute()
     except _EXPECTED as error:
@@ -40,5 +40,5 @@ def attempt(compute: Callable[[], T]) -> T | Trouble:
 
 
 def failed_finding(name: str, view: str, why: str) -> Finding:
-    """The row of what could not even be read."""
+    """The row of a tensor that could not be read."""
     return Finding(name, view, (0, 0), "", status=Status.failed, detail=why)

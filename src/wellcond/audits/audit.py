@@ -1,4 +1,4 @@
-"""Every weight of a model or a checkpoint measured, and what was left out and why.
+"""Measures every weight of a model or a checkpoint, and lists what it skips and why.
 
 Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n);
 kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
@@ -58,69 +58,74 @@ def audit(
     base: Auditable | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> AuditReport:
-    """Measures every weight of a model, a state dict, or a checkpoint without loading it whole.
+    """Measures every weight of a model, a state dict or a checkpoint.
 
-    All arithmetic is float64 on the CPU, and the model is not changed. Each finding names the
-    method that found its singular values; kappa was right to 1e-6 up to 1e5 (`wellcond bench
-    audit`). A model is read by its modules, and measured by the weights that act in eval mode. A
-    file has no modules: names decide which tensors are weights, then the tensors beside them, then
-    shapes; the row of a guess says that it is one. "Reading an audit" in the documentation says
-    which matrices a tensor holds, and what each number means.
+    A checkpoint is read one tensor at a time. All arithmetic is in float64 on the CPU, and the
+    model is not changed. Each finding names the method that computed its singular values; kappa is
+    accurate to 1e-6 up to kappa = 1e5 (`wellcond bench audit`).
+
+    The modules of a model determine its weights, and the effective weights in eval mode are
+    measured. A file has no modules, so its weights are identified by name, then by neighbouring
+    tensors, then by shape; the row of a guess states that it is one. "Reading an audit" in the
+    documentation explains which matrices a tensor contains and what each number means.
 
     A weight that a file stores as several tensors (codes and scales, slices, the parameters of
-    weight_norm) is built from them, one at a time, and measured under the name that it has in a
-    plain checkpoint; `Finding.parts` has their names. If that cannot be done, `coverage.skipped`
-    has the reason under the name of the codes, and no number is given.
+    weight_norm) is built from them, one weight at a time, and measured under its name in a plain
+    checkpoint. `Finding.parts` lists these tensors. If the weight cannot be built, it has no
+    finding, and `coverage.skipped` gives the reason under the name of the codes.
 
     Args:
-        model_or_path: a module, also one wrapped by torch.compile or DistributedDataParallel; a
-            state dict, which maps names to tensors or NumPy arrays and is read as a file is; or the
-            path of a .safetensors file, a *.safetensors.index.json, a state dict of torch.save
-            (.pt, .pth, .bin, .ckpt, .pth.tar), a file of Keras, Flax, NumPy, ONNX, GGUF,
-            TorchScript or torch.export ("From JAX, Keras, ONNX, GGUF" in the documentation), or a
-            directory of these. Classes of other Python objects in a file are named, not loaded.
-        certify: also enclose sigma_max, sigma_min and kappa by `wellcond.certify`; not of heads.
+        model_or_path: a module, which torch.compile or DistributedDataParallel may wrap; a state
+            dict, which maps names to tensors or NumPy arrays and is treated like a file; or the
+            path of a .safetensors file, a *.safetensors.index.json file, a state dict saved by
+            torch.save (.pt, .pth, .bin, .ckpt, .pth.tar), a Keras, Flax, NumPy, ONNX, GGUF,
+            TorchScript or torch.export file ("From JAX, Keras, ONNX, GGUF" in the documentation),
+            or a directory of these. The report names the classes of other Python objects in a file,
+            which are not loaded.
+        certify: also enclose sigma_max, sigma_min and kappa by `wellcond.certify`; not for heads.
         include: one or more patterns (`fnmatch.fnmatchcase`) of names to measure; all if empty.
-            A weight that is skipped because of its name is measured if a pattern is that name. A
-            pattern may match the name of the codes, as `*.qweight` does.
-        exclude: one or more patterns of names to leave out.
-        curves: find all singular values of this number of the worst weights, however large.
-        progress: True shows a bar, of tqdm if it is installed. Or a function that is called with a
-            `Progress` before each tensor is read, and every second within a convolution that is
-            measured as it acts; `print` will do.
-        example: input of the model: a tensor, a tuple, or a dict of named arguments. One forward
-            pass in eval mode shows on which input size each convolution acts, and the convolution
-            is measured as that map, under the view "operator" instead of "kernel". The numbers are
-            exact where the kernel sees no input twice, on a torus, and up to 4096 singular values;
-            else sigma_max is enclosed, kappa is a lower bound, and the grade is "bounded".
-        heads: also measure the heads of attention: W_Q^T W_K of head 3, which compares two inputs,
-            as `layers.0.self_attn:qk3`, and W_O W_V, which carries one to the other, as
-            `layers.0.self_attn:vo3`; without biases and 1/sqrt(d_head). All numbers are those of
-            the d_head singular values that need not be zero; the detail names what acts in between.
-            A file needs its config.json. Heads do not count in the coverage.
-        base: the model, or its path, that the adapter at the path (LoRA, LoHa, ...) adapts. Per
-            adapted weight there is one finding, `q_proj.weight:merged`: W + s B A in float64, with
-            kappa of W, kappa of the sum in the dtype of W, and the size of what is added. Patterns
-            that leave it out (`include="*:delta"`, `exclude="*:merged"`) show `q_proj.weight` and
-            `q_proj.weight:delta`, s B A, instead. Without a base only the last is; a model of PEFT
-            holds its base. The rest of the base is left out.
-        resume: the path of a file to which each weight is appended as soon as it is measured. An
-            audit that was killed goes on with the same file, and measures only what is not in it;
-            the report is the same. Needs a path, or a base, of files that have not changed.
+            A weight that is skipped because of its name is measured if a pattern equals that name.
+            A pattern can also match the name of the codes, such as `*.qweight`.
+        exclude: one or more patterns of names to skip.
+        curves: the number of worst weights for which to compute all singular values, whatever the
+            size.
+        progress: True shows a progress bar, of tqdm if it is installed. A function is called with a
+            `Progress` before each tensor is read, and every second while a convolution is measured
+            as a linear operator; `print` is such a function.
+        example: an input of the model: a tensor, a tuple, or a dict of named arguments. One forward
+            pass in eval mode records the input size of each convolution. The convolution is then
+            measured as a linear operator on that size, under the view "operator" instead of
+            "kernel". The numbers are exact if the kernel uses no input twice, on a torus, and up to
+            4096 singular values. Otherwise sigma_max is enclosed, kappa is a lower bound, and the
+            grade is "bounded".
+        heads: also measure the attention heads: for head 3, W_Q^T W_K, which compares two inputs,
+            as `layers.0.self_attn:qk3`, and W_O W_V, which carries one input to the other, as
+            `layers.0.self_attn:vo3`, without biases and 1/sqrt(d_head). All numbers refer to the
+            d_head singular values that can be nonzero; the detail names the operations in between.
+            A file requires its config.json. Heads do not count in the coverage.
+        base: the base model, or its path, of the adapter at the path (LoRA, LoHa, ...). Each
+            adapted weight has one finding, `q_proj.weight:merged`: W + s B A in float64, with kappa
+            of W, kappa of the sum in the dtype of W, and the size of the change. Patterns that skip
+            it (`include="*:delta"`, `exclude="*:merged"`) show `q_proj.weight` and
+            `q_proj.weight:delta`, which is s B A, instead. Without a base, only `:delta` is
+            measured; a PEFT model contains its base. The other weights of the base are skipped.
+        resume: the path of a file to which each weight is appended as soon as it is measured. After
+            an interruption, an audit with the same file measures only the missing weights and
+            returns the same report. The model and the base must be paths of unchanged files.
 
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding with the reason. All
-        other floating-point tensors that no pattern leaves out, also the buffers of a model, are
+        other floating-point tensors that no pattern excludes, including the buffers of a model, are
         searched for NaN and infinity: see `AuditReport.not_finite`.
 
     Raises:
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
-            model does not take the example, no attention is known, the base does not fit, or
-            `resume` is no file of this audit.
+            model does not accept the example, no attention is recognised, the base does not fit, or
+            `resume` is not a file of this audit.
         FileNotFoundError: the path does not exist.
-        TypeError: neither a module nor a path nor a state dict, or one with other dicts in it; an
-            array of a dtype that torch lacks; an example without a model; a base for a model;
-            `resume` for what is no path.
+        TypeError: `model_or_path` is not a module, a path or a flat state dict; an array has a
+            dtype that torch lacks; `example` is given without a model; `base` is given for a model;
+            `resume` is given without a path.
 
     Example:
         >>> import torch, wellcond as wc
@@ -140,7 +145,7 @@ def audit(
 
 
 class Options(NamedTuple):
-    """What `audit` is asked for, and what decides its numbers."""
+    """The options of `audit` that determine its numbers."""
 
     certify: bool
     include: Sequence[str]
@@ -168,12 +173,12 @@ def audit_together(
     base: Auditable | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> AuditReport:
-    """What `audit` does, by all processes of a group, which get the same report."""
+    """Runs `audit` on all processes of a group; each process gets the same report."""
     for name, one in (("model_or_path", model_or_path), ("base", base)):
         if resume is not None and not isinstance(one, str | os.PathLike | None):
             raise TypeError(
-                f"`resume` must come with paths, whose files can be told apart from others, but "
-                f"`{name}` is a {type(one).__name__}. Save it, or leave `resume` out."
+                f"`resume` requires paths, because it checks that the files have not changed, but "
+                f"`{name}` is a {type(one).__name__}. Save it to a file, or omit `resume`."
             )
 
     path, base_path = (
@@ -234,7 +239,7 @@ def _search(
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> tuple[dict[str, NotFinite], list[Finding]]:
-    """The tensors that hold NaN or infinity, measured or not, and rows of unreadable ones."""
+    """The tensors that contain NaN or infinity, measured or not, and rows of unreadable tensors."""
     of_tensors = [(spec, finding) for spec, finding in rows if spec.source.tensor is not None]
     bad = {spec.name: spec for spec, one in of_tensors if one.status is Status.not_finite}
     sound = [spec for spec, _ in of_tensors if spec.covers and spec.name not in bad]
@@ -245,7 +250,8 @@ def _search(
         for name, pieces in source.tensors.items()
         if name not in finite and reason_to_skip([name], include, exclude) is None
     }
-    for name, spec in bad.items():  # of a base, or computed; of what is built, its parts say more
+    # Weights of a base and computed weights. For built weights, their parts are more specific.
+    for name, spec in bad.items():
         if name not in tensors and not _parts_of(spec):
             tensors[name] = partial(_pieces_of_row, spec)
     weights = {*bad, *(part for _, adapter in source.adapters for part in adapter.parts)}
@@ -277,7 +283,7 @@ def _pieces_of_row(spec: RowSpec) -> Iterator[Tensor]:
 
 
 def _add_curves(executor: Executor, rows: list[Row], count: int) -> None:
-    """Gives all singular values to the first rows that lack them; reads each tensor once."""
+    """Adds all singular values to the first rows that lack them; reads each tensor once."""
     lacking = [
         index
         for index, (_, finding) in enumerate(rows[: max(0, count)])
@@ -286,14 +292,14 @@ def _add_curves(executor: Executor, rows: list[Row], count: int) -> None:
     lacking.sort(key=lambda index: rows[index][0].source.name)
     again = measure_rows(executor, [rows[index][0] for index in lacking], all_values=True)
     for index, (spec, whole) in zip(lacking, again, strict=True):
-        values = whole.singular_values  # none if it cannot be read or measured again
+        values = whole.singular_values  # empty if the tensor cannot be read or measured again
         rows[index] = spec, with_comparison(replace(rows[index][1], singular_values=values))
 
 
 def _coverage(
     rows: Sequence[Row], failed: int, source: Source, skipped: dict[str, Skipped]
 ) -> Coverage:
-    """What stands for parameters of the source; heads do not count."""
+    """How many parameters of the source are measured; heads do not count."""
     own = [finding for spec, finding in rows if spec.covers and finding.measured]
     failed += sum(
         not finding.measured and (spec.covers or spec.source.tensor is not None)
@@ -310,7 +316,7 @@ def _coverage(
 
 
 def _in_unknown_groups(row: Row) -> bool:
-    """Whether it is a kernel of which the file does not say how many groups it has."""
+    """Whether the row is a kernel in a file that does not store its number of groups."""
     spec, finding = row
     if spec.source.tensor is None or not (spec.covers and finding.measured):
         return False
@@ -321,12 +327,13 @@ def _in_unknown_groups(row: Row) -> bool:
 def _check_measured(
     findings: Sequence[Finding], source: str, skipped: Mapping[str, Skipped], based: bool
 ) -> None:
-    """Raises if nothing could be measured, or with a base no sum."""
+    """Raises ValueError if nothing could be measured, or with a base, no merged weight."""
     sums = [finding for finding in findings if finding.with_adapter]
     if based and sums and not any(finding.measured for finding in sums):
         why = f"{sums[0].label}: {sums[0].explanation}"
         raise ValueError(
-            f"`base` must give a sum that can be measured, but {source} has none ({why})."
+            f"`base` must yield a merged weight that can be measured, but {source} has none "
+            f"({why})."
         )
     if not any(finding.measured for finding in findings):
         reasons = [f"{finding.label}: {finding.explanation}" for finding in findings]
@@ -334,5 +341,5 @@ def _check_measured(
         reasons += [f"{name}: {why}" for name, why in others]
         listed = list_some((one.rstrip(".") for one in reasons or ["it is empty"]), separator="; ")
         raise ValueError(
-            f"{source} must hold a weight matrix that can be measured, but has none ({listed})."
+            f"{source} must contain a weight matrix that can be measured, but has none ({listed})."
         )

@@ -1,7 +1,7 @@
-"""An audit held against one of before: which of kappa, sigma_max and stable rank got worse.
+"""Compares an audit with a baseline: which of kappa, sigma_max and stable rank got worse.
 
-The one of before is what `wellcond audit --json` printed, a file small enough to keep beside a
-model. Numbers may be inf, or nan where they are undefined or unknown.
+The baseline is an earlier output of `wellcond audit --json`, which is small enough to keep next to
+a model. Numbers can be inf, or nan if they are undefined or unknown.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from wellcond.report.pairing import is_square, pair_names
 from wellcond.report.report import AuditReport
 from wellcond.text import escape, list_some
 
-_LARGEST = 256 << 20  # bytes; a finding takes some 700
-# kappa of square weights may rise by so many times more than all else.
+_LARGEST = 256 << 20  # bytes; a finding has about 700
+# The limit on the rise of kappa is this many times larger for square weights.
 SQUARES = 10
-# What is held against a baseline, its least value, and its name in an error.
+# The quantities that are compared, with their least value and their name in errors.
 GATED = {
     "condition_number": (1.0, "condition numbers, which are at least 1"),
     "sigma_max": (0.0, "singular values, which are not negative"),
@@ -31,7 +31,7 @@ GATED = {
 
 
 class Baseline(dict[str, dict[str, float]]):
-    """Numbers of weights by their labels; `exported` as of an AuditReport."""
+    """Numbers of weights by their labels; `exported` has the meaning of `AuditReport.exported`."""
 
     exported = False
 
@@ -48,13 +48,13 @@ class Rise:
 
 @dataclass(frozen=True)
 class BaselineComparison:
-    """What became of the weights of a baseline.
+    """How the weights of an audit differ from those of a baseline.
 
     Attributes:
-        risen: those of which a number has moved by more than it may, the furthest above its limit
-            first; of several numbers of one weight only that one.
-        missing: those that the audit does not have: nobody knows whether they have risen.
-        new: those that only the audit has.
+        risen: the weights with a number that changed by more than its limit, the largest excess
+            first; for each weight only the number with the largest excess.
+        missing: the weights that only the baseline contains, so their change is unknown.
+        new: the weights that only the audit contains.
     """
 
     risen: list[Rise]
@@ -63,13 +63,13 @@ class BaselineComparison:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """The numbers of the weights, by their labels. Older files have kappa only.
+    """Reads the numbers of the weights by their labels. Older files contain only kappa.
 
     Raises:
-        ValueError: the file is not what `wellcond audit --json` prints, or a number in it is below
-            what it can be.
-        FileNotFoundError: it is not there.
-        OSError: it cannot be read.
+        ValueError: the file is not an output of `wellcond audit --json`, or a number in it is below
+            the least possible value.
+        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
     """
     try:
         if path.stat().st_size > _LARGEST:
@@ -86,21 +86,21 @@ def read_baseline(path: Path) -> Baseline:
         baseline.exported = bool(document.get("exported"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not "
-            "there. Make it first, from the model as it is to stay."
+            f"--baseline must be an output of `wellcond audit PATH --json`, but {path} does not "
+            "exist. Create it first, from the reference model."
         ) from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(
-            f"--baseline must be what `wellcond audit PATH --json` printed, but {path} is not. "
-            "Make one from the model as it is to stay."
+            f"--baseline must be an output of `wellcond audit PATH --json`, but {path} is not. "
+            "Create a new one from the reference model."
         ) from None
     for label, numbers in baseline.items():
         for quantity, number in numbers.items():
             least, what = GATED[quantity]
             if number < least:  # nan is unknown
                 raise ValueError(
-                    f"--baseline must hold {what}, but {path} says {number:g} of {escape(label)}. "
-                    "Make one from the model as it is to stay."
+                    f"--baseline must contain {what}, but {path} contains {number:g} for "
+                    f"{escape(label)}. Create a new one from the reference model."
                 )
     return baseline
 
@@ -108,21 +108,22 @@ def read_baseline(path: Path) -> Baseline:
 def compare_with_baseline(
     report: AuditReport, baseline: Baseline, times: float
 ) -> BaselineComparison:
-    """Which numbers have moved by more than `limit_of` them; names are paired as by `compare`.
+    """Finds the numbers that changed by more than `limit_of`; pairs names as `compare` does.
 
-    From a number to inf or nan is a rise without end; what was inf or nan cannot rise, nor has an
-    adapter that adds nothing. Numbers that the baseline does not have are not held against it.
+    A change from a finite number to inf or nan counts as an infinite rise. A number that was inf or
+    nan cannot rise, and neither can an adapter that adds nothing. Numbers that the baseline lacks
+    are not compared.
 
     Raises:
-        ValueError: they have no weight in common, or one of them is of an export.
+        ValueError: they have no weight in common, or one of them is of an exported file.
     """
     check_exported("--baseline", baseline.exported, report.source, report.exported)
     now = {finding.label: finding for finding in report.findings}
     names = [(old, new) for _, old, new in pair_names(baseline, now).paired]
     if not names:
         raise ValueError(
-            f"--baseline must name weights of {report.source}, but names none of them: it has "
-            f"{list_some(baseline, limit=3)}, and not {list_some(now, limit=3)}."
+            f"--baseline must contain weights of {report.source}, but it contains none of them: it "
+            f"has {list_some(baseline, limit=3)} instead of {list_some(now, limit=3)}."
         )
     excesses = [
         max(_excesses(now[new], baseline[old], times), key=itemgetter(0))
@@ -139,7 +140,7 @@ def compare_with_baseline(
 def _excesses(
     finding: Finding, before: Mapping[str, float], times: float
 ) -> Iterator[tuple[float, Rise]]:
-    """Each number that the baseline has: how far it has risen, over how far it may."""
+    """For each number of the baseline, its rise divided by the allowed rise."""
     for quantity in GATED:
         if quantity in before:
             rise = Rise(finding.label, quantity, before[quantity], getattr(finding, quantity))
@@ -147,17 +148,17 @@ def _excesses(
 
 
 def limit_of(quantity: str, shape: Sequence[int], times: float) -> float:
-    """By which factor a quantity of a weight of this shape may rise, or the stable rank fall.
+    """The factor by which a quantity of a weight of this shape may rise, or the stable rank fall.
 
-    kappa of a weight whose sides are within a factor of 1.2 varies from training to training by a
-    factor of 2.5 (one standard deviation): it has ten times as much.
+    If the sides of a weight are within a factor of 1.2, its kappa varies between training runs by a
+    factor of 2.5 (one standard deviation), so its limit is ten times larger.
     """
     square = quantity == "condition_number" and is_square(shape)
     return SQUARES * times if square else times
 
 
 def ratio(rise: Rise) -> float:
-    """How many times what it was; of the stable rank, which falls, how many times less."""
+    """The factor by which the quantity rose, or by which the stable rank fell."""
     if not (math.isfinite(rise.before) and rise.before > 0):
         return 1.0
     if rise.quantity == "stable_rank":

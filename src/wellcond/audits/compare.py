@@ -1,4 +1,4 @@
-"""Two models or checkpoints before and after: both audited, and their matrices subtracted.
+"""Compares two models or checkpoints: audits both, and measures the change of each matrix.
 
 Letters: W (m, n) a weight before, dW its change.
 """
@@ -28,9 +28,9 @@ from wellcond.report.comparison import Comparison, compare_reports, with_changes
 from wellcond.report.pairing import Change
 from wellcond.report.report import AuditReport
 
-# Of GGUF files: q and k, whose rows may be in another order.
+# q and k of GGUF files, whose rows can be in another order.
 _REORDERED = re.compile(r"(.*\.)?attn_[qk]\.weight", re.DOTALL)
-_COLUMNS = 64  # enough to tell which order is nearest
+_COLUMNS = 64  # enough to determine the nearest order
 
 Comparable = AuditReport | nn.Module | str | os.PathLike[str] | Mapping[str, Any]
 
@@ -42,33 +42,32 @@ def compare(
     names: Sequence[str] | None = None,
     **options: Any,
 ) -> Comparison:
-    """How every weight moved from one model or checkpoint to another.
+    """Compares every weight of one model or checkpoint with the same weight of another.
 
-    Weights are the same if their names are. Names that differ only by a wrapper of the model
-    (`module.`, `_orig_mod.`), or by one prefix of all names (`model.`), count as the same; `naming`
-    states the prefix. So do those of a GGUF file and of a model like Llama. The summary names the
-    weight that moved most for its class, see `Pair.moves`, and counts the weights that only one
-    side has.
+    Weights are paired by name. Names match even if they differ by a wrapper of the model
+    (`module.`, `_orig_mod.`) or by one prefix of all names (`model.`); `naming` states the prefix.
+    The names of a GGUF file match those of a Llama-like model. The summary names the weight that
+    moved most for its class, see `Pair.moves`, and counts the weights that only one side has.
 
     If neither side is a report, each pair has a `wellcond.report.Change`: the norm of the change,
     its share in the leading directions, and the angles by which the leading and the trailing
     directions turned. One pair of tensors is in memory at a time. Directions are computed for
-    weights of at most 1024 singular values. A GGUF file may hold the rows of q and k in another
-    order: they are compared in the nearer one.
+    weights with at most 1024 singular values. A GGUF file can store the rows of q and k in another
+    order; they are compared in the nearest order.
 
     Args:
-        before: a model, the path of a checkpoint, or what `wellcond.audit` returned.
-        after: the second, such as a later state of a training, a repaired copy, or a copy in
-            another dtype or quantised. A model that was trained in place is no longer what it was:
-            compare a report or a copy.
-        names: what the two are called; by default the ends of their paths that differ.
-        options: those of `wellcond.audit`, for what is not audited yet.
+        before: a model, the path of a checkpoint, or a report of `wellcond.audit`.
+        after: the second one, such as a later state of a training run, a repaired copy, or a copy
+            that is quantised or in another dtype. If a model is trained in place, pass an earlier
+            report or copy as `before`.
+        names: the names of the two sides; by default the ends of their paths that differ.
+        options: the options of `wellcond.audit` for a side that is not a report.
 
     Returns:
-        A `Comparison`, what moved most for its class first.
+        A `Comparison`, in which the weight that moved most for its class is first.
 
     Raises:
-        ValueError: no weight has the same name in both, or what `wellcond.audit` raises.
+        ValueError: no weight has the same name on both sides, or `wellcond.audit` raises it.
         TypeError: a side is neither a report nor a model nor a path.
 
     Example:
@@ -91,7 +90,7 @@ def compare(
         if not isinstance(side, AuditReport | nn.Module | str | os.PathLike | Mapping):
             raise TypeError(
                 f"`{name}` must be an AuditReport, a model or a path, got {type(side).__name__}. "
-                "For a tensor, audit a layer that holds it."
+                "To compare tensors, audit layers that contain them."
             )
     called = check_names(names)
     first, second = (
@@ -106,7 +105,7 @@ def compare(
 
 
 def check_names(names: Sequence[str] | None) -> tuple[str, str] | None:
-    """The two names; raises ValueError unless there are two that differ."""
+    """Returns the two names; raises ValueError unless there are two different ones."""
     if names is None:
         return None
     if isinstance(names, str) or len(names) != 2 or names[0] == names[1]:
@@ -121,7 +120,7 @@ def measure_changes(
     progress: ProgressCallback | None = None,
     executor: Executor | None = None,
 ) -> Comparison:
-    """The comparison with the change of each weight that both sources hold as a matrix."""
+    """Adds to a comparison the change of each weight that is a matrix in both sources."""
     old, new = _Side(before), _Side(after)
     both = [
         (pair.label, pair.before.label, pair.after.label)
@@ -158,7 +157,7 @@ def measure_changes(
 
 
 class _Side:
-    """The matrices of a source by their labels; it keeps the tensor that was read last."""
+    """The matrices of a source by their labels; keeps the tensor that was read last."""
 
     def __init__(self, source: Source) -> None:
         specs = plan(source)
@@ -167,10 +166,10 @@ class _Side:
         self.last: tuple[RowSource | None, Any] = None, None
 
     def matrix(self, label: str) -> Tensor | None:
-        """The matrix; None if there is no single one, as for a convolution as it acts."""
+        """The matrix; None for a convolution as a linear operator, which is not stored as one."""
         spec = self.specs[label]
         if self.last[0] is not spec.source:
-            self.last = None, None  # it is let go before the next is read
+            self.last = None, None  # release the tensor before the next one is read
             self.last = spec.source, spec.source.read()
         S = spec.matrix(self.last[1])
         return S.detach() if isinstance(S, Tensor) else None
@@ -192,10 +191,11 @@ def _measure(before: _Side, after: _Side, old: str, new: str) -> Change | None:
 
 
 def _reorder_like(S: Tensor, T: Tensor) -> Tensor:
-    """T with its rows in the order that is nearest to S, of those in which llama.cpp has q and k.
+    """T with its rows in the order nearest to S, among the orders that llama.cpp uses for q and k.
 
-    Its converter puts rows i and i + d/2 of a head of d rows side by side, for most models that
-    rotate both by one angle; the file does not say for which, nor may its heads be known here.
+    For most models that rotate rows i and i + d/2 of a head of d rows by one angle, the converter
+    of llama.cpp stores these rows next to each other. The file does not state whether it did, and
+    the number of heads can be unknown here.
     """
     rows = torch.arange(len(T))
     orders = [rows]

@@ -1,10 +1,10 @@
-"""The singular values of convolutions as they act: all of them, or bounds that are called bounds.
+"""The singular values of convolutions as linear operators: all of them, or bounds.
 
-All of them are known where the kernel sees no input twice, on a torus, and of small ones from the
-dense matrix. Of others sigma_1 is enclosed, from below by products and from above by the symbol,
-and sigma_nu is bounded from above alone: frequencies say nothing of it.
+All singular values are computed if the kernel uses no input twice, on a torus, and from the dense
+matrix of small operators. For other operators, products bound sigma_1 from below and the symbol
+bounds it from above. sigma_nu is only bounded from above, because the symbol gives no lower bound.
 
-Letters: S (m, n) the map; K its kernel; sigma_1 >= ... >= sigma_nu, nu = min(m, n).
+Letters: S (m, n) the operator; K its kernel; sigma_1 >= ... >= sigma_nu, nu = min(m, n).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from wellcond.linalg.spectrum import compute_spectrum
 from wellcond.linalg.symbol import periodic_singular_values
 from wellcond.operators.convolution import CIRCULAR, ZEROS, Convolution, Geometry
 
-# The dense matrix of a group: so many singular values, entries, and multiplications of them all.
+# Limits for the dense matrix: singular values and entries per group, multiplications in total.
 _DENSE, _ENTRIES, _WORK = 4096, 1 << 26, 2e11
-_CORNER = 1536  # unknowns of the corners that bound sigma_nu, fewer where there are many groups
-_STEPS = 30  # of the power iteration that bounds sigma_1 from below
+_CORNER = 1536  # unknowns in the corners that bound sigma_nu; fewer if there are many groups
+_STEPS = 30  # steps of the power iteration that bounds sigma_1 from below
 
 T = TypeVar("T")
 
 
 class MapSpectrum(NamedTuple):
-    """What is known of S.
+    """The singular values of S, or bounds.
 
     Attributes:
-        singular_values: nu of them, descending; empty if there are only bounds.
-        largest: bounds of sigma_1.
+        singular_values: all nu values, descending; empty if there are only bounds.
+        largest: a lower and an upper bound of sigma_1.
         smallest: sigma_nu, or an upper bound of it.
-        method: how they were found.
+        method: how the values or bounds were computed.
     """
 
     singular_values: Tensor
@@ -52,22 +52,22 @@ def measure_convolution(
 ) -> MapSpectrum:
     """The singular values of a convolution in float64, or bounds of sigma_1 and sigma_nu.
 
-    `report` is called with the share of the work that is done, above 0 and up to 1: after each
-    group, and of bounds after each of their parts.
+    `report` is called with the completed share of the work, above 0 and up to 1: after each group,
+    and for bounds after each part of a group.
     """
     geometry = convolution.geometry
     wide = Convolution(convolution.kernel.to(torch.float64), geometry)
     groups = [wide.group(index) for index in range(geometry.groups)]
     for applies, values, how in (
-        (wide.disjoint, _of_kernel, "the flattened kernel, which sees no input twice"),
+        (wide.disjoint, _of_kernel, "the flattened kernel, which uses no input twice"),
         (wide.periodic, _on_torus, "Fourier coefficients of the kernel, on a torus"),
-        (_feasible(groups), _of_dense, "the dense matrix of the map"),
+        (_feasible(groups), _of_dense, "the dense matrix of the operator"),
     ):
         if applies:
             step = _steps(report, len(groups))
             sigma = torch.cat([step(values(group)) for group in groups])
             sigma = sigma.sort(descending=True).values
-            unseen = wide.nu - len(sigma)  # where some inputs are
+            unseen = wide.nu - len(sigma)  # inputs that the kernel never uses
             sigma = torch.cat([sigma, sigma.new_zeros(unseen)])
             return MapSpectrum(sigma, (float(sigma[0]),) * 2, float(sigma[-1]), how)
     corners = _corners(geometry)
@@ -82,12 +82,12 @@ def measure_convolution(
         torch.empty(0),
         (below, max(above, below)),
         min(smallest, below),
-        "products, the symbol and corners of the map",
+        "products, the symbol and corners of the operator",
     )
 
 
 def _steps(report: Callable[[float], None], total: int) -> Callable[[T], T]:
-    """Hands on what each of so many parts of the work has found, and reports that it is done."""
+    """Returns a function that passes on a result and reports one more of `total` parts as done."""
     numbers = itertools.count(1)
 
     def step(found: T) -> T:
@@ -118,10 +118,11 @@ def _of_dense(S: Convolution) -> Tensor:
 
 
 def _from_above(S: Convolution) -> float:
-    """By the symbol: what pads with zeros is a part of the map on the whole lattice.
+    """Bounds sigma_1 from above by the symbol, which describes a convolution on the entire lattice.
 
-    On a torus no output stands twice, as long as it is not gone round twice. Reflected and repeated
-    inputs count as often as they are seen.
+    With zero padding, S is a part of that operator. On a torus, the bound grows with the number of
+    times that the outputs go round each axis. With reflected or replicated inputs, it grows with
+    the number of times that the padded input repeats an entry.
     """
     geometry, kernel = S.geometry, S.kernel
     if geometry.mode == ZEROS:
@@ -144,7 +145,7 @@ def _on_lattice(kernel: Tensor, stride: Sequence[int], dilation: Sequence[int]) 
 
 
 def _from_below(S: Convolution) -> float:
-    """||S v|| of a unit vector v by power iteration: in float32, and measured in float64."""
+    """||S v|| for a unit vector v of a power iteration in float32, evaluated in float64."""
     narrow = Convolution(S.kernel.to(torch.float32), S.geometry)
     v = torch.randn(S.shape[1], 1, generator=torch.Generator().manual_seed(0))
     for _ in range(_STEPS):
@@ -154,7 +155,7 @@ def _from_below(S: Convolution) -> float:
 
 
 def _corners(geometry: Geometry) -> list[tuple[str, ...]]:
-    """Where `_in_corner` may look, per axis."""
+    """The corners for `_in_corner`, each with a place per axis."""
     places = ("start", "end") if geometry.mode == ZEROS else ("middle",)
     return [*itertools.product(places, repeat=len(geometry.size))]
 
@@ -162,9 +163,9 @@ def _corners(geometry: Geometry) -> list[tuple[str, ...]]:
 def _in_corner(S: Convolution, unknowns: float, corner: Sequence[str]) -> float:
     """An upper bound of sigma_nu: S restricted to a corner of its inputs, or of its outputs.
 
-    Of the smaller side, since of vectors that live in a corner the smallest ||S v|| is no smaller
-    than of all. At a border, where the map is cut off, is where singular values are smallest; where
-    it is reflected, or repeated, the middle has to do.
+    The corner is on the smaller side, because the smallest ||S v|| over the vectors of a corner is
+    at least the smallest over all vectors. Singular values are smallest at a border that cuts off
+    the operator. With reflected or replicated borders, the middle is used instead.
     """
     geometry = S.geometry
     m, n = reversed(S.shape) if geometry.transposed else S.shape
@@ -182,7 +183,10 @@ def _in_corner(S: Convolution, unknowns: float, corner: Sequence[str]) -> float:
 def _span(
     S: Convolution, axis: int, length: int, where: str, inputs: bool
 ) -> tuple[int, tuple[int, int]] | None:
-    """Size and padding along an axis of S on so many inputs, or outputs, there; None: no room."""
+    """Size and padding along an axis of S restricted to `length` inputs or outputs at `where`.
+
+    None if the axis is too short.
+    """
     n, s = S.geometry.size[axis], S.geometry.stride[axis]
     before, after = S.geometry.padding[axis]
     reach = S.geometry.dilation[axis] * (S.kernel.shape[2 + axis] - 1)
@@ -192,10 +196,10 @@ def _span(
     if inputs:
         if where == "middle" and (first <= before or first + length >= n - after):
             return None
-        # All outputs that see one of these inputs: at an inner border none is cut off.
+        # Keep all outputs that use one of these inputs; an inner border cuts off none of them.
         start = before if first == 0 else reach + (before + first - reach) % s
         return length, (start, after if first + length == n else reach)
-    begin = s * first - before  # of what these outputs see, border included
+    begin = s * first - before  # the first input that these outputs use, including padding
     end = s * (first + length - 1) - before + reach + 1
     if where == "middle" and (begin < 0 or end > n):
         return None

@@ -1,4 +1,4 @@
-"""Work on many tensors: what an earlier audit has done is taken, and processes share the rest."""
+"""Computes values for many tensors: reuses those of an earlier audit, and shares out the rest."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 class Executor:
-    """Computes values one after the other, also by several processes and after an interruption.
+    """Computes values one after the other, with several processes and after an interruption.
 
     Args:
-        group: the processes that share the work; None if there is only this one.
-        record: the file that keeps what is done; None without one.
+        group: the processes that share the work; None for a single process.
+        record: the file that stores the computed values; None for no file.
     """
 
     def __init__(self, group: Group | None = None, record: Record | None = None) -> None:
         self.group, self.record = group, record
         self.known: dict[Key, Any] = {} if record is None else record.known
-        if group is not None and record is not None:  # of which each may see files of its own
+        if group is not None and record is not None:  # each process may see different files
             self.known = {}
             for found in group.exchange("known", record.known):
                 self.known |= found
@@ -40,10 +40,10 @@ class Executor:
         """The values of all items in order, on every process.
 
         Args:
-            kind: what is computed; each kind only once.
-            names: of the items.
-            work: how long each takes, in any unit.
-            compute: yields the values of the items that it is called with, in their order.
+            kind: the name of the computation; each kind is computed once.
+            names: the names of the items.
+            work: the time that each item requires, in any unit.
+            compute: yields the values of the items with the given indices, in their order.
         """
         keys = [(kind, index, name) for index, name in enumerate(names)]
         values: dict[int, T] = {
@@ -76,7 +76,7 @@ class Executor:
 
 
 def deal(work: Sequence[float], count: int) -> list[list[int]]:
-    """Which items each of `count` has: the largest first, to whoever has least (Graham, 1969)."""
+    """Deals items to `count` processes: the largest first, to the least loaded (Graham, 1969)."""
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [(0.0, number) for number in range(count)]
     for index in sorted(range(len(work)), key=lambda index: -work[index]):

@@ -1,4 +1,4 @@
-"""What a report says of a weight besides its spectrum, computed while the weight is measured.
+"""The facts of a report about a weight in addition to its spectrum.
 
 Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n);
 kappa = sigma_1/sigma_nu.
@@ -19,7 +19,7 @@ from wellcond.linalg.spectrum import rank_tolerance
 from wellcond.report.findings import USUAL, Finding
 
 _FLOAT16 = torch.finfo(torch.float16)
-_DOMINANT = 0.999  # of the squared norm
+_DOMINANT = 0.999  # share of the squared norm
 _OPPOSITE = 0.05
 _COLUMNS, _TRIES = 256, 100
 
@@ -30,7 +30,7 @@ def stored_numbers(S: Tensor) -> Tensor:
 
 
 def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
-    """The finding with what is to be known of the single entries of its matrix, all finite.
+    """Adds facts about the entries of the matrix, which must all be finite, to the finding.
 
     The entries of a complex matrix are its real and its imaginary parts. `norm` is ||S||_F.
     """
@@ -43,7 +43,7 @@ def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
         return (int(below.count_nonzero()) - zeros) / parts.numel()
 
     def zero(dim: int) -> tuple[int, ...]:
-        if zeros < S.shape[dim] or not largest:  # too few of them, or nothing else
+        if zeros < S.shape[dim] or not largest:  # too few zeros, or only zeros
             return ()
         entries = sizes.amax(-1) if S.is_complex() else sizes
         return tuple((entries.amax(dim) == 0).flatten().nonzero().flatten().tolist())
@@ -60,18 +60,18 @@ def with_entries(finding: Finding, S: Tensor, norm: float) -> Finding:
         zero_rows=zero(-1),
         zero_columns=zero(-2),
         subnormal_share=share(sizes < torch.finfo(parts.dtype).tiny),
-        # At half its smallest number float16 rounds to zero, the even one of the two neighbours.
+        # Half the smallest number of float16 rounds to zero, the even one of its two neighbours.
         float16_zero_share=share(sizes <= _FLOAT16.smallest_normal * _FLOAT16.eps / 2),
         dominant_entry=dominant,
     )
 
 
 def _find_equal_rows(S: Tensor) -> tuple[int, ...]:
-    """Two equal rows that are not zero, found by products of some columns with a random vector."""
+    """Two equal nonzero rows, found by the products of some columns with a random vector."""
     if S.ndim != 2 or min(S.shape) < 2:
         return ()
     columns = S[:, :: max(1, S.shape[1] // _COLUMNS)]
-    # Wide, or different rows would often have equal products.
+    # In lower precision, different rows would often have equal products.
     columns = columns.to(torch.complex128 if S.is_complex() else torch.float64)
     source = torch.Generator("cpu").manual_seed(0)
     v = torch.randn(columns.shape[1], generator=source, dtype=torch.float64, device="cpu")
@@ -86,7 +86,7 @@ def _find_equal_rows(S: Tensor) -> tuple[int, ...]:
 
 
 def _are_opposite(S: Tensor) -> bool:
-    """Whether S has two rows, and these are w and -w up to 5 %, as of a head of two classes."""
+    """Whether S has two rows w and -w up to 5 %, such as the head of a two-class classifier."""
     if S.ndim != 2 or S.shape[0] != 2:
         return False
     first, second = S.to(torch.complex128 if S.is_complex() else torch.float64)
@@ -94,10 +94,10 @@ def _are_opposite(S: Tensor) -> bool:
 
 
 def with_comparison(finding: Finding) -> Finding:
-    """The finding beside random matrices of its shape, of one stored matrix that is no vector.
+    """Adds a comparison with random matrices of its shape to the finding of a real matrix.
 
-    Groups of a convolution, a convolution as it acts and heads follow other laws, and so do complex
-    Gaussian matrices.
+    Vectors are not compared. Groups of a convolution, convolutions as linear operators, heads and
+    complex Gaussian matrices follow other distributions.
     """
     real = not finding.dtype.startswith("complex")
     if not real or len(finding.shape) != 2 or finding.nu < 2 or math.isnan(finding.largest_entry):
@@ -121,7 +121,7 @@ def with_comparison(finding: Finding) -> Finding:
 
 @functools.lru_cache(maxsize=256)  # networks have few shapes
 def _usual_limit(shape: tuple[int, ...]) -> float:
-    """The least power of ten that few random matrices of this shape exceed."""
+    """The least power of ten that few random matrices of this shape exceed in kappa."""
     limit = 10.0
     while exceedance(shape, limit) > USUAL:
         limit *= 10
@@ -129,7 +129,7 @@ def _usual_limit(shape: tuple[int, ...]) -> float:
 
 
 def _widest_gap(finding: Finding) -> tuple[int, float]:
-    """How many singular values lie below the widest gap in the lower half, and their ratio."""
+    """The number of singular values below the widest gap in the lower half, and the gap's ratio."""
     top, zero = finding.sigma_max, rank_tolerance(torch.Size(finding.shape))
     sigma = [max(value / top, zero) for value in finding.singular_values if top > 0]
     lower = range(max(1, len(sigma) - len(sigma) // 2), len(sigma))

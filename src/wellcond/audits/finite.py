@@ -1,4 +1,4 @@
-"""NaN and infinity in the tensors of a model or a file, whether they are matrices or not."""
+"""Searches all tensors of a model or a file for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from wellcond.files.pieces import Pieces
 from wellcond.report.not_finite import NotFinite
 from wellcond.text import last_part
 
-# The first and the last value of a range, which may be infinite, such as those of an observer that
-# has seen nothing yet.
+# The ends of a range, which can be infinite, such as those of an observer without any data yet.
 _BOUNDS = {"min", "max", "low", "high", "lower", "upper", "bound", "bounds", "best"}
 
 
@@ -30,9 +29,9 @@ def not_finite_in(
 ) -> tuple[dict[str, NotFinite], dict[str, str]]:
     """The tensors with NaN or infinity by name, and those that cannot be read.
 
-    What is infinite by design is left out: -inf in a mask, which `masks` or the name itself calls
-    one, and the infinite ends of a range, by name. In `weights` nothing is. By `sizes`, the numbers
-    of their entries, processes share the work.
+    Values that are infinite by design are ignored: -inf in a mask, which `masks` or its name
+    identifies, and the infinite ends of a range, which its name identifies. In `weights`, no value
+    is ignored. `sizes`, the numbers of entries, determine how processes share the work.
     """
     names, pieces = [*tensors], [*tensors.values()]
     work = [(sizes or {}).get(name, 0) + 1.0 for name in names]
@@ -56,13 +55,13 @@ def not_finite_in(
 
 
 def _count(pieces: Pieces) -> tuple[int, int, int, bool]:
-    """How many are NaN, infinite, entries, and whether all that are not finite are -inf."""
+    """The numbers of NaN, of infinities and of entries, and whether only -inf is not finite."""
     nan = infinite = negative = entries = 0
     for piece in pieces():
         entries += piece.numel()
         if piece.is_complex():
             piece = torch.view_as_real(piece.resolve_conj())
-        elif piece.itemsize == 1:  # torch computes nothing with float8
+        elif piece.itemsize == 1:  # torch does not compute with float8
             piece = piece.to(torch.float32)
         if not piece.numel() or all(math.isfinite(end) for end in piece.aminmax()):
             continue
@@ -73,7 +72,7 @@ def _count(pieces: Pieces) -> tuple[int, int, int, bool]:
 
 
 def _is_by_design(name: str, negative: bool, masks: Collection[str]) -> bool:
-    """Whether a tensor without NaN is meant so; `negative`: all that is infinite is -inf."""
+    """Whether infinities are by design; `negative` states that all of them are -inf."""
     last = last_part(name.lower())
     mask = name in masks or re.search("mask|causal|attn_bias|attention_bias", last) is not None
     return (mask and negative) or not _BOUNDS.isdisjoint(last.split("_"))

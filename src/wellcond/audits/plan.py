@@ -1,4 +1,4 @@
-"""The rows of an audit: planned from names and shapes before a tensor is read, then selected.
+"""Plans the rows of an audit from names and shapes before any tensor is read, and selects them.
 
 Letters: W (m, n) a stored weight, s B A what an adapter adds to it; S (m, n) what a row measures.
 """
@@ -32,12 +32,12 @@ from wellcond.weights.reasons import Reason, Skipped
 
 @dataclass(frozen=True)
 class RowSource:
-    """What the rows beside each other share.
+    """A source that adjacent rows share.
 
     Attributes:
-        name: by which progress calls it.
-        read: returns its values, or what reads them; may be slow, and return much.
-        tensor: that it is, if it is one.
+        name: the name that progress reports.
+        read: returns the values, or a function that reads them; can be slow and return much data.
+        tensor: the tensor, if the source is one.
     """
 
     name: str
@@ -47,19 +47,19 @@ class RowSource:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A row that may be measured.
+    """A row that can be measured.
 
     Attributes:
-        name: of its tensor, or of its module of attention.
-        view: which matrix it is; "" if there is only one.
-        aliases: what a pattern may match.
-        source: what is read for this row and for those beside it.
-        matrix: from what the source reads to the matrix that is measured.
-        note: what a reader must know of it.
-        covers: whether it stands for parameters of the model or file itself.
-        reason: why it is left out unless an exact name asks for it.
-        adapters: what is added, of a sum and of what one adds.
-        entries: how many it stands for, if not those of its matrix.
+        name: the name of its tensor, or of its attention module.
+        view: the view of the matrix; "" if there is only one matrix.
+        aliases: the names that a pattern can match.
+        source: the source of this row and of the adjacent ones.
+        matrix: computes the matrix to measure from the values of the source.
+        note: a remark for the reader of the report.
+        covers: whether the row counts parameters of the model or file itself.
+        reason: why the row is skipped unless a pattern is its exact name.
+        adapters: the adapters of a merged weight, or the adapter whose change is measured.
+        entries: the number of entries that the row counts, if not those of its matrix.
     """
 
     name: str
@@ -75,17 +75,17 @@ class RowSpec:
 
     @property
     def label(self) -> str:
-        """name:view, by which it is shown."""
+        """The label that reports show, name:view."""
         return f"{self.name}:{self.view}" if self.view else self.name
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is a weight with what its adapters add."""
+        """Whether the row is a weight merged with its adapters."""
         return bool(self.adapters) and self.source.tensor is not None
 
 
 class Merged:
-    """A view of W with what its adapters add; `stored` says whether W is stored as it is."""
+    """A view of W merged with its adapters; `stored` states whether W itself is a stored tensor."""
 
     dtype = torch.float64
 
@@ -95,7 +95,7 @@ class Merged:
 
 
 class Delta:
-    """s B A of an adapter."""
+    """The change s B A of an adapter."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter, self.product = adapter, adapter.product()
@@ -106,10 +106,10 @@ Measurable = Tensor | Product | Convolution | Merged | Delta
 
 
 def plan(source: Source, heads: bool = False) -> list[RowSpec]:
-    """All rows of a source, with those of the heads of attention if they are asked for.
+    """All rows of a source, and those of its attention heads with `heads`.
 
     Raises:
-        ValueError: there is no attention.
+        ValueError: no attention layers are recognised.
     """
     specs: list[RowSpec] = []
     for one in source.matrices:
@@ -122,8 +122,8 @@ def plan(source: Source, heads: bool = False) -> list[RowSpec]:
         attentions, value = source.find_heads()
         if not attentions:
             raise ValueError(
-                f"`heads` asks for the heads of attention, but {source.name} has none that is "
-                "known. Leave it out, or call the projections q_proj, k_proj, v_proj and o_proj."
+                f"`heads` requires attention layers, but none were recognised in {source.name}. "
+                "Omit it, or name the projections q_proj, k_proj, v_proj and o_proj."
             )
         for attention in attentions:
             specs += _rows_of_attention(attention, value)
@@ -133,7 +133,7 @@ def plan(source: Source, heads: bool = False) -> list[RowSpec]:
 def rows_of_tensor(
     one: Matrices, reason: Skipped | None = None, covers: bool = True
 ) -> Iterator[RowSpec]:
-    """The rows of a tensor, then those of its sum with its adapters."""
+    """The rows of a tensor, then those of the tensor merged with its adapters."""
     source = RowSource(one.name, one.read, one)
     parts = [part for adapter in one.adapters for part in adapter.parts]
     views = single_views(one.views, one.shape)
@@ -157,9 +157,10 @@ def rows_of_tensor(
 
 
 def _row_of_adapter(name: str, adapter: Adapter, sizes: dict[str, int]) -> RowSpec:
-    """The row of what an adapter adds to the weight of this name.
+    """The row of the change that an adapter adds to the weight of this name.
 
-    It takes the sizes of its tensors out of `sizes`: the first stands for what several share.
+    The row removes the sizes of its tensors from `sizes`, so that tensors that several adapters
+    share count only for the first.
     """
     view = "delta" if adapter.name in ("", "default") else f"delta.{adapter.name}"
     dora = "DoRA also rescales the rows of the sum"
@@ -173,10 +174,10 @@ def _row_of_adapter(name: str, adapter: Adapter, sizes: dict[str, int]) -> RowSp
 
 
 def merge_rows(specs: Sequence[RowSpec]) -> list[RowSpec]:
-    """One row per adapted matrix: beside a sum those of the weight and of the change are left out.
+    """Keeps one row per adapted matrix: the merged weight replaces the weight and the change.
 
-    The sum stands for what they do, and has their notes. A convolution as it acts is another
-    matrix, and keeps its row.
+    The row of the merged weight takes over their entries and notes. A convolution as a linear
+    operator is a different matrix and keeps its row.
     """
     own = {
         (spec.name, f"{spec.view}:{MERGED}".lstrip(":")): spec
@@ -195,7 +196,7 @@ def merge_rows(specs: Sequence[RowSpec]) -> list[RowSpec]:
                 spec,
                 note=join_remarks(*(part.note for part in found)),
                 covers=any(part.covers for part in found),
-                # One adapter may belong to several matrices of a tensor.
+                # One adapter can belong to several matrices of a tensor.
                 entries=sum(p.entries for p in found if p.covers and id(p) not in replaced),
             )
             replaced |= {id(part) for part in found}
@@ -203,12 +204,12 @@ def merge_rows(specs: Sequence[RowSpec]) -> list[RowSpec]:
 
 
 def _rows_of_attention(attention: Attention, value: Value) -> Iterator[RowSpec]:
-    """The rows of its heads, and one for each kind of which no head is known."""
-    source = RowSource(attention.name, lambda: cache(value))  # reads what a head first needs
+    """The rows of the heads, and one row for each kind whose heads are unknown."""
+    source = RowSource(attention.name, lambda: cache(value))  # reads tensors when a head needs them
     rows = [(one.view, partial(_head, attention, one.view), one.note) for one in attention.heads]
     rows += [(view, partial(_unknown, why), "") for view, why in attention.unknown.items()]
     for view, matrix, note in rows:
-        # Of a model that is itself attention, the view is the name.
+        # If the model itself is the attention module, the view is the name.
         name, own = (attention.name, view) if attention.name else (view, "")
         yield RowSpec(name, own, attention.names(view), source, matrix, note, covers=False)
 
@@ -223,7 +224,7 @@ def _unknown(why: str, value: Value) -> Product:
 
 
 def as_patterns(given: str | Sequence[str]) -> Sequence[str]:
-    """The patterns; a text is one of them."""
+    """The patterns as a sequence; a string is a single pattern."""
     return [given] if isinstance(given, str) else given
 
 
@@ -235,7 +236,7 @@ def match(names: Collection[str], patterns: Sequence[str]) -> list[str]:
 def reason_to_skip(
     names: Collection[str], include: Sequence[str], exclude: Sequence[str]
 ) -> Skipped | None:
-    """Why the patterns leave out what has these names; None if they do not."""
+    """Why the patterns skip a row with these names; None if they do not."""
     if excluded := match(names, exclude):
         return Skipped(Reason.excluded, f'"{excluded[0]}"')
     return Skipped(Reason.unmatched) if include and not match(names, include) else None
@@ -248,14 +249,14 @@ def select(
     skipped: Mapping[str, Skipped],
     others: Collection[str] = (),
 ) -> tuple[list[RowSpec], dict[str, Skipped]]:
-    """The rows to measure, and with their reasons the tensors, or rows of tensors, left out.
+    """The rows to measure, and the skipped tensors, or rows of tensors, with their reasons.
 
     Args:
         specs: all rows.
         include: patterns of rows to measure; all if empty.
-        exclude: patterns of rows to leave out.
+        exclude: patterns of rows to skip.
         skipped: the reasons before the selection, by name.
-        others: names without a row that a pattern of `exclude` may match.
+        others: names without a row that a pattern of `exclude` can match.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -284,8 +285,8 @@ def select(
         tensors = (row.name for row in specs if row.covers and row.source.tensor is not None)
         names = list(dict.fromkeys(tensors))
         raise ValueError(
-            f"`include` and `exclude` must match a weight, but {', '.join(sorted(unused))} "
-            f"matches none. {_hint(sorted(unused), specs, left_out)}"
+            "each pattern of `include` and `exclude` must match a weight, but no weight matches "
+            f"{', '.join(sorted(unused))}. {_hint(sorted(unused), specs, left_out)}"
             f"The weights are {list_some(names)}.{suggest_module_patterns(unused, names)}"
         )
     return wanted, left_out
@@ -294,13 +295,13 @@ def select(
 def _hint(
     patterns: Sequence[str], specs: Sequence[RowSpec], left_out: Mapping[str, Skipped]
 ) -> str:
-    """What is matched in the place of a weight, of each pattern the first."""
+    """For each pattern, the first name that it matches and that is not a measured weight."""
     tensors = (spec.source.tensor for spec in specs)
     parts = {part: one.name for one in tensors if one is not None for part in one.parts}
     hints = ""
     for pattern in patterns:
         if found := next((name for name in left_out if fnmatchcase(name, pattern)), None):
-            hints += f"{escape(found)} is left out: {left_out[found]}. "
+            hints += f"{escape(found)} is skipped: {left_out[found]}. "
         elif found := next((name for name in parts if fnmatchcase(name, pattern)), None):
-            hints += f"{escape(found)} is a part of {escape(parts[found])}. "
+            hints += f"{escape(found)} is part of {escape(parts[found])}. "
     return hints

@@ -1,8 +1,8 @@
-"""Several processes that audit one checkpoint together, by torch.distributed on the CPU.
+"""Several processes that audit one checkpoint together, with torch.distributed on the CPU.
 
-Each process watches process 0, and process 0 all others, by a connection on which nothing is sent
-before the end. So the end of one, also a violent one, ends all within seconds, and only one of them
-says why.
+Each process watches process 0, and process 0 watches all others, on a connection that carries no
+data before the end. If one process ends, even by a kill, all processes end within seconds, and only
+one of them prints the reason.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from torch.distributed.rendezvous import rendezvous
 T = TypeVar("T")
 
 _MEETING = datetime.timedelta(minutes=5)
-_FOR_EVER = datetime.timedelta(days=365)  # one matrix may take hours
-_PATIENCE = 3.0  # seconds in which the watch learns whose end it was
+_FOR_EVER = datetime.timedelta(days=365)  # one matrix can take hours
+_PATIENCE = 3.0  # seconds for the watch to learn which process ended
 _TEXT = 1 << 16  # bytes of the last message
-# What a process may meet that the others do not; all else is a mistake of the program.
+# Errors that can occur in only one process; all other errors are bugs in wellcond.
 _EXPECTED = (ValueError, OSError, ImportError, MemoryError, RuntimeError, TypeError)
 
 
 class ProcessError(Exception):
-    """One of the processes cannot go on, and so none can."""
+    """One of the processes cannot continue, so no process can."""
 
 
 class Group:
-    """All processes, of which this is one; it waits until all have come.
+    """The group of all processes, including this one; waits until all have connected.
 
     Args:
-        rank: which it is; process 0 reports.
-        size: how many there are.
-        meeting: where they meet, as `torch.distributed` has it: env:// or tcp://...
+        rank: the rank of this process; process 0 reports.
+        size: the number of processes.
+        meeting: the address where they meet, as in `torch.distributed`: env:// or tcp://...
 
     Raises:
-        OSError: they do not come.
+        OSError: the processes do not connect.
     """
 
     def __init__(self, rank: int, size: int, meeting: str) -> None:
@@ -53,7 +53,7 @@ class Group:
             store, *_ = next(rendezvous(meeting, self.rank, self.size, timeout=_MEETING))
             dist.init_process_group(
                 "gloo",
-                # A job that this command runs in may have a store there, with names of its own.
+                # The job that runs this command may use the same store with its own names.
                 store=dist.PrefixStore("wellcond", store),  # type: ignore[attr-defined]
                 rank=self.rank,
                 world_size=self.size,
@@ -64,9 +64,9 @@ class Group:
         except (RuntimeError, OSError, ValueError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(
-                f"{self.size} processes must meet within {_MEETING.seconds // 60} minutes, but did "
-                f"not ({first}). Start them with torchrun; or for one process unset RANK and "
-                "WORLD_SIZE, or SLURM_PROCID."
+                f"{self.size} processes must connect within {_MEETING.seconds // 60} minutes, but "
+                f"did not ({first}). Start them with torchrun. For a single process, unset RANK "
+                "and WORLD_SIZE, or SLURM_PROCID."
             ) from None
         self._ending = threading.Lock()
         for other in range(1, self.size) if self.rank == 0 else (0,):
@@ -75,30 +75,31 @@ class Group:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             threading.Thread(target=_end_later, daemon=True).start()
 
-    # --- while all goes well ----------------------------------------------------------------------
+    # --- normal operation -------------------------------------------------------------------------
 
     def exchange(self, what: str, value: T) -> list[T]:
         """The values of all processes, in their order.
 
         Raises:
-            ProcessError: another process does something else, as after an error of its own.
+            ProcessError: another process is at another exchange, for example after an error.
         """
         found: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(found, (what, value), group=self._work)
         except RuntimeError as error:
-            time.sleep(_PATIENCE)  # the watch ends this process, and knows more
+            time.sleep(_PATIENCE)  # the watch ends this process and gives a better reason
             raise ProcessError(f"the connection between the processes is lost: {error}") from None
         for rank, (done, _) in enumerate(found):
             if done != what:
-                raise ProcessError(f"process {rank} of {self.size} is at {done}, and not at {what}")
+                raise ProcessError(f"process {rank} of {self.size} is at {done}, not at {what}")
         return [one for _, one in found]
 
     def together(self, compute: Callable[[], T], state: Callable[[T], Mapping[str, Any]]) -> T:
-        """What it returns, if that succeeds on all processes, and its state is the same on all.
+        """Returns the result of `compute`, which must succeed on all processes with equal state.
 
         Raises:
-            ValueError: it does not; of an error of this process the error itself.
+            ValueError: another process failed, or the states differ. An error of this process is
+                raised as it is.
         """
         value: T | None = None
         error: Exception | None = None
@@ -119,19 +120,19 @@ class Group:
                 name = next(n for n in {**first, **other} if other.get(n) != first.get(n))
                 raise ValueError(
                     f"all processes must read the same files, but {name} has another size or time "
-                    f"for process {rank} than for process 0. Put it on storage that they share."
+                    f"on process {rank} than on process 0. Put it on shared storage."
                 )
         return value
 
     @contextlib.contextmanager
     def fatal(self) -> Iterator[None]:
-        """Within, an error ends all processes at once, instead of the audit of one path."""
+        """Within this context, an error ends all processes, not only the audit of one path."""
         try:
             yield
         except _EXPECTED as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise ProcessError(
-                f"process {self.rank} of {self.size} cannot go on: {type(error).__name__}: {first}"
+                f"process {self.rank} of {self.size} failed: {type(error).__name__}: {first}"
             ) from error
 
     # --- the end ----------------------------------------------------------------------------------
@@ -139,8 +140,8 @@ class Group:
     def end(self, code: int, message: str = "") -> NoReturn:
         """Ends all processes with this exit code; process 0 prints the message.
 
-        The others wait for process 0, which may still have to write what they know too. An error
-        does not wait: it is a message.
+        The other processes wait for process 0, which may still have to write the results. They send
+        the message of an error to process 0 at once.
         """
         if self.rank == 0:
             self._end_all(code, message)
@@ -152,7 +153,7 @@ class Group:
                 time.sleep(_PATIENCE)
 
     def _end_all(self, code: int, message: str) -> NoReturn:
-        with self._ending:  # and never lets go
+        with self._ending:  # never released
             _say(message)
             for other in range(1, self.size):
                 with contextlib.suppress(RuntimeError):
@@ -167,8 +168,9 @@ class Group:
         except RuntimeError:  # the connection is closed
             code, message = (
                 2,
-                f"wellcond: error: process {other} of {self.size} has ended without an answer, as "
-                "if killed. Look for a lack of memory; --resume FILE keeps what is measured.\n",
+                f"wellcond: error: process {other} of {self.size} ended without a message, as if "
+                "it was killed. Check whether memory ran out. --resume FILE keeps measured "
+                "weights.\n",
             )
         if self.rank == 0:
             self._end_all(code, message)
@@ -180,7 +182,7 @@ class Group:
 def _end_later() -> NoReturn:
     """Delays the end by SIGTERM, which torchrun sends as soon as another process ends.
 
-    In the meantime the watch prints why that process ended.
+    In the meantime, the watch prints why the other process ended.
     """
     signal.sigwait({signal.SIGTERM})
     time.sleep(_PATIENCE)
@@ -188,7 +190,7 @@ def _end_later() -> NoReturn:
 
 
 def _say(message: str) -> None:
-    """Prints it on standard error, also where that is silenced, over a line of progress."""
+    """Prints on standard error, even if that is silenced, and overwrites a line of progress."""
     error = sys.__stderr__
     clear = "\r\x1b[K" if message and error is not None and error.isatty() else ""
     for stream, text in ((sys.stdout, ""), (sys.stderr, ""), (error, clear + message)):

@@ -1,4 +1,4 @@
-"""How far long work on many tensors is."""
+"""The progress of long work on many tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from wellcond.text import escape, format_duration
 from wellcond.weights.matrices import Matrices, entries
 
-# From there on a matrix is not decomposed whole, and takes a time that grows with its entries.
+# Larger matrices are not decomposed completely; their time grows with their number of entries.
 _DECOMPOSED = 2048
 _WIDTH = 79  # of a line of progress
 _PAUSE = 1.0  # seconds between two reports on one tensor
@@ -21,16 +21,16 @@ _PAUSE = 1.0  # seconds between two reports on one tensor
 
 @dataclass(frozen=True)
 class Progress:
-    """The tensor that comes next, or is being measured, and what is left.
+    """The tensor that is next or is being measured, and the remaining work.
 
     Attributes:
-        name: of the tensor, or of a module of attention.
-        number: which one it is, from 1.
-        total: how many there are.
-        seconds_left: how long this one and the rest will take, estimated from the sizes of those
-            that are done; nan before the first is.
-        share: how much of this one is done, 0 to 1: of a convolution as it acts, which may take
-            long, at most once per second; of all else 0.
+        name: the name of the tensor, or of an attention module.
+        number: the number of the tensor, from 1.
+        total: the number of tensors.
+        seconds_left: the estimated time for this tensor and the remaining ones, from the sizes of
+            the finished ones; nan before the first is finished.
+        share: the finished share of this tensor, 0 to 1. It is updated at most once per second for
+            convolutions as linear operators, which can take long, and is 0 for all others.
 
     Example:
         >>> print(Progress("layers.3.weight", 4, 10, seconds_left=80.0))
@@ -56,14 +56,15 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class CallbackError(Exception):
-    """An error of a callback, its cause, where errors of the weight are caught."""
+    """Wraps an error of a callback, which is its cause, because errors of weights are caught."""
 
 
 @contextlib.contextmanager
 def shown(progress: ProgressCallback | bool | None) -> Iterator[ProgressCallback | None]:
-    """The callback itself; of True one that draws a bar until the end, of False none.
+    """Yields the callback; for True, one that draws a progress bar; for False, None.
 
-    The bar is that of tqdm, which is a widget in notebooks, or else a line on standard error.
+    The bar is a bar of tqdm, which is a widget in notebooks, or without tqdm, a line on standard
+    error.
     """
     if not isinstance(progress, bool):
         yield progress
@@ -79,7 +80,7 @@ def shown(progress: ProgressCallback | bool | None) -> Iterator[ProgressCallback
                 print(f"\r{'':{_WIDTH}}\r", end="", file=sys.stderr, flush=True)
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a notebook lacks widgets: the bar is text then
+            warnings.simplefilter("ignore")  # a notebook without widgets gets a text bar
             bar = tqdm(leave=False)
 
         def draw(step: Progress) -> None:
@@ -97,22 +98,22 @@ def _draw_line(step: Progress) -> None:
 
 
 class Counter:
-    """Reports one source after the other; `work` is that of each, in any unit."""
+    """Reports one source after the other; `work` lists the work for each, in any unit."""
 
     def __init__(self, callback: ProgressCallback | None, work: Sequence[float]) -> None:
         self.callback, self.work = callback, work
-        self.name, self.number, self.done = "", 0, 0.0  # done before the present one
+        self.name, self.number, self.done = "", 0, 0.0  # done: finished before the current source
         self.began = self.last = time.monotonic()
 
     def next(self, name: str) -> None:
-        """Work on this one begins, and that on the one before has ended."""
+        """Marks the previous source as finished and reports that the next one begins."""
         if self.number:
             self.done += self.work[self.number - 1]
         self.name, self.number = name, self.number + 1
         self._report(0.0)
 
     def within(self, share: float) -> None:
-        """So much of the present one is done; reported if the last report is a second old.
+        """Reports the finished share of the current source if the last report is a second old.
 
         Raises:
             CallbackError: the callback raised an error, which is its cause.
@@ -135,9 +136,10 @@ class Counter:
 
 
 def work_of(tensors: Iterable[Matrices | None]) -> list[float]:
-    """How long each may take to measure: m n nu, with a limit on nu.
+    """The estimated work for each tensor: m n nu, with a limit on nu.
 
-    Heads of a module, together, and an adapter are no tensors, and take the mean of the others.
+    The heads of a module (together) and adapters are not tensors. They count as the mean of the
+    others.
     """
     work = [None if one is None else _work(one.shape) for one in tensors]
     known = [one for one in work if one is not None]

@@ -1,4 +1,4 @@
-"""A checkpoint rewritten so that every weight in it obeys a limit of the condition number.
+"""Rewrites a checkpoint so that every weight in it satisfies a limit on its condition number.
 
 Letters: S (m, n) a weight as stored, X its replacement, kappa their condition numbers.
 """
@@ -36,8 +36,8 @@ from wellcond.rules.spectral import limit_condition_number
 from wellcond.text import is_out_of_memory, join_remarks, last_part, list_some, read_versions
 from wellcond.weights.reasons import Reason, Skipped
 
-_ATTEMPTS = 8  # at a margin that rounding does not exceed
-# What layers call their weights; all else may be a constant, or no linear map.
+_ATTEMPTS = 8  # tries to find a margin that rounding does not exceed
+# Usual names of weights in layers. Other tensors can be constants, or not act as linear maps.
 _CALLED_A_WEIGHT = re.compile("weight|kernel|proj", re.IGNORECASE)
 
 
@@ -51,56 +51,58 @@ def repair(
     dequantise: bool = False,
     progress: ProgressCallback | bool | None = None,
 ) -> RepairReport:
-    """Copies a checkpoint so that every weight has kappa <= max_condition as it is stored.
+    """Copies a checkpoint so that every stored weight has kappa <= max_condition.
 
-    The weights have the names that they have in an audit: of a fused projection each block has a
-    limit of its own (`attn.qkv.weight:q`), of a stack each matrix. A convolution is its flattened
-    kernel of one group, because a file does not say how many groups there are.
+    The weights have the same names as in an audit. Each block of a fused projection has its own
+    limit (`attn.qkv.weight:q`), and so does each matrix of a stack. A convolution counts as its
+    flattened kernel with one group, because a file does not store the number of groups.
 
     A weight that exceeds the limit is replaced by a nearest one in the Frobenius norm with
-    kappa <= K/(1 + margin); margin is the smallest that was found for which kappa <= K still holds
-    after rounding to the dtype of the file. A rank-deficient weight gets full rank. A zero weight,
-    which has no condition number, a complex one and the factors of an adapter of low rank, which
-    act by their product, stay as they are. All other tensors, the metadata, Python objects beside
-    the tensors and the permissions are kept byte for byte; a compressed archive of torch.save is
-    written unpacked.
+    kappa <= K/(1 + margin), where margin is the smallest that was found for which kappa <= K still
+    holds after rounding to the dtype of the file. A rank-deficient weight gets full rank. Three
+    kinds of weights remain unchanged: zero weights, whose condition number is undefined; complex
+    weights; and the factors of low-rank adapters, of which only the product acts. All other
+    tensors, the metadata, Python objects next to the tensors and the permissions are kept byte for
+    byte. A compressed archive of torch.save is written uncompressed.
 
-    A weight that is built from several tensors is repaired where these can store the result:
-    shards, and `weight_norm` and `spectral_norm` of torch; the report has what acts before and
-    after. Others, such as codes and scales, stay as they are, and the report says which. With
-    `dequantise` the copy stores each of these as one tensor instead, in the dtype that its parts or
-    config.json name (float32 where neither does), within the limit; the settings of the
-    quantisation are removed from config.json, and the index is rewritten. Such a copy consists of
-    safetensors files: of a file of torch.save only the tensors are copied.
+    A weight that is built from several tensors is repaired if these can store the result: shards,
+    and `weight_norm` and `spectral_norm` of torch. The report describes the effective weight before
+    and after. Other built weights, such as codes and scales, remain unchanged, and the report lists
+    them. With `dequantise`, the copy stores each of these as one tensor within the limit, in the
+    dtype that its parts or config.json specify (float32 by default). The quantisation settings are
+    removed from config.json, and the index is rewritten. Such a copy consists of safetensors files;
+    of a file of torch.save, it contains only the tensors.
 
-    The copy is written into a temporary folder and renamed; nothing is ever overwritten, and of two
-    repairs to the same path one fails. A repair that is killed leaves that folder,
-    `.wellcond-unfinished-*` beside path_out, which can be removed.
+    The copy is written to a temporary folder and renamed. Nothing is ever overwritten, and if two
+    repairs write to the same path, one fails. A repair that is killed leaves the temporary folder,
+    `.wellcond-unfinished-*` next to path_out, which can be removed.
 
     Args:
-        path_in: what `wellcond.audit` reads.
-        path_out: a new file of the same format, with `dequantise` of safetensors; for a directory
-            or a sharded checkpoint a new directory outside of it.
+        path_in: a checkpoint that `wellcond.audit` reads.
+        path_out: a new file of the same format, or a safetensors file with `dequantise`; for a
+            directory or a sharded checkpoint, a new directory outside it.
         max_condition: K, at least 1.
         include: one or more patterns (`fnmatch.fnmatchcase`) of names to repair; all if empty.
-        exclude: one or more patterns of names to leave as they are.
-        dequantise: whether weights that are stored as codes, or under a mask, become plain tensors,
-            also those that no pattern matches, which are not changed otherwise. With max_condition
-            = inf none is. A directory must have safetensors files.
-        progress: True shows a bar, of tqdm if it is installed. Or a function that is called with a
-            `Progress` before each tensor is read; `print` will do.
+        exclude: one or more patterns of names to leave unchanged.
+        dequantise: whether weights that are stored as codes or under a mask become plain tensors.
+            Those that no pattern matches are also dequantised, but not repaired. With max_condition
+            = inf, no weight is repaired. A directory must contain safetensors files.
+        progress: True shows a progress bar, of tqdm if it is installed. A function is called with a
+            `Progress` before each tensor is read; `print` is such a function.
 
     Raises:
-        ValueError: max_condition < 1; a weight is not finite, or no margin brings it below the
-            limit, as for K < 1.004 or so in bfloat16; tensors overlap, neither a part of the other;
-            a pattern matches nothing; a file is unreadable; path_out lies inside the directory that
-            is read, or has the ending of another format; all weights are stored as codes, without
-            `dequantise`; with it, no weight is stored as codes, or one of them cannot be
-            dequantised. Nothing is written.
+        ValueError: max_condition < 1; a weight is not finite, or no margin brings it within the
+            limit, such as for K below about 1.004 in bfloat16; tensors overlap without one
+            containing the other; a pattern matches nothing; a file is unreadable; path_out is
+            inside the directory that is read, or has the extension of another format; without
+            `dequantise`, all weights are stored as codes; with `dequantise`, no weight is stored as
+            codes, or one of them cannot be dequantised. Nothing is written.
         FileExistsError: path_out exists.
         NotADirectoryError: a part of path_out is a file.
-        OSError: path_out cannot be written, as on a full disk. Nothing of it is left.
-        MemoryError: there is not enough for a weight, which is named. Nothing is written.
+        OSError: path_out cannot be written, for example because the disk is full. No part of it
+            remains.
+        MemoryError: there is not enough memory for a weight, which the error names. Nothing is
+            written.
 
     Example:
         >>> import os, tempfile, torch, wellcond as wc
@@ -115,7 +117,7 @@ def repair(
     check_limit(max_condition)
     include, exclude = as_patterns(include), as_patterns(exclude)
     _check_output(Path(path_in), Path(path_out))
-    if is_of_torch(Path(path_in)):  # of others no copy is written, whatever it were called
+    if is_of_torch(Path(path_in)):  # other formats are never copied, whatever the name of the copy
         _check_ending(Path(path_in), Path(path_out), dequantise)
     checkpoint = Checkpoint(path_in)
     for file in checkpoint.files.values():
@@ -124,7 +126,7 @@ def repair(
     for name, reason in checkpoint.damaged.items():
         raise ValueError(f"{checkpoint.path} cannot be repaired: {name} {reason}")
     source = source_of_file(checkpoint)
-    # To limit each factor would limit nothing that acts.
+    # A limit on each factor would not limit the effective weight.
     factors = (name for _, adapter in source.adapters for name in adapter.parts)
     unserved = {n: Skipped(Reason.factor) for n in factors if n not in source.skipped}
     entries = {name: entry for name, (_, entry) in checkpoint.where.items()}
@@ -139,7 +141,7 @@ def repair(
     chosen, skipped = select(specs, include, exclude, source.skipped | unserved)
     wanted: dict[str, list[RowSpec]] = {}
     for spec in chosen:
-        if spec.name in unserved:  # a pattern may match it, and leaves it as it is
+        if spec.name in unserved:  # a pattern may match the weight, but it remains unchanged
             skipped[spec.name] = unserved[spec.name]
         else:
             wanted.setdefault(spec.name, []).append(spec)
@@ -152,13 +154,13 @@ def repair(
         if kept := describe_kept(skipped):
             raise ValueError(f"{checkpoint.path} has nothing that can be repaired: {kept}.")
         why = list_some((f"{name}: {reason}" for name, reason in skipped.items()), separator="; ")
-        raise ValueError(f"{checkpoint.path} must hold a weight matrix, but has none ({why}).")
+        raise ValueError(f"{checkpoint.path} must contain a weight matrix, but has none ({why}).")
     overlapping = [pair for pair in checkpoint.overlapping if wanted.keys() & set(pair)]
     if overlapping:
         raise ValueError(
-            f"{checkpoint.path} cannot be repaired, because tensors overlap, and what changes one "
-            f"changes the other: {list_some(f'{one} and {two}' for one, two in overlapping)}. "
-            "Save them apart, each as tensor.clone()."
+            f"{checkpoint.path} cannot be repaired, because tensors share memory and cannot be "
+            f"changed separately: {list_some(f'{one} and {two}' for one, two in overlapping)}. "
+            "Save a copy of each, made with tensor.clone()."
         )
     config = checkpoint.beside("config.json")
     dtypes = {name: dtype_of(checkpoint.recipes[name], config) for name in plain}
@@ -186,13 +188,13 @@ def repair(
                 raise
             raise MemoryError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: there is not "
-                f"enough memory for {name}. To leave a weight as it is, exclude it."
+                f"enough memory for {name}. To leave a weight unchanged, exclude it."
             ) from None
         repairs.extend(done)
         return new
 
     def values(label: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The matrices of a weight that becomes plain, one after the other."""
+        """The matrices of a weight that becomes a plain tensor, one after the other."""
         rows = wanted.get(label, [])
         if rows:
             counter.next(label)
@@ -223,9 +225,10 @@ def repair(
         if refused:
             raise ValueError(
                 f"{checkpoint.path} cannot be repaired, and nothing was written: "
-                f"{list_some(refused, separator='; ')}. To leave a weight as it is, exclude it."
+                f"{list_some(refused, separator='; ')}. To leave a weight unchanged, exclude it."
             )
-    changed = wanted.keys() - {spec.name for spec in specs if spec.label in skipped}  # as a whole
+    # Weights of which every row was repaired.
+    changed = wanted.keys() - {spec.name for spec in specs if spec.label in skipped}
     others = {name: read for name, read in source.tensors.items() if name not in changed}
     left = {n for n, e in entries.items() if e.skipped is None or e.skipped.reason.of_adapter}
     not_finite, _ = not_finite_in(others, source.masks, left)
@@ -235,7 +238,7 @@ def repair(
 
 
 def _check_codes(checkpoint: Checkpoint, plain: Sequence[str]) -> None:
-    """Raises unless there are weights to dequantise, and none that cannot be."""
+    """Raises unless there are quantised weights and all of them can be dequantised."""
     codes = (Reason.quantised, Reason.torchao)
     reasons = ((name, entry.skipped) for name, (_, entry) in checkpoint.where.items())
     left = [f"{name} ({why})" for name, why in reasons if why and why.reason in codes]
@@ -246,13 +249,13 @@ def _check_codes(checkpoint: Checkpoint, plain: Sequence[str]) -> None:
         )
     if not plain:
         raise ValueError(
-            f"`dequantise` asks for weights that are stored as codes, but {checkpoint.path} has "
-            "none. Leave it out."
+            f"`dequantise` requires weights that are stored as codes, but {checkpoint.path} "
+            "contains none. Omit it."
         )
 
 
 def _members(holder: Holder, rows: list[RowSpec]) -> Iterator[tuple[Tensor, list[RowSpec]]]:
-    """A weight with its rows; of a stack that is built in parts each matrix, a stack of one."""
+    """Yields a weight with its rows; for a stack that is built in parts, each matrix as a stack."""
     assert isinstance(holder, Built)
     count, found = holder.recipe.count, holder.matrices()
     if count == 1:
@@ -270,25 +273,28 @@ def _members(holder: Holder, rows: list[RowSpec]) -> Iterator[tuple[Tensor, list
 def _limit_all(
     tensor: Tensor, rows: list[RowSpec], max_condition: float, refused: list[str]
 ) -> tuple[Tensor | None, list[Repair]]:
-    """Brings these matrices of a tensor within the limit; None if they are; adds what fails."""
+    """Brings these matrices of a tensor within the limit, and appends failures to `refused`.
+
+    Returns the tensor, or None if nothing changed, and the repairs.
+    """
     done = []
     for row in rows:
         view = cast(View, row.matrix)  # of tensors without adapters
         S = view(tensor)
         if not torch.isfinite(S).all():
-            refused.append(f"{row.label} holds NaN or infinity")
+            refused.append(f"{row.label} contains NaN or infinity")
             continue
         try:
             X, before, after, margin = limit_condition_number(S, max_condition)
         except ValueError as error:
             refused.append(f"{row.label}: {error}".rstrip("."))
             continue
-        zero = "zero, without a condition number; left as it is" if math.isnan(before) else ""
+        zero = "zero, so κ is undefined; unchanged" if math.isnan(before) else ""
         notes = [zero, row.note]
         if X is not S and not _CALLED_A_WEIGHT.search(last_part(row.name)):
-            notes.append("changed, although its name is not that of a weight")
+            notes.append("changed, although its name does not look like a weight")
         if filled := ((S == 0).all(-1) & (X != 0).any(-1)).flatten().nonzero().flatten().tolist():
-            notes.append(f"rows that were zero are filled: {list_some(map(str, filled))}")
+            notes.append(f"zero rows became nonzero: {list_some(map(str, filled))}")
         moved = 0.0 if X is S else _relative_change(S, X)
         note, shape = join_remarks(*notes), tuple(S.shape)
         dtype = str(S.dtype).removeprefix("torch.")
@@ -301,10 +307,10 @@ def _limit_all(
 def _limit_built(
     holder: Built, rows: list[RowSpec], max_condition: float, refused: list[str]
 ) -> tuple[Tensor | None, list[Repair]]:
-    """The same of a weight that is built from several tensors: what acts must obey.
+    """Brings a weight that is built from several tensors within the limit, like `_limit_all`.
 
-    What acts after its parts have been rounded to their dtypes is measured, and the limit is
-    tightened by the excess until that obeys.
+    The effective weight is measured after its parts are rounded to their dtypes. The limit is
+    tightened by the excess until the effective weight satisfies `max_condition`.
     """
     old = holder.read(holder.recipe.label)
     limit = max_condition
@@ -328,7 +334,7 @@ def _limit_built(
         if not limit >= 1:
             break
     refused.append(
-        f"{holder.recipe.label}: no margin brings κ to at most {max_condition:g} once its parts "
+        f"{holder.recipe.label}: no margin brings κ to at most {max_condition:g} after its parts "
         "are rounded to their dtypes"
     )
     return None, []
@@ -345,17 +351,17 @@ def _check_output(source: Path, target: Path) -> None:
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():
             raise NotADirectoryError(
-                f"`path_out` must lie in a directory, but {parent} is a file. Choose another path."
+                f"`path_out` must be in a directory, but {parent} is a file. Choose another path."
             )
     resolved = target.resolve()
-    # Copying follows links, and so they may lead to where the copy is written.
+    # Copying follows links, which can lead to the folder where the copy is written.
     seen: set[Path] = set()
     for folder, below, _ in os.walk(source, followlinks=True):
         real = Path(folder).resolve()
         if resolved.is_relative_to(real):
             raise ValueError(
-                f"`path_out` must lie outside of the directory that is copied, but {target} lies "
-                f"in {folder}. Choose a path beside {source}."
+                f"`path_out` must be outside the directory that is copied, but {target} is in "
+                f"{folder}. Choose a path next to {source}."
             )
         if real in seen:
             below.clear()
@@ -363,21 +369,21 @@ def _check_output(source: Path, target: Path) -> None:
 
 
 def _check_ending(source: Path, target: Path, dequantise: bool) -> None:
-    """Raises if the target's name promises another format than that of the source."""
+    """Raises if the extension of the target does not fit the format of the source."""
     if source.is_dir() or source.name.endswith(INDEX):
         # Lightning calls its folders x.ckpt.
         alike = source.is_dir() and target.suffix == source.suffix
         if target.name.endswith((".safetensors", INDEX, *PICKLED)) and not alike:
             raise ValueError(
-                f"`path_out` must be a directory, because {source} is copied with all that belongs "
-                f"to it, but {target.name} ends as a file does. Choose a name without an ending."
+                f"`path_out` must be a directory, because all files of {source} are copied, but "
+                f"{target.name} has the extension of a file. Choose a name without an extension."
             )
         return
     if dequantise and source.is_file():
         if target.suffix != ".safetensors":
             raise ValueError(
                 "`path_out` must end in .safetensors, because dequantised weights are written in "
-                f"that format, but got {target.name}."
+                f"that format, got {target.name}."
             )
         return
     same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}
@@ -385,6 +391,6 @@ def _check_ending(source: Path, target: Path, dequantise: bool) -> None:
     if source.is_file() and not fits:
         raise ValueError(
             f"`path_out` must end in {' or '.join(sorted(same))}, because the copy has the format "
-            f"of {source.name}, but got {target.name}. "
+            f"of {source.name}, got {target.name}. "
             f"Choose {target.with_suffix(source.suffix).name}."
         )

@@ -1,8 +1,8 @@
-"""What an audit has measured so far, in a file with which a later one goes on.
+"""Stores the measured values of an audit in a file, so that a later audit can continue.
 
-The first line says of which audit it is, each other line has one value: JSON, appended and flushed.
-Process r > 0 of several appends to a file of its own, whose name ends in .r. A line without an end
-was cut when the audit was killed, and counts as absent.
+The first line identifies the audit. Each other line contains one value as JSON, and is appended and
+flushed. With several processes, process r > 0 appends to its own file, whose name ends in .r. A
+line without a newline was cut off when the audit was killed, and is ignored.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _CLASS = "class"
 
 
 class Record:
-    """The values that are known, and a file to which more are appended.
+    """The known values, and a file to which new values are appended.
 
     Args:
-        path: of the file; it need not exist.
-        audit: what decides the values: versions, options, and the state of every file.
-        rank: of this process.
+        path: the path of the file, which need not exist.
+        audit: what determines the values: versions, options, and the state of every file.
+        rank: the rank of this process.
 
     Raises:
         ValueError: the file is not a record, or belongs to another audit.
-        OSError: it cannot be read or written.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path, audit: Mapping[str, Any], rank: int = 0) -> None:
@@ -57,7 +57,7 @@ class Record:
         with path.open("rb") as file:
             head = file.readline().decode(errors="replace")
             if not head.endswith("\n") and first.startswith(head):
-                return  # cut, or empty
+                return  # cut off, or empty
             if head != first:
                 raise ValueError(_describe_other(path, head, first, all_of_it))
             for line in file:
@@ -69,17 +69,17 @@ class Record:
             kind, index, name, value = json.loads(line, object_hook=_revive)
             self.known[kind, index, name] = _as_tuple(value)
         except (ValueError, TypeError, KeyError, RecursionError):
-            pass  # not whole, as after a power cut: it is measured again
+            pass  # incomplete, for example after a power cut: the value is measured again
 
     def _begin(self, path: Path, first: str) -> None:
-        """Removes a line that was cut, and writes the first one if it is not there."""
+        """Removes a line that was cut off, and writes the first line if it is missing."""
         content = path.read_bytes()
         self.file.truncate(content.rfind(b"\n") + 1)
         if b"\n" not in content:
             self._write(first)
 
     def add(self, key: Key, value: Any) -> None:
-        """Appends a value, unless a later try may bring a better one."""
+        """Appends a value, unless it is a failure, which a later audit tries again."""
         if not _has_failed(value):
             self._write(f"{json.dumps([*key, value], default=_describe)}\n")
 
@@ -101,12 +101,12 @@ def _has_failed(value: Any) -> bool:
 
 
 def _describe(value: Any) -> dict[str, Any]:
-    """One of the classes as JSON."""
+    """A value of one of the classes as JSON."""
     kind = {_CLASS: type(value).__name__}
     if isinstance(value, Enum):
         return kind | {"name": value.name}
     if not is_dataclass(value):
-        raise TypeError(f"{type(value).__name__} has no form in JSON")
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
     return kind | {field.name: getattr(value, field.name) for field in fields(value)}
 
 
@@ -122,13 +122,13 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _quote(name: str) -> str:
-    """A pattern of `glob` that matches only this name."""
+    """The `glob` pattern that matches only this name."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _describe_other(path: Path, head: str, first: str, all_of_it: list[Path]) -> str:
     """Why a file does not belong to this audit."""
-    demand = f"`resume` must be a new file, or that of the same audit, but {path}"
+    demand = f"`resume` must be a new file or the file of the same audit, but {path}"
     try:
         known = json.loads(head)
         is_record = known.pop("wellcond") == "resume"
@@ -139,7 +139,7 @@ def _describe_other(path: Path, head: str, first: str, all_of_it: list[Path]) ->
     wanted = json.loads(first)
     named = list_some(map(escape, _differences(known, wanted)), limit=3)
     files = " and ".join(str(one) for one in all_of_it if one.exists())
-    return f"{demand} is of another one ({named}). Give another path, or delete {files}."
+    return f"{demand} belongs to another audit ({named}). Give another path, or delete {files}."
 
 
 def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -149,6 +149,6 @@ def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         old = old if isinstance(old, dict) else {}
         for name in sorted({*old, *new}):
             if old.get(name) != new.get(name):
-                change = f"{name} was {old.get(name)} and is {new.get(name)}"
+                change = f"{name} was {old.get(name)} and is now {new.get(name)}"
                 found.append(f"{name} has changed" if part == "files" else change)
     return found

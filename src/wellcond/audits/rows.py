@@ -1,4 +1,4 @@
-"""The rows of an audit measured, one source after the other; trouble with one is its status.
+"""Measures the rows of an audit, one source after the other; an error becomes a row's status.
 
 Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n);
 kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
@@ -47,20 +47,21 @@ Row = tuple[RowSpec, Finding]
 
 
 class _Options(NamedTuple):
-    """What is asked of each row, and whom to tell which share of a long one is done."""
+    """The options for each row, and the callback for the finished share of a long one."""
 
     certify: bool
     all_values: bool
     report: Callable[[float], None]
 
 
-# A measured kappa so far from its certificate, relatively, is worth a word.
+# A note reports a measured kappa that is outside its certificate by more than this relative error.
 _ERROR = 1e-6
 
-# Of a convolution there may be millions of singular values: so many are kept to be drawn.
+# A convolution can have millions of singular values; this many are kept for the plot.
 _DRAWN = 4096
 
-# What an adapter adds may have so many singular values of about the same size as the largest.
+# The number of leading singular values to compute for the change of an adapter, because many can
+# be about as large as the largest.
 _LEADING = 64
 
 
@@ -71,9 +72,9 @@ def measure_rows(
     all_values: bool = False,
     progress: ProgressCallback | None = None,
 ) -> list[Row]:
-    """A finding for each row; rows of one source that follow each other share one reading.
+    """A finding for each row; adjacent rows of the same source share one read.
 
-    With `all_values` all singular values are computed, whatever the size of a matrix.
+    With `all_values`, all singular values are computed, whatever the size of the matrix.
     """
     groups = [(source, [*rows]) for source, rows in groupby(specs, key=attrgetter("source"))]
     work = work_of(source.tensor for source, _ in groups)
@@ -101,7 +102,7 @@ def measure_rows(
 def _measure_source(
     read: Callable[[], Any], specs: Iterable[RowSpec], options: _Options
 ) -> Iterator[Finding]:
-    values = attempt(read)  # they are let go before the next source is read
+    values = attempt(read)  # released before the next source is read
     for spec in specs:
         tensor = spec.source.tensor
         stored, parts = (True, ()) if tensor is None else (tensor.stored, tensor.parts)
@@ -127,12 +128,12 @@ def _measure_source(
 
 @singledispatch
 def _measured(S: Measurable, finding: Finding, options: _Options) -> Finding:
-    """The finding with the numbers of S."""
+    """Adds the numbers of S to the finding."""
     raise NotImplementedError(type(S))
 
 
 def _refuse(S: Tensor) -> None:
-    """Raises a ValueError for what linalg refuses, by whose dtype or layout it may be."""
+    """Raises a ValueError if linalg does not support the dtype or layout of S."""
     try:
         check_matrices(S)
     except TypeError as error:
@@ -140,7 +141,7 @@ def _refuse(S: Tensor) -> None:
 
 
 def _not_finite(S: Tensor) -> int:
-    """How many entries are NaN or infinite."""
+    """The number of entries that are NaN or infinite."""
     ends = stored_numbers(S).aminmax()
     if all(math.isfinite(float(end)) for end in ends):
         return 0
@@ -178,7 +179,7 @@ def _of_matrix(S: Tensor, finding: Finding, options: _Options) -> Finding:
     notes = [_extreme_groups(spectra)] if len(blocks) > 1 else []
     if certificate is not None:
         if not _near(kappa, known):
-            notes.append(f"κ = {kappa:.4g} was measured, and lies outside the certified interval")
+            notes.append(f"the measured κ = {kappa:.4g} is outside the certified interval")
         top = _inside(certificate.sigma_max, top)
         low = _inside(certificate.sigma_min, low)
         kappa = _inside(known, kappa, certificate.computed)
@@ -211,23 +212,23 @@ def _of_matrix(S: Tensor, finding: Finding, options: _Options) -> Finding:
 
 
 def _near(number: float, interval: Interval) -> bool:
-    """Whether it lies there, but for the error that a measured number may have."""
+    """Whether the number is in the interval, up to the error of a measured number."""
     if math.isnan(number):
         return True
     return interval.lower * (1 - _ERROR) <= number <= interval.upper * (1 + _ERROR)
 
 
 def _inside(interval: Interval, *numbers: float) -> float:
-    """The first of the numbers that lies there, else its end nearest to the first."""
+    """The first of the numbers in the interval, or else the end nearest to the first number."""
     nearest = min(max(numbers[0], interval.lower), interval.upper)
     return next((number for number in numbers if number in interval), nearest)
 
 
 def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
-    """The spectrum, and how many singular values no rounding of the entries could have made."""
+    """The spectrum, and the number of singular values larger than rounding of the entries."""
     spectrum = compute_spectrum(S, all_values)
     sigma = spectrum.singular_values
-    # Rounding to the dtype moves an entry by u times its size, or half the smallest number.
+    # Rounding to the dtype changes an entry by u times its size, or by half the smallest number.
     dtype = torch.finfo(S.dtype)
     rounding = dtype.eps / 2 * (frobenius_norm(S) + dtype.tiny * math.sqrt(S.numel()))
     zero = max(rounding, rank_tolerance(S.shape) * float(sigma[0]))
@@ -239,7 +240,7 @@ def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
 
 
 def _extreme_groups(spectra: Sequence[Spectrum]) -> str:
-    """Which of several groups have the extremes."""
+    """States which of several groups have the extreme singular values."""
     largest, smallest = (
         [float(spectrum.singular_values[end]) for spectrum in spectra] for end in (0, -1)
     )
@@ -249,7 +250,7 @@ def _extreme_groups(spectra: Sequence[Spectrum]) -> str:
 
 @_measured.register
 def _of_merged(S: Merged, finding: Finding, options: _Options) -> Finding:
-    """Also what the adapters change, and what rounding the sum to the dtype of W does to kappa."""
+    """Also measures the change by the adapters, and kappa of the sum in the dtype of W."""
     first, *others = (adapter.change(S.W) for adapter in S.adapters)
     change: Tensor = sum(others, first)
     total, part = S.view(S.W.double() + change), S.view(change)
@@ -260,7 +261,7 @@ def _of_merged(S: Merged, finding: Finding, options: _Options) -> Finding:
         return found
     W = S.view(S.W)
     leading = sum(adapter.rank(S.W) for adapter in S.adapters)
-    # DoRA scales rows, which keeps no rank.
+    # DoRA rescales the rows, so its change can have full rank.
     scaled = any(adapter.magnitude is not None for adapter in S.adapters)
     rank = min(*total.shape, *([] if scaled else [leading]))
     norm, size = frobenius_norm(part), frobenius_norm(W)
@@ -285,16 +286,16 @@ def _of_merged(S: Merged, finding: Finding, options: _Options) -> Finding:
 
 
 def _with_rounding(finding: Finding, rounded: Tensor) -> Finding:
-    """The finding with kappa of the sum in the dtype of W."""
+    """Adds kappa of the sum in the dtype of W to the finding."""
     if bad := _not_finite(rounded):
-        note = f"in {finding.base_dtype} {bad} of its entries are infinite"
+        note = f"{bad} of its entries are infinite in {finding.base_dtype}"
         return replace(finding, detail=join_remarks(finding.detail, note))
     kappa = _spectrum(rounded, False)[0].condition_number
     return replace(finding, rounded_condition_number=kappa)
 
 
 def _not_finite_parts(adapters: Sequence[Adapter]) -> list[str]:
-    """Which tensors of the adapters hold NaN or infinity, and how many."""
+    """The tensors of the adapters that contain NaN or infinity, and how many entries."""
     return [
         f"{bad} of {tensor.numel()} entries of {name}"
         for adapter in adapters
@@ -308,7 +309,7 @@ def _not_finite_parts(adapters: Sequence[Adapter]) -> list[str]:
 
 @_measured.register
 def _of_product(S: Product, finding: Finding, _options: _Options) -> Finding:
-    """Measures the leading singular values; all others are zero."""
+    """Measures the leading nu singular values of the product; all others are zero."""
     factors = S.B.detach().cpu(), S.A.detach().cpu()
     counts = []
     for factor, name in zip(factors, "BA", strict=True):
@@ -356,7 +357,7 @@ def _of_delta(S: Delta, finding: Finding, options: _Options) -> Finding:
     )
 
 
-# --- a convolution as it acts ---------------------------------------------------------------------
+# --- a convolution as a linear operator -----------------------------------------------------------
 
 
 @_measured.register
@@ -370,16 +371,16 @@ def _of_convolution(S: Convolution, finding: Finding, options: _Options) -> Find
     (below, above), smallest = found.largest, found.smallest
     squared = float(S.squared_frobenius_norm(torch.float64))
     exact = len(found.singular_values) > 0
-    zero = rank_tolerance(S.shape) * below  # what lies below is rounding, whatever it is
+    zero = rank_tolerance(S.shape) * below  # smaller values are only rounding
     kappa = math.nan
     if above > 0:
         kappa = math.inf if exact and smallest <= zero else below / max(smallest, zero)
     notes = [f"on {S.geometry}"]
     if not exact:
-        notes.append(f"σ_max lies between {below:.6g} and {above:.6g}, and κ is at least this")
-    if not S.disjoint:  # what `SingularValueLimit(acting=True)` bounds
+        notes.append(f"σ_max is between {below:.6g} and {above:.6g}, and κ is a lower bound")
+    if not S.disjoint:  # `SingularValueLimit(acting=True)` limits this bound
         everywhere = bound_norm_cheaply(S.kernel, S.geometry)
-        notes.append(f"σ_max is at most {everywhere:.4g} on inputs of every size")
+        notes.append(f"σ_max is at most {everywhere:.4g} for inputs of any size")
     return replace(
         finding,
         sigma_max=below,

@@ -1,4 +1,4 @@
-"""What there is to measure in a model, in a file, and in an adapter with the base it belongs to."""
+"""Finds the matrices to measure in a model, in a file, and in an adapter with its base."""
 
 from __future__ import annotations
 
@@ -42,25 +42,28 @@ Auditable: TypeAlias = nn.Module | str | os.PathLike[str] | Mapping[str, Any]
 
 @dataclass
 class Source:
-    """What there is to measure, known without reading a weight.
+    """The matrices and tensors of a model or a file, found without reading a weight.
 
     Attributes:
-        name: of a file its path, of a model its class.
-        matrices: one per tensor.
-        skipped: what is no weight, and why.
-        parameters: how many entries all parameters have.
-        sizes: how many entries every parameter has, by its name.
-        tensors: the entries of every tensor that may have floating point ones, by its name.
-        masks: those of these in which -inf is no alarm.
-        find_heads: finds the heads of attention, and says how to read what they rest on.
-        constants: entries of what is no parameter, and measured if its exact name asks for it.
-        of_file: it is a file, which says less than a model.
-        of_graph: it is a file with a graph, which has names of its own; see `TensorFile.of_graph`.
-        failed: what cannot be measured whatever is asked for, such as damaged files.
-        adapters: by the name of the weight to which each belongs; their factors are no matrices.
-        states: finds size and time of each file that it is read from, by path.
-        bases: of these weights those that lie in another source; reading one that is missing there
-            raises an error that says why.
+        name: the path of a file, or the class of a model.
+        matrices: the matrices, grouped by tensor.
+        skipped: the tensors that are not weights, and why.
+        parameters: the total number of entries of all parameters.
+        sizes: the number of entries of each parameter, by its name.
+        tensors: the entries of every tensor that can be of floating point, by its name.
+        masks: the tensors in which -inf is expected.
+        find_heads: finds the attention heads, and returns them with a function that reads their
+            tensors.
+        constants: the numbers of entries of tensors that are not parameters, but are measured if a
+            pattern is their exact name.
+        of_file: whether it is a file, which describes weights less completely than a model.
+        of_graph: whether it is a file with a graph, whose names have no known meaning; see
+            `TensorFile.of_graph`.
+        failed: findings for tensors that can never be measured, such as those of damaged files.
+        adapters: the adapters, each with the name of its weight; their factors are not matrices.
+        states: returns the size and time of each file of the source, by path.
+        bases: the adapted weights that another source contains; reading a missing one raises an
+            error with the reason.
     """
 
     name: str
@@ -81,7 +84,7 @@ class Source:
 
     @property
     def others(self) -> list[str]:
-        """Names that may have no row: of all tensors, and of sums for which there is no base."""
+        """Names that may have no row: of all tensors, and of merged weights without a base."""
         return [*self.tensors, *(f"{name}:{MERGED}" for name, _ in self.adapters)]
 
 
@@ -89,21 +92,22 @@ def source_of(model_or_path: Auditable, example: Any = None, base: Any = None) -
     """The source of a model, a path or a state dict.
 
     Raises:
-        TypeError: something else, or an example without a model, or a base for a model.
-        ValueError: the base has none of the weights that are adapted.
+        TypeError: the argument is something else, `example` is given without a model, or `base` is
+            given for a model.
+        ValueError: the base contains none of the adapted weights.
     """
     if isinstance(model_or_path, nn.Module):
         if base is not None:
             raise TypeError(
-                "`base` must come with the path of an adapter, got a model. A model of PEFT holds "
-                "its base: leave `base` out."
+                "`base` requires the path of an adapter, got a model. A PEFT model contains its "
+                "base: omit `base`."
             )
         return _of_model(unwrapped(model_or_path), example)
     if isinstance(model_or_path, str | os.PathLike | Mapping):
         if example is not None:
             raise TypeError(
-                "`example` must come with a model, got only its weights, which do not say how "
-                "convolutions slide. Load the model, and audit that."
+                "`example` requires a model, got only weights, which do not specify the stride and "
+                "padding of convolutions. Load the model, and audit it."
             )
         if isinstance(model_or_path, Mapping):
             model_or_path = tensors_of(model_or_path)
@@ -116,26 +120,26 @@ def source_of(model_or_path: Auditable, example: Any = None, base: Any = None) -
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, also where they are arrays of NumPy.
+    """The tensors of a state dict; NumPy arrays are converted.
 
     Raises:
-        TypeError: a name is not a str, or a value is no tensor or array, but looks like one or
-            holds some.
+        TypeError: a name is not a str, or a value is not a tensor or array, but is array-like or
+            a container of tensors.
     """
     tensors = {}
     for name, value in state.items():
         if not isinstance(name, str):
             raise TypeError(
-                f"`model_or_path` must map names to tensors, got a key that is of the class "
+                f"`model_or_path` must map names to tensors, got a key of type "
                 f"{type(name).__name__}."
             )
         where = f'`model_or_path["{escape(name)}"]`'
         if isinstance(value, Mapping | list | tuple | nn.Module):
             raise TypeError(
                 f"{where} must be a torch.Tensor or a NumPy array, got {type(value).__name__}. "
-                "Names and tensors must lie in one mapping: pass that which holds the weights."
+                "Pass the mapping that directly contains the weights."
             )
-        if isinstance(value, Tensor) or getattr(value, "ndim", None):  # an array, perhaps of JAX
+        if isinstance(value, Tensor) or getattr(value, "ndim", None):  # an array, such as of JAX
             tensors[name] = as_tensor(value, where)
     return tensors
 
@@ -162,13 +166,13 @@ def _of_model(model: nn.Module, example: Any) -> Source:
         skipped,
         total,
         {name: parameter.numel() for name, parameter in parameters.items()},
-        # Those with values, of no other class.
+        # Tensors with values, but no subclasses.
         {
             name: partial(pieces_of, tensor.detach())
             for name, tensor in tensors.items()
             if type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
         },
-        # Whatever they are called, all buffers but the statistics of norms.
+        # All buffers except the statistics of norms, whatever their names.
         {
             name
             for name, buffer in model.named_buffers()
@@ -189,9 +193,9 @@ def _of_model(model: nn.Module, example: Any) -> Source:
 
 
 def source_of_file(file: Checkpoint) -> Source:
-    """What there is to measure in a checkpoint."""
+    """The source of a checkpoint."""
     matrices, sizes = list(file.matrices()), file.sizes
-    # Buffers may be masks, and the square tables that hold no weight, such as `tril`.
+    # Buffers and square tables that are not weights, such as `tril`, can be masks.
     masks = {
         name
         for name, (_, entry) in file.where.items()
@@ -217,7 +221,7 @@ def source_of_file(file: Checkpoint) -> Source:
         failed=[failed_finding(name, "", why) for name, why in file.damaged.items()],
         states=file.states,
     )
-    if file.of_graph:  # in which what names say of heads and adapters is not so
+    if file.of_graph:  # names in a graph do not identify heads and adapters
         return replace(source, find_heads=lambda: ([], acting_tensor))
     plain = {
         name: (owner, entry)
@@ -239,9 +243,9 @@ def _is_statistic(name: str) -> bool:
 
 
 def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
-    """The tensors of a file that may hold NaN: of one under several names the first."""
+    """The tensors of a file that can contain NaN; only the first of several names of a tensor."""
     repeated = (Reason.same, Reason.part)
-    # Several codes in an entry of bfloat16, say: what looks like NaN there are codes.
+    # An entry of bfloat16, for example, can pack several codes that look like NaN.
     packed = {
         recipe.parts[0]
         for recipe in file.recipes.values()
@@ -261,9 +265,9 @@ def _tensors_in(file: Checkpoint) -> dict[str, Pieces]:
 
 
 def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str] = ()) -> Source:
-    """Each pair of factors is one adapter, and the weight beside it what it is added to.
+    """Replaces the factors by one adapter for each pair, which is added to the weight next to it.
 
-    `idle` are the modules whose adapters are merged or switched off.
+    `idle` contains the modules whose adapters are merged or disabled.
     """
     parts = {name for adapter in adapters for name in adapter.parts}
     matrices = {one.name: one for one in source.matrices if one.name not in parts}
@@ -283,20 +287,19 @@ def _with_adapters(source: Source, adapters: list[Adapter], idle: Collection[str
     for weight, one in matrices.items():
         of = "" if one.adapters else find_other_adapter(weight, others)
         if of and weight.partition(".base_layer.")[0] not in idle:
-            note = join_remarks(one.note, f"these numbers leave out the effect of {of}")
+            note = join_remarks(one.note, f"these numbers do not include the effect of {of}")
             matrices[weight] = replace(one, note=note)
     return replace(source, matrices=list(matrices.values()), skipped=skipped)
 
 
 def _with_base(source: Source, base: Source) -> Source:
-    """With the weights of the base to which its adapters belong, under the names of the base."""
-    # The names of their tensors tell adapters apart.
+    """Adds the weights of the base that the adapters adapt, under the names of the base."""
+    # The names of its tensors identify an adapter.
     beside = {adapter.parts for one in source.matrices for adapter in one.adapters}
     if len(beside) == len(source.adapters):
-        found = "holds its base" if source.adapters else "has no adapter that wellcond knows"
+        found = "contains its base" if source.adapters else "has no adapter that wellcond knows"
         raise ValueError(
-            f"`base` must come with an adapter by itself, but {source.name} {found}. "
-            "Leave `base` out."
+            f"`base` requires an adapter without its base, but {source.name} {found}. Omit `base`."
         )
     matrices = {alias: one for one in base.matrices for alias in one.aliases}
     adapters: list[tuple[str, Adapter]] = []
@@ -308,28 +311,29 @@ def _with_base(source: Source, base: Source) -> Source:
         adapters.append((weight, adapter))
         if weight in bases:
             raise ValueError(
-                f"{source.name} must hold one adapter, but holds several of {weight}: in "
+                f"{source.name} must contain one adapter, but it contains several for {weight}: "
                 f"{list_some((*bases[weight].adapters[0].parts, *adapter.parts))}. "
                 "Give the path of one file."
             )
         if name is None:
             skipped = find_adapted_weight(adapter, base.skipped) or _find_codes(adapter, base)
-            why = f"is skipped, as {base.skipped[skipped]}" if skipped else "is not there"
+            why = f"is skipped ({base.skipped[skipped]})" if skipped else "is missing"
             missing[label] = f"in {base.name} it {why}"
             read, views = partial(_raise_missing, missing[label]), {"": Stored()}
             bases[label] = Matrices(label, (label,), (0, 0), views, read, adapters=(adapter,))
         elif adapter.parts not in beside:
             one, setting = matrices[name], adapter.setting
             if any(map(is_transposed, one.views.values())):
-                # What adapts a quantised GPT-2 does not say so: its quantised layers are Linear.
+                # The adapter of a quantised GPT-2 does not state this, because its quantised layers
+                # are Linear.
                 adapter = replace(adapter, setting=replace(setting, transposed=True))
             bases[name] = replace(one, name=name, adapters=(adapter,))
     if len(missing) == len(bases):
         first, why = next(iter(missing.items()))
         raise ValueError(
-            f"`base` must hold the weights that {source.name} adapts, but has no "
+            f"`base` must contain the weights that {source.name} adapts, but it has no "
             f"weight for {first} ({why}); it has {list_some(matrices, limit=3)}. Give the model "
-            "that was adapted; or, where names in the file are not those of the modules, the model "
+            "that was adapted. If its file does not use the names of the modules, pass the model "
             "itself: wc.audit(adapter, base=model)."
         )
     return replace(
@@ -345,14 +349,14 @@ def _raise_missing(why: str) -> Tensor:
 
 
 def _find_codes(adapter: Adapter, base: Source) -> str | None:
-    """The name of the codes that are stored in the place of the adapted weight, if they are."""
+    """The name of the codes that are stored instead of the adapted weight, if there are any."""
     module = adapter.weight.removesuffix("weight")
     codes = [name for name, why in base.skipped.items() if why.reason is Reason.quantised]
     return next((n for n in codes if n.startswith(module) or f".{module}" in n), None)
 
 
 def _heads_in(file: Checkpoint, matrices: list[Matrices]) -> tuple[list[Attention], Value]:
-    """The heads in a file, and how to read its tensors by their names."""
+    """The heads in a file, and a function that reads its tensors by name."""
     read = {alias: one.read for one in matrices for alias in one.aliases}
     entries = {name: entry for name, (_, entry) in file.where.items()}
     shapes = {alias: entries[one.name].shape for one in matrices for alias in one.aliases}

@@ -1,8 +1,8 @@
 """The command line: arguments in, text and exit code out.
 
-Exit codes: 0 done; 1 a limit that the user set is exceeded; 2 no answer (misuse, an unreadable or
-damaged file, output that exists or cannot be written); 130 interrupted; 141 nobody reads the output
-any more, as after `| head`: what a shell says of any program that the signal SIGPIPE ended.
+Exit codes: 0 success; 1 a gate failed; 2 no result (misuse, an unreadable or damaged file, output
+that exists or cannot be written); 130 interrupted; 141 the reader of the output closed the pipe, as
+`| head` does (the code that a shell reports for a program ended by the signal SIGPIPE).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter it lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):  # do not fail on unencodable characters
             stream.reconfigure(errors="backslashreplace")
-    # torch warns of it at every start where NumPy is missing, which nothing here needs.
+    # Without NumPy, torch warns at every start. Nothing here needs NumPy.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     code, message = _outcome(partial(_start, sys.argv[1:] if argv is None else argv))
     with contextlib.suppress(OSError):
@@ -40,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _outcome(run: Callable[[], int]) -> tuple[int, str]:
-    """The exit code, and what is to be said of an error."""
+    """The exit code and the error message, which is empty without an error."""
     try:
         try:
             return run(), ""
         finally:
-            # Here, where it is answered in one line: at its end, the interpreter shows a traceback.
+            # Flush here, where an error becomes one line. The interpreter would flush at its end
+            # and print a traceback.
             print(end="", flush=True)
     except BrokenPipeError:
         return 141, ""
@@ -56,7 +57,7 @@ def _outcome(run: Callable[[], int]) -> tuple[int, str]:
 
 
 def _start(argv: Sequence[str]) -> int:
-    """Runs a command, also as one of several processes, of which the first prints and writes."""
+    """Runs a command. If it is one of several processes, only the first prints and writes."""
     place = find_place(os.environ)
     if place is None:
         return _run(argv)
@@ -69,7 +70,7 @@ def _start(argv: Sequence[str]) -> int:
             return _run(argv, group)
         except ProcessError as error:
             raise OSError(str(error)) from error
-        except SystemExit as misuse:  # which has been answered
+        except SystemExit as misuse:  # the parser has printed its message
             return int(misuse.code or 0)
 
     with contextlib.ExitStack() as silence:
@@ -85,9 +86,9 @@ def _run(argv: Sequence[str], group: Group | None = None) -> int:
     parser = make_parser(command)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.prog += f" {arguments.command}"  # whose help has the options that there are
+        parser.prog += f" {arguments.command}"  # the help of this command lists the valid options
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    # A command is imported when it runs, and with it torch, for which help and misuse do not wait.
+    # The command, and with it torch, is imported only now: help and misuse do not wait for torch.
     if arguments.command == "audit":
         check_combinations(arguments)
         if group is None or group.rank == 0:
@@ -97,8 +98,8 @@ def _run(argv: Sequence[str], group: Group | None = None) -> int:
         return run_audit(arguments, group)
     if group is not None:
         raise ValueError(
-            f"`wellcond {arguments.command}` must run as one process, but is one of {group.size}. "
-            "Start it without torchrun."
+            f"`wellcond {arguments.command}` must run as a single process, but {group.size} were "
+            "started. Start it without torchrun or srun."
         )
     if arguments.command == "repair":
         from wellcond.cli.repair import run_repair as run
@@ -108,7 +109,7 @@ def _run(argv: Sequence[str], group: Group | None = None) -> int:
 
 
 def _drop_unwritten() -> None:
-    """Lets go of what cannot be written, or the interpreter would try again at its end."""
+    """Discards output that cannot be written; the interpreter would try again when it exits."""
     for stream in (sys.stdout, sys.stderr):
         try:
             print(end="", file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""What an audit of one or several checkpoints has found, printed and written into files."""
+"""Prints the results of auditing one or several checkpoints, and writes them to files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from wellcond.text import dump_json, escape, list_some, save_text
 
 
 class Answer(NamedTuple):
-    """What is the matter with a path, and what became of the baseline if there is one."""
+    """The verdict on one path, and the comparison with the baseline if there is one."""
 
     verdict: Verdict
     comparison: BaselineComparison | None = None
 
 
 def count_weights(weights: Sequence[object]) -> str:
-    """As "1 weight" or "2 weights"."""
+    """The number of weights, such as "1 weight" or "2 weights"."""
     return f"{len(weights)} weight{'s' * (len(weights) != 1)}"
 
 
@@ -39,7 +39,7 @@ def count_weights(weights: Sequence[object]) -> str:
 
 
 def write_files(answers: Sequence[Answer], arguments: argparse.Namespace) -> None:
-    """Writes the files that the options name; without a report only those that can do without."""
+    """Writes the files that the options name; without any report, only SARIF and Markdown."""
     verdicts = [answer.verdict for answer in answers]
     limit = arguments.max_condition
     if arguments.sarif is not None:
@@ -59,7 +59,7 @@ def write_files(answers: Sequence[Answer], arguments: argparse.Namespace) -> Non
 def _write(text: str, path: Path, option: str, overwrite: bool) -> None:
     try:
         save_text(text, path, overwrite)
-    except FileExistsError:  # since it was looked for
+    except FileExistsError:  # created after `check_outputs`
         raise error_of_existing(path, option) from None
 
 
@@ -74,7 +74,7 @@ def _csv(verdicts: Sequence[Verdict]) -> str:
 
 
 def print_answers(answers: Sequence[Answer], arguments: argparse.Namespace) -> None:
-    """Prints tables or one document, and on standard error what is the matter."""
+    """Prints tables or one document on standard output, and faults on standard error."""
     _print_document(answers, arguments)
     is_table = not instead_of_table(arguments)
     several = len(answers) > 1
@@ -94,7 +94,7 @@ def print_answers(answers: Sequence[Answer], arguments: argparse.Namespace) -> N
 
 
 def _print_document(answers: Sequence[Answer], arguments: argparse.Namespace) -> None:
-    """What is asked for instead of a table; of one path without a report nothing."""
+    """Prints the documents that replace the table; JSON for one path needs its report."""
     verdicts = [answer.verdict for answer in answers]
     limit = arguments.max_condition
     if arguments.markdown == Path("-"):

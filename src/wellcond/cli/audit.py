@@ -1,4 +1,4 @@
-"""The command `audit`: measures checkpoints one by one, and holds each against its limits."""
+"""The command `audit`: measures checkpoints one by one and applies the gates to each."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 
 def run_audit(arguments: argparse.Namespace, group: Group | None = None) -> int:
-    """Audits, writes and prints what the options ask for; returns the exit code.
+    """Audits, writes and prints as the options request; returns the exit code.
 
-    Of the processes of a group only the first writes and prints.
+    In a group of processes, only the first one writes and prints.
     """
     check_names(arguments.names)
     if arguments.threads is not None:
@@ -53,7 +53,7 @@ def run_audit(arguments: argparse.Namespace, group: Group | None = None) -> int:
     baseline = read_baseline(arguments.baseline) if arguments.baseline is not None else None
     answers = [_audit_or_fail(path, arguments, baseline, group) for path in arguments.paths]
     if group is None or group.rank == 0:
-        # Files first: whoever reads the output may go, as `head` does.
+        # Write files first, because the reader of the output can close the pipe, as `head` does.
         write_files(answers, arguments)
         print_answers(answers, arguments)
     return max(answer.verdict.exit_code for answer in answers)
@@ -62,9 +62,9 @@ def run_audit(arguments: argparse.Namespace, group: Group | None = None) -> int:
 def _audit_or_fail(
     path: Path, arguments: argparse.Namespace, baseline: Baseline | None, group: Group | None
 ) -> Answer:
-    """What is the matter with one path, also if that is that there is no answer."""
+    """The answer for one path; if the audit fails, its verdict contains the error."""
     answer = _try_audit(path, arguments, baseline, group)
-    if group is not None:  # an error of one process leaves the others elsewhere
+    if group is not None:  # an error in one process leaves the others at another exchange
         group.exchange(f"the end of {path}", None)
     return answer
 
@@ -78,7 +78,7 @@ def _try_audit(
         raise
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         text = describe_error(error)
-        # An error that begins with another file is about that one.
+        # If the error begins with another path, it is about that path.
         others = (arguments.compare, arguments.base)
         about = next((one for one in others if one and begins_with(text, one)), path)
         return Answer(Verdict(about, None, [Fault(Rule.not_audited, text)]))
@@ -128,19 +128,19 @@ def _measure(path: Path, arguments: argparse.Namespace, group: Group | None) -> 
 
 
 def _find_worse(comparison: BaselineComparison, rise: float) -> Iterator[Fault]:
-    """What became worse since a baseline."""
+    """The faults of weights that are worse than in the baseline or missing."""
     if comparison.risen:
         quantities = [QUANTITIES[one.quantity] for one in comparison.risen]
         named = [*zip(comparison.risen, quantities, strict=True)]
         worst = list_some(f"{o.label} ({q} {o.before:.4g} to {o.after:.4g})" for o, q in named)
-        text = f"{count_weights(comparison.risen)} moved by more than {rise:g} times"
-        text += f", κ of square weights {SQUARES * rise:g} times: {worst}"
+        text = f"{count_weights(comparison.risen)} changed by more than a factor of {rise:g}"
+        text += f" ({SQUARES * rise:g} for κ of square weights): {worst}"
         weights = {
-            one.label: f"{quantity} was {one.before:.4g} in the baseline and is {one.after:.4g}"
+            one.label: f"{quantity} was {one.before:.4g} in the baseline and is now {one.after:.4g}"
             for one, quantity in named
         }
         yield Fault(Rule.baseline, text, weights)
     if comparison.missing:
         text = f"{count_weights(comparison.missing)} of the baseline missing"
-        weights = dict.fromkeys(comparison.missing, "it is in the baseline, but not in the file")
+        weights = dict.fromkeys(comparison.missing, "it is in the baseline but not in the file")
         yield Fault(Rule.missing, f"{text}: {list_some(comparison.missing)}", weights)

@@ -1,6 +1,6 @@
-"""The options of every command, and which of them go together.
+"""The options of every command, and checks of their combinations.
 
-Nothing here waits for torch: help is shown, and misuse answered, before it is imported.
+This module does not import torch, so help and error messages for misuse appear at once.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from wellcond.text import escape
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers misuse with one line."""
+    """Prints one line for misuse."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"wellcond: error: {escape(message)} (see {self.prog} --help)\n")
 
 
 def make_parser(command: str) -> argparse.ArgumentParser:
-    """All commands; the experiments are imported only for `reproduce` and `bench`."""
+    """The parser of all commands; imports the experiments only for `reproduce` and `bench`."""
     parser = _Parser(
         prog="wellcond",
-        description="Condition numbers of neural network weights: audits, repairs, experiments.",
+        description="Measure and repair the condition numbers of neural network weights.",
         epilog="example: wellcond audit model.safetensors",
     )
     parser.add_argument("--version", action="version", version=f"wellcond {wellcond.__version__}")
@@ -37,13 +37,13 @@ def make_parser(command: str) -> argparse.ArgumentParser:
 
     reproduce = commands.add_parser(
         "reproduce",
-        help="run an experiment from the paper or beyond it",
-        description="Run an experiment; writes results.json, a table and pictures.",
+        help="reproduce an experiment of the paper or of the documentation",
+        description="Run an experiment. Writes results.json, a table and figures.",
         epilog="example: wellcond reproduce denoise --data digits",
     )
     benchmarks = commands.add_parser(
         "bench",
-        help="measure what regularising and auditing cost and how exact they are",
+        help="measure the cost and the accuracy of regularisation and of audits",
         epilog="example: wellcond bench step",
     )
     if command == "reproduce":
@@ -56,13 +56,13 @@ def make_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _experiments(module: str) -> Any:
-    """A module of the experiments, a package of its own that is not part of the wheel."""
+    """A module of the experiments, which are a separate package and not part of the wheel."""
     try:
         return importlib.import_module(f"wellcond_experiments.{module}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the experiments are not installed ({error.name} is missing). They come with the "
-            "repository: in a clone of it run `pip install ./experiments`."
+            f"the experiments are not installed ({error.name} is missing). They are part of the "
+            "repository: clone it and run `pip install ./experiments` there."
         ) from None
 
 
@@ -72,22 +72,22 @@ _WEIGHTS = (
     *(".jit", ".torchscript", ".ptl", ".pt2", ".pt.tar"),
 )
 _INPUT = (
-    "a .safetensors file, a *.safetensors.index.json, a state dict of torch.save (.pt, .pth, .bin, "
-    ".ckpt, .pth.tar), or a directory of these"
+    "a .safetensors file, a *.safetensors.index.json file, a state dict saved by torch.save (.pt, "
+    ".pth, .bin, .ckpt, .pth.tar), or a directory of these files"
 )
 
 
 def _limit(text: str) -> float:
     number = _number(text)
     if not number >= 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number >= 1, got {text}")
     return number
 
 
 def _share(text: str) -> float:
     number = _number(text)
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
     return number
 
 
@@ -99,7 +99,7 @@ def _positive(text: str) -> int:
 
 
 def _number(text: str) -> float:
-    """The number in a text; nan if there is no number in it."""
+    """The text as a number; nan if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -107,28 +107,31 @@ def _number(text: str) -> float:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    for name, what in (("include", "only the weights"), ("exclude", "leave out the weights")):
+    for name, what in (("include", "select only weights"), ("exclude", "skip weights")):
         parser.add_argument(
-            f"--{name}", action="append", default=[], metavar="GLOB", help=f"{what} that match"
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="GLOB",
+            help=f"{what} whose name matches GLOB; can be given several times",
         )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
-    parser.add_argument("--json", action="store_true", help="print only a JSON document")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="number of CPU threads")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON document instead of the table"
+    )
 
 
 def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "audit",
         help="measure every weight of a checkpoint",
-        description="Condition number, extreme singular values, ranks and penalty of every weight "
-        "of a checkpoint, one tensor in memory at a time. With --max-condition, exit code 1 if a "
-        "weight exceeds it; one whose condition number is infinite, undefined or unknown does. "
-        "With --min-coverage, exit code 1 if less than that share of the parameters is measured. "
-        "With --baseline, exit code 1 if a condition number or σ_max has risen, a stable rank has "
-        "fallen, or a weight is missing. "
-        "With any of these, exit code 1 if a tensor holds NaN or infinity or cannot be read. With "
-        "--compare, the exit code applies to B. Several checkpoints are audited one by one; the "
-        "exit code is the largest of theirs. Several processes share the work where torchrun or "
-        "srun starts them.",
+        description="Measure the condition number κ, the extreme singular values, the ranks and "
+        "the penalty of every weight of a checkpoint, with one tensor in memory at a time. The "
+        "exit code is 1 if one of the gates --max-condition, --min-coverage and --baseline fails, "
+        "and 2 if a checkpoint cannot be audited. With any gate, the exit code is also 1 if a "
+        "tensor contains NaN or infinity or cannot be read. With --compare, the gates apply to B. "
+        "Several checkpoints are audited one by one, and the exit code is the largest of theirs. "
+        "Several processes started by torchrun or srun share the work.",
         epilog="example: wellcond audit model.safetensors --max-condition 1e4 --html report.html",
     )
     parser.add_argument(
@@ -136,92 +139,110 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=Path,
         nargs="+",
         metavar="PATH",
-        help=f"{_INPUT}; a file of Keras, Flax, NumPy, ONNX, GGUF, TorchScript or torch.export; "
-        "or several of these",
+        help=f"{_INPUT}; or a Keras, Flax, NumPy, ONNX, GGUF, TorchScript or torch.export file",
     )
-    parser.add_argument("--certify", action="store_true", help="enclose each number in an interval")
-    parser.add_argument("--top", type=_positive, metavar="N", help="only the worst N in the table")
+    parser.add_argument(
+        "--certify", action="store_true", help="compute proven intervals for σ_max, σ_min and κ"
+    )
+    parser.add_argument(
+        "--top", type=_positive, metavar="N", help="show only the N worst weights in the table"
+    )
     parser.add_argument(
         "--sort",
         choices=("standing", "kappa"),
         default="standing",
-        help="order rows by flags and standing among trained weights (the default), or by κ",
+        help="standing: flagged weights first, then those most unusual among trained weights (the "
+        "default); kappa: by κ",
     )
     parser.add_argument(
         "--roles",
         action="store_true",
-        help="show the worst weight of each role (q, k, v, o, up, gate, down) beneath the table",
+        help="show the worst weight of each role (q, k, v, o, up, gate, down) below the table",
     )
-    parser.add_argument("--max-condition", type=_limit, metavar="K", help="exit 1 if κ exceeds K")
+    parser.add_argument(
+        "--max-condition",
+        type=_limit,
+        metavar="K",
+        help="exit with code 1 if κ of a weight exceeds K, or is infinite, undefined or unknown",
+    )
     parser.add_argument(
         "--min-coverage",
         type=_share,
         metavar="SHARE",
-        help="exit 1 if less than this share of the parameters is measured, from 0 to 1",
+        help="exit with code 1 if less than this share of the parameters (0 to 1) is measured",
     )
     parser.add_argument(
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="what --json printed before: exit 1 if κ or σ_max of a weight has risen since, its "
-        "stable rank has fallen, or the weight is missing",
+        help="compare with FILE, an earlier output of --json: exit with code 1 if κ or σ_max of a "
+        "weight has risen, its stable rank has fallen, or the weight is missing",
     )
     parser.add_argument(
         "--max-rise",
         type=_limit,
         metavar="TIMES",
-        help="by how much κ and σ_max may rise and the stable rank may fall, default: 2 times; κ "
-        "of square weights may rise 10 times as much",
+        help="with --baseline: the factor by which κ and σ_max may rise and the stable rank may "
+        "fall (default: 2); for κ of square weights, 10 times this factor",
     )
     parser.add_argument(
         "--compare",
         type=Path,
         metavar="B",
-        help="show how weights moved from PATH to B; prefixes such as module. in names are ignored",
+        help="show how the weights changed from PATH to B; name prefixes such as module. are "
+        "ignored",
     )
     parser.add_argument(
         "--names",
         nargs=2,
         metavar=("NAME", "NAME_B"),
-        help="with --compare: the names to show for PATH and B",
+        help="with --compare: names to show for PATH and B",
     )
     parser.add_argument(
         "--heads",
         action="store_true",
-        help="also measure the heads of attention, which the config.json beside the file describes",
+        help="also measure the attention heads, which config.json in the same folder describes",
     )
     parser.add_argument(
         "--base",
         type=Path,
         metavar="MODEL",
-        help="the model that an adapter (LoRA) adapts: measure the sum, and what is added",
+        help="the base model of the adapter (such as LoRA) in PATH: measure the adapted weights "
+        "and the size of the change",
     )
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="FILE",
-        help="append every weight to FILE once it is measured, and take what an audit that was "
-        "killed has left there",
+        help="append each measured weight to FILE; after an interruption, measure only the "
+        "weights that are not in FILE",
     )
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write CSV; - prints it instead of the table"
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write a CSV file; - prints CSV instead of the table",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
     parser.add_argument(
-        "--sarif", type=Path, metavar="FILE", help="write SARIF 2.1.0, for code scanning"
+        "--html", type=Path, metavar="FILE", help="write a self-contained HTML page"
+    )
+    parser.add_argument(
+        "--sarif", type=Path, metavar="FILE", help="write a SARIF 2.1.0 file for code scanning"
     )
     parser.add_argument(
         "--markdown",
         type=Path,
         metavar="FILE",
-        help="append a summary in Markdown, for example to $GITHUB_STEP_SUMMARY; - prints it "
-        "instead of the table",
+        help="append a Markdown summary, for example to $GITHUB_STEP_SUMMARY; - prints it instead "
+        "of the table",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace files of --csv, --html and --sarif"
+        "--overwrite",
+        action="store_true",
+        help="replace existing files of --csv, --html and --sarif",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="explain the columns beneath the table"
+        "--explain", action="store_true", help="explain the columns below the table"
     )
     _add_common(parser)
 
@@ -229,60 +250,71 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_repair(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "repair",
-        help="write a checkpoint whose weights obey a limit",
-        description="Copy a checkpoint with every weight above the limit replaced by a nearest "
-        "matrix that obeys it as stored; everything else is copied. No file is overwritten.",
+        help="write a copy of a checkpoint whose weights satisfy a limit on κ",
+        description="Write a copy of a checkpoint in which κ of every weight is at most K. Each "
+        "weight with a larger condition number is replaced by a nearest matrix that satisfies the "
+        "limit in the stored dtype. Everything else is copied unchanged. No file is overwritten.",
         epilog="example: wellcond repair model.safetensors fixed.safetensors --max-condition 1000",
     )
     parser.add_argument("path", type=Path, metavar="IN", help=_INPUT)
     parser.add_argument(
-        "out", type=Path, metavar="OUT", help="where to write, in the format of IN; must not exist"
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="the file or directory to write, in the format of IN; must not exist",
     )
     parser.add_argument(
-        "--max-condition", type=_limit, required=True, metavar="K", help="the limit"
+        "--max-condition",
+        type=_limit,
+        required=True,
+        metavar="K",
+        help="the upper limit on κ of every weight, at least 1",
     )
     parser.add_argument(
         "--dequantise",
         "--dequantize",
         action="store_true",
-        help="write weights that are stored as codes as plain tensors of safetensors; with "
-        "--max-condition inf nothing else changes",
+        help="write quantised weights as plain tensors in safetensors format; with "
+        "--max-condition inf, change nothing else",
     )
     _add_common(parser)
 
 
 def check_combinations(arguments: argparse.Namespace) -> None:
-    """Raises if options do not go together."""
+    """Raises ValueError if options cannot be combined."""
     instead = instead_of_table(arguments)
     if len(instead) > 1:
         raise ValueError(
-            f"{instead[0]} and {instead[1]} must not be given together. Write one into a file."
+            f"{instead[0]} and {instead[1]} cannot be combined, because both print to standard "
+            "output. Write one of them to a file."
         )
     if arguments.explain and instead:
         raise ValueError(
-            f"--explain and {instead[0]} must not be given together: there is no table."
+            f"--explain cannot be combined with {instead[0]}, which replaces the table. Leave out "
+            "one of them."
         )
     if arguments.baseline is not None and arguments.compare is not None:
-        raise ValueError("--baseline and --compare must not be given together: one at a time.")
+        raise ValueError("--baseline and --compare cannot be combined. Run one at a time.")
     if arguments.max_rise is not None and arguments.baseline is None:
-        raise ValueError("--max-rise must come with --baseline FILE, with which it compares.")
+        raise ValueError("--max-rise requires --baseline FILE.")
     if arguments.resume is not None and arguments.compare is not None:
         raise ValueError(
-            "--resume and --compare must not be given together: audit each with its own --resume."
+            "--resume and --compare cannot be combined. Audit each checkpoint with its own "
+            "--resume."
         )
     if arguments.names is not None and arguments.compare is None:
-        raise ValueError("--names must come with --compare B: it names PATH and B.")
+        raise ValueError("--names requires --compare B, because it names PATH and B.")
     if len(arguments.paths) > 1:
         for option in ("baseline", "compare", "base", "html", "resume"):
             if getattr(arguments, option) is not None:
                 raise ValueError(
-                    f"--{option} must come with one PATH, but {len(arguments.paths)} are given. "
-                    "Audit one at a time."
+                    f"--{option} requires exactly one PATH, got {len(arguments.paths)}. Audit one "
+                    "checkpoint at a time."
                 )
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Raises, before anything is measured, if a file cannot be written or must not be."""
+    """Raises if an output file cannot or must not be written; runs before the measurements."""
     inputs = [path for path in (*arguments.paths, arguments.compare) if path is not None]
     outputs: list[Path] = []
     for option in ("csv", "html", "sarif", "markdown", "resume"):
@@ -292,15 +324,18 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         option = f"--{option}"
         if not path.parent.is_dir():
             raise FileNotFoundError(
-                f"{option} must lie in a directory, but {path.parent} is not one. Create it."
+                f"{option} must be in an existing directory, but {path.parent} is not one. Create "
+                "it first."
             )
         if path.is_dir():
             raise IsADirectoryError(f"{option} must be a file, but {path} is a directory.")
         if any(path.resolve() == other.resolve() for other in inputs + outputs):
-            raise ValueError(f"{option} must be a file of its own, but {path} is given twice.")
+            raise ValueError(f"{option} must be a separate file, but {path} is given twice.")
         if os.path.lexists(path):
             if any(path.name.endswith(suffix) for suffix in _WEIGHTS):
-                raise ValueError(f"{option} must not replace weights, but {path} may hold some.")
+                raise ValueError(
+                    f"{option} must not replace a checkpoint, but by its name {path} may be one."
+                )
             if option not in ("--markdown", "--resume") and not arguments.overwrite:
                 raise error_of_existing(path, option)
         outputs.append(path)
@@ -308,12 +343,12 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 def error_of_existing(path: Path, option: str) -> FileExistsError:
     return FileExistsError(
-        f"{path} exists already and is not overwritten. Give --overwrite, or another {option}."
+        f"{path} already exists and is not overwritten. Use --overwrite, or another {option}."
     )
 
 
 def instead_of_table(arguments: argparse.Namespace) -> list[str]:
-    """The options that print something else than a table."""
+    """The options that print something other than a table."""
     printed = [option for option in ("csv", "markdown") if getattr(arguments, option) == Path("-")]
     return [f"--{option} -" for option in printed] + ["--json"] * arguments.json
 

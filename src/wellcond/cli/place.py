@@ -1,4 +1,4 @@
-"""Which of several processes this is, by the variables that torchrun and srun set."""
+"""The rank of this process, from the environment variables that torchrun and srun set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PORT = 15000  # and the next 10,000
 
 
 class Place(NamedTuple):
-    """Which of how many processes this is, and where they meet."""
+    """The rank of this process, the number of processes, and the address where they meet."""
 
     rank: int
     size: int
@@ -18,10 +18,10 @@ class Place(NamedTuple):
 
 
 def find_place(variables: Mapping[str, str]) -> Place | None:
-    """The place that torchrun or srun gives a process; None if it is the only one.
+    """The place that torchrun or srun assigns to this process; None if it is the only one.
 
     Raises:
-        ValueError: a variable is no number, or nothing says where to meet.
+        ValueError: a variable is not a number, or no variable gives the address.
     """
     if {"RANK", "WORLD_SIZE"} <= variables.keys():
         names, address = ("RANK", "WORLD_SIZE"), ""
@@ -34,14 +34,17 @@ def find_place(variables: Mapping[str, str]) -> Place | None:
     if size == 1:
         return None
     if rank >= size:
-        raise ValueError(f"{names[0]} must be less than {names[1]}, but is {rank} of {size}.")
+        raise ValueError(
+            f"{names[0]} must be less than {names[1]}, got {rank} and {size}. "
+            "Start with torchrun or srun."
+        )
     if {"MASTER_ADDR", "MASTER_PORT"} <= variables.keys():
         return Place(rank, size, "env://")
     address = variables.get("MASTER_ADDR", address)
     if not address:
         raise ValueError(
-            "MASTER_ADDR must say on which machine process 0 runs, where there are several "
-            "processes, but is not set. Start them with torchrun, or set it."
+            "MASTER_ADDR must name the machine of process 0 because there are several processes, "
+            "but it is not set. Start them with torchrun, or set it."
         )
     step = sum(_number(variables, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     port = variables.get("MASTER_PORT", str(_PORT + step % 10_000))
@@ -51,11 +54,11 @@ def find_place(variables: Mapping[str, str]) -> Place | None:
 def _number(variables: Mapping[str, str], name: str) -> int:
     text = variables.get(name, "0")
     if not text.isdecimal():
-        raise ValueError(f"{name} must be a number, but is {text!r}. Start with torchrun or srun.")
+        raise ValueError(f"{name} must be a number, got {text!r}. Start with torchrun or srun.")
     return int(text)
 
 
 def _first_machine(names: str) -> str:
-    """That of a list such as node[07-12,15],other."""
+    """The first machine of a list such as node[07-12,15],other."""
     found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", names)
     return "".join(part or "" for part in found.groups()) if found else ""

@@ -1,4 +1,4 @@
-"""What a terminal shows besides the output: progress, and lines on standard error."""
+"""Progress, messages and error texts for the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _CLEAR = "\r\x1b[K"
 
 @contextlib.contextmanager
 def show_progress(verb: str) -> Iterator[ProgressCallback | None]:
-    """A line on standard error, written over and cleared at the end; None without a terminal."""
+    """Yields a callback that updates one line on standard error; None without a terminal.
+
+    The line is cleared at the end.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -34,12 +37,12 @@ def show_progress(verb: str) -> Iterator[ProgressCallback | None]:
 
 
 def say(text: str) -> None:
-    """Prints one line on standard error, which says that it is from wellcond."""
+    """Prints one line on standard error, with the prefix "wellcond: "."""
     print(f"wellcond: {text}", file=sys.stderr)
 
 
 def describe_error(error: Exception) -> str:
-    """What the user reads of an error; raises it if it is a mistake of the program."""
+    """The message for the user; raises the error again if it is a bug in wellcond."""
     if isinstance(error, MemoryError | RuntimeError):
         if not is_out_of_memory(error):
             raise error
