@@ -216,7 +216,9 @@ def test_bounds_are_positive_numbers_in_order(
 def test_bounds_that_are_equal_leave_nothing_for_rounding() -> None:
     layer = nn.Linear(8, 8, bias=False)
     before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=r'"weight": no weight near it obeys .*lower=1, upper=1'):
+    with pytest.raises(
+        ValueError, match=r'"weight": no nearby weight satisfies .*lower=1, upper=1'
+    ):
         wc.Regularizer(layer, wc.SingularValueLimit(lower=1, upper=1)).enforce()
     assert torch.equal(layer.weight, before)
 

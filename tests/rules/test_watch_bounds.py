@@ -118,11 +118,11 @@ def test_print_says_when_a_weight_is_projected_and_what_is_not_watched() -> None
     reg = wc.Regularizer(model, rules)
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
     text = repr(reg)
-    assert "watched: projected to κ 7 when it passes 9.73" in text
-    assert "σ_ν raised to 0.6 when it falls below" in text
+    assert "watched: projected to κ 7 when κ exceeds 9.73" in text
+    assert "σ_ν is raised to 0.6 when it falls below" in text
     assert "watched: σ₁ is clipped to 2 after every step" in text
-    assert "not watched, because K is below 1.5: the spectrum is one cluster" in text
+    assert "not watched, because K is below 1.5, so all singular values are close together" in text
     assert text.count("; watched:") == 3
     reg.detach()
     reg.attach(torch.optim.SGD(model.parameters(), 0.1), every="auto")
-    assert "one cluster: applied by the learning rates" in repr(reg)
+    assert "close together: applied by the learning rates" in repr(reg)

@@ -281,10 +281,10 @@ def test_a_state_that_is_none_is_refused_in_words() -> None:
 @pytest.mark.parametrize(
     ("limit", "says"),
     [
-        (K, "before the last application κ 8, 2.667 times its limit"),
-        (wc.SingularValueLimit(upper=2.0), "before the last application σ₁ 4, 2 times its limit"),
-        (wc.SingularValueLimit(lower=1.0), "before the last application σ_ν 0.5, 2 times its limi"),
-        (wc.SingularValueLimit(lower=1.0, upper=2.0), "before the last application 2 times its l"),
+        (K, "before the last application: κ 8, 2.667 times its limit"),
+        (wc.SingularValueLimit(upper=2.0), "before the last application: σ₁ 4, 2 times its limit"),
+        (wc.SingularValueLimit(lower=1.0), "before the last application: σ_ν 0.5, 2 times its lim"),
+        (wc.SingularValueLimit(lower=1.0, upper=2.0), "before the last application: 2 times its "),
     ],
 )
 def test_the_value_that_is_limited_is_the_one_that_is_printed(limit: wc.Limit, says: str) -> None:

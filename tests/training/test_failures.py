@@ -105,7 +105,7 @@ def test_all_that_failed_are_named_each_with_its_reason() -> None:
         reg.enforce()
     said = str(caught.value)
     assert (
-        '"0.weight", "2.weight": no weight near it obeys ConditionLimit(max_condition=1.0005)'
+        '"0.weight", "2.weight": no nearby weight satisfies ConditionLimit(max_condition=1.0005)'
         in (said)
     )
     assert '"1.weight" holds NaN or infinity and was left as it is. Restore' in said
