@@ -152,7 +152,7 @@ class SpectralLimit(Bounds, Limit):
             return SVD_FAILED
         wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
         return (
-            f"no nearby weight satisfies {self!r} after rounding to "
+            f"no nearby weight satisfies {self!r} when rounded to "
             f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
         )
 
