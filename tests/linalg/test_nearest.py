@@ -73,7 +73,7 @@ def test_nearest_commutes_with_scaling_and_transposition(S: Tensor, K: float) ->
 
 
 @given(matrices())
-def test_allowed_matrix_is_returned_bit_for_bit(S: Tensor) -> None:
+def test_what_is_allowed_comes_back_bit_for_bit(S: Tensor) -> None:
     assert torch.equal(wc.nearest(S, math.inf), S)
     kappa = float(wc.condition_number(S))
     if kappa < math.inf:
