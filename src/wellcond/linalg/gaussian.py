@@ -55,7 +55,7 @@ def exceedance(shape: Sequence[int], condition_number: float) -> float:
 
     Args:
         shape: (m, n), both at least 1.
-        condition_number: x; every matrix exceeds x < 1, none exceeds inf.
+        condition_number: x; every matrix exceeds x < 1, no matrix exceeds inf.
 
     Returns:
         A probability, which decreases with x; nan if x is nan.

@@ -105,7 +105,7 @@ def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
         # The quotient of an integer tensor and a number would have the default dtype.
         return low.to(sigma.dtype), (nu - up_to).to(sigma.dtype), below, above
 
-    # g is linear between its corners; the root lies on the segment where g changes sign.
+    # g is linear between its corners; the root is on the segment where g changes sign.
     corners = torch.cat([rising, rising / K], dim=-1).sort(dim=-1).values
     low, high, below, above = sides(corners)
     g = (low * corners - below) / K - (above - K * high * corners).where(high > 0, 0.0)

@@ -116,8 +116,8 @@ def are_within_bounds(G: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Whether low <= sigma_n and sigma_1 <= high, by two Cholesky factorisations of G.
 
     The result is measured, not proven. Because of a margin for rounding, a matrix on the bound
-    fails. G (..., n, n) is in float64; low and high are (...).
-    low = 0 and high = inf check nothing.
+    fails. G (..., n, n) is in float64; low and high are (...). The values low = 0 and high = inf
+    check nothing.
     """
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     u = torch.finfo(G.dtype).eps / 2

@@ -197,7 +197,7 @@ class IsometryStep(Rule):
         return Outcome(code.to(torch.int8))
 
     def _step_(self, weights: Sequence[tuple[SpectralOperator, Tensor]]) -> None:
-        """Steps finite weights, each with its scales: one number per matrix; 0: no step."""
+        """Performs a step on finite weights with their scales, one per matrix; 0: no step."""
         with contextlib.ExitStack() as opened:
             near = [opened.enter_context(weight.spread()) for weight, _ in weights]
             parts = [one.own_part(scale) for one, (_, scale) in zip(near, weights, strict=True)]
