@@ -1,6 +1,6 @@
-"""Tensors on a pretended other device: no operation takes one from here and one from there.
+"""Tensors on a simulated second device: an operation must not mix tensors of two devices.
 
-The device is called "meta", as PyTorch needs no driver for it, but the tensors hold numbers.
+The device is called "meta", because PyTorch needs no driver for it, but the tensors have values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 class There(Tensor):
-    """A tensor of the other device, and where its numbers really are."""
+    """A tensor on the simulated device; `held` contains its values."""
 
     held: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -36,7 +36,7 @@ class There(Tensor):
 
 
 class Elsewhere(TorchDispatchMode):
-    """While it lasts the other device is there."""
+    """Simulates the second device while the mode is active."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -44,7 +44,7 @@ class Elsewhere(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         there = any(isinstance(x, There) for x in tensors)
-        # Numbers, as tensors without dimensions, may come from the CPU everywhere.
+        # Tensors without dimensions may be on the CPU in any operation.
         here = [x for x in tensors if not isinstance(x, There) and x.ndim]
         if there and here and func not in COPIES:
             raise RuntimeError(f"{func} expects all tensors on the same device, but got two")

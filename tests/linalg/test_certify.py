@@ -1,4 +1,4 @@
-"""Certificates enclose the truth: against 60 digits and more, and against exact spectra."""
+"""Certificates enclose the true values: 60 or more digits, and exact spectra."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -65,13 +65,13 @@ def spectrum(values: Callable[[int], list[float]]) -> Callable[[int], Tensor]:
 
 
 def integers(seed: int) -> Tensor:
-    """Often of deficient rank, exactly."""
+    """Often exactly rank-deficient."""
     m, n = 1 + seed % 5, 1 + seed // 5 % 5
     return torch.randint(-1, 2, (m, n), generator=random(seed)).double()
 
 
 def deficient(seed: int) -> Tensor:
-    """Exactly of rank one less: two equal columns."""
+    """Rank-deficient by exactly one: two equal columns."""
     S = torch.randint(-9, 10, (6, 4), generator=random(seed)).double()
     return torch.cat([S, S[:, :1]], dim=1)
 
@@ -92,7 +92,7 @@ def wild_entries(seed: int) -> Tensor:
 
 
 def subnormal(seed: int) -> Tensor:
-    """Multiples of 2^-1074, some beside entries of order 1."""
+    """Multiples of 2^-1074, some together with entries of order 1."""
     S = torch.randint(-5, 6, (1 + seed % 4, 1 + seed // 4 % 4), generator=random(seed)).double()
     S = S * 5e-324
     if seed % 2:
@@ -138,7 +138,7 @@ FAMILIES: dict[str, tuple[Callable[[int], Tensor], int]] = {
 
 
 def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """As chosen, and the Cholesky way wherever it can be taken at all."""
+    """The method that `certify` chooses, and Cholesky wherever it is possible."""
     yield "as chosen"
     with monkeypatch.context() as patch:
         patch.setattr(certify_module, "_SMALL", 0)
@@ -199,22 +199,22 @@ def test_exact_spectra_are_enclosed(n: int, bits: int, monkeypatch: pytest.Monke
     [(1000, 1e3, 1e-3), (1000, 1e6, 1e-3), (100, 1e6, 1e-3), (100, 1e9, 1e-2)],
 )
 def test_enclosures_are_tight(n: int, kappa: float, width: float) -> None:
-    """For a flat spectrum, the worst: the rounding errors grow with the mean singular value."""
+    """A flat spectrum is the worst case, because errors grow with the mean singular value."""
     sigma = torch.ones(n, dtype=torch.float64)
     sigma[-1] = 1 / kappa
     found = wc.certify(with_spectrum(sigma, n, n)).condition_number
     assert found.upper - found.lower <= width * found.lower
 
 
-def test_a_well_conditioned_large_matrix_goes_the_cheap_way() -> None:
+def test_well_conditioned_large_matrix_uses_cholesky() -> None:
     certificate = wc.certify(with_spectrum(torch.linspace(1, 0.1, 300).double(), 400, 300))
     assert certificate.method == "verified Cholesky"
     assert certificate.certified
     assert certificate.condition_number.upper / certificate.condition_number.lower < 1 + 1e-6
 
 
-def test_a_diagonal_matrix_is_enclosed_as_tightly_as_any() -> None:
-    """Its eigenvalues are met exactly, which no inverse iteration likes."""
+def test_diagonal_matrix_is_enclosed_tightly() -> None:
+    """Its eigenvalues are found exactly, which makes the shifted matrix singular."""
     found = wc.certify(torch.diag(torch.arange(1.0, 301.0)))
     assert found.method == "verified Cholesky"
     assert found.sigma_min.upper < 1 + 1e-6
@@ -223,9 +223,7 @@ def test_a_diagonal_matrix_is_enclosed_as_tightly_as_any() -> None:
 
 
 @pytest.mark.parametrize("lie", [0.0, 0.3, 0.999, 1.001, 3.0, math.nan])
-def test_wrong_estimates_cost_width_and_not_truth(
-    lie: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_estimates_only_widen_enclosures(lie: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eigenvalues and eigenvectors only choose where to try."""
     honest = torch.linalg.eigvalsh
     monkeypatch.setattr(certify_module, "_SMALL", 0)
@@ -243,9 +241,7 @@ def test_wrong_estimates_cost_width_and_not_truth(
 
 
 @pytest.mark.parametrize("error", [1e-14, 1e-8, 1e-3, 0.5, 10.0, math.nan])
-def test_a_wrong_svd_costs_width_and_not_truth(
-    error: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_svd_only_widens_enclosures(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = torch.linalg.svd
 
     def dishonest(S: Tensor, full_matrices: bool) -> tuple[Tensor, ...]:
@@ -263,7 +259,7 @@ def test_a_wrong_svd_costs_width_and_not_truth(
     assert 100.0 in certificate.condition_number
 
 
-def test_a_failed_svd_leaves_the_bounds_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_svd_falls_back_to_norm_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(S: Tensor, full_matrices: bool) -> None:
         raise torch.linalg.LinAlgError("did not converge")
 
@@ -305,9 +301,9 @@ def test_blocks_are_certified_if_all_are() -> None:
 
 
 def contradicts(certificate: wc.Certificate, measured: float) -> bool:
-    """Whether a measured kappa lies outside, by more than measuring errs.
+    """Whether a measured kappa is outside the certificate by more than the measurement error.
 
-    That is 1e-6 of kappa, or 1e-12 of sigma_1 in sigma_nu. Then the measurement is wrong.
+    The error is 1e-6 kappa, or 1e-12 sigma_1 in sigma_nu. Beyond it, the measurement is wrong.
     """
     known = certificate.condition_number
     none = math.isnan(known.lower)
@@ -318,12 +314,12 @@ def contradicts(certificate: wc.Certificate, measured: float) -> bool:
 
 
 @given(st.integers(0, 99), st.sampled_from(sorted(FAMILIES)))
-def test_what_is_measured_contradicts_no_certificate(seed: int, family: str) -> None:
+def test_measurements_agree_with_certificates(seed: int, family: str) -> None:
     S = FAMILIES[family][0](seed)
     assert not contradicts(wc.certify(S), float(wc.condition_number(S)))
 
 
-def test_a_measurement_outside_its_certificate_is_noticed() -> None:
+def test_contradicts_detects_measurement_outside_certificate() -> None:
     certificate = wc.certify(torch.diag(torch.tensor([800.0, 100.0, 1.0])))
     assert [
         k
@@ -337,7 +333,7 @@ def test_a_measurement_outside_its_certificate_is_noticed() -> None:
     assert contradicts(singular, 1e3)
 
 
-# --- where subnormal numbers are taken for zero ---------------------------------------------------
+# --- subnormal numbers flushed to zero ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -352,7 +348,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_flushed_numbers_are_certified_nothing(dtype: torch.dtype, flushing: None) -> None:
+def test_flushed_numbers_are_not_certified(dtype: torch.dtype, flushing: None) -> None:
     torch.set_flush_denormal(False)
     subnormal = torch.tensor([[1.0, 30.0], [0.04, 1.0]]).to(dtype)
     subnormal *= 4 * torch.finfo(dtype).smallest_normal
@@ -388,7 +384,7 @@ def test_no_enclosure_misses_while_flushing(family: str, flushing: None) -> None
             assert_encloses(certificate, sigma, error, S)
 
 
-def test_tiny_normal_numbers_are_certified_nothing_while_flushing(flushing: None) -> None:
+def test_tiny_normal_numbers_are_not_certified_while_flushing(flushing: None) -> None:
     """Their smallest singular values are subnormal."""
     assert not wc.certify(torch.diag(torch.tensor([1e-306, 1e-307]).double())).certified
     S = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 1e-4]], dtype=torch.float64) * 1e-306
@@ -406,7 +402,7 @@ def test_zero_has_no_condition_number() -> None:
     assert "zero" in certificate.reason
 
 
-def test_out_of_reach_is_said_in_words() -> None:
+def test_reason_explains_an_uncertified_matrix() -> None:
     certificate = wc.certify(hilbert(14))
     assert not certificate.certified
     assert certificate.condition_number.upper == math.inf
@@ -431,7 +427,7 @@ def test_a_vector_has_condition_number_one_exactly() -> None:
         ([[1.0]], TypeError, "torch.Tensor"),
     ],
 )
-def test_what_is_no_matrix_is_refused(S: object, error: type, message: str) -> None:
+def test_certify_raises_for_invalid_input(S: object, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         wc.certify(S)  # type: ignore[arg-type]
 

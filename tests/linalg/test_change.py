@@ -1,4 +1,4 @@
-"""How far a matrix has moved, and which of its directions: against dense twins."""
+"""The change of a matrix and of its singular directions, against dense twins."""
 
 import math
 
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def rotation(n: int, i: int, j: int, degrees: float) -> Tensor:
-    """Of the plane of axes i and j."""
+    """The rotation in the plane of axes i and j."""
     R = torch.eye(n, dtype=torch.float64)
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     R[i, i], R[i, j], R[j, i], R[j, j] = c, -s, s, c
@@ -33,7 +33,7 @@ def rotation(n: int, i: int, j: int, degrees: float) -> Tensor:
 
 
 def with_values(m: int, values: list[float], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """U, sigma and V of a square m x m or a narrower matrix with these singular values."""
+    """U, sigma and V of an m x n matrix, n <= m, with these singular values."""
     n = len(values)
     U = torch.linalg.qr(normal(m, n, seed=seed)).Q
     V = torch.linalg.qr(normal(n, n, seed=seed + 1)).Q
@@ -41,7 +41,7 @@ def with_values(m: int, values: list[float], seed: int = 0) -> tuple[Tensor, Ten
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99), st.floats(1e-6, 1e3))
-def test_numbers_are_those_of_a_dense_twin(m: int, n: int, seed: int, size: float) -> None:
+def test_measure_change_matches_dense_twin(m: int, n: int, seed: int, size: float) -> None:
     S, T = normal(m, n, seed=seed), normal(m, n, seed=seed)
     T = T + size * normal(m, n, seed=seed + 1)
     A, B = S.numpy(), T.numpy()
@@ -68,7 +68,7 @@ def test_numbers_are_those_of_a_dense_twin(m: int, n: int, seed: int, size: floa
         mean = math.sqrt(min(1.0, (cosines**2).mean()))
         assert math.cos(math.radians(getattr(found, name))) == pytest.approx(mean, abs=1e-9)
         P, Q = V[first].T @ V[first], W[second].T @ W[second]
-        sine = min(1.0, np.linalg.norm(P - Q, 2))  # of two spans of one dimension
+        sine = min(1.0, np.linalg.norm(P - Q, 2))  # for two spans of equal dimension
         largest = getattr(found, f"largest_{name}")
         assert math.sin(math.radians(largest)) == pytest.approx(sine, abs=1e-6)
         assert getattr(found, name) <= largest * (1 + 1e-9) + 1e-9
@@ -76,8 +76,8 @@ def test_numbers_are_those_of_a_dense_twin(m: int, n: int, seed: int, size: floa
 
 
 @pytest.mark.parametrize("degrees", [1e-5, 0.3, 30.0, 89.0])
-def test_turned_inputs_turn_by_that_angle(degrees: float) -> None:
-    """Only the plane of axes 2 (leading, k = 2) and 3 turns, then that of 6 (trailing) and 5."""
+def test_rotated_inputs_give_the_rotation_angle(degrees: float) -> None:
+    """Rotates the plane of axes 1 (leading, k = 2) and 2, then of 6 (trailing) and 5."""
     U, sigma, V = with_values(8, [8.0, 7.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
     S = U * sigma @ V.mT
     for plane, leading, trailing in (((1, 2), degrees, 0.0), ((6, 5), 0.0, degrees)):
@@ -92,7 +92,7 @@ def test_turned_inputs_turn_by_that_angle(degrees: float) -> None:
         assert min(found.leading_turn, found.trailing_turn) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_longer_first_direction_is_a_change_in_it_and_no_turn() -> None:
+def test_longer_first_direction_changes_share_without_turn() -> None:
     U, sigma, V = with_values(9, [5.0, 3.0, 1.0, 0.5, 0.1])
     S = U * sigma @ V.mT
     found = measure_change(S, S + 2 * U[:, :1] @ V[:, :1].mT)
@@ -104,7 +104,7 @@ def test_a_longer_first_direction_is_a_change_in_it_and_no_turn() -> None:
     assert below.leading_share == pytest.approx(0, abs=1e-20)
 
 
-def test_a_random_change_has_its_share_by_chance() -> None:
+def test_random_change_has_the_random_share() -> None:
     U, sigma, V = with_values(200, [4.0, 2.0, *[1.0 - j / 500 for j in range(98)]])
     S = U * sigma @ V.mT
     found = measure_change(S, S + 1e-3 * normal(200, 100, seed=7))
@@ -118,7 +118,7 @@ def test_scale_and_order_do_not_matter() -> None:
     for factor in (1e-200, 1e200):
         other = measure_change(factor * S, factor * T)
         assert other[:-1] == pytest.approx(found[:-1], rel=1e-9)
-    # The trailing and the leading directions of inputs turn as far forth as back if k is the same.
+    # Directions turn by the same angle in both orders of S and T, if k is the same.
     back = measure_change(T, S)
     if back.directions == found.directions:
         assert back.leading_turn == pytest.approx(found.leading_turn)
@@ -153,11 +153,11 @@ def test_equal_singular_values_at_the_edge_have_no_angle() -> None:
     S = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0 + 1e-3, 0.5]))
     T = S + 0.3 * normal(5, 5).float()
     assert "trailing_turn" not in measure_change(S, T).reasons
-    half = measure_change(S.bfloat16(), T.bfloat16())  # a gap of 1e-3 is below its rounding
+    half = measure_change(S.bfloat16(), T.bfloat16())  # its roundoff exceeds the gap of 1e-3
     assert half.reasons["trailing_turn"] == CLOSE
 
 
-def test_all_directions_have_no_angle_but_a_row_has() -> None:
+def test_whole_space_has_no_angle_but_a_row_has() -> None:
     S = torch.eye(3)
     whole = measure_change(S, S + 0.1 * normal(3, 3).float())
     assert set(whole.reasons.values()) == {WHOLE_SPACE}
@@ -195,14 +195,14 @@ def test_large_matrices_have_norms_only() -> None:
     assert set(found.reasons.values()) == {TOO_LARGE}
 
 
-def test_other_shapes_and_nan_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"must have one shape, got \(2, 2\) and \(2, 3\)"):
+def test_unequal_shapes_and_nan_raise() -> None:
+    with pytest.raises(ValueError, match=r"must have equal shapes, got \(2, 2\), \(2, 3\)"):
         measure_change(torch.eye(2), torch.ones(2, 3))
     with pytest.raises(ValueError, match="must be finite"):
         measure_change(torch.eye(2), torch.full((2, 2), math.nan))
 
 
-def test_the_angle_of_equal_spans_is_zero_whatever_their_bases() -> None:
+def test_angle_of_equal_spans_is_zero_for_any_bases() -> None:
     V = torch.linalg.qr(normal(6, 3)).Q
     R = torch.linalg.qr(normal(3, 3, seed=1)).Q
     assert measure_angles(V, V @ R) == pytest.approx((0, 0), abs=1e-12)
@@ -211,8 +211,8 @@ def test_the_angle_of_equal_spans_is_zero_whatever_their_bases() -> None:
 
 @pytest.mark.parametrize("degrees", [1e-7, 20.0, 90.0])
 @pytest.mark.parametrize("turned", [1, 5, 10])
-def test_ten_directions_of_which_some_turn(degrees: float, turned: int) -> None:
-    """The mean squared sine is turned/10 sin^2 theta, whatever the bases; the largest is theta."""
+def test_angles_if_some_of_ten_directions_turn(degrees: float, turned: int) -> None:
+    """The mean squared sine is turned/10 sin^2 theta for any bases; the largest angle is theta."""
     Q = torch.linalg.qr(normal(30, 30)).Q
     R = torch.linalg.qr(normal(10, 10, seed=1)).Q
     V = Q[:, :10]
@@ -231,7 +231,7 @@ def test_random_spans_have_a_mean_squared_cosine_of_k_over_n() -> None:
         math.cos(math.radians(measure_angles(*torch.linalg.qr(normal(2, n, k, seed=s)).Q)[0])) ** 2
         for s in range(count)
     ]
-    # One of them has a standard deviation of about 0.04.
+    # A single value has a standard deviation of about 0.04.
     assert sum(squares) / count == pytest.approx(k / n, abs=4 * 0.05 / math.sqrt(count))
     S = torch.outer(normal(30), normal(n)) + 0.1 * normal(30, n)
     found = measure_change(S, S + 0.01 * normal(30, n, seed=1))

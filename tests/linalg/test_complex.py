@@ -1,4 +1,4 @@
-"""Complex matrices: those of [[A, -B], [B, A]] are the singular values of A + iB, each twice."""
+"""Complex matrices: [[A, -B], [B, A]] has each singular value of A + iB twice."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_the_nearest_is_that_of_the_real_form(shape: tuple[int, ...], dtype: tor
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 3)], ids=str)
-def test_the_penalty_is_that_of_the_real_form_and_its_gradient_that_of_autograd(
+def test_penalty_matches_real_form_and_gradient_matches_autograd(
     shape: tuple[int, ...],
 ) -> None:
     S = complex_matrix(shape).requires_grad_()

@@ -1,4 +1,4 @@
-"""One matrix on any device, whatever the default device."""
+"""Functions of one matrix work on any device and with any default device."""
 
 import contextlib
 import math
@@ -20,8 +20,8 @@ def gaussian(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 5), (300, 320), (2, 4, 3)])
-def test_condition_numbers_are_found_where_the_matrix_lies(shape: tuple[int, ...]) -> None:
-    """With nu > 256 by iterations whose start is drawn on the CPU."""
+def test_condition_number_is_on_the_device_of_the_matrix(shape: tuple[int, ...]) -> None:
+    """For nu > 256, the iterations start from a block drawn on the CPU."""
     S = gaussian(*shape)
     with Elsewhere():
         found = wc.condition_number(There(S))
@@ -29,7 +29,7 @@ def test_condition_numbers_are_found_where_the_matrix_lies(shape: tuple[int, ...
     torch.testing.assert_close(found.held, wc.condition_number(S), rtol=1e-12, atol=0)
 
 
-def test_nearest_matrices_are_found_where_the_matrix_lies() -> None:
+def test_nearest_is_on_the_device_of_the_matrix() -> None:
     S = gaussian(6, 4)
     with Elsewhere():
         found = wc.nearest(There(S), 1.5)
@@ -38,7 +38,7 @@ def test_nearest_matrices_are_found_where_the_matrix_lies() -> None:
 
 
 class Narrow(Tensor):
-    """A tensor of a device without float64, as Apple's GPUs are."""
+    """A tensor on a device without float64, such as Apple's GPUs."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -53,7 +53,7 @@ class Narrow(Tensor):
         return result.as_subclass(Tensor if func is Tensor.cpu else cls)
 
 
-def test_a_device_without_float64_leaves_the_work_to_the_cpu() -> None:
+def test_device_without_float64_uses_the_cpu() -> None:
     S = gaussian(300, 320)
     there = S.as_subclass(Narrow)
     with pytest.raises(TypeError):
@@ -75,7 +75,7 @@ def default_device(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
-        # torch 2.6 fails over the None in `get_default_device`, which others call.
+        # torch 2.6 fails with this None in `get_default_device`, which other tests call.
         vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
 
 

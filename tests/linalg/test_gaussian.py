@@ -1,4 +1,4 @@
-"""What is usual: the laws of random matrices against samples, exact laws and known bounds."""
+"""The laws of Gaussian matrices, against samples, exact laws and known bounds."""
 
 import math
 
@@ -18,7 +18,7 @@ conditions = st.floats(0, 1e18)
 
 
 def sampled(m: int, n: int, count: int) -> Tensor:
-    """Singular values of so many Gaussian (m, n) matrices: of their R factors (Bartlett)."""
+    """Singular values of `count` Gaussian (m, n) matrices, from their R factors (Bartlett)."""
     source = torch.Generator().manual_seed(0)
     batches = []
     for start in range(0, count, 10_000):
@@ -45,14 +45,14 @@ def test_larger_condition_numbers_are_rarer(shape: tuple[int, int], x: float, y:
 
 
 @given(shapes, conditions)
-def test_the_transpose_is_as_usual(shape: tuple[int, int], x: float) -> None:
+def test_transpose_has_the_same_law(shape: tuple[int, int], x: float) -> None:
     m, n = shape
     assert exceedance((m, n), x) == exceedance((n, m), x)
     assert gaussian_stable_rank((m, n)) == gaussian_stable_rank((n, m))
 
 
 @given(shapes)
-def test_every_matrix_has_a_condition_number_and_a_stable_rank(shape: tuple[int, int]) -> None:
+def test_exceedance_and_stable_rank_are_in_range(shape: tuple[int, int]) -> None:
     assert exceedance(shape, 0.999) == 1.0
     assert exceedance(shape, math.inf) == 0.0
     assert math.isnan(exceedance(shape, math.nan))
@@ -60,7 +60,7 @@ def test_every_matrix_has_a_condition_number_and_a_stable_rank(shape: tuple[int,
 
 
 @given(st.integers(2, 300), st.integers(0, 20), st.floats(10, 1e6))
-def test_the_tail_obeys_the_bounds_of_chen_and_dongarra(n: int, more: int, times: float) -> None:
+def test_tail_satisfies_the_bounds_of_chen_and_dongarra(n: int, more: int, times: float) -> None:
     """(c/x)^k < sqrt(2 pi) P(kappa > x m/k) < (C/x)^k, k = m - n + 1, for x >= k, m >= n."""
     k = more + 1
     x = k * times
@@ -86,14 +86,14 @@ def test_two_columns_follow_their_exact_law(m: int) -> None:
         assert exceedance((m, 2), quantile(kappa, share)) == pytest.approx(share, rel=0.15)
 
 
-# How many of each shape. The rarest share that is compared is that of 200 of them, known to 7 %.
+# The number of samples per shape. The rarest compared share has 200 samples, an error of 7 %.
 SAMPLED = {(3, 3): 20_000, (4, 4): 20_000, (16, 16): 4000, (64, 64): 800}
 SAMPLED |= {(5, 3): 20_000, (300, 3): 20_000, (20, 16): 4000, (512, 10): 20_000, (40, 20): 4000}
 SAMPLED |= {(128, 32): 2000}
 
 
 @pytest.mark.parametrize("shape", SAMPLED, ids=str)
-def test_as_often_as_in_samples(shape: tuple[int, int]) -> None:
+def test_exceedance_matches_samples(shape: tuple[int, int]) -> None:
     sigma = sampled(*shape, SAMPLED[shape])
     kappa = sigma[:, 0] / sigma[:, -1]
     shares = [share for share in (0.9, 0.5, 0.3, 0.1, 0.05, 0.01) if share * len(kappa) >= 200]
@@ -106,10 +106,10 @@ def test_as_often_as_in_samples(shape: tuple[int, int]) -> None:
 
 
 def rare(m: int, n: int, x: float, count: int = 1000) -> float:
-    """P(kappa > x), however small: lambda_n is integrated, the others are sampled.
+    """P(kappa > x), also if it is tiny: lambda_n is integrated, the other eigenvalues are sampled.
 
-    With the density of all eigenvalues at lambda_n = t, the others are those of an (m + 1, n - 1)
-    matrix with the weight prod (1 - t/lambda_i), and t < lambda_1/x^2.
+    In the density of all eigenvalues at lambda_n = t, the other eigenvalues are those of an
+    (m + 1, n - 1) matrix with the weight prod (1 - t/lambda_i), and t < lambda_1/x^2.
     """
     k = m - n + 1
     others = sampled(m + 1, n - 1, count).square()
@@ -138,7 +138,7 @@ def rare(m: int, n: int, x: float, count: int = 1000) -> float:
     ids=str,
 )
 @pytest.mark.parametrize("share", [1e-2, 1e-6, 1e-12])
-def test_rare_ones_are_as_rare_as_they_are(shape: tuple[int, int], share: float) -> None:
+def test_rare_probabilities_match_an_integral(shape: tuple[int, int], share: float) -> None:
     x = 2.0
     while exceedance(shape, x) > share:
         x *= 1.05
@@ -146,8 +146,11 @@ def test_rare_ones_are_as_rare_as_they_are(shape: tuple[int, int], share: float)
 
 
 def three_columns(m: int, x: float) -> float:
-    """P(kappa > x) of (m, 3): with ratios q < r < 1 to the largest eigenvalue, whose own law drops
-    out, the density is (q r)^((m - 4)/2) (1 - q)(1 - r)(r - q)/(1 + q + r)^(3m/2)."""
+    """P(kappa > x) of an (m, 3) matrix.
+
+    With ratios q < r < 1 to the largest eigenvalue, whose law cancels, the density is
+    (q r)^((m - 4)/2) (1 - q)(1 - r)(r - q)/(1 + q + r)^(3m/2).
+    """
 
     def integral(low: float, high: float) -> float:
         nodes, weights = (torch.from_numpy(part) for part in leggauss(400))
@@ -169,17 +172,17 @@ def test_three_columns_follow_their_exact_law(m: int, share: float) -> None:
     assert 0.65 <= exceedance((m, 3), x) / three_columns(m, x) <= 1.45
 
 
-def test_a_large_gaussian_weight_is_usual() -> None:
+def test_large_gaussian_weight_is_not_unusual() -> None:
     S = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
     shares = [exceedance(S.shape, float(wc.condition_number(c * S))) for c in (1.0, 1e-3, 1e8)]
     assert shares[0] > 0.01
-    assert shares == pytest.approx(shares[:1] * 3, rel=1e-3)  # kappa of float32, rounded anew
+    assert shares == pytest.approx(shares[:1] * 3, rel=1e-3)  # c S rounds to float32 again
 
 
 # --- edges ----------------------------------------------------------------------------------------
 
 
-def test_extreme_shapes_have_an_answer() -> None:
+def test_extreme_shapes_give_probabilities() -> None:
     for shape in ((10**7, 5), (10**6, 3), (151_936, 1024), (2000, 1999), (1, 9), (3, 3)):
         shares = [exceedance(shape, x) for x in (1.0, 1.001, 1.01, 1.1, 2.0, 10.0, 1e9, 1e300)]
         assert all(0 <= p <= 1 for p in shares)
@@ -189,7 +192,7 @@ def test_extreme_shapes_have_an_answer() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3)])
-def test_what_is_no_shape_is_refused(shape: tuple[int, ...]) -> None:
+def test_invalid_shapes_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="two positive numbers"):
         exceedance(shape, 2.0)
     with pytest.raises(ValueError, match="two positive numbers"):

@@ -1,4 +1,4 @@
-"""Intervals enclose every result, and by no more than the rounding."""
+"""Intervals enclose every result, with no more width than rounding requires."""
 
 import math
 from fractions import Fraction
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from wellcond.linalg.interval import Interval
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-# Ends of all signs, often zero and often equal, where the cases of a quotient meet.
+# Ends of all signs, often zero and often equal, to reach all cases of a quotient.
 ENDS = st.one_of(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 3.0, 5e-324, 1e308]), FINITE)
 
 
@@ -44,7 +44,7 @@ def test_roots_round_outward(x: float) -> None:
 def test_quotients_enclose_all_quotients(
     X: Interval, Y: Interval, s: Fraction, t: Fraction
 ) -> None:
-    """Of any numbers of both intervals, the ends among them, but for a divisor of zero."""
+    """For numbers in both intervals, including the ends, except for a divisor of zero."""
     quotient = X / Y
     numerators, divisors = (
         {(1 - share) * Fraction(Z.lower) + share * Fraction(Z.upper) for share in (0, 1, other)}
@@ -56,7 +56,7 @@ def test_quotients_enclose_all_quotients(
 
 @given(intervals(), intervals())
 def test_quotients_are_no_wider_than_rounding_makes_them(X: Interval, Y: Interval) -> None:
-    """One float beyond the extreme quotients, which are those of ends."""
+    """The ends are one float beyond the extreme quotients, which are quotients of ends."""
     assume(Y.lower > 0 or Y.upper < 0)
     ends = [x / y for x in (X.lower, X.upper) for y in (Y.lower, Y.upper)]
     below, above = math.nextafter(min(ends), -math.inf), math.nextafter(max(ends), math.inf)

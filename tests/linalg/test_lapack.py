@@ -1,4 +1,4 @@
-"""Where LAPACK does not converge another way is taken, or the error says so."""
+"""If LAPACK does not converge, another method is used, or the error says so."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ SOLVERS = ["svd", "svdvals", "eigh", "eigvalsh"]
 
 
 def failing(solver: Callable[..., Any], times: float) -> Callable[..., Any]:
-    """As the solver, but it does not converge so many times."""
+    """The solver, which does not converge the first `times` calls."""
     left = times
 
     def fails(S: Tensor, **options: Any) -> Any:
@@ -69,7 +69,7 @@ def test_without_eigenvalues_an_svd_decides() -> None:
     assert found.condition_number == pytest.approx(10.0)
 
 
-def test_a_failure_for_good_is_said() -> None:
+def test_permanent_failure_raises() -> None:
     S = kappa_10(6, 4)
     for call in (
         wc.condition_number,

@@ -1,4 +1,4 @@
-"""On the whole lattice each convolution has the norm of one with stride 1 and without dilation."""
+"""On a lattice, each convolution has the norm of one with stride 1 and without dilation."""
 
 import itertools
 import math
@@ -36,9 +36,11 @@ def test_folding_is_an_isometry_with_unfolding_as_its_adjoint(steps: tuple[int, 
 
 
 @pytest.mark.parametrize(("k", "stride", "dilation"), LAYERS)
-def test_stride_and_dilation_fold_away(k: int, stride: int, dilation: int) -> None:
-    """On tori, of which L has all singular values; where stride and dilation have a common divisor
-    the inputs between are not seen."""
+def test_fold_removes_stride_and_dilation(k: int, stride: int, dilation: int) -> None:
+    """On tori, the convolution with L has the same singular values, except for zeros.
+
+    If stride and dilation have a common divisor, the convolution ignores the inputs in between.
+    """
     K = random(2, 3, k)
     steps = effective_steps((k,), (stride,), (dilation,))
     n = 13  # no dilation divides it, so that frequencies are permuted
@@ -79,7 +81,7 @@ def frequency_kernel(k: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_the_bound_holds_between_the_points_of_its_grid(k: int) -> None:
-    """By a grid 64 times as fine."""
+    """Compared with a grid that is 64 times as fine."""
     for seed in range(20):
         K = frequency_kernel(k, seed)
         fine = periodic_singular_values(K, [1], [1], [16 * k * 64])[0]
@@ -89,8 +91,8 @@ def test_the_bound_holds_between_the_points_of_its_grid(k: int) -> None:
             assert bound <= slack * fine
 
 
-def test_all_eigenvalues_are_below_the_largest_that_is_returned() -> None:
-    """Though most are never computed: the order in which they are met makes no difference."""
+def test_bound_covers_all_eigenvalues() -> None:
+    """Most eigenvalues are never computed, but their order makes no difference."""
     for seed in range(5):
         L = random(1, 5, 7, 3, 3, seed=seed)
         grid = lattice.Grid(L.shape[3:], lattice.FINE, L.device)
@@ -100,7 +102,7 @@ def test_all_eigenvalues_are_below_the_largest_that_is_returned() -> None:
         assert int(torch.round(grid.weight * n * n).sum()) == n * n
 
 
-def test_a_bound_that_is_enough_is_returned_where_it_is_proven() -> None:
+def test_sufficient_bound_is_returned_if_proven() -> None:
     L = random(3, 4, 4, 3)
     bounds = bound_norm(L)
     enough = bounds * torch.tensor([1.5, 1.0, 0.5])
@@ -113,7 +115,7 @@ def test_a_bound_that_is_enough_is_returned_where_it_is_proven() -> None:
 def test_limited_kernels_keep_their_support(shape: tuple[int, ...]) -> None:
     L = random(*shape)
     support = torch.ones(shape[2:], dtype=torch.float64)
-    support[0, ..., -1] = 0  # of the first phase the last tap is filled up
+    support[0, ..., -1] = 0  # the last tap of the first phase is padding
     L = L * support
     upper = bound_norm(L) * torch.tensor([0.5, 0.9])
     X = limit_norm(L, upper, support)

@@ -1,4 +1,4 @@
-"""How much of the leading singular values of a matrix comes from a part of it."""
+"""The share of the leading singular values of a matrix that comes from a part of it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def random(m: int, n: int, seed: int) -> Tensor:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
-def test_the_parts_of_a_sum_make_it_up(m: int, n: int, k: int, seed: int) -> None:
+def test_shares_of_two_parts_add_up_to_one(m: int, n: int, k: int, seed: int) -> None:
     S, D = random(m, n, seed), random(m, n, seed + 100)
     ours, rest = measure_share(S, D, k), measure_share(S, S - D, k)
     assert ours.among == rest.among == min(k, m, n)
@@ -24,7 +24,7 @@ def test_the_parts_of_a_sum_make_it_up(m: int, n: int, k: int, seed: int) -> Non
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
-def test_nothing_all_half_and_what_takes_away(m: int, n: int, seed: int) -> None:
+def test_share_of_multiples_of_the_matrix(m: int, n: int, seed: int) -> None:
     S = random(m, n, seed)
     for factor, new in ((0.0, 0), (1.0, 3), (-1.0, 0), (0.75, 3)):
         found = measure_share(S, factor * S, 3)
@@ -32,8 +32,8 @@ def test_nothing_all_half_and_what_takes_away(m: int, n: int, seed: int) -> None
         assert found.new == min(new, m, n)
 
 
-def test_a_direction_that_an_adapter_brought_in_is_told_from_those_that_were_there() -> None:
-    """W has the values 5, 4, 3, 2, 1; the adapter adds one of 4.5 in a direction of its own."""
+def test_new_direction_of_adapter_is_distinguished_from_old_ones() -> None:
+    """W has the values 5, 4, 3, 2, 1; the adapter adds the value 4.5 in a new direction."""
     W = torch.diag(torch.tensor([5.0, 4, 3, 2, 1, 0], dtype=torch.float64))
     D = torch.zeros(6, 6, dtype=torch.float64)
     D[5, 5] = 4.5
@@ -43,18 +43,18 @@ def test_a_direction_that_an_adapter_brought_in_is_told_from_those_that_were_the
     assert two.share == pytest.approx(4.5 / 9.5)
 
 
-def test_equal_values_do_not_make_the_share_a_matter_of_chance() -> None:
-    """Of I any vectors are singular ones: the sum over all of them is a trace."""
+def test_share_is_unique_for_equal_singular_values() -> None:
+    """All vectors are singular vectors of I, but the sum over a basis is a trace."""
     D = random(5, 5, 0)
     identity = torch.eye(5, dtype=torch.float64)
     assert measure_share(identity, D, 5).share == pytest.approx(float(D.trace()) / 5)
 
 
 @pytest.mark.parametrize("shape", [(40, 70), (70, 40), (40, 40)])
-def test_the_iteration_finds_what_the_decomposition_does(
+def test_iteration_agrees_with_decomposition(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pair of factors on top of noise, as an adapter that matters is."""
+    """A product of two factors above noise, like a relevant adapter."""
     S = 0.02 * random(*shape, 1) + random(shape[0], 4, 2) @ random(4, shape[1], 3)
     exact = leading_triplets(S, 4)
     monkeypatch.setattr(module, "_WHOLE", 0)
@@ -64,8 +64,8 @@ def test_the_iteration_finds_what_the_decomposition_does(
     torch.testing.assert_close((U.mT @ exact[0]).abs(), torch.eye(4, dtype=torch.float64))
 
 
-def test_the_iteration_splits_what_it_finds_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it has not converged, too: u^T S v is the value that it gives."""
+def test_iteration_satisfies_the_identity_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before convergence, u^T S v equals the returned value."""
     monkeypatch.setattr(module, "_WHOLE", 0)
     S = random(60, 90, 4)
     U, sigma, V = leading_triplets(S, 5)
@@ -73,4 +73,4 @@ def test_the_iteration_splits_what_it_finds_exactly(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(V.mT @ V, torch.eye(5, dtype=torch.float64))
     torch.testing.assert_close(U.mT @ U, torch.eye(5, dtype=torch.float64))
     again = leading_triplets(S, 5)
-    assert torch.equal(again[1], sigma), "the same start every time"
+    assert torch.equal(again[1], sigma), "the start must be the same every time"

@@ -1,4 +1,4 @@
-"""Nearest matrices with a bounded condition number: optimal, and still bounded when stored."""
+"""Nearest matrices with a bounded condition number: optimal, and bounded as stored."""
 
 import math
 
@@ -22,7 +22,7 @@ LIMITS = st.sampled_from([1.0, 1.5, 2.0, 10.0, 1e3, 1e6])
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8), LIMITS)
 def test_clipping_is_optimal(values: list[float], K: float) -> None:
-    """Against a minimiser over a that knows no formula."""
+    """Compared with a numerical minimiser over a."""
     sigma = np.sort(np.array(values))[::-1].copy()
     found = clip(torch.from_numpy(sigma), K).numpy()
     best = oracles.nearest_singular_values(sigma, K)
@@ -57,7 +57,7 @@ def test_no_matrix_is_nearer(seed: int) -> None:
 
 
 @given(matrices(), LIMITS)
-def test_kappa_is_bounded_and_a_second_time_changes_nothing(S: Tensor, K: float) -> None:
+def test_kappa_is_bounded_and_nearest_is_idempotent(S: Tensor, K: float) -> None:
     X = wc.nearest(S, K)
     if S.abs().max() == 0:
         assert torch.equal(X, S)
@@ -67,7 +67,7 @@ def test_kappa_is_bounded_and_a_second_time_changes_nothing(S: Tensor, K: float)
 
 
 @given(matrices(("gap", "no gap", "cluster", "tied", "semi-orthogonal")), st.floats(1, 100))
-def test_it_commutes_with_scaling_and_transposition(S: Tensor, K: float) -> None:
+def test_nearest_commutes_with_scaling_and_transposition(S: Tensor, K: float) -> None:
     torch.testing.assert_close(wc.nearest(S.mT, K), wc.nearest(S, K).mT, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(wc.nearest(4 * S, K), 4 * wc.nearest(S, K), rtol=1e-9, atol=1e-9)
 
@@ -120,7 +120,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [1.05, 2.0, 100.0, 1e4])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
-def test_stored_matrices_obey(dtype: torch.dtype, K: float, shape: tuple[int, int]) -> None:
+def test_stored_matrices_satisfy_the_limit(
+    dtype: torch.dtype, K: float, shape: tuple[int, int]
+) -> None:
     S = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     S[:, 0] = 1e-3 * S[:, 1] + 1e-4 * S[:, 0]
     S = S.to(dtype)
@@ -133,7 +135,7 @@ def test_stored_matrices_obey(dtype: torch.dtype, K: float, shape: tuple[int, in
     assert distance <= ideal * 1.1 + 3 * rounding
 
 
-def test_what_obeys_already_is_left_alone() -> None:
+def test_matrix_within_the_limit_is_returned_itself() -> None:
     S = torch.eye(3, dtype=torch.bfloat16)
     assert limit_condition_number(S, 1.0).S is S
 
@@ -141,8 +143,8 @@ def test_what_obeys_already_is_left_alone() -> None:
 @pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-600, 2.0**600, 2.0**1000])
 @pytest.mark.parametrize("n", [6, 300])
 @pytest.mark.parametrize("K", [2.0, 100.0])
-def test_stored_matrices_obey_at_any_scale(scale: float, n: int, K: float) -> None:
-    """Entries whose squares vanish or overflow: found as if of order 1."""
+def test_stored_matrices_satisfy_the_limit_at_any_scale(scale: float, n: int, K: float) -> None:
+    """Entries whose squares vanish or overflow give the same result as entries of order 1."""
     S = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     S[0] *= 1e-6
     far, near = limit_condition_number(S * scale, K), limit_condition_number(S, K)
@@ -155,7 +157,7 @@ def test_stored_matrices_obey_at_any_scale(scale: float, n: int, K: float) -> No
     torch.testing.assert_close(wc.nearest(S * scale, K) / scale, wc.nearest(S, K))
 
 
-def test_stored_matrices_obey_where_entries_differ_by_360_orders() -> None:
+def test_stored_matrices_satisfy_the_limit_across_360_orders() -> None:
     S = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     S[:, :3] *= 1e-180
     S[:, 3:] *= 1e180
@@ -172,7 +174,7 @@ def test_zero_stays_zero() -> None:
     assert math.isnan(found.after)
 
 
-def test_bfloat16_cannot_hold_kappa_near_one() -> None:
+def test_bfloat16_cannot_represent_kappa_near_one() -> None:
     S = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with pytest.raises(ValueError, match="rounded to bfloat16"):
         limit_condition_number(S, 1.001)
@@ -184,7 +186,7 @@ def test_a_deficient_matrix_can_be_stored_with_full_rank() -> None:
 
 
 def test_clipping_is_as_precise_as_float64() -> None:
-    """Of [2, 2, 1] with kappa <= 1.5: a = (1 + 2 K + 2 K)/(1 + 2 K^2) = 14/11."""
+    """For [2, 2, 1] with kappa <= 1.5: a = (1 + 2 K + 2 K)/(1 + 2 K^2) = 14/11."""
     found = clip(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64), 1.5)
     assert float(found[-1]) == pytest.approx(14 / 11, rel=1e-15)
     assert float(found[0]) == pytest.approx(21 / 11, rel=1e-15)

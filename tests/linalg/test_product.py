@@ -36,7 +36,7 @@ def test_the_leading_singular_values_are_those_of_the_dense_product(
     S = made(*shape)
     found = spectrum_of_product(S.B, S.A)
     expected = torch.linalg.svdvals(S.B @ S.A.mT)[: S.nu]
-    # LAPACK is off by a few eps of the norm.
+    # LAPACK has an error of a few eps of the norm.
     atol = 50 * EPS * float(expected[0])
     torch.testing.assert_close(found.singular_values, expected, rtol=0, atol=atol)
     assert found.rank == S.nu
@@ -45,7 +45,7 @@ def test_the_leading_singular_values_are_those_of_the_dense_product(
 
 @given(st.floats(-30, 30), st.floats(-30, 30))
 @settings(max_examples=20, deadline=None)
-def test_scales_of_the_factors_change_no_condition_number(first: float, second: float) -> None:
+def test_condition_number_is_invariant_to_factor_scales(first: float, second: float) -> None:
     S = made(7, 5, 3)
     expected = spectrum_of_product(S.B, S.A).condition_number
     found = spectrum_of_product(10.0**first * S.B, 10.0**second * S.A)
@@ -53,7 +53,7 @@ def test_scales_of_the_factors_change_no_condition_number(first: float, second: 
     assert found.rank == 3
 
 
-def test_scales_that_overflow_or_vanish_when_multiplied_leave_the_condition_number() -> None:
+def test_condition_number_survives_overflow_of_factor_scales() -> None:
     S = made(7, 5, 3)
     expected = spectrum_of_product(S.B, S.A).condition_number
     for scale in (1e200, 1e-200):
@@ -65,15 +65,15 @@ def test_prescribed_singular_values_are_found() -> None:
     U, V = (torch.linalg.qr(normal(20, 4, seed=seed)).Q for seed in (1, 2))
     middle = torch.linalg.qr(normal(4, 4)).Q
     sigma = torch.tensor([1.0, 1e-2, 1e-4, 1e-6], dtype=torch.float64)
-    # The factors have condition numbers of 1e3 each, and share what lies between them.
+    # Each factor has the condition number 1e3, and both share the rotation between them.
     B, A = U * sigma.sqrt() @ middle, V * sigma.sqrt() @ middle
     found = spectrum_of_product(B, A)
     torch.testing.assert_close(found.singular_values, sigma, rtol=1e-8, atol=0)
     assert found.condition_number == pytest.approx(1e6, rel=1e-8)
 
 
-def test_what_one_factor_undoes_of_the_other_is_called_unresolved() -> None:
-    """B and A meet in orthogonal directions: rounding alone is left, however small sigma_1 is."""
+def test_cancelling_factors_are_unresolved() -> None:
+    """The row spaces of B and A are orthogonal, so B A^T consists of rounding errors only."""
     B, A = normal(9, 4), normal(8, 4, seed=3)
     B[:, 2:], A[:, :2] = 0, 0
     found = spectrum_of_product(B @ (Q := torch.linalg.qr(normal(4, 4)).Q), A @ Q)
@@ -82,14 +82,14 @@ def test_what_one_factor_undoes_of_the_other_is_called_unresolved() -> None:
     assert math.isnan(spectrum_of_product(B, torch.zeros(8, 4)).condition_number)
 
 
-def test_rank_forgives_what_rounding_may_have_made() -> None:
+def test_rank_ignores_values_within_rounding() -> None:
     sigma = torch.tensor([1.0, 0.5, 1e-3], dtype=torch.float64)
     U, V = (torch.linalg.qr(normal(20, 3, seed=seed)).Q for seed in (1, 2))
     assert spectrum_of_product(U * sigma, V).rank == 3
     assert spectrum_of_product((U * sigma).bfloat16(), V.bfloat16()).rank == 2
 
 
-def test_factors_that_are_not_finite_are_refused() -> None:
+def test_nonfinite_factors_raise() -> None:
     S = made(7, 5, 3)
     S.B[0, 0] = math.nan
     with pytest.raises(ValueError, match="must be finite"):

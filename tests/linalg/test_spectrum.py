@@ -17,7 +17,7 @@ from wellcond.linalg.spectrum import Method, combine_spectra, compute_spectrum
 
 @pytest.fixture
 def no_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but vectors go by the Gram matrix, so that small examples reach every branch."""
+    """All matrices except narrow ones use the Gram matrix, so small examples reach every branch."""
     monkeypatch.setattr(spectrum_module, "_SMALL", 3)
 
 
@@ -49,7 +49,7 @@ SPECTRA = [
 def test_kappa_is_right_to_1e_6(
     name: str, kappa: float, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever route decides; the float64 SVD itself is good to n eps kappa = 3e-7 at 1e7."""
+    """For every method; the error of the float64 SVD itself is n eps kappa = 3e-7 at 1e7."""
     monkeypatch.setattr(spectrum_module, "_SMALL", 8)
     if large:
         monkeypatch.setattr(spectrum_module, "_LARGE", 8)
@@ -69,7 +69,7 @@ def test_kappa_is_right_to_1e_6(
         ("geometric", 1e10, Method.svd),
     ],
 )
-def test_the_gram_matrix_is_left_where_it_does_not_resolve(
+def test_method_depends_on_what_the_gram_matrix_resolves(
     name: str, kappa: float, method: Method, no_small: None
 ) -> None:
     S = with_spectrum(spectrum_of(name, 120, kappa), 120, 120)
@@ -77,8 +77,8 @@ def test_the_gram_matrix_is_left_where_it_does_not_resolve(
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_equal_columns_are_found_beside_four_tiny_ones(seed: int) -> None:
-    """The tiny ones fill the block of the iteration; rounding of the Gram matrix hides the pair."""
+def test_equal_columns_are_found_next_to_four_tiny_ones(seed: int) -> None:
+    """Tiny columns fill the iteration's block; rounding of the Gram matrix hides the equal pair."""
     S = torch.randn(400, 300, generator=torch.Generator().manual_seed(seed))
     S[:, :4] *= 1e-9
     S[:, 299] = S[:, 298]
@@ -89,7 +89,7 @@ def test_equal_columns_are_found_beside_four_tiny_ones(seed: int) -> None:
 @pytest.mark.parametrize("tiny", [6e-9, 1e-7, 2e-6])
 @pytest.mark.parametrize("count", [3, 4, 9])
 @pytest.mark.parametrize("large", [False, True])
-def test_a_nearly_singular_block_is_found_beside_tiny_columns(
+def test_nearly_singular_block_is_found_next_to_tiny_columns(
     gap: float, tiny: float, count: int, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spectrum_module, "_SMALL", 8)
@@ -100,18 +100,18 @@ def test_a_nearly_singular_block_is_found_beside_tiny_columns(
     S[-2:, -2:] = 1
     S[-1, -1] += gap
     exact = float(np.linalg.cond(S.numpy()))
-    # The SVD itself is good to n eps kappa.
+    # The SVD itself has an error of n eps kappa.
     error = max(1e-6, 120 * np.finfo(float).eps * exact)
     assert compute_spectrum(S).condition_number == pytest.approx(exact, rel=error)
 
 
 def hidden_from(start: Tensor) -> Tensor:
-    """kappa 800, where v_1 is orthogonal to the block, and 100 without v_1."""
+    """A matrix with kappa 800 whose v_1 is orthogonal to the block; without v_1 kappa is 100."""
     n = len(start)
     others = torch.randn(n, 1, generator=torch.Generator().manual_seed(1), dtype=start.dtype)
     v = torch.linalg.qr(torch.cat([start, others], dim=1)).Q[:, -1:]
     sigma = torch.linspace(1, 10, n, dtype=start.dtype)
-    sigma[-1] = 100  # far from the others: found before rounding brings v_1 in
+    sigma[-1] = 100  # far from the others, so that it is found before rounding adds v_1
     sigma[n // 2] = 800
     V = with_spectrum(torch.ones(n).double(), n, n)
     V = V - 2 * (w := V[:, n // 2, None] - v) @ (w.mT @ V) / w.square().sum()
@@ -119,7 +119,7 @@ def hidden_from(start: Tensor) -> Tensor:
 
 
 def test_no_matrix_can_hide_from_the_start_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made against the block that all matrices once had, and against those of other matrices."""
+    """Tries the fixed block of an earlier version, and the blocks of other matrices."""
     monkeypatch.setattr(spectrum_module, "_LARGE", 600)
     source = torch.Generator().manual_seed(0)
     known = torch.randn(600, 4, generator=source, dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_no_matrix_can_hide_from_the_start_block(monkeypatch: pytest.MonkeyPatch
         S = hidden_from(spectrum_module._random_block(S))
 
 
-def test_starts_are_those_of_the_matrix() -> None:
+def test_start_block_depends_on_all_entries() -> None:
     S = with_spectrum(torch.ones(20).double(), 30, 20)
     start = spectrum_module._random_block(S)
     assert torch.equal(spectrum_module._random_block(S.mT.contiguous().mT), start)
@@ -143,7 +143,7 @@ def test_starts_are_those_of_the_matrix() -> None:
     assert not torch.isclose(spectrum_module._random_block(S), start).any(dim=0).all()
 
 
-def test_very_large_matrices_get_their_extremes_unless_all_values_are_asked_for(
+def test_large_matrices_get_extremes_unless_all_values_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(spectrum_module, "_SMALL", 8)
@@ -172,7 +172,7 @@ def test_the_gram_route_agrees_with_an_svd(m: int, n: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-30, 1e30, 1e300, 1e307])
-def test_kappa_does_not_mind_the_scale(scale: float) -> None:
+def test_kappa_is_scale_invariant(scale: float) -> None:
     S = torch.tensor([[4.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     assert compute_spectrum(S * scale).condition_number == 2.0
 
@@ -197,7 +197,7 @@ def test_vectors_have_one_singular_value() -> None:
     assert compute_spectrum(torch.tensor([[3.0], [4.0]])).condition_number == 1.0
 
 
-def test_half_precision_is_the_exact_matrix_of_its_values() -> None:
+def test_half_precision_values_are_taken_exactly() -> None:
     S = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     exact = np.linalg.svd(S.double().numpy(), compute_uv=False)
     np.testing.assert_allclose(compute_spectrum(S).singular_values.numpy(), exact, rtol=1e-12)
@@ -235,7 +235,9 @@ def test_blocks_may_have_any_scale(scale: float) -> None:
     assert math.isnan(combine_spectra([compute_spectrum(0 * S)] * 2).condition_number)
 
 
-def test_blocks_with_extremes_alone_have_extremes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_with_extremes_only_combine_to_extremes_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(spectrum_module, "_SMALL", 8)
     monkeypatch.setattr(spectrum_module, "_LARGE", 100)
     S = with_spectrum(spectrum_of("arithmetic", 120, 100.0), 120, 140)
@@ -246,7 +248,7 @@ def test_blocks_with_extremes_alone_have_extremes_alone(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("scale", [1e-323, 1e-310, 1e-180, 1.0, 1e180, 1e307])
-def test_the_frobenius_norm_does_not_mind_the_scale(scale: float) -> None:
+def test_frobenius_norm_is_accurate_at_any_scale(scale: float) -> None:
     S = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64) * scale
     assert frobenius_norm(S) == pytest.approx(5 * scale, rel=1e-14, abs=1e-323)
     assert frobenius_norm(0 * S) == 0.0

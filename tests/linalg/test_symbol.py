@@ -1,4 +1,4 @@
-"""Frequencies give all singular values on a torus."""
+"""The frequencies give all singular values on a torus."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from wellcond.operators.convolution import Geometry
 
 @st.composite
 def convolutions(draw: Any) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Kernel, stride, dilation, and a size that the stride divides; also kernels that wrap."""
+    """Kernel, stride, dilation and a size that the stride divides; kernels may wrap around."""
     axes = draw(st.integers(1, 2))
     each = st.lists(st.integers(1, 3), min_size=axes, max_size=axes)
     stride, dilation, turns = (tuple(draw(each)) for _ in range(3))
@@ -36,7 +36,7 @@ def test_frequencies_give_all_singular_values_on_a_torus(case: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * max(1.0, float(expected[0])))
 
 
-def test_half_of_the_frequencies_stand_for_all() -> None:
+def test_half_of_the_frequencies_represent_all() -> None:
     K = torch.randn(2, 3, 3, 3, dtype=torch.float64)
     for size in ((4, 6), (5, 6), (5, 7), (1, 1), (1, 2)):
         matrices, counts = symbol_matrices(K, [1, 1], [1, 1], size)

@@ -1,4 +1,4 @@
-"""Clips of small blocks: against singular value decompositions in float64."""
+"""Clips of small blocks, against singular value decompositions in float64."""
 
 import math
 
@@ -18,7 +18,7 @@ def clip(Z: Tensor) -> Clip:
 
 
 def clipped(Z: Tensor) -> Tensor:
-    """Z with its singular values clipped to 1, by their decomposition."""
+    """Z with its singular values clipped to 1, by an SVD."""
     U, sigma, Vh = torch.linalg.svd(Z.double(), full_matrices=False)
     return (U * sigma.clamp_max(1)[..., None, :]) @ Vh
 
@@ -31,9 +31,7 @@ def block(m: int, *sigma: float) -> Tensor:
 @pytest.mark.parametrize(
     "sigma", [(2.9, 1.5, 1.5, 1.0, 0.3), (1.001, 1e-3), (2.0,), (1.2, 0.0, 0.0), (2.0, 2.0)]
 )
-def test_a_clip_is_that_of_the_singular_values(
-    sigma: tuple[float, ...], dtype: torch.dtype
-) -> None:
+def test_clip_matches_svd(sigma: tuple[float, ...], dtype: torch.dtype) -> None:
     Z = block(40, *sigma).to(dtype)
     factor, _, extremes = clip(Z)
     assert factor is not None
@@ -42,7 +40,7 @@ def test_a_clip_is_that_of_the_singular_values(
     torch.testing.assert_close(extremes, ends, atol=1e-5, rtol=1e-5)
 
 
-def test_blocks_of_several_shapes_are_clipped_as_each_by_itself() -> None:
+def test_batched_blocks_match_single_blocks() -> None:
     blocks = [
         block(40, 2.0, 1.1, 0.5),
         block(9, 1.7),
@@ -58,7 +56,7 @@ def test_blocks_of_several_shapes_are_clipped_as_each_by_itself() -> None:
         torch.testing.assert_close(one.extremes[..., 1], by_itself.extremes[..., 1])
 
 
-def test_a_root_makes_a_block_orthonormal_or_is_not_given() -> None:
+def test_root_orthonormalises_a_block_or_is_none() -> None:
     for Z in (block(40, 2.0, 1.1, 0.05).float(), torch.stack([block(9, 5.0, 0.1).float()] * 2)):
         root = clip(Z).root
         assert root is not None
@@ -70,7 +68,7 @@ def test_a_root_makes_a_block_orthonormal_or_is_not_given() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_told_and_spoils_no_other(bad: float) -> None:
+def test_nonfinite_block_is_marked_and_others_unaffected(bad: float) -> None:
     good = block(12, 2.0, 0.5)
     broken = good.clone()
     broken[3, 1] = bad
@@ -89,7 +87,7 @@ def test_what_is_not_finite_is_told_and_spoils_no_other(bad: float) -> None:
     assert zero.extremes.tolist() == [0.0, 0.0]
 
 
-def test_what_exceeds_the_most_stays() -> None:
+def test_block_above_most_is_unchanged() -> None:
     far, near = block(12, 3.1, 1.5), block(12, 2.9, 1.5)
     factor = clip(torch.stack([far, near])).factor
     assert factor is not None
@@ -99,14 +97,14 @@ def test_what_exceeds_the_most_stays() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15])
-def test_a_block_far_from_the_bound_is_told(scale: float) -> None:
+def test_block_far_from_the_bound_needs_no_clip(scale: float) -> None:
     found = clip((block(12, 1.0, 0.5) * scale).float())
     assert found.factor is None
     assert (float(found.extremes[1]) > 1) == (scale > 1)
 
 
 @pytest.mark.parametrize("k", [1, 2, 16])
-def test_products_clip_to_a_part_in_a_thousand(k: int) -> None:
+def test_products_clip_to_1e_3(k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     sigma = 0.2 + 2.6 * torch.rand(k, generator=generator, dtype=torch.float64)
     Z = block(40, *sigma.tolist())
@@ -114,7 +112,7 @@ def test_products_clip_to_a_part_in_a_thousand(k: int) -> None:
     torch.testing.assert_close(Z + Z @ factor, clipped(Z), atol=2e-3, rtol=0)
 
 
-def test_products_give_zero_for_what_is_not_finite_and_for_zeros() -> None:
+def test_products_give_zero_for_nonfinite_and_zero_matrices() -> None:
     G = torch.zeros(2, 3, 3)
     G[1, 0, 0] = math.nan
     assert not _clip_factor_by_products(G)[1].any()

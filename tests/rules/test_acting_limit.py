@@ -1,4 +1,4 @@
-"""Upper limits of convolutions as they act: certified when enforced, near at every step."""
+"""Upper limits on convolutions as linear operators: certified by enforce, near at every step."""
 
 import copy
 import logging
@@ -29,7 +29,7 @@ LAYERS: dict[str, Any] = {
 
 
 def norm(layer: nn.Module, side: int = 8) -> float:
-    """sigma_1 of the map on inputs of one size, by the dense matrix in float64."""
+    """sigma_1 of the linear operator on inputs of one size, by the dense matrix in float64."""
     layer = copy.deepcopy(layer).double()
     axes = layer.weight.ndim - 2  # type: ignore[union-attr,operator]
     shape = (layer.in_channels, *[side] * axes)
@@ -50,7 +50,7 @@ def test_enforce_proves_the_limit_for_every_size(name: str, dtype: torch.dtype) 
     reg.enforce()
     assert bound_norm(layer.weight, Geometry.of(layer)) <= B
     assert all(norm(layer, side) <= B for side in (4, 9))
-    if name != "reflect":  # where the limit is loose
+    if name != "reflect":  # for which the limit is loose
         assert norm(layer) > 0.85 * B
     before = layer.weight.detach().clone()
     reg.enforce()
@@ -79,7 +79,7 @@ def test_an_attached_limit_holds_at_every_step(name: str) -> None:
     assert values["wellcond/limit/excess/largest"] <= 1.01
 
 
-def test_a_state_is_gone_on_with_bit_for_bit() -> None:
+def test_training_resumes_bit_for_bit() -> None:
     def build() -> tuple[nn.Conv2d, torch.optim.Optimizer, wc.Regularizer]:
         torch.manual_seed(2)
         layer = nn.Conv2d(4, 4, 3, padding=1, groups=2)
@@ -106,7 +106,7 @@ def test_a_state_is_gone_on_with_bit_for_bit() -> None:
     assert torch.equal(layer.weight, other.weight)
 
 
-def test_linear_layers_are_limited_as_without_acting() -> None:
+def test_acting_has_no_effect_on_linear_layers() -> None:
     weights = []
     for acting in (False, True):
         torch.manual_seed(3)
@@ -117,7 +117,7 @@ def test_linear_layers_are_limited_as_without_acting() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_kernel_that_is_not_finite_is_named_and_left(value: float) -> None:
+def test_nonfinite_kernel_raises_and_is_unchanged(value: float) -> None:
     layer = nn.Conv2d(2, 2, 3)
     with torch.no_grad():
         layer.weight[0, 0, 0, 0] = value
@@ -146,7 +146,7 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
-def test_what_cannot_be_limited_as_it_acts_is_refused() -> None:
+def test_acting_raises_where_unsupported() -> None:
     with pytest.raises(ValueError, match="`lower` must be None if `acting`"):
         wc.SingularValueLimit(lower=0.1, upper=1.0, acting=True)
     with pytest.raises(TypeError, match="`acting` must be a bool"):
@@ -158,7 +158,7 @@ def test_what_cannot_be_limited_as_it_acts_is_refused() -> None:
         wc.Regularizer(nn.Conv2d(4, 4, 3, groups=2), {"weight:group1": limit})
 
 
-def test_a_kernel_limited_as_a_matrix_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_kernel_limited_as_matrix_once(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 4))
     reg = wc.Regularizer(model, wc.SingularValueLimit(upper=1.0))
     with caplog.at_level(logging.WARNING, "wellcond"):
@@ -179,7 +179,7 @@ def test_a_kernel_limited_as_a_matrix_is_named_once(caplog: pytest.LogCaptureFix
     assert not caplog.records
 
 
-def test_the_factor_in_that_warning_is_reached() -> None:
+def test_factor_in_warning_is_attained() -> None:
     layer = nn.Conv2d(1, 1, 3, padding=1, bias=True)
     nn.init.ones_(layer.weight)
     matrix = float(torch.linalg.vector_norm(layer.weight))

@@ -1,4 +1,4 @@
-"""Weights that are enforced obey as they are stored, are nearest, and move only where they must."""
+"""Enforced limits hold for weights as stored, take the nearest weight and move nothing else."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def worst_status(S: Tensor, verdict: Verdict) -> OutcomeStatus:
 
 
 def has_passed(S: Tensor, verdict: Verdict) -> bool:
-    """Whether the gate let it pass, so that nothing more is known."""
+    """Whether the weight passed the gate, so that it was not measured."""
     return worst_status(S, verdict) is OutcomeStatus.unchanged
 
 
@@ -42,7 +42,7 @@ def enforced(S: Tensor, limit: SpectralLimit, **options: Any) -> tuple[Tensor, V
 
 
 def failure(S: Tensor, limit: SpectralLimit) -> str:
-    """Why it cannot obey; it is then as it was."""
+    """Why S cannot satisfy the limit; S remains unchanged."""
     X = S.clone()
     (verdict,) = project([StoredMatrix(X)], limit)
     assert torch.equal(X, S)
@@ -51,7 +51,7 @@ def failure(S: Tensor, limit: SpectralLimit) -> str:
 
 
 def sigma(S: Tensor) -> np.ndarray:
-    """By NumPy, of the largest entry as unit, which is 1 for a zero matrix."""
+    """Singular values by NumPy, in units of the largest entry (1 for a zero matrix)."""
     return np.linalg.svd((S.double() / unit(S)).numpy(), compute_uv=False)
 
 
@@ -78,7 +78,7 @@ def fits(S: Tensor) -> bool:
 
 @hypothesis.given(matrices(), st.sampled_from(LIMITS), st.sampled_from(DTYPES))
 @hypothesis.settings(max_examples=200)
-def test_a_condition_limit_holds_as_stored_and_takes_the_nearest(
+def test_condition_limit_holds_as_stored_and_is_nearest(
     M: Tensor, K: float, dtype: torch.dtype
 ) -> None:
     S = M.to(dtype)
@@ -91,7 +91,7 @@ def test_a_condition_limit_holds_as_stored_and_takes_the_nearest(
         return
     assert measured(X) <= K
     u, margin = torch.finfo(dtype).eps / 2, float(told.margin)
-    # What rounding does to sigma_nu is u ||X||_F at most; it was 20 times less on the whole.
+    # Rounding changes sigma_nu by at most u ||X||_F; measured changes were 20 times smaller.
     assert margin <= 1e-7 + 4 * K * u * math.sqrt(min(S.shape))
     best = distance(S, oracles.nearest_singular_values(sigma(S), max(1.0, K / (1 + margin))))
     assert moved(X, S) <= best + (1e-6 + u) * np.linalg.norm(sigma(S))
@@ -100,7 +100,7 @@ def test_a_condition_limit_holds_as_stored_and_takes_the_nearest(
 
 @hypothesis.given(matrices(), st.sampled_from(INTERVALS), st.sampled_from(DTYPES))
 @hypothesis.settings(max_examples=200)
-def test_bounds_of_singular_values_hold_as_stored_and_take_the_nearest(
+def test_singular_value_limit_holds_as_stored_and_is_nearest(
     M: Tensor, bounds: tuple[float | None, float | None], dtype: torch.dtype
 ) -> None:
     S = M.to(dtype)
@@ -128,8 +128,8 @@ def test_bounds_of_singular_values_hold_as_stored_and_take_the_nearest(
         (torch.float64, [1e-305, 1e-300, 1e-160, 1e-150, 1e150, 1e300, 1e305]),
     ],
 )
-def test_a_condition_limit_is_scale_free(dtype: torch.dtype, scales: list[float]) -> None:
-    """Squares, and products with K, must neither overflow nor vanish."""
+def test_condition_limit_is_scale_invariant(dtype: torch.dtype, scales: list[float]) -> None:
+    """Neither squares nor products with K overflow or vanish."""
     for spectrum in ("gap", "graded", "rank-deficient"):
         for shape in ((6, 6), (9, 4), (4, 9)):
             M = with_spectrum(SPECTRA[spectrum](min(shape)).double(), *shape)
@@ -143,7 +143,7 @@ def test_a_condition_limit_is_scale_free(dtype: torch.dtype, scales: list[float]
 
 
 @pytest.mark.parametrize("K", [1.5, 10.0, 1e4])
-def test_matrices_of_mixed_scales_and_hard_ones_obey(K: float) -> None:
+def test_mixed_scales_and_hard_matrices_satisfy_limit(K: float) -> None:
     columns = torch.tensor([1e150, 1.0, 1e-150, 1e-300], dtype=torch.float64)
     mixed = with_spectrum(torch.ones(4, dtype=torch.float64), 7, 4) * columns
     for S in (mixed, mixed.mT, kahan(30, 1.2), torch.ones(5, 5).double(), torch.eye(4)[:3]):
@@ -153,7 +153,7 @@ def test_matrices_of_mixed_scales_and_hard_ones_obey(K: float) -> None:
         assert moved(X, S) <= best + 1e-6 * np.linalg.norm(sigma(S))
 
 
-def test_what_is_exactly_on_the_bound_stays_and_nothing_else_has_condition_one() -> None:
+def test_matrix_exactly_on_the_bound_is_unchanged() -> None:
     for dtype in DTYPES:
         for diagonal, K in (([2.0, 1.0, 1.0], 2.0), ([3.0, 3.0], 1.0), ([1000.0, 1.0], 1000.0)):
             S = torch.diag(torch.tensor(diagonal)).to(dtype)
@@ -168,7 +168,7 @@ def test_what_is_exactly_on_the_bound_stays_and_nothing_else_has_condition_one()
 @pytest.mark.parametrize("hint", [math.nan, 1.0])
 @pytest.mark.parametrize("gate", [False, True])
 def test_no_weight_just_above_its_limit_passes(K: float, hint: float, gate: bool) -> None:
-    """By the gate or by a Gram matrix whose rounding hides that it violates, also in float32."""
+    """Neither the gate nor a Gram matrix whose rounding hides the violation lets it pass."""
     for shape in ((5, 5), (40, 30), (300, 20)):
         nu = min(shape)
         for excess in (-1e-2, -1e-6, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
@@ -190,7 +190,7 @@ def test_no_weight_just_above_its_limit_passes(K: float, hint: float, gate: bool
 
 
 @pytest.mark.parametrize("K", [2.0, 10.0, 1e3, 1e4])
-def test_the_gate_passes_what_obeys_by_five_percent(K: float) -> None:
+def test_gate_passes_weights_five_percent_inside(K: float) -> None:
     for shape in ((5, 5), (40, 30), (20, 300)):
         for spectrum in (
             (K / 1.05) ** torch.linspace(0, -1, min(shape), dtype=torch.float64),
@@ -209,7 +209,7 @@ def test_the_gate_passes_what_obeys_by_five_percent(K: float) -> None:
 
 @hypothesis.given(matrices(), st.floats(0.2, 5), st.floats(0.2, 5))
 @hypothesis.settings(max_examples=200)
-def test_within_never_agrees_to_what_violates(S: Tensor, low: float, high: float) -> None:
+def test_are_within_bounds_never_accepts_a_violation(S: Tensor, low: float, high: float) -> None:
     values = sigma(S) * unit(S)
     G = StoredMatrix(S).gram(torch.float64)
     each = {(a, b) for a in (low, values[-1]) for b in (high, values[0])}
@@ -224,8 +224,8 @@ def test_within_never_agrees_to_what_violates(S: Tensor, low: float, high: float
 
 
 @pytest.mark.parametrize("kappa", [2.0, 1e2, 1e4, 1e6])
-def test_within_is_not_deceived_by_rounding(kappa: float) -> None:
-    """Where a factorisation without a margin would run through."""
+def test_are_within_bounds_accounts_for_rounding(kappa: float) -> None:
+    """Without a margin, the factorisation would succeed here."""
     for shape in ((6, 6), (200, 30)):
         for seed in range(5):
             spectrum = kappa ** torch.linspace(0, -1, min(shape), dtype=torch.float64)
@@ -237,8 +237,8 @@ def test_within_is_not_deceived_by_rounding(kappa: float) -> None:
 
 
 @pytest.mark.parametrize("K", [1.5, 3.0, 10.0, 100.0])
-def test_float32_finds_what_float64_does(K: float) -> None:
-    """A hint that float32 will do costs a margin of the order of u kappa^2, and no violation."""
+def test_float32_agrees_with_float64(K: float) -> None:
+    """A hint that float32 suffices costs a margin of order u kappa^2 and causes no violation."""
     u = torch.finfo(torch.float32).eps / 2
     for kappa in (2.0, 5.0, 30.0, 300.0, 1e4, math.inf):
         for shape in ((60, 60), (200, 50), (50, 200)):
@@ -253,8 +253,8 @@ def test_float32_finds_what_float64_does(K: float) -> None:
 
 
 @pytest.mark.parametrize("smallest", [3e-3, 3e-4, 3e-5, 1e-6, 0.0])
-def test_an_upper_bound_asks_nothing_of_small_singular_values(smallest: float) -> None:
-    """Nor does what float32 makes of them; a weight was once crushed to a thirteenth by them."""
+def test_upper_bound_ignores_small_singular_values(smallest: float) -> None:
+    """Their float32 rounding errors have no effect; they once shrank a weight to 1/13."""
     values = torch.cat([torch.linspace(1.2, 0.3, 99), torch.tensor([smallest])]).double()
     S = with_spectrum(values, 100, 100).float()
     X, told = enforced(S, wc.SingularValueLimit(upper=1.0), condition_number=4.0)
@@ -264,8 +264,8 @@ def test_an_upper_bound_asks_nothing_of_small_singular_values(smallest: float) -
     assert moved(X, S) <= distance(S, target) * (1 + 1e-3)
 
 
-def test_matrices_of_a_stack_have_fates_of_their_own() -> None:
-    """Fine, to be moved, singular, zero, not finite, of a scale where squares vanish."""
+def test_enforce_stack_independent() -> None:
+    """A satisfied limit, an exceeded one, singular, zero, not finite, and extreme scales."""
     K, shape = 3.0, (6, 4)
     fine = with_spectrum(torch.tensor([2.0, 2, 1, 1]).double(), *shape)
     bad = with_spectrum(torch.tensor([9.0, 2, 1, 1]).double(), *shape, seed=1)
@@ -286,7 +286,7 @@ def test_matrices_of_a_stack_have_fates_of_their_own() -> None:
             torch.testing.assert_close(after / unit(before), alone / unit(before))
 
 
-def test_weights_together_are_as_weights_alone() -> None:
+def test_batched_weights_match_single_weights() -> None:
     for dtype in DTYPES:
         each = [with_spectrum(SPECTRA[name](5).double(), 9, 5).to(dtype) for name in SPECTRA]
         each = [S for S in each if fits(S)]
@@ -301,11 +301,11 @@ def test_weights_together_are_as_weights_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:])
-def test_one_that_cannot_obey_leaves_it_as_it_was(dtype: torch.dtype) -> None:
+def test_unattainable_limit_leaves_weight_unchanged(dtype: torch.dtype) -> None:
     source = torch.Generator().manual_seed(0)
     S = torch.randn(64, 64, generator=source).to(dtype)
     for limit in (wc.ConditionLimit(1.0005), wc.SingularValueLimit(lower=1.3, upper=1.3)):
-        assert f"once it is rounded to {str(dtype)[6:]}" in failure(S, limit)
+        assert f"when rounded to {str(dtype)[6:]}" in failure(S, limit)
     before = torch.stack([torch.eye(64).to(dtype), S])
     assert "rounded to" in failure(before, wc.ConditionLimit(1.0005))
     together = [before[1].clone(), 100 * before[0], before[1].clone()]
@@ -314,7 +314,7 @@ def test_one_that_cannot_obey_leaves_it_as_it_was(dtype: torch.dtype) -> None:
     assert torch.equal(together[1], 100 * before[0])
 
 
-# Groups of a convolution are one map, and obey together: see test_groups.
+# The groups of a convolution are one map with one limit: see test_groups.
 APART = [n for n, c in OPERATORS.items() if len(c.parameters()) == 1 and n != "groups with gaps"]
 
 
@@ -323,7 +323,7 @@ APART = [n for n, c in OPERATORS.items() if len(c.parameters()) == 1 and n != "g
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", APART)
-def test_a_view_is_limited_and_the_rest_of_its_parameter_stays(
+def test_limit_changes_only_its_view_of_the_parameter(
     name: str, dtype: torch.dtype, limit: SpectralLimit
 ) -> None:
     case = OPERATORS[name]
@@ -375,10 +375,8 @@ def test_weights_of_modules_are_limited_through_their_views() -> None:
     "shape", [(255, 255), (256, 256), (257, 257), (600, 600), (300, 257), (257, 300), (17 * 40, 40)]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_gram_matrix_is_that_of_the_dense_twin(
-    shape: tuple[int, int], dtype: torch.dtype
-) -> None:
-    """Around the width of its blocks, and in more bands than sixteen."""
+def test_gram_matrix_matches_dense_twin(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Sizes around the width of its blocks, and more than sixteen bands."""
     S = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     long = (S if shape[0] >= shape[1] else S.mT).double()
     G = StoredMatrix(S).gram(torch.float64)
@@ -387,20 +385,20 @@ def test_a_gram_matrix_is_that_of_the_dense_twin(
     torch.testing.assert_close(large, torch.stack([G, 4 * G]))
 
 
-def test_enforcing_again_changes_nothing() -> None:
+def test_enforce_is_idempotent() -> None:
     for dtype in DTYPES:
         for K in (1.5, 1e3, 1e4):
             S = with_spectrum(2 * K ** torch.linspace(0, -2, 20).double(), 40, 20).to(dtype)
             try:
                 once, _ = enforced(S, wc.ConditionLimit(K))
             except ValueError:
-                assert dtype in DTYPES[2:]  # 1e4 is beyond what eight or eleven bits hold
+                assert dtype in DTYPES[2:]  # 8 or 11 bits cannot represent kappa <= 1e4
                 continue
             assert torch.equal(enforced(once, wc.ConditionLimit(K))[0], once)
             assert torch.equal(enforced(once, wc.ConditionLimit(K), condition_number=K)[0], once)
 
 
-def test_where_a_device_has_no_float64_a_copy_on_the_cpu_is_worked_on(
+def test_device_without_float64_uses_a_cpu_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
@@ -419,7 +417,7 @@ def test_where_a_device_has_no_float64_a_copy_on_the_cpu_is_worked_on(
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_a_bound_holds_where_squares_overflow_or_vanish(scale: float, stacked: bool) -> None:
+def test_bound_holds_if_squares_overflow_or_vanish(scale: float, stacked: bool) -> None:
     source = torch.Generator().manual_seed(0)
     S = torch.randn(3, 6, 4, generator=source, dtype=torch.float64)
     S[1] *= scale
@@ -429,7 +427,7 @@ def test_a_bound_holds_where_squares_overflow_or_vanish(scale: float, stacked: b
             assert sigma(X / limit.upper).max() * unit(X / limit.upper) <= 1 + 1e-8
 
 
-def test_a_bound_holds_in_float32_where_a_known_weight_has_become_huge() -> None:
+def test_bound_holds_in_float32_after_weight_becomes_huge() -> None:
     X = 1e25 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     found, _ = enforced(X, wc.SingularValueLimit(upper=1.0), condition_number=1.5)
     assert torch.linalg.svdvals(found.double()).max() <= 1

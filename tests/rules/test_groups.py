@@ -1,4 +1,4 @@
-"""The groups of a convolution are one block-diagonal map: audits and hard limits agree about it."""
+"""Audits and hard limits treat the groups of a convolution as one block-diagonal map."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import wellcond as wc
 
 
 def grouped(groups: int = 3, **options: object) -> nn.Sequential:
-    """Groups of different size: each obeys a limit that their map exceeds by far."""
+    """Groups of different scales: each satisfies a limit that their map exceeds by far."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4 * groups, 4 * groups, 3, groups=groups, bias=False, **options)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_a_limit_holds_for_the_map_that_an_audit_measures(dtype: torch.dtype, li
     assert torch.equal(model[0].weight, again)
 
 
-def test_what_obeys_stays_bit_for_bit_and_nothing_is_known_of_nothing() -> None:
+def test_satisfied_limit_and_zero_kernel_change_nothing() -> None:
     model = grouped(1 + 1)
     before = model[0].weight.detach().clone()
     wc.Regularizer(model, wc.ConditionLimit(11.0)).enforce()
@@ -65,7 +65,7 @@ def test_a_zero_group_gets_full_rank() -> None:
     assert kappa(model) <= 3.0
 
 
-def test_a_kernel_in_another_order_of_memory_is_limited_too() -> None:
+def test_channels_last_kernel_is_limited() -> None:
     model = grouped().to(memory_format=torch.channels_last)
     wc.Regularizer(model, wc.ConditionLimit(3.0)).enforce()
     assert kappa(model) <= 3.0
@@ -83,7 +83,7 @@ def test_attached_limits_hold_for_the_map() -> None:
         assert kappa(model[0]) <= 4.0
 
 
-def test_one_group_can_be_limited_by_its_name_and_a_depthwise_layer_as_well() -> None:
+def test_limit_of_single_group_and_of_depthwise_layer() -> None:
     model = grouped()
     with torch.no_grad():
         model[0].weight[5] *= 1e-2
@@ -123,10 +123,8 @@ def test_nan_in_a_group_is_named() -> None:
 
 @pytest.mark.parametrize("limit", [wc.ConditionLimit(2.0), wc.SingularValueLimit(upper=0.5)])
 @pytest.mark.parametrize("value", [0.0, torch.nan])
-def test_one_of_two_convolutions_that_has_no_kappa_is_no_matter_of_the_other(
-    limit: wc.Limit, value: float
-) -> None:
-    """They form one batch; each is one map."""
+def test_convolutions_in_one_batch_are_independent(limit: wc.Limit, value: float) -> None:
+    """Both are processed in one batch, but each is a separate map."""
     model = nn.Sequential(grouped(2)[0], grouped(2)[0])
     with torch.no_grad():
         model[0].weight.fill_(value)

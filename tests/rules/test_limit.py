@@ -1,4 +1,4 @@
-"""ConditionLimit: after every proximal step the weight is a nearest one that obeys, as stored."""
+"""ConditionLimit and SingularValueLimit: every step gives a nearest weight within the limit."""
 
 import math
 from typing import Any
@@ -36,11 +36,11 @@ def test_every_nth_step_ends_within_the_limit(dtype: torch.dtype, every: int) ->
     _, kappas = trained(model, every, 9, 1.5)
     assert all(kappa <= 1.5 for kappa in kappas[every - 1 :: every])
     if every > 1:
-        assert max(kappas) > 1.5  # else it would not have been needed
+        assert max(kappas) > 1.5  # otherwise the limit is not tested
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (10, 10)])
-def test_a_step_takes_the_nearest_matrix(shape: tuple[int, int]) -> None:
+def test_step_gives_the_nearest_matrix(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(shape[1], shape[0], bias=False)
     before = layer.weight.detach().clone()
@@ -56,7 +56,7 @@ def test_a_weight_within_the_limit_is_untouched_bit_for_bit() -> None:
     assert torch.equal(layer.weight, before)
 
 
-def test_other_ways_are_refused_before_anything_changes() -> None:
+def test_loss_and_gradients_raise_before_any_change() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     reg = wc.Regularizer(model, {"0.*": wc.ConditionPenalty(0.1), "1.*": wc.ConditionLimit(2.0)})
     for way in (reg, reg.add_gradients):
@@ -85,7 +85,7 @@ def test_views_stacks_and_kernels_are_limited_in_place() -> None:
     assert (wc.condition_number(stack.experts) <= 1.2).all()
 
 
-def test_measuring_decomposes_nothing_and_claims_no_value(
+def test_measure_does_not_decompose_and_has_no_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("svd", "svdvals", "eigh", "eigvalsh", "cholesky_ex"):
@@ -107,7 +107,7 @@ def test_measuring_decomposes_nothing_and_claims_no_value(
     assert all(math.isfinite(value) for value in logged.values())
 
 
-def test_a_limit_is_no_penalty_and_says_what_to_call_instead() -> None:
+def test_limit_is_not_a_penalty_and_error_names_alternative() -> None:
     layer = nn.Linear(4, 4, bias=False)
     limit = wc.ConditionLimit(2.0)
     assert isinstance(limit, wc.Limit)
@@ -133,7 +133,7 @@ def test_measuring_names_weights_that_are_not_finite() -> None:
     assert "not finite" in reg.measure()["0.weight"].status
 
 
-def test_zero_stays_and_nan_is_named() -> None:
+def test_zero_weight_is_unchanged_and_nan_weight_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     reg = wc.Regularizer(model, wc.ConditionLimit(2.0))
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_zero_stays_and_nan_is_named() -> None:
         reg.proximal_step(0.1)
 
 
-def test_bfloat16_near_one_is_refused_by_name_of_the_dtype() -> None:
+def test_error_names_bfloat16_for_limit_near_one() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 64, bias=False).bfloat16()
     with pytest.raises(ValueError, match="rounded to bfloat16"):
@@ -185,7 +185,7 @@ def test_training_resumes_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("K", "error"), [(0.9, ValueError), (math.nan, ValueError), ("1", TypeError)]
 )
-def test_a_limit_is_a_number_of_at_least_one(K: object, error: type) -> None:
+def test_max_condition_must_be_a_number_of_at_least_one(K: object, error: type) -> None:
     with pytest.raises(error, match="max_condition"):
         wc.ConditionLimit(K)  # type: ignore[arg-type]
 
@@ -213,15 +213,17 @@ def test_bounds_are_positive_numbers_in_order(
         wc.SingularValueLimit(**bounds)
 
 
-def test_bounds_that_are_equal_leave_nothing_for_rounding() -> None:
+def test_equal_bounds_leave_no_room_for_rounding() -> None:
     layer = nn.Linear(8, 8, bias=False)
     before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=r'"weight": no weight near it obeys .*lower=1, upper=1'):
+    with pytest.raises(
+        ValueError, match=r'"weight": no nearby weight satisfies .*lower=1, upper=1'
+    ):
         wc.Regularizer(layer, wc.SingularValueLimit(lower=1, upper=1)).enforce()
     assert torch.equal(layer.weight, before)
 
 
-def test_under_a_lower_bound_a_zero_weight_becomes_the_same_each_time() -> None:
+def test_lower_bound_changes_zero_weight_deterministically() -> None:
     weights = []
     for _ in range(2):
         layer = nn.Linear(5, 8, bias=False)
@@ -240,10 +242,10 @@ def test_under_a_lower_bound_a_zero_weight_becomes_the_same_each_time() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [4, 32])
-def test_an_upper_bound_is_kept_by_the_block_and_exactly_by_enforcing(
+def test_upper_bound_holds_nearly_by_block_and_exactly_by_enforce(
     dtype: torch.dtype, block_size: int
 ) -> None:
-    """Few values above it, which the block follows, and more of them than it holds."""
+    """Few values are above the bound, or more than the block contains."""
     coarse = 4 * torch.finfo(dtype).eps
     for above in (2, 20):
         sigma = torch.cat([torch.linspace(1.6, 5, above), torch.linspace(0.1, 1.2, 40 - above)])
@@ -256,7 +258,7 @@ def test_an_upper_bound_is_kept_by_the_block_and_exactly_by_enforcing(
             reg.proximal_step(0.1)
             largest = float(torch.linalg.svdvals(layer.weight.detach().double())[0])
             assert largest <= (1.5 if step == 0 else 1.5 * (1.05 + coarse))  # 1.65 before
-            with torch.no_grad():  # as far as training moves it between two applications
+            with torch.no_grad():  # as much as training moves it between two applications
                 if step == 0:
                     U, s, Vh = torch.linalg.svd(layer.weight.double(), full_matrices=False)
                     target = (U * s.clamp(max=1.5)) @ Vh
@@ -269,7 +271,7 @@ def test_an_upper_bound_is_kept_by_the_block_and_exactly_by_enforcing(
         assert sigma[0] <= 1.5
 
 
-def test_an_upper_bound_costs_no_decomposition_once_the_block_follows(
+def test_upper_bound_needs_no_decomposition_with_warm_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer = nn.Linear(60, 50, bias=False)
@@ -303,7 +305,7 @@ def test_an_upper_bound_costs_no_decomposition_once_the_block_follows(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_what_obeys_bounds_is_untouched_bit_for_bit(dtype: torch.dtype) -> None:
+def test_weight_within_bounds_is_unchanged_bit_for_bit(dtype: torch.dtype) -> None:
     for limit in (
         wc.SingularValueLimit(upper=2.1),
         wc.SingularValueLimit(lower=0.9),
@@ -320,8 +322,8 @@ def test_what_obeys_bounds_is_untouched_bit_for_bit(dtype: torch.dtype) -> None:
         assert torch.equal(layer.weight, before)
 
 
-def test_a_block_that_lags_behind_is_not_believed() -> None:
-    """After a large step the leading vectors are others: the bound holds all the same."""
+def test_upper_bound_holds_after_large_steps() -> None:
+    """A large step changes the leading vectors, so the block is out of date."""
     layer = nn.Linear(60, 60, bias=False)
     reg = wc.Regularizer(layer, wc.SingularValueLimit(upper=1.0), block_size=8)
     reg.proximal_step(0.1)
@@ -334,7 +336,7 @@ def test_a_block_that_lags_behind_is_not_believed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_limit_that_rounding_does_not_allow_names_a_way_out_that_there_is(
+def test_unattainable_limit_error_names_a_valid_remedy(
     dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
@@ -345,7 +347,7 @@ def test_a_limit_that_rounding_does_not_allow_names_a_way_out_that_there_is(
 
 
 @pytest.mark.parametrize("nu", [1, 2, 3, 20, 40])
-def test_a_watched_weight_with_nan_is_named_whatever_its_size(nu: int) -> None:
+def test_watched_weight_with_nan_is_named_for_every_size(nu: int) -> None:
     # An eigenvalue solver may return finite numbers for a matrix (2, 2) with NaN.
     layer = nn.Linear(nu, 50, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), 0.0)

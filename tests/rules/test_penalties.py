@@ -1,4 +1,4 @@
-"""The theorems on r(S), its gradient and its proximal step, and what bad input says."""
+"""The theorems on r(S), its gradient and its proximal step, and errors for bad input."""
 
 import math
 
@@ -30,7 +30,7 @@ def singular_values(S: Tensor) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor | float, scale: float, ulps: float = 500) -> None:
-    """Within so many roundings of the scale of the numbers that went in."""
+    """Asserts equality up to `ulps` roundings of the scale of the inputs."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(
         actual.double(), expected, rtol=0, atol=ulps * EPS * scale, equal_nan=True
@@ -46,7 +46,7 @@ def test_penalty_and_gradient_equal_the_definition(S: Tensor) -> None:
 @given(matrices(SIMPLE))
 def test_gradient_is_sigma_u_v_minus_s_over_nu(S: Tensor) -> None:
     """Theorem 3.1."""
-    # u_1 and v_1 are as good as the gap: eps sigma_1/(sigma_1 - sigma_2), 100 or less here.
+    # The error of u_1 and v_1 is eps sigma_1/(sigma_1 - sigma_2); the ratio is at most 100 here.
     close(wc.condition_penalty_gradient(S), gradient(S), float(singular_values(S)[0]), 5e4)
 
 
@@ -105,7 +105,7 @@ def test_penalty_is_homogeneous_and_invariant(S: Tensor, c: float, seed: int) ->
 
 @given(matrices())
 def test_euler_identity(S: Tensor) -> None:
-    """<grad r(S), S> = 2 r(S), at ties too."""
+    """<grad r(S), S> = 2 r(S), also if singular values are equal."""
     product = (wc.condition_penalty_gradient(S) * S).sum()
     close(product, 2 * float(wc.condition_penalty(S)), float(singular_values(S)[0]) ** 2)
 
@@ -118,7 +118,7 @@ def test_gradient_at_condition_one_does_not_vanish() -> None:
 
 
 @given(matrices(SIMPLE), st.sampled_from([1e-3, 0.05, 0.3]))
-def test_gradient_step_lowers_the_condition_number_as_foreseen(S: Tensor, lam: float) -> None:
+def test_gradient_step_lowers_the_condition_number_as_predicted(S: Tensor, lam: float) -> None:
     """Theorem 3.2, with its formula for kappa after the step."""
     sigma, nu = singular_values(S), min(S.shape)
     if nu < 2 or sigma[0] * (1 + lam / nu - lam) < sigma[-1] * (1 + lam / nu):
@@ -132,14 +132,14 @@ def test_gradient_step_lowers_the_condition_number_as_foreseen(S: Tensor, lam: f
 
 
 @given(matrices(), st.integers(0, 99))
-def test_any_unit_vector_under_estimates(S: Tensor, seed: int) -> None:
+def test_any_unit_vector_gives_a_lower_bound(S: Tensor, seed: int) -> None:
     """1/2 ||S v||^2 - ||S||_F^2/(2 nu) <= r(S)."""
     v = orthonormal(S.shape[1], 1, torch.Generator().manual_seed(seed))
     estimate = (S @ v).square().sum() / 2 - S.square().sum() / (2 * min(S.shape))
     assert estimate <= wc.condition_penalty(S) + 100 * EPS * singular_values(S)[0] ** 2
 
 
-def test_r_hardly_sees_a_single_tiny_singular_value() -> None:
+def test_single_tiny_singular_value_hardly_changes_r() -> None:
     sigma = torch.ones(784, dtype=torch.float64)
     sigma[-1] = 1e-6
     S = torch.diag(sigma)
@@ -167,7 +167,7 @@ def test_penalty_is_differentiable_once_only() -> None:
 @example(torch.zeros(3, 2), 0.5)
 def test_proximal_step_equals_the_root_of_its_equation(S: Tensor, eta: float) -> None:
     scale = (1 + eta) * float(singular_values(S)[0])
-    # The oracle's root is good to 1e-14 of c sigma_1.
+    # The root of the oracle has an error of 1e-14 c sigma_1.
     close(wc.proximal_step(S, eta), proximal_step(S, eta), scale, 2000)
 
 
@@ -200,7 +200,7 @@ def test_proximal_step_minimises_its_objective(S: Tensor, eta: float, seed: int)
         assert objective(other) >= best - 1e-12 * (1 + c**2) * S.square().sum()
 
 
-def test_proximal_step_of_length_zero_changes_nothing_and_of_no_length_ties() -> None:
+def test_proximal_step_of_zero_length_is_identity_and_ties_remain() -> None:
     S = with_spectrum(torch.tensor([3.0, 3.0, 1.0], dtype=torch.float64), 5, 3)
     torch.testing.assert_close(wc.proximal_step(S, 0.0), S)
     sigma = singular_values(wc.proximal_step(S, 0.5))
@@ -221,7 +221,7 @@ def test_condition_number_of_known_matrices() -> None:
     torch.testing.assert_close(
         float(wc.condition_number(hilbert(6))), 1.4951058642254665e7, rtol=1e-9, atol=0
     )
-    # Lauchli: sigma_1^2 = n + mu^2, the others mu^2. A Gram matrix in float64 would lose it.
+    # Lauchli: sigma_1^2 = n + mu^2, the others mu^2. A Gram matrix in float64 would lose mu^2.
     expected = math.sqrt(4 + 1e-14) / 1e-7
     actual = float(wc.condition_number(lauchli(4, 1e-7)))
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=0)
@@ -237,7 +237,7 @@ def test_condition_number_of_deficient_zero_and_vector_shaped_matrices() -> None
     assert wc.condition_number(torch.ones(3, 4)) == math.inf
     zero_column = torch.eye(4)[:, [0, 1, 2]].clone()
     zero_column[:, 1] = 0
-    assert wc.condition_number(zero_column) == math.inf  # a pseudo-inverse would say 1
+    assert wc.condition_number(zero_column) == math.inf  # a pseudo-inverse would give 1
     assert torch.isnan(wc.condition_number(torch.zeros(2, 3)))
     assert torch.isnan(wc.condition_penalty_bound(torch.zeros(2, 3)))
     assert wc.condition_penalty_bound(torch.ones(3, 4)) == math.inf
@@ -255,7 +255,7 @@ def test_batches_are_treated_matrix_by_matrix() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_of_the_input_is_kept_but_for_the_condition_number(dtype: torch.dtype) -> None:
+def test_dtype_is_preserved_except_by_condition_number(dtype: torch.dtype) -> None:
     S = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert wc.condition_number(S).dtype == torch.float64
     assert wc.condition_penalty(S).dtype == dtype

@@ -1,4 +1,4 @@
-"""What wellcond promises of rules, for every rule: a table of rules times properties."""
+"""The promised properties of rules, for every rule: a table of rules times properties."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from wellcond.testing import PROPERTIES, check_rule, matrix_with_spectrum, never
 
 
 class Decay(wc.Penalty):
-    """That of docs/penalty.md."""
+    """The example of docs/penalty.md."""
 
     needs = frozenset()
 
@@ -30,13 +30,13 @@ class Decay(wc.Penalty):
 
 
 class NoLargeEntry(wc.Limit):
-    """That of docs/penalty.md."""
+    """The example of docs/penalty.md."""
 
     def apply(self, S: Tensor) -> Tensor:
         return S.clamp(-1, 1)
 
 
-# Each rule with the degree of homogeneity that it has, and whether it never raises kappa.
+# Each rule with its degree of homogeneity, and whether it never raises kappa.
 RULES: list[tuple[wc.rules.Rule, float | None, bool]] = [
     (wc.ConditionPenalty(0.3), 2, True),
     (wc.TikhonovPenalty(0.3), 2, True),
@@ -54,7 +54,7 @@ RULES: list[tuple[wc.rules.Rule, float | None, bool]] = [
 
 
 @pytest.mark.parametrize(("rule", "degree", "lowers"), RULES, ids=lambda x: type(x).__name__)
-def test_a_rule_keeps_what_is_promised(
+def test_rule_has_the_promised_properties(
     rule: wc.rules.Rule, degree: float | None, lowers: bool
 ) -> None:
     check_rule(rule, degree=degree, never_raises_kappa=lowers)
@@ -80,7 +80,7 @@ class Draws(Decay):
 
 
 class FirstOnly(Decay):
-    """Forgets that there may be a stack."""
+    """Does not support a stack."""
 
     def proximal_step(self, S: Any, image: Any, eta: Tensor) -> tuple[wc.rules.NewWeight, Tensor]:
         c = S.squared_frobenius_norm().flatten()[0].expand(S.shape[:-2]) / 100
@@ -96,7 +96,7 @@ class FirstOnly(Decay):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_a_rule_that_breaks_a_property_is_refused(rule: wc.rules.Rule, broken: str) -> None:
+def test_check_rule_detects_broken_property(rule: wc.rules.Rule, broken: str) -> None:
     S = matrix_with_spectrum(torch.tensor([3.0, 2.0, 1.0]), 5, 3)
     with pytest.raises((AssertionError, ValueError)):
         PROPERTIES[broken](rule, S)
@@ -104,7 +104,7 @@ def test_a_rule_that_breaks_a_property_is_refused(rule: wc.rules.Rule, broken: s
         check_rule(rule)
 
 
-def test_a_rule_that_raises_kappa_is_refused_if_it_claims_not_to() -> None:
+def test_never_raises_kappa_detects_violation() -> None:
     S = matrix_with_spectrum(torch.tensor([3.0, 2.0, 1.0]), 5, 3)
     with pytest.raises(AssertionError):
         never_raises_kappa(Doubles(), S)
@@ -115,7 +115,7 @@ def _parts(rule: wc.rules.Rule) -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("rule", [rule for rule, *_ in RULES], ids=lambda x: type(x).__name__)
-def test_every_part_of_the_protocol_is_there(rule: wc.rules.Rule) -> None:
+def test_rule_implements_the_protocol(rule: wc.rules.Rule) -> None:
     assert all(map(callable, _parts(rule).values()))
     state = rule.init(torch.Size([2, 5, 3]))
     assert all(isinstance(one, Tensor) for one in state.values())

@@ -1,4 +1,4 @@
-"""StableRank, SpectralNorm, Orthogonality and Isometry: what is proven of them, and every way."""
+"""Stable rank, spectral norm, orthogonality and isometry steps: theorems, and all modes."""
 
 import itertools
 import math
@@ -94,8 +94,8 @@ def test_value_and_gradient_are_those_of_autograd(rule: wc.Penalty, shape: tuple
 
 
 @given(matrices(("gap", "no gap", "graded")))
-def test_the_gradient_is_what_differences_of_the_penalty_tell(S: Tensor) -> None:
-    """In a direction at random."""
+def test_gradient_matches_finite_differences(S: Tensor) -> None:
+    """In a random direction."""
     D = normal(*S.shape, seed=3)
     for rule in PENALTIES:
         h = 1e-6
@@ -104,8 +104,8 @@ def test_the_gradient_is_what_differences_of_the_penalty_tell(S: Tensor) -> None
 
 
 @given(matrices(("gap", "no gap", "graded")), st.sampled_from([1e-3, 0.5, 7.0, 1e4]))
-def test_the_stable_rank_is_scale_free_and_its_gradient_orthogonal(S: Tensor, c: float) -> None:
-    """And it scales as 1/||S||, so that a plain step makes S grow."""
+def test_stable_rank_is_scale_invariant_with_orthogonal_gradient(S: Tensor, c: float) -> None:
+    """The gradient scales as 1/||S||, so a plain step makes S grow."""
     rule = wc.StableRankPenalty(1.0)
     of_S, of_cS = (held(X, rule)[1]() for X in (S, c * S))
     torch.testing.assert_close(of_cS, of_S, rtol=1e-9, atol=1e-12)
@@ -120,7 +120,7 @@ def test_the_stable_rank_is_scale_free_and_its_gradient_orthogonal(S: Tensor, c:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_at_any_scale_the_stable_rank_is_the_same(dtype: torch.dtype, scale: float) -> None:
+def test_stable_rank_is_the_same_at_any_scale(dtype: torch.dtype, scale: float) -> None:
     S = normal(6, 4)
     rule = wc.StableRankPenalty(1.0)
     large = (scale * S).to(dtype)
@@ -130,7 +130,7 @@ def test_at_any_scale_the_stable_rank_is_the_same(dtype: torch.dtype, scale: flo
     assert torch.isfinite(G).all()
     if dtype == torch.float64:
         torch.testing.assert_close(G * scale, added(S, rule), rtol=1e-9, atol=1e-12)
-    for block_size in (2, 4):  # of a strength that has the unit of sigma^2
+    for block_size in (2, 4):  # with a strength in units of sigma^2
         X = stepped(large.double(), wc.StableRankPenalty(scale**2), block_size=block_size).to(dtype)
         torch.testing.assert_close(
             X.double() / scale, stepped(S, rule, block_size=block_size), rtol=1e-4, atol=1e-6
@@ -144,7 +144,7 @@ def test_at_any_scale_the_stable_rank_is_the_same(dtype: torch.dtype, scale: flo
 
 
 @given(matrices(tuple(name for name in SPECTRA if name != "zero")), st.sampled_from([0.01, 0.5, 9]))
-def test_the_step_of_the_stable_rank_is_that_of_r_at_the_old_norm(S: Tensor, length: float) -> None:
+def test_stable_rank_step_is_step_of_r_with_restored_norm(S: Tensor, length: float) -> None:
     top, norm = values(S)[0], torch.linalg.vector_norm(S)
     expected = oracles.proximal_step(S / top, length)
     expected = expected * norm / torch.linalg.vector_norm(expected)
@@ -164,7 +164,7 @@ def test_no_step_of_the_stable_rank_raises_kappa_or_changes_the_norm(S: Tensor, 
 def test_the_step_of_the_spectral_norm_minimises_its_objective(
     S: Tensor, eta: float, target: float
 ) -> None:
-    """Over heights at which singular values are clipped, by a search that knows no formula."""
+    """A search without a formula finds no better value at which to clip."""
     sigma = values(S).numpy()
     if not 1e-6 < sigma[0] < 1e6:
         return
@@ -185,7 +185,7 @@ def test_the_step_of_the_spectral_norm_minimises_its_objective(
         assert torch.equal(X, S)
 
 
-def test_a_block_that_is_too_narrow_shortens_steps_and_says_so() -> None:
+def test_narrow_block_shortens_steps_and_reports_it() -> None:
     S = with_spectrum(torch.tensor([2.0, 1.9, 1.8, 0.1], dtype=torch.float64), 6, 4)
     for rule in (wc.StableRankPenalty(100.0), wc.SpectralNormPenalty(100.0, 0.5)):
         weight, reg = held(S, rule, block_size=2)
@@ -195,7 +195,7 @@ def test_a_block_that_is_too_narrow_shortens_steps_and_says_so() -> None:
         assert wc.condition_number(weight) <= wc.condition_number(S) * (1 + 1e-6)
         assert values(weight.detach())[0] >= values(S)[2] * (1 - 1e-9)  # the third is unknown
     weight, reg = held(S, wc.SpectralNormPenalty(100.0, 1.95), block_size=2)
-    reg.proximal_step(1.0)  # the second is below the target: all that is to be clipped is known
+    reg.proximal_step(1.0)  # the second is below the target: all values to be clipped are known
     assert reg.measure()["weight"].shortened_steps == 0
 
 
@@ -203,7 +203,7 @@ def test_a_block_that_is_too_narrow_shortens_steps_and_says_so() -> None:
 
 
 def moved(s: Tensor, theta: float) -> Tensor:
-    """What singular values become, in units of the scale."""
+    """The new singular values after an isometry step, in units of the scale."""
     return s * (1 + theta / 2 * (1 - s.square()))
 
 
@@ -219,7 +219,7 @@ def test_an_isometry_step_is_its_formula(theta: float, shape: tuple[int, ...]) -
 
 
 @given(st.floats(0.01, 1.99), st.floats(0.001, 1.49))
-def test_where_a_step_comes_closer_and_keeps_signs(theta: float, s: float) -> None:
+def test_when_isometry_step_approaches_one_and_keeps_signs(theta: float, s: float) -> None:
     x = torch.tensor(s, dtype=torch.float64)
     after = float(moved(x, theta))
     if abs(s - 1) > 1e-6 and abs(s * (s + 1) - 4 / theta) > 1e-6:
@@ -231,10 +231,10 @@ def test_where_a_step_comes_closer_and_keeps_signs(theta: float, s: float) -> No
 
 
 @given(matrices(FULL_RANK), st.sampled_from([0.2, 0.5, 1.0]), st.sampled_from([0.3, 1.0, None]))
-def test_steps_lead_to_the_nearest_isometry_of_the_scale(
+def test_isometry_steps_converge_to_nearest_isometry(
     S: Tensor, theta: float, scale: float | None
 ) -> None:
-    """scale U V^T: singular vectors stay."""
+    """The limit is scale U V^T, with the singular vectors of S."""
     X = stepped(S, wc.IsometryStep(theta=theta, scale=scale), times=int(90 / theta))
     U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
     expected = U @ Vh * (sigma.square().mean().sqrt() if scale is None else scale)
@@ -260,7 +260,7 @@ def test_convergence_is_linear_and_at_theta_1_quadratic() -> None:
 
 
 def test_without_a_clip_a_step_may_raise_kappa() -> None:
-    """(1.7, 1) to 10.7 at theta = 1; clipped to 1.5 it is 1.78, and at theta = 0.5 it falls."""
+    """From (1.7, 1), theta = 1 gives kappa 10.7, or 1.78 if clipped to 1.5; theta = 0.5 lowers."""
     S = torch.diag(torch.tensor([1.7, 1.0], dtype=torch.float64))
     one = torch.ones((), dtype=torch.float64)
     weight = StoredMatrix(S.clone())
@@ -296,14 +296,14 @@ def test_no_step_of_orthogonality_raises_the_penalty(S: Tensor, eta: float, c: f
         assert dense(rule, stepped(S, rule)) <= dense(rule, S) * (1 + 1e-9) + 1e-12
 
 
-def test_the_weight_is_clipped_to_one_and_a_half_and_not_to_the_scale() -> None:
+def test_isometry_step_clips_to_1_5_scale() -> None:
     sigma = torch.tensor([9.0, 1.2, 0.7], dtype=torch.float64)
     X = stepped(with_spectrum(sigma, 5, 3), wc.IsometryStep(theta=0.5, scale=1.0))
     expected = moved(sigma.clamp_max(1.5), 0.5).sort(descending=True).values
     torch.testing.assert_close(values(X), expected)
 
 
-def test_orthogonality_attached_is_the_explicit_step_and_its_length_is_bounded() -> None:
+def test_attached_orthogonality_is_explicit_step_of_bounded_length() -> None:
     S = 0.4 * normal(6, 4)
     rule = wc.OrthogonalityPenalty(0.2, 0.7)
     G = added(S, wc.OrthogonalityPenalty(1.0, 0.7))
@@ -311,7 +311,7 @@ def test_orthogonality_attached_is_the_explicit_step_and_its_length_is_bounded()
     near = with_spectrum(torch.tensor([0.8, 0.7, 0.6], dtype=torch.float64), 5, 3)
     expected = stepped(near, wc.IsometryStep(theta=1.0, scale=0.7))
     torch.testing.assert_close(stepped(near, wc.OrthogonalityPenalty(1e9, 0.7)), expected)
-    # As weak a step as one likes clips nothing.
+    # A very weak step clips nothing.
     large = with_spectrum(torch.tensor([50.0, 1.0], dtype=torch.float64), 3, 2)
     G = added(large, wc.OrthogonalityPenalty(1.0))
     torch.testing.assert_close(stepped(large, wc.OrthogonalityPenalty(1e-6)), large - 1e-6 * G)
@@ -336,18 +336,18 @@ def test_isometry_at_any_scale(dtype: torch.dtype, scale: float) -> None:
             )
 
 
-def test_what_is_far_larger_than_the_rest_is_clipped_in_several_steps() -> None:
-    """And takes nothing that rounding of the Gram matrix hides with it."""
+def test_huge_singular_value_is_clipped_in_several_steps() -> None:
+    """Values that rounding of the Gram matrix hides are not clipped with it."""
     sigma = torch.tensor([1e12, 1.0, 0.9], dtype=torch.float64)
     X = stepped(torch.diag(sigma), wc.IsometryStep(theta=0.5, scale=1.0), times=60)
     torch.testing.assert_close(X, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
-def test_zero_singular_values_stay_and_a_zero_weight_keeps_its_scale_open() -> None:
+def test_zero_singular_values_remain_and_zero_weight_has_no_scale() -> None:
     S = with_spectrum(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), 5, 3)
     for rule in (wc.IsometryStep(theta=1.0, scale=1.0), wc.OrthogonalityPenalty(1.0)):
         torch.testing.assert_close(
-            values(stepped(S, rule, times=9)),  # what rounding adds grows by 1 + theta/2 a step
+            values(stepped(S, rule, times=9)),  # rounding errors grow by 1 + theta/2 per step
             torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64),
             rtol=1e-9,
             atol=1e-12,
@@ -367,7 +367,7 @@ def test_zero_singular_values_stay_and_a_zero_weight_keeps_its_scale_open() -> N
         assert math.isfinite(held(zero, rule)[1]().item())
 
 
-def test_the_scale_is_found_at_the_first_step_and_kept() -> None:
+def test_scale_is_determined_at_first_step_and_kept() -> None:
     S = normal(3, 5, 4)
     weight, reg = held(S, wc.IsometryStep())
     assert not reg.state_dict()["weight"]["scale"].any()
@@ -378,7 +378,7 @@ def test_the_scale_is_found_at_the_first_step_and_kept() -> None:
     assert (wc.condition_number(weight) < wc.condition_number(S)).all()
 
 
-# --- in every way, on every kind of weight --------------------------------------------------------
+# --- in every mode, on every kind of weight -------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", PENALTIES, ids=repr)
@@ -391,7 +391,7 @@ def test_at_strength_0_nothing_changes(rule: wc.Penalty) -> None:
 
 
 def zoo() -> nn.ModuleDict:
-    """Blocks of one parameter, kernels with other orders of memory and groups, two of a shape."""
+    """A fused parameter, a channels-last kernel, a grouped kernel, two weights of one shape."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.ModuleDict(
@@ -425,7 +425,7 @@ def test_views_kernels_and_weights_of_one_shape_are_treated_matrix_by_matrix(rul
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rule", EVERY_RULE, ids=repr)
-def test_half_precision_is_worked_on_in_float32(rule: Any, dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_float32(rule: Any, dtype: torch.dtype) -> None:
     S = (0.5 * normal(20, 16)).to(dtype)
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).eps}
     torch.testing.assert_close(stepped(S, rule).double(), stepped(S.double(), rule), **close)
@@ -443,8 +443,8 @@ def test_half_precision_is_worked_on_in_float32(rule: Any, dtype: torch.dtype) -
         and len(case.parameters()) == 1
     ],
 )
-def test_a_product_on_the_short_side_reaches_the_parameter(name: str, dtype: torch.dtype) -> None:
-    """c S + S C as a new weight, and its pullback; the Gram matrix of S/unit."""
+def test_rescaled_form_reaches_the_parameter(name: str, dtype: torch.dtype) -> None:
+    """Tests c S + S C as a new weight, its pullback, and the Gram matrix of S/unit."""
     case = OPERATORS[name]
     parameters = [one.to(dtype) for one in case.parameters()]
     S, twin = case.operator(parameters), case.twin(*parameters).double()
@@ -484,7 +484,7 @@ class Dense(wc.Penalty):
         return S.squared_frobenius_norm() / 2, wc.rules.Gradient(S.dense().clone())
 
 
-# Square weights in each of the forms that a gradient has.
+# Square weights with each of the forms of a gradient.
 RULES = {"0.*": wc.OrthogonalityPenalty(0.1), "2.*": Dense(0.1), "4.*": wc.StableRankPenalty(0.1)}
 
 
@@ -507,7 +507,7 @@ def train(way: str, rules: Any = None, compiled: Any = None, steps: int = 12) ->
     return model
 
 
-def test_the_loss_and_the_gradients_are_one_way() -> None:
+def test_loss_and_add_gradients_agree() -> None:
     for p, q in zip(train("loss").parameters(), train("gradients").parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
@@ -533,7 +533,7 @@ def test_compiled_training_has_one_graph_and_the_numbers_of_eager_mode(way: str)
     ],
     ids=["stable rank", "norm", "orthogonality", "isometry"],
 )
-def test_a_training_with_a_rule_ends_better_by_its_measure(
+def test_training_with_rule_improves_its_measure(
     rule: Any, better: Callable[[Tensor], float]
 ) -> None:
     plain = better(train("none", None)[0].weight.detach())
@@ -568,8 +568,8 @@ def training(state: Any = None, rules: Any = None) -> tuple[nn.Module, wc.Regula
 
 
 @pytest.mark.parametrize("at", [0, 2, 3, 7])
-def test_resumed_it_is_bitwise_the_uninterrupted_run(at: int, tmp_path: Path) -> None:
-    """Before the scale of the isometry is found, and after."""
+def test_resumed_training_matches_uninterrupted_run_bitwise(at: int, tmp_path: Path) -> None:
+    """Resumes before and after the scale of the isometry is determined."""
     whole, reg, run = training()
     run(0, at)
     torch.save({"model": whole.state_dict(), "reg": reg.state_dict()}, tmp_path / "state.pt")
@@ -585,7 +585,7 @@ def test_resumed_it_is_bitwise_the_uninterrupted_run(at: int, tmp_path: Path) ->
     assert "scale" not in reg.state_dict()["2.weight"]
 
 
-def test_a_state_without_a_scale_is_taken_and_the_scale_found_anew() -> None:
+def test_state_without_scale_loads_and_scale_is_determined_anew() -> None:
     _, reg, _ = training(rules=wc.TikhonovPenalty(0.1))
     _, ours, run = training(rules=wc.IsometryStep())
     ours.load_state_dict(reg.state_dict())
@@ -595,16 +595,16 @@ def test_a_state_without_a_scale_is_taken_and_the_scale_found_anew() -> None:
     assert given.state_dict()["0.weight"]["scale"] == 2
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
-def test_an_isometry_is_refused_where_a_gradient_is_needed() -> None:
+def test_isometry_step_raises_where_a_gradient_is_needed() -> None:
     weight, reg = held(normal(4, 4), wc.IsometryStep())
     before = weight.detach().clone()
     for way in (reg, reg.add_gradients):
         with pytest.raises(ValueError, match=r'"weight" is under .*IsometryStep.*attach\('):
             way()
-    reg.enforce()  # it is no limit
+    reg.enforce()  # an isometry step is not a limit
     assert torch.equal(weight, before)
     optimizer = torch.optim.SGD([weight], 0.1)
     with pytest.raises(ValueError, match="`every` must be an integer"):
@@ -623,7 +623,7 @@ def test_an_isometry_is_refused_where_a_gradient_is_needed() -> None:
 
 
 @pytest.mark.parametrize("rule", EVERY_RULE, ids=repr)
-def test_a_weight_that_is_not_finite_is_named_and_left(rule: Any) -> None:
+def test_nonfinite_weight_is_named_and_unchanged(rule: Any) -> None:
     S = normal(5, 4)
     S[1, 2] = math.nan
     weight, reg = held(S, rule)
@@ -667,7 +667,7 @@ def test_bad_arguments_are_refused() -> None:
         wc.Regularizer(net(), wc.IsometryStep)  # type: ignore[arg-type]
 
 
-def test_rules_are_equal_by_what_they_ask_for() -> None:
+def test_rules_compare_by_their_arguments() -> None:
     assert wc.SpectralNormPenalty(1.0, 2.0) == wc.SpectralNormPenalty(1.0, 2)
     assert wc.SpectralNormPenalty(1.0) != wc.SpectralNormPenalty(1.0, 2.0)
     assert wc.IsometryStep() == wc.IsometryStep(theta=0.5)

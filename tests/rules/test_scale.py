@@ -1,7 +1,7 @@
 """Values, gradients and estimates at scales whose squares overflow or vanish.
 
-At 2^k S the stable rank is that of S, and the penalties are those of S times 4^k: exactly so where
-the dtype holds them, infinite where it does not, and never NaN or of another sign.
+For 2^k S, the stable rank is that of S, and the penalties are those of S times 4^k. They are exact
+where the dtype can represent them, infinite elsewhere, and never NaN or of another sign.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def layer_at(dtype: torch.dtype, k: int, count: int = 1) -> nn.Sequential:
 
 
 def held(value: float, dtype: torch.dtype, k: int = 0) -> Any:
-    """value 4^k as the dtype holds it: infinite, or with an absolute error where it is tiny."""
+    """value 4^k as the dtype represents it: infinite, or with an absolute error if it is tiny."""
     try:
         exact = math.ldexp(value, 2 * k)
     except OverflowError:
@@ -71,7 +71,7 @@ def test_penalties_and_stable_ranks_scale(dtype: torch.dtype, k: int, count: int
 
 @pytest.mark.parametrize("rule", [wc.ConditionPenalty(1.0), wc.TikhonovPenalty(1.0)], ids=repr)
 @pytest.mark.parametrize(("dtype", "k"), SCALES, ids=str)
-def test_gradients_of_a_squared_size_have_the_scale_of_the_weight(
+def test_gradients_of_quadratic_penalties_scale_with_the_weight(
     rule: wc.Penalty, dtype: torch.dtype, k: int
 ) -> None:
     gradients: list[Tensor] = []
@@ -104,7 +104,7 @@ def test_orthogonality_is_infinite_where_fourth_powers_overflow(dtype: torch.dty
     with torch.no_grad():
         value = float(reg())
     if k < 0:
-        assert value == pytest.approx(1.0)  # that of S = 0: nu/4
+        assert value == pytest.approx(1.0)  # the value for S = 0: nu/4
     elif k > 0:
         assert value == held(fourth, dtype, 2 * k)
 
@@ -136,8 +136,8 @@ def test_the_gradient_of_orthogonality_is_right_or_zero_and_never_nan(
             assert torch.isfinite(grad).all()  # type: ignore[arg-type]
 
 
-def test_a_subspace_that_sees_nothing_of_a_weight_gives_no_nan() -> None:
-    """Of a warm block that the weight has left the value is no more than a lower bound."""
+def test_block_orthogonal_to_weight_gives_no_nan() -> None:
+    """The value from a warm block that no longer sees the weight is only a lower bound."""
     layer = nn.Linear(8, 8, bias=False)
     layer.weight.data = torch.diag(torch.tensor([1.0, *[0.0] * 7]))
     reg = wc.Regularizer(layer, wc.ConditionPenalty(1.0), block_size=1)

@@ -1,4 +1,4 @@
-"""What a limit asks of a weight that is watched: its trigger, its target, its words."""
+"""Limits of watched weights: trigger, target and description."""
 
 import math
 
@@ -22,7 +22,7 @@ def test_both_bounds_hold_in_the_nearest_spectrum(
     sigma = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
     clipped = limit.clip(sigma, torch.zeros((), dtype=torch.float64))
     assert float(limit.excess(clipped[0], clipped[-1])) <= 1 + 1e-12
-    # No nearer one on a fine grid of intervals [t/K, t].
+    # No interval [t/K, t] of a fine grid is nearer.
     distance = float((clipped - sigma).norm())
     for t in torch.linspace(1e-4, 1, 400, dtype=torch.float64) * min(upper, float(sigma[0])):
         assert distance <= float((sigma.clamp(t / K, t) - sigma).norm()) + 1e-9
@@ -55,7 +55,7 @@ def test_an_upper_bound_leaves_room_only_where_many_values_are_near_it() -> None
     many = torch.tensor([1.3] * 5 + [0.95] * 30)
     assert limit.move(few).max() == 1
     assert limit.move(many).max() == pytest.approx(1 / 1.2)
-    assert limit.move(torch.tensor([1.3] * 5)).max() == 1  # all of them are followed
+    assert limit.move(torch.tensor([1.3] * 5)).max() == 1  # the block contains all values
 
 
 def test_kappa_and_sigma_are_limited_together_as_stored() -> None:
@@ -69,13 +69,13 @@ def test_kappa_and_sigma_are_limited_together_as_stored() -> None:
     assert sigma[0] / sigma[-1] <= 4
     assert sigma[0] > 1.999
     with torch.no_grad():
-        layer.weight.mul_(0.5)  # below the upper bound kappa alone is limited
+        layer.weight.mul_(0.5)  # below the upper bound, only kappa is limited
     before = layer.weight.detach().clone()
     wc.Regularizer(layer, wc.ConditionLimit(4.001, upper=2)).enforce()
     assert torch.equal(layer.weight, before)
 
 
-def test_a_rule_shows_as_it_is_called() -> None:
+def test_repr_is_the_constructor_call() -> None:
     assert repr(wc.ConditionLimit(10)) == "ConditionLimit(max_condition=10)"
     assert repr(wc.ConditionLimit(10, upper=2, headroom=1.1)) == (
         "ConditionLimit(max_condition=10, upper=2, headroom=1.1)"
@@ -99,7 +99,7 @@ def test_a_headroom_is_at_least_one(value: float) -> None:
         wc.ConditionLimit(10, upper=0)
 
 
-def test_print_says_when_a_weight_is_projected_and_what_is_not_watched() -> None:
+def test_repr_describes_when_weights_are_projected_or_not_watched() -> None:
     model = nn.ModuleDict(
         {name: nn.Linear(40, 40) for name in ("kappa", "both", "upper", "one", "mine")}
     )
@@ -118,11 +118,11 @@ def test_print_says_when_a_weight_is_projected_and_what_is_not_watched() -> None
     reg = wc.Regularizer(model, rules)
     reg.attach(torch.optim.SGD(model.parameters(), 0.1))
     text = repr(reg)
-    assert "watched: projected to κ 7 when it passes 9.73" in text
-    assert "σ_ν raised to 0.6 when it falls below" in text
+    assert "watched: projected to κ 7 when κ exceeds 9.73" in text
+    assert "σ_ν is raised to 0.6 when it falls below" in text
     assert "watched: σ₁ is clipped to 2 after every step" in text
-    assert "not watched, because K is below 1.5: the spectrum is one cluster" in text
+    assert "not watched, because K is below 1.5, so all singular values are close together" in text
     assert text.count("; watched:") == 3
     reg.detach()
     reg.attach(torch.optim.SGD(model.parameters(), 0.1), every="auto")
-    assert "one cluster: scheduled by its learning rates" in repr(reg)
+    assert "close together: scheduled by its learning rates" in repr(reg)

@@ -281,10 +281,10 @@ def test_load_state_dict_rejects_wrong_types() -> None:
 @pytest.mark.parametrize(
     ("limit", "says"),
     [
-        (K, "before the last application κ 8, 2.667 times its limit"),
-        (wc.SingularValueLimit(upper=2.0), "before the last application σ₁ 4, 2 times its limit"),
-        (wc.SingularValueLimit(lower=1.0), "before the last application σ_ν 0.5, 2 times its limi"),
-        (wc.SingularValueLimit(lower=1.0, upper=2.0), "before the last application 2 times its l"),
+        (K, "before the last application: κ 8, 2.667 times its limit"),
+        (wc.SingularValueLimit(upper=2.0), "before the last application: σ₁ 4, 2 times its limit"),
+        (wc.SingularValueLimit(lower=1.0), "before the last application: σ_ν 0.5, 2 times its lim"),
+        (wc.SingularValueLimit(lower=1.0, upper=2.0), "before the last application: 2 times its "),
     ],
 )
 def test_repr_prints_the_limited_value(limit: wc.Limit, says: str) -> None:

@@ -105,7 +105,7 @@ def test_error_names_all_failures_with_reasons() -> None:
         reg.enforce()
     said = str(caught.value)
     assert (
-        '"0.weight", "2.weight": no weight near it obeys ConditionLimit(max_condition=1.0005)'
+        '"0.weight", "2.weight": no nearby weight satisfies ConditionLimit(max_condition=1.0005)'
         in (said)
     )
     assert '"1.weight" contains NaN or infinity and was left unchanged. Restore' in said

@@ -140,7 +140,7 @@ def test_weight_within_its_limit_is_decomposed_less_often(
     ratios = [(c - b) / (b - a) for a, b, c in zip(times[4:], times[5:], times[6:], strict=False)]
     assert all(1 < ratio < 1.5 for ratio in ratios)
     assert torch.allclose(model[0].weight, before, atol=1e-3)
-    assert "obeyed at the last application" in repr(reg)
+    assert "within its limit at the last application" in repr(reg)
     monkeypatch.undo()
     assert reg.measure()["0.weight"].excess is None
 
@@ -365,8 +365,8 @@ def test_excess_is_shown() -> None:
     assert estimate.interval is not None
     assert estimate.interval >= 10
     line = (
-        f"before the last application κ {estimate.condition_before:.4g}, {estimate.excess:.4g} "
-        f"times its limit; {estimate.interval} steps after the one before"
+        f"before the last application: κ {estimate.condition_before:.4g}, {estimate.excess:.4g} "
+        f"times its limit; {estimate.interval} steps after the previous one"
     )
     assert line in repr(reg)
     values = reg.log(lambda values, step: None, step=0)

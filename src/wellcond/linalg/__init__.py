@@ -1,4 +1,4 @@
-"""One dense matrix in float64: its spectrum, its certificate, its nearest relatives.
+"""Numerics of single matrices in float64: spectra, certificates, nearest matrices.
 
-Nothing here knows of models, parameters or training.
+This package does not know models, parameters or training.
 """

@@ -1,4 +1,4 @@
-"""NumPy arrays as tensors, for functions of one matrix. NumPy itself is not imported."""
+"""NumPy arrays as tensors, for functions of one matrix. This module does not import NumPy."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _R = TypeVar("_R", covariant=True)
 
 
 def is_array(one: object) -> bool:
-    """Whether it is an array of NumPy."""
-    numpy = sys.modules.get("numpy")  # nobody has an array who has not imported it
+    """Whether `one` is a NumPy array."""
+    numpy = sys.modules.get("numpy")  # without NumPy imported there is no array
     return numpy is not None and isinstance(one, numpy.ndarray)
 
 
 def as_tensor(one: Any, name: str = "`S`") -> Tensor:
-    """A tensor as it is; an array of NumPy as a tensor with the same values, without a copy if
-    torch can do without.
+    """Converts a NumPy array to a tensor, without a copy if possible. Returns a tensor unchanged.
 
     Raises:
-        TypeError: neither; an array with a mask; a dtype that torch does not have.
+        TypeError: `one` is neither a tensor nor an array, has a mask, or has a dtype that torch
+            does not support.
     """
     if isinstance(one, Tensor):
         return one
@@ -40,17 +40,17 @@ def as_tensor(one: Any, name: str = "`S`") -> Tensor:
         )
     if hasattr(one, "mask"):
         raise TypeError(
-            f"{name} must not be a masked array: say what is behind the mask by one.filled(value)."
+            f"{name} must not be a masked array. Fill in the masked entries: array.filled(value)."
         )
     try:
-        # In the byte order of this machine and without negative strides, as torch demands.
+        # torch requires the byte order of this machine and no negative strides.
         native = one.astype(one.dtype.newbyteorder("="), order="A", copy=False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the array is read-only; it is only read
+            warnings.simplefilter("ignore")  # for a read-only array, because we only read it
             return torch.from_numpy(native)
     except TypeError:
         raise TypeError(
-            f"{name} must have a dtype that torch has, got a NumPy array of {one.dtype}. "
+            f"{name} must have a dtype that torch supports, got a NumPy array of {one.dtype}. "
             "Convert it: array.astype(numpy.float32)."
         ) from None
 
@@ -63,7 +63,7 @@ class _OfArrays(Protocol[_P, _R]):
 
 
 def takes_arrays(function: Callable[Concatenate[Tensor, _P], Tensor]) -> _OfArrays[_P, Tensor]:
-    """The function, which of a NumPy array returns a NumPy array."""
+    """Wraps a function of a tensor so that it returns a NumPy array for a NumPy array."""
 
     @functools.wraps(function)
     def call(S: Any, *args: _P.args, **kwargs: _P.kwargs) -> Any:

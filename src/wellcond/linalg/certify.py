@@ -39,7 +39,7 @@ _UNDERFLOW = 2.0**-900
 _SMALL = 256
 # If numbers below 2^-1022 are flushed to zero, the bounds of smaller matrices would be void.
 _FAR_FROM_SUBNORMAL = 2.0**-900
-# At this relative width of kappa the cheaper certificate is preferred.
+# Up to this relative width of kappa, the cheaper certificate is preferred.
 _NARROW = 1e-4
 
 
@@ -50,8 +50,8 @@ class Certificate:
     Attributes:
         sigma_max: encloses sigma_1, the spectral norm.
         sigma_min: encloses sigma_nu, nu = min(m, n).
-        condition_number: encloses kappa; upper is inf if sigma_nu = 0 cannot be excluded, and both
-            ends are nan for a zero matrix, which has no condition number.
+        condition_number: encloses kappa. The upper end is inf if sigma_nu = 0 cannot be excluded;
+            both ends are nan for a zero matrix, which has no condition number.
         certified: whether the upper end of kappa is finite.
         computed: kappa as computed, without a guarantee.
         method: the theorem that was used.
@@ -77,28 +77,33 @@ class Certificate:
 def certify(S: Tensor | NDArray[Any]) -> Certificate:
     """Intervals that provably contain sigma_1, sigma_nu and kappa of the stored matrix.
 
-    It chooses between two methods by their predicted width. *Verified SVD*: with R = S - U Sigma
-    V^T, E = U^T U - I, F = V^T V - I, every sigma_i lies within Sigma_i sqrt((1 +- ||E||)(1 +-
-    ||F||)) +- ||R|| (Weyl, Ostrowski; Rump, Verified bounds for singular values, BIT 51, 2011).
-    *Verified Cholesky*: if the Cholesky factorisation of G - theta I runs to completion in floating
-    point, then sigma_nu^2 >= theta - delta, where delta covers its rounding and that of G = fl(S^T
-    S) (Rump, Verification of positive definiteness, BIT 46, 2006); likewise for sigma_1 and theta I
-    - G; the other ends are ||S v|| of a vector v.
+    It chooses the method with the smaller predicted width.
 
-    It needs IEEE float64 arithmetic, so it runs on the CPU whatever the device of S.
+    *Verified SVD*: with R = S - U Sigma V^T, E = U^T U - I and F = V^T V - I, every sigma_i is in
+    Sigma_i sqrt((1 +- ||E||)(1 +- ||F||)) +- ||R|| (Weyl, Ostrowski; Rump, Verified bounds for
+    singular values, BIT 51, 2011).
+
+    *Verified Cholesky*: if the Cholesky factorisation of G - theta I runs to completion in floating
+    point, then sigma_nu^2 >= theta - delta, where delta covers the rounding errors of the
+    factorisation and of G = fl(S^T S) (Rump, Verification of positive definiteness, BIT 46, 2006).
+    The same holds for sigma_1 and theta I - G. The other ends are ||S v||/||v|| for a vector v.
+
+    It needs IEEE float64 arithmetic, so it runs on the CPU, whatever the device of S.
 
     Args:
-        S: real or complex floating-point matrix (m, n), a tensor or a NumPy array, taken exactly
-            as stored, whatever its dtype. For A + iB the intervals are those of the real
+        S: real or complex floating-point matrix (m, n), a tensor or a NumPy array of any dtype,
+            taken exactly as stored. For A + iB the intervals are those of the real matrix
             [[A, -B], [B, A]].
 
     Returns:
-        A `Certificate`, always with enclosures; `certified` says whether that of kappa is bounded.
+        A `Certificate`. It always contains enclosures; `certified` is True if the enclosure of
+        kappa is bounded.
 
     Raises:
-        ValueError: not exactly two dimensions, no entries, an entry that is NaN or infinite, or S
-            is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
+        ValueError: S does not have exactly two dimensions, has no entries, contains NaN or
+            infinity, or is a meta tensor.
+        TypeError: the dtype of S is integer, boolean or float8, whose entries are codes that must
+            be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -145,7 +150,7 @@ def certify(S: Tensor | NDArray[Any]) -> Certificate:
 
 
 _FLUSHED = (
-    "the matrix holds numbers so small that this process flushes them to zero "
+    "the matrix contains numbers so small that this process flushes them to zero "
     "(torch.set_flush_denormal), so nothing can be certified for the matrix as stored"
 )
 _UNVERIFIED = "no singular value decomposition could be verified"
@@ -185,7 +190,7 @@ def _certificate(high: Interval, low: Interval, computed: float, method: str) ->
     kappa = high / low
     certified = kappa.upper < math.inf
     reason = (
-        f"sigma_min lies within {low.upper / high.upper:.1e} of zero, relative to sigma_max: "
+        f"sigma_min is within {low.upper / high.upper:.1e} of zero, relative to sigma_max: "
         "rounding in float64 cannot tell it from zero"
     )
     return Certificate(
@@ -319,7 +324,7 @@ def _eigenvector(G: Tensor, value: float) -> Tensor:
 
 
 def _stretch(S: Tensor, x: Tensor) -> Interval:
-    """Encloses ||S x||/||x||, which lies between sigma_n and sigma_1."""
+    """Encloses ||S x||/||x||, which is between sigma_n and sigma_1."""
     length = _norm(x)
     rounding = _gamma(S.shape[1]) * _norm_of_absolute_product(S, x)
     return _nonnegative(_norm(S @ x) + ball(rounding + _TINY)) / length

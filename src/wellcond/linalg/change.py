@@ -1,4 +1,4 @@
-"""How far a matrix has moved to another, and which of its directions moved with it.
+"""The distance between two matrices, and how much their singular directions differ.
 
 Letters: S (m, n) the matrix before, T after, D = T - S; sigma_1 >= ... >= sigma_nu the singular
 values of S, nu = min(m, n); k = min(ceil(||S||_F^2/sigma_1^2), 32, nu), the stable rank rounded up.
@@ -36,18 +36,18 @@ class MatrixChange(NamedTuple):
     Attributes:
         relative: ||D||_F/||S||_F; inf if only S is zero, 0 if both are.
         sqnr: 20 log10(||S||_F/||D||_F) in decibels; inf without a change, nan if S is zero.
-        directions: k.
+        directions: k; 0 if directions are not computed.
         leading_share: ||U_k U_k^T D||_F^2/||D||_F^2, where U_k are the k leading left singular
             vectors of S (directions of the outputs).
         random_share: k/m, the expected share of a random D.
         leading_turn: the root-mean-square principal angle (`measure_angles`), in degrees, between
             the spans of the k leading right singular vectors (directions of the inputs) of S and
             of T.
-        trailing_turn: the same of the last k of the nu right singular vectors.
-        largest_leading_turn: the largest of the angles of `leading_turn`.
-        largest_trailing_turn: the largest of those of `trailing_turn`.
+        trailing_turn: the same for the last k of the nu right singular vectors.
+        largest_leading_turn: the largest of the angles behind `leading_turn`.
+        largest_trailing_turn: the largest of the angles behind `trailing_turn`.
         random_turn: arccos sqrt(k/n), the root-mean-square angle of two random spans.
-        reasons: by the names of those that are nan, why.
+        reasons: for each attribute that is nan, its name and the reason.
     """
 
     relative: float
@@ -74,7 +74,7 @@ _DIRECTIONS = (
 
 
 def measure_change(S: Tensor, T: Tensor) -> MatrixChange:
-    """All numbers in float64, or in complex128.
+    """Measures the change from S to T in float64 or complex128.
 
     Args:
         S: (m, n), or the blocks (g, m, n) of a block-diagonal matrix; the matrix before.
@@ -82,10 +82,10 @@ def measure_change(S: Tensor, T: Tensor) -> MatrixChange:
 
     Raises:
         ValueError: the shapes differ, or an entry is NaN or infinite.
-        TypeError: the dtype holds codes, not values.
+        TypeError: the entries of the dtype are codes, not values.
     """
     if S.shape != T.shape:
-        raise ValueError(f"`S` and `T` must have one shape, got {(*S.shape,)} and {(*T.shape,)}.")
+        raise ValueError(f"`S` and `T` must have equal shapes, got {(*S.shape,)}, {(*T.shape,)}.")
     own = max(torch.finfo(one.dtype).eps for one in (S, T))
     rounding = max(own, max(S.shape) * torch.finfo(torch.float64).eps)
     S, T = (as_matrices(one.detach().cpu()) for one in (S, T))
@@ -136,8 +136,8 @@ def _with_directions(
 def _reason_without_gap(sigma: Tensor, k: int, inputs: int, leading: bool, rounding: float) -> str:
     """Why the span of k singular vectors is arbitrary; "" if it is not.
 
-    It is if a value inside is as large as one outside. If there are more inputs than values, what
-    the matrix maps to zero is outside too.
+    The span is arbitrary if a singular value inside equals one outside. If there are more inputs
+    than singular values, the null space is also outside.
     """
     nu = len(sigma)
     if k == inputs:
@@ -154,14 +154,16 @@ def _reason_without_gap(sigma: Tensor, k: int, inputs: int, leading: bool, round
 def measure_angles(V: Tensor, W: Tensor) -> tuple[float, float]:
     """The root-mean-square and the largest principal angle between two spans, in degrees.
 
-    V, W (n, k), orthonormal columns; theta_1, ..., theta_k the principal angles. The first is
-    arccos sqrt(mean cos^2 theta_i). Its squared sine, the mean of sin^2 theta_i, is the share of
-    one span that lies outside of the other: 0.1 where one of ten directions has turned by 90
-    degrees (18.4 degrees), 0.5 where five have (45 degrees). The largest angle is 90 degrees in
-    both cases. Two independent random spans have a mean cos^2 of k/n in expectation.
+    V and W are (n, k) with orthonormal columns; theta_1, ..., theta_k are the principal angles. The
+    root-mean-square angle is arccos sqrt(mean cos^2 theta_i). Its squared sine, the mean of
+    sin^2 theta_i, is the share of one span outside the other. The share is 0.1 if one of ten
+    directions turns by 90 degrees (an angle of 18.4 degrees), and 0.5 if five do (45 degrees). The
+    largest angle is 90 degrees in both cases. The expected mean cos^2 of two independent random
+    spans is k/n.
 
-    Both are arctangents of norms of W - V V^H W, which has the sines as its singular values, and of
-    V^H W, which has the cosines: small angles are exact, which they are not by the cosines alone.
+    Both angles are arctangents of norms of W - V V^H W, whose singular values are the sines, and of
+    V^H W, whose singular values are the cosines. So small angles are accurate, which they would not
+    be from the cosines only.
     """
     inside = V.mH @ W
     outside = W - V @ inside

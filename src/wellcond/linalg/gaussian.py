@@ -2,18 +2,18 @@
 
 The distribution of kappa for any shape has two parts. First, the smallest eigenvalue lambda_n of
 S^T S: the joint density of all eigenvalues, integrated over all but one with signs instead of
-absolute values, is the derivative of P(an odd number of eigenvalues lies below t). It is known
+absolute values, is the derivative of P(an odd number of eigenvalues is below t). It is known
 exactly, because the mean of det(W - t I) over Wishart matrices W is a Laguerre polynomial:
 
     A t^(k/2 - 1) exp(-t/2) L(t)/L(0),  L = L_(n-1)^(m-n),  k = m - n + 1,
     A = n 2^(k/2 - 2) Gamma((m + 1)/2)/(Gamma(k) Gamma(1 + n/2)).
 
-Eigenvalues repel, so that in the tail an odd number means one. Second, the largest eigenvalue is
-nearly independent of the smallest and follows the Tracy-Widom law about (sqrt(m) + sqrt(n))^2
-(Johnstone 2001), approximated by the shifted gamma law of Chiani (2014); for a small lambda_n it is
-that of an (m + 1, n - 1) matrix (Edelman and Sutton 2005, "Tails of condition number
+Eigenvalues repel each other, so in the tail an odd number means one. Second, the largest eigenvalue
+is nearly independent of the smallest. It follows the Tracy-Widom law around (sqrt(m) + sqrt(n))^2
+(Johnstone 2001), approximated by the shifted gamma law of Chiani (2014). For a small lambda_n, its
+law is that of an (m + 1, n - 1) matrix (Edelman and Sutton 2005, "Tails of condition number
 distributions"). For large square matrices this is Edelman's P(kappa > x n) = 1 - exp(-2/x - 2/x^2)
-(1988); the tail is a constant times x^-k and lies within the bounds of Chen and Dongarra (2005,
+(1988). The tail is a constant times x^-k and is within the bounds of Chen and Dongarra (2005,
 "Condition numbers of Gaussian random matrices").
 
 Letters: m >= n the sides of the shape; k = m - n + 1; t = v^2 an eigenvalue of S^T S.
@@ -40,21 +40,22 @@ _FAR = -45.0
 def exceedance(shape: Sequence[int], condition_number: float) -> float:
     """P(kappa > x) for a matrix of this shape with independent Gaussian entries.
 
-    It does not depend on the standard deviation of the entries, and is the same for the transpose.
-    It is exact for min(m, n) <= 2, (2x/(x^2 + 1))^(m - 1) for two columns. Otherwise, below 0.5,
-    the error is at most a factor of 1.5 down to 1e-4 and of 2 down to 1e-6 (shapes from 3x3 to
-    3000x30, and 10000x3), and at most 15 % down to 1e-12 if n >= 10 and m - n < n. The tail of
-    narrow shapes is too large: at 1e-9 1.6 times for 300x3, 6 times for 10000x3. Above 0.5 it is
-    interpolated, within 15 %. The references were samples, samples of which only lambda_n is
-    integrated, and an exact integral for 3 columns. Edelman's limit for squares is 40 % too large
-    at n = 4, 10 % at 16, and closer than sampling can resolve from 64 on.
+    It does not depend on the standard deviation of the entries and is the same for the transpose.
+    It is exact for min(m, n) <= 2: (2x/(x^2 + 1))^(m - 1) for two columns. Otherwise, for
+    probabilities below 0.5, the error is at most a factor of 1.5 down to 1e-4 and of 2 down to 1e-6
+    (shapes from 3x3 to 3000x30, and 10000x3), and at most 15 % down to 1e-12 if n >= 10 and
+    m - n < n. The tail of narrow shapes is too large: at 1e-9 by a factor of 1.6 for 300x3 and 6
+    for 10000x3. Above 0.5 the probability is interpolated, within 15 %. The references were
+    samples, samples with lambda_n integrated, and an exact integral for 3 columns. Edelman's limit
+    for square matrices is 40 % too large at n = 4 and 10 % at n = 16; from n = 64 on it is closer
+    than sampling can resolve.
 
-    The weights of a trained network are not Gaussian: this shows how unusual a value is, and does
-    not predict the quality of the network.
+    The weights of a trained network are not Gaussian. The probability shows how unusual a value is;
+    it does not predict the quality of the network.
 
     Args:
         shape: (m, n), both at least 1.
-        condition_number: x; every matrix exceeds x < 1, none exceeds inf.
+        condition_number: x; every matrix exceeds x < 1, no matrix exceeds inf.
 
     Returns:
         A probability, which decreases with x; nan if x is nan.
@@ -83,10 +84,10 @@ def exceedance(shape: Sequence[int], condition_number: float) -> float:
 
 
 def gaussian_stable_rank(shape: Sequence[int]) -> float:
-    """The mean of ||S||_F^2/sigma_1^2 for such a matrix; 1 for vectors.
+    """The mean stable rank ||S||_F^2/sigma_1^2 of a Gaussian matrix; 1 for vectors.
 
     It is m n/E sigma_1^2 with the mean of the Tracy-Widom law, about m n/(sqrt(m) + sqrt(n))^2. The
-    error is at most 1 % of sampled means from 8x8 on, 12 % at 3x3, 2 % for n = 2.
+    error relative to sampled means is at most 1 % from 8x8 on, 12 % at 3x3, and 2 % for n = 2.
 
     Raises:
         ValueError: the shape does not have two dimensions, or one is below 1.
@@ -109,9 +110,9 @@ def gaussian_stable_rank(shape: Sequence[int]) -> float:
 
 @lru_cache(maxsize=256)
 def median_condition_number(shape: Sequence[int]) -> float:
-    """The median of kappa for such a matrix, by bisection of `exceedance`; 1 for vectors.
+    """The median of kappa of a Gaussian matrix, by bisection of `exceedance`; 1 for vectors.
 
-    For large squares of n columns it is about 3.7 n (Edelman 1988: 3.67 n).
+    For large square matrices with n columns it is about 3.7 n (Edelman 1988: 3.67 n).
 
     Args:
         shape: (m, n), both at least 1; hashable.
@@ -167,7 +168,7 @@ def _table(m: int, n: int) -> _Table:
     low, high = (_FAR - lead) / k, math.log(m) / 2
     log_v = torch.linspace(low, high, _COARSE, dtype=torch.float64, device="cpu")
     log_v, log_p = _integrate(log_v, m, n, lead)
-    # Refine where the probability is not rank_tolerance and t is below the first zero of L.
+    # Refine where the probability is not negligible and t is below the first zero of L.
     first = int((log_p < _FAR).sum().clamp_min(1)) - 1
     low, high = float(log_v[first]), min(high, float(2 * log_v[-1] - log_v[-2]))
     fine = torch.linspace(low, high, _FINE, dtype=torch.float64, device="cpu")
@@ -195,7 +196,7 @@ def _integrate(log_v: Tensor, m: int, n: int, lead: float) -> tuple[Tensor, Tens
 def _log_laguerre(log_v: Tensor, degree: int, alpha: int) -> tuple[Tensor, Tensor]:
     """log L(t)/L(0) of the Laguerre polynomial, at the points t = v^2 before its first zero.
 
-    It uses ratios of the three-term recurrence: before that zero all polynomials of lower degree
+    It uses ratios of the three-term recurrence. Before that zero, all polynomials of lower degree
     are also positive, and no ratio overflows.
     """
     t = (2 * log_v).exp()

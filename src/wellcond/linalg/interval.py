@@ -11,8 +11,8 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 class Interval:
     """All real numbers from lower to upper, both included; an end may be infinite.
 
-    `in` tests whether a number lies in it. Sums, differences, products, quotients and square roots
-    of intervals enclose all results: every operation rounds outward.
+    `in` tests whether a number is in the interval. Sums, differences, products, quotients and
+    square roots of intervals enclose all results, because every operation rounds outward.
 
     Example:
         >>> import wellcond as wc

@@ -12,7 +12,11 @@ SVD_FAILED = (
 
 
 def singular_values(S: Tensor) -> Tensor:
-    """Those of matrices (..., m, n), descending. Raises ValueError if LAPACK does not converge."""
+    """The singular values of S (..., m, n), descending.
+
+    Raises:
+        ValueError: LAPACK does not converge.
+    """
     for attempt in (S, S.mT):
         try:
             sigma: Tensor = torch.linalg.svdvals(attempt)
@@ -23,7 +27,11 @@ def singular_values(S: Tensor) -> Tensor:
 
 
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin U, sigma, V^T. Raises ValueError if LAPACK does not converge."""
+    """The thin SVD U, sigma, V^T.
+
+    Raises:
+        ValueError: LAPACK does not converge.
+    """
     try:
         U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
         return U, sigma, Vh

@@ -1,21 +1,22 @@
-"""Convolutions on the whole lattice: a bound of the norm that is tight, and kernels that obey one.
+"""Convolutions on an infinite lattice: a tight bound of the norm, and kernels within a bound.
 
-A step s of an axis splits inputs and taps into s phases. Taps of one phase are d apart on the
-coarse lattice, for all phases alike if s and d have no common divisor, and frequencies that are d
-times as high are as good as any: so the dilation is without effect. With a common divisor the
-inputs fall apart into lattices that do not see each other, on which step and dilation are divided
-by it. So each convolution has the norm of one with step 1 and without dilation, whose kernel is
-L (m, n prod(s), *c) with c = ceil(k/s) taps per axis: the supremum over all frequencies w of
-sigma_1(A(w)), A(w) = sum_a L_a exp(-i w.a).
+A stride s of an axis splits inputs and taps into s phases. If s and the dilation d have no common
+divisor, the taps of each phase are d apart on the coarse lattice. The supremum over all frequencies
+is then the same as for taps that are 1 apart, so the dilation has no effect. If s and d have a
+common divisor, the inputs split into independent lattices, on which stride and dilation are divided
+by it. So each convolution has the same norm as one with stride 1 and without dilation, whose kernel
+is L (m, n prod(s), *c) with c = ceil(k/s) taps per axis. The norm is the supremum over all
+frequencies w of sigma_1(A(w)), A(w) = sum_a L_a exp(-i w.a).
 
 For fixed v, ||A(w) v||^2 is a trigonometric polynomial of degree h = c - 1 per axis. By a lemma of
-M. Riesz such a polynomial p between 0 and p(w0) is at least p(w0) cos(h t/2)^2 at a distance t from
-w0 (as long as h t <= pi). Of N points per axis one is within pi/N, so that the supremum is at most
-the maximum over the grid times prod 1/cos(pi h/(2 N)): 0.5 % per axis with N = 16 h. The taps
-(1, 1) show that no smaller factor holds.
+M. Riesz, such a polynomial p between 0 and p(w0) is at least p(w0) cos(h t/2)^2 at a distance t
+from w0, if h t <= pi. A grid of N points per axis has a point within pi/N of w0. So the supremum is
+at most the maximum over the grid times prod 1/cos(pi h/(2 N)), which is 0.5 % per axis for
+N = 16 h. The taps (1, 1) show that no smaller factor holds.
 
-Letters: K (o, i, *k) the kernel; s, d step and dilation of an axis; L (g, m, n, *c) the kernels of
-g groups of channels as above; w frequencies, f of them; N points of the grid; nu = min(m, n).
+Letters: K (o, i, *k) the kernel; s, d stride and dilation of an axis; L (g, m, n, *c) the kernels
+of g groups of channels as above; w frequencies, f their number; N points of the grid;
+nu = min(m, n).
 """
 
 from __future__ import annotations
@@ -27,43 +28,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Points of a grid per degree: of one that proves, and of a first look.
+# Points per degree of a grid that proves a bound, and of a grid for a first estimate.
 FINE, COARSE = 16, 4
-# Of the grid at whose points singular values are clipped, for matrices up to this side and beyond,
-# and how often at most: finer and longer is hardly nearer where many values are clipped.
+# Up to each side of the matrices: points per degree of the grid on which singular values are
+# clipped, and the maximum number of rounds. If many values are clipped, a finer grid or more rounds
+# hardly give a nearer kernel.
 _CLIPPED = ((128, 6, 20), (math.inf, 4, 10))
-_CLOSE = 3e-3  # an excess over the bound that the last scaling takes away
-_ROUNDING = 1e-9  # relative, of eigenvalues: far above that of float64
+_CLOSE = 3e-3  # an excess over the bound that the last scaling removes
+_ROUNDING = 1e-9  # relative, of eigenvalues: far above the rounding error of float64
 _ENTRIES = 1 << 22  # of the Gram matrices that exist at once
 
 
-# --- step 1 and no dilation -----------------------------------------------------------------------
+# --- stride 1 and no dilation ---------------------------------------------------------------------
 
 
 def effective_steps(
     kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    """The number of phases that the taps of a kernel of these sides fall into, per axis."""
+    """The number of phases per axis into which the taps of a kernel of these sides split."""
     axes = zip(kernel, stride, dilation, strict=True)
     return tuple(min(s // math.gcd(s, d), k) for k, s, d in axes)
 
 
 def fold(K: Tensor, steps: Sequence[int]) -> Tensor:
-    """L (o, i prod(s), *c) from K (o, i, *k): an isometry, which fills up with zeros."""
+    """L (o, i prod(s), *c) from K (o, i, *k): an isometry, which pads with zeros."""
     taps = K.shape[2:]
     counts = [-(-k // s) for k, s in zip(taps, steps, strict=True)]
     around = [x for k, c, s in zip(taps, counts, steps, strict=True) for x in (c * s - k, 0)]
     if any(around):
         K = pad(K, around[::-1])
     axes = range(len(taps))
-    K = K.contiguous()  # or sums would be rounded differently in another memory format
+    K = K.contiguous()  # because sums are rounded differently in another memory format
     split = K.reshape(*K.shape[:2], *(x for pair in zip(counts, steps, strict=True) for x in pair))
     order = (0, 1, *(3 + 2 * a for a in axes), *(2 + 2 * a for a in axes))
     return split.permute(order).flatten(1, 1 + len(taps)).reshape(len(K), -1, *counts)
 
 
 def unfold(L: Tensor, steps: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """K (o, i, *k) of this shape from L: the adjoint of `fold`, which cuts off what it fills up."""
+    """K (o, i, *k) of this shape from L: the adjoint of `fold`, which removes the padding."""
     counts, axes = L.shape[2:], range(len(steps))
     split = L.reshape(*shape[:2], *steps, *counts)
     order = (0, 1, *(x for a in axes for x in (2 + len(steps) + a, 2 + a)))
@@ -78,17 +80,19 @@ def unfold(L: Tensor, steps: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 class Grid:
-    """Half of the frequencies of a grid of N = finer h points per axis: those of A(-w) are equal.
+    """Half of the frequencies of a grid of N = finer h points per axis.
+
+    Half suffices, because A(w) and A(-w) have the same singular values.
 
     Args:
         counts: c, the taps per axis.
         finer: points per degree.
-        device: of the tensors.
+        device: the device of the tensors.
 
     Attributes:
         w: (f, axes).
-        weight: how many frequencies each stands for, over the number of all, (f,).
-        slack: by how much the supremum of sigma_1 may exceed the maximum over the grid.
+        weight: the share of all frequencies that each one represents, (f,).
+        slack: the factor by which the supremum of sigma_1 may exceed the maximum over the grid.
     """
 
     def __init__(self, counts: Sequence[int], finer: int, device: torch.device) -> None:
@@ -113,7 +117,7 @@ class Grid:
 
 
 def taps(counts: Sequence[int], device: torch.device) -> Tensor:
-    """The places of the taps, (T, axes), in the order of memory, in float64."""
+    """The positions of the taps, (T, axes), in the order of memory, in float64."""
     places = torch.cartesian_prod(*(torch.arange(c, dtype=torch.float64) for c in counts))
     return places.reshape(-1, len(counts)).to(device)
 
@@ -140,11 +144,11 @@ class _Gram:
         self.m = m
 
     def rows(self, w: Tensor) -> Tensor:
-        """Those of one row at frequencies (f, axes), of all groups, (g, f): real numbers."""
+        """The Gram matrices for m = 1 at frequencies (f, axes), of all groups: real (g, f)."""
         return self.R[..., 0] @ (w @ self.lags.mT).cos().mT.to(self.R)
 
     def __call__(self, w: Tensor, group: int) -> Tensor:
-        """At frequencies (f, axes), of one group."""
+        """The Gram matrices (f, m, m) of one group at frequencies (f, axes)."""
         angle = w @ self.lags.mT
         R = self.R[group]
         parts = angle.cos().to(R) @ R, -(angle.sin().to(R) @ R)
@@ -152,7 +156,7 @@ class _Gram:
 
 
 def _upright(L: Tensor) -> Tensor:
-    """With the smaller Gram matrix as A A^H: transposed, taps mirrored, where m > n."""
+    """L, transposed if m > n, so that A A^H is the smaller Gram matrix."""
     return L.transpose(1, 2) if L.shape[1] > L.shape[2] else L
 
 
@@ -160,18 +164,18 @@ def _upright(L: Tensor) -> Tensor:
 
 
 def norm_on_grid(L: Tensor, finer: int = COARSE) -> Tensor:
-    """The maximum over a grid per group, (g,): a lower bound of the norm, in float64."""
+    """The maximum over a grid, a lower bound of the norm, per group (g,) in float64."""
     return bound_norm(L, finer) / Grid(L.shape[3:], finer, L.device).slack
 
 
-# What a bound that need not be tight may cost, in multiplications.
+# The maximum cost of a bound that need not be tight, in multiplications.
 _WORK = 2e10
 
 
 def bound_norm_cheaply(L: Tensor) -> Tensor:
-    """`bound_norm` on the finest of three grids that is not too much work.
+    """`bound_norm` on the finest of three grids that is not too expensive.
 
-    On the coarsest it may exceed the norm by 17 % for two axes.
+    On the coarsest grid, it may exceed the norm by 17 % for two axes.
     """
     _, m, n, *counts = L.shape
     for finer in (FINE, FINE // 2, COARSE):
@@ -181,16 +185,16 @@ def bound_norm_cheaply(L: Tensor) -> Tensor:
 
 
 def bound_norm(L: Tensor, finer: int = FINE, enough: Tensor | None = None) -> Tensor:
-    """An upper bound of the norm on the lattice per group, (g,), in float64.
+    """An upper bound of the norm on the lattice, per group (g,) in float64.
 
-    It exceeds the norm by at most prod 1/cos(pi h/(2 N)) - 1, N = finer h: 1 % for two axes
-    of 16 h.
+    It exceeds the norm by at most prod 1/cos(pi h/(2 N)) - 1 with N = finer h: 1 % for two axes
+    with N = 16 h.
 
     Args:
         L: (g, m, n, *c).
         finer: points of the grid per degree.
-        enough: (g,) bounds below which nothing is asked for: where the norm is proven to be at
-            most this, this is returned.
+        enough: (g,) sufficient bounds: if the norm is proven to be at most `enough`, `enough` is
+            returned.
     """
     wide = _upright(L.to(torch.float64))
     largest = wide.abs().amax(dim=tuple(range(1, wide.ndim)))
@@ -213,7 +217,7 @@ def bound_norm(L: Tensor, finer: int = FINE, enough: Tensor | None = None) -> Te
 
 
 def powers_of_two(largest: Tensor) -> Tensor:
-    """Powers of two between these numbers and twice them; 1 for what is zero or not finite."""
+    """Powers of two between these numbers and twice them; 1 for zero and non-finite numbers."""
     usable = (largest > 0) & torch.isfinite(largest)
     one = torch.ones_like(largest)
     return torch.where(usable, torch.ldexp(one, largest.frexp().exponent), one)
@@ -222,7 +226,7 @@ def powers_of_two(largest: Tensor) -> Tensor:
 def _raise_to_largest(chunks: Iterator[Tensor], best: float) -> float:
     """The largest eigenvalue of all matrices (f, m, m), or `best`, with a margin for rounding.
 
-    Cholesky factorisations prove that most are smaller than one that is known.
+    Cholesky factorisations prove that most eigenvalues are smaller than a known one.
     """
     for G in chunks:
         norms: Tensor = torch.linalg.vector_norm(torch.view_as_real(G), dim=(1, 2, 3))
@@ -244,13 +248,14 @@ def _raise_to_largest(chunks: Iterator[Tensor], best: float) -> float:
 def limit_norm(L: Tensor, upper: Tensor, support: Tensor) -> Tensor:
     """Kernels near L with norms on the lattice of at most `upper` by `bound_norm`, in float64.
 
-    Singular values are clipped at the points of a grid and the result is cut to the support, in
-    turns; then it is scaled. The result is this or L, scaled: the nearer one in the Frobenius norm.
+    It alternates between clipping singular values at the points of a grid and restricting the
+    kernel to the support, and finally scales the kernel. The result is this kernel or the scaled L,
+    whichever is nearer to L in the Frobenius norm.
 
     Args:
         L: (g, m, n, *c), finite, of groups that exceed the bound.
         upper: (g,).
-        support: (n, *c), 1 where a tap may be.
+        support: (n, *c), 1 where a tap is allowed.
     """
     wide = L.to(torch.float64)
     norm = _over(wide, torch.linalg.vector_norm)
@@ -268,7 +273,7 @@ def limit_norm(L: Tensor, upper: Tensor, support: Tensor) -> Tensor:
 
 
 def each(numbers: Tensor, L: Tensor) -> Tensor:
-    """One number per group, to multiply with L."""
+    """Reshapes one number per group for multiplication with L."""
     return numbers.reshape(-1, *[1] * (L.ndim - 1))
 
 
@@ -277,9 +282,10 @@ def _over(L: Tensor, norm: Callable[..., Tensor]) -> Tensor:
 
 
 def _clip_on_grid(L: Tensor, upper: Tensor, support: Tensor, dtype: torch.dtype) -> Tensor:
-    """Projections on the kernels that obey at the points of a grid, and on those of this support.
+    """Projects onto the kernels within the bound on a grid, and onto this support, in turns.
 
-    The arithmetic is in the dtype of the weight, float32 at least; the last scaling mends it.
+    The arithmetic is in the dtype of the weight, at least float32. The last scaling corrects its
+    rounding errors.
     """
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
     X = _upright(L).clone()
@@ -289,7 +295,7 @@ def _clip_on_grid(L: Tensor, upper: Tensor, support: Tensor, dtype: torch.dtype)
     groups, m, n, *counts = X.shape
     finer, turns = next(rest for side, *rest in _CLIPPED if m <= side)
     grid, places = Grid(counts, finer, L.device), taps(counts, L.device)
-    # Between the points of the fine grid, too, the certified bound is to be the upper one.
+    # So that the certified bound, which also holds between grid points, is the upper bound.
     target = upper / Grid(counts, FINE, L.device).slack
     chunk = max(1, _ENTRIES // (groups * m * n))
     for _ in range(turns):

@@ -1,4 +1,4 @@
-"""The leading singular vectors of a matrix, and the share of their values that an update added.
+"""The leading singular triplets of a matrix, and the share of their values due to an update.
 
 Letters: S (m, n) in float64; U (m, k), sigma (k), V (n, k) singular triplets; nu = min(m, n).
 """
@@ -32,11 +32,11 @@ class UpdateShare(NamedTuple):
 
 
 def measure_share(S: Tensor, D: Tensor, count: int) -> UpdateShare:
-    """sigma_j = u_j^T S v_j = u_j^T (S - D) v_j + u_j^T D v_j: the second term over sigma_j.
+    """The share of D in sigma_j = u_j^T S v_j = u_j^T (S - D) v_j + u_j^T D v_j: the last term.
 
-    The sum over j does not depend on the choice of vectors for equal singular values. If nu > 1024
-    the triplets are estimates by subspace iteration, for which the same identity holds exactly;
-    they may miss some leading values that lie close together.
+    The sum over j does not depend on the choice of vectors for equal singular values. If nu > 1024,
+    the triplets are estimates by subspace iteration. The identity also holds exactly for them, but
+    they may miss some of several leading values that are close together.
 
     Args:
         S: (m, n), finite and not zero.

@@ -19,10 +19,10 @@ from wellcond.linalg.projection import decompose_gram, resolvable_condition_numb
 def nearest(S: Tensor, max_condition: float) -> Tensor:
     """A matrix nearest to S in the Frobenius norm among those with kappa <= max_condition.
 
-    The singular values are clipped to [a, K a], where a is the root of the increasing, piecewise
-    linear g(a) = sum (a - sigma_i)_+ - K sum (sigma_i - K a)_+; singular vectors stay. It is unique
-    unless sigma_nu = 0 or the singular values that are raised have more than one choice of
-    vectors. S = 0 stays zero.
+    It has the singular vectors of S. The singular values are clipped to [a, K a], where a is the
+    root of the increasing, piecewise linear g(a) = sum (a - sigma_i)_+ - K sum (sigma_i - K a)_+.
+    The result is unique unless sigma_nu = 0 or the singular vectors of the raised values are not
+    unique. S = 0 remains zero.
 
     Args:
         S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
@@ -30,15 +30,16 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
         max_condition: K, at least 1. If K = inf or kappa <= K, the result equals S bit for bit.
 
     Returns:
-        A new tensor, of a NumPy array an array, with the shape and dtype of S. It is computed in
+        A new tensor (for a NumPy array, an array) with the shape and dtype of S. It is computed in
         float64, from the Gram matrix if that is as accurate as a full SVD, and then rounded to the
         dtype, which may raise kappa slightly above K. `wellcond.repair` ensures that the stored
         matrix satisfies the limit.
 
     Raises:
-        ValueError: max_condition < 1 or nan, fewer than two dimensions, no entries, an entry that
-            is NaN or infinite, or LAPACK does not converge; S is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
+        ValueError: max_condition < 1 or nan; S has fewer than two dimensions or no entries,
+            contains NaN or infinity, or is a meta tensor; LAPACK does not converge.
+        TypeError: the dtype of S is integer, boolean or float8, whose entries are codes that must
+            be dequantised first; max_condition is not a number.
 
     Example:
         >>> import torch, wellcond as wc
@@ -53,7 +54,7 @@ def nearest(S: Tensor, max_condition: float) -> Tensor:
     # A result that is rounded to float32 need not be accurate to the last digits of float64.
     error = 1e-10 if S.dtype in (torch.float64, torch.complex128) else 1e-6
     change, allowed = _change(wide / unit, float(max_condition), error)
-    # Adding 0.0 turns the zeros' signs positive.
+    # Adding 0.0 turns -0.0 into 0.0.
     moved = ((wide / unit + change) * unit + 0.0).to(S.dtype)
     return torch.where(allowed[..., None, None].to(S.device), S.detach(), moved.to(S.device))
 
@@ -89,7 +90,7 @@ def check_limit(max_condition: float) -> float:
 def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
     """Descending singular values, clipped to the [a, K a] with the least change.
 
-    Values within the limit K stay. K is one number, or one per matrix.
+    Values within the limit K remain unchanged. K is one number, or one per matrix.
     """
     nu = sigma.shape[-1]
     K = max_condition[..., None] if isinstance(max_condition, Tensor) else max_condition
@@ -104,7 +105,7 @@ def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
         # The quotient of an integer tensor and a number would have the default dtype.
         return low.to(sigma.dtype), (nu - up_to).to(sigma.dtype), below, above
 
-    # g is linear between its corners; the root lies on the segment where g changes sign.
+    # g is linear between its corners; the root is on the segment where g changes sign.
     corners = torch.cat([rising, rising / K], dim=-1).sort(dim=-1).values
     low, high, below, above = sides(corners)
     g = (low * corners - below) / K - (above - K * high * corners).where(high > 0, 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Product:
-    """S by its factors; the dense matrix is never formed.
+    """S, given by its factors; the dense matrix is never formed.
 
     `nu` is the number of leading singular values; all others are zero.
 

@@ -1,8 +1,8 @@
-"""Gram matrices, and singular values moved into bounds by means of the smaller one only.
+"""Gram matrices, and singular values moved into bounds by means of the smaller Gram matrix only.
 
-With G = S^T S = V diag(sigma^2) V^T and sigma' what the values become, the new matrix is
-S + S V diag(sigma'/sigma - 1) V^T: it needs only the vectors of the values that move, on the short
-side. So a matrix that is sharded over processes by its long side stays where it is.
+With G = S^T S = V diag(sigma^2) V^T and new values sigma', the new matrix is
+S + S V diag(sigma'/sigma - 1) V^T. It needs only the vectors of the values that move, on the short
+side. So a matrix that is sharded over processes by its long side is not redistributed.
 
 Letters: S (..., m, n) a matrix or a batch, here with m >= n; G (..., n, n) its Gram matrix; u the
 unit roundoff of the dtype of G; kappa = sigma_1/sigma_n.
@@ -16,23 +16,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BANDS = 16  # a matrix of another dtype is converted by sixteenths
-# An eigenvalue of G has an error of a few u sigma_1^2, so sigma_n a relative error of a few
-# u kappa^2, and the columns of S V are as far from orthogonal. Measured in float32: 5 u kappa^2. In
-# float64 the error is far below its bound n u kappa^2, and the stored matrix is measured again.
+_BANDS = 16  # a matrix of another dtype is converted in this number of bands
+# An eigenvalue of G has an error of a few u sigma_1^2. So sigma_n has a relative error of a few
+# u kappa^2, and the columns of S V deviate from orthogonality by as much. Measured in float32:
+# 5 u kappa^2. In float64 the error is far below its bound n u kappa^2, and the stored matrix is
+# measured again.
 _ERROR = 1e-3
-# Margins in units of u sigma_1^2. For a Cholesky factorisation: several times the largest error
-# that was measured; a proof would need (m + n) u times the trace (Rump 2006).
+# Margins in units of u sigma_1^2. For a Cholesky factorisation: several times the largest measured
+# error; a proof would need (m + n) u times the trace (Rump 2006).
 _CHOLESKY_ERROR = 32
-# For the squares of the smallest and the largest singular value: 13 and 67 were measured.
+# For the squares of the smallest and the largest singular value; measured: 13 and 67.
 _SMALLEST_ERROR, _LARGEST_ERROR = 32, 128
 
 
 def gram(S: Tensor, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
-    """The Gram matrices of S/unit, in this dtype, at little more than half of the products.
+    """The Gram matrices of S/unit in this dtype, with little more than half of the products.
 
-    The blocks of the lower triangle are computed and mirrored. If S must be converted, a band of
-    rows is converted at a time, so that no copy of S is made.
+    It computes the blocks of the lower triangle and mirrors them. If S must be converted, it
+    converts one band of rows at a time, without a copy of S.
 
     Args:
         S: (..., m, n), best with m >= n.
@@ -74,16 +75,16 @@ class GramDecomposition(NamedTuple):
     V: Tensor
 
     def resolved(self, smallest: Tensor | None = None) -> Tensor:
-        """Whether the Gram matrix resolves all singular values, or those from `smallest` on.
+        """Whether the Gram matrix resolves all singular values, or those of at least `smallest`.
 
-        One truth value per matrix.
+        The result is one bool per matrix.
         """
         smallest = self.sigma[..., 0] if smallest is None else smallest
         bound = resolvable_condition_number(self.V.dtype, self.sigma.shape[-1])
         return self.sigma[..., -1] < bound * smallest
 
     def extremes(self, apart: float) -> tuple[Tensor, Tensor]:
-        """The largest and the smallest, as far apart (1) or as close (-1) as rounding permits."""
+        """The extreme values, as far apart (1) or as close together (-1) as rounding permits."""
         largest, smallest = (self.sigma[..., at].square() for at in (-1, 0))
         error = apart * torch.finfo(self.V.dtype).eps / 2 * largest
         largest = largest + _LARGEST_ERROR * error
@@ -101,7 +102,7 @@ class GramDecomposition(NamedTuple):
 
 def decompose_gram(G: Tensor, vectors: bool = True) -> GramDecomposition | None:
     """Decomposes a Gram matrix; without `vectors` V has no columns. None if LAPACK fails."""
-    if G.shape[-1] == 1:  # a stack of them, as of a depthwise kernel, is long
+    if G.shape[-1] == 1:  # such stacks are long, for example those of depthwise kernels
         V = torch.ones_like(G) if vectors else G[..., :0]
         return GramDecomposition(G[..., 0].real.double().clamp_min(0).sqrt(), V)
     try:
@@ -114,8 +115,9 @@ def decompose_gram(G: Tensor, vectors: bool = True) -> GramDecomposition | None:
 def are_within_bounds(G: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Whether low <= sigma_n and sigma_1 <= high, by two Cholesky factorisations of G.
 
-    It is measured, not proven. A margin for rounding makes a matrix on the bound fail. G
-    (..., n, n) is in float64; low and high are (...); low = 0 and high = inf check nothing.
+    The result is measured, not proven. Because of a margin for rounding, a matrix on the bound
+    fails. G (..., n, n) is in float64; low and high are (...). The values low = 0 and high = inf
+    check nothing.
     """
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     u = torch.finfo(G.dtype).eps / 2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wellcond.linalg.checks import as_matrices, to_float64
 
-NARROW = (torch.float32, torch.float16, torch.bfloat16)  # dtypes whose squares float64 holds
+NARROW = (torch.float32, torch.float16, torch.bfloat16)  # squares neither overflow nor vanish
 _PIECE = 1 << 20  # entries that are converted at once
 
 

@@ -1,9 +1,9 @@
 """Measured singular values and condition numbers of single matrices.
 
 All arithmetic is float64. The singular values are the square roots of the eigenvalues of the
-smaller Gram matrix if that resolves them. The error eps sigma_1^2 of sigma_nu^2 grows with kappa^2,
-so otherwise sigma_nu comes from inverse iteration and is measured as ||S v||, which does not square
-S. An SVD decides if that does not converge either, or if rounding of the Gram matrix may have
+smaller Gram matrix if that resolves them. The relative error of sigma_nu^2, eps kappa^2, may be too
+large. Then sigma_nu comes from inverse iteration and is measured as ||S v||, which does not square
+S. An SVD decides if the iteration does not converge, or if rounding of the Gram matrix may have
 hidden sigma_nu.
 
 Letters: S (..., m, n) a matrix or a batch of them; G the Gram matrix S^T S, or S S^T if that is
@@ -82,23 +82,24 @@ class Spectrum(NamedTuple):
 def condition_number(S: Tensor) -> Tensor:
     """The condition number kappa = sigma_1/sigma_nu of the stored values, computed in float64.
 
-    It uses an SVD, or for a single matrix with nu > 256 the cheapest sound method: relative errors
-    stayed below 1e-6 for kappa up to 1e5 (`wellcond bench audit`). See `certify` for a proof.
+    It uses an SVD, or for a single matrix with nu > 256 the cheapest sound method. Relative errors
+    were below 1e-6 for kappa up to 1e5 (`wellcond bench audit`). For proven bounds, see `certify`.
 
     Args:
         S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
             a batch. For A + iB the result is the condition number of [[A, -B], [B, A]].
 
     Returns:
-        float64 tensor (...), or of a NumPy array an array or a number of NumPy; dimensionless, at
-        least 1. It is inf where sigma_nu is at most
-        max(m, n) eps(float64) sigma_1, that is zero to working precision, and nan where S = 0. It
-        is on the device of S, or on the CPU if that device has no float64.
+        Tensor (...), float64, dimensionless, at least 1; for a NumPy array, an array or a NumPy
+        number. It is inf where sigma_nu <= max(m, n) eps(float64) sigma_1, which is zero to working
+        precision, and nan where S = 0. It is on the device of S, or on the CPU if that device has
+        no float64.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or
-            LAPACK does not converge; S is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
+        ValueError: S has fewer than two dimensions or no entries, contains NaN or infinity, or is a
+            meta tensor; LAPACK does not converge.
+        TypeError: the dtype of S is integer, boolean or float8, whose entries are codes that must
+            be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -131,8 +132,8 @@ def compute_spectrum(S: Tensor, all_values: bool = False, extremes: bool = False
 
     Args:
         S: the matrix.
-        all_values: also compute all singular values of a very large matrix, not only the extremes.
-        extremes: the extremes suffice for a matrix of any size, if they are cheaper.
+        all_values: compute all singular values of a very large matrix, not only the extremes.
+        extremes: compute only the extremes, for a matrix of any size, if that is cheaper.
 
     Raises:
         ValueError: an entry is NaN or infinite, or LAPACK does not converge.
@@ -145,7 +146,7 @@ def compute_spectrum(S: Tensor, all_values: bool = False, extremes: bool = False
         if spectrum is not None:
             return spectrum
         large = False
-    wide, unit = split_scale(S)  # LAPACK squares, and scales subnormal entries up
+    wide, unit = split_scale(S)  # because LAPACK squares entries, and scales subnormal ones up
     if m == 1 or n == 1:
         return Spectrum(torch.linalg.vector_norm(wide)[None], Method.svd, wide.shape, unit)
     if large:
@@ -176,7 +177,8 @@ def _try_gram(S: Tensor, all_values: bool, extremes: bool) -> Spectrum | None:
 def combine_spectra(spectra: Sequence[Spectrum]) -> Spectrum:
     """The spectrum of a block-diagonal matrix from those of its blocks, all of one shape.
 
-    It holds only the extremes if that of a block does; the method is the one farthest from an SVD.
+    It contains only the extremes if the spectrum of a block does. Its method is the one of the
+    blocks that is farthest from an SVD.
     """
     unit = max(spectrum.unit for spectrum in spectra)
     method = max((spectrum.method for spectrum in spectra), key=list(Method).index)
@@ -190,7 +192,7 @@ def combine_spectra(spectra: Sequence[Spectrum]) -> Spectrum:
 def _from_gram(S: Tensor, all_values: bool, extremes: bool = False) -> Spectrum | None:
     """Singular values of S (m >= n) from its Gram matrix; None if that does not resolve them.
 
-    The cheap checks come first: a matrix that needs an SVD should not pay for eigenvalues before.
+    The cheap checks come first, so that a matrix that needs an SVD does not pay for eigenvalues.
     """
     n = S.shape[1]
     G = gram(S, torch.float64)
@@ -244,11 +246,11 @@ def _random_block(S: Tensor, width: int = 4) -> Tensor:
 
 
 def _bands(S: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Ranges of the rows of S, and these in float64: each is overwritten by the next."""
+    """Ranges of rows of S, and these rows in float64; each band overwrites the previous one."""
     m, n = S.shape
     rows = max(1, _BAND // n)
     band = S.new_empty(min(rows, m), n, dtype=torch.float64)
-    if S.stride(0) < S.stride(1):  # in the order of memory, to copy fast
+    if S.stride(0) < S.stride(1):  # copy in the order of memory, which is faster
         band = band.view(n, -1).mT
     for start in range(0, m, rows):
         stop = min(start + rows, m)
@@ -258,8 +260,8 @@ def _bands(S: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
     """sigma_n of S from the Cholesky factor of S^T S, and an estimate of the error of sigma_n^2.
 
-    The vectors are those of the rounded Gram matrix; sigma_n = ||S v|| depends on their error only
-    to second order, and the residual is that of S itself.
+    The vectors are those of the rounded Gram matrix. sigma_n = ||S v|| depends on their error only
+    to second order, and the residual is computed with S itself.
     """
 
     def inverse(V: Tensor) -> Tensor:
@@ -284,8 +286,8 @@ def _smallest(S: Tensor, factor: Tensor, start: Tensor) -> tuple[Tensor, float]:
 def _ritz_error(value: Tensor, residual: Tensor, gap: Tensor) -> float:
     """An estimate of the relative error of a Ritz value: residual, or residual^2/gap if smaller.
 
-    Some eigenvalue is within the residual (Weyl). If the gap to the next Ritz value is that to the
-    next eigenvalue, it is within residual^2/gap (Kato and Temple).
+    Some eigenvalue is within the residual (Weyl). If the gap to the next Ritz value equals the gap
+    to the next eigenvalue, it is within residual^2/gap (Kato and Temple).
     """
     error = torch.where(gap > residual, residual.square() / gap, residual)
     return float(error / value)
@@ -311,7 +313,7 @@ def _krylov(
         image = apply(block)
         along = before @ image
         block, remainder = torch.linalg.qr(image - before.mT @ along)
-        # Once more, after scaling: if the space is exhausted, only rounding is left.
+        # Once more, after scaling: if the space is exhausted, only rounding errors remain.
         again = before @ block
         block, scaled = torch.linalg.qr(block - before.mT @ again)
         projected[:filled, last] = along + again @ remainder

@@ -1,8 +1,9 @@
-"""Convolutions on a torus, whose singular values frequencies give exactly.
+"""Convolutions on a torus, whose singular values follow exactly from their frequencies.
 
-With stride s an axis of N points splits into s phases of N/s points, x_r[q] = x[s q + r], and at
-each coarse frequency w the map is the matrix (o, i prod(s)) of the Fourier coefficients of the
-phases of the kernel. Its singular values over all w are those of the periodic convolution.
+With stride s, an axis of N points splits into s phases of N/s points, x_r[q] = x[s q + r]. At each
+coarse frequency w, the map is the matrix (o, i prod(s)) of the Fourier coefficients of the phases
+of the kernel. The singular values of these matrices over all w are those of the periodic
+convolution.
 
 Letters: K (o, i, *k) the kernel; s, d stride and dilation of an axis; N the size of the input; w
 frequencies.

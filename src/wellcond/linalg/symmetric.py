@@ -1,7 +1,7 @@
-"""Small symmetric matrices, as the Gram matrices of blocks are, without waiting for a device.
+"""Small symmetric matrices, such as the Gram matrices of blocks, without waiting for a device.
 
-On the CPU the eigenvalue solver is fast. On other devices it waits for the device, and matrix
-products do the same to a part in a thousand.
+On the CPU the eigenvalue solver is fast. On other devices it waits for the device, so matrix
+products replace it, with a relative error of about 1e-3.
 
 Letters: G (..., k, k) a positive semidefinite matrix; lambda its eigenvalues.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The coefficients of odd polynomials a x + b x^3 + c x^5 whose composition takes [1e-3, 1] to 1.
+# The coefficients of odd polynomials a x + b x^3 + c x^5 whose composition maps [1e-3, 1] to 1.
 _SIGN = (
     (8.2051, -22.9019, 16.4607),
     (4.0664, -2.8612, 0.5184),
@@ -27,14 +27,14 @@ _SIGN = (
     (1.8564, -1.2132, 0.3568),
     (1.875, -1.25, 0.375),
 )
-_ROOT_STEPS = 10  # of the coupled iteration for an inverse root; eigenvalues of 1/40 and more
+_ROOT_STEPS = 10  # of the coupled iteration for an inverse root; for eigenvalues of at least 1/40
 
 
 def top_eigenvector(gram: Tensor, squarings: int = 14) -> Tensor:
     """A unit eigenvector of the largest eigenvalue of a small symmetric (..., k, k) matrix.
 
-    On the CPU by `eigh`. Elsewhere by repeated squaring, which never asks the host: the power 2^14
-    leaves of an eigenvalue 1 part in 1000 smaller less than 1e-7.
+    On the CPU it uses `eigh`, elsewhere repeated squaring, which never waits for the device. The
+    power 2^14 reduces an eigenvalue that is smaller by 1e-3 to a share of less than 1e-7.
     """
     if gram.device.type == "cpu":
         eigenvectors: Tensor = torch.linalg.eigh(gram).eigenvectors
@@ -56,13 +56,14 @@ def power_eigenvector(gram: Tensor, squarings: int) -> Tensor:
 
 
 def eigenvalue_range(G: Tensor) -> Tensor:
-    """The least and the largest eigenvalue, (..., 2); NaN where G is not finite.
+    """The smallest and the largest eigenvalue, (..., 2); NaN where G is not finite.
 
-    On devices other than the CPU the largest is that of repeated squaring, from below by less than
-    1e-3, and the least is by as much from above; it is NaN where G is numerically singular.
+    On devices other than the CPU they come from repeated squaring: the largest is too small, and
+    the smallest too large, by a relative error of less than 1e-3. The smallest is NaN where G is
+    numerically singular.
     """
     if G.is_cpu:
-        # A matrix that is not finite would stop the solver for a whole stack.
+        # A matrix that is not finite would stop the solver for the entire stack.
         finite = torch.isfinite(G).all(-1, keepdim=True).all(-2, keepdim=True)
         values = torch.linalg.eigvalsh(G.where(finite, 0.0))
         ends = torch.stack([values[..., 0], values[..., -1]], dim=-1)
@@ -82,11 +83,11 @@ class Clip(NamedTuple):
 
     Attributes:
         factor: F = min(1, G^(-1/2)) - I, so that the singular values of Z + Z F are min(sigma, 1).
-            It is zero where one exceeds `most` or G is not finite, and None where the host knows
-            that it is zero for all.
-        root: R such that the columns of Z R are orthonormal; None where the eigenvectors of G are
-            not known, or do not tell it with precision.
-        extremes: the least and the largest eigenvalue of G, (..., 2); NaN where G is not finite.
+            It is zero where a singular value exceeds `most` or G is not finite, and None if the
+            host knows that it is zero for all matrices.
+        root: R such that the columns of Z R are orthonormal; None if the eigenvectors of G are
+            unknown, or R would be inaccurate.
+        extremes: the smallest and the largest eigenvalue of G, (..., 2); NaN where G is not finite.
     """
 
     factor: Tensor | None
@@ -95,14 +96,14 @@ class Clip(NamedTuple):
 
 
 def clip_blocks(blocks: Sequence[Tensor], most: float, flat: float) -> list[Clip]:
-    """The clips of blocks of several shapes, in the operations that one of them takes.
+    """The clips of blocks of several shapes, with the number of operations of a single block.
 
     Args:
-        blocks: Z (..., m, k) of one dtype and on one device. Of one with fewer columns than another
-            the least eigenvalue is given as 0, and no root.
-        most: the singular value from which on F is zero. On devices other than the CPU F is that of
-            matrix products, accurate up to 4.
-        flat: the ratio of the least singular value to the largest from which on R is given.
+        blocks: Z (..., m, k) of one dtype and on one device. A block with fewer columns than
+            another one gets 0 as its smallest eigenvalue and no root.
+        most: the singular value from which on F is zero. On devices other than the CPU, F comes
+            from matrix products and is accurate up to 4.
+        flat: R is computed if the ratio of the smallest to the largest singular value exceeds this.
     """
     k = max(Z.shape[-1] for Z in blocks)
     counts = [Z.shape[:-2].numel() for Z in blocks]
@@ -117,9 +118,9 @@ def clip_blocks(blocks: Sequence[Tensor], most: float, flat: float) -> list[Clip
 
 
 def _grams(blocks: Sequence[Tensor], counts: Sequence[int], k: int) -> Tensor:
-    """All Gram matrices, with zeros around those that are smaller.
+    """All Gram matrices, smaller ones padded with zeros.
 
-    Those change neither F nor the largest eigenvalue.
+    The zeros change neither F nor the largest eigenvalue.
     """
     G = blocks[0].new_zeros(sum(counts), k, k)
     at = 0
@@ -138,7 +139,7 @@ def _corner(G: Tensor, k: int) -> Tensor:
 
 
 def _parts(tensor: Tensor, blocks: Sequence[Tensor], counts: Sequence[int]) -> Sequence[Tensor]:
-    """What belongs to each block."""
+    """The parts of a tensor that belong to each block."""
     if len(counts) == len(tensor) and all(Z.ndim == 2 for Z in blocks):
         return tensor.unbind()
     parts = zip(torch.split(tensor, list(counts)), blocks, strict=True)
@@ -180,10 +181,10 @@ def _eigh(G: Tensor) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
     with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         values, W = torch.linalg.eigh(G)
         rows = values.tolist()
-        # Of a matrix (2, 2) with NaN it may return finite numbers.
+        # For a matrix (2, 2) with NaN, eigh may return finite numbers.
         if G.shape[-1] > 2 and math.isfinite(sum(map(sum, rows))):
             return values, W, [(row[0], row[-1]) for row in rows]
-    # One that is not finite may stop the solver for all of a stack, or not.
+    # A matrix that is not finite may stop the solver for the entire stack.
     finite = torch.isfinite(G).all(-1).all(-1)
     values, W = torch.linalg.eigh(G.where(finite[:, None, None], 0.0))
     known: list[bool] = finite.tolist()
@@ -202,7 +203,7 @@ def _clip_factor_by_products(G: Tensor) -> Tensor:
 
 
 def _sign(H: Tensor) -> Tensor:
-    """The matrix sign of a symmetric H, to eigenvalues of about 1e-3 of its norm."""
+    """The matrix sign of a symmetric H, for eigenvalues down to about 1e-3 of its norm."""
     X: Tensor = H / torch.linalg.matrix_norm(H, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
     for a, b, c in _SIGN:
         square = X @ X

@@ -1,4 +1,4 @@
-"""What is required of a weight: penalties, steps and hard limits, and what they are made of."""
+"""Rules for weights: penalties, steps and hard limits, and the types that they use."""
 
 from wellcond.operators.base import Gradient, LowRank, NewWeight
 from wellcond.rules.base import Need, Rule, Schedule

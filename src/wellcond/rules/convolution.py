@@ -1,8 +1,8 @@
-"""A hard limit of sigma_1 of a convolution as it acts, on inputs of every size.
+"""A hard limit on sigma_1 of a convolution as a linear operator, for inputs of every size.
 
-An application clips the singular values of its symbol, and certifies the result; that costs as much
-as tens of steps. Between two of them a warm estimate, from below, tells by how much the limit is
-exceeded, and the kernel is scaled by that.
+An application clips the singular values of the symbol and certifies the result, which costs as much
+as tens of optimizer steps. Between applications, a warm-started estimate gives a lower bound of the
+factor by which the kernel exceeds the limit, and the kernel is divided by that factor.
 
 Letters: K (o, i/g, *k) the kernel of g groups; b the upper bound of sigma_1.
 """
@@ -28,17 +28,17 @@ from wellcond.rules.limit import Limit
 from wellcond.rules.outcome import Outcome, OutcomeStatus
 from wellcond.rules.watch import Glance, Judgement, Reading, Turn, Watch
 
-NEARLY = 0.97  # of the way to the limit: what is below is not projected
+NEARLY = 0.97  # times the limit: a weight below is not projected
 
 
 class ConvolutionLimit(Limit):
-    """The limit of a convolution of this geometry, in place of `SingularValueLimit(acting=True)`.
+    """`SingularValueLimit(acting=True)` for a convolution with this geometry.
 
     Args:
         upper: b.
-        geometry: of the layer; its size has no effect.
-        headroom: by which factor more it is clipped between two looks.
-        text: the rule as the user has written it.
+        geometry: the geometry of the layer; its input size has no effect.
+        headroom: an application to a watched kernel clips to upper/headroom.
+        text: the rule as the user wrote it.
     """
 
     needs = frozenset({Need.whole})
@@ -82,22 +82,23 @@ class ConvolutionLimit(Limit):
 
     def describe_watch(self) -> str:
         return (
-            f"σ₁ of the convolution is scaled to {self.upper:.4g} after every step, and clipped to "
-            f"{self.upper / self.headroom:.4g} now and then"
+            f"the kernel is scaled to σ₁ {self.upper:.4g} of the convolution after every step, and "
+            f"occasionally clipped to {self.upper / self.headroom:.4g}"
         )
 
 
 class ConvolutionWatch(Watch):
-    """A warm estimate per cell of frequencies; the kernel is scaled by what it exceeds b.
+    """Warm-started estimates, one per cell of frequencies; a kernel above b is scaled to b.
 
-    It remembers the vectors of the estimate, and by how much the kernel was scaled since it was
-    clipped: where that is much, it is clipped again, because scaling makes all of it smaller.
+    The state contains the vectors of the estimates and the product of the scale factors since the
+    last clip. If that product is small, the kernel is clipped again, because scaling reduces all
+    of its singular values.
     """
 
-    REFINEMENTS = 10  # where a kernel may have moved far: 0.99 of sigma_1 and more were measured
+    REFINEMENTS = 10  # for a kernel that may have moved far; gives 0.99 sigma_1 or more (measured)
     SHRINKS = 1.2
     period = 1
-    rest = 100  # steps: an application costs as much as tens of them
+    rest = 100  # because an application costs as much as tens of steps
 
     def __init__(self, upper: float, geometry: Geometry) -> None:
         self.upper, self.geometry = upper, geometry
@@ -121,7 +122,7 @@ class ConvolutionWatch(Watch):
 
     def read(self, turn: Turn, glance: Glance, clip: Clip | None) -> Reading:
         excess, modes, shrunk = glance.tensors
-        # Where it is not finite nothing is scaled.
+        # A kernel that is not finite is not scaled.
         scale = 1 / torch.where(excess < math.inf, excess, 1.0).clamp_min(1.0)
         shrunk = shrunk * scale
         numbers = _per_matrix(torch.stack([excess, shrunk], dim=-1), turn.S)
@@ -147,5 +148,5 @@ class ConvolutionWatch(Watch):
 
 
 def _per_matrix(numbers: Tensor, S: Operator) -> Tensor:
-    """What is known per group (g, ...), in the shape of the stack of matrices S."""
+    """Numbers per group (g, ...) in the shape of the stack of matrices S."""
     return numbers.reshape(*S.shape[:-2], *numbers.shape[1:])

@@ -20,10 +20,10 @@ from wellcond.rules.condition import clip_leading
 
 
 class _Penalty(torch.autograd.Function):
-    """A value that is known, with a gradient that is known.
+    """Returns a known value, and a known gradient in the backward pass.
 
-    With v_1 held fixed, 1/2 ||S v_1||^2 - ||S||_F^2/(2 nu) is the penalty to differentiate: no
-    derivative passes through the singular vectors, which have none where singular values tie.
+    The gradient is that of 1/2 ||S v_1||^2 - ||S||_F^2/(2 nu) with v_1 constant. No derivative
+    passes through the singular vectors, which are not differentiable if singular values are equal.
     """
 
     @staticmethod
@@ -51,14 +51,14 @@ def _exact(S: Tensor) -> _Exact:
 
 
 def _penalty_from(sigma: Tensor) -> Tensor:
-    # Each term is a product of non-negative numbers: r cannot come out negative near kappa = 1.
+    # Each term is a product of non-negative numbers, so r is not negative near kappa = 1.
     top = sigma[..., :1]
     return ((top - sigma) * (top + sigma)).sum(dim=-1) / (2 * sigma.shape[-1])
 
 
 def _gradient(exact: _Exact) -> Tensor:
     wide, (left, right, _), sigma = exact
-    # Adding 0.0 turns the zeros' signs positive.
+    # Adding 0.0 turns -0.0 into 0.0.
     return left[..., :1] @ right[..., :1].mT - wide / sigma.shape[-1] + 0.0
 
 
@@ -66,9 +66,10 @@ def _gradient(exact: _Exact) -> Tensor:
 def condition_penalty(S: Tensor) -> Tensor:
     """The regulariser r(S) = 1/2 ||S||_2^2 - ||S||_F^2/(2 nu), by a full SVD, differentiable once.
 
-    Equal to sum_i (sigma_1^2 - sigma_i^2)/(2 nu), so never negative; 0 exactly for S = 0 and for
-    full rank with condition number 1 (arXiv 2410.00169, Theorem 2.1). Backward gives
-    `condition_penalty_gradient`. In a training loop use `Regularizer`, which needs no SVD.
+    It equals sum_i (sigma_1^2 - sigma_i^2)/(2 nu), so it is never negative. It is 0 exactly for
+    S = 0 and for S of full rank with condition number 1 (arXiv 2410.00169, Theorem 2.1). Its
+    backward pass gives `condition_penalty_gradient`. In a training loop, use `Regularizer`, which
+    needs no SVD.
 
     Args:
         S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
@@ -79,9 +80,10 @@ def condition_penalty(S: Tensor) -> Tensor:
         computed in float64.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or S
-            is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
+        ValueError: S has fewer than two dimensions or no entries, contains NaN or infinity, or is a
+            meta tensor.
+        TypeError: the dtype of S is integer, boolean or float8, whose entries are codes that must
+            be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -98,8 +100,9 @@ def condition_penalty(S: Tensor) -> Tensor:
 def condition_penalty_gradient(S: Tensor) -> Tensor:
     """The gradient of r: sigma_1 u_1 v_1^T - S/nu (arXiv 2410.00169, Theorem 3.1).
 
-    Where sigma_1 is not simple r has no gradient, and this is one element of the subdifferential of
-    its convex part minus S/nu. For orthogonal S, kappa = 1, its norm is then sqrt(1 - 1/nu), not 0.
+    If sigma_1 is not simple, r has no gradient. The result is then an element of the
+    subdifferential of the convex part of r, minus S/nu. For orthogonal S (kappa = 1) its norm is
+    sqrt(1 - 1/nu), not 0.
 
     Args:
         S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
@@ -109,9 +112,10 @@ def condition_penalty_gradient(S: Tensor) -> Tensor:
         Tensor (..., m, n) in the dtype of S, in units of a singular value; computed in float64.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or S
-            is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
+        ValueError: S has fewer than two dimensions or no entries, contains NaN or infinity, or is a
+            meta tensor.
+        TypeError: the dtype of S is integer, boolean or float8, whose entries are codes that must
+            be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -124,7 +128,7 @@ def condition_penalty_gradient(S: Tensor) -> Tensor:
 
 @takes_arrays
 def condition_penalty_bound(S: Tensor) -> Tensor:
-    """The bound of the paper: kappa(S) <= exp(nu r(S)/sigma_nu^2) (arXiv 2410.00169, Theorem 2.2).
+    """The upper bound kappa(S) <= exp(nu r(S)/sigma_nu^2) (arXiv 2410.00169, Theorem 2.2).
 
     Args:
         S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
@@ -132,13 +136,14 @@ def condition_penalty_bound(S: Tensor) -> Tensor:
 
     Returns:
         Tensor (...), float64, dimensionless. It is inf where sigma_nu = 0 or the exponential
-        overflows, and nan where S = 0. A bound of the exact value, computed without directed
-        rounding.
+        overflows, and nan where S = 0. It is computed without directed rounding, so it is not a
+        certificate; see `certify`.
 
     Raises:
-        ValueError: fewer than two dimensions, no entries, an entry that is NaN or infinite, or S
-            is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first.
+        ValueError: S has fewer than two dimensions or no entries, contains NaN or infinity, or is a
+            meta tensor.
+        TypeError: the dtype of S is integer, boolean or float8, whose entries are codes that must
+            be dequantised first.
 
     Example:
         >>> import torch, wellcond as wc
@@ -147,7 +152,7 @@ def condition_penalty_bound(S: Tensor) -> Tensor:
         (2.0, 4.4817)
     """
     sigma = _exact(S).sigma
-    # Relative to sigma_1, so that squares of 1e-200 do not vanish; 0/0 is nan, which is meant.
+    # Relative to sigma_1, so that squares of 1e-200 do not vanish; S = 0 gives 0/0 = nan.
     sigma = sigma / sigma[..., :1]
     return torch.exp(sigma.shape[-1] * _penalty_from(sigma) / sigma[..., -1].square())
 
@@ -157,23 +162,22 @@ def proximal_step(S: Tensor, step: float | Tensor) -> Tensor:
     """One exact proximal step on r: sigma_i becomes min(c sigma_i, tau), with c = 1 + step/nu.
 
     tau = max_j (c sum_{i<=j} sigma_i)/(j + step) is the root of sum_i (c sigma_i - tau)_+ = step
-    tau. The result minimises 1/2 ||X - c S||_F^2 + step/2 ||X||_2^2 over X. For every step neither
-    kappa nor r rises, and tied singular values stay tied.
+    tau. The result minimises 1/2 ||X - c S||_F^2 + step/2 ||X||_2^2 over X. For every step, neither
+    kappa nor r increases, and equal singular values remain equal.
 
     Args:
         S: real or complex floating-point tensor or NumPy array (..., m, n); leading dimensions are
-            a batch. Not
-            changed.
-        step: learning rate times strength, dimensionless, finite and not negative.
+            a batch. Not changed.
+        step: learning rate times strength, dimensionless, finite and non-negative.
 
     Returns:
-        A new tensor, the shape and dtype of S; computed in float64 from a full SVD.
+        A new tensor with the shape and dtype of S, computed in float64 from a full SVD.
 
     Raises:
-        ValueError: a negative or infinite step, fewer than two dimensions, no entries, an entry
-            that is NaN or infinite, or S is a meta tensor.
-        TypeError: S is integer, boolean or float8: codes, which must be dequantised first; the step
-            is no number.
+        ValueError: the step is negative or not finite; S has fewer than two dimensions or no
+            entries, contains NaN or infinity, or is a meta tensor.
+        TypeError: the dtype of S is integer, boolean or float8, whose entries are codes that must
+            be dequantised first; the step is not a number.
 
     Example:
         >>> import torch, wellcond as wc

@@ -1,4 +1,4 @@
-"""Towards isometries, S^T S = scale^2 I on the smaller side, by matrix products.
+"""Steps towards isometries, S^T S = scale^2 I on the smaller side, by matrix products.
 
 Letters: S (..., m, n) the weight; nu = min(m, n); sigma its singular values; H (..., nu, nu) the
 smaller Gram matrix of S/scale; s = sigma/scale; theta the length of a step.
@@ -33,36 +33,36 @@ from wellcond.rules.base import Need, Rule, RuleState
 from wellcond.rules.outcome import Outcome, OutcomeStatus
 from wellcond.rules.penalty import Penalty, Strength
 
-_REACH = 1.5  # times the scale: where an isometry step clips first
-# A singular value that is so far below sigma_1 may be hidden by rounding of the Gram matrix, and
-# one that is hidden must not be clipped by mistake.
+_REACH = 1.5  # times the scale: an isometry step first clips singular values to this
+# Rounding of the Gram matrix may hide singular values below this share of sigma_1, and a hidden
+# value must not be clipped.
 _HIDDEN = 1e-6
-_ROOM = 1e-6  # of the largest number, for gradients
+_ROOM = 1e-6  # the share of the largest float up to which gradients are computed
 
 
 class OrthogonalityPenalty(Penalty):
     """The distance of a weight from an isometry of this scale: 1/4 ||S^T S - scale^2 I||_F^2.
 
-    With S S^T where m < n, the smaller side. It is 1/4 sum_i (sigma_i^2 - scale^2)^2, 0 exactly
-    where all singular values are equal to the scale. Gradient S (S^T S - scale^2 I), dense: it
-    costs a Gram matrix and a product, and sees all singular values, the small ones too, unlike
-    `ConditionPenalty`.
-    In float32 the value, a fourth power, is inf where sigma_1 is above 4e9 or so, and a weight with
-    sigma_1 above 1e10 or so gets no gradient; in float64 these are 1e77 and 1e100. Attached, it
-    takes its step at all scales.
+    If m < n, S S^T replaces S^T S. The penalty equals 1/4 sum_i (sigma_i^2 - scale^2)^2, and it is
+    0 exactly if all singular values equal the scale. The gradient S (S^T S - scale^2 I) is dense:
+    it costs a Gram matrix and a product. Unlike `ConditionPenalty`, it acts on all singular values,
+    including small ones. In float32 the value, a fourth power, is inf if sigma_1 is above about
+    4e9, and a weight with sigma_1 above about 1e10 gets no gradient. In float64 these bounds are
+    1e77 and 1e100.
 
-    Attached, it takes the step of `IsometryStep` with theta = min(1, 2 eta scale^2), eta = learning
-    rate * strength: for theta < 1 that is the explicit gradient step. Singular values from where it
-    would raise kappa, above scale sqrt((2 + theta)/(2 theta)) and above 1.5 scale, are first
-    clipped to that; so kappa never rises for theta up to 4/7. A zero singular value stays zero.
+    When attached, it performs the step of `IsometryStep` with theta = min(1, 2 eta scale^2), where
+    eta = learning rate * strength, at all scales. For theta < 1 this is the explicit gradient step.
+    Before the step, singular values above max(1.5, sqrt((2 + theta)/(2 theta))) scale are clipped
+    to that value, because the step might raise kappa beyond it. So kappa never increases for
+    theta <= 4/7. A zero singular value remains zero.
 
     Args:
         strength: factor of the penalty, as for `ConditionPenalty`.
-        scale: what all singular values are to be, positive and finite.
+        scale: the target of all singular values, positive and finite.
 
     Raises:
-        ValueError: the strength is negative or not finite, the scale not positive and finite.
-        TypeError: the strength is neither a number nor a callable, or the scale no number.
+        ValueError: the strength is negative or not finite, or the scale is not positive and finite.
+        TypeError: the strength is neither a number nor a callable, or the scale is not a number.
 
     Example:
         >>> import torch, wellcond as wc
@@ -81,7 +81,7 @@ class OrthogonalityPenalty(Penalty):
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         E = self._deviation(S)
         norm = torch.linalg.vector_norm(E, dim=(-2, -1), dtype=widest_dtype(E.device))
-        # Of a finite weight NaN stands for the difference of two entries that overflow.
+        # For a finite weight, NaN is the difference of two entries that overflow.
         value = (self.scale**4 / 4 * norm.square()).nan_to_num(nan=math.inf, posinf=math.inf)
         return value.to(E.dtype), self._gradient(E)
 
@@ -94,8 +94,8 @@ class OrthogonalityPenalty(Penalty):
         return H - torch.eye(S.nu, dtype=H.dtype, device=H.device)
 
     def _gradient(self, E: Tensor) -> Gradient:
-        # What a sum within S E can be at most, with room for the strength. Where that overflows it
-        # may be inf - inf. Of NaN, as of an entry of E that is inf - inf, the comparison is False.
+        # A bound of the sums in S E, with room for the strength: a sum that overflows may be
+        # inf - inf. If E contains NaN, the comparison is False.
         largest = torch.linalg.vector_norm(E, torch.inf, dim=(-2, -1))
         size = self.scale**3 * E.shape[-1] * (largest + 1).sqrt() * largest
         known = size < _ROOM * torch.finfo(E.dtype).max
@@ -106,7 +106,7 @@ class OrthogonalityPenalty(Penalty):
         self, S: Operator, image: Image | None, eta: Tensor
     ) -> tuple[NewWeight, Tensor]:
         theta = (2 * eta * self.scale**2).clamp_max(1.0).expand(S.shape[:-2])
-        # Up to here s times what it becomes grows with s: kappa does not rise.
+        # Up to here s times its new value increases with s, so kappa does not rise.
         reach = (1 / theta.clamp_min(1e-12) + 0.5).sqrt().clamp_min(_REACH)
         scale = torch.full_like(theta, self.scale, device=S.device)
         new = isometry_step(S, theta, scale, reach).where(theta > 0)
@@ -115,33 +115,33 @@ class OrthogonalityPenalty(Penalty):
 
 @dataclass(frozen=True, kw_only=True)
 class IsometryStep(Rule):
-    """A step towards an isometry, S <- S + (theta/2) S (I - S^T S/scale^2), and no penalty.
+    """A step towards an isometry, S <- S + (theta/2) S (I - S^T S/scale^2), without a penalty.
 
-    It keeps weights near scale times an isometry while they train, whatever the learning rate is:
-    every singular value s, in units of the scale, becomes s (1 + (theta/2) (1 - s^2)). Two matrix
-    products, with the Gram matrix on the smaller side. Only for `attach`, by default after every
-    10th step of the optimizer as for penalties, and `proximal_step`, which takes one whatever `lr`
-    and `steps` are; `reg()` and `reg.add_gradients()` refuse it, and `reg.enforce()` passes it
-    over.
+    It keeps weights near scale times an isometry during training, independently of the learning
+    rate: every singular value s, in units of the scale, becomes s (1 + (theta/2) (1 - s^2)). A step
+    costs a Gram matrix on the smaller side and a matrix product. `attach` applies it after every
+    10th optimizer step by default, as for penalties. `proximal_step` performs one step, whatever
+    `lr` and `steps` are. `reg()` and `reg.add_gradients()` raise an error, and `reg.enforce()`
+    skips it.
 
-    Before a step singular values above 1.5 scale are clipped to that, not to the scale, which would
-    erase how the weight was initialised. In one step s comes closer to 1 if s (s + 1) < 4/theta,
-    and keeps its sign if s^2 < (2 + theta)/theta: below 1.5 both hold for theta <= 1, where kappa
-    does not rise for theta <= 4/7. The deviation from 1 shrinks by 1 - theta a step, and at theta =
-    1, the iteration of Newton and Schulz, it is squared. For all theta < 2 the steps converge
-    from near 1. A singular value 0 stays 0, but what rounding makes of it grows by 1 + theta/2 a
-    step.
+    Before a step, singular values above 1.5 scale are clipped to 1.5 scale. Clipping to the scale
+    itself would erase the initialisation. One step brings s closer to 1 if s (s + 1) < 4/theta, and
+    s keeps its sign if s^2 < (2 + theta)/theta. For s <= 1.5 both hold if theta <= 1, and kappa
+    does not increase if theta <= 4/7. Near 1, each step multiplies the deviation from 1 by
+    1 - theta; at theta = 1, the Newton-Schulz iteration, the deviation is squared. For all
+    theta < 2, the steps converge from values near 1. A singular value 0 remains 0, but a rounding
+    error in its place grows by a factor of 1 + theta/2 per step.
 
     Args:
         theta: the length of a step, between 0 and 2.
-        scale: what singular values are to be; sqrt 2 suits layers before a ReLU, 1 those before
-            tanh and linear ones. None: what a matrix has when the step is first taken,
-            ||S||_F/sqrt nu, which is then remembered in the state; it stays open while S = 0. The
-            weights with which torch makes a square `Linear` have 0.58, which is little.
+        scale: the target of the singular values. sqrt 2 suits layers before a ReLU; 1 suits linear
+            layers and layers before tanh. None takes ||S||_F/sqrt(nu) of each matrix at its first
+            step and stores it in the state; while S = 0 the scale remains undetermined. torch
+            initialises a square `Linear` with a scale of 0.58, which is small.
 
     Raises:
-        ValueError: theta is not between 0 and 2, the scale is not positive and finite.
-        TypeError: one of them is no number.
+        ValueError: theta is not between 0 and 2, or the scale is not positive and finite.
+        TypeError: theta or the scale is not a number.
 
     Example:
         >>> import torch, wellcond as wc
@@ -164,7 +164,7 @@ class IsometryStep(Rule):
         if not 0 < self.theta < 2:
             raise ValueError(
                 f"`theta` must be between 0 and 2, got {self.theta}. "
-                "Beyond, steps lead away from isometries."
+                "Steps of other lengths lead away from isometries."
             )
         if self.scale is not None:
             object.__setattr__(self, "scale", _valid_scale(self.scale))
@@ -173,7 +173,7 @@ class IsometryStep(Rule):
         return self
 
     def init(self, shape: torch.Size) -> RuleState:
-        """The scale of each matrix, 0 while it is not known."""
+        """The scale of each matrix, 0 while it is unknown."""
         scale = self.scale or 0.0
         return {"scale": torch.full(shape[:-2], scale, dtype=torch.float64, device="cpu")}
 
@@ -197,7 +197,7 @@ class IsometryStep(Rule):
         return Outcome(code.to(torch.int8))
 
     def _step_(self, weights: Sequence[tuple[SpectralOperator, Tensor]]) -> None:
-        """A step of finite weights, each with its scale: one number per matrix; 0: none."""
+        """Performs a step on finite weights with their scales, one per matrix; 0: no step."""
         with contextlib.ExitStack() as opened:
             near = [opened.enter_context(weight.spread()) for weight, _ in weights]
             parts = [one.own_part(scale) for one, (_, scale) in zip(near, weights, strict=True)]
@@ -211,11 +211,11 @@ class IsometryStep(Rule):
 
 
 def isometry_step(S: Operator, theta: Tensor, scale: Tensor, reach: Tensor) -> NewWeight:
-    """S + (theta/2) S (I - S^T S/scale^2) of S with singular values clipped at reach * scale.
+    """S + (theta/2) S (I - S^T S/scale^2), for S with singular values clipped to reach * scale.
 
-    All (...), one number per matrix. Where nothing is to be clipped, as a Cholesky factorisation of
-    reach^2 I - H tells, by products alone. Where kappa is above a million nothing is clipped lower
-    than to a millionth of sigma_1, and the rest in the steps to come.
+    theta, scale and reach are (...), one number per matrix. If a Cholesky factorisation of
+    reach^2 I - H shows that nothing must be clipped, matrix products suffice. If kappa is above
+    1e6, values are clipped to at least 1e-6 sigma_1, and further in later steps.
     """
     weight = cast(HasGram, S)
     H = weight.gram(unit=scale)
@@ -226,10 +226,10 @@ def isometry_step(S: Operator, theta: Tensor, scale: Tensor, reach: Tensor) -> N
         failed = torch.linalg.cholesky_ex(over_matrices(reach.square()) * identity - H).info
         return [((failed == 0).all() & torch.isfinite(H).all()).to(H.dtype)]
 
-    # Processes that hold it together take one branch: the other asks them for a Gram matrix.
+    # Processes that share a weight must agree: the other branch computes a Gram matrix together.
     if bool(weight.agree(is_below, H.new_empty(()))[0]):
         return NewWeight(Rescaled(1 + theta / 2, -over_matrices(theta / 2) * H))
-    # In float64: the product cancels what is clipped, and squares of 1e30 are finite.
+    # In float64, because the product cancels large parts, and squares of 1e30 are finite.
     H = weight.gram(widest_dtype(S.device), scale)
     theta, reach = theta.to(H.dtype), reach.to(H.dtype)
     finite = torch.isfinite(H).all(dim=-1).all(dim=-1)
@@ -240,7 +240,7 @@ def isometry_step(S: Operator, theta: Tensor, scale: Tensor, reach: Tensor) -> N
     share = (highest / torch.where(s > 0, s, 1.0)).clamp_max(1.0).where(s > 0, 1.0)
     kept = s.minimum(reach[..., None])
     factor = share * (1 + theta[..., None] / 2 * (1 - kept.square()))
-    # Not S plus what nearly cancels it, where all singular values are far too large.
+    # Not S plus a change, which nearly cancels S if all singular values are far too large.
     C = (V * factor[..., None, :]) @ V.mT
     return NewWeight(Rescaled(torch.zeros_like(theta), C)).where(finite)
 

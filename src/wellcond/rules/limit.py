@@ -1,4 +1,4 @@
-"""Hard limits: rules that a weight obeys after each application, and when these are due."""
+"""Hard limits: rules that a weight satisfies after each application, and when they are due."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from wellcond.rules.pace import Pace
 
 
 class Limit(Rule):
-    """A hard limit on a weight, to be subclassed for one of your own: `apply` is all it needs.
+    """The base class of hard limits on a weight. A subclass only needs to define `apply`.
 
-    It has neither a value nor a gradient. It is applied after steps of the optimizer, by
-    `Regularizer.attach`, or by hand, by `Regularizer.enforce`; the loss and the gradients know
-    nothing of it. It is due by the learning rates, see `Pace`; limits of singular values are
-    watched instead.
+    A limit has neither a value nor a gradient, so it changes neither the loss nor the gradients.
+    `Regularizer.attach` applies it after optimizer steps, and `Regularizer.enforce` applies it at
+    once. An attached limit is due when the sum of the learning rates is large enough (see `Pace`);
+    limits on singular values are watched instead.
 
     Example:
         >>> import torch, wellcond as wc
@@ -46,10 +46,10 @@ class Limit(Rule):
 
     @abc.abstractmethod
     def apply(self, S: Tensor) -> Tensor:
-        """A nearest weight that obeys as it is stored: finite, in the shape and dtype of S.
+        """A nearest weight that satisfies the limit as stored: finite, in the shape and dtype of S.
 
-        S is a copy. An exception, or an answer of another kind, leaves the weight as it was, and
-        one error names it after the limits of all other weights have been applied.
+        S is a copy. If `apply` raises an exception or returns anything else, the weight remains
+        unchanged. One error names all such weights after all other weights have been limited.
         """
 
     def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
@@ -59,13 +59,13 @@ class Limit(Rule):
         stored = cast(Dense, S).dense()
         if not bool(torch.isfinite(stored).all()):
             return Outcome.of(S, OutcomeStatus.not_finite)
-        # A copy: an `apply` that writes to S and then fails must leave the weight as it is.
+        # A copy, because an `apply` that writes to S and then fails must not change the weight.
         values = self.apply(stored.clone())
         if not _replaces(values, stored):
             raise ValueError(
                 f"`{type(self).__name__}.apply` must return a finite tensor of the shape "
                 f"{tuple(stored.shape)}, in {stored.dtype} on {stored.device}, got "
-                f"{_describe(values)}. The weight was left as it is."
+                f"{_describe(values)}. The weight is unchanged."
             )
         if torch.equal(values, stored):
             return Outcome.of(S, OutcomeStatus.unchanged)
@@ -90,7 +90,7 @@ class Limit(Rule):
             passed=passed,
         )
         if movement is not None:
-            if before.applications > 0:  # the first says how the weight was made, not how it moves
+            if before.applications > 0:  # the first shows the initial weight, not its movement
                 budget = pace.budget_after(float(movement.rate))
                 pace = replace(pace, interval=movement.steps, budget=budget)
             pace = replace(pace, applications=before.applications + 1)
@@ -104,19 +104,19 @@ class Limit(Rule):
         pace = self.pace(state)
         if not pace.known:
             return ""
-        text = "obeyed at the last application"
+        text = "within its limit at the last application"
         if not pace.passed:
             value = self.describe_excess(pace.excess, pace.condition_number)
-            text = f"before the last application {value}{pace.excess:.4g} times its limit"
-        return f"{text}; {pace.interval} steps after the one before" if pace.interval else text
+            text = f"before the last application: {value}{pace.excess:.4g} times its limit"
+        return f"{text}; {pace.interval} steps after the previous one" if pace.interval else text
 
     def describe_excess(self, excess: float, condition_number: float) -> str:
-        """The value that exceeded the limit by this factor, for people; "" if it is not known."""
+        """Describes for users the value that exceeded the limit by this factor; "" if unknown."""
         return ""
 
 
 def _replaces(values: object, S: Tensor) -> bool:
-    """Whether what the `apply` of a limit returned can be stored in place of S."""
+    """Whether the result of `apply` can be stored in place of S."""
     return (
         isinstance(values, Tensor)
         and (values.shape, values.dtype, values.device) == (S.shape, S.dtype, S.device)

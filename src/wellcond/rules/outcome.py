@@ -1,4 +1,4 @@
-"""What the application of a rule to weights has done, per matrix.
+"""The outcome of applying a rule to weights, per matrix.
 
 Letters: S (..., m, n) a weight or a stack of weights; kappa its condition number.
 """
@@ -20,19 +20,19 @@ from wellcond.operators.base import NewWeight, Operator
 
 
 class OutcomeStatus(enum.IntEnum):
-    """What became of one matrix; negative where the rule was not applied."""
+    """The outcome for one matrix; negative if the rule was not applied."""
 
     unattainable = -4
     not_converged = -3
     refused = -2
     not_finite = -1
     applied = 0
-    unchanged = 1  # it obeyed
-    shortened = 2  # the step was as long as the block of singular vectors reaches
+    unchanged = 1  # the limit was satisfied
+    shortened = 2  # the block of singular vectors permitted only a shorter step
 
 
 class Worst(NamedTuple):
-    """What became of a weight, of a stack of matrices that of the worst; numbers of the host."""
+    """The outcome for one weight: the worst over its matrices, in Python numbers."""
 
     status: OutcomeStatus
     excess: float
@@ -41,16 +41,17 @@ class Worst(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule has done to each of the matrices S (..., m, n).
+    """What a rule did to each of the matrices S (..., m, n).
 
     Attributes:
         status: an int8 code of `OutcomeStatus` per matrix, on the device of the weight.
-        new: what S is to become; None where the rule has stored it already.
-        excess: by what factor a limit was exceeded before, nan where that is not known; None: of
-            no matrix.
-        condition_number: kappa before, likewise.
-        moved: whether the matrix was changed; None: not known.
-        spectra: how every weight is decomposed now, None where that is not known; None: of none.
+        new: the new value of S; None if the rule has already stored it.
+        excess: the factor by which a limit was exceeded before, nan where unknown; None if unknown
+            for all matrices.
+        condition_number: kappa before, with nan and None as for `excess`.
+        moved: whether the matrix was changed; None if unknown.
+        spectra: the new decomposition of each weight, None where unknown; None if unknown for all
+            weights.
     """
 
     status: Tensor
@@ -62,7 +63,7 @@ class Outcome:
 
     @classmethod
     def of(cls, S: Operator, status: OutcomeStatus, new: NewWeight | None = None) -> Outcome:
-        """The same status for all matrices of S."""
+        """An outcome with the same status for all matrices of S."""
         codes = torch.full(S.shape[:-2], int(status), dtype=torch.int8, device=S.device)
         return cls(codes, new)
 
@@ -70,7 +71,7 @@ class Outcome:
         """Status, excess and kappa, as tensors of fixed shape and dtype on the CPU."""
         shape = self.status.shape
         excess, kappa = (
-            # A tensor for each: they may be written to.
+            # Two separate tensors, because the caller may write to them.
             torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
             if one is None
             else to_float64(one).cpu()
@@ -80,7 +81,7 @@ class Outcome:
 
 
 def worst_of(status: Tensor, excess: Tensor, condition_number: Tensor) -> Worst:
-    """Of the matrices of one weight the worst; reads from the device."""
+    """The worst outcome over the matrices of one weight; reads from the device."""
 
     def largest(x: Tensor) -> float:
         known = [number for number in x.flatten().tolist() if not math.isnan(number)]

@@ -1,7 +1,7 @@
-"""Penalties: rules with a value and a gradient, and perhaps a proximal step.
+"""Penalties: rules with a value and a gradient, and optionally a proximal step.
 
-Letters: S (..., m, n) the weight; sigma_1 its largest singular value, u_1 and v_1 its vectors; eta
-the length of a proximal step.
+Letters: S (..., m, n) the weight; sigma_1 its largest singular value, u_1 and v_1 the singular
+vectors of sigma_1; eta the length of a proximal step.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ Strength = float | Callable[[int], float]
 
 
 class Penalty(Rule):
-    """A penalty on a weight, to be subclassed for one of your own: `evaluate` is all it needs.
+    """The base class of penalties on a weight. A subclass only needs to define `evaluate`.
 
-    A subclass that also has a method `proximal_step(S, image, eta)` can be attached to an
-    optimizer; one without works in the loss and on the gradients. That method returns the
-    `NewWeight` after a proximal step of length eta, and one bool per matrix: whether the step fell
-    short of eta. Weights under equal penalties, which are of one class and have equal numbers and
-    the same objects as attributes, are evaluated as one stack, so that everything must work with
-    leading dimensions. A subclass with `needs = frozenset()` gets no image, and no product is made.
+    A subclass can be attached to an optimizer if it also defines `proximal_step(S, image, eta)`.
+    That method returns the `NewWeight` after a proximal step of length eta, and one bool per
+    matrix: whether the step was shorter than eta. Without it, the penalty works in the loss and on
+    the gradients. Two penalties are equal if they have the same class, equal numbers and strings as
+    attributes, and otherwise the same objects. Weights under equal penalties are evaluated as one
+    stack, so all methods must support leading dimensions. A subclass with `needs = frozenset()`
+    receives no image, which saves a product.
 
     Args:
-        strength: factor of value and gradient; a finite number that is not negative, or a callable
+        strength: factor of value and gradient; a finite, non-negative number, or a callable
             step -> number, where step counts applications (optimizer steps when attached).
 
     Raises:
         ValueError: the strength is negative or not finite.
-        TypeError: it is neither a number nor a callable.
+        TypeError: the strength is neither a number nor a callable.
 
     Example:
         A penalty 1/2 (sigma_1 - 1)_+^2, whose gradient is (sigma_1 - 1)_+ u_1 v_1^T:
@@ -72,7 +73,7 @@ class Penalty(Rule):
         return f"{type(self).__name__}({each})"
 
     def group_key(self) -> Hashable:
-        """Its class, its numbers and texts; everything else, as a tensor, by identity."""
+        """The class and the attributes: numbers and strings by value, others by identity."""
         return type(self), tuple((name, _key_of(value)) for name, value in vars(self).items())
 
     def __eq__(self, other: object) -> bool:
@@ -97,9 +98,9 @@ class Penalty(Rule):
     def evaluate(self, S: Operator, image: Image | None) -> tuple[Tensor, Gradient]:
         """The penalty at strength 1, one number per matrix, and its gradient with respect to S.
 
-        `image.top` is the leading Ritz triplet, `image.triplets` all that the block holds; the
-        image is None if the penalty does not need the subspace. Outside of autograd, in float32 or
-        wider.
+        `image.top` is the leading Ritz triplet, and `image.triplets` are all triplets of the block.
+        The image is None if the penalty does not need the subspace. The call runs outside autograd,
+        in float32 or wider.
         """
 
     def step(self, S: Operator, image: Image | None, eta: Tensor, state: RuleState) -> Outcome:
@@ -109,15 +110,17 @@ class Penalty(Rule):
 
 
 def check_answer(rule: Rule, S: Operator, gradient: Gradient, value: Tensor | None) -> None:
-    """Raises unless a rule has answered in the shapes that it must; nothing is read.
+    """Raises unless the answer of a rule has the required types and shapes; reads no entries.
 
-    `value` is None where only the gradient was asked for.
+    `value` is None if only the gradient was computed.
     """
     *stack, m, n = S.shape
     said = f"{type(rule).__name__}.evaluate must return"
     for found_one, kind in ((gradient, Gradient), (value, Tensor | None)):
         if not isinstance(found_one, kind):
-            raise TypeError(f"{said} (Tensor, Gradient), got a {type(found_one).__name__} in it.")
+            raise TypeError(
+                f"{said} a tuple (Tensor, Gradient), got one with a {type(found_one).__name__}."
+            )
     expected: list[tuple[int, ...]] = [(*stack, m, n)]
     if isinstance(gradient.form, LowRank):
         k = gradient.form.U.shape[-1]
@@ -130,12 +133,13 @@ def check_answer(rule: Rule, S: Operator, gradient: Gradient, value: Tensor | No
     if found != expected:
         raise ValueError(
             f"{said} a value and a gradient of shapes {expected} for a weight of shape "
-            f"{tuple(S.shape)}, got {found}. Leading dimensions are a stack: write sigma[..., 0]."
+            f"{tuple(S.shape)}, got {found}. Weights are stacked along leading dimensions, so "
+            "index from the end, as in sigma[..., 0]."
         )
 
 
 def _key_of(value: Any) -> Hashable:
-    """An attribute by which rules are compared; arrays are not compared by their entries."""
+    """A hashable key of an attribute; arrays are compared by identity, not by their entries."""
     if isinstance(value, tuple):
         return tuple(map(_key_of, value))
     return value if isinstance(value, numbers.Number | str) else id(value)
@@ -146,6 +150,6 @@ def _valid_strength(strength: Any, name: str = "`strength`") -> float:
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(
             f"{name} must be finite and not negative, got {number}. "
-            "To leave a weight out, give its pattern None instead of a penalty."
+            "To exclude a weight, map its pattern to None instead of a penalty."
         )
     return number

@@ -1,14 +1,14 @@
-"""Bounds of singular values, enforced on weights as they are stored.
+"""Bounds on singular values, enforced on weights as they are stored.
 
-One decomposition of the smaller Gram matrix says what must move (see `linalg.projection`), one
-update moves it, and what rounding to the dtype of the weight has left is measured in float64: where
-it is outside of the bounds, the margin below them grows by as much and the weight is found anew,
-from what it was. The precision goes by the weight as it is: float32 where it is well-conditioned
-already, as in training; float64; and where rounding of the Gram matrix hides the smallest singular
-values, an SVD.
+One decomposition of the smaller Gram matrix shows which singular values must move (see
+`linalg.projection`), and one update moves them. The result is rounded to the dtype of the weight
+and measured in float64. If it is outside the bounds, the margin grows by the excess, and the
+original weight is projected again. The precision depends on the weight: float32 if it is already
+well-conditioned, as in training; otherwise float64; and an SVD if rounding of the Gram matrix hides
+the smallest singular values.
 
 Letters: S (..., m, n) a weight; sigma its singular values, descending; kappa = sigma_1/sigma_nu; t
-the margin: the weight obeys bounds that are tighter by 1 + t before it is rounded.
+the margin: before rounding, the weight satisfies bounds that are tighter by 1 + t.
 """
 
 from __future__ import annotations
@@ -34,46 +34,46 @@ from wellcond.linalg.scaling import split_scale
 from wellcond.linalg.spectrum import Spectrum, combine_spectra, compute_spectrum, rank_tolerance
 from wellcond.operators.base import NewWeight, SpectralOperator
 
-# A limit must hold for whoever measures next: more than measuring with other threads changes.
+# A limit must also hold if it is measured with another number of threads, which changes less.
 _SLACK = 1e-8
 _ROUNDS = 8
-# What a projection in float32 misses kappa by, in u kappa^2: 1 to 5 for most spectra, up to 25
-# where all values but one are equal.
+# The error of kappa of a projection in float32, in units of u kappa^2: 1 to 5 for most spectra, up
+# to 25 if all values but one are equal.
 _NARROW_MISS = 10
-# Of a target inside of the limit a share of kappa may be missed: _NEAR u kappa^2 in float32.
+# The error of kappa, _NEAR u kappa^2 in float32, that is accepted at a target inside the limit.
 _NEAR, _NEAR_MISS = 10, 0.05
-_NEAR_WIDE = 5e4  # in float64 n u kappa^2 is to be below 1e-6
-# The share of a singular value that rounding of an update may miss it by.
+_NEAR_WIDE = 5e4  # demands n u kappa^2 < 1e-6 in float64
+# The accepted relative error of a singular value by rounding of an update.
 CANCELS = 1e-6
-# So many numbers of Gram matrices are worked on at once: 128 MB of float64.
+# The number of Gram matrix entries that are processed at once: 128 MB of float64.
 _TOGETHER = 1 << 24
 
 
 class Bounds(abc.ABC):
-    """What singular values must be."""
+    """Bounds on the singular values of a matrix."""
 
-    # Whether each singular value has bounds of its own, whatever the others are.
+    # Whether the bounds of each singular value are independent of the other values.
     is_separable: ClassVar[bool] = False
 
     @abc.abstractmethod
     def clip(self, sigma: Tensor, margin: Tensor, unit: float = 1.0) -> Tensor:
-        """The nearest to descending values (..., nu), in this unit, in bounds tighter by margin."""
+        """The values nearest to sigma (..., nu), in this unit, in bounds tighter by the margin."""
 
     @abc.abstractmethod
     def excess(self, largest: Tensor, smallest: Tensor, unit: float = 1.0) -> Tensor:
-        """By what factor the bounds are exceeded: at most 1 where they hold, nan if S = 0."""
+        """The factor by which the bounds are exceeded: at most 1 if they hold, nan if S = 0."""
 
     def matters(self, smallest: Tensor) -> Tensor:
-        """Down to where singular values must be seen, of a matrix with this smallest one."""
+        """The size down to which singular values must be resolved, given the smallest one."""
         return smallest
 
     @abc.abstractmethod
     def interval(self, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [low, high] that obey, of a matrix with this largest one."""
+        """The interval [low, high] of allowed values, given the largest singular value."""
 
 
 class Aim(Protocol):
-    """Bounds that are to hold until the next application, and so a target inside of them."""
+    """Bounds that must hold until the next application, and therefore a target inside them."""
 
     @property
     def bounds(self) -> Bounds: ...
@@ -82,17 +82,17 @@ class Aim(Protocol):
     def target(self) -> Bounds: ...
 
     def move(self, sigma: Tensor) -> Tensor:
-        """What descending singular values (..., nu) are to become, equal where they stay."""
+        """The new values of descending singular values (..., nu), equal for those that stay."""
 
     def survives(self, nu: int, u: float) -> bool:
         """Whether rounding to a dtype with unit roundoff u leaves the target within the bounds."""
 
 
 class Verdict(NamedTuple):
-    """What was measured of every matrix before, and the margin that it took; float64 (...).
+    """The measurements of every matrix before, and the margin that it needed; float64 (...).
 
-    The margin is inf where rounding to the dtype leaves no matrix near that obeys, and nan where
-    LAPACK does not converge: those matrices are as they were.
+    The margin is inf if no nearby matrix satisfies the bounds after rounding to the dtype, and nan
+    if LAPACK does not converge. Such matrices remain unchanged.
     """
 
     excess: Tensor
@@ -107,20 +107,22 @@ def project(
     gate: bool = False,
     condition_number: float = math.nan,
 ) -> list[Verdict]:
-    """Replaces every weight that does not obey by a nearest one that does, as it is stored.
+    """Replaces every weight outside the bounds by a nearest one that is within them as stored.
 
-    Matrices of a stack obey one by one; but the groups of a convolution are the blocks of one map,
-    and obey together. Where they are spread over processes, they obey one by one.
+    The bounds apply to each matrix of a stack separately. The groups of a convolution are blocks of
+    one map, so the bounds apply to them together. If the groups are spread over processes, the
+    bounds apply to each group separately.
 
     Args:
-        weights: of one shape and dtype, whole or sharded; what obeys stays bit for bit.
-        gate: ask first, by two Cholesky factorisations, whether they obey already; what is known of
-            such a weight is then nan.
-        condition_number: what it was before they were last enforced, if that is known: it tells
-            whether float32 will probably do.
+        weights: of one shape and dtype, complete or sharded; those within the bounds remain
+            unchanged bit for bit.
+        gate: first check by two Cholesky factorisations whether the weights are within the bounds.
+            The measurements of a weight that passes are nan.
+        condition_number: kappa before the last projection, if known; it predicts whether float32
+            suffices.
 
     Returns:
-        A verdict on every weight.
+        One verdict per weight.
     """
     if weights[0].is_one_map:
         return [_project_map(S, bounds) for S in weights]
@@ -151,12 +153,12 @@ def _project_chunk(
 
 
 class Approach(NamedTuple):
-    """What was done to one weight, of each of its matrices.
+    """What was done to one weight, per matrix.
 
     Attributes:
-        verdict: what was measured before; relative to the bounds, not to the target.
-        moved: whether it was projected.
-        spectrum: how it is decomposed now; None where that is not known.
+        verdict: the measurements before, relative to the bounds, not to the target.
+        moved: whether the matrix was projected.
+        spectrum: the new decomposition of the weight; None if unknown.
     """
 
     verdict: Verdict
@@ -165,10 +167,10 @@ class Approach(NamedTuple):
 
 
 def approach(weights: Sequence[SpectralOperator], aim: Aim) -> list[Approach]:
-    """Moves the weights to a target inside of their bounds, and does not measure them afterwards.
+    """Moves the weights to a target inside their bounds, without measuring them afterwards.
 
-    Because of that room a Gram matrix in float32 serves while a weight is well-conditioned. What
-    none resolves is left to `project`.
+    Because the target leaves room, a Gram matrix in float32 suffices for a well-conditioned weight.
+    `project` handles the weights that no Gram matrix resolves.
     """
     if weights[0].is_one_map and not aim.bounds.is_separable:
         maps = [_project_map(S, aim.target) for S in weights]
@@ -188,13 +190,13 @@ def _approach_chunk(weights: Sequence[SpectralOperator], aim: Aim) -> list[Appro
         if pair is not None:
             before, after = pair
             stays = torch.ones(chunk.shape, dtype=torch.float64, device=chunk.device)
-        else:  # the decomposition in float64 tells which obey, and how those are decomposed
+        else:  # decomposed in float64 to find the weights that stay
             after = chunk._decompose(chunk._gram(torch.float64))
             before = after.sigma
             same = (aim.move(before.flip(-1)).flip(-1) == before).all(-1)
             stays = (chunk._is_fine(after) & same).double()
         found = _report(spread, aim, before, after)
-        # Of a stack that is spread over processes each has decided on its own matrices.
+        # If a stack is spread over processes, each process has decided on its own matrices only.
         each = zip(spread, stays, strict=True)
         stay = [bool((S.all_of(one) > 0).all()) for S, one in each]
     left = [S for S, one in zip(weights, stay, strict=True) if not one]
@@ -210,7 +212,7 @@ def _approach_chunk(weights: Sequence[SpectralOperator], aim: Aim) -> list[Appro
 def _report(
     weights: Sequence[SpectralOperator], aim: Aim, before: Tensor, after: GramDecomposition
 ) -> list[Approach]:
-    """What is known of all of them, from their ascending singular values before."""
+    """The results for all weights, from their ascending singular values before."""
     largest, smallest = before[..., -1], before[..., 0]
     excess = aim.bounds.excess(largest, smallest)
     numbers = excess, largest / smallest, torch.zeros_like(excess)
@@ -219,7 +221,7 @@ def _report(
         Approach(
             Verdict(*(S.all_of(number[i]) for number in numbers)),
             S.all_of(moved[i].double()) > 0,
-            # In one dtype, whichever a process has decomposed its matrices in.
+            # In one dtype, because processes may decompose their matrices in different dtypes.
             GramDecomposition(S.all_of(after.sigma[i]), S.all_of(after.V[i].to(S.dtype))),
         )
         for i, S in enumerate(weights)
@@ -227,13 +229,13 @@ def _report(
 
 
 def _count_together(S: SpectralOperator) -> int:
-    """How many weights like this one are worked on at once."""
+    """The number of weights like this one that are processed at once."""
     *stack, m, n = S.shape
     return max(1, _TOGETHER // max(1, math.prod(stack) * min(m, n) ** 2))
 
 
 def _project_map(S: SpectralOperator, bounds: Bounds) -> Verdict:
-    """By an SVD: the groups of a convolution are small."""
+    """Projects one map by an SVD, because the groups of a convolution are small."""
     with S.spread() as whole:
         X, numbers = _try_svd(whole.S.clone(), bounds)
         if not torch.equal(X, whole.S):
@@ -242,7 +244,7 @@ def _project_map(S: SpectralOperator, bounds: Bounds) -> Verdict:
 
 
 class _Chunk:
-    """Weights whose Gram matrices are looked at as one batch."""
+    """Weights whose Gram matrices are processed as one batch."""
 
     def __init__(self, weights: Sequence[SpectralOperator], bounds: Bounds) -> None:
         self.weights, self.bounds = weights, bounds
@@ -251,7 +253,7 @@ class _Chunk:
         self.device = weights[0].device
 
     def project(self, gate: bool, narrow: bool) -> tuple[Verdict, Tensor]:
-        """The verdicts, and which matrices are done: of others the Gram matrix is too coarse."""
+        """The verdicts, and which matrices are done; the others need more than a Gram matrix."""
         unknown = torch.full(self.shape, math.nan, dtype=torch.float64, device=self.device)
         if gate:
             G = self._gram(torch.float64)
@@ -267,7 +269,7 @@ class _Chunk:
         return self._project(spectrum)
 
     def approach(self, aim: Aim) -> tuple[Tensor, GramDecomposition] | None:
-        """The singular values before, and the decomposition after; None if none resolves them."""
+        """The singular values before, and the decomposition after; None if both are unresolved."""
         if not aim.survives(self.weights[0].nu, self.u):
             return None
         for dtype in (torch.float32, torch.float64):
@@ -277,7 +279,7 @@ class _Chunk:
             sigma, u = spectrum.sigma, torch.finfo(dtype).eps / 2
             error = _NEAR * u if dtype == torch.float32 else _NEAR_WIDE * sigma.shape[-1] * u
             kappa = sigma[..., -1] / self.bounds.matters(sigma[..., 0])
-            # What exceeds its bound by far is nearly cancelled by an update.
+            # An update nearly cancels a weight that exceeds its bound by far.
             excess = self.bounds.excess(sigma[..., -1], sigma[..., 0])
             near = excess < CANCELS / torch.finfo(dtype).eps
             if bool((near & (error * kappa.square() < _NEAR_MISS)).all()):
@@ -293,9 +295,9 @@ class _Chunk:
         return sigma, GramDecomposition(target, spectrum.V)
 
     def _is_resolved(self, spectrum: GramDecomposition) -> Tensor:
-        """Whether the Gram matrix tells what to do: not for one that is on the bound."""
+        """Whether the Gram matrix decides the case; it does not for a matrix on the bound."""
         least, most = (self.bounds.excess(*spectrum.extremes(apart)) for apart in (-1, 1))
-        # What exceeds its bound by far is nearly cancelled by an update of S.
+        # An update of S nearly cancels a matrix that exceeds its bound by far.
         near = most < CANCELS / torch.finfo(spectrum.V.dtype).eps
         return self._is_fine(spectrum) & (((least > 1) & near) | (most <= 1))
 
@@ -318,7 +320,8 @@ class _Chunk:
         def store(margin: Tensor) -> None:
             nonlocal most
             target = torch.where(moved[..., None], self.bounds.clip(sigma, margin), sigma)
-            most = target[..., 0] * (1 + margin / 4)  # the larger part of it is for the smallest
+            # The larger part of the margin is for the smallest value.
+            most = target[..., 0] * (1 + margin / 4)
             V, d = spectrum.move(target.flip(-1))
             for i, S in enumerate(self.weights):
                 S.rescale_(V[i], d[i], originals[i], moved[i])
@@ -327,18 +330,17 @@ class _Chunk:
             G = self._gram(torch.float64)
             return self._agree(lambda: self._excess(G, most)).where(moved, 0.0)
 
-        # Of what rounding adds, the smallest singular value takes a share that grows with kappa.
+        # The effect of rounding on the smallest singular value grows with kappa.
         target = self.bounds.clip(sigma, margin)
         share = 4 + 0.02 * target[..., 0] / self.bounds.matters(target[..., -1])
         first = (self.u * share if self.u < 1e-6 else 0 * share).clamp_min(2 * _SLACK)
-        if spectrum.V.dtype == torch.float32:  # a margin beforehand saves a round
+        if spectrum.V.dtype == torch.float32:  # an initial margin saves a round
             u, ratio = torch.finfo(torch.float32).eps / 2, largest / self.bounds.matters(smallest)
             first = first.maximum((_NARROW_MISS * u * (ratio.square() + 1)).where(moved, 0.0))
         try:
             stored, margin = _store_with_margin(first, store, after, self.u)
-        except (
-            _NoMarginError
-        ):  # an SVD has the last word: it does not add to S what nearly cancels it
+        except _NoMarginError:
+            # The caller falls back to an SVD, which avoids the cancellation in S + S V D V^T.
             self._restore(originals, moved)
             return Verdict(excess, kappa, margin), done
         self._restore(originals, moved & ~stored)
@@ -355,7 +357,7 @@ class _Chunk:
 
     def _decompose(self, G: Tensor) -> GramDecomposition:
         def parts() -> tuple[Tensor, Tensor]:
-            # Of no use, or not found: NaN, which is never resolved.
+            # NaN, which is never resolved, marks values out of range or without a decomposition.
             fit = _is_in_range(G)[..., None]
             spectrum = decompose_gram(torch.where(fit[..., None], G, 0.0))
             if spectrum is None:
@@ -366,7 +368,7 @@ class _Chunk:
         return GramDecomposition(*self.weights[0].agree(parts, sigma, G))
 
     def _passes(self, G: Tensor) -> Tensor:
-        """Whether they obey as two Cholesky factorisations tell: 1 or 0."""
+        """1 if two Cholesky factorisations show that a matrix is within the bounds, else 0."""
         x = G.diagonal(dim1=-2, dim2=-1).clone()[..., None]
         for _ in range(30):
             x = G @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True))
@@ -374,9 +376,9 @@ class _Chunk:
         return (are_within_bounds(G, *self.bounds.interval(largest)) & _is_in_range(G)).double()
 
     def _excess(self, G: Tensor, largest: Tensor) -> Tensor:
-        """By what factor the stored matrices exceed the bounds: 0 if they do not, nan: unknown.
+        """The factor by which stored matrices exceed the bounds: 0 if they do not, nan if unknown.
 
-        With this singular value, or a little less, as their largest.
+        Their largest singular value is `largest` or slightly less.
         """
         holds = are_within_bounds(G, *self.bounds.interval(largest))
         if bool(holds.all()):
@@ -394,14 +396,14 @@ class _Chunk:
 
 
 def _is_in_range(G: Tensor) -> Tensor:
-    """Whether the squares of which a Gram matrix consists have neither overflowed nor vanished."""
+    """Whether the squares in a Gram matrix have neither overflowed nor vanished."""
     largest, tiny = G.abs().amax(dim=(-2, -1)), torch.finfo(G.dtype).tiny
     fit: Tensor = (largest > tiny**0.6) & (largest < tiny**-0.6)
     return fit
 
 
 def _project_by_svd(S: SpectralOperator, bounds: Bounds, done: Tensor, before: Verdict) -> Verdict:
-    """The matrices of a whole weight that are not done with, one by one, by an SVD in float64."""
+    """Projects the matrices of a complete weight that are not done, by one SVD each in float64."""
     verdict, values = [one.clone() for one in before], S.S.clone()
     for index in (~done).nonzero().tolist():
         at = tuple(index)
@@ -415,7 +417,7 @@ def _project_by_svd(S: SpectralOperator, bounds: Bounds, done: Tensor, before: V
 
 
 def _try_svd(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """`_nearest_stored`; margin nan: LAPACK fails. All processes must learn that, not one alone."""
+    """`_nearest_stored`; the margin is nan if LAPACK fails, so that all processes learn of it."""
     try:
         return _nearest_stored(S, bounds)
     except ValueError:
@@ -423,9 +425,9 @@ def _try_svd(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """A nearest matrix (m, n) that obeys as it is stored, and a verdict; margin inf: none.
+    """A nearest matrix (m, n) that is within the bounds as stored, and a verdict.
 
-    Or of (g, m, n) a nearest block-diagonal matrix.
+    The margin is inf if there is none. For (g, m, n), a nearest block-diagonal matrix.
     """
     unknown = torch.tensor([math.nan, math.nan, 0.0], dtype=torch.float64, device=S.device)
     if not bool(torch.isfinite(S).all()):
@@ -471,17 +473,18 @@ def _excess_of(spectrum: Spectrum, bounds: Bounds) -> Tensor:
 
 
 class _NoMarginError(Exception):
-    """No margin was enough."""
+    """No margin was large enough."""
 
 
 def _store_with_margin(
     margin: Tensor, store: Callable[[Tensor], None], excess: Callable[[], Tensor], u: float
 ) -> tuple[Tensor, Tensor]:
-    """Stores with growing margins until no bound is exceeded: where that could be told, and them.
+    """Stores with growing margins until no bound is exceeded.
 
-    The margin grows by what the stored matrix exceeds its bounds by, and a quarter more; then by
-    2, 8, 64, ... times that, as what rounding adds is drawn anew, or, where growth is rounded away,
-    stays the same. And by some of the unit roundoff u at which it is stored.
+    Returns for which matrices the result was measured, and the margins. The margin first grows by
+    1.25 times the excess of the stored matrix, then by 2, 8, 64, ... times that, because the effect
+    of rounding changes, or does not change if rounding removes the growth. It grows by at least u/4
+    times these factors, where u is the unit roundoff of the stored dtype.
     """
     for round in range(_ROUNDS):
         store(margin)

@@ -1,7 +1,7 @@
-"""Relatives of r that are told by the leading triplets: the stable rank and the spectral norm.
+"""Relatives of r that only need the leading triplets: the stable rank and the spectral norm.
 
 Letters: S (..., m, n) the weight; nu = min(m, n); sigma_1 >= ... >= sigma_nu its singular values,
-of which k are known; eta the length of a proximal step; tau the height at which it clips.
+of which k are known; eta the length of a proximal step; tau the value to which it clips them.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from wellcond.operators.subspace import Image
 from wellcond.rules.condition import clip_at, find_clip_height, limit_length
 from wellcond.rules.penalty import Penalty, Strength
 
-# A step clips no lower than this share of sigma_1: below, rounding of what is known of ||S||_F
-# would tell what the step rescales it by.
+# A step clips to at least this share of sigma_1. Below it, rounding errors of ||S||_F would
+# determine the factor by which the step rescales.
 _LOWEST = 0.01
 
 
 class StableRankPenalty(Penalty):
     """The condition-number regulariser relative to the scale: r/sigma_1^2 = (1 - srank/nu)/2.
 
-    srank = ||S||_F^2/sigma_1^2 is the stable rank, between 1 and nu. The penalty lies in [0, 1/2)
-    and is 0 exactly for kappa = 1. Unlike `ConditionPenalty` it is scale free: c S costs what S
-    does, and no weight can lower it by shrinking.
+    srank = ||S||_F^2/sigma_1^2 is the stable rank, between 1 and nu. The penalty is in [0, 1/2),
+    and it is 0 exactly for kappa = 1. Unlike `ConditionPenalty`, it is scale-invariant: c S has the
+    same penalty as S, so shrinking a weight does not lower it.
 
-    Where sigma_1 is simple the gradient is c S - c srank sigma_1 u_1 v_1^T with c = -1/(nu
-    sigma_1^2); it is 0 at S = 0. It is orthogonal to S and scales as 1/||S||_F: plain gradient
-    steps make S grow, and are weak on a large weight. The proximal step of `attach` has neither
-    fault: it is that of r, of length eta/sigma_1^2, and then back to the old ||S||_F. In float32
-    a weight whose sigma_1 is below 1e-19 or above 1e20/sqrt(nu) gets no gradient; in float64 one
-    below 1e-154 or above 1e160/sqrt(nu).
+    If sigma_1 is simple, the gradient is c S - c srank sigma_1 u_1 v_1^T with c = -1/(nu
+    sigma_1^2); it is 0 at S = 0. The gradient is orthogonal to S and scales as 1/||S||_F, so plain
+    gradient steps make S grow, and they are weak on a large weight. The proximal step of `attach`
+    avoids both problems: it performs the proximal step of r with length eta/sigma_1^2 and then
+    restores ||S||_F. A weight gets no gradient if sigma_1 is below 1e-19 or above 1e20/sqrt(nu) in
+    float32, or below 1e-154 or above 1e160/sqrt(nu) in float64.
 
     Args:
-        strength: factor of the penalty, as for `ConditionPenalty`. Its gradient is that of
-            `ConditionPenalty` with strength/sigma_1^2, but for its part along S.
+        strength: factor of the penalty, as for `ConditionPenalty`. The gradient equals that of
+            `ConditionPenalty` with strength/sigma_1^2, except for the component along S.
 
     Raises:
         ValueError: the strength is negative or not finite.
-        TypeError: it is neither a number nor a callable.
+        TypeError: the strength is neither a number nor a callable.
 
     Example:
         >>> import torch, wellcond as wc
@@ -67,7 +67,7 @@ class StableRankPenalty(Penalty):
         left, right, _ = image.top
         inverse = 1 / image.top.sigma[..., 0]
         c = -inverse / S.nu * inverse
-        # A subnormal c has few digits: what is left of them must cancel U V^T along S.
+        # A subnormal c has too few digits for c S to cancel U V^T along S.
         known = torch.isfinite(c) & (
             -c > 1e3 * torch.finfo(c.dtype).smallest_normal * torch.finfo(c.dtype).eps
         )
@@ -86,7 +86,7 @@ class StableRankPenalty(Penalty):
         sigma = ritz.sigma
         top = torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
         x = sigma / top
-        # Longer ones clip at the lowest height all the same.
+        # Longer steps also clip to the lowest value.
         wanted = (eta.to(x.dtype) / top[..., 0].square()).nan_to_num(nan=0.0).clamp_max(1e6)
         length, shortened = limit_length(x, S.nu, wanted)
         tau = find_clip_height(x, length).clamp_min(_LOWEST)
@@ -107,21 +107,22 @@ def _stable_rank(S: Operator, image: Image) -> Tensor:
 
 
 class SpectralNormPenalty(Penalty):
-    """Half the square of what the spectral norm is above a target: 1/2 (sigma_1 - target)_+^2.
+    """Half the squared excess of the spectral norm over a target: 1/2 (sigma_1 - target)_+^2.
 
-    A soft upper bound of sigma_1, for nets whose Lipschitz constant should stay bounded; where
-    it must hold take `SingularValueLimit(upper=target)`. It does not see small singular values:
-    kappa falls only as sigma_1 does. The gradient is (sigma_1 - target)_+ u_1 v_1^T where sigma_1
-    is simple; the proximal step clips the singular values at max_j (sum_{i<=j} sigma_i + eta
-    target)/(j + eta) if sigma_1 is above the target, else it changes nothing.
+    It is a soft upper bound on sigma_1, for networks whose Lipschitz constant should remain
+    bounded. For a bound that must hold, use `SingularValueLimit(upper=target)`. The penalty does
+    not act on small singular values, so kappa decreases only through sigma_1. If sigma_1 is simple,
+    the gradient is (sigma_1 - target)_+ u_1 v_1^T. If sigma_1 is above the target, the proximal
+    step clips the singular values to max_j (sum_{i<=j} sigma_i + eta target)/(j + eta); otherwise
+    it changes nothing.
 
     Args:
         strength: factor of the penalty, as for `ConditionPenalty`.
-        target: up to where sigma_1 costs nothing; a finite number that is not negative.
+        target: the value up to which sigma_1 is not penalised; a finite, non-negative number.
 
     Raises:
         ValueError: the strength or the target is negative or not finite.
-        TypeError: the strength is neither a number nor a callable, or the target no number.
+        TypeError: the strength is neither a number nor a callable, or the target is not a number.
 
     Example:
         >>> import torch, wellcond as wc

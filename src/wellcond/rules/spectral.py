@@ -1,4 +1,4 @@
-"""Hard limits of singular values and of their ratio."""
+"""Hard limits on singular values and on their ratio."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from wellcond.rules.outcome import Outcome, OutcomeStatus
 from wellcond.rules.project import Bounds, Verdict, approach, project
 from wellcond.rules.watch import LARGEST, Ends, EndsWatch, TopWatch, Watch
 
-_HEADROOM = 1.2  # of bounds of singular values
-_LEAST_HEADROOM = 1.05  # with less a projection is measured
-_CLUSTER = 1.5  # of kappa: below, blocks of singular vectors do not tell the ends of a spectrum
-# What rounding may add to kappa, as a share, for a weight not to be measured after a projection.
+_HEADROOM = 1.2  # for bounds on singular values
+_LEAST_HEADROOM = 1.05  # with less, each projection is measured
+_CLUSTER = 1.5  # below this kappa, blocks of singular vectors do not resolve the ends of a spectrum
+# If rounding may add more than this share to kappa, a weight is measured after a projection.
 _ROUNDING = 0.2
 
 
 def _describe(rule: Any) -> str:
-    """The call that makes this rule, without the defaults."""
+    """The call that creates this rule, without default values."""
     values = [(f.name, getattr(rule, f.name)) for f in fields(rule)]
     defaults = {f.name: f.default for f in fields(rule)}
     given = ", ".join(f"{name}={value!r}" for name, value in values if value != defaults[name])
@@ -45,7 +45,7 @@ def _describe(rule: Any) -> str:
 
 
 def _check_bounds(rule: SpectralLimit, *names: str) -> None:
-    """Makes the bounds of a rule numbers, and its headroom; raises unless they are usable."""
+    """Converts the bounds and the headroom of a rule to numbers; raises if they are invalid."""
     for name in names:
         if (bound := getattr(rule, name)) is None:
             continue
@@ -58,15 +58,15 @@ def _check_bounds(rule: SpectralLimit, *names: str) -> None:
     if not 1 <= headroom < math.inf:
         raise ValueError(
             f"`headroom` must be finite and at least 1, got {headroom}. It is the factor by which "
-            "a weight is projected further than to its limit, so that it may move until the next "
+            "a weight is projected inside its limit, so that it can move until the next "
             "application."
         )
 
 
 class SpectralLimit(Bounds, Limit):
-    """A hard limit of singular values, which is watched.
+    """A hard limit on singular values, which is watched.
 
-    Between two applications the weight may move from `target` to `trigger`, both inside of it.
+    Between two applications, a weight can move from `target` to `trigger`, both inside the limit.
     """
 
     needs = frozenset({Need.gram})
@@ -82,7 +82,7 @@ class SpectralLimit(Bounds, Limit):
 
     @abc.abstractmethod
     def watch(self, nu: int) -> Watch | str:
-        """How a weight with nu singular values is watched, or why it cannot be."""
+        """How to watch a weight with nu singular values, or why it cannot be watched."""
 
     @property
     def bounds(self) -> Bounds:
@@ -91,15 +91,15 @@ class SpectralLimit(Bounds, Limit):
     @property
     @abc.abstractmethod
     def target(self) -> SpectralLimit:
-        """To what a weight is projected that is about to exceed this limit."""
+        """The limit to which a weight is projected that exceeds `trigger`."""
 
     @property
     @abc.abstractmethod
     def trigger(self) -> SpectralLimit:
-        """What a weight exceeds then."""
+        """The limit that a weight exceeds when it is projected to `target`."""
 
     def move(self, sigma: Tensor) -> Tensor:
-        """What descending singular values (..., nu) become at an application between two looks."""
+        """The new values of descending singular values (..., nu) at a watched application."""
         largest, smallest = sigma[..., 0], sigma[..., -1]
         due = self.trigger.excess(largest, smallest) > 1
         clipped = self.target.clip(sigma, torch.zeros_like(largest))
@@ -113,12 +113,12 @@ class SpectralLimit(Bounds, Limit):
     @property
     @abc.abstractmethod
     def _room(self) -> float:
-        """By what factor the target is inside of the limit."""
+        """The factor by which the target is inside the limit."""
 
     @property
     @abc.abstractmethod
     def _spread(self) -> float:
-        """The largest kappa that the target permits, as far as rounding matters."""
+        """The largest kappa that the target permits, which determines the effect of rounding."""
 
     def apply(self, S: Tensor) -> Tensor:
         return _project_copy(S, self)[0]
@@ -152,13 +152,13 @@ class SpectralLimit(Bounds, Limit):
             return SVD_FAILED
         wider = "" if dtype == torch.float64 else ", or store the weight in a wider dtype"
         return (
-            f"no weight near it obeys {self!r} once it is rounded to "
+            f"no nearby weight satisfies {self!r} when rounded to "
             f"{str(dtype).removeprefix('torch.')}. Widen the limit{wider}."
         )
 
 
 def _outcome(weights: Sequence[SpectralOperator], verdicts: Sequence[Verdict]) -> Outcome:
-    """What has become of weights that are stored already."""
+    """The outcome for weights that are already stored."""
     status = [_status(S, verdict) for S, verdict in zip(weights, verdicts, strict=True)]
     if len(weights) == 1:
         ((excess, kappa, _),) = verdicts
@@ -168,10 +168,10 @@ def _outcome(weights: Sequence[SpectralOperator], verdicts: Sequence[Verdict]) -
 
 
 def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
-    """The codes of `OutcomeStatus` of a weight with this verdict."""
+    """The codes of `OutcomeStatus` for a weight with this verdict."""
     excess, _, margin = verdict
     unknown = torch.isnan(excess)
-    # Nothing is known of a matrix that is zero, that passed the gate, or that is not finite.
+    # The excess is unknown for a matrix that is zero, that passed the gate, or that is not finite.
     code = torch.where(unknown & (margin == 0), int(OutcomeStatus.unchanged), 0)
     code = torch.where(torch.isinf(margin), int(OutcomeStatus.unattainable), code)
     code = torch.where(torch.isnan(margin), int(OutcomeStatus.not_converged), code)
@@ -183,29 +183,31 @@ def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class ConditionLimit(SpectralLimit):
-    """The hard limit kappa <= K, and sigma_1 <= upper if that is given.
+    """The hard limit kappa <= K, and sigma_1 <= upper if `upper` is given.
 
-    `reg.enforce()` and `attach(optimizer, every=N)` replace a weight above it by a nearest one that
-    obeys (see `nearest`), as measured in float64 after rounding to the dtype of the weight.
-    `attach(optimizer)` watches it: when kappa passes 1 + 0.97 (K - 1) the weight is projected to
-    1 + (K - 1)/headroom, so that the limit holds after every step. Without `upper` it is scale
-    free: c S obeys if S does. A zero weight has no condition number and stays zero.
+    `reg.enforce()` and `attach(optimizer, every=N)` replace a weight that exceeds the limit by a
+    nearest one that satisfies it (see `nearest`), as measured in float64 after rounding to the
+    dtype of the weight. `attach(optimizer)` watches the weight by estimates of kappa: when the
+    estimate exceeds 1 + 0.97 (K - 1), the weight is projected to kappa = 1 + (K - 1)/headroom, so
+    that kappa is about K or less after every step. Without `upper`, the limit is scale-invariant:
+    c S satisfies it if S does. A zero weight has no condition number and remains zero.
 
-    A limit is no `Penalty`: it has neither a value nor a gradient, so `reg()` and
-    `reg.add_gradients()` refuse it.
+    A limit is not a `Penalty`: it has neither a value nor a gradient, so `reg()` and
+    `reg.add_gradients()` raise an error.
 
     Args:
         max_condition: K, at least 1.
         upper: bound of the largest singular value, positive; None for no bound. A watched weight is
-            projected to upper/1.2, or less far with less headroom, when it passes 0.97 upper.
-        headroom: how much further than to the limit a watched weight is projected, at least 1; a
-            larger one is needed more rarely. Below 1.05 each projection is measured in float64.
+            projected to upper/min(1.2, headroom) when sigma_1 exceeds 0.97 upper.
+        headroom: the factor by which a watched weight is projected inside the limit, at least 1. A
+            larger headroom makes projections rarer. Below 1.05, each projection is measured in
+            float64.
 
     Raises:
-        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1; when it is
-            applied, rounding to the dtype of a weight lifts its kappa above K whatever is done, as
-            in bfloat16 for K below 1.004 or so.
-        TypeError: one of them is not a number.
+        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1. When the limit is
+            applied: rounding to the dtype always raises kappa of a weight above K, as in bfloat16
+            for K below about 1.004.
+        TypeError: an argument is not a number.
 
     Example:
         >>> import torch, wellcond as wc
@@ -253,7 +255,7 @@ class ConditionLimit(SpectralLimit):
 
     def watch(self, nu: int) -> Watch | str:
         if self.max_condition < _CLUSTER and nu > EndsWatch.WIDTH:
-            return f"K is below {_CLUSTER}: the spectrum is one cluster"
+            return f"K is below {_CLUSTER}, so all singular values are close together"
         if nu > LARGEST:
             return f"it has more than {LARGEST} singular values"
         return EndsWatch(self._ends, self.trigger._ends, nu)
@@ -267,7 +269,7 @@ class ConditionLimit(SpectralLimit):
         clipped = clip(sigma, K)
         if self.upper is None:
             return clipped
-        # Among the intervals [t/K, t] a nearest one is that of kappa, or with t as large as may be.
+        # The best interval [t/K, t] is the one without `upper`, or has the largest allowed t.
         top = (self.upper / unit / (1 + margin))[..., None]
         return torch.where(clipped[..., :1] <= top, clipped, sigma.clamp(top / K[..., None], top))
 
@@ -281,10 +283,10 @@ class ConditionLimit(SpectralLimit):
 
     def describe_watch(self) -> str:
         at, to = self.trigger, self.target
-        text = f"projected to κ {to.max_condition:.4g} when it passes {at.max_condition:.4g}"
+        text = f"projected to κ {to.max_condition:.4g} when κ exceeds {at.max_condition:.4g}"
         if at.upper is None:
             return text
-        return f"{text}, or to σ₁ {to.upper:.4g} when that passes {at.upper:.4g}"
+        return f"{text}, or to σ₁ {to.upper:.4g} when σ₁ exceeds {at.upper:.4g}"
 
     def describe_excess(self, excess: float, condition_number: float) -> str:
         return "" if math.isnan(condition_number) else f"κ {condition_number:.4g}, "
@@ -292,38 +294,41 @@ class ConditionLimit(SpectralLimit):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SingularValueLimit(SpectralLimit):
-    """The hard limit lower <= sigma_nu and sigma_1 <= upper, either or both.
+    """The hard limits lower <= sigma_nu and sigma_1 <= upper, either or both.
 
-    For layers that are Lipschitz (upper), invertible (lower) or nearly isometric (both).
-    `reg.enforce()` and `attach(optimizer, every=N)` replace a weight outside by the nearest one in
-    the Frobenius norm, with its singular values clipped, as measured in float64 after rounding to
-    the dtype of the weight. Unlike `ConditionLimit` it fixes the scale.
+    Use them for layers that must be Lipschitz (upper), invertible (lower) or nearly isometric
+    (both). `reg.enforce()` and `attach(optimizer, every=N)` clip the singular values of a weight
+    outside the bounds, which gives the nearest weight in the Frobenius norm, as measured in float64
+    after rounding to the dtype of the weight. Unlike `ConditionLimit`, the bounds fix the scale.
 
-    `attach(optimizer)` watches it, so that it holds after every step. With `upper` only, a block of
-    16 leading singular vectors is refined and clipped at each step; where all of them are near the
-    bound, more values may be, and the weight is decomposed and projected to upper/headroom. With
-    `lower`, a weight is projected inside of both bounds, by headroom or, if they are close to each
-    other, (upper/lower)^(1/4), when it comes near one of them.
+    `attach(optimizer)` watches the weight by estimates, so that the bounds hold nearly exactly
+    after every step. With `upper` only, each step refines a block of 16 leading singular vectors
+    and clips their singular values. If all of them are near the bound, others may be near it too,
+    and the weight is decomposed and projected to upper/headroom. With `lower`, a weight that comes
+    near a bound is projected inside both bounds, by the smaller of headroom and
+    (upper/lower)^(1/4).
 
-    Under `lower` a zero weight becomes one with all singular values at `lower`; its vectors are
-    arbitrary, the same each time.
+    With `lower`, all singular values of a zero weight become `lower`. Its singular vectors are
+    arbitrary, but the same each time.
 
     Args:
         lower: bound of the smallest singular value, positive; None for no bound.
-        upper: bound of the largest, positive; None for no bound.
-        acting: whether the kernel of a convolution is limited as the convolution acts, on inputs of
-            every size, instead of as a matrix (out, in * taps), whose sigma_1 may be smaller by
-            the root of the number of taps. `reg.enforce()` certifies it, to 1 % for zero padding of
-            images, and reaches near, not nearest kernels; for other paddings the limit is loose.
-            An attached limit scales the kernel by an estimate after every step. Linear layers and
-            others are not affected. Not with `lower`, and not for sharded kernels.
-        headroom: how much further than to the limit a watched weight is projected, at least 1.
+        upper: bound of the largest singular value, positive; None for no bound.
+        acting: whether to limit a convolution as a linear operator, on inputs of every size,
+            instead of its kernel as a matrix (out, in * taps). sigma_1 of the matrix may be smaller
+            by a factor of up to the root of the number of taps. `reg.enforce()` certifies the
+            bound, which is tight to 1 % for zero padding of images and loose for other paddings; it
+            gives a nearby kernel, not the nearest one. An attached limit scales the kernel by an
+            estimate after every step. Other layers are limited as matrices. Not supported with
+            `lower` or for sharded kernels.
+        headroom: the factor by which a watched weight is projected inside the bounds, at least 1.
 
     Raises:
-        ValueError: neither is given; one is not positive and finite; lower > upper; headroom < 1;
-            acting with `lower`, or for a convolution of which it is not known how it acts; when it
-            is applied, rounding to the dtype leaves no such weight, as for lower = upper.
-        TypeError: a bound is not a number; acting is not a bool.
+        ValueError: neither bound is given; a bound is not positive and finite; lower > upper;
+            headroom < 1; `acting` with `lower`, or for a convolution whose linear operator is
+            unknown. When the limit is applied: no nearby weight is within the bounds after rounding
+            to the dtype, as for lower = upper.
+        TypeError: a bound or the headroom is not a number; acting is not a bool.
 
     Example:
         >>> import torch, wellcond as wc
@@ -347,8 +352,8 @@ class SingularValueLimit(SpectralLimit):
             raise TypeError(f"`acting` must be a bool, got {type(self.acting).__name__}.")
         if self.acting and self.lower is not None:
             raise ValueError(
-                f"`lower` must be None if `acting` is True, got {self.lower}: no bound is known of "
-                "the smallest singular value of a convolution. Use `upper` only."
+                f"`lower` must be None if `acting` is True, got {self.lower}. No lower bound is "
+                "known for the smallest singular value of a convolution. Use `upper` only."
             )
         _check_bounds(self, "lower", "upper")
         if not self._lower <= self._upper:
@@ -374,14 +379,14 @@ class SingularValueLimit(SpectralLimit):
         return ConvolutionLimit(self._upper, geometry, self.headroom, repr(self))
 
     def _inside(self, factor: float) -> SingularValueLimit:
-        """The limit with both bounds further inside by this factor."""
+        """The limit with both bounds moved inside by this factor."""
         lower = None if self.lower is None else self.lower * factor
         upper = None if self.upper is None else self.upper / factor
         return SingularValueLimit(lower=lower, upper=upper, headroom=1)
 
     @property
     def _room(self) -> float:
-        """The headroom at each bound: of two that are close to each other, less."""
+        """The headroom at each bound; less if two bounds are close to each other."""
         return (
             min(self.headroom, (self._upper / self._lower) ** 0.25) if self.lower else self.headroom
         )
@@ -397,7 +402,7 @@ class SingularValueLimit(SpectralLimit):
     def move(self, sigma: Tensor) -> Tensor:
         if self.lower is not None:
             return super().move(sigma)
-        # To the bound itself, as a block that is not saturated would clip it; else inside of it.
+        # To the bound itself, as a block does; inside the bound only if a block is saturated.
         near = (sigma > TopWatch.REACH * self._upper).sum(dim=-1, keepdim=True)
         saturated = (near >= TopWatch.WIDTH) & (sigma.shape[-1] > TopWatch.WIDTH)
         top = torch.where(saturated, 1 / self.headroom, 1.0).to(sigma) * self._upper
@@ -407,7 +412,7 @@ class SingularValueLimit(SpectralLimit):
         if self.lower is None:
             return TopWatch(self._upper, nu)
         if self._upper / self._lower < _CLUSTER and nu > EndsWatch.WIDTH:
-            return f"upper/lower is below {_CLUSTER}: the spectrum is one cluster"
+            return f"upper/lower is below {_CLUSTER}, so all singular values are close together"
         if nu > LARGEST:
             return f"it has more than {LARGEST} singular values"
         return EndsWatch(self._ends, self.trigger._ends, nu)
@@ -441,9 +446,9 @@ class SingularValueLimit(SpectralLimit):
         if self.lower is None:
             return f"σ₁ is clipped to {self._upper:.4g} after every step"
         at, to = self.trigger, self.target
-        parts = [f"σ_ν raised to {to._lower:.4g} when it falls below {at._lower:.4g}"]
+        parts = [f"σ_ν is raised to {to._lower:.4g} when it falls below {at._lower:.4g}"]
         if self.upper is not None:
-            parts.append(f"σ₁ cut to {to._upper:.4g} when it passes {at._upper:.4g}")
+            parts.append(f"σ₁ is lowered to {to._upper:.4g} when it exceeds {at._upper:.4g}")
         return ", ".join(parts)
 
     def describe_excess(self, excess: float, condition_number: float) -> str:
@@ -456,22 +461,22 @@ class SingularValueLimit(SpectralLimit):
 
 
 class LimitedMatrix(NamedTuple):
-    """A matrix with kappa <= K as measured in its dtype, and the margin below K that it took."""
+    """A matrix with kappa <= K as measured in its dtype, and the margin below K that it needed."""
 
     S: Tensor
-    before: float  # kappa of what was given
+    before: float  # kappa of the input
     after: float
     margin: float
 
 
 def limit_condition_number(S: Tensor, max_condition: float) -> LimitedMatrix:
-    """A matrix of the dtype of S with kappa <= K after rounding, nearest but for a small margin.
+    """A matrix in the dtype of S with kappa <= K after rounding, nearest up to a small margin.
 
-    S itself where it obeys. A zero matrix stays zero, with kappa nan.
+    Returns S itself if it satisfies the limit. A zero matrix remains zero, with kappa nan.
 
     Raises:
-        ValueError: rounding to the dtype lifts kappa above K whatever the margin, or LAPACK does
-            not converge.
+        ValueError: rounding to the dtype raises kappa above K with every margin, or LAPACK does not
+            converge.
     """
     before = compute_spectrum(S, extremes=True).condition_number
     if before <= max_condition or math.isnan(before):
@@ -482,7 +487,7 @@ def limit_condition_number(S: Tensor, max_condition: float) -> LimitedMatrix:
 
 
 def _project_copy(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Verdict]:
-    """A copy of S that obeys, and the verdict on S; ValueError if there is none."""
+    """A copy of S that satisfies the limit, and the verdict on S; ValueError if there is none."""
     weight = StoredMatrix(S.clone())
     (verdict,) = project([weight], limit)
     code = OutcomeStatus(int(_status(weight, verdict).min()))

@@ -1,4 +1,4 @@
-"""Tikhonov's penalty, the baseline of the paper."""
+"""Tikhonov regularisation, a baseline."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from wellcond.rules.penalty import Penalty
 class TikhonovPenalty(Penalty):
     """Tikhonov regularisation 1/2 ||S||_F^2, also known as L2 or weight decay.
 
-    Gradient S; proximal step S/(1 + eta). It shrinks all singular values and so does not lower the
-    condition number by itself; it stands here as the baseline of the paper.
+    The gradient is S, and the proximal step is S/(1 + eta). The penalty shrinks all singular values
+    by the same factor, so it does not lower the condition number by itself. It is the baseline of
+    arXiv 2410.00169.
 
     Args:
         strength: factor of the penalty, as for `ConditionPenalty`.
 
     Raises:
         ValueError: the strength is negative or not finite.
-        TypeError: it is neither a number nor a callable.
+        TypeError: the strength is neither a number nor a callable.
 
     Example:
         >>> import wellcond as wc

@@ -1,10 +1,10 @@
-"""A weight under a hard limit, watched: is the limit exceeded after this step of the optimizer?
+"""Watches of weights under a hard limit: does a weight exceed it after this optimizer step?
 
-Training moves a weight little between two steps, so blocks of singular vectors from the last look
-show at this one, after one to three skinny products, whether an end of the spectrum has passed its
-bound. Where it has, or where the blocks cannot tell, the weight is decomposed and projected, and
-that renews them. What a look finds are numbers on the device of the weight; the host judges them
-when they have arrived.
+Training moves a weight little between two steps. Therefore one to three skinny products with the
+blocks of singular vectors from the last check show whether an end of the spectrum has passed its
+bound. If it has, or if the blocks cannot decide, the weight is decomposed and projected, which
+renews the blocks. A check produces numbers on the device of the weight; the host judges them when
+they arrive.
 
 Letters: L (..., m, n), m >= n, the weight or its transpose, the longer side first; V (..., n, k) a
 block; sigma_1 >= ... >= sigma_n the singular values; kappa = sigma_1/sigma_n.
@@ -28,18 +28,18 @@ from wellcond.operators.stored import StoredMatrix
 from wellcond.rules.base import RuleState
 
 Product = Callable[[Tensor], Tensor]
-# Singular values of a weight both ends of which can be followed: all vectors are kept.
+# The most singular values of a weight that `EndsWatch` follows, because it stores all vectors.
 LARGEST = 4096
 
 
 class Reading(NamedTuple):
-    """What a look at some weights has found.
+    """The result of a check of some weights.
 
     Attributes:
-        numbers: for `Watch.judge`, (..., j) of each matrix.
-        sights: what is remembered of every weight from now on.
-        change: U, V such that every weight is to become L + U V^T at once; None: it stays.
-        scale: by which every matrix is to be multiplied at once; None: it stays.
+        numbers: the input of `Watch.judge`, (..., j) per matrix.
+        sights: the new state of every weight.
+        change: U, V such that every weight becomes L + U V^T at once; None: no change.
+        scale: factors by which all matrices are multiplied at once; None: no change.
     """
 
     numbers: Tensor
@@ -49,14 +49,14 @@ class Reading(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Weights of one kind that are to be looked at.
+    """Weights of one kind that are to be checked.
 
     Attributes:
-        watch: how they are watched.
-        S: the weights, a stack of them unless it is a single one.
-        memories: what is remembered of every one.
-        products: with the weights, that refine a block; more than one where they may have moved
-            far.
+        watch: how the weights are watched.
+        S: the weights: a stack, or a single one.
+        memories: the state of every weight.
+        products: the number of products with the weights that refine a block; more than one if the
+            weights may have moved far.
         from_right: whether the block that was refined last is on the short side.
     """
 
@@ -68,23 +68,23 @@ class Turn(NamedTuple):
 
 
 class Glance(NamedTuple):
-    """What the products of a look have found; `block` (..., m, k) is to be clipped to 1."""
+    """The products of a check; `block` (..., m, k) is to be clipped to 1."""
 
     tensors: tuple[Tensor, ...]
     block: Tensor | None = None
 
 
 class Judgement(NamedTuple):
-    """What the host concludes from the numbers of one weight; estimates.
+    """The conclusions of the host from the numbers of one weight; its values are estimates.
 
     Attributes:
-        due: whether it must be decomposed.
-        alert: whether it must be looked at again, and more closely, after the next step.
-        largest: sigma_1, of a stack the largest of all.
-        smallest: sigma_n, of a stack the smallest of all; nan if it was not looked at.
-        excess: by what factor the limit was exceeded; of a stack the worst.
-        blind: whether the blocks cannot tell.
-        unsure: whether it must be decomposed unless it is closely followed and moves steadily.
+        due: whether the weight must be decomposed.
+        alert: whether the weight must be checked again, more closely, after the next step.
+        largest: sigma_1; for a stack, the largest of all.
+        smallest: sigma_n; for a stack, the smallest of all; nan if it was not measured.
+        excess: the factor by which the limit was exceeded; for a stack, the worst.
+        blind: whether the blocks cannot decide.
+        unsure: whether the weight must be decomposed unless it is checked often and moves steadily.
     """
 
     due: bool
@@ -97,13 +97,14 @@ class Judgement(NamedTuple):
 
 
 class Watch(abc.ABC):
-    """How the weights under one limit are watched; it remembers nothing itself.
+    """How the weights under one limit are watched; the state of a weight is kept elsewhere.
 
     Attributes:
-        period: steps of the optimizer between two looks while nothing happens.
-        check: steps after which a weight near its limit is decomposed in any case; 0: never.
-        rest: steps at least between two applications, unless the watch is blind.
-        large: which of the tensors that it remembers are as large as a square weight.
+        period: optimizer steps between two checks while nothing happens.
+        check: optimizer steps after which a weight near its limit is decomposed in any case;
+            0: never.
+        rest: the minimum of optimizer steps between two applications, unless the watch is blind.
+        large: the keys of state tensors that are as large as a square weight.
     """
 
     period: ClassVar[int]
@@ -113,22 +114,22 @@ class Watch(abc.ABC):
 
     @abc.abstractmethod
     def init(self, S: Operator) -> RuleState:
-        """What is remembered of a weight, in its final shapes, before anything is known."""
+        """The initial state of a weight, in its final shapes."""
 
     @abc.abstractmethod
     def glance(self, turn: Turn) -> Glance:
-        """The first part of a look: products with the weights."""
+        """The first part of a check: products with the weights."""
 
     @abc.abstractmethod
     def read(self, turn: Turn, glance: Glance, clip: Clip | None) -> Reading:
-        """The second part; `clip` is that of the block of the glance."""
+        """The second part of a check; `clip` belongs to the block of the glance."""
 
     @abc.abstractmethod
     def blank(self, turn: Turn) -> Reading:
-        """What a look returns, in its shapes, for a process that receives the numbers."""
+        """A reading of the right shapes, for a process that receives the numbers."""
 
     def tensors(self, reading: Reading) -> list[Tensor]:
-        """All that a look has found, in an order of its own."""
+        """All tensors of a reading, in a fixed order."""
         small = [own for one in reading.sights for key, own in one.items() if key not in self.large]
         scale = () if reading.scale is None else (reading.scale,)
         return [reading.numbers, *(reading.change or ()), *scale, *small]
@@ -139,26 +140,27 @@ class Watch(abc.ABC):
 
     @abc.abstractmethod
     def renew(self, spectrum: GramDecomposition | None) -> RuleState | None:
-        """What is remembered of a weight that was just decomposed; None: that is not known."""
+        """The state of a weight that was just decomposed; None without a decomposition."""
 
 
 class TopWatch(Watch):
-    """An upper bound alone: a block of leading vectors is refined and clipped at every step.
+    """An upper bound only: every step refines and clips a block of leading vectors.
 
-    With orthonormal V the singular values of the part L V V^T of L are clipped to the bound, and
-    the left singular vectors U of L V are the block of the next step, of the other side: one
-    product, a small eigenvalue problem and an update of rank k. That holds as long as fewer than k
-    values are near the bound. A block all of which is near it is saturated: more values may be
-    above, and the weight is decomposed.
+    With orthonormal V, the singular values of the part L V V^T of L are clipped to the bound, and
+    the left singular vectors U of L V are the block of the next step, on the other side. This costs
+    one product, a small eigenvalue problem and an update of rank k. It suffices while fewer than k
+    values are near the bound. If all values of a block are near the bound, the block is saturated:
+    other values may be above the bound, and the weight is decomposed.
     """
 
     WIDTH = 16
-    REACH = 0.9  # of the bound: a block whose last value is above is saturated
-    CROWDED = 0.7  # of the bound: values outside of the block may come near it
-    SWIFT = 1.15  # times the bound: it moves so fast that the next look needs a second product
-    SURE = 1.25  # times the bound: what moves further, and not steadily, may have turned
-    FAR = 4.0  # times the bound: from there on an update of rank k would nearly cancel the weight
-    FLAT = 1e-2  # of the largest value: eigenvectors make smaller ones orthonormal enough
+    # REACH to FAR are in units of the bound.
+    REACH = 0.9  # a block whose smallest value is above is saturated
+    CROWDED = 0.7  # if the smallest value is above, values outside the block may be near the bound
+    SWIFT = 1.15  # a larger value moves so fast that the next check needs a second product
+    SURE = 1.25  # the vectors of a larger value may have turned, unless it moves steadily
+    FAR = 4.0  # an update of rank k nearly cancels a weight with a larger value
+    FLAT = 1e-2  # smallest over largest value; above, eigenvectors give an orthonormal basis
     period = 1
     check = 100
 
@@ -222,7 +224,7 @@ class TopWatch(Watch):
         due = blind or saturated or most >= self.FAR
         if blind:
             return Judgement(due, False, math.nan, math.nan, math.nan, blind)
-        # What the block sees is clipped by now.
+        # The values in the block are already clipped.
         excess = most if most >= self.FAR else min(most, 1.0)
         crowded = least > self.CROWDED and self.width < self.nu
         alert = crowded or most > self.SWIFT
@@ -238,17 +240,20 @@ class TopWatch(Watch):
 
 
 class Ends(NamedTuple):
-    """Bounds of both ends of a spectrum; the numbers of the host."""
+    """Bounds of both ends of a spectrum, in Python numbers."""
 
     max_condition: float = math.inf
     lower: float = 0.0
     upper: float = math.inf
 
     def excess(self, largest: float, smallest: float) -> float:
-        """By what factor they are exceeded, at most 1 where they hold; 0 for a zero matrix."""
+        """The factor by which the bounds are exceeded, at most 1 if they hold.
+
+        For a zero matrix it is inf with a lower bound, otherwise 0.
+        """
         if not largest > 0:
             return math.inf if self.lower else 0.0
-        # What is not bounded is not exceeded, and inf/inf would hide the others.
+        # An infinite bound is never exceeded, and inf/inf would hide the other ratios.
         condition_number = largest / smallest if smallest > 0 else math.inf
         ratio = condition_number / self.max_condition if self.max_condition < math.inf else 0.0
         below = self.lower / smallest if smallest > 0 else math.inf if self.lower else 0.0
@@ -258,15 +263,15 @@ class Ends(NamedTuple):
 class EndsWatch(Watch):
     """Both ends of the spectrum: a block at the top, a block at the bottom, a preconditioner.
 
-    The top is refined by a product with L L^T, the bottom by V - P (L^T L V - V theta) with theta =
-    V^T L^T L V and P = (L^T L)^(-1) of the weight as it was last decomposed. Whether P is one still
-    is measured at every look, on fixed vectors X: rho = ||P L^T L X - X||/||X||. A small matrix is
-    not followed, because its Gram matrix shows both ends.
+    The top block is refined by a product with L L^T, the bottom block by V - P (L^T L V - V theta)
+    with theta = V^T L^T L V, where P = (L^T L)^(-1) comes from the last decomposition. Every check
+    measures on fixed vectors X whether P is still a preconditioner: rho = ||P L^T L X - X||/||X||.
+    A small matrix needs no blocks, because its Gram matrix shows both ends.
     """
 
     WIDTH = 24
     BLIND = 1.0  # from this rho on, refinement of the bottom does not converge
-    OVERSHOT = 1.02  # times the limit: it rises fast
+    OVERSHOT = 1.02  # times the limit: a larger value rises fast
     PROBES = 4
     large = frozenset({"vectors"})
 
@@ -334,7 +339,7 @@ class EndsWatch(Watch):
         return Reading(unit.new_zeros(*unit.shape, 6), sights)
 
     def _precondition(self, memories: Sequence[RuleState], R: Tensor) -> Tensor:
-        """P R, from the eigenvectors: one weight after the other, because they are large."""
+        """P R from the eigenvectors, one weight after the other because these are large."""
         each = R.unbind() if len(memories) > 1 else (R,)
         solved = []
         for memory, own in zip(memories, each, strict=True):
@@ -369,13 +374,13 @@ class EndsWatch(Watch):
 
 @functools.cache
 def _probes(nu: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The vectors on which a preconditioner is measured; of a generator of their own."""
+    """The vectors on which a preconditioner is measured, from a separate generator."""
     source = torch.Generator("cpu").manual_seed(nu)
     return torch.randn(nu, count, generator=source, device="cpu").to(device, dtype)
 
 
 def look_at(turns: Sequence[Turn]) -> list[Reading]:
-    """Looks at weights; all that is done to small matrices is done once per device and dtype."""
+    """Checks weights; operations on small matrices run once per device and dtype."""
     glances = [turn.watch.glance(turn) for turn in turns]
     together: dict[object, list[int]] = {}
     for index, glance in enumerate(glances):
@@ -398,19 +403,19 @@ def _products(S: Operator) -> tuple[Product, Product]:
     """The products with L and with its transpose."""
     pair: tuple[Product, Product] = S.matmat, S.rmatmat
     if type(S) is StoredMatrix and S.S.dtype == S.dtype:  # with less overhead
-        # U^T S goes along the rows as they lie in memory: up to 1.4 times as fast as S^T U.
+        # U^T S reads the rows in the order of memory: up to 1.4 times as fast as S^T U.
         pair = S.S.matmul, lambda U: torch.matmul(U.mT, S.S).mT
     return pair if cast(HasGram, S).upright else pair[::-1]
 
 
 def _orthonormal(X: Tensor) -> Tensor:
-    # In the layout of a product, so that replicas round alike what follows.
+    # In the memory layout of a product, so that replicas round later results identically.
     basis: Tensor = torch.linalg.qr(X).Q.contiguous()
     return basis
 
 
 def _stack(memories: Sequence[RuleState], key: str) -> Tensor:
-    """What is remembered of all weights under this key; a single weight is no stack."""
+    """The state of all weights under this key; that of a single weight is not stacked."""
     if len(memories) == 1:
         return memories[0][key]
     return torch.stack([memory[key] for memory in memories])
