@@ -169,9 +169,9 @@ def test_one_collapsed_direction_is_named_with_its_repair() -> None:
     moved = wc.nearest(layer.weight.detach(), 1e4) - layer.weight.detach()
     distance = float(moved.norm() / layer.weight.detach().norm())
     found = re.fullmatch(
-        r"weight: one direction has collapsed: σ_min is 1e-7 of the next\. Train with "
-        r"`ConditionLimit\(1e4\)`, or `wellcond repair --max-condition 1e4`, which moves it by "
-        r"(\S+) of its norm \(symptoms.html#rank\)",
+        r"weight: one direction has collapsed: σ_min is 1e-7 times the next singular value\. "
+        r"Train with `ConditionLimit\(1e4\)`, or run `wellcond repair --max-condition 1e4`, which "
+        r"changes the weight by (\S+) of its norm \(symptoms.html#rank\)",
         line,
     )
     assert found is not None
@@ -180,7 +180,7 @@ def test_one_collapsed_direction_is_named_with_its_repair() -> None:
 
 def test_several_collapsed_directions_are_counted() -> None:
     (line,) = wc.audit(changed(60, 50, 1e-5, 1e-5, 1e-5)).unusual()
-    assert "3 directions have collapsed, to 1e-5 of the next" in line
+    assert "3 directions have collapsed, to at most 1e-5 times the next" in line
 
 
 def test_a_rank_below_full_is_said() -> None:
@@ -213,7 +213,7 @@ def test_flagged_weights_come_first_and_five_are_named() -> None:
     assert [f.label in report.flags for f in report.findings] == [True] * 8 + [False] * 28
     lines = report.unusual()
     assert lines[0].startswith("layers.11.o.weight")
-    assert lines[-1] == "and 3 more are flagged"
+    assert lines[-1] == "3 more weights are flagged"
     assert sum("unused class" in line for line in lines) == 1  # advice once per kind
     assert report.table().startswith(lines[0])
     kappas = [f.condition_number for f in report.sort("kappa").findings]

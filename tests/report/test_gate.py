@@ -87,7 +87,7 @@ def test_a_name_is_shown_as_it_is_and_does_nothing_more(tmp_path: Path, name: st
     lines = shown(text).split("\n")
     assert lines[0] == f"{Path(plain)}.pt: failed"
     assert f"1 of 1 matrices exceed 2: {plain} (inf)" in lines
-    assert f"1 tensor holds NaN or infinity: {plain}.bias (1 NaN of 1 entries)" in lines
+    assert f"1 tensor contains NaN or infinity: {plain}.bias (1 NaN of 1 entries)" in lines
     header = lines.index("weight")
     width = lines.index("grade") - header + 1
     assert lines[header + width] == plain
@@ -131,7 +131,7 @@ def test_an_audit_without_a_limit_neither_passes_nor_fails(tmp_path: Path) -> No
     assert verdict.exit_code == 0
     lines = shown(format_markdown([verdict])).split("\n")
     assert lines[0] == "x.pt: measured"
-    assert "warning: 1 tensor holds NaN or infinity: b (1 NaN of 1 entries)" in lines
+    assert "warning: 1 tensor contains NaN or infinity: b (1 NaN of 1 entries)" in lines
 
 
 def test_a_comparison_says_with_what(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_each_weight_that_breaks_a_rule_is_a_result(tmp_path: Path) -> None:
     found = [(r["ruleId"], name_of(r), r["message"]["text"]) for r in run["results"]]
     rest = [one for one in found if one[1] == "bad" or one[0] == "not-finite"]
     assert rest == [
-        ("not-finite", "lost", "x.pt: lost: it holds NaN or infinity: 4 NaN of 4 entries"),
+        ("not-finite", "lost", "x.pt: lost: contains NaN or infinity: 4 NaN of 4 entries"),
         ("max-condition", "bad", "x.pt: bad: κ is 100, the limit is 10"),
     ]
     assert {(rule, name) for rule, name, _ in found} - {(r, n) for r, n, _ in rest} == {

@@ -106,7 +106,7 @@ def test_reprs_are_one_line_and_print_is_the_table(state: dict[str, Any]) -> Non
     )
     for part in (sound.label, f"κ {sound.condition_number:.4g}", f"{sound.sigma_max:.4g}"):
         assert part in repr(sound)
-    assert "it holds NaN" in repr(next(f for f in report.findings if f.name == "4.weight"))
+    assert "contains NaN" in repr(next(f for f in report.findings if f.name == "4.weight"))
 
 
 def test_a_certificate_says_what_it_does_not_prove() -> None:

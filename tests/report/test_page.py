@@ -319,7 +319,7 @@ def test_of_many_weights_the_worst_are_open_and_the_others_folded_by_layer() -> 
         assert labels == sorted(labels, key=kappas.__getitem__, reverse=True)
         worst = f"{kappas[labels[0]]:.4g}"
         assert summary == f"model.layers.{layer}: {len(labels)} more, κ up to {worst}"
-    assert (last, rest) == ("No layer that repeats: 1 more, κ up to 50", ["head"])
+    assert (last, rest) == ("No repeated layer: 1 more, κ up to 50", ["head"])
     assert len(text) < 1.2e6
     hundred = Page(report(deep(9, *KINDS[:11])).to_html())
     assert len(hundred.opened) == 100
@@ -357,8 +357,8 @@ def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
     page = Page(found.to_html(max_condition=100.0))
     assert page.marked == ["flat.weight", f"{LONG}.weight"]
     assert (
-        f"2 of 3 exceed κ = 100, marked ▲: flat.weight, {LONG}.weight; "
-        "the line across the bars is that limit." in page.text
+        f"2 of 3 weights exceed κ = 100, marked ▲: flat.weight, {LONG}.weight; "
+        "the line across the bars marks this limit." in page.text
     )
     lines = [percent_of(node) for node in page.all("div[@class='limit']")]
     assert lines == pytest.approx([200 / 3] * 3, rel=1e-3)
@@ -366,10 +366,10 @@ def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
     assert "exceed" not in unlimited.text.split("Flags")[0]
     assert not unlimited.marked + unlimited.all("div[@class='limit']")
     endless = Page(found.to_html(max_condition=INF))
-    assert "1 of 3 exceed κ = inf, marked ▲: " in endless.text
+    assert "1 of 3 weights exceed κ = inf, marked ▲: " in endless.text
     assert not endless.all("div[@class='limit']")
     harmless = Page(report({"a": 2.0}).to_html(max_condition=3.0))
-    assert "0 of 1 exceed κ = 3; the line" in harmless.text
+    assert "0 of 1 weights exceed κ = 3; the line" in harmless.text
     assert not harmless.marked
 
 
@@ -379,7 +379,7 @@ def test_a_comparison_marks_each_side_that_exceeds_the_limit() -> None:
         {"a": 9.0, "b": 9.0, "c": 2.0, "d": 2.0},
     )
     page = Page(wc.compare(report(before), report(after)).to_html(max_condition=5.0))
-    assert "3 of 4 exceed κ = 5" in page.text
+    assert "3 of 4 weights exceed κ = 5" in page.text
     assert page.column("κ before") == {"a": "▲ 9", "b": "2", "c": "▲ 9", "d": "2"}
     assert page.column("κ after") == {"a": "▲ 9", "b": "▲ 9", "c": "2", "d": "2"}
 
@@ -413,7 +413,7 @@ def test_a_map_has_a_cell_for_every_weight_of_a_layer() -> None:
     page = Page(report(kappas).to_html())
     said = {label: title for label, (_, _, title) in page.map.items()}
     assert said == {name: f"κ = {kappa:.4g}" for name, kappa in kappas.items() if name != "head"}
-    assert "1 weight is in no layer that repeats, and only in the table." in page.text
+    assert "1 weight is in no repeated layer and only in the table." in page.text
 
 
 def test_colors_are_in_the_order_of_kappa() -> None:
@@ -462,11 +462,11 @@ def test_infinite_unknown_bounded_and_missing_cells_differ_from_large_ones(
     assert cells["h.2.a"] == ("s10", "▲" if limit else "")
     assert cells["h.3.c"] == ("s1", "≥")
     assert cells["h.0.b"] == ("s1", "")
-    for meaning in ("∞infinite", "?no κ: it is zero", "≥a lower bound of κ"):
+    for meaning in ("∞infinite", "?no κ: the weight is zero", "≥a lower bound of κ"):
         assert meaning in page.text
-    assert "there is none" not in page.text
+    assert "no weight" not in page.text
     page = Page(report(kappas).to_html(max_condition=limit))
-    assert "there is none" in page.text
+    assert "no weight" in page.text
     assert sum(not len(cell) for cell in page.all("table[@class='heat']/tbody//td")) == 1
 
 
@@ -483,8 +483,8 @@ def test_of_many_heads_the_worst_stands_for_its_layer() -> None:
         for i in range(3)
         for x in ("qk", "vo")
     }
-    assert all(title.endswith(", of 12") for _, _, title in page.map.values())
-    assert "Of several, where * stands for a number, the one that is the worst." in page.text
+    assert all(title.endswith(", worst of 12") for _, _, title in page.map.values())
+    assert "Where * replaces a number, a cell shows the worst weight." in page.text
     assert "attn:qk*" in page.text
     assert len(page.labels) == 72
 
@@ -519,7 +519,7 @@ def test_a_map_of_a_comparison_shows_the_movement() -> None:
     assert cells["h.2.a"] == ("s0", "")
     ticks = page.texts("div[@class='scale']//span")
     assert ticks == ["0", "1", "2", "3", "4", "5", "6"]
-    assert "A movement up to 2 is as from one training to another." in page.text
+    assert "Two trainings of a network usually differ by a movement of up to 2." in page.text
     assert cells["h.0.b"] == ("positive", "∞")
     assert cells["h.2.b"] == ("negative", "↓")
     assert cells["h.3.b"] == ("s0", "▲")
@@ -570,7 +570,7 @@ def test_curves_fall_from_one_to_the_last_singular_value() -> None:
 
 def test_what_is_no_matrix_is_one_line_that_unfolds() -> None:
     page = Page(wc.audit(model()).to_html())
-    assert page.texts("summary") == ["No matrices: 3 (vector)"]
+    assert page.texts("summary") == ["Not matrices: 3 (vector)"]
     folded = page.texts("details//dt")
     assert sorted(folded) == sorted(["flat.bias", "fine.bias", f"{LONG}.bias"])
     # An embedding is one that the report lacks.
@@ -582,7 +582,7 @@ def test_hundreds_that_are_skipped_are_a_line_too() -> None:
     skipped |= {f"e{i}": Skipped(Reason.empty, f"shape (0, {i})") for i in range(500)}
     skipped |= {f"q{i}": Skipped(Reason.packed, f"int{i}") for i in range(300)}
     page = Page(report({"a": 2.0}, skipped=skipped).to_html())
-    summaries = [f"300 {Reason.packed.value}", "No matrices: 1000 (vector), 500 (empty)"]
+    summaries = [f"300 {Reason.packed.value}", "Not matrices: 1000 (vector), 500 (empty)"]
     assert page.texts("summary") == summaries
     reasons = dict(zip(page.texts("details//dt"), page.texts("details//dd"), strict=True))
     assert reasons == {name: str(why) for name, why in skipped.items()}

@@ -69,7 +69,7 @@ def test_a_stored_quantile_has_its_level_below(quantity: str) -> None:
 
 
 def test_a_quantile_of_another_level_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"level must be one of .* but is 0\.42"):
+    with pytest.raises(ValueError, match=r"`level` must be one of .*, got 0\.42"):
         SQUARE.quantile("gain", 0.42)
 
 
