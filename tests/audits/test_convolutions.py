@@ -211,7 +211,7 @@ class Twice(nn.Module):
 def test_a_layer_that_acts_on_several_sizes_says_so() -> None:
     (found,) = wc.audit(Twice(), example=torch.zeros(1, 2, 8, 8)).findings
     assert found.shape == (128, 128)
-    assert found.detail.startswith("on inputs of 8x8, and not on those of 4x2 on which it acts too")
+    assert found.detail.startswith("on inputs of 8x8, but not of 4x2, on which it also acts")
 
 
 def test_the_bound_for_every_size_is_shown_beside_what_was_measured() -> None:
