@@ -261,7 +261,7 @@ def test_summary_counts_changes_above_one_percent() -> None:
         "Largest movement: 5.weight, σ_max 100 → 150 (1.5 times)",
         "In the 6 weights on both sides, κ rose in 2 (most in 5.weight, after/before 1.5), "
         "fell in 1 (most in 0.weight, after/before 0.98), moved by less than 1 % in 3; "
-        "the median of after/before is 1.002",
+        "the median ratio after/before is 1.002",
     ]
 
 

@@ -99,7 +99,7 @@ class Comparison(Report):
         line = f"In the {_count(len(both), 'weight')} on both sides, κ {', '.join(counts)}"
         if known:
             median = statistics.median(pair.ratio for pair in known)
-            line += f"; the median of after/before is {median:.4g}"
+            line += f"; the median ratio after/before is {median:.4g}"
         moved = next((pair for pair, _, _ in both if pair.moved), None)
         lines = [_describe_most(moved), line] if moved else [line]
         first, second = (
