@@ -484,8 +484,8 @@ def test_coverage_is_the_measured_share() -> None:
     coverage = wc.audit(model).coverage
     assert coverage.parameter_share == pytest.approx(100 / 210)
     assert str(coverage) == (
-        "1 of 2 matrices, 47.6 % of the parameters; 1 skipped: 1.weight (an embedding: its rows "
-        "are looked up, not multiplied); no matrices: 1 (vector)"
+        "1 of 2 matrices measured, 47.6 % of the parameters; 1 skipped: 1.weight (an embedding: "
+        "its rows are looked up, not multiplied); not matrices: 1 (vector)"
     )
 
 
@@ -590,10 +590,10 @@ def test_csv_has_one_line_per_finding(troubled: nn.Module, tmp_path: Path) -> No
 def test_table_shows_worst_weights_and_reasons(troubled: nn.Module) -> None:
     text = wc.audit(troubled).table(top=4)
     lines = text.splitlines()
-    assert lines[0].startswith("lost.weight: it holds NaN or infinity: 9 of 9 entries. ")
+    assert lines[0].startswith("lost.weight: contains NaN or infinity: 9 of 9 entries. ")
     assert ["weight", "shape", "dtype", "κ"] in [line.split()[:4] for line in lines]
     assert "... and 1 more" in text
-    assert "lost.weight: it holds NaN or infinity: 9 of 9 entries" in text
+    assert "lost.weight: contains NaN or infinity: 9 of 9 entries" in text
     assert "4 of 5 matrices" in lines[-1]
 
 

@@ -122,7 +122,8 @@ def test_parts_are_not_separate_weights(tmp_path: Path) -> None:
     skipped = report.coverage.skipped
     assert skipped.keys() == {"model.norm.weight"}
     assert (
-        str(report.coverage) == "8 of 8 matrices, 99.6 % of the parameters; no matrices: 1 (vector)"
+        str(report.coverage)
+        == "8 of 8 matrices measured, 99.6 % of the parameters; not matrices: 1 (vector)"
     )
     assert (
         sum(Checkpoint(path).sizes.values())
@@ -330,7 +331,7 @@ def test_subnormal_share_uses_float32(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"l.weight": codes, "l.weight_scale": torch.tensor(2.0**-134)}, path)
     report = wc.audit(path)
-    assert "of its entries are subnormal in float32" in str(report)
+    assert "of the entries are subnormal in float32" in str(report)
 
 
 @pytest.mark.parametrize("what", ["include", "exclude"])
@@ -365,7 +366,7 @@ def test_scales_of_skipped_codes_are_not_matrices(tmp_path: Path) -> None:
     text = str(coverage)
     assert text.startswith("1 of 7 matrices")
     assert "quantised, and cannot be dequantised here: the blocks of " in text
-    assert "no matrices: 1 (vector), 6 (scales)" in text or "6 (scales), 1 (vector)" in text
+    assert "not matrices: 1 (vector), 6 (scales)" in text or "6 (scales), 1 (vector)" in text
     size = sum(W.numel() for W in plain.values()) + 32
     assert coverage.parameter_share == pytest.approx(50 * 32 / size)
 
@@ -464,10 +465,10 @@ def test_repair_lists_weights_kept_as_codes(tmp_path: Path, capsys: Any) -> None
     assert lines[-2] == (
         "6 weights left as stored: model.layers.0.mlp.down_proj.weight, "
         "model.layers.0.mlp.gate_up_proj.weight, model.layers.0.self_attn.k_proj.weight and 3 more "
-        "(stored as codes). With --dequantise (dequantise=True) the copy has plain tensors in "
-        "their place, within the limit"
+        "(stored as codes). With --dequantise (dequantise=True), the copy contains plain tensors "
+        "within the limit instead"
     )
-    assert lines[-1] == "1 of 1 matrices changed, 0 left as they were; 1 other tensors copied"
+    assert lines[-1] == "1 of 1 matrices changed, 0 unchanged; 1 other tensors copied"
     assert (
         cli.main(["repair", str(path), str(tmp_path / "b"), "--max-condition", "3", "--json"]) == 0
     )

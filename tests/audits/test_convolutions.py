@@ -211,7 +211,7 @@ class Twice(nn.Module):
 def test_several_input_sizes_are_noted() -> None:
     (found,) = wc.audit(Twice(), example=torch.zeros(1, 2, 8, 8)).findings
     assert found.shape == (128, 128)
-    assert found.detail.startswith("on inputs of 8x8, and not on those of 4x2 on which it acts too")
+    assert found.detail.startswith("on inputs of 8x8, but not of 4x2, on which it also acts")
 
 
 def test_bound_for_any_size_is_shown() -> None:

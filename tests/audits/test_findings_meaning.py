@@ -91,12 +91,12 @@ def test_entries_are_compared_with_dtype_ranges() -> None:
     as_float16 = int(((S.half() == 0) & (S != 0)).sum()) / 6
     assert finding.float16_zero_share == pytest.approx(as_float16)
     (line,) = lines
-    assert "an entry of 7e+04 is infinite in float16" in line.replace("7e4", "7e+04")
-    assert "33 % of its entries would be zero in float16" in line
-    assert "17 % of its entries are subnormal in float32" in line
+    assert "the largest entry, 7e+04, overflows in float16" in line.replace("7e4", "7e+04")
+    assert "33 % of the entries underflow to zero in float16" in line
+    assert "17 % of the entries are subnormal in float32" in line
     (half, said) = one(linear(torch.full((2, 2), 1e-5).half() + torch.eye(2).half()))
     assert (half.subnormal_share, half.float16_zero_share) == (0.5, 0.0)
-    assert said[0].startswith("weight: 50 % of its entries are subnormal in float16. ")
+    assert said[0].startswith("weight: 50 % of the entries are subnormal in float16. ")
 
 
 def test_float16_bounds() -> None:
@@ -108,7 +108,7 @@ def test_float16_bounds() -> None:
     for largest, infinite in ((65504.0, False), (65520.0, True)):
         _, lines = one(linear(torch.eye(3) * largest))
         assert torch.tensor(largest).half().isinf() == infinite
-        assert any("infinite in float16" in line for line in lines) == infinite
+        assert any("overflows in float16" in line for line in lines) == infinite
 
 
 @pytest.mark.parametrize("S", [torch.zeros(3, 3), torch.full((3, 3), math.nan)])
@@ -226,7 +226,7 @@ def test_dominant_entry_is_named(entry: float) -> None:
         layer.weight[20, 4] = entry
     (finding,) = wc.audit(layer).findings
     assert finding.dominant_entry == (20, 4)
-    assert "at (20, 4), holds all of its norm" in lines(layer)
+    assert "at (20, 4), contributes more than 99.9 % of ‖S‖²" in lines(layer)
     assert "`repair" not in lines(layer)
     assert "collapsed" not in lines(layer)
 

@@ -82,7 +82,7 @@ def test_every_tensor_of_a_file_is_searched(tmp_path: Path, kind: str, name: str
         path = saved(tmp_path, kind, bad)
     report = wc.audit(path)
     assert report.not_finite == {name: NotFinite(1, 0, content[name].numel())}
-    assert f"1 tensor holds NaN or infinity: {name} (1 NaN of" in report.table()
+    assert f"1 tensor contains NaN or infinity: {name} (1 NaN of" in report.table()
     assert report.to_dict()["not_finite"][0]["name"] == name
     assert f"{name} (1 NaN of" in report.to_html().replace("<wbr>", "")
 
@@ -360,7 +360,7 @@ def test_every_gate_fails(sick: Path, sound: Path, capsys: pytest.CaptureFixture
         ["--min-coverage", "0.1"],
         ["--baseline", str(baseline)],
     ]
-    line = f"{sick}: 1 tensor holds NaN or infinity: norm.weight (1 infinite of 2 entries)"
+    line = f"{sick}: 1 tensor contains NaN or infinity: norm.weight (1 infinite of 2 entries)"
     for gate in gates:
         assert main(["audit", str(sound), *gate]) == 0
         assert capsys.readouterr().err == ""
@@ -376,7 +376,7 @@ def test_comparison_reports_the_later_side(
     gate = ["--max-condition", "10"]
     assert main(["audit", str(sick), "--compare", str(sound), *gate]) == 0
     out, err = capsys.readouterr()
-    assert f"In {sick.name}, 1 tensor holds NaN or infinity: norm.weight" in out
+    assert f"In {sick.name}, 1 tensor contains NaN or infinity: norm.weight" in out
     assert err == ""
     assert main(["audit", str(sound), "--compare", str(sick), *gate, "--json"]) == 1
     out, err = capsys.readouterr()
@@ -403,12 +403,12 @@ def test_repair_names_copied_nonfinite_tensors(
         wc.repair(path, fixed, 2.0)
     report = wc.repair(path, fixed, 2.0, exclude="v")
     assert report.not_finite == {"v": NotFinite(4, 0, 4), "norm.weight": NotFinite(0, 1, 2)}
-    assert "2 tensors hold NaN or infinity: " in report.table()
+    assert "2 tensors contain NaN or infinity: " in report.table()
     assert "v (4 NaN of 4 entries)" in report.table()
     assert {one["name"] for one in report.to_dict()["not_finite"]} == {"v", "norm.weight"}
     fixed.unlink()
     assert main(["repair", str(path), str(fixed), "--max-condition", "2", "--exclude", "v"]) == 0
-    assert "warning: copied: 2 tensors hold NaN or infinity" in capsys.readouterr().err
+    assert "warning: copied: 2 tensors contain NaN or infinity" in capsys.readouterr().err
 
 
 def test_nonfinite_factors_and_base_are_named(tmp_path: Path) -> None:

@@ -114,10 +114,13 @@ def test_audit_prints_table_and_coverage(
     assert main(["audit", str(checkpoint)]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0].startswith("bad: one entry, 1e+02 at (0, 0), holds all of its norm. ")
+    start = "bad: one entry, 1e+02 at (0, 0), contributes more than 99.9 % of ‖S‖². "
+    assert lines[0].startswith(start)
     assert lines[2].split()[:4] == ["bad", "2x2", "float32", "100"]
     assert lines[3].startswith("good")
-    assert lines[-1] == "2 of 2 matrices, 81.2 % of the parameters; no matrices: 1 (vector)"
+    assert (
+        lines[-1] == "2 of 2 matrices measured, 81.2 % of the parameters; not matrices: 1 (vector)"
+    )
     assert err == ""
 
 
@@ -130,7 +133,7 @@ def test_max_condition_sets_the_exit_code(
     assert ("1 of 2 matrices exceed 99: bad (100)" in err) == (code == 1)
 
 
-LONG = "; the largest that were left out: long (12 entries, not a matrix: a vector)\n"
+LONG = "; the largest skipped: long (12 entries, not a matrix: a vector)\n"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def test_low_coverage_names_the_largest_skipped_weights(
     err = capsys.readouterr().err
     found = re.findall(r"(\S+) \(([\d,]+) entries, quantised", err)
     assert found == [("b.weight", "1,800"), ("d.weight", "1,600"), ("c.weight", "1,400")]
-    assert "; the largest that were left out: b.weight" in err
+    assert "; the largest skipped: b.weight" in err
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_infinite_undefined_and_unknown_kappa_exceed_every_limit(
 ) -> None:
     torch.save({"fine": torch.eye(2), "worst": worst}, tmp_path / "x.pt")
     assert main(["audit", str(tmp_path / "x.pt"), "--max-condition", "inf"]) == 1
-    said = "exceed inf: worst" if worst[0, 0] == 1 else "exceed inf or have no κ: worst"
+    said = "exceed inf: worst" if worst[0, 0] == 1 else "exceed inf or have no known κ: worst"
     assert said in capsys.readouterr().err
 
 
@@ -277,7 +280,7 @@ def test_explain_describes_the_columns(
     explained = capsys.readouterr().out
     assert explained.startswith(plain + "\n")
     legend = explained.removeprefix(plain)
-    for words in ("stable rank  ", "where it stands among trained weights", '"estimated":'):
+    for words in ("stable rank  ", "the position among trained weights", '"estimated":'):
         assert words in legend
     assert main(["audit", str(checkpoint), "--explain", "--compare", str(moved)]) == 0
     assert "\nmovement  " in capsys.readouterr().out
@@ -319,7 +322,7 @@ def test_repaired_checkpoint_passes_the_failed_audit(
     fixed = checkpoint.with_name("fixed.pt")
     assert main(["audit", str(checkpoint), "--max-condition", "7"]) == 1
     assert main(["repair", str(checkpoint), str(fixed), "--max-condition", "7"]) == 0
-    assert "1 of 2 matrices changed, 1 left as they were" in capsys.readouterr().out
+    assert "1 of 2 matrices changed, 1 unchanged" in capsys.readouterr().out
     assert main(["audit", str(fixed), "--max-condition", "7"]) == 0
     capsys.readouterr()
     assert main(["audit", str(checkpoint), "--compare", str(fixed)]) == 0
@@ -349,7 +352,7 @@ def test_top_and_files_work_with_compare(
     out, err = capsys.readouterr()
     names = [line.split()[0] for line in out.splitlines()]
     assert names == ["weight", "new", "good", "...", "before:", "after:"]
-    assert "and 1 more with a smaller change" in out
+    assert "and 1 more with smaller movements" in out
     assert "exceed" not in err  # 100 is its earlier kappa
     rows = {row["weight"]: row for row in csv.DictReader(sheet.open())}
     assert list(rows) == ["new", "good", "bad"]
@@ -378,8 +381,8 @@ def test_compare_requires_a_common_name(
     assert main(["audit", str(checkpoint), "--compare", str(tmp_path / "other.pt")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "must share the name of a weight" in err
-    assert "has other" in err
+    assert "must contain a weight of the same name" in err
+    assert "contains other" in err
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
@@ -441,7 +444,8 @@ def test_several_checkpoints_are_audited_separately(
     out, err = capsys.readouterr()
     assert out == "\n".join(tables)
     assert (
-        err == "wellcond: warning: bad.pt: 1 tensor holds NaN or infinity: b (1 NaN of 1 entries)\n"
+        err
+        == "wellcond: warning: bad.pt: 1 tensor contains NaN or infinity: b (1 NaN of 1 entries)\n"
     )
     assert main(["audit", *several]) == 2
     out, err = capsys.readouterr()

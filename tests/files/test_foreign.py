@@ -161,7 +161,8 @@ def test_what_stands_beside_is_named_once(tmp_path: Path) -> None:
     (skipped,) = report.coverage.skipped.values()
     assert skipped.reason is Reason.objects
     assert skipped.detail.startswith("config (numpy._core.multiarray.scalar), p (pathlib.")
-    assert str(report.coverage).startswith("1 of 1 matrices, 100.0 % of the parameters; 1 skipped")
+    start = "1 of 1 matrices measured, 100.0 % of the parameters; 1 skipped"
+    assert str(report.coverage).startswith(start)
 
 
 def test_objects_that_hold_each_other_end(tmp_path: Path) -> None:

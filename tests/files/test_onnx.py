@@ -249,7 +249,7 @@ def test_names_of_an_export_are_not_those_of_a_checkpoint(
     tmp_path: Path, turned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = [DATA / "exported.onnx", DATA / "exported.safetensors"][:: -1 if turned else 1]
-    with pytest.raises(ValueError, match="is an exported graph, which may hold other values"):
+    with pytest.raises(ValueError, match=r"is an exported graph, and .* is not"):
         wc.compare(*pair)
     baseline = tmp_path / "baseline.json"
     baseline.write_text(wc.audit(pair[0]).to_json())

@@ -1,4 +1,4 @@
-"""sigma_1 of convolutions as they act: bounds and limits hold in dense twins of every size."""
+"""sigma_1 of convolutions as linear operators: bounds and limits hold for dense twins."""
 
 import math
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ ROUNDING = 1 + 1e-12
 
 
 def sigma_1(kernel: Tensor, geometry: Geometry) -> float:
-    """Of the map as a matrix, which test_convolution.py compares with a twin made tap by tap."""
+    """From the operator as a matrix, which test_convolution.py compares with a dense twin."""
     S = Convolution(kernel.detach().to(torch.float64), geometry).dense()
     return float(torch.linalg.matrix_norm(S, 2))
 
@@ -38,10 +38,10 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def adversarial(kernel: Tensor) -> dict[str, Tensor]:
-    """Kernels of this shape, each with the reason why it is hard."""
+    """Hard kernels of this shape, by the reason."""
     o, i, *k = kernel.shape
     corner, last, two = (torch.zeros_like(kernel) for _ in range(3))
-    corner[..., *(0 for _ in k)] = 1  # no border is like another
+    corner[..., *(0 for _ in k)] = 1  # all borders differ
     last[0, 0, *(-1 for _ in k)] = 1
     two[..., *(0 for _ in k)], two[..., *(-1 for _ in k)] = 1, 0.5  # sigma_nu is far below
     signs = 1 - 2 * (torch.stack(torch.meshgrid(*map(torch.arange, k), indexing="ij")).sum(0) % 2)
@@ -58,7 +58,7 @@ def adversarial(kernel: Tensor) -> dict[str, Tensor]:
 
 
 def smaller_and_larger(geometry: Geometry) -> Iterator[Geometry]:
-    """The same layer on other sizes, tiny and not square ones, as far as it takes them."""
+    """The same layer on other valid sizes, including tiny and non-square ones."""
     for change in (-5, -4, -2, 0, 1):
         size = tuple(n + change + axis for axis, n in enumerate(geometry.size))
         other = replace(geometry, size=size)
@@ -85,7 +85,7 @@ def case(name: str) -> tuple[Tensor, Geometry]:
 
 
 def every(number: int) -> list[str]:
-    """Of the cases each so many-th, and all that stand by themselves at the end."""
+    """Every `number`-th case, and all special cases at the end."""
     names = [*CASES]
     return [*names[:-7:number], *names[-7:]]
 
@@ -94,7 +94,7 @@ def every(number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", every(4))
-def test_no_input_of_any_size_exceeds_the_bound(name: str) -> None:
+def test_bound_holds_for_all_input_sizes(name: str) -> None:
     kernel, geometry = case(name)
     for hard in adversarial(kernel).values():
         bound = bound_norm(hard, geometry)
@@ -105,7 +105,7 @@ def test_no_input_of_any_size_exceeds_the_bound(name: str) -> None:
 
 @st.composite
 def layers(draw: Any) -> tuple[Tensor, Geometry]:
-    """Also with more padding than a kernel has use for, and strides that leave inputs out."""
+    """Includes more padding than the kernel uses, and strides that skip inputs."""
     axes = draw(st.integers(1, 2))
 
     def each(least: int, most: int) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ def layers(draw: Any) -> tuple[Tensor, Geometry]:
 
 @hypothesis.given(layers())
 @hypothesis.settings(max_examples=150, deadline=None)
-def test_no_layer_exceeds_its_bound_or_that_of_its_flattened_kernel(
+def test_bound_and_flattened_bound_hold(
     layer: tuple[Tensor, Geometry],
 ) -> None:
     kernel, geometry = layer
@@ -136,10 +136,8 @@ def test_no_layer_exceeds_its_bound_or_that_of_its_flattened_kernel(
 @pytest.mark.parametrize("taps", [(3,), (4, 3), (2, 3, 2)])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_the_bound_is_that_of_a_large_torus(
-    taps: tuple[int, ...], stride: int, dilation: int
-) -> None:
-    """But for 0.5 % per axis; and zero padding gives parts of it."""
+def test_bound_matches_large_torus(taps: tuple[int, ...], stride: int, dilation: int) -> None:
+    """Up to 0.5 % per axis; zero padding gives parts of the torus."""
     kernel = random(3, 2, *taps)
     steps, apart = [stride] * len(taps), [dilation] * len(taps)
     geometry = Geometry((), tuple(steps), tuple(apart), ((1, 1),) * len(taps))
@@ -148,22 +146,22 @@ def test_the_bound_is_that_of_a_large_torus(
         periodic_singular_values(kernel, steps, apart, [stride * points] * len(taps))[0]
     )
     degrees = [-(-k // (stride // math.gcd(stride, dilation))) - 1 for k in taps]
-    # How far the supremum may lie above the torus.
+    # The factor by which the supremum can exceed the torus.
     torus = math.prod(1 / math.cos(math.pi * h / (2 * points)) for h in degrees)
     bound = bound_norm(kernel, geometry)
     assert largest <= bound * ROUNDING
     assert bound <= largest * torus * 1.00484 ** len(taps)
 
 
-def test_zero_padding_reaches_the_bound_on_large_inputs() -> None:
+def test_zero_padding_attains_bound_on_large_inputs() -> None:
     kernel = random(2, 3, 3, 3)
     geometry = Geometry((16, 14), (1, 1), (1, 1), ((1, 1), (1, 1)))
     assert 0.96 * bound_norm(kernel, geometry) <= sigma_1(kernel, geometry)
 
 
 @pytest.mark.parametrize("h", [1, 2, 5])
-def test_the_bound_holds_between_the_points_of_its_grid(h: int) -> None:
-    """Taps 1 and exp(i t), h apart, are largest in the middle of two points: no slack is left."""
+def test_bound_holds_between_grid_points(h: int) -> None:
+    """Taps 1 and exp(i t), h apart, are largest between two points, where the bound is tight."""
     n = lattice.FINE * h
     angle = torch.tensor(math.pi * h / n, dtype=torch.float64)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).reshape(2, 2)
@@ -175,8 +173,8 @@ def test_the_bound_holds_between_the_points_of_its_grid(h: int) -> None:
     assert bound_norm(kernel, geometry) >= 2
 
 
-def test_circular_padding_exceeds_the_symbol_where_the_stride_does_not_divide_the_size() -> None:
-    """So the factor is needed, and named: sqrt(2) per axis of stride 2."""
+def test_circular_padding_factor_is_necessary() -> None:
+    """The factor is necessary: sqrt(2) per axis of stride 2."""
     kernel = random(2, 2, 3)
     geometry = Geometry((5,), (2,), (1,), ((1, 1),), "circular")
     factor = padding_factor(kernel.shape, geometry)
@@ -190,7 +188,7 @@ def test_circular_padding_exceeds_the_symbol_where_the_stride_does_not_divide_th
     assert padding_factor(kernel.shape, replace(geometry, stride=(1,))) == 1
 
 
-def test_equal_taps_reach_the_factor_of_the_flattened_kernel() -> None:
+def test_equal_taps_attain_flattening_factor() -> None:
     for stride, dilation, k in ((1, 1, (3, 3)), (2, 1, (4, 4)), (1, 2, (3,)), (2, 2, (3,))):
         kernel = torch.ones(1, 1, *k, dtype=torch.float64)
         geometry = Geometry((), (stride,) * len(k), (dilation,) * len(k), ((0, 0),) * len(k))
@@ -201,7 +199,7 @@ def test_equal_taps_reach_the_factor_of_the_flattened_kernel() -> None:
 
 
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 1e-45, 1e38])
-def test_the_bound_of_a_large_or_a_small_kernel_is_scaled(factor: float) -> None:
+def test_bound_scales_with_kernel(factor: float) -> None:
     kernel = random(4, 3, 3, 3, dtype=torch.float32)
     kernel = torch.sign(kernel) * factor
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
@@ -210,7 +208,7 @@ def test_the_bound_of_a_large_or_a_small_kernel_is_scaled(factor: float) -> None
     assert bound_norm(kernel, geometry) == pytest.approx(expected * unit, rel=1e-12)
 
 
-def test_the_bound_of_zero_is_zero_and_that_of_nan_is_nan() -> None:
+def test_bound_of_zero_and_nonfinite_kernels() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     assert bound_norm(torch.zeros(2, 3, 3, 3), geometry) == 0
     assert bound_norm(torch.zeros(2, 0, 3, 3), geometry) == 0
@@ -222,7 +220,7 @@ def test_the_bound_of_zero_is_zero_and_that_of_nan_is_nan() -> None:
 
 
 def check_limited(kernel: Tensor, geometry: Geometry, share: float) -> None:
-    """Limited to a share of its bound it obeys, stays as it is then, and is no further than it."""
+    """The limited kernel is within the limit, is stable, and is as near as the scaled one."""
     before = bound_norm(kernel, geometry)
     upper = share * before
     X = limit_norm(kernel, geometry, upper)
@@ -232,7 +230,7 @@ def check_limited(kernel: Tensor, geometry: Geometry, share: float) -> None:
         if runs(kernel, other):
             assert sigma_1(X, other) <= upper
     assert limit_norm(X, geometry, upper) is X
-    # The groups that exceed it, scaled one by one.
+    # Scale the groups that exceed the limit.
     rows = len(kernel) // geometry.groups
     one = replace(geometry, groups=1)
     scaled = torch.cat(
@@ -244,7 +242,7 @@ def check_limited(kernel: Tensor, geometry: Geometry, share: float) -> None:
 
 
 @pytest.mark.parametrize("name", every(5))
-def test_what_is_limited_obeys_in_every_dense_twin(name: str) -> None:
+def test_limited_kernel_within_limit_in_dense_twins(name: str) -> None:
     kernel, geometry = case(name)
     kernels = [*adversarial(kernel).values()]
     index = [*CASES].index(name)
@@ -253,7 +251,7 @@ def test_what_is_limited_obeys_in_every_dense_twin(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share", [0.03, 0.7, 0.9999])
-def test_it_obeys_as_it_is_stored(dtype: torch.dtype, share: float) -> None:
+def test_limit_holds_after_rounding_to_storage_dtype(dtype: torch.dtype, share: float) -> None:
     geometry = Geometry((5, 4), (1, 1), (1, 1), ((1, 1), (1, 1)), groups=2)
     kernel = random(4, 3, 3, 3).to(dtype)
     check_limited(kernel, geometry, share)
@@ -263,8 +261,8 @@ def test_it_obeys_as_it_is_stored(dtype: torch.dtype, share: float) -> None:
     assert torch.equal(X, limit_norm(kernel, geometry, 1.0))
 
 
-def test_clipping_is_nearer_than_scaling_and_close_to_the_nearest() -> None:
-    """The nearest kernel by Dykstra's projections, 400 of them, on a grid twice as fine."""
+def test_clipping_nearer_than_scaling() -> None:
+    """The reference is 400 of Dykstra's projections on a grid twice as fine."""
     geometry = Geometry((), (1,), (1,), ((1, 1),))
     kernel = random(6, 5, 3)
     for share, close in ((0.5, 1.05), (0.8, 1.1), (0.95, 1.3)):
@@ -290,7 +288,7 @@ def dykstra(kernel: Tensor, upper: float, turns: int = 400) -> Tensor:
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_a_kernel_that_sees_no_input_twice_is_clipped_exactly(stride: int) -> None:
+def test_disjoint_kernel_clipped_exactly(stride: int) -> None:
     kernel = random(5, 3, stride, stride)
     geometry = Geometry((), (stride,) * 2, (1, 1), ((0, 0), (0, 0)))
     U, sigma, Vh = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
@@ -300,7 +298,7 @@ def test_a_kernel_that_sees_no_input_twice_is_clipped_exactly(stride: int) -> No
     torch.testing.assert_close(X.flatten(1), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_groups_are_limited_one_by_one() -> None:
+def test_groups_limited_separately() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)), groups=3)
     kernel = (
         random(6, 2, 3, 3) * torch.tensor([1.0, 4.0, 0.1]).repeat_interleave(2)[:, None, None, None]
@@ -312,7 +310,7 @@ def test_groups_are_limited_one_by_one() -> None:
     assert bound_norm(X[2:4], replace(geometry, groups=1)) == pytest.approx(upper, rel=0.01)
 
 
-def test_a_transposed_layer_is_limited_like_its_adjoint() -> None:
+def test_transposed_layer_limited_like_adjoint() -> None:
     kernel = random(3, 4, 3, 3)
     geometry = Geometry((7, 8), (2, 2), (1, 1), ((1, 0), (1, 0)), transposed=True)
     X = limit_norm(kernel, geometry, 1.0)
@@ -325,7 +323,7 @@ def test_a_transposed_layer_is_limited_like_its_adjoint() -> None:
 
 
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 1e-42])
-def test_large_and_small_kernels_are_limited(factor: float) -> None:
+def test_large_and_small_kernels_limited(factor: float) -> None:
     geometry = Geometry((4, 5), (1, 1), (1, 1), ((1, 1), (1, 1)))
     kernel = random(4, 3, 3, 3, dtype=torch.float32) * factor
     check_limited(kernel, geometry, 0.5)
@@ -333,7 +331,7 @@ def test_large_and_small_kernels_are_limited(factor: float) -> None:
         check_limited(kernel, geometry, 1e-30)
 
 
-def test_a_kernel_that_is_zero_or_not_finite_or_obeys_is_the_same_tensor() -> None:
+def test_unchanged_kernel_returned_as_same_tensor() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     for kernel in (
         torch.zeros(2, 3, 3, 3),
@@ -348,7 +346,7 @@ def test_a_kernel_that_is_zero_or_not_finite_or_obeys_is_the_same_tensor() -> No
 
 
 def warm(kernel: Tensor, geometry: Geometry) -> tuple[NormEstimator, Tensor, Tensor]:
-    """An estimator, the estimate after 40 steps on this kernel, and the state then."""
+    """An estimator, its estimate after 40 steps on this kernel, and its state."""
     estimator = NormEstimator(kernel, geometry)
     X = estimator.start(torch.Generator().manual_seed(0))
     assert X.shape == estimator.shape
@@ -358,8 +356,8 @@ def warm(kernel: Tensor, geometry: Geometry) -> tuple[NormEstimator, Tensor, Ten
 
 
 @pytest.mark.parametrize("name", every(7))
-def test_a_warm_estimate_lies_closely_below_the_bound(name: str) -> None:
-    """Below by the slack of the grid twice, 0.5 % per axis, and by what power iteration leaves."""
+def test_warm_estimate_slightly_below_bound(name: str) -> None:
+    """The gap is twice the slack of the grid, 0.5 % per axis, and the error of power iteration."""
     kernel, geometry = case(name)
     for hard in adversarial(kernel).values():
         _, estimate, _ = warm(hard, geometry)
@@ -367,7 +365,7 @@ def test_a_warm_estimate_lies_closely_below_the_bound(name: str) -> None:
         assert 0.97 * bound <= float(estimate.max()) <= bound
 
 
-def test_no_step_makes_the_estimate_of_a_fixed_kernel_smaller() -> None:
+def test_estimate_never_decreases_for_fixed_kernel() -> None:
     geometry = Geometry((), (2, 1), (1, 1), ((1, 1), (1, 1)), groups=2)
     kernel = random(6, 5, 4, 3)
     estimator = NormEstimator(kernel, geometry)
@@ -381,7 +379,7 @@ def test_no_step_makes_the_estimate_of_a_fixed_kernel_smaller() -> None:
         assert float(value) <= bound_norm(group, replace(geometry, groups=1))
 
 
-def test_an_estimate_is_scaled_and_ignores_what_is_not_finite() -> None:
+def test_estimate_scales_and_ignores_nonfinite_kernels() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     kernel = random(4, 3, 3, 3, dtype=torch.float32)
     estimator, estimate, X = warm(kernel, geometry)
@@ -396,8 +394,8 @@ def test_an_estimate_is_scaled_and_ignores_what_is_not_finite() -> None:
     assert torch.equal(kept, X)
 
 
-def test_an_estimate_follows_a_kernel_that_moves() -> None:
-    """One step of estimation per step of a random walk of 1 % of the norm."""
+def test_estimate_follows_moving_kernel() -> None:
+    """One estimation step per step of a random walk of 1 % of the norm."""
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     kernel = random(12, 8, 3, 3, dtype=torch.float32)
     estimator, _, X = warm(kernel, geometry)
@@ -409,7 +407,7 @@ def test_an_estimate_follows_a_kernel_that_moves() -> None:
             assert float(estimate) >= 0.97 * bound_norm(kernel, geometry)
 
 
-def test_half_precision_is_estimated_in_float32() -> None:
+def test_half_precision_estimated_in_float32() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     kernel = random(4, 3, 3, 3).to(torch.bfloat16)
     _, estimate, X = warm(kernel, geometry)
@@ -417,7 +415,7 @@ def test_half_precision_is_estimated_in_float32() -> None:
     assert torch.equal(estimate, warm(kernel.float(), geometry)[1])
 
 
-def test_kernels_of_one_shape_are_estimated_as_groups() -> None:
+def test_kernels_of_equal_shape_estimated_as_groups() -> None:
     geometry = Geometry((), (2,), (1,), ((1, 1),), groups=2)
     kernels = [random(4, 3, 5, seed=seed) for seed in range(3)]
     apart = torch.cat([warm(kernel, geometry)[1] for kernel in kernels])
@@ -425,7 +423,7 @@ def test_kernels_of_one_shape_are_estimated_as_groups() -> None:
     torch.testing.assert_close(together, apart, rtol=5e-3, atol=0)  # from other starts
 
 
-def test_an_estimate_reads_nothing_back() -> None:
+def test_estimate_does_not_synchronise() -> None:
     geometry = Geometry((), (1, 1), (1, 1), ((1, 1), (1, 1)))
     with accelerator() as device:
         kernel = torch.empty(4, 3, 3, 3, device=device)

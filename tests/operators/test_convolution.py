@@ -1,4 +1,4 @@
-"""A convolution as an operator does what its dense twin does, which is made tap by tap."""
+"""A convolution as an operator equals its dense twin, which is built tap by tap."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def made(name: str) -> Convolution:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_convolution_equals_its_dense_twin(name: str) -> None:
+def test_convolution_equals_dense_twin(name: str) -> None:
     S = made(name)
     twin = dense(S.kernel, S.geometry)
     assert S.shape == twin.shape
@@ -29,7 +29,7 @@ def test_a_convolution_equals_its_dense_twin(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_operator_is_what_the_layer_does(name: str) -> None:
+def test_operator_equals_layer(name: str) -> None:
     layer, size = CASES[name]
     S = made(name)
     if layer.transposed:
@@ -48,7 +48,7 @@ def test_groups_are_blocks() -> None:
     torch.testing.assert_close(S.dense(), blocks)
 
 
-def test_padding_nothing_is_padding_zeros() -> None:
+def test_geometry_without_padding_has_mode_zeros() -> None:
     layer = nn.Conv2d(2, 3, 3, padding_mode="circular")
     assert Geometry.of(layer, (5, 5)).mode == "zeros"
     assert str(Geometry.of(layer, (5, 7))) == "inputs of 5x7"

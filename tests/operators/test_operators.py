@@ -1,4 +1,4 @@
-"""Every operator does what its dense float64 twin does, in every dtype and layout."""
+"""Every operator equals its dense float64 twin, in every dtype and layout."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ RESTING = [
 
 
 def given(name: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """The parameters of a case in another dtype, gaps and orders of memory kept."""
+    """The parameters of a case in another dtype, with the same gaps and memory order."""
     parameters = OPERATORS[name].parameters()
     for index, one in enumerate(parameters):
         room = torch.zeros(one.untyped_storage().size() // 8, dtype=dtype)
@@ -48,7 +48,7 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_products_and_norms_equal_those_of_the_dense_twin(name: str, dtype: torch.dtype) -> None:
+def test_products_and_norms_equal_dense_twin(name: str, dtype: torch.dtype) -> None:
     if dtype in DTYPES[2:] and "product" in name:
         pytest.skip("a product of the registry works in the dtype of its factors")
     parameters = given(name, dtype)
@@ -56,7 +56,7 @@ def test_products_and_norms_equal_those_of_the_dense_twin(name: str, dtype: torc
     assert S.shape == twin.shape
     assert S.nu == min(twin.shape[-2:])
     _, U, V = factors(S.shape, 3, S.dtype)
-    # The matrix is exact in the working dtype; what is left is the rounding of the products.
+    # The matrix is exact in the working dtype; only the products are rounded.
     close = tolerance(S.dtype)
     torch.testing.assert_close(S.matmat(V).double(), twin @ V.double(), **close)
     torch.testing.assert_close(S.rmatmat(U).double(), twin.mT @ U.double(), **close)
@@ -73,10 +73,10 @@ def test_products_and_norms_equal_those_of_the_dense_twin(name: str, dtype: torc
 @pytest.mark.parametrize("columns", [0, 1, 3, None], ids=lambda k: f"{k} columns")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", STORED)
-def test_an_update_reaches_the_parameter_and_nothing_else(
+def test_update_changes_only_the_viewed_entries(
     name: str, dtype: torch.dtype, columns: int | None
 ) -> None:
-    """Also where the view had to copy: what is written to a kernel with gaps is not lost."""
+    """This includes views that are copies, such as those of kernels with gaps."""
     (parameter,) = given(name, dtype)
     S, before = OPERATORS[name].operator([parameter]), parameter.clone()
     assert isinstance(S, Updatable)
@@ -92,7 +92,7 @@ def test_an_update_reaches_the_parameter_and_nothing_else(
     after = OPERATORS[name].twin(parameter).double()
     torch.testing.assert_close(after, expected, **tolerance(dtype))
     torch.testing.assert_close(S.dense().double(), after, rtol=0, atol=0)
-    # The rest of the parameter, and of the storage around it, is what it was.
+    # The rest of the parameter and of the storage around it is unchanged.
     touched = torch.zeros_like(before)
     OPERATORS[name].operator([touched]).update_(NewWeight(torch.ones(S.shape, dtype=dtype)))
     assert torch.equal(parameter[touched == 0], before[touched == 0])
@@ -108,8 +108,8 @@ def test_an_update_reaches_the_parameter_and_nothing_else(
 
 @pytest.mark.parametrize("columns", [0, 1, 3, None], ids=lambda k: f"{k} columns")
 @pytest.mark.parametrize("name", RESTING)
-def test_a_gradient_is_pulled_back_as_autograd_does(name: str, columns: int | None) -> None:
-    """With S(p) the twin, the gradient of <G, S(p)> is that of whatever has the gradient G."""
+def test_pullback_equals_autograd(name: str, columns: int | None) -> None:
+    """For the twin S(p), the gradient of <G, S(p)> is the pullback of G."""
     parameters = given(name)
     S = OPERATORS[name].operator(parameters)
     leaves = [one.detach().requires_grad_() for one in parameters]
@@ -124,7 +124,7 @@ def test_a_gradient_is_pulled_back_as_autograd_does(name: str, columns: int | No
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
-def test_gradients_of_half_precision_are_added_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_gradients_added_in_float32(dtype: torch.dtype) -> None:
     S, G = normal(40, 33, dtype=dtype), normal(40, 33, dtype=dtype, seed=1)
     form = factors(S.shape, 2, torch.float32)
     expected = G.double() + dense(form, S.double())
@@ -133,10 +133,10 @@ def test_gradients_of_half_precision_are_added_in_float32(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_of_a_matrix_that_is_not_finite_only_these_entries_reach_a_gradient(
+def test_pullback_of_nonfinite_matrix_changes_only_nonfinite_entries(
     dtype: torch.dtype,
 ) -> None:
-    """On a device its factors are zero; the entries that stay are NaN in the weight already."""
+    """On a device, its factors are zero; the NaN entries come from the weight itself."""
     S = normal(20, 4, dtype=dtype)
     S[3, 1] = torch.nan
     G = normal(20, 4, dtype=dtype, seed=1)
@@ -150,8 +150,8 @@ def test_of_a_matrix_that_is_not_finite_only_these_entries_reach_a_gradient(
 
 
 @pytest.mark.parametrize("form", ["low rank", "dense"])
-def test_forms_multiply_and_choose_as_what_they_stand_for(form: str) -> None:
-    """A gradient that is not chosen is 0, a new weight that is not chosen is the old one."""
+def test_forms_equal_dense_under_times_and_where(form: str) -> None:
+    """Unchosen gradients are 0, and unchosen new weights are the old weights."""
     S = normal(3, 5, 4)
     low = factors(S.shape, 2, torch.float64)
     change = low if form == "low rank" else dense(low, S)
@@ -173,16 +173,16 @@ def test_forms_multiply_and_choose_as_what_they_stand_for(form: str) -> None:
     torch.testing.assert_close(of(again.form), dense(low, S))
 
 
-def test_wider_values_are_rounded_by_chance_into_half_precision() -> None:
-    """To the nearest, a value a quarter of the way to its neighbour would always be lost."""
+def test_wider_values_rounded_stochastically_to_half_precision() -> None:
+    """Rounding to nearest would always lose a quarter of the spacing."""
     S = torch.ones(400, 400, dtype=torch.bfloat16)
     step = torch.finfo(torch.bfloat16).eps / 4
     StoredMatrix(S, seed=1).update_(NewWeight(torch.full((400, 400), 1 + step)))
-    # Of 160,000 draws the mean is within 5 standard deviations, 4.3e-3 of a step each.
+    # The mean of 160,000 draws is within 5 standard deviations, 4.3e-3 of a step each.
     assert abs(float(S.double().mean()) - 1 - step) < 5 * 4.4e-3 * step
 
 
-def test_capabilities_are_asked_for_by_name() -> None:
+def test_capabilities_by_isinstance() -> None:
     stored = OPERATORS["tall"].operator(given("tall"))
     product = OPERATORS["product"].operator(given("product"))
     for capability in (Updatable, Dense, HasGram):
@@ -190,8 +190,8 @@ def test_capabilities_are_asked_for_by_name() -> None:
         assert not isinstance(product, capability)
 
 
-def test_one_factor_is_meant_for_every_matrix_of_a_stack() -> None:
-    """As the identity in a penalty of one's own, which does not know how many weights there are."""
+def test_stack_expands_single_factor() -> None:
+    """Such as the identity in a custom penalty, which does not know the number of weights."""
     weights = [nn.Parameter(torch.randn(3, 2)) for _ in range(2)]
     stack = StackedMatrices([StoredMatrix(weight) for weight in weights])
     V, U = torch.randn(2, 2), torch.randn(3, 3)

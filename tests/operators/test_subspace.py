@@ -1,4 +1,4 @@
-"""The warm leading subspace: Ritz values from below, exact in the limit, sound on hard matrices."""
+"""The warm-started subspace: Ritz values are lower bounds, converge, and handle hard matrices."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def sweep(S: torch.Tensor, width: int, products: int) -> tuple[StoredMatrix, Sub
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30)], ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_ritz_values_are_lower_bounds_and_bases_stay_orthonormal(
+def test_ritz_values_lower_bounds_and_bases_orthonormal(
     spectrum: str, shape: tuple[int, int], dtype: torch.dtype, products: int
 ) -> None:
     """Cauchy interlacing: sigma_i of S V is at most sigma_i of S, for orthonormal V."""
@@ -73,11 +73,11 @@ def test_ritz_triplets_converge_to_singular_triplets(spectrum: str, products: in
     triplets = image.triplets
     left, right, sigma = triplets.left, triplets.right, triplets.sigma
     truth = torch.linalg.svdvals(S)
-    # Simultaneous iteration converges like (sigma_7/sigma_i)^80; sigma_1 to rounding here, except
-    # where the block cuts a cluster that decays by 1 % a value.
+    # Simultaneous iteration converges like (sigma_7/sigma_i)^80. Here sigma_1 is exact up to
+    # rounding, unless the block cuts a cluster that decays by 1 % per value.
     tolerance = 1e-3 if spectrum == "no gap" else 1e-8
     torch.testing.assert_close(sigma[0], truth[0], rtol=tolerance, atol=0)
-    # left_i right_i^T = sigma_i u_i v_i^T: as an operator it acts on S's own range.
+    # left_i right_i^T = sigma_i u_i v_i^T acts on the range of S.
     torch.testing.assert_close(
         torch.linalg.svdvals(left @ right.mT)[:6], sigma, rtol=1e-8, atol=1e-12 * float(truth[0])
     )
@@ -85,7 +85,7 @@ def test_ritz_triplets_converge_to_singular_triplets(spectrum: str, products: in
     assert distance <= residual(operator, image) + 1e-12 * truth[0]
 
 
-def test_a_zero_and_a_nan_matrix_say_so_and_go_on_from_a_sound_subspace() -> None:
+def test_zero_and_nan_matrices_flagged_and_restarted() -> None:
     stack = torch.stack([torch.zeros(5, 4), torch.full((5, 4), torch.nan), torch.eye(5, 4)])
     stack[1, 0] = 1.0
     operator = StoredMatrix(stack)
@@ -94,14 +94,14 @@ def test_a_zero_and_a_nan_matrix_say_so_and_go_on_from_a_sound_subspace() -> Non
     assert image.finite.tolist() == [True, False, True]
     assert not after.from_right
     torch.testing.assert_close(after.basis.mT @ after.basis, torch.eye(2).expand(3, 2, 2))
-    # Once it is sound again, two sweeps find it.
+    # Once the weight is sound again, two sweeps find its subspace.
     stack[:2] = 3 * torch.eye(5, 4)
     image, _ = refine(operator, warm_up(operator, after))
     torch.testing.assert_close(image.top.sigma[:, 0], torch.tensor([3.0, 3.0, 1.0]))
 
 
-def test_a_weight_that_jumps_to_an_orthogonal_subspace_is_found_again() -> None:
-    """Its image is zero once; a basis of no direction follows, not the same one for ever."""
+def test_subspace_recovers_after_orthogonal_jump() -> None:
+    """Its image is zero once; the next basis must be a new one."""
     S = torch.zeros(6, 6)
     S[:2, :2] = torch.eye(2)
     operator = StoredMatrix(S)
@@ -114,7 +114,7 @@ def test_a_weight_that_jumps_to_an_orthogonal_subspace_is_found_again() -> None:
     torch.testing.assert_close(image.top.sigma[0], torch.tensor(2.0))
 
 
-def test_subspaces_are_brought_onto_one_side_by_one_product() -> None:
+def test_align_sides_with_one_product() -> None:
     S = with_spectrum(SPECTRA["gap"], 30, 12)
     operator = StoredMatrix(S)
     start = cold_start(operator, 3, "weight")
@@ -125,7 +125,7 @@ def test_subspaces_are_brought_onto_one_side_by_one_product() -> None:
     assert torch.equal(turned.basis, other.basis)
 
 
-def test_the_cold_start_depends_on_the_name_alone_and_draws_no_global_numbers() -> None:
+def test_cold_start_depends_only_on_name() -> None:
     operator = StoredMatrix(torch.zeros(6, 5))
     state = torch.get_rng_state()
     first, again = (cold_start(operator, 3, "a") for _ in range(2))
@@ -136,9 +136,7 @@ def test_the_cold_start_depends_on_the_name_alone_and_draws_no_global_numbers() 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("eigenvalues", [[1.0, 0.9, 0.1], [1.0, 1.0, 0.5], [1.0, 0.0, 0.0]])
-def test_repeated_squaring_finds_a_top_eigenvector_without_eigh(
-    eigenvalues: list[float], scale: float
-) -> None:
+def test_power_eigenvector_finds_top_eigenvector(eigenvalues: list[float], scale: float) -> None:
     basis = with_spectrum([1.0, 1.0, 1.0], 3, 3)
     gram = scale * (basis * torch.tensor(eigenvalues, dtype=torch.float64) @ basis.mT)
     vectors = power_eigenvector(gram, 14), top_eigenvector(gram)
@@ -149,5 +147,5 @@ def test_repeated_squaring_finds_a_top_eigenvector_without_eigh(
         torch.testing.assert_close(vector.norm(), gram.new_tensor(1.0))
 
 
-def test_repeated_squaring_of_zero_is_finite() -> None:
+def test_power_eigenvector_of_zero_finite() -> None:
     assert torch.isfinite(power_eigenvector(torch.zeros(2, 3, 3), 14)).all()

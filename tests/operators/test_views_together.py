@@ -1,4 +1,4 @@
-"""Several views of one parameter are changed at once, and none undoes what another has done."""
+"""Several views of one parameter change together, and no view undoes the change of another."""
 
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from wellcond.operators import stored
 
 
 class Experts(nn.Module):
-    """Gate and up of each in one tensor, as transformers has them: blocks, or rows in turns."""
+    """Gate and up of each expert in one tensor, as in transformers: as blocks, or interleaved."""
 
     def __init__(self, is_concatenated: bool = True) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ def sharded_experts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_gate_and_up_of_sharded_experts_are_both_limited(tmp_path: Path) -> None:
+def test_sharded_gate_and_up_both_limited(tmp_path: Path) -> None:
     run(2, tmp_path, sharded_experts)
 
 
-def test_views_are_carried_back_one_by_one_from_a_device_without_float64(
+def test_views_written_back_separately_without_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stored, "_NARROW_DEVICES", {"cpu"})
-    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)  # as a copy from another device is
+    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)  # like a copy from another device
     for half in limited().chunk(2, dim=1):
         assert float(wc.condition_number(half).max()) <= 1.7
     found = limited(is_concatenated=False)

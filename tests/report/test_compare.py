@@ -1,4 +1,4 @@
-"""Two audits side by side: which weight is which, how kappa moved, what is on one side alone."""
+"""Comparisons of two audits: pairing of weights, movements, and weights on only one side."""
 
 import copy
 import csv
@@ -44,7 +44,7 @@ def compared(before: wc.AuditReport, after: wc.AuditReport) -> dict[str, tuple[A
     return {pair.label: (pair.before, pair.after, pair.ratio) for pair in pairs}
 
 
-# --- which weight is which ------------------------------------------------------------------------
+# --- pairing of names -----------------------------------------------------------------------------
 
 
 @given(
@@ -52,9 +52,7 @@ def compared(before: wc.AuditReport, after: wc.AuditReport) -> dict[str, tuple[A
     st.sets(st.text("ab.:0", max_size=6)),
     st.sampled_from(["", "a.", "module.", "_orig_mod."]),
 )
-def test_every_name_is_paired_once_and_equal_names_with_each_other(
-    before: set[str], after: set[str], prefix: str
-) -> None:
+def test_pair_names_pairs_each_name_once(before: set[str], after: set[str], prefix: str) -> None:
     before = {prefix + name for name in before}
     paired = pair_names(sorted(before), sorted(after)).paired
     labels, old, new = (
@@ -85,7 +83,7 @@ def test_every_name_is_paired_once_and_equal_names_with_each_other(
         ("base_model.model.", "base_model.model."),
     ],
 )
-def test_what_stands_before_all_names_is_passed_over(prefix: str, said: str) -> None:
+def test_pair_names_ignores_common_prefix(prefix: str, said: str) -> None:
     longer = [prefix + name for name in NAMES]
     expected = [(name, prefix + name, name) for name in NAMES]
     assert pair_names(longer, NAMES) == Names(expected, said, "before" if said else "")
@@ -93,7 +91,7 @@ def test_what_stands_before_all_names_is_passed_over(prefix: str, said: str) -> 
     assert pair_names(NAMES, longer) == Names(flipped, said, "after" if said else "")
 
 
-def test_wrappers_within_names_and_on_both_sides_are_passed_over() -> None:
+def test_pair_names_ignores_wrappers() -> None:
     old = ["module.b.0._orig_mod.weight", "module.a._checkpoint_wrapped_module.weight"]
     new = ["_orig_mod.a.weight", "b._fsdp_wrapped_module.0.weight"]
     assert pair_names(old, new).paired == [
@@ -102,13 +100,13 @@ def test_wrappers_within_names_and_on_both_sides_are_passed_over() -> None:
     ]
 
 
-def test_a_side_that_has_much_more_is_paired() -> None:
+def test_pair_names_with_many_extra_names() -> None:
     heads = [f"h.0.attn:qk{head}" for head in range(20)]
     names = pair_names([f"model.{name}" for name in NAMES], [*heads, *NAMES])
     assert [label for label, _, _ in names.paired] == NAMES
 
 
-def test_names_that_both_have_are_not_looked_for_elsewhere() -> None:
+def test_pair_names_prefers_equal_names() -> None:
     old, new = ["model.a", "a", "model.b", "head"], ["a", "b", "head"]
     names = pair_names(old, new)
     assert set(names.paired) == {("a", "a", "a"), ("head", "head", "head"), ("b", "model.b", "b")}
@@ -118,12 +116,12 @@ def test_names_that_both_have_are_not_looked_for_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (["student.a", "student.b", "teacher.a", "teacher.b"], ["a", "b"]),  # which of the two?
-        (["x.a", "b", "e"], ["a", "c", "d"]),  # one of three is chance
+        (["student.a", "student.b", "teacher.a", "teacher.b"], ["a", "b"]),  # ambiguous
+        (["x.a", "b", "e"], ["a", "c", "d"]),  # one match of three is too few
         (["module.a", "_orig_mod.a"], ["a.b"]),
     ],
 )
-def test_what_may_be_chance_is_not_paired(old: list[str], new: list[str]) -> None:
+def test_pair_names_skips_ambiguous_prefixes(old: list[str], new: list[str]) -> None:
     assert pair_names(old, new) == Names([])
     assert pair_names(new, old) == Names([])
 
@@ -141,7 +139,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("one", "other"), FORMS)
-def test_a_weight_by_itself_and_as_a_part_of_a_stack_is_the_same(one: str, other: str) -> None:
+def test_separate_and_fused_names_are_paired(one: str, other: str) -> None:
     for before, after in ((one, other), (other, one)):
         ((_, old, new),) = pair_names([before, "x.weight"], [after, "y.weight"]).paired
         assert (old, new) == (before, after)
@@ -157,16 +155,14 @@ def test_a_weight_by_itself_and_as_a_part_of_a_stack_is_the_same(one: str, other
         ("experts.0.w1", "experts.gate_up_proj:gate:0"),
     ],
 )
-def test_other_parts_are_not_the_same(one: str, other: str) -> None:
+def test_names_of_different_parts_are_not_paired(one: str, other: str) -> None:
     assert pair_names([one], [other]).paired == []
 
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
-def test_a_mixture_of_experts_equals_itself_as_transformers_writes_it(
-    kind: str, tmp_path: Path
-) -> None:
-    """save_pretrained writes each expert by itself, the state dict of the model holds stacks."""
+def test_saved_and_loaded_mixture_of_experts_compare_equal(kind: str, tmp_path: Path) -> None:
+    """save_pretrained writes separate experts; the state dict of the model contains stacks."""
     transformers = pytest.importorskip("transformers", minversion="5")
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -180,12 +176,12 @@ def test_a_mixture_of_experts_equals_itself_as_transformers_writes_it(
     assert all(pair.ratio == 1 for pair in comparison.pairs)
 
 
-def test_a_prefix_is_said(tmp_path: Path) -> None:
+def test_summary_names_the_prefix(tmp_path: Path) -> None:
     weights = {f"layers.{i}.weight": torch.eye(2) * (i + 1) for i in range(3)}
     before = audit(tmp_path / "a.safetensors", {f"model.{n}": w for n, w in weights.items()})
     comparison = wc.compare(before, audit(tmp_path / "b.safetensors", weights))
     assert {pair.label for pair in comparison.pairs} == set(weights)
-    said = 'Names before begin with "model.", which is left out here'
+    said = 'The prefix "model." of the names before is omitted'
     assert comparison.naming == said
     for text in (comparison.table(), html.unescape(comparison.to_html())):
         assert said in text
@@ -193,7 +189,7 @@ def test_a_prefix_is_said(tmp_path: Path) -> None:
     assert first["before"]["name"] == f"model.{first['weight']}"
 
 
-def test_a_training_wrapped_later_is_compared(tmp_path: Path) -> None:
+def test_wrapped_and_plain_checkpoints_are_compared(tmp_path: Path) -> None:
     plain = model([2.0, 1.0], [3.0, 1.0])
     torch.save(plain.state_dict(), tmp_path / "first.pt")
     torch.save(nn.DataParallel(plain).state_dict(), tmp_path / "second.pt")
@@ -205,10 +201,10 @@ def test_a_training_wrapped_later_is_compared(tmp_path: Path) -> None:
     assert set(compared(wc.audit(plain), wc.audit(tmp_path / "second.pt"))) == set(found)
 
 
-# --- how kappa moved ------------------------------------------------------------------------------
+# --- ratios of kappa ------------------------------------------------------------------------------
 
 
-def test_the_ratio_is_that_of_the_condition_numbers() -> None:
+def test_ratio_of_condition_numbers() -> None:
     before = wc.audit(model([2.0, 1.0], [8.0, 2.0], [3.0, 1.0]))
     after = wc.audit(model([2.0, 1.0], [2.0, 2.0], [30.0, 1.0]))
     comparison = wc.compare(before, after)
@@ -234,7 +230,7 @@ def test_the_ratio_is_that_of_the_condition_numbers() -> None:
         ([2.0, 1.0], [math.nan, 1.0], math.nan, True),
     ],
 )
-def test_infinite_and_unknown_ones(
+def test_ratio_of_infinite_and_unknown_kappa(
     old: list[float], new: list[float], ratio: float, first: bool
 ) -> None:
     comparison = wc.compare(wc.audit(model(old, [4.0, 1.0])), wc.audit(model(new, [5.0, 1.0])))
@@ -245,7 +241,7 @@ def test_infinite_and_unknown_ones(
     comparison.to_html()
 
 
-def test_a_lower_bound_has_no_ratio_and_says_so() -> None:
+def test_lower_bound_has_no_ratio() -> None:
     finding = wc.audit(model([4.0, 1.0])).findings[0]
     bounded = replace(finding, grade=wc.report.Grade.bounded)
     coverage = wc.report.Coverage(1, 0, {}, 1.0)
@@ -253,23 +249,23 @@ def test_a_lower_bound_has_no_ratio_and_says_so() -> None:
     for before, after in ((exact, bound), (bound, exact), (bound, bound)):
         comparison = wc.compare(before, after)
         assert math.isnan(comparison.pairs[0].ratio)
-        assert "is not known on both sides in 1" in comparison.summary()[0]
+        assert "is unknown on a side in 1" in comparison.summary()[0]
         assert "≥4" in comparison.table()
         assert "≥4" in comparison.to_html()
 
 
-def test_the_summary_counts_what_moved_by_more_than_a_percent() -> None:
+def test_summary_counts_changes_above_one_percent() -> None:
     before = wc.audit(model(*[[100.0, 1.0]] * 6))
     after = wc.audit(model(*[[kappa, 1.0] for kappa in (98.0, 99.5, 100.0, 100.5, 103.0, 150.0)]))
     assert wc.compare(before, after).summary() == [
-        "Moved most for its class: 5.weight, σ_max 100 → 150 (1.5 times)",
-        "In the 6 weights of both, κ rose in 2 (most in 5.weight, after/before 1.5), "
+        "Largest movement: 5.weight, σ_max 100 → 150 (1.5 times)",
+        "In the 6 weights on both sides, κ rose in 2 (most in 5.weight, after/before 1.5), "
         "fell in 1 (most in 0.weight, after/before 0.98), moved by less than 1 % in 3; "
-        "the median of after/before is 1.002",
+        "the median ratio after/before is 1.002",
     ]
 
 
-def test_a_copy_of_another_dtype_is_said_once(tmp_path: Path) -> None:
+def test_different_dtype_noted_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = {f"layers.{i}.weight": torch.randn(6, 6) for i in range(9)}
     before = audit(tmp_path / "a.safetensors", weights)
@@ -281,7 +277,7 @@ def test_a_copy_of_another_dtype_is_said_once(tmp_path: Path) -> None:
     assert comparison.pairs[0].ratio != 1
 
 
-def test_a_repaired_checkpoint_is_compared(tmp_path: Path) -> None:
+def test_repaired_checkpoint_is_compared(tmp_path: Path) -> None:
     torch.save(model([100.0, 1.0], [3.0, 1.0]).state_dict(), tmp_path / "a.pt")
     wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 10.0)
     comparison = wc.compare(wc.audit(tmp_path / "a.pt"), wc.audit(tmp_path / "b.pt"))
@@ -291,10 +287,10 @@ def test_a_repaired_checkpoint_is_compared(tmp_path: Path) -> None:
     assert said in comparison.summary()[1]
 
 
-# --- what is on one side alone, and what is another weight ----------------------------------------
+# --- weights on only one side, and different shapes -----------------------------------------------
 
 
-def test_what_one_side_lacks_is_shown_and_counted(tmp_path: Path) -> None:
+def test_weights_on_one_side_shown_and_counted(tmp_path: Path) -> None:
     eye = torch.eye(2)
     before = audit(tmp_path / "a.safetensors", {"both": eye, "old1": eye * 2, "old2": eye * 3})
     after = audit(tmp_path / "b.safetensors", {"both": eye, "new": eye * 2})
@@ -320,7 +316,7 @@ def test_what_one_side_lacks_is_shown_and_counted(tmp_path: Path) -> None:
         assert f">{name}<" in page
 
 
-def test_why_one_side_lacks_it_is_said_if_it_is_known(tmp_path: Path) -> None:
+def test_reason_for_missing_weight_is_noted(tmp_path: Path) -> None:
     eye = torch.eye(2)
     before = audit(tmp_path / "a.safetensors", {"both.weight": eye, "q.weight": eye * 2})
     packed = torch.zeros(2, 2, dtype=torch.int8)
@@ -333,14 +329,14 @@ def test_why_one_side_lacks_it_is_said_if_it_is_known(tmp_path: Path) -> None:
     assert comparison.to_dict()["comparison"][0]["note"] == f"skipped after: {why}"
 
 
-def test_another_shape_is_shown_and_counted() -> None:
+def test_different_shape_shown_and_counted() -> None:
     before, after = (
         wc.audit(model([2.0, 1.0], [3.0, 1.0])),
         wc.audit(model([2.0, 1.0, 1.0], [3.0, 1.0])),
     )
     comparison = wc.compare(before, after)
     assert (
-        comparison.summary()[-1] == "1 weight of another shape, so perhaps not the same: 0.weight"
+        comparison.summary()[-1] == "1 weight with different shapes, possibly unrelated: 0.weight"
     )
     for text in (comparison.table(), comparison.to_html()):
         assert "2x2 → 3x3" in text
@@ -349,7 +345,7 @@ def test_another_shape_is_shown_and_counted() -> None:
     assert rows["1.weight"]["dtype_after"] == "float32"
 
 
-def test_a_limit_names_weights_as_the_comparison_does(tmp_path: Path) -> None:
+def test_exceeding_uses_labels_of_comparison(tmp_path: Path) -> None:
     weights = {"a.weight": torch.diag(torch.tensor([9.0, 1.0])), "b.weight": torch.eye(2)}
     before = audit(tmp_path / "a.safetensors", {f"model.{n}": w for n, w in weights.items()})
     comparison = wc.compare(before, audit(tmp_path / "b.safetensors", weights))
@@ -367,7 +363,7 @@ def test_str_is_the_table() -> None:
 
 
 @pytest.mark.parametrize("wrong", [3, torch.eye(2), None])
-def test_what_is_neither_report_nor_model_nor_path_is_refused(wrong: Any) -> None:
+def test_compare_refuses_other_types(wrong: Any) -> None:
     report = wc.audit(nn.Linear(2, 2))
     for arguments, name in (((wrong, report), "before"), ((report, wrong), "after")):
         with pytest.raises(TypeError, match=rf"`{name}` must be an AuditReport, a model or a path"):
@@ -375,26 +371,26 @@ def test_what_is_neither_report_nor_model_nor_path_is_refused(wrong: Any) -> Non
 
 
 @pytest.mark.parametrize("names", ["ab", ("a",), ("a", "a"), ("a", "b", "c")])
-def test_other_than_two_names_are_refused(names: Any) -> None:
+def test_compare_refuses_invalid_names(names: Any) -> None:
     report = wc.audit(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="`names` must be two different names, got"):
         wc.compare(report, report, names=names)
 
 
-def test_a_comparison_is_no_report() -> None:
+def test_compare_refuses_comparison() -> None:
     report = wc.audit(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got Comparison"):
         wc.compare(wc.compare(report, report), report)
 
 
-def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
+def test_compare_without_common_names_is_an_error(tmp_path: Path) -> None:
     one = audit(tmp_path / "a.safetensors", {"x": torch.eye(2)})
     other = audit(tmp_path / "b.safetensors", {"y": torch.eye(2)})
-    with pytest.raises(ValueError, match=r"share none: .*a.safetensors has x; .*has y. Audit two"):
+    with pytest.raises(ValueError, match=r"a.safetensors contains x, and .* contains y. Comp"):
         wc.compare(one, other)
 
 
-# --- what moved most ------------------------------------------------------------------------------
+# --- movement -------------------------------------------------------------------------------------
 
 
 def finding(label: str, kappa: float, top: float, stable: float, m: int, n: int) -> Any:
@@ -416,8 +412,8 @@ def reports(*sides: list[Any]) -> list[wc.AuditReport]:
     return [wc.AuditReport(findings, coverage, "Net", {}) for findings in sides]
 
 
-def test_chance_of_squares_does_not_come_first() -> None:
-    """κ of a square moves by 30 times by chance; of a rectangle 1.5 times is more."""
+def test_usual_variation_of_squares_does_not_come_first() -> None:
+    """A factor of 30 in κ is usual for a square; 1.5 is unusual for a rectangle."""
     before, after = reports(
         [
             finding("square", 1e3, 1.0, 10.0, 64, 64),
@@ -432,7 +428,7 @@ def test_chance_of_squares_does_not_come_first() -> None:
     )
     comparison = wc.compare(before, after)
     assert [pair.label for pair in comparison.pairs] == ["grown", "wide", "square"]
-    moved = "Moved most for its class: grown, σ_max 0.67 → 13.4 (20 times)"
+    moved = "Largest movement: grown, σ_max 0.67 → 13.4 (20 times)"
     assert comparison.summary()[0] == moved
     assert moved in comparison.table()
     assert moved in html.unescape(comparison.to_html())
@@ -444,7 +440,7 @@ def test_chance_of_squares_does_not_come_first() -> None:
 
 
 @given(st.floats(1.02, 1e6), st.sampled_from(["sigma_max", "stable_rank", "condition_number"]))
-def test_a_rise_moves_as_far_as_its_fall(factor: float, key: str) -> None:
+def test_movement_is_symmetric(factor: float, key: str) -> None:
     one = finding("a", 10.0, 1.0, 2.0, 8, 4)
     other = replace(one, **{key: factor * getattr(one, key)})
     forth, back = (
@@ -456,16 +452,16 @@ def test_a_rise_moves_as_far_as_its_fall(factor: float, key: str) -> None:
     assert forth.moved == back.moved == key
 
 
-def test_a_small_movement_is_said_to_be_one() -> None:
+def test_summary_states_that_movement_is_usual() -> None:
     before, after = reports(
         [finding("a", 1e3, 1.0, 2.0, 8, 8)], [finding("a", 2e3, 1.0, 2.0, 8, 8)]
     )
-    line = "Moved most for its class: a, κ 1e+03 → 2e+03 (2 times), as from one training to another"
+    line = "Largest movement: a, κ 1e+03 → 2e+03 (2 times), as two trainings usually differ"
     assert wc.compare(before, after).summary()[0] == line
-    assert wc.compare(before, before).summary()[0].startswith("In the 1 weight of both")
+    assert wc.compare(before, before).summary()[0].startswith("In the 1 weight on both sides")
 
 
-# --- what the sides are called --------------------------------------------------------------------
+# --- names of the sides ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -477,12 +473,14 @@ def test_a_small_movement_is_said_to_be_one() -> None:
         ("GPT2", "GPT2", ("before", "after")),
     ],
 )
-def test_names_are_the_ends_that_differ(before: str, after: str, names: tuple[str, str]) -> None:
+def test_shorten_sources_returns_different_ends(
+    before: str, after: str, names: tuple[str, str]
+) -> None:
     assert shorten_sources(before, after) == names
     assert shorten_sources(after, before)[0] != shorten_sources(after, before)[1]
 
 
-def test_names_are_printed_and_never_obeyed() -> None:
+def test_names_of_sides_are_escaped() -> None:
     before, after = reports(
         [finding("a", 2.0, 1.0, 1.0, 2, 2), finding("old", 2.0, 1.0, 1.0, 2, 2)],
         [finding("a", 2.0, 1.0, 1.0, 2, 2)],
@@ -496,10 +494,10 @@ def test_names_are_printed_and_never_obeyed() -> None:
     assert comparison.to_dict()["names"] == ["start", "<i>\x1b[31m"]
 
 
-# --- what needs both matrices ---------------------------------------------------------------------
+# --- changes of matrices --------------------------------------------------------------------------
 
 
-def test_of_two_models_or_files_the_change_is_that_of_the_matrices(tmp_path: Path) -> None:
+def test_change_computed_for_models_and_files(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     fused = nn.MultiheadAttention(8, 2)
     first = nn.ModuleDict({"a": fused, "k": nn.Conv2d(4, 6, 3, groups=2), "l": nn.Linear(8, 5)})
@@ -529,15 +527,15 @@ def test_of_two_models_or_files_the_change_is_that_of_the_matrices(tmp_path: Pat
         columns = csv.DictReader(io.StringIO(comparison.to_csv()))
         assert all(float(row["relative"]) > 0 for row in columns)
         assert "‖ΔW‖/‖W‖" in comparison.table()
-        assert "SQNR" not in comparison.table()  # nothing is stored otherwise
+        assert "SQNR" not in comparison.table()  # both sides are stored alike
         json.loads(comparison.to_json())
     halves = wc.compare(wc.audit(first), second)
     assert all(pair.change is None for pair in halves.pairs)
     assert "‖ΔW‖" not in halves.table()
 
 
-def test_rounding_has_its_signal_to_noise_ratio(tmp_path: Path) -> None:
-    """Rounding of full range int8 codes has a noise of step/√12: 20 log10(‖W‖/‖ΔW‖) is known."""
+def test_sqnr_of_int8_rounding(tmp_path: Path) -> None:
+    """Rounding to full-range int8 codes has the noise step/√12, so the SQNR is known."""
     W = torch.rand(64, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
     W[:, 0] = 0.5  # so that the step is 0.5/127
     scale = W.abs().amax(1, keepdim=True) / 127
@@ -553,7 +551,7 @@ def test_rounding_has_its_signal_to_noise_ratio(tmp_path: Path) -> None:
     assert "SQNR dB" in comparison.to_html()
 
 
-def test_what_cannot_be_subtracted_has_a_reason(tmp_path: Path) -> None:
+def test_missing_change_has_reason(tmp_path: Path) -> None:
     nan = torch.eye(3)
     nan[0, 0] = math.nan
     audit(tmp_path / "a.safetensors", {"x": torch.eye(2), "y": torch.eye(3), "z": torch.eye(2)})

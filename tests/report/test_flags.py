@@ -1,4 +1,4 @@
-"""Flags: what is wrong or unusual in a weight, and what to do about it."""
+"""Flags of wrong or unusual weights, and their advice."""
 
 import math
 import re
@@ -20,7 +20,7 @@ def linear(S: Tensor) -> nn.Linear:
 
 
 def gaussian(m: int, n: int, seed: int = 0) -> Tensor:
-    """As torch initialises: entries of standard deviation 1/sqrt(n)."""
+    """A random matrix with entries of standard deviation 1/sqrt(n)."""
     S = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).double()
     return S / math.sqrt(n)
 
@@ -34,7 +34,7 @@ def changed(m: int, n: int, *smallest: float) -> nn.Linear:
 
 
 class Net(nn.Module):
-    """Layers of attention and MLP, as trained: singular values that decay."""
+    """Layers of attention and MLP with random weights."""
 
     def __init__(self, layers: int = 6, width: int = 32) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def weight(model: Net, name: str) -> Tensor:
     return model.get_parameter(name).data
 
 
-def test_random_weights_have_none() -> None:
+def test_random_weights_have_no_flags() -> None:
     assert kinds(Net()) == {}
     shapes = [(40, 40), (40, 30), (64, 16), (10, 50), (20, 21)]
     layers = [linear(gaussian(*shape, seed)) for seed, shape in enumerate(shapes * 6)]
@@ -68,7 +68,7 @@ def test_random_weights_have_none() -> None:
 
 
 @pytest.mark.parametrize("name", ["layers.2.q.weight", "layers.5.fc1.weight"])
-def test_one_layer_that_is_200_times_too_large(name: str) -> None:
+def test_one_scaled_layer_flags_siblings(name: str) -> None:
     model = Net()
     weight(model, name).mul_(200)
     flagged = kinds(model)
@@ -79,7 +79,7 @@ def test_one_layer_that_is_200_times_too_large(name: str) -> None:
     assert "SingularValueLimit(upper=" in line
 
 
-def test_one_kind_that_is_200_times_too_large_in_all_layers() -> None:
+def test_one_scaled_kind_flags_scale() -> None:
     model = Net()
     names = [f"layers.{layer}.fc1.weight" for layer in range(6)]
     for name in names:
@@ -89,7 +89,7 @@ def test_one_kind_that_is_200_times_too_large_in_all_layers() -> None:
     assert all(found[0] == "scale" for found in flagged.values())
 
 
-def test_a_network_in_which_sigma_max_has_grown_everywhere() -> None:
+def test_grown_sigma_max_in_all_weights_flags_network() -> None:
     model = Net(3, 128)
     for name, parameter in model.named_parameters():
         U, sigma, Vh = torch.linalg.svd(parameter.data, full_matrices=False)
@@ -102,14 +102,14 @@ def test_a_network_in_which_sigma_max_has_grown_everywhere() -> None:
     assert "SingularValueLimit(upper=" in report.table().splitlines()[0]
 
 
-def test_one_entry_that_is_huge() -> None:
+def test_huge_entry_flags_dominant_entry() -> None:
     model = Net()
     weight(model, "layers.1.o.weight")[3, 4] = 1e30
     assert kinds(model)["layers.1.o.weight"][:2] == ["dominant_entry", "float16"]
 
 
 @pytest.mark.parametrize("name", ["layers.1.q.weight", "layers.1.fc1.weight"])
-def test_zero_rows_and_equal_rows(name: str) -> None:
+def test_zero_and_equal_rows_are_flagged(name: str) -> None:
     model = Net()
     weight(model, name)[7] = 0
     assert kinds(model)[name][0] == "zero_rows"
@@ -120,7 +120,7 @@ def test_zero_rows_and_equal_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["layers.1.q.weight", "layers.1.fc1.weight"])
-def test_a_weight_of_rank_one(name: str) -> None:
+def test_rank_one_is_flagged(name: str) -> None:
     model = Net()
     S = weight(model, name)
     u, v = (torch.randn(side, dtype=torch.float64) for side in S.shape)
@@ -128,7 +128,7 @@ def test_a_weight_of_rank_one(name: str) -> None:
     assert "rank" in kinds(model)[name]
 
 
-def test_nan_and_infinity() -> None:
+def test_nan_and_infinity_are_flagged() -> None:
     model = Net()
     weight(model, "layers.1.q.weight")[3, 4] = math.nan
     weight(model, "layers.2.q.weight")[3, 4] = math.inf
@@ -138,10 +138,10 @@ def test_nan_and_infinity() -> None:
     }
 
 
-# --- what is no fault -----------------------------------------------------------------------------
+# --- sound weights --------------------------------------------------------------------------------
 
 
-def test_a_head_of_two_classes_has_not_collapsed() -> None:
+def test_head_of_two_classes_not_flagged() -> None:
     w = torch.randn(64, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     head = linear(torch.stack([w, -w]) * 0.1 + 1e-4 * noise)
@@ -151,11 +151,11 @@ def test_a_head_of_two_classes_has_not_collapsed() -> None:
     assert kinds(same)["weight"] == ["rank"]
 
 
-def test_a_zero_weight_is_no_flag() -> None:
+def test_zero_weight_not_flagged() -> None:
     assert kinds(linear(torch.zeros(16, 16))) == {}
 
 
-def test_a_narrow_dtype_makes_no_rank() -> None:
+def test_half_precision_does_not_flag_rank() -> None:
     assert kinds(linear(gaussian(64, 64)).bfloat16()) == {}
     assert kinds(linear(gaussian(64, 64)).half()) == {}
 
@@ -163,40 +163,40 @@ def test_a_narrow_dtype_makes_no_rank() -> None:
 # --- small singular values ------------------------------------------------------------------------
 
 
-def test_one_collapsed_direction_is_named_with_its_repair() -> None:
+def test_collapsed_direction_has_repair_advice() -> None:
     layer = changed(60, 60, 1e-7)
     (line,) = wc.audit(layer).unusual()
     moved = wc.nearest(layer.weight.detach(), 1e4) - layer.weight.detach()
     distance = float(moved.norm() / layer.weight.detach().norm())
     found = re.fullmatch(
-        r"weight: one direction has collapsed: σ_min is 1e-7 of the next\. Train with "
-        r"`ConditionLimit\(1e4\)`, or `wellcond repair --max-condition 1e4`, which moves it by "
-        r"(\S+) of its norm \(symptoms.html#rank\)",
+        r"weight: one direction has collapsed: σ_min is 1e-7 times the next singular value\. "
+        r"Train with `ConditionLimit\(1e4\)`, or run `wellcond repair --max-condition 1e4`, which "
+        r"changes the weight by (\S+) of its norm \(symptoms.html#rank\)",
         line,
     )
     assert found is not None
     assert float(found[1]) == pytest.approx(distance, rel=0.5)
 
 
-def test_several_collapsed_directions_are_counted() -> None:
+def test_collapsed_directions_are_counted() -> None:
     (line,) = wc.audit(changed(60, 50, 1e-5, 1e-5, 1e-5)).unusual()
-    assert "3 directions have collapsed, to 1e-5 of the next" in line
+    assert "3 directions have collapsed, to at most 1e-5 times the next" in line
 
 
-def test_a_rank_below_full_is_said() -> None:
+def test_rank_deficiency_is_flagged() -> None:
     S = gaussian(40, 40)
     S[:, 0] = S[:, 1:].sum(1)
     (line,) = wc.audit(linear(S.float())).unusual()
     assert line.startswith("weight: rank 39 of 40")
 
 
-def test_a_large_kappa_by_steps_is_beyond_the_trained() -> None:
+def test_large_kappa_is_flagged() -> None:
     layer = linear(with_spectrum(torch.logspace(0, -5, 60).double(), 240, 60))
     found = kinds(layer)["weight"]
     assert "condition_number" in found
 
 
-def test_of_squares_a_kappa_that_chance_makes_is_no_flag() -> None:
+def test_random_square_kappa_not_flagged() -> None:
     for seed in range(40):
         assert kinds(linear(gaussian(48, 48, seed))) == {}
 
@@ -204,7 +204,7 @@ def test_of_squares_a_kappa_that_chance_makes_is_no_flag() -> None:
 # --- order, words and counts ----------------------------------------------------------------------
 
 
-def test_flagged_weights_come_first_and_five_are_named() -> None:
+def test_flagged_weights_first_and_five_named() -> None:
     model = Net(12)
     for layer in range(7):
         weight(model, f"layers.{layer}.q.weight")[layer] = 0
@@ -213,7 +213,7 @@ def test_flagged_weights_come_first_and_five_are_named() -> None:
     assert [f.label in report.flags for f in report.findings] == [True] * 8 + [False] * 28
     lines = report.unusual()
     assert lines[0].startswith("layers.11.o.weight")
-    assert lines[-1] == "and 3 more are flagged"
+    assert lines[-1] == "3 more weights are flagged"
     assert sum("unused class" in line for line in lines) == 1  # advice once per kind
     assert report.table().startswith(lines[0])
     kappas = [f.condition_number for f in report.sort("kappa").findings]
@@ -223,7 +223,7 @@ def test_flagged_weights_come_first_and_five_are_named() -> None:
         report.sort("r")
 
 
-def test_a_standing_is_a_few_words() -> None:
+def test_standing_words() -> None:
     (usual,) = wc.audit(linear(gaussian(64, 64))).findings
     assert stand(usual).words == "usual"
     assert stand(usual).usual is not None
@@ -233,7 +233,7 @@ def test_a_standing_is_a_few_words() -> None:
     assert (stand(vector).words, stand(vector).usual) == ("", None)
 
 
-def test_each_kind_has_a_section_in_the_documentation() -> None:
+def test_each_kind_has_documentation() -> None:
     from pathlib import Path
 
     page = Path(__file__).parents[2].joinpath("docs/symptoms.md").read_text("utf-8")

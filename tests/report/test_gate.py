@@ -1,4 +1,4 @@
-"""The formats of a gate: names of weights act neither in Markdown nor in SARIF."""
+"""The formats of a gate: names of weights have no effect in Markdown and SARIF."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def tokens_of(text: str) -> list[Any]:
 
 
 def shown(text: str) -> str:
-    """What a reader sees of Markdown, and no more."""
+    """The visible text of Markdown."""
     lines: list[str] = []
     for token in tokens_of(text):
         if token.type in ("text", "text_special", "code_inline"):
@@ -78,7 +78,7 @@ def shown(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_a_name_is_shown_as_it_is_and_does_nothing_more(tmp_path: Path, name: str) -> None:
+def test_markdown_shows_names_verbatim(tmp_path: Path, name: str) -> None:
     weights = {name: torch.ones(2, 2), f"{name}.bias": torch.tensor([math.nan])}
     report = report_of(tmp_path, weights)
     text = format_markdown([verdict_of(report, 2, path=f"{name}.pt")], 2)
@@ -87,7 +87,7 @@ def test_a_name_is_shown_as_it_is_and_does_nothing_more(tmp_path: Path, name: st
     lines = shown(text).split("\n")
     assert lines[0] == f"{Path(plain)}.pt: failed"
     assert f"1 of 1 matrices exceed 2: {plain} (inf)" in lines
-    assert f"1 tensor holds NaN or infinity: {plain}.bias (1 NaN of 1 entries)" in lines
+    assert f"1 tensor contains NaN or infinity: {plain}.bias (1 NaN of 1 entries)" in lines
     header = lines.index("weight")
     width = lines.index("grade") - header + 1
     assert lines[header + width] == plain
@@ -102,7 +102,7 @@ def test_a_name_is_shown_as_it_is_and_does_nothing_more(tmp_path: Path, name: st
     assert not re.search(r"https?://|www\.|@\w|#\d|:\w+:", re.sub("&#[0-9]+;", "", text))
 
 
-def test_what_failed_comes_first_and_what_exceeds_is_marked(tmp_path: Path) -> None:
+def test_markdown_lists_failures_first_and_marks_excess(tmp_path: Path) -> None:
     fine = report_of(tmp_path, {"w": torch.eye(2)})
     bad = report_of(tmp_path, {f"w{i}": torch.diag(torch.tensor([i + 2.0, 1])) for i in range(20)})
     unread = Verdict(Path("half.pt"), None, [Fault(Rule.not_audited, "half.pt is half")])
@@ -125,16 +125,16 @@ def shown_headings(text: str) -> str:
     return re.sub("</?code>", "", text)
 
 
-def test_an_audit_without_a_limit_neither_passes_nor_fails(tmp_path: Path) -> None:
+def test_audit_without_gate_is_measured(tmp_path: Path) -> None:
     report = report_of(tmp_path, {"w": torch.eye(2), "b": torch.tensor([math.nan])})
     verdict = Verdict(Path("x.pt"), report, find_unsound(report, False))
     assert verdict.exit_code == 0
     lines = shown(format_markdown([verdict])).split("\n")
     assert lines[0] == "x.pt: measured"
-    assert "warning: 1 tensor holds NaN or infinity: b (1 NaN of 1 entries)" in lines
+    assert "warning: 1 tensor contains NaN or infinity: b (1 NaN of 1 entries)" in lines
 
 
-def test_a_comparison_says_with_what(tmp_path: Path) -> None:
+def test_markdown_of_comparison_names_baseline(tmp_path: Path) -> None:
     before = report_of(tmp_path, {"w": torch.eye(2)})
     after = report_of(tmp_path, {"w": torch.diag(torch.tensor([4.0, 1.0]))})
     result = wc.compare(replace(before, source="old.pt"), after)
@@ -147,7 +147,7 @@ def test_a_comparison_says_with_what(tmp_path: Path) -> None:
 
 
 def run_of(verdicts: list[Verdict], folder: Path) -> dict[str, Any]:
-    """The run of a log, which has the form that OASIS demands and GitHub needs."""
+    """The run of a log, checked against the demands of OASIS and GitHub."""
     log = json.loads(format_sarif(verdicts, folder))
     assert set(log) == {"$schema", "version", "runs"}
     assert log["version"] == "2.1.0"
@@ -171,7 +171,7 @@ def run_of(verdicts: list[Verdict], folder: Path) -> dict[str, Any]:
     return dict(run)
 
 
-def test_each_weight_that_breaks_a_rule_is_a_result(tmp_path: Path) -> None:
+def test_sarif_has_one_result_per_weight_and_rule(tmp_path: Path) -> None:
     weights = {
         "bad": torch.diag(torch.tensor([100.0, 1.0])),
         "flat": torch.ones(2, 2),
@@ -182,7 +182,7 @@ def test_each_weight_that_breaks_a_rule_is_a_result(tmp_path: Path) -> None:
     found = [(r["ruleId"], name_of(r), r["message"]["text"]) for r in run["results"]]
     rest = [one for one in found if one[1] == "bad" or one[0] == "not-finite"]
     assert rest == [
-        ("not-finite", "lost", "x.pt: lost: it holds NaN or infinity: 4 NaN of 4 entries"),
+        ("not-finite", "lost", "x.pt: lost: contains NaN or infinity: 4 NaN of 4 entries"),
         ("max-condition", "bad", "x.pt: bad: κ is 100, the limit is 10"),
     ]
     assert {(rule, name) for rule, name, _ in found} - {(r, n) for r, n, _ in rest} == {
@@ -198,7 +198,7 @@ def name_of(result: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_a_name_in_a_message_is_neither_a_link_nor_a_placeholder(tmp_path: Path, name: str) -> None:
+def test_sarif_escapes_links_and_placeholders(tmp_path: Path, name: str) -> None:
     run = run_of([verdict_of(report_of(tmp_path, {name: torch.ones(2, 2)}), 2)], tmp_path)
     (result,) = run["results"]
     text = result["message"]["text"]
@@ -208,7 +208,7 @@ def test_a_name_in_a_message_is_neither_a_link_nor_a_placeholder(tmp_path: Path,
     assert "}" not in without
 
 
-def test_the_place_is_relative_to_the_checkout(tmp_path: Path) -> None:
+def test_sarif_uri_relative_to_folder(tmp_path: Path) -> None:
     inside = tmp_path / "checkout" / "models" / ".." / "a b#ü:c.pt"
     unread = [Fault(Rule.not_audited, "it is half")]
     verdicts = [Verdict(path, None, unread) for path in (inside, tmp_path / "other.pt")]
@@ -219,7 +219,7 @@ def test_the_place_is_relative_to_the_checkout(tmp_path: Path) -> None:
     assert places == ["a%20b%23%C3%BC%3Ac.pt", (tmp_path / "other.pt").as_uri()]
 
 
-def test_a_message_that_begins_with_the_path_does_not_name_it_again(tmp_path: Path) -> None:
+def test_message_does_not_repeat_path(tmp_path: Path) -> None:
     for text, message in [
         ("x.pt must be whole", "x.pt must be whole"),
         ("x.pt/a is gone", "x.pt/a is gone"),
@@ -231,7 +231,7 @@ def test_a_message_that_begins_with_the_path_does_not_name_it_again(tmp_path: Pa
         assert result["message"]["text"] == verdict.name(text) == message
 
 
-def test_thousands_of_weights_are_cut_with_a_word(tmp_path: Path) -> None:
+def test_sarif_truncates_results_with_count(tmp_path: Path) -> None:
     weights = {f"w{i}": "κ is inf" for i in range(_RESULTS + 7)}
     verdict = Verdict(Path("x.pt"), None, [Fault(Rule.max_condition, "all exceed 2", weights)])
     results = run_of([verdict], tmp_path)["results"]

@@ -1,4 +1,4 @@
-"""Layer and kind of a weight by its name: every weight in one place, whatever the order."""
+"""Layers and kinds from names: every weight has one place, in any order."""
 
 import random
 import re
@@ -39,7 +39,7 @@ def without_numbers(name: str) -> str:
 
 
 @given(LABELS)
-def test_every_weight_has_one_place_of_which_its_name_is_made(labels: set[str]) -> None:
+def test_place_parts_reassemble_name(labels: set[str]) -> None:
     found = places(labels)
     assert found.keys() == labels
     for label, (stack, layer, kind) in found.items():
@@ -50,24 +50,24 @@ def test_every_weight_has_one_place_of_which_its_name_is_made(labels: set[str]) 
 
 
 @given(LABELS, st.randoms())
-def test_the_order_of_the_weights_does_not_matter(labels: set[str], luck: random.Random) -> None:
+def test_places_independent_of_order(labels: set[str], luck: random.Random) -> None:
     shuffled = sorted(labels)
     luck.shuffle(shuffled)
     assert places(shuffled) == places(sorted(labels))
 
 
-def test_names_sort_by_their_numbers() -> None:
+def test_natural_sorts_by_numbers() -> None:
     assert sorted(["h.10", "h.9.b", "h.2", "h.9.a"], key=natural) == [
         "h.2",
         "h.9.a",
         "h.9.b",
         "h.10",
     ]
-    assert natural("h." + "9" * 5000) > natural("h.1")  # of more digits than Python reads
+    assert natural("h." + "9" * 5000) > natural("h.1")  # more digits than int() accepts
 
 
 def names(stem: str, counts: list[int] | int, kinds: list[str]) -> list[str]:
-    """stem with the first {} counting, and of each the second as often as counts says."""
+    """Names from a stem; `counts` gives the number of members, per stage if it is a list."""
     if isinstance(counts, int):
         return [f"{stem.format(i)}.{kind}" for i in range(counts) for kind in kinds]
     return [
@@ -88,11 +88,11 @@ HEADS = [f"h.{i}.attn:{x}{h}" for i in range(3) for x in ("qk", "vo") for h in r
 @pytest.mark.parametrize(
     ("label", "others", "expected"),
     [
-        # what has no number is in no layer, and a number alone is no kind
+        # a name without a number is in no layer, and a lone number is not a layer
         ("lm_head.weight", LLAMA, ("", "", "lm_head.weight")),
         ("weights.3", [], ("", "", "weights.3")),
         ("", [], ("", "", "")),
-        # the usual: one number, and what follows it
+        # the usual case: one number, then the kind
         ("0.weight", ["2.weight"], ("*", "0", "weight")),
         ("h.11.attn.c_attn.weight:q", [], ("h.*", "h.11", "attn.c_attn.weight:q")),
         ("blocks.7:qk0", [], ("blocks.*", "blocks.7", ":qk0")),
@@ -101,29 +101,29 @@ HEADS = [f"h.{i}.attn:{x}{h}" for i in range(3) for x in ("qk", "vo") for h in r
             [],
             ("encoder.layers.encoder_layer_*", "encoder.layers.encoder_layer_3", "mlp.0.weight"),
         ),
-        # numbers that follow each other are one: blocks of stages
+        # consecutive numbers form one: blocks of stages
         ("blocks.3.1.conv_pw.weight", [], ("blocks.*.*", "blocks.3.1", "conv_pw.weight")),
         ("layer2.0.conv1.weight", [], ("layer*.*", "layer2.0", "conv1.weight")),
-        # the blocks of T5 hold as many parts each: these are no layers
+        # blocks of T5 have equally many parts, which are not layers
         (
             "block.1.layer.0.q.weight",
             names("block.{}.layer.{}", [2, 2, 2], ["q.weight", "k.weight"]),
             ("block.*", "block.1", "layer.0.q.weight"),
         ),
-        # the stages of Swin do not: their blocks are
+        # stages of Swin have unequal lengths: their blocks are layers
         (
             "layers.2.blocks.5.mlp.fc1.weight",
             SWIN,
             ("layers.*.blocks.*", "layers.2.blocks.5", "mlp.fc1.weight"),
         ),
         ("layers.2.downsample.weight", SWIN, ("layers.*", "layers.2", "downsample.weight")),
-        # members of a Sequential are no layers, however many there are
+        # members of a Sequential are not layers, even if their number varies
         (
             "features.1.0.block.2.weight",
             names("features.1.{}.block.{}", [3, 4], ["weight"]),
             ("features.*.*", "features.1.0", "block.2.weight"),
         ),
-        # of many the number is passed over, of few it is not; experts are no layers, even if pruned
+        # a number of many is replaced by *, of few it is not; experts, even pruned, are not layers
         (
             "model.layers.2.moe.experts.7.w1.weight",
             EXPERTS,
@@ -146,7 +146,7 @@ HEADS = [f"h.{i}.attn:{x}{h}" for i in range(3) for x in ("qk", "vo") for h in r
             [h for h in HEADS if int(h[-1]) < 4 and h[-2] in "ko"],
             ("h.*", "h.1", "attn:qk1"),
         ),
-        # of two numbers the one of which there are many
+        # only the number that takes many values is replaced
         (
             "layers.0.experts.6.net.2.weight",
             [f"layers.0.experts.{i}.net.{j}.weight" for i in range(8) for j in (0, 2)],
@@ -155,7 +155,7 @@ HEADS = [f"h.{i}.attn:{x}{h}" for i in range(3) for x in ("qk", "vo") for h in r
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_names_that_models_have(
+def test_places_of_real_names(
     label: str, others: list[str], expected: tuple[str, str, str]
 ) -> None:
     assert places([label, *others])[label] == Place(*expected)

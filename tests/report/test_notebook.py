@@ -1,4 +1,4 @@
-"""What a notebook shows: the output of a cell, short reprs, a DataFrame, a plot."""
+"""Output in notebooks: cells, short reprs, DataFrames and plots."""
 
 import io
 import math
@@ -30,7 +30,7 @@ def state() -> dict[str, Any]:
 
 
 class Reader(HTMLParser):
-    """The texts of the cells of all rows, after checking that every tag is closed."""
+    """The texts of all cells by row; it checks that every tag is closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def reports(state: dict[str, Any]) -> list[Any]:
     return [report, wc.compare(report, wc.audit({**state, "0.weight": torch.randn(6, 5)}))]
 
 
-def test_a_cell_shows_the_first_rows_in_the_colors_of_the_notebook(state: dict[str, Any]) -> None:
+def test_cell_shows_first_rows_without_colors(state: dict[str, Any]) -> None:
     for report in reports(state):
         html = report._repr_html_()
         cell = Reader(html)
@@ -76,11 +76,11 @@ def test_a_cell_shows_the_first_rows_in_the_colors_of_the_notebook(state: dict[s
         assert labels[1:] == [label for label in whole.index if label in labels][:20]
         assert len(labels) == 21
         assert f"{len(whole) - 20} more rows" in html
-        assert "background:#" not in html.replace(" ", "")  # nothing that fits one theme only
+        assert "background:#" not in html.replace(" ", "")  # no color that fits only one theme
         assert len(html) < 60_000
 
 
-def test_a_cell_shows_the_numbers_of_the_table(state: dict[str, Any]) -> None:
+def test_cell_shows_numbers_of_table(state: dict[str, Any]) -> None:
     report = wc.audit({"w": state["0.weight"]})
     head, row = Reader(report._repr_html_()).rows
     shown = dict(zip(head, row, strict=True))
@@ -88,7 +88,7 @@ def test_a_cell_shows_the_numbers_of_the_table(state: dict[str, Any]) -> None:
     assert shown["κ"] == f"{report.findings[0].condition_number:.4g}"
 
 
-def test_reprs_are_one_line_and_print_is_the_table(state: dict[str, Any]) -> None:
+def test_repr_is_one_line_and_str_is_table(state: dict[str, Any]) -> None:
     report, comparison = reports(state)
     for one in (report, comparison, *report.findings, wc.certify(torch.eye(3))):
         assert len(repr(one).splitlines()) == 1
@@ -106,17 +106,17 @@ def test_reprs_are_one_line_and_print_is_the_table(state: dict[str, Any]) -> Non
     )
     for part in (sound.label, f"κ {sound.condition_number:.4g}", f"{sound.sigma_max:.4g}"):
         assert part in repr(sound)
-    assert "it holds NaN" in repr(next(f for f in report.findings if f.name == "4.weight"))
+    assert "contains NaN" in repr(next(f for f in report.findings if f.name == "4.weight"))
 
 
-def test_a_certificate_says_what_it_does_not_prove() -> None:
+def test_certificate_repr_states_uncertified() -> None:
     assert "not certified" in repr(wc.certify(torch.ones(3, 3)))
     sound = wc.certify(torch.diag(torch.tensor([2.0, 1.0])))
     assert f"κ in {sound.condition_number}, σ_max in {sound.sigma_max}" in repr(sound)
     assert "not certified" not in repr(sound)
 
 
-def test_a_dataframe_has_what_the_csv_has(state: dict[str, Any]) -> None:
+def test_dataframe_equals_csv(state: dict[str, Any]) -> None:
 
     report, comparison = reports(state)
     frame = report.to_dataframe()
@@ -133,7 +133,7 @@ def test_a_dataframe_has_what_the_csv_has(state: dict[str, Any]) -> None:
     assert len(both) == len(comparison.pairs)
 
 
-def test_a_plot_draws_spectra_and_condition_numbers(state: dict[str, Any]) -> None:
+def test_plot_draws_spectra_and_condition_numbers(state: dict[str, Any]) -> None:
     report = wc.audit({name: one for name, one in state.items() if name != HOSTILE})
     left, right = report.plot(top=8)
     assert left.figure is right.figure
@@ -145,11 +145,11 @@ def test_a_plot_draws_spectra_and_condition_numbers(state: dict[str, Any]) -> No
     widths = [bar.get_width() for bar in right.patches]
     finite = [f.condition_number for f in report.findings[:8] if math.isfinite(f.condition_number)]
     assert widths[-len(finite) :] == finite
-    assert len(widths) == len(finite) + 1  # and one for an infinite condition number
+    assert len(widths) == len(finite) + 1  # one bar for an infinite condition number
     left.figure.savefig(io.BytesIO())
 
 
-def test_a_plot_takes_names_that_are_no_mathematics() -> None:
+def test_plot_escapes_names() -> None:
     names = ["_hidden.weight", "a$b$.weight", "$\\frac{.weight", "x" * 100]
     left, _ = wc.audit({name: torch.randn(4, 3) for name in names}).plot()
     assert len(left.get_legend().get_texts()) == 4
@@ -163,7 +163,7 @@ def test_a_plot_on_given_axes() -> None:
 
 
 @pytest.mark.parametrize(("module", "method"), [("pandas", "to_dataframe"), ("matplotlib", "plot")])
-def test_what_is_missing_is_named(
+def test_missing_package_is_named(
     module: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = wc.audit(nn.Linear(3, 2))

@@ -1,4 +1,4 @@
-"""The page of an audit and of a comparison: what it says, and how it looks."""
+"""The pages of audits and comparisons: text, structure and layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ INF, NAN = math.inf, math.nan
 
 
 def finding(label: str, kappa: float, **others: Any) -> Finding:
-    """One that was computed, unless kappa is nan: then it could not be."""
+    """A computed finding, or one that contains NaN if kappa is nan."""
     name, _, view = label.partition(":")
     if math.isnan(kappa):
         others = {"status": Status.not_finite, "detail": "1 of 64 entries"} | others
@@ -68,7 +68,7 @@ def report(
 
 
 def deep(layers: int, *kinds: str) -> dict[str, float]:
-    """A kappa of its own for each kind in each layer, below 1e5, and one weight besides."""
+    """A different kappa below 1e5 for each kind in each layer, and one other weight."""
     names = [f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in kinds]
     return {name: 10 + 1e4 * ((7919 * i) % 997) / 997 for i, name in enumerate(names)} | {
         "head": 50.0
@@ -88,7 +88,7 @@ def model() -> nn.Module:
 
 
 class Row(NamedTuple):
-    """A weight in a table: its cells by their columns, the widths of its bars in percent."""
+    """A weight in a table: cells by column, and widths of bars in percent."""
 
     label: str
     cells: dict[str, str]
@@ -98,7 +98,7 @@ class Row(NamedTuple):
 
 
 class Page(HTMLParser):
-    """A page as a browser reads it; fails if it is not well formed."""
+    """A parsed page; parsing fails if the page is not well formed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Page(HTMLParser):
 
     @property
     def map(self) -> dict[str, tuple[str, str, str]]:
-        """Of the cells of the maps by their labels: color, symbol, and what they say."""
+        """The color, symbol and title of each cell of the maps, by label."""
         found = {}
         for cell in self.root.iterfind(".//table[@class='heat']//td[a]"):
             label = self.rows[cell[0].get("href", "").removeprefix("#")].label
@@ -170,7 +170,7 @@ def text_of(node: Element) -> str:
 
 
 def percent_of(node: Element) -> float:
-    """What its style says: width:25% or left:25%."""
+    """The percentage of a style such as width:25% or left:25%."""
     return float(node.get("style", "").split(":")[1].removesuffix("%"))
 
 
@@ -189,7 +189,7 @@ def pages() -> list[str]:
 
 
 def hostile() -> wc.AuditReport:
-    """One whose texts all mean harm."""
+    """A report whose texts are all hostile."""
     harm = HOSTILE[0] + HOSTILE[1] + HOSTILE[2]
     kappas = {f"layers.{i}.{name}": 2.0 + i for i in range(4) for name in HOSTILE}
     others = [
@@ -204,7 +204,7 @@ def hostile() -> wc.AuditReport:
     return wc.AuditReport(found, coverage, harm, {harm: harm}, not_finite)
 
 
-# --- harmless and whole in itself -----------------------------------------------------------------
+# --- safety and self-containment ------------------------------------------------------------------
 
 
 def test_pages_are_well_formed_and_need_nothing_else() -> None:
@@ -234,7 +234,7 @@ def test_pages_are_well_formed_and_need_nothing_else() -> None:
         assert all(line.isprintable() for line in text.split("\n"))
 
 
-def test_names_are_text_wherever_they_stand() -> None:
+def test_names_are_escaped_everywhere() -> None:
     kappas = {f"layers.{i}.{name}": 2.0 + i for i in range(4) for name in HOSTILE}
     page = Page(report(kappas).to_html(max_condition=3.0))
     shown = {name.encode("unicode_escape").decode() if "\n" in name else name for name in HOSTILE}
@@ -244,7 +244,7 @@ def test_names_are_text_wherever_they_stand() -> None:
 
 
 def test_names_break_between_words() -> None:
-    """In the table, and in the key of the curves."""
+    """In the table and in the legend of the curves."""
     page = wc.audit(model(), curves=6).to_html()
     assert page.count(">fine.<wbr>weight<") == 2
 
@@ -252,7 +252,7 @@ def test_names_break_between_words() -> None:
 @pytest.mark.parametrize(
     "rule", ["screen and (max-width", "print", "screen and (prefers-color-scheme: dark)"]
 )
-def test_there_are_rules_for_phones_paper_and_the_dark(rule: str) -> None:
+def test_style_has_media_rules(rule: str) -> None:
     (style,) = Page(report({"a": 2.0}).to_html()).all("style")
     assert f"@media {rule}" in text_of(style)
 
@@ -261,7 +261,7 @@ def test_there_are_rules_for_phones_paper_and_the_dark(rule: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [2, 5, 48])
-def test_every_weight_is_there_once_with_its_numbers(layers: int) -> None:
+def test_page_has_each_weight_once(layers: int) -> None:
     kappas = deep(layers, *KINDS)
     page = Page(report(kappas).to_html())
     assert Counter(page.labels) == Counter(list(kappas))
@@ -269,7 +269,7 @@ def test_every_weight_is_there_once_with_its_numbers(layers: int) -> None:
     assert set(page.column("rank").values()) == {"8/8"}
 
 
-def test_a_comparison_has_every_weight_once_with_both_numbers() -> None:
+def test_comparison_page_has_each_weight_once() -> None:
     before, after = {"a": 2.0, "b": 8.0, "old": 3.0}, {"a": 2.0, "b": 4.0, "new": 5.0}
     page = Page(wc.compare(report(before), report(after)).to_html())
     assert page.labels[:2] == ["b", "a"]
@@ -299,7 +299,7 @@ def test_bars_are_on_one_logarithmic_scale() -> None:
     assert len(page.all("div[@class='fill infinite']")) == 1
 
 
-def test_two_weights_of_one_label_are_both_there() -> None:
+def test_weights_with_equal_labels_are_both_shown() -> None:
     twice = [finding("a:q", 2.0), Finding("a:q", "", (2, 2), "float32", detail="the other")]
     page = Page(report({}, twice).to_html())
     assert page.labels == ["a:q", "a:q"]
@@ -307,7 +307,7 @@ def test_two_weights_of_one_label_are_both_there() -> None:
     assert len(wc.compare(report({}, twice), report({}, twice)).pairs) == 2
 
 
-def test_of_many_weights_the_worst_are_open_and_the_others_folded_by_layer() -> None:
+def test_worst_rows_open_and_others_folded_by_layer() -> None:
     kappas = deep(48, *KINDS)
     text = report(kappas).to_html()
     page = Page(text)
@@ -319,13 +319,13 @@ def test_of_many_weights_the_worst_are_open_and_the_others_folded_by_layer() -> 
         assert labels == sorted(labels, key=kappas.__getitem__, reverse=True)
         worst = f"{kappas[labels[0]]:.4g}"
         assert summary == f"model.layers.{layer}: {len(labels)} more, κ up to {worst}"
-    assert (last, rest) == ("No layer that repeats: 1 more, κ up to 50", ["head"])
+    assert (last, rest) == ("No repeated layer: 1 more, κ up to 50", ["head"])
     assert len(text) < 1.2e6
     hundred = Page(report(deep(9, *KINDS[:11])).to_html())
     assert len(hundred.opened) == 100
 
 
-def test_titles_of_what_is_folded_have_no_number_if_there_is_none() -> None:
+def test_fold_titles_without_known_number() -> None:
     kappas = deep(12, *KINDS)
     part = {name: kappa for name, kappa in kappas.items() if "layers.11" not in name}
     half = Page(wc.compare(report(part), report(kappas)).to_html()).folds
@@ -335,7 +335,7 @@ def test_titles_of_what_is_folded_have_no_number_if_there_is_none() -> None:
     assert "model.layers.10: 21 more" in lost
 
 
-def test_a_note_of_many_is_there_once() -> None:
+def test_shared_note_is_printed_once() -> None:
     heads = [
         finding(f"h.{i}.attn:qk{h}", 3.0, detail="of 4 values") for i in range(3) for h in range(4)
     ]
@@ -349,16 +349,16 @@ def test_a_note_of_many_is_there_once() -> None:
     assert "h.0.attn:qk0, h.0.attn:qk1, h.0.attn:qk2 and 9 more: of 4 values" in found.table()
 
 
-# --- what exceeds a limit -------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
-def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
+def test_limit_has_sentence_marks_and_line() -> None:
     found = wc.audit(model())
     page = Page(found.to_html(max_condition=100.0))
     assert page.marked == ["flat.weight", f"{LONG}.weight"]
     assert (
-        f"2 of 3 exceed κ = 100, marked ▲: flat.weight, {LONG}.weight; "
-        "the line across the bars is that limit." in page.text
+        f"2 of 3 weights exceed κ = 100, marked ▲: flat.weight, {LONG}.weight; "
+        "the line across the bars marks this limit." in page.text
     )
     lines = [percent_of(node) for node in page.all("div[@class='limit']")]
     assert lines == pytest.approx([200 / 3] * 3, rel=1e-3)
@@ -366,10 +366,10 @@ def test_a_limit_is_a_sentence_marked_rows_and_a_line() -> None:
     assert "exceed" not in unlimited.text.split("Flags")[0]
     assert not unlimited.marked + unlimited.all("div[@class='limit']")
     endless = Page(found.to_html(max_condition=INF))
-    assert "1 of 3 exceed κ = inf, marked ▲: " in endless.text
+    assert "1 of 3 weights exceed κ = inf, marked ▲: " in endless.text
     assert not endless.all("div[@class='limit']")
     harmless = Page(report({"a": 2.0}).to_html(max_condition=3.0))
-    assert "0 of 1 exceed κ = 3; the line" in harmless.text
+    assert "0 of 1 weights exceed κ = 3; the line" in harmless.text
     assert not harmless.marked
 
 
@@ -379,12 +379,12 @@ def test_a_comparison_marks_each_side_that_exceeds_the_limit() -> None:
         {"a": 9.0, "b": 9.0, "c": 2.0, "d": 2.0},
     )
     page = Page(wc.compare(report(before), report(after)).to_html(max_condition=5.0))
-    assert "3 of 4 exceed κ = 5" in page.text
+    assert "3 of 4 weights exceed κ = 5" in page.text
     assert page.column("κ before") == {"a": "▲ 9", "b": "2", "c": "▲ 9", "d": "2"}
     assert page.column("κ after") == {"a": "▲ 9", "b": "▲ 9", "c": "2", "d": "2"}
 
 
-def test_a_limit_is_marked_in_the_map_and_in_what_is_folded() -> None:
+def test_limit_is_marked_in_map_and_folds() -> None:
     kappas = deep(12, *KINDS)
     above = {name for name, kappa in kappas.items() if kappa > 2000}
     page = Page(report(kappas).to_html(max_condition=2000.0))
@@ -397,7 +397,7 @@ def test_a_limit_is_marked_in_the_map_and_in_what_is_folded() -> None:
         assert summary.endswith(f", {count} ▲") if count else "▲" not in summary
 
 
-def test_json_names_the_limit_and_what_exceeds_it() -> None:
+def test_json_names_limit_and_exceeding() -> None:
     found = wc.audit(model())
     content = json.loads(found.to_json(max_condition=100.0))
     assert content["max_condition"] == 100.0
@@ -413,7 +413,7 @@ def test_a_map_has_a_cell_for_every_weight_of_a_layer() -> None:
     page = Page(report(kappas).to_html())
     said = {label: title for label, (_, _, title) in page.map.items()}
     assert said == {name: f"κ = {kappa:.4g}" for name, kappa in kappas.items() if name != "head"}
-    assert "1 weight is in no layer that repeats, and only in the table." in page.text
+    assert "1 weight is in no repeated layer and only in the table." in page.text
 
 
 def test_colors_are_in_the_order_of_kappa() -> None:
@@ -434,7 +434,7 @@ def test_colors_are_in_the_order_of_kappa() -> None:
         (15.0, 170.0, [10, 20, 50, 100, 200]),
     ],
 )
-def test_the_scale_spans_all_and_its_ticks_stand_where_they_belong(
+def test_scale_covers_values_and_places_ticks(
     low: float, high: float, expected: list[float]
 ) -> None:
     kappas = {f"h.{i}.w{k}": high if (i, k) == (0, 0) else low for i in range(4) for k in range(2)}
@@ -448,7 +448,7 @@ def test_the_scale_spans_all_and_its_ticks_stand_where_they_belong(
 
 
 @pytest.mark.parametrize("limit", [None, 100.0])
-def test_infinite_unknown_bounded_and_missing_cells_differ_from_large_ones(
+def test_special_cells_differ_from_large_values(
     limit: float | None,
 ) -> None:
     kappas = {f"h.{i}.{kind}": 9.0 for i in range(4) for kind in ("a", "b", "c")}
@@ -462,15 +462,15 @@ def test_infinite_unknown_bounded_and_missing_cells_differ_from_large_ones(
     assert cells["h.2.a"] == ("s10", "▲" if limit else "")
     assert cells["h.3.c"] == ("s1", "≥")
     assert cells["h.0.b"] == ("s1", "")
-    for meaning in ("∞infinite", "?no κ: it is zero", "≥a lower bound of κ"):
+    for meaning in ("∞infinite", "?no κ: the weight is zero", "≥a lower bound of κ"):
         assert meaning in page.text
-    assert "there is none" not in page.text
+    assert "no weight" not in page.text
     page = Page(report(kappas).to_html(max_condition=limit))
-    assert "there is none" in page.text
+    assert "no weight" in page.text
     assert sum(not len(cell) for cell in page.all("table[@class='heat']/tbody//td")) == 1
 
 
-def test_of_many_heads_the_worst_stands_for_its_layer() -> None:
+def test_map_shows_worst_of_many_heads() -> None:
     kappas = {
         f"h.{i}.attn:{x}{h}": 2.0 + (5 * h + i) % 12
         for i in range(3)
@@ -483,8 +483,8 @@ def test_of_many_heads_the_worst_stands_for_its_layer() -> None:
         for i in range(3)
         for x in ("qk", "vo")
     }
-    assert all(title.endswith(", of 12") for _, _, title in page.map.values())
-    assert "Of several, where * stands for a number, the one that is the worst." in page.text
+    assert all(title.endswith(", worst of 12") for _, _, title in page.map.values())
+    assert "Where * replaces a number, a cell shows the worst weight." in page.text
     assert "attn:qk*" in page.text
     assert len(page.labels) == 72
 
@@ -498,7 +498,7 @@ def test_of_many_heads_the_worst_stands_for_its_layer() -> None:
     ],
     ids=["one kind", "no layers", "nothing in common"],
 )
-def test_there_is_no_map_where_nothing_repeats(labels: list[str]) -> None:
+def test_no_map_without_repeated_layers(labels: list[str]) -> None:
     page = Page(report(dict.fromkeys(labels, 2.0)).to_html())
     assert not page.all("table[@class='heat']")
     assert "Layers" not in page.text
@@ -519,7 +519,7 @@ def test_a_map_of_a_comparison_shows_the_movement() -> None:
     assert cells["h.2.a"] == ("s0", "")
     ticks = page.texts("div[@class='scale']//span")
     assert ticks == ["0", "1", "2", "3", "4", "5", "6"]
-    assert "A movement up to 2 is as from one training to another." in page.text
+    assert "Two trainings of a network usually differ by a movement of up to 2." in page.text
     assert cells["h.0.b"] == ("positive", "∞")
     assert cells["h.2.b"] == ("negative", "↓")
     assert cells["h.3.b"] == ("s0", "▲")
@@ -534,7 +534,7 @@ def test_a_map_of_a_comparison_shows_the_movement() -> None:
     assert {color for color, _, _ in same.values()} == {"s0"}
 
 
-def test_colors_of_a_comparison_are_in_the_order_of_its_table() -> None:
+def test_comparison_colors_follow_table_order() -> None:
     before = {f"h.{i}.{kind}": 10.0 for i in range(4) for kind in ("a", "b")}
     after = {label: 10 * 1.9 ** (-i if i % 2 else i) for i, label in enumerate(before)}
     later = [replace(f, sigma_max=2.0 + 40.0 * i) for i, f in enumerate(report(after).findings)]
@@ -565,24 +565,24 @@ def test_curves_fall_from_one_to_the_last_singular_value() -> None:
     assert not Page(report({"a": 2.0}).to_html()).all("figure")
 
 
-# --- what is left out -----------------------------------------------------------------------------
+# --- skipped tensors ------------------------------------------------------------------------------
 
 
-def test_what_is_no_matrix_is_one_line_that_unfolds() -> None:
+def test_tensors_without_matrices_are_folded() -> None:
     page = Page(wc.audit(model()).to_html())
-    assert page.texts("summary") == ["No matrices: 3 (vector)"]
+    assert page.texts("summary") == ["Not matrices: 3 (vector)"]
     folded = page.texts("details//dt")
     assert sorted(folded) == sorted(["flat.bias", "fine.bias", f"{LONG}.bias"])
-    # An embedding is one that the report lacks.
+    # An embedding is a matrix, so the page lists it as skipped.
     assert "a_table_with_a_long_name.weight" in page.texts("dt")
 
 
-def test_hundreds_that_are_skipped_are_a_line_too() -> None:
+def test_many_skipped_tensors_are_folded() -> None:
     skipped = {f"n{i}": Skipped(Reason.vector) for i in range(1000)}
     skipped |= {f"e{i}": Skipped(Reason.empty, f"shape (0, {i})") for i in range(500)}
     skipped |= {f"q{i}": Skipped(Reason.packed, f"int{i}") for i in range(300)}
     page = Page(report({"a": 2.0}, skipped=skipped).to_html())
-    summaries = [f"300 {Reason.packed.value}", "No matrices: 1000 (vector), 500 (empty)"]
+    summaries = [f"300 {Reason.packed.value}", "Not matrices: 1000 (vector), 500 (empty)"]
     assert page.texts("summary") == summaries
     reasons = dict(zip(page.texts("details//dt"), page.texts("details//dd"), strict=True))
     assert reasons == {name: str(why) for name, why in skipped.items()}
@@ -594,7 +594,7 @@ def test_hundreds_that_are_skipped_are_a_line_too() -> None:
 
 
 def look(page: Path, measure: str, *widths: int) -> list[Any]:
-    """What a script sees in frames of these widths: headless windows are at least 500 wide."""
+    """Measures a page in frames of these widths, because windows are at least 500 wide."""
     text = page.read_text().replace(
         "</body>",
         f"<script>parent.postMessage(JSON.stringify({measure}), '*')</script></body>",
@@ -641,7 +641,7 @@ SEEN = """{
 
 
 def whole_page() -> str:
-    """Many layers, many kinds, names of strangers, infinite and unknown ones, notes and curves."""
+    """A page with many layers and kinds, hostile names, infinite and unknown κ, and curves."""
     kappas = deep(48, *KINDS, *(f"self_attn:qk{h}" for h in range(32)))
     kappas |= {f"{name}.{LONG}": 5.0 for name in HOSTILE}
     kappas |= {f"layers.{i}.{name}": 2.0 for i in range(3) for name in HOSTILE}
@@ -655,13 +655,13 @@ def whole_page() -> str:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: Debian's package chromium")
 @pytest.mark.parametrize("kind", ["small", "large", "comparison", "changes"])
-def test_nothing_is_wider_than_the_screen(kind: str, tmp_path: Path) -> None:
+def test_page_fits_screen_width(kind: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     if kind == "small":
         wc.audit(model(), certify=True).to_html(page, max_condition=100.0)
     elif kind == "large":
         page.write_text(whole_page())
-    elif kind == "changes":  # all columns, and as wide as they are in a transformer
+    elif kind == "changes":  # all columns, with the widths of a transformer
         names = [f"transformer.h.{i}.attn.c_attn.weight" for i in range(12) for _ in range(7)]
         names = [f"{name}{k}" for k, name in enumerate(names)]
         before = {name: torch.randn(48, 96) / 9 for name in names}
@@ -679,15 +679,15 @@ def test_nothing_is_wider_than_the_screen(kind: str, tmp_path: Path) -> None:
             assert len(seen["kappa"]) == 3
         if kind in ("small", "large"):
             assert max(seen["kappa"]) <= seen["screen"]
-            assert seen["label"] >= 10  # pixels: to be read
+            assert seen["label"] >= 10  # pixels, to be legible
         if kind in ("large", "comparison"):
-            assert min(seen["cells"]) >= 12  # pixels: to be seen
+            assert min(seen["cells"]) >= 12  # pixels, to be visible
             assert len(seen["colors"]) == 11
             assert seen["folded"] > 10
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: Debian's package chromium")
-def test_a_cell_leads_to_a_row_that_is_folded(tmp_path: Path) -> None:
+def test_map_link_opens_folded_row(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(whole_page())
     (seen,) = look(

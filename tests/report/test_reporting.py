@@ -1,4 +1,4 @@
-"""What reports and their options say, down to the names and the numbers in a line."""
+"""Names and numbers in the lines of reports, and options of reports."""
 
 import csv
 import importlib.metadata
@@ -22,7 +22,7 @@ NAMES = ["a:v:merged", "experts.gate_up_proj:up:1", "block:x:w", "t:heart:", ":s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_name_becomes_an_emoji(name: str, tmp_path: Path) -> None:
+def test_names_do_not_become_emoji(name: str, tmp_path: Path) -> None:
     assert name in format_table(["weight", "κ"], [[name, "1"]])
     path = tmp_path / "a.pt"
     torch.save({name: torch.diag(torch.tensor([9.0, 1.0]))}, path)
@@ -36,17 +36,17 @@ def test_no_name_becomes_an_emoji(name: str, tmp_path: Path) -> None:
     ("share", "text"),
     [(0.0, "0 %"), (1.0, "100 %"), (0.996, "100 %"), (0.0723, "7.2 %"), (3.1e-4, "0.031 %")],
 )
-def test_shares_are_percents(share: float, text: str) -> None:
+def test_format_percent(share: float, text: str) -> None:
     assert format_percent(share) == text
 
 
-def test_a_matrix_that_float16_rounds_to_zero_says_100_percent(tmp_path: Path) -> None:
+def test_float16_underflow_of_all_entries(tmp_path: Path) -> None:
     torch.save({"w": torch.eye(3) * 1e-9 + 1e-10}, tmp_path / "a.pt")
-    assert "100 % of its entries would be zero in float16" in str(wc.audit(tmp_path / "a.pt"))
+    assert "100 % of the entries underflow to zero in float16" in str(wc.audit(tmp_path / "a.pt"))
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
-def test_a_text_is_one_pattern(option: str, tmp_path: Path) -> None:
+def test_string_is_one_pattern(option: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     chosen: dict[str, Any] = {option: "0.*"}
     names = ["0.weight"] if option == "include" else ["1.weight"]
@@ -56,7 +56,7 @@ def test_a_text_is_one_pattern(option: str, tmp_path: Path) -> None:
     assert [repair.name for repair in done.repairs] == names
 
 
-def test_reports_of_nothing_are_written() -> None:
+def test_empty_reports_are_written() -> None:
     coverage = wc.report.Coverage(0, 0, {}, 0.0)
     report = wc.AuditReport([], coverage, "nothing", read_versions())
     comparison = wc.report.Comparison([], "a", "b", read_versions())
@@ -69,7 +69,7 @@ def test_reports_of_nothing_are_written() -> None:
         assert lines == []
 
 
-def test_columns_of_the_sheet_are_the_same_with_rows_and_without(tmp_path: Path) -> None:
+def test_csv_columns_independent_of_rows(tmp_path: Path) -> None:
     layer = nn.Linear(3, 3)
     for certify in (False, True):
         report = wc.audit(layer, certify=certify)
@@ -82,7 +82,7 @@ def test_columns_of_the_sheet_are_the_same_with_rows_and_without(tmp_path: Path)
     )
 
 
-def test_curves_compute_the_views_that_are_drawn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_decompose_only_drawn_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tensor is read once, and each matrix decomposed once."""
     monkeypatch.setattr("wellcond.linalg.spectrum._SMALL", 8)
     monkeypatch.setattr("wellcond.linalg.spectrum._LARGE", 16)
@@ -103,7 +103,7 @@ def test_curves_compute_the_views_that_are_drawn_alone(monkeypatch: pytest.Monke
     assert drawn == [20] * 4 + [0] * 7
 
 
-def test_a_package_without_metadata_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_without_metadata_has_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -111,9 +111,7 @@ def test_a_package_without_metadata_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     assert wc.audit(nn.Linear(3, 3)).versions["wellcond"] == "unknown"
 
 
-def test_a_baseline_that_is_not_there_is_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_baseline_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"w": torch.eye(2)}, tmp_path / "a.pt")
     assert main(["audit", str(tmp_path / "a.pt"), "--baseline", str(tmp_path / "b.json")]) == 2
     err = capsys.readouterr().err
@@ -123,7 +121,7 @@ def test_a_baseline_that_is_not_there_is_asked_for(
     assert "b.json does not exist" in err
 
 
-def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:
+def test_unknown_heads_share_a_line(tmp_path: Path) -> None:
     content = {
         f"layers.{layer}.self_attn.{x}_proj.weight": torch.randn(8, 8)
         for layer in range(5)
@@ -133,15 +131,15 @@ def test_heads_that_are_not_known_share_a_line(tmp_path: Path) -> None:
     text = wc.audit(tmp_path / "a.pt", heads=True).table()
     assert "0x0" not in text
     (line,) = [one for one in text.splitlines() if "number of its heads" in one]
-    assert "and 2 more: it could not be measured" in line
+    assert "and 2 more: could not be measured" in line
 
 
-def test_completion_offers_what_is_public() -> None:
+def test_dir_lists_public_names() -> None:
     assert {"audit", "certify", "__version__"} <= set(dir(wc))
     assert {"Any", "TYPE_CHECKING", "importlib"}.isdisjoint(dir(wc))
 
 
-def test_a_report_reads_data_and_computes_no_matrices() -> None:
+def test_report_does_not_import_linalg() -> None:
     code = "import sys, wellcond.report; print(*(m for m in sys.modules if '.linalg' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "wellcond.linalg" not in done.stdout

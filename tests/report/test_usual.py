@@ -1,4 +1,4 @@
-"""Where a weight stands among trained ones: classes by name and shape, and the committed table."""
+"""Classes of weights by name and shape, and the committed table of quantiles."""
 
 import math
 
@@ -33,20 +33,16 @@ POSITIVE = st.floats(1e-6, 1e6)
         ("fc.weight", "", (0, 0), "linear, above 6"),
     ],
 )
-def test_a_class_follows_from_name_and_shape(
-    name: str, view: str, shape: tuple[int, ...], expected: str
-) -> None:
+def test_classify(name: str, view: str, shape: tuple[int, ...], expected: str) -> None:
     assert classify(name, view, shape) == expected
 
 
 @given(st.text(), st.text(), st.tuples(st.integers(0, 9), st.integers(0, 9)))
-def test_a_matrix_and_its_transpose_have_one_class(
-    name: str, view: str, shape: tuple[int, int]
-) -> None:
+def test_classify_ignores_transposition(name: str, view: str, shape: tuple[int, int]) -> None:
     assert classify(name, view, shape) == classify(name, view, shape[::-1])
 
 
-def test_a_share_is_linear_in_the_logarithm_between_quantiles() -> None:
+def test_share_below_interpolates_in_logarithm() -> None:
     values = (0.5, 1, math.sqrt(10), 10, 100, 1000, 2000, math.inf, 0.0, -1.0)
     shares = [UNIFORM.share_below("gain", value) for value in values]
     assert shares == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 0, 0])
@@ -55,25 +51,25 @@ def test_a_share_is_linear_in_the_logarithm_between_quantiles() -> None:
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @given(st.lists(POSITIVE, min_size=2))
-def test_a_share_rises_with_the_value(quantity: str, values: list[float]) -> None:
+def test_share_below_is_monotonic(quantity: str, values: list[float]) -> None:
     shares = [SQUARE.share_below(quantity, value) for value in sorted(values)]
     assert shares == sorted(shares)
     assert all(0 <= share <= 1 for share in shares)
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
-def test_a_stored_quantile_has_its_level_below(quantity: str) -> None:
+def test_share_below_stored_quantile_is_level(quantity: str) -> None:
     for level in SQUARE.levels:
         value = SQUARE.quantile(quantity, level)
         assert SQUARE.share_below(quantity, value) == pytest.approx(level, abs=1e-12)
 
 
-def test_a_quantile_of_another_level_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"level must be one of .* but is 0\.42"):
+def test_quantile_refuses_other_levels() -> None:
+    with pytest.raises(ValueError, match=r"`level` must be one of .*, got 0\.42"):
         SQUARE.quantile("gain", 0.42)
 
 
-def test_a_small_class_is_answered_from_all() -> None:
+def test_small_class_uses_all_classes() -> None:
     assert SQUARE.name == "linear, square"
     pooled = usual_of("embed.weight", "", (9, 10))
     assert pooled.name == ALL
@@ -81,7 +77,7 @@ def test_a_small_class_is_answered_from_all() -> None:
     assert f"{pooled.count:,} matrices of {pooled.packages} packages" in COHORT
 
 
-def test_a_kappa_of_a_trained_square_is_usual_and_a_huge_one_is_not() -> None:
+def test_share_below_of_usual_and_extreme_values() -> None:
     assert 0.2 < SQUARE.share_below("condition_number", 2.7) < 0.8
     assert SQUARE.share_below("condition_number", 1e6) > 0.99
     assert SQUARE.share_below("sigma_max", 500.0) > 0.99

@@ -83,7 +83,7 @@ def compare(
         >>> pair.label, pair.ratio, round(pair.change.relative, 4)
         ('weight', 0.25, 0.7276)
         >>> print(comparison.summary()[0])
-        Moved most for its class: weight, σ_max 8 → 2 (0.25 times)
+        Largest movement: weight, σ_max 8 → 2 (0.25 times)
     """
     sides: tuple[Any, Any] = before, after
     for name, side in zip(("before", "after"), sides, strict=True):

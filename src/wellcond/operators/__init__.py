@@ -1,1 +1,1 @@
-"""A weight as a linear map: what rules, limits and measurements in training ask of it."""
+"""Weights as linear maps, with the operations that rules, limits and measurements need."""

@@ -1,8 +1,9 @@
-"""sigma_1 of a convolution as it acts, on inputs of every size: a bound, a limit and an estimate.
+"""Bound, limit and estimate of sigma_1 of a convolution as a linear operator, for all input sizes.
 
-With zeros around, the map is a part of that on the whole lattice (see `wellcond.linalg.lattice`).
-Other paddings copy inputs; a factor says by how much that may raise sigma_1. So the limit is loose
-for them. Groups are the blocks of the map: each is measured and limited by itself.
+With zero padding, the operator is a part of the operator on the infinite lattice (see
+`wellcond.linalg.lattice`). Other paddings copy inputs. A factor bounds how much this can raise
+sigma_1, so the limit is loose for them. Groups are the blocks of the operator: each is measured and
+limited separately.
 
 Letters: K (o, i/g, *k) the kernel of g groups; s, d, p stride, dilation and padding of an axis; N
 the size of an input; L (g, m, n, *c) the kernel with stride 1 and without dilation; A(w) its symbol
@@ -23,21 +24,22 @@ from wellcond.linalg.lattice import COARSE, FINE, Grid
 from wellcond.operators.convolution import CIRCULAR, ZEROS, Geometry
 from wellcond.operators.rounding import widest_dtype, working_dtype
 
-_ROUNDS = 12  # of storing and measuring
+_ROUNDS = 12  # the maximal number of rounds of storing and measuring
 _MARGIN = 1e-8  # above the rounding of eigenvalues in `lattice.bound_norm`
 
 
 def padding_factor(kernel: torch.Size, geometry: Geometry) -> float:
-    """By how much the padding may raise sigma_1 above that on the lattice, for every input size.
+    """Returns a bound of the factor by which the padding raises sigma_1, for every input size.
 
-    1 with zeros. Per axis, with b and a inputs copied before and after it, and S phases:
+    The factor is relative to the lattice. It is 1 with zero padding. Otherwise it is a product over
+    the axes, with b and a inputs copied before and after an axis, and S phases:
 
-    - circular: sqrt(min(S, c)) with c = 1 + ceil((a + b)/max(a, b)) copies at most; 1 with stride 1
-      and a + b <= d (k - 1), where each output is one of those on a torus.
-    - reflect: sqrt(2) with stride 1 and a + b <= d (k - 1), where the outputs are some of those on
-      a torus of 2 N - 2 inputs on which each stands twice; else sqrt(3).
-    - replicate: sqrt(1 + max(a, b)), or what a single input may do, if that is more: it stands at
-      1 + a + b places, and is used by (a + b - d (k - 1)) // s + 1 outputs, with all phases.
+    - circular: sqrt(min(S, c)) with at most c = 1 + ceil((a + b)/max(a, b)) copies; 1 with stride 1
+      and a + b <= d (k - 1), because each output is then an output on a torus.
+    - reflect: sqrt(2) with stride 1 and a + b <= d (k - 1), because the outputs are then a subset
+      of those on a torus of 2 N - 2 inputs that contains each input twice; else sqrt(3).
+    - replicate: sqrt(1 + max(a, b)), or the effect of a single input if that is larger: the input
+      is at 1 + a + b places, and (a + b - d (k - 1)) // s + 1 outputs use it with all phases.
     """
     if geometry.mode == ZEROS:
         return 1.0
@@ -64,15 +66,16 @@ def padding_factor(kernel: torch.Size, geometry: Geometry) -> float:
 
 
 def flattening_factor(kernel: torch.Size, geometry: Geometry) -> float:
-    """By how much sigma_1 of the map may exceed that of the flattened kernel: sqrt(T), T taps.
+    """Returns a bound of sigma_1 of the operator over sigma_1 of the flattened kernel.
 
-    T = prod ceil(k/S), S = s/gcd(s, d) phases per axis: sqrt(prod k) with stride 1. A(w) is the
-    flattened kernel times a matrix of norm sqrt(T). Equal taps of equal sign reach it, but for
-    borders. Paddings that copy add their own factor.
+    The bound is sqrt(T) for T = prod ceil(k/S) taps, with S = s/gcd(s, d) phases per axis. With
+    stride 1 it is sqrt(prod k). The reason is that A(w) is the flattened kernel times a matrix of
+    norm sqrt(T). Equal taps of equal sign attain the bound up to border effects. Paddings that
+    copy inputs contribute `padding_factor`.
 
     Args:
-        kernel: its shape (o, i/g, *k).
-        geometry: of any size.
+        kernel: the shape (o, i/g, *k) of the kernel.
+        geometry: the geometry of the layer; its size has no effect.
     """
     steps = lattice.effective_steps(kernel[2:], geometry.stride, geometry.dilation)
     counts = (-(-k // step) for k, step in zip(kernel[2:], steps, strict=True))
@@ -80,7 +83,7 @@ def flattening_factor(kernel: torch.Size, geometry: Geometry) -> float:
 
 
 class _Folded(NamedTuple):
-    """A kernel as L, and the way back."""
+    """A kernel as L, and the conversion back."""
 
     L: Tensor
     steps: tuple[int, ...]
@@ -94,7 +97,7 @@ class _Folded(NamedTuple):
         return cls(L.reshape(geometry.groups, shape[0], *L.shape[1:]), steps, shape)
 
     def support(self) -> Tensor:
-        """Where L may have entries, (n, *c): what `fold` fills up has none."""
+        """Returns 1 where L can have entries and 0 where `fold` pads, (n, *c)."""
         ones = torch.ones(1, *self.shape[1:], device=self.L.device)
         return lattice.fold(ones, self.steps)[0]
 
@@ -107,14 +110,14 @@ class _Folded(NamedTuple):
 
 
 def bound_norm(kernel: Tensor, geometry: Geometry) -> float:
-    """An upper bound of sigma_1 of the layer, for inputs of every size.
+    """Returns an upper bound of sigma_1 of the layer for inputs of every size.
 
-    With zeros around it exceeds the supremum over all sizes by at most 0.5 % per axis. It is
-    computed in float64, with a margin for rounding; NaN where the kernel holds one.
+    With zero padding, the bound exceeds the supremum over all sizes by at most 0.5 % per axis. It
+    is computed in float64, with a margin for rounding. It is NaN if the kernel contains NaN.
 
     Args:
-        kernel: (o, i/g, *k), real; of a transposed layer (i, o/g, *k).
-        geometry: of the layer; its size is without effect.
+        kernel: (o, i/g, *k), real; for a transposed layer (i, o/g, *k).
+        geometry: the geometry of the layer; its size has no effect.
     """
     L = _Folded.of(_wide(kernel), geometry).L
     if not L.numel():
@@ -123,7 +126,7 @@ def bound_norm(kernel: Tensor, geometry: Geometry) -> float:
 
 
 def bound_norm_cheaply(kernel: Tensor, geometry: Geometry) -> float:
-    """`bound_norm` with less work for many channels, and up to 17 % above for two axes."""
+    """A faster `bound_norm` for many channels; for two axes it can be 17 % larger."""
     L = _Folded.of(_wide(kernel), geometry).L
     if not L.numel():
         return 0.0
@@ -131,15 +134,17 @@ def bound_norm_cheaply(kernel: Tensor, geometry: Geometry) -> float:
 
 
 def limit_norm(kernel: Tensor, geometry: Geometry, upper: float) -> Tensor:
-    """A nearby kernel with `bound_norm` at most `upper` as it is stored, in the dtype of `kernel`.
+    """Returns a nearby kernel with `bound_norm` at most `upper` after rounding to its dtype.
 
-    Groups that obey stay bit for bit; of the others the singular values are clipped at frequencies
-    (see `wellcond.linalg.lattice.limit_norm`), or they are scaled, whichever is nearer. It is near,
-    not nearest: where the bound is exceeded by a quarter or more, within 6 % of the least distance
-    in tries; where by 1 %, up to 2.5 times as far. A kernel that is not finite stays.
+    Groups within the limit are unchanged bit for bit. For the others, the singular values are
+    clipped at frequencies (see `wellcond.linalg.lattice.limit_norm`), or the group is scaled,
+    whichever is nearer. The result is near, but not the nearest kernel. In tests, it was within 6 %
+    of the least distance if the bound was exceeded by 25 % or more, and up to 2.5 times as far if
+    it was exceeded by 1 %. A kernel that is not finite is returned unchanged.
 
     Raises:
-        ValueError: after rounding to the dtype no such kernel is left, as when entries overflow.
+        ValueError: no nearby kernel is within the limit after rounding to the dtype, for example
+            because entries overflow.
     """
     folded = _Folded.of(_wide(kernel), geometry)
     factor = padding_factor(kernel.shape, geometry)
@@ -148,7 +153,7 @@ def limit_norm(kernel: Tensor, geometry: Geometry, upper: float) -> Tensor:
     if not bool(exceeding.any()):
         return kernel
     rows = exceeding.nonzero()[:, 0]
-    # In the dtype of the weight, which says in which arithmetic to clip.
+    # The working dtype of the weight determines the arithmetic of the clipping.
     L = folded.L[rows].to(working_dtype(kernel.dtype))
     nearby = lattice.limit_norm(L, target[rows], folded.support())
     narrowest = max(_MARGIN, 4 * torch.finfo(working_dtype(kernel.dtype)).eps)
@@ -162,10 +167,10 @@ def limit_norm(kernel: Tensor, geometry: Geometry, upper: float) -> Tensor:
             groups = result.view(geometry.groups, *folded.shape)
             groups[rows] = stored.to(kernel.device).reshape(len(rows), *folded.shape)
             return result
-        # Doubled, since rounding to few bits takes back what is a small part of an entry.
+        # Doubled, because rounding to few bits undoes changes that are a small part of an entry.
         margin = torch.where(excess > 0, 2 * margin + 1.25 * excess, margin).clamp_max(1)
     raise ValueError(
-        f"no kernel near it has a norm of at most {upper} once it is rounded to "
+        f"no nearby kernel has a norm of at most {upper} after rounding to "
         f"{str(kernel.dtype).removeprefix('torch.')}. Store the weight in a wider dtype."
     )
 
@@ -177,7 +182,7 @@ def _wide(kernel: Tensor) -> Tensor:
 
 
 def _exceed(L: Tensor, target: Tensor) -> Tensor:
-    """Which groups are not proven to have norms of at most these; False if not finite."""
+    """Returns which groups might exceed `target`; False for groups that are not finite."""
     above = lattice.norm_on_grid(L) > target
     rest = (~above).nonzero()[:, 0]
     if len(rest):
@@ -189,20 +194,20 @@ def _exceed(L: Tensor, target: Tensor) -> Tensor:
 
 
 class NormEstimator:
-    """A lower estimate of sigma_1 of a layer, warm from step to step, for large inputs.
+    """A warm-started estimate from below of sigma_1 of a layer, for large inputs.
 
-    The frequencies are split into cells, 4 h per axis. Each has a unit vector v and a frequency w
-    of its own, one of 5 per axis within it. A step forms u = A(w) v, whose norm is the estimate,
-    then takes the w at which |u^* A(w) v| is largest and v = A(w)^* u: for a fixed kernel no step
-    makes the estimate smaller. It is two products with the kernel as a matrix (m, n T); nothing is
-    asked of the host. A warm estimate was within 1 % of the supremum in trainings, from the 20th
-    step on; it lags where a kernel moves by more than its size in one step.
+    The frequencies are split into cells, 4 h per axis. Each cell has its own unit vector v and its
+    own frequency w, one of 5 per axis within the cell. A step forms u = A(w) v, whose norm is the
+    estimate. It then chooses the w with the largest |u^* A(w) v|, and v = A(w)^* u. For a fixed
+    kernel, no step reduces the estimate. A step costs two products with the kernel as a matrix
+    (m, n T), without synchronising with the host. In trainings, the estimate was within 1 % of the
+    supremum from the 20th step on. It lags if a kernel changes by more than its size in one step.
 
-    Kernels of one shape are estimated together as the groups of one.
+    Kernels of one shape are estimated together as groups of one kernel.
 
     Args:
-        kernel: as in `bound_norm`, of whose shape and dtype all others will be.
-        geometry: of the layer; its size and padding are without effect.
+        kernel: as in `bound_norm`; later kernels must have the same shape and dtype.
+        geometry: the geometry of the layer; its size and padding have no effect.
     """
 
     def __init__(self, kernel: Tensor, geometry: Geometry) -> None:
@@ -210,7 +215,7 @@ class NormEstimator:
         self._place(kernel)
 
     def _place(self, kernel: Tensor) -> None:
-        """Phases of taps at the middles of cells, (T, f), and at places within one, (q, T)."""
+        """Computes phases of taps at the centers of cells, (T, f), and at places in one, (q, T)."""
         L = self._fold(kernel)
         self._shape, counts = L.shape[:3], tuple(L.shape[3:])
         dtype = torch.complex128 if L.dtype == torch.float64 else torch.complex64
@@ -225,19 +230,19 @@ class NormEstimator:
         )
 
     def _fold(self, kernel: Tensor) -> Tensor:
-        """L in the working dtype, with n <= m: the transpose has the same singular values."""
+        """Returns L in the working dtype, transposed if n > m, which keeps the singular values."""
         kernel = kernel.detach().to(working_dtype(kernel.dtype))
         L = _Folded.of(kernel, self.geometry).L
         return L.transpose(1, 2) if L.shape[2] > L.shape[1] else L
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of X: (g, 2 n + 1, f), real and imaginary parts of v, and the place of w in its cell."""
+        """The shape (g, 2 n + 1, f) of X: real and imaginary parts of v, and the index of w."""
         groups, _, n = self._shape
         return groups, 2 * n + 1, self._middles.shape[1]
 
     def start(self, generator: torch.Generator) -> Tensor:
-        """A random X, drawn on the CPU, in the working dtype."""
+        """Returns a random X in the working dtype, drawn on the CPU."""
         real = self._middles.real
         X = torch.randn(self.shape, generator=generator, dtype=real.dtype, device="cpu")
         X[:, :-1] /= torch.linalg.vector_norm(X[:, :-1], dim=1, keepdim=True)
@@ -245,9 +250,9 @@ class NormEstimator:
         return X.to(real.device)
 
     def refine(self, kernel: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimates per group, (g,), and X after one step.
+        """Returns the estimates per group, (g,), and X after one step.
 
-        X stays where a group is zero or not finite; then the estimate is 0, or not finite either.
+        If a group is zero or not finite, its X is unchanged, and its estimate is 0 or not finite.
         """
         if kernel.device != self._middles.device:
             self._place(kernel)
@@ -275,5 +280,5 @@ class NormEstimator:
         return sigma.amax(1) * unit, torch.where(kept, refined, X)
 
     def _phases(self, place: Tensor) -> Tensor:
-        """exp(-i w t) at these places in the cells, (g, T, f)."""
+        """Returns exp(-i w t) at these places in the cells, (g, T, f)."""
         return self._middles * self._within[place].movedim(-1, 1)

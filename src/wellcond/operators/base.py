@@ -1,4 +1,4 @@
-"""A weight as a linear map S: what can be asked of it, and the forms in which it is changed.
+"""Protocols of a weight as a linear map S, and the forms of its gradients and updates.
 
 Letters: S (..., m, n) the weight, m rows (outputs), n columns (inputs); leading dimensions are a
 stack of matrices (experts, groups, weights of one kind). U (..., m, k), V (..., n, k) are skinny;
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class LowRank(NamedTuple):
-    """c S + U V^T, with c (...), U (..., m, k), V (..., n, k); k may be 0."""
+    """c S + U V^T, with c (...), U (..., m, k), V (..., n, k); k can be 0."""
 
     c: Tensor
     U: Tensor
@@ -27,15 +27,15 @@ class LowRank(NamedTuple):
 class Rescaled(NamedTuple):
     """c S + S C if n <= m, else c S + C S, with c (...) and a symmetric C (..., nu, nu).
 
-    Of a square matrix C is a function of its Gram matrix, so that S C = C' S with that of the other
-    side, and an operator is free to take either.
+    For a square matrix, C is a function of its Gram matrix, so that S C = C' S with the matrix C'
+    of the other side. An operator can use either.
     """
 
     c: Tensor
     C: Tensor
 
 
-# How many tensors each form consists of; its place here is its code.
+# The number of tensors of each form; the index of a form is its code.
 _SIZES = (len(LowRank._fields), len(Rescaled._fields), 1)
 
 
@@ -45,12 +45,12 @@ class _Change:
 
     @property
     def code(self) -> int:
-        """Which of the three forms it has, for places where only tensors and numbers can go."""
+        """The code of the form, for interfaces that accept only tensors and numbers."""
         return 0 if isinstance(self.form, LowRank) else 1 if isinstance(self.form, Rescaled) else 2
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it consists of; `from_tensors` puts it together again."""
+        """The tensors of the form; `from_tensors` reassembles it."""
         return (self.form,) if isinstance(self.form, Tensor) else tuple(self.form)
 
     @classmethod
@@ -59,13 +59,13 @@ class _Change:
 
     @classmethod
     def take(cls, code: int, tensors: list[Tensor]) -> Self:
-        """The one that the first tensors of a list make up, which are removed from it."""
+        """Reassembles an object from the first tensors of a list, and removes them from it."""
         own, tensors[:] = tensors[: _SIZES[code]], tensors[_SIZES[code] :]
         return cls.from_tensors(code, own)
 
 
 class Gradient(_Change):
-    """The gradient of a function of S, as c S + U V^T or, if it takes no such form, as it is.
+    """The gradient of a function of S: a low-rank or rescaled form, or a dense tensor.
 
     Example:
         >>> import torch, wellcond as wc
@@ -76,7 +76,7 @@ class Gradient(_Change):
     """
 
     def times(self, factor: Tensor) -> Gradient:
-        """A multiple; the factor is one number, or one per matrix."""
+        """Returns a multiple; the factor is one number, or one number per matrix."""
         if isinstance(self.form, LowRank):
             c, U, V = self.form
             return Gradient(LowRank(factor * c, over_matrices(factor) * U, V))
@@ -85,14 +85,14 @@ class Gradient(_Change):
         return Gradient(over_matrices(factor) * self.form)
 
     def where(self, chosen: Tensor) -> Gradient:
-        """Itself for the chosen matrices and 0 for the others, without asking the host."""
+        """Returns the gradient for the chosen matrices and 0 for others, without synchronising."""
         if not isinstance(self.form, Tensor):
             return Gradient(_where(chosen, self.form, identity=0.0))
         return Gradient(torch.where(over_matrices(chosen), self.form, 0.0))
 
 
 class NewWeight(_Change):
-    """What S is to become: c S + U V^T or, if it takes no such form, the values to be stored.
+    """The new value of S: a low-rank or rescaled form, or a dense tensor to be stored.
 
     Example:
         >>> import torch, wellcond as wc
@@ -103,12 +103,12 @@ class NewWeight(_Change):
 
     @classmethod
     def scaled(cls, S: Operator, c: Tensor) -> NewWeight:
-        """c S, with one number per matrix."""
+        """Returns c S, with one number per matrix."""
         sides = (c.new_zeros(*S.shape[:-2], side, 0) for side in S.shape[-2:])
         return cls(LowRank(c, *sides))
 
     def where(self, chosen: Tensor, S: Dense | None = None) -> NewWeight:
-        """Itself for the chosen matrices and S for the others, without asking the host."""
+        """Returns the new value for the chosen matrices and S for others, without synchronising."""
         if not isinstance(self.form, Tensor):
             return NewWeight(_where(chosen, self.form, identity=1.0))
         assert S is not None
@@ -124,12 +124,12 @@ def _where(chosen: Tensor, form: LowRank | Rescaled, identity: float) -> LowRank
 
 
 def over_matrices(c: Tensor) -> Tensor:
-    """One number per matrix, so that it multiplies its entries."""
+    """Reshapes one number per matrix for multiplication with the entries."""
     return c[..., None, None]
 
 
 class Operator(Protocol):
-    """A linear map, or a stack of them. Arithmetic is float32 or wider whatever the storage."""
+    """A linear map, or a stack of them. Arithmetic is in float32 or wider for all dtypes."""
 
     @property
     def shape(self) -> torch.Size:
@@ -141,107 +141,115 @@ class Operator(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it is worked on."""
+        """The working dtype."""
 
     @property
     def device(self) -> torch.device:
-        """Where the results are."""
+        """The device of the results."""
 
     def matmat(self, V: Tensor) -> Tensor:
-        """S V, (..., m, k)."""
+        """Returns S V, (..., m, k)."""
 
     def rmatmat(self, U: Tensor) -> Tensor:
-        """S^T U, (..., n, k)."""
+        """Returns S^T U, (..., n, k)."""
 
     def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        """||S||_F^2, one number per matrix; in the working dtype if none is given."""
+        """Returns ||S||_F^2, one number per matrix, by default in the working dtype."""
 
     def finite(self) -> Tensor:
-        """Whether no entry is NaN or infinite, one bool per matrix."""
+        """Returns whether all entries are finite, one bool per matrix."""
 
 
 class WeightOperator(Operator, Protocol):
-    """An operator that rests on parameters of a model, one or several."""
+    """An operator that is computed from one or several parameters of a model."""
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Operators of one kind are worked on as one stack."""
+        """Operators of equal kind can be processed as one stack."""
 
     def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
-        """Adds to these tensors, one for each parameter, its share of a gradient with respect to S.
+        """Adds a gradient with respect to S to the gradients of the parameters, in place.
 
-        In place, so that a gradient c S + U V^T costs no temporary of the size of the weight.
+        A gradient c S + U V^T then needs no temporary tensor of the size of the weight.
+
+        Args:
+            gradient: the gradient with respect to S.
+            into: one tensor per parameter.
         """
 
 
-# What an operator can do besides, asked for by name: isinstance(S, Updatable).
+# Optional capabilities of operators, checked with isinstance(S, Updatable).
 
 
 @runtime_checkable
 class Updatable(Protocol):
-    """A weight that can be changed where it lies."""
+    """A weight that can be changed in place."""
 
     def update_(self, new: NewWeight) -> None:
-        """S <- the new weight, in place."""
+        """Replaces S by the new weight, in place."""
 
 
 @runtime_checkable
 class Dense(Protocol):
-    """A weight whose entries are all here."""
+    """A weight whose entries are all available in this process."""
 
     def dense(self) -> Tensor:
-        """S itself, as stored; not to be written to."""
+        """Returns S as stored; callers must not modify it."""
 
 
 @runtime_checkable
 class HasGram(Protocol):
-    """A weight whose smaller Gram matrix can be had."""
+    """A weight that provides its smaller Gram matrix."""
 
     @property
     def upright(self) -> bool:
-        """Whether that is S^T S, not S S^T."""
+        """Whether the smaller Gram matrix is S^T S, not S S^T."""
 
     def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
-        """S^T S if n <= m, else S S^T, (..., nu, nu); in the working dtype if none is given.
+        """Returns S^T S if n <= m, else S S^T, (..., nu, nu), by default in the working dtype.
 
-        That of S/unit, one number per matrix, where squares of S could overflow or vanish.
+        With `unit`, one number per matrix, it returns the Gram matrix of S/unit. Use this if
+        squares of S can overflow or underflow.
         """
 
     def agree(self, compute: Callable[[], Sequence[Tensor]], *like: Tensor) -> list[Tensor]:
-        """What is computed, of these shapes and dtypes, by one of the holders of the matrix."""
+        """Returns the result of `compute` from one of the processes that store the matrix.
+
+        `like` are tensors with the shapes and dtypes of the result.
+        """
 
 
 class SpectralOperator(WeightOperator, Updatable, HasGram, Protocol):
-    """A weight whose singular values can be changed: what limits and isometry steps ask for.
+    """A weight whose singular values can be changed, as limits and isometry steps require.
 
-    It may be spread over processes, each of which holds a part of it; a number per matrix is then
-    held by those that hold a part of that matrix.
+    It can be distributed over processes that each store a part. A number per matrix is then stored
+    by the processes that store a part of that matrix.
     """
 
-    S: Tensor  # the entries that are held here, as they are stored
+    S: Tensor  # the entries in this process, as stored
 
     @property
     def is_one_map(self) -> bool:
-        """Whether its matrices are the blocks of one map, as the groups of a convolution are."""
+        """Whether its matrices are blocks of one map, such as the groups of a convolution."""
 
     def spread(self, whole: bool = False) -> AbstractContextManager[SpectralOperator]:
-        """Itself, laid out so that `gram` and `rescale_` work, or so that it is whole.
+        """Returns the weight in a layout for which `gram` and `rescale_` work.
 
-        What is stored in it is carried back in the end.
+        With `whole`, each process gets the complete weight. Changes are copied back on exit.
         """
 
     def own_part(self, numbers: Tensor) -> Tensor:
-        """The numbers that are held here, of one number per matrix (...)."""
+        """Returns the numbers of the matrices in this process, from one per matrix (...)."""
 
     def all_of(self, numbers: Tensor) -> Tensor:
-        """One number per matrix (...), of those held here, put together with all others."""
+        """Returns one number per matrix (...) from the numbers of all processes."""
 
     def add_(self, U: Tensor, V: Tensor) -> None:
-        """S <- S + U V^T, with U (..., m, k) and V (..., n, k), in place."""
+        """Adds U V^T to S in place, with U (..., m, k) and V (..., n, k)."""
 
     def rescale_(self, V: Tensor, d: Tensor, original: Tensor, chosen: Tensor) -> None:
-        """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to the nearest.
+        """S <- S0 + S0 V diag(d) V^T, or S0 + V diag(d) V^T S0, rounded to nearest.
 
-        V (..., nu, j) on the short side, d (..., j); S0 is what the weight was. For a stack, those
-        chosen (...).
+        V (..., nu, j) is on the short side, and d is (..., j). S0 is the original weight. In a
+        stack, only the chosen (...) matrices change.
         """

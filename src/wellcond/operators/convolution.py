@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-# Padding modes, by PyTorch's names.
+# Padding modes, as PyTorch names them.
 ZEROS, CIRCULAR = "zeros", "circular"
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
@@ -24,14 +24,14 @@ class Geometry:
     """The parameters of a convolution other than its kernel, one entry per axis.
 
     Attributes:
-        size: of the input; () where it is not known.
-        stride: between two positions of the kernel.
-        dilation: between two of its taps.
-        padding: before and after the input; a negative amount crops it.
-        mode: of the padding: zeros, circular, reflect or replicate.
+        size: the size of the input; () if it is unknown.
+        stride: the distance between two positions of the kernel.
+        dilation: the distance between two taps of the kernel.
+        padding: the amounts before and after the input; a negative amount crops it.
+        mode: the padding mode: zeros, circular, reflect or replicate.
         groups: the number of groups of channels.
-        transposed: the layer is the adjoint of this map, as in ConvTranspose; `size` is then that
-            of its output.
+        transposed: whether the layer is the adjoint of this map, as in ConvTranspose. `size` is
+            then the size of its output.
         also: other sizes on which the same layer acts.
     """
 
@@ -48,7 +48,7 @@ class Geometry:
         if not self.size:
             return f"{'outputs' if self.transposed else 'inputs'} of every size"
         size, *others = ("x".join(map(str, size)) for size in (self.size, *self.also))
-        also = f", and not on those of {', '.join(others)} on which it acts too" if others else ""
+        also = f", but not of {', '.join(others)}, on which it also acts" if others else ""
         return f"{'outputs' if self.transposed else 'inputs'} of {size}{also}"
 
     @classmethod
@@ -58,18 +58,19 @@ class Geometry:
         size: tuple[int, ...] = (),
         positions: tuple[int, ...] | None = None,
     ) -> Geometry:
-        """The geometry of a layer on inputs (..., *size), or on inputs of no particular size.
+        """Returns the geometry of a layer for inputs (..., *size), or of unspecified size.
 
         Args:
             layer: the convolution.
-            size: of its inputs, or of its outputs if it is transposed; () for no particular one.
-            positions: the size of the inputs of a transposed layer, to leave out outputs that no
+            size: the size of the inputs, or of the outputs if it is transposed; () if it is
+                unspecified.
+            positions: the size of the inputs of a transposed layer, to exclude outputs that no
                 input reaches; None if all are reached.
         """
         before_after = layer._reversed_padding_repeated_twice
         padding = tuple(zip(before_after[::2], before_after[1::2], strict=True))[::-1]
         if layer.transposed:
-            # There PyTorch lists the padding that it needs internally; p crops the output.
+            # PyTorch lists the padding that it needs internally; p crops the output.
             padding = tuple((int(p), int(p)) for p in layer.padding)
             if positions is not None:
                 padding = _pad_to_positions(layer, size, positions, padding)
@@ -91,7 +92,7 @@ def _pad_to_positions(
     positions: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
 ) -> tuple[tuple[int, int], ...]:
-    """The padding that gives this number of positions, for which output_padding may add room."""
+    """Returns the padding with this number of positions; output_padding can enlarge the output."""
     axes = zip(
         *(size, layer.kernel_size, layer.stride, layer.dilation, padding, positions), strict=True
     )
@@ -103,11 +104,11 @@ def _pad_to_positions(
 
 
 class Convolution:
-    """S as a linear map that is never formed.
+    """S as a linear map that is never formed as a matrix.
 
     Args:
         kernel: (o, i/g, *k); for a transposed layer (i, o/g, *k), the kernel of the adjoint.
-        geometry: its other parameters.
+        geometry: the other parameters of the convolution.
     """
 
     def __init__(self, kernel: Tensor, geometry: Geometry) -> None:
@@ -134,7 +135,7 @@ class Convolution:
 
     @property
     def disjoint(self) -> bool:
-        """Whether no input is used twice, so that S is the flattened kernel at every position."""
+        """Whether no input is used twice, so that S acts as the flattened kernel per position."""
         geometry = self.geometry
         steps = zip(self.kernel.shape[2:], geometry.stride, geometry.dilation, strict=True)
         unpadded = not any(amount for pair in geometry.padding for amount in pair)
@@ -142,7 +143,7 @@ class Convolution:
 
     @property
     def periodic(self) -> bool:
-        """Whether padding is circular and the positions go round the torus exactly once."""
+        """Whether padding is circular and the positions cover the torus exactly once."""
         geometry = self.geometry
         turns = zip(self.positions, geometry.stride, geometry.size, strict=True)
         return geometry.mode == CIRCULAR and all(p * s == n for p, s, n in turns)
@@ -157,7 +158,7 @@ class Convolution:
         return min(self.shape)
 
     def group(self, index: int) -> Convolution:
-        """The convolution of one group, a block of S."""
+        """Returns the convolution of one group, a block of S."""
         geometry, rows = self.geometry, len(self.kernel) // self.geometry.groups
         one = Geometry(**{**vars(geometry), "groups": 1})
         return Convolution(self.kernel[index * rows : (index + 1) * rows], one)
@@ -182,7 +183,7 @@ class Convolution:
         return (total * K).sum()
 
     def _input_indices(self) -> list[Tensor]:
-        """Per axis the index of the input (positions, taps); -1 for a padded zero."""
+        """Returns the index of the input per axis, (positions, taps); -1 for a padded zero."""
         geometry, found = self.geometry, []
         for axis, n in enumerate(geometry.size):
             inputs = torch.arange(1.0, n + 1)[None]
@@ -195,7 +196,7 @@ class Convolution:
         return found
 
     def dense(self) -> Tensor:
-        """S as a matrix, from products with the smaller identity."""
+        """Returns S as a matrix, from products with the smaller identity."""
         m, n = self.shape
         eye = torch.eye(self.nu, dtype=self.dtype, device=self.device)
         return self.matmat(eye) if n <= m else self.rmatmat(eye).mT
@@ -204,7 +205,7 @@ class Convolution:
         return self._slide(V.mT.reshape(-1, *self._input)).flatten(1).mT
 
     def _adjoint(self, U: Tensor) -> Tensor:
-        """S^T U by autograd, because the map is linear for every padding mode."""
+        """Returns S^T U by autograd, because the map is linear for every padding mode."""
         x = U.new_zeros(U.shape[1], *self._input, requires_grad=True)
         with torch.enable_grad():
             y = self._slide(x)

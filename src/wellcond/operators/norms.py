@@ -1,4 +1,4 @@
-"""The Frobenius norm of weights whose squares overflow or vanish in the dtype of their arithmetic.
+"""The Frobenius norm of weights whose squares overflow or underflow in the working dtype.
 
 Letters: S (..., m, n) the weight; nu = min(m, n).
 """
@@ -13,19 +13,19 @@ from torch import Tensor
 from wellcond.operators.base import HasGram, Operator
 from wellcond.operators.rounding import widest_dtype
 
-# A sum of squares that is this much larger than the smallest normal number has lost no digits that
-# count, whatever vanished on the way.
+# If a sum of squares exceeds the smallest normal number by this factor, underflowed squares are
+# negligible.
 _CLEAR = 1e18
 
 
 def squared_norm_over(S: Operator, unit: Tensor, precise: bool = False) -> Tensor:
-    """||S/unit||_F^2, one number a matrix; a unit 0 counts as 1.
+    """Returns ||S/unit||_F^2, one number per matrix; a unit 0 counts as 1.
 
-    In the working dtype where the sum of squares neither overflows nor vanishes, as looking at it
-    tells on the CPU: a float64 sum takes eight times as long there. Else, on devices where looking
-    would wait, and if it is to be `precise`, in the widest dtype of the device.
+    On the CPU, it uses the working dtype if the sum of squares neither overflows nor underflows,
+    because a float64 sum takes eight times as long. Otherwise, on devices where this check would
+    synchronise, and if `precise`, it uses the widest dtype of the device.
     """
-    unit = torch.where(unit > 0, unit, 1.0)  # also 0 where a subspace sees nothing of S
+    unit = torch.where(unit > 0, unit, 1.0)  # also 0 if the image of a subspace is zero
     if unit.is_cpu and not precise:
         squares = S.squared_frobenius_norm()
         if _is_clear(squares):

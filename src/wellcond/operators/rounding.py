@@ -1,4 +1,4 @@
-"""In which precision a weight is worked on, and how results are rounded back to half precision."""
+"""The working precision of weights, and stochastic rounding to half precision."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _SETTINGS = [b for b in _BACKENDS if hasattr(b, "fp32_precision")]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight of this dtype is worked on: float64, else float32."""
+    """Returns the working dtype of a weight: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
+    """Returns float64, or float32 on devices without float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Outside of autograd and autocast, and with float32 products that are float32.
+    """Returns a context without autograd and autocast, and with float32 products in full precision.
 
-    TF32 and bfloat16 inside of products are switched on for a whole process, to train faster; a
-    subspace, a Ritz value or a Gram matrix found with their ten bits would be another one.
+    Users enable TF32 and bfloat16 products for the entire process to train faster. A subspace, a
+    Ritz value or a Gram matrix would be wrong with their ten bits.
     """
     others = _without_autocast(device_type), _products_in_float32()
     if others == (_NOTHING, _NOTHING):
@@ -56,7 +56,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
 
 def _products_in_float32() -> contextlib.AbstractContextManager[Any]:
     if len(_SETTINGS) < len(_BACKENDS):
-        # Before each backend had a setting of its own there was one for all.
+        # Older versions of torch have one setting for all backends.
         if torch.get_float32_matmul_precision() == "highest":
             return _NOTHING
         return _highest_precision()
@@ -87,12 +87,12 @@ def _ieee_products(coarse: list[Any]) -> Iterator[None]:
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x in a dtype of half precision, each entry up or down by chance so that the mean is x.
+    """Rounds x to a dtype of half precision stochastically, without bias.
 
-    To the nearest, a step of 1e-3 of an entry would vanish in bfloat16 however often it is taken.
+    With rounding to nearest, repeated steps of 1e-3 of an entry would all vanish in bfloat16.
     """
     info = torch.finfo(dtype)
-    # The distance of the neighbours of x in that dtype, a power of two.
+    # The spacing of that dtype at x, a power of two.
     unit = torch.ldexp(torch.full_like(x, info.eps), torch.frexp(x).exponent - 1)
     multiple = x / unit.clamp_min_(info.tiny * info.eps)
     below = multiple.floor()

@@ -1,9 +1,9 @@
-"""A DTensor as a linear map: each process multiplies its own block, and skinny factors are summed.
+"""A DTensor as a linear map: each process multiplies its own block, and skinny results are summed.
 
-The weight itself is never gathered.
+Products never gather the weight.
 
-Letters: S (..., m, n) the weight, of which this process holds one block; U (..., m, k) and
-V (..., n, k) skinny, the same on all processes.
+Letters: S (..., m, n) the weight, of which this process stores one block; U (..., m, k) and
+V (..., n, k) skinny, equal on all processes.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from wellcond.operators.views import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# What may be sharded and what not is asked of placements, which are the same on all processes;
-# blocks are not: a process may hold nothing.
-Block = tuple[slice, ...]  # what a process holds of a tensor, dimension by dimension
+# Decisions depend on placements, which are equal on all processes. Blocks differ between processes
+# and can be empty.
+Block = tuple[slice, ...]  # the part of a tensor in this process, one slice per dimension
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor. There can be none as long as nobody has imported its module."""
+    """Returns whether this is a DTensor. None can exist before its module is imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def operator_of(tensor: Tensor | Any, view: View = STORED, seed: int = 0) -> StoredMatrix:
-    """A parameter, seen through a view, as an operator."""
+    """Returns the operator of a parameter seen through a view."""
     return (ShardedMatrix if is_sharded(tensor) else StoredMatrix)(tensor, view, seed)
 
 
 class ShardedMatrix(StoredMatrix):
-    """A matrix, or a stack of them, of which this process holds the block `S` at `block`."""
+    """A matrix, or a stack of them, of which this process stores the block `S` at `block`."""
 
     def __init__(self, tensor: Any, view: View = STORED, seed: int = 0) -> None:
         self.tensor, self.whole_view = tensor.detach(), view
         view, shape, self.block = _view_of_block(view, tensor.shape, _block_of(tensor))
-        # By its place: processes that hold the same block round it alike.
+        # The seed depends on the block, so that processes with the same block round it alike.
         place = sum(at.start * 1_000_003**dim for dim, at in enumerate(self.block))
         super().__init__(tensor.to_local(), view, (seed + place) % 2**63)
         self.shape = shape
@@ -65,7 +65,7 @@ class ShardedMatrix(StoredMatrix):
         self.groups: list[ProcessGroup] = [
             tensor.device_mesh.get_group(dim)
             for dim, placement in enumerate(tensor.placements)
-            if not placement.is_replicate()  # a strided one says that it is no shard
+            if not placement.is_replicate()  # is_shard() is False for strided placements
         ]
 
     @property
@@ -74,23 +74,23 @@ class ShardedMatrix(StoredMatrix):
 
     @property
     def is_one_map(self) -> bool:
-        return False  # its groups may be spread over processes
+        return False  # its groups can be distributed over processes
 
     def reduce_(self, sums: Tensor) -> Tensor:
-        """Adds what every process has found for its block."""
+        """Sums the results of all processes for their blocks."""
         for group in self.groups:
             torch.distributed.all_reduce(sums, group=group)
         return sums
 
     def partial_matmat(self, V: Tensor) -> Tensor:
-        """The rows of S V to which this block adds, among zeros."""
+        """Returns the contribution of this block to S V; other rows are zero."""
         *stack, rows, columns = self.block
         image = V.new_zeros(*self.shape[:-1], V.shape[-1])
         image[(*stack, rows)] = super().partial_matmat(V[(*stack, columns)])
         return image
 
     def partial_rmatmat(self, U: Tensor) -> Tensor:
-        """The rows of S^T U to which this block adds, among zeros."""
+        """Returns the contribution of this block to S^T U; other rows are zero."""
         *stack, rows, columns = self.block
         image = U.new_zeros(*self.shape[:-2], self.shape[-1], U.shape[-1])
         image[(*stack, columns)] = super().partial_rmatmat(U[(*stack, rows)])
@@ -100,7 +100,7 @@ class ShardedMatrix(StoredMatrix):
         return self._place(super().partial_squared_frobenius_norm(dtype))
 
     def _place(self, values: Tensor) -> Tensor:
-        """What is known of each matrix, zero for those of which nothing is held here."""
+        """Returns values for all matrices, zero for those without entries in this process."""
         stack = len(self.shape) - 2
         placed = values.new_zeros((*self.shape[:-2], *values.shape[stack:]))
         placed[self.block[:-2]] = values
@@ -113,22 +113,22 @@ class ShardedMatrix(StoredMatrix):
 
     def dense(self) -> Tensor:
         raise ValueError(
-            "it needs the whole weight in one place, but that is sharded over processes. Use "
-            "ConditionLimit, SingularValueLimit or a penalty, which leave it where it is."
+            "the rule needs the complete weight in one process, but the weight is sharded over "
+            "processes. Use ConditionLimit, SingularValueLimit or a penalty, which keep it sharded."
         )
 
     def gather(self) -> StoredMatrix:
-        """A copy of the whole on every process, all of which must ask for it."""
+        """Returns a copy of the complete weight on every process; all processes must call it."""
         return self._redistribute(whole=True)[0]
 
     @property
     def upright(self) -> bool:
-        """Of a square matrix both Gram matrices are as small: that of the side in parts."""
+        """For a square matrix, both Gram matrices are equally small: use the sharded side's."""
         m, n = self.shape[-2:]
         return m > n or (m == n and -1 not in self._axes())
 
     def gram(self, dtype: torch.dtype | None = None, unit: Tensor | None = None) -> Tensor:
-        """A sum over processes; where they have the short side in parts, of a copy."""
+        """Sums over processes; it redistributes a copy if the short side is sharded."""
         if not self._short_is_whole:
             return self._redistribute()[0].gram(dtype, unit)
         gram = torch.zeros(
@@ -142,20 +142,21 @@ class ShardedMatrix(StoredMatrix):
 
     @property
     def _short_is_whole(self) -> bool:
-        """Whether every process has all of the side that the Gram matrix is of."""
+        """Whether no process stores only a part of the side of the Gram matrix."""
         return (-1 if self.upright else -2) not in self._axes()
 
     def _axes(self) -> set[int]:
-        """Over which dimensions of the matrix it is sharded: -2, -1, less for those of a stack."""
+        """Returns the sharded dimensions: -2, -1, smaller numbers for those of a stack."""
         return {_axis(self.whole_view, dim, self.tensor.ndim) for dim in _sharded_dims(self.tensor)}
 
     @contextlib.contextmanager
     def spread(self, whole: bool = False) -> Iterator[StoredMatrix]:
-        """Itself where its short side is whole; else a copy that is, carried back afterwards.
+        """Yields the weight with an unsharded short side, and copies changes back on exit.
 
-        One that has its long side in parts, at the cost of an all-to-all; where that cannot be had,
-        as of kernels, or if asked for: the whole weight on every process. For a stack that
-        is sharded by matrices, those that are held here; a single one goes to every process.
+        If the short side is sharded, it yields a copy that is sharded along its long side, at the
+        cost of an all-to-all. If that is impossible, as for kernels, or with `whole`, it yields
+        the complete weight on every process. For a stack that is sharded by matrices, it yields
+        the matrices of this process. A single matrix of such a stack goes to every process.
         """
         short = -1 if self.shape[-2] > self.shape[-1] else -2
         axes = self._axes() & {-1, -2}
@@ -177,12 +178,12 @@ class ShardedMatrix(StoredMatrix):
         other, tensor = self._redistribute(whole)
         yield other
         brought = torch.empty_like(self.parameter).copy_(self._take_own_part(tensor))
-        # Not all of the parameter: other views of it may have changed meanwhile.
+        # Write only this view: other views of the parameter might have changed meanwhile.
         with writable(self.view, self.parameter) as S:
             S.copy_(self.view(brought))
 
     def _redistribute(self, whole: bool = False) -> tuple[StoredMatrix, Any]:
-        """A copy with its short side whole, if it can be had with its long side in parts."""
+        """Returns a copy with an unsharded short side, sharded along the long side if possible."""
         long = -2 if self.shape[-2] > self.shape[-1] else -1
         tensor = None if whole else self._by_its_long_side(long)
         if tensor is not None:
@@ -191,7 +192,7 @@ class ShardedMatrix(StoredMatrix):
         return _Gathered(full, self.whole_view, self.tensor.device_mesh, self.seed), full
 
     def _take_own_part(self, tensor: Any) -> Tensor:
-        """The part that is held here of a tensor that is laid out so."""
+        """Returns the part of such a tensor that belongs to this process."""
         if not is_sharded(tensor):
             part: Tensor = tensor[_block_of(self.tensor)]
             return part
@@ -199,7 +200,7 @@ class ShardedMatrix(StoredMatrix):
         return local
 
     def _by_its_long_side(self, long: int) -> Any | None:
-        """A copy of the parameter that is sharded over this dimension of the matrix alone."""
+        """Returns a copy that is sharded only over this dimension of the matrix, if possible."""
         from torch.distributed.tensor import Shard
 
         ndim, placements = self.tensor.ndim, self.tensor.placements
@@ -253,7 +254,7 @@ class ShardedMatrix(StoredMatrix):
 
 
 class _Gathered(StoredMatrix):
-    """The whole of a matrix on every process of a mesh, on which they go on agreeing."""
+    """A complete matrix on every process of a mesh; `agree` keeps the copies equal."""
 
     def __init__(self, full: Tensor, view: View, mesh: Any, seed: int = 0) -> None:
         super().__init__(full, view, seed)
@@ -264,7 +265,7 @@ class _Gathered(StoredMatrix):
 
 
 class _LocalStack(StoredMatrix):
-    """The matrices that this process holds of a stack that is sharded by matrices."""
+    """The matrices of this process from a stack that is sharded by matrices."""
 
     def __init__(self, stack: ShardedMatrix) -> None:
         super().__init__(stack.parameter, stack.view, stack.seed)
@@ -287,7 +288,7 @@ def _broadcast_first(
     compute: Callable[[], Sequence[Tensor]],
     like: Sequence[Tensor],
 ) -> list[Tensor]:
-    """What the first process of the groups, which are those of a mesh, computes, handed on."""
+    """Computes on the first process of the groups, and broadcasts the result to all."""
     first = all(torch.distributed.get_rank(group) == 0 for group in groups)
     told = [one.contiguous() for one in compute()] if first else [torch.empty_like(x) for x in like]
     for group in groups:
@@ -297,13 +298,13 @@ def _broadcast_first(
 
 
 def _sharded_dims(tensor: Any) -> set[int]:
-    """The dimensions of a DTensor that are in parts; a strided placement denies that it shards."""
+    """Returns the sharded dimensions of a DTensor, also those with strided placements."""
     pairs = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
     return {placement.dim for placement, size in pairs if size > 1 and not placement.is_replicate()}
 
 
 def _axis(view: View, dim: int, ndim: int) -> int:
-    """The dimension of the matrix to which that of the parameter belongs, counted from the end."""
+    """Returns the dimension of the matrix, from the end, for a dimension of the parameter."""
     match view:
         case Transposed():
             return {ndim - 1: -2, ndim - 2: -1}.get(dim, dim - ndim)
@@ -318,7 +319,7 @@ def _block_of(tensor: Any) -> Block:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(placement.is_partial() for placement in tensor.placements):
-        raise ValueError("a weight must be sharded or replicated, but its placement is Partial.")
+        raise ValueError("the weight must be sharded or replicated, got the placement Partial.")
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
@@ -326,9 +327,9 @@ def _block_of(tensor: Any) -> Block:
 
 
 def _view_of_block(view: View, shape: torch.Size, block: Block) -> tuple[View, torch.Size, Block]:
-    """How a process that holds this block of a parameter sees its part of the matrix.
+    """Returns the view of the local tensor, the shape of the complete matrix, and the local block.
 
-    The view of the local tensor, the shape of the whole, and where in it the part lies.
+    `block` is the part of the parameter in this process.
     """
     match view:
         case Stored():
@@ -350,7 +351,7 @@ def _view_of_block(view: View, shape: torch.Size, block: Block) -> tuple[View, t
         case Strided(inner, start, step):
             whole, shape, block = _view_of_block(inner, shape, block)
             at = block[-2]
-            # How many of these rows are before what is held here, before its end, and in all.
+            # The numbers of these rows before the start of the block, before its end, and in all.
             first, last, total = (
                 max(-(-(end - start) // step), 0) for end in (at.start, at.stop, shape[-2])
             )
@@ -361,7 +362,7 @@ def _view_of_block(view: View, shape: torch.Size, block: Block) -> tuple[View, t
             here, rows, columns = block
             if here.start <= index < here.stop:
                 return Member(whole, index - here.start), shape[1:], (rows, columns)
-            # Another process holds this matrix: of it, this one has no rows.
+            # Another process stores this matrix; this one has none of its rows.
             absent = _Absent(columns.stop - columns.start)
             return absent, shape[1:], (slice(0, 0), columns)
     raise TypeError(f"{view} is not a view of a sharded parameter.")
@@ -373,8 +374,8 @@ def _view_of_kernel_block(
     out, columns, g = shape[0], shape[1:].numel(), view.groups
     if any(at != slice(0, size) for at, size in zip(block[1:], shape[1:], strict=True)):
         raise ValueError(
-            "a convolution kernel may be sharded over its first dimension only. Leave it out with "
-            "a pattern."
+            "a convolution kernel can be sharded over its first dimension only. Exclude it with a "
+            "pattern."
         )
     rows, every = block[0], slice(0, columns)
     if g is None:
@@ -382,8 +383,8 @@ def _view_of_kernel_block(
     each = out // g
     if rows.start % each or rows.stop % each:
         raise ValueError(
-            f"a convolution kernel of {g} groups must be sharded by whole groups of {each} rows, "
-            f"but rows {rows.start} to {rows.stop} are held here. Leave it out with a pattern."
+            f"a convolution kernel with {g} groups must be sharded by complete groups of {each} "
+            f"rows, got rows {rows.start} to {rows.stop}. Exclude it with a pattern."
         )
     groups = slice(rows.start // each, rows.stop // each)
     view = Kernel(groups.stop - groups.start)
@@ -391,7 +392,7 @@ def _view_of_kernel_block(
 
 
 def _replace_at(items: Any, at: int, item: Any) -> Any:
-    """The same with another item at one place."""
+    """Returns a copy with another item at one position."""
     changed = list(items)
     changed[at] = item
     return type(items)(changed)
@@ -399,7 +400,7 @@ def _replace_at(items: Any, at: int, item: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Absent:
-    """A matrix of which nothing is held here."""
+    """A matrix without entries in this process."""
 
     columns: int
 

@@ -1,6 +1,6 @@
-"""Matrices of one kind in storages of their own, worked on as one stack.
+"""Matrices of one kind in separate storages, processed as one stack.
 
-A product each; what follows on the skinny results is done for all of them at once.
+Each matrix needs its own product. The skinny results are processed together.
 
 Letters: S (b, ..., m, n) the stack of b weights; U (b, ..., m, k) and V (b, ..., n, k) skinny.
 """
@@ -18,17 +18,17 @@ from wellcond.operators.stored import StoredMatrix
 
 
 def stack(matrices: Sequence[WeightOperator]) -> Operator:
-    """Operators of one kind as one; a single one as it is."""
+    """Returns operators of one kind as one operator; a single operator is returned unchanged."""
     return matrices[0] if len(matrices) == 1 else StackedMatrices(matrices)
 
 
 def unstack(S: Operator) -> Sequence[WeightOperator]:
-    """The weights of which a stack that `stack` has made consists."""
+    """Returns the weights from which `stack` made an operator."""
     return S.matrices if isinstance(S, StackedMatrices) else [cast(WeightOperator, S)]
 
 
 class StackedMatrices:
-    """Operators of one kind as one; see `WeightOperator.kind`."""
+    """Operators of one kind as one operator; see `WeightOperator.kind`."""
 
     def __init__(self, matrices: Sequence[WeightOperator]) -> None:
         self.matrices = matrices
@@ -37,7 +37,7 @@ class StackedMatrices:
         self.dtype, self.device, self.nu = first.dtype, first.device, first.nu
 
     def _each(self, product: str, *factors: Tensor) -> Tensor:
-        """A product with every matrix; spread over processes, they are summed in one go."""
+        """Multiplies every matrix; sums over processes are combined in one reduction."""
         each = list(zip(self.matrices, *factors, strict=True))
         first = self.matrices[0]
         if isinstance(first, StoredMatrix):
@@ -52,7 +52,7 @@ class StackedMatrices:
         return self._each("rmatmat", self._for_each(U))
 
     def _for_each(self, X: Tensor) -> Tensor:
-        """One factor per matrix; a single one is meant for all of them."""
+        """Expands a single factor to one factor per matrix."""
         return X.expand(*self.shape[:-2], *X.shape[-2:])
 
     def squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""A matrix that lies in memory: a parameter or a gradient seen through a view.
+"""A matrix in memory: a parameter or a gradient seen through a view.
 
-Arithmetic is float32 or wider whatever the storage: half-precision weights are widened a band of
-rows at a time, so that nothing of the size of the weight is ever made.
+Arithmetic is in float32 or wider for all dtypes. Half-precision weights are widened one band of
+rows at a time, so that no temporary tensor has the size of the weight.
 
 Letters: S (..., m, n) the weight; U (..., m, k) and V (..., n, k) skinny; G a gradient.
 """
@@ -19,15 +19,15 @@ from wellcond.operators.base import Gradient, LowRank, NewWeight, Rescaled, over
 from wellcond.operators.rounding import round_stochastically, working_dtype
 from wellcond.operators.views import STORED, Kernel, View, shares_memory, writable
 
-_NARROW_DEVICES = {"mps"}  # without float64: what needs it is done on the CPU
-_PLAIN = Tensor, torch.nn.Parameter  # of others it cannot be asked where they lie
+_NARROW_DEVICES = {"mps"}  # without float64: the CPU does what needs it
+_PLAIN = Tensor, torch.nn.Parameter  # the storage of other classes cannot be compared
 _BANDS = 16  # a half-precision weight is widened by sixteenths
 
 
 class StoredMatrix:
-    """A matrix, or a stack of them, that rests on one parameter.
+    """A matrix, or a stack of them, that one parameter stores.
 
-    `seed` is that of the chance by which updates of half-precision weights are rounded.
+    `seed` seeds the stochastic rounding of updates to half-precision weights.
     """
 
     def __init__(self, parameter: Tensor, view: View = STORED, seed: int = 0) -> None:
@@ -53,19 +53,19 @@ class StoredMatrix:
 
     @property
     def is_lasting(self) -> bool:
-        """Whether it shows what the parameter holds as long as that stays where it is."""
-        exact = self.S.dtype == self.dtype  # else each update has a seed of its own
+        """Whether it remains valid as long as the parameter keeps its storage."""
+        exact = self.S.dtype == self.dtype  # otherwise each update has its own seed
         plain = type(self.parameter) is Tensor and not self.S.is_meta
         return exact and plain and shares_memory(self.S, self.parameter)
 
     def shows(self, parameter: Tensor) -> bool:
-        """Whether this operator, which is lasting, still shows this parameter."""
+        """Returns whether this operator, which is lasting, still shows this parameter."""
         own = self.parameter
         alike = own.dtype == parameter.dtype and own.device == parameter.device
         return alike and type(parameter) in _PLAIN and own.is_set_to(parameter)
 
     def reduce_(self, sums: Tensor) -> Tensor:
-        """Adds up what the holders of a matrix have found; this one is held whole."""
+        """Sums results over processes; here, one process stores the complete matrix."""
         return sums
 
     def matmat(self, V: Tensor) -> Tensor:
@@ -78,13 +78,13 @@ class StoredMatrix:
         return self.reduce_(self.partial_squared_frobenius_norm(dtype))
 
     def partial_matmat(self, V: Tensor) -> Tensor:
-        """S V as far as what is held here adds to it."""
+        """Returns the contribution of this process to S V."""
         if self.S.dtype == self.dtype or not self.S.numel():
             return self.S.to(self.dtype) @ V
         return torch.cat([rows @ V for _, rows in self._bands()], dim=-2)
 
     def partial_rmatmat(self, U: Tensor) -> Tensor:
-        """S^T U as far as what is held here adds to it."""
+        """Returns the contribution of this process to S^T U."""
         if self.S.dtype == self.dtype:
             return self.S.mT @ U
         product = U.new_zeros(*self.S.shape[:-2], self.S.shape[-1], U.shape[-1])
@@ -93,8 +93,8 @@ class StoredMatrix:
         return product
 
     def partial_squared_frobenius_norm(self, dtype: torch.dtype | None = None) -> Tensor:
-        """||S||_F^2 as far as what is held here adds to it."""
-        # Row by row first, which is ten times as fast where it widens.
+        """Returns the contribution of this process to ||S||_F^2."""
+        # Row norms first, which is ten times as fast if the dtype is widened.
         rows = torch.linalg.vector_norm(self.S, dim=-1, dtype=dtype or self.dtype)
         norm: Tensor = torch.linalg.vector_norm(rows, dim=-1)
         return norm.square()
@@ -120,7 +120,7 @@ class StoredMatrix:
             return
         host = StoredMatrix(self.parameter.cpu(), self.view, self.seed)
         yield host
-        # Not all of the parameter: other views of it may have changed meanwhile.
+        # Write only this view: other views of the parameter might have changed meanwhile.
         with writable(self.view, self.parameter) as S:
             S.copy_(host.S)
 
@@ -165,7 +165,7 @@ class StoredMatrix:
             self._add_product_(U, V)
 
     def _add_product_(self, U: Tensor, V: Tensor, factor: Tensor | float = 1.0) -> None:
-        """Adds U V^T; a weight in half precision, which is rounded once, is multiplied first."""
+        """Adds U V^T; a half-precision weight is first multiplied by the factor."""
         if self.S.dtype == self.dtype:
             _add_product_(self.S, U, V)
             return
@@ -175,7 +175,7 @@ class StoredMatrix:
             self.S[..., band, :] = round_stochastically(updated, self.S.dtype, generator)
 
     def _store_(self, values: Tensor) -> None:
-        """Values of the weight's own dtype are stored as they are, wider ones rounded by chance."""
+        """Stores values; those wider than a half-precision weight are rounded stochastically."""
         if torch.finfo(values.dtype).bits > torch.finfo(self.S.dtype).bits == 16:
             values = round_stochastically(values, self.S.dtype, self._chance())
         self.S.copy_(values)
@@ -189,21 +189,21 @@ class StoredMatrix:
             long[..., band, :] = rows
 
     def _rescaled(self, form: Rescaled) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of the long side of c S + S C, in the dtype of C."""
+        """Yields parts of the long side of c S + S C, in the dtype of C."""
         long, (c, C) = self._long(self.S), form
         for band in _parts(long) if long.numel() else ():
             rows = long[..., band, :].to(C.dtype)
             yield band, rows * over_matrices(c) + rows @ C
 
     def _long(self, X: Tensor) -> Tensor:
-        """What has the shape of the weight, with its long side first."""
+        """Returns a tensor of the shape of the weight with its long side first."""
         return X if self.upright else X.mT
 
     def _chance(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)
 
     def pullback_(self, gradient: Gradient, into: Sequence[Tensor]) -> None:
-        # With c = 0 and U = 0 the gradient stays, but where S is not finite it becomes NaN.
+        # With c = 0 and U = 0 the gradient is unchanged, but becomes NaN where S is not finite.
         with writable(self.view, self.local(into[0])) as G:
             if isinstance(gradient.form, Rescaled):
                 long = self._long(G)
@@ -226,11 +226,11 @@ class StoredMatrix:
                 G[..., band, :] = wide + rows * over_matrices(c) + U[..., band, :] @ V.mT
 
     def local(self, tensor: Tensor) -> Tensor:
-        """The part of a parameter or a gradient that is held here: all of it."""
+        """Returns the part of a parameter or a gradient in this process: here, all of it."""
         return tensor
 
     def _bands(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Rows that are next to each other, widened."""
+        """Yields bands of adjacent rows, widened."""
         held = self.S.shape[-2]
         rows = max(1, -(-held // _BANDS))
         for start in range(0, held, rows):
@@ -239,7 +239,7 @@ class StoredMatrix:
 
 
 def _parts(long: Tensor) -> Iterator[slice]:
-    """Parts of the long side, at least as long as the short one: what is widened is no larger."""
+    """Yields slices of the long side that are at least as long as the short side."""
     m, n = long.shape[-2:]
     size = max(n, -(-m // _BANDS), 1)
     for start in range(0, m, size):

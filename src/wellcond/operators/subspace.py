@@ -1,11 +1,11 @@
-"""The leading singular subspace of a weight, kept warm from step to step.
+"""A warm-started estimate of the leading singular subspace of a weight.
 
-Training moves a weight little between two steps, so the leading subspace of the last step is
-nearly that of this one, and a single skinny product refines it. The sides alternate: a step from
-the right forms Y = S V and keeps U = orth(Y); the next, from the left, forms Z = S^T U and keeps
-V = orth(Z). Two steps are one sweep of block power iteration. A block is needed because the
-regulariser pulls the leading singular values together, where a single vector cannot follow them.
-A block as wide as the shorter side spans all of it: it stays as it is, and what it tells is exact.
+Training changes a weight little between two steps, so the leading subspaces of both steps are
+nearly equal, and a single skinny product refines the estimate. The sides alternate: a step from the
+right forms Y = S V and keeps U = orth(Y). The next step, from the left, forms Z = S^T U and keeps
+V = orth(Z). Two steps are one sweep of block power iteration. A block is necessary because the
+regulariser pulls the leading singular values together, and a single vector cannot follow them. A
+block as wide as the shorter side spans all of it. It is never refined, and its results are exact.
 
 Letters: S (..., m, n) the weight; U (..., m, k), V (..., n, k) orthonormal columns; k the width of
 the block; sigma (..., k) Ritz values, descending, each a lower bound of the singular value of its
@@ -38,7 +38,7 @@ class Ritz(NamedTuple):
 
     left: Tensor
     right: Tensor
-    from_right: bool = True  # then the columns of left have the norms sigma, else those of right
+    from_right: bool = True  # whether sigma are the column norms of left, not of right
 
     @property
     def sigma(self) -> Tensor:
@@ -47,12 +47,12 @@ class Ritz(NamedTuple):
 
 
 class Image:
-    """What the product of a weight with a subspace tells: left right^T = S V V^T, or U U^T S.
+    """The product of a weight with a subspace: left right^T = S V V^T, or U U^T S.
 
     Attributes:
         left: S V, or U if the product was from the left.
-        right: V, or S^T U.
-        gram: of the factor that holds S, scaled by its largest entry, (..., k, k).
+        right: V, or S^T U if the product was from the left.
+        gram: the Gram matrix of the factor with S, scaled by its largest entry, (..., k, k).
         from_right: whether the product was S V.
         usable: False for each matrix that is zero or not finite.
         finite: False for each matrix that is not finite.
@@ -72,7 +72,7 @@ class Image:
 
     @functools.cached_property
     def top(self) -> Ritz:
-        """The first Ritz triplet, as factors of one column; asks nothing of the host."""
+        """The first Ritz triplet, as factors of one column, without synchronising."""
         return self._rotated(self._top_vector)
 
     @functools.cached_property
@@ -81,11 +81,11 @@ class Image:
 
     @functools.cached_property
     def triplets(self) -> Ritz:
-        """All k Ritz triplets, descending; the eigenvalue solver waits for the device on CUDA."""
+        """All k Ritz triplets, descending; on CUDA, the eigenvalue solver synchronises."""
         return self._rotated(torch.linalg.eigh(self.gram).eigenvectors.flip(-1))
 
     def crowded(self, share: float) -> Tensor:
-        """Whether all Ritz values are above this share of the first; asks nothing of the host."""
+        """Returns whether all Ritz values exceed this share of the first, without synchronising."""
         top = self._top_vector
         largest = top.mT @ self.gram @ top
         identity = torch.eye(self.gram.shape[-1], dtype=top.dtype, device=top.device)
@@ -98,7 +98,7 @@ class Image:
 
 
 def cold_start(operator: Operator, width: int, seed: str) -> Subspace:
-    """A random subspace, drawn from a generator of its own that is seeded by a name."""
+    """Returns a random subspace, drawn from a separate generator that is seeded by a name."""
     *stack, m, n = operator.shape
     from_right = width < operator.nu or n <= m
     rows = n if from_right else m
@@ -108,15 +108,15 @@ def cold_start(operator: Operator, width: int, seed: str) -> Subspace:
 
 
 def by_columns(X: Tensor) -> Tensor:
-    """X in the memory layout in which a QR factorisation leaves its Q.
+    """Returns X in the memory layout of the Q of a QR factorisation.
 
-    A product rounds otherwise in another layout: what is restored or received must have this one.
+    Products in another layout round differently, so restored or received bases need this layout.
     """
     return X.mT.contiguous().mT
 
 
 def refine(operator: Operator, subspace: Subspace) -> tuple[Image, Subspace]:
-    """One product with the weight: what it tells, and the subspace refined on the other side."""
+    """Returns the image of a subspace, from one product, and the refined subspace."""
     basis, from_right = subspace
     return read_image(operator.matmat(basis) if from_right else operator.rmatmat(basis), subspace)
 
@@ -124,17 +124,17 @@ def refine(operator: Operator, subspace: Subspace) -> tuple[Image, Subspace]:
 def read_image(
     image: Tensor, subspace: Subspace, basis: Tensor | None = None
 ) -> tuple[Image, Subspace]:
-    """What the image of a subspace tells of the weight; `basis` is that of the image, if known.
+    """Returns the image of a subspace as an `Image`, and the subspace for the next product.
 
-    Where the weight is zero or not finite the next subspace is one that it has nothing to do with,
-    which is a sound start once the weight has recovered.
+    `basis` is an orthonormal basis of the image, if it is known. If the weight is zero or not
+    finite, the next subspace does not depend on it, which is a sound start once it has recovered.
     """
     start, from_right = subspace
     # A NaN or an infinity anywhere in S makes its row of the image, and so the scale, not finite.
     scale = image.abs().amax(dim=(-2, -1), keepdim=True)
     finite = scale < torch.inf
     usable = finite & (scale > 0)
-    # Scaled, so that squares neither overflow nor vanish: weights may be 1e30 or 1e-30.
+    # Scale, so that squares neither overflow nor underflow: weights can be 1e30 or 1e-30.
     scaled = image / torch.where(usable, scale, 1.0)
     gram = torch.where(usable, scaled.mT @ scaled, 0.0)
     left, right = (image, start) if from_right else (start, image)
@@ -142,26 +142,26 @@ def read_image(
     if _complete(subspace):
         return told, subspace
     if basis is None:
-        # A QR factorisation completes any columns to an orthonormal basis, also equal ones.
+        # A QR factorisation returns an orthonormal basis for any columns, even equal ones.
         ramp = torch.arange(1.0, image.shape[-2] + 1, dtype=image.dtype, device=image.device)
         basis = torch.linalg.qr(torch.where(usable, scaled, ramp.sqrt()[:, None])).Q
     return told, Subspace(basis, not from_right)
 
 
 def _complete(subspace: Subspace) -> bool:
-    """Whether it is all of the space, so that there is nothing to refine."""
+    """Returns whether the subspace is the entire space, so that no refinement is necessary."""
     return subspace.basis.shape[-1] == subspace.basis.shape[-2]
 
 
 def warm_up(operator: Operator, subspace: Subspace) -> Subspace:
-    """The subspace after two sweeps; on less than one a proximal step could raise kappa."""
+    """Returns the subspace after two sweeps; after less than one, a step could raise kappa."""
     for _ in range(0 if _complete(subspace) else 4):
         _, subspace = refine(operator, subspace)
     return subspace
 
 
 def align_sides(operators: Sequence[Operator], subspaces: Sequence[Subspace]) -> list[Subspace]:
-    """The subspaces all on the side of the first: one product more for those on the other."""
+    """Returns all subspaces on the side of the first; the others need one product each."""
     side = subspaces[0].from_right
     return [
         subspace if subspace.from_right is side else refine(operator, subspace)[1]
@@ -170,17 +170,20 @@ def align_sides(operators: Sequence[Operator], subspaces: Sequence[Subspace]) ->
 
 
 def _column_norms(X: Tensor) -> Tensor:
-    """Euclidean norms of columns whose squares may overflow or vanish."""
+    """Returns Euclidean norms of columns whose squares might overflow or underflow."""
     unit = X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
     norms: Tensor = torch.linalg.vector_norm(X / unit, dim=-2)
     return norms * unit[..., 0]
 
 
 def residual(operator: Operator, image: Image) -> Tensor:
-    """||S^T u - sigma v|| of the top triplet: a singular value lies within it of sigma (Weyl)."""
+    """Returns ||S^T u - sigma v|| of the top triplet.
+
+    A singular value is within this distance of sigma (Weyl).
+    """
     left, right = image.top.left, image.top.right
     sigma = image.top.sigma[..., None, :]
-    unit = torch.where(sigma > 0, sigma, 1.0)  # its inverse may overflow
+    unit = torch.where(sigma > 0, sigma, 1.0)  # its inverse might overflow
     if image.from_right:
         error = operator.rmatmat(left / unit) - sigma * right
     else:

@@ -1,7 +1,7 @@
-"""Parameters seen as matrices, and values written back through the view.
+"""Views of parameters as matrices, with write access.
 
-Most views share memory with their parameter. A kernel whose storage has gaps cannot: its view is a
-copy, and what is written to that must be carried back, or it would be lost without a word.
+Most views share memory with their parameter. A view of a kernel whose storage has gaps is a copy,
+so that changes must be written back to the parameter explicitly.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 
 class View(Protocol):
-    """From a parameter to a matrix (m, n) or a stack of them; a pure rearrangement of entries."""
+    """Maps a parameter to a matrix (m, n) or a stack of them by rearranging its entries."""
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        """The matrix, sharing memory with the parameter where its strides allow."""
+        """Returns the matrix, which shares memory with the parameter if the strides allow it."""
 
     def write_(self, parameter: Tensor, matrix: Tensor) -> None:
-        """Puts the entries of the matrix where they belong in the parameter."""
+        """Writes the entries of the matrix to the parameter."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The parameter as it stands."""
+    """The parameter, unchanged."""
 
     def __call__(self, parameter: Tensor) -> Tensor:
         return parameter
@@ -50,7 +50,7 @@ class Transposed:
 
 
 def is_transposed(view: View) -> bool:
-    """Whether it is of a parameter that is stored as (inputs, outputs), or of a part of one."""
+    """Returns whether the parameter, or a part of it, is stored as (inputs, outputs)."""
     while isinstance(view, Part | Strided | Member):
         view = view.view
     return isinstance(view, Transposed)
@@ -58,9 +58,9 @@ def is_transposed(view: View) -> bool:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A convolution kernel as (out, in/groups * kernel), the columns in the order of memory.
+    """A convolution kernel as (out, in/groups * kernel), with columns in memory order.
 
-    With groups a stack of their matrices, (groups, out/groups, in/groups * kernel).
+    With groups, it is a stack of their matrices, (groups, out/groups, in/groups * kernel).
     """
 
     groups: int | None = None
@@ -85,10 +85,11 @@ def _order(parameter: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class InputsFirst:
-    """The matrix (outputs, inputs) of a kernel whose first sides are inputs, as Keras stores it.
+    """The matrix (outputs, inputs) of a kernel whose first axes are inputs, as in Keras.
 
-    Of (height, width, in, out) the first three are, of a dense (in, out) the first. With several
-    groups of outputs a stack of their matrices, (groups, outputs/groups, inputs).
+    The inputs are the first three axes of (height, width, in, out), and the first axis of a dense
+    (in, out). With several groups of outputs, it is a stack of their matrices, (groups,
+    outputs/groups, inputs).
     """
 
     inputs: int
@@ -108,9 +109,9 @@ class InputsFirst:
 
 @dataclass(frozen=True)
 class Axes:
-    """The matrix of which some axes of a parameter are the rows, and others the columns.
+    """The matrix whose rows are some axes of a parameter, and whose columns are others.
 
-    With axes in `stack` a stack of matrices, in their order.
+    With axes in `stack`, it is a stack of matrices, in the order of these axes.
     """
 
     rows: tuple[int, ...]
@@ -132,7 +133,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Part:
-    """So many rows of a view from `start` on, or columns with `dim` = -1."""
+    """`length` rows of a view from `start` on, or columns with `dim` = -1."""
 
     view: View
     start: int
@@ -167,7 +168,7 @@ class Strided:
 
 @dataclass(frozen=True)
 class Member:
-    """The matrix with this number of a view that is a stack."""
+    """The matrix with this index in a view that is a stack."""
 
     view: View
     index: int
@@ -183,7 +184,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Permuted:
-    """The view of a parameter of which the sides are in another order."""
+    """The view of a parameter with its axes in another order."""
 
     view: View
     order: tuple[int, ...]
@@ -197,7 +198,7 @@ class Permuted:
 
 @dataclass(frozen=True)
 class Reshaped:
-    """The view of a parameter of which the sides are joined or cut."""
+    """The view of a parameter with its axes merged or split."""
 
     view: View
     shape: tuple[int, ...]
@@ -214,7 +215,7 @@ class Reshaped:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The view of blocks of a parameter in another order, by the start and the length of each."""
+    """The view of blocks of a parameter in another order, as (start, length) pairs."""
 
     view: View
     dim: int
@@ -238,7 +239,7 @@ class Blocks:
 
 
 def is_kernel(view: View) -> bool:
-    """Whether it shows a convolution kernel, or a part of one."""
+    """Returns whether the view shows a convolution kernel or a part of one."""
     match view:
         case Part(inner, _, _, _) | Strided(inner, _, _) | Member(inner, _):
             return is_kernel(inner)
@@ -248,13 +249,13 @@ def is_kernel(view: View) -> bool:
 
 
 def shares_memory(matrix: Tensor, parameter: Tensor) -> bool:
-    """Whether what is written to the one is read from the other."""
+    """Returns whether both tensors have the same storage."""
     mine, theirs = matrix.untyped_storage(), parameter.untyped_storage()
     return mine.data_ptr() == theirs.data_ptr()
 
 
 class writable:
-    """A parameter or a gradient seen through a view; what is written to it reaches the tensor."""
+    """A context with a view of a tensor; changes to the view are written to the tensor."""
 
     def __init__(self, view: View, tensor: Tensor) -> None:
         self._view, self._tensor = view, tensor
@@ -272,5 +273,5 @@ class writable:
 
 
 def shape_of(view: View, tensor: Tensor) -> torch.Size:
-    """The shape of what the view shows, without reading anything."""
+    """Returns the shape of the view without reading the tensor."""
     return view(torch.empty_strided(tensor.shape, tensor.stride(), device="meta")).shape

@@ -1,4 +1,4 @@
-"""What audits, repairs and estimates have found, as data; tables, JSON, CSV and a page of it."""
+"""The results of audits, repairs and estimates as data, tables, JSON, CSV and HTML."""
 
 from wellcond.report.comparison import Comparison
 from wellcond.report.estimate import Estimate

@@ -1,4 +1,4 @@
-"""What all reports have in common: how they are printed and written."""
+"""The base class of reports: printing, and export to JSON, CSV, HTML and pandas."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # Printing more rows is slow (1 ms per row) and unreadable.
 ROWS = 1000
-WAY_TO_ALL = "; all are in what --csv FILE writes"
+WAY_TO_ALL = "; --csv FILE writes all rows"
 
 
 class Report(abc.ABC):
-    """What an audit and a comparison have in common: how they are printed and written."""
+    """The base class of audits and comparisons."""
 
     _COLUMNS: ClassVar[Sequence[Column[Any]]]
     _MEANINGS: ClassVar[Mapping[str, str]]
 
     @abc.abstractmethod
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
-        """Plain data; numbers may be inf and nan."""
+        """Returns plain data; numbers can be inf or nan."""
 
     @abc.abstractmethod
     def table(self, *, top: int | None = None) -> str:
-        """The rows as text, at most `top` of them, or 1,000, and a summary."""
+        """Returns at most `top` rows as text, 1,000 by default, and a summary."""
 
     @abc.abstractmethod
     def _rows(self, max_condition: float | None = None, top: int | None = None) -> list[Row]:
-        """The first `top` rows, or all, in the order of the table."""
+        """Returns the first `top` rows, or all, in the order of the table."""
 
     @abc.abstractmethod
     def _records(self) -> list[dict[str, Any]]:
-        """The numbers of each row, as in the CSV, and its unique label as "weight"."""
+        """Returns the numbers of each row as in the CSV, and its unique label as "weight"."""
 
     @abc.abstractmethod
     def _page(self, max_condition: float | None) -> Page:
-        """The content of the page."""
+        """Returns the content of the page."""
 
     def columns(self) -> dict[str, str]:
-        """What each column of the table means, in words, with an example."""
+        """Returns the meaning of each column of the table, by its header."""
         columns = visible_columns(self._COLUMNS, self._rows())
         return {one.header: self._MEANINGS[one.key] for one in columns if one.key in self._MEANINGS}
 
     def legend(self) -> str:
-        """`columns` as text, to be printed below the table."""
+        """Returns `columns` as text, to be printed below the table."""
         meanings = self.columns()
         width = max(map(len, meanings)) + 2
         lines = (
@@ -74,20 +74,26 @@ class Report(abc.ABC):
     def to_json(
         self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
     ) -> str:
-        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        """Returns `to_dict` as strict JSON, and writes it to `path` if one is given.
+
+        inf and nan become the strings "inf" and "nan".
+        """
         return save_text(dump_json(self.to_dict(max_condition)), path)
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, max_condition: float | None = None
     ) -> str:
-        """One page that needs neither network nor script. It marks what exceeds a limit.
+        """Returns one HTML page without scripts and external files, and writes it to `path`.
 
-        The page of a comparison has two bars per weight, and its map shows `Pair.movement`.
+        The page marks the weights above `max_condition`. The page of a comparison has two bars per
+        weight, and its map shows `Pair.movement`.
         """
         return save_text(render(self._page(max_condition)), path)
 
     def to_dataframe(self) -> DataFrame:
-        """A pandas DataFrame: a row per weight, its label as the index, columns as in the CSV.
+        """Returns a pandas DataFrame with one row per weight and the columns of the CSV.
+
+        The index contains the labels of the weights.
 
         Raises:
             ImportError: pandas is not installed.
@@ -110,7 +116,7 @@ class Report(abc.ABC):
 
 
 def format_remarks(rows: Iterable[Row]) -> str:
-    """A line for each note, with the weights that have it."""
+    """Returns one line per note, with the weights to which it applies."""
     labels: dict[str, list[str]] = {}
     for row in rows:
         if row.note:
@@ -119,7 +125,10 @@ def format_remarks(rows: Iterable[Row]) -> str:
 
 
 def format_csv(columns: Iterable[str], records: Iterable[dict[str, Any]]) -> str:
-    """Escapes names as everywhere, and quotes those that a spreadsheet would run."""
+    """Returns the records as CSV, with names escaped.
+
+    An apostrophe precedes a text that a spreadsheet would evaluate as a formula.
+    """
 
     def harmless(cell: Any) -> Any:
         if not isinstance(cell, str):
@@ -136,7 +145,7 @@ def format_csv(columns: Iterable[str], records: Iterable[dict[str, Any]]) -> str
 def list_exceeding(
     findings: Iterable[tuple[str, Finding | None]], max_condition: float | None
 ) -> dict[str, Any]:
-    """The limit, and the labels of the findings above it; nothing without a limit."""
+    """Returns the limit and the labels of the findings above it; {} without a limit."""
     if max_condition is None:
         return {}
     above = [label for label, finding in findings if finding and finding.exceeds(max_condition)]

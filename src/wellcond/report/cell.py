@@ -1,7 +1,7 @@
-"""A report as the output of a notebook cell: the first rows of its page, and what to know of all.
+"""A report as the output of a notebook cell: the first rows and the most important facts.
 
-`cell.html.j2` holds the markup. All style is inline and takes the colors of the notebook, light or
-dark, because a style sheet would reach the other cells, and some viewers remove it.
+`cell.html.j2` contains the markup. All style is inline, because a style sheet would affect other
+cells and some viewers remove it. Colors are inherited from the light or dark notebook.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ _FACTS = 8
 
 
 def render_cell(page: Page) -> str:
-    """HTML without style sheet and script, of at most 20 rows."""
+    """Returns HTML with at most 20 rows, without style sheets and scripts."""
     rows = [*page.rows.values()][:_ROWS]
-    # Columns in which these rows have nothing to say are left out of a narrow cell.
+    # A cell is narrow: omit columns that are empty in these rows.
     columns = [one for one in page.columns if any(row.cells[one.key] for row in rows)]
     return (
         environment()

@@ -1,4 +1,4 @@
-"""Two audits side by side, as table, JSON, CSV and page."""
+"""The comparison of two audits as a table, JSON, CSV and HTML."""
 
 from __future__ import annotations
 
@@ -46,21 +46,22 @@ from wellcond.weights.reasons import Reason, Skipped
 
 @dataclass(frozen=True)
 class Comparison(Report):
-    """Two audits side by side, what moved most for its class first.
+    """The comparison of two audits, sorted by movement; see `Pair.movement`.
 
     Attributes:
-        pairs: label, finding before, finding after, and how far the matrix moved; None on the side
-            that lacks the weight. Weights that only one side has come first; the others follow in
-            the order of `Pair.movement`.
+        pairs: one `Pair` per weight: the label, the findings before and after (None on a side
+            without the weight), and the change of the matrix. Weights on only one side come first;
+            the others are sorted by `Pair.movement`.
         before: the source of the first audit.
         after: the source of the second audit.
-        versions: of wellcond, torch and Python.
-        notes: what else there is to know of a weight, by its label: another dtype, what is the
-            matter on a side, why a side skipped it.
-        naming: the prefix that only the names of one side have, in words; "" if there is none.
-        not_finite_before: the tensors with NaN or infinity of the first audit, by their names.
-        not_finite_after: the same of the second audit.
-        names: what the two sides are called.
+        versions: the versions of wellcond, torch and Python.
+        notes: the notes on weights, by label: different dtypes, the problem on a side, or why a
+            side skipped the weight.
+        naming: a sentence about the prefix that only the names of one side have; "" if there is
+            none.
+        not_finite_before: the tensors of the first audit with NaN or infinity, by name.
+        not_finite_after: those of the second audit.
+        names: the names of the two sides.
     """
 
     pairs: list[Pair]
@@ -76,12 +77,12 @@ class Comparison(Report):
     _COLUMNS, _MEANINGS = PAIR_COLUMNS, PAIR_MEANINGS
 
     def exceeding(self, max_condition: float) -> list[Finding]:
-        """The findings of the second audit above a limit; see `Finding.exceeds`."""
+        """Returns the findings of the second audit above a limit; see `Finding.exceeds`."""
         later = (pair.after for pair in self.pairs)
         return [finding for finding in later if finding and finding.exceeds(max_condition)]
 
     def summary(self) -> list[str]:
-        """What moved most, in how many weights kappa rose and fell, and what one side lacks."""
+        """Returns sentences on the largest movement, rises and falls of κ, and missing weights."""
         both = [
             (pair, pair.before, pair.after) for pair in self.pairs if pair.before and pair.after
         ]
@@ -94,11 +95,11 @@ class Comparison(Report):
             f"moved by less than 1 % in {len(known) - len(rose) - len(fell)}",
         ]
         if len(known) < len(both):
-            counts.append(f"is not known on both sides in {len(both) - len(known)}")
-        line = f"In the {_count(len(both), 'weight')} of both, κ {', '.join(counts)}"
+            counts.append(f"is unknown on a side in {len(both) - len(known)}")
+        line = f"In the {_count(len(both), 'weight')} on both sides, κ {', '.join(counts)}"
         if known:
             median = statistics.median(pair.ratio for pair in known)
-            line += f"; the median of after/before is {median:.4g}"
+            line += f"; the median ratio after/before is {median:.4g}"
         moved = next((pair for pair, _, _ in both if pair.moved), None)
         lines = [_describe_most(moved), line] if moved else [line]
         first, second = (
@@ -114,24 +115,24 @@ class Comparison(Report):
         if reshaped:
             count = _count(len(reshaped), "weight")
             lines.append(
-                f"{count} of another shape, so perhaps not the same: {list_some(reshaped, 3)}"
+                f"{count} with different shapes, possibly unrelated: {list_some(reshaped, 3)}"
             )
         for when, found in ((first, self.not_finite_before), (second, self.not_finite_after)):
             lines += [f"{when[0].upper()}{when[1:]}, {describe_not_finite(found)}"] if found else []
         return [*lines, *([self.naming] if self.naming else [])]
 
     def table(self, *, top: int | None = None) -> str:
-        """The numbers before and after of the `top` or 1,000 weights that moved most."""
+        """Returns the `top` weights that moved most, 1,000 by default, as text."""
         rows = self._rows(top=top or ROWS)
         text = self._text(rows)
         if more := len(self.pairs) - len(rows):
-            text += f"... and {more} more with a smaller change{'' if top else WAY_TO_ALL}\n"
+            text += f"... and {more} more with smaller movements{'' if top else WAY_TO_ALL}\n"
         text += format_remarks(rows)
         before, after = self._sides()
         return f"{text}before: {before}\nafter: {'. '.join([after, *self.summary()])}\n"
 
     def _sides(self) -> list[str]:
-        """The sources, after their names where these say more."""
+        """Returns the sources, each after its name unless the source already ends in the name."""
         sides = zip(self.names, (self.before, self.after), ("before", "after"), strict=True)
         return [
             escape(source if source.endswith(name) or name == when else f"{name}, {source}")
@@ -139,7 +140,10 @@ class Comparison(Report):
         ]
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
-        """Plain data; numbers may be inf and nan. With a limit also that, and what is above it."""
+        """Returns plain data; numbers can be inf or nan.
+
+        With a limit, the data contain the limit and the weights above it.
+        """
         return {
             "schema": SCHEMA,
             "before": self.before,
@@ -173,7 +177,10 @@ class Comparison(Report):
         return f"<Comparison of {sides}: {_count(len(self.pairs), 'weight')}>"
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One line per weight, empty where a side lacks it; written to path."""
+        """Returns one line of CSV per weight, and writes all to `path` if one is given.
+
+        Cells are empty for a side without the weight.
+        """
         columns = record_of_pair(Pair("", None, None), "")
         return save_text(format_csv(columns, self._records()), path)
 
@@ -185,7 +192,7 @@ class Comparison(Report):
         return [row_of_pair(p, self._note(p), n, max_condition) for n, p in enumerate(pairs)]
 
     def _page(self, max_condition: float | None) -> Page:
-        # The summary counts what only one side has. It has no change, so it comes last here.
+        # Weights on only one side have no change, so they come last. The summary counts them.
         rows = zip(self.pairs, self._rows(max_condition), strict=True)
         ordered = sorted(rows, key=lambda item: None in item[0][1:3])
         before, after = self._sides()
@@ -205,19 +212,20 @@ class Comparison(Report):
 def compare_reports(
     before: AuditReport, after: AuditReport, names: tuple[str, str] | None = None
 ) -> Comparison:
-    """The comparison of two audits by their numbers.
+    """Returns the comparison of two audits by their numbers.
 
     Raises:
-        ValueError: no weight has the same name in both, or one of them is of an export.
+        ValueError: the audits share no name of a weight, or only one of them is of an exported
+            graph.
     """
     check_exported(before.source, before.exported, after.source, after.exported)
     old, new = (by_label(report.findings) for report in (before, after))
     common = pair_names(old, new)
     if not common.paired:
         raise ValueError(
-            f"The two must share the name of a weight, but share none: {before.source} has "
-            f"{list_some(old, limit=3)}; {after.source} has {list_some(new, limit=3)}. Audit two "
-            "states of one model, or rename the weights of one."
+            f"Both sides must contain a weight of the same name, but {before.source} contains "
+            f"{list_some(old, limit=3)}, and {after.source} contains {list_some(new, limit=3)}. "
+            "Compare two states of one model, or rename the weights of one side."
         )
     pairs = [Pair(label, old[a], new[b]) for label, a, b in common.paired]
     found_old, found_new = ({name[side] for name in common.paired} for side in (1, 2))
@@ -229,7 +237,7 @@ def compare_reports(
     notes = {label: note for label, note in notes.items() if note}
     naming = ""
     if common.prefix:
-        naming = f'Names {common.side} begin with "{escape(common.prefix)}", which is left out here'
+        naming = f'The prefix "{escape(common.prefix)}" of the names {common.side} is omitted'
     return Comparison(
         pairs,
         before.source,
@@ -244,18 +252,18 @@ def compare_reports(
 
 
 def check_exported(before: str, old: bool, after: str, new: bool) -> None:
-    """Raises ValueError if one of two sources is an exported graph, and the other is not."""
+    """Raises ValueError if only one of two sources is an exported graph."""
     if old != new:
         export, other = (before, after) if old else (after, before)
         raise ValueError(
-            f"{export} is an exported graph, which may hold other values under the names of "
-            f"{other}, as of a convolution into which BatchNorm was multiplied. Compare two "
-            "exports, or two checkpoints."
+            f"{export} is an exported graph, and {other} is not. An exporter can change values, "
+            "for example by multiplying a BatchNorm into a convolution. Compare two exports, or "
+            "two checkpoints."
         )
 
 
 def shorten_sources(before: str, after: str) -> tuple[str, str]:
-    """The shortest ends of two paths that differ; "before" and "after" if they do not."""
+    """Returns the shortest different ends of two paths; "before" and "after" if they are equal."""
     old, new = (PurePath(source).parts for source in (before, after))
     for count in range(1, max(len(old), len(new)) + 1):
         first, second = ("/".join(parts[-count:]) for parts in (old, new))
@@ -265,13 +273,13 @@ def shorten_sources(before: str, after: str) -> tuple[str, str]:
 
 
 def with_changes(comparison: Comparison, measure: Callable[[Pair], Change | None]) -> Comparison:
-    """The comparison with what `measure` returns for each pair."""
+    """Returns the comparison with the change that `measure` returns for each pair."""
     pairs = [pair._replace(change=measure(pair)) for pair in comparison.pairs]
     return replace(comparison, pairs=pairs)
 
 
 def _skipped_weights(report: AuditReport) -> dict[str, Skipped]:
-    """Why weights were skipped; those that are stored as codes, as `q.qweight`, as `q.weight`."""
+    """Returns why weights were skipped, with codes such as `q.qweight` also under `q.weight`."""
     skipped = report.coverage.skipped
     codes = {
         f"{name.rpartition('.')[0]}.weight": why
@@ -282,7 +290,7 @@ def _skipped_weights(report: AuditReport) -> dict[str, Skipped]:
 
 
 def _note_of(pair: Pair, before: Mapping[str, Skipped], after: Mapping[str, Skipped]) -> str:
-    """Why the side that lacks the weight skipped it, if it did, and the note of the pair."""
+    """Returns why one side skipped the weight, if it did, and the note of the pair."""
     why = None
     if pair.before and not pair.after:
         why = after.get(pair.before.name)
@@ -304,13 +312,11 @@ def _most(pairs: Sequence[Pair]) -> str:
 
 
 def _describe_most(pair: Pair) -> str:
-    """As "Moved most for its class: a.weight, σ_max 0.67 → 13.3 (20 times)"."""
+    """Returns "Largest movement: a.weight, σ_max 0.67 → 13.3 (20 times)"."""
     key = pair.moved
     old, new = (getattr(side, key) for side in (pair.before, pair.after))
-    text = (
-        f"Moved most for its class: {escape(pair.label)}, {QUANTITIES[key]} {old:.3g} → {new:.3g}"
-    )
+    text = f"Largest movement: {escape(pair.label)}, {QUANTITIES[key]} {old:.3g} → {new:.3g}"
     ratio = pair.quotient(lambda finding: getattr(finding, key))
     if 0 < ratio < math.inf:
         text += f" ({ratio:.3g} times)"
-    return text if pair.movement > USUAL else f"{text}, as from one training to another"
+    return text if pair.movement > USUAL else f"{text}, as two trainings usually differ"

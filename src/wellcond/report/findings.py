@@ -1,4 +1,4 @@
-"""What an audit found of one weight, and what the findings of all stand for.
+"""The finding of an audit for one weight, and the coverage of all findings.
 
 Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n);
 kappa = sigma_1/sigma_nu; u the unit roundoff of the dtype in which S is stored.
@@ -18,113 +18,118 @@ from wellcond.weights.reasons import Skipped
 if TYPE_CHECKING:
     from wellcond.linalg.certify import Certificate
 
-MERGED = "merged"  # the view, or its end
-USUAL = 0.05  # a kappa that more random matrices exceed is usual
+MERGED = "merged"  # the view of a merged weight, or the end of it
+USUAL = 0.05  # kappa is usual if a larger share of random matrices exceeds it
 
 
 class Grade(enum.Enum):
-    """How far the numbers of a weight can be trusted."""
+    """How reliable the numbers of a weight are."""
 
-    none = "there are no numbers"
+    none = "not measured"
     estimated = (
-        "extremes from an iteration that converged: sigma_max from below, sigma_min from above"
+        "from an iteration that converged: it approaches σ_max from below and σ_min from above"
     )
-    bounded = "σ_max is at least, and σ_min at most what is shown, so that κ is at least that"
+    bounded = "σ_max is a lower bound, σ_min an upper bound, and so κ a lower bound"
     computed = "from all singular values in float64"
-    certified = "computed, and enclosed by intervals that rounding errors cannot break"
+    certified = "computed, and enclosed in proven intervals that account for rounding errors"
 
 
 class Status(enum.Enum):
-    """What is the matter with a weight, in the words that the user reads."""
+    """The status of a weight, in the words that the user reads."""
 
     ok = "measured"
     rank_deficient = (
         "the smallest singular value is zero to working precision, "
         "so the condition number is infinite"
     )
-    zero = "every entry is zero, so there is no condition number"
+    zero = "every entry is zero, so the condition number is undefined"
     fresh = "the adapter adds nothing yet: B A is zero"
-    not_finite = "it holds NaN or infinity"
-    failed = "it could not be measured"
+    not_finite = "contains NaN or infinity"
+    failed = "could not be measured"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one weight.
+    """The measured numbers of one weight, its status, and the grade of the numbers.
 
     Attributes:
-        name: its parameter name.
-        view: which matrix of the parameter: "q", "3" of a stack, "kernel"; "operator" for a
-            convolution as it acts; "delta" for what an adapter adds, "merged" for the sum; "" if it
-            has one.
-        shape: (m, n), outputs and inputs; (g, m, n) of the kernel of a convolution in g groups,
-            which acts as one block-diagonal matrix and is measured as that.
-        dtype: in which it is stored, such as "bfloat16"; of codes as what, such as "int4".
+        name: the parameter name.
+        view: the matrix within the parameter: "q", "3" in a stack, "kernel"; "operator" for a
+            convolution as a linear operator; "delta" for the change by an adapter, "merged" for the
+            sum; "" if the parameter is one matrix.
+        shape: (m, n), outputs and inputs; (g, m, n) for the kernel of a convolution in g groups,
+            which acts and is measured as one block-diagonal matrix.
+        dtype: the stored dtype, such as "bfloat16"; for codes their format, such as "int4".
         sigma_max: the largest singular value, the spectral norm.
-        sigma_min: the smallest of the nu = min(m, n) singular values, of groups g nu.
+        sigma_min: the smallest of the nu = min(m, n) singular values, g nu for g groups.
         condition_number: sigma_max/sigma_min; inf if sigma_min is zero to working precision, nan
-            if there is none.
+            if it is undefined or unknown.
         stable_rank: ||S||_F^2/sigma_max^2, between 1 and nu.
-        rank: how many singular values exceed what rounding the entries to the dtype can move one
-            by, u ||S||_F; every matrix that rounds to this one has at least that rank. If it
-            is built from `parts`, that is rounding to float32. 0 if the grade is "bounded".
+        rank: the number of singular values above u ||S||_F, the largest change that rounding the
+            entries to the dtype can make. Every matrix that rounds to this one has at least that
+            rank. For a weight built from `parts`, u is that of float32. 0 if the grade is
+            "bounded".
         penalty: r = sigma_max^2/2 - ||S||_F^2/(2 nu), in units of a squared singular value.
-        exceedance: how often a random matrix of this shape, of independent Gaussian entries, has a
-            larger condition number, 0 to 1; see `wellcond.linalg.gaussian.exceedance`. nan if there
-            is no condition number, for vectors, for complex matrices, and for what is no stored
-            matrix: groups of a convolution, a convolution as it acts, a head of attention; random
-            ones of these follow other laws.
+        exceedance: the probability that a random matrix of this shape, with independent Gaussian
+            entries, has a larger condition number; see `wellcond.linalg.gaussian.exceedance`. nan
+            if the condition number is nan, for vectors and complex matrices, and for matrices that
+            are not stored: convolutions in groups or as linear operators, and attention heads.
+            Random matrices of these kinds follow other laws.
         random_stable_rank: the mean stable rank of random matrices of this shape; nan as above.
         random_condition_number: the median kappa of random matrices of this shape; nan as above.
         grade: "none", "estimated", "bounded", "computed" or "certified"; see `Grade`.
-        status: "ok", or what is the matter; its value says it in words.
-        detail: more of the status, such as the error.
-        method: how the singular values were found.
-        certificate: the enclosures, if they were asked for.
-        singular_values: all of them, descending, where the method gives all; of a convolution as it
-            acts at most 4096, at equal distances.
-        entries: of the parameter, how many it stands for.
-        inner: of a product of two factors, as of a head, over how many dimensions it goes, of which
-            nu counts no more; 0 of others.
-        gain: ||S||_F/sqrt(m), the root mean square of the entries times sqrt(n): by what factor the
-            weight scales the root mean square of inputs that are independent; nan of what is no
-            stored matrix.
-        largest_entry: max |w|, of real and imaginary parts; float16 holds up to 65504. This and the
-            next two are nan of what is no stored matrix, as a convolution as it acts.
-        subnormal_share: of the entries, how many are subnormal in the dtype, or of what is built
-            from `parts` in float32, 0 to 1: they have lost digits, and hardware may take them for
-            zero.
-        float16_zero_share: of the entries, how many are not zero and would be in float16, 0 to 1.
-        zero_rows: which rows (outputs) are zero, from 0; of a kernel in groups over all of them.
-        zero_columns: which columns (inputs) are zero likewise.
-        equal_rows: two rows (outputs) that are equal and not zero; () if none are.
-        dominant_entry: where one entry holds more than 99.9 % of ||S||_F^2, its indices; () if none
-            does, and of a vector.
-        stored: whether it is stored as it is measured, and not computed from parameters, so that a
-            file of it could be repaired.
+        status: "ok" or the problem; the value of the member describes it in words.
+        detail: further information on the status, such as the error.
+        method: the method that computed the singular values.
+        certificate: the enclosures, if they were requested.
+        singular_values: all singular values in descending order if the method computes all. For a
+            convolution as a linear operator, at most 4096 of them at equal distances.
+        entries: the number of entries of the parameter that the weight represents.
+        inner: for a product of two factors, such as a head, the inner dimension, which bounds nu; 0
+            for other weights.
+        gain: ||S||_F/sqrt(m), the root mean square of the entries times sqrt(n). It is the factor
+            by which the weight scales the root mean square of independent inputs. nan for a matrix
+            that is not stored.
+        largest_entry: max |w| over real and imaginary parts; the maximum of float16 is 65504. This
+            and the next two are nan for a matrix that is not stored, such as a convolution as a
+            linear operator.
+        subnormal_share: the share of entries that are subnormal in the dtype, or in float32 for a
+            weight built from `parts`, 0 to 1. They have lost digits, and hardware might flush them
+            to zero.
+        float16_zero_share: the share of nonzero entries that would be zero in float16, 0 to 1.
+        zero_rows: the indices of zero rows (outputs); for a kernel in groups, over all groups.
+        zero_columns: the indices of zero columns (inputs), likewise.
+        equal_rows: the indices of two rows (outputs) that are equal and not zero; () if there are
+            none.
+        dominant_entry: the indices of an entry with more than 99.9 % of ||S||_F^2; () if there is
+            none, and for vectors.
+        stored: whether the measured matrix is stored and not computed from parameters, so that it
+            can be repaired in a file.
         parts: the names of the tensors of a file from which it is built, such as codes and scales;
             () if it is stored as one tensor.
-        added_share: of a weight with what an adapter of rank r adds, which part of the sum of its r
-            largest singular values comes from the adapter; nan of others. See
-            `wellcond.linalg.leading.added`.
-        added_new: of so many of these singular values more than half comes from the adapter.
-        added_of: how many they are, r or fewer; 0 of others.
-        opposite_rows: whether it has two rows, and these are w and -w up to 5 %, as of a head of
-            two classes.
-        base_condition_number: of a weight with an adapter, kappa of the weight W without it. This
-            and the next five stand for the rows of W and of the change, which are left out beside
-            the sum; nan, 0 and "" of others.
+        added_share: for a weight merged with an adapter of rank r, the share of the sum of the r
+            largest singular values that the adapter contributes; nan for other weights. See
+            `wellcond.linalg.leading.measure_share`.
+        added_new: how many of these singular values come more than half from the adapter.
+        added_of: how many singular values are considered, at most r; 0 for other weights.
+        opposite_rows: whether the weight has exactly two rows, w and -w up to 5 %, as the head of
+            a classifier with two classes can have.
+        base_condition_number: for a weight with an adapter, kappa of the weight W without it. This
+            and the next five replace the rows of W and of the change, which are omitted when the
+            sum is reported. nan, 0 or "" for other weights.
         base_dtype: the dtype of W.
-        delta_share: ||D||_F/||W||_F, D being the sum minus W.
-        delta_stable_rank: ||D||_F^2/sigma_1(D)^2, how many directions D uses; nan if D is zero.
-        delta_rank: how many directions the adapters can use: the sum of their ranks, at most nu.
-        rounded_condition_number: kappa of the sum once it is rounded to `base_dtype`, as by a
-            merge; nan if W is not stored as it is measured.
-        gap: how many singular values lie below the widest gap in their lower half, and the ratio
-            across it; (0, 1) if they are not known.
-        repair_limit: the least power of ten that at most 1 in 20 random matrices of this shape
+        delta_share: ||D||_F/||W||_F, where D is the sum minus W.
+        delta_stable_rank: ||D||_F^2/sigma_1(D)^2, the number of directions that D uses; nan if D
+            is zero.
+        delta_rank: the number of directions that the adapters can use: the sum of their ranks, at
+            most nu.
+        rounded_condition_number: kappa of the sum rounded to `base_dtype`, as by a merge; nan if W
+            is not stored.
+        gap: the number of singular values below the widest gap in their lower half, and the ratio
+            across the gap; (0, 1) if the singular values are unknown.
+        repair_limit: the smallest power of ten that at most 1 in 20 random matrices of this shape
             exceed, if kappa exceeds it; else nan.
-        repair_change: how far the nearest matrix within that limit is, over ||S||_F.
+        repair_change: the distance to the nearest matrix within that limit, over ||S||_F.
     """
 
     name: str
@@ -173,7 +178,9 @@ class Finding:
     repair_change: float = math.nan
 
     def __post_init__(self) -> None:
-        if not self.entries:  # of a convolution as it acts there are fewer
+        if (
+            not self.entries
+        ):  # given for convolutions as linear operators: the entries of the kernel
             object.__setattr__(self, "entries", math.prod(self.shape))
 
     def __repr__(self) -> str:
@@ -185,17 +192,17 @@ class Finding:
 
     @property
     def label(self) -> str:
-        """name:view, by which it is shown."""
+        """The displayed name, "name:view"."""
         return f"{self.name}:{self.view}" if self.view else self.name
 
     @property
     def nu(self) -> int:
-        """How many singular values there are, of a product how many need not be zero."""
+        """The number of singular values; for a product, of those that need not be zero."""
         return self.inner or math.prod(self.shape[:-2]) * min(self.shape[-2:])
 
     @property
     def with_adapter(self) -> bool:
-        """Whether it is a weight with what adapters add, which stands in no file."""
+        """Whether it is a weight merged with adapters, which no file contains."""
         return self.view == MERGED or self.view.endswith(f":{MERGED}")
 
     @property
@@ -203,10 +210,10 @@ class Finding:
         return self.status in (Status.ok, Status.rank_deficient, Status.zero, Status.fresh)
 
     def exceeds(self, max_condition: float) -> bool:
-        """Whether kappa is above; the certified upper bound if there is one.
+        """Returns whether kappa, or its certified upper bound if there is one, exceeds the limit.
 
-        A kappa that is infinite, undefined or unknown is above every limit; one that is bounded
-        from below alone is above those below that. An adapter that adds nothing is above none.
+        An infinite, undefined or unknown kappa exceeds every limit. A kappa with only a lower bound
+        exceeds the limits below that bound. An adapter that adds nothing exceeds no limit.
         """
         if self.status is Status.fresh:
             return False
@@ -217,13 +224,13 @@ class Finding:
 
     @property
     def explanation(self) -> str:
-        """Status and detail in words; "" if all is well."""
+        """The status in words and the detail; only the detail if the status is "ok"."""
         if self.status is Status.ok:
             return self.detail
         return f"{self.status.value}: {self.detail}" if self.detail else self.status.value
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the singular values, as JSON takes it: inf and nan as strings."""
+        """Returns plain data without the singular values; numbers can be inf or nan."""
         plain: dict[str, Any] = {
             "name": self.name,
             "view": self.view,
@@ -277,16 +284,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the findings stand for.
+    """The part of a model that the findings cover.
 
     Attributes:
-        measured: how many matrices have numbers.
-        failed: how many could not be measured; each has a finding that says why.
-        skipped: everything else by name, and why.
-        parameter_share: entries of the measured matrices over those of all parameters, 0 to 1.
-        largest_left_out: the names and the entries of the largest parameters that were skipped, at
+        measured: the number of measured matrices.
+        failed: the number of matrices that could not be measured; each has a finding with the
+            reason.
+        skipped: every other tensor by name, with the reason.
+        parameter_share: the entries of the measured matrices over those of all parameters, 0 to 1.
+        largest_left_out: the names and the numbers of entries of the largest skipped parameters, at
             most three.
-        note: what is to be known of all findings; "" if nothing.
+        note: a note that applies to all findings, or "".
     """
 
     measured: int
@@ -300,8 +308,10 @@ class Coverage:
         left_out = {n: why for n, why in self.skipped.items() if not why.reason.no_matrix}
         lacking = sum(not why.reason.no_tensor for why in left_out.values())
         matrices = self.measured + self.failed + lacking
-        text = f"{self.measured} of {matrices} matrices, {100 * self.parameter_share:.1f} % of "
-        text += "the parameters"
+        text = (
+            f"{self.measured} of {matrices} matrices measured, {100 * self.parameter_share:.1f} % "
+        )
+        text += "of the parameters"
         if self.failed:
             text += f"; {self.failed} could not be measured"
         if left_out:
@@ -310,12 +320,12 @@ class Coverage:
         reasons = [why.reason for why in self.skipped.values() if why.reason.no_matrix]
         if reasons:
             counted = (f"{n} ({reason.name})" for reason, n in Counter(reasons).items())
-            text += f"; no matrices: {', '.join(counted)}"
+            text += f"; not matrices: {', '.join(counted)}"
         return join_remarks(text, self.note)
 
 
 def sort_key(finding: Finding) -> tuple[bool, bool, float]:
-    """Failed ones first, then undefined ones, then by descending kappa; fresh adapters last."""
+    """Returns the sort key: failed, undefined, by descending kappa; fresh adapters last."""
     if finding.status is Status.fresh:
         return True, True, 0.0
     kappa = finding.condition_number

@@ -1,9 +1,8 @@
-"""What is wrong or unusual in a weight, what to do about it, and how trained weights compare.
+"""Flags: facts about wrong or unusual weights, with advice; and the standing of each weight.
 
-A flag is a fact, and a sentence of advice. Flags compare a weight with trained weights of its
-class (`wellcond.report.usual`), with its siblings (the same kind in other layers), and with what
-its dtype holds. A weight without a flag may still be the cause of trouble, and one with a flag may
-be sound.
+Flags compare a weight with trained weights of its class (`wellcond.report.usual`), with its
+siblings (weights of the same kind in other layers), and with the range of float16. A weight without
+a flag can still cause a problem, and a weight with a flag can be sound.
 
 Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values; kappa =
 sigma_1/sigma_nu.
@@ -26,19 +25,19 @@ from wellcond.text import format_percent, list_some
 
 KINDS = {
     "not_finite": "NaN or infinity",
-    "dominant_entry": "one entry holds all of the norm",
-    "float16": "entries that float16 cannot hold",
-    "network": "in most weights σ_max carries more of the norm than in 95 % of trained weights",
-    "siblings": "σ_max is ten times that of its siblings",
-    "scale": "σ_max or the gain is beyond that of 99.9 % of trained weights",
-    "stable_rank": "σ_max carries more of the norm than in 99 % of trained weights",
+    "dominant_entry": "one entry dominates the norm",
+    "float16": "entries outside the range of float16",
+    "network": "most weights have a smaller stable rank than 95 % of trained weights",
+    "siblings": "σ_max is more than ten times the median of its siblings",
+    "scale": "σ_max or the gain exceeds that of 99.9 % of trained weights",
+    "stable_rank": "the stable rank is smaller than in 99 % of trained weights",
     "zero_rows": "rows or columns are zero",
     "equal_rows": "two rows are equal",
-    "rank": "a direction is lost",
-    "condition_number": "κ is beyond that of 99 % of trained weights",
+    "rank": "the weight is rank-deficient, or a direction has collapsed",
+    "condition_number": "κ exceeds that of 99 % of trained weights",
 }
 _ORDER = {kind: number for number, kind in enumerate(KINDS)}
-# The quantities in which a weight may be extreme: a symbol, and whether small numbers are.
+# The compared quantities: the symbol, and whether small instead of large values are extreme.
 _EXTREMES = {
     "condition_number": ("κ", False),
     "stable_rank": ("stable rank", True),
@@ -46,32 +45,32 @@ _EXTREMES = {
     "gain": ("gain", False),
 }
 _FLOAT16_MAX = 65504.0
-# So much smaller than the one before, and singular values have collapsed.
+# Singular values below this fraction of the next larger one have collapsed.
 _COLLAPSED = 1e-3
-# A larger share of entries that a dtype holds badly is said.
+# A larger share of entries that are subnormal or underflow is flagged.
 _ENTRIES = 0.01
-# Were all weights random, fewer than 1 in 1,000 reports would name a kappa.
+# If all weights were random, fewer than 1 in 1,000 reports would flag a kappa.
 _CHANCE = 0.001
-# Matrices with shorter sides vary too much to be compared.
+# The numbers of matrices with a shorter side vary too much to be compared.
 _LEAST = 8
 _SIBLINGS, _TIMES = 4, 10.0
-# A network is unusual if of so many weights at least, more than half are in the last twentieth.
+# A network is unusual if more than half of its weights, at least 8, are in the last twentieth.
 _WEIGHTS, _TWENTIETH = 8, 0.05
 _SHARE, _SCALE_SHARE = 0.99, 0.999
 _LEVELS = ((0.001, "0.1 %"), (0.01, "1 %"), (0.05, "5 %"))
-# Rounding to a narrow dtype makes small singular values of any trained weight.
+# Narrower dtypes are excluded: rounding to them perturbs the small singular values of any weight.
 _RANKED = ("float32", "float64", "complex64", "complex128")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What is wrong or unusual in a weight.
+    """A fact about a wrong or unusual weight, with advice.
 
     Attributes:
-        kind: a key of `wellcond.report.flags.KINDS`, which are in the order of their weight.
+        kind: a key of `wellcond.report.flags.KINDS`, which lists the gravest kinds first.
         text: the fact, in words and numbers.
-        advice: what to do, one sentence.
-        page: the section of the documentation that says more.
+        advice: one sentence of advice.
+        page: the section of the documentation about this kind of flag.
     """
 
     kind: str
@@ -84,11 +83,11 @@ class Flag:
 
 
 class Standing(NamedTuple):
-    """Where a weight stands among trained ones of its class.
+    """The standing of a weight among trained weights of its class.
 
     Attributes:
-        share: of the trained weights, how many are as extreme in the quantity in which it is most
-            extreme, 0 to 1; nan if it is not compared.
+        share: the share of trained weights that are at least as extreme, in the quantity in which
+            the weight is most extreme, 0 to 1; nan if it is not compared.
         words: "usual", or "σ_max: top 1 %"; "" if it is not compared.
         usual: the class; None if it is not compared.
     """
@@ -99,7 +98,7 @@ class Standing(NamedTuple):
 
 
 def stand(finding: Finding) -> Standing:
-    """Where a weight stands among trained ones of its class."""
+    """Returns the standing of a weight among trained weights of its class."""
     usual, shares = _shares_below(finding)
     extremes = []
     for quantity, share in shares.items():
@@ -116,7 +115,7 @@ def stand(finding: Finding) -> Standing:
 
 
 def find_flags(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
-    """The flags of the weights that have some, the gravest first, by label."""
+    """Returns the flags of all flagged weights by label, the gravest flag of each first."""
     compared = sum(not math.isnan(finding.exceedance) for finding in findings)
     rare = _CHANCE / max(1, compared)
     medians = _medians_of_siblings(findings)
@@ -137,7 +136,11 @@ def find_flags(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
 def sort_findings(
     findings: Iterable[Finding], flags: Mapping[str, Sequence[Flag]]
 ) -> list[Finding]:
-    """What failed, what has no kappa, the flagged ones by their gravest flag, all by standing."""
+    """Returns the findings in the order of a report.
+
+    Failed weights come first, then those without kappa, then flagged weights by their gravest
+    flag, then all others by their standing.
+    """
 
     def key(finding: Finding) -> tuple[bool, bool, bool, int, float, float]:
         kappa = finding.condition_number
@@ -156,7 +159,7 @@ def sort_findings(
 
 
 def _shares_below(finding: Finding) -> tuple[Usual | None, dict[str, float]]:
-    """The class of a weight, and which share of it has smaller numbers; nan of the unknown."""
+    """Returns the class of a weight and, for each quantity, the share of the class below it."""
     view = finding.view.partition(":")[0].partition(".")[0]
     if math.isnan(finding.gain) or min(finding.shape[-2:]) < 2 or view in ("delta", "operator"):
         return None, {}
@@ -184,47 +187,49 @@ def _flags_of_entries(finding: Finding) -> Iterator[Flag]:
         detail = f": {finding.detail}" if finding.detail else ""
         yield Flag(
             "not_finite",
-            f"it holds NaN or infinity{detail}",
-            "Go back to a checkpoint without, and look at the step that followed",
+            f"contains NaN or infinity{detail}",
+            "Return to the last finite checkpoint, and inspect the training step after it",
         )
     if finding.dominant_entry:
         where = ", ".join(map(str, finding.dominant_entry))
         yield Flag(
             "dominant_entry",
-            f"one entry, {finding.largest_entry:.2g} at ({where}), holds all of its norm",
-            "Look at the file, at what wrote it, or at the data that made it",
+            f"one entry, {finding.largest_entry:.2g} at ({where}), contributes more than 99.9 % of "
+            "‖S‖²",
+            "Check the file, the program that wrote it, and the training data",
         )
     facts = []
     if finding.dtype != "float16":
         if finding.largest_entry > _FLOAT16_MAX:
-            facts.append(f"an entry of {finding.largest_entry:.2g} is infinite in float16")
+            facts.append(f"the largest entry, {finding.largest_entry:.2g}, overflows in float16")
         if finding.float16_zero_share > _ENTRIES:
             share = format_percent(finding.float16_zero_share)
-            facts.append(f"{share} of its entries would be zero in float16")
+            facts.append(f"{share} of the entries underflow to zero in float16")
     if finding.subnormal_share > _ENTRIES:
         share = format_percent(finding.subnormal_share)
-        dtype = "float32" if finding.parts else finding.dtype  # in which it is built
-        facts.append(f"{share} of its entries are subnormal in {dtype}")
+        dtype = "float32" if finding.parts else finding.dtype  # parts are combined in float32
+        facts.append(f"{share} of the entries are subnormal in {dtype}")
     if facts:
-        yield Flag("float16", "; ".join(facts), "Keep it in bfloat16 or float32, or rescale it")
+        yield Flag(
+            "float16", "; ".join(facts), "Store the weight in bfloat16 or float32, or rescale it"
+        )
     zeros = _describe_zeros(finding)
     if zeros:
         yield Flag(
             "zero_rows",
             "; ".join(zeros),
-            "It is an unused class, unit or input, or was pruned: a repair would fill it",
+            "Check for an unused class, unit or input, or pruning; a repair would fill the zeros",
         )
     if finding.equal_rows:
         first, second = finding.equal_rows
         yield Flag(
             "equal_rows",
             f"rows {first} and {second} are equal",
-            "Two units do the same: look at how they were initialised or copied",
+            "Two units compute the same output: check how they were initialised or copied",
         )
 
 
 def _describe_zeros(finding: Finding) -> list[str]:
-    """Which rows and columns are zero."""
     facts = []
     for kind, zeros in (("row", finding.zero_rows), ("column", finding.zero_columns)):
         if len(zeros) == 1:
@@ -238,9 +243,10 @@ def _describe_zeros(finding: Finding) -> list[str]:
 
 
 def _flags_of_spectrum(finding: Finding, is_rare: bool) -> Iterator[Flag]:
-    """Flags of lost directions and of kappa.
+    """Yields a flag of a rank deficiency or a large kappa.
 
-    Two classes have opposite rows in a sound head, and beside one huge entry all others are zero.
+    It skips weights with opposite rows, as sound heads of two classes have, and weights with a
+    dominant entry, next to which all other entries are negligible.
     """
     exempt = finding.dominant_entry or finding.opposite_rows or math.isnan(finding.exceedance)
     if exempt or finding.status in (Status.zero, Status.fresh) or not finding.measured:
@@ -261,7 +267,7 @@ def _flags_of_spectrum(finding: Finding, is_rare: bool) -> Iterator[Flag]:
         yield Flag(
             "condition_number",
             f"κ = {finding.condition_number:.4g} is {times:.2g} times that of random matrices, "
-            f"more than in 99 % of {_of_class(usual)}",
+            f"a larger ratio than in 99 % of {_of_class(usual)}",
             _advise_repair(finding),
         )
 
@@ -271,41 +277,46 @@ def _ranks(finding: Finding) -> bool:
 
 
 def _count_lost(finding: Finding) -> int:
-    """How many singular values are zero because rows or columns are."""
+    """Returns the number of singular values that are zero because rows or columns are zero."""
     *_, m, n = finding.shape
     return max(len(finding.zero_rows) if m <= n else 0, len(finding.zero_columns) if n <= m else 0)
 
 
 def _describe_collapse(finding: Finding, lost: int) -> list[str]:
-    """The widest gap in the lower half of the singular values, unless zero rows explain it."""
+    """Describes the widest gap in the lower half of the singular values, if it is a collapse.
+
+    Zero rows and columns, which cause `lost` zero singular values, do not count.
+    """
     below, ratio = finding.gap
     if ratio > _COLLAPSED or below <= lost:
         return []
-    how_far = f"{format_digit(ratio)} of the next"
+    how_far = f"{format_digit(ratio)} times the next singular value"
     if below == 1:
         return [f"one direction has collapsed: σ_min is {how_far}"]
-    return [f"{below} directions have collapsed, to {how_far}"]
+    return [f"{below} directions have collapsed, to at most {how_far}"]
 
 
 def _advise_repair(finding: Finding) -> str:
-    """How to lift small singular values, and how far that moves the weight where it is known."""
+    """Advises how to raise small singular values, with the change of the weight if it is known."""
     limit = finding.repair_limit
     named = "K" if math.isnan(limit) else f"{limit:.0f}" if limit < 1e4 else format_digit(limit)
     advice = f"Train with `ConditionLimit({named})`"
-    # No file holds a sum, or what is computed. A repair would fill zero rows.
+    # No file contains a merged or computed weight, and a repair would fill zero rows.
     if not finding.stored or finding.with_adapter or _count_lost(finding):
         return advice
-    advice += f", or `wellcond repair --max-condition {named}`"
+    advice += f", or run `wellcond repair --max-condition {named}`"
     if math.isnan(limit):
         return advice
-    return f"{advice}, which moves it by {format_digit(finding.repair_change)} of its norm"
+    return (
+        f"{advice}, which changes the weight by {format_digit(finding.repair_change)} of its norm"
+    )
 
 
 # --- large singular values ------------------------------------------------------------------------
 
 
 def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
-    """Flags of sigma_1, of the gain and of the stable rank."""
+    """Yields flags of sigma_1, of the gain and of the stable rank."""
     usual, shares = _shares_below(finding)
     if usual is None or finding.dominant_entry:
         return
@@ -317,7 +328,7 @@ def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
             "other layers",
             _advise_limit(median),
         )
-    for symbol, key in (("σ_max", "sigma_max"), ("the gain", "gain")):
+    for symbol, key in (("σ_max", "sigma_max"), ("gain", "gain")):
         if shares[key] > _SCALE_SHARE:
             yield Flag(
                 "scale",
@@ -329,13 +340,16 @@ def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
     if shares.get("stable_rank", math.nan) < 1 - _SHARE:
         yield Flag(
             "stable_rank",
-            f"{_describe_share(finding)}, more than in 99 % of {_of_class(usual)}",
+            f"{_describe_share(finding)}, a smaller ratio than in 99 % of {_of_class(usual)}",
             _advise_limit(_random_sigma_max(finding)),
         )
 
 
 def _find_network(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
-    """The flag of a network of which most weights have a small stable rank, at the smallest one."""
+    """Returns a flag if most weights of the network have a small stable rank.
+
+    The flag belongs to the weight with the smallest stable rank relative to random matrices.
+    """
     shares = {one.label: _shares_below(one)[1].get("stable_rank", math.nan) for one in findings}
     shares = {label: share for label, share in shares.items() if not math.isnan(share)}
     few = [one for one in findings if shares.get(one.label, 1.0) < _TWENTIETH]
@@ -352,25 +366,28 @@ def _find_network(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
 def _describe_share(finding: Finding) -> str:
     carried = format_percent(1 / finding.stable_rank)
     return (
-        f"σ_max = {finding.sigma_max:.4g} carries {carried} of ‖S‖² (stable rank "
-        f"{finding.stable_rank:.2g}, of random matrices {finding.random_stable_rank:.2g})"
+        f"σ_max = {finding.sigma_max:.4g} contributes {carried} of ‖S‖² (stable rank "
+        f"{finding.stable_rank:.2g}; random matrices: {finding.random_stable_rank:.2g})"
     )
 
 
 def _random_sigma_max(finding: Finding) -> float:
-    """sigma_1 of a random matrix of the same shape and norm."""
+    """Returns sigma_1 of a random matrix of the same shape and norm."""
     return finding.sigma_max * math.sqrt(finding.stable_rank / finding.random_stable_rank)
 
 
 def _advise_limit(upper: float) -> str:
     return (
-        f"If it has grown in training, bound it by `SingularValueLimit(upper={upper:.2g})`, or "
+        f"If σ_max grew in training, bound it with `SingularValueLimit(upper={upper:.2g})`, or "
         "lower the learning rate"
     )
 
 
 def _medians_of_siblings(findings: Sequence[Finding]) -> dict[str, float]:
-    """The median of sigma_1 of the others, for weights of one kind in at least four layers."""
+    """Returns the median of sigma_1 over each weight and its siblings, by label.
+
+    Siblings are weights of one kind in at least four layers.
+    """
     known = [one for one in findings if one.measured and not math.isnan(one.gain)]
     layers = places([one.label for one in known])
     families: dict[tuple[str, str], list[Finding]] = defaultdict(list)
@@ -387,5 +404,5 @@ def _medians_of_siblings(findings: Sequence[Finding]) -> dict[str, float]:
 
 
 def format_digit(number: float) -> str:
-    """2e-5, 0.02, 10, 2e4."""
+    """Returns one significant digit, such as "2e-5", "0.02", "10" or "2e4"."""
     return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].strip("+"), f"{number:.1g}")

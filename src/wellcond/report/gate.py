@@ -1,7 +1,7 @@
-"""Which rules a checkpoint breaks, and that as Markdown for people and as SARIF for code scanning.
+"""The rules of a gate, and the violations as Markdown for people and SARIF for code scanning.
 
-SARIF is the Static Analysis Results Interchange Format 2.1.0 of OASIS. Names come from files that
-may mean harm: here they also must not act as markup, links or placeholders.
+SARIF is the Static Analysis Results Interchange Format 2.1.0 of OASIS. Names come from untrusted
+files: they must not act as markup, links or placeholders.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from wellcond.report.report import AuditReport
 from wellcond.report.rows import MARK, record_of_finding, visible_columns
 from wellcond.text import dump_json, escape, list_some, read_versions
 
-_LOUD = 0.5  # a smaller share of the parameters is a warning even if nobody asks
-_ROWS = 10  # of a table in Markdown
-_RESULTS = 1000  # of a file in SARIF; GitHub shows 5,000 of a run
+_LOUD = 0.5  # a smaller coverage is a warning even without --min-coverage
+_ROWS = 10  # in a Markdown table
+_RESULTS = 1000  # per checkpoint in SARIF; GitHub shows 5,000 per run
 _SARIF = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 )
 
 
 class Rule(enum.Enum):
-    """What a checkpoint can break: the rule in one sentence, and the way out."""
+    """A rule of the gate: the rule in one sentence, and the remedy for a violation."""
 
     max_condition = (
         "The condition number of every weight is known and within the limit.",
-        "Write a copy within the limit by `wellcond repair`, train with a `ConditionLimit`, or "
-        "leave the weight out by --exclude.",
+        "Write a copy within the limit with `wellcond repair`, train with a `ConditionLimit`, or "
+        "skip the weight with --exclude.",
     )
     baseline = (
         "No weight has moved further from the baseline than allowed.",
-        "Compare both checkpoints by --compare. If the change is meant, make a new baseline.",
+        "Compare both checkpoints with --compare. If the change is intended, write a new baseline.",
     )
     missing = (
-        "Every weight of the baseline is there.",
-        "Make a new baseline if the weight was removed or renamed on purpose.",
+        "The checkpoint contains every weight of the baseline.",
+        "Write a new baseline if the weight was removed or renamed on purpose.",
     )
     min_coverage = (
-        "Enough of the parameters are measured.",
-        "See in the report why tensors are left out; dequantise or merge them first.",
+        "The measured share of the parameters is large enough.",
+        "The report states why tensors were skipped. Dequantise or merge them first.",
     )
     not_finite = (
-        "No tensor holds NaN or infinity.",
-        "Go back to an earlier checkpoint, and look for the step at which it was lost.",
+        "No tensor contains NaN or infinity.",
+        "Return to the last finite checkpoint, and inspect the training step after it.",
     )
     not_measured = (
         "Every matrix can be measured.",
-        "The finding says why it could not be; the file may be damaged.",
+        "The finding states why it could not be measured. The file might be damaged.",
     )
     not_audited = (
         "The checkpoint can be audited.",
-        "The message says why it could not be. The file may be damaged, or not fetched from Git "
-        "LFS.",
+        "The message states why it could not be audited. The file might be damaged, or not fetched "
+        "from Git LFS.",
     )
 
     def __init__(self, sentence: str, way_out: str) -> None:
@@ -73,7 +73,7 @@ class Rule(enum.Enum):
 
     @property
     def id(self) -> str:
-        """As "max-condition"."""
+        """The name with hyphens, such as "max-condition"."""
         return self.name.replace("_", "-")
 
 
@@ -82,12 +82,12 @@ class Fault:
     """A rule that a checkpoint breaks.
 
     Attributes:
-        rule: which one.
-        text: what is the matter, in one sentence that names some of the weights; `Verdict.name`
-            names the checkpoint.
-        weights: what is the matter with each weight by its label, the worst first; empty if it is
-            about the checkpoint.
-        is_error: whether it fails the gate, and not only warns.
+        rule: the rule.
+        text: the violation, in one sentence that names some of the weights; `Verdict.name` adds the
+            checkpoint.
+        weights: the violation by each weight, by label, the worst first; empty if the violation
+            concerns the entire checkpoint.
+        is_error: whether it fails the gate; otherwise it is a warning.
     """
 
     rule: Rule
@@ -98,13 +98,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is the matter with one checkpoint.
+    """The result of the gate for one checkpoint.
 
     Attributes:
-        path: of the checkpoint, as it was given.
-        report: its audit, or the comparison with it; None without one.
-        faults: the rules that it breaks.
-        is_gated: whether there is a rule that it could break.
+        path: the path of the checkpoint, as the user gave it.
+        report: the audit or the comparison; None if the checkpoint could not be audited.
+        faults: the rules that the checkpoint breaks.
+        is_gated: whether the user set any rule.
     """
 
     path: Path
@@ -114,30 +114,30 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0 if nothing is wrong, 1 if a rule is broken, 2 if there is no answer."""
+        """0 if no rule is broken, 1 if one is, 2 if the checkpoint could not be audited."""
         if self.report is None:
             return 2
         return int(any(fault.is_error for fault in self.faults))
 
     @property
     def word(self) -> str:
-        """In one word or two."""
+        """The verdict in one or two words."""
         if self.exit_code:
             return ("failed", "not audited")[self.exit_code - 1]
         return "passed" if self.is_gated else "measured"
 
     def name(self, text: str) -> str:
-        """The message with the path of the checkpoint before it, unless it begins with that."""
+        """Returns the message, preceded by the path of the checkpoint unless it begins with it."""
         return text if begins_with(text, self.path) else f"{escape(self.path)}: {text}"
 
 
 def begins_with(text: str, path: Path) -> bool:
-    """Whether a message begins with this path, and not with one that is longer."""
+    """Returns whether a message begins with exactly this path, not with a longer one."""
     return re.match(rf"{re.escape(escape(path))}(?![\w.-])", text) is not None
 
 
 def count_verdicts(verdicts: Sequence[Verdict]) -> str:
-    """As "3 files: 1 failed, 2 passed"."""
+    """Returns the counts, such as "3 files: 1 failed, 2 passed"."""
     words = sorted({(-one.exit_code, one.word) for one in verdicts})
     counts = (f"{sum(one.word == word for one in verdicts)} {word}" for _, word in words)
     return f"{len(verdicts)} file{'s' * (len(verdicts) != 1)}: {', '.join(counts)}"
@@ -147,7 +147,10 @@ def count_verdicts(verdicts: Sequence[Verdict]) -> str:
 
 
 def find_low_coverage(report: AuditReport, min_coverage: float | None) -> list[Fault]:
-    """A fault if less than this share of the parameters is measured; without one a warning."""
+    """Returns a fault if the measured share of the parameters is less than `min_coverage`.
+
+    If `min_coverage` is None, it returns a warning for a share below one half.
+    """
     share = report.coverage.parameter_share
     if share >= (_LOUD if min_coverage is None else min_coverage):
         return []
@@ -157,12 +160,12 @@ def find_low_coverage(report: AuditReport, min_coverage: float | None) -> list[F
     if largest := report.coverage.largest_left_out:
         why = report.coverage.skipped
         named = (f"{escape(name)} ({size:,} entries, {why[name]})" for name, size in largest)
-        text += f"; the largest that were left out: {', '.join(named)}"
+        text += f"; the largest skipped: {', '.join(named)}"
     return [Fault(Rule.min_coverage, text, is_error=min_coverage is not None)]
 
 
 def find_unsound(report: AuditReport, is_error: bool) -> list[Fault]:
-    """What could not be measured, and what holds NaN or infinity."""
+    """Returns faults for matrices that could not be measured and tensors with NaN or infinity."""
     faults = []
     if failed := [one for one in report.findings if one.status is Status.failed]:
         named = list_some((f"{one.label} ({one.detail})" for one in failed), limit=3)
@@ -172,7 +175,7 @@ def find_unsound(report: AuditReport, is_error: bool) -> list[Fault]:
     if report.not_finite:
         text = describe_not_finite(report.not_finite)
         weights = {
-            name: f"it holds NaN or infinity: {counts}"
+            name: f"contains NaN or infinity: {counts}"
             for name, counts in report.not_finite.items()
         }
         faults.append(Fault(Rule.not_finite, text, weights, is_error))
@@ -182,20 +185,20 @@ def find_unsound(report: AuditReport, is_error: bool) -> list[Fault]:
 def find_exceeding(
     exceeding: Sequence[Finding], count: int, max_condition: float | None
 ) -> list[Fault]:
-    """The findings above a limit, of `count`."""
+    """Returns a fault for the findings above a limit, out of `count` findings."""
     if max_condition is None or not exceeding:
         return []
     worst = list_some(f"{f.label} ({f.condition_number:.4g})" for f in exceeding)
     unknown = any(math.isnan(f.condition_number) for f in exceeding)
     text = f"{len(exceeding)} of {count} matrices exceed {max_condition:g}"
-    text += f"{' or have no κ' * unknown}: {worst}"
+    text += f"{' or have no known κ' * unknown}: {worst}"
     weights = {f.label: _describe_exceeding(f, max_condition) for f in exceeding}
     return [Fault(Rule.max_condition, text, weights)]
 
 
 def _describe_exceeding(finding: Finding, max_condition: float) -> str:
     if math.isnan(finding.condition_number):
-        return f"κ is not known: {finding.explanation}"
+        return f"κ is unknown: {finding.explanation}"
     text = f"κ is {finding.condition_number:.4g}, the limit is {max_condition:g}"
     return f"{text}: {finding.explanation}" if finding.status is not Status.ok else text
 
@@ -204,7 +207,7 @@ def _describe_exceeding(finding: Finding, max_condition: float) -> str:
 
 
 def format_csv_of_all(reports: Iterable[AuditReport]) -> str:
-    """One line per finding, after the source of its audit; the other columns as of one audit."""
+    """Returns one line per finding, with the source of its audit as the first column."""
     columns = record_of_finding(Finding("", "", (0, 0), ""))
     records = (
         {"source": report.source} | record_of_finding(finding)
@@ -218,11 +221,11 @@ def format_csv_of_all(reports: Iterable[AuditReport]) -> str:
 
 
 def format_markdown(verdicts: Sequence[Verdict], max_condition: float | None = None) -> str:
-    """A summary in the Markdown of GitHub: verdicts, what is broken, the first rows of the table.
+    """Returns a summary in GitHub Markdown: verdicts, violations, the first rows of the tables.
 
     Args:
-        verdicts: one per checkpoint; those that failed come first.
-        max_condition: the limit; numbers above it are marked in the tables.
+        verdicts: one per checkpoint; the summary lists failed ones first.
+        max_condition: the limit; the tables mark numbers above it.
     """
     parts = []
     if len(verdicts) > 1:
@@ -253,7 +256,7 @@ def _section(verdict: Verdict, max_condition: float | None, heading: str) -> str
 
 
 def _table(report: Report, max_condition: float | None) -> list[str]:
-    """The first rows, with a mark at what exceeds the limit."""
+    """Returns the first rows, with a mark at numbers above the limit."""
     rows = report._rows(max_condition, top=_ROWS)
     if not rows:
         return []
@@ -274,7 +277,7 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-# All that Markdown or HTML could act on; _ within a word is only a letter.
+# All characters that can act as Markdown or HTML; _ within a word cannot.
 _MARKUP = re.compile(
     r"(?<![^\W_])_|_(?![^\W_])|[!#$&*<>@\[\\\]`{|}~]|:(?=\S)|(?<=www)\.|^[-+]"
     r"|(?<=\d)[.)](?=\s)"
@@ -282,7 +285,7 @@ _MARKUP = re.compile(
 
 
 def _plain(text: object) -> str:
-    """As text that Markdown shows as it is."""
+    """Escapes text so that Markdown shows it unchanged."""
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", escape(text))
 
 
@@ -294,11 +297,11 @@ def _code(text: object) -> str:
 
 
 def format_sarif(verdicts: Iterable[Verdict], folder: Path) -> str:
-    """A log in SARIF 2.1.0: a result for each weight and rule, located at the first line of a file.
+    """Returns a SARIF 2.1.0 log with one result per weight and rule, at the first line of a file.
 
     Args:
         verdicts: one per checkpoint.
-        folder: to which paths are relative; those outside are absolute.
+        folder: the folder to which paths are relative; paths outside are absolute.
     """
     rules = [
         {
@@ -334,7 +337,7 @@ def _result(verdict: Verdict, fault: Fault, label: str, text: str, folder: Path)
     }
     if label:
         location["logicalLocations"] = [{"fullyQualifiedName": escape(label), "kind": "variable"}]
-    # All results of a file are at its first line: GitHub tells them apart by this.
+    # All results of a file are at its first line: GitHub distinguishes them by this fingerprint.
     key = hashlib.sha256(f"{fault.rule.id}\n{uri}\n{escape(label)}".encode()).hexdigest()
     return {
         "ruleId": fault.rule.id,
@@ -347,7 +350,7 @@ def _result(verdict: Verdict, fault: Fault, label: str, text: str, folder: Path)
 
 
 def _message(text: str) -> str:
-    """With braces that are no placeholder, and brackets that are no link."""
+    """Escapes braces, which would be placeholders, and brackets, which would be links."""
     plain = escape(text).replace("{", "{{").replace("}", "}}")
     return plain.replace("](", "] (")
 

@@ -1,9 +1,9 @@
-"""Which layer of a model a weight belongs to, and which kind of weight it is, by their names.
+"""The layer and the kind of a weight, derived from its name.
 
-The layer of `model.layers.7.mlp.fc1.weight` is `model.layers.7`, the stack in which layers repeat
-is `model.layers.*`, and the kind is `mlp.fc1.weight`. The outermost number of a name counts layers,
-unless it counts stages, which hold stacks of unequal lengths: then the next number does. No number
-of an expert counts layers.
+For example, `model.layers.7.mlp.fc1.weight` belongs to the layer `model.layers.7` of the stack
+`model.layers.*` of repeated layers, and its kind is `mlp.fc1.weight`. The outermost number of a
+name is the number of the layer. If that number counts stages, which contain stacks of unequal
+lengths, the next number is. The number of an expert never is.
 
 If more than four weights of a layer differ only by a number, as heads and experts do, they are of
 one kind, with * for that number: `attn:qk*`, `mlp.experts.*.w1.weight`.
@@ -18,23 +18,23 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 _FEW = 4
-# What is smaller is seen at once in a table.
+# Smaller stacks are readable in a table and get no map.
 _LAYERS, _CELLS = 3, 6
-# A part of a name that counts: 7 of layers.7, layer1, encoder_layer_7, h_7.
+# A numbered part of a name, such as the 7 in layers.7, layer1, encoder_layer_7 or h_7.
 _COUNTS = re.compile(r"(?<![^.])(?:[0-9]+|(?:[^.:]*(?:layer|block)s?|h)_?[0-9]+)(?=[.:]|$)")
 _DIGITS = re.compile(r"[0-9]+$")
 _NEXT_COUNTS = re.compile(r"\.[0-9]+(?:[.:]|$)")
-# A number in a kind: a part of its own, or what a view ends in, as of qk12.
+# A number in a kind: a separate part, or the end of a view such as qk12.
 _NUMBER = re.compile(r"(^|\.|:[^:.0-9]*)([0-9]+)(?=[.:]|$)")
 
 
 class Place(NamedTuple):
-    """Where a weight stands.
+    """The stack, the layer and the kind of a weight.
 
     Attributes:
-        stack: the name of its layer with * for the numbers; "" if it is in none.
-        layer: the name of its layer; "" if it is in none.
-        kind: the rest of its name, with * for numbers of which there are many.
+        stack: the name of the layer with * for its numbers; "" if the weight is in no layer.
+        layer: the name of the layer; "" if the weight is in no layer.
+        kind: the rest of the name, with * for a number that takes many values.
     """
 
     stack: str
@@ -43,14 +43,14 @@ class Place(NamedTuple):
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """The key by which names sort with their numbers by size: h.2 before h.10."""
+    """Returns a sort key that orders numbers by value: h.2 before h.10."""
     parts = re.split("([0-9]+)", name)
     parts[1::2] = [digits.lstrip("0") for digits in parts[1::2]]
     return [(len(part) * (index % 2), part) for index, part in enumerate(parts)]
 
 
 def places(labels: Collection[str]) -> dict[str, Place]:
-    """Where each weight stands, given by `name` or `name:view`; their order does not matter.
+    """Returns the place of each weight, given as `name` or `name:view` in any order.
 
     Example:
         >>> from wellcond.report.layers import places
@@ -62,7 +62,7 @@ def places(labels: Collection[str]) -> dict[str, Place]:
     stages = _stages(candidates.values())
     found = {}
     for label, layers in candidates.items():
-        # The layer of a weight that is in a stage, but in no layer of it, is the stage.
+        # A weight in a stage, but in no layer of the stage, belongs to the stage.
         last = layers[-1] if layers else ""
         layer = next((one for one in layers if _stack(one) not in stages), last)
         kind = label[len(layer) :].removeprefix(".") if layer else label
@@ -71,14 +71,14 @@ def places(labels: Collection[str]) -> dict[str, Place]:
 
 
 def _candidates(label: str) -> list[str]:
-    """The names that its layer may have, outermost first: each ends in a number within the name."""
+    """Returns the possible names of the layer, outermost first; each ends in a number."""
     name, _, view = label.partition(":")
     layers = []
     for match in _COUNTS.finditer(name):
         layer = name[: match.end()]
         word = re.sub(r"(\.[0-9]+)+$", "", layer).rpartition(".")[2]
         is_whole = layer == name and not view
-        # Of numbers that follow each other, as in blocks.3.1, only the last counts layers.
+        # Of consecutive numbers, as in blocks.3.1, only the last counts layers.
         is_followed = _NEXT_COUNTS.match(name, match.end())
         if not (is_whole or is_followed or "expert" in word):
             layers.append(layer)
@@ -90,7 +90,10 @@ def _stack(layer: str) -> str:
 
 
 def _stages(candidates: Iterable[list[str]]) -> set[str]:
-    """The stacks whose members hold stacks of unequal lengths, of layers with several weights."""
+    """Returns the stacks whose members contain stacks of unequal lengths.
+
+    The layers of the inner stacks must have several weights.
+    """
     weights: dict[tuple[str, str], dict[str, Counter[str]]] = {}
     for layers in candidates:
         for outer, inner in itertools.pairwise(layers):
@@ -105,10 +108,10 @@ def _stages(candidates: Iterable[list[str]]) -> set[str]:
 
 
 def _star_many(found: dict[str, Place]) -> dict[str, Place]:
-    """The places, with * for each number of a kind that takes many values in its stack."""
+    """Returns the places, with * for each number of a kind that takes many values in its stack."""
     pieces = {label: _NUMBER.split(place.kind) for label, place in found.items() if place.layer}
     alike: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
-    for label, parts in pieces.items():  # text, what stands before the number, the number, text ...
+    for label, parts in pieces.items():  # text, separator before the number, number, text ...
         key = ["*" if index % 3 == 2 else part for index, part in enumerate(parts)]
         alike[found[label].stack, *key].append(parts)
     for members in alike.values():
@@ -121,13 +124,13 @@ def _star_many(found: dict[str, Place]) -> dict[str, Place]:
 
 
 class Stack(NamedTuple):
-    """Layers that repeat.
+    """Repeated layers.
 
     Attributes:
-        name: with * for the numbers.
-        layers: their names, in the order of their numbers.
-        kinds: of their weights, sorted.
-        weights: of a layer and a kind the weights, in the order in which they were given.
+        name: the name of the layers, with * for their numbers.
+        layers: the names of the layers, in the order of their numbers.
+        kinds: the kinds of their weights, sorted.
+        weights: the labels of the weights by layer and kind, in the given order.
     """
 
     name: str
@@ -137,7 +140,7 @@ class Stack(NamedTuple):
 
 
 def stacks(labels: Collection[str]) -> list[Stack]:
-    """The stacks of three layers and more, unless these have hardly a kind in common.
+    """Returns the stacks of at least three layers that have enough kinds in common.
 
     Example:
         >>> from wellcond.report.layers import stacks

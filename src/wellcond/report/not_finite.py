@@ -1,4 +1,4 @@
-"""How many entries of a tensor are NaN or infinite, as data and in a sentence."""
+"""The numbers of NaN and infinite entries of a tensor, as data and in a sentence."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from wellcond.text import list_some
 
 @dataclass(frozen=True)
 class NotFinite:
-    """How many entries of a tensor are not finite.
+    """The number of entries of a tensor that are not finite.
 
     Attributes:
-        nan: how many are NaN.
-        infinite: how many are infinite, of either sign.
-        entries: how many entries the tensor has.
+        nan: the number of NaN entries.
+        infinite: the number of infinite entries, of either sign.
+        entries: the number of all entries.
 
     Example:
         >>> import torch, wellcond as wc
@@ -36,14 +36,13 @@ class NotFinite:
 
 
 def describe_not_finite(not_finite: Mapping[str, NotFinite]) -> str:
-    """One line with the number of tensors and the first names, or "" if all are finite."""
+    """Returns one line with the number of tensors and the first names; "" if all are finite."""
     if not not_finite:
         return ""
     named = list_some((f"{name} ({counts})" for name, counts in not_finite.items()), limit=3)
-    hold = "tensors hold" if len(not_finite) > 1 else "tensor holds"
+    hold = "tensors contain" if len(not_finite) > 1 else "tensor contains"
     return f"{len(not_finite)} {hold} NaN or infinity: {named}"
 
 
 def to_list(not_finite: Mapping[str, NotFinite]) -> list[dict[str, object]]:
-    """As plain data."""
     return [{"name": name, **asdict(counts)} for name, counts in not_finite.items()]

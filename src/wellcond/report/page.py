@@ -1,7 +1,7 @@
-"""The page of an audit or of a comparison: what its template needs in addition to the rows.
+"""The HTML page of an audit or a comparison.
 
-`page.html.j2` holds the words and the markup, and `report.css` the style. This module computes the
-positions of bars, the colors of maps, the points of curves, and what is folded.
+`page.html.j2` contains the text and the markup, and `report.css` the style. This module computes
+the positions of bars, the colors of maps, the points of curves, and which rows are folded.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from wellcond.weights.reasons import Skipped
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-CURVES = 6  # as many as a reader can tell apart
-_POINTS = 240  # of a curve
+CURVES = 6  # more curves are hard to distinguish
+_POINTS = 240  # per curve
 _LOWEST = -17  # smaller singular values are zero to working precision
-# Up to _FLAT rows are all open. Of more rows, the first _OPEN are open, or as many as exceed the
-# limit, at most _FLAT.
+# Up to _FLAT rows are all open. If there are more, the first _OPEN are open, or all that exceed the
+# limit up to _FLAT.
 _FLAT, _OPEN = 100, 30
-_READ = 10  # more skipped weights are folded
-_SHARED = 4  # a note that more rows share is printed once, below the table
+_READ = 10  # more skipped tensors are folded
+_SHARED = 4  # a note on more rows is printed once, below the table
 _STEPS = 11  # colors of a scale: s0 ... s10 of report.css
-_LEAST = 2 * USUAL  # a scale of movements goes at least so far: usual ones have its small colors
+_LEAST = 2 * USUAL  # minimal end of a scale of movements, so that usual movements look small
 _TICKS = 8
 _FEW_DECADES = 2
 
@@ -51,11 +51,11 @@ class Page:
         meanings: the meanings of the columns, by their keys.
         rows: the rows by unique labels, in the order of the page.
         max_condition: the limit, if there is one.
-        versions: of wellcond, torch and Python.
+        versions: the versions of wellcond, torch and Python.
         is_comparison: whether rows have two condition numbers and maps show movements.
-        facts: what is out of the ordinary, each after the label of its weight, or after "".
+        facts: pairs of the label of a flagged weight, or "", and a fact about it.
         curves: labels and singular values to draw.
-        skipped: what was not measured, and why.
+        skipped: the tensors that were not measured, with the reasons.
     """
 
     title: str
@@ -72,7 +72,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML that needs neither network nor script."""
+    """Returns the page as HTML without scripts and external files."""
     rows = [*page.rows.values()]
     repeated = stacks(page.rows)
     notes = Counter(row.note for row in rows if row.note)
@@ -102,20 +102,20 @@ def render(page: Page) -> str:
 
 @functools.cache
 def environment() -> Environment:
-    """The templates; Jinja2 is imported only if a page is made."""
+    """Returns the environment of the templates; it imports Jinja2 on demand."""
     import jinja2
     from markupsafe import Markup
     from markupsafe import escape as escape_markup
 
     def breakable(name: str) -> Markup:
-        """A name that may be broken after a dot, and not only within a word."""
+        """Allows line breaks in a name after . : / and _."""
         return Markup(re.sub(r"([.:/_])", r"\1<wbr>", str(escape_markup(escape(name)))))
 
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("wellcond.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # Names come from files: nothing may be printed that is markup or that a browser obeys.
+        # Names come from untrusted files: escape markup and control characters.
         finalize=lambda value: value if isinstance(value, Markup) else escape(value),
         trim_blocks=True,
         lstrip_blocks=True,
@@ -135,7 +135,7 @@ def _count_reasons(skipped: Mapping[str, Skipped]) -> list[tuple[Any, int]]:
 
 
 class _Axis(NamedTuple):
-    """The logarithmic scale of all bars, from 1 to a power of ten, and the limit on it, if any."""
+    """The logarithmic scale of all bars, from 1 to a power of ten, and the limit, if any."""
 
     decades: int
     limit: float | None
@@ -149,16 +149,16 @@ class _Axis(NamedTuple):
 
     @property
     def exponents(self) -> range:
-        """The exponents of the powers of ten above the bars."""
+        """The exponents of the powers of ten that label the scale."""
         return range(0, self.decades + 1, math.ceil(self.decades / 3))
 
     def share(self, kappa: float) -> float:
-        """The position of a condition number, in percent of the width."""
+        """Returns the position of a condition number, in percent of the width."""
         return 100.0 if math.isinf(kappa) else 100 * math.log10(kappa) / self.decades
 
 
 class _Group(NamedTuple):
-    """Rows that are open, or folded under the name of their layer, "" if they have none."""
+    """Open rows, or rows folded under the name of their layer, "" without a repeated layer."""
 
     layer: str
     rows: list[Row]
@@ -166,12 +166,12 @@ class _Group(NamedTuple):
 
     @property
     def above(self) -> int:
-        """How many exceed the limit."""
+        """The number of rows that exceed the limit."""
         return sum(bool(row.exceeds) for row in self.rows)
 
 
 def _groups(rows: Mapping[str, Row], repeated: Sequence[Stack]) -> list[_Group]:
-    """The first rows, and the others by layer."""
+    """Returns the first rows as one open group, and the others folded by layer."""
     if len(rows) <= _FLAT:
         return [_Group("", [*rows.values()], is_open=True)] if rows else []
     above = sum(bool(row.exceeds) for row in rows.values())
@@ -193,10 +193,9 @@ def _groups(rows: Mapping[str, Row], repeated: Sequence[Stack]) -> list[_Group]:
 
 
 class _Scale(NamedTuple):
-    """The colors of all maps, from the first of the marks below them to the last.
+    """The color scale of all maps, from the first to the last of its marks.
 
-    Condition numbers lie on a logarithmic scale, and movements, which are logarithms, on a linear
-    one.
+    The scale is logarithmic for condition numbers, and linear for movements, which are logarithms.
     """
 
     marks: list[float]
@@ -219,13 +218,13 @@ class _Scale(NamedTuple):
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """The numbers below the scale, each after its position in percent of the width."""
+        """The positions, in percent of the width, and the numbers below the scale."""
         shown = self.marks[:: math.ceil(len(self.marks) / _TICKS)]
         numbers = [10**mark if self.is_logarithmic else mark for mark in shown]
         return [(100 * self._share(m), _short(n)) for m, n in zip(shown, numbers, strict=True)]
 
     def color(self, value: float) -> str:
-        """The CSS class of a cell with this value."""
+        """Returns the CSS class of a cell with this value."""
         if math.isnan(value):
             return "unknown"
         if math.isinf(value):
@@ -240,21 +239,24 @@ class _Scale(NamedTuple):
 
 
 def _marks(low: float, high: float) -> list[float]:
-    """Powers of ten from below `low` to above `high`; over few decades also 2 and 5 times these."""
+    """Returns the logarithms of the marks on a scale that covers `low` to `high`.
+
+    Marks are powers of ten, and over few decades also 2 and 5 times these.
+    """
     decades = range(math.floor(low), math.ceil(high) + 2)
     parts = (1, 2, 5) if high - low < _FEW_DECADES else (1,)
     return [decade + math.log10(part) for decade in decades for part in parts]
 
 
 def _short(value: float) -> str:
-    """2e-5, 0.5, 1e4."""
+    """Returns three significant digits, such as "2e-5", "0.5" or "1e4"."""
     return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].strip("+"), f"{value:.3g}")
 
 
 class _Map(NamedTuple):
-    """A stack of layers: kinds as columns, and of each layer its name and a cell for each kind.
+    """The map of a stack: kinds as columns, and for each layer its name and one cell per kind.
 
-    A cell is the row of the worst weight, and how many weights there are.
+    A cell contains the row of the first weight in the order of the page, and the number of weights.
     """
 
     title: str
@@ -267,7 +269,7 @@ class _Map(NamedTuple):
             labels = stack.weights.get((layer, kind))
             return (rows[labels[0]], len(labels)) if labels else None
 
-        # Kinds do without the ending that nearly all have, layers without the name of the stack.
+        # Titles omit the ending ".weight" of kinds and the name of the stack.
         short = [kind.replace(".weight", "") for kind in stack.kinds]
         start = stack.name.index("*")
         return cls(
@@ -281,7 +283,7 @@ class _Map(NamedTuple):
 
 
 def _map_context(page: Page, repeated: Sequence[Stack]) -> dict[str, Any]:
-    """The maps of all stacks, and what the legend says of their cells."""
+    """Returns the maps of all stacks, and the values for their legend."""
     maps = [_Map.of(stack, page.rows) for stack in repeated]
     places = [cell for one in maps for _, line in one.lines for cell in line]
     cells = [cell for cell in places if cell]
@@ -301,9 +303,10 @@ def _map_context(page: Page, repeated: Sequence[Stack]) -> dict[str, Any]:
 
 
 def _drawing(curves: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Any]:
-    """The curves as points (x, y) from 0 to 1: x is the position, y = 0 the largest singular value.
+    """Returns the curves as points (x, y) from 0 to 1, and the levels of the grid.
 
-    A level is a power of ten, relative to the largest singular value, and its y.
+    x is the position, and y = 0 the largest singular value. A level is an exponent of ten, relative
+    to the largest singular value, and its y.
     """
     logarithms = [
         [math.log10(value) - math.log10(values[0]) if value > 0 else -math.inf for value in values]

@@ -1,4 +1,4 @@
-"""Which weight of one audit is which of another: by name, whatever wraps the model."""
+"""Pairs the weights of two audits by their names, and measures how far they moved."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from wellcond.report.findings import Finding, Grade
 from wellcond.text import join_remarks
 
-# What torch.compile, checkpointing and FSDP put into names; DataParallel puts "module" before all.
+# Parts that torch.compile, checkpointing and FSDP insert into names. DataParallel adds "module".
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_PARTS = 4  # of a prefix, at most: model.language_model.
-# A weight by itself, and as one block of a fused one or one expert of a stack: transformers writes
-# some classes in the first form and holds them in the second, under other names of the module.
+_PARTS = 4  # the most parts of a prefix, such as the two of "model.language_model."
+# A separate weight, and the same weight as a block of a fused projection or an expert of a stack:
+# transformers saves some classes in the first form and uses the second in memory.
 _SAME_NAMES = [
     (re.compile(pattern, re.DOTALL), replacement)
     for pattern, replacement in (
@@ -30,7 +30,7 @@ _SAME_NAMES = [
         (r"(.*\bexperts)\.down_proj:(\d+)", r"\1.\2.down_proj.weight"),
         (r"(.*)\bqkv_proj\.weight:([qkv])", r"\1\2_proj.weight"),
         (r"(.*)\bgate_up_proj\.weight:(gate|up)", r"\1\2_proj.weight"),
-        # Models like Llama in GGUF files.
+        # Models such as Llama in GGUF files.
         (r"(.*)\bblk\.(\d+)\.attn_([qkv])\.weight", r"\1layers.\2.self_attn.\3_proj.weight"),
         (r"(.*)\bblk\.(\d+)\.attn_qkv\.weight:([qkv])", r"\1layers.\2.self_attn.\3_proj.weight"),
         (r"(.*)\bblk\.(\d+)\.attn_output\.weight", r"\1layers.\2.self_attn.o_proj.weight"),
@@ -47,45 +47,45 @@ _SAME_NAMES = [
 ]
 
 
-# What of a weight is compared, and its sign for the reader; of equal moves the first is named.
+# The compared quantities and their displayed symbols. If two move equally, the first is named.
 QUANTITIES = {"sigma_max": "σ_max", "stable_rank": "stable rank", "condition_number": "κ"}
-# Standard deviations of the logarithms from one training of a network to another. Medians over the
-# matrices of networks that were trained 3 to 15 times: 0.07 to 0.19 for σ_max and the stable rank,
-# 0.07 to 0.17 for κ of rectangular matrices, 0.84 to 1.2 for κ of square ones.
+# Standard deviations of the logarithms between trainings of one network. The medians over the
+# matrices of networks that were trained 3 to 15 times are 0.07 to 0.19 for σ_max and the stable
+# rank, 0.07 to 0.17 for κ of rectangular matrices, and 0.84 to 1.2 for κ of square matrices.
 _SPREAD, _SPREAD_OF_SQUARES = 0.15, 0.9
 _SQUARE = 1.2
-# So many standard deviations are no more than two trainings may differ by.
+# The number of standard deviations by which two trainings usually differ at most.
 USUAL = 2.0
-# A smaller change of a number counts as none: it is far above the error of a measured kappa.
+# Smaller relative changes are ignored. The error of a measured kappa is far smaller.
 SAME = 0.01
 
 
 def is_square(shape: Sequence[int]) -> bool:
-    """Whether the sides are within a factor of 1.2, so that sigma_min is a matter of chance."""
+    """Returns whether the sides are within a factor of 1.2, so that sigma_min varies strongly."""
     return max(shape[-2:]) <= _SQUARE * min(shape[-2:])
 
 
 @dataclass(frozen=True)
 class Change:
-    """How far a weight W has moved, from both of its matrices; nan where there is no number.
+    """The change dW of a weight W, computed from both matrices; nan if a number is unknown.
 
     Attributes:
         relative: ||dW||_F/||W||_F, where W is the matrix before.
-        sqnr: 20 log10(||W||_F/||dW||_F) in dB, the signal-to-quantization-noise ratio; inf if
-            nothing changed.
+        sqnr: 20 log10(||W||_F/||dW||_F) in dB, the signal-to-quantization-noise ratio; inf if dW
+            is zero.
         directions: k, the stable rank of W rounded up, at most 32.
         leading_share: the share of ||dW||_F^2 in the span of the k leading left singular vectors
             (directions of the outputs) of W, 0 to 1.
-        random_share: k/m, which a random change of m rows has there.
+        random_share: k/m, the expected share for a random change with m rows.
         leading_turn: the root-mean-square principal angle, arccos sqrt(mean cos^2 theta_i), between
             the spans of the k leading right singular vectors (directions of the inputs) before and
-            after, in degrees. Its squared sine is the share of the span that has been left.
-        trailing_turn: the same of the k right singular vectors of the smallest singular values.
-        largest_leading_turn: the largest of the principal angles of `leading_turn`. It is near 90
+            after, in degrees. Its squared sine is the share of the old span outside the new one.
+        trailing_turn: the same for the k right singular vectors of the smallest singular values.
+        largest_leading_turn: the largest principal angle of the leading spans. It is near 90
             degrees as soon as one direction has turned.
-        largest_trailing_turn: the largest of those of `trailing_turn`.
-        random_turn: what two random spans of k of the n inputs have, arccos sqrt(k/n).
-        reasons: by the names of those that are nan, why.
+        largest_trailing_turn: the largest principal angle of the trailing spans.
+        random_turn: arccos sqrt(k/n), the angle of two random k-dimensional spans of n inputs.
+        reasons: the reasons why numbers are nan, by the names of these numbers.
     """
 
     relative: float = math.nan
@@ -101,20 +101,21 @@ class Change:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; numbers may be inf and nan, and `reason` says why, in words."""
+        """Returns plain data; numbers can be inf or nan, and `reason` explains nan."""
         numbers = {key: value for key, value in vars(self).items() if key != "reasons"}
         return numbers | {"reason": self.reason}
 
     @property
     def reason(self) -> str:
-        """Why numbers are nan, in words, each reason once; "" if all are known."""
+        """Why numbers are nan, each reason once; "" if all are known."""
         return "; ".join(dict.fromkeys(self.reasons.values()))
 
 
 class Pair(NamedTuple):
-    """A weight before and after, None on the side that lacks it; `label` is what they share.
+    """The findings of a weight before and after, None on a side without it, and their label.
 
-    `change` is None if it was not computed: of reports by themselves, and of what no tensor holds.
+    `change` is None if it was not computed: when reports are compared, and for matrices that are
+    not stored.
     """
 
     label: str
@@ -124,14 +125,14 @@ class Pair(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """kappa after over kappa before, 1 if both are infinite.
+        """kappa after over kappa before; 1 if both are infinite.
 
-        nan if a side is missing, has no kappa, or has only a bound of it.
+        nan if a side is missing, has no kappa, or has only a lower bound of kappa.
         """
         return self.quotient(lambda finding: finding.condition_number)
 
     def quotient(self, number: Callable[[Finding], float]) -> float:
-        """A number after over that before; nan as of `ratio`."""
+        """Returns a number after over the number before; nan as for `ratio`."""
         if not (self.before and self.after):
             return math.nan
         if Grade.bounded in (self.before.grade, self.after.grade):
@@ -140,11 +141,11 @@ class Pair(NamedTuple):
 
     @property
     def moves(self) -> dict[str, float]:
-        """|log(after/before)| of each quantity over what it varies by between two trainings.
+        """|log(after/before)| of each quantity over its standard deviation between trainings.
 
-        That is a standard deviation of 0.15 (a factor of 1.16), or of 0.9 (2.5) for kappa of a
-        weight whose sides are within a factor of 1.2. inf where a number appears, goes, or becomes
-        infinite, and on a side that lacks the weight.
+        The standard deviation is 0.15 (a factor of 1.16), and 0.9 (2.5) for kappa of a weight whose
+        sides are within a factor of 1.2. inf if a number appears, disappears or becomes infinite,
+        and if a side is missing.
         """
         return {key: self._move(key) for key in QUANTITIES}
 
@@ -177,7 +178,7 @@ class Pair(NamedTuple):
 
     @property
     def note(self) -> str:
-        """Another dtype, and what there is to say of each side; "" if nothing."""
+        """Different dtypes, and the explanations of both sides; "" if there are none."""
         old, new = self.before, self.after
         said = []
         if old and new:
@@ -197,7 +198,10 @@ def _quotient(new: float, old: float) -> float:
 
 
 def by_label(findings: Iterable[Finding]) -> dict[str, Finding]:
-    """The findings by their label. A tensor "a:q" of a strange file has that of the view q of a."""
+    """Returns the findings by unique labels.
+
+    A tensor named "a:q" has the same label as the view q of "a"; the second one gets a "'".
+    """
     found: dict[str, Finding] = {}
     for finding in findings:
         label = finding.label
@@ -208,11 +212,11 @@ def by_label(findings: Iterable[Finding]) -> dict[str, Finding]:
 
 
 class Names(NamedTuple):
-    """The names of the weights that both sides have.
+    """The names of the weights on both sides.
 
     Attributes:
         paired: the common name of each weight, and its names before and after.
-        prefix: the prefix without which names of one side are equal to those of the other; or "".
+        prefix: the prefix that only the names of one side have, or "".
         side: the side that has the prefix, "before" or "after"; or "".
     """
 
@@ -222,12 +226,12 @@ class Names(NamedTuple):
 
 
 def pair_names(before: Iterable[str], after: Iterable[str]) -> Names:
-    """Pairs the names that mean the same weight; only one side has each of the others.
+    """Pairs the names that mean the same weight.
 
-    Equal names are paired first, then names that are equal without wrappers and with each block of
-    a fused weight and each expert of a stack under a name of its own, then names that are equal
-    without a prefix that one side has. That is the prefix that pairs most names, provided that
-    these are at least half of the names left on a side, and that no other prefix pairs as many.
+    It first pairs equal names. Then it pairs names that are equal without wrappers, where blocks of
+    fused weights and experts of stacks have names of their own. Then it pairs names that are equal
+    without a prefix on one side. The prefix is the one that pairs most names, if these are at least
+    half of the remaining names of a side, and if no other prefix pairs as many.
     """
     old, new = dict.fromkeys(before), dict.fromkeys(after)
     paired = [(name, name, name) for name in old if name in new]
@@ -263,7 +267,10 @@ def pair_names(before: Iterable[str], after: Iterable[str]) -> Names:
 
 
 def _plain(names: Iterable[str]) -> dict[str, str]:
-    """The names without wrappers, and with `_SAME_NAMES` replaced, where that is of one alone."""
+    """Maps names without wrappers, and with `_SAME_NAMES` replaced, to the original names.
+
+    It omits names that result from several originals.
+    """
     found: dict[str, list[str]] = {}
     for name in names:
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
@@ -277,7 +284,7 @@ def _plain(names: Iterable[str]) -> dict[str, str]:
 
 
 def _cuts(name: str) -> Iterable[tuple[str, str]]:
-    """The name in two, after its first dots."""
+    """Yields the name split after each of its first dots."""
     end = name.find(".") + 1
     for _ in range(_PARTS):
         if not end:

@@ -1,4 +1,4 @@
-"""The spectra of a few weights, and their condition numbers as bars, drawn by matplotlib."""
+"""Plots of the spectra and condition numbers of a few weights, with matplotlib."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _LABEL, _REMARK = 40, 70  # letters
 def draw(
     findings: Sequence[Finding], remarks: Sequence[str], axes: Sequence[Any] | None = None
 ) -> tuple[Axes, Axes]:
-    """Spectra on the first axes, bars on the second; new ones beside each other by default.
+    """Draws spectra on the first axes and condition numbers on the second.
 
-    Weights with a remark have colors, and the remark on their bars.
+    Weights with a remark are colored, and the remark is printed on their bars. By default it
+    creates two axes side by side.
     """
     if axes is None:
         try:
@@ -31,7 +32,7 @@ def draw(
         height = max(3.0, 1.5 + 0.3 * len(findings))
         _, axes = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
     left, right = axes
-    # If none has a remark, all have colors. C7 is gray.
+    # If no weight has a remark, all are colored. C7 is gray.
     marked = [bool(remark) or not any(remarks) for remark in remarks]
     numbers = itertools.count()
     colors = [f"C{next(numbers) % 7}" if one else "0.6" for one in marked]
@@ -51,7 +52,7 @@ def draw(
         if handles:
             left.legend(handles=handles, fontsize="small")
     else:
-        why = "no singular values are known here: audit(..., curves=10) finds them all"
+        why = "no singular values are available: audit(..., curves=10) computes all"
         left.text(0.5, 0.5, why, ha="center", va="center", wrap=True, transform=left.transAxes)
     kappas = [finding.condition_number for finding in findings]
     ends = [kappa for kappa in kappas if math.isfinite(kappa)]
@@ -72,9 +73,9 @@ def draw(
 
 
 def _short(text: str, letters: int = 0) -> str:
-    """Without what matplotlib takes for mathematics, or for no entry of a legend.
+    """Shortens a text, and escapes a leading "_" and "$", which matplotlib would interpret.
 
-    A label keeps its end, another text so many letters from its beginning.
+    By default it keeps the end, as for a label; with `letters` it keeps the beginning.
     """
     text = escape(text)
     if letters and len(text) > letters:

@@ -1,4 +1,4 @@
-"""What `repair` did to every matrix of a file, as data and as a table."""
+"""The result of `repair` for every matrix of a file, as data and as a table."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from wellcond.weights.reasons import Reason, Skipped
 
 @dataclass(frozen=True)
 class Repair:
-    """What became of one weight.
+    """The repair of one weight S, with the result X.
 
     Attributes:
-        name: its parameter name.
-        view: which matrix of the parameter, "" if it has one.
+        name: the parameter name.
+        view: the matrix within the parameter; "" if the parameter is one matrix.
         shape: (m, n).
-        dtype: in which it is stored.
-        before: kappa before; inf of a rank-deficient weight.
-        after: kappa of the weight that was written, measured in its dtype.
-        relative_change: ||X - S||_F/||S||_F, 0 for a weight that obeyed already.
-        margin: X is nearest with kappa <= K/(1 + margin), so that it obeys after rounding.
-        note: what else is to be said; "" if nothing.
+        dtype: the stored dtype.
+        before: kappa before; inf for a rank-deficient weight.
+        after: kappa of the written weight, measured in its dtype.
+        relative_change: ||X - S||_F/||S||_F, 0 for a weight that was within the limit.
+        margin: X is the nearest matrix with kappa <= K/(1 + margin), so that it remains within the
+            limit after rounding.
+        note: a note on the weight, or "".
     """
 
     name: str
@@ -41,22 +42,22 @@ class Repair:
 
     @property
     def label(self) -> str:
-        """name:view, by which it is shown."""
+        """The displayed name, "name:view"."""
         return f"{self.name}:{self.view}" if self.view else self.name
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What `repair` did: one entry a matrix, and what was copied as it is.
+    """The result of `repair`: one entry per matrix, and the tensors that were copied unchanged.
 
     Attributes:
-        repairs: every matrix that was looked at, in the order of the file.
-        skipped: everything else, copied byte for byte, and why.
+        repairs: every measured matrix, in the order of the file.
+        skipped: all other tensors, copied byte for byte, with the reasons.
         max_condition: the limit.
-        versions: of wellcond, torch and Python.
-        not_finite: what was copied with NaN or infinity in it, by name; see `AuditReport`.
-        dequantised: the dtypes of the weights that were stored as codes, or under a mask, and are
-            written as one tensor, by name.
+        versions: the versions of wellcond, torch and Python.
+        not_finite: the copied tensors with NaN or infinity, by name; see `AuditReport`.
+        dequantised: the written dtypes, by name, of the weights that were stored as codes or with a
+            mask and are written as one tensor.
     """
 
     repairs: list[Repair]
@@ -72,7 +73,7 @@ class RepairReport:
         return [repair for repair in self.repairs if repair.relative_change > 0]
 
     def table(self) -> str:
-        """The changed matrices as text, and how many were left alone."""
+        """Returns the changed matrices as text, and the number of unchanged ones."""
         rows = [
             (
                 repair.label,
@@ -102,12 +103,12 @@ class RepairReport:
         obeyed = len(self.repairs) - len(self.changed)
         others = self.skipped.keys() - self.dequantised.keys()
         copied = sum(self.skipped[name].reason is not Reason.kept for name in others)
-        text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} left as "
-        text += f"they were; {copied} other tensors copied\n"
+        text += f"{len(self.changed)} of {len(self.repairs)} matrices changed, {obeyed} "
+        text += f"unchanged; {copied} other tensors copied\n"
         return f"{text}{describe_not_finite(self.not_finite)}\n" if self.not_finite else text
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; numbers may be inf and nan."""
+        """Returns plain data; numbers can be inf or nan."""
         return {
             "schema": 1,
             "max_condition": self.max_condition,
@@ -119,7 +120,10 @@ class RepairReport:
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """`to_dict` as strict JSON, inf and nan as the strings "inf" and "nan"; written to path."""
+        """Returns `to_dict` as strict JSON, and writes it to `path` if one is given.
+
+        inf and nan become the strings "inf" and "nan".
+        """
         return save_text(dump_json(self.to_dict()), path)
 
     def __str__(self) -> str:
@@ -127,7 +131,7 @@ class RepairReport:
 
 
 def describe_kept(skipped: Mapping[str, Skipped]) -> str:
-    """Which weights a repair cannot change, why, and the way out; "" if there are none."""
+    """Describes the weights that a repair cannot change, with the remedy; "" without any."""
     kept = {name: why.detail for name, why in skipped.items() if why.reason is Reason.kept}
     if not kept:
         return ""
@@ -137,7 +141,7 @@ def describe_kept(skipped: Mapping[str, Skipped]) -> str:
         said.append(f"{list_some(names, 3)} ({why})")
     return (
         f"{_count_weights(kept)} left as stored: {'; '.join(said)}. With --dequantise "
-        "(dequantise=True) the copy has plain tensors in their place, within the limit"
+        "(dequantise=True), the copy contains plain tensors within the limit instead"
     )
 
 

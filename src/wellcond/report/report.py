@@ -1,4 +1,4 @@
-"""The findings of an audit, as table, JSON, CSV and page."""
+"""The report of an audit as a table, JSON, CSV and HTML."""
 
 from __future__ import annotations
 
@@ -44,21 +44,22 @@ ORDERS = ("standing", "kappa")
 
 @dataclass(frozen=True)
 class AuditReport(Report):
-    """The findings of an audit, worst first, with what they cover.
+    """The findings of an audit, worst first, and their coverage.
 
     Attributes:
-        findings: one per matrix: what could not be measured, what has no condition number, the
-            flagged ones, and the others by their standing among trained weights.
-        coverage: what was measured, what not and why.
+        findings: one per matrix. Matrices that could not be measured come first, then matrices
+            without a condition number, flagged ones, and the others by their standing among trained
+            weights.
+        coverage: the number of measured matrices, and the reason for every skipped tensor.
         source: the path or the class of the model.
-        versions: of wellcond, torch and Python.
-        not_finite: every tensor with NaN or infinity by its name, whether it is a matrix, a bias,
-            an embedding or a buffer, and how many of its entries are not finite. It leaves out,
-            for tensors that are not measured, -inf in a mask or in a buffer of a model that is not
-            a running statistic, and the infinite ends of a range (`min_val`, `max_val`).
-        exported: whether the weights are those of an exported graph, as of ONNX. Under the name of
-            a weight such a file may hold other values than the checkpoint, since an exporter
-            multiplies the BatchNorm after a convolution into its kernel.
+        versions: the versions of wellcond, torch and Python.
+        not_finite: the number of NaN and infinite entries of every tensor that contains any, by
+            name: matrices, biases, embeddings and buffers. For tensors that are not measured, it
+            ignores -inf in masks and in buffers of a model other than running statistics, and the
+            infinite ends of ranges (`min_val`, `max_val`).
+        exported: whether the weights are from an exported graph, such as an ONNX file. Such a file
+            can contain values that differ from those of the checkpoint under the same names,
+            because exporters multiply the BatchNorm after a convolution into its kernel.
     """
 
     findings: list[Finding]
@@ -71,19 +72,19 @@ class AuditReport(Report):
     _COLUMNS, _MEANINGS = COLUMNS, MEANINGS
 
     def exceeding(self, max_condition: float) -> list[Finding]:
-        """The findings above a limit of the condition number; see `Finding.exceeds`."""
+        """Returns the findings above a limit of the condition number; see `Finding.exceeds`."""
         return [finding for finding in self.findings if finding.exceeds(max_condition)]
 
     @cached_property
     def flags(self) -> dict[str, tuple[Flag, ...]]:
-        """What is wrong or unusual, by the label of the weight, the gravest first."""
+        """The flags of each flagged weight by its label, the gravest first."""
         return find_flags(self.findings)
 
     def sort(self, by: str = "standing") -> AuditReport:
-        """The same report with its findings in another order.
+        """Returns the same report with its findings in another order.
 
         Args:
-            by: "standing", with the flagged ones first, or "kappa", by descending condition number.
+            by: "standing", with flagged weights first, or "kappa", by descending condition number.
 
         Raises:
             ValueError: `by` is neither.
@@ -95,9 +96,10 @@ class AuditReport(Report):
         return replace(self, findings=sort_findings(self.findings, self.flags))
 
     def by_role(self) -> str:
-        """The weights by role, q, k, v, o, up, gate, down, embedding and head, with each worst one.
+        """Returns a table with the number of weights, and the worst weight, per role.
 
-        The role follows from the name; weights without one are counted under "other".
+        Roles are q, k, v, o, up, gate, down, embedding and head. They follow from the names of the
+        weights; all other weights count as "other".
 
         Example:
             >>> import torch, wellcond as wc
@@ -121,9 +123,9 @@ class AuditReport(Report):
         return format_table(header, cells)
 
     def table(self, *, top: int | None = None) -> str:
-        """The flags, the first `top` findings or 1,000 as rows, and what they cover."""
+        """Returns the flags, `top` findings (1,000 by default) and the coverage as text."""
         rows = self._rows(top=top or ROWS)
-        # If not even the shape is known, the note says all there is.
+        # A weight of unknown shape has only a note.
         known = [row for row, f in zip(rows, self.findings, strict=False) if f.shape != (0, 0)]
         text = "".join(f"{escape(line)}\n" for line in self.unusual())
         text += self._text(known)
@@ -134,14 +136,14 @@ class AuditReport(Report):
         return f"{text}{self.coverage}\n"
 
     def unusual(self) -> list[str]:
-        """A line for each flagged weight with its facts and an advice; after five lines a count.
+        """Returns a line per flagged weight with the facts and advice; after five lines, a count.
 
-        These are facts about numbers: they promise nothing about accuracy.
+        The facts concern numerical properties. They do not predict accuracy.
         """
         return [f"{label}: {facts}" if label else facts for label, facts in self._facts()]
 
     def _facts(self) -> list[tuple[str, str]]:
-        """The labels of the lines of `unusual`, "" for the count, and what they say."""
+        """Returns the lines of `unusual` as pairs of label, "" for the count, and text."""
         flagged = [finding.label for finding in self.findings if finding.label in self.flags]
         lines = []
         advised: set[str] = set()
@@ -153,13 +155,13 @@ class AuditReport(Report):
             advised.add(flags[0].kind)
             lines.append((label, facts))
         if more := len(flagged) - len(lines):
-            lines.append(("", f"and {more} more {'is' if more == 1 else 'are'} flagged"))
+            lines.append(("", f"{more} more weight{' is' if more == 1 else 's are'} flagged"))
         return lines
 
     def to_dict(self, max_condition: float | None = None) -> dict[str, Any]:
-        """Plain data in the documented schema; numbers may be inf and nan.
+        """Returns plain data in the documented schema; numbers can be inf or nan.
 
-        With a limit also that, and the weights above it.
+        With a limit, the data contain the limit and the weights above it.
         """
         return {
             "schema": SCHEMA,
@@ -195,14 +197,14 @@ class AuditReport(Report):
     def plot(self, *, top: int = 10, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
         """Draws the spectra of the first `top` weights, and their condition numbers as bars.
 
-        Flagged weights have colors, and the fact on their bars; others are gray.
+        Flagged weights are colored, with the facts printed on their bars. Others are gray.
 
         Args:
-            top: how many weights, in the order of `findings`: the flagged ones first.
-            axes: two axes of matplotlib to draw on; new ones beside each other by default.
+            top: the number of weights, in the order of `findings`.
+            axes: two matplotlib axes; by default, it creates two side by side.
 
         Returns:
-            Both axes; `axes[0].figure` is the figure, to be saved by `savefig`.
+            Both axes; save the figure with `axes[0].figure.savefig`.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -232,7 +234,10 @@ class AuditReport(Report):
         ]
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One line per finding, columns as in the JSON; written to path."""
+        """Returns one line of CSV per finding, and writes all to `path` if one is given.
+
+        The columns are the keys of the JSON.
+        """
         columns = record_of_finding(Finding("", "", (0, 0), ""))
         return save_text(format_csv(columns, map(record_of_finding, self.findings)), path)
 

@@ -1,4 +1,4 @@
-"""One weight in a report: a row of text for tables and pages, and a record of numbers for CSV."""
+"""One weight in a report: a row of text for tables and pages, a record of numbers for CSV."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Column(Generic[_T]):
     """A column of a table.
 
     Attributes:
-        key: its name in code, and its key in `Row.cells`.
-        header: its name for the reader.
+        key: the name in code, and the key in `Row.cells`.
+        header: the displayed name.
         text: returns the cell of a finding or of a pair.
-        is_text: whether it holds words, which are aligned to the left.
-        is_optional: whether it is left out if all its cells are empty.
-        leads: whether it is among the first columns of a page, because a phone shows these first.
+        is_text: whether it contains words, which are aligned to the left.
+        is_optional: whether it is omitted if all its cells are empty.
+        leads: whether it is among the first columns of a page, which narrow screens show first.
     """
 
     key: str
@@ -56,17 +56,17 @@ class Row:
     """One weight of an audit, or of a comparison.
 
     Attributes:
-        id: unique on its page; links lead to it.
+        id: the unique id on the page, used by links.
         label: the name of the weight.
         cells: the text of each column, by the key of the column.
-        condition_numbers: by the keys of their columns; nan where there is none.
+        condition_numbers: the condition numbers by the keys of their columns; nan if unknown.
         exceeds: the keys of the condition numbers above the limit.
         value: the number that a map shows as a color: the condition number, or the movement, -inf
-            where κ is infinite no more; nan if it is not known.
+            where κ became finite; nan if it is unknown.
         summary: the value in words.
-        symbol: what a cell of a map shows in addition to the color; "" if nothing.
-        note: what else there is to know; "" if nothing.
-        is_wrong: whether something is the matter with the weight.
+        symbol: the symbol in the cell of a map, or "".
+        note: further information, or "".
+        is_wrong: whether the status of the weight is not "ok".
     """
 
     id: str
@@ -82,12 +82,12 @@ class Row:
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """As "768x3072"."""
+    """Returns the shape as "768x3072"."""
     return "x".join(map(str, shape))
 
 
 def visible_columns(columns: Sequence[Column[_T]], rows: Collection[Row]) -> list[Column[_T]]:
-    """The columns without the optional ones that are empty in all rows."""
+    """Returns the columns without optional ones that are empty in all rows."""
     return [c for c in columns if not c.is_optional or any(row.cells[c.key] for row in rows)]
 
 
@@ -95,7 +95,7 @@ def visible_columns(columns: Sequence[Column[_T]], rows: Collection[Row]) -> lis
 
 
 def _number(finding: Finding, number: float, sign: str) -> str:
-    """Four digits, after the sign if the number is a bound."""
+    """Returns four digits, preceded by the sign if the number is a bound."""
     return f"{sign if finding.grade is Grade.bounded else ''}{number:.4g}"
 
 
@@ -134,33 +134,34 @@ def _kappa_or_nothing(kappa: float) -> str:
 
 _GRADES = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
 MEANINGS = {
-    "label": "its name; after a colon, which matrix of the parameter",
+    "label": "the name of the parameter; after a colon, the matrix within the parameter",
     "shape": "m x n, outputs and inputs; g x m x n for a convolution in g groups",
-    "dtype": "in which it is stored; all is computed in float64",
-    "condition_number": "σ_max/σ_min, the condition number: at 1e4 the matrix stretches one "
-    "direction 1e4 times as much as another; at inf it loses one",
-    "standing": "where it stands among trained weights of its class, in the quantity in which it "
-    'is most extreme: "usual", or "σ_max: top 1 %"; κ and the stable rank are divided by those of '
-    f"random matrices of the shape first ({COHORT}). It says how unusual a weight is, and nothing "
-    "about accuracy. Empty of heads, vectors and convolutions as they act",
+    "dtype": "the stored dtype; all numbers are computed in float64",
+    "condition_number": "σ_max/σ_min, the condition number: at 1e4 the matrix amplifies one "
+    "direction 1e4 times as much as another; at inf it maps a direction to zero",
+    "standing": "the position among trained weights of its class, in the quantity in which the "
+    'weight is most extreme: "usual", or "σ_max: top 1 %". κ and the stable rank are first divided '
+    f"by those of random matrices of the same shape ({COHORT}). The column shows how unusual a "
+    "weight is; it does not predict accuracy. Empty for heads, vectors and convolutions as linear "
+    "operators",
     "sigma_max": "the largest singular value, the spectral norm",
     "sigma_min": "the smallest of the min(m, n) singular values",
-    "stable_rank": "‖S‖²/σ_max² (Frobenius norm), from 1 to min(m, n): how many directions carry "
-    "the weight. Random matrices have about m n/(√m + √n)²: 192 at 768 x 768",
-    "rank": "how many singular values no rounding of the entries to their dtype could have made: "
-    "at 760/768, eight may be noise of that rounding, and κ with them",
-    "penalty": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 where all singular values are equal",
-    "added": "with an adapter of rank r, how much of the sum of the r largest singular values is "
-    "the adapter's, and of how many of them more than half: 30 %, 2 of 8. One that has just been "
-    "made has 0 %; above a half it decides what the weight amplifies most. No verdict: 43 "
-    "good adapters of small networks had from 2 % to nearly all",
-    "grade": f"how far the numbers can be trusted. {_GRADES}",
-    "certificate": "an interval that holds κ whatever the rounding: [9.82, 9.83]",
-    "delta": "‖Δ‖/‖W‖ (Frobenius norm): how large what the adapter adds is beside the weight; of "
-    "43 good adapters of small networks none had a median over its weights beyond 3.2",
-    "directions": "‖Δ‖²/σ_max(Δ)², how many directions the adapter uses, of as many as it can",
+    "stable_rank": "‖S‖²/σ_max² (Frobenius norm), from 1 to min(m, n): roughly the number of "
+    "directions that make up the norm. Random matrices have about m n/(√m + √n)²: 192 at 768 x 768",
+    "rank": "the number of singular values that are too large to be an effect of rounding the "
+    "entries to their dtype: at 760/768, eight might be only rounding noise, and so might κ",
+    "penalty": "the penalty ½ σ_max² − ‖S‖²/(2 min(m, n)), 0 if all singular values are equal",
+    "added": "for an adapter of rank r, its share in the sum of the r largest singular values, and "
+    "how many of these come more than half from it: 30 %, 2 of 8. A new adapter has 0 %. Above "
+    "50 %, the adapter determines most of what the weight amplifies most. This is not a verdict: "
+    "43 good adapters of small networks had from 2 % to nearly 100 %",
+    "grade": f"the reliability of the numbers. {_GRADES}",
+    "certificate": "an interval that contains κ regardless of rounding errors: [9.82, 9.83]",
+    "delta": "‖Δ‖/‖W‖ (Frobenius norm): the size of the change by the adapter relative to the "
+    "weight. The median over the weights was at most 3.2 in 43 good adapters of small networks",
+    "directions": "‖Δ‖²/σ_max(Δ)², the number of directions that the adapter uses, of its maximum",
     "base": "κ of the weight without its adapter",
-    "rounded": "κ once the sum is rounded to the dtype of the weight, as by a merge",
+    "rounded": "κ after the sum is rounded to the dtype of the weight, as in a merge",
 }
 COLUMNS: tuple[Column[Finding], ...] = (
     Column("label", "weight", lambda one: one.label, is_text=True, leads=True),
@@ -194,7 +195,7 @@ COLUMNS: tuple[Column[Finding], ...] = (
 
 
 def row_of_finding(finding: Finding, number: int, max_condition: float | None) -> Row:
-    """The row of a finding, which is the `number`-th of its report."""
+    """Returns the row of the `number`-th finding of a report."""
     kappa = finding.condition_number
     exceeds = _exceeds(finding, max_condition)
     if not math.isfinite(kappa):
@@ -218,7 +219,7 @@ def row_of_finding(finding: Finding, number: int, max_condition: float | None) -
 
 
 def record_of_finding(finding: Finding) -> dict[str, Any]:
-    """The numbers of a finding as in its JSON, without lists; all keys are always there."""
+    """Returns the numbers of a finding as in its JSON, without lists, and always all keys."""
     record = finding.to_dict()
     enclosures = record.pop("certificate", {})
     record["shape"] = format_shape(finding.shape)
@@ -240,7 +241,7 @@ def _shapes(pair: Pair) -> str:
 
 
 def _moved(pair: Pair) -> str:
-    """As "σ_max ×20": what moved most, and how far."""
+    """Returns the quantity that moved most, and its factor: "σ_max ×20"."""
     key = pair.moved
     ratio = pair.quotient(attrgetter(key)) if key else math.nan
     return f"{QUANTITIES[key]} ×{ratio:.3g}" if 0 < ratio < math.inf else QUANTITIES.get(key, "")
@@ -251,7 +252,7 @@ def _movement(pair: Pair) -> str:
 
 
 def _both(pair: Pair, key: str, sign: str = "") -> str:
-    """The number before and after, as "0.67 → 13.3"."""
+    """Returns the number before and after: "0.67 → 13.3"."""
     sides = (pair.before, pair.after)
     numbers = [getattr(side, key) if side else math.nan for side in sides]
     bounds = [sign if side and side.grade is Grade.bounded else "" for side in sides]
@@ -265,7 +266,7 @@ def _relative(pair: Pair) -> str:
 
 
 def _sqnr(pair: Pair) -> str:
-    """Only where a side is stored otherwise: of a training it is the relative change again."""
+    """Returns the SQNR if the storage differs; otherwise it only repeats the relative change."""
     old, new, change = pair.before, pair.after, pair.change
     if not (old and new and change) or math.isnan(change.sqnr):
         return ""
@@ -273,7 +274,7 @@ def _sqnr(pair: Pair) -> str:
 
 
 def _leading(pair: Pair) -> str:
-    """As "40 % (28 %)": the share, and that of a random change."""
+    """Returns the share, and that of a random change: "40 % (28 %)"."""
     change = pair.change
     if change is None or math.isnan(change.leading_share):
         return ""
@@ -281,12 +282,12 @@ def _leading(pair: Pair) -> str:
 
 
 def _round_angle(degrees: float) -> float:
-    """Without what rounding errors of float64 make of no angle at all."""
+    """Returns 0 for angles that can result from rounding errors of float64."""
     return degrees if degrees > 1e-5 else 0.0
 
 
 def _turns(pair: Pair) -> str:
-    """As "12°, 40° (58°)": leading, trailing, and what random spans have."""
+    """Returns the leading and trailing angle, and that of random spans: "12°, 40° (58°)"."""
     change = pair.change
     turns = (change.leading_turn, change.trailing_turn) if change else ()
     known = ["-" if math.isnan(turn) else f"{_round_angle(turn):.2g}°" for turn in turns]
@@ -310,32 +311,31 @@ PAIR_COLUMNS: tuple[Column[Pair], ...] = (
     Column("shape", "shape", _shapes),
 )
 PAIR_MEANINGS = {
-    "moved": "which of σ_max, the stable rank and κ has moved most for its usual spread, and to "
-    "how many times what it was: at ×0.5 it has halved",
-    "movement": "how far that moved, |log(after/before)|, over its usual spread from one training "
-    "to another: the logarithm of 1.16 (one standard deviation), for κ of weights whose sides are "
-    f"within a factor of 1.2 that of 2.5. Up to {USUAL:g} is as from one training to "
-    "another; what moved most comes first. - where a side has no κ, or only a lower bound",
+    "moved": "which of σ_max, the stable rank and κ moved most relative to its usual spread, and "
+    "the factor after/before: at ×0.5 it halved",
+    "movement": "the size of that change: |log(after/before)| over the usual spread between two "
+    "trainings of a network. The spread is log 1.16 (one standard deviation), and log 2.5 for κ of "
+    f"weights whose sides are within a factor of 1.2. Two trainings usually differ by up to "
+    f'{USUAL:g}. The largest movement comes first. "-": a side has no κ, or only a lower bound',
     "before": MEANINGS["condition_number"],
-    "after": "the same of the second checkpoint; - where there is no weight, or no κ",
+    "after": 'the same for the second checkpoint; "-": the weight or its κ is missing',
     "sigma_max": f"before and after: {MEANINGS['sigma_max']}",
     "stable_rank": f"before and after: {MEANINGS['stable_rank']}",
-    "relative": "the change of the weight over the weight before, both as Frobenius norms",
-    "sqnr": "the signal-to-quantization-noise ratio, 20 log10(‖W‖/‖ΔW‖) in decibels, where a side "
-    "is stored in another way; 6 dB are one bit",
-    "leading_share": "how much of ‖ΔW‖² lies in the k leading directions of the outputs before; "
-    "k is the stable rank rounded up, at most 32. In brackets what a random change of m rows has "
-    "there, k/m",
-    "turns": "by which angle the k leading directions of the inputs turned, and the k last ones: "
-    "the root-mean-square principal angle, arccos √(mean cos² θ_i). One of ten directions that "
-    "turns by 90° makes 18°, five make 45°. In brackets what two random spans of k of n inputs "
-    "have, arccos √(k/n). - where singular values at the edge are equal to rounding",
+    "relative": "the norm of the change over the norm of the weight before (Frobenius norms)",
+    "sqnr": "the signal-to-quantization-noise ratio, 20 log10(‖W‖/‖ΔW‖) in decibels, if the two "
+    "sides are stored differently; 6 dB correspond to one bit",
+    "leading_share": "the share of ‖ΔW‖² in the k leading output directions before; k is the "
+    "stable rank rounded up, at most 32. In brackets, k/m: the share of a random change of m rows",
+    "turns": "the angles by which the k leading and the k last input directions turned, as the "
+    "root-mean-square principal angle arccos √(mean cos² θ_i). If one of ten directions turns by "
+    "90°, the angle is 18°; if five turn, it is 45°. In brackets, the angle of two random spans of "
+    'k of n inputs: arccos √(k/n). "-": singular values at the edge are equal up to rounding',
     "shape": MEANINGS["shape"],
 }
 
 
 def row_of_pair(pair: Pair, note: str, number: int, max_condition: float | None) -> Row:
-    """The row of a pair, which is the `number`-th of its comparison."""
+    """Returns the row of the `number`-th pair of a comparison."""
     sides = {"before": pair.before, "after": pair.after}
     cells = {column.key: column.text(pair) for column in PAIR_COLUMNS}
     exceeds = tuple(key for key, side in sides.items() if _exceeds(side, max_condition))
@@ -371,7 +371,7 @@ def row_of_pair(pair: Pair, note: str, number: int, max_condition: float | None)
 
 
 def record_of_pair(pair: Pair, note: str) -> dict[str, Any]:
-    """The numbers of both sides, their ratio and the note; None where a side is missing."""
+    """Returns the numbers of both sides, their ratio and the note; None for a missing side."""
     record: dict[str, Any] = {"weight": pair.label}
     for when, side in (("before", pair.before), ("after", pair.after)):
         numbers = side.to_dict() if side else {}

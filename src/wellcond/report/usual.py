@@ -1,10 +1,10 @@
-"""Where a weight stands among trained ones: quantiles of a cohort of trained networks, by class.
+"""Quantiles of a cohort of trained networks, by class of weight.
 
-The class of a weight follows from its name and shape: kind and aspect ratio, the longer side over
-the shorter one. `usual.json` has the quantiles of each class. Per package, the weights of the
-matrices in it grow as the root of how many there are, so that no family of checkpoints outvotes the
-others. A third of the packages is held out of the table, to test it. docs/cohort.md says which they
-are, and `experiments/cohort.py` makes the table.
+The class of a weight follows from its name and shape: the kind, and the aspect ratio of the longer
+side to the shorter one. `usual.json` contains the quantiles of each class. The total weight of a
+package in the quantiles grows as the square root of its number of matrices, so that no family of
+checkpoints dominates. One third of the packages is held out as a test set. docs/cohort.md lists
+the packages, and `experiments/cohort.py` computes the table.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from importlib import resources
 from typing import Any
 
 QUANTITIES = ("condition_number", "stable_rank", "sigma_max", "gain")
-ALL = "all"  # the class of all matrices, for those whose own is too small
+ALL = "all"  # the class of all matrices, used if the class of a weight is too small
 _ASPECTS = ((1.0, "square"), (1.5, "up to 1.5"), (3.0, "1.5 to 3"), (6.0, "3 to 6"))
 _RECURRENT = re.compile(r"(?:^|[._])weight_[ih]h(?:_|$)|(?:^|[._])(?:gru|lstm|rnn)(?:[._]|$)", re.I)
 _EMBEDDING = re.compile(r"embed|(?:^|[._])(?:w[tp]e|emb)(?:[._]|$)", re.I)
 
 
 def classify(name: str, view: str, shape: Sequence[int]) -> str:
-    """The class of a weight: "convolution, 1.5 to 3"; values play no part in it.
+    """Returns the class of a weight, such as "convolution, 1.5 to 3".
 
     Args:
-        name: of the parameter.
-        view: which matrix of it; "kernel" of a convolution.
-        shape: (m, n), or (g, m, n) of a kernel in g groups.
+        name: the parameter name.
+        view: the matrix within the parameter; "kernel" for a convolution.
+        shape: (m, n), or (g, m, n) for a kernel in g groups.
 
     Returns:
-        the kind ("linear", "convolution", "recurrent" or "embedding") and the aspect ratio: the
+        The kind ("linear", "convolution", "recurrent" or "embedding") and the aspect ratio: the
         longer of m and n over the shorter.
 
     Examples:
@@ -57,18 +57,18 @@ def classify(name: str, view: str, shape: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Usual:
-    """What is usual in a class of trained weights.
+    """The quantiles of a class of trained weights.
 
-    The quantities: "condition_number" is kappa over the median kappa of Gaussian matrices of the
-    same shape, "stable_rank" the stable rank over their mean one; "sigma_max" and "gain" are as
-    they are.
+    The quantity "condition_number" is kappa over the median kappa of Gaussian matrices of the same
+    shape, and "stable_rank" is the stable rank over their mean stable rank. "sigma_max" and "gain"
+    are not normalised.
 
     Attributes:
-        name: of the class; "all" if its own has fewer than 200 matrices.
-        count: how many matrices of the cohort it holds.
-        packages: from how many packages they come.
-        levels: the probabilities of the stored quantiles, from 0 (the least value) to 1.
-        quantiles: those of each quantity, ascending.
+        name: the name of the class; "all" if the class of the weight has fewer than 200 matrices.
+        count: the number of its matrices in the cohort.
+        packages: the number of packages that contain them.
+        levels: the probabilities of the stored quantiles, from 0 (the smallest value) to 1.
+        quantiles: the quantiles of each quantity, in ascending order.
     """
 
     name: str
@@ -78,9 +78,9 @@ class Usual:
     quantiles: dict[str, tuple[float, ...]]
 
     def share_below(self, quantity: str, value: float) -> float:
-        """Which share of the class has a smaller value, 0 to 1; nan of nan.
+        """Returns the share of the class with smaller values, 0 to 1; nan for nan.
 
-        Between stored quantiles, the level is linear in the logarithm of the value.
+        It interpolates between stored quantiles linearly in the logarithm of the value.
         """
         quantiles = self.quantiles[quantity]
         if math.isnan(value):
@@ -95,14 +95,18 @@ class Usual:
         return self.levels[after - 1] + part * (self.levels[after] - self.levels[after - 1])
 
     def quantile(self, quantity: str, level: float) -> float:
-        """The value of which the share `level` of the class lies below; of stored levels only."""
+        """Returns the quantile at a stored level.
+
+        Raises:
+            ValueError: the level is not stored.
+        """
         if level not in self.levels:
-            raise ValueError(f"level must be one of {self.levels}, but is {level}")
+            raise ValueError(f"`level` must be one of {self.levels}, got {level}.")
         return self.quantiles[quantity][self.levels.index(level)]
 
 
 def usual_of(name: str, view: str, shape: Sequence[int]) -> Usual:
-    """What is usual in the class of a weight; in all classes if its own is too small."""
+    """Returns the quantiles for a weight; those of all classes if its class is too small."""
     classes = _table()
     return classes.get(classify(name, view, shape), classes[ALL])
 
