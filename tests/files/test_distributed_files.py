@@ -464,7 +464,7 @@ def test_processes_that_differ_are_refused(tmp_path: Path) -> None:
     data = (tmp_path / "b" / "__0.metadata").read_bytes()
     other = tmp_path / "a" / "__1.metadata"
     other.write_bytes(data.replace(b"__0_0.distcp", b"__1_0.distcp"))
-    with pytest.raises(ValueError, match="must hold the same values of tensor at"):
+    with pytest.raises(ValueError, match="must contain the same values of tensor at"):
         wc.audit(tmp_path / "a")
     other.write_bytes(other.read_bytes().replace(b"K\x03K\x03", b"K\x03K\x02"))
     with pytest.raises(UnreadableError, match="processes differ in the shape or the dtype of w"):
@@ -502,7 +502,7 @@ def test_parts_in_safetensors_are_named_with_the_way_that_works(tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, storage_writer=writer)
-    with pytest.raises(UnreadableError, match=r"is a safetensors file\. Copy it and its like into"):
+    with pytest.raises(UnreadableError, match=r"is a safetensors file\. Copy all such files into"):
         wc.audit(folder)
     (tmp_path / "b").mkdir()
     for file in folder.glob("*.distcp"):
@@ -595,22 +595,31 @@ def many(about: Metadata) -> None:
 
 
 DAMAGE: dict[str, tuple[Change, str]] = {
-    "a chunk too short": (lambda m: edit(m, "a", length=700), r"what it holds of a at byte \d"),
-    "a chunk too long": (lambda m: edit(m, "v", length=9000), "must hold .* bytes, but holds"),
+    "a chunk too short": (lambda m: edit(m, "a", length=700), r"the bytes of a at byte \d"),
+    "a chunk too long": (
+        lambda m: edit(m, "v", length=9000),
+        "must contain .* bytes, but contains",
+    ),
     "no length": (lambda m: edit(m, "a", length=0), "of a at byte"),
     "a negative length": (lambda m: edit(m, "a", length=-1), "must have a file and a place"),
     "a huge length": (lambda m: edit(m, "a", length=2**70), "must have a file and a place"),
     "a text as length": (lambda m: edit(m, "a", length="9"), "must have a file and a place"),
     "a negative place": (lambda m: edit(m, "a", offset=-1), "must have a file and a place"),
-    "a place beyond the file": (lambda m: edit(m, "a", offset=2**40), "must hold .* bytes"),
+    "a place beyond the file": (lambda m: edit(m, "a", offset=2**40), "must contain .* bytes"),
     "bytes of another": (lambda m: edit(m, "b", offset=place(m, "a").offset + 9), "share bytes"),
     "the same place twice": (lambda m: repeat(m, "a"), "two chunks share bytes of __0_0.distcp"),
     "a file above": (lambda m: edit(m, "a", relative_path="../x"), r"names \.\./x"),
     "a file anywhere": (lambda m: edit(m, "a", relative_path="/etc/passwd"), "names /etc/passwd"),
     "the folder above": (lambda m: edit(m, "a", relative_path=".."), r"names \.\."),
-    "the folder itself": (lambda m: edit(m, "a", relative_path="."), "must name files beside it"),
-    "a file below": (lambda m: edit(m, "a", relative_path="a/b"), "must name files beside it"),
-    "no file": (lambda m: edit(m, "a", relative_path=""), "must name files beside it"),
+    "the folder itself": (
+        lambda m: edit(m, "a", relative_path="."),
+        "must name files in its own folder",
+    ),
+    "a file below": (
+        lambda m: edit(m, "a", relative_path="a/b"),
+        "must name files in its own folder",
+    ),
+    "no file": (lambda m: edit(m, "a", relative_path=""), "must name files in its own folder"),
     "a zero": (lambda m: edit(m, "a", relative_path="a\0b"), r"names a\\x00b"),
     "a file that is not there": (lambda m: edit(m, "a", relative_path="x.distcp"), "Fetch it"),
     "the description": (
@@ -620,10 +629,13 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "a number as a file": (lambda m: edit(m, "a", relative_path=3), "a file and a place in it"),
     "compression": (
         lambda m: edit(m, "a", transform_descriptors=["stream.zstd/1"]),
-        r"but they are stream\.zstd/1\. Load it by",
+        r"are transformed: stream\.zstd/1\. Load it with",
     ),
-    "a gap": (chunk(size(0, 0), size(3, 3)), r"\(3, 0\) is missing"),
-    "a chunk elsewhere": (chunk(size(1, 0), size(4, 3)), r"what lies at \(0, 0\) is missing"),
+    "a gap": (chunk(size(0, 0), size(3, 3)), r"no slice contains the entry at \(3, 0\)"),
+    "a chunk elsewhere": (
+        chunk(size(1, 0), size(4, 3)),
+        r"no slice contains the entry at \(0, 0\)",
+    ),
     "a chunk beyond": (chunk(size(0, 0), size(5, 3)), r"\(4, 0\), outside of the shape \(4, 3\)"),
     "a chunk of other sides": (chunk(size(0), size(12)), "a chunk of a must have 2 sides"),
     "a huge chunk": (chunk(size(0, 0), (2**62, 2**62)), "must have offsets and sizes"),
@@ -641,9 +653,12 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "no shape": (lambda m: setattr(of(m, "a"), "size", None), "a shape, a dtype and chunks"),
     "a shape of 10^12": (
         lambda m: setattr(of(m, "a"), "size", size(10**6, 10**6)),
-        r"do not make its \(1000000, 1000000\)",
+        r"do not tile its shape \(1000000, 1000000\)",
     ),
-    "no chunks": (lambda m: setattr(of(m, "a"), "chunks", []), r"\(0, 0\) is missing"),
+    "no chunks": (
+        lambda m: setattr(of(m, "a"), "chunks", []),
+        r"no slice contains the entry at \(0, 0\)",
+    ),
     "chunks of a text": (lambda m: setattr(of(m, "a"), "chunks", "abc"), "dtype and chunks"),
     "a chunk twice": (lambda m: of(m, "a").chunks.extend(of(m, "a").chunks), "listed, but not"),
     "10^10 chunks": (many, "lists more chunks than the 3 that are stored"),
@@ -655,14 +670,14 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "a number as a chunk": (lambda m: of(m, "a").chunks.append(3), "but holds int"),  # type: ignore[arg-type]
     "a foreign tensor": (
         lambda m: m.state_dict_metadata.update(a=Path("x")),  # type: ignore[call-overload]
-        "must hold a TensorStorageMetadata, but holds pathlib",
+        "must contain a TensorStorageMetadata, but contains pathlib",
     ),
     "a foreign place": (
         lambda m: m.storage_data.update(dict.fromkeys(m.storage_data, Path("x"))),
-        "must hold a _StorageInfo, but holds pathlib",
+        "must contain a _StorageInfo, but contains pathlib",
     ),
-    "a text as a key": (lambda m: m.storage_data.update(a=3), "must hold a MetadataIndex"),
-    "no storage": (lambda m: setattr(m, "storage_data", None), "does not say where chunks are"),
+    "a text as a key": (lambda m: m.storage_data.update(a=3), "must contain a MetadataIndex"),
+    "no storage": (lambda m: setattr(m, "storage_data", None), "does not state where chunks are"),
     "no tensors": (lambda m: setattr(m, "state_dict_metadata", 3), "has no list of tensors"),
 }
 
@@ -690,27 +705,32 @@ def check_refused(folder: Path, match: str) -> None:
     assert not target.exists()
 
 
-OTHERS = {"nothing": b"", "no pickle": b"text", "a number": b"\x80\x04K\x03.", "a list": b"]."}
+OTHERS = {
+    "nothing": b"",
+    "no complete pickle": b"text",
+    "a number": b"\x80\x04K\x03.",
+    "a list": b"].",
+}
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_a_description_that_is_none_is_refused(folder: Path, what: str) -> None:
     (folder / ".metadata").write_bytes(OTHERS[what])
-    check_refused(folder, "must be a whole description of a checkpoint of torch")
+    check_refused(folder, "is not a valid metadata file of torch")
 
 
 def test_a_description_that_is_cut_off_is_refused(folder: Path) -> None:
     data = (folder / ".metadata").read_bytes()
     for length in range(0, len(data) - 1, 61):
         (folder / ".metadata").write_bytes(data[:length])
-        with pytest.raises(UnreadableError, match="must be a whole description"):
+        with pytest.raises(UnreadableError, match="is not a valid metadata file"):
             Checkpoint(folder)
 
 
 @pytest.mark.parametrize("length", [0, 1, 500, 1500, -1])
 def test_a_part_that_is_cut_off_is_refused(folder: Path, length: int) -> None:
     part(folder).write_bytes(part(folder).read_bytes()[:length])
-    check_refused(folder, r"__0_0\.distcp must be a whole part .* bytes, but holds")
+    check_refused(folder, r"__0_0\.distcp is not a valid shard .* bytes, but contains")
 
 
 class Evil:
@@ -746,7 +766,7 @@ def test_nothing_of_a_description_is_run(folder: Path, where: str) -> None:
     if harmless:
         assert wc.audit(folder).coverage.measured == 2
     else:
-        check_refused(folder, "must be a whole description")
+        check_refused(folder, "is not a valid metadata file")
     assert not evil.mark.exists()
     pickle.loads((folder / ".metadata").read_bytes())  # torch would
     assert evil.mark.exists()
@@ -757,7 +777,7 @@ def test_nothing_of_a_chunk_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch
     for code in CODES:
         pickled = code + b"0" + pickle.dumps({}, protocol=4)[2:] if code[:1] == b"\x80" else code
         store(folder, "a", zipped({"a/data.pkl": pickled + b"."}))
-        check_refused(folder, "what it holds of a at byte 0 is not a tensor")
+        check_refused(folder, "the bytes of a at byte 0 are not a tensor")
     assert not (folder.parent / "canary").exists()
 
 
@@ -784,7 +804,7 @@ CHUNKS: dict[str, Callable[[Tensor], bytes]] = {
 @pytest.mark.parametrize("what", CHUNKS)
 def test_a_chunk_that_is_not_its_tensor_is_refused(folder: Path, what: str) -> None:
     store(folder, "a", CHUNKS[what](drawn(4, 3)))
-    check_refused(folder, r"x\.distcp must be a whole part of a checkpoint")
+    check_refused(folder, r"x\.distcp is not a valid shard of torch")
 
 
 def test_bytes_are_no_tensors(folder: Path) -> None:

@@ -145,7 +145,7 @@ def test_what_has_no_parameters_is_read_by_its_names(tmp_path: Path) -> None:
 
 def test_a_program_without_tensors_says_so(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(1),)), tmp_path / "a.pt2")
-    with pytest.raises(NoTensorsError, match="must hold tensors, but is a program without any"):
+    with pytest.raises(NoTensorsError, match="must contain tensors, but is a program without any"):
         wc.audit(tmp_path / "a.pt2")
 
 
@@ -153,7 +153,7 @@ def test_a_compiled_program_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
         for name in ("archive_format", "data/aotinductor/model/code.so"):
             archive.writestr(f"a/{name}", "pt2")
-    with pytest.raises(UnreadableError, match="a compiled program has them in its code"):
+    with pytest.raises(UnreadableError, match="The code of a compiled program contains them"):
         wc.audit(tmp_path / "a.pt2")
 
 
@@ -165,7 +165,7 @@ def test_repair_refuses_with_a_way_out_that_works(
     command = ["repair", str(path), str(tmp_path / "b.pt2"), "--max-condition", "2"]
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert "it is a program, which is not written" in err
+    assert "wellcond does not write programs" in err
     path.rename(path := tmp_path / "b.pt2")
     exec(err.partition("Repair its weights: ")[2].rstrip(".\n"), {"torch": torch} | locals())
     names = {finding.name for finding in wc.audit(other).findings}
@@ -179,7 +179,7 @@ def test_a_program_beside_weights_is_listed(tmp_path: Path, program: bytes) -> N
     report = wc.audit(tmp_path)
     assert [finding.name for finding in report.findings] == ["w"]
     assert report.coverage.skipped == {
-        "a.pt2": Skipped(Reason.unread, "a program of torch.export: give its path")
+        "a.pt2": Skipped(Reason.unread, "a torch.export program: give its path")
     }
 
 
@@ -213,24 +213,27 @@ def of(*sides: int) -> list[dict[str, int]]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (meta(sizes=of(5, 400)), "a tensor goes beyond its storage"),
-        (meta(strides=of(400, 1)), "a tensor goes beyond its storage"),
-        (meta(storage_offset={"as_int": 1}), "a tensor goes beyond its storage"),
-        (meta(storage_offset={"as_int": -1}), "must be whole numbers"),
+        (meta(sizes=of(5, 400)), "a tensor extends beyond its storage"),
+        (meta(strides=of(400, 1)), "a tensor extends beyond its storage"),
+        (meta(storage_offset={"as_int": 1}), "a tensor extends beyond its storage"),
+        (meta(storage_offset={"as_int": -1}), "must be non-negative integers"),
         (meta(sizes=of(5)), "must have a shape and strides"),
         (meta(sizes=of(1 << 62, 1 << 62)), "must have a shape and a dtype"),
         (meta(sizes=of(-5, 4)), "must have a shape and a dtype"),
         (meta(dtype=99), "must have a shape and a dtype"),
-        (meta(dtype=[]), "its weights are not described"),
-        (meta(dtype=8), "a tensor goes beyond its storage"),
-        (meta(sizes=[{"as_expr": "s0"}] * 2), "its weights are not described"),
+        (meta(dtype=[]), "does not describe weights like this"),
+        (meta(dtype=8), "a tensor extends beyond its storage"),
+        (meta(sizes=[{"as_expr": "s0"}] * 2), "does not describe weights like this"),
         (lambda config, _: config["linear.weight"].update(path_name="../x"), "it lacks data/w"),
-        (lambda config, _: config.update({"basis": None}), "its weights are not described"),
-        (lambda config, _: config.update({"linear.weight": 3}), "its weights are not described"),
+        (lambda config, _: config.update({"basis": None}), "does not describe weights like this"),
+        (
+            lambda config, _: config.update({"linear.weight": 3}),
+            "does not describe weights like this",
+        ),
         (lambda _, r: r.update({"data/weights/weight_0": b"123"}), "length of a storage|beyond"),
         (lambda _, r: r.update({"DATA/weights/weight_0": b""}), "two of its records have the"),
-        (lambda _, r: r.update({"byteorder": b"?"}), "order of the bytes"),
-        (lambda _, r: r.pop(CONFIG), "holds none there|without any"),
+        (lambda _, r: r.update({"byteorder": b"?"}), "byteorder must be"),
+        (lambda _, r: r.pop(CONFIG), "contains none there|without any"),
     ],
 )
 def test_contradictions_are_one_sentence(

@@ -36,7 +36,7 @@ def of(data: bytes) -> Callable[[Path], object]:
 FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a.tflite": (of(b"\x1c\0\0\0TFL3" + bytes(99)), "TensorFlow Lite", "--tflite"),
     "saved_model.pb": (of(b"\x08\x01" + bytes(9)), "TensorFlow graph", "--saved-model"),
-    "variables.data-00000-of-00001": (of(bytes(99)), "of TensorFlow", "--saved-model FOLDER"),
+    "variables.data-00000-of-00001": (of(bytes(99)), "TensorFlow", "--saved-model FOLDER"),
     "a.mlmodel": (of(b"\x08\x04"), "Core ML", "export"),
     "a.pte": (of(b"\x1c\0\0\0ET12" + bytes(9)), "ExecuTorch", "export"),
 }
@@ -80,7 +80,7 @@ def test_weights_of_core_ml_are_no_damaged_file_of_torch(tmp_path: Path) -> None
     with pytest.raises(UnreadableError, match="is the weights of a Core ML package"):
         wc.audit(path)
     path.write_bytes(b"PK\x03\x04" + bytes(99))  # its name tells nothing
-    with pytest.raises(UnreadableError, match=r"must be a whole file of torch\.save"):
+    with pytest.raises(UnreadableError, match=r"is not a valid torch\.save file"):
         wc.audit(path)
 
 
@@ -137,7 +137,7 @@ def test_a_distributed_checkpoint_is_read_by_its_folder(tmp_path: Path, distribu
     for path in (distributed, distributed / ".metadata", tmp_path):
         assert kappas(path) == {"w": 9.0}
     (part,) = distributed.glob("*.distcp")
-    match = r"a part of a checkpoint of torch\.distributed\.checkpoint\. Give its folder, in which"
+    match = r"a shard of torch\.distributed\.checkpoint\. Give the path of its folder, which"
     with pytest.raises(UnreadableError, match=match):
         wc.audit(part)
     (distributed / ".metadata").unlink()
@@ -177,7 +177,9 @@ def test_a_folder_is_read_for_the_one_that_has_the_weights(
         assert same == (path != Path("step-5", "__0_0.distcp"))
     assert kappas(target)["w"] <= 2.0
     shutil.copytree(distributed, tmp_path / "step-6")
-    match = r"must hold one checkpoint, but holds several: step-5, step-6\. Give the path of one"
+    match = (
+        r"must contain one checkpoint, but contains several: step-5, step-6\. Give the path of one"
+    )
     with pytest.raises(UnreadableError, match=match):
         wc.audit(tmp_path)
     save_file({"v": torch.eye(3)}, tmp_path / "model.safetensors")
@@ -194,7 +196,7 @@ def test_a_checkpoint_of_megatron_is_named(tmp_path: Path, distributed: Path) ->
     (distributed / "metadata.json").write_text(json.dumps(settings))
     torch.save({"args": argparse.Namespace(layers=2)}, distributed / "common.pt")
     for path in (distributed, tmp_path):
-        with pytest.raises(ValueError, match="a checkpoint of Megatron Core, which stacks layers"):
+        with pytest.raises(ValueError, match="a Megatron Core checkpoint, which stacks layers"):
             wc.audit(path)
 
 
@@ -299,7 +301,7 @@ def test_the_latest_of_several_steps_is_read_and_nothing_outside(
     if read:
         assert kappas(run) == {"module.w": 1.0}
         return
-    with pytest.raises(UnreadableError, match="holds several: global_step1, global_step2"):
+    with pytest.raises(UnreadableError, match="contains several: global_step1, global_step2"):
         wc.audit(run)
     shutil.rmtree(run / "global_step2")
     assert kappas(run) == {"module.0.weight": 9.0}  # the only one, whatever is called the latest
@@ -377,7 +379,7 @@ def test_a_zip_archive_of_another_kind_is_no_damaged_file_of_torch(
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(3):
             archive.writestr(f"a/data/{number}", "12345678")
-    match = r"zip archive without data\.pkl: it holds a/data/0, a/data/1 and 1 more\. If it was"
+    match = r"zip archive without data\.pkl: it contains a/data/0, a/data/1 and 1 more\. If it was"
     with pytest.raises(UnreadableError, match=match):
         wc.audit(path)
 
@@ -411,8 +413,11 @@ def test_a_pickle_of_another_program_is_named_and_not_read(
         ([1], "a list and no tensor. Save a state dict"),
         (None, "None and no tensor. Save a state dict"),
         (argparse.Namespace(a=1), "an argparse.Namespace and no tensor. Save"),
-        ({"a": np.float64(1)}, "a dict and no tensor; beside it are Python objects that are not"),
-        ({"epoch": 1, "pytorch-lightning_version": "2.6"}, "of Lightning and no tensor. The weig"),
+        ({"a": np.float64(1)}, "a dict and no tensor; its Python objects are not read"),
+        (
+            {"epoch": 1, "pytorch-lightning_version": "2.6"},
+            "a Lightning trainer and no tensor. The w",
+        ),
     ],
 )
 def test_a_file_without_tensors_says_what_it_holds(
@@ -438,5 +443,5 @@ def test_unknown_files_are_still_refused_by_their_ending(tmp_path: Path) -> None
     with pytest.raises(UnreadableError, match=r"must end in \.safetensors"):
         wc.audit(tmp_path / "a.xyz")
     (tmp_path / "config.json").write_text(json.dumps({}))
-    with pytest.raises(UnreadableError, match="has none that ends in"):
+    with pytest.raises(UnreadableError, match="contains none whose name ends in"):
         wc.audit(tmp_path)

@@ -188,7 +188,7 @@ def test_a_file_that_is_cut_off_is_no_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     for size in [*range(len(data) - 64, len(data)), *range(0, 900)]:
         path.write_bytes(data[:size])
-        with pytest.raises(UnreadableError, match="must be a whole GGUF file"):
+        with pytest.raises(UnreadableError, match="is not a valid GGUF file"):
             Gguf(path)
 
 
@@ -199,10 +199,10 @@ NAME = struct.pack("<Q", 1) + b"a"
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (HEADER + struct.pack("<QQ", 1 << 62, 0), "holds 4,611,686,018,427,387,904 tensors"),
-        (HEADER + struct.pack("<QQ", 0, 1 << 62), "settings, and at most"),
+        (HEADER + struct.pack("<QQ", 1 << 62, 0), "declares 4,611,686,018,427,387,904 tensors"),
+        (HEADER + struct.pack("<QQ", 0, 1 << 62), "settings, but the limit is"),
         (HEADER + struct.pack("<QQQ", 1, 0, 1 << 63), "a name in its header has"),
-        (HEADER + struct.pack("<QQQ", 1, 0, 1) + b"\xff", "is no text"),
+        (HEADER + struct.pack("<QQQ", 1, 0, 1) + b"\xff", "is not UTF-8"),
         (HEADER + struct.pack("<QQ", 1, 0) + NAME + struct.pack("<I", 5), "5 dimensions"),
         (HEADER + struct.pack("<QQ", 1, 0) + NAME + struct.pack("<I2Q", 2, 4, 4), "ends within"),
         (
@@ -210,13 +210,16 @@ NAME = struct.pack("<Q", 1) + b"a"
             + struct.pack("<QQ", 1, 0)
             + NAME
             + struct.pack("<I2QIQ", 2, *[1 << 40] * 2, 0, 0),
-            "longer than any file",
+            "exceeds that of any file",
         ),
         (
             HEADER + struct.pack("<QQ", 1, 0) + NAME + struct.pack("<I2QIQ", 2, 33, 2, 8, 0),
-            "whole blocks",
+            "not a multiple of",
         ),
-        (HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<I", 13), "value of the type 13"),
+        (
+            HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<I", 13),
+            "value of the unknown type 13",
+        ),
         (
             HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<IIQ", 9, 8, 1 << 60),
             "a list of 1,152,921,504,606,846,976 values",
@@ -233,7 +236,7 @@ def test_contradictions_give_one_sentence(tmp_path: Path, data: bytes, why: str)
     path = tmp_path / "a.gguf"
     path.write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(UnreadableError, match=f"must be a whole GGUF file, but: .*{why}"):
+    with pytest.raises(UnreadableError, match=f"is not a valid GGUF file: .*{why}"):
         wc.audit(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
@@ -287,7 +290,9 @@ def test_a_repair_names_the_way_out(tmp_path: Path) -> None:
     path = save(tmp_path / "a.gguf", {"w": of(torch.diag(torch.tensor([9.0, 1.0])))})
     for target in ("b.gguf", "b.safetensors", "b"):
         for dequantise in (False, True):
-            with pytest.raises(ValueError, match="Repair the checkpoint that was converted"):
+            with pytest.raises(
+                ValueError, match="Repair the checkpoint from which it was converted"
+            ):
                 wc.repair(path, tmp_path / target, 2.0, dequantise=dequantise)
     assert [one.name for one in tmp_path.iterdir()] == ["a.gguf"]
 

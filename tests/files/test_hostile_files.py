@@ -51,7 +51,7 @@ def test_an_index_without_end_is_refused(tmp_path: Path) -> None:
 def test_shards_are_files_beside_the_index(tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(UnreadableError, match=r"beside it|not there"):
+    with pytest.raises(UnreadableError, match=r"its own folder|does not exist"):
         Checkpoint(path)
 
 
@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_read_is_a_row(tmp_path: Path) -> None:
     report = wc.audit(tmp_path)
     rows = {finding.name: finding.explanation for finding in report.findings}
     assert set(rows) == {"w", "b.safetensors", "c.pt", "d.bin", "f.pt"}
-    assert "leads nowhere" in rows["b.safetensors"]
+    assert "is a broken link" in rows["b.safetensors"]
     assert "a pipe" in rows["c.pt"]
 
 
@@ -143,7 +143,7 @@ sys.exit(main(["audit", sys.argv[1]]))
 """
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "holds large of 17,179,869,184 bytes, for which there is not enough" in done.stdout
+    assert "contains large of 17,179,869,184 bytes, for which there is not enough" in done.stdout
     assert "1 of 2 matrices" in done.stdout
 
 
@@ -172,5 +172,5 @@ def test_what_safetensors_refuses_is_refused(tmp_path: Path, what: str) -> None:
         load(data)
     path = tmp_path / "a.safetensors"
     path.write_bytes(data)
-    with pytest.raises(UnreadableError, match="must be a whole safetensors file, but"):
+    with pytest.raises(UnreadableError, match="is not a valid safetensors file: "):
         Checkpoint(path)

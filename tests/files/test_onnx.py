@@ -689,13 +689,16 @@ EXTERNAL: dict[str, tuple[Callable[[Any], object], str]] = {
     "above": (lambda t: set_external(t, "location", "../secret"), "must name a file within"),
     "absolute": (lambda t: set_external(t, "location", "/etc/passwd"), "must name a file within"),
     "backslash": (lambda t: set_external(t, "location", "..\\secret"), "must name a file within"),
-    "a link that leads out": (lambda t: set_external(t, "location", "link"), "is no file within"),
-    "a folder": (lambda t: set_external(t, "location", "."), "is no file within"),
-    "not there": (lambda t: set_external(t, "location", "b.data"), "'b.data' beside it, which"),
+    "a link that leads out": (
+        lambda t: set_external(t, "location", "link"),
+        "is not a file within",
+    ),
+    "a folder": (lambda t: set_external(t, "location", "."), "is not a file within"),
+    "not there": (lambda t: set_external(t, "location", "b.data"), "external data 'b.data', but"),
     "nul": (lambda t: set_external(t, "location", "b\0"), "beside it, which"),
     "too far": (lambda t: set_external(t, "offset", "99999999"), "ends beyond the end of a.data"),
     "negative": (lambda t: set_external(t, "offset", "-4"), "ends beyond the end"),
-    "no number": (lambda t: set_external(t, "offset", "four"), "an offset or a length that is no"),
+    "no number": (lambda t: set_external(t, "offset", "four"), "the offset and the length of"),
     "other length": (lambda t: set_external(t, "length", "4"), "must have 6,000 bytes in a.data"),
     "huge": (lambda t: t.dims.__setitem__(0, 1 << 40), "must have 219,902,325,555,200 bytes"),
 }
@@ -797,7 +800,7 @@ def test_bytes_that_are_no_model_are_refused(tmp_path: Path) -> None:
     for at, bad in enumerate(cases):
         path = tmp_path / f"{at}.onnx"
         path.write_bytes(bad)
-        with pytest.raises(UnreadableError, match="must be a whole ONNX model, but"):
+        with pytest.raises(UnreadableError, match="is not a valid ONNX model"):
             wc.audit(path)
 
 
