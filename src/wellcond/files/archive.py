@@ -325,8 +325,8 @@ def open_records(extent: Extent, kind: str, needed: str, way_out: str) -> Iterat
             raise
         except Exception:  # a damaged archive directory can raise anything
             raise UnreadableError(
-                f"{extent.path} is not a valid {kind}: its zip archive is damaged. Compare the size "
-                "of the file with the size of the original, or fetch it again."
+                f"{extent.path} is not a valid {kind}: its zip archive is damaged. Compare its "
+                "size with the size of the original, or fetch it again."
             ) from None
         with archive:
             infos = archive.infolist()

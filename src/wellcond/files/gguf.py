@@ -36,7 +36,7 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 # The `struct` codes of values in the metadata, by type number, except strings and arrays.
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_KEPT = 1 << 10  # bytes of a text or numbers in an array; longer settings are dropped
+_KEPT = 1 << 10  # bytes of a string or numbers in an array; longer settings are dropped
 _NAME = 1 << 16  # bytes, the limit of the format
 _TENSORS, _VALUES = 1 << 18, 1 << 16  # large models have a few thousand, and fewer than 100
 _TEXTS = 1 << 22  # in a list; the largest vocabularies have several hundred thousand
@@ -214,7 +214,7 @@ class Gguf(TensorFile):
 
 
 class _Header:
-    """Reads the numbers and texts at the beginning of a file, within its bounds."""
+    """Reads the numbers and strings at the beginning of a file, within its bounds."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self.size, self.at = file, size, 0
@@ -244,7 +244,7 @@ class _Header:
             raise DamagedError("a name in its header is not UTF-8") from None
 
     def value(self) -> Any:
-        """Reads a type and a value of the metadata; None for a long value or a list of texts."""
+        """Reads a type and a value of the metadata; None for a long value or a list of strings."""
         (kind,) = self.numbers("I")
         if kind in _CODES:
             return self.numbers(_CODES[kind])[0]

@@ -51,7 +51,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Group:
-    """A group: its text attributes, and its groups and arrays by name."""
+    """A group: its string attributes, and its groups and arrays by name."""
 
     path: str = ""
     texts: dict[str, str] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def open_hdf5(extent: Extent) -> Iterator[Any]:
 
 
 def read_tree(extent: Extent, attributes: Collection[str]) -> Group:
-    """Reads the groups, arrays and the named text attributes of a file, without array values."""
+    """Reads the groups, arrays and the named string attributes of a file, without array values."""
     with open_hdf5(extent) as file:
         return _Walk(extent, attributes).group(file, "", 0)
 
@@ -157,9 +157,9 @@ class _Walk:
             )
 
     def _texts(self, group: Any) -> dict[str, str]:
-        """Returns the requested attributes; "" for an attribute that is not a single text.
+        """Returns the requested attributes; "" for an attribute that is not a single string.
 
-        Lists are not read, because all texts of a list could be the same bytes of the file.
+        Lists are not read, because all strings of a list could be the same bytes of the file.
         """
         texts: dict[str, str] = {}
         for name in self._attributes:

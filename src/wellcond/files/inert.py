@@ -5,7 +5,7 @@ and dicts, and turns each class, function and object that the pickle names into 
 It calls only replacements of the functions that torch.save writes for tensors, and these only
 describe a tensor.
 
-The machine imports no name. It compares and hashes no objects of the file except texts, because a
+The machine imports no name. It compares and hashes no objects of the file except strings, because a
 few bytes can represent a tuple of 2^40 parts. It copies nothing, so each instruction adds at most
 one small object.
 """
@@ -263,7 +263,7 @@ def _first(data: Any, *more: Any) -> Any:
 
 
 def _encoded(text: Any, encoding: Any = "") -> Any:
-    """Replaces `_codecs.encode`, with which protocol 2 writes bytes, for short texts only."""
+    """Replaces `_codecs.encode`, with which protocol 2 writes bytes, for short strings only."""
     if isinstance(text, str) and len(text) <= _LETTERS and encoding == "latin1":
         return text.encode(encoding)
     return Foreign("_codecs.encode")

@@ -15,7 +15,7 @@ from wellcond.files.tensors import DamagedError
 
 _VALUES = 1 << 20
 _DEPTH = 100
-_TEXT = 1 << 16  # bytes; longer texts are not read
+_TEXT = 1 << 16  # bytes; longer strings are not read
 _NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
 _NUMBERS |= {0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
@@ -50,7 +50,7 @@ class Unpacker:
         self._file, self._at, self._stop, self._left = file, 0, 0, _VALUES
 
     def read(self, start: int, stop: int) -> Any:
-        """Returns the single value in these bytes: dicts, lists, numbers, texts, None, `Bytes`."""
+        """Returns the single value in these bytes: dicts, lists, numbers, strings, None, `Bytes`."""
         self._file.seek(start)
         self._at, self._stop = start, stop
         value = self._value(0)
@@ -94,7 +94,7 @@ class Unpacker:
         for _ in range(length):
             key = self._value(depth + 1)
             if not isinstance(key, str) and type(key) is not int:
-                raise DamagedError("a key is neither a text nor an integer")
+                raise DamagedError("a key is neither a string nor an integer")
             if str(key) in found:
                 raise DamagedError("two of its keys are the same")
             found[str(key)] = self._value(depth + 1)

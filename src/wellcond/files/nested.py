@@ -180,7 +180,7 @@ class _Walk:
         return free
 
     def _texts_of(self, one: Any) -> set[str]:
-        """Returns the texts in a set, from its arguments and the elements added later."""
+        """Returns the strings in a set, from its arguments and the elements added later."""
         if not isinstance(one, Foreign):
             return set()
         lists = [*(part for part in one.arguments if isinstance(part, list)), one.elements]

@@ -136,7 +136,7 @@ def write_safetensors(path: Path, items: Sequence[Item], metadata: Mapping[str, 
     Args:
         path: the path of the file, which must not exist.
         items: the tensors, in the order of the file.
-        metadata: texts by name.
+        metadata: strings by name.
 
     Raises:
         ValueError: the format lacks the dtype of a tensor, or its entries do not fit its shape.

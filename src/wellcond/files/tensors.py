@@ -118,7 +118,7 @@ class TensorFile(Holder):
         others: the content of the file that is not a tensor, and why it is not measured.
         classes: weights that are stored as several tensors, by their names. The tensors are
             entries, if they are in this file.
-        metadata: texts that the file stores in addition to its tensors.
+        metadata: strings that the file stores in addition to its tensors.
         overlapping: pairs of tensors that share entries, neither of which is a part of the other.
     """
 
