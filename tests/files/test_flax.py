@@ -230,7 +230,7 @@ def test_packed_test_data_is_read(tmp_path: Path) -> None:
         (b"\x81\xa1w" * 5000 + b"\xc0", "levels"),
         (b"\x82\xa1w\xc0\xa1w\xc0", "keys are the same"),
         (b"\x82\xa11\xc0\x01\xc0", "keys are the same"),
-        (b"\x81\x90\xc0", "neither a text"),
+        (b"\x81\x90\xc0", "neither a string"),
         (b"\x81\xa2\xff\xff\xc0", "are inconsistent"),
         (tree_of(w=extension([2, 2], "float32", b"123")), "size of an array"),
         (tree_of(w=extension([2, -2], "float32", b"")), "shape of an array"),

@@ -769,7 +769,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "too few bytes": (lambda: changed(raw_data=b"1234"), r"W of shape \[3, 5\] must have 60 bytes"),
     "no data": (lambda: changed(raw_data=b""), "must have 60 bytes, but has 0"),
     "huge": (lambda: changed(dims=[1 << 62, 1 << 62]), "must have"),
-    "negative": (lambda: changed(dims=[-3, -5]), "has the shape"),
+    "negative": (lambda: changed(dims=[-3, -5]), "has the invalid shape"),
     "recursive functions": (recursive, "hold each other too often"),
     "functions that call functions": (lambda: doubled(39), "hold each other too often"),
     "no weights": (lambda: model([node("Identity", "X")], {}), "must hold a weight matrix"),

@@ -106,8 +106,8 @@ class _NumPy(TensorFile):
                 )
             found = _OTHERS[_RECORDS][1] if self.others else "none"
             raise NoTensorsError(
-                f"{path} must contain arrays of numbers, but contains {found}. Save each field as "
-                "an array of one dtype: numpy.savez(other, name=array)."
+                f"{path} must contain arrays of numbers, but contains {found}. Save each "
+                "array with one dtype: numpy.savez(other, name=array)."
             )
         self._leave_out_guesses()
 

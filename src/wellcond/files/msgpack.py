@@ -50,7 +50,7 @@ class Unpacker:
         self._file, self._at, self._stop, self._left = file, 0, 0, _VALUES
 
     def read(self, start: int, stop: int) -> Any:
-        """Returns the single value in these bytes: dicts, lists, numbers, strings, None, `Bytes`."""
+        """Returns the value in these bytes: a dict, list, number, string, None or `Bytes`."""
         self._file.seek(start)
         self._at, self._stop = start, stop
         value = self._value(0)

@@ -165,7 +165,7 @@ class Onnx(TensorFile):
         if constant.skipped is not None and constant.skipped.reason is Reason.not_dense:
             return
         if any(side < 0 for side in shape):
-            raise DamagedError(f"{name} has the shape {shape}")
+            raise DamagedError(f"{name} has the invalid shape {shape}")
         if tensor.HasField("segment"):
             raise DamagedError(f"{name} is stored in segments, which no exporter writes")
         dtype, count = _dtype_of(tensor), 0 if 0 in shape else math.prod(shape)
