@@ -222,7 +222,7 @@ NAME = struct.pack("<Q", 1) + b"a"
         ),
         (
             HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<IIQ", 9, 8, 1 << 60),
-            "a list of 1,152,921,504,606,846,976 values",
+            "an invalid list of 1,152,921,504,606,846,976 values",
         ),
         (HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<IIQ", 9, 9, 1), "list of 1"),
         (HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<IIQ", 9, 0, 1 << 62), "ends wit"),
@@ -272,7 +272,7 @@ def test_format_recognised_by_content_not_name(tmp_path: Path) -> None:
 def test_error_without_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.gguf", {"w": of(torch.eye(2))})
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
-    with pytest.raises(UnreadableError, match=r"the package gguf must be installed.*pip install"):
+    with pytest.raises(UnreadableError, match=r"requires the package gguf, but.*pip install"):
         wc.audit(path)
 
 

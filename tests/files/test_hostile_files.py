@@ -123,7 +123,7 @@ def test_huge_headers_are_refused(tmp_path: Path, length: int) -> None:
 def test_invalid_headers_are_refused(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ValueError, match=r"a\.safetensors must"):
+    with pytest.raises(ValueError, match=r"a\.safetensors (must|is not a valid)"):
         wc.audit(path)
 
 

@@ -371,7 +371,7 @@ def test_error_for_compressed_keras_archive_explains_unpacking(tmp_path: Path) -
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(
-        UnreadableError, match=r"compressed\. Unpack it, python -m zipfile -e a\.keras"
+        UnreadableError, match=r"compressed\. Unpack it with `python -m zipfile -e a\.keras"
     ):
         wc.audit(path)
     command = [sys.executable, "-m", "zipfile", "-e", path.name, "folder"]
@@ -387,7 +387,9 @@ def test_error_for_compressed_keras_archive_explains_unpacking(tmp_path: Path) -
 
 def test_error_for_keras_index_names_folder(tmp_path: Path) -> None:
     (tmp_path / "x.weights.json").write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(UnreadableError, match=r"index of sharded weights of Keras\. Give its fol"):
+    with pytest.raises(
+        UnreadableError, match=r"index of sharded Keras weights\. Give the path of the fol"
+    ):
         wc.audit(tmp_path / "x.weights.json")
     for number in range(2):
         path = lonely(tmp_path / f"x_0000{number}.weights.h5", lambda group: None)

@@ -695,7 +695,7 @@ EXTERNAL: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a folder": (lambda t: set_external(t, "location", "."), "is not a file within"),
     "not there": (lambda t: set_external(t, "location", "b.data"), "external data 'b.data', but"),
-    "nul": (lambda t: set_external(t, "location", "b\0"), "beside it, which"),
+    "nul": (lambda t: set_external(t, "location", "b\0"), "this file cannot be read"),
     "too far": (lambda t: set_external(t, "offset", "99999999"), "ends beyond the end of a.data"),
     "negative": (lambda t: set_external(t, "offset", "-4"), "ends beyond the end"),
     "no number": (lambda t: set_external(t, "offset", "four"), "the offset and the length of"),
