@@ -78,11 +78,11 @@ def test_storages_of_every_dtype_are_read(tmp_path: Path, dtype: torch.dtype) ->
 def test_damaged_pickles_are_refused(tmp_path: Path, start: bytes) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(start)
-    with pytest.raises(UnreadableError, match="must be a torch|is not a valid torch"):
+    with pytest.raises(UnreadableError, match=r"must be a torch|is not a valid torch"):
         Checkpoint(path)
     torch.save(content(), path)
     path = rezipped(path, change=lambda name, data: start if "data.pkl" in name else data)
-    with pytest.raises(UnreadableError, match="must be a torch|is not a valid torch"):
+    with pytest.raises(UnreadableError, match=r"must be a torch|is not a valid torch"):
         Checkpoint(path)
 
 
