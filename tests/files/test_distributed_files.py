@@ -637,7 +637,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         r"no slice contains the entry at \(0, 0\)",
     ),
     "a chunk beyond": (chunk(size(0, 0), size(5, 3)), r"\(4, 0\), outside of the shape \(4, 3\)"),
-    "a chunk of other sides": (chunk(size(0), size(12)), "a chunk of a must have 2 sides"),
+    "a chunk of other sides": (chunk(size(0), size(12)), "a chunk of a must have 2 dimensions"),
     "a huge chunk": (chunk(size(0, 0), (2**62, 2**62)), "must have offsets and sizes"),
     "a negative chunk": (chunk(size(0, 0), (-4, 3)), "must have offsets and sizes"),
     "a chunk of texts": (chunk(size(0, 0), ("4", "3")), "must have offsets and sizes"),
@@ -667,7 +667,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         r"a chunk of a at \(0, 0\) is listed, but not stored",
     ),
     "a foreign chunk": (lambda m: of(m, "a").chunks.append(Path("x")), "PosixPath"),  # type: ignore[arg-type]
-    "a number as a chunk": (lambda m: of(m, "a").chunks.append(3), "but holds int"),  # type: ignore[arg-type]
+    "a number as a chunk": (lambda m: of(m, "a").chunks.append(3), "but contains int"),  # type: ignore[arg-type]
     "a foreign tensor": (
         lambda m: m.state_dict_metadata.update(a=Path("x")),  # type: ignore[call-overload]
         "must contain a TensorStorageMetadata, but contains pathlib",
