@@ -275,7 +275,7 @@ class Checkpoint(Files):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of entries of each parameter, and of the dequantised form of each weight.
+        """The number of entries of each parameter; for a quantised weight, after dequantisation.
 
         Fixed transforms, tables and masks are not parameters, and neither are scales of codes.
         """
