@@ -374,7 +374,7 @@ def test_scales_of_skipped_codes_are_not_matrices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (None, "int8, and no config.json beside it says how"),
+        (None, "int8, and no config.json in the same folder describes the layout"),
         ({"quantization_config": {"quant_method": "new"}}, "int8, in an unknown layout"),
         (
             {"llm_config": {"quantization_config": {"quant_method": "new"}}},
