@@ -108,7 +108,7 @@ def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
     assert count >= 1
     assert err == (
         f"wellcond: interrupted. Kept {count} finished run{'s' * (count != 1)} in {runs}: "
-        "the same command goes on from there.\n"
+        "the same command resumes from there.\n"
     )
     assert not (tmp_path / "results.json").exists()
 

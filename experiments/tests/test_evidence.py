@@ -113,7 +113,7 @@ def test_a_ranking_has_the_best_above() -> None:
     found = Evidence(document(scores, {"l2": 3.0, "isometry": 4.0}))
     columns = [Column("accuracy", "%"), Column("kappa", "κ", log=True)]
     table = found.ranking("of all", columns)
-    assert [row[0] for row in table.rows] == ["L2", "IsometryStep", "nothing"]
+    assert [row[0] for row in table.rows] == ["L2", "IsometryStep", "baseline"]
     assert [row[4] for row in table.rows] == ["+6.00 ± 0.00", "+3.75 ± 3.18", ""]
     assert [row[-1] for row in table.rows] == ["strength", "strength", ""]
     assert all(len(row) == len(table.header) for row in table.rows)
@@ -155,7 +155,7 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
     table = evidence.list_winners({("paper", "accuracy, %"): verdict})
     assert table.rows == [
         [
-            "[accuracy, %](evidence/paper.md)",
+            "[accuracy, %](paper.md)",
             "other",
             "-3.00 ± 0.00",
             "IsometryStep: 8.05 ± 0.64",
@@ -219,7 +219,7 @@ def test_lower_is_better_says_the_same_of_the_negative_numbers() -> None:
             )
         )
         assert rows == twins
-        assert rows[-1] == "nothing"  # which is no number
+        assert rows[-1] == "baseline"  # whose score is nan
     assert better == ["wellcond", "not significant", "other"]
     assert rows[0] == "ConditionPenalty, attached"
 
@@ -243,11 +243,11 @@ def test_every_way_of_others_says_who_described_it() -> None:
     table = evidence.list_methods([*METHODS])
     assert {row[0] for row in table.rows if not row[2]} <= {
         *(
-            "nothing",
+            "baseline",
             "L2",
             "LayerNorm and L2",
             "ConditionLimit",
-            "orthogonal of torch, hidden weights",
+            "torch orthogonal, hidden weights",
         ),
     }
 
@@ -274,9 +274,9 @@ def test_blocks_hold_what_the_results_say_and_nothing_else(tmp_path: Path) -> No
     new = page.read_text()
     assert new == PAGE.replace("| old |\n", "\n| a |\n| --- |\n| 1 |\n\n")
     assert evidence.fill_pages([page, quiet], "one", {"numbers": table}) == []
-    with pytest.raises(ValueError, match="must end by"):
+    with pytest.raises(ValueError, match="must end with"):
         evidence.fill_text(PAGE.replace("<!-- end -->", "", 1), "one", {"numbers": table})
-    with pytest.raises(ValueError, match="one has no table numbers, only more"):
+    with pytest.raises(ValueError, match=r"one has no table numbers\. Its tables are more"):
         evidence.fill_text(PAGE, "one", {"more": table})
 
 

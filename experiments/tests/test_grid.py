@@ -130,10 +130,10 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
 
 def test_runs_under_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
     results(tmp_path)
-    with pytest.raises(ValueError, match=r"other settings \(size: 1 there, 2 asked\)"):
+    with pytest.raises(ValueError, match=r"other settings \(size: 1 there, 2 requested\)"):
         results(tmp_path, size=2)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"no settings.json that says of what.*--overwrite"):
+    with pytest.raises(ValueError, match=r"but no settings.json.*--overwrite"):
         results(tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 14
     results(tmp_path, size=2, overwrite=True)
@@ -156,7 +156,7 @@ def test_a_setting_that_never_ran_is_forgotten(
 
 def test_results_that_nobody_can_tell_the_runs_of_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("of yesterday")
-    with pytest.raises(ValueError, match="Give --overwrite"):
+    with pytest.raises(ValueError, match="Pass --overwrite"):
         results(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     (tmp_path / "a file").write_text("")
@@ -198,14 +198,14 @@ def test_an_interruption_says_what_it_leaves(
 
     with monkeypatch.context() as patched:
         patched.setattr(Parabola, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"Kept 3 finished runs in .*goes on"):
+        with pytest.raises(KeyboardInterrupt, match=r"Kept 3 finished runs in .*resumes"):
             results(tmp_path)
     results(tmp_path)
     assert len(Parabola.ran) == 14  # and none twice
     with monkeypatch.context() as patched:
         patched.setattr(Parabola, "run", interrupted)
         Parabola.ran[:] = ["a", "b", "c"]
-        with pytest.raises(KeyboardInterrupt, match="Nothing was kept"):
+        with pytest.raises(KeyboardInterrupt, match="No run was finished"):
             results(tmp_path / "new")
 
 
@@ -218,7 +218,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     assert run["curves"]["line"][1] == 3.14159
     lines = (tmp_path / "results.json").read_text().splitlines()
     assert sum(line.startswith('  {"case"') for line in lines) == len(document["runs"])
-    with pytest.raises(ValueError, match="there is no"):
+    with pytest.raises(ValueError, match="does not exist"):
         grid.read(tmp_path / "nothing.json")
 
 

@@ -86,10 +86,10 @@ def test_tables_pair_the_seeds_and_a_limit_that_did_not_hold_fails(setting: Afte
     tables = setting.tables(evidence)
     assert tables.keys() == NETS.keys()
     none, *_, at_5, _, limited, _, _ = tables["mlp"].rows
-    assert none[0] == "nothing"
-    assert at_5[:2] == ["projected at the end", "5"]
+    assert none[0] == "baseline"
+    assert at_5[:2] == ["projected after training", "5"]
     assert at_5[3] == "-10.00 ± 0.00"
-    assert limited[:2] == ["limited in training", "5"]
+    assert limited[:2] == ["limited during training", "5"]
     assert limited[3] == "-1.00 ± 0.00"
     assert limited[6] == "+9.00 ± 0.00"
     assert limited[-1] == "2"
@@ -113,6 +113,6 @@ def test_a_quick_run_writes_all_it_promises(
     monkeypatch.setattr(grid, "_settings", {})
     arguments = ("--quick", "--seeds", "1", "--workers", "1", "--out", str(tmp_path))
     assert main(["reproduce", "after-training", *arguments]) == 0
-    assert "limited in training" in capsys.readouterr().out
+    assert "limited during training" in capsys.readouterr().out
     assert (tmp_path / "after-training.png").is_file()
     assert len(grid.read(tmp_path / "results.json")["runs"]) == 6

@@ -43,7 +43,7 @@ def test_matched_clean_accuracy_costs_each_method_the_same() -> None:
     )
     # Tikhonov crosses 96 a quarter of the way from none. A path that only falls stays at none.
     assert [row[:4] for row in setting.matched_accuracy(found).rows] == [
-        ["nothing", "0", "97.0", "50.0"],
+        ["baseline", "0", "97.0", "50.0"],
         ["Tikhonov", "0 to 0.01", "96.0", "55.0"],
         ["ConditionPenalty, in the loss", "0.1", "96.2", "60.0"],
         ["ConditionPenalty, attached", "0", "97.0", "50.0"],

@@ -73,14 +73,14 @@ def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
     # 89.1 against 80.1, and the seeds differ by the same in both.
     assert verdict.difference == pytest.approx((9.0, 9.0, 9.0, False))
     table = setting.tables(evidence(values))["tanh-10"]
-    assert [row[0] for row in table.rows] == ["IsometryStep", "L2", "nothing"]
+    assert [row[0] for row in table.rows] == ["IsometryStep", "L2", "baseline"]
     assert all(len(row) == len(table.header) for row in table.rows)
     assert "lr" not in table.header
     cost = setting.tables(evidence(values))["cost"]
     assert cost.rows == [
         ["IsometryStep", "2.0 ± 0.0"],
         ["L2", "1.0 ± 0.0"],
-        ["nothing", "1.0 ± 0.0"],
+        ["baseline", "1.0 ± 0.0"],
     ]
 
 
@@ -98,12 +98,12 @@ def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_the
     assert tables["accuracy"].rows == [
         ["IsometryStep", "52.0", "10.0"],
         ["L2", "10.0", "10.0"],
-        ["orthogonal of torch, hidden weights", "", "90.0"],
+        ["torch orthogonal, hidden weights", "", "90.0"],
     ]
     assert tables["sensitivity"].rows[0] == ["IsometryStep", "8.0", "0.0"]
     assert tables["working"].rows[1:] == [
         ["L2", "0.0", "0.0"],
-        ["orthogonal of torch, hidden weights", "", "5.0"],
+        ["torch orthogonal, hidden weights", "", "5.0"],
     ]
 
 

@@ -137,8 +137,8 @@ def test_a_lower_loss_wins() -> None:
     assert first.gain.mean == pytest.approx(100 / 2.7625)
     assert second.difference.mean == pytest.approx(-0.5)
     tables = setting.tables(results)
-    assert [row[0] for row in tables["loss"].rows] == ["SingularValueLimit, upper", "nothing"]
-    assert [row[0] for row in tables["highest"].rows] == ["SingularValueLimit, upper", "nothing"]
+    assert [row[0] for row in tables["loss"].rows] == ["SingularValueLimit, upper", "baseline"]
+    assert [row[0] for row in tables["highest"].rows] == ["SingularValueLimit, upper", "baseline"]
 
 
 @pytest.mark.slow
