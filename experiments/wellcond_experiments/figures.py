@@ -137,7 +137,7 @@ def draw_differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
     panel.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=9)
     panel.set_ylim(-0.6, len(rows) - 0.4)
     panel.grid(False, axis="y")
-    panel.set_xlabel("difference, % of the best other method (right of 0: wellcond is better)")
+    panel.set_xlabel("difference in %, positive: wellcond is better")
     return drawing
 
 
