@@ -106,9 +106,7 @@ def test_the_real_mnist_is_read(mnist: Path) -> None:
 def test_missing_data_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file or directory.*--data DIR or WELLCOND_DATA"):
         data.load(str(tmp_path / "absent"))
-    with pytest.raises(
-        ValueError, match=r"does not contain train-images-idx3-ubyte, plain or \.gz"
-    ):
+    with pytest.raises(ValueError, match=r"does not contain train-images-idx3-ubyte, plain"):
         data.load(str(tmp_path))
 
 
@@ -251,13 +249,11 @@ def test_colour_is_refused_where_unsupported(
         with pytest.raises(ValueError, match=f"shaped as {other}, not as {source}"):
             data.load(source, colour=True)
     monkeypatch.setenv("WELLCOND_DATA", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"no such file: .*cifar10\.npz\. CIFAR-10 is not downloaded"
-    ):
+    with pytest.raises(ValueError, match=r"no such file: .*cifar10\.npz\. CIFAR-10 is not"):
         data.load("cifar10", colour=True)
     monkeypatch.delenv("WELLCOND_DATA")
     with pytest.raises(
-        ValueError, match=r"CIFAR-10 is not downloaded\. .* with --data PATH or WELLCOND_DATA"
+        ValueError, match=r"is not downloaded\. .* with --data PATH or WELLCOND_DATA"
     ):
         data.load("cifar10", colour=True)
 

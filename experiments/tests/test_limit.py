@@ -262,7 +262,7 @@ def test_a_worker_reports_a_failure_and_continues() -> None:
         (("--case", "mnist"), "--case must be all, or names from critic-default,"),
         (
             ("--competitors", "watched,everything"),
-            "--competitors must be names from plain, watched",
+            "--competitors must be names from plain,",
         ),
         (("--against", "/nowhere"), "--against must be a source tree of wellcond"),
     ],
