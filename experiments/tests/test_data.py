@@ -121,7 +121,7 @@ def test_truncated_idx_is_refused(directory: Path, kept: int) -> None:
 def test_overlong_idx_is_refused(directory: Path) -> None:
     path = directory / STEMS["y_test"]
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match="has 11 bytes of data, but its header gives 10"):
+    with pytest.raises(ValueError, match="header gives 10 bytes of data, but it has 11"):
         data.read(directory)
 
 
@@ -261,7 +261,7 @@ def test_colour_is_refused_where_unsupported(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.update(x_test=a["x_test"][..., 0]), "of one size, and in colour of three"),
+        (lambda a: a.update(x_test=a["x_test"][..., 0]), "of one size, and colour images"),
         (lambda a: a.update({k: a[k].swapaxes(1, 3) for k in ("x_train", "x_test")}), "square"),
         (lambda a: a.update({k: a[k][..., :2] for k in ("x_train", "x_test")}), "three channels"),
         (lambda a: a.update(y_train=a["y_train"][:, None]), "labels 1, got"),

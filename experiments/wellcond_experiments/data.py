@@ -212,8 +212,8 @@ def _read_idx(path: Path) -> Tensor:
         raise ValueError(f"{path} is empty: its header gives {' x '.join(map(str, shape))}.")
     if len(raw) != header + count:
         raise ValueError(
-            f"{path} has {len(raw) - header} bytes of data, but its header gives {count}. "
-            "Download it again."
+            f"{path} is truncated or too long: its header gives {count} bytes of data, but it has "
+            f"{len(raw) - header}. Download it again."
         )
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header).reshape(shape)
 
@@ -234,7 +234,7 @@ def _check(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     shapes = {tuple(arrays[key].shape[1:]) for key in ("x_train", "x_test")}
     if len(shapes) > 1 or any(s[0] != s[1] or s[2:] not in ((), (3,)) for s in shapes):
         raise ValueError(
-            f"{path}: images must all be square and of the same size, and colour images must have "
+            f"{path}: images must all be square and of one size, and colour images must have "
             f"three channels in the last dimension, got {shapes}."
         )
     return arrays
