@@ -1,12 +1,12 @@
-"""What is usual of `added` in the audit of an adapter: LoRAs of small networks, good and harmed.
+"""Usual values of `added` in the audit of an adapter: good and harmed LoRAs of small networks.
 
     python experiments/adapters.py --data mnist.npz    train and measure: results/adapters.json
-    python experiments/adapters.py --table             what docs/audit.md says of it
+    python experiments/adapters.py --table             print the table of docs/audit.md
 
-Needs peft==0.21.2 and transformers==5.24.0; some ten minutes on one core. A small GPT-2 learns the
-characters of Python's documentation, a perceptron upright digits. LoRAs of three ranks are then
-tuned at rates from too small to too high, to Python source code and to digits that are turned by a
-quarter. Results hold numbers and no weights.
+Needs peft==0.21.2 and transformers==5.24.0, and about ten minutes on one core. A small GPT-2 learns
+the characters of Python's documentation, a perceptron learns upright digits. LoRAs of three ranks
+are then tuned, at rates from too small to too high, to Python source code and to digits rotated by
+90 degrees. Results contain numbers, not weights.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ import wellcond as wc
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "adapters.json"
 RANKS, RATES = (2, 8, 32), (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# Sizes, steps, rates and the two shares below were chosen on the seeds 0 and 1.
+# Sizes, steps, rates and the two shares below were chosen on seeds 0 and 1.
 SEEDS = (2, 3, 4)
 CODE = "argparse ast _pydecimal doctest inspect pickletools subprocess tarfile typing".split()  # noqa: SIM905
 CONTEXT, BATCH = 64, 8
 # Shares of the largest gain.
 GOOD, HARMED = 0.9, 0.5
 VERDICTS = ("good", "harmed")
-# Losses on what the network learned first, and on what the LoRA learns; of a constant guess. Then
-# medians and maxima over the weights of what the audit says.
+# Losses on the first data and on the data of the LoRA, and of a constant guess. Then medians and
+# maxima over the weights of the values in the audit.
 COLUMNS = (
     *("task", "seed", "rank", "rate", "constant", "first_before", "before", "first_after", "after"),
     *("added", "added_max", "new", "new_max", "delta", "delta_max"),
@@ -58,13 +58,13 @@ class Task:
     """A network, and its loss on batches of two sets of data.
 
     Attributes:
-        make: a fresh network.
-        adapted: the names of the modules that a LoRA changes.
-        draw: the loss on a batch to train on, of what the network learns first and then.
-        validate: its loss on data of both that it has not seen.
-        steps: of the training from scratch, and of each LoRA.
-        lr: of the training from scratch.
-        constant: the loss of the best constant guess, of what it learns then.
+        make: makes a new network.
+        adapted: names of the modules that a LoRA changes.
+        draw: losses on a training batch, of the first and of the second data.
+        validate: losses on held-out data of both.
+        steps: number of steps of the training from scratch, and of each LoRA.
+        lr: learning rate of the training from scratch.
+        constant: the loss of the best constant guess on the second data.
     """
 
     make: Callable[[], nn.Module]
@@ -173,7 +173,7 @@ def make_digits(data: Path) -> Task:
 
 
 def train(model: nn.Module, draw: Callable[..., Tensor], steps: int, lr: float, seed: int) -> None:
-    """AdamW; the rate rises over a tenth of the steps and falls to zero."""
+    """Trains with AdamW; the rate rises over a tenth of the steps and falls to zero."""
     source = torch.Generator().manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr)
@@ -194,7 +194,7 @@ def _validate(model: nn.Module, task: Task) -> list[float]:
 
 
 def tune(task: Task, base: nn.Module, rank: int, lr: float, seed: int) -> list[float]:
-    """The losses with a LoRA, and what its audit says: medians and maxima over the weights."""
+    """Tunes a LoRA; returns the losses, and medians and maxima of its audit over the weights."""
     import peft
 
     config = peft.LoraConfig(
@@ -219,7 +219,7 @@ def tune(task: Task, base: nn.Module, rank: int, lr: float, seed: int) -> list[f
 
 
 def measure(job: tuple[str, int, Path]) -> list[list[Any]]:
-    """A row by COLUMNS of each rank and rate, for the name of a task, a seed and the images."""
+    """Returns a row by COLUMNS per rank and rate, for a task name, a seed and the images."""
     name, seed, data = job
     torch.set_num_threads(1)
     task = make_text() if name == "text" else make_digits(data)
@@ -241,16 +241,16 @@ def _short(number: float) -> float | None:
     return float(f"{number:.4g}") if math.isfinite(number) else None
 
 
-# --- what it says ---------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 Run = dict[str, Any]  # a row of the results by COLUMNS; `judge` adds "gain" and "verdict"
 
 
 def judge(results: dict[str, Any]) -> list[Run]:
-    """The runs, each with its gain and "good", "harmed", "too small" or "between".
+    """Returns the runs with their gain and verdict: "good", "harmed", "too small" or "between".
 
-    The gain is the share of what the best rate of the same task, seed and rank gains. It counts
-    from the loss before, or from that of a constant guess where this is less.
+    The gain is relative to that of the best rate of the same task, seed and rank. It starts from
+    the loss before tuning, or from the loss of a constant guess if that is less.
     """
     runs: list[Run] = [dict(zip(results["columns"], row, strict=True)) for row in results["runs"]]
     groups: defaultdict[tuple[Any, ...], list[Run]] = defaultdict(list)
@@ -276,18 +276,18 @@ def _loss(run: Run) -> float:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's, of numbers without ties but for rounding."""
+    """Returns Spearman's correlation of numbers without ties, except by rounding."""
     ranks = np.argsort(np.argsort([x, y], axis=1, kind="stable"), axis=1, kind="stable")
     return float(np.corrcoef(ranks)[0, 1])
 
 
 def share_above(runs: Sequence[Run], key: str, alike: Sequence[str] = ()) -> float:
-    """Of all pairs of a good and a harmed run, in how many the harmed one has the larger number.
+    """Returns the share of pairs of a good and a harmed run in which the harmed value is larger.
 
     Args:
-        runs: of `judge`.
-        key: of the number.
-        alike: only pairs that agree in these columns.
+        runs: the runs of `judge`.
+        key: the column of the value.
+        alike: restricts the pairs to those that agree in these columns.
     """
     good, harmed = ([run for run in runs if run["verdict"] == one] for one in VERDICTS)
     return statistics.fmean(
@@ -299,13 +299,12 @@ def share_above(runs: Sequence[Run], key: str, alike: Sequence[str] = ()) -> flo
 
 
 def find_facts(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Whether "added" and ‖Δ‖/‖W‖, medians over the weights, tell good runs from harmed ones.
+    """Computes whether medians of "added" and ‖Δ‖/‖W‖ separate good from harmed runs.
 
     Returns:
-        by the column: in which share of all pairs, and of pairs of one task and rank, the harmed
-        run has the larger number; the rank correlation with the gain that is missing, over the
-        runs at the best rate and above; the largest number of a good run, and the least of a
-        harmed one.
+        Per column: the share of all pairs, and of pairs of one task and rank, in which the harmed
+        run has the larger value; the rank correlation with the missing gain, over the runs at the
+        best rate and above; the largest value of a good run and the smallest of a harmed run.
     """
     runs = [run for run in judge(results) if run["added"] is not None]
     above = [run for run in runs if run["above"]]
@@ -323,7 +322,7 @@ def find_facts(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def make_table(results: dict[str, Any]) -> str:
-    """The ranges over good and over harmed runs, per task and rank, as in docs/audit.md."""
+    """Returns the table of docs/audit.md: ranges over good and harmed runs per task and rank."""
     runs = judge(results)
     lines = [
         "| adapters | good: n | added | ‖Δ‖/‖W‖ | harmed: n | added | ‖Δ‖/‖W‖ |",
@@ -343,22 +342,22 @@ def make_table(results: dict[str, Any]) -> str:
 
 
 def _range(runs: Sequence[Run], key: str) -> str:
-    """The least and the largest number, in percent."""
+    """Formats the smallest and the largest value in per cent."""
     numbers = [run[key] for run in runs if run[key] is not None]
     ends = (min(numbers), max(numbers)) if numbers else ()
     return " to ".join(dict.fromkeys(map(percent, ends))) + " %" if ends else "-"
 
 
 def percent(share: float) -> str:
-    """Two digits: "0", "12" or "1,200"."""
+    """Formats a share in per cent with two digits: "0", "12" or "1,200"."""
     return f"{round(float(f'{100 * share:.2g}')):,}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="mnist.npz")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--table", action="store_true", help="print the table, and what follows")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--table", action="store_true", help="print the table and derived numbers")
     options = parser.parse_args()
     if options.table:
         results = json.loads(RESULTS.read_text())

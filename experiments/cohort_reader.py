@@ -1,8 +1,8 @@
 """Converts weights of formats that wellcond does not read: FILE OUT.safetensors.
 
-Runs in an environment of its own with onnx, h5py, numpy and safetensors, and runs no code of a
-file. Matrices come out as PyTorch stores them, outputs first and the gates of an LSTM in the order
-i, f, g, o, those of a GRU in r, z, n; names end as those of its modules do.
+Runs in a separate environment with onnx, h5py, numpy and safetensors, and runs no code of a file.
+Matrices are written in the layout of PyTorch: outputs first, and the gates of an LSTM in the order
+i, f, g, o, those of a GRU in the order r, z, n. Names end like those of PyTorch modules.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 Named = Iterator[tuple[str, np.ndarray]]
-_GATES = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}  # of ONNX, in the order of PyTorch
+_GATES = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}  # ONNX gates in the order of PyTorch
 
 
 def read_onnx(path: Path) -> Named:
-    """The weights of convolutions, matrix products and recurrent layers; no others."""
+    """Yields the weights of convolutions, matrix products and recurrent layers only."""
     import onnx
 
     yield from _read_graph(onnx.load(path).graph, {})
@@ -61,7 +61,7 @@ def _read_graph(graph: Any, outer: dict[str, np.ndarray]) -> Named:
 
 
 def read_h5(path: Path) -> Named:
-    """The kernels of Keras, whose outputs come last."""
+    """Yields the kernels of Keras, in which outputs are the last dimension."""
     import h5py
 
     arrays: list[tuple[str, np.ndarray]] = []

@@ -1,4 +1,4 @@
-"""An experiment whose runs take long enough to be killed; in a module, so that workers find it."""
+"""An experiment with runs slow enough to be killed, in a module that workers can import."""
 
 import time
 from typing import Any, ClassVar

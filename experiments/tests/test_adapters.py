@@ -1,4 +1,4 @@
-"""Adapters that were trained: what the documentation says of them follows from the results."""
+"""Trained adapters: the statements in the documentation follow from the results."""
 
 import importlib.util
 import itertools
@@ -19,7 +19,7 @@ _SPEC = importlib.util.spec_from_file_location("adapters", _PATH)
 assert _SPEC is not None
 assert _SPEC.loader is not None
 adapters = importlib.util.module_from_spec(_SPEC)
-sys.modules["adapters"] = adapters  # dataclasses look for it there
+sys.modules["adapters"] = adapters  # dataclasses need it there
 _SPEC.loader.exec_module(adapters)
 
 
@@ -33,23 +33,23 @@ def test_every_adapter_is_there_once(results: dict[str, Any]) -> None:
     grid = itertools.product(("text", "digits"), adapters.SEEDS, adapters.RANKS, adapters.RATES)
     assert sorted(keys) == sorted(grid)
     assert results["columns"] == list(adapters.COLUMNS)
-    assert not {0, 1}.intersection(adapters.SEEDS)  # on which all was chosen
+    assert not {0, 1}.intersection(adapters.SEEDS)  # these seeds were used for all choices
 
 
-def test_the_networks_had_learned_what_came_first(results: dict[str, Any]) -> None:
+def test_base_networks_had_learned_their_first_task(results: dict[str, Any]) -> None:
     for run in adapters.judge(results):
         assert run["first_before"] < 0.6 * run["constant"]
         assert run["first_before"] < run["before"]
 
 
 def rows(*losses: float | None) -> dict[str, Any]:
-    """Results of one seed and rank, with these losses at growing rates; 3 before."""
+    """Makes results of one seed and rank, with these losses at growing rates; 3 before."""
     columns = ["task", "seed", "rank", "rate", "constant", "before", "after", "added"]
     runs = [["text", 2, 8, 1e-3 * 2**i, 4.0, 3.0, loss, i / 10] for i, loss in enumerate(losses)]
     return {"columns": columns, "runs": runs}
 
 
-def test_gains_are_measured_by_the_best() -> None:
+def test_gains_are_relative_to_the_best() -> None:
     judged = adapters.judge(rows(2.5, 1.1, 1.0, 1.5, 2.1, 9.0, None))
     gains = [run["gain"] for run in judged]
     assert gains == pytest.approx([0.25, 0.95, 1, 0.75, 0.45, -3, -math.inf])
@@ -57,7 +57,7 @@ def test_gains_are_measured_by_the_best() -> None:
     assert [run["verdict"] for run in judged] == verdicts
 
 
-def test_a_loss_that_is_no_better_than_a_constant_guess_is_no_gain() -> None:
+def test_a_constant_guess_gains_nothing() -> None:
     results = rows(1.0, 2.0)
     for run in results["runs"]:
         run[4], run[5] = 2.0, 7.0
@@ -99,7 +99,7 @@ def task() -> Any:
     )
 
 
-def test_a_lora_that_is_not_trained_adds_nothing_and_one_that_is_changes_the_loss(
+def test_an_untrained_lora_adds_nothing_and_a_trained_one_changes_the_loss(
     task: Any,
 ) -> None:
     pytest.importorskip("peft")
@@ -127,7 +127,7 @@ def test_the_page_has_the_numbers_of_the_results(results: dict[str, Any]) -> Non
     assert f"{len(verdicts)} LoRAs" in text
     percent, facts = adapters.percent, adapters.find_facts(results)
     added, delta = facts["added"], facts["delta"]
-    assert added["good"] > added["harmed"]  # so no level of it tells them apart
+    assert added["good"] > added["harmed"]  # so no threshold separates good from harmed
     assert f"good runs reach {percent(added['good'])} %" in text
     assert f"harmed ones begin at {percent(added['harmed'])} %" in text
     for one in (added, delta):

@@ -1,4 +1,4 @@
-"""Small transformers: what they see, what their logits are, and what their weights are called."""
+"""Small transformers: their inputs, attention logits and weight names."""
 
 import math
 
@@ -11,17 +11,17 @@ from wellcond_experiments.methods import matrices, run_seeded
 
 
 @pytest.mark.parametrize(("side", "norm"), [(8, False), (28, True)])
-def test_images_are_seen_whole_and_apart(side: int, norm: bool) -> None:
+def test_output_depends_on_all_pixels_of_its_image_only(side: int, norm: bool) -> None:
     model = run_seeded(lambda: ImageTransformer(side, norm), 0)
     x = torch.rand(2, side**2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     model(x)[0, 0].backward()
     assert x.grad is not None
     assert bool((x.grad[0] != 0).all())
-    assert not x.grad[1].any()  # of another image
+    assert not x.grad[1].any()  # another image
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_a_place_of_a_text_sees_all_before_it_and_none_after(norm: bool) -> None:
+def test_text_attention_is_causal(norm: bool) -> None:
     model = run_seeded(lambda: TextTransformer(5, 6, norm, width=8), 0)
     x = torch.tensor([[0, 1, 2, 3, 4, 0]])
     before = model(x)
@@ -33,7 +33,7 @@ def test_a_place_of_a_text_sees_all_before_it_and_none_after(norm: bool) -> None
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_largest_logit_is_that_of_attention_computed_by_hand(causal: bool) -> None:
+def test_largest_logit_equals_direct_computation(causal: bool) -> None:
     attention = run_seeded(lambda: Attention(8, False, causal), 0)
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
     query, key = attention.q_proj(x).detach(), attention.k_proj(x).detach()
@@ -48,7 +48,7 @@ def test_the_largest_logit_is_that_of_attention_computed_by_hand(causal: bool) -
     assert float(attention.largest_logit(x).detach()) == pytest.approx(max(products), rel=1e-5)
 
 
-def test_the_logits_of_a_model_are_those_of_its_blocks() -> None:
+def test_largest_logit_of_a_model_covers_its_blocks() -> None:
     model = run_seeded(lambda: TextTransformer(5, 6, False, width=8), 0)
     x = torch.tensor([[0, 1, 2, 3, 4, 0]])
     first = model.blocks[0]
@@ -59,7 +59,7 @@ def test_the_logits_of_a_model_are_those_of_its_blocks() -> None:
     assert math.isnan(model.largest_logit(x))
 
 
-def test_the_names_of_weights_say_their_roles() -> None:
+def test_weight_names_give_their_roles() -> None:
     model = run_seeded(lambda: TextTransformer(5, 6, False, width=8, blocks=1), 0)
     groups = {name: find_group(f"{name}.weight") for name, _ in matrices(model)}
     assert groups == {

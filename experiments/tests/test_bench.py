@@ -1,4 +1,4 @@
-"""The benchmarks measure every method and print a document; nothing here is timed."""
+"""The benchmarks measure every method and print a document. Times are not checked."""
 
 import json
 
@@ -33,16 +33,16 @@ def test_memory_of_the_methods_of_a_step() -> None:
     for method in step.methods():
         training = bench_step.Training(step, method)
         if training.reg:
-            method.act(training.reg)  # the first time more is made
+            method.act(training.reg)  # the first call allocates more
         ways[method.name] = training.measure_memory()
     assert ways["none"]["temporary"] == ways["none"]["state"] == 0
     for name in ("attach(every=10)", "add_gradients"):
-        # The skinny factors: k of n or of m columns; the state holds both.
+        # The blocks of k singular vectors; the state contains both.
         assert 0 < ways[name]["temporary"] <= 0.06
         assert 0 < ways[name]["state"] <= 0.06
     for name in ("in the loss", "TikhonovPenalty, in the loss"):
         assert ways[name]["temporary"] == 1  # autograd makes a gradient before it adds it
-    # What the weight was, in case rounding asks for another margin.
+    # A copy of the weight, in case rounding requires another margin.
     assert ways["limit kept up, every=10"]["temporary"] <= 1
     assert ways["TikhonovPenalty, add_gradients"]["temporary"] < 1e-3
     assert ways["TikhonovPenalty, add_gradients"]["state"] < 1e-3
@@ -100,7 +100,7 @@ def test_a_limit_is_kept_in_the_strength_table(
         assert 0.99 * run["strength"] < run["condition_number"] <= run["strength"]
 
 
-def test_measuring_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) -> None:
     assert wellcond("bench", "audit", "--sizes", "4x4,70x300,300x300", "--rounds", 1, "--json") == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [(run["matrix"], run["size"]) for run in runs] == [
@@ -114,19 +114,19 @@ def test_measuring_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("sizes", ["4", "4x", "0x4", "4x4,axb"])
-def test_sizes_that_are_none_are_refused(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sizes_are_refused(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert wellcond("bench", "audit", "--sizes", sizes) == 2
-    assert "--sizes must be like 64x64,4096x4096" in capsys.readouterr().err
+    assert "--sizes must be of the form 64x64,4096x4096" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_transformer_is_measured_and_asks_nothing_of_the_host(
+def test_transformer_needs_no_host_synchronisation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ("--model", "transformer", "--blocks", 2, "--width", 16, "--rounds", 1)
     assert wellcond("bench", "step", *arguments, "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    # Per block the three of attention, its output, and two of the perceptron; and the head.
+    # Per block: three matrices of attention, its output, and two of the MLP; plus the head.
     assert document["settings"]["weights"] == 2 * 6 + 1
     rows = {row["way"]: row for row in document["ways"]}
     for way in ("add_gradients", "in the loss"):
@@ -134,8 +134,8 @@ def test_a_transformer_is_measured_and_asks_nothing_of_the_host(
     assert rows["attach(every=10)"]["synchronisations"] < 1
 
 
-def test_but_for_products_and_updates_operations_do_not_grow_with_the_depth() -> None:
-    """Of a weight more: its product, two terms of the update, and the copies of a stack."""
+def test_operations_per_added_weight_are_few() -> None:
+    """An additional weight adds its product, two terms of the update, and copies for the stack."""
 
     def operations(name: str, blocks: int) -> float:
         step = Step(model="transformer", blocks=blocks, width=16)
@@ -147,7 +147,7 @@ def test_but_for_products_and_updates_operations_do_not_grow_with_the_depth() ->
         assert 0 < added <= most * 6 * 6
 
 
-def test_the_counter_sees_what_waits() -> None:
+def test_host_synchronisations_are_counted() -> None:
     x = torch.ones(3, 3, device="meta")
     with bench_step.on_a_device() as device:
         torch.linalg.eigh(x)

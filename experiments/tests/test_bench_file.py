@@ -1,4 +1,4 @@
-"""The benchmark of large files, with sizes that are 32 times smaller."""
+"""The benchmark of large files, with sizes divided by 32."""
 
 import json
 

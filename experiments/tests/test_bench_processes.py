@@ -1,4 +1,4 @@
-"""The benchmark of several processes, with sizes that are 64 times smaller."""
+"""The benchmark of several processes, with sizes divided by 64."""
 
 import json
 

@@ -21,7 +21,7 @@ def results() -> dict[str, Any]:
     return json.loads(cohort.RESULTS.read_text())
 
 
-def test_the_table_is_made_of_the_results(results: dict[str, Any]) -> None:
+def test_the_table_follows_from_the_results(results: dict[str, Any]) -> None:
     table = cohort.make_table(cohort.matrices(results, held_out=False))
     assert json.loads(json.dumps(table)) == json.loads(cohort.TABLE.read_text())
 
@@ -47,7 +47,7 @@ def test_quantiles_of_one_package_are_those_of_numpy() -> None:
     np.testing.assert_allclose(found, np.quantile(numbers, cohort.LEVELS), rtol=1e-3)
 
 
-def test_a_large_package_does_not_outvote_the_others() -> None:
+def test_a_large_package_does_not_dominate() -> None:
     numbers = np.array([1.0] * 10_000 + [10.0] * 100)
     packages = ["a"] * 10_000 + ["b"] * 100
     at = {power: cohort.quantiles(numbers, packages, power) for power in (0.0, 0.5, 1.0)}
@@ -55,7 +55,7 @@ def test_a_large_package_does_not_outvote_the_others() -> None:
     assert [at[power][level] for power in at] == pytest.approx([10, 10, 1])
 
 
-def test_faults_change_what_they_say() -> None:
+def test_faults_change_the_weight() -> None:
     import torch
 
     for name, change in cohort.FAULTS.items():

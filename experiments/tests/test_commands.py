@@ -1,4 +1,4 @@
-"""The commands of the experiments: arguments in, text and exit code out."""
+"""The commands of the experiments: arguments, output and exit codes."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ EXPERIMENTS = ("denoise", "classify", "least-squares", "differentiability")
         (["reproduce", "least-squares", "--data", "digits"], "unrecognized arguments"),
     ],
 )
-def test_misuse_is_answered_by_one_line(
+def test_misuse_gives_a_one_line_error(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -39,7 +39,7 @@ def test_misuse_is_answered_by_one_line(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 not quite a zip"])
-def test_missing_or_damaged_data_is_one_line_and_leaves_no_results(
+def test_missing_or_damaged_data_gives_a_one_line_error_and_no_results(
     content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mnist.npz"
@@ -72,12 +72,12 @@ def test_existing_results_are_refused_and_untouched(
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert main(["reproduce", experiment, "--quick", "--out", str(tmp_path)]) == 2
-    assert "Give --overwrite, or another --out." in capsys.readouterr().err
+    assert "Pass --overwrite, or choose another --out." in capsys.readouterr().err
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is not a signal on Windows")
 def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     argv = [sys.executable, "-m", "wellcond", "reproduce", "denoise", "--data", "digits"]
@@ -89,7 +89,7 @@ def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        # It is ignored where these tests run in the background, and a child inherits that.
+        # Background jobs ignore SIGINT, and child processes inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -108,12 +108,12 @@ def test_ctrl_c_keeps_the_finished_runs(tmp_path: Path) -> None:
     assert count >= 1
     assert err == (
         f"wellcond: interrupted. Kept {count} finished run{'s' * (count != 1)} in {runs}: "
-        "the same command goes on from there.\n"
+        "the same command resumes from there.\n"
     )
     assert not (tmp_path / "results.json").exists()
 
 
-def test_a_benchmark_ends_when_nobody_reads_on() -> None:
+def test_a_benchmark_ends_when_the_pipe_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     argv = [sys.executable, "-m", "wellcond", "bench", "audit", "--sizes", "2x2", "--rounds", "1"]

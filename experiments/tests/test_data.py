@@ -1,4 +1,4 @@
-"""The images: MNIST read from every form it comes in, CIFAR-10, and refused when damaged."""
+"""Images: MNIST in every supported form, CIFAR-10, and the refusal of damaged files."""
 
 import gzip
 import hashlib
@@ -94,7 +94,7 @@ def test_mnist_is_found_by_the_environment(
 def test_the_real_mnist_is_read(mnist: Path) -> None:
     images = data.load(str(mnist))
     assert (len(images.x_train), len(images.x_test), images.pixels) == (60_000, 10_000, 784)
-    # The figures everybody normalises MNIST with.
+    # The usual mean and deviation of MNIST.
     assert float(images.mean) == pytest.approx(0.1307, abs=1e-4)
     assert float(images.std) == pytest.approx(0.3081, abs=1e-4)
     assert torch.bincount(images.y_test).tolist()[:3] == [980, 1135, 1032]
@@ -103,10 +103,10 @@ def test_the_real_mnist_is_read(mnist: Path) -> None:
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def test_nothing_there_says_what_to_put_where(tmp_path: Path) -> None:
+def test_missing_data_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file or directory.*--data DIR or WELLCOND_DATA"):
         data.load(str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match=r"holds no train-images-idx3-ubyte, plain or \.gz"):
+    with pytest.raises(ValueError, match=r"does not contain train-images-idx3-ubyte, plain"):
         data.load(str(tmp_path))
 
 
@@ -121,7 +121,7 @@ def test_truncated_idx_is_refused(directory: Path, kept: int) -> None:
 def test_overlong_idx_is_refused(directory: Path) -> None:
     path = directory / STEMS["y_test"]
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match="header says 10 bytes, it has 11"):
+    with pytest.raises(ValueError, match="header gives 10 bytes of data, but it has 11"):
         data.read(directory)
 
 
@@ -134,7 +134,7 @@ def test_wrong_magic_is_refused(directory: Path) -> None:
 
 def test_empty_idx_is_refused(directory: Path) -> None:
     (directory / STEMS["x_train"]).write_bytes(idx(np.zeros((0, SIDE, SIDE), np.uint8)))
-    with pytest.raises(ValueError, match="is empty: its header says 0 x 28 x 28"):
+    with pytest.raises(ValueError, match="is empty: its header gives 0 x 28 x 28"):
         data.read(directory)
 
 
@@ -152,7 +152,7 @@ def test_mislabelled_files_are_refused(directory: Path) -> None:
     content = images.read_bytes()
     images.write_bytes(labels.read_bytes())
     labels.write_bytes(content)
-    with pytest.raises(ValueError, match="Are the files named as they should be"):
+    with pytest.raises(ValueError, match="Are the files named correctly"):
         data.read(directory)
 
 
@@ -197,7 +197,7 @@ def test_damaged_npz_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -
             data.read(path)
 
 
-def test_a_single_array_is_no_npz(tmp_path: Path) -> None:
+def test_a_single_array_is_not_an_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "mnist.npy", np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match=r"is not a readable \.npz of MNIST"):
         data.read(tmp_path / "mnist.npy")
@@ -208,7 +208,7 @@ def test_a_single_array_is_no_npz(tmp_path: Path) -> None:
 
 @pytest.fixture
 def coloured(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The grey images as red ones; green and blue are darker by 1 and by 2."""
+    """Makes colour images whose green and blue are darker than red by 1 and 2."""
     dark = np.arange(3, dtype=np.uint8)
     return {
         key: array[..., None].clip(2) - dark if key.startswith("x") else array
@@ -233,7 +233,7 @@ def test_colour_is_read_channel_after_channel(
     assert images.split(0.5).channels == 3
 
 
-def test_colour_is_refused_where_it_will_not_do(
+def test_colour_is_refused_where_unsupported(
     tmp_path: Path,
     arrays: dict[str, np.ndarray],
     coloured: dict[str, np.ndarray],
@@ -242,30 +242,32 @@ def test_colour_is_refused_where_it_will_not_do(
     grey, colour = tmp_path / "grey.npz", tmp_path / "colour.npz"
     np.savez(grey, **arrays)
     np.savez(colour, **coloured)
-    with pytest.raises(ValueError, match="holds images in colour: only cifar10-plain"):
+    with pytest.raises(ValueError, match=r"contains colour images\. Only cifar10-plain"):
         data.load(str(colour))
     for source, path, other in (("cifar10", grey, "mnist"), ("mnist", colour, "cifar10")):
         monkeypatch.setenv("WELLCOND_DATA", str(path))
-        with pytest.raises(ValueError, match=f"like those of {other}, not of {source}"):
+        with pytest.raises(ValueError, match=f"shaped as {other}, not as {source}"):
             data.load(source, colour=True)
     monkeypatch.setenv("WELLCOND_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"no such file: .*cifar10\.npz\. Give an \.npz"):
+    with pytest.raises(ValueError, match=r"no such file: .*cifar10\.npz\. CIFAR-10 is not"):
         data.load("cifar10", colour=True)
     monkeypatch.delenv("WELLCOND_DATA")
-    with pytest.raises(ValueError, match="--data PATH or WELLCOND_DATA: CIFAR-10 is not"):
+    with pytest.raises(
+        ValueError, match=r"is not downloaded\. .* with --data PATH or WELLCOND_DATA"
+    ):
         data.load("cifar10", colour=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.update(x_test=a["x_test"][..., 0]), "of one size, and in colour of three"),
+        (lambda a: a.update(x_test=a["x_test"][..., 0]), "of one size, and colour images"),
         (lambda a: a.update({k: a[k].swapaxes(1, 3) for k in ("x_train", "x_test")}), "square"),
         (lambda a: a.update({k: a[k][..., :2] for k in ("x_train", "x_test")}), "three channels"),
         (lambda a: a.update(y_train=a["y_train"][:, None]), "labels 1, got"),
     ],
 )
-def test_npz_that_is_not_in_colour_is_refused(
+def test_npz_with_wrong_colour_dimensions_is_refused(
     tmp_path: Path, coloured: dict[str, np.ndarray], change, message: str
 ) -> None:
     change(coloured)
@@ -279,7 +281,7 @@ def test_npz_that_is_not_in_colour_is_refused(
 
 @pytest.fixture
 def mirror(directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A mirror on the disk; the published md5s are those of its files."""
+    """Makes a mirror on disk and replaces the published md5s by those of its files."""
     place = directory / "mirror"
     place.mkdir()
     files = {}
@@ -301,7 +303,7 @@ def test_download_fetches_what_is_missing(
     cache = tmp_path / "cache"
     assert_read(data.download_mnist(cache, (mirror,)), arrays)
     assert names(cache) == {f"{stem}.gz" for stem in STEMS.values()}
-    # All is there: no mirror is asked.
+    # All files exist, so no mirror is used.
     assert data.download_mnist(cache, ()) == cache
 
 
@@ -326,7 +328,7 @@ def test_a_damaged_cache_is_fetched_again(
     assert_read(data.download_mnist(cache, (mirror,)), arrays)
 
 
-def test_an_interrupted_download_leaves_whole_files_alone(
+def test_an_interrupted_download_keeps_complete_files(
     mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch, calls = data._fetch, []
@@ -343,7 +345,7 @@ def test_an_interrupted_download_leaves_whole_files_alone(
     assert names(tmp_path / "cache") == {f"{STEMS['x_train']}.gz"}
 
 
-def test_offline_says_what_to_put_where(tmp_path: Path) -> None:
+def test_failed_download_names_the_remedy(tmp_path: Path) -> None:
     absent = (tmp_path / "absent").as_uri() + "/"
     with pytest.raises(
         ValueError, match=r"could not be downloaded .* Put train-images.*--data DIR"
@@ -355,7 +357,7 @@ def test_offline_says_what_to_put_where(tmp_path: Path) -> None:
 # --- digits, normalisation, splits ----------------------------------------------------------------
 
 
-def test_digits_are_the_same_every_time_and_leave_the_global_generator() -> None:
+def test_digits_are_reproducible_and_keep_the_global_generator() -> None:
     before = torch.get_rng_state()
     first, second = data.load("digits"), data.load("digits")
     torch.testing.assert_close(first.x_train, second.x_train)
@@ -369,12 +371,12 @@ def test_digits_are_the_same_every_time_and_leave_the_global_generator() -> None
 def test_normalised_training_images_have_mean_zero_and_deviation_one() -> None:
     images = data.load("digits")
     x = images.normalise(images.x_train).double()
-    # 92,000 float32 pixels: rounding of mean and deviation is far below 1e-5.
+    # 92,000 float32 pixels: the rounding of mean and deviation is far below 1e-5.
     assert float(x.mean()) == pytest.approx(0, abs=1e-5)
     assert float(x.std()) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_split_parts_the_training_images_and_never_sees_the_test_images() -> None:
+def test_a_split_divides_the_training_images_only() -> None:
     images = data.load("digits")
     marked = data.Images(
         "marked",

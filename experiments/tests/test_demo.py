@@ -1,4 +1,4 @@
-"""The demo says what its runs show, whatever that is, in few lines."""
+"""The demo describes its runs correctly for any results, in few lines."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from wellcond_experiments.grid import Measured
 
 
 def make_runs(**numbers: tuple[float, float]) -> demo.Runs:
-    """By method: kappa of the first weight and the error at the end."""
+    """Makes runs from kappa of the first weight and the final error, by method."""
     return {
         method: [Measured({"error": error}, {"epochs": [0.0, 1.0], demo.FIRST: [9.0, kappa]})]
         for method, (kappa, error) in numbers.items()
@@ -27,13 +27,13 @@ def runs_of(none: float, decayed: float, limited: float, kappa: float = math.inf
     )
 
 
-def test_it_says_what_the_runs_show() -> None:
+def test_description_matches_the_runs() -> None:
     text = "\n".join(demo.describe(runs_of(0.4, 0.5, 0.2)))
-    assert "beyond a million" in text
-    assert "held it at 7.\nIts error is 60% smaller than with L2 and 50% smaller" in text
+    assert "above a million" in text
+    assert "kept it at 7.\nIts error is 60% smaller than with L2 and 50% smaller" in text
     text = "\n".join(demo.describe(runs_of(0.1, 0.1, 0.2, kappa=30.0)))
     assert "to 30." in text
-    assert "100% larger than with L2 and 100% larger than with nothing" in text
+    assert "100% larger than with L2 and 100% larger than without a regulariser" in text
 
 
 def test_it_fits_a_screen() -> None:
@@ -52,5 +52,5 @@ def test_its_picture_shows_infinite_numbers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     demo.main(["--out", str(tmp_path)])
-    assert "held it at" in capsys.readouterr().out
+    assert "kept it at" in capsys.readouterr().out
     assert (tmp_path / "demo.png").exists()

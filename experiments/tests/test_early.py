@@ -1,4 +1,4 @@
-"""The look at a tenth of a training: its numbers, its time, and that it changes nothing."""
+"""The measurement after 10 % of a training: its values, its time, and no effect on training."""
 
 import math
 
@@ -33,11 +33,11 @@ def spectra(model: nn.Module) -> list[Tensor]:
     return [torch.linalg.svdvals(W.detach().double()) for W in weights]
 
 
-def test_the_look_measures_what_stands_at_a_tenth() -> None:
+def test_measures_after_ten_per_cent() -> None:
     training = METHODS["none"](build, 0.0, 0.1, seed=3)
     before = spectra(training.model)
     look = EarlyLook(training.model, steps=60)
-    losses = train("none", 5, look, training)  # the look is before the sixth step
+    losses = train("none", 5, look, training)  # the measurement is before the sixth step
     assert all(math.isnan(value) for value in look.metrics.values())
     after = spectra(training.model)
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
@@ -67,7 +67,7 @@ def test_the_look_measures_what_stands_at_a_tenth() -> None:
 
 
 @pytest.mark.parametrize("method", ["none", "spectral-norm-torch", "upper-limit"])
-def test_the_look_changes_nothing_of_the_training(method: str) -> None:
+def test_measurement_does_not_change_the_training(method: str) -> None:
     losses = []
     for looks in (False, True):
         training = METHODS[method](build, 1.0, 0.1, seed=3)
@@ -76,7 +76,7 @@ def test_the_look_changes_nothing_of_the_training(method: str) -> None:
     assert losses[0] == losses[1]
 
 
-def test_what_has_diverged_has_no_number() -> None:
+def test_diverged_weights_give_nan() -> None:
     model = run_seeded(lambda: build(False), 0)
     look = EarlyLook(model, steps=1)
     with torch.no_grad():

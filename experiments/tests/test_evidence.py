@@ -1,4 +1,4 @@
-"""What is said of results: intervals, paired differences, rankings, verdicts, blocks of pages."""
+"""Evaluation of results: intervals, paired differences, rankings, verdicts, blocks of pages."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ from wellcond_experiments.tables import Table, interval
 
 
 def document(scores: dict[str, list[float]], chosen: dict[str, float] | None = None) -> Any:
-    """Results of these methods, a score for each seed; and what they scored in the search."""
+    """Makes results with one score per method and seed, and with the scores of the search."""
     runs = [
         {"case": "", "method": method, "strength": 1.0, "lr": 0.1, "seed": seed, "search": False}
         | {"metrics": {"accuracy": score, "kappa": 10**seed}, "curves": {"line": [score]}}
@@ -39,7 +39,7 @@ SCORES = st.integers(-(10**9), 10**9).map(lambda score: score / 1000)
 
 
 @given(st.lists(SCORES, min_size=2, max_size=9).filter(lambda v: len(set(v)) > 1))
-def test_the_interval_is_students(values: list[float]) -> None:
+def test_interval_is_students_t(values: list[float]) -> None:
     band = interval(values)
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     slack = 1e-6 * max(map(abs, values))
@@ -52,8 +52,8 @@ def test_the_interval_of_equal_numbers_is_that_number() -> None:
     assert interval([100.0] * 5) == (100, 100, 100, False)
 
 
-def test_the_interval_of_a_condition_number_is_one_of_factors() -> None:
-    # Its ends are the geometric mean times and over the same factor, so both are positive.
+def test_interval_of_condition_numbers_is_geometric() -> None:
+    # Its ends are the geometric mean times and divided by one factor, so both are positive.
     values = [20.0, 50.0, 8000.0]
     band = interval(values, log=True)
     logs = [math.log(value) for value in values]
@@ -68,7 +68,7 @@ def test_the_interval_of_a_condition_number_is_one_of_factors() -> None:
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [[3.0], [1.0, math.inf], [1.0, math.nan]])
-def test_there_is_no_interval_of_one_seed_or_of_infinity(values: list[float], log: bool) -> None:
+def test_no_interval_for_one_seed_or_infinite_values(values: list[float], log: bool) -> None:
     band = interval(values, log)
     assert math.isnan(band.low)
     assert math.isnan(band.high)
@@ -83,7 +83,7 @@ def test_bands_as_text() -> None:
     assert interval([1.0, 2.0]).signed(1) == "+1.5 ± 6.4"
 
 
-def test_tables_keep_their_columns() -> None:
+def test_tables_escape_bars() -> None:
     table = Table("norms", ["way", "||S||"], [["a|b", "1"]])
     assert table.markdown() == "| way | \\|\\|S\\|\\| |\n| --- | --- |\n| a\\|b | 1 |\n"
 
@@ -94,13 +94,13 @@ def test_tables_keep_their_columns() -> None:
 def test_the_search_is_not_reported() -> None:
     found = Evidence(document({"none": [1.0, 2.0, 6.0]}))
     assert found.band("accuracy", method="none").mean == 3
-    assert list(found.where(method="none")["seed"]) == [0, 1, 2]  # in order, whatever the file's
+    assert list(found.where(method="none")["seed"]) == [0, 1, 2]  # sorted, in any order of the file
     assert found.band("kappa", log=True, method="none").mean == pytest.approx(10)
     assert list(found.where(method="none")["line"]) == [[1.0], [2.0], [6.0]]
 
 
 def test_differences_pair_the_seeds() -> None:
-    # The seeds differ by much more than the ways: apart they tell nothing, in pairs all.
+    # The seeds differ much more than the methods, so only paired differences are significant.
     found = Evidence(document({"none": [10.0, 50.0, 90.0], "l2": [11.0, 51.1, 91.2]}))
     assert found.band("accuracy", method="l2").low < found.band("accuracy", method="none").high
     change = found.difference("accuracy", {"method": "l2"}, {"method": "none"})
@@ -108,18 +108,18 @@ def test_differences_pair_the_seeds() -> None:
     assert change.low > 0.8
 
 
-def test_a_ranking_has_the_best_above() -> None:
+def test_ranking_starts_with_the_best() -> None:
     scores = {"none": [1.0, 2.0], "l2": [7.0, 8.0], "isometry": [5.0, 5.5]}
     found = Evidence(document(scores, {"l2": 3.0, "isometry": 4.0}))
     columns = [Column("accuracy", "%"), Column("kappa", "κ", log=True)]
     table = found.ranking("of all", columns)
-    assert [row[0] for row in table.rows] == ["L2", "IsometryStep", "nothing"]
+    assert [row[0] for row in table.rows] == ["L2", "IsometryStep", "baseline"]
     assert [row[4] for row in table.rows] == ["+6.00 ± 0.00", "+3.75 ± 3.18", ""]
     assert [row[-1] for row in table.rows] == ["strength", "strength", ""]
     assert all(len(row) == len(table.header) for row in table.rows)
 
 
-def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
+def test_verdict_compares_the_chosen_method_with_every_other() -> None:
     scores = {
         "none": [1.0, 1.1],
         "l2": [5.0, 5.1],
@@ -127,12 +127,12 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
         "isometry": [8.0, 8.1],
         "condition": [20.0, 20.1],
     }
-    # IsometryStep scored best in the search; the report, where ConditionPenalty is better, is late.
+    # IsometryStep is best in the search; that ConditionPenalty is better in the report is ignored.
     found = Evidence(document(scores, {"isometry": 4.0, "condition": 3.0, "l2": 9.0}))
     verdict = found.verdict("accuracy")
     assert (verdict.ours, verdict.rival) == ("isometry", "l2")
     assert verdict.difference.mean == pytest.approx(3)
-    # The interval of clipping reaches up to 55: nobody can say that it is worse.
+    # The interval of clipping reaches up to 55, so clipping may be better.
     assert (verdict.wins, verdict.loses) == (False, False)
     scores["clipping"] = [1.0, 1.1]
     verdict = Evidence(document(scores, {"isometry": 4.0})).verdict("accuracy")
@@ -149,26 +149,26 @@ def test_the_champion_is_that_of_the_search_and_must_beat_every_other() -> None:
         verdict.gain.high,
         verdict.gain.mean,
     )
-    assert verdict.gain.mean == pytest.approx(100 * -3 / 11.05)  # of what L2 reaches
+    assert verdict.gain.mean == pytest.approx(100 * -3 / 11.05)  # of the score of L2
     assert mean.get_color() == figures.RIVAL
     assert list(zero.get_xdata()) == [0, 0]
     table = evidence.list_winners({("paper", "accuracy, %"): verdict})
     assert table.rows == [
         [
-            "[accuracy, %](evidence/paper.md)",
+            "[accuracy, %](paper.md)",
             "other",
             "-3.00 ± 0.00",
             "IsometryStep: 8.05 ± 0.64",
             "L2: 11.05 ± 0.64",
         ]
     ]
-    # One that is surely better is enough, even if it is not the best of the others on the mean.
+    # One significantly better method suffices, even if another has a better mean.
     scores |= {"l2": [1.0, 1.1], "clipping": [0.0, 40.0], "weight-decay": [11.0, 11.1]}
     verdict = Evidence(document(scores, {"isometry": 4.0})).verdict("accuracy")
     assert (verdict.rival, verdict.wins, verdict.loses) == ("clipping", False, True)
 
 
-def test_what_has_no_number_is_worse_than_all() -> None:
+def test_nan_ranks_last() -> None:
     nan = math.nan
     scores = {"none": [nan, 1.0], "l2": [7.0, 7.1], "isometry": [9.0, 9.1], "condition": [1.0, nan]}
     found = Evidence(document(scores, {"isometry": 4.0}))
@@ -180,7 +180,7 @@ def test_what_has_no_number_is_worse_than_all() -> None:
     assert [row[0] for row in table.rows[:2]] == ["IsometryStep", "L2"]
 
 
-def test_lower_is_better_says_the_same_of_the_negative_numbers() -> None:
+def test_lower_is_better_equals_higher_for_negated_scores() -> None:
     scores = {
         "none": [math.nan, 9.0],
         "l2": [5.0, 5.1],
@@ -202,7 +202,7 @@ def test_lower_is_better_says_the_same_of_the_negative_numbers() -> None:
         better.append(found.better)
         assert found.difference == -expected.difference
         assert found.our_band == -expected.our_band
-        # The picture has better on the right, whatever is measured.
+        # In the picture, better is always to the right.
         drawn, twin = (
             [
                 list(line.get_xdata())
@@ -219,7 +219,7 @@ def test_lower_is_better_says_the_same_of_the_negative_numbers() -> None:
             )
         )
         assert rows == twins
-        assert rows[-1] == "nothing"  # which is no number
+        assert rows[-1] == "baseline"  # whose score is nan
     assert better == ["wellcond", "not significant", "other"]
     assert rows[0] == "ConditionPenalty, attached"
 
@@ -231,7 +231,7 @@ def test_infinite_condition_numbers_are_counted() -> None:
     assert table.rows[0][5] == "inf in 1 of 3"
 
 
-def test_an_experiment_may_compare_some_of_its_ways() -> None:
+def test_verdict_among_some_methods() -> None:
     scores = {"none-tuned": [1.0, 1.1], "l2": [7.0, 7.1], "condition-tuned": [5.0, 5.1]}
     verdict = Evidence(document(scores)).verdict(
         "accuracy", among=("none-tuned", "condition-tuned")
@@ -239,15 +239,15 @@ def test_an_experiment_may_compare_some_of_its_ways() -> None:
     assert (verdict.ours, verdict.rival, verdict.wins) == ("condition-tuned", "none-tuned", True)
 
 
-def test_every_way_of_others_says_who_described_it() -> None:
+def test_methods_name_their_source() -> None:
     table = evidence.list_methods([*METHODS])
     assert {row[0] for row in table.rows if not row[2]} <= {
         *(
-            "nothing",
+            "baseline",
             "L2",
             "LayerNorm and L2",
             "ConditionLimit",
-            "orthogonal of torch, hidden weights",
+            "torch orthogonal, hidden weights",
         ),
     }
 
@@ -265,7 +265,7 @@ kept
 """
 
 
-def test_blocks_hold_what_the_results_say_and_nothing_else(tmp_path: Path) -> None:
+def test_blocks_are_replaced_by_tables(tmp_path: Path) -> None:
     table = Table("", ["a"], [["1"]])
     page, quiet = tmp_path / "page.md", tmp_path / "quiet.md"
     page.write_text(PAGE)
@@ -274,9 +274,9 @@ def test_blocks_hold_what_the_results_say_and_nothing_else(tmp_path: Path) -> No
     new = page.read_text()
     assert new == PAGE.replace("| old |\n", "\n| a |\n| --- |\n| 1 |\n\n")
     assert evidence.fill_pages([page, quiet], "one", {"numbers": table}) == []
-    with pytest.raises(ValueError, match="must end by"):
+    with pytest.raises(ValueError, match="must end with"):
         evidence.fill_text(PAGE.replace("<!-- end -->", "", 1), "one", {"numbers": table})
-    with pytest.raises(ValueError, match="one has no table numbers, only more"):
+    with pytest.raises(ValueError, match=r"one has no table numbers\. Its tables are more"):
         evidence.fill_text(PAGE, "one", {"more": table})
 
 

@@ -1,4 +1,4 @@
-"""The runner: what is run, once, chosen and kept, and the same with any number of workers."""
+"""The runner: cells, choices, stored runs, and independence of the number of workers."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from wellcond_experiments.tables import Table
 
 
 class Parabola(Setting):
-    """The score is best at strength 2 and rate 0.1, and a little better for larger seeds."""
+    """The score is best at strength 2 and rate 0.1, and slightly better for larger seeds."""
 
     name = "parabola"
     help = protocol = "A parabola."
@@ -69,11 +69,11 @@ def test_the_best_of_the_search_is_reported_on_other_seeds(tmp_path: Path) -> No
         *(("l2", 2.0, 0.1, seed) for seed in range(3)),
     ]
     chosen = {c["method"]: (c["strength"], c["lr"], c["edge"]) for c in document["chosen"]}
-    # Of two rates either is at the end; a strength in the middle is not.
+    # Each of two rates is at the edge; the middle strength is not.
     assert chosen == {"none": (0.0, 0.1, "lr"), "l2": (2.0, 0.1, "lr")}
 
 
-def test_every_rate_is_reported_where_none_is_chosen(tmp_path: Path) -> None:
+def test_every_rate_is_reported_if_rates_are_not_searched(tmp_path: Path) -> None:
     document = results(tmp_path, rate_is_chosen=False, seeds=1)
     assert {c["method"]: c["strength"] for c in document["chosen"]} == {"l2": 2.0}
     reported = [run for run in document["runs"] if not run["search"]]
@@ -82,12 +82,12 @@ def test_every_rate_is_reported_where_none_is_chosen(tmp_path: Path) -> None:
     ]
 
 
-def test_a_second_round_decides_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_round_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Parabola, "finalists", 2)
     run = Parabola.run
 
     def later(self: Parabola, cell: Cell) -> Measured:
-        """In the second round the larger rate is better, by less than it is worse in the first."""
+        """The larger rate is better in the second round, by less than it is worse in the first."""
         metrics, curves = run(self, cell)
         metrics["accuracy"] += 1.5 * cell.lr if cell.final else 0.0
         return Measured(metrics, curves)
@@ -103,7 +103,7 @@ def test_a_second_round_decides_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(document["runs"]) == 8 + 4 + 6
 
 
-def test_a_run_without_a_number_loses() -> None:
+def test_a_nan_score_loses() -> None:
     def run(strength: float, score: float) -> dict[str, Any]:
         cell = {"case": "", "method": "l2", "strength": strength, "lr": 0.1, "seed": 10_000}
         return cell | {"metrics": {"accuracy": score}}
@@ -112,10 +112,10 @@ def test_a_run_without_a_number_loses() -> None:
     (chosen,) = grid.choose(Parabola(), runs)
     assert (chosen.strength, chosen.edge) == (3, "strength")
     (chosen,) = grid.choose(Parabola(), [run(1, math.nan), run(2, math.nan)])
-    assert chosen.strength == 1  # all failed: the first, and not an error
+    assert chosen.strength == 1  # all failed: the first one, without an error
 
 
-def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
+def test_existing_runs_are_not_repeated(tmp_path: Path) -> None:
     first = results(tmp_path)
     count = len(Parabola.ran)
     assert count == 8 + 6
@@ -124,16 +124,16 @@ def test_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     (tmp_path / "runs" / "report-l2-2-0.1-1.json").unlink()
     results(tmp_path)
     assert Parabola.ran[count:] == ["report-l2-2-0.1-1"]
-    results(tmp_path, seeds=5)  # more seeds are more runs, not others
+    results(tmp_path, seeds=5)  # more seeds add runs and change none
     assert len(Parabola.ran) == count + 1 + 4
 
 
 def test_runs_under_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
     results(tmp_path)
-    with pytest.raises(ValueError, match=r"other settings \(size: 1 there, 2 asked\)"):
+    with pytest.raises(ValueError, match=r"other settings \(size: 1 there, 2 requested\)"):
         results(tmp_path, size=2)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"no settings.json that says of what.*--overwrite"):
+    with pytest.raises(ValueError, match=r"but no settings.json.*--overwrite"):
         results(tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 14
     results(tmp_path, size=2, overwrite=True)
@@ -154,9 +154,9 @@ def test_a_setting_that_never_ran_is_forgotten(
     assert results(tmp_path, data="mnist")["settings"]["data"] == "mnist"
 
 
-def test_results_that_nobody_can_tell_the_runs_of_are_not_overwritten(tmp_path: Path) -> None:
+def test_results_without_runs_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("of yesterday")
-    with pytest.raises(ValueError, match="Give --overwrite"):
+    with pytest.raises(ValueError, match="Pass --overwrite"):
         results(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     (tmp_path / "a file").write_text("")
@@ -186,7 +186,7 @@ def test_an_error_names_the_run_and_keeps_the_others(
     assert len(list((tmp_path / "runs").iterdir())) == 9
 
 
-def test_an_interruption_says_what_it_leaves(
+def test_an_interruption_reports_the_kept_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Parabola.run
@@ -198,18 +198,18 @@ def test_an_interruption_says_what_it_leaves(
 
     with monkeypatch.context() as patched:
         patched.setattr(Parabola, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"Kept 3 finished runs in .*goes on"):
+        with pytest.raises(KeyboardInterrupt, match=r"Kept 3 finished runs in .*resumes"):
             results(tmp_path)
     results(tmp_path)
-    assert len(Parabola.ran) == 14  # and none twice
+    assert len(Parabola.ran) == 14  # no run twice
     with monkeypatch.context() as patched:
         patched.setattr(Parabola, "run", interrupted)
         Parabola.ran[:] = ["a", "b", "c"]
-        with pytest.raises(KeyboardInterrupt, match="Nothing was kept"):
+        with pytest.raises(KeyboardInterrupt, match="No run was finished"):
             results(tmp_path / "new")
 
 
-def test_results_come_back_as_they_were(tmp_path: Path) -> None:
+def test_results_are_read_back_unchanged(tmp_path: Path) -> None:
     document = results(tmp_path)
     read = grid.read(tmp_path / "results.json")
     assert grid.dump_results(read) == grid.dump_results(document)
@@ -218,7 +218,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     assert run["curves"]["line"][1] == 3.14159
     lines = (tmp_path / "results.json").read_text().splitlines()
     assert sum(line.startswith('  {"case"') for line in lines) == len(document["runs"])
-    with pytest.raises(ValueError, match="there is no"):
+    with pytest.raises(ValueError, match="does not exist"):
         grid.read(tmp_path / "nothing.json")
 
 
@@ -233,7 +233,7 @@ Runner(Slow("", False, 20), Path(sys.argv[1]), 1, False).results()
 
 
 @pytest.mark.slow
-def test_a_killed_experiment_goes_on_and_gives_the_same_on_any_number_of_workers(
+def test_a_killed_experiment_resumes_with_the_same_results_for_any_workers(
     tmp_path: Path,
 ) -> None:
     from slow_setting import Slow
@@ -250,7 +250,7 @@ def test_a_killed_experiment_goes_on_and_gives_the_same_on_any_number_of_workers
     runs = list(tmp_path.glob("killed/runs/*.json"))
     assert 4 <= len(runs) < 20
     before = {path: path.read_text() for path in runs}
-    assert all(json.loads(text)["metrics"] for text in before.values())  # none is half-written
+    assert all(json.loads(text)["metrics"] for text in before.values())  # no file is incomplete
     killed = Runner(Slow("", False, 20), tmp_path / "killed", 2, False).results()
     assert {path: path.read_text() for path in runs} == before
     alone = Runner(Slow("", False, 20), tmp_path / "alone", 1, False).results()
@@ -261,7 +261,7 @@ def test_a_killed_experiment_goes_on_and_gives_the_same_on_any_number_of_workers
     assert measured(killed) == measured(alone)
 
 
-def test_progress_says_the_time_left_where_there_is_no_terminal(
+def test_progress_prints_the_remaining_time_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = iter((0.0, 0.0, 20.0, 40.0, 41.0))
@@ -270,11 +270,11 @@ def test_progress_says_the_time_left_where_there_is_no_terminal(
         ended(None)
         for seed in range(3):
             ended(Cell("", "none", 0.0, 0.1, seed))
-    # 20 s a run, nine left; half a minute must pass between two lines.
+    # 20 s per run, nine left; lines are at least 30 s apart.
     assert capsys.readouterr().err == "parabola: 3 of 11 runs, about 3 min left\n"
 
 
-def test_subnormal_numbers_are_zero_while_a_run_lasts(
+def test_subnormal_numbers_are_flushed_during_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Tiny:

@@ -1,4 +1,4 @@
-"""The experiments see only what every user of wellcond sees."""
+"""The experiments use only the public names of wellcond."""
 
 import ast
 import sys
@@ -15,7 +15,7 @@ PUBLIC = {*wc.__all__, "__version__", "__path__", "report", "rules"}
 
 
 def wellcond_imports(tree: ast.AST) -> list[str]:
-    """All imports from wellcond, as they are written."""
+    """Lists all imports from wellcond, as written."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ def test_only_public_names_of_wellcond_are_used(path: Path) -> None:
     assert used <= PUBLIC
 
 
-def test_another_import_is_noticed() -> None:
+def test_other_imports_are_detected() -> None:
     tree = ast.parse("import wellcond.text\nfrom wellcond import cli\nimport wellcond_experiments")
     assert wellcond_imports(tree) == ["import wellcond.text as None", "from wellcond"]
 
@@ -47,7 +47,7 @@ def test_another_import_is_noticed() -> None:
 @pytest.mark.parametrize("command", ["reproduce", "bench"])
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["denoise", "--quick"]], ids=" ".join)
 @pytest.mark.parametrize("missing", ["wellcond_experiments", "pandas"])
-def test_without_the_experiments_the_command_says_how_to_get_them(
+def test_without_the_experiments_the_command_names_the_remedy(
     command: str,
     arguments: list[str],
     missing: str,
@@ -55,7 +55,7 @@ def test_without_the_experiments_the_command_says_how_to_get_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if (command, missing) == ("bench", "pandas"):
-        pytest.skip("the benchmarks do without pandas")
+        pytest.skip("the benchmarks do not need pandas")
     for name in [*sys.modules]:
         if name.partition(".")[0] == "wellcond_experiments":
             monkeypatch.delitem(sys.modules, name)

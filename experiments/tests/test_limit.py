@@ -1,4 +1,4 @@
-"""What `wellcond bench limit` trains, measures and says; nothing here is timed."""
+"""`wellcond bench limit`: trainings, measurements and output. Times are not checked."""
 
 import copy
 import json
@@ -92,7 +92,7 @@ def test_peers_bound_the_weights_that_eval_uses(method: str) -> None:
         assert value == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)))
         assert 0.9 < value < 1.5
     assert training.spectra() == values
-    # To measure is not to train: a power iteration goes on only in training.
+    # Measuring is not training: power iterations run only in training mode.
     torch.testing.assert_close(training.model.state_dict(), state, rtol=0, atol=0)
 
 
@@ -115,34 +115,34 @@ def test_spectra_are_exact_in_float64() -> None:
     assert math.isnan(training.spectra()[0])
 
 
-def test_the_norm_of_a_map_is_that_of_its_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_norm_equals_that_of_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limit_training, "SIDE", 6)
     training = begin("conv", "plain")
     kernel = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     fields = torch.eye(3 * 36, dtype=torch.float64).reshape(-1, 3, 6, 6)
     dense: Tensor = nn.functional.conv2d(fields, kernel, padding=1).flatten(1)
     expected = float(torch.linalg.matrix_norm(dense, 2))
-    for _ in range(2):  # from nothing, and from the vectors of the last time
+    for _ in range(2):  # without start vectors, and with those of the last call
         assert training._map_norm("2", kernel) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_pilot_chooses_a_bound_that_a_third_exceed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pilot_run_chooses_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fixed:
         def ask(self, request: str, **arguments: Any) -> Any:
             return [[1.0, 5.0, 3.0, 1.0], [4.0, 2.0, 2.0, 1.0]] if request == "measure" else {}
 
     trial = Trial(CASES["gpt"], 2, {"plain": Fixed()}, {})  # type: ignore[dict-item]
     trial.begin()
-    assert trial.bound == 4.0  # of the largest 4, 5, 3 and 1
+    assert trial.bound == 4.0  # the largest values are 4, 5, 3 and 1
 
 
-def test_a_row_holds_ratios_and_excesses() -> None:
+def test_a_row_contains_ratios_and_excesses() -> None:
     case = find_case("mnist-k3")
     trial = Trial(case, 30, {}, {}, bound=2.0)
     trial.workers = dict.fromkeys(("plain", "watched", "before-auto"))  # type: ignore[assignment]
     trial.described = {method: {"peer": ""} for method in trial.workers}
     for method, factor in {"plain": 1.0, "watched": 3.0, "before-auto": 2.0}.items():
-        # The median of the seeds, each the mean of 1 and 3 times the factor.
+        # The median over the seeds; each is the mean of 1 and 3 times the factor.
         trial.seconds[method] = [[[factor, 1.0], [3 * factor, 1.0]]] * 3
     kappa = [4.0] * 19 + [2.06, 2.14, math.pi / 3] + [2.0] * 8
     trial.values["watched"] = [[[1.0, x] for x in kappa]]
@@ -160,7 +160,7 @@ def test_a_row_holds_ratios_and_excesses() -> None:
     assert judge({"late": 1.0, "to_reference": 0.7}, find_case("mnist-k10")) == "holds, goal"
 
 
-def test_a_trial_measures_a_run_of_its_own() -> None:
+def test_spectra_come_from_a_separate_run() -> None:
     trial = run_case(find_case("critic-default"), ["plain", "every=1", "spectral_norm"], 21)
     for method in trial.present:
         assert [len(run) for run in trial.seconds[method]] == [21]
@@ -171,13 +171,13 @@ def test_a_trial_measures_a_run_of_its_own() -> None:
     assert trial.summarise("plain")["ratio"] == 1
 
 
-def test_accuracy_is_of_the_net_after_training() -> None:
+def test_accuracy_is_measured_after_training() -> None:
     trial = run_case(find_case("mnist-k10"), ["plain", "every=1"], 40)
     assert 50 < trial.summarise("every=1")["accuracy"] <= 100
 
 
 def older(directory: Path) -> Path:
-    """A source tree of a wellcond that limits nothing."""
+    """Makes a source tree of a wellcond whose limits have no effect."""
     package = directory / "src" / "wellcond"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
@@ -198,7 +198,7 @@ def test_the_document_of_two_cases(capsys: pytest.CaptureFixture[str], tmp_path:
     argv = ["bench", "limit", "--case", "critic-default,mnist-k10", "--competitors", methods]
     argv += ["--steps", "21", "--seeds", "1", "--data", "digits", "--against"]
     argv.append(str(older(tmp_path)))
-    # upper= is no argument of what the older tree has.
+    # The limit of the older tree has no argument upper=.
     assert cli.main([*argv, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     keys = {"benchmark", "settings", "versions", "runs", "notes", "failures"}
@@ -223,7 +223,7 @@ def test_the_document_of_two_cases(capsys: pytest.CaptureFixture[str], tmp_path:
     table = Limit().table(document)
     assert all(len(row) == len(table.header) for row in table.rows)
     assert any(
-        "critic-default, watched: asked is excess ≤ 1.01" in note for note in document["notes"]
+        "critic-default, watched: target excess ≤ 1.01" in note for note in document["notes"]
     )
 
 
@@ -235,7 +235,7 @@ def test_a_case_that_cannot_be_trained_is_a_failure(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_a_worker_says_what_failed_and_goes_on() -> None:
+def test_a_worker_reports_a_failure_and_continues() -> None:
     worker = Worker("mnist-k10", "every=1", "digits", 1)
     try:
         with pytest.raises(WorkerError, match=r"TypeError: .*'seeds'"):
@@ -259,12 +259,15 @@ def test_a_worker_says_what_failed_and_goes_on() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--case", "mnist"), "--case must be all, or some of critic-default,"),
-        (("--competitors", "watched,everything"), "--competitors must be some of plain, watched"),
+        (("--case", "mnist"), "--case must be all, or names from critic-default,"),
+        (
+            ("--competitors", "watched,everything"),
+            "--competitors must be names from plain,",
+        ),
         (("--against", "/nowhere"), "--against must be a source tree of wellcond"),
     ],
 )
-def test_what_is_not_there_is_refused(
+def test_unknown_arguments_are_refused(
     arguments: tuple[str, str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", "limit", "--data", "digits", *arguments]) == 2
@@ -277,8 +280,8 @@ def test_any_condition_number_is_a_case() -> None:
     assert str(find_case("square-k10").target) == (
         "excess ≤ 1.05; ≤ 0.8, goal 0.65 of the time of before-every=10"
     )
-    assert str(find_case("square-k100").target) == "excess ≤ 1.05; the time is stated"
+    assert str(find_case("square-k100").target) == "excess ≤ 1.05; no requirement on time"
 
 
-def test_the_thread_of_the_benchmark_is_one() -> None:
+def test_the_benchmark_uses_one_thread() -> None:
     assert bench_limit.Limit.threads == 1

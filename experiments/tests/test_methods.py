@@ -1,4 +1,4 @@
-"""The ways of training: each does what its name says, and nothing else differs."""
+"""The training methods: each has its documented effect, and nothing else differs."""
 
 import math
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from wellcond_experiments.methods import METHODS, Training, condition_numbers, s
 
 
 def build(norm: bool) -> nn.Module:
-    """Its names have roles, because some rules take weights by role."""
+    """Builds a network with weight names by role, because some rules select by role."""
     layers = OrderedDict[str, nn.Module](q_proj=nn.Linear(12, 16))
     layers |= {"first": nn.LayerNorm(16) if norm else nn.Identity(), "relu": nn.ReLU()}
     layers |= {"up_proj": nn.Linear(16, 16)}
@@ -38,7 +38,7 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_way_learns_and_is_the_same_for_a_seed(method: str) -> None:
+def test_every_method_learns_and_is_reproducible(method: str) -> None:
     if method == "torchlip":
         pytest.importorskip("deel.torchlip")
     strength = METHODS[method].strengths[1 if len(METHODS[method].strengths) > 1 else 0]
@@ -47,12 +47,12 @@ def test_every_way_learns_and_is_the_same_for_a_seed(method: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(weights(first.model), weights(second.model))
     start = METHODS[method](build, strength, 1e-2, seed=3, gain=math.sqrt(2))
-    if method != "shrink-perturb":  # which has just lost a part of what it learned
+    if method != "shrink-perturb":  # it has just lost a part of what it learned
         after, before = (nn.functional.cross_entropy(t.model(X), Y).item() for t in (first, start))
         assert after < 0.9 * before
 
 
-def test_all_begin_with_the_same_weights() -> None:
+def test_methods_share_initial_weights() -> None:
     changed = {"orthogonal-init", "spectral-norm-torch", "orthogonal-torch"}
     changed |= {"spectral-norm-all", "spectral-norm-all-sort", "torchlip"}
     changed |= {method for method in METHODS if METHODS[method].normed}
@@ -68,9 +68,9 @@ def test_all_begin_with_the_same_weights() -> None:
     "method",
     ["l2", "weight-decay", "l2-initial", "shrink-perturb", "condition", "condition-gradient"],
 )
-def test_strength_zero_is_nothing(method: str) -> None:
+def test_strength_zero_equals_the_baseline(method: str) -> None:
     nothing = weights(trained("none", 0.0).model)
-    # Adding zero times the weights is exact; weight decay goes another way through the kernel.
+    # Adding zero times the weights is exact; weight decay uses another path in the kernel.
     torch.testing.assert_close(weights(trained(method, 0.0).model), nothing)
 
 
@@ -81,13 +81,13 @@ def test_clipping_bounds_the_gradient() -> None:
     assert math.hypot(*norms) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_l2_towards_the_initial_weights_stays_near_them() -> None:
+def test_l2_initial_keeps_weights_near_the_start() -> None:
     start = weights(METHODS["none"](build, 0.0, 1e-2, seed=3).model)
     free, held = (weights(trained(*way).model) for way in (("none", 0.0), ("l2-initial", 1.0)))
     assert (held - start).norm() < 0.5 * (free - start).norm()
 
 
-def test_shrink_and_perturb_of_strength_one_starts_anew() -> None:
+def test_shrink_and_perturb_of_strength_one_reinitialises() -> None:
     training = METHODS["shrink-perturb"](build, 1.0, 1e-2, seed=3)
     training.step(nn.functional.cross_entropy(training.model(X), Y))
     training.between_tasks()
@@ -98,16 +98,16 @@ def test_shrink_and_perturb_of_strength_one_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("method", ["spectral-norm-torch", "orthogonal-torch"])
-def test_parametrised_weights_have_the_norm_that_is_asked(method: str) -> None:
+def test_parametrised_weights_have_the_given_norm(method: str) -> None:
     norms = list(spectral_norms(trained(method, 2.0).model).values())
-    # One power iteration for each step lags behind a learning rate of 1e-2.
+    # One power iteration per step lags behind at a learning rate of 1e-2.
     assert norms[:-1] == pytest.approx([2.0, 2.0], rel=0.2)
     if method == "orthogonal-torch":
         kappas = list(condition_numbers(trained(method, 2.0).model).values())
         assert kappas[:-1] == pytest.approx([1.0, 1.0], rel=1e-5)
 
 
-def test_limits_hold_where_the_net_is_tested() -> None:
+def test_limits_hold_after_finish() -> None:
     assert max(condition_numbers(trained("condition-limit", 2.0).model).values()) <= 2
     assert max(spectral_norms(trained("upper-limit", 0.7).model).values()) <= 0.7
     model = trained("both-limits", 2.0).model
@@ -118,7 +118,7 @@ def test_limits_hold_where_the_net_is_tested() -> None:
             assert sigma.min() >= 0.5
 
 
-def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+def test_a_nonfinite_loss_changes_no_weight() -> None:
     training = METHODS["isometry"](build, 0.5, 1e-2, seed=3)
     before = weights(training.model)
     loss = nn.functional.cross_entropy(training.model(X * math.inf), Y)
@@ -127,8 +127,8 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", ["none", "condition", "condition-limit", "upper-limit"])
-def test_what_diverges_stops_and_can_be_tested(method: str) -> None:
-    """A limit refuses weights that are not finite; the experiment goes on as with other ways."""
+def test_diverged_training_stops_and_can_be_tested(method: str) -> None:
+    """A limit refuses non-finite weights; the experiment continues as with other methods."""
     training = METHODS[method](build, 2.0, 1e-2, seed=3)
     with torch.no_grad():
         training.model[0].weight[0, 0] = math.inf
@@ -136,7 +136,7 @@ def test_what_diverges_stops_and_can_be_tested(method: str) -> None:
     for _ in range(3):
         loss = nn.functional.cross_entropy(torch.zeros(4, 4, requires_grad=True), Y[:4])
         stepped.append(training.step(loss))
-    # Weights of other shapes take turns with the one that fails.
+    # Weights of other shapes take turns with the weight that fails.
     assert all(stepped) == (method in ("none", "condition"))
     training.finish()
 
@@ -151,7 +151,7 @@ def test_warm_up_is_linear() -> None:
 
 
 @pytest.mark.parametrize("method", ["l2", "weight-decay"])
-def test_decay_reaches_what_the_experiment_says(method: str) -> None:
+def test_decay_applies_to_selected_parameters(method: str) -> None:
     training = METHODS[method](build, 0.1, 1e-2, seed=3, decays=lambda p: p.ndim > 1)
     decays = {
         parameter.ndim: group["weight_decay"]
@@ -163,7 +163,7 @@ def test_decay_reaches_what_the_experiment_says(method: str) -> None:
     assert group["weight_decay"] == 0.1
 
 
-def test_condition_numbers_of_what_has_diverged_are_nan() -> None:
+def test_condition_numbers_of_nonfinite_weights_are_nan() -> None:
     model = build(norm=False)
     with torch.no_grad():
         model[0].weight[0, 0] = math.inf

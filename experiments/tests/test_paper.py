@@ -1,4 +1,4 @@
-"""The ways that the paper compares: what they share, and where they differ."""
+"""The methods that the paper compares."""
 
 import math
 
@@ -18,7 +18,7 @@ def build() -> nn.Module:
 
 
 def trained(method: str, strength: float, seed: int = 0, epochs: int = 2) -> PaperTraining:
-    """On restoring digits."""
+    """Trains an autoencoder on digits."""
     x = load("digits").x_train[:192]
     training = PaperTraining(build, method, {FIRST: strength}, 5e-3, seed)
 
@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_network(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", REGULARISED)
-def test_strength_zero_is_no_regulariser(method: str) -> None:
+def test_strength_zero_equals_no_regulariser(method: str) -> None:
     # A proximal step of length 0 multiplies by 1; adding 0 to a gradient changes nothing.
     expected = weights(trained("none", 0.0))
     torch.testing.assert_close(weights(trained(method, 0.0)), expected)
@@ -57,7 +57,7 @@ def test_the_condition_penalty_lowers_the_condition_number(method: str, strength
     none, kept = (trained(m, s, epochs=6) for m, s in (("none", 0.0), (method, strength)))
     kappa, free = (condition_numbers(training.model) for training in (kept, none))
     assert kappa["0"] < 0.7 * free["0"]
-    # What has no penalty is not held.
+    # A weight without penalty is not affected.
     assert kappa["2"] > 0.7 * free["2"]
 
 
@@ -67,7 +67,7 @@ def test_tikhonov_lowers_the_spectral_norm() -> None:
 
 
 @pytest.mark.parametrize("method", LOOKS)
-def test_training_that_diverges_ends_with_nan_and_no_error(method: str) -> None:
+def test_diverged_training_ends_with_nan_without_error(method: str) -> None:
     x = load("digits").x_train[:192]
     training = PaperTraining(
         lambda: nn.Sequential(nn.Linear(64, 4)), method, {FIRST: 0.01}, lr=1e10, seed=0
@@ -78,7 +78,7 @@ def test_training_that_diverges_ends_with_nan_and_no_error(method: str) -> None:
 
     looked = list(training.learn(loss, len(x), epochs=400, looks=1))
     assert not loss(torch.arange(192)).isfinite()
-    # As many looks as of one that does not, so that seeds can be averaged.
+    # The same number of measurements as without divergence, so that seeds can be averaged.
     assert looked == [float(epoch) for epoch in range(401)]
     with torch.no_grad():
         training.model.get_parameter(FIRST).fill_(math.nan)
@@ -86,7 +86,7 @@ def test_training_that_diverges_ends_with_nan_and_no_error(method: str) -> None:
     assert math.isnan(spectral_norms(training.model)["0"])
 
 
-def test_every_image_is_seen_once_an_epoch() -> None:
+def test_every_image_is_seen_once_per_epoch() -> None:
     training = PaperTraining(build, "none", {}, 1e-3, seed=0)
     seen: list[Tensor] = []
     at = {}

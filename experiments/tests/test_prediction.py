@@ -1,4 +1,4 @@
-"""Rank correlations: those of scipy, what a rate explains, and how sure they are."""
+"""Rank correlations: agreement with scipy, strata by rate, and intervals."""
 
 import math
 
@@ -26,13 +26,13 @@ def test_the_correlation_is_spearmans() -> None:
     assert correlate(numpy.exp(x), y**3, METHODS) == band  # only the order counts
 
 
-def test_an_order_that_is_the_same_has_correlation_one() -> None:
+def test_equal_order_has_correlation_one() -> None:
     x = draw(2)
     assert correlate(x, numpy.exp(x), METHODS) == pytest.approx((1, 1, 1, False))
     assert correlate(x, -x, METHODS, RATES).mean == pytest.approx(-1)
 
 
-def test_a_rate_that_sets_both_explains_nothing_within_rates() -> None:
+def test_strata_remove_the_effect_of_the_rate() -> None:
     rates = numpy.asarray(RATES)
     x, y = rates + 1e-3 * draw(3), -rates + 1e-3 * draw(4)
     assert correlate(x, y, METHODS).mean < -0.8
@@ -40,7 +40,7 @@ def test_a_rate_that_sets_both_explains_nothing_within_rates() -> None:
     assert band.low < 0 < band.high
 
 
-def test_runs_without_a_number_do_not_count_and_few_say_nothing() -> None:
+def test_nan_runs_are_ignored_and_few_runs_give_nan() -> None:
     x, y = draw(5), draw(6)
     x[:8] = math.nan
     known = correlate(x[8:], y[8:], METHODS[8:])
@@ -49,14 +49,14 @@ def test_runs_without_a_number_do_not_count_and_few_say_nothing() -> None:
     assert math.isnan(correlate([1.0] * 48, y, METHODS).mean)
 
 
-def test_runs_of_one_method_are_alike_so_that_the_interval_is_wider() -> None:
+def test_interval_is_wider_if_runs_of_a_method_are_similar() -> None:
     x = numpy.repeat(draw(7)[:8], 6) + 1e-6 * draw(8)
     y = numpy.repeat(draw(9)[:8], 6) + 1e-6 * draw(10)
     alike, apart = correlate(x, y, METHODS), correlate(x, y, [str(i) for i in range(48)])
     assert alike.high - alike.low > 1.5 * (apart.high - apart.low)
 
 
-def test_a_table_has_a_row_per_quantity_and_is_empty_where_nothing_was_measured() -> None:
+def test_table_has_a_row_per_quantity_and_empty_cells_without_data() -> None:
     x = draw(11)
     runs = pandas.DataFrame({"method": ["none"] * 24 + ["l2"] * 24, "lr": RATES})
     runs = runs.assign(early_sigma=x, accuracy=-x)

@@ -1,4 +1,4 @@
-"""README and docs say what the committed results say: tables and pictures are made anew."""
+"""README and docs match the committed results: tables and pictures are made again and compared."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from wellcond_experiments.settings import SETTINGS
 ROOT = Path(__file__).parents[2]
 RESULTS = [path for name in SETTINGS if (path := ROOT / "results" / f"{name}.json").exists()]
 PAGES = [page for pattern in reproduce.PAGES for page in sorted(ROOT.glob(pattern))]
-# The picture of another matplotlib is another file.
+# Another version of matplotlib writes other bytes.
 DRAWN_BY = re.compile(rb"<dc:title>Matplotlib v([\d.]+)")
 
 
@@ -46,8 +46,8 @@ def test_report_changes_nothing(
             assert picture.read_bytes() == committed, picture.name
 
 
-def test_results_are_whole() -> None:
-    """Every cell that is declared is there, at least five seeds, and all of it is small."""
+def test_results_are_complete() -> None:
+    """All declared cells exist, with at least five seeds, and the files are small."""
     for path in RESULTS:
         document = grid.read(path)
         setting = SETTINGS[path.stem].of(document)

@@ -1,4 +1,4 @@
-"""The soak counts every failure that it makes, and fails when it should."""
+"""The soak benchmark counts its injected failures and detects real ones."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ def soak(steps: int, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str,
 
 
 @pytest.mark.slow
-def test_no_step_is_lost_and_no_memory_gained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_are_complete_and_memory_is_constant(capsys: pytest.CaptureFixture[str]) -> None:
     code, document = soak(1500, capsys)
     assert (code, document["failures"]) == (0, [])
     assert document["settings"]["steps"] == 1500
@@ -50,7 +50,7 @@ def test_the_table_shows_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in printed
 
 
-def test_memory_beyond_the_margin_is_a_failure(
+def test_memory_growth_above_the_margin_is_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_soak, "MARGIN_TENSORS", -(10**6))
@@ -61,10 +61,10 @@ def test_memory_beyond_the_margin_is_a_failure(
     assert "FAILED memory grew" in capsys.readouterr().out
 
 
-def test_a_step_that_is_not_counted_is_a_failure(
+def test_an_uncounted_step_is_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A state that forgets one step, once."""
+    """A loaded state that lacks one step is detected."""
     load = wc.Regularizer.load_state_dict
 
     def forgetful(self: wc.Regularizer, state: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -78,7 +78,7 @@ def test_a_step_that_is_not_counted_is_a_failure(
     assert any(failure.startswith("unlike_the_file") for failure in document["failures"])
 
 
-def test_a_nan_that_nobody_refuses_is_a_failure(
+def test_an_unnoticed_nan_is_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wc.Regularizer, "add_gradients", lambda self: None)

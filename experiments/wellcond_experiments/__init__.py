@@ -1,1 +1,1 @@
-"""The experiments of the paper and the benchmarks; they see only the public names of wellcond."""
+"""The experiments of the paper and the benchmarks. They use only the public names of wellcond."""

@@ -1,4 +1,4 @@
-"""Small transformers whose weights have the names that rules by role know."""
+"""Small transformers with weight names that rules by role recognise."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Attention(nn.Module):
     """Self-attention of four heads.
 
     Args:
-        width: of the states.
-        norm: LayerNorm of queries and keys.
-        causal: whether a place sees only those before it.
+        width: width of the states.
+        norm: whether LayerNorm is applied to queries and keys.
+        causal: whether a position attends only to itself and earlier positions.
     """
 
     def __init__(self, width: int, norm: bool, causal: bool) -> None:
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.causal = causal
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, (batch, heads, places, width // heads) each."""
+        """Returns queries, keys and values, each (batch, heads, positions, width // heads)."""
         query, key, value = (
             linear(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
@@ -42,14 +42,14 @@ class Attention(nn.Module):
         return changed
 
     def largest_logit(self, x: Tensor) -> Tensor:
-        """The largest |<q, k>| / √(width of a head) over places that see each other."""
+        """Returns the largest |<q, k>| / √(head width) over pairs of attended positions."""
         query, key, _ = self.split(x)
         logits = (query @ key.mT).abs() / query.shape[-1] ** 0.5
         return (logits.tril() if self.causal else logits).amax()
 
 
 class MLP(nn.Module):
-    """Four times as wide inside, with GELU."""
+    """An MLP with GELU; the hidden layer is four times as wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, and an MLP, each behind a LayerNorm."""
+    """Attention and an MLP, each after a LayerNorm."""
 
     def __init__(self, width: int, norm: bool, causal: bool = False) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class Block(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """Attention over the 16 squares of an image.
+    """A transformer over the 16 patches of an image.
 
     Args:
-        side: of the image; pixels that do not fill a square are left out.
-        norm: LayerNorm of queries and keys also.
-        width: of the states.
-        blocks: how many.
+        side: side of the image; pixels beyond the last full patch are ignored.
+        norm: whether LayerNorm is applied to queries and keys.
+        width: width of the states.
+        blocks: number of blocks.
     """
 
     def __init__(self, side: int, norm: bool, width: int = 64, blocks: int = 2) -> None:
@@ -105,11 +105,11 @@ class TextTransformer(nn.Module):
     """Predicts the next character of a text.
 
     Args:
-        characters: how many kinds there are.
-        places: the length of what it sees at once.
-        norm: LayerNorm of queries and keys also.
-        width: of the states.
-        blocks: how many.
+        characters: number of different characters.
+        places: context length.
+        norm: whether LayerNorm is applied to queries and keys.
+        width: width of the states.
+        blocks: number of blocks.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TextTransformer(nn.Module):
         self.head = nn.Linear(width, characters)
 
     def embed(self, x: Tensor) -> Tensor:
-        """The states before the first block, (batch, places, width)."""
+        """Returns the states before the first block, (batch, positions, width)."""
         states: Tensor = self.embedding(x) + self.position[: x.shape[1]]
         return states
 
@@ -134,7 +134,7 @@ class TextTransformer(nn.Module):
 
     @torch.no_grad()
     def largest_logit(self, x: Tensor) -> float:
-        """The largest attention logit of all blocks on these characters; nan if one is."""
+        """Returns the largest attention logit of all blocks; nan if any is nan."""
         states, found = self.embed(x), []
         for block in self.blocks:
             found.append(block.attention.largest_logit(block.before_attention(states)))

@@ -1,4 +1,4 @@
-"""`wellcond bench NAME`: what regularising and measuring cost, and how exact they are."""
+"""`wellcond bench NAME`: cost and accuracy of regularising and measuring."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BENCHMARKS: tuple[type[Benchmark], ...] = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """A subcommand for every benchmark."""
+    """Adds a subcommand per benchmark."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for kind in BENCHMARKS:
         add_command(benchmarks, kind)

@@ -1,6 +1,6 @@
-"""Time and error of measuring a matrix, against `torch.linalg.svdvals` of the same tensor.
+"""Time and error of measuring a matrix, compared with `torch.linalg.svdvals`.
 
-Both are timed in turn, best of several rounds; the reference is an SVD in float64.
+Both are timed alternately, best of several rounds. The reference is an SVD in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZES = (
     "64x4096,2048x784,30000x512"
 )
 KINDS = ("gaussian", "kappa=1e5", "deficient")
-# A matrix with a prescribed spectrum takes two QR factorisations to make.
+# Making a matrix with a prescribed spectrum requires two QR factorisations.
 _PRESCRIBED = 2048
 
 
@@ -32,8 +32,8 @@ class Audit(Benchmark):
     name = "audit"
     help = "time and error of measuring a weight"
     description = (
-        "Condition number of float32 matrices: seconds of wellcond and of torch.linalg.svdvals on "
-        "the same tensor, in turn, and the relative errors of both."
+        "Condition number of float32 matrices: alternating times of wellcond and of "
+        "torch.linalg.svdvals on the same tensor, and the relative errors of both."
     )
     example = "--sizes 1024x1024,4096x4096 --rounds 3"
     columns: ClassVar = {
@@ -42,18 +42,18 @@ class Audit(Benchmark):
         "condition_number": ("kappa", ".3g"),
         "seconds_svdvals": ("svdvals, s", ".3g"),
         "seconds": ("wellcond, s", ".3g"),
-        "ratio": ("faster", ".2f"),
+        "ratio": ("speed-up", ".2f"),
         "error": ("error of kappa", ".1e"),
         "error_sigma_max": ("of sigma_1", ".1e"),
         "error_svdvals": ("of svdvals' kappa", ".1e"),
     }
 
-    sizes: str = option(SIZES, "as 64x64,4096x4096")
-    rounds: int = count(3, "best of")
+    sizes: str = option(SIZES, "such as 64x64,4096x4096")
+    rounds: int = count(3, "number of rounds; the best counts")
 
     @cached_property
     def plan(self) -> list[tuple[str, int, int]]:
-        """The kind and the size of every matrix."""
+        """Returns the kind and the size of every matrix."""
         sizes = [parse_size(part) for part in self.sizes.split(",")]
         return [
             (kind, m, n)
@@ -81,15 +81,15 @@ class Audit(Benchmark):
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Rows and columns of "64x4096"."""
+    """Parses "64x4096" into rows and columns."""
     m, cross, n = text.partition("x")
     if not (cross and m.isdigit() and n.isdigit() and int(m) and int(n)):
-        raise ValueError(f"--sizes must be like 64x64,4096x4096, got {text!r}.")
+        raise ValueError(f"--sizes must be of the form 64x64,4096x4096, got {text!r}.")
     return int(m), int(n)
 
 
 def matrix(kind: str, m: int, n: int) -> Tensor:
-    """A float32 matrix: Gaussian, with geometric singular values, or of half the rank."""
+    """Makes a float32 matrix: Gaussian, with geometric singular values, or of half rank."""
     source = torch.Generator().manual_seed(0)
     nu = min(m, n)
     if kind == "gaussian":
@@ -108,10 +108,10 @@ def matrix(kind: str, m: int, n: int) -> Tensor:
 
 
 def measure_matrix(kind: str, m: int, n: int, rounds: int) -> dict[str, Any]:
-    """Seconds and errors for one matrix."""
+    """Measures seconds and errors for one matrix."""
     S = matrix(kind, m, n)
     exact = torch.linalg.svdvals(S.double())
-    # What takes microseconds is timed in loops of milliseconds.
+    # Calls of microseconds are timed in loops of milliseconds.
     loops = max(1, int(1e6 / (m * n * min(m, n) + 1e3)))
     functions = {"svdvals": torch.linalg.svdvals, "wellcond": wc.condition_number}
     best = dict.fromkeys(functions, float("inf"))

@@ -1,9 +1,9 @@
-"""Time and memory of an audit of a large quantised checkpoint, made on the spot.
+"""Time and memory of an audit of a large generated checkpoint, quantised and in bfloat16.
 
 The checkpoint has the shapes of a language model of 8 billion parameters: width 4096, 32 heads, 8
-of keys and values, 14336 units, 128256 words. Its matrices are float8 with a scale per block of
-128x128, as DeepSeek V3 stores them; embedding and head are bfloat16. The same layers in bfloat16
-are audited in turn.
+heads of keys and values, 14336 hidden units, 128256 tokens. Its matrices are float8 with one scale
+per 128x128 block, the format of DeepSeek V3. Embedding and head are bfloat16. The same layers are
+also audited in bfloat16.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class File(Benchmark):
     help = "time and memory of an audit of a large quantised checkpoint"
     description = (
         "Writes checkpoints with the shapes of a model of 8 billion parameters, in FP8 and in "
-        "bfloat16, and audits some of their layers in a process of its own: seconds and peak "
-        "memory, also in units of the largest measured weight in float32."
+        "bfloat16, and audits some of their layers in a separate process. Reports the time and "
+        "the peak memory, also relative to the largest measured weight in float32."
     )
     example = "--layers 16 --measured 8"
     columns: ClassVar = {
@@ -54,14 +54,14 @@ class File(Benchmark):
         "seconds": ("seconds", ".0f"),
         "peak_bytes": ("peak, bytes", ","),
         "peak": ("peak / largest weight in float32", ".2f"),
-        "above_import": ("without what an import takes", ".2f"),
+        "above_import": ("peak without imports", ".2f"),
     }
 
-    layers: int = count(16, "layers that are written")
-    measured: int = count(8, "layers that are measured")
-    formats: str = option("FP8,bfloat16", "one of these, or both")
-    shrink: int = count(1, "divides all sizes, for a try")
-    folder: str = option(None, "where to write some 10 GB; a temporary folder by default")
+    layers: int = count(16, "written layers")
+    measured: int = count(8, "measured layers")
+    formats: str = option("FP8,bfloat16", "one format, or both")
+    shrink: int = count(1, "divides all sizes, for a quick test")
+    folder: str = option(None, "folder for about 10 GB; a temporary folder by default")
 
     @property
     def total(self) -> int:
@@ -98,9 +98,9 @@ class File(Benchmark):
 
 
 def audit_peak(folder: Path | None, layers: int) -> dict[str, Any]:
-    """Seconds, peak resident bytes and rows of an audit in a process of its own.
+    """Audits in a separate process; returns its rows, seconds and peak resident bytes.
 
-    Without a folder the bytes of a process that measures one small matrix.
+    Without a folder, the process measures one small matrix.
     """
     program = (
         "import json, sys, time, torch, wellcond as wc\n"
@@ -127,9 +127,9 @@ def audit_peak(folder: Path | None, layers: int) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most bytes that were resident in this process.
+    """Returns the peak resident bytes of this process.
 
-    ru_maxrss counts those of the process that started it, so Linux is asked for its own.
+    On Linux it reads VmHWM, because ru_maxrss includes the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -141,7 +141,7 @@ def peak_bytes() -> int:
 
 
 def write_checkpoint(folder: Path, quantised: bool, layers: int, shrink: int) -> None:
-    """One shard per layer, one of embedding and head, an index, and config.json."""
+    """Writes a shard per layer, one for embedding and head, an index, and config.json."""
     folder.mkdir()
     source = torch.Generator().manual_seed(0)
     places: dict[str, str] = {}
@@ -180,7 +180,7 @@ def write_checkpoint(folder: Path, quantised: bool, layers: int, shrink: int) ->
 
 
 def write_shard(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
-    """A file of safetensors, one tensor after the other; returns their names."""
+    """Writes a safetensors file, one tensor at a time; returns the names."""
     header: dict[str, Any] = {}
     body, end = path.with_suffix(".body"), 0
     with body.open("wb") as file:

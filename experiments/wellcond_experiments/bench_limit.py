@@ -1,10 +1,10 @@
-"""Hard limits in training: whether they hold at every step, what they cost, and who else does it.
+"""Hard limits in training: whether they hold at every step, and their cost compared with others.
 
-Every competitor trains in a process of its own, from one seed and on the same data; they take
-turns, a stretch of steps each in random order, so that all see one machine, and the clock runs only
-within a step: forward, backward, and the optimizer's step with its hooks. The spectra are measured
-in a run of their own, by an exact SVD in float64 after every step, of the weight that `eval()`
-uses.
+Every competitor trains in its own process, from the same seed and on the same data. They take
+turns in random order, a number of steps each, so that load on the machine affects all. Only the
+steps are timed: forward, backward, and the optimizer's step with its hooks. The spectra are
+measured in a separate run, by an exact SVD in float64 after every step, for the weight that
+`eval()` uses.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from wellcond_experiments.limit_cases import CASES, Case, find_case
 from wellcond_experiments.limit_competitors import BEFORE, check_method
 from wellcond_experiments.limit_worker import Worker, WorkerError, workers
 
-SETTLED = 20  # the step from which on a limit is to hold
-CLOSE = 1.05  # steps beyond so many times the bound are counted
+SETTLED = 20  # the step from which on a limit must hold
+CLOSE = 1.05  # steps above this multiple of the bound are counted
 THIRD = 2 / 3  # the quantile that a third of the weights exceed
-FEW = 3  # weights of which the table quotes what is printed
+FEW = 3  # up to this number of weights, the notes quote print(reg)
 
 
 @dataclass(frozen=True)
 class Limit(Benchmark):
     name = "limit"
-    help = "what a hard limit costs, and whether it holds at every step"
+    help = "cost of a hard limit, and whether it holds at every step"
     description = (
-        "Training under hard limits, beside what else keeps a spectrum. Times: mean step over that "
-        "of the training without (plain) and of a reference, medians over seeds of interleaved "
-        "runs. Excess: the largest sigma_1/b or kappa/K of any weight, from step 20 on and in the "
-        "first 20 steps, by an exact SVD after every step of a run of its own. `watched` is the "
-        "default of `attach`; before-auto and before-every=N are of the wellcond in --against."
+        "Training under hard limits, compared with other methods that bound the spectrum. Times: "
+        "mean step relative to a training without a limit (plain) and to a reference, medians over "
+        "seeds of interleaved runs. Excess: the largest sigma_1/b or kappa/K of any weight, from "
+        "step 20 on and in the first 20 steps, by an exact SVD after every step of a separate run. "
+        "`watched` is the default of `attach`; before-auto and before-every=N use the wellcond in "
+        "--against."
     )
     example = "--case critic-default,mnist-k10 --data mnist --seeds 3"
     threads = 1
@@ -60,12 +61,14 @@ class Limit(Benchmark):
         "met": ("met", ""),
     }
 
-    case: str = option("all", f"all, or some of {','.join(CASES)}; mnist-kK, square-kK for any K")
-    competitors: str | None = option(None, "by default those of the case; as plain,watched,every=1")
-    steps: int | None = count(None, "by default those of the case")
+    case: str = option(
+        "all", f"all, or names from {','.join(CASES)}; mnist-kK, square-kK for any K"
+    )
+    competitors: str | None = option(None, "such as plain,every=1; default: those of the case")
+    steps: int | None = count(None, "default: those of the case")
     seeds: int = count(3)
-    data: str = option("mnist", "digits, mnist, PATH (for the cases with images)")
-    against: str | None = option(None, "a source tree of an older wellcond", metavar="PATH")
+    data: str = option("mnist", "digits, mnist, PATH (for cases with images)")
+    against: str | None = option(None, "source tree of an older wellcond", metavar="PATH")
     only: str = option("all", "times, spectra or all", choices=("times", "spectra", "all"))
 
     @cached_property
@@ -73,7 +76,7 @@ class Limit(Benchmark):
         return [find_case(name) for name in (CASES if self.case == "all" else self.case.split(","))]
 
     def methods(self, case: Case) -> list[str]:
-        """The competitors of a case."""
+        """Returns the competitors of a case."""
         chosen = list(case.competitors)
         if self.competitors:
             chosen = list(dict.fromkeys(["plain", *self.competitors.split(",")]))
@@ -100,7 +103,7 @@ class Limit(Benchmark):
         for case, methods in plan:
             common = (self.data, torch.get_num_threads())
             absent = {
-                method: "give the older source tree by --against"
+                method: "pass the older source tree with --against"
                 for method in methods
                 if method.startswith(BEFORE) and older is None
             }
@@ -124,33 +127,33 @@ class Limit(Benchmark):
         return {"settings": settings, "runs": runs, "notes": said, "failures": failures}
 
     def _find_older(self) -> Path | None:
-        """The directory of the older package."""
+        """Returns the directory of the older package."""
         if self.against is None:
             return None
         tree = Path(self.against).resolve()
         for path in (tree / "src", tree):
             if (path / "wellcond" / "__init__.py").is_file():
                 return path
-        raise ValueError(f"--against must be a source tree of wellcond, found none in {tree}.")
+        raise ValueError(f"--against must be a source tree of wellcond, but {tree} contains none.")
 
     def title(self, document: dict[str, Any]) -> str:
         settings = document["settings"]
         return (
             f"Training under hard limits, {settings['threads']} threads, medians of "
-            f"{settings['seeds']} seeds: mean step over that without a limit and over that of the "
-            "reference, the latter also by the processor's clock; the largest sigma_1/b or kappa/K "
-            f"from step {SETTLED} on and in the first {SETTLED}; how many steps exceed {CLOSE}"
+            f"{settings['seeds']} seeds: mean step relative to the training without a limit and to "
+            "the reference, the latter also in CPU time; the largest sigma_1/b or kappa/K from "
+            f"step {SETTLED} on and in the first {SETTLED}; number of steps above {CLOSE}"
         )
 
 
 @dataclass
 class Trial:
-    """All runs of a case, and what they gave, by method."""
+    """All runs of a case and their results by method."""
 
     case: Case
     steps: int
     workers: dict[str, Worker]
-    absent: dict[str, str]  # why a method takes no part
+    absent: dict[str, str]  # reasons why methods do not take part
     bound: float | None = None
     described: dict[str, dict[str, str]] = field(default_factory=dict)
     seconds: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # by seed, by step
@@ -163,7 +166,7 @@ class Trial:
         return [method for method in self.workers if method not in self.absent]
 
     def ask(self, method: str, request: str, **arguments: Any) -> Any:
-        """The answer; None, and the method is out of the race, if it fails."""
+        """Returns the answer; after a failure returns None and excludes the method."""
         try:
             return self.workers[method].ask(request, **arguments)
         except WorkerError as error:
@@ -171,7 +174,7 @@ class Trial:
             return None
 
     def begin(self) -> None:
-        """Finds the bound by a pilot, where none is given."""
+        """Determines the bound in a pilot run if none is given."""
         for method in self.present:
             self.described[method] = self.ask(method, "describe")
         self.bound = self.case.bound
@@ -179,11 +182,11 @@ class Trial:
         if self.bound is None and "plain" in self.present:
             values = torch.tensor(self.ask("plain", "measure", steps=self.steps))
             self.bound = float(f"{float(values.double().amax(dim=0).quantile(THIRD)):.4g}")
-        if "plain" in self.absent:  # no case, no comparison
+        if "plain" in self.absent:  # no comparison without the plain training
             self.absent |= dict.fromkeys(self.workers, self.absent["plain"])
 
     def time(self, seed: int, advance: Advance) -> None:
-        """One interleaved run."""
+        """Times one interleaved run."""
         for method in self.present:
             self.ask(method, "start", seed=seed, bound=self.bound)
         for method in self.present:
@@ -204,7 +207,7 @@ class Trial:
                 self.enforced[method] = self.ask(method, "enforce")
 
     def measure(self, seed: int, advance: Advance) -> None:
-        """The spectra of all methods."""
+        """Measures the spectra of all methods."""
         for method in self.present:
             if method != "plain" or self.case.measures_plain:
                 self.ask(method, "start", seed=seed, bound=self.bound)
@@ -215,7 +218,7 @@ class Trial:
             advance(f"{self.case.name}, spectra of {method}, seed {seed}")
 
     def summarise(self, method: str) -> dict[str, Any]:
-        """The row of a method."""
+        """Returns the row of a method."""
         case, target = self.case, self.case.target
         row: dict[str, Any] = {"case": case.name, "net": case.net, "competitor": method}
         row |= {"quantity": case.quantity, "bound": self.bound, "steps": self.steps}
@@ -250,7 +253,7 @@ class Trial:
     def _ratio(
         self, method: str, other: str, clock: int, average: Any
     ) -> tuple[float, list[float]]:
-        """The median over the seeds, and all: of the averages of the step times of two methods."""
+        """Returns the ratio of the average step times of two methods: median and all seeds."""
         ratios = [
             average([step[clock] for step in own]) / average([step[clock] for step in its])
             for own, its in zip(self.seconds[method], self.seconds[other], strict=True)
@@ -267,26 +270,26 @@ class Trial:
         if late[0]:
             row["late"] = largest(x for run in late for x in run)
             row["late_median"] = statistics.median(x for run in late for x in run)
-            # Per seed the most of any; not (x <= ...), so that nan counts.
+            # The maximum over the seeds; `not x <= ...`, so that nan counts.
             row["beyond"] = max(sum(not x <= CLOSE for x in run) for run in late)
         highest = [
             [largest(step[i] for step in run) for i in range(len(run[0]))]
             for run in self.values[method]
         ]
         row["weights"] = len(highest[0])
-        # A weight that has come within 0.1 % of the bound was clipped, or is beyond it.
+        # A weight within 0.1 % of the bound was clipped, or exceeds it.
         at_bound = [sum(not x < 0.999 * self.bound for x in run) / len(run) for run in highest]
         row["share_at_bound"] = statistics.mean(at_bound)
         return row
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest; nan if one is, which `max` does not promise."""
+    """Returns the largest value, or nan if any value is nan (`max` does not ensure this)."""
     return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 def judge(row: dict[str, Any], case: Case) -> str:
-    """Whether the target is met: what holds, and what does not."""
+    """Describes which parts of the target are met."""
     target, words = case.target, []
     if row.get("late") is not None:
         words.append("holds" if row["late"] <= target.excess else "EXCEEDED")
@@ -299,16 +302,16 @@ def judge(row: dict[str, Any], case: Case) -> str:
 
 
 def notes(run: dict[str, Any]) -> list[str]:
-    """The target, what `print(reg)` says, where the weights are few, and what a clip costs."""
+    """Returns notes: the target, `print(reg)` for few weights, and the time of a clip."""
     subject = f"{run['case']}, {run['competitor']}"
     lines = (
-        [f"{subject}: asked is {run['target']}; bound {run['bound']:.4g}"]
-        if "target" in run
-        else []
+        [f"{subject}: target {run['target']}; bound {run['bound']:.4g}"] if "target" in run else []
     )
     _, *said = (run.get("printed") or [""])[-1].splitlines() or [""]
     if run["competitor"] == "watched" and run.get("weights", 1) <= FEW:
-        kept = itertools.takewhile(lambda line: not line.startswith("  left out"), said)
+        kept = itertools.takewhile(
+            lambda line: not line.startswith(("  left out", "  skipped")), said
+        )
         lines += [f"{subject}: {line.strip()}" for line in kept]
     for what, seconds in run.get("enforce_seconds", {}).items():
         lines.append(f"{subject}: {what} takes {seconds:.3g} s")

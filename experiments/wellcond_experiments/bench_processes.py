@@ -1,7 +1,7 @@
-"""Time and memory of an audit of a large checkpoint by one process and by several.
+"""Time and memory of an audit of a large checkpoint with one process and with several.
 
-As a program it runs `wellcond`, and keeps noting the peak memory of its process in a file:
-`python -m wellcond_experiments.bench_processes FILE audit ...`.
+`python -m wellcond_experiments.bench_processes FILE audit ...` runs `wellcond` and writes the peak
+memory of its process to FILE, repeatedly.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from wellcond_experiments.bench_file import UNITS, WIDTH, peak_bytes, write_chec
 from wellcond_experiments.benchmark import Benchmark, count, option
 from wellcond_experiments.command import Advance
 
-_PAUSE = 0.2  # seconds between two notes
+_PAUSE = 0.2  # seconds between two writes
 
 
 @dataclass(frozen=True)
 class Processes(Benchmark):
     name = "processes"
-    help = "time and memory of an audit of a large checkpoint by several processes"
+    help = "time and memory of an audit of a large checkpoint with several processes"
     description = (
-        "Writes a checkpoint in bfloat16 with the shapes of a model of 8 billion parameters, and "
-        "audits some of its layers by one process and by several, each with as many threads: "
-        "seconds, and the peak memory of each process. The reports must be the same."
+        "Writes a bfloat16 checkpoint with the shapes of a model of 8 billion parameters, and "
+        "audits some of its layers with one process and with several, with the same number of "
+        "threads per process. Reports the time and the peak memory of each process. The audit "
+        "reports must be the same."
     )
     example = "--layers 42 --measured 8 --threads 1"
     columns: ClassVar = {
@@ -42,14 +43,14 @@ class Processes(Benchmark):
         "seconds": ("seconds", ".0f"),
         "peak_bytes": ("peak of each, bytes", ","),
         "peak": ("largest peak / largest weight in float32", ".2f"),
-        "same": ("same report as one", ""),
+        "same": ("same report as the first", ""),
     }
     threads: ClassVar = 1
 
-    layers: int = count(42, "layers that are written: 0.44 GB each, and 2.1 GB of embeddings")
-    measured: int = count(8, "layers that are measured")
-    processes: str = option("1,2", "numbers of processes, of which the first is compared with")
-    shrink: int = count(1, "divides all sizes, for a try")
+    layers: int = count(42, "written layers: 0.44 GB each, plus 2.1 GB of embeddings")
+    measured: int = count(8, "measured layers")
+    processes: str = option("1,2", "numbers of processes; the first is the reference")
+    shrink: int = count(1, "divides all sizes, for a quick test")
     folder: str = option(None, "where to write the checkpoint; a temporary folder by default")
 
     @property
@@ -72,7 +73,7 @@ class Processes(Benchmark):
                 reports.append(report)
                 same = report == reports[0]
                 if not same:
-                    failures.append(f"{number} processes report something else than the first")
+                    failures.append(f"the report of {number} processes differs from the first")
                 runs.append(
                     {"processes": number, "gigabytes": size / 1e9, "seconds": seconds}
                     | {"peak_bytes": peaks, "peak": max(peaks) / largest, "same": str(same)}
@@ -89,7 +90,7 @@ class Processes(Benchmark):
 
 
 def audit(folder: Path, layers: int, number: int, threads: int) -> tuple[float, list[int], str]:
-    """Seconds, peak bytes of each process, and the report as JSON."""
+    """Audits; returns the seconds, the peak bytes of each process, and the report as JSON."""
     notes = folder.with_name(f"peak-of-{number}")
     torchrun = (
         ["-m", "torch.distributed.run", "--nproc-per-node", str(number)] if number > 1 else []
@@ -111,7 +112,7 @@ def audit(folder: Path, layers: int, number: int, threads: int) -> tuple[float, 
 
 
 def _note(path: Path) -> None:
-    """Writes the peak so far, again and again: the process may end at any time."""
+    """Repeatedly writes the peak memory, because the process can end at any time."""
     unfinished = path.with_name(f"{path.name}.new")
     while True:
         unfinished.write_text(str(peak_bytes()))

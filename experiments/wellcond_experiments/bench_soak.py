@@ -1,11 +1,11 @@
-"""A long training in which everything goes wrong now and then: does regularising lose anything?
+"""A long training with injected failures: does the regulariser lose steps or memory?
 
-Gradients turn infinite and the scaler skips the step; a weight turns NaN, regularising refuses it,
-and the last saved state is loaded; everything is thrown away and made anew from the file. The steps
-that the state of the regulariser has counted are compared with those that the optimizer made and
-with those counted by hand, and memory at the end with memory after a warm-up.
+Gradients become infinite and the scaler skips the step. A weight becomes NaN, the regulariser
+raises, and the last saved state is loaded. All objects are discarded and restored from the file.
+The benchmark compares the steps counted by the regulariser with those of the optimizer and with its
+own count, and the memory at the end with the memory after a warm-up.
 
-It is a benchmark and no test: the memory of a process says something only of a process of its own.
+It is a benchmark, not a test, because the memory measurement needs its own process.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from wellcond_experiments.data import load
 from wellcond_experiments.methods import condition_numbers, run_seeded
 from wellcond_experiments.tables import Table, number
 
-PHASE = 500  # steps under one mode of regularising, before the other; at most an eighth of the run
-SAVE = 100  # steps from one file to the next
+PHASE = 500  # steps under one mode before the other; at most an eighth of the run
+SAVE = 100  # steps between two saves
 EVERY = 10  # for attach
 BATCH = 32
-LOST_GRADIENTS = 0.02  # the share of steps whose gradient is made infinite or NaN
-SCALE = 2.0**16  # of the loss; kept, as a scaler halves it at every step that it skips
-NAN_WEIGHT = 400  # steps from one weight that is made NaN to the next
-RESTART = 2500  # steps from one restart to the next; at most a quarter of the run
-MARGIN_BYTES = 20_000_000  # by which memory may grow: an allocator's noise, below a leak's
+LOST_GRADIENTS = 0.02  # share of the steps whose gradient is made infinite or NaN
+SCALE = 2.0**16  # of the loss; reset, because a scaler halves it at every skipped step
+NAN_WEIGHT = 400  # steps between two weights that are made NaN
+RESTART = 2500  # steps between two restarts; at most a quarter of the run
+MARGIN_BYTES = 20_000_000  # allowed growth: above allocator noise, below a leak
 MARGIN_TENSORS = 50
 WEIGHTS = ("0.weight", "2.weight")
 
@@ -46,15 +46,15 @@ WEIGHTS = ("0.weight", "2.weight")
 @dataclass(frozen=True)
 class Soak(Benchmark):
     name = "soak"
-    help = "a long training with failures: steps lost, memory gained"
+    help = "a long training with injected failures: lost steps and growth of memory"
     description = (
-        "Trains a 64-32-10 net on the digits, by attach and by add_gradients in turn, with "
-        "gradients that are not finite, weights that turn NaN and restarts from a file. Exit code "
-        "1 if memory grew or a step count does not agree."
+        "Trains a 64-32-10 network on the digits, alternately with attach and add_gradients, with "
+        "non-finite gradients, weights that become NaN, and restarts from a file. The exit code "
+        "is 1 if memory grew or step counts differ."
     )
     example = "--steps 20000"
 
-    steps: int = count(20000, "of the optimizer")
+    steps: int = count(20000, "steps of the optimizer")
 
     @property
     def total(self) -> int:
@@ -62,7 +62,7 @@ class Soak(Benchmark):
 
     def measure(self, advance: Advance) -> dict[str, Any]:
         restart = min(RESTART, max(1, self.steps // 4))
-        warm = max(1, self.steps // 3)  # by then both modes have run, and a restart has been made
+        warm = max(1, self.steps // 3)  # by then both modes have run, and one restart has happened
         start: dict[str, int] = {}
         with tempfile.TemporaryDirectory() as directory:
             run = Run(Path(directory) / "soak.pt", phase=min(PHASE, max(1, self.steps // 8)))
@@ -94,10 +94,10 @@ class Soak(Benchmark):
         }
 
     def title(self, document: dict[str, Any]) -> str:
-        return "A long training with failures"
+        return "A long training with injected failures"
 
     def table(self, document: dict[str, Any]) -> Table:
-        """All numbers; of what should not have happened how often it did."""
+        """Returns the table of all numbers; failures are counted."""
         rows = []
         for part in ("events", "memory", "condition_numbers"):
             for key, value in flatten(document[part], part):
@@ -105,31 +105,31 @@ class Soak(Benchmark):
         for row in document["counts"]:
             name = f"steps counted, {row['way']}, {row['weight']}"
             rows.append([name, f"{row['counted']} of {row['applied']}"])
-        return Table(self.title(document), ["what", "number"], rows)
+        return Table(self.title(document), ["quantity", "number"], rows)
 
 
 @dataclass
 class Events:
-    """What happened, and what should not have."""
+    """Counts of events, and lists of failures."""
 
     skipped: int = 0
     refused: int = 0
     restarts: int = 0
-    redone: int = 0  # steps since the last file, lost by loading it and made again
-    unnoticed: list[str] = field(default_factory=list)  # NaN weights that no ValueError named
-    unprovoked: list[str] = field(default_factory=list)  # gradients that turned NaN by themselves
+    redone: int = 0  # steps repeated after loading a file
+    unnoticed: list[str] = field(default_factory=list)  # NaN weights without a ValueError
+    unprovoked: list[str] = field(default_factory=list)  # NaN gradients that were not injected
     miscounts: list[str] = field(default_factory=list)
     unlike_the_file: list[str] = field(default_factory=list)  # states that loading did not restore
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """Kind and words of all that should not have happened."""
+        """Yields kind and description of every failure."""
         for kind, found in asdict(self).items():
             if isinstance(found, list):
                 yield from ((kind, what) for what in found)
 
 
 class Training:
-    """Everything that a restart makes anew."""
+    """All objects that a restart creates again."""
 
     def __init__(self, phase: int) -> None:
         self.phase = phase
@@ -138,22 +138,22 @@ class Training:
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-        # Through Adam 0.1 acts about as 100 does in a proximal step.
+        # Because of Adam, 0.1 in the gradient has about the effect of 100 in a proximal step.
         self.regs = {
             "attach": wc.Regularizer(self.model, wc.ConditionPenalty(30.0), block_size=16),
             "add_gradients": wc.Regularizer(self.model, wc.ConditionPenalty(0.1), block_size=16),
         }
-        self.done = 0  # steps of the loop up to here, skipped ones too; kept in the file
-        self.applied = dict.fromkeys(self.regs, 0)  # of these, steps made under each mode
+        self.done = 0  # finished steps of the loop, including skipped ones; saved in the file
+        self.applied = dict.fromkeys(self.regs, 0)  # applied steps under each mode
         self.mode = ""
 
     def parts(self) -> dict[str, Any]:
-        """All that has a state."""
+        """Returns all objects with a state."""
         own = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         return own | self.regs
 
     def choose_mode(self) -> None:
-        """The mode of regularising whose turn it is."""
+        """Switches to the mode whose turn it is."""
         mode = list(self.regs)[self.done // self.phase % len(self.regs)]
         if mode != self.mode:
             self.mode = mode
@@ -174,7 +174,7 @@ class Training:
         self.choose_mode()
 
     def unlike(self, path: Path) -> Iterator[str]:
-        """Tensors that are not as they are in the file."""
+        """Yields the tensors that differ from the file."""
         state = torch.load(path, weights_only=True)
         for mode, reg in self.regs.items():
             for name, own in reg.state_dict().items():
@@ -186,7 +186,7 @@ class Training:
                 yield f"{name} at step {self.done}"
 
     def counts(self) -> list[dict[str, Any]]:
-        """Per weight and mode: steps in the state of the regulariser, and those it should be."""
+        """Returns, per weight and mode, the counted and the expected steps."""
         # add_gradients leaves nothing pending.
         pending = {"attach": self.applied["attach"] % EVERY, "add_gradients": 0}
         return [
@@ -204,16 +204,16 @@ class Training:
 
     @property
     def looks_at_weights(self) -> bool:
-        """Whether regularising looks at weights in the next step.
+        """Whether the regulariser checks the weights in the next step.
 
-        With attach that is the last step before a proximal one. In an earlier one a NaN in a weight
-        would make the loss NaN, the scaler would skip every step, and no proximal step would come.
+        With attach, this is the last step before a proximal step. After a NaN in an earlier step,
+        the loss would be NaN, the scaler would skip every step, and no proximal step would follow.
         """
         return self.mode != "attach" or self.applied["attach"] % EVERY == EVERY - 1
 
 
 class Run:
-    """The loop, its file, and what happened in it."""
+    """The training loop, its file, and its events."""
 
     def __init__(self, path: Path, phase: int) -> None:
         images = load("digits")
@@ -222,13 +222,13 @@ class Run:
         self.path, self.rng, self.events = path, random.Random(0), Events()
         self.training = Training(phase)
         self.training.save(path)
-        self.spoil = False  # a NaN is due in a weight, at the next step that would see it
+        self.spoil = False  # whether the next step that checks the weights gets a NaN weight
 
     def kappas(self) -> dict[str, float]:
         return dict(zip(WEIGHTS, condition_numbers(self.training.model).values(), strict=True))
 
     def step(self, spoil: bool) -> None:
-        """One step, and what follows from it: the file is loaded, or written where that is due."""
+        """Does one step, and loads or saves the file if necessary."""
         training = self.training
         training.choose_mode()
         self.spoil |= spoil
@@ -245,7 +245,7 @@ class Run:
             training.save(self.path)
 
     def restart(self) -> None:
-        """All is made anew, and its state loaded."""
+        """Creates all objects again and loads their state."""
         self.events.restarts += 1
         done = self.training.done
         self.training = Training(self.training.phase)
@@ -259,7 +259,7 @@ class Run:
         self.events.unlike_the_file += self.training.unlike(self.path)
 
     def compare_counts(self) -> None:
-        """Those of the regularisers, of the optimizer and of this loop."""
+        """Compares the step counts of the regularisers, the optimizer and this loop."""
         training, miscounts = self.training, self.events.miscounts
         for row in training.counts():
             if row["counted"] != row["applied"] or row["pending"] != row["due_pending"]:
@@ -269,7 +269,7 @@ class Run:
             miscounts.append(f"at step {training.done}: optimizer {made}, by hand {applied}")
 
     def _train(self, spoiled: str | None) -> None:
-        """One step of the optimizer; `spoiled` names a weight to make NaN before it."""
+        """Does one step of the optimizer; `spoiled` names a weight to make NaN before it."""
         training, events, rng = self.training, self.events, self.rng
         optimizer, scaler = training.optimizer, training.scaler
         rows = torch.tensor([rng.randrange(len(self.x)) for _ in range(BATCH)])
@@ -284,7 +284,7 @@ class Run:
             weight = training.model.get_parameter(spoiled)
             with torch.no_grad():
                 weight.view(-1)[rng.randrange(weight.numel())] = math.nan
-        # Before a step that the scaler is going to skip nothing is to be added, nor counted.
+        # The regulariser must not act before a step that the scaler will skip.
         finite = all(
             bool(p.grad.isfinite().all()) for p in training.model.parameters() if p.grad is not None
         )
@@ -299,7 +299,7 @@ class Run:
             events.refused += 1
             return
         finally:
-            scaler.update(SCALE)  # or it will not unscale again
+            scaler.update(SCALE)  # required before the next unscale_
         where = f"under {training.mode} at step {training.done}"
         if spoiled is not None:
             events.unnoticed.append(f"NaN in {spoiled} {where}")
@@ -314,7 +314,7 @@ class Run:
 
 
 def memory() -> dict[str, int]:
-    """Resident bytes of the process, and tensors that are alive."""
+    """Returns the resident bytes of the process and the number of live tensors."""
     gc.collect()
     tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
     return {"bytes": resident_bytes(), "tensors": tensors}
@@ -331,7 +331,7 @@ def resident_bytes() -> int:
 
 
 def flatten(values: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
-    """Values under the names of all the keys that lead to them."""
+    """Yields nested values with their joined keys."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{name}, {key}")

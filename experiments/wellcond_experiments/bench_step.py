@@ -1,7 +1,7 @@
-"""Cost of a training step: all methods in turn, so that all see one machine.
+"""Cost of a training step. All methods take turns, so that load on the machine affects all.
 
-The figures are medians of ratios pair by pair. What a device would see is counted without one: on
-meta tensors, which hold no data, whatever asks for a number fails.
+The results are medians of paired ratios. Operations on a GPU are counted without one, on meta
+tensors. They contain no data, so any operation that reads a value fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wellcond_experiments.command import Advance
 from wellcond_experiments.methods import run_seeded
 
 FIRST = "0.weight"
-BLOCK = 10  # steps in a block: `every=10` acts exactly once in it
+BLOCK = 10  # steps per block: `every=10` acts exactly once per block
 
 
 class Transformer(nn.Module):
@@ -49,12 +49,12 @@ class Method:
     """A method of training.
 
     Args:
-        name: in the table.
-        rule: of wellcond, if any.
-        mode: how the rule acts: "attach", "add_gradients" or "loss".
+        name: the name in the table.
+        rule: the rule of wellcond, if any.
+        mode: how the rule is applied: "attach", "add_gradients" or "loss".
         penalty: a function of the first weight that is added to the loss.
-        normalised: whether the first layer is under `spectral_norm` of torch.
-        steps: how many are timed in a row.
+        normalised: whether the first layer uses `spectral_norm` of torch.
+        steps: the number of steps that are timed together.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Method:
     steps: int = BLOCK
 
     def act(self, reg: wc.Regularizer) -> None:
-        """What a step does for the rule, without the step."""
+        """Does the work of the rule for one step, without the step."""
         if self.mode == "loss":
             torch.autograd.backward(reg())
         elif self.mode == "add_gradients":
@@ -77,7 +77,7 @@ class Method:
 
 
 def exact_penalty(S: Tensor) -> Tensor:
-    """0.01 r(S) by an SVD."""
+    """Returns 0.01 r(S), computed by an SVD."""
     sigma = torch.linalg.svdvals(S)
     value: Tensor = 1e-2 * (sigma[0] ** 2 / 2 - S.square().sum() / (2 * min(S.shape)))
     return value
@@ -90,34 +90,34 @@ def orthogonality_penalty(S: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Step(Benchmark):
     name = "step"
-    help = "cost of a training step, and memory"
+    help = "time and memory of a training step"
     description = (
-        "Time of a training step with every method of applying a penalty, as a multiple of the "
-        "step without: of a 784-2048-10 net, batch 32, with the penalty on the first layer, or of "
-        "a transformer of 24 blocks with the penalty on all its weights. Fused Adam."
+        "Time of a training step with every mode of applying a penalty, relative to a step without "
+        "it: for a 784-2048-10 network, batch 32, with the penalty on the first layer, or for a "
+        "transformer of 24 blocks with the penalty on all weights. Fused Adam."
     )
     example = "--rounds 60"
     rows = "ways"
     columns: ClassVar = {
         "way": ("method", ""),
-        "ratio": ("multiple", ".2f"),
+        "ratio": ("relative time", ".2f"),
         "lower_quartile": ("from", ".2f"),
         "upper_quartile": ("to", ".2f"),
         "milliseconds": ("ms per step", ".2f"),
         "operations": ("operations", ".1f"),
-        "synchronisations": ("waits", ".1f"),
-        "temporary": ("made", ".3f"),
-        "state": ("kept", ".3f"),
+        "synchronisations": ("host syncs", ".1f"),
+        "temporary": ("largest temporary", ".3f"),
+        "state": ("state", ".3f"),
     }
 
     model: str = option("mlp", choices=("mlp", "transformer"))
     rounds: int = count(40, "rounds of 10 steps each")
-    every: int = count(10, "for attach")
-    block: int = count(32, "width")
+    every: int = count(10, "interval of attach")
+    block: int = count(32, "width of the warm-started block")
     batch: int = count(32, "batch size")
     hidden: int = count(2048, "hidden units of the mlp")
-    blocks: int = count(24, "of the transformer")
-    width: int = count(128, "of the transformer")
+    blocks: int = count(24, "blocks of the transformer")
+    width: int = count(128, "width of the transformer")
     device: str = option("cpu", "cpu or cuda")
 
     @property
@@ -137,11 +137,11 @@ class Step(Benchmark):
             Method("TikhonovPenalty, in the loss", tikhonov, "loss"),
         ]
         if self.model == "mlp":
-            # kappa is about 4 at the start: one limit that holds, one that has to be kept up.
+            # kappa is about 4 at the start: one limit is inactive, one is active at every step.
             methods += [
                 Method(f"limit that holds, {every}", wc.ConditionLimit(1e3), "attach"),
                 Method(f"limit kept up, {every}", wc.ConditionLimit(3.0), "attach"),
-                # It takes so long that one step in a round is enough.
+                # This step is so slow that one per round is enough.
                 Method("exact SVD in the loss", penalty=exact_penalty, steps=1),
                 Method("spectral_norm of torch", normalised=True),
                 Method("orthogonality in the loss", penalty=orthogonality_penalty),
@@ -168,7 +168,7 @@ class Step(Benchmark):
         return torch.randn(self.batch, 784, generator=source), y
 
     def measure(self, advance: Advance) -> dict[str, Any]:
-        """Per method its ratio to none, what a device sees, and memory."""
+        """Measures, per method, the relative time, GPU operations, and memory."""
         x, y = (tensor.to(self.device) for tensor in self.draw_batch())
         trainings = [Training(self, method) for method in self.methods()]
         order, shuffled = random.Random(0), list(trainings)
@@ -210,7 +210,7 @@ class Step(Benchmark):
         return row
 
     def count_operations(self, method: Method) -> dict[str, float]:
-        """Operations and synchronisations of the regulariser per step, once it is warm."""
+        """Counts operations and synchronisations of the regulariser per step after a warm-up."""
         assert method.rule is not None
         reg = self.regularizer(self.build().to("meta"), method.rule)
         steps = self.every if method.mode == "attach" else 1
@@ -231,13 +231,13 @@ class Step(Benchmark):
             f"A training step of a {settings['net']}, batch {self.batch}, fused "
             f"Adam{regularised}, on {self.device}, {torch.get_num_threads()} threads: medians and "
             f"quartiles of {self.rounds} interleaved rounds; operations and host synchronisations "
-            "that a device sees, per step; memory, as shares of the weight: the largest tensor "
-            "that is made, and what is kept"
+            "of a GPU, per step; memory relative to the weight: the largest temporary tensor and "
+            "the state"
         )
 
 
 class Training:
-    """A net with an optimizer of its own, trained by one method."""
+    """A network with its optimizer, trained by one method."""
 
     def __init__(self, step: Step, method: Method) -> None:
         self.method = method
@@ -256,10 +256,10 @@ class Training:
         return self.model.get_submodule("0").weight  # type: ignore[return-value]
 
     def time_step(self, x: Tensor, y: Tensor) -> float:
-        """Seconds per step, over one block.
+        """Measures the seconds per step over one block.
 
-        Two steps come before it: another net has just filled the caches. Any 10 steps in a row hold
-        one proximal step of `every=10`, wherever they begin.
+        Two untimed steps come first, because another network has just filled the caches. Any 10
+        consecutive steps contain one proximal step of `every=10`.
         """
         for _ in range(2 if self.method.steps == BLOCK else 0):
             self._step(x, y)
@@ -287,8 +287,8 @@ class Training:
         self.optimizer.step()
 
     def measure_memory(self) -> dict[str, float]:
-        """The largest tensor that a step makes for the method, and what is kept, both as a share
-        of the weight's bytes."""
+        """Measures the largest temporary tensor of the method and its state, both relative to the
+        bytes of the weight."""
         size = self.weight.nbytes
         with _LargestAllocation() as largest:
             if self.reg:
@@ -296,16 +296,16 @@ class Training:
             elif self.method.penalty is not None:
                 torch.autograd.backward(self.method.penalty(self.weight))
             elif self.method.normalised:
-                _ = self.weight  # which a parametrization computes
+                _ = self.weight  # a parametrization computes it
         states = self.reg.state_dict().values() if self.reg else []
         kept = [tensor for state in states for tensor in state.values()]
         kept += self.model.buffers()
         return {"temporary": largest.bytes / size, "state": sum(t.nbytes for t in kept) / size}
 
 
-# --- what a device sees ---------------------------------------------------------------------------
+# --- operations of a GPU --------------------------------------------------------------------------
 
-# Factorisations whose status the host reads on a CUDA device; a view is no operation there.
+# Factorisations whose status the host reads on a CUDA device. Views are not operations there.
 _WAITING = ("_linalg_eigh", "_linalg_svd", "linalg_cholesky.", "nonzero", "_local_scalar_dense")
 _VIEWS = (
     *("view", "transpose", "permute", "unbind", "slice", "select", "unsqueeze", "squeeze"),
@@ -314,7 +314,7 @@ _VIEWS = (
 
 
 class _Device(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations, and those for which the host would wait, on meta tensors."""
+    """Counts operations on meta tensors, and those for which the host would wait."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -335,7 +335,7 @@ class _Device(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _NoEvent:
-    """Stands for an event of a device, which meta tensors have not."""
+    """Replaces a device event, which meta tensors do not support."""
 
     def __init__(self, device: torch.device) -> None: ...
 
@@ -347,7 +347,7 @@ class _NoEvent:
 
 @contextlib.contextmanager
 def on_a_device() -> Iterator[_Device]:
-    """Counts what is asked of a device that holds no data."""
+    """Counts operations on a device without data."""
     with mock.patch("torch.Event", _NoEvent), _Device() as device:
         yield device
 
@@ -356,7 +356,7 @@ def on_a_device() -> Iterator[_Device]:
 
 
 class _LargestAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The largest storage that any operation makes anew, in bytes."""
+    """Records the largest storage that any operation allocates, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""Trainings of a 784-512-10 net: how close the warm subspace comes to an exact SVD, and what
-strength leads to what condition number.
+"""Trainings of a 784-512-10 network: accuracy of the warm-started subspace, effect of strengths.
 
-`fidelity` trains with the warm subspace and with an exact decomposition in every step, from the
-same seed, and compares condition numbers. `strength` trains over a grid of strengths and limits.
+`fidelity` trains with the warm-started subspace and with an exact decomposition in every step, from
+the same seed, and compares condition numbers. `strength` trains over a grid of strengths and
+limits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wellcond_experiments.data import Images, load
 from wellcond_experiments.methods import run_seeded
 
 FIRST = "0.weight"
-SIDE = 28  # of the images, to which digits are scaled
+SIDE = 28  # side to which all images are scaled
 GRID = {"gradient": (1e-3, 1e-2, 0.1, 1.0, 10.0), "proximal": (1.0, 10.0, 100.0, 1e3)}
 LIMITS = (30.0, 10.0, 3.0)
 
@@ -33,12 +33,12 @@ class Run:
 
     Args:
         how: "none", "gradient", "proximal" or "limit".
-        strength: of the gradient or of the proximal step, or the limit.
-        vectors: "warm" for the subspace that wellcond keeps, "exact" for a decomposition in every
-            step.
-        block: width of the warm subspace; 0 without one.
-        every: steps between two proximal ones; 0 with the gradient, None for the default.
-        seed: of the initial weights and of the order of the images.
+        strength: strength of the gradient or of the proximal step, or the limit.
+        vectors: "warm" for the warm-started subspace of wellcond, "exact" for a decomposition in
+            every step.
+        block: width of the warm-started subspace; 0 without one.
+        every: steps between two proximal steps; 0 with the gradient, None for the default.
+        seed: seed of the initial weights and of the order of the images.
     """
 
     how: str
@@ -49,7 +49,7 @@ class Run:
     seed: int = 0
 
     def train(self, images: Images, epochs: int) -> dict[str, Any]:
-        """Condition number of the first layer, accuracy in per cent, shortened steps."""
+        """Trains; returns κ of the first layer, the accuracy in per cent, and shortened steps."""
         model = run_seeded(
             lambda: nn.Sequential(nn.Linear(images.pixels, 512), nn.Sigmoid(), nn.Linear(512, 10)),
             self.seed,
@@ -92,8 +92,8 @@ class Run:
 
 
 def exact_gradient(S: Tensor) -> Tensor:
-    """`wellcond.condition_penalty_gradient` by eigenvectors of the float64 Gram matrix: exact to
-    rounding, and faster than an SVD."""
+    """Returns `wellcond.condition_penalty_gradient` from eigenvectors of the float64 Gram matrix:
+    exact up to rounding, and faster than an SVD."""
     wide = S.double() if S.shape[0] <= S.shape[1] else S.double().mT
     u = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, -1:]
     gradient: Tensor = u @ (u.mT @ wide) - wide / len(wide)
@@ -101,7 +101,7 @@ def exact_gradient(S: Tensor) -> Tensor:
 
 
 def scaled_images(source: str, side: int) -> Images:
-    """The images of `--data` in this size, by bilinear interpolation."""
+    """Loads the images of `--data` and scales them bilinearly to this side."""
     images = load(source)
     if images.side == side:
         return images
@@ -116,13 +116,13 @@ def scaled_images(source: str, side: int) -> Images:
 
 
 def parse_numbers(text: str) -> list[int]:
-    """Positive integers, with commas between them."""
+    """Parses comma-separated positive integers."""
     return [positive(part) for part in text.split(",")]
 
 
 @dataclass(frozen=True)
 class _Trainings(Benchmark):
-    """What `fidelity` and `strength` share."""
+    """Common base of `fidelity` and `strength`."""
 
     legend: ClassVar[str]
     data: str = option("digits", "digits (scaled to 28x28), mnist, PATH")
@@ -146,10 +146,10 @@ class _Trainings(Benchmark):
 @dataclass(frozen=True)
 class Fidelity(_Trainings):
     name = "fidelity"
-    help = "the warm subspace against an exact SVD in every step"
+    help = "compares the warm-started subspace with an exact SVD in every step"
     description = (
-        "Condition number of the first layer of a 784-512-10 net after training, with the warm "
-        "subspace and with an exact decomposition in every step."
+        "Condition number of the first layer of a 784-512-10 network after training, with the "
+        "warm-started subspace and with an exact decomposition in every step."
     )
     example = "--block 16,32 --every 5,10,20"
     legend = "ratio to an exact decomposition in every step"
@@ -167,8 +167,8 @@ class Fidelity(_Trainings):
     }
 
     seeds: int = count(1)
-    block: tuple[int, ...] = option((32,), "widths, as 16,32", type=parse_numbers)
-    every: tuple[int, ...] = option((10,), "for attach, as 5,10,20", type=parse_numbers)
+    block: tuple[int, ...] = option((32,), "widths, such as 16,32", type=parse_numbers)
+    every: tuple[int, ...] = option((10,), "of attach, such as 5,10,20", type=parse_numbers)
 
     @cached_property
     def plan(self) -> list[Run]:
@@ -191,7 +191,7 @@ class Fidelity(_Trainings):
 
     def measure(self, advance: Advance) -> dict[str, Any]:
         runs = []
-        exact: dict[Any, float] = {}  # which come first, at every strength
+        exact: dict[Any, float] = {}  # exact runs come first at every strength
         for run in self.plan:
             found = run.train(self.images, self.epochs)
             kappa = exact.setdefault((run.how, run.strength, run.seed), found["condition_number"])
@@ -203,15 +203,15 @@ class Fidelity(_Trainings):
 @dataclass(frozen=True)
 class Strength(_Trainings):
     name = "strength"
-    help = "which strength leads to which condition number"
+    help = "condition number by strength"
     description = (
-        "Condition number of the first layer of a 784-512-10 net and accuracy after training, over "
-        "a grid of strengths."
+        "Accuracy and condition number of the first layer of a 784-512-10 network after training, "
+        "over a grid of strengths."
     )
     example = "--data mnist --epochs 3"
     legend = (
-        "proximal and limit: attach; cost: seconds as a multiple of those of a training without a "
-        "penalty just before"
+        "proximal and limit: attach; cost: time relative to a training without a penalty just "
+        "before"
     )
     columns: ClassVar = {
         "how": ("method", ""),
@@ -233,10 +233,10 @@ class Strength(_Trainings):
 
     def measure(self, advance: Advance) -> dict[str, Any]:
         nothing = Run("none", 0.0)
-        nothing.train(self.images, epochs=1)  # so that no row pays for what is done once
+        nothing.train(self.images, epochs=1)  # warm-up, so that one-time costs count in no row
         runs: list[dict[str, Any]] = []
         for run in self.plan:
-            # In turn with a training without a penalty: other work on the machine slows both.
+            # Alternating with a training without a penalty, so that other load affects both.
             base, found = self._timed(nothing), self._timed(run)
             runs += [found] if runs else [base | {"cost": 1.0}, found]
             found["cost"] = found["seconds"] / base["seconds"]

@@ -12,11 +12,11 @@ import torch
 from wellcond_experiments.command import Advance, dump_json, positive, progress, versions
 from wellcond_experiments.tables import Table
 
-SHOWN = 10  # failures that are printed; the document has all
+SHOWN = 10  # number of printed failures; the document contains all
 
 
 def option(default: Any, help: str = "", **settings: Any) -> Any:
-    """A field of a benchmark: an option of its command, with further settings of argparse."""
+    """A field of a benchmark that is an option of its command, with settings for argparse."""
     if default is not None:
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         help = f"{help} (default {shown})".strip()
@@ -35,27 +35,29 @@ class Benchmark(ABC):
     name: ClassVar[str]
     help: ClassVar[str]
     description: ClassVar[str]
-    example: ClassVar[str]  # options of the example that the help shows
-    rows: ClassVar[str] = "runs"  # where the document has the rows of the table
+    example: ClassVar[str]  # options of the example in the help
+    rows: ClassVar[str] = "runs"  # key of the table rows in the document
     columns: ClassVar[dict[str, tuple[str, str]]]  # title and format of each key of a row
-    threads: ClassVar[int | None] = None  # of torch by default; None: as it chooses
+    threads: ClassVar[int | None] = None  # default threads of torch; None keeps those of torch
 
     @property
     @abstractmethod
     def total(self) -> int:
-        """How often `measure` advances the progress bar."""
+        """The number of times that `measure` advances the progress bar."""
 
     @abstractmethod
     def measure(self, advance: Advance) -> dict[str, Any]:
-        """Settings and figures; under "failures" what should not have happened, if anything, and
-        under "notes" lines to print below the table."""
+        """Returns a document of settings and results.
+
+        Optional keys: "failures" for unexpected results, and "notes" for lines below the table.
+        """
 
     @abstractmethod
     def title(self, document: dict[str, Any]) -> str:
-        """What stands above the table."""
+        """Returns the title of the table."""
 
     def table(self, document: dict[str, Any]) -> Table:
-        """The rows of a document."""
+        """Returns the table of a document."""
         header = [title for title, _ in self.columns.values()]
         formats = {key: spec for key, (_, spec) in self.columns.items()}
         cells = [
@@ -66,14 +68,14 @@ class Benchmark(ABC):
 
 
 def format_cell(value: Any, spec: str) -> str:
-    """A list with commas; nothing if there is no number."""
+    """Formats a value or a list of values; None and nan become ""."""
     if isinstance(value, list):
         return ", ".join(format_cell(one, spec) for one in value)
     return "" if value is None or value != value else format(value, spec)
 
 
 def add_command(benchmarks: Any, kind: type[Benchmark]) -> None:
-    """The subcommand of a benchmark."""
+    """Adds the subcommand of a benchmark."""
     parser: argparse.ArgumentParser = benchmarks.add_parser(
         kind.name,
         help=kind.help,
@@ -82,13 +84,13 @@ def add_command(benchmarks: Any, kind: type[Benchmark]) -> None:
     )
     for one in fields(kind):
         parser.add_argument(f"--{one.name}", default=one.default, **one.metadata)
-    parser.add_argument("--json", action="store_true", help="print one JSON document and no table")
+    parser.add_argument("--json", action="store_true", help="print a JSON document, not a table")
     parser.add_argument("--threads", type=positive, default=kind.threads, help="threads of torch")
     parser.set_defaults(run=run, kind=kind)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints; the exit code is 1 if something should not have happened."""
+    """Measures and prints; the exit code is 1 if there are failures."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     kind: type[Benchmark] = arguments.kind

@@ -1,4 +1,4 @@
-"""What all commands share: options, progress, versions, and how JSON and files are written."""
+"""Shared by all commands: options, progress, versions, and writing JSON and files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 
 import wellcond as wc
 
-Advance = Callable[[str], None]  # moves a progress bar by one, and labels it
+Advance = Callable[[str], None]  # advances a progress bar by one and sets its label
 
 
 def positive(text: str) -> int:
-    """A positive integer, for argparse."""
+    """Parses a positive integer, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -30,7 +30,7 @@ def positive(text: str) -> int:
 
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Advance]:
-    """A progress bar on standard error if that is a terminal; the function advances it by one."""
+    """Shows a progress bar if standard error is a terminal. Yields a function that advances it."""
     if not sys.stderr.isatty():
         yield lambda label: None
         return
@@ -50,7 +50,7 @@ def progress(total: int, title: str) -> Iterator[Advance]:
 
 
 def versions(machine: str) -> dict[str, str]:
-    """The versions of the software, the processor and the number of threads."""
+    """Returns the versions of wellcond, torch and Python, and the machine."""
     return {
         "wellcond": wc.__version__,
         "torch": torch.__version__,
@@ -60,7 +60,7 @@ def versions(machine: str) -> dict[str, str]:
 
 
 def format_duration(seconds: float) -> str:
-    """As "40 s", "12 min" or "1 h 5 min"."""
+    """Formats a duration, such as "40 s", "12 min" or "1 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -68,7 +68,7 @@ def format_duration(seconds: float) -> str:
 
 
 def dump_json(content: Any, indent: int | None = 1) -> str:
-    """Strict JSON in ASCII; inf, -inf and nan as strings."""
+    """Returns strict JSON in ASCII. Inf, -inf and nan become strings."""
 
     def strict(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -82,7 +82,7 @@ def dump_json(content: Any, indent: int | None = 1) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file that takes the place of the old one at the end, unless there is an error."""
+    """Yields a temporary path that replaces `path` at the end, unless there is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -93,6 +93,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the whole file, or leaves the old one as it was."""
+    """Writes the file atomically: a failure leaves the old file unchanged."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")

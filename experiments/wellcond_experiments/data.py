@@ -1,8 +1,8 @@
-"""Images to train on: scikit-learn's digits, which need no download, MNIST and CIFAR-10.
+"""Training images: scikit-learn's digits, which need no download, MNIST and CIFAR-10.
 
 MNIST is read from a directory or a file: four idx files, plain or .gz, or an .npz with uint8 arrays
-x_train, y_train, x_test, y_test. Where none is given it is downloaded, checked by md5, and kept.
-CIFAR-10 is such an .npz with images (N, side, side, 3), and is not downloaded.
+x_train, y_train, x_test, y_test. Without a path it is downloaded, checked by md5, and cached.
+CIFAR-10 is an .npz of the same form with images (N, side, side, 3). It is not downloaded.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ MIRRORS = (
 )
 WHERE = (
     "Put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-    "t10k-labels-idx1-ubyte (plain or .gz), or a mnist.npz, into a directory and give it by "
+    "t10k-labels-idx1-ubyte (plain or .gz), or a mnist.npz, into a directory and pass it with "
     "--data DIR or WELLCOND_DATA."
 )
 WHERE_CIFAR10 = (
-    "Give an .npz with uint8 arrays x_train (N, 32, 32, 3), y_train, x_test and y_test by --data "
-    "PATH or WELLCOND_DATA: CIFAR-10 is not downloaded."
+    "CIFAR-10 is not downloaded. Pass an .npz with uint8 arrays x_train (N, 32, 32, 3), y_train, "
+    "x_test and y_test with --data PATH or WELLCOND_DATA."
 )
 
 
@@ -49,7 +49,7 @@ WHERE_CIFAR10 = (
 class Images:
     """Flat images in [0, 1], (N, channels side^2) float32, with labels (N,) int64.
 
-    Grey, or in three channels one after another.
+    Images are grey, or have three channels, one after another.
     """
 
     name: str
@@ -73,11 +73,11 @@ class Images:
         return self.x_train.std()
 
     def normalise(self, x: Tensor) -> Tensor:
-        """(x - mean)/std with the numbers of the training images."""
+        """Returns (x - mean)/std, with mean and std of the training images."""
         return (x - self.mean) / self.std
 
     def split(self, share: float, seed: int = 0) -> Images:
-        """The same images with a share of the training set in place of the test set."""
+        """Returns the images with a share of the training set as the test set."""
         order = _permutation(len(self.x_train), seed)
         held = int(share * len(order))
         train, validation = order[held:], order[:held]
@@ -92,14 +92,14 @@ def _permutation(count: int, seed: int) -> Tensor:
 
 
 def load(source: str, colour: bool = False) -> Images:
-    """The images that `--data` names: "digits", "mnist", "cifar10", or a path to one of the latter.
+    """Loads the images of `--data`: "digits", "mnist", "cifar10", or a path to MNIST or CIFAR-10.
 
     Args:
         source: the name or the path.
-        colour: whether images in colour are accepted.
+        colour: whether colour images are accepted.
 
     Raises:
-        ValueError: a missing, truncated or mislabelled file, or no network.
+        ValueError: if a file is missing, truncated or mislabelled, or if a download fails.
     """
     if source == "digits":
         return _digits()
@@ -114,11 +114,11 @@ def load(source: str, colour: bool = False) -> Images:
             raise ValueError(f"no such file: {path}. {WHERE_CIFAR10}")
     images = _images(read(path))
     if source in ("mnist", "cifar10") and images.name != source:
-        raise ValueError(f"{path} holds images like those of {images.name}, not of {source}.")
+        raise ValueError(f"{path} contains images shaped as {images.name}, not as {source}.")
     if images.channels > 1 and not colour:
         raise ValueError(
-            f"{path} holds images in colour: only cifar10-plain, cifar10-batch-norm and "
-            "cifar10-vit of `wellcond reproduce` take them."
+            f"{path} contains colour images. Only cifar10-plain, cifar10-batch-norm and "
+            "cifar10-vit of `wellcond reproduce` accept them."
         )
     return images
 
@@ -130,7 +130,7 @@ def _digits() -> Images:
     x = torch.tensor(bunch.data / 16, dtype=torch.float32)
     y = torch.tensor(bunch.target, dtype=torch.int64)
     order = _permutation(len(x), seed=0)
-    train, test = order[360:], order[:360]  # 1437 to train on, 360 to test on
+    train, test = order[360:], order[:360]  # 1437 for training, 360 for testing
     return Images("digits", 8, x[train], y[train], x[test], y[test])
 
 
@@ -147,10 +147,10 @@ def _images(arrays: dict[str, Tensor]) -> Images:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The four uint8 arrays of MNIST from an .npz file or a directory, or of CIFAR-10 from an .npz.
+    """Reads the four uint8 arrays of MNIST (.npz or directory) or CIFAR-10 (.npz).
 
     Raises:
-        ValueError: there is no file, or it is damaged or holds something else.
+        ValueError: if the file is missing, damaged or of another kind.
     """
     if path.is_file():
         arrays = _read_npz(path)
@@ -167,7 +167,7 @@ def _find(directory: Path, stem: str) -> Path:
     for name in (stem, f"{stem}.gz", stem.replace("-idx", ".idx")):
         if (directory / name).is_file():
             return directory / name
-    raise ValueError(f"{directory} holds no {stem}, plain or .gz. {WHERE}")
+    raise ValueError(f"{directory} does not contain {stem}, plain or .gz. {WHERE}")
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -193,11 +193,11 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_idx(path: Path) -> Tensor:
-    """An idx file: magic 0, 0, 8 (uint8), number of dimensions; sizes big-endian; the bytes."""
+    """Reads an idx file: magic 0, 0, 8 (uint8), dimensions, big-endian sizes, bytes."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}. Fetch it again.") from None
+        raise ValueError(f"{path} is damaged: {error}. Download it again.") from None
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] not in (1, 3):
         raise ValueError(
             f"{path} is not an idx file of bytes: it begins with {raw[:4].hex() or 'nothing'}."
@@ -205,15 +205,15 @@ def _read_idx(path: Path) -> Tensor:
     dimensions = raw[3]
     header = 4 + 4 * dimensions
     if len(raw) < header:
-        raise ValueError(f"{path} is truncated: {len(raw)} bytes. Fetch it again.")
+        raise ValueError(f"{path} is truncated: {len(raw)} bytes. Download it again.")
     shape = struct.unpack(f">{dimensions}I", raw[4:header])
     count = math.prod(shape)
     if count == 0:
-        raise ValueError(f"{path} is empty: its header says {' x '.join(map(str, shape))}.")
+        raise ValueError(f"{path} is empty: its header gives {' x '.join(map(str, shape))}.")
     if len(raw) != header + count:
         raise ValueError(
-            f"{path} is truncated or overlong: its header says {count} bytes, "
-            f"it has {len(raw) - header}. Fetch it again."
+            f"{path} is truncated or too long: its header gives {count} bytes of data, but it has "
+            f"{len(raw) - header}. Download it again."
         )
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=header).reshape(shape)
 
@@ -225,7 +225,7 @@ def _check(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path}: images must have 3 dimensions, or 4 in colour, and labels 1, got "
                 f"{tuple(x.shape)} and {tuple(y.shape)} for {part}. "
-                "Are the files named as they should be?"
+                "Are the files named correctly?"
             )
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"{path}: {len(x)} {part} images but {len(y)} labels.")
@@ -234,14 +234,14 @@ def _check(arrays: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     shapes = {tuple(arrays[key].shape[1:]) for key in ("x_train", "x_test")}
     if len(shapes) > 1 or any(s[0] != s[1] or s[2:] not in ((), (3,)) for s in shapes):
         raise ValueError(
-            f"{path}: images must all be square and of one size, and in colour of three channels, "
-            f"the last dimension, got {shapes}."
+            f"{path}: images must all be square and of one size, and colour images must have "
+            f"three channels in the last dimension, got {shapes}."
         )
     return arrays
 
 
 def download_mnist(directory: Path | None = None, mirrors: tuple[str, ...] = MIRRORS) -> Path:
-    """Downloads missing files into a cache: each whole and with the right md5, or not at all."""
+    """Downloads missing files into a cache, each complete and with the right md5."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     directory = directory or cache / "wellcond" / "mnist"
     for stem, md5 in MNIST_FILES.values():

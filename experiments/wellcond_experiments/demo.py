@@ -1,7 +1,7 @@
 """The demo: the paper's denoising autoencoder on scikit-learn's digits.
 
-Three methods at the strengths and the learning rate of the paper, no search: `wellcond reproduce
-denoise` is the whole protocol.
+Three methods at the strengths and the learning rate of the paper, without a search. `wellcond
+reproduce denoise` runs the complete protocol.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wellcond_experiments.settings.denoise import DEFAULT_LR, KAPPAS, OUTER, Den
 
 CASE, SEEDS = "snr-10", 3
 METHODS = {
-    "none": "nothing",
+    "none": "baseline",
     "tikhonov": "L2 (Tikhonov) 0.01",
     "condition-gradient": "ConditionPenalty(0.01) in the loss",
 }
@@ -32,7 +32,7 @@ Runs = dict[str, list[Measured]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, draws the picture, and prints what the runs show."""
+    """Trains, draws the picture and prints the results."""
     parser = argparse.ArgumentParser("python -m wellcond_experiments.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs", "demo"), help="default runs/demo")
     folder: Path = parser.parse_args(argv).out
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train() -> Runs:
-    """Every method with every seed, one process per core."""
+    """Runs every method with every seed, one process per core."""
     cells = [
         Cell(CASE, method, OUTER if method != "none" else 0.0, DEFAULT_LR, seed)
         for method in METHODS
@@ -59,7 +59,7 @@ def train() -> Runs:
 
 
 def describe(runs: Runs) -> list[str]:
-    """What the runs show, in at most twelve lines."""
+    """Describes the results in at most twelve lines."""
     lines = [
         "A denoising autoencoder on 8x8 digits at a high learning rate (Adam, 0.005), "
         f"{SEEDS} seeds.",
@@ -71,19 +71,19 @@ def describe(runs: Runs) -> list[str]:
         lines.append(f"{label:36}{_number(kappa(runs[method])):>9}  {error(runs[method]):.4f}")
     decayed, limited = METHODS["tikhonov"], METHODS["condition-gradient"]
     worst, kept = kappa(runs["tikhonov"]), kappa(runs["condition-gradient"])
-    what = f"drove κ of the first layer to {_number(worst)}"
+    what = f"raised κ of the first layer to {_number(worst)}"
     if worst > BEYOND:
-        what = "drove κ of the first layer beyond a million: it lost directions of its input"
+        what = "raised κ of the first layer above a million: the weight is rank-deficient"
     gains = [
         f"{_compare(error(runs['condition-gradient']), error(runs[method]))} than {than}"
-        for method, than in (("tikhonov", "with L2"), ("none", "with nothing"))
+        for method, than in (("tikhonov", "with L2"), ("none", "without a regulariser"))
     ]
     lines += [
         "",
         f"{decayed} {what}.",
-        f"{limited} held it at {_number(kept)}.",
+        f"{limited} kept it at {_number(kept)}.",
         f"Its error is {' and '.join(gains)}.",
-        "With strengths and rates tuned, the differences are small: docs/evidence/denoise.md.",
+        "With tuned strengths and rates, the differences are small: docs/evidence/denoise.md.",
     ]
     return lines
 
@@ -95,12 +95,12 @@ WHERE_TO_GO = [
 
 
 def kappa(runs: Sequence[Measured]) -> float:
-    """Of the first weight at the end, the median of the seeds."""
+    """Returns κ of the first weight at the end, the median over the seeds."""
     return statistics.median(run.curves[FIRST][-1] for run in runs)
 
 
 def error(runs: Sequence[Measured]) -> float:
-    """Mean squared error at the noise of training, the mean of the seeds."""
+    """Returns the mean squared error at the training noise, the mean over the seeds."""
     return statistics.fmean(run.metrics["error"] for run in runs)
 
 
@@ -113,7 +113,7 @@ def _number(kappa: float) -> str:
 
 
 def draw(runs: Runs) -> Any:
-    """κ of the first weight over the training, and the errors at its end."""
+    """Draws κ of the first weight during training, and the final errors."""
     drawing, (left, right) = figures.figure(columns=2, width=4.4, height=3.4)
     for method, label in METHODS.items():
         found = runs[method]

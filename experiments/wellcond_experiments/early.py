@@ -1,4 +1,4 @@
-"""What a training shows at a tenth of its length, to be compared with what it ends with."""
+"""Measures a training after 10 % of its steps, for comparison with its final score."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from wellcond_experiments.methods import evaluation, largest, matrices
 
-PART = 10  # of the training: after so large a part of it the look is taken
+PART = 10  # the measurement is taken after 1/PART of the steps
 QUANTITIES = {
-    "early_kappa": "κ, the largest",
-    "early_kappa_growth": "growth of κ, the largest",
-    "early_sigma": "σ₁, the largest",
-    "early_sigma_growth": "growth of σ₁, the largest",
-    "early_stable_rank": "stable rank over min(m, n), the smallest",
-    "early_stable_rank_fall": "fall of the stable rank, the largest",
-    "early_gradient": "norm of the gradient",
-    "early_loss": "loss, mean of the last ten batches",
+    "early_kappa": "largest κ",
+    "early_kappa_growth": "largest growth of κ",
+    "early_sigma": "largest σ₁",
+    "early_sigma_growth": "largest growth of σ₁",
+    "early_stable_rank": "smallest stable rank / min(m, n)",
+    "early_stable_rank_fall": "largest decrease of the stable rank",
+    "early_gradient": "gradient norm",
+    "early_loss": "loss, mean of the last 10 batches",
 }
 
 
 @torch.no_grad()
 def _spectra(model: nn.Module) -> list[Tensor]:
-    """Singular values in float64 of every weight that acts as a matrix with two sides above 1."""
+    """Returns singular values, in float64, of the effective weights with both sides above 1."""
     with evaluation(model):
         weights = [layer.weight.detach().flatten(1).double() for _, layer in matrices(model)]
     return [
@@ -44,14 +44,14 @@ def _measure(spectra: list[Tensor]) -> dict[str, list[float]]:
 
 
 class EarlyLook:
-    """Takes the look once, after a tenth of the steps.
+    """Measures a model once, after 10 % of the steps.
 
-    Growth is the quotient of a weight's value by that before the training; of all weights the
-    largest counts. Nothing of the training changes: the gradient is computed beside it.
+    Growth is the ratio of a weight's value to its value before the training, and the largest over
+    all weights is kept. The training is not affected: the gradient is computed separately.
 
     Args:
-        model: before it is trained.
-        steps: of the whole training.
+        model: the model before training.
+        steps: the number of steps of the entire training.
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:
@@ -61,7 +61,7 @@ class EarlyLook:
         self.metrics = dict.fromkeys(QUANTITIES, math.nan)
 
     def __call__(self, loss: Tensor) -> None:
-        """Before every step, with its loss."""
+        """Call it before every step, with the loss of the step."""
         if len(self.losses) < self.at:
             self.losses.append(float(loss.detach()))
             if len(self.losses) == self.at:

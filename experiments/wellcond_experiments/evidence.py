@@ -1,7 +1,7 @@
-"""What results say: means with intervals, paired differences, and the blocks of the documentation.
+"""Evaluates results: means with intervals, paired differences, verdicts, and tables of the pages.
 
-A block of a page stands between `<!-- NAME: TABLE -->` and `<!-- end -->`, and holds what the
-results of NAME say, and nothing else.
+A block of a page is enclosed by `<!-- NAME: TABLE -->` and `<!-- end -->`. It contains only the
+table TABLE made from the results of NAME.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = re.compile(rf"({BEGIN.pattern}).*?(<!-- end -->)", re.DOTALL)
 
 
 class Column(NamedTuple):
-    """A metric, what stands above it, and whether it counts by factors."""
+    """A metric, its column title, and whether it is averaged geometrically."""
 
     metric: str
     title: str
@@ -32,38 +32,38 @@ class Column(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The champion of wellcond's methods, by the search, against the best of all others.
+    """The method of wellcond that the search chose, compared with the best other method.
 
-    It wins if its interval lies above that of each of them, and loses if it lies below that of one;
-    the other way round where lower is better.
+    It wins if its interval is above the interval of every other method, and loses if its interval
+    is below the interval of one of them. If lower is better, the reverse holds.
     """
 
     ours: str
     our_band: Band
     rival: str
     rival_band: Band
-    difference: Band  # ours minus the rival, seed by seed, as measured
+    difference: Band  # ours minus the rival, paired by seed, in the units of the metric
     wins: bool
     loses: bool
-    lower: bool = False  # is better
+    lower: bool = False  # whether lower is better
 
     @property
     def gain(self) -> Band:
-        """The difference in per cent of what the rival reached, positive if ours is better."""
+        """The difference in per cent of the rival's value, positive if ours is better."""
         sign = -1.0 if self.lower else 1.0
         return self.difference.scale(100 * sign / (abs(self.rival_band.mean) or math.nan))
 
     @property
     def better(self) -> str:
-        """Which is better: "not significant" if the intervals do not tell."""
+        """Which is better; "not significant" if ours neither wins nor loses."""
         return "wellcond" if self.wins else "other" if self.loses else "not significant"
 
 
 class Evidence:
-    """The results of an experiment, as `grid.read` returns them.
+    """The results of an experiment, from a document that `grid.read` returns.
 
-    `runs` is a table of pandas with a row for each run that is reported: case, method, strength,
-    lr, seed, seconds, cpu_seconds, the metrics, and the curves as lists.
+    `runs` is a pandas table with one row per reported run: case, method, strength, lr, seed,
+    seconds, cpu_seconds, the metrics, and the curves as lists.
     """
 
     def __init__(self, document: dict[str, Any]) -> None:
@@ -79,27 +79,27 @@ class Evidence:
         self.chosen: list[dict[str, Any]] = document["chosen"]
 
     def where(self, **fields: Any) -> Any:
-        """The rows with these values."""
+        """Returns the runs with these values, sorted by seed."""
         runs = self.runs
         for name, value in fields.items():
             runs = runs[runs[name] == value]
         return runs.sort_values("seed", kind="stable")
 
     def methods(self, **fields: Any) -> list[str]:
-        """In the order in which they were run."""
+        """Returns the methods of these runs, in the order in which they were run."""
         return list(dict.fromkeys(self.where(**fields)["method"]))
 
     def band(self, metric: str, log: bool = False, **fields: Any) -> Band:
-        """Mean and 95 % interval over the seeds of these rows."""
+        """Returns the mean and the 95 % interval over the seeds of these runs."""
         return interval([float(value) for value in self.where(**fields)[metric]], log)
 
     def difference(self, metric: str, one: dict[str, Any], other: dict[str, Any]) -> Band:
-        """Mean and 95 % interval of one minus other, seed by seed."""
+        """Returns the mean and the 95 % interval of one minus other, paired by seed."""
         pairs = self.where(**one).merge(self.where(**other), on="seed", suffixes=("", "_other"))
         return interval([float(v) for v in pairs[metric] - pairs[f"{metric}_other"]])
 
     def choice(self, contest: str, method: str) -> dict[str, Any] | None:
-        """What the search chose, if it had a choice."""
+        """Returns the entry that the search chose, or None if the method was not searched."""
         found = [c for c in self.chosen if (c["case"], c["method"]) == (contest, method)]
         return found[0] if found else None
 
@@ -111,9 +111,10 @@ class Evidence:
         lower: bool = False,
         **fields: Any,
     ) -> Table:
-        """A row per method, the best by the first column above; seed by seed against nothing.
+        """Returns a table with one row per method, the best in the first column at the top.
 
-        The best is the largest, or with `lower` the smallest.
+        The best has the largest value, or with `lower` the smallest. Differences from the baseline
+        are paired by seed.
         """
         first = columns[0].metric
         bands = {
@@ -140,12 +141,12 @@ class Evidence:
                     best["edge"] if best else "",
                 ]
             )
-        header = ["method", "strength", "lr", columns[0].title, "against nothing"]
-        header += [*(c.title for c in columns[1:]), "at the end of the grid"]
+        header = ["method", "strength", "lr", columns[0].title, "vs. baseline"]
+        header += [*(c.title for c in columns[1:]), "at grid edge"]
         return Table(title, header, rows)
 
     def _infinite(self, metric: str, fields: dict[str, Any]) -> str:
-        """How often it is infinite, as a condition number may be; "" if never."""
+        """Counts the infinite values of a metric, as text; "" if there are none."""
         values = [math.isinf(value) for value in self.where(**fields)[metric]]
         return f"inf in {sum(values)} of {len(values)}" if any(values) else ""
 
@@ -157,9 +158,9 @@ class Evidence:
         lower: bool = False,
         **fields: Any,
     ) -> Verdict:
-        """Wellcond's against the others, of these methods or of all.
+        """Compares the chosen method of wellcond with all others, among these methods or all.
 
-        Larger is better, or with `lower` smaller; the search has maximised its score all the same.
+        Larger is better, or with `lower` smaller. The search maximises its score in both cases.
         """
         methods = [m for m in self.methods(**fields) if not among or m in among]
         ours = [m for m in methods if find_method(m).ours]
@@ -187,30 +188,30 @@ class Evidence:
 
 
 def rank(band: Band, lower: bool = False) -> float:
-    """By which the best has the largest: its mean, or with `lower` the negative one.
+    """Returns a sort key that is largest for the best: the mean, with `lower` its negative.
 
-    What is no number is worse than all.
+    NaN ranks below every number.
     """
     return -math.inf if math.isnan(band.mean) else -band.mean if lower else band.mean
 
 
 def list_methods(names: Sequence[str]) -> Table:
-    """What they are called, whose they are, and who described them."""
+    """Lists methods with their labels, whether wellcond offers them, and their sources."""
     rows = [
         [METHODS[name].label, "wellcond" if METHODS[name].ours else "", METHODS[name].after]
         for name in names
     ]
-    return Table("Methods of training", ["method", "offered by", "after"], rows)
+    return Table("Methods of training", ["method", "offered by", "described by"], rows)
 
 
-Compared = dict[tuple[str, str], Verdict]  # by the name of the setting, and by what was compared
+Compared = dict[tuple[str, str], Verdict]  # keys: name of the setting, and the comparison
 
 
 def list_winners(verdicts: Compared) -> Table:
-    """A row for each verdict, with a link to the page of its setting."""
+    """Returns a table with one row per verdict, which links to the page of its setting."""
     rows = [
         [
-            f"[{compared}](evidence/{setting}.md)",
+            f"[{compared}]({setting}.md)",
             v.better,
             v.difference.signed(),
             f"{find_method(v.ours).label}: {v.our_band.fixed()}",
@@ -218,14 +219,20 @@ def list_winners(verdicts: Compared) -> Table:
         ]
         for (setting, compared), v in verdicts.items()
     ]
-    header = ["compared", "better", "difference", "of wellcond", "the best other"]
-    return Table("Methods of wellcond, as chosen in the search, against all others", header, rows)
+    header = [
+        "comparison",
+        "better",
+        "difference",
+        "method of wellcond",
+        "best other method",
+    ]
+    return Table("The chosen method of wellcond against the best other method", header, rows)
 
 
 def draw_winners(verdicts: Compared) -> Any:
-    """The same as a picture: blue where wellcond is better, orange where another is.
+    """Draws the verdicts: blue where wellcond is better, orange where another method is.
 
-    Differences are in per cent of what the rival reached, because units differ, and positive where
+    Differences are in per cent of the rival's value, because units differ. They are positive where
     wellcond is better.
     """
     colours = {"wellcond": figures.OURS, "other": figures.RIVAL}
@@ -242,28 +249,30 @@ def draw_winners(verdicts: Compared) -> Any:
 
 
 def fill_text(text: str, name: str, tables: dict[str, Table]) -> str:
-    """A page with the blocks of this experiment as the tables say.
+    """Returns a page with the blocks of this experiment replaced by the tables.
 
     Raises:
-        ValueError: it asks for a table that there is not, or a block has no end.
+        ValueError: if a block names an unknown table, or if a block is not closed.
     """
 
     if not len(BEGIN.findall(text)) == text.count("<!-- end -->") == len(BLOCK.findall(text)):
-        raise ValueError("every block `<!-- NAME: TABLE -->` of a page must end by `<!-- end -->`.")
+        raise ValueError(
+            "every block `<!-- NAME: TABLE -->` of a page must end with `<!-- end -->`."
+        )
 
     def block(match: re.Match[str]) -> str:
         begin, experiment, table, end = match.groups()
         if experiment != name:
             return match[0]
         if table not in tables:
-            raise ValueError(f"{name} has no table {table}, only {', '.join(tables)}.")
+            raise ValueError(f"{name} has no table {table}. Its tables are {', '.join(tables)}.")
         return f"{begin}\n{tables[table].markdown()}\n{end}"
 
     return BLOCK.sub(block, text)
 
 
 def fill_pages(pages: list[Path], name: str, tables: dict[str, Table]) -> list[Path]:
-    """The pages that have changed."""
+    """Fills the blocks of all pages and returns the pages that changed."""
     changed = []
     for page in pages:
         before = page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Pictures: panels, axes, and what a method looks like wherever it is drawn."""
+"""Pictures: panels, axes, and the colours and labels of the methods."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from wellcond_experiments.methods import find_method
 from wellcond_experiments.tables import Band
 
 OURS, RIVAL, NOTHING = "#1f6fb4", "#d98c1f", "#7f7f7f"
-# Of lines in one panel; the eye tells no more apart.
+# Colours of the lines in one panel; more would be hard to distinguish.
 CYCLE = ("#1f6fb4", "#d98c1f", "#2a9d6f", "#a64ca6", "#c0392b", "#7f7f7f", "#8c6d31", "#17a2b8")
 MARKERS = "osD^vPX*"
-HUGE = 1e6  # in pictures, larger condition numbers are one
+HUGE = 1e6  # pictures show larger condition numbers as one value
 
 # A picture follows the color scheme of the page that shows it. Text has no color of its own.
 _STYLE = '<style type="text/css">'
@@ -35,13 +35,13 @@ _DARK = """
 
 
 def colour(method: str) -> str:
-    """Blue for ours, orange for the others, grey for nothing."""
+    """Returns blue for wellcond, orange for other methods, grey for the baseline."""
     kind = find_method(method)
     return NOTHING if method == "none" else OURS if kind.ours else RIVAL
 
 
 def colours(methods: Sequence[str]) -> list[str]:
-    """Of their lines in one panel; grey for nothing."""
+    """Returns the line colours of methods in one panel; grey for the baseline."""
     others = (color for color in CYCLE if color != NOTHING)
     return [NOTHING if method == "none" else next(others) for method in methods]
 
@@ -53,7 +53,7 @@ def label(method: str) -> str:
 def figure(
     columns: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1
 ) -> tuple[Any, list[Any]]:
-    """A figure of so many panels, row by row, each of this size; drawn without a window."""
+    """Makes a figure and its panels, listed by row. Width and height are those of a panel."""
     drawing = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=130)
     panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
@@ -64,7 +64,7 @@ def figure(
 
 
 def save(drawing: Any, path: Path) -> Path:
-    """Writes it; an .svg is the same, byte for byte, whenever it is drawn of the same numbers."""
+    """Writes a figure. An .svg of the same numbers has the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
@@ -75,7 +75,7 @@ def save(drawing: Any, path: Path) -> Path:
 
 
 def select_lines(scores: dict[str, float], each: int = 3) -> list[str]:
-    """The best of ours, the best of the others, and nothing: what a panel of lines has room for."""
+    """Returns the best methods of wellcond, the best others, and the baseline."""
     best = sorted(scores, key=lambda m: -math.inf if math.isnan(scores[m]) else scores[m])[::-1]
     ours = [m for m in best if find_method(m).ours]
     others = [m for m in best if not find_method(m).ours and m != "none"]
@@ -83,7 +83,7 @@ def select_lines(scores: dict[str, float], each: int = 3) -> list[str]:
 
 
 def draw_over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: int = 1) -> None:
-    """A line for each method: the mean of its seeds, and of so many tasks up to this one."""
+    """Draws a line per method: the mean over its seeds and over the last `window` tasks."""
     for (method, runs), color in zip(curves.items(), colours(list(curves)), strict=True):
         means = [math.fsum(values) / len(values) for values in zip(*runs, strict=True)]
         parts = [means[max(0, i - window + 1) : i + 1] for i in range(len(means))]
@@ -96,12 +96,12 @@ def draw_over_tasks(panel: Any, curves: dict[str, list[list[float]]], window: in
 def draw_rates(
     panel: Any, runs: Any, methods: Sequence[str], metric: str, middle: str = "mean"
 ) -> None:
-    """The mean or the median of a metric by learning rate, a line per method.
+    """Draws the mean or the median of a metric by learning rate, one line per method.
 
     Args:
-        panel: where.
-        runs: of one case, as `Evidence.runs`.
-        methods: in the order of their colours.
+        panel: the panel to draw in.
+        runs: the rows of `Evidence.runs` of one case.
+        methods: the methods, in the order of their colours.
         metric: a column of the runs.
         middle: "mean" or "median" over the seeds.
     """
@@ -114,13 +114,13 @@ def draw_rates(
 def draw_bands(
     panel: Any, rows: Sequence[tuple[str, Band]], names: dict[str, str], lower: bool = False
 ) -> None:
-    """Means with their intervals, a line for each method, the best at the top.
+    """Draws means with their intervals, one line per method, the best at the top.
 
     Args:
-        panel: where.
-        rows: methods with what they reached.
-        names: what stands beside them.
-        lower: whether the lowest is the best, else the largest.
+        panel: the panel to draw in.
+        rows: methods with their bands.
+        names: labels of the methods.
+        lower: whether the lowest mean is the best; otherwise the largest is.
     """
 
     def rank(row: tuple[str, Band]) -> float:
@@ -137,13 +137,13 @@ def draw_bands(
 
 
 def _draw_mark(panel: Any, height: float, band: Band, color: str) -> None:
-    """A mean as a dot, and its interval as a line."""
+    """Draws a mean as a dot and its interval as a line."""
     panel.plot([band.low, band.high], [height] * 2, color=color, lw=2, alpha=0.6)
     panel.plot([band.mean], [height], color=color, marker="o", ms=6, ls="")
 
 
 def draw_differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
-    """Label, colour and a difference with its interval, a line for each, the first at the top."""
+    """Draws differences with intervals from (label, colour, band), the first at the top."""
     drawing, (panel,) = figure(width=9.6, height=0.8 + 0.5 * len(rows))
     for height, (_, color, band) in enumerate(reversed(rows)):
         _draw_mark(panel, height, band, color)
@@ -151,12 +151,12 @@ def draw_differences(rows: Sequence[tuple[str, str, Band]]) -> Any:
     panel.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=9)
     panel.set_ylim(-0.6, len(rows) - 0.4)
     panel.grid(False, axis="y")
-    panel.set_xlabel("difference, % of the best other; to the right wellcond is better")
+    panel.set_xlabel("difference in %, positive: wellcond is better")
     return drawing
 
 
 def use_logarithm(axis: Any) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5, or at the powers of ten if many."""
+    """Labels a logarithmic axis at 1, 2, 5, ..., or at powers of ten if its range is wide."""
     low, high = axis.get_view_interval()
     if high / low < 200:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -165,7 +165,7 @@ def use_logarithm(axis: Any) -> None:
 
 
 def draw_condition_numbers(panel: Any) -> None:
-    """A logarithmic axis from 1 on; all that is above `HUGE`, or infinite, lies on one line."""
+    """Makes a logarithmic axis from 1 on. Values above `HUGE` share one tick."""
     top = panel.dataLim.y1
     panel.set_yscale("log")
     if top < HUGE:
@@ -179,9 +179,9 @@ def draw_condition_numbers(panel: Any) -> None:
 
 
 def draw_layers(rows: dict[str, list[float]], names: Sequence[str]) -> Any:
-    """κ of each weight (columns, by their names) for each method (rows, the first at the top).
+    """Draws κ of each weight (columns, in the order of names) for each method (rows, from the top).
 
-    What is larger than `HUGE` has one colour, what is no number none.
+    Values above `HUGE` share one colour. NaN has none.
     """
     drawing, (panel,) = figure(width=2.6 + 0.42 * len(names), height=1.6 + 0.3 * len(rows))
     values = [[cap(kappa) for kappa in row] for row in reversed(rows.values())]
@@ -202,5 +202,5 @@ def draw_layers(rows: dict[str, list[float]], names: Sequence[str]) -> Any:
 
 
 def cap(kappa: float) -> float:
-    """Where `draw_condition_numbers` shows it; nan is nowhere."""
+    """Returns the value at which `draw_condition_numbers` draws kappa. NaN is not drawn."""
     return 3 * HUGE if kappa > HUGE else kappa

@@ -1,8 +1,9 @@
-"""Declared grids of trainings, run by several processes, one file per run; a killed one goes on.
+"""Declared grids of trainings, run by several processes; one file per run makes them resumable.
 
-A `Setting` says what is trained, over which cells (case, method, strength, learning rate, seed) and
-what is drawn of it. Strength and learning rate of a method are chosen by its score on seeds and
-data of the search, which are not reported; what is reported is run once with the chosen values.
+A `Setting` declares what is trained, over which cells (case, method, strength, learning rate,
+seed), and which tables and pictures are made. The strength and learning rate of each method are
+chosen on seeds and data of the search, which are not reported. The reported runs use the chosen
+values.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from wellcond_experiments.methods import METHODS, without_subnormals
 from wellcond_experiments.prediction import Case
 from wellcond_experiments.tables import Table
 
-# The first seeds of the search, and of its second round; those that are reported count from 0.
+# The first seeds of the search and of its second round; reported seeds count from 0.
 SEARCH, FINAL = 10_000, 20_000
-DIGITS = 6  # of what is kept of a curve
+DIGITS = 6  # significant digits of stored curves
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of a grid, and one run."""
+    """A point of a grid: one run."""
 
     case: str
     method: str
@@ -53,7 +54,7 @@ class Cell:
 
     @property
     def final(self) -> bool:
-        """Whether it is of the second round of the search."""
+        """Whether the cell belongs to the second round of the search."""
         return self.search and self.seed >= FINAL
 
     @property
@@ -64,7 +65,7 @@ class Cell:
 
 
 class Measured(NamedTuple):
-    """The result of a run: numbers, and curves over time or over what else their names say."""
+    """The result of a run: numbers, and curves, usually over time."""
 
     metrics: dict[str, float]
     curves: dict[str, list[float]]
@@ -72,9 +73,9 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the search has found for a method; `edge` names what lies at the end of its grid.
+    """The choice of the search for a method; `edge` names the values at the edge of their grid.
 
-    The learning rate is 0 where it is not chosen.
+    The learning rate is 0 if it is not searched.
     """
 
     case: str
@@ -86,16 +87,16 @@ class Chosen:
 
 
 class Setting(ABC):
-    """An experiment. A subclass in a file of its own is all that a new one needs.
+    """An experiment. A new experiment is a subclass in its own file.
 
-    It sets `cases`, `methods` with the strengths to choose from, and `rates`, whose product the
-    search goes through; one that has another grid says so by `strengths`, `searched_cases`,
+    A subclass sets `cases`, `methods` with their strengths, and `rates`. The search covers the
+    product of these. To search another grid, override `strengths`, `searched_cases`,
     `search_cells` and `report_cells`.
 
     Args:
-        data: as `--data` has it; "" for the default.
-        quick: whether it only has to show that it works.
-        seeds: how many are reported; None for the default.
+        data: the value of `--data`; "" for the default.
+        quick: whether the run is short and only checks that the experiment works.
+        seeds: the number of reported seeds; None for the default.
     """
 
     name: ClassVar[str]
@@ -105,14 +106,14 @@ class Setting(ABC):
     default_data: ClassVar[str] = "mnist"
     quick_data: ClassVar[str] = "digits"
     default_seeds: ClassVar[int] = 5
-    rate_is_chosen: ClassVar[bool] = True  # else the strength that is best on the mean of them
+    rate_is_chosen: ClassVar[bool] = True  # if False, only the strength, by the mean over all rates
     search_seeds: ClassVar[int] = 1
-    # Where a search at full length would be too long: so many of the best points of each method
-    # come into a second round, which alone decides.
+    # If a search at full length would take too long: the number of the best points of each method
+    # that enter a second round. The second round decides.
     finalists: ClassVar[int] = 0
-    workers: ClassVar[int | None] = None  # where something is timed, 1
+    workers: ClassVar[int | None] = None  # 1 in experiments that measure time
     cases: tuple[str, ...] = ("",)
-    searched_cases: tuple[str, ...] = ()  # all, unless some of them have the same answer
+    searched_cases: tuple[str, ...] = ()  # empty for all; fewer if cases share their choice
     methods: dict[str, tuple[float, ...]]
     rates: tuple[float, ...] = (0.0,)
 
@@ -122,12 +123,11 @@ class Setting(ABC):
         self.seeds = seeds or (2 if quick else self.default_seeds)
 
     def settings(self) -> dict[str, Any]:
-        """All that decides what a run gives, but the cell; what goes on must agree in it."""
+        """Returns everything that determines a run except the cell; resumed runs must match it."""
         return {"data": self.data, "quick": self.quick}
 
     def search_cells(self) -> list[Cell]:
-        """The cells by which strength and learning rate are chosen: for each method with a choice,
-        all of its strengths at all rates."""
+        """Returns the cells of the search: all strengths at all rates of methods with a choice."""
         rates = len(self.rates) if self.rate_is_chosen else 1
         return [
             Cell(case, method, strength, lr, SEARCH + seed, search=True)
@@ -138,15 +138,15 @@ class Setting(ABC):
         ]
 
     def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
-        """The methods of a case, with the strengths to choose from."""
+        """Returns the methods of a case with their strengths."""
         return self.methods
 
     def contest(self, case: str) -> str:
-        """Cases with the same answer get the same strength and learning rate."""
+        """Returns the group of a case. Cases of a group share strength and learning rate."""
         return case
 
     def report_cells(self, chosen: dict[tuple[str, str], Chosen]) -> list[Cell]:
-        """The cells that are reported, given by contest and method what was chosen."""
+        """Returns the reported cells for the choices by contest and method."""
         cells = []
         for case in self.cases:
             for method, strengths in self.strengths(case).items():
@@ -161,43 +161,43 @@ class Setting(ABC):
 
     @abstractmethod
     def run(self, cell: Cell) -> Measured:
-        """One training."""
+        """Runs one training."""
 
     def note(self, evidence: Evidence) -> str:
-        """The text above the tables."""
+        """Returns the text above the tables."""
         seeds = evidence.document["seeds"]
-        spread = f"Mean ± 95 % interval of {seeds} seeds" if seeds > 1 else "One seed: no interval"
-        return f"{self.protocol} {spread}; with [ ]: geometric mean, interval of factors."
+        spread = f"Mean ± 95 % interval of {seeds} seeds" if seeds > 1 else "One seed, no interval"
+        return f"{self.protocol} {spread}; with [ ], the geometric mean and its interval."
 
     @abstractmethod
     def tables(self, evidence: Evidence) -> dict[str, Table]:
-        """The tables of the results, by a short name."""
+        """Returns the tables of the results by a short name."""
 
     @abstractmethod
     def figures(self, evidence: Evidence) -> dict[str, Any]:
-        """The pictures, by the name of the file without suffix."""
+        """Returns the pictures by file name without suffix."""
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
-        """Ours against all others, by what was compared in the words of the page."""
+        """Returns the verdicts by the name of the comparison, as printed on the page."""
         return {}
 
     def early(self, evidence: Evidence) -> list[Case]:
-        """Runs that show early what they may end with."""
+        """Returns the cases with early measurements, for `prediction`."""
         return []
 
     def failed(self, evidence: Evidence) -> bool:
-        """Whether the results contradict what they should show."""
+        """Returns whether the results contradict what the experiment should show."""
         return False
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Setting:
-        """The one that these results are of."""
+        """Returns the setting of a results document."""
         settings = document["settings"]
         return cls(settings["data"], settings["quick"], document["seeds"])
 
 
 class Swept(Setting):
-    """Nothing is chosen: every strength of every method is reported, at every rate."""
+    """An experiment without a search: it reports every strength of every method at every rate."""
 
     def search_cells(self) -> list[Cell]:
         return []
@@ -211,12 +211,12 @@ class Swept(Setting):
 
 
 def strengths_of(*names: str) -> dict[str, tuple[float, ...]]:
-    """Methods with the strengths that they are searched over."""
+    """Returns methods with their default strengths."""
     return {name: METHODS[name].strengths for name in names}
 
 
 def restore_numbers(value: Any) -> Any:
-    """Numbers in place of the strings that `dump_json` writes for those that are not finite."""
+    """Replaces the strings that `dump_json` writes for non-finite numbers by numbers."""
     if isinstance(value, dict):
         return {key: restore_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -225,29 +225,29 @@ def restore_numbers(value: Any) -> Any:
 
 
 def plain(content: Any) -> Any:
-    """As it comes back from a file."""
+    """Returns the content as it would be read back from a file."""
     return restore_numbers(json.loads(dump_json(content)))
 
 
 def cell(run: dict[str, Any]) -> Cell:
-    """Which one a run in a file is."""
+    """Returns the cell of a run from a file."""
     return Cell(**{field.name: run[field.name] for field in fields(Cell)})
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of results.
+    """Reads a results file.
 
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: if the file does not exist or is damaged.
     """
     try:
         content = restore_numbers(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise ValueError(f"there is no {path}. Run `wellcond reproduce` first.") from None
+        raise ValueError(f"{path} does not exist. Run `wellcond reproduce` first.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Remove it, and run again.") from None
+        raise ValueError(f"{path} is damaged: {error}. Remove it and run again.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no results. Remove it, and run again.")
+        raise ValueError(f"{path} does not contain results. Remove it and run again.")
     return content
 
 
@@ -256,16 +256,16 @@ def _round(value: float) -> float:
 
 
 class Runner:
-    """The runs of a setting in a folder: `runs/` with a file for each, and results.json.
+    """The runs of a setting in a folder: `runs/` with one file per run, and results.json.
 
     Args:
-        setting: what to run.
-        folder: where; made if it is not there.
-        workers: processes.
-        overwrite: whether runs under other settings, or results, may be removed.
+        setting: the experiment.
+        folder: the output folder; it is created if it does not exist.
+        workers: the number of processes.
+        overwrite: whether existing runs and results are replaced.
 
     Raises:
-        ValueError: the folder holds runs under other settings.
+        ValueError: if the folder contains runs under other settings.
     """
 
     def __init__(self, setting: Setting, folder: Path, workers: int, overwrite: bool) -> None:
@@ -280,23 +280,23 @@ class Runner:
         begun = any((folder / "runs").glob("*.json"))
         if begun and not path.exists():
             raise ValueError(
-                f"{folder} holds runs, but no settings.json that says of what. Give another --out, "
-                "or --overwrite to begin anew."
+                f"{folder} contains runs but no settings.json. Choose another --out, or pass "
+                "--overwrite to start again."
             )
         if begun and (found := read(path)) != self.declared:
             differing = [
-                f"{key}: {found.get(key)} there, {self.declared.get(key)} asked"
+                f"{key}: {found.get(key)} there, {self.declared.get(key)} requested"
                 for key in sorted(found.keys() | self.declared.keys())
                 if found.get(key) != self.declared.get(key)
             ]
             raise ValueError(
-                f"{folder} holds runs under other settings ({'; '.join(differing)}). Give another "
-                "--out, or --overwrite to begin anew."
+                f"{folder} contains runs under other settings ({'; '.join(differing)}). Choose "
+                "another --out, or pass --overwrite to start again."
             )
         if not begun:
             if (folder / "results.json").exists() and not overwrite:
                 raise ValueError(
-                    f"{folder / 'results.json'} exists. Give --overwrite, or another --out."
+                    f"{folder / 'results.json'} exists. Pass --overwrite, or choose another --out."
                 )
             write_text(path, dump_json(self.declared) + "\n")
 
@@ -304,7 +304,7 @@ class Runner:
         return self.folder / "runs" / f"{cell.name}.json"
 
     def results(self) -> dict[str, Any]:
-        """Runs what is missing, writes results.json and returns its content."""
+        """Runs the missing cells, writes results.json and returns its content."""
         setting = self.setting
         searched = setting.search_cells()
         any_choice = _any_choice(setting, searched)
@@ -332,7 +332,7 @@ class Runner:
     def _complete(
         self, cells: list[Cell], advance: Callable[[Cell | None], None]
     ) -> list[dict[str, Any]]:
-        """What the cells gave, those that are missing run first."""
+        """Runs the missing cells and returns the runs of all cells."""
         missing = [cell for cell in cells if not self.path(cell).exists()]
         for _ in range(len(cells) - len(missing)):
             advance(None)
@@ -351,21 +351,21 @@ class Runner:
 
     @contextmanager
     def _report_interruption(self) -> Iterator[None]:
-        """An interruption inside says what it leaves."""
+        """Adds to a KeyboardInterrupt how many finished runs were kept."""
         try:
             yield
         except KeyboardInterrupt:
             count = len(list(self.folder.glob("runs/*.json")))
             kept = f"Kept {count} finished run{'s' * (count != 1)} in {self.folder / 'runs'}: "
-            kept += "the same command goes on from there."
-            raise KeyboardInterrupt(kept if count else "Nothing was kept.") from None
+            kept += "the same command resumes from there."
+            raise KeyboardInterrupt(kept if count else "No run was finished.") from None
 
 
-_settings: dict[Any, Setting] = {}  # of this process, so that each loads its data once
+_settings: dict[Any, Setting] = {}  # one cache per process: each loads its data once
 
 
 def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> Cell:
-    """Runs a cell and writes its file; on one thread, so that workers change no result."""
+    """Runs a cell on one thread, so that results do not depend on workers; writes its file."""
     if key not in _settings:
         kind, data, quick, seeds = key
         _settings[key] = kind(data, quick, seeds)
@@ -395,7 +395,7 @@ def _work(key: tuple[type[Setting], str, bool, int], cell: Cell, path: Path) -> 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of the software, and the machine; the code by a digest of all modules of both packages."""
+    """Returns the versions, the machine, and a digest of all modules of both packages."""
     code = hashlib.sha256()
     for package in (wc, wellcond_experiments):
         for module in sorted(Path(*package.__path__).rglob("*.py")):
@@ -412,13 +412,13 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or "unknown processor"
 
 
-Points = dict[tuple[float, float], float]  # strength and learning rate with their mean score
+Points = dict[tuple[float, float], float]  # (strength, learning rate): mean score
 
 
 def _scores(
     setting: Setting, runs: list[dict[str, Any]]
 ) -> Iterator[tuple[tuple[str, str], Points]]:
-    """For each contest and method. A run that ended without a number loses against any other."""
+    """Yields the scores per contest and method. A nan score counts as the worst."""
     groups: dict[tuple[str, str], dict[tuple[float, float], list[float]]] = {}
     for run in runs:
         group = groups.setdefault((setting.contest(run["case"]), run["method"]), {})
@@ -430,7 +430,7 @@ def _scores(
 
 
 def finals(setting: Setting, runs: list[dict[str, Any]]) -> list[Cell]:
-    """The second round of the search, of the best of the first."""
+    """Returns the cells of the second round: the best points of the first round."""
     cells = []
     for (contest, method), points in _scores(setting, runs) if setting.finalists else ():
         best = sorted(points, key=lambda point: -points[point])[: setting.finalists]
@@ -443,7 +443,7 @@ def finals(setting: Setting, runs: list[dict[str, Any]]) -> list[Cell]:
 
 
 def choose(setting: Setting, runs: list[dict[str, Any]]) -> list[Chosen]:
-    """The best strength and learning rate of each method in the search; of equals the first."""
+    """Returns the best strength and learning rate of each method; ties go to the first."""
     grids = dict(_scores(setting, runs))
     last = [run for run in runs if run["seed"] >= FINAL] or runs
     chosen = []
@@ -460,7 +460,7 @@ def choose(setting: Setting, runs: list[dict[str, Any]]) -> list[Chosen]:
 
 
 def _any_choice(setting: Setting, searched: list[Cell]) -> dict[tuple[str, str], Chosen]:
-    """To count what will be reported before it is known."""
+    """Returns placeholder choices, to count the reported cells before the search."""
     return {
         (setting.contest(c.case), c.method): Chosen(
             setting.contest(c.case), c.method, c.strength, c.lr, 0.0, ""
@@ -470,7 +470,7 @@ def _any_choice(setting: Setting, searched: list[Cell]) -> dict[tuple[str, str],
 
 
 def dump_results(document: dict[str, Any]) -> str:
-    """Strict JSON, a line per run, so that people can read and compare hundreds of them."""
+    """Returns strict JSON with one line per run, so that diffs remain readable."""
     head = dump_json({key: value for key, value in document.items() if key != "runs"})
     lines = [dump_json(run, indent=None) for run in document["runs"]]
     return head.removesuffix("\n}") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
@@ -478,10 +478,10 @@ def dump_results(document: dict[str, Any]) -> str:
 
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Callable[[Cell | None], None]]:
-    """Shows how many runs are done and how long the rest will take, on standard error.
+    """Shows the number of finished runs and the remaining time, on standard error.
 
-    The function counts a run that has ended, or with None one that was there already. On a terminal
-    there is a bar, else a line, at most every half minute.
+    Call the yielded function with the cell of a run that ended, or with None for a run that
+    existed. A terminal shows a bar, otherwise a line appears at most every 30 seconds.
     """
     began = said = time.monotonic()
     done = new = 0

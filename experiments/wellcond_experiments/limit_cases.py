@@ -1,7 +1,7 @@
-"""What is trained under a hard limit: nets, data, losses and optimizers, and what is asked of it.
+"""Trainings under hard limits: networks, data, losses, optimizers and targets.
 
-Letters: S (m, n) a weight; sigma_1 its largest singular value; kappa = sigma_1/sigma_nu its
-condition number, nu = min(m, n); b an upper bound of sigma_1; K one of kappa.
+Letters: S (m, n) is a weight, sigma_1 its largest singular value, kappa = sigma_1/sigma_nu its
+condition number with nu = min(m, n), b an upper bound of sigma_1, and K an upper bound of kappa.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from wellcond_experiments.data import load
 
 Batch = tuple[Tensor, Tensor]
 Draw = Callable[[torch.Generator], Batch]
-SIDE = 32  # of the pictures of the convolution
+SIDE = 32  # side of the images of the convolution
 
 
 @dataclass(frozen=True)
 class Source:
-    """Data: how a batch is drawn, how wide an input is, and what to test on, if anything."""
+    """Data: how to draw a batch, the width of an input, and optional test data."""
 
     draw: Draw
     inputs: int
@@ -34,13 +34,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Target:
-    """What the limited training must reach.
+    """The target of the limited training.
 
     Args:
-        excess: the largest sigma_1/b or kappa/K from step 20 on.
-        reference: the competitor with whose time it is compared.
-        at_most: the largest ratio of the two times; None: it is stated.
-        goal: a ratio to aim at.
+        excess: the largest allowed sigma_1/b or kappa/K from step 20 on.
+        reference: the competitor that the time is compared with.
+        at_most: the largest allowed ratio of the times; None for no requirement.
+        goal: the desired ratio of the times.
     """
 
     excess: float
@@ -52,7 +52,7 @@ class Target:
         most = [] if self.at_most is None else [f"≤ {self.at_most:g}"]
         goal = [] if self.goal is None else [f"goal {self.goal:g}"]
         time = ", ".join(most + goal)
-        asked = f"{time} of the time of {self.reference}" if time else "the time is stated"
+        asked = f"{time} of the time of {self.reference}" if time else "no requirement on time"
         return f"excess ≤ {self.excess:g}; {asked}"
 
 
@@ -61,21 +61,21 @@ class Case:
     """A training under a limit.
 
     Args:
-        name: of the case.
-        net: its description.
-        quantity: that is limited: "sigma", "kappa", or "acting", sigma_1 of the map of a
-            convolution.
-        bound: b or K; None: chosen by a pilot, such that a third of the weights exceed it.
-        layers: patterns of the names of the limited layers.
-        build: makes the net for inputs so wide.
-        source: the data, by the value of `--data`.
-        loss: of the net and a batch.
-        competitors: that are compared.
-        target: what is asked of `watched`.
-        muon: whether torch's Muon steps the matrices, and Adam the rest.
-        steps: by default.
-        stretch: steps in a row of one net.
-        measures_plain: whether the spectra without a limit are measured also.
+        name: the name of the case.
+        net: a description of the network.
+        quantity: the limited quantity: "sigma", "kappa", or "acting" for sigma_1 of a convolution
+            as a linear operator.
+        bound: b or K; None for a value from a pilot run that a third of the weights exceed.
+        layers: patterns for the names of the limited layers.
+        build: makes the network for inputs of this width.
+        source: returns the data for a value of `--data`.
+        loss: returns the loss of the network on a batch.
+        competitors: the compared methods.
+        target: the target of `watched`.
+        muon: whether torch's Muon updates the matrices and Adam the other parameters.
+        steps: default number of steps.
+        stretch: number of consecutive steps of one network.
+        measures_plain: whether the spectra without a limit are also measured.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Case:
     measures_plain: bool = False
 
     def limited(self, model: nn.Module) -> list[str]:
-        """The names of the layers under the limit."""
+        """Returns the names of the limited layers."""
         return [
             name
             for name, module in model.named_modules()
@@ -103,21 +103,21 @@ class Case:
         ]
 
     def optimizers(self, model: nn.Module) -> list[Optimizer]:
-        """The first one steps the limited weights."""
+        """Returns the optimizers; the first updates the limited weights."""
         parameters = list(model.parameters())
         if not self.muon:
             return [torch.optim.Adam(parameters, 1e-3, fused=True)]
         matrices = [p for p in parameters if p.ndim == 2]
         others = [p for p in parameters if p.ndim != 2]
-        muon: Any = torch.optim.Muon(matrices, lr=2e-2)  # otherwise with torch's defaults
+        muon: Any = torch.optim.Muon(matrices, lr=2e-2)  # other options: torch's defaults
         return [muon, torch.optim.Adam(others, 1e-3, fused=True)]
 
 
-# --- nets -----------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
 
 
 def chain(activation: Callable[[], nn.Module], *widths: int) -> nn.Sequential:
-    """Linear layers with the activation between them: the names are 0, 2, 4, ..."""
+    """Builds linear layers, named 0, 2, 4, ..., with activations between them."""
     layers: list[nn.Module] = []
     for m, n in zip(widths[1:], widths[:-1], strict=True):
         layers += [nn.Linear(n, m), activation()]
@@ -137,7 +137,7 @@ def critic(*hidden: int, orthogonal: bool = False) -> Callable[[int], nn.Module]
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a LayerNorm and around which the input is added."""
+    """Attention and an MLP, each after a LayerNorm and with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model of so many blocks."""
+    """A small GPT."""
 
     def __init__(self, tokens: int, blocks: int, width: int, length: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def convolutional(inputs: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(inputs, 64, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1),  # "2", the one under the limit
+        nn.Conv2d(64, 64, 3, padding=1),  # "2", the limited layer
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -187,18 +187,18 @@ def convolutional(inputs: int) -> nn.Module:
 
 
 def wasserstein(model: nn.Module, real: Tensor, generated: Tensor) -> Tensor:
-    """The loss of a critic: mean D(generated) - mean D(real)."""
+    """Returns the loss of a critic: mean D(generated) - mean D(real)."""
     loss: Tensor = model(generated).mean() - model(real).mean()
     return loss
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Of classes; of the last dimension, where y has several."""
+    """Returns the cross-entropy over the last dimension of the outputs."""
     return nn.functional.cross_entropy(model(x).flatten(0, y.ndim - 1), y.flatten())
 
 
 def gaussians(inputs: int, batch: int = 64) -> Callable[[str], Source]:
-    """Real: eight Gaussians about random centres; generated: by a fixed random perceptron."""
+    """Real data: eight Gaussians with random centres. Generated: by a fixed random perceptron."""
     fixed = torch.Generator().manual_seed(0)
     centres = torch.randn(8, inputs, generator=fixed)
     first, second = (torch.randn(inputs, inputs, generator=fixed) / inputs**0.5 for _ in range(2))
@@ -225,7 +225,7 @@ def images(data: str, batch: int = 32) -> Source:
 
 
 def images_and_noise(data: str, batch: int = 64) -> Source:
-    """Real: normalised images; generated: standard Gaussian noise."""
+    """Real data: normalised images. Generated: standard Gaussian noise."""
     source = images(data, batch)
 
     def draw(order: torch.Generator) -> Batch:
@@ -250,7 +250,7 @@ def sequences(data: str, batch: int = 16, length: int = 64, tokens: int = 256) -
 
 
 def pictures(data: str, batch: int = 16) -> Source:
-    """Ten random pictures under as much noise."""
+    """Ten random images with noise of the same variance."""
     prototypes = torch.randn(10, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
     def draw(order: torch.Generator) -> Batch:
@@ -352,7 +352,7 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "conv",
-            "convolution 3x3, 64 to 64 channels, 32x32, as it acts, Adam 1e-3",
+            "convolution 3x3, 64 to 64 channels, 32x32, as linear operator, Adam 1e-3",
             "acting",
             1.0,
             ("2",),
@@ -369,17 +369,17 @@ CASES: dict[str, Case] = {
 
 
 def find_case(name: str) -> Case:
-    """The case of that name; `mnist-kK` and `square-kK` are there for every K.
+    """Returns the case of this name; `mnist-kK` and `square-kK` exist for every K.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is no such case.
     """
     if name in CASES:
         return CASES[name]
     matched = re.fullmatch(r"(mnist|square)-k(\d+(?:\.\d+)?)", name)
     if not matched:
         raise ValueError(
-            f"--case must be all, or some of {','.join(CASES)}, or mnist-kK or square-kK with a "
-            f"number K, got {name!r}."
+            f"--case must be all, or names from {','.join(CASES)}, or mnist-kK or square-kK with "
+            f"a number K, got {name!r}."
         )
     return _condition(matched[1], float(matched[2]))

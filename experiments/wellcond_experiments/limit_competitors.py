@@ -1,13 +1,13 @@
-"""What keeps the spectrum of a weight: wellcond, and what others offer, each as its makers use it.
+"""Methods that bound the spectrum of a weight: wellcond and other libraries, in their default use.
 
 - spectral_norm: `torch.nn.utils.parametrizations.spectral_norm`, one power iteration per step.
-- orthogonal: `torch.nn.utils.parametrizations.orthogonal`, with its own choice of the map.
-- torchlip: `SpectralLinear` and `SpectralConv2d` of deel-torchlip: the weight over sigma_1, and
-  then Bjorck's iteration.
+- orthogonal: `torch.nn.utils.parametrizations.orthogonal`, with its default map.
+- torchlip: `SpectralLinear` and `SpectralConv2d` of deel-torchlip: the weight divided by sigma_1,
+  then Björck's iteration.
 - geotorch: `geotorch.orthogonal`.
 - orthogonium: `OrthoLinear` and `AdaptiveOrthoConv2d`.
 
-All but wellcond make every singular value, or at least the largest, equal to the bound.
+All except wellcond make every singular value, or at least the largest, equal to the bound.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 import wellcond as wc
 from wellcond_experiments.limit_cases import Case
 
-BEFORE = "before-"  # of the methods of an older wellcond
+BEFORE = "before-"  # prefix of the methods of an older wellcond
 
 
 class Scale(nn.Module):
-    """The weight times a number."""
+    """Multiplies the weight by a number."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ DISTRIBUTIONS = {
 
 
 def replace_layers(model: nn.Module, names: list[str], method: str, bound: float) -> None:
-    """Puts the layers of a peer in the place of the limited ones."""
+    """Replaces the limited layers by those of another library."""
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = PEERS[method](model.get_submodule(name))
@@ -96,16 +96,16 @@ def replace_layers(model: nn.Module, names: list[str], method: str, bound: float
 def limit(
     model: nn.Module, names: list[str], optimizer: Optimizer, case: Case, method: str, bound: float
 ) -> wc.Regularizer:
-    """A regulariser that limits the layers, attached.
+    """Returns an attached regulariser that limits the layers.
 
     Args:
-        model: the net.
-        names: of the layers.
-        optimizer: to attach to.
-        case: says what is limited.
-        method: "watched", the default of `attach`; "auto", that of an older one; "every=N"; or
-            "kernel": the matrix of a convolution and not its map.
-        bound: of sigma_1 or kappa.
+        model: the network.
+        names: names of the layers.
+        optimizer: the optimizer to attach to.
+        case: the case, which gives the limited quantity.
+        method: "watched", the default of `attach`; "auto", the default of an older version;
+            "every=N"; or "kernel", which limits the kernel of a convolution as a matrix.
+        bound: the bound of sigma_1 or kappa.
     """
     rule: Any
     if case.quantity == "kappa":
@@ -125,18 +125,18 @@ def limit(
 
 
 def check_method(name: str) -> None:
-    """Raises a ValueError for a name that is that of no method."""
+    """Raises a ValueError for an unknown method."""
     method = name.removeprefix(BEFORE)
     known = method in ("watched", "auto", "kernel") or method.removeprefix("every=").isdigit()
     if not (known or name in ("plain", *PEERS)):
         raise ValueError(
-            "--competitors must be some of plain, watched, every=N, kernel, before-auto, "
+            "--competitors must be names from plain, watched, every=N, kernel, before-auto, "
             f"before-every=N, {', '.join(PEERS)}, got {name!r}."
         )
 
 
 def version(method: str) -> str:
-    """Of the package of a peer; empty if it is torch's."""
+    """Returns the version of the package of a method; empty for torch."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as find_version
 

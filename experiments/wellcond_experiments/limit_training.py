@@ -1,4 +1,4 @@
-"""One net in training under one method, and the exact spectra of its weights as evaluated."""
+"""One network trained with one method, and the exact spectra of its effective weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from wellcond_experiments.limit_cases import SIDE, Batch, Case, Source
 from wellcond_experiments.limit_competitors import BEFORE, PEERS, limit, replace_layers
 from wellcond_experiments.methods import run_seeded
 
-TOLERANCE = 1e-5  # of sigma_1 squared of a map, relative
+TOLERANCE = 1e-5  # relative, of the squared sigma_1 of an operator
 
 
 class Training:
-    """Args: the case, its data, the method, the bound (None: none is needed), and the seed."""
+    """A training. The bound can be None for methods that do not need it."""
 
     def __init__(
         self, case: Case, source: Source, method: str, bound: float | None, seed: int
@@ -40,7 +40,7 @@ class Training:
         if method not in ("plain", *PEERS):
             assert bound is not None
             self.reg = limit(self.model, self.names, self.optimizers[0], case, method, bound)
-        self._leading: dict[str, Any] = {}  # vectors of the last step, to begin with
+        self._leading: dict[str, Any] = {}  # start vectors: those of the last step
 
     def draw(self) -> Batch:
         return self.source.draw(self.order)
@@ -55,14 +55,14 @@ class Training:
 
     @torch.no_grad()
     def weights(self) -> list[Tensor]:
-        """The weights of the limited layers that `eval()` uses now."""
+        """Returns the weights that the limited layers use in `eval()`."""
         self.model.eval()
         found = [self.model.get_submodule(name).weight.detach().clone() for name in self.names]  # type: ignore[operator, union-attr]
         self.model.train()
         return found
 
     def spectra(self) -> list[float]:
-        """sigma_1 or kappa of each limited layer, in float64; nan where it is not finite."""
+        """Returns sigma_1 or kappa per limited layer, in float64; nan for non-finite weights."""
         weights = [weight.double() for weight in self.weights()]
         if not all(bool(weight.isfinite().all()) for weight in weights):
             return [math.nan] * len(weights)
@@ -78,7 +78,7 @@ class Training:
         return values
 
     def _map_norm(self, name: str, kernel: Tensor) -> float:
-        """sigma_1 of the convolution with zero padding, by Lanczos' method."""
+        """Returns sigma_1 of the convolution with zero padding, by the Lanczos method."""
         from scipy.sparse.linalg import LinearOperator, eigsh
 
         (_, n, *size), side = kernel.shape, SIDE
@@ -98,12 +98,12 @@ class Training:
         return math.sqrt(values[0])
 
     def printed(self) -> str:
-        """What `print(reg)` says."""
+        """Returns the text of `print(reg)`."""
         return "" if self.reg is None else str(self.reg)
 
     @torch.no_grad()
     def accuracy(self) -> float | None:
-        """In per cent, where there are data to test on."""
+        """Returns the test accuracy in per cent, or None without test data."""
         if self.source.test is None:
             return None
         x, y = self.source.test
@@ -114,7 +114,7 @@ class Training:
 
     @torch.no_grad()
     def time_enforce(self) -> dict[str, float]:
-        """Seconds of a projection, and of finding that nothing has to be done."""
+        """Times a projection, and a check of a weight within its limit."""
         seconds = {}
         self.reg.enforce()
         for name in self.names:

@@ -1,8 +1,8 @@
-"""A training in a process of its own, which takes steps on request.
+"""A training in a separate process, which does steps on request.
 
-Each competitor has one, so that an old and a new wellcond can alternate in one run, and none
-profits from what another one has put into caches, threads or allocators. The two sides exchange
-lines of JSON: a request, and its answer.
+Each competitor has its own process, so that an old and a new wellcond can alternate in one run, and
+competitors do not share caches, threads or allocators. Both sides exchange lines of JSON: a request
+and its answer.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 3  # steps of a net that is thrown away: what torch does once per process
+WARM_UP = 3  # steps of a discarded network: torch does some work once per process
 
 
 class WorkerError(Exception):
-    """A competitor cannot take part; the text says why."""
+    """A competitor cannot take part; the message gives the reason."""
 
 
 class Worker:
-    """The side that tells: a process that trains by one method."""
+    """The client side of a process that trains with one method."""
 
     def __init__(
         self, case: str, method: str, data: str, threads: int, source: Path | None = None
@@ -47,10 +47,10 @@ class Worker:
         )
 
     def ask(self, request: str, **arguments: Any) -> Any:
-        """The answer to a request.
+        """Sends a request and returns the answer.
 
         Raises:
-            WorkerError: the request failed, or the process has ended.
+            WorkerError: if the request failed or the process has ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -62,7 +62,7 @@ class Worker:
             line = ""
         if not line:
             self._errors.seek(0)
-            *_, last = self._errors.read().strip().splitlines() or ["it says nothing"]
+            *_, last = self._errors.read().strip().splitlines() or ["no message"]
             raise WorkerError(f"the process has ended: {last}")
         answer = json.loads(line)
         if "error" in answer:
@@ -77,7 +77,7 @@ class Worker:
 
 @contextmanager
 def workers(methods: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Worker]]:
-    """A worker for each method, by the arguments of `Worker`; all end with the block."""
+    """Starts a worker per method, with the arguments of `Worker`; all end with the block."""
     begun: dict[str, Worker] = {}
     try:
         for name, arguments in methods.items():
@@ -89,16 +89,16 @@ def workers(methods: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Worker]]:
 
 
 def main(case_name: str, method: str, data: str, threads: str, source: str = "") -> None:
-    """The side that obeys: answers requests until the input ends.
+    """The server side: answers requests until the input ends.
 
     Args:
-        case_name: of the case.
-        method: of the competitor.
-        data: as in `--data`.
-        threads: of torch.
-        source: where wellcond must come from, if that matters.
+        case_name: name of the case.
+        method: name of the competitor.
+        data: the value of `--data`.
+        threads: number of threads of torch.
+        source: the directory that wellcond must be imported from, if given.
     """
-    # What others print must not come between the answers.
+    # Other output must not mix with the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     server: Any = None
     for line in sys.stdin:
@@ -113,11 +113,11 @@ def main(case_name: str, method: str, data: str, threads: str, source: str = "")
             reply = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
-    os._exit(0)  # nobody is left to answer, and to take torch down takes seconds
+    os._exit(0)  # a regular exit of torch takes seconds
 
 
 class Server:
-    """The requests: its methods. What it imports is read from the path of this process."""
+    """Its methods are the requests. Imports follow the path of this process."""
 
     def __init__(
         self, case_name: str, method: str, data: str, threads: int, source: str = ""
@@ -130,22 +130,22 @@ class Server:
         if source and not Path(*wc.__path__).is_relative_to(source):
             raise RuntimeError(f"wellcond comes from {wc.__path__[0]}, not from {source}")
         torch.set_num_threads(threads)
-        # Units that die leave ever smaller numbers behind, on which processors work many times
-        # slower: they would decide what a method seems to cost.
+        # Dead units leave subnormal numbers, on which processors work many times slower. This would
+        # distort the measured cost.
         torch.set_flush_denormal(True)
         self.case, self.method = find_case(case_name), method
         self.source = self.case.source(data)
         self.warm = False
 
     def describe(self) -> dict[str, str]:
-        """The versions of wellcond and of the package of a peer."""
+        """Returns the versions of wellcond and of the package of the method."""
         import wellcond as wc
         from wellcond_experiments.limit_competitors import version
 
         return {"wellcond": wc.__version__, "peer": version(self.method)}
 
     def start(self, seed: int, bound: float | None) -> list[str]:
-        """A new training; the names of the layers under the limit."""
+        """Starts a new training and returns the names of the limited layers."""
         from wellcond_experiments.limit_training import Training
 
         if not self.warm:
@@ -157,7 +157,7 @@ class Server:
         return self.training.names
 
     def train(self, steps: int) -> list[list[float]]:
-        """Seconds of the clock and of the processor for each step."""
+        """Trains; returns wall-clock and CPU seconds per step."""
         seconds = []
         for _ in range(steps):
             batch = self.training.draw()
@@ -167,7 +167,7 @@ class Server:
         return seconds
 
     def measure(self, steps: int) -> list[list[float]]:
-        """sigma_1 or kappa of each layer after each step."""
+        """Trains; returns sigma_1 or kappa of each layer after each step."""
         values = []
         for _ in range(steps):
             self.training.step()
@@ -175,11 +175,11 @@ class Server:
         return values
 
     def report(self) -> dict[str, Any]:
-        """What the regulariser says, and the accuracy in per cent, where there are test data."""
+        """Returns the text of the regulariser and the accuracy in per cent, if available."""
         return {"printed": self.training.printed(), "accuracy": self.training.accuracy()}
 
     def enforce(self) -> dict[str, float]:
-        """Seconds of `enforce()` on a weight at twice its bound, and on one that obeys."""
+        """Returns the seconds of `enforce()` at twice the bound, and within the bound."""
         return self.training.time_enforce()
 
 

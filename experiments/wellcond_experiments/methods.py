@@ -1,7 +1,7 @@
-"""Methods of training: nothing, the baselines that people use, and those of wellcond.
+"""Training methods: the baseline, common alternatives, and the methods of wellcond.
 
-All share one loop: `Training.step` of a loss. A method changes what it must: the network before it
-is trained, the gradient before a step, the weights after it, or what happens between two tasks.
+All methods share one loop over `Training.step`. A method overrides hooks: it can change the network
+before training, the gradients before a step, the weights after a step, or the state between tasks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.nn.utils.parametrize import register_parametrization
 import wellcond as wc
 
 Made = TypeVar("Made")
-WIDEST = 512  # of the weights that torch is to keep orthogonal
-Build = Callable[[bool], nn.Module]  # with LayerNorm before every activation, or without
+WIDEST = 512  # longest side of the weights that torch keeps orthogonal
+Build = Callable[[bool], nn.Module]  # argument: whether LayerNorm precedes every activation
 
 
 def run_seeded(build: Callable[[], Made], seed: int) -> Made:
-    """What is made with random numbers of that seed; the global generator is left as it was."""
+    """Calls `build` with a seeded global generator, and restores the state of the generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -32,11 +32,11 @@ def run_seeded(build: Callable[[], Made], seed: int) -> Made:
 
 @contextmanager
 def without_subnormals() -> Iterator[None]:
-    """Numbers below the normal ones of their dtype count as zero.
+    """Flushes subnormal numbers to zero.
 
-    Units that die in a training leave ever smaller averages behind, on which processors work many
-    times slower: they would decide what a method seems to cost. Enter it before the first parallel
-    operation, because threads inherit it from the one that starts them.
+    Dead units leave decaying averages in the optimizer, and processors work many times slower on
+    subnormal numbers. This would distort the measured cost of a method. Enter the context before
+    the first parallel operation, because threads inherit the mode from the thread that starts them.
     """
     torch.set_flush_denormal(True)
     try:
@@ -46,14 +46,14 @@ def without_subnormals() -> Iterator[None]:
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """The layers whose weights are matrices, those of convolutions flattened."""
+    """Yields the linear and convolutional layers with their names."""
     modules = model.named_modules()
     return ((name, module) for name, module in modules if isinstance(module, nn.Linear | nn.Conv2d))
 
 
 @torch.no_grad()
 def condition_numbers(model: nn.Module) -> dict[str, float]:
-    """κ of every weight matrix as it acts, in float64; nan where training has diverged."""
+    """Returns κ of every effective weight, in float64; nan for non-finite weights."""
     weights = {name: m.weight.detach().flatten(1) for name, m in matrices(model)}
     return {
         name: float(wc.condition_number(S)) if S.isfinite().all() else math.nan
@@ -63,7 +63,7 @@ def condition_numbers(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """σ₁ of every weight matrix as it acts, in float64; nan where training has diverged."""
+    """Returns σ₁ of every effective weight, in float64; nan for non-finite weights."""
     weights = {name: m.weight.detach().flatten(1).double() for name, m in matrices(model)}
     return {
         name: float(torch.linalg.matrix_norm(S, 2)) if S.isfinite().all() else math.nan
@@ -73,7 +73,7 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """The model as it is evaluated: where it is looked at, spectral_norm takes no iteration."""
+    """Sets the model to eval mode, so that spectral_norm of torch does no power iteration."""
     training = model.training
     model.eval()
     try:
@@ -83,28 +83,28 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest; nan if one is, which `max` does not promise."""
+    """Returns the largest value, or nan if any value is nan (`max` does not ensure this)."""
     return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 class Training:
-    """Adam alone, as it is.
+    """The baseline: plain Adam. Methods are subclasses.
 
     Args:
-        build: makes the network, with LayerNorm before its activations or without.
-        strength: that of the method, in its own units.
+        build: makes the network, with or without LayerNorm before its activations.
+        strength: the strength of the method, in its own units.
         lr: learning rate of Adam.
-        seed: of the initial weights.
-        gain: what an isometric weight is to be multiplied by: √2 before ReLU, else 1.
-        decays: whether a parameter is decayed, where the method is a decay; all if None.
+        seed: seed of the initial weights.
+        gain: scale of an isometric weight: √2 before ReLU, else 1.
+        decays: selects the parameters to which weight decay or L2 applies; all if None.
     """
 
-    label: ClassVar[str] = "nothing"
-    after: ClassVar[str] = ""  # who described it
+    label: ClassVar[str] = "baseline"
+    after: ClassVar[str] = ""  # the publication that described it
     ours: ClassVar[bool] = False  # whether wellcond offers it
-    strengths: ClassVar[tuple[float, ...]] = (0.0,)  # searched unless an experiment says otherwise
+    strengths: ClassVar[tuple[float, ...]] = (0.0,)  # default grid of the search
     normed: ClassVar[bool] = False
-    sorts: ClassVar[bool] = False  # whether a critic has GroupSort in place of LeakyReLU
+    sorts: ClassVar[bool] = False  # whether a critic uses GroupSort instead of LeakyReLU
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Training:
         return torch.optim.Adam(self.model.parameters(), self.lr, fused=True)
 
     def decay_groups(self) -> list[dict[str, Any]]:
-        """The parameters in two groups, with the strength as their decay and with none."""
+        """Splits the parameters into a group with decay and a group without."""
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for parameter in self.model.parameters():
             groups[self.decays(parameter)].append(parameter)
@@ -137,28 +137,28 @@ class Training:
         ]
 
     def prepare(self) -> None:
-        """Changes the network before it is trained."""
+        """Changes the network before training."""
 
     def attach(self) -> None:
-        """What is to happen with every step of the optimizer."""
+        """Registers what the method does at every step of the optimizer."""
 
     def set_rate(self, lr: float) -> None:
-        """The learning rate from now on, where an experiment changes it."""
+        """Sets the learning rate; experiments with a schedule call it."""
         self.lr = lr
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def before_step(self) -> None:
-        """Changes the gradients."""
+        """Changes the gradients before a step of the optimizer."""
 
     def between_tasks(self) -> None:
-        """The data change, or an epoch ends."""
+        """Called when the data change."""
 
     def finish(self) -> None:
-        """The weights are about to be tested."""
+        """Called before the weights are tested."""
 
     def step(self, loss: Tensor) -> bool:
-        """One step on this loss; False, and none, where it is no longer finite."""
+        """Does one step; returns False if the loss or the weights are not finite."""
         if not loss.isfinite():
             return False
         self.optimizer.zero_grad()
@@ -166,19 +166,19 @@ class Training:
         self.before_step()
         try:
             self.optimizer.step()
-        except ValueError:  # what has diverged obeys no limit
+        except ValueError:  # raised for non-finite weights under a limit
             if self.finite():
                 raise
             return False
         return True
 
     def finite(self) -> bool:
-        """Whether all parameters are."""
+        """Returns whether all parameters are finite."""
         return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
 
 class L2(Training):
-    """As the optimizer does it, on all parameters unless an experiment says otherwise."""
+    """`weight_decay` of Adam, on the parameters that `decays` selects."""
 
     label = "L2"
     strengths = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -197,7 +197,7 @@ class WeightDecay(Training):
 
 
 class L2Initial(Training):
-    """strength/2 ‖p − p₀‖² of every parameter (Kumar, Marklund & Van Roy, arXiv 2308.11958)."""
+    """Adds strength/2 ‖p − p₀‖² per parameter (Kumar, Marklund & Van Roy, arXiv 2308.11958)."""
 
     label = "L2 towards initial weights"
     after = "Kumar, Marklund & Van Roy, 2308.11958"
@@ -215,9 +215,9 @@ class L2Initial(Training):
 
 
 class ShrinkAndPerturb(Training):
-    """(1 − strength) p + strength · new initial weights, as data change (Ash & Adams, 1910.08475).
+    """(1 − strength) p + strength · new initial weights, per task (Ash & Adams, 1910.08475).
 
-    The setting tells it when a task begins, and tells no other method.
+    It is the only method that uses the boundaries of the tasks.
     """
 
     label = "shrink and perturb"
@@ -265,9 +265,9 @@ class LayerNormL2(L2):
 
 
 class SpectralNormTorch(Training):
-    """W/σ₁ in place of every W but the last, times strength."""
+    """Replaces every weight W except the last by strength · W/σ₁."""
 
-    label = "spectral_norm of torch"
+    label = "torch spectral_norm"
     after = "Miyato et al., 1802.05957"
     strengths = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 
@@ -278,19 +278,20 @@ class SpectralNormTorch(Training):
 
 
 class OrthogonalTorch(Training):
-    """Orthogonal weights times strength in place of every W but the last.
+    """Replaces every weight except the last by an orthogonal matrix times strength.
 
-    Wide ones are left as they are: of 100x784 it takes a hundred times as long as all else.
+    Wide weights remain unchanged: for 100x784 the parametrization takes a hundred times as long as
+    the rest of the step.
     """
 
-    label = "orthogonal of torch, hidden weights"
+    label = "torch orthogonal, hidden weights"
     strengths = (1.0, 1.4, 2.0)
 
     def prepare(self) -> None:
         for _, layer in list(matrices(self.model))[:-1]:
             W = layer.weight
-            if W.ndim == 2 and max(W.shape) <= WIDEST:  # torch has none for a convolution
-                # Cayley's map is five times cheaper, but only of square weights.
+            if W.ndim == 2 and max(W.shape) <= WIDEST:  # torch does not support convolutions
+                # Cayley's map is five times cheaper, but requires square weights.
                 name = "cayley" if W.shape[0] == W.shape[1] else "householder"
                 parametrizations.orthogonal(layer, orthogonal_map=name)
                 register_parametrization(layer, "weight", _Times(self.strength), unsafe=True)
@@ -306,7 +307,7 @@ class _Times(nn.Module):
 
 
 class Attached(Training):
-    """A rule of wellcond on every weight matrix, attached to the optimizer."""
+    """Applies a rule of wellcond to every weight matrix, attached to the optimizer."""
 
     ours = True
     every: int | None = None
@@ -333,7 +334,7 @@ class ConditionPenalty(Attached):
 
 
 class ConditionGradient(Training):
-    """strength · r in the loss, of which `add_gradients` adds the gradient."""
+    """Adds the gradient of strength · r with `add_gradients`."""
 
     label = "ConditionPenalty, in the loss"
     after = "Nenov, Haider & Balazs, 2410.00169"
@@ -357,7 +358,7 @@ class StableRankPenalty(Attached):
 
 
 class SpectralNormPenalty(Attached):
-    """Down to the gain."""
+    """Penalises σ₁ above the gain."""
 
     label = "SpectralNormPenalty"
     after = "Yoshida & Miyato, 1705.10941"
@@ -377,7 +378,7 @@ class OrthogonalityPenalty(Attached):
 
 
 class IsometryStep(Attached):
-    """θ is the strength; scale is the gain."""
+    """IsometryStep with theta = strength and scale = gain."""
 
     label = "IsometryStep"
     after = "Cissé et al., 1704.08847, with a clip of the largest"
@@ -418,25 +419,25 @@ class BothLimits(Attached):
 
 
 class UpperLimitOfAttention(UpperLimit):
-    """σ₁ ≤ strength of queries, keys, values and outputs."""
+    """σ₁ ≤ strength for queries, keys, values and outputs."""
 
-    label = "SingularValueLimit, upper, of attention"
+    label = "SingularValueLimit, upper, attention only"
 
     def rule(self) -> Any:
         return {"attention": super().rule(), "*": None}
 
 
 class UpperLimitOfBlocks(UpperLimit):
-    """σ₁ ≤ strength of attention and MLP; embedding and head stay free."""
+    """σ₁ ≤ strength for attention and MLP; embedding and head have no limit."""
 
-    label = "SingularValueLimit, upper, of attention and MLP"
+    label = "SingularValueLimit, upper, attention and MLP"
 
     def rule(self) -> Any:
         return {"attention": super().rule(), "mlp": super().rule(), "*": None}
 
 
 class QKNorm(Training):
-    """The network has LayerNorm of queries and keys."""
+    """The network applies LayerNorm to queries and keys."""
 
     label = "QK norm"
     after = "Dehghani et al., 2302.05442"
@@ -454,7 +455,7 @@ class LayerNormUpperLimit(UpperLimit):
 
 
 class WarmUp(Training):
-    """The learning rate grows linearly over so many first steps."""
+    """The learning rate grows linearly over the first `strength` steps."""
 
     label = "linear warm-up"
     after = "Goyal et al., 1706.02677"
@@ -470,7 +471,7 @@ class WarmUp(Training):
 
 
 class WeightClipping(Training):
-    """Every entry of every parameter between ±strength, after every step."""
+    """Clamps every entry of every parameter to ±strength after every step."""
 
     label = "weight clipping"
     after = "Arjovsky, Chintala & Bottou, 1701.07875"
@@ -486,7 +487,7 @@ class WeightClipping(Training):
 
 
 class GradientPenalty(Training):
-    """strength · (‖∇f‖ − 1)² between real and generated samples, which the setting adds."""
+    """strength · (‖∇f‖ − 1)² between real and generated samples, added by the setting."""
 
     label = "gradient penalty"
     after = "Gulrajani et al., 1704.00028"
@@ -496,7 +497,7 @@ class GradientPenalty(Training):
         self.source = torch.Generator().manual_seed(self.seed)
 
     def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
-        """At a point between each pair, drawn uniformly."""
+        """Evaluates the penalty at a uniformly drawn point between each pair."""
         part = torch.rand(len(real), *[1] * (real.ndim - 1), generator=self.source)
         between = torch.lerp(real, fake, part).requires_grad_()
         values = self.model(between).sum()
@@ -505,9 +506,9 @@ class GradientPenalty(Training):
 
 
 class SpectralNormOfAll(Training):
-    """W/σ₁ in place of every W, the last also, times strength."""
+    """Replaces every weight W, including the last, by strength · W/σ₁."""
 
-    label = "spectral_norm of torch, all weights"
+    label = "torch spectral_norm, all weights"
     after = "Miyato et al., 1802.05957"
     strengths = (1.0, 1.4, 2.0)
 
@@ -518,13 +519,13 @@ class SpectralNormOfAll(Training):
 
 
 class SpectralNormOfAllGroupSort(SpectralNormOfAll):
-    label = "spectral_norm of torch, all weights, GroupSort"
+    label = "torch spectral_norm, all weights, GroupSort"
     after = "Miyato et al., 1802.05957; Anil, Lucas & Grosse, 1811.05381"
     sorts = True
 
 
 class Torchlip(Training):
-    """The layers of deel-torchlip, each Lipschitz with the constant strength."""
+    """Uses the layers of deel-torchlip, each with Lipschitz constant strength."""
 
     label = "deel-torchlip, GroupSort"
     after = "Serrurier et al., 2006.06520"
@@ -558,9 +559,9 @@ class UpperLimitGroupSort(UpperLimit):
 
 
 class UpperLimitActing(UpperLimit):
-    """σ₁ ≤ strength of convolutions as they act, and of all other matrices."""
+    """σ₁ ≤ strength for convolutions as linear operators, and for all other matrices."""
 
-    label = "SingularValueLimit, upper, acting"
+    label = "SingularValueLimit, upper, acting=True"
 
     def rule(self) -> Any:
         acting = wc.SingularValueLimit(upper=self.strength, acting=True)
@@ -569,7 +570,7 @@ class UpperLimitActing(UpperLimit):
 
 
 class UpperLimitActingGroupSort(UpperLimitActing):
-    label = "SingularValueLimit, upper, acting, GroupSort"
+    label = "SingularValueLimit, upper, acting=True, GroupSort"
     after = UpperLimitGroupSort.after
     sorts = True
 
@@ -603,7 +604,7 @@ METHODS: dict[str, type[Training]] = {
     "layer-norm-isometry": LayerNormIsometry,
     "layer-norm-upper-limit": LayerNormUpperLimit,
 }
-# Those that make sense in any experiment.
+# Methods that make sense in any experiment.
 COMPARED = tuple(METHODS)
 METHODS |= {
     "warm-up": WarmUp,
@@ -620,9 +621,9 @@ METHODS |= {
     "upper-limit-acting": UpperLimitActing,
     "upper-limit-acting-sort": UpperLimitActingGroupSort,
 }
-TUNED = "-tuned"  # of names of the same method, once with strengths that are given, once searched
+TUNED = "-tuned"  # suffix of a method whose strength is searched; without it the strength is given
 
 
 def find_method(name: str) -> type[Training]:
-    """The one of this name, tuned or not."""
+    """Returns the method of this name, with or without the suffix `TUNED`."""
     return METHODS[name.removesuffix(TUNED)]

@@ -1,7 +1,7 @@
-"""The methods that the paper compares: Adam with a strength of its own for every weight.
+"""The methods that the paper compares: Adam, with a separate penalty strength per weight.
 
-They share names with those of `methods` where they are the same, and differ in that no strength is
-meant for all weights. κ is watched while they train.
+Methods that are the same as in `methods` have the same names, but here each weight has its own
+strength. κ is measured during training.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import wellcond as wc
 from wellcond_experiments.methods import Training
 
 BATCH = 32
-EVERY = 10  # steps between two lazy proximal ones
+EVERY = 10  # steps between two proximal steps
 
 
 class Look(NamedTuple):
-    """How a method is drawn."""
+    """The colour, marker and line of a method."""
 
     colour: str
     marker: str
@@ -43,9 +43,9 @@ class PaperTraining(Training):
     Args:
         build: makes the network.
         method: one of `LOOKS`.
-        by_weight: names of weights, with the strength of the penalty on each.
+        by_weight: the strength of the penalty by name of the weight.
         lr: learning rate.
-        seed: of the initial weights, and of the order of the images.
+        seed: seed of the initial weights and of the order of the images.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class PaperTraining(Training):
     def learn(
         self, loss: Callable[[Tensor], Tensor], samples: int, epochs: int, looks: int
     ) -> Iterator[float]:
-        """Trains, and comes back at the start, `looks` times an epoch and at the end.
+        """Trains, and yields at the start, `looks` times per epoch, and at the end.
 
-        From where the loss is no longer finite, the weights stay: what follows would only be NaN.
+        At a non-finite loss the updates stop, because all later weights would be nan.
 
         Args:
-            loss: of the images with these indices.
-            samples: how many images there are.
-            epochs: how often each is seen.
-            looks: into how many parts an epoch is cut.
+            loss: returns the loss of the images with these indices.
+            samples: number of images.
+            epochs: number of epochs.
+            looks: number of yields per epoch.
 
         Yields:
-            The epochs so far.
+            The number of epochs trained.
         """
         order = torch.Generator().manual_seed(self.seed)
         finite = True

@@ -1,9 +1,9 @@
-"""Does what a weight shows early tell how a training ends? Rank correlations over all runs.
+"""Do the weights show early how a training ends? Rank correlations over all runs.
 
-Spearman's correlation of a quantity at a tenth of the training with the final score, of which
-larger is better. The interval is that of a bootstrap over methods, because the runs of one method
-are alike. Within rates means that ranks are taken among the runs of one learning rate, so that the
-rate, which sets both, explains nothing.
+Spearman's correlation of a quantity after 10 % of the training with the final score (larger is
+better). The interval comes from a bootstrap over methods, because the runs of one method are
+similar. "Within rates" ranks runs only among runs with the same learning rate. This removes the
+correlation that the learning rate causes by affecting both.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ RESAMPLES = 1000
 
 
 class Case(NamedTuple):
-    """Runs of one network on one task: a table of pandas, and the name of its final score.
+    """Runs of one network on one task: a pandas table, and the column of the final score.
 
-    The table has the columns method, lr, the score, and those of `QUANTITIES` that were measured.
+    The table has the columns method, lr, the score, and the `QUANTITIES` that were measured.
     """
 
     name: str
@@ -38,13 +38,14 @@ def correlate(
     methods: Sequence[str],
     strata: Sequence[float] | None = None,
 ) -> Band:
-    """Rank correlation with its 95 % interval; nan where fewer than eight runs have both numbers.
+    """Returns the rank correlation with its 95 % interval; nan for fewer than eight valid runs.
 
     Args:
-        x: a number per run.
-        y: another.
-        methods: the method of each run; the bootstrap draws methods, or, if there is one, runs.
-        strata: ranks are taken among the runs of one stratum.
+        x: one number per run.
+        y: another number per run.
+        methods: the method of each run. The bootstrap draws methods, or runs if there is only one
+            method.
+        strata: the stratum of each run. Runs are ranked within their stratum.
     """
     x, y = numpy.asarray(x, float), numpy.asarray(y, float)
     known = ~(numpy.isnan(x) | numpy.isnan(y))
@@ -70,7 +71,7 @@ def correlate(
 
 
 def _correlation(x: Any, y: Any, layers: Any) -> float:
-    """Of the ranks within layers, each centred and over their number."""
+    """Returns the correlation of the ranks within layers, centred and divided by their number."""
     ranks = numpy.zeros((2, len(x)))
     for layer in numpy.unique(layers):
         rows = layers == layer
@@ -82,16 +83,17 @@ def _correlation(x: Any, y: Any, layers: Any) -> float:
 
 
 def tabulate(cases: Sequence[Case]) -> dict[str, Table]:
-    """The tables of the page: over all runs, within rates, and of those with nothing."""
+    """Returns the tables of the page: all runs, within rates, and the baseline only."""
     return {among: list_correlations(cases, among) for among in ("all", "within", "nothing")}
 
 
 def list_correlations(cases: Sequence[Case], among: str) -> Table:
-    """A row per quantity, a column per case.
+    """Returns a table with one row per quantity and one column per case.
 
     Args:
-        cases: what was run.
-        among: "all" runs, those "within" one learning rate, or those with "nothing".
+        cases: the cases.
+        among: "all" runs, "within" for ranks within one learning rate, or "nothing" for the runs
+            of the baseline.
     """
     rows = [
         [words, *(_describe(_of_case(case, quantity, among)) for case in cases)]
@@ -99,7 +101,7 @@ def list_correlations(cases: Sequence[Case], among: str) -> Table:
     ]
     return Table(
         f"Rank correlation with the final score: {among}",
-        ["at a tenth of the training", *(case.name for case in cases)],
+        ["after 10 % of the training", *(case.name for case in cases)],
         rows,
     )
 

@@ -1,4 +1,4 @@
-"""`wellcond reproduce NAME`: runs an experiment, or writes what its results say into the pages."""
+"""`wellcond reproduce NAME`: runs an experiment, or fills the pages from its results."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PICTURES = Path("docs", "evidence")
 
 
 def configure(names: Any) -> None:
-    """A subcommand for every experiment."""
+    """Adds a subcommand per experiment."""
     for setting in SETTINGS.values():
         parser: argparse.ArgumentParser = names.add_parser(
             setting.name,
             help=setting.help,
-            description=f"{setting.protocol} Every run is a file of its own in --out, so that a "
-            "killed experiment goes on where it was.",
+            description=f"{setting.protocol} Every run is saved to its own file in --out, so an "
+            "interrupted experiment resumes where it stopped.",
             epilog=f"example: wellcond reproduce {setting.name} --quick",
         )
         if setting.default_data:
@@ -40,18 +40,22 @@ def configure(names: Any) -> None:
         parser.add_argument(
             "--seeds",
             type=positive,
-            help=f"how many are reported (default {setting.default_seeds}; 2 with --quick)",
+            help=f"number of reported seeds (default {setting.default_seeds}; 2 with --quick)",
         )
-        parser.add_argument("--quick", action="store_true", help="a short run to see that it works")
+        parser.add_argument(
+            "--quick",
+            action="store_true",
+            help="a short run that only checks that the experiment works",
+        )
         if setting.workers is None:
             parser.add_argument(
                 "--workers",
                 type=positive,
-                help="processes, of one thread each (default: one per core)",
+                help="number of processes, of one thread each (default: one per core)",
             )
         parser.add_argument("--out", type=Path, help=f"default runs/{setting.name}")
-        parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-        only = "print one JSON document and no table"
+        parser.add_argument("--overwrite", action="store_true", help="replace the content of --out")
+        only = "print one JSON document instead of tables"
         parser.add_argument("--json", action="store_true", help=only)
         parser.add_argument(
             "--report",
@@ -59,8 +63,8 @@ def configure(names: Any) -> None:
             nargs="?",
             const=Path("results"),
             metavar="FOLDER",
-            help="run nothing: write what FOLDER/NAME.json (default results/NAME.json) says into "
-            "the tables and pictures of README.md and docs, in the current directory",
+            help="run no training: write the tables and pictures of FOLDER/NAME.json (default "
+            "results/NAME.json) into README.md and docs/ of the current directory",
         )
         parser.set_defaults(run=run, data="", workers=None)
 
@@ -93,9 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _report(kind: type[Setting], results: Path, root: Path) -> int:
-    """Writes tables and pictures of the documentation below root."""
+    """Writes the tables and pictures of the documentation in root."""
     if not (root / PICTURES.parent).is_dir():
-        raise ValueError("--report writes into docs/ of a clone: run it where docs/ is.")
+        raise ValueError(
+            "--report writes into docs/ of a clone. Run it in the directory that contains docs/."
+        )
     document = grid.read(results)
     setting = kind.of(document)
     found = Evidence(document)
@@ -113,7 +119,7 @@ def _report(kind: type[Setting], results: Path, root: Path) -> int:
 
 
 def _compared(folder: Path) -> tuple[Compared, list[Case]]:
-    """The verdicts of all the results that are there, and the runs that show something early."""
+    """Returns the verdicts and the cases with early measurements of all available results."""
     verdicts: Compared = {}
     cases: list[Case] = []
     for kind in SETTINGS.values():

@@ -1,4 +1,4 @@
-"""Numbers with their intervals, and tables for a terminal and for a page."""
+"""Numbers with intervals, and tables for a terminal and for Markdown pages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 
 class Band(NamedTuple):
-    """A mean with its 95 % interval, nan where there is none; of a geometric mean if log.
+    """A mean with its 95 % interval; the ends are nan if there is no interval.
 
-    As text: "0.5 ± 0.1", and where factors count "58 [31, 110]".
+    With `log`, a geometric mean. The text form is "0.5 ± 0.1", with `log` "58 [31, 110]".
     """
 
     mean: float
@@ -26,20 +26,20 @@ class Band(NamedTuple):
         return f"{number(self.mean)} ± {number(self.high - self.mean)}"
 
     def scale(self, factor: float) -> Band:
-        """Of the numbers times a factor, which may be negative."""
+        """Returns the band of the values times a factor, which can be negative."""
         low, high = sorted((factor * self.low, factor * self.high))
         return Band(factor * self.mean, low, high, self.log)
 
     def __neg__(self) -> Band:
-        """Of the negative numbers."""
+        """Returns the band of the negated values."""
         return self.scale(-1.0)
 
     def signed(self, digits: int = 2) -> str:
-        """Of a difference, as "+0.50 ± 0.10"."""
+        """Formats a difference, such as "+0.50 ± 0.10"."""
         return f"{self.mean:+.{digits}f} ± {self.high - self.mean:.{digits}f}"
 
     def fixed(self, digits: int = 2) -> str:
-        """As "97.50 ± 0.10": with so many digits after the point; of factors as they are."""
+        """Formats with fixed decimals, such as "97.50 ± 0.10"; a `log` band as `str` does."""
         if self.log:
             return str(self)
         if math.isnan(self.low):
@@ -48,9 +48,10 @@ class Band(NamedTuple):
 
 
 def interval(values: list[float], log: bool = False) -> Band:
-    """Mean and 95 % interval (Student's t); of the logarithms if log, so of a geometric mean.
+    """Returns the mean and the 95 % interval (Student's t), with `log` of a geometric mean.
 
-    A mean of condition numbers is that of the worst one, and its interval reaches below zero.
+    Use `log` for condition numbers: the largest one dominates their arithmetic mean, and the
+    interval of that mean can include negative numbers.
     """
     import numpy
     from scipy import stats
@@ -69,21 +70,21 @@ def interval(values: list[float], log: bool = False) -> Band:
 
 
 def number(value: float) -> str:
-    """Three significant digits, for a table."""
+    """Formats a number with three significant digits."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:.2e}" if value and (abs(value) >= 1e5 or abs(value) < 1e-3) else f"{value:.3g}"
 
 
 class Table(NamedTuple):
-    """Title, header and rows."""
+    """A table: title, header and rows."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """For a page, without the title."""
+        """Returns the table in Markdown, without the title."""
         escaped = [
             [cell.replace("|", r"\|") for cell in line] for line in (self.header, *self.rows)
         ]
@@ -91,13 +92,13 @@ class Table(NamedTuple):
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
     def drop(self, name: str) -> Table:
-        """Without the column of this name."""
+        """Returns the table without the column of this name."""
         place = self.header.index(name)
         lines = [line[:place] + line[place + 1 :] for line in (self.header, *self.rows)]
         return Table(self.title, lines[0], lines[1:])
 
     def print(self) -> None:
-        """For a terminal, on standard output."""
+        """Prints the table for a terminal on standard output."""
         from rich.console import Console
         from rich.table import Table as Drawn
 
@@ -108,6 +109,6 @@ class Table(NamedTuple):
             table.add_row(*row)
         # A pipe or a file has no width; a narrow default would break the numbers.
         console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
-        with console.capture() as text:  # because rich ends the program if nobody reads on
+        with console.capture() as text:  # rich ends the program if the pipe is closed
             console.print(table)
         print(text.get(), end="")

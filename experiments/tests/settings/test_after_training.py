@@ -1,4 +1,4 @@
-"""A projection at the end against a limit in training: limits hold, all else is the same."""
+"""Projection after training and limit during training: limits hold, all else is equal."""
 
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,10 @@ def run(setting: AfterTraining, case: str, method: str, strength: float) -> dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", NETS)
-def test_limits_hold_and_one_that_asks_nothing_changes_nothing(
-    setting: AfterTraining, case: str
-) -> None:
+def test_limits_hold_and_an_inactive_limit_has_no_effect(setting: AfterTraining, case: str) -> None:
     none = run(setting, case, "none", 0.0)
     assert none["kappa_worst"] > 20
-    assert none["accuracy"] > 30  # 10 by chance
+    assert none["accuracy"] > 30  # chance is 10
     assert none[projection_key("kappa_worst", 5)] <= 5
     assert none[projection_key("train_seconds", 5)] > none["train_seconds"]
     free, limited = (run(setting, case, "condition-limit", K) for K in (1e9, 5.0))
@@ -46,8 +44,8 @@ def test_limits_hold_and_one_that_asks_nothing_changes_nothing(
         assert none[projection_key(name, 1e9)] == free[name] == none[name]
 
 
-def test_every_net_has_its_weights_tested() -> None:
-    """The worst weight may be a kernel, and the wide layers are square."""
+def test_every_network_has_its_weights_tested() -> None:
+    """The largest κ can be that of a kernel, and the wide layers are square."""
     x, y = torch.zeros(2, 3 * 32**2), torch.zeros(2)
     images = Images("black", 32, x, y, x, y, channels=3)
     inputs = torch.zeros(2, 3, 32, 32)
@@ -63,7 +61,7 @@ def test_every_net_has_its_weights_tested() -> None:
 
 
 def made_up(setting: AfterTraining, kappa: float) -> Evidence:
-    """Nets that a projection to 5 costs 10 points and a limit 1 point; both end at this κ."""
+    """Makes results: a projection to 5 costs 10 points, a limit 1 point; both end at this κ."""
     runs: list[dict[str, Any]] = []
     for cell in setting.report_cells({}):
         right = 90.0 + cell.seed
@@ -78,7 +76,7 @@ def made_up(setting: AfterTraining, kappa: float) -> Evidence:
     return Evidence({"runs": runs, "chosen": [], "seeds": 2})
 
 
-def test_tables_pair_the_seeds_and_a_limit_that_did_not_hold_fails(setting: AfterTraining) -> None:
+def test_tables_pair_the_seeds_and_an_exceeded_limit_fails(setting: AfterTraining) -> None:
     setting.methods |= {"condition-limit": setting.limits}
     evidence = made_up(setting, kappa=5.0)
     assert not setting.failed(evidence)
@@ -86,10 +84,10 @@ def test_tables_pair_the_seeds_and_a_limit_that_did_not_hold_fails(setting: Afte
     tables = setting.tables(evidence)
     assert tables.keys() == NETS.keys()
     none, *_, at_5, _, limited, _, _ = tables["mlp"].rows
-    assert none[0] == "nothing"
-    assert at_5[:2] == ["projected at the end", "5"]
+    assert none[0] == "baseline"
+    assert at_5[:2] == ["projected after training", "5"]
     assert at_5[3] == "-10.00 ± 0.00"
-    assert limited[:2] == ["limited in training", "5"]
+    assert limited[:2] == ["limited during training", "5"]
     assert limited[3] == "-1.00 ± 0.00"
     assert limited[6] == "+9.00 ± 0.00"
     assert limited[-1] == "2"
@@ -97,7 +95,7 @@ def test_tables_pair_the_seeds_and_a_limit_that_did_not_hold_fails(setting: Afte
     assert len(drawing.axes) == 3
 
 
-def test_nothing_is_searched_and_all_is_reported() -> None:
+def test_all_cells_are_reported_without_a_search() -> None:
     setting = AfterTraining(seeds=5)
     assert setting.search_cells() == []
     assert len({cell.name for cell in setting.report_cells({})}) == 3 * (1 + 6 + 2) * 5
@@ -106,13 +104,13 @@ def test_nothing_is_searched_and_all_is_reported() -> None:
 
 
 @pytest.mark.slow
-def test_a_quick_run_writes_all_it_promises(
+def test_a_quick_run_writes_all_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(AfterTraining, "cases", ("mlp",))
     monkeypatch.setattr(grid, "_settings", {})
     arguments = ("--quick", "--seeds", "1", "--workers", "1", "--out", str(tmp_path))
     assert main(["reproduce", "after-training", *arguments]) == 0
-    assert "limited in training" in capsys.readouterr().out
+    assert "limited during training" in capsys.readouterr().out
     assert (tmp_path / "after-training.png").is_file()
     assert len(grid.read(tmp_path / "results.json")["runs"]) == 6

@@ -1,4 +1,4 @@
-"""Classification in noise: the matched comparisons, and what is said of a small run."""
+"""Classification with noise: the matched comparisons, and the output of a small run."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def classified(method: str, strength: float, clean: float, noisy: float, sigma: 
 
 
 def of(runs: list[Any]) -> tuple[Classify, Evidence]:
-    """A setting with just these methods and strengths."""
+    """Makes a setting with only these methods and strengths."""
     setting = Classify("digits")
     setting.methods = {}
     for run in runs:
@@ -41,9 +41,9 @@ def test_matched_clean_accuracy_costs_each_method_the_same() -> None:
             classified("condition", 1.0, 97.0, 49.0, 8.0),
         ]
     )
-    # Tikhonov crosses 96 a quarter of the way from none. A path that only falls stays at none.
+    # Tikhonov reaches 96 at a quarter of the first interval. A decreasing path gives none.
     assert [row[:4] for row in setting.matched_accuracy(found).rows] == [
-        ["nothing", "0", "97.0", "50.0"],
+        ["baseline", "0", "97.0", "50.0"],
         ["Tikhonov", "0 to 0.01", "96.0", "55.0"],
         ["ConditionPenalty, in the loss", "0.1", "96.2", "60.0"],
         ["ConditionPenalty, attached", "0", "97.0", "50.0"],
@@ -62,13 +62,13 @@ def test_matched_norm_interpolates_in_log_sigma() -> None:
             classified("condition", 10.0, 97.0, 54.0, 2.0),
         ]
     )
-    # 4 is half way from 8 to 2, and 1 half way from 2 to 0.5; no proximal run comes down to 1.
+    # On a log scale, 4 is midway from 8 to 2, and 1 from 2 to 0.5; no proximal run reaches 1.
     rows = setting.matched_norm(found).rows
     assert [row[2:] for row in rows] == [["61.0", "60.0", "52.0"], ["62.0", "75.0", "outside"]]
 
 
 class Template(nn.Module):
-    """Knows the images: the label of the nearest one."""
+    """A classifier that returns the label of the nearest image."""
 
     def __init__(self, images: Images) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Template(nn.Module):
         return nn.functional.one_hot(self.y[torch.cdist(x, self.x).argmin(1)], 10).float()
 
 
-def test_accuracy_is_whole_without_noise_and_falls_with_it() -> None:
+def test_accuracy_is_perfect_without_noise_and_decreases_with_noise() -> None:
     images = load("digits")
     found = list(classify.accuracies(Template(images), images).values())
     assert found[0] == 100
@@ -103,7 +103,7 @@ def test_every_strength_is_reported_and_drawn(
     setting = Classify("digits", True, 2)
     document = Runner(setting, tmp_path, 1, overwrite=False).results()
     assert len(document["runs"]) == 2 * (1 + 3 * 4)
-    # All that is said and drawn comes from the document.
+    # All output comes from the document.
     monkeypatch.delattr(classify, "load")
     found, fresh = Evidence(document), Classify.of(document)
     for run in found.runs.to_dict("records"):

@@ -1,4 +1,4 @@
-"""The critic: distances are those of theory, methods bound what they say, the search is apart."""
+"""The critic: distances match theory, bounds hold, and the search uses other data."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ def points(count: int, seed: int = 0, *shape: int) -> Tensor:
 # --- distances ------------------------------------------------------------------------------------
 
 
-def test_the_distance_of_equal_samples_is_zero_in_any_order_and_number() -> None:
+def test_distance_of_equal_samples_is_zero() -> None:
     x = points(60)
     assert critic.measure_sliced(x.flip(0), x) == 0
     assert critic.measure_sliced(x.repeat(3, 1), x) == 0
@@ -35,11 +35,11 @@ def test_the_distance_of_a_shift_is_its_mean_projection() -> None:
     x, shift = points(50), torch.tensor([3.0, -4.0])
     expected = (critic._directions(2) @ shift).abs().mean()
     assert critic.measure_sliced(x + shift, x) == pytest.approx(float(expected), rel=1e-5)
-    # The directions are uniform: the mean of |cos| is 2/pi, of 128 of them to about 3 %.
+    # The directions are uniform: the mean of |cos| is 2/pi, with about 3 % error for 128.
     assert float(expected) == pytest.approx(5 * 2 / math.pi, rel=0.1)
 
 
-def test_a_generator_of_the_mean_has_distance_one_whatever_the_scale() -> None:
+def test_a_generator_of_the_mean_has_distance_one_at_any_scale() -> None:
     x = points(80, 0, 1, 8, 8)
     for factor in (1.0, 100.0):
         y = factor * x
@@ -58,11 +58,11 @@ def test_modes_are_counted() -> None:
         assert critic.count_modes(case, samples + 5 * deviation) == 0
 
 
-# --- what is measured of a critic -----------------------------------------------------------------
+# --- measurements of a critic ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sorts", [False, True])
-def test_a_layer_as_it_acts_has_the_norm_of_its_jacobian(sorts: bool) -> None:
+def test_operator_norm_equals_that_of_the_jacobian(sorts: bool) -> None:
     torch.manual_seed(0)
     net = critic.build_critic(images=True, sorts=sorts)
     found = critic.acting_norms(net, torch.Size((1, 8, 8)))
@@ -76,7 +76,7 @@ def test_a_layer_as_it_acts_has_the_norm_of_its_jacobian(sorts: bool) -> None:
     assert found == pytest.approx(exact, rel=1e-5)
 
 
-def test_the_slope_of_a_linear_critic_is_its_norm() -> None:
+def test_gradient_norm_of_a_linear_critic_is_its_norm() -> None:
     linear = nn.Linear(2, 1)
     slope = critic.estimate_lipschitz(linear, points(40), points(80, 1))
     assert slope == pytest.approx(float(linear.weight.detach().norm()), rel=1e-6)
@@ -95,7 +95,7 @@ def test_group_sort_sorts_pairs_and_keeps_the_norm_of_gradients() -> None:
 
 
 def trained(method: str, strength: float, images: bool, steps: int = 30) -> nn.Module:
-    """A critic that pulls as hard as it can at data and noise."""
+    """Trains a critic to separate data and noise as far as possible."""
     kind = METHODS[method]
     training = kind(lambda norm: critic.build_critic(images, kind.sorts), strength, 1e-2, seed=2)
     shape = (1, 8, 8) if images else (2,)
@@ -113,7 +113,7 @@ def test_clipping_bounds_every_entry() -> None:
     assert max(float(p.detach().abs().max()) for p in clipped.parameters()) == pytest.approx(0.05)
 
 
-def test_the_penalty_of_a_linear_critic_is_that_of_its_norm() -> None:
+def test_gradient_penalty_of_a_linear_critic() -> None:
     training = METHODS["gradient-penalty"](lambda norm: nn.Linear(2, 1), 10.0, 1e-3, seed=0)
     assert isinstance(training, GradientPenalty)
     penalty = training.penalty(points(20), points(20, 1))
@@ -132,12 +132,12 @@ def test_every_layer_is_limited(method: str) -> None:
     with evaluation(net):
         norms = critic.acting_norms(net, torch.Size((2,)))
     assert min(free) > 0.7
-    # torch follows σ₁ by one power iteration per step, which lags behind so high a rate.
+    # torch does one power iteration per step, which lags behind at such a high rate.
     assert max(norms) < (0.505 if METHODS[method].ours else 0.6)
 
 
 @pytest.mark.parametrize("method", ["upper-limit-acting", "upper-limit-acting-sort", "torchlip"])
-def test_convolutions_are_limited_as_they_act(method: str) -> None:
+def test_convolutions_are_limited_as_operators(method: str) -> None:
     if method == "torchlip":
         pytest.importorskip("deel.torchlip")
     shape = torch.Size((1, 8, 8))
@@ -148,7 +148,7 @@ def test_convolutions_are_limited_as_they_act(method: str) -> None:
         assert max(critic.acting_norms(net, shape)) < 1.02
 
 
-def test_methods_of_critics_enter_no_other_experiment() -> None:
+def test_methods_of_critics_are_used_only_here() -> None:
     assert COMPARED[-1] == "layer-norm-upper-limit"
     assert set(COMPARED) & set(critic.STRENGTHS | critic.ACTING) == {"none", "upper-limit"}
 
@@ -156,7 +156,7 @@ def test_methods_of_critics_enter_no_other_experiment() -> None:
 # --- the setting ----------------------------------------------------------------------------------
 
 
-def test_what_the_search_compares_with_is_not_reported() -> None:
+def test_search_and_report_use_different_held_out_data() -> None:
     for case in Critic.cases:
         (train, validated), (same, tested) = (critic.draw_data(case, s) for s in (True, False))
         assert torch.equal(train, same)
@@ -166,7 +166,7 @@ def test_what_the_search_compares_with_is_not_reported() -> None:
     assert all(cell.seed >= SEARCH for cell in Critic().search_cells())
 
 
-def test_every_case_compares_what_makes_sense_there() -> None:
+def test_methods_of_every_case() -> None:
     chosen = Critic().report_cells({})
     for case in Critic.cases:
         methods = {cell.method for cell in chosen if cell.case == case}
@@ -176,7 +176,7 @@ def test_every_case_compares_what_makes_sense_there() -> None:
     assert all(1.0 in critic.STRENGTHS[m] for m in ("upper-limit", "spectral-norm-all", "torchlip"))
 
 
-def test_what_has_diverged_has_the_distance_of_an_untrained_generator() -> None:
+def test_diverged_training_gets_the_distance_of_an_untrained_generator() -> None:
     quick = Critic(quick=True)
     found = quick.run(Cell("ring", "none", 0.0, 1e30, 3)).metrics
     still = quick.run(Cell("ring", "none", 0.0, 0.0, 3)).metrics
@@ -188,13 +188,11 @@ def test_what_has_diverged_has_the_distance_of_an_untrained_generator() -> None:
 
 def test_the_version_of_torchlip_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(critic, "version", lambda name: "0.9")
-    with pytest.raises(ValueError, match=r"torchlip 1\.0\.5, but 0\.9 is installed"):
+    with pytest.raises(ValueError, match=r"torchlip 1\.0\.5; installed: 0\.9"):
         Critic().run(Cell("ring", "none", 0.0, 1e-3, 0))
 
 
-def test_a_quick_run_says_all_it_promises(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_quick_run_writes_all_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
             [
@@ -211,7 +209,7 @@ def test_a_quick_run_says_all_it_promises(
         )
         == 0
     )
-    assert "The distance of data to data" in capsys.readouterr().out
+    assert "Distance between two sets of data" in capsys.readouterr().out
     assert (tmp_path / "critic.png").is_file()
     document = grid.read(tmp_path / "results.json")
     found, setting = Evidence(document), Critic.of(document)
@@ -226,6 +224,6 @@ def test_a_quick_run_says_all_it_promises(
     limited = found.where(method="upper-limit")
     for _, run in limited.iterrows():
         assert run["sigma_max"] <= 1.01 * run["strength"]
-        assert 0 < run["lipschitz"] <= run["strength"] ** 4 * 3.1  # √9 of a kernel of 3x3
+        assert 0 < run["lipschitz"] <= run["strength"] ** 4 * 3.1  # √9 for a 3x3 kernel
         assert run["distance"] > run["floor"]
         assert not math.isnan(run["early_sigma"])

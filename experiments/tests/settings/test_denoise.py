@@ -1,4 +1,4 @@
-"""Denoising: what goes in and comes out, what the search sees, and what is drawn of the results."""
+"""Denoising: inputs and outputs, data of the search, and pictures of the results."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from wellcond_experiments.settings.denoise import (
 
 
 def few() -> Images:
-    """The digits, 192 to train on and 64 to test on."""
+    """The digits, 192 for training and 64 for testing."""
     digits = load("digits")
     x, y = digits.x_train, digits.y_train
     return Images("digits", 8, x[:192], y[:192], x[192:256], y[192:256])
@@ -37,7 +37,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> Images:
 
 
 class Recorder(nn.Module):
-    """Sees what goes in, and answers zeros."""
+    """A model that records its inputs and returns zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("case", SNR)
-def test_the_noise_has_the_power_that_the_signal_to_noise_ratio_says(
+def test_noise_power_matches_the_signal_to_noise_ratio(
     case: str, few_images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = Denoise("digits", quick=True)
@@ -61,12 +61,12 @@ def test_the_noise_has_the_power_that_the_signal_to_noise_ratio_says(
     noisy = torch.cat(recorder.seen[: 50 * 6])
     clean = few_images.normalise(few_images.x_train)
     assert float(clean.square().mean()) == pytest.approx(1, rel=1e-3)
-    # The noise is independent of the signal, so that their powers add; of 600000 numbers.
+    # The noise is independent of the signal, so the powers add, over 600,000 numbers.
     power = float(noisy.square().mean()) - float(clean.square().mean())
     assert power == pytest.approx(1 / SNR[case], rel=0.02)
 
 
-def test_the_error_is_against_what_a_sigmoid_can_reach(few_images: Images) -> None:
+def test_error_is_measured_against_the_clamped_image(few_images: Images) -> None:
     found = denoise.errors(Recorder(), few_images, sigma=0.5)
     reachable = few_images.normalise(few_images.x_test).clamp(0, 1)
     assert (
@@ -84,7 +84,7 @@ def test_outer_weights_have_the_strong_penalty_of_the_paper(few_images: Images) 
 
 
 def small(monkeypatch: pytest.MonkeyPatch) -> type[Denoise]:
-    """One epoch of few images."""
+    """Makes the setting train for one epoch on few images."""
     init = Denoise.__init__
 
     def shorter(self: Denoise, *args: object) -> None:
@@ -124,7 +124,7 @@ def test_the_search_never_sees_the_test_images(
         scores = [r["metrics"]["psnr"] for r in runs if r["search"] and r["method"] == method]
         assert chosen["score"] == max(scores)
 
-    # All that is said and drawn comes from the document.
+    # All output comes from the document.
     monkeypatch.delattr(denoise, "load")
     fresh = Denoise.of(document)
     found = Evidence(document)
@@ -139,7 +139,7 @@ def test_the_search_never_sees_the_test_images(
     torch.testing.assert_close(torch.tensor(alone["clean"]) / 100, reachable, atol=0.0051, rtol=0)
 
 
-def test_the_full_grid_compares_every_way_at_every_ratio() -> None:
+def test_the_full_grid_compares_every_method_at_every_ratio() -> None:
     setting = Denoise()
     reported = setting.report_cells({})
     assert {cell.case for cell in reported} == set(SNR)
@@ -155,13 +155,13 @@ def test_the_full_grid_compares_every_way_at_every_ratio() -> None:
 
 
 @pytest.mark.slow
-def test_denoising_beats_a_network_that_learned_nothing() -> None:
+def test_denoising_beats_a_constant_output() -> None:
     setting = Denoise("digits")
     runs = {
         method: setting.run(Cell(PICTURED, method, strength, DEFAULT_LR, 1)).metrics
         for method, strength in (("none", 0.0), ("condition-gradient", OUTER))
     }
-    # The error of an answer that is the same for all images.
+    # The error of the best constant output.
     reachable = setting.images.normalise(setting.images.x_test).clamp(0, 1)
     constant = float(reachable.var(0, correction=0).mean())
     for metrics in runs.values():

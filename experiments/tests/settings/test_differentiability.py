@@ -1,4 +1,4 @@
-"""`wellcond reproduce differentiability`: what it writes, and that it would notice an error."""
+"""`wellcond reproduce differentiability`: its output, and that it detects errors."""
 
 import math
 from collections.abc import Callable
@@ -28,13 +28,13 @@ def asked(question: str) -> Tally:
 
 
 def reproduced(out: Path, *options: str) -> tuple[int, Evidence]:
-    """In this process, which is what the tests change."""
+    """Runs the command in this process, so that patches of the tests apply."""
     argv = ["reproduce", "differentiability", "--quick", "--workers", "1", "--out", str(out)]
     code = main([*argv, *options])
     return code, Evidence(read(out / "results.json"))
 
 
-def test_it_writes_all_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_all_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = reproduced(tmp_path, "--seeds", "2")
     assert code == 0
     for name in ("results.json", "table.md", "differentiability.png"):
@@ -57,7 +57,7 @@ right_gradient = wc.condition_penalty_gradient
 
 
 def over_n(S: Tensor) -> Tensor:
-    """1/n instead of 1/nu, which a wide matrix tells apart."""
+    """Uses 1/n instead of 1/nu, which differs for wide matrices."""
     right: Tensor = right_gradient(S)
     return right + S / min(S.shape[-2:]) - S / S.shape[-1]
 
@@ -81,7 +81,7 @@ def of_the_second(S: Tensor) -> Tensor:
         (of_the_second, ["gradient", "jump", "step"]),  # at a tie as good as the first
     ],
 )
-def test_a_wrong_gradient_is_noticed(
+def test_a_wrong_gradient_is_detected(
     wrong: Callable[[Tensor], Tensor], noticing: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wc, "condition_penalty_gradient", wrong)
@@ -92,7 +92,7 @@ def test_a_wrong_gradient_is_noticed(
 
 @pytest.mark.parametrize("power", [1.9, 2.1])
 @pytest.mark.parametrize("question", ["gradient", "sides", "zero-set", "bounds"])
-def test_a_wrong_penalty_is_noticed(
+def test_a_wrong_penalty_is_detected(
     question: str, power: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(S: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def test_a_wrong_penalty_is_noticed(
     assert asked(question).violations > 0
 
 
-def test_a_violation_is_exit_code_1_and_kept(
+def test_a_violation_gives_exit_code_1_and_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(wc, "condition_penalty_bound", lambda S: S[..., 0, 0] * math.nan)
@@ -117,7 +117,7 @@ def test_a_violation_is_exit_code_1_and_kept(
     assert not step["violations"].any()
 
 
-def test_a_number_that_is_none_is_a_violation_and_stays() -> None:
+def test_nan_is_a_violation_and_is_kept() -> None:
     tally = Tally()
     tally.small("largest error", torch.tensor([0.5, math.nan]), 1.0)
     tally.small("largest error", torch.tensor([2.0]), 1.0)
@@ -125,7 +125,7 @@ def test_a_number_that_is_none_is_a_violation_and_stays() -> None:
     assert math.isnan(tally.figures["largest error"])
 
 
-def test_matrices_have_the_triplets_they_claim() -> None:
+def test_matrices_have_their_known_triplets() -> None:
     sigma = differentiability.spectrum(5, 1.5, 1.0, scale=2.0, deficient=True)
     known = Known.draw((5, 9), sigma, torch.Generator().manual_seed(0))
     torch.testing.assert_close(torch.linalg.svdvals(known.S), sigma, rtol=0, atol=1e-14)

@@ -1,4 +1,4 @@
-"""Corruptions do what they say, nets take images of any size, the search sees no test images."""
+"""Corruptions, image sizes of the networks, and the data of the search."""
 
 import math
 from dataclasses import replace
@@ -30,10 +30,10 @@ def images(side: int, channels: int) -> Images:
 # --- corruptions ----------------------------------------------------------------------------------
 
 
-def test_noise_has_its_deviation_and_is_always_the_same(x: Tensor) -> None:
+def test_noise_has_its_deviation_and_is_reproducible(x: Tensor) -> None:
     noise = harder.add_noise(x, 0.2) - x
     assert torch.equal(harder.add_noise(x, 0.2) - x, noise)
-    # 21,600 numbers: the deviation of their mean is 0.0014, that of their deviation 0.001.
+    # 21,600 numbers: the standard errors of mean and deviation are 0.0014 and 0.001.
     assert abs(float(noise.mean())) < 0.005
     assert float(noise.std()) == pytest.approx(0.2, abs=0.004)
 
@@ -45,11 +45,11 @@ def test_blur_of_a_point_is_a_gaussian() -> None:
     for deviation in (1.0, 2.0):
         density = torch.exp(-(away[:, None] ** 2 + away**2) / (2 * deviation**2))
         expected = (density / density.sum()).expand_as(point)
-        # The Gaussian is cut off after three deviations.
+        # The Gaussian is cut off at three deviations.
         torch.testing.assert_close(harder.blur(point, deviation), expected, atol=1e-3, rtol=0.02)
 
 
-def test_blur_keeps_what_is_of_one_colour_and_mixes_no_channels(x: Tensor) -> None:
+def test_blur_keeps_constant_images_and_does_not_mix_channels(x: Tensor) -> None:
     plain = x[:, :, :1, :1].expand_as(x)
     torch.testing.assert_close(harder.blur(plain, 2.0), plain)
     one = torch.stack([harder.blur(x[:, c : c + 1], 1.0)[:, 0] for c in range(3)], 1)
@@ -74,18 +74,18 @@ def test_a_shift_moves_by_an_eighth_at_most_and_mirrors_half() -> None:
     assert 150 < int((columns > 8).sum()) < 250
 
 
-# --- nets and training ----------------------------------------------------------------------------
+# --- networks and training ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [Plain, BatchNorm, ViT])
-def test_nets_take_any_side_from_8_on(kind: type[harder.Harder]) -> None:
+def test_networks_accept_any_side_from_8_on(kind: type[harder.Harder]) -> None:
     for side, channels, norm in ((8, 1, False), (11, 3, True), (32, 3, False)):
         setting = kind(quick=True)
         setting.images = images(side, channels)
         assert setting.build(norm)(torch.zeros(2, channels, side, side)).shape == (2, 10)
 
 
-def test_normed_nets_are_normed() -> None:
+def test_normalised_networks_contain_normalisation() -> None:
     counts = {}
     for kind, norm in ((Plain, False), (Plain, True), (BatchNorm, False)):
         setting = kind(quick=True)
@@ -119,7 +119,7 @@ def test_training_is_adam_with_a_rate_that_rises_and_falls() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_training_without_numbers_stops() -> None:
+def test_a_training_with_nan_stops() -> None:
     x = torch.full((20, 1, 8, 8), math.inf)
     training = METHODS["none"](lambda norm: harder.transformer(images(8, 1)), 0.0, 0.1, 0)
     before = [p.clone() for p in training.model.parameters()]
@@ -156,7 +156,7 @@ def test_the_search_never_sees_test_images() -> None:
     assert len(most) + len(validated) == 1437
 
 
-def test_the_second_round_of_the_search_is_of_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_round_of_the_search_has_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
     setting = small()
     setting.epochs = 6
@@ -166,7 +166,7 @@ def test_the_second_round_of_the_search_is_of_full_length(monkeypatch: pytest.Mo
     assert lengths == [2, 6]
 
 
-def test_what_is_reported_names_every_layer() -> None:
+def test_reported_curves_cover_every_layer() -> None:
     metrics, curves = small().run(Cell("", "condition-limit", 2.0, 1e-3, 0))
     assert len(curves["kappa"]) == len(curves["sigma_max"]) == 9
     assert metrics["kappa_worst"] == max(curves["kappa"]) <= 2
@@ -176,7 +176,7 @@ def test_what_is_reported_names_every_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", [Plain, BatchNorm, ViT])
-def test_layers_have_names_in_their_order(kind: type[harder.Harder]) -> None:
+def test_layer_names_are_in_order(kind: type[harder.Harder]) -> None:
     setting = kind(quick=True)
     setting.images = images(8, 1)
     found = list(condition_numbers(setting.build(False)))
@@ -186,14 +186,14 @@ def test_layers_have_names_in_their_order(kind: type[harder.Harder]) -> None:
         assert path.endswith(ends.get(layer.split()[0], "")), (path, layer)
 
 
-def test_condition_numbers_are_drawn_layer_by_layer() -> None:
+def test_condition_numbers_are_drawn_per_layer() -> None:
     rows = {"isometry": [1.0, 2.0], "none": [math.inf, 1e9], "l2": [math.nan, 40.0]}
     drawing = figures.draw_layers(rows, ("first", "last"))
     panel = drawing.axes[0]
     (mesh,) = panel.collections
     values = mesh.get_array()
     assert values.shape == (3, 2)
-    # The first at the top; what is infinite looks as what is huge, what is no number is left out.
+    # The first is at the top; infinite and huge values look the same, nan is not drawn.
     assert values[2].tolist() == [1.0, 2.0]
     assert values[1, 0] == values[1, 1] == mesh.norm.vmax > figures.HUGE
     assert values.mask.tolist() == [[True, False], [False, False], [False, False]]
@@ -204,7 +204,7 @@ def test_condition_numbers_are_drawn_layer_by_layer() -> None:
 
 
 @pytest.mark.slow
-def test_batch_norm_learns_and_says_all_it_promises(
+def test_batch_norm_learns_and_writes_all_outputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--quick", "--seeds", "1", "--workers", "1", "--out", str(tmp_path))
@@ -217,5 +217,5 @@ def test_batch_norm_learns_and_says_all_it_promises(
     reported = [run["metrics"] for run in document["runs"] if not run["search"]]
     assert len(reported) == 3
     for metrics in reported:
-        assert metrics["accuracy"] > 50  # 10 by chance
+        assert metrics["accuracy"] > 50  # chance is 10
         assert metrics["accuracy"] > metrics["blur"]

@@ -1,4 +1,4 @@
-"""What is asked of a network that keeps learning: at first sight, on permuted images of its own."""
+"""Permuted MNIST: online accuracy, permutations per task, and data of the search."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def cell(seed: int = 0, search: bool = False, lr: float = 1e-3) -> Cell:
 
 
 class Seen:
-    """Stands for a training: keeps what it is shown, and answers as it is told."""
+    """A stand-in for a training that records its inputs and returns a given output."""
 
     def __init__(self, answer: Tensor) -> None:
         self.answer, self.batches, self.steps = answer, [], 0
@@ -27,7 +27,7 @@ class Seen:
         return True
 
 
-def test_every_task_permutes_the_pixels_and_shows_every_image_once() -> None:
+def test_every_task_permutes_the_pixels_and_uses_every_image_once() -> None:
     setting = KeepLearning(quick=True)
     x, y = setting.material(cell())
     always_three = nn.functional.one_hot(torch.tensor(3), 10).float()
@@ -35,7 +35,7 @@ def test_every_task_permutes_the_pixels_and_shows_every_image_once() -> None:
     right = setting.learn(training, source, x, y)  # type: ignore[arg-type]
     shown = torch.cat(training.batches)
     assert len(shown) == setting.per_task == 16 * training.steps
-    # A permutation is common to the images of a task, and leaves what an image consists of.
+    # All images of a task share a permutation, which keeps the set of their pixel values.
     expected = {tuple(row) for row in x.sort(1).values.tolist()}
     assert {tuple(row) for row in shown.sort(1).values.tolist()} <= expected
     assert {tuple(row) for row in shown.tolist()}.isdisjoint({tuple(r) for r in x.tolist()})
@@ -46,7 +46,7 @@ def test_every_task_permutes_the_pixels_and_shows_every_image_once() -> None:
     assert not torch.equal(torch.cat(again.batches).sort(1).values, shown.sort(1).values)
 
 
-def test_the_search_has_images_of_its_own_and_a_shorter_first_round() -> None:
+def test_the_search_has_separate_images_and_a_shorter_first_round() -> None:
     setting = KeepLearning(quick=True)
     searched, _ = setting.material(cell(SEARCH, search=True))
     reported, _ = setting.material(cell())
@@ -60,5 +60,5 @@ def test_the_search_has_images_of_its_own_and_a_shorter_first_round() -> None:
     assert tasks == [2, 4, 4]
 
 
-def test_one_that_diverges_guesses() -> None:
+def test_diverged_network_gets_chance_accuracy() -> None:
     assert KeepLearning(quick=True).run(cell(lr=1e38)).metrics["accuracy"] == 10

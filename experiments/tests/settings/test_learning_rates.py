@@ -1,4 +1,4 @@
-"""What is said of several rates, what the search sees, and that every net begins well."""
+"""Summaries over several rates, data of the search, and initial weights."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ from wellcond_experiments.settings.learning_rates import (
 
 
 def evidence(accuracies: dict[tuple[str, int], list[float]]) -> Evidence:
-    """Of one network, by way and seed, at the rates of the experiment."""
+    """Makes results of one network by method and seed, at the rates of the experiment."""
     runs = [
         {"case": "tanh-10", "method": way, "strength": 1.0, "lr": lr, "seed": seed}
         | {"search": False, "metrics": {"accuracy": value}, "curves": {}}
@@ -35,7 +35,7 @@ def evidence(accuracies: dict[tuple[str, int], list[float]]) -> Evidence:
     return Evidence({"runs": runs, "chosen": [], "seeds": 2})
 
 
-# --- what is said of the rates --------------------------------------------------------------------
+# --- summaries over rates -------------------------------------------------------------------------
 
 
 def test_sensitivity_of_a_constant_curve_is_zero() -> None:
@@ -46,8 +46,8 @@ def test_sensitivity_of_a_constant_curve_is_zero() -> None:
     assert found.where(method="l2")["0.0003"].item() == 80
 
 
-def test_a_rate_works_that_comes_near_the_best_of_all_ways() -> None:
-    """The best is 94, the mean of both seeds; so 92 works, and 91.9 does not."""
+def test_a_rate_works_if_near_the_best_of_all_methods() -> None:
+    """The best mean over both seeds is 94, so 92 works and 91.9 does not."""
     found = average_rates(
         evidence(
             {
@@ -62,7 +62,7 @@ def test_a_rate_works_that_comes_near_the_best_of_all_ways() -> None:
     assert list(found.where(method="l2")["working"]) == [3, 3]
 
 
-def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
+def test_differences_per_network_are_paired_by_seed() -> None:
     values = {("none", s): [90.0, 80, 70, 60, 50 + s] for s in range(2)}
     values |= {("isometry", s): [90.0, 90, 90, 90, 85 + s] for s in range(2)}
     values |= {("l2", s): [90.0, 90, 90, 80, 50 + s] for s in range(2)}
@@ -70,21 +70,21 @@ def test_what_is_said_of_each_network_is_seed_by_seed() -> None:
     setting.cases = ("tanh-10",)
     verdict = setting.verdicts(evidence(values))["tanh, depth 10, %"]
     assert (verdict.ours, verdict.rival, verdict.wins) == ("isometry", "l2", True)
-    # 89.1 against 80.1, and the seeds differ by the same in both.
+    # 89.1 against 80.1; the difference between the seeds is the same in both.
     assert verdict.difference == pytest.approx((9.0, 9.0, 9.0, False))
     table = setting.tables(evidence(values))["tanh-10"]
-    assert [row[0] for row in table.rows] == ["IsometryStep", "L2", "nothing"]
+    assert [row[0] for row in table.rows] == ["IsometryStep", "L2", "baseline"]
     assert all(len(row) == len(table.header) for row in table.rows)
     assert "lr" not in table.header
     cost = setting.tables(evidence(values))["cost"]
     assert cost.rows == [
         ["IsometryStep", "2.0 ± 0.0"],
         ["L2", "1.0 ± 0.0"],
-        ["nothing", "1.0 ± 0.0"],
+        ["baseline", "1.0 ± 0.0"],
     ]
 
 
-def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_them_last() -> None:
+def test_overview_lists_incomplete_methods_last() -> None:
     low, high = [10.0] * 5, [90.0] * 5
     first = evidence({("l2", 0): low, ("isometry", 0): [50, 50, 50, 50, 60.0]})
     other = evidence({("l2", 0): low, ("isometry", 0): low, ("orthogonal-torch", 0): high})
@@ -98,19 +98,19 @@ def test_an_overview_has_all_networks_side_by_side_and_what_is_not_in_all_of_the
     assert tables["accuracy"].rows == [
         ["IsometryStep", "52.0", "10.0"],
         ["L2", "10.0", "10.0"],
-        ["orthogonal of torch, hidden weights", "", "90.0"],
+        ["torch orthogonal, hidden weights", "", "90.0"],
     ]
     assert tables["sensitivity"].rows[0] == ["IsometryStep", "8.0", "0.0"]
     assert tables["working"].rows[1:] == [
         ["L2", "0.0", "0.0"],
-        ["orthogonal of torch, hidden weights", "", "5.0"],
+        ["torch orthogonal, hidden weights", "", "5.0"],
     ]
 
 
-# --- what is run ----------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
-def test_strengths_of_plain_nets_are_searched_at_one_depth_and_taken_for_all() -> None:
+def test_strengths_are_searched_at_one_depth() -> None:
     setting = LearningRates(seeds=1)
     assert {c.case for c in setting.search_cells()} == {"tanh-30", "relu-30"}
     best = {("tanh", "l2"): Chosen("tanh", "l2", 0.123, 0.0, 90.0, "")}
@@ -130,7 +130,7 @@ def run(method: str = "none", lr: float = 1e-3, search: bool = False, **changed:
     return setting.run(cell).metrics
 
 
-def test_the_search_sees_no_images_of_the_test_and_trains_on_none_of_its_own_test() -> None:
+def test_the_search_uses_no_test_images() -> None:
     images = LearningRates("digits", quick=True).images
     expected = run(search=True)
     nothing = torch.full_like(images.x_test, math.nan)
@@ -143,16 +143,16 @@ def test_the_search_sees_no_images_of_the_test_and_trains_on_none_of_its_own_tes
 
 
 def test_isometry_acts_after_every_step() -> None:
-    """θ = 1 leads to an isometry at once, wherever a step has led to, as long as that is near."""
+    """With θ = 1, one step leads to an isometry if the weight is near one."""
     assert run("isometry", lr=1e-3)["kappa_worst"] < 1.01 < run()["kappa_worst"]
 
 
-def test_one_that_diverges_guesses() -> None:
+def test_diverged_network_gets_chance_accuracy() -> None:
     assert run(lr=1e38)["accuracy"] == 10
 
 
 @pytest.mark.parametrize("kind", ["tanh", "relu"])
-def test_plain_nets_of_any_depth_begin_as_isometries_times_the_gain(kind: str) -> None:
+def test_plain_networks_start_as_isometries_times_the_gain(kind: str) -> None:
     model = run_seeded(lambda: plain(64, 20, kind, norm=False), 0)
     *norms, _ = spectral_norms(model).values()
     assert norms == pytest.approx([GAINS[kind]] * 20, rel=1e-5)

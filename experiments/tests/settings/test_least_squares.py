@@ -1,4 +1,4 @@
-"""Least squares: the problem, the descent on it, and what is said of it."""
+"""Least squares: the problem, gradient descent, and the output."""
 
 from itertools import islice
 from pathlib import Path
@@ -20,11 +20,11 @@ def after(problem: Problem, method: str, strength: float, steps: int) -> Tensor:
     return next(islice(problem.descend(method, strength, 0), steps, None))
 
 
-def test_the_problem_has_the_conditions_it_claims() -> None:
+def test_the_problem_has_its_condition_numbers() -> None:
     problem = Problem.draw(0)
     assert problem.A.shape == (64, 32)
     assert problem.truth.shape == (32, 16)
-    # The SVD's own error: eps kappa, far below 1e-9.
+    # The error of the SVD is eps kappa, far below 1e-9.
     assert float(wc.condition_number(problem.A)) == pytest.approx(100, rel=1e-9)
     assert float(wc.condition_number(problem.truth)) == pytest.approx(1000, rel=1e-9)
 
@@ -36,7 +36,7 @@ def test_descent_reaches_the_closed_form() -> None:
     torch.testing.assert_close(S, problem.closed_form(strength))
 
 
-def test_all_ways_begin_at_the_same_place_and_are_one_where_the_strength_is_zero() -> None:
+def test_methods_share_the_start_and_agree_at_strength_zero() -> None:
     problem = Problem.draw(0)
     starts = [after(problem, method, 0.1, 0) for method in METHODS]
     assert all(torch.equal(S, starts[0]) for S in starts)
@@ -72,7 +72,7 @@ def test_every_strength_is_reported_and_drawn(
     assert len(document["runs"]) == 2 * (1 + 4 * len(STRENGTHS))
     found = Evidence(document)
     (run,) = found.where(method="condition", strength=0.1, seed=1).to_dict("records")
-    # The last point of a curve is what is reported, to the digits of a curve.
+    # The last point of a curve equals the reported value, up to the digits of curves.
     assert run["iterations"] == [1, 2, 3, 6, 10, 18, 20]
     assert run["kappas"][-1] == pytest.approx(run["kappa"], rel=1e-5)
     (run,) = found.where(method=CLOSED, strength=1.0, seed=1).to_dict("records")
@@ -80,7 +80,7 @@ def test_every_strength_is_reported_and_drawn(
     assert run["kappa"] == pytest.approx(float(expected), rel=1e-6)
     (table,) = setting.tables(found).values()
     assert len(table.rows) == 1 + 4 * len(STRENGTHS)
-    # The bars of a norm are none of the table's.
+    # The bars of norms do not separate columns of the table.
     lines = table.markdown().splitlines()
     assert all(line.replace(r"\|", "").count("|") == 6 for line in lines)
     assert set(setting.figures(found)) == {"least-squares", "least-squares-iterations"}

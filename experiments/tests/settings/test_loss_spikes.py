@@ -1,4 +1,4 @@
-"""What a spike is, what the search sees, and how rates are summarised."""
+"""Spikes, data of the search, and summaries over rates."""
 
 import math
 from pathlib import Path
@@ -24,26 +24,26 @@ from wellcond_experiments.settings.loss_spikes import (
 # --- spikes ---------------------------------------------------------------------------------------
 
 
-def test_a_spike_is_one_however_long_it_lasts() -> None:
+def test_a_long_spike_counts_once() -> None:
     assert count_spikes([2.0] * 100) == 0
     assert count_spikes([2.0] * 50 + [3.0] * 5 + [2.0] * 45) == 1
     assert count_spikes([2.0] * 50 + [3.0, 2.0, 3.0] + [2.0] * 45) == 2
     assert count_spikes([2.0] * 50 + [2.0 + 0.99 * JUMP] + [2.0] * 49) == 0
 
 
-def test_a_loss_that_stays_high_is_soon_the_usual_one() -> None:
+def test_a_lasting_high_loss_ends_the_spike() -> None:
     assert count_spikes([2.0] * 60 + [4.0] * 200) == 1
     assert count_spikes([2.0] * 60 + [4.0] * BEFORE + [4.1 + JUMP] + [4.0] * 9) == 2
 
 
-def test_the_first_steps_and_what_is_no_number_are_no_spikes() -> None:
+def test_first_steps_and_nan_are_not_spikes() -> None:
     assert count_spikes([1.0] * 5 + [9.0] + [1.0] * 4) == 0
     assert count_spikes([2.0] * 50 + [math.nan]) == 0
     assert count_spikes([2.0] * 50 + [math.inf]) == 1
     assert count_spikes([]) == 0
 
 
-# --- what is run ----------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def run(method: str = "none", lr: float = 1e-3, search: bool = False, text: Any = None) -> Any:
@@ -54,7 +54,7 @@ def run(method: str = "none", lr: float = 1e-3, search: bool = False, text: Any 
     return setting.run(cell)
 
 
-def test_the_search_sees_nothing_of_the_test_and_trains_on_none_of_its_own() -> None:
+def test_the_search_does_not_use_the_test_text() -> None:
     text = LossSpikes().text
     tenth = len(text) // 10
     expected = run(search=True, text=text).metrics
@@ -77,14 +77,14 @@ def test_a_limit_holds_on_all_matrices_and_the_loss_falls() -> None:
     assert len(measured.curves["losses"]) == 2
 
 
-def test_one_that_diverges_guesses() -> None:
+def test_diverged_model_gets_the_loss_of_guessing() -> None:
     metrics = run(lr=1e30).metrics
     assert metrics["diverged"] == 1
     assert metrics["loss"] == math.log(LossSpikes().characters)
 
 
 def test_the_loss_is_that_of_the_next_character() -> None:
-    """A text of one character repeated costs nothing after a few steps."""
+    """A text of one repeated character has loss 0 after a few steps."""
     text = torch.zeros(100 * PLACES, dtype=torch.int64)
     text[0] = 1
     assert run(lr=1e-2, text=text).metrics["loss"] < 0.3
@@ -106,7 +106,7 @@ def evidence(losses: dict[tuple[str, int], list[float]]) -> Evidence:
     return Evidence({"runs": runs, "chosen": [], "seeds": 2})
 
 
-def test_the_best_rate_is_that_of_the_mean_over_seeds_and_near_counts_for_all() -> None:
+def test_best_rate_is_by_the_mean_over_seeds() -> None:
     found = average_rates(
         evidence(
             {
@@ -137,8 +137,8 @@ def test_a_lower_loss_wins() -> None:
     assert first.gain.mean == pytest.approx(100 / 2.7625)
     assert second.difference.mean == pytest.approx(-0.5)
     tables = setting.tables(results)
-    assert [row[0] for row in tables["loss"].rows] == ["SingularValueLimit, upper", "nothing"]
-    assert [row[0] for row in tables["highest"].rows] == ["SingularValueLimit, upper", "nothing"]
+    assert [row[0] for row in tables["loss"].rows] == ["SingularValueLimit, upper", "baseline"]
+    assert [row[0] for row in tables["highest"].rows] == ["SingularValueLimit, upper", "baseline"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The labels are new in every task, the images are those of the search or of the report."""
+"""Random labels: new labels in every task, and separate images for the search."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ def cell(method: str = "none", lr: float = 1e-3, seed: int = 0) -> Cell:
     return Cell("", method, 0.0, lr, seed, search=seed >= SEARCH)
 
 
-def test_the_search_has_images_of_its_own() -> None:
+def test_the_search_has_separate_images() -> None:
     setting = Memorise("digits", quick=True)
     searched = [setting.draw(cell(seed=first + s)) for first in (SEARCH, FINAL) for s in range(5)]
     reported = [setting.draw(cell(seed=s)) for s in range(20)]
@@ -28,7 +28,7 @@ def test_the_search_has_images_of_its_own() -> None:
 
 
 def labels(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Tensor]:
-    """All that a network is trained on, a tensor for each task, in the order of the images."""
+    """Returns the labels that a network is trained on, one tensor per task."""
     setting = Memorise("digits", quick=True)
     setting.epochs = 2
     x = setting.images.normalise(setting.images.x_train)[setting.draw(cell(seed=seed))]
@@ -61,7 +61,7 @@ def labels(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Tensor]:
         parts = seen[task * steps : (task + 1) * steps]
         images, y = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         index = torch.cdist(x, images).topk(setting.epochs, largest=False).indices.sort().values
-        # In every epoch of a task an image has the same label.
+        # An image has the same label in every epoch of a task.
         assert torch.equal(y[index[:, 0]], y[index[:, 1]])
         torch.testing.assert_close(images[index[:, 0]], x)
         told.append(y[index[:, 0]])
@@ -71,12 +71,12 @@ def labels(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Tensor]:
 def test_the_labels_of_every_task_and_seed_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = labels(monkeypatch, 0), labels(monkeypatch, 1)
     for one, other in [(first[0], first[1]), (first[1], first[2]), (first[0], second[0])]:
-        # Of 160 labels some 16 agree, with a deviation of 3.8.
+        # About 16 of 160 labels agree, with a deviation of 3.8.
         assert 1 <= int((one == other).sum()) <= 35
     assert all(torch.equal(a, b) for a, b in zip(first, labels(monkeypatch, 0), strict=True))
 
 
-def test_labels_are_learned_by_heart_and_not_without_learning() -> None:
+def test_labels_are_fitted_only_by_training() -> None:
     setting = Memorise("digits", quick=True)
     setting.tasks, setting.epochs = 1, 60
     assert setting.run(cell(lr=3e-3)).metrics["first"] > 90
@@ -92,7 +92,7 @@ def test_the_first_round_of_the_search_is_shorter_than_the_second() -> None:
     assert lengths == [setting.first_round, setting.tasks, setting.tasks]
 
 
-def test_one_that_diverges_guesses() -> None:
+def test_diverged_network_gets_chance_accuracy() -> None:
     setting = Memorise("digits", quick=True)
     setting.tasks = 2
     metrics, _ = setting.run(cell(lr=1e38))
@@ -111,7 +111,7 @@ def test_it_writes_a_table_and_a_picture(
     assert (tmp_path / "memorise.png").stat().st_size > 10_000
 
 
-def test_lines_are_told_apart_and_nothing_is_grey() -> None:
+def test_lines_have_distinct_colours_and_the_baseline_is_grey() -> None:
     shown = figures.select_lines(dict.fromkeys(METHODS, 0.0))
     colours = figures.colours(shown)
     assert len(set(colours)) == len(shown) == 7

@@ -1,4 +1,4 @@
-"""The transformer on images: which weights a rule by role takes, and its tables."""
+"""The transformer on images: the weights that rules by role select, and the tables."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from wellcond_experiments.settings.transformer import CASE, Transformer
         ("upper-limit", {"attention", "mlp", "embedding", "head"}),
     ],
 )
-def test_a_limit_by_role_takes_the_weights_of_this_role(method: str, limited: set[str]) -> None:
+def test_a_limit_by_role_selects_the_weights_of_this_role(method: str, limited: set[str]) -> None:
     setting = Transformer("digits", quick=True)
     training = METHODS[method](lambda norm: setting.build(CASE, norm), 0.1, 1e-3, seed=0)
     training.finish()

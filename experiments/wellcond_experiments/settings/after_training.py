@@ -1,8 +1,7 @@
-"""Does a projection at the end suffice, or must a net be limited while it trains?
+"""Does one projection after training suffice, or is a limit needed during training?
 
-Three nets train without a penalty, and copies of them are projected once to each of the limits;
-the same nets train from the same weights on the same batches under each of the limits, or under a
-soft penalty.
+Three networks train without a penalty, and copies of them are projected once to each limit. The
+same networks train with the same initial weights and batches under each limit, or under a penalty.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from wellcond_experiments.tables import Table, number
 
 LIMITS = (100.0, 20.0, 10.0, 5.0, 3.0, 2.0)
 PROJECTED, LIMITED = "projected", "condition-limit"
-LABELS = {PROJECTED: "projected at the end", LIMITED: "limited in training"}
+LABELS = {PROJECTED: "projected after training", LIMITED: "limited during training"}
 TESTED = ("accuracy", "in_noise", "kappa_worst")
 
 
@@ -36,7 +35,7 @@ def perceptron(images: Images) -> nn.Module:
 
 
 def convolutional(images: Images) -> nn.Module:
-    """Three convolutions, then n-n-256-10, with n = 1024 for images of 32x32."""
+    """Builds three convolutions, then n-n-256-10, with n = 1024 for 32x32 images."""
     layers: list[nn.Module] = []
     for before, after in ((images.channels, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -46,7 +45,7 @@ def convolutional(images: Images) -> nn.Module:
 
 
 class Net(NamedTuple):
-    """A net, and how it is trained."""
+    """A network and its training."""
 
     title: str
     build: Callable[[Images], nn.Module]
@@ -54,7 +53,7 @@ class Net(NamedTuple):
     samples: int
     epochs: int
     batch: int
-    noise: float  # in deviations of the pixels
+    noise: float  # in standard deviations of the pixels
 
 
 NETS = {
@@ -66,17 +65,18 @@ NETS = {
 
 class AfterTraining(Swept):
     name = "after-training"
-    help = "does a projection at the end suffice?"
+    help = "does one projection after training suffice?"
     protocol = (
         "784-512-512-10 on MNIST (3 epochs, batch 32), three convolutions and 1024-1024-256-10 on "
         "8,000 images of CIFAR-10 (4 epochs, batch 64), a vision transformer (patches of 4, width "
         "64, four blocks) on 15,000 images of MNIST (3 epochs, batch 64); Adam 1e-3, whose rate "
-        "rises and falls linearly; limits on all weights. Noise is Gaussian, of 1, 0.4 and 0.5 "
-        "times the deviation of the pixels. Changes are against nothing, seed by seed. κ is "
-        "that of the worst weight, kernels flattened to matrices. CPU time of the training as a "
-        "multiple of that without. The data are looked for where WELLCOND_DATA says."
+        "rises and falls linearly; limits on all weights. The noise is Gaussian, of 1, 0.4 and 0.5 "
+        "times the standard deviation of the pixels. Changes are relative to the baseline, paired "
+        "by seed. κ is the largest of all weights, with kernels flattened to matrices. The CPU "
+        "time of the training is relative to the baseline. The environment variable WELLCOND_DATA "
+        "names the folder of the data."
     )
-    default_data = ""  # each net has its own
+    default_data = ""  # each network has its own data
     cases = tuple(NETS)
     rates = (1e-3,)
 
@@ -104,7 +104,7 @@ class AfterTraining(Swept):
         return super().settings() | {"limits": list(self.limits)} | trained
 
     def run(self, cell: Cell) -> Measured:
-        """With method "none" also the projections of what it has trained."""
+        """Trains one network; with method "none" also projects copies of it."""
         net = self.net(cell.case)
         images = _load(net.data)
         training = METHODS[cell.method](
@@ -124,7 +124,7 @@ class AfterTraining(Swept):
         return Measured(metrics, {})
 
     def evidence(self, evidence: Evidence) -> Evidence:
-        """With a run for each projection."""
+        """Returns the evidence with one additional run per projection."""
         runs = [
             run
             | {
@@ -162,17 +162,17 @@ class AfterTraining(Swept):
             row += [str(evidence.band("kappa_worst", log=True, **here))]
             row += [number(evidence.band("train_seconds", **here).mean / alone)]
             rows.append(row)
-        header = ["method", "K or strength", "clean, %", "change", "in noise, %", "change"]
-        header += ["clean, against projected", "κ, worst", "CPU time"]
+        header = ["method", "K or strength", "clean, %", "change", "with noise, %", "change"]
+        header += ["clean, vs. projected", "largest κ", "CPU time"]
         return Table(f"Accuracy of {NETS[case].title}", header, rows)
 
     def _points(self) -> list[tuple[str, float]]:
-        """What the rows of a table are of."""
+        """Returns the method and strength of each row of a table."""
         none, *others = ((method, K) for method, Ks in self.methods.items() for K in Ks)
         return [none, *((PROJECTED, K) for K in self.limits), *others]
 
     def failed(self, evidence: Evidence) -> bool:
-        """Whether a limit has not held."""
+        """Returns whether a limit was exceeded."""
         runs = self.evidence(evidence).runs
         limited = runs[runs["method"].isin(LABELS)]
         return bool((limited["kappa_worst"] > limited["strength"]).any())
@@ -196,10 +196,10 @@ class AfterTraining(Swept):
                 panel.fill_between(self.limits, lows, highs, color=colour, alpha=0.2, lw=0)
             panel.axhline(0, color=figures.NOTHING, lw=0.9)
             panel.set_xscale("log")
-            panel.invert_xaxis()  # from left to right the limit grows tighter
+            panel.invert_xaxis()  # the limit is tighter to the right
             panel.set_xticks(self.limits, [f"{K:g}" for K in self.limits])
             panel.minorticks_off()
-            panel.set(xlabel="limit K of κ", title=NETS[case].title)
+            panel.set(xlabel="limit K", title=NETS[case].title)
         panels[0].set_ylabel("change of accuracy, points")
         panels[0].legend(frameon=False, fontsize=9)
         return {self.name: drawing}
@@ -211,14 +211,14 @@ def _load(name: str) -> Images:
 
 
 def projection_key(name: str, K: float) -> str:
-    """A metric of the net once it is projected."""
+    """Returns the name of a metric of the network projected to K."""
     return f"{name}_projected_{K:g}"
 
 
 def measure_accuracy(
     model: nn.Module, inputs: tuple[Tensor, Tensor], labels: Tensor
 ) -> dict[str, float]:
-    """Accuracy, clean and in noise, and κ of the worst flattened kernel or matrix."""
+    """Returns the accuracy, clean and with noise, and the largest κ of matrices and kernels."""
     accuracies = (accuracy(model, x, labels) for x in inputs)
     worst = largest(condition_numbers(model).values())
     return dict(zip(TESTED, (*accuracies, worst), strict=True))

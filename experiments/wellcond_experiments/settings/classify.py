@@ -1,8 +1,8 @@
-"""Classification of noisy images by a network trained on clean ones: the paper's experiment.
+"""Classification of noisy images by a network trained on clean images: the paper's experiment.
 
-A net of one hidden layer with sigmoids; the penalty is on the first layer only. Robustness to noise
-may come from a small spectral norm alone, so the methods are also compared where their clean
-accuracy, and where their σ₁, are the same.
+A network with one hidden layer and sigmoids. The penalty applies to the first layer only. A small
+spectral norm may by itself explain robustness to noise. Therefore the methods are also compared at
+equal clean accuracy and at equal σ₁.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from wellcond_experiments.tables import Table, number
 
 TEST_NOISES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
-# Adam rescales a gradient in the loss to its own step; a proximal step is lr · strength long as it
-# stands, and at the same strengths would do nothing here.
+# Adam rescales the gradient of the loss to its own step. The length of a proximal step is
+# lr · strength, so at the same strengths it would have no effect here.
 PROXIMAL_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 DRAWS = 5
 CLEAN, NOISY, AT = "accuracy_0", "accuracy_2", 2  # where methods are compared
 FIRST = "0"
-Point = tuple[str, float]  # a method with a strength
+Point = tuple[str, float]  # method and strength
 
 
 class Classify(Swept):
     name = "classify"
     help = "classification of noisy images"
     protocol = (
-        "784-1024-10 with sigmoids, Adam 1e-4, trained on clean normalised images and tested in "
-        "noise; the penalty is on the first layer."
+        "784-1024-10 with sigmoids, Adam 1e-4, trained on clean normalised images and tested with "
+        "noise; the penalty applies to the first layer."
     )
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
@@ -87,8 +87,8 @@ class Classify(Swept):
 
     def note(self, evidence: Evidence) -> str:
         return (
-            f"{super().note(evidence)} The proximal step has strengths of its own: it is "
-            "lr · strength long, where Adam rescales the gradient of a loss."
+            f"{super().note(evidence)} The proximal step uses other strengths: its length is "
+            "lr · strength, whereas Adam rescales the gradient of the loss."
         )
 
     def tables(self, evidence: Evidence) -> dict[str, Table]:
@@ -104,9 +104,9 @@ class Classify(Swept):
             ]
             for method, strength in self.points()
         ]
-        header = ["method", "strength", "κ", "σ₁", *(f"% at {n:g}" for n in TEST_NOISES)]
+        header = ["method", "strength", "κ", "σ₁", *(f"% at noise {n:g}" for n in TEST_NOISES)]
         title = (
-            f"Accuracy in per cent by the noise on normalised pixels, mean of {DRAWS} draws; κ and "
+            f"Accuracy in per cent by noise on normalised pixels, mean of {DRAWS} draws; κ and "
             "σ₁ of the first layer"
         )
         return {
@@ -116,10 +116,10 @@ class Classify(Swept):
         }
 
     def matched_accuracy(self, evidence: Evidence) -> Table:
-        """Per method the most robust strength that costs at most one point of clean accuracy.
+        """Tables, per method, the best noisy accuracy at a cost of at most one clean point.
 
-        Between two strengths of which only one does, both accuracies and log κ are interpolated to
-        a cost of one point: a coarse grid must not decide the comparison.
+        If one of two neighbouring strengths costs more and the other less, both accuracies and
+        log κ are interpolated to a cost of one point, so the grid does not decide the comparison.
         """
 
         def measured(point: Point) -> tuple[float, float, float]:
@@ -144,13 +144,13 @@ class Classify(Swept):
             cells = [f"{clean:.1f}", f"{noisy:.1f}", number(math.exp(log))]
             rows.append([figures.label(method), strength, *cells])
         title = (
-            f"At matched clean accuracy: the best at noise {AT} that costs at most one point of "
-            "clean accuracy (interpolated between strengths)"
+            f"At matched clean accuracy: the best accuracy at noise {AT} that costs at most one "
+            "point of clean accuracy (interpolated between strengths)"
         )
-        return Table(title, ["method", "strength", "% clean", f"% at {AT}", "κ"], rows)
+        return Table(title, ["method", "strength", "clean, %", f"noise {AT}, %", "κ"], rows)
 
     def matched_norm(self, evidence: Evidence) -> Table:
-        """Accuracy under noise at the σ₁ of each Tikhonov run, for every method."""
+        """Tables the noisy accuracy of every method at the σ₁ of each Tikhonov run."""
         others = REGULARISED[1:]
         rows = []
         for strength in self.methods["tikhonov"]:
@@ -160,10 +160,10 @@ class Classify(Swept):
             found = [self._at_norm(evidence, method, sigma) for method in others]
             rows.append([f"{strength:g}", number(sigma), f"{accuracy:.1f}", *found])
         title = (
-            f"At matched σ₁: accuracy at noise {AT} where σ₁ is that of a Tikhonov run "
-            "(interpolated in log σ₁; outside: no run reaches that σ₁)"
+            f"At matched σ₁: accuracy at noise {AT} and the σ₁ of a Tikhonov run "
+            "(interpolated in log σ₁; outside: no run reaches this σ₁)"
         )
-        names = [f"%, {figures.label(method)}" for method in ("tikhonov", *others)]
+        names = [f"{figures.label(method)}, %" for method in ("tikhonov", *others)]
         return Table(title, ["Tikhonov strength", "σ₁", *names], rows)
 
     def _at_norm(self, evidence: Evidence, method: str, sigma: float) -> str:
@@ -185,12 +185,12 @@ class Classify(Swept):
         }
 
     def _shade(self, method: str, strength: float) -> float:
-        """The opacity of a curve: the stronger the penalty the darker."""
+        """Returns the opacity of a curve, which increases with the strength."""
         strengths = self.methods[method]
         return (1 + strengths.index(strength)) / len(strengths)
 
     def _accuracy(self, evidence: Evidence) -> Any:
-        """Accuracy against noise, a panel per method."""
+        """Draws accuracy against noise, one panel per method."""
         drawing, panels = figures.figure(columns=3, width=4.2, height=3.8)
         for panel, method in zip(panels, REGULARISED, strict=True):
             for name, strength in self.points():
@@ -210,9 +210,10 @@ class Classify(Swept):
         return drawing
 
     def _matched(self, evidence: Evidence) -> Any:
-        """Accuracy under noise against clean accuracy, σ₁ and κ, a line per method.
+        """Draws noisy accuracy against clean accuracy, σ₁ and κ, one line per method.
 
-        Strong Tikhonov falls to chance; what lies below all other methods is left out, and counted.
+        Strong Tikhonov falls to chance. Points far below all other methods are not shown, only
+        counted in the legend.
         """
         drawing, panels = figures.figure(columns=3, width=4.2, height=3.8)
         best = max(mean(evidence, NOISY, point) for point in self.points())
@@ -225,7 +226,7 @@ class Classify(Swept):
         }
         for panel, (metric, name) in zip(panels, axes.items(), strict=True):
             for method, look in LOOKS.items():
-                # Without a regulariser is every line's beginning.
+                # Every line starts at the baseline.
                 points = [p for p in self.points() if p[0] in ("none", method)]
                 shown = [point for point in points if mean(evidence, NOISY, point) >= floor]
                 hidden = len(points) - len(shown)
@@ -248,17 +249,17 @@ class Classify(Swept):
             panel.set_xscale("log")
             figures.use_logarithm(panel.xaxis)
         panels[0].set_ylabel(f"accuracy at noise {AT}, %")
-        # The best place, as matplotlib finds it, may lie on the bars of errors.
+        # The place that matplotlib chooses may cover error bars.
         panels[0].legend(fontsize=8, frameon=False, loc="lower left")
         return drawing
 
     def _training(self, evidence: Evidence) -> Any:
-        """κ and σ₁ of the first layer over the epochs, for the first seed."""
+        """Draws κ and σ₁ of the first layer over the epochs, for the first seed."""
         drawing, (left, right) = figures.figure(columns=2)
         for method, strength in self.points():
             (run,) = evidence.where(method=method, strength=strength, seed=0).to_dict("records")
             look = LOOKS[method]
-            # The legend names each method once, by its strongest run.
+            # The legend lists each method once, for its strongest run.
             strongest = strength == self.methods[method][-1]
             style: dict[str, Any] = {
                 "color": look.colour,
@@ -278,7 +279,7 @@ class Classify(Swept):
 
 @torch.no_grad()
 def accuracies(model: nn.Module, images: Images) -> dict[str, float]:
-    """In per cent over the whole test set, the mean of several draws of the noise."""
+    """Returns accuracies in per cent on the entire test set, averaged over draws of the noise."""
     x, y = images.normalise(images.x_test), images.y_test
     source = torch.Generator().manual_seed(2024)
     found = {}

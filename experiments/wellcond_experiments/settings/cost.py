@@ -1,4 +1,4 @@
-"""What a training step costs with every method, in time and memory."""
+"""Time and memory of a training step with every method."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from wellcond_experiments.grid import Cell, Measured, Setting
 from wellcond_experiments.tables import Band, Table, interval, number
 
 NETS = {
-    "mlp": "784-2048-10, on its first layer",
-    "transformer": "transformer of 24 blocks, on all its matrices",
+    "mlp": "784-2048-10, first layer",
+    "transformer": "transformer of 24 blocks, all matrices",
 }
 COUNTED = {
-    "temporary": "largest tensor made",
-    "state": "state kept",
+    "temporary": "largest temporary",
+    "state": "state",
     "operations": "operations",
-    "synchronisations": "waits of the host",
+    "synchronisations": "host synchronisations",
 }
 
 
@@ -26,10 +26,11 @@ class Cost(Setting):
     name = "cost"
     help = "time and memory of a training step with every method"
     protocol = (
-        "A training step with every method, all in turn in one process, as a multiple of the mean "
-        "of two nets without: 784-2048-10, batch 32, and a transformer of 24 blocks, 512 tokens; "
-        "fused Adam. Tensors of random numbers. The seeds are repetitions. Memory as a share of "
-        "the weight; operations, and waits of the host, as a device would see them, per step."
+        "Time of a training step with every method, relative to the mean of two networks without "
+        "a method; all take turns in one process. Networks: 784-2048-10, batch 32, and a "
+        "transformer of 24 blocks, 512 tokens; fused Adam; random data. The seeds are "
+        "repetitions. Memory is relative to the size of the weight. Operations and host "
+        "synchronisations of a GPU are counted per step."
     )
     default_data = quick_data = ""
     cases = tuple(NETS)
@@ -47,7 +48,7 @@ class Cost(Setting):
         return super().settings() | sizes
 
     def run(self, cell: Cell) -> Measured:
-        """The median of so many rounds of ten steps, which are in an order of their own."""
+        """Measures the median over rounds of ten steps; every round has a random order."""
         rounds = self.rounds[cell.case]
         step = Step(model=cell.case, rounds=rounds, hidden=self.hidden, blocks=self.blocks)
         metrics: dict[str, float] = {}
@@ -57,7 +58,7 @@ class Cost(Setting):
         return Measured(metrics, {})
 
     def bands(self, evidence: Evidence, case: str) -> dict[str, Band]:
-        """The multiple of a step without for each method, the cheapest first."""
+        """Returns the relative step time of each method, the cheapest first."""
         runs = evidence.where(case=case).dropna(axis="columns", how="all")
         names = [key.removesuffix(": ratio") for key in runs.columns if key.endswith(": ratio")]
         bands = {name: interval(list(runs[f"{name}: ratio"])) for name in names}
@@ -67,7 +68,7 @@ class Cost(Setting):
         return {case: self._table(evidence, case) for case in self.cases}
 
     def _table(self, evidence: Evidence, case: str) -> Table:
-        """With what was counted in this net."""
+        """Returns the table of a network, with the counts that were measured for it."""
         runs = evidence.where(case=case).dropna(axis="columns", how="all")
         known = {key: title for key, title in COUNTED.items() if f"attach(every=10): {key}" in runs}
         rows = []
@@ -77,7 +78,7 @@ class Cost(Setting):
                 [name, band.fixed()]
                 + [number(float(runs[key].max())) if key in runs else "" for key in counts]
             )
-        return Table(NETS[case], ["method", "multiple of the step", *known.values()], rows)
+        return Table(NETS[case], ["method", "relative step time", *known.values()], rows)
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         drawing, panels = figures.figure(columns=2, width=6.4, height=4.2)
@@ -90,7 +91,7 @@ class Cost(Setting):
                 panel.barh([height], [band.mean], color=colour, height=0.7)
                 panel.text(band.mean * 1.05, height, f"{band.mean:.2f}", va="center", fontsize=8)
             panel.set_yticks(range(len(bands)), list(reversed(bands)))
-            panel.set(xscale="log", xlabel="multiple of a step without", title=NETS[case])
+            panel.set(xscale="log", xlabel="step time, relative to the baseline", title=NETS[case])
             panel.set_xlim(0.7, 2 * max(band.mean for band in bands.values()))
             figures.use_logarithm(panel.xaxis)
             panel.grid(False, axis="y")

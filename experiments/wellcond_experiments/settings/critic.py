@@ -1,8 +1,8 @@
 """Which method should keep the critic of a WGAN Lipschitz?
 
-The critic estimates the Wasserstein distance of samples to data only if its Lipschitz constant is
-bounded (Arjovsky, Chintala & Bottou, arXiv 1701.07875). Each method bounds it in its own way; what
-counts is how near the samples of the generator come to data that nobody has trained on.
+The critic estimates the Wasserstein distance between samples and data only if its Lipschitz
+constant is bounded (Arjovsky, Chintala & Bottou, arXiv 1701.07875). The methods bound it in
+different ways. The score is the distance of the generated samples to held-out data.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from wellcond_experiments.prediction import Case
 from wellcond_experiments.tables import Table
 
 BATCH, CRITIC_STEPS = 64, 3
-BETAS = (0.0, 0.9)  # of Adam, for both
+BETAS = (0.0, 0.9)  # of Adam, for critic and generator
 STEPS = {"ring": 800, "grid": 800, "digits": 600}  # of the generator
-AVERAGED = 0.99  # the decay of the average of the generator's weights, which is tested
-LOOKS, LAST = 10, 3  # at all that is measured; the distance is the mean of the last
+AVERAGED = 0.99  # decay of the average of the generator's weights; the average is tested
+LOOKS, LAST = 10, 3  # number of measurements; the distance is the mean of the last three
 DIRECTIONS = 128
-SAMPLES = 2000  # of a mixture, to be held out; as many of each part
-PAIRS = 512  # between which the gradient is measured
+SAMPLES = 2000  # held-out points of a mixture, equally many per mode
+PAIRS = 512  # pairs of real and generated points between which the gradient is measured
 RATES = (3e-4, 1e-3, 3e-3)
 BOUNDS = (1.0, 2.0, 4.0)  # of each layer
 STRENGTHS: dict[str, tuple[float, ...]] = {
@@ -58,7 +58,7 @@ ACTING: dict[str, tuple[float, ...]] = {
     "upper-limit-acting": BOUNDS,
     "upper-limit-acting-sort": BOUNDS,
 }
-TORCHLIP = "1.0.5"  # the version that takes part
+TORCHLIP = "1.0.5"  # the compared version
 TITLES = {"ring": "8 Gaussians on a ring", "grid": "25 Gaussians in a grid", "digits": "digits"}
 
 
@@ -66,20 +66,21 @@ class Critic(Setting):
     name = "critic"
     help = "a WGAN: which method should keep its critic Lipschitz?"
     protocol = (
-        "A generator, two hidden layers of 64 (digits: 128), against a critic of three hidden "
-        "layers of 64 (digits: two convolutions and a linear layer), by the loss of WGAN: 800 "
-        "steps of the generator (digits: 600) after three of the critic each, batch 64, both by "
-        "Adam at the same rate, betas 0 and 0.9. Two-dimensional mixtures with as many points of "
-        "each part, and scikit-learn's digits between -1 and 1. What is tested is an average of "
-        "the generator's weights with decay 0.99, at the last three of ten looks: the sliced "
-        "Wasserstein-1 distance of its samples to data that nobody has trained on, over 128 fixed "
-        "directions, in per cent of the distance of their mean; less is better. Rate and strength "
-        "by the same on other data and another seed. A critic has LeakyReLU(0.2), or where it says "
-        "so GroupSort of two; the strength of layers that are limited is the bound of each. σ₁ is "
-        "the largest of any layer's matrix at the last nine looks, acting that of the layer as it "
-        "acts, the slope the largest norm of the gradient at 512 points between data and samples. "
-        "A mode counts if a quarter of its share of samples lies within three deviations. Time is "
-        "CPU time of the training as a multiple of that with spectral_norm of torch."
+        "A generator with two hidden layers of 64 (digits: 128) and a critic with three hidden "
+        "layers of 64 (digits: two convolutions and a linear layer) train with the WGAN loss: 800 "
+        "steps of the generator (digits: 600), each after three steps of the critic, batch 64, "
+        "both with Adam at the same rate, betas 0 and 0.9. The data are two-dimensional mixtures "
+        "with equally many points per mode, and scikit-learn's digits scaled to [-1, 1]. The "
+        "tested generator is a weight average with decay 0.99. The score is the mean of the last "
+        "three of ten measurements of the sliced Wasserstein-1 distance between its samples and "
+        "held-out data, over 128 fixed directions, in per cent of the distance of the data mean; "
+        "lower is better. The search chooses rate and strength by the same score on other data "
+        "and another seed. Critics use LeakyReLU(0.2), or GroupSort of two where stated. The "
+        "strength of bounded layers is the bound per layer. σ₁ is the largest of the matrices of "
+        "all layers at the last nine measurements, σ₁ as operator that of the layers as linear "
+        "operators, and the gradient norm is the largest at 512 points between data and samples. "
+        "A mode counts as found if at least a quarter of its share of samples is within three "
+        "standard deviations. CPU time is relative to torch's spectral_norm."
     )
     score = "quality"
     default_data = quick_data = ""
@@ -93,7 +94,7 @@ class Critic(Setting):
             self.cases = ("ring", "digits")
 
     def steps(self, case: str) -> int:
-        """Of the generator."""
+        """Returns the number of steps of the generator."""
         return 10 if self.quick else STEPS[case]
 
     def settings(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Critic(Setting):
 
     def run(self, cell: Cell) -> Measured:
         if not self.quick:
-            check_torchlip()  # in the first of all runs, whatever its method
+            check_torchlip()  # before any run, whatever its method
         train, tested = draw_data(cell.case, cell.search)
         kind = METHODS[cell.method]
         images = cell.case == "digits"
@@ -175,7 +176,7 @@ class Critic(Setting):
             ("acting_max", "actings"),
             ("lipschitz", "slopes"),
         ):
-            metrics[name] = largest(curves[curve][1:] or [math.nan])  # not of the beginning
+            metrics[name] = largest(curves[curve][1:] or [math.nan])  # skips the first
         if not images:
             metrics["modes"] = float(count_modes(cell.case, looked.samples())) if finite else 0.0
         return Measured(metrics | look.metrics, curves)
@@ -184,7 +185,7 @@ class Critic(Setting):
         floors = [
             f"{TITLES[case]} {evidence.band('floor', case=case).mean:.2f} %" for case in self.cases
         ]
-        return f"{super().note(evidence)} The distance of data to data: {', '.join(floors)}."
+        return f"{super().note(evidence)} Distance between two sets of data: {', '.join(floors)}."
 
     def tables(self, evidence: Evidence) -> dict[str, Table]:
         runs = evidence.runs
@@ -197,9 +198,9 @@ class Critic(Setting):
                     Column("distance", "distance, %"),
                     *[Column("modes", "modes")] * (case != "digits"),
                     Column("sigma_max", "σ₁", log=True),
-                    *[Column("acting_max", "acting", log=True)] * (case == "digits"),
-                    Column("lipschitz", "slope", log=True),
-                    Column("cost", "time"),
+                    *[Column("acting_max", "σ₁ as operator", log=True)] * (case == "digits"),
+                    Column("lipschitz", "gradient norm", log=True),
+                    Column("cost", "CPU time"),
                 ],
                 contest=case,
                 lower=True,
@@ -226,19 +227,19 @@ class Critic(Setting):
             panel.axvline(evidence.band("floor", case=case).mean, color="black", ls=":", lw=0.9)
             panel.set_title(TITLES[case], fontsize=10)
             panel.set_xlabel("distance, %")
-            if case == "digits":  # where nothing lies far from all others
+            if case == "digits":  # where the baseline is far from all others
                 panel.set_xscale("log")
                 figures.use_logarithm(panel.xaxis)
         return {self.name: drawing}
 
 
 class _Looks:
-    """All that is measured now and then; nothing of the training changes.
+    """Periodic measurements, which do not affect the training.
 
     Args:
-        critic: which is looked at.
-        generator: whose samples are compared.
-        tested: data that nobody has trained on.
+        critic: the critic to measure.
+        generator: the generator whose samples are compared.
+        tested: held-out data.
     """
 
     def __init__(self, critic: nn.Module, generator: nn.Module, tested: Tensor) -> None:
@@ -250,7 +251,7 @@ class _Looks:
 
     @torch.no_grad()
     def samples(self) -> Tensor:
-        """Always of the same noise; so many that they are a multiple of those to compare with."""
+        """Generates samples from fixed noise; their number is a multiple of the held-out points."""
         count = len(self.tested) * max(SAMPLES // len(self.tested), 1)
         source = torch.Generator().manual_seed(0)
         samples: Tensor = self.generator(
@@ -259,7 +260,7 @@ class _Looks:
         return samples
 
     def distance(self) -> float:
-        """In per cent of what a generator of the mean has."""
+        """Returns the distance in per cent of the distance of the data mean."""
         return 100 * measure_distance(self.samples(), self.tested)
 
     def take(self) -> None:
@@ -278,7 +279,7 @@ class _Looks:
 
 
 class GroupSort2(nn.Module):
-    """The larger and the smaller of every two channels (Anil, Lucas & Grosse, arXiv 1811.05381)."""
+    """Sorts every pair of channels (Anil, Lucas & Grosse, arXiv 1811.05381)."""
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = x.unflatten(1, (-1, 2))
@@ -286,7 +287,7 @@ class GroupSort2(nn.Module):
 
 
 def build_critic(images: bool, sorts: bool) -> nn.Module:
-    """With GroupSort if it sorts, else with LeakyReLU(0.2)."""
+    """Builds a critic with GroupSort if `sorts`, else with LeakyReLU(0.2)."""
 
     def activation() -> nn.Module:
         return GroupSort2() if sorts else nn.LeakyReLU(0.2)
@@ -302,7 +303,7 @@ def build_critic(images: bool, sorts: bool) -> nn.Module:
 
 
 def build_generator(images: bool) -> nn.Sequential:
-    """Of images (N, 1, 8, 8) between -1 and 1, or of points (N, 2)."""
+    """Builds a generator of images (N, 1, 8, 8) in [-1, 1], or of points (N, 2)."""
     inputs, width, outputs = (16, 128, 64) if images else (2, 64, 2)
     layers = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
     layers.append(nn.Linear(width, outputs))
@@ -310,7 +311,7 @@ def build_generator(images: bool) -> nn.Sequential:
 
 
 def noise_of(generator: Any) -> int:
-    """How many normal numbers go in."""
+    """Returns the dimension of the input noise."""
     return int(generator[0].in_features)
 
 
@@ -318,7 +319,7 @@ def noise_of(generator: Any) -> int:
 
 
 def centres(case: str) -> tuple[Tensor, float]:
-    """Of a mixture, with the deviation of each part."""
+    """Returns the centres of a mixture and the standard deviation of each mode."""
     if case == "ring":
         angles = torch.arange(8) * (2 * math.pi / 8)
         return torch.stack([angles.cos(), angles.sin()], 1), 0.02
@@ -327,7 +328,7 @@ def centres(case: str) -> tuple[Tensor, float]:
 
 
 def draw_mixture(case: str, count: int, seed: int) -> Tensor:
-    """Points (count, 2), as many of each part."""
+    """Draws points (count, 2), equally many per mode."""
     means, deviation = centres(case)
     source = torch.Generator().manual_seed(seed)
     return means[torch.arange(count) % len(means)] + deviation * torch.randn(
@@ -337,9 +338,9 @@ def draw_mixture(case: str, count: int, seed: int) -> Tensor:
 
 @cache
 def draw_data(case: str, search: bool) -> tuple[Tensor, Tensor]:
-    """To train on, and to compare with; in the search other data are held out.
+    """Returns training data and held-out data; the search has its own held-out data.
 
-    Of the digits a sixth of those to train on are held out for the search, and never trained on.
+    For digits, a sixth of the training set is held out for the search and never trained on.
     """
     if case != "digits":
         held = draw_mixture(case, SAMPLES, SEARCH if search else 0)
@@ -355,33 +356,33 @@ def draw_data(case: str, search: bool) -> tuple[Tensor, Tensor]:
 
 @cache
 def _directions(size: int) -> Tensor:
-    """Unit vectors (DIRECTIONS, size), always the same."""
+    """Returns fixed unit vectors (DIRECTIONS, size)."""
     source = torch.Generator().manual_seed(0)
     return nn.functional.normalize(torch.randn(DIRECTIONS, size, generator=source), dim=1)
 
 
 def measure_sliced(x: Tensor, y: Tensor) -> float:
-    """The sliced Wasserstein-1 distance of the points x to y, over fixed directions.
+    """Returns the sliced Wasserstein-1 distance between points x and y, over fixed directions.
 
-    Exact for these directions; x must have a multiple of the points of y.
+    It is exact for these directions. The number of points of x must be a multiple of that of y.
     """
     a, b = ((_directions(z[0].numel()) @ z.flatten(1).T).sort().values for z in (x, y))
     return float((a.view(*b.shape, -1) - b.unsqueeze(2)).abs().double().mean())
 
 
 def measure_distance(x: Tensor, y: Tensor) -> float:
-    """The sliced distance of x to y as a multiple of that of the mean of y."""
+    """Returns the sliced distance of x to y, relative to the distance of the mean of y to y."""
     return measure_sliced(x, y) / measure_sliced(y.mean(0).expand_as(y), y)
 
 
 def measure_floor(x: Tensor, y: Tensor) -> float:
-    """The distance between two sets of data: the first len(y) points of x, and y."""
+    """Returns the distance between the first len(y) points of x and y, both data."""
     return measure_distance(x[: len(y)], y)
 
 
 def count_modes(case: str, samples: Tensor) -> int:
-    """Parts of a mixture that at least a quarter of their share of samples lies within three
-    deviations of."""
+    """Counts the modes with at least a quarter of their share of samples within three standard
+    deviations."""
     means, deviation = centres(case)
     distances = torch.cdist(samples, means)
     near = distances < 3 * deviation
@@ -390,7 +391,7 @@ def count_modes(case: str, samples: Tensor) -> int:
 
 @torch.no_grad()
 def acting_norms(critic: Any, shape: torch.Size) -> list[float]:
-    """σ₁ of every layer as the map of all pixels that it is, from its dense matrix in float64."""
+    """Returns σ₁ of every layer as a linear operator, from its dense matrix in float64."""
     norms, x = [], torch.zeros(1, *shape)
     for layer in critic:
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -404,7 +405,7 @@ def acting_norms(critic: Any, shape: torch.Size) -> list[float]:
 
 
 def estimate_lipschitz(critic: nn.Module, real: Tensor, fake: Tensor) -> float:
-    """The largest norm of the gradient at points between real and generated ones."""
+    """Returns the largest gradient norm at points between real and generated points."""
     pairs = min(PAIRS, len(real))
     part = torch.linspace(0, 1, pairs).view(-1, *[1] * (real.ndim - 1))
     between = torch.lerp(real[:pairs], fake[:pairs], part).requires_grad_()
@@ -413,13 +414,13 @@ def estimate_lipschitz(critic: nn.Module, real: Tensor, fake: Tensor) -> float:
 
 
 def check_torchlip() -> None:
-    """Raises a ValueError if deel-torchlip is not installed in the version that takes part."""
+    """Raises a ValueError if deel-torchlip is not installed in the compared version."""
     try:
         found = version("deel-torchlip")
     except PackageNotFoundError:
         found = "none"
     if found != TORCHLIP:
         raise ValueError(
-            f"critic compares with deel-torchlip {TORCHLIP}, but {found} is installed: "
-            "`pip install './experiments[critic]'`, or run it with --quick."
+            f"the experiment critic needs deel-torchlip {TORCHLIP}; installed: {found}. "
+            "Run `pip install './experiments[critic]'`, or use --quick."
         )

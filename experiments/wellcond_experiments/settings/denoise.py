@@ -1,10 +1,12 @@
 """Denoising of images by an autoencoder: the paper's experiment with the condition regulariser.
 
-The network is ReLU inside with a sigmoid at the end, trained by Adam at the high learning rate of
+The network has ReLU inside and a sigmoid at the end. Adam trains it at the high learning rate of
 the paper, 5e-3, with a strong penalty on the outer weights and a weak one on the inner weights. The
-noisy image goes in; the target is the clean normalised one, of which a sigmoid reaches [0, 1].
+input is the noisy image, the target the clean normalised image, of which a sigmoid can only reach
+the part in [0, 1].
 
-SNR is the power of the normalised signal, 1, over that of the noise: its deviation is 1/√SNR.
+SNR is the power of the normalised signal, 1, divided by the power of the noise: the standard
+deviation of the noise is 1/√SNR.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from wellcond_experiments.tables import Table
 
 SNR = {"snr-10": 10.0, "snr-1": 1.0, "snr-0.5": 0.5}
 TEST_NOISES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
-OUTER, INNER = 1e-2, 1e-4  # the paper's strengths; that of the outer weights names the pair
+OUTER, INNER = 1e-2, 1e-4  # the paper's strengths; tables show that of the outer weights
 DEFAULT_LR = 5e-3
 RATES = (3e-4, 1e-3, DEFAULT_LR)
 FIXED = {
@@ -37,28 +39,29 @@ FIXED = {
     "condition-gradient": (OUTER,),
     "condition": (OUTER,),
 }
-# A proximal step is lr · strength long, where Adam rescales the gradient of a loss to its own step:
-# it needs more.
+# The length of a proximal step is lr · strength, whereas Adam rescales the gradient of the loss.
+# Therefore it needs larger strengths.
 SEARCHED = {
     "none-tuned": (0.0,),
     "tikhonov-tuned": (1e-5, 1e-4, 1e-3, 1e-2),
     "condition-gradient-tuned": (1e-4, 1e-3, 1e-2, 0.1),
     "condition-tuned": (0.1, 1.0, 10.0, 100.0),
 }
-HELD = 0.15  # of the training images, for the search
+HELD = 0.15  # share of the training images held out for the search
 LOOKS_PER_EPOCH = 4
-KAPPAS = tuple(f"kappas_{i}" for i in range(4))  # the curves
-PICTURED, IMAGES = "snr-1", 5  # of which the restored images are kept, and how many
+KAPPAS = tuple(f"kappas_{i}" for i in range(4))  # names of the curves
+PICTURED, IMAGES = "snr-1", 5  # the case whose restored images are kept, and their number
 
 
 class Denoise(Setting):
     name = "denoise"
     help = "denoising autoencoder"
     protocol = (
-        "The paper's denoising autoencoder: Adam 5e-3, noisy image in, clean normalised image as "
-        "target, noise of deviation 1/√SNR; error against the clean image clamped to [0, 1]. "
-        "Strength: that of the outer weights, the inner ones have 0.01 of it; tuned: strength and "
-        "learning rate chosen on images held out of those for training."
+        "The paper's denoising autoencoder: Adam 5e-3, noisy image as input, clean normalised "
+        "image as target, noise of standard deviation 1/√SNR; the error is measured against the "
+        "clean image clamped to [0, 1]. The strength is that of the outer weights; the inner "
+        "weights have 0.01 of it. Tuned: strength and learning rate are chosen on held-out "
+        "training images."
     )
     score = "psnr"
     cases: tuple[str, ...] = tuple(SNR)
@@ -139,7 +142,7 @@ class Denoise(Setting):
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, method: str, sigma: float) -> dict[str, list[float]]:
-        """Pixels in per cent: what the network makes of the first images, and with none these."""
+        """Returns restored test images, pixels in per cent; for the baseline also the inputs."""
         x = self.images.normalise(self.images.x_test[:IMAGES])
         noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
         found = {"restored": model(noisy)}
@@ -172,18 +175,18 @@ class Denoise(Setting):
             at_noises.append(key + at)
             each = [evidence.band(f"kappa_{i}", log=True, **point) for i in range(4)]
             kappas.append(key + [str(band) for band in each])
-        noise = "error at the noise of training"
-        header = [*head, noise, "against nothing", "κ of the worst", "at the end of the grid"]
-        levels = [f"at {n:g}" for n in TEST_NOISES]
+        noise = "error at training noise"
+        header = [*head, noise, "vs. baseline", "largest κ", "at grid edge"]
+        levels = [f"noise {n:g}" for n in TEST_NOISES]
         weights = [f"weight {i + 1}" for i in range(4)]
         return {
-            "errors": Table("Mean squared error at the noise of training", header, rows),
+            "errors": Table("Mean squared error at the training noise", header, rows),
             "noises": Table("Mean squared error by noise", [*head, *levels], at_noises),
             "kappa": Table("κ of each weight", [*head, *weights], kappas),
         }
 
     def _points(self, evidence: Evidence, **fields: Any) -> list[dict[str, Any]]:
-        """Case, method, strength and learning rate of all that was run."""
+        """Returns case, method, strength and learning rate of all reported points."""
         names = ["case", "method", "strength", "lr"]
         rows = evidence.where(**fields)[names].drop_duplicates().to_dict("records")
         points: list[dict[str, Any]] = rows
@@ -207,7 +210,7 @@ class Denoise(Setting):
         }
 
     def _images(self, evidence: Evidence) -> Any:
-        """Rows clean, noisy and what each method makes of it, for the first test images."""
+        """Draws the first test images: clean, noisy, and restored by each method."""
         points = self._points(evidence, case=PICTURED, lr=DEFAULT_LR, seed=0)
         rows: dict[str, list[float]] = {}
         for point in (point for point in points if point["method"] in FIXED):
@@ -250,7 +253,7 @@ class Denoise(Setting):
         return drawing
 
     def _kappa(self, evidence: Evidence) -> Any:
-        """κ of every weight during training at one SNR, the median of the seeds."""
+        """Draws κ of every weight during training at one SNR, the median over the seeds."""
         drawing, panels = figures.figure(columns=4, width=3.6, height=3.8)
         points = [
             point for point in self._points(evidence, case=PICTURED) if point["method"] in FIXED
@@ -271,9 +274,9 @@ class Denoise(Setting):
 
 @torch.no_grad()
 def errors(model: nn.Module, images: Images, sigma: float) -> dict[str, float]:
-    """On the test images at each noise, the same for every model, and in decibels at sigma."""
+    """Returns the test error at each noise level, with the same noise for every model, and PSNR."""
     clean = images.normalise(images.x_test)
-    target = clean.clamp(0, 1)  # as far as a sigmoid can reach
+    target = clean.clamp(0, 1)  # the range of a sigmoid
 
     def error(noise: float) -> float:
         source = torch.Generator().manual_seed(2024)
@@ -290,13 +293,13 @@ def _label(method: str) -> str:
 
 
 def _name(point: dict[str, Any]) -> str:
-    """Tikhonov is there at two strengths."""
+    """Returns the label; for Tikhonov with its strength, because there are two."""
     strength = f" {point['strength']:g}" if point["method"] == "tikhonov" else ""
     return _label(point["method"]) + strength
 
 
 def _legend(drawing: Any, panel: Any) -> None:
-    """One for all panels, above them."""
+    """Draws one legend above all panels."""
     handles, labels = panel.get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
 

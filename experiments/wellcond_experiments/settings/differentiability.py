@@ -1,8 +1,8 @@
-"""Where r is differentiable, and the theorems of the paper, by numbers.
+"""Where r is differentiable: numerical checks of the theorems of the paper.
 
-Matrices with known singular triplets, in float64. Every check compares what the public functions
-say with a difference of values of r, or with a formula for the triplets; a violation is a number
-off by more than rounding explains. Errors are relative to the scale: sigma_2 of most matrices.
+The matrices have known singular triplets, in float64. Every check compares a public function with
+a finite difference of r, or with a formula for the triplets. A violation is a deviation larger than
+rounding explains. Errors are relative to the scale, which is sigma_2 of most matrices.
 
 h is the step of a difference, t the distance along a path, p the multiplicity of sigma_1.
 """
@@ -29,11 +29,11 @@ SCALES = (1e-30, 1.0, 1e30)
 GAPS = tuple(float(f"1e-{k}") for k in range(13))
 STEPS = (1e-3, 1e-6, 1e-9)
 CONDITIONS = tuple(10.0 ** (k / 4) for k in range(17))
-SLACK = 100  # what rounding may be, as a multiple of its estimate
+SLACK = 100  # allowed error, as a multiple of the estimated rounding error
 
 
 class Tally:
-    """What was checked, how often it failed, the extremes of what was measured, and points."""
+    """Counts checks and violations; collects extremes of measured values and points to draw."""
 
     def __init__(self) -> None:
         self.cases = self.violations = 0
@@ -45,7 +45,7 @@ class Tally:
         self.violations += int((~holds).sum())
 
     def figure(self, name: str, values: Tensor) -> float:
-        """The smallest or the largest of all the values so named, if any; nan stays nan."""
+        """Updates the extreme value of this name (smallest or largest); nan is kept."""
         if not values.numel():
             return math.nan
         value = float(values.amin() if name.startswith("smallest") else values.amax())
@@ -53,7 +53,7 @@ class Tally:
         return value
 
     def point(self, **values: float) -> None:
-        """One more to draw."""
+        """Adds a point to draw."""
         for name, value in values.items():
             self.points.setdefault(name, []).append(value)
 
@@ -63,7 +63,7 @@ class Tally:
 
 
 class Known(NamedTuple):
-    """S = U diag(sigma) V^T, up to the rounding of the product."""
+    """S = U diag(sigma) V^T, up to rounding of the product."""
 
     S: Tensor
     U: Tensor
@@ -84,7 +84,7 @@ def normal(shape: tuple[int, ...], source: torch.Generator) -> Tensor:
 
 
 def spectrum(nu: int, *leading: float, scale: float = 1.0, deficient: bool = False) -> Tensor:
-    """The leading values, then values from 0.4 down; the last one 0 if rank is to be missing."""
+    """Returns the leading values, then values from 0.4 down; with `deficient` the last is 0."""
     rest = torch.linspace(0.4, 0.2, max(nu - len(leading), 0), dtype=torch.float64)
     sigma = torch.cat([torch.tensor(leading, dtype=torch.float64), rest])[:nu]
     if deficient:
@@ -97,16 +97,16 @@ def inner(A: Tensor, B: Tensor) -> Tensor:
 
 
 def extreme(name: str, values: list[float]) -> float:
-    both = torch.tensor(values, dtype=torch.float64)  # whose extremes do not lose a nan
+    both = torch.tensor(values, dtype=torch.float64)  # amin and amax keep a nan
     return float(both.amin() if name.startswith("smallest") else both.amax())
 
 
 def gradient(source: torch.Generator, directions: int) -> Tally:
-    """Central differences with the step at which their two errors, rounding and bend, are equal."""
+    """Checks by central differences whose step balances rounding and truncation errors."""
     tally = Tally()
     for shape, scale, deficient, gap in product(SHAPES, SCALES, (False, True), GAPS):
         nu = min(shape)
-        if nu == 1 and (deficient or gap < 1):  # there is no second singular value
+        if nu == 1 and (deficient or gap < 1):  # no second singular value
             continue
         sigma = spectrum(nu, 1 + gap, 1, scale=scale, deficient=deficient)
         S, U, sigma, V = Known.draw(shape, sigma, source)
@@ -134,9 +134,9 @@ def gradient(source: torch.Generator, directions: int) -> Tally:
 
 
 def sides(source: torch.Generator, directions: int) -> Tally:
-    """The derivative towards H is sigma_1 lambda_max(sym(U_1^T H V_1)) - <S, H>/nu."""
+    """Checks the derivative along H: sigma_1 lambda_max(sym(U_1^T H V_1)) - <S, H>/nu."""
     tally = Tally()
-    h = 1e-6  # r bends on the scale of the gap to the next value, 0.4 and more
+    h = 1e-6  # small against the gap to the next value, 0.4 or more
     allowed = 1e-7
     kinds = {"simple": (2.0, 1.0), "tie of 2": (1.0,) * 2, "tie of 3": (1.0,) * 3}
     kinds |= {"all tied": (1.0,) * 9, "zero": (0.0,) * 9}
@@ -163,13 +163,13 @@ def sides(source: torch.Generator, directions: int) -> Tally:
             tally.small("largest error against the subdifferential", error / unit, allowed)
             difference = (after - before) / unit
             at_tie = kind not in ("simple", "zero")
-            if at_tie:  # nowhere else do the sides differ
+            if at_tie:  # the sides differ only at ties
                 tally.check(difference > 10 * allowed)
                 tally.figure(f"smallest difference of the sides, {kind}", difference)
                 tally.figure(f"largest difference of the sides, {kind}", difference)
             else:
                 tally.small(f"largest difference of the sides, {kind}", difference, allowed)
-            # At a tie too the gradient that is returned lies between the two.
+            # The returned gradient is between the two sides, also at ties.
             found = inner(wc.condition_penalty_gradient(S), H)
             tally.check(found <= after + allowed * unit)
             tally.check(found >= before - allowed * unit)
@@ -177,7 +177,7 @@ def sides(source: torch.Generator, directions: int) -> Tally:
 
 
 def resolution(source: torch.Generator, directions: int) -> Tally:
-    """A difference with a step far above the gap sees a kink, one far below sees none."""
+    """Checks that differences see a kink if the step is far above the gap, and none far below."""
     tally = Tally()
     for shape in MATRICES:
         _, U, _, V = Known.draw(shape, spectrum(min(shape), 1, 1), source)
@@ -188,7 +188,7 @@ def resolution(source: torch.Generator, directions: int) -> Tally:
         for gap, h in product(GAPS, STEPS):
             S = U * spectrum(min(shape), 1 + gap, 1) @ V.mT
             r = [wc.condition_penalty(S + k * h * H) for k in (-1, 0, 1)]
-            # Means over the directions: one whose kink is small would make a ratio of rounding.
+            # Means over the directions, because the ratio of a tiny kink would only show rounding.
             seen = float(((r[2] - 2 * r[1] + r[0]) / h).mean() / kink.mean())
             tally.point(gap=gap, step=h, difference=seen)
             if h <= 1e-6 and gap <= h / 1000:
@@ -201,10 +201,11 @@ def resolution(source: torch.Generator, directions: int) -> Tally:
 
 
 def jump(source: torch.Generator, directions: int) -> Tally:
-    """S(t) = S(0) + t (u_1 v_1^T - u_2 v_2^T), whose gap is sqrt(gap^2 + 4 t^2).
+    """Checks the gradient along S(t) = S(0) + t (u_1 v_1^T - u_2 v_2^T).
 
-    From -t to t the gradient moves by sqrt(2) |sigma_1 t/sqrt(t^2 + gap^2/4) - 2 t/nu|: on a tie
-    by sqrt(2) sigma_1 at once, else within |t| of about the gap.
+    The gap at t is sqrt(gap^2 + 4 t^2). From -t to t the gradient changes by
+    sqrt(2) |sigma_1 t/sqrt(t^2 + gap^2/4) - 2 t/nu|: at a tie it jumps by sqrt(2) sigma_1,
+    otherwise the change extends over |t| of about the gap.
     """
     tally = Tally()
     for shape, gap, t in product(MATRICES, GAPS, STEPS):
@@ -224,14 +225,14 @@ def jump(source: torch.Generator, directions: int) -> Tally:
 
 
 def zero_set(source: torch.Generator, directions: int) -> Tally:
-    """r grows as t away from the set, and as t^2 along a tangent, which leaves kappa - 1 so."""
+    """Checks that r grows like t away from the zero set, and like t^2 along a tangent."""
     tally = Tally()
     for shape, scale in product(SHAPES, SCALES):
         nu, unit = min(shape), scale**2
         S, U, sigma, V = Known.draw(shape, spectrum(nu, *(1.0,) * nu, scale=scale), source)
         tally.small("largest r/sigma_1^2 on the set", wc.condition_penalty(S) / unit, SLACK * EPS)
         H = scale * normal((directions, *shape), source)
-        if nu == 1:  # every row is a multiple of such a matrix
+        if nu == 1:  # every row or column vector is in the zero set
             tally.small("largest r/sigma_1^2 on the set", wc.condition_penalty(H) / unit, 0)
             continue
         missing = spectrum(nu, *(1.0,) * nu, scale=scale, deficient=True)
@@ -255,10 +256,10 @@ def zero_set(source: torch.Generator, directions: int) -> Tally:
 
 
 def _spectra(nu: int, source: torch.Generator, trials: int) -> Tensor:
-    """Random values from 1 to 1/kappa, and all 1 but the last, for every kappa: (..., nu)."""
+    """Returns spectra (..., nu) from 1 to 1/kappa: random, and all 1 except the last."""
     exponents = torch.rand(len(CONDITIONS), trials, nu, generator=source, dtype=torch.float64)
     exponents[..., 0], exponents[..., -1] = 0, 1
-    exponents[:, 0, 1:-1] = 0  # where a bound is tight
+    exponents[:, 0, 1:-1] = 0  # a bound is tight for these
     kappa = torch.tensor(CONDITIONS, dtype=torch.float64)[:, None, None]
     sigma: Tensor = kappa**-exponents
     return sigma.sort(-1, descending=True).values
@@ -271,14 +272,14 @@ def bounds(source: torch.Generator, directions: int) -> Tally:
         S, _, sigma, _ = Known.draw(shape, scale * _spectra(nu, source, directions), source)
         kappa, r = wc.condition_number(S), wc.condition_penalty(S)
         paper = wc.condition_penalty_bound(S)
-        inside = (1 - 2 * nu * r / sigma[..., 0] ** 2).clamp_min(0)  # at 0 there is no bound
+        inside = (1 - 2 * nu * r / sigma[..., 0] ** 2).clamp_min(0)  # 0: no bound
         ratios = {
             "exp(nu r/sigma_nu^2)": paper / kappa,
             "sqrt(1 + 2 nu r/sigma_nu^2)": (1 + 2 * nu * r / sigma[..., -1] ** 2).sqrt() / kappa,
             "1/sqrt(1 - 2 nu r/sigma_1^2)": inside.rsqrt() / kappa,
         }
         for name, ratio in ratios.items():
-            # Where the last bound is tight, its root is of 1/kappa^2, left over of 1.
+            # Where the last bound is tight, 1 cancels to 1/kappa^2 under its root.
             tally.check(ratio >= 1 - SLACK * EPS * kappa**2)
             tally.figure(f"smallest ratio of {name} to kappa", ratio)
             tally.figure(f"largest finite ratio of {name} to kappa", ratio[ratio.isfinite()])
@@ -287,7 +288,7 @@ def bounds(source: torch.Generator, directions: int) -> Tally:
 
 
 def step(source: torch.Generator, directions: int) -> Tally:
-    """lam up to the largest that the theorem allows."""
+    """Checks gradient steps with lam up to the maximum of the theorem."""
     tally = Tally()
     for shape, scale, share in product(MATRICES, SCALES, (1e-3, 0.03, 0.3, 0.7, 1.0)):
         nu = min(shape)
@@ -302,7 +303,7 @@ def step(source: torch.Generator, directions: int) -> Tally:
         before, after = wc.condition_number(S), wc.condition_number(stepped)
         tally.check(after < before)
         error = after / expected - 1
-        tally.check(error.abs() <= SLACK * EPS * before**2)  # it may come from squares
+        tally.check(error.abs() <= SLACK * EPS * before**2)  # kappa may come from squares
         tally.figure("largest deviation from the formula", error.abs())
         tally.figure("largest kappa after / kappa before", after / before)
         tally.figure("smallest kappa after / kappa before", after / before)
@@ -312,21 +313,21 @@ def step(source: torch.Generator, directions: int) -> Tally:
 QUESTIONS = {
     "gradient": ("Theorem 3.1: the gradient where sigma_1 is simple", gradient),
     "sides": ("one-sided derivatives at ties, at simple sigma_1 and at 0", sides),
-    "resolution": ("difference of the two sides, by gap and step", resolution),
-    "jump": ("jump of the gradient along a path past a tie", jump),
-    "zero-set": ("Theorem 2.1: r = 0 for multiples of semi-orthogonal matrices only", zero_set),
-    "bounds": ("Theorem 2.2, and two sharper bounds", bounds),
-    "step": ("Theorem 3.2: a gradient step lowers kappa as foreseen", step),
+    "resolution": ("difference of the two one-sided derivatives, by gap and step", resolution),
+    "jump": ("jump of the gradient along a path through a tie", jump),
+    "zero-set": ("Theorem 2.1: r = 0 only for multiples of semi-orthogonal matrices", zero_set),
+    "bounds": ("Theorem 2.2 and two sharper bounds", bounds),
+    "step": ("Theorem 3.2: a gradient step lowers kappa as predicted", step),
 }
 
 
 class Differentiability(Setting):
     name = "differentiability"
-    help = "where r is differentiable, and the paper's theorems, by numbers"
+    help = "numerical checks of the paper's theorems and of where r is differentiable"
     protocol = (
-        "Gradient, one-sided derivatives, zero set, bounds and gradient steps against differences "
-        "and formulas, in float64, with random singular vectors and directions; exit code 1 if a "
-        "number violates a theorem."
+        "Checks gradient, one-sided derivatives, zero set, bounds and gradient steps against "
+        "differences and formulas, in float64, with random singular vectors and directions. The "
+        "exit code is 1 if a number violates a theorem."
     )
     default_data = quick_data = ""
     cases = tuple(QUESTIONS)
@@ -366,9 +367,9 @@ class Differentiability(Setting):
             for name, value in extremes_of(evidence, case).items()
         ]
         return {
-            "theorems": Table("By theorem", ["what", "checks", "violations"], checked),
+            "theorems": Table("By theorem", ["statement", "checks", "violations"], checked),
             "extremes": Table(
-                "Extremes over all seeds and configurations", ["what", "value"], extremes
+                "Extremes over all seeds and configurations", ["quantity", "value"], extremes
             ),
         }
 
@@ -377,7 +378,7 @@ class Differentiability(Setting):
         errors, kinks, jumps = panels
 
         def worst(case: str, name: str, step: float | None = None) -> list[float]:
-            """By gap, over what else there is."""
+            """Returns the largest value per gap, over all other parameters."""
             largest = dict.fromkeys(GAPS, 0.0)
             for run in evidence.where(case=case).to_dict("records"):
                 steps = run["step"] if step else [step] * len(run["gap"])
@@ -419,7 +420,7 @@ class Differentiability(Setting):
 
 
 def extremes_of(evidence: Evidence, case: str) -> dict[str, float]:
-    """Of what was measured, over the seeds."""
+    """Returns the extremes of all measured values over the seeds."""
     runs = [run["metrics"] for run in evidence.document["runs"] if run["case"] == case]
     return {
         name: extreme(name, [run[name] for run in runs])

@@ -1,8 +1,8 @@
-"""A network that must learn one task after another: does it still learn the last one?
+"""A network learns many tasks in sequence: does it still learn the last one?
 
-Permuted MNIST, online: every task has a permutation of the pixels of its own, every image is seen
-once, and counts as right if the network says so before it learns from it (Dohare et al., Nature
-632, 2024, which shows that Adam alone loses the ability).
+Online permuted MNIST: every task has its own permutation of the pixels. The network sees every
+image once, and its prediction before the update counts (Dohare et al., Nature 632, 2024, show that
+plain Adam loses the ability to learn).
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from wellcond_experiments.settings.tasks import BATCH, CHANCE, Tasks
 
 class KeepLearning(Tasks):
     name = "keep-learning"
-    help = "one task after another: does the network still learn?"
+    help = "a sequence of tasks: does the network still learn?"
+    short = "permuted MNIST"
     protocol = (
         "Permuted MNIST, online: 784-100-100-10 with ReLU, batch 16, Adam, every image once; "
         "accuracy before each step."
     )
     finalists = 3
     part = 10
-    words = ("accuracy at first sight", "last tenth")
-    window = 5  # one task is easier than another
+    words = ("online accuracy", "last tenth")
+    window = 5  # because tasks differ in difficulty
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds, *((4, 2) if quick else (80, 30)))
@@ -37,14 +38,14 @@ class KeepLearning(Tasks):
         return super().settings() | {"images_per_task": self.per_task}
 
     def material(self, cell: Cell) -> tuple[Tensor, ...]:
-        """Images and labels: in the search the last sixth of those for training, else the rest."""
+        """Returns images and labels; the last sixth of the training set is for the search."""
         images = self.images
         held = len(images.x_train) // 6
         part = slice(-held, None) if cell.search else slice(0, -held)
         return images.normalise(images.x_train)[part], images.y_train[part]
 
     def learn(self, training: Training, source: torch.Generator, *material: Tensor) -> float:
-        """The share of the images that were right at first sight."""
+        """Returns the percentage of images that were classified correctly before their update."""
         x, y = material
         order = torch.randperm(len(x), generator=source)[: self.per_task]
         pixels = torch.randperm(x.shape[1], generator=source)

@@ -1,8 +1,8 @@
 """Deep plain networks: which learning rates of Adam work?
 
-After Wortsman et al. (arXiv 2309.14322): training that is well conditioned bears learning rates
-over a wide range. A fifth of an epoch of MNIST, so that nothing is learned by heart, and nothing to
-its end.
+After Wortsman et al. (arXiv 2309.14322): a method is good if it trains well over a wide range of
+learning rates. The runs are a fifth of an epoch of MNIST: short enough to avoid memorisation, too
+short for convergence.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from wellcond_experiments.tables import Table
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEPTHS = (10, 30, 60)
-SEARCHED_DEPTH = 30  # what is best there is taken for the other depths
+SEARCHED_DEPTH = 30  # the best strength at this depth is used at all depths
 WIDTH, BATCH = 128, 64
-NEAR = 2.0  # points; who comes so close to the best works
+NEAR = 2.0  # a rate works if it is within this many points of the best
 COMPARED = (
     *("none", "warm-up", "l2", "weight-decay", "clipping", "layer-norm", "spectral-norm-torch"),
     *("condition", "condition-gradient", "stable-rank", "orthogonality", "isometry"),
@@ -50,14 +50,14 @@ GAINS = {"tanh": 1.0, "relu": math.sqrt(2)}
 
 OVERVIEWS = {
     "accuracy": "Accuracy on the test images, mean over the learning rates, %",
-    "sensitivity": "Sensitivity: what is lost against the best rate, mean over the rates, points",
-    "working": "How many of the rates come near the best of all methods",
-    "cost": "CPU time of a run, as a multiple of that with nothing",
+    "sensitivity": "Sensitivity: loss against the best rate, mean over the rates, points",
+    "working": "Number of rates near the best of all methods",
+    "cost": "CPU time of a run, relative to the baseline",
 }
 
 
 class IsometryEveryStep(IsometryStep):
-    """At a high rate ten steps lead too far from an isometry to come back."""
+    """At high learning rates, ten steps move the weights too far from an isometry."""
 
     every = 1
 
@@ -78,10 +78,10 @@ class LearningRates(Setting):
     protocol = (
         "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: "
         "plain networks of width 128, all with orthogonal initial weights; accuracy on the test "
-        "images. Decay on matrices only. IsometryStep and OrthogonalityPenalty act after every "
-        "step, the other methods of wellcond as often as they do by default. Strengths by the mean "
-        "over the rates at depth 30. Short trainings: a mean over the rates rewards what learns "
-        "fast at the lowest of them."
+        "images. Weight decay applies to matrices only. IsometryStep and OrthogonalityPenalty act "
+        "after every step, the other methods of wellcond at their default interval. The search "
+        "chooses strengths by the mean over the rates at depth 30. Because the trainings are "
+        "short, this mean favours methods that learn fast at the lowest rate."
     )
     rate_is_chosen = False
 
@@ -105,16 +105,16 @@ class LearningRates(Setting):
 
     @cached_property
     def images(self) -> Images:
-        """Normalised, once for all runs."""
+        """Returns the images, normalised once for all runs."""
         found = load(self.data)
         x_train, x_test = found.normalise(found.x_train), found.normalise(found.x_test)
         return replace(found, x_train=x_train, x_test=x_test)
 
     def strengths(self, case: str) -> dict[str, tuple[float, ...]]:
-        """The methods that make sense for a network, with their strengths."""
+        """Returns the methods for a network with their strengths."""
         gain = self.gain(case)
         strengths = strengths_of(*self.compared)
-        # In a deep network a factor acts by its 30th power: closer to isometries than elsewhere.
+        # In a network of depth 30 a factor counts to its 30th power, so values are closer to 1.
         norms = tuple(factor * gain for factor in (1.0, 1.1, 1.25, 1.5))
         closer: dict[str, tuple[float, ...]] = {
             "spectral-norm-torch": norms,
@@ -123,23 +123,23 @@ class LearningRates(Setting):
             "condition-limit": (1.01, 1.1, 2.0, 5.0),
         }
         strengths |= {method: closer[method] for method in closer if method in strengths}
-        # It makes a step up to ten times longer, so that it is not searched.
+        # Not searched, because it makes a step up to ten times slower.
         return strengths | ({} if self.quick else {"orthogonal-torch": (gain,)})
 
     def contest(self, case: str) -> str:
         return case.partition("-")[0]
 
     def gain(self, case: str) -> float:
-        """What an isometric weight is to be multiplied by."""
+        """Returns the scale of an isometric weight."""
         return GAINS[self.contest(case)]
 
     def build(self, case: str, norm: bool) -> nn.Module:
-        """The network, with LayerNorm or without."""
+        """Builds the network, with LayerNorm if `norm`."""
         kind, _, depth = case.partition("-")
         return plain(self.images.pixels, int(depth), kind, norm)
 
     def run(self, cell: Cell) -> Measured:
-        """The search tests on a sixth of the images for training, on which it does not train."""
+        """Trains one network; the search tests on a held-out sixth of the training set."""
         images = self.images
         train, test = [images.x_train, images.y_train], [images.x_test, images.y_test]
         if cell.search:
@@ -166,13 +166,13 @@ class LearningRates(Setting):
             if not finite:
                 break
         training.finish()
-        model = training.model.eval()  # so that spectral_norm leaves its vectors as they are
+        model = training.model.eval()  # so that spectral_norm does not update its vectors
         with torch.no_grad():
             right = sum(
                 int((model(batch).argmax(1) == labels).sum())
                 for batch, labels in zip(*(torch.split(a, 1000) for a in test), strict=True)
             )
-        share = right / len(test[0]) if finite else 0.1  # one that has diverged guesses
+        share = right / len(test[0]) if finite else 0.1  # a diverged network counts as guessing
         metrics = {
             "accuracy": 100 * share,
             "kappa_worst": largest(condition_numbers(model).values()),
@@ -185,20 +185,20 @@ class LearningRates(Setting):
             Column("accuracy", "mean over the rates, %"),
             *(Column(f"{lr:g}", f"at {lr:g}") for lr in self.rates),
             Column("sensitivity", "sensitivity, points"),
-            Column("working", f"rates of {len(self.rates)} that work"),
+            Column("working", f"working rates, of {len(self.rates)}"),
         ]
         found = average_rates(evidence)
         tables = {name: self._overview(found, name) for name in OVERVIEWS}
         for case in self.cases:
             title = f"{describe_net(case)}: accuracy on the test images"
             table = found.ranking(title, columns, self.contest(case), case=case)
-            tables[case] = table.drop("lr")  # none was chosen
+            tables[case] = table.drop("lr")  # the rate is not chosen
         return tables
 
     def _overview(self, found: Evidence, metric: str) -> Table:
-        """A row per method, the most accurate on the mean of the networks above."""
+        """Returns a table with one row per method, sorted by mean accuracy over the networks."""
         accuracies = found.runs.groupby(["method", "case"])["accuracy"].mean().groupby("method")
-        few = accuracies.count() < len(self.cases)  # not in every network: below all others
+        few = accuracies.count() < len(self.cases)  # methods not run in every network come last
         order = (accuracies.mean() - 100 * few).sort_values(ascending=False, kind="stable").index
         rows = [
             [figures.label(method)]
@@ -220,7 +220,7 @@ class LearningRates(Setting):
         }
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
-        """The same methods in each panel, those that are best on the mean of the plain networks."""
+        """Draws the same methods in each panel: the best by the mean over the networks."""
         found = average_rates(evidence)
         means = {m: found.band("accuracy", method=m).mean for m in found.methods()}
         shown = figures.select_lines(means)
@@ -240,18 +240,18 @@ class LearningRates(Setting):
 
 
 def describe_net(case: str) -> str:
-    """A network in words."""
+    """Returns the name of a network, such as "ReLU, depth 30"."""
     kind, _, depth = case.partition("-")
     return f"{kind.replace('relu', 'ReLU')}, depth {depth}" if depth else case
 
 
 def average_rates(evidence: Evidence) -> Evidence:
-    """A row for each network, method and seed, of all its learning rates.
+    """Returns one row per network, method and seed, over all learning rates.
 
-    accuracy is the mean, sensitivity the mean of what is lost against its best rate (Wortsman et
-    al., with accuracy for loss), working the number of rates that come near the best that any
-    method reaches in this network, on the mean over the seeds, cost the CPU time as a multiple of
-    that with nothing; each rate is a column of its own.
+    Columns: accuracy is the mean over the rates; sensitivity is the mean loss against the best rate
+    (Wortsman et al., with accuracy instead of loss); working is the number of rates within `NEAR`
+    of the best mean accuracy of all methods in this network; cost is the CPU time relative to the
+    baseline; plus one column per rate.
     """
     rates = evidence.runs.pivot_table("accuracy", ["case", "method", "seed"], "lr", sort=False)
     best = rates.groupby(["case", "method"]).mean().max(axis=1).groupby("case").max()
@@ -273,9 +273,9 @@ def average_rates(evidence: Evidence) -> Evidence:
 
 
 def plain(inputs: int, depth: int, kind: str, norm: bool) -> nn.Module:
-    """So many layers before the last, with orthogonal weights times the gain.
+    """Builds `depth` hidden layers, with orthogonal weights times the gain.
 
-    With PyTorch's own initial weights no network of depth 30 learns with any method.
+    With the default initial weights of PyTorch, no method trains a network of depth 30.
     """
     layers: list[nn.Module] = []
     for _ in range(depth):

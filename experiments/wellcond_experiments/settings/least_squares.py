@@ -1,10 +1,10 @@
-"""Least squares with an ill-conditioned solution: what the regulariser does to S alone.
+"""Least squares with an ill-conditioned solution: the effect of the regulariser on one matrix.
 
 Minimises 1/(2p) ‖A S − B‖_F² + λ r(S) over S (32, 16) by gradient descent with a fixed step, and
-the same with λ/2 ‖S‖_F², whose minimiser (AᵀA/p + λ I)⁻¹ AᵀB/p stands beside it.
+the same with λ/2 ‖S‖_F², whose minimiser is (AᵀA/p + λ I)⁻¹ AᵀB/p.
 
-At κ = 1 the gradient of r does not vanish, so with a large λ the descent on the loss jitters about
-it; the proximal step stands still there.
+The gradient of r does not vanish at κ = 1. Therefore, with large λ, gradient descent on the loss
+oscillates around κ = 1. The proximal step has a fixed point there.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ CONDITION_A, CONDITION_TRUE, NOISE = 100.0, 1e3, 1e-3
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 WATCHED = (1e-3, 1e-2, 0.1)  # strengths whose κ is drawn over the iterations
 CLOSED = "tikhonov-closed"
-# Here the functions of r are used, and no class.
-LABELS = {"none": "nothing", "tikhonov": "Tikhonov", "condition-gradient": "gradient of r"}
+# This experiment uses the functions of r, not the classes.
+LABELS = {"none": "baseline", "tikhonov": "Tikhonov", "condition-gradient": "gradient of r"}
 LABELS |= {"condition": "proximal step of r", CLOSED: "Tikhonov, closed form"}
 CURVES = LOOKS | {CLOSED: Look("black", "x", "")}
 METRICS = {"kappa": "κ(S)", "residual": "‖A S − B‖_F/√p", "error": "‖S − S*‖_F"}
 
 
 class Problem(NamedTuple):
-    """A (p, m) with σ(A)/√p from 1 down to 1/κ(A); B = A S* + noise."""
+    """A (p, m) with σ(A)/√p from 1 down to 1/κ(A), and B = A S* + noise."""
 
     A: Tensor
     B: Tensor
@@ -65,15 +65,16 @@ class Problem(NamedTuple):
         return float(torch.linalg.matrix_norm(self.A @ S - self.B) / math.sqrt(P))
 
     def closed_form(self, strength: float) -> Tensor:
-        """The minimiser under Tikhonov."""
+        """Returns the minimiser under Tikhonov."""
         H = self.A.mT @ self.A / P + strength * torch.eye(M, dtype=torch.float64)
         solution: Tensor = torch.linalg.solve(H, self.A.mT @ self.B / P)
         return solution
 
     def descend(self, method: str, strength: float, seed: int) -> Iterator[Tensor]:
-        """S, and S after each step from a random start.
+        """Yields S from a random start, and S after each step.
 
-        The step is 1/L with L = ‖A‖₂²/p + λ, a Lipschitz constant of the smooth part.
+        The step is 1/L with L = ‖A‖₂²/p + λ, a Lipschitz constant of the gradient of the smooth
+        part.
         """
         H, G = self.A.mT @ self.A / P, self.A.mT @ self.B / P
         step = 1 / (float(torch.linalg.matrix_norm(self.A, 2)) ** 2 / P + strength)
@@ -114,7 +115,7 @@ class LeastSquares(Swept):
         if cell.method == CLOSED:
             S = problem.closed_form(cell.strength)
         else:
-            # Four points a decade.
+            # Four points per decade.
             points = {round(10 ** (k / 4)) for k in range(40)} | {self.iterations}
             curves = {"iterations": [], "kappas": []}
             descent = problem.descend(cell.method, cell.strength, cell.seed)

@@ -1,7 +1,7 @@
-"""A small language model at high learning rates: final loss, loss spikes, rates that work.
+"""A small language model at high learning rates: final loss, loss spikes, working rates.
 
-After Wortsman et al. (arXiv 2309.14322), who find the instabilities of large transformers in small
-ones at high learning rates: attention logits that grow, and a loss that jumps.
+After Wortsman et al. (arXiv 2309.14322), who reproduce instabilities of large transformers in small
+ones at high learning rates: growing attention logits and loss spikes.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ COMPARED = (
 )
 PLACES, BATCH, STEPS = 64, 8, 800
 JUMP, BEFORE = 0.5, 50
-NEAR = 1.05  # times the lowest loss of all: a rate works
-VALIDATION = 256  # pieces of the text
-LOOKS = 10  # at σ₁ and the attention logits
+NEAR = 1.05  # a rate works if its loss is within this factor of the lowest loss of all
+VALIDATION = 256  # number of pieces of text
+LOOKS = 10  # measurements of σ₁ and the attention logits
 
 
 class LossSpikes(Setting):
     name = "loss-spikes"
-    help = "a small language model: which learning rates work, and where does the loss jump?"
+    help = "a small language model: which learning rates work, and does the loss spike?"
     protocol = (
         "Characters of the help texts that ship with Python (pydoc_data.topics); a transformer of "
-        "two blocks, width 64, four heads and 64 places; 800 steps of Adam with 8 pieces each, "
-        "at four learning rates that fall linearly to a tenth; loss in nats per character on the "
-        "last tenth of the text. A spike begins where the loss of a batch lies more than half a "
-        "nat above the median of the 50 before it, and ends where it no longer does. A rate works "
-        "that comes within 5 % of the lowest loss of all methods. Strengths by the mean over the "
-        "rates on the tenth before the last, which the search does not train on. IsometryStep "
-        "acts after every step, the limits are watched. Decay on matrices only. QK norm is "
-        "LayerNorm of queries and keys; all blocks have LayerNorm before attention and MLP."
+        "two blocks, width 64, four heads and context 64; 800 steps of Adam with 8 sequences each, "
+        "at four learning rates that decay linearly to a tenth; loss in nats per character on the "
+        "last tenth of the text. A spike begins when the loss of a batch exceeds the median of the "
+        "previous 50 by more than half a nat, and ends when it does not. A rate works if its loss "
+        "is within 5 % of the lowest loss of all methods. The search chooses strengths by the mean "
+        "over the rates, on the second last tenth of the text, which it does not train on. "
+        "IsometryStep acts after every step, the limits are watched. Weight decay applies to "
+        "matrices only. QK norm is LayerNorm of queries and keys; all blocks have LayerNorm before "
+        "attention and MLP."
     )
     score = "quality"
     default_data = ""
@@ -95,7 +96,7 @@ class LossSpikes(Setting):
 
     @cached_property
     def text(self) -> Tensor:
-        """The characters as numbers; those outside of ASCII are one."""
+        """Returns the text as character indices; all non-ASCII characters share one index."""
         from pydoc_data.topics import topics
 
         whole = "\n".join(topics[name] for name in sorted(topics))
@@ -109,7 +110,7 @@ class LossSpikes(Setting):
         return int(self.text.max()) + 1
 
     def parts(self, search: bool) -> tuple[Tensor, Tensor]:
-        """For training and for testing: in the search the tenth before the last is tested."""
+        """Returns training and test text. The search tests on the second last tenth."""
         tenth = len(self.text) // 10
         end = len(self.text) - tenth * search
         return self.text[: end - tenth], self.text[end - tenth : end]
@@ -147,7 +148,7 @@ class LossSpikes(Setting):
         finite = len(losses) == self.steps and math.isfinite(losses[-1])
         training.finish()
         model.eval()
-        final = math.log(self.characters)  # one that has diverged guesses
+        final = math.log(self.characters)  # a diverged model counts as guessing
         if finite:
             with torch.no_grad():
                 final = float(measure_loss(model, *tested))
@@ -167,9 +168,9 @@ class LossSpikes(Setting):
         found = average_rates(evidence)
         columns = [
             Column("loss", "mean over the rates, nats"),
-            Column("best", "at its best rate"),
+            Column("best", "best rate"),
             *(Column(f"{lr:g}", f"at {lr:g}") for lr in self.rates),
-            Column("working", f"rates of {len(self.rates)} that work"),
+            Column("working", f"working rates, of {len(self.rates)}"),
             Column("spikes", "spikes per run"),
             Column("cost", "CPU time"),
         ]
@@ -177,13 +178,13 @@ class LossSpikes(Setting):
         details = [
             Column("loss", "loss, nats"),
             Column("spikes", "spikes"),
-            Column("diverged", "share of runs that diverged"),
+            Column("diverged", "share of diverged runs"),
             Column("sigma_max", "largest σ₁", log=True),
             Column("logit", "largest attention logit", log=True),
-            Column("kappa_worst", "κ of the worst weight", log=True),
+            Column("kappa_worst", "largest κ", log=True),
         ]
         tables = {
-            "loss": found.ranking("Loss on text that was not seen", columns, lower=True),
+            "loss": found.ranking("Loss on held-out text", columns, lower=True),
             "highest": evidence.ranking(
                 f"At a learning rate of {high:g}", details, lower=True, lr=high
             ),
@@ -216,12 +217,11 @@ class LossSpikes(Setting):
 
 
 def average_rates(evidence: Evidence) -> Evidence:
-    """A row for each method and seed, of all its learning rates.
+    """Returns one row per method and seed, over all learning rates.
 
-    loss and spikes are the means, best is the loss at the rate that is best for the method on the
-    mean over the seeds, working the number of rates within 5 % of the lowest loss that any method
-    reaches on the mean over the seeds, cost the CPU time as a multiple of that with nothing; each
-    rate is a column of its own.
+    Columns: loss and spikes are means over the rates; best is the loss at the best rate of the
+    method (mean over the seeds); working is the number of rates within 5 % of the lowest mean loss
+    of all methods; cost is the CPU time relative to the baseline; plus one column per rate.
     """
     runs = evidence.runs
     losses = runs.pivot_table("loss", ["method", "seed"], "lr", sort=False)
@@ -245,21 +245,21 @@ def average_rates(evidence: Evidence) -> Evidence:
 
 
 def pieces(text: Tensor, starts: Any) -> tuple[Tensor, Tensor]:
-    """Pieces of a text, and the same one character on."""
+    """Returns pieces of a text, and the same pieces shifted by one character."""
     x = torch.stack([text[start : start + PLACES + 1] for start in starts])
     return x[:, :-1], x[:, 1:]
 
 
 def measure_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Nats per character."""
+    """Returns the loss in nats per character."""
     return cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
 def count_spikes(losses: list[float]) -> float:
-    """How often the loss jumps; a loss that is no number ends the count.
+    """Counts the spikes of the loss; nan losses are skipped.
 
-    A spike begins where a loss exceeds by `JUMP` the median of the `BEFORE` before it (of all, if
-    there are fewer, at least ten), and ends where one no longer does.
+    A spike begins when a loss exceeds the median of the previous `BEFORE` losses (at least ten) by
+    `JUMP`, and ends when a loss does not.
     """
     count, inside = 0, False
     for step, loss in enumerate(losses):

@@ -1,6 +1,6 @@
-"""A network that must learn random labels by heart, again and again: can it still do so at the end?
+"""A network must fit new random labels in every task: can it still do so at the end?
 
-Every task gives the same images new random labels, so that nothing of one task helps in the next
+Every task gives the same images new random labels, so earlier tasks do not help with later ones
 (Lyle et al., arXiv 2303.01486; Kumar, Marklund & Van Roy, arXiv 2308.11958).
 """
 
@@ -15,7 +15,7 @@ from wellcond_experiments.grid import Cell
 from wellcond_experiments.methods import Training
 from wellcond_experiments.settings.tasks import BATCH, CHANCE, RATES, Tasks
 
-# On the grid of the other tasks many methods were chosen at its end: here it goes on there.
+# On the grid of the other tasks, many choices were at its edge: here the grid is wider.
 SLOWEST = 1e-4
 BEYOND = {
     "l2": (3e-2, 0.1),
@@ -33,14 +33,15 @@ BEYOND = {
 
 class Memorise(Tasks):
     name = "memorise"
-    help = "random labels, one task after another: does the network still learn them by heart?"
+    help = "a sequence of tasks with random labels: does the network still fit them?"
+    short = "random labels"
     protocol = (
-        "1,280 images of MNIST, new random labels in every task of 10 epochs: 784-100-100-10 with "
-        "ReLU, batch 16, Adam; accuracy on these images at the end of each task."
+        "1,280 images of MNIST with new random labels in every task of 10 epochs: 784-100-100-10 "
+        "with ReLU, batch 16, Adam; accuracy on these images at the end of each task."
     )
     finalists = 2
     part = 5
-    words = ("random labels known", "last fifth")
+    words = ("random labels fitted", "last fifth")
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
         super().__init__(data, quick, seeds, *((3, 2) if quick else (30, 15)))
@@ -54,7 +55,7 @@ class Memorise(Tasks):
         return super().settings() | {"images": self.count, "epochs": self.epochs}
 
     def draw(self, cell: Cell) -> Tensor:
-        """Which images it learns: in the search some of a sixth that is kept for it."""
+        """Draws the images to learn; the search draws from a sixth that is reserved for it."""
         total = len(self.images.x_train)
         held = total // 6
         source = torch.Generator().manual_seed(cell.seed)
@@ -66,7 +67,7 @@ class Memorise(Tasks):
         return (self.images.normalise(self.images.x_train[self.draw(cell)]),)
 
     def learn(self, training: Training, source: torch.Generator, *material: Tensor) -> float:
-        """The share of new labels that it knows in the end."""
+        """Returns the percentage of the new labels that the network fits at the end of the task."""
         (x,) = material
         y = torch.randint(10, (len(x),), generator=source)
         training.model.train()
@@ -75,6 +76,6 @@ class Memorise(Tasks):
                 loss = nn.functional.cross_entropy(training.model(x[index]), y[index])
                 if not training.step(loss):
                     return CHANCE
-        training.model.eval()  # spectral_norm of torch leaves its vectors as they are
+        training.model.eval()  # so that spectral_norm of torch does not update its vectors
         with torch.no_grad():
             return 100 * float((training.model(x).argmax(1) == y).float().mean())

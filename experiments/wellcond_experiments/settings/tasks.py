@@ -1,4 +1,4 @@
-"""A small network that learns one task after another: does it still learn the last ones?"""
+"""A small network learns many tasks in sequence: does it still learn the last ones?"""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from wellcond_experiments.tables import Table
 
 WIDTH, BATCH = 100, 16
 RATES = (3e-4, 1e-3, 3e-3)
-CHANCE = 10.0  # per cent of a network that has diverged
+CHANCE = 10.0  # accuracy in per cent that a diverged network gets
 
 
 class Tasks(Setting):
-    """784-100-100-10 with ReLU on tasks made of MNIST; the score is that of the last of them.
+    """784-100-100-10 with ReLU on a sequence of MNIST tasks; the score is that of the last tasks.
 
-    A subclass says how many there are, in the first round of the search fewer, and learns one.
+    A subclass gives the number of tasks (fewer in the first round of the search) and learns one.
     """
 
-    part: ClassVar[int]  # the score is the mean over so large a part of the tasks, at the end
-    words: ClassVar[tuple[str, str]]  # what the score is, and that part
-    window: ClassVar[int] = 1  # of so many tasks the picture shows the mean
+    short: ClassVar[str]  # the name in tables of all experiments
+    part: ClassVar[int]  # the score is the mean over the last 1/part of the tasks
+    words: ClassVar[tuple[str, str]]  # names of the score and of this part
+    window: ClassVar[int] = 1  # number of tasks that the curves are averaged over
 
     def __init__(
         self, data: str, quick: bool, seeds: int | None, tasks: int, first_round: int
@@ -67,11 +68,11 @@ class Tasks(Setting):
 
     @abstractmethod
     def material(self, cell: Cell) -> tuple[torch.Tensor, ...]:
-        """Of what tasks are made; in the search of images that are kept for it."""
+        """Returns the data of the tasks; the search uses images reserved for it."""
 
     @abstractmethod
     def learn(self, training: Training, source: torch.Generator, *material: torch.Tensor) -> float:
-        """Learns a new task; how well, in per cent, or `CHANCE` if it diverges."""
+        """Learns a new task and returns the score in per cent, `CHANCE` if it diverges."""
 
     def run(self, cell: Cell) -> Measured:
         material = self.material(cell)
@@ -102,15 +103,15 @@ class Tasks(Setting):
             Column("accuracy", f"{part}, %"),
             Column("accuracy_of_all", "all tasks, %"),
             Column("first", "first task, %"),
-            Column("kappa_worst", "κ of the worst weight", log=True),
+            Column("kappa_worst", "largest κ", log=True),
         ]
         return {"accuracy": evidence.ranking(score.capitalize(), columns)}
 
     def verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
-        return {f"{self.name.replace('-', ' ')}, %": evidence.verdict("accuracy")}
+        return {f"{self.short}, %": evidence.verdict("accuracy")}
 
     def early(self, evidence: Evidence) -> list[Case]:
-        """What the curves hold; growth is that since the end of the first task."""
+        """Takes early values from the curves; growth is relative to the end of the first task."""
         at = max(self.tasks // PART, 1) - 1
         runs = evidence.runs
         early = {
@@ -120,7 +121,7 @@ class Tasks(Setting):
             "early_sigma_growth": [curve[at] / curve[0] for curve in runs["sigma_max"]],
             "early_loss": [100 - curve[at] for curve in runs["accuracies"]],
         }
-        return [Case(self.name.replace("-", " "), runs.assign(**early), self.score)]
+        return [Case(self.short, runs.assign(**early), self.score)]
 
     def figures(self, evidence: Evidence) -> dict[str, Any]:
         score, part = self.words

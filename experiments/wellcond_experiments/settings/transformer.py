@@ -29,11 +29,12 @@ class Transformer(LearningRates):
     help = "a small transformer: which learning rates work, and which weights to limit?"
     protocol = (
         "One epoch of 12,800 images of MNIST, batch 64, Adam at five constant learning rates: a "
-        "transformer of two blocks and width 64 over 16 squares of the image; accuracy on the test "
-        "images. Decay on matrices only. IsometryStep acts after every step, ConditionPenalty "
-        "every ten steps, the limits are watched. LayerNorm is that of queries and keys; all "
-        "blocks have one before attention and MLP. Strengths by the mean over the rates. Short "
-        "trainings: a mean over the rates rewards what learns fast at the lowest of them."
+        "transformer of two blocks and width 64 over 16 patches of the image; accuracy on the test "
+        "images. Weight decay applies to matrices only. IsometryStep acts after every step, "
+        "ConditionPenalty every ten steps, the limits are watched. The method LayerNorm adds "
+        "LayerNorm to queries and keys; all blocks have LayerNorm before attention and MLP. The "
+        "search chooses strengths by the mean over the rates. Because the trainings are short, "
+        "this mean favours methods that learn fast at the lowest rate."
     )
 
     def __init__(self, data: str = "", quick: bool = False, seeds: int | None = None) -> None:
