@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from wellcond.audits.attempt import failed_finding
+from wellcond.audits.device import as_device
 from wellcond.audits.executor import Executor
 from wellcond.audits.facts import with_comparison
 from wellcond.audits.finite import not_finite_in
@@ -57,11 +59,12 @@ def audit(
     heads: bool = False,
     base: Auditable | None = None,
     resume: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
 ) -> AuditReport:
     """Measures every weight of a model, a state dict or a checkpoint.
 
-    A checkpoint is read one tensor at a time. All arithmetic is in float64 on the CPU, and the
-    model is not changed. Each finding names the method that computed its singular values; kappa is
+    A checkpoint is read one tensor at a time. All arithmetic is in float64, and on the CPU unless
+    `device` is a GPU. The model is not changed. Each finding names the method that computed its singular values; kappa is
     accurate to 1e-6 up to kappa = 1e5 (`wellcond bench audit`).
 
     The modules of a model determine its weights, and the effective weights in eval mode are
@@ -112,6 +115,11 @@ def audit(
         resume: the path of a file to which each weight is appended as soon as it is measured. After
             an interruption, an audit with the same file measures only the missing weights and
             returns the same report. The model and the base must be paths of unchanged files.
+        device: "cpu" or "cuda" (or a GPU with its index): where the singular values of matrices are
+            computed. The method of each finding names a GPU. Certificates, convolutions as linear
+            operators, heads and adapters without a base are computed on the CPU, and so is a matrix
+            that does not fit on the GPU. Before the audit, the GPU must give the same kappa for a
+            test matrix as the CPU.
 
     Returns:
         An `AuditReport`. A weight that could not be measured is a finding with the reason. All
@@ -120,8 +128,8 @@ def audit(
 
     Raises:
         ValueError: nothing could be measured, a pattern matches nothing, a file is unreadable, the
-            model does not accept the example, no attention is recognised, the base does not fit, or
-            `resume` is not a file of this audit.
+            model does not accept the example, no attention is recognised, the base does not fit,
+            `resume` is not a file of this audit, or the device is missing or fails its check.
         FileNotFoundError: the path does not exist.
         TypeError: `model_or_path` is not a module, a path or a flat state dict; an array has a
             dtype that torch lacks; `example` is given without a model; `base` is given for a model;
@@ -140,7 +148,8 @@ def audit(
         >>> sorted(f.label for f in wc.audit(attention, include=["qk*"], heads=True).findings)
         ['qk0', 'qk1']
     """
-    options = Options(certify, [*as_patterns(include)], [*as_patterns(exclude)], curves, heads)
+    patterns = [*as_patterns(include)], [*as_patterns(exclude)]
+    options = Options(certify, *patterns, curves, heads, str(device))
     return audit_together(None, model_or_path, options, progress, example, base, resume)
 
 
@@ -152,6 +161,7 @@ class Options(NamedTuple):
     exclude: Sequence[str]
     curves: int
     heads: bool
+    device: str
 
 
 class _Plan(NamedTuple):
@@ -159,6 +169,7 @@ class _Plan(NamedTuple):
     specs: list[RowSpec]
     skipped: dict[str, Skipped]
     record: Record | None
+    device: torch.device
 
     def states(self) -> dict[str, list[int]]:
         return self.source.states()
@@ -187,6 +198,7 @@ def audit_together(
     )
 
     def prepare() -> _Plan:
+        device = as_device(options.device, None if group is None else group.local_rank)
         source = source_of(model_or_path, example, base)
         rows = plan(source, options.heads)
         patterns = options.include, options.exclude
@@ -199,10 +211,10 @@ def audit_together(
                 "files": source.states(),
             }
             record = Record(Path(resume), what, 0 if group is None else group.rank)
-        return _Plan(source, merge_rows(specs), skipped, record)
+        return _Plan(source, merge_rows(specs), skipped, record, device)
 
     planned = prepare() if group is None else group.together(prepare, _Plan.states)
-    executor = Executor(group, planned.record)
+    executor = Executor(group, planned.record, planned.device)
     with shown(progress) as callback, planned.record or nullcontext():
         return _measure(planned, options, executor, callback, base is not None)
 
@@ -214,7 +226,7 @@ def _measure(
     progress: ProgressCallback | None,
     based: bool,
 ) -> AuditReport:
-    source, specs, skipped, _ = planned
+    source, specs, skipped, *_ = planned
     rows = measure_rows(executor, specs, options.certify, progress=progress)
     not_finite, unread = _search(executor, source, rows, skipped, options.include, options.exclude)
     failed = [*source.failed, *unread]

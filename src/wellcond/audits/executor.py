@@ -6,6 +6,9 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
+from wellcond.audits.device import CPU
 from wellcond.audits.resume import Key, Record
 
 if TYPE_CHECKING:
@@ -20,10 +23,16 @@ class Executor:
     Args:
         group: the processes that share the work; None for a single process.
         record: the file that stores the computed values; None for no file.
+        device: the device that computes the singular values of matrices.
     """
 
-    def __init__(self, group: Group | None = None, record: Record | None = None) -> None:
-        self.group, self.record = group, record
+    def __init__(
+        self,
+        group: Group | None = None,
+        record: Record | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.group, self.record, self.device = group, record, device
         self.known: dict[Key, Any] = {} if record is None else record.known
         if group is not None and record is not None:  # each process may see different files
             self.known = {}

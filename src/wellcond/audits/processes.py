@@ -42,13 +42,14 @@ class Group:
         rank: the rank of this process; process 0 reports.
         size: the number of processes.
         meeting: the address where they meet, as in `torch.distributed`: env:// or tcp://...
+        local_rank: the number of this process on its machine.
 
     Raises:
         OSError: the processes do not connect.
     """
 
-    def __init__(self, rank: int, size: int, meeting: str) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, meeting: str, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
         try:
             store, *_ = next(rendezvous(meeting, self.rank, self.size, timeout=_MEETING))
             dist.init_process_group(

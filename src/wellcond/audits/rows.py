@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wellcond.audits.attempt import Trouble, attempt
 from wellcond.audits.convolutions import measure_convolution
+from wellcond.audits.device import CPU
 from wellcond.audits.executor import Executor
 from wellcond.audits.facts import stored_numbers, with_comparison, with_entries
 from wellcond.audits.plan import Delta, Measurable, Merged, RowSpec
@@ -51,6 +52,7 @@ class _Options(NamedTuple):
 
     certify: bool
     all_values: bool
+    device: torch.device
     report: Callable[[float], None]
 
 
@@ -74,14 +76,15 @@ def measure_rows(
 ) -> list[Row]:
     """A finding for each row; adjacent rows of the same source share one read.
 
-    With `all_values`, all singular values are computed, whatever the size of the matrix.
+    With `all_values`, all singular values are computed, whatever the size of the matrix. The device
+    of the executor computes the singular values of matrices, the CPU all other numbers.
     """
     groups = [(source, [*rows]) for source, rows in groupby(specs, key=attrgetter("source"))]
     work = work_of(source.tensor for source, _ in groups)
 
     def measure(chosen: Sequence[int]) -> Iterator[tuple[Finding, ...]]:
         counter = Counter(progress, [work[index] for index in chosen])
-        options = _Options(certify, all_values, counter.within)
+        options = _Options(certify, all_values, executor.device, counter.within)
         for index in chosen:
             source, rows = groups[index]
             counter.next(source.name)
@@ -165,14 +168,17 @@ def _of_matrix(S: Tensor, finding: Finding, options: _Options) -> Finding:
         detail = f"{bad} of {S.numel()} entries"
         return replace(finding, status=Status.not_finite, detail=detail)
     blocks = S.unbind() if S.ndim == 3 else (S,)
-    spectra, ranks = zip(*(_spectrum(block, options.all_values) for block in blocks), strict=True)
+    device = options.device
+    measured = [_spectrum(block, options.all_values, device) for block in blocks]
+    spectra, ranks, devices = zip(*measured, strict=True)
     spectrum = combine_spectra(spectra)
     certificate = None
     if options.certify:
         certificate = combine_certificates([certify(block) for block in blocks])
         known = certificate.condition_number
         if not _near(spectrum.condition_number, known) and spectrum.method is Method.krylov:
-            spectra, ranks = zip(*(_spectrum(block, True) for block in blocks), strict=True)
+            measured = [_spectrum(block, True, device) for block in blocks]
+            spectra, ranks, devices = zip(*measured, strict=True)
             spectrum = combine_spectra(spectra)
     sigma, kappa = spectrum.singular_values, spectrum.condition_number
     top, low, norm, nu = float(sigma[0]), float(sigma[-1]), frobenius_norm(S), finding.nu
@@ -205,7 +211,7 @@ def _of_matrix(S: Tensor, finding: Finding, options: _Options) -> Finding:
         grade=grade,
         status=_status_of(kappa),
         detail=join_remarks(*notes),
-        method=spectrum.method.value,
+        method=spectrum.method.value + "".join({f" on {d.type}" for d in devices if d != CPU}),
         certificate=certificate,
         singular_values=tuple(sigma.tolist()) if complete else (),
     )
@@ -224,19 +230,31 @@ def _inside(interval: Interval, *numbers: float) -> float:
     return next((number for number in numbers if number in interval), nearest)
 
 
-def _spectrum(S: Tensor, all_values: bool) -> tuple[Spectrum, int]:
-    """The spectrum, and the number of singular values larger than rounding of the entries."""
-    spectrum = compute_spectrum(S, all_values)
+class _Measured(NamedTuple):
+    """The spectrum, the number of singular values above rounding of the entries, and the device."""
+
+    spectrum: Spectrum
+    rank: int
+    device: torch.device
+
+
+def _spectrum(S: Tensor, all_values: bool, device: torch.device) -> _Measured:
+    try:
+        spectrum = compute_spectrum(S.to(device), all_values)
+    except torch.OutOfMemoryError:  # too large for the GPU, and perhaps not for the CPU
+        device = CPU
+        spectrum = compute_spectrum(S, all_values)
+    spectrum = spectrum._replace(scaled=spectrum.scaled.cpu())
     sigma = spectrum.singular_values
     # Rounding to the dtype changes an entry by u times its size, or by half the smallest number.
     dtype = torch.finfo(S.dtype)
     rounding = dtype.eps / 2 * (frobenius_norm(S) + dtype.tiny * math.sqrt(S.numel()))
     zero = max(rounding, rank_tolerance(S.shape) * float(sigma[0]))
     if spectrum.method is not Method.krylov:
-        return spectrum, int((sigma > zero).sum())
+        return _Measured(spectrum, int((sigma > zero).sum()), device)
     if float(sigma[-1]) <= zero:
-        return _spectrum(S, all_values=True)
-    return spectrum, min(S.shape)
+        return _spectrum(S, True, device)
+    return _Measured(spectrum, min(S.shape), device)
 
 
 def _extreme_groups(spectra: Sequence[Spectrum]) -> str:
@@ -267,7 +285,7 @@ def _of_merged(S: Merged, finding: Finding, options: _Options) -> Finding:
     norm, size = frobenius_norm(part), frobenius_norm(W)
     found = replace(
         found,
-        base_condition_number=_spectrum(W, False)[0].condition_number,
+        base_condition_number=_spectrum(W, False, options.device).spectrum.condition_number,
         base_dtype=str(W.dtype).removeprefix("torch."),
         delta_share=norm / size if size else math.nan,
         delta_rank=rank,
@@ -278,19 +296,19 @@ def _of_merged(S: Merged, finding: Finding, options: _Options) -> Finding:
     else:
         found = replace(found, detail=join_remarks(found.detail, Status.fresh.value))
     if S.stored:
-        found = _with_rounding(found, total.to(W.dtype))
+        found = _with_rounding(found, total.to(W.dtype), options.device)
     if found.status is Status.zero:
         return found
     of_it = measure_share(total, part, leading)
     return replace(found, added_share=of_it.share, added_new=of_it.new, added_of=of_it.among)
 
 
-def _with_rounding(finding: Finding, rounded: Tensor) -> Finding:
+def _with_rounding(finding: Finding, rounded: Tensor, device: torch.device) -> Finding:
     """Adds kappa of the sum in the dtype of W to the finding."""
     if bad := _not_finite(rounded):
         note = f"{bad} of its entries are infinite in {finding.base_dtype}"
         return replace(finding, detail=join_remarks(finding.detail, note))
-    kappa = _spectrum(rounded, False)[0].condition_number
+    kappa = _spectrum(rounded, False, device).spectrum.condition_number
     return replace(finding, rounded_condition_number=kappa)
 
 

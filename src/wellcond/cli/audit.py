@@ -119,6 +119,7 @@ def _measure(path: Path, arguments: argparse.Namespace, group: Group | None) -> 
         exclude=arguments.exclude,
         curves=CURVES if arguments.html and not arguments.compare else 0,
         heads=arguments.heads,
+        device=arguments.device,
     )
     with show_progress("measuring") as progress:
         report = audit_together(

@@ -218,6 +218,13 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
         "weights that are not in FILE",
     )
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="compute the singular values of matrices on this device (default: cpu); several "
+        "processes use one GPU each",
+    )
+    parser.add_argument(
         "--csv",
         type=Path,
         metavar="FILE",

@@ -10,11 +10,15 @@ _PORT = 15000  # and the next 10,000
 
 
 class Place(NamedTuple):
-    """The rank of this process, the number of processes, and the address where they meet."""
+    """The rank of this process, the number of processes, and the address where they meet.
+
+    `local_rank` is the number of this process on its machine.
+    """
 
     rank: int
     size: int
     meeting: str
+    local_rank: int
 
 
 def find_place(variables: Mapping[str, str]) -> Place | None:
@@ -24,13 +28,13 @@ def find_place(variables: Mapping[str, str]) -> Place | None:
         ValueError: a variable is not a number, or no variable gives the address.
     """
     if {"RANK", "WORLD_SIZE"} <= variables.keys():
-        names, address = ("RANK", "WORLD_SIZE"), ""
+        names, address = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ""
     elif {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= variables.keys():
-        names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+        names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
         address = _first_machine(variables.get("SLURM_STEP_NODELIST", ""))
     else:
         return None
-    rank, size = (_number(variables, name) for name in names)
+    rank, size, local_rank = (_number(variables, name) for name in names)
     if size == 1:
         return None
     if rank >= size:
@@ -39,7 +43,7 @@ def find_place(variables: Mapping[str, str]) -> Place | None:
             "Start with torchrun or srun."
         )
     if {"MASTER_ADDR", "MASTER_PORT"} <= variables.keys():
-        return Place(rank, size, "env://")
+        return Place(rank, size, "env://", local_rank)
     address = variables.get("MASTER_ADDR", address)
     if not address:
         raise ValueError(
@@ -48,7 +52,7 @@ def find_place(variables: Mapping[str, str]) -> Place | None:
         )
     step = sum(_number(variables, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     port = variables.get("MASTER_PORT", str(_PORT + step % 10_000))
-    return Place(rank, size, f"tcp://{address}:{port}")
+    return Place(rank, size, f"tcp://{address}:{port}", local_rank)
 
 
 def _number(variables: Mapping[str, str], name: str) -> int:
