@@ -40,16 +40,18 @@ SRUN = {
         ({}, None),
         ({"RANK": "0"}, None),
         ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, None),
-        (TORCHRUN, Place(1, 4, "env://")),
-        (TORCHRUN | SRUN, Place(1, 4, "env://")),
-        (SRUN, Place(2, 3, "tcp://gpu07:19568")),
+        (TORCHRUN, Place(1, 4, "env://", 0)),
+        (TORCHRUN | SRUN, Place(1, 4, "env://", 0)),
+        (TORCHRUN | {"LOCAL_RANK": "1"}, Place(1, 4, "env://", 1)),
+        (SRUN, Place(2, 3, "tcp://gpu07:19568", 0)),
+        (SRUN | {"SLURM_LOCALID": "1"}, Place(2, 3, "tcp://gpu07:19568", 1)),
         (
             SRUN | {"SLURM_STEP_NODELIST": "one,two"},
-            Place(2, 3, "tcp://one:19568"),
+            Place(2, 3, "tcp://one:19568", 0),
         ),
         (
             SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "7"},
-            Place(2, 3, "env://"),
+            Place(2, 3, "env://", 0),
         ),
         # The commands of an sbatch script are not a step, so there is only one process.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}, None),

@@ -456,7 +456,7 @@ def test_summary_states_that_movement_is_usual() -> None:
     before, after = reports(
         [finding("a", 1e3, 1.0, 2.0, 8, 8)], [finding("a", 2e3, 1.0, 2.0, 8, 8)]
     )
-    line = "Largest movement: a, κ 1e+03 → 2e+03 (2 times), as two trainings usually differ"
+    line = "Largest movement: a, κ 1e+03 → 2e+03 (2 times), which is usual between two trainings"
     assert wc.compare(before, after).summary()[0] == line
     assert wc.compare(before, before).summary()[0].startswith("In the 1 weight on both sides")
 

@@ -169,7 +169,7 @@ def grouped_convolution() -> None:
     odd = nn.Conv2d(6, 12, 3, groups=3, bias=False).double()
     odd.weight = nn.Parameter(distribute_tensor(odd.weight.detach(), mesh(2), [Shard(0)]))
     with pytest.raises(
-        ValueError, match='"weight": a convolution kernel of 3 groups must be sharded'
+        ValueError, match='"weight": a convolution kernel with 3 groups must be sharded'
     ):
         wc.Regularizer(odd, wc.ConditionPenalty(0.3))
 

@@ -319,4 +319,4 @@ def _describe_most(pair: Pair) -> str:
     ratio = pair.quotient(lambda finding: getattr(finding, key))
     if 0 < ratio < math.inf:
         text += f" ({ratio:.3g} times)"
-    return text if pair.movement > USUAL else f"{text}, as two trainings usually differ"
+    return text if pair.movement > USUAL else f"{text}, which is usual between two trainings"

@@ -27,7 +27,7 @@ from wellcond.text import dump_json, escape, list_some, read_versions
 
 _LOUD = 0.5  # a smaller coverage is a warning even without --min-coverage
 _ROWS = 10  # in a Markdown table
-_RESULTS = 1000  # per checkpoint in SARIF; GitHub shows 5,000 per run
+_RESULTS = 1000  # per fault in SARIF; GitHub shows 5,000 per run
 _SARIF = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 )
