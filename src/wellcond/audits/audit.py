@@ -64,8 +64,8 @@ def audit(
     """Measures every weight of a model, a state dict or a checkpoint.
 
     A checkpoint is read one tensor at a time. All arithmetic is in float64, and on the CPU unless
-    `device` is a GPU. The model is not changed. Each finding names the method that computed its singular values; kappa is
-    accurate to 1e-6 up to kappa = 1e5 (`wellcond bench audit`).
+    `device` is a GPU. The model is not changed. Each finding names the method that computed its
+    singular values; kappa is accurate to 1e-6 up to kappa = 1e5 (`wellcond bench audit`).
 
     The modules of a model determine its weights, and the effective weights in eval mode are
     measured. A file has no modules, so its weights are identified by name, then by neighbouring
