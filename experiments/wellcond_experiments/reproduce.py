@@ -54,7 +54,7 @@ def configure(names: Any) -> None:
                 help="number of processes, of one thread each (default: one per core)",
             )
         parser.add_argument("--out", type=Path, help=f"default runs/{setting.name}")
-        parser.add_argument("--overwrite", action="store_true", help="replace the content of --out")
+        parser.add_argument("--overwrite", action="store_true", help="replace existing results")
         only = "print one JSON document instead of tables"
         parser.add_argument("--json", action="store_true", help=only)
         parser.add_argument(
